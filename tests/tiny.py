@@ -1,0 +1,144 @@
+"""Tiny random CogVideoX pipelines, built in memory without any download, for tests that need a pipeline and not a good one.
+
+Everything is a function of `seed`. A call with `TINY_CALL` takes a fraction of a second on one CPU core.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+TEXT_LENGTH = 16
+"""`max_text_seq_length` of the tiny transformers, in tokens."""
+
+TINY_CALL: dict[str, Any] = {
+    "num_inference_steps": 2,
+    "height": 16,
+    "width": 16,
+    "num_frames": 9,
+    "max_sequence_length": TEXT_LENGTH,
+}
+"""Arguments of a pipeline call that the tiny pipelines take: 9 frames (3 latent ones) of 16 x 16 pixels."""
+
+
+def tiny_tokenizer() -> T5Tokenizer:
+    """A character-level T5 tokenizer; ids 0, 1, 2 are padding, end of sequence and unknown."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(character, -3.0) for character in string.ascii_letters + string.digits + string.punctuation]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def tiny_text_encoder(*, seed: int = 0, width: int = 32) -> T5EncoderModel:
+    """A random two-layer T5 encoder in evaluation mode."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=128,
+        d_model=width,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=8,
+        tie_word_embeddings=False,
+    )
+    return T5EncoderModel(config).eval()
+
+
+def tiny_transformer(*, seed: int = 0, num_layers: int = 2, rotary: bool = False) -> CogVideoXTransformer3DModel:
+    """A random CogVideoX transformer: hidden size 64 (4 heads of 16), feed-forward 256, 4 latent channels."""
+    torch.manual_seed(seed)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=32,
+        text_embed_dim=32,
+        num_layers=num_layers,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=TEXT_LENGTH,
+        use_rotary_positional_embeddings=rotary,
+    ).eval()
+    return transformer
+
+
+def tiny_vae(*, seed: int = 0) -> AutoencoderKLCogVideoX:
+    """A random CogVideoX autoencoder: 8x in space, 4x in time, 4 latent channels."""
+    torch.manual_seed(seed)
+    return AutoencoderKLCogVideoX(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    ).eval()
+
+
+def tiny_cogvideox_pipeline(
+    seed: int = 0,
+    *,
+    num_layers: int = 2,
+    rotary: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> CogVideoXPipeline:
+    """A complete random pipeline: T5 tokenizer and encoder, autoencoder, transformer, DDIM scheduler.
+
+    The transformer's biases and norms are randomised too, so that a test which drops one of them fails.
+    """
+    transformer = tiny_transformer(seed=seed, num_layers=num_layers, rotary=rotary)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    pipe = CogVideoXPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_text_encoder(seed=seed).to(dtype),
+        vae=tiny_vae(seed=seed).to(dtype),
+        transformer=transformer.to(dtype),
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def transformer_inputs(*, seed: int = 0, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Random inputs of a tiny transformer (without rotary embeddings), as keyword arguments of its forward."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 3, 4, 2, 2, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(batch, TEXT_LENGTH, 32, generator=generator).to(dtype),
+        "timestep": torch.full((batch,), 7),
+    }
+
+
+@torch.no_grad()
+def run_transformer(transformer: torch.nn.Module, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The output of a tiny transformer on `transformer_inputs(seed=seed)`, as float32."""
+    inputs = transformer_inputs(seed=seed, dtype=dtype)
+    return transformer(**inputs, return_dict=False)[0].float()
+
+
+@torch.no_grad()
+def run_pipeline(pipe: CogVideoXPipeline, *, prompt: str = "a red circle", seed: int = 0, **call: Any) -> torch.Tensor:
+    """Frames (or latents with `output_type="latent"`) of one tiny video, float."""
+    arguments = {**TINY_CALL, "output_type": "pt", **call}
+    return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **arguments).frames
