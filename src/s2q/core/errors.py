@@ -1,0 +1,76 @@
+"""Exceptions that a user may see, each with the exit code of the command line, and help for misspelt names.
+
+A message says where, what was found, what was expected, and what to do about it.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class S2QError(Exception):
+    """Base of every error that the project raises on purpose; ends a command with exit code 1."""
+
+    exit_code: int = 1
+
+
+class UsageError(S2QError):
+    """The command line or the call itself is wrong (flag, combination of flags); exit code 2."""
+
+    exit_code = 2
+
+
+class InvalidInputError(S2QError):
+    """A model, checkpoint, recipe, prompt or file is not what it should be; exit code 3."""
+
+    exit_code = 3
+
+
+class ResourceError(S2QError):
+    """Memory, disk space or a device does not suffice; exit code 4."""
+
+    exit_code = 4
+
+
+class BusyError(S2QError):
+    """Another process holds the run folder or the output; exit code 5."""
+
+    exit_code = 5
+
+
+def nearest_names(name: str, options: Iterable[str], *, count: int = 3) -> list[str]:
+    """Return up to `count` of the `options` that look most like `name`, best first; empty if none is close.
+
+    Args:
+        name: What was asked for; compared without regard to case, `_` and `-` being equal.
+        options: The names that exist.
+        count: How many to return at most.
+
+    Returns:
+        Names out of `options`, unchanged.
+    """
+    folded: dict[str, str] = {}
+    for option in options:
+        folded.setdefault(_fold(option), option)
+    close = difflib.get_close_matches(_fold(name), folded, n=count, cutoff=0.5)
+    return [folded[match] for match in close]
+
+
+def unknown_name(kind: str, name: str, options: Iterable[str]) -> InvalidInputError:
+    """Build (not raise) the error for a name that does not exist.
+
+    Args:
+        kind: What is being named, in the singular: "recipe", "embedded model".
+        name: What was asked for.
+        options: The names that exist.
+
+    Returns:
+        An error whose message lists the nearest names, if any is near, and all of them.
+    """
+    known = sorted(options)
+    near = nearest_names(name, known)
+    hint = f"nearest names are {', '.join(near)}; " if near else ""
+    return InvalidInputError(f"unknown {kind} {name!r}: {hint}all: {', '.join(known) or 'none'}")
+
+
+def _fold(name: str) -> str:
+    return name.casefold().replace("_", "-")

@@ -1,0 +1,91 @@
+"""Read the header of a safetensors file: names, dtypes, shapes and bytes of its tensors, without reading the tensors.
+
+A file is: 8 bytes of header length (little endian), the header (JSON), the payload. Its size is checked against the header,
+so that a truncated file is found without reading it. Source: the safetensors format description.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2q.core.errors import InvalidInputError
+
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What a safetensors header says about one tensor.
+
+    Attributes:
+        dtype: The format's name of the dtype: "U8", "F32", "BF16".
+        shape: Its shape.
+        num_bytes: Bytes of its payload.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read the header of one safetensors file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Every tensor by name.
+
+    Raises:
+        InvalidInputError: If the file is missing, damaged or truncated; names the file.
+    """
+    remedy = "download or save the model again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(_LENGTH_BYTES)
+            if len(prefix) < _LENGTH_BYTES:
+                raise InvalidInputError(f"{path}: truncated, {size} bytes are no safetensors file; {remedy}")
+            (header_bytes,) = struct.unpack("<Q", prefix)
+            if header_bytes > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+                raise InvalidInputError(
+                    f"{path}: truncated or damaged, its header does not end within the file; {remedy}"
+                )
+            header = json.loads(file.read(header_bytes))
+        tensors = {name: _tensor_info(entry) for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InvalidInputError(f"{path}: its safetensors header is damaged; {remedy}") from error
+    expected = _LENGTH_BYTES + header_bytes + end
+    if size != expected:
+        raise InvalidInputError(f"{path}: truncated or altered, got {size} bytes, expected {expected}; {remedy}")
+    return tensors
+
+
+def read_folder_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Read the headers of all safetensors files of a folder.
+
+    Args:
+        folder: The folder; its subfolders are not read.
+
+    Returns:
+        Every tensor by name.
+
+    Raises:
+        InvalidInputError: If a file is damaged or truncated.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors.update(read_header(path))
+    return tensors
+
+
+def _tensor_info(entry: dict[str, Any]) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    return TensorInfo(dtype=str(entry["dtype"]), shape=tuple(int(n) for n in entry["shape"]), num_bytes=end - start)

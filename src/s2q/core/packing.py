@@ -1,0 +1,93 @@
+"""The layout of packed codes, on disk and in memory.
+
+Up to 4 bits: two codes a byte, offset binary (code + 8), the even input channel in the low nibble; an odd number of
+input channels is padded with one code 0 (nibble 8). A row starts on a byte. 5 to 8 bits: one code a byte, two's complement.
+
+Example: codes [-8, 7, 3] -> nibbles [0, 15, 11, 8] -> bytes [0xF0, 0x8B].
+
+Shapes: `O` out features, `I` in features, `P` packed bytes of a row.
+"""
+
+import torch
+from torch import Tensor
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.schemes import MAX_BITS, MIN_BITS
+
+_NIBBLE_ZERO = 8
+
+
+def packed_width(num_bits: int, in_features: int) -> int:
+    """Return P, the bytes of a packed row of `in_features` codes.
+
+    Args:
+        num_bits: Width of a code, 2 to 8.
+        in_features: I.
+
+    Returns:
+        ceil(I / 2) up to 4 bits, I above.
+
+    Raises:
+        InvalidInputError: If num_bits is out of range.
+    """
+    if not MIN_BITS <= num_bits <= MAX_BITS:
+        raise InvalidInputError(f"num_bits={num_bits}; expected a whole number from {MIN_BITS} to {MAX_BITS}")
+    return (in_features + 1) // 2 if num_bits <= 4 else in_features
+
+
+def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:
+    """Pack the codes of a weight.
+
+    Args:
+        codes: int8 [O, I], each in [-2^(N-1), 2^(N-1) - 1].
+        num_bits: N, 2 to 8.
+
+    Returns:
+        uint8 [O, P], contiguous.
+
+    Raises:
+        InvalidInputError: If codes is not an int8 matrix or holds a code that num_bits cannot.
+    """
+    width = packed_width(num_bits, codes.shape[-1])
+    if codes.dtype != torch.int8 or codes.ndim != 2:
+        raise InvalidInputError(f"codes: got {codes.dtype} {list(codes.shape)}; expected int8 [out, in]")
+    limit = 1 << (num_bits - 1)
+    if not codes.is_meta and codes.numel():
+        low, high = (int(bound) for bound in torch.aminmax(codes))
+        if low < -limit or high >= limit:
+            raise InvalidInputError(f"codes: found {low}..{high}; {num_bits} bits hold {-limit}..{limit - 1}")
+    if num_bits > 4:
+        return codes.contiguous().view(torch.uint8)
+    nibbles = codes.new_full((codes.shape[0], 2 * width), _NIBBLE_ZERO)
+    nibbles[:, : codes.shape[1]] += codes
+    low_nibbles, high_nibbles = nibbles.view(torch.uint8).unflatten(1, (width, 2)).unbind(2)
+    return low_nibbles | (high_nibbles << 4)
+
+
+def unpack_codes(packed: Tensor, *, num_bits: int, in_features: int) -> Tensor:
+    """Undo `pack_codes`.
+
+    Args:
+        packed: uint8 [O, P].
+        num_bits: N, 2 to 8.
+        in_features: I.
+
+    Returns:
+        int8 [O, I]. Up to 4 bits and odd I it is a view with row stride I + 1; above 4 bits it shares memory with packed.
+
+    Raises:
+        InvalidInputError: If packed is not a uint8 matrix of the width that I codes of N bits take.
+    """
+    width = packed_width(num_bits, in_features)
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != width:
+        raise InvalidInputError(
+            f"packed codes: got {packed.dtype} {list(packed.shape)}; expected uint8 [out, {width}] for {in_features} "
+            f"codes of {num_bits} bits; the data is damaged or belongs to another scheme"
+        )
+    if num_bits > 4:
+        return packed.view(torch.int8)
+    # Spread each byte over the two bytes of an int16 (the low nibble first, as memory is little-endian).
+    wide = packed.to(torch.int16)
+    wide = ((wide << 4) | wide) & 0x0F0F
+    codes: Tensor = wide.view(torch.int8).sub_(_NIBBLE_ZERO)
+    return codes[:, :in_features]

@@ -1,0 +1,222 @@
+"""Scales, codes and fake quantization: symmetric uniform quantization (S²Q-VDiT, eq. 1).
+
+    x_int = clamp(round(x / Δ), -2^(N-1), 2^(N-1) - 1),    Δ = clip_ratio · max|x| / (2^(N-1) - 1)
+
+Rounding is half to even. All of it is computed in fp32 whatever the input's dtype, and everything that takes floating
+point input is differentiable (straight-through for the rounding), towards the clip ratio as well.
+
+Example, N = 4: x = [1.4, -0.7, 0.2] has max 1.4, so Δ = 0.2 and the codes are [7, -4, 1] (-0.7 / 0.2 = -3.5 goes to even).
+
+Shapes: `O` out features, `I` in features, `G` groups. A weight's scale is [O] (per channel), [O, G] (per group) or [1]
+(per tensor); the functions on weights tell them apart by their shape.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.schemes import PerChannel, PerGroup, PerTensor, QuantScheme, num_groups
+
+ClipRatio = float | Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedWeight:
+    """A rounded weight; what every rounding method returns.
+
+    Attributes:
+        codes: int8 [O, I], each within the range of the scheme.
+        scale: fp32, [O] per channel or [O, G] per group.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+
+def scale_from_amax(amax: Tensor, *, num_bits: int) -> Tensor:
+    """Turn the largest magnitude into a scale, Δ = amax / (2^(N-1) - 1).
+
+    Args:
+        amax: Non-negative, any shape, any floating dtype.
+        num_bits: N, 2 to 8.
+
+    Returns:
+        fp32 of the same shape, never 0: where amax is 0 (or so small that Δ underflows) the scale is 1, and the codes
+        are then 0. NaN and infinity stay as they are.
+    """
+    scale = amax.float() / _qmax(num_bits)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> Tensor:
+    """Compute the static scale of a weight.
+
+    Args:
+        weight: [O, I], any floating dtype.
+        scheme: PerTensor, PerChannel or PerGroup.
+        clip_ratio: Factor in (0, 1] on the largest magnitude: a float, or a tensor that broadcasts to the scale.
+
+    Returns:
+        fp32, [1] (PerTensor), [O] (PerChannel) or [O, G] (PerGroup).
+
+    Raises:
+        InvalidInputError: If I is not a multiple of the group size, or the granularity is PerToken.
+    """
+    magnitude = weight.float().abs()
+    match scheme.granularity:
+        case PerTensor():
+            amax = magnitude.amax().reshape(1)
+        case PerChannel():
+            amax = magnitude.amax(dim=1)
+        case PerGroup():
+            amax = magnitude.unflatten(1, (num_groups(scheme, weight.shape[1]), -1)).amax(dim=2)
+        case _:
+            raise InvalidInputError(f"weight scheme {scheme}; expected PerTensor, PerChannel or PerGroup")
+    if clip_ratio is not None:
+        amax = amax * clip_ratio
+    return scale_from_amax(amax, num_bits=scheme.num_bits)
+
+
+def token_scale(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
+    """Compute the dynamic scale of each token.
+
+    Args:
+        x: [..., I], any floating dtype.
+        num_bits: N, 2 to 8.
+        clip_ratio: Factor in (0, 1] on the largest magnitude: a float, or a tensor that broadcasts to [..., 1].
+
+    Returns:
+        fp32 [..., 1].
+    """
+    # The maximum of a half precision tensor is exact in its own dtype: no fp32 copy of x is needed for it.
+    amax = x.abs().amax(dim=-1, keepdim=True).float()
+    if clip_ratio is not None:
+        amax = amax * clip_ratio
+    return scale_from_amax(amax, num_bits=num_bits)
+
+
+def quantize(x: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
+    """Round to codes (eq. 1).
+
+    Args:
+        x: Any shape, any floating dtype.
+        scale: fp32, broadcasts to x.
+        num_bits: N, 2 to 8.
+
+    Returns:
+        int8 codes of the shape of x.
+    """
+    return torch.round(x.float() / scale).clamp_(-_qmax(num_bits) - 1, _qmax(num_bits)).to(torch.int8)
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """Turn codes back into values.
+
+    Args:
+        codes: int8, any shape.
+        scale: fp32, broadcasts to codes.
+
+    Returns:
+        fp32 of the shape of codes.
+    """
+    return codes.float() * scale
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
+    """Round a weight to codes.
+
+    Args:
+        weight: [O, I], any floating dtype.
+        scale: fp32 [1], [O] or [O, G].
+        num_bits: N, 2 to 8.
+
+    Returns:
+        int8 [O, I].
+    """
+    grouped, spread = _align(weight, scale)
+    return quantize(grouped, spread, num_bits=num_bits).reshape(weight.shape)
+
+
+def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:
+    """Turn the codes of a weight back into values.
+
+    Args:
+        codes: int8 [O, I].
+        scale: fp32 [1], [O] or [O, G].
+
+    Returns:
+        fp32 [O, I].
+    """
+    grouped, spread = _align(codes, scale)
+    return dequantize(grouped, spread).reshape(codes.shape)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes as if nothing had happened (straight-through estimator).
+
+    Args:
+        x: Any shape, any floating dtype.
+
+    Returns:
+        Same shape and dtype.
+    """
+    rounded: Tensor = _RoundSTE.apply(x)
+    return rounded
+
+
+def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
+    """Quantize and dequantize at once, trainable.
+
+    Gradients, with q = x / Δ: towards x, 1 within the range of the codes and 0 where the code is clamped; towards Δ,
+    round(q) - q within the range and the clamped code outside (Esser et al., "Learned Step Size Quantization", 2020).
+
+    Args:
+        x: Any shape, any floating dtype.
+        scale: fp32, broadcasts to x; may require a gradient.
+        num_bits: N, 2 to 8.
+
+    Returns:
+        Same shape and dtype as x; equal to `dequantize(quantize(x, scale), scale)` in that dtype.
+    """
+    codes = round_ste(x.float() / scale).clamp(-_qmax(num_bits) - 1, _qmax(num_bits))
+    return (codes * scale).to(x.dtype)
+
+
+def fake_quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
+    """Quantize and dequantize a weight at once, trainable; see `fake_quantize`.
+
+    Args:
+        weight: [O, I], any floating dtype.
+        scale: fp32 [1], [O] or [O, G]; may require a gradient.
+        num_bits: N, 2 to 8.
+
+    Returns:
+        [O, I], dtype of the weight.
+    """
+    grouped, spread = _align(weight, scale)
+    return fake_quantize(grouped, spread, num_bits=num_bits).reshape(weight.shape)
+
+
+class _RoundSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0]
+
+
+def _align(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Reshape so that the scale broadcasts: [O, I] with [O, 1] or [1, 1], or [O, G, I / G] with [O, G, 1]."""
+    if scale.ndim == 2:
+        assert weight.shape[1] % scale.shape[1] == 0, (weight.shape, scale.shape)
+        return weight.unflatten(1, (scale.shape[1], -1)), scale.unsqueeze(2)
+    return weight, scale.unsqueeze(1)
+
+
+def _qmax(num_bits: int) -> int:
+    return int(2 ** (num_bits - 1)) - 1

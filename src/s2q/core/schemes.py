@@ -1,0 +1,252 @@
+"""What a tensor is quantized to: number of bits and granularity. Frozen value objects, no tensors in here.
+
+Every quantizer of the project is symmetric and uniform (S²Q-VDiT, eq. 1): codes in [-2^(N-1), 2^(N-1) - 1], no zero
+point. Shapes: `O` out features, `I` in features, `G` groups.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from s2q.core.errors import InvalidInputError, unknown_name
+
+MIN_BITS = 2
+MAX_BITS = 8
+SCALE_BYTES = 4  # scales are stored in fp32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerTensor:
+    """One scale for the whole tensor: weight [O, I] -> scale [1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerChannel:
+    """One scale per output channel: weight [O, I] -> scale [O]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerGroup:
+    """One scale per `group_size` neighbouring input channels of an output channel: weight [O, I] -> scale [O, G].
+
+    Attributes:
+        group_size: Input channels that share a scale; in_features must be a multiple of it, G = I / group_size.
+    """
+
+    group_size: int
+
+    def __post_init__(self) -> None:
+        """Refuse anything but a positive whole number."""
+        if not _is_int(self.group_size) or self.group_size < 1:
+            raise InvalidInputError(f"PerGroup: group_size={self.group_size!r}; expected a whole number of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerToken:
+    """One scale per token: activation [..., I] -> scale [..., 1]."""
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerToken
+
+GRANULARITIES: dict[str, type[PerTensor] | type[PerChannel] | type[PerGroup] | type[PerToken]] = {
+    "per_tensor": PerTensor,
+    "per_channel": PerChannel,
+    "per_group": PerGroup,
+    "per_token": PerToken,
+}
+_GRANULARITY_NAMES = {kind: name for name, kind in GRANULARITIES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantScheme:
+    """How one tensor is quantized; always symmetric.
+
+    Attributes:
+        num_bits: Width of a code, 2 to 8.
+        granularity: Which values share a scale.
+        dynamic: Whether the scale is computed from the tensor at run time (activations) or stored (weights).
+
+    Raises:
+        InvalidInputError: If a field is out of range or of the wrong type.
+    """
+
+    num_bits: int
+    granularity: Granularity
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if not _is_int(self.num_bits) or not MIN_BITS <= self.num_bits <= MAX_BITS:
+            raise InvalidInputError(
+                f"num_bits={self.num_bits!r}; expected a whole number from {MIN_BITS} to {MAX_BITS}"
+            )
+        if type(self.granularity) not in _GRANULARITY_NAMES:
+            raise InvalidInputError(
+                f"granularity={self.granularity!r}; expected an instance of PerTensor, PerChannel, PerGroup or PerToken"
+            )
+        if not isinstance(self.dynamic, bool):
+            raise InvalidInputError(f"dynamic={self.dynamic!r}; expected true or false")
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code, -2^(N-1)."""
+        return -(1 << (self.num_bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """The largest code, 2^(N-1) - 1."""
+        return (1 << (self.num_bits - 1)) - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dict for JSON; `group_size` is there only for PerGroup."""
+        fields: dict[str, Any] = {"num_bits": self.num_bits, "granularity": _GRANULARITY_NAMES[type(self.granularity)]}
+        if isinstance(self.granularity, PerGroup):
+            fields["group_size"] = self.granularity.group_size
+        fields["dynamic"] = self.dynamic
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "QuantScheme":
+        """Read what `to_dict` wrote.
+
+        Args:
+            fields: The dict; unknown and missing keys are refused.
+
+        Returns:
+            The scheme.
+
+        Raises:
+            InvalidInputError: If a key is unknown or missing, or a value is not allowed.
+        """
+        _check_keys("scheme", fields, required=("num_bits", "granularity"), optional=("group_size", "dynamic"))
+        name = fields["granularity"]
+        if not isinstance(name, str) or name not in GRANULARITIES:
+            raise unknown_name("granularity", str(name), GRANULARITIES)
+        granularity: Granularity
+        if name == "per_group":
+            if "group_size" not in fields:
+                raise InvalidInputError(
+                    "scheme: granularity per_group without group_size; add group_size, 64 for example"
+                )
+            granularity = PerGroup(group_size=fields["group_size"])
+        else:
+            if fields.get("group_size") is not None:
+                raise InvalidInputError(f"scheme: group_size given with granularity {name}; remove it or use per_group")
+            granularity = {"per_tensor": PerTensor, "per_channel": PerChannel, "per_token": PerToken}[name]()
+        return cls(num_bits=fields["num_bits"], granularity=granularity, dynamic=fields.get("dynamic", False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScheme:
+    """How one linear is quantized.
+
+    Attributes:
+        weight: Static, per channel or per group.
+        activation: Dynamic, per token; None leaves the input as it is (weight-only).
+
+    Raises:
+        InvalidInputError: If either side is of another kind.
+    """
+
+    weight: QuantScheme
+    activation: QuantScheme | None
+
+    def __post_init__(self) -> None:
+        """Check that the linears of the project can carry this scheme out."""
+        if self.weight.dynamic or not isinstance(self.weight.granularity, PerChannel | PerGroup):
+            raise InvalidInputError(f"weight scheme {self.weight}; expected static, PerChannel or PerGroup")
+        activation = self.activation
+        if activation is not None and not (activation.dynamic and isinstance(activation.granularity, PerToken)):
+            raise InvalidInputError(f"activation scheme {activation}; expected dynamic, PerToken, or None")
+
+    @property
+    def name(self) -> str:
+        """Short name: "w4a6", "w4a16" for weight-only, "w4g64a6" with groups of 64."""
+        group = f"g{self.weight.granularity.group_size}" if isinstance(self.weight.granularity, PerGroup) else ""
+        return f"w{self.weight.num_bits}{group}a{16 if self.activation is None else self.activation.num_bits}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dict for JSON; `activation` is None for weight-only."""
+        return {
+            "weight": self.weight.to_dict(),
+            "activation": None if self.activation is None else self.activation.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LinearScheme":
+        """Read what `to_dict` wrote.
+
+        Args:
+            fields: The dict; unknown and missing keys are refused.
+
+        Returns:
+            The scheme.
+
+        Raises:
+            InvalidInputError: If a key is unknown or missing, or a value is not allowed.
+        """
+        _check_keys("linear scheme", fields, required=("weight", "activation"))
+        activation = fields["activation"]
+        return cls(
+            weight=QuantScheme.from_dict(fields["weight"]),
+            activation=None if activation is None else QuantScheme.from_dict(activation),
+        )
+
+
+def num_groups(scheme: QuantScheme, in_features: int) -> int:
+    """Return how many scales an output channel has: I / group_size for PerGroup, else 1.
+
+    Args:
+        scheme: Scheme of a weight.
+        in_features: I.
+
+    Returns:
+        G.
+
+    Raises:
+        InvalidInputError: If in_features is not a multiple of group_size; names the group sizes that would do.
+    """
+    if not isinstance(scheme.granularity, PerGroup):
+        return 1
+    group_size = scheme.granularity.group_size
+    if in_features % group_size:
+        fits = [size for size in (256, 128, 64, 32, 16, 8) if in_features % size == 0][:3]
+        remedy = f"use {', '.join(map(str, sorted(fits)))}" if fits else "use per_channel"
+        raise InvalidInputError(f"in_features={in_features} is not divisible by group_size={group_size}; {remedy}")
+    return in_features // group_size
+
+
+def weight_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> int:
+    """Return the exact bytes of a packed weight with its fp32 scales, as stored (bias not counted).
+
+    Codes of up to 4 bits are stored two a byte, wider ones one a byte; a row starts on a byte.
+
+    Args:
+        scheme: Scheme of the weight.
+        out_features: O.
+        in_features: I.
+
+    Returns:
+        Bytes. Example: 4 bits per channel, O = 2, I = 5: 2·3 packed + 2·4 of scales = 14.
+
+    Raises:
+        InvalidInputError: If in_features is not a multiple of the group size.
+    """
+    row = (in_features + 1) // 2 if scheme.num_bits <= 4 else in_features
+    scales = 1 if isinstance(scheme.granularity, PerTensor) else out_features * num_groups(scheme, in_features)
+    return out_features * row + scales * SCALE_BYTES
+
+
+def _check_keys(what: str, fields: object, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    if not isinstance(fields, Mapping):
+        raise InvalidInputError(f"{what}: got {type(fields).__name__}; expected a mapping with {', '.join(required)}")
+    for key in fields:
+        if key not in (*required, *optional):
+            raise unknown_name(f"key in {what}", str(key), (*required, *optional))
+    missing = [key for key in required if key not in fields]
+    if missing:
+        raise InvalidInputError(f"{what}: missing {', '.join(missing)}; expected {', '.join(required)}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
