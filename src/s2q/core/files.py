@@ -1,7 +1,7 @@
 """Writing files and folders so that a reader sees the old content or the new, never half of it.
 
-A file: temporary file beside it, fsync, rename, fsync of the folder. A folder: everything under a hidden name beside the
-target, fsync of every file, one rename at the end. A failure or an interruption removes the temporary.
+A file: temporary file beside it, fsync, rename, fsync of the folder. A folder: everything under a hidden name beside
+the target, fsync of every file, one rename at the end. A failure or an interruption removes the temporary.
 """
 
 import contextlib
@@ -108,8 +108,8 @@ def check_output(out: str | Path, *, overwrite: bool, markers: Sequence[str] = (
     Args:
         out: The folder that a command will write.
         overwrite: Whether an existing one may be replaced.
-        markers: Relative paths, one of which an existing non-empty folder must hold to be replaced: guards a user's folder of
-            something else against `--overwrite`. Empty: any folder may be replaced.
+        markers: Relative paths, one of which an existing non-empty folder must hold to be replaced: guards a user's
+            folder of something else against `--overwrite`. Empty: any folder may be replaced.
 
     Raises:
         InvalidInputError: If `out` exists and may not be replaced, or the folder that is to hold it cannot be written.
@@ -140,8 +140,8 @@ def check_output(out: str | Path, *, overwrite: bool, markers: Sequence[str] = (
 def staged_directory(out: str | Path, *, overwrite: bool, markers: Sequence[str] = ()) -> Iterator[Path]:
     """Give a temporary folder beside `out` that becomes `out` when the block ends without an exception.
 
-    With `overwrite`, the old folder is moved aside and deleted only after the new one is in its place; if that fails, it
-    is put back. Files end with mode 0644, folders with 0755.
+    With `overwrite`, the old folder is moved aside and deleted only after the new one is in its place; if that fails,
+    it is put back. Files end with mode 0644, folders with 0755.
 
     Args:
         out: The folder to write; missing parents are created.
@@ -220,6 +220,5 @@ def _absolute(path: str | Path) -> Path:
 def _explain(error: OSError, path: Path) -> InvalidInputError | ResourceError:
     if error.errno in _DISK_FULL:
         return ResourceError(f"{path}: the disk is full; free some space or choose another place")
-    return InvalidInputError(
-        f"{path} cannot be written: {error.strerror or error}; check the folder and its permissions"
-    )
+    reason = error.strerror or str(error)
+    return InvalidInputError(f"{path} cannot be written: {reason}; check the folder and its permissions")

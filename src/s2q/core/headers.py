@@ -1,7 +1,7 @@
 """Read the header of a safetensors file: names, dtypes, shapes and bytes of its tensors, without reading the tensors.
 
-A file is: 8 bytes of header length (little endian), the header (JSON), the payload. Its size is checked against the header,
-so that a truncated file is found without reading it. Source: the safetensors format description.
+A file is: 8 bytes of header length (little endian), the header (JSON), the payload. Its size is checked against the
+header, so that a truncated file is found without reading it. Source: the safetensors format description.
 """
 
 import json

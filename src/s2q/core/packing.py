@@ -1,7 +1,8 @@
 """The layout of packed codes, on disk and in memory.
 
 Up to 4 bits: two codes a byte, offset binary (code + 8), the even input channel in the low nibble; an odd number of
-input channels is padded with one code 0 (nibble 8). A row starts on a byte. 5 to 8 bits: one code a byte, two's complement.
+input channels is padded with one code 0 (nibble 8). A row starts on a byte. 5 to 8 bits: one code a byte, two's
+complement.
 
 Example: codes [-8, 7, 3] -> nibbles [0, 15, 11, 8] -> bytes [0xF0, 0x8B].
 
@@ -60,8 +61,8 @@ def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:
         return codes.contiguous().view(torch.uint8)
     nibbles = codes.new_full((codes.shape[0], 2 * width), _NIBBLE_ZERO)
     nibbles[:, : codes.shape[1]] += codes
-    low_nibbles, high_nibbles = nibbles.view(torch.uint8).unflatten(1, (width, 2)).unbind(2)
-    return low_nibbles | (high_nibbles << 4)
+    unsigned = nibbles.view(torch.uint8)
+    return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
 
 
 def unpack_codes(packed: Tensor, *, num_bits: int, in_features: int) -> Tensor:
@@ -73,7 +74,7 @@ def unpack_codes(packed: Tensor, *, num_bits: int, in_features: int) -> Tensor:
         in_features: I.
 
     Returns:
-        int8 [O, I]. Up to 4 bits and odd I it is a view with row stride I + 1; above 4 bits it shares memory with packed.
+        int8 [O, I]. Up to 4 bits and odd I: a view with row stride I + 1. Above 4 bits: shares memory with packed.
 
     Raises:
         InvalidInputError: If packed is not a uint8 matrix of the width that I codes of N bits take.

@@ -5,7 +5,7 @@
 Rounding is half to even. All of it is computed in fp32 whatever the input's dtype, and everything that takes floating
 point input is differentiable (straight-through for the rounding), towards the clip ratio as well.
 
-Example, N = 4: x = [1.4, -0.7, 0.2] has max 1.4, so Δ = 0.2 and the codes are [7, -4, 1] (-0.7 / 0.2 = -3.5 goes to even).
+Example, N = 4: x = [1.4, -0.7, 0.2] has max 1.4, so Δ = 0.2 and the codes are [7, -4, 1] (-3.5 goes to the even -4).
 
 Shapes: `O` out features, `I` in features, `G` groups. A weight's scale is [O] (per channel), [O, G] (per group) or [1]
 (per tensor); the functions on weights tell them apart by their shape.
@@ -72,7 +72,7 @@ def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio =
         case PerChannel():
             amax = magnitude.amax(dim=1)
         case PerGroup():
-            amax = magnitude.unflatten(1, (num_groups(scheme, weight.shape[1]), -1)).amax(dim=2)
+            amax = _grouped(magnitude, num_groups(scheme, weight.shape[1])).amax(dim=2)
         case _:
             raise InvalidInputError(f"weight scheme {scheme}; expected PerTensor, PerChannel or PerGroup")
     if clip_ratio is not None:
@@ -163,7 +163,7 @@ def round_ste(x: Tensor) -> Tensor:
     Returns:
         Same shape and dtype.
     """
-    rounded: Tensor = _RoundSTE.apply(x)
+    rounded: Tensor = _RoundSTE.apply(x)  # type: ignore[no-untyped-call]
     return rounded
 
 
@@ -214,8 +214,12 @@ def _align(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Reshape so that the scale broadcasts: [O, I] with [O, 1] or [1, 1], or [O, G, I / G] with [O, G, 1]."""
     if scale.ndim == 2:
         assert weight.shape[1] % scale.shape[1] == 0, (weight.shape, scale.shape)
-        return weight.unflatten(1, (scale.shape[1], -1)), scale.unsqueeze(2)
+        return _grouped(weight, scale.shape[1]), scale.unsqueeze(2)
     return weight, scale.unsqueeze(1)
+
+
+def _grouped(weight: Tensor, groups: int) -> Tensor:
+    return weight.reshape(weight.shape[0], groups, weight.shape[1] // groups)
 
 
 def _qmax(num_bits: int) -> int:

@@ -48,13 +48,13 @@ class PerToken:
 
 Granularity = PerTensor | PerChannel | PerGroup | PerToken
 
-GRANULARITIES: dict[str, type[PerTensor] | type[PerChannel] | type[PerGroup] | type[PerToken]] = {
-    "per_tensor": PerTensor,
-    "per_channel": PerChannel,
-    "per_group": PerGroup,
-    "per_token": PerToken,
+_UNGROUPED: dict[str, PerTensor | PerChannel | PerToken] = {
+    "per_tensor": PerTensor(),
+    "per_channel": PerChannel(),
+    "per_token": PerToken(),
 }
-_GRANULARITY_NAMES = {kind: name for name, kind in GRANULARITIES.items()}
+GRANULARITIES = (*_UNGROUPED, "per_group")
+_GRANULARITY_NAMES: dict[type, str] = {type(kind): name for name, kind in _UNGROUPED.items()} | {PerGroup: "per_group"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,7 @@ class QuantScheme:
     def __post_init__(self) -> None:
         """Check every field."""
         if not _is_int(self.num_bits) or not MIN_BITS <= self.num_bits <= MAX_BITS:
-            raise InvalidInputError(
-                f"num_bits={self.num_bits!r}; expected a whole number from {MIN_BITS} to {MAX_BITS}"
-            )
+            raise InvalidInputError(f"num_bits={self.num_bits!r}; expected a whole number, {MIN_BITS} to {MAX_BITS}")
         if type(self.granularity) not in _GRANULARITY_NAMES:
             raise InvalidInputError(
                 f"granularity={self.granularity!r}; expected an instance of PerTensor, PerChannel, PerGroup or PerToken"
@@ -125,14 +123,12 @@ class QuantScheme:
         granularity: Granularity
         if name == "per_group":
             if "group_size" not in fields:
-                raise InvalidInputError(
-                    "scheme: granularity per_group without group_size; add group_size, 64 for example"
-                )
+                raise InvalidInputError("scheme: granularity per_group without group_size; add it, 64 for example")
             granularity = PerGroup(group_size=fields["group_size"])
         else:
             if fields.get("group_size") is not None:
                 raise InvalidInputError(f"scheme: group_size given with granularity {name}; remove it or use per_group")
-            granularity = {"per_tensor": PerTensor, "per_channel": PerChannel, "per_token": PerToken}[name]()
+            granularity = _UNGROUPED[name]
         return cls(num_bits=fields["num_bits"], granularity=granularity, dynamic=fields.get("dynamic", False))
 
 
