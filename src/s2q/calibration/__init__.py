@@ -1,0 +1,31 @@
+"""Calibration: what the full-precision model sees while it generates.
+
+`settings` says how a video is generated and checks it against the pipeline, `denoising` runs the pipeline so that a
+video depends on its prompt and seed alone, `trajectory` records the transformer's inputs and outputs on the way.
+"""
+
+from s2q.calibration.denoising import Denoised, denoise, initial_noise
+from s2q.calibration.settings import (
+    GenerationSettings,
+    check_prompts,
+    check_seeds,
+    prompt_token_limit,
+    resolve_settings,
+    video_tokens,
+)
+from s2q.calibration.trajectory import Trajectory, TransformerCall, record_trajectory
+
+__all__ = [
+    "Denoised",
+    "GenerationSettings",
+    "Trajectory",
+    "TransformerCall",
+    "check_prompts",
+    "check_seeds",
+    "denoise",
+    "initial_noise",
+    "prompt_token_limit",
+    "record_trajectory",
+    "resolve_settings",
+    "video_tokens",
+]

@@ -1,0 +1,120 @@
+"""Running a pipeline so that a video depends on its prompt and its seed, and not on its neighbours in the batch.
+
+Each video has a `torch.Generator` of its own, seeded with the video's seed. Its first draw is the initial noise, always
+in float32 on the CPU and cast afterwards: the same noise in every compute dtype and on every device. A float32 pipeline
+called by hand with `generator=torch.Generator().manual_seed(seed)` starts from the same noise.
+
+Legend: `B` videos in the batch, `f` latent frames, `C` latent channels, `h`, `w` latent height and width, `F` frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from s2q.calibration.settings import GenerationSettings, prompt_token_limit
+from s2q.core.errors import S2QError
+
+StepDone = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoised:
+    """The result of one batch.
+
+    Attributes:
+        latents: Final latents, `[B, f, C, h, w]`, float32, on the CPU, in the transformer's units.
+        frames: Decoded video, `[B, F, H, W, 3]`, uint8, on the CPU; None when decoding was not asked for.
+    """
+
+    latents: torch.Tensor
+    frames: torch.Tensor | None
+
+
+def initial_noise(pipe: Any, seed: int, settings: GenerationSettings) -> tuple[torch.Tensor, torch.Generator]:
+    """Draw the initial noise of one video.
+
+    Args:
+        pipe: A diffusers text-to-video pipeline.
+        seed: The video's seed.
+        settings: The generation settings.
+
+    Returns:
+        Noise `[1, f, C, h, w]`, float32, standard normal, on the CPU; and the generator it came from, for the
+        draws of a stochastic scheduler.
+    """
+    temporal, spatial = int(pipe.vae_scale_factor_temporal), int(pipe.vae_scale_factor_spatial)
+    frames = (settings.num_frames - 1) // temporal + 1
+    patch_t = getattr(pipe.transformer.config, "patch_size_t", None) or 1
+    frames += -frames % patch_t
+    channels = int(pipe.transformer.config.in_channels)
+    shape = (1, frames, channels, settings.height // spatial, settings.width // spatial)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32), generator
+
+
+def denoise(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    settings: GenerationSettings,
+    decode: bool = True,
+    step_done: StepDone | None = None,
+) -> Denoised:
+    """Generate one batch of videos.
+
+    Args:
+        pipe: A diffusers text-to-video pipeline.
+        prompts: One prompt a video.
+        seeds: One seed a video.
+        settings: Checked generation settings.
+        decode: Whether to decode the latents to frames.
+        step_done: Called after each denoising step of the batch.
+
+    Returns:
+        Latents and frames in the order of `prompts`.
+
+    Raises:
+        S2QError: The model produced NaN or infinite latents.
+    """
+    assert len(prompts) == len(seeds)
+    drawn = [initial_noise(pipe, seed, settings) for seed in seeds]
+    noise = torch.cat([noise for noise, _ in drawn]).to(pipe.text_encoder.dtype)
+    last: dict[str, torch.Tensor] = {}
+
+    def after_step(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        last["latents"] = tensors["latents"]
+        if step_done is not None:
+            step_done()
+        return {}
+
+    quiet = dict(getattr(pipe, "_progress_bar_config", {}) or {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        output = pipe(
+            prompt=list(prompts),
+            latents=noise,
+            generator=[generator for _, generator in drawn],
+            max_sequence_length=prompt_token_limit(pipe),
+            callback_on_step_end=after_step,
+            output_type="pt" if decode else "latent",
+            **settings.to_dict(),
+        )
+    finally:
+        pipe.set_progress_bar_config(**quiet)
+    latents = last["latents"].float().cpu()
+    for prompt, seed, video in zip(prompts, seeds, latents, strict=True):
+        if not torch.isfinite(video).all():
+            raise S2QError(f"the model produced NaN or infinite latents for prompt {prompt!r}, seed {seed}")
+    frames = _to_uint8(output.frames) if decode else None
+    return Denoised(latents=latents, frames=frames)
+
+
+def _to_uint8(frames: torch.Tensor) -> torch.Tensor:
+    """Turn frames `[B, F, 3, H, W]` in 0..1 into `[B, F, H, W, 3]` uint8 on the CPU."""
+    scaled = (frames.float().cpu() * 255).round().clamp(0, 255)
+    return scaled.to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()

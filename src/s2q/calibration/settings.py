@@ -1,0 +1,213 @@
+"""How a video is generated: sizes, steps and guidance, checked against the pipeline before any compute.
+
+Legend: `k` temporal factor of the VAE, `s` spatial factor of the VAE, `p` patch size of the transformer, `f` latent
+frames. A video of `num_frames` frames has `f = (num_frames - 1) / k + 1` latent frames. A CogVideoX VAE decodes its
+latent frames in groups of two, and a group that is not the first one grows by `k` per latent frame, so that only an odd
+`f` (or `num_frames = 1`) comes back with the frames that were asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from s2q.core.errors import InvalidInputError, unknown_name
+
+_FALLBACK_STEPS = 50
+_FALLBACK_GUIDANCE = 6.0
+_MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """What a generated video depends on besides model, prompt and seed.
+
+    Attributes:
+        num_frames: Frames of the video.
+        height: Height of a frame in pixels.
+        width: Width of a frame in pixels.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Weight of classifier-free guidance; at most 1 means one branch, without guidance.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a JSON-ready dict."""
+        return asdict(self)
+
+
+def resolve_settings(
+    pipe: Any,
+    *,
+    requested: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> GenerationSettings:
+    """Fill in and check the generation settings for a pipeline.
+
+    A value comes from `requested`, else from `defaults` (what the model's makers recommend), else from the
+    configuration of the transformer (sizes) or from CogVideoX's own defaults (50 steps, guidance 6). `None` counts as
+    absent.
+
+    Args:
+        pipe: A diffusers text-to-video pipeline.
+        requested: Values that the user asked for, by field name of `GenerationSettings`.
+        defaults: Values recommended for the model, by the same names.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        InvalidInputError: A name is unknown, or a value does not fit the VAE, the transformer or the scheduler.
+    """
+    names = tuple(GenerationSettings.__dataclass_fields__)
+    values = _size_defaults(pipe) | {"num_inference_steps": _FALLBACK_STEPS, "guidance_scale": _FALLBACK_GUIDANCE}
+    for source in (defaults or {}, requested or {}):
+        for name, value in source.items():
+            if name not in names:
+                raise unknown_name("generation setting", name, names)
+            if value is not None:
+                values[name] = value
+    settings = GenerationSettings(
+        num_frames=_whole("num_frames", values["num_frames"]),
+        height=_whole("height", values["height"]),
+        width=_whole("width", values["width"]),
+        num_inference_steps=_whole("num_inference_steps", values["num_inference_steps"]),
+        guidance_scale=_finite("guidance_scale", values["guidance_scale"]),
+    )
+    _check_steps(pipe, settings.num_inference_steps)
+    _check_frames(pipe, settings.num_frames)
+    _check_frame_size(pipe, settings)
+    return settings
+
+
+def prompt_token_limit(pipe: Any) -> int:
+    """Return the number of text tokens that the pipeline's transformer takes, end token included."""
+    return int(getattr(pipe.transformer.config, "max_text_seq_length", None) or 226)
+
+
+def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
+    """Check that the pipeline can take every prompt whole.
+
+    Args:
+        pipe: A diffusers text-to-video pipeline with a tokenizer.
+        prompts: The prompts; at least one.
+
+    Raises:
+        InvalidInputError: There is no prompt, or one is empty or longer than the transformer's text sequence.
+    """
+    if isinstance(prompts, str):
+        raise InvalidInputError("prompts: got one string; pass a list of prompts")
+    if not prompts:
+        raise InvalidInputError("prompts: got none; pass at least one prompt")
+    limit = prompt_token_limit(pipe)
+    for index, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InvalidInputError(f"prompt {index} of {len(prompts)} is empty; write what the video shows")
+        count = len(pipe.tokenizer(prompt, truncation=False).input_ids)
+        if count > limit:
+            shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+            raise InvalidInputError(
+                f"prompt {index} of {len(prompts)} has {count} tokens, the transformer takes {limit}; "
+                f"shorten it: {shown!r}"
+            )
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Check that there is at least one seed and that each is a non-negative whole number below 2**63.
+
+    Raises:
+        InvalidInputError: A seed is missing, out of range or repeated.
+    """
+    if not seeds:
+        raise InvalidInputError("seeds: got none; pass at least one seed")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MAX_SEED:
+            raise InvalidInputError(f"seed: got {seed!r}; expected a whole number from 0 to {_MAX_SEED}")
+    if len(set(seeds)) != len(seeds):
+        raise InvalidInputError(f"seeds: got {list(seeds)}; each seed may appear once")
+
+
+def video_tokens(pipe: Any, settings: GenerationSettings) -> int:
+    """Return the number of video tokens that the transformer sees for one video."""
+    temporal, step = _temporal_factor(pipe), _size_step(pipe)
+    frames = (settings.num_frames - 1) // temporal + 1
+    patch_t = getattr(pipe.transformer.config, "patch_size_t", None) or 1
+    return math.ceil(frames / patch_t) * (settings.height // step) * (settings.width // step)
+
+
+def _size_defaults(pipe: Any) -> dict[str, Any]:
+    config = pipe.transformer.config
+    spatial = int(pipe.vae_scale_factor_spatial)
+    return {
+        "num_frames": config.sample_frames,
+        "height": config.sample_height * spatial,
+        "width": config.sample_width * spatial,
+    }
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or int(value) != value:
+        raise InvalidInputError(f"{name}: got {value!r}; expected a whole number")
+    if value < 1:
+        raise InvalidInputError(f"{name}: got {value}; expected at least 1")
+    return int(value)
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise InvalidInputError(f"{name}: got {value!r}; expected a finite number, at least 0")
+    return float(value)
+
+
+def _check_steps(pipe: Any, steps: int) -> None:
+    limit = int(pipe.scheduler.config.num_train_timesteps)
+    if steps > limit:
+        raise InvalidInputError(f"num_inference_steps: got {steps}; the scheduler has {limit} timesteps, ask for fewer")
+
+
+def _temporal_factor(pipe: Any) -> int:
+    return int(pipe.vae_scale_factor_temporal)
+
+
+def _size_step(pipe: Any) -> int:
+    return int(pipe.vae_scale_factor_spatial) * int(pipe.transformer.config.patch_size)
+
+
+def _check_frames(pipe: Any, num_frames: int) -> None:
+    config = pipe.transformer.config
+    if getattr(config, "use_learned_positional_embeddings", False) and num_frames != config.sample_frames:
+        raise InvalidInputError(
+            f"num_frames: got {num_frames}; the transformer has learned positions for {config.sample_frames} only"
+        )
+    stride = _temporal_factor(pipe) * int(getattr(pipe.vae, "num_latent_frames_batch_size", 1))
+    if (num_frames - 1) % stride:
+        lower = (num_frames - 1) // stride * stride + 1
+        raise InvalidInputError(
+            f"num_frames: got {num_frames}; this VAE decodes {stride} n + 1 frames: use {lower} or {lower + stride}"
+        )
+
+
+def _check_frame_size(pipe: Any, settings: GenerationSettings) -> None:
+    config = pipe.transformer.config
+    spatial, step = int(pipe.vae_scale_factor_spatial), _size_step(pipe)
+    step = math.lcm(step, 8)  # the pipeline itself refuses sizes that 8 does not divide
+    for name, value in (("height", settings.height), ("width", settings.width)):
+        learned = getattr(config, "use_learned_positional_embeddings", False)
+        trained = getattr(config, f"sample_{name}") * spatial
+        if learned and value != trained:
+            raise InvalidInputError(
+                f"{name}: got {value}; the transformer has learned positions for {trained} pixels only"
+            )
+        if value % step:
+            lower = value // step * step
+            nearest = f"{lower} or {lower + step}" if lower else f"{step}"
+            raise InvalidInputError(
+                f"{name}: got {value}; VAE and transformer take multiples of {step} pixels: use {nearest}"
+            )

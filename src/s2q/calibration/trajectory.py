@@ -1,0 +1,163 @@
+"""Trajectories: every call of the full-precision transformer while a pipeline generates, with inputs and output.
+
+A trajectory is what calibration samples from (S²Q-VDiT, section 3.2: every denoising step of a few prompts) and what
+the velocity error is measured on: a student called on exactly these inputs sees neither its own earlier errors nor the
+guidance that would amplify them.
+
+Guidance runs both branches in one call, `[unconditional videos; conditional videos]` along the batch, so a call has
+`R = branches · B` rows, and video `b` owns the rows `b, B + b, …`.
+
+Legend: `B` videos, `R` rows of a call, `f` latent frames, `C` latent channels, `h`, `w` latent height and width, `N_t`
+text tokens, `E` text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from s2q.calibration.denoising import Denoised, StepDone, denoise
+from s2q.calibration.settings import GenerationSettings, check_prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerCall:
+    """One call of the transformer.
+
+    Attributes:
+        timestep: The scheduler's timestep, 0 (clean) to 999 (noise).
+        inputs: The keyword arguments of the call, tensors on the CPU: `hidden_states [R, f, C, h, w]`,
+            `encoder_hidden_states [R, N_t, E]`, `timestep [R]`, and for rotary models `image_rotary_emb`.
+        output: The transformer's prediction, `[R, f, C, h, w]`, compute dtype, on the CPU.
+    """
+
+    timestep: float
+    inputs: Mapping[str, Any]
+    output: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that belong to this call alone (text embeddings are shared between calls)."""
+        latents = self.inputs["hidden_states"]
+        return latents.nbytes + self.output.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """What the transformer saw and answered while a batch of videos was generated.
+
+    Attributes:
+        prompts: One prompt a video.
+        seeds: One seed a video.
+        settings: The generation settings.
+        calls: One call a denoising step, in order, from noise to video.
+        latents: Final latents `[B, f, C, h, w]`, float32, on the CPU.
+        frames: Decoded videos `[B, F, H, W, 3]`, uint8; None when they were not decoded.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    settings: GenerationSettings
+    calls: tuple[TransformerCall, ...]
+    latents: torch.Tensor
+    frames: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by the recorded latents and predictions."""
+        return sum(call.num_bytes for call in self.calls)
+
+    def branches(self, call: TransformerCall) -> int:
+        """Return how many guidance branches the call runs: 2 with classifier-free guidance, else 1."""
+        rows, videos = call.output.shape[0], len(self.prompts)
+        assert rows % videos == 0, (rows, videos)
+        return rows // videos
+
+    def rows_of(self, call: TransformerCall, video: int) -> list[int]:
+        """Return the rows of a call that belong to one video, unconditional branch first."""
+        return [branch * len(self.prompts) + video for branch in range(self.branches(call))]
+
+
+def record_trajectory(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    settings: GenerationSettings,
+    decode: bool = False,
+    step_done: StepDone | None = None,
+) -> Trajectory:
+    """Generate one batch and record every call of the transformer.
+
+    Args:
+        pipe: A diffusers text-to-video pipeline, full precision.
+        prompts: One prompt a video.
+        seeds: One seed a video.
+        settings: Checked generation settings.
+        decode: Whether to decode the videos too.
+        step_done: Called after each denoising step of the batch.
+
+    Returns:
+        The trajectory; its tensors are on the CPU. The text embeddings and rotary tables are stored once for all calls.
+
+    Raises:
+        InvalidInputError: A prompt is empty or too long.
+        S2QError: The model produced NaN or infinite latents.
+    """
+    check_prompts(pipe, prompts)
+    with recorded_calls(pipe.transformer) as calls:
+        result: Denoised = denoise(pipe, prompts, seeds=seeds, settings=settings, decode=decode, step_done=step_done)
+    return Trajectory(
+        prompts=tuple(prompts),
+        seeds=tuple(seeds),
+        settings=settings,
+        calls=tuple(calls),
+        latents=result.latents,
+        frames=result.frames,
+    )
+
+
+@contextmanager
+def recorded_calls(transformer: torch.nn.Module) -> Iterator[list[TransformerCall]]:
+    """Record every call of a transformer made inside the context.
+
+    Args:
+        transformer: The module to listen to; calls must pass their tensors by keyword, as diffusers pipelines do.
+
+    Yields:
+        The list that fills with one `TransformerCall` a call.
+    """
+    calls: list[TransformerCall] = []
+    shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def remember(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        assert not args, "the pipeline passed a positional argument to its transformer"
+        inputs = {
+            name: _to_cpu(value, shared if name != "hidden_states" else {})
+            for name, value in kwargs.items()
+            if name not in ("return_dict", "attention_kwargs") and value is not None
+        }
+        prediction = output[0] if isinstance(output, tuple) else output.sample
+        timestep = float(kwargs["timestep"].flatten()[0])
+        calls.append(TransformerCall(timestep=timestep, inputs=inputs, output=prediction.detach().cpu().clone()))
+
+    handle = transformer.register_forward_hook(remember, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _to_cpu(value: Any, shared: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """Copy tensors to the CPU; a tensor object that was copied before is not copied again."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_to_cpu(item, shared) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    if id(value) not in shared:
+        shared[id(value)] = (value, value.detach().cpu().clone())  # the original is held so that its id stays taken
+    return shared[id(value)][1]

@@ -1,0 +1,25 @@
+"""Evaluation: generating videos, measuring them against full precision, and saying how sure the figures are."""
+
+from s2q.evaluation.evaluate import METRICS, EvaluationOptions, default_prompts, evaluate, selected_metrics
+from s2q.evaluation.generate import Progress, Video, generate
+from s2q.evaluation.loading import embedded_source, generation_defaults, load, model_label
+from s2q.evaluation.prompts import read_prompts
+from s2q.evaluation.statistics import Estimate, clustered_mean
+
+__all__ = [
+    "METRICS",
+    "Estimate",
+    "EvaluationOptions",
+    "Progress",
+    "Video",
+    "clustered_mean",
+    "default_prompts",
+    "embedded_source",
+    "evaluate",
+    "generate",
+    "generation_defaults",
+    "load",
+    "model_label",
+    "read_prompts",
+    "selected_metrics",
+]

@@ -1,0 +1,60 @@
+"""Prompt adherence of a generated scene, by the analytic detector: is what the caption names what the video shows?
+
+Only captions of the scene grammar say exactly what the detector can see, so a prompt that the grammar cannot parse has
+no adherence, instead of a guessed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+from s2q.shapes.detector import detect
+from s2q.shapes.scenes import parse_caption
+
+FIELDS: Mapping[str, str] = MappingProxyType(
+    {"shape": "shape", "colour": "colour", "direction": "motion", "background": "background"}
+)
+"""Metric suffix to field of the scene labels."""
+
+DEFINITIONS: Mapping[str, str] = MappingProxyType(
+    {
+        f"adherence_{name}": (
+            f"share of videos whose {name} the analytic detector finds to be the caption's; captions of the scene "
+            "grammar only"
+        )
+        for name in FIELDS
+    }
+    | {
+        "adherence_all": (
+            "share of videos whose shape, colour, direction and background the analytic detector all finds to be the "
+            "caption's; captions of the scene grammar only"
+        )
+    }
+)
+
+
+def adherence(prompt: str, frames: torch.Tensor) -> dict[str, float | None]:
+    """Compare what a video shows with what its caption says.
+
+    Args:
+        prompt: The caption.
+        frames: The video `[F, H, W, 3]`, uint8.
+
+    Returns:
+        `adherence_shape`, `adherence_colour`, `adherence_direction`, `adherence_background` and `adherence_all`:
+        1.0 for a match, 0.0 for a miss, None where the caption is not of the scene grammar or does not say.
+    """
+    wanted = parse_caption(prompt)
+    if wanted is None:
+        return dict.fromkeys(DEFINITIONS)
+    found = detect(frames)
+    scores: dict[str, float | None] = {}
+    for name, field in FIELDS.items():
+        said = getattr(wanted, field)
+        scores[f"adherence_{name}"] = None if said is None else float(getattr(found, field) == said)
+    stated = [score for score in scores.values() if score is not None]
+    scores["adherence_all"] = float(all(stated)) if len(stated) == len(FIELDS) else None
+    return scores

@@ -1,0 +1,262 @@
+"""Judging a model against its full-precision reference: the same prompts, the same noise, video by video.
+
+The reference generates first and its transformer's calls are recorded; it is then released, and the student generates
+and answers the recorded calls. Only one of the two models has to fit at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2q.calibration.denoising import denoise
+from s2q.calibration.settings import GenerationSettings, check_prompts, check_seeds
+from s2q.calibration.trajectory import Trajectory, record_trajectory
+from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.evaluation import adherence, metrics, velocity
+from s2q.evaluation.generate import Progress, Video, batch_size_for, batched, settings_for, step_counter
+from s2q.evaluation.loading import embedded_source, generation_defaults, load, model_label
+from s2q.evaluation.prompts import check_distinct
+from s2q.evaluation.summary import summarise
+
+VELOCITY = "velocity_relative_error"
+METRICS: tuple[str, ...] = (
+    *metrics.LATENT_METRICS,
+    *metrics.FRAME_METRICS,
+    *adherence.DEFINITIONS,
+    VELOCITY,
+)
+_TRAJECTORY_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How to evaluate.
+
+    Attributes:
+        metrics: Names out of `METRICS`; empty means all.
+        settings: Generation settings that differ from the model's own, by field name of `GenerationSettings`.
+        batch_size: Videos per batch; None chooses by the number of video tokens.
+        dtype: Compute dtype of models given by name; None is the one they were saved in.
+        device: Device of models given by name.
+        trajectory_bytes: Memory for recorded trajectories; videos beyond it have no velocity error.
+    """
+
+    metrics: tuple[str, ...] = ()
+    settings: Mapping[str, Any] | None = None
+    batch_size: int | None = None
+    dtype: str | None = None
+    device: str = "cpu"
+    trajectory_bytes: int = _TRAJECTORY_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Everything measured on one video.
+
+    Attributes:
+        prompt: Its prompt.
+        seed: Its seed.
+        metrics: Value by metric name; None where it does not apply.
+        velocity_steps: Relative velocity error of every denoising step; empty where it was not measured.
+    """
+
+    prompt: str
+    seed: int
+    metrics: Mapping[str, float | None]
+    velocity_steps: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Teacher:
+    """The reference's side: videos in the order of the jobs, trajectories by batch (None beyond the memory)."""
+
+    settings: GenerationSettings
+    batch_size: int
+    videos: list[Video]
+    trajectories: list[Trajectory | None]
+    timesteps: tuple[float, ...]
+
+
+def evaluate(
+    model: Any,
+    reference: Any,
+    *,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1),
+    options: EvaluationOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare a model with its full-precision reference.
+
+    Args:
+        model: The student: a pipeline, or the name or folder of one.
+        reference: The teacher: a pipeline, or the name or folder of one.
+        prompts: Distinct prompts; by default 64 held-out captions, for models made from an embedded one.
+        seeds: Every prompt is generated with every seed.
+        options: Metrics, settings, dtype, device.
+        progress: Called after every denoising step with the stage, the steps done and the steps in all.
+
+    Returns:
+        The content of `eval.json`: `schema_version`, `model`, `reference`, `n_prompts`, `n_seeds`, `metrics`, `videos`,
+        `velocity`, `noise_floor`, `settings` and `versions`; see `docs` for every field.
+
+    Raises:
+        InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take.
+        S2QError: A model produced NaN or infinite values.
+    """
+    options = options or EvaluationOptions()
+    wanted = selected_metrics(options.metrics)
+    check_seeds(seeds)
+    if prompts is None:
+        prompts = default_prompts(reference)
+    check_distinct(prompts)
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    teacher = _run_teacher(reference, jobs, options, record=VELOCITY in wanted, progress=progress)
+    judged = _run_student(model, jobs, options, teacher, wanted, progress)
+    return summarise(
+        labels=(model_label(model), model_label(reference)),
+        judged=judged,
+        reference_videos=teacher.videos,
+        settings=teacher.settings,
+        timesteps=teacher.timesteps,
+    )
+
+
+def default_prompts(reference: Any, *, count: int = 64) -> list[str]:
+    """Return held-out captions for an embedded model.
+
+    Args:
+        reference: The full-precision model, by name, or a pipeline.
+        count: How many.
+
+    Raises:
+        InvalidInputError: The model is not an embedded one, so that there are no captions to fall back on.
+    """
+    from s2q.shapes.embedded import embedded_prompts
+
+    source = embedded_source(reference)
+    if source is None:
+        raise InvalidInputError(f"{model_label(reference)}: no prompts given, and only embedded models bring their own")
+    return embedded_prompts(source, split="held-out", count=count)
+
+
+def selected_metrics(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the metrics to compute: all without `names`, else each name, or all that start with it.
+
+    Raises:
+        InvalidInputError: A name is neither a metric nor the beginning of one up to an underscore.
+    """
+    if not names:
+        return METRICS
+    chosen: list[str] = []
+    for name in names:
+        matches = [metric for metric in METRICS if metric == name or metric.startswith(name + "_")]
+        if not matches:
+            raise unknown_name("metric", name, (*METRICS, "latent", "psnr", "adherence", "velocity"))
+        chosen += matches
+    return tuple(metric for metric in METRICS if metric in chosen)
+
+
+def _open(model: Any, options: EvaluationOptions) -> Any:
+    if isinstance(model, (str, Path)):
+        return load(model, dtype=options.dtype, device=options.device)
+    return model
+
+
+def _run_teacher(
+    reference: Any, jobs: list[tuple[str, int]], options: EvaluationOptions, *, record: bool, progress: Progress | None
+) -> _Teacher:
+    pipe = _open(reference, options)
+    settings = settings_for(pipe, options.settings, defaults=generation_defaults(reference))
+    check_prompts(pipe, [prompt for prompt, _ in jobs])
+    size = batch_size_for(pipe, settings, options.batch_size)
+    tick = _counter("full precision", jobs, size, settings, progress)
+    videos: list[Video] = []
+    trajectories: list[Trajectory | None] = []
+    timesteps: tuple[float, ...] = ()
+    held = 0
+    for names, seeds in _batches(jobs, size):
+        if record and held < options.trajectory_bytes:
+            result: Any = record_trajectory(pipe, names, seeds=seeds, settings=settings, decode=True, step_done=tick)
+            held += result.num_bytes
+            timesteps = tuple(call.timestep for call in result.calls)
+            trajectories.append(result)
+        else:
+            result = denoise(pipe, names, seeds=seeds, settings=settings, step_done=tick)
+            trajectories.append(None)
+        videos += _videos(names, seeds, result)
+    if pipe is not reference:
+        del pipe
+        gc.collect()
+    return _Teacher(settings=settings, batch_size=size, videos=videos, trajectories=trajectories, timesteps=timesteps)
+
+
+def _run_student(
+    model: Any,
+    jobs: list[tuple[str, int]],
+    options: EvaluationOptions,
+    teacher: _Teacher,
+    wanted: tuple[str, ...],
+    progress: Progress | None,
+) -> list[Judged]:
+    pipe = _open(model, options)
+    settings = settings_for(pipe, teacher.settings, defaults={})
+    check_prompts(pipe, [prompt for prompt, _ in jobs])
+    size = teacher.batch_size
+    tick = _counter("quantized", jobs, size, settings, progress)
+    replays = sum(len(trajectory.calls) for trajectory in teacher.trajectories if trajectory)
+    replay = step_counter("velocity", batches=1, steps=replays, progress=progress) if replays else None
+    judged: list[Judged] = []
+    for index, (names, seeds) in enumerate(_batches(jobs, size)):
+        result = denoise(pipe, names, seeds=seeds, settings=settings, step_done=tick)
+        trajectory = teacher.trajectories[index]
+        steps: list[list[float]] = [[] for _ in names]
+        if trajectory is not None:
+            steps = velocity.velocity_errors(pipe.transformer, trajectory, step_done=replay)
+            teacher.trajectories[index] = None
+        for video, errors in zip(_videos(names, seeds, result), steps, strict=True):
+            judged.append(_judge(video, teacher.videos[len(judged)], errors, wanted))
+    return judged
+
+
+def _judge(video: Video, base: Video, errors: list[float], wanted: tuple[str, ...]) -> Judged:
+    assert (video.prompt, video.seed) == (base.prompt, base.seed)
+    values: dict[str, float | None] = {}
+    for name, measure in metrics.LATENT_METRICS.items():
+        if name in wanted:
+            values[name] = measure(video.latents, base.latents)
+    for name, measure in metrics.FRAME_METRICS.items():
+        if name in wanted:
+            values[name] = measure(video.frames, base.frames)
+    if any(name in adherence.DEFINITIONS for name in wanted):
+        ours, theirs = (adherence.adherence(video.prompt, frames) for frames in (video.frames, base.frames))
+        values |= {name: value for name, value in ours.items() if name in wanted}
+        values |= {f"reference_{name}": value for name, value in theirs.items() if name in wanted}
+    if VELOCITY in wanted:
+        values[VELOCITY] = sum(errors) / len(errors) if errors else None
+    return Judged(prompt=video.prompt, seed=video.seed, metrics=values, velocity_steps=tuple(errors))
+
+
+def _counter(
+    stage: str, jobs: list[Any], size: int, settings: GenerationSettings, progress: Progress | None
+) -> Callable[[], None]:
+    return step_counter(stage, batches=-(-len(jobs) // size), steps=settings.num_inference_steps, progress=progress)
+
+
+def _batches(jobs: list[tuple[str, int]], size: int) -> Iterator[tuple[list[str], list[int]]]:
+    for batch in batched(jobs, size):
+        yield [prompt for prompt, _ in batch], [seed for _, seed in batch]
+
+
+def _videos(names: list[str], seeds: list[int], result: Any) -> list[Video]:
+    frames: torch.Tensor = result.frames
+    return [
+        Video(prompt=prompt, seed=seed, frames=frames[index], latents=result.latents[index])
+        for index, (prompt, seed) in enumerate(zip(names, seeds, strict=True))
+    ]

@@ -1,0 +1,136 @@
+"""Generating videos for evaluation and for the command line, in batches whose members do not know each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2q.calibration.denoising import denoise
+from s2q.calibration.settings import (
+    GenerationSettings,
+    check_prompts,
+    check_seeds,
+    resolve_settings,
+    video_tokens,
+)
+from s2q.core.errors import InvalidInputError
+from s2q.evaluation.loading import generation_defaults, load
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage's name, the units done and the units in all."""
+
+_BATCH_TOKENS = 4096
+_MAX_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """One generated video.
+
+    Attributes:
+        prompt: Its prompt.
+        seed: Its seed.
+        frames: Frames `[F, H, W, 3]`, uint8, on the CPU.
+        latents: Final latents `[f, C, h, w]`, float32, on the CPU.
+    """
+
+    prompt: str
+    seed: int
+    frames: torch.Tensor
+    latents: torch.Tensor
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    settings: GenerationSettings | Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> list[Video]:
+    """Generate one video for every prompt and seed.
+
+    A video depends on its prompt, its seed, the settings and the model; the batch it is computed in changes it by
+    floating-point rounding only.
+
+    Args:
+        model: A pipeline, or the name or folder of one.
+        prompts: The prompts.
+        seeds: Every prompt is generated with every seed.
+        settings: Generation settings; missing ones are the model's own.
+        batch_size: Videos per batch; by default as many as hold 4,096 video tokens together, 1 to 16.
+        progress: Called after every denoising step.
+
+    Returns:
+        The videos, prompt by prompt, each prompt's in the order of the seeds.
+
+    Raises:
+        InvalidInputError: A prompt, a seed, a size or another setting does not fit the model.
+        S2QError: The model produced NaN or infinite latents.
+    """
+    pipe = load(model) if isinstance(model, (str, Path)) else model
+    resolved = settings_for(pipe, settings, defaults=generation_defaults(model))
+    check_prompts(pipe, prompts)
+    check_seeds(seeds)
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    size = batch_size_for(pipe, resolved, batch_size)
+    tick = step_counter(
+        "generate", batches=-(-len(jobs) // size), steps=resolved.num_inference_steps, progress=progress
+    )
+    videos: list[Video] = []
+    for batch in batched(jobs, size):
+        names, numbers = [prompt for prompt, _ in batch], [seed for _, seed in batch]
+        result = denoise(pipe, names, seeds=numbers, settings=resolved, step_done=tick)
+        assert result.frames is not None
+        videos += [
+            Video(prompt=prompt, seed=seed, frames=result.frames[index], latents=result.latents[index])
+            for index, (prompt, seed) in enumerate(batch)
+        ]
+    return videos
+
+
+def settings_for(
+    pipe: Any, settings: GenerationSettings | Mapping[str, Any] | None, *, defaults: Mapping[str, Any]
+) -> GenerationSettings:
+    """Return checked settings from what was asked for and what the model's makers recommend."""
+    requested = settings.to_dict() if isinstance(settings, GenerationSettings) else settings
+    return resolve_settings(pipe, requested=requested, defaults=defaults)
+
+
+def batch_size_for(pipe: Any, settings: GenerationSettings, requested: int | None) -> int:
+    """Return how many videos to compute at once.
+
+    Raises:
+        InvalidInputError: `requested` is below 1.
+    """
+    if requested is not None:
+        if requested < 1:
+            raise InvalidInputError(f"batch_size: got {requested}; expected at least 1")
+        return requested
+    return max(1, min(_MAX_BATCH, _BATCH_TOKENS // video_tokens(pipe, settings)))
+
+
+def batched(jobs: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Yield consecutive slices of at most `size` jobs."""
+    for start in range(0, len(jobs), size):
+        yield jobs[start : start + size]
+
+
+def step_counter(stage: str, *, batches: int, steps: int, progress: Progress | None) -> Callable[[], None]:
+    """Return a function that reports one more denoising step of `batches · steps` each time it is called."""
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(stage, done, batches * steps)
+
+    if progress is not None:
+        progress(stage, 0, batches * steps)
+    return tick

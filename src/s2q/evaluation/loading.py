@@ -1,0 +1,88 @@
+"""Opening a model by name, and what its makers recommend for generating with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from s2q.core.errors import InvalidInputError
+
+
+def load(model: str | Path, *, dtype: str | None = None, device: str = "cpu", verify: bool = True) -> Any:
+    """Load a pipeline, quantized or not.
+
+    Args:
+        model: An embedded name, a diffusers folder or a Hub id.
+        dtype: Compute dtype, `"bfloat16"`, `"float16"` or `"float32"`; by default the one it was saved in.
+        device: `"cpu"`, `"cuda"` or `"cuda:N"`.
+        verify: Whether to check the hashes of a quantized folder first.
+
+    Returns:
+        The diffusers pipeline, ready to generate.
+
+    Raises:
+        InvalidInputError: The model is unknown, damaged or of an unsupported family, or a hash does not match.
+    """
+    from s2q.checkpoint.manifest import verify_manifest
+    from s2q.models.source import resolve_model
+
+    source = resolve_model(model)
+    if source.is_quantized and verify and Path(model).is_dir():
+        problems = verify_manifest(Path(model))
+        if problems:
+            raise InvalidInputError(f"{model}: " + "; ".join(problems))
+    return source.load_pipeline(dtype=dtype, device=device)
+
+
+def model_label(model: Any) -> str:
+    """Return a short name for a model in reports: what the user wrote, or where a pipeline object came from."""
+    if isinstance(model, (str, Path)):
+        return str(model)
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def generation_defaults(model: Any) -> dict[str, Any]:
+    """Return the generation settings recommended for a model.
+
+    Args:
+        model: A model's name or folder, or a pipeline object.
+
+    Returns:
+        Fields of `GenerationSettings`; empty where nothing is recommended. A quantized folder has those of the model it
+        was made from.
+    """
+    from s2q.shapes import embedded
+
+    name = model_label(model)
+    folder = Path(name)
+    source = _quantized_source(folder)
+    for candidate in (name, source):
+        if candidate in embedded.EMBEDDED_NAMES:
+            return dict(embedded.generation_defaults(candidate))
+    for embedded_name in embedded.EMBEDDED_NAMES:
+        if folder.is_dir() and folder.resolve() == Path(embedded.embedded_folder(embedded_name)).resolve():
+            return dict(embedded.generation_defaults(embedded_name))
+    return {}
+
+
+def embedded_source(model: Any) -> str | None:
+    """Return the embedded model that a model is or was made from, or None."""
+    from s2q.shapes.embedded import EMBEDDED_NAMES
+
+    name = model_label(model)
+    for candidate in (name, _quantized_source(Path(name))):
+        if candidate in EMBEDDED_NAMES:
+            return candidate
+    return None
+
+
+def _quantized_source(folder: Path) -> str | None:
+    path = folder / "s2q" / "report.json"
+    if not path.is_file():
+        return None
+    try:
+        source = json.loads(path.read_text(encoding="utf-8")).get("source")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InvalidInputError(f"{path}: not a readable report: {error}") from error
+    return source if isinstance(source, str) else None

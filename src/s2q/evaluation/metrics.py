@@ -1,0 +1,179 @@
+"""Fidelity of one video to another: latents and pixels. Pure functions; bigger dictionaries live in `evaluate`.
+
+Pixels are compared as uint8 frames before any video encoding: an mp4 at the usual quality costs 8 dB by itself. PSNR of
+identical videos is infinite, which JSON cannot hold, so that every PSNR is capped at `PSNR_CAP_DB`.
+
+Legend: `F` frames, `H`, `W` height and width in pixels; the last axis is red, green, blue.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+
+from s2q.core.errors import InvalidInputError
+
+PSNR_CAP_DB = 100.0
+SSIM_WINDOW = 11
+SSIM_SIGMA = 1.5
+_LUMA = (0.299, 0.587, 0.114)
+
+DEFINITIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "latent_relative_l2": "‖z_q − z_fp‖₂ / ‖z_fp‖₂ of the final latents of one video, float32; 0 is identical",
+        "latent_cosine": "cosine between the final latents of one video, flattened, float32; 1 is identical",
+        "psnr_frame_mean_db": (
+            "peak signal-to-noise ratio in dB (peak 255) of each uint8 RGB frame before encoding, averaged over the "
+            f"frames; each frame capped at {PSNR_CAP_DB:g} dB"
+        ),
+        "psnr_pooled_db": (
+            "peak signal-to-noise ratio in dB (peak 255) of the squared error pooled over all uint8 RGB frames of the "
+            f"video; capped at {PSNR_CAP_DB:g} dB"
+        ),
+        "ssim": (
+            f"structural similarity of the luma (0.299 R + 0.587 G + 0.114 B) of uint8 frames: Gaussian window of "
+            f"{SSIM_WINDOW} pixels (the largest odd size that fits, for smaller frames), sigma {SSIM_SIGMA}, "
+            "K1 = 0.01, K2 = 0.03, range 255, windows inside the frame only; mean over windows and frames"
+        ),
+    }
+)
+
+
+def latent_relative_l2(latents: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the relative L2 distance between two latents.
+
+    Args:
+        latents: The student's final latents, any shape.
+        reference: The full-precision latents, the same shape.
+
+    Returns:
+        `‖latents − reference‖₂ / ‖reference‖₂`, dimensionless.
+
+    Raises:
+        InvalidInputError: The shapes differ or the reference is all zero.
+    """
+    difference, base = _pair(latents, reference)
+    norm = float(base.norm())
+    if norm == 0.0:
+        raise InvalidInputError("latent_relative_l2: the reference latents are all zero")
+    return float((difference - base).norm()) / norm
+
+
+def latent_cosine(latents: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the cosine between two latents, in -1..1; 0 if one of them is all zero.
+
+    Args:
+        latents: The student's final latents, any shape.
+        reference: The full-precision latents, the same shape.
+
+    Raises:
+        InvalidInputError: The shapes differ.
+    """
+    first, second = _pair(latents, reference)
+    norms = float(first.norm()) * float(second.norm())
+    if norms == 0.0:
+        return 0.0
+    return max(-1.0, min(1.0, float((first * second).sum()) / norms))
+
+
+def psnr_frame_mean_db(frames: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the PSNR of each frame, averaged over the frames, in dB.
+
+    Args:
+        frames: The student's frames `[F, H, W, 3]`, uint8.
+        reference: The full-precision frames, the same shape and dtype.
+
+    Raises:
+        InvalidInputError: Shapes or dtypes are not as described.
+    """
+    errors = _squared_error(frames, reference).flatten(1).mean(dim=1)
+    return sum(_psnr_db(float(error)) for error in errors) / len(errors)
+
+
+def psnr_pooled_db(frames: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the PSNR of the squared error pooled over all frames, in dB.
+
+    Args:
+        frames: The student's frames `[F, H, W, 3]`, uint8.
+        reference: The full-precision frames, the same shape and dtype.
+
+    Raises:
+        InvalidInputError: Shapes or dtypes are not as described.
+    """
+    return _psnr_db(float(_squared_error(frames, reference).mean()))
+
+
+def ssim(frames: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the structural similarity of the luma, averaged over windows and frames (Wang et al. 2004).
+
+    Args:
+        frames: The student's frames `[F, H, W, 3]`, uint8.
+        reference: The full-precision frames, the same shape and dtype.
+
+    Raises:
+        InvalidInputError: Shapes or dtypes are not as described.
+    """
+    _check_frames(frames, reference)
+    x, y = _luma(frames), _luma(reference)
+    window = min(SSIM_WINDOW, x.shape[-1], x.shape[-2])
+    window -= 1 - window % 2
+    mean_x, mean_y = _blur(x, window), _blur(y, window)
+    variance_x = _blur(x * x, window) - mean_x**2
+    variance_y = _blur(y * y, window) - mean_y**2
+    covariance = _blur(x * y, window) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return float((luminance * structure).mean())
+
+
+LATENT_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float]] = MappingProxyType(
+    {"latent_relative_l2": latent_relative_l2, "latent_cosine": latent_cosine}
+)
+"""Metrics of (latents, reference latents)."""
+
+FRAME_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float]] = MappingProxyType(
+    {"psnr_frame_mean_db": psnr_frame_mean_db, "psnr_pooled_db": psnr_pooled_db, "ssim": ssim}
+)
+"""Metrics of (frames, reference frames)."""
+
+
+def _pair(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if first.shape != second.shape:
+        raise InvalidInputError(f"latents: got shape {tuple(first.shape)}, the reference has {tuple(second.shape)}")
+    return first.double().flatten(), second.double().flatten()
+
+
+def _check_frames(frames: torch.Tensor, reference: torch.Tensor) -> None:
+    for name, video in (("frames", frames), ("reference", reference)):
+        if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3:
+            raise InvalidInputError(f"{name}: got {video.dtype} {tuple(video.shape)}; expected uint8 [F, H, W, 3]")
+    if frames.shape != reference.shape:
+        raise InvalidInputError(f"frames: got shape {tuple(frames.shape)}, the reference has {tuple(reference.shape)}")
+
+
+def _squared_error(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    _check_frames(frames, reference)
+    return (frames.double() - reference.double()) ** 2
+
+
+def _psnr_db(mean_squared_error: float) -> float:
+    if mean_squared_error == 0.0:
+        return PSNR_CAP_DB
+    return min(PSNR_CAP_DB, 10 * math.log10(255.0**2 / mean_squared_error))
+
+
+def _luma(frames: torch.Tensor) -> torch.Tensor:
+    weights = torch.tensor(_LUMA, dtype=torch.float64, device=frames.device)
+    return (frames.double() @ weights).unsqueeze(1)
+
+
+def _blur(x: torch.Tensor, window: int) -> torch.Tensor:
+    offsets = torch.arange(window, dtype=x.dtype, device=x.device) - (window - 1) / 2
+    kernel = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
+    kernel = kernel / kernel.sum()
+    return F.conv2d(F.conv2d(x, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))

@@ -1,0 +1,97 @@
+"""Means with intervals that respect how the videos were made.
+
+Videos of one prompt resemble each other, so that prompts, not videos, are the independent draws: every interval
+resamples whole prompts. Below `MIN_PROMPTS` prompts there is no interval, since a bootstrap of so few draws claims more
+than it knows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MIN_PROMPTS = 10
+CONFIDENCE = 0.95
+_RESAMPLES = 9999
+INTERVAL = (
+    f"{CONFIDENCE:.0%}, bootstrap over prompts (BCa, {_RESAMPLES} resamples; exact binomial over prompts where every "
+    f"prompt scores 0 or every prompt 1); null below {MIN_PROMPTS} prompts"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over prompts and its interval.
+
+    Attributes:
+        mean: Mean over prompts of the mean over each prompt's videos.
+        low: Lower end of the 95 % interval; None where no interval is given.
+        high: Upper end of the 95 % interval; None where no interval is given.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def clustered_mean(values: Mapping[str, Sequence[float]], *, proportion: bool = False, seed: int = 0) -> Estimate:
+    """Average over prompts, with a bootstrap interval over prompts.
+
+    The interval is SciPy's bias-corrected and accelerated bootstrap of the prompts' means (Efron and Tibshirani 1993,
+    chapter 14), 9,999 resamples. Where every prompt has the same mean, resampling sees no spread: a proportion that is
+    0 or 1 everywhere then gets the exact binomial interval over prompts (Clopper and Pearson 1934), anything else an
+    interval of width zero.
+
+    Args:
+        values: For each prompt the values of its videos; at least one prompt, at least one value each.
+        proportion: Whether the values are 0 or 1.
+        seed: Seed of the resampling.
+
+    Returns:
+        The estimate; without an interval below 10 prompts.
+
+    Example:
+        >>> clustered_mean({"a": [1.0, 3.0], "b": [4.0]})
+        Estimate(mean=3.0, low=None, high=None)
+    """
+    assert values
+    assert all(len(group) for group in values.values())
+    means = np.array([float(np.mean(group)) for group in values.values()])
+    mean = float(means.mean())
+    if len(means) < MIN_PROMPTS:
+        return Estimate(mean=mean, low=None, high=None)
+    if np.ptp(means) == 0.0:
+        if proportion and mean in (0.0, 1.0):
+            return _exact_proportion(mean, len(means))
+        return Estimate(mean=mean, low=mean, high=mean)
+    return Estimate(mean=mean, **_bootstrap(means, seed))
+
+
+def _bootstrap(means: np.ndarray, seed: int) -> dict[str, float]:
+    from scipy.stats import bootstrap
+
+    for method in ("BCa", "percentile"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # BCa warns and answers NaN where its acceleration is undefined
+            result = bootstrap(
+                (means,),
+                np.mean,
+                n_resamples=_RESAMPLES,
+                confidence_level=CONFIDENCE,
+                method=method,
+                rng=np.random.default_rng(seed),
+            )
+        low, high = (float(end) for end in result.confidence_interval)
+        if np.isfinite(low) and np.isfinite(high):
+            break
+    return {"low": low, "high": high}
+
+
+def _exact_proportion(mean: float, count: int) -> Estimate:
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(mean * count), count).proportion_ci(confidence_level=CONFIDENCE, method="exact")
+    return Estimate(mean=mean, low=float(interval.low), high=float(interval.high))

@@ -1,0 +1,160 @@
+"""From what was measured on each video to `eval.json`: means with intervals, the noise floor, settings, versions."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from s2q.calibration.settings import GenerationSettings
+from s2q.evaluation import adherence, metrics, velocity
+from s2q.evaluation.statistics import INTERVAL, clustered_mean
+
+if TYPE_CHECKING:
+    from s2q.evaluation.evaluate import Judged
+    from s2q.evaluation.generate import Video
+
+SCHEMA_VERSION = 1
+_REFERENCE = "reference_"
+_CHANGE = "adherence_all_change"
+
+
+def definition_of(name: str) -> str:
+    """Return what a metric of `eval.json` means, in one sentence."""
+    if name == "velocity_relative_error":
+        return velocity.DEFINITION
+    if name == _CHANGE:
+        return "adherence_all minus reference_adherence_all, video by video"
+    if name.startswith(_REFERENCE):
+        return definition_of(name.removeprefix(_REFERENCE)) + "; of the full-precision reference's videos"
+    return {**metrics.DEFINITIONS, **adherence.DEFINITIONS}[name]
+
+
+def summarise(
+    *,
+    labels: tuple[str, str],
+    judged: Sequence[Judged],
+    reference_videos: Sequence[Video],
+    settings: GenerationSettings,
+    timesteps: Sequence[float],
+) -> dict[str, Any]:
+    """Build the content of `eval.json`.
+
+    Args:
+        labels: Names of the model and of its reference.
+        judged: What was measured, video by video.
+        reference_videos: The full-precision videos, for the noise floor.
+        settings: The generation settings of both models.
+        timesteps: Timestep of every recorded step; empty without velocity error.
+
+    Returns:
+        A JSON-ready dict without NaN or infinity.
+    """
+    prompts = list(dict.fromkeys(video.prompt for video in judged))
+    seeds = list(dict.fromkeys(video.seed for video in judged))
+    tables = [_with_change(video.metrics) for video in judged]
+    names = list(tables[0])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": labels[0],
+        "reference": labels[1],
+        "n_prompts": len(prompts),
+        "n_seeds": len(seeds),
+        "metrics": {name: _estimate(name, judged, tables) for name in names},
+        "velocity": _velocity_by_step(judged, timesteps),
+        "noise_floor": noise_floor(reference_videos),
+        "videos": [
+            {"prompt": video.prompt, "seed": video.seed, "metrics": table}
+            for video, table in zip(judged, tables, strict=True)
+        ],
+        "settings": settings.to_dict() | {"seeds": seeds, "interval": INTERVAL},
+        "versions": versions(),
+    }
+
+
+def noise_floor(videos: Sequence[Video]) -> dict[str, Any] | None:
+    """Compare each full-precision video with the same prompt's next seed: what another seed alone changes.
+
+    Args:
+        videos: Full-precision videos of several seeds.
+
+    Returns:
+        Fidelity metrics averaged over those pairs, with the number of pairs; None with a single seed a prompt.
+    """
+    by_prompt: dict[str, list[Video]] = {}
+    for video in videos:
+        by_prompt.setdefault(video.prompt, []).append(video)
+    pairs = [pair for group in by_prompt.values() for pair in zip(group, group[1:], strict=False)]
+    if not pairs:
+        return None
+    sums = dict.fromkeys(metrics.DEFINITIONS, 0.0)
+    for first, second in pairs:
+        for name, measure in metrics.LATENT_METRICS.items():
+            sums[name] += measure(second.latents, first.latents)
+        for name, measure in metrics.FRAME_METRICS.items():
+            sums[name] += measure(second.frames, first.frames)
+    return {
+        "definition": "full precision against full precision of the same prompt with another seed",
+        "n_pairs": len(pairs),
+        "metrics": {name: total / len(pairs) for name, total in sums.items()},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computed the result, and the kind of machine."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for name in ("s2q", "torch", "diffusers", "transformers", "numpy", "scipy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _with_change(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Add the paired change in adherence and put each reference's value after its own."""
+    table: dict[str, float | None] = {}
+    for name, value in values.items():
+        if name.startswith(_REFERENCE):
+            continue
+        table[name] = value
+        if _REFERENCE + name in values:
+            table[_REFERENCE + name] = values[_REFERENCE + name]
+    if "adherence_all" in table:
+        ours, theirs = table["adherence_all"], table[_REFERENCE + "adherence_all"]
+        table[_CHANGE] = None if ours is None or theirs is None else ours - theirs
+    return table
+
+
+def _estimate(name: str, judged: Sequence[Judged], tables: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+    by_prompt: dict[str, list[float]] = {}
+    for video, table in zip(judged, tables, strict=True):
+        value = table[name]
+        if value is not None:
+            by_prompt.setdefault(video.prompt, []).append(value)
+    entry: dict[str, Any] = {"mean": None, "low": None, "high": None, "definition": definition_of(name)}
+    if by_prompt:
+        estimate = clustered_mean(by_prompt, proportion="adherence" in name and name != _CHANGE)
+        entry |= {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+    return entry
+
+
+def _velocity_by_step(judged: Sequence[Judged], timesteps: Sequence[float]) -> dict[str, Any] | None:
+    measured = [video for video in judged if video.velocity_steps]
+    if not measured:
+        return None
+    steps = []
+    for index, timestep in enumerate(timesteps):
+        by_prompt: dict[str, list[float]] = {}
+        for video in measured:
+            by_prompt.setdefault(video.prompt, []).append(video.velocity_steps[index])
+        estimate = clustered_mean(by_prompt)
+        steps.append(
+            {"step": index, "timestep": timestep, "mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+        )
+    return {"definition": velocity.DEFINITION, "n_videos": len(measured), "steps": steps}

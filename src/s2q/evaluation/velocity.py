@@ -1,0 +1,73 @@
+"""The velocity error: how far one call of the student is from the teacher's, on the teacher's own trajectory.
+
+    e_t = ‖v_q(x_t) − v_fp(x_t)‖² / ‖v_fp(x_t)‖²
+
+with x_t the inputs recorded while the full-precision pipeline generated, both guidance branches together. The student
+never sees its own earlier errors, so the figure does not bifurcate as final videos do: it is the steadiest of all.
+
+Legend: `R` rows of a call (guidance branches times videos), `S` denoising steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from s2q.calibration.trajectory import Trajectory
+from s2q.core.errors import S2QError
+
+DEFINITION = (
+    "‖v_q − v_fp‖² / ‖v_fp‖² of the transformer's output (both guidance branches) on the inputs recorded along the "
+    "full-precision trajectory; mean over the denoising steps of one video"
+)
+
+
+@torch.no_grad()
+def velocity_errors(
+    student: torch.nn.Module,
+    trajectory: Trajectory,
+    *,
+    step_done: Callable[[], None] | None = None,
+) -> list[list[float]]:
+    """Measure the student's relative velocity error at every recorded step.
+
+    Args:
+        student: A transformer that takes the teacher's inputs.
+        trajectory: A full-precision trajectory.
+        step_done: Called after each step.
+
+    Returns:
+        For each video the list of its `S` relative squared errors, dimensionless.
+
+    Raises:
+        S2QError: The student's output is not finite.
+    """
+    parameter = next(student.parameters())
+    device, dtype = parameter.device, student.dtype
+    errors: list[list[float]] = [[] for _ in trajectory.prompts]
+    for step, call in enumerate(trajectory.calls):
+        inputs = {name: _moved(value, device, dtype) for name, value in call.inputs.items()}
+        output = student(**inputs, return_dict=False)[0].cpu()
+        for video, steps in enumerate(errors):
+            rows = trajectory.rows_of(call, video)
+            teacher = call.output[rows].double()
+            error = float((output[rows].double() - teacher).square().sum() / teacher.square().sum())
+            if error != error or error == float("inf"):
+                raise S2QError(
+                    f"velocity error: not finite at step {step} (timestep {call.timestep:g}), "
+                    f"prompt {trajectory.prompts[video]!r}"
+                )
+            steps.append(error)
+        if step_done is not None:
+            step_done()
+    return errors
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):  # rotary tables stay float32, as the pipeline passes them
+        return tuple(_moved(item, device, torch.float32) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
