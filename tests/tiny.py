@@ -1,4 +1,4 @@
-"""Tiny random CogVideoX pipelines, built in memory without any download, for tests that need a pipeline and not a good one.
+"""Tiny random CogVideoX pipelines, built in memory without any download, for tests that need some pipeline.
 
 Everything is a function of `seed`. A call with `TINY_CALL` takes a fraction of a second on one CPU core.
 """

@@ -1,0 +1,44 @@
+"""Model families, one file each, and where a model comes from. The only importer of diffusers' model internals."""
+
+from torch import nn
+
+from s2q.core.errors import InvalidInputError
+from s2q.models.cogvideox import COGVIDEOX
+from s2q.models.family import BlockLinear, Family, block_linears, block_names
+from s2q.models.source import ModelSource, resolve_model
+
+FAMILIES: dict[str, Family] = {COGVIDEOX.transformer_class: COGVIDEOX}
+"""Supported families, by the class name of their transformer."""
+
+
+def family_of(transformer: nn.Module | str) -> Family:
+    """Return the family of a transformer.
+
+    Args:
+        transformer: The transformer, or the name of its class.
+
+    Returns:
+        The family.
+
+    Raises:
+        InvalidInputError: If the class belongs to no supported family.
+    """
+    class_name = transformer if isinstance(transformer, str) else type(transformer).__name__
+    family = FAMILIES.get(class_name)
+    if family is None:
+        raise InvalidInputError(
+            f"transformer class {class_name!r} is not supported; supported classes: {', '.join(sorted(FAMILIES))}"
+        )
+    return family
+
+
+__all__ = [
+    "FAMILIES",
+    "BlockLinear",
+    "Family",
+    "ModelSource",
+    "block_linears",
+    "block_names",
+    "family_of",
+    "resolve_model",
+]

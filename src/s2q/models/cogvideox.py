@@ -1,0 +1,16 @@
+"""CogVideoX 2B, 5B and 1.5: joint attention over [text; video], adaLN by two linears a block."""
+
+from s2q.models.family import Family
+
+COGVIDEOX = Family(
+    name="cogvideox",
+    transformer_class="CogVideoXTransformer3DModel",
+    block_lists=("transformer_blocks",),
+    modulation=("norm1.linear", "norm2.linear"),
+    shared_inputs=(
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        ("attn1.to_out.0",),
+        ("ff.net.0.proj",),
+        ("ff.net.2",),
+    ),
+)

@@ -1,0 +1,112 @@
+"""What the project has to know about a model family, and the list of a transformer's block linears.
+
+Legend: `I/O` in/out features. Linears are found by the prefix of a block list and never by name alone: other parts of a
+transformer have linears with the same names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from s2q.core.errors import InvalidInputError
+
+Role = Literal["linear", "modulation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of transformers that share their structure; one file a family.
+
+    Attributes:
+        name: Short name of the family.
+        transformer_class: Name of the diffusers class.
+        block_lists: Attributes of the transformer that hold its blocks, in the order in which they run.
+        modulation: Linears of a block, relative to it, that see one row a sample (adaLN): weight-only.
+        shared_inputs: Groups of linears of a block that read the same tensor, hence may share a transform.
+    """
+
+    name: str
+    transformer_class: str
+    block_lists: tuple[str, ...]
+    modulation: tuple[str, ...]
+    shared_inputs: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLinear:
+    """One linear inside a transformer block.
+
+    Attributes:
+        name: Full name in the transformer, "transformer_blocks.3.attn1.to_q".
+        block: Index of its block, counted over all block lists in the order in which they run.
+        role: "modulation" for the adaLN linears, else "linear".
+        in_features: I.
+        out_features: O.
+        has_bias: Whether it has a bias of shape [O].
+    """
+
+    name: str
+    block: int
+    role: Role
+    in_features: int
+    out_features: int
+    has_bias: bool
+
+
+def block_names(transformer: nn.Module, family: Family) -> list[str]:
+    """Return the full names of the transformer's blocks in the order in which they run.
+
+    Args:
+        transformer: A transformer of the family; may live on the meta device.
+        family: Its family.
+
+    Returns:
+        Names, "transformer_blocks.0" and so on.
+
+    Raises:
+        InvalidInputError: If a block list is missing.
+    """
+    names = []
+    for block_list in family.block_lists:
+        blocks = getattr(transformer, block_list, None)
+        if not isinstance(blocks, nn.ModuleList):
+            raise InvalidInputError(
+                f"{type(transformer).__name__} has no block list {block_list!r}; expected a {family.transformer_class}"
+            )
+        names += [f"{block_list}.{index}" for index in range(len(blocks))]
+    return names
+
+
+def block_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
+    """List every linear inside the transformer's blocks, block by block, in the order of the modules.
+
+    Args:
+        transformer: A transformer of the family; may live on the meta device.
+        family: Its family.
+
+    Returns:
+        The linears; nothing outside the blocks is in the list.
+
+    Raises:
+        InvalidInputError: If a block list is missing.
+    """
+    found = []
+    for index, block_name in enumerate(block_names(transformer, family)):
+        for child_name, module in transformer.get_submodule(block_name).named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            role: Role = "modulation" if child_name in family.modulation else "linear"
+            found.append(
+                BlockLinear(
+                    name=f"{block_name}.{child_name}",
+                    block=index,
+                    role=role,
+                    in_features=module.in_features,
+                    out_features=module.out_features,
+                    has_bias=module.bias is not None,
+                )
+            )
+    return found

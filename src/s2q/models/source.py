@@ -1,0 +1,243 @@
+"""Where a model comes from: an embedded name, a diffusers pipeline folder, or a Hub id.
+
+Resolving checks what can be checked without loading weights. The network is used only when a Hub id is given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.core.headers import read_folder_headers
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Names of the compute dtypes that a model may be loaded in."""
+
+_HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_TRANSFORMER = "transformer"
+_SETUP_FILES = ("*.json", "*.md", "LICENSE*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A resolved model.
+
+    Attributes:
+        name: What to call it: the embedded name, the Hub id, or the folder's name.
+        kind: Where it comes from.
+        folder: The pipeline folder with its configuration files; for a Hub id a cached copy that may lack weights.
+        transformer_class: Class name of the transformer.
+        transformer_config: Contents of transformer/config.json.
+    """
+
+    name: str
+    kind: Literal["embedded", "folder", "hub"]
+    folder: Path
+    transformer_class: str
+    transformer_config: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The `quantization_config` of the transformer, or None for a full-precision model."""
+        config = self.transformer_config.get("quantization_config")
+        return config if isinstance(config, Mapping) else None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the transformer is stored quantized (by any method)."""
+        return self.transformer_config.get("quantization_config") is not None
+
+    def weights_dtype(self) -> torch.dtype | None:
+        """Return the floating dtype that most of the transformer's stored weights have; None if no file tells.
+
+        Raises:
+            InvalidInputError: If the header of a weight file cannot be read.
+        """
+        counts: dict[torch.dtype, int] = {}
+        for tensor in read_folder_headers(self.folder / _TRANSFORMER).values():
+            dtype = _HEADER_DTYPES.get(tensor.dtype)
+            if dtype is not None:
+                counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.shape)
+        return max(counts, key=lambda dtype: counts[dtype]) if counts else None
+
+    def meta_transformer(self) -> nn.Module:
+        """Build the full-precision transformer on the meta device: all shapes, no memory.
+
+        Raises:
+            InvalidInputError: If the configuration does not fit the class.
+        """
+        import diffusers
+
+        config = {key: value for key, value in self.transformer_config.items() if key != "quantization_config"}
+        try:
+            with torch.device("meta"):
+                return getattr(diffusers, self.transformer_class).from_config(config)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInputError(
+                f"{self.folder / _TRANSFORMER / 'config.json'}: does not describe a {self.transformer_class} "
+                f"({_first_line(error)}); download or save the model again"
+            ) from error
+
+    def load_pipeline(self, *, dtype: torch.dtype | str | None = None, device: str = "cpu") -> DiffusionPipeline:
+        """Load the whole pipeline.
+
+        Args:
+            dtype: Compute dtype, or its name; None takes the dtype that the transformer is stored in.
+            device: Where to put the pipeline.
+
+        Returns:
+            The pipeline, its progress bar switched off.
+
+        Raises:
+            InvalidInputError: If a file is missing or damaged, or the dtype is unknown.
+        """
+        wanted = parse_dtype(dtype) or self.weights_dtype() or torch.float32
+        if self.kind == "embedded":
+            from s2q.shapes.embedded import embedded_pipeline
+
+            pipe = embedded_pipeline(self.name, dtype=wanted)
+        else:
+            pipe = _load_pipeline(self.name if self.kind == "hub" else self.folder, wanted)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(device)
+
+
+def resolve_model(model: str | Path) -> ModelSource:
+    """Find a model by embedded name, folder or Hub id, and check that it is a pipeline with a transformer.
+
+    Args:
+        model: "shapes-cogvideox", a path of a diffusers pipeline folder, or "organisation/name" on the Hub.
+
+    Returns:
+        The source; no weights have been read.
+
+    Raises:
+        InvalidInputError: If the name is unknown (the message has the nearest embedded names), the folder is not a
+            pipeline, or a configuration file is missing or damaged.
+    """
+    text = str(model)
+    if isinstance(model, str) and "/" not in text and text in _embedded_names():
+        from s2q.shapes.embedded import embedded_folder
+
+        return _source_in(Path(embedded_folder(text)), name=text, kind="embedded")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _source_in(path, name=path.resolve().name, kind="folder")
+    if path.exists():
+        raise InvalidInputError(
+            f"{path} is a file; expected the folder of a diffusers pipeline, which has a model_index.json"
+        )
+    if isinstance(model, str) and HUB_ID.fullmatch(text):
+        return _source_in(_hub_folder(text), name=text, kind="hub")
+    if "/" in text or isinstance(model, Path):
+        raise InvalidInputError(
+            f"{path} does not exist; expected a diffusers pipeline folder, a Hub id or an embedded model"
+        )
+    raise unknown_name("model", text, _embedded_names())
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype that is meant by a dtype or its name ("bfloat16", "torch.bfloat16").
+
+    Args:
+        dtype: The dtype, its name, or None, which is passed through.
+
+    Returns:
+        One of `DTYPES`, or None.
+
+    Raises:
+        InvalidInputError: If it is no dtype to compute in.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise unknown_name("dtype", name, DTYPES)
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without its module: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _embedded_names() -> tuple[str, ...]:
+    from s2q.shapes.embedded import EMBEDDED_NAMES
+
+    return EMBEDDED_NAMES
+
+
+def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "hub"]) -> ModelSource:
+    index_path = folder / "model_index.json"
+    if not index_path.is_file():
+        raise InvalidInputError(
+            f"{folder} is not a diffusers pipeline: it has no model_index.json; pass the pipeline's folder"
+        )
+    index = _read_json(index_path)
+    entry = index.get(_TRANSFORMER)
+    if not isinstance(entry, list) or len(entry) != 2 or not entry[1]:
+        raise InvalidInputError(
+            f"{index_path}: {index.get('_class_name', 'this pipeline')} has no transformer; "
+            "expected a text-to-video pipeline with a diffusion transformer"
+        )
+    config_path = folder / _TRANSFORMER / "config.json"
+    if not config_path.is_file():
+        raise InvalidInputError(f"{config_path} is missing; download or save the model again")
+    config = _read_json(config_path)
+    class_name = str(config.get("_class_name", entry[1]))
+    return ModelSource(name=name, kind=kind, folder=folder, transformer_class=class_name, transformer_config=config)
+
+
+def _load_pipeline(location: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(location, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise InvalidInputError(
+            f"{location}: cannot be loaded as a diffusers pipeline ({_first_line(error)}); download or save it again"
+        ) from error
+
+
+def _hub_folder(repo_id: str) -> Path:
+    """The cached snapshot of a Hub repository with its configuration files, downloaded where the network is allowed."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=[*_SETUP_FILES, *(f"*/{one}" for one in _SETUP_FILES)]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InvalidInputError(
+            f"{repo_id}: no such folder here, and not to be had from the Hub ({_first_line(error)}); "
+            "check the id, the network, HF_TOKEN and HF_HUB_OFFLINE, or pass a folder or an embedded model"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{path}: cannot be read as JSON ({_first_line(error)}); download or save the model again"
+        ) from error
+    if not isinstance(content, dict):
+        raise InvalidInputError(f"{path}: got a JSON {type(content).__name__}; expected an object")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,157 @@
+import json
+
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.models import block_linears, family_of
+from s2q.recipes import Recipe, assign_schemes, load_recipe, recipe_names
+from tiny import tiny_transformer
+
+
+@pytest.fixture(scope="module")
+def linears():
+    with torch.device("meta"):
+        transformer = tiny_transformer()
+    return block_linears(transformer, family_of(transformer))
+
+
+def test_the_recipes_of_the_package():
+    assert set(recipe_names()) >= {"rtn-w8a8", "rtn-w4a8", "rtn-w4a6", "rtn-w4a4", "rtn-w4a16"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_is_valid_and_called_what_it_is(name, linears):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert name.endswith(recipe.linear_scheme().name)
+    assert set(assign_schemes(recipe, linears)) == {linear.name for linear in linears}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_resolved_recipe_survives_json_and_loads_to_the_same(name, tmp_path):
+    recipe = load_recipe(name)
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.resolved()))
+    assert load_recipe(path) == load_recipe(recipe.resolved()) == load_recipe(recipe) == recipe
+
+
+def test_modulation_is_weight_only_at_4_bits_by_default(linears):
+    schemes = assign_schemes(load_recipe({"name": "mine", "weights": {"num_bits": 8}}), linears)
+    modulation = {schemes[linear.name].name for linear in linears if linear.role == "modulation"}
+    others = {schemes[linear.name].name for linear in linears if linear.role == "linear"}
+    assert (modulation, others) == ({"w4a16"}, {"w8a16"})
+
+
+def test_modulation_null_leaves_those_linears_untouched(linears):
+    recipe = load_recipe("rtn-w4a6", overrides=["modulation=null"])
+    assert set(assign_schemes(recipe, linears)) == {linear.name for linear in linears if linear.role == "linear"}
+
+
+def test_overrides_change_one_value_and_nothing_else():
+    base = load_recipe("rtn-w4a6").resolved()
+    changed = load_recipe("rtn-w4a6", overrides=["weights.num_bits=3", "activations.num_bits=5"]).resolved()
+    base["weights"]["num_bits"], base["activations"]["num_bits"] = 3, 5
+    assert changed == base
+
+
+def test_an_override_makes_a_group_that_is_null():
+    assert load_recipe("rtn-w4a16", overrides=["activations.num_bits=8"]).linear_scheme().name == "w4a8"
+
+
+def test_per_group_weights(linears):
+    recipe = load_recipe("rtn-w4a16", overrides=["weights.granularity=per_group", "weights.group_size=16"])
+    schemes = assign_schemes(recipe, linears)
+    assert {schemes[one.name].name for one in linears if one.role == "linear"} == {"w4g16a16"}
+
+
+def test_group_size_that_does_not_divide_names_the_linear_and_what_would_do(linears):
+    recipe = load_recipe("rtn-w4a16", overrides=["weights.granularity=per_group", "weights.group_size=100"])
+    message = r"transformer_blocks\.0\.attn1\.to_q: in_features=64 is not divisible by group_size=100; use 16, 32, 64"
+    with pytest.raises(InvalidInputError, match=message):
+        assign_schemes(recipe, linears)
+
+
+def test_skip_patterns(linears):
+    recipe = load_recipe("rtn-w4a6", overrides=["skip=['transformer_blocks.0.*', '*.ff.net.2']"])
+    schemes = assign_schemes(recipe, linears)
+    assert set(schemes) == {
+        linear.name for linear in linears if linear.block != 0 and not linear.name.endswith("ff.net.2")
+    }
+
+
+def test_a_skip_pattern_that_matches_nothing_is_an_error(linears):
+    with pytest.raises(InvalidInputError, match=r"skip pattern 'transformer_block\.0\.\*' matches none"):
+        assign_schemes(load_recipe("rtn-w4a6", overrides=["skip=[transformer_block.0.*]"]), linears)
+
+
+def test_zero_targets_is_an_error(linears):
+    with pytest.raises(InvalidInputError, match="none of the 16 block linears is left to quantize"):
+        assign_schemes(load_recipe("rtn-w4a6", overrides=["skip=['*']"]), linears)
+
+
+def test_unknown_name_lists_the_nearest():
+    with pytest.raises(InvalidInputError, match=r"unknown recipe 'rtn-w4a7': nearest names are rtn-w4a"):
+        load_recipe("rtn-w4a7")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["weights.nun_bits=4"], r"unknown key 'weights\.nun_bits'; nearest keys are weights\.num_bits"),
+        (["weight.num_bits=4"], r"unknown key 'weight'; nearest keys are weights\."),
+        (["skipp=[]"], "unknown key 'skipp'; nearest keys are skip"),
+        (["weights.num_bits=9"], r"weights\.num_bits=9 is too large; the nearest valid value is 8"),
+        (["weights.num_bits=1"], r"weights\.num_bits=1 is too small; the nearest valid value is 2"),
+        (["activations.num_bits=16"], r"activations\.num_bits=16 is too large; the nearest valid value is 8"),
+        (["weights.num_bits=four"], r"weights\.num_bits='four': input should be a valid integer"),
+        (["weights.num_bits=4.0"], r"weights\.num_bits=4\.0: input should be a valid integer"),
+        (["weights.num_bits=true"], r"weights\.num_bits=True: input should be a valid integer"),
+        (["weights.granularity=per_chanel"], "expected one of per_channel, per_group; the nearest is per_channel"),
+        (["weights.granularity=per_group"], "granularity=per_group needs a group_size"),
+        (["weights.group_size=64"], "group_size=64 needs granularity=per_group"),
+        (["rounding.method=rtm"], "unknown rounding 'rtm': nearest names are rtn"),
+        (["weights=null"], "weights=None"),
+        (["name.x=1"], "'name' is not a group of keys"),
+        (["no-equals"], "expected key=value"),
+        (["=4"], "expected key=value"),
+        (["weights.num_bits=[4"], "is not a YAML value"),
+    ],
+)
+def test_invalid_values_say_what_would_be_valid(overrides, message):
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        load_recipe("rtn-w4a6", overrides=overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_key():
+    with pytest.raises(InvalidInputError, match="missing key 'weights'"):
+        load_recipe({"name": "mine"})
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "{", "\t", ""])
+def test_files_that_are_no_recipe(tmp_path, content):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(InvalidInputError, match=r"mine\.yaml"):
+        load_recipe(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InvalidInputError, match="no such recipe file"):
+        load_recipe(str(tmp_path / "none.yaml"))
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(InvalidInputError, match="not valid YAML"):
+        load_recipe(path)
+
+
+def test_recipes_are_immutable():
+    recipe = load_recipe("rtn-w4a6")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.name = "other"
+    assert isinstance(recipe, Recipe)
