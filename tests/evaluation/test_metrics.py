@@ -1,0 +1,106 @@
+import math
+
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.evaluation.metrics import (
+    DEFINITIONS,
+    FRAME_METRICS,
+    LATENT_METRICS,
+    PSNR_CAP_DB,
+    latent_cosine,
+    latent_relative_l2,
+    psnr_frame_mean_db,
+    psnr_pooled_db,
+    ssim,
+)
+
+
+def random_frames(seed: int = 0, *, frames: int = 3, height: int = 16, width: int = 24) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (frames, height, width, 3), generator=generator, dtype=torch.uint8)
+
+
+def test_identical_videos():
+    frames, latents = random_frames(), torch.randn(3, 4, 2, 2)
+    assert latent_relative_l2(latents, latents) == 0.0
+    assert latent_cosine(latents, latents) == pytest.approx(1.0)
+    assert psnr_frame_mean_db(frames, frames) == psnr_pooled_db(frames, frames) == PSNR_CAP_DB
+    assert ssim(frames, frames) == pytest.approx(1.0)
+
+
+def test_every_metric_is_defined():
+    assert set(DEFINITIONS) == {*LATENT_METRICS, *FRAME_METRICS}
+
+
+def test_latent_metrics_against_known_values():
+    reference = torch.tensor([3.0, 4.0])
+    assert latent_relative_l2(torch.tensor([3.0, 3.0]), reference) == pytest.approx(1 / 5)
+    assert latent_relative_l2(2 * reference, reference) == pytest.approx(1.0)
+    assert latent_cosine(2 * reference, reference) == pytest.approx(1.0)
+    assert latent_cosine(-reference, reference) == pytest.approx(-1.0)
+    assert latent_cosine(torch.tensor([-4.0, 3.0]), reference) == pytest.approx(0.0)
+
+
+def test_frame_mean_and_pooled_psnr_differ_as_they_should():
+    reference = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    frames = reference.clone()
+    frames[0] += 1
+    frames[1] += 16
+    per_frame = [10 * math.log10(255**2 / 1), 10 * math.log10(255**2 / 256)]
+    assert psnr_frame_mean_db(frames, reference) == pytest.approx(sum(per_frame) / 2)
+    assert psnr_pooled_db(frames, reference) == pytest.approx(10 * math.log10(255**2 / 128.5))
+
+
+def test_psnr_has_no_uint8_wraparound():
+    black, white = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.full((1, 8, 8, 3), 255, dtype=torch.uint8)
+    assert psnr_pooled_db(black, white) == psnr_pooled_db(white, black) == 0.0
+
+
+def brute_force_ssim(x: torch.Tensor, y: torch.Tensor, window: int) -> float:
+    weights = [math.exp(-((i - (window - 1) / 2) ** 2) / (2 * 1.5**2)) for i in range(window)]
+    kernel = torch.tensor([[a * b for b in weights] for a in weights], dtype=torch.float64)
+    kernel /= kernel.sum()
+    scores = []
+    for frame_x, frame_y in zip(x.double(), y.double(), strict=True):
+        luma_x, luma_y = (f @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64) for f in (frame_x, frame_y))
+        for top in range(luma_x.shape[0] - window + 1):
+            for left in range(luma_x.shape[1] - window + 1):
+                a, b = (luma[top : top + window, left : left + window] for luma in (luma_x, luma_y))
+                mean_a, mean_b = (kernel * a).sum(), (kernel * b).sum()
+                var_a, var_b = (kernel * (a - mean_a) ** 2).sum(), (kernel * (b - mean_b) ** 2).sum()
+                cov = (kernel * (a - mean_a) * (b - mean_b)).sum()
+                c1, c2 = 2.55**2, 7.65**2
+                scores.append(
+                    (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+                )
+    return float(torch.stack(scores).mean())
+
+
+@pytest.mark.parametrize(("height", "width", "window"), [(13, 16, 11), (8, 12, 7), (7, 7, 7), (2, 9, 1)])
+def test_ssim_against_brute_force(height, width, window):
+    x = random_frames(1, frames=2, height=height, width=width)
+    y = (x.float() * 0.7 + random_frames(2, frames=2, height=height, width=width).float() * 0.3).to(torch.uint8)
+    assert ssim(y, x) == pytest.approx(brute_force_ssim(x, y, window), abs=1e-10)
+    assert ssim(y, x) == pytest.approx(ssim(x, y))
+    assert ssim(y, x) < 0.99
+
+
+@pytest.mark.parametrize("metric", list(FRAME_METRICS.values()))
+def test_frame_metrics_refuse_other_shapes_and_dtypes(metric):
+    frames = random_frames()
+    with pytest.raises(InvalidInputError, match="shape"):
+        metric(frames[:2], frames)
+    with pytest.raises(InvalidInputError, match="uint8"):
+        metric(frames.float(), frames.float())
+    with pytest.raises(InvalidInputError, match=r"\[F, H, W, 3\]"):
+        metric(frames.permute(0, 3, 1, 2), frames.permute(0, 3, 1, 2))
+
+
+def test_latent_metrics_refuse_other_shapes_and_a_zero_reference():
+    with pytest.raises(InvalidInputError, match="shape"):
+        latent_cosine(torch.ones(3), torch.ones(4))
+    with pytest.raises(InvalidInputError, match="all zero"):
+        latent_relative_l2(torch.ones(3), torch.zeros(3))
+    assert latent_cosine(torch.ones(3), torch.zeros(3)) == 0.0
