@@ -1,0 +1,110 @@
+"""An analytic detector: which shape, colour, motion and background a video shows. Nothing in it is learned.
+
+1. Background: the median colour of the frame's border. 2. Object colour: the pixels that differ most from it.
+3. Coverage: each pixel projected onto the line from background to object colour, in ``[0, 1]``. 4. Motion: the slope of the
+coverage's centroid over time. 5. Shape: the template (equal area, same centroid, drawn by the scene renderer) that
+explains the coverage best, over all frames.
+
+Legend of shapes: ``F`` frames, ``H`` height, ``W`` width.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from s2q.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, SceneLabels, shape_coverage
+
+MIN_CONTRAST = 0.15  # of the object against the background, in RGB distance
+MIN_AREA_FRACTION, MAX_AREA_FRACTION = 0.015, 0.40  # of the frame
+STILL_TRAVEL_FRACTION = 0.08  # of the frame's side over the whole clip: below, the object stands still
+_NOISE_FLOOR = 0.2  # coverage below this is not counted as object
+
+
+def detect(frames: Tensor) -> SceneLabels:
+    """Name what a video shows.
+
+    Args:
+        frames: ``[F, 3, H, W]`` floating point in ``[0, 1]``, or ``[F, H, W, 3]`` uint8.
+
+    Returns:
+        The labels; shape, colour and motion are ``None`` where no object stands out, and motion also where it is seen
+        in fewer than half of the frames.
+    """
+    video = frames.permute(0, 3, 1, 2).float() / 255 if frames.dtype == torch.uint8 else frames.float()
+    background = _background(video)
+    name = _nearest(background, BACKGROUNDS)
+    nothing = SceneLabels(shape=None, colour=None, motion=None, background=name)
+    difference = video - background[None, :, None, None]
+    distance = difference.norm(dim=1)  # [F, H, W]
+    if float(distance.amax()) < MIN_CONTRAST:
+        return nothing
+    core = distance > 0.7 * distance.amax()
+    colour = video.permute(0, 2, 3, 1)[core].median(dim=0).values
+    axis = colour - background
+    coverage = torch.einsum("fchw,c->fhw", difference, axis) / axis.dot(axis).clamp_min(1e-6)
+    coverage = coverage.clamp(0, 1)
+    coverage = torch.where(coverage < _NOISE_FLOOR, torch.zeros_like(coverage), coverage)
+    pixels = coverage.shape[-1] * coverage.shape[-2]
+    area = coverage.sum(dim=(1, 2))
+    seen = (area > MIN_AREA_FRACTION * pixels) & (area < MAX_AREA_FRACTION * pixels)
+    if int(seen.sum()) * 2 < len(seen):
+        return nothing
+    centre_x, centre_y = _centroids(coverage)
+    return SceneLabels(
+        shape=_shape(coverage[seen], area[seen], centre_x[seen], centre_y[seen]),
+        colour=_nearest(colour, COLOURS),
+        motion=_motion(centre_x, centre_y, seen, side=max(coverage.shape[-2:])),
+        background=name,
+    )
+
+
+def _background(video: Tensor) -> Tensor:
+    border = torch.cat(
+        [
+            video[..., :2, :].flatten(2),
+            video[..., -2:, :].flatten(2),
+            video[..., :, :2].flatten(2),
+            video[..., -2:].flatten(2),
+        ],
+        dim=-1,
+    )
+    return border.permute(1, 0, 2).flatten(1).median(dim=1).values
+
+
+def _nearest(colour: Tensor, palette: dict[str, tuple[float, float, float]]) -> str:
+    return min(palette, key=lambda name: float((colour - torch.tensor(palette[name])).norm()))
+
+
+def _centroids(coverage: Tensor) -> tuple[Tensor, Tensor]:
+    """Centroid of the coverage in each frame, in pixels: two tensors ``[F]``."""
+    height, width = coverage.shape[-2:]
+    total = coverage.sum(dim=(1, 2)).clamp_min(1e-6)
+    x = (coverage.sum(dim=1) * (torch.arange(width) + 0.5)).sum(dim=1) / total
+    y = (coverage.sum(dim=2) * (torch.arange(height) + 0.5)).sum(dim=1) / total
+    return x, y
+
+
+def _motion(x: Tensor, y: Tensor, seen: Tensor, *, side: int) -> str:
+    frame = torch.arange(len(x), dtype=torch.float32)[seen]
+    frame = frame - frame.mean()
+    clip_length = len(x) - 1
+    spread = frame.square().sum().clamp_min(1e-6)
+    travel_x, travel_y = (float((frame * c[seen]).sum() / spread) * clip_length for c in (x, y))
+    if math.hypot(travel_x, travel_y) < STILL_TRAVEL_FRACTION * side:
+        return "still"
+    if abs(travel_x) >= abs(travel_y):
+        return "right" if travel_x > 0 else "left"
+    return "down" if travel_y > 0 else "up"
+
+
+def _shape(coverage: Tensor, area: Tensor, x: Tensor, y: Tensor) -> str:
+    height, width = coverage.shape[-2:]
+    offset_x = torch.arange(width)[None, None, :] + 0.5 - x[:, None, None]
+    offset_y = torch.arange(height)[None, :, None] + 0.5 - y[:, None, None]
+    radius = (area / math.pi).sqrt()[:, None, None]
+    errors = {
+        shape: float((coverage - shape_coverage(shape, x=offset_x, y=offset_y, radius=radius)).square().sum())
+        for shape in SHAPES
+    }
+    return min(errors, key=lambda shape: errors[shape])

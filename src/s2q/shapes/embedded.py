@@ -1,0 +1,95 @@
+"""The embedded models by name: their folders, pipelines, prompts and generation settings.
+
+``shapes-cogvideox`` is shipped as package data; ``shapes-cogvideox-outliers`` is the same model with outlier channels, made
+on the fly (``s2q.shapes.outliers``).
+"""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.core.seeds import derive_seed
+from s2q.shapes.scenes import SceneLabels, caption, combinations, sample_scene
+
+EMBEDDED_NAMES: tuple[str, ...] = ("shapes-cogvideox", "shapes-cogvideox-outliers")
+PROMPT_SPLITS: tuple[str, ...] = ("held-out", "calibration", "demo")
+_OUTLIERS_SUFFIX = "-outliers"
+_DEMO_LABELS = (  # never trained on as combinations
+    ("circle", "red", "right", "white"),
+    ("square", "purple", "down", "navy"),
+    ("triangle", "blue", "left", "grey"),
+    ("circle", "orange", "up", "grey"),
+)
+
+
+def embedded_folder(name: str) -> Path:
+    """The diffusers folder that holds the weights of an embedded model (a variant shares its base's folder).
+
+    Raises:
+        InvalidInputError: If there is no such model.
+    """
+    if name not in EMBEDDED_NAMES:
+        raise unknown_name("embedded model", name, EMBEDDED_NAMES)
+    return Path(str(files("s2q.shapes").joinpath("data", name.removesuffix(_OUTLIERS_SUFFIX))))
+
+
+def embedded_pipeline(name: str, *, dtype: torch.dtype) -> Any:
+    """Load an embedded model.
+
+    Args:
+        name: One of ``EMBEDDED_NAMES``.
+        dtype: Floating dtype of all weights; they are shipped in bfloat16.
+
+    Returns:
+        A ``diffusers.CogVideoXPipeline`` on the CPU, its progress bar off.
+    """
+    from diffusers import CogVideoXPipeline
+
+    from s2q.shapes.outliers import add_outliers
+
+    pipeline = CogVideoXPipeline.from_pretrained(embedded_folder(name), dtype=dtype, local_files_only=True)
+    if name.endswith(_OUTLIERS_SUFFIX):
+        add_outliers(pipeline.transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generation_defaults(name: str) -> dict[str, Any]:
+    """``num_inference_steps``, ``guidance_scale``, ``height``, ``width`` and ``num_frames`` that the model was judged with."""
+    settings: dict[str, Any] = json.loads((embedded_folder(name) / "generation.json").read_text())
+    return settings
+
+
+def embedded_prompts(name: str, *, split: str = "held-out", count: int | None = None) -> list[str]:
+    """Prompts for an embedded model, always the same ones in the same order.
+
+    Args:
+        name: One of ``EMBEDDED_NAMES``.
+        split: ``held-out`` (combinations never trained on), ``calibration`` (trained combinations) or ``demo`` (four).
+        count: How many; all of the split by default.
+
+    Raises:
+        InvalidInputError: Unknown model or split, or more prompts than the split has.
+    """
+    if name not in EMBEDDED_NAMES:
+        raise unknown_name("embedded model", name, EMBEDDED_NAMES)
+    if split not in PROMPT_SPLITS:
+        raise unknown_name("prompt split", split, PROMPT_SPLITS)
+    if split == "demo":
+        labels = [SceneLabels(shape=s, colour=c, motion=m, background=b) for s, c, m, b in _DEMO_LABELS]
+    else:
+        labels = combinations(held_out=split == "held-out")
+        order = torch.Generator().manual_seed(derive_seed(0, "prompts", split))
+        labels = [labels[i] for i in torch.randperm(len(labels), generator=order).tolist()]
+    if count is not None and count > len(labels):
+        raise InvalidInputError(f"{name}: {count} {split} prompts asked for, {len(labels)} exist; ask for fewer")
+    return [_phrase(label, index, split) for index, label in enumerate(labels[:count])]
+
+
+def _phrase(labels: SceneLabels, index: int, split: str) -> str:
+    generator = torch.Generator().manual_seed(derive_seed(0, "phrase", split, index))
+    return caption(sample_scene(labels, generator=generator), generator=generator)

@@ -1,0 +1,274 @@
+"""Captioned videos of one moving shape, generated procedurally.
+
+A scene is drawn with analytic signed distances, so that edges are anti-aliased and positions are sub-pixel. Every
+random choice comes from the ``torch.Generator`` that is handed in: the same generator state gives the same scene, caption
+and pixels.
+
+Legend of shapes: ``F`` frames, ``H`` height, ``W`` width; videos are ``[F, 3, H, W]`` in ``[0, 1]``.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.88, 0.10, 0.12),
+    "green": (0.10, 0.68, 0.20),
+    "blue": (0.15, 0.38, 0.95),
+    "yellow": (0.98, 0.86, 0.10),
+    "purple": (0.60, 0.15, 0.75),
+    "orange": (1.00, 0.50, 0.05),
+}
+BACKGROUNDS: dict[str, tuple[float, float, float]] = {
+    "black": (0.04, 0.04, 0.04),
+    "white": (0.95, 0.95, 0.95),
+    "grey": (0.50, 0.50, 0.50),
+    "navy": (0.05, 0.08, 0.30),
+    "tan": (0.80, 0.68, 0.50),
+}
+MOTIONS: dict[str, tuple[int, int]] = {  # (dx, dy), y grows downwards
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+    "still": (0, 0),
+}
+SIZES: dict[str, tuple[float, float]] = {"small": (4.2, 4.8), "medium": (5.2, 5.8), "big": (6.2, 6.8)}
+"""Radius in pixels of the circle of equal area, at 32x32."""
+SPEEDS: dict[str, tuple[float, float]] = {"slow": (0.60, 0.75), "normal": (0.95, 1.10), "fast": (1.30, 1.50)}
+"""Pixels a frame, at 32x32."""
+
+_SIZE_WORDS = {"small": "small ", "medium": "", "big": "big "}
+_SPEED_WORDS = {"slow": " slowly", "normal": "", "fast": " quickly"}
+_MOVING_PHRASES = (
+    "a {size}{colour} {shape} moving {motion}{speed} on a {background} background",
+    "a {size}{colour} {shape} moves{speed} {motion} over a {background} background",
+    "the {size}{colour} {shape} slides{speed} {motion}, {background} background",
+    "on a {background} background a {size}{colour} {shape} drifts{speed} {motion}",
+)
+_STILL_PHRASES = (
+    "a {size}{colour} {shape} standing still on a {background} background",
+    "a {size}{colour} {shape} stays still over a {background} background",
+    "the {size}{colour} {shape} is still, {background} background",
+    "on a {background} background a {size}{colour} {shape} rests still",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneLabels:
+    """What a caption says, or what the detector found. A detector's field is ``None`` where it found nothing."""
+
+    shape: str | None
+    colour: str | None
+    motion: str | None
+    background: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One scene: its labels and its continuous parameters, in pixels of a 32x32 frame."""
+
+    labels: SceneLabels
+    size: str
+    speed: str
+    radius: float
+    pixels_per_frame: float
+    start_x: float
+    start_y: float
+    colour_rgb: tuple[float, float, float]
+    background_rgb: tuple[float, float, float]
+    background_slope: float
+
+
+def all_combinations() -> list[SceneLabels]:
+    """Every (shape, colour, motion, background), in a fixed order."""
+    return [
+        SceneLabels(shape=s, colour=c, motion=m, background=b)
+        for s, c, m, b in product(SHAPES, COLOURS, MOTIONS, BACKGROUNDS)
+    ]
+
+
+def is_held_out(labels: SceneLabels) -> bool:
+    """Whether this combination is kept from training: one in five, by a Latin square over the indices.
+
+    For every shape, colour and motion exactly one background is held out, so the held-out split is balanced in each label.
+    """
+    index = (
+        SHAPES.index(str(labels.shape))
+        + list(COLOURS).index(str(labels.colour))
+        + 2 * list(MOTIONS).index(str(labels.motion))
+        + 3 * list(BACKGROUNDS).index(str(labels.background))
+    )
+    return index % len(BACKGROUNDS) == 0
+
+
+def combinations(*, held_out: bool) -> list[SceneLabels]:
+    """The combinations of the training split, or those never trained on."""
+    return [labels for labels in all_combinations() if is_held_out(labels) == held_out]
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _choice(options: Sequence[str], generator: torch.Generator) -> str:
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def _extent(shape: str, radius: float) -> tuple[float, float, float]:
+    """Half width, height above and height below the centroid of a shape whose area is ``pi * radius**2``."""
+    if shape == "circle":
+        return radius, radius, radius
+    if shape == "square":
+        half = radius * math.sqrt(math.pi) / 2
+        return half, half, half
+    side = _triangle_side(radius)
+    return side / 2, side / math.sqrt(3), side / (2 * math.sqrt(3))
+
+
+def _triangle_side(radius: float) -> float:
+    return radius * math.sqrt(4 * math.pi / math.sqrt(3))
+
+
+def sample_scene(labels: SceneLabels, *, num_frames: int = 9, size: int = 32, generator: torch.Generator) -> Scene:
+    """Draw the continuous parameters of a scene: the shape stays inside the frame from the first frame to the last."""
+    size_name = _choice(tuple(SIZES), generator)
+    speed_name = _choice(tuple(SPEEDS), generator)
+    radius = _uniform(*SIZES[size_name], generator)
+    speed = _uniform(*SPEEDS[speed_name], generator)
+    dx, dy = MOTIONS[str(labels.motion)]
+    travel_x, travel_y = (speed * (num_frames - 1) * d for d in (dx, dy))
+    half, above, below = _extent(str(labels.shape), radius)
+    margin, unit = 0.5, size / 32
+    start_x = _uniform(half + margin + max(0.0, -travel_x), 32 - half - margin - max(0.0, travel_x), generator)
+    start_y = _uniform(above + margin + max(0.0, -travel_y), 32 - below - margin - max(0.0, travel_y), generator)
+    jitter = ((torch.rand(6, generator=generator) - 0.5) * 0.05).tolist()
+    colour = COLOURS[str(labels.colour)]
+    background = BACKGROUNDS[str(labels.background)]
+    return Scene(
+        labels=labels,
+        size=size_name,
+        speed=speed_name,
+        radius=radius * unit,
+        pixels_per_frame=speed * unit,
+        start_x=start_x * unit,
+        start_y=start_y * unit,
+        colour_rgb=(colour[0] + jitter[0], colour[1] + jitter[1], colour[2] + jitter[2]),
+        background_rgb=(background[0] + jitter[3], background[1] + jitter[4], background[2] + jitter[5]),
+        background_slope=_uniform(-0.04, 0.04, generator),
+    )
+
+
+def caption(scene: Scene, *, generator: torch.Generator) -> str:
+    """A caption of the scene in one of several phrasings; size and speed are named when they are not the middle ones."""
+    still = scene.labels.motion == "still"
+    phrase = _choice(_STILL_PHRASES if still else _MOVING_PHRASES, generator)
+    return _fill(phrase, scene.labels, size=_SIZE_WORDS[scene.size], speed=_SPEED_WORDS[scene.speed])
+
+
+def plain_caption(labels: SceneLabels) -> str:
+    """The first phrasing, with no word for size or speed: ``a red circle moving left on a grey background``."""
+    phrase = _STILL_PHRASES[0] if labels.motion == "still" else _MOVING_PHRASES[0]
+    return _fill(phrase, labels, size="", speed="")
+
+
+def _fill(phrase: str, labels: SceneLabels, *, size: str, speed: str) -> str:
+    text = phrase.format(
+        size=size,
+        speed=speed,
+        colour=labels.colour,
+        shape=labels.shape,
+        motion=labels.motion,
+        background=labels.background,
+    )
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def parse_caption(text: str) -> SceneLabels | None:
+    """The labels that a prompt names, or ``None`` unless it names exactly one of each kind.
+
+    >>> parse_caption("A red circle moving left on a grey background")
+    SceneLabels(shape='circle', colour='red', motion='left', background='grey')
+    """
+    words = set(text.lower().replace(",", " ").replace(".", " ").split())
+    found = [[name for name in kind if name in words] for kind in (SHAPES, COLOURS, MOTIONS, BACKGROUNDS)]
+    if any(len(names) != 1 for names in found):
+        return None
+    (shape,), (colour,), (motion,), (background,) = found
+    return SceneLabels(shape=shape, colour=colour, motion=motion, background=background)
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can contain, sorted."""
+    phrases = " ".join(_MOVING_PHRASES + _STILL_PHRASES)
+    for field in ("size", "speed", "colour", "shape", "motion", "background"):
+        phrases = phrases.replace("{" + field + "}", " ")
+    words = phrases.replace(",", " ").split() + [
+        w.strip() for w in (*_SIZE_WORDS.values(), *_SPEED_WORDS.values()) if w
+    ]
+    return sorted({*words, "an", *SHAPES, *COLOURS, *MOTIONS, *BACKGROUNDS})
+
+
+def shape_coverage(shape: str, *, x: Tensor, y: Tensor, radius: Tensor | float) -> Tensor:
+    """Fraction of each pixel that the shape covers, by its signed distance.
+
+    Args:
+        shape: One of ``SHAPES``.
+        x: Horizontal distance of the pixel centre from the centroid, in pixels.
+        y: Vertical distance, downwards, in pixels; broadcasts with ``x``.
+        radius: Radius of the circle of equal area, in pixels; broadcasts.
+
+    Returns:
+        Coverage in ``[0, 1]``, of the broadcast shape.
+    """
+    if shape == "circle":
+        distance = torch.sqrt(x * x + y * y) - radius
+    elif shape == "square":
+        distance = torch.maximum(x.abs(), y.abs()) - radius * (math.sqrt(math.pi) / 2)
+    else:
+        inradius = radius * (math.sqrt(4 * math.pi / math.sqrt(3)) / (2 * math.sqrt(3)))
+        slanted = x.abs() * (math.sqrt(3) / 2) - y * 0.5  # the two slanted sides, folded onto one by symmetry
+        distance = torch.maximum(slanted, y + torch.zeros_like(x)) - inradius
+    return (0.5 - distance).clamp(0, 1)
+
+
+def render(scene: Scene, *, num_frames: int = 9, size: int = 32) -> Tensor:
+    """Draw a scene.
+
+    Returns:
+        ``[F, 3, H, W]`` float32 in ``[0, 1]``, with ``H = W = size``.
+    """
+    dx, dy = MOTIONS[str(scene.labels.motion)]
+    frame = torch.arange(num_frames, dtype=torch.float32)
+    centre_x = (scene.start_x + dx * scene.pixels_per_frame * frame)[:, None, None]
+    centre_y = (scene.start_y + dy * scene.pixels_per_frame * frame)[:, None, None]
+    pixel = torch.arange(size, dtype=torch.float32) + 0.5
+    coverage = shape_coverage(
+        str(scene.labels.shape),
+        x=pixel[None, None, :] - centre_x,
+        y=pixel[None, :, None] - centre_y,
+        radius=scene.radius,
+    )[:, None]
+    shade = scene.background_slope * (pixel / size * 2 - 1)
+    background = torch.tensor(scene.background_rgb)[:, None, None] + shade[None, :, None]
+    colour = torch.tensor(scene.colour_rgb)[:, None, None]
+    return (coverage * colour + (1 - coverage) * background).clamp(0, 1)
+
+
+def sample_batch(
+    labels: Sequence[SceneLabels], *, num_frames: int = 9, size: int = 32, generator: torch.Generator
+) -> tuple[Tensor, list[str]]:
+    """Videos and captions for the given labels.
+
+    Returns:
+        ``[B, F, 3, H, W]`` float32 in ``[0, 1]`` and ``B`` captions.
+    """
+    scenes = [sample_scene(label, num_frames=num_frames, size=size, generator=generator) for label in labels]
+    videos = torch.stack([render(scene, num_frames=num_frames, size=size) for scene in scenes])
+    return videos, [caption(scene, generator=generator) for scene in scenes]

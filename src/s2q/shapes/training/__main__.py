@@ -1,0 +1,106 @@
+"""``python -m s2q.shapes.training --work DIR --out DIR``: train ``shapes-cogvideox`` from nothing.
+
+Stages: autoencoder → decoder alone → latents of the training scenes → transformer with text encoder → assembled folder with
+training card. Each stage resumes from its last checkpoint; a finished one is skipped.
+"""
+
+import argparse
+import functools
+import logging
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from s2q.shapes.embedded import embedded_prompts
+from s2q.shapes.scenes import combinations
+from s2q.shapes.training.assemble import assemble, plot_losses, reconstruction_quality, scaled_vae, write_card
+from s2q.shapes.training.loop import TrainingSettings, train
+from s2q.shapes.training.quality import adherence, sample, write_sheet
+from s2q.shapes.training.transformer import TransformerTask, encode_pool
+from s2q.shapes.training.vae import DecoderTask, VAETask
+
+logger = logging.getLogger("s2q.shapes.training")
+
+POOL_SIZE = 24_576
+VAE_SETTINGS = TrainingSettings(
+    steps=1700, batch_size=16, learning_rate=1.5e-3, warmup_steps=50, ema_decay=0.995, seed=1
+)
+DECODER_SETTINGS = TrainingSettings(
+    steps=1000, batch_size=16, learning_rate=7e-4, warmup_steps=20, ema_decay=0.995, seed=2
+)
+TRANSFORMER_SETTINGS = TrainingSettings(steps=5000, batch_size=64, learning_rate=2e-3, muon=True, seed=1)
+
+
+def main() -> None:
+    """Run every stage that is not done yet."""
+    parser = argparse.ArgumentParser(description="Train the embedded model shapes-cogvideox from nothing.")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the finished diffusers pipeline")
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes (CPU: one thread each)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    work, run = arguments.work, {"processes": arguments.processes, "device": arguments.device}
+    training, held_out = combinations(held_out=False), combinations(held_out=True)
+
+    train(functools.partial(VAETask, seed=1), VAE_SETTINGS, work / "vae", **run)
+    train(functools.partial(DecoderTask, start=work / "vae"), DECODER_SETTINGS, work / "decoder", **run)
+    vae = scaled_vae((work / "vae", work / "decoder"), labels=training, seed=3)
+    reconstruction = reconstruction_quality(vae, held_out, seed=4)
+    logger.info("reconstruction of held-out scenes: %s", reconstruction)
+
+    pool = work / "pool.safetensors"
+    if not pool.exists():
+        encode_pool(vae.to(arguments.device), pool, count=POOL_SIZE, seed=5)
+    vae.to("cpu")
+    train(functools.partial(TransformerTask, pool=pool, seed=1), TRANSFORMER_SETTINGS, work / "transformer", **run)
+
+    pipeline = assemble(vae, work / "transformer", arguments.out, seed=1)
+    pipeline.to(torch.float32)
+    prompts = embedded_prompts("shapes-cogvideox", split="held-out")
+    started = time.monotonic()
+    videos = [sample(pipeline, prompts, seed=seed) for seed in (0, 1)]
+    quality = adherence(prompts * 2, torch.cat(videos))
+    logger.info("%d videos in %.0f s: %s", 2 * len(prompts), time.monotonic() - started, quality)
+    write_sheet(videos[0][:24], arguments.out / "samples.png")
+    stages = {name: work / name for name in ("vae", "decoder", "transformer")}
+    plot_losses(stages, arguments.out / "losses.png")
+    write_card(arguments.out, _facts(arguments.processes, arguments.device, stages, reconstruction, quality))
+
+
+def _facts(
+    processes: int, device: str, stages: dict[str, Path], reconstruction: dict[str, float], quality: dict[str, float]
+) -> dict[str, object]:
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{processes} CPU cores ({platform.machine()})"
+    return {
+        "data": f"{len(combinations(held_out=False))} combinations of shape, colour, motion and background; "
+        f"{len(combinations(held_out=True))} held out; scenes drawn afresh for the autoencoder, "
+        f"{POOL_SIZE} scenes for the transformer",
+        "steps": {"autoencoder": VAE_SETTINGS.steps, "decoder": DECODER_SETTINGS.steps}
+        | {"transformer": TRANSFORMER_SETTINGS.steps},
+        "batch_size": {"autoencoder": VAE_SETTINGS.batch_size, "transformer": TRANSFORMER_SETTINGS.batch_size},
+        "seeds": {"autoencoder": VAE_SETTINGS.seed, "transformer": TRANSFORMER_SETTINGS.seed},
+        "minutes": {name: round(_minutes(folder), 1) for name, folder in stages.items()},
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "reconstruction_of_held_out_scenes": reconstruction,
+        "full_precision_adherence_on_held_out_prompts_x_2_seeds": quality,
+    }
+
+
+def _minutes(folder: Path) -> float:
+    """Wall-clock minutes of a stage over all its resumed runs, from its log."""
+    import json
+
+    total, previous = 0.0, 0.0
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        seconds = json.loads(line)["seconds"]
+        total += seconds - previous if seconds >= previous else seconds
+        previous = seconds
+    return total / 60
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""From trained parts to a shipped folder: a diffusers pipeline in bfloat16, a training card, curves and a sample sheet."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from torch import Tensor
+
+from s2q.core.files import atomic_write_json, atomic_write_text
+from s2q.shapes.architecture import FRAME_SIZE, NUM_FRAMES, build_pipeline, build_vae
+from s2q.shapes.detector import detect
+from s2q.shapes.scenes import SceneLabels, sample_batch
+from s2q.shapes.training.loop import load_average
+from s2q.shapes.training.vae import scale_latents
+
+GENERATION = {
+    "num_inference_steps": 20,
+    "guidance_scale": 4.0,
+    "height": FRAME_SIZE,
+    "width": FRAME_SIZE,
+    "num_frames": NUM_FRAMES,
+}
+LABEL_FIELDS = ("shape", "colour", "motion", "background")
+
+
+@torch.no_grad()
+def latent_spread(vae: AutoencoderKLCogVideoX, videos: Tensor) -> Tensor:
+    """Standard deviation of each latent channel, ``[C]``, over ``videos`` ``[B, F, 3, H, W]``."""
+    mean = vae.encode(videos.permute(0, 2, 1, 3, 4) * 2 - 1).latent_dist.mean
+    return mean.transpose(0, 1).flatten(1).std(dim=1)
+
+
+def scaled_vae(folders: Sequence[Path], *, labels: Sequence[SceneLabels], seed: int) -> AutoencoderKLCogVideoX:
+    """The autoencoder after its training stages, latents scaled to unit spread on scenes of ``labels``."""
+    vae = build_vae().eval()
+    for folder in folders:
+        load_average(vae, folder / "ema.safetensors", prefix="vae.")
+    videos, _ = sample_batch(labels, generator=torch.Generator().manual_seed(seed))
+    scale_latents(vae, latent_spread(vae, videos))
+    return vae
+
+
+@torch.no_grad()
+def reconstruction_quality(
+    vae: AutoencoderKLCogVideoX, labels: Sequence[SceneLabels], *, seed: int
+) -> dict[str, float]:
+    """PSNR in dB (of the pooled error) and the detector's accuracy on reconstructed scenes."""
+    videos, _ = sample_batch(labels, generator=torch.Generator().manual_seed(seed))
+    output = []
+    for batch in videos.split(32):
+        latent = vae.encode(batch.permute(0, 2, 1, 3, 4) * 2 - 1).latent_dist.mean
+        output.append((vae.decode(latent).sample.permute(0, 2, 1, 3, 4) / 2 + 0.5).clamp(0, 1))
+    rebuilt = torch.cat(output)
+    found = [detect(video) for video in rebuilt]
+    quality = {"psnr_db": float(-10 * torch.log10((rebuilt - videos).square().mean()))}
+    for field in LABEL_FIELDS:
+        hits = [getattr(a, field) == getattr(b, field) for a, b in zip(found, labels, strict=True)]
+        quality[field] = sum(hits) / len(hits)
+    return quality
+
+
+def assemble(vae: AutoencoderKLCogVideoX, transformer_run: Path, out: Path, *, seed: int) -> CogVideoXPipeline:
+    """Write the diffusers folder in bfloat16; ``out`` is replaced.
+
+    Args:
+        vae: The scaled autoencoder.
+        transformer_run: Training folder of transformer and text encoder.
+        out: Destination, a package-data folder.
+        seed: Of the initial weights, none of which remain.
+    """
+    pipeline = build_pipeline(seed=seed)
+    pipeline.vae.load_state_dict(vae.state_dict())
+    for part in ("transformer", "text_encoder"):
+        load_average(getattr(pipeline, part), transformer_run / "ema.safetensors", prefix=f"{part}.")
+    pipeline.to(torch.bfloat16)
+    shutil.rmtree(out, ignore_errors=True)
+    pipeline.save_pretrained(out)
+    atomic_write_json(out / "generation.json", GENERATION)
+    return pipeline
+
+
+def plot_losses(runs: dict[str, Path], path: Path) -> None:
+    """One curve a stage, from each run's ``log.jsonl``: thin the logged loss, thick its running mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.5 * len(runs), 3.2), squeeze=False, constrained_layout=True)
+    for axis, (title, folder) in zip(axes[0], runs.items(), strict=True):
+        entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        steps, losses = [e["step"] for e in entries], torch.tensor([e["loss"] for e in entries])
+        window = max(1, len(losses) // 40)
+        smooth = losses.unfold(0, window, 1).mean(-1)
+        axis.plot(steps, losses, color="0.8", linewidth=0.8)
+        axis.plot(steps[window - 1 :], smooth, color="tab:blue")
+        axis.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_card(out: Path, facts: dict[str, Any]) -> None:
+    """The training card: ``README.md`` for people, ``training.json`` with the same figures for programs."""
+    atomic_write_json(out / "training.json", facts)
+    lines = [
+        "# shapes-cogvideox",
+        "",
+        "A complete CogVideoX pipeline (tokenizer, T5 encoder, 3D autoencoder, 6-block transformer, DDIM scheduler) trained",
+        "from nothing on procedurally drawn videos of one moving shape (`s2q.shapes.scenes`). No third-party data or weights",
+        "went into it. It exists so that quantization can be tried, tested and judged anywhere, offline, in minutes.",
+        "",
+        "![loss](losses.png)",
+        "",
+        "![samples](samples.png)",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in facts.items()),
+        "",
+        "Rebuild with `python -m s2q.shapes.training --work DIR --out DIR`.",
+        "",
+    ]
+    atomic_write_text(out / "README.md", "\n".join(lines))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+    return str(value)

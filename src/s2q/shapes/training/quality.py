@@ -1,0 +1,47 @@
+"""Full-precision quality of a trained pipeline: adherence to held-out prompts by the detector, and a sheet of samples."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from s2q.shapes.detector import detect
+from s2q.shapes.scenes import parse_caption
+from s2q.shapes.training.assemble import GENERATION, LABEL_FIELDS
+
+
+@torch.no_grad()
+def sample(pipeline: Any, prompts: Sequence[str], *, seed: int, batch_size: int = 16, **settings: Any) -> Tensor:
+    """One video a prompt, ``[B, F, 3, H, W]`` in ``[0, 1]``; every video has a generator of its own."""
+    pipeline.set_progress_bar_config(disable=True)
+    videos = []
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        generators = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(batch))]
+        arguments = {**GENERATION, **settings}
+        result = pipeline(prompt=batch, generator=generators, output_type="pt", max_sequence_length=None, **arguments)
+        videos.append(result.frames.float().cpu())
+    return torch.cat(videos)
+
+
+def adherence(prompts: Sequence[str], videos: Tensor) -> dict[str, float]:
+    """Share of the videos in which the detector finds what the prompt names, by label."""
+    wanted = [parse_caption(prompt) for prompt in prompts]
+    found = [detect(video) for video in videos]
+    return {
+        field: sum(getattr(a, field) == getattr(b, field) for a, b in zip(found, wanted, strict=True)) / len(prompts)
+        for field in LABEL_FIELDS
+    }
+
+
+def write_sheet(videos: Tensor, path: Path, *, columns: int = 3, enlarge: int = 3) -> None:
+    """Save videos as one picture: a strip of frames each, ``columns`` strips a row."""
+    strips = [torch.cat(list(video), dim=-1) for video in videos]
+    padded = [torch.nn.functional.pad(strip, (2, 2, 2, 2), value=1.0) for strip in strips]
+    rows = [torch.cat(padded[i : i + columns], dim=-1) for i in range(0, len(padded) - columns + 1, columns)]
+    pixels = (torch.cat(rows, dim=-2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels)
+    picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST).save(path)

@@ -1,0 +1,101 @@
+"""The transformer's trainer: v-prediction on cached latents, the text encoder learning along, captions dropped for guidance."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s2q.core.seeds import derive_seed
+from s2q.shapes.architecture import (
+    FRAME_SIZE,
+    NUM_FRAMES,
+    TEXT_TOKENS,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+)
+from s2q.shapes.scenes import combinations, sample_batch
+
+CAPTION_DROPOUT = 0.1
+CAPITALISED_FRACTION = 0.2
+
+
+@torch.no_grad()
+def encode_pool(vae: AutoencoderKLCogVideoX, path: Path, *, count: int, seed: int, batch_size: int = 64) -> None:
+    """Encode ``count`` random scenes of the training combinations, once, for all epochs.
+
+    Writes ``latents`` ``[count, F', C, H', W']`` float16 to ``path`` and the captions beside it as JSON.
+    """
+    labels = combinations(held_out=False)
+    device = next(vae.parameters()).device
+    latents, captions = [], []
+    for start in range(0, count, batch_size):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "pool", start))
+        picks = torch.randint(len(labels), (min(batch_size, count - start),), generator=generator).tolist()
+        videos, texts = sample_batch(
+            [labels[i] for i in picks], num_frames=NUM_FRAMES, size=FRAME_SIZE, generator=generator
+        )
+        with torch.autocast(device.type, torch.bfloat16):
+            target = videos.permute(0, 2, 1, 3, 4).to(device) * 2 - 1
+            mean = vae.encode(target).latent_dist.mean
+        latents.append(mean.permute(0, 2, 1, 3, 4).to("cpu", torch.float16))
+        captions += texts
+    save_file({"latents": torch.cat(latents).contiguous()}, path)
+    path.with_suffix(".json").write_text(json.dumps(captions))
+
+
+class TransformerTask:
+    """Predict the velocity of noised latents from their caption (v-prediction, mean squared error).
+
+    A tenth of the captions is replaced by the empty one, for classifier-free guidance; a fifth begins with a capital and
+    ends with a full stop, so that both spellings work.
+    """
+
+    def __init__(self, *, pool: Path, seed: int = 0) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.tokenizer = build_tokenizer()
+            text_encoder = build_text_encoder(self.tokenizer)
+            transformer = build_transformer()
+        self.modules = nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
+        self.text_encoder, self.transformer = text_encoder, transformer
+        self.scheduler = build_scheduler()
+        self.latents = load_file(pool)["latents"]
+        self.captions: list[str] = json.loads(pool.with_suffix(".json").read_text())
+
+    def _token_ids(self, picks: list[int], generator: torch.Generator) -> Tensor:
+        draws = torch.rand(len(picks), 2, generator=generator).tolist()
+        texts = []
+        for pick, (drop, capital) in zip(picks, draws, strict=True):
+            text = self.captions[pick]
+            if drop < CAPTION_DROPOUT:
+                text = ""
+            elif capital < CAPITALISED_FRACTION:
+                text = text[0].upper() + text[1:] + "."
+            texts.append(text)
+        encoded = self.tokenizer(
+            texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+        )
+        return encoded.input_ids
+
+    def loss(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Loss of a fresh batch; timesteps are stratified over the batch, which steadies the gradient."""
+        device = next(self.transformer.parameters()).device
+        picks = torch.randint(len(self.captions), (batch_size,), generator=generator)
+        clean = self.latents[picks].float()
+        noise = torch.randn(clean.shape, generator=generator)
+        steps = self.scheduler.config.num_train_timesteps
+        offsets = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+        timesteps = (offsets * steps).long().clamp_max(steps - 1)
+        noised = self.scheduler.add_noise(clean, noise, timesteps).to(device)
+        velocity = self.scheduler.get_velocity(clean, noise, timesteps).to(device)
+        ids = self._token_ids(picks.tolist(), generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            text = self.text_encoder(ids).last_hidden_state
+            output = self.transformer(noised, text, timesteps.to(device), return_dict=False)[0]
+        return F.mse_loss(output.float(), velocity), {}
