@@ -1,1 +1,7 @@
-"""Placeholder."""
+"""Floor 2: quantized linears, packed and trainable, and putting them into a model."""
+
+from s2q.nn.fake import FakeQuantLinear
+from s2q.nn.packed import PackedLinear
+from s2q.nn.swap import replace_module
+
+__all__ = ["FakeQuantLinear", "PackedLinear", "replace_module"]

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Floor 1: operations with an exact reference each; a folder an op, a module a backend."""

@@ -1,1 +1,35 @@
-"""Placeholder."""
+"""Exact product of two integer matrices; every backend gives the same bits."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from s2q.core.errors import unknown_name
+from s2q.ops.int_matmul import cpu, reference
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference.int_matmul, "cpu": cpu.int_matmul}
+
+__all__ = ["BACKENDS", "int_matmul"]
+
+
+def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int = 8, backend: str = "auto") -> Tensor:
+    """Multiply codes, y = x · wᵀ, bit-equal to the product in int64; see `reference.int_matmul`.
+
+    Args:
+        x_codes: int8 [M, K], within x_bits.
+        w_codes: int8 [O, K], within w_bits.
+        x_bits: Width of the codes of x, at most 8; a promise that backends may use to be faster.
+        w_bits: Width of the codes of w, at most 8; likewise.
+        backend: "reference", "cpu", or "auto": the fastest that is exact on the device of x.
+
+    Returns:
+        int32 [M, O].
+
+    Raises:
+        InvalidInputError: If there is no such backend.
+    """
+    if backend == "auto":
+        backend = "cpu" if cpu.IS_AVAILABLE and x_codes.device.type == "cpu" else "reference"
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, ("auto", *BACKENDS))
+    return BACKENDS[backend](x_codes, w_codes, x_bits=x_bits, w_bits=w_bits)

@@ -1,0 +1,226 @@
+"""The packed linear: what a quantized model runs and what a checkpoint stores.
+
+    y = (codes_x · codes_wᵀ) · Δ_x · Δ_w + b        integers inside, fp32 for the scales, then the dtype of x
+
+Weight-only schemes (no activation part) multiply x by the dequantized weight instead.
+
+Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `P` packed bytes of a row (`core.packing`).
+"""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2q.core.errors import InvalidInputError, UsageError
+from s2q.core.packing import pack_codes, packed_width, unpack_codes
+from s2q.core.qparams import RoundedWeight, dequantize_weight
+from s2q.core.schemes import LinearScheme, PerGroup, num_groups
+from s2q.ops.int_matmul import int_matmul
+from s2q.ops.quantize_per_token import quantize_per_token
+
+_CHUNK_ROWS = 1024  # bounds the int32 and fp32 intermediates of a long video
+_READS_BASE_WEIGHT = frozenset({"merge", "unmerge", "get_base_weight", "set_base_weight", "dequantize_module_weight"})
+
+
+class PackedLinear(nn.Linear):
+    """A linear with packed integer weights, for inference.
+
+    It is an `nn.Linear`, so that LoRA adapters attach to it; merging them into it is refused. Everything it stores is a
+    parameter without gradient (offloading moves parameters only). Codes and scales keep their dtype through
+    `.to(dtype)`, `.bfloat16()` and the like; the bias follows. Nothing unpacked is kept between calls.
+
+    Attributes:
+        weight: uint8 [O, P], packed codes.
+        weight_scale: fp32 [O] (PerChannel) or [O, G] (PerGroup).
+        bias: [O] in the compute dtype, or None.
+        scheme: How weight and input are quantized.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        bias: Whether there is a bias.
+        scheme: How weight and input are quantized.
+        dtype: Of the bias; None is torch's default dtype.
+        device: Where to put the (uninitialised) parameters; "meta" allocates nothing.
+
+    Raises:
+        InvalidInputError: If I is not a multiple of the group size.
+    """
+
+    weight_scale: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        scheme: LinearScheme,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a floating point weight
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        width = packed_width(scheme.weight.num_bits, in_features)
+        groups = num_groups(scheme.weight, in_features)
+        scale_shape = (out_features, groups) if isinstance(scheme.weight.granularity, PerGroup) else (out_features,)
+        self.weight = _frozen(torch.empty(out_features, width, dtype=torch.uint8, device=device))
+        self.weight_scale = _frozen(torch.empty(scale_shape, dtype=torch.float32, device=device))
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = _frozen(torch.empty(out_features, dtype=dtype, device=device))
+
+    @classmethod
+    def from_rounded(
+        cls, rounded: RoundedWeight, *, bias: Tensor | None, scheme: LinearScheme, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Pack a rounded weight.
+
+        Args:
+            rounded: codes int8 [O, I] and scale fp32 [O] or [O, G], of `scheme.weight`.
+            bias: [O] or None; copied.
+            scheme: How weight and input are quantized.
+            dtype: Of the bias; None keeps it.
+
+        Returns:
+            The layer, on the device of the codes.
+
+        Raises:
+            InvalidInputError: If shapes, dtypes or the range of the codes do not fit the scheme.
+        """
+        out_features, in_features = rounded.codes.shape
+        layer = cls(in_features, out_features, bias=bias is not None, scheme=scheme, dtype=dtype, device="meta")
+        expected = layer.weight_scale.shape
+        if rounded.scale.shape != expected or rounded.scale.dtype != torch.float32:
+            raise InvalidInputError(
+                f"weight scale: got {rounded.scale.dtype} {list(rounded.scale.shape)}; "
+                f"expected torch.float32 {list(expected)} for {scheme.name}"
+            )
+        layer.weight = _frozen(pack_codes(rounded.codes, num_bits=scheme.weight.num_bits))
+        layer.weight_scale = _frozen(rounded.scale.detach().clone())
+        if bias is not None:
+            if bias.shape != (out_features,):
+                raise InvalidInputError(f"bias: got {list(bias.shape)}; expected [{out_features}]")
+            layer.bias = _frozen(bias.detach().to(device=rounded.codes.device, dtype=dtype or bias.dtype, copy=True))
+        return layer
+
+    def codes(self) -> Tensor:
+        """Return the unpacked codes of the weight, int8 [O, I]."""
+        packed = self._parameters["weight"]
+        assert packed is not None
+        return unpack_codes(packed, num_bits=self.scheme.weight.num_bits, in_features=self.in_features)
+
+    def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight that the codes stand for.
+
+        Args:
+            dtype: Floating; the product of code and scale is rounded to it.
+
+        Returns:
+            [O, I].
+        """
+        return dequantize_weight(self.codes(), self.weight_scale).to(dtype)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
+        """Apply the layer.
+
+        Args:
+            input: [..., I], floating.
+
+        Returns:
+            [..., O] in the dtype of the input.
+        """
+        if self.scheme.activation is None:
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            return F.linear(input, self.dequantized_weight(input.dtype), bias)
+        rows_MI = input.reshape(-1, self.in_features)
+        codes_OI = self.codes()
+        chunks = [self._integer_linear(rows, codes_OI) for rows in torch.split(rows_MI, _CHUNK_ROWS)]
+        output_MO = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+        return output_MO.reshape(*input.shape[:-1], self.out_features)
+
+    def _integer_linear(self, rows_MI: Tensor, codes_OI: Tensor) -> Tensor:
+        activation = self.scheme.activation
+        assert activation is not None
+        bits = {"x_bits": activation.num_bits, "w_bits": self.scheme.weight.num_bits}
+        x_codes, x_scale = quantize_per_token(rows_MI, num_bits=activation.num_bits)
+        scale = self.weight_scale
+        if scale.ndim == 1:
+            total = int_matmul(x_codes, codes_OI, **bits).float().mul_(scale)
+        else:
+            size = self.in_features // scale.shape[1]
+            parts = zip(torch.split(x_codes, size, 1), torch.split(codes_OI, size, 1), scale.unbind(1), strict=True)
+            total = torch.zeros(len(rows_MI), self.out_features, dtype=torch.float32, device=rows_MI.device)
+            for x_part, w_part, part_scale in parts:
+                total.addcmul_(int_matmul(x_part, w_part, **bits).float(), part_scale)
+        total.mul_(x_scale)
+        if self.bias is not None:
+            total.add_(self.bias)
+        return total.to(rows_MI.dtype)
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows of the layer."""
+        has_bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, {self.scheme.name}"
+
+    def __getattr__(self, name: str) -> Any:
+        # peft merges by adding to `weight.data` and asks no one; at 8 bits that can pass silently and ruin the codes.
+        # It offers no hook to refuse in, so its merging code is refused the reading itself.
+        if name == "weight" and _is_merging(sys._getframe(1)):
+            raise UsageError(
+                f"adapter weights cannot be merged into, or initialised from, a packed {self.scheme.name} linear; "
+                "leave the adapter unmerged, or fuse it into the full-precision model before quantizing"
+            )
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        stored = {id(self._parameters[name]) for name in ("weight", "weight_scale")}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in stored:
+                return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            if moved.is_floating_point() and moved.dtype.itemsize < 2:
+                raise UsageError(
+                    f"a packed {self.scheme.name} linear cannot be cast to {moved.dtype}: it is quantized already; "
+                    "exclude it from layerwise casting through skip_modules_classes=(PackedLinear,)"
+                )
+            return moved
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, dtype in (("weight", torch.uint8), ("weight_scale", torch.float32)):
+            found = state_dict.get(prefix + name)
+            if found is not None and found.dtype != dtype:  # copying would convert it without a word
+                error_msgs.append(f"{prefix}{name}: got {found.dtype}; expected {dtype}, packed as {self.scheme.name}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _is_merging(caller: FrameType) -> bool:
+    module = caller.f_globals.get("__name__", "")
+    return caller.f_code.co_name in _READS_BASE_WEIGHT and str(module).partition(".")[0] == "peft"

@@ -1,0 +1,26 @@
+"""Rounding to nearest (RTN): each weight on its own, half to even (S²Q-VDiT, eq. 1)."""
+
+import torch
+from torch import Tensor
+
+from s2q.core.qparams import ClipRatio, RoundedWeight, quantize_weight, weight_scale
+from s2q.core.schemes import QuantScheme
+
+
+@torch.no_grad()
+def round_rtn(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> RoundedWeight:
+    """Round a weight to the nearest codes.
+
+    Args:
+        weight: [O, I], any floating dtype; computed in fp32.
+        scheme: PerChannel or PerGroup.
+        clip_ratio: Factor in (0, 1] on the largest magnitude: a float, or a tensor that broadcasts to the scale.
+
+    Returns:
+        codes int8 [O, I] and scale fp32 [O] or [O, G], on the weight's device.
+
+    Raises:
+        InvalidInputError: If I is not a multiple of the group size.
+    """
+    scale = weight_scale(weight, scheme, clip_ratio=clip_ratio)
+    return RoundedWeight(codes=quantize_weight(weight, scale, num_bits=scheme.num_bits), scale=scale)
