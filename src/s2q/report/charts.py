@@ -1,0 +1,121 @@
+"""Small charts as inline SVG, coloured by the page's style sheet so that they follow light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+_WIDTH, _HEIGHT = 640, 260
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 42
+_ROW = 40
+
+
+def velocity_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
+    """Draw the relative velocity error of every denoising step, logarithmic, with its interval as a band.
+
+    Args:
+        steps: Entries of `eval.json`'s `velocity.steps`: `step`, `timestep`, `mean`, `low`, `high`.
+
+    Returns:
+        An `<svg>` element; empty without a positive value.
+    """
+    positive = [value for step in steps for value in (step["mean"], step["low"], step["high"]) if value and value > 0]
+    if not positive:
+        return Markup("")
+    low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+    high = max(high, low + 1)
+
+    def x(index: int) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (index / max(1, len(steps) - 1))
+
+    def y(value: float | None) -> float:
+        exponent = math.log10(max(value or 0.0, 10.0**low))
+        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - exponent) / (high - low)
+
+    parts = [_decade(exponent, y(10.0**exponent)) for exponent in range(low, high + 1)]
+    if all(step["low"] is not None for step in steps):
+        upper = [f"{x(i):.1f},{y(step['high']):.1f}" for i, step in enumerate(steps)]
+        lower = [f"{x(i):.1f},{y(step['low']):.1f}" for i, step in enumerate(steps)]
+        parts.append(f'<polygon class="band" points="{" ".join(upper + lower[::-1])}"/>')
+    line = " ".join(f"{x(i):.1f},{y(step['mean']):.1f}" for i, step in enumerate(steps))
+    parts.append(f'<polyline class="line" points="{line}"/>')
+    stride = max(1, math.ceil(len(steps) / 10))
+    for i, step in enumerate(steps):
+        tip = f"step {i + 1}, timestep {step['timestep']:g}: {step['mean']:.2e}"
+        parts.append(f'<circle class="dot" cx="{x(i):.1f}" cy="{y(step["mean"]):.1f}" r="3"><title>{tip}</title></circle>')
+        if i % stride == 0 and (len(steps) - 1 - i >= stride or i == 0) or i == len(steps) - 1:
+            parts.append(_text(x(i), _HEIGHT - _BOTTOM + 18, str(i + 1), "middle"))
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "denoising step, from noise to video", "middle"))
+    label = f"Relative velocity error per denoising step, from {_plain(steps[0])} to {_plain(steps[-1])}"
+    return _svg(label, _HEIGHT, parts)
+
+
+def adherence_chart(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> Markup:
+    """Draw prompt adherence of both models on a scale from 0 to 100 %, with intervals.
+
+    Args:
+        rows: Label, the student's and the reference's entry of `eval.json`'s `metrics` (`mean`, `low`, `high`).
+
+    Returns:
+        An `<svg>` element; empty without rows.
+    """
+    if not rows:
+        return Markup("")
+    left, height = 108, _TOP + _ROW * len(rows) + 26
+    span = _WIDTH - left - _RIGHT - 8
+
+    def x(value: float) -> float:
+        return left + span * value
+
+    parts = []
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP - 6}" y2="{height - 24}"/>')
+        parts.append(_text(x(tick), height - 8, f"{tick:.0%}".replace("%", " %"), "middle"))
+    for index, (label, ours, theirs) in enumerate(rows):
+        middle = _TOP + _ROW * index + _ROW / 2 - 4
+        parts.append(_text(left - 12, middle + 4, label, "end"))
+        for entry, offset, kind, who in ((theirs, -7, "reference", "full precision"), (ours, 7, "student", "quantized")):
+            parts += _whisker(entry, x, middle + offset, kind, f"{label}, {who}")
+    return _svg("Prompt adherence of full precision and of the quantized model", height, parts)
+
+
+def _whisker(entry: Mapping[str, Any], x: Any, y: float, kind: str, label: str) -> list[str]:
+    if entry["mean"] is None:
+        return []
+    parts = []
+    tip = f"{label}: {entry['mean'] * 100:.1f} %"
+    if entry["low"] is not None:
+        tip += f" ({entry['low'] * 100:.1f} to {entry['high'] * 100:.1f} %)"
+        parts.append(
+            f'<line class="whisker {kind}" x1="{x(entry["low"]):.1f}" x2="{x(entry["high"]):.1f}" y1="{y}" y2="{y}"/>'
+        )
+    parts.append(
+        f'<circle class="mark {kind}" cx="{x(entry["mean"]):.1f}" cy="{y}" r="5"><title>{escape(tip)}</title></circle>'
+    )
+    return parts
+
+
+def _decade(exponent: int, y: float) -> str:
+    label = f'10<tspan dy="-5" font-size="9">{exponent}</tspan>'.replace("-", "−").replace('dy="−5"', 'dy="-5"')
+    return (
+        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{_LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _plain(step: Mapping[str, Any]) -> str:
+    return f"{step['mean']:.2e}"
+
+
+def _svg(label: str, height: float, parts: Sequence[str]) -> Markup:
+    body = "".join(parts)
+    return Markup(  # every piece of text in the parts is escaped where it is made
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    )

@@ -1,0 +1,80 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+_PERCENT = ("adherence",)
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes with a decimal unit: `1234567` is "1.23 MB"."""
+    value, unit = float(count), 0
+    while value >= 1000 and unit < len(_BYTE_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{int(value)} B" if unit == 0 else f"{value:.3g} {_BYTE_UNITS[unit]}"
+
+
+def format_value(name: str, value: float | None) -> str:
+    """Return a metric's value with as many digits as it deserves.
+
+    Args:
+        name: The metric's name; `_db` gives decibels, adherence gives per cent.
+        value: Its value, or None where it does not apply.
+    """
+    if value is None:
+        return "–"
+    if name.endswith("_db"):
+        return f"{value:.1f} dB"
+    if any(word in name for word in _PERCENT):
+        return f"{value * 100:+.1f} %" if name.endswith("_change") else f"{value * 100:.1f} %"
+    if abs(value) >= 0.1 or value == 0:
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+    return f"{value:.5f}" if abs(value) >= 0.001 else f"{value:.2e}"
+
+
+def format_interval(name: str, low: float | None, high: float | None) -> str:
+    """Return an interval, "33.1 to 35.2 dB"; a dash where there is none."""
+    if low is None or high is None:
+        return "–"
+    first, second = format_value(name, low), format_value(name, high)
+    for unit in (" dB", " %"):
+        if first.endswith(unit):
+            first = first.removesuffix(unit)
+    return f"{first} to {second}"
+
+
+def format_cell(value: Any) -> str:
+    """Return any JSON value as the text of a table cell."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", " ")
+    if isinstance(value, (list, tuple)):
+        return " × ".join(str(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {format_cell(item)}" for key, item in value.items())
+    return str(value)
+
+
+def title_of(name: str) -> str:
+    """Return a metric's name for people: "psnr_frame_mean_db" is "PSNR, frame mean"."""
+    titles = {
+        "latent_relative_l2": "Latent distance, relative L2",
+        "latent_cosine": "Latent cosine",
+        "psnr_frame_mean_db": "PSNR, mean of frames",
+        "psnr_pooled_db": "PSNR, pooled",
+        "ssim": "SSIM",
+        "velocity_relative_error": "Velocity error, relative",
+        "adherence_all_change": "Adherence, change",
+    }
+    if name in titles:
+        return titles[name]
+    reference = name.startswith("reference_")
+    words = name.removeprefix("reference_").replace("adherence_", "Adherence, ").replace("_", " ")
+    return f"{words} (full precision)" if reference else words

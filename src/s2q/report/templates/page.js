@@ -1,0 +1,102 @@
+"use strict";
+(() => {
+  const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const playAll = document.getElementById("play-all");
+  const speed = document.getElementById("speed");
+  const difference = document.getElementById("show-difference");
+  const theme = document.getElementById("theme");
+
+  class Player {
+    constructor(root) {
+      this.root = root;
+      this.fps = Number(root.dataset.fps);
+      this.frames = Number(root.dataset.frames);
+      this.videos = [...root.querySelectorAll("video")];
+      this.toggle = root.querySelector(".toggle");
+      this.range = root.querySelector("input[type=range]");
+      this.output = root.querySelector("output");
+      this.wanted = !still;
+      this.visible = true;
+      for (const video of this.videos) video.removeAttribute("controls");
+      this.toggle.addEventListener("click", () => this.want(!this.wanted));
+      this.range.addEventListener("input", () => this.seek(Number(this.range.value)));
+      for (const button of root.querySelectorAll(".step")) {
+        button.addEventListener("click", () => {
+          const next = Number(this.range.value) + Number(button.dataset.step);
+          this.seek((next + this.frames) % this.frames);
+        });
+      }
+      this.apply();
+    }
+    get master() { return this.videos[0]; }
+    get frame() {
+      return Math.max(0, Math.min(this.frames - 1, Math.floor(this.master.currentTime * this.fps + 1e-3)));
+    }
+    want(playing) { this.wanted = playing; this.apply(); refresh(); }
+    seek(frame) {
+      this.wanted = false;
+      this.apply();
+      for (const video of this.videos) video.currentTime = (frame + 0.5) / this.fps;
+      this.show(frame);
+      refresh();
+    }
+    apply() {
+      const run = this.wanted && this.visible;
+      this.toggle.setAttribute("aria-pressed", String(this.wanted));
+      this.toggle.setAttribute("aria-label", this.wanted ? "Pause" : "Play");
+      for (const video of this.videos) {
+        video.playbackRate = Number(speed.value);
+        if (run) video.play().catch(() => { if (this.wanted) { this.wanted = false; this.apply(); refresh(); } });
+        else video.pause();
+      }
+      if (!run) for (const video of this.videos) video.currentTime = this.master.currentTime;
+    }
+    show(frame) {
+      this.range.value = String(frame);
+      this.output.textContent = `${frame + 1} / ${this.frames}`;
+    }
+    follow() {
+      if (!this.wanted || !this.visible || this.master.seeking) return;
+      const now = this.master.currentTime;
+      for (const video of this.videos.slice(1)) {
+        if (!video.seeking && Math.abs(video.currentTime - now) > 0.5 / this.fps) video.currentTime = now;
+      }
+      const frame = this.frame;
+      if (frame !== this.last) { this.last = frame; this.show(frame); }
+    }
+  }
+
+  const players = [...document.querySelectorAll(".player")].map((root) => new Player(root));
+  const watch = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      const player = players.find((candidate) => candidate.root === entry.target);
+      player.visible = entry.isIntersecting;
+      player.apply();
+    }
+  });
+  players.forEach((player) => watch.observe(player.root));
+
+  function refresh() {
+    const any = players.some((player) => player.wanted);
+    playAll.setAttribute("aria-pressed", String(any));
+    playAll.querySelector(".text").textContent = any ? "Pause all" : "Play all";
+  }
+  function tick() { players.forEach((player) => player.follow()); requestAnimationFrame(tick); }
+
+  playAll.addEventListener("click", () => {
+    const wanted = !players.some((player) => player.wanted);
+    for (const player of players) {
+      if (wanted) for (const video of player.videos) video.currentTime = 0;
+      player.want(wanted);
+    }
+  });
+  speed.addEventListener("change", () => players.forEach((player) => player.apply()));
+  difference.addEventListener("change", () => document.body.classList.toggle("no-difference", !difference.checked));
+  theme.addEventListener("click", () => {
+    const root = document.documentElement;
+    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = dark ? "light" : "dark";
+  });
+  refresh();
+  requestAnimationFrame(tick);
+})();

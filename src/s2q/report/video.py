@@ -1,0 +1,187 @@
+"""Videos and contact sheets as files: H.264 that any browser plays, PNG that any viewer shows.
+
+Small frames are enlarged by a whole factor without smoothing, so that a pixel stays a square. H.264 with 4:2:0 chroma halves
+the colour resolution, which costs nothing once every pixel is at least two by two.
+
+Legend: `F` frames, `H`, `W` height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from s2q.core.errors import InvalidInputError, S2QError
+from s2q.core.files import atomic_write_bytes
+
+DISPLAY_PIXELS = 256
+FRAMES_PER_SECOND = 8
+_QUALITY_CRF = 12
+_SHEET_CELL = 96
+_GAP = 4
+_LABEL_SIZE = 14
+
+
+def enlarged(frames: np.ndarray, *, target: int = DISPLAY_PIXELS) -> np.ndarray:
+    """Repeat pixels by a whole factor until the longer side is about `target`; larger videos stay as they are.
+
+    Args:
+        frames: `[F, H, W, 3]`, uint8.
+        target: Wanted length of the longer side in pixels.
+
+    Returns:
+        `[F, k H, k W, 3]`, uint8, with the factor `k ≥ 1`.
+    """
+    _check(frames)
+    factor = max(1, target // max(frames.shape[1:3]))
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def difference(frames: np.ndarray, reference: np.ndarray, *, gain: int = 4) -> np.ndarray:
+    """Return the absolute difference of two videos, amplified, for the eye.
+
+    Args:
+        frames: `[F, H, W, 3]`, uint8.
+        reference: The same shape and dtype.
+        gain: Factor of amplification.
+
+    Returns:
+        `[F, H, W, 3]`, uint8, saturated at 255.
+    """
+    _check(frames)
+    _check(reference)
+    apart = np.abs(frames.astype(np.int16) - reference.astype(np.int16)) * gain
+    return np.clip(apart, 0, 255).astype(np.uint8)
+
+
+def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND) -> bytes:
+    """Encode a video as H.264 (yuv420p, constant rate factor 12) in an mp4 container.
+
+    Args:
+        frames: `[F, H, W, 3]`, uint8; an odd height or width is padded by repeating the last line.
+        fps: Frames per second.
+
+    Returns:
+        The file's bytes, the same for the same input and encoder.
+
+    Raises:
+        S2QError: The encoder failed.
+    """
+    import imageio_ffmpeg
+
+    _check(frames)
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    height, width = frames.shape[1:3]
+    with tempfile.TemporaryDirectory(prefix="s2q-video-") as folder:
+        path = Path(folder) / "video.mp4"
+        writer = imageio_ffmpeg.write_frames(
+            str(path),
+            (width, height),
+            fps=fps,
+            codec="libx264",
+            pix_fmt_in="rgb24",
+            pix_fmt_out="yuv420p",
+            quality=None,
+            macro_block_size=1,
+            ffmpeg_log_level="error",
+            output_params=[
+                *("-crf", str(_QUALITY_CRF), "-preset", "medium", "-threads", "1", "-g", "1"),
+                *("-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709"),
+                *("-color_trc", "bt709", "-movflags", "+faststart", "-fflags", "+bitexact", "-flags:v", "+bitexact"),
+            ],
+        )
+        try:
+            writer.send(None)
+            for frame in frames:
+                writer.send(np.ascontiguousarray(frame))
+            writer.close()
+            data = path.read_bytes()
+        except OSError as error:
+            raise S2QError(f"encoding a {width}x{height} video failed: {error}") from error
+    if not data:
+        raise S2QError(f"encoding a {width}x{height} video gave an empty file")
+    return data
+
+
+def write_mp4(path: Path, frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND) -> None:
+    """Encode a video, enlarged for display, and write it atomically.
+
+    Args:
+        path: The mp4 file.
+        frames: `[F, H, W, 3]`, uint8.
+        fps: Frames per second.
+    """
+    atomic_write_bytes(path, encode_mp4(enlarged(frames), fps=fps))
+
+
+def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], *, columns: int = 9) -> bytes:
+    """Draw videos as rows of frames.
+
+    Args:
+        rows: Label and frames `[F, H, W, 3]` uint8 of every row; at least one.
+        columns: How many frames to show at most; they are spread over the video, first and last included.
+
+    Returns:
+        A PNG file's bytes.
+    """
+    if not rows:
+        raise InvalidInputError("contact sheet: got no video; expected at least one row")
+    strips = [(label, _strip(frames, columns)) for label, frames in rows]
+    font = ImageFont.load_default(size=_LABEL_SIZE)
+    label_height = _LABEL_SIZE + 2 * _GAP
+    width = max(strip.width for _, strip in strips) + 2 * _GAP
+    height = sum(strip.height + label_height for _, strip in strips) + _GAP
+    sheet = Image.new("RGB", (width, height), (250, 250, 250))
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for label, strip in strips:
+        draw.text((_GAP, top + _GAP), _shortened(label, font, width - 2 * _GAP), fill=(30, 30, 30), font=font)
+        sheet.paste(strip, (_GAP, top + label_height))
+        top += label_height + strip.height
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def write_contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], *, columns: int = 9) -> None:
+    """Draw a contact sheet and write it atomically; see `contact_sheet`."""
+    atomic_write_bytes(path, contact_sheet(rows, columns=columns))
+
+
+def _strip(frames: np.ndarray, columns: int) -> Image.Image:
+    _check(frames)
+    count = min(columns, len(frames))
+    picked = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    longest = max(frames.shape[1:3])
+    if longest < _SHEET_CELL:
+        picked = enlarged(picked, target=_SHEET_CELL)
+    cells = [Image.fromarray(frame) for frame in picked]
+    if longest > 2 * _SHEET_CELL:
+        scale = 2 * _SHEET_CELL / longest
+        size = (math.ceil(frames.shape[2] * scale), math.ceil(frames.shape[1] * scale))
+        cells = [cell.resize(size, Image.Resampling.LANCZOS) for cell in cells]
+    width, height = cells[0].size
+    strip = Image.new("RGB", (count * width + (count - 1) * _GAP, height), (250, 250, 250))
+    for index, cell in enumerate(cells):
+        strip.paste(cell, (index * (width + _GAP), 0))
+    return strip
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _check(frames: np.ndarray) -> None:
+    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        got = f"{getattr(frames, 'dtype', type(frames).__name__)} {tuple(getattr(frames, 'shape', ()))}"
+        raise InvalidInputError(f"video: got {got}; expected a uint8 array [F, H, W, 3]")
