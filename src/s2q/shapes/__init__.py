@@ -1,1 +1,1 @@
-"""The embedded reference models: procedural captioned videos, an analytic detector, trainers and the shipped weights."""
+"""The embedded reference models: procedural captioned videos, an analytic detector, trainers, shipped weights."""

@@ -1,7 +1,7 @@
 """The parts of ``shapes-cogvideox``: a complete CogVideoX pipeline, small enough to train and to run on a CPU.
 
-9 frames of 32x32 become 3 latent frames of 8x8 with 16 channels (4x in time, 4x in space); the transformer reads them with
-patch size 1, so it sees 192 video tokens and 16 text tokens.
+9 frames of 32x32 become 3 latent frames of 8x8 with 16 channels (4x in time, 4x in space); the transformer reads
+them with patch size 1, so it sees 192 video tokens and 16 text tokens.
 """
 
 import string
@@ -19,7 +19,7 @@ HIDDEN_HEADS, HEAD_DIM, NUM_BLOCKS = 3, 64, 6
 
 
 def build_tokenizer() -> T5Tokenizer:
-    """A unigram tokenizer: one piece a word of the captions (also capitalised), single characters for everything else."""
+    """A unigram tokenizer: one piece a caption word (also capitalised), single characters for the rest."""
     words = vocabulary()
     pieces = [*words, *(word.capitalize() for word in words)]
     characters = string.ascii_letters + string.digits + string.punctuation

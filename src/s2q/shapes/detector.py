@@ -1,9 +1,9 @@
 """An analytic detector: which shape, colour, motion and background a video shows. Nothing in it is learned.
 
 1. Background: the median colour of the frame's border. 2. Object colour: the pixels that differ most from it.
-3. Coverage: each pixel projected onto the line from background to object colour, in ``[0, 1]``. 4. Motion: the slope of the
-coverage's centroid over time. 5. Shape: the template (equal area, same centroid, drawn by the scene renderer) that
-explains the coverage best, over all frames.
+3. Coverage: each pixel projected onto the line from background to object colour, in ``[0, 1]``. 4. Motion: the slope
+of the coverage's centroid over time. 5. Shape: the template (equal area, same centroid, drawn by the scene renderer)
+that explains the coverage best, over all frames.
 
 Legend of shapes: ``F`` frames, ``H`` height, ``W`` width.
 """
@@ -60,15 +60,8 @@ def detect(frames: Tensor) -> SceneLabels:
 
 
 def _background(video: Tensor) -> Tensor:
-    border = torch.cat(
-        [
-            video[..., :2, :].flatten(2),
-            video[..., -2:, :].flatten(2),
-            video[..., :, :2].flatten(2),
-            video[..., -2:].flatten(2),
-        ],
-        dim=-1,
-    )
+    sides = (video[..., :2, :], video[..., -2:, :], video[..., :2], video[..., -2:])
+    border = torch.cat([side.flatten(2) for side in sides], dim=-1)
     return border.permute(1, 0, 2).flatten(1).median(dim=1).values
 
 

@@ -1,7 +1,7 @@
 """The embedded models by name: their folders, pipelines, prompts and generation settings.
 
-``shapes-cogvideox`` is shipped as package data; ``shapes-cogvideox-outliers`` is the same model with outlier channels, made
-on the fly (``s2q.shapes.outliers``).
+``shapes-cogvideox`` is shipped as package data; ``shapes-cogvideox-outliers`` is the same model with outlier
+channels, made on the fly (``s2q.shapes.outliers``).
 """
 
 import json
@@ -59,7 +59,7 @@ def embedded_pipeline(name: str, *, dtype: torch.dtype) -> Any:
 
 
 def generation_defaults(name: str) -> dict[str, Any]:
-    """``num_inference_steps``, ``guidance_scale``, ``height``, ``width`` and ``num_frames`` that the model was judged with."""
+    """``num_inference_steps``, ``guidance_scale``, ``height``, ``width``, ``num_frames`` of the judged videos."""
     settings: dict[str, Any] = json.loads((embedded_folder(name) / "generation.json").read_text())
     return settings
 

@@ -1,8 +1,9 @@
-"""The stress variant: outlier channels, as large models have them and small ones do not, put in without changing the function.
+"""The stress variant: outlier channels as large models have them, put in without changing the function.
 
-A few channels are multiplied by a power of two where a block linear reads them and divided by it in that linear's weights:
-the input of ``to_q/to_k/to_v`` and of ``ff.net.0.proj`` through the adaptive layer norm, the input of ``to_out`` through
-``to_v``. A power of two changes no mantissa, so every product, and with it the full-precision video, stays as it was.
+A few channels are multiplied by a power of two where a block linear reads them and divided by it in that linear's
+weights: the input of ``to_q/to_k/to_v`` and of ``ff.net.0.proj`` through the adaptive layer norm, the input of
+``to_out`` through ``to_v``. A power of two changes no mantissa, so every product, and with it the full-precision
+video, stays as it was.
 """
 
 import torch
@@ -48,7 +49,7 @@ def add_outliers(
 
 
 def _scale_norm_output(norm: nn.Module, channels: Tensor, scale: float, readers: tuple[nn.Linear, ...]) -> None:
-    """Scale channels of ``norm(x) * (1 + scale(t)) + shift(t)``, for video and text tokens, and undo it in the readers."""
+    """Scale channels of ``norm(x) * (1 + scale(t)) + shift(t)``, video and text, and undo it in the readers."""
     norm.norm.weight[channels] *= scale
     norm.norm.bias[channels] *= scale
     width = norm.norm.weight.shape[0]

@@ -1,8 +1,8 @@
 """Captioned videos of one moving shape, generated procedurally.
 
 A scene is drawn with analytic signed distances, so that edges are anti-aliased and positions are sub-pixel. Every
-random choice comes from the ``torch.Generator`` that is handed in: the same generator state gives the same scene, caption
-and pixels.
+random choice comes from the ``torch.Generator`` that is handed in: the same generator state gives the same scene,
+caption and pixels.
 
 Legend of shapes: ``F`` frames, ``H`` height, ``W`` width; videos are ``[F, 3, H, W]`` in ``[0, 1]``.
 """
@@ -97,7 +97,8 @@ def all_combinations() -> list[SceneLabels]:
 def is_held_out(labels: SceneLabels) -> bool:
     """Whether this combination is kept from training: one in five, by a Latin square over the indices.
 
-    For every shape, colour and motion exactly one background is held out, so the held-out split is balanced in each label.
+    For every shape, colour and motion exactly one background is held out, so the held-out split is balanced in each
+    label.
     """
     index = (
         SHAPES.index(str(labels.shape))
@@ -166,7 +167,7 @@ def sample_scene(labels: SceneLabels, *, num_frames: int = 9, size: int = 32, ge
 
 
 def caption(scene: Scene, *, generator: torch.Generator) -> str:
-    """A caption of the scene in one of several phrasings; size and speed are named when they are not the middle ones."""
+    """A caption of the scene in one of several phrasings; size and speed are named unless they are the middle ones."""
     still = scene.labels.motion == "still"
     phrase = _choice(_STILL_PHRASES if still else _MOVING_PHRASES, generator)
     return _fill(phrase, scene.labels, size=_SIZE_WORDS[scene.size], speed=_SPEED_WORDS[scene.speed])
@@ -209,9 +210,8 @@ def vocabulary() -> list[str]:
     phrases = " ".join(_MOVING_PHRASES + _STILL_PHRASES)
     for field in ("size", "speed", "colour", "shape", "motion", "background"):
         phrases = phrases.replace("{" + field + "}", " ")
-    words = phrases.replace(",", " ").split() + [
-        w.strip() for w in (*_SIZE_WORDS.values(), *_SPEED_WORDS.values()) if w
-    ]
+    phrases += " ".join(("", *_SIZE_WORDS.values(), *_SPEED_WORDS.values()))
+    words = phrases.replace(",", " ").split()
     return sorted({*words, "an", *SHAPES, *COLOURS, *MOTIONS, *BACKGROUNDS})
 
 

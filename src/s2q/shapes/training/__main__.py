@@ -1,7 +1,7 @@
 """``python -m s2q.shapes.training --work DIR --out DIR``: train ``shapes-cogvideox`` from nothing.
 
-Stages: autoencoder → decoder alone → latents of the training scenes → transformer with text encoder → assembled folder with
-training card. Each stage resumes from its last checkpoint; a finished one is skipped.
+Stages: autoencoder → decoder alone → latents of the training scenes → transformer with text encoder → assembled
+folder with training card. Each stage resumes from its last checkpoint; a finished one is skipped.
 """
 
 import argparse

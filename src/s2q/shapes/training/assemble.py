@@ -1,4 +1,4 @@
-"""From trained parts to a shipped folder: a diffusers pipeline in bfloat16, a training card, curves and a sample sheet."""
+"""From trained parts to a shipped folder: a diffusers pipeline, a training card and curves."""
 
 import json
 import shutil
@@ -110,9 +110,9 @@ def write_card(out: Path, facts: dict[str, Any]) -> None:
     lines = [
         "# shapes-cogvideox",
         "",
-        "A complete CogVideoX pipeline (tokenizer, T5 encoder, 3D autoencoder, 6-block transformer, DDIM scheduler) trained",
-        "from nothing on procedurally drawn videos of one moving shape (`s2q.shapes.scenes`). No third-party data or weights",
-        "went into it. It exists so that quantization can be tried, tested and judged anywhere, offline, in minutes.",
+        "A complete CogVideoX pipeline (tokenizer, T5 encoder, 3D autoencoder, 6-block transformer, DDIM scheduler)",
+        "trained from nothing on procedurally drawn videos of one moving shape (`s2q.shapes.scenes`). No data or",
+        "weights of others went into it. It is there so that quantization can be tried, tested and judged anywhere, offline.",
         "",
         "![loss](losses.png)",
         "",

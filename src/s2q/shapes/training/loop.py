@@ -1,8 +1,8 @@
 """One training loop for every part: data parallel over processes, resumable, the same on CPU and GPU.
 
-The data of a step depends on (seed, step, process) alone and the learning rate on the step alone, so that a run that was killed
-goes on from its last checkpoint as if nothing had happened. Checkpoints are safetensors: weights, their exponential moving
-average (EMA) and the optimisers' state.
+The data of a step depends on (seed, step, process) alone and the learning rate on the step alone, so that a run that
+was killed goes on from its last checkpoint as if nothing had happened. Checkpoints are safetensors: weights, their
+exponential moving average (EMA) and the optimisers' state.
 """
 
 import json
@@ -29,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How long and how fast. ``batch_size`` is of all processes together; ``muon`` gives matrices to Muon, the rest to AdamW."""
+    """How long and how fast.
+
+    ``batch_size`` is of all processes together; ``muon`` gives hidden matrices to Muon and the rest to AdamW.
+    """
 
     steps: int
     batch_size: int
@@ -65,7 +68,7 @@ def learning_rate_factor(step: int, settings: TrainingSettings) -> float:
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
-    """Muon takes hidden matrices; embeddings and the first and last projections stay with AdamW, as its authors advise."""
+    """Muon takes hidden matrices; embeddings, first and last projections stay with AdamW, as its authors advise."""
     outer = ("shared", "embed_tokens", "proj_out", "patch_embed", "relative_attention_bias")
     return parameter.ndim == 2 and not any(part in name for part in outer)
 
@@ -217,7 +220,7 @@ def _checkpoint(
     folder: Path,
     step: int,
 ) -> None:
-    """One file for the whole state, so that it is never half of one step and half of another; the EMA beside it for use."""
+    """One file for the whole state, so that it is never of two steps; the EMA beside it for use."""
     weights = {f"weights.{name}": p for name, p in modules.named_parameters() if p.requires_grad}
     averages = {f"ema.{name}": p for name, p in ema.items()}
     count = {"step": torch.tensor(step)}

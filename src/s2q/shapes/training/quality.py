@@ -1,4 +1,4 @@
-"""Full-precision quality of a trained pipeline: adherence to held-out prompts by the detector, and a sheet of samples."""
+"""Full-precision quality of a trained pipeline: adherence to prompts by the detector, a sheet of samples."""
 
 from collections.abc import Sequence
 from pathlib import Path

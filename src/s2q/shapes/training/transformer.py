@@ -1,4 +1,4 @@
-"""The transformer's trainer: v-prediction on cached latents, the text encoder learning along, captions dropped for guidance."""
+"""The transformer's trainer: v-prediction on cached latents, text encoder and guidance dropout included."""
 
 import json
 from pathlib import Path
@@ -52,8 +52,8 @@ def encode_pool(vae: AutoencoderKLCogVideoX, path: Path, *, count: int, seed: in
 class TransformerTask:
     """Predict the velocity of noised latents from their caption (v-prediction, mean squared error).
 
-    A tenth of the captions is replaced by the empty one, for classifier-free guidance; a fifth begins with a capital and
-    ends with a full stop, so that both spellings work.
+    A tenth of the captions is replaced by the empty one, for classifier-free guidance; a fifth begins with a capital
+    and ends with a full stop, so that both spellings work.
     """
 
     def __init__(self, *, pool: Path, seed: int = 0) -> None:

@@ -16,8 +16,8 @@ KL_WEIGHT = 1e-4
 class VAETask:
     """Reconstruct scenes of the training combinations.
 
-    Loss: L1 + MSE + L1 of the spatial differences (edges carry the shape) + ``KL_WEIGHT`` times the KL divergence a latent
-    value.
+    Loss: L1 + MSE + L1 of the spatial differences (edges carry the shape) + ``KL_WEIGHT`` times the KL divergence a
+    latent value.
     """
 
     def __init__(self, *, seed: int = 0) -> None:
@@ -65,8 +65,8 @@ class DecoderTask(VAETask):
 def scale_latents(vae: AutoencoderKLCogVideoX, spread: Tensor) -> None:
     """Fold a per-channel division of the latents by ``spread`` into the weights; reconstructions stay as they are.
 
-    The encoder's last convolution is scaled down and every layer of the decoder that reads latents is scaled up, because the
-    pipeline offers one scaling factor for all channels.
+    The encoder's last convolution is scaled down and every layer of the decoder that reads latents is scaled up,
+    because the pipeline offers one scaling factor for all channels.
 
     Args:
         vae: Changed in place.
