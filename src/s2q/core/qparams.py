@@ -91,8 +91,8 @@ def token_scale(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Te
     Returns:
         fp32 [..., 1].
     """
-    # The maximum of a half precision tensor is exact in its own dtype: no fp32 copy of x is needed for it.
-    amax = x.abs().amax(dim=-1, keepdim=True).float()
+    # Without a copy of x: max|x| = max(max x, -min x), exact in half precision too.
+    amax = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)).float()
     if clip_ratio is not None:
         amax = amax * clip_ratio
     return scale_from_amax(amax, num_bits=num_bits)
@@ -109,7 +109,7 @@ def quantize(x: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
     Returns:
         int8 codes of the shape of x.
     """
-    return torch.round(x.float() / scale).clamp_(-_qmax(num_bits) - 1, _qmax(num_bits)).to(torch.int8)
+    return (x.float() / scale).round_().clamp_(-_qmax(num_bits) - 1, _qmax(num_bits)).to(torch.int8)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:

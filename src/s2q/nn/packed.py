@@ -149,17 +149,17 @@ class PackedLinear(nn.Linear):
     def _integer_linear(self, rows_MI: Tensor, codes_OI: Tensor) -> Tensor:
         activation = self.scheme.activation
         assert activation is not None
-        bits = {"x_bits": activation.num_bits, "w_bits": self.scheme.weight.num_bits}
-        x_codes, x_scale = quantize_per_token(rows_MI, num_bits=activation.num_bits)
+        x_bits, w_bits = activation.num_bits, self.scheme.weight.num_bits
+        x_codes, x_scale = quantize_per_token(rows_MI, num_bits=x_bits)
         scale = self.weight_scale
         if scale.ndim == 1:
-            total = int_matmul(x_codes, codes_OI, **bits).float().mul_(scale)
+            total = int_matmul(x_codes, codes_OI, x_bits=x_bits, w_bits=w_bits).float().mul_(scale)
         else:
             size = self.in_features // scale.shape[1]
             parts = zip(torch.split(x_codes, size, 1), torch.split(codes_OI, size, 1), scale.unbind(1), strict=True)
             total = torch.zeros(len(rows_MI), self.out_features, dtype=torch.float32, device=rows_MI.device)
             for x_part, w_part, part_scale in parts:
-                total.addcmul_(int_matmul(x_part, w_part, **bits).float(), part_scale)
+                total.addcmul_(int_matmul(x_part, w_part, x_bits=x_bits, w_bits=w_bits).float(), part_scale)
         total.mul_(x_scale)
         if self.bias is not None:
             total.add_(self.bias)

@@ -8,7 +8,7 @@ Shapes: `M` rows (tokens), `K` in features, `O` out features.
 import torch
 from torch import Tensor
 
-IS_AVAILABLE: bool = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
+IS_AVAILABLE: bool = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int = 8) -> Tensor:
