@@ -2,8 +2,8 @@
 
 from s2q.evaluation.evaluate import METRICS, EvaluationOptions, default_prompts, evaluate, selected_metrics
 from s2q.evaluation.generate import Progress, Video, generate
-from s2q.evaluation.loading import embedded_source, generation_defaults, load, model_label
 from s2q.evaluation.prompts import read_prompts
+from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
 from s2q.evaluation.statistics import Estimate, clustered_mean
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "evaluate",
     "generate",
     "generation_defaults",
-    "load",
     "model_label",
     "read_prompts",
     "selected_metrics",

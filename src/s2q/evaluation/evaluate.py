@@ -20,9 +20,10 @@ from s2q.calibration.trajectory import Trajectory, record_trajectory
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.evaluation import adherence, metrics, velocity
 from s2q.evaluation.generate import Progress, Video, batch_size_for, batched, settings_for, step_counter
-from s2q.evaluation.loading import embedded_source, generation_defaults, load, model_label
 from s2q.evaluation.prompts import check_distinct
+from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
 from s2q.evaluation.summary import summarise
+from s2q.loading import load_pipeline
 
 VELOCITY = "velocity_relative_error"
 METRICS: tuple[str, ...] = (
@@ -42,7 +43,7 @@ class EvaluationOptions:
         metrics: Names out of `METRICS`; empty means all.
         settings: Generation settings that differ from the model's own, by field name of `GenerationSettings`.
         batch_size: Videos per batch; None chooses by the number of video tokens.
-        dtype: Compute dtype of models given by name; None is the one they were saved in.
+        dtype: Compute dtype of models given by name; None is the one that the reference is stored in, for both.
         device: Device of models given by name.
         trajectory_bytes: Memory for recorded trajectories; videos beyond it have no velocity error.
     """
@@ -74,9 +75,10 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class _Teacher:
-    """The reference's side: videos in the order of the jobs, trajectories by batch (None beyond the memory)."""
+    """The reference's side: videos in the order of the jobs; a trajectory for each batch, None beyond the memory."""
 
     settings: GenerationSettings
+    dtype: torch.dtype
     batch_size: int
     videos: list[Video]
     trajectories: list[Trajectory | None]
@@ -124,6 +126,7 @@ def evaluate(
         judged=judged,
         reference_videos=teacher.videos,
         settings=teacher.settings,
+        dtype=str(teacher.dtype).removeprefix("torch."),
         timesteps=teacher.timesteps,
     )
 
@@ -163,16 +166,15 @@ def selected_metrics(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(metric for metric in METRICS if metric in chosen)
 
 
-def _open(model: Any, options: EvaluationOptions) -> Any:
-    if isinstance(model, (str, Path)):
-        return load(model, dtype=options.dtype, device=options.device)
-    return model
+def _open(model: Any, *, dtype: torch.dtype | str | None, device: str) -> Any:
+    return load_pipeline(model, dtype=dtype, device=device) if isinstance(model, (str, Path)) else model
 
 
 def _run_teacher(
     reference: Any, jobs: list[tuple[str, int]], options: EvaluationOptions, *, record: bool, progress: Progress | None
 ) -> _Teacher:
-    pipe = _open(reference, options)
+    pipe = _open(reference, dtype=options.dtype, device=options.device)
+    dtype = pipe.transformer.dtype
     settings = settings_for(pipe, options.settings, defaults=generation_defaults(reference))
     check_prompts(pipe, [prompt for prompt, _ in jobs])
     size = batch_size_for(pipe, settings, options.batch_size)
@@ -194,7 +196,14 @@ def _run_teacher(
     if pipe is not reference:
         del pipe
         gc.collect()
-    return _Teacher(settings=settings, batch_size=size, videos=videos, trajectories=trajectories, timesteps=timesteps)
+    return _Teacher(
+        settings=settings,
+        dtype=dtype,
+        batch_size=size,
+        videos=videos,
+        trajectories=trajectories,
+        timesteps=timesteps,
+    )
 
 
 def _run_student(
@@ -205,7 +214,7 @@ def _run_student(
     wanted: tuple[str, ...],
     progress: Progress | None,
 ) -> list[Judged]:
-    pipe = _open(model, options)
+    pipe = _open(model, dtype=teacher.dtype, device=options.device)
     settings = settings_for(pipe, teacher.settings, defaults={})
     check_prompts(pipe, [prompt for prompt, _ in jobs])
     size = teacher.batch_size

@@ -18,7 +18,8 @@ from s2q.calibration.settings import (
     video_tokens,
 )
 from s2q.core.errors import InvalidInputError
-from s2q.evaluation.loading import generation_defaults, load
+from s2q.evaluation.sources import generation_defaults
+from s2q.loading import load_pipeline
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the units done and the units in all."""
@@ -73,7 +74,7 @@ def generate(
         InvalidInputError: A prompt, a seed, a size or another setting does not fit the model.
         S2QError: The model produced NaN or infinite latents.
     """
-    pipe = load(model) if isinstance(model, (str, Path)) else model
+    pipe = load_pipeline(model) if isinstance(model, (str, Path)) else model
     resolved = settings_for(pipe, settings, defaults=generation_defaults(model))
     check_prompts(pipe, prompts)
     check_seeds(seeds)

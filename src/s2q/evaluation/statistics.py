@@ -17,8 +17,8 @@ MIN_PROMPTS = 10
 CONFIDENCE = 0.95
 _RESAMPLES = 9999
 INTERVAL = (
-    f"{CONFIDENCE:.0%}, bootstrap over prompts (BCa, {_RESAMPLES} resamples; exact binomial over prompts where every "
-    f"prompt scores 0 or every prompt 1); null below {MIN_PROMPTS} prompts"
+    f"{CONFIDENCE * 100:g} %, bootstrap over prompts (BCa, {_RESAMPLES} resamples; exact binomial over prompts where "
+    f"every prompt scores 0 or every prompt 1); null below {MIN_PROMPTS} prompts"
 )
 
 

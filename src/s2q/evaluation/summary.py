@@ -39,6 +39,7 @@ def summarise(
     judged: Sequence[Judged],
     reference_videos: Sequence[Video],
     settings: GenerationSettings,
+    dtype: str,
     timesteps: Sequence[float],
 ) -> dict[str, Any]:
     """Build the content of `eval.json`.
@@ -48,6 +49,7 @@ def summarise(
         judged: What was measured, video by video.
         reference_videos: The full-precision videos, for the noise floor.
         settings: The generation settings of both models.
+        dtype: Name of the compute dtype.
         timesteps: Timestep of every recorded step; empty without velocity error.
 
     Returns:
@@ -70,7 +72,7 @@ def summarise(
             {"prompt": video.prompt, "seed": video.seed, "metrics": table}
             for video, table in zip(judged, tables, strict=True)
         ],
-        "settings": settings.to_dict() | {"seeds": seeds, "interval": INTERVAL},
+        "settings": settings.to_dict() | {"seeds": seeds, "dtype": dtype, "interval": INTERVAL},
         "versions": versions(),
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 _WIDTH, _HEIGHT = 640, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 48
 _ROW = 40
 
 
@@ -45,7 +45,9 @@ def velocity_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
     stride = max(1, math.ceil(len(steps) / 10))
     for i, step in enumerate(steps):
         tip = f"step {i + 1}, timestep {step['timestep']:g}: {step['mean']:.2e}"
-        parts.append(f'<circle class="dot" cx="{x(i):.1f}" cy="{y(step["mean"]):.1f}" r="3"><title>{tip}</title></circle>')
+        parts.append(
+            f'<circle class="dot" cx="{x(i):.1f}" cy="{y(step["mean"]):.1f}" r="3"><title>{tip}</title></circle>'
+        )
         if i % stride == 0 and (len(steps) - 1 - i >= stride or i == 0) or i == len(steps) - 1:
             parts.append(_text(x(i), _HEIGHT - _BOTTOM + 18, str(i + 1), "middle"))
     parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "denoising step, from noise to video", "middle"))
@@ -64,7 +66,7 @@ def adherence_chart(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, An
     """
     if not rows:
         return Markup("")
-    left, height = 108, _TOP + _ROW * len(rows) + 26
+    left, height = 120, _TOP + _ROW * len(rows) + 26
     span = _WIDTH - left - _RIGHT - 8
 
     def x(value: float) -> float:
@@ -77,7 +79,10 @@ def adherence_chart(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, An
     for index, (label, ours, theirs) in enumerate(rows):
         middle = _TOP + _ROW * index + _ROW / 2 - 4
         parts.append(_text(left - 12, middle + 4, label, "end"))
-        for entry, offset, kind, who in ((theirs, -7, "reference", "full precision"), (ours, 7, "student", "quantized")):
+        for entry, offset, kind, who in (
+            (theirs, -7, "reference", "full precision"),
+            (ours, 7, "student", "quantized"),
+        ):
             parts += _whisker(entry, x, middle + offset, kind, f"{label}, {who}")
     return _svg("Prompt adherence of full precision and of the quantized model", height, parts)
 
@@ -99,7 +104,7 @@ def _whisker(entry: Mapping[str, Any], x: Any, y: float, kind: str, label: str) 
 
 
 def _decade(exponent: int, y: float) -> str:
-    label = f'10<tspan dy="-5" font-size="9">{exponent}</tspan>'.replace("-", "−").replace('dy="−5"', 'dy="-5"')
+    label = f'10<tspan dy="-5" font-size="11">{exponent}</tspan>'.replace("-", "−").replace('dy="−5"', 'dy="-5"')
     return (
         f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text x="{_LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'

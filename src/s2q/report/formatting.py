@@ -29,9 +29,9 @@ def format_value(name: str, value: float | None) -> str:
         return f"{value:.1f} dB"
     if any(word in name for word in _PERCENT):
         return f"{value * 100:+.1f} %" if name.endswith("_change") else f"{value * 100:.1f} %"
-    if abs(value) >= 0.1 or value == 0:
+    if value == 0 or abs(value) >= 0.01:
         return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
-    return f"{value:.5f}" if abs(value) >= 0.001 else f"{value:.2e}"
+    return f"{value:.5f}" if abs(value) >= 0.0001 else f"{value:.2e}"
 
 
 def format_interval(name: str, low: float | None, high: float | None) -> str:

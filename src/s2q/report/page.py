@@ -138,7 +138,11 @@ def _player(pair: PlayerPair) -> dict[str, Any]:
     values = pair.metrics
     shown = [
         {"label": label, "value": formatting.format_value(name, values[name])}
-        for name, label in (("psnr_frame_mean_db", "PSNR"), ("ssim", "SSIM"), ("velocity_relative_error", "velocity error"))
+        for name, label in (
+            ("psnr_frame_mean_db", "PSNR"),
+            ("ssim", "SSIM"),
+            ("velocity_relative_error", "velocity error"),
+        )
         if values.get(name) is not None
     ]
     return {

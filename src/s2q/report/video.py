@@ -1,7 +1,7 @@
 """Videos and contact sheets as files: H.264 that any browser plays, PNG that any viewer shows.
 
-Small frames are enlarged by a whole factor without smoothing, so that a pixel stays a square. H.264 with 4:2:0 chroma halves
-the colour resolution, which costs nothing once every pixel is at least two by two.
+Small frames are enlarged by a whole factor without smoothing, so that a pixel stays a square. H.264 with 4:2:0 chroma
+halves the colour resolution, which costs nothing once every pixel is at least two by two.
 
 Legend: `F` frames, `H`, `W` height and width in pixels.
 """
@@ -92,7 +92,14 @@ def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND) -> bytes:
             ffmpeg_log_level="error",
             output_params=[
                 *("-crf", str(_QUALITY_CRF), "-preset", "medium", "-threads", "1", "-g", "1"),
-                *("-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709"),
+                *(
+                    "-vf",
+                    "scale=out_color_matrix=bt709:out_range=tv",
+                    "-colorspace",
+                    "bt709",
+                    "-color_primaries",
+                    "bt709",
+                ),
                 *("-color_trc", "bt709", "-movflags", "+faststart", "-fflags", "+bitexact", "-flags:v", "+bitexact"),
             ],
         )

@@ -1,4 +1,4 @@
-"""Opening a model by name, and what its makers recommend for generating with it."""
+"""What a model is called in reports, which embedded model it comes from, and how its makers recommend to generate."""
 
 from __future__ import annotations
 
@@ -7,32 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from s2q.core.errors import InvalidInputError
-
-
-def load(model: str | Path, *, dtype: str | None = None, device: str = "cpu", verify: bool = True) -> Any:
-    """Load a pipeline, quantized or not.
-
-    Args:
-        model: An embedded name, a diffusers folder or a Hub id.
-        dtype: Compute dtype, `"bfloat16"`, `"float16"` or `"float32"`; by default the one it was saved in.
-        device: `"cpu"`, `"cuda"` or `"cuda:N"`.
-        verify: Whether to check the hashes of a quantized folder first.
-
-    Returns:
-        The diffusers pipeline, ready to generate.
-
-    Raises:
-        InvalidInputError: The model is unknown, damaged or of an unsupported family, or a hash does not match.
-    """
-    from s2q.checkpoint.manifest import verify_manifest
-    from s2q.models.source import resolve_model
-
-    source = resolve_model(model)
-    if source.is_quantized and verify and Path(model).is_dir():
-        problems = verify_manifest(Path(model))
-        if problems:
-            raise InvalidInputError(f"{model}: " + "; ".join(problems))
-    return source.load_pipeline(dtype=dtype, device=device)
 
 
 def model_label(model: Any) -> str:

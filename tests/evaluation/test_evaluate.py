@@ -1,0 +1,147 @@
+import copy
+import json
+
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.evaluation import METRICS, EvaluationOptions, evaluate
+from s2q.evaluation.evaluate import selected_metrics
+from tiny import tiny_cogvideox_pipeline
+
+FAST = {"num_inference_steps": 2, "guidance_scale": 2.0}
+CAPTION = "a red circle moving left on a grey background"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = tiny_cogvideox_pipeline()
+    torch.manual_seed(0)
+    config = dict(pipe.transformer.config) | {"max_text_seq_length": 64}
+    pipe.register_modules(transformer=type(pipe.transformer).from_config(config).eval())
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def damaged(pipe):
+    student = copy.deepcopy(pipe)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.transformer.transformer_blocks.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return student
+
+
+def test_the_reference_against_itself(pipe):
+    result = evaluate(pipe, pipe, prompts=["a", CAPTION], options=EvaluationOptions(settings=FAST))
+    text = json.dumps(result, allow_nan=False)
+    assert json.loads(text) == result
+    means = {name: entry["mean"] for name, entry in result["metrics"].items()}
+    assert means["latent_relative_l2"] == 0.0
+    assert means["latent_cosine"] == pytest.approx(1.0)
+    assert means["psnr_frame_mean_db"] == means["psnr_pooled_db"] == 100.0
+    assert means["ssim"] == pytest.approx(1.0)
+    assert means["velocity_relative_error"] == pytest.approx(0.0, abs=1e-9)
+    assert means["adherence_all_change"] == 0.0
+
+
+def test_the_file_has_everything_that_was_promised(pipe, damaged):
+    result = evaluate(damaged, pipe, prompts=["a", CAPTION], seeds=[0, 4], options=EvaluationOptions(settings=FAST))
+    assert result["schema_version"] == 1
+    assert (result["n_prompts"], result["n_seeds"]) == (2, 2)
+    adherence = {name for name in METRICS if name.startswith("adherence")}
+    assert set(result["metrics"]) == {*METRICS, *(f"reference_{name}" for name in adherence), "adherence_all_change"}
+    for entry in result["metrics"].values():
+        assert set(entry) == {"mean", "low", "high", "definition"}
+        assert entry["low"] is entry["high"] is None, "two prompts are too few for an interval"
+        assert entry["definition"]
+    assert [(video["prompt"], video["seed"]) for video in result["videos"]] == [
+        ("a", 0),
+        ("a", 4),
+        (CAPTION, 0),
+        (CAPTION, 4),
+    ]
+    for video in result["videos"]:
+        assert set(video["metrics"]) == set(result["metrics"])
+        assert video["metrics"]["latent_relative_l2"] > 0
+        assert (video["metrics"]["adherence_all"] is None) == (video["prompt"] == "a")
+    steps = result["velocity"]["steps"]
+    assert [step["timestep"] for step in steps] == [500.0, 0.0]
+    mean = sum(step["mean"] for step in steps) / 2
+    assert result["metrics"]["velocity_relative_error"]["mean"] == pytest.approx(mean)
+    assert result["noise_floor"]["n_pairs"] == 2
+    assert result["noise_floor"]["metrics"]["latent_relative_l2"] > 0.1
+    assert result["settings"]["seeds"] == [0, 4]
+    assert result["versions"]["torch"]
+
+
+def test_means_are_those_of_the_videos(pipe, damaged):
+    result = evaluate(damaged, pipe, prompts=["a", "b", "c"], seeds=[1], options=EvaluationOptions(settings=FAST))
+    for name in ("ssim", "latent_cosine", "velocity_relative_error"):
+        values = [video["metrics"][name] for video in result["videos"]]
+        assert result["metrics"][name]["mean"] == pytest.approx(sum(values) / 3)
+    assert result["noise_floor"] is None, "one seed has no other seed to be compared with"
+    assert result["metrics"]["adherence_shape"]["mean"] is None
+
+
+def test_batches_change_nothing_but_rounding(pipe, damaged):
+    def run(batch_size):
+        options = EvaluationOptions(settings=FAST, batch_size=batch_size, metrics=("latent", "velocity"))
+        return evaluate(damaged, pipe, prompts=["a", "b", "c"], seeds=[1], options=options)["metrics"]
+
+    one, many = run(1), run(2)
+    for name, entry in one.items():
+        assert many[name]["mean"] == pytest.approx(entry["mean"], rel=1e-3), name
+
+
+def test_intervals_from_ten_prompts_on(pipe, damaged):
+    options = EvaluationOptions(settings=FAST | {"num_inference_steps": 1}, metrics=("ssim", "velocity"))
+    result = evaluate(damaged, pipe, prompts=[f"scene {i}" for i in range(10)], seeds=[0], options=options)
+    for entry in result["metrics"].values():
+        assert entry["low"] < entry["mean"] < entry["high"]
+    assert result["velocity"]["steps"][0]["low"] is not None
+
+
+def test_videos_beyond_the_memory_for_trajectories_have_no_velocity_error(pipe, damaged):
+    options = EvaluationOptions(settings=FAST, batch_size=1, trajectory_bytes=1, metrics=("velocity",))
+    result = evaluate(damaged, pipe, prompts=["a", "b"], seeds=[0], options=options)
+    first, second = (video["metrics"]["velocity_relative_error"] for video in result["videos"])
+    assert first > 0
+    assert second is None
+    assert result["velocity"]["n_videos"] == 1
+    assert result["metrics"]["velocity_relative_error"]["mean"] == first
+
+
+def test_progress_reports_three_stages(pipe):
+    calls = []
+    evaluate(
+        pipe,
+        pipe,
+        prompts=["a"],
+        seeds=[0],
+        options=EvaluationOptions(settings=FAST),
+        progress=lambda *c: calls.append(c),
+    )
+    assert {stage for stage, _, _ in calls} == {"full precision", "quantized", "velocity"}
+    assert ("velocity", 2, 2) in calls
+    assert ("quantized", 2, 2) in calls
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": ["a", "a"]}, "appears twice"),
+        ({"prompts": ["a"], "seeds": []}, "seeds"),
+        ({"prompts": ["a"], "options": EvaluationOptions(metrics=("psrn",))}, "nearest names are psnr"),
+        ({"prompts": None}, "no prompts given"),
+    ],
+)
+def test_bad_input(pipe, options, message):
+    with pytest.raises(InvalidInputError, match=message):
+        evaluate(pipe, pipe, **options)
+
+
+def test_metrics_are_chosen_by_name_or_group():
+    assert selected_metrics(()) == METRICS
+    assert selected_metrics(("velocity", "psnr")) == ("psnr_frame_mean_db", "psnr_pooled_db", "velocity_relative_error")
+    assert selected_metrics(("adherence_shape",)) == ("adherence_shape",)

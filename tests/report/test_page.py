@@ -1,0 +1,192 @@
+import html.parser
+import re
+
+import numpy as np
+import pytest
+
+from s2q.core.errors import InvalidInputError
+from s2q.report import PageContent, PlayerPair, render_page, write_page
+from s2q.report.charts import adherence_chart, velocity_chart
+from s2q.report.formatting import format_bytes, format_cell, format_interval, format_value
+
+VOID = {"meta", "link", "input", "img", "br"}
+
+
+class Outline(html.parser.HTMLParser):
+    """Checks that tags close in order, and collects what the tests ask about."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def metric(mean, low=None, high=None):
+    return {"mean": mean, "low": low, "high": high, "definition": "what it means"}
+
+
+def evaluation(**changes):
+    return {
+        "model": "runs/<quantized> & co",
+        "reference": "shapes-cogvideox",
+        "n_prompts": 12,
+        "n_seeds": 2,
+        "metrics": {
+            "psnr_frame_mean_db": metric(34.26, 33.0, 35.5),
+            "velocity_relative_error": metric(0.0034, 0.003, 0.004),
+            "adherence_shape": metric(0.875, 0.7, 1.0),
+            "reference_adherence_shape": metric(0.9, 0.8, 1.0),
+            "adherence_all": metric(None),
+            "reference_adherence_all": metric(None),
+        },
+        "velocity": {
+            "definition": "of each step",
+            "n_videos": 24,
+            "steps": [
+                {"step": i, "timestep": 999 - i, "mean": 0.01 / (i + 1), "low": 0.001, "high": 0.02} for i in range(5)
+            ],
+        },
+        "noise_floor": {"definition": "another seed", "n_pairs": 12, "metrics": {"psnr_frame_mean_db": 19.4}},
+        "videos": [],
+        "settings": {"num_frames": 3, "seeds": [0, 1], "interval": "95 %, bootstrap"},
+        "versions": {"s2q": "0.1.0", "torch": "2"},
+    } | changes
+
+
+def content(**changes):
+    frames = np.arange(3 * 16 * 16 * 3, dtype=np.uint8).reshape(3, 16, 16, 3)
+    values = {"adherence_shape": 0.0, "reference_adherence_shape": 1.0, "ssim": 0.5, "psnr_frame_mean_db": 31.24}
+    pairs = [PlayerPair(prompt='a "red" <circle>', seed=3, reference=frames, student=frames // 2, metrics=values)]
+    fields = {
+        "title": "A comparison",
+        "pairs": pairs,
+        "evaluation": evaluation(),
+        "storage": {"full_precision_bytes": 4_000_000, "quantized_bytes": 1_000_000, "ratio": 4.0},
+        "recipe": {"name": "rtn-w4a6"},
+        "tables": {"Layers": [{"name": "block.0", "bytes": 12345, "shape": [4, 8]}]},
+        "commands": ["s2q quantize -m a -o <out>"],
+        "seconds": {"quantize": 1.25},
+    }
+    return PageContent(**fields | changes)
+
+
+def test_the_page_is_well_formed_and_holds_everything_itself():
+    page = Outline(render_page(content()))
+    for tag, attributes in page.tags:
+        for name in ("src", "href"):
+            assert attributes.get(name, "#").startswith(("data:", "#")), (tag, attributes)
+    text = render_page(content())
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert [video["src"][:15] for video in page.all("video")] == ["data:video/mp4;"] * 3
+    assert page.all("img")[0]["src"].startswith("data:image/png;base64,")
+
+
+def test_what_is_shown_is_named_for_those_who_cannot_see_it():
+    page = Outline(render_page(content()))
+    assert page.all("html")[0]["lang"] == "en"
+    for tag in ("video", "button", "svg"):
+        for attributes in page.all(tag):
+            assert attributes.get("aria-label") or attributes.get("aria-hidden") or attributes.get("id") == "play-all"
+    assert all(image["alt"] for image in page.all("img"))
+    assert [slider["aria-label"] for slider in page.all("input") if slider["type"] == "range"] == [
+        'Frame of a "red" <circle>'
+    ]
+    assert {cell.get("scope") for cell in page.all("th")} == {"col", "row"}
+
+
+def test_numbers_definitions_and_escaped_names_are_there():
+    text = " ".join(" ".join(Outline(render_page(content())).text).split())
+    for expected in (
+        "4.00× smaller",
+        "4 MB → 1 MB",
+        "34.3 dB",
+        "33.0 to 35.5 dB",
+        "19.4 dB",
+        "0.00340",
+        "what it means",
+        'a "red" <circle>',
+        "runs/<quantized> & co",
+        "s2q quantize -m a -o <out>",
+        "12 prompts × 2 seeds",
+        "12 345",
+        "4 × 8",
+    ):
+        assert expected in text, expected
+
+
+def test_sections_without_content_are_left_out():
+    bare = content(
+        evaluation=evaluation(velocity=None, noise_floor=None, n_prompts=4, metrics={"ssim": metric(0.9)}),
+        storage=None,
+        recipe=None,
+        tables={"Layers": []},
+        commands=(),
+        seconds={},
+    )
+    text = " ".join(Outline(render_page(bare)).text)
+    for absent in ("Storage", "Recipe", "Layers", "Velocity", "Prompt adherence", "None"):
+        assert absent not in text
+    assert "too few prompts for intervals" in text
+
+
+def test_videos_are_needed():
+    with pytest.raises(InvalidInputError, match="no videos"):
+        render_page(content(pairs=[]))
+
+
+def test_the_page_is_written(tmp_path):
+    write_page(tmp_path / "report.html", content())
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_page(content())
+
+
+def test_charts_stay_inside_their_frame_and_are_labelled():
+    steps = [
+        {"step": i, "timestep": 999, "mean": value, "low": 0.0, "high": 1.0} for i, value in enumerate((1e-9, 0.5, 0.0))
+    ]
+    chart = Outline(str(velocity_chart(steps)))
+    for dot in chart.all("circle"):
+        assert 0 <= float(dot["cx"]) <= 640
+        assert 0 <= float(dot["cy"]) <= 260
+    assert len(chart.all("circle")) == 3
+    assert velocity_chart([{"step": 0, "timestep": 9, "mean": 0.0, "low": None, "high": None}]) == ""
+    shape = Outline(str(adherence_chart([("<all>", metric(0.5, 0.2, 0.9), metric(None))])))
+    assert len(shape.all("circle")) == 1
+    assert "<all>: " not in shape.text
+    assert adherence_chart([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_234_567, "1.23 MB"), (3.9e12, "3.9 TB")]
+)
+def test_bytes(count, text):
+    assert format_bytes(count) == text
+
+
+def test_values():
+    assert format_value("psnr_pooled_db", 34.26) == "34.3 dB"
+    assert format_value("adherence_all", 0.975) == "97.5 %"
+    assert format_value("adherence_all_change", -0.025) == "-2.5 %"
+    assert format_value("velocity_relative_error", 0.0034) == "0.00340"
+    assert format_value("velocity_relative_error", 3.4e-6) == "3.40e-06"
+    assert format_value("ssim", None) == "–"
+    assert format_interval("adherence_all", 0.9, 1.0) == "90.0 to 100.0 %"
+    assert format_interval("ssim", None, None) == "–"
+    assert format_cell({"weight": 4, "on": True, "none": None}) == "weight 4, on yes, none –"
