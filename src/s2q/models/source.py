@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +28,7 @@ DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.f
 
 _HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _TRANSFORMER = "transformer"
-_SETUP_FILES = ("*.json", "*.md", "LICENSE*")
+_SETUP_PATTERNS = ("*.json", "*/*.json", "*.md", "LICENSE*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,15 @@ class ModelSource:
         Raises:
             InvalidInputError: If the header of a weight file cannot be read.
         """
-        counts: dict[torch.dtype, int] = {}
-        for tensor in read_folder_headers(self.folder / _TRANSFORMER).values():
-            dtype = _HEADER_DTYPES.get(tensor.dtype)
-            if dtype is not None:
-                counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.shape)
-        return max(counts, key=lambda dtype: counts[dtype]) if counts else None
+        return _stored_dtype(self.folder)
+
+    def complete_folder(self) -> Path:
+        """Return the folder with all its files; for a Hub id, this downloads those that the cache lacks.
+
+        Raises:
+            InvalidInputError: If the download fails.
+        """
+        return _hub_folder(self.name, patterns=None) if self.kind == "hub" else self.folder
 
     def meta_transformer(self) -> nn.Module:
         """Build the full-precision transformer on the meta device: all shapes, no memory.
@@ -85,7 +88,7 @@ class ModelSource:
         try:
             with torch.device("meta"):
                 return getattr(diffusers, self.transformer_class).from_config(config)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise InvalidInputError(
                 f"{self.folder / _TRANSFORMER / 'config.json'}: does not describe a {self.transformer_class} "
                 f"({_first_line(error)}); download or save the model again"
@@ -104,13 +107,15 @@ class ModelSource:
         Raises:
             InvalidInputError: If a file is missing or damaged, or the dtype is unknown.
         """
-        wanted = parse_dtype(dtype) or self.weights_dtype() or torch.float32
+        wanted = parse_dtype(dtype)
+        folder = _hub_pipeline_folder(self.name) if self.kind == "hub" else self.folder
+        wanted = wanted or _stored_dtype(folder) or torch.float32
         if self.kind == "embedded":
             from s2q.shapes.embedded import embedded_pipeline
 
             pipe = embedded_pipeline(self.name, dtype=wanted)
         else:
-            pipe = _load_pipeline(self.name if self.kind == "hub" else self.folder, wanted)
+            pipe = _load_pipeline(folder, wanted)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
 
@@ -141,7 +146,7 @@ def resolve_model(model: str | Path) -> ModelSource:
             f"{path} is a file; expected the folder of a diffusers pipeline, which has a model_index.json"
         )
     if isinstance(model, str) and HUB_ID.fullmatch(text):
-        return _source_in(_hub_folder(text), name=text, kind="hub")
+        return _source_in(_hub_folder(text, patterns=_SETUP_PATTERNS), name=text, kind="hub")
     if "/" in text or isinstance(model, Path):
         raise InvalidInputError(
             f"{path} does not exist; expected a diffusers pipeline folder, a Hub id or an embedded model"
@@ -201,29 +206,52 @@ def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "
     return ModelSource(name=name, kind=kind, folder=folder, transformer_class=class_name, transformer_config=config)
 
 
-def _load_pipeline(location: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    counts: dict[torch.dtype, int] = {}
+    for name, tensor in read_folder_headers(folder / _TRANSFORMER).items():
+        dtype = _HEADER_DTYPES.get(tensor.dtype)
+        if dtype is not None and not name.endswith(".weight_scale"):
+            counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.shape)
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else None
+
+
+def _load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(location, dtype=dtype)
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise InvalidInputError(
-            f"{location}: cannot be loaded as a diffusers pipeline ({_first_line(error)}); download or save it again"
+            f"{folder}: cannot be loaded as a diffusers pipeline ({_first_line(error)}); download or save it again"
         ) from error
 
 
-def _hub_folder(repo_id: str) -> Path:
-    """The cached snapshot of a Hub repository with its configuration files, downloaded where the network is allowed."""
+def _hub_folder(repo_id: str, *, patterns: Sequence[str] | None) -> Path:
+    """The cached snapshot of a Hub repository, downloaded as far as the patterns say (None: all of it)."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[*_SETUP_FILES, *(f"*/{one}" for one in _SETUP_FILES)]))
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InvalidInputError(
-            f"{repo_id}: no such folder here, and not to be had from the Hub ({_first_line(error)}); "
-            "check the id, the network, HF_TOKEN and HF_HUB_OFFLINE, or pass a folder or an embedded model"
-        ) from error
+        raise _not_on_hub(repo_id, error) from error
+
+
+def _hub_pipeline_folder(repo_id: str) -> Path:
+    """The cached snapshot of a Hub repository with the files, and only those, that its pipeline loads."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(repo_id))
+    except (OSError, ValueError) as error:
+        raise _not_on_hub(repo_id, error) from error
+
+
+def _not_on_hub(repo_id: str, error: Exception) -> InvalidInputError:
+    return InvalidInputError(
+        f"{repo_id}: no such folder here, and not to be had from the Hub ({_first_line(error)}); "
+        "check the id, the network, HF_TOKEN and HF_HUB_OFFLINE, or pass a folder or an embedded model"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

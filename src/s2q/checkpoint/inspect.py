@@ -1,0 +1,173 @@
+"""What is inside a checkpoint: every quantized linear, its scheme and its bytes on disk, totals, hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from s2q.checkpoint.load import read_config, read_transformer_config
+from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
+from s2q.core.errors import InvalidInputError
+from s2q.core.headers import TensorInfo, read_folder_headers
+from s2q.core.packing import packed_width
+from s2q.core.schemes import LinearScheme, PerGroup, num_groups
+
+SCHEMA_VERSION = 1
+BF16_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedLayer:
+    """One quantized linear.
+
+    Attributes:
+        name: Full name in the transformer.
+        shape: [O, I].
+        scheme: Short name of its scheme, "w4a6".
+        bytes: Bytes of its tensors on disk: codes, scales, bias.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointReport:
+    """What `inspect_checkpoint` found.
+
+    Attributes:
+        schema_version: Version of this report.
+        path: The checkpoint's folder.
+        format_version: Version of the checkpoint's format.
+        recipe: Name of the recipe that made it.
+        compute_dtype: Dtype of the model when it was quantized.
+        transformer_class: Class of the transformer.
+        storage: Bytes of the transformer: `full_precision_bytes` (all of it in bf16), `quantized_bytes` (on disk, of
+            which `packed_bytes` in quantized linears), and their `ratio`.
+        layers: Every quantized linear.
+        files: Bytes and SHA-256 by relative path, as the manifest has them; empty if there is no manifest.
+        verified: Whether every file equals the manifest; None if that was not asked for.
+        problems: What differs, one line each, beginning with the file.
+    """
+
+    schema_version: int
+    path: str
+    format_version: int
+    recipe: str
+    compute_dtype: str
+    transformer_class: str
+    storage: Mapping[str, int | float]
+    layers: tuple[InspectedLayer, ...]
+    files: Mapping[str, Mapping[str, Any]]
+    verified: bool | None
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> CheckpointReport:
+    """Look into a checkpoint without loading it.
+
+    Args:
+        path: The checkpoint's folder.
+        verify: Whether to hash every file and compare with the manifest.
+
+    Returns:
+        The report. With `verify`, altered and truncated files are in its `problems` (and `storage` and `layers` are
+        what the headers say, where they can be read).
+
+    Raises:
+        InvalidInputError: If the folder is no s2q checkpoint; and, without `verify`, if a weight file is truncated or
+            a layer's tensors are missing or of the wrong size.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    transformer_config = read_transformer_config(folder)
+    problems = tuple(verify_manifest(folder)) if verify else ()
+    try:
+        tensors = read_folder_headers(folder / "transformer")
+        linears, values = _linears(transformer_config)
+        layers = tuple(_layer(name, scheme, linears, tensors) for name, scheme in config.layer_schemes().items())
+        storage = _storage(layers, tensors, values)
+    except InvalidInputError:
+        if not problems:
+            raise
+        layers, storage = (), {}
+    return CheckpointReport(
+        schema_version=SCHEMA_VERSION,
+        path=str(folder),
+        format_version=config.format_version,
+        recipe=config.recipe,
+        compute_dtype=config.compute_dtype,
+        transformer_class=str(transformer_config.get("_class_name", "")),
+        storage=storage,
+        layers=layers,
+        files=read_manifest(folder) if (folder / MANIFEST).is_file() else {},
+        verified=not problems if verify else None,
+        problems=problems,
+    )
+
+
+def _linears(config: Mapping[str, Any]) -> tuple[dict[str, nn.Linear], int]:
+    """The linears of the full-precision transformer, without memory, and its number of stored values."""
+    import diffusers
+
+    class_name = str(config.get("_class_name"))
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        with torch.device("meta"):
+            transformer = getattr(diffusers, class_name).from_config(plain)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"transformer/config.json does not describe a {class_name}; download it again"
+        ) from error
+    linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    return linears, sum(tensor.numel() for tensor in transformer.state_dict().values())
+
+
+def _layer(
+    name: str, scheme: LinearScheme, linears: Mapping[str, nn.Linear], tensors: Mapping[str, TensorInfo]
+) -> InspectedLayer:
+    linear = linears.get(name)
+    if linear is None:
+        raise InvalidInputError(f"{name} is in quantization_config, but the transformer has no such linear")
+    out_features, in_features = linear.out_features, linear.in_features
+    per_group = isinstance(scheme.weight.granularity, PerGroup)
+    scale_shape = (out_features, num_groups(scheme.weight, in_features)) if per_group else (out_features,)
+    expected = {
+        "weight": ("U8", (out_features, packed_width(scheme.weight.num_bits, in_features))),
+        "weight_scale": ("F32", scale_shape),
+    }
+    for tensor, (dtype, shape) in expected.items():
+        info = tensors.get(f"{name}.{tensor}")
+        if info is None:
+            raise InvalidInputError(f"{name}.{tensor} is missing from the checkpoint; download it again")
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise InvalidInputError(
+                f"{name}.{tensor}: got {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}; "
+                "download or quantize the model again"
+            )
+    own = [*expected, "bias"]
+    num_bytes = sum(tensors[f"{name}.{tensor}"].num_bytes for tensor in own if f"{name}.{tensor}" in tensors)
+    return InspectedLayer(name=name, shape=(out_features, in_features), scheme=scheme.name, bytes=num_bytes)
+
+
+def _storage(
+    layers: tuple[InspectedLayer, ...], tensors: Mapping[str, TensorInfo], values: int
+) -> dict[str, int | float]:
+    quantized = sum(info.num_bytes for info in tensors.values())
+    return {
+        "full_precision_bytes": values * BF16_BYTES,
+        "quantized_bytes": quantized,
+        "packed_bytes": sum(layer.bytes for layer in layers),
+        "ratio": values * BF16_BYTES / quantized,
+    }

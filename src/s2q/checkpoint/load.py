@@ -1,0 +1,106 @@
+"""Load a checkpoint after checking it against its manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from s2q.checkpoint.config import QuantMethod, S2QConfig
+from s2q.checkpoint.manifest import check_intact
+from s2q.core.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def load_pipeline(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", verify: bool = True
+) -> DiffusionPipeline:
+    """Load a checkpoint as a pipeline.
+
+    Args:
+        path: The checkpoint's folder.
+        dtype: Compute dtype; None takes the one that the model had when it was quantized.
+        device: Where to put the pipeline.
+        verify: Whether to hash every file first and compare with the manifest.
+
+    Returns:
+        The pipeline, its progress bar switched off.
+
+    Raises:
+        InvalidInputError: If the folder is no s2q checkpoint, or a file is missing, damaged or altered (names it).
+    """
+    from diffusers import DiffusionPipeline
+
+    from s2q.checkpoint import register
+
+    register()
+    folder = Path(path)
+    config = read_config(folder)
+    if verify:
+        check_intact(folder)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype or getattr(torch, config.compute_dtype))
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InvalidInputError(
+            f"{folder}: cannot be loaded ({first}); download or quantize the model again"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def read_config(folder: Path) -> S2QConfig:
+    """Read the quantization configuration of a checkpoint.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InvalidInputError: If the folder is no s2q checkpoint, or its configuration is damaged or of another version.
+    """
+    config = read_transformer_config(folder).get("quantization_config")
+    if not isinstance(config, Mapping) or config.get("quant_method") != QuantMethod.S2Q.value:
+        method = config.get("quant_method") if isinstance(config, Mapping) else None
+        raise InvalidInputError(f"{folder} is not an s2q checkpoint: quant_method is {method!r}, expected 's2q'")
+    try:
+        return S2QConfig.from_dict(dict(config))
+    except TypeError as error:
+        raise InvalidInputError(
+            f"{folder}: damaged quantization_config ({error}); download the checkpoint again"
+        ) from error
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{folder}: {error}") from error
+
+
+def read_transformer_config(folder: Path) -> dict[str, Any]:
+    """Read transformer/config.json of a pipeline folder.
+
+    Args:
+        folder: The pipeline's folder.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        InvalidInputError: If the file is missing or damaged.
+    """
+    path = folder / "transformer" / "config.json"
+    if not path.is_file():
+        raise InvalidInputError(
+            f"{folder} is not an s2q checkpoint: it has no transformer/config.json; pass its folder"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{path}: cannot be read as JSON; download the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise InvalidInputError(f"{path}: got a JSON {type(content).__name__}; expected an object")
+    return content

@@ -1,0 +1,109 @@
+"""The manifest: SHA-256 and size of every file of a checkpoint, written last.
+
+safetensors has no checksum: flipped bits in the payload, and some in the header, load silently. The hashes find them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.files import atomic_write_json, sha256_file
+
+MANIFEST = Path("s2q/manifest.json")
+SCHEMA_VERSION = 1
+CARD = "README.md"
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the manifest of all files that are in the folder now.
+
+    Args:
+        folder: The checkpoint; its `s2q` folder is made if need be.
+    """
+    files = {name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for name, path in _files(folder).items()}
+    (folder / MANIFEST).parent.mkdir(exist_ok=True)
+    atomic_write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what the manifest says of each file, by relative path.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        `{"bytes": ..., "sha256": ...}` by POSIX path relative to the folder.
+
+    Raises:
+        InvalidInputError: If there is no manifest, or it is damaged or of another version.
+    """
+    path = folder / MANIFEST
+    remedy = "download the checkpoint again"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, files = content["schema_version"], content["files"]
+        entries = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files.items()}
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInputError(f"{path}: damaged, not a manifest; {remedy}") from error
+    if version != SCHEMA_VERSION:
+        raise InvalidInputError(f"{path}: schema_version={version!r}; expected {SCHEMA_VERSION}; upgrade s2q")
+    return entries
+
+
+def verify_manifest(folder: Path) -> list[str]:
+    """Compare every file with the manifest.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        One line a problem, beginning with the file's relative path; empty if all is well. Files at the top and hidden
+        ones may come on top of what the manifest lists; inside the components' folders nothing may.
+
+    Raises:
+        InvalidInputError: If the manifest itself cannot be read.
+    """
+    listed = read_manifest(folder)
+    present = _files(folder)
+    problems = []
+    for name, entry in listed.items():
+        path = present.get(name)
+        if path is None:
+            problems.append(f"{name}: missing")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{name}: got {path.stat().st_size} bytes, expected {entry['bytes']}; truncated or altered")
+        elif sha256_file(path) != entry["sha256"]:
+            problems.append(f"{name}: its SHA-256 differs from the manifest; altered")
+    extra = [name for name in present if name not in listed and "/" in name]
+    problems += [f"{name}: not in the manifest; added later" for name in extra]
+    return sorted(problems)
+
+
+def check_intact(folder: Path) -> None:
+    """Refuse a checkpoint whose files differ from its manifest; edits of the model card are allowed.
+
+    Args:
+        folder: The checkpoint.
+
+    Raises:
+        InvalidInputError: If anything that loading reads differs; names the first files.
+    """
+    problems = [problem for problem in verify_manifest(folder) if not problem.startswith(f"{CARD}:")]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise InvalidInputError(f"{folder}: {'; '.join(problems[:3])}{more}; download or quantize the model again")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file below the folder but the manifest and hidden files and folders, by relative POSIX path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and relative != MANIFEST and not any(part.startswith(".") for part in relative.parts):
+            found[relative.as_posix()] = path
+    return found

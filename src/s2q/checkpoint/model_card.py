@@ -1,0 +1,86 @@
+"""The model card (README.md) of a checkpoint: YAML front matter for the Hub, how to load it, what was measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from s2q.checkpoint.config import S2QConfig
+
+HOMEPAGE = "https://arxiv.org/abs/2508.04016"
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+def render_model_card(
+    config: S2QConfig,
+    *,
+    pipeline_class: str,
+    source: str,
+    recipe: Mapping[str, Any],
+    report: Mapping[str, Any],
+    base_folder: Path | None = None,
+) -> str:
+    """Write the text of a model card.
+
+    Args:
+        config: The checkpoint's quantization configuration.
+        pipeline_class: Name of the diffusers pipeline class.
+        source: What was quantized, which goes into `base_model`: a Hub id, an embedded name, a folder's name. The name of
+            the pipeline class (a pipeline from memory) is no model and stays out of it.
+        recipe: The resolved recipe.
+        report: The run's report; needs `storage`, and may have `metrics` as in eval.json, which make the table.
+        base_folder: Folder of the original, whose card gives the licence; None if there is none.
+
+    Returns:
+        Markdown with YAML front matter.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("s2q.checkpoint", ""),
+        undefined=StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
+    )
+    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    text = environment.get_template("model_card.md.j2").render(
+        base_model=None if source == pipeline_class else source,
+        licence=_licence(base_folder),
+        recipe=recipe,
+        title=f"{source.rpartition('/')[2]}, quantized with {recipe['name']}",
+        origin=f"[{source}](https://huggingface.co/{source})" if is_hub_id else f"`{source}`",
+        homepage=HOMEPAGE,
+        layers=len(config.layers),
+        schemes=dict(Counter(config.layers.values())),
+        storage=report["storage"],
+        pipeline_class=pipeline_class,
+        compute_dtype=config.compute_dtype,
+        metrics=report.get("metrics"),
+    )
+    return text.rstrip("\n") + "\n"
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """Return the YAML front matter of a model card, or an empty dict if it has none that can be read.
+
+    Args:
+        card: Markdown.
+    """
+    if not card.startswith("---\n"):
+        return {}
+    try:
+        content = yaml.safe_load(card[4:].partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _licence(base_folder: Path | None) -> dict[str, Any]:
+    if base_folder is None or not (base_folder / "README.md").is_file():
+        return {}
+    fields = front_matter((base_folder / "README.md").read_text(encoding="utf-8", errors="replace"))
+    return {key: fields[key] for key in _LICENCE_KEYS if fields.get(key)}

@@ -1,0 +1,184 @@
+"""The quantizer that diffusers' loader calls, so that plain `from_pretrained` gives a transformer with packed linears.
+
+The loader casts floating tensors to the model's dtype before it hands them over; packed codes and fp32 scales are
+therefore taken from the state dict, where they are still what the file has. Everything is checked on the way: diffusers
+only warns of missing tensors and knows nothing of the layers' layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from s2q.checkpoint.config import S2QConfig
+from s2q.core.errors import InvalidInputError
+from s2q.nn import PackedLinear, replace_module
+
+_SCALE = "weight_scale"
+_PACKED_DTYPES = {"weight": torch.uint8, _SCALE: torch.float32}
+_REMEDY = "download the checkpoint again, or quantize the model again"
+
+
+class S2QQuantizer(DiffusersQuantizer):
+    """Builds packed linears before the weights are loaded, and checks them as they come in.
+
+    Args:
+        quantization_config: The checkpoint's configuration.
+        **kwargs: `pre_quantized`, as the loader passes it.
+
+    Raises:
+        InvalidInputError: If a full-precision model is to be quantized while it loads, which needs a run of its own.
+    """
+
+    requires_calibration = True
+    use_keep_in_fp32_modules = True
+
+    def __init__(self, quantization_config: S2QConfig, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise InvalidInputError(
+                "quantization_config of s2q given for a full-precision model; models are not quantized while loading: "
+                "run s2q.quantize (or `s2q quantize`) and load what it writes"
+            )
+        super().__init__(quantization_config, **kwargs)
+        self._schemes = quantization_config.layer_schemes()
+        self._keep_in_fp32: list[str] | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Accept every device, dtype and device map."""
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Refuse a file with packed layers that the configuration does not know."""
+        for key in loaded_keys:
+            layer, _, tensor = key.rpartition(".")
+            if tensor == _SCALE and layer not in self._schemes:
+                raise InvalidInputError(f"{layer} is packed in the file but not in quantization_config; {_REMEDY}")
+        return loaded_keys
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """Refuse a checkpoint that lacks tensors; diffusers would only warn and leave them uninitialised."""
+        if missing_keys:
+            first = ", ".join(sorted(missing_keys)[:3])
+            raise InvalidInputError(f"checkpoint lacks {len(missing_keys)} tensors, {first} among them; {_REMEDY}")
+        return missing_keys
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
+    ) -> bool:
+        """Tell whether a tensor belongs to the packed part of a layer."""
+        layer, _, tensor = param_name.rpartition(".")
+        return layer in self._schemes and tensor in _PACKED_DTYPES
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
+        """Refuse packed data of the wrong size; called where the shapes differ."""
+        layer, _, tensor = param_name.rpartition(".")
+        raise InvalidInputError(
+            f"{param_name}: got shape {list(loaded_param.shape)}, expected {list(current_param.shape)} "
+            f"for {self._schemes[layer].name}; {_REMEDY}"
+        )
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str,
+        state_dict: Mapping[str, Tensor],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put a packed tensor into its layer, as the file has it."""
+        layer, _, tensor = param_name.rpartition(".")
+        value = state_dict[param_name]
+        expected = _PACKED_DTYPES[tensor]
+        if value.dtype != expected:
+            raise InvalidInputError(f"{param_name}: got dtype {value.dtype}, expected {expected}; {_REMEDY}")
+        if tensor == _SCALE and not bool((torch.isfinite(value) & (value > 0)).all()):
+            raise InvalidInputError(f"{param_name}: holds scales that are not positive finite numbers; {_REMEDY}")
+        parameter = nn.Parameter(value.to(target_device), requires_grad=False)
+        setattr(model.get_submodule(layer), tensor, parameter)
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        modules = dict(model.named_modules())
+        for layer, scheme in self._schemes.items():
+            linear = modules.get(layer)
+            if not isinstance(linear, nn.Linear):
+                raise InvalidInputError(
+                    f"{layer} is in quantization_config, but {type(model).__name__} has no such linear; {_REMEDY}"
+                )
+            packed = PackedLinear(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                scheme=scheme,
+                dtype=linear.weight.dtype,
+                device="meta",
+            )
+            replace_module(model, layer, packed)
+        # A tensor that goes to the disk (device_map, offload_folder) does not pass through create_quantized_param. The
+        # loader's own list of what to keep in fp32 covers that path; it is put back as it was after the loading.
+        if keep_in_fp32_modules is not None and _SCALE not in keep_in_fp32_modules:
+            keep_in_fp32_modules.append(_SCALE)
+            self._keep_in_fp32 = keep_in_fp32_modules
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._keep_in_fp32 is not None:
+            self._keep_in_fp32.remove(_SCALE)
+            self._keep_in_fp32 = None
+        if not getattr(model, "hf_device_map", None):
+            left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+            if left:
+                first = ", ".join(left[:3])
+                raise InvalidInputError(f"checkpoint lacks {len(left)} tensors, {first} among them; {_REMEDY}")
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for layer in self._schemes:
+            packed = model.get_submodule(layer)
+            linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
+            linear.weight = nn.Parameter(packed.dequantized_weight(model.dtype), requires_grad=False)
+            linear.bias = packed.bias
+            replace_module(model, layer, linear)
+        config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = FrozenDict(config)
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        """A loaded model can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed codes have no gradient; adapters beside them do."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The packed forward is plain PyTorch."""
+        return True
+
+
+def attach_config(transformer: nn.Module, config: S2QConfig) -> None:
+    """Make a transformer whose linears were packed in memory equal to one that was loaded, in place.
+
+    Args:
+        transformer: A diffusers model with a `PackedLinear` for each layer of the configuration.
+        config: The configuration, which goes into the model's config.json when it is saved.
+
+    Raises:
+        InvalidInputError: If a layer of the configuration is not packed.
+    """
+    for layer in config.layers:
+        if not isinstance(transformer.get_submodule(layer), PackedLinear):
+            raise InvalidInputError(f"{layer} is in quantization_config but not packed")
+    transformer.register_to_config(quantization_config=config)
+    transformer.is_quantized = True
+    transformer.quantization_method = config.quant_method
+    transformer.hf_quantizer = S2QQuantizer(config, pre_quantized=True)

@@ -1,0 +1,110 @@
+"""Write a checkpoint: a diffusers pipeline folder that appears at its place all at once, its manifest written last."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2q.checkpoint.config import S2QConfig
+from s2q.checkpoint.manifest import CARD, MANIFEST, write_manifest
+from s2q.checkpoint.model_card import render_model_card
+from s2q.core.errors import InvalidInputError
+from s2q.core.files import atomic_write_json, atomic_write_text, staged_directory
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+RECORDS = Path("s2q")
+OVERWRITABLE = (MANIFEST.as_posix(),)
+"""What an existing folder must hold to be replaced: only an s2q checkpoint is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecords:
+    """What a checkpoint says about how it was made.
+
+    Attributes:
+        source: Name of what was quantized: an embedded name, a Hub id, a folder's name.
+        recipe: The resolved recipe, for s2q/recipe.json.
+        report: The run's report, for s2q/report.json; `storage` and `metrics` are shown on the model card.
+        events: The run's events in order, for s2q/events.jsonl.
+        base_folder: Folder of the original, for its licence; None if there is none.
+    """
+
+    source: str
+    recipe: Mapping[str, Any]
+    report: Mapping[str, Any]
+    events: Sequence[Mapping[str, Any]] = ()
+    base_folder: Path | None = None
+
+
+def save_checkpoint(
+    pipe: DiffusionPipeline,
+    out: Path,
+    *,
+    records: CheckpointRecords,
+    overwrite: bool = False,
+    max_shard_size: str = "10GB",
+) -> None:
+    """Write a pipeline with a packed transformer as a checkpoint.
+
+    Args:
+        pipe: The pipeline; its transformer has a `quantization_config` (see `attach_config`).
+        out: The folder to write; it exists only once it is complete.
+        records: How it was made.
+        overwrite: Whether to replace an existing s2q checkpoint.
+        max_shard_size: Size at which weight files are split, "5GB".
+
+    Raises:
+        InvalidInputError: If the transformer is not quantized by s2q, or `out` cannot be written.
+        ResourceError: If the disk is full.
+    """
+    config = pipe.transformer.config.get("quantization_config")
+    if not isinstance(config, S2QConfig):
+        raise InvalidInputError("the pipeline's transformer is not quantized by s2q; quantize it first")
+    with staged_directory(out, overwrite=overwrite, markers=OVERWRITABLE) as staged:
+        pipe.save_pretrained(staged, max_shard_size=max_shard_size)
+        for path in staged.rglob("config.json"):
+            _clean_config(path)
+        _copy_licence(records.base_folder, staged)
+        card = render_model_card(
+            config,
+            pipeline_class=type(pipe).__name__,
+            source=records.source,
+            recipe=records.recipe,
+            report=records.report,
+            base_folder=records.base_folder,
+        )
+        atomic_write_text(staged / CARD, card)
+        (staged / RECORDS).mkdir()
+        atomic_write_json(staged / RECORDS / "recipe.json", dict(records.recipe))
+        atomic_write_json(staged / RECORDS / "report.json", dict(records.report))
+        lines = [json.dumps(event, sort_keys=True, allow_nan=False) + "\n" for event in records.events]
+        atomic_write_text(staged / RECORDS / "events.jsonl", "".join(lines))
+        write_manifest(staged)
+
+
+def _clean_config(path: Path) -> None:
+    """Take out where the model came from on this machine, and let components load in one dtype.
+
+    Without `dtype=`, diffusers loads its own components in float32, but transformers takes the dtype that the text
+    encoder's configuration names; a pipeline of mixed dtypes fails at its first linear. Naming float32 there makes the
+    plain `from_pretrained(folder)` work; the stored tensors stay as they are, and `dtype=` still decides.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    for key in ("dtype", "torch_dtype"):
+        if key in config and "architectures" in config:
+            config[key] = "float32"
+    atomic_write_json(path, config)
+
+
+def _copy_licence(base_folder: Path | None, staged: Path) -> None:
+    if base_folder is not None:
+        for path in sorted(base_folder.glob("LICENSE*")):
+            if path.is_file():
+                shutil.copyfile(path, staged / path.name)

@@ -1,0 +1,43 @@
+"""Load any model, full precision or quantized, by name, folder or Hub id; quantized ones are checked first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from s2q import checkpoint
+from s2q.models import ModelSource, resolve_model
+from s2q.models.source import parse_dtype
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def load_pipeline(
+    model: str | Path | ModelSource,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str = "cpu",
+    verify: bool = True,
+) -> DiffusionPipeline:
+    """Load a pipeline.
+
+    Args:
+        model: Embedded name, pipeline folder or s2q checkpoint, Hub id, or a resolved source.
+        dtype: Compute dtype or its name; None takes the one that the transformer is stored in or was quantized in.
+        device: Where to put the pipeline.
+        verify: Whether to compare the files of an s2q checkpoint with its manifest first.
+
+    Returns:
+        The pipeline, its progress bar switched off.
+
+    Raises:
+        InvalidInputError: If the model is unknown, damaged or altered.
+    """
+    source = model if isinstance(model, ModelSource) else resolve_model(model)
+    if (source.quantization or {}).get("quant_method") != "s2q":
+        return source.load_pipeline(dtype=dtype, device=device)
+    folder = source.complete_folder()
+    return checkpoint.load_pipeline(folder, dtype=parse_dtype(dtype), device=device, verify=verify)

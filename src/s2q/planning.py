@@ -1,0 +1,196 @@
+"""What a run will do, before any compute: every block linear, its scheme, its bytes on disk; totals; stages.
+
+Everything is computed on the meta device. The bytes are those of the tensors in the safetensors files, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.schemes import LinearScheme, weight_bytes
+from s2q.models import BlockLinear, ModelSource, block_linears, family_of, resolve_model
+from s2q.models.source import parse_dtype
+from s2q.recipes import Recipe, assign_schemes, load_recipe
+
+SCHEMA_VERSION = 1
+BF16_BYTES = 2
+_DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_ROUNDING_BYTES = 14
+"""Bytes that rounding holds for each weight of the linear at hand: three fp32 temporaries, codes, packed codes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLayer:
+    """One block linear.
+
+    Attributes:
+        name: Full name in the transformer.
+        shape: [O, I].
+        scheme: Short name of its scheme, "w4a6"; the dtype ("bf16") if it stays as it is.
+        bytes: Bytes of its tensors on disk: codes, scales, bias.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage:
+    """One stage of the run.
+
+    Attributes:
+        name: Name of the stage.
+        peak_memory_bytes: Bytes for the transformer and what the stage adds to it (not the other components of the
+            pipeline); None if unknown.
+        seconds: How long it takes; None if unknown.
+    """
+
+    name: str
+    peak_memory_bytes: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        schema_version: Version of this report.
+        model: Name of the model.
+        recipe: Name of the recipe.
+        storage: Bytes of the whole transformer: `full_precision_bytes` (in bf16), `quantized_bytes` (on disk), `ratio`.
+        stages: The stages in order.
+        layers: Every linear of the blocks in order.
+    """
+
+    schema_version: int
+    model: str
+    recipe: str
+    storage: Mapping[str, int | float]
+    stages: tuple[PlannedStage, ...]
+    layers: tuple[PlannedLayer, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+def plan(
+    model: str | Path | ModelSource,
+    recipe: str | Path | Recipe = "rtn-w4a6",
+    *,
+    overrides: Sequence[str] = (),
+    dtype: torch.dtype | str | None = None,
+) -> Plan:
+    """Plan a run without loading weights.
+
+    Args:
+        model: Embedded name, folder, Hub id, or a resolved source.
+        recipe: Name, file or validated recipe.
+        overrides: Changes to the recipe, "key=value" each.
+        dtype: Dtype that the model will be loaded in; None takes the one that it is stored in.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is quantized already.
+    """
+    source = model if isinstance(model, ModelSource) else resolve_model(model)
+    check_full_precision(source)
+    family_of(source.transformer_class)  # a clear error before the class is looked up
+    transformer = source.meta_transformer()
+    stored = parse_dtype(dtype) or source.weights_dtype() or torch.bfloat16
+    keep_in_fp32 = tuple(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+
+    def loaded_dtype(name: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return torch.float32 if any(part in keep_in_fp32 for part in name.split(".")) else stored
+
+    sizes = {
+        name: tensor.numel() * loaded_dtype(name, tensor).itemsize for name, tensor in transformer.state_dict().items()
+    }
+    validated = load_recipe(recipe, overrides=overrides)
+    return plan_transformer(transformer, validated, model=source.name, sizes=sizes, dtype=stored)
+
+
+def plan_transformer(
+    transformer: nn.Module, recipe: Recipe, *, model: str, sizes: Mapping[str, int], dtype: torch.dtype
+) -> Plan:
+    """Plan a run on a transformer.
+
+    Args:
+        transformer: The transformer; may live on the meta device.
+        recipe: The recipe.
+        model: Name of the model.
+        sizes: Bytes of each tensor of its state dict as it is now.
+        dtype: Dtype of its block linears.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InvalidInputError: If the class is not supported, or the recipe does not fit it.
+    """
+    linears = block_linears(transformer, family_of(transformer))
+    schemes = assign_schemes(recipe, linears)
+    layers = tuple(_planned_layer(linear, schemes.get(linear.name), sizes, dtype) for linear in linears)
+    inside = {f"{linear.name}.{tensor}" for linear in linears for tensor in ("weight", "bias")}
+    now = sum(sizes.values())
+    quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
+    full = sum(tensor.numel() for tensor in transformer.state_dict().values()) * BF16_BYTES
+    largest = max(layer.shape[0] * layer.shape[1] for layer in layers)
+    return Plan(
+        schema_version=SCHEMA_VERSION,
+        model=model,
+        recipe=recipe.name,
+        storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
+        stages=(
+            PlannedStage(name="blocks", peak_memory_bytes=now + _ROUNDING_BYTES * largest, seconds=None),
+            PlannedStage(name="assemble", peak_memory_bytes=now + quantized, seconds=None),
+        ),
+        layers=layers,
+    )
+
+
+def tensor_sizes(transformer: nn.Module) -> dict[str, int]:
+    """Return the bytes of each tensor of a loaded transformer's state dict."""
+    return {name: tensor.numel() * tensor.element_size() for name, tensor in transformer.state_dict().items()}
+
+
+def check_full_precision(source: ModelSource) -> None:
+    """Refuse a model that is quantized already.
+
+    Args:
+        source: The model.
+
+    Raises:
+        InvalidInputError: If its transformer has a `quantization_config`.
+    """
+    if source.is_quantized:
+        method = (source.quantization or {}).get("quant_method", "another method")
+        raise InvalidInputError(
+            f"{source.name}: its transformer is quantized already (by {method}); pass the full-precision model"
+        )
+
+
+def _planned_layer(
+    linear: BlockLinear, scheme: LinearScheme | None, sizes: Mapping[str, int], dtype: torch.dtype
+) -> PlannedLayer:
+    bias = sizes[f"{linear.name}.bias"] if linear.has_bias else 0
+    if scheme is None:
+        name, num_bytes = _DTYPE_SCHEMES.get(dtype, str(dtype)), sizes[f"{linear.name}.weight"]
+    else:
+        name, num_bytes = scheme.name, weight_bytes(scheme.weight, linear.out_features, linear.in_features)
+    shape = (linear.out_features, linear.in_features)
+    return PlannedLayer(name=linear.name, shape=shape, scheme=name, bytes=num_bytes + bias)

@@ -1,0 +1,161 @@
+"""One block: from its full-precision weights to packed linears, a function of the block and the recipe alone.
+
+Legend: `I/O` in/out features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2q.core.files import canonical_json
+from s2q.core.qparams import dequantize_weight
+from s2q.core.schemes import LinearScheme
+from s2q.models import BlockLinear
+from s2q.nn import PackedLinear
+from s2q.quantization.run_folder import Artefact
+from s2q.recipes import Recipe
+from s2q.rounding import ROUNDINGS
+
+ARTEFACT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockResult:
+    """What a block became.
+
+    Attributes:
+        layers: Packed linear, on the CPU, by full name.
+        errors: ‖Ŵ − W‖² / ‖W‖² of each, by full name.
+        relative_error: The same over all of them together.
+    """
+
+    layers: Mapping[str, PackedLinear]
+    errors: Mapping[str, float]
+    relative_error: float
+
+
+@torch.no_grad()
+def quantize_block(
+    block: nn.Module,
+    linears: Mapping[str, str],
+    *,
+    schemes: Mapping[str, LinearScheme],
+    recipe: Recipe,
+    device: str = "cpu",
+) -> BlockResult:
+    """Round and pack the linears of one block.
+
+    Args:
+        block: The full-precision block; not changed.
+        linears: Full name by name inside the block, of the linears to quantize.
+        schemes: Scheme by full name.
+        recipe: The recipe.
+        device: Where to compute.
+
+    Returns:
+        The packed linears and their errors.
+    """
+    layers: dict[str, PackedLinear] = {}
+    errors: dict[str, float] = {}
+    noise, power = 0.0, 0.0
+    rounding = ROUNDINGS[recipe.rounding.method]
+    for inner, name in linears.items():
+        linear = block.get_submodule(inner)
+        weight = linear.weight.to(device)
+        rounded = rounding(weight, schemes[name].weight)
+        deviation = dequantize_weight(rounded.codes, rounded.scale).sub_(weight.float())
+        own_noise, own_power = _square_sum(deviation), _square_sum(weight)
+        packed = PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=schemes[name])
+        layers[name] = packed.to("cpu")
+        errors[name] = _ratio(own_noise, own_power)
+        noise, power = noise + own_noise, power + own_power
+    return BlockResult(layers=layers, errors=errors, relative_error=_ratio(noise, power))
+
+
+def block_fingerprint(block: nn.Module, schemes: Mapping[str, LinearScheme], *, recipe: Recipe, **inputs: Any) -> str:
+    """Hash everything that the result of a block depends on.
+
+    Args:
+        block: The full-precision block; every tensor of it counts.
+        schemes: Scheme by full name of the linears that are quantized.
+        recipe: The recipe.
+        **inputs: Whatever else counts: seed, versions, device. Plain data.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    method = recipe.resolved()
+    described = {
+        "artefact_version": ARTEFACT_VERSION,
+        "recipe": {key: value for key, value in method.items() if key not in ("name", "description", "skip")},
+        "schemes": {name: scheme.to_dict() for name, scheme in schemes.items()},
+        **inputs,
+    }
+    digest = hashlib.sha256(canonical_json(described).encode())
+    for name, tensor in block.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def to_artefact(result: BlockResult, **stats: Any) -> Artefact:
+    """Turn a block's result into tensors and plain data for the run folder.
+
+    Args:
+        result: The result.
+        **stats: Further figures: seconds, peak memory.
+
+    Returns:
+        The artefact.
+    """
+    tensors = {
+        f"{name}.{key}": value for name, layer in result.layers.items() for key, value in layer.state_dict().items()
+    }
+    stats = {"weight_relative_error": result.relative_error, "layers": dict(result.errors), **stats}
+    return Artefact(tensors=tensors, stats=stats)
+
+
+def from_artefact(
+    artefact: Artefact, linears: Sequence[BlockLinear], schemes: Mapping[str, LinearScheme]
+) -> dict[str, PackedLinear]:
+    """Build the packed linears of a block from its artefact.
+
+    Args:
+        artefact: What `to_artefact` made.
+        linears: The quantized linears of the block.
+        schemes: Scheme by full name.
+
+    Returns:
+        Packed linear by full name.
+    """
+    layers = {}
+    for linear in linears:
+        own = {
+            key.removeprefix(f"{linear.name}."): value
+            for key, value in artefact.tensors.items()
+            if key.startswith(f"{linear.name}.")
+        }
+        layer = PackedLinear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.has_bias,
+            scheme=schemes[linear.name],
+            device="meta",
+        )
+        layer.load_state_dict(own, assign=True)
+        layers[linear.name] = layer.requires_grad_(False)
+    return layers
+
+
+def _square_sum(values: Tensor) -> float:
+    return float(values.double().square().sum())
+
+
+def _ratio(noise: float, power: float) -> float:
+    return noise / power if power > 0 else 0.0

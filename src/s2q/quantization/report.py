@@ -1,0 +1,99 @@
+"""What a run says about itself: report.json, and where its figures come from."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("s2q", "torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReport:
+    """What the run did to one block.
+
+    Attributes:
+        index: Index of the block, over all block lists.
+        name: Full name of the block.
+        weight_relative_error: ‖Ŵ − W‖² / ‖W‖² over the block's quantized weights; 0 if it has none.
+        layers: The same for each of its quantized linears, by full name.
+        seconds: Time it took.
+        peak_memory_bytes: Highest resident memory of the process (on a GPU: allocated there) until then.
+        resumed: Whether it was taken over from an interrupted run; the figures are that run's then.
+    """
+
+    index: int
+    name: str
+    weight_relative_error: float
+    layers: Mapping[str, float]
+    seconds: float
+    peak_memory_bytes: int
+    resumed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """What a run did; s2q/report.json of the checkpoint has the same.
+
+    Attributes:
+        schema_version: Version of this report.
+        source: Name of the model that was quantized.
+        recipe: Name of the recipe.
+        output: Name of the checkpoint's folder.
+        seed: Seed of the run.
+        device: Device of the run.
+        dtype: Compute dtype of the model.
+        n_prompts: Number of calibration prompts given.
+        storage: Bytes of the whole transformer, as in the plan: `full_precision_bytes`, `quantized_bytes`, `ratio`.
+        layers: Every block linear as in the plan: name, shape, scheme, bytes.
+        blocks: What was done to each block.
+        stages: Seconds and peak memory of each stage, in order.
+        seconds: Time from the start until the checkpoint was ready to be written.
+        peak_memory_bytes: Highest resident memory of the process (on a GPU: allocated there).
+        versions: Versions of what took part.
+    """
+
+    schema_version: int
+    source: str
+    recipe: str
+    output: str
+    seed: int
+    device: str
+    dtype: str
+    n_prompts: int
+    storage: Mapping[str, int | float]
+    layers: Sequence[Mapping[str, Any]]
+    blocks: Sequence[BlockReport]
+    stages: Sequence[Mapping[str, Any]]
+    seconds: float
+    peak_memory_bytes: int
+    versions: Mapping[str, str] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Return the highest memory use so far: allocated on a GPU, else resident in this process.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1".
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide the result."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}

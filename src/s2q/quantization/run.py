@@ -1,0 +1,273 @@
+"""A run from start to end: load, blocks, assemble, report.
+
+Blocks do not depend on each other: each is computed from the full-precision model and the recipe alone, written
+atomically into the run folder, and skipped when it is there with the fingerprint of the same inputs. A killed run
+therefore goes on where it was, with a bit-identical result. The output appears at its place all at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+
+import torch
+
+from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, S2QConfig, attach_config, save_checkpoint
+from s2q.core.errors import InvalidInputError, ResourceError, UsageError, unknown_name
+from s2q.core.files import check_output
+from s2q.models import ModelSource, resolve_model
+from s2q.models.source import dtype_name
+from s2q.nn import replace_module
+from s2q.planning import Plan, plan, plan_transformer, tensor_sizes
+from s2q.quantization.blocks import block_fingerprint, from_artefact, quantize_block, to_artefact
+from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
+from s2q.quantization.run_folder import RunFolder, open_run_folder
+from s2q.quantization.teacher import Teacher, load_teacher
+from s2q.recipes import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how many of its steps are done, and how many there are."""
+
+_T = TypeVar("_T")
+
+
+class QuantizeOptions(TypedDict, total=False):
+    """Options of `quantize`; their meaning and defaults are there."""
+
+    seed: int
+    device: str
+    dtype: torch.dtype | str | None
+    resume: bool
+    overwrite: bool
+    overrides: Sequence[str]
+    dry_run: bool
+    max_shard_size: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype | str | None = None
+    resume: bool = True
+    overwrite: bool = False
+    overrides: Sequence[str] = ()
+    dry_run: bool = False
+    max_shard_size: str = "10GB"
+
+
+def quantize(
+    model: str | Path | DiffusionPipeline,
+    *,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    out: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[QuantizeOptions],
+) -> QuantizationReport | Plan:
+    """Quantize a text-to-video pipeline into a checkpoint that diffusers' `from_pretrained` loads after `import s2q`.
+
+    Args:
+        model: Embedded name, pipeline folder, Hub id, or a loaded pipeline, which is left as it is.
+        recipe: Name, file, contents, or a validated recipe.
+        out: Folder to write; needed unless `dry_run`.
+        prompts: Calibration prompts, for recipes that calibrate; the recipes that round to nearest use none.
+        progress: Called as the run goes on.
+        **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `resume` (True), `overwrite` (False), `overrides`
+            (changes to the recipe, "key=value" each), `dry_run` (False; True returns the plan and computes nothing),
+            `max_shard_size` ("10GB").
+
+    Returns:
+        The report, or the plan of a dry run.
+
+    Raises:
+        InvalidInputError: If the model, the recipe or the output will not do; nothing has been written then.
+        BusyError: If another run writes the same output.
+        ResourceError: If the device is not there or the disk is full.
+        UsageError: If an option is unknown or `out` is missing.
+    """
+    settings = _settings(options)
+    validated = load_recipe(recipe, overrides=settings.overrides)
+    source = resolve_model(model) if isinstance(model, str | Path) else None
+    # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
+    planned = None if source is None else plan(source, validated, dtype=settings.dtype)
+    if settings.dry_run:
+        return planned or _plan_loaded(load_teacher(model, validated, dtype=settings.dtype), validated)
+    if out is None:
+        raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
+    target = Path(out).expanduser()
+    check_output(target, overwrite=settings.overwrite, markers=OVERWRITABLE)
+    _check_device(settings.device)
+    with open_run_folder(target) as folder:
+        run = _Run(folder, target, settings, progress)
+        return run.carry_out(source or model, validated, n_prompts=len(prompts or ()))
+
+
+class _Run:
+    """One run: its folder, its clock, and the stages in order."""
+
+    def __init__(self, folder: RunFolder, out: Path, settings: _Settings, progress: Progress | None) -> None:
+        self.folder = folder
+        self.out = out
+        self.settings = settings
+        self.progress = progress or (lambda stage, done, total: None)
+        self.started = time.perf_counter()
+        self.stages: list[dict[str, Any]] = []
+
+    def carry_out(
+        self, model: ModelSource | DiffusionPipeline, recipe: Recipe, *, n_prompts: int
+    ) -> QuantizationReport:
+        if not self.settings.resume:
+            self.folder.clear()
+        teacher = self._timed("load", lambda: load_teacher(model, recipe, dtype=self.settings.dtype))
+        planned = _plan_loaded(teacher, recipe)
+        self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed)
+        blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe))
+        student = self._timed("assemble", lambda: self._assemble(teacher, recipe, planned))
+        report = self._report(teacher, planned, blocks, n_prompts)
+        self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
+        records = CheckpointRecords(
+            source=teacher.name,
+            recipe=recipe.resolved(),
+            report=report.to_dict(),
+            events=self.folder.events(),
+            base_folder=teacher.folder,
+        )
+        save_checkpoint(
+            student,
+            self.out,
+            records=records,
+            overwrite=self.settings.overwrite,
+            max_shard_size=self.settings.max_shard_size,
+        )
+        self.folder.remove()
+        self.progress("assemble", 1, 1)
+        storage = planned.storage
+        logger.info("%s: %d bytes, %.2f times smaller", self.out, storage["quantized_bytes"], storage["ratio"])
+        return report
+
+    def _blocks(self, teacher: Teacher, recipe: Recipe) -> list[BlockReport]:
+        total = len(teacher.block_names)
+        reports = []
+        for index in range(total):
+            self.progress("blocks", index, total)
+            reports.append(self._block(teacher, recipe, index))
+        self.progress("blocks", total, total)
+        return reports
+
+    def _block(self, teacher: Teacher, recipe: Recipe, index: int) -> BlockReport:
+        """Compute a block, or take it over from an interrupted run."""
+        started = time.perf_counter()
+        name, key = teacher.block_names[index], _artefact_name(index)
+        block = teacher.transformer.get_submodule(name)
+        linears = {one.name.removeprefix(f"{name}."): one.name for one in teacher.quantized_linears(index)}
+        schemes = {full: teacher.schemes[full] for full in linears.values()}
+        fingerprint = block_fingerprint(
+            block, schemes, recipe=recipe, seed=self.settings.seed, versions=package_versions()
+        )
+        resumed = self.folder.has(key, fingerprint)
+        if not resumed:
+            result = quantize_block(block, linears, schemes=schemes, recipe=recipe, device=self.settings.device)
+            artefact = to_artefact(
+                result,
+                seconds=time.perf_counter() - started,
+                peak_memory_bytes=peak_memory_bytes(self.settings.device),
+            )
+            self.folder.save(key, fingerprint, artefact)
+        report = BlockReport(index=index, name=name, resumed=resumed, **self.folder.load(key).stats)
+        self.folder.log("block", **asdict(report))
+        logger.info(
+            "block %d/%d: %d linears, weight error %.3g, %.1f s, peak %.0f MiB%s",
+            index + 1,
+            len(teacher.block_names),
+            len(linears),
+            report.weight_relative_error,
+            report.seconds,
+            report.peak_memory_bytes / 2**20,
+            ", taken over" if resumed else "",
+        )
+        return report
+
+    def _assemble(self, teacher: Teacher, recipe: Recipe, planned: Plan) -> DiffusionPipeline:
+        """Make a pipeline that shares everything with the teacher's but the packed linears."""
+        self.progress("assemble", 0, 1)
+        shared = [*teacher.transformer.parameters(), *teacher.transformer.buffers()]
+        student = copy.deepcopy(teacher.transformer, {id(tensor): tensor for tensor in shared})
+        for index in range(len(teacher.block_names)):
+            artefact = self.folder.load(_artefact_name(index))
+            layers = from_artefact(artefact, teacher.quantized_linears(index), teacher.schemes)
+            for name, layer in layers.items():
+                replace_module(student, name, layer)
+        config = S2QConfig.from_schemes(teacher.schemes, recipe=recipe.name, compute_dtype=dtype_name(teacher.dtype))
+        attach_config(student, config)
+        packed = sum(tensor_sizes(student).values())
+        assert packed == planned.storage["quantized_bytes"], (packed, planned.storage)
+        pipe = copy.copy(teacher.pipe)
+        pipe.register_modules(transformer=student)
+        return pipe
+
+    def _report(
+        self, teacher: Teacher, planned: Plan, blocks: Sequence[BlockReport], n_prompts: int
+    ) -> QuantizationReport:
+        return QuantizationReport(
+            schema_version=SCHEMA_VERSION,
+            source=teacher.name,
+            recipe=planned.recipe,
+            output=self.out.name,
+            seed=self.settings.seed,
+            device=self.settings.device,
+            dtype=dtype_name(teacher.dtype),
+            n_prompts=n_prompts,
+            storage=planned.storage,
+            layers=[asdict(layer) for layer in planned.layers],
+            blocks=tuple(blocks),
+            stages=tuple(self.stages),
+            seconds=time.perf_counter() - self.started,
+            peak_memory_bytes=peak_memory_bytes(self.settings.device),
+            versions=package_versions(),
+        )
+
+    def _timed(self, stage: str, work: Callable[[], _T]) -> _T:
+        started = time.perf_counter()
+        result = work()
+        peak = peak_memory_bytes(self.settings.device)
+        self.stages.append({"name": stage, "seconds": time.perf_counter() - started, "peak_memory_bytes": peak})
+        return result
+
+
+def _settings(options: QuantizeOptions) -> _Settings:
+    known = [one.name for one in fields(_Settings)]
+    for name in options:
+        if name not in known:
+            raise UsageError(str(unknown_name("option of quantize", name, known)))
+    return _Settings(**options)
+
+
+def _plan_loaded(teacher: Teacher, recipe: Recipe) -> Plan:
+    sizes = tensor_sizes(teacher.transformer)
+    return plan_transformer(teacher.transformer, recipe, model=teacher.name, sizes=sizes, dtype=teacher.dtype)
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InvalidInputError(f"device={device!r} is unknown; use cpu, cuda or cuda:N") from error
+    if kind not in ("cpu", "cuda"):
+        raise InvalidInputError(f"device={device!r} is not supported; use cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(f"device={device!r}: this machine or this build of PyTorch has no CUDA device; use cpu")
+
+
+def _artefact_name(index: int) -> str:
+    return f"block-{index:03d}"
