@@ -44,7 +44,7 @@ def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:
         num_bits: N, 2 to 8.
 
     Returns:
-        uint8 [O, P], contiguous.
+        uint8 [O, P], contiguous, in memory of its own.
 
     Raises:
         InvalidInputError: If codes is not an int8 matrix or holds a code that num_bits cannot.
@@ -58,7 +58,7 @@ def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:
         if low < -limit or high >= limit:
             raise InvalidInputError(f"codes: found {low}..{high}; {num_bits} bits hold {-limit}..{limit - 1}")
     if num_bits > 4:
-        return codes.contiguous().view(torch.uint8)
+        return codes.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     nibbles = codes.new_full((codes.shape[0], 2 * width), _NIBBLE_ZERO)
     nibbles[:, : codes.shape[1]] += codes
     unsigned = nibbles.view(torch.uint8)
@@ -88,7 +88,7 @@ def unpack_codes(packed: Tensor, *, num_bits: int, in_features: int) -> Tensor:
     if num_bits > 4:
         return packed.view(torch.int8)
     # Spread each byte over the two bytes of an int16 (the low nibble first, as memory is little-endian).
-    wide = packed.to(torch.int16)
+    wide = packed.contiguous().to(torch.int16)
     wide = ((wide << 4) | wide) & 0x0F0F
     codes: Tensor = wide.view(torch.int8).sub_(_NIBBLE_ZERO)
     return codes[:, :in_features]
