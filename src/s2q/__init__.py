@@ -1,1 +1,54 @@
-"""s2q: 4-bit text-to-video diffusion transformers at the quality of full precision, for any diffusers pipeline."""
+"""s2q: 4-bit text-to-video diffusion transformers at the quality of full precision, for any diffusers pipeline.
+
+    import s2q
+    s2q.quantize("shapes-cogvideox", recipe="rtn-w4a6", out="shapes-w4a6")
+    pipe = CogVideoXPipeline.from_pretrained("shapes-w4a6")   # works once s2q is imported
+
+The verbs are those of the command line; each is loaded when it is first used. Importing the package itself only makes
+sure that diffusers knows s2q checkpoints as soon as diffusers is there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from s2q import _hook
+
+if TYPE_CHECKING:
+    from s2q.checkpoint import inspect_checkpoint as inspect
+    from s2q.evaluation import evaluate, generate
+    from s2q.loading import load_pipeline as load
+    from s2q.planning import plan
+    from s2q.quantization import quantize
+
+__all__ = ["__version__", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
+
+_LAZY = {
+    "evaluate": ("s2q.evaluation", "evaluate"),
+    "generate": ("s2q.evaluation", "generate"),
+    "inspect": ("s2q.checkpoint", "inspect_checkpoint"),
+    "load": ("s2q.loading", "load_pipeline"),
+    "plan": ("s2q.planning", "plan"),
+    "quantize": ("s2q.quantization", "quantize"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("s2q")
+    if name not in _LAZY:
+        raise AttributeError(f"module 's2q' has no attribute {name!r}; it has {', '.join(__all__)}")
+    module, attribute = _LAZY[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_hook.register_with_diffusers()
