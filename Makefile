@@ -32,6 +32,7 @@ clean:
 
 # torch goes first and by itself, so that a local CPU build is taken where pip is set up to find one.
 $(READY): pyproject.toml constraints.txt
+	@echo "Installing what is missing into $(VENV); the first time this takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt

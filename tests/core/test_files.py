@@ -71,6 +71,41 @@ def test_writing_into_no_folder_is_an_input_error(tmp_path):
         files.atomic_write_text(tmp_path / "missing" / "a.txt", "x")
 
 
+@pytest.fixture
+def disk_log(monkeypatch):
+    """The paths given to fsync and the targets of renames, in order."""
+    log = []
+
+    def record(name):
+        function = getattr(os, name)
+
+        def call(*args):
+            path = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else str(args[1])
+            log.append((name, path))
+            return function(*args)
+
+        monkeypatch.setattr(files.os, name, call)
+
+    for name in ("fsync", "rename", "replace"):
+        record(name)
+    return log
+
+
+def test_a_file_is_on_disk_before_its_name_is(tmp_path, disk_log):
+    files.atomic_write_bytes(tmp_path / "a", b"x")
+    (content, _), (renamed, target), last = disk_log
+    assert (content, renamed, target) == ("fsync", "replace", str(tmp_path / "a"))
+    assert last == ("fsync", str(tmp_path))
+
+
+def test_a_folder_is_on_disk_before_its_name_is(tmp_path, disk_log):
+    with files.staged_directory(tmp_path / "out", overwrite=False) as staged:
+        (staged / "sub").mkdir()
+        (staged / "sub" / "a").write_text("x")
+        expected = [("fsync", str(path)) for path in (staged / "sub" / "a", staged / "sub", staged)]
+    assert disk_log == [*expected, ("rename", str(tmp_path / "out")), ("fsync", str(tmp_path))]
+
+
 def test_canonical_json_does_not_depend_on_order():
     one, other = {"b": 1, "a": [1.5, None, "é"]}, {"a": [1.5, None, "é"], "b": 1}
     assert files.canonical_json(one) == files.canonical_json(other)
