@@ -8,7 +8,9 @@ Shapes: `M` rows (tokens), `K` in features, `O` out features.
 import torch
 from torch import Tensor
 
-IS_AVAILABLE: bool = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+# torch has no public name for this question, and changes the private one: where it is not found, the reference serves.
+_has_vnni = getattr(torch.cpu, "_is_vnni_supported", None)
+IS_AVAILABLE: bool = bool(torch._C._has_mkldnn and _has_vnni is not None and _has_vnni())
 
 
 def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int = 8) -> Tensor:
