@@ -1,9 +1,9 @@
 """Registering s2q checkpoints with diffusers, without importing diffusers before somebody wants it.
 
-diffusers finds quantizers in two dicts of `diffusers.quantizers.auto` and has no entry point for more. If that module is
-loaded, the dicts are written at once; else a finder waits for its import, or for that of `s2q.checkpoint` which needs
-it, lets the ordinary finders do their work, writes the dicts, and is gone. So `import s2q` costs milliseconds, and the
-order of the imports does not matter.
+diffusers finds quantizers in two dicts of `diffusers.quantizers.auto` and has no entry point for more. If that module
+is loaded, the dicts are written at once; else a finder waits for its import, or for that of `s2q.checkpoint` which
+needs it, lets the ordinary finders do their work, writes the dicts, and is gone. So `import s2q` costs milliseconds,
+and the order of the imports does not matter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CHECKPOINT = "s2q.checkpoint"
 
 
 def register_with_diffusers() -> None:
-    """Make diffusers' `from_pretrained` know s2q checkpoints, now or once diffusers is imported; again changes nothing."""
+    """Make diffusers' `from_pretrained` know s2q checkpoints, now or once diffusers is imported."""
     if _DICTS in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -1,6 +1,13 @@
 """Evaluation: generating videos, measuring them against full precision, and saying how sure the figures are."""
 
-from s2q.evaluation.evaluate import METRICS, EvaluationOptions, default_prompts, evaluate, selected_metrics
+from s2q.evaluation.evaluate import (
+    METRICS,
+    EvaluationOptions,
+    compare_videos,
+    default_prompts,
+    evaluate,
+    selected_metrics,
+)
 from s2q.evaluation.generate import Progress, Video, generate
 from s2q.evaluation.prompts import read_prompts
 from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
@@ -13,6 +20,7 @@ __all__ = [
     "Progress",
     "Video",
     "clustered_mean",
+    "compare_videos",
     "default_prompts",
     "embedded_source",
     "evaluate",

@@ -176,7 +176,7 @@ def _run_teacher(
     pipe = _open(reference, dtype=options.dtype, device=options.device)
     dtype = pipe.transformer.dtype
     settings = settings_for(pipe, options.settings, defaults=generation_defaults(reference))
-    check_prompts(pipe, [prompt for prompt, _ in jobs])
+    check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in jobs)))
     size = batch_size_for(pipe, settings, options.batch_size)
     tick = _counter("full precision", jobs, size, settings, progress)
     videos: list[Video] = []
@@ -216,7 +216,7 @@ def _run_student(
 ) -> list[Judged]:
     pipe = _open(model, dtype=teacher.dtype, device=options.device)
     settings = settings_for(pipe, teacher.settings, defaults={})
-    check_prompts(pipe, [prompt for prompt, _ in jobs])
+    check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in jobs)))
     size = teacher.batch_size
     tick = _counter("quantized", jobs, size, settings, progress)
     replays = sum(len(trajectory.calls) for trajectory in teacher.trajectories if trajectory)
@@ -234,19 +234,34 @@ def _run_student(
     return judged
 
 
-def _judge(video: Video, base: Video, errors: list[float], wanted: tuple[str, ...]) -> Judged:
+def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS) -> dict[str, float | None]:
+    """Measure one video against the reference's.
+
+    Args:
+        video: The student's video.
+        base: The full-precision video of the same prompt and seed.
+        names: Metrics out of `METRICS`; the velocity error, which no video shows, is left out.
+
+    Returns:
+        Values by metric name; adherence of the reference under `reference_…`; None where a metric does not apply.
+    """
     assert (video.prompt, video.seed) == (base.prompt, base.seed)
     values: dict[str, float | None] = {}
     for name, measure in metrics.LATENT_METRICS.items():
-        if name in wanted:
+        if name in names:
             values[name] = measure(video.latents, base.latents)
     for name, measure in metrics.FRAME_METRICS.items():
-        if name in wanted:
+        if name in names:
             values[name] = measure(video.frames, base.frames)
-    if any(name in adherence.DEFINITIONS for name in wanted):
+    if any(name in adherence.DEFINITIONS for name in names):
         ours, theirs = (adherence.adherence(video.prompt, frames) for frames in (video.frames, base.frames))
-        values |= {name: value for name, value in ours.items() if name in wanted}
-        values |= {f"reference_{name}": value for name, value in theirs.items() if name in wanted}
+        values |= {name: value for name, value in ours.items() if name in names}
+        values |= {f"reference_{name}": value for name, value in theirs.items() if name in names}
+    return values
+
+
+def _judge(video: Video, base: Video, errors: list[float], wanted: tuple[str, ...]) -> Judged:
+    values = compare_videos(video, base, names=wanted)
     if VELOCITY in wanted:
         values[VELOCITY] = sum(errors) / len(errors) if errors else None
     return Judged(prompt=video.prompt, seed=video.seed, metrics=values, velocity_steps=tuple(errors))

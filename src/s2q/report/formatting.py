@@ -62,6 +62,11 @@ def format_cell(value: Any) -> str:
     return str(value)
 
 
+def format_sample(prompts: int, seeds: int) -> str:
+    """Return what a figure was measured on: "16 prompts × 2 seeds"."""
+    return f"{prompts} prompt{'s' if prompts != 1 else ''} × {seeds} seed{'s' if seeds != 1 else ''}"
+
+
 def title_of(name: str) -> str:
     """Return a metric's name for people: "psnr_frame_mean_db" is "PSNR, frame mean"."""
     titles = {

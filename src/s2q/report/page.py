@@ -232,5 +232,5 @@ def _adherence_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, Any, Any]]
 
 def _sample(evaluation: Mapping[str, Any]) -> str:
     prompts, seeds = evaluation["n_prompts"], evaluation["n_seeds"]
-    text = f"{prompts} prompt{'s' if prompts != 1 else ''} × {seeds} seed{'s' if seeds != 1 else ''}"
+    text = formatting.format_sample(prompts, seeds)
     return text if prompts >= 10 else f"{text}; too few prompts for intervals"

@@ -1,0 +1,118 @@
+"""The command line: `s2q demo | plan | quantize | generate | eval | inspect`.
+
+`main` maps everything that can happen to an exit code: 0 done, 1 failure, 2 usage, 3 invalid input, 4 resources, 5
+busy, 130 interrupted, 143 terminated. Results go to stdout, everything else to stderr. Nothing heavy is imported before
+a command needs it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from s2q.core.errors import S2QError
+
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+_EXIT_RESOURCES = 4
+_OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived; unwinds so that temporary files are removed."""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        argv: The arguments; those of the process by default.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The arguments; `--debug` may stand anywhere among them.
+
+    Returns:
+        The exit code.
+    """
+    from s2q.cli import console
+
+    debug = "--debug" in arguments
+    console.configure_logging(debug=debug)
+    previous = _catch_terminate()
+    try:
+        return _invoke([argument for argument in arguments if argument != "--debug"])
+    except S2QError as error:
+        return _fail(error, str(error), error.exit_code, debug=debug)
+    except KeyboardInterrupt:
+        console.say_error("interrupted")
+        return EXIT_INTERRUPTED
+    except _Terminated:
+        console.say_error("terminated")
+        return EXIT_TERMINATED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if type(error).__name__ in _OUT_OF_MEMORY:
+            return _fail(error, f"out of memory: {error}; use a smaller model or batch", _EXIT_RESOURCES, debug=debug)
+        hint = "" if debug else "; this is a defect of s2q, --debug shows where"
+        return _fail(error, f"{type(error).__name__}: {error}{hint}", 1, debug=debug)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _invoke(arguments: list[str]) -> int:
+    import typer
+
+    from s2q.cli import console
+    from s2q.cli.app import app
+
+    usage_error: type[Exception] = typer.BadParameter.__bases__[
+        0
+    ]  # typer brings its own copy of click, or uses click's
+    try:
+        result = typer.main.get_command(app).main(args=arguments, prog_name="s2q", standalone_mode=False)
+    except typer.Exit as leave:
+        return int(leave.exit_code)
+    except typer.Abort:
+        console.say_error("interrupted")
+        return EXIT_INTERRUPTED
+    except usage_error as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "s2q"
+        console.say_error(f"{error.format_message()} (see {where} --help)")  # type: ignore[attr-defined]
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+def _fail(error: Exception, message: str, code: int, *, debug: bool) -> int:
+    from s2q.cli import console
+
+    console.say_error(" ".join(message.split()))
+    if debug:
+        import traceback
+
+        console.stderr.print("".join(traceback.format_exception(error)), markup=False, highlight=False)
+    return code
+
+
+def _catch_terminate() -> signal.Handlers | None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    try:
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: somebody else's signals
+        return None
+    return previous if isinstance(previous, signal.Handlers) else signal.SIG_DFL

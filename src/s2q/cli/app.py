@@ -1,0 +1,219 @@
+"""The commands and their flags; each command's work is in `commands` and `demo`, imported when it runs.
+
+The surface below is stable: a test compares it with a golden text.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="s2q",
+    help="4-bit text-to-video diffusion transformers, for any diffusers pipeline.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Dtype(StrEnum):
+    """Compute dtypes."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class Backend(StrEnum):
+    """How quantized linears are computed."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    CPU = "cpu"
+    TRITON = "triton"
+
+
+Model = Annotated[
+    str, typer.Option("-m", "--model", help="Embedded name, diffusers folder or Hub id.", metavar="MODEL")
+]
+RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="Recipe name, or a YAML file.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change the recipe: key=value, as in weights.num_bits=8.", metavar="K=V"),
+]
+Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line.", metavar="FILE")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.", metavar="S")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="D")]
+DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Compute dtype; default: the stored one.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of the same kind.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the model's.", metavar="N")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance-scale", help="Guidance weight; default: the model's.", metavar="X")
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        typer.echo(f"s2q {metadata.version('s2q')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all logs; may stand anywhere.")] = False,
+) -> None:
+    """4-bit text-to-video diffusion transformers, for any diffusers pipeline."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="DIR")] = Path("s2q-demo"),
+    model: Model = "shapes-cogvideox",
+    recipe: RecipeName = "rtn-w4a6",
+    short: Annotated[bool, typer.Option("--short", help="Fewer prompts and steps: a minute, rougher figures.")] = False,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser at the end.")] = True,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize an embedded model and show the result on a page."""
+    from s2q.cli.demo import run_demo
+
+    run_demo(
+        output, model=model, recipe=recipe, short=short, options=_given(locals(), "open_page", "overwrite", "as_json")
+    )
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeName = "rtn-w4a6",
+    overrides: Overrides = None,
+    dtype: DtypeOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show layers, bits, storage and memory before any compute."""
+    from s2q.cli import commands
+
+    commands.plan(model, recipe, overrides=overrides, dtype=dtype, as_json=as_json)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    recipe: RecipeName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.", metavar="OUT")],
+    prompts: Prompts = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", help="Calibration samples, for recipes that calibrate.", min=1, metavar="N"),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = None,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
+    overwrite: Overwrite = False,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show the plan, compute nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model into a checkpoint that diffusers loads."""
+    from s2q.cli import commands
+
+    options = _given(locals(), "seed", "device", "dtype", "resume", "overwrite", "dry_run")
+    commands.quantize(
+        model, recipe, output, prompts=prompts, samples=samples, overrides=overrides, options=options, as_json=as_json
+    )
+
+
+@app.command()
+def generate(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What the video shows; may be repeated.", metavar="TEXT")
+    ] = None,
+    prompts: Prompts = None,
+    num_frames: Annotated[int | None, typer.Option("--num-frames", help="Frames of a video.", metavar="N")] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Height in pixels.", metavar="N")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Width in pixels.", metavar="N")] = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
+    backend: Annotated[Backend, typer.Option("--backend", help="How quantized linears are computed.")] = Backend.AUTO,
+    save_latents: Annotated[bool, typer.Option("--save-latents", help="Also write latents.safetensors.")] = False,
+    device: Device = "auto",
+    dtype: DtypeOption = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Generate videos and a contact sheet."""
+    from s2q.cli import commands
+
+    settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
+    options = _given(locals(), "seed", "backend", "save_latents", "device", "dtype", "overwrite", "as_json")
+    commands.generate(model, output, prompt=prompt or [], prompts=prompts, settings=settings, options=options)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    reference: Annotated[str, typer.Option("--reference", help="The full-precision model.", metavar="MODEL")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write.", metavar="FILE")] = Path(
+        "eval.json"
+    ),
+    prompts: Prompts = None,
+    num_prompts: Annotated[
+        int,
+        typer.Option(
+            "--num-prompts", help="Held-out captions, for embedded models without --prompts.", min=1, metavar="N"
+        ),
+    ] = 64,
+    seeds: Annotated[
+        int, typer.Option("--seeds", help="Videos for each prompt, seeds 0 to N-1.", min=1, metavar="N")
+    ] = 2,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metrics", help="Names or groups, by comma: psnr,ssim,velocity. Default: all.", metavar="NAMES"),
+    ] = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    device: Device = "auto",
+    dtype: DtypeOption = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a model against full precision."""
+    from s2q.cli import commands
+
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    options = _given(locals(), "num_prompts", "seeds", "metrics", "device", "dtype", "overwrite", "as_json")
+    commands.evaluate(model, reference, output, prompts=prompts, settings=settings, options=options)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint folder.", metavar="PATH")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the manifest.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is inside a checkpoint."""
+    from s2q.cli import commands
+
+    commands.inspect(path, verify=verify, as_json=as_json)
+
+
+def _given(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names}

@@ -1,0 +1,235 @@
+"""What the commands do: check everything that can be checked, compute, write, show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from s2q.cli import console, output
+from s2q.core.errors import InvalidInputError, ResourceError, UsageError
+from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, staged_directory
+
+GENERATION_RECORD = "generation.json"
+_SCHEMA_VERSION = 1
+_SLUG_LENGTH = 48
+
+
+def plan(model: str, recipe: str, *, overrides: Sequence[str] | None, dtype: str | None, as_json: bool) -> None:
+    """Run `s2q plan`."""
+    from s2q.planning import plan as make_plan
+
+    result = make_plan(model, recipe, overrides=output.parse_overrides(overrides), dtype=dtype).to_dict()
+    output.emit_json(result) if as_json else output.show_plan(result)
+
+
+def quantize(
+    model: str,
+    recipe: str,
+    out: Path,
+    *,
+    prompts: Path | None,
+    samples: int | None,
+    overrides: Sequence[str] | None,
+    options: Mapping[str, Any],
+    as_json: bool,
+) -> None:
+    """Run `s2q quantize`."""
+    changes = output.parse_overrides(overrides)
+    if samples is not None:
+        raise UsageError(f"--samples: recipe {recipe} rounds to nearest and takes no calibration samples; leave it out")
+    from s2q.evaluation import read_prompts
+    from s2q.quantization import quantize as run
+
+    console.quiet_libraries()
+    texts = read_prompts(prompts) if prompts is not None else None
+    settings = {**options, "device": resolve_device(options["device"])}
+    with console.progress() as report:
+        result = run(
+            model, recipe=recipe, out=out, prompts=texts, overrides=changes, progress=report, **settings
+        ).to_dict()
+    if as_json:
+        output.emit_json(result)
+    elif options["dry_run"]:
+        output.show_plan(result)
+    else:
+        console.say(f"{out}: {len(result['layers'])} linears, {result['storage']['ratio']:.2f} times smaller")
+
+
+def generate(
+    model: str,
+    out: Path,
+    *,
+    prompt: Sequence[str],
+    prompts: Path | None,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Run `s2q generate`."""
+    if bool(prompt) == (prompts is not None):
+        raise UsageError("generate: pass either --prompt or --prompts FILE")
+    if out.suffix in (".mp4", ".png", ".gif"):
+        raise UsageError(f"generate: -o names a folder, got {out}; leave {out.suffix} out")
+    _check_backend(options["backend"])
+    check_output(out, overwrite=options["overwrite"], markers=(GENERATION_RECORD,))
+    device = resolve_device(options["device"])
+    from s2q.evaluation import read_prompts
+    from s2q.evaluation.generate import generate as run
+    from s2q.evaluation.prompts import check_distinct
+    from s2q.evaluation.sources import generation_defaults
+    from s2q.loading import load_pipeline
+
+    console.quiet_libraries()
+    texts = read_prompts(prompts) if prompts is not None else list(prompt)
+    check_distinct(texts)
+    recommended = generation_defaults(model)
+    pipe = load_pipeline(model, dtype=options["dtype"], device=device)
+    asked = recommended | {name: value for name, value in settings.items() if value is not None}
+    with console.progress() as report:
+        videos = run(pipe, texts, seeds=(options["seed"],), settings=asked, progress=report)
+        record = write_videos(out, videos, model=model, options=options, progress=report)
+    if options["as_json"]:
+        output.emit_json(record)
+    else:
+        console.say(f"{out}: {len(videos)} videos and sheet.png")
+
+
+def write_videos(
+    out: Path, videos: Sequence[Any], *, model: str, options: Mapping[str, Any], progress: console.Report
+) -> dict[str, Any]:
+    """Write videos, contact sheet and record into a folder that appears when it is complete.
+
+    Args:
+        out: The folder.
+        videos: `s2q.evaluation.Video`s.
+        model: The model's name, for the record.
+        options: `save_latents`, `overwrite`, `seed`.
+        progress: Called as the files are written.
+
+    Returns:
+        The record, as in `generation.json`.
+    """
+    from s2q.evaluation.summary import versions
+    from s2q.report import contact_sheet, write_mp4
+
+    entries = []
+    with staged_directory(out, overwrite=options["overwrite"], markers=(GENERATION_RECORD,)) as staged:
+        for index, video in enumerate(videos):
+            stem = f"{index:03d}-{slug(video.prompt)}"
+            write_mp4(staged / f"{stem}.mp4", video.frames.numpy())
+            entries.append({"prompt": video.prompt, "seed": video.seed, "file": f"{stem}.mp4"})
+            progress("write", index + 1, len(videos))
+        sheet = contact_sheet([(video.prompt, video.frames.numpy()) for video in videos])
+        atomic_write_bytes(staged / "sheet.png", sheet)
+        if options["save_latents"]:
+            import safetensors.torch
+
+            tensors = {Path(entry["file"]).stem: video.latents for entry, video in zip(entries, videos, strict=True)}
+            atomic_write_bytes(staged / "latents.safetensors", safetensors.torch.save(tensors))
+        record = {
+            "schema_version": _SCHEMA_VERSION,
+            "model": model,
+            "output": str(out),
+            "sheet": "sheet.png",
+            "latents": "latents.safetensors" if options["save_latents"] else None,
+            "videos": entries,
+            "versions": versions(),
+        }
+        atomic_write_json(staged / GENERATION_RECORD, record)
+    return record
+
+
+def evaluate(
+    model: str,
+    reference: str,
+    out: Path,
+    *,
+    prompts: Path | None,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Run `s2q eval`."""
+    names = [name.strip() for entry in options["metrics"] or () for name in entry.split(",") if name.strip()]
+    check_file_output(out, overwrite=options["overwrite"])
+    device = resolve_device(options["device"])
+    from s2q.evaluation import EvaluationOptions, default_prompts, read_prompts, selected_metrics
+    from s2q.evaluation import evaluate as run
+    from s2q.models import resolve_model
+
+    console.quiet_libraries()
+    selected_metrics(names)
+    for name in (model, reference):
+        resolve_model(name)
+    texts = read_prompts(prompts) if prompts is not None else default_prompts(reference, count=options["num_prompts"])
+    how = EvaluationOptions(metrics=tuple(names), settings=settings, dtype=options["dtype"], device=device)
+    with console.progress() as report:
+        result = run(model, reference, prompts=texts, seeds=range(options["seeds"]), options=how, progress=report)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(out, result)
+    output.emit_json(result) if options["as_json"] else output.show_evaluation(result)
+    console.say(f"written to {out}")
+
+
+def inspect(path: Path, *, verify: bool, as_json: bool) -> None:
+    """Run `s2q inspect`; a checkpoint that differs from its manifest is invalid input."""
+    from s2q.checkpoint import inspect_checkpoint
+
+    if not path.is_dir():
+        raise InvalidInputError(f"{path}: there is no such folder; pass a checkpoint folder")
+    result = inspect_checkpoint(path, verify=verify)
+    output.emit_json(result.to_dict()) if as_json else output.show_inspection(result.to_dict())
+    if result.problems:
+        more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
+        raise InvalidInputError(f"{path} differs from its manifest: {result.problems[0]}{more}")
+
+
+def resolve_device(name: str) -> str:
+    """Return the device to compute on.
+
+    Args:
+        name: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UsageError: The name is none of these.
+        ResourceError: There is no such GPU.
+    """
+    if name == "cpu":
+        return name
+    if name != "auto" and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count()
+    index = int(name.partition(":")[2] or 0)
+    if index >= count:
+        raise ResourceError(
+            f"--device {name}: {count} CUDA devices here; use cpu" + (f" or cuda:{count - 1}" if count else "")
+        )
+    return name
+
+
+def check_file_output(path: Path, *, overwrite: bool) -> None:
+    """Check, before any work, that a file may be written.
+
+    Raises:
+        InvalidInputError: It exists and may not be replaced, it is a folder, or the folder above is not writable.
+    """
+    if path.is_dir():
+        raise InvalidInputError(f"{path} is a folder; name a file")
+    check_output(path.with_name(f".{path.name}.probe"), overwrite=False)
+    if path.exists() and not overwrite:
+        raise InvalidInputError(f"{path} exists; pass --overwrite to replace it, or choose another name")
+
+
+def slug(prompt: str) -> str:
+    """Return a prompt as part of a file name: lower case, words joined by hyphens, at most 48 characters."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return words[:_SLUG_LENGTH].rstrip("-") or "video"
+
+
+def _check_backend(name: str) -> None:
+    if name not in ("auto", "reference"):
+        raise InvalidInputError(f"--backend {name}: this version computes with the reference backend; use auto")

@@ -1,0 +1,133 @@
+"""What the user sees besides results: logs, errors and progress, all on stderr.
+
+On a terminal progress is a bar; elsewhere (a file, a pipe, a CI log) it is one plain line every few seconds, with the
+time that is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 5.0
+stderr = Console(stderr=True, soft_wrap=True)
+
+Report = Callable[[str, int, int], None]
+
+
+def say(message: str) -> None:
+    """Write one line for the user to stderr."""
+    stderr.print(message, markup=False, highlight=False)
+
+
+def say_error(message: str) -> None:
+    """Write an error in one line to stderr."""
+    stderr.print(f"[bold red]error:[/] {_escaped(message)}", highlight=False)
+
+
+def configure_logging(*, debug: bool) -> None:
+    """Send logs to stderr and keep the libraries quiet.
+
+    Args:
+        debug: Whether to show everything.
+    """
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    handler: logging.Handler = logging.StreamHandler()
+    if stderr.is_terminal:
+        handler = RichHandler(console=stderr, show_path=False, show_level=debug, log_time_format="%H:%M:%S")
+    else:
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("s2q")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if debug else logging.INFO if stderr.is_terminal else logging.WARNING)
+    if not debug:
+        warnings.simplefilter("ignore")
+
+
+def quiet_libraries() -> None:
+    """Switch off the progress bars of diffusers and transformers while they load and save (downloads keep theirs)."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """Show the progress of a command's stages.
+
+    Yields:
+        A function of the stage's name, the units done and the units in all.
+    """
+    if not stderr.is_terminal:
+        yield _PlainProgress()
+        return
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+class _PlainProgress:
+    """One line at the start of a stage, one every few seconds, one at its end."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._started: dict[str, float] = {}
+        self._last = -float("inf")
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = self._clock()
+        first = stage not in self._started
+        started = self._started.setdefault(stage, now)
+        elapsed = now - started
+        if done >= total > 0:
+            say(f"{stage}: {done}/{total}, {format_seconds(elapsed)}")
+        elif first or now - self._last >= SECONDS_BETWEEN_LINES:
+            left = f", {format_seconds(elapsed / done * (total - done))} left" if done else ""
+            say(f"{stage}: {done}/{total}{left}")
+        else:
+            return
+        self._last = now
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as "7 s", "3:05 min" or "2:03:04 h"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")

@@ -1,0 +1,239 @@
+"""`s2q demo`: the main job on an embedded model, end to end, in minutes on a CPU, with a page to look at."""
+
+from __future__ import annotations
+
+import shlex
+import time
+import webbrowser
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from s2q.cli import console, output
+from s2q.core.errors import InvalidInputError
+from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, staged_directory
+from s2q.report.formatting import format_bytes, format_sample
+
+RECORD = "demo.json"
+PAGE = "report.html"
+_SCHEMA_VERSION = 1
+_CHECKPOINT = "checkpoint"
+_DEMO_PROMPTS = 4
+_SEED = 0
+_SHOWN = ("psnr_frame_mean_db", "ssim", "velocity_relative_error", "adherence_all")
+_FULL: Mapping[str, Any] = {"num_prompts": 16, "seeds": (0, 1), "settings": {}}
+_SHORT: Mapping[str, Any] = {"num_prompts": 4, "seeds": (0,), "settings": {"num_inference_steps": 8}}
+
+
+def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mapping[str, Any]) -> None:
+    """Run the demo and show where its page is.
+
+    Args:
+        out: Folder to write; it appears when everything is done.
+        model: An embedded model.
+        recipe: Recipe to quantize with.
+        short: Whether to judge on fewer prompts with fewer steps.
+        options: `open_page`, `overwrite`, `as_json`.
+
+    Raises:
+        InvalidInputError: The model is not embedded, the recipe is unknown, or the output exists.
+    """
+    from s2q.recipes import load_recipe
+    from s2q.shapes.embedded import EMBEDDED_NAMES
+
+    if model not in EMBEDDED_NAMES:
+        raise InvalidInputError(f"demo: {model} is not an embedded model; use {' or '.join(EMBEDDED_NAMES)}")
+    load_recipe(recipe)
+    console.quiet_libraries()
+    check_output(out, overwrite=options["overwrite"], markers=(RECORD,))
+    seconds: dict[str, float] = {}
+    with (
+        console.progress() as progress,
+        staged_directory(out, overwrite=options["overwrite"], markers=(RECORD,)) as staged,
+    ):
+        record = _make(
+            staged, out, model=model, recipe=recipe, size=_SHORT if short else _FULL, progress=progress, seconds=seconds
+        )
+    page = (out / PAGE).resolve()
+    if options["as_json"]:
+        output.emit_json(record)
+    else:
+        _show(record, page)
+    if options["open_page"] and console.stderr.is_terminal:
+        webbrowser.open(page.as_uri())
+
+
+def _make(
+    staged: Path,
+    out: Path,
+    *,
+    model: str,
+    recipe: str,
+    size: Mapping[str, Any],
+    progress: console.Report,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Do everything inside the staged folder; names in the results are those of the final one."""
+    from s2q.evaluation import EvaluationOptions, evaluate
+    from s2q.loading import load_pipeline
+    from s2q.quantization import quantize
+    from s2q.shapes.embedded import embedded_prompts
+
+    started = time.monotonic()
+    with _timed(seconds, "quantize"):
+        report = quantize(model, recipe=recipe, out=staged / _CHECKPOINT, progress=progress)
+    reference = load_pipeline(model)
+    student = load_pipeline(staged / _CHECKPOINT)
+    prompts = embedded_prompts(model, split="demo", count=_DEMO_PROMPTS)
+    with _timed(seconds, "generate"):
+        pairs = _pairs(reference, student, prompts, settings=size["settings"], progress=progress)
+    with _timed(seconds, "evaluate"):
+        evaluation = evaluate(
+            student,
+            reference,
+            prompts=embedded_prompts(model, split="held-out", count=size["num_prompts"]),
+            seeds=size["seeds"],
+            options=EvaluationOptions(settings=size["settings"]),
+            progress=progress,
+        )
+    evaluation |= {"model": str(out / _CHECKPOINT), "reference": model}
+    with _timed(seconds, "write"):
+        content = _page(report.to_dict(), evaluation, pairs, out=out, seconds=seconds)
+        _write(staged, content, pairs)
+    record = {
+        "schema_version": _SCHEMA_VERSION,
+        "model": model,
+        "recipe": recipe,
+        "output": str(out),
+        "page": str(out / PAGE),
+        "storage": dict(report.storage),
+        "evaluation": {name: value for name, value in evaluation.items() if name != "videos"},
+        "seconds": seconds | {"total": time.monotonic() - started},
+    }
+    atomic_write_json(staged / RECORD, record)
+    return record
+
+
+def _pairs(
+    reference: Any, student: Any, prompts: Sequence[str], *, settings: Mapping[str, Any], progress: console.Report
+) -> list[Any]:
+    from s2q.evaluation import compare_videos, generate, generation_defaults
+    from s2q.report import PlayerPair
+
+    asked = generation_defaults(reference) | settings
+    sides = []
+    for name, pipe in (("full precision", reference), ("quantized", student)):
+        stage = f"videos, {name}"
+        sides.append(
+            generate(
+                pipe,
+                prompts,
+                seeds=(_SEED,),
+                settings=asked,
+                progress=lambda _stage, done, total, stage=stage: progress(stage, done, total),
+            )
+        )
+    return [
+        PlayerPair(
+            prompt=ours.prompt,
+            seed=ours.seed,
+            reference=theirs.frames.numpy(),
+            student=ours.frames.numpy(),
+            metrics=compare_videos(ours, theirs),
+        )
+        for theirs, ours in zip(*sides, strict=True)
+    ]
+
+
+def _page(
+    report: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    pairs: Sequence[Any],
+    *,
+    out: Path,
+    seconds: Mapping[str, float],
+) -> Any:
+    from s2q.recipes import load_recipe
+    from s2q.report import PageContent
+
+    checkpoint = shlex.quote(str(out / _CHECKPOINT))
+    model, recipe = report["source"], report["recipe"]
+    blocks = [
+        {
+            "block": block["name"],
+            "linears": len(block["layers"]),
+            "relative weight error": block["weight_relative_error"],
+            "seconds": block["seconds"],
+        }
+        for block in report["blocks"]
+    ]
+    return PageContent(
+        title=f"{model}, {_bits(report)}",
+        pairs=pairs,
+        evaluation=evaluation,
+        storage=report["storage"],
+        recipe=load_recipe(recipe).resolved(),
+        tables={"Quantization, block by block": blocks, "Every linear of the blocks": report["layers"]},
+        commands=(
+            f"s2q quantize -m {model} -r {recipe} -o {checkpoint}",
+            f"s2q eval -m {checkpoint} --reference {model} -o {shlex.quote(str(out / 'eval.json'))}",
+            f"s2q generate -m {checkpoint} --prompt {shlex.quote(pairs[0].prompt)} -o videos",
+        ),
+        seconds=dict(seconds),
+    )
+
+
+def _bits(report: Mapping[str, Any]) -> str:
+    """Return the scheme of most of the quantized bytes, for the title: "W4A6"."""
+    sizes: dict[str, int] = {}
+    for layer in report["layers"]:
+        rows, columns = layer["shape"]
+        sizes[layer["scheme"]] = sizes.get(layer["scheme"], 0) + rows * columns
+    return max(sizes, key=lambda scheme: sizes[scheme]).upper()
+
+
+def _write(staged: Path, content: Any, pairs: Sequence[Any]) -> None:
+    from s2q.cli.commands import slug
+    from s2q.report import contact_sheet, write_mp4, write_page
+
+    folder = staged / "videos"
+    folder.mkdir()
+    rows = []
+    for index, pair in enumerate(pairs):
+        stem = f"{index:03d}-{slug(pair.prompt)}"
+        write_mp4(folder / f"{stem}-full-precision.mp4", pair.reference)
+        write_mp4(folder / f"{stem}-quantized.mp4", pair.student)
+        rows += [(f"full precision: {pair.prompt}", pair.reference), ("quantized", pair.student)]
+    atomic_write_bytes(staged / "sheet.png", contact_sheet(rows))
+    atomic_write_json(staged / "eval.json", dict(content.evaluation))
+    write_page(staged / PAGE, content)
+
+
+def _show(record: Mapping[str, Any], page: Path) -> None:
+    out = Console()
+    storage, evaluation = record["storage"], record["evaluation"]
+    before, after = (format_bytes(storage[f"{side}_bytes"]) for side in ("full_precision", "quantized"))
+    out.print()
+    out.print(
+        Text.assemble(
+            (f"{record['model']} with {record['recipe']}", "bold"),
+            f": the transformer is {storage['ratio']:.2f} times smaller ({before} → {after})",
+        )
+    )
+    out.print(output.metric_table(evaluation, names=_SHOWN))
+    sample = format_sample(evaluation["n_prompts"], evaluation["n_seeds"])
+    out.print(
+        f"Held-out captions, {sample}; {console.format_seconds(record['seconds']['total'])} in all", highlight=False
+    )
+    out.print(Text.assemble("Look at it: ", (page.as_uri(), "bold cyan")), soft_wrap=True)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - started

@@ -1,0 +1,142 @@
+"""Results on stdout: one JSON object for programs, tables for people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.files import canonical_json
+from s2q.report.formatting import format_bytes, format_interval, format_sample, format_value, title_of
+
+_MAX_LAYER_ROWS = 16
+
+
+def emit_json(content: Mapping[str, Any]) -> None:
+    """Write one JSON object to stdout; it has a `schema_version`."""
+    assert "schema_version" in content
+    sys.stdout.write(canonical_json(dict(content)))
+    sys.stdout.flush()
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    """Show a plan: totals, stages, layers grouped by kind."""
+    out = Console()
+    storage = plan["storage"]
+    out.print(Text.assemble(("Plan ", "bold"), f"{plan['model']} with {plan['recipe']}"))
+    out.print(_storage_line(storage))
+    stages = Table("stage", "peak memory", "time", header_style="dim", box=box.SIMPLE)
+    for stage in plan["stages"]:
+        memory, seconds = stage["peak_memory_bytes"], stage["seconds"]
+        stages.add_row(
+            stage["name"],
+            format_bytes(memory) if memory is not None else "unknown",
+            f"{seconds:.0f} s" if seconds is not None else "unknown",
+        )
+    out.print(stages)
+    out.print(_layer_table(plan["layers"]))
+
+
+def show_inspection(report: Mapping[str, Any]) -> None:
+    """Show what is inside a checkpoint."""
+    out = Console()
+    out.print(
+        Text.assemble(
+            ("Checkpoint ", "bold"),
+            f"{report['path']}: {report['transformer_class']}, recipe {report['recipe']}, "
+            f"format {report['format_version']}, {report['compute_dtype']}",
+        )
+    )
+    if report["storage"]:
+        out.print(_storage_line(report["storage"]))
+    if report["layers"]:
+        out.print(_layer_table(report["layers"]))
+    if report["verified"] is None:
+        out.print(f"{len(report['files'])} files in the manifest; not verified (use --verify)")
+    elif report["verified"]:
+        out.print(Text(f"{len(report['files'])} files verified: every SHA-256 matches the manifest", style="green"))
+    else:
+        for problem in report["problems"]:
+            out.print(Text(problem, style="red"))
+
+
+def show_evaluation(evaluation: Mapping[str, Any]) -> None:
+    """Show an evaluation: every metric with its interval and, where there is one, the noise floor."""
+    out = Console()
+    sample = format_sample(evaluation["n_prompts"], evaluation["n_seeds"])
+    out.print(
+        Text.assemble(("Evaluation ", "bold"), f"{evaluation['model']} against {evaluation['reference']}, {sample}")
+    )
+    out.print(metric_table(evaluation))
+
+
+def metric_table(evaluation: Mapping[str, Any], *, names: Sequence[str] = ()) -> Table:
+    """Return a table of metrics.
+
+    Args:
+        evaluation: The content of `eval.json`.
+        names: Metrics to show; all that apply by default.
+    """
+    floor = (evaluation["noise_floor"] or {}).get("metrics", {})
+    table = Table(header_style="dim", box=box.SIMPLE)
+    table.add_column("metric", no_wrap=True)
+    for column in ("mean", "95 % interval", "full precision", "another seed"):
+        table.add_column(column, justify="right")
+    metrics = evaluation["metrics"]
+    for name, entry in metrics.items():
+        if (names and name not in names) or name.startswith("reference_") or entry["mean"] is None:
+            continue
+        reference = metrics.get(f"reference_{name}", {"mean": None})["mean"]
+        table.add_row(
+            title_of(name),
+            format_value(name, entry["mean"]),
+            format_interval(name, entry["low"], entry["high"]),
+            format_value(name, reference),
+            format_value(name, floor.get(name)),
+        )
+    return table
+
+
+def parse_overrides(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Return `--set` values after a look at their form.
+
+    Raises:
+        InvalidInputError: One is not `key=value`.
+    """
+    for value in values or ():
+        if "=" not in value.strip("="):
+            raise InvalidInputError(f"--set {value}: expected key=value, for example weights.num_bits=8")
+    return tuple(values or ())
+
+
+def _storage_line(storage: Mapping[str, Any]) -> Text:
+    before, after = format_bytes(storage["full_precision_bytes"]), format_bytes(storage["quantized_bytes"])
+    return Text.assemble(
+        f"Transformer: {before} in bf16, {after} quantized, ", (f"{storage['ratio']:.2f} times smaller", "bold")
+    )
+
+
+def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    for layer in layers:
+        kind = ".".join(
+            "*" if part.isdigit() and index == 1 else part for index, part in enumerate(layer["name"].split("."))
+        )
+        groups.setdefault((kind, layer["scheme"], tuple(layer["shape"])), []).append(layer["bytes"])
+    table = Table(header_style="dim", box=box.SIMPLE)
+    table.add_column(f"{len(layers)} block linears", overflow="fold")
+    for column in ("count", "shape", "scheme", "bytes"):
+        table.add_column(column, justify="right")
+    for (kind, scheme, shape), sizes in list(groups.items())[:_MAX_LAYER_ROWS]:
+        table.add_row(kind, str(len(sizes)), " × ".join(map(str, shape)), scheme, format_bytes(sum(sizes)))
+    if len(groups) > _MAX_LAYER_ROWS:
+        rest = list(groups.values())[_MAX_LAYER_ROWS:]
+        count, total = sum(map(len, rest)), sum(map(sum, rest))
+        table.add_row("others (see --json)", str(count), "", "", format_bytes(total))
+    return table
