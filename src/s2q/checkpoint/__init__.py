@@ -1,4 +1,7 @@
-"""Checkpoints: format, save, load, the quantizer that diffusers' loader calls, manifest, model card."""
+"""Checkpoints: format, save, load, the quantizer that diffusers' loader calls, manifest, model card.
+
+Importing this package registers the quantizer with diffusers; `import s2q` sees to it that this happens in time.
+"""
 
 from s2q.checkpoint.config import FORMAT_VERSION, S2QConfig
 from s2q.checkpoint.inspect import CheckpointReport, InspectedLayer, inspect_checkpoint
@@ -39,3 +42,5 @@ __all__ = [
     "verify_manifest",
     "write_manifest",
 ]
+
+register()
