@@ -8,7 +8,7 @@ from s2q.core.errors import InvalidInputError
 from s2q.planning import plan
 from s2q.quantization import quantize
 from s2q.recipes import recipe_names
-from tiny import tiny_cogvideox_pipeline
+from tiny import run_pipeline, tiny_cogvideox_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -44,6 +44,25 @@ def test_bytes_on_disk_are_the_planned_ones_exactly(folder, tmp_path, recipe, ov
         assert tensor_bytes(own) == layer.bytes, layer
     assert tensor_bytes(stored.values()) == planned.storage["quantized_bytes"]
     assert report.storage == planned.storage
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_bytes_with_rotary_and_learned_positions(tmp_path, learned):
+    """Learned positions are a buffer that is stored: it counts; computed ones are not."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    from s2q.checkpoint import load_pipeline
+
+    pipe = tiny_cogvideox_pipeline(rotary=True)
+    config = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
+    config["use_learned_positional_embeddings"] = learned
+    pipe.register_modules(transformer=CogVideoXTransformer3DModel(**config).eval())
+    pipe.save_pretrained(tmp_path / "model")
+    quantize(tmp_path / "model", recipe="rtn-w4a6", out=tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    assert ("patch_embed.pos_embedding" in stored) == learned
+    assert tensor_bytes(stored.values()) == plan(tmp_path / "model", "rtn-w4a6").storage["quantized_bytes"]
+    assert torch.isfinite(run_pipeline(load_pipeline(tmp_path / "out"))).all()
 
 
 def test_ratio_is_against_bf16_of_the_whole_transformer_whatever_the_dtype(folder):

@@ -1,5 +1,8 @@
 import json
 import logging
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -153,6 +156,36 @@ def test_a_run_killed_while_writing_leaves_nothing_that_loads_and_goes_on(folder
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+KILL_IN_BLOCK = """
+from s2q.quantization import run
+original, done = run.quantize_block, []
+def quantize_block(*args, **kwargs):
+    if done:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(1)
+    return original(*args, **kwargs)
+run.quantize_block = quantize_block
+"""
+KILL_BEFORE_MANIFEST = """
+from s2q.checkpoint import save
+save.write_manifest = lambda staged: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("killer", "resumed"), [(KILL_IN_BLOCK, 1), (KILL_BEFORE_MANIFEST, 3)])
+def test_kill_9(folder, tmp_path, reference, killer, resumed):
+    out = tmp_path / "out"
+    call = f"\nfrom s2q.quantization import quantize\nquantize({str(folder)!r}, recipe='rtn-w4a6', out={str(out)!r})"
+    script = f"import os, signal\n{killer}{call}"
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists()
+    report = quantize(folder, recipe="rtn-w4a6", out=out)
+    assert sum(block.resumed for block in report.blocks) == resumed
+    assert (out / WEIGHTS).read_bytes() == reference
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_no_resume_starts_over(folder, tmp_path, count_blocks):
     out = tmp_path / "out"
     interrupted(folder, out, count_blocks)
@@ -213,9 +246,6 @@ def test_two_runs_at_once(folder, tmp_path):
 
 
 def test_two_processes_at_once(tmp_path):
-    import subprocess
-    import sys
-
     script = (
         "import sys; from pathlib import Path; from s2q.quantization.run_folder import open_run_folder\n"
         "with open_run_folder(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
