@@ -84,6 +84,8 @@ def _invoke(arguments: list[str]) -> int:
     try:
         result = typer.main.get_command(app).main(args=arguments, prog_name="s2q", standalone_mode=False)
     except typer.Exit as leave:
+        if leave.exit_code == EXIT_INTERRUPTED:
+            console.say_error("interrupted")
         return int(leave.exit_code)
     except typer.Abort:
         console.say_error("interrupted")

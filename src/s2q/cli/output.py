@@ -84,22 +84,28 @@ def metric_table(evaluation: Mapping[str, Any], *, names: Sequence[str] = ()) ->
         names: Metrics to show; all that apply by default.
     """
     floor = (evaluation["noise_floor"] or {}).get("metrics", {})
-    table = Table(header_style="dim", box=box.SIMPLE)
-    table.add_column("metric", no_wrap=True)
-    for column in ("mean", "95 % interval", "full precision", "another seed"):
-        table.add_column(column, justify="right")
     metrics = evaluation["metrics"]
+    rows = []
     for name, entry in metrics.items():
         if (names and name not in names) or name.startswith("reference_") or entry["mean"] is None:
             continue
         reference = metrics.get(f"reference_{name}", {"mean": None})["mean"]
-        table.add_row(
-            title_of(name),
-            format_value(name, entry["mean"]),
-            format_interval(name, entry["low"], entry["high"]),
-            format_value(name, reference),
-            format_value(name, floor.get(name)),
+        rows.append(
+            (
+                title_of(name),
+                format_value(name, entry["mean"]),
+                format_interval(name, entry["low"], entry["high"]),
+                format_value(name, reference),
+                format_value(name, floor.get(name)),
+            )
         )
+    headings = ("metric", "mean", "95 % interval", "full precision", "another seed")
+    kept = [column for column in range(len(headings)) if column < 2 or any(row[column] != "–" for row in rows)]
+    table = Table(header_style="dim", box=box.SIMPLE)
+    for column in kept:
+        table.add_column(headings[column], justify="right" if column else "left", no_wrap=column == 0)
+    for row in rows:
+        table.add_row(*(row[column] for column in kept))
     return table
 
 
