@@ -25,6 +25,12 @@ def parameters(callback):
         yield parameter.name, description, plain, parameter.default
 
 
+def flags_of(description) -> list[str]:
+    first = description.default  # where typer keeps the first name inside Annotated
+    names = [first] if isinstance(first, str) else []
+    return names + list(getattr(description, "param_decls", None) or ())
+
+
 def kind_of(plain) -> str:
     if isinstance(plain, types.UnionType):
         plain = next(option for option in typing.get_args(plain) if option is not type(None))
@@ -40,7 +46,7 @@ def surface() -> str:
     for name, callback in callbacks():
         lines.append(f"s2q {name}".strip())
         for parameter, description, plain, default in parameters(callback):
-            flags = " ".join(getattr(description, "param_decls", None) or (parameter.upper(),))
+            flags = " ".join(flags_of(description)) or parameter.upper()
             needed = "required" if default is inspect.Parameter.empty else f"default {default}"
             lines.append(f"    {flags}: {kind_of(plain)}, {needed}")
     return "\n".join(lines) + "\n"
@@ -55,6 +61,6 @@ def test_every_command_and_flag_is_explained_and_kebab_case():
         assert callback.__doc__
         for _parameter, description, _plain, _default in parameters(callback):
             assert description.help
-            for flag in getattr(description, "param_decls", None) or ():
+            for flag in flags_of(description):
                 assert flag == flag.lower()
                 assert "_" not in flag

@@ -84,9 +84,7 @@ def _invoke(arguments: list[str]) -> int:
     try:
         result = typer.main.get_command(app).main(args=arguments, prog_name="s2q", standalone_mode=False)
     except typer.Exit as leave:
-        if leave.exit_code == EXIT_INTERRUPTED:
-            console.say_error("interrupted")
-        return int(leave.exit_code)
+        result = leave.exit_code
     except typer.Abort:
         console.say_error("interrupted")
         return EXIT_INTERRUPTED
@@ -95,6 +93,8 @@ def _invoke(arguments: list[str]) -> int:
         where = context.command_path if context is not None else "s2q"
         console.say_error(f"{error.format_message()} (see {where} --help)")  # type: ignore[attr-defined]
         return 2
+    if result == EXIT_INTERRUPTED:  # typer's answer to Ctrl-C
+        console.say_error("interrupted")
     return result if isinstance(result, int) else 0
 
 
