@@ -55,7 +55,7 @@ def test_a_full_precision_hub_repository(folders, monkeypatch):
     from diffusers import DiffusionPipeline
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(folders / "full"))
-    monkeypatch.setattr(DiffusionPipeline, "download", lambda repo_id: str(folders / "full"))
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda repo_id, **_: str(folders / "full"))
     assert load_pipeline("someone/full").transformer.dtype == torch.bfloat16
 
 
@@ -63,7 +63,7 @@ def test_a_hub_repository_that_fails_halfway(folders, monkeypatch):
     import huggingface_hub
     from diffusers import DiffusionPipeline
 
-    def refuse(repo_id):
+    def refuse(repo_id, **_):
         raise OSError("connection lost")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(folders / "full"))

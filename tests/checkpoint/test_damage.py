@@ -125,6 +125,11 @@ def test_unknown_key_in_the_configuration(copy):
     refused(copy, "unknown key in quantization_config 'layer': nearest names are layers")
 
 
+def test_unknown_compute_dtype(copy):
+    edit_config(copy, lambda config: config.update(compute_dtype="int8"))
+    refused(copy, "unknown compute_dtype in quantization_config 'int8'")
+
+
 def test_layer_with_an_unknown_scheme(copy):
     edit_config(copy, lambda config: config["layers"].update({LAYER: "w5a6"}))
     refused(copy, f"unknown scheme of {LAYER} in quantization_config 'w5a6'")

@@ -162,3 +162,13 @@ def test_dtype_names():
         parse_dtype("bfloat61")
     with pytest.raises(InvalidInputError, match="unknown dtype 'int8'"):
         parse_dtype(torch.int8)
+
+
+def test_pickled_weights_are_never_loaded(copy):
+    weights = copy / "transformer/diffusion_pytorch_model.safetensors"
+    from safetensors.torch import load_file
+
+    torch.save(load_file(weights), weights.with_name("diffusion_pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(InvalidInputError, match="cannot be loaded as a diffusers pipeline"):
+        resolve_model(copy).load_pipeline()

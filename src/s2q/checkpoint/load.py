@@ -44,7 +44,8 @@ def load_pipeline(
     if verify:
         check_intact(folder)
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype or getattr(torch, config.compute_dtype))
+        compute_dtype = dtype or getattr(torch, config.compute_dtype)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=compute_dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InvalidInputError(

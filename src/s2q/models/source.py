@@ -219,7 +219,7 @@ def _load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)  # never a pickle
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise InvalidInputError(
             f"{folder}: cannot be loaded as a diffusers pipeline ({_first_line(error)}); download or save it again"
@@ -242,7 +242,7 @@ def _hub_pipeline_folder(repo_id: str) -> Path:
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(repo_id))
+        return Path(DiffusionPipeline.download(repo_id, use_safetensors=True))
     except (OSError, ValueError) as error:
         raise _not_on_hub(repo_id, error) from error
 

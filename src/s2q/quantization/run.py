@@ -133,7 +133,9 @@ class _Run:
     ) -> QuantizationReport:
         if not self.settings.resume:
             self.folder.clear()
+        self.progress("load", 0, 1)
         teacher = self._timed("load", lambda: load_teacher(model, recipe, dtype=self.settings.dtype))
+        self.progress("load", 1, 1)
         planned = _plan_loaded(teacher, recipe)
         self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed)
         blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe))
