@@ -222,7 +222,8 @@ def _show(record: Mapping[str, Any], page: Path) -> None:
         Text.assemble(
             (f"{record['model']} with {record['recipe']}", "bold"),
             f": the transformer is {storage['ratio']:.2f} times smaller ({before} → {after})",
-        )
+        ),
+        soft_wrap=True,
     )
     out.print(output.metric_table(evaluation, names=_SHOWN))
     sample = format_sample(evaluation["n_prompts"], evaluation["n_seeds"])

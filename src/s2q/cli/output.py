@@ -99,11 +99,11 @@ def metric_table(evaluation: Mapping[str, Any], *, names: Sequence[str] = ()) ->
                 format_value(name, floor.get(name)),
             )
         )
-    headings = ("metric", "mean", "95 % interval", "full precision", "another seed")
+    headings = ("metric", "mean", "95 %\ninterval", "full\nprecision", "another\nseed")
     kept = [column for column in range(len(headings)) if column < 2 or any(row[column] != "–" for row in rows)]
-    table = Table(header_style="dim", box=box.SIMPLE)
+    table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)
     for column in kept:
-        table.add_column(headings[column], justify="right" if column else "left", no_wrap=column == 0)
+        table.add_column(headings[column], justify="right" if column else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(row[column] for column in kept))
     return table

@@ -106,7 +106,7 @@ def evaluate(
 
     Returns:
         The content of `eval.json`: `schema_version`, `model`, `reference`, `n_prompts`, `n_seeds`, `metrics`, `videos`,
-        `velocity`, `noise_floor`, `settings` and `versions`; see `docs` for every field.
+        `velocity` (by step), `noise_floor` (full precision with another seed), `settings` and `versions`.
 
     Raises:
         InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take.
