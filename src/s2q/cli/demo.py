@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 import time
 import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +65,7 @@ def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mappin
         output.emit_json(record)
     else:
         _show(record, page)
-    if options["open_page"] and console.stderr.is_terminal:
+    if options["open_page"] and console.stderr.is_terminal and _has_screen():
         webbrowser.open(page.as_uri())
 
 
@@ -231,6 +233,11 @@ def _show(record: Mapping[str, Any], page: Path) -> None:
         f"Held-out captions, {sample}; {console.format_seconds(record['seconds']['total'])} in all", highlight=False
     )
     out.print(Text.assemble("Look at it: ", (page.as_uri(), "bold cyan")), soft_wrap=True)
+
+
+def _has_screen() -> bool:
+    """Tell whether a browser window can open; without one, Python would start a text browser in the terminal."""
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 @contextmanager
