@@ -17,8 +17,8 @@ MIN_PROMPTS = 10
 CONFIDENCE = 0.95
 _RESAMPLES = 9999
 INTERVAL = (
-    f"mean over prompts of each prompt's mean over seeds; {CONFIDENCE * 100:g} % interval by bootstrap over prompts (BCa, "
-    f"{_RESAMPLES} resamples; exact binomial over prompts where every prompt scores 0 or every prompt 1); null below "
+    f"mean over prompts of each prompt's mean over seeds; {CONFIDENCE * 100:g} % interval by bootstrap over prompts "
+    f"(BCa, {_RESAMPLES} resamples; exact binomial over prompts where every prompt scores 0 or every prompt 1); null below "
     f"{MIN_PROMPTS} prompts"
 )
 
