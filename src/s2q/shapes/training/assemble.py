@@ -74,7 +74,7 @@ def assemble(vae: AutoencoderKLCogVideoX, transformer_run: Path, out: Path, *, s
 
 
 def _declare_float32(config: Path) -> None:
-    """Without a dtype argument diffusers loads its parts in float32 and transformers in the declared dtype: make them agree."""
+    """Without a dtype diffusers loads its parts in float32 and transformers in the declared dtype: make them agree."""
     declared = json.loads(config.read_text())
     atomic_write_json(config, declared | {"dtype": "float32"})
 
