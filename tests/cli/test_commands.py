@@ -1,4 +1,5 @@
 import json
+import sys
 
 import imageio_ffmpeg
 import pytest
@@ -86,6 +87,23 @@ def test_generate_writes_videos_sheet_and_latents(checkpoint, tmp_path, capsys):
     assert (out / "sheet.png").read_bytes() != before
     assert not (out / "latents.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["videos"], "nothing hidden is left"
+
+
+def test_outputs_are_checked_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch, capsys):
+    def load(*_args, **_kwargs):
+        raise AssertionError("loaded a model although the output will not do")
+
+    monkeypatch.setattr("s2q.loading.load_pipeline", load)
+    monkeypatch.setattr(sys.modules["s2q.evaluation.evaluate"], "load_pipeline", load)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "eval.json").write_text("{}")
+    assert (
+        "exists" in output_of(capsys, ["generate", "-m", checkpoint, "-o", tmp_path / "videos", "--prompt", "a"], 3).err
+    )
+    arguments = ["eval", "-m", checkpoint, "--reference", checkpoint, "-o", tmp_path / "eval.json"]
+    assert "exists" in output_of(capsys, arguments, 3).err
+    blocked = tmp_path / "eval.json" / "deeper"
+    assert "cannot be written" in output_of(capsys, ["generate", "-m", "x", "-o", blocked, "--prompt", "a"], 3).err
 
 
 def test_overwrite_spares_folders_of_something_else(checkpoint, tmp_path, capsys):

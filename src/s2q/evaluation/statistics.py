@@ -18,8 +18,8 @@ CONFIDENCE = 0.95
 _RESAMPLES = 9999
 INTERVAL = (
     f"mean over prompts of each prompt's mean over seeds; {CONFIDENCE * 100:g} % interval by bootstrap over prompts "
-    f"(BCa, {_RESAMPLES} resamples; exact binomial over prompts where every prompt scores 0 or every prompt 1); null below "
-    f"{MIN_PROMPTS} prompts"
+    f"(BCa, {_RESAMPLES} resamples; exact binomial over prompts where every prompt scores 0 or every prompt 1); "
+    f"null below {MIN_PROMPTS} prompts"
 )
 
 
