@@ -2,8 +2,8 @@
 
 diffusers finds quantizers in two dicts of `diffusers.quantizers.auto` and has no entry point for more. If that module
 is loaded, the dicts are written at once; else a finder waits for its import, or for that of `s2q.checkpoint` (which
-imports it, and must be complete before it can be registered), lets the ordinary finders do their work, writes the dicts,
-and is gone. So `import s2q` costs milliseconds, and the order of the imports does not matter.
+imports it, and must be complete before it can be registered), lets the ordinary finders do their work, writes the
+dicts, and is gone. So `import s2q` costs milliseconds, and the order of the imports does not matter.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
+import importlib
 import json
-import sys
 
 import imageio_ffmpeg
 import pytest
@@ -93,8 +93,9 @@ def test_outputs_are_checked_before_anything_is_loaded(checkpoint, tmp_path, mon
     def load(*_args, **_kwargs):
         raise AssertionError("loaded a model although the output will not do")
 
+    judging = importlib.import_module("s2q.evaluation.evaluate")
     monkeypatch.setattr("s2q.loading.load_pipeline", load)
-    monkeypatch.setattr(sys.modules["s2q.evaluation.evaluate"], "load_pipeline", load)
+    monkeypatch.setattr(judging, "load_pipeline", load)
     (tmp_path / "videos").mkdir()
     (tmp_path / "eval.json").write_text("{}")
     assert (
