@@ -164,6 +164,8 @@ def _page(
 
     checkpoint = shlex.quote(str(out / _CHECKPOINT))
     model, recipe = report["source"], report["recipe"]
+    sample = f"--num-prompts {evaluation['n_prompts']} --seeds {evaluation['n_seeds']}"
+    steps = evaluation["settings"]["num_inference_steps"]
     blocks = [
         {
             "block": block["name"],
@@ -182,8 +184,8 @@ def _page(
         tables={"Quantization, block by block": blocks, "Every linear of the blocks": report["layers"]},
         commands=(
             f"s2q quantize -m {model} -r {recipe} -o {checkpoint}",
-            f"s2q eval -m {checkpoint} --reference {model} -o {shlex.quote(str(out / 'eval.json'))}",
-            f"s2q generate -m {checkpoint} --prompt {shlex.quote(pairs[0].prompt)} -o videos",
+            f"s2q eval -m {checkpoint} --reference {model} {sample} --steps {steps} -o eval.json",
+            f"s2q generate -m {checkpoint} --prompt {shlex.quote(pairs[0].prompt)} --steps {steps} -o videos",
         ),
         seconds=dict(seconds),
     )
