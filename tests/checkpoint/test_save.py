@@ -102,7 +102,7 @@ def test_measured_table_only_with_numbers(config):
     assert "w4a6 (1), w4a16 (2)" in text
 
 
-def test_the_licence_file_comes_along(tmp_path, checkpoint):
+def test_the_licence_file_comes_along_and_the_path_does_not(tmp_path, checkpoint):
     from s2q.quantization import quantize
 
     model = tmp_path / "model"
@@ -110,6 +110,9 @@ def test_the_licence_file_comes_along(tmp_path, checkpoint):
     (model / "LICENSE").write_text("theirs")
     quantize(model, recipe="rtn-w4a16", out=tmp_path / "out")
     assert (tmp_path / "out/LICENSE").read_text() == "theirs"
+    for path in (tmp_path / "out").rglob("*"):  # where the original lay on this machine stays here
+        if path.suffix in (".json", ".jsonl", ".md"):
+            assert str(tmp_path) not in path.read_text(), path
 
 
 def test_a_pipeline_that_is_not_quantized_is_refused(tmp_path):
