@@ -85,7 +85,7 @@ def test_a_prompt_of_exactly_the_limit_fits(pipe):
     check_prompts(pipe, [longest])
 
 
-@pytest.mark.parametrize("seeds", [[], [-1], [1.5], [2**63], [True], [3, 3]])
+@pytest.mark.parametrize("seeds", [5, [], [-1], [1.5], [2**63], [True], [3, 3]])
 def test_bad_seeds(seeds):
     with pytest.raises(InvalidInputError, match="seed"):
         check_seeds(seeds)

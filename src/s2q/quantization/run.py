@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError
 
 from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, S2QConfig, attach_config, save_checkpoint
-from s2q.core.errors import InvalidInputError, ResourceError, UsageError, unknown_name
+from s2q.core.devices import check_device
+from s2q.core.errors import ResourceError, UsageError, unknown_name
 from s2q.core.files import check_output
 from s2q.models import ModelSource, resolve_model
 from s2q.models.source import dtype_name
@@ -105,13 +106,14 @@ def quantize(
     source = resolve_model(model) if isinstance(model, str | Path) else None
     # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
     planned = None if source is None else plan(source, validated, dtype=settings.dtype)
+    check_device(settings.device)
+    target = None if out is None else Path(out).expanduser()
+    if target is not None:
+        check_output(target, overwrite=settings.overwrite, markers=OVERWRITABLE)
     if settings.dry_run:
         return planned or _plan_loaded(load_teacher(model, validated, dtype=settings.dtype), validated)
-    if out is None:
+    if target is None:
         raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
-    target = Path(out).expanduser()
-    check_output(target, overwrite=settings.overwrite, markers=OVERWRITABLE)
-    _check_device(settings.device)
     with _resource_errors(target, settings.device), open_run_folder(target) as folder:
         run = _Run(folder, target, settings, progress)
         return run.carry_out(source or model, validated, n_prompts=len(prompts or ()))
@@ -267,17 +269,6 @@ def _settings(options: QuantizeOptions) -> _Settings:
 def _plan_loaded(teacher: Teacher, recipe: Recipe) -> Plan:
     sizes = tensor_sizes(teacher.transformer)
     return plan_transformer(teacher.transformer, recipe, model=teacher.name, sizes=sizes, dtype=teacher.dtype)
-
-
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise InvalidInputError(f"device={device!r} is unknown; use cpu, cuda or cuda:N") from error
-    if kind not in ("cpu", "cuda"):
-        raise InvalidInputError(f"device={device!r} is not supported; use cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ResourceError(f"device={device!r}: this machine or this build of PyTorch has no CUDA device; use cpu")
 
 
 @contextlib.contextmanager
