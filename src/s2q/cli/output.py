@@ -51,19 +51,22 @@ def show_inspection(report: Mapping[str, Any]) -> None:
             ("Checkpoint ", "bold"),
             f"{report['path']}: {report['transformer_class']}, recipe {report['recipe']}, "
             f"format {report['format_version']}, {report['compute_dtype']}",
-        )
+        ),
+        soft_wrap=True,
     )
     if report["storage"]:
         out.print(_storage_line(report["storage"]))
     if report["layers"]:
         out.print(_layer_table(report["layers"]))
-    if report["verified"] is None:
+    if not report["files"]:
+        out.print("no manifest, so that nothing can be verified")
+    elif report["verified"] is None:
         out.print(f"{len(report['files'])} files in the manifest; not verified (use --verify)")
     elif report["verified"]:
         out.print(Text(f"{len(report['files'])} files verified: every SHA-256 matches the manifest", style="green"))
     else:
         for problem in report["problems"]:
-            out.print(Text(problem, style="red"))
+            out.print(Text(problem, style="red"), soft_wrap=True)
 
 
 def show_evaluation(evaluation: Mapping[str, Any]) -> None:

@@ -11,9 +11,9 @@ _PERCENT = ("adherence",)
 def format_bytes(count: float) -> str:
     """Return a number of bytes with a decimal unit: `1234567` is "1.23 MB"."""
     value, unit = float(count), 0
-    while value >= 1000 and unit < len(_BYTE_UNITS) - 1:
+    while value >= 999.5 and unit < len(_BYTE_UNITS) - 1:  # what would be shown as 1000
         value, unit = value / 1000, unit + 1
-    return f"{int(value)} B" if unit == 0 else f"{value:.3g} {_BYTE_UNITS[unit]}"
+    return f"{value:.0f} B" if unit == 0 else f"{value:.3g} {_BYTE_UNITS[unit]}"
 
 
 def format_value(name: str, value: float | None) -> str:
