@@ -88,6 +88,14 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_arguments_there_is_help_and_no_error(capsys):
+    assert run([]) == 0
+    captured = capsys.readouterr()
+    assert "Usage: s2q" in captured.out
+    assert "quantize" in captured.out
+    assert captured.err == ""
+
+
 def test_help_and_version_need_nothing_heavy():
     code = (
         "import sys; from s2q.cli import run\n"

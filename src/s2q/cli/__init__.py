@@ -83,7 +83,7 @@ def _invoke(arguments: list[str]) -> int:
         0
     ]  # typer brings its own copy of click, or uses click's
     try:
-        result = typer.main.get_command(app).main(args=arguments, prog_name="s2q", standalone_mode=False)
+        result = typer.main.get_command(app).main(args=arguments or ["--help"], prog_name="s2q", standalone_mode=False)
     except typer.Exit as leave:
         result = leave.exit_code
     except typer.Abort:

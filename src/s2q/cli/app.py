@@ -14,7 +14,6 @@ import typer
 app = typer.Typer(
     name="s2q",
     help="4-bit text-to-video diffusion transformers, for any diffusers pipeline.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -28,9 +28,9 @@ VAE_SETTINGS = TrainingSettings(
     steps=1700, batch_size=16, learning_rate=1.5e-3, warmup_steps=50, ema_decay=0.995, seed=1
 )
 DECODER_SETTINGS = TrainingSettings(
-    steps=1000, batch_size=16, learning_rate=7e-4, warmup_steps=20, ema_decay=0.995, seed=2
+    steps=500, batch_size=16, learning_rate=7e-4, warmup_steps=20, ema_decay=0.995, seed=2
 )
-TRANSFORMER_SETTINGS = TrainingSettings(steps=4300, batch_size=64, learning_rate=2e-3, muon=True, seed=1)
+TRANSFORMER_SETTINGS = TrainingSettings(steps=4600, batch_size=64, learning_rate=2e-3, muon=True, seed=1)
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished diffusers pipeline")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes (CPU: one thread each)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--note", default="", help="a sentence for the training card, on what was special in this run")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     work, run = arguments.work, {"processes": arguments.processes, "device": arguments.device}
@@ -67,7 +68,8 @@ def main() -> None:
     write_sheet(videos[0][:24], arguments.out / "samples.png")
     stages = {name: work / name for name in ("vae", "decoder", "transformer")}
     plot_losses(stages, arguments.out / "losses.png")
-    write_card(arguments.out, _facts(arguments.processes, arguments.device, stages, reconstruction, quality))
+    facts = _facts(arguments.processes, arguments.device, stages, reconstruction, quality)
+    write_card(arguments.out, facts | ({"note": arguments.note} if arguments.note else {}))
 
 
 def _facts(

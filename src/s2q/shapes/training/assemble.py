@@ -18,7 +18,7 @@ from s2q.shapes.training.vae import normalised_vae
 
 GENERATION = {
     "num_inference_steps": 20,
-    "guidance_scale": 4.0,
+    "guidance_scale": 6.0,
     "height": FRAME_SIZE,
     "width": FRAME_SIZE,
     "num_frames": NUM_FRAMES,
