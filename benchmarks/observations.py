@@ -97,8 +97,7 @@ def observe(model: str, *, num_prompts: int) -> dict:
         for handle in outliers.handles:
             handle.remove()
         steps = settings["num_inference_steps"]
-        joint = [t for t in mass.top]
-        top = torch.stack(joint).view(steps, blocks, -1).mean(-1)  # [step, block]
+        top = torch.stack(mass.top).view(steps, blocks, -1).mean(-1)  # [step, block]
         text = torch.stack(mass.text).view(steps, blocks, -1).mean(-1)
         trajectory = [first, *latents]
         c_diff, c_quant = [], []
@@ -140,19 +139,20 @@ def plot(result: dict, folder: Path) -> None:
     for block, values in enumerate(result["attention_mass_text"]):
         right.plot(timesteps, values, color=plt.cm.viridis(block / 6))
     left.axhline(TOP_FRACTION, color="0.6", linestyle=":", label="uniform attention")
-    left.set(title="attention mass on the top 10 % of tokens", xlabel="timestep", ylabel="share", ylim=(0, 1))
-    right.set(title="attention mass on text tokens", xlabel="timestep", ylim=(0, 1))
+    left.set(title="attention mass on the top 10 % of tokens", xlabel="timestep", ylabel="share", ylim=(0, 0.6))
+    right.set(title="attention mass on text tokens", xlabel="timestep", ylim=(0, 0.6))
     left.legend(fontsize=7)
     _finish(figure, (left, right), folder / f"{model}-attention-mass.png")
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
     diff, quant = torch.tensor(result["c_diff"]), torch.tensor(result["c_quant"])
     product = _unit(diff) * _unit(quant)
-    titles = ("C_diff (eq. 3)", "C_quant (eq. 6)", "salience: product of both, min–max normalised (eq. 8)")
+    titles = ("C_diff (eq. 3)", "C_quant (eq. 6)", "salience: product of both (eq. 8)")
     for axis, values, title in zip(axes, (diff, quant, product), titles, strict=True):
         image = axis.imshow(values, aspect="auto", cmap="viridis")
         axis.set(title=title, xlabel="timestep", ylabel="prompt", xticks=range(0, len(timesteps), 4))
         axis.set_xticklabels(timesteps[::4])
+        axis.set_yticks(range(len(values)))
         figure.colorbar(image, ax=axis)
     figure.savefig(folder / f"{model}-salience.png", dpi=110)
     plt.close(figure)
@@ -165,7 +165,7 @@ def plot(result: dict, folder: Path) -> None:
     axis.set_yticks(range(len(names)), [n.removeprefix("transformer_blocks.") for n in names], fontsize=7)
     axis.set_xticks(range(0, len(timesteps), 2), timesteps[::2])
     figure.colorbar(image, ax=axis)
-    figure.savefig(folder / f"{model}-outliers.png", dpi=110)
+    figure.savefig(folder / f"{model}-input-outliers.png", dpi=110)
     plt.close(figure)
 
 
