@@ -15,32 +15,15 @@ from torch import Tensor, nn
 
 from s2q.core.errors import InvalidInputError
 from s2q.core.schemes import LinearScheme, weight_bytes
+from s2q.core.storage import BF16_BYTES, LinearStorage
 from s2q.models import BlockLinear, ModelSource, block_linears, family_of, resolve_model
 from s2q.models.source import parse_dtype
 from s2q.recipes import Recipe, assign_schemes, load_recipe
 
 SCHEMA_VERSION = 1
-BF16_BYTES = 2
 _DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _ROUNDING_BYTES = 14
 """Bytes that rounding holds for each weight of the linear at hand: three fp32 temporaries, codes, packed codes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedLayer:
-    """One block linear.
-
-    Attributes:
-        name: Full name in the transformer.
-        shape: [O, I].
-        scheme: Short name of its scheme, "w4a6"; the dtype ("bf16") if it stays as it is.
-        bytes: Bytes of its tensors on disk: codes, scales, bias.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    scheme: str
-    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +60,7 @@ class Plan:
     recipe: str
     storage: Mapping[str, int | float]
     stages: tuple[PlannedStage, ...]
-    layers: tuple[PlannedLayer, ...]
+    layers: tuple[LinearStorage, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -186,11 +169,11 @@ def check_full_precision(source: ModelSource) -> None:
 
 def _planned_layer(
     linear: BlockLinear, scheme: LinearScheme | None, sizes: Mapping[str, int], dtype: torch.dtype
-) -> PlannedLayer:
+) -> LinearStorage:
     bias = sizes[f"{linear.name}.bias"] if linear.has_bias else 0
     if scheme is None:
         name, num_bytes = _DTYPE_SCHEMES.get(dtype, str(dtype)), sizes[f"{linear.name}.weight"]
     else:
         name, num_bytes = scheme.name, weight_bytes(scheme.weight, linear.out_features, linear.in_features)
     shape = (linear.out_features, linear.in_features)
-    return PlannedLayer(name=linear.name, shape=shape, scheme=name, bytes=num_bytes + bias)
+    return LinearStorage(name=linear.name, shape=shape, scheme=name, bytes=num_bytes + bias)

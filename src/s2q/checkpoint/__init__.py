@@ -4,7 +4,7 @@ Importing this package registers the quantizer with diffusers; `import s2q` sees
 """
 
 from s2q.checkpoint.config import FORMAT_VERSION, QuantMethod, S2QConfig
-from s2q.checkpoint.inspect import CheckpointReport, InspectedLayer, inspect_checkpoint
+from s2q.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from s2q.checkpoint.load import load_pipeline, read_config
 from s2q.checkpoint.manifest import check_intact, verify_manifest, write_manifest
 from s2q.checkpoint.quantizer import S2QQuantizer, attach_config
@@ -31,7 +31,6 @@ __all__ = [
     "QUANT_METHOD",
     "CheckpointRecords",
     "CheckpointReport",
-    "InspectedLayer",
     "S2QConfig",
     "S2QQuantizer",
     "attach_config",

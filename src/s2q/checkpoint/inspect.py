@@ -16,26 +16,9 @@ from s2q.core.errors import InvalidInputError
 from s2q.core.headers import TensorInfo, read_folder_headers
 from s2q.core.packing import packed_width
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
+from s2q.core.storage import BF16_BYTES, LinearStorage
 
 SCHEMA_VERSION = 1
-BF16_BYTES = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectedLayer:
-    """One quantized linear.
-
-    Attributes:
-        name: Full name in the transformer.
-        shape: [O, I].
-        scheme: Short name of its scheme, "w4a6".
-        bytes: Bytes of its tensors on disk: codes, scales, bias.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    scheme: str
-    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +47,7 @@ class CheckpointReport:
     compute_dtype: str
     transformer_class: str
     storage: Mapping[str, int | float]
-    layers: tuple[InspectedLayer, ...]
+    layers: tuple[LinearStorage, ...]
     files: Mapping[str, Mapping[str, Any]]
     verified: bool | None
     problems: tuple[str, ...]
@@ -136,7 +119,7 @@ def _linears(config: Mapping[str, Any]) -> tuple[dict[str, nn.Linear], int]:
 
 def _layer(
     name: str, scheme: LinearScheme, linears: Mapping[str, nn.Linear], tensors: Mapping[str, TensorInfo]
-) -> InspectedLayer:
+) -> LinearStorage:
     linear = linears.get(name)
     if linear is None:
         raise InvalidInputError(f"{name} is in quantization_config, but the transformer has no such linear")
@@ -158,11 +141,11 @@ def _layer(
             )
     own = [*expected, "bias"]
     num_bytes = sum(tensors[f"{name}.{tensor}"].num_bytes for tensor in own if f"{name}.{tensor}" in tensors)
-    return InspectedLayer(name=name, shape=(out_features, in_features), scheme=scheme.name, bytes=num_bytes)
+    return LinearStorage(name=name, shape=(out_features, in_features), scheme=scheme.name, bytes=num_bytes)
 
 
 def _storage(
-    layers: tuple[InspectedLayer, ...], tensors: Mapping[str, TensorInfo], values: int
+    layers: tuple[LinearStorage, ...], tensors: Mapping[str, TensorInfo], values: int
 ) -> dict[str, int | float]:
     quantized = sum(info.num_bytes for info in tensors.values())
     return {
