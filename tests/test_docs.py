@@ -36,6 +36,15 @@ def test_links_to_files_lead_somewhere(page):
     assert not missing
 
 
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert code is not None
+    names: dict[str, object] = {}
+    exec(compile(code.group(1), "README.md", "exec"), names)
+    assert len(names["video"]) == 9
+
+
 def test_the_two_commands_come_first():
     code = re.search(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert code is not None

@@ -39,7 +39,7 @@ MOTIONS: dict[str, tuple[int, int]] = {  # (dx, dy), y grows downwards
     "down": (0, 1),
     "still": (0, 0),
 }
-SIZES: dict[str, tuple[float, float]] = {"small": (4.2, 4.8), "medium": (5.2, 5.8), "big": (6.2, 6.8)}
+SIZES: dict[str, tuple[float, float]] = {"small": (5.4, 6.0), "medium": (6.3, 6.9), "big": (7.2, 7.8)}
 """Radius in pixels of the circle of equal area, at 32x32."""
 SPEEDS: dict[str, tuple[float, float]] = {"slow": (0.60, 0.75), "normal": (0.95, 1.10), "fast": (1.30, 1.50)}
 """Pixels a frame, at 32x32."""

@@ -30,7 +30,7 @@ VAE_SETTINGS = TrainingSettings(
 DECODER_SETTINGS = TrainingSettings(
     steps=500, batch_size=16, learning_rate=7e-4, warmup_steps=20, ema_decay=0.995, seed=2
 )
-TRANSFORMER_SETTINGS = TrainingSettings(steps=4600, batch_size=64, learning_rate=2e-3, muon=True, seed=1)
+TRANSFORMER_SETTINGS = TrainingSettings(steps=4800, batch_size=64, learning_rate=2e-3, muon=True, seed=1)
 
 
 def main() -> None:

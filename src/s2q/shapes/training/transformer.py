@@ -19,6 +19,7 @@ from s2q.shapes.architecture import (
     build_transformer,
 )
 from s2q.shapes.scenes import combinations, sample_batch
+from s2q.shapes.training.loop import load_average
 
 CAPTION_DROPOUT = 0.1
 CAPITALISED_FRACTION = 0.2
@@ -72,15 +73,22 @@ class TransformerTask:
 
     A tenth of the captions is replaced by the empty one, for classifier-free guidance; a fifth begins with a capital
     and ends with a full stop, so that both spellings work.
+
+    Args:
+        pool: File of `encode_pool`.
+        seed: Of the initial weights.
+        start: Training folder of an earlier run whose averaged weights to start from instead.
     """
 
-    def __init__(self, *, pool: Path, seed: int = 0) -> None:
+    def __init__(self, *, pool: Path, seed: int = 0, start: Path | None = None) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.tokenizer = build_tokenizer()
             text_encoder = build_text_encoder(self.tokenizer)
             transformer = build_transformer()
         self.modules = nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
+        if start is not None:
+            load_average(self.modules, start / "ema.safetensors", prefix="")
         self.text_encoder, self.transformer = text_encoder, transformer
         self.scheduler = build_scheduler()
         self.latents = load_file(pool)["latents"]
