@@ -87,9 +87,8 @@ class CandidatePool:
     @property
     def salience(self) -> tuple[float, ...]:
         """C_SDS of each candidate, 0 to 1 (eq. 8)."""
-        return tuple(
-            one * other for one, other in zip(self.diffusion_salience, self.quantization_salience, strict=True)
-        )
+        pairs = zip(self.diffusion_salience, self.quantization_salience, strict=True)
+        return tuple(diffusion * quantization for diffusion, quantization in pairs)
 
     def of_prompt(self, prompt: int) -> list[int]:
         """Return the indices of a prompt's candidates, from the noisiest step on.
