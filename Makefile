@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test test-gpu lint format clean
 
 demo: $(READY)
-	$(BIN)/s2q demo -o $(DEMO_DIR)
+	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
 
 test: $(READY)
 	$(BIN)/python -m pytest

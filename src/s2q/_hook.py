@@ -1,9 +1,9 @@
 """Registering s2q checkpoints with diffusers, without importing diffusers before somebody wants it.
 
 diffusers finds quantizers in two dicts of `diffusers.quantizers.auto` and has no entry point for more. If that module
-is loaded, the dicts are written at once; else a finder waits for its import, or for that of `s2q.checkpoint` which
-needs it, lets the ordinary finders do their work, writes the dicts, and is gone. So `import s2q` costs milliseconds,
-and the order of the imports does not matter.
+is loaded, the dicts are written at once; else a finder waits for its import, or for that of `s2q.checkpoint` (which
+imports it, and must be complete before it can be registered), lets the ordinary finders do their work, writes the
+dicts, and is gone. So `import s2q` costs milliseconds, and the order of the imports does not matter.
 """
 
 from __future__ import annotations
@@ -62,7 +62,5 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
         module.__spec__.loader = self._loader
-        if module.__name__ == _CHECKPOINT:
-            importlib.import_module(_DICTS)  # first, since diffusers must not meet a half-imported checkpoint package
         self._loader.exec_module(module)
         _register()

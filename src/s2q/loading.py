@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from s2q import checkpoint
+from s2q.core.devices import check_device
 from s2q.models import ModelSource, resolve_model
 from s2q.models.source import parse_dtype
 
@@ -34,10 +35,32 @@ def load_pipeline(
         The pipeline, its progress bar switched off.
 
     Raises:
-        InvalidInputError: If the model is unknown, damaged or altered.
+        InvalidInputError: If the model is unknown, damaged or altered, or the device or dtype is unknown.
+        ResourceError: If there is no such device.
     """
+    check_device(device)
     source = model if isinstance(model, ModelSource) else resolve_model(model)
-    if (source.quantization or {}).get("quant_method") != "s2q":
+    if not _is_ours(source):
         return source.load_pipeline(dtype=dtype, device=device)
     folder = source.complete_folder()
     return checkpoint.load_pipeline(folder, dtype=parse_dtype(dtype), device=device, verify=verify)
+
+
+def check_model(model: str | Path | ModelSource) -> None:
+    """Check what can be checked of a model without loading it, so that no work is done before it is refused.
+
+    Args:
+        model: Embedded name, pipeline folder or s2q checkpoint, Hub id, or a resolved source.
+
+    Raises:
+        InvalidInputError: If the model is unknown, or is an s2q checkpoint that is damaged or altered.
+    """
+    source = model if isinstance(model, ModelSource) else resolve_model(model)
+    if _is_ours(source):
+        folder = source.complete_folder()
+        checkpoint.read_config(folder)
+        checkpoint.check_intact(folder)
+
+
+def _is_ours(source: ModelSource) -> bool:
+    return (source.quantization or {}).get("quant_method") == checkpoint.QUANT_METHOD

@@ -66,7 +66,13 @@ def test_the_refused_frame_counts_really_come_back_longer(pipe, num_frames):
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([], "got none"), ([""], "empty"), (["a", "  "], "prompt 2 of 2"), (["x" * 17], "takes 16"), ("a cat", "a list")],
+    [
+        ([], "got none"),
+        ([""], "empty"),
+        (["a", "  "], "prompt 2 of 2"),
+        (["x" * 15], "has 17 tokens, the transformer takes 16"),
+        ("a cat", "a list"),
+    ],
 )
 def test_bad_prompts(pipe, prompts, message):
     with pytest.raises(InvalidInputError, match=message):
@@ -79,7 +85,7 @@ def test_a_prompt_of_exactly_the_limit_fits(pipe):
     check_prompts(pipe, [longest])
 
 
-@pytest.mark.parametrize("seeds", [[], [-1], [1.5], [2**63], [True], [3, 3]])
+@pytest.mark.parametrize("seeds", [5, [], [-1], [1.5], [2**63], [True], [3, 3]])
 def test_bad_seeds(seeds):
     with pytest.raises(InvalidInputError, match="seed"):
         check_seeds(seeds)

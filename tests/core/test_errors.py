@@ -6,6 +6,7 @@ from s2q.core.errors import (
     ResourceError,
     S2QError,
     UsageError,
+    first_line,
     nearest_names,
     unknown_name,
 )
@@ -40,3 +41,9 @@ def test_unknown_name_lists_the_nearest_and_all():
     assert all(name in str(error) for name in RECIPES)
     assert "nearest" not in str(unknown_name("recipe", "zzz", RECIPES))
     assert str(unknown_name("recipe", "x", ())).endswith("all: none")
+
+
+def test_the_first_line_of_somebody_elses_error():
+    assert first_line(ValueError("\nwhat went wrong\nand much more")) == "what went wrong"
+    assert first_line(KeyError()) == "KeyError"
+    assert first_line(OSError("x" * 300)) == "x" * 200 + "…"

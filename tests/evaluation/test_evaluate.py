@@ -7,6 +7,7 @@ import torch
 from s2q.core.errors import InvalidInputError
 from s2q.evaluation import METRICS, EvaluationOptions, evaluate
 from s2q.evaluation.evaluate import selected_metrics
+from s2q.quantization import quantize
 from tiny import tiny_cogvideox_pipeline
 
 FAST = {"num_inference_steps": 2, "guidance_scale": 2.0}
@@ -139,6 +140,14 @@ def test_progress_reports_three_stages(pipe):
 def test_bad_input(pipe, options, message):
     with pytest.raises(InvalidInputError, match=message):
         evaluate(pipe, pipe, **options)
+
+
+def test_a_damaged_student_is_refused_before_the_reference_runs(pipe, tmp_path, monkeypatch):
+    quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a6", out=tmp_path / "student")
+    (tmp_path / "student/model_index.json").open("a").write("\n")
+    monkeypatch.setattr(pipe.transformer, "forward", None)
+    with pytest.raises(InvalidInputError, match=r"model_index\.json: got \d+ bytes"):
+        evaluate(tmp_path / "student", pipe, prompts=["a"])
 
 
 def test_metrics_are_chosen_by_name_or_group():

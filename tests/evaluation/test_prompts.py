@@ -38,3 +38,5 @@ def test_a_repeated_prompt_is_refused():
     check_distinct(["a", "b"])
     with pytest.raises(InvalidInputError, match="'a' appears twice"):
         check_distinct(["a", "b", "a"])
+    with pytest.raises(InvalidInputError, match="got one string; pass a list"):
+        check_distinct("abc")

@@ -65,7 +65,9 @@ def test_load_pipeline_takes_the_stored_dtype_unless_told(folder):
 def test_embedded_name(embedded, folder):
     source = resolve_model("shapes-cogvideox")
     assert (source.name, source.kind, source.folder) == ("shapes-cogvideox", "embedded", folder)
-    assert source.load_pipeline(dtype=torch.float32).transformer.dtype == torch.float32
+    pipe = source.load_pipeline(dtype=torch.float32)
+    assert pipe.transformer.dtype == torch.float32
+    assert resolve_model("shapes-cogvideox-outliers").load_pipeline().name_or_path == "shapes-cogvideox-outliers"
 
 
 def test_unknown_name_lists_the_nearest(embedded):
@@ -162,3 +164,13 @@ def test_dtype_names():
         parse_dtype("bfloat61")
     with pytest.raises(InvalidInputError, match="unknown dtype 'int8'"):
         parse_dtype(torch.int8)
+
+
+def test_pickled_weights_are_never_loaded(copy):
+    weights = copy / "transformer/diffusion_pytorch_model.safetensors"
+    from safetensors.torch import load_file
+
+    torch.save(load_file(weights), weights.with_name("diffusion_pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(InvalidInputError, match="cannot be loaded as a diffusers pipeline"):
+        resolve_model(copy).load_pipeline()

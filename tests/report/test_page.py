@@ -174,7 +174,8 @@ def test_charts_stay_inside_their_frame_and_are_labelled():
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_234_567, "1.23 MB"), (3.9e12, "3.9 TB")]
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_234_567, "1.23 MB"), (999_960, "1 MB"), (3.9e12, "3.9 TB")],
 )
 def test_bytes(count, text):
     assert format_bytes(count) == text

@@ -125,6 +125,8 @@ def check_seeds(seeds: Sequence[int]) -> None:
     Raises:
         InvalidInputError: A seed is missing, out of range or repeated.
     """
+    if isinstance(seeds, int):
+        raise InvalidInputError(f"seeds: got {seeds}; pass a list of seeds, [{seeds}] or range({seeds})")
     if not seeds:
         raise InvalidInputError("seeds: got none; pass at least one seed")
     for seed in seeds:

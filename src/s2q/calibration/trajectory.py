@@ -143,7 +143,7 @@ def recorded_calls(transformer: torch.nn.Module) -> Iterator[list[TransformerCal
         }
         prediction = output[0] if isinstance(output, tuple) else output.sample
         timestep = float(kwargs["timestep"].flatten()[0])
-        calls.append(TransformerCall(timestep=timestep, inputs=inputs, output=prediction.detach().cpu().clone()))
+        calls.append(TransformerCall(timestep=timestep, inputs=inputs, output=prediction.detach().to("cpu", copy=True)))
 
     handle = transformer.register_forward_hook(remember, with_kwargs=True)
     try:
@@ -159,5 +159,6 @@ def _to_cpu(value: Any, shared: dict[int, tuple[torch.Tensor, torch.Tensor]]) ->
     if not isinstance(value, torch.Tensor):
         return value
     if id(value) not in shared:
-        shared[id(value)] = (value, value.detach().cpu().clone())  # the original is held so that its id stays taken
+        # the original is held too, so that its id stays taken
+        shared[id(value)] = (value, value.detach().to("cpu", copy=True))
     return shared[id(value)][1]

@@ -1,11 +1,17 @@
-"""Checkpoints: format, save, load, the quantizer that diffusers' loader calls, manifest, model card."""
+"""Checkpoints: format, save, load, the quantizer that diffusers' loader calls, manifest, model card.
 
-from s2q.checkpoint.config import FORMAT_VERSION, S2QConfig
+Importing this package registers the quantizer with diffusers; `import s2q` sees to it that this happens in time.
+"""
+
+from s2q.checkpoint.config import FORMAT_VERSION, QuantMethod, S2QConfig
 from s2q.checkpoint.inspect import CheckpointReport, InspectedLayer, inspect_checkpoint
 from s2q.checkpoint.load import load_pipeline, read_config
 from s2q.checkpoint.manifest import check_intact, verify_manifest, write_manifest
 from s2q.checkpoint.quantizer import S2QQuantizer, attach_config
 from s2q.checkpoint.save import OVERWRITABLE, CheckpointRecords, save_checkpoint
+
+QUANT_METHOD: str = QuantMethod.S2Q.value
+"""What `quantization_config.quant_method` says in a checkpoint of this package."""
 
 
 def register() -> None:
@@ -15,15 +21,14 @@ def register() -> None:
     """
     from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    from s2q.checkpoint.config import QuantMethod
-
-    AUTO_QUANTIZER_MAPPING[QuantMethod.S2Q.value] = S2QQuantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.S2Q.value] = S2QConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = S2QQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = S2QConfig
 
 
 __all__ = [
     "FORMAT_VERSION",
     "OVERWRITABLE",
+    "QUANT_METHOD",
     "CheckpointRecords",
     "CheckpointReport",
     "InspectedLayer",
@@ -39,3 +44,5 @@ __all__ = [
     "verify_manifest",
     "write_manifest",
 ]
+
+register()

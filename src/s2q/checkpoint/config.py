@@ -18,6 +18,8 @@ from s2q.core.schemes import LinearScheme
 FORMAT_VERSION = 1
 """The version that this package writes, and the only one that it reads."""
 
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
+
 
 class QuantMethod(StrEnum):
     """Name of the method in `quantization_config`."""
@@ -63,11 +65,13 @@ class S2QConfig(QuantizationConfigMixin):
             raise InvalidInputError(
                 "quantization_config: layers or schemes is missing; download or save the model again"
             )
+        if compute_dtype not in COMPUTE_DTYPES:
+            raise unknown_name("compute_dtype in quantization_config", str(compute_dtype), COMPUTE_DTYPES)
         self.quant_method = QuantMethod.S2Q
         self.format_version = FORMAT_VERSION
         self.recipe = recipe
         self.compute_dtype = compute_dtype
-        self.schemes = {name: LinearScheme.from_dict(fields).to_dict() for name, fields in schemes.items()}
+        self.schemes = {name: LinearScheme.from_dict(scheme).to_dict() for name, scheme in schemes.items()}
         for layer, scheme in layers.items():
             if scheme not in self.schemes:
                 raise unknown_name(f"scheme of {layer} in quantization_config", str(scheme), self.schemes)
@@ -94,7 +98,7 @@ class S2QConfig(QuantizationConfigMixin):
 
     def layer_schemes(self) -> dict[str, LinearScheme]:
         """Return the scheme of each quantized linear by full name."""
-        schemes = {name: LinearScheme.from_dict(fields) for name, fields in self.schemes.items()}
+        schemes = {name: LinearScheme.from_dict(scheme) for name, scheme in self.schemes.items()}
         return {layer: schemes[name] for layer, name in self.layers.items()}
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from s2q.checkpoint.config import QuantMethod, S2QConfig
 from s2q.checkpoint.manifest import check_intact
-from s2q.core.errors import InvalidInputError
+from s2q.core.errors import InvalidInputError, first_line
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,11 +44,11 @@ def load_pipeline(
     if verify:
         check_intact(folder)
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype or getattr(torch, config.compute_dtype))
+        compute_dtype = dtype or getattr(torch, config.compute_dtype)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=compute_dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InvalidInputError(
-            f"{folder}: cannot be loaded ({first}); download or quantize the model again"
+            f"{folder}: cannot be loaded ({first_line(error)}); download or quantize the model again"
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

@@ -29,7 +29,7 @@ def render_model_card(
     Args:
         config: The checkpoint's quantization configuration.
         pipeline_class: Name of the diffusers pipeline class.
-        source: What was quantized, which goes into `base_model`: a Hub id, an embedded name, a folder's name. The name of
+        source: What was quantized, which goes into `base_model`: Hub id, embedded name, folder name. The name of
             the pipeline class (a pipeline from memory) is no model and stays out of it.
         recipe: The resolved recipe.
         report: The run's report; needs `storage`, and may have `metrics` as in eval.json, which make the table.

@@ -68,7 +68,7 @@ def save_checkpoint(
         raise InvalidInputError("the pipeline's transformer is not quantized by s2q; quantize it first")
     with staged_directory(out, overwrite=overwrite, markers=OVERWRITABLE) as staged:
         pipe.save_pretrained(staged, max_shard_size=max_shard_size)
-        for path in staged.rglob("config.json"):
+        for path in (staged / "model_index.json", *staged.glob("*/config.json")):
             _clean_config(path)
         _copy_licence(records.base_folder, staged)
         card = render_model_card(

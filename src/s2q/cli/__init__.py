@@ -7,11 +7,12 @@ a command needs it.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from s2q.core.errors import S2QError
 
@@ -59,8 +60,8 @@ def run(arguments: Sequence[str]) -> int:
     except _Terminated:
         console.say_error("terminated")
         return EXIT_TERMINATED
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of stdout has gone; nothing more may be written there, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if type(error).__name__ in _OUT_OF_MEMORY:
@@ -84,7 +85,7 @@ def _invoke(arguments: list[str]) -> int:
     try:
         result = typer.main.get_command(app).main(args=arguments, prog_name="s2q", standalone_mode=False)
     except typer.Exit as leave:
-        return int(leave.exit_code)
+        result = leave.exit_code
     except typer.Abort:
         console.say_error("interrupted")
         return EXIT_INTERRUPTED
@@ -93,6 +94,8 @@ def _invoke(arguments: list[str]) -> int:
         where = context.command_path if context is not None else "s2q"
         console.say_error(f"{error.format_message()} (see {where} --help)")  # type: ignore[attr-defined]
         return 2
+    if result == EXIT_INTERRUPTED:  # typer's answer to Ctrl-C
+        console.say_error("interrupted")
     return result if isinstance(result, int) else 0
 
 
@@ -107,12 +110,13 @@ def _fail(error: Exception, message: str, code: int, *, debug: bool) -> int:
     return code
 
 
-def _catch_terminate() -> signal.Handlers | None:
+def _catch_terminate() -> Any:
+    """Let SIGTERM unwind the stack; return the handler it replaces, None where signals are somebody else's."""
+
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise _Terminated
 
     try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: somebody else's signals
+        return signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
         return None
-    return previous if isinstance(previous, signal.Handlers) else signal.SIG_DFL

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s2q.cli import console, output
-from s2q.core.errors import InvalidInputError, ResourceError, UsageError
+from s2q.core.errors import InvalidInputError, UsageError
 from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, staged_directory
 
 GENERATION_RECORD = "generation.json"
@@ -200,14 +200,11 @@ def resolve_device(name: str) -> str:
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     import torch
 
+    from s2q.core.devices import check_device
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    count = torch.cuda.device_count()
-    index = int(name.partition(":")[2] or 0)
-    if index >= count:
-        raise ResourceError(
-            f"--device {name}: {count} CUDA devices here; use cpu" + (f" or cuda:{count - 1}" if count else "")
-        )
+    check_device(name)
     return name
 
 
@@ -219,9 +216,8 @@ def check_file_output(path: Path, *, overwrite: bool) -> None:
     """
     if path.is_dir():
         raise InvalidInputError(f"{path} is a folder; name a file")
-    check_output(path.with_name(f".{path.name}.probe"), overwrite=False)
-    if path.exists() and not overwrite:
-        raise InvalidInputError(f"{path} exists; pass --overwrite to replace it, or choose another name")
+    replaced = overwrite and path.exists()
+    check_output(path.with_name(f".{path.name}.new") if replaced else path, overwrite=False)
 
 
 def slug(prompt: str) -> str:

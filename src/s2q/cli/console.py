@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0
 stderr = Console(stderr=True, soft_wrap=True)
@@ -31,7 +32,7 @@ def say(message: str) -> None:
 
 def say_error(message: str) -> None:
     """Write an error in one line to stderr."""
-    stderr.print(f"[bold red]error:[/] {_escaped(message)}", highlight=False)
+    stderr.print(Text.assemble(("error:", "bold red"), " ", message), highlight=False)
 
 
 def configure_logging(*, debug: bool) -> None:
@@ -127,7 +128,3 @@ def format_seconds(seconds: float) -> str:
         return f"{minutes}:{rest:02d} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d} h"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 import time
 import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +65,7 @@ def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mappin
         output.emit_json(record)
     else:
         _show(record, page)
-    if options["open_page"] and console.stderr.is_terminal:
+    if options["open_page"] and console.stderr.is_terminal and _has_screen():
         webbrowser.open(page.as_uri())
 
 
@@ -162,6 +164,8 @@ def _page(
 
     checkpoint = shlex.quote(str(out / _CHECKPOINT))
     model, recipe = report["source"], report["recipe"]
+    sample = f"--num-prompts {evaluation['n_prompts']} --seeds {evaluation['n_seeds']}"
+    steps = evaluation["settings"]["num_inference_steps"]
     blocks = [
         {
             "block": block["name"],
@@ -180,8 +184,8 @@ def _page(
         tables={"Quantization, block by block": blocks, "Every linear of the blocks": report["layers"]},
         commands=(
             f"s2q quantize -m {model} -r {recipe} -o {checkpoint}",
-            f"s2q eval -m {checkpoint} --reference {model} -o {shlex.quote(str(out / 'eval.json'))}",
-            f"s2q generate -m {checkpoint} --prompt {shlex.quote(pairs[0].prompt)} -o videos",
+            f"s2q eval -m {checkpoint} --reference {model} {sample} --steps {steps} -o eval.json",
+            f"s2q generate -m {checkpoint} --prompt {shlex.quote(pairs[0].prompt)} --steps {steps} -o videos",
         ),
         seconds=dict(seconds),
     )
@@ -222,7 +226,8 @@ def _show(record: Mapping[str, Any], page: Path) -> None:
         Text.assemble(
             (f"{record['model']} with {record['recipe']}", "bold"),
             f": the transformer is {storage['ratio']:.2f} times smaller ({before} → {after})",
-        )
+        ),
+        soft_wrap=True,
     )
     out.print(output.metric_table(evaluation, names=_SHOWN))
     sample = format_sample(evaluation["n_prompts"], evaluation["n_seeds"])
@@ -230,6 +235,11 @@ def _show(record: Mapping[str, Any], page: Path) -> None:
         f"Held-out captions, {sample}; {console.format_seconds(record['seconds']['total'])} in all", highlight=False
     )
     out.print(Text.assemble("Look at it: ", (page.as_uri(), "bold cyan")), soft_wrap=True)
+
+
+def _has_screen() -> bool:
+    """Tell whether a browser window can open; without one, Python would start a text browser in the terminal."""
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 @contextmanager

@@ -51,19 +51,22 @@ def show_inspection(report: Mapping[str, Any]) -> None:
             ("Checkpoint ", "bold"),
             f"{report['path']}: {report['transformer_class']}, recipe {report['recipe']}, "
             f"format {report['format_version']}, {report['compute_dtype']}",
-        )
+        ),
+        soft_wrap=True,
     )
     if report["storage"]:
         out.print(_storage_line(report["storage"]))
     if report["layers"]:
         out.print(_layer_table(report["layers"]))
-    if report["verified"] is None:
+    if not report["files"]:
+        out.print("no manifest, so that nothing can be verified")
+    elif report["verified"] is None:
         out.print(f"{len(report['files'])} files in the manifest; not verified (use --verify)")
     elif report["verified"]:
         out.print(Text(f"{len(report['files'])} files verified: every SHA-256 matches the manifest", style="green"))
     else:
         for problem in report["problems"]:
-            out.print(Text(problem, style="red"))
+            out.print(Text(problem, style="red"), soft_wrap=True)
 
 
 def show_evaluation(evaluation: Mapping[str, Any]) -> None:
@@ -84,22 +87,28 @@ def metric_table(evaluation: Mapping[str, Any], *, names: Sequence[str] = ()) ->
         names: Metrics to show; all that apply by default.
     """
     floor = (evaluation["noise_floor"] or {}).get("metrics", {})
-    table = Table(header_style="dim", box=box.SIMPLE)
-    table.add_column("metric", no_wrap=True)
-    for column in ("mean", "95 % interval", "full precision", "another seed"):
-        table.add_column(column, justify="right")
     metrics = evaluation["metrics"]
+    rows = []
     for name, entry in metrics.items():
         if (names and name not in names) or name.startswith("reference_") or entry["mean"] is None:
             continue
         reference = metrics.get(f"reference_{name}", {"mean": None})["mean"]
-        table.add_row(
-            title_of(name),
-            format_value(name, entry["mean"]),
-            format_interval(name, entry["low"], entry["high"]),
-            format_value(name, reference),
-            format_value(name, floor.get(name)),
+        rows.append(
+            (
+                title_of(name),
+                format_value(name, entry["mean"]),
+                format_interval(name, entry["low"], entry["high"]),
+                format_value(name, reference),
+                format_value(name, floor.get(name)),
+            )
         )
+    headings = ("metric", "mean", "95 %\ninterval", "full\nprecision", "another\nseed")
+    kept = [column for column in range(len(headings)) if column < 2 or any(row[column] != "–" for row in rows)]
+    table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)
+    for column in kept:
+        table.add_column(headings[column], justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[column] for column in kept))
     return table
 
 

@@ -6,6 +6,8 @@ A message says where, what was found, what was expected, and what to do about it
 import difflib
 from collections.abc import Iterable
 
+_MAX_QUOTED = 200
+
 
 class S2QError(Exception):
     """Base of every error that the project raises on purpose; ends a command with exit code 1."""
@@ -70,6 +72,18 @@ def unknown_name(kind: str, name: str, options: Iterable[str]) -> InvalidInputEr
     near = nearest_names(name, known)
     hint = f"nearest names are {', '.join(near)}; " if near else ""
     return InvalidInputError(f"unknown {kind} {name!r}: {hint}all: {', '.join(known) or 'none'}")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, cut at 200 characters; its class name if it has none.
+
+    Args:
+        error: An exception of another library, to be quoted in a message of ours.
+    """
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= _MAX_QUOTED else lines[0][:_MAX_QUOTED] + "…"
 
 
 def _fold(name: str) -> str:

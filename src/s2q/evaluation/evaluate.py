@@ -19,11 +19,12 @@ from s2q.calibration.settings import GenerationSettings, check_prompts, check_se
 from s2q.calibration.trajectory import Trajectory, record_trajectory
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.evaluation import adherence, metrics, velocity
-from s2q.evaluation.generate import Progress, Video, batch_size_for, batched, settings_for, step_counter
+from s2q.evaluation.generate import Progress, Video, batch_size_for, batched, settings_for, step_counter, videos_of
 from s2q.evaluation.prompts import check_distinct
 from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
 from s2q.evaluation.summary import summarise
-from s2q.loading import load_pipeline
+from s2q.loading import check_model, load_pipeline
+from s2q.models.source import dtype_name
 
 VELOCITY = "velocity_relative_error"
 METRICS: tuple[str, ...] = (
@@ -106,7 +107,7 @@ def evaluate(
 
     Returns:
         The content of `eval.json`: `schema_version`, `model`, `reference`, `n_prompts`, `n_seeds`, `metrics`, `videos`,
-        `velocity`, `noise_floor`, `settings` and `versions`; see `docs` for every field.
+        `velocity` (by step), `noise_floor` (full precision with another seed), `settings` and `versions`.
 
     Raises:
         InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take.
@@ -118,6 +119,8 @@ def evaluate(
     if prompts is None:
         prompts = default_prompts(reference)
     check_distinct(prompts)
+    if isinstance(model, (str, Path)):
+        check_model(model)  # before the reference generates for nothing
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     teacher = _run_teacher(reference, jobs, options, record=VELOCITY in wanted, progress=progress)
     judged = _run_student(model, jobs, options, teacher, wanted, progress)
@@ -126,7 +129,7 @@ def evaluate(
         judged=judged,
         reference_videos=teacher.videos,
         settings=teacher.settings,
-        dtype=str(teacher.dtype).removeprefix("torch."),
+        dtype=dtype_name(teacher.dtype),
         timesteps=teacher.timesteps,
     )
 
@@ -192,7 +195,7 @@ def _run_teacher(
         else:
             result = denoise(pipe, names, seeds=seeds, settings=settings, step_done=tick)
             trajectories.append(None)
-        videos += _videos(names, seeds, result)
+        videos += videos_of(names, seeds, result)
     if pipe is not reference:
         del pipe
         gc.collect()
@@ -229,7 +232,7 @@ def _run_student(
         if trajectory is not None:
             steps = velocity.velocity_errors(pipe.transformer, trajectory, step_done=replay)
             teacher.trajectories[index] = None
-        for video, errors in zip(_videos(names, seeds, result), steps, strict=True):
+        for video, errors in zip(videos_of(names, seeds, result), steps, strict=True):
             judged.append(_judge(video, teacher.videos[len(judged)], errors, wanted))
     return judged
 
@@ -276,11 +279,3 @@ def _counter(
 def _batches(jobs: list[tuple[str, int]], size: int) -> Iterator[tuple[list[str], list[int]]]:
     for batch in batched(jobs, size):
         yield [prompt for prompt, _ in batch], [seed for _, seed in batch]
-
-
-def _videos(names: list[str], seeds: list[int], result: Any) -> list[Video]:
-    frames: torch.Tensor = result.frames
-    return [
-        Video(prompt=prompt, seed=seed, frames=frames[index], latents=result.latents[index])
-        for index, (prompt, seed) in enumerate(zip(names, seeds, strict=True))
-    ]

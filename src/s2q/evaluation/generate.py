@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from s2q.calibration.denoising import denoise
+from s2q.calibration.denoising import Denoised, denoise
 from s2q.calibration.settings import (
     GenerationSettings,
     check_prompts,
@@ -17,6 +17,7 @@ from s2q.calibration.settings import (
     resolve_settings,
     video_tokens,
 )
+from s2q.calibration.trajectory import Trajectory
 from s2q.core.errors import InvalidInputError
 from s2q.evaluation.sources import generation_defaults
 from s2q.loading import load_pipeline
@@ -87,12 +88,15 @@ def generate(
     for batch in batched(jobs, size):
         names, numbers = [prompt for prompt, _ in batch], [seed for _, seed in batch]
         result = denoise(pipe, names, seeds=numbers, settings=resolved, step_done=tick)
-        assert result.frames is not None
-        videos += [
-            Video(prompt=prompt, seed=seed, frames=result.frames[index], latents=result.latents[index])
-            for index, (prompt, seed) in enumerate(batch)
-        ]
+        videos += videos_of(names, numbers, result)
     return videos
+
+
+def videos_of(prompts: Sequence[str], seeds: Sequence[int], result: Denoised | Trajectory) -> list[Video]:
+    """Return the videos of one decoded batch, one for each prompt and seed."""
+    assert result.frames is not None
+    rows = zip(prompts, seeds, result.frames, result.latents, strict=True)
+    return [Video(prompt=prompt, seed=seed, frames=frames, latents=latents) for prompt, seed, frames, latents in rows]
 
 
 def settings_for(

@@ -48,8 +48,10 @@ def check_distinct(prompts: Sequence[str]) -> None:
     """Check that no prompt appears twice: videos are told apart by prompt and seed.
 
     Raises:
-        InvalidInputError: A prompt is repeated.
+        InvalidInputError: A prompt is repeated, or one string was given instead of a list.
     """
+    if isinstance(prompts, str):
+        raise InvalidInputError("prompts: got one string; pass a list of prompts")
     seen: set[str] = set()
     for prompt in prompts:
         if prompt in seen:

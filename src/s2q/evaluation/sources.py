@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from s2q.core.errors import InvalidInputError
+from s2q.shapes import embedded
 
 
 def model_label(model: Any) -> str:
@@ -26,27 +27,19 @@ def generation_defaults(model: Any) -> dict[str, Any]:
         Fields of `GenerationSettings`; empty where nothing is recommended. A quantized folder has those of the model it
         was made from.
     """
-    from s2q.shapes import embedded
-
-    name = model_label(model)
-    folder = Path(name)
-    source = _quantized_source(folder)
-    for candidate in (name, source):
-        if candidate in embedded.EMBEDDED_NAMES:
-            return dict(embedded.generation_defaults(candidate))
-    for embedded_name in embedded.EMBEDDED_NAMES:
-        if folder.is_dir() and folder.resolve() == Path(embedded.embedded_folder(embedded_name)).resolve():
-            return dict(embedded.generation_defaults(embedded_name))
-    return {}
+    source = embedded_source(model)
+    return {} if source is None else dict(embedded.generation_defaults(source))
 
 
 def embedded_source(model: Any) -> str | None:
-    """Return the embedded model that a model is or was made from, or None."""
-    from s2q.shapes.embedded import EMBEDDED_NAMES
-
+    """Return the embedded model that a model is or was made from, by name, folder or report; None if there is none."""
     name = model_label(model)
-    for candidate in (name, _quantized_source(Path(name))):
-        if candidate in EMBEDDED_NAMES:
+    folder = Path(name)
+    for candidate in (name, _quantized_source(folder)):
+        if candidate in embedded.EMBEDDED_NAMES:
+            return candidate
+    for candidate in embedded.EMBEDDED_NAMES if folder.is_dir() else ():
+        if folder.resolve() == Path(embedded.embedded_folder(candidate)).resolve():
             return candidate
     return None
 

@@ -17,8 +17,9 @@ MIN_PROMPTS = 10
 CONFIDENCE = 0.95
 _RESAMPLES = 9999
 INTERVAL = (
-    f"{CONFIDENCE * 100:g} %, bootstrap over prompts (BCa, {_RESAMPLES} resamples; exact binomial over prompts where "
-    f"every prompt scores 0 or every prompt 1); null below {MIN_PROMPTS} prompts"
+    f"mean over prompts of each prompt's mean over seeds; {CONFIDENCE * 100:g} % interval by bootstrap over prompts "
+    f"(BCa, {_RESAMPLES} resamples; exact binomial over prompts where every prompt scores 0 or every prompt 1); "
+    f"null below {MIN_PROMPTS} prompts"
 )
 
 

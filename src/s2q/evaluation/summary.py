@@ -126,10 +126,9 @@ def _with_change(values: Mapping[str, float | None]) -> dict[str, float | None]:
             continue
         table[name] = value
         if _REFERENCE + name in values:
-            table[_REFERENCE + name] = values[_REFERENCE + name]
-    if "adherence_all" in table:
-        ours, theirs = table["adherence_all"], table[_REFERENCE + "adherence_all"]
-        table[_CHANGE] = None if ours is None or theirs is None else ours - theirs
+            base = table[_REFERENCE + name] = values[_REFERENCE + name]
+            if name == "adherence_all":
+                table[_CHANGE] = None if value is None or base is None else value - base
     return table
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.core.errors import InvalidInputError, first_line, unknown_name
 from s2q.core.headers import read_folder_headers
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class ModelSource:
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise InvalidInputError(
                 f"{self.folder / _TRANSFORMER / 'config.json'}: does not describe a {self.transformer_class} "
-                f"({_first_line(error)}); download or save the model again"
+                f"({first_line(error)}); download or save the model again"
             ) from error
 
     def load_pipeline(self, *, dtype: torch.dtype | str | None = None, device: str = "cpu") -> DiffusionPipeline:
@@ -114,6 +114,7 @@ class ModelSource:
             from s2q.shapes.embedded import embedded_pipeline
 
             pipe = embedded_pipeline(self.name, dtype=wanted)
+            pipe.register_to_config(_name_or_path=self.name)  # not the folder, which the variants share
         else:
             pipe = _load_pipeline(folder, wanted)
         pipe.set_progress_bar_config(disable=True)
@@ -219,10 +220,10 @@ def _load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)  # never a pickle
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise InvalidInputError(
-            f"{folder}: cannot be loaded as a diffusers pipeline ({_first_line(error)}); download or save it again"
+            f"{folder}: cannot be loaded as a diffusers pipeline ({first_line(error)}); download or save it again"
         ) from error
 
 
@@ -242,14 +243,14 @@ def _hub_pipeline_folder(repo_id: str) -> Path:
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(repo_id))
+        return Path(DiffusionPipeline.download(repo_id, use_safetensors=True))
     except (OSError, ValueError) as error:
         raise _not_on_hub(repo_id, error) from error
 
 
 def _not_on_hub(repo_id: str, error: Exception) -> InvalidInputError:
     return InvalidInputError(
-        f"{repo_id}: no such folder here, and not to be had from the Hub ({_first_line(error)}); "
+        f"{repo_id}: no such folder here, and not to be had from the Hub ({first_line(error)}); "
         "check the id, the network, HF_TOKEN and HF_HUB_OFFLINE, or pass a folder or an embedded model"
     )
 
@@ -259,13 +260,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidInputError(
-            f"{path}: cannot be read as JSON ({_first_line(error)}); download or save the model again"
+            f"{path}: cannot be read as JSON ({first_line(error)}); download or save the model again"
         ) from error
     if not isinstance(content, dict):
         raise InvalidInputError(f"{path}: got a JSON {type(content).__name__}; expected an object")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

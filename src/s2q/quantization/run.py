@@ -7,18 +7,22 @@ therefore goes on where it was, with a bit-identical result. The output appears 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import torch
+from safetensors import SafetensorError
 
 from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, S2QConfig, attach_config, save_checkpoint
-from s2q.core.errors import InvalidInputError, ResourceError, UsageError, unknown_name
+from s2q.core.devices import check_device
+from s2q.core.errors import ResourceError, UsageError, unknown_name
 from s2q.core.files import check_output
 from s2q.models import ModelSource, resolve_model
 from s2q.models.source import dtype_name
@@ -38,6 +42,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many of its steps are done, and how many there are."""
 
+_DISK_FULL = "No space left on device"  # SafetensorError has no errno
 _T = TypeVar("_T")
 
 
@@ -101,14 +106,15 @@ def quantize(
     source = resolve_model(model) if isinstance(model, str | Path) else None
     # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
     planned = None if source is None else plan(source, validated, dtype=settings.dtype)
+    check_device(settings.device)
+    target = None if out is None else Path(out).expanduser()
+    if target is not None:
+        check_output(target, overwrite=settings.overwrite, markers=OVERWRITABLE)
     if settings.dry_run:
         return planned or _plan_loaded(load_teacher(model, validated, dtype=settings.dtype), validated)
-    if out is None:
+    if target is None:
         raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
-    target = Path(out).expanduser()
-    check_output(target, overwrite=settings.overwrite, markers=OVERWRITABLE)
-    _check_device(settings.device)
-    with open_run_folder(target) as folder:
+    with _resource_errors(target, settings.device), open_run_folder(target) as folder:
         run = _Run(folder, target, settings, progress)
         return run.carry_out(source or model, validated, n_prompts=len(prompts or ()))
 
@@ -129,7 +135,9 @@ class _Run:
     ) -> QuantizationReport:
         if not self.settings.resume:
             self.folder.clear()
+        self.progress("load", 0, 1)
         teacher = self._timed("load", lambda: load_teacher(model, recipe, dtype=self.settings.dtype))
+        self.progress("load", 1, 1)
         planned = _plan_loaded(teacher, recipe)
         self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed)
         blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe))
@@ -173,7 +181,12 @@ class _Run:
         linears = {one.name.removeprefix(f"{name}."): one.name for one in teacher.quantized_linears(index)}
         schemes = {full: teacher.schemes[full] for full in linears.values()}
         fingerprint = block_fingerprint(
-            block, schemes, recipe=recipe, seed=self.settings.seed, versions=package_versions()
+            block,
+            schemes,
+            recipe=recipe,
+            seed=self.settings.seed,
+            device=torch.device(self.settings.device).type,
+            versions=package_versions(),
         )
         resumed = self.folder.has(key, fingerprint)
         if not resumed:
@@ -184,7 +197,7 @@ class _Run:
                 peak_memory_bytes=peak_memory_bytes(self.settings.device),
             )
             self.folder.save(key, fingerprint, artefact)
-        report = BlockReport(index=index, name=name, resumed=resumed, **self.folder.load(key).stats)
+        report = BlockReport(index=index, name=name, resumed=resumed, **self.folder.stats(key))
         self.folder.log("block", **asdict(report))
         logger.info(
             "block %d/%d: %d linears, weight error %.3g, %.1f s, peak %.0f MiB%s",
@@ -258,15 +271,18 @@ def _plan_loaded(teacher: Teacher, recipe: Recipe) -> Plan:
     return plan_transformer(teacher.transformer, recipe, model=teacher.name, sizes=sizes, dtype=teacher.dtype)
 
 
-def _check_device(device: str) -> None:
+@contextlib.contextmanager
+def _resource_errors(out: Path, device: str) -> Iterator[None]:
+    """Say in one line what ran out; what is finished stays for the next attempt."""
+    kept = "run again then: finished blocks are kept"
     try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise InvalidInputError(f"device={device!r} is unknown; use cpu, cuda or cuda:N") from error
-    if kind not in ("cpu", "cuda"):
-        raise InvalidInputError(f"device={device!r} is not supported; use cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ResourceError(f"device={device!r}: this machine or this build of PyTorch has no CUDA device; use cpu")
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(f"out of memory on {device}; free some, {kept}") from error
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _DISK_FULL in str(error):
+            raise ResourceError(f"{out}: the disk is full; free some space, {kept}") from error
+        raise
 
 
 def _artefact_name(index: int) -> str:

@@ -87,11 +87,18 @@ class RunFolder:
         Args:
             name: Name of the result.
         """
+        tensors = safetensors.torch.load_file(self.path / f"{name}.safetensors")
+        return Artefact(tensors=tensors, stats=self.stats(name))
+
+    def stats(self, name: str) -> dict[str, Any]:
+        """Read what was measured while a result was made, without its tensors.
+
+        Args:
+            name: Name of the result.
+        """
         record = self._record(name)
         assert record is not None, name
-        return Artefact(
-            tensors=safetensors.torch.load_file(self.path / f"{name}.safetensors"), stats=record.get("stats", {})
-        )
+        return dict(record["stats"])
 
     def log(self, event: str, **fields: Any) -> None:
         """Append an event to events.jsonl, with the time (UTC).
@@ -158,7 +165,13 @@ def open_run_folder(out: Path) -> Iterator[RunFolder]:
         raise InvalidInputError(f"{out} cannot be written: {error.strerror or error}; check the folder") from error
     try:
         _remove_leftovers(out)
-        yield RunFolder(path)
+        folder = RunFolder(path)
+        try:
+            yield folder
+        except BaseException:
+            if not any(path.glob("*.safetensors")):  # nothing to go on from
+                folder.remove()
+            raise
     finally:
         os.close(descriptor)
 

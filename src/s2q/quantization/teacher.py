@@ -16,6 +16,7 @@ from s2q.core.schemes import LinearScheme
 from s2q.models import BlockLinear, ModelSource, block_linears, block_names, family_of
 from s2q.models.source import HUB_ID, parse_dtype
 from s2q.recipes import Recipe, assign_schemes
+from s2q.shapes import embedded
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -92,6 +93,8 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
 
 def _origin(pipe: DiffusionPipeline) -> tuple[str, Path | None]:
     location = str(getattr(pipe, "name_or_path", "") or "")
+    if location in embedded.EMBEDDED_NAMES:
+        return location, embedded.embedded_folder(location)
     if location and Path(location).is_dir():
         return Path(location).resolve().name, Path(location)
     return (location if HUB_ID.fullmatch(location) else type(pipe).__name__), None

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from s2q.core.errors import InvalidInputError, nearest_names, unknown_name
+from s2q.core.errors import InvalidInputError, first_line, nearest_names, unknown_name
 from s2q.recipes.schema import Recipe
 
 _SUFFIX = ".yaml"
@@ -70,8 +70,9 @@ def _read(recipe: str | Path) -> tuple[str, dict[str, Any]]:
     try:
         content = yaml.safe_load(source)
     except yaml.YAMLError as error:
-        first = str(error).splitlines()[0]
-        raise InvalidInputError(f"{where}: not valid YAML ({first}); expected the keys of a recipe") from error
+        raise InvalidInputError(
+            f"{where}: not valid YAML ({first_line(error)}); expected the keys of a recipe"
+        ) from error
     if not isinstance(content, dict):
         raise InvalidInputError(f"{where}: got {type(content).__name__}; expected a mapping with the keys of a recipe")
     return where, content

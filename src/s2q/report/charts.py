@@ -104,7 +104,8 @@ def _whisker(entry: Mapping[str, Any], x: Any, y: float, kind: str, label: str) 
 
 
 def _decade(exponent: int, y: float) -> str:
-    label = f'10<tspan dy="-5" font-size="11">{exponent}</tspan>'.replace("-", "−").replace('dy="−5"', 'dy="-5"')
+    shown = str(exponent).replace("-", "−")
+    label = f'10<tspan dy="-5" font-size="11">{shown}</tspan>'
     return (
         f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text x="{_LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'

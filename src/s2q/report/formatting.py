@@ -11,9 +11,9 @@ _PERCENT = ("adherence",)
 def format_bytes(count: float) -> str:
     """Return a number of bytes with a decimal unit: `1234567` is "1.23 MB"."""
     value, unit = float(count), 0
-    while value >= 1000 and unit < len(_BYTE_UNITS) - 1:
+    while value >= 999.5 and unit < len(_BYTE_UNITS) - 1:  # what would be shown as 1000
         value, unit = value / 1000, unit + 1
-    return f"{int(value)} B" if unit == 0 else f"{value:.3g} {_BYTE_UNITS[unit]}"
+    return f"{value:.0f} B" if unit == 0 else f"{value:.3g} {_BYTE_UNITS[unit]}"
 
 
 def format_value(name: str, value: float | None) -> str:
@@ -31,7 +31,7 @@ def format_value(name: str, value: float | None) -> str:
         return f"{value * 100:+.1f} %" if name.endswith("_change") else f"{value * 100:.1f} %"
     if value == 0 or abs(value) >= 0.01:
         return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
-    return f"{value:.5f}" if abs(value) >= 0.0001 else f"{value:.2e}"
+    return f"{value:#.3g}"
 
 
 def format_interval(name: str, low: float | None, high: float | None) -> str:
@@ -68,9 +68,9 @@ def format_sample(prompts: int, seeds: int) -> str:
 
 
 def title_of(name: str) -> str:
-    """Return a metric's name for people: "psnr_frame_mean_db" is "PSNR, frame mean"."""
+    """Return a metric's name for people: "psnr_frame_mean_db" is "PSNR, mean of frames"."""
     titles = {
-        "latent_relative_l2": "Latent distance, relative L2",
+        "latent_relative_l2": "Latent relative L2",
         "latent_cosine": "Latent cosine",
         "psnr_frame_mean_db": "PSNR, mean of frames",
         "psnr_pooled_db": "PSNR, pooled",

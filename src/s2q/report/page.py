@@ -203,17 +203,21 @@ def _cards(content: PageContent) -> list[dict[str, str]]:
 
 
 def _metric_rows(evaluation: Mapping[str, Any], *, adherence: bool) -> list[dict[str, Any]]:
+    metrics = evaluation["metrics"]
     floor = (evaluation.get("noise_floor") or {}).get("metrics", {})
     rows = []
-    for name, entry in evaluation["metrics"].items():
-        if ("adherence" in name) != adherence or entry["mean"] is None:
+    for name, entry in metrics.items():
+        if ("adherence" in name) != adherence or name.startswith("reference_") or entry["mean"] is None:
             continue
+        base = metrics.get(f"reference_{name}", {"mean": None, "low": None, "high": None})
         rows.append(
             {
                 "name": name,
                 "title": formatting.title_of(name),
                 "mean": formatting.format_value(name, entry["mean"]),
                 "interval": formatting.format_interval(name, entry["low"], entry["high"]),
+                "reference": formatting.format_value(name, base["mean"]),
+                "reference_interval": formatting.format_interval(name, base["low"], base["high"]),
                 "floor": formatting.format_value(name, floor.get(name)),
                 "definition": entry["definition"],
             }

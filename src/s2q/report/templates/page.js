@@ -36,9 +36,12 @@
     seek(frame) {
       this.wanted = false;
       this.apply();
+      this.rest(frame);
+      refresh();
+    }
+    rest(frame) {
       for (const video of this.videos) video.currentTime = (frame + 0.5) / this.fps;
       this.show(frame);
-      refresh();
     }
     apply() {
       const run = this.wanted && this.visible;
@@ -46,10 +49,10 @@
       this.toggle.setAttribute("aria-label", this.wanted ? "Pause" : "Play");
       for (const video of this.videos) {
         video.playbackRate = Number(speed.value);
-        if (run) video.play().catch(() => { if (this.wanted) { this.wanted = false; this.apply(); refresh(); } });
+        if (run) video.play().catch((error) => { if (error.name === "NotAllowedError") this.want(false); });
         else video.pause();
       }
-      if (!run) for (const video of this.videos) video.currentTime = this.master.currentTime;
+      if (!this.wanted && this.master.readyState) this.rest(this.frame);
     }
     show(frame) {
       this.range.value = String(frame);
@@ -59,7 +62,7 @@
       if (!this.wanted || !this.visible || this.master.seeking) return;
       const now = this.master.currentTime;
       for (const video of this.videos.slice(1)) {
-        if (!video.seeking && Math.abs(video.currentTime - now) > 0.5 / this.fps) video.currentTime = now;
+        if (!video.seeking && Math.abs(video.currentTime - now) > 0.3 / this.fps) video.currentTime = now;
       }
       const frame = this.frame;
       if (frame !== this.last) { this.last = frame; this.show(frame); }

@@ -15,7 +15,7 @@ import torch
 
 from s2q.shapes.embedded import embedded_prompts
 from s2q.shapes.scenes import combinations
-from s2q.shapes.training.assemble import assemble, plot_losses, reconstruction_quality, scaled_vae, write_card
+from s2q.shapes.training.assemble import assemble, finished_vae, plot_losses, reconstruction_quality, write_card
 from s2q.shapes.training.loop import TrainingSettings, train
 from s2q.shapes.training.quality import adherence, sample, write_sheet
 from s2q.shapes.training.transformer import TransformerTask, encode_pool
@@ -30,7 +30,7 @@ VAE_SETTINGS = TrainingSettings(
 DECODER_SETTINGS = TrainingSettings(
     steps=1000, batch_size=16, learning_rate=7e-4, warmup_steps=20, ema_decay=0.995, seed=2
 )
-TRANSFORMER_SETTINGS = TrainingSettings(steps=5000, batch_size=64, learning_rate=2e-3, muon=True, seed=1)
+TRANSFORMER_SETTINGS = TrainingSettings(steps=4300, batch_size=64, learning_rate=2e-3, muon=True, seed=1)
 
 
 def main() -> None:
@@ -43,11 +43,11 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     work, run = arguments.work, {"processes": arguments.processes, "device": arguments.device}
-    training, held_out = combinations(held_out=False), combinations(held_out=True)
+    held_out = combinations(held_out=True)
 
     train(functools.partial(VAETask, seed=1), VAE_SETTINGS, work / "vae", **run)
     train(functools.partial(DecoderTask, start=work / "vae"), DECODER_SETTINGS, work / "decoder", **run)
-    vae = scaled_vae((work / "vae", work / "decoder"), labels=training, seed=3)
+    vae = finished_vae(work / "vae", work / "decoder")
     reconstruction = reconstruction_quality(vae, held_out, seed=4)
     logger.info("reconstruction of held-out scenes: %s", reconstruction)
 

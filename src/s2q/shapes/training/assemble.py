@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
-from torch import Tensor
 
 from s2q.core.files import atomic_write_json, atomic_write_text
-from s2q.shapes.architecture import FRAME_SIZE, NUM_FRAMES, build_pipeline, build_vae
+from s2q.shapes.architecture import FRAME_SIZE, NUM_FRAMES, build_pipeline
 from s2q.shapes.detector import detect
 from s2q.shapes.scenes import SceneLabels, sample_batch
 from s2q.shapes.training.loop import load_average
-from s2q.shapes.training.vae import scale_latents
+from s2q.shapes.training.vae import normalised_vae
 
 GENERATION = {
     "num_inference_steps": 20,
@@ -27,20 +26,10 @@ GENERATION = {
 LABEL_FIELDS = ("shape", "colour", "motion", "background")
 
 
-@torch.no_grad()
-def latent_spread(vae: AutoencoderKLCogVideoX, videos: Tensor) -> Tensor:
-    """Standard deviation of each latent channel, ``[C]``, over ``videos`` ``[B, F, 3, H, W]``."""
-    mean = vae.encode(videos.permute(0, 2, 1, 3, 4) * 2 - 1).latent_dist.mean
-    return mean.transpose(0, 1).flatten(1).std(dim=1)
-
-
-def scaled_vae(folders: Sequence[Path], *, labels: Sequence[SceneLabels], seed: int) -> AutoencoderKLCogVideoX:
-    """The autoencoder after its training stages, latents scaled to unit spread on scenes of ``labels``."""
-    vae = build_vae().eval()
-    for folder in folders:
-        load_average(vae, folder / "ema.safetensors", prefix="vae.")
-    videos, _ = sample_batch(labels, generator=torch.Generator().manual_seed(seed))
-    scale_latents(vae, latent_spread(vae, videos))
+def finished_vae(vae_run: Path, decoder_run: Path) -> AutoencoderKLCogVideoX:
+    """The autoencoder after both of its training stages."""
+    vae = normalised_vae(vae_run)
+    load_average(vae, decoder_run / "ema.safetensors", prefix="vae.")
     return vae
 
 
@@ -79,8 +68,15 @@ def assemble(vae: AutoencoderKLCogVideoX, transformer_run: Path, out: Path, *, s
     pipeline.to(torch.bfloat16)
     shutil.rmtree(out, ignore_errors=True)
     pipeline.save_pretrained(out)
+    _declare_float32(out / "text_encoder" / "config.json")
     atomic_write_json(out / "generation.json", GENERATION)
     return pipeline
+
+
+def _declare_float32(config: Path) -> None:
+    """Without a dtype diffusers loads its parts in float32 and transformers in the declared dtype: make them agree."""
+    declared = json.loads(config.read_text())
+    atomic_write_json(config, declared | {"dtype": "float32"})
 
 
 def plot_losses(runs: dict[str, Path], path: Path) -> None:
@@ -111,7 +107,7 @@ def write_card(out: Path, facts: dict[str, Any]) -> None:
         "# shapes-cogvideox",
         "",
         "A complete CogVideoX pipeline (tokenizer, T5 encoder, 3D autoencoder, 6-block transformer, DDIM scheduler)",
-        "trained from nothing on procedurally drawn videos of one moving shape (`s2q.shapes.scenes`); nobody else's data",
+        "trained from nothing on procedurally drawn videos of one moving shape (`s2q.shapes.scenes`). No other data",
         "or weights went into it. It is there so that quantization can be tried and judged anywhere, offline.",
         "",
         "![loss](losses.png)",

@@ -49,7 +49,7 @@ class VAETask:
 
 
 class DecoderTask(VAETask):
-    """Go on with the decoder alone: the latents stay what they are, so the transformer can already train on them.
+    """Go on with the decoder alone, on normalised latents: they stay, so the transformer can train on them.
 
     Args:
         start: Training folder of the autoencoder to start from.
@@ -57,29 +57,44 @@ class DecoderTask(VAETask):
 
     def __init__(self, *, start: Path) -> None:
         super().__init__()
-        load_average(self.vae, start / "ema.safetensors", prefix="vae.")
+        self.vae = normalised_vae(start)
         self.vae.encoder.requires_grad_(False)
+        self.modules = nn.ModuleDict({"vae": self.vae})
 
 
 @torch.no_grad()
-def scale_latents(vae: AutoencoderKLCogVideoX, spread: Tensor) -> None:
-    """Fold a per-channel division of the latents by ``spread`` into the weights; reconstructions stay as they are.
+def normalised_vae(folder: Path) -> AutoencoderKLCogVideoX:
+    """The averaged weights of a finished run of ``VAETask``, each latent channel at mean 0 and spread 1."""
+    vae = build_vae().eval()
+    load_average(vae, folder / "ema.safetensors", prefix="vae.")
+    videos, _ = sample_batch(combinations(held_out=False), generator=torch.Generator().manual_seed(3))
+    latents = vae.encode(videos.permute(0, 2, 1, 3, 4) * 2 - 1).latent_dist.mean.transpose(0, 1).flatten(1)
+    normalise_latents(vae, mean=latents.mean(dim=1), spread=latents.std(dim=1))
+    return vae
 
-    The encoder's last convolution is scaled down and every layer of the decoder that reads latents is scaled up,
-    because the pipeline offers one scaling factor for all channels.
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKLCogVideoX, *, mean: Tensor, spread: Tensor) -> None:
+    """Fold ``(latent - mean) / spread`` into the weights: the pipeline offers one factor for all channels.
+
+    The encoder's last convolution takes the shift and the scale, every layer of the decoder that reads latents
+    undoes them. The scale leaves reconstructions as they are; the shift does so except at the frame's border, where
+    the decoder's first convolution pads with zeros (which the decoder then learns anew).
 
     Args:
         vae: Changed in place.
+        mean: ``[C]``, mean of each latent channel.
         spread: ``[C]``, standard deviation of each latent channel.
     """
     channels = len(spread)
     weight, bias = vae.encoder.conv_out.conv.weight, vae.encoder.conv_out.conv.bias
     weight[:channels] /= spread.view(-1, 1, 1, 1, 1)
-    bias[:channels] /= spread
-    bias[channels:] -= 2 * spread.log()  # the log variance of a divided value
+    bias[:channels] = (bias[:channels] - mean) / spread
+    bias[channels:] -= 2 * spread.log()  # the other half of the output is the log variance
     readers = [vae.decoder.conv_in.conv]
     for module in vae.decoder.modules():
         if type(module).__name__ == "CogVideoXSpatialNorm3D":
             readers += [module.conv_y.conv, module.conv_b.conv]
     for convolution in readers:
+        convolution.bias += torch.einsum("oc...,c->o", convolution.weight, mean)
         convolution.weight *= spread.view(1, -1, 1, 1, 1)

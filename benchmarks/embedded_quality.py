@@ -1,0 +1,95 @@
+"""Quality of recipes on an embedded model, against its full precision, on prompts never trained on.
+
+    python benchmarks/embedded_quality.py [-m shapes-cogvideox] [-r rtn-w4a6 ...] [--prompts 64] [--seeds 2] [--dtype
+    float32]
+
+Every recipe is quantized, evaluated and stored by itself in ``benchmarks/results/quality/MODEL/RECIPE.json``; a
+recipe whose file is there is skipped, so a killed run goes on where it was (``--again`` measures anew). Per-video
+values are kept.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from environment import environment
+
+from s2q.evaluation import EvaluationOptions, evaluate
+from s2q.quantization import quantize
+from s2q.recipes import recipe_names
+from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_prompts
+
+RESULTS = Path(__file__).parent / "results" / "quality"
+logger = logging.getLogger("embedded_quality")
+
+
+def measure(model: str, recipe: str, *, prompts: int, seeds: int, dtype: str) -> dict:
+    """Quantize and evaluate one recipe; the record is `eval.json` with the storage and the environment added."""
+    held_out = embedded_prompts(model, split="held-out", count=prompts)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = quantize(model, recipe=recipe, out=Path(folder) / "checkpoint")
+        result = evaluate(
+            str(Path(folder) / "checkpoint"),
+            model,
+            prompts=held_out,
+            seeds=tuple(range(seeds)),
+            options=EvaluationOptions(dtype=dtype),
+        )
+    result["videos"] = [
+        video | {"metrics": {name: _short(value) for name, value in video["metrics"].items()}}
+        for video in result["videos"]
+    ]
+    return (
+        result
+        | {"model": recipe, "reference": model, "storage": dict(report.storage)}
+        | {"quantize_seconds": report.seconds, "total_seconds": time.monotonic() - started}
+        | environment()
+    )
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
+def main() -> None:
+    """Measure the recipes that have no result yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-m", "--model", default=EMBEDDED_NAMES[0], choices=EMBEDDED_NAMES)
+    parser.add_argument("-r", "--recipe", action="append", choices=recipe_names())
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", help="compute dtype of both sides")
+    parser.add_argument("--again", action="store_true", help="measure recipes that have a result already")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    folder = RESULTS / arguments.model
+    folder.mkdir(parents=True, exist_ok=True)
+    for recipe in arguments.recipe or recipe_names():
+        path = folder / f"{recipe}.json"
+        if path.exists() and not arguments.again:
+            logger.info("%s: %s is there", arguments.model, path.name)
+            continue
+        result = measure(
+            arguments.model, recipe, prompts=arguments.prompts, seeds=arguments.seeds, dtype=arguments.dtype
+        )
+        path.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+        means = {name: metric["mean"] for name, metric in result["metrics"].items()}
+        logger.info(
+            "%s %s: %.1f dB, velocity error %.2e, adherence %.3f, in %.0f s",
+            arguments.model,
+            recipe,
+            means["psnr_frame_mean_db"],
+            means["velocity_relative_error"],
+            means["adherence_all"],
+            result["total_seconds"],
+        )
+
+
+if __name__ == "__main__":
+    main()

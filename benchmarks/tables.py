@@ -1,0 +1,161 @@
+"""Write the tables of the README and the docs from the results files; ``--check`` only says whether they are current.
+
+    python benchmarks/tables.py [--check]
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/results.md", "docs/observations.md")
+ORDER = ("rtn-w8a8", "rtn-w4a16", "rtn-w4a8", "rtn-w4a6", "rtn-w4a4")
+LABELS = ("shape", "colour", "direction", "background")
+
+
+def _quality(model: str) -> list[dict]:
+    folder = RESULTS / "quality" / model
+    results = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return [
+        results[name] for name in sorted(results, key=lambda n: (n not in ORDER, ORDER.index(n) if n in ORDER else n))
+    ]
+
+
+def _interval(metric: dict, form: str, *, scale: float = 1.0) -> str:
+    mean = format(metric["mean"] * scale, form)
+    if metric["low"] is None:
+        return mean
+    return f"{mean} [{format(metric['low'] * scale, form)}, {format(metric['high'] * scale, form)}]"
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def quality_table(model: str) -> str:
+    """Recipes of one model against its full precision, means with 95 % intervals over prompts."""
+    results = _quality(model)
+    head = ["storage", "PSNR dB", "SSIM", "latent rel. L2", "velocity error", "prompt adherence (all four)"]
+    lines = [_row("recipe", head), _row("---", ["---"] * len(head))]
+    first = results[0]
+    reference = _interval(first["metrics"]["reference_adherence_all"], ".3f")
+    lines.append(_row("full precision", ["1.00×", "", "", "", "", reference]))
+    for result in results:
+        metrics = result["metrics"]
+        cells = [
+            f"{result['storage']['ratio']:.2f}×",
+            _interval(metrics["psnr_frame_mean_db"], ".1f"),
+            _interval(metrics["ssim"], ".3f"),
+            _interval(metrics["latent_relative_l2"], ".3f"),
+            _interval(metrics["velocity_relative_error"], ".5f"),
+            _interval(metrics["adherence_all"], ".3f"),
+        ]
+        lines.append(_row(f"`{result['model']}`", cells))
+    floor = first["noise_floor"]
+    if floor:
+        lines.append(_row("full precision, another seed", ["", *_floor_cells(floor), "", ""]))
+    settings = first["settings"]
+    lines += [
+        "",
+        f"{first['n_prompts']} held-out prompts × {first['n_seeds']} seeds, {settings['num_inference_steps']} steps, "
+        f"{settings['dtype']} on both sides; brackets: {settings['interval']}. "
+        f"Storage: the whole transformer against bfloat16. Made by `{first['command']}` "
+        f"(torch {first['versions']['torch']}, diffusers {first['versions']['diffusers']}).",
+    ]
+    return "\n".join(lines)
+
+
+def _floor_cells(floor: dict) -> list[str]:
+    values = floor.get("metrics", floor)
+    names = ("psnr_frame_mean_db", "ssim", "latent_relative_l2")
+    forms = (".1f", ".3f", ".3f")
+    cells = []
+    for name, form in zip(names, forms, strict=True):
+        value = values.get(name)
+        cells.append("" if value is None else format(value["mean"] if isinstance(value, dict) else value, form))
+    return cells
+
+
+def adherence_table(model: str) -> str:
+    """Adherence label by label, as the detector sees it."""
+    results = _quality(model)
+    lines = [_row("recipe", list(LABELS)), _row("---", ["---"] * len(LABELS))]
+    first = results[0]["metrics"]
+    lines.append(_row("full precision", [_interval(first[f"reference_adherence_{label}"], ".3f") for label in LABELS]))
+    for result in results:
+        cells = [_interval(result["metrics"][f"adherence_{label}"], ".3f") for label in LABELS]
+        lines.append(_row(f"`{result['model']}`", cells))
+    return "\n".join(lines)
+
+
+def attention_table(model: str) -> str:
+    """Attention mass on the top tenth of the tokens: per block, at the first, the middle and the last step."""
+    result = json.loads((RESULTS / f"observations-{model}.json").read_text())
+    steps = [0, len(result["timesteps"]) // 2, len(result["timesteps"]) - 1]
+    names = [f"t = {result['timesteps'][i]}" for i in steps]
+    lines = [_row("block", [*names, "mean", "of all mass, on text"]), _row("---", ["---"] * 5)]
+    pairs = zip(result["attention_mass_top_10_percent"], result["attention_mass_text"], strict=True)
+    for block, (top, text) in enumerate(pairs):
+        cells = [f"{top[i]:.2f}" for i in steps] + [f"{sum(top) / len(top):.2f}", f"{sum(text) / len(text):.2f}"]
+        lines.append(_row(str(block), cells))
+    return "\n".join(lines)
+
+
+def outlier_table(model: str) -> str:
+    """Largest over median channel maximum, by kind of linear: median and largest over blocks and steps."""
+    result = json.loads((RESULTS / f"observations-{model}.json").read_text())
+    kinds: dict[str, list[float]] = {}
+    for name, values in result["input_max_over_median"].items():
+        kinds.setdefault(name.split(".", 2)[2], []).extend(values)
+    lines = [_row("input of", ["median", "largest"]), _row("---", ["---"] * 2)]
+    for kind, values in kinds.items():
+        ordered = sorted(values)
+        lines.append(_row(f"`{kind}`", [f"{ordered[len(ordered) // 2]:.1f}", f"{ordered[-1]:.1f}"]))
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "quality": quality_table,
+    "adherence": adherence_table,
+    "attention": attention_table,
+    "outliers": outlier_table,
+}
+
+
+def filled(text: str) -> str:
+    """The page with every marked table made anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        kind, model = match.group(1).split()
+        return f"<!-- table: {kind} {model} -->\n{TABLES[kind](model)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+ \S+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Fill or check the pages."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    arguments = parser.parse_args()
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        new = filled(text)
+        if new != text:
+            stale.append(page)
+            if not arguments.check:
+                path.write_text(new)
+    if arguments.check and stale:
+        print(f"out of date: {', '.join(stale)}; run python benchmarks/tables.py", file=sys.stderr)
+    return int(arguments.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

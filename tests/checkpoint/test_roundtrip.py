@@ -1,0 +1,291 @@
+"""A checkpoint loads through every door of diffusers and computes the same behind each."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import AutoModel, CogVideoXPipeline, CogVideoXTransformer3DModel, DiffusionPipeline
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from s2q.checkpoint import load_pipeline
+from s2q.core.errors import S2QError
+from s2q.models import block_linears, family_of
+from s2q.nn import PackedLinear
+from tiny import run_pipeline, run_transformer, tiny_cogvideox_pipeline
+
+FP32 = {"dtype": torch.float32}
+BF16 = {"dtype": torch.bfloat16}
+
+
+def load(path, **arguments):
+    return CogVideoXTransformer3DModel.from_pretrained(path, subfolder="transformer", **arguments)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint):
+    """Output of the checkpoint, run in fp32, through the plainest door."""
+    return run_transformer(load(checkpoint, **FP32))
+
+
+@pytest.fixture(scope="module")
+def stored(checkpoint):
+    return load_file(checkpoint / "transformer/diffusion_pytorch_model.safetensors")
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    return True
+
+
+def assert_stored(transformer, stored):
+    """Codes and scales are bit for bit what the file has, whatever the dtype of the rest."""
+    packed = {name: one for name, one in transformer.named_modules() if isinstance(one, PackedLinear)}
+    assert len(packed) == 16
+    for name, layer in packed.items():
+        assert layer.weight.dtype == torch.uint8
+        assert layer.weight_scale.dtype == torch.float32
+        assert torch.equal(layer.weight, stored[f"{name}.weight"])
+        assert torch.equal(layer.weight_scale, stored[f"{name}.weight_scale"])
+
+
+def test_differs_from_full_precision_but_not_wildly(expected):
+    full = run_transformer(tiny_cogvideox_pipeline().transformer)
+    error = float((expected - full).square().sum() / full.square().sum())
+    assert 1e-6 < error < 0.1
+
+
+@pytest.mark.parametrize("arguments", [FP32, BF16], ids=["fp32", "bf16"])
+def test_model(checkpoint, stored, expected, arguments):
+    transformer = load(checkpoint, **arguments)
+    assert transformer.dtype == arguments["dtype"]
+    assert_stored(transformer, stored)
+    output = run_transformer(transformer, dtype=arguments["dtype"])
+    error = float((output - expected).square().sum() / expected.square().sum())
+    assert error < (1e-9 if arguments is FP32 else 1e-3)
+
+
+def test_auto_model(checkpoint, expected):
+    assert close(run_transformer(AutoModel.from_pretrained(str(checkpoint), subfolder="transformer", **FP32)), expected)
+
+
+@pytest.mark.parametrize("pipeline", [CogVideoXPipeline, DiffusionPipeline])
+def test_pipelines(checkpoint, expected, pipeline):
+    pipe = pipeline.from_pretrained(checkpoint, **BF16)
+    assert type(pipe) is CogVideoXPipeline
+    assert torch.isfinite(run_pipeline(pipe)).all()
+    assert close(run_transformer(pipeline.from_pretrained(checkpoint, **FP32).transformer), expected)
+
+
+def test_a_pipeline_without_dtype_runs(checkpoint, expected):
+    """bf16 files, no dtype: the components must agree on one, or the first linear fails."""
+    pipe = CogVideoXPipeline.from_pretrained(checkpoint)
+    assert torch.isfinite(run_pipeline(pipe)).all()
+    assert close(run_transformer(pipe.transformer), expected)
+
+
+def test_own_loader_takes_the_dtype_of_the_run(checkpoint):
+    pipe = load_pipeline(checkpoint)
+    assert pipe.transformer.dtype == pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
+    assert load_pipeline(checkpoint, dtype=torch.float32).transformer.dtype == torch.float32
+
+
+def test_same_video_as_the_pipeline_in_memory(checkpoint_fp32):
+    """Save and load changes nothing: the latents are those of the pipeline that was packed in memory."""
+    from s2q.core.schemes import LinearScheme
+    from s2q.nn import replace_module
+    from s2q.recipes import assign_schemes, load_recipe
+    from s2q.rounding import round_rtn
+
+    pipe = tiny_cogvideox_pipeline()
+    linears = block_linears(pipe.transformer, family_of(pipe.transformer))
+    for name, scheme in assign_schemes(load_recipe("rtn-w4a6"), linears).items():
+        assert isinstance(scheme, LinearScheme)
+        linear = pipe.transformer.get_submodule(name)
+        rounded = round_rtn(linear.weight, scheme.weight)
+        replace_module(pipe.transformer, name, PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=scheme))
+    loaded = load_pipeline(checkpoint_fp32)
+    arguments = {"output_type": "latent", "guidance_scale": 3.0}
+    torch.testing.assert_close(run_pipeline(loaded, **arguments), run_pipeline(pipe, **arguments), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae"])
+def test_everything_else_is_stored_bit_for_bit(checkpoint, teacher, component):
+    """Every tensor but the weights of the block linears, which are replaced by codes and scales."""
+    model = getattr(teacher, component)
+    replaced = set()
+    if component == "transformer":
+        replaced = {f"{one.name}.weight" for one in block_linears(model, family_of(model))}
+    stored = load_file(checkpoint / component / "diffusion_pytorch_model.safetensors")
+    state = model.state_dict()
+    assert stored.keys() - state.keys() == {f"{name}_scale" for name in replaced}
+    assert stored.keys() >= state.keys()
+    for name in state.keys() - replaced:
+        assert stored[name].dtype == state[name].dtype
+        assert torch.equal(stored[name], state[name]), name
+
+
+def test_every_block_linear_is_packed_and_nothing_else(checkpoint, teacher):
+    transformer = load(checkpoint, **BF16)
+    packed = [name for name, module in transformer.named_modules() if isinstance(module, PackedLinear)]
+    assert packed == [one.name for one in block_linears(teacher.transformer, family_of(teacher.transformer))]
+    schemes = {name: transformer.get_submodule(name).scheme.name for name in packed}
+    modulation = {name for name in packed if "norm1.linear" in name or "norm2.linear" in name}
+    assert {schemes[name] for name in modulation} == {"w4a16"}
+    assert {schemes[name] for name in packed if name not in modulation} == {"w4a6"}
+
+
+def test_the_teacher_is_left_as_it_was(teacher):
+    fresh = tiny_cogvideox_pipeline(dtype=torch.bfloat16)
+    assert not any(isinstance(module, PackedLinear) for module in teacher.transformer.modules())
+    assert "quantization_config" not in teacher.transformer.config
+    for name, tensor in fresh.transformer.state_dict().items():
+        assert torch.equal(tensor, teacher.transformer.state_dict()[name])
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_map(checkpoint, expected, device_map):
+    transformer = load(checkpoint, device_map=device_map, **FP32)
+    assert transformer.hf_device_map
+    assert close(run_transformer(transformer), expected)
+
+
+@pytest.mark.parametrize("arguments", [FP32, BF16], ids=["fp32", "bf16"])
+def test_device_map_disk_keeps_the_scales_exact(checkpoint, tmp_path, arguments):
+    names = [name for name, _ in load(checkpoint).named_children() if name != "transformer_blocks"]
+    device_map = {**dict.fromkeys(names, "cpu"), "transformer_blocks.0": "cpu", "transformer_blocks.1": "disk"}
+    transformer = load(checkpoint, device_map=device_map, offload_folder=tmp_path, **arguments)
+    on_disk = [one for one in transformer.transformer_blocks[1].modules() if isinstance(one, PackedLinear)]
+    assert len(on_disk) == 8
+    assert all(layer.weight.is_meta for layer in on_disk)
+    output = run_transformer(transformer, dtype=arguments["dtype"])
+    assert close(output, run_transformer(load(checkpoint, **arguments), dtype=arguments["dtype"]))
+
+
+def test_loading_leaves_no_trace_on_the_class(checkpoint):
+    before = copy.copy(CogVideoXTransformer3DModel._keep_in_fp32_modules)
+    load(checkpoint, **BF16)
+    assert CogVideoXTransformer3DModel._keep_in_fp32_modules == before
+
+
+def test_model_cpu_offload(checkpoint):
+    wanted = run_pipeline(load_pipeline(checkpoint, dtype=torch.float32), output_type="latent")
+    pipe = load_pipeline(checkpoint, dtype=torch.float32)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert close(run_pipeline(pipe, output_type="latent"), wanted)
+
+
+def test_sequential_cpu_offload(checkpoint, expected):
+    from accelerate import cpu_offload
+
+    transformer = load(checkpoint, **FP32)
+    cpu_offload(transformer, torch.device("cpu"))
+    assert close(run_transformer(transformer), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
+def test_group_offload(checkpoint, expected, arguments):
+    transformer = load(checkpoint, **FP32)
+    transformer.enable_group_offload(torch.device("cpu"), **arguments)
+    assert close(run_transformer(transformer), expected)
+
+
+def test_deepcopy(checkpoint, stored, expected):
+    clone = copy.deepcopy(load(checkpoint, **FP32))
+    assert_stored(clone, stored)
+    assert close(run_transformer(clone), expected)
+
+
+def test_save_again(checkpoint, stored, expected, tmp_path):
+    load(checkpoint, **BF16).save_pretrained(tmp_path)
+    assert close(run_transformer(CogVideoXTransformer3DModel.from_pretrained(tmp_path, **FP32)), expected)
+    again = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
+    config, first = (json.loads((one / "config.json").read_text()) for one in (tmp_path, checkpoint / "transformer"))
+    assert config["quantization_config"] == first["quantization_config"]
+
+
+def test_shards(checkpoint, expected, tmp_path):
+    load(checkpoint, **BF16).save_pretrained(tmp_path, max_shard_size="16KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert close(run_transformer(CogVideoXTransformer3DModel.from_pretrained(tmp_path, **FP32)), expected)
+
+
+def test_dequantize_gives_the_plain_model_that_the_codes_stand_for(checkpoint, tmp_path):
+    packed = load(checkpoint, **FP32)
+    weight = packed.transformer_blocks[0].attn1.to_q.dequantized_weight(torch.float32)
+    plain = packed.dequantize()
+    assert type(plain.transformer_blocks[0].attn1.to_q) is torch.nn.Linear
+    assert torch.equal(plain.transformer_blocks[0].attn1.to_q.weight, weight)
+    plain.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.isfinite(run_transformer(CogVideoXTransformer3DModel.from_pretrained(tmp_path))).all()
+
+
+def test_casting_a_loaded_model_never_touches_codes_or_scales(checkpoint, stored):
+    transformer = load(checkpoint, **FP32)
+    with pytest.raises(ValueError, match="unsupported"):
+        transformer.to(torch.bfloat16)
+    transformer.bfloat16()
+    assert_stored(transformer, stored)
+
+
+def test_quantizing_while_loading_is_refused(tmp_path):
+    from s2q.checkpoint import S2QConfig
+    from s2q.core.schemes import LinearScheme, PerChannel, QuantScheme
+
+    tiny_cogvideox_pipeline().transformer.save_pretrained(tmp_path)
+    scheme = LinearScheme(weight=QuantScheme(num_bits=4, granularity=PerChannel()), activation=None)
+    config = S2QConfig.from_schemes({"transformer_blocks.0.attn1.to_q": scheme}, recipe="x", compute_dtype="float32")
+    with pytest.raises(S2QError, match=r"not quantized while loading: run s2q\.quantize"):
+        CogVideoXTransformer3DModel.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_compiled_blocks(checkpoint, expected):
+    transformer = load(checkpoint, **FP32)
+    for block in transformer.transformer_blocks:
+        block.compile(backend="eager")
+    assert close(run_transformer(transformer), expected)
+
+
+def test_no_pickle_and_no_path_of_this_machine(checkpoint, tmp_path_factory):
+    names = [path.name for path in checkpoint.rglob("*") if path.is_file()]
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    for path in checkpoint.rglob("*"):
+        if path.suffix in (".json", ".jsonl", ".md"):
+            text = path.read_text()
+            assert str(checkpoint.parent) not in text
+            assert str(tmp_path_factory.getbasetemp()) not in text
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["import s2q; from diffusers import CogVideoXPipeline", "from diffusers import CogVideoXPipeline; import s2q"],
+)
+def test_import_s2q_is_all_that_is_needed(checkpoint, imports):
+    script = f"{imports}; CogVideoXPipeline.from_pretrained({str(checkpoint)!r})"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_an_adapter_attaches_and_is_not_fused(checkpoint, expected):
+    transformer = load(checkpoint, **FP32)
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    adapted = run_transformer(transformer)
+    assert not torch.allclose(adapted, expected, atol=1e-4)
+    with pytest.raises(S2QError, match="cannot be merged"):
+        transformer.fuse_lora()
+    assert close(run_transformer(transformer), adapted)
+    transformer.disable_adapters()
+    assert close(run_transformer(transformer), expected)
+
+
+def test_parallel_loading_of_shards(checkpoint, expected, tmp_path, monkeypatch):
+    load(checkpoint, **BF16).save_pretrained(tmp_path, max_shard_size="16KB")
+    monkeypatch.setenv("HF_ENABLE_PARALLEL_LOADING", "1")
+    assert close(run_transformer(CogVideoXTransformer3DModel.from_pretrained(tmp_path, **FP32)), expected)

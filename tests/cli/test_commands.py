@@ -1,0 +1,208 @@
+import importlib
+import json
+
+import imageio_ffmpeg
+import pytest
+import safetensors.torch
+
+from s2q.cli import run
+
+FAST = ["--steps", "2", "--guidance-scale", "2", "--device", "cpu"]
+
+
+def output_of(capsys, arguments, code=0):
+    assert run([str(argument) for argument in arguments]) == code, capsys.readouterr().err
+    return capsys.readouterr()
+
+
+def json_of(capsys, arguments, code=0):
+    captured = output_of(capsys, [*arguments, "--json"], code)
+    content = json.loads(captured.out)
+    assert content["schema_version"] == 1
+    return content
+
+
+def test_plan_quantize_inspect_agree(tiny_model, tmp_path, capsys):
+    out = tmp_path / "q"
+    planned = json_of(capsys, ["plan", "-m", tiny_model, "-r", "rtn-w4a8", "--set", "skip=['*.ff.*']"])
+    command = ["quantize", "-m", tiny_model, "-r", "rtn-w4a8", "-o", out, "--set", "skip=['*.ff.*']", "--device", "cpu"]
+    dry = json_of(capsys, [*command, "--dry-run"])
+    assert dry == planned
+    assert not out.exists()
+    done = json_of(capsys, command)
+    inspected = json_of(capsys, ["inspect", out, "--verify"])
+    assert inspected["verified"] is True
+    assert planned["storage"]["quantized_bytes"] == inspected["storage"]["quantized_bytes"]
+    assert done["storage"] == planned["storage"]
+    assert {layer["name"] for layer in inspected["layers"]} == {
+        layer["name"] for layer in planned["layers"] if layer["scheme"].startswith("w")
+    }
+
+
+def test_tables_for_people(tiny_model, checkpoint, capsys):
+    shown = output_of(capsys, ["plan", "-m", tiny_model]).out
+    for expected in ("times smaller", "16 block linears", "transformer_blocks.*.attn1.to_q", "w4a6", "w4a16"):
+        assert expected in shown
+    shown = output_of(capsys, ["inspect", checkpoint, "--verify"]).out
+    assert "every SHA-256 matches" in shown
+
+
+def test_inspect_names_the_altered_file_and_fails(checkpoint, tmp_path, capsys):
+    import shutil
+
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    captured = output_of(capsys, ["inspect", copy, "--verify"], 3)
+    assert "transformer/diffusion_pytorch_model.safetensors" in captured.err
+    assert "transformer/diffusion_pytorch_model.safetensors" in captured.out
+    captured = output_of(capsys, ["generate", "-m", copy, "-o", tmp_path / "v", "--prompt", "a", *FAST], 3)
+    assert "diffusion_pytorch_model.safetensors" in captured.err
+    assert not (tmp_path / "v").exists()
+
+
+def test_generate_writes_videos_sheet_and_latents(checkpoint, tmp_path, capsys):
+    out = tmp_path / "videos"
+    arguments = ["generate", "-m", checkpoint, "-o", out, "--prompt", "a red circle", "--prompt", "b", *FAST]
+    record = json_of(capsys, [*arguments, "--save-latents", "--seed", "7"])
+    assert sorted(path.name for path in out.iterdir()) == [
+        "000-a-red-circle.mp4",
+        "001-b.mp4",
+        "generation.json",
+        "latents.safetensors",
+        "sheet.png",
+    ]
+    assert json.loads((out / "generation.json").read_text()) == record
+    assert [(entry["prompt"], entry["seed"]) for entry in record["videos"]] == [("a red circle", 7), ("b", 7)]
+    frames, _seconds = imageio_ffmpeg.count_frames_and_secs(str(out / "001-b.mp4"))
+    assert frames == 9
+    latents = safetensors.torch.load_file(out / "latents.safetensors")
+    assert latents["000-a-red-circle"].shape == (3, 4, 2, 2)
+    before = (out / "sheet.png").read_bytes()
+    assert "exists; pass --overwrite" in output_of(capsys, arguments, 3).err
+    assert (out / "sheet.png").read_bytes() == before
+    output_of(capsys, [*arguments, "--overwrite", "--seed", "8"])
+    assert (out / "sheet.png").read_bytes() != before
+    assert not (out / "latents.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["videos"], "nothing hidden is left"
+
+
+def test_outputs_are_checked_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch, capsys):
+    def load(*_args, **_kwargs):
+        raise AssertionError("loaded a model although the output will not do")
+
+    judging = importlib.import_module("s2q.evaluation.evaluate")
+    monkeypatch.setattr("s2q.loading.load_pipeline", load)
+    monkeypatch.setattr(judging, "load_pipeline", load)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "eval.json").write_text("{}")
+    assert (
+        "exists" in output_of(capsys, ["generate", "-m", checkpoint, "-o", tmp_path / "videos", "--prompt", "a"], 3).err
+    )
+    arguments = ["eval", "-m", checkpoint, "--reference", checkpoint, "-o", tmp_path / "eval.json"]
+    assert "exists" in output_of(capsys, arguments, 3).err
+    blocked = tmp_path / "eval.json" / "deeper"
+    assert "cannot be written" in output_of(capsys, ["generate", "-m", "x", "-o", blocked, "--prompt", "a"], 3).err
+
+
+def test_overwrite_spares_folders_of_something_else(checkpoint, tmp_path, capsys):
+    out = tmp_path / "letters"
+    out.mkdir()
+    (out / "love.txt").write_text("dear")
+    arguments = ["generate", "-m", checkpoint, "-o", out, "--prompt", "a", "--overwrite", *FAST]
+    assert "not replaced" in output_of(capsys, arguments, 3).err
+    assert (out / "love.txt").read_text() == "dear"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--prompt", ""], "empty"),
+        (["--prompt", "x" * 200], "takes 96"),
+        (["--prompt", "a", "--num-frames", "10"], "use 9 or 17"),
+        (["--prompt", "a", "--height", "20"], "use 16 or 32"),
+        (["--prompt", "a", "--steps", "0"], "at least 1"),
+        (["--prompt", "a", "--guidance-scale", "nan"], "finite"),
+        (["--prompt", "a", "--seed", "-1"], "seed"),
+        (["--prompt", "a", "--prompt", "a"], "appears twice"),
+        (["--prompt", "a", "--backend", "triton"], "use auto"),
+        (["--prompts", "missing.txt"], "no such prompts file"),
+        (["--prompts", "empty.txt"], "holds no prompt"),
+        (["--prompts", "twice.txt"], "line 2 repeats the prompt of line 1"),
+    ],
+)
+def test_bad_input_to_generate(checkpoint, tmp_path, monkeypatch, capsys, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "twice.txt").write_text("a\na\n")
+    captured = output_of(capsys, ["generate", "-m", checkpoint, "-o", "out", "--device", "cpu", *arguments], 3)
+    assert expected in captured.err
+    assert len([line for line in captured.err.splitlines() if line.startswith("error: ")]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "twice.txt"]
+
+
+def test_eval_writes_the_file_and_shows_it(checkpoint, tiny_model, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "eval.json"
+    prompts.write_text("a red circle moving left on a grey background\na cat\n")
+    arguments = ["eval", "-m", checkpoint, "--reference", tiny_model, "--prompts", prompts, "-o", out, *FAST]
+    content = json_of(capsys, [*arguments, "--seeds", "1"])
+    assert json.loads(out.read_text()) == content
+    assert (content["n_prompts"], content["n_seeds"]) == (2, 1)
+    assert (content["model"], content["reference"]) == (str(checkpoint), str(tiny_model))
+    assert 0 < content["metrics"]["velocity_relative_error"]["mean"] < 0.1
+    assert content["settings"]["num_inference_steps"] == 2
+    before = out.read_bytes()
+    assert "exists; pass --overwrite" in output_of(capsys, arguments, 3).err
+    assert out.read_bytes() == before
+    shown = output_of(capsys, [*arguments, "--seeds", "1", "--metrics", "psnr,velocity", "--overwrite"]).out
+    assert "PSNR, pooled" in shown
+    assert "Adherence" not in shown
+    assert set(json.loads(out.read_text())["metrics"]) == {
+        "psnr_frame_mean_db",
+        "psnr_pooled_db",
+        "velocity_relative_error",
+    }
+
+
+def test_bad_input_to_eval(checkpoint, tiny_model, tmp_path, capsys):
+    base = ["eval", "-m", checkpoint, "-o", tmp_path / "e.json", "--device", "cpu"]
+    assert "nearest names are psnr" in output_of(capsys, [*base, "--reference", tiny_model, "--metrics", "psrn"], 3).err
+    assert "no prompts given" in output_of(capsys, [*base, "--reference", tiny_model], 3).err
+    assert "unknown model" in output_of(capsys, [*base, "--reference", "shapes-cogvide"], 3).err
+    folder = ["eval", "-m", checkpoint, "--reference", tiny_model, "-o", tmp_path]
+    assert "is a folder" in output_of(capsys, folder, 3).err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_embedded_model_brings_prompts_and_settings(embedded_tiny, tmp_path, capsys):
+    content = json_of(
+        capsys,
+        ["eval", "-m", embedded_tiny, "--reference", embedded_tiny, "--num-prompts", "2", "--seeds", "1"]
+        + ["-o", tmp_path / "e.json", "--device", "cpu"],
+    )
+    assert content["n_prompts"] == 2
+    assert content["settings"]["num_inference_steps"] == 4
+    assert content["settings"]["height"] == 32
+    assert content["metrics"]["adherence_shape"]["mean"] is not None
+    assert content["metrics"]["latent_relative_l2"]["mean"] == 0.0
+
+
+def test_a_quantized_embedded_model_keeps_its_settings(embedded_tiny, tmp_path, capsys):
+    output_of(capsys, ["quantize", "-m", embedded_tiny, "-r", "rtn-w8a8", "-o", tmp_path / "q", "--device", "cpu"])
+    arguments = [
+        "generate",
+        "-m",
+        tmp_path / "q",
+        "-o",
+        tmp_path / "v",
+        "--prompt",
+        "a",
+        "--save-latents",
+        "--steps",
+        "1",
+    ]
+    output_of(capsys, arguments)
+    latents = safetensors.torch.load_file(tmp_path / "v" / "latents.safetensors")
+    assert latents["000-a"].shape == (3, 4, 4, 4), "32 x 32 pixels, as recommended for the embedded model"

@@ -1,0 +1,49 @@
+import json
+
+from s2q.cli import run
+
+
+def test_the_whole_demo(embedded_tiny, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert run(["demo", "-o", str(out), "--short", "--no-open", "--json"]) == 0, capsys.readouterr().err
+    record = json.loads(capsys.readouterr().out)
+    assert record["schema_version"] == 1
+    assert json.loads((out / "demo.json").read_text()) == record
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoint",
+        "demo.json",
+        "eval.json",
+        "report.html",
+        "sheet.png",
+        "videos",
+    ]
+    assert len(list((out / "videos").glob("*.mp4"))) == 8
+    evaluation = json.loads((out / "eval.json").read_text())
+    assert evaluation["model"] == str(out / "checkpoint")
+    assert evaluation["n_prompts"] == 4
+    assert evaluation["metrics"]["velocity_relative_error"]["mean"] > 0
+    page = (out / "report.html").read_text()
+    assert page.count("data:video/mp4;base64,") == 12
+    assert ".partial" not in page, "names in the page are those of the final folder"
+    assert run(["inspect", str(out / "checkpoint"), "--verify"]) == 0
+    capsys.readouterr()
+
+    assert run(["demo", "-o", str(out), "--short", "--no-open"]) == 3
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert run(["demo", "-o", str(out), "--short", "--no-open", "--overwrite"]) == 0
+    shown = capsys.readouterr().out
+    for expected in ("times smaller", "PSNR", "Velocity error", "Adherence", "report.html"):
+        assert expected in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_bad_input_to_demo(embedded_tiny, tmp_path, capsys):
+    assert run(["demo", "-o", str(tmp_path / "a"), "-m", "CogVideoX-2B"]) == 3
+    assert "shapes-cogvideox" in capsys.readouterr().err
+    assert run(["demo", "-o", str(tmp_path / "a"), "-r", "rtn-w4a7"]) == 3
+    assert "nearest names are rtn-w4a" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("keep")
+    assert run(["demo", "-o", str(tmp_path / "mine"), "--overwrite"]) == 3
+    assert (tmp_path / "mine" / "file").read_text() == "keep"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,141 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from s2q.cli import commands, console, run
+from s2q.core.errors import BusyError, InvalidInputError, ResourceError, S2QError
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (S2QError("it failed"), 1),
+        (InvalidInputError("a [bold] name\n  over lines"), 3),
+        (ResourceError("no room"), 4),
+        (BusyError("another run"), 5),
+        (MemoryError("too much"), 4),
+        (ValueError("a defect"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes_and_one_line_without_traceback(monkeypatch, capsys, error, code):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(commands, "plan", fail)
+    assert run(["plan", "-m", "x"]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.splitlines()) == 1
+    assert "Traceback" not in captured.err
+    assert " ".join(str(error).split()) in captured.err
+
+
+def test_debug_shows_where_and_may_stand_anywhere(monkeypatch, capsys):
+    def fail(*_args, **_kwargs):
+        raise InvalidInputError("bad")
+
+    monkeypatch.setattr(commands, "plan", fail)
+    assert run(["plan", "-m", "x", "--debug"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_terminate_unwinds_and_exits_143(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    unwound = []
+
+    def wait(*_args, **_kwargs):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            unwound.append(True)
+
+    monkeypatch.setattr(commands, "plan", wait)
+    assert run(["plan", "-m", "x"]) == 143
+    assert unwound == [True]
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "terminated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["quantise"], "Did you mean 'quantize'?"),
+        (["plan", "-m", "x", "--recpe", "y"], "--recipe"),
+        (["plan"], "--model"),
+        (["quantize", "-m", "x", "-r", "y"], "--output"),
+        (["generate", "-m", "x", "-o", "y", "--prompt", "a", "--seed", "one"], "--seed"),
+        (["generate", "-m", "x", "-o", "y"], "either --prompt or --prompts"),
+        (["generate", "-m", "x", "-o", "y", "--prompt", "a", "--prompts", "b"], "either --prompt or --prompts"),
+        (["generate", "-m", "x", "-o", "y.mp4", "--prompt", "a"], "leave .mp4 out"),
+        (["generate", "-m", "x", "-o", "y", "--prompt", "a", "--device", "gpu"], "expected auto, cpu, cuda"),
+        (["quantize", "-m", "x", "-r", "rtn-w4a6", "-o", "y", "--samples", "4"], "no calibration samples"),
+        (["eval", "-m", "x", "--reference", "y", "--seeds", "0"], "--seeds"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_version_need_nothing_heavy():
+    code = (
+        "import sys; from s2q.cli import run\n"
+        "codes = [run(arguments) for arguments in (['--help'], ['eval', '--help'], ['--version'])]\n"
+        "print(codes, {'torch', 'diffusers', 'numpy', 'scipy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0] set()"
+    assert "s2q 0." in done.stdout
+
+
+def test_the_installed_command_runs():
+    done = subprocess.run(
+        [sys.executable, "-c", "from s2q.cli import main; main(['plan'])"], capture_output=True, check=False
+    )
+    assert done.returncode == 2
+
+
+def test_plain_progress_is_sparse_and_tells_the_time_left(capsys):
+    now = [0.0]
+    report = console._PlainProgress(clock=lambda: now[0])
+    for done in range(101):
+        now[0] = done * 0.5
+        report("blocks", done, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "blocks: 0/100"
+    assert "blocks: 10/100, 45 s left" in lines
+    assert lines[-1] == "blocks: 100/100, 50 s"
+    assert len(lines) == 11
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1:00 min"), (185, "3:05 min"), (7384, "2:03:04 h")]
+)
+def test_durations(seconds, text):
+    assert console.format_seconds(seconds) == text
+
+
+def test_slugs():
+    assert commands.slug("A red Circle, moving LEFT!") == "a-red-circle-moving-left"
+    assert commands.slug("猫") == "video"
+    assert len(commands.slug("word " * 40)) <= 48
+
+
+def test_json_errors_leave_stdout_empty(capsys):
+    assert run(["plan", "-m", "shapes-cogvideo", "--json"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "nearest names are shapes-cogvideox" in captured.err
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(captured.err)

@@ -1,0 +1,114 @@
+"""The embedded models: complete, small, of the promised quality; the stress variant is the same function."""
+
+import json
+
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.shapes.embedded import (
+    EMBEDDED_NAMES,
+    PROMPT_SPLITS,
+    embedded_folder,
+    embedded_pipeline,
+    embedded_prompts,
+    generation_defaults,
+)
+from s2q.shapes.outliers import add_outliers
+from s2q.shapes.scenes import is_held_out, parse_caption
+from s2q.shapes.training.quality import adherence, sample
+
+MODEL, STRESS = EMBEDDED_NAMES
+
+
+def test_folder_is_small_and_holds_no_pickle():
+    files = [path for path in embedded_folder(MODEL).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 24e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".png"}
+
+
+def test_there_are_at_least_192_video_tokens():
+    config = json.loads((embedded_folder(MODEL) / "transformer" / "config.json").read_text())
+    frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
+    assert frames * config["sample_height"] * config["sample_width"] // config["patch_size"] ** 2 >= 192
+
+
+@pytest.mark.parametrize("split", PROMPT_SPLITS)
+def test_prompts_are_distinct_fixed_and_of_their_split(split):
+    prompts = embedded_prompts(MODEL, split=split)
+    assert len(set(prompts)) == len(prompts) >= 4
+    assert prompts[:3] == embedded_prompts(STRESS, split=split, count=3)
+    for prompt in prompts:
+        labels = parse_caption(prompt)
+        assert labels is not None
+        assert is_held_out(labels) == (split != "calibration")
+
+
+def test_bad_names_and_counts_are_refused():
+    with pytest.raises(InvalidInputError, match="shapes-cogvideox"):
+        embedded_folder("shapes-cogvideo")
+    with pytest.raises(InvalidInputError, match="held-out"):
+        embedded_prompts(MODEL, split="heldout")
+    with pytest.raises(InvalidInputError, match="ask for fewer"):
+        embedded_prompts(MODEL, count=10_000)
+
+
+def test_every_prompt_fits_the_text_encoder_in_whole_words():
+    pipeline = embedded_pipeline(MODEL, dtype=torch.bfloat16)
+    unknown = pipeline.tokenizer.unk_token_id
+    for split in PROMPT_SPLITS:
+        for prompt in embedded_prompts(MODEL, split=split):
+            for text in (prompt, prompt.capitalize() + "."):
+                ids = pipeline.tokenizer(text).input_ids
+                assert len(ids) <= pipeline.transformer.config.max_text_seq_length
+                assert unknown not in ids
+                assert len(ids) <= len(text.split()) + 3  # a piece a word, comma, full stop, end
+
+
+def test_full_precision_videos_show_what_the_prompt_says():
+    prompts = embedded_prompts(MODEL, count=12)
+    videos = sample(embedded_pipeline(MODEL, dtype=torch.bfloat16), prompts, seed=5, num_inference_steps=12)
+    found = adherence(prompts, videos)
+    assert min(found["colour"], found["background"], found["motion"]) >= 0.8, found
+    assert found["shape"] >= 0.6, found
+    assert float((videos[0] - videos[1]).abs().mean()) > 0.05
+    again = sample(embedded_pipeline(MODEL, dtype=torch.bfloat16), prompts[:1], seed=6, num_inference_steps=12)
+    assert float((videos[0] - again[0]).abs().mean()) > 0.01
+
+
+def test_outliers_change_no_output_and_stretch_the_inputs():
+    plain, stressed = (embedded_pipeline(name, dtype=torch.float32).transformer for name in (MODEL, STRESS))
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 3, 16, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 16, 128, generator=generator),
+        "timestep": torch.tensor([500]),
+        "return_dict": False,
+    }
+    seen: dict[str, torch.Tensor] = {}
+    for name, model in (("plain", plain), ("stressed", stressed)):
+        model.transformer_blocks[2].attn1.to_q.register_forward_pre_hook(
+            lambda _module, args, name=name: seen.__setitem__(name, args[0].detach())
+        )
+    with torch.no_grad():
+        expected, got = plain(**inputs)[0], stressed(**inputs)[0]
+    assert float((got - expected).norm() / expected.norm()) < 1e-5
+    spread = {name: x.abs().flatten(0, 1).amax(0) for name, x in seen.items()}
+    assert float(spread["stressed"].amax() / spread["stressed"].median()) > 8
+    assert float(spread["plain"].amax() / spread["plain"].median()) < 8
+
+
+def test_outliers_must_be_a_power_of_two():
+    transformer = embedded_pipeline(MODEL, dtype=torch.bfloat16).transformer
+    with pytest.raises(ValueError, match="power of two"):
+        add_outliers(transformer, scale=30.0)
+
+
+def test_generation_defaults_are_those_of_the_card():
+    defaults = generation_defaults(MODEL)
+    assert defaults["num_inference_steps"] <= 30
+    card = json.loads((embedded_folder(MODEL) / "training.json").read_text())
+    quality = card["full_precision_adherence_on_held_out_prompts_x_2_seeds"]
+    assert min(quality["background"], quality["colour"]) >= 0.95
+    assert quality["motion"] >= 0.90
+    assert quality["shape"] >= 0.85

@@ -1,0 +1,178 @@
+"""The trainers: a resumed run is the same run, latents are normalised without changing the autoencoder's meaning."""
+
+import functools
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from s2q.core.seeds import derive_seed
+from s2q.shapes.architecture import build_pipeline, build_vae
+from s2q.shapes.scenes import combinations, sample_batch
+from s2q.shapes.training.loop import TrainingSettings, build_optimizers, learning_rate_factor, load_average, train
+from s2q.shapes.training.transformer import TransformerTask, encode_pool
+from s2q.shapes.training.vae import VAETask, normalise_latents
+
+
+class LineTask:
+    """Fit a line with a tiny network: seconds instead of hours, the same loop."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.modules = nn.ModuleDict({"network": self.network})
+
+    def loss(self, batch_size, generator):
+        x = torch.randn(batch_size, 4, generator=generator)
+        return (self.network(x) - x.sum(1, keepdim=True)).square().mean(), {}
+
+
+def _settings(**changes):
+    base = {"steps": 12, "batch_size": 16, "learning_rate": 0.02, "warmup_steps": 2, "muon": True}
+    return TrainingSettings(**base | {"checkpoint_every": 4, "log_every": 4} | changes)
+
+
+class KilledError(Exception):
+    """The run was cut off."""
+
+
+class CutOffTask(LineTask):
+    """Dies in its tenth batch, after the checkpoint of step 8."""
+
+    batches = 0
+
+    def loss(self, batch_size, generator):
+        self.batches += 1
+        if self.batches == 10:
+            raise KilledError
+        return super().loss(batch_size, generator)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    train(LineTask, _settings(), tmp_path / "whole")
+    with pytest.raises(KilledError):
+        train(CutOffTask, _settings(), tmp_path / "cut")
+    assert int(load_file(tmp_path / "cut" / "state.safetensors")["step"]) == 8
+    train(LineTask, _settings(), tmp_path / "cut")
+    whole, resumed = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_training_lowers_the_loss(tmp_path):
+    train(LineTask, _settings(steps=120), tmp_path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    train(LineTask, _settings(steps=4), tmp_path)
+    with pytest.raises(ValueError, match="use another folder"):
+        train(LineTask, _settings(steps=8), tmp_path)
+
+
+def test_a_finished_run_is_left_alone(tmp_path, caplog):
+    train(LineTask, _settings(steps=4), tmp_path)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    with caplog.at_level(logging.INFO):
+        train(LineTask, _settings(steps=4), tmp_path)
+    assert "already trained" in caplog.text
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+class BothHalvesTask(LineTask):
+    """In one process, the batches that two processes draw."""
+
+    step = 0
+
+    def loss(self, batch_size, generator):
+        halves = [torch.Generator().manual_seed(derive_seed(0, "step", self.step, rank)) for rank in range(2)]
+        self.step += 1
+        return sum(super(BothHalvesTask, self).loss(batch_size // 2, half)[0] for half in halves) / 2, {}
+
+
+def test_two_processes_train_as_one_with_both_batches(tmp_path):
+    settings = _settings(steps=3, muon=False)
+    train(LineTask, settings, tmp_path / "two", processes=2)
+    train(BothHalvesTask, settings, tmp_path / "one")
+    two, one = (load_file(tmp_path / name / "state.safetensors") for name in ("two", "one"))
+    assert two.keys() == one.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6, msg=name)
+    fresh = dict(LineTask().modules.named_parameters())
+    assert all(not torch.equal(one[f"weights.{name}"], parameter) for name, parameter in fresh.items())
+
+
+def test_learning_rate_warms_up_and_falls():
+    settings = _settings(steps=100, warmup_steps=10)
+    factors = [learning_rate_factor(step, settings) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == pytest.approx(1.0)
+    assert all(a >= b for a, b in zip(factors[9:-1], factors[10:], strict=True))
+    assert factors[-1] == pytest.approx(settings.final_learning_rate_fraction, abs=1e-3)
+
+
+def test_muon_takes_hidden_matrices_only():
+    transformer = build_pipeline(seed=0).transformer
+    adamw, muon = build_optimizers(nn.ModuleDict({"transformer": transformer}), _settings())
+    muon_ids = {id(p) for group in muon.param_groups for p in group["params"]}
+    assert id(transformer.transformer_blocks[0].attn1.to_q.weight) in muon_ids
+    assert id(transformer.proj_out.weight) not in muon_ids
+    rest = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert muon_ids | rest == {id(p) for p in transformer.parameters()}
+    assert not muon_ids & rest
+
+
+@torch.no_grad()
+def test_normalising_latents_keeps_reconstructions_inside_the_border():
+    torch.manual_seed(0)
+    plain, changed = build_vae().eval(), build_vae().eval()
+    changed.load_state_dict(plain.state_dict())
+    mean, spread = torch.randn(16), torch.rand(16) + 0.5
+    normalise_latents(changed, mean=mean, spread=spread)
+    videos, _ = sample_batch(combinations(held_out=True)[:2], generator=torch.Generator().manual_seed(0))
+    x = videos.permute(0, 2, 1, 3, 4) * 2 - 1
+    before, after = plain.encode(x).latent_dist, changed.encode(x).latent_dist
+    view = (1, -1, 1, 1, 1)
+    assert torch.allclose(after.mean, (before.mean - mean.view(view)) / spread.view(view), atol=1e-4)
+    assert torch.allclose(after.std, before.std / spread.view(view), rtol=1e-3)
+    scaled_only = build_vae().eval()
+    scaled_only.load_state_dict(plain.state_dict())
+    normalise_latents(scaled_only, mean=torch.zeros(16), spread=spread)
+    z = before.mean
+    assert torch.allclose(scaled_only.decode(z / spread.view(view)).sample, plain.decode(z).sample, atol=1e-4)
+
+
+def test_vae_and_transformer_tasks_give_gradients(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    task = VAETask(seed=0)
+    loss, figures = task.loss(2, generator)
+    loss.backward()
+    assert set(figures) == {"psnr_db", "kl"}
+    assert all(p.grad is not None for p in task.vae.parameters())
+    pool = tmp_path / "pool.safetensors"
+    encode_pool(task.vae.eval(), pool, count=6, seed=0, batch_size=4)
+    trained = TransformerTask(pool=pool, seed=0)
+    assert trained.latents.shape == (6, 3, 16, 8, 8)
+    loss, _ = trained.loss(4, generator)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.0, abs=0.6)  # an untrained model predicts nothing of unit-variance targets
+    assert trained.text_encoder.shared.weight.grad is not None
+
+
+def test_averages_of_another_model_are_refused(tmp_path):
+    save_file({"vae.unknown.weight": torch.zeros(1)}, tmp_path / "ema.safetensors")
+    with pytest.raises(ValueError, match="unknown"):
+        load_average(build_vae(), tmp_path / "ema.safetensors", prefix="vae.")
+
+
+def test_building_twice_gives_the_same_weights_and_leaves_the_global_state_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, second = (functools.partial(build_pipeline, seed=3)() for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first.transformer.proj_out.weight, second.transformer.proj_out.weight)

@@ -1,0 +1,45 @@
+"""The pages say what the results files say, and their links lead somewhere."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def _tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_results_files(page):
+    text = page.read_text()
+    assert _tables().filled(text) == text, f"{page.name} is out of date; run python benchmarks/tables.py"
+
+
+def test_every_marked_table_is_on_a_listed_page():
+    marked = {str(page.relative_to(ROOT)) for page in PAGES if "<!-- table:" in page.read_text()}
+    assert marked == set(_tables().PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    local = [target for target in targets if not target.startswith("http")]
+    missing = [target for target in local if not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_the_two_commands_come_first():
+    code = re.search(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert code is not None
+    commands = [line.split("#")[0].strip() for line in code.group(1).splitlines()]
+    assert commands == ["make demo", "make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{name}:", makefile, flags=re.MULTILINE) for name in ("demo", "test"))

@@ -1,0 +1,130 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from s2q.core.errors import InvalidInputError
+from s2q.planning import plan
+from s2q.quantization import quantize
+from s2q.recipes import recipe_names
+from tiny import run_pipeline, tiny_cogvideox_pipeline
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_cogvideox_pipeline(dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def tensor_bytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "dtype"),
+    [
+        *((name, (), None) for name in recipe_names()),
+        ("rtn-w4a6", (), "float32"),
+        ("rtn-w4a6", ("modulation=null", "skip=['transformer_blocks.1.*']"), None),
+        ("rtn-w4a16", ("weights.granularity=per_group", "weights.group_size=16"), None),
+        ("rtn-w4a8", ("weights.num_bits=3", "weights.granularity=per_group", "weights.group_size=64"), None),
+        ("rtn-w8a8", ("weights.num_bits=5", "modulation.num_bits=2"), None),
+    ],
+)
+def test_bytes_on_disk_are_the_planned_ones_exactly(folder, tmp_path, recipe, overrides, dtype):
+    planned = plan(folder, recipe, overrides=overrides, dtype=dtype)
+    report = quantize(folder, recipe=recipe, overrides=overrides, dtype=dtype, out=tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    for layer in planned.layers:
+        own = [tensor for name, tensor in stored.items() if name.startswith(f"{layer.name}.")]
+        assert tensor_bytes(own) == layer.bytes, layer
+    assert tensor_bytes(stored.values()) == planned.storage["quantized_bytes"]
+    assert report.storage == planned.storage
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_bytes_with_rotary_and_learned_positions(tmp_path, learned):
+    """Learned positions are a buffer that is stored: it counts; computed ones are not."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    from s2q.checkpoint import load_pipeline
+
+    pipe = tiny_cogvideox_pipeline(rotary=True)
+    config = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
+    config["use_learned_positional_embeddings"] = learned
+    pipe.register_modules(transformer=CogVideoXTransformer3DModel(**config).eval())
+    pipe.save_pretrained(tmp_path / "model")
+    quantize(tmp_path / "model", recipe="rtn-w4a6", out=tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    assert ("patch_embed.pos_embedding" in stored) == learned
+    assert tensor_bytes(stored.values()) == plan(tmp_path / "model", "rtn-w4a6").storage["quantized_bytes"]
+    assert torch.isfinite(run_pipeline(load_pipeline(tmp_path / "out"))).all()
+
+
+def test_ratio_is_against_bf16_of_the_whole_transformer_whatever_the_dtype(folder):
+    parameters = sum(one.numel() for one in tiny_cogvideox_pipeline().transformer.parameters())
+    for dtype in ("bfloat16", "float32"):
+        storage = plan(folder, "rtn-w4a6", dtype=dtype).storage
+        assert storage["full_precision_bytes"] == 2 * parameters
+        assert storage["ratio"] == 2 * parameters / storage["quantized_bytes"]
+
+
+def test_every_block_linear_is_listed_untouched_ones_with_their_dtype(folder):
+    planned = plan(folder, "rtn-w4a6", overrides=["skip=['transformer_blocks.0.*']"])
+    assert len(planned.layers) == 16
+    assert {layer.scheme for layer in planned.layers if layer.name.startswith("transformer_blocks.0.")} == {"bf16"}
+    assert {layer.scheme for layer in planned.layers if layer.name.startswith("transformer_blocks.1.")} == {
+        "w4a6",
+        "w4a16",
+    }
+
+
+def test_known_figures():
+    """CogVideoX-2B by its published configuration: 3.9 times smaller with the adaLN linears at 4 bits, 2.4 without."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    from s2q.planning import plan_transformer
+    from s2q.recipes import load_recipe
+
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel(num_attention_heads=30, attention_head_dim=64, num_layers=30)
+    sizes = {name: 2 * tensor.numel() for name, tensor in transformer.state_dict().items()}
+    ratios = {}
+    for overrides in ((), ("modulation=null",)):
+        recipe = load_recipe("rtn-w4a6", overrides=overrides)
+        planned = plan_transformer(transformer, recipe, model="2b", sizes=sizes, dtype=torch.bfloat16)
+        ratios[overrides] = round(planned.storage["ratio"], 2)
+    assert ratios == {(): 3.89, ("modulation=null",): 2.42}
+
+
+def test_plain_data(folder):
+    content = json.loads(json.dumps(plan(folder, "rtn-w4a6").to_dict()))
+    assert content.keys() == {"schema_version", "model", "recipe", "storage", "stages", "layers"}
+    assert content["storage"].keys() == {"full_precision_bytes", "quantized_bytes", "ratio"}
+    assert [stage.keys() for stage in content["stages"]] == [{"name", "peak_memory_bytes", "seconds"}] * 2
+    assert content["layers"][0] == {
+        "name": "transformer_blocks.0.norm1.linear",
+        "shape": [384, 32],
+        "scheme": "w4a16",
+        "bytes": 384 * 16 + 384 * 4 + 384 * 2,
+    }
+
+
+def test_a_quantized_model_is_refused(folder, tmp_path):
+    quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out")
+    with pytest.raises(InvalidInputError, match=r"out: its transformer is quantized already \(by s2q\)"):
+        plan(tmp_path / "out", "rtn-w4a6")
+
+
+def test_unsupported_class(folder, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "transformer/config.json").read_text())
+    (copy / "transformer/config.json").write_text(json.dumps({**config, "_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(InvalidInputError, match="'FluxTransformer2DModel' is not supported; supported classes: Cog"):
+        plan(copy, "rtn-w4a6")
