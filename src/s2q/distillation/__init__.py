@@ -1,4 +1,4 @@
-"""Sparse token distillation: which tokens matter (from the teacher's attention), the loss that weights them, one block."""
+"""Sparse token distillation: which tokens matter (from the teacher's attention), their loss, one block."""
 
 from s2q.distillation.block import (
     BlockSample,

@@ -2,8 +2,8 @@
 
 The student is the block with its linears replaced (`s2q.nn.StudentLinear`); its targets are what the full-precision
 block returns for the same inputs (S²Q-VDiT, section 3.3). Samples are taken one at a time in random order, AdamW
-follows a cosine to a thousandth of the learning rate, and the loss is divided by its own detached value before the gradient is
-taken (FlatQuant), so that a noisy step does not count for more than a clean one.
+follows a cosine to a thousandth of the learning rate, and the loss is divided by its own detached value before the
+gradient is taken (FlatQuant), so that a noisy step does not count for more than a clean one.
 
 Legend: `B` samples, `N_k` tokens of stream k, `d` channels.
 """

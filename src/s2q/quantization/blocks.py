@@ -67,7 +67,9 @@ def quantize_block(
     """
     details: dict[str, Any] = {}
     layers: Mapping[str, PackedLinear]
-    if calibration is not None and linears:
+    if not linears:
+        layers = {}
+    elif calibration is not None:
         calibrated = calibrate_block(
             block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=device
         )

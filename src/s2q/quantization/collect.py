@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,8 +141,9 @@ def prepare(
         InvalidInputError: If a prompt is too long or empty, or more samples are asked for than there are candidates.
     """
     check_prompts(teacher.pipe, prompts)
-    recommended = embedded.generation_defaults(teacher.name) if teacher.name in embedded.EMBEDDED_NAMES else {}
-    settings = resolve_settings(teacher.pipe, requested={"num_inference_steps": group.steps}, defaults=recommended)
+    settings = resolve_settings(
+        teacher.pipe, requested={"num_inference_steps": group.steps}, defaults=_recommended(teacher)
+    )
     candidates = len(prompts) * settings.num_inference_steps
     if group.samples > candidates:
         raise InvalidInputError(
@@ -352,6 +354,12 @@ class _Counter:
     def __call__(self) -> None:
         self.done += 1
         self.progress(self.done, self.total)
+
+
+def _recommended(teacher: Teacher) -> dict[str, Any]:
+    """How the makers of a model generate: generation.json beside it, which the embedded models have."""
+    path = None if teacher.folder is None else teacher.folder / "generation.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.is_file() else {}
 
 
 def _to_artefact(trajectory: Trajectory) -> Artefact:
