@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from s2q.core.errors import InvalidInputError
+from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme, weight_bytes
 from s2q.core.storage import BF16_BYTES, LinearStorage
 from s2q.models import BlockLinear, ModelSource, block_linears, family_of, resolve_model
 from s2q.models.source import parse_dtype
-from s2q.recipes import Recipe, assign_schemes, load_recipe
+from s2q.recipes import Recipe, assign_layouts, assign_schemes, load_recipe
 
 SCHEMA_VERSION = 1
 _DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -127,11 +128,16 @@ def plan_transformer(
     """
     linears = block_linears(transformer, family_of(transformer))
     schemes = assign_schemes(recipe, linears)
-    layers = tuple(_planned_layer(linear, schemes.get(linear.name), sizes, dtype) for linear in linears)
+    layouts = assign_layouts(recipe, linears, schemes)
+    layers = tuple(
+        _planned_layer(linear, schemes.get(linear.name), layouts.get(linear.name), sizes=sizes, dtype=dtype)
+        for linear in linears
+    )
     inside = {f"{linear.name}.{tensor}" for linear in linears for tensor in ("weight", "bias")}
     now = sum(sizes.values())
     quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
     full = sum(tensor.numel() for tensor in transformer.state_dict().values()) * BF16_BYTES
+    calibrating = ("collect", "select") if recipe.calibrates else ()
     largest = max(layer.shape[0] * layer.shape[1] for layer in layers)
     return Plan(
         schema_version=SCHEMA_VERSION,
@@ -139,7 +145,12 @@ def plan_transformer(
         recipe=recipe.name,
         storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
         stages=(
-            PlannedStage(name="blocks", peak_memory_bytes=now + _ROUNDING_BYTES * largest, seconds=None),
+            *(PlannedStage(name=name, peak_memory_bytes=None, seconds=None) for name in calibrating),
+            PlannedStage(
+                name="blocks",
+                peak_memory_bytes=None if recipe.calibrates else now + _ROUNDING_BYTES * largest,
+                seconds=None,
+            ),
             PlannedStage(name="assemble", peak_memory_bytes=now + quantized, seconds=None),
         ),
         layers=layers,
@@ -168,12 +179,18 @@ def check_full_precision(source: ModelSource) -> None:
 
 
 def _planned_layer(
-    linear: BlockLinear, scheme: LinearScheme | None, sizes: Mapping[str, int], dtype: torch.dtype
+    linear: BlockLinear,
+    scheme: LinearScheme | None,
+    layout: InputLayout | None,
+    *,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
 ) -> LinearStorage:
     bias = sizes[f"{linear.name}.bias"] if linear.has_bias else 0
     if scheme is None:
         name, num_bytes = _DTYPE_SCHEMES.get(dtype, str(dtype)), sizes[f"{linear.name}.weight"]
     else:
         name, num_bytes = scheme.name, weight_bytes(scheme.weight, linear.out_features, linear.in_features)
+    num_bytes += 0 if layout is None else layout.num_bytes(linear.in_features)
     shape = (linear.out_features, linear.in_features)
     return LinearStorage(name=linear.name, shape=shape, scheme=name, bytes=num_bytes + bias)

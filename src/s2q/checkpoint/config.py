@@ -2,6 +2,9 @@
 
 In JSON, schemes are written once and layers name theirs, so that a model with hundreds of layers stays readable:
 `{"quant_method": "s2q", "format_version": 1, "schemes": {"w4a6": {...}}, "layers": {"blocks.0.to_q": "w4a6"}, ...}`.
+
+Version 2 adds what stands before the layers in the same way: `"inputs": {"t0": {"scale": true, "left": 12, "right": 16,
+"activation_clip": true}}, "layer_inputs": {"blocks.0.to_q": "t0"}`. A checkpoint without it is written as version 1.
 """
 
 from __future__ import annotations
@@ -13,10 +16,15 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme
 
-FORMAT_VERSION = 1
-"""The version that this package writes, and the only one that it reads."""
+FORMAT_VERSION = 2
+"""The newest version that this package writes; version 1 is written where it suffices, and both are read."""
+
+_PLAIN_VERSION = 1
+_KEYS = ("layers", "schemes", "recipe", "compute_dtype")
+_INPUT_KEYS = ("inputs", "layer_inputs")
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -35,7 +43,9 @@ class S2QConfig(QuantizationConfigMixin):
         schemes: Schemes by name, each as `LinearScheme.to_dict` writes it.
         recipe: Name of the recipe that made the checkpoint.
         compute_dtype: Dtype of the model when it was quantized, "bfloat16".
-        **fields: `quant_method` and `format_version` as they stand in a file; anything else is refused.
+        **fields: `quant_method`, `format_version` and, from version 2 on, `inputs` (layouts by name, each as
+            `InputLayout.to_dict` writes it) and `layer_inputs` (the name of its layout for each linear that has one),
+            as they stand in a file; anything else is refused.
 
     Raises:
         InvalidInputError: If the format version is not ours, a field is unknown, or a layer names no scheme.
@@ -53,14 +63,16 @@ class S2QConfig(QuantizationConfigMixin):
         method = fields.pop("quant_method", QuantMethod.S2Q)
         if method != QuantMethod.S2Q:
             raise InvalidInputError(f"quantization_config: quant_method={method!r}; expected 's2q'")
-        version = fields.pop("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION or isinstance(version, bool):
+        version = fields.pop("format_version", _PLAIN_VERSION)
+        if isinstance(version, bool) or version not in (_PLAIN_VERSION, FORMAT_VERSION):
             raise InvalidInputError(
-                f"quantization_config: format_version={version!r}; this s2q reads version {FORMAT_VERSION}; "
-                "upgrade s2q, or quantize the model again with this one"
+                f"quantization_config: format_version={version!r}; this s2q reads versions {_PLAIN_VERSION} to "
+                f"{FORMAT_VERSION}; upgrade s2q, or quantize the model again with this one"
             )
+        known = _KEYS if version == _PLAIN_VERSION else (*_KEYS, *_INPUT_KEYS)
         for field in fields:
-            raise unknown_name("key in quantization_config", field, ("layers", "schemes", "recipe", "compute_dtype"))
+            if field not in known:
+                raise unknown_name("key in quantization_config", field, known)
         if not isinstance(layers, Mapping) or not isinstance(schemes, Mapping) or not layers:
             raise InvalidInputError(
                 "quantization_config: layers or schemes is missing; download or save the model again"
@@ -68,7 +80,7 @@ class S2QConfig(QuantizationConfigMixin):
         if compute_dtype not in COMPUTE_DTYPES:
             raise unknown_name("compute_dtype in quantization_config", str(compute_dtype), COMPUTE_DTYPES)
         self.quant_method = QuantMethod.S2Q
-        self.format_version = FORMAT_VERSION
+        self.format_version = version
         self.recipe = recipe
         self.compute_dtype = compute_dtype
         self.schemes = {name: LinearScheme.from_dict(scheme).to_dict() for name, scheme in schemes.items()}
@@ -76,30 +88,67 @@ class S2QConfig(QuantizationConfigMixin):
             if scheme not in self.schemes:
                 raise unknown_name(f"scheme of {layer} in quantization_config", str(scheme), self.schemes)
         self.layers = dict(layers)
+        if version != _PLAIN_VERSION:
+            self._set_inputs(fields.get("inputs"), fields.get("layer_inputs"))
+
+    def _set_inputs(self, inputs: Any, layer_inputs: Any) -> None:
+        if not isinstance(inputs, Mapping) or not isinstance(layer_inputs, Mapping):
+            raise InvalidInputError(
+                "quantization_config: inputs or layer_inputs is missing; download or save the model again"
+            )
+        self.inputs = {name: InputLayout.from_dict(layout).to_dict() for name, layout in inputs.items()}
+        for layer, name in layer_inputs.items():
+            if layer not in self.layers:
+                raise unknown_name("layer in layer_inputs of quantization_config", str(layer), self.layers)
+            if name not in self.inputs:
+                raise unknown_name(f"input of {layer} in quantization_config", str(name), self.inputs)
+        self.layer_inputs = dict(layer_inputs)
 
     @classmethod
-    def from_schemes(cls, schemes: Mapping[str, LinearScheme], *, recipe: str, compute_dtype: str) -> S2QConfig:
+    def from_schemes(
+        cls,
+        schemes: Mapping[str, LinearScheme],
+        *,
+        recipe: str,
+        compute_dtype: str,
+        layouts: Mapping[str, InputLayout] | None = None,
+    ) -> S2QConfig:
         """Build the configuration from the scheme of each linear.
 
         Args:
             schemes: Scheme by full name of the linear.
+            layouts: What stands before a linear, by full name, where there is something.
             recipe: Name of the recipe.
             compute_dtype: Dtype of the model, "bfloat16".
 
         Returns:
             The configuration.
         """
+        extra: dict[str, Any] = {}
+        if layouts:
+            distinct = list(dict.fromkeys(layouts.values()))
+            extra = {
+                "format_version": FORMAT_VERSION,
+                "inputs": {f"t{index}": layout.to_dict() for index, layout in enumerate(distinct)},
+                "layer_inputs": {layer: f"t{distinct.index(layout)}" for layer, layout in layouts.items()},
+            }
         return cls(
             layers={layer: scheme.name for layer, scheme in schemes.items()},
             schemes={scheme.name: scheme.to_dict() for scheme in schemes.values()},
             recipe=recipe,
             compute_dtype=compute_dtype,
+            **extra,
         )
 
     def layer_schemes(self) -> dict[str, LinearScheme]:
         """Return the scheme of each quantized linear by full name."""
         schemes = {name: LinearScheme.from_dict(scheme) for name, scheme in self.schemes.items()}
         return {layer: schemes[name] for layer, name in self.layers.items()}
+
+    def layer_layouts(self) -> dict[str, InputLayout]:
+        """Return what stands before each quantized linear that has something there, by full name."""
+        inputs = {name: InputLayout.from_dict(layout) for name, layout in getattr(self, "inputs", {}).items()}
+        return {layer: inputs[name] for layer, name in getattr(self, "layer_inputs", {}).items()}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the same as `to_dict`; diffusers' `__repr__` asks for it."""

@@ -14,6 +14,7 @@ from s2q.checkpoint.load import read_config, read_transformer_config
 from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
 from s2q.core.errors import InvalidInputError
 from s2q.core.headers import TensorInfo, read_folder_headers
+from s2q.core.layout import InputLayout
 from s2q.core.packing import packed_width
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.core.storage import BF16_BYTES, LinearStorage
@@ -79,7 +80,11 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> CheckpointR
     try:
         tensors = read_folder_headers(folder / "transformer")
         linears, values = _linears(transformer_config)
-        layers = tuple(_layer(name, scheme, linears, tensors) for name, scheme in config.layer_schemes().items())
+        layouts = config.layer_layouts()
+        layers = tuple(
+            _layer(name, scheme, layouts.get(name, InputLayout()), linears=linears, tensors=tensors)
+            for name, scheme in config.layer_schemes().items()
+        )
         storage = _storage(layers, tensors, values)
     except InvalidInputError:
         if not problems:
@@ -118,7 +123,12 @@ def _linears(config: Mapping[str, Any]) -> tuple[dict[str, nn.Linear], int]:
 
 
 def _layer(
-    name: str, scheme: LinearScheme, linears: Mapping[str, nn.Linear], tensors: Mapping[str, TensorInfo]
+    name: str,
+    scheme: LinearScheme,
+    layout: InputLayout,
+    *,
+    linears: Mapping[str, nn.Linear],
+    tensors: Mapping[str, TensorInfo],
 ) -> LinearStorage:
     linear = linears.get(name)
     if linear is None:
@@ -129,6 +139,7 @@ def _layer(
     expected = {
         "weight": ("U8", (out_features, packed_width(scheme.weight.num_bits, in_features))),
         "weight_scale": ("F32", scale_shape),
+        **{tensor: ("F32", shape) for tensor, shape in layout.shapes(in_features).items()},
     }
     for tensor, (dtype, shape) in expected.items():
         info = tensors.get(f"{name}.{tensor}")

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from s2q.checkpoint.config import S2QConfig
 from s2q.core.errors import InvalidInputError
+from s2q.core.layout import TENSOR_NAMES
 from s2q.nn import PackedLinear, replace_module
 
 _SCALE = "weight_scale"
-_PACKED_DTYPES = {"weight": torch.uint8, _SCALE: torch.float32}
+_CLIP = "activation_clip"
+_PACKED_DTYPES = {"weight": torch.uint8, _SCALE: torch.float32, **dict.fromkeys(TENSOR_NAMES, torch.float32)}
+_FP32_NAMES = (_SCALE, *TENSOR_NAMES)
 _REMEDY = "download the checkpoint again, or quantize the model again"
 
 
@@ -46,7 +49,8 @@ class S2QQuantizer(DiffusersQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self._schemes = quantization_config.layer_schemes()
-        self._keep_in_fp32: list[str] | None = None
+        self._layouts = quantization_config.layer_layouts()
+        self._keep_in_fp32: tuple[list[str], list[str]] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Accept every device, dtype and device map."""
@@ -57,6 +61,8 @@ class S2QQuantizer(DiffusersQuantizer):
             layer, _, tensor = key.rpartition(".")
             if tensor == _SCALE and layer not in self._schemes:
                 raise InvalidInputError(f"{layer} is packed in the file but not in quantization_config; {_REMEDY}")
+            if tensor in TENSOR_NAMES and layer not in self._layouts:
+                raise InvalidInputError(f"{key} is in the file but not in quantization_config; {_REMEDY}")
         return loaded_keys
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -99,6 +105,10 @@ class S2QQuantizer(DiffusersQuantizer):
             raise InvalidInputError(f"{param_name}: got dtype {value.dtype}, expected {expected}; {_REMEDY}")
         if tensor == _SCALE and not bool((torch.isfinite(value) & (value > 0)).all()):
             raise InvalidInputError(f"{param_name}: holds scales that are not positive finite numbers; {_REMEDY}")
+        if tensor in TENSOR_NAMES and not bool(torch.isfinite(value).all()):
+            raise InvalidInputError(f"{param_name}: holds values that are NaN or infinite; {_REMEDY}")
+        if tensor == _CLIP and not bool(((value > 0) & (value <= 1)).all()):
+            raise InvalidInputError(f"{param_name}: holds a ratio outside (0, 1]; {_REMEDY}")
         parameter = nn.Parameter(value.to(target_device), requires_grad=False)
         setattr(model.get_submodule(layer), tensor, parameter)
 
@@ -117,19 +127,23 @@ class S2QQuantizer(DiffusersQuantizer):
                 linear.out_features,
                 bias=linear.bias is not None,
                 scheme=scheme,
+                layout=self._layouts.get(layer),
                 dtype=linear.weight.dtype,
                 device="meta",
             )
             replace_module(model, layer, packed)
         # A tensor that goes to the disk (device_map, offload_folder) does not pass through create_quantized_param. The
         # loader's own list of what to keep in fp32 covers that path; it is put back as it was after the loading.
-        if keep_in_fp32_modules is not None and _SCALE not in keep_in_fp32_modules:
-            keep_in_fp32_modules.append(_SCALE)
-            self._keep_in_fp32 = keep_in_fp32_modules
+        if keep_in_fp32_modules is not None:
+            added = [name for name in _FP32_NAMES if name not in keep_in_fp32_modules]
+            keep_in_fp32_modules.extend(added)
+            self._keep_in_fp32 = (keep_in_fp32_modules, added)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._keep_in_fp32 is not None:
-            self._keep_in_fp32.remove(_SCALE)
+            names, added = self._keep_in_fp32
+            for name in added:
+                names.remove(name)
             self._keep_in_fp32 = None
         if not getattr(model, "hf_device_map", None):
             left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -142,7 +156,7 @@ class S2QQuantizer(DiffusersQuantizer):
         for layer in self._schemes:
             packed = model.get_submodule(layer)
             linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
-            linear.weight = nn.Parameter(packed.dequantized_weight(model.dtype), requires_grad=False)
+            linear.weight = nn.Parameter(packed.effective_weight(model.dtype), requires_grad=False)
             linear.bias = packed.bias
             replace_module(model, layer, linear)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from s2q.checkpoint.config import S2QConfig
 from s2q.checkpoint.manifest import CARD, MANIFEST, write_manifest
 from s2q.checkpoint.model_card import render_model_card
 from s2q.core.errors import InvalidInputError
-from s2q.core.files import atomic_write_json, atomic_write_text, staged_directory
+from s2q.core.files import atomic_write_bytes, atomic_write_json, atomic_write_text, staged_directory
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -33,6 +33,7 @@ class CheckpointRecords:
         report: The run's report, for s2q/report.json; `storage` and `metrics` are shown on the model card.
         events: The run's events in order, for s2q/events.jsonl.
         base_folder: Folder of the original, for its licence; None if there is none.
+        files: Further files of s2q/ by name: selection.json, selection.png.
     """
 
     source: str
@@ -40,6 +41,7 @@ class CheckpointRecords:
     report: Mapping[str, Any]
     events: Sequence[Mapping[str, Any]] = ()
     base_folder: Path | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -85,6 +87,8 @@ def save_checkpoint(
         atomic_write_json(staged / RECORDS / "report.json", dict(records.report))
         lines = [json.dumps(event, sort_keys=True, allow_nan=False) + "\n" for event in records.events]
         atomic_write_text(staged / RECORDS / "events.jsonl", "".join(lines))
+        for name, content in records.files.items():
+            atomic_write_bytes(staged / RECORDS / name, content)
         write_manifest(staged)
 
 

@@ -38,7 +38,13 @@ def quantize(
     """Run `s2q quantize`."""
     changes = output.parse_overrides(overrides)
     if samples is not None:
-        raise UsageError(f"--samples: recipe {recipe} rounds to nearest and takes no calibration samples; leave it out")
+        from s2q.recipes import load_recipe
+
+        if not load_recipe(recipe, overrides=changes).calibrates:
+            raise UsageError(
+                f"--samples: recipe {recipe} rounds to nearest and takes no calibration samples; leave it out"
+            )
+        changes = [*changes, f"calibration.samples={samples}"]
     from s2q.evaluation import read_prompts
     from s2q.quantization import quantize as run
 

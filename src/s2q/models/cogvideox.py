@@ -13,4 +13,8 @@ COGVIDEOX = Family(
         ("ff.net.0.proj",),
         ("ff.net.2",),
     ),
+    attention="attn1",
+    streams=("hidden_states", "encoder_hidden_states"),
+    joint_order=("encoder_hidden_states", "hidden_states"),
+    latent_channel_dim=1,
 )

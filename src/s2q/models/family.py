@@ -26,6 +26,10 @@ class Family:
         block_lists: Attributes of the transformer that hold its blocks, in the order in which they run.
         modulation: Linears of a block, relative to it, that see one row a sample (adaLN): weight-only.
         shared_inputs: Groups of linears of a block that read the same tensor, hence may share a transform.
+        attention: The module of a block whose attention says which tokens matter.
+        streams: Keyword arguments of a block that it returns anew, in the order in which it returns them.
+        joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
+        latent_channel_dim: Which dimension of the latents of one video the channels are.
     """
 
     name: str
@@ -33,6 +37,10 @@ class Family:
     block_lists: tuple[str, ...]
     modulation: tuple[str, ...]
     shared_inputs: tuple[tuple[str, ...], ...]
+    attention: str
+    streams: tuple[str, ...]
+    joint_order: tuple[str, ...]
+    latent_channel_dim: int
 
 
 @dataclass(frozen=True, kw_only=True)

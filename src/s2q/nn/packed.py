@@ -2,13 +2,14 @@
 
     y = (codes_x · codes_wᵀ) · Δ_x · Δ_w + b        integers inside, fp32 for the scales, then the dtype of x
 
-Weight-only schemes (no activation part) multiply x by the dequantized weight instead.
+Weight-only schemes (no activation part) multiply x by the dequantized weight instead. Before that, x may pass through a
+transform T = diag(v) · (A ⊗ B), whose inverse is in the weight, and its scale may be multiplied by a clip ratio.
 
 Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `P` packed bytes of a row (`core.packing`).
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Self
 
@@ -16,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2q.core.errors import InvalidInputError, UsageError
+from s2q.core.errors import InvalidInputError, UsageError, unknown_name
+from s2q.core.layout import PREFIX, TENSOR_NAMES, InputLayout
 from s2q.core.packing import pack_codes, packed_width, unpack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.ops.int_matmul import int_matmul
+from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.quantize_per_token import quantize_per_token
 
 _CHUNK_ROWS = 1024  # bounds the int32 and fp32 intermediates of a long video
@@ -39,20 +42,27 @@ class PackedLinear(nn.Linear):
         weight_scale: fp32 [O] (PerChannel) or [O, G] (PerGroup).
         bias: [O] in the compute dtype, or None.
         scheme: How weight and input are quantized.
+        layout: Which of the tensors of the input there are: fp32 `transform_scale` [I], `transform_left` [n1, n1],
+            `transform_right` [n2, n2], `activation_clip` [1]; None where not.
 
     Args:
         in_features: I.
         out_features: O.
         bias: Whether there is a bias.
         scheme: How weight and input are quantized.
+        layout: See above; None stores nothing for the input.
         dtype: Of the bias; None is torch's default dtype.
         device: Where to put the (uninitialised) parameters; "meta" allocates nothing.
 
     Raises:
-        InvalidInputError: If I is not a multiple of the group size.
+        InvalidInputError: If I is not a multiple of the group size, or the layout does not fit I.
     """
 
     weight_scale: nn.Parameter
+    transform_scale: nn.Parameter | None
+    transform_left: nn.Parameter | None
+    transform_right: nn.Parameter | None
+    activation_clip: nn.Parameter | None
 
     def __init__(
         self,
@@ -61,6 +71,7 @@ class PackedLinear(nn.Linear):
         *,
         bias: bool,
         scheme: LinearScheme,
+        layout: InputLayout | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -76,10 +87,22 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", None)
         if bias:
             self.bias = _frozen(torch.empty(out_features, dtype=dtype, device=device))
+        self.layout = layout or InputLayout()
+        shapes = self.layout.shapes(in_features)
+        for name in TENSOR_NAMES:
+            shape = shapes.get(name)
+            value = None if shape is None else _frozen(torch.empty(shape, dtype=torch.float32, device=device))
+            self.register_parameter(name, value)
 
     @classmethod
     def from_rounded(
-        cls, rounded: RoundedWeight, *, bias: Tensor | None, scheme: LinearScheme, dtype: torch.dtype | None = None
+        cls,
+        rounded: RoundedWeight,
+        *,
+        bias: Tensor | None,
+        scheme: LinearScheme,
+        inputs: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """Pack a rounded weight.
 
@@ -87,6 +110,8 @@ class PackedLinear(nn.Linear):
             rounded: codes int8 [O, I] and scale fp32 [O] or [O, G], of `scheme.weight`.
             bias: [O] or None; copied.
             scheme: How weight and input are quantized.
+            inputs: Tensors of the input by their names in the layer (see `layout`), fp32; the weight is that of the
+                transformed input, W T⁻ᵀ.
             dtype: Of the bias; None keeps it.
 
         Returns:
@@ -96,7 +121,16 @@ class PackedLinear(nn.Linear):
             InvalidInputError: If shapes, dtypes or the range of the codes do not fit the scheme.
         """
         out_features, in_features = rounded.codes.shape
-        layer = cls(in_features, out_features, bias=bias is not None, scheme=scheme, dtype=dtype, device="meta")
+        inputs = inputs or {}
+        layer = cls(
+            in_features,
+            out_features,
+            bias=bias is not None,
+            scheme=scheme,
+            layout=_layout_of(inputs),
+            dtype=dtype,
+            device="meta",
+        )
         expected = layer.weight_scale.shape
         if rounded.scale.shape != expected or rounded.scale.dtype != torch.float32:
             raise InvalidInputError(
@@ -109,6 +143,13 @@ class PackedLinear(nn.Linear):
             if bias.shape != (out_features,):
                 raise InvalidInputError(f"bias: got {list(bias.shape)}; expected [{out_features}]")
             layer.bias = _frozen(bias.detach().to(device=rounded.codes.device, dtype=dtype or bias.dtype, copy=True))
+        for name, shape in layer.layout.shapes(in_features).items():
+            tensor = inputs[name].detach().to(rounded.codes.device)
+            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+                raise InvalidInputError(
+                    f"{name}: got {tensor.dtype} {list(tensor.shape)}; expected torch.float32 {list(shape)}"
+                )
+            setattr(layer, name, _frozen(tensor.clone()))
         return layer
 
     def codes(self) -> Tensor:
@@ -118,7 +159,7 @@ class PackedLinear(nn.Linear):
         return unpack_codes(packed, num_bits=self.scheme.weight.num_bits, in_features=self.in_features)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight that the codes stand for.
+        """Return the weight that the codes stand for, that of the transformed input.
 
         Args:
             dtype: Floating; the product of code and scale is rounded to it.
@@ -127,6 +168,23 @@ class PackedLinear(nn.Linear):
             [O, I].
         """
         return dequantize_weight(self.codes(), self.weight_scale).to(dtype)
+
+    def effective_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight for the input as it is, Ŵ Tᵀ: a full-precision linear with it needs no transform.
+
+        Args:
+            dtype: Floating; the result is rounded to it.
+
+        Returns:
+            [O, I].
+        """
+        weight = dequantize_weight(self.codes(), self.weight_scale)
+        if self.layout.transforms:
+            left, right = (None if one is None else one.t() for one in (self.transform_left, self.transform_right))
+            weight = scaled_kronecker(weight, left=left, right=right)
+            if self.transform_scale is not None:
+                weight = weight * self.transform_scale
+        return weight.to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Apply the layer.
@@ -139,7 +197,7 @@ class PackedLinear(nn.Linear):
         """
         if self.scheme.activation is None:
             bias = None if self.bias is None else self.bias.to(input.dtype)
-            return F.linear(input, self.dequantized_weight(input.dtype), bias)
+            return F.linear(self._transformed(input).to(input.dtype), self.dequantized_weight(input.dtype), bias)
         rows_MI = input.reshape(-1, self.in_features)
         codes_OI = self.codes()
         chunks = [self._integer_linear(rows, codes_OI) for rows in torch.split(rows_MI, _CHUNK_ROWS)]
@@ -150,7 +208,9 @@ class PackedLinear(nn.Linear):
         activation = self.scheme.activation
         assert activation is not None
         x_bits, w_bits = activation.num_bits, self.scheme.weight.num_bits
-        x_codes, x_scale = quantize_per_token(rows_MI, num_bits=x_bits)
+        x_codes, x_scale = quantize_per_token(
+            self._transformed(rows_MI), num_bits=x_bits, clip_ratio=self.activation_clip
+        )
         scale = self.weight_scale
         if scale.ndim == 1:
             total = int_matmul(x_codes, codes_OI, x_bits=x_bits, w_bits=w_bits).float().mul_(scale)
@@ -164,6 +224,11 @@ class PackedLinear(nn.Linear):
         if self.bias is not None:
             total.add_(self.bias)
         return total.to(rows_MI.dtype)
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        if not self.layout.transforms:
+            return x
+        return scaled_kronecker(x, scale=self.transform_scale, left=self.transform_left, right=self.transform_right)
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""
@@ -181,7 +246,8 @@ class PackedLinear(nn.Linear):
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        stored = {id(self._parameters[name]) for name in ("weight", "weight_scale")}
+        present = (self._parameters[name] for name in ("weight", "weight_scale", *TENSOR_NAMES))
+        stored = {id(parameter) for parameter in present if parameter is not None}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -207,7 +273,8 @@ class PackedLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name, dtype in (("weight", torch.uint8), ("weight_scale", torch.float32)):
+        for name in ("weight", "weight_scale", *TENSOR_NAMES):
+            dtype = torch.uint8 if name == "weight" else torch.float32
             found = state_dict.get(prefix + name)
             if found is not None and found.dtype != dtype:  # copying would convert it without a word
                 error_msgs.append(f"{prefix}{name}: got {found.dtype}; expected {dtype}, packed as {self.scheme.name}")
@@ -219,6 +286,19 @@ class PackedLinear(nn.Linear):
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def _layout_of(inputs: Mapping[str, Tensor]) -> InputLayout:
+    for name in inputs:
+        if name not in TENSOR_NAMES:
+            raise unknown_name("tensor of a packed linear's input", name, TENSOR_NAMES)
+    orders = {part: inputs[PREFIX + part].shape[0] for part in ("left", "right") if PREFIX + part in inputs}
+    return InputLayout(
+        scale=f"{PREFIX}scale" in inputs,
+        activation_clip="activation_clip" in inputs,
+        left=orders.get("left"),
+        right=orders.get("right"),
+    )
 
 
 def _is_merging(caller: FrameType) -> bool:

@@ -1,4 +1,4 @@
-"""One block: from its full-precision weights to packed linears, a function of the block and the recipe alone.
+"""One block: from its full-precision weights to packed linears, a function of block, recipe and samples alone.
 
 Legend: `I/O` in/out features.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2q.core.files import canonical_json
-from s2q.core.qparams import dequantize_weight
+from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme
 from s2q.models import BlockLinear
 from s2q.nn import PackedLinear
+from s2q.quantization.calibrated import BlockCalibration, calibrate_block
 from s2q.quantization.run_folder import Artefact
 from s2q.recipes import Recipe
 from s2q.rounding import ROUNDINGS
@@ -33,14 +34,15 @@ class BlockResult:
         layers: Packed linear, on the CPU, by full name.
         errors: ‖Ŵ − W‖² / ‖W‖² of each, by full name.
         relative_error: The same over all of them together.
+        details: What calibration measured: `loss`, `distillation`, `rounding` (see `CalibratedBlock`); empty without.
     """
 
     layers: Mapping[str, PackedLinear]
     errors: Mapping[str, float]
     relative_error: float
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
-@torch.no_grad()
 def quantize_block(
     block: nn.Module,
     linears: Mapping[str, str],
@@ -48,8 +50,9 @@ def quantize_block(
     schemes: Mapping[str, LinearScheme],
     recipe: Recipe,
     device: str = "cpu",
+    calibration: BlockCalibration | None = None,
 ) -> BlockResult:
-    """Round and pack the linears of one block.
+    """Quantize and pack the linears of one block.
 
     Args:
         block: The full-precision block; not changed.
@@ -57,25 +60,55 @@ def quantize_block(
         schemes: Scheme by full name.
         recipe: The recipe.
         device: Where to compute.
+        calibration: What to calibrate with; None for recipes that do not, which only round.
 
     Returns:
         The packed linears and their errors.
     """
-    layers: dict[str, PackedLinear] = {}
+    details: dict[str, Any] = {}
+    layers: Mapping[str, PackedLinear]
+    if not linears:
+        layers = {}
+    elif calibration is not None:
+        calibrated = calibrate_block(
+            block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=device
+        )
+        layers = calibrated.layers
+        details = {
+            "loss": dict(calibrated.loss),
+            "distillation": calibrated.distillation,
+            "rounding": {name: dict(report) for name, report in calibrated.rounding.items()},
+        }
+    else:
+        layers = round_block(block, linears, schemes=schemes, recipe=recipe, device=device)
     errors: dict[str, float] = {}
     noise, power = 0.0, 0.0
+    for inner, name in linears.items():
+        weight = block.get_submodule(inner).weight.detach().to(device)
+        deviation = layers[name].effective_weight(torch.float32).to(device).sub_(weight.float())
+        own_noise, own_power = _square_sum(deviation), _square_sum(weight)
+        errors[name] = _ratio(own_noise, own_power)
+        noise, power = noise + own_noise, power + own_power
+    return BlockResult(layers=layers, errors=errors, relative_error=_ratio(noise, power), details=details)
+
+
+@torch.no_grad()
+def round_block(
+    block: nn.Module,
+    linears: Mapping[str, str],
+    *,
+    schemes: Mapping[str, LinearScheme],
+    recipe: Recipe,
+    device: str = "cpu",
+) -> dict[str, PackedLinear]:
+    """Round and pack the linears of one block by a recipe that needs no samples; see `quantize_block`."""
+    layers: dict[str, PackedLinear] = {}
     rounding = ROUNDINGS[recipe.rounding.method]
     for inner, name in linears.items():
         linear = block.get_submodule(inner)
-        weight = linear.weight.to(device)
-        rounded = rounding(weight, schemes[name].weight)
-        deviation = dequantize_weight(rounded.codes, rounded.scale).sub_(weight.float())
-        own_noise, own_power = _square_sum(deviation), _square_sum(weight)
-        packed = PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=schemes[name])
-        layers[name] = packed.to("cpu")
-        errors[name] = _ratio(own_noise, own_power)
-        noise, power = noise + own_noise, power + own_power
-    return BlockResult(layers=layers, errors=errors, relative_error=_ratio(noise, power))
+        rounded = rounding(linear.weight.to(device), schemes[name].weight)
+        layers[name] = PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=schemes[name]).to("cpu")
+    return layers
 
 
 def block_fingerprint(block: nn.Module, schemes: Mapping[str, LinearScheme], *, recipe: Recipe, **inputs: Any) -> str:
@@ -117,12 +150,16 @@ def to_artefact(result: BlockResult, **stats: Any) -> Artefact:
     tensors = {
         f"{name}.{key}": value for name, layer in result.layers.items() for key, value in layer.state_dict().items()
     }
-    stats = {"weight_relative_error": result.relative_error, "layers": dict(result.errors), **stats}
+    stats = {"weight_relative_error": result.relative_error, "layers": dict(result.errors), **result.details, **stats}
     return Artefact(tensors=tensors, stats=stats)
 
 
 def from_artefact(
-    artefact: Artefact, linears: Sequence[BlockLinear], schemes: Mapping[str, LinearScheme]
+    artefact: Artefact,
+    linears: Sequence[BlockLinear],
+    schemes: Mapping[str, LinearScheme],
+    *,
+    layouts: Mapping[str, InputLayout],
 ) -> dict[str, PackedLinear]:
     """Build the packed linears of a block from its artefact.
 
@@ -130,6 +167,7 @@ def from_artefact(
         artefact: What `to_artefact` made.
         linears: The quantized linears of the block.
         schemes: Scheme by full name.
+        layouts: What stands before a linear, by full name, where there is something.
 
     Returns:
         Packed linear by full name.
@@ -146,6 +184,7 @@ def from_artefact(
             linear.out_features,
             bias=linear.has_bias,
             scheme=schemes[linear.name],
+            layout=layouts.get(linear.name),
             device="meta",
         )
         layer.load_state_dict(own, assign=True)

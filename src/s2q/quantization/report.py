@@ -28,6 +28,10 @@ class BlockReport:
         seconds: Time it took.
         peak_memory_bytes: Highest resident memory of the process (on a GPU: allocated there) until then.
         resumed: Whether it was taken over from an interrupted run; the figures are that run's then.
+        loss: Mean loss over the calibration samples as `CalibratedBlock` has it: `rtn`, `initial`, `distilled`,
+            `final`; empty for recipes that do not calibrate.
+        distillation: How it went; None without.
+        rounding: GPTQ's report by full name; empty without.
     """
 
     index: int
@@ -37,6 +41,9 @@ class BlockReport:
     seconds: float
     peak_memory_bytes: int
     resumed: bool
+    loss: Mapping[str, float] = field(default_factory=dict)
+    distillation: Mapping[str, Any] | None = None
+    rounding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +58,9 @@ class QuantizationReport:
         seed: Seed of the run.
         device: Device of the run.
         dtype: Compute dtype of the model.
-        n_prompts: Number of calibration prompts given.
+        n_prompts: Number of calibration prompts given; those that were used, for recipes that calibrate.
+        selection: Which samples were taken and of how many candidates; None for recipes that do not calibrate. Every
+            candidate with its scores is in s2q/selection.json.
         storage: Bytes of the whole transformer, as in the plan: `full_precision_bytes`, `quantized_bytes`, `ratio`.
         layers: Every block linear as in the plan: name, shape, scheme, bytes.
         blocks: What was done to each block.
@@ -69,6 +78,7 @@ class QuantizationReport:
     device: str
     dtype: str
     n_prompts: int
+    selection: Mapping[str, Any] | None
     storage: Mapping[str, int | float]
     layers: Sequence[Mapping[str, Any]]
     blocks: Sequence[BlockReport]

@@ -1,4 +1,4 @@
-"""A run from start to end: load, blocks, assemble, report.
+"""A run from start to end: load, collect, select, blocks, assemble, report.
 
 Blocks do not depend on each other: each is computed from the full-precision model and the recipe alone, written
 atomically into the run folder, and skipped when it is there with the fingerprint of the same inputs. A killed run
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,16 +24,29 @@ from safetensors import SafetensorError
 from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, S2QConfig, attach_config, save_checkpoint
 from s2q.core.devices import check_device
 from s2q.core.errors import ResourceError, UsageError, unknown_name
-from s2q.core.files import check_output
-from s2q.models import ModelSource, resolve_model
+from s2q.core.files import canonical_json, check_output
+from s2q.models import ModelSource, family_of, resolve_model
 from s2q.models.source import dtype_name
 from s2q.nn import replace_module
 from s2q.planning import Plan, plan, plan_transformer, tensor_sizes
 from s2q.quantization.blocks import block_fingerprint, from_artefact, quantize_block, to_artefact
+from s2q.quantization.calibrated import BlockCalibration
+from s2q.quantization.collect import (
+    CalibrationCall,
+    CalibrationInputs,
+    branches_of,
+    calibration_prompts,
+    call_inputs,
+    collect,
+    prepare,
+    select,
+    selection_plot,
+)
 from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
 from s2q.quantization.run_folder import RunFolder, open_run_folder
+from s2q.quantization.stream import TeacherStream
 from s2q.quantization.teacher import Teacher, load_teacher
-from s2q.recipes import Recipe, load_recipe
+from s2q.recipes import Recipe, assign_layouts, load_recipe
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -86,7 +100,8 @@ def quantize(
         model: Embedded name, pipeline folder, Hub id, or a loaded pipeline, which is left as it is.
         recipe: Name, file, contents, or a validated recipe.
         out: Folder to write; needed unless `dry_run`.
-        prompts: Calibration prompts, for recipes that calibrate; the recipes that round to nearest use none.
+        prompts: Calibration prompts, for recipes that calibrate, of which the first `calibration.n_prompts` are used;
+            None takes those of an embedded model. The recipes that round to nearest use none.
         progress: Called as the run goes on.
         **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `resume` (True), `overwrite` (False), `overrides`
             (changes to the recipe, "key=value" each), `dry_run` (False; True returns the plan and computes nothing),
@@ -110,13 +125,15 @@ def quantize(
     target = None if out is None else Path(out).expanduser()
     if target is not None:
         check_output(target, overwrite=settings.overwrite, markers=OVERWRITABLE)
+    if validated.calibrates and source is not None:  # clear errors before the weights are read
+        calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
     if settings.dry_run:
         return planned or _plan_loaded(load_teacher(model, validated, dtype=settings.dtype), validated)
     if target is None:
         raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
     with _resource_errors(target, settings.device), open_run_folder(target) as folder:
         run = _Run(folder, target, settings, progress)
-        return run.carry_out(source or model, validated, n_prompts=len(prompts or ()))
+        return run.carry_out(source or model, validated, prompts)
 
 
 class _Run:
@@ -131,7 +148,7 @@ class _Run:
         self.stages: list[dict[str, Any]] = []
 
     def carry_out(
-        self, model: ModelSource | DiffusionPipeline, recipe: Recipe, *, n_prompts: int
+        self, model: ModelSource | DiffusionPipeline, recipe: Recipe, prompts: Sequence[str] | None
     ) -> QuantizationReport:
         if not self.settings.resume:
             self.folder.clear()
@@ -140,9 +157,13 @@ class _Run:
         self.progress("load", 1, 1)
         planned = _plan_loaded(teacher, recipe)
         self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed)
-        blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe))
+        selection = None
+        if recipe.calibrates:
+            selection = self._calibration(teacher, recipe, prompts)
+        n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
+        blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe, selection))
         student = self._timed("assemble", lambda: self._assemble(teacher, recipe, planned))
-        report = self._report(teacher, planned, blocks, n_prompts)
+        report = self._report(teacher, planned, blocks, n_prompts=n_prompts, selection=selection)
         self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
         records = CheckpointRecords(
             source=teacher.name,
@@ -150,6 +171,7 @@ class _Run:
             report=report.to_dict(),
             events=self.folder.events(),
             base_folder=teacher.folder,
+            files={} if selection is None else selection.files,
         )
         save_checkpoint(
             student,
@@ -164,16 +186,74 @@ class _Run:
         logger.info("%s: %d bytes, %.2f times smaller", self.out, storage["quantized_bytes"], storage["ratio"])
         return report
 
-    def _blocks(self, teacher: Teacher, recipe: Recipe) -> list[BlockReport]:
+    def _calibration(self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None) -> _Selected:
+        """Collect candidates and select samples."""
+        group = recipe.calibration
+        used = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
+        if prompts is not None and len(prompts) > len(used):
+            logger.info("calibrating on the first %d of %d prompts", len(used), len(prompts))
+        described = {"device": torch.device(self.settings.device).type, "versions": package_versions()}
+        inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described)
+        pool = self._timed(
+            "collect",
+            lambda: collect(
+                teacher,
+                inputs,
+                self.folder,
+                device=self.settings.device,
+                progress=lambda done, total: self.progress("collect", done, total),
+            ),
+        )
+        self.folder.log("collect", candidates=len(pool), prompts=len(inputs.prompts))
+        self.progress("select", 0, 1)
+        branches = branches_of(self.folder, inputs)
+        calls, record = self._timed("select", lambda: select(pool, inputs, group, branches=branches))
+        self.folder.log("select", selection=group.selection, samples=len(calls))
+        self.progress("select", 1, 1)
+        return _Selected(inputs=inputs, calls=tuple(calls), record=record)
+
+    def _stream(self, teacher: Teacher, selected: _Selected) -> TeacherStream:
+        def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
+            return lambda: call_inputs(self.folder.load(selected.inputs.key(call.prompt)), call)
+
+        return TeacherStream(
+            teacher.transformer,
+            teacher.block_names,
+            calls=[builder(call) for call in selected.calls],
+            names=[call.name for call in selected.calls],
+            streams=family_of(teacher.transformer).streams,
+            folder=self.folder.path,
+            device=self.settings.device,
+        )
+
+    def _blocks(self, teacher: Teacher, recipe: Recipe, selected: _Selected | None) -> list[BlockReport]:
         total = len(teacher.block_names)
+        units = 1 if selected is None else 2 + (recipe.distillation.epochs if recipe.distillation else 0)
+        stream = None if selected is None else self._stream(teacher, selected)
         reports = []
         for index in range(total):
-            self.progress("blocks", index, total)
-            reports.append(self._block(teacher, recipe, index))
-        self.progress("blocks", total, total)
+            ticker = _Ticker(self.progress, index * units, total * units)
+            calibration = None
+            if stream is not None:
+                family = family_of(teacher.transformer)
+                calibration = BlockCalibration(
+                    stream=stream, index=index, family=family, seed=self.settings.seed, progress=ticker
+                )
+            reports.append(self._block(teacher, recipe, index, calibration=calibration, selected=selected))
+        self.progress("blocks", total * units, total * units)
+        if stream is not None:
+            stream.close()
         return reports
 
-    def _block(self, teacher: Teacher, recipe: Recipe, index: int) -> BlockReport:
+    def _block(
+        self,
+        teacher: Teacher,
+        recipe: Recipe,
+        index: int,
+        *,
+        calibration: BlockCalibration | None,
+        selected: _Selected | None,
+    ) -> BlockReport:
         """Compute a block, or take it over from an interrupted run."""
         started = time.perf_counter()
         name, key = teacher.block_names[index], _artefact_name(index)
@@ -187,10 +267,14 @@ class _Run:
             seed=self.settings.seed,
             device=torch.device(self.settings.device).type,
             versions=package_versions(),
+            samples=None if selected is None else selected.fingerprint,
         )
         resumed = self.folder.has(key, fingerprint)
         if not resumed:
-            result = quantize_block(block, linears, schemes=schemes, recipe=recipe, device=self.settings.device)
+            extra: dict[str, Any] = {} if calibration is None else {"calibration": calibration}
+            result = quantize_block(
+                block, linears, schemes=schemes, recipe=recipe, device=self.settings.device, **extra
+            )
             artefact = to_artefact(
                 result,
                 seconds=time.perf_counter() - started,
@@ -199,16 +283,7 @@ class _Run:
             self.folder.save(key, fingerprint, artefact)
         report = BlockReport(index=index, name=name, resumed=resumed, **self.folder.stats(key))
         self.folder.log("block", **asdict(report))
-        logger.info(
-            "block %d/%d: %d linears, weight error %.3g, %.1f s, peak %.0f MiB%s",
-            index + 1,
-            len(teacher.block_names),
-            len(linears),
-            report.weight_relative_error,
-            report.seconds,
-            report.peak_memory_bytes / 2**20,
-            ", taken over" if resumed else "",
-        )
+        _log_block(report, total=len(teacher.block_names), linears=len(linears))
         return report
 
     def _assemble(self, teacher: Teacher, recipe: Recipe, planned: Plan) -> DiffusionPipeline:
@@ -216,12 +291,15 @@ class _Run:
         self.progress("assemble", 0, 1)
         shared = [*teacher.transformer.parameters(), *teacher.transformer.buffers()]
         student = copy.deepcopy(teacher.transformer, {id(tensor): tensor for tensor in shared})
+        layouts = assign_layouts(recipe, teacher.linears, teacher.schemes)
         for index in range(len(teacher.block_names)):
             artefact = self.folder.load(_artefact_name(index))
-            layers = from_artefact(artefact, teacher.quantized_linears(index), teacher.schemes)
+            layers = from_artefact(artefact, teacher.quantized_linears(index), teacher.schemes, layouts=layouts)
             for name, layer in layers.items():
                 replace_module(student, name, layer)
-        config = S2QConfig.from_schemes(teacher.schemes, recipe=recipe.name, compute_dtype=dtype_name(teacher.dtype))
+        config = S2QConfig.from_schemes(
+            teacher.schemes, recipe=recipe.name, compute_dtype=dtype_name(teacher.dtype), layouts=layouts
+        )
         attach_config(student, config)
         packed = sum(tensor_sizes(student).values())
         assert packed == planned.storage["quantized_bytes"], (packed, planned.storage)
@@ -230,7 +308,13 @@ class _Run:
         return pipe
 
     def _report(
-        self, teacher: Teacher, planned: Plan, blocks: Sequence[BlockReport], n_prompts: int
+        self,
+        teacher: Teacher,
+        planned: Plan,
+        blocks: Sequence[BlockReport],
+        *,
+        n_prompts: int,
+        selection: _Selected | None,
     ) -> QuantizationReport:
         return QuantizationReport(
             schema_version=SCHEMA_VERSION,
@@ -241,6 +325,7 @@ class _Run:
             device=self.settings.device,
             dtype=dtype_name(teacher.dtype),
             n_prompts=n_prompts,
+            selection=None if selection is None else selection.summary(),
             storage=planned.storage,
             layers=[asdict(layer) for layer in planned.layers],
             blocks=tuple(blocks),
@@ -256,6 +341,68 @@ class _Run:
         peak = peak_memory_bytes(self.settings.device)
         self.stages.append({"name": stage, "seconds": time.perf_counter() - started, "peak_memory_bytes": peak})
         return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Selected:
+    """What blocks are calibrated on."""
+
+    inputs: CalibrationInputs
+    calls: tuple[CalibrationCall, ...]
+    record: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the samples depend on: the candidates of their prompts, and which were taken."""
+        prompts = {call.prompt: self.inputs.prompt_fingerprint(call.prompt) for call in self.calls}
+        content = {"prompts": sorted(prompts.items()), "calls": [asdict(call) for call in self.calls]}
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The files of s2q/ that show the selection."""
+        return {
+            "selection.json": canonical_json(dict(self.record)).encode(),
+            "selection.png": selection_plot(self.record),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What the report says."""
+        keys = ("selection", "branches", "samples", "settings")
+        steps = [f"{call.prompt}/{call.step}/{call.branch}" for call in self.calls]
+        return {key: self.record[key] for key in keys} | {
+            "candidates": len(self.record["candidates"]),
+            "calls": steps,
+        }
+
+
+class _Ticker:
+    """Reports the units of a block as they are done."""
+
+    def __init__(self, progress: Progress, start: int, total: int) -> None:
+        self.progress, self.done, self.total = progress, start, total
+        progress("blocks", start, total)
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.progress("blocks", self.done, self.total)
+
+
+def _log_block(report: BlockReport, *, total: int, linears: int) -> None:
+    loss = ""
+    if report.loss:
+        loss = f"loss {report.loss['rtn']:.4g} (rounding) → {report.loss['final']:.4g}, "
+    logger.info(
+        "block %d/%d: %d linears, %sweight error %.3g, %.1f s, peak %.0f MiB%s",
+        report.index + 1,
+        total,
+        linears,
+        loss,
+        report.weight_relative_error,
+        report.seconds,
+        report.peak_memory_bytes / 2**20,
+        ", taken over" if report.resumed else "",
+    )
 
 
 def _settings(options: QuantizeOptions) -> _Settings:

@@ -5,13 +5,40 @@ Dumping a validated recipe (`Recipe.resolved`) gives every value, defaults inclu
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from s2q.calibration import SELECTIONS
 from s2q.core.errors import nearest_names
 from s2q.core.schemes import MAX_BITS, MIN_BITS, LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
-from s2q.rounding import ROUNDINGS
+from s2q.rounding import ROUNDINGS, GPTQOptions
+from s2q.transforms import ROTATIONS, STARTS
+
+GPTQ = "gptq"
+
+
+def _to_number(value: Any) -> Any:
+    """Read a number that YAML 1.1 takes for a string: 5e-3 without a point."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_to_number), Field(allow_inf_nan=False)]
+
+
+def _known(kind: str, name: str, options: Iterable[str]) -> str:
+    known = sorted(options)
+    if name not in known:
+        near = nearest_names(name, known)
+        hint = f"nearest names are {', '.join(near)}; " if near else ""
+        raise ValueError(f"unknown {kind} {name!r}: {hint}all: {', '.join(known)}")
+    return name
 
 
 class _Group(BaseModel):
@@ -49,19 +76,121 @@ class ActivationsGroup(_Group):
         return QuantScheme(num_bits=self.num_bits, granularity=PerToken(), dynamic=True)
 
 
+class CalibrationGroup(_Group):
+    """What a recipe calibrates on: denoising steps of a few prompts, of which the salient ones are selected.
+
+    Attributes:
+        n_prompts: Prompts to generate; the first ones, where more are given.
+        steps: Denoising steps of each; None takes the model's own number.
+        samples: Candidates (a denoising step of a prompt) to take.
+        selection: How they are taken; one of `SELECTIONS`.
+        branches: Which guidance branch of a candidate is the sample: "alternate" takes the conditional and the
+            unconditional one in turn, over the samples; "both" makes two samples of each.
+    """
+
+    n_prompts: int = Field(default=10, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    samples: int = Field(default=40, ge=1)
+    selection: str = "sds"
+    branches: Literal["alternate", "conditional", "both"] = "alternate"
+
+    @field_validator("selection")
+    @classmethod
+    def _known_selection(cls, selection: str) -> str:
+        return _known("selection", selection, SELECTIONS)
+
+
+class TransformsGroup(_Group):
+    """What stands before the linears: a channel scale, then a rotation.
+
+    Attributes:
+        scale: "smooth" for SmoothQuant's scale.
+        alpha: How much of the outliers goes from the input to the weight.
+        learn_scale: Whether distillation learns the scale.
+        rotation: One of `ROTATIONS`; "kronecker" is learned where there is distillation.
+        start: Where a Kronecker rotation starts; one of `STARTS`.
+    """
+
+    scale: Literal["none", "smooth"] = "none"
+    alpha: Number = Field(default=0.5, ge=0, le=1)
+    learn_scale: bool = True
+    rotation: str = "identity"
+    start: str = "hadamard"
+
+    @field_validator("rotation")
+    @classmethod
+    def _known_rotation(cls, rotation: str) -> str:
+        return _known("rotation", rotation, ROTATIONS)
+
+    @field_validator("start")
+    @classmethod
+    def _known_start(cls, start: str) -> str:
+        return _known("start", start, STARTS)
+
+
+class ClipGroup(_Group):
+    """Clipping ratios.
+
+    Attributes:
+        weights: Whether a ratio for each output channel is learned.
+        activations: Whether a ratio for each input of linears is learned.
+        start: Logit of the learned ones at the start: sigmoid(4) = 0.982.
+        constant: A ratio of activations that is not learned.
+    """
+
+    weights: bool = False
+    activations: bool = False
+    start: Number = 4.0
+    constant: Number | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_ratio(self) -> ClipGroup:
+        if self.activations and self.constant is not None:
+            raise ValueError("clip.activations and clip.constant exclude each other; leave one out")
+        return self
+
+
+class LossGroup(_Group):
+    """How distillation weights tokens (eq. 10 and 11)."""
+
+    weighting: Literal["uniform", "attention"] = "uniform"
+    lambda_min: Number = Field(default=0.5, ge=0)
+    lambda_max: Number = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LossGroup:
+        if self.lambda_min > self.lambda_max:
+            raise ValueError(f"loss: lambda_min={self.lambda_min} is above lambda_max={self.lambda_max}; lower it")
+        return self
+
+
+class DistillationGroup(_Group):
+    """How a block is optimised: AdamW, cosine schedule, one sample at a time."""
+
+    epochs: int = Field(default=15, ge=1)
+    lr: Number = Field(default=5e-3, gt=0)
+    clip_lr: Number = Field(default=5e-2, gt=0)
+    weight_decay: Number = Field(default=0.0, ge=0)
+
+
 class RoundingGroup(_Group):
-    """How weights are rounded to codes."""
+    """How weights are rounded to codes; all but the method are settings of GPTQ (`s2q.rounding.GPTQOptions`)."""
 
     method: str = "rtn"
+    dampening_frac: Number = Field(default=0.01, ge=0)
+    block_size: int = Field(default=128, ge=1)
+    act_order: bool = True
+    max_retries: int = Field(default=4, ge=0)
+    allow_fallback: bool = False
 
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        if method not in ROUNDINGS:
-            near = nearest_names(method, ROUNDINGS)
-            hint = f"nearest names are {', '.join(near)}; " if near else ""
-            raise ValueError(f"unknown rounding {method!r}: {hint}all: {', '.join(sorted(ROUNDINGS))}")
-        return method
+        return _known("rounding", method, (*ROUNDINGS, GPTQ))
+
+    def options(self) -> GPTQOptions:
+        """Return the settings of GPTQ."""
+        return GPTQOptions(**self.model_dump(exclude={"method"}))
 
 
 class Recipe(_Group):
@@ -73,6 +202,11 @@ class Recipe(_Group):
         weights: Weights of the block linears.
         activations: Inputs of the block linears; None for weight-only.
         modulation: Weights of the adaLN linears, which are always weight-only; None leaves those linears untouched.
+        calibration: What the recipe calibrates on, if any of its parts does.
+        transforms: What stands before the linears.
+        clip: Clipping ratios.
+        loss: How distillation weights tokens.
+        distillation: How blocks are optimised; None does not optimise.
         rounding: How weights become codes.
         skip: Shell-style patterns of full names of linears to leave untouched, "transformer_blocks.0.*".
     """
@@ -82,6 +216,11 @@ class Recipe(_Group):
     weights: WeightsGroup
     activations: ActivationsGroup | None = None
     modulation: WeightsGroup | None = WeightsGroup(num_bits=4)
+    calibration: CalibrationGroup = CalibrationGroup()
+    transforms: TransformsGroup = TransformsGroup()
+    clip: ClipGroup = ClipGroup()
+    loss: LossGroup = LossGroup()
+    distillation: DistillationGroup | None = None
     rounding: RoundingGroup = RoundingGroup()
     skip: tuple[str, ...] = ()
 
@@ -89,6 +228,33 @@ class Recipe(_Group):
     @classmethod
     def _list_to_tuple(cls, skip: Any) -> Any:
         return tuple(skip) if isinstance(skip, list) else skip
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        learned = self.clip.weights or self.clip.activations
+        if learned and self.distillation is None:
+            raise ValueError("learned clip ratios need distillation; set distillation.epochs=15, or clip.constant")
+        if self.loss.weighting != "uniform" and self.distillation is None:
+            raise ValueError(
+                f"loss.weighting={self.loss.weighting} needs distillation; set distillation.epochs=15, or "
+                "loss.weighting=uniform"
+            )
+        if self.activations is None and (self.clip.activations or self.clip.constant is not None):
+            raise ValueError("clip ratios of activations need quantized activations; set activations.num_bits")
+        scale = self.transforms.scale != "none" and self.transforms.learn_scale
+        if self.distillation is not None and not (learned or scale or self.transforms.rotation == "kronecker"):
+            raise ValueError(
+                "distillation has nothing to learn; set transforms.rotation=kronecker, transforms.scale=smooth or "
+                "clip.weights=true"
+            )
+        return self
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the recipe does more than round each weight by itself; it runs on samples then."""
+        transforms = self.transforms.scale != "none" or self.transforms.rotation != "identity"
+        learns = self.distillation is not None or self.clip.constant is not None
+        return transforms or learns or self.rounding.method == GPTQ
 
     def resolved(self) -> dict[str, Any]:
         """Return every value as plain data for JSON; validating it gives an equal recipe."""

@@ -1,0 +1,125 @@
+"""What stands between an input and the codes of a packed linear, as far as it is stored: a transform, a clip ratio.
+
+    x → diag(scale) · (left ⊗ right) → per-token codes, their maximum multiplied by the clip ratio
+
+Shapes: `I` in features; `n1`, `n2` orders of the factors, n1 · n2 = I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from s2q.core.errors import InvalidInputError, unknown_name
+
+_FP32_BYTES = 4
+PREFIX = "transform_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputLayout:
+    """Which fp32 tensors a packed linear stores for its input; the default is none.
+
+    Attributes:
+        scale: Whether there is a scale, [I].
+        left: Order n1 of the left factor; None if it is the identity.
+        right: Order n2 of the right factor; None if it is the identity.
+        activation_clip: Whether there is a clip ratio, [1].
+
+    Raises:
+        InvalidInputError: If a value is not of its type or an order is not positive.
+    """
+
+    scale: bool = False
+    left: int | None = None
+    right: int | None = None
+    activation_clip: bool = False
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        for name in ("scale", "activation_clip"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(f"input layout: {name}={getattr(self, name)!r}; expected true or false")
+        for name in ("left", "right"):
+            order = getattr(self, name)
+            if order is not None and (isinstance(order, bool) or not isinstance(order, int) or order < 1):
+                raise InvalidInputError(f"input layout: {name}={order!r}; expected a whole number from 1, or null")
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the input is transformed at all."""
+        return self.scale or self.left is not None or self.right is not None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is stored."""
+        return not self.transforms and not self.activation_clip
+
+    def shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each stored tensor by name: `transform_scale`, …, `activation_clip`.
+
+        Args:
+            in_features: I.
+
+        Raises:
+            InvalidInputError: If n1 · n2 is not I.
+        """
+        if self.left is not None or self.right is not None:
+            n1 = self.left or in_features // (self.right or 1)
+            n2 = self.right or in_features // n1
+            alone = self.left is None or self.right is None
+            if n1 * n2 != in_features or (alone and in_features not in (self.left, self.right)):
+                raise InvalidInputError(
+                    f"input layout: factors of order {self.left} and {self.right}; expected a product of {in_features}"
+                )
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.scale:
+            shapes[f"{PREFIX}scale"] = (in_features,)
+        for name in ("left", "right"):
+            order = getattr(self, name)
+            if order is not None:
+                shapes[PREFIX + name] = (order, order)
+        if self.activation_clip:
+            shapes["activation_clip"] = (1,)
+        return shapes
+
+    def num_bytes(self, in_features: int) -> int:
+        """Return the bytes of the stored tensors.
+
+        Args:
+            in_features: I.
+        """
+        total = 0
+        for shape in self.shapes(in_features).values():
+            count = 1
+            for size in shape:
+                count *= size
+            total += _FP32_BYTES * count
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> InputLayout:
+        """Read what `to_dict` wrote.
+
+        Args:
+            content: The fields; missing ones have their defaults.
+
+        Raises:
+            InvalidInputError: If a field is unknown or not valid.
+        """
+        if not isinstance(content, Mapping):
+            raise InvalidInputError(f"input layout: got {type(content).__name__}; expected a mapping")
+        names = [field.name for field in fields(cls)]
+        for name in content:
+            if name not in names:
+                raise unknown_name("key of an input layout", str(name), names)
+        return cls(**content)
+
+
+TENSOR_NAMES = (f"{PREFIX}scale", f"{PREFIX}left", f"{PREFIX}right", "activation_clip")
+"""Every name that `InputLayout.shapes` may return."""

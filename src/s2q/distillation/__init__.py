@@ -1,0 +1,26 @@
+"""Sparse token distillation: which tokens matter (from the teacher's attention), their loss, one block."""
+
+from s2q.distillation.block import (
+    BlockSample,
+    DistillationOptions,
+    DistillationReport,
+    Samples,
+    block_loss,
+    distil,
+)
+from s2q.distillation.loss import split_weights, weighted_token_loss
+from s2q.distillation.token_importance import CapturedSums, capture_column_sums, token_weights
+
+__all__ = [
+    "BlockSample",
+    "CapturedSums",
+    "DistillationOptions",
+    "DistillationReport",
+    "Samples",
+    "block_loss",
+    "capture_column_sums",
+    "distil",
+    "split_weights",
+    "token_weights",
+    "weighted_token_loss",
+]

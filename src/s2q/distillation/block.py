@@ -1,0 +1,209 @@
+"""Distilling one block: what stands before its linears and how far their scales reach is learned, no weight moves.
+
+The student is the block with its linears replaced (`s2q.nn.StudentLinear`); its targets are what the full-precision
+block returns for the same inputs (S²Q-VDiT, section 3.3). Samples are taken one at a time in random order, AdamW
+follows a cosine to a thousandth of the learning rate, and the loss is divided by its own detached value before the
+gradient is taken (FlatQuant), so that a noisy step does not count for more than a clean one.
+
+Legend: `B` samples, `N_k` tokens of stream k, `d` channels.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from s2q.core.errors import S2QError
+from s2q.distillation.loss import weighted_token_loss
+
+logger = logging.getLogger(__name__)
+
+_LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
+_EVALUATIONS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSample:
+    """One call of a block.
+
+    Attributes:
+        inputs: Keyword arguments of the call.
+        outputs: What the full-precision block returns, [1, N_k, d] for each stream.
+        weights: λ, [1, N_k] for each stream; None weights every token with 1.
+    """
+
+    inputs: Mapping[str, Any]
+    outputs: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...] | None = None
+
+
+class Samples(Protocol):
+    """Samples by index, from memory or from a disk."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def __getitem__(self, index: int) -> BlockSample:
+        """Return one of them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """Settings of the optimisation; see the module.
+
+    Attributes:
+        epochs: Passes over the samples.
+        lr: Learning rate of transforms.
+        clip_lr: Learning rate of clip ratios.
+        weight_decay: Of AdamW.
+    """
+
+    epochs: int = 15
+    lr: float = 5e-3
+    clip_lr: float = 5e-2
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationReport:
+    """How it went.
+
+    Attributes:
+        initial_loss: Mean loss over the samples before the first step.
+        loss: The same of the state that was kept, at most `initial_loss`.
+        best_epoch: Epoch after which that state was reached; 0 is the initial one.
+        epochs: Epochs that were run; fewer than asked for where the loss stopped being finite.
+        history: Mean loss by epoch, where it was evaluated.
+    """
+
+    initial_loss: float
+    loss: float
+    best_epoch: int
+    epochs: int
+    history: Mapping[str, float]
+
+
+@torch.no_grad()
+def block_loss(block: nn.Module, samples: Samples) -> float:
+    """Compute the mean loss of a block over samples.
+
+    Args:
+        block: A student, or a block with packed linears.
+        samples: At least one.
+    """
+    losses = []
+    for index in range(len(samples)):
+        sample = samples[index]
+        losses.append(float(weighted_token_loss(_streams(block, sample), sample.outputs, weights=sample.weights)))
+    return math.fsum(losses) / len(losses)
+
+
+def distil(
+    student: nn.Module,
+    samples: Samples,
+    *,
+    options: DistillationOptions,
+    seed: int,
+    epoch_done: Callable[[], None] | None = None,
+) -> DistillationReport:
+    """Optimise the learnable parts of a student, in place; it ends in the best state seen, the initial one included.
+
+    Args:
+        student: A block whose parameters that require gradients are those of transforms and clips; clips are called
+            `theta`.
+        samples: At least one.
+        options: Settings.
+        seed: Of the order of the samples.
+        epoch_done: Called after each epoch.
+
+    Returns:
+        The report.
+
+    Raises:
+        S2QError: If the loss is not finite before the first step, or nothing is learnable.
+    """
+    clips, others = _learnable(student)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rate}
+        for parameters, rate in ((others, options.lr), (clips, options.clip_lr))
+        if parameters
+    ]
+    if not groups:
+        raise S2QError("distillation: the student has nothing to learn; expected a learnable transform or clip")
+    initial = block_loss(student, samples)
+    if not math.isfinite(initial):
+        raise S2QError(f"distillation: the loss is {initial} before the first step; check the model's activations")
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+    total = options.epochs * len(samples)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
+    generator = torch.Generator().manual_seed(seed)
+    best, best_loss, best_epoch, epoch = _snapshot(clips + others), initial, 0, 0
+    history = {"0": initial}
+    every = max(1, options.epochs // _EVALUATIONS)
+    for epoch in range(1, options.epochs + 1):
+        order = torch.randperm(len(samples), generator=generator).tolist()
+        if not all(_step(student, samples[index], optimizer, scheduler) for index in order):
+            logger.warning("distillation: the loss is not finite in epoch %d; the best state before is kept", epoch)
+            break
+        if epoch % every == 0 or epoch == options.epochs:
+            loss = block_loss(student, samples)
+            if not math.isfinite(loss):
+                break
+            history[str(epoch)] = loss
+            if loss < best_loss:
+                best, best_loss, best_epoch = _snapshot(clips + others), loss, epoch
+        if epoch_done is not None:
+            epoch_done()
+    with torch.no_grad():
+        for parameter, value in zip(clips + others, best, strict=True):
+            parameter.copy_(value)
+    return DistillationReport(
+        initial_loss=initial, loss=best_loss, best_epoch=best_epoch, epochs=epoch, history=history
+    )
+
+
+def _step(
+    student: nn.Module,
+    sample: BlockSample,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> bool:
+    """Take one step; whether the loss was finite."""
+    loss = weighted_token_loss(_streams(student, sample), sample.outputs, weights=sample.weights)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        return False
+    optimizer.zero_grad(set_to_none=True)
+    if value > 0:
+        (loss / value).backward()
+        optimizer.step()
+    scheduler.step()
+    return True
+
+
+def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:
+    output = block(**sample.inputs)
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _learnable(student: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    found = {id(one): (name, one) for name, one in student.named_parameters() if one.requires_grad}
+    clips = [one for name, one in found.values() if name.rpartition(".")[2] == "theta"]
+    others = [one for name, one in found.values() if name.rpartition(".")[2] != "theta"]
+    return clips, others
+
+
+def _snapshot(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def _cosine(step: int, total: int) -> float:
+    return _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))

@@ -1,0 +1,87 @@
+"""The loss of block distillation, weighted by token (S²Q-VDiT, eq. 10).
+
+    L = (1/n) Σ_j λ_j · ‖θ_f(x_j) - θ_q(x_j)‖²
+
+A block may return several streams, video and text; n counts the tokens of all of them, so that a token weighs the same
+whichever stream it is in. Normalisation: the squared norm is a *sum* over channels, the mean is over tokens (not
+divided by Σ λ_j, so that a lower λ_min lowers the loss), and over the samples of the batch.
+
+Example: one sample, d = 2, two video tokens off by [1, 1] and [0, 2], one text token off by [3, 0], λ = 1, ½, 1 gives
+L = (1 · 2 + ½ · 4 + 1 · 9) / 3 = 13/3.
+
+Legend: `B` samples, `N_k` tokens of stream k, `d` channels, `n` = Σ N_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from s2q.core.errors import InvalidInputError
+
+
+def weighted_token_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, weights: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Compute eq. 10 over all streams that a block returns.
+
+    Args:
+        student: θ_q, [B, N_k, d] for each stream; differentiable.
+        teacher: θ_f, the same shapes; no gradient goes there.
+        weights: λ, [B, N_k] for each stream; None weights every token with 1.
+
+    Returns:
+        fp32 scalar, computed in fp32.
+
+    Raises:
+        InvalidInputError: If the streams differ in number or shape, or there is none.
+    """
+    if not student or len(student) != len(teacher) or (weights is not None and len(weights) != len(student)):
+        count = "no" if weights is None else len(weights)
+        raise InvalidInputError(
+            f"token loss: got {len(student)} student and {len(teacher)} teacher streams with {count} weights; "
+            "expected as many of each"
+        )
+    total = torch.zeros((), dtype=torch.float32, device=student[0].device)
+    tokens = 0
+    for index, (found, wanted) in enumerate(zip(student, teacher, strict=True)):
+        _check_stream(index, found, wanted, None if weights is None else weights[index])
+        squared = (found.float() - wanted.detach().float()).square().sum(dim=-1)
+        if weights is not None:
+            squared = squared * weights[index].to(squared)
+        total = total + squared.sum()
+        tokens += squared.numel()
+    return total / tokens
+
+
+def split_weights(weights: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    """Cut the weights of a joint sequence into those of its streams.
+
+    Args:
+        weights: [B, n].
+        lengths: N_k of the streams, in the order in which the attention joins them.
+
+    Returns:
+        [B, N_k] for each stream.
+
+    Raises:
+        InvalidInputError: If the lengths do not add up to n.
+    """
+    if sum(lengths) != weights.shape[1]:
+        raise InvalidInputError(
+            f"token weights: got {weights.shape[1]} tokens; expected {sum(lengths)}, the sum of {list(lengths)}"
+        )
+    return tuple(torch.split(weights, list(lengths), dim=1))
+
+
+def _check_stream(index: int, student: Tensor, teacher: Tensor, weights: Tensor | None) -> None:
+    if student.shape != teacher.shape or student.ndim != 3 or student.numel() == 0:
+        raise InvalidInputError(
+            f"token loss, stream {index}: got {list(student.shape)} and {list(teacher.shape)}; expected [B, N, d] twice"
+        )
+    if weights is not None and weights.shape != student.shape[:2]:
+        raise InvalidInputError(
+            f"token loss, stream {index}: got weights {list(weights.shape)}; expected {list(student.shape[:2])}"
+        )

@@ -1,0 +1,47 @@
+"""Learnable clipping ratios: how much of the largest magnitude a scale covers (S²Q-VDiT, section 2.1; FlatQuant).
+
+    Δ = sigmoid(θ) · max|x| / (2^(N-1) - 1),    θ₀ = 4: sigmoid(4) ≈ 0.982
+
+The quantizers are symmetric, so that one ratio does and not one each for minimum and maximum. Weights have a ratio per
+output channel, activations one per linear input (per token scales, one ratio for all of them).
+
+Shapes: `O` out features.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from s2q.core.errors import InvalidInputError
+
+START = 4.0
+"""θ at the start."""
+
+
+class LearnableClip(nn.Module):
+    """A tensor of ratios in (0, 1).
+
+    Attributes:
+        theta: Parameter fp32, the logits.
+
+    Args:
+        shape: () for an activation, (O,) for a weight per channel, (O, 1) for one per group: it broadcasts to the
+            scale.
+        start: θ at the start.
+        device: Where the parameter lives.
+
+    Raises:
+        InvalidInputError: If the start is not finite.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...] = (), *, start: float = START, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        theta = torch.full(shape, start, dtype=torch.float32, device=device)
+        if not bool(theta.isfinite().all()):
+            raise InvalidInputError(f"clip ratio: got a start of {start}; expected a finite number, usually {START}")
+        self.theta = nn.Parameter(theta)
+
+    def forward(self) -> Tensor:
+        """Return the ratios, fp32, of the shape given; differentiable."""
+        return torch.sigmoid(self.theta)

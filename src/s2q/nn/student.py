@@ -1,0 +1,170 @@
+"""What a linear is while its block is distilled: transformed, clipped, fake-quantized; its own weight does not move.
+
+    y = fake_quantize(x T; ratio_x) · fake_quantize(W T⁻ᵀ; ratio_w)ᵀ + b
+
+Linears that read the same x share one `StudentInput`, so that they share T and ratio_x. What is trained is in the
+parameters: of the transform, and of the clips.
+
+Shapes: `I` in features, `O` out features, `G` groups.
+"""
+
+from typing import Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.qparams import fake_quantize, fake_quantize_weight, token_scale, weight_scale
+from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
+from s2q.nn.clip import LearnableClip
+
+
+class InputTransform(Protocol):
+    """What a student needs of a transform; those of `s2q.transforms` have it."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x T."""
+        ...
+
+    def fold_inverse(self, weight: Tensor, *, dtype: torch.dtype = ...) -> Tensor:
+        """Return W T⁻ᵀ in `dtype`."""
+        ...
+
+
+class StudentInput(nn.Module):
+    """The way of an input into its linears: transform, then fake quantization per token.
+
+    Attributes:
+        transform: T, or None for the identity.
+        clip: Its ratio, or None for 1.
+        scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
+
+    Args:
+        scheme: See above.
+        transform: A module with `fold_inverse`, or None.
+        clip: Of shape (), or None.
+    """
+
+    def __init__(
+        self,
+        scheme: QuantScheme | None,
+        *,
+        transform: InputTransform | None = None,
+        clip: LearnableClip | None = None,
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.transform = transform
+        self.clip = clip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform and fake-quantize.
+
+        Args:
+            x: [..., I], floating.
+
+        Returns:
+            [..., I], dtype of x.
+        """
+        transformed = x if self.transform is None else self.transform(x)
+        if self.scheme is not None:
+            ratio = None if self.clip is None else self.clip()
+            scale = token_scale(transformed, num_bits=self.scheme.num_bits, clip_ratio=ratio)
+            transformed = fake_quantize(transformed, scale, num_bits=self.scheme.num_bits)
+        return transformed.to(x.dtype)
+
+
+class StudentLinear(nn.Module):
+    """A linear under distillation.
+
+    Attributes:
+        weight: Buffer [O, I], the full-precision weight; not copied.
+        bias: Buffer [O] or None; not copied.
+        scheme: How weight and input are quantized.
+        source: Transform and quantization of the input, shared by the linears that read it.
+        weight_clip: Ratio of each output channel, or None for 1.
+
+    Args:
+        linear: Full precision.
+        scheme: How weight and input are to be quantized.
+        source: Of the scheme's activation part.
+        weight_clip: Broadcasts to the scale: (O,) per channel, (O, 1) per group.
+
+    Raises:
+        InvalidInputError: If I is not a multiple of the group size, or the source quantizes by another scheme.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        scheme: LinearScheme,
+        source: StudentInput,
+        weight_clip: LearnableClip | None = None,
+    ) -> None:
+        super().__init__()
+        num_groups(scheme.weight, linear.in_features)
+        if source.scheme != scheme.activation:
+            raise InvalidInputError(f"student: its input is quantized as {source.scheme}; expected {scheme.activation}")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scheme = scheme
+        self.source = source
+        self.weight_clip = weight_clip
+        self.register_buffer("weight", linear.weight.detach(), persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+
+    @classmethod
+    def with_clip(cls, linear: nn.Linear, *, scheme: LinearScheme, source: StudentInput) -> Self:
+        """Make a student that learns a clipping ratio for each output channel.
+
+        Args:
+            linear: Full precision.
+            scheme: How weight and input are to be quantized.
+            source: Of the scheme's activation part.
+        """
+        grouped = isinstance(scheme.weight.granularity, PerGroup)
+        shape = (linear.out_features, 1) if grouped else (linear.out_features,)
+        clip = LearnableClip(shape, device=linear.weight.device)
+        return cls(linear, scheme=scheme, source=source, weight_clip=clip)
+
+    def folded_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return W T⁻ᵀ, which is what gets quantized.
+
+        Args:
+            dtype: In which to fold; fp64 for the final rounding, fp32 does while training.
+
+        Returns:
+            fp32 [O, I], differentiable.
+        """
+        transform = self.source.transform
+        if transform is None:
+            return self.weight.float()
+        return transform.fold_inverse(self.weight, dtype=dtype).float()
+
+    def clip_ratio(self) -> Tensor | None:
+        """Return the weight's clipping ratios, fp32 [O] or [O, 1], or None for 1."""
+        return None if self.weight_clip is None else self.weight_clip()
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
+        """Apply the layer.
+
+        Args:
+            input: [..., I], floating.
+
+        Returns:
+            [..., O], dtype of the input.
+        """
+        weight = self.folded_weight(dtype=torch.float32)
+        scale = weight_scale(weight, self.scheme.weight, clip_ratio=self.clip_ratio())
+        weight = fake_quantize_weight(weight, scale, num_bits=self.scheme.weight.num_bits)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(self.source(input), weight.to(input.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows of the layer."""
+        has_bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, {self.scheme.name}"

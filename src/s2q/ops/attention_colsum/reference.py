@@ -1,0 +1,106 @@
+"""Column sums of attention, the specification (S²Q-VDiT, eq. 11).
+
+    S_j = Σ_h Σ_i A_hij,    A = softmax(Q Kᵀ / √D + mask)
+
+The N × N map never exists: queries are taken in chunks of `C`, and with the logits of a chunk shifted by their row
+maxima the sums are (1/z)ᵀ · exp(logits), z_i = Σ_j exp(logits_ij). Memory is B · N for the result and a few H · C · N
+for the chunk, so O(N) in the number of tokens. A query whose keys are all masked attends to nothing and adds 0.
+
+Example, one head, D = 1: q = [0, 0], k = [5, 7] has logits of 0, so each query gives ½ to each key and S = [1, 1].
+
+Shapes: `B` samples, `H` heads, `N` queries, `M` keys (N = M in self-attention), `D` head dim, `C` queries of a chunk.
+"""
+
+import torch
+from torch import Tensor
+
+from s2q.core.errors import InvalidInputError
+
+_CHUNK_ELEMENTS = 1 << 23  # of one chunk's logits: 32 MiB in fp32
+
+
+@torch.no_grad()
+def attention_colsum(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Sum the attention that each key receives, over all queries and heads.
+
+    Args:
+        query: [B, H, N, D], floating, as attention sees it (after norm and rotary embedding).
+        key: [B, H, M, D], same dtype.
+        mask: Broadcasts to [B, H, N, M], as in `scaled_dot_product_attention`: boolean, True where a key may be seen;
+            or floating, added to the logits. None hides nothing.
+        scale: Of the logits; None is 1 / √D.
+        chunk_size: C; None takes as many queries as make chunks of 32 MiB.
+
+    Returns:
+        fp32 [B, M] (fp64 for fp64 input), computed and summed in that dtype; without any masked query its sum over
+        keys is H · N.
+
+    Raises:
+        InvalidInputError: If shapes do not fit or the chunk size is not positive.
+    """
+    _check(query, key, mask, chunk_size)
+    samples, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    factor = head_dim**-0.5 if scale is None else scale
+    size = chunk_size or max(1, _CHUNK_ELEMENTS // max(1, heads * keys))
+    sums_BM = torch.zeros(samples, keys, dtype=dtype, device=query.device)
+    for sample in range(samples):
+        key_HDM = key[sample].to(dtype).transpose(1, 2)
+        for start in range(0, queries, size):
+            query_HCD = query[sample, :, start : start + size].to(dtype) * factor
+            logits_HCM = query_HCD @ key_HDM
+            if mask is not None:
+                _apply_mask(logits_HCM, _rows_of(mask, sample, start, start + size))
+            sums_BM[sample] += _chunk_sums(logits_HCM)
+    return sums_BM
+
+
+def _chunk_sums(logits_HCM: Tensor) -> Tensor:
+    """Column sums of the softmax over the last axis, [M]; overwrites the logits."""
+    highest = logits_HCM.amax(dim=-1, keepdim=True)
+    highest.masked_fill_(highest == -torch.inf, 0)  # a fully masked row: exp(-inf - 0) = 0 everywhere
+    weights_HCM = logits_HCM.sub_(highest).exp_()
+    total_HC1 = weights_HCM.sum(dim=-1, keepdim=True)
+    share_HC1 = torch.where(total_HC1 > 0, 1 / total_HC1, torch.zeros_like(total_HC1))
+    share_HC1 = torch.where(total_HC1.isnan(), total_HC1, share_HC1)  # NaN in, NaN out
+    return (share_HC1.transpose(1, 2) @ weights_HCM).sum(dim=(0, 1))
+
+
+def _rows_of(mask: Tensor, sample: int, start: int, stop: int) -> Tensor:
+    """Cut out of a mask what belongs to one sample and a range of queries; broadcasts to [H, C, M]."""
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    own = mask[sample if mask.shape[0] > 1 else 0]
+    return own[:, start:stop] if own.shape[1] > 1 else own
+
+
+def _apply_mask(logits_HCM: Tensor, mask: Tensor) -> None:
+    if mask.dtype == torch.bool:
+        logits_HCM.masked_fill_(~mask, -torch.inf)
+    else:
+        logits_HCM.add_(mask)
+
+
+def _check(query: Tensor, key: Tensor, mask: Tensor | None, chunk_size: int | None) -> None:
+    if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+        raise InvalidInputError(
+            f"attention_colsum: got queries {list(query.shape)} and keys {list(key.shape)}; "
+            "expected [B, H, N, D] and [B, H, M, D]"
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise InvalidInputError(f"attention_colsum: got chunk_size={chunk_size}; expected at least 1")
+    if mask is not None:
+        full = (*query.shape[:3], key.shape[2])
+        sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+        if mask.ndim > 4 or any(own not in (1, wanted) for own, wanted in sizes):
+            raise InvalidInputError(
+                f"attention_colsum: got a mask of shape {list(mask.shape)}; expected it to broadcast to {list(full)}"
+            )

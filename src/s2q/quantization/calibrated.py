@@ -1,0 +1,387 @@
+"""One block with calibration: token importance, initial transforms, distillation, GPTQ, packing.
+
+Everything is computed in fp32 from the block's weights and the inputs that the teacher's stream gives it; the targets
+are what the fp32 copy of the block makes of these inputs. Modulation linears see one row a sample: they are rounded to
+nearest, and stand in the student as they will be in the checkpoint.
+
+Legend: `I/O` in/out features, `N_k` tokens of stream k.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2q.core.errors import S2QError
+from s2q.core.layout import PREFIX
+from s2q.core.schemes import LinearScheme, PerGroup
+from s2q.core.seeds import derive_seed
+from s2q.distillation import (
+    BlockSample,
+    DistillationOptions,
+    block_loss,
+    capture_column_sums,
+    distil,
+    split_weights,
+    token_weights,
+)
+from s2q.models import Family
+from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear, replace_module
+from s2q.quantization.stream import TeacherStream, TensorStore
+from s2q.recipes import Recipe
+from s2q.recipes.schema import GPTQ
+from s2q.rounding import ROUNDINGS, HessianAccumulator, round_gptq
+from s2q.transforms import ROTATIONS, Compose, KroneckerTransform, SmoothScale, Transform, smooth_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCalibration:
+    """What a block is calibrated with.
+
+    Attributes:
+        stream: The teacher's stream; is moved to the block.
+        index: Index of the block.
+        family: Family of the model.
+        seed: Seed of the run; the block's own is derived from it and the index.
+        progress: Called after each unit of work: an epoch, or what takes about as long.
+    """
+
+    stream: TeacherStream
+    index: int
+    family: Family
+    seed: int
+    progress: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedBlock:
+    """What came of it.
+
+    Attributes:
+        layers: Packed linear by full name.
+        loss: Mean weighted loss over the samples: `rtn` (rounded to nearest, nothing before the linears), `initial`
+            (transforms as they start), `distilled` (the best state, still rounded to nearest) and `final` (as packed).
+        distillation: Its report; None without distillation.
+        rounding: GPTQ's report by full name; empty without it.
+    """
+
+    layers: Mapping[str, PackedLinear]
+    loss: Mapping[str, float]
+    distillation: Mapping[str, Any] | None
+    rounding: Mapping[str, Mapping[str, Any]]
+
+
+class _Samples:
+    """The samples of a block: inputs from the stream, targets and weights from a store; fp32, on the device."""
+
+    def __init__(self, stream: TeacherStream, targets: TensorStore, streams: Sequence[str], device: str) -> None:
+        self.stream, self.targets, self.streams, self.device = stream, targets, streams, device
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def inputs(self, index: int) -> dict[str, Any]:
+        return {name: _wide(value, self.device) for name, value in self.stream.inputs(index).items()}
+
+    def __getitem__(self, index: int) -> BlockSample:
+        stored = {name: value.to(self.device) for name, value in self.targets.get(index).items()}
+        weights = tuple(stored[f"weights.{name}"] for name in self.streams) if len(stored) > len(self.streams) else None
+        return BlockSample(
+            inputs=self.inputs(index), outputs=tuple(stored[name] for name in self.streams), weights=weights
+        )
+
+
+def calibrate_block(
+    block: nn.Module,
+    linears: Mapping[str, str],
+    *,
+    schemes: Mapping[str, LinearScheme],
+    recipe: Recipe,
+    calibration: BlockCalibration,
+    device: str = "cpu",
+) -> CalibratedBlock:
+    """Carry out the recipe on one block.
+
+    Args:
+        block: The full-precision block; not changed.
+        linears: Full name by name inside the block, of the linears to quantize.
+        schemes: Scheme by full name.
+        recipe: A recipe that calibrates.
+        calibration: What to calibrate with.
+        device: Where to compute.
+
+    Returns:
+        The packed linears and what was measured.
+
+    Raises:
+        InvalidInputError: If the activations hold NaN or infinite values.
+        S2QError: If GPTQ fails and the recipe does not allow the fallback.
+    """
+    teacher = copy.deepcopy(block).float().to(device).requires_grad_(False).eval()
+    calibration.stream.advance(calibration.index)
+    groups = _groups(linears, calibration.family)
+    targets = TensorStore(calibration.stream.folder, "targets", budget=calibration.stream.budget)
+    samples = _Samples(calibration.stream, targets, calibration.family.streams, device)
+    try:
+        maxima = _run_teacher(teacher, samples, groups, recipe=recipe, calibration=calibration)
+        calibration.progress()
+        return _Stage(block, teacher, linears, schemes=schemes, recipe=recipe).carry_out(
+            samples, groups, maxima, calibration
+        )
+    finally:
+        targets.clear()
+
+
+class _Stage:
+    """The steps of a block, after its targets are known."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        teacher: nn.Module,
+        linears: Mapping[str, str],
+        *,
+        schemes: Mapping[str, LinearScheme],
+        recipe: Recipe,
+    ) -> None:
+        self.block, self.teacher, self.linears = block, teacher, linears
+        self.schemes, self.recipe = schemes, recipe
+
+    def carry_out(
+        self,
+        samples: _Samples,
+        groups: Sequence[tuple[str, ...]],
+        maxima: Mapping[str, Tensor],
+        calibration: BlockCalibration,
+    ) -> CalibratedBlock:
+        grouped = {name for group in groups for name in group}
+        plain = {name: self._nearest(name) for name in self.linears}
+        loss = {"rtn": block_loss(self._copy(plain), samples)}
+        student = self._copy({name: layer for name, layer in plain.items() if name not in grouped})
+        seed = derive_seed(calibration.seed, "block", calibration.index)
+        for group in groups:
+            self._put_students(student, group, maxima[group[0]], seed=derive_seed(seed, "rotation", group[0]))
+        loss["initial"] = block_loss(student, samples)
+        report = None
+        if self.recipe.distillation is not None:
+            options = DistillationOptions(**self.recipe.distillation.model_dump())
+            report = distil(
+                student, samples, options=options, seed=derive_seed(seed, "order"), epoch_done=calibration.progress
+            )
+            loss["distilled"] = report.loss
+        student.requires_grad_(False)
+        packed, rounding = self._round(student, samples, groups)
+        packed |= {name: layer for name, layer in plain.items() if name not in grouped}
+        loss["final"] = block_loss(self._copy(packed), samples)
+        calibration.progress()
+        return CalibratedBlock(
+            layers={self.linears[name]: packed[name].to("cpu") for name in self.linears},
+            loss=loss,
+            distillation=None if report is None else asdict(report),
+            rounding={self.linears[name]: one for name, one in rounding.items()},
+        )
+
+    def _copy(self, layers: Mapping[str, nn.Module]) -> nn.Module:
+        result = copy.deepcopy(self.teacher)
+        for name, layer in layers.items():
+            replace_module(result, name, layer)
+        return result
+
+    def _scheme(self, name: str) -> LinearScheme:
+        return self.schemes[self.linears[name]]
+
+    def _nearest(self, name: str) -> PackedLinear:
+        """The linear rounded to nearest, nothing before it; what adaLN linears become."""
+        weight = self.teacher.get_submodule(name).weight
+        rounded = ROUNDINGS["rtn"](weight, self._scheme(name).weight)
+        return PackedLinear.from_rounded(rounded, bias=self.block.get_submodule(name).bias, scheme=self._scheme(name))
+
+    def _put_students(self, student: nn.Module, group: tuple[str, ...], amax: Tensor, *, seed: int) -> None:
+        recipe, first = self.recipe, self._scheme(group[0])
+        device = amax.device
+        weights = [self.teacher.get_submodule(name).weight for name in group]
+        transform = self._transform(amax, weights, seed=seed)
+        clip: nn.Module | None = None
+        if first.activation is not None and recipe.clip.activations:
+            clip = LearnableClip((1,), start=recipe.clip.start, device=device)
+        elif first.activation is not None and recipe.clip.constant is not None:
+            clip = _ConstantClip(recipe.clip.constant).to(device)
+        source = StudentInput(
+            first.activation,
+            transform=None if transform is None else transform.to(device),
+            clip=clip,  # type: ignore[arg-type]
+        )
+        for name in group:
+            linear = self.teacher.get_submodule(name)
+            scheme = self._scheme(name)
+            weight_clip = None
+            if recipe.clip.weights:
+                per_group = isinstance(scheme.weight.granularity, PerGroup)
+                shape = (linear.out_features, 1) if per_group else (linear.out_features,)
+                weight_clip = LearnableClip(shape, start=recipe.clip.start, device=device)
+            replace_module(student, name, StudentLinear(linear, scheme=scheme, source=source, weight_clip=weight_clip))
+
+    def _transform(self, amax: Tensor, weights: Sequence[Tensor], *, seed: int) -> Transform | None:
+        settings = self.recipe.transforms
+        in_features = amax.shape[0]
+        rotation: Transform | None = None
+        if settings.rotation == "kronecker":
+            rotation = KroneckerTransform.build(in_features, seed=seed, start=settings.start)
+        elif settings.rotation != "identity":
+            rotation = ROTATIONS[settings.rotation](in_features, seed=seed)
+        if settings.scale == "none":
+            return rotation
+        largest = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
+        s = smooth_scale(amax.cpu(), largest.cpu(), alpha=settings.alpha)
+        scale = SmoothScale(s, learnable=settings.learn_scale)
+        return scale if rotation is None else Compose(scale, rotation)
+
+    @torch.no_grad()
+    def _round(
+        self, student: nn.Module, samples: _Samples, groups: Sequence[tuple[str, ...]]
+    ) -> tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]:
+        use_gptq = self.recipe.rounding.method == GPTQ
+        hessians = self._hessians(student, samples, groups) if use_gptq else {}
+        packed: dict[str, PackedLinear] = {}
+        reports: dict[str, dict[str, Any]] = {}
+        for group in groups:
+            inputs = _stored_inputs(student.get_submodule(group[0]).source)
+            for name in group:
+                layer, scheme = student.get_submodule(name), self._scheme(name)
+                weight, ratio = layer.folded_weight(), layer.clip_ratio()
+                if use_gptq:
+                    try:
+                        rounded, report = round_gptq(
+                            weight,
+                            scheme.weight,
+                            hessian=hessians[group[0]].hessian(),
+                            clip_ratio=ratio,
+                            options=self.recipe.rounding.options(),
+                        )
+                    except S2QError as error:
+                        raise type(error)(f"{self.linears[name]}: {error}") from error
+                    reports[name] = asdict(report)
+                else:
+                    rounded = ROUNDINGS[self.recipe.rounding.method](weight, scheme.weight, clip_ratio=ratio)
+                bias = self.block.get_submodule(name).bias
+                packed[name] = PackedLinear.from_rounded(
+                    rounded,
+                    bias=bias,
+                    scheme=scheme,
+                    inputs=inputs,
+                )
+        return packed, reports
+
+    def _hessians(
+        self, student: nn.Module, samples: _Samples, groups: Sequence[tuple[str, ...]]
+    ) -> dict[str, HessianAccumulator]:
+        found: dict[str, HessianAccumulator] = {}
+
+        def listen(name: str) -> Callable[[Tensor], None]:
+            layer = student.get_submodule(name)
+            found[name] = HessianAccumulator(layer.in_features, device=layer.weight.device)
+            return lambda x: found[name].add(layer.source(x))
+
+        with _heard(self.teacher, {group[0]: listen(group[0]) for group in groups}):
+            for index in range(len(samples)):
+                self.teacher(**samples.inputs(index))
+        return found
+
+
+class _ConstantClip(nn.Module):
+    """A ratio that is not learned; stands in for `LearnableClip`."""
+
+    ratio: Tensor
+
+    def __init__(self, ratio: float) -> None:
+        super().__init__()
+        self.register_buffer("ratio", torch.tensor([ratio], dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        return self.ratio
+
+
+@torch.no_grad()
+def _run_teacher(
+    teacher: nn.Module,
+    samples: _Samples,
+    groups: Sequence[tuple[str, ...]],
+    *,
+    recipe: Recipe,
+    calibration: BlockCalibration,
+) -> dict[str, Tensor]:
+    """Store targets and token weights of every sample; return the largest magnitudes of each group's input, [I]."""
+    family, loss = calibration.family, recipe.loss
+    maxima: dict[str, Tensor] = {}
+
+    def listen(name: str) -> Callable[[Tensor], None]:
+        def remember(x: Tensor) -> None:
+            own = x.reshape(-1, x.shape[-1]).abs().amax(dim=0)
+            maxima[name] = own if name not in maxima else torch.maximum(maxima[name], own)
+
+        return remember
+
+    with _heard(teacher, {group[0]: listen(group[0]) for group in groups}):
+        for index in range(len(samples)):
+            weighted = loss.weighting == "attention"
+            attention = teacher.get_submodule(family.attention)
+            with capture_column_sums(attention) if weighted else nullcontext() as captured:
+                outputs = teacher(**samples.inputs(index))
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            calibration.stream.check(outputs, block=calibration.index, sample=index)
+            stored = dict(zip(family.streams, outputs, strict=True))
+            if captured is not None:
+                weights = token_weights(captured.joined(), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
+                lengths = [stored[name].shape[1] for name in family.joint_order]
+                own = dict(zip(family.joint_order, split_weights(weights, lengths), strict=True))
+                for name, output in zip(family.streams, outputs, strict=True):
+                    stored[f"weights.{name}"] = own.get(name, torch.ones_like(output[..., 0]))
+            samples.targets.put(index, stored)
+    return maxima
+
+
+@contextmanager
+def _heard(block: nn.Module, listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Tell listeners the inputs of modules, by name."""
+    with ExitStack() as stack:
+        for name, listener in listeners.items():
+            handle = block.get_submodule(name).register_forward_pre_hook(
+                lambda _module, args, listener=listener: listener(args[0])
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+def _groups(linears: Mapping[str, str], family: Family) -> list[tuple[str, ...]]:
+    """The linears to quantize but for modulation, by shared input; one that shares nothing is alone."""
+    groups = [tuple(name for name in group if name in linears) for group in family.shared_inputs]
+    shared = {name for group in groups for name in group}
+    groups += [(name,) for name in linears if name not in shared and name not in family.modulation]
+    return [group for group in groups if group]
+
+
+@torch.no_grad()
+def _stored_inputs(source: StudentInput) -> dict[str, Tensor]:
+    """What the packed linears store of their input: the tensors of transform and clip."""
+    tensors: dict[str, Tensor] = {}
+    if source.transform is not None:
+        tensors = {PREFIX + name: value for name, value in source.transform.state_tensors().items()}
+    if source.clip is not None:
+        tensors["activation_clip"] = source.clip().detach().reshape(1).clone()
+    return tensors
+
+
+def _wide(value: Any, device: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=torch.float32 if value.is_floating_point() else None)
+    if isinstance(value, tuple | list):
+        return type(value)(_wide(one, device) for one in value)
+    if isinstance(value, dict):
+        return {key: _wide(one, device) for key, one in value.items()}
+    return value

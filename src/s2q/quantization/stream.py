@@ -1,0 +1,221 @@
+"""The teacher's stream: what each block of the full-precision model is called with, for every sample, block by block.
+
+Only one block's inputs exist at a time. They are those of the first block, found by running the transformer until it
+gets there, and go through one block after another from then on; a block that was calibrated before (resumed) costs one
+pass. Since every block sees the teacher's stream, the inputs of a block do not depend on what became of the others.
+
+Tensors above the budget lie on the disk, in the run folder. Legend: `B` samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.files import atomic_write_bytes
+
+MEMORY_BYTES = 8 << 30
+"""Host memory for the tensors of one store; what does not fit goes to the disk."""
+
+
+class TensorStore:
+    """Tensors by index and name, in memory up to a budget and on the disk from there on.
+
+    Args:
+        folder: Where files go, named after `name`.
+        name: Prefix of the files.
+        budget: Bytes of host memory.
+    """
+
+    def __init__(self, folder: Path, name: str, *, budget: int = MEMORY_BYTES) -> None:
+        self.folder, self.name, self.budget = folder, name, budget
+        self._kept: dict[int, Mapping[str, Tensor]] = {}
+
+    def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Store the tensors of an index, in place of those that were there.
+
+        Args:
+            index: The index.
+            tensors: Tensors by name; not copied where they stay in memory.
+        """
+        self._kept.pop(index, None)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size + sum(tensor.nbytes for own in self._kept.values() for tensor in own.values()) <= self.budget:
+            self._kept[index] = dict(tensors)
+            self._path(index).unlink(missing_ok=True)
+            return
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        atomic_write_bytes(self._path(index), safetensors.torch.save(content))
+
+    def get(self, index: int) -> dict[str, Tensor]:
+        """Return the tensors of an index.
+
+        Args:
+            index: The index.
+        """
+        if index in self._kept:
+            return dict(self._kept[index])
+        return dict(safetensors.torch.load_file(self._path(index)))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+        for path in self.folder.glob(f"{self.name}-*.safetensors"):
+            path.unlink()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{self.name}-{index:04d}.safetensors"
+
+
+class TeacherStream:
+    """The inputs of one block after another, for every sample.
+
+    Args:
+        transformer: The full-precision transformer.
+        block_names: Full names of its blocks, in the order in which they run.
+        calls: A function for each sample that returns the transformer's keyword arguments.
+        names: What messages call the samples.
+        streams: Keyword arguments of a block that it returns anew, in that order.
+        folder: Where tensors above the budget go.
+        device: Where to compute.
+        budget: Bytes of host memory for the inputs of one block.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        block_names: Sequence[str],
+        *,
+        calls: Sequence[Callable[[], dict[str, Any]]],
+        names: Sequence[str],
+        streams: Sequence[str],
+        folder: Path,
+        device: str = "cpu",
+        budget: int = MEMORY_BYTES,
+    ) -> None:
+        self.transformer, self.block_names = transformer, list(block_names)
+        self.calls, self.names, self.streams = calls, list(names), tuple(streams)
+        self.device = device
+        self.folder, self.budget = folder, budget
+        self._moving = TensorStore(folder, "stream", budget=budget)
+        self._fixed: list[dict[str, Any]] = []
+        self._position: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def advance(self, block: int) -> None:
+        """Go to the inputs of a block; backwards means from the start.
+
+        Args:
+            block: Index of the block.
+
+        Raises:
+            InvalidInputError: If a block's activations hold NaN or infinite values (names block and sample).
+        """
+        if self._position is None or block < self._position:
+            self._start()
+        assert self._position is not None
+        while self._position < block:
+            self._pass(self._position)
+            self._position += 1
+
+    def inputs(self, sample: int) -> dict[str, Any]:
+        """Return the keyword arguments that the block at hand is called with.
+
+        Args:
+            sample: Index of the sample.
+        """
+        return {**self._fixed[sample], **self._moving.get(sample)}
+
+    def check(self, outputs: Sequence[Tensor], *, block: int, sample: int) -> None:
+        """Refuse NaN and infinite values in what a block returns.
+
+        Args:
+            outputs: The streams.
+            block: Index of the block.
+            sample: Index of the sample.
+        """
+        for name, output in zip(self.streams, outputs, strict=True):
+            if not bool(torch.isfinite(output).all()):
+                raise InvalidInputError(
+                    f"{self.block_names[block]}: its {name} for {self.names[sample]} hold NaN or infinite values; "
+                    "check the model, or use another dtype (float16 overflows where bfloat16 does not)"
+                )
+
+    def close(self) -> None:
+        """Remove what lies on the disk."""
+        self._moving.clear()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        first = self.transformer.get_submodule(self.block_names[0])
+        before = next(self.transformer.parameters()).device
+        self._moving.clear()
+        self._fixed = []
+        try:
+            self.transformer.to(self.device)
+            for sample, call in enumerate(self.calls):
+                arguments = _first_call(self.transformer, first, _moved(call(), self.device))
+                missing = [name for name in self.streams if name not in arguments]
+                assert not missing, f"blocks are called without {missing}"
+                moving = {name: arguments.pop(name) for name in self.streams}
+                self._moving.put(sample, moving)
+                self._fixed.append(arguments)
+        finally:
+            self.transformer.to(before)
+        self._position = 0
+
+    @torch.no_grad()
+    def _pass(self, index: int) -> None:
+        block = self.transformer.get_submodule(self.block_names[index])
+        before = next(block.parameters()).device
+        try:
+            block.to(self.device)
+            for sample in range(len(self)):
+                outputs = block(**_moved(self.inputs(sample), self.device))
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                self.check(outputs, block=index, sample=sample)
+                self._moving.put(sample, dict(zip(self.streams, outputs, strict=True)))
+        finally:
+            block.to(before)
+
+
+class _ReachedError(Exception):
+    """The first block was called."""
+
+
+def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Run the transformer until it calls its first block; return what it calls it with."""
+    heard: dict[str, Any] = {}
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert not args, "blocks are called with positional arguments"
+        heard.update(kwargs)
+        raise _ReachedError
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        transformer(**arguments, return_dict=False)
+    except _ReachedError:
+        return heard
+    finally:
+        handle.remove()
+    raise AssertionError("the transformer never called its first block")
+
+
+def _moved(value: Any, device: str) -> Any:
+    """Move every tensor in (nested) plain containers to a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(one, device) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(one, device) for one in value)
+    return value

@@ -1,0 +1,50 @@
+"""What stands before each block linear under a recipe: transform and clip ratio, as far as it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from s2q.core.layout import InputLayout
+from s2q.core.schemes import LinearScheme
+from s2q.models import BlockLinear
+from s2q.recipes.schema import Recipe
+from s2q.transforms import ROTATIONS
+
+
+def assign_layouts(
+    recipe: Recipe, linears: Sequence[BlockLinear], schemes: Mapping[str, LinearScheme]
+) -> dict[str, InputLayout]:
+    """Give every quantized linear before which something stands its layout.
+
+    Args:
+        recipe: The recipe.
+        linears: All linears of the blocks.
+        schemes: What `assign_schemes` returned for them.
+
+    Returns:
+        Layout by full name; adaLN linears and those with nothing before them do not appear.
+    """
+    sizes = {one.in_features for one in linears if one.role == "linear" and one.name in schemes}
+    transforms = {size: _transform_layout(recipe, size) for size in sizes}
+    layouts = {}
+    for linear in linears:
+        scheme = schemes.get(linear.name)
+        if linear.role != "linear" or scheme is None:
+            continue
+        clip = scheme.activation is not None and (recipe.clip.activations or recipe.clip.constant is not None)
+        shape = transforms[linear.in_features]
+        layout = InputLayout(scale=shape.scale, left=shape.left, right=shape.right, activation_clip=clip)
+        if not layout.empty:
+            layouts[linear.name] = layout
+    return layouts
+
+
+def _transform_layout(recipe: Recipe, in_features: int) -> InputLayout:
+    """The parts that a transform of the recipe has, found by building one."""
+    with torch.device("cpu"):
+        tensors = ROTATIONS[recipe.transforms.rotation](in_features, seed=0).state_tensors()
+    orders = {name: tensor.shape[0] for name, tensor in tensors.items() if name != "scale"}
+    scale = "scale" in tensors or recipe.transforms.scale != "none"
+    return InputLayout(scale=scale, left=orders.get("left"), right=orders.get("right"))

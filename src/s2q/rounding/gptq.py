@@ -1,0 +1,238 @@
+"""GPTQ: rounding column by column, each error made up for by the columns that are still to come.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023. With
+U the upper triangular factor of the inverse Hessian, H⁻¹ = Uᵀ U, for i = 1 … I:
+
+    q_i = Δ · clamp(round(w_i / Δ)),    e_i = (w_i - q_i) / U_ii,    w_j ← w_j - e_i · U_ij  for j > i
+
+in blocks of columns, so that most of the work is matrix products. Scales are computed before and stay (static), also
+where columns are taken in the order of their activation (act-order), so the layout of the codes is that of RTN.
+
+Beyond the paper: the rows of a weight do not depend on each other, hence a row for which rounding to nearest has the
+smaller Hessian-weighted error (a clamped one, mostly) takes that; GPTQ is then never worse than RTN. A dead column (its
+input was zero in all of calibration, its diagonal is 0) is rounded to nearest and not set to zero: it costs nothing
+there, and it still works where the input is not zero.
+
+Shapes: `I/O` in/out features, `G` groups, `K` columns of a block.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2q.core.errors import InvalidInputError, S2QError
+from s2q.core.qparams import ClipRatio, RoundedWeight, dequantize_weight, quantize, quantize_weight, weight_scale
+from s2q.core.schemes import QuantScheme
+from s2q.rounding.hessian import hessian_error
+
+logger = logging.getLogger(__name__)
+
+_SMALLEST_RETRY = 1e-3  # dampening of the first retry where none was asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQOptions:
+    """Settings of GPTQ.
+
+    Attributes:
+        dampening_frac: What is added to the diagonal of H, as a fraction of its mean.
+        block_size: Columns of a block.
+        act_order: Whether columns are taken in the order of falling diagonal of H.
+        max_retries: How often a failed factorization is tried again, each time with ten times the dampening.
+        allow_fallback: Whether rounding to nearest may step in where every try failed.
+
+    Raises:
+        InvalidInputError: If a value is out of range.
+    """
+
+    dampening_frac: float = 0.01
+    block_size: int = 128
+    act_order: bool = True
+    max_retries: int = 4
+    allow_fallback: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 <= self.dampening_frac < float("inf"):
+            raise InvalidInputError(f"gptq: dampening_frac={self.dampening_frac!r}; expected at least 0, usually 0.01")
+        if self.block_size < 1:
+            raise InvalidInputError(f"gptq: block_size={self.block_size!r}; expected at least 1, usually 128")
+        if self.max_retries < 0:
+            raise InvalidInputError(f"gptq: max_retries={self.max_retries!r}; expected at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQReport:
+    """What happened to one weight.
+
+    Attributes:
+        rtn_error: ½ · tr(ΔW H ΔWᵀ) of rounding to nearest with the same scales.
+        error: The same of the result, at most `rtn_error`.
+        dampening_frac: The one that the factorization succeeded with; None where it never did.
+        retries: How many factorizations failed before.
+        dead_columns: Columns whose input was zero in all of calibration.
+        rtn_rows: Output channels that rounding to nearest served better.
+        fallback: Whether the whole weight was rounded to nearest because no factorization succeeded.
+    """
+
+    rtn_error: float
+    error: float
+    dampening_frac: float | None
+    retries: int
+    dead_columns: int
+    rtn_rows: int
+    fallback: bool
+
+
+@torch.no_grad()
+def round_gptq(
+    weight: Tensor,
+    scheme: QuantScheme,
+    *,
+    hessian: Tensor,
+    clip_ratio: ClipRatio = None,
+    scale: Tensor | None = None,
+    options: GPTQOptions | None = None,
+) -> tuple[RoundedWeight, GPTQReport]:
+    """Round a weight so that the error of the layer's output is small, not that of the weight.
+
+    Args:
+        weight: [O, I], any floating dtype; computed in fp32, the factorization in fp64.
+        scheme: PerChannel or PerGroup.
+        hessian: [I, I] of the layer's input, transformed and quantized; see `HessianAccumulator`.
+        clip_ratio: Factor in (0, 1] on the largest magnitude: a float, or a tensor that broadcasts to the scale.
+        scale: fp32 [O] or [O, G] to use as it is; None computes it from weight and clip ratio.
+        options: Settings; None is the defaults.
+
+    Returns:
+        The rounded weight, on the weight's device, and the report.
+
+    Raises:
+        InvalidInputError: If shapes do not fit, H or W hold NaN or infinite values, or both clip ratio and scale are
+            given.
+        S2QError: If no factorization succeeds and the options do not allow the fallback.
+    """
+    options = options or GPTQOptions()
+    weight, hessian = weight.float(), hessian.to(device=weight.device, dtype=torch.float32)
+    _check(weight, hessian)
+    if scale is None:
+        scale = weight_scale(weight, scheme, clip_ratio=clip_ratio)
+    elif clip_ratio is not None:
+        raise InvalidInputError("gptq: got a scale and a clip ratio; expected one of them, the scale is used as it is")
+    nearest = quantize_weight(weight, scale, num_bits=scheme.num_bits)
+    rtn_rows = hessian_error(dequantize_weight(nearest, scale) - weight, hessian)
+    dead = int((hessian.diagonal() == 0).sum())
+    order = _column_order(hessian, act_order=options.act_order)
+    factor, dampening_frac, retries = _factorize(hessian[order][:, order], options)
+    if factor is None:
+        return _fall_back(RoundedWeight(codes=nearest, scale=scale), rtn_rows, dead, options)
+    columns = _columns_scale(scale, weight.shape[1])[:, order]
+    codes = torch.empty_like(nearest)
+    codes[:, order] = _round_columns(weight[:, order], columns, factor, num_bits=scheme.num_bits, options=options)
+    rows = hessian_error(dequantize_weight(codes, scale) - weight, hessian)
+    worse = rows > rtn_rows
+    codes[worse] = nearest[worse]
+    report = GPTQReport(
+        rtn_error=float(rtn_rows.sum()),
+        error=float(torch.where(worse, rtn_rows, rows).sum()),
+        dampening_frac=dampening_frac,
+        retries=retries,
+        dead_columns=dead,
+        rtn_rows=int(worse.sum()),
+        fallback=False,
+    )
+    return RoundedWeight(codes=codes, scale=scale), report
+
+
+def _check(weight: Tensor, hessian: Tensor) -> None:
+    in_features = weight.shape[1]
+    if hessian.shape != (in_features, in_features):
+        raise InvalidInputError(
+            f"gptq: got a Hessian of shape {list(hessian.shape)}; expected [{in_features}, {in_features}]"
+        )
+    for name, tensor in (("weight", weight), ("Hessian", hessian)):
+        if not bool(tensor.isfinite().all()):
+            raise InvalidInputError(f"gptq: the {name} holds NaN or infinite values; check model and calibration data")
+
+
+def _column_order(hessian: Tensor, *, act_order: bool) -> Tensor:
+    diagonal = hessian.diagonal()
+    if not act_order:
+        return torch.arange(len(diagonal), device=diagonal.device)
+    return torch.argsort(diagonal, descending=True, stable=True)
+
+
+def _factorize(hessian: Tensor, options: GPTQOptions) -> tuple[Tensor | None, float | None, int]:
+    """Find the upper triangular fp32 U with (H + dampening)⁻¹ = Uᵀ U; also the dampening used and the failed tries.
+
+    With the order of rows and columns reversed, the lower Cholesky factor of H becomes an upper triangular R with
+    H = R Rᵀ, and U = R⁻¹: one factorization and one triangular inverse, no inverse of H.
+    """
+    wide = hessian.double()
+    dead = wide.diagonal() == 0
+    wide.diagonal()[dead] = 1
+    mean = float(wide.diagonal()[~dead].mean()) if bool((~dead).any()) else 1.0
+    eye = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    for retry in range(options.max_retries + 1):
+        frac = options.dampening_frac
+        if retry > 0:
+            frac = max(10 * frac, _SMALLEST_RETRY) * 10 ** (retry - 1)
+        damped = wide + frac * mean * eye
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0:
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            if bool(upper.isfinite().all()):
+                return upper.float(), frac, retry
+        logger.warning("gptq: the Hessian with dampening_frac=%g is not positive definite", frac)
+    return None, None, options.max_retries + 1
+
+
+def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, *, num_bits: int, options: GPTQOptions) -> Tensor:
+    """Carry out GPTQ on columns in their order; weight and scale [O, I] (scale may be [O, 1]), factor U [I, I]."""
+    weight = weight.clone()
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    in_features = weight.shape[1]
+    for start in range(0, in_features, options.block_size):
+        stop = min(start + options.block_size, in_features)
+        errors_OK = torch.zeros_like(weight[:, start:stop])
+        for column in range(start, stop):
+            value = weight[:, column]
+            own_scale = scale[:, column]
+            codes[:, column] = quantize(value, own_scale, num_bits=num_bits)
+            error = (value - codes[:, column] * own_scale) / factor[column, column]
+            weight[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)
+            errors_OK[:, column - start] = error
+        weight[:, stop:].addmm_(errors_OK, factor[start:stop, stop:], alpha=-1)
+    return codes
+
+
+def _columns_scale(scale: Tensor, in_features: int) -> Tensor:
+    """Spread [O] or [O, G] to one scale a weight, [O, I]."""
+    if scale.ndim == 1:
+        return scale.unsqueeze(1).expand(-1, in_features)
+    return scale.repeat_interleave(in_features // scale.shape[1], dim=1)
+
+
+def _fall_back(
+    nearest: RoundedWeight, rtn_rows: Tensor, dead: int, options: GPTQOptions
+) -> tuple[RoundedWeight, GPTQReport]:
+    tries = options.max_retries + 1
+    if not options.allow_fallback:
+        raise S2QError(
+            f"gptq: the Hessian is not positive definite after {tries} tries with growing dampening; "
+            "use more calibration samples, a larger dampening_frac, or allow the fallback to rounding to nearest"
+        )
+    logger.warning("gptq: rounding to nearest instead, after %d failed factorizations", tries)
+    error = float(rtn_rows.sum())
+    report = GPTQReport(
+        rtn_error=error,
+        error=error,
+        dampening_frac=None,
+        retries=tries,
+        dead_columns=dead,
+        rtn_rows=len(rtn_rows),
+        fallback=True,
+    )
+    return nearest, report

@@ -1,0 +1,85 @@
+"""The Hessian of a layer's squared error, accumulated over batches of its input.
+
+    E(Ŵ) = Σ_t m_t · ‖x_t (Ŵ - W)ᵀ‖² = ½ · tr((Ŵ - W) H (Ŵ - W)ᵀ),    H = 2 Σ_t m_t · x_tᵀ x_t = 2 Xᵀ diag(m) X
+
+Shapes: `I/O` in/out features; every leading dimension of an input counts tokens t. m_t are optional token weights.
+"""
+
+import torch
+from torch import Tensor
+
+from s2q.core.errors import InvalidInputError
+
+
+class HessianAccumulator:
+    """Sums 2 XᵀX in fp32, batch by batch; holds I² numbers and nothing of the inputs.
+
+    Attributes:
+        num_tokens: How many tokens have been added.
+
+    Args:
+        in_features: I.
+        device: Where the sum lives.
+    """
+
+    def __init__(self, in_features: int, *, device: torch.device | str | None = None) -> None:
+        self.num_tokens = 0
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, *, token_weights: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            x: [..., I], floating: the input as the rounded layer will see it, that is transformed and quantized.
+            token_weights: [...], m_t ≥ 0; None is all ones.
+
+        Raises:
+            InvalidInputError: If a shape does not fit, or a value is NaN, infinite or a negative weight; nothing has
+                been added then.
+        """
+        features = self._sum.shape[0]
+        if x.shape[-1] != features:
+            raise InvalidInputError(f"Hessian: got an input of shape {list(x.shape)}; expected [..., {features}]")
+        rows = x.reshape(-1, features).to(self._sum)
+        if not bool(rows.isfinite().all()):
+            bad = int((~rows.isfinite()).any(dim=1).sum())
+            raise InvalidInputError(
+                f"Hessian: {bad} of {len(rows)} tokens hold NaN or infinite values; check the model"
+            )
+        weighted = rows
+        if token_weights is not None:
+            if token_weights.shape != x.shape[:-1]:
+                raise InvalidInputError(
+                    f"Hessian: got token weights of shape {list(token_weights.shape)}; expected {list(x.shape[:-1])}"
+                )
+            weights = token_weights.reshape(-1, 1).to(self._sum)
+            if not bool((weights.isfinite() & (weights >= 0)).all()):
+                raise InvalidInputError("Hessian: token weights are negative, NaN or infinite; expected at least 0")
+            weighted = rows * weights
+        self._sum.addmm_(weighted.t(), rows, alpha=2.0)
+        self.num_tokens += len(rows)
+
+    def hessian(self) -> Tensor:
+        """Return H, fp32 [I, I], symmetric.
+
+        Raises:
+            InvalidInputError: If nothing has been added.
+        """
+        if self.num_tokens == 0:
+            raise InvalidInputError("Hessian: no token was added; run the calibration samples through the layer first")
+        return (self._sum + self._sum.t()) / 2
+
+
+def hessian_error(deviation: Tensor, hessian: Tensor) -> Tensor:
+    """Compute what a change of the weight costs, ½ · (Ŵ - W)_o H (Ŵ - W)_oᵀ of each output channel.
+
+    Args:
+        deviation: [O, I], Ŵ - W.
+        hessian: [I, I].
+
+    Returns:
+        fp64 [O].
+    """
+    wide = deviation.double()
+    return (wide @ hessian.double() * wide).sum(dim=1) / 2

@@ -1,0 +1,40 @@
+"""Floor 2: invertible transforms of a linear's input, whose inverse goes into the weight.
+
+    y = x Wᵀ = (x T) · (W T⁻ᵀ)ᵀ
+
+Every transform has the form T = diag(v) · (A ⊗ B), so that one pair of operations (a product by a vector, a product by
+two small matrices) runs all of them and three tensors store any of them (`Factors`). Linears that read the same input
+share one transform object.
+"""
+
+from collections.abc import Callable
+
+from s2q.transforms.base import Factors, FixedTransform, Transform, identity
+from s2q.transforms.compose import Compose
+from s2q.transforms.hadamard import best_factors, hadamard, hadamard_matrix, orthogonal_matrix
+from s2q.transforms.kronecker import STARTS, KroneckerTransform
+from s2q.transforms.smooth_scale import SmoothScale, smooth_scale
+
+ROTATIONS: dict[str, Callable[..., Transform]] = {
+    "identity": identity,
+    "hadamard": hadamard,
+    "kronecker": KroneckerTransform.build,
+}
+"""What may follow the channel scale, by name; each is called as `rotation(in_features, seed=seed)`."""
+
+__all__ = [
+    "ROTATIONS",
+    "STARTS",
+    "Compose",
+    "Factors",
+    "FixedTransform",
+    "KroneckerTransform",
+    "SmoothScale",
+    "Transform",
+    "best_factors",
+    "hadamard",
+    "hadamard_matrix",
+    "identity",
+    "orthogonal_matrix",
+    "smooth_scale",
+]

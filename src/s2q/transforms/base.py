@@ -1,0 +1,208 @@
+"""What every transform can do: be applied to an input, have its inverse folded into a weight, be stored.
+
+    T = diag(v) · (A ⊗ B)        T⁻ᵀ = diag(1/v) · (A⁻ᵀ ⊗ B⁻ᵀ)        (x T) · (W T⁻ᵀ)ᵀ = x Wᵀ
+
+Shapes: `I` in features, `O` out features, `n1`·`n2` = I.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.ops.kronecker import scaled_kronecker
+
+_NAMES = ("scale", "left", "right")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """The parts of diag(scale) · (left ⊗ right); None stands for the identity.
+
+    Attributes:
+        scale: [I] or None.
+        left: [n1, n1] or None.
+        right: [n2, n2] or None.
+    """
+
+    scale: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Multiply rows by the matrix.
+
+        Args:
+            x: [..., I], floating.
+
+        Returns:
+            [..., I], dtype of x or of the factors, whichever is wider.
+        """
+        return scaled_kronecker(x, scale=self.scale, left=self.left, right=self.right)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the parts that are there, by name, detached: what a checkpoint stores."""
+        parts = zip(_NAMES, (self.scale, self.left, self.right), strict=True)
+        return {name: part.detach() for name, part in parts if part is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Factors":
+        """Read what `tensors` returned.
+
+        Args:
+            tensors: Parts by name; a missing one is the identity.
+
+        Raises:
+            InvalidInputError: If a name is unknown or a shape is impossible.
+        """
+        for name, tensor in tensors.items():
+            if name not in _NAMES:
+                raise unknown_name("part of a transform", name, _NAMES)
+            ndim = 1 if name == "scale" else 2
+            if tensor.ndim != ndim or (ndim == 2 and tensor.shape[0] != tensor.shape[1]):
+                expected = "[I]" if ndim == 1 else "[n, n]"
+                raise InvalidInputError(f"transform {name}: got shape {list(tensor.shape)}; expected {expected}")
+        return cls(**tensors)
+
+
+class Transform(nn.Module):
+    """An invertible linear map of a linear's input; subclasses give its factors and those of its inverse transpose.
+
+    What is learnable is a parameter, what is fixed is a buffer.
+
+    Attributes:
+        in_features: I.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
+        """Return the factors of T, differentiable.
+
+        Args:
+            dtype: fp32 or fp64, in which to compute them.
+        """
+        raise NotImplementedError
+
+    def inverse_transpose(self, dtype: torch.dtype = torch.float64) -> Factors:
+        """Return the factors of T⁻ᵀ, differentiable.
+
+        Args:
+            dtype: fp32 or fp64, in which to compute them.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the transform, x T.
+
+        Args:
+            x: [..., I], floating.
+
+        Returns:
+            [..., I], fp64 for an fp64 x, else fp32.
+        """
+        return self.factors(_compute_dtype(x)).apply(x.to(_compute_dtype(x)))
+
+    def fold_inverse(self, weight: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Put the inverse into a weight, W T⁻ᵀ, so that (x T) · (W T⁻ᵀ)ᵀ = x Wᵀ.
+
+        Args:
+            weight: [O, I], floating.
+            dtype: In which to compute; fp64 for the weight that is rounded in the end, fp32 does while training.
+
+        Returns:
+            [O, I] in `dtype`, differentiable.
+
+        Raises:
+            InvalidInputError: If the weight has another number of in features.
+        """
+        if weight.shape[-1] != self.in_features:
+            raise InvalidInputError(
+                f"{type(self).__name__}: got a weight with in_features={weight.shape[-1]}; expected {self.in_features}"
+            )
+        return self.inverse_transpose(dtype).apply(weight.to(dtype))
+
+    @torch.no_grad()
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return what is needed to apply the transform: fp32 `scale` [I], `left` [n1, n1], `right` [n2, n2].
+
+        Parts that are the identity are missing; the identity itself stores nothing.
+        """
+        tensors = self.factors(torch.float64).tensors()
+        return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+
+
+class FixedTransform(Transform):
+    """A transform that is not learned, from its factors; also how a stored one comes back.
+
+    Args:
+        in_features: I.
+        factors: Of T; copied into fp64 buffers.
+
+    Raises:
+        InvalidInputError: If the factors do not fit I, are not finite, or are not invertible.
+    """
+
+    def __init__(self, in_features: int, factors: Factors) -> None:
+        super().__init__(in_features)
+        checked = Factors.from_tensors(factors.tensors())
+        _check_sizes(in_features, checked)
+        for name, tensor in checked.tensors().items():
+            value = tensor.double()
+            self.register_buffer(name, value.clone())
+            self.register_buffer(f"inverse_{name}", _inverse_transpose(name, value))
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
+        """Return the factors of T; see `Transform.factors`."""
+        return self._read("", dtype)
+
+    def inverse_transpose(self, dtype: torch.dtype = torch.float64) -> Factors:
+        """Return the factors of T⁻ᵀ; see `Transform.inverse_transpose`."""
+        return self._read("inverse_", dtype)
+
+    def _read(self, prefix: str, dtype: torch.dtype) -> Factors:
+        buffers = dict(self.named_buffers(recurse=False))
+        return Factors(
+            **{name: buffers[prefix + name].to(dtype) for name in _NAMES if prefix + name in buffers},
+        )
+
+
+def identity(in_features: int, *, seed: int = 0) -> FixedTransform:
+    """Return the transform that changes nothing.
+
+    Args:
+        in_features: I.
+        seed: Not used; every rotation takes one.
+    """
+    return FixedTransform(in_features, Factors())
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _check_sizes(in_features: int, factors: Factors) -> None:
+    n1 = 1 if factors.left is None else factors.left.shape[0]
+    n2 = in_features // n1 if factors.right is None else factors.right.shape[0]
+    if n1 * n2 != in_features:
+        raise InvalidInputError(f"transform: factors of order {n1} and {n2}; expected n1 · n2 = {in_features}")
+    if factors.scale is not None and factors.scale.shape[0] != in_features:
+        raise InvalidInputError(f"transform scale: got {factors.scale.shape[0]} channels; expected {in_features}")
+
+
+def _inverse_transpose(name: str, value: Tensor) -> Tensor:
+    if not bool(value.isfinite().all()):
+        raise InvalidInputError(f"transform {name}: holds values that are NaN or infinite; calibrate again")
+    if value.ndim == 1:
+        if bool((value == 0).any()):
+            raise InvalidInputError(f"transform {name}: holds zeros, so it cannot be inverted; calibrate again")
+        return 1 / value
+    inverse, info = torch.linalg.inv_ex(value)
+    if int(info) != 0:
+        raise InvalidInputError(f"transform {name}: a singular matrix, it cannot be inverted; calibrate again")
+    transposed: Tensor = inverse.t().contiguous()
+    return transposed

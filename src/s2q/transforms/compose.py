@@ -1,0 +1,50 @@
+"""A channel scale followed by any other transform: T = diag(v) · T₂, and T⁻ᵀ = diag(1/v) · T₂⁻ᵀ."""
+
+import torch
+from torch import Tensor
+
+from s2q.core.errors import InvalidInputError
+from s2q.transforms.base import Factors, Transform
+
+
+class Compose(Transform):
+    """First a channel scale, then another transform (FlatQuant's order: the diagonal goes first).
+
+    Args:
+        first: A transform that is diagonal, such as `SmoothScale`.
+        second: Any transform of as many features.
+
+    Raises:
+        InvalidInputError: If the first is not diagonal or the sizes differ.
+    """
+
+    def __init__(self, first: Transform, second: Transform) -> None:
+        super().__init__(first.in_features)
+        if first.in_features != second.in_features:
+            raise InvalidInputError(
+                f"Compose: got transforms of {first.in_features} and {second.in_features} features; expected equal"
+            )
+        if set(first.state_tensors()) - {"scale"}:
+            raise InvalidInputError(
+                f"Compose: {type(first).__name__} is not diagonal; put the channel scale first and the rotation second"
+            )
+        self.first = first
+        self.second = second
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
+        """Return the factors of T; see `Transform.factors`."""
+        return _joined(self.first.factors(dtype), self.second.factors(dtype))
+
+    def inverse_transpose(self, dtype: torch.dtype = torch.float64) -> Factors:
+        """Return the factors of T⁻ᵀ; see `Transform.inverse_transpose`."""
+        return _joined(self.first.inverse_transpose(dtype), self.second.inverse_transpose(dtype))
+
+
+def _joined(first: Factors, second: Factors) -> Factors:
+    return Factors(scale=_product(first.scale, second.scale), left=second.left, right=second.right)
+
+
+def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one * other

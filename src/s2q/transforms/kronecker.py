@@ -1,0 +1,140 @@
+"""Learnable Kronecker transform, invertible by construction (FlatQuant, Sun et al., 2024, section 3).
+
+    T = P₁ ⊗ P₂,    P = U · diag(σ) · Vᵀ,    U = Q₀ · cayley(A_U),   V = cayley(A_V),   σ = exp(log σ)
+    cayley(A) = (I - A)(I + A)⁻¹  with A skew-symmetric: orthogonal for every A, and the identity at A = 0
+
+At the start A = 0 and σ = 1, so that P = Q₀, a fixed orthogonal matrix. P⁻ᵀ = U · diag(1/σ) · Vᵀ needs no inversion
+of P.
+
+Shapes: `I` in features, `n1`·`n2` = I, `n` order of one factor; a skew matrix has n(n - 1)/2 free entries.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.transforms.base import Factors, Transform
+from s2q.transforms.hadamard import best_factors, orthogonal_matrix, random_signs
+
+
+def _hadamard_start(order: int, seed: int) -> Tensor:
+    return random_signs(order, seed)[:, None] * orthogonal_matrix(order)
+
+
+def _random_start(order: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(order, order, generator=generator, dtype=torch.float64))
+    haar: Tensor = q * r.diagonal().sign()  # the same matrix whatever signs the QR routine prefers
+    return haar
+
+
+def _identity_start(order: int, seed: int) -> Tensor:
+    return torch.eye(order, dtype=torch.float64)
+
+
+STARTS: dict[str, Callable[[int, int], Tensor]] = {
+    "hadamard": _hadamard_start,
+    "random": _random_start,
+    "identity": _identity_start,
+}
+"""Orthogonal starts of a factor by name: a function of order and seed, fp64 [n, n]."""
+
+
+class KroneckerTransform(Transform):
+    """T = P₁ ⊗ P₂, each factor U · diag(σ) · Vᵀ with U and V orthogonal.
+
+    Attributes:
+        left: P₁, order n1.
+        right: P₂, order n2.
+
+    Args:
+        start_left: [n1, n1], orthogonal; P₁ at the start.
+        start_right: [n2, n2], orthogonal; P₂ at the start.
+
+    Raises:
+        InvalidInputError: If a start is not orthogonal.
+    """
+
+    def __init__(self, start_left: Tensor, start_right: Tensor) -> None:
+        super().__init__(start_left.shape[0] * start_right.shape[0])
+        self.left = _Factor(start_left)
+        self.right = _Factor(start_right)
+
+    @classmethod
+    def build(cls, in_features: int, *, seed: int = 0, start: str = "hadamard") -> "KroneckerTransform":
+        """Make the transform for a number of features, split by `best_factors`.
+
+        Args:
+            in_features: I.
+            seed: Of the random parts of the start.
+            start: One of `STARTS`.
+
+        Raises:
+            InvalidInputError: If there is no such start.
+        """
+        if start not in STARTS:
+            raise unknown_name("start of a Kronecker transform", start, STARTS)
+        n1, n2 = best_factors(in_features)
+        make = STARTS[start]
+        return cls(make(n1, seed), make(n2, seed + 1))
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
+        """Return the factors of T; see `Transform.factors`."""
+        return Factors(left=self.left.matrix(dtype), right=self.right.matrix(dtype))
+
+    def inverse_transpose(self, dtype: torch.dtype = torch.float64) -> Factors:
+        """Return the factors of T⁻ᵀ; see `Transform.inverse_transpose`."""
+        return Factors(left=self.left.inverse_transpose(dtype), right=self.right.inverse_transpose(dtype))
+
+
+class _Factor(nn.Module):
+    """P = U · diag(σ) · Vᵀ; parameters fp32 `skew_u`, `skew_v` [n(n - 1)/2] and `log_sigma` [n], zero at the start."""
+
+    start: Tensor
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        order = start.shape[0]
+        value = start.detach().double()
+        deviation = (value @ value.t() - torch.eye(order, dtype=torch.float64, device=value.device)).abs().max()
+        if not float(deviation) < 1e-6:
+            raise InvalidInputError(f"Kronecker factor of order {order}: its start is not orthogonal")
+        self.register_buffer("start", value)
+        free = order * (order - 1) // 2
+        self.skew_u = nn.Parameter(torch.zeros(free, device=value.device))
+        self.skew_v = nn.Parameter(torch.zeros(free, device=value.device))
+        self.log_sigma = nn.Parameter(torch.zeros(order, device=value.device))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        u, v = self._orthogonal(dtype)
+        return (u * self.log_sigma.to(dtype).exp()) @ v.t()
+
+    def inverse_transpose(self, dtype: torch.dtype) -> Tensor:
+        u, v = self._orthogonal(dtype)
+        return (u * (-self.log_sigma.to(dtype)).exp()) @ v.t()
+
+    def _orthogonal(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        order = self.log_sigma.shape[0]
+        u, v = cayley(torch.stack([self.skew_u, self.skew_v]).to(dtype), order).unbind(0)
+        return self.start.to(dtype) @ u, v
+
+
+def cayley(free: Tensor, order: int) -> Tensor:
+    """Map free entries to orthogonal matrices, (I - A)(I + A)⁻¹.
+
+    Args:
+        free: [..., n(n - 1)/2], the entries of the skew-symmetric A above its diagonal, row by row.
+        order: n.
+
+    Returns:
+        [..., n, n], orthogonal with determinant 1.
+    """
+    rows, columns = torch.triu_indices(order, order, offset=1, device=free.device).unbind(0)
+    upper = free.new_zeros(*free.shape[:-1], order, order)
+    upper[..., rows, columns] = free
+    skew = upper - upper.transpose(-1, -2)
+    eye = torch.eye(order, dtype=free.dtype, device=free.device)
+    rotation: Tensor = torch.linalg.solve(eye + skew, eye - skew)  # the two commute: their order does not matter
+    return rotation

@@ -1,0 +1,63 @@
+import pytest
+
+from s2q.checkpoint import FORMAT_VERSION, S2QConfig
+from s2q.core.errors import InvalidInputError
+from s2q.core.layout import InputLayout
+from s2q.core.schemes import LinearScheme, PerChannel, QuantScheme
+
+SCHEME = LinearScheme(weight=QuantScheme(num_bits=4, granularity=PerChannel()), activation=None)
+LAYOUT = InputLayout(scale=True, left=4, right=8, activation_clip=True)
+
+
+def config(**layouts):
+    return S2QConfig.from_schemes(
+        dict.fromkeys("ab", SCHEME), recipe="mine", compute_dtype="bfloat16", layouts=layouts
+    ).to_dict()
+
+
+def test_without_inputs_the_older_version_is_written_and_says_nothing_of_them():
+    content = config()
+    assert content["format_version"] == 1
+    assert not {"inputs", "layer_inputs"} & set(content)
+    assert S2QConfig.from_dict(content).layer_layouts() == {}
+
+
+def test_inputs_come_back():
+    content = config(a=LAYOUT)
+    assert content["format_version"] == FORMAT_VERSION == 2
+    again = S2QConfig.from_dict(content)
+    assert again.layer_layouts() == {"a": LAYOUT}
+    assert again.to_dict() == content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 3}, "format_version=3; this s2q reads versions 1 to 2"),
+        ({"format_version": True}, "format_version=True"),
+        ({"format_version": 1}, "unknown key in quantization_config 'inputs'"),
+        ({"inputs": None}, "inputs or layer_inputs is missing"),
+        ({"inputs": {"t0": {"scales": True}}}, "unknown key of an input layout 'scales': nearest names are scale"),
+        ({"inputs": {"t0": {"left": 0}}}, "left=0"),
+        ({"inputs": {"t0": {"scale": 1}}}, "scale=1"),
+        ({"layer_inputs": {"c": "t0"}}, "unknown layer in layer_inputs"),
+        ({"layer_inputs": {"a": "t1"}}, "unknown input of a"),
+    ],
+)
+def test_what_is_not_valid_is_refused(change, message):
+    with pytest.raises(InvalidInputError, match=message):
+        S2QConfig.from_dict({**config(a=LAYOUT), **change})
+
+
+def test_shapes_and_bytes():
+    assert LAYOUT.shapes(32) == {
+        "transform_scale": (32,),
+        "transform_left": (4, 4),
+        "transform_right": (8, 8),
+        "activation_clip": (1,),
+    }
+    assert LAYOUT.num_bytes(32) == 4 * (32 + 16 + 64 + 1)
+    assert InputLayout().num_bytes(32) == 0
+    for layout in (LAYOUT, InputLayout(left=4)):
+        with pytest.raises(InvalidInputError, match="expected a product of 48"):
+            layout.shapes(48)

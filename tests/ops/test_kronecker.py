@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from s2q.ops.kronecker import scaled_kronecker
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_example_of_the_docstring():
+    x, scale = torch.tensor([1.0, 2, 3, 4]), torch.tensor([1.0, 1, 1, 2])
+    left, right = torch.tensor([[0.0, 1], [1, 0]]), torch.tensor([[1.0, 0], [0, 3]])
+    assert scaled_kronecker(x, scale=scale, left=left, right=right).tolist() == [3, 24, 1, 6]
+
+
+@pytest.mark.parametrize(("n1", "n2"), [(1, 5), (5, 1), (2, 3), (4, 4), (3, 7)])
+@pytest.mark.parametrize("rows", [(), (6,), (2, 3), (0,)])
+def test_equals_the_full_matrix(n1, n2, rows):
+    x, scale = draw(*rows, n1 * n2), draw(n1 * n2, seed=1)
+    left, right = draw(n1, n1, seed=2), draw(n2, n2, seed=3)
+    full = torch.diag(scale) @ torch.kron(left, right)
+    torch.testing.assert_close(scaled_kronecker(x, scale=scale, left=left, right=right), x @ full)
+
+
+def test_missing_parts_are_the_identity():
+    x, scale, factor = draw(4, 6), draw(6, seed=1), draw(3, 3, seed=2)
+    eye = torch.eye(2, dtype=torch.float64)
+    assert torch.equal(scaled_kronecker(x), x)
+    assert torch.equal(scaled_kronecker(x, scale=scale), x * scale)
+    torch.testing.assert_close(scaled_kronecker(x, left=factor), x @ torch.kron(factor, eye))
+    whole = draw(6, 6, seed=3)
+    torch.testing.assert_close(scaled_kronecker(x, right=whole), x @ whole)
+
+
+def test_non_contiguous_rows_and_half_precision():
+    x, left, right = draw(6, 4), draw(2, 2, seed=1).float(), draw(3, 3, seed=2).float()
+    full = torch.kron(left, right)
+    torch.testing.assert_close(scaled_kronecker(x.float().t(), left=left, right=right), x.float().t() @ full)
+    half = x.t().bfloat16()
+    result = scaled_kronecker(half, left=left, right=right)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, half.float() @ full)
+
+
+def test_gradients():
+    parts = [part.requires_grad_() for part in (draw(3, 6), draw(6, seed=1), draw(2, 2, seed=2), draw(3, 3, seed=3))]
+    assert torch.autograd.gradcheck(lambda x, v, a, b: scaled_kronecker(x, scale=v, left=a, right=b), parts)

@@ -1,0 +1,221 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from s2q.checkpoint import inspect_checkpoint, load_pipeline
+from s2q.core.errors import InvalidInputError
+from s2q.planning import plan
+from s2q.quantization import quantize
+from s2q.quantization import run as run_module
+from s2q.recipes import load_recipe
+from tiny import run_transformer, tiny_cogvideox_pipeline
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+PROMPTS = ["a red circle", "a blue square"]
+SMALL = ["calibration.steps=2", "calibration.samples=3", "distillation.epochs=2"]
+
+
+def small(out, *, pipe=None, overrides=(), recipe="s2q-w4a6", prompts=PROMPTS, **arguments):
+    pipe = tiny_cogvideox_pipeline() if pipe is None else pipe
+    return quantize(pipe, recipe=recipe, out=out, prompts=prompts, overrides=[*SMALL, *overrides], **arguments)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An uninterrupted run of the whole method: its output and its report."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    seen = []
+    return out, small(out, progress=lambda *step: seen.append(step)), seen
+
+
+def test_a_block_is_better_than_rounding_and_distillation_never_hurts(run):
+    for block in run[1].blocks:
+        assert block.loss["final"] < block.loss["rtn"]
+        assert block.loss["distilled"] <= block.loss["initial"]
+        assert set(block.rounding) == {name for name in block.layers if ".norm" not in name}
+        assert all(one["error"] <= one["rtn_error"] for one in block.rounding.values())
+
+
+def test_what_is_written_is_what_was_computed(run):
+    out, report, _ = run
+    pipe = load_pipeline(out)
+    packed = run_transformer(pipe.transformer)
+    full = run_transformer(tiny_cogvideox_pipeline().transformer)
+    assert float((packed - full).square().mean() / full.square().mean()) < 1e-2
+    inspected = inspect_checkpoint(out, verify=True)
+    assert inspected.verified
+    assert inspected.format_version == 2
+    assert inspected.storage["quantized_bytes"] == report.storage["quantized_bytes"]
+    planned = {layer["name"]: layer["bytes"] for layer in report.layers}
+    assert {layer.name: layer.bytes for layer in inspected.layers} == planned
+
+
+def test_a_loaded_checkpoint_saved_again_is_the_same(run, tmp_path):
+    pipe = load_pipeline(run[0])
+    pipe.save_pretrained(tmp_path / "again")
+    first, second = load_file(run[0] / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_casting_keeps_transforms_in_fp32_and_dequantizing_keeps_the_function(run):
+    transformer = load_pipeline(run[0]).transformer
+    layer = transformer.transformer_blocks[0].attn1.to_q
+    x = torch.randn(5, 64)
+    expected = torch.nn.functional.linear(layer._transformed(x), layer.dequantized_weight(torch.float32), layer.bias)
+    actual = torch.nn.functional.linear(x, layer.effective_weight(torch.float32), layer.bias)
+    assert torch.allclose(expected, actual, atol=1e-5)
+    layer.to(torch.bfloat16)
+    assert {layer.transform_scale.dtype, layer.transform_left.dtype, layer.activation_clip.dtype} == {torch.float32}
+    plain = transformer.dequantize()
+    assert type(plain.transformer_blocks[0].attn1.to_q) is torch.nn.Linear
+
+
+def test_records(run):
+    out, report, seen = run
+    record = json.loads((out / "s2q/selection.json").read_text())
+    assert len(record["candidates"]) == 4
+    assert sum(one["selected"] for one in record["candidates"]) == record["samples"] == 3
+    for one in record["candidates"]:
+        product = one["diffusion_salience"] * one["quantization_salience"]
+        assert one["salience"] == pytest.approx(product)
+    assert (out / "s2q/selection.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((out / "s2q/report.json").read_text())
+    assert saved == json.loads(json.dumps(report.to_dict()))
+    assert [stage["name"] for stage in report.stages] == ["load", "collect", "select", "blocks", "assemble"]
+    events = [json.loads(line) for line in (out / "s2q/events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["run", "collect", "select", "block", "block", "assemble"]
+    assert events[3]["loss"] == dict(report.blocks[0].loss)
+    blocks = [done for stage, done, _ in seen if stage == "blocks"]
+    assert blocks == sorted(blocks)
+    assert blocks[-1] == 8  # two blocks of two epochs and two units around them
+    assert not list(out.parent.glob(".*"))
+
+
+def test_two_runs_are_bit_identical_and_other_seeds_differ(run, tmp_path):
+    small(tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (run[0] / WEIGHTS).read_bytes()
+    small(tmp_path / "other", seed=1)
+    assert (tmp_path / "other" / WEIGHTS).read_bytes() != (run[0] / WEIGHTS).read_bytes()
+
+
+def test_a_killed_run_goes_on_with_the_same_result(run, tmp_path, monkeypatch):
+    original, computed = run_module.quantize_block, []
+
+    def killing(block, linears, **arguments):
+        if computed:
+            raise KeyboardInterrupt
+        computed.append(1)
+        return original(block, linears, **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "quantize_block", killing)
+        with pytest.raises(KeyboardInterrupt):
+            small(tmp_path / "out")
+    with monkeypatch.context() as patch:  # nothing is generated again
+        patch.setattr("s2q.quantization.collect.record_trajectory", None)
+        report = small(tmp_path / "out")
+    assert [block.resumed for block in report.blocks] == [True, False]
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (run[0] / WEIGHTS).read_bytes()
+
+
+def test_a_block_does_not_depend_on_the_others(run, tmp_path):
+    small(tmp_path / "alone", overrides=["skip=['transformer_blocks.0.*']"])
+    alone, whole = load_file(tmp_path / "alone" / WEIGHTS), load_file(run[0] / WEIGHTS)
+    names = [name for name in whole if name.startswith("transformer_blocks.1.")]
+    assert names
+    assert all(torch.equal(alone[name], whole[name]) for name in names)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        ["rounding.method=gptq"],
+        ["transforms.scale=smooth"],
+        ["transforms.rotation=hadamard", "rounding.method=gptq"],
+        ["transforms.rotation=hadamard", "clip.constant=0.9"],
+        ["clip.weights=true", "clip.activations=true", "distillation.epochs=1"],
+        ["transforms.rotation=kronecker", "transforms.start=random", "distillation.epochs=1", "activations=null"],
+    ],
+)
+def test_part_by_part(tmp_path, part):
+    overrides = ["calibration.steps=2", "calibration.samples=1", *part]
+    report = quantize(
+        tiny_cogvideox_pipeline(num_layers=1),
+        recipe="rtn-w4a6",
+        out=tmp_path / "out",
+        prompts=["a"],
+        overrides=overrides,
+    )
+    assert report.blocks[0].loss["final"] > 0
+    assert inspect_checkpoint(tmp_path / "out").storage["quantized_bytes"] == report.storage["quantized_bytes"]
+    load_pipeline(tmp_path / "out")
+
+
+def test_bad_input_is_refused_before_compute(tmp_path):
+    cases = [
+        ({"prompts": None}, "calibrates on prompts and none were given"),
+        ({"prompts": []}, "the list is empty"),
+        ({"prompts": "a red circle"}, "got one string"),
+        ({"prompts": [" "]}, "prompt 1 of 1 is empty"),
+        ({"overrides": ["calibration.samples=5"]}, "only 4 candidates"),
+        ({"overrides": ["calibration.selection=sdss"]}, "unknown selection 'sdss': nearest names are sds"),
+        ({"overrides": ["transforms.rotation=hadamart"]}, "nearest names are hadamard"),
+        ({"overrides": ["transforms.start=hadamar"]}, "nearest names are hadamard"),
+        ({"overrides": ["rounding.method=gptp"]}, "nearest names are gptq"),
+        ({"overrides": ["loss.lambda_mim=0.2"]}, "nearest keys are loss.lambda_min"),
+        ({"overrides": ["loss.lambda_min=2"]}, "lambda_min=2"),
+        ({"overrides": ["clip.constant=0.9"]}, "exclude each other"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(InvalidInputError, match=message):
+            small(tmp_path / "out", **arguments)
+        assert not list(tmp_path.iterdir()), arguments
+
+
+def test_parts_that_do_not_fit():
+    for overrides, message in [
+        (["clip.weights=true"], "need distillation"),
+        (["loss.weighting=attention"], "needs distillation"),
+        (["distillation.epochs=1"], "nothing to learn"),
+        (["activations=null", "clip.constant=0.9"], "need quantized activations"),
+    ]:
+        with pytest.raises(InvalidInputError, match=message):
+            load_recipe("rtn-w4a6", overrides=overrides)
+
+
+def test_nan_names_block_and_sample(tmp_path, monkeypatch):
+    from s2q.quantization.stream import TeacherStream
+
+    original = TeacherStream.inputs
+
+    def poisoned(self, sample):
+        inputs = original(self, sample)
+        if sample == 1 and self._position == 1:
+            inputs["hidden_states"] = inputs["hidden_states"] * float("nan")
+        return inputs
+
+    monkeypatch.setattr(TeacherStream, "inputs", poisoned)
+    message = r"transformer_blocks\.1: its hidden_states for prompt \d, step \d, branch \d hold NaN"
+    with pytest.raises(InvalidInputError, match=message):
+        small(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_sample_and_a_constant_channel(tmp_path):
+    pipe = tiny_cogvideox_pipeline(num_layers=1)
+    with torch.no_grad():  # one channel of the input of q, k, v is the same for every token, another one zero
+        for channel in (0, 1):
+            pipe.transformer.transformer_blocks[0].norm1.norm.weight[channel] = 0
+        pipe.transformer.transformer_blocks[0].norm1.norm.bias[1] = 0
+    report = small(tmp_path / "out", pipe=pipe, overrides=["calibration.samples=1"])
+    assert report.blocks[0].loss["final"] < 1
+
+
+def test_plan_has_the_stages_and_the_bytes(run, tmp_path):
+    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    planned = plan(tmp_path / "model", "s2q-w4a6", dtype="float32")
+    assert [stage.name for stage in planned.stages] == ["collect", "select", "blocks", "assemble"]
+    assert planned.storage["quantized_bytes"] == run[1].storage["quantized_bytes"]

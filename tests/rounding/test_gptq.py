@@ -1,0 +1,236 @@
+import itertools
+
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError, S2QError
+from s2q.core.qparams import dequantize_weight, weight_scale
+from s2q.core.schemes import PerChannel, PerGroup, QuantScheme
+from s2q.rounding import GPTQOptions, HessianAccumulator, hessian_error, round_gptq, round_rtn
+
+W4 = QuantScheme(num_bits=4, granularity=PerChannel())
+GROUPED = QuantScheme(num_bits=4, granularity=PerGroup(group_size=8))
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(tokens, features, *, seed=0):
+    """Inputs whose channels depend on each other and differ in size, as those of real layers do."""
+    mixing = draw(features, features, seed=seed + 1000) * torch.linspace(2, 0.1, features)[:, None]
+    return draw(tokens, features, seed=seed) @ mixing
+
+
+def hessian_of(x):
+    accumulator = HessianAccumulator(x.shape[-1])
+    accumulator.add(x)
+    return accumulator.hessian()
+
+
+def error_of(rounded, weight, hessian):
+    return float(hessian_error(dequantize_weight(rounded.codes, rounded.scale) - weight, hessian).sum())
+
+
+@pytest.mark.parametrize("scheme", [W4, GROUPED, QuantScheme(num_bits=2, granularity=PerChannel())])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_never_worse_than_rtn_and_mostly_much_better(scheme, act_order):
+    ratios = []
+    for seed in range(25):
+        weight, hessian = draw(12, 24, seed=seed), hessian_of(correlated(60, 24, seed=seed))
+        rounded, report = round_gptq(weight, scheme, hessian=hessian, options=GPTQOptions(act_order=act_order))
+        rtn = round_rtn(weight, scheme)
+        assert torch.equal(rounded.scale, rtn.scale)
+        assert rounded.codes.dtype == torch.int8
+        assert rounded.codes.min() >= scheme.qmin
+        assert rounded.codes.max() <= scheme.qmax
+        assert report.error == pytest.approx(error_of(rounded, weight, hessian))
+        assert report.rtn_error == pytest.approx(error_of(rtn, weight, hessian))
+        assert report.error <= report.rtn_error
+        assert (report.retries, report.dampening_frac, report.fallback) == (0, 0.01, False)
+        ratios.append(report.error / report.rtn_error)
+    assert sorted(ratios)[len(ratios) // 2] < 0.7
+
+
+@pytest.mark.parametrize("scheme", [W4, GROUPED])
+def test_equals_rtn_on_a_diagonal_hessian(scheme):
+    weight = draw(10, 24)
+    rounded, report = round_gptq(weight, scheme, hessian=torch.diag(torch.rand(24) + 0.1))
+    assert torch.equal(rounded.codes, round_rtn(weight, scheme).codes)
+    assert report.error == report.rtn_error
+
+
+def naive_gptq(weight, scale, hessian, *, qmin, qmax):
+    """Column by column with the inverse of what remains (Frantar et al., eq. 2 and 3), fp64, no blocks, no factor."""
+    weight, hessian, codes = weight.double().clone(), hessian.double(), torch.zeros(weight.shape)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    for column in range(weight.shape[1]):
+        inverse = torch.linalg.inv(damped[column:, column:])
+        codes[:, column] = (weight[:, column] / scale).round().clamp(qmin, qmax)
+        error = (weight[:, column] - codes[:, column] * scale) / inverse[0, 0]
+        weight[:, column:] -= torch.outer(error, inverse[0])
+    return codes
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 24, 128])
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_the_equations_whatever_the_block_size(block_size, seed):
+    weight, hessian = draw(9, 24, seed=seed), hessian_of(correlated(60, 24, seed=seed))
+    options = GPTQOptions(act_order=False, block_size=block_size)
+    rounded, report = round_gptq(weight, W4, hessian=hessian, options=options)
+    expected = naive_gptq(weight, rounded.scale.double(), hessian, qmin=-8, qmax=7)
+    same = (rounded.codes == expected).all(dim=1)
+    assert int((~same).sum()) <= report.rtn_rows
+    assert same.sum() >= 6
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_close_to_the_best_codes_there_are(columns):
+    scheme = QuantScheme(num_bits=3, granularity=PerChannel())
+    grid = torch.tensor(list(itertools.product(range(-4, 4), repeat=columns)))
+    reached, possible, nearest, exact = 0.0, 0.0, 0.0, 0
+    for seed in range(60):
+        weight, hessian = draw(1, columns, seed=seed + 500), hessian_of(correlated(10, columns, seed=seed))
+        rounded, report = round_gptq(weight, scheme, hessian=hessian, options=GPTQOptions(dampening_frac=1e-6))
+        best = float(hessian_error(grid * rounded.scale - weight, hessian).min())
+        assert report.error >= best * (1 - 1e-6)
+        reached, possible, nearest = reached + report.error, possible + best, nearest + report.rtn_error
+        exact += report.error <= best * (1 + 1e-6)
+    assert exact >= 30  # mostly the best there is
+    assert reached < 4 * possible
+    assert reached < 0.5 * nearest
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_error_bound_of_the_nearest_plane(seed):
+    """Without clamping, each e_i is at most Δ/2 / U_ii, and the damped error is the sum of the e_i²."""
+    weight, x = draw(6, 12, seed=seed), correlated(40, 12, seed=seed)
+    hessian, scheme = hessian_of(x), QuantScheme(num_bits=8, granularity=PerChannel())
+    scale = torch.full((6,), 0.2)  # 8 bits reach 25: nothing is clamped
+    options = GPTQOptions(act_order=False)
+    rounded, _ = round_gptq(weight, scheme, hessian=hessian, scale=scale, options=options)
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean().double() * torch.eye(12)
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    bound = (0.1 / factor.diagonal()).square().sum() / 2
+    assert (hessian_error(dequantize_weight(rounded.codes, rounded.scale) - weight, damped) <= bound * 1.001).all()
+
+
+def test_dead_columns_are_rounded_to_nearest_and_do_not_disturb_the_others():
+    x, weight = correlated(60, 16), draw(8, 16)
+    x[:, [3, 11]] = 0
+    hessian, alive = hessian_of(x), [column for column in range(16) if column not in (3, 11)]
+    scale = weight_scale(weight, W4)
+    rounded, report = round_gptq(weight, W4, hessian=hessian, scale=scale)
+    assert report.dead_columns == 2
+    assert torch.equal(rounded.codes[:, [3, 11]], round_rtn(weight, W4).codes[:, [3, 11]])
+    alone, _ = round_gptq(weight[:, alive], W4, hessian=hessian[alive][:, alive], scale=scale)
+    assert torch.equal(rounded.codes[:, alive], alone.codes)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        pytest.param(draw(1, 16), id="one sample"),
+        pytest.param(draw(5, 16), id="fewer tokens than channels"),
+        pytest.param(torch.ones(30, 16), id="constant channels"),
+        pytest.param(draw(30, 1).expand(30, 16).clone(), id="equal channels"),
+        pytest.param(draw(30, 16) * torch.tensor([1e4] + [1e-4] * 15), id="outlier channel"),
+        pytest.param(torch.zeros(3, 16), id="all dead"),
+        pytest.param(draw(30, 16) * 1e-15, id="tiny"),
+    ],
+)
+def test_singular_and_badly_scaled_hessians(x):
+    weight = draw(6, 16, seed=2)
+    rounded, report = round_gptq(weight, W4, hessian=hessian_of(x))
+    assert report.error <= report.rtn_error
+    assert not report.fallback
+    assert dequantize_weight(rounded.codes, rounded.scale).isfinite().all()
+
+
+def test_a_single_direction_is_matched_almost_exactly():
+    """With one token, 16 columns have one number to get right."""
+    weight, x = draw(6, 16, seed=2), draw(1, 16)
+    _, report = round_gptq(weight, W4, hessian=hessian_of(x), options=GPTQOptions(dampening_frac=1e-4))
+    assert report.error < 0.02 * report.rtn_error
+
+
+def test_a_zero_weight_and_a_constant_channel():
+    weight = draw(4, 16)
+    weight[1] = 0
+    weight[2] = 0.5
+    rounded, _ = round_gptq(weight, W4, hessian=hessian_of(correlated(40, 16)))
+    assert not rounded.codes[1].any()
+    assert rounded.scale[1] == 1
+    assert (rounded.codes[2] == 7).all()
+
+
+def test_clip_ratio_and_given_scale():
+    weight, hessian = draw(5, 24), hessian_of(correlated(60, 24))
+    ratio = torch.linspace(0.5, 1, 5)
+    clipped, _ = round_gptq(weight, W4, hessian=hessian, clip_ratio=ratio)
+    scale = weight_scale(weight, W4, clip_ratio=ratio)
+    given, _ = round_gptq(weight, W4, hessian=hessian, scale=scale)
+    assert torch.equal(clipped.scale, scale)
+    assert torch.equal(clipped.codes, given.codes)
+    with pytest.raises(InvalidInputError, match="a scale and a clip ratio"):
+        round_gptq(weight, W4, hessian=hessian, scale=scale, clip_ratio=ratio)
+
+
+@pytest.mark.parametrize("dampening_frac", [0.0, 0.01])
+def test_a_failed_factorization_is_tried_again_with_more_dampening(dampening_frac):
+    weight, hessian = draw(5, 8), hessian_of(correlated(40, 8))
+    lowest = torch.linalg.eigvalsh(hessian.double())[0]
+    indefinite = hessian - (lowest + 0.05 * hessian.diagonal().mean()) * torch.eye(8)
+    options = GPTQOptions(dampening_frac=dampening_frac)
+    rounded, report = round_gptq(weight, W4, hessian=indefinite.float(), options=options)
+    assert report.retries >= 1
+    assert report.dampening_frac > 0.05
+    assert not report.fallback
+    assert rounded.codes.shape == weight.shape
+
+
+def test_the_fallback_happens_only_where_it_is_allowed_and_is_reported():
+    weight, hopeless = draw(5, 8), torch.ones(8, 8) - 9 * torch.eye(8)
+    hopeless.diagonal()[0] = 60.0
+    hopeless = hopeless - 1e6 * torch.outer(*[torch.eye(8)[1]] * 2)
+    with pytest.raises(S2QError, match="allow the fallback"):
+        round_gptq(weight, W4, hessian=hopeless, options=GPTQOptions(max_retries=2))
+    options = GPTQOptions(max_retries=2, allow_fallback=True)
+    rounded, report = round_gptq(weight, W4, hessian=hopeless, options=options)
+    assert torch.equal(rounded.codes, round_rtn(weight, W4).codes)
+    assert (report.fallback, report.retries, report.dampening_frac) == (True, 3, None)
+
+
+def test_half_precision_weights_and_no_graph():
+    weight, hessian = draw(5, 24).bfloat16().requires_grad_(), hessian_of(correlated(60, 24))
+    rounded, _ = round_gptq(weight, W4, hessian=hessian)
+    same, _ = round_gptq(weight.detach().float(), W4, hessian=hessian)
+    assert torch.equal(rounded.codes, same.codes)
+    assert not rounded.scale.requires_grad
+
+
+def test_nothing_that_was_passed_in_changes():
+    weight, hessian = draw(5, 24), hessian_of(correlated(60, 24))
+    copies = weight.clone(), hessian.clone()
+    round_gptq(weight, W4, hessian=hessian)
+    assert torch.equal(weight, copies[0])
+    assert torch.equal(hessian, copies[1])
+
+
+@pytest.mark.parametrize(
+    ("weight", "hessian", "message"),
+    [
+        (torch.ones(2, 4), torch.eye(5), r"expected \[4, 4\]"),
+        (torch.ones(2, 4), torch.full((4, 4), torch.nan), "the Hessian holds NaN"),
+        (torch.full((2, 4), torch.inf), torch.eye(4), "the weight holds NaN or infinite"),
+    ],
+)
+def test_bad_input(weight, hessian, message):
+    with pytest.raises(InvalidInputError, match=message):
+        round_gptq(weight, W4, hessian=hessian)
+
+
+@pytest.mark.parametrize("field", [{"dampening_frac": -1.0}, {"block_size": 0}, {"max_retries": -1}])
+def test_bad_options(field):
+    with pytest.raises(InvalidInputError, match=next(iter(field))):
+        GPTQOptions(**field)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.rounding import HessianAccumulator, hessian_error
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_batches_add_up_to_twice_the_gram_matrix():
+    x = draw(2, 15, 8)
+    accumulator = HessianAccumulator(8)
+    for part in (x[:1], x[1, :4], x[1, 4:], x[:0]):
+        accumulator.add(part)
+    rows = x.reshape(-1, 8)
+    assert accumulator.num_tokens == 30
+    torch.testing.assert_close(accumulator.hessian(), 2 * rows.t() @ rows)
+    assert torch.equal(accumulator.hessian(), accumulator.hessian().t())
+
+
+def test_a_token_of_weight_two_counts_as_two_tokens():
+    x, weights = draw(6, 4), torch.tensor([2.0, 0, 1, 1, 3, 1])
+    weighted, repeated = HessianAccumulator(4), HessianAccumulator(4)
+    weighted.add(x, token_weights=weights)
+    repeated.add(x.repeat_interleave(weights.int(), dim=0))
+    torch.testing.assert_close(weighted.hessian(), repeated.hessian())
+
+
+def test_half_precision_is_summed_in_fp32():
+    x = draw(512, 4).bfloat16()
+    accumulator = HessianAccumulator(4)
+    accumulator.add(x)
+    torch.testing.assert_close(accumulator.hessian(), 2 * x.float().t() @ x.float())
+
+
+def test_hessian_error_is_the_squared_error_of_the_output():
+    x, deviation = draw(20, 6), draw(3, 6, seed=1)
+    accumulator = HessianAccumulator(6)
+    accumulator.add(x)
+    expected = (x @ deviation.t()).double().square().sum(dim=0)
+    torch.testing.assert_close(hessian_error(deviation, accumulator.hessian()), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused_and_leave_no_trace(bad):
+    accumulator = HessianAccumulator(4)
+    accumulator.add(draw(5, 4))
+    before = accumulator.hessian()
+    x = draw(5, 4)
+    x[2, 1] = bad
+    with pytest.raises(InvalidInputError, match="1 of 5 tokens"):
+        accumulator.add(x)
+    assert torch.equal(accumulator.hessian(), before)
+    assert accumulator.num_tokens == 5
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [1.0, float("nan")], [1.0]])
+def test_bad_token_weights(weights):
+    with pytest.raises(InvalidInputError, match="token weights"):
+        HessianAccumulator(4).add(draw(2, 4), token_weights=torch.tensor(weights))
+
+
+def test_wrong_width_and_no_tokens():
+    accumulator = HessianAccumulator(4)
+    with pytest.raises(InvalidInputError, match=r"\[\.\.\., 4\]"):
+        accumulator.add(draw(2, 5))
+    with pytest.raises(InvalidInputError, match="no token"):
+        accumulator.hessian()
