@@ -14,7 +14,7 @@ class LinearStorage:
         name: Full name in the transformer.
         shape: [O, I].
         scheme: Short name of its scheme, "w4a6"; the dtype ("bf16") if it stays as it is.
-        bytes: Bytes of its tensors: codes, scales, bias, transform and clip ratio of its input; or the weight as it was.
+        bytes: Bytes of its tensors: codes, scales, bias, its input's transform and clip; or the weight as it was.
     """
 
     name: str
