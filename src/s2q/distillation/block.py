@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.core.errors import S2QError
+from s2q.core.reuse import parameters_held
 from s2q.distillation.loss import weighted_token_loss
 
 logger = logging.getLogger(__name__)
@@ -100,9 +101,10 @@ def block_loss(block: nn.Module, samples: Samples) -> float:
         samples: At least one.
     """
     losses = []
-    for index in range(len(samples)):
-        sample = samples[index]
-        losses.append(float(weighted_token_loss(_streams(block, sample), sample.outputs, weights=sample.weights)))
+    with parameters_held():
+        for index in range(len(samples)):
+            sample = samples[index]
+            losses.append(float(weighted_token_loss(_streams(block, sample), sample.outputs, weights=sample.weights)))
     return math.fsum(losses) / len(losses)
 
 
@@ -177,13 +179,15 @@ def _step(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> bool:
     """Take one step; whether the loss was finite."""
-    loss = weighted_token_loss(_streams(student, sample), sample.outputs, weights=sample.weights)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        return False
-    optimizer.zero_grad(set_to_none=True)
+    with parameters_held():
+        loss = weighted_token_loss(_streams(student, sample), sample.outputs, weights=sample.weights)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            return False
+        optimizer.zero_grad(set_to_none=True)
+        if value > 0:
+            (loss / value).backward()
     if value > 0:
-        (loss / value).backward()
         optimizer.step()
     scheduler.step()
     return True

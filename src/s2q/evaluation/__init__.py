@@ -6,6 +6,7 @@ from s2q.evaluation.evaluate import (
     compare_videos,
     default_prompts,
     evaluate,
+    evaluate_each,
     selected_metrics,
 )
 from s2q.evaluation.generate import Progress, Video, generate
@@ -24,6 +25,7 @@ __all__ = [
     "default_prompts",
     "embedded_source",
     "evaluate",
+    "evaluate_each",
     "generate",
     "generation_defaults",
     "model_label",

@@ -7,7 +7,7 @@ and answers the recorded calls. Only one of the two models has to fit at a time.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,25 +113,54 @@ def evaluate(
         InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take.
         S2QError: A model produced NaN or infinite values.
     """
+    if isinstance(model, (str, Path)):
+        check_model(model)  # before the reference generates for nothing
+    return next(evaluate_each([model], reference, prompts=prompts, seeds=seeds, options=options, progress=progress))
+
+
+def evaluate_each(
+    models: Iterable[Any],
+    reference: Any,
+    *,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1),
+    options: EvaluationOptions | None = None,
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Compare several models with one reference, which generates only once; see `evaluate`.
+
+    Args:
+        models: The students; each is taken when the one before it has been judged.
+        reference: The teacher.
+        prompts: See `evaluate`.
+        seeds: See `evaluate`.
+        options: See `evaluate`.
+        progress: See `evaluate`.
+
+    Yields:
+        What `evaluate` returns, for each model.
+
+    Raises:
+        InvalidInputError: See `evaluate`.
+        S2QError: See `evaluate`.
+    """
     options = options or EvaluationOptions()
     wanted = selected_metrics(options.metrics)
     check_seeds(seeds)
     if prompts is None:
         prompts = default_prompts(reference)
     check_distinct(prompts)
-    if isinstance(model, (str, Path)):
-        check_model(model)  # before the reference generates for nothing
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     teacher = _run_teacher(reference, jobs, options, record=VELOCITY in wanted, progress=progress)
-    judged = _run_student(model, jobs, options, teacher, wanted, progress)
-    return summarise(
-        labels=(model_label(model), model_label(reference)),
-        judged=judged,
-        reference_videos=teacher.videos,
-        settings=teacher.settings,
-        dtype=dtype_name(teacher.dtype),
-        timesteps=teacher.timesteps,
-    )
+    for model in models:
+        yield summarise(
+            labels=(model_label(model), model_label(reference)),
+            judged=_run_student(model, jobs, options, teacher, wanted, progress),
+            reference_videos=teacher.videos,
+            settings=teacher.settings,
+            dtype=dtype_name(teacher.dtype),
+            timesteps=teacher.timesteps,
+        )
 
 
 def default_prompts(reference: Any, *, count: int = 64) -> list[str]:
@@ -231,7 +260,6 @@ def _run_student(
         steps: list[list[float]] = [[] for _ in names]
         if trajectory is not None:
             steps = velocity.velocity_errors(pipe.transformer, trajectory, step_done=replay)
-            teacher.trajectories[index] = None
         for video, errors in zip(videos_of(names, seeds, result), steps, strict=True):
             judged.append(_judge(video, teacher.videos[len(judged)], errors, wanted))
     return judged

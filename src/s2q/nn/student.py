@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize, fake_quantize_weight, token_scale, weight_scale
+from s2q.core.reuse import once, once_for
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.nn.clip import LearnableClip
 
@@ -59,7 +60,7 @@ class StudentInput(nn.Module):
         self.clip = clip
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform and fake-quantize.
+        """Transform and fake-quantize; the linears of one call share the result within `parameters_held`.
 
         Args:
             x: [..., I], floating.
@@ -67,6 +68,9 @@ class StudentInput(nn.Module):
         Returns:
             [..., I], dtype of x.
         """
+        return once_for(self, x, lambda: self._quantized(x))
+
+    def _quantized(self, x: Tensor) -> Tensor:
         transformed = x if self.transform is None else self.transform(x)
         if self.scheme is not None:
             ratio = None if self.clip is None else self.clip()
@@ -158,11 +162,14 @@ class StudentLinear(nn.Module):
         Returns:
             [..., O], dtype of the input.
         """
-        weight = self.folded_weight(dtype=torch.float32)
-        scale = weight_scale(weight, self.scheme.weight, clip_ratio=self.clip_ratio())
-        weight = fake_quantize_weight(weight, scale, num_bits=self.scheme.weight.num_bits)
+        weight = once(self, "weight", self._quantized_weight)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(self.source(input), weight.to(input.dtype), bias)
+
+    def _quantized_weight(self) -> Tensor:
+        weight = self.folded_weight(dtype=torch.float32)
+        scale = weight_scale(weight, self.scheme.weight, clip_ratio=self.clip_ratio())
+        return fake_quantize_weight(weight, scale, num_bits=self.scheme.weight.num_bits)
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""

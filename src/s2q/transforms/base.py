@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.core.reuse import once
 from s2q.ops.kronecker import scaled_kronecker
 
 _NAMES = ("scale", "left", "right")
@@ -124,7 +125,8 @@ class Transform(nn.Module):
             raise InvalidInputError(
                 f"{type(self).__name__}: got a weight with in_features={weight.shape[-1]}; expected {self.in_features}"
             )
-        return self.inverse_transpose(dtype).apply(weight.to(dtype))
+        inverse = once(self, ("inverse", dtype), lambda: self.inverse_transpose(dtype))
+        return inverse.apply(weight.to(dtype))
 
     @torch.no_grad()
     def state_tensors(self) -> dict[str, Tensor]:
