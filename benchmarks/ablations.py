@@ -5,8 +5,8 @@
 A variant is a recipe of the package with overrides; the groups stand in ``GROUPS``. The seed of a run decides its
 calibration videos, the random selections, the start of the rotations and the order of the samples. Every run is judged
 on the same full-precision trajectories, those of held-out prompts, and stored by itself in
-``benchmarks/results/ablations/MODEL/VARIANT-SEED.json``; what is there is skipped, so a killed run goes on where it was,
-and groups share what they have in common. Two processes can share a group: ``--only`` divides it.
+``benchmarks/results/ablations/MODEL/VARIANT-SEED.json``; what is there is skipped, so a killed run goes on where it
+was, and groups share what they have in common. Two processes can share a group: ``--only`` divides it.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """One block with calibration: token importance, initial transforms, distillation, GPTQ, packing.
 
 Everything is computed in fp32 from the block's weights and the inputs that the teacher's stream gives it; the targets
-are what the fp32 copy of the block makes of these inputs. Modulation linears see one row a sample: they are rounded to
-nearest, and stand in the student as they will be in the checkpoint.
+are what the fp32 copy of the block makes of these inputs. Modulation linears see one row a call, which depends on its
+timestep alone or nearly so: GPTQ rounds them with the rows of every timestep of the generation, not with those of the
+samples alone. They stand in the student as they will be in the checkpoint.
 
 Legend: `I/O` in/out features, `N_k` tokens of stream k.
 """
@@ -10,7 +11,7 @@ Legend: `I/O` in/out features, `N_k` tokens of stream k.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from s2q.core.errors import S2QError
 from s2q.core.layout import PREFIX
+from s2q.core.qparams import RoundedWeight
+from s2q.core.reuse import parameters_held
 from s2q.core.schemes import LinearScheme, PerGroup
 from s2q.core.seeds import derive_seed
 from s2q.distillation import (
@@ -161,9 +164,13 @@ class _Stage:
         calibration: BlockCalibration,
     ) -> CalibratedBlock:
         grouped = {name for group in groups for name in group}
-        plain = {name: self._nearest(name) for name in self.linears}
-        loss = {"rtn": block_loss(self._copy(plain), samples)}
-        student = self._copy({name: layer for name, layer in plain.items() if name not in grouped})
+        nearest = {name: self._nearest(name) for name in self.linears}
+        loss = {"rtn": block_loss(self._copy(nearest), samples)}
+        modulation = {name: layer for name, layer in nearest.items() if name not in grouped}
+        reports: dict[str, dict[str, Any]] = {}
+        if self.recipe.modulation is not None and self.recipe.modulation.rounding == GPTQ:
+            modulation, reports = self._round_modulation(list(modulation), calibration.stream)
+        student = self._copy(modulation)
         seed = derive_seed(calibration.seed, "block", calibration.index)
         for group in groups:
             self._put_students(student, group, maxima[group[0]], seed=derive_seed(seed, "rotation", group[0]))
@@ -177,14 +184,15 @@ class _Stage:
             loss["distilled"] = report.loss
         student.requires_grad_(False)
         packed, rounding = self._round(student, samples, groups)
-        packed |= {name: layer for name, layer in plain.items() if name not in grouped}
+        packed |= modulation
+        reports |= rounding
         loss["final"] = block_loss(self._copy(packed), samples)
         calibration.progress()
         return CalibratedBlock(
             layers={self.linears[name]: packed[name].to("cpu") for name in self.linears},
             loss=loss,
             distillation=None if report is None else asdict(report),
-            rounding={self.linears[name]: one for name, one in rounding.items()},
+            rounding={self.linears[name]: one for name, one in reports.items()},
         )
 
     def _copy(self, layers: Mapping[str, nn.Module]) -> nn.Module:
@@ -197,7 +205,7 @@ class _Stage:
         return self.schemes[self.linears[name]]
 
     def _nearest(self, name: str) -> PackedLinear:
-        """The linear rounded to nearest, nothing before it; what adaLN linears become."""
+        """The linear rounded to nearest, nothing before it."""
         weight = self.teacher.get_submodule(name).weight
         rounded = ROUNDINGS["rtn"](weight, self._scheme(name).weight)
         return PackedLinear.from_rounded(rounded, bias=self.block.get_submodule(name).bias, scheme=self._scheme(name))
@@ -247,7 +255,10 @@ class _Stage:
         self, student: nn.Module, samples: _Samples, groups: Sequence[tuple[str, ...]]
     ) -> tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]:
         use_gptq = self.recipe.rounding.method == GPTQ
-        hessians = self._hessians(student, samples, groups) if use_gptq else {}
+        hessians: dict[str, HessianAccumulator] = {}
+        if use_gptq:
+            sources = {group[0]: student.get_submodule(group[0]).source for group in groups}
+            hessians = self._hessians((samples.inputs(index) for index in range(len(samples))), sources)
         packed: dict[str, PackedLinear] = {}
         reports: dict[str, dict[str, Any]] = {}
         for group in groups:
@@ -256,17 +267,7 @@ class _Stage:
                 layer, scheme = student.get_submodule(name), self._scheme(name)
                 weight, ratio = layer.folded_weight(), layer.clip_ratio()
                 if use_gptq:
-                    try:
-                        rounded, report = round_gptq(
-                            weight,
-                            scheme.weight,
-                            hessian=hessians[group[0]].hessian(),
-                            clip_ratio=ratio,
-                            options=self.recipe.rounding.options(),
-                        )
-                    except S2QError as error:
-                        raise type(error)(f"{self.linears[name]}: {error}") from error
-                    reports[name] = asdict(report)
+                    rounded, reports[name] = self._gptq(name, weight, hessians[group[0]], clip_ratio=ratio)
                 else:
                     rounded = ROUNDINGS[self.recipe.rounding.method](weight, scheme.weight, clip_ratio=ratio)
                 bias = self.block.get_submodule(name).bias
@@ -278,19 +279,52 @@ class _Stage:
                 )
         return packed, reports
 
+    @torch.no_grad()
+    def _round_modulation(
+        self, names: Sequence[str], stream: TeacherStream
+    ) -> tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]:
+        hessians: dict[str, HessianAccumulator] = {}
+        if names:
+            device = str(self.teacher.get_submodule(names[0]).weight.device)
+            calls = (_wide(inputs, device) for inputs in stream.timestep_inputs())
+            hessians = self._hessians(calls, dict.fromkeys(names, _as_it_is))
+        packed: dict[str, PackedLinear] = {}
+        reports: dict[str, dict[str, Any]] = {}
+        for name in names:
+            rounded, reports[name] = self._gptq(name, self.teacher.get_submodule(name).weight, hessians[name])
+            bias = self.block.get_submodule(name).bias
+            packed[name] = PackedLinear.from_rounded(rounded, bias=bias, scheme=self._scheme(name))
+        return packed, reports
+
+    def _gptq(
+        self, name: str, weight: Tensor, hessian: HessianAccumulator, *, clip_ratio: Tensor | None = None
+    ) -> tuple[RoundedWeight, dict[str, Any]]:
+        try:
+            rounded, report = round_gptq(
+                weight,
+                self._scheme(name).weight,
+                hessian=hessian.hessian(),
+                clip_ratio=clip_ratio,
+                options=self.recipe.rounding.options(),
+            )
+        except S2QError as error:
+            raise type(error)(f"{self.linears[name]}: {error}") from error
+        return rounded, asdict(report)
+
     def _hessians(
-        self, student: nn.Module, samples: _Samples, groups: Sequence[tuple[str, ...]]
+        self, calls: Iterable[Mapping[str, Any]], sources: Mapping[str, Callable[[Tensor], Tensor]]
     ) -> dict[str, HessianAccumulator]:
+        """Hessians of the inputs of linears, by name, as their sources pass them on."""
         found: dict[str, HessianAccumulator] = {}
 
-        def listen(name: str) -> Callable[[Tensor], None]:
-            layer = student.get_submodule(name)
+        def listen(name: str, source: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+            layer = self.teacher.get_submodule(name)
             found[name] = HessianAccumulator(layer.in_features, device=layer.weight.device)
-            return lambda x: found[name].add(layer.source(x))
+            return lambda x: found[name].add(source(x))
 
-        with _heard(self.teacher, {group[0]: listen(group[0]) for group in groups}):
-            for index in range(len(samples)):
-                self.teacher(**samples.inputs(index))
+        with parameters_held(), _heard(self.teacher, {name: listen(name, one) for name, one in sources.items()}):
+            for inputs in calls:
+                self.teacher(**inputs)
         return found
 
 
@@ -305,6 +339,10 @@ class _ConstantClip(nn.Module):
 
     def forward(self) -> Tensor:
         return self.ratio
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class CalibrationCall:
     Attributes:
         prompt: Index of the prompt.
         step: Index of the denoising step.
-        branch: Row of the guidance branch; the last is the conditional one.
+        branch: Row of the guidance branch; the last, which is -1 too, is the conditional one.
     """
 
     prompt: int
@@ -259,6 +259,16 @@ def select(
         ],
     }
     return calls, record
+
+
+def every_timestep(inputs: CalibrationInputs) -> list[CalibrationCall]:
+    """Return one conditional call for each timestep of the generation, of one prompt after another.
+
+    Args:
+        inputs: What the candidates were collected from.
+    """
+    steps, prompts = inputs.settings.num_inference_steps, len(inputs.prompts)
+    return [CalibrationCall(prompt=step % prompts, step=step, branch=-1) for step in range(steps)]
 
 
 def call_inputs(artefact: Artefact, call: CalibrationCall) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Tensors above the budget lie on the disk, in the run folder. Legend: `B` samples
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ class TeacherStream:
         block_names: Full names of its blocks, in the order in which they run.
         calls: A function for each sample that returns the transformer's keyword arguments.
         names: What messages call the samples.
+        timesteps: The same as `calls`, of calls of which only the timestep counts; see `timestep_inputs`.
         streams: Keyword arguments of a block that it returns anew, in that order.
         folder: Where tensors above the budget go.
         device: Where to compute.
@@ -94,6 +95,7 @@ class TeacherStream:
         *,
         calls: Sequence[Callable[[], dict[str, Any]]],
         names: Sequence[str],
+        timesteps: Sequence[Callable[[], dict[str, Any]]] = (),
         streams: Sequence[str],
         folder: Path,
         device: str = "cpu",
@@ -101,10 +103,12 @@ class TeacherStream:
     ) -> None:
         self.transformer, self.block_names = transformer, list(block_names)
         self.calls, self.names, self.streams = calls, list(names), tuple(streams)
+        self.timesteps = timesteps
         self.device = device
         self.folder, self.budget = folder, budget
         self._moving = TensorStore(folder, "stream", budget=budget)
         self._fixed: list[dict[str, Any]] = []
+        self._conditioning: list[dict[str, Any]] = []
         self._position: int | None = None
 
     def __len__(self) -> int:
@@ -134,6 +138,18 @@ class TeacherStream:
         """
         return {**self._fixed[sample], **self._moving.get(sample)}
 
+    def timestep_inputs(self) -> Iterator[dict[str, Any]]:
+        """Go through keyword arguments of the block at hand that have the conditioning of one timestep after another.
+
+        What is not conditioning, the streams, is that of the first sample throughout: it says nothing, and is there
+        because a block is not called without it.
+
+        Yields:
+            Keyword arguments.
+        """
+        for conditioning in self._conditioning:
+            yield {**conditioning, **self._moving.get(0)}
+
     def check(self, outputs: Sequence[Tensor], *, block: int, sample: int) -> None:
         """Refuse NaN and infinite values in what a block returns.
 
@@ -158,19 +174,26 @@ class TeacherStream:
         first = self.transformer.get_submodule(self.block_names[0])
         before = next(self.transformer.parameters()).device
         self._moving.clear()
-        self._fixed = []
+        self._fixed, self._conditioning = [], []
         try:
             self.transformer.to(self.device)
             for sample, call in enumerate(self.calls):
-                arguments = _first_call(self.transformer, first, _moved(call(), self.device))
-                missing = [name for name in self.streams if name not in arguments]
-                assert not missing, f"blocks are called without {missing}"
-                moving = {name: arguments.pop(name) for name in self.streams}
+                moving, fixed = self._split(_first_call(self.transformer, first, _moved(call(), self.device)))
                 self._moving.put(sample, moving)
-                self._fixed.append(arguments)
+                self._fixed.append(fixed)
+            for call in self.timesteps:
+                _, conditioning = self._split(_first_call(self.transformer, first, _moved(call(), self.device)))
+                self._conditioning.append(conditioning)
         finally:
             self.transformer.to(before)
         self._position = 0
+
+    def _split(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Part what goes through the blocks from what all of them are given."""
+        missing = [name for name in self.streams if name not in arguments]
+        assert not missing, f"blocks are called without {missing}"
+        fixed = {name: value for name, value in arguments.items() if name not in self.streams}
+        return {name: arguments[name] for name in self.streams}, fixed
 
     @torch.no_grad()
     def _pass(self, index: int) -> None:

@@ -66,6 +66,22 @@ class WeightsGroup(_Group):
         return QuantScheme(num_bits=self.num_bits, granularity=granularity)
 
 
+class ModulationGroup(WeightsGroup):
+    """How the weights of the adaLN linears are quantized; their inputs are not.
+
+    Attributes:
+        rounding: "rtn", or "gptq" with the Hessian of their inputs at every timestep; its settings are those of
+            `RoundingGroup`.
+    """
+
+    rounding: str = "rtn"
+
+    @field_validator("rounding")
+    @classmethod
+    def _known_rounding(cls, rounding: str) -> str:
+        return _known("rounding", rounding, (*ROUNDINGS, GPTQ))
+
+
 class ActivationsGroup(_Group):
     """How the inputs of linears are quantized: symmetric, per token, dynamic."""
 
@@ -215,7 +231,7 @@ class Recipe(_Group):
     description: str = ""
     weights: WeightsGroup
     activations: ActivationsGroup | None = None
-    modulation: WeightsGroup | None = WeightsGroup(num_bits=4)
+    modulation: ModulationGroup | None = ModulationGroup(num_bits=4)
     calibration: CalibrationGroup = CalibrationGroup()
     transforms: TransformsGroup = TransformsGroup()
     clip: ClipGroup = ClipGroup()
@@ -254,7 +270,8 @@ class Recipe(_Group):
         """Whether the recipe does more than round each weight by itself; it runs on samples then."""
         transforms = self.transforms.scale != "none" or self.transforms.rotation != "identity"
         learns = self.distillation is not None or self.clip.constant is not None
-        return transforms or learns or self.rounding.method == GPTQ
+        uses_gptq = GPTQ in (self.rounding.method, None if self.modulation is None else self.modulation.rounding)
+        return transforms or learns or uses_gptq
 
     def resolved(self) -> dict[str, Any]:
         """Return every value as plain data for JSON; validating it gives an equal recipe."""
