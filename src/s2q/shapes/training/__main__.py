@@ -23,14 +23,14 @@ from s2q.shapes.training.vae import DecoderTask, VAETask
 
 logger = logging.getLogger("s2q.shapes.training")
 
-POOL_SIZE = 24_576
+POOL_SIZE = 32_768
 VAE_SETTINGS = TrainingSettings(
     steps=1700, batch_size=16, learning_rate=1.5e-3, warmup_steps=50, ema_decay=0.995, seed=1
 )
 DECODER_SETTINGS = TrainingSettings(
     steps=500, batch_size=16, learning_rate=7e-4, warmup_steps=20, ema_decay=0.995, seed=2
 )
-TRANSFORMER_SETTINGS = TrainingSettings(steps=4800, batch_size=64, learning_rate=2e-3, muon=True, seed=1)
+TRANSFORMER_SETTINGS = TrainingSettings(steps=8000, batch_size=64, learning_rate=2e-3, muon=True, seed=1)
 
 
 def main() -> None:
