@@ -79,8 +79,10 @@ def _root(
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="DIR")] = Path("s2q-demo"),
     model: Model = "shapes-cogvideox",
-    recipe: RecipeName = "rtn-w4a6",
-    short: Annotated[bool, typer.Option("--short", help="Fewer prompts and steps: a minute, rougher figures.")] = False,
+    recipe: RecipeName = "s2q-w4a6",
+    short: Annotated[
+        bool, typer.Option("--short", help="Calibrate and judge on less: a minute, rougher figures.")
+    ] = False,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser at the end.")] = True,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -96,7 +98,7 @@ def demo(
 @app.command()
 def plan(
     model: Model,
-    recipe: RecipeName = "rtn-w4a6",
+    recipe: RecipeName = "s2q-w4a6",
     overrides: Overrides = None,
     dtype: DtypeOption = None,
     as_json: AsJson = False,

@@ -10,7 +10,7 @@ import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -20,15 +20,21 @@ from s2q.core.errors import InvalidInputError
 from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, staged_directory
 from s2q.report.formatting import format_bytes, format_sample
 
+if TYPE_CHECKING:
+    from s2q.recipes import Recipe
+
 RECORD = "demo.json"
 PAGE = "report.html"
 _SCHEMA_VERSION = 1
 _CHECKPOINT = "checkpoint"
 _DEMO_PROMPTS = 4
 _SEED = 0
+_LOSSES = {"rtn": "rounding to nearest", "initial": "before training", "final": "as packed"}
 _SHOWN = ("psnr_frame_mean_db", "ssim", "velocity_relative_error", "adherence_all")
 _FULL: Mapping[str, Any] = {"num_prompts": 16, "seeds": (0, 1), "settings": {}}
 _SHORT: Mapping[str, Any] = {"num_prompts": 4, "seeds": (0,), "settings": {"num_inference_steps": 8}}
+_SHORT_CALIBRATION = ("calibration.n_prompts=2", "calibration.samples=8")
+_SHORT_DISTILLATION = ("distillation.epochs=1",)
 
 
 def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mapping[str, Any]) -> None:
@@ -38,7 +44,7 @@ def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mappin
         out: Folder to write; it appears when everything is done.
         model: An embedded model.
         recipe: Recipe to quantize with.
-        short: Whether to judge on fewer prompts with fewer steps.
+        short: Whether to calibrate less, and to judge on fewer prompts with fewer steps.
         options: `open_page`, `overwrite`, `as_json`.
 
     Raises:
@@ -49,7 +55,12 @@ def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mappin
 
     if model not in EMBEDDED_NAMES:
         raise InvalidInputError(f"demo: {model} is not an embedded model; use {' or '.join(EMBEDDED_NAMES)}")
-    load_recipe(recipe)
+    validated = load_recipe(recipe)
+    overrides: tuple[str, ...] = ()
+    if short and validated.calibrates:
+        overrides += _SHORT_CALIBRATION
+    if short and validated.distillation is not None:
+        overrides += _SHORT_DISTILLATION
     console.quiet_libraries()
     check_output(out, overwrite=options["overwrite"], markers=(RECORD,))
     seconds: dict[str, float] = {}
@@ -58,7 +69,14 @@ def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mappin
         staged_directory(out, overwrite=options["overwrite"], markers=(RECORD,)) as staged,
     ):
         record = _make(
-            staged, out, model=model, recipe=recipe, size=_SHORT if short else _FULL, progress=progress, seconds=seconds
+            staged,
+            out,
+            model=model,
+            recipe=load_recipe(recipe, overrides=overrides),
+            overrides=overrides,
+            size=_SHORT if short else _FULL,
+            progress=progress,
+            seconds=seconds,
         )
     page = (out / PAGE).resolve()
     if options["as_json"]:
@@ -74,7 +92,8 @@ def _make(
     out: Path,
     *,
     model: str,
-    recipe: str,
+    recipe: Recipe,
+    overrides: Sequence[str],
     size: Mapping[str, Any],
     progress: console.Report,
     seconds: dict[str, float],
@@ -104,12 +123,13 @@ def _make(
         )
     evaluation |= {"model": str(out / _CHECKPOINT), "reference": model}
     with _timed(seconds, "write"):
-        content = _page(report.to_dict(), evaluation, pairs, out=out, seconds=seconds)
+        content = _page(report.to_dict(), recipe, overrides, evaluation, pairs, out=out, seconds=seconds)
         _write(staged, content, pairs)
     record = {
         "schema_version": _SCHEMA_VERSION,
         "model": model,
-        "recipe": recipe,
+        "recipe": recipe.name,
+        "overrides": list(overrides),
         "output": str(out),
         "page": str(out / PAGE),
         "storage": dict(report.storage),
@@ -153,17 +173,19 @@ def _pairs(
 
 def _page(
     report: Mapping[str, Any],
+    recipe: Recipe,
+    overrides: Sequence[str],
     evaluation: Mapping[str, Any],
     pairs: Sequence[Any],
     *,
     out: Path,
     seconds: Mapping[str, float],
 ) -> Any:
-    from s2q.recipes import load_recipe
     from s2q.report import PageContent
 
     checkpoint = shlex.quote(str(out / _CHECKPOINT))
-    model, recipe = report["source"], report["recipe"]
+    model = report["source"]
+    changes = "".join(f" --set {shlex.quote(override)}" for override in overrides)
     sample = f"--num-prompts {evaluation['n_prompts']} --seeds {evaluation['n_seeds']}"
     steps = evaluation["settings"]["num_inference_steps"]
     blocks = [
@@ -171,6 +193,7 @@ def _page(
             "block": block["name"],
             "linears": len(block["layers"]),
             "relative weight error": block["weight_relative_error"],
+            **{f"loss, {_LOSSES[name]}": block["loss"][name] for name in _LOSSES if name in block["loss"]},
             "seconds": block["seconds"],
         }
         for block in report["blocks"]
@@ -180,10 +203,10 @@ def _page(
         pairs=pairs,
         evaluation=evaluation,
         storage=report["storage"],
-        recipe=load_recipe(recipe).resolved(),
+        recipe=recipe.resolved(),
         tables={"Quantization, block by block": blocks, "Every linear of the blocks": report["layers"]},
         commands=(
-            f"s2q quantize -m {model} -r {recipe} -o {checkpoint}",
+            f"s2q quantize -m {model} -r {recipe.name}{changes} -o {checkpoint}",
             f"s2q eval -m {checkpoint} --reference {model} {sample} --steps {steps} -o eval.json",
             f"s2q generate -m {checkpoint} --prompt {shlex.quote(pairs[0].prompt)} --steps {steps} -o videos",
         ),
@@ -220,12 +243,13 @@ def _write(staged: Path, content: Any, pairs: Sequence[Any]) -> None:
 def _show(record: Mapping[str, Any], page: Path) -> None:
     out = Console()
     storage, evaluation = record["storage"], record["evaluation"]
+    changes = f" (shortened: {', '.join(record['overrides'])})" if record["overrides"] else ""
     before, after = (format_bytes(storage[f"{side}_bytes"]) for side in ("full_precision", "quantized"))
     out.print()
     out.print(
         Text.assemble(
             (f"{record['model']} with {record['recipe']}", "bold"),
-            f": the transformer is {storage['ratio']:.2f} times smaller ({before} → {after})",
+            f"{changes}: the transformer is {storage['ratio']:.2f} times smaller ({before} → {after})",
         ),
         soft_wrap=True,
     )
