@@ -71,7 +71,7 @@ def _parts(width: str) -> list[Variant]:
         ("selection-rtfp", "+ STD", (random,)),
     ]
     return [
-        Variant(name=f"rtn-{width}", label="rounding to nearest", recipe=f"rtn-{width}"),
+        Variant(name=f"rtn-{width}", label="rounding to nearest, adaLN too", recipe=f"rtn-{width}"),
         *(Variant(name=f"{recipe}-{n}", label=label, recipe=recipe, overrides=tuple(o)) for n, label, o in rows),
         Variant(name=recipe, label=f"+ SDS = `{recipe}`", recipe=recipe),
     ]

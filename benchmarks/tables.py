@@ -7,15 +7,21 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ablations import GROUPS
+
+from s2q.evaluation import clustered_mean
+from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/results.md", "docs/observations.md")
-ORDER = ("rtn-w8a8", "rtn-w4a16", "rtn-w4a8", "rtn-w4a6", "rtn-w4a4")
+ORDER = ("rtn-w8a8", "rtn-w4a16", "rtn-w4a8", "s2q-w4a8", "rtn-w4a6", "s2q-w4a6", "rtn-w4a4", "s2q-w4a4", "s2q-w3a6")
 LABELS = ("shape", "colour", "direction", "background")
 
 
@@ -120,6 +126,62 @@ def outlier_table(model: str) -> str:
     return "\n".join(lines)
 
 
+def ablation_table(group: str, model: str) -> str:
+    """Variants of a group in order: velocity error over seeds, and against the base of the group, paired by prompt."""
+    folder = RESULTS / "ablations" / model
+    base = BASES[group]
+    runs = {
+        variant.name: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{variant.name}-[0-9].json"))]
+        for variant in GROUPS[group]
+    }
+    head = ["velocity error", "lowest and highest seed", f"against {base.label}", "seeds", "quantized in"]
+    lines = [_row("variant", head), _row("---", ["---"] * len(head))]
+    for variant in GROUPS[group]:
+        own = runs[variant.name]
+        if not own:
+            continue
+        errors = [run["velocity_relative_error"] for run in own]
+        spread = f"{min(errors):.5f}, {max(errors):.5f}" if len(errors) > 1 else ""
+        cells = [
+            f"{sum(errors) / len(errors):.5f}",
+            spread,
+            _ratio(own, runs[base.name]),
+            str(len(own)),
+            f"{sorted(run['quantize_seconds'] for run in own)[len(own) // 2]:.0f} s",
+        ]
+        lines.append(_row(variant.label, cells))
+    first = runs[base.name][0]
+    lines += [
+        "",
+        f"{len(first['videos'])} held-out prompts, float32. Ratios: geometric mean over prompts and seeds, with the "
+        "95 % bootstrap interval over prompts; the spread between seeds is beside it, not in it. "
+        f"Time: one thread of a {first['hardware']['processor']}, beside another process, collection included. "
+        f"Made by `python benchmarks/ablations.py {group}{'' if model == MODELS[0] else f' -m {model}'}`.",
+    ]
+    return "\n".join(lines)
+
+
+def _ratio(runs: list[dict], base: list[dict]) -> str:
+    """Geometric mean over prompts of the runs' errors over the base's, of the seeds that both have."""
+    other = {run["seed"]: run for run in base}
+    pairs = [(run, other[run["seed"]]) for run in runs if run["seed"] in other]
+    if not pairs or runs is base:
+        return "1" if runs is base else ""
+    logs: dict[str, list[float]] = {}
+    for run, reference in pairs:
+        for ours, theirs in zip(run["videos"], reference["videos"], strict=True):
+            value = math.log(ours["velocity_relative_error"] / theirs["velocity_relative_error"])
+            logs.setdefault(ours["prompt"], []).append(value)
+    estimate = clustered_mean(logs)
+    low, high = (math.exp(end) for end in (estimate.low, estimate.high))
+    return f"{math.exp(estimate.mean):.3f} [{low:.3f}, {high:.3f}]"
+
+
+BASES = {
+    group: next(one for one in variants if one.name == base)
+    for group, variants in GROUPS.items()
+    for base in [f"s2q-{group[-4:]}-hadamard-gptq" if group.startswith("parts") else "s2q-w4a4"]
+}
 TABLES: dict[str, Callable[[str], str]] = {
     "quality": quality_table,
     "adherence": adherence_table,
@@ -133,7 +195,8 @@ def filled(text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         kind, model = match.group(1).split()
-        return f"<!-- table: {kind} {model} -->\n{TABLES[kind](model)}\n<!-- end -->"
+        table = TABLES[kind](model) if kind in TABLES else ablation_table(kind, model)
+        return f"<!-- table: {kind} {model} -->\n{table}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\S+ \S+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 

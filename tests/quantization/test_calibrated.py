@@ -1,8 +1,11 @@
 import json
+import re
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers import CogVideoXPipeline
+from safetensors.torch import load_file, save_file
 
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.core.errors import InvalidInputError
@@ -219,3 +222,81 @@ def test_plan_has_the_stages_and_the_bytes(run, tmp_path):
     planned = plan(tmp_path / "model", "s2q-w4a6", dtype="float32")
     assert [stage.name for stage in planned.stages] == ["collect", "select", "blocks", "assemble"]
     assert planned.storage["quantized_bytes"] == run[1].storage["quantized_bytes"]
+
+
+def test_activations_beyond_the_budget_go_to_the_disk_and_change_nothing(run, tmp_path, monkeypatch):
+    from s2q.quantization import run as module
+    from s2q.quantization.stream import TeacherStream, TensorStore
+
+    spilled = set()
+    original = TensorStore.put
+
+    def put(self, index, tensors):
+        original(self, index, tensors)
+        spilled.update(path.name.partition("-")[0] for path in self.folder.glob("*-0*.safetensors"))
+
+    monkeypatch.setattr(TensorStore, "put", put)
+    monkeypatch.setattr(module, "TeacherStream", lambda *args, **options: TeacherStream(*args, **options, budget=0))
+    small(tmp_path / "out")
+    assert {"stream", "targets"} <= spilled
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (run[0] / WEIGHTS).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_modulation_is_rounded_with_every_timestep_whatever_the_samples(tmp_path):
+    """Two runs with different samples round the adaLN linears alike, and not to nearest."""
+    weights = []
+    steps = "calibration.steps=4"
+    for name, changes in {
+        "one": [steps, "calibration.selection=ds"],
+        "other": [steps, "calibration.selection=qs"],
+        "nearest": [steps, "modulation.rounding=rtn"],
+    }.items():
+        report = small(tmp_path / name, overrides=[*changes, "distillation.epochs=1"])
+        tensors = load_file(tmp_path / name / WEIGHTS)
+        weights.append({key: value for key, value in tensors.items() if ".norm1.linear.weight" in key})
+        assert len(report.selection["calls"]) == 3
+    one, other, nearest = weights
+    assert len(one) == 4  # codes and scales of two blocks
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    codes = [key for key in one if key.endswith(".weight")]
+    assert not any(torch.equal(one[key], nearest[key]) for key in codes)
+
+
+TRANSFORMED = "transformer_blocks.1.ff.net.2"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "message"),
+    [
+        ("transform_left", None, "lacks 1 tensors, {name}"),
+        ("activation_clip", None, "lacks 1 tensors, {name}"),
+        ("transform_left", lambda t: t[:-1].contiguous(), r"{name}: got shape \["),
+        ("transform_scale", lambda t: t[:-1].contiguous(), r"{name}: got shape \[255\], expected \[256\]"),
+        ("transform_right", lambda t: t.half(), r"{name}: got dtype torch\.float16, expected torch\.float32"),
+        ("transform_scale", lambda t: t * float("nan"), "{name}: holds"),
+        ("activation_clip", lambda t: t * 0, "{name}: holds"),
+    ],
+)
+def test_damaged_transforms_are_refused(run, tmp_path, tensor, change, message):
+    shutil.copytree(run[0], tmp_path / "copy")
+    name = f"{TRANSFORMED}.{tensor}"
+    tensors = load_file(tmp_path / "copy" / WEIGHTS)
+    value = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(value)
+    save_file(tensors, tmp_path / "copy" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(InvalidInputError, match=message.format(name=name.replace(".", r"\."))):
+        CogVideoXPipeline.from_pretrained(tmp_path / "copy")
+    with pytest.raises(InvalidInputError, match=re.escape(WEIGHTS)):
+        load_pipeline(tmp_path / "copy")
+
+
+def test_a_layout_that_the_file_does_not_have_is_refused(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "copy")
+    path = tmp_path / "copy/transformer/config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["layer_inputs"].pop(TRANSFORMED)
+    path.write_text(json.dumps(config))
+    with pytest.raises(InvalidInputError, match=TRANSFORMED.replace(".", r"\.")):
+        CogVideoXPipeline.from_pretrained(tmp_path / "copy")

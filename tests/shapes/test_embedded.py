@@ -70,7 +70,7 @@ def test_full_precision_videos_show_what_the_prompt_says():
     videos = sample(embedded_pipeline(MODEL, dtype=torch.bfloat16), prompts, seed=5, num_inference_steps=12)
     found = adherence(prompts, videos)
     assert min(found["colour"], found["background"], found["motion"]) >= 0.8, found
-    assert found["shape"] >= 0.5, found
+    assert found["shape"] >= 0.75, found
     assert float((videos[0] - videos[1]).abs().mean()) > 0.05
     again = sample(embedded_pipeline(MODEL, dtype=torch.bfloat16), prompts[:1], seed=6, num_inference_steps=12)
     assert float((videos[0] - again[0]).abs().mean()) > 0.01
@@ -111,4 +111,4 @@ def test_generation_defaults_are_those_of_the_card():
     quality = card["full_precision_adherence_on_held_out_prompts_x_2_seeds"]
     assert min(quality["background"], quality["colour"]) >= 0.95
     assert quality["motion"] >= 0.90
-    assert quality["shape"] >= 0.70  # the aim is 0.85; see docs/decisions.md
+    assert quality["shape"] >= 0.85
