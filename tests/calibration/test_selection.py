@@ -53,7 +53,18 @@ def test_the_same_seed_gives_the_same_and_only_random_ones_care(name):
     pool = a_pool()
     results = [SELECTIONS[name](pool, 40, seed) for seed in (0, 0, 1, 2)]
     assert results[0] == results[1]
-    assert (results[0] == results[2] == results[3]) is (name in ("sds", "ds", "qs"))
+    assert (results[0] == results[2] == results[3]) is (name in ("sds", "ds", "qs", "coverage"))
+
+
+@pytest.mark.parametrize(("prompts", "steps", "count"), [(10, 20, 40), (10, 50, 40), (3, 7, 10), (4, 5, 20)])
+def test_coverage_takes_prompts_and_timesteps_alike(prompts, steps, count):
+    pool = a_pool(prompts=prompts, steps=steps)
+    taken = chosen(pool, SELECTIONS["coverage"](pool, count, 0))
+    per_prompt = Counter(one.prompt for one in taken)
+    assert len(per_prompt) == prompts
+    assert max(per_prompt.values()) - min(per_prompt.values()) <= 1
+    thirds = Counter(one.step * 3 // steps for one in taken)
+    assert min(thirds.values()) >= count // 3 - 2
 
 
 def test_saliences_by_hand():

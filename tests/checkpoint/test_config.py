@@ -57,6 +57,9 @@ def test_shapes_and_bytes():
         "activation_clip": (1,),
     }
     assert LAYOUT.num_bytes(32) == 4 * (32 + 16 + 64 + 1)
+    assert InputLayout(shift=True).shapes(32) == {"input_shift": (32,)}
+    assert InputLayout(shift=True).num_bytes(32) == 4 * 32
+    assert not InputLayout(shift=True).empty
     assert InputLayout().num_bytes(32) == 0
     for layout in (LAYOUT, InputLayout(left=4)):
         with pytest.raises(InvalidInputError, match="expected a product of 48"):

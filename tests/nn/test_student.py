@@ -5,7 +5,7 @@ from torch import nn
 from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import dequantize, dequantize_weight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
-from s2q.nn import FakeQuantLinear, LearnableClip, StudentInput, StudentLinear
+from s2q.nn import FakeQuantLinear, LearnableClip, PackedLinear, StudentInput, StudentLinear
 from s2q.ops.quantize_per_token import quantize_per_token
 from s2q.rounding import round_rtn
 from s2q.transforms import Compose, KroneckerTransform, SmoothScale, hadamard
@@ -109,3 +109,31 @@ def test_bad_schemes():
         StudentLinear(a_linear(), scheme=scheme(7), source=StudentInput(ACTIVATION))
     with pytest.raises(InvalidInputError, match="quantized as None"):
         StudentLinear(a_linear(), scheme=scheme(), source=StudentInput(None))
+
+
+@pytest.mark.parametrize("layer_scheme", SCHEMES, ids=lambda s: s.name)
+def test_a_shift_moves_the_input_and_its_product_into_the_bias(layer_scheme):
+    linear, x = a_linear(), draw(50, 24) + 5 * draw(24, seed=1)
+    shift = x.mean(0)
+    source = StudentInput(layer_scheme.activation, shift=shift, transform=a_transform())
+    student = StudentLinear(linear, scheme=layer_scheme, source=source)
+    packed = PackedLinear.from_rounded(
+        round_rtn(student.folded_weight(), layer_scheme.weight),
+        bias=student.bias,
+        scheme=layer_scheme,
+        inputs={"input_shift": shift}
+        | {f"transform_{name}": value for name, value in source.transform.state_tensors().items()},
+    )
+    torch.testing.assert_close(student(x), packed(x), rtol=1e-3, atol=1e-3)
+    unshifted = StudentLinear(
+        linear, scheme=layer_scheme, source=StudentInput(layer_scheme.activation, transform=a_transform())
+    )
+    exact = linear(x)
+    assert (student(x) - exact).square().mean() < 0.5 * (unshifted(x) - exact).square().mean()
+    mean = packed.effective_weight(torch.float32) @ shift + packed.effective_bias(torch.float32)
+    torch.testing.assert_close(mean, linear(shift), rtol=1e-4, atol=1e-4)  # exact at the mean, however coarse the codes
+
+
+def test_a_shift_needs_a_bias():
+    with pytest.raises(InvalidInputError, match="expected a linear with a bias"):
+        StudentLinear(a_linear(bias=False), scheme=scheme(), source=StudentInput(ACTIVATION, shift=torch.ones(24)))

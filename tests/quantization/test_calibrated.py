@@ -136,6 +136,8 @@ def test_a_block_does_not_depend_on_the_others(run, tmp_path):
     "part",
     [
         ["rounding.method=gptq"],
+        ["transforms.shift=mean"],
+        ["transforms.shift=mean", "transforms.rotation=hadamard", "rounding.method=gptq", "activations=null"],
         ["transforms.scale=smooth"],
         ["transforms.rotation=hadamard", "rounding.method=gptq"],
         ["transforms.rotation=hadamard", "clip.constant=0.9"],
@@ -215,6 +217,18 @@ def test_one_sample_and_a_constant_channel(tmp_path):
         pipe.transformer.transformer_blocks[0].norm1.norm.bias[1] = 0
     report = small(tmp_path / "out", pipe=pipe, overrides=["calibration.samples=1"])
     assert report.blocks[0].loss["final"] < 1
+
+
+def test_a_shift_helps_where_inputs_are_off_centre_and_dequantizing_undoes_it(run, tmp_path):
+    report = small(tmp_path / "out", overrides=["transforms.shift=mean"])
+    assert all(new.loss["final"] < old.loss["final"] for new, old in zip(report.blocks, run[1].blocks, strict=True))
+    transformer = load_pipeline(tmp_path / "out").transformer
+    layer = transformer.transformer_blocks[0].ff.net[2]
+    assert layer.input_shift.shape == (256,)
+    x = torch.randn(5, 256)
+    expected = torch.nn.functional.linear(layer._transformed(x), layer.dequantized_weight(torch.float32), layer.bias)
+    plain = transformer.dequantize().transformer_blocks[0].ff.net[2]
+    assert torch.allclose(plain(x), expected, atol=1e-5)
 
 
 def test_plan_has_the_stages_and_the_bytes(run, tmp_path):

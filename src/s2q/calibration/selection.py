@@ -11,6 +11,7 @@ rising order. Equal scores go to the lower index. The seed matters only where so
 | `atop` | all timesteps of one prompt |
 | `atfp` | all timesteps of five prompts |
 | `rtfp` | random timesteps of five prompts |
+| `coverage` | evenly spaced timesteps of every prompt, shifted from prompt to prompt; not of the paper |
 
 The rivals are compared at equal size, so choice: "all timesteps" are evenly spaced ones where a prompt has more steps
 than are wanted of it, in five prompts shifted against each other so that together they cover the timesteps. Prompts are
@@ -74,9 +75,15 @@ def rtfp(pool: CandidatePool, count: int, seed: int) -> list[int]:
     return sorted(indices[position] for position in drawn)
 
 
+def coverage(pool: CandidatePool, count: int, seed: int) -> list[int]:
+    """Evenly spaced timesteps of every prompt, so that together they cover the timesteps; see the module and `sds`."""
+    _check_count(pool, count)
+    return _all_timesteps(pool, count, pool.prompts)
+
+
 Selection = Callable[[CandidatePool, int, int], list[int]]
 
-SELECTIONS: dict[str, Selection] = {"sds": sds, "ds": ds, "qs": qs, "atop": atop, "atfp": atfp, "rtfp": rtfp}
+SELECTIONS: dict[str, Selection] = {one.__name__: one for one in (sds, ds, qs, atop, atfp, rtfp, coverage)}
 """The selections by name."""
 
 

@@ -157,7 +157,8 @@ class S2QQuantizer(DiffusersQuantizer):
             packed = model.get_submodule(layer)
             linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
             linear.weight = nn.Parameter(packed.effective_weight(model.dtype), requires_grad=False)
-            linear.bias = packed.bias
+            bias = packed.effective_bias(model.dtype)
+            linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
             replace_module(model, layer, linear)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = FrozenDict(config)

@@ -1,6 +1,6 @@
-"""What stands between an input and the codes of a packed linear, as far as it is stored: a transform, a clip ratio.
+"""What stands between an input and the codes of a packed linear, as far as it is stored: shift, transform, clip ratio.
 
-    x → diag(scale) · (left ⊗ right) → per-token codes, their maximum multiplied by the clip ratio
+    x → x - shift → diag(scale) · (left ⊗ right) → per-token codes, their maximum multiplied by the clip ratio
 
 Shapes: `I` in features; `n1`, `n2` orders of the factors, n1 · n2 = I.
 """
@@ -22,6 +22,7 @@ class InputLayout:
     """Which fp32 tensors a packed linear stores for its input; the default is none.
 
     Attributes:
+        shift: Whether something is subtracted from the input, [I].
         scale: Whether there is a scale, [I].
         left: Order n1 of the left factor; None if it is the identity.
         right: Order n2 of the right factor; None if it is the identity.
@@ -31,6 +32,7 @@ class InputLayout:
         InvalidInputError: If a value is not of its type or an order is not positive.
     """
 
+    shift: bool = False
     scale: bool = False
     left: int | None = None
     right: int | None = None
@@ -38,7 +40,7 @@ class InputLayout:
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
-        for name in ("scale", "activation_clip"):
+        for name in ("shift", "scale", "activation_clip"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"input layout: {name}={getattr(self, name)!r}; expected true or false")
         for name in ("left", "right"):
@@ -54,10 +56,10 @@ class InputLayout:
     @property
     def empty(self) -> bool:
         """Whether nothing is stored."""
-        return not self.transforms and not self.activation_clip
+        return not self.shift and not self.transforms and not self.activation_clip
 
     def shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each stored tensor by name: `transform_scale`, …, `activation_clip`.
+        """Return the shape of each stored tensor by name: `input_shift`, `transform_scale`, …, `activation_clip`.
 
         Args:
             in_features: I.
@@ -74,6 +76,8 @@ class InputLayout:
                     f"input layout: factors of order {self.left} and {self.right}; expected a product of {in_features}"
                 )
         shapes: dict[str, tuple[int, ...]] = {}
+        if self.shift:
+            shapes["input_shift"] = (in_features,)
         if self.scale:
             shapes[f"{PREFIX}scale"] = (in_features,)
         for name in ("left", "right"):
@@ -121,5 +125,5 @@ class InputLayout:
         return cls(**content)
 
 
-TENSOR_NAMES = (f"{PREFIX}scale", f"{PREFIX}left", f"{PREFIX}right", "activation_clip")
+TENSOR_NAMES = ("input_shift", f"{PREFIX}scale", f"{PREFIX}left", f"{PREFIX}right", "activation_clip")
 """Every name that `InputLayout.shapes` may return."""

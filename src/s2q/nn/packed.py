@@ -2,8 +2,9 @@
 
     y = (codes_x · codes_wᵀ) · Δ_x · Δ_w + b        integers inside, fp32 for the scales, then the dtype of x
 
-Weight-only schemes (no activation part) multiply x by the dequantized weight instead. Before that, x may pass through a
-transform T = diag(v) · (A ⊗ B), whose inverse is in the weight, and its scale may be multiplied by a clip ratio.
+Weight-only schemes (no activation part) multiply x by the dequantized weight instead. Before that, a shift may be
+subtracted from x, whose product with the weight is in the bias; x may pass through a transform T = diag(v) · (A ⊗ B),
+whose inverse is in the weight; and its scale may be multiplied by a clip ratio.
 
 Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `P` packed bytes of a row (`core.packing`).
 """
@@ -42,8 +43,8 @@ class PackedLinear(nn.Linear):
         weight_scale: fp32 [O] (PerChannel) or [O, G] (PerGroup).
         bias: [O] in the compute dtype, or None.
         scheme: How weight and input are quantized.
-        layout: Which of the tensors of the input there are: fp32 `transform_scale` [I], `transform_left` [n1, n1],
-            `transform_right` [n2, n2], `activation_clip` [1]; None where not.
+        layout: Which of the tensors of the input there are: fp32 `input_shift` [I], `transform_scale` [I],
+            `transform_left` [n1, n1], `transform_right` [n2, n2], `activation_clip` [1]; None where not.
 
     Args:
         in_features: I.
@@ -59,6 +60,7 @@ class PackedLinear(nn.Linear):
     """
 
     weight_scale: nn.Parameter
+    input_shift: nn.Parameter | None
     transform_scale: nn.Parameter | None
     transform_left: nn.Parameter | None
     transform_right: nn.Parameter | None
@@ -186,6 +188,19 @@ class PackedLinear(nn.Linear):
                 weight = weight * self.transform_scale
         return weight.to(dtype)
 
+    def effective_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the bias that belongs to `effective_weight`, b - Ŵ Tᵀ shift.
+
+        Args:
+            dtype: Floating; the result is rounded to it.
+
+        Returns:
+            [O], or None if there is none.
+        """
+        if self.bias is None or self.input_shift is None:
+            return None if self.bias is None else self.bias.to(dtype)
+        return (self.bias.float() - self.effective_weight(torch.float32) @ self.input_shift).to(dtype)
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Apply the layer.
 
@@ -226,6 +241,8 @@ class PackedLinear(nn.Linear):
         return total.to(rows_MI.dtype)
 
     def _transformed(self, x: Tensor) -> Tensor:
+        if self.input_shift is not None:
+            x = x.float() - self.input_shift
         if not self.layout.transforms:
             return x
         return scaled_kronecker(x, scale=self.transform_scale, left=self.transform_left, right=self.transform_right)
@@ -294,6 +311,7 @@ def _layout_of(inputs: Mapping[str, Tensor]) -> InputLayout:
             raise unknown_name("tensor of a packed linear's input", name, TENSOR_NAMES)
     orders = {part: inputs[PREFIX + part].shape[0] for part in ("left", "right") if PREFIX + part in inputs}
     return InputLayout(
+        shift="input_shift" in inputs,
         scale=f"{PREFIX}scale" in inputs,
         activation_clip="activation_clip" in inputs,
         left=orders.get("left"),

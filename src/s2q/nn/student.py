@@ -1,8 +1,8 @@
 """What a linear is while its block is distilled: transformed, clipped, fake-quantized; its own weight does not move.
 
-    y = fake_quantize(x T; ratio_x) · fake_quantize(W T⁻ᵀ; ratio_w)ᵀ + b
+    y = fake_quantize((x - m) T; ratio_x) · fake_quantize(W T⁻ᵀ; ratio_w)ᵀ + (b + W m)
 
-Linears that read the same x share one `StudentInput`, so that they share T and ratio_x. What is trained is in the
+Linears that read the same x share one `StudentInput`, so that they share m, T and ratio_x. What is trained is in the
 parameters: of the transform, and of the clips.
 
 Shapes: `I` in features, `O` out features, `G` groups.
@@ -34,28 +34,34 @@ class InputTransform(Protocol):
 
 
 class StudentInput(nn.Module):
-    """The way of an input into its linears: transform, then fake quantization per token.
+    """The way of an input into its linears: shift, transform, then fake quantization per token.
 
     Attributes:
+        shift: Buffer [I], m, or None for zero.
         transform: T, or None for the identity.
         clip: Its ratio, or None for 1.
         scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
 
     Args:
         scheme: See above.
+        shift: [I], what is subtracted from the input, or None.
         transform: A module with `fold_inverse`, or None.
         clip: Of shape (), or None.
     """
+
+    shift: Tensor | None
 
     def __init__(
         self,
         scheme: QuantScheme | None,
         *,
+        shift: Tensor | None = None,
         transform: InputTransform | None = None,
         clip: LearnableClip | None = None,
     ) -> None:
         super().__init__()
         self.scheme = scheme
+        self.register_buffer("shift", shift, persistent=False)
         self.transform = transform
         self.clip = clip
 
@@ -71,7 +77,8 @@ class StudentInput(nn.Module):
         return once_for(self, x, lambda: self._quantized(x))
 
     def _quantized(self, x: Tensor) -> Tensor:
-        transformed = x if self.transform is None else self.transform(x)
+        centred = x if self.shift is None else x - self.shift
+        transformed = centred if self.transform is None else self.transform(centred)
         if self.scheme is not None:
             ratio = None if self.clip is None else self.clip()
             scale = token_scale(transformed, num_bits=self.scheme.num_bits, clip_ratio=ratio)
@@ -84,7 +91,7 @@ class StudentLinear(nn.Module):
 
     Attributes:
         weight: Buffer [O, I], the full-precision weight; not copied.
-        bias: Buffer [O] or None; not copied.
+        bias: Buffer [O] or None; b + W m where the input is shifted.
         scheme: How weight and input are quantized.
         source: Transform and quantization of the input, shared by the linears that read it.
         weight_clip: Ratio of each output channel, or None for 1.
@@ -96,7 +103,8 @@ class StudentLinear(nn.Module):
         weight_clip: Broadcasts to the scale: (O,) per channel, (O, 1) per group.
 
     Raises:
-        InvalidInputError: If I is not a multiple of the group size, or the source quantizes by another scheme.
+        InvalidInputError: If I is not a multiple of the group size, the source quantizes by another scheme, or it
+            shifts the input of a linear without bias.
     """
 
     weight: Tensor
@@ -119,7 +127,14 @@ class StudentLinear(nn.Module):
         self.source = source
         self.weight_clip = weight_clip
         self.register_buffer("weight", linear.weight.detach(), persistent=False)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+        bias = None if linear.bias is None else linear.bias.detach()
+        if source.shift is not None:
+            if bias is None:
+                raise InvalidInputError(
+                    "student: its input is shifted; expected a linear with a bias to make up for it"
+                )
+            bias = bias.float() + linear.weight.detach().float() @ source.shift
+        self.register_buffer("bias", bias, persistent=False)
 
     @classmethod
     def with_clip(cls, linear: nn.Linear, *, scheme: LinearScheme, source: StudentInput) -> Self:

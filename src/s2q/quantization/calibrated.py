@@ -62,6 +62,31 @@ class BlockCalibration:
     progress: Callable[[], None] = lambda: None
 
 
+class _InputStatistics:
+    """Mean and range of the channels of an input over the samples, [I] each."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.low = torch.full((in_features,), float("inf"), device=device)
+        self.high = -self.low
+        self.total = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def add(self, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        self.low = torch.minimum(self.low, rows.amin(dim=0))
+        self.high = torch.maximum(self.high, rows.amax(dim=0))
+        self.total += rows.sum(dim=0)
+        self.count += len(rows)
+
+    def mean(self) -> Tensor:
+        return (self.total / self.count).float()
+
+    def amax(self, shift: Tensor | None) -> Tensor:
+        """Largest magnitude of each channel, once the shift is subtracted."""
+        centre = torch.zeros_like(self.low) if shift is None else shift
+        return torch.maximum(self.high - centre, centre - self.low)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibratedBlock:
     """What came of it.
@@ -132,10 +157,10 @@ def calibrate_block(
     targets = TensorStore(calibration.stream.folder, "targets", budget=calibration.stream.budget)
     samples = _Samples(calibration.stream, targets, calibration.family.streams, device)
     try:
-        maxima = _run_teacher(teacher, samples, groups, recipe=recipe, calibration=calibration)
+        statistics = _run_teacher(teacher, samples, groups, recipe=recipe, calibration=calibration)
         calibration.progress()
         return _Stage(block, teacher, linears, schemes=schemes, recipe=recipe).carry_out(
-            samples, groups, maxima, calibration
+            samples, groups, statistics, calibration
         )
     finally:
         targets.clear()
@@ -160,7 +185,7 @@ class _Stage:
         self,
         samples: _Samples,
         groups: Sequence[tuple[str, ...]],
-        maxima: Mapping[str, Tensor],
+        statistics: Mapping[str, _InputStatistics],
         calibration: BlockCalibration,
     ) -> CalibratedBlock:
         grouped = {name for group in groups for name in group}
@@ -173,7 +198,7 @@ class _Stage:
         student = self._copy(modulation)
         seed = derive_seed(calibration.seed, "block", calibration.index)
         for group in groups:
-            self._put_students(student, group, maxima[group[0]], seed=derive_seed(seed, "rotation", group[0]))
+            self._put_students(student, group, statistics[group[0]], seed=derive_seed(seed, "rotation", group[0]))
         loss["initial"] = block_loss(student, samples)
         report = None
         if self.recipe.distillation is not None:
@@ -210,10 +235,16 @@ class _Stage:
         rounded = ROUNDINGS["rtn"](weight, self._scheme(name).weight)
         return PackedLinear.from_rounded(rounded, bias=self.block.get_submodule(name).bias, scheme=self._scheme(name))
 
-    def _put_students(self, student: nn.Module, group: tuple[str, ...], amax: Tensor, *, seed: int) -> None:
+    def _put_students(
+        self, student: nn.Module, group: tuple[str, ...], statistics: _InputStatistics, *, seed: int
+    ) -> None:
         recipe, first = self.recipe, self._scheme(group[0])
-        device = amax.device
+        device = statistics.low.device
         weights = [self.teacher.get_submodule(name).weight for name in group]
+        biased = {self.teacher.get_submodule(name).bias is not None for name in group}
+        assert len(biased) == 1, f"{group}: some have a bias and some do not"
+        shift = statistics.mean() if recipe.transforms.shift == "mean" and biased == {True} else None
+        amax = statistics.amax(shift)
         transform = self._transform(amax, weights, seed=seed)
         clip: nn.Module | None = None
         if first.activation is not None and recipe.clip.activations:
@@ -222,6 +253,7 @@ class _Stage:
             clip = _ConstantClip(recipe.clip.constant).to(device)
         source = StudentInput(
             first.activation,
+            shift=shift,
             transform=None if transform is None else transform.to(device),
             clip=clip,  # type: ignore[arg-type]
         )
@@ -270,13 +302,8 @@ class _Stage:
                     rounded, reports[name] = self._gptq(name, weight, hessians[group[0]], clip_ratio=ratio)
                 else:
                     rounded = ROUNDINGS[self.recipe.rounding.method](weight, scheme.weight, clip_ratio=ratio)
-                bias = self.block.get_submodule(name).bias
-                packed[name] = PackedLinear.from_rounded(
-                    rounded,
-                    bias=bias,
-                    scheme=scheme,
-                    inputs=inputs,
-                )
+                bias = None if layer.bias is None else layer.bias.to(self.block.get_submodule(name).bias.dtype)
+                packed[name] = PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=inputs)
         return packed, reports
 
     @torch.no_grad()
@@ -353,19 +380,14 @@ def _run_teacher(
     *,
     recipe: Recipe,
     calibration: BlockCalibration,
-) -> dict[str, Tensor]:
-    """Store targets and token weights of every sample; return the largest magnitudes of each group's input, [I]."""
+) -> dict[str, _InputStatistics]:
+    """Store targets and token weights of every sample; return the statistics of each group's input."""
     family, loss = calibration.family, recipe.loss
-    maxima: dict[str, Tensor] = {}
-
-    def listen(name: str) -> Callable[[Tensor], None]:
-        def remember(x: Tensor) -> None:
-            own = x.reshape(-1, x.shape[-1]).abs().amax(dim=0)
-            maxima[name] = own if name not in maxima else torch.maximum(maxima[name], own)
-
-        return remember
-
-    with _heard(teacher, {group[0]: listen(group[0]) for group in groups}):
+    statistics: dict[str, _InputStatistics] = {}
+    for first, *_ in groups:
+        linear = teacher.get_submodule(first)
+        statistics[first] = _InputStatistics(linear.in_features, linear.weight.device)
+    with _heard(teacher, {name: one.add for name, one in statistics.items()}):
         for index in range(len(samples)):
             weighted = loss.weighting == "attention"
             attention = teacher.get_submodule(family.attention)
@@ -381,7 +403,7 @@ def _run_teacher(
                 for name, output in zip(family.streams, outputs, strict=True):
                     stored[f"weights.{name}"] = own.get(name, torch.ones_like(output[..., 0]))
             samples.targets.put(index, stored)
-    return maxima
+    return statistics
 
 
 @contextmanager
@@ -406,10 +428,12 @@ def _groups(linears: Mapping[str, str], family: Family) -> list[tuple[str, ...]]
 
 @torch.no_grad()
 def _stored_inputs(source: StudentInput) -> dict[str, Tensor]:
-    """What the packed linears store of their input: the tensors of transform and clip."""
+    """What the packed linears store of their input: the tensors of shift, transform and clip."""
     tensors: dict[str, Tensor] = {}
+    if source.shift is not None:
+        tensors["input_shift"] = source.shift
     if source.transform is not None:
-        tensors = {PREFIX + name: value for name, value in source.transform.state_tensors().items()}
+        tensors |= {PREFIX + name: value for name, value in source.transform.state_tensors().items()}
     if source.clip is not None:
         tensors["activation_clip"] = source.clip().detach().reshape(1).clone()
     return tensors

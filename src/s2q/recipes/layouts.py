@@ -1,4 +1,4 @@
-"""What stands before each block linear under a recipe: transform and clip ratio, as far as it is stored."""
+"""What stands before each block linear under a recipe: shift, transform and clip ratio, as far as it is stored."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def assign_layouts(
             continue
         clip = scheme.activation is not None and (recipe.clip.activations or recipe.clip.constant is not None)
         shape = transforms[linear.in_features]
-        layout = InputLayout(scale=shape.scale, left=shape.left, right=shape.right, activation_clip=clip)
+        shift = recipe.transforms.shift != "none" and linear.has_bias
+        layout = InputLayout(shift=shift, scale=shape.scale, left=shape.left, right=shape.right, activation_clip=clip)
         if not layout.empty:
             layouts[linear.name] = layout
     return layouts

@@ -117,9 +117,11 @@ class CalibrationGroup(_Group):
 
 
 class TransformsGroup(_Group):
-    """What stands before the linears: a channel scale, then a rotation.
+    """What stands before the linears: a shift, a channel scale, then a rotation.
 
     Attributes:
+        shift: "mean" subtracts the mean of each channel over the calibration samples; the linears' biases make up for
+            it, so that inputs of linears without a bias are not shifted.
         scale: "smooth" for SmoothQuant's scale.
         alpha: How much of the outliers goes from the input to the weight.
         learn_scale: Whether distillation learns the scale.
@@ -127,6 +129,7 @@ class TransformsGroup(_Group):
         start: Where a Kronecker rotation starts; one of `STARTS`.
     """
 
+    shift: Literal["none", "mean"] = "none"
     scale: Literal["none", "smooth"] = "none"
     alpha: Number = Field(default=0.5, ge=0, le=1)
     learn_scale: bool = True
@@ -268,7 +271,8 @@ class Recipe(_Group):
     @property
     def calibrates(self) -> bool:
         """Whether the recipe does more than round each weight by itself; it runs on samples then."""
-        transforms = self.transforms.scale != "none" or self.transforms.rotation != "identity"
+        shifts, scales = self.transforms.shift != "none", self.transforms.scale != "none"
+        transforms = shifts or scales or self.transforms.rotation != "identity"
         learns = self.distillation is not None or self.clip.constant is not None
         uses_gptq = GPTQ in (self.rounding.method, None if self.modulation is None else self.modulation.rounding)
         return transforms or learns or uses_gptq
