@@ -90,9 +90,28 @@ def _sweep(recipe: str, key: str, values: list[object], *, default: object) -> l
     ]
 
 
+def _beyond(width: str) -> list[Variant]:
+    """What is not in the paper, each part alone and together."""
+    recipe, shift = f"s2q-{width}", "transforms.shift=mean"
+    bar = (*_UNTRAINED, "transforms.rotation=hadamard", "transforms.scale=none")
+    rows = [
+        ("hadamard-gptq", "Hadamard + GPTQ", recipe, bar),
+        ("hadamard-gptq-shift", "Hadamard + GPTQ + shift", recipe, (*bar, shift)),
+        ("", f"`{recipe}`", recipe, ()),
+        ("selection-coverage", "+ coverage instead of SDS", recipe, ("calibration.selection=coverage",)),
+        ("shift", "+ shift", recipe, (shift,)),
+    ]
+    return [
+        *(Variant(name=f"{r}-{n}".rstrip("-"), label=label, recipe=r, overrides=o) for n, label, r, o in rows),
+        Variant(name=f"s2q-plus-{width}", label=f"+ both = `s2q-plus-{width}`", recipe=f"s2q-plus-{width}"),
+    ]
+
+
 GROUPS: dict[str, list[Variant]] = {
     "parts-w4a4": _parts("w4a4"),
     "parts-w4a6": _parts("w4a6"),
+    "beyond-w4a4": _beyond("w4a4"),
+    "beyond-w4a6": _beyond("w4a6"),
     "selection": _sweep(
         "s2q-w4a4", "calibration.selection", ["atop", "atfp", "rtfp", "ds", "qs", "sds"], default="sds"
     ),

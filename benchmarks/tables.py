@@ -21,7 +21,19 @@ from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/results.md", "docs/observations.md")
-ORDER = ("rtn-w8a8", "rtn-w4a16", "rtn-w4a8", "s2q-w4a8", "rtn-w4a6", "s2q-w4a6", "rtn-w4a4", "s2q-w4a4", "s2q-w3a6")
+ORDER = (
+    "rtn-w8a8",
+    "rtn-w4a16",
+    "rtn-w4a8",
+    "s2q-w4a8",
+    "rtn-w4a6",
+    "s2q-w4a6",
+    "s2q-plus-w4a6",
+    "rtn-w4a4",
+    "s2q-w4a4",
+    "s2q-plus-w4a4",
+    "s2q-w3a6",
+)
 LABELS = ("shape", "colour", "direction", "background")
 
 
@@ -177,10 +189,11 @@ def _ratio(runs: list[dict], base: list[dict]) -> str:
     return f"{math.exp(estimate.mean):.3f} [{low:.3f}, {high:.3f}]"
 
 
+_BASE_OF = {f"parts-{width}": f"s2q-{width}-hadamard-gptq" for width in ("w4a4", "w4a6")} | {"beyond-w4a6": "s2q-w4a6"}
 BASES = {
     group: next(one for one in variants if one.name == base)
     for group, variants in GROUPS.items()
-    for base in [f"s2q-{group[-4:]}-hadamard-gptq" if group.startswith("parts") else "s2q-w4a4"]
+    for base in [_BASE_OF.get(group, "s2q-w4a4")]
 }
 TABLES: dict[str, Callable[[str], str]] = {
     "quality": quality_table,
