@@ -146,6 +146,8 @@ def ablation_table(group: str, model: str) -> str:
         variant.name: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{variant.name}-[0-9].json"))]
         for variant in GROUPS[group]
     }
+    if not runs[base.name]:
+        return f"Not measured yet: `python benchmarks/ablations.py {group}`."
     head = ["velocity error", "lowest and highest seed", f"against {base.label}", "seeds", "quantized in"]
     lines = [_row("variant", head), _row("---", ["---"] * len(head))]
     for variant in GROUPS[group]:
