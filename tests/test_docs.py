@@ -1,31 +1,24 @@
 """The pages say what the results files say, and their links lead somewhere."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+import tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
-def _tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_are_those_of_the_results_files(page):
     text = page.read_text()
-    assert _tables().filled(text) == text, f"{page.name} is out of date; run python benchmarks/tables.py"
+    assert tables.filled(text) == text, f"{page.name} is out of date; run python benchmarks/tables.py"
 
 
 def test_every_marked_table_is_on_a_listed_page():
     marked = {str(page.relative_to(ROOT)) for page in PAGES if "<!-- table:" in page.read_text()}
-    assert marked == set(_tables().PAGES)
+    assert marked == set(tables.PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
