@@ -154,7 +154,6 @@ def measure(model: str, variant: Variant, *, seed: int, trajectories: list[Traje
         "definition": DEFINITION,
         "velocity_relative_error": mean,
         "videos": videos,
-        "quantize_seconds": report.seconds,
         "storage": dict(report.storage),
         "blocks": [block.loss for block in report.blocks],
         **environment(),
@@ -185,12 +184,11 @@ def main() -> None:
             result = measure(arguments.model, variant, seed=seed, trajectories=trajectories)
             path.write_text(json.dumps(result, separators=(",", ":")) + "\n")
             logger.info(
-                "%s %s seed %d: %.3e in %.0f s",
+                "%s %s seed %d: %.3e",
                 arguments.group,
                 variant.name,
                 seed,
                 result["velocity_relative_error"],
-                result["quantize_seconds"],
             )
 
 

@@ -148,7 +148,7 @@ def ablation_table(group: str, model: str) -> str:
     }
     if not runs[base.name]:
         return f"Not measured yet: `python benchmarks/ablations.py {group}`."
-    head = ["velocity error", "lowest and highest seed", f"against {base.label}", "seeds", "quantized in"]
+    head = ["velocity error", "lowest and highest seed", f"against {base.label}", "seeds"]
     lines = [_row("variant", head), _row("---", ["---"] * len(head))]
     for variant in GROUPS[group]:
         own = runs[variant.name]
@@ -161,7 +161,6 @@ def ablation_table(group: str, model: str) -> str:
             spread,
             _ratio(own, runs[base.name]),
             str(len(own)),
-            f"{sorted(run['quantize_seconds'] for run in own)[len(own) // 2]:.0f} s",
         ]
         lines.append(_row(variant.label, cells))
     first = runs[base.name][0]
@@ -169,7 +168,6 @@ def ablation_table(group: str, model: str) -> str:
         "",
         f"{len(first['videos'])} held-out prompts, float32. Ratios: geometric mean over prompts and seeds, with the "
         "95 % bootstrap interval over prompts; the spread between seeds is beside it, not in it. "
-        f"Time: one thread of a {first['hardware']['processor']}, beside another process, collection included. "
         f"Made by `python benchmarks/ablations.py {group}{'' if model == MODELS[0] else f' -m {model}'}`.",
     ]
     return "\n".join(lines)
@@ -187,8 +185,9 @@ def _ratio(runs: list[dict], base: list[dict]) -> str:
             value = math.log(ours["velocity_relative_error"] / theirs["velocity_relative_error"])
             logs.setdefault(ours["prompt"], []).append(value)
     estimate = clustered_mean(logs)
-    low, high = (math.exp(end) for end in (estimate.low, estimate.high))
-    return f"{math.exp(estimate.mean):.3f} [{low:.3f}, {high:.3f}]"
+    if estimate.low is None or estimate.high is None:
+        return f"{math.exp(estimate.mean):.3f}"
+    return f"{math.exp(estimate.mean):.3f} [{math.exp(estimate.low):.3f}, {math.exp(estimate.high):.3f}]"
 
 
 _BASE_OF = {f"parts-{width}": f"s2q-{width}-hadamard-gptq" for width in ("w4a4", "w4a6")} | {"beyond-w4a6": "s2q-w4a6"}
