@@ -241,9 +241,11 @@ class _Stage:
         recipe, first = self.recipe, self._scheme(group[0])
         device = statistics.low.device
         weights = [self.teacher.get_submodule(name).weight for name in group]
-        biased = {self.teacher.get_submodule(name).bias is not None for name in group}
-        assert len(biased) == 1, f"{group}: some have a bias and some do not"
-        shift = statistics.mean() if recipe.transforms.shift == "mean" and biased == {True} else None
+        shift = None
+        if recipe.transforms.shift == "mean":
+            biased = {self.teacher.get_submodule(name).bias is not None for name in group}
+            assert len(biased) == 1, f"{group}: some have a bias and some do not"
+            shift = statistics.mean() if biased == {True} else None
         amax = statistics.amax(shift)
         transform = self._transform(amax, weights, seed=seed)
         clip: nn.Module | None = None

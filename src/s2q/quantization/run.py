@@ -355,9 +355,9 @@ class _Selected:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the samples depend on: the candidates of their prompts, and which were taken."""
-        prompts = {call.prompt: self.inputs.prompt_fingerprint(call.prompt) for call in self.calls}
-        content = {"prompts": sorted(prompts.items()), "calls": [asdict(call) for call in self.calls]}
+        """Hash of what blocks are calibrated on: the candidates of all prompts, and which were taken."""
+        prompts = [self.inputs.prompt_fingerprint(prompt) for prompt in range(len(self.inputs.prompts))]
+        content = {"prompts": prompts, "calls": [asdict(call) for call in self.calls]}
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
     @property
