@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from s2q.core.errors import InvalidInputError
-from s2q.evaluation import METRICS, EvaluationOptions, evaluate
+from s2q.evaluation import METRICS, EvaluationOptions, evaluate, evaluate_each
 from s2q.evaluation.evaluate import selected_metrics
 from s2q.quantization import quantize
 from tiny import tiny_cogvideox_pipeline
@@ -44,6 +44,26 @@ def test_the_reference_against_itself(pipe):
     assert means["ssim"] == pytest.approx(1.0)
     assert means["velocity_relative_error"] == pytest.approx(0.0, abs=1e-9)
     assert means["adherence_all_change"] == 0.0
+
+
+def test_several_models_share_a_reference_that_generates_once(pipe, damaged):
+    """Each gets what it would get alone, and is only taken when the one before it has been judged."""
+    options = EvaluationOptions(settings=FAST)
+    stages, taken = [], []
+
+    def models():
+        for model in (damaged, pipe):
+            taken.append(len(stages))
+            yield model
+
+    results = list(
+        evaluate_each(
+            models(), pipe, prompts=["a"], options=options, progress=lambda stage, done, total: stages.append(stage)
+        )
+    )
+    assert results == [evaluate(model, pipe, prompts=["a"], options=options) for model in (damaged, pipe)]
+    assert 0 < taken[0] < taken[1]
+    assert "full precision" not in stages[taken[0] :]
 
 
 def test_the_file_has_everything_that_was_promised(pipe, damaged):

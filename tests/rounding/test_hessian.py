@@ -20,14 +20,6 @@ def test_batches_add_up_to_twice_the_gram_matrix():
     assert torch.equal(accumulator.hessian(), accumulator.hessian().t())
 
 
-def test_a_token_of_weight_two_counts_as_two_tokens():
-    x, weights = draw(6, 4), torch.tensor([2.0, 0, 1, 1, 3, 1])
-    weighted, repeated = HessianAccumulator(4), HessianAccumulator(4)
-    weighted.add(x, token_weights=weights)
-    repeated.add(x.repeat_interleave(weights.int(), dim=0))
-    torch.testing.assert_close(weighted.hessian(), repeated.hessian())
-
-
 def test_half_precision_is_summed_in_fp32():
     x = draw(512, 4).bfloat16()
     accumulator = HessianAccumulator(4)
@@ -54,12 +46,6 @@ def test_values_that_are_not_finite_are_refused_and_leave_no_trace(bad):
         accumulator.add(x)
     assert torch.equal(accumulator.hessian(), before)
     assert accumulator.num_tokens == 5
-
-
-@pytest.mark.parametrize("weights", [[1.0, -1.0], [1.0, float("nan")], [1.0]])
-def test_bad_token_weights(weights):
-    with pytest.raises(InvalidInputError, match="token weights"):
-        HessianAccumulator(4).add(draw(2, 4), token_weights=torch.tensor(weights))
 
 
 def test_wrong_width_and_no_tokens():

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+_LATEST = object()
 _held: ContextVar[dict[tuple[int, Hashable], tuple[object, Any]] | None] = ContextVar("held", default=None)
 
 
@@ -55,7 +56,7 @@ def once_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T:
     kept = _held.get()
     if kept is None:
         return compute()
-    place = (id(owner), "latest")
+    place = (id(owner), _LATEST)
     if place not in kept or kept[place][1][0] is not subject:
         kept[place] = (owner, (subject, compute()))
     return kept[place][1][1]  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize, fake_quantize_weight, token_scale, weight_scale
 from s2q.core.reuse import once, once_for
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
-from s2q.nn.clip import LearnableClip
+from s2q.nn.clip import START, LearnableClip
 
 
 class InputTransform(Protocol):
@@ -39,14 +39,14 @@ class StudentInput(nn.Module):
     Attributes:
         shift: Buffer [I], m, or None for zero.
         transform: T, or None for the identity.
-        clip: Its ratio, or None for 1.
+        clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
 
     Args:
         scheme: See above.
         shift: [I], what is subtracted from the input, or None.
         transform: A module with `fold_inverse`, or None.
-        clip: Of shape (), or None.
+        clip: Returns one ratio, or None.
     """
 
     shift: Tensor | None
@@ -57,7 +57,7 @@ class StudentInput(nn.Module):
         *,
         shift: Tensor | None = None,
         transform: InputTransform | None = None,
-        clip: LearnableClip | None = None,
+        clip: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.scheme = scheme
@@ -137,17 +137,18 @@ class StudentLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     @classmethod
-    def with_clip(cls, linear: nn.Linear, *, scheme: LinearScheme, source: StudentInput) -> Self:
+    def with_clip(cls, linear: nn.Linear, *, scheme: LinearScheme, source: StudentInput, start: float = START) -> Self:
         """Make a student that learns a clipping ratio for each output channel.
 
         Args:
             linear: Full precision.
             scheme: How weight and input are to be quantized.
             source: Of the scheme's activation part.
+            start: Logit of the ratios at the start.
         """
         grouped = isinstance(scheme.weight.granularity, PerGroup)
         shape = (linear.out_features, 1) if grouped else (linear.out_features,)
-        clip = LearnableClip(shape, device=linear.weight.device)
+        clip = LearnableClip(shape, start=start, device=linear.weight.device)
         return cls(linear, scheme=scheme, source=source, weight_clip=clip)
 
     def folded_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:

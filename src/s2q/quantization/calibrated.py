@@ -23,7 +23,7 @@ from s2q.core.errors import S2QError
 from s2q.core.layout import PREFIX
 from s2q.core.qparams import RoundedWeight
 from s2q.core.reuse import parameters_held
-from s2q.core.schemes import LinearScheme, PerGroup
+from s2q.core.schemes import LinearScheme
 from s2q.core.seeds import derive_seed
 from s2q.distillation import (
     BlockSample,
@@ -257,17 +257,15 @@ class _Stage:
             first.activation,
             shift=shift,
             transform=None if transform is None else transform.to(device),
-            clip=clip,  # type: ignore[arg-type]
+            clip=clip,
         )
         for name in group:
-            linear = self.teacher.get_submodule(name)
-            scheme = self._scheme(name)
-            weight_clip = None
+            linear, scheme = self.teacher.get_submodule(name), self._scheme(name)
             if recipe.clip.weights:
-                per_group = isinstance(scheme.weight.granularity, PerGroup)
-                shape = (linear.out_features, 1) if per_group else (linear.out_features,)
-                weight_clip = LearnableClip(shape, start=recipe.clip.start, device=device)
-            replace_module(student, name, StudentLinear(linear, scheme=scheme, source=source, weight_clip=weight_clip))
+                layer = StudentLinear.with_clip(linear, scheme=scheme, source=source, start=recipe.clip.start)
+            else:
+                layer = StudentLinear(linear, scheme=scheme, source=source)
+            replace_module(student, name, layer)
 
     def _transform(self, amax: Tensor, weights: Sequence[Tensor], *, seed: int) -> Transform | None:
         settings = self.recipe.transforms

@@ -273,9 +273,13 @@ class _Run:
         )
         resumed = self.folder.has(key, fingerprint)
         if not resumed:
-            extra: dict[str, Any] = {} if calibration is None else {"calibration": calibration}
             result = quantize_block(
-                block, linears, schemes=schemes, recipe=recipe, device=self.settings.device, **extra
+                block,
+                linears,
+                schemes=schemes,
+                recipe=recipe,
+                device=self.settings.device,
+                calibration=calibration,
             )
             artefact = to_artefact(
                 result,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from s2q.calibration import SELECTIONS
 from s2q.core.errors import nearest_names
@@ -32,13 +32,21 @@ def _to_number(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_to_number), Field(allow_inf_nan=False)]
 
 
-def _known(kind: str, name: str, options: Iterable[str]) -> str:
+def _one_of(kind: str, options: Iterable[str]) -> AfterValidator:
+    """Refuse a name that is not among the options, with the nearest ones."""
     known = sorted(options)
-    if name not in known:
-        near = nearest_names(name, known)
-        hint = f"nearest names are {', '.join(near)}; " if near else ""
-        raise ValueError(f"unknown {kind} {name!r}: {hint}all: {', '.join(known)}")
-    return name
+
+    def check(name: str) -> str:
+        if name not in known:
+            near = nearest_names(name, known)
+            hint = f"nearest names are {', '.join(near)}; " if near else ""
+            raise ValueError(f"unknown {kind} {name!r}: {hint}all: {', '.join(known)}")
+        return name
+
+    return AfterValidator(check)
+
+
+Rounding = Annotated[str, _one_of("rounding", (*ROUNDINGS, GPTQ))]
 
 
 class _Group(BaseModel):
@@ -74,12 +82,7 @@ class ModulationGroup(WeightsGroup):
             `RoundingGroup`.
     """
 
-    rounding: str = "rtn"
-
-    @field_validator("rounding")
-    @classmethod
-    def _known_rounding(cls, rounding: str) -> str:
-        return _known("rounding", rounding, (*ROUNDINGS, GPTQ))
+    rounding: Rounding = "rtn"
 
 
 class ActivationsGroup(_Group):
@@ -107,13 +110,8 @@ class CalibrationGroup(_Group):
     n_prompts: int = Field(default=10, ge=1)
     steps: int | None = Field(default=None, ge=1)
     samples: int = Field(default=40, ge=1)
-    selection: str = "sds"
+    selection: Annotated[str, _one_of("selection", SELECTIONS)] = "sds"
     branches: Literal["alternate", "conditional", "both"] = "alternate"
-
-    @field_validator("selection")
-    @classmethod
-    def _known_selection(cls, selection: str) -> str:
-        return _known("selection", selection, SELECTIONS)
 
 
 class TransformsGroup(_Group):
@@ -133,18 +131,8 @@ class TransformsGroup(_Group):
     scale: Literal["none", "smooth"] = "none"
     alpha: Number = Field(default=0.5, ge=0, le=1)
     learn_scale: bool = True
-    rotation: str = "identity"
-    start: str = "hadamard"
-
-    @field_validator("rotation")
-    @classmethod
-    def _known_rotation(cls, rotation: str) -> str:
-        return _known("rotation", rotation, ROTATIONS)
-
-    @field_validator("start")
-    @classmethod
-    def _known_start(cls, start: str) -> str:
-        return _known("start", start, STARTS)
+    rotation: Annotated[str, _one_of("rotation", ROTATIONS)] = "identity"
+    start: Annotated[str, _one_of("start", STARTS)] = "hadamard"
 
 
 class ClipGroup(_Group):
@@ -195,17 +183,12 @@ class DistillationGroup(_Group):
 class RoundingGroup(_Group):
     """How weights are rounded to codes; all but the method are settings of GPTQ (`s2q.rounding.GPTQOptions`)."""
 
-    method: str = "rtn"
+    method: Rounding = "rtn"
     dampening_frac: Number = Field(default=0.01, ge=0)
     block_size: int = Field(default=128, ge=1)
     act_order: bool = True
     max_retries: int = Field(default=4, ge=0)
     allow_fallback: bool = False
-
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, method: str) -> str:
-        return _known("rounding", method, (*ROUNDINGS, GPTQ))
 
     def options(self) -> GPTQOptions:
         """Return the settings of GPTQ."""

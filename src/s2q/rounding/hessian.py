@@ -1,8 +1,8 @@
 """The Hessian of a layer's squared error, accumulated over batches of its input.
 
-    E(Ŵ) = Σ_t m_t · ‖x_t (Ŵ - W)ᵀ‖² = ½ · tr((Ŵ - W) H (Ŵ - W)ᵀ),    H = 2 Σ_t m_t · x_tᵀ x_t = 2 Xᵀ diag(m) X
+    E(Ŵ) = Σ_t ‖x_t (Ŵ - W)ᵀ‖² = ½ · tr((Ŵ - W) H (Ŵ - W)ᵀ),    H = 2 Σ_t x_tᵀ x_t = 2 Xᵀ X
 
-Shapes: `I/O` in/out features; every leading dimension of an input counts tokens t. m_t are optional token weights.
+Shapes: `I/O` in/out features; every leading dimension of an input counts tokens t.
 """
 
 import torch
@@ -27,16 +27,14 @@ class HessianAccumulator:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
 
     @torch.no_grad()
-    def add(self, x: Tensor, *, token_weights: Tensor | None = None) -> None:
+    def add(self, x: Tensor) -> None:
         """Add a batch.
 
         Args:
             x: [..., I], floating: the input as the rounded layer will see it, that is transformed and quantized.
-            token_weights: [...], m_t ≥ 0; None is all ones.
 
         Raises:
-            InvalidInputError: If a shape does not fit, or a value is NaN, infinite or a negative weight; nothing has
-                been added then.
+            InvalidInputError: If the shape does not fit, or a value is NaN or infinite; nothing has been added then.
         """
         features = self._sum.shape[0]
         if x.shape[-1] != features:
@@ -47,17 +45,7 @@ class HessianAccumulator:
             raise InvalidInputError(
                 f"Hessian: {bad} of {len(rows)} tokens hold NaN or infinite values; check the model"
             )
-        weighted = rows
-        if token_weights is not None:
-            if token_weights.shape != x.shape[:-1]:
-                raise InvalidInputError(
-                    f"Hessian: got token weights of shape {list(token_weights.shape)}; expected {list(x.shape[:-1])}"
-                )
-            weights = token_weights.reshape(-1, 1).to(self._sum)
-            if not bool((weights.isfinite() & (weights >= 0)).all()):
-                raise InvalidInputError("Hessian: token weights are negative, NaN or infinite; expected at least 0")
-            weighted = rows * weights
-        self._sum.addmm_(weighted.t(), rows, alpha=2.0)
+        self._sum.addmm_(rows.t(), rows, alpha=2.0)
         self.num_tokens += len(rows)
 
     def hessian(self) -> Tensor:

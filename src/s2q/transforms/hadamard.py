@@ -15,6 +15,8 @@ Shapes: `I` features, `n1`·`n2` = I.
 """
 
 import math
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -32,24 +34,8 @@ def hadamard_matrix(order: int) -> Tensor | None:
     Returns:
         fp64 [n, n] of ±1 with H Hᵀ = n I, or None if no construction here has this order.
     """
-    if order == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
-    if order == 2:
-        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    if order < 1 or order % 4 != 0:
-        return None
-    if order & (order - 1) == 0:
-        return _doubled(hadamard_matrix(order // 2))
-    if order % 4 == 0 and _is_prime(order - 1):
-        return _paley_one(order - 1)
-    if order // 2 % 4 == 2 and _is_prime(order // 2 - 1):
-        return _paley_two(order // 2 - 1)
-    for divisor in _divisors(order):
-        if 1 < divisor <= order // divisor:
-            one, other = hadamard_matrix(divisor), hadamard_matrix(order // divisor)
-            if one is not None and other is not None:
-                return torch.kron(one, other)
-    return None
+    construct = _construction(order)
+    return None if construct is None else construct()
 
 
 def orthogonal_matrix(order: int) -> Tensor:
@@ -111,26 +97,39 @@ def random_signs(count: int, seed: int) -> Tensor:
 
 def _hadamard_factors(features: int) -> tuple[int, int]:
     for n1 in reversed(_divisors(features)):
-        if n1 * n1 <= features and _has_hadamard(n1) and _has_hadamard(features // n1):
+        if n1 * n1 <= features and _construction(n1) and _construction(features // n1):
             return n1, features // n1
     return best_factors(features)
 
 
-def _has_hadamard(order: int) -> bool:
+@cache
+def _construction(order: int) -> Callable[[], Tensor] | None:
+    """Find how to build a Hadamard matrix of an order, without building it; None if nothing here does."""
     if order in (1, 2):
-        return True
-    if order % 4 != 0:
-        return False
-    if order & (order - 1) == 0 or _is_prime(order - 1) or (order // 2 % 4 == 2 and _is_prime(order // 2 - 1)):
-        return True
-    return any(
-        1 < one <= order // one and _has_hadamard(one) and _has_hadamard(order // one) for one in _divisors(order)
-    )
+        return partial(_smallest, order)
+    if order < 1 or order % 4 != 0:
+        return None
+    if order & (order - 1) == 0:
+        return partial(_product, 2, order // 2)
+    if _is_prime(order - 1):
+        return partial(_paley_one, order - 1)
+    if order // 2 % 4 == 2 and _is_prime(order // 2 - 1):
+        return partial(_paley_two, order // 2 - 1)
+    for one in _divisors(order):
+        if 1 < one <= order // one and _construction(one) and _construction(order // one):
+            return partial(_product, one, order // one)
+    return None
 
 
-def _doubled(half: Tensor | None) -> Tensor:
-    assert half is not None
-    return torch.cat([torch.cat([half, half], dim=1), torch.cat([half, -half], dim=1)])
+def _smallest(order: int) -> Tensor:
+    return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)[:order, :order]
+
+
+def _product(one: int, other: int) -> Tensor:
+    first, second = hadamard_matrix(one), hadamard_matrix(other)
+    assert first is not None, one
+    assert second is not None, other
+    return torch.kron(first, second)
 
 
 def _paley_one(q: int) -> Tensor:
@@ -146,7 +145,7 @@ def _paley_two(q: int) -> Tensor:
     conference = torch.zeros(q + 1, q + 1, dtype=torch.float64)
     conference[0, 1:], conference[1:, 0] = 1, 1
     conference[1:, 1:] = _jacobsthal(q)
-    one = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    one = _smallest(2)
     zero = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
     return torch.kron(conference, one) + torch.kron(torch.eye(q + 1, dtype=torch.float64), zero)
 
