@@ -92,18 +92,24 @@ def _sweep(recipe: str, key: str, values: list[object], *, default: object) -> l
 
 def _beyond(width: str) -> list[Variant]:
     """What is not in the paper, each part alone and together."""
-    recipe, shift = f"s2q-{width}", "transforms.shift=mean"
+    recipe, shift, branch = f"s2q-{width}", "transforms.shift=mean", "transforms.low_rank=32"
     bar = (*_UNTRAINED, "transforms.rotation=hadamard", "transforms.scale=none")
     rows = [
-        ("hadamard-gptq", "Hadamard + GPTQ", recipe, bar),
-        ("hadamard-gptq-shift", "Hadamard + GPTQ + shift", recipe, (*bar, shift)),
-        ("", f"`{recipe}`", recipe, ()),
-        ("selection-coverage", "+ coverage instead of SDS", recipe, ("calibration.selection=coverage",)),
-        ("shift", "+ shift", recipe, (shift,)),
+        ("hadamard-gptq", "Hadamard + GPTQ", bar),
+        ("hadamard-gptq-shift", "Hadamard + GPTQ + shift", (*bar, shift)),
+        ("hadamard-gptq-shift-low-rank", "Hadamard + GPTQ + shift + low-rank branch", (*bar, shift, branch)),
+        ("", f"`{recipe}`", ()),
+        ("selection-coverage", "+ coverage instead of SDS", ("calibration.selection=coverage",)),
+        ("shift", "+ shift", (shift,)),
+        ("low-rank", "+ low-rank branch", (branch,)),
+        ("n-prompts-40", "+ 40 prompts, coverage", ("calibration.n_prompts=40", "calibration.selection=coverage")),
     ]
     return [
-        *(Variant(name=f"{r}-{n}".rstrip("-"), label=label, recipe=r, overrides=o) for n, label, r, o in rows),
-        Variant(name=f"s2q-plus-{width}", label=f"+ both = `s2q-plus-{width}`", recipe=f"s2q-plus-{width}"),
+        *(
+            Variant(name=f"{recipe}-{n}".rstrip("-"), label=label, recipe=recipe, overrides=tuple(o))
+            for n, label, o in rows
+        ),
+        Variant(name=f"s2q-plus-{width}", label=f"+ all of them = `s2q-plus-{width}`", recipe=f"s2q-plus-{width}"),
     ]
 
 

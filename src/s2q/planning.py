@@ -191,6 +191,6 @@ def _planned_layer(
         name, num_bytes = _DTYPE_SCHEMES.get(dtype, str(dtype)), sizes[f"{linear.name}.weight"]
     else:
         name, num_bytes = scheme.name, weight_bytes(scheme.weight, linear.out_features, linear.in_features)
-    num_bytes += 0 if layout is None else layout.num_bytes(linear.in_features)
+    num_bytes += 0 if layout is None else layout.num_bytes(linear.in_features, linear.out_features)
     shape = (linear.out_features, linear.in_features)
     return LinearStorage(name=linear.name, shape=shape, scheme=name, bytes=num_bytes + bias)

@@ -39,6 +39,7 @@ def test_inputs_come_back():
         ({"inputs": None}, "inputs or layer_inputs is missing"),
         ({"inputs": {"t0": {"scales": True}}}, "unknown key of an input layout 'scales': nearest names are scale"),
         ({"inputs": {"t0": {"left": 0}}}, "left=0"),
+        ({"inputs": {"t0": {"low_rank": 1.5}}}, "low_rank=1.5"),
         ({"inputs": {"t0": {"scale": 1}}}, "scale=1"),
         ({"layer_inputs": {"c": "t0"}}, "unknown layer in layer_inputs"),
         ({"layer_inputs": {"a": "t1"}}, "unknown input of a"),
@@ -50,17 +51,26 @@ def test_what_is_not_valid_is_refused(change, message):
 
 
 def test_shapes_and_bytes():
-    assert LAYOUT.shapes(32) == {
+    assert LAYOUT.shapes(32, 16) == {
         "transform_scale": (32,),
         "transform_left": (4, 4),
         "transform_right": (8, 8),
         "activation_clip": (1,),
     }
-    assert LAYOUT.num_bytes(32) == 4 * (32 + 16 + 64 + 1)
-    assert InputLayout(shift=True).shapes(32) == {"input_shift": (32,)}
-    assert InputLayout(shift=True).num_bytes(32) == 4 * 32
+    assert LAYOUT.num_bytes(32, 16) == 4 * (32 + 16 + 64 + 1)
+    assert InputLayout(shift=True).shapes(32, 16) == {"input_shift": (32,)}
+    assert InputLayout(shift=True).num_bytes(32, 16) == 4 * 32
     assert not InputLayout(shift=True).empty
-    assert InputLayout().num_bytes(32) == 0
+    assert InputLayout().num_bytes(32, 16) == 0
     for layout in (LAYOUT, InputLayout(left=4)):
         with pytest.raises(InvalidInputError, match="expected a product of 48"):
-            layout.shapes(48)
+            layout.shapes(48, 16)
+
+
+def test_a_low_rank_branch_is_stored_in_bfloat16():
+    layout = InputLayout(low_rank=4)
+    assert not layout.empty
+    assert layout.shapes(32, 16) == {"low_rank_basis": (32, 4), "low_rank_weight": (16, 4)}
+    assert layout.num_bytes(32, 16) == 2 * 4 * (32 + 16)
+    with pytest.raises(InvalidInputError, match="rank 4; expected at most 3 between 32 and 3 features"):
+        layout.shapes(32, 3)

@@ -165,3 +165,40 @@ def test_a_shift_moves_the_input_and_its_product_into_the_bias(layer_scheme):
 def test_a_shift_needs_a_bias():
     with pytest.raises(InvalidInputError, match="expected a linear with a bias"):
         StudentLinear(a_linear(bias=False), scheme=scheme(), source=StudentInput(ACTIVATION, shift=torch.ones(24)))
+
+
+@pytest.mark.parametrize("layer_scheme", SCHEMES, ids=lambda s: s.name)
+@pytest.mark.parametrize("transform", [None, a_transform()], ids=["no transform", "transform"])
+def test_a_low_rank_branch_takes_directions_out_of_what_is_quantized(layer_scheme, transform):
+    linear = a_linear()
+    strong, weak = draw(60, 2, seed=1) @ draw(2, 24, seed=2), draw(60, 24, seed=3)
+    x = 10 * strong + weak
+    scaled = x if transform is None else transform.scaled(x)
+    basis = torch.linalg.svd(scaled)[2][:2].t().bfloat16().float()
+    source = StudentInput(layer_scheme.activation, transform=transform, low_rank_basis=basis)
+    student = StudentLinear(linear, scheme=layer_scheme, source=source)
+    quantized, coefficients = source(x)
+    assert coefficients.shape == (60, 2)
+    assert quantized.square().mean() < 0.1 * scaled.square().mean()
+    stored = {} if transform is None else transform.state_tensors()
+    packed = PackedLinear.from_rounded(
+        round_rtn(student.folded_weight(), layer_scheme.weight),
+        bias=student.bias,
+        scheme=layer_scheme,
+        inputs={
+            "low_rank_basis": basis.bfloat16(),
+            "low_rank_weight": student.low_rank_weight().bfloat16(),
+            **{f"transform_{name}": value for name, value in stored.items()},
+        },
+    )
+    torch.testing.assert_close(packed(x), student(x), rtol=5e-3, atol=0.05)  # the stored branch is bfloat16
+    without = StudentLinear(
+        linear, scheme=layer_scheme, source=StudentInput(layer_scheme.activation, transform=transform)
+    )
+    exact = linear(x)
+    assert (student(x) - exact).square().mean() < 0.2 * (without(x) - exact).square().mean()
+    rows = torch.eye(24)
+    weight = packed.effective_weight(torch.float32)
+    quantized, branch = packed._split(rows)
+    expected = torch.nn.functional.linear(quantized, packed.dequantized_weight(torch.float32)) + branch
+    torch.testing.assert_close(weight.t(), expected, rtol=1e-4, atol=1e-4)

@@ -67,7 +67,7 @@ def test_casting_keeps_transforms_in_fp32_and_dequantizing_keeps_the_function(ru
     transformer = load_pipeline(run[0]).transformer
     layer = transformer.transformer_blocks[0].attn1.to_q
     x = torch.randn(5, 64)
-    expected = torch.nn.functional.linear(layer._transformed(x), layer.dequantized_weight(torch.float32), layer.bias)
+    expected = torch.nn.functional.linear(layer._split(x)[0], layer.dequantized_weight(torch.float32), layer.bias)
     actual = torch.nn.functional.linear(x, layer.effective_weight(torch.float32), layer.bias)
     assert torch.allclose(expected, actual, atol=1e-5)
     layer.to(torch.bfloat16)
@@ -139,6 +139,8 @@ def test_a_block_does_not_depend_on_the_others(run, tmp_path):
         ["transforms.shift=mean"],
         ["transforms.shift=mean", "transforms.rotation=hadamard", "rounding.method=gptq", "activations=null"],
         ["transforms.scale=smooth"],
+        ["transforms.low_rank=1"],
+        ["transforms.low_rank=9", "transforms.shift=mean", "transforms.rotation=hadamard", "activations=null"],
         ["transforms.rotation=hadamard", "rounding.method=gptq"],
         ["transforms.rotation=hadamard", "clip.constant=0.9"],
         ["clip.weights=true", "clip.activations=true", "distillation.epochs=1"],
@@ -226,9 +228,28 @@ def test_a_shift_helps_where_inputs_are_off_centre_and_dequantizing_undoes_it(ru
     layer = transformer.transformer_blocks[0].ff.net[2]
     assert layer.input_shift.shape == (256,)
     x = torch.randn(5, 256)
-    expected = torch.nn.functional.linear(layer._transformed(x), layer.dequantized_weight(torch.float32), layer.bias)
+    expected = torch.nn.functional.linear(layer._split(x)[0], layer.dequantized_weight(torch.float32), layer.bias)
     plain = transformer.dequantize().transformer_blocks[0].ff.net[2]
     assert torch.allclose(plain(x), expected, atol=1e-5)
+
+
+def test_a_low_rank_branch_takes_most_of_the_error_and_everything_about_it_is_stored(run, tmp_path):
+    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    overrides = ["transforms.low_rank=2"]
+    report = small(tmp_path / "out", overrides=overrides)
+    assert all(new.loss["final"] < old.loss["final"] for new, old in zip(report.blocks, run[1].blocks, strict=True))
+    planned = plan(tmp_path / "model", "s2q-w4a6", overrides=overrides, dtype="float32")
+    assert planned.storage["quantized_bytes"] == report.storage["quantized_bytes"]
+    transformer = load_pipeline(tmp_path / "out").transformer
+    block = transformer.transformer_blocks[0]
+    layer = block.ff.net[2]
+    assert (layer.low_rank_basis.dtype, layer.low_rank_weight.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert torch.equal(block.attn1.to_q.low_rank_basis, block.attn1.to_k.low_rank_basis)
+    x = torch.randn(5, layer.in_features)
+    quantized, branch = layer._split(x)
+    expected = torch.nn.functional.linear(quantized, layer.dequantized_weight(torch.float32), layer.bias) + branch
+    plain = transformer.dequantize().transformer_blocks[0].ff.net[2]
+    torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_plan_has_the_stages_and_the_bytes(run, tmp_path):

@@ -14,7 +14,7 @@ from s2q.checkpoint.load import read_config, read_transformer_config
 from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
 from s2q.core.errors import InvalidInputError
 from s2q.core.headers import TensorInfo, read_folder_headers
-from s2q.core.layout import InputLayout
+from s2q.core.layout import TENSOR_DTYPES, InputLayout
 from s2q.core.packing import packed_width
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.core.storage import BF16_BYTES, LinearStorage
@@ -139,7 +139,7 @@ def _layer(
     expected = {
         "weight": ("U8", (out_features, packed_width(scheme.weight.num_bits, in_features))),
         "weight_scale": ("F32", scale_shape),
-        **{tensor: ("F32", shape) for tensor, shape in layout.shapes(in_features).items()},
+        **{own: (TENSOR_DTYPES[own], shape) for own, shape in layout.shapes(in_features, out_features).items()},
     }
     for tensor, (dtype, shape) in expected.items():
         info = tensors.get(f"{name}.{tensor}")

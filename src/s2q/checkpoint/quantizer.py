@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from s2q.checkpoint.config import S2QConfig
 from s2q.core.errors import InvalidInputError
-from s2q.core.layout import TENSOR_NAMES
-from s2q.nn import PackedLinear, replace_module
+from s2q.core.layout import TENSOR_DTYPES
+from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module
 
 _SCALE = "weight_scale"
 _CLIP = "activation_clip"
-_PACKED_DTYPES = {"weight": torch.uint8, _SCALE: torch.float32, **dict.fromkeys(TENSOR_NAMES, torch.float32)}
-_FP32_NAMES = (_SCALE, *TENSOR_NAMES)
 _REMEDY = "download the checkpoint again, or quantize the model again"
 
 
@@ -61,7 +59,7 @@ class S2QQuantizer(DiffusersQuantizer):
             layer, _, tensor = key.rpartition(".")
             if tensor == _SCALE and layer not in self._schemes:
                 raise InvalidInputError(f"{layer} is packed in the file but not in quantization_config; {_REMEDY}")
-            if tensor in TENSOR_NAMES and layer not in self._layouts:
+            if tensor in TENSOR_DTYPES and layer not in self._layouts:
                 raise InvalidInputError(f"{key} is in the file but not in quantization_config; {_REMEDY}")
         return loaded_keys
 
@@ -77,7 +75,7 @@ class S2QQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Tell whether a tensor belongs to the packed part of a layer."""
         layer, _, tensor = param_name.rpartition(".")
-        return layer in self._schemes and tensor in _PACKED_DTYPES
+        return layer in self._schemes and tensor in PACKED_DTYPES
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Refuse packed data of the wrong size; called where the shapes differ."""
@@ -100,12 +98,12 @@ class S2QQuantizer(DiffusersQuantizer):
         """Put a packed tensor into its layer, as the file has it."""
         layer, _, tensor = param_name.rpartition(".")
         value = state_dict[param_name]
-        expected = _PACKED_DTYPES[tensor]
+        expected = PACKED_DTYPES[tensor]
         if value.dtype != expected:
             raise InvalidInputError(f"{param_name}: got dtype {value.dtype}, expected {expected}; {_REMEDY}")
         if tensor == _SCALE and not bool((torch.isfinite(value) & (value > 0)).all()):
             raise InvalidInputError(f"{param_name}: holds scales that are not positive finite numbers; {_REMEDY}")
-        if tensor in TENSOR_NAMES and not bool(torch.isfinite(value).all()):
+        if tensor in TENSOR_DTYPES and not bool(torch.isfinite(value).all()):
             raise InvalidInputError(f"{param_name}: holds values that are NaN or infinite; {_REMEDY}")
         if tensor == _CLIP and not bool(((value > 0) & (value <= 1)).all()):
             raise InvalidInputError(f"{param_name}: holds a ratio outside (0, 1]; {_REMEDY}")
@@ -135,7 +133,11 @@ class S2QQuantizer(DiffusersQuantizer):
         # A tensor that goes to the disk (device_map, offload_folder) does not pass through create_quantized_param. The
         # loader's own list of what to keep in fp32 covers that path; it is put back as it was after the loading.
         if keep_in_fp32_modules is not None:
-            added = [name for name in _FP32_NAMES if name not in keep_in_fp32_modules]
+            added = [
+                name
+                for name, dtype in PACKED_DTYPES.items()
+                if dtype == torch.float32 and name not in keep_in_fp32_modules
+            ]
             keep_in_fp32_modules.extend(added)
             self._keep_in_fp32 = (keep_in_fp32_modules, added)
 

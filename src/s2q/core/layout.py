@@ -1,31 +1,34 @@
-"""What stands between an input and the codes of a packed linear, as far as it is stored: shift, transform, clip ratio.
+"""What a packed linear stores beside its codes: shift, transform, low-rank branch, clip ratio.
 
-    x → x - shift → diag(scale) · (left ⊗ right) → per-token codes, their maximum multiplied by the clip ratio
+    x → u = (x - shift) · diag(scale) → (u - u V Vᵀ) · (left ⊗ right) → per-token codes, maximum times the clip ratio
+                                      → u V, [M, r], in floating point → · Lᵀ, added to the output
 
-Shapes: `I` in features; `n1`, `n2` orders of the factors, n1 · n2 = I.
+Shapes: `I/O` in/out features; `n1`, `n2` orders of the factors, n1 · n2 = I; `r` rank.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from s2q.core.errors import InvalidInputError, unknown_name
 
-_FP32_BYTES = 4
+_BYTES = {"F32": 4, "BF16": 2}
 PREFIX = "transform_"
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputLayout:
-    """Which fp32 tensors a packed linear stores for its input; the default is none.
+    """Which tensors a packed linear stores beside codes, scale and bias; the default is none.
 
     Attributes:
         shift: Whether something is subtracted from the input, [I].
         scale: Whether there is a scale, [I].
         left: Order n1 of the left factor; None if it is the identity.
         right: Order n2 of the right factor; None if it is the identity.
+        low_rank: Rank r of the branch in floating point, V [I, r] and L [O, r]; None without one.
         activation_clip: Whether there is a clip ratio, [1].
 
     Raises:
@@ -36,6 +39,7 @@ class InputLayout:
     scale: bool = False
     left: int | None = None
     right: int | None = None
+    low_rank: int | None = None
     activation_clip: bool = False
 
     def __post_init__(self) -> None:
@@ -43,7 +47,7 @@ class InputLayout:
         for name in ("shift", "scale", "activation_clip"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"input layout: {name}={getattr(self, name)!r}; expected true or false")
-        for name in ("left", "right"):
+        for name in ("left", "right", "low_rank"):
             order = getattr(self, name)
             if order is not None and (isinstance(order, bool) or not isinstance(order, int) or order < 1):
                 raise InvalidInputError(f"input layout: {name}={order!r}; expected a whole number from 1, or null")
@@ -56,16 +60,17 @@ class InputLayout:
     @property
     def empty(self) -> bool:
         """Whether nothing is stored."""
-        return not self.shift and not self.transforms and not self.activation_clip
+        return not (self.shift or self.transforms or self.low_rank or self.activation_clip)
 
-    def shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each stored tensor by name: `input_shift`, `transform_scale`, …, `activation_clip`.
 
         Args:
             in_features: I.
+            out_features: O.
 
         Raises:
-            InvalidInputError: If n1 · n2 is not I.
+            InvalidInputError: If n1 · n2 is not I, or the rank is above I or O.
         """
         if self.left is not None or self.right is not None:
             n1 = self.left or in_features // (self.right or 1)
@@ -75,6 +80,11 @@ class InputLayout:
                 raise InvalidInputError(
                     f"input layout: factors of order {self.left} and {self.right}; expected a product of {in_features}"
                 )
+        if self.low_rank is not None and self.low_rank > min(in_features, out_features):
+            raise InvalidInputError(
+                f"input layout: rank {self.low_rank}; expected at most {min(in_features, out_features)} "
+                f"between {in_features} and {out_features} features"
+            )
         shapes: dict[str, tuple[int, ...]] = {}
         if self.shift:
             shapes["input_shift"] = (in_features,)
@@ -84,23 +94,22 @@ class InputLayout:
             order = getattr(self, name)
             if order is not None:
                 shapes[PREFIX + name] = (order, order)
+        if self.low_rank is not None:
+            shapes["low_rank_basis"] = (in_features, self.low_rank)
+            shapes["low_rank_weight"] = (out_features, self.low_rank)
         if self.activation_clip:
             shapes["activation_clip"] = (1,)
         return shapes
 
-    def num_bytes(self, in_features: int) -> int:
+    def num_bytes(self, in_features: int, out_features: int) -> int:
         """Return the bytes of the stored tensors.
 
         Args:
             in_features: I.
+            out_features: O.
         """
-        total = 0
-        for shape in self.shapes(in_features).values():
-            count = 1
-            for size in shape:
-                count *= size
-            total += _FP32_BYTES * count
-        return total
+        shapes = self.shapes(in_features, out_features)
+        return sum(_BYTES[TENSOR_DTYPES[name]] * math.prod(shape) for name, shape in shapes.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -125,5 +134,13 @@ class InputLayout:
         return cls(**content)
 
 
-TENSOR_NAMES = ("input_shift", f"{PREFIX}scale", f"{PREFIX}left", f"{PREFIX}right", "activation_clip")
-"""Every name that `InputLayout.shapes` may return."""
+TENSOR_DTYPES = {
+    "input_shift": "F32",
+    f"{PREFIX}scale": "F32",
+    f"{PREFIX}left": "F32",
+    f"{PREFIX}right": "F32",
+    "low_rank_basis": "BF16",
+    "low_rank_weight": "BF16",
+    "activation_clip": "F32",
+}
+"""Every name that `InputLayout.shapes` may return, with its dtype as safetensors calls it."""

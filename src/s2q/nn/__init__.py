@@ -1,14 +1,16 @@
 """Floor 2: quantized linears, packed and trainable, and putting them into a model."""
 
 from s2q.nn.clip import LearnableClip
-from s2q.nn.packed import PackedLinear
-from s2q.nn.student import InputTransform, StudentInput, StudentLinear
+from s2q.nn.packed import PACKED_DTYPES, PackedLinear
+from s2q.nn.student import InputTransform, SplitInput, StudentInput, StudentLinear
 from s2q.nn.swap import replace_module
 
 __all__ = [
+    "PACKED_DTYPES",
     "InputTransform",
     "LearnableClip",
     "PackedLinear",
+    "SplitInput",
     "StudentInput",
     "StudentLinear",
     "replace_module",

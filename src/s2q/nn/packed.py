@@ -4,9 +4,11 @@
 
 Weight-only schemes (no activation part) multiply x by the dequantized weight instead. Before that, a shift may be
 subtracted from x, whose product with the weight is in the bias; x may pass through a transform T = diag(v) · (A ⊗ B),
-whose inverse is in the weight; and its scale may be multiplied by a clip ratio.
+whose inverse is in the weight; a few directions V of x diag(v) may be taken out before A ⊗ B and multiplied in floating
+point, y + (x diag(v) V) Lᵀ; and the scale of x may be multiplied by a clip ratio.
 
-Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `P` packed bytes of a row (`core.packing`).
+Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch, `P` packed bytes
+of a row (`core.packing`).
 """
 
 import sys
@@ -19,13 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.core.errors import InvalidInputError, UsageError, unknown_name
-from s2q.core.layout import PREFIX, TENSOR_NAMES, InputLayout
+from s2q.core.layout import PREFIX, TENSOR_DTYPES, InputLayout
 from s2q.core.packing import pack_codes, packed_width, unpack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.ops.int_matmul import int_matmul
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.quantize_per_token import quantize_per_token
+
+PACKED_DTYPES = {
+    "weight": torch.uint8,
+    "weight_scale": torch.float32,
+    **{name: {"F32": torch.float32, "BF16": torch.bfloat16}[dtype] for name, dtype in TENSOR_DTYPES.items()},
+}
+"""Dtype of every tensor of a packed linear but its bias; they keep it through `.to(dtype)` and the like."""
 
 _CHUNK_ROWS = 1024  # bounds the int32 and fp32 intermediates of a long video
 _READS_BASE_WEIGHT = frozenset({"merge", "unmerge", "get_base_weight", "set_base_weight", "dequantize_module_weight"})
@@ -43,8 +52,9 @@ class PackedLinear(nn.Linear):
         weight_scale: fp32 [O] (PerChannel) or [O, G] (PerGroup).
         bias: [O] in the compute dtype, or None.
         scheme: How weight and input are quantized.
-        layout: Which of the tensors of the input there are: fp32 `input_shift` [I], `transform_scale` [I],
-            `transform_left` [n1, n1], `transform_right` [n2, n2], `activation_clip` [1]; None where not.
+        layout: Which of the further tensors there are: fp32 `input_shift` [I], `transform_scale` [I],
+            `transform_left` [n1, n1], `transform_right` [n2, n2], `activation_clip` [1], and bf16 `low_rank_basis`
+            [I, r], `low_rank_weight` [O, r]; None where not.
 
     Args:
         in_features: I.
@@ -64,6 +74,8 @@ class PackedLinear(nn.Linear):
     transform_scale: nn.Parameter | None
     transform_left: nn.Parameter | None
     transform_right: nn.Parameter | None
+    low_rank_basis: nn.Parameter | None
+    low_rank_weight: nn.Parameter | None
     activation_clip: nn.Parameter | None
 
     def __init__(
@@ -90,10 +102,10 @@ class PackedLinear(nn.Linear):
         if bias:
             self.bias = _frozen(torch.empty(out_features, dtype=dtype, device=device))
         self.layout = layout or InputLayout()
-        shapes = self.layout.shapes(in_features)
-        for name in TENSOR_NAMES:
+        shapes = self.layout.shapes(in_features, out_features)
+        for name in TENSOR_DTYPES:
             shape = shapes.get(name)
-            value = None if shape is None else _frozen(torch.empty(shape, dtype=torch.float32, device=device))
+            value = None if shape is None else _frozen(torch.empty(shape, dtype=PACKED_DTYPES[name], device=device))
             self.register_parameter(name, value)
 
     @classmethod
@@ -145,11 +157,11 @@ class PackedLinear(nn.Linear):
             if bias.shape != (out_features,):
                 raise InvalidInputError(f"bias: got {list(bias.shape)}; expected [{out_features}]")
             layer.bias = _frozen(bias.detach().to(device=rounded.codes.device, dtype=dtype or bias.dtype, copy=True))
-        for name, shape in layer.layout.shapes(in_features).items():
+        for name, shape in layer.layout.shapes(in_features, out_features).items():
             tensor = inputs[name].detach().to(rounded.codes.device)
-            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            if tuple(tensor.shape) != shape or tensor.dtype != PACKED_DTYPES[name]:
                 raise InvalidInputError(
-                    f"{name}: got {tensor.dtype} {list(tensor.shape)}; expected torch.float32 {list(shape)}"
+                    f"{name}: got {tensor.dtype} {list(tensor.shape)}; expected {PACKED_DTYPES[name]} {list(shape)}"
                 )
             setattr(layer, name, _frozen(tensor.clone()))
         return layer
@@ -172,7 +184,9 @@ class PackedLinear(nn.Linear):
         return dequantize_weight(self.codes(), self.weight_scale).to(dtype)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight for the input as it is, Ŵ Tᵀ: a full-precision linear with it needs no transform.
+        """Return the weight for the input as it is: a full-precision linear with it needs no transform and no branch.
+
+        That is Ŵ Tᵀ; with a low-rank branch (Ŵ (A ⊗ B)ᵀ (1 - V Vᵀ) + L Vᵀ) diag(v).
 
         Args:
             dtype: Floating; the result is rounded to it.
@@ -184,8 +198,11 @@ class PackedLinear(nn.Linear):
         if self.layout.transforms:
             left, right = (None if one is None else one.t() for one in (self.transform_left, self.transform_right))
             weight = scaled_kronecker(weight, left=left, right=right)
-            if self.transform_scale is not None:
-                weight = weight * self.transform_scale
+        if self.low_rank_basis is not None and self.low_rank_weight is not None:
+            basis = self.low_rank_basis.float()
+            weight = weight + (self.low_rank_weight.float() - weight @ basis) @ basis.t()
+        if self.transform_scale is not None:
+            weight = weight * self.transform_scale
         return weight.to(dtype)
 
     def effective_bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -212,7 +229,9 @@ class PackedLinear(nn.Linear):
         """
         if self.scheme.activation is None:
             bias = None if self.bias is None else self.bias.to(input.dtype)
-            return F.linear(self._transformed(input).to(input.dtype), self.dequantized_weight(input.dtype), bias)
+            transformed, branch = self._split(input)
+            output = F.linear(transformed.to(input.dtype), self.dequantized_weight(input.dtype), bias)
+            return output if branch is None else output + branch.to(input.dtype)
         rows_MI = input.reshape(-1, self.in_features)
         codes_OI = self.codes()
         chunks = [self._integer_linear(rows, codes_OI) for rows in torch.split(rows_MI, _CHUNK_ROWS)]
@@ -223,9 +242,8 @@ class PackedLinear(nn.Linear):
         activation = self.scheme.activation
         assert activation is not None
         x_bits, w_bits = activation.num_bits, self.scheme.weight.num_bits
-        x_codes, x_scale = quantize_per_token(
-            self._transformed(rows_MI), num_bits=x_bits, clip_ratio=self.activation_clip
-        )
+        transformed, branch = self._split(rows_MI)
+        x_codes, x_scale = quantize_per_token(transformed, num_bits=x_bits, clip_ratio=self.activation_clip)
         scale = self.weight_scale
         if scale.ndim == 1:
             total = int_matmul(x_codes, codes_OI, x_bits=x_bits, w_bits=w_bits).float().mul_(scale)
@@ -238,14 +256,22 @@ class PackedLinear(nn.Linear):
         total.mul_(x_scale)
         if self.bias is not None:
             total.add_(self.bias)
+        if branch is not None:
+            total.add_(branch)
         return total.to(rows_MI.dtype)
 
-    def _transformed(self, x: Tensor) -> Tensor:
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Part an input into what is quantized and what the low-rank branch, if there is one, makes of the rest."""
         if self.input_shift is not None:
             x = x.float() - self.input_shift
-        if not self.layout.transforms:
-            return x
-        return scaled_kronecker(x, scale=self.transform_scale, left=self.transform_left, right=self.transform_right)
+        scale, left, right = self.transform_scale, self.transform_left, self.transform_right
+        if self.low_rank_basis is None or self.low_rank_weight is None:
+            return scaled_kronecker(x, scale=scale, left=left, right=right), None
+        basis = self.low_rank_basis.float()
+        scaled = scaled_kronecker(x.float(), scale=scale)
+        coefficients = scaled @ basis
+        rest = scaled_kronecker(scaled - coefficients @ basis.t(), left=left, right=right)
+        return rest, F.linear(coefficients, self.low_rank_weight.float())
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""
@@ -263,7 +289,7 @@ class PackedLinear(nn.Linear):
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        present = (self._parameters[name] for name in ("weight", "weight_scale", *TENSOR_NAMES))
+        present = (self._parameters[name] for name in PACKED_DTYPES)
         stored = {id(parameter) for parameter in present if parameter is not None}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -290,8 +316,7 @@ class PackedLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name in ("weight", "weight_scale", *TENSOR_NAMES):
-            dtype = torch.uint8 if name == "weight" else torch.float32
+        for name, dtype in PACKED_DTYPES.items():
             found = state_dict.get(prefix + name)
             if found is not None and found.dtype != dtype:  # copying would convert it without a word
                 error_msgs.append(f"{prefix}{name}: got {found.dtype}; expected {dtype}, packed as {self.scheme.name}")
@@ -307,8 +332,8 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 def _layout_of(inputs: Mapping[str, Tensor]) -> InputLayout:
     for name in inputs:
-        if name not in TENSOR_NAMES:
-            raise unknown_name("tensor of a packed linear's input", name, TENSOR_NAMES)
+        if name not in TENSOR_DTYPES:
+            raise unknown_name("tensor of a packed linear", name, TENSOR_DTYPES)
     orders = {part: inputs[PREFIX + part].shape[0] for part in ("left", "right") if PREFIX + part in inputs}
     return InputLayout(
         shift="input_shift" in inputs,
@@ -316,6 +341,7 @@ def _layout_of(inputs: Mapping[str, Tensor]) -> InputLayout:
         activation_clip="activation_clip" in inputs,
         left=orders.get("left"),
         right=orders.get("right"),
+        low_rank=inputs["low_rank_basis"].shape[1] if "low_rank_basis" in inputs else None,
     )
 
 

@@ -2,13 +2,14 @@
 
     y = fake_quantize((x - m) T; ratio_x) · fake_quantize(W T⁻ᵀ; ratio_w)ᵀ + (b + W m)
 
-Linears that read the same x share one `StudentInput`, so that they share m, T and ratio_x. What is trained is in the
-parameters: of the transform, and of the clips.
+With T = diag(v) · R and a low-rank branch V, u = (x - m) diag(v) is quantized as (u - u V Vᵀ) R, and
+(u V) · (W diag(1/v) V)ᵀ is added in floating point. Linears that read the same x share one `StudentInput`, so that they
+share m, T, V and ratio_x. What is trained is in the parameters: of the transform, and of the clips.
 
-Shapes: `I` in features, `O` out features, `G` groups.
+Shapes: `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch.
 """
 
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,39 @@ from s2q.nn.clip import START, LearnableClip
 
 
 class InputTransform(Protocol):
-    """What a student needs of a transform; those of `s2q.transforms` have it."""
+    """What a student needs of a transform T = diag(v) · R; those of `s2q.transforms` have it."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x T."""
         ...
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Return x diag(v)."""
+        ...
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Return x R."""
+        ...
+
     def fold_inverse(self, weight: Tensor, *, dtype: torch.dtype = ...) -> Tensor:
         """Return W T⁻ᵀ in `dtype`."""
         ...
+
+    def unscaled(self, weight: Tensor, *, dtype: torch.dtype = ...) -> Tensor:
+        """Return W diag(1/v) in `dtype`."""
+        ...
+
+
+class SplitInput(NamedTuple):
+    """An input on its way into a linear.
+
+    Attributes:
+        quantized: [..., I], transformed and fake-quantized; dtype of the input.
+        coefficients: [..., r], what the low-rank branch multiplies, or None without one.
+    """
+
+    quantized: Tensor
+    coefficients: Tensor | None
 
 
 class StudentInput(nn.Module):
@@ -38,18 +63,21 @@ class StudentInput(nn.Module):
 
     Attributes:
         shift: Buffer [I], m, or None for zero.
-        transform: T, or None for the identity.
+        transform: T = diag(v) · R, or None for the identity.
+        low_rank_basis: Buffer [I, r], V, or None without a low-rank branch.
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
 
     Args:
         scheme: See above.
         shift: [I], what is subtracted from the input, or None.
-        transform: A module with `fold_inverse`, or None.
+        transform: A module with the methods of `InputTransform`, or None.
+        low_rank_basis: [I, r], the directions of the shifted and scaled input that are not quantized, or None.
         clip: Returns one ratio, or None.
     """
 
     shift: Tensor | None
+    low_rank_basis: Tensor | None
 
     def __init__(
         self,
@@ -57,33 +85,39 @@ class StudentInput(nn.Module):
         *,
         shift: Tensor | None = None,
         transform: InputTransform | None = None,
+        low_rank_basis: Tensor | None = None,
         clip: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.scheme = scheme
         self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("low_rank_basis", low_rank_basis, persistent=False)
         self.transform = transform
         self.clip = clip
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> SplitInput:
         """Transform and fake-quantize; the linears of one call share the result within `parameters_held`.
 
         Args:
             x: [..., I], floating.
-
-        Returns:
-            [..., I], dtype of x.
         """
-        return once_for(self, x, lambda: self._quantized(x))
+        return once_for(self, x, lambda: self._split(x))
 
-    def _quantized(self, x: Tensor) -> Tensor:
+    def _split(self, x: Tensor) -> SplitInput:
         centred = x if self.shift is None else x - self.shift
-        transformed = centred if self.transform is None else self.transform(centred)
+        coefficients = None
+        if self.low_rank_basis is None:
+            transformed = centred if self.transform is None else self.transform(centred)
+        else:
+            scaled = centred if self.transform is None else self.transform.scaled(centred)
+            coefficients = scaled @ self.low_rank_basis
+            rest = scaled - coefficients @ self.low_rank_basis.t()
+            transformed = rest if self.transform is None else self.transform.rotated(rest)
         if self.scheme is not None:
             ratio = None if self.clip is None else self.clip()
             scale = token_scale(transformed, num_bits=self.scheme.num_bits, clip_ratio=ratio)
             transformed = fake_quantize(transformed, scale, num_bits=self.scheme.num_bits)
-        return transformed.to(x.dtype)
+        return SplitInput(transformed.to(x.dtype), coefficients)
 
 
 class StudentLinear(nn.Module):
@@ -165,6 +199,20 @@ class StudentLinear(nn.Module):
             return self.weight.float()
         return transform.fold_inverse(self.weight, dtype=dtype).float()
 
+    def low_rank_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return W diag(1/v) V, what the low-rank branch multiplies its coefficients by.
+
+        Args:
+            dtype: In which to compute; see `folded_weight`.
+
+        Returns:
+            fp32 [O, r], differentiable.
+        """
+        basis, transform = self.source.low_rank_basis, self.source.transform
+        assert basis is not None
+        weight = self.weight.to(dtype) if transform is None else transform.unscaled(self.weight, dtype=dtype)
+        return (weight @ basis.to(dtype)).float()
+
     def clip_ratio(self) -> Tensor | None:
         """Return the weight's clipping ratios, fp32 [O] or [O, 1], or None for 1."""
         return None if self.weight_clip is None else self.weight_clip()
@@ -180,7 +228,12 @@ class StudentLinear(nn.Module):
         """
         weight = once(self, "weight", self._quantized_weight)
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(self.source(input), weight.to(input.dtype), bias)
+        quantized, coefficients = self.source(input)
+        output = F.linear(quantized, weight.to(input.dtype), bias)
+        if coefficients is None:
+            return output
+        branch = once(self, "low_rank_weight", lambda: self.low_rank_weight(dtype=torch.float32))
+        return output + F.linear(coefficients, branch).to(output.dtype)
 
     def _quantized_weight(self) -> Tensor:
         weight = self.folded_weight(dtype=torch.float32)

@@ -35,12 +35,20 @@ from s2q.distillation import (
     token_weights,
 )
 from s2q.models import Family
-from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear, replace_module
+from s2q.nn import PACKED_DTYPES, LearnableClip, PackedLinear, StudentInput, StudentLinear, replace_module
 from s2q.quantization.stream import TeacherStream, TensorStore
 from s2q.recipes import Recipe
 from s2q.recipes.schema import GPTQ
 from s2q.rounding import ROUNDINGS, HessianAccumulator, round_gptq
-from s2q.transforms import ROTATIONS, Compose, KroneckerTransform, SmoothScale, Transform, smooth_scale
+from s2q.transforms import (
+    ROTATIONS,
+    Compose,
+    KroneckerTransform,
+    SmoothScale,
+    Transform,
+    principal_directions,
+    smooth_scale,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +71,14 @@ class BlockCalibration:
 
 
 class _InputStatistics:
-    """Mean and range of the channels of an input over the samples, [I] each."""
+    """Mean and range of the channels of an input over the samples, [I] each; second moments [I, I] where asked for."""
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
+    def __init__(self, in_features: int, device: torch.device, *, moments: bool) -> None:
         self.low = torch.full((in_features,), float("inf"), device=device)
         self.high = -self.low
         self.total = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.count = 0
+        self.products = HessianAccumulator(in_features, device=device) if moments else None
 
     def add(self, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1])
@@ -77,6 +86,8 @@ class _InputStatistics:
         self.high = torch.maximum(self.high, rows.amax(dim=0))
         self.total += rows.sum(dim=0)
         self.count += len(rows)
+        if self.products is not None:
+            self.products.add(rows)
 
     def mean(self) -> Tensor:
         return (self.total / self.count).float()
@@ -85,6 +96,15 @@ class _InputStatistics:
         """Largest magnitude of each channel, once the shift is subtracted."""
         centre = torch.zeros_like(self.low) if shift is None else shift
         return torch.maximum(self.high - centre, centre - self.low)
+
+    def second_moment(self, shift: Tensor | None) -> Tensor:
+        """E[xᵀ x] once the shift, which is the mean if there is one, is subtracted; fp64."""
+        assert self.products is not None
+        moment = self.products.hessian().double() / (2 * self.count)
+        if shift is None:
+            return moment
+        mean = self.total / self.count
+        return moment - torch.outer(mean, mean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +268,14 @@ class _Stage:
             shift = statistics.mean() if biased == {True} else None
         amax = statistics.amax(shift)
         transform = self._transform(amax, weights, seed=seed)
+        if transform is not None:
+            transform.to(device)
+        basis = None
+        if rank := self._rank(group):
+            moment = statistics.second_moment(shift)
+            if transform is not None:
+                moment = transform.scaled(transform.scaled(moment).t())
+            basis = principal_directions(moment.detach(), rank).to(PACKED_DTYPES["low_rank_basis"]).float()
         clip: nn.Module | None = None
         if first.activation is not None and recipe.clip.activations:
             clip = LearnableClip((1,), start=recipe.clip.start, device=device)
@@ -256,7 +284,8 @@ class _Stage:
         source = StudentInput(
             first.activation,
             shift=shift,
-            transform=None if transform is None else transform.to(device),
+            transform=transform,
+            low_rank_basis=basis,
             clip=clip,
         )
         for name in group:
@@ -266,6 +295,13 @@ class _Stage:
             else:
                 layer = StudentLinear(linear, scheme=scheme, source=source)
             replace_module(student, name, layer)
+
+    def _rank(self, group: tuple[str, ...]) -> int | None:
+        """Rank of the low-rank branch before linears that share an input."""
+        weights = [self.teacher.get_submodule(name).weight for name in group]
+        ranks = {self.recipe.transforms.rank(*reversed(weight.shape)) for weight in weights}
+        assert len(ranks) == 1, f"{group}: their sizes ask for low-rank branches of ranks {sorted(map(str, ranks))}"
+        return ranks.pop()
 
     def _transform(self, amax: Tensor, weights: Sequence[Tensor], *, seed: int) -> Transform | None:
         settings = self.recipe.transforms
@@ -289,7 +325,7 @@ class _Stage:
         use_gptq = self.recipe.rounding.method == GPTQ
         hessians: dict[str, HessianAccumulator] = {}
         if use_gptq:
-            sources = {group[0]: student.get_submodule(group[0]).source for group in groups}
+            sources = {group[0]: _quantized_by(student.get_submodule(group[0]).source) for group in groups}
             hessians = self._hessians((samples.inputs(index) for index in range(len(samples))), sources)
         packed: dict[str, PackedLinear] = {}
         reports: dict[str, dict[str, Any]] = {}
@@ -303,7 +339,9 @@ class _Stage:
                 else:
                     rounded = ROUNDINGS[self.recipe.rounding.method](weight, scheme.weight, clip_ratio=ratio)
                 bias = None if layer.bias is None else layer.bias.to(self.block.get_submodule(name).bias.dtype)
-                packed[name] = PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=inputs)
+                packed[name] = PackedLinear.from_rounded(
+                    rounded, bias=bias, scheme=scheme, inputs=inputs | _stored_branch(layer)
+                )
         return packed, reports
 
     @torch.no_grad()
@@ -368,6 +406,10 @@ class _ConstantClip(nn.Module):
         return self.ratio
 
 
+def _quantized_by(source: StudentInput) -> Callable[[Tensor], Tensor]:
+    return lambda x: source(x).quantized
+
+
 def _as_it_is(x: Tensor) -> Tensor:
     return x
 
@@ -386,7 +428,9 @@ def _run_teacher(
     statistics: dict[str, _InputStatistics] = {}
     for first, *_ in groups:
         linear = teacher.get_submodule(first)
-        statistics[first] = _InputStatistics(linear.in_features, linear.weight.device)
+        statistics[first] = _InputStatistics(
+            linear.in_features, linear.weight.device, moments=recipe.transforms.low_rank > 0
+        )
     with _heard(teacher, {name: one.add for name, one in statistics.items()}):
         for index in range(len(samples)):
             weighted = loss.weighting == "attention"
@@ -428,15 +472,24 @@ def _groups(linears: Mapping[str, str], family: Family) -> list[tuple[str, ...]]
 
 @torch.no_grad()
 def _stored_inputs(source: StudentInput) -> dict[str, Tensor]:
-    """What the packed linears store of their input: the tensors of shift, transform and clip."""
+    """What the packed linears store of their input: the tensors of shift, transform, basis and clip."""
     tensors: dict[str, Tensor] = {}
     if source.shift is not None:
         tensors["input_shift"] = source.shift
     if source.transform is not None:
         tensors |= {PREFIX + name: value for name, value in source.transform.state_tensors().items()}
+    if source.low_rank_basis is not None:
+        tensors["low_rank_basis"] = source.low_rank_basis.to(PACKED_DTYPES["low_rank_basis"])
     if source.clip is not None:
         tensors["activation_clip"] = source.clip().detach().reshape(1).clone()
     return tensors
+
+
+def _stored_branch(layer: StudentLinear) -> dict[str, Tensor]:
+    """What a packed linear stores of its own part of a low-rank branch, if there is one."""
+    if layer.source.low_rank_basis is None:
+        return {}
+    return {"low_rank_weight": layer.low_rank_weight().to(PACKED_DTYPES["low_rank_weight"])}
 
 
 def _wide(value: Any, device: str) -> Any:

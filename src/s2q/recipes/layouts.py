@@ -1,8 +1,9 @@
-"""What stands before each block linear under a recipe: shift, transform and clip ratio, as far as it is stored."""
+"""What a block linear stores beside its codes under a recipe: shift, transform, low-rank branch and clip ratio."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -34,9 +35,12 @@ def assign_layouts(
         if linear.role != "linear" or scheme is None:
             continue
         clip = scheme.activation is not None and (recipe.clip.activations or recipe.clip.constant is not None)
-        shape = transforms[linear.in_features]
-        shift = recipe.transforms.shift != "none" and linear.has_bias
-        layout = InputLayout(shift=shift, scale=shape.scale, left=shape.left, right=shape.right, activation_clip=clip)
+        layout = replace(
+            transforms[linear.in_features],
+            shift=recipe.transforms.shift != "none" and linear.has_bias,
+            low_rank=recipe.transforms.rank(linear.in_features, linear.out_features),
+            activation_clip=clip,
+        )
         if not layout.empty:
             layouts[linear.name] = layout
     return layouts

@@ -19,6 +19,9 @@ from s2q.transforms import ROTATIONS, STARTS
 GPTQ = "gptq"
 
 
+_WIDTH_PER_RANK = 24  # a branch of full rank would be no branch: in a small linear it stays below a third of the codes
+
+
 def _to_number(value: Any) -> Any:
     """Read a number that YAML 1.1 takes for a string: 5e-3 without a point."""
     if isinstance(value, str):
@@ -125,6 +128,8 @@ class TransformsGroup(_Group):
         learn_scale: Whether distillation learns the scale.
         rotation: One of `ROTATIONS`; "kronecker" is learned where there is distillation.
         start: Where a Kronecker rotation starts; one of `STARTS`.
+        low_rank: How many directions of the input, the largest after shift and scale, go to the output in floating
+            point; 0 for none. At most a 24th of the smaller side of a linear (see `rank`).
     """
 
     shift: Literal["none", "mean"] = "none"
@@ -133,6 +138,16 @@ class TransformsGroup(_Group):
     learn_scale: bool = True
     rotation: Annotated[str, _one_of("rotation", ROTATIONS)] = "identity"
     start: Annotated[str, _one_of("start", STARTS)] = "hadamard"
+    low_rank: int = Field(default=0, ge=0)
+
+    def rank(self, in_features: int, out_features: int) -> int | None:
+        """Return the rank of a linear's low-rank branch, or None if it has none.
+
+        Args:
+            in_features: I.
+            out_features: O.
+        """
+        return min(self.low_rank, min(in_features, out_features) // _WIDTH_PER_RANK) or None
 
 
 class ClipGroup(_Group):
@@ -254,8 +269,9 @@ class Recipe(_Group):
     @property
     def calibrates(self) -> bool:
         """Whether the recipe does more than round each weight by itself; it runs on samples then."""
-        shifts, scales = self.transforms.shift != "none", self.transforms.scale != "none"
-        transforms = shifts or scales or self.transforms.rotation != "identity"
+        settings = self.transforms
+        before = settings.shift != "none" or settings.scale != "none" or settings.low_rank > 0
+        transforms = before or settings.rotation != "identity"
         learns = self.distillation is not None or self.clip.constant is not None
         uses_gptq = GPTQ in (self.rounding.method, None if self.modulation is None else self.modulation.rounding)
         return transforms or learns or uses_gptq

@@ -108,6 +108,42 @@ class Transform(nn.Module):
         """
         return self.factors(_compute_dtype(x)).apply(x.to(_compute_dtype(x)))
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Apply the first half of the transform, x diag(v).
+
+        Args:
+            x: [..., I], floating.
+
+        Returns:
+            [..., I], fp64 for an fp64 x, else fp32.
+        """
+        factors = self.factors(_compute_dtype(x))
+        return Factors(scale=factors.scale).apply(x.to(_compute_dtype(x)))
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Apply the second half of the transform, x (A ⊗ B).
+
+        Args:
+            x: [..., I], floating.
+
+        Returns:
+            [..., I], fp64 for an fp64 x, else fp32.
+        """
+        factors = self.factors(_compute_dtype(x))
+        return Factors(left=factors.left, right=factors.right).apply(x.to(_compute_dtype(x)))
+
+    def unscaled(self, weight: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Put the inverse of the first half into a weight, W diag(1/v), so that it fits `scaled` inputs.
+
+        Args:
+            weight: [O, I], floating.
+            dtype: In which to compute, see `fold_inverse`.
+
+        Returns:
+            [O, I] in `dtype`, differentiable.
+        """
+        return Factors(scale=self.inverse_transpose(dtype).scale).apply(weight.to(dtype))
+
     def fold_inverse(self, weight: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """Put the inverse into a weight, W T⁻ᵀ, so that (x T) · (W T⁻ᵀ)ᵀ = x Wᵀ.
 

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.transforms import principal_directions
+
+
+def test_the_example_of_the_module():
+    rows = torch.tensor([[3.0, 1.0], [3.0, -1.0]])
+    direction = principal_directions(rows.t() @ rows / 2, 1)
+    torch.testing.assert_close(direction, torch.tensor([[1.0], [0.0]], dtype=torch.float64))
+
+
+def test_they_are_those_of_the_singular_value_decomposition():
+    x = torch.randn(200, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x * torch.logspace(1, -1, 12, dtype=torch.float64)
+    found = principal_directions(x.t() @ x / 200, 5)
+    exact = torch.linalg.svd(x, full_matrices=False)[2][:5].t()
+    torch.testing.assert_close((found.t() @ exact).abs(), torch.eye(5, dtype=torch.float64), atol=1e-8, rtol=0)
+    assert bool((found.gather(0, found.abs().argmax(0, keepdim=True)) > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("moment", "rank", "message"),
+    [
+        (torch.eye(4), 0, "rank=0; expected 1 to 4"),
+        (torch.eye(4), 5, "rank=5"),
+        (torch.ones(4, 3), 1, r"shape \[4, 3\]"),
+        (torch.eye(4) * float("nan"), 1, "NaN or infinite"),
+    ],
+)
+def test_bad_input_is_refused(moment, rank, message):
+    with pytest.raises(InvalidInputError, match=message):
+        principal_directions(moment, rank)
