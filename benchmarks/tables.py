@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ablations import GROUPS
+from ablations import GROUPS, Variant
 
 from s2q.evaluation import clustered_mean
 from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
@@ -141,14 +141,14 @@ def outlier_table(model: str) -> str:
 def ablation_table(group: str, model: str) -> str:
     """Variants of a group in order: velocity error over seeds, and against the base of the group, paired by prompt."""
     folder = RESULTS / "ablations" / model
-    base = BASES[group]
+    base = _base(group, model)
     runs = {
         variant.name: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{variant.name}-[0-9].json"))]
         for variant in GROUPS[group]
     }
     if not runs[base.name]:
         return f"Not measured yet: `python benchmarks/ablations.py {group}`."
-    head = ["velocity error", "lowest and highest seed", f"against {base.label}", "seeds"]
+    head = ["velocity error", "lowest and highest seed", f"against {base.label.removeprefix('+ ')}", "seeds"]
     lines = [_row("variant", head), _row("---", ["---"] * len(head))]
     for variant in GROUPS[group]:
         own = runs[variant.name]
@@ -190,12 +190,15 @@ def _ratio(runs: list[dict], base: list[dict]) -> str:
     return f"{math.exp(estimate.mean):.3f} [{math.exp(estimate.low):.3f}, {math.exp(estimate.high):.3f}]"
 
 
-_BASE_OF = {f"parts-{width}": f"s2q-{width}-hadamard-gptq" for width in ("w4a4", "w4a6")} | {"beyond-w4a6": "s2q-w4a6"}
-BASES = {
-    group: next(one for one in variants if one.name == base)
-    for group, variants in GROUPS.items()
-    for base in [_BASE_OF.get(group, "s2q-w4a4")]
-}
+def _base(group: str, model: str) -> Variant:
+    """What the variants of a group are compared with: the recipe itself, or the bar that its parts have to beat."""
+    kind, _, width = group.rpartition("-")
+    name = f"s2q-{width}" if kind == "beyond" else "s2q-w4a4"
+    if kind == "parts":  # with outlier channels a scale is part of any sensible bar
+        name = f"s2q-{width}-" + ("hadamard-gptq" if model == MODELS[0] else "parts-3-gptq")
+    return next(variant for variant in GROUPS[group] if variant.name == name)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "quality": quality_table,
     "adherence": adherence_table,

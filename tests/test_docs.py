@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tables
+from yaml import safe_load
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -47,3 +48,20 @@ def test_the_two_commands_come_first():
     assert commands == ["make demo", "make test"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{name}:", makefile, flags=re.MULTILINE) for name in ("demo", "test"))
+
+
+def test_every_recipe_command_of_the_docs_is_valid():
+    from s2q.recipes import load_recipe, recipe_names
+
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    commands = re.findall(r"^s2q quantize (.*?[^\\])$", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(commands) == 10
+    for command in commands:
+        name = re.search(r"-r (\S+)", command)
+        assert name is not None
+        recipe = load_recipe(name.group(1), overrides=re.findall(r"--set (\S+)", command))
+        assert recipe.calibrates == ("0-rounding" not in command)
+    assert all(f"`{name}`" in page for name in recipe_names())
+    yaml = re.search(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert yaml is not None
+    assert load_recipe(safe_load(yaml.group(1))).rounding.method == "gptq"

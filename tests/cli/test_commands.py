@@ -39,6 +39,25 @@ def test_plan_quantize_inspect_agree(tiny_model, tmp_path, capsys):
     }
 
 
+def test_samples_is_short_for_the_recipe_field(tiny_model, tmp_path, capsys):
+    command = [
+        "quantize",
+        "-m",
+        tiny_model,
+        "-r",
+        "rtn-w4a6",
+        "-o",
+        tmp_path / "q",
+        "--prompts",
+        tmp_path / "prompts.txt",
+    ]
+    (tmp_path / "prompts.txt").write_text("a circle\na square\n")
+    small = ["--set", "transforms.scale=smooth", "--set", "calibration.steps=2", "--samples", "3", "--device", "cpu"]
+    done = json_of(capsys, [*command, *small])
+    assert done["selection"]["samples"] == 3
+    assert len(done["selection"]["calls"]) == 3
+
+
 def test_tables_for_people(tiny_model, checkpoint, capsys):
     shown = output_of(capsys, ["plan", "-m", tiny_model]).out
     for expected in ("times smaller", "16 block linears", "transformer_blocks.*.attn1.to_q", "w4a6", "w4a16"):
