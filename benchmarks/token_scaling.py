@@ -3,8 +3,8 @@
     python benchmarks/token_scaling.py [--tokens 1024] [--repeats 5]
 
 The same block of CogVideoX at N and at 2N tokens, taken in turn in one process on random inputs; the profiler's self
-times are summed over attention (scaled dot product, forward and backward) and over everything else. The ratio of the second
-must not be above 2; that of attention may be 4. Written to ``benchmarks/results/token-scaling.json``.
+times are summed over attention (scaled dot product, forward and backward) and over everything else. The ratio of the
+second must not be above 2; that of attention may be 4. Written to ``benchmarks/results/token-scaling.json``.
 """
 
 import argparse
