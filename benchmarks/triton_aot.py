@@ -145,7 +145,14 @@ def colsum_variants(arch: int) -> Iterator[Variant]:
         assert tile is not None
         for kind in kinds:
             for kernel in (attention_colsum.log_sum_kernel, attention_colsum.column_sum_kernel):
-                shape = {"QUERIES": 17776, "KEYS": 17776, "HEAD_DIM": head_dim, "MASK": masks[kind][0], "qd": 1, "kd": 1}
+                shape = {
+                    "QUERIES": 17776,
+                    "KEYS": 17776,
+                    "HEAD_DIM": head_dim,
+                    "MASK": masks[kind][0],
+                    "qd": 1,
+                    "kd": 1,
+                }
                 own = {"query_ptr": f"*{short}", "key_ptr": f"*{short}", "mask_ptr": masks[kind][1]}
                 yield Variant(
                     name=f"{kernel.__name__.removesuffix('_kernel')} {short} D={head_dim}{kind}",

@@ -17,6 +17,8 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from s2q.ops.activation_path import transform_input
+
 TEXT_LENGTH = 16
 """`max_text_seq_length` of the tiny transformers, in tokens."""
 
@@ -142,3 +144,16 @@ def run_pipeline(pipe: CogVideoXPipeline, *, prompt: str = "a red circle", seed:
     """Frames (or latents with `output_type="latent"`) of one tiny video, float."""
     arguments = {**TINY_CALL, "output_type": "pt", **call}
     return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **arguments).frames
+
+
+def split_input(layer, x):
+    """What a packed linear quantizes of an input, and what its low-rank branch adds to the output."""
+    quantized, coefficients = transform_input(
+        x,
+        shift=layer.input_shift,
+        scale=layer.transform_scale,
+        left=layer.transform_left,
+        right=layer.transform_right,
+        low_rank_basis=layer.low_rank_basis,
+    )
+    return quantized, None if coefficients is None else coefficients @ layer.low_rank_weight.float().t()

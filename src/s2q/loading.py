@@ -11,6 +11,7 @@ from s2q import checkpoint
 from s2q.core.devices import check_device
 from s2q.models import ModelSource, resolve_model
 from s2q.models.source import parse_dtype
+from s2q.nn import set_backend
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -22,6 +23,7 @@ def load_pipeline(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     verify: bool = True,
+    backend: str = "auto",
 ) -> DiffusionPipeline:
     """Load a pipeline.
 
@@ -30,6 +32,7 @@ def load_pipeline(
         dtype: Compute dtype or its name; None takes the one that the transformer is stored in or was quantized in.
         device: Where to put the pipeline.
         verify: Whether to compare the files of an s2q checkpoint with its manifest first.
+        backend: How its packed linears are computed: "auto", "reference", "cpu" or "triton".
 
     Returns:
         The pipeline, its progress bar switched off.
@@ -43,7 +46,9 @@ def load_pipeline(
     if not _is_ours(source):
         return source.load_pipeline(dtype=dtype, device=device)
     folder = source.complete_folder()
-    return checkpoint.load_pipeline(folder, dtype=parse_dtype(dtype), device=device, verify=verify)
+    pipe = checkpoint.load_pipeline(folder, dtype=parse_dtype(dtype), device=device, verify=verify)
+    set_backend(pipe.transformer, backend)
+    return pipe
 
 
 def check_model(model: str | Path | ModelSource) -> None:

@@ -146,7 +146,7 @@ def test_overwrite_spares_folders_of_something_else(checkpoint, tmp_path, capsys
         (["--prompt", "a", "--guidance-scale", "nan"], "finite"),
         (["--prompt", "a", "--seed", "-1"], "seed"),
         (["--prompt", "a", "--prompt", "a"], "appears twice"),
-        (["--prompt", "a", "--backend", "triton"], "use auto"),
+        (["--prompt", "a", "--backend", "triton"], "use --backend reference, or auto"),
         (["--prompts", "missing.txt"], "no such prompts file"),
         (["--prompts", "empty.txt"], "holds no prompt"),
         (["--prompts", "twice.txt"], "line 2 repeats the prompt of line 1"),
@@ -154,6 +154,7 @@ def test_overwrite_spares_folders_of_something_else(checkpoint, tmp_path, capsys
 )
 def test_bad_input_to_generate(checkpoint, tmp_path, monkeypatch, capsys, arguments, expected):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "twice.txt").write_text("a\na\n")
     captured = output_of(capsys, ["generate", "-m", checkpoint, "-o", "out", "--device", "cpu", *arguments], 3)

@@ -9,6 +9,7 @@ from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear
 from s2q.ops.quantize_per_token import quantize_per_token
 from s2q.rounding import round_rtn
 from s2q.transforms import Compose, KroneckerTransform, SmoothScale, hadamard
+from tiny import split_input
 
 ACTIVATION = QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True)
 
@@ -199,6 +200,6 @@ def test_a_low_rank_branch_takes_directions_out_of_what_is_quantized(layer_schem
     assert (student(x) - exact).square().mean() < 0.2 * (without(x) - exact).square().mean()
     rows = torch.eye(24)
     weight = packed.effective_weight(torch.float32)
-    quantized, branch = packed._split(rows)
+    quantized, branch = split_input(packed, rows)
     expected = torch.nn.functional.linear(quantized, packed.dequantized_weight(torch.float32)) + branch
     torch.testing.assert_close(weight.t(), expected, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from s2q.planning import plan
 from s2q.quantization import quantize
 from s2q.quantization import run as run_module
 from s2q.recipes import load_recipe
-from tiny import run_transformer, tiny_cogvideox_pipeline
+from tiny import run_transformer, split_input, tiny_cogvideox_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PROMPTS = ["a red circle", "a blue square"]
@@ -67,7 +67,7 @@ def test_casting_keeps_transforms_in_fp32_and_dequantizing_keeps_the_function(ru
     transformer = load_pipeline(run[0]).transformer
     layer = transformer.transformer_blocks[0].attn1.to_q
     x = torch.randn(5, 64)
-    expected = torch.nn.functional.linear(layer._split(x)[0], layer.dequantized_weight(torch.float32), layer.bias)
+    expected = torch.nn.functional.linear(split_input(layer, x)[0], layer.dequantized_weight(torch.float32), layer.bias)
     actual = torch.nn.functional.linear(x, layer.effective_weight(torch.float32), layer.bias)
     assert torch.allclose(expected, actual, atol=1e-5)
     layer.to(torch.bfloat16)
@@ -228,7 +228,7 @@ def test_a_shift_helps_where_inputs_are_off_centre_and_dequantizing_undoes_it(ru
     layer = transformer.transformer_blocks[0].ff.net[2]
     assert layer.input_shift.shape == (256,)
     x = torch.randn(5, 256)
-    expected = torch.nn.functional.linear(layer._split(x)[0], layer.dequantized_weight(torch.float32), layer.bias)
+    expected = torch.nn.functional.linear(split_input(layer, x)[0], layer.dequantized_weight(torch.float32), layer.bias)
     plain = transformer.dequantize().transformer_blocks[0].ff.net[2]
     assert torch.allclose(plain(x), expected, atol=1e-5)
 
@@ -246,7 +246,7 @@ def test_a_low_rank_branch_takes_most_of_the_error_and_everything_about_it_is_st
     assert (layer.low_rank_basis.dtype, layer.low_rank_weight.dtype) == (torch.bfloat16, torch.bfloat16)
     assert torch.equal(block.attn1.to_q.low_rank_basis, block.attn1.to_k.low_rank_basis)
     x = torch.randn(5, layer.in_features)
-    quantized, branch = layer._split(x)
+    quantized, branch = split_input(layer, x)
     expected = torch.nn.functional.linear(quantized, layer.dequantized_weight(torch.float32), layer.bias) + branch
     plain = transformer.dequantize().transformer_blocks[0].ff.net[2]
     torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from s2q.checkpoint.config import S2QConfig
 from s2q.core.errors import InvalidInputError
 from s2q.core.layout import TENSOR_DTYPES
-from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module
+from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module, share_inputs
 
 _SCALE = "weight_scale"
 _CLIP = "activation_clip"
@@ -152,6 +152,7 @@ class S2QQuantizer(DiffusersQuantizer):
             if left:
                 first = ", ".join(left[:3])
                 raise InvalidInputError(f"checkpoint lacks {len(left)} tensors, {first} among them; {_REMEDY}")
+        share_inputs(model)
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -195,6 +196,7 @@ def attach_config(transformer: nn.Module, config: S2QConfig) -> None:
     for layer in config.layers:
         if not isinstance(transformer.get_submodule(layer), PackedLinear):
             raise InvalidInputError(f"{layer} is in quantization_config but not packed")
+    share_inputs(transformer)
     transformer.register_to_config(quantization_config=config)
     transformer.is_quantized = True
     transformer.quantization_method = config.quant_method

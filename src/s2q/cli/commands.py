@@ -77,9 +77,9 @@ def generate(
         raise UsageError("generate: pass either --prompt or --prompts FILE")
     if out.suffix in (".mp4", ".png", ".gif"):
         raise UsageError(f"generate: -o names a folder, got {out}; leave {out.suffix} out")
-    _check_backend(options["backend"])
     check_output(out, overwrite=options["overwrite"], markers=(GENERATION_RECORD,))
     device = resolve_device(options["device"])
+    _check_backend(options["backend"], device)
     from s2q.evaluation import read_prompts
     from s2q.evaluation.generate import generate as run
     from s2q.evaluation.prompts import check_distinct
@@ -90,7 +90,7 @@ def generate(
     texts = read_prompts(prompts) if prompts is not None else list(prompt)
     check_distinct(texts)
     recommended = generation_defaults(model)
-    pipe = load_pipeline(model, dtype=options["dtype"], device=device)
+    pipe = load_pipeline(model, dtype=options["dtype"], device=device, backend=options["backend"])
     asked = recommended | {name: value for name, value in settings.items() if value is not None}
     with console.progress() as report:
         videos = run(pipe, texts, seeds=(options["seed"],), settings=asked, progress=report)
@@ -232,6 +232,12 @@ def slug(prompt: str) -> str:
     return words[:_SLUG_LENGTH].rstrip("-") or "video"
 
 
-def _check_backend(name: str) -> None:
-    if name not in ("auto", "reference"):
-        raise InvalidInputError(f"--backend {name}: this version computes with the reference backend; use auto")
+def _check_backend(name: str, device: str) -> None:
+    """Refuse a backend that cannot run on the device, before anything is loaded."""
+    import torch
+
+    from s2q.ops.dispatch import backend_obstacle
+
+    obstacle = backend_obstacle(name, torch.empty(0, device=device))
+    if obstacle is not None:
+        raise InvalidInputError(f"--backend {name}: {obstacle}; use --backend reference, or auto")

@@ -25,9 +25,10 @@ from s2q.core.layout import PREFIX, TENSOR_DTYPES, InputLayout
 from s2q.core.packing import pack_codes, packed_width, unpack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
-from s2q.ops.int_matmul import int_matmul
+from s2q.nn.shared_input import SharedInput
+from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.kronecker import scaled_kronecker
-from s2q.ops.quantize_per_token import quantize_per_token
+from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
 
 PACKED_DTYPES = {
     "weight": torch.uint8,
@@ -36,7 +37,6 @@ PACKED_DTYPES = {
 }
 """Dtype of every tensor of a packed linear but its bias; they keep it through `.to(dtype)` and the like."""
 
-_CHUNK_ROWS = 1024  # bounds the int32 and fp32 intermediates of a long video
 _READS_BASE_WEIGHT = frozenset({"merge", "unmerge", "get_base_weight", "set_base_weight", "dequantize_module_weight"})
 
 
@@ -55,6 +55,8 @@ class PackedLinear(nn.Linear):
         layout: Which of the further tensors there are: fp32 `input_shift` [I], `transform_scale` [I],
             `transform_left` [n1, n1], `transform_right` [n2, n2], `activation_clip` [1], and bf16 `low_rank_basis`
             [I, r], `low_rank_weight` [O, r]; None where not.
+        backend: How integers are computed: "auto", or a backend of the ops ("reference", "cpu", "triton").
+        shared_input: Where linears that read the same input keep its codes, see `share_inputs`; None for one alone.
 
     Args:
         in_features: I.
@@ -93,6 +95,8 @@ class PackedLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
+        self.backend = "auto"
+        self.shared_input: SharedInput[tuple[Tensor, Tensor, Tensor | None]] | None = None
         width = packed_width(scheme.weight.num_bits, in_features)
         groups = num_groups(scheme.weight, in_features)
         scale_shape = (out_features, groups) if isinstance(scheme.weight.granularity, PerGroup) else (out_features,)
@@ -228,50 +232,66 @@ class PackedLinear(nn.Linear):
             [..., O] in the dtype of the input.
         """
         if self.scheme.activation is None:
-            bias = None if self.bias is None else self.bias.to(input.dtype)
-            transformed, branch = self._split(input)
-            output = F.linear(transformed.to(input.dtype), self.dequantized_weight(input.dtype), bias)
-            return output if branch is None else output + branch.to(input.dtype)
-        rows_MI = input.reshape(-1, self.in_features)
-        codes_OI = self.codes()
-        chunks = [self._integer_linear(rows, codes_OI) for rows in torch.split(rows_MI, _CHUNK_ROWS)]
-        output_MO = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+            return self._weight_only(input)
+        output_MO = self._integer_linear(input)
         return output_MO.reshape(*input.shape[:-1], self.out_features)
 
-    def _integer_linear(self, rows_MI: Tensor, codes_OI: Tensor) -> Tensor:
-        activation = self.scheme.activation
+    def _integer_linear(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
+        activation, packed = self.scheme.activation, self._parameters["weight"]
         assert activation is not None
-        x_bits, w_bits = activation.num_bits, self.scheme.weight.num_bits
-        transformed, branch = self._split(rows_MI)
-        x_codes, x_scale = quantize_per_token(transformed, num_bits=x_bits, clip_ratio=self.activation_clip)
-        scale = self.weight_scale
-        if scale.ndim == 1:
-            total = int_matmul(x_codes, codes_OI, x_bits=x_bits, w_bits=w_bits).float().mul_(scale)
+        assert packed is not None
+        if self.shared_input is None:
+            split = self._quantized(input)
         else:
-            size = self.in_features // scale.shape[1]
-            parts = zip(torch.split(x_codes, size, 1), torch.split(codes_OI, size, 1), scale.unbind(1), strict=True)
-            total = torch.zeros(len(rows_MI), self.out_features, dtype=torch.float32, device=rows_MI.device)
-            for x_part, w_part, part_scale in parts:
-                total.addcmul_(int_matmul(x_part, w_part, x_bits=x_bits, w_bits=w_bits).float(), part_scale)
-        total.mul_(x_scale)
-        if self.bias is not None:
-            total.add_(self.bias)
-        if branch is not None:
-            total.add_(branch)
-        return total.to(rows_MI.dtype)
+            split = self.shared_input.get(input, lambda: self._quantized(input))
+        codes_MI, scale_M1, coefficients = split
+        return rescaled_int_matmul(
+            codes_MI,
+            scale_M1,
+            packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8),
+            self.weight_scale,
+            bias=self.bias,
+            addend=self._branch(coefficients),
+            x_bits=activation.num_bits,
+            w_bits=self.scheme.weight.num_bits,
+            out_dtype=input.dtype,
+            backend=self.backend,
+        )
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Part an input into what is quantized and what the low-rank branch, if there is one, makes of the rest."""
-        if self.input_shift is not None:
-            x = x.float() - self.input_shift
-        scale, left, right = self.transform_scale, self.transform_left, self.transform_right
-        if self.low_rank_basis is None or self.low_rank_weight is None:
-            return scaled_kronecker(x, scale=scale, left=left, right=right), None
-        basis = self.low_rank_basis.float()
-        scaled = scaled_kronecker(x.float(), scale=scale)
-        coefficients = scaled @ basis
-        rest = scaled_kronecker(scaled - coefficients @ basis.t(), left=left, right=right)
-        return rest, F.linear(coefficients, self.low_rank_weight.float())
+    def _quantized(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: A002
+        """Codes int8 [M, I], scale fp32 [M, 1] and coefficients of the low-rank branch fp32 [M, r] of an input."""
+        assert self.scheme.activation is not None
+        return activation_path(
+            input.reshape(-1, self.in_features),
+            num_bits=self.scheme.activation.num_bits,
+            shift=self.input_shift,
+            scale=self.transform_scale,
+            left=self.transform_left,
+            right=self.transform_right,
+            low_rank_basis=self.low_rank_basis,
+            clip_ratio=self.activation_clip,
+            backend=self.backend,
+        )
+
+    def _branch(self, coefficients: Tensor | None) -> Tensor | None:
+        """What the low-rank branch adds to the output, fp32 [..., O]."""
+        if coefficients is None or self.low_rank_weight is None:
+            return None
+        return F.linear(coefficients, self.low_rank_weight.float())
+
+    def _weight_only(self, input: Tensor) -> Tensor:  # noqa: A002
+        transformed, coefficients = transform_input(
+            input,
+            shift=self.input_shift,
+            scale=self.transform_scale,
+            left=self.transform_left,
+            right=self.transform_right,
+            low_rank_basis=self.low_rank_basis,
+        )
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        output = F.linear(transformed.to(input.dtype), self.dequantized_weight(input.dtype), bias)
+        branch = self._branch(coefficients)
+        return output if branch is None else output + branch.to(input.dtype)
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""

@@ -1,4 +1,4 @@
-"""Which backend of an op runs: "reference" everywhere, "triton" on NVIDIA GPUs from compute capability 8.0.
+"""Which backend of an op runs: "reference" anywhere, "cpu" there, "triton" on NVIDIA GPUs from capability 8.0.
 
 Nothing here imports triton; a backend's module does, and is imported at the first call that runs it. With
 TRITON_INTERPRET=1, set before triton is imported, Triton runs kernels on the CPU (slow, for tests): the backend
@@ -57,22 +57,30 @@ def triton_obstacle(x: Tensor) -> str | None:
     return None
 
 
+def backend_obstacle(backend: str, x: Tensor) -> str | None:
+    """Say in a few words why a backend cannot take a tensor; None if it can.
+
+    Args:
+        backend: "auto", "reference", "cpu" or "triton".
+        x: Main input of an op; an empty one on the device will do.
+    """
+    if backend == "cpu" and x.device.type != "cpu":
+        return f"got a tensor on {x.device}; expected one on the CPU"
+    return triton_obstacle(x) if backend == "triton" else None
+
+
 def triton_backend(package: str, name: str) -> Callable[..., Any]:
-    """Make the backend "triton" of an op: checks whether it can run, then imports and calls it.
+    """Make the backend "triton" of an op, whose module is imported at the first call; see `choose_backend`.
 
     Args:
         package: Of the op, "s2q.ops.<op>".
         name: Of the function in the package's module `triton`; its first argument is the op's main input.
 
     Returns:
-        A function of the same signature. It raises `InvalidInputError` if triton is not installed or cannot serve the
-        device or dtype.
+        A function of the same signature.
     """
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        obstacle = triton_obstacle(x)
-        if obstacle is not None:
-            raise InvalidInputError(f"{name}: backend 'triton' cannot run: {obstacle}; {_REMEDY}")
         return getattr(importlib.import_module(f"{package}.triton"), name)(x, *args, **kwargs)
 
     return run
@@ -82,18 +90,25 @@ def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[...,
     """Pick the function that runs an op.
 
     Args:
-        backend: "auto", or a name in `backends`. "auto" is "triton" if x is on a GPU that it can serve, and
-            "reference" otherwise.
+        backend: "auto", or a name in `backends`. "auto" is "triton" if x is on a GPU that it can serve,
+            "cpu" on the CPU where the op has it, and "reference" otherwise.
         x: Main input of the op.
         backends: The op's functions by name.
 
     Raises:
-        InvalidInputError: If there is no such backend.
+        InvalidInputError: If there is no such backend, or it cannot take x.
     """
     if backend == "auto":
-        backend = "triton" if x.is_cuda and triton_obstacle(x) is None else "reference"
+        backend = "reference"
+        if x.is_cuda and triton_obstacle(x) is None:
+            backend = "triton"
+        elif x.device.type == "cpu" and "cpu" in backends:
+            backend = "cpu"
     if backend not in backends:
         raise unknown_name("backend", backend, ("auto", *backends))
+    obstacle = backend_obstacle(backend, x)
+    if obstacle is not None:
+        raise InvalidInputError(f"backend {backend!r} cannot run: {obstacle}; {_REMEDY}")
     return backends[backend]
 
 

@@ -3,18 +3,22 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from s2q.core.qparams import ClipRatio
-from s2q.ops.activation_path import reference
+from s2q.ops.activation_path import cpu, reference
 from s2q.ops.dispatch import choose_backend, triton_backend
 
 BACKENDS: dict[str, Callable[..., Any]] = {
     "reference": reference.activation_path,
+    "cpu": cpu.activation_path,
     "triton": triton_backend("s2q.ops.activation_path", "activation_path"),
 }
 
-__all__ = ["BACKENDS", "activation_path"]
+transform_input = reference.transform_input
+
+__all__ = ["BACKENDS", "activation_path", "transform_input"]
 
 
 def activation_path(
@@ -40,7 +44,7 @@ def activation_path(
         right: fp32 [n2, n2] or None.
         low_rank_basis: [I, r] or None.
         clip_ratio: A float, a tensor that broadcasts to [M, 1], or None.
-        backend: "reference", "triton", or "auto": Triton where it can run on a GPU.
+        backend: "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU.
 
     Returns:
         codes int8 [M, I], token scale fp32 [M, 1], coefficients fp32 [M, r] or None.
@@ -48,8 +52,25 @@ def activation_path(
     Raises:
         InvalidInputError: If there is no such backend, or it cannot run here.
     """
-    run = choose_backend(backend, x, BACKENDS)
-    codes, token_scale, coefficients = run(
+    if not torch.compiler.is_compiling():
+        return _run(x, num_bits, shift, scale, left, right, low_rank_basis, clip_ratio, backend)
+    ratio = torch.tensor(clip_ratio) if isinstance(clip_ratio, float) else clip_ratio
+    codes, token_scale, coefficients = _traced(x, num_bits, shift, scale, left, right, low_rank_basis, ratio, backend)
+    return codes, token_scale, None if low_rank_basis is None else coefficients
+
+
+def _run(
+    x: Tensor,
+    num_bits: int,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    low_rank_basis: Tensor | None,
+    clip_ratio: ClipRatio,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    codes, token_scale, coefficients = choose_backend(backend, x, BACKENDS)(
         x,
         num_bits=num_bits,
         shift=shift,
@@ -60,3 +81,37 @@ def activation_path(
         clip_ratio=clip_ratio,
     )
     return codes, token_scale, coefficients
+
+
+@torch.library.custom_op("s2q::activation_path", mutates_args=())
+def _traced(
+    x: Tensor,
+    num_bits: int,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    low_rank_basis: Tensor | None,
+    clip_ratio: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for torch.compile, which does not look inside; without a basis the coefficients are [M, 0]."""
+    codes, token_scale, coefficients = _run(x, num_bits, shift, scale, left, right, low_rank_basis, clip_ratio, backend)
+    return codes, token_scale, token_scale.new_empty(len(x), 0) if coefficients is None else coefficients
+
+
+@_traced.register_fake
+def _shapes(
+    x: Tensor,
+    num_bits: int,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    low_rank_basis: Tensor | None,
+    clip_ratio: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rank = 0 if low_rank_basis is None else low_rank_basis.shape[1]
+    codes, token_scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    return codes, token_scale, x.new_empty(x.shape[0], rank, dtype=torch.float32)

@@ -43,25 +43,55 @@ def activation_path(
         token_scale: fp32 [M, 1]; an all-zero token has scale 1 and codes 0, a token with a NaN has scale NaN.
         coefficients: c, fp32 [M, r]; None without a basis.
     """
-    if shift is not None:
-        x = x.float() - shift
-    transformed, coefficients = split_low_rank(x, scale=scale, basis=low_rank_basis)
-    transformed = scaled_kronecker(transformed, scale=None if coefficients is not None else scale, left=left, right=right)
+    transformed, coefficients = transform_input(
+        x, shift=shift, scale=scale, left=left, right=right, low_rank_basis=low_rank_basis
+    )
     codes, token_scale = quantize_per_token(transformed, num_bits=num_bits, clip_ratio=clip_ratio)
     return codes, token_scale, coefficients
+
+
+def transform_input(
+    x: Tensor,
+    *,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    low_rank_basis: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Carry out all of the path but the quantization.
+
+    Args:
+        x: [..., I], floating; the other arguments are those of `activation_path`.
+        shift: [I] or None.
+        scale: [I] or None.
+        left: [n1, n1] or None.
+        right: [n2, n2] or None.
+        low_rank_basis: [I, r] or None.
+
+    Returns:
+        y: [..., I]; the dtype of x where nothing is done to it, otherwise fp32.
+        coefficients: c, fp32 [..., r]; None without a basis.
+    """
+    if shift is not None:
+        x = x.float() - shift
+    if low_rank_basis is None:
+        return scaled_kronecker(x, scale=scale, left=left, right=right), None
+    rest, coefficients = split_low_rank(x, scale=scale, basis=low_rank_basis)
+    return scaled_kronecker(rest, left=left, right=right), coefficients
 
 
 def split_low_rank(x: Tensor, *, scale: Tensor | None, basis: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Scale x and take out what a few directions hold; without a basis, leave x as it is, unscaled.
 
     Args:
-        x: [M, I], floating.
+        x: [..., I], floating.
         scale: [I] or None.
         basis: V, [I, r], or None.
 
     Returns:
-        rest: [M, I]; fp32 with a basis.
-        coefficients: fp32 [M, r], or None without a basis.
+        rest: [..., I]; fp32 with a basis.
+        coefficients: fp32 [..., r], or None without a basis.
     """
     if basis is None:
         return x, None

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from s2q.ops.dispatch import choose_backend, triton_backend
-from s2q.ops.rescaled_int_matmul import reference
+from s2q.ops.rescaled_int_matmul import cpu, reference
 
 BACKENDS: dict[str, Callable[..., Any]] = {
     "reference": reference.rescaled_int_matmul,
+    "cpu": cpu.rescaled_int_matmul,
     "triton": triton_backend("s2q.ops.rescaled_int_matmul", "rescaled_int_matmul"),
 }
 
@@ -36,13 +37,13 @@ def rescaled_int_matmul(
         x_codes: int8 [M, K].
         x_scale: fp32 [M, 1].
         w_codes: int8 [O, K], or uint8 as packed by `core.packing`.
-        w_scale: fp32 [O].
+        w_scale: fp32 [O], or [O, G], which only the reference multiplies.
         bias: [O], floating, or None.
         addend: fp32 [M, O], or None.
         x_bits: Width of the codes of x, at most 8.
         w_bits: Width of the codes of w, at most 8; decides how uint8 codes are packed.
         out_dtype: Floating, of the result.
-        backend: "reference", "triton", or "auto": Triton where it can run on a GPU.
+        backend: "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU.
 
     Returns:
         [M, O] in out_dtype.
@@ -50,6 +51,24 @@ def rescaled_int_matmul(
     Raises:
         InvalidInputError: If there is no such backend, or it cannot run here.
     """
+    run = _traced if torch.compiler.is_compiling() else _run
+    return run(x_codes, x_scale, w_codes, w_scale, bias, addend, x_bits, w_bits, out_dtype, backend)
+
+
+def _run(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    x_bits: int,
+    w_bits: int,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    if w_scale.ndim != 1 and backend == "auto":
+        backend = "reference"
     product: Tensor = choose_backend(backend, x_codes, BACKENDS)(
         x_codes,
         x_scale,
@@ -62,3 +81,23 @@ def rescaled_int_matmul(
         out_dtype=out_dtype,
     )
     return product
+
+
+_traced = torch.library.custom_op("s2q::rescaled_int_matmul", _run, mutates_args=())
+"""The same for torch.compile, which does not look inside."""
+
+
+@_traced.register_fake
+def _shape(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    x_bits: int,
+    w_bits: int,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return x_scale.new_empty(x_codes.shape[0], w_codes.shape[0], dtype=out_dtype)

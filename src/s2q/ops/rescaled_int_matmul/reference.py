@@ -4,7 +4,7 @@
 
 Example: codes_x = [[2, 3]], Δ_x = [[0.5]], codes_w = [[4, -1]], Δ_w = [0.25], b = [1]: the sum is 5, y = [[1.625]].
 
-Shapes: `M` tokens, `K` in features, `O` out features, `P` packed bytes of a row (`core.packing`).
+Shapes: `M` tokens, `K` in features, `O` out features, `G` groups, `P` packed bytes of a row (`core.packing`).
 """
 
 import torch
@@ -32,7 +32,7 @@ def rescaled_int_matmul(
         x_codes: int8 [M, K], within x_bits.
         x_scale: fp32 [M, 1], one per token.
         w_codes: int8 [O, K], within w_bits; or uint8 [O, P], the same packed.
-        w_scale: fp32 [O], one per output channel.
+        w_scale: fp32 [O], one per output channel, or [O, G], one per group of in features.
         bias: [O], floating, added in fp32.
         addend: fp32 [M, O], added last: what a branch beside the integers contributes.
         x_bits: Width of the codes of x, at most 8; a promise that backends may use to be faster.
@@ -47,10 +47,23 @@ def rescaled_int_matmul(
     """
     if w_codes.dtype == torch.uint8:
         w_codes = unpack_codes(w_codes, num_bits=w_bits, in_features=x_codes.shape[1])
-    sums = int_matmul(x_codes, w_codes, x_bits=x_bits, w_bits=w_bits)
-    total = sums.float().mul_(w_scale).mul_(x_scale)
+    if w_scale.ndim == 1:
+        total = int_matmul(x_codes, w_codes, x_bits=x_bits, w_bits=w_bits).float().mul_(w_scale)
+    else:
+        total = _grouped(x_codes, w_codes, w_scale, x_bits=x_bits, w_bits=w_bits)
+    total.mul_(x_scale)
     if bias is not None:
         total.add_(bias)
     if addend is not None:
         total.add_(addend)
     return total.to(out_dtype)
+
+
+def _grouped(x_codes: Tensor, w_codes: Tensor, w_scale: Tensor, *, x_bits: int, w_bits: int) -> Tensor:
+    """The sums of each group of in features times its scales, added up in fp32, [M, O]."""
+    size = x_codes.shape[1] // w_scale.shape[1]
+    parts = zip(torch.split(x_codes, size, 1), torch.split(w_codes, size, 1), w_scale.unbind(1), strict=True)
+    total = torch.zeros(len(x_codes), len(w_codes), dtype=torch.float32, device=x_codes.device)
+    for x_part, w_part, part_scale in parts:
+        total.addcmul_(int_matmul(x_part, w_part, x_bits=x_bits, w_bits=w_bits).float(), part_scale)
+    return total

@@ -1,0 +1,37 @@
+"""The activation path on the CPU: the reference, in chunks of rows that stay in the caches.
+
+Shapes: `M` tokens, `I` features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2q.ops.activation_path import reference
+
+ROWS = 512
+"""Rows of a chunk: its fp32 intermediates are a few MiB."""
+
+
+def activation_path(x: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Transform and quantize the input of a linear; see `reference.activation_path`.
+
+    Args:
+        x: [M, I], floating.
+        **settings: Those of the reference; a clip ratio for each token is not taken, one for all is.
+
+    Returns:
+        codes int8 [M, I], token scale fp32 [M, 1], coefficients fp32 [M, r] or None.
+    """
+    if len(x) <= ROWS:
+        return reference.activation_path(x, **settings)
+    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
+    basis = settings.get("low_rank_basis")
+    coefficients = None if basis is None else torch.empty(len(x), basis.shape[1])
+    for start in range(0, len(x), ROWS):
+        part = slice(start, start + ROWS)
+        codes[part], scale[part], own = reference.activation_path(x[part], **settings)
+        if coefficients is not None:
+            coefficients[part] = own
+    return codes, scale, coefficients

@@ -1,0 +1,82 @@
+"""Backends and shared inputs of the packed linears of a whole model."""
+
+import copy
+
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.nn import PackedLinear, packed, set_backend, share_inputs
+from s2q.quantization import quantize
+from tiny import run_transformer, tiny_cogvideox_pipeline
+
+CALIBRATED = ["calibration.steps=1", "calibration.samples=1", "transforms.shift=mean", "transforms.low_rank=2"]
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory):
+    """A tiny transformer with everything that can stand before a linear."""
+    from s2q.checkpoint import load_pipeline
+
+    out = tmp_path_factory.mktemp("runtime") / "out"
+    overrides = [*CALIBRATED, "transforms.scale=smooth", "transforms.rotation=kronecker", "clip.constant=0.9"]
+    quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a6", out=out, prompts=["a"], overrides=overrides)
+    return load_pipeline(out).transformer
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often an input was quantized."""
+    calls = []
+    original = packed.activation_path
+    monkeypatch.setattr(packed, "activation_path", lambda x, **rest: calls.append(len(x)) or original(x, **rest))
+    return calls
+
+
+def test_queries_keys_and_values_share_one_quantized_input(transformer, counted):
+    blocks = len(transformer.transformer_blocks)
+    assert share_inputs(transformer) == 3 * blocks
+    shared = run_transformer(transformer)
+    assert len(counted) == 4 * blocks  # qkv, to_out, and the two of the feed-forward
+    for module in transformer.modules():
+        if isinstance(module, PackedLinear):
+            module.shared_input = None
+    assert torch.equal(run_transformer(transformer), shared)
+    assert len(counted) == (4 + 6) * blocks
+    share_inputs(transformer)
+
+
+def test_linears_with_other_transforms_do_not_share(transformer):
+    attention = transformer.transformer_blocks[0].attn1
+    kept = attention.to_k.transform_scale.data.clone()
+    attention.to_k.transform_scale.data[0] *= 2
+    assert share_inputs(transformer) == 3 * len(transformer.transformer_blocks) - 1
+    assert attention.to_k.shared_input is None
+    assert attention.to_q.shared_input is attention.to_v.shared_input
+    attention.to_k.transform_scale.data.copy_(kept)
+    share_inputs(transformer)
+
+
+def test_every_backend_gives_the_same_output(transformer):
+    outputs = {}
+    for backend in ("auto", "reference", "cpu"):
+        set_backend(transformer, backend)
+        outputs[backend] = run_transformer(transformer)
+    set_backend(transformer, "auto")
+    exact = outputs.pop("reference")
+    for output in outputs.values():
+        assert float((output - exact).norm() / exact.norm()) < 1e-3
+
+
+def test_an_unknown_backend_is_refused(transformer):
+    with pytest.raises(InvalidInputError, match="unknown backend 'cup': nearest names are cpu"):
+        set_backend(transformer, "cup")
+
+
+def test_a_block_compiles_into_one_graph(transformer):
+    expected = run_transformer(transformer)
+    compiled = copy.deepcopy(transformer)
+    for block in compiled.transformer_blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run_transformer(compiled), expected, rtol=1e-4, atol=1e-4)

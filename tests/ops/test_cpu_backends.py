@@ -1,0 +1,96 @@
+"""The CPU backends of a linear's ops: the reference bit for bit, whatever the number of rows."""
+
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.packing import pack_codes
+from s2q.ops.activation_path import BACKENDS as PATHS
+from s2q.ops.activation_path import activation_path
+from s2q.ops.int_matmul import cpu as int_cpu
+from s2q.ops.rescaled_int_matmul import BACKENDS as PRODUCTS
+from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def codes(rows, columns, bits, *, seed=0):
+    limit = 1 << (bits - 1)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-limit, limit, (rows, columns), dtype=torch.int8, generator=generator)
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("rows", [1, 37, 512, 1101])
+@pytest.mark.parametrize(("x_bits", "w_bits"), [(6, 4), (8, 8), (4, 3), (5, 5)])
+def test_products_are_those_of_the_reference(monkeypatch, vnni, rows, x_bits, w_bits):
+    if vnni and not int_cpu.IS_AVAILABLE:
+        pytest.skip("the processor has no VNNI instructions")
+    monkeypatch.setattr(int_cpu, "IS_AVAILABLE", vnni)
+    x, w = codes(rows, 51, x_bits), codes(29, 51, w_bits, seed=1)
+    x[0], w[0] = -(1 << (x_bits - 1)), -(1 << (w_bits - 1))  # the extremes, and their largest product
+    arguments = x, draw(rows, 1).abs(), w, draw(29, seed=2).abs()
+    rest = {"bias": draw(29, seed=3), "addend": draw(rows, 29, seed=4), "x_bits": x_bits, "w_bits": w_bits}
+    for dtype in (torch.float32, torch.bfloat16):
+        for own in (rest, {"x_bits": x_bits, "w_bits": w_bits}):
+            exact = PRODUCTS["reference"](*arguments, **own, out_dtype=dtype)
+            assert torch.equal(PRODUCTS["cpu"](*arguments, **own, out_dtype=dtype), exact)
+    wide = (x.double() @ w.double().t()) * arguments[1].double() * arguments[3].double()
+    plain = PRODUCTS["cpu"](*arguments, x_bits=x_bits, w_bits=w_bits, out_dtype=torch.float32)
+    torch.testing.assert_close(plain.double(), wide, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_packed_and_strided_codes(bits):
+    w = codes(10, 21, bits)
+    x = codes(30, 42, 6)[:, ::2]
+    scales = draw(30, 1).abs(), draw(10).abs()
+    expected = rescaled_int_matmul(x.contiguous(), scales[0], w, scales[1], out_dtype=torch.float32)
+    packed = pack_codes(w, num_bits=bits)
+    found = rescaled_int_matmul(x, scales[0], packed, scales[1], w_bits=bits, out_dtype=torch.float32, backend="cpu")
+    assert torch.equal(found, expected)
+
+
+def test_grouped_scales_on_every_backend():
+    x, w, scale = codes(6, 24, 6), codes(5, 24, 4), draw(5, 3).abs()
+    expected = sum(
+        (x[:, part].double() @ w[:, part].double().t()) * scale[:, group].double()
+        for group, part in enumerate(slice(8 * index, 8 * index + 8) for index in range(3))
+    )
+    for backend in ("auto", "reference", "cpu"):
+        found = rescaled_int_matmul(x, torch.ones(6, 1), w, scale, out_dtype=torch.float32, backend=backend)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 512, 1101])
+@pytest.mark.parametrize(
+    "parts", [(), ("shift", "scale"), ("left", "right"), ("shift", "scale", "left", "right", "basis")]
+)
+def test_the_activation_path_is_that_of_the_reference(rows, parts):
+    everything = {
+        "shift": ("shift", draw(24, seed=1)),
+        "scale": ("scale", draw(24, seed=2).abs() + 0.1),
+        "left": ("left", draw(4, 4, seed=3)),
+        "right": ("right", draw(6, 6, seed=4)),
+        "basis": ("low_rank_basis", torch.linalg.qr(draw(24, 3, seed=5))[0].bfloat16()),
+    }
+    settings = {"num_bits": 6, "clip_ratio": torch.tensor([0.9])} | dict(everything[part] for part in parts)
+    x = draw(rows, 24, seed=6)
+    x[rows // 2] = 0
+    exact, found = PATHS["reference"](x, **settings), PATHS["cpu"](x, **settings)
+    ties = (found[0] != exact[0]).float().mean()  # fp32 sums of other lengths may round another way
+    assert ties <= 1e-3
+    torch.testing.assert_close(found[1], exact[1], rtol=1e-5, atol=0)
+    assert (found[2] is None) == ("basis" not in parts)
+    if found[2] is not None:
+        torch.testing.assert_close(found[2], exact[2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_backend_that_cannot_run_names_the_reference():
+    x = torch.empty(2, 8, device="meta")
+    with pytest.raises(InvalidInputError, match=r"backend 'cpu' cannot run: got a tensor on meta.*backend='reference'"):
+        activation_path(x, num_bits=6, backend="cpu")
+    with pytest.raises(InvalidInputError, match="unknown backend 'gpu'"):
+        activation_path(x, num_bits=6, backend="gpu")
