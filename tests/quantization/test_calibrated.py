@@ -140,7 +140,7 @@ def test_a_block_does_not_depend_on_the_others(run, tmp_path):
         ["transforms.shift=mean", "transforms.rotation=hadamard", "rounding.method=gptq", "activations=null"],
         ["transforms.scale=smooth"],
         ["transforms.low_rank=1"],
-        ["transforms.low_rank=9", "transforms.shift=mean", "transforms.rotation=hadamard", "activations=null"],
+        ["transforms.low_rank=99", "transforms.shift=mean", "transforms.rotation=hadamard", "activations=null"],
         ["transforms.rotation=hadamard", "rounding.method=gptq"],
         ["transforms.rotation=hadamard", "clip.constant=0.9"],
         ["clip.weights=true", "clip.activations=true", "distillation.epochs=1"],
