@@ -5,13 +5,15 @@ from dataclasses import dataclass
 MAX_ORDER = 128
 """Of a factor inside the kernel; with larger ones the rotation runs outside of it."""
 
-MAX_GRID = 128 * 128
-"""Elements of a token's padded [n1, n2] grid, which has to fit into registers."""
+MAX_GRID = {"bf16": 128 * 128, "tf32x3": 64 * 64}
+"""Elements of a token's padded [n1, n2] grid, which has to fit into registers, by the precision of the products."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RotationTile:
     """A token's grid with both sides padded to powers of two, and how it is worked on.
+
+    Programs have one stage: with more, the compiler keeps the x of several tokens in shared memory.
 
     Attributes:
         rows: n1 padded, at least 16.
@@ -32,16 +34,12 @@ def rotation_tile(n1: int, n2: int, *, precision: str) -> RotationTile | None:
     Args:
         n1: Rows of the grid.
         n2: Columns.
-        precision: Of the products, see `triton_math.matrix_product`; fp32 needs more registers.
+        precision: Of the products, a key of `MAX_GRID`.
     """
     rows, columns = padded(n1), padded(n2)
-    elements = rows * columns
-    if elements > MAX_GRID:
+    if rows * columns > MAX_GRID[precision]:
         return None
-    num_warps = 4 if elements <= 64 * 64 else 8
-    if precision != "bf16" and elements > 64 * 64:
-        num_warps = 16
-    return RotationTile(rows=rows, columns=columns, tokens=8, num_warps=num_warps)
+    return RotationTile(rows=rows, columns=columns, tokens=8, num_warps=4 if rows * columns <= 64 * 64 else 8)
 
 
 def row_block(features: int) -> tuple[int, int]:

@@ -51,7 +51,7 @@ TILES: dict[tuple[int, int], tuple[tuple[int, MatmulTile], ...]] = {
     (9, 0): (
         (16, _FEW),
         (255, _SOME),
-        (1 << 31, MatmulTile(rows=128, columns=256, depth=128, num_warps=8, num_stages=3)),
+        (1 << 31, MatmulTile(rows=128, columns=128, depth=128, num_warps=8, num_stages=3)),
     ),
 }
 """By compute capability: pairs of the most rows that a tile is for and the tile, ascending."""
