@@ -72,14 +72,13 @@ def matmul_variants(arch: int) -> Iterator[Variant]:
         # Below 64 rows a warp group's instruction would be half empty: Triton takes the older one.
         needs = r"wgmma.*s8\.s8" if arch == 90 and tile.rows >= 64 else r"mma\.sync.*s8\.s8"
         for packed in (False, True) if most < matmul_tiles.UNPACK_FROM_ROWS else (False,):
-            # Bias and addend take more registers than neither; an odd depth needs masks.
-            for depth, extras in ((3072, True), (77, True)) if tile.rows == 128 else ((3072, True),):
-                label = "w4" if packed else "w8"
+            odd = {16: (), 64: () if packed else (77,), 128: (192,)}[tile.rows]
+            for depth in (3072, *odd):
                 yield Variant(
-                    name=f"matmul {label} {tile.rows}x{tile.columns}x{tile.depth} K={depth}{' +bias+addend' * extras}",
+                    name=f"matmul {'w4' if packed else 'w8'} {tile.rows}x{tile.columns}x{tile.depth} K={depth}",
                     kernel=rescaled_int_matmul.rescaled_matmul_kernel,
                     types=types | {"w_ptr": "*u8" if packed else "*i8"},
-                    constants={"HAS_BIAS": extras, "HAS_ADDEND": extras}
+                    constants={"HAS_BIAS": True, "HAS_ADDEND": True}  # which take more registers than neither
                     | rescaled_int_matmul.matmul_constants(tile, depth=depth, is_packed=packed),
                     aligned=aligned if depth % 16 == 0 else aligned[:7],
                     options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
@@ -111,10 +110,10 @@ def activation_variants(arch: int) -> Iterator[Variant]:
             options={"num_warps": num_warps},
         )
     for precision, dtype in (("bf16", "bf16"), ("bf16", "fp32"), ("tf32x3", "fp32")):
-        fitting = [grid for grid in GRIDS if rotation_tile(*grid, precision=precision)]
+        fitting = [grid for grid in GRIDS if rotation_tile(*grid, precision=precision, capability=divmod(arch, 10))]
         for grid in fitting if precision != "bf16" or dtype == "bf16" else fitting[-1:]:
             for sides in ((True, True), (True, False)) if grid == fitting[-1] else ((True, True),):
-                tile = rotation_tile(*grid, precision=precision)
+                tile = rotation_tile(*grid, precision=precision, capability=divmod(arch, 10))
                 assert tile is not None
                 yield Variant(
                     name=f"rotate {precision} x {dtype} {grid[0]}x{grid[1]}{'' if sides[1] else ' left only'}",

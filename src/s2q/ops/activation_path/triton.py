@@ -9,7 +9,7 @@ another order, so a value near a rounding boundary may land on the other side (t
 - "tf32x3" (for fp32 and fp16 input): fp32 in three products of tf32 parts, which keep 21 bits of the 24.
 - "bf16" (for bf16 input): the scaled input, both factors and Aᵀ · X are rounded to bf16, each with a relative error of
   at most 2^-9, as x itself was; about 0.002 of y's root mean square, a tenth of the rounding of 8-bit codes.
-Grids that are too large for a program (n1 · n2 padded above 128 · 128, or above 64 · 64 in fp32) are rotated by torch first.
+Grids that are too large for a program (see `tiles`) are rotated by torch in fp32 first.
 
 Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank.
 """
@@ -23,6 +23,7 @@ from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.core.qparams import ClipRatio
 from s2q.ops.activation_path.reference import split_low_rank
 from s2q.ops.activation_path.tiles import MAX_GRID, MAX_ORDER, RotationTile, rotation_tile, row_block
+from s2q.ops.dispatch import capability_of
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.triton_math import INTERPRETING, magnitude_bits, matrix_product, quantization_scale, quantize
 
@@ -76,6 +77,7 @@ def activation_path(
         own = slice(start, start + _BRANCH_ROWS)
         part = x[own] if shift is None else x[own].float() - shift
         rest, coefficients = split_low_rank(part, scale=scale, basis=low_rank_basis)
+        assert coefficients is not None
         parts.append(coefficients)
         own_clip = clip if clip is None or len(clip) == 1 else clip[own]
         _run(rest, (None, None), rotation, own_clip, num_bits, (codes[own], token_scale[own]))
@@ -97,7 +99,7 @@ class _Rotation:
         self.grid = n1, n2
         orders = [len(factor) for factor in (left, right) if factor is not None]
         fits = bool(orders) and max(orders) <= MAX_ORDER
-        self.tile = rotation_tile(n1, n2, precision=precision) if fits else None
+        self.tile = rotation_tile(n1, n2, precision=precision, capability=capability_of(x)) if fits else None
         self.is_outside = bool(orders) and self.tile is None
 
     def constants(self, tile: RotationTile) -> dict[str, int | bool | str]:
@@ -157,9 +159,9 @@ def _run(
     factors = [_or(factor, x) for factor in (rotation.left, rotation.right)]
     constants |= rotation.constants(tile) | {"INTERPRET": INTERPRETING}
     programs = triton.cdiv(rows, tile.tokens)
-    rotate_quantize_kernel[(programs,)](
-        x, *vectors, *factors, *tail, rows, x.stride(0), clip_stride, **constants, num_warps=tile.num_warps, num_stages=1
-    )
+    options = {"num_warps": tile.num_warps, "num_stages": 1}
+    arguments = (x, *vectors, *factors, *tail, rows, x.stride(0), clip_stride)
+    rotate_quantize_kernel[(programs,)](*arguments, **constants, **options)
 
 
 def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:

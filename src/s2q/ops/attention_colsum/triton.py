@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
-from s2q.ops.attention_colsum.reference import check_shapes
-from s2q.ops.attention_colsum.tiles import MAX_HEAD_DIM, ColsumTile, colsum_tile
+from s2q.ops.attention_colsum import reference
+from s2q.ops.attention_colsum.tiles import ColsumTile, colsum_tile
 from s2q.ops.triton_math import INTERPRETING, matrix_product
 
 _LOG2_E = 1.4426950408889634
@@ -38,7 +37,7 @@ def attention_colsum(
 
     Args:
         query: [B, H, N, D], fp32, fp16 or bf16; any strides. Halves are multiplied as they are, fp32 in three parts of
-            tf32.
+            tf32. D above 256 (64 in fp32) does not fit into a program and is left to the reference.
         key: [B, H, M, D], same dtype.
         mask: Broadcasts to [B, H, N, M]; boolean, or floating and added to the logits. Or None.
         scale: Of the logits; None is 1 / √D.
@@ -48,19 +47,16 @@ def attention_colsum(
         fp32 [B, M].
 
     Raises:
-        InvalidInputError: If shapes do not fit, or D is above 256.
+        InvalidInputError: If shapes do not fit or the chunk size is not positive.
     """
-    check_shapes(query, key, mask, chunk_size)
+    reference.check_shapes(query, key, mask, chunk_size)
     samples, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     kind, mask_BHNM = _expand_mask(mask, (samples, heads, queries, keys))
     is_pair_mask = mask_BHNM is not None and mask_BHNM.stride(2) != 0
     tile = colsum_tile(head_dim, itemsize=query.dtype.itemsize, has_pair_mask=is_pair_mask)
     if tile is None:
-        raise InvalidInputError(
-            f"attention_colsum: backend 'triton' got head dim {head_dim}; expected at most {MAX_HEAD_DIM}; "
-            "use backend='reference'"
-        )
+        return reference.attention_colsum(query, key, mask=mask, scale=scale, chunk_size=chunk_size)
     if 0 in (samples, heads, queries, keys):
         return torch.zeros(samples, keys, dtype=torch.float32, device=query.device)
     lse_BHN = torch.empty(samples, heads, queries, dtype=torch.float32, device=query.device)
@@ -256,5 +252,7 @@ def column_sum_kernel(
                 mask_ptr, start, m_start, n_tile[None, :], m_tile[:, None], mn, mm, PAIR_MASK, QUERIES, KEYS
             )
         logits = _mask_logits(logits, mask, m[:, None], MASK, KEYS)
-        sums += tl.sum(tl.exp2(logits - lse[None, :]), axis=1)
+        # A share is at most 1, but the two passes add in different orders: huge logits may differ by more than 0.
+        share = tl.minimum(logits - lse[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
+        sums += tl.sum(tl.exp2(share), axis=1)
     tl.store(sums_ptr + pair * KEYS + m, sums, mask=m < KEYS)
