@@ -234,6 +234,19 @@ def test_no_gradient_is_asked_for():
     assert not layer(inputs(2, 24)).requires_grad
 
 
+@pytest.mark.parametrize(
+    "layer_scheme", [scheme(4, 6), scheme(4, 6, group_size=8), scheme(4, None)], ids=lambda s: s.name
+)
+def test_the_gradient_goes_straight_through_the_rounding(layer_scheme):
+    layer, _ = a_layer(layer_scheme)
+    x = inputs(2, 3, 24).requires_grad_()
+    output = layer(x)
+    assert torch.equal(output, layer(x.detach()))
+    upstream = inputs(2, 3, 10, seed=8)
+    output.backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ layer.effective_weight(torch.float32))
+
+
 def test_compiles_without_graph_breaks():
     for layer_scheme in (scheme(4, 6), scheme(4, None), scheme(4, 6, group_size=8)):
         layer, _ = a_layer(layer_scheme)

@@ -1,4 +1,4 @@
-"""The CPU backends of a linear's ops: the reference bit for bit, whatever the number of rows."""
+"""The CPU backends of a linear's ops: the same integers as the reference, whatever the number of rows."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from s2q.core.errors import InvalidInputError
 from s2q.core.packing import pack_codes
 from s2q.ops.activation_path import BACKENDS as PATHS
 from s2q.ops.activation_path import activation_path
+from s2q.ops.activation_path import cpu as path_cpu
 from s2q.ops.int_matmul import cpu as int_cpu
 from s2q.ops.rescaled_int_matmul import BACKENDS as PRODUCTS
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
@@ -36,7 +37,12 @@ def test_products_are_those_of_the_reference(monkeypatch, vnni, rows, x_bits, w_
     for dtype in (torch.float32, torch.bfloat16):
         for own in (rest, {"x_bits": x_bits, "w_bits": w_bits}):
             exact = PRODUCTS["reference"](*arguments, **own, out_dtype=dtype)
-            assert torch.equal(PRODUCTS["cpu"](*arguments, **own, out_dtype=dtype), exact)
+            last_bit = 3e-7 if dtype == torch.float32 else 8e-3
+            found = PRODUCTS["cpu"](*arguments, **own, out_dtype=dtype)
+            torch.testing.assert_close(found, exact, rtol=last_bit, atol=last_bit * float(exact.abs().amax()))
+    ones = torch.ones(rows, 1), torch.ones(29)
+    sums = PRODUCTS["cpu"](x, ones[0], w, ones[1], x_bits=x_bits, w_bits=w_bits, out_dtype=torch.float32)
+    assert torch.equal(sums.long(), x.long() @ w.long().t())  # exact: all of them below 2^24
     wide = (x.double() @ w.double().t()) * arguments[1].double() * arguments[3].double()
     plain = PRODUCTS["cpu"](*arguments, x_bits=x_bits, w_bits=w_bits, out_dtype=torch.float32)
     torch.testing.assert_close(plain.double(), wide, rtol=1e-6, atol=0)
@@ -50,7 +56,7 @@ def test_packed_and_strided_codes(bits):
     expected = rescaled_int_matmul(x.contiguous(), scales[0], w, scales[1], out_dtype=torch.float32)
     packed = pack_codes(w, num_bits=bits)
     found = rescaled_int_matmul(x, scales[0], packed, scales[1], w_bits=bits, out_dtype=torch.float32, backend="cpu")
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_grouped_scales_on_every_backend():
@@ -64,11 +70,12 @@ def test_grouped_scales_on_every_backend():
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 512, 1101])
+@pytest.mark.parametrize("rows", [1, 32, 101])
 @pytest.mark.parametrize(
     "parts", [(), ("shift", "scale"), ("left", "right"), ("shift", "scale", "left", "right", "basis")]
 )
-def test_the_activation_path_is_that_of_the_reference(rows, parts):
+def test_the_activation_path_is_that_of_the_reference(monkeypatch, rows, parts):
+    monkeypatch.setattr(path_cpu, "CHUNK_ELEMENTS", 40 * 24)
     everything = {
         "shift": ("shift", draw(24, seed=1)),
         "scale": ("scale", draw(24, seed=2).abs() + 0.1),

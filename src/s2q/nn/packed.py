@@ -225,6 +225,8 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Apply the layer.
 
+        Towards the input, the gradient is that of a linear with `effective_weight`, straight through the rounding.
+
         Args:
             input: [..., I], floating.
 
@@ -233,7 +235,10 @@ class PackedLinear(nn.Linear):
         """
         if self.scheme.activation is None:
             return self._weight_only(input)
-        output_MO = self._integer_linear(input)
+        if torch.is_grad_enabled() and input.requires_grad:
+            output_MO: Tensor = _StraightThrough.apply(input, self)
+        else:
+            output_MO = self._integer_linear(input)
         return output_MO.reshape(*input.shape[:-1], self.out_features)
 
     def _integer_linear(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
@@ -344,6 +349,22 @@ class PackedLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The integer linear for training what lies before it, adapters for example."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        return layer._integer_linear(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        layer: PackedLinear = ctx.layer
+        (gradient,) = gradients
+        towards_x = gradient @ layer.effective_weight(gradient.dtype)
+        return towards_x.reshape(ctx.shape), None
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -70,17 +70,21 @@ def backend_obstacle(backend: str, x: Tensor) -> str | None:
 
 
 def triton_backend(package: str, name: str) -> Callable[..., Any]:
-    """Make the backend "triton" of an op, whose module is imported at the first call; see `choose_backend`.
+    """Make the backend "triton" of an op: checks whether it can run, then imports and calls it.
 
     Args:
         package: Of the op, "s2q.ops.<op>".
         name: Of the function in the package's module `triton`; its first argument is the op's main input.
 
     Returns:
-        A function of the same signature.
+        A function of the same signature. It raises `InvalidInputError` if triton is not installed or cannot serve the
+        device or dtype.
     """
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        obstacle = triton_obstacle(x)
+        if obstacle is not None:
+            raise InvalidInputError(f"{name}: backend 'triton' cannot run: {obstacle}; {_REMEDY}")
         return getattr(importlib.import_module(f"{package}.triton"), name)(x, *args, **kwargs)
 
     return run
@@ -106,9 +110,8 @@ def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[...,
             backend = "cpu"
     if backend not in backends:
         raise unknown_name("backend", backend, ("auto", *backends))
-    obstacle = backend_obstacle(backend, x)
-    if obstacle is not None:
-        raise InvalidInputError(f"backend {backend!r} cannot run: {obstacle}; {_REMEDY}")
+    if backend == "cpu" and (obstacle := backend_obstacle(backend, x)) is not None:
+        raise InvalidInputError(f"backend 'cpu' cannot run: {obstacle}; {_REMEDY}")
     return backends[backend]
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from s2q.ops.activation_path import reference
 
-ROWS = 512
-"""Rows of a chunk: its fp32 intermediates are a few MiB."""
+CHUNK_ELEMENTS = 1 << 18
+"""Numbers in a chunk: in fp32 a MiB, so that one pass after another finds them in the cache."""
+
+MIN_ROWS = 32
 
 
 def activation_path(x: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -24,13 +26,14 @@ def activation_path(x: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor 
     Returns:
         codes int8 [M, I], token scale fp32 [M, 1], coefficients fp32 [M, r] or None.
     """
-    if len(x) <= ROWS:
+    rows = max(MIN_ROWS, CHUNK_ELEMENTS // max(1, x.shape[1]))
+    if len(x) <= rows:
         return reference.activation_path(x, **settings)
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
     basis = settings.get("low_rank_basis")
     coefficients = None if basis is None else torch.empty(len(x), basis.shape[1])
-    for start in range(0, len(x), ROWS):
-        part = slice(start, start + ROWS)
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
         codes[part], scale[part], own = reference.activation_path(x[part], **settings)
         if coefficients is not None:
             coefficients[part] = own

@@ -1,8 +1,8 @@
-"""Rescaled integer product on the CPU: rows in chunks, whose int32 and fp32 sums stay in the same two buffers.
+"""Rescaled integer product on the CPU: rows in chunks, whose sums stay in the same two buffers and in the caches.
 
 Fresh memory for the sums of every chunk would cost about as much as the products (the operating system hands it out
-page by page), and the sums of a whole video would leave the caches. The products are those of `int_matmul`; the result
-is that of the reference, bit for bit.
+page by page). The products are those of `int_matmul`; rescaling may fuse a multiplication with an addition, so that
+fp32 results differ from the reference in the last bit.
 
 Shapes: `M` tokens, `K` in features, `O` out features, `P` packed bytes of a row (`core.packing`).
 """
@@ -15,7 +15,10 @@ from s2q.ops.int_matmul import cpu, int_matmul
 from s2q.ops.rescaled_int_matmul import reference
 
 ROWS = 512
-"""Rows of a chunk: 256 to 1024 are about as fast."""
+"""Rows of a product: fewer cost speed there, more leave the caches."""
+
+EPILOGUE_ROWS = 64
+"""Rows that are rescaled at a time: several passes over them find them in the cache."""
 
 
 def rescaled_int_matmul(
@@ -62,20 +65,22 @@ def rescaled_int_matmul(
         )
     rows, columns = x_codes.shape[0], w_codes.shape[0]
     out = torch.empty(rows, columns, dtype=out_dtype)
-    chunk = min(rows, ROWS)
-    sums, total = torch.empty(chunk, columns, dtype=torch.int32), torch.empty(chunk, columns)
-    offset = None if bias is None else bias.float()
+    sums = torch.empty(min(rows, ROWS), columns, dtype=torch.int32)
+    total = torch.empty(min(rows, EPILOGUE_ROWS), columns)
+    offset = torch.zeros(columns) if bias is None else bias.float()
     for start in range(0, rows, ROWS):
         stop = min(start + ROWS, rows)
-        own, x_own = total[: stop - start], x_codes[start:stop]
+        x_own = x_codes[start:stop]
         if cpu.IS_AVAILABLE:
             products = torch._int_mm(x_own, w_codes.t(), out=sums[: stop - start])
         else:
             products = int_matmul(x_own, w_codes, x_bits=x_bits, w_bits=w_bits)
-        torch.mul(products, w_scale, out=own).mul_(x_scale[start:stop])
-        if offset is not None:
-            own.add_(offset)
-        if addend is not None:
-            own.add_(addend[start:stop])
-        out[start:stop] = own
+        for first in range(start, stop, EPILOGUE_ROWS):
+            part = slice(first, min(first + EPILOGUE_ROWS, stop))
+            own = total[: part.stop - first]
+            torch.mul(products[first - start : part.stop - start], w_scale, out=own)
+            torch.addcmul(offset, own, x_scale[part], out=own)
+            if addend is not None:
+                own.add_(addend[part])
+            out[part] = own
     return out
