@@ -1,6 +1,6 @@
-"""Rescaled integer product on the CPU: rows in chunks, whose sums stay in the same two buffers and in the caches.
+"""Rescaled integer product on the CPU: in pieces whose codes and sums stay in the same buffers and in the caches.
 
-Fresh memory for the sums of every chunk would cost about as much as the products (the operating system hands it out
+Fresh memory for the sums of every piece would cost about as much as the products (the operating system hands it out
 page by page). The products are those of `int_matmul`; rescaling may fuse a multiplication with an addition, so that
 fp32 results differ from the reference in the last bit.
 
@@ -14,10 +14,10 @@ from s2q.core.packing import unpack_codes
 from s2q.ops.int_matmul import cpu, int_matmul
 from s2q.ops.rescaled_int_matmul import reference
 
-ROWS = 512
-"""Rows of a product: fewer cost speed there, more leave the caches."""
+ROWS, COLUMNS = 1024, 1536
+"""Rows and out features of a product: its codes of w and its sums are a few MiB."""
 
-EPILOGUE_ROWS = 64
+EPILOGUE_ROWS = 128
 """Rows that are rescaled at a time: several passes over them find them in the cache."""
 
 
@@ -38,7 +38,7 @@ def rescaled_int_matmul(
     Args:
         x_codes: int8 [M, K].
         x_scale: fp32 [M, 1].
-        w_codes: int8 [O, K], or uint8 [O, P]; these are unpacked once a call, which keeps nothing.
+        w_codes: int8 [O, K], or uint8 [O, P]; these are unpacked piece by piece, and nothing is kept.
         w_scale: fp32 [O]; [O, G] is left to the reference.
         bias: [O], floating, or None.
         addend: fp32 [M, O], or None.
@@ -49,8 +49,6 @@ def rescaled_int_matmul(
     Returns:
         [M, O] in out_dtype.
     """
-    if w_codes.dtype == torch.uint8:
-        w_codes = unpack_codes(w_codes, num_bits=w_bits, in_features=x_codes.shape[1])
     if w_scale.ndim != 1:
         return reference.rescaled_int_matmul(
             x_codes,
@@ -63,24 +61,31 @@ def rescaled_int_matmul(
             w_bits=w_bits,
             out_dtype=out_dtype,
         )
-    rows, columns = x_codes.shape[0], w_codes.shape[0]
+    rows, columns, depth = x_codes.shape[0], w_codes.shape[0], x_codes.shape[1]
     out = torch.empty(rows, columns, dtype=out_dtype)
-    sums = torch.empty(min(rows, ROWS), columns, dtype=torch.int32)
-    total = torch.empty(min(rows, EPILOGUE_ROWS), columns)
     offset = torch.zeros(columns) if bias is None else bias.float()
-    for start in range(0, rows, ROWS):
-        stop = min(start + ROWS, rows)
-        x_own = x_codes[start:stop]
-        if cpu.IS_AVAILABLE:
-            products = torch._int_mm(x_own, w_codes.t(), out=sums[: stop - start])
-        else:
-            products = int_matmul(x_own, w_codes, x_bits=x_bits, w_bits=w_bits)
-        for first in range(start, stop, EPILOGUE_ROWS):
-            part = slice(first, min(first + EPILOGUE_ROWS, stop))
-            own = total[: part.stop - first]
-            torch.mul(products[first - start : part.stop - start], w_scale, out=own)
-            torch.addcmul(offset, own, x_scale[part], out=own)
-            if addend is not None:
-                own.add_(addend[part])
-            out[part] = own
+    total = torch.empty(min(rows, EPILOGUE_ROWS), min(columns, COLUMNS))
+    for left in range(0, columns, COLUMNS):
+        wide = slice(left, min(left + COLUMNS, columns))
+        w_own = w_codes[wide]
+        if w_own.dtype == torch.uint8:
+            w_own = unpack_codes(w_own, num_bits=w_bits, in_features=depth)
+        buffer = torch.empty(min(rows, ROWS), len(w_own), dtype=torch.int32)
+        for start in range(0, rows, ROWS):
+            stop = min(start + ROWS, rows)
+            sums = _products(x_codes[start:stop], w_own, buffer[: stop - start], x_bits=x_bits, w_bits=w_bits)
+            for first in range(start, stop, EPILOGUE_ROWS):
+                part = slice(first, min(first + EPILOGUE_ROWS, stop))
+                own = total[: part.stop - first, : len(w_own)]
+                torch.mul(sums[first - start : part.stop - start], w_scale[wide], out=own)
+                torch.addcmul(offset[wide], own, x_scale[part], out=own)
+                if addend is not None:
+                    own.add_(addend[part, wide])
+                out[part, wide] = own
     return out
+
+
+def _products(x_codes: Tensor, w_codes: Tensor, buffer: Tensor, *, x_bits: int, w_bits: int) -> Tensor:
+    if cpu.IS_AVAILABLE:
+        return torch._int_mm(x_codes, w_codes.t(), out=buffer)
+    return int_matmul(x_codes, w_codes, x_bits=x_bits, w_bits=w_bits)
