@@ -236,7 +236,7 @@ class PackedLinear(nn.Linear):
         if self.scheme.activation is None:
             return self._weight_only(input)
         if torch.is_grad_enabled() and input.requires_grad:
-            output_MO: Tensor = _StraightThrough.apply(input, self)
+            output_MO: Tensor = _StraightThrough.apply(input, self)  # type: ignore[no-untyped-call]
         else:
             output_MO = self._integer_linear(input)
         return output_MO.reshape(*input.shape[:-1], self.out_features)

@@ -35,6 +35,6 @@ def activation_path(x: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor 
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         codes[part], scale[part], own = reference.activation_path(x[part], **settings)
-        if coefficients is not None:
+        if coefficients is not None and own is not None:
             coefficients[part] = own
     return codes, scale, coefficients
