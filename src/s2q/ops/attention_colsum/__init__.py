@@ -1,5 +1,44 @@
 """How much attention each token receives, without the attention map."""
 
-from s2q.ops.attention_colsum.reference import attention_colsum
+from collections.abc import Callable
 
-__all__ = ["attention_colsum"]
+from torch import Tensor
+
+from s2q.ops.attention_colsum import reference
+from s2q.ops.dispatch import choose_backend, triton_backend
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.attention_colsum,
+    "triton": triton_backend("s2q.ops.attention_colsum", "attention_colsum"),
+}
+
+__all__ = ["BACKENDS", "attention_colsum"]
+
+
+def attention_colsum(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Sum the attention that each key receives, over all queries and heads; see `reference.attention_colsum`.
+
+    Args:
+        query: [B, H, N, D], floating.
+        key: [B, H, M, D], same dtype.
+        mask: Broadcasts to [B, H, N, M]; boolean, True where a key may be seen, or added to the logits. Or None.
+        scale: Of the logits; None is 1 / √D.
+        chunk_size: Queries at a time; only the reference has a use for it.
+        backend: "reference", "triton", or "auto": Triton where it can run on a GPU.
+
+    Returns:
+        fp32 [B, M] (fp64 for fp64 input).
+
+    Raises:
+        InvalidInputError: If shapes do not fit, or there is no such backend, or it cannot run here.
+    """
+    run = choose_backend(backend, query, BACKENDS)
+    return run(query, key, mask=mask, scale=scale, chunk_size=chunk_size)

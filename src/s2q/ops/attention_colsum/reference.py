@@ -45,7 +45,7 @@ def attention_colsum(
     Raises:
         InvalidInputError: If shapes do not fit or the chunk size is not positive.
     """
-    _check(query, key, mask, chunk_size)
+    check_shapes(query, key, mask, chunk_size)
     samples, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -89,7 +89,12 @@ def _apply_mask(logits_HCM: Tensor, mask: Tensor) -> None:
         logits_HCM.add_(mask)
 
 
-def _check(query: Tensor, key: Tensor, mask: Tensor | None, chunk_size: int | None) -> None:
+def check_shapes(query: Tensor, key: Tensor, mask: Tensor | None, chunk_size: int | None) -> None:
+    """Refuse arguments of `attention_colsum` that do not fit together.
+
+    Raises:
+        InvalidInputError: If shapes do not fit or the chunk size is not positive.
+    """
     if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise InvalidInputError(
             f"attention_colsum: got queries {list(query.shape)} and keys {list(key.shape)}; "

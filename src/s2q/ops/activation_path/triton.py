@@ -1,0 +1,301 @@
+"""The path of an activation into an integer product, fused: one read of x, one write of codes and scales.
+
+A program takes a few tokens one after the other. A token's features are a grid X [n1, n2], padded to powers of two
+with zeros, and y = (Aᵀ · X) · B are two products on tensor cores; the grid never leaves the registers until its codes
+do. Without factors a token is read twice, for its maximum and for its codes; the second read hits the cache.
+
+Precision. Without factors every step is the reference's IEEE arithmetic: equal bits. With factors the sums have
+another order, so a value near a rounding boundary may land on the other side (the code next to it):
+- "tf32x3" (for fp32 and fp16 input): products of fp32 in three tf32 parts, relative error of y about 2^-21.
+- "ieee": fp32 throughout, without tensor cores: slow, to check the others by.
+- "bf16" (for bf16 input): the scaled input, both factors and Aᵀ · X are rounded to bf16, each with a relative error of
+  at most 2^-9, as x itself was; about 0.002 of y's root mean square, a tenth of the rounding of 8-bit codes.
+
+Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.core.qparams import ClipRatio
+from s2q.ops.activation_path.reference import split_low_rank
+from s2q.ops.activation_path.tiles import MAX_ORDER, RotationTile, rotation_tile, row_block
+from s2q.ops.kronecker import scaled_kronecker
+from s2q.ops.triton_math import INTERPRETING, magnitude_bits, matrix_product, quantization_scale, quantize
+
+PRECISIONS = ("tf32x3", "ieee", "bf16")
+_BRANCH_ROWS = 4096  # bounds the fp32 copies of x that the low-rank branch makes
+
+
+def activation_path(
+    x: Tensor,
+    *,
+    num_bits: int,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    low_rank_basis: Tensor | None = None,
+    clip_ratio: ClipRatio = None,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Transform and quantize the input of a linear; see `reference.activation_path`.
+
+    Args:
+        x: [M, I], fp32, fp16 or bf16; rows may be strided.
+        num_bits: N, 2 to 8.
+        shift: fp32 [I] or None.
+        scale: fp32 [I] or None.
+        left: fp32 [n1, n1] or None.
+        right: fp32 [n2, n2] or None.
+        low_rank_basis: [I, r] or None. The branch is computed by torch, a few thousand tokens at a time.
+        clip_ratio: A float, a tensor that broadcasts to [M, 1], or None.
+        precision: Of the rotation, one of `PRECISIONS`; None is "bf16" for bf16 x and "tf32x3" otherwise.
+
+    Returns:
+        codes int8 [M, I], token scale fp32 [M, 1], coefficients fp32 [M, r] or None.
+
+    Raises:
+        InvalidInputError: If there is no such precision or the shapes do not fit.
+    """
+    precision = precision or ("bf16" if x.dtype == torch.bfloat16 else "tf32x3")
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    n1, n2 = _grid_of(x, left, right)
+    rows, features = x.shape
+    codes = torch.empty(rows, features, dtype=torch.int8, device=x.device)
+    token_scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    clip = _clip_of(clip_ratio, x)
+    if low_rank_basis is None:
+        _run(x, shift, scale, left, right, clip, codes, token_scale, (n1, n2), num_bits, precision)
+        return codes, token_scale, None
+    parts = []
+    for start in range(0, rows, _BRANCH_ROWS):
+        own = slice(start, start + _BRANCH_ROWS)
+        part = x[own] if shift is None else x[own].float() - shift
+        rest, coefficients = split_low_rank(part, scale=scale, basis=low_rank_basis)
+        parts.append(coefficients)
+        own_clip = clip if clip is None or len(clip) == 1 else clip[own]
+        _run(rest, None, None, left, right, own_clip, codes[own], token_scale[own], (n1, n2), num_bits, precision)
+    empty = torch.empty(0, low_rank_basis.shape[1], dtype=torch.float32, device=x.device)
+    return codes, token_scale, torch.cat(parts) if parts else empty
+
+
+def _grid_of(x: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[int, int]:
+    if x.ndim != 2:
+        raise InvalidInputError(f"activation_path: got x of shape {list(x.shape)}; expected [tokens, features]")
+    features = x.shape[1]
+    n1 = 1 if left is None else left.shape[0]
+    n2 = features // n1 if right is None else right.shape[0]
+    if n1 * n2 != features:
+        raise InvalidInputError(f"activation_path: got factors of order {n1} and {n2} for {features} features")
+    return n1, n2
+
+
+def _clip_of(clip_ratio: ClipRatio, x: Tensor) -> Tensor | None:
+    """Return the clip ratio as fp32 [1] or [M]."""
+    if clip_ratio is None:
+        return None
+    if isinstance(clip_ratio, float | int):
+        return torch.full((1,), clip_ratio, dtype=torch.float32, device=x.device)
+    clip = clip_ratio.to(device=x.device, dtype=torch.float32).reshape(-1).contiguous()
+    if len(clip) not in (1, x.shape[0]):
+        raise InvalidInputError(
+            f"activation_path: got clip ratios of shape {list(clip_ratio.shape)}; expected them to broadcast to "
+            f"[{x.shape[0]}, 1]"
+        )
+    return clip
+
+
+def _run(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    clip: Tensor | None,
+    codes: Tensor,
+    token_scale: Tensor,
+    grid: tuple[int, int],
+    num_bits: int,
+    precision: str,
+) -> None:
+    """Launch the kernel that fits; writes codes [M, I] and token_scale [M, 1]."""
+    rows, features = x.shape
+    if rows == 0 or features == 0:
+        token_scale.fill_(1)
+        return
+    rotates = left is not None or right is not None
+    largest = max(len(factor) for factor in (left, right) if factor is not None) if rotates else 0
+    tile = rotation_tile(*grid, precision=precision) if rotates and largest <= MAX_ORDER else None
+    if rotates and tile is None:  # too large for the registers of a program
+        x = x if shift is None else x.float() - shift
+        x = scaled_kronecker(x, scale=scale, left=left, right=right)
+        shift, scale, rotates = None, None, False
+    x = x if x.stride(1) == 1 else x.contiguous()
+    has = {"HAS_SHIFT": shift is not None, "HAS_SCALE": scale is not None, "HAS_CLIP": clip is not None}
+    vectors = [x if vector is None else vector.float().contiguous() for vector in (shift, scale)]
+    clip_stride = 0 if clip is None or len(clip) == 1 else 1
+    tail = (x if clip is None else clip, codes, token_scale)
+    qmax = 2 ** (num_bits - 1) - 1
+    if tile is None:
+        block, num_warps = row_block(features)
+        constants = has | {"FEATURES": features, "QMAX": qmax, "BLOCK": block}
+        quantize_kernel[(rows,)](x, *vectors, *tail, x.stride(0), clip_stride, **constants, num_warps=num_warps)
+        return
+    factors = [x if factor is None else factor.float().contiguous() for factor in (left, right)]
+    constants = has | rotation_constants(tile, grid, precision, left is not None, right is not None)
+    programs = triton.cdiv(rows, tile.tokens)
+    rotate_quantize_kernel[(programs,)](
+        x,
+        *vectors,
+        *factors,
+        *tail,
+        rows,
+        x.stride(0),
+        clip_stride,
+        **constants,
+        QMAX=qmax,
+        INTERPRET=INTERPRETING,
+        num_warps=tile.num_warps,
+    )
+
+
+def rotation_constants(
+    tile: RotationTile, grid: tuple[int, int], precision: str, has_left: bool, has_right: bool
+) -> dict[str, int | bool | str]:
+    """Return the compile-time constants of `rotate_quantize_kernel` that a tile decides.
+
+    Args:
+        tile: See `tiles.rotation_tile`.
+        grid: n1 and n2.
+        precision: One of `PRECISIONS`.
+        has_left: Whether there is a left factor.
+        has_right: Whether there is a right factor.
+    """
+    return {
+        "N1": grid[0],
+        "N2": grid[1],
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "TOKENS": tile.tokens,
+        "PRECISION": precision,
+        "HAS_LEFT": has_left,
+        "HAS_RIGHT": has_right,
+    }
+
+
+@triton.jit
+def _load_scaled(
+    x_ptr, shift_ptr, scale_ptr, offsets, x_valid, valid, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr
+):
+    """Return (x - shift) · scale in fp32, 0 outside of `valid`."""
+    x = tl.load(x_ptr + offsets, mask=x_valid, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        x = x - tl.load(shift_ptr + offsets, mask=valid, other=0.0)
+    if HAS_SCALE:
+        x = x * tl.load(scale_ptr + offsets, mask=valid, other=0.0)
+    return x
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr,
+    shift_ptr,
+    scale_ptr,
+    clip_ptr,
+    codes_ptr,
+    token_scale_ptr,
+    x_stride,
+    clip_stride,
+    FEATURES: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    QMAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Quantize one token without a rotation, BLOCK features at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    highest = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, FEATURES, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        valid = offsets < FEATURES
+        x = _load_scaled(x_ptr, shift_ptr, scale_ptr, offsets, valid, valid, HAS_SHIFT, HAS_SCALE)
+        highest = tl.maximum(highest, magnitude_bits(x))
+    clip = 1.0
+    if HAS_CLIP:
+        clip = tl.load(clip_ptr + row * clip_stride)
+    scale = quantization_scale(tl.max(highest, axis=0), clip, QMAX)
+    tl.store(token_scale_ptr + row, scale)
+    for start in range(0, FEATURES, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        valid = offsets < FEATURES
+        x = _load_scaled(x_ptr, shift_ptr, scale_ptr, offsets, valid, valid, HAS_SHIFT, HAS_SCALE)
+        tl.store(codes_ptr + row * FEATURES + offsets, quantize(x, scale, QMAX), mask=valid)
+
+
+@triton.jit
+def rotate_quantize_kernel(
+    x_ptr,
+    shift_ptr,
+    scale_ptr,
+    left_ptr,
+    right_ptr,
+    clip_ptr,
+    codes_ptr,
+    token_scale_ptr,
+    rows,
+    x_stride,
+    clip_stride,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    QMAX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Rotate and quantize TOKENS tokens, one after the other."""
+    r1 = tl.arange(0, ROWS)
+    r2 = tl.arange(0, COLUMNS)
+    valid = (r1 < N1)[:, None] & (r2 < N2)[None, :]
+    offsets = r1[:, None] * N2 + r2[None, :]
+    if HAS_LEFT:  # transposed: entry [i, k] is A[k, i]
+        left_valid = (r1 < N1)[:, None] & (r1 < N1)[None, :]
+        left = tl.load(left_ptr + r1[None, :] * N1 + r1[:, None], mask=left_valid, other=0.0)
+        if PRECISION == "bf16":
+            left = left.to(tl.bfloat16)
+    if HAS_RIGHT:
+        right_valid = (r2 < N2)[:, None] & (r2 < N2)[None, :]
+        right = tl.load(right_ptr + r2[:, None] * N2 + r2[None, :], mask=right_valid, other=0.0)
+        if PRECISION == "bf16":
+            right = right.to(tl.bfloat16)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    for token in range(TOKENS):
+        row = first + token
+        present = row < rows
+        y = _load_scaled(
+            x_ptr + row * x_stride, shift_ptr, scale_ptr, offsets, valid & present, valid, HAS_SHIFT, HAS_SCALE
+        )
+        if HAS_LEFT:
+            y = matrix_product(left, y, PRECISION, INTERPRET)
+        if HAS_RIGHT:
+            y = matrix_product(y, right, PRECISION, INTERPRET)
+        highest = tl.max(tl.max(tl.where(valid, magnitude_bits(y), 0), axis=1), axis=0)
+        clip = 1.0
+        if HAS_CLIP:
+            clip = tl.load(clip_ptr + row * clip_stride, mask=present, other=1.0)
+        scale = quantization_scale(highest, clip, QMAX)
+        tl.store(token_scale_ptr + row, scale, mask=present)
+        tl.store(codes_ptr + row * (N1 * N2) + offsets, quantize(y, scale, QMAX), mask=valid & present)

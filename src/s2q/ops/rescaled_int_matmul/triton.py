@@ -1,0 +1,225 @@
+"""Rescaled integer product on int8 tensor cores: int32 sums in registers, scales, bias and addend before the only write.
+
+Packed weights (two codes a byte) are unpacked in the loop for few rows, where reading w is what takes time, and once
+a call into an int8 scratch for many, where every tile would repeat the work.
+
+The sums are exact. Afterwards a multiplication and an addition may be fused, so that fp32 results can differ from the
+reference in the last bit.
+
+Shapes: `M` tokens, `K` in features, `O` out features, `P` packed bytes of a row (`core.packing`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.packing import packed_width
+from s2q.ops.dispatch import capability_of
+from s2q.ops.rescaled_int_matmul.tiles import (
+    GROUP_ROWS,
+    UNPACK_BLOCK,
+    UNPACK_FROM_ROWS,
+    MatmulTile,
+    matmul_tile,
+)
+
+
+def rescaled_int_matmul(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    x_bits: int = 8,
+    w_bits: int = 8,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Multiply codes and rescale the sums; see `reference.rescaled_int_matmul`.
+
+    Args:
+        x_codes: int8 [M, K]; rows may be strided.
+        x_scale: fp32 [M, 1].
+        w_codes: int8 [O, K], or uint8 [O, P]; rows may be strided.
+        w_scale: fp32 [O].
+        bias: [O], floating, or None.
+        addend: fp32 [M, O], or None.
+        x_bits: Width of the codes of x; makes no difference here.
+        w_bits: Width of the codes of w; decides how uint8 codes are packed.
+        out_dtype: fp32, fp16 or bf16.
+
+    Returns:
+        [M, O] in out_dtype.
+
+    Raises:
+        InvalidInputError: If the shapes do not fit.
+    """
+    rows, depth = x_codes.shape
+    columns = w_codes.shape[0]
+    is_packed = w_codes.dtype == torch.uint8 and w_bits <= 4
+    width = packed_width(w_bits, depth) if is_packed else depth
+    if w_codes.shape[1] != width or x_scale.numel() != rows or w_scale.shape != (columns,):
+        raise InvalidInputError(
+            f"rescaled_int_matmul: got codes {list(x_codes.shape)} and {list(w_codes.shape)} with scales "
+            f"{list(x_scale.shape)} and {list(w_scale.shape)}; expected [M, K], [O, {width}], [M, 1] and [O]"
+        )
+    out = torch.empty(rows, columns, dtype=out_dtype, device=x_codes.device)
+    if out.numel() == 0:
+        return out
+    if is_packed and rows >= UNPACK_FROM_ROWS:
+        w_codes, is_packed = unpack_nibbles(w_codes, in_features=depth), False
+    elif w_codes.dtype == torch.uint8 and not is_packed:
+        w_codes = w_codes.view(torch.int8)
+    x_codes, w_codes = (codes if codes.stride(1) == 1 else codes.contiguous() for codes in (x_codes, w_codes))
+    if addend is not None and addend.stride(1) != 1:
+        addend = addend.contiguous()
+    tile = matmul_tile(rows, capability_of(x_codes))
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    rescaled_matmul_kernel[(programs,)](
+        x_codes,
+        x_scale.float().contiguous(),
+        w_codes,
+        w_scale.float().contiguous(),
+        out if bias is None else bias.contiguous(),
+        out if addend is None else addend,
+        out,
+        rows,
+        columns,
+        x_codes.stride(0),
+        w_codes.stride(0),
+        0 if addend is None else addend.stride(0),
+        HAS_BIAS=bias is not None,
+        HAS_ADDEND=addend is not None,
+        **matmul_constants(tile, depth=depth, is_packed=is_packed),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+def unpack_nibbles(packed: Tensor, *, in_features: int) -> Tensor:
+    """Unpack codes of up to 4 bits; equal to `core.packing.unpack_codes`.
+
+    Args:
+        packed: uint8 [O, P].
+        in_features: K.
+
+    Returns:
+        int8 [O, K], contiguous.
+    """
+    columns, width = packed.shape
+    packed = packed if packed.stride(1) == 1 else packed.contiguous()
+    codes = torch.empty(columns, in_features, dtype=torch.int8, device=packed.device)
+    if codes.numel():
+        grid = (columns, triton.cdiv(width, UNPACK_BLOCK))
+        unpack_kernel[grid](packed, codes, packed.stride(0), DEPTH=in_features, BLOCK=UNPACK_BLOCK, num_warps=4)
+    return codes
+
+
+def matmul_constants(tile: MatmulTile, *, depth: int, is_packed: bool) -> dict[str, int | bool]:
+    """Return the compile-time constants of `rescaled_matmul_kernel` that shape and tile decide.
+
+    Args:
+        tile: See `tiles.matmul_tile`.
+        depth: K.
+        is_packed: Whether w is packed, two codes a byte.
+    """
+    return {
+        "DEPTH": depth,
+        "PACKED": is_packed,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "BLOCK": tile.depth,
+        "GROUP": GROUP_ROWS,
+    }
+
+
+@triton.jit
+def _spread_nibbles(packed, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Bytes [ROWS, WIDTH] of two codes + 8 each -> codes int8 [ROWS, 2 · WIDTH], the low nibble first."""
+    low = (packed & 15).to(tl.int8, bitcast=True) - 8
+    high = (packed >> 4).to(tl.int8, bitcast=True) - 8
+    return tl.reshape(tl.join(low, high), (ROWS, 2 * WIDTH))
+
+
+@triton.jit
+def unpack_kernel(packed_ptr, codes_ptr, packed_stride, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Unpack BLOCK bytes of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    bytes_at = start + tl.arange(0, BLOCK)
+    packed = tl.load(packed_ptr + row * packed_stride + bytes_at, mask=bytes_at < (DEPTH + 1) // 2, other=0)
+    codes = tl.reshape(_spread_nibbles(packed[None, :], 1, BLOCK), (2 * BLOCK,))
+    codes_at = 2 * start + tl.arange(0, 2 * BLOCK)
+    tl.store(codes_ptr + row * DEPTH + codes_at, codes, mask=codes_at < DEPTH)
+
+
+@triton.jit
+def _load_rows(row_ptrs, start, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Load [n, BLOCK] from column `start` on, 0 beyond column LIMIT; unmasked where nothing lies beyond."""
+    at = start + tl.arange(0, BLOCK)
+    if LIMIT % BLOCK == 0:
+        return tl.load(row_ptrs + at[None, :])
+    else:
+        return tl.load(row_ptrs + at[None, :], mask=(at < LIMIT)[None, :], other=0)
+
+
+@triton.jit
+def rescaled_matmul_kernel(
+    x_ptr,
+    x_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    addend_ptr,
+    out_ptr,
+    rows,
+    columns,
+    x_stride,
+    w_stride,
+    addend_stride,
+    DEPTH: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Compute one tile [ROWS, COLUMNS] of the result, BLOCK in features at a time."""
+    # Programs that run together share a few tiles of rows and walk over the columns.
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(rows, ROWS)
+    group_size = GROUP * tl.cdiv(columns, COLUMNS)
+    first = program // group_size * GROUP
+    tall = tl.minimum(row_tiles - first, GROUP)
+    row_at = (first + program % group_size % tall) * ROWS + tl.arange(0, ROWS)
+    column_at = program % group_size // tall * COLUMNS + tl.arange(0, COLUMNS)
+    # Beyond the edge the first row is read again, which needs no mask in the loop; the result is not written.
+    x_row = tl.where(row_at < rows, row_at, 0).to(tl.int64)
+    w_row = tl.where(column_at < columns, column_at, 0).to(tl.int64)
+    x_rows = x_ptr + (x_row * x_stride)[:, None]
+    w_rows = w_ptr + (w_row * w_stride)[:, None]
+
+    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.int32)
+    for start in range(0, DEPTH, BLOCK):
+        x = _load_rows(x_rows, start, DEPTH, BLOCK)  # codes of 0 beyond the end: what w has there makes no difference
+        if PACKED:
+            packed = _load_rows(w_rows, start // 2, (DEPTH + 1) // 2, BLOCK // 2)
+            w = _spread_nibbles(packed, COLUMNS, BLOCK // 2)
+        else:
+            w = _load_rows(w_rows, start, DEPTH, BLOCK)
+        sums = tl.dot(x, tl.trans(w), sums, out_dtype=tl.int32)
+
+    total = sums.to(tl.float32) * tl.load(w_scale_ptr + w_row)[None, :] * tl.load(x_scale_ptr + x_row)[:, None]
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + w_row).to(tl.float32)[None, :]
+    valid = (row_at < rows)[:, None] & (column_at < columns)[None, :]
+    if HAS_ADDEND:
+        total += tl.load(addend_ptr + (x_row * addend_stride)[:, None] + w_row[None, :])
+    out_at = row_at.to(tl.int64)[:, None] * columns + column_at[None, :]
+    tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=valid)
