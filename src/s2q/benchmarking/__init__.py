@@ -1,6 +1,14 @@
 """Benchmarks: single operations, denoising steps and calibration, each against bf16 in the same run."""
 
-from s2q.benchmarking.bench import DEFAULT_MODEL, check_backends, check_names, make_cases, open_results, run_cases
+from s2q.benchmarking.bench import (
+    DEFAULT_MODEL,
+    check_backends,
+    check_names,
+    make_cases,
+    missing_cases,
+    open_results,
+    run_cases,
+)
 from s2q.benchmarking.case import BACKENDS, OPS, Settings
 from s2q.benchmarking.timing import TimingOptions
 
@@ -13,6 +21,7 @@ __all__ = [
     "check_backends",
     "check_names",
     "make_cases",
+    "missing_cases",
     "open_results",
     "run_cases",
 ]

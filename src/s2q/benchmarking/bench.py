@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from s2q.benchmarking import micro
 from s2q.benchmarking.calibration_block import calibration_case
-from s2q.benchmarking.case import BACKENDS, OPS, Case, Entry, Settings, check_recipes
+from s2q.benchmarking.case import BACKENDS, OPS, Case, Settings, check_recipes
 from s2q.benchmarking.machine import backend_obstacle, hardware, versions
 from s2q.benchmarking.pipeline_steps import pipeline_step_case
 from s2q.benchmarking.results import ResultsFile
@@ -113,27 +113,34 @@ def open_results(path: Path, *, device: str, again: bool) -> ResultsFile:
     return ResultsFile(path, hardware=hardware(device), versions=versions(), again=again)
 
 
-def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress | None = None) -> Mapping[str, Any]:
-    """Measure what is missing; each case's results are written at once.
+def missing_cases(cases: Sequence[Case], results: ResultsFile) -> list[Case]:
+    """Return what is left to measure: cases without the results that the file has.
+
+    Args:
+        cases: All that is wanted.
+        results: What there is.
+    """
+    left = (replace(case, wanted=tuple(one for one in case.wanted if not results.has(one))) for case in cases)
+    return [case for case in left if case.wanted]
+
+
+def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress | None = None) -> None:
+    """Measure; each case's results are written at once.
 
     Args:
         cases: What to measure.
         results: Where to.
         progress: Called with "bench", the cases done and the cases to do.
 
-    Returns:
-        The content of the results file.
-
     Raises:
         ResourceError: If a case does not fit in memory; after all others have been measured.
     """
-    open_ = [(case, missing) for case in cases if (missing := _missing(case, results))]
     failures: list[str] = []
-    for done, (case, missing) in enumerate(open_):
+    for done, case in enumerate(cases):
         if progress is not None:
-            progress("bench", done, len(open_))
+            progress("bench", done, len(cases))
         try:
-            found = case.measure(missing)
+            found = case.measure(case.wanted)
         except (MemoryError, RuntimeError) as error:
             if type(error).__name__ not in _OUT_OF_MEMORY:
                 raise
@@ -142,15 +149,10 @@ def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress
             continue
         results.add(found)
         logger.info("%s: measured", case.label)
-    if progress is not None:
-        progress("bench", len(open_), len(open_))
+    if progress is not None and cases:
+        progress("bench", len(cases), len(cases))
     if failures:
         raise ResourceError(f"{'; '.join(failures)}; take fewer tokens or leave this out, the rest is written")
-    return results.content
-
-
-def _missing(case: Case, results: ResultsFile) -> tuple[Entry, ...]:
-    return tuple(entry for entry in case.wanted if not results.has(entry))
 
 
 def _step_case(subject: Subject, settings: Settings) -> Case:

@@ -229,10 +229,12 @@ def _whole(model: SyntheticModel, measured: Sequence[_ListResult], name: str) ->
 
 
 def _breakdown(model: SyntheticModel, measured: Sequence[_ListResult], name: str) -> dict[str, float]:
+    """The parts of the step's time, in milliseconds; their sum is the step's time."""
+    whole = _whole(model, measured, name).milliseconds
+    weights = [Timing(samples=tuple(one.samples(name))).milliseconds for one in measured]
     sums: dict[str, float] = {}
-    for one in measured:
-        milliseconds = model.calls * Timing(samples=tuple(one.samples(name))).milliseconds
-        for category, value in in_milliseconds(one.shares[name], milliseconds).items():
+    for one, weight in zip(measured, weights, strict=True):
+        for category, value in in_milliseconds(one.shares[name], whole * weight / sum(weights)).items():
             sums[category] = sums.get(category, 0.0) + value
     return sums
 

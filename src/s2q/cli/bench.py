@@ -37,8 +37,6 @@ def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> No
     device = resolve_device(options["device"])
     backends, unavailable = bench.check_backends(_names(options["backends"]), device)
     recipes = tuple(load_recipe(name) for name in _names(options["recipes"]) or DEFAULT_RECIPES)
-    for one in unavailable:
-        console.say(f"backend {one['backend']} is not measured: {one['reason']}")
     console.quiet_libraries()
     settings = bench.Settings(
         device=device,
@@ -59,10 +57,13 @@ def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> No
         )
     results = bench.open_results(out, device=device, again=options["again"])
     results.note_unavailable(unavailable)
+    for one in unavailable:
+        console.say(f"backend {one['backend']} is not measured: {one['reason']}")
+    missing = bench.missing_cases(cases, results)
     with console.progress() as report:
-        content = bench.run_cases(cases, results, progress=report)
-    output.emit_json(content) if options["as_json"] else show_results(content, ops=bench.OPS)
-    console.say(f"written to {out}")
+        bench.run_cases(missing, results, progress=report)
+    output.emit_json(results.content) if options["as_json"] else show_results(results.content, ops=bench.OPS)
+    console.say(f"written to {out}" if missing else f"{out} has all of this already; --again measures it again")
 
 
 def show_results(content: Mapping[str, Any], *, ops: Sequence[str]) -> None:
