@@ -35,8 +35,8 @@ SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes that one program may have, by architecture."""
 
 INSTRUCTION = re.compile(r"(wgmma\.mma_async|mma\.sync\.aligned)[\w.:]*?\.(s32\.s8\.s8|f32\.\w+\.\w+)")
-GRIDS = ((12, 16), (24, 32), (40, 48), (48, 64), (96, 128))
-"""n1 and n2 of the models' widths: 192, 768, 1920, 3072, 12288."""
+GRIDS = ((12, 16), (24, 32), (48, 64), (96, 128))
+"""n1 and n2 of the models' widths: 192, 768, 3072 (1920 = 40 · 48 pads to the same), 12288."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,13 @@ def matmul_variants(arch: int) -> Iterator[Variant]:
         # Below 64 rows a warp group's instruction would be half empty: Triton takes the older one.
         needs = r"wgmma.*s8\.s8" if arch == 90 and tile.rows >= 64 else r"mma\.sync.*s8\.s8"
         for packed in (False, True) if most < matmul_tiles.UNPACK_FROM_ROWS else (False,):
-            for depth, extras in ((3072, False), (3072, True), (77, True)):
-                label = "w4" if packed else "w8"
+            odd = {16: (), 64: () if packed else (77,), 128: (192,)}[tile.rows]
+            for depth in (3072, *odd):
                 yield Variant(
-                    name=f"matmul {label} {tile.rows}x{tile.columns}x{tile.depth} K={depth}{' +bias+addend' * extras}",
+                    name=f"matmul {'w4' if packed else 'w8'} {tile.rows}x{tile.columns}x{tile.depth} K={depth}",
                     kernel=rescaled_int_matmul.rescaled_matmul_kernel,
                     types=types | {"w_ptr": "*u8" if packed else "*i8"},
-                    constants={"HAS_BIAS": extras, "HAS_ADDEND": extras}
+                    constants={"HAS_BIAS": True, "HAS_ADDEND": True}  # which take more registers than neither
                     | rescaled_int_matmul.matmul_constants(tile, depth=depth, is_packed=packed),
                     aligned=aligned if depth % 16 == 0 else aligned[:7],
                     options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
@@ -109,21 +109,22 @@ def activation_variants(arch: int) -> Iterator[Variant]:
             aligned=(*pointers, "x_stride"),
             options={"num_warps": num_warps},
         )
-    for precision, dtype in (("bf16", "bf16"), ("bf16", "fp32"), ("tf32x3", "fp32"), ("ieee", "fp32")):
-        for grid in GRIDS if (precision, dtype) != ("bf16", "fp32") else GRIDS[-1:]:
-            for sides in ((True, True), (True, False)) if grid == (96, 128) else ((True, True),):
-                tile = rotation_tile(*grid, precision=precision)
+    for precision, dtype in (("bf16", "bf16"), ("bf16", "fp32"), ("tf32x3", "fp32")):
+        fitting = [grid for grid in GRIDS if rotation_tile(*grid, precision=precision, capability=divmod(arch, 10))]
+        for grid in fitting if precision != "bf16" or dtype == "bf16" else fitting[-1:]:
+            for sides in ((True, True), (True, False)) if grid == fitting[-1] else ((True, True),):
+                tile = rotation_tile(*grid, precision=precision, capability=divmod(arch, 10))
                 assert tile is not None
                 yield Variant(
                     name=f"rotate {precision} x {dtype} {grid[0]}x{grid[1]}{'' if sides[1] else ' left only'}",
                     kernel=activation_path.rotate_quantize_kernel,
                     types=types | {"x_ptr": f"*{dtype}"},
                     constants=parts
-                    | activation_path.rotation_constants(tile, grid, precision, *sides)
+                    | activation_path.rotation_constants(tile, grid, precision, sides)
                     | {"INTERPRET": False},
                     aligned=(*pointers, "x_stride"),
-                    options={"num_warps": tile.num_warps},
-                    needs=None if precision == "ieee" else "mma",
+                    options={"num_warps": tile.num_warps, "num_stages": 1},
+                    needs="mma",
                 )
 
 
@@ -133,25 +134,31 @@ def colsum_variants(arch: int) -> Iterator[Variant]:
     types = {"query_ptr": "*bf16", "key_ptr": "*bf16", "lse_ptr": "*fp32", "sums_ptr": "*fp32", "heads": "i32"}
     types |= {"factor": "fp32"} | dict.fromkeys(numbers, "i32")
     aligned = ("query_ptr", "key_ptr", "lse_ptr", "sums_ptr", "qb", "qh", "qn", "kb", "kh", "km")
-    masks = {"": (0, "*bf16"), " boolean": (1, "*u8"), " additive": (2, "*bf16")}
+    masks = {
+        "": (0, False, "*bf16"),
+        " boolean, per key": (1, False, "*u8"),
+        " boolean, per pair": (1, True, "*u8"),
+        " additive, per pair": (2, True, "*bf16"),
+    }
     for dtype, head_dim, kinds in (
-        (torch.bfloat16, 64, ("", " boolean", " additive")),
-        (torch.bfloat16, 128, ("", " additive")),
-        (torch.bfloat16, 256, ("",)),
-        (torch.float32, 64, ("", " additive")),
+        (torch.bfloat16, 64, list(masks)),
+        (torch.bfloat16, 128, ["", " additive, per pair"]),
+        (torch.bfloat16, 256, [" additive, per pair"]),
+        (torch.float32, 64, [" additive, per pair"]),
     ):
         short = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-        tile = colsum_tile(head_dim, itemsize=dtype.itemsize)
-        assert tile is not None
-        for kind in kinds:
+        for mask in kinds:
+            kind, is_pair_mask, mask_type = masks[mask]
+            tile = colsum_tile(head_dim, itemsize=dtype.itemsize, has_pair_mask=is_pair_mask)
+            assert tile is not None
+            constants = {"QUERIES": 17776, "KEYS": 17776, "HEAD_DIM": head_dim, "qd": 1, "kd": 1}
+            constants |= {"MASK": kind, "PAIR_MASK": is_pair_mask, "INTERPRET": False}
             for kernel in (attention_colsum.log_sum_kernel, attention_colsum.column_sum_kernel):
-                shape = {"QUERIES": 17776, "KEYS": 17776, "HEAD_DIM": head_dim, "MASK": masks[kind][0], "qd": 1, "kd": 1}
-                own = {"query_ptr": f"*{short}", "key_ptr": f"*{short}", "mask_ptr": masks[kind][1]}
                 yield Variant(
-                    name=f"{kernel.__name__.removesuffix('_kernel')} {short} D={head_dim}{kind}",
+                    name=f"{kernel.__name__.removesuffix('_kernel')} {short} D={head_dim}{mask}",
                     kernel=kernel,
-                    types=types | own,
-                    constants=shape | attention_colsum.colsum_constants(tile, dtype) | {"INTERPRET": False},
+                    types=types | {"query_ptr": f"*{short}", "key_ptr": f"*{short}", "mask_ptr": mask_type},
+                    constants=attention_colsum.colsum_constants(tile, dtype) | constants,
                     aligned=aligned,
                     options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
                     needs="mma",

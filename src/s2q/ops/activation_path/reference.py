@@ -46,7 +46,9 @@ def activation_path(
     if shift is not None:
         x = x.float() - shift
     transformed, coefficients = split_low_rank(x, scale=scale, basis=low_rank_basis)
-    transformed = scaled_kronecker(transformed, scale=None if coefficients is not None else scale, left=left, right=right)
+    transformed = scaled_kronecker(
+        transformed, scale=None if coefficients is not None else scale, left=left, right=right
+    )
     codes, token_scale = quantize_per_token(transformed, num_bits=num_bits, clip_ratio=clip_ratio)
     return codes, token_scale, coefficients
 

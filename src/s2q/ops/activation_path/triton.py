@@ -6,10 +6,10 @@ do. Without factors a token is read twice, for its maximum and for its codes; th
 
 Precision. Without factors every step is the reference's IEEE arithmetic: equal bits. With factors the sums have
 another order, so a value near a rounding boundary may land on the other side (the code next to it):
-- "tf32x3" (for fp32 and fp16 input): products of fp32 in three tf32 parts, relative error of y about 2^-21.
-- "ieee": fp32 throughout, without tensor cores: slow, to check the others by.
+- "tf32x3" (for fp32 and fp16 input): fp32 in three products of tf32 parts, which keep 21 bits of the 24.
 - "bf16" (for bf16 input): the scaled input, both factors and Aᵀ · X are rounded to bf16, each with a relative error of
   at most 2^-9, as x itself was; about 0.002 of y's root mean square, a tenth of the rounding of 8-bit codes.
+Grids that are too large for a program (see `tiles`) are rotated by torch in fp32 first.
 
 Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank.
 """
@@ -22,11 +22,11 @@ from torch import Tensor
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.core.qparams import ClipRatio
 from s2q.ops.activation_path.reference import split_low_rank
-from s2q.ops.activation_path.tiles import MAX_ORDER, RotationTile, rotation_tile, row_block
+from s2q.ops.activation_path.tiles import MAX_GRID, MAX_ORDER, RotationTile, rotation_tile, row_block
+from s2q.ops.dispatch import capability_of
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.triton_math import INTERPRETING, magnitude_bits, matrix_product, quantization_scale, quantize
 
-PRECISIONS = ("tf32x3", "ieee", "bf16")
 _BRANCH_ROWS = 4096  # bounds the fp32 copies of x that the low-rank branch makes
 
 
@@ -53,7 +53,7 @@ def activation_path(
         right: fp32 [n2, n2] or None.
         low_rank_basis: [I, r] or None. The branch is computed by torch, a few thousand tokens at a time.
         clip_ratio: A float, a tensor that broadcasts to [M, 1], or None.
-        precision: Of the rotation, one of `PRECISIONS`; None is "bf16" for bf16 x and "tf32x3" otherwise.
+        precision: Of the rotation, "tf32x3" or "bf16"; None is "bf16" for bf16 x and "tf32x3" otherwise.
 
     Returns:
         codes int8 [M, I], token scale fp32 [M, 1], coefficients fp32 [M, r] or None.
@@ -62,37 +62,49 @@ def activation_path(
         InvalidInputError: If there is no such precision or the shapes do not fit.
     """
     precision = precision or ("bf16" if x.dtype == torch.bfloat16 else "tf32x3")
-    if precision not in PRECISIONS:
-        raise unknown_name("precision", precision, PRECISIONS)
-    n1, n2 = _grid_of(x, left, right)
+    if precision not in MAX_GRID:
+        raise unknown_name("precision", precision, MAX_GRID)
     rows, features = x.shape
     codes = torch.empty(rows, features, dtype=torch.int8, device=x.device)
     token_scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     clip = _clip_of(clip_ratio, x)
+    rotation = _Rotation(x, left, right, precision)
     if low_rank_basis is None:
-        _run(x, shift, scale, left, right, clip, codes, token_scale, (n1, n2), num_bits, precision)
+        _run(x, (shift, scale), rotation, clip, num_bits, (codes, token_scale))
         return codes, token_scale, None
     parts = []
     for start in range(0, rows, _BRANCH_ROWS):
         own = slice(start, start + _BRANCH_ROWS)
         part = x[own] if shift is None else x[own].float() - shift
         rest, coefficients = split_low_rank(part, scale=scale, basis=low_rank_basis)
+        assert coefficients is not None
         parts.append(coefficients)
         own_clip = clip if clip is None or len(clip) == 1 else clip[own]
-        _run(rest, None, None, left, right, own_clip, codes[own], token_scale[own], (n1, n2), num_bits, precision)
+        _run(rest, (None, None), rotation, own_clip, num_bits, (codes[own], token_scale[own]))
     empty = torch.empty(0, low_rank_basis.shape[1], dtype=torch.float32, device=x.device)
     return codes, token_scale, torch.cat(parts) if parts else empty
 
 
-def _grid_of(x: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[int, int]:
-    if x.ndim != 2:
-        raise InvalidInputError(f"activation_path: got x of shape {list(x.shape)}; expected [tokens, features]")
-    features = x.shape[1]
-    n1 = 1 if left is None else left.shape[0]
-    n2 = features // n1 if right is None else right.shape[0]
-    if n1 * n2 != features:
-        raise InvalidInputError(f"activation_path: got factors of order {n1} and {n2} for {features} features")
-    return n1, n2
+class _Rotation:
+    """The factors of a rotation and the tile that does it; without a tile there is nothing to do inside the kernel."""
+
+    def __init__(self, x: Tensor, left: Tensor | None, right: Tensor | None, precision: str) -> None:
+        if x.ndim != 2:
+            raise InvalidInputError(f"activation_path: got x of shape {list(x.shape)}; expected [tokens, features]")
+        n1 = 1 if left is None else left.shape[0]
+        n2 = x.shape[1] // n1 if right is None else right.shape[0]
+        if n1 * n2 != x.shape[1]:
+            raise InvalidInputError(f"activation_path: got factors of order {n1} and {n2} for {x.shape[1]} features")
+        self.left, self.right, self.precision = left, right, precision
+        self.grid = n1, n2
+        orders = [len(factor) for factor in (left, right) if factor is not None]
+        fits = bool(orders) and max(orders) <= MAX_ORDER
+        self.tile = rotation_tile(n1, n2, precision=precision, capability=capability_of(x)) if fits else None
+        self.is_outside = bool(orders) and self.tile is None
+
+    def constants(self, tile: RotationTile) -> dict[str, int | bool | str]:
+        """Return the compile-time constants of the kernel."""
+        return rotation_constants(tile, self.grid, self.precision, (self.left is not None, self.right is not None))
 
 
 def _clip_of(clip_ratio: ClipRatio, x: Tensor) -> Tensor | None:
@@ -112,69 +124,61 @@ def _clip_of(clip_ratio: ClipRatio, x: Tensor) -> Tensor | None:
 
 def _run(
     x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
+    shift_scale: tuple[Tensor | None, Tensor | None],
+    rotation: _Rotation,
     clip: Tensor | None,
-    codes: Tensor,
-    token_scale: Tensor,
-    grid: tuple[int, int],
     num_bits: int,
-    precision: str,
+    out: tuple[Tensor, Tensor],
 ) -> None:
-    """Launch the kernel that fits; writes codes [M, I] and token_scale [M, 1]."""
+    """Launch the kernel that fits; writes codes [M, I] and token scales [M, 1]."""
     rows, features = x.shape
     if rows == 0 or features == 0:
-        token_scale.fill_(1)
+        out[1].fill_(1)
         return
-    rotates = left is not None or right is not None
-    largest = max(len(factor) for factor in (left, right) if factor is not None) if rotates else 0
-    tile = rotation_tile(*grid, precision=precision) if rotates and largest <= MAX_ORDER else None
-    if rotates and tile is None:  # too large for the registers of a program
+    if rotation.is_outside:
+        shift, scale = shift_scale
         x = x if shift is None else x.float() - shift
-        x = scaled_kronecker(x, scale=scale, left=left, right=right)
-        shift, scale, rotates = None, None, False
+        x = scaled_kronecker(x, scale=scale, left=rotation.left, right=rotation.right)
+        shift_scale = None, None
     x = x if x.stride(1) == 1 else x.contiguous()
-    has = {"HAS_SHIFT": shift is not None, "HAS_SCALE": scale is not None, "HAS_CLIP": clip is not None}
-    vectors = [x if vector is None else vector.float().contiguous() for vector in (shift, scale)]
+    constants: dict[str, int | bool | str] = {
+        "HAS_SHIFT": shift_scale[0] is not None,
+        "HAS_SCALE": shift_scale[1] is not None,
+        "HAS_CLIP": clip is not None,
+        "QMAX": 2 ** (num_bits - 1) - 1,
+    }
+    vectors = [_or(vector, x) for vector in shift_scale]
     clip_stride = 0 if clip is None or len(clip) == 1 else 1
-    tail = (x if clip is None else clip, codes, token_scale)
-    qmax = 2 ** (num_bits - 1) - 1
+    tail = (_or(clip, x), *out)
+    tile = rotation.tile
     if tile is None:
         block, num_warps = row_block(features)
-        constants = has | {"FEATURES": features, "QMAX": qmax, "BLOCK": block}
+        constants |= {"FEATURES": features, "BLOCK": block}
         quantize_kernel[(rows,)](x, *vectors, *tail, x.stride(0), clip_stride, **constants, num_warps=num_warps)
         return
-    factors = [x if factor is None else factor.float().contiguous() for factor in (left, right)]
-    constants = has | rotation_constants(tile, grid, precision, left is not None, right is not None)
+    factors = [_or(factor, x) for factor in (rotation.left, rotation.right)]
+    constants |= rotation.constants(tile) | {"INTERPRET": INTERPRETING}
     programs = triton.cdiv(rows, tile.tokens)
-    rotate_quantize_kernel[(programs,)](
-        x,
-        *vectors,
-        *factors,
-        *tail,
-        rows,
-        x.stride(0),
-        clip_stride,
-        **constants,
-        QMAX=qmax,
-        INTERPRET=INTERPRETING,
-        num_warps=tile.num_warps,
-    )
+    options = {"num_warps": tile.num_warps, "num_stages": 1}
+    arguments = (x, *vectors, *factors, *tail, rows, x.stride(0), clip_stride)
+    rotate_quantize_kernel[(programs,)](*arguments, **constants, **options)
+
+
+def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
+    """Return a tensor as the kernels read it, or something in its place that they do not read."""
+    return unused if tensor is None else tensor.float().contiguous()
 
 
 def rotation_constants(
-    tile: RotationTile, grid: tuple[int, int], precision: str, has_left: bool, has_right: bool
+    tile: RotationTile, grid: tuple[int, int], precision: str, sides: tuple[bool, bool]
 ) -> dict[str, int | bool | str]:
     """Return the compile-time constants of `rotate_quantize_kernel` that a tile decides.
 
     Args:
         tile: See `tiles.rotation_tile`.
         grid: n1 and n2.
-        precision: One of `PRECISIONS`.
-        has_left: Whether there is a left factor.
-        has_right: Whether there is a right factor.
+        precision: "tf32x3" or "bf16".
+        sides: Whether there is a left and a right factor.
     """
     return {
         "N1": grid[0],
@@ -183,8 +187,8 @@ def rotation_constants(
         "COLUMNS": tile.columns,
         "TOKENS": tile.tokens,
         "PRECISION": precision,
-        "HAS_LEFT": has_left,
-        "HAS_RIGHT": has_right,
+        "HAS_LEFT": sides[0],
+        "HAS_RIGHT": sides[1],
     }
 
 

@@ -41,4 +41,5 @@ def attention_colsum(
         InvalidInputError: If shapes do not fit, or there is no such backend, or it cannot run here.
     """
     run = choose_backend(backend, query, BACKENDS)
-    return run(query, key, mask=mask, scale=scale, chunk_size=chunk_size)
+    sums: Tensor = run(query, key, mask=mask, scale=scale, chunk_size=chunk_size)
+    return sums

@@ -22,19 +22,23 @@ class ColsumTile:
     num_stages: int
 
 
-MAX_HEAD_DIM = 256
-"""Padded; more does not fit into shared memory."""
+MAX_HEAD_DIM = {2: 256, 4: 64}
+"""Padded, by the bytes of an element; more does not fit into registers and shared memory everywhere."""
 
 
-def colsum_tile(head_dim: int, *, itemsize: int) -> ColsumTile | None:
+def colsum_tile(head_dim: int, *, itemsize: int, has_pair_mask: bool) -> ColsumTile | None:
     """Return the tile for heads of a size; None if they are too large.
 
     Args:
         head_dim: D.
         itemsize: Bytes of an element of the queries; fp32 takes smaller tiles.
+        has_pair_mask: Whether a mask differs from query to query, so that a whole tile of it is read.
     """
     padded = max(16, 1 << (head_dim - 1).bit_length())
-    if padded > MAX_HEAD_DIM:
+    if padded > MAX_HEAD_DIM[itemsize]:
         return None
-    side = 128 if padded <= 128 and itemsize == 2 else 64
+    if itemsize == 4:
+        side = 32
+    else:
+        side = 128 if padded <= 128 and not has_pair_mask else 64
     return ColsumTile(queries=side, keys=side, head_dim=padded, num_warps=8 if side == 128 else 4, num_stages=2)

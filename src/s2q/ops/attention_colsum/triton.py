@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
-from s2q.ops.attention_colsum.reference import check_shapes
-from s2q.ops.attention_colsum.tiles import MAX_HEAD_DIM, ColsumTile, colsum_tile
+from s2q.ops.attention_colsum import reference
+from s2q.ops.attention_colsum.tiles import ColsumTile, colsum_tile
 from s2q.ops.triton_math import INTERPRETING, matrix_product
 
 _LOG2_E = 1.4426950408889634
@@ -38,7 +37,7 @@ def attention_colsum(
 
     Args:
         query: [B, H, N, D], fp32, fp16 or bf16; any strides. Halves are multiplied as they are, fp32 in three parts of
-            tf32.
+            tf32. D above 256 (64 in fp32) does not fit into a program and is left to the reference.
         key: [B, H, M, D], same dtype.
         mask: Broadcasts to [B, H, N, M]; boolean, or floating and added to the logits. Or None.
         scale: Of the logits; None is 1 / √D.
@@ -48,27 +47,25 @@ def attention_colsum(
         fp32 [B, M].
 
     Raises:
-        InvalidInputError: If shapes do not fit, or D is above 256.
+        InvalidInputError: If shapes do not fit or the chunk size is not positive.
     """
-    check_shapes(query, key, mask, chunk_size)
+    reference.check_shapes(query, key, mask, chunk_size)
     samples, heads, queries, head_dim = query.shape
     keys = key.shape[2]
-    tile = colsum_tile(head_dim, itemsize=query.dtype.itemsize)
+    kind, mask_BHNM = _expand_mask(mask, (samples, heads, queries, keys))
+    is_pair_mask = mask_BHNM is not None and mask_BHNM.stride(2) != 0
+    tile = colsum_tile(head_dim, itemsize=query.dtype.itemsize, has_pair_mask=is_pair_mask)
     if tile is None:
-        raise InvalidInputError(
-            f"attention_colsum: backend 'triton' got head dim {head_dim}; expected at most {MAX_HEAD_DIM}; "
-            "use backend='reference'"
-        )
+        return reference.attention_colsum(query, key, mask=mask, scale=scale, chunk_size=chunk_size)
     if 0 in (samples, heads, queries, keys):
         return torch.zeros(samples, keys, dtype=torch.float32, device=query.device)
     lse_BHN = torch.empty(samples, heads, queries, dtype=torch.float32, device=query.device)
     sums_BHM = torch.empty(samples, heads, keys, dtype=torch.float32, device=query.device)
-    kind, mask_BHNM = _expand_mask(mask, (samples, heads, queries, keys))
     mask_strides = (0, 0, 0, 0) if mask_BHNM is None else mask_BHNM.stride()
     factor = (head_dim**-0.5 if scale is None else scale) * _LOG2_E
     inputs = (query, key, query if mask_BHNM is None else mask_BHNM)
     numbers = (heads, factor, *query.stride(), *key.stride(), *mask_strides)
-    shape = {"QUERIES": queries, "KEYS": keys, "HEAD_DIM": head_dim, "MASK": kind}
+    shape = {"QUERIES": queries, "KEYS": keys, "HEAD_DIM": head_dim, "MASK": kind, "PAIR_MASK": is_pair_mask}
     constants = shape | colsum_constants(tile, query.dtype)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     grid = (triton.cdiv(queries, tile.queries), samples * heads)
@@ -111,18 +108,37 @@ def _load_tile(ptr, at, stride, d_stride, LIMIT: tl.constexpr, HEAD_DIM: tl.cons
 
 
 @triton.jit
-def _mask_logits(
-    logits, mask_ptr, n, m, n_stride, m_stride, MASK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
-):
-    """Apply a mask to logits, [queries, keys] or transposed as the indices n and m are; keys beyond the edge go."""
-    if MASK != 0:
-        valid = (n < QUERIES) & (m < KEYS)
-        mask = tl.load(mask_ptr + n.to(tl.int64) * n_stride + m.to(tl.int64) * m_stride, mask=valid, other=0)
-        if MASK == 1:
-            logits = tl.where(mask != 0, logits, float("-inf"))
-        else:
-            logits += mask.to(tl.float32) * 1.4426950408889634
+def _mask_logits(logits, mask, m, MASK: tl.constexpr, KEYS: tl.constexpr):
+    """Apply a mask that broadcasts to the logits; those of keys m beyond the edge become -inf."""
+    if MASK == 1:
+        logits = tl.where(mask != 0, logits, float("-inf"))
+    elif MASK == 2:
+        logits += mask.to(tl.float32) * 1.4426950408889634
     return tl.where(m < KEYS, logits, float("-inf"))
+
+
+@triton.jit
+def _load_mask(
+    ptr,
+    n_start,
+    m_start,
+    n,
+    m,
+    n_stride,
+    m_stride,
+    PAIR_MASK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Load a mask at n_start + n and m_start + m, which broadcast against each other; without PAIR_MASK at m only."""
+    # Offsets inside a tile fit into 32 bits, which saves registers.
+    ptr += tl.cast(n_start, tl.int64) * n_stride + tl.cast(m_start, tl.int64) * m_stride
+    valid = m_start + m < KEYS
+    offsets = m * m_stride
+    if PAIR_MASK:
+        valid = valid & (n_start + n < QUERIES)
+        offsets = offsets + n * n_stride
+    return tl.load(ptr + offsets, mask=valid, other=0)
 
 
 @triton.jit
@@ -149,6 +165,7 @@ def log_sum_kernel(
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MASK: tl.constexpr,
+    PAIR_MASK: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_D: tl.constexpr,
@@ -158,17 +175,23 @@ def log_sum_kernel(
     """First pass: the base-2 log-sum-exp of a tile of queries of one head."""
     pair = tl.program_id(1).to(tl.int64)
     sample, head = pair // heads, pair % heads
-    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    n_start, n_tile, m_tile = tl.program_id(0) * TILE_N, tl.arange(0, TILE_N), tl.arange(0, TILE_M)
+    n = n_start + n_tile
     query = _load_tile(query_ptr + sample * qb + head * qh, n, qn, qd, QUERIES, HEAD_DIM, TILE_D)
     key_ptr += sample * kb + head * kh
     mask_ptr += sample * mb + head * mh
     highest = tl.full((TILE_N,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_N,), tl.float32)
     for start in range(0, KEYS, TILE_M):
-        m = start + tl.arange(0, TILE_M)
+        m = start + m_tile
         key = _load_tile(key_ptr, m, km, kd, KEYS, HEAD_DIM, TILE_D)
         logits = matrix_product(query, tl.trans(key), PRECISION, INTERPRET) * factor
-        logits = _mask_logits(logits, mask_ptr, n[:, None], m[None, :], mn, mm, MASK, QUERIES, KEYS)
+        mask = 0
+        if MASK != 0:
+            mask = _load_mask(
+                mask_ptr, n_start, start, n_tile[:, None], m_tile[None, :], mn, mm, PAIR_MASK, QUERIES, KEYS
+            )
+        logits = _mask_logits(logits, mask, m[None, :], MASK, KEYS)
         raised = tl.maximum(highest, tl.max(logits, axis=1))
         pivot = tl.where(raised == float("-inf"), 0.0, raised)  # -inf - -inf is NaN
         total = total * tl.exp2(highest - pivot) + tl.sum(tl.exp2(logits - pivot[:, None]), axis=1)
@@ -202,6 +225,7 @@ def column_sum_kernel(
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MASK: tl.constexpr,
+    PAIR_MASK: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_D: tl.constexpr,
@@ -211,16 +235,24 @@ def column_sum_kernel(
     """Second pass: what a tile of keys of one head receives from all queries."""
     pair = tl.program_id(1).to(tl.int64)
     sample, head = pair // heads, pair % heads
-    m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
+    m_start, n_tile, m_tile = tl.program_id(0) * TILE_M, tl.arange(0, TILE_N), tl.arange(0, TILE_M)
+    m = m_start + m_tile
     key = _load_tile(key_ptr + sample * kb + head * kh, m, km, kd, KEYS, HEAD_DIM, TILE_D)
     query_ptr += sample * qb + head * qh
     mask_ptr += sample * mb + head * mh
     sums = tl.zeros((TILE_M,), tl.float32)
     for start in range(0, QUERIES, TILE_N):
-        n = start + tl.arange(0, TILE_N)
+        n = start + n_tile
         query = _load_tile(query_ptr, n, qn, qd, QUERIES, HEAD_DIM, TILE_D)
         lse = tl.load(lse_ptr + pair * QUERIES + n, mask=n < QUERIES, other=float("inf"))
         logits = matrix_product(key, tl.trans(query), PRECISION, INTERPRET) * factor
-        logits = _mask_logits(logits, mask_ptr, n[None, :], m[:, None], mn, mm, MASK, QUERIES, KEYS)
-        sums += tl.sum(tl.exp2(logits - lse[None, :]), axis=1)
+        mask = 0
+        if MASK != 0:
+            mask = _load_mask(
+                mask_ptr, start, m_start, n_tile[None, :], m_tile[:, None], mn, mm, PAIR_MASK, QUERIES, KEYS
+            )
+        logits = _mask_logits(logits, mask, m[:, None], MASK, KEYS)
+        # A share is at most 1, but the two passes add in different orders: huge logits may differ by more than 0.
+        share = tl.minimum(logits - lse[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
+        sums += tl.sum(tl.exp2(share), axis=1)
     tl.store(sums_ptr + pair * KEYS + m, sums, mask=m < KEYS)

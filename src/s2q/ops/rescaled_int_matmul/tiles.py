@@ -51,18 +51,19 @@ TILES: dict[tuple[int, int], tuple[tuple[int, MatmulTile], ...]] = {
     (9, 0): (
         (16, _FEW),
         (255, _SOME),
-        (1 << 31, MatmulTile(rows=128, columns=256, depth=128, num_warps=8, num_stages=3)),
+        (1 << 31, MatmulTile(rows=128, columns=128, depth=128, num_warps=8, num_stages=3)),
     ),
 }
 """By compute capability: pairs of the most rows that a tile is for and the tile, ascending."""
 
 
-def matmul_tile(rows: int, capability: tuple[int, int]) -> MatmulTile:
+def matmul_tile(rows: int, depth: int, capability: tuple[int, int]) -> MatmulTile:
     """Return the tile for a product.
 
     Args:
         rows: M.
+        depth: K; one that is no multiple of 16 is read byte by byte, which needs the registers of a large tile.
         capability: Of the GPU; one that is not listed takes what the nearest older one does.
     """
     listed = max((known for known in TILES if known <= capability), default=min(TILES))
-    return next(tile for most, tile in TILES[listed] if rows <= most)
+    return next(tile for most, tile in TILES[listed] if (rows if depth % 16 == 0 else min(rows, 64)) <= most)

@@ -1,7 +1,7 @@
-"""Rescaled integer product on int8 tensor cores: int32 sums in registers, scales, bias and addend before the only write.
+"""Rescaled integer product on int8 tensor cores; scales, bias and addend are applied before the only write.
 
 Packed weights (two codes a byte) are unpacked in the loop for few rows, where reading w is what takes time, and once
-a call into an int8 scratch for many, where every tile would repeat the work.
+a call into an int8 scratch for many, where every tile would repeat the work (and if K is no multiple of 32).
 
 The sums are exact. Afterwards a multiplication and an addition may be fused, so that fp32 results can differ from the
 reference in the last bit.
@@ -69,14 +69,14 @@ def rescaled_int_matmul(
     out = torch.empty(rows, columns, dtype=out_dtype, device=x_codes.device)
     if out.numel() == 0:
         return out
-    if is_packed and rows >= UNPACK_FROM_ROWS:
+    if is_packed and (rows >= UNPACK_FROM_ROWS or depth % 32 != 0):
         w_codes, is_packed = unpack_nibbles(w_codes, in_features=depth), False
     elif w_codes.dtype == torch.uint8 and not is_packed:
         w_codes = w_codes.view(torch.int8)
     x_codes, w_codes = (codes if codes.stride(1) == 1 else codes.contiguous() for codes in (x_codes, w_codes))
     if addend is not None and addend.stride(1) != 1:
         addend = addend.contiguous()
-    tile = matmul_tile(rows, capability_of(x_codes))
+    tile = matmul_tile(rows, depth, capability_of(x_codes))
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     rescaled_matmul_kernel[(programs,)](
         x_codes,

@@ -1,0 +1,175 @@
+import math
+
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.ops.activation_path import BACKENDS, activation_path
+from s2q.ops.kronecker import scaled_kronecker
+from s2q.ops.quantize_per_token import quantize_per_token
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def orthonormal(rows, columns, seed=0):
+    return torch.linalg.qr(draw(rows, columns, seed=seed))[0]
+
+
+def vectors(features):
+    return {"shift": draw(features, seed=1) * 0.3, "scale": draw(features, seed=2).exp()}
+
+
+def test_reference_is_the_path_of_a_packed_linear():
+    x, parts = draw(5, 24).bfloat16(), vectors(24)
+    left, right, basis = draw(4, 4, seed=3), draw(6, 6, seed=4), orthonormal(24, 2).bfloat16()
+    codes, token_scale, coefficients = activation_path(
+        x, num_bits=6, **parts, left=left, right=right, low_rank_basis=basis, clip_ratio=0.9, backend="reference"
+    )
+    scaled = (x.float() - parts["shift"]) * parts["scale"]
+    assert torch.equal(coefficients, scaled @ basis.float())
+    rest = scaled_kronecker(scaled - coefficients @ basis.float().t(), left=left, right=right)
+    expected = quantize_per_token(rest, num_bits=6, clip_ratio=0.9)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(token_scale, expected[1])
+
+
+def test_reference_keeps_the_dtype_without_parts():
+    x = draw(3, 7).bfloat16()
+    codes, token_scale, coefficients = activation_path(x, num_bits=4)
+    assert coefficients is None
+    assert torch.equal(codes, quantize_per_token(x, num_bits=4)[0])
+    assert torch.equal(token_scale, quantize_per_token(x, num_bits=4)[1])
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(InvalidInputError, match="unknown backend 'cuda'.*triton"):
+        activation_path(draw(1, 4), num_bits=4, backend="cuda")
+
+
+class TestTriton:
+    @pytest.fixture(autouse=True)
+    def _needs_triton(self):
+        pytest.importorskip("triton")
+
+    def both(self, x, **parts):
+        return BACKENDS["triton"](x, **parts), BACKENDS["reference"](x, **parts)
+
+    def assert_equal(self, found, expected):
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+    def assert_close(self, found, expected):
+        """Sums in another order: a code beside it at a rounding boundary, rarely."""
+        difference = (found[0].int() - expected[0].int()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).double().mean() < 1e-3
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("num_bits", [3, 4, 5, 6, 8])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("features", [1, 77, 192])
+    def test_without_rotation_the_bits_are_equal(self, num_bits, dtype, features):
+        x = (draw(4, features) * 3).to(dtype)
+        x[1] = 0
+        for parts in ({}, vectors(features), {"scale": draw(features)}, {"shift": draw(features)}):
+            found, expected = self.both(x, num_bits=num_bits, **parts)
+            assert (found[0].dtype, found[1].dtype) == (torch.int8, torch.float32)
+            self.assert_equal(found, expected)
+
+    def test_long_tokens_take_several_blocks(self):
+        self.assert_equal(*self.both(draw(2, 5000), num_bits=8, **vectors(5000)))
+
+    @pytest.mark.parametrize("clip", [0.3, torch.tensor([0.7]), torch.tensor([[0.1], [0.5], [1.0]]), torch.tensor(0.9)])
+    def test_clip_ratios(self, clip):
+        self.assert_equal(*self.both(draw(3, 40), num_bits=4, clip_ratio=clip))
+        self.assert_close(*self.both(draw(3, 192), num_bits=4, clip_ratio=clip, left=orthonormal(12, 12)))
+
+    def test_rounding_is_to_even_and_scales_may_be_tiny(self):
+        x = torch.tensor(
+            [[7.0, 0.5, 1.5, 2.5, -0.5, -1.5, 6.5], [1e-44, 1e-45, 0, 0, 0, 0, 0], [1e38, -1e38, 5, 0, 0, 0, 0]]
+        )
+        found, expected = self.both(x, num_bits=4)
+        assert found[0][0].tolist() == [7, 0, 2, 2, 0, -2, 6]
+        self.assert_equal(found, expected)
+
+    def test_a_nan_is_not_hidden_and_stays_in_its_token(self):
+        x = draw(3, 192)
+        x[1, 5] = math.nan
+        for parts in ({}, {"left": orthonormal(12, 12), "right": orthonormal(16, 16)}):
+            found, expected = self.both(x, num_bits=6, **parts)
+            assert found[1].isnan().flatten().tolist() == [False, True, False]
+            assert torch.equal(found[0][::2], expected[0][::2])
+
+    @pytest.mark.parametrize("grid", [(12, 16), (24, 32), (3, 7), (1, 20), (40, 48)])
+    @pytest.mark.parametrize("num_bits", [4, 8])
+    def test_rotations(self, grid, num_bits):
+        n1, n2 = grid
+        x = draw(9, n1 * n2) * 2
+        x[4] = 0
+        found, expected = self.both(
+            x,
+            num_bits=num_bits,
+            **vectors(n1 * n2),
+            left=draw(n1, n1, seed=3),
+            right=draw(n2, n2, seed=4),
+            clip_ratio=0.9,
+        )
+        self.assert_close(found, expected)
+
+    @pytest.mark.parametrize(("n1", "n2"), [(96, 128), (48, 64), (40, 48)])
+    def test_the_widths_of_the_models(self, n1, n2):
+        parts = {"left": orthonormal(n1, n1), "right": orthonormal(n2, n2)}
+        self.assert_close(*self.both(draw(2, n1 * n2), num_bits=6, **vectors(n1 * n2), **parts))
+
+    def test_one_factor_alone(self):
+        self.assert_close(*self.both(draw(3, 192), num_bits=8, left=orthonormal(12, 12)))
+        self.assert_close(*self.both(draw(3, 96), num_bits=8, right=orthonormal(96, 96)))
+
+    def test_a_factor_too_large_for_a_program_is_applied_outside(self):
+        parts = {"right": orthonormal(160, 160), **vectors(160)}
+        self.assert_close(*self.both(draw(3, 160), num_bits=8, **parts))
+
+    def test_bf16_rotations_are_off_by_their_rounding(self):
+        # The interpreter truncates to bf16, which doubles the error of a GPU.
+        x, parts = draw(9, 192).bfloat16(), {"left": orthonormal(12, 12), "right": orthonormal(16, 16)}
+        for num_bits in (4, 8):
+            found, expected = self.both(x, num_bits=num_bits, **vectors(192), **parts)
+            assert (found[0].int() - expected[0].int()).abs().max() <= 1
+            values = [codes.double() * scale for codes, scale, _ in (found, expected)]
+            power = (values[1] ** 2).mean()
+            assert (values[0] - values[1]).pow(2).mean() < power * (4e-3 if num_bits == 4 else 4e-4)
+        exact, _ = self.both(x.float(), num_bits=8, **vectors(192), **parts)
+        from s2q.ops.activation_path.triton import activation_path as on_triton
+
+        self.assert_equal(on_triton(x, num_bits=8, **vectors(192), **parts, precision="tf32x3"), exact)
+
+    @pytest.mark.parametrize("rotates", [False, True])
+    def test_low_rank_branch(self, rotates, monkeypatch):
+        from s2q.ops.activation_path import triton
+
+        monkeypatch.setattr(triton, "_BRANCH_ROWS", 4)
+        parts = {"left": orthonormal(12, 12), "right": orthonormal(16, 16)} if rotates else {}
+        parts |= {**vectors(192), "low_rank_basis": orthonormal(192, 3).bfloat16(), "clip_ratio": draw(10, 1).sigmoid()}
+        found, expected = self.both(draw(10, 192), num_bits=6, **parts)
+        torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-5)
+        self.assert_close(found, expected)
+
+    def test_strided_rows_and_no_rows(self):
+        wide = draw(5, 400)
+        for x in (wide[:, :192], wide[::2, 8:200], draw(192, 5).t()):
+            self.assert_equal(*self.both(x, num_bits=6))
+            self.assert_close(*self.both(x, num_bits=6, left=orthonormal(12, 12), right=orthonormal(16, 16)))
+        codes, token_scale, coefficients = BACKENDS["triton"](
+            draw(0, 192), num_bits=4, low_rank_basis=orthonormal(192, 2), left=orthonormal(12, 12)
+        )
+        assert (codes.shape, token_scale.shape, coefficients.shape) == ((0, 192), (0, 1), (0, 2))
+
+    def test_what_does_not_fit_is_refused(self):
+        with pytest.raises(InvalidInputError, match="order 12 and 10"):
+            BACKENDS["triton"](draw(2, 192), num_bits=4, left=draw(12, 12), right=draw(10, 10))
+        with pytest.raises(InvalidInputError, match="clip ratios"):
+            BACKENDS["triton"](draw(3, 8), num_bits=4, clip_ratio=torch.ones(2, 1))
+        with pytest.raises(InvalidInputError, match="float64.*use backend='reference'"):
+            BACKENDS["triton"](draw(3, 8).double(), num_bits=4)

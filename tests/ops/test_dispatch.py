@@ -1,0 +1,63 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.ops import dispatch
+
+
+def test_packages_import_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import s2q, s2q.ops.activation_path, s2q.ops.rescaled_int_matmul, s2q.ops.attention_colsum"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+
+
+class OnGpu:
+    """What `dispatch` asks of a tensor."""
+
+    dtype, is_cuda, device = torch.bfloat16, True, torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "obstacle"), [((7, 5), "compute capability 7.5; expected 8.0"), ((8, 0), None), ((12, 0), None)]
+)
+def test_gpus(compiled, monkeypatch, capability, obstacle):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    backends = {"reference": "the reference", "triton": "the kernel"}
+    found = dispatch.triton_obstacle(OnGpu())
+    assert found is None if obstacle is None else obstacle in found
+    assert dispatch.choose_backend("auto", OnGpu(), backends) == ("the kernel" if obstacle is None else "the reference")
+
+
+def test_a_rocm_gpu_is_refused(compiled, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in dispatch.triton_obstacle(OnGpu())
+
+
+def test_a_cpu_tensor_is_refused_in_one_line(compiled):
+    run = dispatch.triton_backend("s2q.ops.activation_path", "activation_path")
+    with pytest.raises(InvalidInputError) as raised:
+        run(torch.zeros(1, 4), num_bits=4)
+    assert str(raised.value) == (
+        "activation_path: backend 'triton' cannot run: got a tensor on cpu; expected an NVIDIA GPU; "
+        "use backend='reference'"
+    )
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    run = dispatch.triton_backend("s2q.ops.activation_path", "activation_path")
+    with pytest.raises(InvalidInputError, match="triton is not installed; use backend='reference'"):
+        run(torch.zeros(1, 4), num_bits=4)
+    assert dispatch.choose_backend("auto", OnGpu(), {"reference": 1, "triton": 2}) == 1
