@@ -205,6 +205,69 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            help="synthetic:NAME (random weights; cogvideox-2b, cogvideox-5b, hunyuanvideo, wan-1.3b or wan-14b), an "
+            "embedded name, a folder or a Hub id. Default: the layers of all five, the step of shapes-cogvideox.",
+            metavar="MODEL",
+        ),
+    ] = None,
+    ops: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ops",
+            help="By comma, default all: linear,activation_path,gemm,attention_colsum,denoising_step,"
+            "calibration_block.",
+            metavar="NAMES",
+        ),
+    ] = None,
+    recipes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-r", "--recipe", help="Recipes, by comma or repeated. Default: s2q-w4a6,s2q-w4a4.", metavar="RECIPE"
+        ),
+    ] = None,
+    backends: Annotated[
+        list[str] | None,
+        typer.Option("--backend", help="By comma: auto,reference,cpu,triton. Default: all that run.", metavar="NAMES"),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens",
+            help="Rows of an op, video tokens of a block. Default: the model's; on a CPU 2048 and 1024.",
+            min=1,
+            metavar="N",
+        ),
+    ] = None,
+    blocks: Annotated[
+        int, typer.Option("--blocks", help="Blocks of a synthetic model to build and time.", min=1, metavar="N")
+    ] = 1,
+    repeats: Annotated[
+        int, typer.Option("--repeats", help="Rounds of a measurement, at most.", min=1, metavar="N")
+    ] = 10,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="No new round after this time, from the third on.", min=0, metavar="X")
+    ] = 10.0,
+    device: Device = "auto",
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="JSON file to write, or to go on with.", metavar="FILE")
+    ] = Path("bench.json"),
+    again: Annotated[bool, typer.Option("--again", help="Measure what the file has already, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory against bf16: single operations, denoising steps, calibration."""
+    from s2q.cli.bench import run_bench
+
+    options = _given(locals(), "ops", "recipes", "backends", "tokens", "blocks", "repeats", "seconds")
+    run_bench(output, model=model, options=options | _given(locals(), "device", "again", "as_json"))
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Checkpoint folder.", metavar="PATH")],
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the manifest.")] = False,

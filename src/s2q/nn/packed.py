@@ -242,9 +242,8 @@ class PackedLinear(nn.Linear):
         return output_MO.reshape(*input.shape[:-1], self.out_features)
 
     def _integer_linear(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
-        activation, packed = self.scheme.activation, self._parameters["weight"]
+        activation = self.scheme.activation
         assert activation is not None
-        assert packed is not None
         if self.shared_input is None:
             split = self._quantized(input)
         else:
@@ -253,7 +252,7 @@ class PackedLinear(nn.Linear):
         return rescaled_int_matmul(
             codes_MI,
             scale_M1,
-            packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8),
+            self.product_codes(),
             self.weight_scale,
             bias=self.bias,
             addend=self._branch(coefficients),
@@ -262,6 +261,12 @@ class PackedLinear(nn.Linear):
             out_dtype=input.dtype,
             backend=self.backend,
         )
+
+    def product_codes(self) -> Tensor:
+        """Return the codes as `rescaled_int_matmul` takes them: uint8 [O, P] up to 4 bits, int8 [O, I] above."""
+        packed = self._parameters["weight"]
+        assert packed is not None
+        return packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8)
 
     def _quantized(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: A002
         """Codes int8 [M, I], scale fp32 [M, 1] and coefficients of the low-rank branch fp32 [M, r] of an input."""
