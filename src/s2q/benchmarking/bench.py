@@ -10,7 +10,7 @@ from pathlib import Path
 from s2q.benchmarking import micro
 from s2q.benchmarking.calibration_block import calibration_case
 from s2q.benchmarking.case import BACKENDS, OPS, Case, Settings, check_recipes
-from s2q.benchmarking.machine import measuring_obstacle, hardware, versions
+from s2q.benchmarking.machine import hardware, measuring_obstacle, versions
 from s2q.benchmarking.pipeline_steps import pipeline_step_case
 from s2q.benchmarking.results import ResultsFile
 from s2q.benchmarking.shapes import Subject, attention_shapes, layer_shapes, resolve_subject, subject_rows

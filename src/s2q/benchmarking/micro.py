@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2q.benchmarking.case import BACKENDS, Case, Entry, Settings, packing_of
-from s2q.benchmarking.machine import measuring_obstacle, int8_gemm, peak_memory
+from s2q.benchmarking.machine import int8_gemm, measuring_obstacle, peak_memory
 from s2q.benchmarking.results import identity
 from s2q.benchmarking.shapes import AttentionShape, LayerShape
 from s2q.benchmarking.timing import Run, Timing, interleave, measures_of, stopwatch_for
