@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-KERNELS = ("matmul w4", "matmul w8", "unpack", "quantize bf16", "rotate bf16", "log_sum", "column_sum")
+KERNELS = (
+    "matmul w4",
+    "matmul w8",
+    "unpack",
+    "quantize bf16",
+    "rotate bf16",
+    "weight only w4",
+    "log_sum",
+    "column_sum",
+)
 
 
 def run(*command):

@@ -29,6 +29,7 @@ from s2q.nn.shared_input import SharedInput
 from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
+from s2q.ops.weight_only_matmul import weight_only_matmul
 
 PACKED_DTYPES = {
     "weight": torch.uint8,
@@ -233,17 +234,16 @@ class PackedLinear(nn.Linear):
         Returns:
             [..., O] in the dtype of the input.
         """
-        if self.scheme.activation is None:
-            return self._weight_only(input)
         if torch.is_grad_enabled() and input.requires_grad:
             output_MO: Tensor = _StraightThrough.apply(input, self)  # type: ignore[no-untyped-call]
         else:
-            output_MO = self._integer_linear(input)
+            output_MO = self._product(input)
         return output_MO.reshape(*input.shape[:-1], self.out_features)
 
-    def _integer_linear(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
+    def _product(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         activation = self.scheme.activation
-        assert activation is not None
+        if activation is None:
+            return self._weight_only(input)
         if self.shared_input is None:
             split = self._quantized(input)
         else:
@@ -284,10 +284,10 @@ class PackedLinear(nn.Linear):
         )
 
     def _branch(self, coefficients: Tensor | None) -> Tensor | None:
-        """What the low-rank branch adds to the output, fp32 [..., O]."""
+        """What the low-rank branch adds to the output, fp32 [M, O]."""
         if coefficients is None or self.low_rank_weight is None:
             return None
-        return F.linear(coefficients, self.low_rank_weight.float())
+        return F.linear(coefficients.reshape(-1, coefficients.shape[-1]), self.low_rank_weight.float())
 
     def _weight_only(self, input: Tensor) -> Tensor:  # noqa: A002
         transformed, coefficients = transform_input(
@@ -298,10 +298,15 @@ class PackedLinear(nn.Linear):
             right=self.transform_right,
             low_rank_basis=self.low_rank_basis,
         )
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        output = F.linear(transformed.to(input.dtype), self.dequantized_weight(input.dtype), bias)
-        branch = self._branch(coefficients)
-        return output if branch is None else output + branch.to(input.dtype)
+        return weight_only_matmul(
+            transformed.to(input.dtype).reshape(-1, self.in_features),
+            self.product_codes(),
+            self.weight_scale,
+            bias=self.bias,
+            addend=self._branch(coefficients),
+            w_bits=self.scheme.weight.num_bits,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""
@@ -357,12 +362,12 @@ class PackedLinear(nn.Linear):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The integer linear for training what lies before it, adapters for example."""
+    """The packed linear for training what lies before it, adapters for example."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
-        return layer._integer_linear(x)
+        return layer._product(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
