@@ -55,8 +55,9 @@ def test_half_precision(backend, dtype):
     assert found.dtype == dtype
     atol = float(exact.abs().max()) * torch.finfo(dtype).eps
     torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=atol)
-    if backend != "reference":  # rounded once
-        torch.testing.assert_close(found.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-4)
+    if backend != "reference":  # rounded once; by Triton's interpreter towards zero
+        half = 1.01 if backend == "triton" else 0.51
+        torch.testing.assert_close(found.double(), exact, rtol=half * torch.finfo(dtype).eps, atol=1e-4)
 
 
 def test_strided_rows(backend):

@@ -44,7 +44,7 @@ def weight_only_matmul(
     Raises:
         InvalidInputError: If there is no such backend, or it cannot run here.
     """
-    run = _traced if torch.compiler.is_compiling() else _run
+    run: Callable[..., Tensor] = _traced if torch.compiler.is_compiling() else _run
     return run(x, w_codes, w_scale, bias, addend, w_bits, backend)
 
 
