@@ -112,31 +112,53 @@ def test_rows_are_what_linears_see(name):
         assert len(rows) == len(model.block_linears(block, "block"))
 
 
+def packed_blocks(model, recipe, generator):
+    """A block of each list, packed as a checkpoint would be, and inputs for it."""
+    linears = model.linears(model.meta_transformer())
+    schemes = assign_schemes(load_recipe(recipe), linears)
+    layouts = assign_layouts(load_recipe(recipe), linears, schemes)
+
+    def packed(linear):
+        return random_packed_linear(linear, schemes[linear.name], layouts.get(linear.name), generator=generator)
+
+    for block_list in model.block_lists:
+        block = synthetic_block(model, block_list, generator=generator, linear_of=packed)
+        yield block, block_inputs(model, block_list, tokens=10, generator=generator)
+
+
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 @pytest.mark.parametrize("recipe", ["s2q-plus-w4a4", "rtn-w8a8"])
 def test_packed_blocks_run(name, recipe):
-    """The block is packed as a checkpoint would be, and its output is about as large as its input."""
-    model, recipe = shrunken(name), load_recipe(recipe)
-    linears = model.linears(model.meta_transformer())
-    schemes = assign_schemes(recipe, linears)
-    layouts = assign_layouts(recipe, linears, schemes)
-    generator = torch.Generator().manual_seed(0)
-    for block_list in model.block_lists:
-
-        def packed(linear):
-            return random_packed_linear(linear, schemes[linear.name], layouts.get(linear.name), generator=generator)
-
-        block = synthetic_block(model, block_list, generator=generator, linear_of=packed)
+    """Their output is about as large as their input."""
+    for block, inputs in packed_blocks(shrunken(name), recipe, torch.Generator().manual_seed(0)):
         linears = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
         assert linears
         assert all(isinstance(module, PackedLinear) for module in linears)
-        inputs = block_inputs(model, block_list, tokens=10, generator=generator)
         with torch.no_grad():
             output = block(**inputs)
         output = output[0] if isinstance(output, tuple) else output
         assert output.shape == inputs["hidden_states"].shape
         assert output.dtype == torch.bfloat16
         assert 0.5 < float(output.float().std()) < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "quantized"),  # how often inputs are quantized in a block of each list; q, k and v share one
+    [("cogvideox-2b", [4]), ("hunyuanvideo", [8, 3]), ("wan-1.3b", [7])],
+)
+def test_packed_blocks_compile_into_one_graph(name, quantized):
+    counts = []
+
+    def backend(graph, _inputs):
+        counts.append(sum("activation_path" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    for block, inputs in packed_blocks(shrunken(name), "s2q-w4a6", torch.Generator().manual_seed(0)):
+        with torch.no_grad():
+            expected = block(**inputs)
+            found = torch.compile(block, backend=backend, fullgraph=True)(**inputs)
+        torch.testing.assert_close(found, expected)
+    assert counts == quantized
 
 
 def test_what_a_model_keeps_in_fp32_stays_so():

@@ -73,10 +73,21 @@ def test_an_unknown_backend_is_refused(transformer):
         set_backend(transformer, "cup")
 
 
-def test_a_block_compiles_into_one_graph(transformer):
+def test_a_block_compiles_into_one_graph_and_shares_inputs(transformer):
     expected = run_transformer(transformer)
-    compiled = copy.deepcopy(transformer)
+    compiled, graphs = copy.deepcopy(transformer), []
+
+    def backend(graph, _inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    share_inputs(compiled)
     for block in compiled.transformer_blocks:
-        block.compile(backend="aot_eager", fullgraph=True)
+        block.compile(backend=backend, fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(run_transformer(compiled), expected, rtol=1e-4, atol=1e-4)
+        for _ in range(2):
+            torch.testing.assert_close(run_transformer(compiled), expected, rtol=1e-4, atol=1e-4)
+    paths = [sum("activation_path" in target for target in targets) for targets in graphs]
+    assert set(paths) == {4}  # qkv, to_out, and the two of the feed-forward
+    shared = [module.shared_input for module in compiled.modules() if isinstance(module, PackedLinear)]
+    assert all(one is None or one._traced is None for one in shared)

@@ -44,8 +44,9 @@ def weight_only_matmul(
     Raises:
         InvalidInputError: If there is no such backend, or it cannot run here.
     """
-    run: Callable[..., Tensor] = _traced if torch.compiler.is_compiling() else _run
-    return run(x, w_codes, w_scale, bias, addend, w_bits, backend)
+    run = _traced if torch.compiler.is_compiling() else _run
+    product: Tensor = run(x, w_codes, w_scale, bias, addend, w_bits, backend)
+    return product
 
 
 def _run(
@@ -57,7 +58,8 @@ def _run(
     w_bits: int,
     backend: str,
 ) -> Tensor:
-    return choose_backend(backend, x, BACKENDS)(x, w_codes, w_scale, bias=bias, addend=addend, w_bits=w_bits)
+    run: Callable[..., Tensor] = choose_backend(backend, x, BACKENDS)
+    return run(x, w_codes, w_scale, bias=bias, addend=addend, w_bits=w_bits)
 
 
 _traced = torch.library.custom_op("s2q::weight_only_matmul", _run, mutates_args=())
