@@ -8,7 +8,7 @@ import torch
 
 from s2q.benchmarking import bench, machine
 from s2q.benchmarking.calibration_block import calibration_case, student_of
-from s2q.benchmarking.case import BACKENDS, OPS, Case, Settings
+from s2q.benchmarking.case import OPS, Case, Settings
 from s2q.benchmarking.pipeline_steps import pack_uncalibrated, pipeline_step_case
 from s2q.benchmarking.results import IDENTITY, ResultsFile, identity
 from s2q.benchmarking.steps import synthetic_step_case
@@ -68,15 +68,16 @@ def test_single_operations(folder):
             assert one.keys() >= STORAGE
             assert one["layers"]
     assert {op: len(entries) for op, entries in found.items()} == {
-        "linear": 3 * 2,
-        "activation_path": 3,
-        "gemm": 3,
-        "attention_colsum": 1,
+        "linear": 3 * 2 * 2,  # recipes, backends
+        "activation_path": 3 * 2,
+        "gemm": 3 * 2,
+        "attention_colsum": 2,
     }
     assert {tuple(one["shape"]) for one in found["linear"]} == {(8, 64, 64), (8, 64, 256), (8, 256, 64)}
     assert {one["scheme"] for one in found["linear"]} == {"w4a6", "w4a16"}
-    assert {one["backend"] for one in found["linear"]} == {"auto"}
-    assert {one["backend"] for one in found["gemm"]} == {"reference"}
+    assert {one["backend"]: one["ran"] for one in found["linear"]} == {"auto": "cpu", "reference": "reference"}
+    assert {one["backend"]: one["ran"] for one in found["gemm"]} == {"auto": "cpu", "reference": "reference"}
+    assert {one["ran"] for one in found["attention_colsum"]} == {"reference"}
     assert found["attention_colsum"][0]["shape"] == [8, 64, 8]
     assert found["activation_path"][0]["bound_ratio"] is None
     has_bound = machine.int8_gemm("cpu") is not None
@@ -88,8 +89,8 @@ def test_single_operations(folder):
 
 def test_only_what_is_missing_is_measured(folder):
     (case, *_) = bench.make_cases(str(folder), ("linear",), settings("s2q-w4a6", "rtn-w4a16"))
-    entries = case.measure(case.wanted[1:])
-    assert [one["recipe"] for one in entries] == ["rtn-w4a16"]
+    entries = case.measure(case.wanted[2:3])
+    assert [(one["recipe"], one["backend"]) for one in entries] == [("rtn-w4a16", "auto")]
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 9])
@@ -208,12 +209,10 @@ def test_running_resumes_and_goes_on_after_a_case_without_memory(tmp_path):
         bench.run_cases([case("broken", RuntimeError("a defect"))], results)
 
 
-def test_backends_that_cannot_run_are_named_with_the_reason(monkeypatch):
+def test_backends_that_cannot_run_are_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    chosen, unavailable = bench.check_backends(None, "cpu")
-    assert set(chosen) | {one["backend"] for one in unavailable} == set(BACKENDS)
-    assert "triton" not in chosen
-    assert all(one["reason"] for one in unavailable)
+    assert bench.check_backends(None, "cpu") == ("auto",)
+    assert bench.check_backends(["reference", "auto"], "cpu") == ("auto", "reference")
     with pytest.raises(ResourceError, match="'triton' cannot run here"):
         bench.check_backends(["triton"], "cpu")
     with pytest.raises(InvalidInputError, match="nearest names are triton"):

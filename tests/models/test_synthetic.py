@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from s2q.models.synthetic_blocks import block_inputs, random_packed_linear, synt
 from s2q.nn import PackedLinear
 from s2q.planning import plan_transformer
 from s2q.recipes import assign_layouts, assign_schemes, load_recipe
+from tiny import shrunken
 
 PARAMETERS = {  # of the published weights
     "cogvideox-2b": 1_693_783_872,
@@ -17,16 +16,6 @@ PARAMETERS = {  # of the published weights
     "wan-1.3b": 1_418_996_800,
     "wan-14b": 14_288_491_584,
 }
-
-
-def shrunken(name):
-    """The same structure, two blocks a list, 2 heads of 48 channels."""
-    model = synthetic_model(name)
-    small = {"num_attention_heads": 2, "attention_head_dim": 48}
-    small |= {key: 64 for key in ("ffn_dim",) if key in model.config}
-    small |= {one.argument: 2 for one in model.block_lists}
-    lists = tuple(replace(one, count=2) for one in model.block_lists)
-    return replace(model, config=dict(model.config) | small, block_lists=lists, tokens=10, text_tokens=6)
 
 
 def test_the_published_parameter_counts():

@@ -46,25 +46,23 @@ def check_names(kind: str, names: Sequence[str] | None, options: Sequence[str]) 
     return tuple(name for name in options if not names or name in names)
 
 
-def check_backends(names: Sequence[str] | None, device: str) -> tuple[tuple[str, ...], list[dict[str, str]]]:
-    """Return the backends to measure, and those that cannot be measured here with the reason.
+def check_backends(names: Sequence[str] | None, device: str) -> tuple[str, ...]:
+    """Return the backends to measure, in the order of `BACKENDS`.
 
     Args:
-        names: What was asked for; None is every backend.
+        names: What was asked for; None is "auto".
         device: Where.
 
     Raises:
         InvalidInputError: If a name is unknown.
-        ResourceError: If one that was asked for cannot run here.
+        ResourceError: If one cannot run here.
     """
-    wanted = check_names("backend", names, BACKENDS)
-    obstacles = {name: reason for name in wanted if (reason := measuring_obstacle(name, device)) is not None}
-    if names and obstacles:
-        name, reason = next(iter(obstacles.items()))
-        raise ResourceError(f"backend {name!r} cannot run here: {reason}; leave it out")
-    return tuple(name for name in wanted if name not in obstacles), [
-        {"backend": name, "reason": reason} for name, reason in obstacles.items()
-    ]
+    wanted = check_names("backend", names or ["auto"], BACKENDS)
+    for name in wanted:
+        reason = measuring_obstacle(name, device)
+        if reason is not None:
+            raise ResourceError(f"backend {name!r} cannot run here: {reason}; leave it out")
+    return wanted
 
 
 def make_cases(model: str | None, ops: Sequence[str], settings: Settings) -> list[Case]:

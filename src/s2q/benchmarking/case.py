@@ -30,6 +30,8 @@ class Settings:
         options: How long to measure.
         tokens: Rows of an op, video tokens of a block; None for a default.
         blocks: Blocks of each list to time in a denoising step.
+        attention: Attention backend of the quantized contenders of a denoising step, as diffusers names it; the bf16
+            one keeps PyTorch's own. None is PyTorch's own for all.
         generation: Settings of the videos of a pipeline.
         seed: Of weights and data.
     """
@@ -40,6 +42,7 @@ class Settings:
     options: TimingOptions = TimingOptions()
     tokens: int | None = None
     blocks: int = 1
+    attention: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2q.benchmarking.case import BACKENDS, Case, Entry, Settings, packing_of
+from s2q.benchmarking.case import Case, Entry, Settings, packing_of
 from s2q.benchmarking.machine import int8_gemm, measuring_obstacle, peak_memory
 from s2q.benchmarking.results import identity
 from s2q.benchmarking.shapes import AttentionShape, LayerShape
@@ -33,9 +33,17 @@ from s2q.models.family import BlockLinear
 from s2q.models.synthetic_blocks import random_packed_linear
 from s2q.nn import PackedLinear
 from s2q.ops import activation_path, attention_colsum, rescaled_int_matmul
+from s2q.ops.dispatch import resolve_backend
 from s2q.recipes import Recipe
 
 _BF16, _INT8 = "bf16", "int8"
+
+_TABLES: Mapping[str, Mapping[str, Any]] = {
+    "activation_path": activation_path.BACKENDS,
+    "gemm": rescaled_int_matmul.BACKENDS,
+    "attention_colsum": attention_colsum.BACKENDS,
+}
+"""The ops that are measured by themselves; a packed linear has the backends of the product."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +62,20 @@ class _Contender:
 
 
 def backends_of(op: str) -> tuple[str, ...]:
-    """Return the backends that an op has."""
-    tables: Mapping[str, Mapping[str, Any]] = {
-        "activation_path": activation_path.BACKENDS,
-        "gemm": rescaled_int_matmul.BACKENDS,
-        "attention_colsum": attention_colsum.BACKENDS,
-    }
-    return tuple(tables[op]) if op in tables else BACKENDS
+    """Return the backends that an op has, "auto" first."""
+    return ("auto", *_TABLES.get(op, rescaled_int_matmul.BACKENDS))
+
+
+def resolved(op: str, entry: Mapping[str, Any], device: str) -> str:
+    """Return the backend that ran where "auto" was asked for.
+
+    Args:
+        op: The op.
+        entry: Of the result.
+        device: Where.
+    """
+    probe = torch.empty(0, dtype=torch.bfloat16, device=device)
+    return resolve_backend(entry["backend"], probe, _TABLES.get(op, rescaled_int_matmul.BACKENDS))
 
 
 def chosen_backends(op: str, settings: Settings) -> list[str]:
@@ -153,7 +168,8 @@ def _measure_linear(op: str, shape: LayerShape, missing: Sequence[Entry], settin
     timings, peaks = _compete(contenders, fresh, settings)
     bound = None if gemm is None else timings[_INT8].faster_than(timings[_BF16])
     return [
-        _entry(entry, contenders, timings, peaks) | {"bound_ratio": bound, "layers": list(shape.layers)}
+        _entry(entry, contenders, timings, peaks)
+        | {"bound_ratio": bound, "layers": list(shape.layers), "ran": resolved(op, entry, settings.device)}
         for entry in missing
     ]
 
@@ -170,7 +186,10 @@ def _measure_attention(shape: AttentionShape, missing: Sequence[Entry], settings
         contenders[_name_of(entry)] = _column_sums(entry["backend"])
     timings, peaks = _compete(contenders, fresh, settings)
     more = {"bound_ratio": None, "layers": [f"{model} attention" for model in shape.models], "heads": shape.heads}
-    return [_entry(entry, contenders, timings, peaks) | more for entry in missing]
+    return [
+        _entry(entry, contenders, timings, peaks) | more | {"ran": resolved("attention_colsum", entry, settings.device)}
+        for entry in missing
+    ]
 
 
 @torch.no_grad()

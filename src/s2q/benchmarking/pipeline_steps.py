@@ -32,6 +32,7 @@ from s2q.checkpoint import S2QConfig, read_config
 from s2q.core.layout import PREFIX
 from s2q.loading import load_pipeline
 from s2q.models import ModelSource, block_linears, family_of
+from s2q.models.attention import attention_of
 from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module, share_inputs
 from s2q.recipes import Recipe
 from s2q.rounding import ROUNDINGS
@@ -55,10 +56,24 @@ def pipeline_step_case(source: ModelSource, settings: Settings) -> Case:
     wanted = [identity(scheme=_FP32, backend="torch", **common)]
     if source.is_quantized:
         config = read_config(source.complete_folder())
-        wanted.append(identity(scheme=_main_scheme(config), recipe=config.recipe, backend="auto", **common))
+        wanted.append(
+            identity(
+                scheme=_main_scheme(config),
+                recipe=config.recipe,
+                backend="auto",
+                attention=settings.attention,
+                **common,
+            )
+        )
     elif "auto" in settings.backends:
         wanted += [
-            identity(scheme=recipe.linear_scheme().name, recipe=recipe.name, backend="auto", **common)
+            identity(
+                scheme=recipe.linear_scheme().name,
+                recipe=recipe.name,
+                backend="auto",
+                attention=settings.attention,
+                **common,
+            )
             for recipe in settings.recipes
         ]
 
@@ -109,9 +124,18 @@ def _measure(source: ModelSource, missing: Sequence[Entry], settings: Settings) 
         pipes[_name_of(entry)] = _pipeline_of(source, entry, pipes[_BF16], settings)
     first = pipes[_BF16]
     own = resolve_settings(first, requested={"num_inference_steps": _STEPS}, defaults=dict(settings.generation))
-    measures = {name: (lambda seed, pipe=pipe: _step_time(pipe, own, seed, device)) for name, pipe in pipes.items()}
+    attention = {_name_of(entry): entry["attention"] for entry in missing}
+
+    def step_time(name: str, seed: int) -> float:
+        with attention_of(attention.get(name)):
+            return _step_time(pipes[name], own, seed, device)
+
+    measures = {name: (lambda seed, name=name: step_time(name, seed)) for name in pipes}
     timings = interleave(measures, fresh=lambda round_: round_ + 1, options=settings.options)
-    parts = {name: _parts(pipe, own, timings[name], device) for name, pipe in pipes.items()}
+    parts = {}
+    for name, pipe in pipes.items():
+        with attention_of(attention.get(name)):
+            parts[name] = _parts(pipe, own, timings[name], device)
     entries = []
     for entry in missing:
         name = _name_of(entry)

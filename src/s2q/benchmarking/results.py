@@ -15,7 +15,7 @@ from s2q.core.errors import InvalidInputError
 from s2q.core.files import atomic_write_json
 
 SCHEMA_VERSION = 1
-IDENTITY = ("op", "scheme", "recipe", "backend", "shape", "model", "tokens", "blocks")
+IDENTITY = ("op", "scheme", "recipe", "backend", "shape", "model", "tokens", "blocks", "attention")
 """The fields of a result that say what was measured; null where they do not apply."""
 
 _REMEDY = "name another file, or pass --again to start it anew"
@@ -48,7 +48,6 @@ class ResultsFile:
             "schema_version": SCHEMA_VERSION,
             "hardware": dict(hardware),
             "versions": dict(versions),
-            "unavailable": [],
             "results": [],
         }
         self._stale: set[str] = set()
@@ -81,14 +80,6 @@ class ResultsFile:
         self._content["results"] = [*kept, *new.values()]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(self._path, self._content)
-
-    def note_unavailable(self, unavailable: Sequence[Mapping[str, str]]) -> None:
-        """Record which backends could not be measured and why.
-
-        Args:
-            unavailable: `backend` and `reason` of each.
-        """
-        self._content["unavailable"] = [dict(one) for one in unavailable]
 
     def _take_over(self, found: Mapping[str, Any], *, again: bool) -> None:
         differences = [

@@ -28,6 +28,7 @@ from s2q.benchmarking.results import identity
 from s2q.benchmarking.timing import Timing, interleave, measures_of, stopwatch_for
 from s2q.core.seeds import derive_seed
 from s2q.core.storage import BF16_BYTES
+from s2q.models.attention import attention_of
 from s2q.models.synthetic import BlockList, SyntheticModel
 from s2q.models.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
 from s2q.planning import plan_transformer
@@ -64,6 +65,7 @@ def synthetic_step_case(model: SyntheticModel, settings: Settings) -> Case:
             model=model.label,
             tokens=tokens,
             blocks=settings.blocks,
+            attention=settings.attention,
         )
         for recipe in settings.recipes
         if "auto" in settings.backends
@@ -119,13 +121,14 @@ def _compete(
     def fresh(_round: int) -> dict[str, Any]:
         return block_inputs(model, block_list, tokens=tokens, generator=generator)
 
-    runs = {name: (lambda data, stack=stack: _run(stack, data)) for name, stack in stacks.items()}
+    own = {name: None if name == _BF16 else settings.attention for name in stacks}
+    runs = {name: (lambda data, name=name: _run(stacks[name], data, own[name])) for name in stacks}
     measures = measures_of(runs, stopwatch_for(device), options=settings.options)
     result = _ListResult(block_list, interleave(measures, fresh=fresh, options=settings.options), built)
     data = fresh(-1)
-    for name, stack in stacks.items():
-        result.peaks[name] = peak_memory(lambda stack=stack: _run(stack, data), device)
-        result.shares[name] = breakdown(lambda stack=stack: _run(stack, data), nn.ModuleList(stack), device=device)
+    for name, run in runs.items():
+        result.peaks[name] = peak_memory(lambda run=run: run(data), device)
+        result.shares[name] = breakdown(lambda run=run: run(data), nn.ModuleList(stacks[name]), device=device)
     return result
 
 
@@ -148,13 +151,14 @@ def _stack(
     return [packed(place) for place in range(count)]
 
 
-def _run(stack: Sequence[nn.Module], inputs: Mapping[str, Any]) -> object:
+def _run(stack: Sequence[nn.Module], inputs: Mapping[str, Any], attention: str | None) -> object:
     """Run blocks one after the other, each on the streams that the one before returned."""
     arguments = dict(inputs)
-    for block in stack:
-        output = block(**arguments)
-        streams = output if isinstance(output, tuple) else (output,)
-        arguments |= dict(zip(("hidden_states", "encoder_hidden_states"), streams, strict=False))
+    with attention_of(attention):
+        for block in stack:
+            output = block(**arguments)
+            streams = output if isinstance(output, tuple) else (output,)
+            arguments |= dict(zip(("hidden_states", "encoder_hidden_states"), streams, strict=False))
     return arguments
 
 

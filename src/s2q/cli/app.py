@@ -49,6 +49,12 @@ Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one 
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.", metavar="S")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="D")]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Compute dtype; default: the stored one.")]
+AttentionBackend = Annotated[
+    str | None,
+    typer.Option(
+        "--attention", help="What computes attention, as diffusers names it; default: PyTorch.", metavar="NAME"
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of the same kind.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the model's.", metavar="N")]
@@ -154,6 +160,7 @@ def generate(
     guidance_scale: Guidance = None,
     seed: Seed = 0,
     backend: Annotated[Backend, typer.Option("--backend", help="How quantized linears are computed.")] = Backend.AUTO,
+    attention: AttentionBackend = None,
     save_latents: Annotated[bool, typer.Option("--save-latents", help="Also write latents.safetensors.")] = False,
     device: Device = "auto",
     dtype: DtypeOption = None,
@@ -164,7 +171,9 @@ def generate(
     from s2q.cli import commands
 
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
-    options = _given(locals(), "seed", "backend", "save_latents", "device", "dtype", "overwrite", "as_json")
+    options = _given(
+        locals(), "seed", "backend", "attention", "save_latents", "device", "dtype", "overwrite", "as_json"
+    )
     commands.generate(model, output, prompt=prompt or [], prompts=prompts, settings=settings, options=options)
 
 
@@ -233,8 +242,9 @@ def bench(
     ] = None,
     backends: Annotated[
         list[str] | None,
-        typer.Option("--backend", help="By comma: auto,reference,cpu,triton. Default: all that run.", metavar="NAMES"),
+        typer.Option("--backend", help="By comma: auto,reference,cpu,triton. Default: auto.", metavar="NAMES"),
     ] = None,
+    attention: AttentionBackend = None,
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -263,7 +273,7 @@ def bench(
     """Measure speed and memory against bf16: single operations, denoising steps, calibration."""
     from s2q.cli.bench import run_bench
 
-    options = _given(locals(), "ops", "recipes", "backends", "tokens", "blocks", "repeats", "seconds")
+    options = _given(locals(), "ops", "recipes", "backends", "attention", "tokens", "blocks", "repeats", "seconds")
     run_bench(output, model=model, options=options | _given(locals(), "device", "again", "as_json"))
 
 

@@ -26,16 +26,20 @@ def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> No
     Args:
         out: JSON file to write; results that are in it are not measured again.
         model: What to measure; None takes published shapes and the embedded model.
-        options: `ops`, `recipes`, `backends`, `tokens`, `blocks`, `repeats`, `seconds`, `device`, `again`, `as_json`.
+        options: `ops`, `recipes`, `backends`, `attention`, `tokens`, `blocks`, `repeats`, `seconds`, `device`, `again`,
+            `as_json`.
     """
     from s2q import benchmarking as bench
     from s2q.evaluation import generation_defaults
+    from s2q.models.attention import check_attention_backend
     from s2q.recipes import load_recipe
 
     ops = bench.check_names("op", _names(options["ops"]), bench.OPS)
     check_file_output(out, overwrite=True)
     device = resolve_device(options["device"])
-    backends, unavailable = bench.check_backends(_names(options["backends"]), device)
+    backends = bench.check_backends(_names(options["backends"]), device)
+    if options["attention"] is not None:
+        check_attention_backend(options["attention"])
     recipes = tuple(load_recipe(name) for name in _names(options["recipes"]) or DEFAULT_RECIPES)
     console.quiet_libraries()
     settings = bench.Settings(
@@ -47,6 +51,7 @@ def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> No
         ),
         tokens=options["tokens"],
         blocks=options["blocks"],
+        attention=options["attention"],
         generation=generation_defaults(model or bench.DEFAULT_MODEL),
     )
     cases = bench.make_cases(model, ops, settings)
@@ -56,9 +61,6 @@ def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> No
             "or a recipe that it applies to"
         )
     results = bench.open_results(out, device=device, again=options["again"])
-    results.note_unavailable(unavailable)
-    for one in unavailable:
-        console.say(f"backend {one['backend']} is not measured: {one['reason']}")
     missing = bench.missing_cases(cases, results)
     with console.progress() as report:
         bench.run_cases(missing, results, progress=report)
@@ -104,7 +106,7 @@ def _result_table(results: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             _what(one),
             one["recipe"] or one["scheme"],
-            one["backend"] or "–",
+            f"auto: {one['ran']}" if one["backend"] == "auto" and one.get("ran") else one["backend"] or "–",
             _number(one["milliseconds"]),
             _number(one["bf16_milliseconds"]),
             f"{one['ratio_to_bf16']:.2f}",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from s2q.core.layout import InputLayout
 from s2q.core.packing import pack_codes
 from s2q.core.schemes import LinearScheme
+from s2q.models.attention import use_attention_registry
 from s2q.models.family import BlockLinear
 from s2q.models.synthetic import BlockList, SyntheticModel
 from s2q.nn import PackedLinear, replace_module, share_inputs
@@ -65,6 +66,7 @@ def synthetic_block(
             if parameter.is_meta:
                 value = _random_parameter(name, parameter, generator)
                 module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    use_attention_registry(block)
     share_inputs(block)
     return block.eval().requires_grad_(False)
 

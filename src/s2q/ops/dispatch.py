@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -90,29 +90,41 @@ def triton_backend(package: str, name: str) -> Callable[..., Any]:
     return run
 
 
-def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Pick the function that runs an op.
+def resolve_backend(backend: str, x: Tensor, backends: Collection[str]) -> str:
+    """Return the name of the backend that runs an op.
 
     Args:
         backend: "auto", or a name in `backends`. "auto" is "triton" if x is on a GPU that it can serve,
             "cpu" on the CPU where the op has it, and "reference" otherwise.
+        x: Main input of the op; an empty one on the device will do.
+        backends: Names of those that the op has.
+
+    Raises:
+        InvalidInputError: If there is no such backend, or it cannot take x.
+    """
+    if backend == "auto":
+        if x.is_cuda and "triton" in backends and triton_obstacle(x) is None:
+            return "triton"
+        return "cpu" if x.device.type == "cpu" and "cpu" in backends else "reference"
+    if backend not in backends:
+        raise unknown_name("backend", backend, ("auto", *backends))
+    if backend == "cpu" and (obstacle := backend_obstacle(backend, x)) is not None:
+        raise InvalidInputError(f"backend 'cpu' cannot run: {obstacle}; {_REMEDY}")
+    return backend
+
+
+def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Pick the function that runs an op.
+
+    Args:
+        backend: See `resolve_backend`.
         x: Main input of the op.
         backends: The op's functions by name.
 
     Raises:
         InvalidInputError: If there is no such backend, or it cannot take x.
     """
-    if backend == "auto":
-        backend = "reference"
-        if x.is_cuda and triton_obstacle(x) is None:
-            backend = "triton"
-        elif x.device.type == "cpu" and "cpu" in backends:
-            backend = "cpu"
-    if backend not in backends:
-        raise unknown_name("backend", backend, ("auto", *backends))
-    if backend == "cpu" and (obstacle := backend_obstacle(backend, x)) is not None:
-        raise InvalidInputError(f"backend 'cpu' cannot run: {obstacle}; {_REMEDY}")
-    return backends[backend]
+    return backends[resolve_backend(backend, x, backends)]
 
 
 def capability_of(x: Tensor) -> tuple[int, int]:
