@@ -1,7 +1,6 @@
 """Rescaled integer product on the CPU: in pieces whose codes and sums stay in the same buffers and in the caches.
 
-The products are those of `int_matmul`; rescaling may fuse a multiplication with an addition, so that
-fp32 results differ from the reference in the last bit.
+The products are those of `int_matmul`, and the rescaling is the reference's, so that results have its bits.
 
 Shapes: `M` tokens, `K` in features, `O` out features, `P` packed bytes of a row (`core.packing`).
 """
@@ -63,7 +62,6 @@ def rescaled_int_matmul(
         )
     rows, columns, depth = x_codes.shape[0], w_codes.shape[0], x_codes.shape[1]
     out = torch.empty(rows, columns, dtype=out_dtype)
-    offset = torch.zeros(columns) if bias is None else bias.float()
     width = _even_share(columns, COLUMNS)
     for left in range(0, columns, width):
         wide = slice(left, min(left + width, columns))
@@ -76,8 +74,10 @@ def rescaled_int_matmul(
             for first in range(0, len(x_own), EPILOGUE_ROWS):
                 own_sums = sums[first : first + EPILOGUE_ROWS]
                 part = slice(start + first, start + first + len(own_sums))
-                own = take("rescaled sums", tuple(own_sums.shape), torch.float32).copy_(own_sums).mul_(w_scale[wide])
-                torch.addcmul(offset[wide], own, x_scale[part], out=own)
+                own = take("rescaled sums", tuple(own_sums.shape), torch.float32).copy_(own_sums)
+                own.mul_(w_scale[wide]).mul_(x_scale[part])  # apart, as in the reference: equal bits
+                if bias is not None:
+                    own.add_(bias[wide])
                 if addend is not None:
                     own.add_(addend[part, wide])
                 out[part, wide] = own

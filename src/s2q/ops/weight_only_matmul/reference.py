@@ -1,8 +1,10 @@
 """Product with a packed integer weight, the specification.
 
-    y = x · (codes_w · Δ_w)ᵀ + b + addend        the weight rounded to the dtype of x, sums in fp32
+    y = (x · codes_wᵀ) · Δ_w + b + addend        in fp32, rounded once, for up to `FEW_ROWS` rows
+    y = x · (codes_w · Δ_w)ᵀ + b + addend        the weight rounded to the dtype of x, for more, and for groups
 
-Backends may apply Δ_w to the sums instead, which is more exact by the rounding of the weight.
+Codes are exact in any floating dtype, so that scaling the sums is the more exact, and is what kernels that unpack the
+weight as they read it do. For many rows the products are what takes time, and those of half precision the faster.
 
 Example: x = [[2, 1]], codes_w = [[4, -1]], Δ_w = [0.25], b = [1]: the weight is [[1, -0.25]], y = [[2.75]].
 
@@ -47,6 +49,10 @@ def weight_only_matmul(
     """
     if w_codes.dtype == torch.uint8:
         w_codes = unpack_codes(w_codes, num_bits=w_bits, in_features=x.shape[1])
+    if len(x) <= FEW_ROWS and w_scale.ndim == 1 and x.dtype != torch.float64:
+        total = F.linear(x.float(), w_codes.float()).mul_(w_scale)
+        total = total if bias is None else total.add_(bias)
+        return (total if addend is None else total.add_(addend)).to(x.dtype)
     weight = dequantize_weight(w_codes, w_scale).to(x.dtype)
     product = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return product if addend is None else (product.float() + addend).to(x.dtype)
