@@ -233,12 +233,25 @@ class PackedLinear(nn.Linear):
 
         Returns:
             [..., O] in the dtype of the input.
+
+        Raises:
+            InvalidInputError: If the input is not floating, has another width, or is on another device.
         """
+        self._check_input(input)
         if torch.is_grad_enabled() and input.requires_grad:
             output_MO: Tensor = _StraightThrough.apply(input, self)  # type: ignore[no-untyped-call]
         else:
             output_MO = self._product(input)
         return output_MO.reshape(*input.shape[:-1], self.out_features)
+
+    def _check_input(self, input: Tensor) -> None:  # noqa: A002
+        place = self.weight_scale.device
+        if input.shape[-1:] == (self.in_features,) and input.is_floating_point() and input.device == place:
+            return
+        raise InvalidInputError(
+            f"packed {self.scheme.name} linear: got {input.dtype} {list(input.shape)} on {input.device}; expected "
+            f"floating [..., {self.in_features}] on {place}; no backend, 'reference' included, converts or moves it"
+        )
 
     def _product(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         activation = self.scheme.activation
