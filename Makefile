@@ -21,13 +21,13 @@ test-gpu: $(READY)
 BENCH := benchmarks/results/bench
 BENCH_OPS := linear activation_path gemm attention_colsum
 BENCH_MODELS := cogvideox-2b cogvideox-5b hunyuanvideo wan-1.3b wan-14b
-bench-cpu: BENCH_RUN = $(BIN)/s2q bench --device cpu -o $(BENCH)/cpu.json
-bench-gpu: BENCH_RUN = $(BIN)/s2q bench --device cuda -o $(BENCH)/gpu.json
+bench-cpu: BENCH_RUN = $(BIN)/s2q bench --device cpu --seconds 6 -r s2q-w4a6,s2q-plus-w4a6 -o $(BENCH)/cpu.json
+bench-gpu: BENCH_RUN = $(BIN)/s2q bench --device cuda -r s2q-w4a6,s2q-w4a4,s2q-plus-w4a6 -o $(BENCH)/gpu.json
 bench-cpu bench-gpu: $(READY)
 	@for op in $(BENCH_OPS); do $(BENCH_RUN) --ops $$op --json > /dev/null || exit; done
 	@for model in $(BENCH_MODELS); do \
 		$(BENCH_RUN) -m synthetic:$$model --ops denoising_step --json > /dev/null || exit; done
-	@$(BENCH_RUN) -m synthetic:cogvideox-2b --ops calibration_block -r s2q-w4a6 --json > /dev/null
+	@$(BENCH_RUN) -m synthetic:cogvideox-2b --ops calibration_block --json > /dev/null
 	@$(BENCH_RUN) --ops denoising_step,calibration_block
 
 lint: $(READY)

@@ -68,7 +68,7 @@ def test_single_operations(folder):
             assert one.keys() >= STORAGE
             assert one["layers"]
     assert {op: len(entries) for op, entries in found.items()} == {
-        "linear": 3 * 2 * 2,  # recipes, backends
+        "linear": (3 + 1) * 2 * 2,  # shapes and one group of q, k, v; recipes, backends
         "activation_path": 3 * 2,
         "gemm": 3 * 2,
         "attention_colsum": 2,
@@ -82,6 +82,14 @@ def test_single_operations(folder):
     assert found["activation_path"][0]["bound_ratio"] is None
     has_bound = machine.int8_gemm("cpu") is not None
     assert all((one["bound_ratio"] is not None) == has_bound for one in found["linear"] + found["gemm"])
+    (group,) = {tuple(one["shape"]) for one in found["linear"] if one["readers"] == 3}
+    assert group == (8, 64, 64)
+    alone, together = (
+        next(one for one in found["linear"] if one["shape"] == [8, 64, 64] and one["readers"] == readers)
+        for readers in (None, 3)
+    )
+    for name in STORAGE:
+        assert together[name] == 3 * alone[name]
     bare = next(one for one in found["linear"] if one["recipe"] == "rtn-w4a16" and one["shape"] == [8, 64, 256])
     assert bare["storage_bytes"] == 256 * 32 + 256 * 4 + 256 * 2
     assert bare["bf16_storage_bytes"] == 256 * 64 * 2 + 256 * 2

@@ -2,7 +2,7 @@
 
 | op | measured | against |
 |---|---|---|
-| `linear` | a packed linear as a model runs it | bf16 `F.linear` of the shape |
+| `linear` | a packed linear as a model runs it; three that share an input (q, k, v) | as many bf16 `F.linear` |
 | `activation_path` | transform and quantization of its input | the same `F.linear`: what it adds to the layer |
 | `gemm` | packed weight, integer product, scales, bias | the same `F.linear` |
 | `attention_colsum` | column sums of attention | bf16 scaled dot product attention |
@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2q.benchmarking.case import Case, Entry, Settings, packing_of
 from s2q.benchmarking.machine import int8_gemm, measuring_obstacle, peak_memory
@@ -31,7 +31,7 @@ from s2q.benchmarking.timing import Run, Timing, interleave, measures_of, stopwa
 from s2q.core.seeds import derive_seed
 from s2q.models.family import BlockLinear
 from s2q.models.synthetic_blocks import random_packed_linear
-from s2q.nn import PackedLinear
+from s2q.nn import PackedLinear, set_backend, share_inputs
 from s2q.ops import activation_path, attention_colsum, rescaled_int_matmul
 from s2q.ops.dispatch import resolve_backend
 from s2q.recipes import Recipe
@@ -90,7 +90,7 @@ def chosen_backends(op: str, settings: Settings) -> list[str]:
 
 
 def linear_cases(op: str, shapes: Sequence[LayerShape], settings: Settings) -> list[Case]:
-    """Make the cases of `linear`, `activation_path` or `gemm`, one a shape.
+    """Make the cases of `linear`, `activation_path` or `gemm`: one a shape, and one for each q, k and v together.
 
     Args:
         op: Which.
@@ -100,7 +100,11 @@ def linear_cases(op: str, shapes: Sequence[LayerShape], settings: Settings) -> l
     backends = chosen_backends(op, settings)
     recipes = [recipe for recipe in settings.recipes if _applies(op, recipe)]
     cases = []
-    for shape in shapes:
+    alone = [(shape, 1) for shape in shapes]
+    together = [
+        (shape, 3) for shape in shapes if op == "linear" and any(name.endswith("to_k") for name in shape.layers)
+    ]
+    for shape, readers in (*alone, *together):
         wanted = tuple(
             identity(
                 op=op,
@@ -108,6 +112,7 @@ def linear_cases(op: str, shapes: Sequence[LayerShape], settings: Settings) -> l
                 recipe=recipe.name,
                 backend=backend,
                 shape=list(shape.shape),
+                readers=readers if readers > 1 else None,
             )
             for recipe in recipes
             for backend in backends
@@ -116,7 +121,8 @@ def linear_cases(op: str, shapes: Sequence[LayerShape], settings: Settings) -> l
         def measure(missing: Sequence[Entry], shape: LayerShape = shape) -> list[Entry]:
             return _measure_linear(op, shape, missing, settings)
 
-        cases.append(Case(label=f"{op} {' × '.join(map(str, shape.shape))}", wanted=wanted, measure=measure))
+        label = f"{op} {' × '.join(map(str, shape.shape))}" + (f", {readers} together" if readers > 1 else "")
+        cases.append(Case(label=label, wanted=wanted, measure=measure))
     return cases
 
 
@@ -147,16 +153,20 @@ def _measure_linear(op: str, shape: LayerShape, missing: Sequence[Entry], settin
     linear = BlockLinear(
         name="layer", block=0, role="linear", in_features=in_features, out_features=out_features, has_bias=True
     )
+    readers = missing[0]["readers"] or 1
     generator = torch.Generator(settings.device).manual_seed(derive_seed(settings.seed, op, *shape.shape))
-    contenders: dict[str, _Contender] = {_BF16: _bf16_linear(in_features, out_features, generator)}
+    contenders: dict[str, _Contender] = {_BF16: _together(_bf16_linear, readers, in_features, out_features, generator)}
     gemm = int8_gemm(settings.device) if op != "activation_path" else None
     if gemm is not None:
-        contenders[_INT8] = _int8_product(gemm, shape.shape, generator)
-    layers = {recipe.name: _packed(linear, recipe, generator) for recipe in settings.recipes}
+        contenders[_INT8] = _together(_int8_product, readers, gemm, shape.shape, generator)
+    packed = {
+        recipe.name: nn.ModuleList(_packed(linear, recipe, generator) for _ in range(readers))
+        for recipe in settings.recipes
+    }
     for entry in missing:
-        make = _MAKERS[op]
-        layer = layers[entry["recipe"]]
-        contenders[_name_of(entry)] = make(layer, entry["backend"], rows, generator)
+        layers = copy.deepcopy(packed[entry["recipe"]])
+        share_inputs(layers)
+        contenders[_name_of(entry)] = _MAKERS[op](layers, entry["backend"], rows, generator)
 
     widths = {one.bits for one in contenders.values() if one.bits is not None}
 
@@ -267,13 +277,20 @@ def _int8_product(
     return _Contender(run=lambda x: gemm(x, weight, out), storage_bytes=_bytes_of(weight), bits=8)
 
 
-def _linear(layer: PackedLinear, backend: str, _rows: int, _generator: torch.Generator) -> _Contender:
-    own = copy.copy(layer)  # the same weights
-    own.backend = backend
-    return _Contender(run=own, storage_bytes=_bytes_of(*layer.parameters()))
+def _together(make: Callable[..., _Contender], count: int, *arguments: Any) -> _Contender:
+    """As many contenders of a kind, one after the other on the same data."""
+    all_ = [make(*arguments) for _ in range(count)]
+    storage_bytes = sum(one.storage_bytes for one in all_)
+    return replace(all_[0], run=lambda data: [one.run(data) for one in all_], storage_bytes=storage_bytes)
 
 
-def _activation_path(layer: PackedLinear, backend: str, _rows: int, _generator: torch.Generator) -> _Contender:
+def _linear(layers: nn.ModuleList, backend: str, _rows: int, _generator: torch.Generator) -> _Contender:
+    set_backend(layers, backend)
+    return _Contender(run=lambda x: [layer(x) for layer in layers], storage_bytes=_bytes_of(*layers.parameters()))
+
+
+def _activation_path(layers: nn.ModuleList, backend: str, _rows: int, _generator: torch.Generator) -> _Contender:
+    layer = _only(layers)
     activation = layer.scheme.activation
     assert activation is not None
     parts = {
@@ -293,7 +310,8 @@ def _activation_path(layer: PackedLinear, backend: str, _rows: int, _generator: 
     return _Contender(run=run, storage_bytes=stored)
 
 
-def _gemm(layer: PackedLinear, backend: str, rows: int, generator: torch.Generator) -> _Contender:
+def _gemm(layers: nn.ModuleList, backend: str, rows: int, generator: torch.Generator) -> _Contender:
+    layer = _only(layers)
     activation = layer.scheme.activation
     assert activation is not None
     scale = torch.rand(rows, 1, device=generator.device, generator=generator)
@@ -314,6 +332,12 @@ def _gemm(layer: PackedLinear, backend: str, rows: int, generator: torch.Generat
 
     stored = _bytes_of(weight, layer.weight_scale, layer.bias)
     return _Contender(run=run, storage_bytes=stored, bits=activation.num_bits)
+
+
+def _only(layers: nn.ModuleList) -> PackedLinear:
+    (layer,) = layers
+    assert isinstance(layer, PackedLinear)
+    return layer
 
 
 def _column_sums(backend: str) -> _Contender:

@@ -15,7 +15,7 @@ from s2q.core.errors import InvalidInputError
 from s2q.core.files import atomic_write_json
 
 SCHEMA_VERSION = 1
-IDENTITY = ("op", "scheme", "recipe", "backend", "shape", "model", "tokens", "blocks", "attention")
+IDENTITY = ("op", "scheme", "recipe", "backend", "shape", "model", "tokens", "blocks", "attention", "readers")
 """The fields of a result that say what was measured; null where they do not apply."""
 
 _REMEDY = "name another file, or pass --again to start it anew"
