@@ -36,7 +36,8 @@ def test_products_are_those_of_the_reference(monkeypatch, vnni, rows, x_bits, w_
     x, w = codes(rows, 51, x_bits), codes(29, 51, w_bits, seed=1)
     x[0], w[0] = -(1 << (x_bits - 1)), -(1 << (w_bits - 1))  # the extremes, and their largest product
     arguments = x, draw(rows, 1).abs(), w, draw(29, seed=2).abs()
-    rest = {"bias": draw(29, seed=3), "addend": draw(rows, 29, seed=4), "x_bits": x_bits, "w_bits": w_bits}
+    branch = {"low_rank_input": draw(rows, 3, seed=4), "low_rank_weight": draw(29, 3, seed=5).bfloat16()}
+    rest = {"bias": draw(29, seed=3), **branch, "x_bits": x_bits, "w_bits": w_bits}
     for dtype in (torch.float32, torch.bfloat16):
         for own in (rest, {"x_bits": x_bits, "w_bits": w_bits}):
             exact = PRODUCTS["reference"](*arguments, **own, out_dtype=dtype)

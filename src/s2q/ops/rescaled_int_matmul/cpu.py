@@ -27,7 +27,8 @@ def rescaled_int_matmul(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
-    addend: Tensor | None = None,
+    low_rank_input: Tensor | None = None,
+    low_rank_weight: Tensor | None = None,
     x_bits: int = 8,
     w_bits: int = 8,
     out_dtype: torch.dtype,
@@ -40,7 +41,8 @@ def rescaled_int_matmul(
         w_codes: int8 [O, K], or uint8 [O, P]; these are unpacked piece by piece, and nothing is kept.
         w_scale: fp32 [O]; [O, G] is left to the reference.
         bias: [O], floating, or None.
-        addend: fp32 [M, O], or None.
+        low_rank_input: c, fp32 [M, r], or None.
+        low_rank_weight: L, [O, r], floating; there is one where there is the other.
         x_bits: Width of the codes of x.
         w_bits: Width of the codes of w.
         out_dtype: Floating, of the result.
@@ -55,13 +57,15 @@ def rescaled_int_matmul(
             w_codes,
             w_scale,
             bias=bias,
-            addend=addend,
+            low_rank_input=low_rank_input,
+            low_rank_weight=low_rank_weight,
             x_bits=x_bits,
             w_bits=w_bits,
             out_dtype=out_dtype,
         )
     rows, columns, depth = x_codes.shape[0], w_codes.shape[0], x_codes.shape[1]
     out = torch.empty(rows, columns, dtype=out_dtype)
+    branch = None if low_rank_weight is None else low_rank_weight.float()
     width = _even_share(columns, COLUMNS)
     for left in range(0, columns, width):
         wide = slice(left, min(left + width, columns))
@@ -78,8 +82,8 @@ def rescaled_int_matmul(
                 own.mul_(w_scale[wide]).mul_(x_scale[part])  # apart, as in the reference: equal bits
                 if bias is not None:
                     own.add_(bias[wide])
-                if addend is not None:
-                    own.add_(addend[part, wide])
+                if low_rank_input is not None and branch is not None:
+                    own.addmm_(low_rank_input[part], branch[wide].t())
                 out[part, wide] = own
     return out
 
