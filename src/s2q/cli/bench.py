@@ -136,7 +136,7 @@ def _breakdown_table(steps: Sequence[Mapping[str, Any]]) -> Table:
 
 def _what(result: Mapping[str, Any]) -> str:
     if result["shape"] is not None:
-        together = f" ({result['readers']} together)" if result["readers"] else ""
+        together = f" ({result['readers']} together)" if result.get("readers") else ""
         return "×".join(map(str, result["shape"])) + together
     name = str(result["model"]).removeprefix("synthetic:")
     return name if result["tokens"] is None else f"{name}, {result['tokens']} tokens"
