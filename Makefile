@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO_DIR ?= s2q-demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-gpu lint format clean
+.PHONY: demo test test-gpu bench-cpu bench-gpu lint format clean
 
 demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
@@ -16,6 +16,19 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
+
+# Every line is a part of some minutes. Interrupted, run it again: what is in the file is not measured twice.
+BENCH := benchmarks/results/bench
+BENCH_OPS := linear activation_path gemm attention_colsum
+BENCH_MODELS := cogvideox-2b cogvideox-5b hunyuanvideo wan-1.3b wan-14b
+bench-cpu: BENCH_RUN = $(BIN)/s2q bench --device cpu --seconds 6 -r s2q-w4a6,s2q-plus-w4a6 -o $(BENCH)/cpu.json
+bench-gpu: BENCH_RUN = $(BIN)/s2q bench --device cuda -r s2q-w4a6,s2q-w4a4,s2q-plus-w4a6 -o $(BENCH)/gpu.json
+bench-cpu bench-gpu: $(READY)
+	@for op in $(BENCH_OPS); do $(BENCH_RUN) --ops $$op --json > /dev/null || exit; done
+	@for model in $(BENCH_MODELS); do \
+		$(BENCH_RUN) -m synthetic:$$model --ops denoising_step --json > /dev/null || exit; done
+	@$(BENCH_RUN) -m synthetic:cogvideox-2b --ops calibration_block --json > /dev/null
+	@$(BENCH_RUN) --ops denoising_step,calibration_block
 
 lint: $(READY)
 	$(BIN)/ruff check .

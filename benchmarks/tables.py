@@ -20,7 +20,7 @@ from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/observations.md")
+PAGES = ("README.md", "docs/results.md", "docs/observations.md", "docs/speed.md")
 ORDER = (
     "rtn-w8a8",
     "rtn-w4a16",
@@ -190,6 +190,115 @@ def _ratio(runs: list[dict], base: list[dict]) -> str:
     return f"{math.exp(estimate.mean):.3f} [{math.exp(estimate.low):.3f}, {math.exp(estimate.high):.3f}]"
 
 
+def _bench(device: str, op: str) -> tuple[dict, list[dict]]:
+    """The results file of a kind of device, and its results of one op."""
+    path = RESULTS / "bench" / f"{device}.json"
+    content = json.loads(path.read_text()) if path.exists() else {"results": []}
+    return content, [one for one in content["results"] if one["op"] == op]
+
+
+def _measured_on(content: dict, device: str) -> str:
+    hardware, versions = content["hardware"], content["versions"]
+    place = hardware.get("gpu") or f"{hardware['processor']}, {hardware['threads']} threads"
+    return f"{place}, torch {versions['torch']}; made by `make bench-{device}`."
+
+
+def linear_table(device: str) -> str:
+    """Times faster than bf16 of a whole quantized linear, shape by shape, and what its activation path adds."""
+    content, linears = _bench(device, "linear")
+    if not linears:
+        return f"Not measured yet: `make bench-{device}`."
+    paths = {(tuple(one["shape"]), one["recipe"]): one for one in _bench(device, "activation_path")[1]}
+    recipes = list(dict.fromkeys(one["recipe"] for one in linears))
+    head = ["of", "int8 product alone", *(f"`{name}`" for name in recipes), f"activation path, `{recipes[0]}`"]
+    lines = [_row("M × K × N", head), _row("---", ["---"] * len(head))]
+    rows: dict[tuple, dict[str, dict]] = {}
+    for one in linears:
+        rows.setdefault((tuple(one["shape"]), one["readers"]), {})[one["recipe"]] = one
+    for (shape, readers), found in rows.items():
+        first = next(iter(found.values()))
+        path = paths.get((shape, recipes[0]))
+        cells = [
+            _short(first["layers"]),
+            _times(first["bound_ratio"]),
+            *(_times(found[name]["ratio_to_bf16"]) if name in found else "" for name in recipes),
+            "" if path is None or readers else f"{100 / path['ratio_to_bf16']:.0f} %",
+        ]
+        lines.append(_row(" × ".join(map(str, shape)) + (f", {readers} together" if readers else ""), cells))
+    lines += [
+        "",
+        "Times faster than bf16 `F.linear` on the same data in the same rounds (medians over rounds); 3 together: q, k and v, "
+        "which share one quantized input. The last column is what the activation path alone takes of bf16's time. "
+        + _measured_on(content, device),
+    ]
+    return "\n".join(lines)
+
+
+def steps_table(device: str) -> str:
+    """Denoising steps: times faster than bf16, memory and storage against it."""
+    content, steps = _bench(device, "denoising_step")
+    if not steps:
+        return f"Not measured yet: `make bench-{device}`."
+    head = ["what", "times faster than bf16", "bound", "storage", "peak memory"]
+    lines = [_row("model", head), _row("---", ["---"] * len(head))]
+    for one in steps:
+        peaks = one["peak_memory_bytes"], one["bf16_peak_memory_bytes"]
+        cells = [
+            f"`{one['recipe']}`" if one["recipe"] else one["scheme"],
+            _times(one["ratio_to_bf16"]),
+            _times(one["bound_ratio"]),
+            f"{one['bf16_storage_bytes'] / one['storage_bytes']:.2f}×",
+            "" if None in peaks else f"{peaks[1] / peaks[0]:.2f}×",
+        ]
+        lines.append(_row(_model_of(one), cells))
+    lines += [
+        "",
+        "Bound: the bf16 step with each linear at the speed of a plain int8 product, everything else as it is. Storage and "
+        "memory: how many times less than bf16. Synthetic models: one block of each list is timed and stands for all of "
+        "them. " + _measured_on(content, device),
+    ]
+    return "\n".join(lines)
+
+
+def parts_table(device: str) -> str:
+    """Where the time of a denoising step goes, each part as a share of the bf16 step."""
+    content, steps = _bench(device, "denoising_step")
+    if not steps:
+        return f"Not measured yet: `make bench-{device}`."
+    parts = list(steps[0]["breakdown"])
+    head = ["what", *(name.replace("_", " ") for name in parts), "sum"]
+    lines = [_row("model", head), _row("---", ["---"] * len(head))]
+    before = None
+    for one in steps:
+        if before != one["model"]:
+            lines.append(_row(_model_of(one), _shares("bf16", one["bf16_breakdown"], one, parts)))
+            before = one["model"]
+        name = f"`{one['recipe']}`" if one["recipe"] else one["scheme"]
+        lines.append(_row("", _shares(name, one["breakdown"], one, parts)))
+    lines += ["", "Per cent of the bf16 step of the same rounds. " + _measured_on(content, device)]
+    return "\n".join(lines)
+
+
+def _shares(name: str, breakdown: dict, one: dict, parts: list[str]) -> list[str]:
+    whole = one["bf16_milliseconds"]
+    values = [100 * breakdown[part] / whole for part in parts]
+    return [name, *(f"{value:.0f}" for value in (*values, sum(values)))]
+
+
+def _model_of(one: dict) -> str:
+    return f"{one['model'].removeprefix('synthetic:')}, {one['tokens']} tokens"
+
+
+def _short(layers: list[str]) -> str:
+    """Layers by model: "cogvideox-5b to_q and 3 more"."""
+    first = layers[0].split(" ", 1)
+    return f"{first[0]} `{first[1]}`" + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
 def _base(group: str, model: str) -> Variant:
     """What the variants of a group are compared with: the recipe itself, or the bar that its parts have to beat."""
     kind, _, width = group.rpartition("-")
@@ -204,6 +313,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "adherence": adherence_table,
     "attention": attention_table,
     "outliers": outlier_table,
+    "linear": linear_table,
+    "steps": steps_table,
+    "parts": parts_table,
 }
 
 

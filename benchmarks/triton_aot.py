@@ -30,6 +30,7 @@ from s2q.ops.attention_colsum import triton as attention_colsum
 from s2q.ops.attention_colsum.tiles import colsum_tile
 from s2q.ops.rescaled_int_matmul import tiles as matmul_tiles
 from s2q.ops.rescaled_int_matmul import triton as rescaled_int_matmul
+from s2q.ops.weight_only_matmul import triton as weight_only_matmul
 
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes that one program may have, by architecture."""
@@ -64,23 +65,26 @@ class Variant:
 
 def matmul_variants(arch: int) -> Iterator[Variant]:
     types = {"x_ptr": "*i8", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*bf16"}
-    types |= {"addend_ptr": "*fp32", "out_ptr": "*bf16", "rows": "i32", "columns": "i32"}
-    types |= {"x_stride": "i32", "w_stride": "i32", "addend_stride": "i32"}
-    aligned = ("x_ptr", "w_ptr", "x_scale_ptr", "w_scale_ptr", "bias_ptr", "addend_ptr", "out_ptr")
-    aligned += ("columns", "x_stride", "w_stride", "addend_stride")
+    types |= {"branch_x_ptr": "*fp32", "branch_w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32", "columns": "i32"}
+    types |= {"x_stride": "i32", "w_stride": "i32"}
+    pointers = ("x_ptr", "w_ptr", "x_scale_ptr", "w_scale_ptr", "bias_ptr", "branch_x_ptr", "branch_w_ptr", "out_ptr")
+    aligned = (*pointers, "columns", "x_stride", "w_stride")
+    branches = {"": None, " branch": torch.empty(8, 32)}
     for most, tile in matmul_tiles.TILES[divmod(arch, 10)]:
         # Below 64 rows a warp group's instruction would be half empty: Triton takes the older one.
         needs = r"wgmma.*s8\.s8" if arch == 90 and tile.rows >= 64 else r"mma\.sync.*s8\.s8"
         for packed in (False, True) if most < matmul_tiles.UNPACK_FROM_ROWS else (False,):
             odd = {16: (), 64: () if packed else (77,), 128: (192,)}[tile.rows]
-            for depth in (3072, *odd):
+            for depth, branch in [(3072, ""), (3072, " branch"), *((depth, "") for depth in odd)]:
+                name = f"{'w4' if packed else 'w8'} {tile.rows}x{tile.columns}x{tile.depth} K={depth}{branch}"
                 yield Variant(
-                    name=f"matmul {'w4' if packed else 'w8'} {tile.rows}x{tile.columns}x{tile.depth} K={depth}",
+                    name=f"matmul {name}",
                     kernel=rescaled_int_matmul.rescaled_matmul_kernel,
                     types=types | {"w_ptr": "*u8" if packed else "*i8"},
-                    constants={"HAS_BIAS": True, "HAS_ADDEND": True}  # which take more registers than neither
-                    | rescaled_int_matmul.matmul_constants(tile, depth=depth, is_packed=packed),
-                    aligned=aligned if depth % 16 == 0 else aligned[:7],
+                    constants={"HAS_BIAS": True, "INTERPRET": False}
+                    | rescaled_int_matmul.matmul_constants(tile, depth=depth, is_packed=packed)
+                    | rescaled_int_matmul.branch_constants(branches[branch], torch.bfloat16),
+                    aligned=aligned if depth % 16 == 0 else pointers,
                     options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
                     needs=needs,
                 )
@@ -200,6 +204,24 @@ def resources(cubin: bytes, folder: Path) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
+def weight_only_variants(arch: int) -> Iterator[Variant]:
+    pointers = ("x_ptr", "w_ptr", "w_scale_ptr", "bias_ptr", "addend_ptr", "out_ptr")
+    types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(("rows", "columns", "x_stride", "w_stride"), "i32")
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for packed, depth in ((True, 512), (True, 77), (False, 512)):
+            constants = weight_only_matmul.kernel_constants(dtype, depth=depth, is_packed=packed)
+            own = {"x_ptr": f"*{short}", "bias_ptr": f"*{short}", "out_ptr": f"*{short}"}
+            yield Variant(
+                name=f"weight only {'w4' if packed else 'w8'} {short} K={depth}",
+                kernel=weight_only_matmul.weight_only_kernel,
+                types=types | own | {"w_ptr": "*u8" if packed else "*i8"},
+                constants=constants | {"HAS_BIAS": True, "HAS_ADDEND": True, "INTERPRET": False},
+                aligned=(*pointers, "columns", "x_stride", "w_stride") if depth % 32 == 0 else pointers,
+                options=weight_only_matmul.OPTIONS,
+                needs="mma",
+            )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), action="append", help="default: all")
@@ -210,7 +232,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         triton.knobs.cache.dir = folder
         for arch in arguments.arch or sorted(SHARED_LIMIT):
-            for variants in (matmul_variants, activation_variants, colsum_variants):
+            for variants in (matmul_variants, activation_variants, weight_only_variants, colsum_variants):
                 for variant in variants(arch):
                     if arguments.only in variant.name:
                         line, is_well = check(variant, arch, Path(folder))

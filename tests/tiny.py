@@ -6,6 +6,7 @@ Everything is a function of `seed`. A call with `TINY_CALL` takes a fraction of 
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from s2q.models.synthetic import SyntheticModel, synthetic_model
 from s2q.ops.activation_path import transform_input
 
 TEXT_LENGTH = 16
@@ -157,3 +159,13 @@ def split_input(layer, x):
         low_rank_basis=layer.low_rank_basis,
     )
     return quantized, None if coefficients is None else coefficients @ layer.low_rank_weight.float().t()
+
+
+def shrunken(name: str) -> SyntheticModel:
+    """A synthetic model of the same structure with two blocks a list and 2 heads of 48 channels."""
+    model = synthetic_model(name)
+    small = {"num_attention_heads": 2, "attention_head_dim": 48}
+    small |= {key: 64 for key in ("ffn_dim",) if key in model.config}
+    small |= {one.argument: 2 for one in model.block_lists}
+    lists = tuple(replace(one, count=2) for one in model.block_lists)
+    return replace(model, config=dict(model.config) | small, block_lists=lists, tokens=10, text_tokens=6)

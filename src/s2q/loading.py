@@ -24,6 +24,7 @@ def load_pipeline(
     device: str = "cpu",
     verify: bool = True,
     backend: str = "auto",
+    attention_backend: str | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline.
 
@@ -33,21 +34,31 @@ def load_pipeline(
         device: Where to put the pipeline.
         verify: Whether to compare the files of an s2q checkpoint with its manifest first.
         backend: How its packed linears are computed: "auto", "reference", "cpu" or "triton".
+        attention_backend: What computes attention, as diffusers names it ("native", "flash", "sage" and so on); None
+            leaves PyTorch's own. `pipe.transformer.set_attention_backend` changes it later.
 
     Returns:
         The pipeline, its progress bar switched off.
 
     Raises:
-        InvalidInputError: If the model is unknown, damaged or altered, or the device or dtype is unknown.
-        ResourceError: If there is no such device.
+        InvalidInputError: If the model is unknown, damaged or altered, or the device, dtype or a backend is unknown.
+        ResourceError: If there is no such device, or what the attention backend needs is not installed.
     """
+    from s2q.models.attention import check_attention_backend, use_attention_registry
+
     check_device(device)
+    if attention_backend is not None:
+        check_attention_backend(attention_backend)
     source = model if isinstance(model, ModelSource) else resolve_model(model)
-    if not _is_ours(source):
-        return source.load_pipeline(dtype=dtype, device=device)
-    folder = source.complete_folder()
-    pipe = checkpoint.load_pipeline(folder, dtype=parse_dtype(dtype), device=device, verify=verify)
-    set_backend(pipe.transformer, backend)
+    if _is_ours(source):
+        folder = source.complete_folder()
+        pipe = checkpoint.load_pipeline(folder, dtype=parse_dtype(dtype), device=device, verify=verify)
+        set_backend(pipe.transformer, backend)
+    else:
+        pipe = source.load_pipeline(dtype=dtype, device=device)
+    use_attention_registry(pipe.transformer)
+    if attention_backend is not None:
+        pipe.transformer.set_attention_backend(attention_backend)
     return pipe
 
 

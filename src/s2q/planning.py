@@ -109,7 +109,13 @@ def plan(
 
 
 def plan_transformer(
-    transformer: nn.Module, recipe: Recipe, *, model: str, sizes: Mapping[str, int], dtype: torch.dtype
+    transformer: nn.Module,
+    recipe: Recipe,
+    *,
+    model: str,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    linears: Sequence[BlockLinear] | None = None,
 ) -> Plan:
     """Plan a run on a transformer.
 
@@ -119,6 +125,7 @@ def plan_transformer(
         model: Name of the model.
         sizes: Bytes of each tensor of its state dict as it is now.
         dtype: Dtype of its block linears.
+        linears: The linears of its blocks; None lists them by the family, which must be supported then.
 
     Returns:
         The plan.
@@ -126,7 +133,7 @@ def plan_transformer(
     Raises:
         InvalidInputError: If the class is not supported, or the recipe does not fit it.
     """
-    linears = block_linears(transformer, family_of(transformer))
+    linears = block_linears(transformer, family_of(transformer)) if linears is None else linears
     schemes = assign_schemes(recipe, linears)
     layouts = assign_layouts(recipe, linears, schemes)
     layers = tuple(

@@ -293,6 +293,21 @@ class TestAdapters:
         assert layer.weight.dtype == torch.uint8
 
 
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(2, 32), torch.zeros(2, 8), torch.zeros(2, 16, dtype=torch.int8), torch.zeros(())]
+)
+def test_an_input_of_another_width_or_dtype_is_refused(wrong):
+    layer = PackedLinear(16, 8, bias=True, scheme=scheme(4, 6), dtype=torch.float32)
+    with pytest.raises(InvalidInputError, match=r"got torch\..* on cpu; expected floating \[\.\.\., 16\] on cpu"):
+        layer(wrong)
+
+
+def test_an_input_on_another_device_is_refused():
+    layer = PackedLinear(16, 8, bias=True, scheme=scheme(4, 6), dtype=torch.float32)
+    with pytest.raises(InvalidInputError, match="on meta; expected floating .* on cpu"):
+        layer(torch.zeros(2, 16, device="meta"))
+
+
 def test_from_rounded_checks_what_it_gets():
     layer_scheme = scheme(4, 6)
     good = round_rtn(torch.randn(10, 24), layer_scheme.weight)

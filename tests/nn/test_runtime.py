@@ -68,15 +68,58 @@ def test_every_backend_gives_the_same_output(transformer):
         assert float((output - exact).norm() / exact.norm()) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_embedded_pipeline_gives_the_same_latents_on_every_cpu_backend(dtype):
+    """Small differences would not stay small: a code that lands on the other side of a boundary moves many others."""
+    from s2q.benchmarking.pipeline_steps import pack_uncalibrated
+    from s2q.calibration.denoising import denoise
+    from s2q.calibration.settings import resolve_settings
+    from s2q.evaluation import generation_defaults
+    from s2q.loading import load_pipeline
+    from s2q.recipes import load_recipe
+
+    pipe = load_pipeline("shapes-cogvideox", dtype=dtype)
+    pack_uncalibrated(pipe.transformer, load_recipe("s2q-plus-w4a6"))
+    defaults = dict(generation_defaults("shapes-cogvideox"))
+    settings = resolve_settings(pipe, requested={"num_inference_steps": 3}, defaults=defaults)
+    latents = {}
+    for backend in ("reference", "cpu"):
+        set_backend(pipe.transformer, backend)
+        found = denoise(pipe, ["a red circle moving left on a grey background"], seeds=[0], settings=settings)
+        latents[backend] = found.latents.float()
+    exact = latents["reference"]
+    assert float((latents["cpu"] - exact).norm() / exact.norm()) < 1e-3
+
+
+def test_triton_gives_the_output_of_the_reference(transformer):
+    pytest.importorskip("triton")
+    exact = run_transformer(transformer)
+    set_backend(transformer, "triton")
+    found = run_transformer(transformer)
+    set_backend(transformer, "auto")
+    assert float((found - exact).norm() / exact.norm()) < 1e-2
+
+
 def test_an_unknown_backend_is_refused(transformer):
     with pytest.raises(InvalidInputError, match="unknown backend 'cup': nearest names are cpu"):
         set_backend(transformer, "cup")
 
 
-def test_a_block_compiles_into_one_graph(transformer):
+def test_a_block_compiles_into_one_graph_and_shares_inputs(transformer):
     expected = run_transformer(transformer)
-    compiled = copy.deepcopy(transformer)
+    compiled, graphs = copy.deepcopy(transformer), []
+
+    def backend(graph, _inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    share_inputs(compiled)
     for block in compiled.transformer_blocks:
-        block.compile(backend="aot_eager", fullgraph=True)
+        block.compile(backend=backend, fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(run_transformer(compiled), expected, rtol=1e-4, atol=1e-4)
+        for _ in range(2):
+            torch.testing.assert_close(run_transformer(compiled), expected, rtol=1e-4, atol=1e-4)
+    paths = [sum("activation_path" in target for target in targets) for targets in graphs]
+    assert set(paths) == {4}  # qkv, to_out, and the two of the feed-forward
+    shared = [module.shared_input for module in compiled.modules() if isinstance(module, PackedLinear)]
+    assert all(one is None or one._traced is None for one in shared)

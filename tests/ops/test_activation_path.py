@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from s2q.core.errors import InvalidInputError
-from s2q.ops.activation_path import BACKENDS, activation_path
+from s2q.ops.activation_path import BACKENDS, activation_path, transform_input
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.quantize_per_token import quantize_per_token
 
@@ -22,17 +22,35 @@ def vectors(features):
 
 
 def test_reference_is_the_path_of_a_packed_linear():
-    x, parts = draw(5, 24).bfloat16(), vectors(24)
+    x, parts = draw(5, 24), vectors(24)
     left, right, basis = draw(4, 4, seed=3), draw(6, 6, seed=4), orthonormal(24, 2).bfloat16()
     codes, token_scale, coefficients = activation_path(
         x, num_bits=6, **parts, left=left, right=right, low_rank_basis=basis, clip_ratio=0.9, backend="reference"
     )
-    scaled = (x.float() - parts["shift"]) * parts["scale"]
+    scaled = (x - parts["shift"]) * parts["scale"]
     assert torch.equal(coefficients, scaled @ basis.float())
-    rest = scaled_kronecker(scaled - coefficients @ basis.float().t(), left=left, right=right)
+    rest = torch.addmm(scaled, coefficients, basis.float().t(), alpha=-1)
+    rest = scaled_kronecker(rest, left=left, right=right)
     expected = quantize_per_token(rest, num_bits=6, clip_ratio=0.9)
     assert torch.equal(codes, expected[0])
     assert torch.equal(token_scale, expected[1])
+
+
+def test_products_of_bf16_are_off_by_their_rounding_alone():
+    x, parts = (40 * draw(64, 192)).bfloat16(), vectors(192)
+    matrices = {"left": orthonormal(12, 12), "right": orthonormal(16, 16), "low_rank_basis": orthonormal(192, 4)}
+    found, coefficients = transform_input(x, **parts, **matrices)
+    assert found.dtype == torch.bfloat16
+    assert coefficients.dtype == torch.float32
+    wide = {name: one.double() for name, one in (parts | matrices).items()}
+    exact, _ = transform_input(x.double(), **wide)
+    # What a rounded coefficient leaves in the input is in the branch as well: add it to compare.
+    rest = (coefficients.double() - transform_input(x.double(), **wide)[1]) @ wide["low_rank_basis"].t()
+    exact -= scaled_kronecker(rest, left=wide["left"], right=wide["right"])
+    error = (found.double() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
+    assert 1e-3 < error < 6e-3
+    half, _ = transform_input(x.half(), **parts, **matrices)
+    assert half.dtype == torch.float32
 
 
 def test_reference_keeps_the_dtype_without_parts():

@@ -40,6 +40,20 @@ def test_gpus(compiled, monkeypatch, capability, obstacle):
     assert dispatch.choose_backend("auto", OnGpu(), backends) == ("the kernel" if obstacle is None else "the reference")
 
 
+def test_auto_says_once_what_it_chose_and_warns_where_it_is_slow(compiled, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    dispatch._say_once.cache_clear()
+    caplog.set_level("DEBUG", logger="s2q.ops.dispatch")
+    for _ in range(2):
+        assert dispatch.resolve_backend("auto", OnGpu(), ("reference", "triton")) == "reference"
+        assert dispatch.resolve_backend("auto", torch.zeros(1), ("reference", "cpu", "triton")) == "cpu"
+    said = [(record.levelname, record.message) for record in caplog.records]
+    assert [level for level, _ in said] == ["WARNING", "DEBUG"]
+    assert "backend 'reference', slower than full precision: got a GPU of compute capability 7.5" in said[0][1]
+    assert said[1][1] == "on the CPU, backend 'auto' is 'cpu'"
+
+
 def test_a_rocm_gpu_is_refused(compiled, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "ROCm" in dispatch.triton_obstacle(OnGpu())

@@ -67,18 +67,24 @@ def test_extreme_codes(product, depth, left, right):
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("has_addend", [False, True])
+@pytest.mark.parametrize("rank", [None, 1, 4, 20])
 @pytest.mark.parametrize("rows", [1, 20, 80])
-def test_scales_bias_and_addend(product, has_bias, has_addend, rows):
+def test_scales_bias_and_branch(product, has_bias, rank, rows):
     x, w = draw_codes(6, (rows, 96), 0), draw_codes(4, (50, 96), 1)
     scales = draw(rows, 1).exp(), draw(50, seed=1).exp() * 0.01
     bias = draw(50, seed=2).bfloat16() if has_bias else None
-    addend = draw(rows, 60, seed=3)[:, :50] if has_addend else None
+    branch, addend = {}, None
+    if rank is not None:  # coefficients as a bf16 model gives them
+        branch = {
+            "low_rank_input": draw(rows, rank, seed=3).bfloat16().float(),
+            "low_rank_weight": draw(50, rank).bfloat16(),
+        }
+        addend = branch["low_rank_input"].double() @ branch["low_rank_weight"].double().t()
     expected = exact(x, scales[0], w, scales[1], bias, addend)
-    options = {"bias": bias, "addend": addend, "x_bits": 6, "w_bits": 4}
+    options = {"bias": bias, **branch, "x_bits": 6, "w_bits": 4}
     for given in (w, pack_codes(w, num_bits=4)):
         found = product(x, scales[0], given, scales[1], **options, out_dtype=torch.float32)
-        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=2e-5)
         rounded = product(x, scales[0], given, scales[1], **options, out_dtype=torch.bfloat16)
         assert rounded.dtype == torch.bfloat16
         # One rounding to bf16; the interpreter truncates, so a whole unit in the last place.
@@ -91,8 +97,9 @@ def test_strided_and_transposed_operands(product):
         x_scale, w_scale = ones(len(x_part), len(w_part))
         found = product(x_part, x_scale, w_part, w_scale, out_dtype=torch.float32)
         assert torch.equal(found.long(), x_part.long() @ w_part.long().t())
-    addend = draw(9, 6).t()
-    found = product(x, torch.ones(6, 1), w, torch.ones(9), addend=addend, out_dtype=torch.float32)
+    branch = {"low_rank_input": draw(2, 6).t(), "low_rank_weight": draw(9, 4)[:, ::2]}
+    found = product(x, torch.ones(6, 1), w, torch.ones(9), **branch, out_dtype=torch.float32)
+    addend = branch["low_rank_input"] @ branch["low_rank_weight"].t()
     torch.testing.assert_close(found.double(), exact(x, torch.ones(6, 1), w, torch.ones(9), addend=addend))
 
 

@@ -49,6 +49,12 @@ Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one 
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.", metavar="S")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="D")]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Compute dtype; default: the stored one.")]
+AttentionBackend = Annotated[
+    str | None,
+    typer.Option(
+        "--attention", help="What computes attention, as diffusers names it; default: PyTorch.", metavar="NAME"
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of the same kind.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the model's.", metavar="N")]
@@ -154,6 +160,7 @@ def generate(
     guidance_scale: Guidance = None,
     seed: Seed = 0,
     backend: Annotated[Backend, typer.Option("--backend", help="How quantized linears are computed.")] = Backend.AUTO,
+    attention: AttentionBackend = None,
     save_latents: Annotated[bool, typer.Option("--save-latents", help="Also write latents.safetensors.")] = False,
     device: Device = "auto",
     dtype: DtypeOption = None,
@@ -164,7 +171,9 @@ def generate(
     from s2q.cli import commands
 
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
-    options = _given(locals(), "seed", "backend", "save_latents", "device", "dtype", "overwrite", "as_json")
+    options = _given(
+        locals(), "seed", "backend", "attention", "save_latents", "device", "dtype", "overwrite", "as_json"
+    )
     commands.generate(model, output, prompt=prompt or [], prompts=prompts, settings=settings, options=options)
 
 
@@ -202,6 +211,70 @@ def evaluate(
     settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     options = _given(locals(), "num_prompts", "seeds", "metrics", "device", "dtype", "overwrite", "as_json")
     commands.evaluate(model, reference, output, prompts=prompts, settings=settings, options=options)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            help="synthetic:NAME (random weights; cogvideox-2b, cogvideox-5b, hunyuanvideo, wan-1.3b or wan-14b), an "
+            "embedded name, a folder or a Hub id. Default: the layers of all five, the step of shapes-cogvideox.",
+            metavar="MODEL",
+        ),
+    ] = None,
+    ops: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ops",
+            help="By comma, default all: linear,activation_path,gemm,attention_colsum,denoising_step,"
+            "calibration_block.",
+            metavar="NAMES",
+        ),
+    ] = None,
+    recipes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-r", "--recipe", help="Recipes, by comma or repeated. Default: s2q-w4a6,s2q-w4a4.", metavar="RECIPE"
+        ),
+    ] = None,
+    backends: Annotated[
+        list[str] | None,
+        typer.Option("--backend", help="By comma: auto,reference,cpu,triton. Default: auto.", metavar="NAMES"),
+    ] = None,
+    attention: AttentionBackend = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens",
+            help="Rows of an op, video tokens of a block. Default: the model's; on a CPU 2048 and 1024.",
+            min=1,
+            metavar="N",
+        ),
+    ] = None,
+    blocks: Annotated[
+        int, typer.Option("--blocks", help="Blocks of a synthetic model to build and time.", min=1, metavar="N")
+    ] = 1,
+    repeats: Annotated[
+        int, typer.Option("--repeats", help="Rounds of a measurement, at most.", min=1, metavar="N")
+    ] = 10,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="No new round after this time, from the third on.", min=0, metavar="X")
+    ] = 10.0,
+    device: Device = "auto",
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="JSON file to write, or to go on with.", metavar="FILE")
+    ] = Path("bench.json"),
+    again: Annotated[bool, typer.Option("--again", help="Measure what the file has already, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory against bf16: single operations, denoising steps, calibration."""
+    from s2q.cli.bench import run_bench
+
+    options = _given(locals(), "ops", "recipes", "backends", "attention", "tokens", "blocks", "repeats", "seconds")
+    run_bench(output, model=model, options=options | _given(locals(), "device", "again", "as_json"))
 
 
 @app.command()

@@ -90,7 +90,13 @@ def generate(
     texts = read_prompts(prompts) if prompts is not None else list(prompt)
     check_distinct(texts)
     recommended = generation_defaults(model)
-    pipe = load_pipeline(model, dtype=options["dtype"], device=device, backend=options["backend"])
+    pipe = load_pipeline(
+        model,
+        dtype=options["dtype"],
+        device=device,
+        backend=options["backend"],
+        attention_backend=options["attention"],
+    )
     asked = recommended | {name: value for name, value in settings.items() if value is not None}
     with console.progress() as report:
         videos = run(pipe, texts, seeds=(options["seed"],), settings=asked, progress=report)

@@ -44,6 +44,7 @@ def configure_logging(*, debug: bool) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler's own
     handler: logging.Handler = logging.StreamHandler()
     if stderr.is_terminal:
         handler = RichHandler(console=stderr, show_path=False, show_level=debug, log_time_format="%H:%M:%S")

@@ -91,8 +91,7 @@ def token_scale(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Te
     Returns:
         fp32 [..., 1].
     """
-    # Without a copy of x: max|x| = max(max x, -min x), exact in half precision too.
-    amax = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)).float()
+    amax = x.abs().amax(dim=-1, keepdim=True).float()
     if clip_ratio is not None:
         amax = amax * clip_ratio
     return scale_from_amax(amax, num_bits=num_bits)
@@ -109,7 +108,16 @@ def quantize(x: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
     Returns:
         int8 codes of the shape of x.
     """
-    return (x.float() / scale).round_().clamp_(-_qmax(num_bits) - 1, _qmax(num_bits)).to(torch.int8)
+    return (x.float() / scale).round_().clamp_(*code_range(num_bits)).to(torch.int8)
+
+
+def code_range(num_bits: int) -> tuple[int, int]:
+    """Return the smallest and the largest code, -2^(N-1) and 2^(N-1) - 1.
+
+    Args:
+        num_bits: N.
+    """
+    return -_qmax(num_bits) - 1, _qmax(num_bits)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -181,7 +189,7 @@ def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
     Returns:
         Same shape and dtype as x; equal to `dequantize(quantize(x, scale), scale)` in that dtype.
     """
-    codes = round_ste(x.float() / scale).clamp(-_qmax(num_bits) - 1, _qmax(num_bits))
+    codes = round_ste(x.float() / scale).clamp(*code_range(num_bits))
     return (codes * scale).to(x.dtype)
 
 

@@ -29,6 +29,7 @@ from s2q.nn.shared_input import SharedInput
 from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
+from s2q.ops.weight_only_matmul import weight_only_matmul
 
 PACKED_DTYPES = {
     "weight": torch.uint8,
@@ -232,19 +233,30 @@ class PackedLinear(nn.Linear):
 
         Returns:
             [..., O] in the dtype of the input.
+
+        Raises:
+            InvalidInputError: If the input is not floating, has another width, or is on another device.
         """
-        if self.scheme.activation is None:
-            return self._weight_only(input)
+        self._check_input(input)
         if torch.is_grad_enabled() and input.requires_grad:
             output_MO: Tensor = _StraightThrough.apply(input, self)  # type: ignore[no-untyped-call]
         else:
-            output_MO = self._integer_linear(input)
+            output_MO = self._product(input)
         return output_MO.reshape(*input.shape[:-1], self.out_features)
 
-    def _integer_linear(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
-        activation, packed = self.scheme.activation, self._parameters["weight"]
-        assert activation is not None
-        assert packed is not None
+    def _check_input(self, input: Tensor) -> None:  # noqa: A002
+        place = self.weight_scale.device
+        if input.shape[-1:] == (self.in_features,) and input.is_floating_point() and input.device == place:
+            return
+        raise InvalidInputError(
+            f"packed {self.scheme.name} linear: got {input.dtype} {list(input.shape)} on {input.device}; expected "
+            f"floating [..., {self.in_features}] on {place}; no backend, 'reference' included, converts or moves it"
+        )
+
+    def _product(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
+        activation = self.scheme.activation
+        if activation is None:
+            return self._weight_only(input)
         if self.shared_input is None:
             split = self._quantized(input)
         else:
@@ -253,15 +265,22 @@ class PackedLinear(nn.Linear):
         return rescaled_int_matmul(
             codes_MI,
             scale_M1,
-            packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8),
+            self.product_codes(),
             self.weight_scale,
             bias=self.bias,
-            addend=self._branch(coefficients),
+            low_rank_input=coefficients,
+            low_rank_weight=None if coefficients is None else self.low_rank_weight,
             x_bits=activation.num_bits,
             w_bits=self.scheme.weight.num_bits,
             out_dtype=input.dtype,
             backend=self.backend,
         )
+
+    def product_codes(self) -> Tensor:
+        """Return the codes as `rescaled_int_matmul` takes them: uint8 [O, P] up to 4 bits, int8 [O, I] above."""
+        packed = self._parameters["weight"]
+        assert packed is not None
+        return packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8)
 
     def _quantized(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: A002
         """Codes int8 [M, I], scale fp32 [M, 1] and coefficients of the low-rank branch fp32 [M, r] of an input."""
@@ -279,10 +298,10 @@ class PackedLinear(nn.Linear):
         )
 
     def _branch(self, coefficients: Tensor | None) -> Tensor | None:
-        """What the low-rank branch adds to the output, fp32 [..., O]."""
+        """What the low-rank branch adds to the output, fp32 [M, O]."""
         if coefficients is None or self.low_rank_weight is None:
             return None
-        return F.linear(coefficients, self.low_rank_weight.float())
+        return F.linear(coefficients.reshape(-1, coefficients.shape[-1]), self.low_rank_weight.float())
 
     def _weight_only(self, input: Tensor) -> Tensor:  # noqa: A002
         transformed, coefficients = transform_input(
@@ -293,10 +312,15 @@ class PackedLinear(nn.Linear):
             right=self.transform_right,
             low_rank_basis=self.low_rank_basis,
         )
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        output = F.linear(transformed.to(input.dtype), self.dequantized_weight(input.dtype), bias)
-        branch = self._branch(coefficients)
-        return output if branch is None else output + branch.to(input.dtype)
+        return weight_only_matmul(
+            transformed.to(input.dtype).reshape(-1, self.in_features),
+            self.product_codes(),
+            self.weight_scale,
+            bias=self.bias,
+            addend=self._branch(coefficients),
+            w_bits=self.scheme.weight.num_bits,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""
@@ -352,12 +376,12 @@ class PackedLinear(nn.Linear):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The integer linear for training what lies before it, adapters for example."""
+    """The packed linear for training what lies before it, adapters for example."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
-        return layer._integer_linear(x)
+        return layer._product(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

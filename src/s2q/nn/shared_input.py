@@ -25,21 +25,24 @@ class SharedInput(Generic[_T]):
     """
 
     _kept: tuple[weakref.ref[Tensor], int, _T] | None
+    _traced: tuple[Tensor, _T] | None
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
-        self._kept, self._left = None, 0
+        self._kept, self._traced, self._left = None, None, 0
 
     def get(self, x: Tensor, compute: Callable[[], _T]) -> _T:
         """Return what `compute` returns for x, from an earlier reader where it was the same tensor, unchanged.
 
-        Nothing is kept while torch.compile traces, and of inference tensors, which do not count their changes.
+        Nothing is kept of inference tensors, which do not count their changes.
 
         Args:
             x: The input.
             compute: Computes the result from x.
         """
-        if torch.compiler.is_compiling() or x.is_inference():
+        if torch.compiler.is_compiling():
+            return self._get_traced(x, compute)
+        if x.is_inference():
             return compute()
         kept = self._kept
         if kept is not None and kept[0]() is x and kept[1] == x._version:
@@ -51,12 +54,28 @@ class SharedInput(Generic[_T]):
         self._kept, self._left = (weakref.ref(x, self._forget), x._version, result), self.readers - 1
         return result
 
+    def _get_traced(self, x: Tensor, compute: Callable[[], _T]) -> _T:
+        """The same while torch.compile traces, which follows attributes and identity, but no weak references.
+
+        Once all have read, nothing is kept, so that the graph has no side effect. A tensor that was changed in between
+        would go unnoticed here: no family does that between its linears.
+        """
+        traced = self._traced
+        if traced is not None and traced[0] is x:
+            self._left -= 1
+            if self._left <= 0:
+                self._traced = None
+            return traced[1]
+        result = compute()
+        self._traced, self._left = (x, result), self.readers - 1
+        return result
+
     def _forget(self, _gone: object = None) -> None:
         self._kept, self._left = None, 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Give copies of a model the sharing, and nothing that is kept."""
-        return {"readers": self.readers, "_kept": None, "_left": 0}
+        return {"readers": self.readers, "_kept": None, "_traced": None, "_left": 0}
 
 
 def same_tensors(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:

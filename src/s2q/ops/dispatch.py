@@ -8,14 +8,17 @@ TRITON_INTERPRET=1, set before triton is imported, Triton runs kernels on the CP
 import functools
 import importlib
 import importlib.util
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2q.core.errors import InvalidInputError, unknown_name
+
+logger = logging.getLogger(__name__)
 
 MIN_CAPABILITY = (8, 0)
 """Of the GPU: the first with int8 and bf16 tensor cores that Triton serves."""
@@ -90,29 +93,61 @@ def triton_backend(package: str, name: str) -> Callable[..., Any]:
     return run
 
 
-def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Pick the function that runs an op.
+def resolve_backend(backend: str, x: Tensor, backends: Collection[str]) -> str:
+    """Return the name of the backend that runs an op.
 
     Args:
         backend: "auto", or a name in `backends`. "auto" is "triton" if x is on a GPU that it can serve,
             "cpu" on the CPU where the op has it, and "reference" otherwise.
+        x: Main input of the op; an empty one on the device will do.
+        backends: Names of those that the op has.
+
+    Raises:
+        InvalidInputError: If there is no such backend, or it cannot take x.
+    """
+    if backend == "auto":
+        return _automatic(x, backends)
+    if backend not in backends:
+        raise unknown_name("backend", backend, ("auto", *backends))
+    if backend == "cpu" and (obstacle := backend_obstacle(backend, x)) is not None:
+        raise InvalidInputError(f"backend 'cpu' cannot run: {obstacle}; {_REMEDY}")
+    return backend
+
+
+def _automatic(x: Tensor, backends: Collection[str]) -> str:
+    if x.device.type == "cpu":
+        chosen = "cpu" if "cpu" in backends else "reference"
+        _say_once(logging.DEBUG, f"on the CPU, backend 'auto' is {chosen!r}")
+        return chosen
+    obstacle = triton_obstacle(x) if "triton" in backends else None
+    if x.is_cuda and "triton" in backends and obstacle is None:
+        _say_once(logging.DEBUG, f"on {x.device}, backend 'auto' is 'triton'")
+        return "triton"
+    if x.is_cuda:
+        _say_once(
+            logging.WARNING,
+            f"on {x.device}, quantized linears run by backend 'reference', slower than full precision: {obstacle}",
+        )
+    return "reference"
+
+
+@functools.cache
+def _say_once(level: int, message: str) -> None:
+    logger.log(level, message)
+
+
+def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Pick the function that runs an op.
+
+    Args:
+        backend: See `resolve_backend`.
         x: Main input of the op.
         backends: The op's functions by name.
 
     Raises:
         InvalidInputError: If there is no such backend, or it cannot take x.
     """
-    if backend == "auto":
-        backend = "reference"
-        if x.is_cuda and triton_obstacle(x) is None:
-            backend = "triton"
-        elif x.device.type == "cpu" and "cpu" in backends:
-            backend = "cpu"
-    if backend not in backends:
-        raise unknown_name("backend", backend, ("auto", *backends))
-    if backend == "cpu" and (obstacle := backend_obstacle(backend, x)) is not None:
-        raise InvalidInputError(f"backend 'cpu' cannot run: {obstacle}; {_REMEDY}")
-    return backends[backend]
+    return backends[resolve_backend(backend, x, backends)]
 
 
 def capability_of(x: Tensor) -> tuple[int, int]:

@@ -1,40 +1,121 @@
-"""The activation path on the CPU: the reference, in chunks of rows that stay in the caches.
+"""The activation path on the CPU: the reference's arithmetic in chunks of rows, in buffers that stay in the caches.
 
-Shapes: `M` tokens, `I` features.
+Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from s2q.core.qparams import ClipRatio, code_range, token_scale
 from s2q.ops.activation_path import reference
+from s2q.ops.scratch import take
 
-CHUNK_ELEMENTS = 1 << 18
-"""Numbers in a chunk: in fp32 a MiB, so that one pass after another finds them in the cache."""
+CHUNK_BYTES = 1 << 20
+"""Of x in a chunk; what is computed from it finds room in the caches then."""
 
-MIN_ROWS = 32
+MIN_ROWS = {torch.bfloat16: 256}
+"""Rows of a chunk by dtype of x, whatever its bytes: below, products of bf16 take longer than the caches save."""
 
 
-def activation_path(x: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def activation_path(
+    x: Tensor,
+    *,
+    num_bits: int,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    low_rank_basis: Tensor | None = None,
+    clip_ratio: ClipRatio = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Transform and quantize the input of a linear; see `reference.activation_path`.
 
     Args:
-        x: [M, I], floating.
-        **settings: Those of the reference; a clip ratio for each token is not taken, one for all is.
+        x: [M, I], floating; fp64 is left to the reference.
+        num_bits: N, 2 to 8.
+        shift: fp32 [I] or None.
+        scale: fp32 [I] or None.
+        left: fp32 [n1, n1] or None.
+        right: fp32 [n2, n2] or None.
+        low_rank_basis: [I, r] or None.
+        clip_ratio: A float, a tensor that broadcasts to [M, 1], or None.
 
     Returns:
         codes int8 [M, I], token scale fp32 [M, 1], coefficients fp32 [M, r] or None.
     """
-    rows = max(MIN_ROWS, CHUNK_ELEMENTS // max(1, x.shape[1]))
-    if len(x) <= rows:
-        return reference.activation_path(x, **settings)
-    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
-    basis = settings.get("low_rank_basis")
-    coefficients = None if basis is None else torch.empty(len(x), basis.shape[1])
-    for start in range(0, len(x), rows):
-        part = slice(start, start + rows)
-        codes[part], scale[part], own = reference.activation_path(x[part], **settings)
-        if coefficients is not None and own is not None:
-            coefficients[part] = own
-    return codes, scale, coefficients
+    parts = {"shift": shift, "scale": scale, "left": left, "right": right, "low_rank_basis": low_rank_basis}
+    if x.dtype == torch.float64:
+        return reference.activation_path(x, num_bits=num_bits, clip_ratio=clip_ratio, **parts)
+    size = min(len(x), chunk_rows(x))
+    transform = _Transform(x, size, **parts)
+    codes, token_scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
+    coefficients = None if low_rank_basis is None else torch.empty(len(x), low_rank_basis.shape[1])
+    lowest, highest = code_range(num_bits)
+    for start in range(0, len(x), max(1, size)):
+        part = slice(start, start + size)
+        y, own_coefficients = transform(x[part])
+        own_clip = clip_ratio[part] if isinstance(clip_ratio, Tensor) and len(clip_ratio) == len(x) else clip_ratio
+        token_scales[part] = own = token_scale(y, num_bits=num_bits, clip_ratio=own_clip)
+        codes[part] = torch.div(y, own, out=transform.wide[: len(y)]).round_().clamp_(lowest, highest)
+        if coefficients is not None and own_coefficients is not None:
+            coefficients[part] = own_coefficients
+    return codes, token_scales, coefficients
+
+
+def chunk_rows(x: Tensor) -> int:
+    """Return how many rows of x are worked on at a time.
+
+    Args:
+        x: [M, I].
+    """
+    return max(MIN_ROWS.get(x.dtype, 32), CHUNK_BYTES // max(1, x.shape[1] * x.element_size()))
+
+
+class _Transform:
+    """`reference.transform_input` of chunks of at most so many rows; the next chunk overwrites the result of one."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        rows: int,
+        *,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        left: Tensor | None,
+        right: Tensor | None,
+        low_rank_basis: Tensor | None,
+    ) -> None:
+        features, dtype = x.shape[1], reference.product_dtype(x)
+        self.shift, self.scale = shift, scale
+        factors = (left, right, low_rank_basis)
+        self.left, self.right, self.basis = (None if one is None else one.to(dtype) for one in factors)
+        n1 = 1 if left is None else left.shape[0]
+        self.grid = n1, features // n1 if right is None else right.shape[0]
+        self.wide = take("activation_path wide", (rows, features), torch.float32)
+        self.first, self.second = (take(f"activation_path {one}", (rows, features), dtype) for one in (1, 2))
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = self._shifted_and_scaled(x)
+        if self.basis is None and self.left is None and self.right is None:
+            return x, None
+        first, second = self.first[: len(x)], self.second[: len(x)]
+        y, coefficients = first.copy_(x), None
+        if self.basis is not None:
+            coefficients = y @ self.basis
+            y.addmm_(coefficients, self.basis.t(), alpha=-1)
+        n1, n2 = self.grid
+        if self.right is not None:
+            y, free = torch.mm(y.view(-1, n2), self.right, out=second.view(-1, n2)), first
+        else:
+            free = second
+        if self.left is not None:
+            y = torch.matmul(self.left.t(), y.view(-1, n1, n2), out=free.view(-1, n1, n2))
+        return y.view(x.shape), coefficients
+
+    def _shifted_and_scaled(self, x: Tensor) -> Tensor:
+        wide = self.wide[: len(x)]
+        if self.shift is not None:
+            x = torch.sub(x, self.shift, out=wide)
+        if self.scale is not None:
+            x = torch.mul(x, self.scale, out=wide)
+        return x

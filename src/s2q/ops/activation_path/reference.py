@@ -4,6 +4,10 @@
 
 Each part may be missing. The coefficients c belong to the low-rank branch, which multiplies them in floating point.
 
+Precision. Everything is fp32, except that the products with V, A and B of a bf16 x take and give bf16, summed in fp32,
+as every other product of such a model does. x₁, V, A, B and what each product gives are rounded to it, which puts an
+error of about 0.004 of its root mean square on y. Codes of 8 bits put 0.008 on it, of 6 bits 0.034, of 4 bits 0.15.
+
 Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank, `N` bits.
 """
 
@@ -70,32 +74,42 @@ def transform_input(
         low_rank_basis: [I, r] or None.
 
     Returns:
-        y: [..., I]; the dtype of x where nothing is done to it, otherwise fp32.
+        y: [..., I]; the dtype of x where nothing is done to it and, if it is bf16, after a product; otherwise fp32.
         coefficients: c, fp32 [..., r]; None without a basis.
     """
-    if shift is not None:
-        x = x.float() - shift
-    if low_rank_basis is None:
-        return scaled_kronecker(x, scale=scale, left=left, right=right), None
-    rest, coefficients = split_low_rank(x, scale=scale, basis=low_rank_basis)
-    return scaled_kronecker(rest, left=left, right=right), coefficients
+    if left is None and right is None and low_rank_basis is None:
+        return scaled_kronecker(x if shift is None else x.float() - shift, scale=scale), None
+    dtype = product_dtype(x)
+    x, coefficients = split_low_rank(x, shift=shift, scale=scale, basis=low_rank_basis)
+    left, right = (None if factor is None else factor.to(dtype) for factor in (left, right))
+    return scaled_kronecker(x, left=left, right=right), coefficients
 
 
-def split_low_rank(x: Tensor, *, scale: Tensor | None, basis: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Scale x and take out what a few directions hold; without a basis, leave x as it is, unscaled.
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the products with V, A and B: bf16 for a bf16 x, fp32 or wider for others."""
+    return x.dtype if x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, torch.float32)
+
+
+def split_low_rank(
+    x: Tensor, *, shift: Tensor | None = None, scale: Tensor | None = None, basis: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Shift and scale x and take out what a few directions hold.
 
     Args:
         x: [..., I], floating.
+        shift: [I] or None.
         scale: [I] or None.
         basis: V, [I, r], or None.
 
     Returns:
-        rest: [..., I]; fp32 with a basis.
+        rest: [..., I] in the dtype of products.
         coefficients: fp32 [..., r], or None without a basis.
     """
+    dtype = product_dtype(x)
+    scaled = scaled_kronecker(x if shift is None else x.float() - shift, scale=scale).to(dtype)
     if basis is None:
-        return x, None
-    basis = basis.to(torch.float32)
-    scaled = scaled_kronecker(x.float(), scale=scale)
-    coefficients = scaled @ basis
-    return scaled - coefficients @ basis.t(), coefficients
+        return scaled, None
+    rows, basis = scaled.reshape(-1, scaled.shape[-1]), basis.to(dtype)
+    coefficients = rows @ basis
+    rest = torch.addmm(rows, coefficients, basis.t(), alpha=-1)  # rounded once, after the difference
+    return rest.reshape(scaled.shape), coefficients.float().reshape(*scaled.shape[:-1], basis.shape[1])

@@ -7,9 +7,9 @@ do. Without factors a token is read twice, for its maximum and for its codes; th
 Precision. Without factors every step is the reference's IEEE arithmetic: equal bits. With factors the sums have
 another order, so a value near a rounding boundary may land on the other side (the code next to it):
 - "tf32x3" (for fp32 and fp16 input): fp32 in three products of tf32 parts, which keep 21 bits of the 24.
-- "bf16" (for bf16 input): the scaled input, both factors and Aᵀ · X are rounded to bf16, each with a relative error of
-  at most 2^-9, as x itself was; about 0.002 of y's root mean square, a tenth of the rounding of 8-bit codes.
-Grids that are too large for a program (see `tiles`) are rotated by torch in fp32 first.
+- "bf16" (for bf16 input): the scaled input, both factors and Aᵀ · X are rounded to bf16, as the reference rounds them;
+  the result, which the reference rounds too, is not.
+Grids that are too large for a program (see `tiles`) are rotated by torch first.
 
 Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank.
 """
@@ -21,10 +21,9 @@ from torch import Tensor
 
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.core.qparams import ClipRatio
-from s2q.ops.activation_path.reference import split_low_rank
+from s2q.ops.activation_path.reference import split_low_rank, transform_input
 from s2q.ops.activation_path.tiles import MAX_GRID, MAX_ORDER, RotationTile, rotation_tile, row_block
 from s2q.ops.dispatch import capability_of
-from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.triton_math import INTERPRETING, magnitude_bits, matrix_product, quantization_scale, quantize
 
 _BRANCH_ROWS = 4096  # bounds the fp32 copies of x that the low-rank branch makes
@@ -75,8 +74,7 @@ def activation_path(
     parts = []
     for start in range(0, rows, _BRANCH_ROWS):
         own = slice(start, start + _BRANCH_ROWS)
-        part = x[own] if shift is None else x[own].float() - shift
-        rest, coefficients = split_low_rank(part, scale=scale, basis=low_rank_basis)
+        rest, coefficients = split_low_rank(x[own], shift=shift, scale=scale, basis=low_rank_basis)
         assert coefficients is not None
         parts.append(coefficients)
         own_clip = clip if clip is None or len(clip) == 1 else clip[own]
@@ -137,8 +135,7 @@ def _run(
         return
     if rotation.is_outside:
         shift, scale = shift_scale
-        x = x if shift is None else x.float() - shift
-        x = scaled_kronecker(x, scale=scale, left=rotation.left, right=rotation.right)
+        x, _ = transform_input(x, shift=shift, scale=scale, left=rotation.left, right=rotation.right)
         shift_scale = None, None
     x = x if x.stride(1) == 1 else x.contiguous()
     constants: dict[str, int | bool | str] = {

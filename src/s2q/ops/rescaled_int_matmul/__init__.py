@@ -1,4 +1,4 @@
-"""Integer product of two matrices of codes, with the scales, bias and addend of a quantized linear applied to it."""
+"""Integer product of two matrices of codes, with the scales, bias and low-rank branch of a quantized linear."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,8 @@ def rescaled_int_matmul(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
-    addend: Tensor | None = None,
+    low_rank_input: Tensor | None = None,
+    low_rank_weight: Tensor | None = None,
     x_bits: int = 8,
     w_bits: int = 8,
     out_dtype: torch.dtype,
@@ -39,7 +40,8 @@ def rescaled_int_matmul(
         w_codes: int8 [O, K], or uint8 as packed by `core.packing`.
         w_scale: fp32 [O], or [O, G], which only the reference multiplies.
         bias: [O], floating, or None.
-        addend: fp32 [M, O], or None.
+        low_rank_input: c, fp32 [M, r], or None.
+        low_rank_weight: L, [O, r], floating; there is one where there is the other.
         x_bits: Width of the codes of x, at most 8.
         w_bits: Width of the codes of w, at most 8; decides how uint8 codes are packed.
         out_dtype: Floating, of the result.
@@ -52,7 +54,8 @@ def rescaled_int_matmul(
         InvalidInputError: If there is no such backend, or it cannot run here.
     """
     run = _traced if torch.compiler.is_compiling() else _run
-    return run(x_codes, x_scale, w_codes, w_scale, bias, addend, x_bits, w_bits, out_dtype, backend)
+    branch = low_rank_input, low_rank_weight
+    return run(x_codes, x_scale, w_codes, w_scale, bias, *branch, x_bits, w_bits, out_dtype, backend)
 
 
 def _run(
@@ -61,7 +64,8 @@ def _run(
     w_codes: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
-    addend: Tensor | None,
+    low_rank_input: Tensor | None,
+    low_rank_weight: Tensor | None,
     x_bits: int,
     w_bits: int,
     out_dtype: torch.dtype,
@@ -75,7 +79,8 @@ def _run(
         w_codes,
         w_scale,
         bias=bias,
-        addend=addend,
+        low_rank_input=low_rank_input,
+        low_rank_weight=low_rank_weight,
         x_bits=x_bits,
         w_bits=w_bits,
         out_dtype=out_dtype,
@@ -94,7 +99,8 @@ def _shape(
     w_codes: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
-    addend: Tensor | None,
+    low_rank_input: Tensor | None,
+    low_rank_weight: Tensor | None,
     x_bits: int,
     w_bits: int,
     out_dtype: torch.dtype,

@@ -1,10 +1,12 @@
 """Rescaled integer product, the specification.
 
-    y = (codes_x · codes_wᵀ) · Δ_w · Δ_x + b + addend        int32 inside, then fp32, then rounded once to the dtype
+    y = (codes_x · codes_wᵀ) · Δ_w · Δ_x + b + c · Lᵀ        int32 inside, then fp32, then rounded once to the dtype
+
+c · Lᵀ is what a low-rank branch beside the integers contributes.
 
 Example: codes_x = [[2, 3]], Δ_x = [[0.5]], codes_w = [[4, -1]], Δ_w = [0.25], b = [1]: the sum is 5, y = [[1.625]].
 
-Shapes: `M` tokens, `K` in features, `O` out features, `G` groups, `P` packed bytes of a row (`core.packing`).
+Shapes: `M` tokens, `K` in features, `O` out features, `G` groups, `r` rank, `P` packed bytes of a row (`core.packing`).
 """
 
 import torch
@@ -21,7 +23,8 @@ def rescaled_int_matmul(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
-    addend: Tensor | None = None,
+    low_rank_input: Tensor | None = None,
+    low_rank_weight: Tensor | None = None,
     x_bits: int = 8,
     w_bits: int = 8,
     out_dtype: torch.dtype,
@@ -34,7 +37,8 @@ def rescaled_int_matmul(
         w_codes: int8 [O, K], within w_bits; or uint8 [O, P], the same packed.
         w_scale: fp32 [O], one per output channel, or [O, G], one per group of in features.
         bias: [O], floating, added in fp32.
-        addend: fp32 [M, O], added last: what a branch beside the integers contributes.
+        low_rank_input: c, fp32 [M, r], or None.
+        low_rank_weight: L, [O, r], floating; there is one where there is the other.
         x_bits: Width of the codes of x, at most 8; a promise that backends may use to be faster.
         w_bits: Width of the codes of w, at most 8; likewise, and it decides how uint8 codes are packed.
         out_dtype: Floating, of the result.
@@ -54,8 +58,8 @@ def rescaled_int_matmul(
     total.mul_(x_scale)
     if bias is not None:
         total.add_(bias)
-    if addend is not None:
-        total.add_(addend)
+    if low_rank_input is not None and low_rank_weight is not None:
+        total.addmm_(low_rank_input, low_rank_weight.float().t())
     return total.to(out_dtype)
 
 

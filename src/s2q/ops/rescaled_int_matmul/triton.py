@@ -1,4 +1,4 @@
-"""Rescaled integer product on int8 tensor cores; scales, bias and addend are applied before the only write.
+"""Rescaled integer product on int8 tensor cores; scales, bias and branch are applied before the only write.
 
 Packed weights (two codes a byte) are unpacked in the loop for few rows, where reading w is what takes time, and once
 a call into an int8 scratch for many, where every tile would repeat the work (and if K is no multiple of 32).
@@ -24,6 +24,7 @@ from s2q.ops.rescaled_int_matmul.tiles import (
     MatmulTile,
     matmul_tile,
 )
+from s2q.ops.triton_math import INTERPRETING, matrix_product
 
 
 def rescaled_int_matmul(
@@ -33,7 +34,8 @@ def rescaled_int_matmul(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
-    addend: Tensor | None = None,
+    low_rank_input: Tensor | None = None,
+    low_rank_weight: Tensor | None = None,
     x_bits: int = 8,
     w_bits: int = 8,
     out_dtype: torch.dtype,
@@ -46,7 +48,8 @@ def rescaled_int_matmul(
         w_codes: int8 [O, K], or uint8 [O, P]; rows may be strided.
         w_scale: fp32 [O].
         bias: [O], floating, or None.
-        addend: fp32 [M, O], or None.
+        low_rank_input: c, fp32 [M, r], or None.
+        low_rank_weight: L, [O, r], floating; there is one where there is the other.
         x_bits: Width of the codes of x; makes no difference here.
         w_bits: Width of the codes of w; decides how uint8 codes are packed.
         out_dtype: fp32, fp16 or bf16.
@@ -74,8 +77,6 @@ def rescaled_int_matmul(
     elif w_codes.dtype == torch.uint8 and not is_packed:
         w_codes = w_codes.view(torch.int8)
     x_codes, w_codes = (codes if codes.stride(1) == 1 else codes.contiguous() for codes in (x_codes, w_codes))
-    if addend is not None and addend.stride(1) != 1:
-        addend = addend.contiguous()
     tile = matmul_tile(rows, depth, capability_of(x_codes))
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     rescaled_matmul_kernel[(programs,)](
@@ -84,16 +85,17 @@ def rescaled_int_matmul(
         w_codes,
         w_scale.float().contiguous(),
         out if bias is None else bias.contiguous(),
-        out if addend is None else addend,
+        out if low_rank_input is None else low_rank_input.contiguous(),
+        out if low_rank_weight is None else low_rank_weight.contiguous(),
         out,
         rows,
         columns,
         x_codes.stride(0),
         w_codes.stride(0),
-        0 if addend is None else addend.stride(0),
         HAS_BIAS=bias is not None,
-        HAS_ADDEND=addend is not None,
         **matmul_constants(tile, depth=depth, is_packed=is_packed),
+        **branch_constants(low_rank_weight, out_dtype),
+        INTERPRET=INTERPRETING,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -137,6 +139,18 @@ def matmul_constants(tile: MatmulTile, *, depth: int, is_packed: bool) -> dict[s
     }
 
 
+def branch_constants(low_rank_weight: Tensor | None, out_dtype: torch.dtype) -> dict[str, int | str]:
+    """Return the compile-time constants of `rescaled_matmul_kernel` for the low-rank branch; rank 0 is none.
+
+    Args:
+        low_rank_weight: L, [O, r], or None.
+        out_dtype: Of the result: the coefficients of a bf16 model are bf16 numbers, and lose nothing as such.
+    """
+    rank = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    block = max(16, triton.next_power_of_2(rank))
+    return {"RANK": rank, "RANK_BLOCK": block, "PRECISION": "bf16" if out_dtype == torch.bfloat16 else "tf32x3"}
+
+
 @triton.jit
 def _spread_nibbles(packed, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Bytes [ROWS, WIDTH] of two codes + 8 each -> codes int8 [ROWS, 2 · WIDTH], the low nibble first."""
@@ -174,21 +188,24 @@ def rescaled_matmul_kernel(
     w_ptr,
     w_scale_ptr,
     bias_ptr,
-    addend_ptr,
+    branch_x_ptr,
+    branch_w_ptr,
     out_ptr,
     rows,
     columns,
     x_stride,
     w_stride,
-    addend_stride,
     DEPTH: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_ADDEND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
     """Compute one tile [ROWS, COLUMNS] of the result, BLOCK in features at a time."""
     # Programs that run together share a few tiles of rows and walk over the columns.
@@ -219,7 +236,10 @@ def rescaled_matmul_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + w_row).to(tl.float32)[None, :]
     valid = (row_at < rows)[:, None] & (column_at < columns)[None, :]
-    if HAS_ADDEND:
-        total += tl.load(addend_ptr + (x_row * addend_stride)[:, None] + w_row[None, :])
+    if RANK > 0:
+        rank = tl.arange(0, RANK_BLOCK)[None, :]
+        branch_x = tl.load(branch_x_ptr + x_row[:, None] * RANK + rank, mask=rank < RANK, other=0.0)
+        branch_w = tl.load(branch_w_ptr + w_row[:, None] * RANK + rank, mask=rank < RANK, other=0.0).to(tl.float32)
+        total += matrix_product(branch_x, tl.trans(branch_w), PRECISION, INTERPRET)
     out_at = row_at.to(tl.int64)[:, None] * columns + column_at[None, :]
     tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=valid)

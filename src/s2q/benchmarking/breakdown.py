@@ -1,0 +1,126 @@
+"""Where the time of a call goes: integer and floating point products, activation path, attention, norms, the rest.
+
+The call runs once under torch.profiler, with named ranges around the linears, around the norms, and around what a
+packed linear prepares its input with. Every operator's own time counts for the innermost range that it is in;
+attention is recognised by the name of its operator. What is left of a linear's range (product, scales, bias, unpacking
+of the weight) is `gemm`. On a GPU the times are those of the kernels that an operator launched.
+
+The profiler slows short operators: only shares are taken from it, to be applied to the time measured without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from s2q.nn import packed
+
+CATEGORIES = ("gemm", "activation_path", "attention", "norms", "other")
+
+_PREFIX = "s2q.bench."
+_ATTENTION = ("attention", "flash", "sdpa")
+_PREPARING = ("activation_path", "transform_input")
+"""Functions that a packed linear calls to prepare its input, by their names in its module."""
+
+
+def breakdown(call: Callable[[], object], model: nn.Module, *, device: str) -> dict[str, float]:
+    """Return what share of a call's time each of `CATEGORIES` takes; they add up to 1.
+
+    Args:
+        call: Runs the model.
+        model: What it runs; ranges are put into it for the time being.
+        device: Where it runs.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with _ranges(model):
+        call()  # what is done only once, such as compiling, is no part of it
+        with profile(activities=activities) as found:
+            call()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+    sums = dict.fromkeys(CATEGORIES, 0.0)
+    kernels = 0.0
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            sums[_category(event)] += own
+        elif not _is_range(event):
+            kernels += event.self_device_time_total
+    sums["other"] += max(0.0, kernels - sum(sums.values()))  # kernels that the profiler could not assign
+    total = sum(sums.values())
+    return {name: value / total if total else 0.0 for name, value in sums.items()}
+
+
+def in_milliseconds(shares: Mapping[str, float], milliseconds: float) -> dict[str, float]:
+    """Apply shares to a time."""
+    return {name: share * milliseconds for name, share in shares.items()}
+
+
+def _category(event: Any) -> str:
+    """The category of the innermost range around an operator, or of the attention that it is part of."""
+    while event is not None:
+        if event.name.startswith(_PREFIX):
+            return str(event.name.removeprefix(_PREFIX))
+        if any(word in event.name for word in _ATTENTION):
+            return "attention"
+        event = event.cpu_parent
+    return "other"
+
+
+def _is_range(event: Any) -> bool:
+    """Whether an event of the GPU's timeline is a named range and no kernel."""
+    return bool(getattr(event, "is_user_annotation", False)) or event.name.startswith(_PREFIX)
+
+
+@contextlib.contextmanager
+def _ranges(model: nn.Module) -> Iterator[None]:
+    """Put named ranges around linears, norms, and the functions that prepare the input of a packed linear."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            category = _category_of(module)
+            if category is not None:
+                stack.enter_context(_range_around(module, category))
+        for name in _PREPARING:
+            function = getattr(packed, name)
+            setattr(packed, name, _in_range(function, "activation_path"))
+            stack.callback(setattr, packed, name, function)
+        yield
+
+
+def _category_of(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Linear):
+        return "gemm"
+    return "norms" if "Norm" in type(module).__name__ else None
+
+
+@contextlib.contextmanager
+def _range_around(module: nn.Module, category: str) -> Iterator[None]:
+    open_: list[Any] = []
+
+    def before(_module: nn.Module, _args: Any) -> None:
+        open_.append(record_function(_PREFIX + category))
+        open_[-1].__enter__()
+
+    def after(_module: nn.Module, _args: Any, _output: Any) -> None:
+        open_.pop().__exit__(None, None, None)
+
+    handles = (module.register_forward_pre_hook(before), module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _in_range(function: Callable[..., Any], category: str) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with record_function(_PREFIX + category):
+            return function(*args, **kwargs)
+
+    return wrapped

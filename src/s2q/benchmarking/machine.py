@@ -1,0 +1,132 @@
+"""The machine: what it is, which backends it has, how much memory a call takes, how fast it multiplies integers."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2q.ops.dispatch import backend_obstacle, is_interpreting
+from s2q.ops.int_matmul import cpu
+
+PACKAGES = ("s2q", "torch", "triton", "diffusers", "transformers")
+_STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Describe what computes.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        `device` ("cpu" or "cuda"), `name`, `cores`, `threads`, `machine`; for a GPU also `gpu`, `capability`,
+        `memory_bytes`.
+    """
+    kind = torch.device(device).type
+    found: dict[str, Any] = {
+        "device": kind,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+        }
+    return found
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that a time depends on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def measuring_obstacle(backend: str, device: str) -> str | None:
+    """Say in a few words why a backend cannot be measured here; None if it can.
+
+    Args:
+        backend: "auto", "reference", "cpu" or "triton".
+        device: "cpu", "cuda" or "cuda:N".
+    """
+    if backend == "triton" and is_interpreting():
+        return "TRITON_INTERPRET=1 runs kernels on the CPU, whose times say nothing"
+    if backend == "cpu" and torch.device(device).type == "cpu" and not cpu.IS_AVAILABLE:
+        return "this processor has no AVX-512 VNNI"
+    return backend_obstacle(backend, torch.empty(0, dtype=torch.bfloat16, device=device))
+
+
+def int8_gemm(device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Return the plain int8 product of this machine, x [M, K] · w [N, K]ᵀ into int32 [M, N]; None if it has none.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+    """
+    fast = torch.cuda.is_available() if torch.device(device).type == "cuda" else cpu.IS_AVAILABLE
+    return (lambda x, w, out: torch._int_mm(x, w.t(), out=out)) if fast else None
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int | None:
+    """Return the highest memory during a call above that before it, in bytes; None where it cannot be measured.
+
+    Args:
+        call: What to run, once.
+        device: On a GPU memory is what PyTorch allocates there; on a CPU the resident set of the process (Linux only),
+            which includes the scratch memory of libraries.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    _return_free_memory()
+    try:
+        _CLEAR_PEAK.write_text("5")
+        before = _resident("VmRSS")
+        call()
+        return max(0, _resident("VmHWM") - before)
+    except (OSError, LookupError):
+        return None
+
+
+def _return_free_memory() -> None:
+    """Give what malloc keeps back to the system: memory that is held already would not count as a call's."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _resident(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE)
+    if match is None:
+        raise LookupError(field)
+    return int(match.group(1)) * 1024
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    with contextlib.suppress(OSError):
+        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.MULTILINE)
+        if match is not None:
+            return match.group(1).strip()
+    return platform.processor() or "unknown"

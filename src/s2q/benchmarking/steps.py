@@ -1,0 +1,259 @@
+"""One denoising step of a published transformer, from its blocks with random weights.
+
+    step = calls · Σ over block lists (blocks · time of one block)
+
+A full-precision block and one packed block for each recipe run in the same rounds on the same fresh inputs. What lies
+outside the blocks (embeddings, the last projection, the scheduler) is left out; it is below a hundredth of the work at
+the published sizes.
+
+`bound_ratio`: the same sum with the measured time of each bf16 linear replaced by that of the plain int8 product of its
+shape; attention, norms and the rest stay as they are.
+
+Legend: `M` rows, `K` in features, `N` out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from s2q.benchmarking.breakdown import breakdown, in_milliseconds
+from s2q.benchmarking.case import Case, Entry, Settings, packing_of
+from s2q.benchmarking.machine import int8_gemm, peak_memory
+from s2q.benchmarking.results import identity
+from s2q.benchmarking.timing import Timing, interleave, measures_of, stopwatch_for
+from s2q.core.seeds import derive_seed
+from s2q.core.storage import BF16_BYTES
+from s2q.models.attention import attention_of
+from s2q.models.synthetic import BlockList, SyntheticModel
+from s2q.models.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
+from s2q.planning import plan_transformer
+from s2q.recipes import Recipe
+
+CPU_TOKENS = 1024
+"""Video tokens of a block on a CPU, unless told otherwise."""
+
+_BF16 = "bf16"
+_OP = "denoising_step"
+
+
+def synthetic_tokens(model: SyntheticModel, settings: Settings) -> int:
+    """Return the video tokens that a model is measured at: its own on a GPU, fewer on a CPU."""
+    if settings.tokens is not None:
+        return settings.tokens
+    return min(CPU_TOKENS, model.tokens) if settings.device == "cpu" else model.tokens
+
+
+def synthetic_step_case(model: SyntheticModel, settings: Settings) -> Case:
+    """Make the case of `denoising_step` on a synthetic model; it has a result for each recipe.
+
+    Args:
+        model: The model.
+        settings: What was asked for.
+    """
+    tokens = synthetic_tokens(model, settings)
+    wanted = tuple(
+        identity(
+            op=_OP,
+            scheme=recipe.linear_scheme().name,
+            recipe=recipe.name,
+            backend="auto",
+            model=model.label,
+            tokens=tokens,
+            blocks=settings.blocks,
+            attention=settings.attention,
+        )
+        for recipe in settings.recipes
+        if "auto" in settings.backends
+    )
+
+    def measure(missing: Sequence[Entry]) -> list[Entry]:
+        names = {entry["recipe"] for entry in missing}
+        recipes = [recipe for recipe in settings.recipes if recipe.name in names]
+        measured = [_measure_list(model, one, recipes, settings) for one in model.block_lists]
+        return [entry | _step(model, measured, entry["recipe"], settings) for entry in missing]
+
+    return Case(label=f"{_OP} {model.name}, {tokens} tokens", wanted=wanted, measure=measure)
+
+
+class _ListResult:
+    """What was measured on the blocks of one list; contenders are `_BF16` and names of recipes."""
+
+    def __init__(self, block_list: BlockList, timings: Mapping[str, Timing], built: int) -> None:
+        self.block_list, self.built = block_list, built
+        self._timings = timings
+        self.shares: dict[str, dict[str, float]] = {}
+        self.peaks: dict[str, int | None] = {}
+        self.saved: float | None = None
+
+    def samples(self, name: str) -> list[float]:
+        """Milliseconds of all blocks of the list, by round."""
+        return [value * self.block_list.count / self.built for value in self._timings[name].samples]
+
+
+@torch.no_grad()
+def _measure_list(
+    model: SyntheticModel, block_list: BlockList, recipes: Sequence[Recipe], settings: Settings
+) -> _ListResult:
+    generator = torch.Generator(settings.device)
+    generator.manual_seed(derive_seed(settings.seed, _OP, model.name, block_list.name))
+    result = _compete(model, block_list, recipes, generator, settings)
+    result.saved = _saved_by_int8(model, block_list, generator, settings)  # when the blocks are gone from memory
+    return result
+
+
+def _compete(
+    model: SyntheticModel,
+    block_list: BlockList,
+    recipes: Sequence[Recipe],
+    generator: torch.Generator,
+    settings: Settings,
+) -> _ListResult:
+    tokens, device = synthetic_tokens(model, settings), settings.device
+    built = min(settings.blocks, block_list.count)
+    stacks = {_BF16: _stack(model, block_list, None, built, generator)}
+    stacks |= {recipe.name: _stack(model, block_list, recipe, built, generator) for recipe in recipes}
+
+    def fresh(_round: int) -> dict[str, Any]:
+        return block_inputs(model, block_list, tokens=tokens, generator=generator)
+
+    own = {name: None if name == _BF16 else settings.attention for name in stacks}
+    runs = {name: (lambda data, name=name: _run(stacks[name], data, own[name])) for name in stacks}
+    measures = measures_of(runs, stopwatch_for(device), options=settings.options)
+    result = _ListResult(block_list, interleave(measures, fresh=fresh, options=settings.options), built)
+    data = fresh(-1)
+    for name, run in runs.items():
+        result.peaks[name] = peak_memory(lambda run=run: run(data), device)
+        result.shares[name] = breakdown(lambda run=run: run(data), nn.ModuleList(stacks[name]), device=device)
+    return result
+
+
+def _stack(
+    model: SyntheticModel, block_list: BlockList, recipe: Recipe | None, count: int, generator: torch.Generator
+) -> list[nn.Module]:
+    if recipe is None:
+        return [synthetic_block(model, block_list, generator=generator) for _ in range(count)]
+    schemes, layouts = packing_of(recipe, model.linears(model.meta_transformer()))
+
+    def packed(place: int) -> nn.Module:
+        def linear_of(linear: Any) -> nn.Module | None:
+            name = linear.name.replace(f"{block_list.name}.0.", f"{block_list.name}.{place}.", 1)
+            if name not in schemes:
+                return None
+            return random_packed_linear(linear, schemes[name], layouts.get(name), generator=generator)
+
+        return synthetic_block(model, block_list, generator=generator, linear_of=linear_of)
+
+    return [packed(place) for place in range(count)]
+
+
+def _run(stack: Sequence[nn.Module], inputs: Mapping[str, Any], attention: str | None) -> object:
+    """Run blocks one after the other, each on the streams that the one before returned."""
+    arguments = dict(inputs)
+    with attention_of(attention):
+        for block in stack:
+            output = block(**arguments)
+            streams = output if isinstance(output, tuple) else (output,)
+            arguments |= dict(zip(("hidden_states", "encoder_hidden_states"), streams, strict=False))
+    return arguments
+
+
+def _saved_by_int8(
+    model: SyntheticModel, block_list: BlockList, generator: torch.Generator, settings: Settings
+) -> float | None:
+    """Milliseconds that int8 products would save in one block; None where the machine has no fast one."""
+    gemm = int8_gemm(settings.device)
+    if gemm is None:
+        return None
+    tokens, counts = synthetic_tokens(model, settings), dict[tuple[int, int, int], int]()
+    block = getattr(model.meta_transformer(blocks=1), block_list.name)[0]
+    for linear in model.block_linears(block, "block"):
+        if linear.role == "linear":
+            rows = model.batch * model.rows(block_list, linear.name.removeprefix("block."), tokens=tokens)
+            shape = (rows, linear.in_features, linear.out_features)
+            counts[shape] = counts.get(shape, 0) + 1
+    saved = 0.0
+    for shape, count in counts.items():
+        times = _product_times(shape, gemm, generator, settings)
+        saved += count * (times[_BF16].milliseconds - times["int8"].milliseconds)
+    return saved
+
+
+def _product_times(
+    shape: tuple[int, int, int], gemm: Callable[..., Any], generator: torch.Generator, settings: Settings
+) -> dict[str, Timing]:
+    rows, in_features, out_features = shape
+    device = generator.device
+    weight = torch.randn(out_features, in_features, dtype=torch.bfloat16, device=device, generator=generator)
+    codes = torch.randint(-128, 128, weight.shape, dtype=torch.int8, device=device, generator=generator)
+    out = torch.empty(rows, out_features, dtype=torch.int32, device=device)
+
+    def fresh(_round: int) -> tuple[Any, Any]:
+        x = torch.randn(rows, in_features, dtype=torch.bfloat16, device=device, generator=generator)
+        return x, torch.randint(-128, 128, x.shape, dtype=torch.int8, device=device, generator=generator)
+
+    runs = {_BF16: lambda data: F.linear(data[0], weight), "int8": lambda data: gemm(data[1], codes, out)}
+    measures = measures_of(runs, stopwatch_for(device), options=settings.options)
+    return interleave(measures, fresh=fresh, options=settings.options)
+
+
+def _step(model: SyntheticModel, measured: Sequence[_ListResult], name: str, settings: Settings) -> Entry:
+    own, reference = (_whole(model, measured, one) for one in (name, _BF16))
+    bound = None
+    if all(one.saved is not None for one in measured):
+        saved = sum(model.calls * one.block_list.count * (one.saved or 0.0) for one in measured)
+        bound = reference.milliseconds / max(reference.milliseconds - saved, 1e-9)
+    storage = _storage(model, next(recipe for recipe in settings.recipes if recipe.name == name))
+    return {
+        "milliseconds": own.milliseconds,
+        "milliseconds_quartiles": list(own.quartiles),
+        "bf16_milliseconds": reference.milliseconds,
+        "ratio_to_bf16": own.faster_than(reference),
+        "bound_ratio": bound,
+        "rounds": len(own.samples),
+        "breakdown": _breakdown(model, measured, name),
+        "bf16_breakdown": _breakdown(model, measured, _BF16),
+        "peak_memory_bytes": _peak(measured, name, storage["quantized_bytes"]),
+        "bf16_peak_memory_bytes": _peak(measured, _BF16, storage["full_precision_bytes"]),
+        "storage_bytes": storage["quantized_bytes"],
+        "bf16_storage_bytes": storage["full_precision_bytes"],
+        "text_tokens": model.text_tokens,
+        "batch": model.batch,
+    }
+
+
+def _whole(model: SyntheticModel, measured: Sequence[_ListResult], name: str) -> Timing:
+    """The step's time by round; lists were measured one after the other, in equally many rounds or fewer."""
+    by_list = [one.samples(name) for one in measured]
+    return Timing(samples=tuple(model.calls * sum(values) for values in zip(*by_list, strict=False)))
+
+
+def _breakdown(model: SyntheticModel, measured: Sequence[_ListResult], name: str) -> dict[str, float]:
+    """The parts of the step's time, in milliseconds; their sum is the step's time."""
+    whole = _whole(model, measured, name).milliseconds
+    weights = [Timing(samples=tuple(one.samples(name))).milliseconds for one in measured]
+    sums: dict[str, float] = {}
+    for one, weight in zip(measured, weights, strict=True):
+        for category, value in in_milliseconds(one.shares[name], whole * weight / sum(weights)).items():
+            sums[category] = sums.get(category, 0.0) + value
+    return sums
+
+
+def _peak(measured: Sequence[_ListResult], name: str, storage: int) -> int | None:
+    """The whole transformer's weights and the largest memory that running a block adds."""
+    peaks = [one.peaks[name] for one in measured]
+    known = [peak for peak in peaks if peak is not None]
+    return storage + max(known) if len(known) == len(peaks) else None
+
+
+def _storage(model: SyntheticModel, recipe: Recipe) -> Mapping[str, Any]:
+    transformer = model.meta_transformer()
+    sizes = {name: BF16_BYTES * tensor.numel() for name, tensor in transformer.state_dict().items()}
+    linears = model.linears(transformer)
+    return plan_transformer(
+        transformer, recipe, model=model.label, sizes=sizes, dtype=torch.bfloat16, linears=linears
+    ).storage

@@ -1,0 +1,194 @@
+"""The dimensions of published transformers, from `synthetic.yaml`: what is needed to time them without their weights.
+
+Legend: `B` samples in a call, `N` video tokens, `T` text tokens, `D` head dim, `I/O` in/out features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import nn
+
+from s2q.core.errors import unknown_name
+from s2q.models.family import BlockLinear, Role
+
+SYNTHETIC_PREFIX = "synthetic:"
+"""What the name of a synthetic model starts with on the command line."""
+
+_FILE = "synthetic.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockList:
+    """One of the lists of blocks of a transformer.
+
+    Attributes:
+        name: Attribute of the transformer that holds it.
+        count: Blocks in it.
+        argument: The argument of the class that says how many.
+        inputs: How its blocks are called (`synthetic_blocks.BLOCK_INPUTS`).
+        sees: The tokens that its linears see.
+        text: Linears of a block that see text tokens instead.
+    """
+
+    name: str
+    count: int
+    argument: str
+    inputs: str
+    sees: Literal["joint", "video"]
+    text: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticModel:
+    """A published transformer by its dimensions.
+
+    Attributes:
+        name: Its name, "cogvideox-5b".
+        transformer_class: Name of the diffusers class.
+        config: Arguments of the class.
+        block_lists: Its lists of blocks, in the order in which they run.
+        modulation: Linears of a block that see one row a sample.
+        tokens: N of a video of the recommended size.
+        text_tokens: T.
+        batch: B of a call of the transformer.
+        calls: Calls of the transformer in one denoising step.
+    """
+
+    name: str
+    transformer_class: str
+    config: Mapping[str, Any] = field(repr=False)
+    block_lists: tuple[BlockList, ...]
+    modulation: tuple[str, ...]
+    tokens: int
+    text_tokens: int
+    batch: int
+    calls: int
+
+    @property
+    def label(self) -> str:
+        """Its name on the command line, "synthetic:cogvideox-5b"."""
+        return SYNTHETIC_PREFIX + self.name
+
+    @property
+    def heads(self) -> int:
+        """Heads of an attention."""
+        return int(self.config["num_attention_heads"])
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return int(self.config["attention_head_dim"])
+
+    def meta_transformer(self, *, blocks: int | None = None) -> nn.Module:
+        """Build the transformer on the meta device: all shapes, no memory.
+
+        Args:
+            blocks: How many blocks each list is to have; None is as many as the model has.
+        """
+        import diffusers
+
+        config = dict(self.config)
+        if blocks is not None:
+            config |= {one.argument: blocks for one in self.block_lists}
+        with torch.device("meta"):
+            return getattr(diffusers, self.transformer_class)(**config)
+
+    def linears(self, transformer: nn.Module) -> list[BlockLinear]:
+        """List every linear inside the blocks of the transformer, in the order of the modules.
+
+        Args:
+            transformer: What `meta_transformer` returned, or a part of it with the same names.
+        """
+        found: list[BlockLinear] = []
+        index = 0
+        for block_list in self.block_lists:
+            for place, block in enumerate(getattr(transformer, block_list.name)):
+                found += self.block_linears(block, f"{block_list.name}.{place}", index=index)
+                index += 1
+        return found
+
+    def block_linears(self, block: nn.Module, block_name: str, *, index: int = 0) -> list[BlockLinear]:
+        """List the linears of one block.
+
+        Args:
+            block: The block; may live on the meta device.
+            block_name: Its name in the transformer, "transformer_blocks.0".
+            index: Its place among all blocks.
+        """
+        found = []
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                role: Role = "modulation" if name in self.modulation else "linear"
+                found.append(
+                    BlockLinear(
+                        name=f"{block_name}.{name}",
+                        block=index,
+                        role=role,
+                        in_features=module.in_features,
+                        out_features=module.out_features,
+                        has_bias=module.bias is not None,
+                    )
+                )
+        return found
+
+    def rows(self, block_list: BlockList, linear: str, *, tokens: int) -> int:
+        """Return how many rows a linear sees of one sample.
+
+        Args:
+            block_list: The list of its block.
+            linear: Its name inside the block.
+            tokens: N.
+        """
+        if linear in self.modulation:
+            return 1
+        if linear in block_list.text:
+            return self.text_tokens
+        return tokens + self.text_tokens if block_list.sees == "joint" else tokens
+
+
+def synthetic_names() -> tuple[str, ...]:
+    """Return the names of the models, sorted, without `synthetic:`."""
+    return tuple(sorted(_contents()))
+
+
+def synthetic_model(name: str) -> SyntheticModel:
+    """Return a model by its name.
+
+    Args:
+        name: "synthetic:cogvideox-5b" or "cogvideox-5b".
+
+    Raises:
+        InvalidInputError: If there is no such model; the message has the nearest names.
+    """
+    contents, key = _contents(), name.removeprefix(SYNTHETIC_PREFIX)
+    if key not in contents:
+        raise unknown_name("synthetic model", key, contents)
+    entry = dict(contents[key])
+    latent, patch, config = entry.pop("latent"), entry.pop("patch"), entry["config"]
+    lists = tuple(
+        BlockList(
+            name=one["name"],
+            count=config[one["count"]],
+            argument=one["count"],
+            inputs=one["inputs"],
+            sees=one["sees"],
+            text=tuple(one["text"]),
+        )
+        for one in entry.pop("blocks")
+    )
+    tokens = math.prod(size // step for size, step in zip(latent, patch, strict=True))
+    modulation = tuple(entry.pop("modulation"))
+    return SyntheticModel(name=key, block_lists=lists, modulation=modulation, tokens=tokens, **entry)
+
+
+def _contents() -> dict[str, Any]:
+    text = resources.files("s2q.models").joinpath(_FILE).read_text(encoding="utf-8")
+    contents: dict[str, Any] = yaml.safe_load(text)
+    return contents

@@ -1,0 +1,174 @@
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.models.synthetic import synthetic_model, synthetic_names
+from s2q.models.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
+from s2q.nn import PackedLinear
+from s2q.planning import plan_transformer
+from s2q.recipes import assign_layouts, assign_schemes, load_recipe
+from tiny import shrunken
+
+PARAMETERS = {  # of the published weights
+    "cogvideox-2b": 1_693_783_872,
+    "cogvideox-5b": 5_570_283_072,
+    "hunyuanvideo": 12_821_012_544,
+    "wan-1.3b": 1_418_996_800,
+    "wan-14b": 14_288_491_584,
+}
+
+
+def test_the_published_parameter_counts():
+    assert set(synthetic_names()) == set(PARAMETERS)
+    for name, count in PARAMETERS.items():
+        transformer = synthetic_model(name).meta_transformer()
+        assert sum(parameter.numel() for parameter in transformer.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "text", "linears"),
+    [
+        ("cogvideox-2b", 17_550, 226, 30 * 8),
+        ("cogvideox-5b", 17_550, 226, 42 * 8),
+        ("hunyuanvideo", 118_800, 256, 20 * 14 + 40 * 6),
+        ("wan-1.3b", 32_760, 512, 30 * 10),
+        ("wan-14b", 32_760, 512, 40 * 10),
+    ],
+)
+def test_tokens_and_linears(name, tokens, text, linears):
+    model = synthetic_model(name)
+    assert (model.tokens, model.text_tokens) == (tokens, text)
+    found = model.linears(model.meta_transformer())
+    assert len(found) == linears
+    assert len({one.name for one in found}) == linears
+    assert {one.block for one in found} == set(range(sum(one.count for one in model.block_lists)))
+
+
+def test_the_linears_are_those_of_the_family():
+    """Where a family is supported, its own list of linears is the same."""
+    from s2q.models import block_linears, family_of
+
+    for name in ("cogvideox-2b", "cogvideox-5b"):
+        model = synthetic_model(name)
+        transformer = model.meta_transformer()
+        assert model.linears(transformer) == block_linears(transformer, family_of(transformer))
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "least"),
+    [("cogvideox-2b", "rtn-w4a6", 3.88), ("cogvideox-5b", "rtn-w4a6", 3.93)]
+    + [("cogvideox-2b", "s2q-w4a6", 3.86), ("cogvideox-5b", "s2q-w4a6", 3.91)],
+)
+def test_packed_size(name, recipe, least):
+    model = synthetic_model(name)
+    transformer = model.meta_transformer()
+    sizes = {key: 2 * tensor.numel() for key, tensor in transformer.state_dict().items()}
+    arguments = {"model": name, "sizes": sizes, "dtype": torch.bfloat16}
+    planned = plan_transformer(transformer, load_recipe(recipe), **arguments)
+    assert planned.storage["ratio"] >= least
+    given = plan_transformer(transformer, load_recipe(recipe), linears=model.linears(transformer), **arguments)
+    assert given == planned
+
+
+def test_rows_of_linears():
+    hunyuan = synthetic_model("hunyuanvideo")
+    dual, single = hunyuan.block_lists
+    assert hunyuan.rows(dual, "attn.to_q", tokens=100) == 100
+    assert hunyuan.rows(dual, "ff_context.net.2", tokens=100) == 256
+    assert hunyuan.rows(dual, "norm1.linear", tokens=100) == 1
+    assert hunyuan.rows(single, "proj_out", tokens=100) == 356
+    wan = synthetic_model("wan-14b")
+    assert wan.rows(wan.block_lists[0], "attn2.to_k", tokens=100) == 512
+    assert wan.rows(wan.block_lists[0], "attn2.to_q", tokens=100) == 100
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_rows_are_what_linears_see(name):
+    model = shrunken(name)
+    generator = torch.Generator().manual_seed(0)
+    for block_list in model.block_lists:
+        block = synthetic_block(model, block_list, generator=generator)
+        rows = {}
+        for inner, module in block.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(
+                    lambda _module, args, rows=rows, inner=inner: rows.update({inner: args[0][..., 0].numel()})
+                )
+        with torch.no_grad():
+            block(**block_inputs(model, block_list, tokens=10, generator=generator))
+        wanted = {inner: model.batch * model.rows(block_list, inner, tokens=10) for inner in rows}
+        assert rows == wanted
+        assert len(rows) == len(model.block_linears(block, "block"))
+
+
+def packed_blocks(model, recipe, generator):
+    """A block of each list, packed as a checkpoint would be, and inputs for it."""
+    linears = model.linears(model.meta_transformer())
+    schemes = assign_schemes(load_recipe(recipe), linears)
+    layouts = assign_layouts(load_recipe(recipe), linears, schemes)
+
+    def packed(linear):
+        return random_packed_linear(linear, schemes[linear.name], layouts.get(linear.name), generator=generator)
+
+    for block_list in model.block_lists:
+        block = synthetic_block(model, block_list, generator=generator, linear_of=packed)
+        yield block, block_inputs(model, block_list, tokens=10, generator=generator)
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+@pytest.mark.parametrize("recipe", ["s2q-plus-w4a4", "rtn-w8a8"])
+def test_packed_blocks_run(name, recipe):
+    """Their output is about as large as their input."""
+    for block, inputs in packed_blocks(shrunken(name), recipe, torch.Generator().manual_seed(0)):
+        linears = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
+        assert linears
+        assert all(isinstance(module, PackedLinear) for module in linears)
+        with torch.no_grad():
+            output = block(**inputs)
+        output = output[0] if isinstance(output, tuple) else output
+        assert output.shape == inputs["hidden_states"].shape
+        assert output.dtype == torch.bfloat16
+        assert 0.5 < float(output.float().std()) < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "quantized"),  # how often inputs are quantized in a block of each list; q, k and v share one
+    [("cogvideox-2b", [4]), ("hunyuanvideo", [8, 3]), ("wan-1.3b", [7])],
+)
+def test_packed_blocks_compile_into_one_graph(name, quantized):
+    counts = []
+
+    def backend(graph, _inputs):
+        counts.append(sum("activation_path" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    for block, inputs in packed_blocks(shrunken(name), "s2q-w4a6", torch.Generator().manual_seed(0)):
+        with torch.no_grad():
+            expected = block(**inputs)
+            found = torch.compile(block, backend=backend, fullgraph=True)(**inputs)
+        torch.testing.assert_close(found, expected)
+    assert counts == quantized
+
+
+def test_what_a_model_keeps_in_fp32_stays_so():
+    model = shrunken("wan-1.3b")
+    block = synthetic_block(model, model.block_lists[0], generator=torch.Generator())
+    assert block.scale_shift_table.dtype == torch.float32
+    assert block.norm2.weight.dtype == torch.float32
+    assert block.attn1.to_q.weight.dtype == torch.bfloat16
+
+
+def test_unknown_names():
+    with pytest.raises(
+        InvalidInputError, match=r"unknown synthetic model 'cogvideo-5b': nearest names are cogvideox-5b"
+    ):
+        synthetic_model("synthetic:cogvideo-5b")
+
+
+def test_nothing_is_drawn_from_the_global_generator():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    model = shrunken("cogvideox-2b")
+    synthetic_block(model, model.block_lists[0], generator=torch.Generator().manual_seed(1))
+    assert torch.rand(1) == expected
