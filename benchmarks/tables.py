@@ -227,8 +227,8 @@ def linear_table(device: str) -> str:
         lines.append(_row(" × ".join(map(str, shape)) + (f", {readers} together" if readers else ""), cells))
     lines += [
         "",
-        "Times faster than bf16 `F.linear` on the same data in the same rounds (medians over rounds); 3 together: q, k and v, "
-        "which share one quantized input. The last column is what the activation path alone takes of bf16's time. "
+        "Times faster than bf16 `F.linear` on the same data in the same rounds (medians over rounds); 3 together: "
+        "q, k and v, which share one quantized input. The last column is what the activation path alone takes of bf16's time. "
         + _measured_on(content, device),
     ]
     return "\n".join(lines)
@@ -253,9 +253,9 @@ def steps_table(device: str) -> str:
         lines.append(_row(_model_of(one), cells))
     lines += [
         "",
-        "Bound: the bf16 step with each linear at the speed of a plain int8 product, everything else as it is. Storage and "
-        "memory: how many times less than bf16. Synthetic models: one block of each list is timed and stands for all of "
-        "them. " + _measured_on(content, device),
+        "Bound: the bf16 step with each linear at the speed of a plain int8 product, everything else as it is. "
+        "Storage and memory: how many times less than bf16. Synthetic models: one block of each list is timed and "
+        "stands for all of them. " + _measured_on(content, device),
     ]
     return "\n".join(lines)
 
