@@ -228,8 +228,8 @@ def linear_table(device: str) -> str:
     lines += [
         "",
         "Times faster than bf16 `F.linear` on the same data in the same rounds (medians over rounds); 3 together: "
-        "q, k and v, which share one quantized input. The last column is what the activation path alone takes of bf16's "
-        "time. " + _measured_on(content, device),
+        "q, k and v, which share one quantized input. The last column is what the activation path alone takes of "
+        "bf16's time. " + _measured_on(content, device),
     ]
     return "\n".join(lines)
 
