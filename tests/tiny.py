@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from s2q.models.synthetic import SyntheticModel, synthetic_model
 from s2q.ops.activation_path import transform_input
@@ -108,17 +112,63 @@ def tiny_cogvideox_pipeline(
     The transformer's biases and norms are randomised too, so that a test which drops one of them fails.
     """
     transformer = tiny_transformer(seed=seed, num_layers=num_layers, rotary=rotary)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    _stir(transformer, seed + 1)
     pipe = CogVideoXPipeline(
         tokenizer=tiny_tokenizer(),
         text_encoder=tiny_text_encoder(seed=seed).to(dtype),
         vae=tiny_vae(seed=seed).to(dtype),
         transformer=transformer.to(dtype),
         scheduler=CogVideoXDDIMScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _stir(transformer: torch.nn.Module, seed: int) -> None:
+    """Randomise biases and norms too, so that a test which drops one of them fails."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def tiny_wan_pipeline(seed: int = 0, *, num_layers: int = 2, dtype: torch.dtype = torch.float32) -> WanPipeline:
+    """A complete random Wan pipeline: hidden size 64 (4 heads of 16), feed-forward 96, 4 latent channels, flow matching."""
+    torch.manual_seed(seed)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=96,
+        num_layers=num_layers,
+        rope_max_seq_len=32,
+    ).eval()
+    _stir(transformer, seed + 1)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    encoder = UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    kept = set(transformer._keep_in_fp32_modules or ())
+    half = transformer.to(dtype)
+    for name, parameter in half.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    pipe = WanPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=UMT5EncoderModel(encoder).eval().to(dtype),
+        vae=vae.to(dtype),
+        transformer=half,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

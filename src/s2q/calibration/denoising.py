@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from s2q.calibration.settings import GenerationSettings, prompt_token_limit
+from s2q.calibration.settings import GenerationSettings, latent_frames, prompt_token_limit
 from s2q.core.errors import S2QError
+from s2q.models import family_of
 
 StepDone = Callable[[], None]
 
@@ -26,7 +27,7 @@ class Denoised:
     """The result of one batch.
 
     Attributes:
-        latents: Final latents, `[B, f, C, h, w]`, float32, on the CPU, in the transformer's units.
+        latents: Final latents, `[B, f, C, h, w]` or `[B, C, f, h, w]`, float32, on the CPU, in the transformer's units.
         frames: Decoded video, `[B, F, H, W, 3]`, uint8, on the CPU; None when decoding was not asked for.
     """
 
@@ -43,15 +44,13 @@ def initial_noise(pipe: Any, seed: int, settings: GenerationSettings) -> tuple[t
         settings: The generation settings.
 
     Returns:
-        Noise `[1, f, C, h, w]`, float32, standard normal, on the CPU; and the generator it came from, for the
-        draws of a stochastic scheduler.
+        Noise `[1, f, C, h, w]` or, where the family has them in that order, `[1, C, f, h, w]`; float32, standard
+        normal, on the CPU; and the generator it came from, for the draws of a stochastic scheduler.
     """
-    temporal, spatial = int(pipe.vae_scale_factor_temporal), int(pipe.vae_scale_factor_spatial)
-    frames = (settings.num_frames - 1) // temporal + 1
-    patch_t = getattr(pipe.transformer.config, "patch_size_t", None) or 1
-    frames += -frames % patch_t
-    channels = int(pipe.transformer.config.in_channels)
-    shape = (1, frames, channels, settings.height // spatial, settings.width // spatial)
+    spatial = int(pipe.vae_scale_factor_spatial)
+    leading = [latent_frames(pipe, settings)]
+    leading.insert(family_of(pipe.transformer).latent_channel_dim, int(pipe.transformer.config.in_channels))
+    shape = (1, *leading, settings.height // spatial, settings.width // spatial)
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32), generator
 

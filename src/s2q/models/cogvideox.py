@@ -17,4 +17,7 @@ COGVIDEOX = Family(
     streams=("hidden_states", "encoder_hidden_states"),
     joint_order=("encoder_hidden_states", "hidden_states"),
     latent_channel_dim=1,
+    guidance="batched",
+    text_tokens=226,
+    defaults={"num_inference_steps": 50, "guidance_scale": 6.0},
 )

@@ -6,6 +6,7 @@ transformer have linears with the same names.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +30,13 @@ class Family:
         attention: The module of a block whose attention says which tokens matter.
         streams: Keyword arguments of a block that it returns anew, in the order in which it returns them.
         joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
-        latent_channel_dim: Which dimension of the latents of one video the channels are.
+        latent_channel_dim: Which dimension of the latents of one video the channels are: 1 in [f, C, h, w], 0 in
+            [C, f, h, w].
+        guidance: How a pipeline runs the two branches of classifier-free guidance: "batched" in one call, unconditional
+            rows first, or in "two calls", the conditional one first. Distilled models run one branch either way.
+        text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
+        defaults: Generation settings of the published models, by the names of `GenerationSettings`; what the
+            configuration of a transformer says of sizes comes first.
     """
 
     name: str
@@ -41,6 +48,9 @@ class Family:
     streams: tuple[str, ...]
     joint_order: tuple[str, ...]
     latent_channel_dim: int
+    guidance: Literal["batched", "two calls"]
+    text_tokens: int
+    defaults: Mapping[str, int | float]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,9 +141,8 @@ def prepare(
         InvalidInputError: If a prompt is too long or empty, or more samples are asked for than there are candidates.
     """
     check_prompts(teacher.pipe, prompts)
-    settings = resolve_settings(
-        teacher.pipe, requested={"num_inference_steps": group.steps}, defaults=_recommended(teacher)
-    )
+    requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
+    settings = resolve_settings(teacher.pipe, requested=requested, defaults=_recommended(teacher))
     candidates = len(prompts) * settings.num_inference_steps
     if group.samples > candidates:
         raise InvalidInputError(

@@ -9,6 +9,7 @@ Tensors above the budget lie on the disk, in the run folder. Legend: `B` samples
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,12 +216,11 @@ class _ReachedError(Exception):
 
 
 def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Run the transformer until it calls its first block; return what it calls it with."""
+    """Run the transformer until it calls its first block; return what it calls it with, by name."""
     heard: dict[str, Any] = {}
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert not args, "blocks are called with positional arguments"
-        heard.update(kwargs)
+        heard.update(inspect.signature(block.forward).bind(*args, **kwargs).arguments)
         raise _ReachedError
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
