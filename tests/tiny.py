@@ -6,21 +6,37 @@ Everything is a function of `seed`. A call with `TINY_CALL` takes a fraction of 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from s2q.models.synthetic import SyntheticModel, synthetic_model
 from s2q.ops.activation_path import transform_input
@@ -38,10 +54,11 @@ TINY_CALL: dict[str, Any] = {
 """Arguments of a pipeline call that the tiny pipelines take: 9 frames (3 latent ones) of 16 x 16 pixels."""
 
 
-def tiny_tokenizer() -> T5Tokenizer:
-    """A character-level T5 tokenizer; ids 0, 1, 2 are padding, end of sequence and unknown."""
+def tiny_tokenizer(words: Sequence[str] = ()) -> T5Tokenizer:
+    """A character-level T5 tokenizer, words that are given apart; ids 0, 1, 2 are padding, end of sequence, unknown."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(character, -3.0) for character in string.ascii_letters + string.digits + string.punctuation]
+    pieces += [(f"▁{word}", -1.0) for word in words]
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
@@ -134,7 +151,7 @@ def _stir(transformer: torch.nn.Module, seed: int) -> None:
 
 
 def tiny_wan_pipeline(seed: int = 0, *, num_layers: int = 2, dtype: torch.dtype = torch.float32) -> WanPipeline:
-    """A complete random Wan pipeline: hidden size 64 (4 heads of 16), feed-forward 96, 4 latent channels, flow matching."""
+    """A complete random Wan pipeline: hidden size 64, feed-forward 96, 4 latent channels, flow matching."""
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(
         num_attention_heads=4,
@@ -169,6 +186,64 @@ def tiny_wan_pipeline(seed: int = 0, *, num_layers: int = 2, dtype: torch.dtype 
         vae=vae.to(dtype),
         transformer=half,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_hunyuanvideo_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> HunyuanVideoPipeline:
+    """A complete random HunyuanVideo pipeline: a block with two streams, one with one, hidden size 64."""
+    torch.manual_seed(seed)
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        patch_size=2,
+        patch_size_t=1,
+        text_embed_dim=32,
+        pooled_projection_dim=32,
+        rope_axes_dim=(4, 6, 6),
+    ).eval()
+    _stir(transformer, seed + 1)
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).eval()
+    llama = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    )
+    clip = CLIPTextConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+        eos_token_id=1,
+        bos_token_id=0,
+    )
+    # The pipeline drops the first 95 tokens, which have to belong to what it writes before a prompt: these are 106.
+    words = sorted({word for word in DEFAULT_PROMPT_TEMPLATE["template"].split() if len(word) > 3})
+    pipe = HunyuanVideoPipeline(
+        text_encoder=LlamaModel(llama).eval().to(dtype),
+        tokenizer=tiny_tokenizer(words),
+        transformer=transformer.to(dtype),
+        vae=vae.to(dtype),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=CLIPTextModel(clip).eval().to(dtype),
+        tokenizer_2=tiny_tokenizer(),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

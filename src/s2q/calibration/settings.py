@@ -82,6 +82,7 @@ def resolve_settings(
     _check_steps(pipe, settings.num_inference_steps)
     _check_frames(pipe, settings.num_frames)
     _check_frame_size(pipe, settings)
+    _check_positions(pipe, settings)
     return settings
 
 
@@ -208,6 +209,22 @@ def _check_frames(pipe: Any, num_frames: int) -> None:
         raise InvalidInputError(
             f"num_frames: got {num_frames}; this VAE decodes {stride} n + 1 frames: use {lower} or {lower + stride}"
         )
+
+
+def _check_positions(pipe: Any, settings: GenerationSettings) -> None:
+    """Refuse more tokens along a dimension than a transformer has rotary positions for."""
+    limit = getattr(pipe.transformer.config, "rope_max_seq_len", None)
+    step = _size_step(pipe)
+    tokens = {
+        "num_frames": latent_frames(pipe, settings) // patch_sizes(pipe)[0],
+        "height": settings.height // step,
+        "width": settings.width // step,
+    }
+    for name, count in tokens.items():
+        if limit is not None and count > limit:
+            raise InvalidInputError(
+                f"{name}: got {getattr(settings, name)}, {count} tokens; the transformer has {limit} positions"
+            )
 
 
 def _check_frame_size(pipe: Any, settings: GenerationSettings) -> None:

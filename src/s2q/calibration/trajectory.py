@@ -155,9 +155,7 @@ def recorded_calls(transformer: torch.nn.Module) -> Iterator[list[TransformerCal
         handle.remove()
 
 
-def _one_a_step(
-    calls: Sequence[TransformerCall], pipe: Any, settings: GenerationSettings
-) -> Sequence[TransformerCall]:
+def _one_a_step(calls: Sequence[TransformerCall], pipe: Any, settings: GenerationSettings) -> Sequence[TransformerCall]:
     """Join the two calls of each step where guidance takes two, the unconditional rows first."""
     if family_of(pipe.transformer).guidance == "batched" or len(calls) == settings.num_inference_steps:
         return calls

@@ -5,10 +5,11 @@ from torch import nn
 from s2q.core.errors import InvalidInputError
 from s2q.models.cogvideox import COGVIDEOX
 from s2q.models.family import BlockLinear, Family, block_linears, block_names
+from s2q.models.hunyuanvideo import HUNYUANVIDEO
 from s2q.models.source import ModelSource, resolve_model
 from s2q.models.wan import WAN
 
-FAMILIES: dict[str, Family] = {family.transformer_class: family for family in (COGVIDEOX, WAN)}
+FAMILIES: dict[str, Family] = {family.transformer_class: family for family in (COGVIDEOX, HUNYUANVIDEO, WAN)}
 """Supported families, by the class name of their transformer."""
 
 
