@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
@@ -21,6 +22,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -244,6 +247,41 @@ def tiny_hunyuanvideo_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.floa
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=CLIPTextModel(clip).eval().to(dtype),
         tokenizer_2=tiny_tokenizer(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_ltx_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> LTXPipeline:
+    """A complete random LTX pipeline: hidden size 64, 8 latent channels, 4x in time and 8x in space, flow matching."""
+    torch.manual_seed(seed)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        cross_attention_dim=64,
+        num_layers=2,
+        caption_channels=32,
+    ).eval()
+    _stir(transformer, seed + 1)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=2,
+        patch_size_t=1,
+    ).eval()
+    pipe = LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.to(dtype),
+        text_encoder=tiny_text_encoder(seed=seed).to(dtype),
+        tokenizer=tiny_tokenizer(),
+        transformer=transformer.to(dtype),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

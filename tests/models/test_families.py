@@ -6,23 +6,28 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
 import s2q
-from s2q.calibration import record_trajectory, resolve_settings
+from s2q.calibration import prompt_token_limit, record_trajectory, resolve_settings
 from s2q.checkpoint import read_config
 from s2q.distillation import capture_column_sums
 from s2q.evaluation import EvaluationOptions, evaluate
 from s2q.models import FAMILIES, block_linears, block_names, family_of
 from s2q.planning import plan
 from s2q.quantization.stream import TeacherStream
-from tiny import TINY_CALL, tiny_cogvideox_pipeline, tiny_hunyuanvideo_pipeline, tiny_wan_pipeline
+from tiny import TINY_CALL, tiny_cogvideox_pipeline, tiny_hunyuanvideo_pipeline, tiny_ltx_pipeline, tiny_wan_pipeline
 
 FAMILIES_UNDER_TEST = {
     "cogvideox": lambda: tiny_cogvideox_pipeline(rotary=True),
     "hunyuanvideo": tiny_hunyuanvideo_pipeline,
+    "ltx": tiny_ltx_pipeline,
     "wan": tiny_wan_pipeline,
 }
-SIZES = {name: TINY_CALL[name] for name in ("num_frames", "height", "width")}
 QUICK = ["calibration.samples=3", "calibration.steps=2", "distillation.epochs=1"]
-QUICK += [f"calibration.{name}={value}" for name, value in SIZES.items()]
+
+
+def sizes(pipe):
+    """Of a small video: 16 pixels a side, or what the pipeline takes at least."""
+    side = max(16, family_of(pipe.transformer).size_multiple)
+    return {"num_frames": TINY_CALL["num_frames"], "height": side, "width": side}
 
 
 @pytest.fixture(scope="module", params=FAMILIES_UNDER_TEST)
@@ -32,7 +37,7 @@ def pipe(request):
 
 @pytest.fixture(scope="module")
 def trajectory(pipe):
-    settings = resolve_settings(pipe, requested={**SIZES, "num_inference_steps": 3})
+    settings = resolve_settings(pipe, requested={**sizes(pipe), "num_inference_steps": 3})
     return record_trajectory(pipe, ["red", "a blue square"], seeds=[0, 1], settings=settings, decode=True)
 
 
@@ -104,7 +109,7 @@ def test_linears_of_a_group_read_the_same_numbers(pipe, stream):
 @torch.no_grad()
 def test_replaying_a_call_gives_its_recorded_output(pipe, trajectory):
     """Both branches of guidance in one call, whether the pipeline runs them so or not."""
-    assert trajectory.frames.shape == (2, *(SIZES[name] for name in ("num_frames", "height", "width")), 3)
+    assert trajectory.frames.shape == (2, *sizes(pipe).values(), 3)
     assert len(trajectory.calls) == 3
     for call in trajectory.calls:
         assert len(call.output) == 2 * trajectory.branches(call)
@@ -153,9 +158,9 @@ def test_token_importance_is_that_of_the_explicit_map(pipe, stream, monkeypatch)
 
     def by_hand(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_rest):
         logits = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
-        if attn_mask is not None:
-            logits = logits.masked_fill(~attn_mask, -torch.inf)
-        attention = logits.softmax(-1)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -torch.inf)
+        attention = (logits if attn_mask is None else logits + attn_mask).softmax(-1)
         if query.shape[-2] == key.shape[-2]:
             explicit.append(attention.sum(dim=(1, 2)))
         return attention @ value
@@ -177,20 +182,18 @@ def test_token_importance_is_that_of_the_explicit_map(pipe, stream, monkeypatch)
 def test_from_plan_to_video(pipe, tmp_path):
     model, out = tmp_path / "model", tmp_path / "out"
     pipe.save_pretrained(model)
-    planned = plan(str(model), "s2q-w4a6", overrides=QUICK)
-    s2q.quantize(str(model), recipe="s2q-w4a6", out=out, prompts=["red", "a blue square"], overrides=QUICK)
+    overrides = QUICK + [f"calibration.{name}={value}" for name, value in sizes(pipe).items()]
+    planned = plan(str(model), "s2q-w4a6", overrides=overrides)
+    s2q.quantize(str(model), recipe="s2q-w4a6", out=out, prompts=["red", "a blue square"], overrides=overrides)
     assert set(read_config(out).layers) == {layer.name for layer in planned.layers}
     loaded = DiffusionPipeline.from_pretrained(out)
     loaded.set_progress_bar_config(disable=True)
     state = loaded.transformer.state_dict().values()
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
-    frames = loaded("red", **TINY_CALL | _text_length(loaded), output_type="pt").frames
-    assert frames.shape == (1, 9, 3, 16, 16)
+    length = prompt_token_limit(loaded)
+    frames = loaded("red", **sizes(pipe), num_inference_steps=2, max_sequence_length=length, output_type="pt").frames
+    assert frames.shape == (1, 9, 3, sizes(pipe)["height"], sizes(pipe)["width"])
     assert bool(frames.isfinite().all())
-    options = EvaluationOptions(settings={**SIZES, "num_inference_steps": 2})
+    options = EvaluationOptions(settings={**sizes(pipe), "num_inference_steps": 2})
     result = evaluate(str(out), str(model), prompts=["red", "a blue square"], seeds=[0], options=options)
     assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.5
-
-
-def _text_length(pipe):
-    return {"max_sequence_length": 256} if type(pipe).__name__ == "HunyuanVideoPipeline" else {}

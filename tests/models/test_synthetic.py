@@ -44,14 +44,13 @@ def test_tokens_and_linears(name, tokens, text, linears):
     assert {one.block for one in found} == set(range(sum(one.count for one in model.block_lists)))
 
 
-def test_the_linears_are_those_of_the_family():
-    """Where a family is supported, its own list of linears is the same."""
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_the_linears_are_those_of_the_family(name):
     from s2q.models import block_linears, family_of
 
-    for name in ("cogvideox-2b", "cogvideox-5b"):
-        model = synthetic_model(name)
-        transformer = model.meta_transformer()
-        assert model.linears(transformer) == block_linears(transformer, family_of(transformer))
+    model = synthetic_model(name)
+    transformer = model.meta_transformer()
+    assert model.linears(transformer) == block_linears(transformer, family_of(transformer))
 
 
 @pytest.mark.parametrize(

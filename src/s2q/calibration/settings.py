@@ -144,7 +144,7 @@ def video_tokens(pipe: Any, settings: GenerationSettings) -> int:
 
 def latent_frames(pipe: Any, settings: GenerationSettings) -> int:
     """Return the number of latent frames of a video, made up to whole patches as the pipelines do."""
-    frames = (settings.num_frames - 1) // _temporal_factor(pipe) + 1
+    frames = (settings.num_frames - 1) // vae_factors(pipe)[0] + 1
     return frames + -frames % patch_sizes(pipe)[0]
 
 
@@ -161,7 +161,7 @@ def _size_defaults(pipe: Any) -> dict[str, Any]:
     config = pipe.transformer.config
     if getattr(config, "sample_frames", None) is None:
         return {}
-    spatial = int(pipe.vae_scale_factor_spatial)
+    spatial = vae_factors(pipe)[1]
     return {
         "num_frames": config.sample_frames,
         "height": config.sample_height * spatial,
@@ -189,12 +189,18 @@ def _check_steps(pipe: Any, steps: int) -> None:
         raise InvalidInputError(f"num_inference_steps: got {steps}; the scheduler has {limit} timesteps, ask for fewer")
 
 
-def _temporal_factor(pipe: Any) -> int:
-    return int(pipe.vae_scale_factor_temporal)
+def vae_factors(pipe: Any) -> tuple[int, int]:
+    """Return how many frames make a latent frame, and how many pixels a side a latent pixel."""
+    for pattern in ("vae_scale_factor_{}", "vae_{}_compression_ratio"):
+        names = [pattern.format(side) for side in ("temporal", "spatial")]
+        if all(hasattr(pipe, name) for name in names):
+            temporal, spatial = (int(getattr(pipe, name)) for name in names)
+            return temporal, spatial
+    raise InvalidInputError(f"{type(pipe).__name__} does not say by how much its VAE compresses frames and pixels")
 
 
 def _size_step(pipe: Any) -> int:
-    return int(pipe.vae_scale_factor_spatial) * patch_sizes(pipe)[1]
+    return vae_factors(pipe)[1] * patch_sizes(pipe)[1]
 
 
 def _check_frames(pipe: Any, num_frames: int) -> None:
@@ -203,7 +209,7 @@ def _check_frames(pipe: Any, num_frames: int) -> None:
         raise InvalidInputError(
             f"num_frames: got {num_frames}; the transformer has learned positions for {config.sample_frames} only"
         )
-    stride = _temporal_factor(pipe) * int(getattr(pipe.vae, "num_latent_frames_batch_size", 1))
+    stride = vae_factors(pipe)[0] * int(getattr(pipe.vae, "num_latent_frames_batch_size", 1))
     if (num_frames - 1) % stride:
         lower = (num_frames - 1) // stride * stride + 1
         raise InvalidInputError(
@@ -229,8 +235,8 @@ def _check_positions(pipe: Any, settings: GenerationSettings) -> None:
 
 def _check_frame_size(pipe: Any, settings: GenerationSettings) -> None:
     config = pipe.transformer.config
-    spatial, step = int(pipe.vae_scale_factor_spatial), _size_step(pipe)
-    step = math.lcm(step, 8)  # the pipeline itself refuses sizes that 8 does not divide
+    spatial, step = vae_factors(pipe)[1], _size_step(pipe)
+    step = math.lcm(step, family_of(pipe.transformer).size_multiple)  # of the pipeline itself
     for name, value in (("height", settings.height), ("width", settings.width)):
         trained = getattr(config, f"sample_{name}", 0) * spatial
         if getattr(config, "use_learned_positional_embeddings", False) and value != trained:

@@ -30,8 +30,9 @@ class Family:
         attention: The module of a block whose attention says which tokens matter.
         streams: Keyword arguments of a block that it returns anew, in the order in which it returns them.
         joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
-        latent_channel_dim: Which dimension of the latents of one video the channels are: 1 in [f, C, h, w], 0 in
-            [C, f, h, w].
+        latents: How a pipeline holds the latents of one video: "frames first" [f, C, h, w], "channels first"
+            [C, f, h, w], or as "tokens" [f · h · w, C].
+        size_multiple: What the pipeline itself asks of height and width, in pixels.
         guidance: How a pipeline runs the two branches of classifier-free guidance: "batched" in one call, unconditional
             rows first, or in "two calls", the conditional one first. Distilled models run one branch either way.
         text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
@@ -47,10 +48,16 @@ class Family:
     attention: str
     streams: tuple[str, ...]
     joint_order: tuple[str, ...]
-    latent_channel_dim: int
+    latents: Literal["frames first", "channels first", "tokens"]
+    size_multiple: int
     guidance: Literal["batched", "two calls"]
     text_tokens: int
     defaults: Mapping[str, int | float]
+
+    @property
+    def latent_channel_dim(self) -> int:
+        """Which dimension of the latents of one video the channels are."""
+        return 0 if self.latents == "channels first" else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from s2q.recipes.schema import CalibrationGroup
 from s2q.shapes import embedded
 
 SCHEMA_VERSION = 1
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +289,8 @@ def call_inputs(artefact: Artefact, call: CalibrationCall) -> dict[str, Any]:
             inputs[name] = artefact.tensors[f"arguments.{name}"][call.step][call.branch % branches][None]
         elif kind == "shared":
             inputs[name] = artefact.tensors[f"arguments.{name}"]
+        elif kind == "plain":
+            inputs[name] = artefact.stats["plain"][name]
         else:
             inputs[name] = tuple(artefact.tensors[f"arguments.{name}.{part}"] for part in range(kind))
     return inputs
@@ -381,16 +383,19 @@ def _to_artefact(trajectory: Trajectory) -> Artefact:
         "timesteps": torch.tensor([call.timestep for call in calls], dtype=torch.float64),
     }
     arguments: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
     for name, value in calls[0].inputs.items():
         if name == "hidden_states":
             continue
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and isinstance(value[0], Tensor):
             arguments[name] = len(value)
             tensors |= {f"arguments.{name}.{part}": one.clone() for part, one in enumerate(value)}
         elif isinstance(value, Tensor):
             kind, stored = _stored(name, [call.inputs[name] for call in calls], branches)
             arguments[name], tensors[f"arguments.{name}"] = kind, stored
-    return Artefact(tensors=tensors, stats={"branches": branches, "arguments": arguments})
+        else:
+            arguments[name], plain[name] = "plain", value
+    return Artefact(tensors=tensors, stats={"branches": branches, "arguments": arguments, "plain": plain})
 
 
 def _stored(name: str, values: Sequence[Tensor], branches: int) -> tuple[str, Tensor]:
