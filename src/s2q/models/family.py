@@ -120,18 +120,28 @@ def block_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
     """
     found = []
     for index, block_name in enumerate(block_names(transformer, family)):
-        for child_name, module in transformer.get_submodule(block_name).named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            role: Role = "modulation" if child_name in family.modulation else "linear"
-            found.append(
-                BlockLinear(
-                    name=f"{block_name}.{child_name}",
-                    block=index,
-                    role=role,
-                    in_features=module.in_features,
-                    out_features=module.out_features,
-                    has_bias=module.bias is not None,
-                )
-            )
+        found += linears_of_block(transformer.get_submodule(block_name), block_name, family, index=index)
     return found
+
+
+def linears_of_block(block: nn.Module, block_name: str, family: Family, *, index: int = 0) -> list[BlockLinear]:
+    """List the linears of one block, in the order of its modules.
+
+    Args:
+        block: The block; may live on the meta device.
+        block_name: Its name in the transformer, "transformer_blocks.0".
+        family: The family of the transformer.
+        index: Its place among all blocks.
+    """
+    return [
+        BlockLinear(
+            name=f"{block_name}.{name}",
+            block=index,
+            role="modulation" if name in family.modulation else "linear",
+            in_features=module.in_features,
+            out_features=module.out_features,
+            has_bias=module.bias is not None,
+        )
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
