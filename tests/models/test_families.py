@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import CogVideoXImageToVideoPipeline, DiffusionPipeline
 
 import s2q
 from s2q.calibration import prompt_token_limit, record_trajectory, resolve_settings
 from s2q.checkpoint import read_config
+from s2q.core.errors import InvalidInputError
 from s2q.distillation import capture_column_sums
 from s2q.evaluation import EvaluationOptions, evaluate
 from s2q.models import FAMILIES, block_linears, block_names, family_of
@@ -197,3 +198,14 @@ def test_from_plan_to_video(pipe, tmp_path):
     options = EvaluationOptions(settings={**sizes(pipe), "num_inference_steps": 2})
     result = evaluate(str(out), str(model), prompts=["red", "a blue square"], seeds=[0], options=options)
     assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.5
+
+
+def test_image_to_video_is_quantized_without_calibration_and_refused_with_it(tmp_path):
+    text_to_video = tiny_cogvideox_pipeline()
+    pipe = CogVideoXImageToVideoPipeline(**text_to_video.components)
+    pipe.save_pretrained(tmp_path / "model")
+    s2q.quantize(tmp_path / "model", recipe="rtn-w4a6", out=tmp_path / "out")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "out")) is CogVideoXImageToVideoPipeline
+    with pytest.raises(InvalidInputError, match=r"CogVideoXImageToVideoPipeline: calibration generates from prompts"):
+        s2q.quantize(tmp_path / "model", recipe="s2q-w4a6", out=tmp_path / "other", prompts=["red"], overrides=QUICK)
+    assert not (tmp_path / "other").exists()

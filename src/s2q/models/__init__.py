@@ -30,7 +30,8 @@ def family_of(transformer: nn.Module | str) -> Family:
     family = FAMILIES.get(class_name)
     if family is None:
         raise InvalidInputError(
-            f"transformer class {class_name!r} is not supported; supported classes: {', '.join(sorted(FAMILIES))}"
+            f"transformer class {class_name!r} is not supported; supported classes: {', '.join(sorted(FAMILIES))} "
+            "(docs/models.md says how to add one)"
         )
     return family
 

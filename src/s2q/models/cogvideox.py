@@ -5,6 +5,7 @@ from s2q.models.family import Family
 COGVIDEOX = Family(
     name="cogvideox",
     transformer_class="CogVideoXTransformer3DModel",
+    pipeline_class="CogVideoXPipeline",
     block_lists=("transformer_blocks",),
     modulation=("norm1.linear", "norm2.linear"),
     shared_inputs=(

@@ -24,6 +24,7 @@ class Family:
     Attributes:
         name: Short name of the family.
         transformer_class: Name of the diffusers class.
+        pipeline_class: Name of the text-to-video pipeline that calibration runs.
         block_lists: Attributes of the transformer that hold its blocks, in the order in which they run.
         modulation: Linears of a block, relative to it, that see one row a sample (adaLN): weight-only.
         shared_inputs: Groups of linears of a block that read the same tensor, hence may share a transform.
@@ -42,6 +43,7 @@ class Family:
 
     name: str
     transformer_class: str
+    pipeline_class: str
     block_lists: tuple[str, ...]
     modulation: tuple[str, ...]
     shared_inputs: tuple[tuple[str, ...], ...]

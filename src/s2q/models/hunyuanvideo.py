@@ -9,6 +9,7 @@ from s2q.models.family import Family
 HUNYUANVIDEO = Family(
     name="hunyuanvideo",
     transformer_class="HunyuanVideoTransformer3DModel",
+    pipeline_class="HunyuanVideoPipeline",
     block_lists=("transformer_blocks", "single_transformer_blocks"),
     modulation=("norm1.linear", "norm1_context.linear", "norm.linear"),
     shared_inputs=(

@@ -5,6 +5,7 @@ from s2q.models.family import Family
 LTX = Family(
     name="ltx",
     transformer_class="LTXVideoTransformer3DModel",
+    pipeline_class="LTXPipeline",
     block_lists=("transformer_blocks",),
     modulation=(),
     shared_inputs=(

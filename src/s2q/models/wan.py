@@ -8,6 +8,7 @@ from s2q.models.family import Family
 WAN = Family(
     name="wan",
     transformer_class="WanTransformer3DModel",
+    pipeline_class="WanPipeline",
     block_lists=("blocks",),
     modulation=(),
     shared_inputs=(

@@ -138,8 +138,15 @@ def prepare(
         inputs: What else decides the result: device, versions. Plain data.
 
     Raises:
-        InvalidInputError: If a prompt is too long or empty, or more samples are asked for than there are candidates.
+        InvalidInputError: If the pipeline needs more than prompts, a prompt is too long or empty, or more samples are
+            asked for than there are candidates.
     """
+    expected, found = family_of(teacher.transformer).pipeline_class, type(teacher.pipe).__name__
+    if found != expected:
+        raise InvalidInputError(
+            f"{found}: calibration generates from prompts alone, with {expected}; take a recipe that does not "
+            f"calibrate, or save the transformer in a {expected}"
+        )
     check_prompts(teacher.pipe, prompts)
     requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
     settings = resolve_settings(teacher.pipe, requested=requested, defaults=_recommended(teacher))
