@@ -82,8 +82,13 @@ def tiny_text_encoder(*, seed: int = 0, width: int = 32) -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
-def tiny_transformer(*, seed: int = 0, num_layers: int = 2, rotary: bool = False) -> CogVideoXTransformer3DModel:
-    """A random CogVideoX transformer: hidden size 64 (4 heads of 16), feed-forward 256, 4 latent channels."""
+def tiny_transformer(
+    *, seed: int = 0, num_layers: int = 2, rotary: bool = False, patch_size_t: int | None = None
+) -> CogVideoXTransformer3DModel:
+    """A random CogVideoX transformer: hidden size 64 (4 heads of 16), feed-forward 256, 4 latent channels.
+
+    With `patch_size_t` it is one of version 1.5, whose tokens are patches in time too.
+    """
     torch.manual_seed(seed)
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=4,
@@ -97,6 +102,8 @@ def tiny_transformer(*, seed: int = 0, num_layers: int = 2, rotary: bool = False
         sample_height=2,
         sample_frames=9,
         patch_size=2,
+        patch_size_t=patch_size_t,
+        patch_bias=patch_size_t is None,
         temporal_compression_ratio=4,
         max_text_seq_length=TEXT_LENGTH,
         use_rotary_positional_embeddings=rotary,
@@ -125,13 +132,14 @@ def tiny_cogvideox_pipeline(
     *,
     num_layers: int = 2,
     rotary: bool = False,
+    patch_size_t: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CogVideoXPipeline:
     """A complete random pipeline: T5 tokenizer and encoder, autoencoder, transformer, DDIM scheduler.
 
     The transformer's biases and norms are randomised too, so that a test which drops one of them fails.
     """
-    transformer = tiny_transformer(seed=seed, num_layers=num_layers, rotary=rotary)
+    transformer = tiny_transformer(seed=seed, num_layers=num_layers, rotary=rotary, patch_size_t=patch_size_t)
     _stir(transformer, seed + 1)
     pipe = CogVideoXPipeline(
         tokenizer=tiny_tokenizer(),
@@ -153,8 +161,13 @@ def _stir(transformer: torch.nn.Module, seed: int) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def tiny_wan_pipeline(seed: int = 0, *, num_layers: int = 2, dtype: torch.dtype = torch.float32) -> WanPipeline:
-    """A complete random Wan pipeline: hidden size 64, feed-forward 96, 4 latent channels, flow matching."""
+def tiny_wan_pipeline(
+    seed: int = 0, *, num_layers: int = 2, dtype: torch.dtype = torch.float32, expand_timesteps: bool = False
+) -> WanPipeline:
+    """A complete random Wan pipeline: hidden size 64, feed-forward 96, 4 latent channels, flow matching.
+
+    With `expand_timesteps` every token has a timestep of its own, as in Wan 2.2 5B.
+    """
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(
         num_attention_heads=4,
@@ -189,6 +202,7 @@ def tiny_wan_pipeline(seed: int = 0, *, num_layers: int = 2, dtype: torch.dtype 
         vae=vae.to(dtype),
         transformer=half,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        expand_timesteps=expand_timesteps,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
