@@ -6,17 +6,40 @@ Everything is a function of `seed`. A call with `TINY_CALL` takes a fraction of 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from s2q.models.synthetic import SyntheticModel, synthetic_model
 from s2q.ops.activation_path import transform_input
@@ -34,10 +57,11 @@ TINY_CALL: dict[str, Any] = {
 """Arguments of a pipeline call that the tiny pipelines take: 9 frames (3 latent ones) of 16 x 16 pixels."""
 
 
-def tiny_tokenizer() -> T5Tokenizer:
-    """A character-level T5 tokenizer; ids 0, 1, 2 are padding, end of sequence and unknown."""
+def tiny_tokenizer(words: Sequence[str] = ()) -> T5Tokenizer:
+    """A character-level T5 tokenizer, words that are given apart; ids 0, 1, 2 are padding, end of sequence, unknown."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(character, -3.0) for character in string.ascii_letters + string.digits + string.punctuation]
+    pieces += [(f"▁{word}", -1.0) for word in words]
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
@@ -58,8 +82,13 @@ def tiny_text_encoder(*, seed: int = 0, width: int = 32) -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
-def tiny_transformer(*, seed: int = 0, num_layers: int = 2, rotary: bool = False) -> CogVideoXTransformer3DModel:
-    """A random CogVideoX transformer: hidden size 64 (4 heads of 16), feed-forward 256, 4 latent channels."""
+def tiny_transformer(
+    *, seed: int = 0, num_layers: int = 2, rotary: bool = False, patch_size_t: int | None = None
+) -> CogVideoXTransformer3DModel:
+    """A random CogVideoX transformer: hidden size 64 (4 heads of 16), feed-forward 256, 4 latent channels.
+
+    With `patch_size_t` it is one of version 1.5, whose tokens are patches in time too.
+    """
     torch.manual_seed(seed)
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=4,
@@ -73,6 +102,8 @@ def tiny_transformer(*, seed: int = 0, num_layers: int = 2, rotary: bool = False
         sample_height=2,
         sample_frames=9,
         patch_size=2,
+        patch_size_t=patch_size_t,
+        patch_bias=patch_size_t is None,
         temporal_compression_ratio=4,
         max_text_seq_length=TEXT_LENGTH,
         use_rotary_positional_embeddings=rotary,
@@ -101,24 +132,170 @@ def tiny_cogvideox_pipeline(
     *,
     num_layers: int = 2,
     rotary: bool = False,
+    patch_size_t: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CogVideoXPipeline:
     """A complete random pipeline: T5 tokenizer and encoder, autoencoder, transformer, DDIM scheduler.
 
     The transformer's biases and norms are randomised too, so that a test which drops one of them fails.
     """
-    transformer = tiny_transformer(seed=seed, num_layers=num_layers, rotary=rotary)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    transformer = tiny_transformer(seed=seed, num_layers=num_layers, rotary=rotary, patch_size_t=patch_size_t)
+    _stir(transformer, seed + 1)
     pipe = CogVideoXPipeline(
         tokenizer=tiny_tokenizer(),
         text_encoder=tiny_text_encoder(seed=seed).to(dtype),
         vae=tiny_vae(seed=seed).to(dtype),
         transformer=transformer.to(dtype),
         scheduler=CogVideoXDDIMScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _stir(transformer: torch.nn.Module, seed: int) -> None:
+    """Randomise biases and norms too, so that a test which drops one of them fails."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def tiny_wan_pipeline(
+    seed: int = 0, *, num_layers: int = 2, dtype: torch.dtype = torch.float32, expand_timesteps: bool = False
+) -> WanPipeline:
+    """A complete random Wan pipeline: hidden size 64, feed-forward 96, 4 latent channels, flow matching.
+
+    With `expand_timesteps` every token has a timestep of its own, as in Wan 2.2 5B.
+    """
+    torch.manual_seed(seed)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=96,
+        num_layers=num_layers,
+        rope_max_seq_len=32,
+    ).eval()
+    _stir(transformer, seed + 1)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    encoder = UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    kept = set(transformer._keep_in_fp32_modules or ())
+    half = transformer.to(dtype)
+    for name, parameter in half.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    pipe = WanPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=UMT5EncoderModel(encoder).eval().to(dtype),
+        vae=vae.to(dtype),
+        transformer=half,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        expand_timesteps=expand_timesteps,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_hunyuanvideo_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> HunyuanVideoPipeline:
+    """A complete random HunyuanVideo pipeline: a block with two streams, one with one, hidden size 64."""
+    torch.manual_seed(seed)
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        patch_size=2,
+        patch_size_t=1,
+        text_embed_dim=32,
+        pooled_projection_dim=32,
+        rope_axes_dim=(4, 6, 6),
+    ).eval()
+    _stir(transformer, seed + 1)
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).eval()
+    llama = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    )
+    clip = CLIPTextConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+        eos_token_id=1,
+        bos_token_id=0,
+    )
+    # The pipeline drops the first 95 tokens, which have to belong to what it writes before a prompt: these are 106.
+    words = sorted({word for word in DEFAULT_PROMPT_TEMPLATE["template"].split() if len(word) > 3})
+    pipe = HunyuanVideoPipeline(
+        text_encoder=LlamaModel(llama).eval().to(dtype),
+        tokenizer=tiny_tokenizer(words),
+        transformer=transformer.to(dtype),
+        vae=vae.to(dtype),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=CLIPTextModel(clip).eval().to(dtype),
+        tokenizer_2=tiny_tokenizer(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_ltx_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> LTXPipeline:
+    """A complete random LTX pipeline: hidden size 64, 8 latent channels, 4x in time and 8x in space, flow matching."""
+    torch.manual_seed(seed)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        cross_attention_dim=64,
+        num_layers=2,
+        caption_channels=32,
+    ).eval()
+    _stir(transformer, seed + 1)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=2,
+        patch_size_t=1,
+    ).eval()
+    pipe = LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.to(dtype),
+        text_encoder=tiny_text_encoder(seed=seed).to(dtype),
+        tokenizer=tiny_tokenizer(),
+        transformer=transformer.to(dtype),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -19,6 +19,7 @@ from s2q.core.schemes import LinearScheme, weight_bytes
 from s2q.core.storage import BF16_BYTES, LinearStorage
 from s2q.models import BlockLinear, ModelSource, block_linears, family_of, resolve_model
 from s2q.models.source import parse_dtype
+from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
 from s2q.recipes import Recipe, assign_layouts, assign_schemes, load_recipe
 
 SCHEMA_VERSION = 1
@@ -78,7 +79,8 @@ def plan(
     """Plan a run without loading weights.
 
     Args:
-        model: Embedded name, folder, Hub id, or a resolved source.
+        model: Embedded name, folder, Hub id, a resolved source, or the dimensions of a published model without its
+            weights, "synthetic:cogvideox-5b".
         recipe: Name, file or validated recipe.
         overrides: Changes to the recipe, "key=value" each.
         dtype: Dtype that the model will be loaded in; None takes the one that it is stored in.
@@ -89,23 +91,18 @@ def plan(
     Raises:
         InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is quantized already.
     """
-    source = model if isinstance(model, ModelSource) else resolve_model(model)
-    check_full_precision(source)
-    family_of(source.transformer_class)  # a clear error before the class is looked up
-    transformer = source.meta_transformer()
-    stored = parse_dtype(dtype) or source.weights_dtype() or torch.bfloat16
-    keep_in_fp32 = tuple(getattr(transformer, "_keep_in_fp32_modules", None) or ())
-
-    def loaded_dtype(name: str, tensor: Tensor) -> torch.dtype:
-        if not tensor.is_floating_point():
-            return tensor.dtype
-        return torch.float32 if any(part in keep_in_fp32 for part in name.split(".")) else stored
-
-    sizes = {
-        name: tensor.numel() * loaded_dtype(name, tensor).itemsize for name, tensor in transformer.state_dict().items()
-    }
+    if isinstance(model, str) and model.startswith(SYNTHETIC_PREFIX):
+        synthetic = synthetic_model(model)
+        name, transformer, stored = synthetic.label, synthetic.meta_transformer(), parse_dtype(dtype) or torch.bfloat16
+    else:
+        source = model if isinstance(model, ModelSource) else resolve_model(model)
+        check_full_precision(source)
+        family_of(source.transformer_class)  # a clear error before the class is looked up
+        name, transformer = source.name, source.meta_transformer()
+        stored = parse_dtype(dtype) or source.weights_dtype() or torch.bfloat16
+    sizes = loaded_sizes(transformer, stored)
     validated = load_recipe(recipe, overrides=overrides)
-    return plan_transformer(transformer, validated, model=source.name, sizes=sizes, dtype=stored)
+    return plan_transformer(transformer, validated, model=name, sizes=sizes, dtype=stored)
 
 
 def plan_transformer(
@@ -115,7 +112,6 @@ def plan_transformer(
     model: str,
     sizes: Mapping[str, int],
     dtype: torch.dtype,
-    linears: Sequence[BlockLinear] | None = None,
 ) -> Plan:
     """Plan a run on a transformer.
 
@@ -125,7 +121,6 @@ def plan_transformer(
         model: Name of the model.
         sizes: Bytes of each tensor of its state dict as it is now.
         dtype: Dtype of its block linears.
-        linears: The linears of its blocks; None lists them by the family, which must be supported then.
 
     Returns:
         The plan.
@@ -133,7 +128,7 @@ def plan_transformer(
     Raises:
         InvalidInputError: If the class is not supported, or the recipe does not fit it.
     """
-    linears = block_linears(transformer, family_of(transformer)) if linears is None else linears
+    linears = block_linears(transformer, family_of(transformer))
     schemes = assign_schemes(recipe, linears)
     layouts = assign_layouts(recipe, linears, schemes)
     layers = tuple(
@@ -162,6 +157,23 @@ def plan_transformer(
         ),
         layers=layers,
     )
+
+
+def loaded_sizes(transformer: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Return the bytes of each tensor of a transformer's state dict once it is loaded.
+
+    Args:
+        transformer: May live on the meta device, in any dtype.
+        dtype: What it is loaded in; parts that its class keeps in fp32 are in fp32.
+    """
+    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+
+    def itemsize(name: str, tensor: Tensor) -> int:
+        if not tensor.is_floating_point():
+            return tensor.itemsize
+        return torch.float32.itemsize if kept & set(name.split(".")) else dtype.itemsize
+
+    return {name: tensor.numel() * itemsize(name, tensor) for name, tensor in transformer.state_dict().items()}
 
 
 def tensor_sizes(transformer: nn.Module) -> dict[str, int]:

@@ -174,3 +174,15 @@ def test_pickled_weights_are_never_loaded(copy):
     weights.unlink()
     with pytest.raises(InvalidInputError, match="cannot be loaded as a diffusers pipeline"):
         resolve_model(copy).load_pipeline()
+
+
+def test_a_pipeline_with_two_transformers_is_refused(tmp_path):
+    tiny_cogvideox_pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["transformer_2"] = ["diffusers", "WanTransformer3DModel"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InvalidInputError, match="has two transformers, which is not supported"):
+        resolve_model(tmp_path)
+    index["transformer_2"] = [None, None]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert resolve_model(tmp_path).transformer_class == "CogVideoXTransformer3DModel"

@@ -5,7 +5,7 @@ from s2q.core.errors import InvalidInputError
 from s2q.models.synthetic import synthetic_model, synthetic_names
 from s2q.models.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
 from s2q.nn import PackedLinear
-from s2q.planning import plan_transformer
+from s2q.planning import plan
 from s2q.recipes import assign_layouts, assign_schemes, load_recipe
 from tiny import shrunken
 
@@ -44,30 +44,13 @@ def test_tokens_and_linears(name, tokens, text, linears):
     assert {one.block for one in found} == set(range(sum(one.count for one in model.block_lists)))
 
 
-def test_the_linears_are_those_of_the_family():
-    """Where a family is supported, its own list of linears is the same."""
-    from s2q.models import block_linears, family_of
-
-    for name in ("cogvideox-2b", "cogvideox-5b"):
-        model = synthetic_model(name)
-        transformer = model.meta_transformer()
-        assert model.linears(transformer) == block_linears(transformer, family_of(transformer))
-
-
 @pytest.mark.parametrize(
     ("name", "recipe", "least"),
     [("cogvideox-2b", "rtn-w4a6", 3.88), ("cogvideox-5b", "rtn-w4a6", 3.93)]
     + [("cogvideox-2b", "s2q-w4a6", 3.86), ("cogvideox-5b", "s2q-w4a6", 3.91)],
 )
 def test_packed_size(name, recipe, least):
-    model = synthetic_model(name)
-    transformer = model.meta_transformer()
-    sizes = {key: 2 * tensor.numel() for key, tensor in transformer.state_dict().items()}
-    arguments = {"model": name, "sizes": sizes, "dtype": torch.bfloat16}
-    planned = plan_transformer(transformer, load_recipe(recipe), **arguments)
-    assert planned.storage["ratio"] >= least
-    given = plan_transformer(transformer, load_recipe(recipe), linears=model.linears(transformer), **arguments)
-    assert given == planned
+    assert plan(f"synthetic:{name}", recipe).storage["ratio"] >= least
 
 
 def test_rows_of_linears():

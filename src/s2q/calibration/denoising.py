@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from s2q.calibration.settings import GenerationSettings, prompt_token_limit
+from s2q.calibration.settings import GenerationSettings, latent_frames, prompt_token_limit, vae_factors
 from s2q.core.errors import S2QError
+from s2q.models import family_of
 
 StepDone = Callable[[], None]
 
@@ -26,7 +27,8 @@ class Denoised:
     """The result of one batch.
 
     Attributes:
-        latents: Final latents, `[B, f, C, h, w]`, float32, on the CPU, in the transformer's units.
+        latents: Final latents, float32, on the CPU, in the transformer's units: `[B, f, C, h, w]`, or what the family
+            has in its place (`initial_noise`).
         frames: Decoded video, `[B, F, H, W, 3]`, uint8, on the CPU; None when decoding was not asked for.
     """
 
@@ -43,17 +45,16 @@ def initial_noise(pipe: Any, seed: int, settings: GenerationSettings) -> tuple[t
         settings: The generation settings.
 
     Returns:
-        Noise `[1, f, C, h, w]`, float32, standard normal, on the CPU; and the generator it came from, for the
-        draws of a stochastic scheduler.
+        Noise of one video as the family holds it, `[1, f, C, h, w]`, `[1, C, f, h, w]` or `[1, f · h · w, C]`; float32,
+        standard normal, on the CPU; and the generator it came from, for the draws of a stochastic scheduler.
     """
-    temporal, spatial = int(pipe.vae_scale_factor_temporal), int(pipe.vae_scale_factor_spatial)
-    frames = (settings.num_frames - 1) // temporal + 1
-    patch_t = getattr(pipe.transformer.config, "patch_size_t", None) or 1
-    frames += -frames % patch_t
-    channels = int(pipe.transformer.config.in_channels)
-    shape = (1, frames, channels, settings.height // spatial, settings.width // spatial)
+    spatial, layout = vae_factors(pipe)[1], family_of(pipe.transformer).latents
+    frames, channels = latent_frames(pipe, settings), int(pipe.transformer.config.in_channels)
+    leading = (frames, channels) if layout == "frames first" else (channels, frames)
+    shape = (1, *leading, settings.height // spatial, settings.width // spatial)
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float32), generator
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+    return noise.flatten(2).transpose(1, 2) if layout == "tokens" else noise, generator
 
 
 def denoise(

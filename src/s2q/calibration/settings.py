@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.models import family_of
 
-_FALLBACK_STEPS = 50
-_FALLBACK_GUIDANCE = 6.0
 _MAX_SEED = 2**63 - 1
 
 
@@ -52,8 +51,7 @@ def resolve_settings(
     """Fill in and check the generation settings for a pipeline.
 
     A value comes from `requested`, else from `defaults` (what the model's makers recommend), else from the
-    configuration of the transformer (sizes) or from CogVideoX's own defaults (50 steps, guidance 6). `None` counts as
-    absent.
+    configuration of the transformer (sizes), else from the family's published models. `None` counts as absent.
 
     Args:
         pipe: A diffusers text-to-video pipeline.
@@ -67,7 +65,7 @@ def resolve_settings(
         InvalidInputError: A name is unknown, or a value does not fit the VAE, the transformer or the scheduler.
     """
     names = tuple(GenerationSettings.__dataclass_fields__)
-    values = _size_defaults(pipe) | {"num_inference_steps": _FALLBACK_STEPS, "guidance_scale": _FALLBACK_GUIDANCE}
+    values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe)
     for source in (defaults or {}, requested or {}):
         for name, value in source.items():
             if name not in names:
@@ -84,12 +82,14 @@ def resolve_settings(
     _check_steps(pipe, settings.num_inference_steps)
     _check_frames(pipe, settings.num_frames)
     _check_frame_size(pipe, settings)
+    _check_positions(pipe, settings)
     return settings
 
 
 def prompt_token_limit(pipe: Any) -> int:
     """Return the number of text tokens that the pipeline's transformer takes, end token included."""
-    return int(getattr(pipe.transformer.config, "max_text_seq_length", None) or 226)
+    limit = getattr(pipe.transformer.config, "max_text_seq_length", None)
+    return int(limit or family_of(pipe.transformer).text_tokens)
 
 
 def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
@@ -138,15 +138,30 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 def video_tokens(pipe: Any, settings: GenerationSettings) -> int:
     """Return the number of video tokens that the transformer sees for one video."""
-    temporal, step = _temporal_factor(pipe), _size_step(pipe)
-    frames = (settings.num_frames - 1) // temporal + 1
-    patch_t = getattr(pipe.transformer.config, "patch_size_t", None) or 1
-    return math.ceil(frames / patch_t) * (settings.height // step) * (settings.width // step)
+    step = _size_step(pipe)
+    return latent_frames(pipe, settings) // patch_sizes(pipe)[0] * (settings.height // step) * (settings.width // step)
+
+
+def latent_frames(pipe: Any, settings: GenerationSettings) -> int:
+    """Return the number of latent frames of a video, made up to whole patches as the pipelines do."""
+    frames = (settings.num_frames - 1) // vae_factors(pipe)[0] + 1
+    return frames + -frames % patch_sizes(pipe)[0]
+
+
+def patch_sizes(pipe: Any) -> tuple[int, int]:
+    """Return how many latent frames, and how many latent rows and columns, make a token of the transformer."""
+    config = pipe.transformer.config
+    patch = config.patch_size
+    if isinstance(patch, int):
+        return getattr(config, "patch_size_t", None) or 1, patch
+    return int(patch[0]), int(patch[-1])
 
 
 def _size_defaults(pipe: Any) -> dict[str, Any]:
     config = pipe.transformer.config
-    spatial = int(pipe.vae_scale_factor_spatial)
+    if getattr(config, "sample_frames", None) is None:
+        return {}
+    spatial = vae_factors(pipe)[1]
     return {
         "num_frames": config.sample_frames,
         "height": config.sample_height * spatial,
@@ -174,12 +189,18 @@ def _check_steps(pipe: Any, steps: int) -> None:
         raise InvalidInputError(f"num_inference_steps: got {steps}; the scheduler has {limit} timesteps, ask for fewer")
 
 
-def _temporal_factor(pipe: Any) -> int:
-    return int(pipe.vae_scale_factor_temporal)
+def vae_factors(pipe: Any) -> tuple[int, int]:
+    """Return how many frames make a latent frame, and how many pixels a side a latent pixel."""
+    for pattern in ("vae_scale_factor_{}", "vae_{}_compression_ratio"):
+        names = [pattern.format(side) for side in ("temporal", "spatial")]
+        if all(hasattr(pipe, name) for name in names):
+            temporal, spatial = (int(getattr(pipe, name)) for name in names)
+            return temporal, spatial
+    raise InvalidInputError(f"{type(pipe).__name__} does not say by how much its VAE compresses frames and pixels")
 
 
 def _size_step(pipe: Any) -> int:
-    return int(pipe.vae_scale_factor_spatial) * int(pipe.transformer.config.patch_size)
+    return vae_factors(pipe)[1] * patch_sizes(pipe)[1]
 
 
 def _check_frames(pipe: Any, num_frames: int) -> None:
@@ -188,7 +209,7 @@ def _check_frames(pipe: Any, num_frames: int) -> None:
         raise InvalidInputError(
             f"num_frames: got {num_frames}; the transformer has learned positions for {config.sample_frames} only"
         )
-    stride = _temporal_factor(pipe) * int(getattr(pipe.vae, "num_latent_frames_batch_size", 1))
+    stride = vae_factors(pipe)[0] * int(getattr(pipe.vae, "num_latent_frames_batch_size", 1))
     if (num_frames - 1) % stride:
         lower = (num_frames - 1) // stride * stride + 1
         raise InvalidInputError(
@@ -196,14 +217,29 @@ def _check_frames(pipe: Any, num_frames: int) -> None:
         )
 
 
+def _check_positions(pipe: Any, settings: GenerationSettings) -> None:
+    """Refuse more tokens along a dimension than a transformer has rotary positions for."""
+    limit = getattr(pipe.transformer.config, "rope_max_seq_len", None)
+    step = _size_step(pipe)
+    tokens = {
+        "num_frames": latent_frames(pipe, settings) // patch_sizes(pipe)[0],
+        "height": settings.height // step,
+        "width": settings.width // step,
+    }
+    for name, count in tokens.items():
+        if limit is not None and count > limit:
+            raise InvalidInputError(
+                f"{name}: got {getattr(settings, name)}, {count} tokens; the transformer has {limit} positions"
+            )
+
+
 def _check_frame_size(pipe: Any, settings: GenerationSettings) -> None:
     config = pipe.transformer.config
-    spatial, step = int(pipe.vae_scale_factor_spatial), _size_step(pipe)
-    step = math.lcm(step, 8)  # the pipeline itself refuses sizes that 8 does not divide
+    spatial, step = vae_factors(pipe)[1], _size_step(pipe)
+    step = math.lcm(step, family_of(pipe.transformer).size_multiple)  # of the pipeline itself
     for name, value in (("height", settings.height), ("width", settings.width)):
-        learned = getattr(config, "use_learned_positional_embeddings", False)
-        trained = getattr(config, f"sample_{name}") * spatial
-        if learned and value != trained:
+        trained = getattr(config, f"sample_{name}", 0) * spatial
+        if getattr(config, "use_learned_positional_embeddings", False) and value != trained:
             raise InvalidInputError(
                 f"{name}: got {value}; the transformer has learned positions for {trained} pixels only"
             )

@@ -5,7 +5,8 @@ the velocity error is measured on: a student called on exactly these inputs sees
 guidance that would amplify them.
 
 Guidance runs both branches in one call, `[unconditional videos; conditional videos]` along the batch, so a call has
-`R = branches · B` rows, and video `b` owns the rows `b, B + b, …`.
+`R = branches · B` rows, and video `b` owns the rows `b, B + b, …`. Where a pipeline runs them in two calls, the two are
+joined into such a one.
 
 Legend: `B` videos, `R` rows of a call, `f` latent frames, `C` latent channels, `h`, `w` latent height and width, `N_t`
 text tokens, `E` text width.
@@ -22,6 +23,7 @@ import torch
 
 from s2q.calibration.denoising import Denoised, StepDone, denoise
 from s2q.calibration.settings import GenerationSettings, check_prompts
+from s2q.models import family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +32,10 @@ class TransformerCall:
 
     Attributes:
         timestep: The scheduler's timestep, 0 (clean) to 999 (noise).
-        inputs: The keyword arguments of the call, tensors on the CPU: `hidden_states [R, f, C, h, w]`,
-            `encoder_hidden_states [R, N_t, E]`, `timestep [R]`, and for rotary models `image_rotary_emb`.
-        output: The transformer's prediction, `[R, f, C, h, w]`, compute dtype, on the CPU.
+        inputs: The keyword arguments of the call, tensors on the CPU: `hidden_states [R, f, C, h, w]` (channels first
+            where the family has them so), `encoder_hidden_states [R, N_t, E]`, `timestep [R]`, and what else there is,
+            such as `image_rotary_emb`.
+        output: The transformer's prediction, of the shape of `hidden_states`, compute dtype, on the CPU.
     """
 
     timestep: float
@@ -115,7 +118,7 @@ def record_trajectory(
         prompts=tuple(prompts),
         seeds=tuple(seeds),
         settings=settings,
-        calls=tuple(calls),
+        calls=tuple(_one_a_step(calls, pipe, settings)),
         latents=result.latents,
         frames=result.frames,
     )
@@ -150,6 +153,29 @@ def recorded_calls(transformer: torch.nn.Module) -> Iterator[list[TransformerCal
         yield calls
     finally:
         handle.remove()
+
+
+def _one_a_step(calls: Sequence[TransformerCall], pipe: Any, settings: GenerationSettings) -> Sequence[TransformerCall]:
+    """Join the two calls of each step where guidance takes two, the unconditional rows first."""
+    if family_of(pipe.transformer).guidance == "batched" or len(calls) == settings.num_inference_steps:
+        return calls
+    assert len(calls) == 2 * settings.num_inference_steps, (len(calls), settings)
+    shared: dict[tuple[int, int], torch.Tensor] = {}
+    joined = []
+    for conditional, other in zip(calls[::2], calls[1::2], strict=True):
+        assert conditional.timestep == other.timestep
+        inputs = {}
+        for name, value in conditional.inputs.items():
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(conditional.output):
+                key = id(other.inputs[name]), id(value)
+                if key not in shared:
+                    shared[key] = torch.cat([other.inputs[name], value])
+                inputs[name] = shared[key]
+            else:
+                inputs[name] = value
+        output = torch.cat([other.output, conditional.output])
+        joined.append(TransformerCall(timestep=conditional.timestep, inputs=inputs, output=output))
+    return joined
 
 
 def _to_cpu(value: Any, shared: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:

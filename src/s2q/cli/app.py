@@ -58,6 +58,9 @@ AttentionBackend = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of the same kind.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the model's.", metavar="N")]
+Frames = Annotated[int | None, typer.Option("--num-frames", help="Frames of a video.", metavar="N")]
+Height = Annotated[int | None, typer.Option("--height", help="Height in pixels.", metavar="N")]
+Width = Annotated[int | None, typer.Option("--width", help="Width in pixels.", metavar="N")]
 Guidance = Annotated[
     float | None, typer.Option("--guidance-scale", help="Guidance weight; default: the model's.", metavar="X")
 ]
@@ -153,9 +156,9 @@ def generate(
         list[str] | None, typer.Option("--prompt", help="What the video shows; may be repeated.", metavar="TEXT")
     ] = None,
     prompts: Prompts = None,
-    num_frames: Annotated[int | None, typer.Option("--num-frames", help="Frames of a video.", metavar="N")] = None,
-    height: Annotated[int | None, typer.Option("--height", help="Height in pixels.", metavar="N")] = None,
-    width: Annotated[int | None, typer.Option("--width", help="Width in pixels.", metavar="N")] = None,
+    num_frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
@@ -198,6 +201,9 @@ def evaluate(
         list[str] | None,
         typer.Option("--metrics", help="Names or groups, by comma: psnr,ssim,velocity. Default: all.", metavar="NAMES"),
     ] = None,
+    num_frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
     device: Device = "auto",
@@ -208,7 +214,7 @@ def evaluate(
     """Judge a model against full precision."""
     from s2q.cli import commands
 
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
     options = _given(locals(), "num_prompts", "seeds", "metrics", "device", "dtype", "overwrite", "as_json")
     commands.evaluate(model, reference, output, prompts=prompts, settings=settings, options=options)
 

@@ -5,9 +5,12 @@ from torch import nn
 from s2q.core.errors import InvalidInputError
 from s2q.models.cogvideox import COGVIDEOX
 from s2q.models.family import BlockLinear, Family, block_linears, block_names
+from s2q.models.hunyuanvideo import HUNYUANVIDEO
+from s2q.models.ltx import LTX
 from s2q.models.source import ModelSource, resolve_model
+from s2q.models.wan import WAN
 
-FAMILIES: dict[str, Family] = {COGVIDEOX.transformer_class: COGVIDEOX}
+FAMILIES: dict[str, Family] = {family.transformer_class: family for family in (COGVIDEOX, HUNYUANVIDEO, LTX, WAN)}
 """Supported families, by the class name of their transformer."""
 
 
@@ -27,7 +30,8 @@ def family_of(transformer: nn.Module | str) -> Family:
     family = FAMILIES.get(class_name)
     if family is None:
         raise InvalidInputError(
-            f"transformer class {class_name!r} is not supported; supported classes: {', '.join(sorted(FAMILIES))}"
+            f"transformer class {class_name!r} is not supported; supported classes: {', '.join(sorted(FAMILIES))} "
+            "(docs/models.md says how to add one)"
         )
     return family
 

@@ -5,6 +5,7 @@ from s2q.models.family import Family
 COGVIDEOX = Family(
     name="cogvideox",
     transformer_class="CogVideoXTransformer3DModel",
+    pipeline_class="CogVideoXPipeline",
     block_lists=("transformer_blocks",),
     modulation=("norm1.linear", "norm2.linear"),
     shared_inputs=(
@@ -16,5 +17,9 @@ COGVIDEOX = Family(
     attention="attn1",
     streams=("hidden_states", "encoder_hidden_states"),
     joint_order=("encoder_hidden_states", "hidden_states"),
-    latent_channel_dim=1,
+    latents="frames first",
+    size_multiple=8,
+    guidance="batched",
+    text_tokens=226,
+    defaults={"num_inference_steps": 50, "guidance_scale": 6.0},
 )

@@ -6,6 +6,7 @@ transformer have linears with the same names.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,24 +24,42 @@ class Family:
     Attributes:
         name: Short name of the family.
         transformer_class: Name of the diffusers class.
+        pipeline_class: Name of the text-to-video pipeline that calibration runs.
         block_lists: Attributes of the transformer that hold its blocks, in the order in which they run.
         modulation: Linears of a block, relative to it, that see one row a sample (adaLN): weight-only.
         shared_inputs: Groups of linears of a block that read the same tensor, hence may share a transform.
         attention: The module of a block whose attention says which tokens matter.
         streams: Keyword arguments of a block that it returns anew, in the order in which it returns them.
         joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
-        latent_channel_dim: Which dimension of the latents of one video the channels are.
+        latents: How a pipeline holds the latents of one video: "frames first" [f, C, h, w], "channels first"
+            [C, f, h, w], or as "tokens" [f · h · w, C].
+        size_multiple: What the pipeline itself asks of height and width, in pixels.
+        guidance: How a pipeline runs the two branches of classifier-free guidance: "batched" in one call, unconditional
+            rows first, or in "two calls", the conditional one first. Distilled models run one branch either way.
+        text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
+        defaults: Generation settings of the published models, by the names of `GenerationSettings`; what the
+            configuration of a transformer says of sizes comes first.
     """
 
     name: str
     transformer_class: str
+    pipeline_class: str
     block_lists: tuple[str, ...]
     modulation: tuple[str, ...]
     shared_inputs: tuple[tuple[str, ...], ...]
     attention: str
     streams: tuple[str, ...]
     joint_order: tuple[str, ...]
-    latent_channel_dim: int
+    latents: Literal["frames first", "channels first", "tokens"]
+    size_multiple: int
+    guidance: Literal["batched", "two calls"]
+    text_tokens: int
+    defaults: Mapping[str, int | float]
+
+    @property
+    def latent_channel_dim(self) -> int:
+        """Which dimension of the latents of one video the channels are."""
+        return 0 if self.latents == "channels first" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +122,28 @@ def block_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
     """
     found = []
     for index, block_name in enumerate(block_names(transformer, family)):
-        for child_name, module in transformer.get_submodule(block_name).named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            role: Role = "modulation" if child_name in family.modulation else "linear"
-            found.append(
-                BlockLinear(
-                    name=f"{block_name}.{child_name}",
-                    block=index,
-                    role=role,
-                    in_features=module.in_features,
-                    out_features=module.out_features,
-                    has_bias=module.bias is not None,
-                )
-            )
+        found += linears_of_block(transformer.get_submodule(block_name), block_name, family, index=index)
     return found
+
+
+def linears_of_block(block: nn.Module, block_name: str, family: Family, *, index: int = 0) -> list[BlockLinear]:
+    """List the linears of one block, in the order of its modules.
+
+    Args:
+        block: The block; may live on the meta device.
+        block_name: Its name in the transformer, "transformer_blocks.0".
+        family: The family of the transformer.
+        index: Its place among all blocks.
+    """
+    return [
+        BlockLinear(
+            name=f"{block_name}.{name}",
+            block=index,
+            role="modulation" if name in family.modulation else "linear",
+            in_features=module.in_features,
+            out_features=module.out_features,
+            has_bias=module.bias is not None,
+        )
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]

@@ -144,7 +144,8 @@ def resolve_model(model: str | Path) -> ModelSource:
         return _source_in(path, name=path.resolve().name, kind="folder")
     if path.exists():
         raise InvalidInputError(
-            f"{path} is a file; expected the folder of a diffusers pipeline, which has a model_index.json"
+            f"{path} is a file; expected the folder of a diffusers pipeline, which has a model_index.json (single "
+            "files and GGUF are not read: load them with diffusers and save the pipeline)"
         )
     if isinstance(model, str) and HUB_ID.fullmatch(text):
         return _source_in(_hub_folder(text, patterns=_SETUP_PATTERNS), name=text, kind="hub")
@@ -198,6 +199,12 @@ def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "
         raise InvalidInputError(
             f"{index_path}: {index.get('_class_name', 'this pipeline')} has no transformer; "
             "expected a text-to-video pipeline with a diffusion transformer"
+        )
+    second = index.get(f"{_TRANSFORMER}_2")
+    if isinstance(second, list) and any(second):
+        raise InvalidInputError(
+            f"{index_path}: {index.get('_class_name', 'this pipeline')} has two transformers, which is not supported "
+            "yet: the second would stay in full precision"
         )
     config_path = folder / _TRANSFORMER / "config.json"
     if not config_path.is_file():

@@ -16,7 +16,8 @@ import yaml
 from torch import nn
 
 from s2q.core.errors import unknown_name
-from s2q.models.family import BlockLinear, Role
+from s2q.models import family_of
+from s2q.models.family import BlockLinear, Family, block_linears, linears_of_block
 
 SYNTHETIC_PREFIX = "synthetic:"
 """What the name of a synthetic model starts with on the command line."""
@@ -54,7 +55,6 @@ class SyntheticModel:
         transformer_class: Name of the diffusers class.
         config: Arguments of the class.
         block_lists: Its lists of blocks, in the order in which they run.
-        modulation: Linears of a block that see one row a sample.
         tokens: N of a video of the recommended size.
         text_tokens: T.
         batch: B of a call of the transformer.
@@ -65,7 +65,6 @@ class SyntheticModel:
     transformer_class: str
     config: Mapping[str, Any] = field(repr=False)
     block_lists: tuple[BlockList, ...]
-    modulation: tuple[str, ...]
     tokens: int
     text_tokens: int
     batch: int
@@ -75,6 +74,11 @@ class SyntheticModel:
     def label(self) -> str:
         """Its name on the command line, "synthetic:cogvideox-5b"."""
         return SYNTHETIC_PREFIX + self.name
+
+    @property
+    def family(self) -> Family:
+        """Its family."""
+        return family_of(self.transformer_class)
 
     @property
     def heads(self) -> int:
@@ -106,37 +110,16 @@ class SyntheticModel:
         Args:
             transformer: What `meta_transformer` returned, or a part of it with the same names.
         """
-        found: list[BlockLinear] = []
-        index = 0
-        for block_list in self.block_lists:
-            for place, block in enumerate(getattr(transformer, block_list.name)):
-                found += self.block_linears(block, f"{block_list.name}.{place}", index=index)
-                index += 1
-        return found
+        return block_linears(transformer, self.family)
 
-    def block_linears(self, block: nn.Module, block_name: str, *, index: int = 0) -> list[BlockLinear]:
+    def block_linears(self, block: nn.Module, block_name: str) -> list[BlockLinear]:
         """List the linears of one block.
 
         Args:
             block: The block; may live on the meta device.
             block_name: Its name in the transformer, "transformer_blocks.0".
-            index: Its place among all blocks.
         """
-        found = []
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
-                role: Role = "modulation" if name in self.modulation else "linear"
-                found.append(
-                    BlockLinear(
-                        name=f"{block_name}.{name}",
-                        block=index,
-                        role=role,
-                        in_features=module.in_features,
-                        out_features=module.out_features,
-                        has_bias=module.bias is not None,
-                    )
-                )
-        return found
+        return linears_of_block(block, block_name, self.family)
 
     def rows(self, block_list: BlockList, linear: str, *, tokens: int) -> int:
         """Return how many rows a linear sees of one sample.
@@ -146,7 +129,7 @@ class SyntheticModel:
             linear: Its name inside the block.
             tokens: N.
         """
-        if linear in self.modulation:
+        if linear in self.family.modulation:
             return 1
         if linear in block_list.text:
             return self.text_tokens
@@ -184,8 +167,7 @@ def synthetic_model(name: str) -> SyntheticModel:
         for one in entry.pop("blocks")
     )
     tokens = math.prod(size // step for size, step in zip(latent, patch, strict=True))
-    modulation = tuple(entry.pop("modulation"))
-    return SyntheticModel(name=key, block_lists=lists, modulation=modulation, tokens=tokens, **entry)
+    return SyntheticModel(name=key, block_lists=lists, tokens=tokens, **entry)
 
 
 def _contents() -> dict[str, Any]:

@@ -40,7 +40,7 @@ from s2q.recipes.schema import CalibrationGroup
 from s2q.shapes import embedded
 
 SCHEMA_VERSION = 1
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +138,18 @@ def prepare(
         inputs: What else decides the result: device, versions. Plain data.
 
     Raises:
-        InvalidInputError: If a prompt is too long or empty, or more samples are asked for than there are candidates.
+        InvalidInputError: If the pipeline needs more than prompts, a prompt is too long or empty, or more samples are
+            asked for than there are candidates.
     """
+    expected, found = family_of(teacher.transformer).pipeline_class, type(teacher.pipe).__name__
+    if found != expected:
+        raise InvalidInputError(
+            f"{found}: calibration generates from prompts alone, with {expected}; take a recipe that does not "
+            f"calibrate, or save the transformer in a {expected}"
+        )
     check_prompts(teacher.pipe, prompts)
-    settings = resolve_settings(
-        teacher.pipe, requested={"num_inference_steps": group.steps}, defaults=_recommended(teacher)
-    )
+    requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
+    settings = resolve_settings(teacher.pipe, requested=requested, defaults=_recommended(teacher))
     candidates = len(prompts) * settings.num_inference_steps
     if group.samples > candidates:
         raise InvalidInputError(
@@ -290,6 +296,8 @@ def call_inputs(artefact: Artefact, call: CalibrationCall) -> dict[str, Any]:
             inputs[name] = artefact.tensors[f"arguments.{name}"][call.step][call.branch % branches][None]
         elif kind == "shared":
             inputs[name] = artefact.tensors[f"arguments.{name}"]
+        elif kind == "plain":
+            inputs[name] = artefact.stats["plain"][name]
         else:
             inputs[name] = tuple(artefact.tensors[f"arguments.{name}.{part}"] for part in range(kind))
     return inputs
@@ -382,16 +390,19 @@ def _to_artefact(trajectory: Trajectory) -> Artefact:
         "timesteps": torch.tensor([call.timestep for call in calls], dtype=torch.float64),
     }
     arguments: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
     for name, value in calls[0].inputs.items():
         if name == "hidden_states":
             continue
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and isinstance(value[0], Tensor):
             arguments[name] = len(value)
             tensors |= {f"arguments.{name}.{part}": one.clone() for part, one in enumerate(value)}
         elif isinstance(value, Tensor):
             kind, stored = _stored(name, [call.inputs[name] for call in calls], branches)
             arguments[name], tensors[f"arguments.{name}"] = kind, stored
-    return Artefact(tensors=tensors, stats={"branches": branches, "arguments": arguments})
+        else:
+            arguments[name], plain[name] = "plain", value
+    return Artefact(tensors=tensors, stats={"branches": branches, "arguments": arguments, "plain": plain})
 
 
 def _stored(name: str, values: Sequence[Tensor], branches: int) -> tuple[str, Tensor]:

@@ -9,6 +9,7 @@ Tensors above the budget lie on the disk, in the run folder. Legend: `B` samples
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class TeacherStream:
         Args:
             sample: Index of the sample.
         """
-        return {**self._fixed[sample], **self._moving.get(sample)}
+        return self._renamed({**self._fixed[sample], **self._moving.get(sample)})
 
     def timestep_inputs(self) -> Iterator[dict[str, Any]]:
         """Go through keyword arguments of the block at hand that have the conditioning of one timestep after another.
@@ -148,7 +149,7 @@ class TeacherStream:
             Keyword arguments.
         """
         for conditioning in self._conditioning:
-            yield {**conditioning, **self._moving.get(0)}
+            yield self._renamed({**conditioning, **self._moving.get(0)})
 
     def check(self, outputs: Sequence[Tensor], *, block: int, sample: int) -> None:
         """Refuse NaN and infinite values in what a block returns.
@@ -195,6 +196,13 @@ class TeacherStream:
         fixed = {name: value for name, value in arguments.items() if name not in self.streams}
         return {name: arguments[name] for name in self.streams}, fixed
 
+    def _renamed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Give arguments the names that the block at hand has for them: those at the same place, in another list."""
+        assert self._position is not None
+        first, own = (_parameters(self.transformer.get_submodule(self.block_names[i])) for i in (0, self._position))
+        names = dict(zip(first, own, strict=False))
+        return {names.get(name, name): value for name, value in arguments.items()}
+
     @torch.no_grad()
     def _pass(self, index: int) -> None:
         block = self.transformer.get_submodule(self.block_names[index])
@@ -215,12 +223,11 @@ class _ReachedError(Exception):
 
 
 def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Run the transformer until it calls its first block; return what it calls it with."""
+    """Run the transformer until it calls its first block; return what it calls it with, by name."""
     heard: dict[str, Any] = {}
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert not args, "blocks are called with positional arguments"
-        heard.update(kwargs)
+        heard.update(_named(block, args, kwargs))
         raise _ReachedError
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
@@ -231,6 +238,24 @@ def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, A
     finally:
         handle.remove()
     raise AssertionError("the transformer never called its first block")
+
+
+def _parameters(block: nn.Module) -> list[str]:
+    """Names of a block's arguments, in order."""
+    parameters = inspect.signature(block.forward).parameters.values()
+    return [one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
+def _named(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name.
+
+    Blocks of one model that differ in what they use are called alike and swallow the rest in `*args`; a tensor there
+    would be something that this block does use.
+    """
+    names = _parameters(block)
+    swallowed = [value for value in args[len(names) :] if isinstance(value, Tensor)]
+    assert not swallowed, f"{type(block).__name__} is called with {len(swallowed)} tensors that have no name"
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _moved(value: Any, device: str) -> Any:

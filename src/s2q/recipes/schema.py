@@ -104,6 +104,9 @@ class CalibrationGroup(_Group):
     Attributes:
         n_prompts: Prompts to generate; the first ones, where more are given.
         steps: Denoising steps of each; None takes the model's own number.
+        num_frames: Frames of each; None takes the model's own number. Fewer, and smaller ones, cost less.
+        height: Height of a frame in pixels, likewise.
+        width: Width of a frame in pixels, likewise.
         samples: Candidates (a denoising step of a prompt) to take.
         selection: How they are taken; one of `SELECTIONS`.
         branches: Which guidance branch of a candidate is the sample: "alternate" takes the conditional and the
@@ -112,6 +115,9 @@ class CalibrationGroup(_Group):
 
     n_prompts: int = Field(default=10, ge=1)
     steps: int | None = Field(default=None, ge=1)
+    num_frames: int | None = Field(default=None, ge=1)
+    height: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
     samples: int = Field(default=40, ge=1)
     selection: Annotated[str, _one_of("selection", SELECTIONS)] = "sds"
     branches: Literal["alternate", "conditional", "both"] = "alternate"

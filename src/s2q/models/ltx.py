@@ -1,0 +1,28 @@
+"""LTX-Video: self-attention over the video, cross-attention to the text, no adaLN linears; latents in tokens."""
+
+from s2q.models.family import Family
+
+LTX = Family(
+    name="ltx",
+    transformer_class="LTXVideoTransformer3DModel",
+    pipeline_class="LTXPipeline",
+    block_lists=("transformer_blocks",),
+    modulation=(),
+    shared_inputs=(
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        ("attn1.to_out.0",),
+        ("attn2.to_q",),
+        ("attn2.to_k", "attn2.to_v"),
+        ("attn2.to_out.0",),
+        ("ff.net.0.proj",),
+        ("ff.net.2",),
+    ),
+    attention="attn1",
+    streams=("hidden_states",),
+    joint_order=("hidden_states",),
+    latents="tokens",
+    size_multiple=32,
+    guidance="batched",
+    text_tokens=128,
+    defaults={"num_frames": 161, "height": 512, "width": 704, "num_inference_steps": 50, "guidance_scale": 3.0},
+)

@@ -1,0 +1,31 @@
+"""Wan 2.1 text to video, 1.3B and 14B: self-attention over the video, cross-attention to the text, no adaLN linears.
+
+A block's modulation is a table of its own plus what one linear outside the blocks makes of the timestep.
+"""
+
+from s2q.models.family import Family
+
+WAN = Family(
+    name="wan",
+    transformer_class="WanTransformer3DModel",
+    pipeline_class="WanPipeline",
+    block_lists=("blocks",),
+    modulation=(),
+    shared_inputs=(
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        ("attn1.to_out.0",),
+        ("attn2.to_q",),
+        ("attn2.to_k", "attn2.to_v"),
+        ("attn2.to_out.0",),
+        ("ffn.net.0.proj",),
+        ("ffn.net.2",),
+    ),
+    attention="attn1",
+    streams=("hidden_states",),
+    joint_order=("hidden_states",),
+    latents="channels first",
+    size_multiple=16,
+    guidance="two calls",
+    text_tokens=512,
+    defaults={"num_frames": 81, "height": 480, "width": 832, "num_inference_steps": 50, "guidance_scale": 5.0},
+)

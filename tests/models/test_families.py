@@ -1,0 +1,213 @@
+"""What every family has to show, on a tiny random pipeline of its classes; a new one is a line in a table."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import CogVideoXImageToVideoPipeline, DiffusionPipeline
+
+import s2q
+from s2q.calibration import prompt_token_limit, record_trajectory, resolve_settings
+from s2q.checkpoint import read_config
+from s2q.core.errors import InvalidInputError
+from s2q.distillation import capture_column_sums
+from s2q.evaluation import EvaluationOptions, evaluate
+from s2q.models import FAMILIES, block_linears, block_names, family_of
+from s2q.planning import plan
+from s2q.quantization.stream import TeacherStream
+from tiny import TINY_CALL, tiny_cogvideox_pipeline, tiny_hunyuanvideo_pipeline, tiny_ltx_pipeline, tiny_wan_pipeline
+
+FAMILIES_UNDER_TEST = {
+    "cogvideox": lambda: tiny_cogvideox_pipeline(rotary=True),
+    "cogvideox 1.5": lambda: tiny_cogvideox_pipeline(rotary=True, patch_size_t=2),
+    "hunyuanvideo": tiny_hunyuanvideo_pipeline,
+    "ltx": tiny_ltx_pipeline,
+    "wan": tiny_wan_pipeline,
+    "wan 2.2 5b": lambda: tiny_wan_pipeline(expand_timesteps=True),
+}
+QUICK = ["calibration.samples=3", "calibration.steps=2", "distillation.epochs=1"]
+
+
+def sizes(pipe):
+    """Of a small video: 16 pixels a side, or what the pipeline takes at least."""
+    side = max(16, family_of(pipe.transformer).size_multiple)
+    return {"num_frames": TINY_CALL["num_frames"], "height": side, "width": side}
+
+
+@pytest.fixture(scope="module", params=FAMILIES_UNDER_TEST)
+def pipe(request):
+    return FAMILIES_UNDER_TEST[request.param]()
+
+
+@pytest.fixture(scope="module")
+def trajectory(pipe):
+    settings = resolve_settings(pipe, requested={**sizes(pipe), "num_inference_steps": 3})
+    return record_trajectory(pipe, ["red", "a blue square"], seeds=[0, 1], settings=settings, decode=True)
+
+
+@pytest.fixture(scope="module")
+def stream(pipe, trajectory, tmp_path_factory):
+    """The teacher's stream on the last row of every call."""
+    calls = [
+        lambda call=call: {name: _row(value, len(call.output)) for name, value in call.inputs.items()}
+        for call in trajectory.calls
+    ]
+    family = family_of(pipe.transformer)
+    return TeacherStream(
+        pipe.transformer,
+        block_names(pipe.transformer, family),
+        calls=calls,
+        names=[f"step {step}" for step in range(len(calls))],
+        streams=family.streams,
+        folder=tmp_path_factory.mktemp("stream"),
+    )
+
+
+def _row(value, rows):
+    return value[-1:] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
+
+
+def test_every_family_is_tested():
+    assert {family.name for family in FAMILIES.values()} == {name.split()[0] for name in FAMILIES_UNDER_TEST}
+
+
+def test_every_linear_of_the_blocks_is_listed_and_none_outside(pipe):
+    family = family_of(pipe.transformer)
+    prefixes = tuple(f"{name}." for name in family.block_lists)
+    inside = {
+        name
+        for name, module in pipe.transformer.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(prefixes)
+    }
+    listed = block_linears(pipe.transformer, family)
+    assert {one.name for one in listed} == inside
+    roles = {one.name.split(".", 2)[2]: one.role for one in listed}
+    assert {name for name, role in roles.items() if role == "modulation"} == set(family.modulation)
+    shared = [name for group in family.shared_inputs for name in group]
+    assert len(shared) == len(set(shared))
+    assert set(shared) == {name for name, role in roles.items() if role == "linear"}
+
+
+def test_linears_of_a_group_read_the_same_numbers(pipe, stream):
+    family = family_of(pipe.transformer)
+    for index, name in enumerate(stream.block_names):
+        stream.advance(index)
+        block, heard = pipe.transformer.get_submodule(name), {}
+        handles = [
+            module.register_forward_pre_hook(
+                lambda _module, args, inner=inner, heard=heard: heard.update({inner: args[0]})
+            )
+            for inner, module in block.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+        with torch.no_grad():
+            block(**stream.inputs(0))
+        for handle in handles:
+            handle.remove()
+        for first, *others in family.shared_inputs:
+            for other in others:
+                assert (first in heard) == (other in heard)
+                assert first not in heard or torch.equal(heard[first], heard[other])
+
+
+@torch.no_grad()
+def test_replaying_a_call_gives_its_recorded_output(pipe, trajectory):
+    """Both branches of guidance in one call, whether the pipeline runs them so or not."""
+    assert trajectory.frames.shape == (2, *sizes(pipe).values(), 3)
+    assert len(trajectory.calls) == 3
+    for call in trajectory.calls:
+        assert len(call.output) == 2 * trajectory.branches(call)
+        torch.testing.assert_close(pipe.transformer(**call.inputs, return_dict=False)[0], call.output)
+
+
+def test_the_unconditional_rows_come_first(pipe, trajectory):
+    """The rows of the prompts differ from prompt to prompt; those without a prompt are all alike."""
+    call = trajectory.calls[0]
+    if trajectory.branches(call) == 1:
+        pytest.skip("guidance is distilled")
+    unconditional, conditional = call.inputs["encoder_hidden_states"].chunk(2)
+    assert torch.equal(unconditional[0], unconditional[1])
+    assert not torch.equal(conditional[0], conditional[1])
+    first, second = (one.inputs["encoder_hidden_states"] for one in trajectory.calls[:2])
+    assert first is second
+
+
+@torch.no_grad()
+def test_blocks_run_on_the_stream_as_they_do_in_the_transformer(pipe, trajectory, stream):
+    """With nothing quantized a block gives, bit for bit, what it gives inside the model."""
+    names, outputs = stream.block_names, {}
+    handles = [
+        pipe.transformer.get_submodule(name).register_forward_hook(
+            lambda _module, _args, output, name=name: outputs.update({name: output})
+        )
+        for name in names
+    ]
+    pipe.transformer(**stream.calls[1](), return_dict=False)
+    for handle in handles:
+        handle.remove()
+    expected = dict(outputs)
+    for index, name in enumerate(names):
+        stream.advance(index)
+        found = pipe.transformer.get_submodule(name)(**stream.inputs(1))
+        for one, other in zip(_streams(found), _streams(expected[name]), strict=True):
+            assert torch.equal(one, other)
+
+
+def _streams(output):
+    return output if isinstance(output, tuple) else (output,)
+
+
+def test_token_importance_is_that_of_the_explicit_map(pipe, stream, monkeypatch):
+    family, explicit = family_of(pipe.transformer), []
+
+    def by_hand(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_rest):
+        logits = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -torch.inf)
+        attention = (logits if attn_mask is None else logits + attn_mask).softmax(-1)
+        if query.shape[-2] == key.shape[-2]:
+            explicit.append(attention.sum(dim=(1, 2)))
+        return attention @ value
+
+    for index, name in enumerate(stream.block_names):
+        stream.advance(index)
+        block, inputs = pipe.transformer.get_submodule(name), stream.inputs(0)
+        with torch.no_grad(), capture_column_sums(block.get_submodule(family.attention)) as captured:
+            output = block(**inputs)
+        explicit.clear()
+        with monkeypatch.context() as patched, torch.no_grad():
+            patched.setattr(F, "scaled_dot_product_attention", by_hand)
+            block(**inputs)
+        torch.testing.assert_close(captured.joined(), explicit[0], rtol=1e-4, atol=1e-5)
+        lengths = dict(zip(family.streams, (one.shape[1] for one in _streams(output)), strict=True))
+        assert captured.joined().shape[1] == sum(lengths[name] for name in family.joint_order)
+
+
+def test_from_plan_to_video(pipe, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    pipe.save_pretrained(model)
+    overrides = QUICK + [f"calibration.{name}={value}" for name, value in sizes(pipe).items()]
+    planned = plan(str(model), "s2q-w4a6", overrides=overrides)
+    s2q.quantize(str(model), recipe="s2q-w4a6", out=out, prompts=["red", "a blue square"], overrides=overrides)
+    assert set(read_config(out).layers) == {layer.name for layer in planned.layers}
+    loaded = DiffusionPipeline.from_pretrained(out)
+    loaded.set_progress_bar_config(disable=True)
+    state = loaded.transformer.state_dict().values()
+    assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
+    length = prompt_token_limit(loaded)
+    frames = loaded("red", **sizes(pipe), num_inference_steps=2, max_sequence_length=length, output_type="pt").frames
+    assert frames.shape == (1, 9, 3, sizes(pipe)["height"], sizes(pipe)["width"])
+    assert bool(frames.isfinite().all())
+    options = EvaluationOptions(settings={**sizes(pipe), "num_inference_steps": 2})
+    result = evaluate(str(out), str(model), prompts=["red", "a blue square"], seeds=[0], options=options)
+    assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.5
+
+
+def test_image_to_video_is_quantized_without_calibration_and_refused_with_it(tmp_path):
+    text_to_video = tiny_cogvideox_pipeline()
+    pipe = CogVideoXImageToVideoPipeline(**text_to_video.components)
+    pipe.save_pretrained(tmp_path / "model")
+    s2q.quantize(tmp_path / "model", recipe="rtn-w4a6", out=tmp_path / "out")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "out")) is CogVideoXImageToVideoPipeline
+    with pytest.raises(InvalidInputError, match=r"CogVideoXImageToVideoPipeline: calibration generates from prompts"):
+        s2q.quantize(tmp_path / "model", recipe="s2q-w4a6", out=tmp_path / "other", prompts=["red"], overrides=QUICK)
+    assert not (tmp_path / "other").exists()
