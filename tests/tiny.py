@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMochi,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
@@ -24,6 +25,8 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -292,6 +295,37 @@ def tiny_ltx_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> L
     ).eval()
     pipe = LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.to(dtype),
+        text_encoder=tiny_text_encoder(seed=seed).to(dtype),
+        tokenizer=tiny_tokenizer(),
+        transformer=transformer.to(dtype),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_mochi_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> MochiPipeline:
+    """A complete random Mochi pipeline: video 64 wide and text 32, 12 latent channels, 6x in time, flow matching."""
+    torch.manual_seed(seed)
+    transformer = MochiTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=2,
+        pooled_projection_dim=32,
+        in_channels=12,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        max_sequence_length=256,
+    ).eval()
+    _stir(transformer, seed + 1)
+    vae = AutoencoderKLMochi(
+        latent_channels=12,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    ).eval()
+    pipe = MochiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         vae=vae.to(dtype),
         text_encoder=tiny_text_encoder(seed=seed).to(dtype),
         tokenizer=tiny_tokenizer(),
