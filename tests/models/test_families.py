@@ -13,6 +13,7 @@ from s2q.core.errors import InvalidInputError
 from s2q.distillation import capture_column_sums
 from s2q.evaluation import EvaluationOptions, evaluate
 from s2q.models import FAMILIES, block_linears, block_names, family_of
+from s2q.nn import PackedLinear
 from s2q.planning import plan
 from s2q.quantization.stream import TeacherStream
 from tiny import (
@@ -209,6 +210,27 @@ def test_from_plan_to_video(pipe, tmp_path):
     options = EvaluationOptions(settings={**sizes(pipe), "num_inference_steps": 2})
     result = evaluate(str(out), str(model), prompts=["red", "a blue square"], seeds=[0], options=options)
     assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.5
+
+
+def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    overrides = ["outer.num_bits=8"]
+    planned = plan(str(tmp_path / "model"), "rtn-w4a16", overrides=overrides)
+    s2q.quantize(tmp_path / "model", recipe="rtn-w4a16", out=tmp_path / "out", overrides=overrides)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    linears = {name for name, one in loaded.transformer.named_modules() if isinstance(one, torch.nn.Linear)}
+    packed = {name for name, one in loaded.transformer.named_modules() if isinstance(one, PackedLinear)}
+    kept = set(getattr(loaded.transformer, "_keep_in_fp32_modules", None) or ())
+    assert linears - packed == {name for name in linears if kept & set(name.split("."))}
+    state = loaded.transformer.state_dict().values()
+    assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
+    pipes, found = {"outer": loaded}, {}
+    s2q.quantize(tmp_path / "model", recipe="rtn-w4a16", out=tmp_path / "blocks")
+    pipes["blocks"] = DiffusionPipeline.from_pretrained(tmp_path / "blocks")
+    for name, one in pipes.items():
+        settings = resolve_settings(one, requested={**sizes(one), "num_inference_steps": 2})
+        found[name] = record_trajectory(one, ["red"], seeds=[0], settings=settings).calls[0].output
+    assert float((found["outer"] - found["blocks"]).norm() / found["blocks"].norm()) < 0.05
 
 
 def test_image_to_video_is_quantized_without_calibration_and_refused_with_it(tmp_path):
