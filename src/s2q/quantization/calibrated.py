@@ -444,8 +444,11 @@ def _run_teacher(
             if captured is not None:
                 lengths = [stored[name].shape[1] for name in family.joint_order]
                 sums = captured.joined()
-                sums = F.pad(sums, (0, sum(lengths) - sums.shape[1]))  # of text that was left out: nobody attends to it
-                weights = token_weights(sums, lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
+                left_out = sum(lengths) - sums.shape[1]  # text that a prompt does not fill: nobody attends to it
+                assert left_out >= 0, (lengths, sums.shape)
+                weights = token_weights(
+                    F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max
+                )
                 own = dict(zip(family.joint_order, split_weights(weights, lengths), strict=True))
                 for name, output in zip(family.streams, outputs, strict=True):
                     stored[f"weights.{name}"] = own.get(name, torch.ones_like(output[..., 0]))
