@@ -20,7 +20,7 @@ test-gpu: $(READY)
 # Every line is a part of some minutes. Interrupted, run it again: what is in the file is not measured twice.
 BENCH := benchmarks/results/bench
 BENCH_OPS := linear activation_path gemm attention_colsum
-BENCH_MODELS := cogvideox-2b cogvideox-5b hunyuanvideo wan-1.3b wan-14b
+BENCH_MODELS := cogvideox-2b cogvideox-5b hunyuanvideo ltx-2b wan-1.3b wan-14b
 bench-cpu: BENCH_RUN = $(BIN)/s2q bench --device cpu --seconds 6 -r s2q-w4a6,s2q-plus-w4a6 -o $(BENCH)/cpu.json
 bench-gpu: BENCH_RUN = $(BIN)/s2q bench --device cuda -r s2q-w4a6,s2q-w4a4,s2q-plus-w4a6 -o $(BENCH)/gpu.json
 bench-cpu bench-gpu: $(READY)

@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMochi,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
@@ -24,6 +25,8 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -301,6 +304,37 @@ def tiny_ltx_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> L
     return pipe
 
 
+def tiny_mochi_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> MochiPipeline:
+    """A complete random Mochi pipeline: video 64 wide and text 32, 12 latent channels, 6x in time, flow matching."""
+    torch.manual_seed(seed)
+    transformer = MochiTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=2,
+        pooled_projection_dim=32,
+        in_channels=12,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        max_sequence_length=256,
+    ).eval()
+    _stir(transformer, seed + 1)
+    vae = AutoencoderKLMochi(
+        latent_channels=12,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    ).eval()
+    pipe = MochiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=vae.to(dtype),
+        text_encoder=tiny_text_encoder(seed=seed).to(dtype),
+        tokenizer=tiny_tokenizer(),
+        transformer=transformer.to(dtype),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def transformer_inputs(*, seed: int = 0, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Random inputs of a tiny transformer (without rotary embeddings), as keyword arguments of its forward."""
     generator = torch.Generator().manual_seed(seed)
@@ -342,7 +376,7 @@ def shrunken(name: str) -> SyntheticModel:
     """A synthetic model of the same structure with two blocks a list and 2 heads of 48 channels."""
     model = synthetic_model(name)
     small = {"num_attention_heads": 2, "attention_head_dim": 48}
-    small |= {key: 64 for key in ("ffn_dim",) if key in model.config}
+    small |= {key: size for key, size in (("ffn_dim", 64), ("cross_attention_dim", 96)) if key in model.config}
     small |= {one.argument: 2 for one in model.block_lists}
     lists = tuple(replace(one, count=2) for one in model.block_lists)
     return replace(model, config=dict(model.config) | small, block_lists=lists, tokens=10, text_tokens=6)

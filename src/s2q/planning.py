@@ -17,10 +17,10 @@ from s2q.core.errors import InvalidInputError
 from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme, weight_bytes
 from s2q.core.storage import BF16_BYTES, LinearStorage
-from s2q.models import BlockLinear, ModelSource, block_linears, family_of, resolve_model
+from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
 from s2q.models.source import parse_dtype
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
-from s2q.recipes import Recipe, assign_layouts, assign_schemes, load_recipe
+from s2q.recipes import Recipe, assign_layouts, assign_schemes, load_recipe, recipe_linears
 
 SCHEMA_VERSION = 1
 _DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -128,7 +128,7 @@ def plan_transformer(
     Raises:
         InvalidInputError: If the class is not supported, or the recipe does not fit it.
     """
-    linears = block_linears(transformer, family_of(transformer))
+    linears = recipe_linears(recipe, transformer)
     schemes = assign_schemes(recipe, linears)
     layouts = assign_layouts(recipe, linears, schemes)
     layers = tuple(

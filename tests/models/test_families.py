@@ -7,20 +7,29 @@ from diffusers import CogVideoXImageToVideoPipeline, DiffusionPipeline
 
 import s2q
 from s2q.calibration import prompt_token_limit, record_trajectory, resolve_settings
+from s2q.calibration.settings import vae_factors
 from s2q.checkpoint import read_config
 from s2q.core.errors import InvalidInputError
 from s2q.distillation import capture_column_sums
 from s2q.evaluation import EvaluationOptions, evaluate
 from s2q.models import FAMILIES, block_linears, block_names, family_of
+from s2q.nn import PackedLinear
 from s2q.planning import plan
 from s2q.quantization.stream import TeacherStream
-from tiny import TINY_CALL, tiny_cogvideox_pipeline, tiny_hunyuanvideo_pipeline, tiny_ltx_pipeline, tiny_wan_pipeline
+from tiny import (
+    tiny_cogvideox_pipeline,
+    tiny_hunyuanvideo_pipeline,
+    tiny_ltx_pipeline,
+    tiny_mochi_pipeline,
+    tiny_wan_pipeline,
+)
 
 FAMILIES_UNDER_TEST = {
     "cogvideox": lambda: tiny_cogvideox_pipeline(rotary=True),
     "cogvideox 1.5": lambda: tiny_cogvideox_pipeline(rotary=True, patch_size_t=2),
     "hunyuanvideo": tiny_hunyuanvideo_pipeline,
     "ltx": tiny_ltx_pipeline,
+    "mochi": tiny_mochi_pipeline,
     "wan": tiny_wan_pipeline,
     "wan 2.2 5b": lambda: tiny_wan_pipeline(expand_timesteps=True),
 }
@@ -28,9 +37,9 @@ QUICK = ["calibration.samples=3", "calibration.steps=2", "distillation.epochs=1"
 
 
 def sizes(pipe):
-    """Of a small video: 16 pixels a side, or what the pipeline takes at least."""
+    """Of a small video: 3 latent frames, 16 pixels a side or what the pipeline takes at least."""
     side = max(16, family_of(pipe.transformer).size_multiple)
-    return {"num_frames": TINY_CALL["num_frames"], "height": side, "width": side}
+    return {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side}
 
 
 @pytest.fixture(scope="module", params=FAMILIES_UNDER_TEST)
@@ -179,7 +188,8 @@ def test_token_importance_is_that_of_the_explicit_map(pipe, stream, monkeypatch)
             block(**inputs)
         torch.testing.assert_close(captured.joined(), explicit[0], rtol=1e-4, atol=1e-5)
         lengths = dict(zip(family.streams, (one.shape[1] for one in _streams(output)), strict=True))
-        assert captured.joined().shape[1] == sum(lengths[name] for name in family.joint_order)
+        left_out = sum(lengths[name] for name in family.joint_order) - captured.joined().shape[1]
+        assert (left_out > 0) == (family.name == "mochi")  # which leaves out the text that a prompt does not fill
 
 
 def test_from_plan_to_video(pipe, tmp_path):
@@ -195,11 +205,32 @@ def test_from_plan_to_video(pipe, tmp_path):
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
     length = prompt_token_limit(loaded)
     frames = loaded("red", **sizes(pipe), num_inference_steps=2, max_sequence_length=length, output_type="pt").frames
-    assert frames.shape == (1, 9, 3, sizes(pipe)["height"], sizes(pipe)["width"])
+    assert frames.shape == (1, sizes(pipe)["num_frames"], 3, sizes(pipe)["height"], sizes(pipe)["width"])
     assert bool(frames.isfinite().all())
     options = EvaluationOptions(settings={**sizes(pipe), "num_inference_steps": 2})
     result = evaluate(str(out), str(model), prompts=["red", "a blue square"], seeds=[0], options=options)
     assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.5
+
+
+def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    overrides = ["outer.num_bits=8"]
+    planned = plan(str(tmp_path / "model"), "rtn-w4a16", overrides=overrides)
+    s2q.quantize(tmp_path / "model", recipe="rtn-w4a16", out=tmp_path / "out", overrides=overrides)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    linears = {name for name, one in loaded.transformer.named_modules() if isinstance(one, torch.nn.Linear)}
+    packed = {name for name, one in loaded.transformer.named_modules() if isinstance(one, PackedLinear)}
+    kept = set(getattr(loaded.transformer, "_keep_in_fp32_modules", None) or ())
+    assert linears - packed == {name for name in linears if kept & set(name.split("."))}
+    state = loaded.transformer.state_dict().values()
+    assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
+    pipes, found = {"outer": loaded}, {}
+    s2q.quantize(tmp_path / "model", recipe="rtn-w4a16", out=tmp_path / "blocks")
+    pipes["blocks"] = DiffusionPipeline.from_pretrained(tmp_path / "blocks")
+    for name, one in pipes.items():
+        settings = resolve_settings(one, requested={**sizes(one), "num_inference_steps": 2})
+        found[name] = record_trajectory(one, ["red"], seeds=[0], settings=settings).calls[0].output
+    assert float((found["outer"] - found["blocks"]).norm() / found["blocks"].norm()) < 0.05
 
 
 def test_image_to_video_is_quantized_without_calibration_and_refused_with_it(tmp_path):

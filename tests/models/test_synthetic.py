@@ -13,6 +13,7 @@ PARAMETERS = {  # of the published weights
     "cogvideox-2b": 1_693_783_872,
     "cogvideox-5b": 5_570_283_072,
     "hunyuanvideo": 12_821_012_544,
+    "ltx-2b": 1_923_385_472,
     "wan-1.3b": 1_418_996_800,
     "wan-14b": 14_288_491_584,
 }
@@ -31,6 +32,7 @@ def test_the_published_parameter_counts():
         ("cogvideox-2b", 17_550, 226, 30 * 8),
         ("cogvideox-5b", 17_550, 226, 42 * 8),
         ("hunyuanvideo", 118_800, 256, 20 * 14 + 40 * 6),
+        ("ltx-2b", 7_392, 128, 28 * 10),
         ("wan-1.3b", 32_760, 512, 30 * 10),
         ("wan-14b", 32_760, 512, 40 * 10),
     ],
@@ -51,6 +53,15 @@ def test_tokens_and_linears(name, tokens, text, linears):
 )
 def test_packed_size(name, recipe, least):
     assert plan(f"synthetic:{name}", recipe).storage["ratio"] >= least
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("cogvideox-2b", 3.9), ("cogvideox-5b", 3.94), ("hunyuanvideo", 3.86), ("ltx-2b", 3.84)]
+    + [("wan-1.3b", 3.8), ("wan-14b", 3.86)],
+)
+def test_packed_size_with_the_linears_outside_the_blocks_at_8_bits(name, least):
+    assert plan(f"synthetic:{name}", "s2q-w4a6", overrides=["outer.num_bits=8"]).storage["ratio"] >= least
 
 
 def test_rows_of_linears():

@@ -87,7 +87,7 @@ def test_a_skip_pattern_that_matches_nothing_is_an_error(linears):
 
 
 def test_zero_targets_is_an_error(linears):
-    with pytest.raises(InvalidInputError, match="none of the 16 block linears is left to quantize"):
+    with pytest.raises(InvalidInputError, match="none of the 16 linears is left to quantize"):
         assign_schemes(load_recipe("rtn-w4a6", overrides=["skip=['*']"]), linears)
 
 

@@ -191,7 +191,7 @@ def _check_steps(pipe: Any, steps: int) -> None:
 
 def vae_factors(pipe: Any) -> tuple[int, int]:
     """Return how many frames make a latent frame, and how many pixels a side a latent pixel."""
-    for pattern in ("vae_scale_factor_{}", "vae_{}_compression_ratio"):
+    for pattern in ("vae_scale_factor_{}", "vae_{}_scale_factor", "vae_{}_compression_ratio"):
         names = [pattern.format(side) for side in ("temporal", "spatial")]
         if all(hasattr(pipe, name) for name in names):
             temporal, spatial = (int(getattr(pipe, name)) for name in names)

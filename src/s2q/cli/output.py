@@ -139,7 +139,7 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
         )
         groups.setdefault((kind, layer["scheme"], tuple(layer["shape"])), []).append(layer["bytes"])
     table = Table(header_style="dim", box=box.SIMPLE)
-    table.add_column(f"{len(layers)} block linears", overflow="fold")
+    table.add_column(f"{len(layers)} linears", overflow="fold")
     for column in ("count", "shape", "scheme", "bytes"):
         table.add_column(column, justify="right")
     for (kind, scheme, shape), sizes in list(groups.items())[:_MAX_LAYER_ROWS]:

@@ -4,13 +4,16 @@ from torch import nn
 
 from s2q.core.errors import InvalidInputError
 from s2q.models.cogvideox import COGVIDEOX
-from s2q.models.family import BlockLinear, Family, block_linears, block_names
+from s2q.models.family import OUTSIDE, BlockLinear, Family, block_linears, block_names, outer_linears
 from s2q.models.hunyuanvideo import HUNYUANVIDEO
 from s2q.models.ltx import LTX
+from s2q.models.mochi import MOCHI
 from s2q.models.source import ModelSource, resolve_model
 from s2q.models.wan import WAN
 
-FAMILIES: dict[str, Family] = {family.transformer_class: family for family in (COGVIDEOX, HUNYUANVIDEO, LTX, WAN)}
+FAMILIES: dict[str, Family] = {
+    family.transformer_class: family for family in (COGVIDEOX, HUNYUANVIDEO, LTX, MOCHI, WAN)
+}
 """Supported families, by the class name of their transformer."""
 
 
@@ -38,11 +41,13 @@ def family_of(transformer: nn.Module | str) -> Family:
 
 __all__ = [
     "FAMILIES",
+    "OUTSIDE",
     "BlockLinear",
     "Family",
     "ModelSource",
     "block_linears",
     "block_names",
     "family_of",
+    "outer_linears",
     "resolve_model",
 ]

@@ -14,7 +14,10 @@ from torch import nn
 
 from s2q.core.errors import InvalidInputError
 
-Role = Literal["linear", "modulation"]
+Role = Literal["linear", "modulation", "outer"]
+
+OUTSIDE = -1
+"""The block index of linears that lie outside the blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +67,12 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLinear:
-    """One linear inside a transformer block.
+    """One linear of a transformer, inside a block unless its role says otherwise.
 
     Attributes:
         name: Full name in the transformer, "transformer_blocks.3.attn1.to_q".
-        block: Index of its block, counted over all block lists in the order in which they run.
-        role: "modulation" for the adaLN linears, else "linear".
+        block: Index of its block, counted over all block lists in the order in which they run; `OUTSIDE` for "outer".
+        role: "modulation" for the adaLN linears, "outer" for those outside the blocks, else "linear".
         in_features: I.
         out_features: O.
         has_bias: Whether it has a bias of shape [O].
@@ -146,4 +149,31 @@ def linears_of_block(block: nn.Module, block_name: str, family: Family, *, index
         )
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
+    ]
+
+
+def outer_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
+    """List the linears outside the transformer's blocks: text projection, token refiner, timestep embedding, output.
+
+    Args:
+        transformer: A transformer of the family; may live on the meta device.
+        family: Its family.
+
+    Returns:
+        The linears, in the order of the modules, but for those of parts that the class keeps in fp32: what keeps its
+        precision on purpose is not quantized.
+    """
+    blocks = tuple(f"{name}." for name in family.block_lists)
+    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    return [
+        BlockLinear(
+            name=name,
+            block=OUTSIDE,
+            role="outer",
+            in_features=module.in_features,
+            out_features=module.out_features,
+            has_bias=module.bias is not None,
+        )
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(blocks) and not kept & set(name.split("."))
     ]

@@ -177,9 +177,16 @@ def _wan_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable
     return {"temb": normal(batch, 6, model.heads * model.head_dim), "rotary_emb": (angles.cos(), angles.sin())}
 
 
+def _ltx_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    width = model.heads * model.head_dim
+    angles = normal(batch, tokens, width, dtype=torch.float32)
+    return {"temb": normal(batch, 1, 6 * width), "image_rotary_emb": (angles.cos(), angles.sin())}
+
+
 BLOCK_INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "cogvideox": _cogvideox_inputs,
     "hunyuanvideo": _hunyuanvideo_inputs,
+    "ltx": _ltx_inputs,
     "wan": _wan_inputs,
 }
 """What a block of a family is called with besides its two streams; a function of model, B, N and a source of noise."""

@@ -80,7 +80,7 @@ def quantize_block(
             "rounding": {name: dict(report) for name, report in calibrated.rounding.items()},
         }
     else:
-        layers = round_block(block, linears, schemes=schemes, recipe=recipe, device=device)
+        layers = round_block(block, linears, schemes=schemes, method=recipe.rounding.method, device=device)
     errors: dict[str, float] = {}
     noise, power = 0.0, 0.0
     for inner, name in linears.items():
@@ -98,12 +98,20 @@ def round_block(
     linears: Mapping[str, str],
     *,
     schemes: Mapping[str, LinearScheme],
-    recipe: Recipe,
+    method: str,
     device: str = "cpu",
 ) -> dict[str, PackedLinear]:
-    """Round and pack the linears of one block by a recipe that needs no samples; see `quantize_block`."""
+    """Round and pack linears by a method that needs no samples.
+
+    Args:
+        block: The block, or any module that has them; not changed.
+        linears: Full name by name inside it.
+        schemes: Scheme by full name.
+        method: One of `ROUNDINGS`.
+        device: Where to compute.
+    """
     layers: dict[str, PackedLinear] = {}
-    rounding = ROUNDINGS[recipe.rounding.method]
+    rounding = ROUNDINGS[method]
     for inner, name in linears.items():
         linear = block.get_submodule(inner)
         rounded = rounding(linear.weight.to(device), schemes[name].weight)

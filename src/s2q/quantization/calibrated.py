@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.core.errors import S2QError
@@ -441,8 +442,13 @@ def _run_teacher(
             calibration.stream.check(outputs, block=calibration.index, sample=index)
             stored = dict(zip(family.streams, outputs, strict=True))
             if captured is not None:
-                weights = token_weights(captured.joined(), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
                 lengths = [stored[name].shape[1] for name in family.joint_order]
+                sums = captured.joined()
+                left_out = sum(lengths) - sums.shape[1]  # text that a prompt does not fill: nobody attends to it
+                assert left_out >= 0, (lengths, sums.shape)
+                weights = token_weights(
+                    F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max
+                )
                 own = dict(zip(family.joint_order, split_weights(weights, lengths), strict=True))
                 for name, output in zip(family.streams, outputs, strict=True):
                     stored[f"weights.{name}"] = own.get(name, torch.ones_like(output[..., 0]))

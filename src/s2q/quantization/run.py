@@ -25,11 +25,11 @@ from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, S2QConfig, attach_co
 from s2q.core.devices import check_device
 from s2q.core.errors import ResourceError, UsageError, unknown_name
 from s2q.core.files import canonical_json, check_output
-from s2q.models import ModelSource, family_of, resolve_model
+from s2q.models import OUTSIDE, ModelSource, family_of, resolve_model
 from s2q.models.source import dtype_name
 from s2q.nn import replace_module
 from s2q.planning import Plan, plan, plan_transformer, tensor_sizes
-from s2q.quantization.blocks import block_fingerprint, from_artefact, quantize_block, to_artefact
+from s2q.quantization.blocks import block_fingerprint, from_artefact, quantize_block, round_block, to_artefact
 from s2q.quantization.calibrated import BlockCalibration
 from s2q.quantization.collect import (
     CalibrationCall,
@@ -303,6 +303,9 @@ class _Run:
             layers = from_artefact(artefact, teacher.quantized_linears(index), teacher.schemes, layouts=layouts)
             for name, layer in layers.items():
                 replace_module(student, name, layer)
+        outer = {one.name: one.name for one in teacher.quantized_linears(OUTSIDE)}
+        for name, layer in round_block(teacher.transformer, outer, schemes=teacher.schemes, method="rtn").items():
+            replace_module(student, name, layer)
         config = S2QConfig.from_schemes(
             teacher.schemes, recipe=recipe.name, compute_dtype=dtype_name(teacher.dtype), layouts=layouts
         )

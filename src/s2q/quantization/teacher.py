@@ -13,9 +13,9 @@ from torch import nn
 
 from s2q.core.errors import InvalidInputError
 from s2q.core.schemes import LinearScheme
-from s2q.models import BlockLinear, ModelSource, block_linears, block_names, family_of
+from s2q.models import BlockLinear, ModelSource, block_names, family_of
 from s2q.models.source import HUB_ID, parse_dtype
-from s2q.recipes import Recipe, assign_schemes
+from s2q.recipes import Recipe, assign_schemes, recipe_linears
 from s2q.shapes import embedded
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, nn.Module):
         raise InvalidInputError(f"{type(pipe).__name__} has no transformer; expected a text-to-video pipeline with one")
-    linears = tuple(block_linears(transformer, family_of(transformer)))
+    linears = tuple(recipe_linears(recipe, transformer))
     _check_state(name, transformer, wanted=parse_dtype(dtype))
     _check_finite(name, transformer)
     schemes = assign_schemes(recipe, linears)

@@ -1,22 +1,39 @@
-"""Which block linear gets which scheme under a recipe."""
+"""Which linear gets which scheme under a recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from s2q.core.errors import InvalidInputError, nearest_names
 from s2q.core.schemes import LinearScheme, num_groups
-from s2q.models import BlockLinear
+from s2q.models import BlockLinear, block_linears, family_of, outer_linears
 from s2q.recipes.schema import Recipe
 
 
-def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, LinearScheme]:
-    """Give every block linear that the recipe quantizes its scheme.
+def recipe_linears(recipe: Recipe, transformer: nn.Module) -> list[BlockLinear]:
+    """List the linears that a recipe is about: those of the blocks, and the outer ones where it quantizes them.
 
     Args:
         recipe: The recipe.
-        linears: All linears of the blocks.
+        transformer: Of a supported family; may live on the meta device.
+
+    Raises:
+        InvalidInputError: If the class is not supported.
+    """
+    family = family_of(transformer)
+    outer = [] if recipe.outer is None else outer_linears(transformer, family)
+    return [*block_linears(transformer, family), *outer]
+
+
+def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, LinearScheme]:
+    """Give every linear that the recipe quantizes its scheme.
+
+    Args:
+        recipe: The recipe.
+        linears: What `recipe_linears` lists.
 
     Returns:
         Scheme by full name, in the order of `linears`; linears that stay as they are do not appear.
@@ -31,9 +48,14 @@ def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, 
             near = nearest_names(pattern, names, count=1)
             hint = f"; the nearest is {near[0]}" if near else ""
             raise InvalidInputError(f"recipe {recipe.name}: skip pattern {pattern!r} matches none of the linears{hint}")
+    by_role = {
+        "linear": recipe.linear_scheme(),
+        "modulation": recipe.modulation_scheme(),
+        "outer": recipe.outer_scheme(),
+    }
     schemes: dict[str, LinearScheme] = {}
     for linear in linears:
-        scheme = recipe.modulation_scheme() if linear.role == "modulation" else recipe.linear_scheme()
+        scheme = by_role[linear.role]
         if scheme is None or any(fnmatchcase(linear.name, pattern) for pattern in recipe.skip):
             continue
         try:
@@ -43,7 +65,7 @@ def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, 
         schemes[linear.name] = scheme
     if not schemes:
         raise InvalidInputError(
-            f"recipe {recipe.name}: none of the {len(names)} block linears is left to quantize; "
+            f"recipe {recipe.name}: none of the {len(names)} linears is left to quantize; "
             f"skip is {list(recipe.skip)}, remove a pattern"
         )
     return schemes

@@ -225,6 +225,8 @@ class Recipe(_Group):
         weights: Weights of the block linears.
         activations: Inputs of the block linears; None for weight-only.
         modulation: Weights of the adaLN linears, which are always weight-only; None leaves those linears untouched.
+        outer: Weights of the linears outside the blocks (text projection, token refiner, timestep embedding, output),
+            weight-only and rounded to nearest; None leaves those linears untouched.
         calibration: What the recipe calibrates on, if any of its parts does.
         transforms: What stands before the linears.
         clip: Clipping ratios.
@@ -239,6 +241,7 @@ class Recipe(_Group):
     weights: WeightsGroup
     activations: ActivationsGroup | None = None
     modulation: ModulationGroup | None = ModulationGroup(num_bits=4)
+    outer: WeightsGroup | None = None
     calibration: CalibrationGroup = CalibrationGroup()
     transforms: TransformsGroup = TransformsGroup()
     clip: ClipGroup = ClipGroup()
@@ -294,3 +297,7 @@ class Recipe(_Group):
     def modulation_scheme(self) -> LinearScheme | None:
         """Return the scheme of the adaLN linears, or None if they stay untouched."""
         return None if self.modulation is None else LinearScheme(weight=self.modulation.scheme(), activation=None)
+
+    def outer_scheme(self) -> LinearScheme | None:
+        """Return the scheme of the linears outside the blocks, or None if they stay untouched."""
+        return None if self.outer is None else LinearScheme(weight=self.outer.scheme(), activation=None)
