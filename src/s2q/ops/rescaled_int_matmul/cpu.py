@@ -66,6 +66,7 @@ def rescaled_int_matmul(
     rows, columns, depth = x_codes.shape[0], w_codes.shape[0], x_codes.shape[1]
     out = torch.empty(rows, columns, dtype=out_dtype)
     branch = None if low_rank_weight is None else low_rank_weight.float()
+    offset = torch.empty(0) if bias is None else bias.float()
     width = _even_share(columns, COLUMNS)
     for left in range(0, columns, width):
         wide = slice(left, min(left + width, columns))
@@ -79,9 +80,11 @@ def rescaled_int_matmul(
                 own_sums = sums[first : first + EPILOGUE_ROWS]
                 part = slice(start + first, start + first + len(own_sums))
                 own = take("rescaled sums", tuple(own_sums.shape), torch.float32).copy_(own_sums)
-                own.mul_(w_scale[wide]).mul_(x_scale[part])  # apart, as in the reference: equal bits
-                if bias is not None:
-                    own.add_(bias[wide])
+                own.mul_(w_scale[wide])
+                if bias is None:
+                    own.mul_(x_scale[part])
+                else:  # as in the reference: equal bits
+                    torch.addcmul(offset[wide], own, x_scale[part], out=own)
                 if low_rank_input is not None and branch is not None:
                     own.addmm_(low_rank_input[part], branch[wide].t())
                 out[part, wide] = own
