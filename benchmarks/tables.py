@@ -56,11 +56,15 @@ def _row(name: str, cells: list[str]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
+def _head(first: str, names: list[str]) -> list[str]:
+    return [_row(first, names), _row("---", ["---"] * len(names))]
+
+
 def quality_table(model: str) -> str:
     """Recipes of one model against its full precision, means with 95 % intervals over prompts."""
     results = _quality(model)
     head = ["storage", "PSNR dB", "SSIM", "latent rel. L2", "velocity error", "prompt adherence (all four)"]
-    lines = [_row("recipe", head), _row("---", ["---"] * len(head))]
+    lines = _head("recipe", head)
     first = results[0]
     reference = _interval(first["metrics"]["reference_adherence_all"], ".3f")
     lines.append(_row("full precision", ["1.00×", "", "", "", "", reference]))
@@ -103,7 +107,7 @@ def _floor_cells(floor: dict) -> list[str]:
 def adherence_table(model: str) -> str:
     """Adherence label by label, as the detector sees it."""
     results = _quality(model)
-    lines = [_row("recipe", list(LABELS)), _row("---", ["---"] * len(LABELS))]
+    lines = _head("recipe", list(LABELS))
     first = results[0]["metrics"]
     lines.append(_row("full precision", [_interval(first[f"reference_adherence_{label}"], ".3f") for label in LABELS]))
     for result in results:
@@ -117,7 +121,7 @@ def attention_table(model: str) -> str:
     result = json.loads((RESULTS / f"observations-{model}.json").read_text())
     steps = [0, len(result["timesteps"]) // 2, len(result["timesteps"]) - 1]
     names = [f"t = {result['timesteps'][i]}" for i in steps]
-    lines = [_row("block", [*names, "mean", "of all mass, on text"]), _row("---", ["---"] * 5)]
+    lines = _head("block", [*names, "mean", "of all mass, on text"])
     pairs = zip(result["attention_mass_top_10_percent"], result["attention_mass_text"], strict=True)
     for block, (top, text) in enumerate(pairs):
         cells = [f"{top[i]:.2f}" for i in steps] + [f"{sum(top) / len(top):.2f}", f"{sum(text) / len(text):.2f}"]
@@ -131,7 +135,7 @@ def outlier_table(model: str) -> str:
     kinds: dict[str, list[float]] = {}
     for name, values in result["input_max_over_median"].items():
         kinds.setdefault(name.split(".", 2)[2], []).extend(values)
-    lines = [_row("input of", ["median", "largest"]), _row("---", ["---"] * 2)]
+    lines = _head("input of", ["median", "largest"])
     for kind, values in kinds.items():
         ordered = sorted(values)
         lines.append(_row(f"`{kind}`", [f"{ordered[len(ordered) // 2]:.1f}", f"{ordered[-1]:.1f}"]))
@@ -149,7 +153,7 @@ def ablation_table(group: str, model: str) -> str:
     if not runs[base.name]:
         return f"Not measured yet: `python benchmarks/ablations.py {group}`."
     head = ["velocity error", "lowest and highest seed", f"against {base.label.removeprefix('+ ')}", "seeds"]
-    lines = [_row("variant", head), _row("---", ["---"] * len(head))]
+    lines = _head("variant", head)
     for variant in GROUPS[group]:
         own = runs[variant.name]
         if not own:
@@ -211,7 +215,7 @@ def linear_table(device: str) -> str:
     paths = {(tuple(one["shape"]), one["recipe"]): one for one in _bench(device, "activation_path")[1]}
     recipes = list(dict.fromkeys(one["recipe"] for one in linears))
     head = ["of", "int8 product alone", *(f"`{name}`" for name in recipes), f"activation path, `{recipes[0]}`"]
-    lines = [_row("M × K × N", head), _row("---", ["---"] * len(head))]
+    lines = _head("M × K × N", head)
     rows: dict[tuple, dict[str, dict]] = {}
     for one in linears:
         rows.setdefault((tuple(one["shape"]), one["readers"]), {})[one["recipe"]] = one
@@ -240,7 +244,7 @@ def steps_table(device: str) -> str:
     if not steps:
         return f"Not measured yet: `make bench-{device}`."
     head = ["what", "times faster than bf16", "bound", "storage", "peak memory"]
-    lines = [_row("model", head), _row("---", ["---"] * len(head))]
+    lines = _head("model", head)
     for one in steps:
         peaks = one["peak_memory_bytes"], one["bf16_peak_memory_bytes"]
         cells = [
@@ -267,7 +271,7 @@ def parts_table(device: str) -> str:
         return f"Not measured yet: `make bench-{device}`."
     parts = list(steps[0]["breakdown"])
     head = ["what", *(name.replace("_", " ") for name in parts), "sum"]
-    lines = [_row("model", head), _row("---", ["---"] * len(head))]
+    lines = _head("model", head)
     before = None
     for one in steps:
         if before != one["model"]:

@@ -205,7 +205,7 @@ def resources(cubin: bytes, folder: Path) -> tuple[int, int]:
 
 
 def weight_only_variants(arch: int) -> Iterator[Variant]:
-    pointers = ("x_ptr", "w_ptr", "w_scale_ptr", "bias_ptr", "addend_ptr", "out_ptr")
+    pointers = ("x_ptr", "w_ptr", "w_scale_ptr", "bias_ptr", "out_ptr")
     types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(("rows", "columns", "x_stride", "w_stride"), "i32")
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for packed, depth in ((True, 512), (True, 77), (False, 512)):
@@ -215,7 +215,7 @@ def weight_only_variants(arch: int) -> Iterator[Variant]:
                 name=f"weight only {'w4' if packed else 'w8'} {short} K={depth}",
                 kernel=weight_only_matmul.weight_only_kernel,
                 types=types | own | {"w_ptr": "*u8" if packed else "*i8"},
-                constants=constants | {"HAS_BIAS": True, "HAS_ADDEND": True, "INTERPRET": False},
+                constants=constants | {"HAS_BIAS": True, "INTERPRET": False},
                 aligned=(*pointers, "columns", "x_stride", "w_stride") if depth % 32 == 0 else pointers,
                 options=weight_only_matmul.OPTIONS,
                 needs="mma",

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from s2q.core.errors import InvalidInputError
+from s2q.models import block_linears, linears_of_block
 from s2q.models.synthetic import synthetic_model, synthetic_names
 from s2q.models.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
 from s2q.nn import PackedLinear
@@ -40,7 +41,7 @@ def test_the_published_parameter_counts():
 def test_tokens_and_linears(name, tokens, text, linears):
     model = synthetic_model(name)
     assert (model.tokens, model.text_tokens) == (tokens, text)
-    found = model.linears(model.meta_transformer())
+    found = block_linears(model.meta_transformer(), model.family)
     assert len(found) == linears
     assert len({one.name for one in found}) == linears
     assert {one.block for one in found} == set(range(sum(one.count for one in model.block_lists)))
@@ -92,12 +93,12 @@ def test_rows_are_what_linears_see(name):
             block(**block_inputs(model, block_list, tokens=10, generator=generator))
         wanted = {inner: model.batch * model.rows(block_list, inner, tokens=10) for inner in rows}
         assert rows == wanted
-        assert len(rows) == len(model.block_linears(block, "block"))
+        assert len(rows) == len(linears_of_block(block, "block", model.family))
 
 
 def packed_blocks(model, recipe, generator):
     """A block of each list, packed as a checkpoint would be, and inputs for it."""
-    linears = model.linears(model.meta_transformer())
+    linears = block_linears(model.meta_transformer(), model.family)
     schemes = assign_schemes(load_recipe(recipe), linears)
     layouts = assign_layouts(load_recipe(recipe), linears, schemes)
 

@@ -50,8 +50,8 @@ def test_auto_says_once_what_it_chose_and_warns_where_it_is_slow(compiled, monke
         assert dispatch.resolve_backend("auto", torch.zeros(1), ("reference", "cpu", "triton")) == "cpu"
     said = [(record.levelname, record.message) for record in caplog.records]
     assert [level for level, _ in said] == ["WARNING", "DEBUG"]
-    assert "backend 'reference', slower than full precision: got a GPU of compute capability 7.5" in said[0][1]
-    assert said[1][1] == "on the CPU, backend 'auto' is 'cpu'"
+    assert "is 'reference', slower than full precision: got a GPU of compute capability 7.5" in said[0][1]
+    assert said[1][1] == "on cpu, backend 'auto' of quantized linears is 'cpu'"
 
 
 def test_a_rocm_gpu_is_refused(compiled, monkeypatch):

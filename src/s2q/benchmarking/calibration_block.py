@@ -30,7 +30,7 @@ from s2q.core.schemes import LinearScheme
 from s2q.core.seeds import derive_seed
 from s2q.distillation import weighted_token_loss
 from s2q.loading import load_pipeline
-from s2q.models import ModelSource, block_linears, block_names, family_of
+from s2q.models import ModelSource, block_linears, block_names, family_of, linears_of_block
 from s2q.models.family import BlockLinear
 from s2q.models.synthetic import SyntheticModel
 from s2q.models.synthetic_blocks import block_inputs, synthetic_block
@@ -168,7 +168,7 @@ def _synthetic(model: SyntheticModel, settings: Settings) -> tuple[nn.Module, di
     generator = torch.Generator(settings.device).manual_seed(derive_seed(settings.seed, _OP, model.name))
     block = synthetic_block(model, block_list, generator=generator, dtype=torch.float32)
     prefix = f"{block_list.name}.0"
-    linears = {one.name.removeprefix(f"{prefix}."): one for one in model.block_linears(block, prefix)}
+    linears = {one.name.removeprefix(f"{prefix}."): one for one in linears_of_block(block, prefix, model.family)}
 
     def fresh(_round: int) -> dict[str, Any]:
         return block_inputs(model, block_list, tokens=tokens, generator=generator, dtype=torch.float32, batch=1)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.benchmarking.case import Case, Entry, Settings, packing_of
-from s2q.benchmarking.machine import int8_gemm, measuring_obstacle, peak_memory
+from s2q.benchmarking.machine import int8_gemm, peak_memory
 from s2q.benchmarking.results import identity
 from s2q.benchmarking.shapes import AttentionShape, LayerShape
 from s2q.benchmarking.timing import Run, Timing, interleave, measures_of, stopwatch_for
@@ -39,11 +39,12 @@ from s2q.recipes import Recipe
 _BF16, _INT8 = "bf16", "int8"
 
 _TABLES: Mapping[str, Mapping[str, Any]] = {
+    "linear": rescaled_int_matmul.BACKENDS,
     "activation_path": activation_path.BACKENDS,
     "gemm": rescaled_int_matmul.BACKENDS,
     "attention_colsum": attention_colsum.BACKENDS,
 }
-"""The ops that are measured by themselves; a packed linear has the backends of the product."""
+"""The backends of what is measured; a packed linear has those of the product."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +62,6 @@ class _Contender:
     bits: int | None = None
 
 
-def backends_of(op: str) -> tuple[str, ...]:
-    """Return the backends that an op has, "auto" first."""
-    return ("auto", *_TABLES.get(op, rescaled_int_matmul.BACKENDS))
-
-
 def resolved(op: str, entry: Mapping[str, Any], device: str) -> str:
     """Return the backend that ran where "auto" was asked for.
 
@@ -75,18 +71,17 @@ def resolved(op: str, entry: Mapping[str, Any], device: str) -> str:
         device: Where.
     """
     probe = torch.empty(0, dtype=torch.bfloat16, device=device)
-    return resolve_backend(entry["backend"], probe, _TABLES.get(op, rescaled_int_matmul.BACKENDS))
+    return resolve_backend(entry["backend"], probe, _TABLES[op])
 
 
 def chosen_backends(op: str, settings: Settings) -> list[str]:
-    """Return those backends of an op that were asked for and can run here.
+    """Return those backends of an op that were asked for.
 
     Args:
         op: The op.
         settings: What was asked for.
     """
-    wanted = [name for name in backends_of(op) if name in settings.backends]
-    return [name for name in wanted if measuring_obstacle(name, settings.device) is None]
+    return [name for name in ("auto", *_TABLES[op]) if name in settings.backends]
 
 
 def linear_cases(op: str, shapes: Sequence[LayerShape], settings: Settings) -> list[Case]:

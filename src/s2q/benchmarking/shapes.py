@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from s2q.core.errors import UsageError
-from s2q.models import ModelSource, block_linears, family_of
+from s2q.models import ModelSource, block_linears, family_of, linears_of_block
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_model
 
 CPU_ROWS = 2048
@@ -143,7 +143,7 @@ def _linears_of(subject: Subject, rows: int | None) -> list[LayerShape]:
         transformer = subject.meta_transformer(blocks=1)
         for block_list in subject.block_lists:
             prefix = f"{block_list.name}.0"
-            for linear in subject.block_linears(getattr(transformer, block_list.name)[0], prefix):
+            for linear in linears_of_block(getattr(transformer, block_list.name)[0], prefix, subject.family):
                 inner = linear.name.removeprefix(f"{prefix}.")
                 if linear.role == "modulation" or inner in block_list.text:
                     continue

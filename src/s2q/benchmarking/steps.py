@@ -27,6 +27,7 @@ from s2q.benchmarking.machine import int8_gemm, peak_memory
 from s2q.benchmarking.results import identity
 from s2q.benchmarking.timing import Timing, interleave, measures_of, stopwatch_for
 from s2q.core.seeds import derive_seed
+from s2q.models import block_linears, linears_of_block
 from s2q.models.attention import attention_of
 from s2q.models.synthetic import BlockList, SyntheticModel
 from s2q.models.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
@@ -136,7 +137,7 @@ def _stack(
 ) -> list[nn.Module]:
     if recipe is None:
         return [synthetic_block(model, block_list, generator=generator) for _ in range(count)]
-    schemes, layouts = packing_of(recipe, model.linears(model.meta_transformer()))
+    schemes, layouts = packing_of(recipe, block_linears(model.meta_transformer(), model.family))
 
     def packed(place: int) -> nn.Module:
         def linear_of(linear: Any) -> nn.Module | None:
@@ -170,7 +171,7 @@ def _saved_by_int8(
         return None
     tokens, counts = synthetic_tokens(model, settings), dict[tuple[int, int, int], int]()
     block = getattr(model.meta_transformer(blocks=1), block_list.name)[0]
-    for linear in model.block_linears(block, "block"):
+    for linear in linears_of_block(block, "block", model.family):
         if linear.role == "linear":
             rows = model.batch * model.rows(block_list, linear.name.removeprefix("block."), tokens=tokens)
             shape = (rows, linear.in_features, linear.out_features)

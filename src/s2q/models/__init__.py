@@ -4,7 +4,7 @@ from torch import nn
 
 from s2q.core.errors import InvalidInputError
 from s2q.models.cogvideox import COGVIDEOX
-from s2q.models.family import OUTSIDE, BlockLinear, Family, block_linears, block_names, outer_linears
+from s2q.models.family import OUTSIDE, BlockLinear, Family, block_linears, block_names, linears_of_block, outer_linears
 from s2q.models.hunyuanvideo import HUNYUANVIDEO
 from s2q.models.ltx import LTX
 from s2q.models.mochi import MOCHI
@@ -48,6 +48,7 @@ __all__ = [
     "block_linears",
     "block_names",
     "family_of",
+    "linears_of_block",
     "outer_linears",
     "resolve_model",
 ]

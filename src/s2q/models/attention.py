@@ -122,12 +122,9 @@ def attention_of(name: str | None) -> Iterator[None]:
     names = [backend.value for backend in AttentionBackendName]
     if name not in names:
         raise unknown_name("attention backend", name, names)
-    manager = attention_backend(name)
-    try:
-        manager.__enter__()
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise ResourceError(f"attention backend {name!r} cannot run here: {first_line(error)}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(attention_backend(name))
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ResourceError(f"attention backend {name!r} cannot run here: {first_line(error)}") from error
         yield
-    finally:
-        manager.__exit__(None, None, None)

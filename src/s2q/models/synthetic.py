@@ -17,7 +17,7 @@ from torch import nn
 
 from s2q.core.errors import unknown_name
 from s2q.models import family_of
-from s2q.models.family import BlockLinear, Family, block_linears, linears_of_block
+from s2q.models.family import Family
 
 SYNTHETIC_PREFIX = "synthetic:"
 """What the name of a synthetic model starts with on the command line."""
@@ -103,23 +103,6 @@ class SyntheticModel:
             config |= {one.argument: blocks for one in self.block_lists}
         with torch.device("meta"):
             return getattr(diffusers, self.transformer_class)(**config)
-
-    def linears(self, transformer: nn.Module) -> list[BlockLinear]:
-        """List every linear inside the blocks of the transformer, in the order of the modules.
-
-        Args:
-            transformer: What `meta_transformer` returned, or a part of it with the same names.
-        """
-        return block_linears(transformer, self.family)
-
-    def block_linears(self, block: nn.Module, block_name: str) -> list[BlockLinear]:
-        """List the linears of one block.
-
-        Args:
-            block: The block; may live on the meta device.
-            block_name: Its name in the transformer, "transformer_blocks.0".
-        """
-        return linears_of_block(block, block_name, self.family)
 
     def rows(self, block_list: BlockList, linear: str, *, tokens: int) -> int:
         """Return how many rows a linear sees of one sample.

@@ -19,7 +19,7 @@ from s2q.core.layout import InputLayout
 from s2q.core.packing import pack_codes
 from s2q.core.schemes import LinearScheme
 from s2q.models.attention import use_attention_registry
-from s2q.models.family import BlockLinear
+from s2q.models.family import BlockLinear, linears_of_block
 from s2q.models.synthetic import BlockList, SyntheticModel
 from s2q.nn import PackedLinear, replace_module, share_inputs
 from s2q.transforms import orthogonal_matrix
@@ -57,7 +57,7 @@ def synthetic_block(
         if kept & set(name.split(".")):
             parameter.data = parameter.data.float()
     block_name = f"{block_list.name}.0"
-    for linear in model.block_linears(block, block_name):
+    for linear in linears_of_block(block, block_name, model.family):
         own = None if linear_of is None else linear_of(linear)
         if own is not None:
             replace_module(block, linear.name.removeprefix(f"{block_name}."), own)

@@ -297,12 +297,6 @@ class PackedLinear(nn.Linear):
             backend=self.backend,
         )
 
-    def _branch(self, coefficients: Tensor | None) -> Tensor | None:
-        """What the low-rank branch adds to the output, fp32 [M, O]."""
-        if coefficients is None or self.low_rank_weight is None:
-            return None
-        return F.linear(coefficients.reshape(-1, coefficients.shape[-1]), self.low_rank_weight.float())
-
     def _weight_only(self, input: Tensor) -> Tensor:  # noqa: A002
         transformed, coefficients = transform_input(
             input,
@@ -312,15 +306,18 @@ class PackedLinear(nn.Linear):
             right=self.transform_right,
             low_rank_basis=self.low_rank_basis,
         )
-        return weight_only_matmul(
+        output_MO = weight_only_matmul(
             transformed.to(input.dtype).reshape(-1, self.in_features),
             self.product_codes(),
             self.weight_scale,
             bias=self.bias,
-            addend=self._branch(coefficients),
             w_bits=self.scheme.weight.num_bits,
             backend=self.backend,
         )
+        if coefficients is None or self.low_rank_weight is None:
+            return output_MO
+        branch = F.linear(coefficients.reshape(len(output_MO), -1), self.low_rank_weight.float())
+        return (output_MO.float() + branch).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""

@@ -115,20 +115,17 @@ def resolve_backend(backend: str, x: Tensor, backends: Collection[str]) -> str:
 
 
 def _automatic(x: Tensor, backends: Collection[str]) -> str:
-    if x.device.type == "cpu":
-        chosen = "cpu" if "cpu" in backends else "reference"
-        _say_once(logging.DEBUG, f"on the CPU, backend 'auto' is {chosen!r}")
-        return chosen
-    obstacle = triton_obstacle(x) if "triton" in backends else None
-    if x.is_cuda and "triton" in backends and obstacle is None:
-        _say_once(logging.DEBUG, f"on {x.device}, backend 'auto' is 'triton'")
-        return "triton"
-    if x.is_cuda:
-        _say_once(
-            logging.WARNING,
-            f"on {x.device}, quantized linears run by backend 'reference', slower than full precision: {obstacle}",
-        )
-    return "reference"
+    chosen, level, reason = "reference", logging.DEBUG, ""
+    if x.device.type == "cpu" and "cpu" in backends:
+        chosen = "cpu"
+    elif x.is_cuda:
+        obstacle = triton_obstacle(x)
+        if obstacle is None:
+            chosen = "triton"
+        else:
+            level, reason = logging.WARNING, f", slower than full precision: {obstacle}"
+    _say_once(level, f"on {x.device}, backend 'auto' of quantized linears is {chosen!r}{reason}")
+    return chosen
 
 
 @functools.cache

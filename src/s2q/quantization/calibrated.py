@@ -37,6 +37,7 @@ from s2q.distillation import (
 )
 from s2q.models import Family
 from s2q.nn import PACKED_DTYPES, LearnableClip, PackedLinear, StudentInput, StudentLinear, replace_module
+from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.stream import TeacherStream, TensorStore
 from s2q.recipes import Recipe
 from s2q.recipes.schema import GPTQ
@@ -69,43 +70,6 @@ class BlockCalibration:
     family: Family
     seed: int
     progress: Callable[[], None] = lambda: None
-
-
-class _InputStatistics:
-    """Mean and range of the channels of an input over the samples, [I] each; second moments [I, I] where asked for."""
-
-    def __init__(self, in_features: int, device: torch.device, *, moments: bool) -> None:
-        self.low = torch.full((in_features,), float("inf"), device=device)
-        self.high = -self.low
-        self.total = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self.count = 0
-        self.products = HessianAccumulator(in_features, device=device) if moments else None
-
-    def add(self, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        self.low = torch.minimum(self.low, rows.amin(dim=0))
-        self.high = torch.maximum(self.high, rows.amax(dim=0))
-        self.total += rows.sum(dim=0)
-        self.count += len(rows)
-        if self.products is not None:
-            self.products.add(rows)
-
-    def mean(self) -> Tensor:
-        return (self.total / self.count).float()
-
-    def amax(self, shift: Tensor | None) -> Tensor:
-        """Largest magnitude of each channel, once the shift is subtracted."""
-        centre = torch.zeros_like(self.low) if shift is None else shift
-        return torch.maximum(self.high - centre, centre - self.low)
-
-    def second_moment(self, shift: Tensor | None) -> Tensor:
-        """E[xᵀ x] once the shift, which is the mean if there is one, is subtracted; fp64."""
-        assert self.products is not None
-        moment = self.products.hessian().double() / (2 * self.count)
-        if shift is None:
-            return moment
-        mean = self.total / self.count
-        return moment - torch.outer(mean, mean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +170,7 @@ class _Stage:
         self,
         samples: _Samples,
         groups: Sequence[tuple[str, ...]],
-        statistics: Mapping[str, _InputStatistics],
+        statistics: Mapping[str, InputStatistics],
         calibration: BlockCalibration,
     ) -> CalibratedBlock:
         grouped = {name for group in groups for name in group}
@@ -257,7 +221,7 @@ class _Stage:
         return PackedLinear.from_rounded(rounded, bias=self.block.get_submodule(name).bias, scheme=self._scheme(name))
 
     def _put_students(
-        self, student: nn.Module, group: tuple[str, ...], statistics: _InputStatistics, *, seed: int
+        self, student: nn.Module, group: tuple[str, ...], statistics: InputStatistics, *, seed: int
     ) -> None:
         recipe, first = self.recipe, self._scheme(group[0])
         device = statistics.low.device
@@ -423,13 +387,13 @@ def _run_teacher(
     *,
     recipe: Recipe,
     calibration: BlockCalibration,
-) -> dict[str, _InputStatistics]:
+) -> dict[str, InputStatistics]:
     """Store targets and token weights of every sample; return the statistics of each group's input."""
     family, loss = calibration.family, recipe.loss
-    statistics: dict[str, _InputStatistics] = {}
+    statistics: dict[str, InputStatistics] = {}
     for first, *_ in groups:
         linear = teacher.get_submodule(first)
-        statistics[first] = _InputStatistics(
+        statistics[first] = InputStatistics(
             linear.in_features, linear.weight.device, moments=recipe.transforms.low_rank > 0
         )
     with _heard(teacher, {name: one.add for name, one in statistics.items()}):
@@ -444,8 +408,8 @@ def _run_teacher(
             if captured is not None:
                 lengths = [stored[name].shape[1] for name in family.joint_order]
                 sums = captured.joined()
-                left_out = sum(lengths) - sums.shape[1]  # text that a prompt does not fill: nobody attends to it
-                assert left_out >= 0, (lengths, sums.shape)
+                left_out = sum(lengths) - sums.shape[1]  # text at the end that a prompt does not fill gets no attention
+                assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == "encoder_hidden_states"), left_out
                 weights = token_weights(
                     F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max
                 )

@@ -9,6 +9,7 @@ Tensors above the budget lie on the disk, in the run folder. Legend: `B` samples
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -199,8 +200,8 @@ class TeacherStream:
     def _renamed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Give arguments the names that the block at hand has for them: those at the same place, in another list."""
         assert self._position is not None
-        first, own = (_parameters(self.transformer.get_submodule(self.block_names[i])) for i in (0, self._position))
-        names = dict(zip(first, own, strict=False))
+        blocks = (self.transformer.get_submodule(self.block_names[index]) for index in (0, self._position))
+        names = dict(zip(*(_parameters(type(block)) for block in blocks), strict=False))
         return {names.get(name, name): value for name, value in arguments.items()}
 
     @torch.no_grad()
@@ -240,10 +241,11 @@ def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, A
     raise AssertionError("the transformer never called its first block")
 
 
-def _parameters(block: nn.Module) -> list[str]:
-    """Names of a block's arguments, in order."""
-    parameters = inspect.signature(block.forward).parameters.values()
-    return [one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+@functools.cache
+def _parameters(block_class: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of a class of blocks, in order."""
+    _self, *parameters = inspect.signature(block_class.forward).parameters.values()
+    return tuple(one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _named(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,7 +254,7 @@ def _named(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     Blocks of one model that differ in what they use are called alike and swallow the rest in `*args`; a tensor there
     would be something that this block does use.
     """
-    names = _parameters(block)
+    names = _parameters(type(block))
     swallowed = [value for value in args[len(names) :] if isinstance(value, Tensor)]
     assert not swallowed, f"{type(block).__name__} is called with {len(swallowed)} tensors that have no name"
     return {**dict(zip(names, args, strict=False)), **kwargs}

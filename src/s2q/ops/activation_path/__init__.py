@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from s2q.core.qparams import ClipRatio
 from s2q.ops.activation_path import cpu, reference
@@ -83,7 +83,7 @@ def _run(
     return codes, token_scale, coefficients
 
 
-@torch.library.custom_op("s2q::activation_path", mutates_args=())
+@library.custom_op("s2q::activation_path", mutates_args=())
 def _traced(
     x: Tensor,
     num_bits: int,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from s2q.ops.dispatch import choose_backend, triton_backend
 from s2q.ops.rescaled_int_matmul import cpu, reference
@@ -88,7 +88,7 @@ def _run(
     return product
 
 
-_traced = torch.library.custom_op("s2q::rescaled_int_matmul", _run, mutates_args=())
+_traced = library.custom_op("s2q::rescaled_int_matmul", _run, mutates_args=())
 """The same for torch.compile, which does not look inside."""
 
 

@@ -66,7 +66,7 @@ def rescaled_int_matmul(
     rows, columns, depth = x_codes.shape[0], w_codes.shape[0], x_codes.shape[1]
     out = torch.empty(rows, columns, dtype=out_dtype)
     branch = None if low_rank_weight is None else low_rank_weight.float()
-    offset = torch.empty(0) if bias is None else bias.float()
+    offset = None if bias is None else bias.float()
     width = _even_share(columns, COLUMNS)
     for left in range(0, columns, width):
         wide = slice(left, min(left + width, columns))
@@ -81,7 +81,7 @@ def rescaled_int_matmul(
                 part = slice(start + first, start + first + len(own_sums))
                 own = take("rescaled sums", tuple(own_sums.shape), torch.float32).copy_(own_sums)
                 own.mul_(w_scale[wide])
-                if bias is None:
+                if offset is None:
                     own.mul_(x_scale[part])
                 else:  # as in the reference: equal bits
                     torch.addcmul(offset[wide], own, x_scale[part], out=own)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from s2q.ops.dispatch import choose_backend, triton_backend
 from s2q.ops.weight_only_matmul import cpu, reference
@@ -23,7 +23,6 @@ def weight_only_matmul(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
-    addend: Tensor | None = None,
     w_bits: int = 8,
     backend: str = "auto",
 ) -> Tensor:
@@ -34,7 +33,6 @@ def weight_only_matmul(
         w_codes: int8 [O, K], or uint8 as packed by `core.packing`.
         w_scale: fp32 [O], or [O, G].
         bias: [O], floating, or None.
-        addend: fp32 [M, O], or None.
         w_bits: Width of the codes, at most 8; decides how uint8 codes are packed.
         backend: "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU.
 
@@ -45,7 +43,7 @@ def weight_only_matmul(
         InvalidInputError: If there is no such backend, or it cannot run here.
     """
     run = _traced if torch.compiler.is_compiling() else _run
-    product: Tensor = run(x, w_codes, w_scale, bias, addend, w_bits, backend)
+    product: Tensor = run(x, w_codes, w_scale, bias, w_bits, backend)
     return product
 
 
@@ -54,15 +52,14 @@ def _run(
     w_codes: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
-    addend: Tensor | None,
     w_bits: int,
     backend: str,
 ) -> Tensor:
     run: Callable[..., Tensor] = choose_backend(backend, x, BACKENDS)
-    return run(x, w_codes, w_scale, bias=bias, addend=addend, w_bits=w_bits)
+    return run(x, w_codes, w_scale, bias=bias, w_bits=w_bits)
 
 
-_traced = torch.library.custom_op("s2q::weight_only_matmul", _run, mutates_args=())
+_traced = library.custom_op("s2q::weight_only_matmul", _run, mutates_args=())
 """The same for torch.compile, which does not look inside."""
 
 
@@ -72,7 +69,6 @@ def _shape(
     w_codes: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
-    addend: Tensor | None,
     w_bits: int,
     backend: str,
 ) -> Tensor:

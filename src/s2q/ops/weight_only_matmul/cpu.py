@@ -20,7 +20,6 @@ def weight_only_matmul(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
-    addend: Tensor | None = None,
     w_bits: int = 8,
 ) -> Tensor:
     """Multiply rows with the weight that codes stand for; see `reference.weight_only_matmul`.
@@ -30,7 +29,6 @@ def weight_only_matmul(
         w_codes: int8 [O, K], or uint8 [O, P].
         w_scale: fp32 [O]; [O, G], and more than `FEW_ROWS` rows, are left to the reference.
         bias: [O], floating, or None.
-        addend: fp32 [M, O], or None.
         w_bits: Width of the codes.
 
     Returns:
@@ -38,7 +36,7 @@ def weight_only_matmul(
     """
     rows, depth = x.shape
     if rows > reference.FEW_ROWS or w_scale.ndim != 1 or x.dtype == torch.float64:
-        return reference.weight_only_matmul(x, w_codes, w_scale, bias=bias, addend=addend, w_bits=w_bits)
+        return reference.weight_only_matmul(x, w_codes, w_scale, bias=bias, w_bits=w_bits)
     wide, columns = x.float(), len(w_codes)
     out = torch.empty(rows, columns, dtype=x.dtype)
     step = max(1, PIECE // max(1, depth))
@@ -50,7 +48,5 @@ def weight_only_matmul(
         total = F.linear(wide, codes.float()).mul_(w_scale[part])
         if bias is not None:
             total.add_(bias[part])
-        if addend is not None:
-            total.add_(addend[:, part])
         out[:, part] = total
     return out

@@ -1,7 +1,7 @@
 """Product with a packed integer weight, the specification.
 
-    y = (x · codes_wᵀ) · Δ_w + b + addend        in fp32, rounded once, for up to `FEW_ROWS` rows
-    y = x · (codes_w · Δ_w)ᵀ + b + addend        the weight rounded to the dtype of x, for more, and for groups
+    y = (x · codes_wᵀ) · Δ_w + b        in fp32, rounded once, for up to `FEW_ROWS` rows
+    y = x · (codes_w · Δ_w)ᵀ + b        the weight rounded to the dtype of x, for more, and for groups
 
 Codes are exact in any floating dtype, so that scaling the sums is the more exact, and is what kernels that unpack the
 weight as they read it do. For many rows the products are what takes time, and those of half precision the faster.
@@ -28,7 +28,6 @@ def weight_only_matmul(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
-    addend: Tensor | None = None,
     w_bits: int = 8,
 ) -> Tensor:
     """Multiply rows with the weight that codes stand for.
@@ -38,7 +37,6 @@ def weight_only_matmul(
         w_codes: int8 [O, K], within w_bits; or uint8 [O, P], the same packed.
         w_scale: fp32 [O], one per output channel, or [O, G], one per group of in features.
         bias: [O], floating, or None; rounded to the dtype of x.
-        addend: fp32 [M, O], added last, or None.
         w_bits: Width of the codes, at most 8.
 
     Returns:
@@ -51,8 +49,6 @@ def weight_only_matmul(
         w_codes = unpack_codes(w_codes, num_bits=w_bits, in_features=x.shape[1])
     if len(x) <= FEW_ROWS and w_scale.ndim == 1 and x.dtype != torch.float64:
         total = F.linear(x.float(), w_codes.float()).mul_(w_scale)
-        total = total if bias is None else total.add_(bias)
-        return (total if addend is None else total.add_(addend)).to(x.dtype)
+        return (total if bias is None else total.add_(bias)).to(x.dtype)
     weight = dequantize_weight(w_codes, w_scale).to(x.dtype)
-    product = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return product if addend is None else (product.float() + addend).to(x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

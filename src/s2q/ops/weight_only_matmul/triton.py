@@ -27,7 +27,6 @@ def weight_only_matmul(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
-    addend: Tensor | None = None,
     w_bits: int = 8,
 ) -> Tensor:
     """Multiply rows with the weight that codes stand for; see `reference.weight_only_matmul`.
@@ -37,7 +36,6 @@ def weight_only_matmul(
         w_codes: int8 [O, K], or uint8 [O, P].
         w_scale: fp32 [O]; [O, G], and more than `FEW_ROWS` rows, are left to the reference.
         bias: [O], floating, or None.
-        addend: fp32 [M, O], or None.
         w_bits: Width of the codes.
 
     Returns:
@@ -48,7 +46,7 @@ def weight_only_matmul(
     is_packed = w_codes.dtype == torch.uint8 and w_bits <= 4
     fits = w_codes.shape[1] == (packed_width(w_bits, depth) if is_packed else depth)
     if rows > reference.FEW_ROWS or w_scale.ndim != 1 or not fits:
-        return reference.weight_only_matmul(x, w_codes, w_scale, bias=bias, addend=addend, w_bits=w_bits)
+        return reference.weight_only_matmul(x, w_codes, w_scale, bias=bias, w_bits=w_bits)
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -59,14 +57,12 @@ def weight_only_matmul(
         w_codes,
         w_scale.float().contiguous(),
         out if bias is None else bias.contiguous(),
-        out if addend is None else addend.contiguous(),
         out,
         rows,
         columns,
         x.stride(0),
         w_codes.stride(0),
         HAS_BIAS=bias is not None,
-        HAS_ADDEND=addend is not None,
         **kernel_constants(x.dtype, depth=depth, is_packed=is_packed),
         INTERPRET=INTERPRETING,
         **OPTIONS,
@@ -93,14 +89,12 @@ def weight_only_kernel(
     w_ptr,
     w_scale_ptr,
     bias_ptr,
-    addend_ptr,
     out_ptr,
     rows,
     columns,
     x_stride,
     w_stride,
     HAS_BIAS: tl.constexpr,
-    HAS_ADDEND: tl.constexpr,
     DEPTH: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -136,6 +130,4 @@ def weight_only_kernel(
         total += tl.load(bias_ptr + w_row).to(tl.float32)[None, :]
     out_at = row[:, None] * columns + column[None, :]
     valid = here & (column < columns)[None, :]
-    if HAS_ADDEND:
-        total += tl.load(addend_ptr + out_at, mask=valid, other=0.0)
     tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=valid)

@@ -1,0 +1,56 @@
+"""What the samples say of the input of a linear: mean and range of its channels, second moments if asked for.
+
+Shapes: `I` in features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2q.rounding import HessianAccumulator
+
+
+class InputStatistics:
+    """Mean and range of the channels of an input over the samples, [I] each; second moments [I, I] where asked for.
+
+    Args:
+        in_features: I.
+        device: Where it is computed.
+        moments: Whether to sum up second moments.
+    """
+
+    def __init__(self, in_features: int, device: torch.device, *, moments: bool) -> None:
+        self.low = torch.full((in_features,), float("inf"), device=device)
+        self.high = -self.low
+        self.total = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.count = 0
+        self.products = HessianAccumulator(in_features, device=device) if moments else None
+
+    def add(self, x: Tensor) -> None:
+        """Take in the input of one call, [..., I]."""
+        rows = x.reshape(-1, x.shape[-1])
+        self.low = torch.minimum(self.low, rows.amin(dim=0))
+        self.high = torch.maximum(self.high, rows.amax(dim=0))
+        self.total += rows.sum(dim=0)
+        self.count += len(rows)
+        if self.products is not None:
+            self.products.add(rows)
+
+    def mean(self) -> Tensor:
+        """Return the mean of each channel, fp32 [I]."""
+        return (self.total / self.count).float()
+
+    def amax(self, shift: Tensor | None) -> Tensor:
+        """Return the largest magnitude of each channel once the shift is subtracted, [I]."""
+        centre = torch.zeros_like(self.low) if shift is None else shift
+        return torch.maximum(self.high - centre, centre - self.low)
+
+    def second_moment(self, shift: Tensor | None) -> Tensor:
+        """Return E[xᵀ x] once the shift, which is the mean if there is one, is subtracted; fp64 [I, I]."""
+        assert self.products is not None
+        moment = self.products.hessian().double() / (2 * self.count)
+        if shift is None:
+            return moment
+        mean = self.total / self.count
+        return moment - torch.outer(mean, mean)
