@@ -1,4 +1,4 @@
-"""``python -m s2q.shapes.training --work DIR --out DIR``: train ``shapes-cogvideox`` from nothing.
+"""``python -m s2q.shapes.training MODEL --work DIR --out DIR``: train an embedded model from nothing.
 
 Stages: autoencoder → decoder alone → latents of the training scenes → transformer with text encoder → assembled
 folder with training card. Each stage resumes from its last checkpoint; a finished one is skipped.
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from s2q.shapes.architecture import EmbeddedArchitecture
+from s2q.shapes.cogvideox import ShapesCogVideoX
 from s2q.shapes.embedded import embedded_prompts
 from s2q.shapes.scenes import combinations
 from s2q.shapes.training.assemble import assemble, finished_vae, plot_losses, reconstruction_quality, write_card
@@ -20,9 +22,11 @@ from s2q.shapes.training.loop import TrainingSettings, train
 from s2q.shapes.training.quality import adherence, sample, write_sheet
 from s2q.shapes.training.transformer import TransformerTask, encode_pool
 from s2q.shapes.training.vae import DecoderTask, VAETask
+from s2q.shapes.wan import ShapesWan
 
 logger = logging.getLogger("s2q.shapes.training")
 
+ARCHITECTURES: dict[str, type[EmbeddedArchitecture]] = {cls.name: cls for cls in (ShapesCogVideoX, ShapesWan)}
 POOL_SIZE = 32_768
 VAE_SETTINGS = TrainingSettings(
     steps=1700, batch_size=16, learning_rate=1.5e-3, warmup_steps=50, ema_decay=0.995, seed=1
@@ -35,7 +39,8 @@ TRANSFORMER_SETTINGS = TrainingSettings(steps=8000, batch_size=64, learning_rate
 
 def main() -> None:
     """Run every stage that is not done yet."""
-    parser = argparse.ArgumentParser(description="Train the embedded model shapes-cogvideox from nothing.")
+    parser = argparse.ArgumentParser(description="Train an embedded model from nothing.")
+    parser.add_argument("model", choices=sorted(ARCHITECTURES), help="which one")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished diffusers pipeline")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes (CPU: one thread each)")
@@ -45,31 +50,33 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     work, run = arguments.work, {"processes": arguments.processes, "device": arguments.device}
     held_out = combinations(held_out=True)
+    model = ARCHITECTURES[arguments.model]()
 
-    train(functools.partial(VAETask, seed=1), VAE_SETTINGS, work / "vae", **run)
-    train(functools.partial(DecoderTask, start=work / "vae"), DECODER_SETTINGS, work / "decoder", **run)
-    vae = finished_vae(work / "vae", work / "decoder")
+    train(functools.partial(VAETask, model, seed=1), VAE_SETTINGS, work / "vae", **run)
+    train(functools.partial(DecoderTask, model, start=work / "vae"), DECODER_SETTINGS, work / "decoder", **run)
+    vae = finished_vae(model, work / "vae", work / "decoder")
     reconstruction = reconstruction_quality(vae, held_out, seed=4)
     logger.info("reconstruction of held-out scenes: %s", reconstruction)
 
     pool = work / "pool.safetensors"
     if not pool.exists():
-        encode_pool(vae.to(arguments.device), pool, count=POOL_SIZE, seed=5)
+        encode_pool(model, vae.to(arguments.device), pool, count=POOL_SIZE, seed=5)
     vae.to("cpu")
-    train(functools.partial(TransformerTask, pool=pool, seed=1), TRANSFORMER_SETTINGS, work / "transformer", **run)
+    task = functools.partial(TransformerTask, model, pool=pool, seed=1)
+    train(task, TRANSFORMER_SETTINGS, work / "transformer", **run)
 
-    pipeline = assemble(vae, work / "transformer", arguments.out, seed=1)
+    pipeline = assemble(model, vae, work / "transformer", arguments.out, seed=1)
     pipeline.to(torch.float32)
-    prompts = embedded_prompts("shapes-cogvideox", split="held-out")
+    prompts = embedded_prompts(model.name, split="held-out")
     started = time.monotonic()
-    videos = [sample(pipeline, prompts, seed=seed) for seed in (0, 1)]
+    videos = [sample(pipeline, prompts, seed=seed, **model.generation) for seed in (0, 1)]
     quality = adherence(prompts * 2, torch.cat(videos))
     logger.info("%d videos in %.0f s: %s", 2 * len(prompts), time.monotonic() - started, quality)
     write_sheet(videos[0][:24], arguments.out / "samples.png")
     stages = {name: work / name for name in ("vae", "decoder", "transformer")}
     plot_losses(stages, arguments.out / "losses.png")
     facts = _facts(arguments.processes, arguments.device, stages, reconstruction, quality)
-    write_card(arguments.out, facts | ({"note": arguments.note} if arguments.note else {}))
+    write_card(model, arguments.out, facts | ({"note": arguments.note} if arguments.note else {}))
 
 
 def _facts(

@@ -1,12 +1,12 @@
 """The autoencoder's trainer: reconstruction of random scenes, a light KL term, and latents scaled to unit spread."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
-from s2q.shapes.architecture import FRAME_SIZE, NUM_FRAMES, build_vae
+from s2q.shapes.architecture import FRAME_SIZE, NUM_FRAMES, EmbeddedArchitecture
 from s2q.shapes.scenes import combinations, sample_batch
 from s2q.shapes.training.loop import load_average
 
@@ -20,10 +20,10 @@ class VAETask:
     latent value.
     """
 
-    def __init__(self, *, seed: int = 0) -> None:
+    def __init__(self, architecture: EmbeddedArchitecture, *, seed: int = 0) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.vae = build_vae()
+            self.vae = architecture.build_vae()
         self.modules = nn.ModuleDict({"vae": self.vae})
         self.labels = combinations(held_out=False)
 
@@ -52,49 +52,24 @@ class DecoderTask(VAETask):
     """Go on with the decoder alone, on normalised latents: they stay, so the transformer can train on them.
 
     Args:
+        architecture: Of the model.
         start: Training folder of the autoencoder to start from.
     """
 
-    def __init__(self, *, start: Path) -> None:
-        super().__init__()
-        self.vae = normalised_vae(start)
-        self.vae.encoder.requires_grad_(False)
+    def __init__(self, architecture: EmbeddedArchitecture, *, start: Path) -> None:
+        super().__init__(architecture)
+        self.vae = normalised_vae(architecture, start)
+        for part in architecture.encoder_parts:
+            getattr(self.vae, part).requires_grad_(False)
         self.modules = nn.ModuleDict({"vae": self.vae})
 
 
 @torch.no_grad()
-def normalised_vae(folder: Path) -> AutoencoderKLCogVideoX:
+def normalised_vae(architecture: EmbeddedArchitecture, folder: Path) -> Any:
     """The averaged weights of a finished run of ``VAETask``, each latent channel at mean 0 and spread 1."""
-    vae = build_vae().eval()
+    vae = architecture.build_vae().eval()
     load_average(vae, folder / "ema.safetensors", prefix="vae.")
     videos, _ = sample_batch(combinations(held_out=False), generator=torch.Generator().manual_seed(3))
-    latents = vae.encode(videos.permute(0, 2, 1, 3, 4) * 2 - 1).latent_dist.mean.transpose(0, 1).flatten(1)
-    normalise_latents(vae, mean=latents.mean(dim=1), spread=latents.std(dim=1))
+    latents = architecture.latents(vae, videos).transpose(0, 1).flatten(1)
+    architecture.normalise_latents(vae, mean=latents.mean(dim=1), spread=latents.std(dim=1))
     return vae
-
-
-@torch.no_grad()
-def normalise_latents(vae: AutoencoderKLCogVideoX, *, mean: Tensor, spread: Tensor) -> None:
-    """Fold ``(latent - mean) / spread`` into the weights: the pipeline offers one factor for all channels.
-
-    The encoder's last convolution takes the shift and the scale, every layer of the decoder that reads latents
-    undoes them. The scale leaves reconstructions as they are; the shift does so except at the frame's border, where
-    the decoder's first convolution pads with zeros (which the decoder then learns anew).
-
-    Args:
-        vae: Changed in place.
-        mean: ``[C]``, mean of each latent channel.
-        spread: ``[C]``, standard deviation of each latent channel.
-    """
-    channels = len(spread)
-    weight, bias = vae.encoder.conv_out.conv.weight, vae.encoder.conv_out.conv.bias
-    weight[:channels] /= spread.view(-1, 1, 1, 1, 1)
-    bias[:channels] = (bias[:channels] - mean) / spread
-    bias[channels:] -= 2 * spread.log()  # the other half of the output is the log variance
-    readers = [vae.decoder.conv_in.conv]
-    for module in vae.decoder.modules():
-        if type(module).__name__ == "CogVideoXSpatialNorm3D":
-            readers += [module.conv_y.conv, module.conv_b.conv]
-    for convolution in readers:
-        convolution.bias += torch.einsum("oc...,c->o", convolution.weight, mean)
-        convolution.weight *= spread.view(1, -1, 1, 1, 1)
