@@ -43,13 +43,13 @@ class EmbeddedArchitecture(ABC):
     Attributes:
         name: Of the embedded model, "shapes-cogvideox".
         title: What the pipeline is, for the training card.
-        encoder_parts: Attributes of the autoencoder that make latents from videos.
+        latents_of: The embedded model whose latents this one has too; None if its autoencoder makes its own.
         guidance_scale: Of the judged videos.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    encoder_parts: ClassVar[tuple[str, ...]]
+    latents_of: ClassVar[str | None] = None
     guidance_scale: ClassVar[float]
 
     @property
@@ -75,16 +75,6 @@ class EmbeddedArchitecture(ABC):
         """The pipeline of `tokenizer`, `text_encoder`, `vae` and `transformer`, with its scheduler."""
 
     @abstractmethod
-    def normalise_latents(self, vae: Any, *, mean: Tensor, spread: Tensor) -> None:
-        """Bring the latents that the transformer sees to mean 0 and spread 1, in place.
-
-        Args:
-            vae: The autoencoder.
-            mean: [C], mean of each channel of its latents.
-            spread: [C], standard deviation of each.
-        """
-
-    @abstractmethod
     def latents(self, vae: Any, videos: Tensor) -> Tensor:
         """The latents of videos as the transformer sees them.
 
@@ -95,6 +85,10 @@ class EmbeddedArchitecture(ABC):
         Returns:
             [B, C, f, h, w].
         """
+
+    @abstractmethod
+    def decoded(self, vae: Any, latents: Tensor) -> Tensor:
+        """The videos [B, 3, F, H, W] of latents [B, C, f, h, w], in [-1, 1] or a little beyond; differentiable."""
 
     @abstractmethod
     def encode_text(self, text_encoder: Any, tokenizer: T5Tokenizer, texts: list[str], *, length: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -27,7 +26,6 @@ class ShapesCogVideoX(EmbeddedArchitecture):
 
     name = "shapes-cogvideox"
     title = "A complete CogVideoX pipeline (tokenizer, T5 encoder, 3D autoencoder, 6-block transformer, DDIM scheduler)"
-    encoder_parts = ("encoder",)
     guidance_scale = 6.0
 
     def __init__(self) -> None:
@@ -76,26 +74,9 @@ class ShapesCogVideoX(EmbeddedArchitecture):
         """The pipeline with a DDIM scheduler."""
         return CogVideoXPipeline(scheduler=build_scheduler(), **parts)
 
-    @torch.no_grad()
-    def normalise_latents(self, vae: AutoencoderKLCogVideoX, *, mean: Tensor, spread: Tensor) -> None:
-        """Fold `(latent - mean) / spread` into the weights: the pipeline offers one factor for all channels.
-
-        The encoder's last convolution takes the shift and the scale, every layer of the decoder that reads latents
-        undoes them. The scale leaves reconstructions as they are; the shift does so except at the frame's border, where
-        the decoder's first convolution pads with zeros (which the decoder then learns anew).
-        """
-        channels = len(spread)
-        weight, bias = vae.encoder.conv_out.conv.weight, vae.encoder.conv_out.conv.bias
-        weight[:channels] /= spread.view(-1, 1, 1, 1, 1)
-        bias[:channels] = (bias[:channels] - mean) / spread
-        bias[channels:] -= 2 * spread.log()  # the other half of the output is the log variance
-        readers = [vae.decoder.conv_in.conv]
-        for module in vae.decoder.modules():
-            if type(module).__name__ == "CogVideoXSpatialNorm3D":
-                readers += [module.conv_y.conv, module.conv_b.conv]
-        for convolution in readers:
-            convolution.bias += torch.einsum("oc...,c->o", convolution.weight, mean)
-            convolution.weight *= spread.view(1, -1, 1, 1, 1)
+    def decoded(self, vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
+        """What the autoencoder decodes."""
+        return vae.decode(latents).sample
 
     def latents(self, vae: AutoencoderKLCogVideoX, videos: Tensor) -> Tensor:
         """The mean of the posterior; what normalises it is in the weights."""

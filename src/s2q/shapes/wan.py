@@ -30,7 +30,7 @@ class ShapesWan(EmbeddedArchitecture):
 
     name = "shapes-wan"
     title = "A complete Wan pipeline (tokenizer, UMT5 encoder, 3D autoencoder, 6-block transformer, UniPC scheduler)"
-    encoder_parts = ("encoder", "quant_conv")
+    latents_of = "shapes-cogvideox"
     guidance_scale = 4.0
 
     def build_text_encoder(self, tokenizer: T5Tokenizer) -> UMT5EncoderModel:
@@ -76,17 +76,19 @@ class ShapesWan(EmbeddedArchitecture):
         )
         return WanPipeline(scheduler=scheduler, **parts)
 
-    def normalise_latents(self, vae: AutoencoderKLWan, *, mean: Tensor, spread: Tensor) -> None:
-        """Wan's autoencoders keep mean and spread in their configuration and the pipeline applies them."""
-        vae.register_to_config(latents_mean=mean.tolist(), latents_std=spread.tolist())
-
     def latents(self, vae: AutoencoderKLWan, videos: Tensor) -> Tensor:
-        """The mean of the posterior, normalised as the configuration says."""
-        mean, spread = (
-            torch.tensor(values, device=videos.device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return (vae.encode(videos.transpose(1, 2) * 2 - 1).latent_dist.mean - mean) / spread
+        """The mean of the posterior; the configuration's mean and spread are 0 and 1."""
+        return vae.encode(videos.transpose(1, 2) * 2 - 1).latent_dist.mean
+
+    def decoded(self, vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+        """What the decoder makes of latents before the autoencoder clamps it, which would stop the gradient."""
+        pieces: list[Tensor] = []
+        handle = vae.decoder.register_forward_hook(lambda _module, _args, output: pieces.append(output))
+        try:
+            vae.decode(latents)
+        finally:
+            handle.remove()
+        return torch.cat(pieces, dim=2)
 
     def encode_text(
         self, text_encoder: UMT5EncoderModel, tokenizer: T5Tokenizer, texts: list[str], *, length: int
