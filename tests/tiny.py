@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
     AutoencoderKLMochi,
     AutoencoderKLWan,
@@ -21,6 +22,8 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
@@ -31,12 +34,16 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from transformers import (
+    ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     LlamaConfig,
     LlamaModel,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -264,6 +271,56 @@ def tiny_hunyuanvideo_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.floa
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=CLIPTextModel(clip).eval().to(dtype),
         tokenizer_2=tiny_tokenizer(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_hunyuanvideo15_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> HunyuanVideo15Pipeline:
+    """A complete random HunyuanVideo 1.5 pipeline: hidden size 64, 4 latent channels, and a guider for guidance."""
+    torch.manual_seed(seed)
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9,  # 4 of the latent, 4 of an image, a mask
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=32,
+        text_embed_2_dim=32,
+        image_embed_dim=32,
+        rope_axes_dim=(4, 6, 6),
+    ).eval()
+    _stir(transformer, seed + 1)
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        spatial_compression_ratio=8,
+    ).eval()
+    qwen = Qwen2_5_VLTextConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]},
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    tokenizer = tiny_tokenizer()  # one token a character: what the pipeline drops is the beginning of its own message
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    pipe = HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(qwen).eval().to(dtype),
+        tokenizer=tokenizer,
+        transformer=transformer.to(dtype),
+        vae=vae.to(dtype),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        text_encoder_2=tiny_text_encoder(seed=seed).to(dtype),
+        tokenizer_2=ByT5Tokenizer(extra_ids=0),
+        guider=ClassifierFreeGuidance(guidance_scale=5.0),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
