@@ -3,13 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import CogVideoXImageToVideoPipeline, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 import s2q
 from s2q.calibration import prompt_token_limit, record_trajectory, resolve_settings
 from s2q.calibration.settings import vae_factors
 from s2q.checkpoint import read_config
-from s2q.core.errors import InvalidInputError
 from s2q.distillation import capture_column_sums
 from s2q.evaluation import EvaluationOptions, evaluate
 from s2q.models import FAMILIES, block_linears, block_names, family_of
@@ -237,14 +236,3 @@ def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe,
         settings = resolve_settings(one, requested={**sizes(one), "num_inference_steps": 2})
         found[name] = record_trajectory(one, ["red"], seeds=[0], settings=settings).calls[0].output
     assert float((found["outer"] - found["blocks"]).norm() / found["blocks"].norm()) < 0.05
-
-
-def test_image_to_video_is_quantized_without_calibration_and_refused_with_it(tmp_path):
-    text_to_video = tiny_cogvideox_pipeline()
-    pipe = CogVideoXImageToVideoPipeline(**text_to_video.components)
-    pipe.save_pretrained(tmp_path / "model")
-    s2q.quantize(tmp_path / "model", recipe="rtn-w4a6", out=tmp_path / "out")
-    assert type(DiffusionPipeline.from_pretrained(tmp_path / "out")) is CogVideoXImageToVideoPipeline
-    with pytest.raises(InvalidInputError, match=r"CogVideoXImageToVideoPipeline: calibration generates from prompts"):
-        s2q.quantize(tmp_path / "model", recipe="s2q-w4a6", out=tmp_path / "other", prompts=["red"], overrides=QUICK)
-    assert not (tmp_path / "other").exists()
