@@ -51,7 +51,8 @@ def resolve_settings(
     """Fill in and check the generation settings for a pipeline.
 
     A value comes from `requested`, else from `defaults` (what the model's makers recommend), else from the
-    configuration of the transformer (sizes), else from the family's published models. `None` counts as absent.
+    configuration of the transformer (sizes) and the pipeline's guider (guidance), else from the family's published
+    models. `None` counts as absent.
 
     Args:
         pipe: A diffusers text-to-video pipeline.
@@ -62,10 +63,11 @@ def resolve_settings(
         The checked settings.
 
     Raises:
-        InvalidInputError: A name is unknown, or a value does not fit the VAE, the transformer or the scheduler.
+        InvalidInputError: A name is unknown, or a value does not fit the VAE, the transformer or the scheduler; or the
+            pipeline has a guider of another kind than classifier-free guidance over all steps.
     """
     names = tuple(GenerationSettings.__dataclass_fields__)
-    values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe)
+    values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe) | _guider_defaults(pipe)
     for source in (defaults or {}, requested or {}):
         for name, value in source.items():
             if name not in names:
@@ -148,6 +150,12 @@ def latent_frames(pipe: Any, settings: GenerationSettings) -> int:
     return frames + -frames % patch_sizes(pipe)[0]
 
 
+def latent_channels(pipe: Any) -> int:
+    """Return the channels of the latents: those that the transformer predicts (it may see those of an image too)."""
+    config = pipe.transformer.config
+    return int(getattr(config, "out_channels", None) or config.in_channels)
+
+
 def patch_sizes(pipe: Any) -> tuple[int, int]:
     """Return how many latent frames, and how many latent rows and columns, make a token of the transformer."""
     config = pipe.transformer.config
@@ -159,14 +167,33 @@ def patch_sizes(pipe: Any) -> tuple[int, int]:
 
 def _size_defaults(pipe: Any) -> dict[str, Any]:
     config = pipe.transformer.config
-    if getattr(config, "sample_frames", None) is None:
+    if getattr(config, "sample_frames", None) is not None:
+        spatial = vae_factors(pipe)[1]
+        return {
+            "num_frames": config.sample_frames,
+            "height": config.sample_height * spatial,
+            "width": config.sample_width * spatial,
+        }
+    if getattr(config, "target_size", None) is not None:
+        columns, rows = pipe.default_aspect_ratio
+        height, width = pipe.video_processor.calculate_default_height_width(rows, columns, config.target_size)
+        return {"height": height, "width": width}
+    return {}
+
+
+def _guider_defaults(pipe: Any) -> dict[str, Any]:
+    """Guidance weight of the pipeline's guider, if it has one; 1 where it runs one branch."""
+    if family_of(pipe.transformer).guidance != "guider":
         return {}
-    spatial = vae_factors(pipe)[1]
-    return {
-        "num_frames": config.sample_frames,
-        "height": config.sample_height * spatial,
-        "width": config.sample_width * spatial,
-    }
+    guider = pipe.guider
+    expected = {"start": 0.0, "stop": 1.0, "use_original_formulation": False}
+    is_plain = all(guider.config.get(name) == value for name, value in expected.items())
+    if type(guider).__name__ != "ClassifierFreeGuidance" or not is_plain:
+        raise InvalidInputError(
+            f"{type(pipe).__name__}: its guider, a {type(guider).__name__}, is not plain classifier-free guidance over "
+            "all steps, the only kind that s2q runs; set pipe.guider = ClassifierFreeGuidance()"
+        )
+    return {"guidance_scale": guider.guidance_scale if guider.num_conditions > 1 else 1.0}
 
 
 def _whole(name: str, value: Any) -> int:

@@ -33,9 +33,9 @@ class TransformerCall:
     Attributes:
         timestep: The scheduler's timestep, 0 (clean) to 999 (noise).
         inputs: The keyword arguments of the call, tensors on the CPU: `hidden_states [R, f, C, h, w]` (channels first
-            where the family has them so), `encoder_hidden_states [R, N_t, E]`, `timestep [R]`, and what else there is,
-            such as `image_rotary_emb`.
-        output: The transformer's prediction, of the shape of `hidden_states`, compute dtype, on the CPU.
+            where the family has them so; more channels, behind those of the latent, where it takes an image too),
+            `encoder_hidden_states [R, N_t, E]`, `timestep [R]`, and what else there is, such as `image_rotary_emb`.
+        output: The transformer's prediction, of the shape of the latent, compute dtype, on the CPU.
     """
 
     timestep: float

@@ -157,8 +157,9 @@ def prepare(
             f"steps are only {candidates} candidates; ask for fewer samples, or give more prompts"
         )
     digest = hashlib.sha256(canonical_json({"version": _VERSION, **inputs}).encode())
-    digest.update(canonical_json(_plain(dict(teacher.pipe.scheduler.config))).encode())
-    for part in (teacher.pipe.text_encoder, teacher.transformer):
+    for part in _parts(teacher.pipe, "scheduler", "guider"):
+        digest.update(canonical_json(_plain(dict(part.config))).encode())
+    for part in _parts(teacher.pipe, "text_encoder", "text_encoder_2", "transformer"):
         _hash_module(digest, part)
     return CalibrationInputs(prompts=tuple(prompts), settings=settings, fingerprint=digest.hexdigest(), seed=seed)
 
@@ -203,7 +204,7 @@ def collect(
                     settings=inputs.settings,
                     step_done=counter,
                 )
-            folder.save(key, fingerprint, _to_artefact(trajectory))
+            folder.save(key, fingerprint, _to_artefact(trajectory, channel_dim=channel_dim))
         artefact = folder.load(key)
         latents = list(artefact.tensors["latents"].unbind(0))
         timesteps = artefact.tensors["timesteps"].tolist()
@@ -380,13 +381,14 @@ def _recommended(teacher: Teacher) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.is_file() else {}
 
 
-def _to_artefact(trajectory: Trajectory) -> Artefact:
+def _to_artefact(trajectory: Trajectory, *, channel_dim: int) -> Artefact:
     calls = trajectory.calls
     branches = trajectory.branches(calls[0])
     inputs = torch.stack([call.inputs["hidden_states"][-1] for call in calls])
+    latents = inputs.narrow(1 + channel_dim, 0, trajectory.latents.shape[1 + channel_dim])
     tensors = {
         "inputs": inputs,
-        "latents": torch.cat([inputs.float(), trajectory.latents]),
+        "latents": torch.cat([latents.float(), trajectory.latents]),
         "timesteps": torch.tensor([call.timestep for call in calls], dtype=torch.float64),
     }
     arguments: dict[str, Any] = {}
@@ -414,6 +416,11 @@ def _stored(name: str, values: Sequence[Tensor], branches: int) -> tuple[str, Te
     if not fixed:
         raise InvalidInputError(f"calibration: argument {name} changes from step to step and has no row for a sample")
     return "shared", first.clone()
+
+
+def _parts(pipe: Any, *names: str) -> list[Any]:
+    """Those components of a pipeline that it has."""
+    return [part for part in (getattr(pipe, name, None) for name in names) if part is not None]
 
 
 def _hash_module(digest: Any, module: nn.Module) -> None:
