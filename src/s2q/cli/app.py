@@ -131,6 +131,14 @@ def quantize(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-budget",
+            help="Host memory for activations, the rest goes to the disk; default: half of it, at most 16GB.",
+            metavar="SIZE",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
     overwrite: Overwrite = False,
     overrides: Overrides = None,
@@ -142,7 +150,7 @@ def quantize(
     """Quantize a model into a checkpoint that diffusers loads."""
     from s2q.cli import commands
 
-    options = _given(locals(), "seed", "device", "dtype", "resume", "overwrite", "dry_run")
+    options = _given(locals(), "seed", "device", "dtype", "memory_budget", "resume", "overwrite", "dry_run")
     commands.quantize(
         model, recipe, output, prompts=prompts, samples=samples, overrides=overrides, options=options, as_json=as_json
     )

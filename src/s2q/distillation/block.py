@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -102,10 +103,9 @@ def block_loss(block: nn.Module, samples: Samples) -> float:
     """
     losses = []
     with parameters_held():
-        for index in range(len(samples)):
-            sample = samples[index]
-            losses.append(float(weighted_token_loss(_streams(block, sample), sample.outputs, weights=sample.weights)))
-    return math.fsum(losses) / len(losses)
+        for sample in _ahead(samples, range(len(samples))):
+            losses.append(weighted_token_loss(_streams(block, sample), sample.outputs, weights=sample.weights))
+    return math.fsum(torch.stack(losses).tolist()) / len(losses)
 
 
 def distil(
@@ -152,7 +152,8 @@ def distil(
     every = max(1, options.epochs // _EVALUATIONS)
     for epoch in range(1, options.epochs + 1):
         order = torch.randperm(len(samples), generator=generator).tolist()
-        if not all(_step(student, samples[index], optimizer, scheduler) for index in order):
+        losses = [_step(student, sample, optimizer, scheduler) for sample in _ahead(samples, order)]
+        if not bool(torch.isfinite(torch.stack(losses)).all()):
             logger.warning("distillation: the loss is not finite in epoch %d; the best state before is kept", epoch)
             break
         if epoch % every == 0 or epoch == options.epochs:
@@ -177,20 +178,28 @@ def _step(
     sample: BlockSample,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> bool:
-    """Take one step; whether the loss was finite."""
+) -> Tensor:
+    """Take one step; return the loss, on the device, so that nothing waits for it."""
     with parameters_held():
         loss = weighted_token_loss(_streams(student, sample), sample.outputs, weights=sample.weights)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            return False
+        value = loss.detach()
         optimizer.zero_grad(set_to_none=True)
-        if value > 0:
-            (loss / value).backward()
-    if value > 0:
-        optimizer.step()
+        (loss / value.clamp_min(torch.finfo(value.dtype).tiny)).backward()
+    optimizer.step()
     scheduler.step()
-    return True
+    return value
+
+
+def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
+    """Go through samples; the next one is read while the one at hand is worked on."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        upcoming: Future[BlockSample] | None = None
+        for index in order:
+            read, upcoming = upcoming, reader.submit(samples.__getitem__, index)
+            if read is not None:
+                yield read.result()
+        if upcoming is not None:
+            yield upcoming.result()
 
 
 def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:

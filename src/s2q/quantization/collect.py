@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,7 @@ from s2q.calibration import (
 )
 from s2q.core.errors import InvalidInputError
 from s2q.core.files import canonical_json
+from s2q.core.placement import on_device
 from s2q.core.seeds import derive_seed
 from s2q.models import family_of
 from s2q.quantization.run_folder import Artefact, RunFolder
@@ -161,6 +161,7 @@ def prepare(
         digest.update(canonical_json(_plain(dict(part.config))).encode())
     for part in _parts(teacher.pipe, "text_encoder", "text_encoder_2", "transformer"):
         _hash_module(digest, part)
+        teacher.set_aside(part)
     return CalibrationInputs(prompts=tuple(prompts), settings=settings, fingerprint=digest.hexdigest(), seed=seed)
 
 
@@ -196,9 +197,9 @@ def collect(
         key, fingerprint = inputs.key(index), inputs.prompt_fingerprint(index)
         if not folder.has(key, fingerprint):
             counter = _Counter(done, total, progress)
-            with _on(teacher.pipe, device) as pipe:
+            with on_device(teacher.modules, device, set_aside=teacher.mapped):
                 trajectory = record_trajectory(
-                    pipe,
+                    teacher.pipe,
                     [prompt],
                     seeds=[derive_seed(inputs.seed, "prompt", index)],
                     settings=inputs.settings,
@@ -211,6 +212,8 @@ def collect(
         candidates += score_trajectory(latents, timesteps, prompt=index, channel_dim=channel_dim)
         done += steps
         progress(done, total)
+    for part in teacher.parts:
+        teacher.set_aside(part)
     return CandidatePool(candidates=tuple(candidates))
 
 
@@ -351,19 +354,6 @@ def selection_plot(record: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
-
-
-@contextmanager
-def _on(pipe: Any, device: str) -> Iterator[Any]:
-    """Have a pipeline on a device for a while."""
-    before = pipe.device
-    if before.type == torch.device(device).type:
-        yield pipe
-        return
-    try:
-        yield pipe.to(device)
-    finally:
-        pipe.to(before)
 
 
 class _Counter:

@@ -12,6 +12,7 @@ import copy
 import errno
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +26,7 @@ from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, S2QConfig, attach_co
 from s2q.core.devices import check_device
 from s2q.core.errors import ResourceError, UsageError, unknown_name
 from s2q.core.files import canonical_json, check_output
+from s2q.core.storage import parse_bytes
 from s2q.models import OUTSIDE, ModelSource, family_of, resolve_model
 from s2q.models.source import dtype_name
 from s2q.nn import replace_module
@@ -45,7 +47,7 @@ from s2q.quantization.collect import (
 )
 from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
 from s2q.quantization.run_folder import RunFolder, open_run_folder
-from s2q.quantization.stream import TeacherStream
+from s2q.quantization.stream import HostMemory, TeacherStream
 from s2q.quantization.teacher import Teacher, load_teacher
 from s2q.recipes import Recipe, assign_layouts, load_recipe
 
@@ -57,6 +59,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many of its steps are done, and how many there are."""
 
+_MEMORY_BUDGET = 16 * 10**9
 _DISK_FULL = "No space left on device"  # SafetensorError has no errno
 _T = TypeVar("_T")
 
@@ -72,6 +75,7 @@ class QuantizeOptions(TypedDict, total=False):
     overrides: Sequence[str]
     dry_run: bool
     max_shard_size: str
+    memory_budget: int | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,7 @@ class _Settings:
     overrides: Sequence[str] = ()
     dry_run: bool = False
     max_shard_size: str = "10GB"
+    memory_budget: int | str | None = None
 
 
 def quantize(
@@ -106,7 +111,8 @@ def quantize(
         progress: Called as the run goes on.
         **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `resume` (True), `overwrite` (False), `overrides`
             (changes to the recipe, "key=value" each), `dry_run` (False; True returns the plan and computes nothing),
-            `max_shard_size` ("10GB").
+            `max_shard_size` ("10GB"), `memory_budget` (host memory for the activations of calibration, "16GB"; what
+            does not fit lies on the disk, in the run folder; None takes half of the machine's memory, at most 16 GB).
 
     Returns:
         The report, or the plan of a dry run.
@@ -119,6 +125,7 @@ def quantize(
     """
     settings = _settings(options)
     validated = load_recipe(recipe, overrides=settings.overrides)
+    budget = _memory_budget(settings)
     source = resolve_model(model) if isinstance(model, str | Path) else None
     # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
     planned = None if source is None else plan(source, validated, dtype=settings.dtype)
@@ -133,15 +140,18 @@ def quantize(
     if target is None:
         raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
     with _resource_errors(target, settings.device), open_run_folder(target) as folder:
-        run = _Run(folder, target, settings, progress)
+        run = _Run(folder, target, settings, progress, memory_budget=budget)
         return run.carry_out(source or model, validated, prompts)
 
 
 class _Run:
     """One run: its folder, its clock, and the stages in order."""
 
-    def __init__(self, folder: RunFolder, out: Path, settings: _Settings, progress: Progress | None) -> None:
+    def __init__(
+        self, folder: RunFolder, out: Path, settings: _Settings, progress: Progress | None, *, memory_budget: int
+    ) -> None:
         self.folder = folder
+        self.memory_budget = memory_budget
         self.out = out
         self.settings = settings
         self.progress = progress or (lambda stage, done, total: None)
@@ -226,6 +236,8 @@ class _Run:
             streams=family_of(teacher.transformer).streams,
             folder=self.folder.path,
             device=self.settings.device,
+            memory=HostMemory(self.memory_budget),
+            set_aside=teacher.set_aside,
         )
 
     def _blocks(self, teacher: Teacher, recipe: Recipe, selected: _Selected | None) -> list[BlockReport]:
@@ -287,6 +299,7 @@ class _Run:
                 peak_memory_bytes=peak_memory_bytes(self.settings.device),
             )
             self.folder.save(key, fingerprint, artefact)
+        teacher.set_aside(block)
         report = BlockReport(index=index, name=name, resumed=resumed, **self.folder.stats(key))
         self.folder.log("block", **asdict(report))
         _log_block(report, total=len(teacher.block_names), linears=len(linears))
@@ -420,6 +433,12 @@ def _settings(options: QuantizeOptions) -> _Settings:
         if name not in known:
             raise UsageError(str(unknown_name("option of quantize", name, known)))
     return _Settings(**options)
+
+
+def _memory_budget(settings: _Settings) -> int:
+    if settings.memory_budget is not None:
+        return parse_bytes(settings.memory_budget, option="memory_budget")
+    return min(_MEMORY_BUDGET, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
 
 
 def _plan_loaded(teacher: Teacher, recipe: Recipe) -> Plan:

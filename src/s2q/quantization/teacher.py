@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from s2q.core.errors import InvalidInputError
+from s2q.core.placement import page_out, tensors_of
 from s2q.core.schemes import LinearScheme
 from s2q.models import BlockLinear, ModelSource, block_names, family_of
 from s2q.models.source import HUB_ID, parse_dtype
@@ -33,6 +35,7 @@ class Teacher:
         linears: Every linear of its blocks.
         schemes: Scheme of each linear that the recipe quantizes, by full name.
         dtype: Compute dtype of the transformer.
+        mapped: Whether its weights were mapped from files here, so that they need not stay in memory.
     """
 
     pipe: DiffusionPipeline
@@ -41,6 +44,17 @@ class Teacher:
     linears: tuple[BlockLinear, ...]
     schemes: Mapping[str, LinearScheme]
     dtype: torch.dtype
+    mapped: bool = False
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The components of the pipeline that have weights."""
+        return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+
+    @property
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules of these components and theirs, down to the last."""
+        return chain.from_iterable(part.modules() for part in self.parts)
 
     @property
     def transformer(self) -> nn.Module:
@@ -60,6 +74,15 @@ class Teacher:
         """
         return [linear for linear in self.linears if linear.block == block and linear.name in self.schemes]
 
+    def set_aside(self, module: nn.Module) -> None:
+        """Let the weights of a part leave host memory until they are read again.
+
+        Args:
+            module: The pipeline's transformer, a block of it, or another component.
+        """
+        if self.mapped:
+            page_out(tensors_of(module))
+
 
 def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtype: torch.dtype | str | None) -> Teacher:
     """Load the model, or take the one given, and check that it can be quantized.
@@ -76,6 +99,7 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
         InvalidInputError: If the model is quantized, has adapters or weights elsewhere, is of an unsupported class, has
             another dtype than the one asked for, or holds values that are not finite (names the tensor).
     """
+    mapped = isinstance(model, ModelSource)
     if isinstance(model, ModelSource):
         pipe, name, folder = model.load_pipeline(dtype=dtype), model.name, model.folder
     else:
@@ -86,9 +110,16 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
         raise InvalidInputError(f"{type(pipe).__name__} has no transformer; expected a text-to-video pipeline with one")
     linears = tuple(recipe_linears(recipe, transformer))
     _check_state(name, transformer, wanted=parse_dtype(dtype))
-    _check_finite(name, transformer)
-    schemes = assign_schemes(recipe, linears)
-    return Teacher(pipe=pipe, name=name, folder=folder, linears=linears, schemes=schemes, dtype=transformer.dtype)
+    _check_finite(name, transformer, set_aside=mapped)
+    return Teacher(
+        pipe=pipe,
+        name=name,
+        folder=folder,
+        linears=linears,
+        schemes=assign_schemes(recipe, linears),
+        dtype=transformer.dtype,
+        mapped=mapped,
+    )
 
 
 def _origin(pipe: DiffusionPipeline) -> tuple[str, Path | None]:
@@ -115,10 +146,12 @@ def _check_state(name: str, transformer: nn.Module, *, wanted: torch.dtype | Non
         )
 
 
-def _check_finite(name: str, transformer: nn.Module) -> None:
+def _check_finite(name: str, transformer: nn.Module, *, set_aside: bool) -> None:
     for tensor_name, tensor in transformer.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise InvalidInputError(
                 f"{name}: {tensor_name} holds {count} values that are NaN or infinite; download or save the model again"
             )
+        if set_aside:
+            page_out([tensor])
