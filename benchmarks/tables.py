@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from markdown_tables import interval, table_head, table_row
+from published import commands_of, cost_table, sizes_table
+from reproduce.beside import overview_table
 from variants import GROUPS, Variant
 
 from s2q.evaluation import clustered_mean
@@ -21,7 +23,7 @@ from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/observations.md", "docs/speed.md")
+PAGES = ("README.md", "docs/results.md", "docs/observations.md", "docs/speed.md", "docs/real-models.md")
 ORDER = (
     "rtn-w8a8",
     "rtn-w4a16",
@@ -308,6 +310,10 @@ TABLES: dict[str, Callable[[str], str]] = {
     "linear": linear_table,
     "steps": steps_table,
     "parts": parts_table,
+    "sizes": sizes_table,
+    "cost": cost_table,
+    "commands": commands_of,
+    "reproduce": overview_table,
 }
 
 

@@ -100,6 +100,18 @@ def write(table: Table, request: Request) -> str:
     return page
 
 
+def overview_table(_: str) -> str:
+    """The tables there are: whose figures the paper has, which rows run, and which wait for a recipe."""
+    lines = table_head("table", ["what is in it", "the paper's models", "rows that run", NO_RECIPE])
+    for table in TABLES.values():
+        models = ", ".join(published_models()[name]["title"] for name in table.paper["values"])
+        running = [row.method for row in table.rows if row.runs]
+        lacking = [row.method for row in table.rows if row.variant and not row.runs]
+        rows = ", ".join(running) if lacking else f"all {len(running)}"
+        lines.append(table_row(f"`{table.name}`", [table.paper["title"], models, rows, ", ".join(lacking)]))
+    return "\n".join(lines)
+
+
 def page_of(content: Mapping[str, Any]) -> str:
     """Return a table as a Markdown page.
 

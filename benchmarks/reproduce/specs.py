@@ -123,7 +123,7 @@ def _baselines(width: str, names: Iterable[str] = tuple(_BASELINES)) -> tuple[Ro
 def _ours(width: str, *, plus: bool = True) -> tuple[Row, ...]:
     rows = [Row(method=METHOD, variant=_variant(f"s2q-{width}"))]
     if plus:
-        rows.append(Row(method="S²Q-VDiT and more", variant=_variant(f"s2q-plus-{width}"), in_paper=False))
+        rows.append(Row(method="s2q-plus, beyond the paper", variant=_variant(f"s2q-plus-{width}"), in_paper=False))
     return tuple(rows)
 
 
