@@ -113,6 +113,7 @@ def test_a_run_makes_what_is_missing_and_nothing_twice(inputs, tmp_path, in_this
     assert measured[METHOD]["ours"]["prompts"] == 3
     assert measured[METHOD]["ours"]["velocity_relative_error"]["mean"] > 0
     assert measured[METHOD]["ours"]["storage_gb"] > 0
+    assert measured["s2q-plus, beyond the paper"]["status"] == "not run"
     assert [command[4] for command in in_this_process] == ["rtn-w4a6", "s2q-w4a6"]
     folders = sorted((out / "videos").iterdir())
     assert [folder.name.split("-")[0] for folder in folders] == ["full", "rtn", "s2q"]

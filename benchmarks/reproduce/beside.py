@@ -172,6 +172,9 @@ def _notes(content: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"Recipes changed by {', '.join(f'`{one}`' for one in content['changes'])}: not the paper's setting."
         )
+    if content["settings"]:
+        settings = ", ".join(f"{name} {value}" for name, value in content["settings"].items())
+        notes.append(f"Videos generated with {settings.replace('_', ' ')}, everything else as the model has it.")
     if paper["prompts"]:
         notes.append(f"The paper's prompts: {paper['prompts']}")
     if any("prompts" in row["ours"] for row in rows):

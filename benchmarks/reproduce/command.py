@@ -15,6 +15,7 @@ from reproduce.beside import write
 from reproduce.plan import Request
 from reproduce.run import carry_out, commands
 from reproduce.specs import NO_RECIPE, TABLES, check_changes, chosen_rows
+from s2q.cli import EXIT_INTERRUPTED
 from s2q.cli.commands import resolve_device
 from s2q.cli.console import quiet_libraries
 from s2q.core.errors import InvalidInputError, S2QError
@@ -36,7 +37,9 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, help="judge only the first N prompts")
     parser.add_argument("--seeds", type=int, default=1, help="videos a prompt (the paper: 1)")
     parser.add_argument("--set", action="append", default=[], metavar="K=V", help="change the recipes of all rows")
-    parser.add_argument("--only", action="append", default=[], metavar="ROW", help="recipe or variant; may be repeated")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="ROW", help="run only this variant; may be repeated"
+    )
     parser.add_argument("--num-frames", type=int)
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
@@ -89,17 +92,21 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("reproduce").setLevel(logging.INFO)
     try:
-        table = chosen_rows(TABLES[arguments.table], arguments.only)
+        table = TABLES[arguments.table]
+        chosen = chosen_rows(table, arguments.only)
         check_changes(table, arguments.set)
         request = request_of(arguments)
         if arguments.dry_run:
-            lacking = [row.method for row in table.rows if row.variant is not None and not row.runs]
-            print(*commands(table, request), *(f"# {method}: {NO_RECIPE}" for method in lacking), sep="\n")
+            lacking = [row.method for row in chosen.rows if row.variant is not None and not row.runs]
+            print(*commands(chosen, request), *(f"# {method}: {NO_RECIPE}" for method in lacking), sep="\n")
         else:
             quiet_libraries()
-            carry_out(table, request)
+            carry_out(chosen, request)
             print(write(table, request), end="")
     except S2QError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
