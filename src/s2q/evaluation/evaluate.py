@@ -47,6 +47,7 @@ class EvaluationOptions:
         dtype: Compute dtype of models given by name; None is the one that the reference is stored in, for both.
         device: Device of models given by name.
         trajectory_bytes: Memory for recorded trajectories; videos beyond it have no velocity error.
+        video_done: Called with each video as it is generated and the label of its model (`model_label`), to keep it.
     """
 
     metrics: tuple[str, ...] = ()
@@ -55,6 +56,7 @@ class EvaluationOptions:
     dtype: str | None = None
     device: str = "cpu"
     trajectory_bytes: int = _TRAJECTORY_BYTES
+    video_done: Callable[[str, Video], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +226,7 @@ def _run_teacher(
         else:
             result = denoise(pipe, names, seeds=seeds, settings=settings, step_done=tick)
             trajectories.append(None)
-        videos += videos_of(names, seeds, result)
+        videos += _handed_on(videos_of(names, seeds, result), reference, options)
     if pipe is not reference:
         del pipe
         gc.collect()
@@ -260,9 +262,15 @@ def _run_student(
         steps: list[list[float]] = [[] for _ in names]
         if trajectory is not None:
             steps = velocity.velocity_errors(pipe.transformer, trajectory, step_done=replay)
-        for video, errors in zip(videos_of(names, seeds, result), steps, strict=True):
+        for video, errors in zip(_handed_on(videos_of(names, seeds, result), model, options), steps, strict=True):
             judged.append(_judge(video, teacher.videos[len(judged)], errors, wanted))
     return judged
+
+
+def _handed_on(videos: list[Video], model: Any, options: EvaluationOptions) -> list[Video]:
+    for video in videos if options.video_done else ():
+        options.video_done(model_label(model), video)
+    return videos
 
 
 def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS) -> dict[str, float | None]:
