@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize, fake_quantize_weight, token_scale, weight_scale
-from s2q.core.reuse import once, once_for
+from s2q.core.reuse import once, once_for, recomputed
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.nn.clip import START, LearnableClip
 
@@ -128,6 +128,8 @@ class StudentLinear(nn.Module):
         bias: Buffer [O] or None; b + W m where the input is shifted.
         scheme: How weight and input are quantized.
         source: Transform and quantization of the input, shared by the linears that read it.
+        recomputes: Whether the backward pass computes the quantized weight again, which takes less memory than keeping
+            the way to it.
         weight_clip: Ratio of each output channel, or None for 1.
 
     Args:
@@ -159,6 +161,7 @@ class StudentLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scheme = scheme
         self.source = source
+        self.recomputes = False
         self.weight_clip = weight_clip
         self.register_buffer("weight", linear.weight.detach(), persistent=False)
         bias = None if linear.bias is None else linear.bias.detach()
@@ -226,7 +229,7 @@ class StudentLinear(nn.Module):
         Returns:
             [..., O], dtype of the input.
         """
-        weight = once(self, "weight", self._quantized_weight)
+        weight = once(self, "weight", self._weight)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         quantized, coefficients = self.source(input)
         output = F.linear(quantized, weight.to(input.dtype), bias)
@@ -234,6 +237,9 @@ class StudentLinear(nn.Module):
             return output
         branch = once(self, "low_rank_weight", lambda: self.low_rank_weight(dtype=torch.float32))
         return output + F.linear(coefficients, branch).to(output.dtype)
+
+    def _weight(self) -> Tensor:
+        return recomputed(self._quantized_weight) if self.recomputes else self._quantized_weight()
 
     def _quantized_weight(self) -> Tensor:
         weight = self.folded_weight(dtype=torch.float32)
