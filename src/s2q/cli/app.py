@@ -49,6 +49,14 @@ Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one 
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.", metavar="S")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="D")]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Compute dtype; default: the stored one.")]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        help="Host memory for activations, the rest goes to the disk; default: half of the host's, at most 16GB.",
+        metavar="SIZE",
+    ),
+]
 AttentionBackend = Annotated[
     str | None,
     typer.Option(
@@ -110,12 +118,19 @@ def plan(
     recipe: RecipeName = "s2q-w4a6",
     overrides: Overrides = None,
     dtype: DtypeOption = None,
+    device: Device = "auto",
+    device_memory: Annotated[
+        str | None,
+        typer.Option("--device-memory", help="Plan for a device with so much memory, 24GB.", metavar="SIZE"),
+    ] = None,
+    memory_budget: MemoryBudget = None,
     as_json: AsJson = False,
 ) -> None:
     """Show layers, bits, storage and memory before any compute."""
     from s2q.cli import commands
 
-    commands.plan(model, recipe, overrides=overrides, dtype=dtype, as_json=as_json)
+    options = _given(locals(), "dtype", "device", "device_memory", "memory_budget")
+    commands.plan(model, recipe, overrides=overrides, options=options, as_json=as_json)
 
 
 @app.command()
@@ -131,14 +146,7 @@ def quantize(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = None,
-    memory_budget: Annotated[
-        str | None,
-        typer.Option(
-            "--memory-budget",
-            help="Host memory for activations, the rest goes to the disk; default: half of it, at most 16GB.",
-            metavar="SIZE",
-        ),
-    ] = None,
+    memory_budget: MemoryBudget = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
     overwrite: Overwrite = False,
     overrides: Overrides = None,

@@ -16,11 +16,26 @@ _SCHEMA_VERSION = 1
 _SLUG_LENGTH = 48
 
 
-def plan(model: str, recipe: str, *, overrides: Sequence[str] | None, dtype: str | None, as_json: bool) -> None:
+def plan(
+    model: str, recipe: str, *, overrides: Sequence[str] | None, options: Mapping[str, Any], as_json: bool
+) -> None:
     """Run `s2q plan`."""
+    from s2q.core.storage import parse_bytes
     from s2q.planning import plan as make_plan
+    from s2q.planning import this_machine
 
-    result = make_plan(model, recipe, overrides=output.parse_overrides(overrides), dtype=dtype).to_dict()
+    console.quiet_libraries()
+    sizes = {
+        name: None if options[name] is None else parse_bytes(options[name], option=f"--{name.replace('_', '-')}")
+        for name in ("device_memory", "memory_budget")
+    }
+    device = options["device"] if sizes["device_memory"] is None or options["device"] != "auto" else "cuda"
+    if sizes["device_memory"] is None:
+        device = resolve_device(device)
+    machine = this_machine(device, memory_bytes=sizes["device_memory"], memory_budget=sizes["memory_budget"])
+    result = make_plan(
+        model, recipe, overrides=output.parse_overrides(overrides), dtype=options["dtype"], machine=machine
+    ).to_dict()
     output.emit_json(result) if as_json else output.show_plan(result)
 
 

@@ -31,6 +31,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     storage = plan["storage"]
     out.print(Text.assemble(("Plan ", "bold"), f"{plan['model']} with {plan['recipe']}"))
     out.print(_storage_line(storage))
+    memory = plan["device"]["memory_bytes"]
+    out.print(f"On {plan['device']['name']}{'' if memory is None else f' with {format_bytes(memory)}'}")
     stages = Table("stage", "peak memory", "time", header_style="dim", box=box.SIMPLE)
     for stage in plan["stages"]:
         memory, seconds = stage["peak_memory_bytes"], stage["seconds"]
@@ -40,7 +42,31 @@ def show_plan(plan: Mapping[str, Any]) -> None:
             f"{seconds:.0f} s" if seconds is not None else "unknown",
         )
     out.print(stages)
+    for line in _plan_notes(plan):
+        out.print(line, soft_wrap=True)
     out.print(_layer_table(plan["layers"]))
+
+
+def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
+    """What calibration will do with the memory there is, and what will not fit."""
+    device, cost, notes = plan["device"], plan["calibration"], []
+    if cost is not None:
+        where = f", {format_bytes(cost['disk_bytes'])} of it on the disk" if cost["disk_bytes"] else ""
+        notes.append(
+            f"Calibration: {cost['samples']} samples, {cost['tokens']:,} video and {cost['text_tokens']} text tokens each; "
+            f"inputs and targets of a block {format_bytes(cost['activation_bytes'])}{where}; a step of distillation "
+            f"{format_bytes(cost['step_bytes'])}{', checkpointed' if cost['gradient_checkpointing'] else ''}"
+        )
+    there = device["memory_bytes"]
+    for stage in plan["stages"]:
+        needed = stage["peak_memory_bytes"]
+        if needed is not None and there is not None and needed > there:
+            notes.append(
+                f"Will not run: {stage['name']} needs {format_bytes(needed)} on {device['name']}, which has "
+                f"{format_bytes(there)}; calibrate on smaller videos, or take a larger device"
+            )
+            break
+    return notes
 
 
 def show_inspection(report: Mapping[str, Any]) -> None:

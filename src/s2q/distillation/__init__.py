@@ -6,6 +6,7 @@ from s2q.distillation.block import (
     DistillationReport,
     Samples,
     block_loss,
+    checkpointed,
     distil,
 )
 from s2q.distillation.loss import split_weights, weighted_token_loss
@@ -19,6 +20,7 @@ __all__ = [
     "Samples",
     "block_loss",
     "capture_column_sums",
+    "checkpointed",
     "distil",
     "split_weights",
     "token_weights",

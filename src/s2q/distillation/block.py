@@ -25,12 +25,15 @@ from torch import Tensor, nn
 from s2q.core.errors import S2QError
 from s2q.core.reuse import parameters_held, recomputed
 from s2q.distillation.loss import weighted_token_loss
-from s2q.nn import StudentLinear
+from s2q.nn import StudentInput, StudentLinear
 
 logger = logging.getLogger(__name__)
 
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
 _EVALUATIONS = 5
+_POINTWISE = ("FeedForward",)
+_PIECE = 8192
+"""Tokens that a part without attention computes again at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,25 +200,34 @@ def _step(
 def checkpointed(student: nn.Module) -> Iterator[None]:
     """Have the parts of a student (attention, feed-forward) and its quantized weights computed again in each backward.
 
-    A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. The
-    gradient is the same.
+    A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
+    that treat every token by itself do so a piece of the sequence after another. The gradient is the same, but for the
+    order of its sums.
 
     Args:
         student: See `distil`.
     """
     parts = [one for one in student.children() if any(isinstance(inner, StudentLinear) for inner in one.modules())]
-    layers = [inner for inner in student.modules() if isinstance(inner, StudentLinear)]
+    layers = [inner for inner in student.modules() if isinstance(inner, StudentLinear | StudentInput)]
     try:
         for layer in layers:
             layer.recomputes = True
         for part in parts:
-            part.forward = functools.partial(recomputed, part.forward)
+            pointwise = isinstance(part, StudentLinear) or type(part).__name__ in _POINTWISE
+            part.forward = functools.partial(_in_pieces if pointwise else recomputed, part.forward)
         yield
     finally:
         for layer in layers:
             layer.recomputes = False
         for part in parts:
             del part.forward
+
+
+def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """Apply a part to pieces of a sequence, [B, N, d]; each is computed again in the backward pass by itself."""
+    pieces = x.split(_PIECE, dim=1) if x.ndim == 3 else [x]
+    outputs = [recomputed(forward, piece) for piece in pieces]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:

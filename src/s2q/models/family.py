@@ -31,6 +31,7 @@ class Family:
         block_lists: Attributes of the transformer that hold its blocks, in the order in which they run.
         modulation: Linears of a block, relative to it, that see one row a sample (adaLN): weight-only.
         shared_inputs: Groups of linears of a block that read the same tensor, hence may share a transform.
+        text_linears: Linears of a block that see text tokens alone.
         attention: The module of a block whose attention says which tokens matter.
         streams: Keyword arguments of a block that it returns anew, in the order in which it returns them.
         joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
@@ -53,6 +54,7 @@ class Family:
     block_lists: tuple[str, ...]
     modulation: tuple[str, ...]
     shared_inputs: tuple[tuple[str, ...], ...]
+    text_linears: tuple[str, ...]
     attention: str
     streams: tuple[str, ...]
     joint_order: tuple[str, ...]

@@ -94,6 +94,37 @@ class ModelSource:
                 f"({first_line(error)}); download or save the model again"
             ) from error
 
+    def meta_pipeline(self) -> DiffusionPipeline:
+        """Build the pipeline with transformer and autoencoder on the meta device and without text encoders.
+
+        It knows the sizes of videos, and has no weights.
+
+        Raises:
+            OSError: If a configuration is missing.
+            AttributeError: If diffusers lacks a class.
+            TypeError: If the pipeline cannot do without a component.
+        """
+        import diffusers
+
+        index = _read_json(self.folder / "model_index.json")
+        parts: dict[str, Any] = {}
+        for name, entry in index.items():
+            if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_"):
+                parts[name] = None
+                if entry[0] == "diffusers" and name not in (_TRANSFORMER, "vae"):
+                    parts[name] = getattr(diffusers, entry[1]).from_pretrained(self.folder, subfolder=name)
+        vae_class = getattr(diffusers, index["vae"][1])
+        with torch.device("meta"):
+            parts["vae"] = vae_class.from_config(vae_class.load_config(self.folder, subfolder="vae"))
+        parts[_TRANSFORMER] = self.meta_transformer()
+        return getattr(diffusers, index["_class_name"])(**parts)
+
+    def component_bytes(self) -> int | None:
+        """Return the bytes of the stored weights of all components but the transformer; None if none is there."""
+        folders = [path for path in self.folder.iterdir() if path.is_dir() and path.name != _TRANSFORMER]
+        sizes = [path.stat().st_size for folder in folders for path in folder.glob("*.safetensors")]
+        return sum(sizes) if sizes else None
+
     def load_pipeline(self, *, dtype: torch.dtype | str | None = None, device: str = "cpu") -> DiffusionPipeline:
         """Load the whole pipeline.
 
@@ -119,6 +150,16 @@ class ModelSource:
             pipe = _load_pipeline(folder, wanted)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
+
+
+def recommended_generation(folder: Path | None) -> dict[str, Any]:
+    """Return how the makers of a model generate, from the generation.json beside it, which the embedded models have.
+
+    Args:
+        folder: The pipeline's folder; None if there is none.
+    """
+    path = None if folder is None else folder / "generation.json"
+    return {} if path is None or not path.is_file() else _read_json(path)
 
 
 def resolve_model(model: str | Path) -> ModelSource:

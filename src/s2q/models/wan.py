@@ -22,6 +22,7 @@ WAN = Family(
         ("ffn.net.0.proj",),
         ("ffn.net.2",),
     ),
+    text_linears=("attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj"),
     attention="attn1",
     streams=("hidden_states",),
     joint_order=("hidden_states",),

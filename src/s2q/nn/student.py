@@ -67,6 +67,7 @@ class StudentInput(nn.Module):
         low_rank_basis: Buffer [I, r], V, or None without a low-rank branch.
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
+        recomputes: Whether the backward pass computes the way to the quantized input again instead of keeping it.
 
     Args:
         scheme: See above.
@@ -94,6 +95,7 @@ class StudentInput(nn.Module):
         self.register_buffer("low_rank_basis", low_rank_basis, persistent=False)
         self.transform = transform
         self.clip = clip
+        self.recomputes = False
 
     def forward(self, x: Tensor) -> SplitInput:
         """Transform and fake-quantize; the linears of one call share the result within `parameters_held`.
@@ -101,7 +103,7 @@ class StudentInput(nn.Module):
         Args:
             x: [..., I], floating.
         """
-        return once_for(self, x, lambda: self._split(x))
+        return once_for(self, x, lambda: recomputed(self._split, x) if self.recomputes else self._split(x))
 
     def _split(self, x: Tensor) -> SplitInput:
         centred = x if self.shift is None else x - self.shift

@@ -34,6 +34,7 @@ from s2q.distillation import (
     DistillationOptions,
     block_loss,
     capture_column_sums,
+    checkpointed,
     distil,
     split_weights,
     token_weights,
@@ -66,6 +67,7 @@ class BlockCalibration:
         family: Family of the model.
         seed: Seed of the run; the block's own is derived from it and the index.
         progress: Called after each unit of work: an epoch, or what takes about as long.
+        checkpointed: Whether a step of distillation computes parts of the block again to hold less.
     """
 
     stream: TeacherStream
@@ -73,6 +75,7 @@ class BlockCalibration:
     family: Family
     seed: int
     progress: Callable[[], None] = lambda: None
+    checkpointed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +200,10 @@ class _Stage:
         report = None
         if self.recipe.distillation is not None:
             options = DistillationOptions(**self.recipe.distillation.model_dump())
-            report = distil(
-                student, samples, options=options, seed=derive_seed(seed, "order"), epoch_done=calibration.progress
-            )
+            with checkpointed(student) if calibration.checkpointed else nullcontext():
+                report = distil(
+                    student, samples, options=options, seed=derive_seed(seed, "order"), epoch_done=calibration.progress
+                )
             loss["distilled"] = report.loss
         student.requires_grad_(False)
         packed, rounding = self._round(student, samples, groups)

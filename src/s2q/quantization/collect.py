@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ from s2q.core.files import canonical_json
 from s2q.core.placement import on_device
 from s2q.core.seeds import derive_seed
 from s2q.models import family_of
+from s2q.models.source import recommended_generation
 from s2q.quantization.run_folder import Artefact, RunFolder
 from s2q.quantization.teacher import Teacher
 from s2q.recipes.schema import CalibrationGroup
@@ -149,7 +149,7 @@ def prepare(
         )
     check_prompts(teacher.pipe, prompts)
     requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
-    settings = resolve_settings(teacher.pipe, requested=requested, defaults=_recommended(teacher))
+    settings = resolve_settings(teacher.pipe, requested=requested, defaults=recommended_generation(teacher.folder))
     candidates = len(prompts) * settings.num_inference_steps
     if group.samples > candidates:
         raise InvalidInputError(
@@ -363,12 +363,6 @@ class _Counter:
     def __call__(self) -> None:
         self.done += 1
         self.progress(self.done, self.total)
-
-
-def _recommended(teacher: Teacher) -> dict[str, Any]:
-    """How the makers of a model generate: generation.json beside it, which the embedded models have."""
-    path = None if teacher.folder is None else teacher.folder / "generation.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.is_file() else {}
 
 
 def _to_artefact(trajectory: Trajectory, *, channel_dim: int) -> Artefact:

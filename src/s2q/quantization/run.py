@@ -12,7 +12,6 @@ import copy
 import errno
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -28,9 +27,20 @@ from s2q.core.errors import ResourceError, UsageError, unknown_name
 from s2q.core.files import canonical_json, check_output
 from s2q.core.storage import parse_bytes
 from s2q.models import OUTSIDE, ModelSource, family_of, resolve_model
-from s2q.models.source import dtype_name
+from s2q.models.source import dtype_name, recommended_generation
 from s2q.nn import replace_module
-from s2q.planning import Plan, plan, plan_transformer, tensor_sizes
+from s2q.planning import (
+    CalibrationCost,
+    Machine,
+    Plan,
+    activation_memory,
+    check_memory,
+    plan,
+    plan_transformer,
+    tensor_sizes,
+    this_machine,
+    workload_of,
+)
 from s2q.quantization.blocks import block_fingerprint, from_artefact, quantize_block, round_block, to_artefact
 from s2q.quantization.calibrated import BlockCalibration
 from s2q.quantization.collect import (
@@ -59,7 +69,6 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many of its steps are done, and how many there are."""
 
-_MEMORY_BUDGET = 16 * 10**9
 _DISK_FULL = "No space left on device"  # SafetensorError has no errno
 _T = TypeVar("_T")
 
@@ -125,22 +134,24 @@ def quantize(
     """
     settings = _settings(options)
     validated = load_recipe(recipe, overrides=settings.overrides)
-    budget = _memory_budget(settings)
     source = resolve_model(model) if isinstance(model, str | Path) else None
-    # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
-    planned = None if source is None else plan(source, validated, dtype=settings.dtype)
     check_device(settings.device)
+    machine = _machine(settings)
+    # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
+    planned = None if source is None else plan(source, validated, dtype=settings.dtype, machine=machine)
     target = None if out is None else Path(out).expanduser()
     if target is not None:
         check_output(target, overwrite=settings.overwrite, markers=OVERWRITABLE)
     if validated.calibrates and source is not None:  # clear errors before the weights are read
         calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
     if settings.dry_run:
-        return planned or _plan_loaded(load_teacher(model, validated, dtype=settings.dtype), validated)
+        return planned or _plan_loaded(load_teacher(model, validated, dtype=settings.dtype), validated, machine)
+    if planned is not None:
+        check_memory(planned)
     if target is None:
         raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
     with _resource_errors(target, settings.device), open_run_folder(target) as folder:
-        run = _Run(folder, target, settings, progress, memory_budget=budget)
+        run = _Run(folder, target, settings, progress, machine=machine)
         return run.carry_out(source or model, validated, prompts)
 
 
@@ -148,10 +159,10 @@ class _Run:
     """One run: its folder, its clock, and the stages in order."""
 
     def __init__(
-        self, folder: RunFolder, out: Path, settings: _Settings, progress: Progress | None, *, memory_budget: int
+        self, folder: RunFolder, out: Path, settings: _Settings, progress: Progress | None, *, machine: Machine
     ) -> None:
         self.folder = folder
-        self.memory_budget = memory_budget
+        self.machine = machine
         self.out = out
         self.settings = settings
         self.progress = progress or (lambda stage, done, total: None)
@@ -166,13 +177,14 @@ class _Run:
         self.progress("load", 0, 1)
         teacher = self._timed("load", lambda: load_teacher(model, recipe, dtype=self.settings.dtype))
         self.progress("load", 1, 1)
-        planned = _plan_loaded(teacher, recipe)
+        planned = _plan_loaded(teacher, recipe, self.machine)
+        check_memory(planned)
         self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed)
         selection = None
         if recipe.calibrates:
             selection = self._calibration(teacher, recipe, prompts)
         n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
-        blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe, selection))
+        blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe, planned, selection))
         student = self._timed("assemble", lambda: self._assemble(teacher, recipe, planned))
         report = self._report(teacher, planned, blocks, n_prompts=n_prompts, selection=selection)
         self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
@@ -223,7 +235,7 @@ class _Run:
         self.progress("select", 1, 1)
         return _Selected(inputs=inputs, calls=tuple(calls), record=record)
 
-    def _stream(self, teacher: Teacher, selected: _Selected) -> TeacherStream:
+    def _stream(self, teacher: Teacher, selected: _Selected, cost: CalibrationCost) -> TeacherStream:
         def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
             return lambda: call_inputs(self.folder.load(selected.inputs.key(call.prompt)), call)
 
@@ -236,14 +248,17 @@ class _Run:
             streams=family_of(teacher.transformer).streams,
             folder=self.folder.path,
             device=self.settings.device,
-            memory=HostMemory(self.memory_budget),
+            memory=HostMemory(activation_memory(self.machine, cost.step_bytes)),
             set_aside=teacher.set_aside,
         )
 
-    def _blocks(self, teacher: Teacher, recipe: Recipe, selected: _Selected | None) -> list[BlockReport]:
+    def _blocks(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: _Selected | None) -> list[BlockReport]:
         total = len(teacher.block_names)
         units = 1 if selected is None else 2 + (recipe.distillation.epochs if recipe.distillation else 0)
-        stream = None if selected is None else self._stream(teacher, selected)
+        cost, stream = planned.calibration, None
+        if selected is not None:
+            assert cost is not None
+            stream = self._stream(teacher, selected, cost)
         reports = []
         for index in range(total):
             ticker = _Ticker(self.progress, index * units, total * units)
@@ -251,7 +266,12 @@ class _Run:
             if stream is not None:
                 family = family_of(teacher.transformer)
                 calibration = BlockCalibration(
-                    stream=stream, index=index, family=family, seed=self.settings.seed, progress=ticker
+                    stream=stream,
+                    index=index,
+                    family=family,
+                    seed=self.settings.seed,
+                    progress=ticker,
+                    checkpointed=cost is not None and cost.gradient_checkpointing,
                 )
             reports.append(self._block(teacher, recipe, index, calibration=calibration, selected=selected))
         self.progress("blocks", total * units, total * units)
@@ -435,15 +455,33 @@ def _settings(options: QuantizeOptions) -> _Settings:
     return _Settings(**options)
 
 
-def _memory_budget(settings: _Settings) -> int:
-    if settings.memory_budget is not None:
-        return parse_bytes(settings.memory_budget, option="memory_budget")
-    return min(_MEMORY_BUDGET, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+def _machine(settings: _Settings) -> Machine:
+    budget = settings.memory_budget
+    return this_machine(
+        settings.device, memory_budget=None if budget is None else parse_bytes(budget, option="memory_budget")
+    )
 
 
-def _plan_loaded(teacher: Teacher, recipe: Recipe) -> Plan:
+def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
     sizes = tensor_sizes(teacher.transformer)
-    return plan_transformer(teacher.transformer, recipe, model=teacher.name, sizes=sizes, dtype=teacher.dtype)
+    workload = None
+    if recipe.calibrates:
+        others = [part for part in teacher.parts if part is not teacher.transformer]
+        workload = workload_of(
+            teacher.pipe,
+            recipe,
+            recommended=recommended_generation(teacher.folder),
+            component_bytes=sum(tensor.nbytes for part in others for tensor in part.parameters()),
+        )
+    return plan_transformer(
+        teacher.transformer,
+        recipe,
+        model=teacher.name,
+        sizes=sizes,
+        dtype=teacher.dtype,
+        workload=workload,
+        machine=machine,
+    )
 
 
 @contextlib.contextmanager

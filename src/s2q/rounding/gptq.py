@@ -184,7 +184,9 @@ def _factorize(hessian: Tensor, options: GPTQOptions) -> tuple[Tensor | None, fl
         reverse, info = torch.linalg.cholesky_ex(reverse)
         if int(info) == 0:
             reverse = reverse.flip(0, 1)
-            upper = torch.linalg.solve_triangular(reverse, torch.eye(len(wide), dtype=wide.dtype, device=wide.device), upper=True)
+            upper = torch.linalg.solve_triangular(
+                reverse, torch.eye(len(wide), dtype=wide.dtype, device=wide.device), upper=True
+            )
             if bool(upper.isfinite().all()):
                 return upper.float(), frac, retry
         logger.warning("gptq: the Hessian with dampening_frac=%g is not positive definite", frac)

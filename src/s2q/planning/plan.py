@@ -13,19 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.core.errors import InvalidInputError, ResourceError
 from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme, weight_bytes
 from s2q.core.storage import BF16_BYTES, LinearStorage
 from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
 from s2q.models.source import parse_dtype
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
+from s2q.planning.cost import (
+    ROUNDING_BYTES,
+    BlockShape,
+    CalibrationCost,
+    Machine,
+    Workload,
+    block_shapes,
+    calibration_cost,
+    forward_bytes,
+    this_machine,
+)
+from s2q.planning.workload import workload_of_source, workload_of_synthetic
 from s2q.recipes import Recipe, assign_layouts, assign_schemes, load_recipe, recipe_linears
 
 SCHEMA_VERSION = 1
 _DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_ROUNDING_BYTES = 14
-"""Bytes that rounding holds for each weight of the linear at hand: three fp32 temporaries, codes, packed codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +44,9 @@ class PlannedStage:
 
     Attributes:
         name: Name of the stage.
-        peak_memory_bytes: Bytes for the transformer and what the stage adds to it (not the other components of the
-            pipeline); None if unknown.
-        seconds: How long it takes; None if unknown.
+        peak_memory_bytes: Most that the run has taken of the device's memory by the end of the stage; in host memory,
+            the whole process counts. None if unknown.
+        seconds: How long it takes; None if it was not measured.
     """
 
     name: str
@@ -55,6 +65,8 @@ class Plan:
         storage: Bytes of the whole transformer: `full_precision_bytes` (in bf16), `quantized_bytes` (on disk), `ratio`.
         stages: The stages in order.
         layers: Every linear of the blocks in order.
+        device: Where the run is planned for, and its memory in bytes, None if that is not known.
+        calibration: What calibrating blocks takes; None for recipes that do not calibrate, or if it is not known.
     """
 
     schema_version: int
@@ -63,6 +75,8 @@ class Plan:
     storage: Mapping[str, int | float]
     stages: tuple[PlannedStage, ...]
     layers: tuple[LinearStorage, ...]
+    device: Mapping[str, str | int | None]
+    calibration: CalibrationCost | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -75,6 +89,7 @@ def plan(
     *,
     overrides: Sequence[str] = (),
     dtype: torch.dtype | str | None = None,
+    machine: Machine | None = None,
 ) -> Plan:
     """Plan a run without loading weights.
 
@@ -84,6 +99,7 @@ def plan(
         recipe: Name, file or validated recipe.
         overrides: Changes to the recipe, "key=value" each.
         dtype: Dtype that the model will be loaded in; None takes the one that it is stored in.
+        machine: Where the run is to be; None is the CPU of this machine.
 
     Returns:
         The plan.
@@ -91,18 +107,23 @@ def plan(
     Raises:
         InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is quantized already.
     """
+    validated = load_recipe(recipe, overrides=overrides)
+    workload: Workload | None
     if isinstance(model, str) and model.startswith(SYNTHETIC_PREFIX):
         synthetic = synthetic_model(model)
         name, transformer, stored = synthetic.label, synthetic.meta_transformer(), parse_dtype(dtype) or torch.bfloat16
+        workload = workload_of_synthetic(synthetic, validated)
     else:
         source = model if isinstance(model, ModelSource) else resolve_model(model)
         check_full_precision(source)
         family_of(source.transformer_class)  # a clear error before the class is looked up
         name, transformer = source.name, source.meta_transformer()
         stored = parse_dtype(dtype) or source.weights_dtype() or torch.bfloat16
+        workload = workload_of_source(source, validated)
     sizes = loaded_sizes(transformer, stored)
-    validated = load_recipe(recipe, overrides=overrides)
-    return plan_transformer(transformer, validated, model=name, sizes=sizes, dtype=stored)
+    return plan_transformer(
+        transformer, validated, model=name, sizes=sizes, dtype=stored, workload=workload, machine=machine
+    )
 
 
 def plan_transformer(
@@ -112,6 +133,8 @@ def plan_transformer(
     model: str,
     sizes: Mapping[str, int],
     dtype: torch.dtype,
+    workload: Workload | None = None,
+    machine: Machine | None = None,
 ) -> Plan:
     """Plan a run on a transformer.
 
@@ -121,6 +144,8 @@ def plan_transformer(
         model: Name of the model.
         sizes: Bytes of each tensor of its state dict as it is now.
         dtype: Dtype of its block linears.
+        workload: What calibration computes on; without it, the memory of stages that calibrate is not known.
+        machine: Where the run is to be; None is the CPU of this machine.
 
     Returns:
         The plan.
@@ -139,24 +164,73 @@ def plan_transformer(
     now = sum(sizes.values())
     quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
     full = sum(tensor.numel() for tensor in transformer.state_dict().values()) * BF16_BYTES
-    calibrating = ("collect", "select") if recipe.calibrates else ()
-    largest = max(layer.shape[0] * layer.shape[1] for layer in layers)
+    machine = machine or this_machine("cpu")
+    family = family_of(transformer)
+    shapes, cost = [], None
+    if recipe.calibrates and workload is not None:
+        shapes = block_shapes(transformer, family, [one for one in linears if one.name in schemes], workload)
+        cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, itemsize=dtype.itemsize)
+    peaks = _peaks(recipe, shapes, cost, layers, workload=workload, machine=machine, dtype=dtype, now=now)
     return Plan(
         schema_version=SCHEMA_VERSION,
         model=model,
         recipe=recipe.name,
         storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
-        stages=(
-            *(PlannedStage(name=name, peak_memory_bytes=None, seconds=None) for name in calibrating),
-            PlannedStage(
-                name="blocks",
-                peak_memory_bytes=None if recipe.calibrates else now + _ROUNDING_BYTES * largest,
-                seconds=None,
-            ),
-            PlannedStage(name="assemble", peak_memory_bytes=now + quantized, seconds=None),
-        ),
+        stages=tuple(PlannedStage(name=name, peak_memory_bytes=peak, seconds=None) for name, peak in peaks.items()),
         layers=layers,
+        device={"name": machine.device, "memory_bytes": machine.memory_bytes},
+        calibration=cost,
     )
+
+
+def _peaks(
+    recipe: Recipe,
+    shapes: Sequence[BlockShape],
+    cost: CalibrationCost | None,
+    layers: Sequence[LinearStorage],
+    *,
+    workload: Workload | None,
+    machine: Machine,
+    dtype: torch.dtype,
+    now: int,
+) -> dict[str, int | None]:
+    """The most that was taken by the end of each stage, as reports have it."""
+    base = machine.process_bytes
+    largest = max(layer.shape[0] * layer.shape[1] for layer in layers)
+    packed = max(layer.bytes for layer in layers)
+    if not recipe.calibrates:
+        blocks = base + (now if machine.is_host else 0) + ROUNDING_BYTES * largest
+        return {"blocks": blocks, "assemble": (blocks if machine.is_host else 0) + packed}
+    names = ("collect", "select", "blocks", "assemble")
+    if cost is None or workload is None:
+        return dict.fromkeys(names)
+    forward = forward_bytes(shapes, workload.branches, dtype.itemsize)
+    collect = base + now + (workload.component_bytes or 0) + forward
+    itemsize = torch.float32.itemsize if recipe.calibration.precision == "float32" else dtype.itemsize
+    checkpointed = cost.gradient_checkpointing
+    work = max(shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize) for shape in shapes)
+    blocks = max(collect, base + work + (cost.host_bytes if machine.is_host else 0))
+    return dict(zip(names, (collect, collect, blocks, blocks), strict=True))
+
+
+def check_memory(planned: Plan) -> None:
+    """Refuse a run that cannot fit, before it begins.
+
+    Args:
+        planned: Its plan.
+
+    Raises:
+        ResourceError: If a stage needs more memory than the device has; says how much it needs.
+    """
+    device, there = planned.device["name"], planned.device["memory_bytes"]
+    for stage in planned.stages:
+        needed = stage.peak_memory_bytes
+        if needed is not None and isinstance(there, int) and needed > there:
+            raise ResourceError(
+                f"{planned.model}: stage {stage.name} needs about {needed / 1e9:.1f} GB on {device}, which has "
+                f"{there / 1e9:.1f} GB; calibrate on smaller videos (calibration.num_frames, calibration.height, "
+                "calibration.width of the recipe), or take a larger device"
+            )
 
 
 def loaded_sizes(transformer: nn.Module, dtype: torch.dtype) -> dict[str, int]:
