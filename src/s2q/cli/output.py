@@ -53,7 +53,7 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
     if cost is not None:
         where = f", {format_bytes(cost['disk_bytes'])} of it on the disk" if cost["disk_bytes"] else ""
         notes.append(
-            f"Calibration: {cost['samples']} samples, {cost['tokens']:,} video and {cost['text_tokens']} text tokens each; "
+            f"Calibration: {cost['samples']} samples of {cost['tokens']:,} video and {cost['text_tokens']} text tokens, "
             f"inputs and targets of a block {format_bytes(cost['activation_bytes'])}{where}; a step of distillation "
             f"{format_bytes(cost['step_bytes'])}{', checkpointed' if cost['gradient_checkpointing'] else ''}"
         )

@@ -1,6 +1,7 @@
 """Sparse token distillation: which tokens matter (from the teacher's attention), their loss, one block."""
 
 from s2q.distillation.block import (
+    PIECE,
     BlockSample,
     DistillationOptions,
     DistillationReport,
@@ -13,6 +14,7 @@ from s2q.distillation.loss import split_weights, weighted_token_loss
 from s2q.distillation.token_importance import CapturedSums, capture_column_sums, token_weights
 
 __all__ = [
+    "PIECE",
     "BlockSample",
     "CapturedSums",
     "DistillationOptions",

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
 _EVALUATIONS = 5
 _POINTWISE = ("FeedForward",)
-_PIECE = 8192
+PIECE = 8192
 """Tokens that a part without attention computes again at a time."""
 
 
@@ -225,7 +225,7 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
 
 def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
     """Apply a part to pieces of a sequence, [B, N, d]; each is computed again in the backward pass by itself."""
-    pieces = x.split(_PIECE, dim=1) if x.ndim == 3 else [x]
+    pieces = x.split(PIECE, dim=1) if x.ndim == 3 else [x]
     outputs = [recomputed(forward, piece) for piece in pieces]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 

@@ -1,11 +1,11 @@
 """Peak memory of a run, from dimensions alone.
 
 What a step of distillation holds is linear in the weights and in the values that go in and out of linears. The factors
-were fitted to the live memory of a step, traced on blocks without storage (`benchmarks/step_memory.py`), for five
-published sizes and 64 to 65,536 tokens, where they are within 12 %:
+were fitted to the live memory of a step, traced on blocks without storage (`benchmarks/step_memory.py`), for the
+published sizes and up to 131,072 tokens:
 
-    kept whole        33.5 Σ O·I + 22.4 Σ rows · (I + O)           an input that several linears share counts once
-    checkpointed       4   Σ O·I + max(37.5 max O·I, 56 max rows · O)
+    as it is        33.5 Σ O·I + 22.4 Σ rows · (I + O)             an input that several linears share counts once
+    checkpointed     4   Σ O·I + max(37.5 max O·I, 56 piece · max O, 92 rows · d)              68 instead of 92 in bf16
 
 Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels.
 """
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from s2q.distillation import PIECE
 from s2q.models import BlockLinear, Family, block_names
 from s2q.recipes import Recipe
 from s2q.recipes.schema import GPTQ
@@ -31,6 +32,7 @@ DEFAULT_MEMORY_BUDGET = 16 * 10**9
 _FP32 = torch.float32.itemsize
 _KEPT_PER_WEIGHT, _KEPT_PER_VALUE = 33.5, 22.4
 _WEIGHT, _WEIGHT_AT_HAND, _VALUE_AT_HAND = 4, 37.5, 56
+_CHANNEL_AT_HAND = {4: 92, 2: 68}
 ROUNDING_BYTES = 14
 """Bytes that rounding to nearest holds for each weight of the linear at hand: fp32 temporaries and codes."""
 _GPTQ_BYTES = 28
@@ -137,18 +139,25 @@ class BlockShape:
     outputs: tuple[tuple[int, int], ...]
     streams: tuple[int, int]
 
-    def step_bytes(self, recipe: Recipe, *, checkpointed: bool) -> int:
+    def step_bytes(self, recipe: Recipe, *, checkpointed: bool, itemsize: int) -> int:
         """Return what a step of distillation, or a pass without one, holds beside the block's weights.
 
         Args:
             recipe: The recipe.
             checkpointed: Whether parts are computed again in the backward pass.
+            itemsize: Bytes of a value in the dtype of calibration.
         """
         widest = max((features * rows for features, rows in self.outputs), default=0)
         if recipe.distillation is None:
             return _WEIGHT * max(self.weights, default=0) + _FORWARD_VALUES * _FP32 * widest
         if checkpointed:
-            at_hand = max(_WEIGHT_AT_HAND * max(self.weights, default=0), _VALUE_AT_HAND * widest)
+            piece = max((features * min(rows, PIECE) for features, rows in self.outputs), default=0)
+            channels, rows = self.streams
+            at_hand = max(
+                _WEIGHT_AT_HAND * max(self.weights, default=0),
+                _VALUE_AT_HAND * piece,
+                _CHANNEL_AT_HAND[itemsize] * channels * rows,
+            )
             return int(_WEIGHT * sum(self.weights) + at_hand)
         values = sum(features * rows for features, rows in (*self.inputs, *self.outputs))
         return int(_KEPT_PER_WEIGHT * sum(self.weights) + _KEPT_PER_VALUE * values)
@@ -174,7 +183,9 @@ class BlockShape:
             itemsize: Bytes of a weight in the dtype of calibration.
         """
         weights = self.parameters * itemsize
-        work = max(self.step_bytes(recipe, checkpointed=checkpointed), weights, self.rounding_bytes(recipe))
+        work = max(
+            self.step_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize), weights, self.rounding_bytes(recipe)
+        )
         return int(weights + _PACKED_COPIES * self.parameters) + work
 
     def sample_bytes(self, itemsize: int, *, wide: bool) -> int:
@@ -189,7 +200,10 @@ class BlockShape:
 
 
 def block_shapes(
-    transformer: nn.Module, family: Family, linears: Sequence[BlockLinear], workload: Workload
+    transformer: nn.Module,
+    family: Family,
+    linears: Sequence[BlockLinear],
+    workload: Workload,
 ) -> list[BlockShape]:
     """Return the dimensions of every block.
 
@@ -232,11 +246,12 @@ def calibration_cost(
     """
     group = recipe.calibration
     wide = group.precision == "float32"
+    own = _FP32 if wide else itemsize
     samples = group.samples * (workload.branches if group.branches == "both" else 1)
-    whole = max(shape.step_bytes(recipe, checkpointed=False) for shape in shapes)
+    whole = max(shape.step_bytes(recipe, checkpointed=False, itemsize=own) for shape in shapes)
     limit = machine.step_limit
     checkpointed = recipe.distillation is not None and limit is not None and whole > limit
-    step = max(shape.step_bytes(recipe, checkpointed=checkpointed) for shape in shapes)
+    step = max(shape.step_bytes(recipe, checkpointed=checkpointed, itemsize=own) for shape in shapes)
     activations = samples * max(shape.sample_bytes(itemsize, wide=wide) for shape in shapes)
     return CalibrationCost(
         tokens=workload.tokens,
