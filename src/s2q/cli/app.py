@@ -124,12 +124,17 @@ def plan(
         typer.Option("--device-memory", help="Plan for a device with so much memory, 24GB.", metavar="SIZE"),
     ] = None,
     memory_budget: MemoryBudget = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Also run a slice of the work on this device and say how long it all takes."),
+    ] = False,
+    prompts: Prompts = None,
     as_json: AsJson = False,
 ) -> None:
     """Show layers, bits, storage and memory before any compute."""
     from s2q.cli import commands
 
-    options = _given(locals(), "dtype", "device", "device_memory", "memory_budget")
+    options = _given(locals(), "dtype", "device", "device_memory", "memory_budget", "measure", "prompts")
     commands.plan(model, recipe, overrides=overrides, options=options, as_json=as_json)
 
 

@@ -9,6 +9,7 @@ from s2q.distillation.block import (
     block_loss,
     checkpointed,
     distil,
+    evaluations,
 )
 from s2q.distillation.loss import split_weights, weighted_token_loss
 from s2q.distillation.token_importance import CapturedSums, capture_column_sums, token_weights
@@ -24,6 +25,7 @@ __all__ = [
     "capture_column_sums",
     "checkpointed",
     "distil",
+    "evaluations",
     "split_weights",
     "token_weights",
     "weighted_token_loss",

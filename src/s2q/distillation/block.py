@@ -155,14 +155,13 @@ def distil(
     generator = torch.Generator().manual_seed(seed)
     best, best_loss, best_epoch, epoch = _snapshot(clips + others), initial, 0, 0
     history = {"0": initial}
-    every = max(1, options.epochs // _EVALUATIONS)
     for epoch in range(1, options.epochs + 1):
         order = torch.randperm(len(samples), generator=generator).tolist()
         losses = [_step(student, sample, optimizer, scheduler) for sample in _ahead(samples, order)]
         if not bool(torch.isfinite(torch.stack(losses)).all()):
             logger.warning("distillation: the loss is not finite in epoch %d; the best state before is kept", epoch)
             break
-        if epoch % every == 0 or epoch == options.epochs:
+        if _is_evaluated(epoch, options.epochs):
             loss = block_loss(student, samples)
             if not math.isfinite(loss):
                 break
@@ -177,6 +176,19 @@ def distil(
     return DistillationReport(
         initial_loss=initial, loss=best_loss, best_epoch=best_epoch, epochs=epoch, history=history
     )
+
+
+def evaluations(epochs: int) -> int:
+    """Return how often `distil` looks at all samples without learning from them.
+
+    Args:
+        epochs: Passes over the samples; 0 without distillation.
+    """
+    return sum(_is_evaluated(epoch, epochs) for epoch in range(1, epochs + 1))
+
+
+def _is_evaluated(epoch: int, epochs: int) -> bool:
+    return epoch % max(1, epochs // _EVALUATIONS) == 0 or epoch == epochs
 
 
 def _step(

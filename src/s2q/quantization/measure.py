@@ -1,0 +1,267 @@
+"""How long a run will take, from a slice of it: one prompt, few steps, and one block of each kind, scaled up.
+
+The slice runs the code of the run itself on the model at hand. What calibrating a block takes is linear in what it
+does, so that four short runs tell the parts:
+
+    t(S, E) = fixed + S · (once + E · step + n(E) · evaluation)
+
+Legend: `S` samples, `E` epochs, n(E) how often distillation looks at all samples.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from s2q.distillation import evaluations
+from s2q.models import ModelSource, block_names, family_of
+from s2q.planning import Machine, Plan, activation_memory
+from s2q.quantization.blocks import quantize_block
+from s2q.quantization.calibrated import BlockCalibration
+from s2q.quantization.collect import (
+    CalibrationCall,
+    CalibrationInputs,
+    branches_of,
+    calibration_prompts,
+    call_inputs,
+    collect,
+    every_timestep,
+    prepare,
+)
+from s2q.quantization.run_folder import RunFolder, open_run_folder
+from s2q.quantization.stream import HostMemory, TeacherStream
+from s2q.quantization.teacher import Teacher, load_teacher
+from s2q.recipes import Recipe
+
+_STEPS = (1, 4)
+_SAMPLES, _MORE_SAMPLES = 2, 4
+_EPOCHS = (1, 5, 10)
+_PROMPT = "a red circle moves to the right"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSeconds:
+    """What one kind of block takes; see the module.
+
+    Attributes:
+        fixed: Seconds whatever the samples.
+        once: Seconds a sample.
+        step: Seconds of a step of distillation.
+        evaluation: Seconds of looking at one sample without learning from it.
+    """
+
+    fixed: float
+    once: float
+    step: float = 0.0
+    evaluation: float = 0.0
+
+    def total(self, samples: int, epochs: int) -> float:
+        """Return the seconds of a block.
+
+        Args:
+            samples: S.
+            epochs: E; 0 without distillation.
+        """
+        return self.fixed + samples * (self.once + epochs * self.step + evaluations(epochs) * self.evaluation)
+
+
+def measured(
+    planned: Plan,
+    source: ModelSource,
+    recipe: Recipe,
+    *,
+    machine: Machine,
+    prompts: Sequence[str] | None = None,
+    dtype: Any = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Plan:
+    """Return a plan with the seconds of its stages, measured on a slice of the run.
+
+    Args:
+        planned: The plan.
+        source: The model; its weights are loaded.
+        recipe: The recipe of the plan.
+        machine: Where to measure.
+        prompts: Of which the first is generated; None takes one of an embedded model, or any.
+        dtype: Compute dtype; None takes the stored one.
+        progress: Called with a stage, and how much of it is done.
+    """
+    started = time.perf_counter()
+    teacher = load_teacher(source, recipe, dtype=dtype)
+    seconds = {"load": time.perf_counter() - started}
+    with tempfile.TemporaryDirectory() as scratch, open_run_folder(Path(scratch) / "measure") as folder:
+        if recipe.calibrates:
+            texts = prompts or ([_PROMPT] if source.kind != "embedded" else None)
+            seconds |= _calibrating(teacher, recipe, planned, folder, texts, machine=machine, progress=progress)
+        else:
+            seconds["blocks"] = _rounding(teacher, recipe, machine, progress)
+    stages = [replace(stage, seconds=seconds.get(stage.name, 0.0)) for stage in planned.stages]
+    return replace(planned, stages=tuple(stages))
+
+
+def _calibrating(
+    teacher: Teacher,
+    recipe: Recipe,
+    planned: Plan,
+    folder: RunFolder,
+    prompts: Sequence[str] | None,
+    *,
+    machine: Machine,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, float]:
+    group = recipe.calibration
+    wanted = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
+    taken, inputs = [], None
+    for steps in _STEPS:
+        few = group.model_copy(update={"steps": steps, "n_prompts": 1, "samples": 1})
+        inputs = prepare(teacher, wanted[:1], few, seed=0, inputs={})
+        started = time.perf_counter()
+        collect(
+            teacher,
+            inputs,
+            folder,
+            device=machine.device,
+            progress=lambda done, total: progress("collect", done, total),
+        )
+        taken.append(time.perf_counter() - started)
+    assert inputs is not None
+    step = max(0.0, (taken[1] - taken[0]) / (_STEPS[1] - _STEPS[0]))
+    full = prepare(teacher, wanted[:1], group.model_copy(update={"samples": 1}), seed=0, inputs={})
+    number = group.n_prompts if prompts is None else min(group.n_prompts, len(prompts))
+    video = max(0.0, taken[0] - step * _STEPS[0]) + step * full.settings.num_inference_steps
+    return {
+        "collect": number * video,
+        "select": 0.0,
+        "blocks": _blocks(teacher, recipe, planned, folder, inputs, machine=machine, progress=progress),
+    }
+
+
+def _blocks(
+    teacher: Teacher,
+    recipe: Recipe,
+    planned: Plan,
+    folder: RunFolder,
+    inputs: CalibrationInputs,
+    *,
+    machine: Machine,
+    progress: Callable[[str, int, int], None],
+) -> float:
+    assert planned.calibration is not None
+    branches = branches_of(folder, inputs)
+    epochs = 0 if recipe.distillation is None else recipe.distillation.epochs
+    cases = [(_SAMPLES, one) for one in (_EPOCHS if epochs else (0,))] + [(_MORE_SAMPLES, _EPOCHS[0] if epochs else 0)]
+    kinds = _kinds(teacher.transformer)
+    total, done = 0.0, 0
+    for first, count in kinds:
+        taken = {}
+        for samples, number in cases:
+            progress("blocks", done, len(kinds) * len(cases))
+            calls = [
+                CalibrationCall(prompt=0, step=index % _STEPS[1], branch=index % branches) for index in range(samples)
+            ]
+            stream = _stream(teacher, folder, inputs, calls, planned, machine=machine)
+            stream.advance(first)
+            taken[samples, number] = _block_seconds(teacher, recipe, planned, stream, first, epochs=number)
+            stream.close()
+            done += 1
+        total += count * _parts(taken, distils=epochs > 0).total(planned.calibration.samples, epochs)
+    progress("blocks", done, done)
+    return total
+
+
+def _parts(taken: dict[tuple[int, int], float], *, distils: bool) -> BlockSeconds:
+    """Solve for the parts; what noise makes negative is 0."""
+    few, more = _SAMPLES, _MORE_SAMPLES
+    start = _EPOCHS[0] if distils else 0
+    each = max(0.0, (taken[more, start] - taken[few, start]) / (more - few))
+    fixed = max(0.0, taken[few, start] - few * each)
+    if not distils:
+        return BlockSeconds(fixed=fixed, once=each)
+    short, long = _EPOCHS[1:]
+    looks = {number: evaluations(number) for number in _EPOCHS}
+    assert looks[short] == looks[long]
+    step = max(0.0, (taken[few, long] - taken[few, short]) / (few * (long - short)))
+    rest = (taken[few, short] - taken[few, start]) / few - (short - start) * step
+    evaluation = max(0.0, rest / (looks[short] - looks[start]))
+    once = max(0.0, each - start * step - looks[start] * evaluation)
+    return BlockSeconds(fixed=fixed, once=once, step=step, evaluation=evaluation)
+
+
+def _block_seconds(
+    teacher: Teacher, recipe: Recipe, planned: Plan, stream: TeacherStream, index: int, *, epochs: int
+) -> float:
+    name = teacher.block_names[index]
+    linears = {one.name.removeprefix(f"{name}."): one.name for one in teacher.quantized_linears(index)}
+    distillation = recipe.distillation
+    if distillation is not None:
+        distillation = distillation.model_copy(update={"epochs": epochs})
+    assert planned.calibration is not None
+    started = time.perf_counter()
+    quantize_block(
+        teacher.transformer.get_submodule(name),
+        linears,
+        schemes={full: teacher.schemes[full] for full in linears.values()},
+        recipe=recipe.model_copy(update={"distillation": distillation}),
+        device=stream.device,
+        calibration=BlockCalibration(
+            stream=stream,
+            index=index,
+            family=family_of(teacher.transformer),
+            seed=0,
+            checkpointed=planned.calibration.gradient_checkpointing,
+        ),
+    )
+    return time.perf_counter() - started
+
+
+def _stream(
+    teacher: Teacher,
+    folder: RunFolder,
+    inputs: CalibrationInputs,
+    calls: Sequence[CalibrationCall],
+    planned: Plan,
+    *,
+    machine: Machine,
+) -> TeacherStream:
+    def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
+        return lambda: call_inputs(folder.load(inputs.key(call.prompt)), call)
+
+    assert planned.calibration is not None
+    return TeacherStream(
+        teacher.transformer,
+        teacher.block_names,
+        calls=[builder(call) for call in calls],
+        names=[call.name for call in calls],
+        timesteps=[builder(call) for call in every_timestep(inputs)],
+        streams=family_of(teacher.transformer).streams,
+        folder=folder.path,
+        device=machine.device,
+        memory=HostMemory(activation_memory(machine, planned.calibration.step_bytes)),
+        set_aside=teacher.set_aside,
+    )
+
+
+def _rounding(teacher: Teacher, recipe: Recipe, machine: Machine, progress: Callable[[str, int, int], None]) -> float:
+    kinds, total = _kinds(teacher.transformer), 0.0
+    for done, (first, count) in enumerate(kinds):
+        progress("blocks", done, len(kinds))
+        name = teacher.block_names[first]
+        linears = {one.name.removeprefix(f"{name}."): one.name for one in teacher.quantized_linears(first)}
+        schemes = {full: teacher.schemes[full] for full in linears.values()}
+        block, started = teacher.transformer.get_submodule(name), time.perf_counter()
+        quantize_block(block, linears, schemes=schemes, recipe=recipe, device=machine.device)
+        total += count * (time.perf_counter() - started)
+    progress("blocks", len(kinds), len(kinds))
+    return total
+
+
+def _kinds(transformer: nn.Module) -> list[tuple[int, int]]:
+    """The index of the first block of each class, and how many there are of it."""
+    classes = [type(transformer.get_submodule(name)) for name in block_names(transformer, family_of(transformer))]
+    return [(classes.index(one), classes.count(one)) for one in dict.fromkeys(classes)]
