@@ -126,7 +126,7 @@ def plan(
     memory_budget: MemoryBudget = None,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Also run a slice of the work on this device and say how long it all takes."),
+        typer.Option("--measure", help="Run a slice of the work on this device, to say how long all takes."),
     ] = False,
     prompts: Prompts = None,
     as_json: AsJson = False,

@@ -54,7 +54,7 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
         where = f", {format_bytes(cost['disk_bytes'])} of it on the disk" if cost["disk_bytes"] else ""
         step = format_bytes(cost["step_bytes"]) + (", checkpointed" if cost["gradient_checkpointing"] else "")
         notes.append(
-            f"Calibration: {cost['samples']} samples of {cost['tokens']:,} video and {cost['text_tokens']} text tokens; "
+            f"Calibration: {cost['samples']} samples, {cost['tokens']:,} video and {cost['text_tokens']} text tokens; "
             f"inputs and targets of a block take {format_bytes(cost['activation_bytes'])}{where}, a step {step}"
         )
     there = device["memory_bytes"]

@@ -105,12 +105,15 @@ class ModelSource:
             TypeError: If the pipeline cannot do without a component.
         """
         import diffusers
+        import transformers
 
         index = _read_json(self.folder / "model_index.json")
         parts: dict[str, Any] = {}
         for name, entry in index.items():
             if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_"):
                 parts[name] = None
+                if entry[0] == "transformers":
+                    getattr(transformers, entry[1])  # there, and in memory as it will be
                 if entry[0] == "diffusers" and name not in (_TRANSFORMER, "vae"):
                     parts[name] = getattr(diffusers, entry[1]).from_pretrained(self.folder, subfolder=name)
         vae_class = getattr(diffusers, index["vae"][1])

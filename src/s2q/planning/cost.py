@@ -43,6 +43,8 @@ _PACKED_COPIES = 0.6
 """Packed copies of a block that stand beside it, in bytes a weight."""
 _FORWARD_VALUES = 3
 """Values that live at a time for each one of the widest layer while a block runs without gradients."""
+_RUNTIME_BYTES = 100 * 10**6
+"""Buffers of libraries, and code that is paged in, once a process computes gradients and factorizations."""
 _USABLE = 0.92
 """Share of a GPU's memory that a process can count on."""
 
@@ -72,13 +74,24 @@ class Machine:
         device: "cpu", "cuda", "cuda:1".
         memory_bytes: Memory of the device; None does not limit it.
         memory_budget: Host memory for activations of calibration.
-        process_bytes: What the process takes on the device before it has done anything; 0 on a GPU.
     """
 
     device: str
     memory_bytes: int | None
     memory_budget: int
-    process_bytes: int
+
+    @property
+    def process_bytes(self) -> int:
+        """What the process takes of the device's memory without any model: on a CPU, what it has taken by now."""
+        if not self.is_host:
+            return 0
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What calibrating blocks takes of it besides tensors."""
+        return _RUNTIME_BYTES if self.is_host else 0
 
     @property
     def is_host(self) -> bool:
@@ -288,12 +301,10 @@ def this_machine(device: str, *, memory_bytes: int | None = None, memory_budget:
         memory_bytes = host
     if memory_bytes is None and torch.cuda.is_available():
         memory_bytes = torch.cuda.get_device_properties(device).total_memory
-    unit = 1 if sys.platform == "darwin" else 1024
     return Machine(
         device=device,
         memory_bytes=memory_bytes,
         memory_budget=min(DEFAULT_MEMORY_BUDGET, host // 2) if memory_budget is None else memory_budget,
-        process_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if on_host else 0,
     )
 
 

@@ -209,7 +209,7 @@ def _peaks(
     itemsize = torch.float32.itemsize if recipe.calibration.precision == "float32" else dtype.itemsize
     checkpointed = cost.gradient_checkpointing
     work = max(shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize) for shape in shapes)
-    blocks = max(collect, base + work + (cost.host_bytes if machine.is_host else 0))
+    blocks = max(collect, base + machine.runtime_bytes + work + (cost.host_bytes if machine.is_host else 0))
     return dict(zip(names, (collect, collect, blocks, blocks), strict=True))
 
 
