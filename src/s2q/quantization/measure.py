@@ -42,7 +42,7 @@ from s2q.recipes import Recipe
 _STEPS = (1, 4)
 _SAMPLES, _MORE_SAMPLES = 2, 4
 _EPOCHS = (1, 5, 10)
-_PROMPT = "a red circle moves to the right"
+_PROMPT = "red"
 
 
 @dataclass(frozen=True, kw_only=True)
