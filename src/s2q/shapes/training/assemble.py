@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLCogVideoX
 
 from s2q.core.files import atomic_write_json, atomic_write_text
 from s2q.shapes.architecture import EmbeddedArchitecture, build_pipeline
@@ -18,9 +19,16 @@ from s2q.shapes.training.vae import normalised_vae
 LABEL_FIELDS = ("shape", "colour", "motion", "background")
 
 
-def finished_vae(architecture: EmbeddedArchitecture, vae_run: Path, decoder_run: Path) -> Any:
-    """The autoencoder after both of its training stages."""
-    vae = normalised_vae(architecture, vae_run)
+def taught_vae(architecture: EmbeddedArchitecture, run: Path) -> Any:
+    """The autoencoder that learned another one's latents."""
+    vae = architecture.build_vae().eval()
+    load_average(vae, run / "ema.safetensors", prefix="vae.")
+    return vae
+
+
+def finished_vae(vae_run: Path, decoder_run: Path) -> AutoencoderKLCogVideoX:
+    """CogVideoX's autoencoder after both of its training stages."""
+    vae = normalised_vae(vae_run)
     load_average(vae, decoder_run / "ema.safetensors", prefix="vae.")
     return vae
 
