@@ -8,10 +8,11 @@ import yaml
 from markdown_tables import table_head, table_row
 from reproduce.specs import paper
 
-from s2q.planning import plan
+from s2q.planning import DEFAULT_MEMORY_BUDGET, Machine, plan
 
 GIB = 2**30
-NOT_PLANNED = "not planned yet"
+GPUS = (24 * 10**9, 80 * 10**9)
+"""Memory in bytes of the GPUs that runs are planned for."""
 
 
 @functools.cache
@@ -35,21 +36,17 @@ def published_name(model: str) -> str | None:
 
 
 def planned_peak(planned: Any) -> str:
-    """Return the largest memory of the stages of a plan, or `NOT_PLANNED` where one is unknown."""
-    peaks = [stage.peak_memory_bytes for stage in planned.stages]
-    return NOT_PLANNED if None in peaks else f"{max(peaks) / GIB:.1f} GiB"
-
-
-def planned_time(planned: Any) -> str:
-    """Return the time of all stages of a plan, or `NOT_PLANNED` where one is unknown."""
-    seconds = [stage.seconds for stage in planned.stages]
-    return NOT_PLANNED if None in seconds else f"{sum(seconds) / 3600:.1f} h"
+    """Return the largest memory of the stages of a plan, and whether it is more than the device has."""
+    peak = max(stage.peak_memory_bytes for stage in planned.stages)
+    size = f"{peak / 1e9:.1f} GB"
+    return size if peak <= planned.device["memory_bytes"] else f"no, {size}"
 
 
 @functools.cache
-def plan_of(synthetic: str, recipe: str, *overrides: str) -> Any:
-    """Return the plan of a model by its dimensions, without its weights."""
-    return plan(f"synthetic:{synthetic}", recipe, overrides=overrides)
+def plan_of(synthetic: str, recipe: str, *overrides: str, memory: int = GPUS[-1]) -> Any:
+    """Return the plan of a model by its dimensions, without its weights, on a GPU with so many bytes of memory."""
+    machine = Machine(device="cuda", memory_bytes=memory, memory_budget=DEFAULT_MEMORY_BUDGET)
+    return plan(f"synthetic:{synthetic}", recipe, overrides=overrides, machine=machine)
 
 
 def sizes_table(recipe: str) -> str:
@@ -74,16 +71,22 @@ def sizes_table(recipe: str) -> str:
 
 
 def cost_table(recipe: str) -> str:
-    """What quantizing a published model takes: as planned, and as the paper has it.
+    """What quantizing a published model takes: memory as planned, and what the paper took.
 
     Args:
         recipe: Its name.
     """
-    lines = table_head("model", ["planned peak memory", "planned time", "the paper's memory", "the paper's time"])
+    gpus = [f"on {size // 10**9} GB" for size in GPUS]
+    heads = [*gpus, "a step of distillation", "inputs and targets of a block", "the paper's memory", "the paper's time"]
+    lines = table_head("model", heads)
     figures = paper()["samples"]["values"]
     for name, entry in published_models().items():
-        planned = None if entry["synthetic"] is None else plan_of(entry["synthetic"], recipe)
-        own = ["", ""] if planned is None else [planned_peak(planned), planned_time(planned)]
+        own = [""] * 4
+        if entry["synthetic"] is not None:
+            plans = [plan_of(entry["synthetic"], recipe, memory=size) for size in GPUS]
+            cost = plans[-1].calibration
+            step = f"{cost.step_bytes / 1e9:.1f} GB{', checkpointed' if cost.gradient_checkpointing else ''}"
+            own = [*map(planned_peak, plans), step, f"{cost.activation_bytes / 1e9:.0f} GB"]
         hours, memory = figures.get(name, {}).get("40 samples", (None, None))
         theirs = ["" if memory is None else f"{memory:.2f} GB", "" if hours is None else f"{hours:.2f} h"]
         lines.append(table_row(entry["title"], own + theirs))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
-from published import commands_of, planned_peak, planned_time, published_models
+from published import commands_of, planned_peak, published_models
 from reproduce.command import arguments_of
 
 import s2q
@@ -93,13 +93,7 @@ def test_the_python_runs(pipeline, tmp_path, monkeypatch):
     assert (tmp_path / "video.mp4").stat().st_size > 0
 
 
-def test_plans_say_what_they_know():
-    stages = [SimpleNamespace(peak_memory_bytes=2**30, seconds=1800.0), SimpleNamespace(peak_memory_bytes=3, seconds=0)]
-    assert planned_peak(SimpleNamespace(stages=stages)) == "1.0 GiB"
-    assert planned_time(SimpleNamespace(stages=stages)) == "0.5 h"
-    stages.append(SimpleNamespace(peak_memory_bytes=None, seconds=None))
-    assert (
-        planned_peak(SimpleNamespace(stages=stages))
-        == planned_time(SimpleNamespace(stages=stages))
-        == "not planned yet"
-    )
+def test_a_peak_that_does_not_fit_says_so():
+    stages = [SimpleNamespace(peak_memory_bytes=size) for size in (2 * 10**9, 3)]
+    assert planned_peak(SimpleNamespace(stages=stages, device={"memory_bytes": 2 * 10**9})) == "2.0 GB"
+    assert planned_peak(SimpleNamespace(stages=stages, device={"memory_bytes": 10**9})) == "no, 2.0 GB"
