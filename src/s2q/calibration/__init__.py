@@ -21,6 +21,7 @@ from s2q.calibration.settings import (
     check_seeds,
     prompt_token_limit,
     resolve_settings,
+    takes_prompts_alone,
     video_tokens,
 )
 from s2q.calibration.sharing import steps_of_transformers
@@ -46,5 +47,6 @@ __all__ = [
     "resolve_settings",
     "score_trajectory",
     "steps_of_transformers",
+    "takes_prompts_alone",
     "video_tokens",
 ]

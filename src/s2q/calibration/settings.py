@@ -90,6 +90,15 @@ def resolve_settings(
     return settings
 
 
+def takes_prompts_alone(pipe: Any) -> bool:
+    """Tell whether a pipeline is its family's text-to-video pipeline; others need an image or a video too.
+
+    Args:
+        pipe: A diffusers pipeline.
+    """
+    return family_of(pipe.transformer).pipeline_class in {one.__name__ for one in type(pipe).__mro__}
+
+
 def prompt_token_limit(pipe: Any) -> int:
     """Return the number of text tokens that the pipeline's transformer takes, end token included."""
     limit = getattr(pipe.transformer.config, "max_text_seq_length", None)

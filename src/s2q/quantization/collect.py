@@ -29,6 +29,7 @@ from s2q.calibration import (
     resolve_settings,
     score_trajectory,
     steps_of_transformers,
+    takes_prompts_alone,
 )
 from s2q.core.components import full_name, transformers_of
 from s2q.core.errors import InvalidInputError
@@ -141,8 +142,8 @@ def prepare(
         InvalidInputError: If the pipeline needs more than prompts, a prompt is too long or empty, or more samples are
             asked for than there are candidates.
     """
-    expected, found = teacher.family.pipeline_class, type(teacher.pipe).__name__
-    if found != expected:
+    if not takes_prompts_alone(teacher.pipe):
+        expected, found = teacher.family.pipeline_class, type(teacher.pipe).__name__
         raise InvalidInputError(
             f"{found}: calibration generates from prompts alone, with {expected}; take a recipe that does not "
             f"calibrate, or save the transformer in a {expected}"
