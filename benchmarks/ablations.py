@@ -20,6 +20,7 @@ from records import rounded, write_record
 from variants import GROUPS, Variant
 
 from s2q.calibration import Trajectory, record_trajectory, resolve_settings
+from s2q.core.components import transformers_of
 from s2q.evaluation import generation_defaults
 from s2q.evaluation.velocity import DEFINITION, velocity_errors
 from s2q.loading import load_pipeline
@@ -46,10 +47,10 @@ def measure(model: str, variant: Variant, *, seed: int, trajectories: list[Traje
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "checkpoint"
         report = quantize(model, recipe=variant.recipe, overrides=variant.overrides, out=out, seed=seed)
-        student = load_pipeline(str(out), dtype="float32").transformer
+        students = transformers_of(load_pipeline(str(out), dtype="float32"))
     videos = []
     for trajectory in trajectories:
-        errors = velocity_errors(student, trajectory)
+        errors = velocity_errors(students, trajectory)
         videos += [
             {"prompt": prompt, "velocity_relative_error": rounded(sum(steps) / len(steps))}
             for prompt, steps in zip(trajectory.prompts, errors, strict=True)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from s2q.benchmarking.calibration_block import student_of
+from s2q.core.components import TRANSFORMERS
 from s2q.core.reuse import parameters_held
 from s2q.distillation import checkpointed, weighted_token_loss
 from s2q.models.family import block_linears, linears_of_block
@@ -158,7 +159,7 @@ def planned_bytes(
     """
     transformer = model.meta_transformer(blocks=1)
     workload = Workload(tokens=tokens, text_tokens=model.text_tokens, branches=1, component_bytes=None)
-    shapes = block_shapes(transformer, model.family, block_linears(transformer, model.family), workload)
+    shapes = block_shapes({TRANSFORMERS[0]: transformer}, block_linears(transformer, model.family), workload)
     shape = shapes[model.block_lists.index(block_list)]
     return shape.step_bytes(recipe, checkpointed=recompute, itemsize=dtype.itemsize)
 

@@ -188,13 +188,22 @@ def _stir(transformer: torch.nn.Module, seed: int) -> None:
 
 
 def tiny_wan_pipeline(
-    seed: int = 0, *, num_layers: int = 2, dtype: torch.dtype = torch.float32, expand_timesteps: bool = False
+    seed: int = 0,
+    *,
+    num_layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    expand_timesteps: bool = False,
+    boundary_ratio: float | None = None,
 ) -> WanPipeline:
     """A complete random Wan pipeline: hidden size 64, feed-forward 96, 4 latent channels, flow matching.
 
-    With `expand_timesteps` every token has a timestep of its own, as in Wan 2.2 5B.
+    With `expand_timesteps` every token has a timestep of its own, as in Wan 2.2 5B. With a `boundary_ratio` a second
+    transformer, of one block less, denoises the timesteps below it, as in Wan 2.2 A14B.
     """
     parts = _wan_parts(seed, dtype, in_channels=4, num_layers=num_layers)
+    if boundary_ratio is not None:
+        second = _wan_parts(seed + 2, dtype, in_channels=4, num_layers=num_layers - 1)["transformer"]
+        parts |= {"transformer_2": second, "boundary_ratio": boundary_ratio}
     pipe = WanPipeline(**parts, expand_timesteps=expand_timesteps)
     pipe.set_progress_bar_config(disable=True)
     return pipe

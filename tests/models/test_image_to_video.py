@@ -7,6 +7,7 @@ from PIL import Image
 
 import s2q
 from s2q.checkpoint import read_config
+from s2q.cli import run
 from s2q.core.errors import InvalidInputError
 from s2q.models import block_linears, family_of
 from s2q.nn import PackedLinear
@@ -65,6 +66,19 @@ def test_calibration_is_refused(model, tmp_path):
     ):
         s2q.quantize(model, recipe="s2q-w4a6", out=tmp_path / "out", prompts=["red"], overrides=overrides)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_commands_that_generate_refuse_it_before_any_step(model, tmp_path, capsys, monkeypatch, command):
+    pipeline = type(DiffusionPipeline.from_pretrained(model))
+    monkeypatch.setattr(pipeline, "__call__", lambda *_args, **_arguments: pytest.fail("it was called"))
+    (tmp_path / "prompts.txt").write_text("a square\n")
+    options = {"generate": ["-o", tmp_path / "out"], "eval": ["--reference", model, "-o", tmp_path / "out.json"]}
+    arguments = [command, "-m", model, *options[command], "--prompts", tmp_path / "prompts.txt", "--device", "cpu"]
+    assert run([str(argument) for argument in arguments]) == 3
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith(f"error: {pipeline.__name__}: videos are generated from prompts alone here, with ")
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
 def test_linears_of_a_group_read_the_same_tensor_and_those_of_two_do_not(model):

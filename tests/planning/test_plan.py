@@ -89,7 +89,7 @@ def test_known_figures():
     """CogVideoX-2B by its published configuration: 3.9 times smaller with the adaLN linears at 4 bits, 2.4 without."""
     from diffusers import CogVideoXTransformer3DModel
 
-    from s2q.planning import plan_transformer
+    from s2q.planning import plan_transformers
     from s2q.recipes import load_recipe
 
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def test_known_figures():
     ratios = {}
     for overrides in ((), ("modulation=null",)):
         recipe = load_recipe("rtn-w4a6", overrides=overrides)
-        planned = plan_transformer(transformer, recipe, model="2b", sizes=sizes, dtype=torch.bfloat16)
+        planned = plan_transformers({"transformer": transformer}, recipe, model="2b", sizes=sizes, dtype=torch.bfloat16)
         ratios[overrides] = round(planned.storage["ratio"], 2)
     assert ratios == {(): 3.89, ("modulation=null",): 2.42}
 

@@ -6,6 +6,7 @@ from s2q.models import resolve_model
 from s2q.planning import plan, this_machine
 from s2q.quantization import measure
 from s2q.quantization.measure import BlockSeconds, measured
+from s2q.quantization.teacher import load_teacher
 from s2q.recipes import load_recipe
 from tiny import tiny_cogvideox_pipeline, tiny_hunyuanvideo_pipeline
 
@@ -44,5 +45,10 @@ def test_every_stage_gets_its_seconds_and_nothing_is_left(tmp_path, recipe):
 
 
 def test_each_kind_of_block_counts_as_often_as_there_are_blocks_of_it():
-    assert measure._kinds(tiny_cogvideox_pipeline(num_layers=3).transformer) == [(0, 3)]
-    assert measure._kinds(tiny_hunyuanvideo_pipeline().transformer) == [(0, 1), (1, 1)]
+    recipe = load_recipe("rtn-w4a6")
+    for pipe, kinds in (
+        (tiny_cogvideox_pipeline(num_layers=3), [(0, 3)]),
+        (tiny_hunyuanvideo_pipeline(), [(0, 1), (1, 1)]),
+    ):
+        (transformer,) = load_teacher(pipe, recipe, dtype=None).transformers
+        assert measure._kinds(transformer) == kinds

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from s2q.calibration.sharing import steps_of_transformers
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.models import family_of
 
@@ -64,7 +65,8 @@ def resolve_settings(
 
     Raises:
         InvalidInputError: A name is unknown, or a value does not fit the VAE, the transformer or the scheduler; or the
-            pipeline has a guider of another kind than classifier-free guidance over all steps.
+            pipeline has a guider of another kind than classifier-free guidance over all steps, or leaves steps to a
+            transformer that it does not have.
     """
     names = tuple(GenerationSettings.__dataclass_fields__)
     values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe) | _guider_defaults(pipe)
@@ -86,6 +88,15 @@ def resolve_settings(
     _check_frame_size(pipe, settings)
     _check_positions(pipe, settings)
     return settings
+
+
+def takes_prompts_alone(pipe: Any) -> bool:
+    """Tell whether a pipeline is its family's text-to-video pipeline; others need an image or a video too.
+
+    Args:
+        pipe: A diffusers pipeline.
+    """
+    return family_of(pipe.transformer).pipeline_class in {one.__name__ for one in type(pipe).__mro__}
 
 
 def prompt_token_limit(pipe: Any) -> int:
@@ -211,9 +222,11 @@ def _finite(name: str, value: Any) -> float:
 
 
 def _check_steps(pipe: Any, steps: int) -> None:
+    """Refuse more steps than there are timesteps, and steps that no transformer takes."""
     limit = int(pipe.scheduler.config.num_train_timesteps)
     if steps > limit:
         raise InvalidInputError(f"num_inference_steps: got {steps}; the scheduler has {limit} timesteps, ask for fewer")
+    steps_of_transformers(pipe, steps)
 
 
 def vae_factors(pipe: Any) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from s2q.core.components import full_name, split_name
 from s2q.core.errors import InvalidInputError
 from s2q.core.files import canonical_json
 from s2q.report.formatting import format_bytes, format_interval, format_sample, format_value, title_of
@@ -160,9 +161,9 @@ def _storage_line(storage: Mapping[str, Any]) -> Text:
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
     for layer in layers:
-        kind = ".".join(
-            "*" if part.isdigit() and index == 1 else part for index, part in enumerate(layer["name"].split("."))
-        )
+        component, name = split_name(layer["name"])
+        parts = ("*" if part.isdigit() and index == 1 else part for index, part in enumerate(name.split(".")))
+        kind = full_name(component, ".".join(parts))
         groups.setdefault((kind, layer["scheme"], tuple(layer["shape"])), []).append(layer["bytes"])
     table = Table(header_style="dim", box=box.SIMPLE)
     table.add_column(f"{len(layers)} linears", overflow="fold")

@@ -1,7 +1,8 @@
-"""Wan 2.1, 1.3B and 14B, and 2.2 5B: self-attention over the video, cross-attention to the text, no adaLN linears.
+"""Wan 2.1, 1.3B and 14B, and 2.2, 5B and A14B: self-attention over the video, cross-attention to the text.
 
-A block's modulation is a table of its own plus what one linear outside the blocks makes of the timestep. Image to video
-of 2.1 has keys and values of the image's tokens too in its cross-attention.
+There are no adaLN linears: a block's modulation is a table of its own plus what one linear outside the blocks makes of
+the timestep. Image to video of 2.1 has keys and values of the image's tokens too in its cross-attention. A14B has two
+transformers of this class, which share the timesteps.
 """
 
 from s2q.models.family import Family

@@ -15,14 +15,15 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from s2q.core.components import full_name, split_name
 from s2q.distillation import PIECE
-from s2q.models import BlockLinear, Family, block_names
+from s2q.models import BlockLinear, Family, block_names, family_of
 from s2q.recipes import Recipe
 from s2q.recipes.schema import GPTQ
 
@@ -213,23 +214,22 @@ class BlockShape:
 
 
 def block_shapes(
-    transformer: nn.Module,
-    family: Family,
-    linears: Sequence[BlockLinear],
-    workload: Workload,
+    transformers: Mapping[str, nn.Module], linears: Sequence[BlockLinear], workload: Workload
 ) -> list[BlockShape]:
     """Return the dimensions of every block.
 
     Args:
-        transformer: Of the family; may live on the meta device.
-        family: Its family.
-        linears: Those that are quantized.
+        transformers: By component; may live on the meta device.
+        linears: Those that are quantized, by full name.
         workload: Tokens of a sample.
     """
     shapes = []
-    for index, name in enumerate(block_names(transformer, family)):
-        own = [one for one in linears if one.block == index]
-        shapes.append(_block_shape(transformer.get_submodule(name), name, family, own, workload))
+    for component, transformer in transformers.items():
+        family = family_of(transformer)
+        of_it = [one for one in linears if split_name(one.name)[0] == component]
+        for index, name in enumerate(block_names(transformer, family)):
+            own = {one.name.removeprefix(f"{full_name(component, name)}."): one for one in of_it if one.block == index}
+            shapes.append(_block_shape(transformer.get_submodule(name), family, own, workload))
     return shapes
 
 
@@ -309,9 +309,9 @@ def this_machine(device: str, *, memory_bytes: int | None = None, memory_budget:
 
 
 def _block_shape(
-    block: nn.Module, name: str, family: Family, linears: Sequence[BlockLinear], workload: Workload
+    block: nn.Module, family: Family, linears: Mapping[str, BlockLinear], workload: Workload
 ) -> BlockShape:
-    own = {one.name.removeprefix(f"{name}."): one for one in linears if one.role == "linear"}
+    own = {inner: one for inner, one in linears.items() if one.role == "linear"}
     shared = {inner: group[0] for group in family.shared_inputs for inner in group}
 
     def rows(inner: str) -> int:

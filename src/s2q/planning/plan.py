@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from s2q.core.components import TRANSFORMERS, full_name
 from s2q.core.errors import InvalidInputError, ResourceError
 from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme, weight_bytes
@@ -62,9 +63,10 @@ class Plan:
         schema_version: Version of this report.
         model: Name of the model.
         recipe: Name of the recipe.
-        storage: Bytes of the whole transformer: `full_precision_bytes` (in bf16), `quantized_bytes` (on disk), `ratio`.
+        storage: Bytes of the whole transformer, of both where there are two: `full_precision_bytes` (in bf16),
+            `quantized_bytes` (on disk), `ratio`.
         stages: The stages in order.
-        layers: Every linear of the blocks in order.
+        layers: Every linear of the blocks in order; names of those in a second transformer begin with "transformer_2.".
         device: Where the run is planned for, and its memory in bytes, None if that is not known.
         calibration: What calibrating blocks takes; None for recipes that do not calibrate, or if it is not known.
     """
@@ -111,23 +113,25 @@ def plan(
     workload: Workload | None
     if isinstance(model, str) and model.startswith(SYNTHETIC_PREFIX):
         synthetic = synthetic_model(model)
-        name, transformer, stored = synthetic.label, synthetic.meta_transformer(), parse_dtype(dtype) or torch.bfloat16
-        workload = workload_of_synthetic(synthetic, validated)
+        name, stored = synthetic.label, parse_dtype(dtype) or torch.bfloat16
+        transformers = {TRANSFORMERS[0]: synthetic.meta_transformer()}
+        workload = workload_of_synthetic(synthetic, validated) if validated.calibrates else None
     else:
         source = model if isinstance(model, ModelSource) else resolve_model(model)
         check_full_precision(source)
-        family_of(source.transformer_class)  # a clear error before the class is looked up
-        name, transformer = source.name, source.meta_transformer()
-        stored = parse_dtype(dtype) or source.weights_dtype() or torch.bfloat16
-        workload = workload_of_source(source, validated)
-    sizes = loaded_sizes(transformer, stored)
-    return plan_transformer(
-        transformer, validated, model=name, sizes=sizes, dtype=stored, workload=workload, machine=machine
+        for config in source.transformer_configs.values():
+            family_of(config["_class_name"])  # a clear error before the class is looked up
+        name, stored = source.name, parse_dtype(dtype) or source.weights_dtype() or torch.bfloat16
+        transformers = {component: source.meta_transformer(component) for component in source.transformer_configs}
+        workload = workload_of_source(source, validated) if validated.calibrates else None
+    sizes = loaded_sizes(transformers, stored)
+    return plan_transformers(
+        transformers, validated, model=name, sizes=sizes, dtype=stored, workload=workload, machine=machine
     )
 
 
-def plan_transformer(
-    transformer: nn.Module,
+def plan_transformers(
+    transformers: Mapping[str, nn.Module],
     recipe: Recipe,
     *,
     model: str,
@@ -136,14 +140,14 @@ def plan_transformer(
     workload: Workload | None = None,
     machine: Machine | None = None,
 ) -> Plan:
-    """Plan a run on a transformer.
+    """Plan a run on the transformers of a pipeline.
 
     Args:
-        transformer: The transformer; may live on the meta device.
+        transformers: The transformers by component; may live on the meta device.
         recipe: The recipe.
         model: Name of the model.
-        sizes: Bytes of each tensor of its state dict as it is now.
-        dtype: Dtype of its block linears.
+        sizes: Bytes of each tensor of their state dicts as it is now, by full name.
+        dtype: Dtype of their block linears.
         workload: What calibration computes on; without it, the memory of stages that calibrate is not known.
         machine: Where the run is to be; None is the CPU of this machine.
 
@@ -153,7 +157,7 @@ def plan_transformer(
     Raises:
         InvalidInputError: If the class is not supported, or the recipe does not fit it.
     """
-    linears = recipe_linears(recipe, transformer)
+    linears = recipe_linears(recipe, transformers)
     schemes = assign_schemes(recipe, linears)
     layouts = assign_layouts(recipe, linears, schemes)
     layers = tuple(
@@ -163,12 +167,11 @@ def plan_transformer(
     inside = {f"{linear.name}.{tensor}" for linear in linears for tensor in ("weight", "bias")}
     now = sum(sizes.values())
     quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
-    full = sum(tensor.numel() for tensor in transformer.state_dict().values()) * BF16_BYTES
+    full = sum(tensor.numel() for one in transformers.values() for tensor in one.state_dict().values()) * BF16_BYTES
     machine = machine or this_machine("cpu")
-    family = family_of(transformer)
     shapes, cost = [], None
     if recipe.calibrates and workload is not None:
-        shapes = block_shapes(transformer, family, [one for one in linears if one.name in schemes], workload)
+        shapes = block_shapes(transformers, [one for one in linears if one.name in schemes], workload)
         cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, itemsize=dtype.itemsize)
     peaks = _peaks(recipe, shapes, cost, layers, workload=workload, machine=machine, dtype=dtype, now=now)
     return Plan(
@@ -233,26 +236,34 @@ def check_memory(planned: Plan) -> None:
             )
 
 
-def loaded_sizes(transformer: nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """Return the bytes of each tensor of a transformer's state dict once it is loaded.
+def loaded_sizes(transformers: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, int]:
+    """Return the bytes of each tensor of the transformers' state dicts once they are loaded, by full name.
 
     Args:
-        transformer: May live on the meta device, in any dtype.
-        dtype: What it is loaded in; parts that its class keeps in fp32 are in fp32.
+        transformers: By component; may live on the meta device, in any dtype.
+        dtype: What they are loaded in; parts that their class keeps in fp32 are in fp32.
     """
-    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    sizes = {}
+    for component, transformer in transformers.items():
+        kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+        for name, tensor in transformer.state_dict().items():
+            wide = torch.float32 if kept & set(name.split(".")) else dtype
+            itemsize = wide.itemsize if tensor.is_floating_point() else tensor.itemsize
+            sizes[full_name(component, name)] = tensor.numel() * itemsize
+    return sizes
 
-    def itemsize(name: str, tensor: Tensor) -> int:
-        if not tensor.is_floating_point():
-            return tensor.itemsize
-        return torch.float32.itemsize if kept & set(name.split(".")) else dtype.itemsize
 
-    return {name: tensor.numel() * itemsize(name, tensor) for name, tensor in transformer.state_dict().items()}
+def tensor_sizes(transformers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return the bytes of each tensor of loaded transformers' state dicts, by full name.
 
-
-def tensor_sizes(transformer: nn.Module) -> dict[str, int]:
-    """Return the bytes of each tensor of a loaded transformer's state dict."""
-    return {name: tensor.numel() * tensor.element_size() for name, tensor in transformer.state_dict().items()}
+    Args:
+        transformers: By component.
+    """
+    return {
+        full_name(component, name): tensor.numel() * tensor.element_size()
+        for component, transformer in transformers.items()
+        for name, tensor in transformer.state_dict().items()
+    }
 
 
 def check_full_precision(source: ModelSource) -> None:
@@ -262,7 +273,7 @@ def check_full_precision(source: ModelSource) -> None:
         source: The model.
 
     Raises:
-        InvalidInputError: If its transformer has a `quantization_config`.
+        InvalidInputError: If a transformer of it has a `quantization_config`.
     """
     if source.is_quantized:
         method = (source.quantization or {}).get("quant_method", "another method")

@@ -18,8 +18,10 @@ from s2q.recipes import Recipe
 logger = logging.getLogger(__name__)
 
 
-def workload_of(pipe: Any, recipe: Recipe, *, recommended: Mapping[str, Any], component_bytes: int | None) -> Workload:
-    """Return what calibration computes on.
+def workload_of(
+    pipe: Any, recipe: Recipe, *, recommended: Mapping[str, Any], component_bytes: int | None
+) -> Workload | None:
+    """Return what calibration computes on; None for a pipeline that it does not run.
 
     Args:
         pipe: The pipeline; its parts may live on the meta device.
@@ -30,14 +32,16 @@ def workload_of(pipe: Any, recipe: Recipe, *, recommended: Mapping[str, Any], co
     Raises:
         InvalidInputError: If the recipe's sizes do not fit the model.
     """
-    group = recipe.calibration
+    family, group = family_of(pipe.transformer), recipe.calibration
+    if type(pipe).__name__ != family.pipeline_class:
+        return None
     requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
     settings = resolve_settings(pipe, requested=requested, defaults=dict(recommended))
     two = settings.guidance_scale > 1 and not getattr(pipe.transformer.config, "guidance_embeds", False)
     return Workload(
         tokens=video_tokens(pipe, settings),
         text_tokens=prompt_token_limit(pipe),
-        branches=2 if two and family_of(pipe.transformer).guidance == "batched" else 1,
+        branches=2 if two and family.guidance == "batched" else 1,
         component_bytes=component_bytes,
     )
 

@@ -12,31 +12,21 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from s2q.distillation import evaluations
-from s2q.models import ModelSource, block_names, family_of
-from s2q.planning import Machine, Plan, activation_memory
+from s2q.models import ModelSource
+from s2q.planning import Machine, Plan
 from s2q.quantization.blocks import quantize_block
 from s2q.quantization.calibrated import BlockCalibration
-from s2q.quantization.collect import (
-    CalibrationCall,
-    CalibrationInputs,
-    branches_of,
-    calibration_prompts,
-    call_inputs,
-    collect,
-    every_timestep,
-    prepare,
-)
+from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
 from s2q.quantization.run_folder import RunFolder, open_run_folder
-from s2q.quantization.stream import HostMemory, TeacherStream
-from s2q.quantization.teacher import Teacher, load_teacher
+from s2q.quantization.select import Selected, calibration_stream, select
+from s2q.quantization.stream import TeacherStream
+from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.recipes import Recipe
 
 _STEPS = (1, 4)
@@ -117,12 +107,13 @@ def _calibrating(
 ) -> dict[str, float]:
     group = recipe.calibration
     wanted = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
-    taken, inputs = [], None
+    few = group.model_copy(update={"n_prompts": 1, "samples": 1})
+    number = prepare(teacher, wanted[:1], few, seed=0, inputs={}).settings.num_inference_steps
+    taken: list[float] = []
     for steps in _STEPS:
-        few = group.model_copy(update={"steps": steps, "n_prompts": 1, "samples": 1})
-        inputs = prepare(teacher, wanted[:1], few, seed=0, inputs={})
+        inputs = prepare(teacher, wanted[:1], few.model_copy(update={"steps": steps}), seed=0, inputs={})
         started = time.perf_counter()
-        collect(
+        pools = collect(
             teacher,
             inputs,
             folder,
@@ -130,15 +121,17 @@ def _calibrating(
             progress=lambda done, total: progress("collect", done, total),
         )
         taken.append(time.perf_counter() - started)
-    assert inputs is not None
     step = max(0.0, (taken[1] - taken[0]) / (_STEPS[1] - _STEPS[0]))
-    full = prepare(teacher, wanted[:1], group.model_copy(update={"samples": 1}), seed=0, inputs={})
-    number = group.n_prompts if prompts is None else min(group.n_prompts, len(prompts))
-    video = max(0.0, taken[0] - step * _STEPS[0]) + step * full.settings.num_inference_steps
+    video = max(0.0, taken[0] - step * _STEPS[0]) + step * number
+    slices = {
+        samples: select(
+            pools, inputs, group.model_copy(update={"samples": samples}), branches=branches_of(folder, inputs)
+        )
+        for samples in (_SAMPLES, _MORE_SAMPLES)
+    }
     return {
-        "collect": number * video,
-        "select": 0.0,
-        "blocks": _blocks(teacher, recipe, planned, folder, inputs, machine=machine, progress=progress),
+        "collect": len(wanted) * video,
+        "blocks": _blocks(teacher, recipe, planned, folder, slices, machine=machine, progress=progress),
     }
 
 
@@ -147,30 +140,31 @@ def _blocks(
     recipe: Recipe,
     planned: Plan,
     folder: RunFolder,
-    inputs: CalibrationInputs,
+    slices: Mapping[int, Selected],
     *,
     machine: Machine,
     progress: Callable[[str, int, int], None],
 ) -> float:
-    assert planned.calibration is not None
-    branches = branches_of(folder, inputs)
+    cost = planned.calibration
+    assert cost is not None
     epochs = 0 if recipe.distillation is None else recipe.distillation.epochs
     cases = [(_SAMPLES, one) for one in (_EPOCHS if epochs else (0,))] + [(_MORE_SAMPLES, _EPOCHS[0] if epochs else 0)]
-    kinds = _kinds(teacher.transformer)
+    kinds = [(one, *kind) for one in teacher.transformers for kind in _kinds(one)]
     total, done = 0.0, 0
-    for first, count in kinds:
+    for one, first, count in kinds:
         taken = {}
         for samples, number in cases:
             progress("blocks", done, len(kinds) * len(cases))
-            calls = [
-                CalibrationCall(prompt=0, step=index % _STEPS[1], branch=index % branches) for index in range(samples)
-            ]
-            stream = _stream(teacher, folder, inputs, calls, planned, machine=machine)
+            stream = calibration_stream(
+                teacher, one, slices[samples], folder, machine=machine, step_bytes=cost.step_bytes
+            )
             stream.advance(first)
-            taken[samples, number] = _block_seconds(teacher, recipe, planned, stream, first, epochs=number)
+            taken[samples, number] = _block_seconds(
+                one, recipe, stream, first, epochs=number, checkpointed=cost.gradient_checkpointing
+            )
             stream.close()
             done += 1
-        total += count * _parts(taken, distils=epochs > 0).total(planned.calibration.samples, epochs)
+        total += count * _parts(taken, distils=epochs > 0).total(cost.samples, epochs)
     progress("blocks", done, done)
     return total
 
@@ -194,74 +188,51 @@ def _parts(taken: dict[tuple[int, int], float], *, distils: bool) -> BlockSecond
 
 
 def _block_seconds(
-    teacher: Teacher, recipe: Recipe, planned: Plan, stream: TeacherStream, index: int, *, epochs: int
+    transformer: TeacherTransformer,
+    recipe: Recipe,
+    stream: TeacherStream,
+    index: int,
+    *,
+    epochs: int,
+    checkpointed: bool,
 ) -> float:
-    name = teacher.block_names[index]
-    linears = {one.name.removeprefix(f"{name}."): one.name for one in teacher.quantized_linears(index)}
     distillation = recipe.distillation
     if distillation is not None:
         distillation = distillation.model_copy(update={"epochs": epochs})
-    assert planned.calibration is not None
-    started = time.perf_counter()
-    quantize_block(
-        teacher.transformer.get_submodule(name),
-        linears,
-        schemes={full: teacher.schemes[full] for full in linears.values()},
-        recipe=recipe.model_copy(update={"distillation": distillation}),
-        device=stream.device,
-        calibration=BlockCalibration(
-            stream=stream,
-            index=index,
-            family=family_of(teacher.transformer),
-            seed=0,
-            checkpointed=planned.calibration.gradient_checkpointing,
-        ),
+    calibration = BlockCalibration(
+        stream=stream, index=index, family=transformer.family, seed=0, checkpointed=checkpointed
     )
-    return time.perf_counter() - started
-
-
-def _stream(
-    teacher: Teacher,
-    folder: RunFolder,
-    inputs: CalibrationInputs,
-    calls: Sequence[CalibrationCall],
-    planned: Plan,
-    *,
-    machine: Machine,
-) -> TeacherStream:
-    def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
-        return lambda: call_inputs(folder.load(inputs.key(call.prompt)), call)
-
-    assert planned.calibration is not None
-    return TeacherStream(
-        teacher.transformer,
-        teacher.block_names,
-        calls=[builder(call) for call in calls],
-        names=[call.name for call in calls],
-        timesteps=[builder(call) for call in every_timestep(inputs)],
-        streams=family_of(teacher.transformer).streams,
-        folder=folder.path,
-        device=machine.device,
-        memory=HostMemory(activation_memory(machine, planned.calibration.step_bytes)),
-        set_aside=teacher.set_aside,
-    )
+    changed = recipe.model_copy(update={"distillation": distillation})
+    return _seconds(transformer, changed, index, device=stream.device, calibration=calibration)
 
 
 def _rounding(teacher: Teacher, recipe: Recipe, machine: Machine, progress: Callable[[str, int, int], None]) -> float:
-    kinds, total = _kinds(teacher.transformer), 0.0
-    for done, (first, count) in enumerate(kinds):
+    kinds = [(one, *kind) for one in teacher.transformers for kind in _kinds(one)]
+    total = 0.0
+    for done, (one, first, count) in enumerate(kinds):
         progress("blocks", done, len(kinds))
-        name = teacher.block_names[first]
-        linears = {one.name.removeprefix(f"{name}."): one.name for one in teacher.quantized_linears(first)}
-        schemes = {full: teacher.schemes[full] for full in linears.values()}
-        block, started = teacher.transformer.get_submodule(name), time.perf_counter()
-        quantize_block(block, linears, schemes=schemes, recipe=recipe, device=machine.device)
-        total += count * (time.perf_counter() - started)
+        total += count * _seconds(one, recipe, first, device=machine.device)
     progress("blocks", len(kinds), len(kinds))
     return total
 
 
-def _kinds(transformer: nn.Module) -> list[tuple[int, int]]:
+def _seconds(
+    transformer: TeacherTransformer,
+    recipe: Recipe,
+    index: int,
+    *,
+    device: str,
+    calibration: BlockCalibration | None = None,
+) -> float:
+    linears = transformer.inner_names(index)
+    schemes = {full: transformer.schemes[full] for full in linears.values()}
+    block = transformer.module.get_submodule(transformer.block_names[index])
+    started = time.perf_counter()
+    quantize_block(block, linears, schemes=schemes, recipe=recipe, device=device, calibration=calibration)
+    return time.perf_counter() - started
+
+
+def _kinds(transformer: TeacherTransformer) -> list[tuple[int, int]]:
     """The index of the first block of each class, and how many there are of it."""
-    classes = [type(transformer.get_submodule(name)) for name in block_names(transformer, family_of(transformer))]
+    classes = [type(transformer.module.get_submodule(name)) for name in transformer.block_names]
     return [(classes.index(one), classes.count(one)) for one in dict.fromkeys(classes)]

@@ -8,9 +8,7 @@ therefore goes on where it was, with a bit-identical result. The output appears 
 from __future__ import annotations
 
 import contextlib
-import copy
 import errno
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,45 +19,33 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 import torch
 from safetensors import SafetensorError
 
-from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, S2QConfig, attach_config, save_checkpoint
+from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, save_checkpoint
+from s2q.core.components import full_name, transformers_of
 from s2q.core.devices import check_device
 from s2q.core.errors import ResourceError, UsageError, unknown_name
-from s2q.core.files import canonical_json, check_output
+from s2q.core.files import check_output
 from s2q.core.storage import parse_bytes
-from s2q.models import OUTSIDE, ModelSource, family_of, resolve_model
+from s2q.models import ModelSource, resolve_model
 from s2q.models.source import dtype_name, recommended_generation
-from s2q.nn import replace_module
 from s2q.planning import (
-    CalibrationCost,
     Machine,
     Plan,
-    activation_memory,
     check_memory,
     plan,
-    plan_transformer,
+    plan_transformers,
     tensor_sizes,
     this_machine,
     workload_of,
 )
-from s2q.quantization.blocks import block_fingerprint, from_artefact, quantize_block, round_block, to_artefact
+from s2q.quantization.assemble import assemble
+from s2q.quantization.blocks import block_fingerprint, quantize_block, to_artefact
 from s2q.quantization.calibrated import BlockCalibration
-from s2q.quantization.collect import (
-    CalibrationCall,
-    CalibrationInputs,
-    branches_of,
-    calibration_prompts,
-    call_inputs,
-    collect,
-    every_timestep,
-    prepare,
-    select,
-    selection_plot,
-)
+from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
 from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
 from s2q.quantization.run_folder import RunFolder, open_run_folder
-from s2q.quantization.stream import HostMemory, TeacherStream
-from s2q.quantization.teacher import Teacher, load_teacher
-from s2q.recipes import Recipe, assign_layouts, load_recipe
+from s2q.quantization.select import Selected, calibration_stream, select
+from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
+from s2q.recipes import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -209,7 +195,7 @@ class _Run:
         logger.info("%s: %d bytes, %.2f times smaller", self.out, storage["quantized_bytes"], storage["ratio"])
         return report
 
-    def _calibration(self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None) -> _Selected:
+    def _calibration(self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None) -> Selected:
         """Collect candidates and select samples."""
         group = recipe.calibration
         used = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
@@ -217,7 +203,7 @@ class _Run:
             logger.info("calibrating on the first %d of %d prompts", len(used), len(prompts))
         described = {"device": torch.device(self.settings.device).type, "versions": package_versions()}
         inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described)
-        pool = self._timed(
+        pools = self._timed(
             "collect",
             lambda: collect(
                 teacher,
@@ -227,73 +213,66 @@ class _Run:
                 progress=lambda done, total: self.progress("collect", done, total),
             ),
         )
-        self.folder.log("collect", candidates=len(pool), prompts=len(inputs.prompts))
+        self.folder.log("collect", candidates=sum(map(len, pools.values())), prompts=len(inputs.prompts))
         self.progress("select", 0, 1)
         branches = branches_of(self.folder, inputs)
-        calls, record = self._timed("select", lambda: select(pool, inputs, group, branches=branches))
-        self.folder.log("select", selection=group.selection, samples=len(calls))
+        selected = self._timed("select", lambda: select(pools, inputs, group, branches=branches))
+        self.folder.log("select", selection=group.selection, samples=selected.count)
         self.progress("select", 1, 1)
-        return _Selected(inputs=inputs, calls=tuple(calls), record=record)
+        return selected
 
-    def _stream(self, teacher: Teacher, selected: _Selected, cost: CalibrationCost) -> TeacherStream:
-        def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
-            return lambda: call_inputs(self.folder.load(selected.inputs.key(call.prompt)), call)
-
-        return TeacherStream(
-            teacher.transformer,
-            teacher.block_names,
-            calls=[builder(call) for call in selected.calls],
-            names=[call.name for call in selected.calls],
-            timesteps=[builder(call) for call in every_timestep(selected.inputs)],
-            streams=family_of(teacher.transformer).streams,
-            folder=self.folder.path,
-            device=self.settings.device,
-            memory=HostMemory(activation_memory(self.machine, cost.step_bytes)),
-            set_aside=teacher.set_aside,
-        )
-
-    def _blocks(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: _Selected | None) -> list[BlockReport]:
-        total = len(teacher.block_names)
+    def _blocks(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected | None) -> list[BlockReport]:
+        """Go through the blocks of one transformer after the other."""
+        total, cost = teacher.block_count, planned.calibration
         units = 1 if selected is None else 2 + (recipe.distillation.epochs if recipe.distillation else 0)
-        cost, stream = planned.calibration, None
-        if selected is not None:
-            assert cost is not None
-            stream = self._stream(teacher, selected, cost)
-        reports = []
-        for index in range(total):
-            ticker = _Ticker(self.progress, index * units, total * units)
-            calibration = None
-            if stream is not None:
-                family = family_of(teacher.transformer)
-                calibration = BlockCalibration(
-                    stream=stream,
-                    index=index,
-                    family=family,
-                    seed=self.settings.seed,
-                    progress=ticker,
-                    checkpointed=cost is not None and cost.gradient_checkpointing,
+        reports: list[BlockReport] = []
+        for one in teacher.transformers:
+            stream = None
+            if selected is not None:
+                assert cost is not None
+                stream = calibration_stream(
+                    teacher, one, selected, self.folder, machine=self.machine, step_bytes=cost.step_bytes
                 )
-            reports.append(self._block(teacher, recipe, index, calibration=calibration, selected=selected))
+            for index in range(len(one.block_names)):
+                ticker = _Ticker(self.progress, len(reports) * units, total * units)
+                calibration = None
+                if stream is not None:
+                    calibration = BlockCalibration(
+                        stream=stream,
+                        index=index,
+                        family=one.family,
+                        seed=self.settings.seed,
+                        progress=ticker,
+                        checkpointed=cost is not None and cost.gradient_checkpointing,
+                    )
+                samples = None if selected is None else selected.fingerprint(one.component)
+                report = self._block(
+                    one, recipe, index, position=len(reports), calibration=calibration, samples=samples
+                )
+                teacher.set_aside(one.module.get_submodule(one.block_names[index]))
+                _log_block(report, total=total)
+                reports.append(report)
+            if stream is not None:
+                stream.close()
         self.progress("blocks", total * units, total * units)
-        if stream is not None:
-            stream.close()
         return reports
 
     def _block(
         self,
-        teacher: Teacher,
+        one: TeacherTransformer,
         recipe: Recipe,
         index: int,
         *,
+        position: int,
         calibration: BlockCalibration | None,
-        selected: _Selected | None,
+        samples: str | None,
     ) -> BlockReport:
         """Compute a block, or take it over from an interrupted run."""
         started = time.perf_counter()
-        name, key = teacher.block_names[index], _artefact_name(index)
-        block = teacher.transformer.get_submodule(name)
-        linears = {one.name.removeprefix(f"{name}."): one.name for one in teacher.quantized_linears(index)}
-        schemes = {full: teacher.schemes[full] for full in linears.values()}
+        name, key = full_name(one.component, one.block_names[index]), one.artefact_name(index)
+        block = one.module.get_submodule(one.block_names[index])
+        linears = one.inner_names(index)
+        schemes = {full: one.schemes[full] for full in linears.values()}
         fingerprint = block_fingerprint(
             block,
             schemes,
@@ -301,7 +280,7 @@ class _Run:
             seed=self.settings.seed,
             device=torch.device(self.settings.device).type,
             versions=package_versions(),
-            samples=None if selected is None else selected.fingerprint,
+            samples=samples,
         )
         resumed = self.folder.has(key, fingerprint)
         if not resumed:
@@ -319,35 +298,16 @@ class _Run:
                 peak_memory_bytes=peak_memory_bytes(self.settings.device),
             )
             self.folder.save(key, fingerprint, artefact)
-        teacher.set_aside(block)
-        report = BlockReport(index=index, name=name, resumed=resumed, **self.folder.stats(key))
+        report = BlockReport(index=position, name=name, resumed=resumed, **self.folder.stats(key))
         self.folder.log("block", **asdict(report))
-        _log_block(report, total=len(teacher.block_names), linears=len(linears))
         return report
 
     def _assemble(self, teacher: Teacher, recipe: Recipe, planned: Plan) -> DiffusionPipeline:
-        """Make a pipeline that shares everything with the teacher's but the packed linears."""
         self.progress("assemble", 0, 1)
-        shared = [*teacher.transformer.parameters(), *teacher.transformer.buffers()]
-        student = copy.deepcopy(teacher.transformer, {id(tensor): tensor for tensor in shared})
-        layouts = assign_layouts(recipe, teacher.linears, teacher.schemes)
-        for index in range(len(teacher.block_names)):
-            artefact = self.folder.load(_artefact_name(index))
-            layers = from_artefact(artefact, teacher.quantized_linears(index), teacher.schemes, layouts=layouts)
-            for name, layer in layers.items():
-                replace_module(student, name, layer)
-        outer = {one.name: one.name for one in teacher.quantized_linears(OUTSIDE)}
-        for name, layer in round_block(teacher.transformer, outer, schemes=teacher.schemes, method="rtn").items():
-            replace_module(student, name, layer)
-        config = S2QConfig.from_schemes(
-            teacher.schemes, recipe=recipe.name, compute_dtype=dtype_name(teacher.dtype), layouts=layouts
-        )
-        attach_config(student, config)
-        packed = sum(tensor_sizes(student).values())
+        student = assemble(teacher, recipe, self.folder)
+        packed = sum(tensor_sizes(transformers_of(student)).values())
         assert packed == planned.storage["quantized_bytes"], (packed, planned.storage)
-        pipe = copy.copy(teacher.pipe)
-        pipe.register_modules(transformer=student)
-        return pipe
+        return student
 
     def _report(
         self,
@@ -356,7 +316,7 @@ class _Run:
         blocks: Sequence[BlockReport],
         *,
         n_prompts: int,
-        selection: _Selected | None,
+        selection: Selected | None,
     ) -> QuantizationReport:
         return QuantizationReport(
             schema_version=SCHEMA_VERSION,
@@ -385,39 +345,6 @@ class _Run:
         return result
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Selected:
-    """What blocks are calibrated on."""
-
-    inputs: CalibrationInputs
-    calls: tuple[CalibrationCall, ...]
-    record: Mapping[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what blocks are calibrated on: the candidates of all prompts, and which were taken."""
-        prompts = [self.inputs.prompt_fingerprint(prompt) for prompt in range(len(self.inputs.prompts))]
-        content = {"prompts": prompts, "calls": [asdict(call) for call in self.calls]}
-        return hashlib.sha256(canonical_json(content).encode()).hexdigest()
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """The files of s2q/ that show the selection."""
-        return {
-            "selection.json": canonical_json(dict(self.record)).encode(),
-            "selection.png": selection_plot(self.record),
-        }
-
-    def summary(self) -> dict[str, Any]:
-        """What the report says."""
-        keys = ("selection", "branches", "samples", "settings")
-        steps = [f"{call.prompt}/{call.step}/{call.branch}" for call in self.calls]
-        return {key: self.record[key] for key in keys} | {
-            "candidates": len(self.record["candidates"]),
-            "calls": steps,
-        }
-
-
 class _Ticker:
     """Reports the units of a block as they are done."""
 
@@ -430,7 +357,7 @@ class _Ticker:
         self.progress("blocks", self.done, self.total)
 
 
-def _log_block(report: BlockReport, *, total: int, linears: int) -> None:
+def _log_block(report: BlockReport, *, total: int) -> None:
     loss = ""
     if report.loss:
         loss = f"loss {report.loss['rtn']:.4g} (rounding) → {report.loss['final']:.4g}, "
@@ -438,7 +365,7 @@ def _log_block(report: BlockReport, *, total: int, linears: int) -> None:
         "block %d/%d: %d linears, %sweight error %.3g, %.1f s, peak %.0f MiB%s",
         report.index + 1,
         total,
-        linears,
+        len(report.layers),
         loss,
         report.weight_relative_error,
         report.seconds,
@@ -463,21 +390,20 @@ def _machine(settings: _Settings) -> Machine:
 
 
 def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
-    sizes = tensor_sizes(teacher.transformer)
-    workload = None
+    transformers, workload = transformers_of(teacher.pipe), None
     if recipe.calibrates:
-        others = [part for part in teacher.parts if part is not teacher.transformer]
+        others = [part for part in teacher.parts if all(part is not one for one in transformers.values())]
         workload = workload_of(
             teacher.pipe,
             recipe,
             recommended=recommended_generation(teacher.folder),
             component_bytes=sum(tensor.nbytes for part in others for tensor in part.parameters()),
         )
-    return plan_transformer(
-        teacher.transformer,
+    return plan_transformers(
+        transformers,
         recipe,
         model=teacher.name,
-        sizes=sizes,
+        sizes=tensor_sizes(transformers),
         dtype=teacher.dtype,
         workload=workload,
         machine=machine,
@@ -496,7 +422,3 @@ def _resource_errors(out: Path, device: str) -> Iterator[None]:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _DISK_FULL in str(error):
             raise ResourceError(f"{out}: the disk is full; free some space, {kept}") from error
         raise
-
-
-def _artefact_name(index: int) -> str:
-    return f"block-{index:03d}"

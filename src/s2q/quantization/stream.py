@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from s2q.core.components import TRANSFORMERS, full_name
 from s2q.core.errors import InvalidInputError
 from s2q.core.files import atomic_write_bytes
 from s2q.core.placement import moved, on_device
@@ -115,7 +116,7 @@ class TeacherStream:
 
     Args:
         transformer: The full-precision transformer.
-        block_names: Full names of its blocks, in the order in which they run.
+        block_names: Names of its blocks in it, in the order in which they run.
         calls: A function for each sample that returns the transformer's keyword arguments.
         names: What messages call the samples.
         timesteps: The same as `calls`, of calls of which only the timestep counts; see `timestep_inputs`.
@@ -124,6 +125,7 @@ class TeacherStream:
         device: Where to compute.
         memory: Host memory for the inputs of one block and what else is kept for it; None does not limit it.
         set_aside: Called with a block that will not be read for a while.
+        component: Which transformer of the pipeline it is, for messages.
     """
 
     def __init__(
@@ -139,13 +141,14 @@ class TeacherStream:
         device: str = "cpu",
         memory: HostMemory | None = None,
         set_aside: Callable[[nn.Module], None] = lambda module: None,
+        component: str = TRANSFORMERS[0],
     ) -> None:
         self.transformer, self.block_names = transformer, list(block_names)
         self.calls, self.names, self.streams = calls, list(names), tuple(streams)
         self.timesteps = timesteps
         self.device = device
         self.folder, self.memory = folder, memory or HostMemory(sys.maxsize)
-        self.set_aside = set_aside
+        self.set_aside, self.component = set_aside, component
         self._moving = self.store("stream")
         self._fixed: list[dict[str, Any]] = []
         self._conditioning: list[dict[str, Any]] = []
@@ -209,8 +212,9 @@ class TeacherStream:
         """
         for name, output in zip(self.streams, outputs, strict=True):
             if not bool(torch.isfinite(output).all()):
+                block_name = full_name(self.component, self.block_names[block])
                 raise InvalidInputError(
-                    f"{self.block_names[block]}: its {name} for {self.names[sample]} hold NaN or infinite values; "
+                    f"{block_name}: its {name} for {self.names[sample]} hold NaN or infinite values; "
                     "check the model, or use another dtype (float16 overflows where bfloat16 does not)"
                 )
 
