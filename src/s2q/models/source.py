@@ -125,7 +125,9 @@ class ModelSource:
             if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_"):
                 parts[name] = None
                 if entry[0] == "transformers":
-                    getattr(transformers, entry[1])  # there, and in memory as it will be
+                    part_class = getattr(transformers, entry[1])  # there, and in memory as it will be
+                    if "Tokenizer" in entry[1]:
+                        parts[name] = part_class.from_pretrained(self.folder / name)
                 if entry[0] == "diffusers" and name not in (*TRANSFORMERS, "vae"):
                     parts[name] = getattr(diffusers, entry[1]).from_pretrained(self.folder, subfolder=name)
         vae_class = getattr(diffusers, index["vae"][1])

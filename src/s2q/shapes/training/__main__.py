@@ -49,7 +49,7 @@ TAUGHT_VAE_SETTINGS = TrainingSettings(
 TRANSFORMER_SETTINGS = {
     "shapes-cogvideox": TrainingSettings(steps=8000, batch_size=64, learning_rate=2e-3, muon=True, seed=1),
     "shapes-wan": TrainingSettings(
-        steps=2800, batch_size=48, learning_rate=2e-3, muon=True, seed=1, checkpoint_every=100
+        steps=2400, batch_size=48, learning_rate=2e-3, muon=True, seed=1, checkpoint_every=100
     ),
 }
 _TOLD = ("steps", "batch_size", "seed")
