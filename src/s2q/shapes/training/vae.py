@@ -148,6 +148,7 @@ class TaughtVAETask:
         teacher: The trained autoencoder.
         teacher_architecture: Its model.
         seed: Of the initial weights.
+        start: Training folder of an earlier run whose averaged weights to start from instead.
     """
 
     def __init__(
@@ -157,12 +158,15 @@ class TaughtVAETask:
         teacher: Any,
         teacher_architecture: EmbeddedArchitecture,
         seed: int = 0,
+        start: Path | None = None,
     ) -> None:
         self.architecture, self.teacher_architecture = architecture, teacher_architecture
         self.teacher = teacher.requires_grad_(False).eval()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.vae = architecture.build_vae()
+        if start is not None:
+            load_average(self.vae, start / "ema.safetensors", prefix="vae.")
         self.modules = nn.ModuleDict({"vae": self.vae})
         self.scenes = _Scenes()
 
