@@ -10,7 +10,6 @@ memory stands beside the plan's. Written to ``benchmarks/results/host-memory.jso
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from environment import environment
 from records import write_record
+from subprocesses import run_s2q
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny import tiny_hunyuanvideo_pipeline
@@ -57,12 +57,6 @@ def build(folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
-def run(*arguments: str) -> str:
-    """Run a command of s2q in a process of its own; return what it prints."""
-    command = [sys.executable, "-c", "from s2q.cli import main; main()", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 def main() -> None:
     """Build, plan, quantize, compare."""
     parser = argparse.ArgumentParser(description="Host memory of calibrating blocks of HunyuanVideo's width.")
@@ -87,7 +81,7 @@ def main() -> None:
             "cpu",
             *changes,
         ]
-        planned = json.loads(run("plan", *common, "--json"))
+        planned = json.loads(run_s2q("plan", *common, "--json"))
         report = json.loads(
             run("quantize", *common, "-o", str(out), "--prompts", str(prompts), "--overwrite", "--json")
         )
