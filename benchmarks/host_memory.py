@@ -83,7 +83,7 @@ def main() -> None:
         ]
         planned = json.loads(run_s2q("plan", *common, "--json"))
         report = json.loads(
-            run("quantize", *common, "-o", str(out), "--prompts", str(prompts), "--overwrite", "--json")
+            run_s2q("quantize", *common, "-o", str(out), "--prompts", str(prompts), "--overwrite", "--json")
         )
     expected = max(stage["peak_memory_bytes"] for stage in planned["stages"])
     record = {
