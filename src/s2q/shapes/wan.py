@@ -31,7 +31,7 @@ class ShapesWan(EmbeddedArchitecture):
     name = "shapes-wan"
     title = "A complete Wan pipeline (tokenizer, UMT5 encoder, 3D autoencoder, 6-block transformer, UniPC scheduler)"
     latents_of = "shapes-cogvideox"
-    guidance_scale = 4.0
+    guidance_scale = 5.0
 
     def build_text_encoder(self, tokenizer: T5Tokenizer) -> UMT5EncoderModel:
         """A two-layer UMT5 encoder."""
