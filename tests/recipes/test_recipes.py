@@ -54,6 +54,12 @@ def test_a_recipe_that_extends_another_has_its_own_keys_in_the_groups_of_the_oth
     assert own["extends"] == "s2q-w4a6"
 
 
+def test_extending_goes_on_and_null_takes_a_group_away():
+    recipe = load_recipe({"extends": "smoothquant-w4a8", "name": "mine", "modulation": None})
+    assert (recipe.linear_scheme().name, recipe.transforms.scale, recipe.modulation) == ("w4a8", "smooth", None)
+    assert load_recipe({"extends": "rtn-w4a16", "name": "mine", "activations": {"num_bits": 6}}).activations
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
