@@ -20,7 +20,7 @@ _BASELINES = {
     "PTQ4DiT": "ptq4dit",
     "SmoothQuant": "smoothquant",
     "QuaRot": "quarot",
-    "ViDiT-Q": "vidit-q",
+    "ViDiT-Q": "viditq",
 }
 
 
