@@ -94,3 +94,14 @@ def test_sizes_of_the_recipe_count_and_are_checked(tmp_path):
         plan(tmp_path, "s2q-w4a6", overrides=["calibration.height=33"])
     with pytest.raises(InvalidInputError, match="no pipeline to fit num_frames to"):
         plan("synthetic:wan-14b", "s2q-w4a6", overrides=["calibration.num_frames=9"])
+
+
+def test_both_branches_are_as_many_samples_more_whichever_way_they_are_called():
+    for name in ("cogvideox-2b", "wan-1.3b"):
+        taken, both = (
+            plan(
+                f"synthetic:{name}", "s2q-w4a6", overrides=[f"calibration.branches={one}"], machine=machine(80 * 10**9)
+            )
+            for one in ("alternate", "both")
+        )
+        assert (taken.calibration.samples, both.calibration.samples) == (40, 80)

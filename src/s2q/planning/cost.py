@@ -57,13 +57,15 @@ class Workload:
     Attributes:
         tokens: N of a video.
         text_tokens: T.
-        branches: Rows of one call of the transformer.
+        branches: Guidance branches.
+        rows: Samples in one call of the transformer: all branches, or one.
         component_bytes: Weights of the pipeline's other components, which generate the samples; None if unknown.
     """
 
     tokens: int
     text_tokens: int
     branches: int
+    rows: int
     component_bytes: int | None
 
 
@@ -101,7 +103,7 @@ class Machine:
 
     @property
     def step_limit(self) -> int | None:
-        """What one step of distillation may take before it is checkpointed."""
+        """What calibrating a block may take before its steps are checkpointed."""
         if self.is_host:
             return self.memory_budget
         return None if self.memory_bytes is None else int(_USABLE * self.memory_bytes)
@@ -241,7 +243,7 @@ def forward_bytes(shapes: Sequence[BlockShape], rows: int, itemsize: int) -> int
         rows: Samples in the call.
         itemsize: Bytes of a value in the model's dtype.
     """
-    widest = max(features * length for shape in shapes for features, length in shape.outputs)
+    widest = max((features * length for shape in shapes for features, length in shape.outputs), default=0)
     return _FORWARD_VALUES * rows * widest * itemsize
 
 
@@ -261,7 +263,7 @@ def calibration_cost(
     wide = group.precision == "float32"
     own = _FP32 if wide else itemsize
     samples = group.samples * (workload.branches if group.branches == "both" else 1)
-    whole = max(shape.step_bytes(recipe, checkpointed=False, itemsize=own) for shape in shapes)
+    whole = max(shape.peak_bytes(recipe, checkpointed=False, itemsize=own) for shape in shapes)
     limit = machine.step_limit
     checkpointed = recipe.distillation is not None and limit is not None and whole > limit
     step = max(shape.step_bytes(recipe, checkpointed=checkpointed, itemsize=own) for shape in shapes)

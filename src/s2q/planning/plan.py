@@ -207,7 +207,7 @@ def _peaks(
     names = ("collect", "select", "blocks", "assemble")
     if cost is None or workload is None:
         return dict.fromkeys(names)
-    forward = forward_bytes(shapes, workload.branches, dtype.itemsize)
+    forward = forward_bytes(shapes, workload.rows, dtype.itemsize)
     collect = base + now + (workload.component_bytes or 0) + forward
     itemsize = torch.float32.itemsize if recipe.calibration.precision == "float32" else dtype.itemsize
     checkpointed = cost.gradient_checkpointing

@@ -37,11 +37,13 @@ def workload_of(
         return None
     requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
     settings = resolve_settings(pipe, requested=requested, defaults=dict(recommended))
-    two = settings.guidance_scale > 1 and not getattr(pipe.transformer.config, "guidance_embeds", False)
+    guided = settings.guidance_scale > 1 and not getattr(pipe.transformer.config, "guidance_embeds", False)
+    branches = 2 if guided else 1
     return Workload(
         tokens=video_tokens(pipe, settings),
         text_tokens=prompt_token_limit(pipe),
-        branches=2 if two and family.guidance == "batched" else 1,
+        branches=branches,
+        rows=branches if family.guidance == "batched" else 1,
         component_bytes=component_bytes,
     )
 
@@ -82,4 +84,10 @@ def workload_of_synthetic(model: SyntheticModel, recipe: Recipe) -> Workload:
             f"{model.label}: has no pipeline to fit {', '.join(sizes)} to; plan with the recommended size, or plan the "
             "model's own folder"
         )
-    return Workload(tokens=model.tokens, text_tokens=model.text_tokens, branches=model.batch, component_bytes=None)
+    return Workload(
+        tokens=model.tokens,
+        text_tokens=model.text_tokens,
+        branches=model.batch * model.calls,
+        rows=model.batch,
+        component_bytes=None,
+    )
