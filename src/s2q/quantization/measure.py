@@ -29,7 +29,7 @@ from s2q.quantization.stream import TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.recipes import Recipe
 
-_STEPS = (1, 4)
+_STEPS = (1, 5)
 _SAMPLES, _MORE_SAMPLES = 2, 4
 _EPOCHS = (1, 5, 10)
 _PROMPT = "red"
@@ -110,8 +110,8 @@ def _calibrating(
     few = group.model_copy(update={"n_prompts": 1, "samples": 1})
     number = prepare(teacher, wanted[:1], few, seed=0, inputs={}).settings.num_inference_steps
     taken: list[float] = []
-    for steps in _STEPS:
-        inputs = prepare(teacher, wanted[:1], few.model_copy(update={"steps": steps}), seed=0, inputs={})
+    for seed, steps in enumerate((_STEPS[0], *_STEPS)):  # the first one warms up
+        inputs = prepare(teacher, wanted[:1], few.model_copy(update={"steps": steps}), seed=seed, inputs={})
         started = time.perf_counter()
         pools = collect(
             teacher,
@@ -121,8 +121,9 @@ def _calibrating(
             progress=lambda done, total: progress("collect", done, total),
         )
         taken.append(time.perf_counter() - started)
-    step = max(0.0, (taken[1] - taken[0]) / (_STEPS[1] - _STEPS[0]))
-    video = max(0.0, taken[0] - step * _STEPS[0]) + step * number
+    _, short, long = taken
+    step = max(0.0, (long - short) / (_STEPS[1] - _STEPS[0]))
+    video = max(0.0, short - step * _STEPS[0]) + step * number
     slices = {
         samples: select(
             pools, inputs, group.model_copy(update={"samples": samples}), branches=branches_of(folder, inputs)
