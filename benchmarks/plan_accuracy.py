@@ -3,7 +3,8 @@
     python benchmarks/plan_accuracy.py [-m shapes-cogvideox ...] [-r s2q-w4a6 ...]
 
 Both run in processes of their own, one after the other, on a machine with nothing else to do. Written to
-``benchmarks/results/plan-accuracy.json``: seconds and peak memory of every stage, planned and measured.
+``benchmarks/results/plan-accuracy.json``: seconds and peak memory of every stage, planned and measured. What is
+measured again takes the place of what was there.
 """
 
 import argparse
@@ -59,7 +60,10 @@ def main() -> None:
         for recipe in arguments.recipe or RECIPES:
             results.append(compare(model, recipe))
             print(model, recipe, *(_line(row) for row in results[-1]["stages"]), sep="\n  ", flush=True)
-    write_record(RESULT, {"schema_version": 1, **environment(), "runs": results})
+    again = {(one["model"], one["recipe"]) for one in results}
+    before = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else []
+    kept = [one for one in before if (one["model"], one["recipe"]) not in again]
+    write_record(RESULT, {"schema_version": 1, **environment(), "runs": kept + results})
 
 
 if __name__ == "__main__":
