@@ -9,7 +9,6 @@ values are kept.
 """
 
 import argparse
-import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 from environment import environment
+from records import rounded_metrics, write_record
 
 from s2q.evaluation import EvaluationOptions, evaluate_each
 from s2q.quantization import quantize
@@ -46,17 +46,10 @@ def measure(model: str, recipes: list[str], *, prompts: int, seeds: int, dtype: 
         options=EvaluationOptions(dtype=dtype),
     )
     for recipe, result in zip(recipes, results, strict=True):
-        result["videos"] = [
-            video | {"metrics": {name: _short(value) for name, value in video["metrics"].items()}}
-            for video in result["videos"]
-        ]
+        result["videos"] = rounded_metrics(result["videos"])
         report = reports[-1]
         described = {"model": recipe, "reference": model, "storage": dict(report.storage)}
         yield recipe, result | described | {"quantize_seconds": report.seconds} | environment()
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.6g}")
 
 
 def main() -> None:
@@ -84,7 +77,7 @@ def main() -> None:
     for recipe, result in measure(
         arguments.model, wanted, prompts=arguments.prompts, seeds=arguments.seeds, dtype=arguments.dtype
     ):
-        (folder / f"{recipe}.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
+        write_record(folder / f"{recipe}.json", result)
         means = {name: metric["mean"] for name, metric in result["metrics"].items()}
         logger.info(
             "%s %s: %.1f dB, velocity error %.2e, adherence %.3f; quantized in %.0f s",

@@ -13,23 +13,38 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ablations import GROUPS, Variant
+from markdown_tables import interval, table_head, table_row
+from published import commands_of, cost_table, sizes_table
+from reproduce.beside import overview_table
+from variants import GROUPS, Variant
 
 from s2q.evaluation import clustered_mean
 from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/observations.md", "docs/speed.md")
+PAGES = ("README.md", "docs/results.md", "docs/observations.md", "docs/speed.md", "docs/real-models.md")
 ORDER = (
     "rtn-w8a8",
+    "smoothquant-w8a8",
+    "quarot-w8a8",
+    "viditq-w8a8",
     "rtn-w4a16",
     "rtn-w4a8",
+    "smoothquant-w4a8",
+    "quarot-w4a8",
+    "viditq-w4a8",
     "s2q-w4a8",
     "rtn-w4a6",
+    "smoothquant-w4a6",
+    "quarot-w4a6",
+    "viditq-w4a6",
     "s2q-w4a6",
     "s2q-plus-w4a6",
     "rtn-w4a4",
+    "smoothquant-w4a4",
+    "quarot-w4a4",
+    "viditq-w4a4",
     "s2q-w4a4",
     "s2q-plus-w4a4",
     "s2q-w3a6",
@@ -45,43 +60,28 @@ def _quality(model: str) -> list[dict]:
     ]
 
 
-def _interval(metric: dict, form: str, *, scale: float = 1.0) -> str:
-    mean = format(metric["mean"] * scale, form)
-    if metric["low"] is None:
-        return mean
-    return f"{mean} [{format(metric['low'] * scale, form)}, {format(metric['high'] * scale, form)}]"
-
-
-def _row(name: str, cells: list[str]) -> str:
-    return f"| {name} | " + " | ".join(cells) + " |"
-
-
-def _head(first: str, names: list[str]) -> list[str]:
-    return [_row(first, names), _row("---", ["---"] * len(names))]
-
-
 def quality_table(model: str) -> str:
     """Recipes of one model against its full precision, means with 95 % intervals over prompts."""
     results = _quality(model)
     head = ["storage", "PSNR dB", "SSIM", "latent rel. L2", "velocity error", "prompt adherence (all four)"]
-    lines = _head("recipe", head)
+    lines = table_head("recipe", head)
     first = results[0]
-    reference = _interval(first["metrics"]["reference_adherence_all"], ".3f")
-    lines.append(_row("full precision", ["1.00×", "", "", "", "", reference]))
+    reference = interval(first["metrics"]["reference_adherence_all"], ".3f")
+    lines.append(table_row("full precision", ["1.00×", "", "", "", "", reference]))
     for result in results:
         metrics = result["metrics"]
         cells = [
             f"{result['storage']['ratio']:.2f}×",
-            _interval(metrics["psnr_frame_mean_db"], ".1f"),
-            _interval(metrics["ssim"], ".3f"),
-            _interval(metrics["latent_relative_l2"], ".3f"),
-            _interval(metrics["velocity_relative_error"], ".5f"),
-            _interval(metrics["adherence_all"], ".3f"),
+            interval(metrics["psnr_frame_mean_db"], ".1f"),
+            interval(metrics["ssim"], ".3f"),
+            interval(metrics["latent_relative_l2"], ".3f"),
+            interval(metrics["velocity_relative_error"], ".5f"),
+            interval(metrics["adherence_all"], ".3f"),
         ]
-        lines.append(_row(f"`{result['model']}`", cells))
+        lines.append(table_row(f"`{result['model']}`", cells))
     floor = first["noise_floor"]
     if floor:
-        lines.append(_row("full precision, another seed", ["", *_floor_cells(floor), "", ""]))
+        lines.append(table_row("full precision, another seed", ["", *_floor_cells(floor), "", ""]))
     settings = first["settings"]
     lines += [
         "",
@@ -107,12 +107,14 @@ def _floor_cells(floor: dict) -> list[str]:
 def adherence_table(model: str) -> str:
     """Adherence label by label, as the detector sees it."""
     results = _quality(model)
-    lines = _head("recipe", list(LABELS))
+    lines = table_head("recipe", list(LABELS))
     first = results[0]["metrics"]
-    lines.append(_row("full precision", [_interval(first[f"reference_adherence_{label}"], ".3f") for label in LABELS]))
+    lines.append(
+        table_row("full precision", [interval(first[f"reference_adherence_{label}"], ".3f") for label in LABELS])
+    )
     for result in results:
-        cells = [_interval(result["metrics"][f"adherence_{label}"], ".3f") for label in LABELS]
-        lines.append(_row(f"`{result['model']}`", cells))
+        cells = [interval(result["metrics"][f"adherence_{label}"], ".3f") for label in LABELS]
+        lines.append(table_row(f"`{result['model']}`", cells))
     return "\n".join(lines)
 
 
@@ -121,11 +123,11 @@ def attention_table(model: str) -> str:
     result = json.loads((RESULTS / f"observations-{model}.json").read_text())
     steps = [0, len(result["timesteps"]) // 2, len(result["timesteps"]) - 1]
     names = [f"t = {result['timesteps'][i]}" for i in steps]
-    lines = _head("block", [*names, "mean", "of all mass, on text"])
+    lines = table_head("block", [*names, "mean", "of all mass, on text"])
     pairs = zip(result["attention_mass_top_10_percent"], result["attention_mass_text"], strict=True)
     for block, (top, text) in enumerate(pairs):
         cells = [f"{top[i]:.2f}" for i in steps] + [f"{sum(top) / len(top):.2f}", f"{sum(text) / len(text):.2f}"]
-        lines.append(_row(str(block), cells))
+        lines.append(table_row(str(block), cells))
     return "\n".join(lines)
 
 
@@ -135,10 +137,10 @@ def outlier_table(model: str) -> str:
     kinds: dict[str, list[float]] = {}
     for name, values in result["input_max_over_median"].items():
         kinds.setdefault(name.split(".", 2)[2], []).extend(values)
-    lines = _head("input of", ["median", "largest"])
+    lines = table_head("input of", ["median", "largest"])
     for kind, values in kinds.items():
         ordered = sorted(values)
-        lines.append(_row(f"`{kind}`", [f"{ordered[len(ordered) // 2]:.1f}", f"{ordered[-1]:.1f}"]))
+        lines.append(table_row(f"`{kind}`", [f"{ordered[len(ordered) // 2]:.1f}", f"{ordered[-1]:.1f}"]))
     return "\n".join(lines)
 
 
@@ -153,7 +155,7 @@ def ablation_table(group: str, model: str) -> str:
     if not runs[base.name]:
         return f"Not measured yet: `python benchmarks/ablations.py {group}`."
     head = ["velocity error", "lowest and highest seed", f"against {base.label.removeprefix('+ ')}", "seeds"]
-    lines = _head("variant", head)
+    lines = table_head("variant", head)
     for variant in GROUPS[group]:
         own = runs[variant.name]
         if not own:
@@ -166,7 +168,7 @@ def ablation_table(group: str, model: str) -> str:
             _ratio(own, runs[base.name]),
             str(len(own)),
         ]
-        lines.append(_row(variant.label, cells))
+        lines.append(table_row(variant.label, cells))
     first = runs[base.name][0]
     lines += [
         "",
@@ -215,7 +217,7 @@ def linear_table(device: str) -> str:
     paths = {(tuple(one["shape"]), one["recipe"]): one for one in _bench(device, "activation_path")[1]}
     recipes = list(dict.fromkeys(one["recipe"] for one in linears))
     head = ["of", "int8 product alone", *(f"`{name}`" for name in recipes), f"activation path, `{recipes[0]}`"]
-    lines = _head("M × K × N", head)
+    lines = table_head("M × K × N", head)
     rows: dict[tuple, dict[str, dict]] = {}
     for one in linears:
         rows.setdefault((tuple(one["shape"]), one["readers"]), {})[one["recipe"]] = one
@@ -228,7 +230,7 @@ def linear_table(device: str) -> str:
             *(_times(found[name]["ratio_to_bf16"]) if name in found else "" for name in recipes),
             "" if path is None or readers else f"{100 / path['ratio_to_bf16']:.0f} %",
         ]
-        lines.append(_row(" × ".join(map(str, shape)) + (f", {readers} together" if readers else ""), cells))
+        lines.append(table_row(" × ".join(map(str, shape)) + (f", {readers} together" if readers else ""), cells))
     lines += [
         "",
         "Times faster than bf16 `F.linear` on the same data in the same rounds (medians over rounds); 3 together: "
@@ -244,7 +246,7 @@ def steps_table(device: str) -> str:
     if not steps:
         return f"Not measured yet: `make bench-{device}`."
     head = ["what", "times faster than bf16", "bound", "storage", "peak memory"]
-    lines = _head("model", head)
+    lines = table_head("model", head)
     for one in steps:
         peaks = one["peak_memory_bytes"], one["bf16_peak_memory_bytes"]
         cells = [
@@ -254,7 +256,7 @@ def steps_table(device: str) -> str:
             f"{one['bf16_storage_bytes'] / one['storage_bytes']:.2f}×",
             "" if None in peaks else f"{peaks[1] / peaks[0]:.2f}×",
         ]
-        lines.append(_row(_model_of(one), cells))
+        lines.append(table_row(_model_of(one), cells))
     lines += [
         "",
         "Bound: the bf16 step with each linear at the speed of a plain int8 product, everything else as it is. "
@@ -271,14 +273,14 @@ def parts_table(device: str) -> str:
         return f"Not measured yet: `make bench-{device}`."
     parts = list(steps[0]["breakdown"])
     head = ["what", *(name.replace("_", " ") for name in parts), "sum"]
-    lines = _head("model", head)
+    lines = table_head("model", head)
     before = None
     for one in steps:
         if before != one["model"]:
-            lines.append(_row(_model_of(one), _shares("bf16", one["bf16_breakdown"], one, parts)))
+            lines.append(table_row(_model_of(one), _shares("bf16", one["bf16_breakdown"], one, parts)))
             before = one["model"]
         name = f"`{one['recipe']}`" if one["recipe"] else one["scheme"]
-        lines.append(_row("", _shares(name, one["breakdown"], one, parts)))
+        lines.append(table_row("", _shares(name, one["breakdown"], one, parts)))
     lines += ["", "Per cent of the bf16 step of the same rounds. " + _measured_on(content, device)]
     return "\n".join(lines)
 
@@ -320,6 +322,10 @@ TABLES: dict[str, Callable[[str], str]] = {
     "linear": linear_table,
     "steps": steps_table,
     "parts": parts_table,
+    "sizes": sizes_table,
+    "cost": cost_table,
+    "commands": commands_of,
+    "reproduce": overview_table,
 }
 
 

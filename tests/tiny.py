@@ -14,13 +14,17 @@ import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
     AutoencoderKLMochi,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
@@ -28,15 +32,23 @@ from diffusers import (
     MochiPipeline,
     MochiTransformer3DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from transformers import (
+    ByT5Tokenizer,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -86,17 +98,18 @@ def tiny_text_encoder(*, seed: int = 0, width: int = 32) -> T5EncoderModel:
 
 
 def tiny_transformer(
-    *, seed: int = 0, num_layers: int = 2, rotary: bool = False, patch_size_t: int | None = None
+    *, seed: int = 0, num_layers: int = 2, rotary: bool = False, patch_size_t: int | None = None, in_channels: int = 4
 ) -> CogVideoXTransformer3DModel:
     """A random CogVideoX transformer: hidden size 64 (4 heads of 16), feed-forward 256, 4 latent channels.
 
-    With `patch_size_t` it is one of version 1.5, whose tokens are patches in time too.
+    With `patch_size_t` it is one of version 1.5, whose tokens are patches in time too; with 8 `in_channels` it sees the
+    latent of an image behind that of the video.
     """
     torch.manual_seed(seed)
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=16,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         time_embed_dim=32,
         text_embed_dim=32,
@@ -136,13 +149,16 @@ def tiny_cogvideox_pipeline(
     num_layers: int = 2,
     rotary: bool = False,
     patch_size_t: int | None = None,
+    in_channels: int = 4,
     dtype: torch.dtype = torch.float32,
 ) -> CogVideoXPipeline:
     """A complete random pipeline: T5 tokenizer and encoder, autoencoder, transformer, DDIM scheduler.
 
     The transformer's biases and norms are randomised too, so that a test which drops one of them fails.
     """
-    transformer = tiny_transformer(seed=seed, num_layers=num_layers, rotary=rotary, patch_size_t=patch_size_t)
+    transformer = tiny_transformer(
+        seed=seed, num_layers=num_layers, rotary=rotary, patch_size_t=patch_size_t, in_channels=in_channels
+    )
     _stir(transformer, seed + 1)
     pipe = CogVideoXPipeline(
         tokenizer=tiny_tokenizer(),
@@ -151,6 +167,13 @@ def tiny_cogvideox_pipeline(
         transformer=transformer.to(dtype),
         scheduler=CogVideoXDDIMScheduler(),
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_cogvideox_image_pipeline(seed: int = 0) -> CogVideoXImageToVideoPipeline:
+    """A complete random CogVideoX pipeline that animates an image."""
+    pipe = CogVideoXImageToVideoPipeline(**tiny_cogvideox_pipeline(seed, rotary=True, in_channels=8).components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -165,23 +188,54 @@ def _stir(transformer: torch.nn.Module, seed: int) -> None:
 
 
 def tiny_wan_pipeline(
-    seed: int = 0, *, num_layers: int = 2, dtype: torch.dtype = torch.float32, expand_timesteps: bool = False
+    seed: int = 0,
+    *,
+    num_layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    expand_timesteps: bool = False,
+    boundary_ratio: float | None = None,
 ) -> WanPipeline:
     """A complete random Wan pipeline: hidden size 64, feed-forward 96, 4 latent channels, flow matching.
 
-    With `expand_timesteps` every token has a timestep of its own, as in Wan 2.2 5B.
+    With `expand_timesteps` every token has a timestep of its own, as in Wan 2.2 5B. With a `boundary_ratio` a second
+    transformer, of one block less, denoises the timesteps below it, as in Wan 2.2 A14B.
     """
+    parts = _wan_parts(seed, dtype, in_channels=4, num_layers=num_layers)
+    if boundary_ratio is not None:
+        second = _wan_parts(seed + 2, dtype, in_channels=4, num_layers=num_layers - 1)["transformer"]
+        parts |= {"transformer_2": second, "boundary_ratio": boundary_ratio}
+    pipe = WanPipeline(**parts, expand_timesteps=expand_timesteps)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_wan_image_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> WanImageToVideoPipeline:
+    """A complete random Wan 2.1 pipeline that animates an image: latent, mask and tokens of CLIP reach the blocks."""
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    parts = _wan_parts(seed, dtype, in_channels=12, num_layers=2, image_dim=32, added_kv_proj_dim=64)
+    pipe = WanImageToVideoPipeline(
+        **parts,
+        image_encoder=CLIPVisionModel(vision).eval().to(dtype),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _wan_parts(seed: int, dtype: torch.dtype, **config: Any) -> dict[str, Any]:
+    """The components that all Wan pipelines have; the transformer keeps in fp32 what its class says."""
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=16,
-        in_channels=4,
         out_channels=4,
         text_dim=32,
         freq_dim=32,
         ffn_dim=96,
-        num_layers=num_layers,
         rope_max_seq_len=32,
+        **config,
     ).eval()
     _stir(transformer, seed + 1)
     vae = AutoencoderKLWan(
@@ -199,16 +253,13 @@ def tiny_wan_pipeline(
     for name, parameter in half.named_parameters():
         if kept & set(name.split(".")):
             parameter.data = parameter.data.float()
-    pipe = WanPipeline(
-        tokenizer=tiny_tokenizer(),
-        text_encoder=UMT5EncoderModel(encoder).eval().to(dtype),
-        vae=vae.to(dtype),
-        transformer=half,
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        expand_timesteps=expand_timesteps,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return {
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder": UMT5EncoderModel(encoder).eval().to(dtype),
+        "vae": vae.to(dtype),
+        "transformer": half,
+        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    }
 
 
 def tiny_hunyuanvideo_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> HunyuanVideoPipeline:
@@ -264,6 +315,56 @@ def tiny_hunyuanvideo_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.floa
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=CLIPTextModel(clip).eval().to(dtype),
         tokenizer_2=tiny_tokenizer(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_hunyuanvideo15_pipeline(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> HunyuanVideo15Pipeline:
+    """A complete random HunyuanVideo 1.5 pipeline: hidden size 64, 4 latent channels, and a guider for guidance."""
+    torch.manual_seed(seed)
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9,  # 4 of the latent, 4 of an image, a mask
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=32,
+        text_embed_2_dim=32,
+        image_embed_dim=32,
+        rope_axes_dim=(4, 6, 6),
+    ).eval()
+    _stir(transformer, seed + 1)
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        spatial_compression_ratio=8,
+    ).eval()
+    qwen = Qwen2_5_VLTextConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]},
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    tokenizer = tiny_tokenizer()  # one token a character: what the pipeline drops is the beginning of its own message
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    pipe = HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(qwen).eval().to(dtype),
+        tokenizer=tokenizer,
+        transformer=transformer.to(dtype),
+        vae=vae.to(dtype),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        text_encoder_2=tiny_text_encoder(seed=seed).to(dtype),
+        tokenizer_2=ByT5Tokenizer(extra_ids=0),
+        guider=ClassifierFreeGuidance(guidance_scale=5.0),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from s2q import checkpoint
+from s2q.core.components import transformers_of
 from s2q.core.devices import check_device
 from s2q.models import ModelSource, resolve_model
 from s2q.models.source import parse_dtype
@@ -30,12 +31,12 @@ def load_pipeline(
 
     Args:
         model: Embedded name, pipeline folder or s2q checkpoint, Hub id, or a resolved source.
-        dtype: Compute dtype or its name; None takes the one that the transformer is stored in or was quantized in.
+        dtype: Compute dtype or its name; None takes the one that the transformers are stored in or were quantized in.
         device: Where to put the pipeline.
         verify: Whether to compare the files of an s2q checkpoint with its manifest first.
         backend: How its packed linears are computed: "auto", "reference", "cpu" or "triton".
         attention_backend: What computes attention, as diffusers names it ("native", "flash", "sage" and so on); None
-            leaves PyTorch's own. `pipe.transformer.set_attention_backend` changes it later.
+            leaves PyTorch's own. `set_attention_backend` of a transformer changes it later.
 
     Returns:
         The pipeline, its progress bar switched off.
@@ -53,12 +54,13 @@ def load_pipeline(
     if _is_ours(source):
         folder = source.complete_folder()
         pipe = checkpoint.load_pipeline(folder, dtype=parse_dtype(dtype), device=device, verify=verify)
-        set_backend(pipe.transformer, backend)
     else:
         pipe = source.load_pipeline(dtype=dtype, device=device)
-    use_attention_registry(pipe.transformer)
-    if attention_backend is not None:
-        pipe.transformer.set_attention_backend(attention_backend)
+    for transformer in transformers_of(pipe).values():
+        set_backend(transformer, backend)
+        use_attention_registry(transformer)
+        if attention_backend is not None:
+            transformer.set_attention_backend(attention_backend)
     return pipe
 
 
@@ -74,7 +76,7 @@ def check_model(model: str | Path | ModelSource) -> None:
     source = model if isinstance(model, ModelSource) else resolve_model(model)
     if _is_ours(source):
         folder = source.complete_folder()
-        checkpoint.read_config(folder)
+        checkpoint.read_configs(folder)
         checkpoint.check_intact(folder)
 
 

@@ -65,7 +65,7 @@ def test_a_configuration_that_does_not_tell(folder):
     source = resolve_model(folder)
     config = {key: value for key, value in source.transformer_config.items() if key != "sample_frames"}
     with pytest.raises(UsageError, match="pass --tokens"):
-        source_tokens(replace(source, transformer_config=config))
+        source_tokens(replace(source, transformer_configs={"transformer": config}))
 
 
 def test_names():

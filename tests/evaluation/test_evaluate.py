@@ -174,3 +174,14 @@ def test_metrics_are_chosen_by_name_or_group():
     assert selected_metrics(()) == METRICS
     assert selected_metrics(("velocity", "psnr")) == ("psnr_frame_mean_db", "psnr_pooled_db", "velocity_relative_error")
     assert selected_metrics(("adherence_shape",)) == ("adherence_shape",)
+
+
+def test_videos_can_be_kept(pipe, damaged):
+    kept = []
+    options = EvaluationOptions(
+        metrics=("psnr",), settings=FAST, video_done=lambda label, video: kept.append((label, video))
+    )
+    evaluate(damaged, pipe, prompts=["a", CAPTION], seeds=(3,), options=options)
+    assert [(video.prompt, video.seed) for _, video in kept] == [("a", 3), (CAPTION, 3)] * 2
+    assert {label for label, _ in kept} == {"CogVideoXPipeline"}
+    assert not torch.equal(kept[0][1].latents, kept[2][1].latents)

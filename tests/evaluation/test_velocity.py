@@ -34,7 +34,7 @@ class Scaled(torch.nn.Module):
 
 
 def test_the_teacher_itself_has_no_error(pipe, trajectory):
-    errors = velocity_errors(pipe.transformer, trajectory)
+    errors = velocity_errors({"transformer": pipe.transformer}, trajectory)
     assert [len(steps) for steps in errors] == [3, 3]
     assert max(max(steps) for steps in errors) < 1e-9
 
@@ -42,7 +42,7 @@ def test_the_teacher_itself_has_no_error(pipe, trajectory):
 def test_a_known_error_is_found_for_each_video_alone(pipe, trajectory):
     ticks = []
     student = Scaled(pipe.transformer, 1.1, 0.5)
-    first, second = velocity_errors(student, trajectory, step_done=lambda: ticks.append(1))
+    first, second = velocity_errors({"transformer": student}, trajectory, step_done=lambda: ticks.append(1))
     assert first == pytest.approx([0.01] * 3, rel=1e-4)
     assert second == pytest.approx([0.25] * 3, rel=1e-4)
     assert len(ticks) == 3
@@ -50,10 +50,10 @@ def test_a_known_error_is_found_for_each_video_alone(pipe, trajectory):
 
 def test_a_bfloat16_student_takes_a_float32_trajectory(pipe, trajectory):
     student = copy.deepcopy(pipe.transformer).to(torch.bfloat16)
-    errors = velocity_errors(student, trajectory)
+    errors = velocity_errors({"transformer": student}, trajectory)
     assert 0 < max(map(max, errors)) < 0.01
 
 
 def test_nan_is_an_error(pipe, trajectory):
     with pytest.raises(S2QError, match="not finite at step 0"):
-        velocity_errors(Scaled(pipe.transformer, float("nan"), 1.0), trajectory)
+        velocity_errors({"transformer": Scaled(pipe.transformer, float("nan"), 1.0)}, trajectory)

@@ -3,13 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import CogVideoXImageToVideoPipeline, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 import s2q
 from s2q.calibration import prompt_token_limit, record_trajectory, resolve_settings
 from s2q.calibration.settings import vae_factors
 from s2q.checkpoint import read_config
-from s2q.core.errors import InvalidInputError
 from s2q.distillation import capture_column_sums
 from s2q.evaluation import EvaluationOptions, evaluate
 from s2q.models import FAMILIES, block_linears, block_names, family_of
@@ -18,6 +17,7 @@ from s2q.planning import plan
 from s2q.quantization.stream import TeacherStream
 from tiny import (
     tiny_cogvideox_pipeline,
+    tiny_hunyuanvideo15_pipeline,
     tiny_hunyuanvideo_pipeline,
     tiny_ltx_pipeline,
     tiny_mochi_pipeline,
@@ -28,11 +28,13 @@ FAMILIES_UNDER_TEST = {
     "cogvideox": lambda: tiny_cogvideox_pipeline(rotary=True),
     "cogvideox 1.5": lambda: tiny_cogvideox_pipeline(rotary=True, patch_size_t=2),
     "hunyuanvideo": tiny_hunyuanvideo_pipeline,
+    "hunyuanvideo 1.5": tiny_hunyuanvideo15_pipeline,
     "ltx": tiny_ltx_pipeline,
     "mochi": tiny_mochi_pipeline,
     "wan": tiny_wan_pipeline,
     "wan 2.2 5b": lambda: tiny_wan_pipeline(expand_timesteps=True),
 }
+OF_IMAGES = {"attn2.add_k_proj", "attn2.add_v_proj"}  # which text to video has none of: test_image_to_video.py
 QUICK = ["calibration.samples=3", "calibration.steps=2", "distillation.epochs=1"]
 
 
@@ -76,7 +78,8 @@ def _row(value, rows):
 
 
 def test_every_family_is_tested():
-    assert {family.name for family in FAMILIES.values()} == {name.split()[0] for name in FAMILIES_UNDER_TEST}
+    names = {family.name for family in FAMILIES.values()}
+    assert names == {name if name in names else name.split()[0] for name in FAMILIES_UNDER_TEST}
 
 
 def test_every_linear_of_the_blocks_is_listed_and_none_outside(pipe):
@@ -93,7 +96,7 @@ def test_every_linear_of_the_blocks_is_listed_and_none_outside(pipe):
     assert {name for name, role in roles.items() if role == "modulation"} == set(family.modulation)
     shared = [name for group in family.shared_inputs for name in group]
     assert len(shared) == len(set(shared))
-    assert set(shared) == {name for name, role in roles.items() if role == "linear"}
+    assert set(shared) - OF_IMAGES == {name for name, role in roles.items() if role == "linear"}
 
 
 def test_linears_of_a_group_read_the_same_numbers(pipe, stream):
@@ -173,6 +176,7 @@ def test_token_importance_is_that_of_the_explicit_map(pipe, stream, monkeypatch)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -torch.inf)
         attention = (logits if attn_mask is None else logits + attn_mask).softmax(-1)
+        attention = attention.nan_to_num()  # of a query that may see no key
         if query.shape[-2] == key.shape[-2]:
             explicit.append(attention.sum(dim=(1, 2)))
         return attention @ value
@@ -203,8 +207,9 @@ def test_from_plan_to_video(pipe, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     state = loaded.transformer.state_dict().values()
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
-    length = prompt_token_limit(loaded)
-    frames = loaded("red", **sizes(pipe), num_inference_steps=2, max_sequence_length=length, output_type="pt").frames
+    guided = family_of(pipe.transformer).guidance == "guider"
+    length = {} if guided else {"max_sequence_length": prompt_token_limit(loaded)}
+    frames = loaded("red", **sizes(pipe), **length, num_inference_steps=2, output_type="pt").frames
     assert frames.shape == (1, sizes(pipe)["num_frames"], 3, sizes(pipe)["height"], sizes(pipe)["width"])
     assert bool(frames.isfinite().all())
     options = EvaluationOptions(settings={**sizes(pipe), "num_inference_steps": 2})
@@ -231,14 +236,3 @@ def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe,
         settings = resolve_settings(one, requested={**sizes(one), "num_inference_steps": 2})
         found[name] = record_trajectory(one, ["red"], seeds=[0], settings=settings).calls[0].output
     assert float((found["outer"] - found["blocks"]).norm() / found["blocks"].norm()) < 0.05
-
-
-def test_image_to_video_is_quantized_without_calibration_and_refused_with_it(tmp_path):
-    text_to_video = tiny_cogvideox_pipeline()
-    pipe = CogVideoXImageToVideoPipeline(**text_to_video.components)
-    pipe.save_pretrained(tmp_path / "model")
-    s2q.quantize(tmp_path / "model", recipe="rtn-w4a6", out=tmp_path / "out")
-    assert type(DiffusionPipeline.from_pretrained(tmp_path / "out")) is CogVideoXImageToVideoPipeline
-    with pytest.raises(InvalidInputError, match=r"CogVideoXImageToVideoPipeline: calibration generates from prompts"):
-        s2q.quantize(tmp_path / "model", recipe="s2q-w4a6", out=tmp_path / "other", prompts=["red"], overrides=QUICK)
-    assert not (tmp_path / "other").exists()

@@ -8,7 +8,7 @@ import torch
 from s2q.core.errors import InvalidInputError
 from s2q.models import resolve_model
 from s2q.models.source import dtype_name, parse_dtype
-from tiny import run_pipeline, tiny_cogvideox_pipeline
+from tiny import run_pipeline, tiny_cogvideox_pipeline, tiny_wan_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +176,19 @@ def test_pickled_weights_are_never_loaded(copy):
         resolve_model(copy).load_pipeline()
 
 
-def test_a_pipeline_with_two_transformers_is_refused(tmp_path):
-    tiny_cogvideox_pipeline().save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    index["transformer_2"] = ["diffusers", "WanTransformer3DModel"]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(InvalidInputError, match="has two transformers, which is not supported"):
+def test_a_second_transformer(tmp_path):
+    tiny_wan_pipeline(boundary_ratio=0.5, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    source = resolve_model(tmp_path)
+    assert list(source.transformer_configs) == ["transformer", "transformer_2"]
+    assert [len(source.meta_transformer(name).blocks) for name in source.transformer_configs] == [2, 1]
+    assert source.weights_dtype() is torch.bfloat16
+    config = tmp_path / "transformer_2/config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "quantization_config": {"quant_method": "other"}}))
+    assert resolve_model(tmp_path).is_quantized
+    config.unlink()
+    with pytest.raises(InvalidInputError, match=r"transformer_2/config\.json is missing"):
         resolve_model(tmp_path)
-    index["transformer_2"] = [None, None]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert resolve_model(tmp_path).transformer_class == "CogVideoXTransformer3DModel"
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "transformer_2": [None, None]}))
+    assert list(resolve_model(tmp_path).transformer_configs) == ["transformer"]

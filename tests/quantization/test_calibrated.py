@@ -260,8 +260,7 @@ def test_plan_has_the_stages_and_the_bytes(run, tmp_path):
 
 
 def test_activations_beyond_the_budget_go_to_the_disk_and_change_nothing(run, tmp_path, monkeypatch):
-    from s2q.quantization import run as module
-    from s2q.quantization.stream import TeacherStream, TensorStore
+    from s2q.quantization.stream import TensorStore
 
     spilled = set()
     original = TensorStore.put
@@ -271,11 +270,42 @@ def test_activations_beyond_the_budget_go_to_the_disk_and_change_nothing(run, tm
         spilled.update(path.name.partition("-")[0] for path in self.folder.glob("*-0*.safetensors"))
 
     monkeypatch.setattr(TensorStore, "put", put)
-    monkeypatch.setattr(module, "TeacherStream", lambda *args, **options: TeacherStream(*args, **options, budget=0))
-    small(tmp_path / "out")
+    small(tmp_path / "out", memory_budget=1)
     assert {"stream", "targets"} <= spilled
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (run[0] / WEIGHTS).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_stores_share_their_memory_and_give_it_back(tmp_path):
+    from s2q.quantization.stream import HostMemory, TensorStore
+
+    memory = HostMemory(200)
+    one, other = (TensorStore(tmp_path, name, memory=memory) for name in ("one", "other"))
+    wide, narrow = {"x": torch.arange(20.0)}, {"x": torch.arange(15.0)}
+    one.put(0, wide)
+    other.put(0, wide)  # 160 of the 200 bytes are taken
+    other.put(1, narrow)
+    assert [path.name for path in tmp_path.iterdir()] == ["other-0001.safetensors"]
+    assert all(torch.equal(store.get(index)["x"], x["x"]) for store, index, x in ((other, 0, wide), (other, 1, narrow)))
+    one.clear()
+    other.put(1, narrow)
+    assert (memory.left, list(tmp_path.iterdir())) == (60, [])
+    other.clear()
+    assert memory.left == 200
+
+
+def test_a_block_can_be_calibrated_in_the_dtype_of_the_model(tmp_path):
+    losses = {}
+    for precision in ("float32", "model"):
+        report = small(
+            tmp_path / precision,
+            pipe=tiny_cogvideox_pipeline(dtype=torch.bfloat16),
+            overrides=[f"calibration.precision={precision}"],
+        )
+        losses[precision] = [block.loss for block in report.blocks]
+    for wide, half in zip(losses["float32"], losses["model"], strict=True):
+        assert half["final"] != wide["final"]
+        assert half["final"] < 0.5 * half["rtn"]  # both with the rounding of outputs to bf16 in them
 
 
 def test_modulation_is_rounded_with_every_timestep_whatever_the_samples(tmp_path):

@@ -37,6 +37,43 @@ def test_a_resolved_recipe_survives_json_and_loads_to_the_same(name, tmp_path):
     assert load_recipe(path) == load_recipe(recipe.resolved()) == load_recipe(recipe) == recipe
 
 
+def test_a_recipe_that_extends_another_has_its_own_keys_in_the_groups_of_the_other():
+    own = {
+        "extends": "s2q-w4a6",
+        "name": "mine",
+        "activations": {"num_bits": 5},
+        "rounding": {"block_size": 64},
+        "outer": {"num_bits": 8},
+    }
+    recipe, other = load_recipe(own), load_recipe("s2q-w4a6")
+    assert (recipe.activations.num_bits, recipe.outer.num_bits, recipe.description) == (5, 8, "")
+    assert recipe.rounding == other.rounding.model_copy(update={"block_size": 64})
+    same = {"weights", "modulation", "calibration", "transforms", "clip", "loss", "distillation", "skip"}
+    assert all(getattr(recipe, group) == getattr(other, group) for group in same)
+    assert "extends" not in recipe.resolved()
+    assert own["extends"] == "s2q-w4a6"
+
+
+def test_extending_goes_on_and_null_takes_a_group_away():
+    recipe = load_recipe({"extends": "smoothquant-w4a8", "name": "mine", "modulation": None})
+    assert (recipe.linear_scheme().name, recipe.transforms.scale, recipe.modulation) == ("w4a8", "smooth", None)
+    assert load_recipe({"extends": "rtn-w4a16", "name": "mine", "activations": {"num_bits": 6}}).activations
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"extends": "s2q-w4a6"}, "missing key 'name'"),
+        ({"extends": "s2q-w4a7", "name": "mine"}, r"recipe mine: extends='s2q-w4a7': nearest names are s2q-w"),
+        ({"extends": ["s2q-w4a6"], "name": "mine"}, r"recipe mine: extends=\['s2q-w4a6'\]: .*recipes of the package"),
+        ({"extends": "s2q-w4a6", "name": "mine", "rounding": {"metod": "rtn"}}, r"unknown key 'rounding\.metod'"),
+    ],
+)
+def test_what_cannot_be_extended(content, message):
+    with pytest.raises(InvalidInputError, match=message):
+        load_recipe(content)
+
+
 def test_modulation_is_weight_only_at_4_bits_by_default(linears):
     schemes = assign_schemes(load_recipe({"name": "mine", "weights": {"num_bits": 8}}), linears)
     modulation = {schemes[linear.name].name for linear in linears if linear.role == "modulation"}

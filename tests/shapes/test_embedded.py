@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from s2q.calibration import prompt_token_limit
 from s2q.core.errors import InvalidInputError
 from s2q.shapes.embedded import (
     EMBEDDED_NAMES,
@@ -18,11 +19,13 @@ from s2q.shapes.outliers import add_outliers
 from s2q.shapes.scenes import is_held_out, parse_caption
 from s2q.shapes.training.quality import adherence, sample
 
-MODEL, STRESS = EMBEDDED_NAMES
+MODEL, STRESS, WAN = EMBEDDED_NAMES
+TRAINED = (MODEL, WAN)
 
 
-def test_folder_is_small_and_holds_no_pickle():
-    files = [path for path in embedded_folder(MODEL).rglob("*") if path.is_file()]
+@pytest.mark.parametrize("model", TRAINED)
+def test_folder_is_small_and_holds_no_pickle(model):
+    files = [path for path in embedded_folder(model).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 24e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".png"}
 
@@ -53,26 +56,31 @@ def test_bad_names_and_counts_are_refused():
         embedded_prompts(MODEL, count=10_000)
 
 
-def test_every_prompt_fits_the_text_encoder_in_whole_words():
-    pipeline = embedded_pipeline(MODEL, dtype=torch.bfloat16)
+@pytest.mark.parametrize("model", TRAINED)
+def test_every_prompt_fits_the_text_encoder_in_whole_words(model):
+    pipeline = embedded_pipeline(model, dtype=torch.bfloat16)
+    limit = prompt_token_limit(pipeline)
+    assert limit == 16
     unknown = pipeline.tokenizer.unk_token_id
     for split in PROMPT_SPLITS:
         for prompt in embedded_prompts(MODEL, split=split):
             for text in (prompt, prompt.capitalize() + "."):
                 ids = pipeline.tokenizer(text).input_ids
-                assert len(ids) <= pipeline.transformer.config.max_text_seq_length
+                assert len(ids) <= limit
                 assert unknown not in ids
                 assert len(ids) <= len(text.split()) + 3  # a piece a word, comma, full stop, end
 
 
-def test_full_precision_videos_show_what_the_prompt_says():
-    prompts = embedded_prompts(MODEL, count=12)
-    videos = sample(embedded_pipeline(MODEL, dtype=torch.bfloat16), prompts, seed=5, num_inference_steps=12)
+@pytest.mark.parametrize("model", TRAINED)
+def test_full_precision_videos_show_what_the_prompt_says(model):
+    prompts = embedded_prompts(model, count=12)
+    settings = generation_defaults(model) | {"num_inference_steps": 12}
+    videos = sample(embedded_pipeline(model, dtype=torch.bfloat16), prompts, seed=5, **settings)
     found = adherence(prompts, videos)
     assert min(found["colour"], found["background"], found["motion"]) >= 0.8, found
     assert found["shape"] >= 0.75, found
     assert float((videos[0] - videos[1]).abs().mean()) > 0.05
-    again = sample(embedded_pipeline(MODEL, dtype=torch.bfloat16), prompts[:1], seed=6, num_inference_steps=12)
+    again = sample(embedded_pipeline(model, dtype=torch.bfloat16), prompts[:1], seed=6, **settings)
     assert float((videos[0] - again[0]).abs().mean()) > 0.01
 
 

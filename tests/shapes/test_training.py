@@ -9,11 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from s2q.core.seeds import derive_seed
-from s2q.shapes.architecture import build_pipeline, build_vae
+from s2q.shapes.architecture import build_pipeline, build_tokenizer
+from s2q.shapes.cogvideox import ShapesCogVideoX
 from s2q.shapes.scenes import combinations, sample_batch
 from s2q.shapes.training.loop import TrainingSettings, build_optimizers, learning_rate_factor, load_average, train
 from s2q.shapes.training.transformer import TransformerTask, encode_pool
-from s2q.shapes.training.vae import VAETask, normalise_latents
+from s2q.shapes.training.vae import TaughtVAETask, VAETask, normalise_latents
+from s2q.shapes.wan import PIPELINE_TEXT_TOKENS, ShapesWan
+
+COGVIDEOX, WAN = ShapesCogVideoX(), ShapesWan()
 
 
 class LineTask:
@@ -113,11 +117,13 @@ def test_learning_rate_warms_up_and_falls():
     assert factors[-1] == pytest.approx(settings.final_learning_rate_fraction, abs=1e-3)
 
 
-def test_muon_takes_hidden_matrices_only():
-    transformer = build_pipeline(seed=0).transformer
+@pytest.mark.parametrize("model", [COGVIDEOX, WAN], ids=lambda model: model.name)
+def test_muon_takes_hidden_matrices_only(model):
+    transformer = build_pipeline(model, seed=0).transformer
     adamw, muon = build_optimizers(nn.ModuleDict({"transformer": transformer}), _settings())
     muon_ids = {id(p) for group in muon.param_groups for p in group["params"]}
-    assert id(transformer.transformer_blocks[0].attn1.to_q.weight) in muon_ids
+    blocks = transformer.blocks if model is WAN else transformer.transformer_blocks
+    assert id(blocks[0].attn1.to_q.weight) in muon_ids
     assert id(transformer.proj_out.weight) not in muon_ids
     rest = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert muon_ids | rest == {id(p) for p in transformer.parameters()}
@@ -127,7 +133,7 @@ def test_muon_takes_hidden_matrices_only():
 @torch.no_grad()
 def test_normalising_latents_keeps_reconstructions_inside_the_border():
     torch.manual_seed(0)
-    plain, changed = build_vae().eval(), build_vae().eval()
+    plain, changed = COGVIDEOX.build_vae().eval(), COGVIDEOX.build_vae().eval()
     changed.load_state_dict(plain.state_dict())
     mean, spread = torch.randn(16), torch.rand(16) + 0.5
     normalise_latents(changed, mean=mean, spread=spread)
@@ -137,7 +143,7 @@ def test_normalising_latents_keeps_reconstructions_inside_the_border():
     view = (1, -1, 1, 1, 1)
     assert torch.allclose(after.mean, (before.mean - mean.view(view)) / spread.view(view), atol=1e-4)
     assert torch.allclose(after.std, before.std / spread.view(view), rtol=1e-3)
-    scaled_only = build_vae().eval()
+    scaled_only = COGVIDEOX.build_vae().eval()
     scaled_only.load_state_dict(plain.state_dict())
     normalise_latents(scaled_only, mean=torch.zeros(16), spread=spread)
     z = before.mean
@@ -152,24 +158,64 @@ def test_vae_and_transformer_tasks_give_gradients(tmp_path):
     assert set(figures) == {"psnr_db", "kl"}
     assert all(p.grad is not None for p in task.vae.parameters())
     pool = tmp_path / "pool.safetensors"
-    encode_pool(task.vae.eval(), pool, count=6, seed=0, batch_size=4)
-    trained = TransformerTask(pool=pool, seed=0)
-    assert trained.latents.shape == (6, 3, 16, 8, 8)
-    loss, _ = trained.loss(4, generator)
+    encode_pool(COGVIDEOX, task.vae.eval(), pool, count=6, seed=0, batch_size=4)
+    for model in (COGVIDEOX, WAN):
+        trained = TransformerTask(model, pool=pool, seed=0)
+        assert trained.clean_latents.shape == (6, 16, 3, 8, 8)
+        loss, _ = trained.loss(4, generator)
+        loss.backward()
+        assert loss.item() == pytest.approx(1.0, abs=1.5)  # an untrained model predicts nothing of it
+        assert trained.text_encoder.shared.weight.grad is not None
+
+
+def test_a_taught_autoencoder_learns_from_its_teachers_latents_alone():
+    task = TaughtVAETask(WAN, teacher=COGVIDEOX.build_vae(), teacher_architecture=COGVIDEOX, seed=0)
+    loss, figures = task.loss(2, torch.Generator().manual_seed(0))
     loss.backward()
-    assert loss.item() == pytest.approx(1.0, abs=0.6)  # an untrained model predicts nothing of unit-variance targets
-    assert trained.text_encoder.shared.weight.grad is not None
+    assert set(figures) == {"psnr_db", "latent_error"}
+    without = {name for name, p in task.vae.named_parameters() if p.grad is None}
+    assert not without
+    assert all(p.grad is None for p in task.teacher.parameters())
+
+
+def test_wans_decoder_is_not_clamped_while_it_learns():
+    vae = WAN.build_vae().eval()
+    latents = 100 * torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        free, clamped = WAN.decoded(vae, latents), vae.decode(latents).sample
+    assert free.abs().max() > 1
+    assert torch.equal(free.clamp(-1, 1), clamped)
+
+
+@pytest.mark.parametrize("model", [COGVIDEOX, WAN], ids=lambda model: model.name)
+@torch.no_grad()
+def test_training_sees_text_and_velocity_as_the_pipeline_does(model):
+    pipe = build_pipeline(model, seed=0)
+    prompt = "a red circle moving left on a white background"
+    for length in (16, PIPELINE_TEXT_TOKENS) if model is WAN else (16,):
+        own = model.encode_text(pipe.text_encoder, build_tokenizer(), [prompt], length=length)
+        theirs = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length)[0]
+        assert torch.equal(own, theirs)
+    clean, noise = torch.randn(2, 1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noised, target, timestep = model.noised(clean, noise, torch.tensor([0.5]))
+    if model is WAN:
+        assert float(timestep) == 500
+        assert torch.allclose(noised - 0.5 * target, clean, atol=1e-6)
+        assert torch.allclose(noised + 0.5 * target, noise, atol=1e-6)
+    else:
+        step = model.scheduler.alphas_cumprod[int(timestep)]
+        assert torch.allclose(step.sqrt() * noised - (1 - step).sqrt() * target, clean, atol=1e-5)
 
 
 def test_averages_of_another_model_are_refused(tmp_path):
     save_file({"vae.unknown.weight": torch.zeros(1)}, tmp_path / "ema.safetensors")
     with pytest.raises(ValueError, match="unknown"):
-        load_average(build_vae(), tmp_path / "ema.safetensors", prefix="vae.")
+        load_average(COGVIDEOX.build_vae(), tmp_path / "ema.safetensors", prefix="vae.")
 
 
 def test_building_twice_gives_the_same_weights_and_leaves_the_global_state_alone():
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first, second = (functools.partial(build_pipeline, seed=3)() for _ in range(2))
+    first, second = (functools.partial(build_pipeline, COGVIDEOX, seed=3)() for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first.transformer.proj_out.weight, second.transformer.proj_out.weight)

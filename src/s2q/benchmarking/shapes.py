@@ -145,7 +145,7 @@ def _linears_of(subject: Subject, rows: int | None) -> list[LayerShape]:
             prefix = f"{block_list.name}.0"
             for linear in linears_of_block(getattr(transformer, block_list.name)[0], prefix, subject.family):
                 inner = linear.name.removeprefix(f"{prefix}.")
-                if linear.role == "modulation" or inner in block_list.text:
+                if linear.role == "modulation" or inner in subject.family.text_linears:
                     continue
                 own = subject.rows(block_list, inner, tokens=subject.tokens) if rows is None else rows
                 shape = (own, linear.in_features, linear.out_features)

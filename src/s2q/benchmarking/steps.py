@@ -26,12 +26,13 @@ from s2q.benchmarking.case import Case, Entry, Settings, packing_of
 from s2q.benchmarking.machine import int8_gemm, peak_memory
 from s2q.benchmarking.results import identity
 from s2q.benchmarking.timing import Timing, interleave, measures_of, stopwatch_for
+from s2q.core.components import TRANSFORMERS
 from s2q.core.seeds import derive_seed
 from s2q.models import block_linears, linears_of_block
 from s2q.models.attention import attention_of
 from s2q.models.synthetic import BlockList, SyntheticModel
 from s2q.models.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
-from s2q.planning import loaded_sizes, plan_transformer
+from s2q.planning import loaded_sizes, plan_transformers
 from s2q.recipes import Recipe
 
 CPU_TOKENS = 1024
@@ -251,6 +252,6 @@ def _peak(measured: Sequence[_ListResult], name: str, storage: int) -> int | Non
 
 
 def _storage(model: SyntheticModel, recipe: Recipe) -> Mapping[str, Any]:
-    transformer = model.meta_transformer()
-    sizes = loaded_sizes(transformer, torch.bfloat16)
-    return plan_transformer(transformer, recipe, model=model.label, sizes=sizes, dtype=torch.bfloat16).storage
+    transformers = {TRANSFORMERS[0]: model.meta_transformer()}
+    sizes = loaded_sizes(transformers, torch.bfloat16)
+    return plan_transformers(transformers, recipe, model=model.label, sizes=sizes, dtype=torch.bfloat16).storage

@@ -1,7 +1,8 @@
 """Calibration: what the full-precision model sees while it generates.
 
-`settings` says how a video is generated and checks it against the pipeline, `denoising` runs the pipeline so that a
-video depends on its prompt and seed alone, `trajectory` records the transformer's inputs and outputs on the way.
+`settings` says how a video is generated and checks it against the pipeline, `sharing` which of its transformers takes
+which steps, `denoising` runs the pipeline so that a video depends on its prompt and seed alone, `trajectory` records
+the inputs and outputs of the transformers on the way.
 `salience` scores the denoising steps of a few prompts, and `selection` takes those to calibrate with.
 """
 
@@ -20,8 +21,10 @@ from s2q.calibration.settings import (
     check_seeds,
     prompt_token_limit,
     resolve_settings,
+    takes_prompts_alone,
     video_tokens,
 )
+from s2q.calibration.sharing import steps_of_transformers
 from s2q.calibration.trajectory import Trajectory, TransformerCall, record_trajectory
 
 __all__ = [
@@ -43,5 +46,7 @@ __all__ = [
     "record_trajectory",
     "resolve_settings",
     "score_trajectory",
+    "steps_of_transformers",
+    "takes_prompts_alone",
     "video_tokens",
 ]

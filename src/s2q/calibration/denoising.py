@@ -9,13 +9,20 @@ Legend: `B` videos in the batch, `f` latent frames, `C` latent channels, `h`, `w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from s2q.calibration.settings import GenerationSettings, latent_frames, prompt_token_limit, vae_factors
+from s2q.calibration.settings import (
+    GenerationSettings,
+    latent_channels,
+    latent_frames,
+    prompt_token_limit,
+    vae_factors,
+)
 from s2q.core.errors import S2QError
 from s2q.models import family_of
 
@@ -49,7 +56,7 @@ def initial_noise(pipe: Any, seed: int, settings: GenerationSettings) -> tuple[t
         standard normal, on the CPU; and the generator it came from, for the draws of a stochastic scheduler.
     """
     spatial, layout = vae_factors(pipe)[1], family_of(pipe.transformer).latents
-    frames, channels = latent_frames(pipe, settings), int(pipe.transformer.config.in_channels)
+    frames, channels = latent_frames(pipe, settings), latent_channels(pipe)
     leading = (frames, channels) if layout == "frames first" else (channels, frames)
     shape = (1, *leading, settings.height // spatial, settings.width // spatial)
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -87,24 +94,22 @@ def denoise(
     noise = torch.cat([noise for noise, _ in drawn]).to(pipe.text_encoder.dtype)
     last: dict[str, torch.Tensor] = {}
 
-    def after_step(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        last["latents"] = tensors["latents"]
+    def after_step(latents: torch.Tensor) -> None:
+        last["latents"] = latents
         if step_done is not None:
             step_done()
-        return {}
 
     quiet = dict(getattr(pipe, "_progress_bar_config", {}) or {})
     pipe.set_progress_bar_config(disable=True)
     try:
-        output = pipe(
-            prompt=list(prompts),
-            latents=noise,
-            generator=[generator for _, generator in drawn],
-            max_sequence_length=prompt_token_limit(pipe),
-            callback_on_step_end=after_step,
-            output_type="pt" if decode else "latent",
-            **settings.to_dict(),
-        )
+        with _call_arguments(pipe, settings, after_step) as arguments, _decodable(pipe):
+            output = pipe(
+                prompt=list(prompts),
+                latents=noise,
+                generator=[generator for _, generator in drawn],
+                output_type="pt" if decode else "latent",
+                **arguments,
+            )
     finally:
         pipe.set_progress_bar_config(**quiet)
     latents = last["latents"].float().cpu()
@@ -113,6 +118,70 @@ def denoise(
             raise S2QError(f"the model produced NaN or infinite latents for prompt {prompt!r}, seed {seed}")
     frames = _to_uint8(output.frames) if decode else None
     return Denoised(latents=latents, frames=frames)
+
+
+@contextmanager
+def _call_arguments(
+    pipe: Any, settings: GenerationSettings, after_step: Callable[[torch.Tensor], None]
+) -> Iterator[dict[str, Any]]:
+    """Arguments of a pipeline's call that say how to generate, and have `after_step` told the latents of each step."""
+    arguments = settings.to_dict()
+    if family_of(pipe.transformer).guidance == "guider":
+        weight = arguments.pop("guidance_scale")
+        with _guided_by(pipe.guider, weight), _heard_steps(pipe.scheduler, after_step):
+            yield arguments
+        return
+
+    def callback(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        after_step(tensors["latents"])
+        return {}
+
+    yield arguments | {"max_sequence_length": prompt_token_limit(pipe), "callback_on_step_end": callback}
+
+
+@contextmanager
+def _decodable(pipe: Any) -> Iterator[None]:
+    """Have a VAE that cannot decode several videos at once decode them one by one."""
+    if family_of(pipe.transformer).decodes_batches or pipe.vae.use_slicing:
+        yield
+        return
+    pipe.vae.enable_slicing()
+    try:
+        yield
+    finally:
+        pipe.vae.disable_slicing()
+
+
+@contextmanager
+def _guided_by(guider: Any, weight: float) -> Iterator[None]:
+    """Have a guider of classifier-free guidance use a weight for a while; at most 1 is one branch."""
+    before = dict(vars(guider))
+    guider.guidance_scale = weight
+    if weight > 1:
+        guider.enable()
+    else:
+        guider.disable()
+    try:
+        yield
+    finally:
+        vars(guider).update(before)
+
+
+@contextmanager
+def _heard_steps(scheduler: Any, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Tell a listener the latents that each step of a scheduler returns."""
+    step = scheduler.step
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        listener(output[0])
+        return output
+
+    scheduler.step = listening
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def _to_uint8(frames: torch.Tensor) -> torch.Tensor:

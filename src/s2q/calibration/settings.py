@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from s2q.calibration.sharing import steps_of_transformers
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.models import family_of
 
@@ -51,7 +52,8 @@ def resolve_settings(
     """Fill in and check the generation settings for a pipeline.
 
     A value comes from `requested`, else from `defaults` (what the model's makers recommend), else from the
-    configuration of the transformer (sizes), else from the family's published models. `None` counts as absent.
+    configuration of the transformer (sizes) and the pipeline's guider (guidance), else from the family's published
+    models. `None` counts as absent.
 
     Args:
         pipe: A diffusers text-to-video pipeline.
@@ -62,10 +64,12 @@ def resolve_settings(
         The checked settings.
 
     Raises:
-        InvalidInputError: A name is unknown, or a value does not fit the VAE, the transformer or the scheduler.
+        InvalidInputError: A name is unknown, or a value does not fit the VAE, the transformer or the scheduler; or the
+            pipeline has a guider of another kind than classifier-free guidance over all steps, or leaves steps to a
+            transformer that it does not have.
     """
     names = tuple(GenerationSettings.__dataclass_fields__)
-    values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe)
+    values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe) | _guider_defaults(pipe)
     for source in (defaults or {}, requested or {}):
         for name, value in source.items():
             if name not in names:
@@ -86,10 +90,22 @@ def resolve_settings(
     return settings
 
 
+def takes_prompts_alone(pipe: Any) -> bool:
+    """Tell whether a pipeline is its family's text-to-video pipeline; others need an image or a video too.
+
+    Args:
+        pipe: A diffusers pipeline.
+    """
+    return family_of(pipe.transformer).pipeline_class in {one.__name__ for one in type(pipe).__mro__}
+
+
 def prompt_token_limit(pipe: Any) -> int:
-    """Return the number of text tokens that the pipeline's transformer takes, end token included."""
-    limit = getattr(pipe.transformer.config, "max_text_seq_length", None)
-    return int(limit or family_of(pipe.transformer).text_tokens)
+    """Return the number of text tokens that the pipeline's transformer takes, end token included.
+
+    A tokenizer that is meant for shorter texts than the family's says so, as that of `shapes-wan` does.
+    """
+    limit = getattr(pipe.transformer.config, "max_text_seq_length", None) or family_of(pipe.transformer).text_tokens
+    return int(min(limit, getattr(pipe.tokenizer, "model_max_length", limit)))
 
 
 def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
@@ -148,6 +164,12 @@ def latent_frames(pipe: Any, settings: GenerationSettings) -> int:
     return frames + -frames % patch_sizes(pipe)[0]
 
 
+def latent_channels(pipe: Any) -> int:
+    """Return the channels of the latents: those that the transformer predicts (it may see those of an image too)."""
+    config = pipe.transformer.config
+    return int(getattr(config, "out_channels", None) or config.in_channels)
+
+
 def patch_sizes(pipe: Any) -> tuple[int, int]:
     """Return how many latent frames, and how many latent rows and columns, make a token of the transformer."""
     config = pipe.transformer.config
@@ -159,14 +181,33 @@ def patch_sizes(pipe: Any) -> tuple[int, int]:
 
 def _size_defaults(pipe: Any) -> dict[str, Any]:
     config = pipe.transformer.config
-    if getattr(config, "sample_frames", None) is None:
+    if getattr(config, "sample_frames", None) is not None:
+        spatial = vae_factors(pipe)[1]
+        return {
+            "num_frames": config.sample_frames,
+            "height": config.sample_height * spatial,
+            "width": config.sample_width * spatial,
+        }
+    if getattr(config, "target_size", None) is not None:
+        columns, rows = pipe.default_aspect_ratio
+        height, width = pipe.video_processor.calculate_default_height_width(rows, columns, config.target_size)
+        return {"height": height, "width": width}
+    return {}
+
+
+def _guider_defaults(pipe: Any) -> dict[str, Any]:
+    """Guidance weight of the pipeline's guider, if it has one; 1 where it runs one branch."""
+    if family_of(pipe.transformer).guidance != "guider":
         return {}
-    spatial = vae_factors(pipe)[1]
-    return {
-        "num_frames": config.sample_frames,
-        "height": config.sample_height * spatial,
-        "width": config.sample_width * spatial,
-    }
+    guider = pipe.guider
+    expected = {"start": 0.0, "stop": 1.0, "use_original_formulation": False}
+    is_plain = all(guider.config.get(name) == value for name, value in expected.items())
+    if type(guider).__name__ != "ClassifierFreeGuidance" or not is_plain:
+        raise InvalidInputError(
+            f"{type(pipe).__name__}: its guider, a {type(guider).__name__}, is not plain classifier-free guidance over "
+            "all steps, the only kind that s2q runs; set pipe.guider = ClassifierFreeGuidance()"
+        )
+    return {"guidance_scale": guider.guidance_scale if guider.num_conditions > 1 else 1.0}
 
 
 def _whole(name: str, value: Any) -> int:
@@ -184,9 +225,11 @@ def _finite(name: str, value: Any) -> float:
 
 
 def _check_steps(pipe: Any, steps: int) -> None:
+    """Refuse more steps than there are timesteps, and steps that no transformer takes."""
     limit = int(pipe.scheduler.config.num_train_timesteps)
     if steps > limit:
         raise InvalidInputError(f"num_inference_steps: got {steps}; the scheduler has {limit} timesteps, ask for fewer")
+    steps_of_transformers(pipe, steps)
 
 
 def vae_factors(pipe: Any) -> tuple[int, int]:

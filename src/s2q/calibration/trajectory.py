@@ -1,4 +1,4 @@
-"""Trajectories: every call of the full-precision transformer while a pipeline generates, with inputs and output.
+"""Trajectories: every call of the full-precision transformers while a pipeline generates, with inputs and output.
 
 A trajectory is what calibration samples from (S²Q-VDiT, section 3.2: every denoising step of a few prompts) and what
 the velocity error is measured on: a student called on exactly these inputs sees neither its own earlier errors nor the
@@ -14,33 +14,37 @@ text tokens, `E` text width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from s2q.calibration.denoising import Denoised, StepDone, denoise
 from s2q.calibration.settings import GenerationSettings, check_prompts
+from s2q.core.components import TRANSFORMERS, transformers_of
 from s2q.models import family_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerCall:
-    """One call of the transformer.
+    """One call of a transformer.
 
     Attributes:
+        transformer: Which one, by its component of the pipeline.
         timestep: The scheduler's timestep, 0 (clean) to 999 (noise).
         inputs: The keyword arguments of the call, tensors on the CPU: `hidden_states [R, f, C, h, w]` (channels first
-            where the family has them so), `encoder_hidden_states [R, N_t, E]`, `timestep [R]`, and what else there is,
-            such as `image_rotary_emb`.
-        output: The transformer's prediction, of the shape of `hidden_states`, compute dtype, on the CPU.
+            where the family has them so; more channels, behind those of the latent, where it takes an image too),
+            `encoder_hidden_states [R, N_t, E]`, `timestep [R]`, and what else there is, such as `image_rotary_emb`.
+        output: The transformer's prediction, of the shape of the latent, compute dtype, on the CPU.
     """
 
     timestep: float
     inputs: Mapping[str, Any]
     output: torch.Tensor
+    transformer: str = TRANSFORMERS[0]
 
     @property
     def num_bytes(self) -> int:
@@ -51,7 +55,7 @@ class TransformerCall:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """What the transformer saw and answered while a batch of videos was generated.
+    """What the transformers saw and answered while a batch of videos was generated.
 
     Attributes:
         prompts: One prompt a video.
@@ -94,7 +98,7 @@ def record_trajectory(
     decode: bool = False,
     step_done: StepDone | None = None,
 ) -> Trajectory:
-    """Generate one batch and record every call of the transformer.
+    """Generate one batch and record every call of the transformers.
 
     Args:
         pipe: A diffusers text-to-video pipeline, full precision.
@@ -112,7 +116,7 @@ def record_trajectory(
         S2QError: The model produced NaN or infinite latents.
     """
     check_prompts(pipe, prompts)
-    with recorded_calls(pipe.transformer) as calls:
+    with recorded_calls(transformers_of(pipe)) as calls:
         result: Denoised = denoise(pipe, prompts, seeds=seeds, settings=settings, decode=decode, step_done=step_done)
     return Trajectory(
         prompts=tuple(prompts),
@@ -125,11 +129,12 @@ def record_trajectory(
 
 
 @contextmanager
-def recorded_calls(transformer: torch.nn.Module) -> Iterator[list[TransformerCall]]:
-    """Record every call of a transformer made inside the context.
+def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list[TransformerCall]]:
+    """Record every call of some transformers made inside the context.
 
     Args:
-        transformer: The module to listen to; calls must pass their tensors by keyword, as diffusers pipelines do.
+        transformers: The modules to listen to, by component; calls must pass their tensors by keyword, as diffusers
+            pipelines do.
 
     Yields:
         The list that fills with one `TransformerCall` a call.
@@ -137,7 +142,9 @@ def recorded_calls(transformer: torch.nn.Module) -> Iterator[list[TransformerCal
     calls: list[TransformerCall] = []
     shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def remember(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def remember(
+        component: str, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         assert not args, "the pipeline passed a positional argument to its transformer"
         inputs = {
             name: _to_cpu(value, shared if name != "hidden_states" else {})
@@ -146,13 +153,14 @@ def recorded_calls(transformer: torch.nn.Module) -> Iterator[list[TransformerCal
         }
         prediction = output[0] if isinstance(output, tuple) else output.sample
         timestep = float(kwargs["timestep"].flatten()[0])
-        calls.append(TransformerCall(timestep=timestep, inputs=inputs, output=prediction.detach().to("cpu", copy=True)))
+        answer = prediction.detach().to("cpu", copy=True)
+        calls.append(TransformerCall(transformer=component, timestep=timestep, inputs=inputs, output=answer))
 
-    handle = transformer.register_forward_hook(remember, with_kwargs=True)
-    try:
+    with ExitStack() as stack:
+        for component, transformer in transformers.items():
+            hook = functools.partial(remember, component)
+            stack.callback(transformer.register_forward_hook(hook, with_kwargs=True).remove)
         yield calls
-    finally:
-        handle.remove()
 
 
 def _one_a_step(calls: Sequence[TransformerCall], pipe: Any, settings: GenerationSettings) -> Sequence[TransformerCall]:
@@ -163,7 +171,7 @@ def _one_a_step(calls: Sequence[TransformerCall], pipe: Any, settings: Generatio
     shared: dict[tuple[int, int], torch.Tensor] = {}
     joined = []
     for conditional, other in zip(calls[::2], calls[1::2], strict=True):
-        assert conditional.timestep == other.timestep
+        assert (conditional.timestep, conditional.transformer) == (other.timestep, other.transformer)
         inputs = {}
         for name, value in conditional.inputs.items():
             if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(conditional.output):
@@ -174,7 +182,7 @@ def _one_a_step(calls: Sequence[TransformerCall], pipe: Any, settings: Generatio
             else:
                 inputs[name] = value
         output = torch.cat([other.output, conditional.output])
-        joined.append(TransformerCall(timestep=conditional.timestep, inputs=inputs, output=output))
+        joined.append(replace(conditional, inputs=inputs, output=output))
     return joined
 
 

@@ -5,7 +5,7 @@ Importing this package registers the quantizer with diffusers; `import s2q` sees
 
 from s2q.checkpoint.config import FORMAT_VERSION, QuantMethod, S2QConfig
 from s2q.checkpoint.inspect import CheckpointReport, inspect_checkpoint
-from s2q.checkpoint.load import load_pipeline, read_config
+from s2q.checkpoint.load import load_pipeline, read_config, read_configs
 from s2q.checkpoint.manifest import check_intact, verify_manifest, write_manifest
 from s2q.checkpoint.quantizer import S2QQuantizer, attach_config
 from s2q.checkpoint.save import OVERWRITABLE, CheckpointRecords, save_checkpoint
@@ -38,6 +38,7 @@ __all__ = [
     "inspect_checkpoint",
     "load_pipeline",
     "read_config",
+    "read_configs",
     "register",
     "save_checkpoint",
     "verify_manifest",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from s2q.checkpoint.load import read_config, read_transformer_config
+from s2q.checkpoint.config import S2QConfig
+from s2q.checkpoint.load import read_configs, read_transformer_config, stored_transformers
 from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
+from s2q.core.components import full_name
 from s2q.core.errors import InvalidInputError
 from s2q.core.headers import TensorInfo, read_folder_headers
 from s2q.core.layout import TENSOR_DTYPES, InputLayout
@@ -29,13 +31,13 @@ class CheckpointReport:
     Attributes:
         schema_version: Version of this report.
         path: The checkpoint's folder.
-        format_version: Version of the checkpoint's format.
+        format_version: Version of the checkpoint's format, the newer where its transformers differ.
         recipe: Name of the recipe that made it.
         compute_dtype: Dtype of the model when it was quantized.
-        transformer_class: Class of the transformer.
-        storage: Bytes of the transformer: `full_precision_bytes` (all of it in bf16), `quantized_bytes` (on disk, of
-            which `packed_bytes` in quantized linears), and their `ratio`.
-        layers: Every quantized linear.
+        transformer_class: Class of the transformer, the first where there are two.
+        storage: Bytes of the transformer, of both where there are two: `full_precision_bytes` (all of it in bf16),
+            `quantized_bytes` (on disk, of which `packed_bytes` in quantized linears), and their `ratio`.
+        layers: Every quantized linear; names of those in a second transformer begin with "transformer_2.".
         files: Bytes and SHA-256 by relative path, as the manifest has them; empty if there is no manifest.
         verified: Whether every file equals the manifest; None if that was not asked for.
         problems: What differs, one line each, beginning with the file.
@@ -74,29 +76,26 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> CheckpointR
             a layer's tensors are missing or of the wrong size.
     """
     folder = Path(path)
-    config = read_config(folder)
-    transformer_config = read_transformer_config(folder)
+    configs = read_configs(folder)
     problems = tuple(verify_manifest(folder)) if verify else ()
+    layers: tuple[LinearStorage, ...] = ()
+    storage: dict[str, int | float] = {}
     try:
-        tensors = read_folder_headers(folder / "transformer")
-        linears, values = _linears(transformer_config)
-        layouts = config.layer_layouts()
-        layers = tuple(
-            _layer(name, scheme, layouts.get(name, InputLayout()), linears=linears, tensors=tensors)
-            for name, scheme in config.layer_schemes().items()
-        )
-        storage = _storage(layers, tensors, values)
+        found = [_transformer(folder, component, configs.get(component)) for component in stored_transformers(folder)]
+        layers = tuple(layer for one in found for layer in one.layers)
+        num_bytes, values = sum(one.num_bytes for one in found), sum(one.values for one in found)
+        storage = _storage(layers, quantized=num_bytes, values=values)
     except InvalidInputError:
         if not problems:
             raise
-        layers, storage = (), {}
+    config, *_ = configs.values()
     return CheckpointReport(
         schema_version=SCHEMA_VERSION,
         path=str(folder),
-        format_version=config.format_version,
+        format_version=max(one.format_version for one in configs.values()),
         recipe=config.recipe,
         compute_dtype=config.compute_dtype,
-        transformer_class=str(transformer_config.get("_class_name", "")),
+        transformer_class=str(read_transformer_config(folder).get("_class_name", "")),
         storage=storage,
         layers=layers,
         files=read_manifest(folder) if (folder / MANIFEST).is_file() else {},
@@ -105,8 +104,34 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> CheckpointR
     )
 
 
-def _linears(config: Mapping[str, Any]) -> tuple[dict[str, nn.Linear], int]:
-    """The linears of the full-precision transformer, without memory, and its number of stored values."""
+@dataclass(frozen=True, kw_only=True)
+class _Transformer:
+    """One transformer on disk: its quantized linears, its bytes, and how many values it stands for."""
+
+    layers: tuple[LinearStorage, ...]
+    num_bytes: int
+    values: int
+
+
+def _transformer(folder: Path, component: str, config: S2QConfig | None) -> _Transformer:
+    """Look into a transformer; one without a configuration is in full precision."""
+    tensors = read_folder_headers(folder / component)
+    linears, values = _linears(component, read_transformer_config(folder, component))
+    schemes = {} if config is None else config.layer_schemes()
+    layouts = {} if config is None else config.layer_layouts()
+    layers = (
+        _layer(name, scheme, layouts.get(name, InputLayout()), linears=linears, tensors=tensors)
+        for name, scheme in schemes.items()
+    )
+    return _Transformer(
+        layers=tuple(replace(layer, name=full_name(component, layer.name)) for layer in layers),
+        num_bytes=sum(info.num_bytes for info in tensors.values()),
+        values=values,
+    )
+
+
+def _linears(component: str, config: Mapping[str, Any]) -> tuple[dict[str, nn.Linear], int]:
+    """The linears of a full-precision transformer, without memory, and its number of stored values."""
     import diffusers
 
     class_name = str(config.get("_class_name"))
@@ -116,7 +141,7 @@ def _linears(config: Mapping[str, Any]) -> tuple[dict[str, nn.Linear], int]:
             transformer = getattr(diffusers, class_name).from_config(plain)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(
-            f"transformer/config.json does not describe a {class_name}; download it again"
+            f"{component}/config.json does not describe a {class_name}; download it again"
         ) from error
     linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     return linears, sum(tensor.numel() for tensor in transformer.state_dict().values())
@@ -155,10 +180,7 @@ def _layer(
     return LinearStorage(name=name, shape=(out_features, in_features), scheme=scheme.name, bytes=num_bytes)
 
 
-def _storage(
-    layers: tuple[LinearStorage, ...], tensors: Mapping[str, TensorInfo], values: int
-) -> dict[str, int | float]:
-    quantized = sum(info.num_bytes for info in tensors.values())
+def _storage(layers: tuple[LinearStorage, ...], *, quantized: int, values: int) -> dict[str, int | float]:
     return {
         "full_precision_bytes": values * BF16_BYTES,
         "quantized_bytes": quantized,

@@ -11,6 +11,7 @@ import torch
 
 from s2q.checkpoint.config import QuantMethod, S2QConfig
 from s2q.checkpoint.manifest import check_intact
+from s2q.core.components import TRANSFORMERS
 from s2q.core.errors import InvalidInputError, first_line
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def load_pipeline(
 
     register()
     folder = Path(path)
-    config = read_config(folder)
+    config, *_ = read_configs(folder).values()
     if verify:
         check_intact(folder)
     try:
@@ -54,22 +55,22 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def read_config(folder: Path) -> S2QConfig:
-    """Read the quantization configuration of a checkpoint.
+def read_config(folder: Path, component: str = TRANSFORMERS[0]) -> S2QConfig:
+    """Read the quantization configuration of a transformer of a checkpoint.
 
     Args:
         folder: The checkpoint's folder.
+        component: Which transformer.
 
     Returns:
         The configuration.
 
     Raises:
-        InvalidInputError: If the folder is no s2q checkpoint, or its configuration is damaged or of another version.
+        InvalidInputError: If it is not quantized by s2q, or its configuration is damaged or of another version.
     """
-    config = read_transformer_config(folder).get("quantization_config")
-    if not isinstance(config, Mapping) or config.get("quant_method") != QuantMethod.S2Q.value:
-        method = config.get("quant_method") if isinstance(config, Mapping) else None
-        raise InvalidInputError(f"{folder} is not an s2q checkpoint: quant_method is {method!r}, expected 's2q'")
+    config = read_transformer_config(folder, component).get("quantization_config")
+    if _method(config) != QuantMethod.S2Q.value:
+        raise _not_ours(folder, config)
     try:
         return S2QConfig.from_dict(dict(config))
     except TypeError as error:
@@ -80,11 +81,44 @@ def read_config(folder: Path) -> S2QConfig:
         raise InvalidInputError(f"{folder}: {error}") from error
 
 
-def read_transformer_config(folder: Path) -> dict[str, Any]:
-    """Read transformer/config.json of a pipeline folder.
+def read_configs(folder: Path) -> dict[str, S2QConfig]:
+    """Read the quantization configurations of a checkpoint.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Returns:
+        Those of the transformers that s2q has quantized, by component; at least one.
+
+    Raises:
+        InvalidInputError: If the folder is no s2q checkpoint, or a configuration is damaged or of another version.
+    """
+    stored = {
+        component: read_transformer_config(folder, component).get("quantization_config")
+        for component in stored_transformers(folder)
+    }
+    ours = [component for component, config in stored.items() if _method(config) == QuantMethod.S2Q.value]
+    if not ours:
+        raise _not_ours(folder, stored[TRANSFORMERS[0]])
+    return {component: read_config(folder, component) for component in ours}
+
+
+def stored_transformers(folder: Path) -> list[str]:
+    """Return the components of a pipeline folder that are transformers.
 
     Args:
         folder: The pipeline's folder.
+    """
+    first, *others = TRANSFORMERS
+    return [first, *(component for component in others if (folder / component).is_dir())]
+
+
+def read_transformer_config(folder: Path, component: str = TRANSFORMERS[0]) -> dict[str, Any]:
+    """Read config.json of a transformer of a pipeline folder.
+
+    Args:
+        folder: The pipeline's folder.
+        component: Which transformer.
 
     Returns:
         Its contents.
@@ -92,10 +126,10 @@ def read_transformer_config(folder: Path) -> dict[str, Any]:
     Raises:
         InvalidInputError: If the file is missing or damaged.
     """
-    path = folder / "transformer" / "config.json"
+    path = folder / component / "config.json"
     if not path.is_file():
         raise InvalidInputError(
-            f"{folder} is not an s2q checkpoint: it has no transformer/config.json; pass its folder"
+            f"{folder} is not an s2q checkpoint: it has no {component}/config.json; pass its folder"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -104,3 +138,11 @@ def read_transformer_config(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidInputError(f"{path}: got a JSON {type(content).__name__}; expected an object")
     return content
+
+
+def _method(config: Any) -> Any:
+    return config.get("quant_method") if isinstance(config, Mapping) else None
+
+
+def _not_ours(folder: Path, config: Any) -> InvalidInputError:
+    return InvalidInputError(f"{folder} is not an s2q checkpoint: quant_method is {_method(config)!r}, expected 's2q'")

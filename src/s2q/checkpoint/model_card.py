@@ -16,8 +16,7 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def render_model_card(
-    config: S2QConfig,
-    *,
+    *configs: S2QConfig,
     pipeline_class: str,
     source: str,
     recipe: Mapping[str, Any],
@@ -27,7 +26,7 @@ def render_model_card(
     """Write the text of a model card.
 
     Args:
-        config: The checkpoint's quantization configuration.
+        *configs: The quantization configurations of the checkpoint's transformers.
         pipeline_class: Name of the diffusers pipeline class.
         source: What was quantized, which goes into `base_model`: Hub id, embedded name, folder name. The name of
             the pipeline class (a pipeline from memory) is no model and stays out of it.
@@ -40,6 +39,7 @@ def render_model_card(
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    schemes = Counter(scheme for config in configs for scheme in config.layers.values())
     environment = Environment(
         loader=PackageLoader("s2q.checkpoint", ""),
         undefined=StrictUndefined,
@@ -54,11 +54,11 @@ def render_model_card(
         title=f"{source.rpartition('/')[2]}, quantized with {recipe['name']}",
         origin=f"[{source}](https://huggingface.co/{source})" if is_hub_id else f"`{source}`",
         homepage=HOMEPAGE,
-        layers=len(config.layers),
-        schemes=dict(Counter(config.layers.values())),
+        layers=schemes.total(),
+        schemes=dict(schemes),
         storage=report["storage"],
         pipeline_class=pipeline_class,
-        compute_dtype=config.compute_dtype,
+        compute_dtype=configs[0].compute_dtype,
         metrics=report.get("metrics"),
     )
     return text.rstrip("\n") + "\n"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from s2q.checkpoint.config import S2QConfig
 from s2q.checkpoint.manifest import CARD, MANIFEST, write_manifest
 from s2q.checkpoint.model_card import render_model_card
+from s2q.core.components import transformers_of
 from s2q.core.errors import InvalidInputError
 from s2q.core.files import atomic_write_bytes, atomic_write_json, atomic_write_text, staged_directory
 
@@ -52,21 +53,22 @@ def save_checkpoint(
     overwrite: bool = False,
     max_shard_size: str = "10GB",
 ) -> None:
-    """Write a pipeline with a packed transformer as a checkpoint.
+    """Write a pipeline with packed transformers as a checkpoint.
 
     Args:
-        pipe: The pipeline; its transformer has a `quantization_config` (see `attach_config`).
+        pipe: The pipeline; a transformer that is packed has a `quantization_config` (see `attach_config`).
         out: The folder to write; it exists only once it is complete.
         records: How it was made.
         overwrite: Whether to replace an existing s2q checkpoint.
         max_shard_size: Size at which weight files are split, "5GB".
 
     Raises:
-        InvalidInputError: If the transformer is not quantized by s2q, or `out` cannot be written.
+        InvalidInputError: If no transformer is quantized by s2q, or `out` cannot be written.
         ResourceError: If the disk is full.
     """
-    config = pipe.transformer.config.get("quantization_config")
-    if not isinstance(config, S2QConfig):
+    stored = [part.config.get("quantization_config") for part in transformers_of(pipe).values()]
+    configs = [config for config in stored if isinstance(config, S2QConfig)]
+    if not configs:
         raise InvalidInputError("the pipeline's transformer is not quantized by s2q; quantize it first")
     with staged_directory(out, overwrite=overwrite, markers=OVERWRITABLE) as staged:
         pipe.save_pretrained(staged, max_shard_size=max_shard_size)
@@ -74,7 +76,7 @@ def save_checkpoint(
             _clean_config(path)
         _copy_licence(records.base_folder, staged)
         card = render_model_card(
-            config,
+            *configs,
             pipeline_class=type(pipe).__name__,
             source=records.source,
             recipe=records.recipe,

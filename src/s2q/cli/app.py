@@ -49,6 +49,14 @@ Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one 
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.", metavar="S")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="D")]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Compute dtype; default: the stored one.")]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        help="Host memory for activations, the rest goes to the disk; default: half of the host's, at most 16GB.",
+        metavar="SIZE",
+    ),
+]
 AttentionBackend = Annotated[
     str | None,
     typer.Option(
@@ -110,12 +118,24 @@ def plan(
     recipe: RecipeName = "s2q-w4a6",
     overrides: Overrides = None,
     dtype: DtypeOption = None,
+    device: Device = "auto",
+    device_memory: Annotated[
+        str | None,
+        typer.Option("--device-memory", help="Plan for a device with so much memory, 24GB.", metavar="SIZE"),
+    ] = None,
+    memory_budget: MemoryBudget = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Run a slice of the work on this device, to say how long all takes."),
+    ] = False,
+    prompts: Prompts = None,
     as_json: AsJson = False,
 ) -> None:
     """Show layers, bits, storage and memory before any compute."""
     from s2q.cli import commands
 
-    commands.plan(model, recipe, overrides=overrides, dtype=dtype, as_json=as_json)
+    options = _given(locals(), "dtype", "device", "device_memory", "memory_budget", "measure", "prompts")
+    commands.plan(model, recipe, overrides=overrides, options=options, as_json=as_json)
 
 
 @app.command()
@@ -131,6 +151,7 @@ def quantize(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = None,
+    memory_budget: MemoryBudget = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
     overwrite: Overwrite = False,
     overrides: Overrides = None,
@@ -142,7 +163,7 @@ def quantize(
     """Quantize a model into a checkpoint that diffusers loads."""
     from s2q.cli import commands
 
-    options = _given(locals(), "seed", "device", "dtype", "resume", "overwrite", "dry_run")
+    options = _given(locals(), "seed", "device", "dtype", "memory_budget", "resume", "overwrite", "dry_run")
     commands.quantize(
         model, recipe, output, prompts=prompts, samples=samples, overrides=overrides, options=options, as_json=as_json
     )

@@ -16,12 +16,53 @@ _SCHEMA_VERSION = 1
 _SLUG_LENGTH = 48
 
 
-def plan(model: str, recipe: str, *, overrides: Sequence[str] | None, dtype: str | None, as_json: bool) -> None:
+def plan(
+    model: str, recipe: str, *, overrides: Sequence[str] | None, options: Mapping[str, Any], as_json: bool
+) -> None:
     """Run `s2q plan`."""
+    from s2q.core.storage import parse_bytes
+    from s2q.models.synthetic import SYNTHETIC_PREFIX
     from s2q.planning import plan as make_plan
+    from s2q.planning import this_machine
 
-    result = make_plan(model, recipe, overrides=output.parse_overrides(overrides), dtype=dtype).to_dict()
+    console.quiet_libraries()
+    sizes = {
+        name: None if options[name] is None else parse_bytes(options[name], option=f"--{name.replace('_', '-')}")
+        for name in ("device_memory", "memory_budget")
+    }
+    device = options["device"] if sizes["device_memory"] is None or options["device"] != "auto" else "cuda"
+    if sizes["device_memory"] is None:
+        device = resolve_device(device)
+    machine = this_machine(device, memory_bytes=sizes["device_memory"], memory_budget=sizes["memory_budget"])
+    changes = output.parse_overrides(overrides)
+    if options["measure"]:
+        if sizes["device_memory"] is not None or model.startswith(SYNTHETIC_PREFIX):
+            raise UsageError(
+                "plan: --measure runs on the device at hand and on the model's weights; leave out --device-memory, and "
+                "time synthetic models with s2q bench --ops calibration_block"
+            )
+        result = _measured_plan(model, recipe, machine, changes=changes, options=options).to_dict()
+    else:
+        result = make_plan(model, recipe, overrides=changes, dtype=options["dtype"], machine=machine).to_dict()
     output.emit_json(result) if as_json else output.show_plan(result)
+
+
+def _measured_plan(model: str, recipe: str, machine: Any, *, changes: Sequence[str], options: Mapping[str, Any]) -> Any:
+    from s2q.evaluation import read_prompts
+    from s2q.models import resolve_model
+    from s2q.planning import check_memory
+    from s2q.planning import plan as make_plan
+    from s2q.quantization.measure import measured
+    from s2q.recipes import load_recipe
+
+    source, validated = resolve_model(model), load_recipe(recipe, overrides=changes)
+    planned = make_plan(source, validated, dtype=options["dtype"], machine=machine)
+    check_memory(planned)
+    prompts = None if options["prompts"] is None else read_prompts(options["prompts"])
+    with console.progress() as report:
+        return measured(
+            planned, source, validated, machine=machine, prompts=prompts, dtype=options["dtype"], progress=report
+        )
 
 
 def quantize(

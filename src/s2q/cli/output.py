@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from s2q.core.components import full_name, split_name
 from s2q.core.errors import InvalidInputError
 from s2q.core.files import canonical_json
 from s2q.report.formatting import format_bytes, format_interval, format_sample, format_value, title_of
@@ -31,6 +32,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     storage = plan["storage"]
     out.print(Text.assemble(("Plan ", "bold"), f"{plan['model']} with {plan['recipe']}"))
     out.print(_storage_line(storage))
+    memory = plan["device"]["memory_bytes"]
+    out.print(f"On {plan['device']['name']}{'' if memory is None else f' with {format_bytes(memory)}'}")
     stages = Table("stage", "peak memory", "time", header_style="dim", box=box.SIMPLE)
     for stage in plan["stages"]:
         memory, seconds = stage["peak_memory_bytes"], stage["seconds"]
@@ -40,7 +43,31 @@ def show_plan(plan: Mapping[str, Any]) -> None:
             f"{seconds:.0f} s" if seconds is not None else "unknown",
         )
     out.print(stages)
+    for line in _plan_notes(plan):
+        out.print(line, soft_wrap=True)
     out.print(_layer_table(plan["layers"]))
+
+
+def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
+    """What calibration will do with the memory there is, and what will not fit."""
+    device, cost, notes = plan["device"], plan["calibration"], []
+    if cost is not None:
+        where = f", {format_bytes(cost['disk_bytes'])} of it on the disk" if cost["disk_bytes"] else ""
+        step = format_bytes(cost["step_bytes"]) + (", checkpointed" if cost["gradient_checkpointing"] else "")
+        notes.append(
+            f"Calibration: {cost['samples']} samples, {cost['tokens']:,} video and {cost['text_tokens']} text tokens; "
+            f"inputs and targets of a block take {format_bytes(cost['activation_bytes'])}{where}, a step {step}"
+        )
+    there = device["memory_bytes"]
+    for stage in plan["stages"]:
+        needed = stage["peak_memory_bytes"]
+        if needed is not None and there is not None and needed > there:
+            notes.append(
+                f"Will not run: {stage['name']} needs {format_bytes(needed)} on {device['name']}, which has "
+                f"{format_bytes(there)}; calibrate on smaller videos, or take a larger device"
+            )
+            break
+    return notes
 
 
 def show_inspection(report: Mapping[str, Any]) -> None:
@@ -134,9 +161,9 @@ def _storage_line(storage: Mapping[str, Any]) -> Text:
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
     for layer in layers:
-        kind = ".".join(
-            "*" if part.isdigit() and index == 1 else part for index, part in enumerate(layer["name"].split("."))
-        )
+        component, name = split_name(layer["name"])
+        parts = ("*" if part.isdigit() and index == 1 else part for index, part in enumerate(name.split(".")))
+        kind = full_name(component, ".".join(parts))
         groups.setdefault((kind, layer["scheme"], tuple(layer["shape"])), []).append(layer["bytes"])
     table = Table(header_style="dim", box=box.SIMPLE)
     table.add_column(f"{len(layers)} linears", overflow="fold")

@@ -1,17 +1,36 @@
-"""Computing once what several readers need while parameters stand still.
+"""Computing once what several readers need while parameters stand still, and again what need not be kept.
 
 The linears that read one input share its transform, and each of them asks for the same rotated input and the same
-inverse. Within `parameters_held` such results are kept; outside, nothing is.
+inverse. Within `parameters_held` such results are kept; outside, nothing is. Where memory is short, `recomputed` keeps
+the inputs of a function alone until the backward pass, which then calls it again (gradient checkpointing).
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
 _T = TypeVar("_T")
-_LATEST = object()
-_held: ContextVar[dict[tuple[int, Hashable], tuple[object, Any]] | None] = ContextVar("held", default=None)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Results of parameters alone, by owner and key; and of a subject, the latest one by owner.
+
+    Within a function that is called again in the backward pass, subjects are those of that call.
+    """
+
+    results: dict[tuple[int, Hashable], tuple[object, Any]] = field(default_factory=dict)
+    latest: dict[int, tuple[object, object, Any]] = field(default_factory=dict)
+    called_again: bool = False
+
+
+_held: ContextVar[_Kept | None] = ContextVar("held", default=None)
 
 
 @contextmanager
@@ -21,11 +40,8 @@ def parameters_held() -> Iterator[None]:
     A training step is a good context: its forward and backward pass. Results are kept with their graphs, so that a
     shared one gets the gradients of all of its readers.
     """
-    token = _held.set({})
-    try:
+    with _holding(_Kept()):
         yield
-    finally:
-        _held.reset(token)
 
 
 def once(owner: object, key: Hashable, compute: Callable[[], _T]) -> _T:
@@ -40,9 +56,10 @@ def once(owner: object, key: Hashable, compute: Callable[[], _T]) -> _T:
     if kept is None:
         return compute()
     place = (id(owner), key)
-    if place not in kept:
-        kept[place] = (owner, compute())
-    return kept[place][1]  # type: ignore[no-any-return]
+    if place not in kept.results:
+        with _saved_as_usual() if kept.called_again else nullcontext():
+            kept.results[place] = (owner, compute())
+    return kept.results[place][1]  # type: ignore[no-any-return]
 
 
 def once_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T:
@@ -56,7 +73,52 @@ def once_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T:
     kept = _held.get()
     if kept is None:
         return compute()
-    place = (id(owner), _LATEST)
-    if place not in kept or kept[place][1][0] is not subject:
-        kept[place] = (owner, (subject, compute()))
-    return kept[place][1][1]  # type: ignore[no-any-return]
+    if id(owner) not in kept.latest or kept.latest[id(owner)][1] is not subject:
+        kept.latest[id(owner)] = (owner, subject, compute())
+    return kept.latest[id(owner)][2]  # type: ignore[no-any-return]
+
+
+def recomputed(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    """Call a function; what it computes on the way is computed again in the backward pass instead of being kept.
+
+    Results of parameters alone (`once`) are not: they are shared with calls outside and stay as they are.
+
+    Args:
+        function: Differentiable, without side effects, and without random numbers.
+        *args: Its arguments.
+        **kwargs: Its arguments by name.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    kept = _held.get()
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return _called_again(kept), _called_again(kept)
+
+    result: _T = checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs
+    )
+    return result
+
+
+@contextmanager
+def _holding(kept: _Kept | None) -> Iterator[None]:
+    token = _held.set(kept)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def _called_again(kept: _Kept | None) -> AbstractContextManager[None]:
+    """The same results for a call and for its repetition, which may run in a thread of the backward pass."""
+    return _holding(None if kept is None else _Kept(results=kept.results, called_again=True))
+
+
+def _saved_as_usual() -> AbstractContextManager[None]:
+    """Keep what the backward pass needs, although the surrounding call does not."""
+
+    def same(tensor: Tensor) -> Tensor:
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(same, same)

@@ -1,6 +1,9 @@
 """What a linear takes on disk; a plan says it before the run, an inspection after it, in the same words."""
 
+import re
 from dataclasses import dataclass
+
+from s2q.core.errors import InvalidInputError
 
 BF16_BYTES = 2
 """Bytes of a value in bf16, in which full precision is counted whatever it is stored in."""
@@ -11,7 +14,7 @@ class LinearStorage:
     """One linear on disk.
 
     Attributes:
-        name: Full name in the transformer.
+        name: Full name in the transformer; in a second one, with "transformer_2." before it.
         shape: [O, I].
         scheme: Short name of its scheme, "w4a6"; the dtype ("bf16") if it stays as it is.
         bytes: Bytes of its tensors: codes, scales, bias, its input's transform and clip; or the weight as it was.
@@ -21,3 +24,25 @@ class LinearStorage:
     shape: tuple[int, int]
     scheme: str
     bytes: int
+
+
+_DECIMAL = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = _DECIMAL | _BINARY
+
+
+def parse_bytes(size: int | str, *, option: str) -> int:
+    """Return the bytes that a size means: 16GB is 16 · 10⁹, 16GiB is 16 · 2³⁰.
+
+    Args:
+        size: Bytes, or a number with a unit, in either case.
+        option: What it was given for, for messages.
+
+    Raises:
+        InvalidInputError: If it is no size, or not above zero.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]I?B|)", str(size).strip().upper())
+    num_bytes = 0 if found is None else int(float(found[1]) * _UNITS[found[2]])
+    if num_bytes <= 0:
+        raise InvalidInputError(f"{option}: got {str(size)!r}; expected a size such as 16GB or 24GiB")
+    return num_bytes

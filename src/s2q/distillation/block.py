@@ -10,9 +10,12 @@ Legend: `B` samples, `N_k` tokens of stream k, `d` channels.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,13 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from s2q.core.errors import S2QError
-from s2q.core.reuse import parameters_held
+from s2q.core.reuse import parameters_held, recomputed
 from s2q.distillation.loss import weighted_token_loss
+from s2q.nn import StudentInput, StudentLinear
 
 logger = logging.getLogger(__name__)
 
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
 _EVALUATIONS = 5
+_POINTWISE = ("FeedForward",)
+PIECE = 8192
+"""Tokens that a part without attention computes again at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +109,9 @@ def block_loss(block: nn.Module, samples: Samples) -> float:
     """
     losses = []
     with parameters_held():
-        for index in range(len(samples)):
-            sample = samples[index]
-            losses.append(float(weighted_token_loss(_streams(block, sample), sample.outputs, weights=sample.weights)))
-    return math.fsum(losses) / len(losses)
+        for sample in _ahead(samples, range(len(samples))):
+            losses.append(weighted_token_loss(_streams(block, sample), sample.outputs, weights=sample.weights))
+    return math.fsum(torch.stack(losses).tolist()) / len(losses)
 
 
 def distil(
@@ -149,13 +155,13 @@ def distil(
     generator = torch.Generator().manual_seed(seed)
     best, best_loss, best_epoch, epoch = _snapshot(clips + others), initial, 0, 0
     history = {"0": initial}
-    every = max(1, options.epochs // _EVALUATIONS)
     for epoch in range(1, options.epochs + 1):
         order = torch.randperm(len(samples), generator=generator).tolist()
-        if not all(_step(student, samples[index], optimizer, scheduler) for index in order):
+        losses = [_step(student, sample, optimizer, scheduler) for sample in _ahead(samples, order)]
+        if not bool(torch.isfinite(torch.stack(losses)).all()):
             logger.warning("distillation: the loss is not finite in epoch %d; the best state before is kept", epoch)
             break
-        if epoch % every == 0 or epoch == options.epochs:
+        if _is_evaluated(epoch, options.epochs):
             loss = block_loss(student, samples)
             if not math.isfinite(loss):
                 break
@@ -172,25 +178,80 @@ def distil(
     )
 
 
+def evaluations(epochs: int) -> int:
+    """Return how often `distil` looks at all samples without learning from them.
+
+    Args:
+        epochs: Passes over the samples; 0 without distillation.
+    """
+    return sum(_is_evaluated(epoch, epochs) for epoch in range(1, epochs + 1))
+
+
+def _is_evaluated(epoch: int, epochs: int) -> bool:
+    return epoch % max(1, epochs // _EVALUATIONS) == 0 or epoch == epochs
+
+
 def _step(
     student: nn.Module,
     sample: BlockSample,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> bool:
-    """Take one step; whether the loss was finite."""
+) -> Tensor:
+    """Take one step; return the loss, on the device, so that nothing waits for it."""
     with parameters_held():
         loss = weighted_token_loss(_streams(student, sample), sample.outputs, weights=sample.weights)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            return False
+        value = loss.detach()
         optimizer.zero_grad(set_to_none=True)
-        if value > 0:
-            (loss / value).backward()
-    if value > 0:
-        optimizer.step()
+        (loss / value.clamp_min(torch.finfo(value.dtype).tiny)).backward()
+    optimizer.step()
     scheduler.step()
-    return True
+    return value
+
+
+@contextmanager
+def checkpointed(student: nn.Module) -> Iterator[None]:
+    """Have the parts of a student (attention, feed-forward) and its quantized weights computed again in each backward.
+
+    A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
+    that treat every token by itself do so a piece of the sequence after another. The gradient is the same, but for the
+    order of its sums.
+
+    Args:
+        student: See `distil`.
+    """
+    parts = [one for one in student.children() if any(isinstance(inner, StudentLinear) for inner in one.modules())]
+    layers = [inner for inner in student.modules() if isinstance(inner, StudentLinear | StudentInput)]
+    try:
+        for layer in layers:
+            layer.recomputes = True
+        for part in parts:
+            pointwise = isinstance(part, StudentLinear) or type(part).__name__ in _POINTWISE
+            part.forward = functools.partial(_in_pieces if pointwise else recomputed, part.forward)
+        yield
+    finally:
+        for layer in layers:
+            layer.recomputes = False
+        for part in parts:
+            del part.forward
+
+
+def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """Apply a part to pieces of a sequence, [B, N, d]; each is computed again in the backward pass by itself."""
+    pieces = x.split(PIECE, dim=1) if x.ndim == 3 else [x]
+    outputs = [recomputed(forward, piece) for piece in pieces]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
+    """Go through samples; the next one is read while the one at hand is worked on."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        upcoming: Future[BlockSample] | None = None
+        for index in order:
+            read, upcoming = upcoming, reader.submit(samples.__getitem__, index)
+            if read is not None:
+                yield read.result()
+        if upcoming is not None:
+            yield upcoming.result()
 
 
 def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:

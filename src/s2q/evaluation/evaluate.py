@@ -17,6 +17,7 @@ import torch
 from s2q.calibration.denoising import denoise
 from s2q.calibration.settings import GenerationSettings, check_prompts, check_seeds
 from s2q.calibration.trajectory import Trajectory, record_trajectory
+from s2q.core.components import transformers_of
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.evaluation import adherence, metrics, velocity
 from s2q.evaluation.generate import Progress, Video, batch_size_for, batched, settings_for, step_counter, videos_of
@@ -47,6 +48,7 @@ class EvaluationOptions:
         dtype: Compute dtype of models given by name; None is the one that the reference is stored in, for both.
         device: Device of models given by name.
         trajectory_bytes: Memory for recorded trajectories; videos beyond it have no velocity error.
+        video_done: Called with each video as it is generated and the label of its model (`model_label`), to keep it.
     """
 
     metrics: tuple[str, ...] = ()
@@ -55,6 +57,7 @@ class EvaluationOptions:
     dtype: str | None = None
     device: str = "cpu"
     trajectory_bytes: int = _TRAJECTORY_BYTES
+    video_done: Callable[[str, Video], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +227,7 @@ def _run_teacher(
         else:
             result = denoise(pipe, names, seeds=seeds, settings=settings, step_done=tick)
             trajectories.append(None)
-        videos += videos_of(names, seeds, result)
+        videos += _handed_on(videos_of(names, seeds, result), reference, options)
     if pipe is not reference:
         del pipe
         gc.collect()
@@ -248,6 +251,7 @@ def _run_student(
 ) -> list[Judged]:
     pipe = _open(model, dtype=teacher.dtype, device=options.device)
     settings = settings_for(pipe, teacher.settings, defaults={})
+    _check_transformers(transformers_of(pipe), teacher.trajectories)
     check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in jobs)))
     size = teacher.batch_size
     tick = _counter("quantized", jobs, size, settings, progress)
@@ -259,10 +263,26 @@ def _run_student(
         trajectory = teacher.trajectories[index]
         steps: list[list[float]] = [[] for _ in names]
         if trajectory is not None:
-            steps = velocity.velocity_errors(pipe.transformer, trajectory, step_done=replay)
-        for video, errors in zip(videos_of(names, seeds, result), steps, strict=True):
+            steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
+        for video, errors in zip(_handed_on(videos_of(names, seeds, result), model, options), steps, strict=True):
             judged.append(_judge(video, teacher.videos[len(judged)], errors, wanted))
     return judged
+
+
+def _handed_on(videos: list[Video], model: Any, options: EvaluationOptions) -> list[Video]:
+    for video in videos if options.video_done else ():
+        options.video_done(model_label(model), video)
+    return videos
+
+
+def _check_transformers(present: Mapping[str, Any], trajectories: Sequence[Trajectory | None]) -> None:
+    """Refuse a student that lacks a transformer which the teacher denoises with."""
+    called = {call.transformer for trajectory in trajectories if trajectory for call in trajectory.calls}
+    for component in sorted(called - present.keys()):
+        raise InvalidInputError(
+            f"the reference denoises with a {component}, which the model does not have; compare it with the model that "
+            "it was made from"
+        )
 
 
 def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS) -> dict[str, float | None]:

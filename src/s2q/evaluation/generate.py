@@ -15,12 +15,14 @@ from s2q.calibration.settings import (
     check_prompts,
     check_seeds,
     resolve_settings,
+    takes_prompts_alone,
     video_tokens,
 )
 from s2q.calibration.trajectory import Trajectory
 from s2q.core.errors import InvalidInputError
 from s2q.evaluation.sources import generation_defaults
 from s2q.loading import load_pipeline
+from s2q.models import family_of
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the units done and the units in all."""
@@ -72,7 +74,8 @@ def generate(
         The videos, prompt by prompt, each prompt's in the order of the seeds.
 
     Raises:
-        InvalidInputError: A prompt, a seed, a size or another setting does not fit the model.
+        InvalidInputError: A prompt, a seed, a size or another setting does not fit the model, or its pipeline needs
+            more than prompts.
         S2QError: The model produced NaN or infinite latents.
     """
     pipe = load_pipeline(model) if isinstance(model, (str, Path)) else model
@@ -102,7 +105,16 @@ def videos_of(prompts: Sequence[str], seeds: Sequence[int], result: Denoised | T
 def settings_for(
     pipe: Any, settings: GenerationSettings | Mapping[str, Any] | None, *, defaults: Mapping[str, Any]
 ) -> GenerationSettings:
-    """Return checked settings from what was asked for and what the model's makers recommend."""
+    """Return checked settings from what was asked for and what the model's makers recommend.
+
+    Raises:
+        InvalidInputError: A setting does not fit the model, or its pipeline needs more than prompts.
+    """
+    if not takes_prompts_alone(pipe):
+        raise InvalidInputError(
+            f"{type(pipe).__name__}: videos are generated from prompts alone here, with "
+            f"{family_of(pipe.transformer).pipeline_class}; load the pipeline and call it with an image in Python"
+        )
     requested = settings.to_dict() if isinstance(settings, GenerationSettings) else settings
     return resolve_settings(pipe, requested=requested, defaults=defaults)
 

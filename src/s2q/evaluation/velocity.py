@@ -10,7 +10,7 @@ Legend: `R` rows of a call (guidance branches times videos), `S` denoising steps
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ DEFINITION = (
 
 @torch.no_grad()
 def velocity_errors(
-    student: torch.nn.Module,
+    students: Mapping[str, torch.nn.Module],
     trajectory: Trajectory,
     *,
     step_done: Callable[[], None] | None = None,
@@ -34,7 +34,7 @@ def velocity_errors(
     """Measure the student's relative velocity error at every recorded step.
 
     Args:
-        student: A transformer that takes the teacher's inputs.
+        students: Transformers that take the teacher's inputs, by component; each answers the calls of its namesake.
         trajectory: A full-precision trajectory.
         step_done: Called after each step.
 
@@ -44,10 +44,10 @@ def velocity_errors(
     Raises:
         S2QError: The student's output is not finite.
     """
-    parameter = next(student.parameters())
-    device, dtype = parameter.device, student.dtype
     errors: list[list[float]] = [[] for _ in trajectory.prompts]
     for step, call in enumerate(trajectory.calls):
+        student = students[call.transformer]
+        device, dtype = next(student.parameters()).device, student.dtype
         inputs = {name: _moved(value, device, dtype) for name, value in call.inputs.items()}
         output = student(**inputs, return_dict=False)[0].cpu()
         for video, steps in enumerate(errors):

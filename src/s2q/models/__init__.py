@@ -6,13 +6,14 @@ from s2q.core.errors import InvalidInputError
 from s2q.models.cogvideox import COGVIDEOX
 from s2q.models.family import OUTSIDE, BlockLinear, Family, block_linears, block_names, linears_of_block, outer_linears
 from s2q.models.hunyuanvideo import HUNYUANVIDEO
+from s2q.models.hunyuanvideo15 import HUNYUANVIDEO15
 from s2q.models.ltx import LTX
 from s2q.models.mochi import MOCHI
 from s2q.models.source import ModelSource, resolve_model
 from s2q.models.wan import WAN
 
 FAMILIES: dict[str, Family] = {
-    family.transformer_class: family for family in (COGVIDEOX, HUNYUANVIDEO, LTX, MOCHI, WAN)
+    family.transformer_class: family for family in (COGVIDEOX, HUNYUANVIDEO, HUNYUANVIDEO15, LTX, MOCHI, WAN)
 }
 """Supported families, by the class name of their transformer."""
 

@@ -14,6 +14,7 @@ COGVIDEOX = Family(
         ("ff.net.0.proj",),
         ("ff.net.2",),
     ),
+    text_linears=(),
     attention="attn1",
     streams=("hidden_states", "encoder_hidden_states"),
     joint_order=("encoder_hidden_states", "hidden_states"),

@@ -31,6 +31,7 @@ class Family:
         block_lists: Attributes of the transformer that hold its blocks, in the order in which they run.
         modulation: Linears of a block, relative to it, that see one row a sample (adaLN): weight-only.
         shared_inputs: Groups of linears of a block that read the same tensor, hence may share a transform.
+        text_linears: Linears of a block that see text tokens alone.
         attention: The module of a block whose attention says which tokens matter.
         streams: Keyword arguments of a block that it returns anew, in the order in which it returns them.
         joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
@@ -38,10 +39,13 @@ class Family:
             [C, f, h, w], or as "tokens" [f · h · w, C].
         size_multiple: What the pipeline itself asks of height and width, in pixels.
         guidance: How a pipeline runs the two branches of classifier-free guidance: "batched" in one call, unconditional
-            rows first, or in "two calls", the conditional one first. Distilled models run one branch either way.
+            rows first; in "two calls", the conditional one first; or in two such calls by its "guider", a component
+            that holds the guidance weight: the pipeline then takes neither that weight nor a prompt length nor a
+            callback. Distilled models run one branch in any case.
         text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
         defaults: Generation settings of the published models, by the names of `GenerationSettings`; what the
             configuration of a transformer says of sizes comes first.
+        decodes_batches: Whether the VAE can decode several videos at once; one that cannot is given them one by one.
     """
 
     name: str
@@ -50,14 +54,16 @@ class Family:
     block_lists: tuple[str, ...]
     modulation: tuple[str, ...]
     shared_inputs: tuple[tuple[str, ...], ...]
+    text_linears: tuple[str, ...]
     attention: str
     streams: tuple[str, ...]
     joint_order: tuple[str, ...]
     latents: Literal["frames first", "channels first", "tokens"]
     size_multiple: int
-    guidance: Literal["batched", "two calls"]
+    guidance: Literal["batched", "two calls", "guider"]
     text_tokens: int
     defaults: Mapping[str, int | float]
+    decodes_batches: bool = True
 
     @property
     def latent_channel_dim(self) -> int:

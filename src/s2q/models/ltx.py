@@ -17,6 +17,7 @@ LTX = Family(
         ("ff.net.0.proj",),
         ("ff.net.2",),
     ),
+    text_linears=("attn2.to_k", "attn2.to_v"),
     attention="attn1",
     streams=("hidden_states",),
     joint_order=("hidden_states",),

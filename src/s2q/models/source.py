@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from s2q.core.components import TRANSFORMERS
 from s2q.core.errors import InvalidInputError, first_line, unknown_name
 from s2q.core.headers import read_folder_headers
 
@@ -27,7 +28,6 @@ DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.f
 """Names of the compute dtypes that a model may be loaded in."""
 
 _HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_TRANSFORMER = "transformer"
 _SETUP_PATTERNS = ("*.json", "*/*.json", "*.md", "LICENSE*")
 
 
@@ -39,34 +39,42 @@ class ModelSource:
         name: What to call it: the embedded name, the Hub id, or the folder's name.
         kind: Where it comes from.
         folder: The pipeline folder with its configuration files; for a Hub id a cached copy that may lack weights.
-        transformer_class: Class name of the transformer.
-        transformer_config: Contents of transformer/config.json.
+        transformer_configs: Contents of config.json of each transformer, by component; `_class_name` is always there.
     """
 
     name: str
     kind: Literal["embedded", "folder", "hub"]
     folder: Path
-    transformer_class: str
-    transformer_config: Mapping[str, Any] = field(repr=False)
+    transformer_configs: Mapping[str, Mapping[str, Any]] = field(repr=False)
+
+    @property
+    def transformer_config(self) -> Mapping[str, Any]:
+        """Contents of transformer/config.json."""
+        return self.transformer_configs[TRANSFORMERS[0]]
+
+    @property
+    def transformer_class(self) -> str:
+        """Class name of the transformer, the first where there are two."""
+        return str(self.transformer_config["_class_name"])
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The `quantization_config` of the transformer, or None for a full-precision model."""
-        config = self.transformer_config.get("quantization_config")
-        return config if isinstance(config, Mapping) else None
+        """The first `quantization_config` of a transformer, or None for a full-precision model."""
+        configs = (config.get("quantization_config") for config in self.transformer_configs.values())
+        return next((config for config in configs if isinstance(config, Mapping)), None)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the transformer is stored quantized (by any method)."""
-        return self.transformer_config.get("quantization_config") is not None
+        """Whether a transformer is stored quantized (by any method)."""
+        return any(config.get("quantization_config") is not None for config in self.transformer_configs.values())
 
     def weights_dtype(self) -> torch.dtype | None:
-        """Return the floating dtype that most of the transformer's stored weights have; None if no file tells.
+        """Return the floating dtype that most of the transformers' stored weights have; None if no file tells.
 
         Raises:
             InvalidInputError: If the header of a weight file cannot be read.
         """
-        return _stored_dtype(self.folder)
+        return _stored_dtype(self.folder, list(self.transformer_configs))
 
     def complete_folder(self) -> Path:
         """Return the folder with all its files; for a Hub id, this downloads those that the cache lacks.
@@ -76,23 +84,63 @@ class ModelSource:
         """
         return _hub_folder(self.name, patterns=None) if self.kind == "hub" else self.folder
 
-    def meta_transformer(self) -> nn.Module:
-        """Build the full-precision transformer on the meta device: all shapes, no memory.
+    def meta_transformer(self, component: str = TRANSFORMERS[0]) -> nn.Module:
+        """Build a full-precision transformer on the meta device: all shapes, no memory.
+
+        Args:
+            component: Which one.
 
         Raises:
             InvalidInputError: If the configuration does not fit the class.
         """
         import diffusers
 
-        config = {key: value for key, value in self.transformer_config.items() if key != "quantization_config"}
+        stored = self.transformer_configs[component]
+        config = {key: value for key, value in stored.items() if key != "quantization_config"}
         try:
             with torch.device("meta"):
-                return getattr(diffusers, self.transformer_class).from_config(config)
+                return getattr(diffusers, config["_class_name"]).from_config(config)
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise InvalidInputError(
-                f"{self.folder / _TRANSFORMER / 'config.json'}: does not describe a {self.transformer_class} "
+                f"{self.folder / component / 'config.json'}: does not describe a {config['_class_name']} "
                 f"({first_line(error)}); download or save the model again"
             ) from error
+
+    def meta_pipeline(self) -> DiffusionPipeline:
+        """Build the pipeline with transformers and autoencoder on the meta device and without text encoders.
+
+        It knows the sizes of videos, and has no weights.
+
+        Raises:
+            OSError: If a configuration is missing.
+            AttributeError: If diffusers lacks a class.
+            TypeError: If the pipeline cannot do without a component.
+        """
+        import diffusers
+        import transformers
+
+        index = _read_json(self.folder / "model_index.json")
+        parts: dict[str, Any] = {}
+        for name, entry in index.items():
+            if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_"):
+                parts[name] = None
+                if entry[0] == "transformers":
+                    part_class = getattr(transformers, entry[1])  # there, and in memory as it will be
+                    if "Tokenizer" in entry[1]:
+                        parts[name] = part_class.from_pretrained(self.folder / name)
+                if entry[0] == "diffusers" and name not in (*TRANSFORMERS, "vae"):
+                    parts[name] = getattr(diffusers, entry[1]).from_pretrained(self.folder, subfolder=name)
+        vae_class = getattr(diffusers, index["vae"][1])
+        with torch.device("meta"):
+            parts["vae"] = vae_class.from_config(vae_class.load_config(self.folder, subfolder="vae"))
+        parts |= {component: self.meta_transformer(component) for component in self.transformer_configs}
+        return getattr(diffusers, index["_class_name"])(**parts)
+
+    def component_bytes(self) -> int | None:
+        """Return the bytes of the stored weights of all components but transformers; None if none is there."""
+        folders = [path for path in self.folder.iterdir() if path.is_dir() and path.name not in TRANSFORMERS]
+        sizes = [path.stat().st_size for folder in folders for path in folder.glob("*.safetensors")]
+        return sum(sizes) if sizes else None
 
     def load_pipeline(self, *, dtype: torch.dtype | str | None = None, device: str = "cpu") -> DiffusionPipeline:
         """Load the whole pipeline.
@@ -109,7 +157,7 @@ class ModelSource:
         """
         wanted = parse_dtype(dtype)
         folder = _hub_pipeline_folder(self.name) if self.kind == "hub" else self.folder
-        wanted = wanted or _stored_dtype(folder) or torch.float32
+        wanted = wanted or _stored_dtype(folder, list(self.transformer_configs)) or torch.float32
         if self.kind == "embedded":
             from s2q.shapes.embedded import embedded_pipeline
 
@@ -119,6 +167,16 @@ class ModelSource:
             pipe = _load_pipeline(folder, wanted)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
+
+
+def recommended_generation(folder: Path | None) -> dict[str, Any]:
+    """Return how the makers of a model generate, from the generation.json beside it, which the embedded models have.
+
+    Args:
+        folder: The pipeline's folder; None if there is none.
+    """
+    path = None if folder is None else folder / "generation.json"
+    return {} if path is None or not path.is_file() else _read_json(path)
 
 
 def resolve_model(model: str | Path) -> ModelSource:
@@ -194,32 +252,36 @@ def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "
             f"{folder} is not a diffusers pipeline: it has no model_index.json; pass the pipeline's folder"
         )
     index = _read_json(index_path)
-    entry = index.get(_TRANSFORMER)
-    if not isinstance(entry, list) or len(entry) != 2 or not entry[1]:
+    classes = {component: class_name for component in TRANSFORMERS if (class_name := _class_in(index, component))}
+    if TRANSFORMERS[0] not in classes:
         raise InvalidInputError(
             f"{index_path}: {index.get('_class_name', 'this pipeline')} has no transformer; "
             "expected a text-to-video pipeline with a diffusion transformer"
         )
-    second = index.get(f"{_TRANSFORMER}_2")
-    if isinstance(second, list) and any(second):
-        raise InvalidInputError(
-            f"{index_path}: {index.get('_class_name', 'this pipeline')} has two transformers, which is not supported "
-            "yet: the second would stay in full precision"
-        )
-    config_path = folder / _TRANSFORMER / "config.json"
-    if not config_path.is_file():
-        raise InvalidInputError(f"{config_path} is missing; download or save the model again")
-    config = _read_json(config_path)
-    class_name = str(config.get("_class_name", entry[1]))
-    return ModelSource(name=name, kind=kind, folder=folder, transformer_class=class_name, transformer_config=config)
+    configs = {component: _component_config(folder, component, class_name) for component, class_name in classes.items()}
+    return ModelSource(name=name, kind=kind, folder=folder, transformer_configs=configs)
 
 
-def _stored_dtype(folder: Path) -> torch.dtype | None:
+def _class_in(index: Mapping[str, Any], component: str) -> str | None:
+    """The class of a component, which model_index.json has as [library, class]; None if the pipeline has none."""
+    entry = index.get(component)
+    return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
+
+
+def _component_config(folder: Path, component: str, class_name: str) -> dict[str, Any]:
+    path = folder / component / "config.json"
+    if not path.is_file():
+        raise InvalidInputError(f"{path} is missing; download or save the model again")
+    return {"_class_name": class_name, **_read_json(path)}
+
+
+def _stored_dtype(folder: Path, components: Sequence[str]) -> torch.dtype | None:
     counts: dict[torch.dtype, int] = {}
-    for name, tensor in read_folder_headers(folder / _TRANSFORMER).items():
-        dtype = _HEADER_DTYPES.get(tensor.dtype)
-        if dtype is not None and not name.endswith(".weight_scale"):
-            counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.shape)
+    for component in components:
+        for name, tensor in read_folder_headers(folder / component).items():
+            dtype = _HEADER_DTYPES.get(tensor.dtype)
+            if dtype is not None and not name.endswith(".weight_scale"):
+                counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.shape)
     return max(counts, key=lambda dtype: counts[dtype]) if counts else None
 
 

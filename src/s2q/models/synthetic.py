@@ -34,8 +34,7 @@ class BlockList:
         count: Blocks in it.
         argument: The argument of the class that says how many.
         inputs: How its blocks are called (`synthetic_blocks.BLOCK_INPUTS`).
-        sees: The tokens that its linears see.
-        text: Linears of a block that see text tokens instead.
+        sees: The tokens that its linears see, but for the family's text linears.
     """
 
     name: str
@@ -43,7 +42,6 @@ class BlockList:
     argument: str
     inputs: str
     sees: Literal["joint", "video"]
-    text: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +112,7 @@ class SyntheticModel:
         """
         if linear in self.family.modulation:
             return 1
-        if linear in block_list.text:
+        if linear in self.family.text_linears:
             return self.text_tokens
         return tokens + self.text_tokens if block_list.sees == "joint" else tokens
 
@@ -145,7 +143,6 @@ def synthetic_model(name: str) -> SyntheticModel:
             argument=one["count"],
             inputs=one["inputs"],
             sees=one["sees"],
-            text=tuple(one["text"]),
         )
         for one in entry.pop("blocks")
     )

@@ -1,6 +1,8 @@
-"""Wan 2.1 text to video, 1.3B and 14B: self-attention over the video, cross-attention to the text, no adaLN linears.
+"""Wan 2.1, 1.3B and 14B, and 2.2, 5B and A14B: self-attention over the video, cross-attention to the text.
 
-A block's modulation is a table of its own plus what one linear outside the blocks makes of the timestep.
+There are no adaLN linears: a block's modulation is a table of its own plus what one linear outside the blocks makes of
+the timestep. Image to video of 2.1 has keys and values of the image's tokens too in its cross-attention. A14B has two
+transformers of this class, which share the timesteps.
 """
 
 from s2q.models.family import Family
@@ -16,10 +18,12 @@ WAN = Family(
         ("attn1.to_out.0",),
         ("attn2.to_q",),
         ("attn2.to_k", "attn2.to_v"),
+        ("attn2.add_k_proj", "attn2.add_v_proj"),
         ("attn2.to_out.0",),
         ("ffn.net.0.proj",),
         ("ffn.net.2",),
     ),
+    text_linears=("attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj"),
     attention="attn1",
     streams=("hidden_states",),
     joint_order=("hidden_states",),

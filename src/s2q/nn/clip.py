@@ -8,6 +8,8 @@ output channel, activations one per linear input (per token scales, one ratio fo
 Shapes: `O` out features.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -37,10 +39,9 @@ class LearnableClip(nn.Module):
         self, shape: tuple[int, ...] = (), *, start: float = START, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        theta = torch.full(shape, start, dtype=torch.float32, device=device)
-        if not bool(theta.isfinite().all()):
+        if not math.isfinite(start):
             raise InvalidInputError(f"clip ratio: got a start of {start}; expected a finite number, usually {START}")
-        self.theta = nn.Parameter(theta)
+        self.theta = nn.Parameter(torch.full(shape, start, dtype=torch.float32, device=device))
 
     def forward(self) -> Tensor:
         """Return the ratios, fp32, of the shape given; differentiable."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize, fake_quantize_weight, token_scale, weight_scale
-from s2q.core.reuse import once, once_for
+from s2q.core.reuse import once, once_for, recomputed
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.nn.clip import START, LearnableClip
 
@@ -67,6 +67,7 @@ class StudentInput(nn.Module):
         low_rank_basis: Buffer [I, r], V, or None without a low-rank branch.
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
+        recomputes: Whether the backward pass computes the way to the quantized input again instead of keeping it.
 
     Args:
         scheme: See above.
@@ -94,6 +95,7 @@ class StudentInput(nn.Module):
         self.register_buffer("low_rank_basis", low_rank_basis, persistent=False)
         self.transform = transform
         self.clip = clip
+        self.recomputes = False
 
     def forward(self, x: Tensor) -> SplitInput:
         """Transform and fake-quantize; the linears of one call share the result within `parameters_held`.
@@ -101,7 +103,7 @@ class StudentInput(nn.Module):
         Args:
             x: [..., I], floating.
         """
-        return once_for(self, x, lambda: self._split(x))
+        return once_for(self, x, lambda: recomputed(self._split, x) if self.recomputes else self._split(x))
 
     def _split(self, x: Tensor) -> SplitInput:
         centred = x if self.shift is None else x - self.shift
@@ -128,6 +130,8 @@ class StudentLinear(nn.Module):
         bias: Buffer [O] or None; b + W m where the input is shifted.
         scheme: How weight and input are quantized.
         source: Transform and quantization of the input, shared by the linears that read it.
+        recomputes: Whether the backward pass computes the quantized weight again, which takes less memory than keeping
+            the way to it.
         weight_clip: Ratio of each output channel, or None for 1.
 
     Args:
@@ -159,6 +163,7 @@ class StudentLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scheme = scheme
         self.source = source
+        self.recomputes = False
         self.weight_clip = weight_clip
         self.register_buffer("weight", linear.weight.detach(), persistent=False)
         bias = None if linear.bias is None else linear.bias.detach()
@@ -226,7 +231,7 @@ class StudentLinear(nn.Module):
         Returns:
             [..., O], dtype of the input.
         """
-        weight = once(self, "weight", self._quantized_weight)
+        weight = once(self, "weight", self._weight)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         quantized, coefficients = self.source(input)
         output = F.linear(quantized, weight.to(input.dtype), bias)
@@ -234,6 +239,9 @@ class StudentLinear(nn.Module):
             return output
         branch = once(self, "low_rank_weight", lambda: self.low_rank_weight(dtype=torch.float32))
         return output + F.linear(coefficients, branch).to(output.dtype)
+
+    def _weight(self) -> Tensor:
+        return recomputed(self._quantized_weight) if self.recomputes else self._quantized_weight()
 
     def _quantized_weight(self) -> Tensor:
         weight = self.folded_weight(dtype=torch.float32)

@@ -1,9 +1,10 @@
 """One block with calibration: token importance, initial transforms, distillation, GPTQ, packing.
 
-Everything is computed in fp32 from the block's weights and the inputs that the teacher's stream gives it; the targets
-are what the fp32 copy of the block makes of these inputs. Modulation linears see one row a call, which depends on its
-timestep alone or nearly so: GPTQ rounds them with the rows of every timestep of the generation, not with those of the
-samples alone. They stand in the student as they will be in the checkpoint.
+Everything is computed from the block's weights and the inputs that the teacher's stream gives it, in fp32 unless the
+recipe asks for the model's own dtype; the targets are what a copy of the block in that dtype makes of these inputs.
+Modulation linears see one row a call, which depends on its timestep alone or nearly so: GPTQ rounds them with the rows
+of every timestep of the generation, not with those of the samples alone. They stand in the student as they will be in
+the checkpoint.
 
 Legend: `I/O` in/out features, `N_k` tokens of stream k.
 """
@@ -11,6 +12,7 @@ Legend: `I/O` in/out features, `N_k` tokens of stream k.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from s2q.core.errors import S2QError
 from s2q.core.layout import PREFIX
+from s2q.core.placement import moved
 from s2q.core.qparams import RoundedWeight
 from s2q.core.reuse import parameters_held
 from s2q.core.schemes import LinearScheme
@@ -31,6 +34,7 @@ from s2q.distillation import (
     DistillationOptions,
     block_loss,
     capture_column_sums,
+    checkpointed,
     distil,
     split_weights,
     token_weights,
@@ -63,6 +67,7 @@ class BlockCalibration:
         family: Family of the model.
         seed: Seed of the run; the block's own is derived from it and the index.
         progress: Called after each unit of work: an epoch, or what takes about as long.
+        checkpointed: Whether a step of distillation computes parts of the block again to hold less.
     """
 
     stream: TeacherStream
@@ -70,6 +75,7 @@ class BlockCalibration:
     family: Family
     seed: int
     progress: Callable[[], None] = lambda: None
+    checkpointed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +97,21 @@ class CalibratedBlock:
 
 
 class _Samples:
-    """The samples of a block: inputs from the stream, targets and weights from a store; fp32, on the device."""
+    """The samples of a block: inputs from the stream, targets and weights from a store; on the device."""
 
-    def __init__(self, stream: TeacherStream, targets: TensorStore, streams: Sequence[str], device: str) -> None:
-        self.stream, self.targets, self.streams, self.device = stream, targets, streams, device
+    def __init__(
+        self, stream: TeacherStream, targets: TensorStore, streams: Sequence[str], cast: Callable[[Any], Any]
+    ) -> None:
+        self.stream, self.targets, self.streams, self.cast = stream, targets, streams, cast
 
     def __len__(self) -> int:
         return len(self.stream)
 
     def inputs(self, index: int) -> dict[str, Any]:
-        return {name: _wide(value, self.device) for name, value in self.stream.inputs(index).items()}
+        return {name: self.cast(value) for name, value in self.stream.inputs(index).items()}
 
     def __getitem__(self, index: int) -> BlockSample:
-        stored = {name: value.to(self.device) for name, value in self.targets.get(index).items()}
+        stored = moved(self.targets.get(index), self.stream.device)
         weights = tuple(stored[f"weights.{name}"] for name in self.streams) if len(stored) > len(self.streams) else None
         return BlockSample(
             inputs=self.inputs(index), outputs=tuple(stored[name] for name in self.streams), weights=weights
@@ -136,11 +144,15 @@ def calibrate_block(
         InvalidInputError: If the activations hold NaN or infinite values.
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
     """
-    teacher = copy.deepcopy(block).float().to(device).requires_grad_(False).eval()
+    teacher = copy.deepcopy(block).to(device).requires_grad_(False).eval()
+    wide = recipe.calibration.precision == "float32"
+    cast = functools.partial(moved, device=device, dtype=torch.float32 if wide else None)
+    if wide:
+        teacher = teacher.float()
     calibration.stream.advance(calibration.index)
     groups = _groups(linears, calibration.family)
-    targets = TensorStore(calibration.stream.folder, "targets", budget=calibration.stream.budget)
-    samples = _Samples(calibration.stream, targets, calibration.family.streams, device)
+    targets = calibration.stream.store("targets")
+    samples = _Samples(calibration.stream, targets, calibration.family.streams, cast)
     try:
         statistics = _run_teacher(teacher, samples, groups, recipe=recipe, calibration=calibration)
         calibration.progress()
@@ -179,7 +191,7 @@ class _Stage:
         modulation = {name: layer for name, layer in nearest.items() if name not in grouped}
         reports: dict[str, dict[str, Any]] = {}
         if self.recipe.modulation is not None and self.recipe.modulation.rounding == GPTQ:
-            modulation, reports = self._round_modulation(list(modulation), calibration.stream)
+            modulation, reports = self._round_modulation(list(modulation), samples)
         student = self._copy(modulation)
         seed = derive_seed(calibration.seed, "block", calibration.index)
         for group in groups:
@@ -188,9 +200,10 @@ class _Stage:
         report = None
         if self.recipe.distillation is not None:
             options = DistillationOptions(**self.recipe.distillation.model_dump())
-            report = distil(
-                student, samples, options=options, seed=derive_seed(seed, "order"), epoch_done=calibration.progress
-            )
+            with checkpointed(student) if calibration.checkpointed else nullcontext():
+                report = distil(
+                    student, samples, options=options, seed=derive_seed(seed, "order"), epoch_done=calibration.progress
+                )
             loss["distilled"] = report.loss
         student.requires_grad_(False)
         packed, rounding = self._round(student, samples, groups)
@@ -278,7 +291,7 @@ class _Stage:
             rotation = ROTATIONS[settings.rotation](in_features, seed=seed)
         if settings.scale == "none":
             return rotation
-        largest = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
+        largest = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
         s = smooth_scale(amax.cpu(), largest.cpu(), alpha=settings.alpha)
         scale = SmoothScale(s, learnable=settings.learn_scale)
         return scale if rotation is None else Compose(scale, rotation)
@@ -311,12 +324,11 @@ class _Stage:
 
     @torch.no_grad()
     def _round_modulation(
-        self, names: Sequence[str], stream: TeacherStream
+        self, names: Sequence[str], samples: _Samples
     ) -> tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]:
         hessians: dict[str, HessianAccumulator] = {}
         if names:
-            device = str(self.teacher.get_submodule(names[0]).weight.device)
-            calls = (_wide(inputs, device) for inputs in stream.timestep_inputs())
+            calls = (samples.cast(inputs) for inputs in samples.stream.timestep_inputs())
             hessians = self._hessians(calls, dict.fromkeys(names, _as_it_is))
         packed: dict[str, PackedLinear] = {}
         reports: dict[str, dict[str, Any]] = {}
@@ -460,13 +472,3 @@ def _stored_branch(layer: StudentLinear) -> dict[str, Tensor]:
     if layer.source.low_rank_basis is None:
         return {}
     return {"low_rank_weight": layer.low_rank_weight().to(PACKED_DTYPES["low_rank_weight"])}
-
-
-def _wide(value: Any, device: str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=torch.float32 if value.is_floating_point() else None)
-    if isinstance(value, tuple | list):
-        return type(value)(_wide(one, device) for one in value)
-    if isinstance(value, dict):
-        return {key: _wide(one, device) for key, one in value.items()}
-    return value

@@ -1,8 +1,9 @@
-"""Collecting and selecting: the denoising steps of a few prompts, scored, and those that blocks are calibrated on.
+"""Collecting: the denoising steps of a few prompts, scored.
 
 For each prompt the full-precision pipeline runs once; kept are the latent before each step and the last one, the
-timesteps, and what else the transformer was given (text embedding of both guidance branches, rotary tables): a function
-of model, prompt and seed, stored under its fingerprint, so that a killed run does not generate again.
+timesteps, which transformer was called, and what else it was given (text embedding of both guidance branches, rotary
+tables): a function of model, prompt and seed, stored under its fingerprint, so that a killed run does not generate
+again.
 
 Legend: `R` guidance branches, `f` latent frames, `C` latent channels, `h`, `w` latent height and width.
 """
@@ -10,10 +11,7 @@ Legend: `R` guidance branches, `f` latent frames, `C` latent channels, `h`, `w` 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.calibration import (
-    SELECTIONS,
+    Candidate,
     CandidatePool,
     GenerationSettings,
     Trajectory,
@@ -29,18 +27,21 @@ from s2q.calibration import (
     record_trajectory,
     resolve_settings,
     score_trajectory,
+    steps_of_transformers,
+    takes_prompts_alone,
 )
+from s2q.core.components import full_name, transformers_of
 from s2q.core.errors import InvalidInputError
 from s2q.core.files import canonical_json
+from s2q.core.placement import on_device
 from s2q.core.seeds import derive_seed
-from s2q.models import family_of
+from s2q.models.source import recommended_generation
 from s2q.quantization.run_folder import Artefact, RunFolder
 from s2q.quantization.teacher import Teacher
 from s2q.recipes.schema import CalibrationGroup
 from s2q.shapes import embedded
 
-SCHEMA_VERSION = 1
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,25 +142,25 @@ def prepare(
         InvalidInputError: If the pipeline needs more than prompts, a prompt is too long or empty, or more samples are
             asked for than there are candidates.
     """
-    expected, found = family_of(teacher.transformer).pipeline_class, type(teacher.pipe).__name__
-    if found != expected:
+    if not takes_prompts_alone(teacher.pipe):
+        expected, found = teacher.family.pipeline_class, type(teacher.pipe).__name__
         raise InvalidInputError(
             f"{found}: calibration generates from prompts alone, with {expected}; take a recipe that does not "
             f"calibrate, or save the transformer in a {expected}"
         )
     check_prompts(teacher.pipe, prompts)
     requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
-    settings = resolve_settings(teacher.pipe, requested=requested, defaults=_recommended(teacher))
-    candidates = len(prompts) * settings.num_inference_steps
-    if group.samples > candidates:
-        raise InvalidInputError(
-            f"calibration.samples={group.samples}, but {len(prompts)} prompts with {settings.num_inference_steps} "
-            f"steps are only {candidates} candidates; ask for fewer samples, or give more prompts"
-        )
+    settings = resolve_settings(teacher.pipe, requested=requested, defaults=recommended_generation(teacher.folder))
+    _check_candidates(teacher, group, prompts=len(prompts), steps=settings.num_inference_steps)
     digest = hashlib.sha256(canonical_json({"version": _VERSION, **inputs}).encode())
-    digest.update(canonical_json(_plain(dict(teacher.pipe.scheduler.config))).encode())
-    for part in (teacher.pipe.text_encoder, teacher.transformer):
+    own = {key: value for key, value in teacher.pipe.config.items() if not key.startswith("_")}
+    switches = {key: value for key, value in own.items() if key not in teacher.pipe.components}
+    digest.update(canonical_json(_plain(switches)).encode())
+    for part in _parts(teacher.pipe, "scheduler", "guider"):
+        digest.update(canonical_json(_plain(dict(part.config))).encode())
+    for part in (*_parts(teacher.pipe, "text_encoder", "text_encoder_2"), *transformers_of(teacher.pipe).values()):
         _hash_module(digest, part)
+        teacher.set_aside(part)
     return CalibrationInputs(prompts=tuple(prompts), settings=settings, fingerprint=digest.hexdigest(), seed=seed)
 
 
@@ -170,7 +171,7 @@ def collect(
     *,
     device: str,
     progress: Callable[[int, int], None],
-) -> CandidatePool:
+) -> dict[str, CandidatePool]:
     """Generate what is not there yet and score every step.
 
     Args:
@@ -181,100 +182,41 @@ def collect(
         progress: Called with the steps done and those in all.
 
     Returns:
-        The pool.
+        For each transformer that is quantized, by component, the steps in which it was called.
 
     Raises:
         S2QError: If the model generates NaN.
     """
     steps = inputs.settings.num_inference_steps
     total, done = steps * len(inputs.prompts), 0
-    channel_dim = family_of(teacher.transformer).latent_channel_dim
-    candidates = []
+    channel_dim = teacher.family.latent_channel_dim
+    found: dict[str, list[Candidate]] = {one.component: [] for one in teacher.transformers}
     progress(0, total)
     for index, prompt in enumerate(inputs.prompts):
         key, fingerprint = inputs.key(index), inputs.prompt_fingerprint(index)
         if not folder.has(key, fingerprint):
             counter = _Counter(done, total, progress)
-            with _on(teacher.pipe, device) as pipe:
+            with on_device(teacher.modules, device, set_aside=teacher.mapped):
                 trajectory = record_trajectory(
-                    pipe,
+                    teacher.pipe,
                     [prompt],
                     seeds=[derive_seed(inputs.seed, "prompt", index)],
                     settings=inputs.settings,
                     step_done=counter,
                 )
-            folder.save(key, fingerprint, _to_artefact(trajectory))
+            folder.save(key, fingerprint, _to_artefact(trajectory, channel_dim=channel_dim))
         artefact = folder.load(key)
         latents = list(artefact.tensors["latents"].unbind(0))
         timesteps = artefact.tensors["timesteps"].tolist()
-        candidates += score_trajectory(latents, timesteps, prompt=index, channel_dim=channel_dim)
+        scored = score_trajectory(latents, timesteps, prompt=index, channel_dim=channel_dim)
+        for component, candidates in found.items():
+            called = zip(scored, artefact.stats["transformers"], strict=True)
+            candidates += [candidate for candidate, transformer in called if transformer == component]
         done += steps
         progress(done, total)
-    return CandidatePool(candidates=tuple(candidates))
-
-
-def select(
-    pool: CandidatePool, inputs: CalibrationInputs, group: CalibrationGroup, *, branches: int
-) -> tuple[list[CalibrationCall], dict[str, Any]]:
-    """Take samples from the pool.
-
-    Args:
-        pool: The candidates.
-        inputs: What they were collected from.
-        group: The recipe's part.
-        branches: Guidance branches of a call.
-
-    Returns:
-        The calls, and the record for selection.json: every candidate with its scores and whether it was taken.
-    """
-    chosen = SELECTIONS[group.selection](pool, group.samples, derive_seed(inputs.seed, "selection"))
-    calls = []
-    for position, index in enumerate(chosen):
-        one = pool.candidates[index]
-        rows = {
-            "alternate": [(branches - 1 - position) % branches],
-            "conditional": [branches - 1],
-            "both": list(range(branches)),
-        }[group.branches]
-        calls += [CalibrationCall(prompt=one.prompt, step=one.step, branch=row) for row in rows]
-    taken = set(chosen)
-    scores = zip(pool.diffusion_salience, pool.quantization_salience, pool.salience, strict=True)
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "selection": group.selection,
-        "branches": group.branches,
-        "prompts": list(inputs.prompts),
-        "seed": inputs.seed,
-        "settings": inputs.settings.to_dict(),
-        "samples": len(chosen),
-        "candidates": [
-            {
-                "prompt": one.prompt,
-                "step": one.step,
-                "timestep": one.timestep,
-                "diffusion": one.diffusion,
-                "quantization": one.quantization,
-                "diffusion_salience": diffusion,
-                "quantization_salience": quantization,
-                "salience": salience,
-                "selected": index in taken,
-            }
-            for index, (one, (diffusion, quantization, salience)) in enumerate(
-                zip(pool.candidates, scores, strict=True)
-            )
-        ],
-    }
-    return calls, record
-
-
-def every_timestep(inputs: CalibrationInputs) -> list[CalibrationCall]:
-    """Return one conditional call for each timestep of the generation, of one prompt after another.
-
-    Args:
-        inputs: What the candidates were collected from.
-    """
-    steps, prompts = inputs.settings.num_inference_steps, len(inputs.prompts)
-    return [CalibrationCall(prompt=step % prompts, step=step, branch=-1) for step in range(steps)]
+    for part in teacher.parts:
+        teacher.set_aside(part)
+    return {component: CandidatePool(candidates=tuple(candidates)) for component, candidates in found.items()}
 
 
 def call_inputs(artefact: Artefact, call: CalibrationCall) -> dict[str, Any]:
@@ -313,58 +255,6 @@ def branches_of(folder: RunFolder, inputs: CalibrationInputs) -> int:
     return int(folder.stats(inputs.key(0))["branches"])
 
 
-def selection_plot(record: Mapping[str, Any]) -> bytes:
-    """Draw the three scores over prompts × timesteps, the chosen candidates marked.
-
-    Args:
-        record: See `select`.
-
-    Returns:
-        A PNG.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = len(record["prompts"])
-    columns = 1 + max(one["step"] for one in record["candidates"])
-    figure = Figure(figsize=(min(16.0, 3 + 0.2 * columns), 1.5 + 3 * (0.6 + 0.16 * rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    titles = {
-        "diffusion_salience": "diffusion salience",
-        "quantization_salience": "quantization salience",
-        "salience": "their product",
-    }
-    axes = figure.subplots(len(titles), 1, squeeze=False, sharex=True)[:, 0]
-    chosen = [(one["step"], one["prompt"]) for one in record["candidates"] if one["selected"]]
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        grid = torch.full((rows, columns), float("nan"))
-        for one in record["candidates"]:
-            grid[one["prompt"], one["step"]] = one[key]
-        image = axis.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1)
-        axis.scatter(*zip(*chosen, strict=True), s=14, facecolors="none", edgecolors="red", linewidths=1)
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.set_ylabel("prompt", fontsize=8)
-        figure.colorbar(image, ax=axis)
-    axes[-1].set_xlabel("denoising step, from noise to video (red: taken)", fontsize=8)
-    figure.suptitle(f"selection {record['selection']}: {record['samples']} samples", fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-@contextmanager
-def _on(pipe: Any, device: str) -> Iterator[Any]:
-    """Have a pipeline on a device for a while."""
-    before = pipe.device
-    if before.type == torch.device(device).type:
-        yield pipe
-        return
-    try:
-        yield pipe.to(device)
-    finally:
-        pipe.to(before)
-
-
 class _Counter:
     def __init__(self, done: int, total: int, progress: Callable[[int, int], None]) -> None:
         self.done, self.total, self.progress = done, total, progress
@@ -374,19 +264,34 @@ class _Counter:
         self.progress(self.done, self.total)
 
 
-def _recommended(teacher: Teacher) -> dict[str, Any]:
-    """How the makers of a model generate: generation.json beside it, which the embedded models have."""
-    path = None if teacher.folder is None else teacher.folder / "generation.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.is_file() else {}
+def _check_candidates(teacher: Teacher, group: CalibrationGroup, *, prompts: int, steps: int) -> None:
+    """Refuse a number of samples that a transformer does not have candidates for."""
+    shared = steps_of_transformers(teacher.pipe, steps)
+    for one in teacher.transformers:
+        own = shared[one.component]
+        if not own:
+            skipped = full_name(one.component, one.family.block_lists[0])
+            raise InvalidInputError(
+                f"calibration: {one.component} is called in none of the {steps} steps (boundary_ratio="
+                f"{teacher.pipe.config.boundary_ratio}); leave it as it is with skip=['{skipped}.*'], take more steps, "
+                "or a recipe that does not calibrate"
+            )
+        if group.samples > prompts * own:
+            of = f" of {one.component}" if len(shared) > 1 else ""
+            raise InvalidInputError(
+                f"calibration.samples={group.samples}, but {prompts} prompts with {own} steps{of} are only "
+                f"{prompts * own} candidates; ask for fewer samples, or give more prompts"
+            )
 
 
-def _to_artefact(trajectory: Trajectory) -> Artefact:
+def _to_artefact(trajectory: Trajectory, *, channel_dim: int) -> Artefact:
     calls = trajectory.calls
     branches = trajectory.branches(calls[0])
     inputs = torch.stack([call.inputs["hidden_states"][-1] for call in calls])
+    latents = inputs.narrow(1 + channel_dim, 0, trajectory.latents.shape[1 + channel_dim])
     tensors = {
         "inputs": inputs,
-        "latents": torch.cat([inputs.float(), trajectory.latents]),
+        "latents": torch.cat([latents.float(), trajectory.latents]),
         "timesteps": torch.tensor([call.timestep for call in calls], dtype=torch.float64),
     }
     arguments: dict[str, Any] = {}
@@ -402,7 +307,9 @@ def _to_artefact(trajectory: Trajectory) -> Artefact:
             arguments[name], tensors[f"arguments.{name}"] = kind, stored
         else:
             arguments[name], plain[name] = "plain", value
-    return Artefact(tensors=tensors, stats={"branches": branches, "arguments": arguments, "plain": plain})
+    transformers = [call.transformer for call in calls]
+    stats = {"branches": branches, "transformers": transformers, "arguments": arguments, "plain": plain}
+    return Artefact(tensors=tensors, stats=stats)
 
 
 def _stored(name: str, values: Sequence[Tensor], branches: int) -> tuple[str, Tensor]:
@@ -414,6 +321,11 @@ def _stored(name: str, values: Sequence[Tensor], branches: int) -> tuple[str, Te
     if not fixed:
         raise InvalidInputError(f"calibration: argument {name} changes from step to step and has no row for a sample")
     return "shared", first.clone()
+
+
+def _parts(pipe: Any, *names: str) -> list[Any]:
+    """Those components of a pipeline that it has."""
+    return [part for part in (getattr(pipe, name, None) for name in names) if part is not None]
 
 
 def _hash_module(digest: Any, module: nn.Module) -> None:

@@ -21,7 +21,7 @@ class BlockReport:
     """What the run did to one block.
 
     Attributes:
-        index: Index of the block, over all block lists.
+        index: Index of the block, over all block lists and transformers.
         name: Full name of the block.
         weight_relative_error: ‖Ŵ − W‖² / ‖W‖² over the block's quantized weights; 0 if it has none.
         layers: The same for each of its quantized linears, by full name.
@@ -59,9 +59,11 @@ class QuantizationReport:
         device: Device of the run.
         dtype: Compute dtype of the model.
         n_prompts: Number of calibration prompts given; those that were used, for recipes that calibrate.
-        selection: Which samples were taken and of how many candidates; None for recipes that do not calibrate. Every
-            candidate with its scores is in s2q/selection.json.
-        storage: Bytes of the whole transformer, as in the plan: `full_precision_bytes`, `quantized_bytes`, `ratio`.
+        selection: Which samples were taken and of how many candidates, for both transformers where there are two; None
+            for recipes that do not calibrate. Every candidate with its scores is in s2q/selection.json, those of a
+            second transformer in s2q/transformer_2.selection.json.
+        storage: Bytes of the whole transformer, of both where there are two, as in the plan: `full_precision_bytes`,
+            `quantized_bytes`, `ratio`.
         layers: Every block linear as in the plan: name, shape, scheme, bytes.
         blocks: What was done to each block.
         stages: Seconds and peak memory of each stage, in order.

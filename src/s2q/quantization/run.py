@@ -8,9 +8,7 @@ therefore goes on where it was, with a bit-identical result. The output appears 
 from __future__ import annotations
 
 import contextlib
-import copy
 import errno
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,33 +19,33 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 import torch
 from safetensors import SafetensorError
 
-from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, S2QConfig, attach_config, save_checkpoint
+from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, save_checkpoint
+from s2q.core.components import full_name, transformers_of
 from s2q.core.devices import check_device
 from s2q.core.errors import ResourceError, UsageError, unknown_name
-from s2q.core.files import canonical_json, check_output
-from s2q.models import OUTSIDE, ModelSource, family_of, resolve_model
-from s2q.models.source import dtype_name
-from s2q.nn import replace_module
-from s2q.planning import Plan, plan, plan_transformer, tensor_sizes
-from s2q.quantization.blocks import block_fingerprint, from_artefact, quantize_block, round_block, to_artefact
-from s2q.quantization.calibrated import BlockCalibration
-from s2q.quantization.collect import (
-    CalibrationCall,
-    CalibrationInputs,
-    branches_of,
-    calibration_prompts,
-    call_inputs,
-    collect,
-    every_timestep,
-    prepare,
-    select,
-    selection_plot,
+from s2q.core.files import check_output
+from s2q.core.storage import parse_bytes
+from s2q.models import ModelSource, resolve_model
+from s2q.models.source import dtype_name, recommended_generation
+from s2q.planning import (
+    Machine,
+    Plan,
+    check_memory,
+    plan,
+    plan_transformers,
+    tensor_sizes,
+    this_machine,
+    workload_of,
 )
+from s2q.quantization.assemble import assemble
+from s2q.quantization.blocks import block_fingerprint, quantize_block, to_artefact
+from s2q.quantization.calibrated import BlockCalibration
+from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
 from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
 from s2q.quantization.run_folder import RunFolder, open_run_folder
-from s2q.quantization.stream import TeacherStream
-from s2q.quantization.teacher import Teacher, load_teacher
-from s2q.recipes import Recipe, assign_layouts, load_recipe
+from s2q.quantization.select import Selected, calibration_stream, select
+from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
+from s2q.recipes import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -72,6 +70,7 @@ class QuantizeOptions(TypedDict, total=False):
     overrides: Sequence[str]
     dry_run: bool
     max_shard_size: str
+    memory_budget: int | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +83,7 @@ class _Settings:
     overrides: Sequence[str] = ()
     dry_run: bool = False
     max_shard_size: str = "10GB"
+    memory_budget: int | str | None = None
 
 
 def quantize(
@@ -106,7 +106,8 @@ def quantize(
         progress: Called as the run goes on.
         **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `resume` (True), `overwrite` (False), `overrides`
             (changes to the recipe, "key=value" each), `dry_run` (False; True returns the plan and computes nothing),
-            `max_shard_size` ("10GB").
+            `max_shard_size` ("10GB"), `memory_budget` (host memory for the activations of calibration, "16GB"; what
+            does not fit lies on the disk, in the run folder; None takes half of the machine's memory, at most 16 GB).
 
     Returns:
         The report, or the plan of a dry run.
@@ -120,28 +121,34 @@ def quantize(
     settings = _settings(options)
     validated = load_recipe(recipe, overrides=settings.overrides)
     source = resolve_model(model) if isinstance(model, str | Path) else None
-    # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
-    planned = None if source is None else plan(source, validated, dtype=settings.dtype)
     check_device(settings.device)
+    machine = _machine(settings)
+    # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
+    planned = None if source is None else plan(source, validated, dtype=settings.dtype, machine=machine)
     target = None if out is None else Path(out).expanduser()
     if target is not None:
         check_output(target, overwrite=settings.overwrite, markers=OVERWRITABLE)
     if validated.calibrates and source is not None:  # clear errors before the weights are read
         calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
     if settings.dry_run:
-        return planned or _plan_loaded(load_teacher(model, validated, dtype=settings.dtype), validated)
+        return planned or _plan_loaded(load_teacher(model, validated, dtype=settings.dtype), validated, machine)
+    if planned is not None:
+        check_memory(planned)
     if target is None:
         raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
     with _resource_errors(target, settings.device), open_run_folder(target) as folder:
-        run = _Run(folder, target, settings, progress)
+        run = _Run(folder, target, settings, progress, machine=machine)
         return run.carry_out(source or model, validated, prompts)
 
 
 class _Run:
     """One run: its folder, its clock, and the stages in order."""
 
-    def __init__(self, folder: RunFolder, out: Path, settings: _Settings, progress: Progress | None) -> None:
+    def __init__(
+        self, folder: RunFolder, out: Path, settings: _Settings, progress: Progress | None, *, machine: Machine
+    ) -> None:
         self.folder = folder
+        self.machine = machine
         self.out = out
         self.settings = settings
         self.progress = progress or (lambda stage, done, total: None)
@@ -156,13 +163,14 @@ class _Run:
         self.progress("load", 0, 1)
         teacher = self._timed("load", lambda: load_teacher(model, recipe, dtype=self.settings.dtype))
         self.progress("load", 1, 1)
-        planned = _plan_loaded(teacher, recipe)
+        planned = _plan_loaded(teacher, recipe, self.machine)
+        check_memory(planned)
         self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed)
         selection = None
         if recipe.calibrates:
             selection = self._calibration(teacher, recipe, prompts)
         n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
-        blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe, selection))
+        blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe, planned, selection))
         student = self._timed("assemble", lambda: self._assemble(teacher, recipe, planned))
         report = self._report(teacher, planned, blocks, n_prompts=n_prompts, selection=selection)
         self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
@@ -187,7 +195,7 @@ class _Run:
         logger.info("%s: %d bytes, %.2f times smaller", self.out, storage["quantized_bytes"], storage["ratio"])
         return report
 
-    def _calibration(self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None) -> _Selected:
+    def _calibration(self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None) -> Selected:
         """Collect candidates and select samples."""
         group = recipe.calibration
         used = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
@@ -195,7 +203,7 @@ class _Run:
             logger.info("calibrating on the first %d of %d prompts", len(used), len(prompts))
         described = {"device": torch.device(self.settings.device).type, "versions": package_versions()}
         inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described)
-        pool = self._timed(
+        pools = self._timed(
             "collect",
             lambda: collect(
                 teacher,
@@ -205,63 +213,66 @@ class _Run:
                 progress=lambda done, total: self.progress("collect", done, total),
             ),
         )
-        self.folder.log("collect", candidates=len(pool), prompts=len(inputs.prompts))
+        self.folder.log("collect", candidates=sum(map(len, pools.values())), prompts=len(inputs.prompts))
         self.progress("select", 0, 1)
         branches = branches_of(self.folder, inputs)
-        calls, record = self._timed("select", lambda: select(pool, inputs, group, branches=branches))
-        self.folder.log("select", selection=group.selection, samples=len(calls))
+        selected = self._timed("select", lambda: select(pools, inputs, group, branches=branches))
+        self.folder.log("select", selection=group.selection, samples=selected.count)
         self.progress("select", 1, 1)
-        return _Selected(inputs=inputs, calls=tuple(calls), record=record)
+        return selected
 
-    def _stream(self, teacher: Teacher, selected: _Selected) -> TeacherStream:
-        def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
-            return lambda: call_inputs(self.folder.load(selected.inputs.key(call.prompt)), call)
-
-        return TeacherStream(
-            teacher.transformer,
-            teacher.block_names,
-            calls=[builder(call) for call in selected.calls],
-            names=[call.name for call in selected.calls],
-            timesteps=[builder(call) for call in every_timestep(selected.inputs)],
-            streams=family_of(teacher.transformer).streams,
-            folder=self.folder.path,
-            device=self.settings.device,
-        )
-
-    def _blocks(self, teacher: Teacher, recipe: Recipe, selected: _Selected | None) -> list[BlockReport]:
-        total = len(teacher.block_names)
+    def _blocks(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected | None) -> list[BlockReport]:
+        """Go through the blocks of one transformer after the other."""
+        total, cost = teacher.block_count, planned.calibration
         units = 1 if selected is None else 2 + (recipe.distillation.epochs if recipe.distillation else 0)
-        stream = None if selected is None else self._stream(teacher, selected)
-        reports = []
-        for index in range(total):
-            ticker = _Ticker(self.progress, index * units, total * units)
-            calibration = None
-            if stream is not None:
-                family = family_of(teacher.transformer)
-                calibration = BlockCalibration(
-                    stream=stream, index=index, family=family, seed=self.settings.seed, progress=ticker
+        reports: list[BlockReport] = []
+        for one in teacher.transformers:
+            stream = None
+            if selected is not None:
+                assert cost is not None
+                stream = calibration_stream(
+                    teacher, one, selected, self.folder, machine=self.machine, step_bytes=cost.step_bytes
                 )
-            reports.append(self._block(teacher, recipe, index, calibration=calibration, selected=selected))
+            for index in range(len(one.block_names)):
+                ticker = _Ticker(self.progress, len(reports) * units, total * units)
+                calibration = None
+                if stream is not None:
+                    calibration = BlockCalibration(
+                        stream=stream,
+                        index=index,
+                        family=one.family,
+                        seed=self.settings.seed,
+                        progress=ticker,
+                        checkpointed=cost is not None and cost.gradient_checkpointing,
+                    )
+                samples = None if selected is None else selected.fingerprint(one.component)
+                report = self._block(
+                    one, recipe, index, position=len(reports), calibration=calibration, samples=samples
+                )
+                teacher.set_aside(one.module.get_submodule(one.block_names[index]))
+                _log_block(report, total=total)
+                reports.append(report)
+            if stream is not None:
+                stream.close()
         self.progress("blocks", total * units, total * units)
-        if stream is not None:
-            stream.close()
         return reports
 
     def _block(
         self,
-        teacher: Teacher,
+        one: TeacherTransformer,
         recipe: Recipe,
         index: int,
         *,
+        position: int,
         calibration: BlockCalibration | None,
-        selected: _Selected | None,
+        samples: str | None,
     ) -> BlockReport:
         """Compute a block, or take it over from an interrupted run."""
         started = time.perf_counter()
-        name, key = teacher.block_names[index], _artefact_name(index)
-        block = teacher.transformer.get_submodule(name)
-        linears = {one.name.removeprefix(f"{name}."): one.name for one in teacher.quantized_linears(index)}
-        schemes = {full: teacher.schemes[full] for full in linears.values()}
+        name, key = full_name(one.component, one.block_names[index]), one.artefact_name(index)
+        block = one.module.get_submodule(one.block_names[index])
+        linears = one.inner_names(index)
+        schemes = {full: one.schemes[full] for full in linears.values()}
         fingerprint = block_fingerprint(
             block,
             schemes,
@@ -269,7 +280,7 @@ class _Run:
             seed=self.settings.seed,
             device=torch.device(self.settings.device).type,
             versions=package_versions(),
-            samples=None if selected is None else selected.fingerprint,
+            samples=samples,
         )
         resumed = self.folder.has(key, fingerprint)
         if not resumed:
@@ -287,34 +298,16 @@ class _Run:
                 peak_memory_bytes=peak_memory_bytes(self.settings.device),
             )
             self.folder.save(key, fingerprint, artefact)
-        report = BlockReport(index=index, name=name, resumed=resumed, **self.folder.stats(key))
+        report = BlockReport(index=position, name=name, resumed=resumed, **self.folder.stats(key))
         self.folder.log("block", **asdict(report))
-        _log_block(report, total=len(teacher.block_names), linears=len(linears))
         return report
 
     def _assemble(self, teacher: Teacher, recipe: Recipe, planned: Plan) -> DiffusionPipeline:
-        """Make a pipeline that shares everything with the teacher's but the packed linears."""
         self.progress("assemble", 0, 1)
-        shared = [*teacher.transformer.parameters(), *teacher.transformer.buffers()]
-        student = copy.deepcopy(teacher.transformer, {id(tensor): tensor for tensor in shared})
-        layouts = assign_layouts(recipe, teacher.linears, teacher.schemes)
-        for index in range(len(teacher.block_names)):
-            artefact = self.folder.load(_artefact_name(index))
-            layers = from_artefact(artefact, teacher.quantized_linears(index), teacher.schemes, layouts=layouts)
-            for name, layer in layers.items():
-                replace_module(student, name, layer)
-        outer = {one.name: one.name for one in teacher.quantized_linears(OUTSIDE)}
-        for name, layer in round_block(teacher.transformer, outer, schemes=teacher.schemes, method="rtn").items():
-            replace_module(student, name, layer)
-        config = S2QConfig.from_schemes(
-            teacher.schemes, recipe=recipe.name, compute_dtype=dtype_name(teacher.dtype), layouts=layouts
-        )
-        attach_config(student, config)
-        packed = sum(tensor_sizes(student).values())
+        student = assemble(teacher, recipe, self.folder)
+        packed = sum(tensor_sizes(transformers_of(student)).values())
         assert packed == planned.storage["quantized_bytes"], (packed, planned.storage)
-        pipe = copy.copy(teacher.pipe)
-        pipe.register_modules(transformer=student)
-        return pipe
+        return student
 
     def _report(
         self,
@@ -323,7 +316,7 @@ class _Run:
         blocks: Sequence[BlockReport],
         *,
         n_prompts: int,
-        selection: _Selected | None,
+        selection: Selected | None,
     ) -> QuantizationReport:
         return QuantizationReport(
             schema_version=SCHEMA_VERSION,
@@ -352,39 +345,6 @@ class _Run:
         return result
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Selected:
-    """What blocks are calibrated on."""
-
-    inputs: CalibrationInputs
-    calls: tuple[CalibrationCall, ...]
-    record: Mapping[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what blocks are calibrated on: the candidates of all prompts, and which were taken."""
-        prompts = [self.inputs.prompt_fingerprint(prompt) for prompt in range(len(self.inputs.prompts))]
-        content = {"prompts": prompts, "calls": [asdict(call) for call in self.calls]}
-        return hashlib.sha256(canonical_json(content).encode()).hexdigest()
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """The files of s2q/ that show the selection."""
-        return {
-            "selection.json": canonical_json(dict(self.record)).encode(),
-            "selection.png": selection_plot(self.record),
-        }
-
-    def summary(self) -> dict[str, Any]:
-        """What the report says."""
-        keys = ("selection", "branches", "samples", "settings")
-        steps = [f"{call.prompt}/{call.step}/{call.branch}" for call in self.calls]
-        return {key: self.record[key] for key in keys} | {
-            "candidates": len(self.record["candidates"]),
-            "calls": steps,
-        }
-
-
 class _Ticker:
     """Reports the units of a block as they are done."""
 
@@ -397,7 +357,7 @@ class _Ticker:
         self.progress("blocks", self.done, self.total)
 
 
-def _log_block(report: BlockReport, *, total: int, linears: int) -> None:
+def _log_block(report: BlockReport, *, total: int) -> None:
     loss = ""
     if report.loss:
         loss = f"loss {report.loss['rtn']:.4g} (rounding) → {report.loss['final']:.4g}, "
@@ -405,7 +365,7 @@ def _log_block(report: BlockReport, *, total: int, linears: int) -> None:
         "block %d/%d: %d linears, %sweight error %.3g, %.1f s, peak %.0f MiB%s",
         report.index + 1,
         total,
-        linears,
+        len(report.layers),
         loss,
         report.weight_relative_error,
         report.seconds,
@@ -422,9 +382,32 @@ def _settings(options: QuantizeOptions) -> _Settings:
     return _Settings(**options)
 
 
-def _plan_loaded(teacher: Teacher, recipe: Recipe) -> Plan:
-    sizes = tensor_sizes(teacher.transformer)
-    return plan_transformer(teacher.transformer, recipe, model=teacher.name, sizes=sizes, dtype=teacher.dtype)
+def _machine(settings: _Settings) -> Machine:
+    budget = settings.memory_budget
+    return this_machine(
+        settings.device, memory_budget=None if budget is None else parse_bytes(budget, option="memory_budget")
+    )
+
+
+def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
+    transformers, workload = transformers_of(teacher.pipe), None
+    if recipe.calibrates:
+        others = [part for part in teacher.parts if all(part is not one for one in transformers.values())]
+        workload = workload_of(
+            teacher.pipe,
+            recipe,
+            recommended=recommended_generation(teacher.folder),
+            component_bytes=sum(tensor.nbytes for part in others for tensor in part.parameters()),
+        )
+    return plan_transformers(
+        transformers,
+        recipe,
+        model=teacher.name,
+        sizes=tensor_sizes(transformers),
+        dtype=teacher.dtype,
+        workload=workload,
+        machine=machine,
+    )
 
 
 @contextlib.contextmanager
@@ -439,7 +422,3 @@ def _resource_errors(out: Path, device: str) -> Iterator[None]:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _DISK_FULL in str(error):
             raise ResourceError(f"{out}: the disk is full; free some space, {kept}") from error
         raise
-
-
-def _artefact_name(index: int) -> str:
-    return f"block-{index:03d}"

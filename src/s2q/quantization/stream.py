@@ -4,13 +4,14 @@ Only one block's inputs exist at a time. They are those of the first block, foun
 gets there, and go through one block after another from then on; a block that was calibrated before (resumed) costs one
 pass. Since every block sees the teacher's stream, the inputs of a block do not depend on what became of the others.
 
-Tensors above the budget lie on the disk, in the run folder. Legend: `B` samples.
+Tensors that host memory has no room for lie on the disk, in the run folder. Legend: `B` samples.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,54 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from s2q.core.components import TRANSFORMERS, full_name
 from s2q.core.errors import InvalidInputError
 from s2q.core.files import atomic_write_bytes
+from s2q.core.placement import moved, on_device
 
-MEMORY_BYTES = 8 << 30
-"""Host memory for the tensors of one store; what does not fit goes to the disk."""
+
+class HostMemory:
+    """Bytes of host memory that several stores may take together.
+
+    Args:
+        budget: How many there are.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.left = budget
+
+    def take(self, size: int) -> bool:
+        """Take bytes, if there are as many.
+
+        Args:
+            size: How many.
+        """
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Return bytes that were taken.
+
+        Args:
+            size: How many.
+        """
+        self.left += size
 
 
 class TensorStore:
-    """Tensors by index and name, in memory up to a budget and on the disk from there on.
+    """Tensors by index and name: in host memory as long as there is some, and on the disk from there on.
 
     Args:
         folder: Where files go, named after `name`.
         name: Prefix of the files.
-        budget: Bytes of host memory.
+        memory: What it may take, shared with other stores.
+        pinned: Whether what stays in memory is page-locked, which copies to a GPU are faster from.
     """
 
-    def __init__(self, folder: Path, name: str, *, budget: int = MEMORY_BYTES) -> None:
-        self.folder, self.name, self.budget = folder, name, budget
+    def __init__(self, folder: Path, name: str, *, memory: HostMemory, pinned: bool = False) -> None:
+        self.folder, self.name, self.memory, self.pinned = folder, name, memory, pinned
         self._kept: dict[int, Mapping[str, Tensor]] = {}
 
     def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
@@ -44,15 +75,15 @@ class TensorStore:
 
         Args:
             index: The index.
-            tensors: Tensors by name; not copied where they stay in memory.
+            tensors: Tensors by name; not copied where they are on the CPU and stay in memory.
         """
-        self._kept.pop(index, None)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if size + sum(tensor.nbytes for own in self._kept.values() for tensor in own.values()) <= self.budget:
-            self._kept[index] = dict(tensors)
+        self._drop(index)
+        content = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        if self.memory.take(sum(tensor.nbytes for tensor in content.values())):
+            self._kept[index] = {name: one.pin_memory() for name, one in content.items()} if self.pinned else content
             self._path(index).unlink(missing_ok=True)
             return
-        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content = {name: tensor.contiguous() for name, tensor in content.items()}
         atomic_write_bytes(self._path(index), safetensors.torch.save(content))
 
     def get(self, index: int) -> dict[str, Tensor]:
@@ -67,9 +98,14 @@ class TensorStore:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._kept.clear()
+        for index in list(self._kept):
+            self._drop(index)
         for path in self.folder.glob(f"{self.name}-*.safetensors"):
             path.unlink()
+
+    def _drop(self, index: int) -> None:
+        kept = self._kept.pop(index, {})
+        self.memory.give_back(sum(tensor.nbytes for tensor in kept.values()))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{self.name}-{index:04d}.safetensors"
@@ -80,14 +116,16 @@ class TeacherStream:
 
     Args:
         transformer: The full-precision transformer.
-        block_names: Full names of its blocks, in the order in which they run.
+        block_names: Names of its blocks in it, in the order in which they run.
         calls: A function for each sample that returns the transformer's keyword arguments.
         names: What messages call the samples.
         timesteps: The same as `calls`, of calls of which only the timestep counts; see `timestep_inputs`.
         streams: Keyword arguments of a block that it returns anew, in that order.
-        folder: Where tensors above the budget go.
+        folder: Where tensors go that memory has no room for.
         device: Where to compute.
-        budget: Bytes of host memory for the inputs of one block.
+        memory: Host memory for the inputs of one block and what else is kept for it; None does not limit it.
+        set_aside: Called with a block that will not be read for a while.
+        component: Which transformer of the pipeline it is, for messages.
     """
 
     def __init__(
@@ -101,20 +139,32 @@ class TeacherStream:
         streams: Sequence[str],
         folder: Path,
         device: str = "cpu",
-        budget: int = MEMORY_BYTES,
+        memory: HostMemory | None = None,
+        set_aside: Callable[[nn.Module], None] = lambda module: None,
+        component: str = TRANSFORMERS[0],
     ) -> None:
         self.transformer, self.block_names = transformer, list(block_names)
         self.calls, self.names, self.streams = calls, list(names), tuple(streams)
         self.timesteps = timesteps
         self.device = device
-        self.folder, self.budget = folder, budget
-        self._moving = TensorStore(folder, "stream", budget=budget)
+        self.folder, self.memory = folder, memory or HostMemory(sys.maxsize)
+        self.set_aside, self.component = set_aside, component
+        self._moving = self.store("stream")
         self._fixed: list[dict[str, Any]] = []
         self._conditioning: list[dict[str, Any]] = []
         self._position: int | None = None
 
     def __len__(self) -> int:
         return len(self.calls)
+
+    def store(self, name: str) -> TensorStore:
+        """Make a store for what belongs to the block at hand, with the memory of this stream.
+
+        Args:
+            name: Prefix of its files.
+        """
+        pinned = torch.device(self.device).type == "cuda"
+        return TensorStore(self.folder, name, memory=self.memory, pinned=pinned)
 
     def advance(self, block: int) -> None:
         """Go to the inputs of a block; backwards means from the start.
@@ -162,8 +212,9 @@ class TeacherStream:
         """
         for name, output in zip(self.streams, outputs, strict=True):
             if not bool(torch.isfinite(output).all()):
+                block_name = full_name(self.component, self.block_names[block])
                 raise InvalidInputError(
-                    f"{self.block_names[block]}: its {name} for {self.names[sample]} hold NaN or infinite values; "
+                    f"{block_name}: its {name} for {self.names[sample]} hold NaN or infinite values; "
                     "check the model, or use another dtype (float16 overflows where bfloat16 does not)"
                 )
 
@@ -174,20 +225,16 @@ class TeacherStream:
     @torch.no_grad()
     def _start(self) -> None:
         first = self.transformer.get_submodule(self.block_names[0])
-        before = next(self.transformer.parameters()).device
         self._moving.clear()
         self._fixed, self._conditioning = [], []
-        try:
-            self.transformer.to(self.device)
+        with on_device(_outside(self.transformer, self.block_names), self.device):
             for sample, call in enumerate(self.calls):
-                moving, fixed = self._split(_first_call(self.transformer, first, _moved(call(), self.device)))
+                moving, fixed = self._split(_first_call(self.transformer, first, moved(call(), self.device)))
                 self._moving.put(sample, moving)
                 self._fixed.append(fixed)
             for call in self.timesteps:
-                _, conditioning = self._split(_first_call(self.transformer, first, _moved(call(), self.device)))
+                _, conditioning = self._split(_first_call(self.transformer, first, moved(call(), self.device)))
                 self._conditioning.append(conditioning)
-        finally:
-            self.transformer.to(before)
         self._position = 0
 
     def _split(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -207,16 +254,19 @@ class TeacherStream:
     @torch.no_grad()
     def _pass(self, index: int) -> None:
         block = self.transformer.get_submodule(self.block_names[index])
-        before = next(block.parameters()).device
-        try:
-            block.to(self.device)
+        with on_device(block.modules(), self.device):
             for sample in range(len(self)):
-                outputs = block(**_moved(self.inputs(sample), self.device))
+                outputs = block(**moved(self.inputs(sample), self.device))
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 self.check(outputs, block=index, sample=sample)
                 self._moving.put(sample, dict(zip(self.streams, outputs, strict=True)))
-        finally:
-            block.to(before)
+        self.set_aside(block)
+
+
+def _outside(transformer: nn.Module, block_names: Sequence[str]) -> list[nn.Module]:
+    """The modules that run before the first block and after the last one."""
+    blocks = tuple(f"{name}." for name in block_names)
+    return [module for name, module in transformer.named_modules() if not f"{name}.".startswith(blocks)]
 
 
 class _ReachedError(Exception):
@@ -258,14 +308,3 @@ def _named(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     swallowed = [value for value in args[len(names) :] if isinstance(value, Tensor)]
     assert not swallowed, f"{type(block).__name__} is called with {len(swallowed)} tensors that have no name"
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _moved(value: Any, device: str) -> Any:
-    """Move every tensor in (nested) plain containers to a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(one, device) for key, one in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(one, device) for one in value)
-    return value

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from s2q.core.components import TRANSFORMERS, full_name, split_name, transformers_of
 from s2q.core.errors import InvalidInputError
+from s2q.core.placement import page_out, tensors_of
 from s2q.core.schemes import LinearScheme
-from s2q.models import BlockLinear, ModelSource, block_names, family_of
+from s2q.models import BlockLinear, Family, ModelSource, block_names, family_of
 from s2q.models.source import HUB_ID, parse_dtype
 from s2q.recipes import Recipe, assign_schemes, recipe_linears
 from s2q.shapes import embedded
@@ -23,34 +26,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """The full-precision model and what the recipe wants of it.
+class TeacherTransformer:
+    """One full-precision transformer and what the recipe wants of it.
 
     Attributes:
-        pipe: The pipeline; never changed.
-        name: What to call the model.
-        folder: Where it was loaded from; None if that is not known.
-        linears: Every linear of its blocks.
+        component: Its name in the pipeline.
+        module: The transformer; never changed.
+        linears: Every linear of its blocks, by full name.
         schemes: Scheme of each linear that the recipe quantizes, by full name.
-        dtype: Compute dtype of the transformer.
     """
 
-    pipe: DiffusionPipeline
-    name: str
-    folder: Path | None
+    component: str
+    module: nn.Module
     linears: tuple[BlockLinear, ...]
     schemes: Mapping[str, LinearScheme]
-    dtype: torch.dtype
 
     @property
-    def transformer(self) -> nn.Module:
-        """The transformer."""
-        return self.pipe.transformer
+    def family(self) -> Family:
+        """Its family."""
+        return family_of(self.module)
 
     @cached_property
     def block_names(self) -> list[str]:
-        """Full names of the blocks, in the order in which they run."""
-        return block_names(self.transformer, family_of(self.transformer))
+        """Names of its blocks in it, in the order in which they run."""
+        return block_names(self.module, self.family)
 
     def quantized_linears(self, block: int) -> list[BlockLinear]:
         """Return the linears of a block that the recipe quantizes.
@@ -59,6 +58,73 @@ class Teacher:
             block: Index of the block.
         """
         return [linear for linear in self.linears if linear.block == block and linear.name in self.schemes]
+
+    def inner_names(self, block: int) -> dict[str, str]:
+        """Return the linears of a block that the recipe quantizes: full name by name inside the block.
+
+        Args:
+            block: Index of the block.
+        """
+        prefix = f"{full_name(self.component, self.block_names[block])}."
+        return {linear.name.removeprefix(prefix): linear.name for linear in self.quantized_linears(block)}
+
+    def artefact_name(self, block: int) -> str:
+        """Return the name of the artefact of a block.
+
+        Args:
+            block: Index of the block.
+        """
+        return full_name(self.component, f"block-{block:03d}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The full-precision model.
+
+    Attributes:
+        pipe: The pipeline; never changed.
+        name: What to call the model.
+        folder: Where it was loaded from; None if that is not known.
+        transformers: Those of which the recipe quantizes something, in the order of the pipeline.
+        dtype: Compute dtype of the transformers.
+        mapped: Whether its weights were mapped from files here, so that they need not stay in memory.
+    """
+
+    pipe: DiffusionPipeline
+    name: str
+    folder: Path | None
+    transformers: tuple[TeacherTransformer, ...]
+    dtype: torch.dtype
+    mapped: bool = False
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The components of the pipeline that have weights."""
+        return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+
+    @property
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules of these components and theirs, down to the last."""
+        return chain.from_iterable(part.modules() for part in self.parts)
+
+    @property
+    def family(self) -> Family:
+        """The family of the model."""
+        return family_of(self.pipe.transformer)
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks, over all transformers of which something is quantized."""
+        return sum(len(one.block_names) for one in self.transformers)
+
+    def set_aside(self, module: nn.Module) -> None:
+        """Let the weights of a part leave host memory until they are read again.
+
+        Args:
+            module: A component of the pipeline, or a block of a transformer.
+        """
+        if self.mapped:
+            page_out(tensors_of(module))
 
 
 def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtype: torch.dtype | str | None) -> Teacher:
@@ -76,19 +142,43 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
         InvalidInputError: If the model is quantized, has adapters or weights elsewhere, is of an unsupported class, has
             another dtype than the one asked for, or holds values that are not finite (names the tensor).
     """
+    mapped = isinstance(model, ModelSource)
     if isinstance(model, ModelSource):
         pipe, name, folder = model.load_pipeline(dtype=dtype), model.name, model.folder
     else:
         pipe = model
         name, folder = _origin(pipe)
-    transformer = getattr(pipe, "transformer", None)
-    if not isinstance(transformer, nn.Module):
+    found = transformers_of(pipe)
+    if TRANSFORMERS[0] not in found:
         raise InvalidInputError(f"{type(pipe).__name__} has no transformer; expected a text-to-video pipeline with one")
-    linears = tuple(recipe_linears(recipe, transformer))
-    _check_state(name, transformer, wanted=parse_dtype(dtype))
-    _check_finite(name, transformer)
+    linears = recipe_linears(recipe, found)
+    first = found[TRANSFORMERS[0]].dtype
+    for component, transformer in found.items():
+        _check_state(name, component, transformer, wanted=parse_dtype(dtype))
+        if transformer.dtype != first:
+            raise InvalidInputError(
+                f"{name}: its transformer is loaded in {first} and its {component} in {transformer.dtype}; "
+                "load both in one dtype"
+            )
+        _check_finite(name, component, transformer, set_aside=mapped)
     schemes = assign_schemes(recipe, linears)
-    return Teacher(pipe=pipe, name=name, folder=folder, linears=linears, schemes=schemes, dtype=transformer.dtype)
+    transformers = (
+        TeacherTransformer(
+            component=component,
+            module=transformer,
+            linears=tuple(one for one in linears if split_name(one.name)[0] == component),
+            schemes={name: scheme for name, scheme in schemes.items() if split_name(name)[0] == component},
+        )
+        for component, transformer in found.items()
+    )
+    return Teacher(
+        pipe=pipe,
+        name=name,
+        folder=folder,
+        transformers=tuple(one for one in transformers if one.schemes),
+        dtype=first,
+        mapped=mapped,
+    )
 
 
 def _origin(pipe: DiffusionPipeline) -> tuple[str, Path | None]:
@@ -100,25 +190,30 @@ def _origin(pipe: DiffusionPipeline) -> tuple[str, Path | None]:
     return (location if HUB_ID.fullmatch(location) else type(pipe).__name__), None
 
 
-def _check_state(name: str, transformer: nn.Module, *, wanted: torch.dtype | None) -> None:
+def _check_state(name: str, component: str, transformer: nn.Module, *, wanted: torch.dtype | None) -> None:
     if getattr(transformer, "is_quantized", False):
-        raise InvalidInputError(f"{name}: its transformer is quantized already; pass the full-precision model")
+        raise InvalidInputError(f"{name}: its {component} is quantized already; pass the full-precision model")
     if getattr(transformer, "peft_config", None):
-        raise InvalidInputError(f"{name}: its transformer has adapters; fuse and unload them first, or unload them")
+        raise InvalidInputError(f"{name}: its {component} has adapters; fuse and unload them first, or unload them")
     for tensor_name, tensor in transformer.state_dict().items():
         if tensor.is_meta:
-            raise InvalidInputError(f"{name}: {tensor_name} is offloaded; load the pipeline without offloading")
+            raise InvalidInputError(
+                f"{name}: {full_name(component, tensor_name)} is offloaded; load the pipeline without offloading"
+            )
     if wanted is not None and transformer.dtype != wanted:
         raise InvalidInputError(
-            f"{name}: its transformer is loaded in {transformer.dtype}, dtype={wanted} asked for; "
+            f"{name}: its {component} is loaded in {transformer.dtype}, dtype={wanted} asked for; "
             "load it in that dtype, or leave dtype out"
         )
 
 
-def _check_finite(name: str, transformer: nn.Module) -> None:
+def _check_finite(name: str, component: str, transformer: nn.Module, *, set_aside: bool) -> None:
     for tensor_name, tensor in transformer.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise InvalidInputError(
-                f"{name}: {tensor_name} holds {count} values that are NaN or infinite; download or save the model again"
+                f"{name}: {full_name(component, tensor_name)} holds {count} values that are NaN or infinite; "
+                "download or save the model again"
             )
+        if set_aside:
+            page_out([tensor])

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from s2q.core.components import full_name
 from s2q.core.errors import InvalidInputError, nearest_names
 from s2q.core.schemes import LinearScheme, num_groups
 from s2q.models import BlockLinear, block_linears, family_of, outer_linears
 from s2q.recipes.schema import Recipe
 
 
-def recipe_linears(recipe: Recipe, transformer: nn.Module) -> list[BlockLinear]:
+def recipe_linears(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> list[BlockLinear]:
     """List the linears that a recipe is about: those of the blocks, and the outer ones where it quantizes them.
 
     Args:
         recipe: The recipe.
-        transformer: Of a supported family; may live on the meta device.
+        transformers: Those of a pipeline, by component, each of a supported family; may live on the meta device.
+
+    Returns:
+        The linears, one transformer after the other, by their names among those of all (`full_name`).
 
     Raises:
-        InvalidInputError: If the class is not supported.
+        InvalidInputError: If a class is not supported.
     """
-    family = family_of(transformer)
-    outer = [] if recipe.outer is None else outer_linears(transformer, family)
-    return [*block_linears(transformer, family), *outer]
+    linears = []
+    for component, transformer in transformers.items():
+        family = family_of(transformer)
+        outer = [] if recipe.outer is None else outer_linears(transformer, family)
+        own = [*block_linears(transformer, family), *outer]
+        linears += [replace(linear, name=full_name(component, linear.name)) for linear in own]
+    return linears
 
 
 def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, LinearScheme]:

@@ -16,6 +16,7 @@ from s2q.recipes.schema import Recipe
 
 _SUFFIX = ".yaml"
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
+_NOT_TAKEN_OVER = ("name", "description")
 
 
 def recipe_names() -> list[str]:
@@ -26,6 +27,9 @@ def recipe_names() -> list[str]:
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: Sequence[str] = ()) -> Recipe:
     """Load and validate a recipe.
+
+    The key `extends` names a recipe of the package that the others are changes to: a group is taken over but for the
+    keys given here, name and description are not taken over. The result has no such key.
 
     Args:
         recipe: Name of a recipe of the package, path of a YAML file, contents of one, or a validated recipe.
@@ -43,6 +47,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: S
         where, content = f"recipe {recipe.get('name', '(unnamed)')}", dict(recipe)
     else:
         where, content = _read(recipe)
+    content = _extended(where, content)
     for override in overrides:
         _apply(content, override)
     try:
@@ -76,6 +81,23 @@ def _read(recipe: str | Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(content, dict):
         raise InvalidInputError(f"{where}: got {type(content).__name__}; expected a mapping with the keys of a recipe")
     return where, content
+
+
+def _extended(where: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Put the content of a recipe over that of the one which it extends."""
+    if "extends" not in content:
+        return content
+    own = {key: value for key, value in content.items() if key != "extends"}
+    name, names = content["extends"], recipe_names()
+    if name not in names:
+        near = nearest_names(str(name), names)
+        hint = f"nearest names are {', '.join(near)}; " if near else ""
+        raise InvalidInputError(f"{where}: extends={name!r}: {hint}recipes of the package: {', '.join(names)}")
+    result = {key: value for key, value in _extended(*_read(name)).items() if key not in _NOT_TAKEN_OVER}
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = result[key] | value if both else value
+    return result
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

@@ -111,6 +111,8 @@ class CalibrationGroup(_Group):
         selection: How they are taken; one of `SELECTIONS`.
         branches: Which guidance branch of a candidate is the sample: "alternate" takes the conditional and the
             unconditional one in turn, over the samples; "both" makes two samples of each.
+        precision: In which dtype blocks are calibrated: fp32, or that of the model, which takes half of the memory in
+            bf16. What is learned, and the sums behind GPTQ, are in fp32 either way.
     """
 
     n_prompts: int = Field(default=10, ge=1)
@@ -121,6 +123,7 @@ class CalibrationGroup(_Group):
     samples: int = Field(default=40, ge=1)
     selection: Annotated[str, _one_of("selection", SELECTIONS)] = "sds"
     branches: Literal["alternate", "conditional", "both"] = "alternate"
+    precision: Literal["float32", "model"] = "float32"
 
 
 class TransformsGroup(_Group):

@@ -168,21 +168,25 @@ def _factorize(hessian: Tensor, options: GPTQOptions) -> tuple[Tensor | None, fl
     """Find the upper triangular fp32 U with (H + dampening)⁻¹ = Uᵀ U; also the dampening used and the failed tries.
 
     With the order of rows and columns reversed, the lower Cholesky factor of H becomes an upper triangular R with
-    H = R Rᵀ, and U = R⁻¹: one factorization and one triangular inverse, no inverse of H.
+    H = R Rᵀ, and U = R⁻¹: one factorization and one triangular inverse, no inverse of H. At most four fp64 matrices
+    exist at a time.
     """
     wide = hessian.double()
     dead = wide.diagonal() == 0
     wide.diagonal()[dead] = 1
     mean = float(wide.diagonal()[~dead].mean()) if bool((~dead).any()) else 1.0
-    eye = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     for retry in range(options.max_retries + 1):
         frac = options.dampening_frac
         if retry > 0:
             frac = max(10 * frac, _SMALLEST_RETRY) * 10 ** (retry - 1)
-        damped = wide + frac * mean * eye
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        reverse = wide.flip(0, 1)
+        reverse.diagonal().add_(frac * mean)
+        reverse, info = torch.linalg.cholesky_ex(reverse)
         if int(info) == 0:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            reverse = reverse.flip(0, 1)
+            upper = torch.linalg.solve_triangular(
+                reverse, torch.eye(len(wide), dtype=wide.dtype, device=wide.device), upper=True
+            )
             if bool(upper.isfinite().all()):
                 return upper.float(), frac, retry
         logger.warning("gptq: the Hessian with dampening_frac=%g is not positive definite", frac)

@@ -1,14 +1,19 @@
-"""The parts of ``shapes-cogvideox``: a complete CogVideoX pipeline, small enough to train and to run on a CPU.
+"""What the embedded models have in common, and what each of them says of itself.
 
-9 frames of 32x32 become 3 latent frames of 8x8 with 16 channels (4x in time, 4x in space); the transformer reads
-them with patch size 1, so it sees 192 video tokens and 16 text tokens.
+9 frames of 32x32 become 3 latent frames of 8x8 with 16 channels (4x in time, 4x in space); a transformer reads them
+with patch size 1, so it sees 192 video tokens and 16 text tokens.
+
+Legend of shapes: `B` videos, `F` frames, `f` latent frames, `C` latent channels, `h`, `w` latent height and width, `T`
+text tokens, `D` text width.
 """
 
 import string
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, T5Tokenizer
 
 from s2q.shapes.scenes import vocabulary
 
@@ -16,6 +21,99 @@ NUM_FRAMES, FRAME_SIZE = 9, 32
 LATENT_CHANNELS, LATENT_FRAMES, LATENT_SIZE = 16, 3, 8
 TEXT_TOKENS, TEXT_WIDTH = 16, 128
 HIDDEN_HEADS, HEAD_DIM, NUM_BLOCKS = 3, 64, 6
+
+TEXT_ENCODER: dict[str, Any] = {
+    "d_model": TEXT_WIDTH,
+    "d_kv": 32,
+    "d_ff": 256,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 16,
+    "relative_attention_max_distance": 32,
+    "dropout_rate": 0.0,
+    "tie_word_embeddings": False,
+}
+"""A two-layer encoder of width 128, trained together with the transformer: arguments of T5's configurations."""
+
+
+class EmbeddedArchitecture(ABC):
+    """One embedded model: how its parts are built, called and trained.
+
+    Attributes:
+        name: Of the embedded model, "shapes-cogvideox".
+        title: What the pipeline is, for the training card.
+        latents_of: The embedded model whose latents this one has too; None if its autoencoder makes its own.
+        guidance_scale: Of the judged videos.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    latents_of: ClassVar[str | None] = None
+    guidance_scale: ClassVar[float]
+
+    @property
+    def generation(self) -> dict[str, int | float]:
+        """Settings of the judged videos."""
+        sizes = {"height": FRAME_SIZE, "width": FRAME_SIZE, "num_frames": NUM_FRAMES}
+        return {"num_inference_steps": 20, "guidance_scale": self.guidance_scale, **sizes}
+
+    @abstractmethod
+    def build_text_encoder(self, tokenizer: T5Tokenizer) -> PreTrainedModel:
+        """The text encoder with fresh weights."""
+
+    @abstractmethod
+    def build_vae(self) -> Any:
+        """The autoencoder with fresh weights."""
+
+    @abstractmethod
+    def build_transformer(self) -> Any:
+        """The transformer with fresh weights."""
+
+    @abstractmethod
+    def assemble(self, **parts: Any) -> Any:
+        """The pipeline of `tokenizer`, `text_encoder`, `vae` and `transformer`, with its scheduler."""
+
+    @abstractmethod
+    def latents(self, vae: Any, videos: Tensor) -> Tensor:
+        """The latents of videos as the transformer sees them.
+
+        Args:
+            vae: The autoencoder.
+            videos: [B, F, 3, H, W] in [0, 1].
+
+        Returns:
+            [B, C, f, h, w].
+        """
+
+    @abstractmethod
+    def decoded(self, vae: Any, latents: Tensor) -> Tensor:
+        """The videos [B, 3, F, H, W] of latents [B, C, f, h, w], in [-1, 1] or a little beyond; differentiable."""
+
+    @abstractmethod
+    def encode_text(self, text_encoder: Any, tokenizer: T5Tokenizer, texts: list[str], *, length: int) -> Tensor:
+        """Text embeddings [B, T, D] as the pipeline makes them, with T = `length`."""
+
+    @abstractmethod
+    def noised(self, clean: Tensor, noise: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One point of the noise schedule for each video.
+
+        Args:
+            clean: [B, C, f, h, w], latents without noise.
+            noise: Like `clean`, standard normal.
+            fraction: [B] in [0, 1), how far towards pure noise.
+
+        Returns:
+            The noised latents and what the transformer has to say of them, both like `clean`, and the timesteps [B].
+        """
+
+    @abstractmethod
+    def predict(self, transformer: nn.Module, noised: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
+        """The transformer's output for noised latents [B, C, f, h, w], in their layout."""
+
+    def text_length(self, draw: float) -> int:
+        """How many tokens the texts of a training batch are padded to, from a number in [0, 1)."""
+        return TEXT_TOKENS
 
 
 def build_tokenizer() -> T5Tokenizer:
@@ -29,83 +127,14 @@ def build_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TEXT_TOKENS)
 
 
-def build_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """A two-layer T5 encoder of width 128, trained together with the transformer."""
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=TEXT_WIDTH,
-        d_kv=32,
-        d_ff=256,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=32,
-        dropout_rate=0.0,
-        tie_word_embeddings=False,
-    )
-    return T5EncoderModel(config)
-
-
-def build_vae() -> AutoencoderKLCogVideoX:
-    """A three-level causal 3D autoencoder, 1.9 million parameters."""
-    return AutoencoderKLCogVideoX(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("CogVideoXDownBlock3D",) * 3,
-        up_block_types=("CogVideoXUpBlock3D",) * 3,
-        block_out_channels=(16, 32, 64),
-        latent_channels=LATENT_CHANNELS,
-        layers_per_block=1,
-        norm_num_groups=8,
-        temporal_compression_ratio=4,
-        sample_height=FRAME_SIZE,
-        sample_width=FRAME_SIZE,
-        scaling_factor=1.0,
-    )
-
-
-def build_transformer() -> CogVideoXTransformer3DModel:
-    """Six blocks of width 192 (3 heads of 64), sine-cosine positions: CogVideoX-2B in small."""
-    return CogVideoXTransformer3DModel(
-        num_attention_heads=HIDDEN_HEADS,
-        attention_head_dim=HEAD_DIM,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        time_embed_dim=64,
-        text_embed_dim=TEXT_WIDTH,
-        num_layers=NUM_BLOCKS,
-        sample_width=LATENT_SIZE,
-        sample_height=LATENT_SIZE,
-        sample_frames=NUM_FRAMES,
-        patch_size=1,
-        temporal_compression_ratio=4,
-        max_text_seq_length=TEXT_TOKENS,
-    )
-
-
-def build_scheduler() -> CogVideoXDDIMScheduler:
-    """CogVideoX-2B's noise schedule (v-prediction, zero terminal SNR, trailing steps), its SNR not shifted."""
-    return CogVideoXDDIMScheduler(
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        snr_shift_scale=1.0,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
-
-
-def build_pipeline(*, seed: int) -> CogVideoXPipeline:
-    """The whole pipeline with freshly initialised weights, in evaluation mode."""
+def build_pipeline(architecture: EmbeddedArchitecture, *, seed: int) -> Any:
+    """The whole pipeline of an embedded model with freshly initialised weights, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = build_tokenizer()
-        pipeline = CogVideoXPipeline(
+        return architecture.assemble(
             tokenizer=tokenizer,
-            text_encoder=build_text_encoder(tokenizer).eval(),
-            vae=build_vae().eval(),
-            transformer=build_transformer().eval(),
-            scheduler=build_scheduler(),
+            text_encoder=architecture.build_text_encoder(tokenizer).eval(),
+            vae=architecture.build_vae().eval(),
+            transformer=architecture.build_transformer().eval(),
         )
-    return pipeline

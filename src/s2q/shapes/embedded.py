@@ -1,7 +1,7 @@
 """The embedded models by name: their folders, pipelines, prompts and generation settings.
 
-``shapes-cogvideox`` is shipped as package data; ``shapes-cogvideox-outliers`` is the same model with outlier
-channels, made on the fly (``s2q.shapes.outliers``).
+``shapes-cogvideox`` and ``shapes-wan`` are shipped as package data; ``shapes-cogvideox-outliers`` is the first with
+outlier channels, made on the fly (``s2q.shapes.outliers``).
 """
 
 import json
@@ -15,7 +15,7 @@ from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.core.seeds import derive_seed
 from s2q.shapes.scenes import SceneLabels, caption, combinations, sample_scene
 
-EMBEDDED_NAMES: tuple[str, ...] = ("shapes-cogvideox", "shapes-cogvideox-outliers")
+EMBEDDED_NAMES: tuple[str, ...] = ("shapes-cogvideox", "shapes-cogvideox-outliers", "shapes-wan")
 PROMPT_SPLITS: tuple[str, ...] = ("held-out", "calibration", "demo")
 _OUTLIERS_SUFFIX = "-outliers"
 _DEMO_LABELS = (  # never trained on as combinations
@@ -45,13 +45,13 @@ def embedded_pipeline(name: str, *, dtype: torch.dtype) -> Any:
         dtype: Floating dtype of all weights; they are shipped in bfloat16.
 
     Returns:
-        A ``diffusers.CogVideoXPipeline`` on the CPU, its progress bar off.
+        The pipeline on the CPU, its progress bar off.
     """
-    from diffusers import CogVideoXPipeline
+    from diffusers import DiffusionPipeline
 
     from s2q.shapes.outliers import add_outliers
 
-    pipeline = CogVideoXPipeline.from_pretrained(embedded_folder(name), dtype=dtype, local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(embedded_folder(name), dtype=dtype, local_files_only=True)
     if name.endswith(_OUTLIERS_SUFFIX):
         add_outliers(pipeline.transformer)
     pipeline.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""``python -m s2q.shapes.training --work DIR --out DIR``: train ``shapes-cogvideox`` from nothing.
+"""``python -m s2q.shapes.training MODEL --work DIR --out DIR``: train an embedded model from nothing.
 
 Stages: autoencoder → decoder alone → latents of the training scenes → transformer with text encoder → assembled
 folder with training card. Each stage resumes from its last checkpoint; a finished one is skipped.
@@ -6,23 +6,36 @@ folder with training card. Each stage resumes from its last checkpoint; a finish
 
 import argparse
 import functools
+import json
 import logging
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from s2q.shapes.embedded import embedded_prompts
+from s2q.shapes.architecture import EmbeddedArchitecture
+from s2q.shapes.cogvideox import ShapesCogVideoX
+from s2q.shapes.embedded import embedded_pipeline, embedded_prompts
 from s2q.shapes.scenes import combinations
-from s2q.shapes.training.assemble import assemble, finished_vae, plot_losses, reconstruction_quality, write_card
+from s2q.shapes.training.assemble import (
+    assemble,
+    finished_vae,
+    plot_losses,
+    reconstruction_quality,
+    taught_vae,
+    write_card,
+)
 from s2q.shapes.training.loop import TrainingSettings, train
 from s2q.shapes.training.quality import adherence, sample, write_sheet
 from s2q.shapes.training.transformer import TransformerTask, encode_pool
-from s2q.shapes.training.vae import DecoderTask, VAETask
+from s2q.shapes.training.vae import DecoderTask, TaughtVAETask, VAETask
+from s2q.shapes.wan import ShapesWan
 
 logger = logging.getLogger("s2q.shapes.training")
 
+ARCHITECTURES: dict[str, type[EmbeddedArchitecture]] = {cls.name: cls for cls in (ShapesCogVideoX, ShapesWan)}
 POOL_SIZE = 32_768
 VAE_SETTINGS = TrainingSettings(
     steps=1700, batch_size=16, learning_rate=1.5e-3, warmup_steps=50, ema_decay=0.995, seed=1
@@ -30,12 +43,22 @@ VAE_SETTINGS = TrainingSettings(
 DECODER_SETTINGS = TrainingSettings(
     steps=500, batch_size=16, learning_rate=7e-4, warmup_steps=20, ema_decay=0.995, seed=2
 )
-TRANSFORMER_SETTINGS = TrainingSettings(steps=8000, batch_size=64, learning_rate=2e-3, muon=True, seed=1)
+TAUGHT_VAE_SETTINGS = TrainingSettings(
+    steps=1500, batch_size=16, learning_rate=1.5e-3, warmup_steps=50, ema_decay=0.995, seed=1, checkpoint_every=100
+)
+TRANSFORMER_SETTINGS = {
+    "shapes-cogvideox": TrainingSettings(steps=8000, batch_size=64, learning_rate=2e-3, muon=True, seed=1),
+    "shapes-wan": TrainingSettings(
+        steps=2400, batch_size=48, learning_rate=2e-3, muon=True, seed=1, checkpoint_every=100
+    ),
+}
+_TOLD = ("steps", "batch_size", "seed")
 
 
 def main() -> None:
     """Run every stage that is not done yet."""
-    parser = argparse.ArgumentParser(description="Train the embedded model shapes-cogvideox from nothing.")
+    parser = argparse.ArgumentParser(description="Train an embedded model from nothing.")
+    parser.add_argument("model", choices=sorted(ARCHITECTURES), help="which one")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished diffusers pipeline")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes (CPU: one thread each)")
@@ -45,31 +68,50 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     work, run = arguments.work, {"processes": arguments.processes, "device": arguments.device}
     held_out = combinations(held_out=True)
+    model = ARCHITECTURES[arguments.model]()
 
-    train(functools.partial(VAETask, seed=1), VAE_SETTINGS, work / "vae", **run)
-    train(functools.partial(DecoderTask, start=work / "vae"), DECODER_SETTINGS, work / "decoder", **run)
-    vae = finished_vae(work / "vae", work / "decoder")
+    teacher = None
+    if model.latents_of is not None:
+        teacher = ARCHITECTURES[model.latents_of](), embedded_pipeline(model.latents_of, dtype=torch.float32).vae
+    vae, stages = _autoencoder(model, teacher, work, run)
     reconstruction = reconstruction_quality(vae, held_out, seed=4)
     logger.info("reconstruction of held-out scenes: %s", reconstruction)
 
     pool = work / "pool.safetensors"
     if not pool.exists():
-        encode_pool(vae.to(arguments.device), pool, count=POOL_SIZE, seed=5)
+        encoder, encoding = teacher or (model, vae)
+        encode_pool(encoder, encoding.to(arguments.device), pool, count=POOL_SIZE, seed=5)
     vae.to("cpu")
-    train(functools.partial(TransformerTask, pool=pool, seed=1), TRANSFORMER_SETTINGS, work / "transformer", **run)
+    task = functools.partial(TransformerTask, model, pool=pool, seed=1)
+    train(task, TRANSFORMER_SETTINGS[model.name], work / "transformer", **run)
 
-    pipeline = assemble(vae, work / "transformer", arguments.out, seed=1)
+    pipeline = assemble(model, vae, work / "transformer", arguments.out, seed=1)
     pipeline.to(torch.float32)
-    prompts = embedded_prompts("shapes-cogvideox", split="held-out")
+    prompts = embedded_prompts(model.name, split="held-out")
     started = time.monotonic()
-    videos = [sample(pipeline, prompts, seed=seed) for seed in (0, 1)]
+    videos = [sample(pipeline, prompts, seed=seed, **model.generation) for seed in (0, 1)]
     quality = adherence(prompts * 2, torch.cat(videos))
     logger.info("%d videos in %.0f s: %s", 2 * len(prompts), time.monotonic() - started, quality)
     write_sheet(videos[0][:24], arguments.out / "samples.png")
-    stages = {name: work / name for name in ("vae", "decoder", "transformer")}
+    stages |= {"transformer": work / "transformer"}
     plot_losses(stages, arguments.out / "losses.png")
     facts = _facts(arguments.processes, arguments.device, stages, reconstruction, quality)
-    write_card(arguments.out, facts | ({"note": arguments.note} if arguments.note else {}))
+    write_card(model, arguments.out, facts | ({"note": arguments.note} if arguments.note else {}))
+
+
+def _autoencoder(
+    model: EmbeddedArchitecture, teacher: tuple[EmbeddedArchitecture, Any] | None, work: Path, run: dict[str, Any]
+) -> tuple[Any, dict[str, Path]]:
+    """The trained autoencoder, and the folders of its stages by name."""
+    vae, decoder = work / "vae", work / "decoder"
+    if teacher is not None:
+        architecture, encoder = teacher
+        task = functools.partial(TaughtVAETask, model, teacher=encoder, teacher_architecture=architecture, seed=1)
+        train(task, TAUGHT_VAE_SETTINGS, vae, **run)
+        return taught_vae(model, vae), {"autoencoder": vae}
+    train(functools.partial(VAETask, seed=1), VAE_SETTINGS, vae, **run)
+    train(functools.partial(DecoderTask, start=vae), DECODER_SETTINGS, decoder, **run)
+    return finished_vae(vae, decoder), {"autoencoder": vae, "decoder": decoder}
 
 
 def _facts(
@@ -80,10 +122,10 @@ def _facts(
         "data": f"{len(combinations(held_out=False))} combinations of shape, colour, motion and background; "
         f"{len(combinations(held_out=True))} held out; scenes drawn afresh for the autoencoder, "
         f"{POOL_SIZE} scenes for the transformer",
-        "steps": {"autoencoder": VAE_SETTINGS.steps, "decoder": DECODER_SETTINGS.steps}
-        | {"transformer": TRANSFORMER_SETTINGS.steps},
-        "batch_size": {"autoencoder": VAE_SETTINGS.batch_size, "transformer": TRANSFORMER_SETTINGS.batch_size},
-        "seeds": {"autoencoder": VAE_SETTINGS.seed, "transformer": TRANSFORMER_SETTINGS.seed},
+        **{
+            key: {name: _settings(folder)[key] for name, folder in stages.items()}
+            for key in ("steps", "batch_size", "seed")
+        },
         "minutes": {name: round(_minutes(folder), 1) for name, folder in stages.items()},
         "hardware": hardware,
         "torch": torch.__version__,
@@ -92,10 +134,14 @@ def _facts(
     }
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    """What a stage was trained with."""
+    settings: dict[str, Any] = json.loads((folder / "settings.json").read_text())
+    return settings
+
+
 def _minutes(folder: Path) -> float:
     """Wall-clock minutes of a stage over all its resumed runs, from its log."""
-    import json
-
     total, previous = 0.0, 0.0
     for line in (folder / "log.jsonl").read_text().splitlines():
         seconds = json.loads(line)["seconds"]

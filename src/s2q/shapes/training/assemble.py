@@ -7,36 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX
 
 from s2q.core.files import atomic_write_json, atomic_write_text
-from s2q.shapes.architecture import FRAME_SIZE, NUM_FRAMES, build_pipeline
+from s2q.shapes.architecture import EmbeddedArchitecture, build_pipeline
 from s2q.shapes.detector import detect
 from s2q.shapes.scenes import SceneLabels, sample_batch
 from s2q.shapes.training.loop import load_average
 from s2q.shapes.training.vae import normalised_vae
 
-GENERATION = {
-    "num_inference_steps": 20,
-    "guidance_scale": 6.0,
-    "height": FRAME_SIZE,
-    "width": FRAME_SIZE,
-    "num_frames": NUM_FRAMES,
-}
 LABEL_FIELDS = ("shape", "colour", "motion", "background")
 
 
+def taught_vae(architecture: EmbeddedArchitecture, run: Path) -> Any:
+    """The autoencoder that learned another one's latents."""
+    vae = architecture.build_vae().eval()
+    load_average(vae, run / "ema.safetensors", prefix="vae.")
+    return vae
+
+
 def finished_vae(vae_run: Path, decoder_run: Path) -> AutoencoderKLCogVideoX:
-    """The autoencoder after both of its training stages."""
+    """CogVideoX's autoencoder after both of its training stages."""
     vae = normalised_vae(vae_run)
     load_average(vae, decoder_run / "ema.safetensors", prefix="vae.")
     return vae
 
 
 @torch.no_grad()
-def reconstruction_quality(
-    vae: AutoencoderKLCogVideoX, labels: Sequence[SceneLabels], *, seed: int
-) -> dict[str, float]:
+def reconstruction_quality(vae: Any, labels: Sequence[SceneLabels], *, seed: int) -> dict[str, float]:
     """PSNR in dB (of the pooled error) and the detector's accuracy on reconstructed scenes."""
     videos, _ = sample_batch(labels, generator=torch.Generator().manual_seed(seed))
     output = []
@@ -52,24 +50,25 @@ def reconstruction_quality(
     return quality
 
 
-def assemble(vae: AutoencoderKLCogVideoX, transformer_run: Path, out: Path, *, seed: int) -> CogVideoXPipeline:
+def assemble(architecture: EmbeddedArchitecture, vae: Any, transformer_run: Path, out: Path, *, seed: int) -> Any:
     """Write the diffusers folder in bfloat16; ``out`` is replaced.
 
     Args:
-        vae: The scaled autoencoder.
+        architecture: Of the model.
+        vae: The autoencoder with normalised latents.
         transformer_run: Training folder of transformer and text encoder.
         out: Destination, a package-data folder.
         seed: Of the initial weights, none of which remain.
     """
-    pipeline = build_pipeline(seed=seed)
-    pipeline.vae.load_state_dict(vae.state_dict())
+    pipeline = build_pipeline(architecture, seed=seed)
+    pipeline.register_modules(vae=vae)
     for part in ("transformer", "text_encoder"):
         load_average(getattr(pipeline, part), transformer_run / "ema.safetensors", prefix=f"{part}.")
     pipeline.to(torch.bfloat16)
     shutil.rmtree(out, ignore_errors=True)
     pipeline.save_pretrained(out)
     _declare_float32(out / "text_encoder" / "config.json")
-    atomic_write_json(out / "generation.json", GENERATION)
+    atomic_write_json(out / "generation.json", architecture.generation)
     return pipeline
 
 
@@ -100,13 +99,13 @@ def plot_losses(runs: dict[str, Path], path: Path) -> None:
     plt.close(figure)
 
 
-def write_card(out: Path, facts: dict[str, Any]) -> None:
+def write_card(architecture: EmbeddedArchitecture, out: Path, facts: dict[str, Any]) -> None:
     """The training card: ``README.md`` for people, ``training.json`` with the same figures for programs."""
     atomic_write_json(out / "training.json", facts)
     lines = [
-        "# shapes-cogvideox",
+        f"# {architecture.name}",
         "",
-        "A complete CogVideoX pipeline (tokenizer, T5 encoder, 3D autoencoder, 6-block transformer, DDIM scheduler)",
+        architecture.title,
         "trained from nothing on procedurally drawn videos of one moving shape (`s2q.shapes.scenes`). No other data",
         "or weights went into it. It is there so that quantization can be tried and judged anywhere, offline.",
         "",
@@ -118,7 +117,7 @@ def write_card(out: Path, facts: dict[str, Any]) -> None:
         "|---|---|",
         *(f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in facts.items()),
         "",
-        "Rebuild with `python -m s2q.shapes.training --work DIR --out DIR`.",
+        f"Rebuild with `python -m s2q.shapes.training {architecture.name} --work DIR --out DIR`.",
         "",
     ]
     atomic_write_text(out / "README.md", "\n".join(lines))

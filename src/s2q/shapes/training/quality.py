@@ -8,21 +8,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from s2q.shapes.architecture import TEXT_TOKENS
 from s2q.shapes.detector import detect
 from s2q.shapes.scenes import parse_caption
-from s2q.shapes.training.assemble import GENERATION, LABEL_FIELDS
+from s2q.shapes.training.assemble import LABEL_FIELDS
 
 
 @torch.no_grad()
 def sample(pipeline: Any, prompts: Sequence[str], *, seed: int, batch_size: int = 16, **settings: Any) -> Tensor:
-    """One video a prompt, ``[B, F, 3, H, W]`` in ``[0, 1]``; every video has a generator of its own."""
+    """One video a prompt, ``[B, F, 3, H, W]`` in ``[0, 1]``; every video has a generator of its own.
+
+    Args:
+        pipeline: Of an embedded model.
+        prompts: What to show.
+        seed: Of the noise.
+        batch_size: Videos a call.
+        **settings: Of the call: the model's own, `EmbeddedArchitecture.generation`.
+    """
     pipeline.set_progress_bar_config(disable=True)
     videos = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(batch))]
-        arguments = {**GENERATION, **settings}
-        result = pipeline(prompt=batch, generator=generators, output_type="pt", max_sequence_length=None, **arguments)
+        result = pipeline(
+            prompt=batch, generator=generators, output_type="pt", max_sequence_length=TEXT_TOKENS, **settings
+        )
         videos.append(result.frames.float().cpu())
     return torch.cat(videos)
 

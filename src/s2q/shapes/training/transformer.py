@@ -1,23 +1,15 @@
-"""The transformer's trainer: v-prediction on cached latents, text encoder and guidance dropout included."""
+"""The transformer's trainer: velocity prediction on cached latents, text encoder and guidance dropout included."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from s2q.core.seeds import derive_seed
-from s2q.shapes.architecture import (
-    FRAME_SIZE,
-    NUM_FRAMES,
-    TEXT_TOKENS,
-    build_scheduler,
-    build_text_encoder,
-    build_tokenizer,
-    build_transformer,
-)
+from s2q.shapes.architecture import FRAME_SIZE, NUM_FRAMES, EmbeddedArchitecture, build_tokenizer
 from s2q.shapes.scenes import combinations, sample_batch
 from s2q.shapes.training.loop import load_average
 
@@ -27,10 +19,12 @@ OBJECT_WEIGHT = 6.0
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKLCogVideoX, path: Path, *, count: int, seed: int, batch_size: int = 64) -> None:
+def encode_pool(
+    architecture: EmbeddedArchitecture, vae: Any, path: Path, *, count: int, seed: int, batch_size: int = 64
+) -> None:
     """Encode ``count`` random scenes of the training combinations, once, for all epochs.
 
-    Writes ``latents`` ``[count, F', C, H', W']`` float16 to ``path`` and the captions beside it as JSON.
+    Writes ``latents`` ``[count, C, f, h, w]`` float16 to ``path`` and the captions beside it as JSON.
     """
     labels = combinations(held_out=False)
     device = next(vae.parameters()).device
@@ -42,9 +36,8 @@ def encode_pool(vae: AutoencoderKLCogVideoX, path: Path, *, count: int, seed: in
             [labels[i] for i in picks], num_frames=NUM_FRAMES, size=FRAME_SIZE, generator=generator
         )
         with torch.autocast(device.type, torch.bfloat16):
-            target = videos.permute(0, 2, 1, 3, 4).to(device) * 2 - 1
-            mean = vae.encode(target).latent_dist.mean
-        latents.append(mean.permute(0, 2, 1, 3, 4).to("cpu", torch.float16))
+            mean = architecture.latents(vae, videos.to(device))
+        latents.append(mean.to("cpu", torch.float16))
         captions += texts
     save_file({"latents": torch.cat(latents).contiguous()}, path)
     path.with_suffix(".json").write_text(json.dumps(captions))
@@ -57,13 +50,13 @@ def object_weights(clean: Tensor) -> Tensor:
     position counts as object by its squared distance from the frame's median latent, relative to the largest one.
 
     Args:
-        clean: ``[B, F', C, H', W']``, latents without noise.
+        clean: ``[B, C, f, h, w]``, latents without noise.
 
     Returns:
-        ``[B, F', 1, H', W']``.
+        ``[B, 1, f, h, w]``.
     """
     median = clean.flatten(3).median(dim=-1).values[..., None, None]
-    distance = (clean - median).square().sum(dim=2, keepdim=True)
+    distance = (clean - median).square().sum(dim=1, keepdim=True)
     weights = 1 + (OBJECT_WEIGHT - 1) * distance / distance.amax(dim=(3, 4), keepdim=True).clamp_min(1e-6)
     return weights / weights.mean()
 
@@ -75,26 +68,29 @@ class TransformerTask:
     and ends with a full stop, so that both spellings work.
 
     Args:
+        architecture: Of the model.
         pool: File of `encode_pool`.
         seed: Of the initial weights.
         start: Training folder of an earlier run whose averaged weights to start from instead.
     """
 
-    def __init__(self, *, pool: Path, seed: int = 0, start: Path | None = None) -> None:
+    def __init__(
+        self, architecture: EmbeddedArchitecture, *, pool: Path, seed: int = 0, start: Path | None = None
+    ) -> None:
+        self.architecture = architecture
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.tokenizer = build_tokenizer()
-            text_encoder = build_text_encoder(self.tokenizer)
-            transformer = build_transformer()
+            text_encoder = architecture.build_text_encoder(self.tokenizer)
+            transformer = architecture.build_transformer()
         self.modules = nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
         if start is not None:
             load_average(self.modules, start / "ema.safetensors", prefix="")
         self.text_encoder, self.transformer = text_encoder, transformer
-        self.scheduler = build_scheduler()
-        self.latents = load_file(pool)["latents"]
+        self.clean_latents = load_file(pool)["latents"]
         self.captions: list[str] = json.loads(pool.with_suffix(".json").read_text())
 
-    def _token_ids(self, picks: list[int], generator: torch.Generator) -> Tensor:
+    def _texts(self, picks: list[int], generator: torch.Generator) -> list[str]:
         draws = torch.rand(len(picks), 2, generator=generator).tolist()
         texts = []
         for pick, (drop, capital) in zip(picks, draws, strict=True):
@@ -104,25 +100,21 @@ class TransformerTask:
             elif capital < CAPITALISED_FRACTION:
                 text = text[0].upper() + text[1:] + "."
             texts.append(text)
-        encoded = self.tokenizer(
-            texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
-        )
-        return encoded.input_ids
+        return texts
 
     def loss(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss of a fresh batch; timesteps are stratified over the batch, which steadies the gradient."""
+        architecture = self.architecture
         device = next(self.transformer.parameters()).device
         picks = torch.randint(len(self.captions), (batch_size,), generator=generator)
-        clean = self.latents[picks].float()
+        clean = self.clean_latents[picks].float()
         noise = torch.randn(clean.shape, generator=generator)
-        steps = self.scheduler.config.num_train_timesteps
-        offsets = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
-        timesteps = (offsets * steps).long().clamp_max(steps - 1)
-        noised = self.scheduler.add_noise(clean, noise, timesteps).to(device)
-        velocity = self.scheduler.get_velocity(clean, noise, timesteps).to(device)
-        ids = self._token_ids(picks.tolist(), generator).to(device)
+        fraction = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+        noised, target, timesteps = (tensor.to(device) for tensor in architecture.noised(clean, noise, fraction))
+        texts = self._texts(picks.tolist(), generator)
+        length = architecture.text_length(float(torch.rand((), generator=generator)))
         with torch.autocast(device.type, torch.bfloat16):
-            text = self.text_encoder(ids).last_hidden_state
-            output = self.transformer(noised, text, timesteps.to(device), return_dict=False)[0]
-        error = (output.float() - velocity).square()
+            text = architecture.encode_text(self.text_encoder, self.tokenizer, texts, length=length)
+            output = architecture.predict(self.transformer, noised, text, timesteps)
+        error = (output.float() - target).square()
         return (error * object_weights(clean).to(device)).mean(), {"unweighted": float(error.detach().mean())}

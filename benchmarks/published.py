@@ -1,0 +1,137 @@
+"""Published models, from `published.yaml`: what `s2q plan` says of them, and the commands that make and run them."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markdown_tables import table_head, table_row
+from reproduce.specs import paper
+
+from s2q.planning import DEFAULT_MEMORY_BUDGET, Machine, plan
+
+GIB = 2**30
+GPUS = (24 * 10**9, 80 * 10**9)
+"""Memory in bytes of the GPUs that runs are planned for."""
+
+
+@functools.cache
+def published_models() -> dict[str, dict[str, Any]]:
+    """Return the models by name; `published.yaml` explains the fields."""
+    text = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
+    models: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return models
+
+
+def published_name(model: str) -> str | None:
+    """Return the name of the published model that a Hub id means, None if it means none.
+
+    Args:
+        model: A Hub id, or anything else that names a model.
+    """
+    for name, entry in published_models().items():
+        if model.lower() in {one.lower() for one in (entry["hub"], *entry["also"])}:
+            return name
+    return None
+
+
+def planned_peak(planned: Any) -> str:
+    """Return the largest memory of the stages of a plan, and whether it is more than the device has."""
+    peak = max(stage.peak_memory_bytes for stage in planned.stages)
+    size = f"{peak / 1e9:.1f} GB"
+    return size if peak <= planned.device["memory_bytes"] else f"no, {size}"
+
+
+@functools.cache
+def plan_of(synthetic: str, recipe: str, *overrides: str, memory: int = GPUS[-1]) -> Any:
+    """Return the plan of a model by its dimensions, without its weights, on a GPU with so many bytes of memory."""
+    machine = Machine(device="cuda", memory_bytes=memory, memory_budget=DEFAULT_MEMORY_BUDGET)
+    return plan(f"synthetic:{synthetic}", recipe, overrides=overrides, machine=machine)
+
+
+def sizes_table(recipe: str) -> str:
+    """Storage of published transformers under a recipe, by `s2q plan`.
+
+    Args:
+        recipe: Its name.
+    """
+    head = ["Hub id", "licence of the weights", "bf16 GiB", f"`{recipe}` GiB", "times smaller", "with 8-bit `outer`"]
+    lines = table_head("model", head)
+    for entry in published_models().values():
+        cells = [f"`{entry['hub']}`", entry["licence"] or "see its page"]
+        if entry["synthetic"] is None:
+            cells += ["after `s2q plan`", "", "", ""]
+        else:
+            storage = plan_of(entry["synthetic"], recipe).storage
+            outer = plan_of(entry["synthetic"], recipe, "outer.num_bits=8").storage
+            sizes = [storage["full_precision_bytes"] / GIB, storage["quantized_bytes"] / GIB]
+            cells += [f"{size:.2f}" for size in sizes] + [f"{one['ratio']:.2f}" for one in (storage, outer)]
+        lines.append(table_row(entry["title"], cells))
+    return "\n".join(lines)
+
+
+def cost_table(recipe: str) -> str:
+    """What quantizing a published model takes: memory as planned, and what the paper took.
+
+    Args:
+        recipe: Its name.
+    """
+    gpus = [f"on {size // 10**9} GB" for size in GPUS]
+    heads = [*gpus, "a step of distillation", "inputs and targets of a block", "the paper's memory", "the paper's time"]
+    lines = table_head("model", heads)
+    figures = paper()["samples"]["values"]
+    for name, entry in published_models().items():
+        own = [""] * 4
+        if entry["synthetic"] is not None:
+            plans = [plan_of(entry["synthetic"], recipe, memory=size) for size in GPUS]
+            cost = plans[-1].calibration
+            step = f"{cost.step_bytes / 1e9:.1f} GB{', checkpointed' if cost.gradient_checkpointing else ''}"
+            own = [*map(planned_peak, plans), step, f"{cost.activation_bytes / 1e9:.0f} GB"]
+        hours, memory = figures.get(name, {}).get("40 samples", (None, None))
+        theirs = ["" if memory is None else f"{memory:.2f} GB", "" if hours is None else f"{hours:.2f} h"]
+        lines.append(table_row(entry["title"], own + theirs))
+    return "\n".join(lines)
+
+
+def commands_of(name: str) -> str:
+    """Return the commands that plan, quantize and judge a model, and the Python that loads and runs it.
+
+    Args:
+        name: Its name in `published.yaml`.
+    """
+    entry = published_models()[name]
+    out = f"{name}-w4a6"
+    sizes = {key: entry["call"][key] for key in ("num_frames", "height", "width") if key in entry["call"]}
+    smaller = "".join(f" --set calibration.{key}={size}" for key, size in sizes.items())
+    same = "".join(f" --{key.replace('_', '-')} {size}" for key, size in sizes.items())
+    where = f"--device cuda --dtype {entry['dtype']}"
+    planned = "" if entry["synthetic"] is None else f"s2q plan -m synthetic:{entry['synthetic']} -r s2q-w4a6\n"
+    judging = f"s2q eval -m {out} --reference {entry['hub']} --prompts judged.txt --seeds 1"
+    shell = [
+        f"{planned}s2q plan -m {entry['hub']} -r s2q-w4a6 --dtype {entry['dtype']}",
+        _broken(f"s2q quantize -m {entry['hub']} -r s2q-w4a6 -o {out} --prompts calibration.txt", smaller, where),
+        _broken(judging, same, f"{where} -o {name}-eval.json"),
+    ]
+    return "\n".join(["```", *shell, "```", "", "```python", _python(entry, out), "```"])
+
+
+def _broken(*parts: str) -> str:
+    """Return a command over several lines, a part each."""
+    return " \\\n    ".join(part.strip() for part in parts if part)
+
+
+def _python(entry: dict[str, Any], out: str) -> str:
+    arguments = "".join(f"    {name}={value},\n" for name, value in entry["call"].items())
+    return f'''import torch
+
+import s2q  # from here on diffusers knows the checkpoint
+from diffusers import {entry["pipeline"]}
+from diffusers.utils import export_to_video
+
+pipe = {entry["pipeline"]}.from_pretrained("{out}", dtype=torch.{entry["dtype"]})
+pipe.enable_model_cpu_offload()
+pipe.vae.enable_tiling()
+video = pipe(
+    "a cat walking over wet grass",
+{arguments}).frames[0]
+export_to_video(video, "video.mp4", fps={entry["fps"]})'''

@@ -1,0 +1,189 @@
+"""What a step of distillation holds, traced without computing, against the formula that plans use.
+
+    python benchmarks/step_memory.py
+
+A block of each published size runs forward and backward on the meta device, where tensors have shapes and no storage,
+while every live tensor is counted: once as it is, once checkpointed, in fp32 and in bf16. Attention counts as a fused
+kernel does, by its inputs and its output. Written to ``benchmarks/results/step-memory.json``.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from environment import environment
+from records import write_record
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from s2q.benchmarking.calibration_block import student_of
+from s2q.core.components import TRANSFORMERS
+from s2q.core.reuse import parameters_held
+from s2q.distillation import checkpointed, weighted_token_loss
+from s2q.models.family import block_linears, linears_of_block
+from s2q.models.synthetic import BlockList, SyntheticModel, synthetic_model
+from s2q.models.synthetic_blocks import block_inputs
+from s2q.planning.cost import Workload, block_shapes
+from s2q.recipes import Recipe, load_recipe
+
+MODELS = ("cogvideox-2b", "cogvideox-5b", "hunyuanvideo", "ltx-2b", "wan-1.3b", "wan-14b")
+TOKENS = (256, 4096, 32_768, 131_072)
+RECIPE = "s2q-w4a6"
+RESULT = Path(__file__).parent / "results" / "step-memory.json"
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive.
+
+    Attributes:
+        now: Bytes at the moment.
+        peak: Most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor that is there already.
+
+        Args:
+            tensor: Counted once, however many views it has.
+        """
+        storage = tensor.untyped_storage()
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an op and count what it returns."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _output = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return _FusedAttention.apply(query, key, value)
+
+
+@contextmanager
+def _without_storage() -> Iterator[None]:
+    """Fused attention, and random numbers that need no generator."""
+
+    def empty(*shape: int, generator: Any = None, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*shape, device="meta", dtype=dtype)
+
+    with (
+        patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention),
+        patch.object(torch, "randn", empty),
+    ):
+        yield
+
+
+class _Nowhere:
+    device = torch.device("meta")
+
+
+def traced_bytes(
+    model: SyntheticModel, block_list: BlockList, recipe: Recipe, *, tokens: int, dtype: torch.dtype, recompute: bool
+) -> int:
+    """Return what a step holds at most beside the block's weights and the sample.
+
+    Args:
+        model: The dimensions.
+        block_list: Which of its blocks.
+        recipe: A recipe that distils.
+        tokens: Video tokens.
+        dtype: Of calibration.
+        recompute: Whether the step is checkpointed.
+    """
+    transformer = model.meta_transformer(blocks=1)
+    block = getattr(transformer, block_list.name)[0].to(dtype).requires_grad_(False)
+    prefix = f"{block_list.name}.0"
+    linears = {one.name.removeprefix(f"{prefix}."): one for one in linears_of_block(block, prefix, model.family)}
+    student = student_of(block, linears, recipe)
+    with _without_storage():
+        nowhere: Any = _Nowhere()
+        inputs = block_inputs(model, block_list, tokens=tokens, generator=nowhere, dtype=dtype, batch=1)
+        inputs |= {"attention_mask": None} if "attention_mask" in inputs else {}
+        with LiveBytes() as live:
+            for leaf in [*student.parameters(), *student.buffers(), *tree_leaves(inputs)]:
+                if isinstance(leaf, Tensor):
+                    live.add(leaf.data if leaf.is_leaf else leaf)
+            before = live.now
+            with checkpointed(student) if recompute else nullcontext(), torch.enable_grad(), parameters_held():
+                outputs = student(**inputs)
+                streams: Sequence[Tensor] = outputs if isinstance(outputs, tuple) else (outputs,)
+                weighted_token_loss(streams, tuple(torch.zeros_like(one) for one in streams)).backward()
+            return live.peak - before
+
+
+def planned_bytes(
+    model: SyntheticModel, block_list: BlockList, recipe: Recipe, *, tokens: int, dtype: torch.dtype, recompute: bool
+) -> int:
+    """Return the same by the formula of `s2q.planning.cost`.
+
+    Args:
+        model: The dimensions.
+        block_list: Which of its blocks.
+        recipe: A recipe that distils.
+        tokens: Video tokens.
+        dtype: Of calibration.
+        recompute: Whether the step is checkpointed.
+    """
+    transformer = model.meta_transformer(blocks=1)
+    workload = Workload(tokens=tokens, text_tokens=model.text_tokens, branches=1, rows=1, component_bytes=None)
+    shapes = block_shapes({TRANSFORMERS[0]: transformer}, block_linears(transformer, model.family), workload)
+    shape = shapes[model.block_lists.index(block_list)]
+    return shape.step_bytes(recipe, checkpointed=recompute, itemsize=dtype.itemsize)
+
+
+def main() -> None:
+    """Trace every size and write the file."""
+    recipe, rows = load_recipe(RECIPE), []
+    for name in MODELS:
+        model = synthetic_model(name)
+        for block_list in model.block_lists:
+            for tokens in TOKENS:
+                for dtype in (torch.float32, torch.bfloat16):
+                    for recompute in (False, True):
+                        case = {"tokens": tokens, "dtype": dtype, "recompute": recompute}
+                        traced = traced_bytes(model, block_list, recipe, **case)
+                        planned = planned_bytes(model, block_list, recipe, **case)
+                        row = {"model": name, "blocks": block_list.name, "tokens": tokens}
+                        row |= {"dtype": str(dtype).removeprefix("torch."), "checkpointed": recompute}
+                        rows.append(row | {"traced_bytes": traced, "planned_bytes": planned})
+                        print(*row.values(), f"{traced / 1e9:.2f} GB, planned {planned / traced:.2f} of it", flush=True)
+    ratios = [row["planned_bytes"] / row["traced_bytes"] for row in rows]
+    write_record(RESULT, {"schema_version": 1, **environment(), "recipe": RECIPE, "rows": rows})
+    print(f"planned over traced: {min(ratios):.2f} to {max(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Variants of a recipe, in groups: what `ablations.py` ranks and `reproduce` sets beside the paper."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row of a table: a recipe with changes.
+
+    Attributes:
+        name: File name.
+        label: What the table says.
+        recipe: Name of a recipe of the package.
+        overrides: As of ``--set``.
+    """
+
+    name: str
+    label: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+
+_UNTRAINED = ("distillation=null", "clip={}", "loss={}", "transforms.learn_scale=false", "calibration.selection=rtfp")
+_CONSTANT_CLIP = {"w4a4": 0.77, "w4a6": 0.95}  # the first by the prototype, the second where its learned ones stayed
+
+
+def _parts(width: str) -> list[Variant]:
+    """Rounding, and each part of the method added in turn, everything else as in the recipe."""
+    recipe = f"s2q-{width}"
+    nearest, hadamard = "rounding.method=rtn", "transforms.rotation=hadamard"
+    no_scale, no_rotation = "transforms.scale=none", "transforms.rotation=identity"
+    clip = f"clip.constant={_CONSTANT_CLIP[width]}"
+    uniform, random = "loss={}", "calibration.selection=rtfp"
+    rows = [
+        ("hadamard-gptq", "Hadamard + GPTQ, no scale", (*_UNTRAINED, hadamard, no_scale)),
+        ("parts-1-scale", "scale", (*_UNTRAINED, nearest, no_rotation)),
+        ("parts-2-hadamard", "+ Hadamard", (*_UNTRAINED, nearest, hadamard)),
+        ("parts-3-gptq", "+ GPTQ", (*_UNTRAINED, hadamard)),
+        ("parts-4-constant-clip", f"+ constant clip {_CONSTANT_CLIP[width]}", (*_UNTRAINED, hadamard, clip)),
+        ("parts-5-learned-clips", "+ learned clips", (uniform, random, hadamard, "transforms.learn_scale=false")),
+        ("parts-6-learned-kronecker", "+ learned scale and Kronecker", (uniform, random)),
+        ("selection-rtfp", "+ STD", (random,)),
+    ]
+    return [
+        Variant(name=f"rtn-{width}", label="rounding to nearest, adaLN too", recipe=f"rtn-{width}"),
+        *(Variant(name=f"{recipe}-{n}", label=label, recipe=recipe, overrides=tuple(o)) for n, label, o in rows),
+        Variant(name=recipe, label=f"+ SDS = `{recipe}`", recipe=recipe),
+    ]
+
+
+def _sweep(recipe: str, key: str, values: list[object], *, default: object) -> list[Variant]:
+    """One field of a recipe over several values; its own value is the recipe itself, which all sweeps share."""
+    short = key.partition(".")[2].replace("_", "-")
+    return [
+        Variant(name=recipe, label=f"`{key}={value}` (the recipe's)", recipe=recipe)
+        if value == default
+        else Variant(
+            name=f"{recipe}-{short}-{value}", label=f"`{key}={value}`", recipe=recipe, overrides=(f"{key}={value}",)
+        )
+        for value in values
+    ]
+
+
+def _beyond(width: str) -> list[Variant]:
+    """What is not in the paper, each part alone and together."""
+    recipe, shift, branch = f"s2q-{width}", "transforms.shift=mean", "transforms.low_rank=32"
+    bar = (*_UNTRAINED, "transforms.rotation=hadamard", "transforms.scale=none")
+    rows = [
+        ("hadamard-gptq", "Hadamard + GPTQ", bar),
+        ("hadamard-gptq-shift", "Hadamard + GPTQ + shift", (*bar, shift)),
+        ("hadamard-gptq-shift-low-rank", "Hadamard + GPTQ + shift + low-rank branch", (*bar, shift, branch)),
+        ("", f"`{recipe}`", ()),
+        ("selection-coverage", "+ coverage instead of SDS", ("calibration.selection=coverage",)),
+        ("shift", "+ shift", (shift,)),
+        ("low-rank", "+ low-rank branch", (branch,)),
+        ("n-prompts-40", "+ 40 prompts, coverage", ("calibration.n_prompts=40", "calibration.selection=coverage")),
+    ]
+    return [
+        *(
+            Variant(name=f"{recipe}-{n}".rstrip("-"), label=label, recipe=recipe, overrides=tuple(o))
+            for n, label, o in rows
+        ),
+        Variant(name=f"s2q-plus-{width}", label=f"+ all of them = `s2q-plus-{width}`", recipe=f"s2q-plus-{width}"),
+    ]
+
+
+GROUPS: dict[str, list[Variant]] = {
+    "parts-w4a4": _parts("w4a4"),
+    "parts-w4a6": _parts("w4a6"),
+    "beyond-w4a4": _beyond("w4a4"),
+    "beyond-w4a6": _beyond("w4a6"),
+    "selection": _sweep(
+        "s2q-w4a4", "calibration.selection", ["atop", "atfp", "rtfp", "ds", "qs", "sds"], default="sds"
+    ),
+    "lambda-min": _sweep("s2q-w4a4", "loss.lambda_min", [0, 0.2, 0.5, 0.8, 1], default=0.5),
+    "samples": _sweep("s2q-w4a4", "calibration.samples", [20, 40, 80], default=40),
+    "epochs": _sweep("s2q-w4a4", "distillation.epochs", [2, 5, 15, 30], default=15),
+}

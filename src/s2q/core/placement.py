@@ -1,0 +1,125 @@
+"""Where the memory of tensors is: on a device for a while, and out of host memory while nobody reads it.
+
+Weights that are read from safetensors files are mapped: the kernel brings a page in when it is read and may drop it at
+any time, since the file has it. What was read stays mapped until memory runs short, though, and counts as the process's
+own; `page_out` gives it back at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MADV_PAGEOUT = 21  # linux/mman.h, since 5.4; the contents stay, whatever they are backed by
+
+
+def page_out(tensors: Iterable[Tensor]) -> None:
+    """Take the memory of tensors out of this process until they are read again; their values stay.
+
+    Meant for tensors mapped from files; what lies in memory of its own would go to the swap space, if there is any.
+    Nothing happens where the kernel has no such call.
+
+    Args:
+        tensors: Tensors; those that are not on the CPU are left alone.
+    """
+    advise = _madvise()
+    if advise is None:
+        return
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.numel():
+            start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start and tensor.is_contiguous():
+                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
+
+
+@contextmanager
+def on_device(modules: Iterable[nn.Module], device: str, *, set_aside: bool = False) -> Iterator[None]:
+    """Have modules on a device for a while; afterwards they hold the very parameters that they held before.
+
+    Unlike `module.to(device)` and back, this does not leave a copy of mapped weights in host memory.
+
+    Args:
+        modules: Modules of which the own parameters and buffers are meant, not those of their children
+            (`module.modules()` for a whole one); they must not change meanwhile.
+        device: "cpu", "cuda", "cuda:1".
+        set_aside: Whether to page out the originals of what is copied to another device.
+    """
+    target = torch.device(device)
+    copies: dict[int, Tensor] = {}
+    before: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for module in modules:
+            slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for own in slots:
+                for name, tensor in own.items():
+                    if tensor is None or _is_on(tensor, target):
+                        continue
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = _copy(tensor, target)
+                        if set_aside:
+                            page_out([tensor])
+                    before.append((own, name, tensor))
+                    own[name] = copies[id(tensor)]
+        yield
+    finally:
+        for own, name, tensor in before:
+            own[name] = tensor
+
+
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    copy = tensor.detach().to(device)
+    return nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+
+def moved(value: Any, device: str, *, dtype: torch.dtype | None = None) -> Any:
+    """Return a value with every tensor in its (nested) plain containers on a device.
+
+    Args:
+        value: A tensor, a dict, tuple or list of values, or anything else, which is passed through.
+        device: "cpu", "cuda", "cuda:1".
+        dtype: What floating tensors become; None leaves them.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: moved(one, device, dtype=dtype) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(moved(one, device, dtype=dtype) for one in value)
+    return value
+
+
+def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:
+    """Go through the parameters and buffers of modules.
+
+    Args:
+        modules: The modules.
+
+    Yields:
+        Tensors.
+    """
+    for module in modules:
+        yield from chain(module.parameters(), module.buffers())
+
+
+@functools.cache
+def _madvise() -> Callable[[ctypes.c_void_p, ctypes.c_size_t, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    if function is not None:
+        function.restype = ctypes.c_int
+    return function

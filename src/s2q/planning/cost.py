@@ -1,0 +1,331 @@
+"""Peak memory of a run, from dimensions alone.
+
+What a step of distillation holds is linear in the weights and in the values that go in and out of linears. The factors
+were fitted to the live memory of a step, traced on blocks without storage (`benchmarks/step_memory.py`), for the
+published sizes and up to 131,072 tokens:
+
+    as it is        33.5 Σ O·I + 22.4 Σ rows · (I + O)             an input that several linears share counts once
+    checkpointed     4   Σ O·I + max(37.5 max O·I, 56 piece · max O, 92 rows · d)              68 instead of 92 in bf16
+
+Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from s2q.core.components import full_name, split_name
+from s2q.distillation import PIECE
+from s2q.models import BlockLinear, Family, block_names, family_of
+from s2q.recipes import Recipe
+from s2q.recipes.schema import GPTQ
+
+DEFAULT_MEMORY_BUDGET = 16 * 10**9
+"""Most that activations of calibration take of the host's memory unless told otherwise."""
+
+_FP32 = torch.float32.itemsize
+_KEPT_PER_WEIGHT, _KEPT_PER_VALUE = 33.5, 22.4
+_WEIGHT, _WEIGHT_AT_HAND, _VALUE_AT_HAND = 4, 37.5, 56
+_CHANNEL_AT_HAND = {4: 92, 2: 68}
+ROUNDING_BYTES = 14
+"""Bytes that rounding to nearest holds for each weight of the linear at hand: fp32 temporaries and codes."""
+_GPTQ_BYTES = 28
+"""The same of GPTQ: the weight in fp64 and fp32, errors, codes."""
+_FACTORIZATION_BYTES = 36
+"""Bytes for each entry of the Hessian at hand: three fp64 matrices, three in fp32."""
+_PACKED_COPIES = 0.6
+"""Packed copies of a block that stand beside it, in bytes a weight."""
+_FORWARD_VALUES = 3
+"""Values that live at a time for each one of the widest layer while a block runs without gradients."""
+_RUNTIME_BYTES = 100 * 10**6
+"""Buffers of libraries, and code that is paged in, once a process computes gradients and factorizations."""
+_USABLE = 0.92
+"""Share of a GPU's memory that a process can count on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What calibration computes on.
+
+    Attributes:
+        tokens: N of a video.
+        text_tokens: T.
+        branches: Guidance branches.
+        rows: Samples in one call of the transformer: all branches, or one.
+        component_bytes: Weights of the pipeline's other components, which generate the samples; None if unknown.
+    """
+
+    tokens: int
+    text_tokens: int
+    branches: int
+    rows: int
+    component_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where a run is planned for.
+
+    Attributes:
+        device: "cpu", "cuda", "cuda:1".
+        memory_bytes: Memory of the device; None does not limit it.
+        memory_budget: Host memory for activations of calibration.
+    """
+
+    device: str
+    memory_bytes: int | None
+    memory_budget: int
+
+    @property
+    def process_bytes(self) -> int:
+        """What the process takes of the device's memory without any model: on a CPU, what it has taken by now."""
+        if not self.is_host:
+            return 0
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What calibrating blocks takes of it besides tensors."""
+        return _RUNTIME_BYTES if self.is_host else 0
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the device computes in host memory."""
+        return torch.device(self.device).type == "cpu"
+
+    @property
+    def step_limit(self) -> int | None:
+        """What calibrating a block may take before its steps are checkpointed."""
+        if self.is_host:
+            return self.memory_budget
+        return None if self.memory_bytes is None else int(_USABLE * self.memory_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationCost:
+    """What calibrating blocks takes.
+
+    Attributes:
+        tokens: N of a video.
+        text_tokens: T.
+        samples: Calls of a block that it is calibrated on.
+        step_bytes: What a step of distillation holds beside the block's weights.
+        gradient_checkpointing: Whether a step computes parts of the block again to hold less.
+        activation_bytes: Inputs and targets of the block at hand, over all samples; host memory or disk.
+        disk_bytes: How much of it lies on the disk.
+    """
+
+    tokens: int
+    text_tokens: int
+    samples: int
+    step_bytes: int
+    gradient_checkpointing: bool
+    activation_bytes: int
+    disk_bytes: int
+
+    @property
+    def host_bytes(self) -> int:
+        """How much of the activations lies in host memory."""
+        return self.activation_bytes - self.disk_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """The dimensions of one kind of block that memory depends on.
+
+    Attributes:
+        parameters: Values of all its parameters.
+        weights: O · I of each of its quantized linears but for modulation.
+        inputs: I and rows of each group of them that shares an input.
+        outputs: O and rows of each of them.
+        streams: Channels of what it returns, and rows in all streams.
+    """
+
+    parameters: int
+    weights: tuple[int, ...]
+    inputs: tuple[tuple[int, int], ...]
+    outputs: tuple[tuple[int, int], ...]
+    streams: tuple[int, int]
+
+    def step_bytes(self, recipe: Recipe, *, checkpointed: bool, itemsize: int) -> int:
+        """Return what a step of distillation, or a pass without one, holds beside the block's weights.
+
+        Args:
+            recipe: The recipe.
+            checkpointed: Whether parts are computed again in the backward pass.
+            itemsize: Bytes of a value in the dtype of calibration.
+        """
+        widest = max((features * rows for features, rows in self.outputs), default=0)
+        if recipe.distillation is None:
+            return _WEIGHT * max(self.weights, default=0) + _FORWARD_VALUES * _FP32 * widest
+        if checkpointed:
+            piece = max((features * min(rows, PIECE) for features, rows in self.outputs), default=0)
+            channels, rows = self.streams
+            at_hand = max(
+                _WEIGHT_AT_HAND * max(self.weights, default=0),
+                _VALUE_AT_HAND * piece,
+                _CHANNEL_AT_HAND[itemsize] * channels * rows,
+            )
+            return int(_WEIGHT * sum(self.weights) + at_hand)
+        values = sum(features * rows for features, rows in (*self.inputs, *self.outputs))
+        return int(_KEPT_PER_WEIGHT * sum(self.weights) + _KEPT_PER_VALUE * values)
+
+    def rounding_bytes(self, recipe: Recipe) -> int:
+        """Return what rounding the block's linears holds beside its weights.
+
+        Args:
+            recipe: The recipe.
+        """
+        largest = max(self.weights, default=0)
+        if recipe.rounding.method != GPTQ:
+            return ROUNDING_BYTES * largest
+        squares = [features**2 for features, _ in self.inputs]
+        return _FP32 * sum(squares) + _FACTORIZATION_BYTES * max(squares, default=0) + _GPTQ_BYTES * largest
+
+    def peak_bytes(self, recipe: Recipe, *, checkpointed: bool, itemsize: int) -> int:
+        """Return what the device holds at most while a block is calibrated.
+
+        Args:
+            recipe: The recipe.
+            checkpointed: Whether parts are computed again in the backward pass.
+            itemsize: Bytes of a weight in the dtype of calibration.
+        """
+        weights = self.parameters * itemsize
+        work = max(
+            self.step_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize), weights, self.rounding_bytes(recipe)
+        )
+        return int(weights + _PACKED_COPIES * self.parameters) + work
+
+    def sample_bytes(self, itemsize: int, *, wide: bool) -> int:
+        """Return the bytes of inputs, targets and token weights of one sample.
+
+        Args:
+            itemsize: Bytes of a value in the model's dtype.
+            wide: Whether targets are in fp32.
+        """
+        features, rows = self.streams
+        return rows * (features * (itemsize + (_FP32 if wide else itemsize)) + _FP32)
+
+
+def block_shapes(
+    transformers: Mapping[str, nn.Module], linears: Sequence[BlockLinear], workload: Workload
+) -> list[BlockShape]:
+    """Return the dimensions of every block.
+
+    Args:
+        transformers: By component; may live on the meta device.
+        linears: Those that are quantized, by full name.
+        workload: Tokens of a sample.
+    """
+    shapes = []
+    for component, transformer in transformers.items():
+        family = family_of(transformer)
+        of_it = [one for one in linears if split_name(one.name)[0] == component]
+        for index, name in enumerate(block_names(transformer, family)):
+            own = {one.name.removeprefix(f"{full_name(component, name)}."): one for one in of_it if one.block == index}
+            shapes.append(_block_shape(transformer.get_submodule(name), family, own, workload))
+    return shapes
+
+
+def forward_bytes(shapes: Sequence[BlockShape], rows: int, itemsize: int) -> int:
+    """Return what a call of the transformer holds beside its weights.
+
+    Args:
+        shapes: Of its blocks.
+        rows: Samples in the call.
+        itemsize: Bytes of a value in the model's dtype.
+    """
+    widest = max((features * length for shape in shapes for features, length in shape.outputs), default=0)
+    return _FORWARD_VALUES * rows * widest * itemsize
+
+
+def calibration_cost(
+    shapes: Sequence[BlockShape], recipe: Recipe, *, workload: Workload, machine: Machine, itemsize: int
+) -> CalibrationCost:
+    """Return what calibrating the blocks takes, and how.
+
+    Args:
+        shapes: Of every block.
+        recipe: A recipe that calibrates.
+        workload: Tokens of a sample.
+        machine: Where it is to run.
+        itemsize: Bytes of a value in the model's dtype.
+    """
+    group = recipe.calibration
+    wide = group.precision == "float32"
+    own = _FP32 if wide else itemsize
+    samples = group.samples * (workload.branches if group.branches == "both" else 1)
+    whole = max(shape.peak_bytes(recipe, checkpointed=False, itemsize=own) for shape in shapes)
+    limit = machine.step_limit
+    checkpointed = recipe.distillation is not None and limit is not None and whole > limit
+    step = max(shape.step_bytes(recipe, checkpointed=checkpointed, itemsize=own) for shape in shapes)
+    activations = samples * max(shape.sample_bytes(itemsize, wide=wide) for shape in shapes)
+    return CalibrationCost(
+        tokens=workload.tokens,
+        text_tokens=workload.text_tokens,
+        samples=samples,
+        step_bytes=step,
+        gradient_checkpointing=checkpointed,
+        activation_bytes=activations,
+        disk_bytes=max(0, activations - activation_memory(machine, step)),
+    )
+
+
+def activation_memory(machine: Machine, step_bytes: int) -> int:
+    """Return the host memory that is left for inputs and targets: on a CPU, a step takes its part of the budget.
+
+    Args:
+        machine: Where it is to run.
+        step_bytes: What a step holds.
+    """
+    return max(0, machine.memory_budget - (step_bytes if machine.is_host else 0))
+
+
+def this_machine(device: str, *, memory_bytes: int | None = None, memory_budget: int | None = None) -> Machine:
+    """Describe the machine at hand, or one like it.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1".
+        memory_bytes: Memory to plan for; None takes that of the device if it is here.
+        memory_budget: Host memory for activations; None takes half of the host's, at most 16 GB.
+    """
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    on_host = torch.device(device).type == "cpu"
+    if memory_bytes is None and on_host:
+        memory_bytes = host
+    if memory_bytes is None and torch.cuda.is_available():
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    return Machine(
+        device=device,
+        memory_bytes=memory_bytes,
+        memory_budget=min(DEFAULT_MEMORY_BUDGET, host // 2) if memory_budget is None else memory_budget,
+    )
+
+
+def _block_shape(
+    block: nn.Module, family: Family, linears: Mapping[str, BlockLinear], workload: Workload
+) -> BlockShape:
+    own = {inner: one for inner, one in linears.items() if one.role == "linear"}
+    shared = {inner: group[0] for group in family.shared_inputs for inner in group}
+
+    def rows(inner: str) -> int:
+        return workload.text_tokens if inner in family.text_linears else workload.tokens + workload.text_tokens
+
+    first = {shared.get(inner, inner): (one.in_features, rows(inner)) for inner, one in own.items()}
+    channels = min((one.in_features for one in own.values()), default=0)
+    total = workload.tokens + (workload.text_tokens if len(family.streams) > 1 else 0)
+    return BlockShape(
+        parameters=sum(parameter.numel() for parameter in block.parameters()),
+        weights=tuple(one.in_features * one.out_features for one in own.values()),
+        inputs=tuple(first.values()),
+        outputs=tuple((one.out_features, rows(inner)) for inner, one in own.items()),
+        streams=(channels, total),
+    )

@@ -1,0 +1,300 @@
+"""What a run will do, before any compute: every block linear, its scheme, its bytes on disk; totals; stages.
+
+Everything is computed on the meta device. The bytes are those of the tensors in the safetensors files, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from s2q.core.components import TRANSFORMERS, full_name
+from s2q.core.errors import InvalidInputError, ResourceError
+from s2q.core.layout import InputLayout
+from s2q.core.schemes import LinearScheme, weight_bytes
+from s2q.core.storage import BF16_BYTES, LinearStorage
+from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
+from s2q.models.source import parse_dtype
+from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
+from s2q.planning.cost import (
+    ROUNDING_BYTES,
+    BlockShape,
+    CalibrationCost,
+    Machine,
+    Workload,
+    block_shapes,
+    calibration_cost,
+    forward_bytes,
+    this_machine,
+)
+from s2q.planning.workload import workload_of_source, workload_of_synthetic
+from s2q.recipes import Recipe, assign_layouts, assign_schemes, load_recipe, recipe_linears
+
+SCHEMA_VERSION = 1
+_DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage:
+    """One stage of the run.
+
+    Attributes:
+        name: Name of the stage.
+        peak_memory_bytes: Most that the run has taken of the device's memory by the end of the stage; in host memory,
+            the whole process counts. None if unknown.
+        seconds: How long it takes; None if it was not measured.
+    """
+
+    name: str
+    peak_memory_bytes: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        schema_version: Version of this report.
+        model: Name of the model.
+        recipe: Name of the recipe.
+        storage: Bytes of the whole transformer, of both where there are two: `full_precision_bytes` (in bf16),
+            `quantized_bytes` (on disk), `ratio`.
+        stages: The stages in order.
+        layers: Every linear of the blocks in order; names of those in a second transformer begin with "transformer_2.".
+        device: Where the run is planned for, and its memory in bytes, None if that is not known.
+        calibration: What calibrating blocks takes; None for recipes that do not calibrate, or if it is not known.
+    """
+
+    schema_version: int
+    model: str
+    recipe: str
+    storage: Mapping[str, int | float]
+    stages: tuple[PlannedStage, ...]
+    layers: tuple[LinearStorage, ...]
+    device: Mapping[str, str | int | None]
+    calibration: CalibrationCost | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+def plan(
+    model: str | Path | ModelSource,
+    recipe: str | Path | Recipe = "rtn-w4a6",
+    *,
+    overrides: Sequence[str] = (),
+    dtype: torch.dtype | str | None = None,
+    machine: Machine | None = None,
+) -> Plan:
+    """Plan a run without loading weights.
+
+    Args:
+        model: Embedded name, folder, Hub id, a resolved source, or the dimensions of a published model without its
+            weights, "synthetic:cogvideox-5b".
+        recipe: Name, file or validated recipe.
+        overrides: Changes to the recipe, "key=value" each.
+        dtype: Dtype that the model will be loaded in; None takes the one that it is stored in.
+        machine: Where the run is to be; None is the CPU of this machine.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is quantized already.
+    """
+    validated = load_recipe(recipe, overrides=overrides)
+    workload: Workload | None
+    if isinstance(model, str) and model.startswith(SYNTHETIC_PREFIX):
+        synthetic = synthetic_model(model)
+        name, stored = synthetic.label, parse_dtype(dtype) or torch.bfloat16
+        transformers = {TRANSFORMERS[0]: synthetic.meta_transformer()}
+        workload = workload_of_synthetic(synthetic, validated) if validated.calibrates else None
+    else:
+        source = model if isinstance(model, ModelSource) else resolve_model(model)
+        check_full_precision(source)
+        for config in source.transformer_configs.values():
+            family_of(config["_class_name"])  # a clear error before the class is looked up
+        name, stored = source.name, parse_dtype(dtype) or source.weights_dtype() or torch.bfloat16
+        transformers = {component: source.meta_transformer(component) for component in source.transformer_configs}
+        workload = workload_of_source(source, validated) if validated.calibrates else None
+    sizes = loaded_sizes(transformers, stored)
+    return plan_transformers(
+        transformers, validated, model=name, sizes=sizes, dtype=stored, workload=workload, machine=machine
+    )
+
+
+def plan_transformers(
+    transformers: Mapping[str, nn.Module],
+    recipe: Recipe,
+    *,
+    model: str,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    workload: Workload | None = None,
+    machine: Machine | None = None,
+) -> Plan:
+    """Plan a run on the transformers of a pipeline.
+
+    Args:
+        transformers: The transformers by component; may live on the meta device.
+        recipe: The recipe.
+        model: Name of the model.
+        sizes: Bytes of each tensor of their state dicts as it is now, by full name.
+        dtype: Dtype of their block linears.
+        workload: What calibration computes on; without it, the memory of stages that calibrate is not known.
+        machine: Where the run is to be; None is the CPU of this machine.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InvalidInputError: If the class is not supported, or the recipe does not fit it.
+    """
+    linears = recipe_linears(recipe, transformers)
+    schemes = assign_schemes(recipe, linears)
+    layouts = assign_layouts(recipe, linears, schemes)
+    layers = tuple(
+        _planned_layer(linear, schemes.get(linear.name), layouts.get(linear.name), sizes=sizes, dtype=dtype)
+        for linear in linears
+    )
+    inside = {f"{linear.name}.{tensor}" for linear in linears for tensor in ("weight", "bias")}
+    now = sum(sizes.values())
+    quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
+    full = sum(tensor.numel() for one in transformers.values() for tensor in one.state_dict().values()) * BF16_BYTES
+    machine = machine or this_machine("cpu")
+    shapes, cost = [], None
+    if recipe.calibrates and workload is not None:
+        shapes = block_shapes(transformers, [one for one in linears if one.name in schemes], workload)
+        cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, itemsize=dtype.itemsize)
+    peaks = _peaks(recipe, shapes, cost, layers, workload=workload, machine=machine, dtype=dtype, now=now)
+    return Plan(
+        schema_version=SCHEMA_VERSION,
+        model=model,
+        recipe=recipe.name,
+        storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
+        stages=tuple(PlannedStage(name=name, peak_memory_bytes=peak, seconds=None) for name, peak in peaks.items()),
+        layers=layers,
+        device={"name": machine.device, "memory_bytes": machine.memory_bytes},
+        calibration=cost,
+    )
+
+
+def _peaks(
+    recipe: Recipe,
+    shapes: Sequence[BlockShape],
+    cost: CalibrationCost | None,
+    layers: Sequence[LinearStorage],
+    *,
+    workload: Workload | None,
+    machine: Machine,
+    dtype: torch.dtype,
+    now: int,
+) -> dict[str, int | None]:
+    """The most that was taken by the end of each stage, as reports have it."""
+    base = machine.process_bytes
+    largest = max(layer.shape[0] * layer.shape[1] for layer in layers)
+    packed = max(layer.bytes for layer in layers)
+    if not recipe.calibrates:
+        blocks = base + (now if machine.is_host else 0) + ROUNDING_BYTES * largest
+        return {"blocks": blocks, "assemble": (blocks if machine.is_host else 0) + packed}
+    names = ("collect", "select", "blocks", "assemble")
+    if cost is None or workload is None:
+        return dict.fromkeys(names)
+    forward = forward_bytes(shapes, workload.rows, dtype.itemsize)
+    collect = base + now + (workload.component_bytes or 0) + forward
+    itemsize = torch.float32.itemsize if recipe.calibration.precision == "float32" else dtype.itemsize
+    checkpointed = cost.gradient_checkpointing
+    work = max(shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize) for shape in shapes)
+    blocks = max(collect, base + machine.runtime_bytes + work + (cost.host_bytes if machine.is_host else 0))
+    return dict(zip(names, (collect, collect, blocks, blocks), strict=True))
+
+
+def check_memory(planned: Plan) -> None:
+    """Refuse a run that cannot fit, before it begins.
+
+    Args:
+        planned: Its plan.
+
+    Raises:
+        ResourceError: If a stage needs more memory than the device has; says how much it needs.
+    """
+    device, there = planned.device["name"], planned.device["memory_bytes"]
+    for stage in planned.stages:
+        needed = stage.peak_memory_bytes
+        if needed is not None and isinstance(there, int) and needed > there:
+            raise ResourceError(
+                f"{planned.model}: stage {stage.name} needs about {needed / 1e9:.1f} GB on {device}, which has "
+                f"{there / 1e9:.1f} GB; calibrate on smaller videos (calibration.num_frames, calibration.height, "
+                "calibration.width of the recipe), or take a larger device"
+            )
+
+
+def loaded_sizes(transformers: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, int]:
+    """Return the bytes of each tensor of the transformers' state dicts once they are loaded, by full name.
+
+    Args:
+        transformers: By component; may live on the meta device, in any dtype.
+        dtype: What they are loaded in; parts that their class keeps in fp32 are in fp32.
+    """
+    sizes = {}
+    for component, transformer in transformers.items():
+        kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+        for name, tensor in transformer.state_dict().items():
+            wide = torch.float32 if kept & set(name.split(".")) else dtype
+            itemsize = wide.itemsize if tensor.is_floating_point() else tensor.itemsize
+            sizes[full_name(component, name)] = tensor.numel() * itemsize
+    return sizes
+
+
+def tensor_sizes(transformers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return the bytes of each tensor of loaded transformers' state dicts, by full name.
+
+    Args:
+        transformers: By component.
+    """
+    return {
+        full_name(component, name): tensor.numel() * tensor.element_size()
+        for component, transformer in transformers.items()
+        for name, tensor in transformer.state_dict().items()
+    }
+
+
+def check_full_precision(source: ModelSource) -> None:
+    """Refuse a model that is quantized already.
+
+    Args:
+        source: The model.
+
+    Raises:
+        InvalidInputError: If a transformer of it has a `quantization_config`.
+    """
+    if source.is_quantized:
+        method = (source.quantization or {}).get("quant_method", "another method")
+        raise InvalidInputError(
+            f"{source.name}: its transformer is quantized already (by {method}); pass the full-precision model"
+        )
+
+
+def _planned_layer(
+    linear: BlockLinear,
+    scheme: LinearScheme | None,
+    layout: InputLayout | None,
+    *,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+) -> LinearStorage:
+    bias = sizes[f"{linear.name}.bias"] if linear.has_bias else 0
+    if scheme is None:
+        name, num_bytes = _DTYPE_SCHEMES.get(dtype, str(dtype)), sizes[f"{linear.name}.weight"]
+    else:
+        name, num_bytes = scheme.name, weight_bytes(scheme.weight, linear.out_features, linear.in_features)
+    num_bytes += 0 if layout is None else layout.num_bytes(linear.in_features, linear.out_features)
+    shape = (linear.out_features, linear.in_features)
+    return LinearStorage(name=linear.name, shape=shape, scheme=name, bytes=num_bytes + bias)

@@ -1,0 +1,239 @@
+"""How long a run will take, from a slice of it: one prompt, few steps, and one block of each kind, scaled up.
+
+The slice runs the code of the run itself on the model at hand. What calibrating a block takes is linear in what it
+does, so that four short runs tell the parts:
+
+    t(S, E) = fixed + S · (once + E · step + n(E) · evaluation)
+
+Legend: `S` samples, `E` epochs, n(E) how often distillation looks at all samples.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from s2q.distillation import evaluations
+from s2q.models import ModelSource
+from s2q.planning import Machine, Plan
+from s2q.quantization.blocks import quantize_block
+from s2q.quantization.calibrated import BlockCalibration
+from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
+from s2q.quantization.run_folder import RunFolder, open_run_folder
+from s2q.quantization.select import Selected, calibration_stream, select
+from s2q.quantization.stream import TeacherStream
+from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
+from s2q.recipes import Recipe
+
+_STEPS = (1, 5)
+_SAMPLES, _MORE_SAMPLES = 2, 4
+_EPOCHS = (1, 5, 10)
+_PROMPT = "red"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSeconds:
+    """What one kind of block takes; see the module.
+
+    Attributes:
+        fixed: Seconds whatever the samples.
+        once: Seconds a sample.
+        step: Seconds of a step of distillation.
+        evaluation: Seconds of looking at one sample without learning from it.
+    """
+
+    fixed: float
+    once: float
+    step: float = 0.0
+    evaluation: float = 0.0
+
+    def total(self, samples: int, epochs: int) -> float:
+        """Return the seconds of a block.
+
+        Args:
+            samples: S.
+            epochs: E; 0 without distillation.
+        """
+        return self.fixed + samples * (self.once + epochs * self.step + evaluations(epochs) * self.evaluation)
+
+
+def measured(
+    planned: Plan,
+    source: ModelSource,
+    recipe: Recipe,
+    *,
+    machine: Machine,
+    prompts: Sequence[str] | None = None,
+    dtype: Any = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Plan:
+    """Return a plan with the seconds of its stages, measured on a slice of the run.
+
+    Args:
+        planned: The plan.
+        source: The model; its weights are loaded.
+        recipe: The recipe of the plan.
+        machine: Where to measure.
+        prompts: Of which the first is generated; None takes one of an embedded model, or any.
+        dtype: Compute dtype; None takes the stored one.
+        progress: Called with a stage, and how much of it is done.
+    """
+    started = time.perf_counter()
+    teacher = load_teacher(source, recipe, dtype=dtype)
+    seconds = {"load": time.perf_counter() - started}
+    with tempfile.TemporaryDirectory() as scratch, open_run_folder(Path(scratch) / "measure") as folder:
+        if recipe.calibrates:
+            texts = prompts or ([_PROMPT] if source.kind != "embedded" else None)
+            seconds |= _calibrating(teacher, recipe, planned, folder, texts, machine=machine, progress=progress)
+        else:
+            seconds["blocks"] = _rounding(teacher, recipe, machine, progress)
+    stages = [replace(stage, seconds=seconds.get(stage.name, 0.0)) for stage in planned.stages]
+    return replace(planned, stages=tuple(stages))
+
+
+def _calibrating(
+    teacher: Teacher,
+    recipe: Recipe,
+    planned: Plan,
+    folder: RunFolder,
+    prompts: Sequence[str] | None,
+    *,
+    machine: Machine,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, float]:
+    group = recipe.calibration
+    wanted = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
+    few = group.model_copy(update={"n_prompts": 1, "samples": 1})
+    number = prepare(teacher, wanted[:1], few, seed=0, inputs={}).settings.num_inference_steps
+    taken: list[float] = []
+    for seed, steps in enumerate((_STEPS[0], *_STEPS)):  # the first one warms up
+        inputs = prepare(teacher, wanted[:1], few.model_copy(update={"steps": steps}), seed=seed, inputs={})
+        started = time.perf_counter()
+        pools = collect(
+            teacher,
+            inputs,
+            folder,
+            device=machine.device,
+            progress=lambda done, total: progress("collect", done, total),
+        )
+        taken.append(time.perf_counter() - started)
+    _, short, long = taken
+    step = max(0.0, (long - short) / (_STEPS[1] - _STEPS[0]))
+    video = max(0.0, short - step * _STEPS[0]) + step * number
+    slices = {
+        samples: select(
+            pools, inputs, group.model_copy(update={"samples": samples}), branches=branches_of(folder, inputs)
+        )
+        for samples in (_SAMPLES, _MORE_SAMPLES)
+    }
+    return {
+        "collect": len(wanted) * video,
+        "blocks": _blocks(teacher, recipe, planned, folder, slices, machine=machine, progress=progress),
+    }
+
+
+def _blocks(
+    teacher: Teacher,
+    recipe: Recipe,
+    planned: Plan,
+    folder: RunFolder,
+    slices: Mapping[int, Selected],
+    *,
+    machine: Machine,
+    progress: Callable[[str, int, int], None],
+) -> float:
+    cost = planned.calibration
+    assert cost is not None
+    epochs = 0 if recipe.distillation is None else recipe.distillation.epochs
+    cases = [(_SAMPLES, one) for one in (_EPOCHS if epochs else (0,))] + [(_MORE_SAMPLES, _EPOCHS[0] if epochs else 0)]
+    kinds = [(one, *kind) for one in teacher.transformers for kind in _kinds(one)]
+    total, done = 0.0, 0
+    for one, first, count in kinds:
+        taken = {}
+        for samples, number in cases:
+            progress("blocks", done, len(kinds) * len(cases))
+            stream = calibration_stream(
+                teacher, one, slices[samples], folder, machine=machine, step_bytes=cost.step_bytes
+            )
+            stream.advance(first)
+            taken[samples, number] = _block_seconds(
+                one, recipe, stream, first, epochs=number, checkpointed=cost.gradient_checkpointing
+            )
+            stream.close()
+            done += 1
+        total += count * _parts(taken, distils=epochs > 0).total(cost.samples, epochs)
+    progress("blocks", done, done)
+    return total
+
+
+def _parts(taken: dict[tuple[int, int], float], *, distils: bool) -> BlockSeconds:
+    """Solve for the parts; what noise makes negative is 0."""
+    few, more = _SAMPLES, _MORE_SAMPLES
+    start = _EPOCHS[0] if distils else 0
+    each = max(0.0, (taken[more, start] - taken[few, start]) / (more - few))
+    fixed = max(0.0, taken[few, start] - few * each)
+    if not distils:
+        return BlockSeconds(fixed=fixed, once=each)
+    short, long = _EPOCHS[1:]
+    looks = {number: evaluations(number) for number in _EPOCHS}
+    assert looks[short] == looks[long]
+    step = max(0.0, (taken[few, long] - taken[few, short]) / (few * (long - short)))
+    rest = (taken[few, short] - taken[few, start]) / few - (short - start) * step
+    evaluation = max(0.0, rest / (looks[short] - looks[start]))
+    once = max(0.0, each - start * step - looks[start] * evaluation)
+    return BlockSeconds(fixed=fixed, once=once, step=step, evaluation=evaluation)
+
+
+def _block_seconds(
+    transformer: TeacherTransformer,
+    recipe: Recipe,
+    stream: TeacherStream,
+    index: int,
+    *,
+    epochs: int,
+    checkpointed: bool,
+) -> float:
+    distillation = recipe.distillation
+    if distillation is not None:
+        distillation = distillation.model_copy(update={"epochs": epochs})
+    calibration = BlockCalibration(
+        stream=stream, index=index, family=transformer.family, seed=0, checkpointed=checkpointed
+    )
+    changed = recipe.model_copy(update={"distillation": distillation})
+    return _seconds(transformer, changed, index, device=stream.device, calibration=calibration)
+
+
+def _rounding(teacher: Teacher, recipe: Recipe, machine: Machine, progress: Callable[[str, int, int], None]) -> float:
+    kinds = [(one, *kind) for one in teacher.transformers for kind in _kinds(one)]
+    total = 0.0
+    for done, (one, first, count) in enumerate(kinds):
+        progress("blocks", done, len(kinds))
+        total += count * _seconds(one, recipe, first, device=machine.device)
+    progress("blocks", len(kinds), len(kinds))
+    return total
+
+
+def _seconds(
+    transformer: TeacherTransformer,
+    recipe: Recipe,
+    index: int,
+    *,
+    device: str,
+    calibration: BlockCalibration | None = None,
+) -> float:
+    linears = transformer.inner_names(index)
+    schemes = {full: transformer.schemes[full] for full in linears.values()}
+    block = transformer.module.get_submodule(transformer.block_names[index])
+    started = time.perf_counter()
+    quantize_block(block, linears, schemes=schemes, recipe=recipe, device=device, calibration=calibration)
+    return time.perf_counter() - started
+
+
+def _kinds(transformer: TeacherTransformer) -> list[tuple[int, int]]:
+    """The index of the first block of each class, and how many there are of it."""
+    classes = [type(transformer.module.get_submodule(name)) for name in transformer.block_names]
+    return [(classes.index(one), classes.count(one)) for one in dict.fromkeys(classes)]

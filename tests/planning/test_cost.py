@@ -1,0 +1,107 @@
+"""Planned memory: near what was traced, and what it decides: checkpointing, the disk, refusal."""
+
+import pytest
+import torch
+from step_memory import planned_bytes, traced_bytes
+
+from s2q.core.errors import InvalidInputError, ResourceError
+from s2q.models.synthetic import synthetic_model
+from s2q.planning import Machine, check_memory, plan
+from s2q.recipes import load_recipe
+from tiny import tiny_cogvideox_pipeline
+
+GPU = {"device": "cuda", "memory_budget": 16 * 10**9}
+
+
+def machine(memory, **changes):
+    return Machine(**GPU | {"memory_bytes": memory} | changes)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("name", "index"), [("cogvideox-2b", 0), ("hunyuanvideo", 1), ("wan-1.3b", 0)])
+def test_a_step_is_planned_near_what_it_holds(name, index, recompute):
+    model = synthetic_model(name)
+    case = {"tokens": 32_768, "dtype": torch.float32, "recompute": recompute}
+    arguments = (model, model.block_lists[index], load_recipe("s2q-w4a6"))
+    assert planned_bytes(*arguments, **case) == pytest.approx(traced_bytes(*arguments, **case), rel=0.2)
+
+
+def test_a_step_that_does_not_fit_is_checkpointed():
+    large, small = (plan("synthetic:cogvideox-5b", "s2q-w4a6", machine=machine(size)) for size in (80e9, 16 * 10**9))
+    assert not large.calibration.gradient_checkpointing
+    assert small.calibration.gradient_checkpointing
+    assert small.calibration.step_bytes < 0.5 * large.calibration.step_bytes
+    assert small.stages[2].peak_memory_bytes < 16e9 < large.stages[2].peak_memory_bytes
+
+
+def test_published_sizes_fit_their_devices():
+    """CogVideoX-2B below 16 GB, HunyuanVideo below 40 GB, at the real token counts, without their text encoders."""
+    for name, memory in (("cogvideox-2b", 16 * 10**9), ("hunyuanvideo", 40 * 10**9)):
+        planned = plan(f"synthetic:{name}", "s2q-w4a6", machine=machine(memory))
+        check_memory(planned)
+        assert planned.calibration.tokens > 17_000
+
+
+def test_what_memory_has_no_room_for_lies_on_the_disk():
+    whole, part = (
+        plan("synthetic:cogvideox-2b", "s2q-w4a6", machine=machine(80e9, memory_budget=size)).calibration
+        for size in (16 * 10**9, 10**9)
+    )
+    assert whole.disk_bytes == 0
+    assert part.disk_bytes == whole.activation_bytes - 10**9
+    tokens, channels = 17_550 + 226, 1920
+    assert whole.activation_bytes == 40 * tokens * (channels * (2 + 4) + 4)
+
+
+def test_a_step_on_the_cpu_takes_its_part_of_the_budget():
+    on_host = plan("synthetic:cogvideox-2b", "s2q-w4a6", machine=machine(None, device="cpu", memory_budget=8 * 10**9))
+    assert on_host.calibration.gradient_checkpointing
+    left = 8 * 10**9 - on_host.calibration.step_bytes
+    assert on_host.calibration.disk_bytes == on_host.calibration.activation_bytes - left
+
+
+def test_too_little_memory_is_refused_with_what_it_takes():
+    planned = plan("synthetic:hunyuanvideo", "s2q-w4a6", machine=machine(24 * 10**9))
+    with pytest.raises(
+        ResourceError, match=r"hunyuanvideo: stage collect needs about 3\d\.\d GB on cuda, which has 24"
+    ):
+        check_memory(planned)
+    check_memory(plan("synthetic:hunyuanvideo", "s2q-w4a6", machine=machine(None)))
+
+
+def test_calibration_in_bf16_takes_less():
+    wide, half = (
+        plan("synthetic:wan-14b", "s2q-w4a6", overrides=[f"calibration.precision={one}"], machine=machine(80 * 10**9))
+        for one in ("float32", "model")
+    )
+    assert half.calibration.activation_bytes < 0.7 * wide.calibration.activation_bytes
+    assert half.calibration.step_bytes < 0.8 * wide.calibration.step_bytes
+
+
+def test_the_embedded_model_is_planned_from_its_configuration():
+    planned = plan("shapes-cogvideox", "s2q-w4a6")
+    cost = planned.calibration
+    assert (cost.tokens, cost.text_tokens, cost.samples) == (192, 16, 40)
+    assert planned.device["name"] == "cpu"
+    assert all(stage.peak_memory_bytes > 100e6 for stage in planned.stages)
+
+
+def test_sizes_of_the_recipe_count_and_are_checked(tmp_path):
+    tiny_cogvideox_pipeline().save_pretrained(tmp_path)
+    sizes = ["calibration.num_frames=9", "calibration.height=32", "calibration.width=16"]
+    assert plan(tmp_path, "s2q-w4a6", overrides=sizes).calibration.tokens == 3 * 2 * 1
+    with pytest.raises(InvalidInputError, match="height"):
+        plan(tmp_path, "s2q-w4a6", overrides=["calibration.height=33"])
+    with pytest.raises(InvalidInputError, match="no pipeline to fit num_frames to"):
+        plan("synthetic:wan-14b", "s2q-w4a6", overrides=["calibration.num_frames=9"])
+
+
+def test_both_branches_are_as_many_samples_more_whichever_way_they_are_called():
+    for name in ("cogvideox-2b", "wan-1.3b"):
+        taken, both = (
+            plan(
+                f"synthetic:{name}", "s2q-w4a6", overrides=[f"calibration.branches={one}"], machine=machine(80 * 10**9)
+            )
+            for one in ("alternate", "both")
+        )
+        assert (taken.calibration.samples, both.calibration.samples) == (40, 80)

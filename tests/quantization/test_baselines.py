@@ -1,0 +1,162 @@
+"""The recipes of other methods: what each does to a linear, coded again here, and the checkpoint that comes of it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from s2q.checkpoint import inspect_checkpoint, load_pipeline
+from s2q.planning import plan
+from s2q.quantization import quantize
+from s2q.recipes import load_recipe
+from tiny import run_pipeline, tiny_cogvideox_pipeline
+
+PARTS = {
+    "smoothquant": ("smooth", "identity", "rtn", None),
+    "quarot": ("none", "hadamard", "gptq", 0.9),
+    "viditq": ("smooth", "hadamard", "rtn", None),
+}
+METHODS = tuple(PARTS)
+WIDTHS = ("w8a8", "w4a8", "w4a6", "w4a4")
+SMALL = ["calibration.n_prompts=1", "calibration.steps=1", "calibration.samples=1", "calibration.branches=both"]
+LINEAR = "attn1.to_q"
+SIBLINGS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    """Quantizes a tiny pipeline by a method at W4A4, once; gives what q reads and its weights before and after."""
+    done = {}
+
+    def run(method):
+        if method not in done:
+            out = tmp_path_factory.mktemp(method) / "out"
+            pipe = tiny_cogvideox_pipeline(num_layers=1)
+            block = pipe.transformer.transformer_blocks[0]
+            amax = torch.zeros(block.get_submodule(LINEAR).in_features)
+
+            def look(_module, args):
+                torch.maximum(amax, args[0].reshape(-1, len(amax)).abs().amax(dim=0), out=amax)
+
+            block.get_submodule(LINEAR).register_forward_pre_hook(look)
+            report = quantize(pipe, recipe=f"{method}-w4a4", out=out, prompts=["a"], overrides=SMALL)
+            loaded = load_pipeline(out)
+            done[method] = SimpleNamespace(
+                out=out,
+                report=report,
+                pipe=loaded,
+                amax=amax.double(),
+                weights=[block.get_submodule(name).weight.detach().double() for name in SIBLINGS],
+                packed=loaded.transformer.transformer_blocks[0].get_submodule(LINEAR),
+            )
+        return done[method]
+
+    return run
+
+
+def smoothing(run):
+    """max|x|^½ / max|w|^½, the weights those of q, k and v."""
+    return (run.amax / torch.cat(run.weights).abs().amax(dim=0)).sqrt()
+
+
+def rotation(packed):
+    return torch.kron(packed.transform_left.double(), packed.transform_right.double())
+
+
+def rounded(weight):
+    """4 bits, one step an output channel."""
+    step = weight.abs().amax(dim=1, keepdim=True) / 7
+    return (weight / step).round() * step
+
+
+def assert_rounded(packed, weight):
+    """The packed weight is `weight` rounded to nearest, but for values that lie on the border between two codes."""
+    difference = packed.dequantized_weight(torch.float32).double() - rounded(weight)
+    assert float((difference.abs() < 1e-5 * weight.abs().amax()).double().mean()) > 0.999
+
+
+def assert_hadamard(matrix):
+    order = matrix.shape[0]
+    torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, order**-0.5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(matrix @ matrix.t(), torch.eye(order, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_smoothquant_divides_the_input_by_s_and_rounds_the_weight_times_s(baseline):
+    run = baseline("smoothquant")
+    s = smoothing(run)
+    assert float(s.max() / s.min()) > 1.5
+    torch.testing.assert_close(run.packed.transform_scale.double(), 1 / s, rtol=1e-4, atol=0)
+    assert run.packed.transform_left is None
+    assert_rounded(run.packed, run.weights[0] / run.packed.transform_scale.double())
+
+
+def test_quarot_rotates_clips_and_rounds_by_gptq(baseline):
+    run = baseline("quarot")
+    signs, matrix = run.packed.transform_scale.double(), rotation(run.packed)
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert_hadamard(matrix)
+    assert float(run.packed.activation_clip) == pytest.approx(0.9)
+    weight = (run.weights[0] * signs) @ matrix
+    step = weight.abs().amax(dim=1) / 7
+    torch.testing.assert_close(run.packed.weight_scale.double(), step, rtol=1e-5, atol=0)
+    packed = run.packed.dequantized_weight(torch.float32).double()
+    assert not torch.allclose(packed, rounded(weight), rtol=0, atol=float(step.min()) / 2)
+    errors = run.report.blocks[0].rounding[f"transformer_blocks.0.{LINEAR}"]
+    assert errors["error"] < errors["rtn_error"]
+
+
+def test_viditq_scales_then_rotates_and_rounds_to_nearest(baseline):
+    run = baseline("viditq")
+    scale, matrix = run.packed.transform_scale.double(), rotation(run.packed)
+    torch.testing.assert_close(scale.abs(), 1 / smoothing(run), rtol=1e-4, atol=0)
+    assert bool((scale < 0).any())
+    assert_hadamard(matrix)
+    assert run.packed.activation_clip is None
+    assert_rounded(run.packed, (run.weights[0] / scale) @ matrix)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_checkpoint_loads_and_generates(baseline, method):
+    run = baseline(method)
+    inspected = inspect_checkpoint(run.out, verify=True)
+    assert inspected.verified
+    assert inspected.storage["quantized_bytes"] == run.report.storage["quantized_bytes"]
+    assert torch.isfinite(run_pipeline(run.pipe)).all()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_recipe_consists_of(method, width):
+    recipe = load_recipe(f"{method}-{width}")
+    transforms = recipe.transforms
+    parts = (transforms.scale, transforms.rotation, recipe.rounding.method, recipe.clip.constant)
+    assert parts == PARTS[method]
+    assert transforms.scale == "none" or (transforms.alpha == 0.5 and not transforms.learn_scale)
+    assert (transforms.shift, transforms.low_rank, recipe.distillation, recipe.outer) == ("none", 0, None, None)
+    assert recipe.linear_scheme().name == width
+    assert recipe.modulation.num_bits == (8 if width == "w8a8" else 4)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_methods_differ_in_the_method_alone(width):
+    """Whatever is not the method is as in S²Q-VDiT's recipe, but for which samples are taken."""
+    ours = load_recipe("s2q-w4a6")
+    for method in METHODS:
+        recipe = load_recipe(f"{method}-{width}")
+        assert recipe.calibration == ours.calibration.model_copy(update={"selection": "rtfp"})
+        assert recipe.modulation.rounding == ours.modulation.rounding
+        assert recipe.rounding.model_copy(update={"method": "gptq"}) == ours.rounding
+
+
+def test_plans_of_all_of_them(tmp_path):
+    """Each plans; bytes of the same bits differ by what the method stores."""
+    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    sizes = {
+        (method, width): plan(tmp_path / "model", f"{method}-{width}").storage["quantized_bytes"]
+        for method in METHODS
+        for width in WIDTHS
+    }
+    for method in METHODS:
+        assert sizes[method, "w8a8"] > sizes[method, "w4a8"] == sizes[method, "w4a6"] == sizes[method, "w4a4"]
+    plain = plan(tmp_path / "model", "rtn-w4a4").storage["quantized_bytes"]
+    assert plain < sizes["smoothquant", "w4a4"] < sizes["viditq", "w4a4"] < sizes["quarot", "w4a4"]

@@ -1,0 +1,54 @@
+"""The time of a run, from a slice of it."""
+
+import pytest
+
+from s2q.models import resolve_model
+from s2q.planning import plan, this_machine
+from s2q.quantization import measure
+from s2q.quantization.measure import BlockSeconds, measured
+from s2q.quantization.teacher import load_teacher
+from s2q.recipes import load_recipe
+from tiny import tiny_cogvideox_pipeline, tiny_hunyuanvideo_pipeline
+
+
+def test_the_parts_are_found_from_the_total_times_of_short_runs():
+    parts = BlockSeconds(fixed=3.0, once=0.25, step=0.5, evaluation=0.125)
+    cases = [(2, 1), (2, 5), (2, 10), (4, 1)]
+    found = measure._parts({case: parts.total(*case) for case in cases}, distils=True)
+    assert found.total(40, 15) == pytest.approx(parts.total(40, 15))
+    assert parts.total(40, 15) == 3 + 40 * (0.25 + 15 * 0.5 + 5 * 0.125)
+    plain = BlockSeconds(fixed=3.0, once=0.25)
+    found = measure._parts({case: plain.total(*case) for case in [(2, 0), (4, 0)]}, distils=False)
+    assert found == plain
+
+
+def test_noise_makes_no_part_negative():
+    found = measure._parts({(2, 1): 3.0, (2, 5): 2.0, (2, 10): 2.5, (4, 1): 2.9}, distils=True)
+    assert min(found.fixed, found.once, found.step, found.evaluation) >= 0
+
+
+@pytest.mark.parametrize("recipe", ["s2q-w4a6", "rtn-w4a6"])
+def test_every_stage_gets_its_seconds_and_nothing_is_left(tmp_path, recipe):
+    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    overrides = ["calibration.steps=4", "calibration.n_prompts=2", "calibration.samples=8"]
+    validated, source = load_recipe(recipe, overrides=overrides), resolve_model(tmp_path / "model")
+    machine = this_machine("cpu")
+    planned = plan(source, validated, machine=machine)
+    seen = []
+    result = measured(planned, source, validated, machine=machine, progress=lambda *step: seen.append(step))
+    seconds = {stage.name: stage.seconds for stage in result.stages}
+    assert seconds["blocks"] > 0
+    assert "collect" not in seconds or 0 < seconds["collect"] < seconds["blocks"]
+    assert [stage.peak_memory_bytes for stage in result.stages] == [stage.peak_memory_bytes for stage in planned.stages]
+    assert seen[-1][0] == "blocks"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_each_kind_of_block_counts_as_often_as_there_are_blocks_of_it():
+    recipe = load_recipe("rtn-w4a6")
+    for pipe, kinds in (
+        (tiny_cogvideox_pipeline(num_layers=3), [(0, 3)]),
+        (tiny_hunyuanvideo_pipeline(), [(0, 1), (1, 1)]),
+    ):
+        (transformer,) = load_teacher(pipe, recipe, dtype=None).transformers
+        assert measure._kinds(transformer) == kinds

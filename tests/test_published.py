@@ -1,0 +1,99 @@
+"""What docs/real-models.md tells people to type: understood by the command line, and run on tiny pipelines."""
+
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer
+from published import commands_of, planned_peak, published_models
+from reproduce.command import arguments_of
+
+import s2q
+from s2q.calibration.settings import vae_factors
+from s2q.cli.app import app
+from s2q.models import family_of
+from s2q.models.synthetic import synthetic_names
+from s2q.recipes import load_recipe
+from tiny import (
+    tiny_cogvideox_pipeline,
+    tiny_hunyuanvideo_pipeline,
+    tiny_ltx_pipeline,
+    tiny_mochi_pipeline,
+    tiny_wan_pipeline,
+)
+
+PAGE = (Path(__file__).parent.parent / "docs" / "real-models.md").read_text()
+PIPELINES = {
+    "CogVideoXPipeline": tiny_cogvideox_pipeline,
+    "HunyuanVideoPipeline": tiny_hunyuanvideo_pipeline,
+    "LTXPipeline": tiny_ltx_pipeline,
+    "MochiPipeline": tiny_mochi_pipeline,
+    "WanPipeline": tiny_wan_pipeline,
+}
+
+
+def commands(program):
+    """The commands of the page that begin with a program, without comments."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
+    text = "\n".join(block for language, block in blocks if not language)
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
+
+
+def test_every_command_is_understood():
+    typed = [words[1:] for words in commands("s2q")]
+    read = [typer.main.get_command(app).commands[name].make_context(name, rest).params for name, *rest in typed]
+    quantized = [one for one in read if "recipe" in one and "output" in one]
+    judged = [one for one in read if "reference" in one]
+    assert len(quantized) == len(judged) == len(published_models())
+    for one in quantized:
+        assert load_recipe(one["recipe"], overrides=one["overrides"] or ()).name == "s2q-w4a6"
+    assert [one["reference"] for one in judged] == [one["model"] for one in quantized]
+    assert [one["model"] for one in judged] == [str(one["output"]) for one in quantized]
+
+
+def test_the_commands_of_the_papers_tables_are_understood():
+    typed = commands("python")
+    assert [words[1] for words in typed] == ["benchmarks/reproduce"] * 2
+    read = [arguments_of(words[2:]) for words in typed]
+    assert {one.table for one in read} == {"vbench-w4a6"}
+    assert read[0].dry_run
+
+
+def test_synthetic_names_are_names():
+    named = {entry["synthetic"] for entry in published_models().values()} - {None}
+    assert named == set(synthetic_names())
+
+
+def test_every_pipeline_is_tried():
+    assert {entry["pipeline"] for entry in published_models().values()} == set(PIPELINES)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_python_runs(pipeline, tmp_path, monkeypatch):
+    """On a tiny pipeline of the class: smaller videos, in float32, without a GPU to move parts to."""
+    pipe = PIPELINES[pipeline]()
+    s2q.quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    name, entry = next((name, one) for name, one in published_models().items() if one["pipeline"] == pipeline)
+    code = re.search(r"```python\n(.*)```", commands_of(name), flags=re.DOTALL)
+    assert code is not None
+    side = max(16, family_of(pipe.transformer).size_multiple)
+    small = {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side, "num_inference_steps": 2}
+    if pipeline == "CogVideoXPipeline":
+        small["max_sequence_length"] = 16
+    call = "".join(f"    {key}={value},\n" for key, value in entry["call"].items())
+    assert call in code.group(1)
+    tiny = code.group(1).replace(call, "".join(f"    {key}={value},\n" for key, value in small.items()))
+    tiny = tiny.replace(f'"{name}-w4a6"', '"checkpoint"').replace(f"torch.{entry['dtype']}", "torch.float32")
+    tiny = tiny.replace("pipe.enable_model_cpu_offload()\n", "").replace("a cat walking over wet grass", "a cat")
+    exec(compile(tiny, "real-models.md", "exec"), {})
+    assert (tmp_path / "video.mp4").stat().st_size > 0
+
+
+def test_a_peak_that_does_not_fit_says_so():
+    stages = [SimpleNamespace(peak_memory_bytes=size) for size in (2 * 10**9, 3)]
+    assert planned_peak(SimpleNamespace(stages=stages, device={"memory_bytes": 2 * 10**9})) == "2.0 GB"
+    assert planned_peak(SimpleNamespace(stages=stages, device={"memory_bytes": 10**9})) == "no, 2.0 GB"
