@@ -243,7 +243,13 @@ def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
 
 
 def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
-    """Go through samples; the next one is read while the one at hand is worked on."""
+    """Go through samples; on a GPU, the next one is read while the one at hand is worked on.
+
+    On a CPU a second thread that computes would only take cores from the first.
+    """
+    if not torch.cuda.is_available():
+        yield from (samples[index] for index in order)
+        return
     with ThreadPoolExecutor(max_workers=1) as reader:
         upcoming: Future[BlockSample] | None = None
         for index in order:
