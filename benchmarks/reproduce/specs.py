@@ -20,7 +20,7 @@ _BASELINES = {
     "PTQ4DiT": "ptq4dit",
     "SmoothQuant": "smoothquant",
     "QuaRot": "quarot",
-    "ViDiT-Q": "viditq",
+    "ViDiT-Q": "vidit-q",
 }
 
 

@@ -117,7 +117,7 @@ def test_known_figures():
 def test_plain_data(folder):
     content = json.loads(json.dumps(plan(folder, "rtn-w4a6").to_dict()))
     assert content.keys() == {
-        *("schema_version", "model", "recipe", "storage", "stages", "layers", "device", "calibration")
+        *("schema_version", "model", "recipe", "storage", "stages", "layers", "simulated", "device", "calibration")
     }
     assert content["storage"].keys() == {"full_precision_bytes", "quantized_bytes", "ratio"}
     assert [stage.keys() for stage in content["stages"]] == [{"name", "peak_memory_bytes", "seconds"}] * 2

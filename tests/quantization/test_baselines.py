@@ -14,7 +14,7 @@ from tiny import run_pipeline, tiny_cogvideox_pipeline
 PARTS = {
     "smoothquant": ("smooth", "identity", "rtn", None),
     "quarot": ("none", "hadamard", "gptq", 0.9),
-    "viditq": ("smooth", "hadamard", "rtn", None),
+    "vidit-q": ("smooth", "hadamard", "rtn", None),
 }
 METHODS = tuple(PARTS)
 WIDTHS = ("w8a8", "w4a8", "w4a6", "w4a4")
@@ -106,7 +106,7 @@ def test_quarot_rotates_clips_and_rounds_by_gptq(baseline):
 
 
 def test_viditq_scales_then_rotates_and_rounds_to_nearest(baseline):
-    run = baseline("viditq")
+    run = baseline("vidit-q")
     scale, matrix = run.packed.transform_scale.double(), rotation(run.packed)
     torch.testing.assert_close(scale.abs(), 1 / smoothing(run), rtol=1e-4, atol=0)
     assert bool((scale < 0).any())
@@ -159,4 +159,4 @@ def test_plans_of_all_of_them(tmp_path):
     for method in METHODS:
         assert sizes[method, "w8a8"] > sizes[method, "w4a8"] == sizes[method, "w4a6"] == sizes[method, "w4a4"]
     plain = plan(tmp_path / "model", "rtn-w4a4").storage["quantized_bytes"]
-    assert plain < sizes["smoothquant", "w4a4"] < sizes["viditq", "w4a4"] < sizes["quarot", "w4a4"]
+    assert plain < sizes["smoothquant", "w4a4"] < sizes["vidit-q", "w4a4"] < sizes["quarot", "w4a4"]

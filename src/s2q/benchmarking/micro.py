@@ -352,7 +352,11 @@ def _applies(op: str, recipe: Recipe) -> bool:
     """Whether an op has anything to do under a recipe; the integer product rescales by channel, not by group."""
     if op == "linear":
         return True
-    return recipe.activations is not None and (op != "gemm" or recipe.weights.group_size is None)
+    return (
+        recipe.activations is not None
+        and not recipe.linear_scheme().simulated
+        and (op != "gemm" or recipe.weights.group_size is None)
+    )
 
 
 def _random_codes(shape: tuple[int, int], bits: int, generator: torch.Generator) -> Tensor:

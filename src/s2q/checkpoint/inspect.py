@@ -38,6 +38,7 @@ class CheckpointReport:
         storage: Bytes of the transformer, of both where there are two: `full_precision_bytes` (all of it in bf16),
             `quantized_bytes` (on disk, of which `packed_bytes` in quantized linears), and their `ratio`.
         layers: Every quantized linear; names of those in a second transformer begin with "transformer_2.".
+        simulated: Whether some of them are computed in floating point, for want of an integer kernel.
         files: Bytes and SHA-256 by relative path, as the manifest has them; empty if there is no manifest.
         verified: Whether every file equals the manifest; None if that was not asked for.
         problems: What differs, one line each, beginning with the file.
@@ -51,6 +52,7 @@ class CheckpointReport:
     transformer_class: str
     storage: Mapping[str, int | float]
     layers: tuple[LinearStorage, ...]
+    simulated: bool
     files: Mapping[str, Mapping[str, Any]]
     verified: bool | None
     problems: tuple[str, ...]
@@ -98,6 +100,7 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> CheckpointR
         transformer_class=str(read_transformer_config(folder).get("_class_name", "")),
         storage=storage,
         layers=layers,
+        simulated=any(one.simulated for config in configs.values() for one in config.layer_schemes().values()),
         files=read_manifest(folder) if (folder / MANIFEST).is_file() else {},
         verified=not problems if verify else None,
         problems=problems,

@@ -45,7 +45,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     out.print(stages)
     for line in _plan_notes(plan):
         out.print(line, soft_wrap=True)
-    out.print(_layer_table(plan["layers"]))
+    _show_layers(out, plan)
 
 
 def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
@@ -84,7 +84,7 @@ def show_inspection(report: Mapping[str, Any]) -> None:
     if report["storage"]:
         out.print(_storage_line(report["storage"]))
     if report["layers"]:
-        out.print(_layer_table(report["layers"]))
+        _show_layers(out, report)
     if not report["files"]:
         out.print("no manifest, so that nothing can be verified")
     elif report["verified"] is None:
@@ -156,6 +156,14 @@ def _storage_line(storage: Mapping[str, Any]) -> Text:
     return Text.assemble(
         f"Transformer: {before} in bf16, {after} quantized, ", (f"{storage['ratio']:.2f} times smaller", "bold")
     )
+
+
+def _show_layers(out: Console, report: Mapping[str, Any]) -> None:
+    if report["simulated"]:
+        out.print(
+            "Simulated: no integer kernel takes its inputs; computed in floating point, slower than full precision"
+        )
+    out.print(_layer_table(report["layers"]))
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:

@@ -193,6 +193,25 @@ def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
     return (codes * scale).to(x.dtype)
 
 
+def fake_quantize_input(x: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> Tensor:
+    """Quantize and dequantize the input of a linear at once, trainable, each token by itself; see `fake_quantize`.
+
+    Args:
+        x: [..., I], any floating dtype.
+        scheme: Dynamic, PerToken or PerGroup.
+        clip_ratio: Factor in (0, 1] on the largest magnitude: a float, or a tensor that broadcasts to [..., 1].
+
+    Returns:
+        Same shape and dtype as x.
+
+    Raises:
+        InvalidInputError: If I is not a multiple of the group size.
+    """
+    grouped = x.reshape(*x.shape[:-1], num_groups(scheme, x.shape[-1]), -1)
+    scale = token_scale(grouped, num_bits=scheme.num_bits, clip_ratio=clip_ratio)
+    return fake_quantize(grouped, scale, num_bits=scheme.num_bits).reshape(x.shape)
+
+
 def fake_quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
     """Quantize and dequantize a weight at once, trainable; see `fake_quantize`.
 

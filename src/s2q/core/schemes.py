@@ -27,7 +27,7 @@ class PerChannel:
 
 @dataclass(frozen=True, kw_only=True)
 class PerGroup:
-    """One scale per `group_size` neighbouring input channels of an output channel: weight [O, I] -> scale [O, G].
+    """One scale per `group_size` neighbouring input channels: weight [O, I] -> scale [O, G], activation -> [..., G].
 
     Attributes:
         group_size: Input channels that share a scale; in_features must be a multiple of it, G = I / group_size.
@@ -138,7 +138,7 @@ class LinearScheme:
 
     Attributes:
         weight: Static, per channel or per group.
-        activation: Dynamic, per token; None leaves the input as it is (weight-only).
+        activation: Dynamic, per token, or per group of each token; None leaves the input as it is (weight-only).
 
     Raises:
         InvalidInputError: If either side is of another kind.
@@ -152,14 +152,21 @@ class LinearScheme:
         if self.weight.dynamic or not isinstance(self.weight.granularity, PerChannel | PerGroup):
             raise InvalidInputError(f"weight scheme {self.weight}; expected static, PerChannel or PerGroup")
         activation = self.activation
-        if activation is not None and not (activation.dynamic and isinstance(activation.granularity, PerToken)):
-            raise InvalidInputError(f"activation scheme {activation}; expected dynamic, PerToken, or None")
+        if activation is not None and not (
+            activation.dynamic and isinstance(activation.granularity, PerToken | PerGroup)
+        ):
+            raise InvalidInputError(f"activation scheme {activation}; expected dynamic, PerToken or PerGroup, or None")
 
     @property
     def name(self) -> str:
-        """Short name: "w4a6", "w4a16" for weight-only, "w4g64a6" with groups of 64."""
-        group = f"g{self.weight.granularity.group_size}" if isinstance(self.weight.granularity, PerGroup) else ""
-        return f"w{self.weight.num_bits}{group}a{16 if self.activation is None else self.activation.num_bits}"
+        """Short name: "w4a6", "w4a16" for weight-only, "w4g64a6g64" with groups of 64 on both sides."""
+        activation = "16" if self.activation is None else _short_name(self.activation)
+        return f"w{_short_name(self.weight)}a{activation}"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no integer kernel takes this scheme, so that it is computed in floating point, slower than none."""
+        return self.activation is not None and not isinstance(self.activation.granularity, PerToken)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict for JSON; `activation` is None for weight-only."""
@@ -190,10 +197,10 @@ class LinearScheme:
 
 
 def num_groups(scheme: QuantScheme, in_features: int) -> int:
-    """Return how many scales an output channel has: I / group_size for PerGroup, else 1.
+    """Return how many scales an output channel, or a token, has: I / group_size for PerGroup, else 1.
 
     Args:
-        scheme: Scheme of a weight.
+        scheme: Scheme of a weight or an activation.
         in_features: I.
 
     Returns:
@@ -242,6 +249,11 @@ def _check_keys(what: str, fields: object, *, required: tuple[str, ...], optiona
     missing = [key for key in required if key not in fields]
     if missing:
         raise InvalidInputError(f"{what}: missing {', '.join(missing)}; expected {', '.join(required)}")
+
+
+def _short_name(scheme: QuantScheme) -> str:
+    group = f"g{scheme.granularity.group_size}" if isinstance(scheme.granularity, PerGroup) else ""
+    return f"{scheme.num_bits}{group}"
 
 
 def _is_int(value: object) -> bool:

@@ -2,7 +2,8 @@
 
     y = (codes_x · codes_wᵀ) · Δ_x · Δ_w + b        integers inside, fp32 for the scales, then the dtype of x
 
-Weight-only schemes (no activation part) multiply x by the dequantized weight instead. Before that, a shift may be
+Weight-only schemes (no activation part) multiply x by the dequantized weight instead, and simulated ones (inputs in
+groups) what the codes of x stand for by what those of the weight stand for. Before that, a shift may be
 subtracted from x, whose product with the weight is in the bias; x may pass through a transform T = diag(v) · (A ⊗ B),
 whose inverse is in the weight; a few directions V of x diag(v) may be taken out before A ⊗ B and multiplied in floating
 point, y + (x diag(v) V) Lᵀ; and the scale of x may be multiplied by a clip ratio.
@@ -11,6 +12,8 @@ Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `r` rank of t
 of a row (`core.packing`).
 """
 
+import functools
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -23,13 +26,15 @@ from torch import Tensor, nn
 from s2q.core.errors import InvalidInputError, UsageError, unknown_name
 from s2q.core.layout import PREFIX, TENSOR_DTYPES, InputLayout
 from s2q.core.packing import pack_codes, packed_width, unpack_codes
-from s2q.core.qparams import RoundedWeight, dequantize_weight
-from s2q.core.schemes import LinearScheme, PerGroup, num_groups
+from s2q.core.qparams import RoundedWeight, dequantize_weight, fake_quantize_input
+from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.nn.shared_input import SharedInput
 from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
 from s2q.ops.weight_only_matmul import weight_only_matmul
+
+logger = logging.getLogger(__name__)
 
 PACKED_DTYPES = {
     "weight": torch.uint8,
@@ -69,7 +74,7 @@ class PackedLinear(nn.Linear):
         device: Where to put the (uninitialised) parameters; "meta" allocates nothing.
 
     Raises:
-        InvalidInputError: If I is not a multiple of the group size, or the layout does not fit I.
+        InvalidInputError: If I is not a multiple of a group size, or the layout does not fit I.
     """
 
     weight_scale: nn.Parameter
@@ -100,6 +105,8 @@ class PackedLinear(nn.Linear):
         self.shared_input: SharedInput[tuple[Tensor, Tensor, Tensor | None]] | None = None
         width = packed_width(scheme.weight.num_bits, in_features)
         groups = num_groups(scheme.weight, in_features)
+        if scheme.activation is not None:
+            num_groups(scheme.activation, in_features)
         scale_shape = (out_features, groups) if isinstance(scheme.weight.granularity, PerGroup) else (out_features,)
         self.weight = _frozen(torch.empty(out_features, width, dtype=torch.uint8, device=device))
         self.weight_scale = _frozen(torch.empty(scale_shape, dtype=torch.float32, device=device))
@@ -257,6 +264,8 @@ class PackedLinear(nn.Linear):
         activation = self.scheme.activation
         if activation is None:
             return self._weight_only(input)
+        if self.scheme.simulated:
+            return self._simulated(input, activation)
         if self.shared_input is None:
             split = self._quantized(input)
         else:
@@ -297,8 +306,19 @@ class PackedLinear(nn.Linear):
             backend=self.backend,
         )
 
-    def _weight_only(self, input: Tensor) -> Tensor:  # noqa: A002
-        transformed, coefficients = transform_input(
+    def _simulated(self, input: Tensor, activation: QuantScheme) -> Tensor:  # noqa: A002
+        """What integers would give, in fp32: no kernel takes this scheme."""
+        _say_simulated(self.scheme.name)
+        transformed, coefficients = self._transformed(input)
+        quantized = fake_quantize_input(transformed.float(), activation, clip_ratio=self.activation_clip)
+        bias = None if self.bias is None else self.bias.float()
+        output = F.linear(quantized, self.dequantized_weight(torch.float32), bias)
+        if coefficients is not None and self.low_rank_weight is not None:
+            output += F.linear(coefficients, self.low_rank_weight.float())
+        return output.to(input.dtype)
+
+    def _transformed(self, input: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: A002
+        return transform_input(
             input,
             shift=self.input_shift,
             scale=self.transform_scale,
@@ -306,6 +326,9 @@ class PackedLinear(nn.Linear):
             right=self.transform_right,
             low_rank_basis=self.low_rank_basis,
         )
+
+    def _weight_only(self, input: Tensor) -> Tensor:  # noqa: A002
+        transformed, coefficients = self._transformed(input)
         output_MO = weight_only_matmul(
             transformed.to(input.dtype).reshape(-1, self.in_features),
             self.product_codes(),
@@ -386,6 +409,13 @@ class _StraightThrough(torch.autograd.Function):
         (gradient,) = gradients
         towards_x = gradient @ layer.effective_weight(gradient.dtype)
         return towards_x.reshape(ctx.shape), None
+
+
+@functools.cache
+def _say_simulated(scheme: str) -> None:
+    logger.warning(
+        "%s linears are simulated in floating point, slower than full precision: no integer kernel takes them", scheme
+    )
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

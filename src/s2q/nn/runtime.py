@@ -41,7 +41,7 @@ def share_inputs(model: nn.Module) -> int:
     """
     count = 0
     for parent in model.modules():
-        siblings = [one for one in parent.children() if isinstance(one, PackedLinear) and one.scheme.activation]
+        siblings = [one for one in parent.children() if isinstance(one, PackedLinear) and _on_integers(one)]
         for one in siblings:
             one.shared_input = None
         for group in _groups(siblings):
@@ -50,6 +50,10 @@ def share_inputs(model: nn.Module) -> int:
                 one.shared_input = shared
             count += len(group)
     return count
+
+
+def _on_integers(linear: PackedLinear) -> bool:
+    return linear.scheme.activation is not None and not linear.scheme.simulated
 
 
 def _groups(linears: list[PackedLinear]) -> list[list[PackedLinear]]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.core.errors import InvalidInputError
-from s2q.core.qparams import fake_quantize, fake_quantize_weight, token_scale, weight_scale
+from s2q.core.qparams import fake_quantize_input, fake_quantize_weight, weight_scale
 from s2q.core.reuse import once, once_for, recomputed
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.nn.clip import START, LearnableClip
@@ -59,7 +59,7 @@ class SplitInput(NamedTuple):
 
 
 class StudentInput(nn.Module):
-    """The way of an input into its linears: shift, transform, then fake quantization per token.
+    """The way of an input into its linears: shift, transform, then fake quantization, each token by itself.
 
     Attributes:
         shift: Buffer [I], m, or None for zero.
@@ -117,8 +117,7 @@ class StudentInput(nn.Module):
             transformed = rest if self.transform is None else self.transform.rotated(rest)
         if self.scheme is not None:
             ratio = None if self.clip is None else self.clip()
-            scale = token_scale(transformed, num_bits=self.scheme.num_bits, clip_ratio=ratio)
-            transformed = fake_quantize(transformed, scale, num_bits=self.scheme.num_bits)
+            transformed = fake_quantize_input(transformed, self.scheme, clip_ratio=ratio)
         return SplitInput(transformed.to(x.dtype), coefficients)
 
 
@@ -157,7 +156,9 @@ class StudentLinear(nn.Module):
         weight_clip: LearnableClip | None = None,
     ) -> None:
         super().__init__()
-        num_groups(scheme.weight, linear.in_features)
+        for one in (scheme.weight, scheme.activation):
+            if one is not None:
+                num_groups(one, linear.in_features)
         if source.scheme != scheme.activation:
             raise InvalidInputError(f"student: its input is quantized as {source.scheme}; expected {scheme.activation}")
         self.in_features, self.out_features = linear.in_features, linear.out_features

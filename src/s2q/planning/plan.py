@@ -67,6 +67,7 @@ class Plan:
             `quantized_bytes` (on disk), `ratio`.
         stages: The stages in order.
         layers: Every linear of the blocks in order; names of those in a second transformer begin with "transformer_2.".
+        simulated: Whether some of them will be computed in floating point, for want of an integer kernel.
         device: Where the run is planned for, and its memory in bytes, None if that is not known.
         calibration: What calibrating blocks takes; None for recipes that do not calibrate, or if it is not known.
     """
@@ -77,6 +78,7 @@ class Plan:
     storage: Mapping[str, int | float]
     stages: tuple[PlannedStage, ...]
     layers: tuple[LinearStorage, ...]
+    simulated: bool
     device: Mapping[str, str | int | None]
     calibration: CalibrationCost | None
 
@@ -181,6 +183,7 @@ def plan_transformers(
         storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
         stages=tuple(PlannedStage(name=name, peak_memory_bytes=peak, seconds=None) for name, peak in peaks.items()),
         layers=layers,
+        simulated=any(scheme.simulated for scheme in schemes.values()),
         device={"name": machine.device, "memory_bytes": machine.memory_bytes},
         calibration=cost,
     )

@@ -65,6 +65,7 @@ class QuantizationReport:
         storage: Bytes of the whole transformer, of both where there are two, as in the plan: `full_precision_bytes`,
             `quantized_bytes`, `ratio`.
         layers: Every block linear as in the plan: name, shape, scheme, bytes.
+        simulated: Whether some of them are computed in floating point, for want of an integer kernel.
         blocks: What was done to each block.
         stages: Seconds and peak memory of each stage, in order.
         seconds: Time from the start until the checkpoint was ready to be written.
@@ -83,6 +84,7 @@ class QuantizationReport:
     selection: Mapping[str, Any] | None
     storage: Mapping[str, int | float]
     layers: Sequence[Mapping[str, Any]]
+    simulated: bool
     blocks: Sequence[BlockReport]
     stages: Sequence[Mapping[str, Any]]
     seconds: float

@@ -330,6 +330,7 @@ class _Run:
             selection=None if selection is None else selection.summary(),
             storage=planned.storage,
             layers=[asdict(layer) for layer in planned.layers],
+            simulated=planned.simulated,
             blocks=tuple(blocks),
             stages=tuple(self.stages),
             seconds=time.perf_counter() - self.started,

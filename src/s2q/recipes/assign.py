@@ -68,7 +68,9 @@ def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, 
         if scheme is None or any(fnmatchcase(linear.name, pattern) for pattern in recipe.skip):
             continue
         try:
-            num_groups(scheme.weight, linear.in_features)
+            for one in (scheme.weight, scheme.activation):
+                if one is not None:
+                    num_groups(one, linear.in_features)
         except InvalidInputError as error:
             raise InvalidInputError(f"{linear.name}: {error}") from error
         schemes[linear.name] = scheme

@@ -6,7 +6,7 @@ Dumping a validated recipe (`Recipe.resolved`) gives every value, defaults inclu
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -56,20 +56,24 @@ class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class WeightsGroup(_Group):
-    """How weights are quantized: symmetric, static."""
-
+class _Grouped(_Group):
     num_bits: int = Field(ge=MIN_BITS, le=MAX_BITS)
-    granularity: Literal["per_channel", "per_group"] = "per_channel"
+    granularity: str
     group_size: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
-    def _group_size_fits_granularity(self) -> WeightsGroup:
+    def _group_size_fits_granularity(self) -> Self:
         if self.granularity == "per_group" and self.group_size is None:
             raise ValueError("granularity=per_group needs a group_size; use 64, 128 or 256")
-        if self.granularity == "per_channel" and self.group_size is not None:
-            raise ValueError(f"group_size={self.group_size} needs granularity=per_group; got per_channel")
+        if self.granularity != "per_group" and self.group_size is not None:
+            raise ValueError(f"group_size={self.group_size} needs granularity=per_group; got {self.granularity}")
         return self
+
+
+class WeightsGroup(_Grouped):
+    """How weights are quantized: symmetric, static."""
+
+    granularity: Literal["per_channel", "per_group"] = "per_channel"
 
     def scheme(self) -> QuantScheme:
         """Return the scheme of a weight."""
@@ -88,14 +92,20 @@ class ModulationGroup(WeightsGroup):
     rounding: Rounding = "rtn"
 
 
-class ActivationsGroup(_Group):
-    """How the inputs of linears are quantized: symmetric, per token, dynamic."""
+class ActivationsGroup(_Grouped):
+    """How the inputs of linears are quantized: symmetric, dynamic, each token by itself.
 
-    num_bits: int = Field(ge=MIN_BITS, le=MAX_BITS)
+    Attributes:
+        granularity: "per_token", one scale each, on integer kernels; "per_group", one for each `group_size` channels of
+            a token, which no kernel takes: it is simulated in floating point.
+    """
+
+    granularity: Literal["per_token", "per_group"] = "per_token"
 
     def scheme(self) -> QuantScheme:
         """Return the scheme of an activation."""
-        return QuantScheme(num_bits=self.num_bits, granularity=PerToken(), dynamic=True)
+        granularity = PerToken() if self.group_size is None else PerGroup(group_size=self.group_size)
+        return QuantScheme(num_bits=self.num_bits, granularity=granularity, dynamic=True)
 
 
 class CalibrationGroup(_Group):

@@ -1,0 +1,51 @@
+"""What every step of a block's calibration knows: the block, its linears, their schemes and the recipe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from s2q.core.schemes import LinearScheme
+from s2q.nn import replace_module
+from s2q.recipes import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockWork:
+    """A block to quantize.
+
+    Attributes:
+        block: The full-precision block as it is stored; never changed.
+        teacher: A copy of it on the device, in the dtype of calibration; never changed.
+        linears: Full name by name inside the block, of the linears to quantize.
+        schemes: Scheme by full name.
+        recipe: The recipe.
+    """
+
+    block: nn.Module
+    teacher: nn.Module
+    linears: Mapping[str, str]
+    schemes: Mapping[str, LinearScheme]
+    recipe: Recipe
+
+    def scheme(self, name: str) -> LinearScheme:
+        """Return the scheme of a linear.
+
+        Args:
+            name: Its name inside the block.
+        """
+        return self.schemes[self.linears[name]]
+
+    def copy_with(self, layers: Mapping[str, nn.Module]) -> nn.Module:
+        """Return a copy of the teacher with some of its linears replaced.
+
+        Args:
+            layers: Replacement by name inside the block.
+        """
+        result = copy.deepcopy(self.teacher)
+        for name, layer in layers.items():
+            replace_module(result, name, layer)
+        return result

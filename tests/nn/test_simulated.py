@@ -1,0 +1,94 @@
+"""Linears that no integer kernel takes: inputs quantized in groups, computed in floating point."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from s2q.checkpoint import inspect_checkpoint, load_pipeline
+from s2q.core.errors import InvalidInputError
+from s2q.core.qparams import RoundedWeight
+from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
+from s2q.nn import PackedLinear, StudentInput, StudentLinear, share_inputs
+from s2q.planning import plan
+from s2q.quantization import quantize
+from s2q.rounding import round_rtn
+from tiny import run_pipeline, tiny_cogvideox_pipeline
+
+GROUPED = ["activations.granularity=per_group", "activations.group_size=16"]
+
+
+def scheme(group_size, *, bits=4):
+    activation = QuantScheme(num_bits=bits, granularity=PerGroup(group_size=group_size), dynamic=True)
+    return LinearScheme(weight=QuantScheme(num_bits=4, granularity=PerChannel()), activation=activation)
+
+
+def test_a_group_of_a_token_has_a_scale_of_its_own():
+    # 4 bits: a group's largest magnitude is code 7. [7, 1] keeps both; [70, 4] has a step of 10, so that 4 becomes 0.
+    codes = torch.eye(4, dtype=torch.int8)
+    layer = PackedLinear.from_rounded(RoundedWeight(codes=codes, scale=torch.ones(4)), bias=None, scheme=scheme(2))
+    together = torch.tensor([[7.0, 1.0, 70.0, 4.0]])
+    assert torch.equal(layer(together), torch.tensor([[7.0, 1.0, 70.0, 0.0]]))
+    whole = LinearScheme(
+        weight=layer.scheme.weight, activation=QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True)
+    )
+    per_token = PackedLinear.from_rounded(RoundedWeight(codes=codes, scale=torch.ones(4)), bias=None, scheme=whole)
+    assert torch.equal(per_token(together), torch.tensor([[10.0, 0.0, 70.0, 0.0]]))
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_equals_the_definition_in_double_behind_a_transform_and_a_clip(bits):
+    generator = torch.Generator().manual_seed(bits)
+    weight, bias = torch.randn(6, 24, generator=generator), torch.randn(6, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64))[0].float()
+    ratio = torch.tensor([0.9])
+    rounded = round_rtn(weight, scheme(8).weight)
+    layer = PackedLinear.from_rounded(
+        rounded,
+        bias=bias,
+        scheme=scheme(8, bits=bits),
+        inputs={"transform_left": rotation, "activation_clip": ratio},
+    )
+    x = torch.randn(3, 5, 24, generator=generator)
+    groups = (x.double() @ rotation.double()).reshape(3, 5, 3, 8)
+    top = 2 ** (bits - 1) - 1
+    step = groups.abs().amax(dim=-1, keepdim=True) * 0.9 / top
+    quantized = ((groups / step).round().clamp(-top - 1, top) * step).reshape(3, 5, 24)
+    expected = quantized @ (rounded.codes.double() * rounded.scale.double()[:, None]).t() + bias.double()
+    close = (layer(x).double() - expected).abs() < 1e-4
+    assert close.double().mean() > 0.97  # a value halfway between codes may fall on the other side in fp32
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_student_of_a_scheme_computes_what_its_packed_linear_does():
+    linear = nn.Linear(24, 6)
+    student = StudentLinear(linear, scheme=scheme(8), source=StudentInput(scheme(8).activation))
+    rounded = round_rtn(linear.weight, scheme(8).weight)
+    packed = PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=scheme(8))
+    x = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(packed(x), student(x), rtol=0, atol=1e-5)
+
+
+def test_widths_that_groups_do_not_divide_are_refused():
+    with pytest.raises(InvalidInputError, match="in_features=24 is not divisible by group_size=7"):
+        PackedLinear(24, 6, bias=False, scheme=scheme(7))
+    with pytest.raises(InvalidInputError, match="not divisible by group_size=7"):
+        StudentLinear(nn.Linear(24, 6), scheme=scheme(7), source=StudentInput(scheme(7).activation))
+
+
+def test_plan_checkpoint_and_report_say_so(tmp_path, caplog):
+    pipe = tiny_cogvideox_pipeline(num_layers=1)
+    report = quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out", overrides=GROUPED)
+    assert report.simulated
+    assert inspect_checkpoint(tmp_path / "out").simulated
+    loaded = load_pipeline(tmp_path / "out")
+    block = loaded.transformer.transformer_blocks[0]
+    assert block.attn1.to_q.scheme.name == "w4a6g16"
+    assert share_inputs(block.attn1) == 0
+    with caplog.at_level(logging.WARNING):
+        first = run_pipeline(loaded)
+    assert [one.message for one in caplog.records if "simulated in floating point" in one.message]
+    assert bool(torch.isfinite(torch.as_tensor(first)).all())
+    assert plan("shapes-cogvideox", "rtn-w4a6", overrides=GROUPED).simulated
+    assert not plan("shapes-cogvideox", "s2q-plus-w4a6").simulated
