@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from s2q.core.errors import InvalidInputError, first_line, nearest_names, unknown_name
 from s2q.recipes.schema import Recipe
+from s2q.recipes.variants import SEPARATOR, VARIANTS, with_variant
 
 _SUFFIX = ".yaml"
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -32,7 +33,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: S
     keys given here, name and description are not taken over. The result has no such key.
 
     Args:
-        recipe: Name of a recipe of the package, path of a YAML file, contents of one, or a validated recipe.
+        recipe: Name of a recipe of the package, "+sds" or "+std" after it if wanted (`VARIANTS`), path of a YAML file,
+            contents of one, or a validated recipe.
         overrides: Changes, each "key=value" with a dotted key and a YAML value: "weights.num_bits=8", "skip=[a, b]".
 
     Returns:
@@ -41,6 +43,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: S
     Raises:
         InvalidInputError: If the recipe is unknown, not YAML, or not valid; names the key and the nearest valid one.
     """
+    if isinstance(recipe, str) and SEPARATOR in recipe and not _is_path(recipe):
+        recipe = _with_variants(recipe)
     if isinstance(recipe, Recipe):
         where, content = f"recipe {recipe.name}", recipe.resolved()
     elif isinstance(recipe, Mapping):
@@ -58,7 +62,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: S
 
 def _read(recipe: str | Path) -> tuple[str, dict[str, Any]]:
     text = str(recipe)
-    if isinstance(recipe, Path) or "/" in text or text.endswith(_FILE_SUFFIXES):
+    if _is_path(recipe):
         path = Path(recipe).expanduser()
         where = str(path)
         if not path.is_file():
@@ -81,6 +85,22 @@ def _read(recipe: str | Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(content, dict):
         raise InvalidInputError(f"{where}: got {type(content).__name__}; expected a mapping with the keys of a recipe")
     return where, content
+
+
+def _is_path(recipe: str | Path) -> bool:
+    text = str(recipe)
+    return isinstance(recipe, Path) or "/" in text or text.endswith(_FILE_SUFFIXES)
+
+
+def _with_variants(name: str) -> Recipe:
+    base, *variants = name.split(SEPARATOR)
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise unknown_name(f"addition to recipe {base}", variant, VARIANTS)
+    recipe = load_recipe(base)
+    for variant in variants:
+        recipe = with_variant(recipe, variant)
+    return recipe
 
 
 def _extended(where: str, content: dict[str, Any]) -> dict[str, Any]:

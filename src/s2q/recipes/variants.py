@@ -1,0 +1,58 @@
+"""S²Q-VDiT's two parts added to another method, "quarot-w4a4+sds+std" (the paper's table 8).
+
+`+sds` takes the salient samples (section 3.2); `+std` distils with tokens weighted by attention (section 3.3), which
+needs something to learn: the method's own channel scale where it has one, else clipping ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from s2q.core.errors import InvalidInputError
+from s2q.recipes.schema import Recipe
+
+SEPARATOR = "+"
+
+
+def with_variant(recipe: Recipe, variant: str) -> Recipe:
+    """Return the recipe with a part added.
+
+    Args:
+        recipe: A recipe that calibrates.
+        variant: One of `VARIANTS`.
+
+    Raises:
+        InvalidInputError: If the recipe does not calibrate, or has the part already.
+    """
+    if not recipe.calibrates:
+        raise InvalidInputError(
+            f"recipe {recipe.name}: {SEPARATOR}{variant} changes how a recipe calibrates, and this one does not"
+        )
+    changes = VARIANTS[variant](recipe)
+    content = recipe.resolved()
+    if all(content[group] == value for group, value in changes.items()):
+        raise InvalidInputError(f"recipe {recipe.name}: has what {SEPARATOR}{variant} adds; leave it out")
+    return Recipe.model_validate(content | changes | {"name": f"{recipe.name}{SEPARATOR}{variant}"})
+
+
+def _sds(recipe: Recipe) -> dict[str, Any]:
+    return {"calibration": recipe.calibration.model_dump(mode="json") | {"selection": "sds"}}
+
+
+def _std(recipe: Recipe) -> dict[str, Any]:
+    changes: dict[str, Any] = {"loss": recipe.loss.model_dump(mode="json") | {"weighting": "attention"}}
+    if recipe.distillation is not None:
+        return changes
+    changes["distillation"] = {}  # its defaults are the paper's
+    if recipe.transforms.scale != "none":
+        changes["transforms"] = recipe.transforms.model_dump(mode="json") | {"learn_scale": True}
+    elif recipe.transforms.rotation != "kronecker":
+        clip = recipe.clip.model_dump(mode="json") | {"weights": True, "constant": None}
+        changes["clip"] = clip | {"activations": recipe.activations is not None}
+    return changes
+
+
+VARIANTS: Mapping[str, Callable[[Recipe], dict[str, Any]]] = MappingProxyType({"sds": _sds, "std": _std})
+"""What may follow the name of a recipe: the groups that it changes."""
