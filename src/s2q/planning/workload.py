@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from s2q.calibration import prompt_token_limit, resolve_settings
+from s2q.calibration import prompt_token_limit, resolve_settings, takes_prompts_alone
 from s2q.calibration.settings import video_tokens
 from s2q.core.errors import InvalidInputError
 from s2q.models import ModelSource, family_of
@@ -33,7 +33,7 @@ def workload_of(
         InvalidInputError: If the recipe's sizes do not fit the model.
     """
     family, group = family_of(pipe.transformer), recipe.calibration
-    if type(pipe).__name__ != family.pipeline_class:
+    if not takes_prompts_alone(pipe):
         return None
     requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
     settings = resolve_settings(pipe, requested=requested, defaults=dict(recommended))
