@@ -202,13 +202,13 @@ def _peaks(
     largest = max(layer.shape[0] * layer.shape[1] for layer in layers)
     packed = max(layer.bytes for layer in layers)
     if not recipe.calibrates:
-        blocks = base + (now if machine.is_host else 0) + ROUNDING_BYTES * largest
+        blocks = base + (machine.added_bytes(now) if machine.is_host else 0) + ROUNDING_BYTES * largest
         return {"blocks": blocks, "assemble": (blocks if machine.is_host else 0) + packed}
     names = ("collect", "select", "blocks", "assemble")
     if cost is None or workload is None:
         return dict.fromkeys(names)
     forward = forward_bytes(shapes, workload.rows, dtype.itemsize)
-    collect = base + now + (workload.component_bytes or 0) + forward
+    collect = base + machine.added_bytes(now + (workload.component_bytes or 0)) + forward
     itemsize = torch.float32.itemsize if recipe.calibration.precision == "float32" else dtype.itemsize
     checkpointed = cost.gradient_checkpointing
     work = max(shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize) for shape in shapes)
