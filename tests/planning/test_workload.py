@@ -4,10 +4,10 @@ import pytest
 from diffusers import CogVideoXPipeline
 
 from s2q.planning import Workload, workload_of
-from s2q.recipes import load_recipe
+from s2q.recipes.schema import CalibrationGroup
 from tiny import tiny_cogvideox_image_pipeline, tiny_cogvideox_pipeline, tiny_wan_pipeline
 
-SIZES = ["calibration.num_frames=9", "calibration.height=16", "calibration.width=16"]
+SIZES = {"num_frames": 9, "height": 16, "width": 16}
 
 
 class OwnPipeline(CogVideoXPipeline):
@@ -15,7 +15,7 @@ class OwnPipeline(CogVideoXPipeline):
 
 
 def workload(pipe):
-    return workload_of(pipe, load_recipe("s2q-w4a6", overrides=SIZES), recommended={}, component_bytes=7)
+    return workload_of(pipe, CalibrationGroup(**SIZES), recommended={}, component_bytes=7)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["diffusers", "derived"])

@@ -115,15 +115,16 @@ def plan(
         synthetic = synthetic_model(model)
         name, stored = synthetic.label, parse_dtype(dtype) or torch.bfloat16
         transformers = {TRANSFORMERS[0]: synthetic.meta_transformer()}
-        workload = workload_of_synthetic(synthetic, validated) if validated.calibrates else None
+        workload = workload_of_synthetic(synthetic, validated.calibration) if validated.calibrates else None
     else:
         source = model if isinstance(model, ModelSource) else resolve_model(model)
         check_full_precision(source)
         for config in source.transformer_configs.values():
             family_of(config["_class_name"])  # a clear error before the class is looked up
         name, stored = source.name, parse_dtype(dtype) or source.weights_dtype() or torch.bfloat16
-        transformers = {component: source.meta_transformer(component) for component in source.transformer_configs}
-        workload = workload_of_source(source, validated) if validated.calibrates else None
+        transformers, workload = source.meta_transformers(), None
+        if validated.calibrates:
+            workload = workload_of_source(source, validated.calibration, transformers=transformers)
     sizes = loaded_sizes(transformers, stored)
     return plan_transformers(
         transformers, validated, model=name, sizes=sizes, dtype=stored, workload=workload, machine=machine

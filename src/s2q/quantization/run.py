@@ -395,7 +395,7 @@ def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
         others = [part for part in teacher.parts if all(part is not one for one in transformers.values())]
         workload = workload_of(
             teacher.pipe,
-            recipe,
+            recipe.calibration,
             recommended=recommended_generation(teacher.folder),
             component_bytes=sum(tensor.nbytes for part in others for tensor in part.parameters()),
         )
