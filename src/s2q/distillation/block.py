@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
 _EVALUATIONS = 5
-_POINTWISE = ("FeedForward",)
 PIECE = 8192
 """Tokens that a part without attention computes again at a time."""
 
@@ -219,13 +218,15 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
     Args:
         student: See `distil`.
     """
+    from diffusers.models.attention import FeedForward
+
     parts = [one for one in student.children() if any(isinstance(inner, StudentLinear) for inner in one.modules())]
     layers = [inner for inner in student.modules() if isinstance(inner, StudentLinear | StudentInput)]
     try:
         for layer in layers:
             layer.recomputes = True
         for part in parts:
-            pointwise = isinstance(part, StudentLinear) or type(part).__name__ in _POINTWISE
+            pointwise = isinstance(part, StudentLinear | FeedForward)
             part.forward = functools.partial(_in_pieces if pointwise else recomputed, part.forward)
         yield
     finally:
