@@ -51,7 +51,13 @@ class BlockSample:
 
 
 class Samples(Protocol):
-    """Samples by index, from memory or from a disk."""
+    """Samples by index, from memory or from a disk.
+
+    Attributes:
+        device: Where their tensors are, "cpu", "cuda", "cuda:1".
+    """
+
+    device: str
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -244,11 +250,11 @@ def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
 
 
 def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
-    """Go through samples; on a GPU, the next one is read while the one at hand is worked on.
+    """Go through samples; those of a GPU are read while the one before is worked on.
 
     On a CPU a second thread that computes would only take cores from the first.
     """
-    if not torch.cuda.is_available():
+    if torch.device(samples.device).type == "cpu":
         yield from (samples[index] for index in order)
         return
     with ThreadPoolExecutor(max_workers=1) as reader:

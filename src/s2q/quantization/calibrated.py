@@ -103,6 +103,7 @@ class _Samples:
         self, stream: TeacherStream, targets: TensorStore, streams: Sequence[str], cast: Callable[[Any], Any]
     ) -> None:
         self.stream, self.targets, self.streams, self.cast = stream, targets, streams, cast
+        self.device = stream.device
 
     def __len__(self) -> int:
         return len(self.stream)
