@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from step_memory import planned_bytes, traced_bytes
+from step_memory import Case, planned_bytes, traced_bytes
 
 from s2q.core.errors import InvalidInputError, ResourceError
 from s2q.models.synthetic import synthetic_model
@@ -21,9 +21,15 @@ def machine(memory, **changes):
 @pytest.mark.parametrize(("name", "index"), [("cogvideox-2b", 0), ("hunyuanvideo", 1), ("wan-1.3b", 0)])
 def test_a_step_is_planned_near_what_it_holds(name, index, recompute):
     model = synthetic_model(name)
-    case = {"tokens": 32_768, "dtype": torch.float32, "recompute": recompute}
-    arguments = (model, model.block_lists[index], load_recipe("s2q-w4a6"))
-    assert planned_bytes(*arguments, **case) == pytest.approx(traced_bytes(*arguments, **case), rel=0.2)
+    case = Case(
+        model=model,
+        block_list=model.block_lists[index],
+        recipe=load_recipe("s2q-w4a6"),
+        tokens=32_768,
+        dtype=torch.float32,
+        recompute=recompute,
+    )
+    assert planned_bytes(case) == pytest.approx(traced_bytes(case), rel=0.2)
 
 
 def test_a_step_that_does_not_fit_is_checkpointed():
