@@ -1,7 +1,8 @@
 """``python -m s2q.shapes.training MODEL --work DIR --out DIR``: train an embedded model from nothing.
 
-Stages: autoencoder → decoder alone → latents of the training scenes → transformer with text encoder → assembled
-folder with training card. Each stage resumes from its last checkpoint; a finished one is skipped.
+Stages: autoencoder → decoder alone (not where the latents are another model's) → latents of the training scenes →
+transformer with text encoder → assembled folder with training card. Each stage resumes from its last checkpoint; a
+finished one is skipped.
 """
 
 import argparse
