@@ -123,10 +123,7 @@ def _facts(
         "data": f"{len(combinations(held_out=False))} combinations of shape, colour, motion and background; "
         f"{len(combinations(held_out=True))} held out; scenes drawn afresh for the autoencoder, "
         f"{POOL_SIZE} scenes for the transformer",
-        **{
-            key: {name: _settings(folder)[key] for name, folder in stages.items()}
-            for key in ("steps", "batch_size", "seed")
-        },
+        **{key: {name: _settings(folder)[key] for name, folder in stages.items()} for key in _TOLD},
         "minutes": {name: round(_minutes(folder), 1) for name, folder in stages.items()},
         "hardware": hardware,
         "torch": torch.__version__,
