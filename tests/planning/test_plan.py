@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from s2q.core.errors import InvalidInputError
+from s2q.models import ModelSource
 from s2q.planning import plan
 from s2q.quantization import quantize
 from s2q.recipes import load_recipe, recipe_names
@@ -112,6 +113,18 @@ def test_known_figures():
         planned = plan_transformers({"transformer": transformer}, recipe, model="2b", sizes=sizes, dtype=torch.bfloat16)
         ratios[overrides] = round(planned.storage["ratio"], 2)
     assert ratios == {(): 3.89, ("modulation=null",): 2.42}
+
+
+def test_a_transformer_is_built_once(folder, monkeypatch):
+    built, original = [], ModelSource.meta_transformer
+
+    def counted(source, component):
+        built.append(component)
+        return original(source, component)
+
+    monkeypatch.setattr(ModelSource, "meta_transformer", counted)
+    assert plan(folder, "s2q-w4a6").calibration is not None
+    assert built == ["transformer"]
 
 
 def test_plain_data(folder):

@@ -35,6 +35,7 @@ from s2q.models.family import BlockLinear
 from s2q.models.synthetic import SyntheticModel
 from s2q.models.synthetic_blocks import block_inputs, synthetic_block
 from s2q.nn import LearnableClip, StudentInput, StudentLinear, replace_module
+from s2q.quantization.stream import named_arguments
 from s2q.recipes import Recipe
 from s2q.transforms import ROTATIONS, Compose, SmoothScale, Transform
 
@@ -185,7 +186,9 @@ def _of_pipeline(source: ModelSource, settings: Settings) -> tuple[nn.Module, di
     block = pipe.transformer.get_submodule(names[0])
     own = resolve_settings(pipe, requested={"num_inference_steps": 1}, defaults=dict(settings.generation))
     calls: list[dict[str, Any]] = []
-    handle = block.register_forward_pre_hook(lambda _module, _args, kwargs: calls.append(kwargs), with_kwargs=True)
+    handle = block.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(named_arguments(module, args, kwargs)), with_kwargs=True
+    )
     try:
         denoise(pipe, [_PROMPT], seeds=[0], settings=own, decode=False)
     finally:

@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
 _EVALUATIONS = 5
-_POINTWISE = ("FeedForward",)
 PIECE = 8192
 """Tokens that a part without attention computes again at a time."""
 
@@ -52,7 +51,13 @@ class BlockSample:
 
 
 class Samples(Protocol):
-    """Samples by index, from memory or from a disk."""
+    """Samples by index, from memory or from a disk.
+
+    Attributes:
+        device: Where their tensors are, "cpu", "cuda", "cuda:1".
+    """
+
+    device: str
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -219,13 +224,15 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
     Args:
         student: See `distil`.
     """
+    from diffusers.models.attention import FeedForward
+
     parts = [one for one in student.children() if any(isinstance(inner, StudentLinear) for inner in one.modules())]
     layers = [inner for inner in student.modules() if isinstance(inner, StudentLinear | StudentInput)]
     try:
         for layer in layers:
             layer.recomputes = True
         for part in parts:
-            pointwise = isinstance(part, StudentLinear) or type(part).__name__ in _POINTWISE
+            pointwise = isinstance(part, StudentLinear | FeedForward)
             part.forward = functools.partial(_in_pieces if pointwise else recomputed, part.forward)
         yield
     finally:
@@ -243,11 +250,11 @@ def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
 
 
 def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
-    """Go through samples; on a GPU, the next one is read while the one at hand is worked on.
+    """Go through samples; those of a GPU are read while the one before is worked on.
 
     On a CPU a second thread that computes would only take cores from the first.
     """
-    if not torch.cuda.is_available():
+    if torch.device(samples.device).type == "cpu":
         yield from (samples[index] for index in order)
         return
     with ThreadPoolExecutor(max_workers=1) as reader:

@@ -77,19 +77,29 @@ class Machine:
         device: "cpu", "cuda", "cuda:1".
         memory_bytes: Memory of the device; None does not limit it.
         memory_budget: Host memory for activations of calibration.
+        holds_weights: Whether this process has read the model's weights into memory of its own, where they stay.
     """
 
     device: str
     memory_bytes: int | None
     memory_budget: int
+    holds_weights: bool = False
 
     @property
     def process_bytes(self) -> int:
-        """What the process takes of the device's memory without any model: on a CPU, what it has taken by now."""
+        """What the process takes of the device's memory whatever it computes: on a CPU, what it has taken by now."""
         if not self.is_host:
             return 0
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def added_bytes(self, weights: int) -> int:
+        """Return what weights of the model add to `process_bytes`.
+
+        Args:
+            weights: Their bytes.
+        """
+        return 0 if self.is_host and self.holds_weights else weights
 
     @property
     def runtime_bytes(self) -> int:

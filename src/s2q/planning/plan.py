@@ -117,15 +117,16 @@ def plan(
         synthetic = synthetic_model(model)
         name, stored = synthetic.label, parse_dtype(dtype) or torch.bfloat16
         transformers = {TRANSFORMERS[0]: synthetic.meta_transformer()}
-        workload = workload_of_synthetic(synthetic, validated) if validated.calibrates else None
+        workload = workload_of_synthetic(synthetic, validated.calibration) if validated.calibrates else None
     else:
         source = model if isinstance(model, ModelSource) else resolve_model(model)
         check_full_precision(source)
         for config in source.transformer_configs.values():
             family_of(config["_class_name"])  # a clear error before the class is looked up
         name, stored = source.name, parse_dtype(dtype) or source.weights_dtype() or torch.bfloat16
-        transformers = {component: source.meta_transformer(component) for component in source.transformer_configs}
-        workload = workload_of_source(source, validated) if validated.calibrates else None
+        transformers, workload = source.meta_transformers(), None
+        if validated.calibrates:
+            workload = workload_of_source(source, validated.calibration, transformers=transformers)
     sizes = loaded_sizes(transformers, stored)
     return plan_transformers(
         transformers, validated, model=name, sizes=sizes, dtype=stored, workload=workload, machine=machine
@@ -205,13 +206,13 @@ def _peaks(
     largest = max(layer.shape[0] * layer.shape[1] for layer in layers)
     packed = max(layer.bytes for layer in layers)
     if not recipe.calibrates:
-        blocks = base + (now if machine.is_host else 0) + ROUNDING_BYTES * largest
+        blocks = base + (machine.added_bytes(now) if machine.is_host else 0) + ROUNDING_BYTES * largest
         return {"blocks": blocks, "assemble": (blocks if machine.is_host else 0) + packed}
     names = ("collect", "select", "blocks", "assemble")
     if cost is None or workload is None:
         return dict.fromkeys(names)
     forward = forward_bytes(shapes, workload.rows, dtype.itemsize)
-    collect = base + now + (workload.component_bytes or 0) + forward
+    collect = base + machine.added_bytes(now + (workload.component_bytes or 0)) + forward
     itemsize = torch.float32.itemsize if recipe.calibration.precision == "float32" else dtype.itemsize
     checkpointed = cost.gradient_checkpointing
     work = max(shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize) for shape in shapes)

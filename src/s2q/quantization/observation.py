@@ -35,6 +35,7 @@ class BlockSamples:
         self, stream: TeacherStream, targets: TensorStore, streams: Sequence[str], cast: Callable[[Any], Any]
     ) -> None:
         self.stream, self.targets, self.streams, self.cast = stream, targets, streams, cast
+        self.device = stream.device
 
     def __len__(self) -> int:
         return len(self.stream)

@@ -12,7 +12,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
@@ -396,7 +396,7 @@ def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
         others = [part for part in teacher.parts if all(part is not one for one in transformers.values())]
         workload = workload_of(
             teacher.pipe,
-            recipe,
+            recipe.calibration,
             recommended=recommended_generation(teacher.folder),
             component_bytes=sum(tensor.nbytes for part in others for tensor in part.parameters()),
         )
@@ -407,7 +407,7 @@ def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
         sizes=tensor_sizes(transformers),
         dtype=teacher.dtype,
         workload=workload,
-        machine=machine,
+        machine=replace(machine, holds_weights=not teacher.mapped),
     )
 
 

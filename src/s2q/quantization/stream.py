@@ -278,7 +278,7 @@ def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, A
     heard: dict[str, Any] = {}
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        heard.update(_named(block, args, kwargs))
+        heard.update(named_arguments(block, args, kwargs))
         raise _ReachedError
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
@@ -298,11 +298,16 @@ def _parameters(block_class: type[nn.Module]) -> tuple[str, ...]:
     return tuple(one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def _named(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name.
+def named_arguments(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a block's call by name.
 
     Blocks of one model that differ in what they use are called alike and swallow the rest in `*args`; a tensor there
     would be something that this block does use.
+
+    Args:
+        block: The block.
+        args: Arguments by position.
+        kwargs: Arguments by name.
     """
     names = _parameters(type(block))
     swallowed = [value for value in args[len(names) :] if isinstance(value, Tensor)]

@@ -87,7 +87,8 @@ class Teacher:
         folder: Where it was loaded from; None if that is not known.
         transformers: Those of which the recipe quantizes something, in the order of the pipeline.
         dtype: Compute dtype of the transformers.
-        mapped: Whether its weights were mapped from files here, so that they need not stay in memory.
+        mapped: Whether its weights were mapped from files here, in the dtype in which they are stored there, so that
+            they need not stay in memory.
     """
 
     pipe: DiffusionPipeline
@@ -142,7 +143,6 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
         InvalidInputError: If the model is quantized, has adapters or weights elsewhere, is of an unsupported class, has
             another dtype than the one asked for, or holds values that are not finite (names the tensor).
     """
-    mapped = isinstance(model, ModelSource)
     if isinstance(model, ModelSource):
         pipe, name, folder = model.load_pipeline(dtype=dtype), model.name, model.folder
     else:
@@ -153,6 +153,7 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
         raise InvalidInputError(f"{type(pipe).__name__} has no transformer; expected a text-to-video pipeline with one")
     linears = recipe_linears(recipe, found)
     first = found[TRANSFORMERS[0]].dtype
+    mapped = isinstance(model, ModelSource) and model.weights_dtype() == first  # what is converted is no longer a file
     for component, transformer in found.items():
         _check_state(name, component, transformer, wanted=parse_dtype(dtype))
         if transformer.dtype != first:
