@@ -11,7 +11,7 @@ halfway between levels (Max, "Quantizing for Minimum Distortion", 1960; Lloyd, "
 
     l_i = E[z | b_{i-1} < z < b_i],    b_i = (l_i + l_{i+1}) / 2
 
-So d and the number of bits alone say which codebook to use (OrbitQuant, Lee et al., arXiv 2607.02461, 2026, section 3.2).
+So d and the number of bits alone say which codebook to use (OrbitQuant, Lee et al., arXiv 2607.02461, section 3.2).
 
 Example, d large: ±0.7979 for 1 bit; ±0.4528 and ±1.5104 for 2 bits.
 """
