@@ -3,9 +3,9 @@
     x_int = clamp(round(x / Δ), -2^(N-1), 2^(N-1) - 1),    Δ = clip_ratio · max|x| / (2^(N-1) - 1)
 
 Rounding is half to even. With levels l that are not uniform (`core.codebook`), x_int is the code whose level is nearest
-to x / Δ and stands for l · Δ, and Δ = clip_ratio · √(mean x²). All of it is computed in fp32 whatever the dtype of x, and
-everything that takes floating point input is differentiable (straight-through for the rounding), towards the clip ratio
-as well.
+to x / Δ and stands for l · Δ, and Δ = clip_ratio · √(mean x²). All of it is computed in fp32 whatever the input's
+dtype, and everything that takes floating point input is differentiable (straight-through for the rounding), towards the
+clip ratio as well.
 
 Example, N = 4: x = [1.4, -0.7, 0.2] has max 1.4, so Δ = 0.2 and the codes are [7, -4, 1] (-3.5 goes to the even -4).
 
