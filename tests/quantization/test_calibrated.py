@@ -142,7 +142,7 @@ def test_a_block_does_not_depend_on_the_others(run, tmp_path):
         ["transforms.low_rank=1"],
         ["transforms.low_rank=99", "transforms.shift=mean", "transforms.rotation=hadamard", "activations=null"],
         ["transforms.rotation=hadamard", "rounding.method=gptq"],
-        ["transforms.rotation=hadamard", "clip.constant=0.9"],
+        ["transforms.rotation=hadamard", "clip.constant=0.9", "modulation.rounding=gptq"],
         ["clip.weights=true", "clip.activations=true", "distillation.epochs=1"],
         ["transforms.rotation=kronecker", "transforms.start=random", "distillation.epochs=1", "activations=null"],
     ],

@@ -161,7 +161,7 @@ def _storage_line(storage: Mapping[str, Any]) -> Text:
 def _show_layers(out: Console, report: Mapping[str, Any]) -> None:
     if report["simulated"]:
         out.print(
-            "Simulated: no integer kernel takes its inputs; computed in floating point, slower than full precision"
+            "Simulated: no integer kernel takes its linears; computed in floating point, slower than full precision"
         )
     out.print(_layer_table(report["layers"]))
 

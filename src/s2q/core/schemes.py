@@ -1,7 +1,8 @@
-"""What a tensor is quantized to: number of bits and granularity. Frozen value objects, no tensors in here.
+"""What a tensor is quantized to: number of bits, granularity, levels. Frozen value objects, no tensors in here.
 
-Every quantizer of the project is symmetric and uniform (S²Q-VDiT, eq. 1): codes in [-2^(N-1), 2^(N-1) - 1], no zero
-point. Shapes: `O` out features, `I` in features, `G` groups.
+Every quantizer of the project is symmetric: codes in [-2^(N-1), 2^(N-1) - 1], no zero point. A code stands for itself
+times the scale (S²Q-VDiT, eq. 1) or, with levels that are not uniform, for an entry of a codebook times the scale
+(`core.codebook`). Shapes: `O` out features, `I` in features, `G` groups.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from s2q.core.errors import InvalidInputError, unknown_name
 MIN_BITS = 2
 MAX_BITS = 8
 SCALE_BYTES = 4  # scales are stored in fp32
+UNIFORM = "uniform"
+LEVELS = (UNIFORM, "lloyd_max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,8 @@ class QuantScheme:
         num_bits: Width of a code, 2 to 8.
         granularity: Which values share a scale.
         dynamic: Whether the scale is computed from the tensor at run time (activations) or stored (weights).
+        levels: "uniform", the scale from the largest magnitude; or "lloyd_max", those of `core.codebook`, the scale the
+            root mean square.
 
     Raises:
         InvalidInputError: If a field is out of range or of the wrong type.
@@ -73,6 +78,7 @@ class QuantScheme:
     num_bits: int
     granularity: Granularity
     dynamic: bool = False
+    levels: str = UNIFORM
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -84,6 +90,8 @@ class QuantScheme:
             )
         if not isinstance(self.dynamic, bool):
             raise InvalidInputError(f"dynamic={self.dynamic!r}; expected true or false")
+        if self.levels not in LEVELS:
+            raise unknown_name("levels", str(self.levels), LEVELS)
 
     @property
     def qmin(self) -> int:
@@ -96,11 +104,13 @@ class QuantScheme:
         return (1 << (self.num_bits - 1)) - 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a plain dict for JSON; `group_size` is there only for PerGroup."""
+        """Return a plain dict for JSON; `group_size` is there only for PerGroup, `levels` only if not uniform."""
         fields: dict[str, Any] = {"num_bits": self.num_bits, "granularity": _GRANULARITY_NAMES[type(self.granularity)]}
         if isinstance(self.granularity, PerGroup):
             fields["group_size"] = self.granularity.group_size
         fields["dynamic"] = self.dynamic
+        if self.levels != UNIFORM:
+            fields["levels"] = self.levels
         return fields
 
     @classmethod
@@ -116,7 +126,9 @@ class QuantScheme:
         Raises:
             InvalidInputError: If a key is unknown or missing, or a value is not allowed.
         """
-        _check_keys("scheme", fields, required=("num_bits", "granularity"), optional=("group_size", "dynamic"))
+        _check_keys(
+            "scheme", fields, required=("num_bits", "granularity"), optional=("group_size", "dynamic", "levels")
+        )
         name = fields["granularity"]
         if not isinstance(name, str) or name not in GRANULARITIES:
             raise unknown_name("granularity", str(name), GRANULARITIES)
@@ -129,7 +141,12 @@ class QuantScheme:
             if fields.get("group_size") is not None:
                 raise InvalidInputError(f"scheme: group_size given with granularity {name}; remove it or use per_group")
             granularity = _UNGROUPED[name]
-        return cls(num_bits=fields["num_bits"], granularity=granularity, dynamic=fields.get("dynamic", False))
+        return cls(
+            num_bits=fields["num_bits"],
+            granularity=granularity,
+            dynamic=fields.get("dynamic", False),
+            levels=fields.get("levels", UNIFORM),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +176,19 @@ class LinearScheme:
 
     @property
     def name(self) -> str:
-        """Short name: "w4a6", "w4a16" for weight-only, "w4g64a6g64" with groups of 64 on both sides."""
+        """Short name: "w4a6", "w4a16" for weight-only, "w4g64a6g64" with groups of 64, "w4ca4c" with codebooks."""
         activation = "16" if self.activation is None else _short_name(self.activation)
         return f"w{_short_name(self.weight)}a{activation}"
 
     @property
     def simulated(self) -> bool:
         """Whether no integer kernel takes this scheme, so that it is computed in floating point, slower than none."""
-        return self.activation is not None and not isinstance(self.activation.granularity, PerToken)
+        activation = self.activation
+        if self.weight.levels != UNIFORM:
+            return True
+        return activation is not None and (
+            activation.levels != UNIFORM or not isinstance(activation.granularity, PerToken)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict for JSON; `activation` is None for weight-only."""
@@ -253,7 +275,7 @@ def _check_keys(what: str, fields: object, *, required: tuple[str, ...], optiona
 
 def _short_name(scheme: QuantScheme) -> str:
     group = f"g{scheme.granularity.group_size}" if isinstance(scheme.granularity, PerGroup) else ""
-    return f"{scheme.num_bits}{group}"
+    return f"{scheme.num_bits}{'' if scheme.levels == UNIFORM else 'c'}{group}"
 
 
 def _is_int(value: object) -> bool:

@@ -3,10 +3,10 @@
     y = (codes_x · codes_wᵀ) · Δ_x · Δ_w + b        integers inside, fp32 for the scales, then the dtype of x
 
 Weight-only schemes (no activation part) multiply x by the dequantized weight instead, and simulated ones (inputs in
-groups) what the codes of x stand for by what those of the weight stand for. Before that, a shift may be
-subtracted from x, whose product with the weight is in the bias; x may pass through a transform T = diag(v) · (A ⊗ B),
-whose inverse is in the weight; a few directions V of x diag(v) may be taken out before A ⊗ B and multiplied in floating
-point, y + (x diag(v) V) Lᵀ; and the scale of x may be multiplied by a clip ratio.
+groups, levels that are not uniform) what the codes of x stand for by what those of the weight stand for. Before that, a
+shift may be subtracted from x, whose product with the weight is in the bias; x may pass through a transform
+T = diag(v) · (A ⊗ B), whose inverse is in the weight; a few directions V of x diag(v) may be taken out before A ⊗ B and
+multiplied in floating point, y + (x diag(v) V) Lᵀ; and the scale of x may be multiplied by a clip ratio.
 
 Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch, `P` packed bytes
 of a row (`core.packing`).
@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2q.core.codebook import levels_of
 from s2q.core.errors import InvalidInputError, UsageError, unknown_name
 from s2q.core.layout import PREFIX, TENSOR_DTYPES, InputLayout
 from s2q.core.packing import pack_codes, packed_width, unpack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, fake_quantize_input
-from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
+from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.nn.shared_input import SharedInput
 from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.kronecker import scaled_kronecker
@@ -193,7 +194,11 @@ class PackedLinear(nn.Linear):
         Returns:
             [O, I].
         """
-        return dequantize_weight(self.codes(), self.weight_scale).to(dtype)
+        return self._dequantized().to(dtype)
+
+    def _dequantized(self) -> Tensor:
+        levels = levels_of(self.scheme.weight, self.in_features, device=self.weight_scale.device)
+        return dequantize_weight(self.codes(), self.weight_scale, levels=levels)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight for the input as it is: a full-precision linear with it needs no transform and no branch.
@@ -206,7 +211,7 @@ class PackedLinear(nn.Linear):
         Returns:
             [O, I].
         """
-        weight = dequantize_weight(self.codes(), self.weight_scale)
+        weight = self._dequantized()
         if self.layout.transforms:
             left, right = (None if one is None else one.t() for one in (self.transform_left, self.transform_right))
             weight = scaled_kronecker(weight, left=left, right=right)
@@ -262,10 +267,10 @@ class PackedLinear(nn.Linear):
 
     def _product(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         activation = self.scheme.activation
+        if self.scheme.simulated:
+            return self._simulated(input)
         if activation is None:
             return self._weight_only(input)
-        if self.scheme.simulated:
-            return self._simulated(input, activation)
         if self.shared_input is None:
             split = self._quantized(input)
         else:
@@ -306,13 +311,15 @@ class PackedLinear(nn.Linear):
             backend=self.backend,
         )
 
-    def _simulated(self, input: Tensor, activation: QuantScheme) -> Tensor:  # noqa: A002
+    def _simulated(self, input: Tensor) -> Tensor:  # noqa: A002
         """What integers would give, in fp32: no kernel takes this scheme."""
         _say_simulated(self.scheme.name)
         transformed, coefficients = self._transformed(input)
-        quantized = fake_quantize_input(transformed.float(), activation, clip_ratio=self.activation_clip)
+        inputs = transformed.float()
+        if self.scheme.activation is not None:
+            inputs = fake_quantize_input(inputs, self.scheme.activation, clip_ratio=self.activation_clip)
         bias = None if self.bias is None else self.bias.float()
-        output = F.linear(quantized, self.dequantized_weight(torch.float32), bias)
+        output = F.linear(inputs, self.dequantized_weight(torch.float32), bias)
         if coefficients is not None and self.low_rank_weight is not None:
             output += F.linear(coefficients, self.low_rank_weight.float())
         return output.to(input.dtype)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2q.core.codebook import levels_of
 from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize_input, fake_quantize_weight, weight_scale
 from s2q.core.reuse import once, once_for, recomputed
@@ -247,7 +248,8 @@ class StudentLinear(nn.Module):
     def _quantized_weight(self) -> Tensor:
         weight = self.folded_weight(dtype=torch.float32)
         scale = weight_scale(weight, self.scheme.weight, clip_ratio=self.clip_ratio())
-        return fake_quantize_weight(weight, scale, num_bits=self.scheme.weight.num_bits)
+        levels = levels_of(self.scheme.weight, self.in_features, device=weight.device)
+        return fake_quantize_weight(weight, scale, num_bits=self.scheme.weight.num_bits, levels=levels)
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""

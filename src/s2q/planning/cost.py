@@ -36,6 +36,8 @@ _WEIGHT, _WEIGHT_AT_HAND, _VALUE_AT_HAND = 4, 37.5, 56
 _CHANNEL_AT_HAND = {4: 92, 2: 68}
 ROUNDING_BYTES = 14
 """Bytes that rounding to nearest holds for each weight of the linear at hand: fp32 temporaries and codes."""
+FOLDING_BYTES = 33
+"""The same where a rotation is folded into it first: four copies in fp64."""
 _GPTQ_BYTES = 28
 """The same of GPTQ: the weight in fp64 and fp32, errors, codes."""
 _FACTORIZATION_BYTES = 36

@@ -22,6 +22,7 @@ from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
 from s2q.models.source import parse_dtype
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
 from s2q.planning.cost import (
+    FOLDING_BYTES,
     ROUNDING_BYTES,
     BlockShape,
     CalibrationCost,
@@ -206,7 +207,8 @@ def _peaks(
     largest = max(layer.shape[0] * layer.shape[1] for layer in layers)
     packed = max(layer.bytes for layer in layers)
     if not recipe.calibrates:
-        blocks = base + (machine.added_bytes(now) if machine.is_host else 0) + ROUNDING_BYTES * largest
+        work = ROUNDING_BYTES if recipe.transforms.rotation == "identity" else FOLDING_BYTES
+        blocks = base + (machine.added_bytes(now) if machine.is_host else 0) + work * largest
         return {"blocks": blocks, "assemble": (blocks if machine.is_host else 0) + packed}
     names = ("collect", "select", "blocks", "assemble")
     if cost is None or workload is None:

@@ -12,7 +12,8 @@ from s2q.core.components import split_name
 from s2q.models import OUTSIDE
 from s2q.models.source import dtype_name
 from s2q.nn import replace_module
-from s2q.quantization.blocks import from_artefact, round_block
+from s2q.quantization.blocks import from_artefact
+from s2q.quantization.data_free import round_block
 from s2q.quantization.run_folder import RunFolder
 from s2q.quantization.teacher import Teacher, TeacherTransformer
 from s2q.recipes import Recipe, assign_layouts

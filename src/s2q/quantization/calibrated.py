@@ -22,36 +22,41 @@ from s2q.core.schemes import LinearScheme
 from s2q.core.seeds import derive_seed
 from s2q.distillation import DistillationOptions, block_loss, checkpointed, distil
 from s2q.models import Family
-from s2q.nn import PackedLinear
+from s2q.nn import PackedLinear, replace_module
 from s2q.quantization.observation import BlockSamples, observe
 from s2q.quantization.pack import pack_modulation, pack_nearest, pack_students
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.stream import TeacherStream
-from s2q.quantization.students import put_students
-from s2q.quantization.work import BlockWork
+from s2q.quantization.students import make_students
+from s2q.quantization.work import BlockWork, input_groups
 from s2q.recipes import Recipe
 from s2q.recipes.schema import GPTQ
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCalibration:
-    """What a block is calibrated with.
+    """What a block is quantized with beside its recipe.
 
     Attributes:
-        stream: The teacher's stream; is moved to the block.
+        stream: The teacher's stream; is moved to the block. None for recipes that need no samples.
         index: Index of the block.
         family: Family of the model.
         seed: Seed of the run; the block's own is derived from it and the index.
-        progress: Called after each unit of work: an epoch, or what takes about as long.
+        progress: Called after each unit of calibration: an epoch, or what takes about as long.
         checkpointed: Whether a step of distillation computes parts of the block again to hold less.
     """
 
-    stream: TeacherStream
+    stream: TeacherStream | None
     index: int
     family: Family
     seed: int
     progress: Callable[[], None] = lambda: None
     checkpointed: bool = False
+
+    @property
+    def block_seed(self) -> int:
+        """The block's own seed."""
+        return derive_seed(self.seed, "block", self.index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +103,19 @@ def calibrate_block(
         InvalidInputError: If the activations hold NaN or infinite values.
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
     """
+    assert calibration.stream is not None, "a recipe that calibrates needs samples"
+    stream = calibration.stream
     teacher = copy.deepcopy(block).to(device).requires_grad_(False).eval()
     wide = recipe.calibration.precision == "float32"
     cast = functools.partial(moved, device=device, dtype=torch.float32 if wide else None)
     if wide:
         teacher = teacher.float()
-    calibration.stream.advance(calibration.index)
-    groups = _groups(linears, calibration.family)
-    targets = calibration.stream.store("targets")
-    samples = BlockSamples(calibration.stream, targets, calibration.family.streams, cast)
+    stream.advance(calibration.index)
+    groups = input_groups(linears, calibration.family)
+    targets = stream.store("targets")
+    samples = BlockSamples(stream, targets, calibration.family.streams, cast)
     work = BlockWork(block=block, teacher=teacher, linears=linears, schemes=schemes, recipe=recipe)
-    check = functools.partial(_check_outputs, calibration)
+    check = functools.partial(_check_outputs, stream, calibration.index)
     try:
         statistics = observe(teacher, samples, groups, recipe=recipe, family=calibration.family, check=check)
         calibration.progress()
@@ -117,8 +124,8 @@ def calibrate_block(
         targets.clear()
 
 
-def _check_outputs(calibration: BlockCalibration, outputs: Sequence[torch.Tensor], sample: int) -> None:
-    calibration.stream.check(outputs, block=calibration.index, sample=sample)
+def _check_outputs(stream: TeacherStream, index: int, outputs: Sequence[torch.Tensor], sample: int) -> None:
+    stream.check(outputs, block=index, sample=sample)
 
 
 def _carry_out(
@@ -138,9 +145,10 @@ def _carry_out(
     if recipe.modulation is not None and recipe.modulation.rounding == GPTQ:
         modulation, reports = pack_modulation(work, list(modulation), samples)
     student = work.copy_with(modulation)
-    seed = derive_seed(calibration.seed, "block", calibration.index)
+    seed = calibration.block_seed
     for group in groups:
-        put_students(student, work, group, statistics[group[0]], seed=derive_seed(seed, "rotation", group[0]))
+        for name, layer in make_students(work, group, seed=seed, statistics=statistics[group[0]]).items():
+            replace_module(student, name, layer)
     loss["initial"] = block_loss(student, samples)
     report = None
     if recipe.distillation is not None:
@@ -162,11 +170,3 @@ def _carry_out(
         distillation=None if report is None else asdict(report),
         rounding={work.linears[name]: one for name, one in reports.items()},
     )
-
-
-def _groups(linears: Mapping[str, str], family: Family) -> list[tuple[str, ...]]:
-    """The linears to quantize but for modulation, by shared input; one that shares nothing is alone."""
-    groups = [tuple(name for name in group if name in linears) for group in family.shared_inputs]
-    shared = {name for group in groups for name in group}
-    groups += [(name,) for name in linears if name not in shared and name not in family.modulation]
-    return [group for group in groups if group]

@@ -251,7 +251,8 @@ def _rounding(teacher: Teacher, recipe: Recipe, machine: Machine, progress: Call
     total = 0.0
     for done, (one, first, count) in enumerate(kinds):
         progress("blocks", done, len(kinds))
-        total += count * _seconds(one, recipe, first, device=machine.device)
+        calibration = BlockCalibration(stream=None, index=first, family=one.family, seed=0)
+        total += count * _seconds(one, recipe, first, device=machine.device, calibration=calibration)
     progress("blocks", len(kinds), len(kinds))
     return total
 
@@ -262,7 +263,7 @@ def _seconds(
     index: int,
     *,
     device: str,
-    calibration: BlockCalibration | None = None,
+    calibration: BlockCalibration,
 ) -> float:
     linears = transformer.inner_names(index)
     schemes = {full: transformer.schemes[full] for full in linears.values()}

@@ -62,19 +62,39 @@ def pack_students(
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
     for group in groups:
-        inputs = _stored_inputs(student.get_submodule(group[0]).source)
         for name in group:
-            layer, scheme = student.get_submodule(name), work.scheme(name)
-            weight, ratio = layer.folded_weight(), layer.clip_ratio()
+            layer = student.get_submodule(name)
+            rounded = None
             if use_gptq:
-                rounded, reports[name] = _gptq(work, name, weight, hessians[group[0]], clip_ratio=ratio)
-            else:
-                rounded = ROUNDINGS[work.recipe.rounding.method](weight, scheme.weight, clip_ratio=ratio)
-            bias = None if layer.bias is None else layer.bias.to(work.block.get_submodule(name).bias.dtype)
-            packed[name] = PackedLinear.from_rounded(
-                rounded, bias=bias, scheme=scheme, inputs=inputs | _stored_branch(layer)
-            )
+                rounded, reports[name] = _gptq(
+                    work, name, layer.folded_weight(), hessians[group[0]], clip_ratio=layer.clip_ratio()
+                )
+            packed[name] = pack_student(layer, work, name, rounded=rounded)
     return packed, reports
+
+
+@torch.no_grad()
+def pack_student(
+    layer: StudentLinear, work: BlockWork, name: str, *, rounded: RoundedWeight | None = None
+) -> PackedLinear:
+    """Pack a student.
+
+    Args:
+        layer: The student; learns no more.
+        work: The block and the recipe.
+        name: Of the linear inside the block.
+        rounded: Its folded weight, rounded; None rounds it by a method that needs no samples, that of the recipe.
+
+    Returns:
+        The packed linear, where the student is.
+    """
+    scheme = work.scheme(name)
+    if rounded is None:
+        method = ROUNDINGS[work.recipe.rounding.method]
+        rounded = method(layer.folded_weight(), scheme.weight, clip_ratio=layer.clip_ratio())
+    bias = None if layer.bias is None else layer.bias.to(work.block.get_submodule(name).bias.dtype)
+    inputs = _stored_inputs(layer.source) | _stored_branch(layer)
+    return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=inputs)
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def quantize(
         recipe: Name, file, contents, or a validated recipe.
         out: Folder to write; needed unless `dry_run`.
         prompts: Calibration prompts, for recipes that calibrate, of which the first `calibration.n_prompts` are used;
-            None takes those of an embedded model. The recipes that round to nearest use none.
+            None takes those of an embedded model. Other recipes use none.
         progress: Called as the run goes on.
         **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `resume` (True), `overwrite` (False), `overrides`
             (changes to the recipe, "key=value" each), `dry_run` (False; True returns the plan and computes nothing),
@@ -235,16 +235,14 @@ class _Run:
                 )
             for index in range(len(one.block_names)):
                 ticker = _Ticker(self.progress, len(reports) * units, total * units)
-                calibration = None
-                if stream is not None:
-                    calibration = BlockCalibration(
-                        stream=stream,
-                        index=index,
-                        family=one.family,
-                        seed=self.settings.seed,
-                        progress=ticker,
-                        checkpointed=cost is not None and cost.gradient_checkpointing,
-                    )
+                calibration = BlockCalibration(
+                    stream=stream,
+                    index=index,
+                    family=one.family,
+                    seed=self.settings.seed,
+                    progress=ticker,
+                    checkpointed=cost is not None and cost.gradient_checkpointing,
+                )
                 samples = None if selected is None else selected.fingerprint(one.component)
                 report = self._block(
                     one, recipe, index, position=len(reports), calibration=calibration, samples=samples
@@ -264,7 +262,7 @@ class _Run:
         index: int,
         *,
         position: int,
-        calibration: BlockCalibration | None,
+        calibration: BlockCalibration,
         samples: str | None,
     ) -> BlockReport:
         """Compute a block, or take it over from an interrupted run."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from s2q.core.schemes import LinearScheme
-from s2q.nn import PACKED_DTYPES, LearnableClip, StudentInput, StudentLinear, replace_module
+from s2q.core.seeds import derive_seed
+from s2q.nn import PACKED_DTYPES, LearnableClip, StudentInput, StudentLinear
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.work import BlockWork
 from s2q.recipes import Recipe
@@ -26,40 +27,40 @@ from s2q.transforms import (
 )
 
 
-def put_students(
-    student: nn.Module, work: BlockWork, group: tuple[str, ...], statistics: InputStatistics, *, seed: int
-) -> None:
-    """Replace linears that share an input by students, in place.
+def make_students(
+    work: BlockWork, group: tuple[str, ...], *, seed: int, statistics: InputStatistics | None = None
+) -> dict[str, StudentLinear]:
+    """Make the students of linears that share an input.
 
     Args:
-        student: A copy of the block.
         work: The block and the recipe.
         group: Names of the linears inside the block.
-        statistics: Of their input.
-        seed: Of a random rotation.
+        seed: Of the block; a random rotation's is derived from it.
+        statistics: Of their input; None for recipes that need no samples.
+
+    Returns:
+        Student by name, where the teacher's linears are.
     """
     recipe, linears = work.recipe, [work.teacher.get_submodule(name) for name in group]
-    scheme = work.scheme(group[0])
-    device = statistics.low.device
-    shift = _shift(statistics, linears, recipe)
-    transform = _transform(statistics.amax(shift), [one.weight for one in linears], recipe, seed=seed)
-    if transform is not None:
-        transform.to(device)
-    basis = _basis(statistics, shift, transform, rank=_rank(linears, recipe))
+    scheme, device = work.scheme(group[0]), linears[0].weight.device
+    shift = None if statistics is None else _shift(statistics, linears, recipe)
+    transform = _rotation(linears[0].in_features, recipe, seed=derive_seed(seed, "rotation", group[0]))
+    basis = None
+    if statistics is not None:
+        transform = _scaled(transform, statistics.amax(shift), [one.weight for one in linears], recipe)
+        basis = _basis(statistics, shift, transform, rank=_rank(linears, recipe))
     clip = _clip(scheme, recipe)
-    source = StudentInput(
-        scheme.activation,
-        shift=shift,
-        transform=transform,
-        low_rank_basis=basis,
-        clip=None if clip is None else clip.to(device),
+    source = StudentInput(scheme.activation, shift=shift, transform=transform, low_rank_basis=basis, clip=clip).to(
+        device
     )
+    students = {}
     for name, linear in zip(group, linears, strict=True):
         if recipe.clip.weights:
             layer = StudentLinear.with_clip(linear, scheme=work.scheme(name), source=source, start=recipe.clip.start)
         else:
             layer = StudentLinear(linear, scheme=work.scheme(name), source=source)
-        replace_module(student, name, layer)
+        students[name] = layer
+    return students
 
 
 def _shift(statistics: InputStatistics, linears: Sequence[nn.Module], recipe: Recipe) -> Tensor | None:
@@ -71,14 +72,18 @@ def _shift(statistics: InputStatistics, linears: Sequence[nn.Module], recipe: Re
     return statistics.mean() if biased == {True} else None
 
 
-def _transform(amax: Tensor, weights: Sequence[Tensor], recipe: Recipe, *, seed: int) -> Transform | None:
+def _rotation(in_features: int, recipe: Recipe, *, seed: int) -> Transform | None:
     settings = recipe.transforms
-    in_features = amax.shape[0]
-    rotation: Transform | None = None
+    if settings.rotation == "identity":
+        return None
     if settings.rotation == "kronecker":
-        rotation = KroneckerTransform.build(in_features, seed=seed, start=settings.start)
-    elif settings.rotation != "identity":
-        rotation = ROTATIONS[settings.rotation](in_features, seed=seed)
+        return KroneckerTransform.build(in_features, seed=seed, start=settings.start)
+    return ROTATIONS[settings.rotation](in_features, seed=seed)
+
+
+def _scaled(rotation: Transform | None, amax: Tensor, weights: Sequence[Tensor], recipe: Recipe) -> Transform | None:
+    """Put the channel scale of the recipe, if it has one, before the rotation."""
+    settings = recipe.transforms
     if settings.scale == "none":
         return rotation
     largest = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)

@@ -12,7 +12,17 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from s2q.calibration import SELECTIONS
 from s2q.core.errors import nearest_names
-from s2q.core.schemes import MAX_BITS, MIN_BITS, LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
+from s2q.core.schemes import (
+    LEVELS,
+    MAX_BITS,
+    MIN_BITS,
+    UNIFORM,
+    LinearScheme,
+    PerChannel,
+    PerGroup,
+    PerToken,
+    QuantScheme,
+)
 from s2q.rounding import ROUNDINGS, GPTQOptions
 from s2q.transforms import ROTATIONS, STARTS
 
@@ -50,6 +60,7 @@ def _one_of(kind: str, options: Iterable[str]) -> AfterValidator:
 
 
 Rounding = Annotated[str, _one_of("rounding", (*ROUNDINGS, GPTQ))]
+Levels = Annotated[str, _one_of("levels", LEVELS)]
 
 
 class _Group(BaseModel):
@@ -60,6 +71,7 @@ class _Grouped(_Group):
     num_bits: int = Field(ge=MIN_BITS, le=MAX_BITS)
     granularity: str
     group_size: int | None = Field(default=None, ge=1)
+    levels: Levels = UNIFORM
 
     @model_validator(mode="after")
     def _group_size_fits_granularity(self) -> Self:
@@ -71,14 +83,19 @@ class _Grouped(_Group):
 
 
 class WeightsGroup(_Grouped):
-    """How weights are quantized: symmetric, static."""
+    """How weights are quantized: symmetric, static.
+
+    Attributes:
+        levels: "uniform", or "lloyd_max", a codebook for values of a normal distribution, as a rotation makes them (see
+            `s2q.core.codebook`); no kernel takes that, it is simulated in floating point.
+    """
 
     granularity: Literal["per_channel", "per_group"] = "per_channel"
 
     def scheme(self) -> QuantScheme:
         """Return the scheme of a weight."""
         granularity = PerChannel() if self.group_size is None else PerGroup(group_size=self.group_size)
-        return QuantScheme(num_bits=self.num_bits, granularity=granularity)
+        return QuantScheme(num_bits=self.num_bits, granularity=granularity, levels=self.levels)
 
 
 class ModulationGroup(WeightsGroup):
@@ -98,6 +115,7 @@ class ActivationsGroup(_Grouped):
     Attributes:
         granularity: "per_token", one scale each, on integer kernels; "per_group", one for each `group_size` channels of
             a token, which no kernel takes: it is simulated in floating point.
+        levels: As of weights.
     """
 
     granularity: Literal["per_token", "per_group"] = "per_token"
@@ -105,7 +123,7 @@ class ActivationsGroup(_Grouped):
     def scheme(self) -> QuantScheme:
         """Return the scheme of an activation."""
         granularity = PerToken() if self.group_size is None else PerGroup(group_size=self.group_size)
-        return QuantScheme(num_bits=self.num_bits, granularity=granularity, dynamic=True)
+        return QuantScheme(num_bits=self.num_bits, granularity=granularity, dynamic=True, levels=self.levels)
 
 
 class CalibrationGroup(_Group):
@@ -290,13 +308,11 @@ class Recipe(_Group):
 
     @property
     def calibrates(self) -> bool:
-        """Whether the recipe does more than round each weight by itself; it runs on samples then."""
+        """Whether a part of the recipe needs samples: not a fixed rotation, a constant clip or rounding to nearest."""
         settings = self.transforms
-        before = settings.shift != "none" or settings.scale != "none" or settings.low_rank > 0
-        transforms = before or settings.rotation != "identity"
-        learns = self.distillation is not None or self.clip.constant is not None
+        measures = settings.shift != "none" or settings.scale != "none" or settings.low_rank > 0
         uses_gptq = GPTQ in (self.rounding.method, None if self.modulation is None else self.modulation.rounding)
-        return transforms or learns or uses_gptq
+        return measures or self.distillation is not None or uses_gptq
 
     def resolved(self) -> dict[str, Any]:
         """Return every value as plain data for JSON; validating it gives an equal recipe."""
