@@ -72,7 +72,11 @@ def pack_students(
                 rounded = ROUNDINGS[work.recipe.rounding.method](weight, scheme.weight, clip_ratio=ratio)
             bias = None if layer.bias is None else layer.bias.to(work.block.get_submodule(name).bias.dtype)
             packed[name] = PackedLinear.from_rounded(
-                rounded, bias=bias, scheme=scheme, inputs=inputs | _stored_branch(layer)
+                rounded,
+                bias=bias,
+                scheme=scheme,
+                inputs=inputs | _stored_branch(layer),
+                deflates=layer.source.deflates,
             )
     return packed, reports
 
