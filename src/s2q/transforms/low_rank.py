@@ -6,7 +6,7 @@
 hold for every V [I, r]. A quantizer's error goes with the size of what it quantizes. With V the directions of largest
 second moment, what is left of the input is as small as rank r allows (ResQ, Saxena et al., 2024, keeps such a subspace
 in high precision); with V the top right singular vectors of W, what is left of the weight is (SVDQuant, Li et al.,
-2024, eq. 5: W = L₁ L₂ + R).
+2024).
 
 Example: rows [3, 1] and [3, -1] have the second moments [[9, 0], [0, 1]]; the first direction is [1, 0], and [0, 1] and
 [0, -1] are left.
