@@ -469,6 +469,7 @@ def split_input(layer, x):
         left=layer.transform_left,
         right=layer.transform_right,
         low_rank_basis=layer.low_rank_basis,
+        deflates=layer.layout.deflates,
     )
     return quantized, None if coefficients is None else coefficients @ layer.low_rank_weight.float().t()
 

@@ -24,7 +24,7 @@ def test_without_inputs_the_older_version_is_written_and_says_nothing_of_them():
 
 def test_inputs_come_back():
     content = config(a=LAYOUT)
-    assert content["format_version"] == FORMAT_VERSION == 2
+    assert content["format_version"] == 2
     again = S2QConfig.from_dict(content)
     assert again.layer_layouts() == {"a": LAYOUT}
     assert again.to_dict() == content
@@ -33,7 +33,7 @@ def test_inputs_come_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, "format_version=3; this s2q reads versions 1 to 2"),
+        ({"format_version": 4}, "format_version=4; this s2q reads versions 1 to 3"),
         ({"format_version": True}, "format_version=True"),
         ({"format_version": 1}, "unknown key in quantization_config 'inputs'"),
         ({"inputs": None}, "inputs or layer_inputs is missing"),
@@ -41,6 +41,9 @@ def test_inputs_come_back():
         ({"inputs": {"t0": {"left": 0}}}, "left=0"),
         ({"inputs": {"t0": {"low_rank": 1.5}}}, "low_rank=1.5"),
         ({"inputs": {"t0": {"scale": 1}}}, "scale=1"),
+        ({"inputs": {"t0": {"low_rank": 2, "deflates": 0}}}, "deflates=0; expected true or false"),
+        ({"inputs": {"t0": {"deflates": False}}}, "deflates=false without a branch"),
+        ({"inputs": {"t0": {"low_rank": 2, "deflates": False}}}, "deflates=false in format_version=2; expected 3"),
         ({"layer_inputs": {"c": "t0"}}, "unknown layer in layer_inputs"),
         ({"layer_inputs": {"a": "t1"}}, "unknown input of a"),
     ],
@@ -74,3 +77,13 @@ def test_a_low_rank_branch_is_stored_in_bfloat16():
     assert layout.num_bytes(32, 16) == 2 * 4 * (32 + 16)
     with pytest.raises(InvalidInputError, match="rank 4; expected at most 3 between 32 and 3 features"):
         layout.shapes(32, 3)
+
+
+def test_a_branch_of_the_weight_needs_the_newest_version_and_others_do_not_say_that_they_deflate():
+    branch = InputLayout(low_rank=4, deflates=False)
+    content = config(a=LAYOUT, b=branch)
+    assert content["format_version"] == FORMAT_VERSION == 3
+    assert ["deflates" in one for one in content["inputs"].values()] == [False, True]
+    assert S2QConfig.from_dict(content).layer_layouts() == {"a": LAYOUT, "b": branch}
+    assert config(a=LAYOUT, b=InputLayout(low_rank=4))["format_version"] == 2
+    assert (branch.num_bytes(32, 16), branch.empty) == (InputLayout(low_rank=4).num_bytes(32, 16), False)

@@ -140,6 +140,12 @@ def test_a_block_does_not_depend_on_the_others(run, tmp_path):
         ["transforms.shift=mean", "transforms.rotation=hadamard", "rounding.method=gptq", "activations=null"],
         ["transforms.scale=smooth"],
         ["transforms.low_rank=1"],
+        ["transforms.low_rank=2", "transforms.low_rank_from=weight", "transforms.shift=mean", "activations=null"],
+        [
+            "transforms={scale: smooth, alpha: search, rotation: kronecker, low_rank: 2, low_rank_from: weight}",
+            "distillation.epochs=1",
+            "rounding.method=gptq",
+        ],
         ["transforms.low_rank=99", "transforms.shift=mean", "transforms.rotation=hadamard", "activations=null"],
         ["transforms.rotation=hadamard", "rounding.method=gptq"],
         ["transforms.rotation=hadamard", "clip.constant=0.9", "modulation.rounding=gptq"],
@@ -188,6 +194,11 @@ def test_parts_that_do_not_fit():
         (["loss.weighting=attention"], "needs distillation"),
         (["distillation.epochs=1"], "nothing to learn"),
         (["activations=null", "clip.constant=0.9"], "need quantized activations"),
+        (["transforms.low_rank_from=weight"], "low_rank_from=weight needs a branch; set transforms.low_rank=32"),
+        (["transforms.low_rank_from=weights", "transforms.low_rank=2"], "expected one of input, weight"),
+        (["transforms.alpha=search"], "alpha=search needs a scale; set transforms.scale=smooth"),
+        (["transforms.alpha=serch"], "transforms.alpha: got 'serch'; expected 0 to 1, or search"),
+        (["transforms.alpha=1.1"], "transforms.alpha: got 1.1; expected 0 to 1, or search"),
     ]:
         with pytest.raises(InvalidInputError, match=message):
             load_recipe("rtn-w4a6", overrides=overrides)

@@ -4,7 +4,8 @@ In JSON, schemes are written once and layers name theirs, so that a model with h
 `{"quant_method": "s2q", "format_version": 1, "schemes": {"w4a6": {...}}, "layers": {"blocks.0.to_q": "w4a6"}, ...}`.
 
 Version 2 adds what stands before the layers in the same way: `"inputs": {"t0": {"scale": true, "left": 12, "right": 16,
-"activation_clip": true}}, "layer_inputs": {"blocks.0.to_q": "t0"}`. A checkpoint without it is written as version 1.
+"activation_clip": true}}, "layer_inputs": {"blocks.0.to_q": "t0"}`. Version 3 adds `"deflates": false` to an input: its
+low-rank branch is taken from the weight. A checkpoint is written as the oldest version that has what it needs.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme
 
-FORMAT_VERSION = 2
-"""The newest version that this package writes; version 1 is written where it suffices, and both are read."""
+FORMAT_VERSION = 3
+"""The newest version that this package writes; older ones are written where they suffice, and all are read."""
 
 _PLAIN_VERSION = 1
+_INPUT_VERSION = 2
 _KEYS = ("layers", "schemes", "recipe", "compute_dtype")
 _INPUT_KEYS = ("inputs", "layer_inputs")
 
@@ -64,7 +66,7 @@ class S2QConfig(QuantizationConfigMixin):
         if method != QuantMethod.S2Q:
             raise InvalidInputError(f"quantization_config: quant_method={method!r}; expected 's2q'")
         version = fields.pop("format_version", _PLAIN_VERSION)
-        if isinstance(version, bool) or version not in (_PLAIN_VERSION, FORMAT_VERSION):
+        if isinstance(version, bool) or version not in (_PLAIN_VERSION, _INPUT_VERSION, FORMAT_VERSION):
             raise InvalidInputError(
                 f"quantization_config: format_version={version!r}; this s2q reads versions {_PLAIN_VERSION} to "
                 f"{FORMAT_VERSION}; upgrade s2q, or quantize the model again with this one"
@@ -96,7 +98,13 @@ class S2QConfig(QuantizationConfigMixin):
             raise InvalidInputError(
                 "quantization_config: inputs or layer_inputs is missing; download or save the model again"
             )
-        self.inputs = {name: InputLayout.from_dict(layout).to_dict() for name, layout in inputs.items()}
+        layouts = {name: InputLayout.from_dict(layout) for name, layout in inputs.items()}
+        if self.format_version == _INPUT_VERSION and not all(one.deflates for one in layouts.values()):
+            raise InvalidInputError(
+                f"quantization_config: deflates=false in format_version={_INPUT_VERSION}; expected {FORMAT_VERSION}; "
+                "download or save the model again"
+            )
+        self.inputs = {name: layout.to_dict() for name, layout in layouts.items()}
         for layer, name in layer_inputs.items():
             if layer not in self.layers:
                 raise unknown_name("layer in layer_inputs of quantization_config", str(layer), self.layers)
@@ -128,7 +136,7 @@ class S2QConfig(QuantizationConfigMixin):
         if layouts:
             distinct = list(dict.fromkeys(layouts.values()))
             extra = {
-                "format_version": FORMAT_VERSION,
+                "format_version": _INPUT_VERSION if all(one.deflates for one in distinct) else FORMAT_VERSION,
                 "inputs": {f"t{index}": layout.to_dict() for index, layout in enumerate(distinct)},
                 "layer_inputs": {layer: f"t{distinct.index(layout)}" for layer, layout in layouts.items()},
             }

@@ -3,6 +3,8 @@
     x → u = (x - shift) · diag(scale) → (u - u V Vᵀ) · (left ⊗ right) → per-token codes, maximum times the clip ratio
                                       → u V, [M, r], in floating point → · Lᵀ, added to the output
 
+Where the branch is taken from the weight, u is quantized whole and the codes of the weight are those of W - L Vᵀ.
+
 Shapes: `I/O` in/out features; `n1`, `n2` orders of the factors, n1 · n2 = I; `r` rank.
 """
 
@@ -29,10 +31,12 @@ class InputLayout:
         left: Order n1 of the left factor; None if it is the identity.
         right: Order n2 of the right factor; None if it is the identity.
         low_rank: Rank r of the branch in floating point, V [I, r] and L [O, r]; None without one.
+        deflates: Whether what goes through the branch is taken out of the input; if not, it is out of the weight.
         activation_clip: Whether there is a clip ratio, [1].
 
     Raises:
-        InvalidInputError: If a value is not of its type or an order is not positive.
+        InvalidInputError: If a value is not of its type, an order is not positive, or `deflates` is false without a
+            branch.
     """
 
     shift: bool = False
@@ -40,17 +44,20 @@ class InputLayout:
     left: int | None = None
     right: int | None = None
     low_rank: int | None = None
+    deflates: bool = True
     activation_clip: bool = False
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
-        for name in ("shift", "scale", "activation_clip"):
+        for name in ("shift", "scale", "deflates", "activation_clip"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"input layout: {name}={getattr(self, name)!r}; expected true or false")
         for name in ("left", "right", "low_rank"):
             order = getattr(self, name)
             if order is not None and (isinstance(order, bool) or not isinstance(order, int) or order < 1):
                 raise InvalidInputError(f"input layout: {name}={order!r}; expected a whole number from 1, or null")
+        if self.low_rank is None and not self.deflates:
+            raise InvalidInputError("input layout: deflates=false without a branch; expected low_rank with it")
 
     @property
     def transforms(self) -> bool:
@@ -112,8 +119,11 @@ class InputLayout:
         return sum(_BYTES[TENSOR_DTYPES[name]] * math.prod(shape) for name, shape in shapes.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return asdict(self)
+        """Return plain data for JSON; `deflates` is there where it is false, since older versions do not know it."""
+        content = asdict(self)
+        if self.deflates:
+            del content["deflates"]
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> InputLayout:

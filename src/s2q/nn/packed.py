@@ -6,7 +6,8 @@ Weight-only schemes (no activation part) multiply x by the dequantized weight in
 groups, levels that are not uniform) what the codes of x stand for by what those of the weight stand for. Before that, a
 shift may be subtracted from x, whose product with the weight is in the bias; x may pass through a transform
 T = diag(v) · (A ⊗ B), whose inverse is in the weight; a few directions V of x diag(v) may be taken out before A ⊗ B and
-multiplied in floating point, y + (x diag(v) V) Lᵀ; and the scale of x may be multiplied by a clip ratio.
+multiplied in floating point, y + (x diag(v) V) Lᵀ, or be multiplied so and be taken out of the weight; and the scale of
+x may be multiplied by a clip ratio.
 
 Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch, `P` packed bytes
 of a row (`core.packing`).
@@ -129,6 +130,7 @@ class PackedLinear(nn.Linear):
         bias: Tensor | None,
         scheme: LinearScheme,
         inputs: Mapping[str, Tensor] | None = None,
+        deflates: bool = True,
         dtype: torch.dtype | None = None,
     ) -> Self:
         """Pack a rounded weight.
@@ -139,6 +141,7 @@ class PackedLinear(nn.Linear):
             scheme: How weight and input are quantized.
             inputs: Tensors of the input by their names in the layer (see `layout`), fp32; the weight is that of the
                 transformed input, W T⁻ᵀ.
+            deflates: Whether a low-rank branch is taken out of the input; if not, the weight is W T⁻ᵀ without it.
             dtype: Of the bias; None keeps it.
 
         Returns:
@@ -154,7 +157,7 @@ class PackedLinear(nn.Linear):
             out_features,
             bias=bias is not None,
             scheme=scheme,
-            layout=_layout_of(inputs),
+            layout=_layout_of(inputs, deflates),
             dtype=dtype,
             device="meta",
         )
@@ -203,7 +206,8 @@ class PackedLinear(nn.Linear):
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight for the input as it is: a full-precision linear with it needs no transform and no branch.
 
-        That is Ŵ Tᵀ; with a low-rank branch (Ŵ (A ⊗ B)ᵀ (1 - V Vᵀ) + L Vᵀ) diag(v).
+        That is Ŵ Tᵀ; with a low-rank branch (Ŵ (A ⊗ B)ᵀ (1 - V Vᵀ) + L Vᵀ) diag(v), without 1 - V Vᵀ where the branch
+        leaves the input whole.
 
         Args:
             dtype: Floating; the result is rounded to it.
@@ -216,8 +220,8 @@ class PackedLinear(nn.Linear):
             left, right = (None if one is None else one.t() for one in (self.transform_left, self.transform_right))
             weight = scaled_kronecker(weight, left=left, right=right)
         if self.low_rank_basis is not None and self.low_rank_weight is not None:
-            basis = self.low_rank_basis.float()
-            weight = weight + (self.low_rank_weight.float() - weight @ basis) @ basis.t()
+            basis, branch = self.low_rank_basis.float(), self.low_rank_weight.float()
+            weight = weight + (branch - weight @ basis if self.layout.deflates else branch) @ basis.t()
         if self.transform_scale is not None:
             weight = weight * self.transform_scale
         return weight.to(dtype)
@@ -307,6 +311,7 @@ class PackedLinear(nn.Linear):
             left=self.transform_left,
             right=self.transform_right,
             low_rank_basis=self.low_rank_basis,
+            deflates=self.layout.deflates,
             clip_ratio=self.activation_clip,
             backend=self.backend,
         )
@@ -332,6 +337,7 @@ class PackedLinear(nn.Linear):
             left=self.transform_left,
             right=self.transform_right,
             low_rank_basis=self.low_rank_basis,
+            deflates=self.layout.deflates,
         )
 
     def _weight_only(self, input: Tensor) -> Tensor:  # noqa: A002
@@ -429,7 +435,7 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _layout_of(inputs: Mapping[str, Tensor]) -> InputLayout:
+def _layout_of(inputs: Mapping[str, Tensor], deflates: bool) -> InputLayout:
     for name in inputs:
         if name not in TENSOR_DTYPES:
             raise unknown_name("tensor of a packed linear", name, TENSOR_DTYPES)
@@ -441,6 +447,7 @@ def _layout_of(inputs: Mapping[str, Tensor]) -> InputLayout:
         left=orders.get("left"),
         right=orders.get("right"),
         low_rank=inputs["low_rank_basis"].shape[1] if "low_rank_basis" in inputs else None,
+        deflates=deflates,
     )
 
 

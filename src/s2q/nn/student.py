@@ -2,9 +2,10 @@
 
     y = fake_quantize((x - m) T; ratio_x) · fake_quantize(W T⁻ᵀ; ratio_w)ᵀ + (b + W m)
 
-With T = diag(v) · R and a low-rank branch V, u = (x - m) diag(v) is quantized as (u - u V Vᵀ) R, and
-(u V) · (W diag(1/v) V)ᵀ is added in floating point. Linears that read the same x share one `StudentInput`, so that they
-share m, T, V and ratio_x. What is trained is in the parameters: of the transform, and of the clips.
+With T = diag(v) · R and a low-rank branch V, u = (x - m) diag(v) is quantized as (u - u V Vᵀ) R, and (u V) Lᵀ with
+L = W diag(1/v) V is added in floating point. A branch that is taken from the weight leaves u as it is: quantized are
+then u R and (W - L Vᵀ diag(v)) T⁻ᵀ. Linears that read the same x share one `StudentInput`, so that they share m, T, V
+and ratio_x. What is trained is in the parameters: of the transform, and of the clips.
 
 Shapes: `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch.
 """
@@ -21,6 +22,7 @@ from s2q.core.qparams import fake_quantize_input, fake_quantize_weight, weight_s
 from s2q.core.reuse import once, once_for, recomputed
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.nn.clip import START, LearnableClip
+from s2q.nn.packed import PACKED_DTYPES
 
 
 class InputTransform(Protocol):
@@ -66,6 +68,7 @@ class StudentInput(nn.Module):
         shift: Buffer [I], m, or None for zero.
         transform: T = diag(v) · R, or None for the identity.
         low_rank_basis: Buffer [I, r], V, or None without a low-rank branch.
+        deflates: Whether what goes through the branch is taken out of what is quantized; if not, out of the weights.
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
         recomputes: Whether the backward pass computes the way to the quantized input again instead of keeping it.
@@ -75,6 +78,7 @@ class StudentInput(nn.Module):
         shift: [I], what is subtracted from the input, or None.
         transform: A module with the methods of `InputTransform`, or None.
         low_rank_basis: [I, r], the directions of the shifted and scaled input that are not quantized, or None.
+        deflates: See above.
         clip: Returns one ratio, or None.
     """
 
@@ -88,6 +92,7 @@ class StudentInput(nn.Module):
         shift: Tensor | None = None,
         transform: InputTransform | None = None,
         low_rank_basis: Tensor | None = None,
+        deflates: bool = True,
         clip: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -95,6 +100,7 @@ class StudentInput(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("low_rank_basis", low_rank_basis, persistent=False)
         self.transform = transform
+        self.deflates = deflates
         self.clip = clip
         self.recomputes = False
 
@@ -114,7 +120,7 @@ class StudentInput(nn.Module):
         else:
             scaled = centred if self.transform is None else self.transform.scaled(centred)
             coefficients = scaled @ self.low_rank_basis
-            rest = scaled - coefficients @ self.low_rank_basis.t()
+            rest = scaled - coefficients @ self.low_rank_basis.t() if self.deflates else scaled
             transformed = rest if self.transform is None else self.transform.rotated(rest)
         if self.scheme is not None:
             ratio = None if self.clip is None else self.clip()
@@ -193,7 +199,7 @@ class StudentLinear(nn.Module):
         return cls(linear, scheme=scheme, source=source, weight_clip=clip)
 
     def folded_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return W T⁻ᵀ, which is what gets quantized.
+        """Return W T⁻ᵀ, less a low-rank branch that leaves the input whole; it is what gets quantized.
 
         Args:
             dtype: In which to fold; fp64 for the final rounding, fp32 does while training.
@@ -201,13 +207,18 @@ class StudentLinear(nn.Module):
         Returns:
             fp32 [O, I], differentiable.
         """
-        transform = self.source.transform
+        transform, basis, weight = self.source.transform, self.source.low_rank_basis, self.weight
+        if basis is not None and not self.source.deflates:
+            branch = self.low_rank_weight(dtype=dtype).to(dtype) @ basis.to(dtype).t()
+            weight = weight.to(dtype) - (branch if transform is None else transform.scaled(branch))
         if transform is None:
-            return self.weight.float()
-        return transform.fold_inverse(self.weight, dtype=dtype).float()
+            return weight.float()
+        return transform.fold_inverse(weight, dtype=dtype).float()
 
     def low_rank_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return W diag(1/v) V, what the low-rank branch multiplies its coefficients by.
+        """Return L = W diag(1/v) V, what the low-rank branch multiplies its coefficients by.
+
+        Where the branch is taken out of the weight, L is rounded as it is stored, so that what it loses stays there.
 
         Args:
             dtype: In which to compute; see `folded_weight`.
@@ -218,7 +229,8 @@ class StudentLinear(nn.Module):
         basis, transform = self.source.low_rank_basis, self.source.transform
         assert basis is not None
         weight = self.weight.to(dtype) if transform is None else transform.unscaled(self.weight, dtype=dtype)
-        return (weight @ basis.to(dtype)).float()
+        product = weight @ basis.to(dtype)
+        return product.float() if self.source.deflates else product.to(PACKED_DTYPES["low_rank_weight"]).float()
 
     def clip_ratio(self) -> Tensor | None:
         """Return the weight's clipping ratios, fp32 [O] or [O, 1], or None for 1."""

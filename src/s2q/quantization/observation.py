@@ -19,6 +19,10 @@ from s2q.models import Family
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.stream import TeacherStream, TensorStore
 from s2q.recipes import Recipe
+from s2q.recipes.schema import SEARCH
+
+SEARCHED_ROWS = 2048
+"""Tokens of all samples together that a search for α judges by."""
 
 
 class BlockSamples:
@@ -75,13 +79,13 @@ def observe(
     Returns:
         Statistics of each group's input, by the first name of the group.
     """
-    loss = recipe.loss
+    loss, settings = recipe.loss, recipe.transforms
+    moments = settings.low_rank > 0 and settings.low_rank_from == "input"
+    kept = -(-SEARCHED_ROWS // len(samples)) if settings.alpha == SEARCH else 0
     statistics: dict[str, InputStatistics] = {}
     for first, *_ in groups:
         linear = teacher.get_submodule(first)
-        statistics[first] = InputStatistics(
-            linear.in_features, linear.weight.device, moments=recipe.transforms.low_rank > 0
-        )
+        statistics[first] = InputStatistics(linear.in_features, linear.weight.device, moments=moments, kept=kept)
     with heard(teacher, {name: one.add for name, one in statistics.items()}):
         for index in range(len(samples)):
             weighted = loss.weighting == "attention"

@@ -94,7 +94,7 @@ def pack_student(
         rounded = method(layer.folded_weight(), scheme.weight, clip_ratio=layer.clip_ratio())
     bias = None if layer.bias is None else layer.bias.to(work.block.get_submodule(name).bias.dtype)
     inputs = _stored_inputs(layer.source) | _stored_branch(layer)
-    return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=inputs)
+    return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=inputs, deflates=layer.source.deflates)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the samples say of the input of a linear: mean and range of its channels, second moments if asked for.
+"""What the samples say of the input of a linear: mean and range of its channels; second moments, rows if asked for.
 
 Shapes: `I` in features.
 """
@@ -18,14 +18,17 @@ class InputStatistics:
         in_features: I.
         device: Where it is computed.
         moments: Whether to sum up second moments.
+        kept: How many rows of each call to keep, evenly spaced.
     """
 
-    def __init__(self, in_features: int, device: torch.device, *, moments: bool) -> None:
+    def __init__(self, in_features: int, device: torch.device, *, moments: bool, kept: int = 0) -> None:
         self.low = torch.full((in_features,), float("inf"), device=device)
         self.high = -self.low
         self.total = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.count = 0
         self.products = HessianAccumulator(in_features, device=device) if moments else None
+        self.kept = kept
+        self._rows: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         """Take in the input of one call, [..., I]."""
@@ -36,6 +39,13 @@ class InputStatistics:
         self.count += len(rows)
         if self.products is not None:
             self.products.add(rows)
+        if self.kept > 0:
+            places = torch.linspace(0, len(rows) - 1, min(self.kept, len(rows)), device=rows.device)
+            self._rows.append(rows[places.round().long()])
+
+    def rows(self) -> Tensor:
+        """Return the rows that were kept, [n, I] in the dtype of the input."""
+        return torch.cat(self._rows)
 
     def mean(self) -> Tensor:
         """Return the mean of each channel, fp32 [I]."""

@@ -35,10 +35,12 @@ def assign_layouts(
         if linear.role != "linear" or scheme is None:
             continue
         clip = scheme.activation is not None and (recipe.clip.activations or recipe.clip.constant is not None)
+        rank = recipe.transforms.rank(linear.in_features, linear.out_features)
         layout = replace(
             transforms[linear.in_features],
             shift=recipe.transforms.shift != "none" and linear.has_bias,
-            low_rank=recipe.transforms.rank(linear.in_features, linear.out_features),
+            low_rank=rank,
+            deflates=rank is None or recipe.transforms.deflates,
             activation_clip=clip,
         )
         if not layout.empty:

@@ -27,7 +27,7 @@ from s2q.rounding import ROUNDINGS, GPTQOptions
 from s2q.transforms import ROTATIONS, STARTS
 
 GPTQ = "gptq"
-
+SEARCH = "search"
 
 _WIDTH_PER_RANK = 12  # in a small linear the branch stays below two thirds of the bytes of 4-bit codes
 
@@ -43,6 +43,17 @@ def _to_number(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_to_number), Field(allow_inf_nan=False)]
+
+
+def _alpha(value: Any) -> Any:
+    """Read a share of 0 to 1 or the word for a search."""
+    number = _to_number(value)
+    if number == SEARCH or (isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1):
+        return number
+    raise ValueError(f"got {value!r}; expected 0 to 1, or {SEARCH}")
+
+
+Alpha = Annotated[float | Literal["search"], BeforeValidator(_alpha)]
 
 
 def _one_of(kind: str, options: Iterable[str]) -> AfterValidator:
@@ -161,21 +172,38 @@ class TransformsGroup(_Group):
         shift: "mean" subtracts the mean of each channel over the calibration samples; the linears' biases make up for
             it, so that inputs of linears without a bias are not shifted.
         scale: "smooth" for SmoothQuant's scale.
-        alpha: How much of the outliers goes from the input to the weight.
+        alpha: How much of the outliers goes from the input to the weight; "search" takes for each input of linears the
+            one of a grid whose quantized outputs are nearest to the exact ones (`s2q.quantization.students`).
         learn_scale: Whether distillation learns the scale.
         rotation: One of `ROTATIONS`; "kronecker" is learned where there is distillation.
         start: Where a Kronecker rotation starts; one of `STARTS`.
-        low_rank: How many directions of the input, the largest after shift and scale, go to the output in floating
-            point; 0 for none. At most a 12th of the smaller side of a linear (see `rank`).
+        low_rank: How many directions go to the output in floating point; 0 for none. At most a 12th of the smaller side
+            of a linear (see `rank`).
+        low_rank_from: Which they are, and what is quantized without them: "input" for the largest of the input after
+            shift and scale, "weight" for the top singular vectors of the weights that read it, scaled.
     """
 
     shift: Literal["none", "mean"] = "none"
     scale: Literal["none", "smooth"] = "none"
-    alpha: Number = Field(default=0.5, ge=0, le=1)
+    alpha: Alpha = 0.5
     learn_scale: bool = True
     rotation: Annotated[str, _one_of("rotation", ROTATIONS)] = "identity"
     start: Annotated[str, _one_of("start", STARTS)] = "hadamard"
     low_rank: int = Field(default=0, ge=0)
+    low_rank_from: Literal["input", "weight"] = "input"
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.alpha == SEARCH and self.scale == "none":
+            raise ValueError("alpha=search needs a scale; set transforms.scale=smooth")
+        if self.low_rank_from != "input" and self.low_rank == 0:
+            raise ValueError(f"low_rank_from={self.low_rank_from} needs a branch; set transforms.low_rank=32")
+        return self
+
+    @property
+    def deflates(self) -> bool:
+        """Whether the low-rank branch is taken out of the input; if not, it is out of the weight."""
+        return self.low_rank_from == "input"
 
     def rank(self, in_features: int, out_features: int) -> int | None:
         """Return the rank of a linear's low-rank branch, or None if it has none.
