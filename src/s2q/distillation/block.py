@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from s2q.core.errors import S2QError
 from s2q.core.reuse import parameters_held, recomputed
 from s2q.distillation.loss import weighted_token_loss
-from s2q.nn import StudentInput, StudentLinear
+from s2q.nn import RefinedLinear, StudentInput, StudentLinear
 
 logger = logging.getLogger(__name__)
 
@@ -226,13 +226,14 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
     """
     from diffusers.models.attention import FeedForward
 
-    parts = [one for one in student.children() if any(isinstance(inner, StudentLinear) for inner in one.modules())]
-    layers = [inner for inner in student.modules() if isinstance(inner, StudentLinear | StudentInput)]
+    linears = StudentLinear | RefinedLinear
+    parts = [one for one in student.children() if any(isinstance(inner, linears) for inner in one.modules())]
+    layers = [inner for inner in student.modules() if isinstance(inner, linears | StudentInput)]
     try:
         for layer in layers:
             layer.recomputes = True
         for part in parts:
-            pointwise = isinstance(part, StudentLinear | FeedForward)
+            pointwise = isinstance(part, linears | FeedForward)
             part.forward = functools.partial(_in_pieces if pointwise else recomputed, part.forward)
         yield
     finally:

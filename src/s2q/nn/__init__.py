@@ -2,6 +2,7 @@
 
 from s2q.nn.clip import LearnableClip
 from s2q.nn.packed import PACKED_DTYPES, PackedLinear
+from s2q.nn.refined import RefinedLinear
 from s2q.nn.runtime import set_backend, share_inputs
 from s2q.nn.student import InputTransform, SplitInput, StudentInput, StudentLinear
 from s2q.nn.swap import replace_module
@@ -11,6 +12,7 @@ __all__ = [
     "InputTransform",
     "LearnableClip",
     "PackedLinear",
+    "RefinedLinear",
     "SplitInput",
     "StudentInput",
     "StudentLinear",

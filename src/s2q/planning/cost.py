@@ -176,7 +176,7 @@ class BlockShape:
             itemsize: Bytes of a value in the dtype of calibration.
         """
         widest = max((features * rows for features, rows in self.outputs), default=0)
-        if recipe.distillation is None:
+        if not recipe.learns:
             return _WEIGHT * max(self.weights, default=0) + _FORWARD_VALUES * _FP32 * widest
         if checkpointed:
             piece = max((features * min(rows, PIECE) for features, rows in self.outputs), default=0)
@@ -277,7 +277,7 @@ def calibration_cost(
     samples = group.samples * (workload.branches if group.branches == "both" else 1)
     whole = max(shape.peak_bytes(recipe, checkpointed=False, itemsize=own) for shape in shapes)
     limit = machine.step_limit
-    checkpointed = recipe.distillation is not None and limit is not None and whole > limit
+    checkpointed = recipe.learns and limit is not None and whole > limit
     step = max(shape.step_bytes(recipe, checkpointed=checkpointed, itemsize=own) for shape in shapes)
     activations = samples * max(shape.sample_bytes(itemsize, wide=wide) for shape in shapes)
     return CalibrationCost(

@@ -34,7 +34,7 @@ class BlockResult:
         layers: Packed linear, on the CPU, by full name.
         errors: ‖Ŵ − W‖² / ‖W‖² of each, by full name.
         relative_error: The same over all of them together.
-        details: What calibration measured: `loss`, `distillation`, `rounding` (see `CalibratedBlock`); empty without.
+        details: What calibration measured, but for the layers as `CalibratedBlock` has it; empty without.
     """
 
     layers: Mapping[str, PackedLinear]
@@ -77,6 +77,7 @@ def quantize_block(
         details = {
             "loss": dict(calibrated.loss),
             "distillation": calibrated.distillation,
+            "refinement": calibrated.refinement,
             "rounding": {name: dict(report) for name, report in calibrated.rounding.items()},
         }
     else:

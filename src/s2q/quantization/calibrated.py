@@ -20,9 +20,9 @@ from torch import nn
 from s2q.core.placement import moved
 from s2q.core.schemes import LinearScheme
 from s2q.core.seeds import derive_seed
-from s2q.distillation import DistillationOptions, block_loss, checkpointed, distil
+from s2q.distillation import DistillationOptions, DistillationReport, block_loss, checkpointed, distil
 from s2q.models import Family
-from s2q.nn import PackedLinear, replace_module
+from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
 from s2q.quantization.observation import BlockSamples, observe
 from s2q.quantization.pack import pack_modulation, pack_nearest, pack_students
 from s2q.quantization.statistics import InputStatistics
@@ -30,7 +30,7 @@ from s2q.quantization.stream import TeacherStream
 from s2q.quantization.students import make_students
 from s2q.quantization.work import BlockWork, input_groups
 from s2q.recipes import Recipe
-from s2q.recipes.schema import GPTQ
+from s2q.recipes.schema import GPTQ, RefinementGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +66,17 @@ class CalibratedBlock:
     Attributes:
         layers: Packed linear by full name.
         loss: Mean weighted loss over the samples: `rtn` (rounded to nearest, nothing before the linears), `initial`
-            (transforms as they start), `distilled` (the best state, still rounded to nearest) and `final` (as packed).
+            (transforms as they start), `distilled` (the best state, still rounded to nearest), `rounded` and `refined`
+            (before and after refinement), and `final` (as packed).
         distillation: Its report; None without distillation.
+        refinement: Its report; None without refinement.
         rounding: GPTQ's report by full name; empty without it.
     """
 
     layers: Mapping[str, PackedLinear]
     loss: Mapping[str, float]
     distillation: Mapping[str, Any] | None
+    refinement: Mapping[str, Any] | None
     rounding: Mapping[str, Mapping[str, Any]]
 
 
@@ -160,13 +163,45 @@ def _carry_out(
         loss["distilled"] = report.loss
     student.requires_grad_(False)
     packed, rounding = pack_students(student, work, samples, groups)
-    packed |= modulation
     reports |= rounding
+    refinement = None
+    if recipe.refinement is not None:
+        loss["rounded"] = block_loss(work.copy_with(packed | modulation), samples)
+        packed, refinement = _refine(student, packed, samples, calibration, settings=recipe.refinement)
+        loss["refined"] = refinement.loss
+    packed |= modulation
     loss["final"] = block_loss(work.copy_with(packed), samples)
     calibration.progress()
     return CalibratedBlock(
         layers={work.linears[name]: packed[name].to("cpu") for name in work.linears},
         loss=loss,
         distillation=None if report is None else asdict(report),
+        refinement=None if refinement is None else asdict(refinement),
         rounding={work.linears[name]: one for name, one in reports.items()},
     )
+
+
+def _refine(
+    student: nn.Module,
+    packed: Mapping[str, PackedLinear],
+    samples: BlockSamples,
+    calibration: BlockCalibration,
+    *,
+    settings: RefinementGroup,
+) -> tuple[dict[str, PackedLinear], DistillationReport]:
+    """Learn what scales and corrects the codes of a block; the student is used up."""
+    layers = {name: RefinedLinear(layer, source=student.get_submodule(name).source) for name, layer in packed.items()}
+    for name, layer in layers.items():
+        replace_module(student, name, layer)
+        if isinstance(layer.source.clip, LearnableClip):
+            layer.source.clip.requires_grad_(True)
+    seed = derive_seed(calibration.seed, "refinement", calibration.index)
+    with checkpointed(student) if calibration.checkpointed else nullcontext():
+        report = distil(
+            student,
+            samples,
+            options=DistillationOptions(**settings.model_dump()),
+            seed=seed,
+            epoch_done=calibration.progress,
+        )
+    return {name: layer.repacked() for name, layer in layers.items()}, report

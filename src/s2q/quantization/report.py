@@ -31,6 +31,7 @@ class BlockReport:
         loss: Mean loss over the calibration samples as `CalibratedBlock` has it: `rtn`, `initial`, `distilled`,
             `final`; empty for recipes that do not calibrate.
         distillation: How it went; None without.
+        refinement: Likewise.
         rounding: GPTQ's report by full name; empty without.
     """
 
@@ -43,6 +44,7 @@ class BlockReport:
     resumed: bool
     loss: Mapping[str, float] = field(default_factory=dict)
     distillation: Mapping[str, Any] | None = None
+    refinement: Mapping[str, Any] | None = None
     rounding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

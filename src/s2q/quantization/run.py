@@ -224,7 +224,7 @@ class _Run:
     def _blocks(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected | None) -> list[BlockReport]:
         """Go through the blocks of one transformer after the other."""
         total, cost = teacher.block_count, planned.calibration
-        units = 1 if selected is None else 2 + (recipe.distillation.epochs if recipe.distillation else 0)
+        units = 1 if selected is None else 2 + recipe.epochs
         reports: list[BlockReport] = []
         for one in teacher.transformers:
             stream = None

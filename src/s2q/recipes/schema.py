@@ -260,6 +260,20 @@ class DistillationGroup(_Group):
     weight_decay: Number = Field(default=0.0, ge=0)
 
 
+class RefinementGroup(_Group):
+    """How scales, biases, low-rank weights and clips are learned once more, after rounding; codes stand still.
+
+    Attributes:
+        epochs: Passes over the samples.
+        lr: Learning rate of what is learned, in units of what it changes.
+        clip_lr: Learning rate of clips.
+    """
+
+    epochs: int = Field(default=5, ge=1)
+    lr: Number = Field(default=1e-3, gt=0)
+    clip_lr: Number = Field(default=1e-2, gt=0)
+
+
 class RoundingGroup(_Group):
     """How weights are rounded to codes; all but the method are settings of GPTQ (`s2q.rounding.GPTQOptions`)."""
 
@@ -292,6 +306,7 @@ class Recipe(_Group):
         loss: How distillation weights tokens.
         distillation: How blocks are optimised; None does not optimise.
         rounding: How weights become codes.
+        refinement: How what scales and corrects the codes is learned; None leaves it as rounding found it.
         skip: Shell-style patterns of full names of linears to leave untouched, "transformer_blocks.0.*".
     """
 
@@ -307,6 +322,7 @@ class Recipe(_Group):
     loss: LossGroup = LossGroup()
     distillation: DistillationGroup | None = None
     rounding: RoundingGroup = RoundingGroup()
+    refinement: RefinementGroup | None = None
     skip: tuple[str, ...] = ()
 
     @field_validator("skip", mode="before")
@@ -340,7 +356,17 @@ class Recipe(_Group):
         settings = self.transforms
         measures = settings.shift != "none" or settings.scale != "none" or settings.low_rank > 0
         uses_gptq = GPTQ in (self.rounding.method, None if self.modulation is None else self.modulation.rounding)
-        return measures or self.distillation is not None or uses_gptq
+        return measures or self.learns or uses_gptq
+
+    @property
+    def learns(self) -> bool:
+        """Whether something is learned from the samples, which takes passes with gradients."""
+        return self.distillation is not None or self.refinement is not None
+
+    @property
+    def epochs(self) -> int:
+        """How often all samples are learned from."""
+        return sum(group.epochs for group in (self.distillation, self.refinement) if group is not None)
 
     def resolved(self) -> dict[str, Any]:
         """Return every value as plain data for JSON; validating it gives an equal recipe."""
