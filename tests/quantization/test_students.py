@@ -8,7 +8,7 @@ from torch import nn
 
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.quantization.statistics import InputStatistics
-from s2q.quantization.students import ALPHAS, put_students
+from s2q.quantization.students import ALPHAS, make_students
 from s2q.quantization.work import BlockWork
 from s2q.recipes import load_recipe
 
@@ -41,9 +41,7 @@ def students(case, *overrides):
         schemes=dict.fromkeys(linears.values(), SCHEME),
         recipe=load_recipe("svdquant-w4a4", overrides=overrides),
     )
-    student = work.copy_with({})
-    put_students(student, work, GROUP, case.statistics, seed=0)
-    return student
+    return make_students(work, GROUP, statistics=case.statistics, seed=0)
 
 
 def error(case, *overrides):
