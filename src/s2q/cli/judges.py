@@ -66,7 +66,7 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
     if plan is None:
         return None
     from s2q.evaluation.vbench import MIN_FRAMES, RECORD
-    from s2q.report import encode_mp4
+    from s2q.report import BT601, encode_mp4
 
     total = len(plan.prompts) * plan.videos_a_prompt
     written = 0
@@ -85,7 +85,7 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
         side = folder / ("reference" if written < total else "model")
         side.mkdir(exist_ok=True)
         name = plan.file_name(video.prompt, written % plan.videos_a_prompt)
-        atomic_write_bytes(side / name, encode_mp4(video.frames.numpy()))
+        atomic_write_bytes(side / name, encode_mp4(video.frames.numpy(), matrix=BT601))
         written += 1
 
     return keep

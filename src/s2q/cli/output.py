@@ -97,7 +97,7 @@ def show_inspection(report: Mapping[str, Any]) -> None:
 
 
 def show_evaluation(evaluation: Mapping[str, Any], *, scheme: str | None = None) -> None:
-    """Show an evaluation: every metric with its interval and, where there is one, the noise floor; then VBench's scores.
+    """Show an evaluation: every metric with its interval and, where there is one, the noise floor; VBench's scores.
 
     Args:
         evaluation: The content of `eval.json`.

@@ -1,9 +1,9 @@
 """How well frames fit their prompt, and each other, in the eyes of a CLIP model from a folder; nothing is downloaded.
 
-Two preprocessings, since the figures of papers rest on both. CLIP's own (shorter side resized by a bicubic filter, centre
-cropped, normalised) gives `clip_score` (Hessel et al. 2021 without their factor 2.5). EvalCrafter's scripts (Liu et al. 2024),
-whose figures the paper reports, squeeze the frame to a square and give CLIP the levels 0..255 as they are: its `clipsim`
-and `clip_temp` are therefore on another scale.
+Two preprocessings, since the figures of papers rest on both. CLIP's own (shorter side resized by a bicubic filter,
+centre cropped, normalised) gives `clip_score` (Hessel et al. 2021, without their factor of 2.5). EvalCrafter's scripts
+(Liu et al. 2024), whose figures the paper reports, squeeze the frame to a square and give CLIP the levels 0..255 as
+they are: its `clipsim` and `clip_temp` are therefore on another scale.
 
 Legend: `F` frames, `H`, `W` height and width in pixels, `S` side of CLIP's input, `E` size of its embeddings.
 """
@@ -25,13 +25,13 @@ from s2q.core.errors import InvalidInputError, first_line
 DEFINITIONS: Mapping[str, str] = MappingProxyType(
     {
         "clip_score": (
-            "100 · max(cos(text, frame), 0) of CLIP's embeddings of the prompt and of each uint8 frame before encoding, with "
-            "CLIP's own preprocessing; mean over the frames; CLIP from the folder that was given"
+            "100 · max(cos(text, frame), 0) of CLIP's embeddings of the prompt and of each uint8 frame before encoding "
+            "with CLIP's own preprocessing; mean over the frames; CLIP from the folder that was given"
         ),
         "clipsim": (
             "CLIPSIM as EvalCrafter's scripts compute it: cos(text, frame), the frame squeezed to CLIP's square input "
-            "(bilinear) with levels 0 to 255, not normalised; mean over the frames; comparable with EvalCrafter's figures "
-            "for CLIP ViT-B/32 only"
+            "(bilinear) with levels 0 to 255, not normalised; mean over the frames; comparable with EvalCrafter's "
+            "figures for CLIP ViT-B/32 only"
         ),
         "clip_temp": (
             "CLIP-Temp as EvalCrafter's scripts compute it: cosine between the embeddings of consecutive frames, "
@@ -61,8 +61,8 @@ class ClipJudge:
 
         if not (folder / "config.json").is_file():
             raise InvalidInputError(
-                f"{folder}: not a folder with a CLIP model (no config.json); s2q downloads none, pass the path of a copy "
-                "of openai/clip-vit-base-patch32 or another in transformers' format"
+                f"{folder}: not a folder with a CLIP model (no config.json); s2q downloads none, pass the path of a "
+                "copy of openai/clip-vit-base-patch32 or of another one in transformers' format"
             )
         try:
             self._model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)

@@ -32,7 +32,7 @@ def evalcrafter_scores(
         flow: The flow score of `model` and `reference`, where it was computed.
 
     Returns:
-        Each figure of `model` and `reference`, and under `absent` what each of the others needs; None if all are absent.
+        Each figure of `model` and `reference`, and under `absent` what each of the others needs; None if there is none.
     """
     found: dict[str, Any] = {}
     for name in ("clipsim", "clip_temp"):

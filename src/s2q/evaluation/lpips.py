@@ -22,8 +22,8 @@ from s2q.core.errors import InvalidInputError
 from s2q.evaluation.weights import read_state_dict
 
 DEFINITION = (
-    "LPIPS, version 0.1 (Zhang et al. 2018), of each uint8 RGB frame before encoding at its own size, averaged over the "
-    "frames; 0 is identical; trunk and weights as in the file that was given; none for frames below 32 pixels"
+    "LPIPS, version 0.1 (Zhang et al. 2018), of each uint8 RGB frame before encoding at its own size, averaged over "
+    "the frames; 0 is identical; trunk and weights as in the file that was given; none for frames below 32 pixels"
 )
 VERSION = 1
 _MIN_PIXELS = 32

@@ -40,9 +40,9 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
             "K1 = 0.01, K2 = 0.03, range 255, windows inside the frame only; mean over windows and frames"
         ),
         "flicker_rms": (
-            "change of the error from frame to frame, in levels of 0 to 255: root mean square over pixels and channels of "
-            "(x_t+1 − y_t+1) − (x_t − y_t), x the video's and y full precision's uint8 RGB frames before encoding, averaged "
-            "over consecutive frames; 0 for an error that stays the same in time; none for videos of one frame"
+            "change of the error from frame to frame, in levels of 0 to 255: root mean square over pixels and channels "
+            "of (x_t+1 − y_t+1) − (x_t − y_t), x the video's and y full precision's uint8 RGB frames before encoding, "
+            "averaged over consecutive frames; 0 for an error that stays the same; none for videos of one frame"
         ),
     }
 )

@@ -13,7 +13,7 @@ METHOD = "S²Q-VDiT"
 
 
 def paper_tables() -> dict[str, dict[str, Any]]:
-    """Return the tables by name: `title`, `comparable`, `metrics`, `prompts`, `claims`, `values`; some have `scores`."""
+    """Return the tables by name: `title`, `comparable`, `metrics`, `prompts`, `claims`, `values`; some `scores`."""
     tables: dict[str, dict[str, Any]] = _content()["tables"]
     return tables
 

@@ -1,8 +1,8 @@
 """VBench (Huang et al. 2024) as a judge, in an interpreter of its own: its requirements and s2q's do not go together.
 
-`plan_vbench` asks that interpreter, before anything is generated, what it can judge; the videos are then written under the
-names that `VBenchPlan.file_name` gives; `judge_videos` scores a folder of them and refuses incomplete results. VBench
-fetches weights by itself where they are not in its caches, unless HF_HUB_OFFLINE is set.
+`plan_vbench` asks that interpreter, before anything is generated, what it can judge; the videos are then written under
+the names that `VBenchPlan.file_name` gives; `judge_videos` scores a folder of them and refuses incomplete results.
+VBench fetches weights by itself where they are not in its caches, unless HF_HUB_OFFLINE is set.
 """
 
 from __future__ import annotations
@@ -109,32 +109,28 @@ def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prom
         InvalidInputError: The interpreter or the cache folder does not exist, has no vbench or lacks something that a
             dimension needs, or a dimension is unknown or cannot be judged on these prompts.
     """
-    if shutil.which(options.python) is None:
-        raise InvalidInputError(f"--vbench-python {options.python}: there is no such program; name an interpreter")
-    if options.cache is not None and not options.cache.is_dir():
-        raise InvalidInputError(f"--vbench-cache {options.cache}: there is no such folder")
-    asked = options.dimensions or PAPER_DIMENSIONS
-    with tempfile.TemporaryDirectory(prefix="s2q-vbench-") as folder:
-        found = _run(options, "check", {"dimensions": asked}, folder=Path(folder))
-    if "error" in found:
-        raise InvalidInputError(
-            f"--vbench-python {options.python}: cannot import vbench: {found['error']}; install it there, see docs/judging.md"
-        )
-    for name in asked:
-        if name not in (*found["dimensions"], FLOW):
-            raise unknown_name("VBench dimension", name, (*found["dimensions"], FLOW))
-    own: dict[str, list[str]] = {}
+    found = _ask(options)
+    own: dict[str, set[str]] = {}
     for entry in found["prompts"]:
-        own.setdefault(entry["prompt"], []).extend(entry["dimensions"])
+        own.setdefault(entry["prompt"], {FLOW}).update(entry["dimensions"])
     standard = all(prompt in own for prompt in prompts)
-    judged = {name: tuple(one for one in prompts if not standard or name in (*own[one], FLOW)) for name in asked}
-    custom = (*found["custom"], FLOW)
-    absent = {name: _NO_PROMPT for name in asked if not judged[name]} if standard else {}
-    absent |= {} if standard else {name: _OWN_PROMPTS for name in asked if name not in custom}
-    kept = [name for name in asked if name not in absent]
-    if absent and (options.dimensions or not kept):
-        raise InvalidInputError("; ".join(f"--vbench-dims {name}: {reason}" for name, reason in absent.items()))
-    for name in kept:
+    judged: dict[str, tuple[str, ...]] = {}
+    absent: dict[str, str] = {}
+    for name in options.dimensions or PAPER_DIMENSIONS:
+        on = tuple(prompt for prompt in prompts if not standard or name in own[prompt])
+        if not standard and name not in (*found["custom"], FLOW):
+            absent[name] = _OWN_PROMPTS
+        elif not on:
+            absent[name] = _NO_PROMPT
+        else:
+            judged[name] = on
+    if absent and (options.dimensions or not judged):
+        refused = [
+            f"{', '.join(name for name in absent if absent[name] == reason)}: {reason}"
+            for reason in dict.fromkeys(absent.values())
+        ]
+        raise InvalidInputError(f"--vbench-dims {'; '.join(refused)}")
+    for name in judged:
         if name in found["problems"]:
             raise InvalidInputError(
                 f"--vbench-dims {name}: {options.python} cannot judge it: {found['problems'][name]}"
@@ -149,8 +145,8 @@ def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prom
         standard=standard,
         prompts=tuple(prompts),
         videos_a_prompt=videos_a_prompt,
-        judged={name: judged[name] for name in kept},
-        own_prompts={name: sum(name in set(dimensions) for dimensions in own.values()) for name in kept},
+        judged=judged,
+        own_prompts={name: sum(name in dimensions for dimensions in own.values()) for name in judged},
         absent=absent,
     )
 
@@ -277,6 +273,26 @@ def _notes(plan: VBenchPlan, names: Sequence[str]) -> list[str]:
 
 def _is_short(plan: VBenchPlan, name: str) -> bool:
     return len(plan.judged[name]) < plan.own_prompts[name]
+
+
+def _ask(options: VBenchOptions) -> dict[str, Any]:
+    """Return what the interpreter says of itself and of the dimensions that were asked for, all of which it knows."""
+    if shutil.which(options.python) is None:
+        raise InvalidInputError(f"--vbench-python {options.python}: there is no such program; name an interpreter")
+    if options.cache is not None and not options.cache.is_dir():
+        raise InvalidInputError(f"--vbench-cache {options.cache}: there is no such folder")
+    asked = options.dimensions or PAPER_DIMENSIONS
+    with tempfile.TemporaryDirectory(prefix="s2q-vbench-") as folder:
+        found = _run(options, "check", {"dimensions": asked}, folder=Path(folder))
+    if "error" in found:
+        raise InvalidInputError(
+            f"--vbench-python {options.python}: cannot import vbench: {found['error']}; docs/judging.md says how to "
+            "install it there"
+        )
+    for name in asked:
+        if name not in (*found["dimensions"], FLOW):
+            raise unknown_name("VBench dimension", name, (*found["dimensions"], FLOW))
+    return found
 
 
 def _run(options: VBenchOptions, task: str, request: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def check(request):
     """Say what VBench is there, and what keeps it from judging.
 
     Args:
-        request: `dimensions` that may be judged, `local` (weights from VBench's cache folder only), `folder` to work in.
+        request: `dimensions` that may be judged, `local` (weights from VBench's cache folder), `folder` to work in.
 
     Returns:
         `error` if vbench cannot be imported; else `version`, `dimensions`, `custom` (those for prompts that are not
@@ -100,7 +100,7 @@ def judge(request):
 
 
 def _flow(folder, device, local):
-    """Mean length of RAFT's optical flow in pixels, over the pixels and pairs of frames of each video: EvalCrafter's."""
+    """EvalCrafter's flow score: mean length of RAFT's flow in pixels, over pixels and pairs of frames of a video."""
     import cv2
     import torch
     from vbench.dynamic_degree import DynamicDegree, InputPadder, edict
