@@ -133,7 +133,7 @@ def test_scores_are_those_of_the_videos(cache, projection, tmp_path):
         means = [sum(one.values()) / 2 for one in found.videos.values()]
         assert list(found.scores.values()) == pytest.approx(means)
     assert model.videos["subject_consistency"] != reference.videos["subject_consistency"]
-    # RAFT adds DRIFT twenty times, at an eighth of the size; its upsampling averages 3 × 3 cells, zeros beyond the edge.
+    # RAFT adds DRIFT twenty times at an eighth of the size; upsampling averages 3 × 3 cells, zeros beyond the edge.
     cells = SIDE // 8
     length = 8 * 20 * math.hypot(*DRIFT) * ((3 * cells - 2) / (3 * cells)) ** 2
     assert flow_scores(model, reference) == pytest.approx({"model": length, "reference": length}, rel=1e-4)
