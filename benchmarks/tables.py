@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from judging import evalcrafter_table, metrics_table, paper_table
 from markdown_tables import interval, table_head, table_row
 from published import commands_of, cost_table, sizes_table
 from reproduce.beside import overview_table
@@ -23,7 +24,14 @@ from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/observations.md", "docs/speed.md", "docs/real-models.md")
+PAGES = (
+    "README.md",
+    "docs/results.md",
+    "docs/observations.md",
+    "docs/speed.md",
+    "docs/real-models.md",
+    "docs/judging.md",
+)
 ORDER = (
     "rtn-w8a8",
     "smoothquant-w8a8",
@@ -330,6 +338,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "cost": cost_table,
     "commands": commands_of,
     "reproduce": overview_table,
+    "metrics": metrics_table,
+    "evalcrafter": evalcrafter_table,
+    "paper": paper_table,
 }
 
 

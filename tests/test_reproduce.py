@@ -12,10 +12,11 @@ from reproduce import specs
 from reproduce.beside import _costs, contents, page_of
 from reproduce.command import main
 from reproduce.plan import Request, video_name
-from reproduce.specs import FULL_PRECISION, METHOD, TABLES, paper, row_overrides
+from reproduce.specs import TABLES, row_overrides
 
 from s2q.cli import run as s2q
 from s2q.cli.app import app
+from s2q.evaluation.paper import FULL_PRECISION, METHOD, paper_tables
 from s2q.recipes import load_recipe, recipe_names
 from tiny import tiny_cogvideox_pipeline
 
@@ -63,7 +64,7 @@ def parsed(line):
 
 
 def test_every_figure_of_the_paper_has_its_row():
-    assert set(paper()) == set(TABLES)
+    assert set(paper_tables()) == set(TABLES)
     for table in TABLES.values():
         methods = {row.method for row in table.rows if row.in_paper}
         for model, figures in table.paper["values"].items():

@@ -38,8 +38,8 @@ _SPEED = {
 _COMPARABLE = {
     "order": (
         "Not the same measure: the paper's columns are scores of its judge, ours are distances from full precision's "
-        "own videos, and s2q does not compute the paper's scores yet. Only the order of the methods can be compared. "
-        "The videos are named as VBench expects them, to be judged with it."
+        "own videos. Only the order of the methods can be compared. `s2q eval --vbench-python` gives a checkpoint the "
+        "scores of the paper's judge; the videos kept here are named as VBench expects them, too."
     ),
     "ratio": (
         "Storage can be compared as it stands (the whole transformer; GB are 2³⁰ bytes, here and in the paper). Time "

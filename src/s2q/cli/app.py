@@ -222,6 +222,28 @@ def evaluate(
         list[str] | None,
         typer.Option("--metrics", help="Names or groups, by comma: psnr,ssim,velocity. Default: all.", metavar="NAMES"),
     ] = None,
+    lpips_weights: Annotated[
+        Path | None,
+        typer.Option("--lpips-weights", help="Add LPIPS, with the weights in this file.", metavar="FILE"),
+    ] = None,
+    clip: Annotated[
+        Path | None,
+        typer.Option("--clip", help="Add CLIP scores, with the CLIP model in this folder.", metavar="DIR"),
+    ] = None,
+    vbench_python: Annotated[
+        str | None,
+        typer.Option("--vbench-python", help="Add VBench, run by this interpreter that has it.", metavar="PYTHON"),
+    ] = None,
+    vbench_dims: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vbench-dims", help="VBench's dimensions, by comma. Default: the paper's eight.", metavar="NAMES"
+        ),
+    ] = None,
+    vbench_cache: Annotated[
+        Path | None,
+        typer.Option("--vbench-cache", help="VBench's folder of weights. Default: VBench's own.", metavar="DIR"),
+    ] = None,
     num_frames: Frames = None,
     height: Height = None,
     width: Width = None,
@@ -237,6 +259,7 @@ def evaluate(
 
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
     options = _given(locals(), "num_prompts", "seeds", "metrics", "device", "dtype", "overwrite", "as_json")
+    options |= _given(locals(), "lpips_weights", "clip", "vbench_python", "vbench_dims", "vbench_cache")
     commands.evaluate(model, reference, output, prompts=prompts, settings=settings, options=options)
 
 

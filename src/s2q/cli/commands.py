@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2q.cli import console, output
+from s2q.cli import console, judges, output
 from s2q.core.errors import InvalidInputError, UsageError
 from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, staged_directory
 
@@ -202,24 +202,42 @@ def evaluate(
     options: Mapping[str, Any],
 ) -> None:
     """Run `s2q eval`."""
-    names = [name.strip() for entry in options["metrics"] or () for name in entry.split(",") if name.strip()]
+    names = judges.split_names(options["metrics"])
     check_file_output(out, overwrite=options["overwrite"])
     device = resolve_device(options["device"])
     from s2q.evaluation import EvaluationOptions, default_prompts, read_prompts, selected_metrics
     from s2q.evaluation import evaluate as run
+    from s2q.evaluation.learned import learned_names
+    from s2q.evaluation.sources import quantization_scheme
     from s2q.models import resolve_model
 
     console.quiet_libraries()
-    selected_metrics(names)
+    weights = {"lpips": options["lpips_weights"], "clip": options["clip"]}
+    selected_metrics(names, learned=learned_names(**{name: path is not None for name, path in weights.items()}))
     for name in (model, reference):
         resolve_model(name)
     texts = read_prompts(prompts) if prompts is not None else default_prompts(reference, count=options["num_prompts"])
-    how = EvaluationOptions(metrics=tuple(names), settings=settings, dtype=options["dtype"], device=device)
+    planned = judges.vbench_plan(out, texts, seeds=options["seeds"], device=device, options=options)
+    how = EvaluationOptions(
+        metrics=tuple(names),
+        settings=settings,
+        dtype=options["dtype"],
+        device=device,
+        lpips_weights=weights["lpips"],
+        clip=weights["clip"],
+        video_done=judges.keep_for(planned),
+    )
     with console.progress() as report:
         result = run(model, reference, prompts=texts, seeds=range(options["seeds"]), options=how, progress=report)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(out, result)
-    output.emit_json(result) if options["as_json"] else output.show_evaluation(result)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(out, result)
+        if planned is not None:
+            result = judges.with_vbench(planned, result, progress=report)
+            atomic_write_json(out, result)
+    if options["as_json"]:
+        output.emit_json(result)
+    else:
+        output.show_evaluation(result, scheme=quantization_scheme(model))
     console.say(f"written to {out}")
 
 

@@ -20,7 +20,9 @@ from s2q.calibration.trajectory import Trajectory, record_trajectory
 from s2q.core.components import transformers_of
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.evaluation import adherence, metrics, velocity
+from s2q.evaluation.evalcrafter import evalcrafter_scores
 from s2q.evaluation.generate import Progress, Video, batch_size_for, batched, settings_for, step_counter, videos_of
+from s2q.evaluation.learned import NEEDS, Judges, open_judges
 from s2q.evaluation.prompts import check_distinct
 from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
 from s2q.evaluation.summary import summarise
@@ -42,12 +44,14 @@ class EvaluationOptions:
     """How to evaluate.
 
     Attributes:
-        metrics: Names out of `METRICS`; empty means all.
+        metrics: Names out of `METRICS`, and of learned judges that have weights; empty means all.
         settings: Generation settings that differ from the model's own, by field name of `GenerationSettings`.
         batch_size: Videos per batch; None chooses by the number of video tokens.
         dtype: Compute dtype of models given by name; None is the one that the reference is stored in, for both.
         device: Device of models given by name.
         trajectory_bytes: Memory for recorded trajectories; videos beyond it have no velocity error.
+        lpips_weights: File of LPIPS's weights; None for no `lpips`.
+        clip: Folder of a CLIP model; None for no `clip_score`, `clipsim` and `clip_temp`.
         video_done: Called with each video as it is generated and the label of its model (`model_label`), to keep it.
     """
 
@@ -57,6 +61,8 @@ class EvaluationOptions:
     dtype: str | None = None
     device: str = "cpu"
     trajectory_bytes: int = _TRAJECTORY_BYTES
+    lpips_weights: Path | None = None
+    clip: Path | None = None
     video_done: Callable[[str, Video], None] | None = None
 
 
@@ -110,7 +116,8 @@ def evaluate(
 
     Returns:
         The content of `eval.json`: `schema_version`, `model`, `reference`, `n_prompts`, `n_seeds`, `metrics`, `videos`,
-        `velocity` (by step), `noise_floor` (full precision with another seed), `settings` and `versions`.
+        `velocity` (by step), `noise_floor` (full precision with another seed), `settings` and `versions`; with a CLIP
+        model also `evalcrafter`.
 
     Raises:
         InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take.
@@ -148,7 +155,8 @@ def evaluate_each(
         S2QError: See `evaluate`.
     """
     options = options or EvaluationOptions()
-    wanted = selected_metrics(options.metrics)
+    judges = open_judges(lpips_weights=options.lpips_weights, clip=options.clip, device=options.device)
+    wanted = selected_metrics(options.metrics, learned=judges.names)
     check_seeds(seeds)
     if prompts is None:
         prompts = default_prompts(reference)
@@ -156,14 +164,17 @@ def evaluate_each(
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     teacher = _run_teacher(reference, jobs, options, record=VELOCITY in wanted, progress=progress)
     for model in models:
-        yield summarise(
+        result = summarise(
             labels=(model_label(model), model_label(reference)),
-            judged=_run_student(model, jobs, options, teacher, wanted, progress),
+            judged=_run_student(model, jobs, options, teacher, wanted, judges, progress),
             reference_videos=teacher.videos,
             settings=teacher.settings,
             dtype=dtype_name(teacher.dtype),
             timesteps=teacher.timesteps,
+            learned=judges.frame_metrics(wanted),
         )
+        scores = evalcrafter_scores(result["metrics"])
+        yield result if scores is None else result | {"evalcrafter": scores}
 
 
 def default_prompts(reference: Any, *, count: int = 64) -> list[str]:
@@ -184,21 +195,28 @@ def default_prompts(reference: Any, *, count: int = 64) -> list[str]:
     return embedded_prompts(source, split="held-out", count=count)
 
 
-def selected_metrics(names: Sequence[str]) -> tuple[str, ...]:
+def selected_metrics(names: Sequence[str], *, learned: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the metrics to compute: all without `names`, else each name, or all that start with it.
 
+    Args:
+        names: What was asked for.
+        learned: Metrics of learned judges that have weights.
+
     Raises:
-        InvalidInputError: A name is neither a metric nor the beginning of one up to an underscore.
+        InvalidInputError: A name is neither a metric nor the beginning of one up to an underscore, or lacks weights.
     """
+    known = (*METRICS, *learned)
     if not names:
-        return METRICS
+        return known
     chosen: list[str] = []
     for name in names:
-        matches = [metric for metric in METRICS if metric == name or metric.startswith(name + "_")]
+        matches = [metric for metric in known if metric == name or metric.startswith(name + "_")]
+        if not matches and name in NEEDS:
+            raise InvalidInputError(f"metric {name}: needs {NEEDS[name]}; s2q has no weights of it and downloads none")
         if not matches:
-            raise unknown_name("metric", name, (*METRICS, "latent", "psnr", "adherence", "velocity"))
+            raise unknown_name("metric", name, (*known, "latent", "psnr", "adherence", "velocity"))
         chosen += matches
-    return tuple(metric for metric in METRICS if metric in chosen)
+    return tuple(metric for metric in known if metric in chosen)
 
 
 def _open(model: Any, *, dtype: torch.dtype | str | None, device: str) -> Any:
@@ -247,6 +265,7 @@ def _run_student(
     options: EvaluationOptions,
     teacher: _Teacher,
     wanted: tuple[str, ...],
+    judges: Judges,
     progress: Progress | None,
 ) -> list[Judged]:
     pipe = _open(model, dtype=teacher.dtype, device=options.device)
@@ -265,7 +284,7 @@ def _run_student(
         if trajectory is not None:
             steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
         for video, errors in zip(_handed_on(videos_of(names, seeds, result), model, options), steps, strict=True):
-            judged.append(_judge(video, teacher.videos[len(judged)], errors, wanted))
+            judged.append(_judge(video, teacher.videos[len(judged)], errors, wanted, judges))
     return judged
 
 
@@ -311,8 +330,8 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
     return values
 
 
-def _judge(video: Video, base: Video, errors: list[float], wanted: tuple[str, ...]) -> Judged:
-    values = compare_videos(video, base, names=wanted)
+def _judge(video: Video, base: Video, errors: list[float], wanted: tuple[str, ...], judges: Judges) -> Judged:
+    values = compare_videos(video, base, names=wanted) | judges.measure(video, base, names=wanted)
     if VELOCITY in wanted:
         values[VELOCITY] = sum(errors) / len(errors) if errors else None
     return Judged(prompt=video.prompt, seed=video.seed, metrics=values, velocity_steps=tuple(errors))

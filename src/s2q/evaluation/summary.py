@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from s2q.calibration.settings import GenerationSettings
 from s2q.evaluation import adherence, metrics, velocity
+from s2q.evaluation import learned as learned_metrics
 from s2q.evaluation.statistics import INTERVAL, clustered_mean
 
 if TYPE_CHECKING:
@@ -30,7 +32,15 @@ def definition_of(name: str) -> str:
         return "adherence_all minus reference_adherence_all, video by video"
     if name.startswith(_REFERENCE):
         return definition_of(name.removeprefix(_REFERENCE)) + "; of the full-precision reference's videos"
-    return {**metrics.DEFINITIONS, **adherence.DEFINITIONS}[name]
+    return {**metrics.DEFINITIONS, **adherence.DEFINITIONS, **learned_metrics.DEFINITIONS}[name]
+
+
+def version_of(name: str) -> int:
+    """Return the version of a metric's definition: values of different versions are not compared."""
+    name = name.removeprefix(_REFERENCE)
+    if name == "velocity_relative_error":
+        return velocity.VERSION
+    return {**metrics.VERSIONS, **learned_metrics.VERSIONS}.get(name, adherence.VERSION)
 
 
 def summarise(
@@ -41,6 +51,7 @@ def summarise(
     settings: GenerationSettings,
     dtype: str,
     timesteps: Sequence[float],
+    learned: Mapping[str, metrics.FrameMetric] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Build the content of `eval.json`.
 
@@ -51,6 +62,7 @@ def summarise(
         settings: The generation settings of both models.
         dtype: Name of the compute dtype.
         timesteps: Timestep of every recorded step; empty without velocity error.
+        learned: Learned metrics of (frames, reference frames), for the noise floor.
 
     Returns:
         A JSON-ready dict without NaN or infinity.
@@ -67,7 +79,7 @@ def summarise(
         "n_seeds": len(seeds),
         "metrics": {name: _estimate(name, judged, tables) for name in names},
         "velocity": _velocity_by_step(judged, timesteps),
-        "noise_floor": noise_floor(reference_videos),
+        "noise_floor": noise_floor(reference_videos, learned=learned),
         "videos": [
             {"prompt": video.prompt, "seed": video.seed, "metrics": table}
             for video, table in zip(judged, tables, strict=True)
@@ -77,14 +89,18 @@ def summarise(
     }
 
 
-def noise_floor(videos: Sequence[Video]) -> dict[str, Any] | None:
+def noise_floor(
+    videos: Sequence[Video], *, learned: Mapping[str, metrics.FrameMetric] = MappingProxyType({})
+) -> dict[str, Any] | None:
     """Compare each full-precision video with the same prompt's next seed: what another seed alone changes.
 
     Args:
         videos: Full-precision videos of several seeds.
+        learned: Learned metrics of (frames, reference frames), beside the others.
 
     Returns:
-        Fidelity metrics averaged over those pairs, with the number of pairs; None with a single seed a prompt.
+        Fidelity metrics averaged over those pairs, None where one does not apply, with the number of pairs; None with a
+        single seed a prompt.
     """
     by_prompt: dict[str, list[Video]] = {}
     for video in videos:
@@ -92,17 +108,22 @@ def noise_floor(videos: Sequence[Video]) -> dict[str, Any] | None:
     pairs = [pair for group in by_prompt.values() for pair in zip(group, group[1:], strict=False)]
     if not pairs:
         return None
-    sums = dict.fromkeys(metrics.DEFINITIONS, 0.0)
+    values: dict[str, list[float | None]] = {}
     for first, second in pairs:
         for name, measure in metrics.LATENT_METRICS.items():
-            sums[name] += measure(second.latents, first.latents)
-        for name, measure in metrics.FRAME_METRICS.items():
-            sums[name] += measure(second.frames, first.frames)
+            values.setdefault(name, []).append(measure(second.latents, first.latents))
+        for name, measure in {**metrics.FRAME_METRICS, **learned}.items():
+            values.setdefault(name, []).append(measure(second.frames, first.frames))
     return {
         "definition": "full precision against full precision of the same prompt with another seed",
         "n_pairs": len(pairs),
-        "metrics": {name: total / len(pairs) for name, total in sums.items()},
+        "metrics": {name: _mean(group) for name, group in values.items()},
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
 
 
 def versions() -> dict[str, str]:
@@ -139,6 +160,7 @@ def _estimate(name: str, judged: Sequence[Judged], tables: Sequence[Mapping[str,
         if value is not None:
             by_prompt.setdefault(video.prompt, []).append(value)
     entry: dict[str, Any] = {"mean": None, "low": None, "high": None, "definition": definition_of(name)}
+    entry["version"] = version_of(name)
     if by_prompt:
         estimate = clustered_mean(by_prompt, proportion="adherence" in name and name != _CHANGE)
         entry |= {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}

@@ -22,6 +22,8 @@ from s2q.core.files import atomic_write_bytes
 
 DISPLAY_PIXELS = 256
 FRAMES_PER_SECOND = 8
+BT709, BT601 = "bt709", "smpte170m"
+"""Colour matrices by ffmpeg's names: browsers take what the file says, OpenCV takes every file for the second."""
 _QUALITY_CRF = 12
 _SHEET_CELL = 96
 _GAP = 4
@@ -60,12 +62,13 @@ def difference(frames: np.ndarray, reference: np.ndarray, *, gain: int = 4) -> n
     return np.clip(apart, 0, 255).astype(np.uint8)
 
 
-def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND) -> bytes:
+def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND, matrix: str = BT709) -> bytes:
     """Encode a video as H.264 (yuv420p, constant rate factor 12) in an mp4 container.
 
     Args:
         frames: `[F, H, W, 3]`, uint8; an odd height or width is padded by repeating the last line.
         fps: Frames per second.
+        matrix: Colour matrix, `BT709` to be looked at or `BT601` to be read by OpenCV.
 
     Returns:
         The file's bytes, the same for the same input and encoder.
@@ -94,9 +97,9 @@ def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND) -> bytes:
                 *("-crf", str(_QUALITY_CRF), "-preset", "medium", "-threads", "1", "-g", "1"),
                 *(
                     "-vf",
-                    "scale=out_color_matrix=bt709:out_range=tv",
+                    f"scale=out_color_matrix={matrix}:out_range=tv",
                     "-colorspace",
-                    "bt709",
+                    matrix,
                     "-color_primaries",
                     "bt709",
                 ),
