@@ -15,7 +15,7 @@ from typing import Any
 
 from s2q.calibration.sharing import steps_of_transformers
 from s2q.core.errors import InvalidInputError, unknown_name
-from s2q.models import family_of
+from s2q.models import family_of, token_patch
 
 _MAX_SEED = 2**63 - 1
 
@@ -172,11 +172,8 @@ def latent_channels(pipe: Any) -> int:
 
 def patch_sizes(pipe: Any) -> tuple[int, int]:
     """Return how many latent frames, and how many latent rows and columns, make a token of the transformer."""
-    config = pipe.transformer.config
-    patch = config.patch_size
-    if isinstance(patch, int):
-        return getattr(config, "patch_size_t", None) or 1, patch
-    return int(patch[0]), int(patch[-1])
+    frames, _rows, columns = token_patch(pipe.transformer)
+    return frames, columns
 
 
 def _size_defaults(pipe: Any) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from s2q.core.errors import S2QError
 from s2q.core.reuse import parameters_held, recomputed
+from s2q.core.tokens import TokenGrid
 from s2q.distillation.loss import weighted_token_loss
-from s2q.nn import StudentInput, StudentLinear
+from s2q.nn import StudentInput, StudentLinear, set_token_grid
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,13 @@ class BlockSample:
         inputs: Keyword arguments of the call.
         outputs: What the full-precision block returns, [1, N_k, d] for each stream.
         weights: λ, [1, N_k] for each stream; None weights every token with 1.
+        grid: Where the video tokens lie; None if no layer has to know.
     """
 
     inputs: Mapping[str, Any]
     outputs: tuple[Tensor, ...]
     weights: tuple[Tensor, ...] | None = None
+    grid: TokenGrid | None = None
 
 
 class Samples(Protocol):
@@ -213,8 +216,8 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
     """Have the parts of a student (attention, feed-forward) and its quantized weights computed again in each backward.
 
     A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
-    that treat every token by itself do so a piece of the sequence after another. The gradient is the same, but for the
-    order of its sums.
+    that treat every token by itself, wherever it lies, do so a piece of the sequence after another. The gradient is the
+    same, but for the order of its sums.
 
     Args:
         student: See `distil`.
@@ -226,6 +229,7 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
             layer.recomputes = True
         for part in parts:
             pointwise = isinstance(part, StudentLinear) or type(part).__name__ in _POINTWISE
+            pointwise = pointwise and not any(getattr(inner, "tokens", None) for inner in part.modules())
             part.forward = functools.partial(_in_pieces if pointwise else recomputed, part.forward)
         yield
     finally:
@@ -261,6 +265,7 @@ def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
 
 
 def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:
+    set_token_grid(block, sample.grid)
     output = block(**sample.inputs)
     return output if isinstance(output, tuple) else (output,)
 

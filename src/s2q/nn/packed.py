@@ -3,10 +3,10 @@
     y = (codes_x · codes_wᵀ) · Δ_x · Δ_w + b        integers inside, fp32 for the scales, then the dtype of x
 
 Weight-only schemes (no activation part) multiply x by the dequantized weight instead, and simulated ones (inputs in
-groups) what the codes of x stand for by what those of the weight stand for. Before that, a shift may be
-subtracted from x, whose product with the weight is in the bias; x may pass through a transform T = diag(v) · (A ⊗ B),
-whose inverse is in the weight; a few directions V of x diag(v) may be taken out before A ⊗ B and multiplied in floating
-point, y + (x diag(v) V) Lᵀ; and the scale of x may be multiplied by a clip ratio.
+groups, or as differences from local means) what the codes of x stand for by what those of the weight stand for. Before
+that, a shift may be subtracted from x, whose product with the weight is in the bias; x may pass through a transform
+T = diag(v) · (A ⊗ B), whose inverse is in the weight; a few directions V of x diag(v) may be taken out before A ⊗ B and
+multiplied in floating point, y + (x diag(v) V) Lᵀ; and the scale of x may be multiplied by a clip ratio.
 
 Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch, `P` packed bytes
 of a row (`core.packing`).
@@ -29,6 +29,7 @@ from s2q.core.packing import pack_codes, packed_width, unpack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, fake_quantize_input
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.nn.shared_input import SharedInput
+from s2q.nn.token_context import TokenContext
 from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
@@ -63,6 +64,7 @@ class PackedLinear(nn.Linear):
             [I, r], `low_rank_weight` [O, r]; None where not.
         backend: How integers are computed: "auto", or a backend of the ops ("reference", "cpu", "triton").
         shared_input: Where linears that read the same input keep its codes, see `share_inputs`; None for one alone.
+        tokens: Where the video tokens of the call at hand lie, see `follow_tokens`; None if the scheme need not know.
 
     Args:
         in_features: I.
@@ -103,6 +105,7 @@ class PackedLinear(nn.Linear):
         self.scheme = scheme
         self.backend = "auto"
         self.shared_input: SharedInput[tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self.tokens = TokenContext() if scheme.needs_grid else None
         width = packed_width(scheme.weight.num_bits, in_features)
         groups = num_groups(scheme.weight, in_features)
         if scheme.activation is not None:
@@ -310,7 +313,8 @@ class PackedLinear(nn.Linear):
         """What integers would give, in fp32: no kernel takes this scheme."""
         _say_simulated(self.scheme.name)
         transformed, coefficients = self._transformed(input)
-        quantized = fake_quantize_input(transformed.float(), activation, clip_ratio=self.activation_clip)
+        grid = None if self.tokens is None else self.tokens.grid
+        quantized = fake_quantize_input(transformed.float(), activation, clip_ratio=self.activation_clip, grid=grid)
         bias = None if self.bias is None else self.bias.float()
         output = F.linear(quantized, self.dequantized_weight(torch.float32), bias)
         if coefficients is not None and self.low_rank_weight is not None:

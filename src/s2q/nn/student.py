@@ -20,6 +20,7 @@ from s2q.core.qparams import fake_quantize_input, fake_quantize_weight, weight_s
 from s2q.core.reuse import once, once_for, recomputed
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.nn.clip import START, LearnableClip
+from s2q.nn.token_context import TokenContext
 
 
 class InputTransform(Protocol):
@@ -68,6 +69,7 @@ class StudentInput(nn.Module):
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
         recomputes: Whether the backward pass computes the way to the quantized input again instead of keeping it.
+        tokens: Where the video tokens of the call at hand lie, see `set_token_grid`; None if the scheme need not know.
 
     Args:
         scheme: See above.
@@ -96,6 +98,7 @@ class StudentInput(nn.Module):
         self.transform = transform
         self.clip = clip
         self.recomputes = False
+        self.tokens = TokenContext() if scheme is not None and scheme.delta is not None else None
 
     def forward(self, x: Tensor) -> SplitInput:
         """Transform and fake-quantize; the linears of one call share the result within `parameters_held`.
@@ -117,7 +120,8 @@ class StudentInput(nn.Module):
             transformed = rest if self.transform is None else self.transform.rotated(rest)
         if self.scheme is not None:
             ratio = None if self.clip is None else self.clip()
-            transformed = fake_quantize_input(transformed, self.scheme, clip_ratio=ratio)
+            grid = None if self.tokens is None else self.tokens.grid
+            transformed = fake_quantize_input(transformed, self.scheme, clip_ratio=ratio, grid=grid)
         return SplitInput(transformed.to(x.dtype), coefficients)
 
 

@@ -54,6 +54,7 @@ def _student(teacher: TeacherTransformer, recipe: Recipe, folder: RunFolder) -> 
         recipe=recipe.name,
         compute_dtype=dtype_name(teacher.module.dtype),
         layouts={_inner(name): layout for name, layout in layouts.items()},
+        tokens=teacher.tokens,
     )
     attach_config(student, config)
     return student

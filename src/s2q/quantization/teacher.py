@@ -16,7 +16,8 @@ from s2q.core.components import TRANSFORMERS, full_name, split_name, transformer
 from s2q.core.errors import InvalidInputError
 from s2q.core.placement import page_out, tensors_of
 from s2q.core.schemes import LinearScheme
-from s2q.models import BlockLinear, Family, ModelSource, block_names, family_of
+from s2q.core.tokens import TokenLayout
+from s2q.models import BlockLinear, Family, ModelSource, block_names, family_of, token_layout
 from s2q.models.source import HUB_ID, parse_dtype
 from s2q.recipes import Recipe, assign_schemes, recipe_linears
 from s2q.shapes import embedded
@@ -45,6 +46,12 @@ class TeacherTransformer:
     def family(self) -> Family:
         """Its family."""
         return family_of(self.module)
+
+    @property
+    def tokens(self) -> TokenLayout | None:
+        """How it makes tokens of its arguments; None if no linear has to know where they lie."""
+        needed = any(scheme.needs_grid for scheme in self.schemes.values())
+        return token_layout(self.module, self.family) if needed else None
 
     @cached_property
     def block_names(self) -> list[str]:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from s2q.calibration import SELECTIONS
 from s2q.core.errors import nearest_names
-from s2q.core.schemes import MAX_BITS, MIN_BITS, LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
+from s2q.core.schemes import MAX_BITS, MIN_BITS, Delta, LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.rounding import ROUNDINGS, GPTQOptions
 from s2q.transforms import ROTATIONS, STARTS
 
@@ -32,6 +32,7 @@ def _to_number(value: Any) -> Any:
     return value
 
 
+Side = Annotated[int, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_to_number), Field(allow_inf_nan=False)]
 
 
@@ -92,20 +93,47 @@ class ModulationGroup(WeightsGroup):
     rounding: Rounding = "rtn"
 
 
+class DeltaGroup(_Group):
+    """How video tokens are quantized as differences from the mean token of their cube.
+
+    Attributes:
+        cube: Tokens of a cube along frames, rows and columns.
+        mean_bits: Bits of the mean tokens.
+    """
+
+    cube: tuple[Side, Side, Side] = (2, 2, 2)
+    mean_bits: int = Field(default=MAX_BITS, ge=MIN_BITS, le=MAX_BITS)
+
+    @field_validator("cube", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, cube: Any) -> Any:
+        return tuple(cube) if isinstance(cube, list) else cube
+
+
 class ActivationsGroup(_Grouped):
     """How the inputs of linears are quantized: symmetric, dynamic, each token by itself.
 
     Attributes:
         granularity: "per_token", one scale each, on integer kernels; "per_group", one for each `group_size` channels of
             a token, which no kernel takes: it is simulated in floating point.
+        delta: Whether, and how, a video token is taken apart into the mean of its cube and the difference from it; no
+            kernel takes that either. None quantizes tokens whole.
     """
 
     granularity: Literal["per_token", "per_group"] = "per_token"
+    delta: DeltaGroup | None = None
 
-    def scheme(self) -> QuantScheme:
-        """Return the scheme of an activation."""
+    def scheme(self, *, of_text: bool = False) -> QuantScheme:
+        """Return the scheme of an activation.
+
+        Args:
+            of_text: Whether it is that of text tokens alone, which lie in no cubes.
+        """
         granularity = PerToken() if self.group_size is None else PerGroup(group_size=self.group_size)
-        return QuantScheme(num_bits=self.num_bits, granularity=granularity, dynamic=True)
+        delta = None
+        if self.delta is not None and not of_text:
+            delta = Delta(cube=self.delta.cube, mean_bits=self.delta.mean_bits)
+        return QuantScheme(num_bits=self.num_bits, granularity=granularity, dynamic=True, delta=delta)
 
 
 class CalibrationGroup(_Group):
@@ -302,9 +330,13 @@ class Recipe(_Group):
         """Return every value as plain data for JSON; validating it gives an equal recipe."""
         return self.model_dump(mode="json")
 
-    def linear_scheme(self) -> LinearScheme:
-        """Return the scheme of the ordinary block linears."""
-        activation = None if self.activations is None else self.activations.scheme()
+    def linear_scheme(self, *, of_text: bool = False) -> LinearScheme:
+        """Return the scheme of the ordinary block linears.
+
+        Args:
+            of_text: Whether it is that of the ones that see text tokens alone.
+        """
+        activation = None if self.activations is None else self.activations.scheme(of_text=of_text)
         return LinearScheme(weight=self.weights.scheme(), activation=activation)
 
     def modulation_scheme(self) -> LinearScheme | None:
