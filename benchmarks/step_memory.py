@@ -158,7 +158,9 @@ def planned_bytes(
         recompute: Whether the step is checkpointed.
     """
     transformer = model.meta_transformer(blocks=1)
-    workload = Workload(tokens=tokens, text_tokens=model.text_tokens, branches=1, rows=1, component_bytes=None)
+    workload = Workload(
+        tokens=tokens, frames=model.frames, text_tokens=model.text_tokens, branches=1, rows=1, component_bytes=None
+    )
     shapes = block_shapes({TRANSFORMERS[0]: transformer}, block_linears(transformer, model.family), workload)
     shape = shapes[model.block_lists.index(block_list)]
     return shape.step_bytes(recipe, checkpointed=recompute, itemsize=dtype.itemsize)

@@ -25,7 +25,7 @@ def test_every_packaged_recipe_is_valid_and_called_what_it_is(name, linears):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
-    assert name.endswith(recipe.linear_scheme().name)
+    assert name.endswith(recipe.linear_scheme(of_text=True).name)
     assert set(assign_schemes(recipe, linears)) == {linear.name for linear in linears}
 
 

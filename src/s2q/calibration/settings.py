@@ -155,7 +155,12 @@ def check_seeds(seeds: Sequence[int]) -> None:
 def video_tokens(pipe: Any, settings: GenerationSettings) -> int:
     """Return the number of video tokens that the transformer sees for one video."""
     step = _size_step(pipe)
-    return latent_frames(pipe, settings) // patch_sizes(pipe)[0] * (settings.height // step) * (settings.width // step)
+    return token_frames(pipe, settings) * (settings.height // step) * (settings.width // step)
+
+
+def token_frames(pipe: Any, settings: GenerationSettings) -> int:
+    """Return how many of them lie along time."""
+    return latent_frames(pipe, settings) // patch_sizes(pipe)[0]
 
 
 def latent_frames(pipe: Any, settings: GenerationSettings) -> int:
@@ -262,7 +267,7 @@ def _check_positions(pipe: Any, settings: GenerationSettings) -> None:
     limit = getattr(pipe.transformer.config, "rope_max_seq_len", None)
     step = _size_step(pipe)
     tokens = {
-        "num_frames": latent_frames(pipe, settings) // patch_sizes(pipe)[0],
+        "num_frames": token_frames(pipe, settings),
         "height": settings.height // step,
         "width": settings.width // step,
     }

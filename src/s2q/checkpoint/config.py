@@ -102,9 +102,9 @@ class S2QConfig(QuantizationConfigMixin):
             self._set_inputs(fields.get("inputs"), fields.get("layer_inputs"))
         if version == FORMAT_VERSION:
             self.tokens = TokenLayout.from_dict(fields.get("tokens", {})).to_dict()
-        elif any(scheme.needs_grid for scheme in self.layer_schemes().values()):
+        elif any(one.needs_grid for one in (*self.layer_schemes().values(), *self.layer_layouts().values())):
             raise InvalidInputError(
-                "quantization_config: tokens is missing, and a scheme has to know where the video tokens lie; download "
+                "quantization_config: tokens is missing, and a layer has to know where the video tokens lie; download "
                 "or save the model again"
             )
 

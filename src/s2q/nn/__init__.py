@@ -1,6 +1,7 @@
 """Floor 2: quantized linears, packed and trainable, and putting them into a model."""
 
 from s2q.nn.clip import LearnableClip
+from s2q.nn.estimator import Estimator
 from s2q.nn.packed import PACKED_DTYPES, PackedLinear
 from s2q.nn.runtime import set_backend, share_inputs
 from s2q.nn.student import InputTransform, SplitInput, StudentInput, StudentLinear
@@ -9,6 +10,7 @@ from s2q.nn.token_context import TokenContext, follow_tokens, set_token_grid, un
 
 __all__ = [
     "PACKED_DTYPES",
+    "Estimator",
     "InputTransform",
     "LearnableClip",
     "PackedLinear",

@@ -107,7 +107,16 @@ def calibrate_block(
     groups = _groups(linears, calibration.family)
     targets = calibration.stream.store("targets")
     samples = BlockSamples(calibration.stream, targets, calibration.family.streams, cast)
-    work = BlockWork(block=block, teacher=teacher, linears=linears, schemes=schemes, recipe=recipe)
+    grid = calibration.stream.grid(0)
+    work = BlockWork(
+        block=block,
+        teacher=teacher,
+        linears=linears,
+        schemes=schemes,
+        recipe=recipe,
+        text_linears=calibration.family.text_linears,
+        frames=None if grid is None else grid.frames,
+    )
     check = functools.partial(_check_outputs, calibration)
     try:
         statistics = observe(teacher, samples, groups, recipe=recipe, family=calibration.family, check=check)
@@ -132,7 +141,8 @@ def _carry_out(
     recipe = work.recipe
     grouped = {name for group in groups for name in group}
     nearest = {name: pack_nearest(work, name) for name in work.linears}
-    loss = {"rtn": block_loss(work.copy_with(nearest), samples)}
+    measured = functools.partial(block_loss, samples=samples, temporal=recipe.loss.temporal)
+    loss = {"rtn": measured(work.copy_with(nearest))}
     modulation = {name: layer for name, layer in nearest.items() if name not in grouped}
     reports: dict[str, dict[str, Any]] = {}
     if recipe.modulation is not None and recipe.modulation.rounding == GPTQ:
@@ -141,10 +151,10 @@ def _carry_out(
     seed = derive_seed(calibration.seed, "block", calibration.index)
     for group in groups:
         put_students(student, work, group, statistics[group[0]], seed=derive_seed(seed, "rotation", group[0]))
-    loss["initial"] = block_loss(student, samples)
+    loss["initial"] = measured(student)
     report = None
     if recipe.distillation is not None:
-        options = DistillationOptions(**recipe.distillation.model_dump())
+        options = DistillationOptions(**recipe.distillation.model_dump(), temporal=recipe.loss.temporal)
         with checkpointed(student) if calibration.checkpointed else nullcontext():
             report = distil(
                 student, samples, options=options, seed=derive_seed(seed, "order"), epoch_done=calibration.progress
@@ -154,7 +164,7 @@ def _carry_out(
     packed, rounding = pack_students(student, work, samples, groups)
     packed |= modulation
     reports |= rounding
-    loss["final"] = block_loss(work.copy_with(packed), samples)
+    loss["final"] = measured(work.copy_with(packed))
     calibration.progress()
     return CalibratedBlock(
         layers={work.linears[name]: packed[name].to("cpu") for name in work.linears},

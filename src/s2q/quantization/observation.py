@@ -51,6 +51,7 @@ class BlockSamples:
             outputs=tuple(stored[name] for name in self.streams),
             weights=weights,
             grid=self.stream.grid(index),
+            video=self.streams.index("hidden_states"),
         )
 
 

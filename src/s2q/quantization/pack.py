@@ -166,7 +166,13 @@ def _stored_inputs(source: StudentInput) -> dict[str, Tensor]:
 
 
 def _stored_branch(layer: StudentLinear) -> dict[str, Tensor]:
-    """What a packed linear stores of its own part of a low-rank branch, if there is one."""
-    if layer.source.low_rank_basis is None:
-        return {}
-    return {"low_rank_weight": layer.low_rank_weight().to(PACKED_DTYPES["low_rank_weight"])}
+    """What a packed linear stores of its own part of a low-rank branch, and of an estimator, if there is one."""
+    tensors: dict[str, Tensor] = {}
+    if layer.source.low_rank_basis is not None:
+        tensors["low_rank_weight"] = layer.low_rank_weight().to(PACKED_DTYPES["low_rank_weight"])
+    estimator = layer.estimator
+    if estimator is not None:
+        tensors |= {"estimator_input": estimator.alpha, "estimator_output": estimator.beta}
+        if estimator.frames is not None:
+            tensors["estimator_frames"] = estimator.frames
+    return tensors

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from s2q.core.schemes import LinearScheme
-from s2q.nn import PACKED_DTYPES, LearnableClip, StudentInput, StudentLinear, replace_module
+from s2q.core.seeds import derive_seed
+from s2q.nn import PACKED_DTYPES, Estimator, LearnableClip, StudentInput, StudentLinear, replace_module
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.work import BlockWork
 from s2q.recipes import Recipe
@@ -36,7 +37,7 @@ def put_students(
         work: The block and the recipe.
         group: Names of the linears inside the block.
         statistics: Of their input.
-        seed: Of a random rotation.
+        seed: Of a random rotation, and of estimators.
     """
     recipe, linears = work.recipe, [work.teacher.get_submodule(name) for name in group]
     scheme = work.scheme(group[0])
@@ -55,10 +56,18 @@ def put_students(
         clip=None if clip is None else clip.to(device),
     )
     for name, linear in zip(group, linears, strict=True):
+        estimator = None
+        if recipe.transforms.estimator:
+            frames = None if name in work.text_linears else work.frames
+            estimator = Estimator(
+                linear.in_features, linear.out_features, frames=frames, seed=derive_seed(seed, "estimator", name)
+            ).to(device)
         if recipe.clip.weights:
-            layer = StudentLinear.with_clip(linear, scheme=work.scheme(name), source=source, start=recipe.clip.start)
+            layer = StudentLinear.with_clip(
+                linear, scheme=work.scheme(name), source=source, start=recipe.clip.start, estimator=estimator
+            )
         else:
-            layer = StudentLinear(linear, scheme=work.scheme(name), source=source)
+            layer = StudentLinear(linear, scheme=work.scheme(name), source=source, estimator=estimator)
         replace_module(student, name, layer)
 
 

@@ -35,23 +35,19 @@ class TeacherTransformer:
         module: The transformer; never changed.
         linears: Every linear of its blocks, by full name.
         schemes: Scheme of each linear that the recipe quantizes, by full name.
+        tokens: How it makes tokens of its arguments; None if the recipe does not ask where they lie.
     """
 
     component: str
     module: nn.Module
     linears: tuple[BlockLinear, ...]
     schemes: Mapping[str, LinearScheme]
+    tokens: TokenLayout | None = None
 
     @property
     def family(self) -> Family:
         """Its family."""
         return family_of(self.module)
-
-    @property
-    def tokens(self) -> TokenLayout | None:
-        """How it makes tokens of its arguments; None if no linear has to know where they lie."""
-        needed = any(scheme.needs_grid for scheme in self.schemes.values())
-        return token_layout(self.module, self.family) if needed else None
 
     @cached_property
     def block_names(self) -> list[str]:
@@ -175,6 +171,7 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
             module=transformer,
             linears=tuple(one for one in linears if split_name(one.name)[0] == component),
             schemes={name: scheme for name, scheme in schemes.items() if split_name(name)[0] == component},
+            tokens=token_layout(transformer, family_of(transformer)) if recipe.needs_grid else None,
         )
         for component, transformer in found.items()
     )

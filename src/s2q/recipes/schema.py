@@ -177,6 +177,8 @@ class TransformsGroup(_Group):
         start: Where a Kronecker rotation starts; one of `STARTS`.
         low_rank: How many directions of the input, the largest after shift and scale, go to the output in floating
             point; 0 for none. At most a 12th of the smaller side of a linear (see `rank`).
+        estimator: Whether distillation learns a correction of rank one of the output, with a scale for each frame
+            (`s2q.nn.Estimator`).
     """
 
     shift: Literal["none", "mean"] = "none"
@@ -186,6 +188,7 @@ class TransformsGroup(_Group):
     rotation: Annotated[str, _one_of("rotation", ROTATIONS)] = "identity"
     start: Annotated[str, _one_of("start", STARTS)] = "hadamard"
     low_rank: int = Field(default=0, ge=0)
+    estimator: bool = False
 
     def rank(self, in_features: int, out_features: int) -> int | None:
         """Return the rank of a linear's low-rank branch, or None if it has none.
@@ -220,11 +223,19 @@ class ClipGroup(_Group):
 
 
 class LossGroup(_Group):
-    """How distillation weights tokens (eq. 10 and 11)."""
+    """How distillation weights tokens (eq. 10 and 11), and what else it keeps.
+
+    Attributes:
+        weighting: "attention" weights a token by how much attention it gets.
+        lambda_min: Weight of the token that gets the least.
+        lambda_max: Weight of the one that gets the most.
+        temporal: Weight of the loss on the similarities of frames (`s2q.distillation.temporal_loss`); 0 for none.
+    """
 
     weighting: Literal["uniform", "attention"] = "uniform"
     lambda_min: Number = Field(default=0.5, ge=0)
     lambda_max: Number = Field(default=1.0, gt=0)
+    temporal: Number = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> LossGroup:
@@ -298,14 +309,18 @@ class Recipe(_Group):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
-        learned = self.clip.weights or self.clip.activations
+        learned = self.clip.weights or self.clip.activations or self.transforms.estimator
         if learned and self.distillation is None:
-            raise ValueError("learned clip ratios need distillation; set distillation.epochs=15, or clip.constant")
+            raise ValueError(
+                "learned clip ratios and estimators need distillation; set distillation.epochs=15, or clip.constant"
+            )
         if self.loss.weighting != "uniform" and self.distillation is None:
             raise ValueError(
                 f"loss.weighting={self.loss.weighting} needs distillation; set distillation.epochs=15, or "
                 "loss.weighting=uniform"
             )
+        if self.loss.temporal > 0 and self.distillation is None:
+            raise ValueError("loss.temporal needs distillation; set distillation.epochs=15, or loss.temporal=0")
         if self.activations is None and (self.clip.activations or self.clip.constant is not None):
             raise ValueError("clip ratios of activations need quantized activations; set activations.num_bits")
         scale = self.transforms.scale != "none" and self.transforms.learn_scale
@@ -325,6 +340,12 @@ class Recipe(_Group):
         learns = self.distillation is not None or self.clip.constant is not None
         uses_gptq = GPTQ in (self.rounding.method, None if self.modulation is None else self.modulation.rounding)
         return transforms or learns or uses_gptq
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether the run has to know where the video tokens lie."""
+        delta = self.activations is not None and self.activations.delta is not None
+        return delta or self.transforms.estimator or self.loss.temporal > 0
 
     def resolved(self) -> dict[str, Any]:
         """Return every value as plain data for JSON; validating it gives an equal recipe."""
