@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from s2q.core.codebook import levels_of
+from s2q.core.cubes import cube_means, spread
 from s2q.core.errors import InvalidInputError
 from s2q.core.schemes import UNIFORM, PerChannel, PerGroup, PerTensor, QuantScheme, num_groups
+from s2q.core.tokens import TokenGrid
 
 ClipRatio = float | Tensor | None
 
@@ -211,13 +213,20 @@ def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | N
     return (codes * scale).to(x.dtype)
 
 
-def fake_quantize_input(x: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> Tensor:
+def fake_quantize_input(
+    x: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None, grid: TokenGrid | None = None
+) -> Tensor:
     """Quantize and dequantize the input of a linear at once, trainable, each token by itself; see `fake_quantize`.
 
+    With `scheme.delta`, a video token is the quantized mean of its cube plus its quantized difference from that. The
+    tokens of text, and all of them where the grid is not known or is not that of x, are quantized as they are.
+
     Args:
-        x: [..., I], any floating dtype.
+        x: [..., I], floating; [..., N, I] where there is a grid.
         scheme: Dynamic, PerToken or PerGroup.
-        clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to [..., 1].
+        clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to [..., 1]. Means are not
+            clipped.
+        grid: Where the video tokens lie among N.
 
     Returns:
         Same shape and dtype as x.
@@ -225,6 +234,27 @@ def fake_quantize_input(x: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio
     Raises:
         InvalidInputError: If I is not a multiple of the group size.
     """
+    known = scheme.delta is not None and grid is not None and x.ndim > 2
+    offset = grid.offset(x.shape[-2]) if known and grid is not None else None
+    if offset is None or grid is None:
+        return _fake_quantize_tokens(x, scheme, clip_ratio)
+    before, video, after = torch.split(x, [offset, grid.tokens, x.shape[-2] - offset - grid.tokens], dim=-2)
+    video = _fake_quantize_deltas(video, scheme, clip_ratio, grid)
+    text = [_fake_quantize_tokens(one, scheme, clip_ratio) if one.numel() else one for one in (before, after)]
+    return torch.cat([text[0], video, text[1]], dim=-2)
+
+
+def _fake_quantize_deltas(video: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio, grid: TokenGrid) -> Tensor:
+    delta, sizes = scheme.delta, (grid.frames, grid.height, grid.width)
+    assert delta is not None
+    tokens = video.reshape(*video.shape[:-2], *sizes, video.shape[-1])
+    means = cube_means(tokens, delta.cube)
+    means = fake_quantize(means, token_scale(means, num_bits=delta.mean_bits), num_bits=delta.mean_bits)
+    means = spread(means, delta.cube, sizes)
+    return (means + _fake_quantize_tokens(tokens - means, scheme, clip_ratio)).to(video.dtype).reshape(video.shape)
+
+
+def _fake_quantize_tokens(x: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio) -> Tensor:
     grouped = x.reshape(*x.shape[:-1], num_groups(scheme, x.shape[-1]), -1)
     levels = levels_of(scheme, x.shape[-1], device=x.device)
     if levels is None:

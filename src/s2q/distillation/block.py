@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from s2q.core.errors import S2QError
 from s2q.core.reuse import parameters_held, recomputed
+from s2q.core.tokens import TokenGrid
 from s2q.distillation.loss import weighted_token_loss
-from s2q.nn import RefinedLinear, StudentInput, StudentLinear
+from s2q.distillation.temporal import temporal_loss
+from s2q.nn import RefinedLinear, StudentInput, StudentLinear, set_token_grid
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +45,15 @@ class BlockSample:
         inputs: Keyword arguments of the call.
         outputs: What the full-precision block returns, [1, N_k, d] for each stream.
         weights: λ, [1, N_k] for each stream; None weights every token with 1.
+        grid: Where the video tokens lie; None if nothing asks.
+        video: Which of the streams is the video.
     """
 
     inputs: Mapping[str, Any]
     outputs: tuple[Tensor, ...]
     weights: tuple[Tensor, ...] | None = None
+    grid: TokenGrid | None = None
+    video: int = 0
 
 
 class Samples(Protocol):
@@ -77,12 +83,14 @@ class DistillationOptions:
         lr: Learning rate of transforms.
         clip_lr: Learning rate of clip ratios.
         weight_decay: Of AdamW.
+        temporal: Weight of the loss on the similarities of frames.
     """
 
     epochs: int = 15
     lr: float = 5e-3
     clip_lr: float = 5e-2
     weight_decay: float = 0.0
+    temporal: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +113,18 @@ class DistillationReport:
 
 
 @torch.no_grad()
-def block_loss(block: nn.Module, samples: Samples) -> float:
+def block_loss(block: nn.Module, samples: Samples, *, temporal: float = 0.0) -> float:
     """Compute the mean loss of a block over samples.
 
     Args:
         block: A student, or a block with packed linears.
         samples: At least one.
+        temporal: Weight of the loss on the similarities of frames.
     """
     losses = []
     with parameters_held():
         for sample in _ahead(samples, range(len(samples))):
-            losses.append(weighted_token_loss(_streams(block, sample), sample.outputs, weights=sample.weights))
+            losses.append(_loss(block, sample, temporal))
     return math.fsum(torch.stack(losses).tolist()) / len(losses)
 
 
@@ -151,7 +160,7 @@ def distil(
     ]
     if not groups:
         raise S2QError("distillation: the student has nothing to learn; expected a learnable transform or clip")
-    initial = block_loss(student, samples)
+    initial = block_loss(student, samples, temporal=options.temporal)
     if not math.isfinite(initial):
         raise S2QError(f"distillation: the loss is {initial} before the first step; check the model's activations")
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
@@ -162,12 +171,12 @@ def distil(
     history = {"0": initial}
     for epoch in range(1, options.epochs + 1):
         order = torch.randperm(len(samples), generator=generator).tolist()
-        losses = [_step(student, sample, optimizer, scheduler) for sample in _ahead(samples, order)]
+        losses = [_step(student, sample, optimizer, scheduler, options.temporal) for sample in _ahead(samples, order)]
         if not bool(torch.isfinite(torch.stack(losses)).all()):
             logger.warning("distillation: the loss is not finite in epoch %d; the best state before is kept", epoch)
             break
         if _is_evaluated(epoch, options.epochs):
-            loss = block_loss(student, samples)
+            loss = block_loss(student, samples, temporal=options.temporal)
             if not math.isfinite(loss):
                 break
             history[str(epoch)] = loss
@@ -201,10 +210,11 @@ def _step(
     sample: BlockSample,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    temporal: float,
 ) -> Tensor:
     """Take one step; return the loss, on the device, so that nothing waits for it."""
     with parameters_held():
-        loss = weighted_token_loss(_streams(student, sample), sample.outputs, weights=sample.weights)
+        loss = _loss(student, sample, temporal)
         value = loss.detach()
         optimizer.zero_grad(set_to_none=True)
         (loss / value.clamp_min(torch.finfo(value.dtype).tiny)).backward()
@@ -218,8 +228,8 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
     """Have the parts of a student (attention, feed-forward) and its quantized weights computed again in each backward.
 
     A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
-    that treat every token by itself do so a piece of the sequence after another. The gradient is the same, but for the
-    order of its sums.
+    that treat every token by itself, wherever it lies, do so a piece of the sequence after another. The gradient is the
+    same, but for the order of its sums.
 
     Args:
         student: See `distil`.
@@ -234,6 +244,7 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
             layer.recomputes = True
         for part in parts:
             pointwise = isinstance(part, linears | FeedForward)
+            pointwise = pointwise and not any(getattr(inner, "tokens", None) for inner in part.modules())
             part.forward = functools.partial(_in_pieces if pointwise else recomputed, part.forward)
         yield
     finally:
@@ -268,7 +279,18 @@ def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
             yield upcoming.result()
 
 
+def _loss(block: nn.Module, sample: BlockSample, temporal: float) -> Tensor:
+    found = _streams(block, sample)
+    loss = weighted_token_loss(found, sample.outputs, weights=sample.weights)
+    if temporal == 0:
+        return loss
+    assert sample.grid is not None
+    video, channels = sample.video, sample.outputs[sample.video].shape[-1]
+    return loss + temporal * channels * temporal_loss(found[video], sample.outputs[video], frames=sample.grid.frames)
+
+
 def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:
+    set_token_grid(block, sample.grid)
     output = block(**sample.inputs)
     return output if isinstance(output, tuple) else (output,)
 

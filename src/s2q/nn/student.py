@@ -4,8 +4,9 @@
 
 With T = diag(v) · R and a low-rank branch V, u = (x - m) diag(v) is quantized as (u - u V Vᵀ) R, and (u V) Lᵀ with
 L = W diag(1/v) V is added in floating point. A branch that is taken from the weight leaves u as it is: quantized are
-then u R and (W - L Vᵀ diag(v)) T⁻ᵀ. Linears that read the same x share one `StudentInput`, so that they share m, T, V
-and ratio_x. What is trained is in the parameters: of the transform, and of the clips.
+then u R and (W - L Vᵀ diag(v)) T⁻ᵀ. An estimator adds its correction. Linears that read the same x share one
+`StudentInput`, so that they share m, T, V and ratio_x. What is trained is in the parameters: of the transform, of the
+clips and of the estimator.
 
 Shapes: `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch.
 """
@@ -22,7 +23,9 @@ from s2q.core.qparams import fake_quantize_input, fake_quantize_weight, weight_s
 from s2q.core.reuse import once, once_for, recomputed
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.nn.clip import START, LearnableClip
+from s2q.nn.estimator import Estimator
 from s2q.nn.packed import PACKED_DTYPES
+from s2q.nn.token_context import TokenContext
 
 
 class InputTransform(Protocol):
@@ -72,6 +75,7 @@ class StudentInput(nn.Module):
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
         recomputes: Whether the backward pass computes the way to the quantized input again instead of keeping it.
+        tokens: Where the video tokens of the call at hand lie, see `set_token_grid`; None if the scheme need not know.
 
     Args:
         scheme: See above.
@@ -103,6 +107,7 @@ class StudentInput(nn.Module):
         self.deflates = deflates
         self.clip = clip
         self.recomputes = False
+        self.tokens = TokenContext() if scheme is not None and scheme.delta is not None else None
 
     def forward(self, x: Tensor) -> SplitInput:
         """Transform and fake-quantize; the linears of one call share the result within `parameters_held`.
@@ -124,7 +129,8 @@ class StudentInput(nn.Module):
             transformed = rest if self.transform is None else self.transform.rotated(rest)
         if self.scheme is not None:
             ratio = None if self.clip is None else self.clip()
-            transformed = fake_quantize_input(transformed, self.scheme, clip_ratio=ratio)
+            grid = None if self.tokens is None else self.tokens.grid
+            transformed = fake_quantize_input(transformed, self.scheme, clip_ratio=ratio, grid=grid)
         return SplitInput(transformed.to(x.dtype), coefficients)
 
 
@@ -139,12 +145,14 @@ class StudentLinear(nn.Module):
         recomputes: Whether the backward pass computes the quantized weight again, which takes less memory than keeping
             the way to it.
         weight_clip: Ratio of each output channel, or None for 1.
+        estimator: Returns a correction of the output for the quantized input, or None.
 
     Args:
         linear: Full precision.
         scheme: How weight and input are to be quantized.
         source: Of the scheme's activation part.
         weight_clip: Broadcasts to the scale: (O,) per channel, (O, 1) per group.
+        estimator: See above.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size, the source quantizes by another scheme, or it
@@ -161,6 +169,7 @@ class StudentLinear(nn.Module):
         scheme: LinearScheme,
         source: StudentInput,
         weight_clip: LearnableClip | None = None,
+        estimator: Estimator | None = None,
     ) -> None:
         super().__init__()
         for one in (scheme.weight, scheme.activation):
@@ -173,6 +182,7 @@ class StudentLinear(nn.Module):
         self.source = source
         self.recomputes = False
         self.weight_clip = weight_clip
+        self.estimator = estimator
         self.register_buffer("weight", linear.weight.detach(), persistent=False)
         bias = None if linear.bias is None else linear.bias.detach()
         if source.shift is not None:
@@ -184,7 +194,15 @@ class StudentLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     @classmethod
-    def with_clip(cls, linear: nn.Linear, *, scheme: LinearScheme, source: StudentInput, start: float = START) -> Self:
+    def with_clip(
+        cls,
+        linear: nn.Linear,
+        *,
+        scheme: LinearScheme,
+        source: StudentInput,
+        start: float = START,
+        estimator: Estimator | None = None,
+    ) -> Self:
         """Make a student that learns a clipping ratio for each output channel.
 
         Args:
@@ -192,11 +210,12 @@ class StudentLinear(nn.Module):
             scheme: How weight and input are to be quantized.
             source: Of the scheme's activation part.
             start: Logit of the ratios at the start.
+            estimator: A correction of the output, or None.
         """
         grouped = isinstance(scheme.weight.granularity, PerGroup)
         shape = (linear.out_features, 1) if grouped else (linear.out_features,)
         clip = LearnableClip(shape, start=start, device=linear.weight.device)
-        return cls(linear, scheme=scheme, source=source, weight_clip=clip)
+        return cls(linear, scheme=scheme, source=source, weight_clip=clip, estimator=estimator)
 
     def folded_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return W T⁻ᵀ, less a low-rank branch that leaves the input whole; it is what gets quantized.
@@ -249,6 +268,8 @@ class StudentLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         quantized, coefficients = self.source(input)
         output = F.linear(quantized, weight.to(input.dtype), bias)
+        if self.estimator is not None:
+            output = output + self.estimator(quantized)
         if coefficients is None:
             return output
         branch = once(self, "low_rank_weight", lambda: self.low_rank_weight(dtype=torch.float32))

@@ -58,6 +58,7 @@ class Workload:
 
     Attributes:
         tokens: N of a video.
+        frames: Tokens of it along time.
         text_tokens: T.
         branches: Guidance branches.
         rows: Samples in one call of the transformer: all branches, or one.
@@ -65,6 +66,7 @@ class Workload:
     """
 
     tokens: int
+    frames: int
     text_tokens: int
     branches: int
     rows: int
@@ -127,6 +129,7 @@ class CalibrationCost:
 
     Attributes:
         tokens: N of a video.
+        frames: Tokens of it along time.
         text_tokens: T.
         samples: Calls of a block that it is calibrated on.
         step_bytes: What a step of distillation holds beside the block's weights.
@@ -136,6 +139,7 @@ class CalibrationCost:
     """
 
     tokens: int
+    frames: int
     text_tokens: int
     samples: int
     step_bytes: int
@@ -179,7 +183,8 @@ class BlockShape:
         if not recipe.learns:
             return _WEIGHT * max(self.weights, default=0) + _FORWARD_VALUES * _FP32 * widest
         if checkpointed:
-            piece = max((features * min(rows, PIECE) for features, rows in self.outputs), default=0)
+            limit = sys.maxsize if recipe.needs_grid else PIECE  # what asks where tokens lie is not cut
+            piece = max((features * min(rows, limit) for features, rows in self.outputs), default=0)
             channels, rows = self.streams
             at_hand = max(
                 _WEIGHT_AT_HAND * max(self.weights, default=0),
@@ -282,6 +287,7 @@ def calibration_cost(
     activations = samples * max(shape.sample_bytes(itemsize, wide=wide) for shape in shapes)
     return CalibrationCost(
         tokens=workload.tokens,
+        frames=workload.frames,
         text_tokens=workload.text_tokens,
         samples=samples,
         step_bytes=step,

@@ -163,7 +163,7 @@ def plan_transformers(
     """
     linears = recipe_linears(recipe, transformers)
     schemes = assign_schemes(recipe, linears)
-    layouts = assign_layouts(recipe, linears, schemes)
+    layouts = assign_layouts(recipe, linears, schemes, frames=None if workload is None else workload.frames)
     layers = tuple(
         _planned_layer(linear, schemes.get(linear.name), layouts.get(linear.name), sizes=sizes, dtype=dtype)
         for linear in linears

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from s2q.calibration import prompt_token_limit, resolve_settings, takes_prompts_alone
-from s2q.calibration.settings import video_tokens
+from s2q.calibration.settings import token_frames, video_tokens
 from s2q.core.errors import InvalidInputError
 from s2q.models import ModelSource, family_of
 from s2q.models.source import recommended_generation
@@ -42,6 +42,7 @@ def workload_of(
     branches = 2 if guided else 1
     return Workload(
         tokens=video_tokens(pipe, settings),
+        frames=token_frames(pipe, settings),
         text_tokens=prompt_token_limit(pipe),
         branches=branches,
         rows=branches if family_of(pipe.transformer).guidance == "batched" else 1,
@@ -90,6 +91,7 @@ def workload_of_synthetic(model: SyntheticModel, group: CalibrationGroup) -> Wor
         )
     return Workload(
         tokens=model.tokens,
+        frames=model.frames,
         text_tokens=model.text_tokens,
         branches=model.batch * model.calls,
         rows=model.batch,

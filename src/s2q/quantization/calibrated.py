@@ -30,7 +30,7 @@ from s2q.quantization.stream import TeacherStream
 from s2q.quantization.students import make_students
 from s2q.quantization.work import BlockWork, input_groups
 from s2q.recipes import Recipe
-from s2q.recipes.schema import GPTQ, RefinementGroup
+from s2q.recipes.schema import GPTQ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,16 @@ def calibrate_block(
     groups = input_groups(linears, calibration.family)
     targets = stream.store("targets")
     samples = BlockSamples(stream, targets, calibration.family.streams, cast)
-    work = BlockWork(block=block, teacher=teacher, linears=linears, schemes=schemes, recipe=recipe)
+    grid = stream.grid(0)
+    work = BlockWork(
+        block=block,
+        teacher=teacher,
+        linears=linears,
+        schemes=schemes,
+        recipe=recipe,
+        text_linears=calibration.family.text_linears,
+        frames=None if grid is None else grid.frames,
+    )
     check = functools.partial(_check_outputs, stream, calibration.index)
     try:
         statistics = observe(teacher, samples, groups, recipe=recipe, family=calibration.family, check=check)
@@ -142,7 +151,8 @@ def _carry_out(
     recipe = work.recipe
     grouped = {name for group in groups for name in group}
     nearest = {name: pack_nearest(work, name) for name in work.linears}
-    loss = {"rtn": block_loss(work.copy_with(nearest), samples)}
+    measured = functools.partial(block_loss, samples=samples, temporal=recipe.loss.temporal)
+    loss = {"rtn": measured(work.copy_with(nearest))}
     modulation = {name: layer for name, layer in nearest.items() if name not in grouped}
     reports: dict[str, dict[str, Any]] = {}
     if recipe.modulation is not None and recipe.modulation.rounding == GPTQ:
@@ -152,10 +162,10 @@ def _carry_out(
     for group in groups:
         for name, layer in make_students(work, group, seed=seed, statistics=statistics[group[0]]).items():
             replace_module(student, name, layer)
-    loss["initial"] = block_loss(student, samples)
+    loss["initial"] = measured(student)
     report = None
     if recipe.distillation is not None:
-        options = DistillationOptions(**recipe.distillation.model_dump())
+        options = DistillationOptions(**recipe.distillation.model_dump(), temporal=recipe.loss.temporal)
         with checkpointed(student) if calibration.checkpointed else nullcontext():
             report = distil(
                 student, samples, options=options, seed=derive_seed(seed, "order"), epoch_done=calibration.progress
@@ -166,11 +176,11 @@ def _carry_out(
     reports |= rounding
     refinement = None
     if recipe.refinement is not None:
-        loss["rounded"] = block_loss(work.copy_with(packed | modulation), samples)
-        packed, refinement = _refine(student, packed, samples, calibration, settings=recipe.refinement)
+        loss["rounded"] = measured(work.copy_with(packed | modulation))
+        packed, refinement = _refine(student, packed, samples, calibration, recipe=recipe)
         loss["refined"] = refinement.loss
     packed |= modulation
-    loss["final"] = block_loss(work.copy_with(packed), samples)
+    loss["final"] = measured(work.copy_with(packed))
     calibration.progress()
     return CalibratedBlock(
         layers={work.linears[name]: packed[name].to("cpu") for name in work.linears},
@@ -187,9 +197,10 @@ def _refine(
     samples: BlockSamples,
     calibration: BlockCalibration,
     *,
-    settings: RefinementGroup,
+    recipe: Recipe,
 ) -> tuple[dict[str, PackedLinear], DistillationReport]:
     """Learn what scales and corrects the codes of a block; the student is used up."""
+    assert recipe.refinement is not None
     layers = {name: RefinedLinear(layer, source=student.get_submodule(name).source) for name, layer in packed.items()}
     for name, layer in layers.items():
         replace_module(student, name, layer)
@@ -200,7 +211,7 @@ def _refine(
         report = distil(
             student,
             samples,
-            options=DistillationOptions(**settings.model_dump()),
+            options=DistillationOptions(**recipe.refinement.model_dump(), temporal=recipe.loss.temporal),
             seed=seed,
             epoch_done=calibration.progress,
         )

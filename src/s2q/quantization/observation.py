@@ -52,7 +52,11 @@ class BlockSamples:
         stored = moved(self.targets.get(index), self.stream.device)
         weights = tuple(stored[f"weights.{name}"] for name in self.streams) if len(stored) > len(self.streams) else None
         return BlockSample(
-            inputs=self.inputs(index), outputs=tuple(stored[name] for name in self.streams), weights=weights
+            inputs=self.inputs(index),
+            outputs=tuple(stored[name] for name in self.streams),
+            weights=weights,
+            grid=self.stream.grid(index),
+            video=self.streams.index("hidden_states"),
         )
 
 

@@ -6,7 +6,7 @@ of every timestep of the generation, not with those of the samples alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,7 @@ from s2q.core.errors import S2QError
 from s2q.core.layout import PREFIX
 from s2q.core.qparams import RoundedWeight
 from s2q.core.reuse import parameters_held
-from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear
+from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear, set_token_grid
 from s2q.quantization.observation import BlockSamples, heard
 from s2q.quantization.work import BlockWork
 from s2q.recipes.schema import GPTQ
@@ -58,7 +58,7 @@ def pack_students(
     hessians: dict[str, HessianAccumulator] = {}
     if use_gptq:
         sources = {group[0]: _quantized_by(student.get_submodule(group[0]).source) for group in groups}
-        hessians = _hessians(work, (samples.inputs(index) for index in range(len(samples))), sources)
+        hessians = _hessians(work, _calls(student, samples), sources)
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
     for group in groups:
@@ -155,6 +155,13 @@ def _hessians(
     return found
 
 
+def _calls(student: nn.Module, samples: BlockSamples) -> Iterator[dict[str, Any]]:
+    """The inputs of every sample; its student knows of each where the video tokens lie."""
+    for index in range(len(samples)):
+        set_token_grid(student, samples.stream.grid(index))
+        yield samples.inputs(index)
+
+
 def _quantized_by(source: StudentInput) -> Callable[[Tensor], Tensor]:
     return lambda x: source(x).quantized
 
@@ -179,7 +186,13 @@ def _stored_inputs(source: StudentInput) -> dict[str, Tensor]:
 
 
 def _stored_branch(layer: StudentLinear) -> dict[str, Tensor]:
-    """What a packed linear stores of its own part of a low-rank branch, if there is one."""
-    if layer.source.low_rank_basis is None:
-        return {}
-    return {"low_rank_weight": layer.low_rank_weight().to(PACKED_DTYPES["low_rank_weight"])}
+    """What a packed linear stores of its own part of a low-rank branch, and of an estimator, if there is one."""
+    tensors: dict[str, Tensor] = {}
+    if layer.source.low_rank_basis is not None:
+        tensors["low_rank_weight"] = layer.low_rank_weight().to(PACKED_DTYPES["low_rank_weight"])
+    estimator = layer.estimator
+    if estimator is not None:
+        tensors |= {"estimator_input": estimator.alpha, "estimator_output": estimator.beta}
+        if estimator.frames is not None:
+            tensors["estimator_frames"] = estimator.frames
+    return tensors

@@ -302,7 +302,8 @@ class _Run:
 
     def _assemble(self, teacher: Teacher, recipe: Recipe, planned: Plan) -> DiffusionPipeline:
         self.progress("assemble", 0, 1)
-        student = assemble(teacher, recipe, self.folder)
+        frames = None if planned.calibration is None else planned.calibration.frames
+        student = assemble(teacher, recipe, self.folder, frames=frames)
         packed = sum(tensor_sizes(transformers_of(student)).values())
         assert packed == planned.storage["quantized_bytes"], (packed, planned.storage)
         return student

@@ -144,6 +144,7 @@ def calibration_stream(
         memory=HostMemory(activation_memory(machine, step_bytes)),
         set_aside=teacher.set_aside,
         component=transformer.component,
+        tokens=transformer.tokens,
     )
 
 

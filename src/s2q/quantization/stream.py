@@ -24,6 +24,7 @@ from s2q.core.components import TRANSFORMERS, full_name
 from s2q.core.errors import InvalidInputError
 from s2q.core.files import atomic_write_bytes
 from s2q.core.placement import moved, on_device
+from s2q.core.tokens import TokenGrid, TokenLayout
 
 
 class HostMemory:
@@ -126,6 +127,7 @@ class TeacherStream:
         memory: Host memory for the inputs of one block and what else is kept for it; None does not limit it.
         set_aside: Called with a block that will not be read for a while.
         component: Which transformer of the pipeline it is, for messages.
+        tokens: How the transformer makes tokens of its arguments; None if nobody asks where they lie.
     """
 
     def __init__(
@@ -142,14 +144,16 @@ class TeacherStream:
         memory: HostMemory | None = None,
         set_aside: Callable[[nn.Module], None] = lambda module: None,
         component: str = TRANSFORMERS[0],
+        tokens: TokenLayout | None = None,
     ) -> None:
         self.transformer, self.block_names = transformer, list(block_names)
         self.calls, self.names, self.streams = calls, list(names), tuple(streams)
         self.timesteps = timesteps
         self.device = device
         self.folder, self.memory = folder, memory or HostMemory(sys.maxsize)
-        self.set_aside, self.component = set_aside, component
+        self.set_aside, self.component, self.tokens = set_aside, component, tokens
         self._moving = self.store("stream")
+        self._grids: list[TokenGrid] = []
         self._fixed: list[dict[str, Any]] = []
         self._conditioning: list[dict[str, Any]] = []
         self._position: int | None = None
@@ -190,6 +194,14 @@ class TeacherStream:
         """
         return self._renamed({**self._fixed[sample], **self._moving.get(sample)})
 
+    def grid(self, sample: int) -> TokenGrid | None:
+        """Return where the video tokens of a sample lie; None if nobody asks.
+
+        Args:
+            sample: Index of the sample.
+        """
+        return None if self.tokens is None else self._grids[sample]
+
     def timestep_inputs(self) -> Iterator[dict[str, Any]]:
         """Go through keyword arguments of the block at hand that have the conditioning of one timestep after another.
 
@@ -226,10 +238,13 @@ class TeacherStream:
     def _start(self) -> None:
         first = self.transformer.get_submodule(self.block_names[0])
         self._moving.clear()
-        self._fixed, self._conditioning = [], []
+        self._fixed, self._conditioning, self._grids = [], [], []
         with on_device(_outside(self.transformer, self.block_names), self.device):
             for sample, call in enumerate(self.calls):
-                moving, fixed = self._split(_first_call(self.transformer, first, moved(call(), self.device)))
+                arguments = moved(call(), self.device)
+                if self.tokens is not None:
+                    self._grids.append(self.tokens.grid(arguments))
+                moving, fixed = self._split(_first_call(self.transformer, first, arguments))
                 self._moving.put(sample, moving)
                 self._fixed.append(fixed)
             for call in self.timesteps:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from s2q.core.schemes import LinearScheme
 from s2q.core.seeds import derive_seed
-from s2q.nn import PACKED_DTYPES, LearnableClip, StudentInput, StudentLinear
+from s2q.nn import PACKED_DTYPES, Estimator, LearnableClip, StudentInput, StudentLinear
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.work import BlockWork
 from s2q.recipes import Recipe
@@ -47,7 +47,7 @@ def make_students(
     Args:
         work: The block and the recipe.
         group: Names of the linears inside the block.
-        seed: Of the block; a random rotation's is derived from it.
+        seed: Of the block; those of a random rotation and of estimators are derived from it.
         statistics: Of their input; None for recipes that need no samples.
 
     Returns:
@@ -99,10 +99,18 @@ def _students(
     ).to(weights[0].device)
     layers = {}
     for name, linear in zip(group, linears, strict=True):
+        estimator = None
+        if recipe.transforms.estimator:
+            frames = None if name in work.text_linears else work.frames
+            estimator = Estimator(
+                linear.in_features, linear.out_features, frames=frames, seed=derive_seed(seed, "estimator", name)
+            ).to(weights[0].device)
         if recipe.clip.weights:
-            layer = StudentLinear.with_clip(linear, scheme=work.scheme(name), source=source, start=recipe.clip.start)
+            layer = StudentLinear.with_clip(
+                linear, scheme=work.scheme(name), source=source, start=recipe.clip.start, estimator=estimator
+            )
         else:
-            layer = StudentLinear(linear, scheme=work.scheme(name), source=source)
+            layer = StudentLinear(linear, scheme=work.scheme(name), source=source, estimator=estimator)
         layers[name] = layer
     return layers
 

@@ -16,7 +16,8 @@ from s2q.core.components import TRANSFORMERS, full_name, split_name, transformer
 from s2q.core.errors import InvalidInputError
 from s2q.core.placement import page_out, tensors_of
 from s2q.core.schemes import LinearScheme
-from s2q.models import BlockLinear, Family, ModelSource, block_names, family_of
+from s2q.core.tokens import TokenLayout
+from s2q.models import BlockLinear, Family, ModelSource, block_names, family_of, token_layout
 from s2q.models.source import HUB_ID, parse_dtype
 from s2q.recipes import Recipe, assign_schemes, recipe_linears
 from s2q.shapes import embedded
@@ -34,12 +35,14 @@ class TeacherTransformer:
         module: The transformer; never changed.
         linears: Every linear of its blocks, by full name.
         schemes: Scheme of each linear that the recipe quantizes, by full name.
+        tokens: How it makes tokens of its arguments; None if the recipe does not ask where they lie.
     """
 
     component: str
     module: nn.Module
     linears: tuple[BlockLinear, ...]
     schemes: Mapping[str, LinearScheme]
+    tokens: TokenLayout | None = None
 
     @property
     def family(self) -> Family:
@@ -169,6 +172,7 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
             module=transformer,
             linears=tuple(one for one in linears if split_name(one.name)[0] == component),
             schemes={name: scheme for name, scheme in schemes.items() if split_name(name)[0] == component},
+            tokens=token_layout(transformer, family_of(transformer)) if recipe.needs_grid else None,
         )
         for component, transformer in found.items()
     )

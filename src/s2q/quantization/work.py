@@ -24,6 +24,8 @@ class BlockWork:
         linears: Full name by name inside the block, of the linears to quantize.
         schemes: Scheme by full name.
         recipe: The recipe.
+        text_linears: Names inside the block of the linears that see text tokens alone.
+        frames: Token frames of the samples; None if no layer has to know.
     """
 
     block: nn.Module
@@ -31,6 +33,8 @@ class BlockWork:
     linears: Mapping[str, str]
     schemes: Mapping[str, LinearScheme]
     recipe: Recipe
+    text_linears: tuple[str, ...] = ()
+    frames: int | None = None
 
     def scheme(self, name: str) -> LinearScheme:
         """Return the scheme of a linear.

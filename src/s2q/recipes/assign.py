@@ -59,12 +59,13 @@ def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, 
             raise InvalidInputError(f"recipe {recipe.name}: skip pattern {pattern!r} matches none of the linears{hint}")
     by_role = {
         "linear": recipe.linear_scheme(),
+        "text": recipe.linear_scheme(of_text=True),
         "modulation": recipe.modulation_scheme(),
         "outer": recipe.outer_scheme(),
     }
     schemes: dict[str, LinearScheme] = {}
     for linear in linears:
-        scheme = by_role[linear.role]
+        scheme = by_role["text" if linear.sees_text else linear.role]
         if scheme is None or any(fnmatchcase(linear.name, pattern) for pattern in recipe.skip):
             continue
         try:

@@ -17,6 +17,7 @@ from s2q.core.schemes import (
     MAX_BITS,
     MIN_BITS,
     UNIFORM,
+    Delta,
     LinearScheme,
     PerChannel,
     PerGroup,
@@ -42,6 +43,7 @@ def _to_number(value: Any) -> Any:
     return value
 
 
+Side = Annotated[int, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_to_number), Field(allow_inf_nan=False)]
 
 
@@ -120,6 +122,23 @@ class ModulationGroup(WeightsGroup):
     rounding: Rounding = "rtn"
 
 
+class DeltaGroup(_Group):
+    """How video tokens are quantized as differences from the mean token of their cube.
+
+    Attributes:
+        cube: Tokens of a cube along frames, rows and columns.
+        mean_bits: Bits of the mean tokens.
+    """
+
+    cube: tuple[Side, Side, Side] = (2, 2, 2)
+    mean_bits: int = Field(default=MAX_BITS, ge=MIN_BITS, le=MAX_BITS)
+
+    @field_validator("cube", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, cube: Any) -> Any:
+        return tuple(cube) if isinstance(cube, list) else cube
+
+
 class ActivationsGroup(_Grouped):
     """How the inputs of linears are quantized: symmetric, dynamic, each token by itself.
 
@@ -127,14 +146,26 @@ class ActivationsGroup(_Grouped):
         granularity: "per_token", one scale each, on integer kernels; "per_group", one for each `group_size` channels of
             a token, which no kernel takes: it is simulated in floating point.
         levels: As of weights.
+        delta: Whether, and how, a video token is taken apart into the mean of its cube and the difference from it; no
+            kernel takes that either. None quantizes tokens whole.
     """
 
     granularity: Literal["per_token", "per_group"] = "per_token"
+    delta: DeltaGroup | None = None
 
-    def scheme(self) -> QuantScheme:
-        """Return the scheme of an activation."""
+    def scheme(self, *, of_text: bool = False) -> QuantScheme:
+        """Return the scheme of an activation.
+
+        Args:
+            of_text: Whether it is that of text tokens alone, which lie in no cubes.
+        """
         granularity = PerToken() if self.group_size is None else PerGroup(group_size=self.group_size)
-        return QuantScheme(num_bits=self.num_bits, granularity=granularity, dynamic=True, levels=self.levels)
+        delta = None
+        if self.delta is not None and not of_text:
+            delta = Delta(cube=self.delta.cube, mean_bits=self.delta.mean_bits)
+        return QuantScheme(
+            num_bits=self.num_bits, granularity=granularity, dynamic=True, levels=self.levels, delta=delta
+        )
 
 
 class CalibrationGroup(_Group):
@@ -181,6 +212,8 @@ class TransformsGroup(_Group):
             of a linear (see `rank`).
         low_rank_from: Which they are, and what is quantized without them: "input" for the largest of the input after
             shift and scale, "weight" for the top singular vectors of the weights that read it, scaled.
+        estimator: Whether distillation learns a correction of rank one of the output, with a scale for each frame
+            (`s2q.nn.Estimator`).
     """
 
     shift: Literal["none", "mean"] = "none"
@@ -191,6 +224,7 @@ class TransformsGroup(_Group):
     start: Annotated[str, _one_of("start", STARTS)] = "hadamard"
     low_rank: int = Field(default=0, ge=0)
     low_rank_from: Literal["input", "weight"] = "input"
+    estimator: bool = False
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -238,11 +272,19 @@ class ClipGroup(_Group):
 
 
 class LossGroup(_Group):
-    """How distillation weights tokens (eq. 10 and 11)."""
+    """How distillation weights tokens (eq. 10 and 11), and what else it keeps.
+
+    Attributes:
+        weighting: "attention" weights a token by how much attention it gets.
+        lambda_min: Weight of the token that gets the least.
+        lambda_max: Weight of the one that gets the most.
+        temporal: Weight of the loss on the similarities of frames (`s2q.distillation.temporal_loss`); 0 for none.
+    """
 
     weighting: Literal["uniform", "attention"] = "uniform"
     lambda_min: Number = Field(default=0.5, ge=0)
     lambda_max: Number = Field(default=1.0, gt=0)
+    temporal: Number = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> LossGroup:
@@ -332,14 +374,18 @@ class Recipe(_Group):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
-        learned = self.clip.weights or self.clip.activations
+        learned = self.clip.weights or self.clip.activations or self.transforms.estimator
         if learned and self.distillation is None:
-            raise ValueError("learned clip ratios need distillation; set distillation.epochs=15, or clip.constant")
+            raise ValueError(
+                "learned clip ratios and estimators need distillation; set distillation.epochs=15, or clip.constant"
+            )
         if self.loss.weighting != "uniform" and self.distillation is None:
             raise ValueError(
                 f"loss.weighting={self.loss.weighting} needs distillation; set distillation.epochs=15, or "
                 "loss.weighting=uniform"
             )
+        if self.loss.temporal > 0 and self.distillation is None:
+            raise ValueError("loss.temporal needs distillation; set distillation.epochs=15, or loss.temporal=0")
         if self.activations is None and (self.clip.activations or self.clip.constant is not None):
             raise ValueError("clip ratios of activations need quantized activations; set activations.num_bits")
         scale = self.transforms.scale != "none" and self.transforms.learn_scale
@@ -348,6 +394,8 @@ class Recipe(_Group):
                 "distillation has nothing to learn; set transforms.rotation=kronecker, transforms.scale=smooth or "
                 "clip.weights=true"
             )
+        if self.refinement is not None and self.transforms.estimator:
+            raise ValueError("refinement does not know estimators; set refinement=null, or transforms.estimator=false")
         return self
 
     @property
@@ -368,13 +416,23 @@ class Recipe(_Group):
         """How often all samples are learned from."""
         return sum(group.epochs for group in (self.distillation, self.refinement) if group is not None)
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether the run has to know where the video tokens lie."""
+        delta = self.activations is not None and self.activations.delta is not None
+        return delta or self.transforms.estimator or self.loss.temporal > 0
+
     def resolved(self) -> dict[str, Any]:
         """Return every value as plain data for JSON; validating it gives an equal recipe."""
         return self.model_dump(mode="json")
 
-    def linear_scheme(self) -> LinearScheme:
-        """Return the scheme of the ordinary block linears."""
-        activation = None if self.activations is None else self.activations.scheme()
+    def linear_scheme(self, *, of_text: bool = False) -> LinearScheme:
+        """Return the scheme of the ordinary block linears.
+
+        Args:
+            of_text: Whether it is that of the ones that see text tokens alone.
+        """
+        activation = None if self.activations is None else self.activations.scheme(of_text=of_text)
         return LinearScheme(weight=self.weights.scheme(), activation=activation)
 
     def modulation_scheme(self) -> LinearScheme | None:
