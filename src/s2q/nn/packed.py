@@ -499,6 +499,7 @@ def _layout_of(inputs: Mapping[str, Tensor], deflates: bool) -> InputLayout:
         left=orders.get("left"),
         right=orders.get("right"),
         low_rank=inputs["low_rank_basis"].shape[1] if "low_rank_basis" in inputs else None,
+        deflates=deflates,
         estimator="estimator_input" in inputs,
         estimator_frames=len(inputs["estimator_frames"]) if "estimator_frames" in inputs else None,
     )
