@@ -41,7 +41,7 @@ def test_inputs_come_back():
     ("change", "message"),
     [
         ({"format_version": 4}, "format_version=4; this s2q reads versions 1 to 3"),
-        ({"format_version": 3}, "token layout: got {}; expected a mapping with latents, patch, text"),
+        ({"format_version": 3, "tokens": {}}, "token layout: got {}; expected a mapping with latents, patch, text"),
         ({"format_version": True}, "format_version=True"),
         ({"format_version": 1}, "unknown key in quantization_config 'inputs'"),
         ({"inputs": None}, "inputs or layer_inputs is missing"),

@@ -10,6 +10,10 @@ from s2q.core.tokens import TokenGrid
 from s2q.distillation import BlockSample, DistillationOptions, block_loss, distil, temporal_loss
 
 
+class Samples(list):
+    device = "cpu"
+
+
 def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -83,7 +87,7 @@ def test_it_is_added_to_the_loss_of_a_block_and_learned_from():
     text, video = noise(1, 2, 3), noise(1, 8, 3, seed=1)
     grid = TokenGrid(frames=4, height=1, width=2)
     sample = BlockSample(inputs={"text": text, "video": video}, outputs=(text, video), grid=grid, video=1)
-    block, samples = Scaled(), [sample]
+    block, samples = Scaled(), Samples([sample])
     own = independent((video * block.scale).detach(), video, 4)
     assert block_loss(block, samples, temporal=10) == pytest.approx(block_loss(block, samples) + 10 * 3 * own, rel=1e-5)
     report = distil(block, samples, options=DistillationOptions(epochs=40, lr=0.05, temporal=10), seed=0)

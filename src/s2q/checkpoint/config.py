@@ -102,8 +102,8 @@ class S2QConfig(QuantizationConfigMixin):
         self.layers = dict(layers)
         if version != _PLAIN_VERSION:
             self._set_inputs(fields.get("inputs"), fields.get("layer_inputs"))
-        if version == FORMAT_VERSION:
-            self.tokens = TokenLayout.from_dict(fields.get("tokens", {})).to_dict()
+        if "tokens" in fields:
+            self.tokens = TokenLayout.from_dict(fields["tokens"]).to_dict()
         elif any(one.needs_grid for one in (*self.layer_schemes().values(), *self.layer_layouts().values())):
             raise InvalidInputError(
                 "quantization_config: tokens is missing, and a layer has to know where the video tokens lie; download "
@@ -155,13 +155,14 @@ class S2QConfig(QuantizationConfigMixin):
         if layouts or tokens is not None:
             layouts = layouts or {}
             distinct = list(dict.fromkeys(layouts.values()))
+            newest = tokens is not None or not all(one.deflates for one in distinct)
             extra = {
-                "format_version": _INPUT_VERSION,
+                "format_version": FORMAT_VERSION if newest else _INPUT_VERSION,
                 "inputs": {f"t{index}": layout.to_dict() for index, layout in enumerate(distinct)},
                 "layer_inputs": {layer: f"t{distinct.index(layout)}" for layer, layout in layouts.items()},
             }
         if tokens is not None:
-            extra |= {"format_version": FORMAT_VERSION, "tokens": tokens.to_dict()}
+            extra["tokens"] = tokens.to_dict()
         return cls(
             layers={layer: scheme.name for layer, scheme in schemes.items()},
             schemes={scheme.name: scheme.to_dict() for scheme in schemes.values()},
@@ -182,7 +183,7 @@ class S2QConfig(QuantizationConfigMixin):
 
     def token_layout(self) -> TokenLayout | None:
         """Return how the transformer makes tokens of its arguments, if a linear has to know where they lie."""
-        return TokenLayout.from_dict(self.tokens) if self.format_version == FORMAT_VERSION else None
+        return TokenLayout.from_dict(self.tokens) if hasattr(self, "tokens") else None
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the same as `to_dict`; diffusers' `__repr__` asks for it."""
