@@ -1,14 +1,19 @@
 """Reports: videos and contact sheets as files, and one self-contained page that shows a comparison."""
 
+from s2q.report.compare_page import Scene, render_compare_page, scene_sheet, write_compare_page
 from s2q.report.page import PageContent, PlayerPair, render_page, write_page
 from s2q.report.video import contact_sheet, encode_mp4, write_contact_sheet, write_mp4
 
 __all__ = [
     "PageContent",
     "PlayerPair",
+    "Scene",
     "contact_sheet",
     "encode_mp4",
+    "render_compare_page",
     "render_page",
+    "scene_sheet",
+    "write_compare_page",
     "write_contact_sheet",
     "write_mp4",
     "write_page",
