@@ -79,10 +79,11 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     Args:
         plan: What a dry run returned.
     """
-    out = Console()
+    out = _console()
     sample = format_sample(plan["n_prompts"], plan["n_seeds"])
     out.print(Text.assemble(("Comparison ", "bold"), f"with {plan['model']}, {sample}: {plan['n_videos']} videos"))
-    table = Table("", "width", "storage", "", header_style="dim", box=box.SIMPLE, pad_edge=False)
+    table = Table("", "width", "storage", header_style="dim", box=box.SIMPLE, pad_edge=False)
+    table.add_column("", overflow="fold")
     for entry in plan["entries"]:
         storage = "–" if entry["storage"] is None else f"{entry['storage']['ratio']:.2f}×"
         note = entry["error"] or (f"checkpoint {entry['checkpoint']}" if entry["checkpoint"] else entry["description"])
@@ -97,9 +98,7 @@ def show_comparison(result: Mapping[str, Any], *, page: Path) -> None:
         result: The content of `compare.json`.
         page: The page.
     """
-    out = Console()
-    if not out.is_terminal:  # a file or a log: no line is broken
-        out = Console(width=_PLAIN_WIDTH)
+    out = _console()
     out.print(Text.assemble((comparison.title(result), "bold")), soft_wrap=True)
     out.print(comparison.sample(result), highlight=False, soft_wrap=True)
     if result["warning"]:
@@ -109,6 +108,11 @@ def show_comparison(result: Mapping[str, Any], *, page: Path) -> None:
         if group.verdict:
             out.print(group.verdict, highlight=False, soft_wrap=True)
     out.print(Text.assemble("Look at it: ", (page.as_uri(), "bold cyan")), soft_wrap=True)
+
+
+def _console() -> Console:
+    shown = Console()
+    return shown if shown.is_terminal else Console(width=_PLAIN_WIDTH)  # no line of a file or a log is broken
 
 
 def _table(result: Mapping[str, Any]) -> Table:

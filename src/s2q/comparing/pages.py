@@ -11,7 +11,7 @@ from s2q.comparing.entries import FULL_PRECISION
 from s2q.comparing.folder import PAGE, SHEET, TABLE, CompareFolder
 from s2q.comparing.shards import SHOWN_PROMPTS
 from s2q.core.files import atomic_write_bytes, atomic_write_text
-from s2q.report import Scene, comparison, scene_sheet, write_compare_page, write_mp4
+from s2q.report import Scene, comparison, render_compare_page, scene_sheet, write_mp4
 
 _SLUG_LENGTH = 48
 
@@ -33,10 +33,12 @@ def write_pages(folder: CompareFolder, result: Mapping[str, Any], *, progress: C
         target.mkdir(parents=True, exist_ok=True)
         for label, frames in {FULL_PRECISION: scene.reference, **scene.entries}.items():
             write_mp4(target / f"{label}.mp4", frames)
-    if scenes:
-        atomic_write_bytes(folder.path / SHEET, scene_sheet(scenes))
-        progress("write", len(scenes), len(scenes))
-    write_compare_page(folder.path / PAGE, result, scenes, command=_command(folder, result))
+    sheet = scene_sheet(scenes) if scenes else None
+    if sheet is not None:
+        atomic_write_bytes(folder.path / SHEET, sheet)
+    page = render_compare_page(result, scenes, sheet=sheet, command=_command(folder, result))
+    atomic_write_text(folder.path / PAGE, page)
+    progress("write", len(scenes), len(scenes))
 
 
 def _scenes(folder: CompareFolder, result: Mapping[str, Any]) -> list[Scene]:

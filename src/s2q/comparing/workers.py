@@ -155,12 +155,17 @@ class _Pool:
                 self.running.add(process)
                 if self.stopped.is_set():
                     process.kill()
-            with process:
-                try:
-                    yield process, complaints
-                finally:
-                    with self.lock:
-                        self.running.discard(process)
+            try:
+                yield process, complaints
+            finally:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                with contextlib.suppress(BrokenPipeError):  # what a dead process has not read
+                    process.stdin.close()
+                process.wait()
+                process.stdout.close()
+                with self.lock:
+                    self.running.discard(process)
 
 
 def _devices(device: str, count: int) -> list[str]:

@@ -1,6 +1,6 @@
 """Reports: videos and contact sheets as files, and one self-contained page that shows a comparison."""
 
-from s2q.report.compare_page import Scene, render_compare_page, scene_sheet, write_compare_page
+from s2q.report.compare_page import Scene, render_compare_page, scene_sheet
 from s2q.report.page import PageContent, PlayerPair, render_page, write_page
 from s2q.report.video import contact_sheet, encode_mp4, write_contact_sheet, write_mp4
 
@@ -13,7 +13,6 @@ __all__ = [
     "render_compare_page",
     "render_page",
     "scene_sheet",
-    "write_compare_page",
     "write_contact_sheet",
     "write_mp4",
     "write_page",

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 48
 _ROW = 40
-_LINE = 28
+_LINE = 26
 
 
 def velocity_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
@@ -105,7 +105,7 @@ def error_chart(groups: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any
         return Markup("")
     low, high = math.log10(min(positive)), math.log10(max(positive))
     low, high = low - 0.04 * (high - low) - 0.05, high + 0.04 * (high - low) + 0.05
-    left = min(240, 24 + 8.2 * max(len(label) for _, rows in groups for label, _ in rows))
+    left = min(280, 30 + 9.2 * max(len(label) for _, rows in groups for label, _ in rows))
     height = _TOP + sum(_LINE * (len(rows) + 1) for _, rows in groups) + 50
 
     def x(value: float) -> float:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from s2q.core.files import atomic_write_text
 from s2q.report import charts, comparison, formatting
 from s2q.report.page import asset, data_url, environment
 from s2q.report.video import (
@@ -50,24 +48,15 @@ class Scene:
     entries: Mapping[str, np.ndarray] = field(repr=False)
 
 
-def write_compare_page(path: Path, result: Mapping[str, Any], scenes: Sequence[Scene], *, command: str) -> None:
-    """Render the page and write it atomically.
-
-    Args:
-        path: The HTML file.
-        result: The content of `compare.json`.
-        scenes: Videos to show.
-        command: The command that gives this result.
-    """
-    atomic_write_text(path, render_compare_page(result, scenes, command=command))
-
-
-def render_compare_page(result: Mapping[str, Any], scenes: Sequence[Scene], *, command: str) -> str:
+def render_compare_page(
+    result: Mapping[str, Any], scenes: Sequence[Scene], *, sheet: bytes | None, command: str
+) -> str:
     """Render the page.
 
     Args:
         result: The content of `compare.json`.
         scenes: Videos to show; may be empty.
+        sheet: Their contact sheet, a PNG file's bytes.
         command: The command that gives this result.
 
     Returns:
@@ -90,7 +79,7 @@ def render_compare_page(result: Mapping[str, Any], scenes: Sequence[Scene], *, c
             groups=groups,
             chart=charts.error_chart(_chart_groups(result)),
             players=[_player(scene) for scene in scenes],
-            sheet=data_url("image/png", scene_sheet(scenes)) if scenes else "",
+            sheet="" if sheet is None else data_url("image/png", sheet),
             fps=FRAMES_PER_SECOND,
             gain=_DIFFERENCE_GAIN,
             differences=_differences(result),
@@ -118,8 +107,8 @@ def scene_sheet(scenes: Sequence[Scene]) -> bytes:
 
 def _player(scene: Scene) -> dict[str, Any]:
     videos = {REFERENCE: scene.reference, **scene.entries}
-    tiles = [_sized(frames) for frames in videos.values()]
-    tiles += [_sized(difference(frames, scene.reference, gain=_DIFFERENCE_GAIN)) for frames in videos.values()]
+    apart = [difference(frames, scene.reference, gain=_DIFFERENCE_GAIN) for frames in scene.entries.values()]
+    tiles = [_sized(frames) for frames in (*videos.values(), *apart)]
     columns = min(_TILE_COLUMNS, len(tiles))
     canvas = tiled(tiles, columns=columns)
     height, width = tiles[0].shape[1:3]
@@ -139,7 +128,7 @@ def _player(scene: Scene) -> dict[str, Any]:
         "height": height,
         "source": data_url("video/mp4", encode_mp4(canvas)),
         "screens": [
-            {"label": label, "corner": corner(index), "difference": corner(len(videos) + index)}
+            {"label": label, "corner": corner(index), "difference": corner(index + len(apart) if index else 0)}
             for index, label in enumerate(videos)
         ],
     }

@@ -160,8 +160,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     floor = floor_cells(result)
     if floor:
         lines.append(_line(["full precision, another seed", "", *(_shown(cell) for cell in floor), ""]))
-    lines += ["", "Bold: the best of its width, beyond doubt (see below).", ""]
-    lines += [f"- {group.verdict}" for group in groups_of(result) if group.verdict]
+    verdicts = [f"- {group.verdict}" for group in groups_of(result) if group.verdict]
+    if verdicts:
+        lines += ["", "Bold: the best of its width where it beats every other entry beyond doubt.", "", *verdicts]
     if failed:
         lines += ["", "Failed:", "", *failed]
     lines += ["", "How the figures are made:", ""]
@@ -240,9 +241,15 @@ def _verdict(group: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         if verdict["winner"] is not None:
             won.setdefault(verdict["winner"], []).append(HEADINGS[name])
         else:
-            ties.setdefault((verdict["best"], *verdict["tied_with"]), []).append(HEADINGS[name])
+            tied = (verdict["best"], *verdict["tied_with"])
+            if len(tied) == len(group["ranking"]):  # whoever is first among them
+                tied = tuple(group["ranking"])
+            ties.setdefault(tied, []).append(HEADINGS[name])
     parts = [f"{label} is best in {_and(names)}" for label, names in won.items()]
-    parts += [f"{labels[0]} is tied with {_and(labels[1:])} in {_and(names)}" for labels, names in ties.items()]
+    for labels, names in ties.items():
+        everyone = len(labels) == len(group["ranking"])
+        who = "all are tied" if everyone else f"{labels[0]} is tied with {_and(labels[1:])}"
+        parts.append(f"{who} in {_and(names)}")
     return f"{group['width']}: {'; '.join(parts)}" if parts else ""
 
 
