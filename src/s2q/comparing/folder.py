@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from s2q.comparing.entries import weights_of
+from s2q.checkpoint.manifest import MANIFEST
 from s2q.comparing.setup import SCHEMA_VERSION, RunPlan
 from s2q.core.errors import InvalidInputError
-from s2q.core.files import atomic_write_bytes, atomic_write_json, canonical_json, check_output
+from s2q.core.files import atomic_write_bytes, atomic_write_json, canonical_json, check_output, sha256_file
 from s2q.evaluation.measured import Measured
-from s2q.models import resolve_model
 
 RUN = "compare_run.json"
 RESULT = "compare.json"
@@ -122,13 +121,9 @@ class CompareFolder:
             label: The entry.
             index: Index of the shard.
         """
-        weights = weights_of(resolve_model(self.model_of(plan, label)))
-        depends = {
-            **plan.common(),
-            "prompts": plan.shards()[index],
-            "entry": plan.entries[label],
-            "checkpoint": weights,
-        }
+        entry = plan.entries[label]
+        made = None if "checkpoint" in entry else sha256_file(self.checkpoint(label) / MANIFEST)
+        depends = {**plan.common(), "prompts": plan.shards()[index], "entry": entry, "made": made}
         return hashlib.sha256(canonical_json(depends).encode()).hexdigest()
 
     def save_shard(self, plan: RunPlan, label: str, index: int, measured: Measured) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from s2q.comparing.entries import FULL_PRECISION
 from s2q.comparing.folder import PAGE, SHEET, TABLE, CompareFolder
+from s2q.comparing.setup import CompareOptions, Setup
 from s2q.comparing.shards import SHOWN_PROMPTS
 from s2q.core.files import atomic_write_bytes, atomic_write_text
 from s2q.report import Scene, comparison, render_compare_page, scene_sheet, write_mp4
@@ -16,12 +18,15 @@ from s2q.report import Scene, comparison, render_compare_page, scene_sheet, writ
 _SLUG_LENGTH = 48
 
 
-def write_pages(folder: CompareFolder, result: Mapping[str, Any], *, progress: Callable[[str, int, int], None]) -> None:
+def write_pages(
+    folder: CompareFolder, result: Mapping[str, Any], *, command: str, progress: Callable[[str, int, int], None]
+) -> None:
     """Write compare.md, index.html, sheet.png and the videos.
 
     Args:
         folder: The comparison.
         result: The content of `compare.json`.
+        command: The command that makes it.
         progress: Called as the files are written.
     """
     atomic_write_text(folder.path / TABLE, comparison.markdown(result))
@@ -36,7 +41,7 @@ def write_pages(folder: CompareFolder, result: Mapping[str, Any], *, progress: C
     sheet = scene_sheet(scenes) if scenes else None
     if sheet is not None:
         atomic_write_bytes(folder.path / SHEET, sheet)
-    page = render_compare_page(result, scenes, sheet=sheet, command=_command(folder, result))
+    page = render_compare_page(result, scenes, sheet=sheet, command=command)
     atomic_write_text(folder.path / PAGE, page)
     progress("write", len(scenes), len(scenes))
 
@@ -55,8 +60,24 @@ def _scenes(folder: CompareFolder, result: Mapping[str, Any]) -> list[Scene]:
     return scenes
 
 
-def _command(folder: CompareFolder, result: Mapping[str, Any]) -> str:
-    """The command that goes on with this comparison, or makes it again elsewhere."""
-    given = [entry["recipe"] or entry["checkpoint"] for entry in result["entries"]]
-    words = ["s2q", "compare", *given, "-m", result["model"], "--seeds", str(result["n_seeds"])]
-    return " ".join(shlex.quote(str(word)) for word in [*words, "-o", folder.path])
+def command_of(setup: Setup, options: CompareOptions, *, has_prompts: bool, out: Path) -> str:
+    """Return the command that makes a comparison.
+
+    Args:
+        setup: The comparison.
+        options: How it was made.
+        has_prompts: Whether it was given prompts.
+        out: Its folder.
+    """
+    words: list[Any] = ["s2q", "compare", *(entry.given for entry in setup.entries), "-m", setup.plan.model]
+    words += ["--prompts", "FILE"] if has_prompts else ["--num-prompts", options.num_prompts]
+    words += ["--seeds", options.seeds]
+    if options.calibration_prompts is not None:
+        words += ["--calibration-prompts", "FILE"]
+    given = {name: getattr(options, name) for name in ("samples", "dtype")} | dict(options.settings)
+    for name, value in (given | {"seed": options.seed or None}).items():
+        flag = "steps" if name == "num_inference_steps" else name.replace("_", "-")
+        words += [] if value is None else [f"--{flag}", value]
+    words += [word for override in options.overrides for word in ("--set", override)]
+    words += ["--metrics", ",".join(options.metrics)] if options.metrics else []
+    return " ".join(shlex.quote(str(word)) for word in [*words, "-o", out])

@@ -43,6 +43,7 @@ def build_result(folder: CompareFolder, plan: RunPlan, setup: Setup, failures: M
     described = {entry.label: _entry(folder, plan, setup, entry) for entry in setup.entries}
     for label, evaluation in evaluations.items():
         described[label]["metrics"] = evaluation["metrics"]
+        described[label]["evaluation"] = folder.evaluation(label).relative_to(folder.path).as_posix()
     for label, why in failures.items():
         described[label]["error"] = why
     groups = []
@@ -102,7 +103,7 @@ def entry_plan(setup: Setup, entry: Entry) -> dict[str, Any]:
 
 def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> dict[str, Any]:
     described = entry_plan(setup, entry)
-    described |= {"simulated": False, "seconds": None, "calibration": None, "metrics": {}}
+    described |= {"simulated": False, "seconds": None, "calibration": None, "metrics": {}, "evaluation": None}
     if entry.label in setup.obstacles:
         return described
     path = resolve_model(folder.model_of(plan, entry.label)).folder if _exists(folder, plan, entry) else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from s2q.comparing.entries import Entry
 from s2q.comparing.folder import RESULT, CompareFolder
-from s2q.comparing.pages import write_pages
+from s2q.comparing.pages import command_of, write_pages
 from s2q.comparing.results import build_result, entry_plan
 from s2q.comparing.setup import SCHEMA_VERSION, CompareOptions, RunPlan, Setup, set_up
 from s2q.comparing.shards import pending_shards, steps_of
@@ -79,7 +79,8 @@ def compare(
         failures |= _evaluate(folder, plan, setup, options, failures=failures, progress=report)
         result = build_result(folder, plan, setup, failures)
         atomic_write_json(target / RESULT, result)
-        write_pages(folder, result, progress=report)
+        command = command_of(setup, options, has_prompts=prompts is not None, out=target)
+        write_pages(folder, result, command=command, progress=report)
         lock.remove()
     return result
 

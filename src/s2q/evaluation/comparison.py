@@ -2,8 +2,8 @@
 
 All models generate from the same prompts and the same noise, so that what they share cancels in differences video by
 video. Values whose size varies by orders of magnitude (velocity error, relative L2) are compared by their ratio: the
-differences are those of logarithms. A metric has a winner only where the best model beats every other one of its group
-beyond doubt; all else is a tie.
+differences are those of logarithms. A metric has a winner only where the best model clearly beats every other one of
+its group (`DEFINITIONS["winner"]`); all else is a tie.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class PairedDifference:
     n_prompts: int
 
     def larger(self) -> str | None:
-        """Return whose values are larger beyond doubt, "a" or "b"; None where that is open."""
+        """Return whose values are clearly larger, "a" or "b"; None where that is open."""
         if self.low is None or self.high is None or self.p_holm is None or self.p_holm >= SIGNIFICANCE:
             return None
         equal = 1.0 if self.kind == "ratio" else 0.0

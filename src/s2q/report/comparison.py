@@ -39,7 +39,7 @@ class Cell:
         metric: Its name.
         value: The mean, as text.
         interval: Its interval, as text; a dash where there is none.
-        best: Whether it is the winner of its width, beyond doubt.
+        best: Whether it is the winner of its width.
     """
 
     metric: str
@@ -162,7 +162,12 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines.append(_line(["full precision, another seed", "", *(_shown(cell) for cell in floor), ""]))
     verdicts = [f"- {group.verdict}" for group in groups_of(result) if group.verdict]
     if verdicts:
-        lines += ["", "Bold: the best of its width where it beats every other entry beyond doubt.", "", *verdicts]
+        lines += [
+            "",
+            "Bold: the best of its width where it clearly beats every other entry; what that means stands below.",
+            "",
+            *verdicts,
+        ]
     if failed:
         lines += ["", "Failed:", "", *failed]
     lines += ["", "How the figures are made:", ""]
