@@ -20,12 +20,12 @@ from s2q.calibration.trajectory import Trajectory, record_trajectory
 from s2q.core.components import transformers_of
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.evaluation import adherence, metrics, velocity
-from s2q.evaluation.evalcrafter import evalcrafter_scores
 from s2q.evaluation.generate import Progress, Video, batch_size_for, batched, settings_for, step_counter, videos_of
 from s2q.evaluation.learned import NEEDS, Judges, open_judges
+from s2q.evaluation.measured import Judged, Measured
 from s2q.evaluation.prompts import check_distinct
 from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
-from s2q.evaluation.summary import summarise
+from s2q.evaluation.summary import noise_pairs, summarise
 from s2q.loading import check_model, load_pipeline
 from s2q.models.source import dtype_name
 
@@ -37,6 +37,7 @@ METRICS: tuple[str, ...] = (
     VELOCITY,
 )
 _TRAJECTORY_BYTES = 4 * 2**30
+_Jobs = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,32 +68,34 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """Everything measured on one video.
+class Teacher:
+    """The reference's side, with which any number of models is compared; see `run_reference`.
 
     Attributes:
-        prompt: Its prompt.
-        seed: Its seed.
-        metrics: Value by metric name; None where it does not apply.
-        velocity_steps: Relative velocity error of every denoising step; empty where it was not measured.
+        label: Name of the reference.
+        jobs: Prompt and seed of every video.
+        wanted: Metrics to compute.
+        settings: The generation settings.
+        dtype: Compute dtype.
+        batch_size: Videos per batch.
+        videos: The videos in the order of the jobs.
+        trajectories: One for each batch; None beyond the memory for them.
+        timesteps: Timestep of every recorded step.
+        judges: Learned judges, for metrics among `wanted`.
+        floor: See `Measured`.
     """
 
-    prompt: str
-    seed: int
-    metrics: Mapping[str, float | None]
-    velocity_steps: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Teacher:
-    """The reference's side: videos in the order of the jobs; a trajectory for each batch, None beyond the memory."""
-
+    label: str
+    jobs: tuple[tuple[str, int], ...]
+    wanted: tuple[str, ...]
     settings: GenerationSettings
     dtype: torch.dtype
     batch_size: int
-    videos: list[Video]
-    trajectories: list[Trajectory | None]
+    videos: tuple[Video, ...]
+    trajectories: tuple[Trajectory | None, ...]
     timesteps: tuple[float, ...]
+    judges: Judges
+    floor: tuple[Judged, ...]
 
 
 def evaluate(
@@ -155,26 +158,73 @@ def evaluate_each(
         S2QError: See `evaluate`.
     """
     options = options or EvaluationOptions()
+    teacher = run_reference(reference, prompts=prompts, seeds=seeds, options=options, progress=progress)
+    for model in models:
+        yield summarise(judge_model(model, teacher, options=options, progress=progress))
+
+
+def run_reference(
+    reference: Any,
+    *,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1),
+    options: EvaluationOptions | None = None,
+    progress: Progress | None = None,
+) -> Teacher:
+    """Generate the full-precision videos and record the calls of the transformer; see `evaluate`.
+
+    Args:
+        reference: The teacher.
+        prompts: See `evaluate`.
+        seeds: See `evaluate`.
+        options: See `evaluate`.
+        progress: See `evaluate`.
+
+    Returns:
+        What `judge_model` compares models with.
+
+    Raises:
+        InvalidInputError: See `evaluate`.
+        S2QError: See `evaluate`.
+    """
+    options = options or EvaluationOptions()
     judges = open_judges(lpips_weights=options.lpips_weights, clip=options.clip, device=options.device)
     wanted = selected_metrics(options.metrics, learned=judges.names)
     check_seeds(seeds)
     if prompts is None:
         prompts = default_prompts(reference)
     check_distinct(prompts)
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    teacher = _run_teacher(reference, jobs, options, record=VELOCITY in wanted, progress=progress)
-    for model in models:
-        result = summarise(
-            labels=(model_label(model), model_label(reference)),
-            judged=_run_student(model, jobs, options, teacher, wanted, judges, progress),
-            reference_videos=teacher.videos,
-            settings=teacher.settings,
-            dtype=dtype_name(teacher.dtype),
-            timesteps=teacher.timesteps,
-            learned=judges.frame_metrics(wanted),
-        )
-        scores = evalcrafter_scores(result["metrics"])
-        yield result if scores is None else result | {"evalcrafter": scores}
+    jobs = tuple((prompt, seed) for prompt in prompts for seed in seeds)
+    return _run_teacher(reference, jobs, options, wanted=wanted, judges=judges, progress=progress)
+
+
+def judge_model(
+    model: Any, teacher: Teacher, *, options: EvaluationOptions | None = None, progress: Progress | None = None
+) -> Measured:
+    """Generate with a model what its reference generated, and measure every video.
+
+    Args:
+        model: The student: a pipeline, or the name or folder of one.
+        teacher: What `run_reference` returned.
+        options: Those that the reference ran with.
+        progress: See `evaluate`.
+
+    Returns:
+        What was measured, of which `summarise` makes the content of `eval.json`.
+
+    Raises:
+        InvalidInputError: The settings or the transformers do not fit the model.
+        S2QError: The model produced NaN or infinite values.
+    """
+    return Measured(
+        model=model_label(model),
+        reference=teacher.label,
+        videos=tuple(_run_student(model, options or EvaluationOptions(), teacher, progress)),
+        floor=teacher.floor,
+        settings=teacher.settings,
+        dtype=dtype_name(teacher.dtype),
+        timesteps=teacher.timesteps,
+    )
 
 
 def default_prompts(reference: Any, *, count: int = 64) -> list[str]:
@@ -224,8 +274,14 @@ def _open(model: Any, *, dtype: torch.dtype | str | None, device: str) -> Any:
 
 
 def _run_teacher(
-    reference: Any, jobs: list[tuple[str, int]], options: EvaluationOptions, *, record: bool, progress: Progress | None
-) -> _Teacher:
+    reference: Any,
+    jobs: _Jobs,
+    options: EvaluationOptions,
+    *,
+    wanted: tuple[str, ...],
+    judges: Judges,
+    progress: Progress | None,
+) -> Teacher:
     pipe = _open(reference, dtype=options.dtype, device=options.device)
     dtype = pipe.transformer.dtype
     settings = settings_for(pipe, options.settings, defaults=generation_defaults(reference))
@@ -237,7 +293,7 @@ def _run_teacher(
     timesteps: tuple[float, ...] = ()
     held = 0
     for names, seeds in _batches(jobs, size):
-        if record and held < options.trajectory_bytes:
+        if VELOCITY in wanted and held < options.trajectory_bytes:
             result: Any = record_trajectory(pipe, names, seeds=seeds, settings=settings, decode=True, step_done=tick)
             held += result.num_bytes
             timesteps = tuple(call.timestep for call in result.calls)
@@ -249,25 +305,23 @@ def _run_teacher(
     if pipe is not reference:
         del pipe
         gc.collect()
-    return _Teacher(
+    return Teacher(
+        label=model_label(reference),
+        jobs=jobs,
+        wanted=wanted,
         settings=settings,
         dtype=dtype,
         batch_size=size,
-        videos=videos,
-        trajectories=trajectories,
+        videos=tuple(videos),
+        trajectories=tuple(trajectories),
         timesteps=timesteps,
+        judges=judges,
+        floor=tuple(noise_pairs(videos, learned=judges.frame_metrics(wanted))),
     )
 
 
-def _run_student(
-    model: Any,
-    jobs: list[tuple[str, int]],
-    options: EvaluationOptions,
-    teacher: _Teacher,
-    wanted: tuple[str, ...],
-    judges: Judges,
-    progress: Progress | None,
-) -> list[Judged]:
+def _run_student(model: Any, options: EvaluationOptions, teacher: Teacher, progress: Progress | None) -> list[Judged]:
+    jobs = teacher.jobs
     pipe = _open(model, dtype=teacher.dtype, device=options.device)
     settings = settings_for(pipe, teacher.settings, defaults={})
     _check_transformers(transformers_of(pipe), teacher.trajectories)
@@ -284,7 +338,7 @@ def _run_student(
         if trajectory is not None:
             steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
         for video, errors in zip(_handed_on(videos_of(names, seeds, result), model, options), steps, strict=True):
-            judged.append(_judge(video, teacher.videos[len(judged)], errors, wanted, judges))
+            judged.append(_judge(video, teacher.videos[len(judged)], errors, teacher.wanted, teacher.judges))
     return judged
 
 
@@ -338,11 +392,11 @@ def _judge(video: Video, base: Video, errors: list[float], wanted: tuple[str, ..
 
 
 def _counter(
-    stage: str, jobs: list[Any], size: int, settings: GenerationSettings, progress: Progress | None
+    stage: str, jobs: Sequence[Any], size: int, settings: GenerationSettings, progress: Progress | None
 ) -> Callable[[], None]:
     return step_counter(stage, batches=-(-len(jobs) // size), steps=settings.num_inference_steps, progress=progress)
 
 
-def _batches(jobs: list[tuple[str, int]], size: int) -> Iterator[tuple[list[str], list[int]]]:
+def _batches(jobs: _Jobs, size: int) -> Iterator[tuple[list[str], list[int]]]:
     for batch in batched(jobs, size):
         yield [prompt for prompt, _ in batch], [seed for _, seed in batch]

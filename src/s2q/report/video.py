@@ -27,6 +27,7 @@ BT709, BT601 = "bt709", "smpte170m"
 _QUALITY_CRF = 12
 _SHEET_CELL = 96
 _GAP = 4
+_BLOCK = 16  # of H.264
 _LABEL_SIZE = 14
 
 
@@ -43,6 +44,47 @@ def enlarged(frames: np.ndarray, *, target: int = DISPLAY_PIXELS) -> np.ndarray:
     _check(frames)
     factor = max(1, target // max(frames.shape[1:3]))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def reduced(frames: np.ndarray, *, longest: int) -> np.ndarray:
+    """Shrink a video until its longer side is at most `longest`, averaging pixels; smaller videos stay as they are.
+
+    Args:
+        frames: `[F, H, W, 3]`, uint8.
+        longest: Length of the longer side in pixels.
+
+    Returns:
+        `[F, h, w, 3]`, uint8.
+    """
+    _check(frames)
+    height, width = frames.shape[1:3]
+    scale = longest / max(height, width)
+    if scale >= 1:
+        return frames
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX)) for frame in frames])
+
+
+def tiled(videos: Sequence[np.ndarray], *, columns: int) -> np.ndarray:
+    """Put videos side by side, row by row, each on whole blocks of 16 pixels so that an encoder keeps them apart.
+
+    Args:
+        videos: At least one, all `[F, H, W, 3]`, uint8, of one shape.
+        columns: Videos in a row.
+
+    Returns:
+        `[F, rows · ⌈H⌉₁₆, columns · ⌈W⌉₁₆, 3]`, uint8; video i begins at row `i // columns`, column `i % columns`.
+    """
+    for video in videos:
+        _check(video)
+    frames, height, width, channels = videos[0].shape
+    tall, wide = height + -height % _BLOCK, width + -width % _BLOCK
+    canvas = np.zeros((frames, -(-len(videos) // columns) * tall, columns * wide, channels), np.uint8)
+    for index, video in enumerate(videos):
+        top, left = index // columns * tall, index % columns * wide
+        padded = np.pad(video, ((0, 0), (0, tall - height), (0, wide - width), (0, 0)), mode="edge")
+        canvas[:, top : top + tall, left : left + wide] = padded
+    return canvas
 
 
 def difference(frames: np.ndarray, reference: np.ndarray, *, gain: int = 4) -> np.ndarray:
