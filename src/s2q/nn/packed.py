@@ -330,9 +330,8 @@ class PackedLinear(nn.Linear):
         weights = self.estimator_output.unsqueeze(1)
         if coefficients is None or self.low_rank_weight is None:
             return inputs, weights
-        return torch.cat([coefficients.float(), inputs], dim=1), torch.cat(
-            [self.low_rank_weight.float(), weights], dim=1
-        )
+        both = torch.cat([self.low_rank_weight.float(), weights], dim=1)
+        return torch.cat([coefficients.float(), inputs], dim=1), both
 
     def product_codes(self) -> Tensor:
         """Return the codes as `rescaled_int_matmul` takes them: uint8 [O, P] up to 4 bits, int8 [O, I] above."""
@@ -372,9 +371,11 @@ class PackedLinear(nn.Linear):
         return self._with_branch(output, coefficients, quantized, input.shape[:-1]).to(input.dtype)
 
     def _with_branch(self, output: Tensor, coefficients: Tensor | None, x: Tensor, rows: torch.Size) -> Tensor:
-        """Add the low-rank branch and the estimator of an input x, fp32 [..., I], to an output, [M, O]; fp32."""
+        """Add the low-rank branch and the estimator of an input x, [..., I], to an output, [M, O]; fp32 if any."""
         flat = None if coefficients is None else coefficients.reshape(len(output), -1).float()
-        branch_input, branch_weight = self._with_estimate(flat, lambda alpha: x.reshape(len(output), -1) @ alpha, rows)
+        branch_input, branch_weight = self._with_estimate(
+            flat, lambda alpha: x.reshape(len(output), -1).float() @ alpha, rows
+        )
         if branch_input is None or branch_weight is None:
             return output
         return output.float() + F.linear(branch_input, branch_weight.float())
@@ -400,7 +401,7 @@ class PackedLinear(nn.Linear):
             w_bits=self.scheme.weight.num_bits,
             backend=self.backend,
         )
-        return self._with_branch(output_MO, coefficients, transformed.float(), input.shape[:-1]).to(input.dtype)
+        return self._with_branch(output_MO, coefficients, transformed, input.shape[:-1]).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""
