@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -98,21 +98,83 @@ def calibrate_block(
         InvalidInputError: If the activations hold NaN or infinite values.
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
     """
+    with opened_block(block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=device) as opened:
+        calibration.progress()
+        return _carry_out(opened, calibration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedBlock:
+    """A block whose samples have been looked at.
+
+    Attributes:
+        work: The block and the recipe.
+        samples: Its inputs, what the teacher makes of them, and the weights of the tokens.
+        groups: Names inside the block of linears that share an input; those of modulation are in none.
+        statistics: Of the input of each group, by the first name of the group.
+        seed: The block's own.
+    """
+
+    work: BlockWork
+    samples: BlockSamples
+    groups: Sequence[tuple[str, ...]]
+    statistics: Mapping[str, InputStatistics]
+    seed: int
+
+    def put_students(self, block: nn.Module, group: tuple[str, ...], schemes: Mapping[str, LinearScheme]) -> None:
+        """Replace linears that share an input by students as the recipe starts them, in place.
+
+        Args:
+            block: A copy of the teacher.
+            group: One of `groups`.
+            schemes: Scheme by full name.
+        """
+        work = replace(self.work, schemes=schemes)
+        seed = derive_seed(self.seed, "rotation", group[0])
+        put_students(block, work, group, self.statistics[group[0]], seed=seed)
+
+
+@contextmanager
+def opened_block(
+    block: nn.Module,
+    linears: Mapping[str, str],
+    *,
+    schemes: Mapping[str, LinearScheme],
+    recipe: Recipe,
+    calibration: BlockCalibration,
+    device: str = "cpu",
+) -> Iterator[OpenedBlock]:
+    """Move the stream to a block and look at its samples; what is kept of them goes at the end.
+
+    Args:
+        block: The full-precision block; not changed.
+        linears: Full name by name inside the block, of the linears to quantize.
+        schemes: Scheme by full name.
+        recipe: A recipe that calibrates.
+        calibration: What to calibrate with.
+        device: Where to compute.
+
+    Yields:
+        What was seen.
+
+    Raises:
+        InvalidInputError: If the activations hold NaN or infinite values.
+    """
     teacher = copy.deepcopy(block).to(device).requires_grad_(False).eval()
     wide = recipe.calibration.precision == "float32"
     cast = functools.partial(moved, device=device, dtype=torch.float32 if wide else None)
     if wide:
         teacher = teacher.float()
     calibration.stream.advance(calibration.index)
-    groups = _groups(linears, calibration.family)
+    groups = input_groups(linears, calibration.family)
     targets = calibration.stream.store("targets")
     samples = BlockSamples(calibration.stream, targets, calibration.family.streams, cast)
     work = BlockWork(block=block, teacher=teacher, linears=linears, schemes=schemes, recipe=recipe)
     check = functools.partial(_check_outputs, calibration)
     try:
         statistics = observe(teacher, samples, groups, recipe=recipe, family=calibration.family, check=check)
-        calibration.progress()
-        return _carry_out(work, samples, groups, statistics, calibration)
+        seed = derive_seed(calibration.seed, "block", calibration.index)
+        yield OpenedBlock(work=work, samples=samples, groups=groups, statistics=statistics, seed=seed)
     finally:
         targets.clear()
 
@@ -121,14 +183,9 @@ def _check_outputs(calibration: BlockCalibration, outputs: Sequence[torch.Tensor
     calibration.stream.check(outputs, block=calibration.index, sample=sample)
 
 
-def _carry_out(
-    work: BlockWork,
-    samples: BlockSamples,
-    groups: Sequence[tuple[str, ...]],
-    statistics: Mapping[str, InputStatistics],
-    calibration: BlockCalibration,
-) -> CalibratedBlock:
+def _carry_out(opened: OpenedBlock, calibration: BlockCalibration) -> CalibratedBlock:
     """The steps of a block after its targets are known."""
+    work, samples, groups = opened.work, opened.samples, opened.groups
     recipe = work.recipe
     grouped = {name for group in groups for name in group}
     nearest = {name: pack_nearest(work, name) for name in work.linears}
@@ -138,16 +195,19 @@ def _carry_out(
     if recipe.modulation is not None and recipe.modulation.rounding == GPTQ:
         modulation, reports = pack_modulation(work, list(modulation), samples)
     student = work.copy_with(modulation)
-    seed = derive_seed(calibration.seed, "block", calibration.index)
     for group in groups:
-        put_students(student, work, group, statistics[group[0]], seed=derive_seed(seed, "rotation", group[0]))
+        opened.put_students(student, group, work.schemes)
     loss["initial"] = block_loss(student, samples)
     report = None
     if recipe.distillation is not None:
         options = DistillationOptions(**recipe.distillation.model_dump())
         with checkpointed(student) if calibration.checkpointed else nullcontext():
             report = distil(
-                student, samples, options=options, seed=derive_seed(seed, "order"), epoch_done=calibration.progress
+                student,
+                samples,
+                options=options,
+                seed=derive_seed(opened.seed, "order"),
+                epoch_done=calibration.progress,
             )
         loss["distilled"] = report.loss
     student.requires_grad_(False)
@@ -164,7 +224,7 @@ def _carry_out(
     )
 
 
-def _groups(linears: Mapping[str, str], family: Family) -> list[tuple[str, ...]]:
+def input_groups(linears: Mapping[str, str], family: Family) -> list[tuple[str, ...]]:
     """The linears to quantize but for modulation, by shared input; one that shares nothing is alone."""
     groups = [tuple(name for name in group if name in linears) for group in family.shared_inputs]
     shared = {name for group in groups for name in group}

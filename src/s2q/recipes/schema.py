@@ -49,6 +49,10 @@ def _one_of(kind: str, options: Iterable[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 Rounding = Annotated[str, _one_of("rounding", (*ROUNDINGS, GPTQ))]
 
 
@@ -229,6 +233,36 @@ class RoundingGroup(_Group):
         return GPTQOptions(**self.model_dump(exclude={"method"}))
 
 
+class AllocationGroup(_Group):
+    """What block linears are given one by one, by how much each of them needs it, in place of one value for all.
+
+    Attributes:
+        what: "group_size" of weights, and of activations where those are grouped; or "weight_bits".
+        candidates: The values; of group sizes, those that divide its in features are candidates of a linear.
+        budget: Bits that a weight of these linears takes at most, on the average, as stored: scales count, and codes of
+            5 to 8 bits take a byte.
+        samples: Calibration samples on which it is measured what a candidate does to a block.
+    """
+
+    what: Literal["group_size", "weight_bits"]
+    candidates: Annotated[tuple[int, ...], BeforeValidator(_to_tuple)]
+    budget: Number = Field(gt=0)
+    samples: int = Field(default=8, ge=1)
+
+    @field_validator("candidates")
+    @classmethod
+    def _different_and_in_range(cls, candidates: tuple[int, ...]) -> tuple[int, ...]:
+        if len(candidates) < 2 or len(set(candidates)) < len(candidates) or min(candidates) < 1:
+            raise ValueError(f"got {list(candidates)}; expected at least two different whole numbers above 0")
+        return candidates
+
+    @model_validator(mode="after")
+    def _bits_in_range(self) -> AllocationGroup:
+        if self.what == "weight_bits" and not all(MIN_BITS <= bits <= MAX_BITS for bits in self.candidates):
+            raise ValueError(f"candidates={list(self.candidates)}; expected bits, each {MIN_BITS} to {MAX_BITS}")
+        return self
+
+
 class Recipe(_Group):
     """A method: the parts of a quantization run and their settings.
 
@@ -246,6 +280,8 @@ class Recipe(_Group):
         loss: How distillation weights tokens.
         distillation: How blocks are optimised; None does not optimise.
         rounding: How weights become codes.
+        allocation: Group sizes or bits given to the block linears one by one, in place of what `weights` says (and
+            `activations`, of group sizes); None gives all of them the same.
         skip: Shell-style patterns of full names of linears to leave untouched, "transformer_blocks.0.*".
     """
 
@@ -261,12 +297,8 @@ class Recipe(_Group):
     loss: LossGroup = LossGroup()
     distillation: DistillationGroup | None = None
     rounding: RoundingGroup = RoundingGroup()
-    skip: tuple[str, ...] = ()
-
-    @field_validator("skip", mode="before")
-    @classmethod
-    def _list_to_tuple(cls, skip: Any) -> Any:
-        return tuple(skip) if isinstance(skip, list) else skip
+    allocation: AllocationGroup | None = None
+    skip: Annotated[tuple[str, ...], BeforeValidator(_to_tuple)] = ()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
@@ -288,6 +320,23 @@ class Recipe(_Group):
             )
         return self
 
+    @model_validator(mode="after")
+    def _allocation_fits(self) -> Recipe:
+        if self.allocation is None:
+            return self
+        key = "num_bits" if self.allocation.what == "weight_bits" else "group_size"
+        sides = {"weights": self.weights}
+        if key == "group_size" and self.activations is not None and self.activations.group_size is not None:
+            sides["activations"] = self.activations
+        for name, side in sides.items():
+            given = getattr(side, key)
+            if given not in self.allocation.candidates:
+                raise ValueError(
+                    f"{name}.{key}={given} is none of allocation.candidates={list(self.allocation.candidates)}, which "
+                    f"take its place; set it to one of them{'' if given else ', with granularity=per_group'}"
+                )
+        return self
+
     @property
     def calibrates(self) -> bool:
         """Whether the recipe does more than round each weight by itself; it runs on samples then."""
@@ -296,14 +345,14 @@ class Recipe(_Group):
         transforms = before or settings.rotation != "identity"
         learns = self.distillation is not None or self.clip.constant is not None
         uses_gptq = GPTQ in (self.rounding.method, None if self.modulation is None else self.modulation.rounding)
-        return transforms or learns or uses_gptq
+        return transforms or learns or uses_gptq or self.allocation is not None
 
     def resolved(self) -> dict[str, Any]:
         """Return every value as plain data for JSON; validating it gives an equal recipe."""
         return self.model_dump(mode="json")
 
     def linear_scheme(self) -> LinearScheme:
-        """Return the scheme of the ordinary block linears."""
+        """Return the scheme of the ordinary block linears; with `allocation`, of those that `weights` is right for."""
         activation = None if self.activations is None else self.activations.scheme()
         return LinearScheme(weight=self.weights.scheme(), activation=activation)
 
