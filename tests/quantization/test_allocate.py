@@ -164,7 +164,8 @@ def test_a_killed_run_goes_on_with_the_same_allocation(tmp_path, monkeypatch, re
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_a_loss_is_the_squared_error_of_the_block_with_that_linear_rounded(tmp_path):
+@pytest.mark.parametrize("name", [PROJ, "attn1.to_k"])
+def test_a_loss_is_the_squared_error_of_the_block_with_that_linear_rounded(tmp_path, name):
     """A weight of 4 bits in block 1, everything else as it is, coded again here."""
     transformer = tiny_transformer().requires_grad_(False)
     recipe = load_recipe("rtn-w4a4", overrides=["allocation={what: weight_bits, candidates: [4, 8], budget: 6}"])
@@ -186,9 +187,9 @@ def test_a_loss_is_the_squared_error_of_the_block_with_that_linear_rounded(tmp_p
         losses = block_losses(one, recipe, 1, stream=stream, folder=folder, selected=selected)
     block = transformer.transformer_blocks[1]
     rounded = copy.deepcopy(block)
-    weight = block.get_submodule(PROJ).weight
+    weight = block.get_submodule(name).weight
     step = weight.abs().amax(dim=1, keepdim=True) / 7
-    rounded.get_submodule(PROJ).weight.copy_((weight / step).round() * step)
+    rounded.get_submodule(name).weight.copy_((weight / step).round() * step)
     seen = []
     block.register_forward_hook(lambda _block, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True)
     for call in calls:
@@ -199,7 +200,7 @@ def test_a_loss_is_the_squared_error_of_the_block_with_that_linear_rounded(tmp_p
             (new - old).double().square().sum() for new, old in zip(rounded(*args, **kwargs), outputs, strict=True)
         ]
         expected += float(sum(squares)) / sum(old.shape[1] for old in outputs) / len(calls)
-    four, eight = losses[(f"transformer_blocks.1.{PROJ}",)]
+    four, eight = losses[(f"transformer_blocks.1.{name}",)]
     assert four == pytest.approx(expected, rel=1e-3)
     assert eight < four / 50
 
