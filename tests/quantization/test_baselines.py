@@ -215,11 +215,30 @@ def test_what_a_recipe_consists_of(method, width):
 def test_methods_differ_in_the_method_alone(width):
     """Whatever is not the method is as in S²Q-VDiT's recipe, but for which samples are taken."""
     ours = load_recipe("s2q-w4a6")
-    for method in METHODS:
+    for method in (*METHODS, "q-dit", *(("vidit-q-mp",) if width != "w8a8" else ())):
         recipe = load_recipe(f"{method}-{width}")
         assert recipe.calibration == ours.calibration.model_copy(update={"selection": "rtfp"})
         assert recipe.modulation.rounding == ours.modulation.rounding
         assert recipe.rounding.model_copy(update={"method": "gptq"}) == ours.rounding
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_qdit_consists_of(width):
+    recipe, bits = load_recipe(f"q-dit-{width}"), 8 if width == "w8a8" else 4
+    assert (recipe.transforms.scale, recipe.transforms.rotation, recipe.rounding.method) == ("none", "identity", "gptq")
+    assert (recipe.clip.constant, recipe.distillation, recipe.modulation.num_bits) == (None, None, bits)
+    assert recipe.linear_scheme().name == f"w{bits}g128a{width[-1]}g128"
+    assert recipe.linear_scheme().simulated
+    assert (recipe.allocation.what, recipe.allocation.budget) == ("group_size", bits + 32 / 128)
+
+
+@pytest.mark.parametrize("width", WIDTHS[1:])
+def test_mixed_precision_is_viditq_with_an_allocation(width):
+    recipe, plain = load_recipe(f"vidit-q-mp-{width}"), load_recipe(f"vidit-q-{width}")
+    own = {"name": recipe.name, "description": recipe.description, "allocation": recipe.allocation}
+    assert recipe == plain.model_copy(update=own)
+    allocation = recipe.allocation
+    assert (allocation.what, allocation.candidates, allocation.budget) == ("weight_bits", (4, 8), 5)
 
 
 def test_plans_of_all_of_them(tmp_path):

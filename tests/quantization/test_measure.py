@@ -30,7 +30,7 @@ def test_noise_makes_no_part_negative():
     assert min(found.fixed, found.once, found.step, found.evaluation) >= 0
 
 
-@pytest.mark.parametrize("recipe", ["s2q-w4a6", "rtn-w4a6"])
+@pytest.mark.parametrize("recipe", ["s2q-w4a6", "rtn-w4a6", "vidit-q-mp-w4a6"])
 def test_every_stage_gets_its_seconds_and_nothing_is_left(tmp_path, recipe):
     tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
     overrides = ["calibration.steps=4", "calibration.n_prompts=2", "calibration.samples=8"]

@@ -58,6 +58,14 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
             f"Calibration: {cost['samples']} samples, {cost['tokens']:,} video and {cost['text_tokens']} text tokens; "
             f"inputs and targets of a block take {format_bytes(cost['activation_bytes'])}{where}, a step {step}"
         )
+    allocation = plan["allocation"]
+    if allocation is not None:
+        values = ", ".join(map(str, sorted(allocation["candidates"])))
+        notes.append(
+            f"Allocated in the run: {allocation['what']} of {allocation['linears']} linears, one by one out of "
+            f"{values}, within {allocation['budget']:g} bits a weight; until then the total is what this allows, and "
+            "each linear has its largest candidate"
+        )
     there = device["memory_bytes"]
     for stage in plan["stages"]:
         needed = stage["peak_memory_bytes"]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -106,13 +106,75 @@ def calibrate_block(
         InvalidInputError: If the activations hold NaN or infinite values.
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
     """
-    assert calibration.stream is not None, "a recipe that calibrates needs samples"
-    stream = calibration.stream
+    with opened_block(block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=device) as opened:
+        calibration.progress()
+        return _carry_out(opened, calibration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedBlock:
+    """A block whose samples have been looked at.
+
+    Attributes:
+        work: The block and the recipe.
+        samples: Its inputs, what the teacher makes of them, and the weights of the tokens.
+        groups: Names inside the block of linears that share an input; those of modulation are in none.
+        statistics: Of the input of each group, by the first name of the group.
+        seed: The block's own.
+    """
+
+    work: BlockWork
+    samples: BlockSamples
+    groups: Sequence[tuple[str, ...]]
+    statistics: Mapping[str, InputStatistics]
+    seed: int
+
+    def put_students(self, block: nn.Module, group: tuple[str, ...], schemes: Mapping[str, LinearScheme]) -> None:
+        """Replace linears that share an input by students as the recipe starts them, in place.
+
+        Args:
+            block: A copy of the teacher.
+            group: One of `groups`.
+            schemes: Scheme by full name.
+        """
+        work = replace(self.work, schemes=schemes)
+        for name, layer in make_students(work, group, seed=self.seed, statistics=self.statistics[group[0]]).items():
+            replace_module(block, name, layer)
+
+
+@contextmanager
+def opened_block(
+    block: nn.Module,
+    linears: Mapping[str, str],
+    *,
+    schemes: Mapping[str, LinearScheme],
+    recipe: Recipe,
+    calibration: BlockCalibration,
+    device: str = "cpu",
+) -> Iterator[OpenedBlock]:
+    """Move the stream to a block and look at its samples; what is kept of them goes at the end.
+
+    Args:
+        block: The full-precision block; not changed.
+        linears: Full name by name inside the block, of the linears to quantize.
+        schemes: Scheme by full name.
+        recipe: A recipe that calibrates.
+        calibration: What to calibrate with.
+        device: Where to compute.
+
+    Yields:
+        What was seen.
+
+    Raises:
+        InvalidInputError: If the activations hold NaN or infinite values.
+    """
     teacher = copy.deepcopy(block).to(device).requires_grad_(False).eval()
     wide = recipe.calibration.precision == "float32"
     cast = functools.partial(moved, device=device, dtype=torch.float32 if wide else None)
     if wide:
         teacher = teacher.float()
+    stream = calibration.stream
+    assert stream is not None, "a recipe that calibrates needs samples"
     stream.advance(calibration.index)
     groups = input_groups(linears, calibration.family)
     targets = stream.store("targets")
@@ -130,8 +192,7 @@ def calibrate_block(
     check = functools.partial(_check_outputs, stream, calibration.index)
     try:
         statistics = observe(teacher, samples, groups, recipe=recipe, family=calibration.family, check=check)
-        calibration.progress()
-        return _carry_out(work, samples, groups, statistics, calibration)
+        yield OpenedBlock(work=work, samples=samples, groups=groups, statistics=statistics, seed=calibration.block_seed)
     finally:
         targets.clear()
 
@@ -140,14 +201,9 @@ def _check_outputs(stream: TeacherStream, index: int, outputs: Sequence[torch.Te
     stream.check(outputs, block=index, sample=sample)
 
 
-def _carry_out(
-    work: BlockWork,
-    samples: BlockSamples,
-    groups: Sequence[tuple[str, ...]],
-    statistics: Mapping[str, InputStatistics],
-    calibration: BlockCalibration,
-) -> CalibratedBlock:
+def _carry_out(opened: OpenedBlock, calibration: BlockCalibration) -> CalibratedBlock:
     """The steps of a block after its targets are known."""
+    work, samples, groups = opened.work, opened.samples, opened.groups
     recipe = work.recipe
     grouped = {name for group in groups for name in group}
     nearest = {name: pack_nearest(work, name) for name in work.linears}
@@ -158,17 +214,19 @@ def _carry_out(
     if recipe.modulation is not None and recipe.modulation.rounding == GPTQ:
         modulation, reports = pack_modulation(work, list(modulation), samples)
     student = work.copy_with(modulation)
-    seed = calibration.block_seed
     for group in groups:
-        for name, layer in make_students(work, group, seed=seed, statistics=statistics[group[0]]).items():
-            replace_module(student, name, layer)
+        opened.put_students(student, group, work.schemes)
     loss["initial"] = measured(student)
     report = None
     if recipe.distillation is not None:
         options = DistillationOptions(**recipe.distillation.model_dump(), temporal=recipe.loss.temporal)
         with checkpointed(student) if calibration.checkpointed else nullcontext():
             report = distil(
-                student, samples, options=options, seed=derive_seed(seed, "order"), epoch_done=calibration.progress
+                student,
+                samples,
+                options=options,
+                seed=derive_seed(opened.seed, "order"),
+                epoch_done=calibration.progress,
             )
         loss["distilled"] = report.loss
     student.requires_grad_(False)

@@ -22,6 +22,7 @@ from s2q.core.errors import InvalidInputError
 from s2q.distillation import evaluations
 from s2q.models import ModelSource
 from s2q.planning import Machine, Plan
+from s2q.quantization.allocate import block_losses
 from s2q.quantization.blocks import quantize_block
 from s2q.quantization.calibrated import BlockCalibration
 from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
@@ -138,9 +139,13 @@ def _calibrating(
     started = time.perf_counter()
     select(whole, inputs, group, branches=branches)
     selecting = time.perf_counter() - started
+    allocates = {}
+    if recipe.allocation is not None:
+        allocates["allocate"] = _allocating(teacher, recipe, planned, folder, slices[_SAMPLES], machine=machine)
     return {
         "collect": len(wanted) * video,
         "select": selecting,
+        **allocates,
         "blocks": _blocks(teacher, recipe, planned, folder, slices, machine=machine, progress=progress),
     }
 
@@ -173,6 +178,25 @@ def _whole_pools(
         )
         for component, pool in pools.items()
     }
+
+
+def _allocating(
+    teacher: Teacher, recipe: Recipe, planned: Plan, folder: RunFolder, few: Selected, *, machine: Machine
+) -> float:
+    cost, group = planned.calibration, recipe.allocation
+    assert cost is not None
+    assert group is not None
+    total = 0.0
+    for one in teacher.transformers:
+        for first, count in _kinds(one):
+            stream = calibration_stream(teacher, one, few, folder, machine=machine, step_bytes=cost.step_bytes)
+            stream.advance(first)
+            started = time.perf_counter()
+            block_losses(one, recipe, first, stream=stream, folder=folder, selected=few)
+            each = (time.perf_counter() - started) / _SAMPLES
+            stream.close()
+            total += count * each * min(group.samples, cost.samples)
+    return total
 
 
 def _blocks(

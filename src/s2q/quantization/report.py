@@ -68,6 +68,8 @@ class QuantizationReport:
             `quantized_bytes`, `ratio`.
         layers: Every block linear as in the plan: name, shape, scheme, bytes.
         simulated: Whether some of them are computed in floating point, for want of an integer kernel.
+        allocation: What was allocated to linears one by one, as in the plan; None for recipes that do not. What each of
+            them could have had is in s2q/allocation.json.
         blocks: What was done to each block.
         stages: Seconds and peak memory of each stage, in order.
         seconds: Time from the start until the checkpoint was ready to be written.
@@ -87,6 +89,7 @@ class QuantizationReport:
     storage: Mapping[str, int | float]
     layers: Sequence[Mapping[str, Any]]
     simulated: bool
+    allocation: Mapping[str, Any] | None
     blocks: Sequence[BlockReport]
     stages: Sequence[Mapping[str, Any]]
     seconds: float

@@ -1,4 +1,4 @@
-"""A run from start to end: load, collect, select, blocks, assemble, report.
+"""A run from start to end: load, collect, select, allocate, blocks, assemble, report.
 
 Blocks do not depend on each other: each is computed from the full-precision model and the recipe alone, written
 atomically into the run folder, and skipped when it is there with the fingerprint of the same inputs. A killed run
@@ -32,11 +32,13 @@ from s2q.planning import (
     Plan,
     check_memory,
     plan,
+    plan_allocated,
     plan_transformers,
     tensor_sizes,
     this_machine,
     workload_of,
 )
+from s2q.quantization.allocate import Allocated, allocate
 from s2q.quantization.assemble import assemble
 from s2q.quantization.blocks import block_fingerprint, quantize_block, to_artefact
 from s2q.quantization.calibrated import BlockCalibration
@@ -44,6 +46,7 @@ from s2q.quantization.collect import branches_of, calibration_prompts, collect, 
 from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
 from s2q.quantization.run_folder import RunFolder, open_run_folder
 from s2q.quantization.select import Selected, calibration_stream, select
+from s2q.quantization.stream import TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.recipes import Recipe, load_recipe
 
@@ -166,9 +169,15 @@ class _Run:
         planned = _plan_loaded(teacher, recipe, self.machine)
         check_memory(planned)
         self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed)
-        selection = None
+        selection, files = None, {}
         if recipe.calibrates:
             selection = self._calibration(teacher, recipe, prompts)
+            files |= selection.files
+        if recipe.allocation is not None and selection is not None:
+            allocated = self._allocation(teacher, recipe, planned, selection)
+            teacher, files = allocated.applied(teacher), files | allocated.files
+            linears = [linear for one in teacher.transformers for linear in one.linears]
+            planned = plan_allocated(planned, recipe, linears, allocated.schemes)
         n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
         blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe, planned, selection))
         student = self._timed("assemble", lambda: self._assemble(teacher, recipe, planned))
@@ -180,7 +189,7 @@ class _Run:
             report=report.to_dict(),
             events=self.folder.events(),
             base_folder=teacher.folder,
-            files={} if selection is None else selection.files,
+            files=files,
         )
         save_checkpoint(
             student,
@@ -220,6 +229,29 @@ class _Run:
         self.folder.log("select", selection=group.selection, samples=selected.count)
         self.progress("select", 1, 1)
         return selected
+
+    def _allocation(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected) -> Allocated:
+        """Choose the schemes of linears one by one."""
+        cost = planned.calibration
+        assert cost is not None
+
+        def streams(one: TeacherTransformer, few: Selected) -> TeacherStream:
+            return calibration_stream(teacher, one, few, self.folder, machine=self.machine, step_bytes=cost.step_bytes)
+
+        allocated = self._timed(
+            "allocate",
+            lambda: allocate(
+                teacher,
+                recipe,
+                selected,
+                self.folder,
+                streams=streams,
+                progress=lambda done, total: self.progress("allocate", done, total),
+            ),
+        )
+        record = allocated.record
+        self.folder.log("allocate", **{key: record[key] for key in ("what", "most_bytes", "bytes", "linears")})
+        return allocated
 
     def _blocks(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected | None) -> list[BlockReport]:
         """Go through the blocks of one transformer after the other."""
@@ -330,6 +362,7 @@ class _Run:
             storage=planned.storage,
             layers=[asdict(layer) for layer in planned.layers],
             simulated=planned.simulated,
+            allocation=None if planned.allocation is None else asdict(planned.allocation),
             blocks=tuple(blocks),
             stages=tuple(self.stages),
             seconds=time.perf_counter() - self.started,

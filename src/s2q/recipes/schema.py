@@ -72,6 +72,10 @@ def _one_of(kind: str, options: Iterable[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 Rounding = Annotated[str, _one_of("rounding", (*ROUNDINGS, GPTQ))]
 Levels = Annotated[str, _one_of("levels", LEVELS)]
 
@@ -331,6 +335,36 @@ class RoundingGroup(_Group):
         return GPTQOptions(**self.model_dump(exclude={"method"}))
 
 
+class AllocationGroup(_Group):
+    """What block linears are given one by one, by how much each of them needs it, in place of one value for all.
+
+    Attributes:
+        what: "group_size" of weights, and of activations where those are grouped; or "weight_bits".
+        candidates: The values; of group sizes, those that divide its in features are candidates of a linear.
+        budget: Bits that a weight of these linears takes at most, on the average, as stored: scales count, and codes of
+            5 to 8 bits take a byte.
+        samples: Calibration samples on which it is measured what a candidate does to a block.
+    """
+
+    what: Literal["group_size", "weight_bits"]
+    candidates: Annotated[tuple[int, ...], BeforeValidator(_to_tuple)]
+    budget: Number = Field(gt=0)
+    samples: int = Field(default=8, ge=1)
+
+    @field_validator("candidates")
+    @classmethod
+    def _different_and_in_range(cls, candidates: tuple[int, ...]) -> tuple[int, ...]:
+        if len(candidates) < 2 or len(set(candidates)) < len(candidates) or min(candidates) < 1:
+            raise ValueError(f"got {list(candidates)}; expected at least two different whole numbers above 0")
+        return candidates
+
+    @model_validator(mode="after")
+    def _bits_in_range(self) -> AllocationGroup:
+        if self.what == "weight_bits" and not all(MIN_BITS <= bits <= MAX_BITS for bits in self.candidates):
+            raise ValueError(f"candidates={list(self.candidates)}; expected bits, each {MIN_BITS} to {MAX_BITS}")
+        return self
+
+
 class Recipe(_Group):
     """A method: the parts of a quantization run and their settings.
 
@@ -349,6 +383,8 @@ class Recipe(_Group):
         distillation: How blocks are optimised; None does not optimise.
         rounding: How weights become codes.
         refinement: How what scales and corrects the codes is learned; None leaves it as rounding found it.
+        allocation: Group sizes or bits given to the block linears one by one, in place of what `weights` says (and
+            `activations`, of group sizes); None gives all of them the same.
         skip: Shell-style patterns of full names of linears to leave untouched, "transformer_blocks.0.*".
     """
 
@@ -365,12 +401,8 @@ class Recipe(_Group):
     distillation: DistillationGroup | None = None
     rounding: RoundingGroup = RoundingGroup()
     refinement: RefinementGroup | None = None
-    skip: tuple[str, ...] = ()
-
-    @field_validator("skip", mode="before")
-    @classmethod
-    def _list_to_tuple(cls, skip: Any) -> Any:
-        return tuple(skip) if isinstance(skip, list) else skip
+    allocation: AllocationGroup | None = None
+    skip: Annotated[tuple[str, ...], BeforeValidator(_to_tuple)] = ()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
@@ -398,13 +430,30 @@ class Recipe(_Group):
             raise ValueError("refinement does not know estimators; set refinement=null, or transforms.estimator=false")
         return self
 
+    @model_validator(mode="after")
+    def _allocation_fits(self) -> Recipe:
+        if self.allocation is None:
+            return self
+        key = "num_bits" if self.allocation.what == "weight_bits" else "group_size"
+        sides = {"weights": self.weights}
+        if key == "group_size" and self.activations is not None and self.activations.group_size is not None:
+            sides["activations"] = self.activations
+        for name, side in sides.items():
+            given = getattr(side, key)
+            if given not in self.allocation.candidates:
+                raise ValueError(
+                    f"{name}.{key}={given} is none of allocation.candidates={list(self.allocation.candidates)}, which "
+                    f"take its place; set it to one of them{'' if given else ', with granularity=per_group'}"
+                )
+        return self
+
     @property
     def calibrates(self) -> bool:
         """Whether a part of the recipe needs samples: not a fixed rotation, a constant clip or rounding to nearest."""
         settings = self.transforms
         measures = settings.shift != "none" or settings.scale != "none" or settings.low_rank > 0
         uses_gptq = GPTQ in (self.rounding.method, None if self.modulation is None else self.modulation.rounding)
-        return measures or self.learns or uses_gptq
+        return measures or self.learns or uses_gptq or self.allocation is not None
 
     @property
     def learns(self) -> bool:
