@@ -174,11 +174,15 @@ def _evaluate(
     def stepped() -> None:
         nonlocal done
         done += 1
-        progress("evaluate", min(done, total - 1), total)
+        if done == 1:  # from here on, the time that is left can be told
+            progress("load", 1, 1)
+            progress("evaluate", 0, total)
+        else:
+            progress("evaluate", min(done, total - 1), total)
 
     if not shards:
         return {}
-    progress("evaluate", 0, total)
+    progress("load", 0, 1)
     found = evaluate_shards(folder, plan, shards, device=options.device, processes=options.processes, stepped=stepped)
     progress("evaluate", total, total)
     return found
