@@ -98,7 +98,7 @@ def test_weights_that_the_process_holds_count_once(monkeypatch, device, recipe):
     monkeypatch.setattr(Machine, "process_bytes", 10**9)
     transformers, others = {"transformer": tiny_cogvideox_pipeline().transformer}, 10**8
     sizes = tensor_sizes(transformers)
-    workload = Workload(tokens=12, text_tokens=8, branches=2, rows=2, component_bytes=others)
+    workload = Workload(tokens=12, frames=3, text_tokens=8, branches=2, rows=2, component_bytes=others)
     fresh, held = (
         plan_transformers(
             transformers,

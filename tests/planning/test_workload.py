@@ -22,7 +22,7 @@ def workload(pipe):
 def test_the_tokens_of_a_pipeline_and_of_one_derived_from_it(own):
     pipe = tiny_cogvideox_pipeline()
     pipe = OwnPipeline(**pipe.components) if own else pipe
-    expected = Workload(tokens=3 * 1 * 1, text_tokens=16, branches=2, rows=2, component_bytes=7)
+    expected = Workload(tokens=3 * 1 * 1, frames=3, text_tokens=16, branches=2, rows=2, component_bytes=7)
     assert workload(pipe) == expected
 
 

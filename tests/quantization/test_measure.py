@@ -41,7 +41,8 @@ def test_every_stage_gets_its_seconds_and_nothing_is_left(tmp_path, recipe):
     result = measured(planned, source, validated, machine=machine, progress=lambda *step: seen.append(step))
     seconds = {stage.name: stage.seconds for stage in result.stages}
     assert seconds.pop("assemble") is None  # not measured
-    assert seconds.keys() == ({"collect", "select", "blocks"} if validated.calibrates else {"blocks"})
+    expected = {"collect", "select", "blocks"} if validated.calibrates else {"blocks"}
+    assert seconds.keys() == expected | ({"allocate"} if validated.allocation else set())
     assert all(one > 0 for one in seconds.values())
     assert [stage.peak_memory_bytes for stage in result.stages] == [stage.peak_memory_bytes for stage in planned.stages]
     assert seen[-1][0] == "blocks"
