@@ -32,6 +32,7 @@ from s2q.models.synthetic import BlockList, SyntheticModel, synthetic_model
 from s2q.models.synthetic_blocks import block_inputs
 from s2q.planning.cost import Workload, block_shapes
 from s2q.recipes import Recipe, load_recipe
+from s2q.rounding import softened
 
 MODELS = ("cogvideox-2b", "cogvideox-5b", "hunyuanvideo", "ltx-2b", "wan-1.3b", "wan-14b")
 TOKENS = (256, 4096, 32_768, 131_072)
@@ -154,7 +155,8 @@ def traced_bytes(case: Case) -> int:
                 if isinstance(leaf, Tensor):
                     live.add(leaf.data if leaf.is_leaf else leaf)
             before = live.now
-            with checkpointed(student) if case.recompute else nullcontext(), torch.enable_grad(), parameters_held():
+            repeats = checkpointed(student) if case.recompute else nullcontext()
+            with repeats, softened(student), torch.enable_grad(), parameters_held():
                 outputs = student(**inputs)
                 streams: Sequence[Tensor] = outputs if isinstance(outputs, tuple) else (outputs,)
                 weighted_token_loss(streams, tuple(torch.zeros_like(one) for one in streams)).backward()

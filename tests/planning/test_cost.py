@@ -32,6 +32,16 @@ def test_a_step_is_planned_near_what_it_holds(name, index, recompute):
     assert planned_bytes(case) == pytest.approx(traced_bytes(case), rel=0.2)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_learned_rounding_is_planned_with_what_it_holds(recompute):
+    """To what a step holds come, for each weight, V, its best state, two moments of AdamW, and a code."""
+    model, recipe = synthetic_model("wan-14b"), load_recipe("ptq4dit-w4a6")
+    case = {"tokens": 1024, "dtype": torch.float32, "recompute": recompute}
+    weights = 4 * 2 * 5120**2 + 2 * 5120 * 13824
+    held = traced_bytes(model, model.block_lists[0], recipe, **case) + 17 * weights
+    assert held <= planned_bytes(model, model.block_lists[0], recipe, **case) < 1.3 * held
+
+
 def test_a_step_that_does_not_fit_is_checkpointed():
     large, small = (plan("synthetic:cogvideox-5b", "s2q-w4a6", machine=machine(size)) for size in (80e9, 16 * 10**9))
     assert not large.calibration.gradient_checkpointing

@@ -1,10 +1,12 @@
 """The recipes of other methods: what each does to a linear, coded again here, and the checkpoint that comes of it."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.nn import set_backend
@@ -18,9 +20,12 @@ PARTS = {
     "quarot": ("none", "hadamard", "gptq", 0.9),
     "vidit-q": ("smooth", "hadamard", "rtn", None),
     "svdquant": ("smooth", "identity", "gptq", None),
+    "brecq": ("none", "identity", "adaround", None),
+    "ptq4dit": ("smooth", "identity", "adaround", None),
 }
 METHODS = tuple(PARTS)
 WIDTHS = ("w8a8", "w4a8", "w4a6", "w4a4")
+LEARNED = ("brecq", "ptq4dit")
 SMALL = ["calibration.n_prompts=1", "calibration.steps=1", "calibration.samples=1", "calibration.branches=both"]
 LINEAR = "attn1.to_q"
 SIBLINGS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
@@ -45,7 +50,8 @@ def baseline(tmp_path_factory):
                 torch.maximum(amax, rows.abs().amax(dim=0), out=amax)
 
             block.get_submodule(LINEAR).register_forward_pre_hook(look)
-            report = quantize(pipe, recipe=f"{method}-w4a4", out=out, prompts=["a"], overrides=SMALL)
+            changes = [*SMALL, "distillation.epochs=2"] if method in LEARNED else SMALL
+            report = quantize(pipe, recipe=f"{method}-w4a4", out=out, prompts=["a"], overrides=changes)
             loaded = load_pipeline(out)
             done[method] = SimpleNamespace(
                 out=out,
@@ -186,6 +192,36 @@ def test_svdquant_gives_the_same_bits_on_the_cpu_backend(baseline):
     torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_brecq_rounds_each_weight_down_or_up_as_serves_the_block(baseline):
+    run = baseline("brecq")
+    assert run.packed.transform_scale is None
+    assert 0 < float(run.packed.activation_clip) < 1
+    weight = run.weights[0]
+    step = weight.abs().amax(dim=1, keepdim=True) / 7
+    codes = run.packed.dequantized_weight(torch.float32).double() / step
+    assert float(((codes - weight / step).abs() < 1 + 1e-4).double().mean()) == 1
+    assert not torch.allclose(codes, (weight / step).round(), rtol=0, atol=0.5)
+    assert run.report.blocks[0].loss["final"] < run.report.blocks[0].loss["initial"]
+
+
+def test_ptq4dit_balances_the_salience_of_timesteps(tmp_path):
+    """Of two timesteps, each of one sample; the maxima of each are listened to, and weighted as coded here."""
+    pipe = tiny_cogvideox_pipeline(num_layers=1)
+    linear = pipe.transformer.transformer_blocks[0].get_submodule(LINEAR)
+    calls = []
+    linear.register_forward_pre_hook(lambda _module, args: calls.append(args[0].abs().amax(dim=1).double()))
+    changes = ["calibration.steps=2", "calibration.samples=2", "calibration.branches=both", "calibration.n_prompts=1"]
+    changes += ["distillation.epochs=1", "calibration.selection=atop"]
+    quantize(pipe, recipe="ptq4dit-w4a4", out=tmp_path / "out", prompts=["a"], overrides=changes)
+    packed = load_pipeline(tmp_path / "out").transformer.transformer_blocks[0].get_submodule(LINEAR)
+    timesteps = [one.amax(dim=0).numpy() for one in calls[:2]]  # collected with both branches in one call
+    block = pipe.transformer.transformer_blocks[0]
+    weight = torch.cat([block.get_submodule(name).weight.detach() for name in SIBLINGS]).abs().amax(dim=0).double()
+    shares = [math.exp(-spearmanr(one, weight.numpy()).statistic) for one in timesteps]
+    salience = sum(share * torch.from_numpy(one) for share, one in zip(shares, timesteps, strict=True)) / sum(shares)
+    torch.testing.assert_close(packed.transform_scale.double(), (weight / salience).sqrt(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_checkpoint_loads_and_generates(baseline, method):
     run = baseline(method)
@@ -207,6 +243,11 @@ def test_what_a_recipe_consists_of(method, width):
     assert (transforms.alpha, transforms.low_rank) == (("search", 32) if svd else (0.5, 0))
     assert transforms.low_rank_from == ("weight" if svd else "input")
     assert (transforms.shift, recipe.distillation, recipe.outer) == ("none", None, None)
+    assert transforms.scale == "none" or (transforms.alpha == 0.5 and not transforms.learn_scale)
+    assert transforms.salience == ("spearman" if method == "ptq4dit" else "max")
+    assert (transforms.shift, transforms.low_rank, recipe.outer) == ("none", 0, None)
+    assert (recipe.distillation is not None) == recipe.clip.activations == (method in LEARNED)
+    assert (recipe.loss.weighting, recipe.clip.weights) == ("uniform", False)
     assert recipe.linear_scheme().name == width
     assert recipe.modulation.num_bits == (8 if width == "w8a8" else 4)
 
@@ -219,7 +260,7 @@ def test_methods_differ_in_the_method_alone(width):
         recipe = load_recipe(f"{method}-{width}")
         assert recipe.calibration == ours.calibration.model_copy(update={"selection": "rtfp"})
         assert recipe.modulation.rounding == ours.modulation.rounding
-        assert recipe.rounding.model_copy(update={"method": "gptq"}) == ours.rounding
+        assert recipe.rounding.gptq() == ours.rounding.gptq()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -254,3 +295,5 @@ def test_plans_of_all_of_them(tmp_path):
     plain = plan(tmp_path / "model", "rtn-w4a4").storage["quantized_bytes"]
     assert plain < sizes["smoothquant", "w4a4"] < sizes["vidit-q", "w4a4"] < sizes["quarot", "w4a4"]
     assert sizes["smoothquant", "w4a4"] < sizes["svdquant", "w4a4"]
+    assert plain < sizes["brecq", "w4a4"] < sizes["smoothquant", "w4a4"] < sizes["ptq4dit", "w4a4"]
+    assert sizes["smoothquant", "w4a4"] < sizes["vidit-q", "w4a4"] < sizes["quarot", "w4a4"]

@@ -158,7 +158,7 @@ def quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int, levels: Ten
     Returns:
         int8 [O, I].
     """
-    grouped, spread = _align(weight, scale)
+    grouped, spread = align_scale(weight, scale)
     return quantize(grouped, spread, num_bits=num_bits, levels=levels).reshape(weight.shape)
 
 
@@ -173,7 +173,7 @@ def dequantize_weight(codes: Tensor, scale: Tensor, *, levels: Tensor | None = N
     Returns:
         fp32 [O, I].
     """
-    grouped, spread = _align(codes, scale)
+    grouped, spread = align_scale(codes, scale)
     return dequantize(grouped, spread, levels=levels).reshape(codes.shape)
 
 
@@ -276,8 +276,24 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int, levels
     Returns:
         [O, I], dtype of the weight.
     """
-    grouped, spread = _align(weight, scale)
-    return fake_quantize(grouped, spread, num_bits=num_bits, levels=levels).reshape(weight.shape)
+    grouped, spread = align_scale(weight, scale)
+    return fake_quantize(grouped, spread, num_bits=num_bits).reshape(weight.shape)
+
+
+def align_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Reshape a weight and its scale so that they broadcast.
+
+    Args:
+        weight: [O, I], or codes of that shape.
+        scale: [1], [O] or [O, G].
+
+    Returns:
+        [O, I] with [O, 1] or [1, 1], or [O, G, I / G] with [O, G, 1].
+    """
+    if scale.ndim == 2:
+        assert weight.shape[1] % scale.shape[1] == 0, (weight.shape, scale.shape)
+        return _grouped(weight, scale.shape[1]), scale.unsqueeze(2)
+    return weight, scale.unsqueeze(1)
 
 
 class _RoundSTE(torch.autograd.Function):
@@ -314,14 +330,6 @@ def _root_mean_square(values: Tensor) -> Tensor:
     """fp32 [..., 1]."""
     norm: Tensor = torch.linalg.vector_norm(values.float(), dim=-1, keepdim=True)
     return norm / math.sqrt(values.shape[-1])
-
-
-def _align(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Reshape so that the scale broadcasts: [O, I] with [O, 1] or [1, 1], or [O, G, I / G] with [O, G, 1]."""
-    if scale.ndim == 2:
-        assert weight.shape[1] % scale.shape[1] == 0, (weight.shape, scale.shape)
-        return _grouped(weight, scale.shape[1]), scale.unsqueeze(2)
-    return weight, scale.unsqueeze(1)
 
 
 def _grouped(weight: Tensor, groups: int) -> Tensor:

@@ -5,6 +5,9 @@ block returns for the same inputs (S²Q-VDiT, section 3.3). Samples are taken on
 follows a cosine to a thousandth of the learning rate, and the loss is divided by its own detached value before the
 gradient is taken (FlatQuant), so that a noisy step does not count for more than a clean one.
 
+Where the rounding of weights is learned (`s2q.rounding.adaround`), steps see it soft; every loss that is reported or
+compared is that of the weights as they would be rounded, so that the best state is the best one to pack.
+
 Legend: `B` samples, `N_k` tokens of stream k, `d` channels.
 """
 
@@ -28,11 +31,13 @@ from s2q.core.tokens import TokenGrid
 from s2q.distillation.loss import weighted_token_loss
 from s2q.distillation.temporal import temporal_loss
 from s2q.nn import RefinedLinear, StudentInput, StudentLinear, set_token_grid
+from s2q.rounding import softened
 
 logger = logging.getLogger(__name__)
 
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
 _EVALUATIONS = 5
+_ROUNDING_EPS = 1e-15  # far below a gradient that is shared by all weights of a block
 PIECE = 8192
 """Tokens that a part without attention computes again at a time."""
 
@@ -82,6 +87,7 @@ class DistillationOptions:
         epochs: Passes over the samples.
         lr: Learning rate of transforms.
         clip_lr: Learning rate of clip ratios.
+        rounding_lr: Learning rate of rounding.
         weight_decay: Of AdamW.
         temporal: Weight of the loss on the similarities of frames.
     """
@@ -89,6 +95,7 @@ class DistillationOptions:
     epochs: int = 15
     lr: float = 5e-3
     clip_lr: float = 5e-2
+    rounding_lr: float = 3e-2
     weight_decay: float = 0.0
     temporal: float = 0.0
 
@@ -134,16 +141,19 @@ def distil(
     *,
     options: DistillationOptions,
     seed: int,
-    epoch_done: Callable[[], None] | None = None,
+    penalty: Callable[[float], None] = lambda progress: None,
+    epoch_done: Callable[[], None] = lambda: None,
 ) -> DistillationReport:
     """Optimise the learnable parts of a student, in place; it ends in the best state seen, the initial one included.
 
     Args:
-        student: A block whose parameters that require gradients are those of transforms and clips; clips are called
-            `theta`.
+        student: A block whose parameters that require gradients are those of transforms, clips, which are called
+            `theta`, and learned rounding, which are called `logits`.
         samples: At least one.
         options: Settings.
         seed: Of the order of the samples.
+        penalty: Called in each step with the share of the steps that were taken; adds the gradient of what else is to
+            be small, beside a loss of 1.
         epoch_done: Called after each epoch.
 
     Returns:
@@ -152,14 +162,10 @@ def distil(
     Raises:
         S2QError: If the loss is not finite before the first step, or nothing is learnable.
     """
-    clips, others = _learnable(student)
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "lr": rate}
-        for parameters, rate in ((others, options.lr), (clips, options.clip_lr))
-        if parameters
-    ]
+    groups = _learnable(student, options)
     if not groups:
         raise S2QError("distillation: the student has nothing to learn; expected a learnable transform or clip")
+    learnable = [parameter for group in groups for parameter in group["params"]]
     initial = block_loss(student, samples, temporal=options.temporal)
     if not math.isfinite(initial):
         raise S2QError(f"distillation: the loss is {initial} before the first step; check the model's activations")
@@ -167,11 +173,17 @@ def distil(
     total = options.epochs * len(samples)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
     generator = torch.Generator().manual_seed(seed)
-    best, best_loss, best_epoch, epoch = _snapshot(clips + others), initial, 0, 0
+    best, best_loss, best_epoch, epoch = _snapshot(learnable), initial, 0, 0
     history = {"0": initial}
     for epoch in range(1, options.epochs + 1):
         order = torch.randperm(len(samples), generator=generator).tolist()
-        losses = [_step(student, sample, optimizer, scheduler, options.temporal) for sample in _ahead(samples, order)]
+        losses = []
+        with softened(student):
+            for sample in _ahead(samples, order):
+                losses.append(_gradient(student, sample, optimizer, options.temporal))
+                penalty(scheduler.last_epoch / total)
+                optimizer.step()
+                scheduler.step()
         if not bool(torch.isfinite(torch.stack(losses)).all()):
             logger.warning("distillation: the loss is not finite in epoch %d; the best state before is kept", epoch)
             break
@@ -181,11 +193,10 @@ def distil(
                 break
             history[str(epoch)] = loss
             if loss < best_loss:
-                best, best_loss, best_epoch = _snapshot(clips + others), loss, epoch
-        if epoch_done is not None:
-            epoch_done()
+                best, best_loss, best_epoch = _snapshot(learnable), loss, epoch
+        epoch_done()
     with torch.no_grad():
-        for parameter, value in zip(clips + others, best, strict=True):
+        for parameter, value in zip(learnable, best, strict=True):
             parameter.copy_(value)
     return DistillationReport(
         initial_loss=initial, loss=best_loss, best_epoch=best_epoch, epochs=epoch, history=history
@@ -205,21 +216,13 @@ def _is_evaluated(epoch: int, epochs: int) -> bool:
     return epoch % max(1, epochs // _EVALUATIONS) == 0 or epoch == epochs
 
 
-def _step(
-    student: nn.Module,
-    sample: BlockSample,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    temporal: float,
-) -> Tensor:
-    """Take one step; return the loss, on the device, so that nothing waits for it."""
+def _gradient(student: nn.Module, sample: BlockSample, optimizer: torch.optim.Optimizer, temporal: float) -> Tensor:
+    """Compute the gradient for one step; return the loss, on the device, so that nothing waits for it."""
     with parameters_held():
         loss = _loss(student, sample, temporal)
         value = loss.detach()
         optimizer.zero_grad(set_to_none=True)
         (loss / value.clamp_min(torch.finfo(value.dtype).tiny)).backward()
-    optimizer.step()
-    scheduler.step()
     return value
 
 
@@ -295,11 +298,17 @@ def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:
     return output if isinstance(output, tuple) else (output,)
 
 
-def _learnable(student: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    found = {id(one): (name, one) for name, one in student.named_parameters() if one.requires_grad}
-    clips = [one for name, one in found.values() if name.rpartition(".")[2] == "theta"]
-    others = [one for name, one in found.values() if name.rpartition(".")[2] != "theta"]
-    return clips, others
+def _learnable(student: nn.Module, options: DistillationOptions) -> list[dict[str, Any]]:
+    """The parameters that learn, by learning rate, as an optimizer takes them."""
+    found = {id(one): (name.rpartition(".")[2], one) for name, one in student.named_parameters() if one.requires_grad}
+    special: dict[str, dict[str, Any]] = {
+        "theta": {"lr": options.clip_lr},
+        "logits": {"lr": options.rounding_lr, "eps": _ROUNDING_EPS},
+    }
+    others = [one for name, one in found.values() if name not in special]
+    groups = [{"params": others, "lr": options.lr}]
+    groups += [{"params": [one for name, one in found.values() if name == key]} | special[key] for key in special]
+    return [group for group in groups if group["params"]]
 
 
 def _snapshot(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

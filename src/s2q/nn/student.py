@@ -146,6 +146,8 @@ class StudentLinear(nn.Module):
             the way to it.
         weight_clip: Ratio of each output channel, or None for 1.
         estimator: Returns a correction of the output for the quantized input, or None.
+        rounding: Returns the quantized weight, [O, I], where its rounding is learned and transform and clip stay as
+            they are; None rounds to nearest.
 
     Args:
         linear: Full precision.
@@ -183,6 +185,7 @@ class StudentLinear(nn.Module):
         self.recomputes = False
         self.weight_clip = weight_clip
         self.estimator = estimator
+        self.rounding: nn.Module | None = None
         self.register_buffer("weight", linear.weight.detach(), persistent=False)
         bias = None if linear.bias is None else linear.bias.detach()
         if source.shift is not None:
@@ -279,6 +282,8 @@ class StudentLinear(nn.Module):
         return recomputed(self._quantized_weight) if self.recomputes else self._quantized_weight()
 
     def _quantized_weight(self) -> Tensor:
+        if self.rounding is not None:
+            return self.rounding()  # type: ignore[no-any-return]
         weight = self.folded_weight(dtype=torch.float32)
         scale = weight_scale(weight, self.scheme.weight, clip_ratio=self.clip_ratio())
         levels = levels_of(self.scheme.weight, self.in_features, device=weight.device)

@@ -7,6 +7,8 @@ published sizes and up to 131,072 tokens:
     as it is        33.5 Σ O·I + 22.4 Σ rows · (I + O)             an input that several linears share counts once
     checkpointed     4   Σ O·I + max(37.5 max O·I, 56 piece · max O, 92 rows · d)              68 instead of 92 in bf16
 
+Where the rounding is learned, 33.5 is 20, and 17 Σ O·I are held all the time.
+
 Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels.
 """
 
@@ -25,7 +27,7 @@ from s2q.core.components import full_name, split_name
 from s2q.distillation import PIECE
 from s2q.models import BlockLinear, Family, block_names, family_of
 from s2q.recipes import Recipe
-from s2q.recipes.schema import GPTQ
+from s2q.recipes.schema import ADAROUND, GPTQ
 
 DEFAULT_MEMORY_BUDGET = 16 * 10**9
 """Most that activations of calibration take of the host's memory unless told otherwise."""
@@ -34,6 +36,9 @@ _FP32 = torch.float32.itemsize
 _KEPT_PER_WEIGHT, _KEPT_PER_VALUE = 33.5, 22.4
 _WEIGHT, _WEIGHT_AT_HAND, _VALUE_AT_HAND = 4, 37.5, 56
 _CHANNEL_AT_HAND = {4: 92, 2: 68}
+_LEARNED_PER_WEIGHT = 20
+_LEARNED_STATE = 17
+"""Of learned rounding, for each weight: V, its best state and two moments of it in fp32, and a code."""
 ROUNDING_BYTES = 14
 """Bytes that rounding to nearest holds for each weight of the linear at hand: fp32 temporaries and codes."""
 FOLDING_BYTES = 33
@@ -182,6 +187,8 @@ class BlockShape:
         widest = max((features * rows for features, rows in self.outputs), default=0)
         if not recipe.learns:
             return _WEIGHT * max(self.weights, default=0) + _FORWARD_VALUES * _FP32 * widest
+        learned = recipe.rounding.method == ADAROUND
+        state = _LEARNED_STATE * sum(self.weights) if learned else 0
         if checkpointed:
             limit = sys.maxsize if recipe.needs_grid else PIECE  # what asks where tokens lie is not cut
             piece = max((features * min(rows, limit) for features, rows in self.outputs), default=0)
@@ -191,9 +198,10 @@ class BlockShape:
                 _VALUE_AT_HAND * piece,
                 _CHANNEL_AT_HAND[itemsize] * channels * rows,
             )
-            return int(_WEIGHT * sum(self.weights) + at_hand)
+            return int(state + _WEIGHT * sum(self.weights) + at_hand)
         values = sum(features * rows for features, rows in (*self.inputs, *self.outputs))
-        return int(_KEPT_PER_WEIGHT * sum(self.weights) + _KEPT_PER_VALUE * values)
+        kept = (_LEARNED_PER_WEIGHT if learned else _KEPT_PER_WEIGHT) * sum(self.weights)
+        return int(state + kept + _KEPT_PER_VALUE * values)
 
     def rounding_bytes(self, recipe: Recipe) -> int:
         """Return what rounding the block's linears holds beside its weights.

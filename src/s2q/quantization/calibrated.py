@@ -31,6 +31,7 @@ from s2q.quantization.students import make_students
 from s2q.quantization.work import BlockWork, input_groups
 from s2q.recipes import Recipe
 from s2q.recipes.schema import GPTQ
+from s2q.rounding import penalize, roundings_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +67,11 @@ class CalibratedBlock:
     Attributes:
         layers: Packed linear by full name.
         loss: Mean weighted loss over the samples: `rtn` (rounded to nearest, nothing before the linears), `initial`
-            (transforms as they start), `distilled` (the best state, still rounded to nearest), `rounded` and `refined`
-            (before and after refinement), and `final` (as packed).
+            (transforms as they start), `distilled` (the best state, rounded to nearest unless that is learned),
+            `rounded` and `refined` (before and after refinement), and `final` (as packed).
         distillation: Its report; None without distillation.
         refinement: Its report; None without refinement.
-        rounding: GPTQ's report by full name; empty without it.
+        rounding: The report of GPTQ or of learned rounding by full name; empty without.
     """
 
     layers: Mapping[str, PackedLinear]
@@ -226,6 +227,7 @@ def _carry_out(opened: OpenedBlock, calibration: BlockCalibration) -> Calibrated
                 samples,
                 options=options,
                 seed=derive_seed(opened.seed, "order"),
+                penalty=functools.partial(penalize, roundings_of(student), options=recipe.rounding.adaround()),
                 epoch_done=calibration.progress,
             )
         loss["distilled"] = report.loss

@@ -5,6 +5,7 @@ Legend: `N_k` tokens of stream k.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -90,27 +91,27 @@ def observe(
     for first, *_ in groups:
         linear = teacher.get_submodule(first)
         statistics[first] = InputStatistics(linear.in_features, linear.weight.device, moments=moments, kept=kept)
-    with heard(teacher, {name: one.add for name, one in statistics.items()}):
-        for index in range(len(samples)):
-            weighted = loss.weighting == "attention"
-            attention = teacher.get_submodule(family.attention)
-            with capture_column_sums(attention) if weighted else nullcontext() as captured:
-                outputs = teacher(**samples.inputs(index))
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            check(outputs, index)
-            stored = dict(zip(family.streams, outputs, strict=True))
-            if captured is not None:
-                lengths = [stored[name].shape[1] for name in family.joint_order]
-                sums = captured.joined()
-                left_out = sum(lengths) - sums.shape[1]  # text at the end that a prompt does not fill gets no attention
-                assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == "encoder_hidden_states"), left_out
-                weights = token_weights(
-                    F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max
-                )
-                own = dict(zip(family.joint_order, split_weights(weights, lengths), strict=True))
-                for name, output in zip(family.streams, outputs, strict=True):
-                    stored[f"weights.{name}"] = own.get(name, torch.ones_like(output[..., 0]))
-            samples.targets.put(index, stored)
+    for index in range(len(samples)):
+        listeners = {
+            name: functools.partial(one.add, timestep=samples.stream.steps[index]) for name, one in statistics.items()
+        }
+        weighted = loss.weighting == "attention"
+        attention = teacher.get_submodule(family.attention)
+        with heard(teacher, listeners), capture_column_sums(attention) if weighted else nullcontext() as captured:
+            outputs = teacher(**samples.inputs(index))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        check(outputs, index)
+        stored = dict(zip(family.streams, outputs, strict=True))
+        if captured is not None:
+            lengths = [stored[name].shape[1] for name in family.joint_order]
+            sums = captured.joined()
+            left_out = sum(lengths) - sums.shape[1]  # text at the end that a prompt does not fill gets no attention
+            assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == "encoder_hidden_states"), left_out
+            weights = token_weights(F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
+            own = dict(zip(family.joint_order, split_weights(weights, lengths), strict=True))
+            for name, output in zip(family.streams, outputs, strict=True):
+                stored[f"weights.{name}"] = own.get(name, torch.ones_like(output[..., 0]))
+        samples.targets.put(index, stored)
     return statistics
 
 

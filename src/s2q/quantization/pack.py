@@ -21,10 +21,10 @@ from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear, set
 from s2q.quantization.observation import BlockSamples, heard
 from s2q.quantization.work import BlockWork
 from s2q.recipes.schema import GPTQ
-from s2q.rounding import ROUNDINGS, HessianAccumulator, round_gptq
+from s2q.rounding import ROUNDINGS, HessianAccumulator, LearnedRounding, round_gptq
 
 Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
-"""Packed linears and the reports of GPTQ, both by name inside the block."""
+"""Packed linears and the reports of their rounding, both by name inside the block."""
 
 
 def pack_nearest(work: BlockWork, name: str) -> PackedLinear:
@@ -69,6 +69,9 @@ def pack_students(
                 rounded, reports[name] = _gptq(
                     work, name, layer.folded_weight(), hessians[group[0]], clip_ratio=layer.clip_ratio()
                 )
+            elif layer.rounding is not None:
+                nearest = ROUNDINGS["rtn"](layer.folded_weight(), work.scheme(name).weight)
+                rounded, reports[name] = _learned(layer.rounding, nearest=nearest)
             packed[name] = pack_student(layer, work, name, rounded=rounded)
     return packed, reports
 
@@ -131,11 +134,18 @@ def _gptq(
             work.scheme(name).weight,
             hessian=hessian.hessian(),
             clip_ratio=clip_ratio,
-            options=work.recipe.rounding.options(),
+            options=work.recipe.rounding.gptq(),
         )
     except S2QError as error:
         raise type(error)(f"{work.linears[name]}: {error}") from error
     return rounded, asdict(report)
+
+
+def _learned(rounding: LearnedRounding, *, nearest: RoundedWeight) -> tuple[RoundedWeight, dict[str, Any]]:
+    """What was learned; the shares of codes that are not the nearest ones, and of those that were left undecided."""
+    rounded = rounding.rounded()
+    changed = float((rounded.codes != nearest.codes).double().mean())
+    return rounded, {"changed": changed, "undecided": rounding.undecided()}
 
 
 def _hessians(

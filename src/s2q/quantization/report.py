@@ -32,7 +32,7 @@ class BlockReport:
             `final`; empty for recipes that do not calibrate.
         distillation: How it went; None without.
         refinement: Likewise.
-        rounding: GPTQ's report by full name; empty without.
+        rounding: The report of GPTQ or of learned rounding by full name; empty without.
     """
 
     index: int

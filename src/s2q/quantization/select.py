@@ -137,6 +137,7 @@ def calibration_stream(
         transformer.block_names,
         calls=[builder(call) for call in samples.calls],
         names=[call.name for call in samples.calls],
+        steps=[call.step for call in samples.calls],
         timesteps=[builder(call) for call in samples.timesteps],
         streams=transformer.family.streams,
         folder=folder.path,

@@ -120,6 +120,7 @@ class TeacherStream:
         block_names: Names of its blocks in it, in the order in which they run.
         calls: A function for each sample that returns the transformer's keyword arguments.
         names: What messages call the samples.
+        steps: Index of the denoising step that each sample is of.
         timesteps: The same as `calls`, of calls of which only the timestep counts; see `timestep_inputs`.
         streams: Keyword arguments of a block that it returns anew, in that order.
         folder: Where tensors go that memory has no room for.
@@ -137,6 +138,7 @@ class TeacherStream:
         *,
         calls: Sequence[Callable[[], dict[str, Any]]],
         names: Sequence[str],
+        steps: Sequence[int],
         timesteps: Sequence[Callable[[], dict[str, Any]]] = (),
         streams: Sequence[str],
         folder: Path,
@@ -148,7 +150,7 @@ class TeacherStream:
     ) -> None:
         self.transformer, self.block_names = transformer, list(block_names)
         self.calls, self.names, self.streams = calls, list(names), tuple(streams)
-        self.timesteps = timesteps
+        self.steps, self.timesteps = tuple(steps), timesteps
         self.device = device
         self.folder, self.memory = folder, memory or HostMemory(sys.maxsize)
         self.set_aside, self.component, self.tokens = set_aside, component, tokens

@@ -1,4 +1,4 @@
-"""The student of a block as it starts: shift, transform, low-rank branch and clips of the recipe before its linears.
+"""The student of a block as it starts: shift, transform, low-rank branch, clips and rounding of the recipe.
 
 Where the recipe searches for α, linears that share an input are made with every α of a grid, and those stay whose
 outputs together are nearest to the exact ones in squares, on tokens of the samples: weights rounded to nearest, inputs
@@ -21,9 +21,11 @@ from s2q.nn import PACKED_DTYPES, Estimator, LearnableClip, StudentInput, Studen
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.work import BlockWork
 from s2q.recipes import Recipe
-from s2q.recipes.schema import SEARCH
+from s2q.recipes.schema import ADAROUND, SEARCH
+from s2q.rounding import LearnedRounding
 from s2q.transforms import (
     ROTATIONS,
+    SALIENCES,
     Compose,
     KroneckerTransform,
     SmoothScale,
@@ -111,6 +113,8 @@ def _students(
             )
         else:
             layer = StudentLinear(linear, scheme=work.scheme(name), source=source, estimator=estimator)
+        if recipe.rounding.method == ADAROUND:
+            layer.rounding = LearnedRounding(layer.folded_weight(), work.scheme(name).weight)
         layers[name] = layer
     return layers
 
@@ -136,12 +140,16 @@ def _rotation(in_features: int, recipe: Recipe, *, seed: int) -> Transform | Non
 def _scaled(
     rotation: Transform | None, amax: Tensor, weights: Sequence[Tensor], recipe: Recipe, *, alpha: float
 ) -> Transform | None:
-    """Put the channel scale of the recipe, if it has one, before the rotation."""
+    """Put the channel scale of the recipe, if it has one, before the rotation.
+
+    It is made from the largest magnitudes of the input in each timestep, [T, I].
+    """
     settings = recipe.transforms
     if settings.scale == "none":
         return rotation
     largest = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
-    s = smooth_scale(amax.cpu(), largest.cpu(), alpha=alpha)
+    salience = SALIENCES[settings.salience](amax.cpu(), largest.cpu())
+    s = smooth_scale(salience, largest.cpu(), alpha=alpha)
     scale = SmoothScale(s, learnable=settings.learn_scale)
     return scale if rotation is None else Compose(scale, rotation)
 

@@ -6,6 +6,7 @@ Dumping a validated recipe (`Recipe.resolved`) gives every value, defaults inclu
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -24,10 +25,11 @@ from s2q.core.schemes import (
     PerToken,
     QuantScheme,
 )
-from s2q.rounding import ROUNDINGS, GPTQOptions
-from s2q.transforms import ROTATIONS, STARTS
+from s2q.rounding import ROUNDINGS, AdaRoundOptions, GPTQOptions
+from s2q.transforms import ROTATIONS, SALIENCES, STARTS
 
 GPTQ = "gptq"
+ADAROUND = "adaround"
 SEARCH = "search"
 
 _WIDTH_PER_RANK = 12  # in a small linear the branch stays below two thirds of the bytes of 4-bit codes
@@ -209,6 +211,8 @@ class TransformsGroup(_Group):
         scale: "smooth" for SmoothQuant's scale.
         alpha: How much of the outliers goes from the input to the weight; "search" takes for each input of linears the
             one of a grid whose quantized outputs are nearest to the exact ones (`s2q.quantization.students`).
+        salience: What the scale takes for the size of an input's channels; one of `SALIENCES`: the largest magnitude
+            over all timesteps, or PTQ4DiT's weighted mean over timesteps.
         learn_scale: Whether distillation learns the scale.
         rotation: One of `ROTATIONS`; "kronecker" is learned where there is distillation.
         start: Where a Kronecker rotation starts; one of `STARTS`.
@@ -223,6 +227,7 @@ class TransformsGroup(_Group):
     shift: Literal["none", "mean"] = "none"
     scale: Literal["none", "smooth"] = "none"
     alpha: Alpha = 0.5
+    salience: Annotated[str, _one_of("salience", SALIENCES)] = "max"
     learn_scale: bool = True
     rotation: Annotated[str, _one_of("rotation", ROTATIONS)] = "identity"
     start: Annotated[str, _one_of("start", STARTS)] = "hadamard"
@@ -303,6 +308,7 @@ class DistillationGroup(_Group):
     epochs: int = Field(default=15, ge=1)
     lr: Number = Field(default=5e-3, gt=0)
     clip_lr: Number = Field(default=5e-2, gt=0)
+    rounding_lr: Number = Field(default=3e-2, gt=0)
     weight_decay: Number = Field(default=0.0, ge=0)
 
 
@@ -321,18 +327,45 @@ class RefinementGroup(_Group):
 
 
 class RoundingGroup(_Group):
-    """How weights are rounded to codes; all but the method are settings of GPTQ (`s2q.rounding.GPTQOptions`)."""
+    """How weights are rounded to codes.
 
-    method: Rounding = "rtn"
+    Attributes:
+        method: "rtn", "gptq", or "adaround", which distillation learns.
+        dampening_frac: Of GPTQ, as the four after it; see `s2q.rounding.GPTQOptions`.
+        block_size: See there.
+        act_order: See there.
+        max_retries: See there.
+        allow_fallback: See there.
+        penalty: Of AdaRound, as the three after it; see `s2q.rounding.AdaRoundOptions`.
+        warmup: See there.
+        beta_start: See there.
+        beta_end: See there.
+    """
+
+    method: Annotated[str, _one_of("rounding", (*ROUNDINGS, GPTQ, ADAROUND))] = "rtn"
     dampening_frac: Number = Field(default=0.01, ge=0)
     block_size: int = Field(default=128, ge=1)
     act_order: bool = True
     max_retries: int = Field(default=4, ge=0)
     allow_fallback: bool = False
+    penalty: Number = Field(default=1000.0, ge=0)
+    warmup: Number = Field(default=0.2, ge=0, lt=1)
+    beta_start: Number = Field(default=20.0, gt=1)
+    beta_end: Number = Field(default=2.0, gt=1)
 
-    def options(self) -> GPTQOptions:
+    @model_validator(mode="after")
+    def _beta_falls(self) -> Self:
+        if self.beta_end > self.beta_start:
+            raise ValueError(f"rounding: beta_end={self.beta_end} is above beta_start={self.beta_start}; lower it")
+        return self
+
+    def gptq(self) -> GPTQOptions:
         """Return the settings of GPTQ."""
-        return GPTQOptions(**self.model_dump(exclude={"method"}))
+        return GPTQOptions(**self.model_dump(include={one.name for one in fields(GPTQOptions)}))
+
+    def adaround(self) -> AdaRoundOptions:
+        """Return the settings of AdaRound."""
+        return AdaRoundOptions(**self.model_dump(include={one.name for one in fields(AdaRoundOptions)}))
 
 
 class AllocationGroup(_Group):
@@ -420,11 +453,16 @@ class Recipe(_Group):
             raise ValueError("loss.temporal needs distillation; set distillation.epochs=15, or loss.temporal=0")
         if self.activations is None and (self.clip.activations or self.clip.constant is not None):
             raise ValueError("clip ratios of activations need quantized activations; set activations.num_bits")
-        scale = self.transforms.scale != "none" and self.transforms.learn_scale
-        if self.distillation is not None and not (learned or scale or self.transforms.rotation == "kronecker"):
+        settings = self.transforms
+        if settings.salience != "max" and settings.scale == "none":
+            raise ValueError(f"transforms.salience={settings.salience} needs transforms.scale=smooth")
+        transforms = settings.rotation == "kronecker" or (settings.scale != "none" and settings.learn_scale)
+        self._learned_rounding_fits(transforms=transforms)
+        rounding = self.rounding.method == ADAROUND
+        if self.distillation is not None and not (learned or transforms or rounding):
             raise ValueError(
-                "distillation has nothing to learn; set transforms.rotation=kronecker, transforms.scale=smooth or "
-                "clip.weights=true"
+                "distillation has nothing to learn; set transforms.rotation=kronecker, transforms.scale=smooth, "
+                "clip.weights=true or rounding.method=adaround"
             )
         if self.refinement is not None and self.transforms.estimator:
             raise ValueError("refinement does not know estimators; set refinement=null, or transforms.estimator=false")
@@ -446,6 +484,20 @@ class Recipe(_Group):
                     f"take its place; set it to one of them{'' if given else ', with granularity=per_group'}"
                 )
         return self
+
+    def _learned_rounding_fits(self, *, transforms: bool) -> None:
+        if self.rounding.method != ADAROUND:
+            return
+        if self.distillation is None:
+            raise ValueError("rounding.method=adaround needs distillation; set distillation.epochs=15")
+        if self.weights.levels != UNIFORM:
+            raise ValueError("rounding.method=adaround rounds to uniform levels; set weights.levels=uniform")
+        if self.clip.weights or transforms:
+            raise ValueError(
+                "rounding.method=adaround learns how given weights are rounded, so that nothing may change them "
+                "meanwhile; set clip.weights=false, transforms.learn_scale=false and transforms.rotation=hadamard or "
+                "identity"
+            )
 
     @property
     def calibrates(self) -> bool:

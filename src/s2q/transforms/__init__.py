@@ -15,6 +15,7 @@ from s2q.transforms.compose import Compose
 from s2q.transforms.hadamard import best_factors, hadamard, hadamard_matrix, orthogonal_matrix
 from s2q.transforms.kronecker import STARTS, KroneckerTransform
 from s2q.transforms.low_rank import principal_directions, weight_directions
+from s2q.transforms.salience import SALIENCES, spearman_weights
 from s2q.transforms.smooth_scale import SmoothScale, smooth_scale
 
 ROTATIONS: dict[str, Callable[..., Transform]] = {
@@ -26,6 +27,7 @@ ROTATIONS: dict[str, Callable[..., Transform]] = {
 
 __all__ = [
     "ROTATIONS",
+    "SALIENCES",
     "STARTS",
     "Compose",
     "Factors",
@@ -40,5 +42,6 @@ __all__ = [
     "orthogonal_matrix",
     "principal_directions",
     "smooth_scale",
+    "spearman_weights",
     "weight_directions",
 ]
