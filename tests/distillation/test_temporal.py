@@ -8,10 +8,7 @@ import torch
 from s2q.core.errors import InvalidInputError
 from s2q.core.tokens import TokenGrid
 from s2q.distillation import BlockSample, DistillationOptions, block_loss, distil, temporal_loss
-
-
-class Samples(list):
-    device = "cpu"
+from tiny import ListedSamples
 
 
 def noise(*shape, seed=0):
@@ -87,7 +84,7 @@ def test_it_is_added_to_the_loss_of_a_block_and_learned_from():
     text, video = noise(1, 2, 3), noise(1, 8, 3, seed=1)
     grid = TokenGrid(frames=4, height=1, width=2)
     sample = BlockSample(inputs={"text": text, "video": video}, outputs=(text, video), grid=grid, video=1)
-    block, samples = Scaled(), Samples([sample])
+    block, samples = Scaled(), ListedSamples([sample])
     own = independent((video * block.scale).detach(), video, 4)
     assert block_loss(block, samples, temporal=10) == pytest.approx(block_loss(block, samples) + 10 * 3 * own, rel=1e-5)
     report = distil(block, samples, options=DistillationOptions(epochs=40, lr=0.05, temporal=10), seed=0)

@@ -36,10 +36,17 @@ def test_a_step_is_planned_near_what_it_holds(name, index, recompute):
 def test_learned_rounding_is_planned_with_what_it_holds(recompute):
     """To what a step holds come, for each weight, V, its best state, two moments of AdamW, and a code."""
     model, recipe = synthetic_model("wan-14b"), load_recipe("ptq4dit-w4a6")
-    case = {"tokens": 1024, "dtype": torch.float32, "recompute": recompute}
+    case = Case(
+        model=model,
+        block_list=model.block_lists[0],
+        recipe=recipe,
+        tokens=1024,
+        dtype=torch.float32,
+        recompute=recompute,
+    )
     weights = 4 * 2 * 5120**2 + 2 * 5120 * 13824
-    held = traced_bytes(model, model.block_lists[0], recipe, **case) + 17 * weights
-    assert held <= planned_bytes(model, model.block_lists[0], recipe, **case) < 1.3 * held
+    held = traced_bytes(case) + 17 * weights
+    assert held <= planned_bytes(case) < 1.3 * held
 
 
 def test_a_step_that_does_not_fit_is_checkpointed():

@@ -27,7 +27,7 @@ def case():
     x = torch.randn(200, 48)
     x[:, :3] *= 30
     statistics = InputStatistics(48, torch.device("cpu"), moments=True, kept=200)
-    statistics.add(x)
+    statistics.add(x, timestep=0)
     return SimpleNamespace(block=block, x=x, statistics=statistics)
 
 
@@ -76,7 +76,7 @@ def test_linears_that_share_an_input_share_the_branch_of_their_weights(case):
 def test_kept_rows_are_evenly_spaced_over_each_call():
     statistics = InputStatistics(2, torch.device("cpu"), moments=False, kept=3)
     rows = torch.arange(14.0).reshape(1, 7, 2)
-    statistics.add(rows)
-    statistics.add(100 + rows[:, :2])
+    statistics.add(rows, timestep=0)
+    statistics.add(100 + rows[:, :2], timestep=1)
     assert statistics.rows()[:, 0].tolist() == [0, 6, 12, 100, 102]
     assert statistics.rows().dtype == rows.dtype

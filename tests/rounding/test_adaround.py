@@ -12,6 +12,7 @@ from s2q.distillation import BlockSample, DistillationOptions, block_loss, disti
 from s2q.nn import LearnableClip, StudentInput, StudentLinear
 from s2q.rounding import AdaRoundOptions, LearnedRounding, penalize, round_rtn, roundings_of, softened
 from s2q.rounding.adaround import rounding_penalty
+from tiny import ListedSamples
 
 FOUR = QuantScheme(num_bits=4, granularity=PerChannel())
 GROUPED = QuantScheme(num_bits=4, granularity=PerGroup(group_size=8))
@@ -122,7 +123,7 @@ class TwoLinears(nn.Module):
 def a_student(*, clip=False):
     block = TwoLinears().requires_grad_(False)
     inputs = correlated(12)
-    samples = [BlockSample(inputs={"hidden_states": x}, outputs=(block(x),)) for x in inputs]
+    samples = ListedSamples(BlockSample(inputs={"hidden_states": x}, outputs=(block(x),)) for x in inputs)
     scheme = LinearScheme(weight=QuantScheme(num_bits=3, granularity=PerChannel()), activation=TOKENS)
     student = TwoLinears().requires_grad_(False)
     for name in ("up", "down"):
