@@ -86,7 +86,7 @@ def _students(
         transform.to(device)
     basis = None
     rank = _rank(linears, recipe)
-    if rank is not None and recipe.transforms.deflates:
+    if rank is not None and recipe.transforms.low_rank_from != "weight":
         basis = _input_basis(statistics, shift, transform, rank=rank)
     elif rank is not None:
         basis = _weight_basis(weights, transform, rank=rank)
@@ -96,7 +96,7 @@ def _students(
         shift=shift,
         transform=transform,
         low_rank_basis=basis,
-        deflates=basis is None or recipe.transforms.deflates,
+        low_rank_from=recipe.transforms.low_rank_from,
         clip=None if clip is None else clip.to(device),
     )
     layers = {}
