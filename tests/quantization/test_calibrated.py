@@ -169,6 +169,7 @@ def test_a_block_does_not_depend_on_the_others(run, tmp_path):
         ["transforms.scale=smooth"],
         ["transforms.low_rank=1"],
         ["transforms.low_rank=2", "transforms.low_rank_from=weight", "transforms.shift=mean", "activations=null"],
+        ["transforms={low_rank: 2, low_rank_from: both, shift: mean, rotation: hadamard}", "rounding.method=gptq"],
         [
             "transforms={scale: smooth, alpha: search, rotation: kronecker, low_rank: 2, low_rank_from: weight}",
             "distillation.epochs=1",
@@ -230,7 +231,7 @@ def test_parts_that_do_not_fit():
         (["distillation.epochs=1"], "nothing to learn"),
         (["activations=null", "clip.constant=0.9"], "need quantized activations"),
         (["transforms.low_rank_from=weight"], "low_rank_from=weight needs a branch; set transforms.low_rank=32"),
-        (["transforms.low_rank_from=weights", "transforms.low_rank=2"], "expected one of input, weight"),
+        (["transforms.low_rank_from=weights", "transforms.low_rank=2"], "expected one of input, weight, both"),
         (["transforms.alpha=search"], "alpha=search needs a scale; set transforms.scale=smooth"),
         (["transforms.alpha=serch"], "transforms.alpha: got 'serch'; expected 0 to 1, or search"),
         (["transforms.alpha=1.1"], "transforms.alpha: got 1.1; expected 0 to 1, or search"),

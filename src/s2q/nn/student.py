@@ -4,14 +4,14 @@
 
 With T = diag(v) · R and a low-rank branch V, u = (x - m) diag(v) is quantized as (u - u V Vᵀ) R, and (u V) Lᵀ with
 L = W diag(1/v) V is added in floating point. A branch that is taken from the weight leaves u as it is: quantized are
-then u R and (W - L Vᵀ diag(v)) T⁻ᵀ. An estimator adds its correction. Linears that read the same x share one
-`StudentInput`, so that they share m, T, V and ratio_x. What is trained is in the parameters: of the transform, of the
-clips and of the estimator.
+then u R and (W - L Vᵀ diag(v)) T⁻ᵀ. It may be taken from both, since (u - u V Vᵀ) V = 0. An estimator adds its
+correction. Linears that read the same x share one `StudentInput`, so that they share m, T, V and ratio_x. What is
+trained is in the parameters: of the transform, of the clips and of the estimator.
 
 Shapes: `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch.
 """
 
-from typing import NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ class StudentInput(nn.Module):
         shift: Buffer [I], m, or None for zero.
         transform: T = diag(v) · R, or None for the identity.
         low_rank_basis: Buffer [I, r], V, or None without a low-rank branch.
-        deflates: Whether what goes through the branch is taken out of what is quantized; if not, out of the weights.
+        low_rank_from: Out of what the branch is taken: "input", "weight" or "both".
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
         recomputes: Whether the backward pass computes the way to the quantized input again instead of keeping it.
@@ -82,7 +82,7 @@ class StudentInput(nn.Module):
         shift: [I], what is subtracted from the input, or None.
         transform: A module with the methods of `InputTransform`, or None.
         low_rank_basis: [I, r], the directions of the shifted and scaled input that are not quantized, or None.
-        deflates: See above.
+        low_rank_from: See above.
         clip: Returns one ratio, or None.
     """
 
@@ -96,7 +96,7 @@ class StudentInput(nn.Module):
         shift: Tensor | None = None,
         transform: InputTransform | None = None,
         low_rank_basis: Tensor | None = None,
-        deflates: bool = True,
+        low_rank_from: Literal["input", "weight", "both"] = "input",
         clip: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -104,10 +104,20 @@ class StudentInput(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("low_rank_basis", low_rank_basis, persistent=False)
         self.transform = transform
-        self.deflates = deflates
+        self.low_rank_from = low_rank_from
         self.clip = clip
         self.recomputes = False
         self.tokens = TokenContext() if scheme is not None and scheme.delta is not None else None
+
+    @property
+    def deflates(self) -> bool:
+        """Whether what goes through a branch is taken out of what is quantized."""
+        return self.low_rank_basis is None or self.low_rank_from != "weight"
+
+    @property
+    def reduces_weights(self) -> bool:
+        """Whether what goes through a branch is taken out of the weights."""
+        return self.low_rank_basis is not None and self.low_rank_from != "input"
 
     def forward(self, x: Tensor) -> SplitInput:
         """Transform and fake-quantize; the linears of one call share the result within `parameters_held`.
@@ -221,7 +231,7 @@ class StudentLinear(nn.Module):
         return cls(linear, scheme=scheme, source=source, weight_clip=clip, estimator=estimator)
 
     def folded_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return W T⁻ᵀ, less a low-rank branch that leaves the input whole; it is what gets quantized.
+        """Return W T⁻ᵀ, less a low-rank branch that is taken from the weight; it is what gets quantized.
 
         Args:
             dtype: In which to fold; fp64 for the final rounding, fp32 does while training.
@@ -230,7 +240,7 @@ class StudentLinear(nn.Module):
             fp32 [O, I], differentiable.
         """
         transform, basis, weight = self.source.transform, self.source.low_rank_basis, self.weight
-        if basis is not None and not self.source.deflates:
+        if basis is not None and self.source.reduces_weights:
             branch = self.low_rank_weight(dtype=dtype).to(dtype) @ basis.to(dtype).t()
             weight = weight.to(dtype) - (branch if transform is None else transform.scaled(branch))
         if transform is None:
@@ -252,7 +262,7 @@ class StudentLinear(nn.Module):
         assert basis is not None
         weight = self.weight.to(dtype) if transform is None else transform.unscaled(self.weight, dtype=dtype)
         product = weight @ basis.to(dtype)
-        return product.float() if self.source.deflates else product.to(PACKED_DTYPES["low_rank_weight"]).float()
+        return product.to(PACKED_DTYPES["low_rank_weight"]).float() if self.source.reduces_weights else product.float()
 
     def clip_ratio(self) -> Tensor | None:
         """Return the weight's clipping ratios, fp32 [O] or [O, 1], or None for 1."""

@@ -85,7 +85,7 @@ def observe(
         Statistics of each group's input, by the first name of the group.
     """
     loss, settings = recipe.loss, recipe.transforms
-    moments = settings.low_rank > 0 and settings.low_rank_from == "input"
+    moments = settings.low_rank > 0 and settings.low_rank_from != "weight"
     kept = -(-SEARCHED_ROWS // len(samples)) if settings.alpha == SEARCH else 0
     statistics: dict[str, InputStatistics] = {}
     for first, *_ in groups:

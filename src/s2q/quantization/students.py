@@ -82,12 +82,12 @@ def _students(
     recipe, linears = work.recipe, [work.teacher.get_submodule(name) for name in group]
     scheme, weights = work.scheme(group[0]), [linear.weight for linear in linears]
     transform = _rotation(linears[0].in_features, recipe, seed=derive_seed(seed, "rotation", group[0]))
-    shift, basis, deflates = None, None, recipe.transforms.deflates
+    shift, basis = None, None
     if statistics is not None:
         shift = _shift(statistics, linears, recipe)
         transform = _scaled(transform, statistics.amax(shift), weights, recipe, alpha=alpha)
         if rank := _rank(linears, recipe):
-            if deflates:
+            if recipe.transforms.deflates:
                 basis = _input_basis(statistics, shift, transform, rank=rank)
             else:
                 basis = _weight_basis(weights, transform, rank=rank)
@@ -96,7 +96,7 @@ def _students(
         shift=shift,
         transform=transform,
         low_rank_basis=basis,
-        deflates=basis is None or deflates,
+        low_rank_from=recipe.transforms.low_rank_from,
         clip=_clip(scheme, recipe),
     ).to(weights[0].device)
     layers = {}

@@ -219,7 +219,8 @@ class TransformsGroup(_Group):
         low_rank: How many directions go to the output in floating point; 0 for none. At most a 12th of the smaller side
             of a linear (see `rank`).
         low_rank_from: Which they are, and what is quantized without them: "input" for the largest of the input after
-            shift and scale, "weight" for the top singular vectors of the weights that read it, scaled.
+            shift and scale, "weight" for the top singular vectors of the weights that read it, scaled; "both" takes
+            those of the input out of the weights too.
         estimator: Whether distillation learns a correction of rank one of the output, with a scale for each frame
             (`s2q.nn.Estimator`).
     """
@@ -232,7 +233,7 @@ class TransformsGroup(_Group):
     rotation: Annotated[str, _one_of("rotation", ROTATIONS)] = "identity"
     start: Annotated[str, _one_of("start", STARTS)] = "hadamard"
     low_rank: int = Field(default=0, ge=0)
-    low_rank_from: Literal["input", "weight"] = "input"
+    low_rank_from: Literal["input", "weight", "both"] = "input"
     estimator: bool = False
 
     @model_validator(mode="after")
@@ -246,7 +247,7 @@ class TransformsGroup(_Group):
     @property
     def deflates(self) -> bool:
         """Whether the low-rank branch is taken out of the input; if not, it is out of the weight."""
-        return self.low_rank_from == "input"
+        return self.low_rank_from != "weight"
 
     def rank(self, in_features: int, out_features: int) -> int | None:
         """Return the rank of a linear's low-rank branch, or None if it has none.

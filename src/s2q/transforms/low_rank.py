@@ -6,7 +6,8 @@
 hold for every V [I, r]. A quantizer's error goes with the size of what it quantizes. With V the directions of largest
 second moment, what is left of the input is as small as rank r allows (ResQ, Saxena et al., 2024, keeps such a subspace
 in high precision); with V the top right singular vectors of W, what is left of the weight is (SVDQuant, Li et al.,
-2024).
+2024). With orthonormal V both may be left out at once, (u - u V Vᵀ) (W - W V Vᵀ)ᵀ = (u - u V Vᵀ) Wᵀ: the error of
+each side then meets the smaller other side.
 
 Example: rows [3, 1] and [3, -1] have the second moments [[9, 0], [0, 1]]; the first direction is [1, 0], and [0, 1] and
 [0, -1] are left.
