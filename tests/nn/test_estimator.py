@@ -167,3 +167,12 @@ def test_tensors_that_do_not_fit_are_refused():
         PackedLinear.from_rounded(rounded, bias=None, scheme=scheme, inputs=stored(learned(out=5)))
     with pytest.raises(InvalidInputError, match="estimator_frames without estimator"):
         PackedLinear.from_rounded(rounded, bias=None, scheme=scheme, inputs={"estimator_frames": torch.ones(3)})
+
+
+def test_a_compiled_linear_gives_the_same():
+    scheme = LinearScheme(weight=W4, activation=ACTIVATIONS["integers"])
+    layer = PackedLinear.from_rounded(round_rtn(noise(6, 24), W4), bias=None, scheme=scheme, inputs=stored(learned()))
+    compiled, x = torch.compile(layer, backend="eager"), noise(1, 8, 24)
+    for grid in (GRID, None, GRID):
+        set_token_grid(layer, grid)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-6)
