@@ -14,7 +14,7 @@ from s2q.models import block_linears, family_of
 from s2q.planning import plan
 from s2q.quantization import allocate as allocate_module
 from s2q.quantization import quantize
-from s2q.quantization.allocate import block_losses, chosen_schemes
+from s2q.quantization.allocate import block_errors, chosen_schemes
 from s2q.quantization.run_folder import open_run_folder
 from s2q.quantization.stream import TeacherStream
 from s2q.quantization.teacher import TeacherTransformer
@@ -72,7 +72,7 @@ def test_the_linear_that_needs_small_groups_gets_them(tmp_path, factor):
     (unit,) = (one for one in record["units"] if one["linears"] == [name])
     coarse, fine = unit["candidates"]
     assert (coarse["value"], fine["value"], fine["bytes"] - coarse["bytes"]) == (64, 32, 256 * 4)
-    assert fine["loss"] < coarse["loss"] / 4
+    assert fine["error"] < coarse["error"] / 4
     schemes = {layer["name"]: layer["scheme"] for layer in report.layers}
     assert schemes.pop(name) == "w4g32a4g32"
     assert set(schemes.values()) == {"w4g64a4g64", "w4a16"}
@@ -144,7 +144,7 @@ def test_what_is_stored_keeps_the_budget_and_the_plan(tmp_path, recipe, budget):
 @pytest.mark.parametrize("recipe", [groups(4.8), bits(6)], ids=["group_size", "weight_bits"])
 def test_a_killed_run_goes_on_with_the_same_allocation(tmp_path, monkeypatch, recipe):
     _, whole = run(tmp_path / "whole", recipe)
-    original, measured = allocate_module.candidate_losses, []
+    original, measured = allocate_module.candidate_errors, []
 
     def counted(opened, group, unit, schemes):
         measured.append(opened.work.linears[unit[0]])
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_with_the_same_allocation(tmp_path, monkeypatch, re
             raise KeyboardInterrupt
         return original(opened, group, unit, schemes)
 
-    monkeypatch.setattr(allocate_module, "candidate_losses", counted)
+    monkeypatch.setattr(allocate_module, "candidate_errors", counted)
     kill = True
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", recipe)
@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_with_the_same_allocation(tmp_path, monkeypatch, re
 
 
 @pytest.mark.parametrize("name", [PROJ, "attn1.to_k"])
-def test_a_loss_is_the_squared_error_of_the_block_with_that_linear_rounded(tmp_path, name):
+def test_an_error_is_that_of_the_block_with_that_linear_rounded(tmp_path, name):
     """A weight of 4 bits in block 1, everything else as it is, coded again here."""
     transformer = tiny_transformer().requires_grad_(False)
     recipe = load_recipe("rtn-w4a4", overrides=["allocation={what: weight_bits, candidates: [4, 8], budget: 6}"])
@@ -184,7 +184,7 @@ def test_a_loss_is_the_squared_error_of_the_block_with_that_linear_rounded(tmp_p
     )
     selected = SimpleNamespace(inputs=SimpleNamespace(seed=0), fingerprint=lambda component: "these")
     with open_run_folder(tmp_path / "out") as folder:
-        losses = block_losses(one, recipe, 1, stream=stream, folder=folder, selected=selected)
+        errors = block_errors(one, recipe, 1, stream=stream, folder=folder, selected=selected)
     block = transformer.transformer_blocks[1]
     rounded = copy.deepcopy(block)
     weight = block.get_submodule(name).weight
@@ -194,26 +194,25 @@ def test_a_loss_is_the_squared_error_of_the_block_with_that_linear_rounded(tmp_p
     block.register_forward_hook(lambda _block, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True)
     for call in calls:
         transformer(**call(), return_dict=False)
-    expected = 0.0
+    noise = power = 0.0
     for args, kwargs, outputs in seen:
-        squares = [
-            (new - old).double().square().sum() for new, old in zip(rounded(*args, **kwargs), outputs, strict=True)
-        ]
-        expected += float(sum(squares)) / sum(old.shape[1] for old in outputs) / len(calls)
-    four, eight = losses[(f"transformer_blocks.1.{name}",)]
-    assert four == pytest.approx(expected, rel=1e-3)
+        for new, old in zip(rounded(*args, **kwargs), outputs, strict=True):
+            noise += float((new - old).double().square().sum())
+            power += float(old.double().square().sum())
+    four, eight = errors[(f"transformer_blocks.1.{name}",)]
+    assert four == pytest.approx(noise / power, rel=1e-3)
     assert eight < four / 50
 
 
 def test_samples_are_as_many_as_asked_for_and_those_of_the_run(tmp_path, monkeypatch):
     counts = []
-    original = allocate_module.candidate_losses
+    original = allocate_module.candidate_errors
 
     def counted(opened, *arguments):
         counts.append(len(opened.samples))
         return original(opened, *arguments)
 
-    monkeypatch.setattr(allocate_module, "candidate_losses", counted)
+    monkeypatch.setattr(allocate_module, "candidate_errors", counted)
     pipe = tiny_cogvideox_pipeline(num_layers=1)
     recipe = load_recipe(bits(6).resolved(), overrides=["allocation.samples=1"])
     run(tmp_path / "one", recipe, pipe=pipe)

@@ -2,9 +2,9 @@
 
 A few of the calibration samples go through each block with one thing quantized and everything else in full precision:
 of group sizes, the linears that share an input, since they share the groups of that input; of bits, the weight of one
-linear. What counts is the loss of the block, the squared error of what it returns. Blocks add what they return to the
-stream that all of them work on, so that errors of different blocks are compared as they are; those of different linears
-are taken to add up. The choice with the smallest sum within the budget is then found (`s2q.quantization.budget`).
+linear. What counts is the loss of the block over the power of what it returns: the stream that blocks work on grows
+from block to block and each of them normalizes it, so that errors matter in proportion. Those of different linears are
+taken to add up. The choice with the smallest sum within the budget is then found (`s2q.quantization.budget`).
 
 Weights are rounded to nearest for this, behind the recipe's transforms as they start: what GPTQ or distillation will
 make of a candidate is not known here.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +25,13 @@ import torch
 from s2q.core.files import canonical_json
 from s2q.core.schemes import LinearScheme, weight_bytes
 from s2q.core.seeds import derive_seed
-from s2q.distillation import block_loss
+from s2q.distillation import block_loss, weighted_token_loss
 from s2q.models import BlockLinear
 from s2q.nn import replace_module
 from s2q.quantization.blocks import block_fingerprint
 from s2q.quantization.budget import choose
 from s2q.quantization.calibrated import BlockCalibration, OpenedBlock, opened_block
+from s2q.quantization.observation import BlockSamples
 from s2q.quantization.report import package_versions
 from s2q.quantization.run_folder import Artefact, RunFolder
 from s2q.quantization.select import Samples, Selected
@@ -49,8 +51,8 @@ class Allocated:
 
     Attributes:
         schemes: Scheme by full name, of the linears that were given one.
-        record: The content of allocation.json: what each could have had, at how many bytes and which loss of its block,
-            and what it got.
+        record: The content of allocation.json: what each could have had, at how many bytes and which error of its
+            block, and what it got.
     """
 
     schemes: Mapping[str, LinearScheme]
@@ -98,44 +100,44 @@ def allocate(
     """
     assert recipe.allocation is not None
     few = _some_of(selected, recipe.allocation.samples)
-    losses: dict[tuple[str, ...], list[float]] = {}
+    errors: dict[tuple[str, ...], list[float]] = {}
     done = 0
     progress(0, teacher.block_count)
     for one in teacher.transformers:
         stream = streams(one, few)
         for index in range(len(one.block_names)):
-            losses |= block_losses(one, recipe, index, stream=stream, folder=folder, selected=few)
+            errors |= block_errors(one, recipe, index, stream=stream, folder=folder, selected=few)
             teacher.set_aside(one.module.get_submodule(one.block_names[index]))
             done += 1
             progress(done, teacher.block_count)
         stream.close()
     linears = {linear.name: linear for one in teacher.transformers for linear in one.linears}
-    return chosen_schemes(recipe, linears, losses)
+    return chosen_schemes(recipe, linears, errors)
 
 
 def chosen_schemes(
-    recipe: Recipe, linears: Mapping[str, BlockLinear], losses: Mapping[tuple[str, ...], Sequence[float]]
+    recipe: Recipe, linears: Mapping[str, BlockLinear], errors: Mapping[tuple[str, ...], Sequence[float]]
 ) -> Allocated:
-    """Choose the candidates with the smallest sum of losses under the budget.
+    """Choose the candidates with the smallest sum of errors under the budget.
 
     Args:
         recipe: A recipe that allocates.
         linears: Linears by full name.
-        losses: Loss of the block with each candidate of the recipe that fits, in the order of `allocation_schemes`; by
-            the full names of the linears that get the same.
+        errors: Of the block with each candidate of the recipe that fits, in the order of `allocation_schemes`; by the
+            full names of the linears that get the same.
     """
     group = recipe.allocation
     assert group is not None
-    units = [[linears[name] for name in names] for names in losses]
+    units = [[linears[name] for name in names] for names in errors]
     schemes = [allocation_schemes(recipe, own[0]) for own in units]
     sizes = [[_weight_bytes(own, scheme) for scheme in its.values()] for own, its in zip(units, schemes, strict=True)]
     limit = allocation_bytes(recipe, [linear for own in units for linear in own])
-    options = [list(zip(*pair, strict=True)) for pair in zip(sizes, losses.values(), strict=True)]
+    options = [list(zip(*pair, strict=True)) for pair in zip(sizes, errors.values(), strict=True)]
     taken = choose(options, limit)
     given, rows = {}, []
-    for names, its, option, index in zip(losses, schemes, options, taken, strict=True):
+    for names, its, option, index in zip(errors, schemes, options, taken, strict=True):
         candidates = [
-            {"value": value, "bytes": size, "loss": loss} for value, (size, loss) in zip(its, option, strict=True)
+            {"value": value, "bytes": size, "error": error} for value, (size, error) in zip(its, option, strict=True)
         ]
         rows.append({"linears": list(names), "given": candidates[index]["value"], "candidates": candidates})
         given |= dict.fromkeys(names, list(its.values())[index])
@@ -170,7 +172,7 @@ def _some_of(selected: Selected, count: int) -> Selected:
     return replace(selected, samples={component: some(component) for component in selected.samples})
 
 
-def block_losses(
+def block_errors(
     one: TeacherTransformer,
     recipe: Recipe,
     index: int,
@@ -190,7 +192,7 @@ def block_losses(
         selected: The samples.
 
     Returns:
-        Losses in the order of `allocation_schemes`, by the full names of the linears that get the same.
+        Errors in the order of `allocation_schemes`, by the full names of the linears that get the same.
     """
     linears = one.inner_names(index)
     units = _units(recipe, input_groups(linears, one.family))
@@ -216,10 +218,10 @@ def block_losses(
         ) as opened:
             by_name = {linear.name: linear for linear in one.quantized_linears(index)}
             found = {
-                unit[0]: candidate_losses(opened, group, unit, allocation_schemes(recipe, by_name[linears[unit[0]]]))
+                unit[0]: candidate_errors(opened, group, unit, allocation_schemes(recipe, by_name[linears[unit[0]]]))
                 for unit, group in units.items()
             }
-        tensors = {name: torch.tensor(losses, dtype=torch.float64) for name, losses in found.items()}
+        tensors = {name: torch.tensor(errors, dtype=torch.float64) for name, errors in found.items()}
         folder.save(key, fingerprint, Artefact(tensors=tensors, stats={}))
     measured = folder.load(key).tensors
     return {tuple(linears[name] for name in unit): measured[unit[0]].tolist() for unit in units}
@@ -234,10 +236,10 @@ def _units(recipe: Recipe, groups: Sequence[tuple[str, ...]]) -> dict[tuple[str,
 
 
 @torch.no_grad()
-def candidate_losses(
+def candidate_errors(
     opened: OpenedBlock, group: tuple[str, ...], unit: tuple[str, ...], schemes: Mapping[int, LinearScheme]
 ) -> list[float]:
-    """Return the loss of a block with some of its linears quantized by one scheme after another.
+    """Return the error of a block with some of its linears quantized by one scheme after another.
 
     Args:
         opened: The block.
@@ -246,17 +248,27 @@ def candidate_losses(
         schemes: The candidates.
 
     Returns:
-        Loss for each.
+        Its loss over the power of what it returns, for each.
     """
-    work = opened.work
+    work, power = opened.work, _power(opened.samples)
     shared = {id(tensor): tensor for tensor in (*work.teacher.parameters(), *work.teacher.buffers())}
     student = copy.deepcopy(work.teacher, shared)
     alike = len({scheme.activation for scheme in schemes.values()}) == 1
-    losses = []
+    errors = []
     for scheme in schemes.values():
         one = replace(scheme, activation=None) if alike else scheme
         opened.put_students(student, group, {work.linears[name]: one for name in group})
         for name in set(group) - set(unit):
             replace_module(student, name, work.teacher.get_submodule(name))
-        losses.append(block_loss(student, opened.samples))
-    return losses
+        errors.append(block_loss(student, opened.samples) / power)
+    return errors
+
+
+def _power(samples: BlockSamples) -> float:
+    """The loss of a block that returns zero."""
+    found = []
+    for index in range(len(samples)):
+        one = samples[index]
+        nothing = [torch.zeros_like(output) for output in one.outputs]
+        found.append(float(weighted_token_loss(nothing, one.outputs, weights=one.weights)))
+    return math.fsum(found) / len(found)

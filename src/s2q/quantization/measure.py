@@ -22,7 +22,7 @@ from s2q.core.errors import InvalidInputError
 from s2q.distillation import evaluations
 from s2q.models import ModelSource
 from s2q.planning import Machine, Plan
-from s2q.quantization.allocate import block_losses
+from s2q.quantization.allocate import block_errors
 from s2q.quantization.blocks import quantize_block
 from s2q.quantization.calibrated import BlockCalibration
 from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
@@ -192,7 +192,7 @@ def _allocating(
             stream = calibration_stream(teacher, one, few, folder, machine=machine, step_bytes=cost.step_bytes)
             stream.advance(first)
             started = time.perf_counter()
-            block_losses(one, recipe, first, stream=stream, folder=folder, selected=few)
+            block_errors(one, recipe, first, stream=stream, folder=folder, selected=few)
             each = (time.perf_counter() - started) / _SAMPLES
             stream.close()
             total += count * each * min(group.samples, cost.samples)
