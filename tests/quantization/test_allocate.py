@@ -179,6 +179,7 @@ def test_an_error_is_that_of_the_block_with_that_linear_rounded(tmp_path, name):
         one.block_names,
         calls=calls,
         names=["a", "b"],
+        steps=[0, 1],
         streams=one.family.streams,
         folder=tmp_path,
     )

@@ -277,7 +277,7 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int, levels
         [O, I], dtype of the weight.
     """
     grouped, spread = align_scale(weight, scale)
-    return fake_quantize(grouped, spread, num_bits=num_bits).reshape(weight.shape)
+    return fake_quantize(grouped, spread, num_bits=num_bits, levels=levels).reshape(weight.shape)
 
 
 def align_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
