@@ -119,7 +119,7 @@ def subject_rows(subjects: Sequence[Subject], *, tokens: int | None, device: str
 
 
 def source_tokens(source: ModelSource) -> tuple[int, int]:
-    """Return the video tokens and text tokens of a pipeline's own size of video.
+    """Return the video tokens and text tokens of the video that a pipeline's makers recommend.
 
     Args:
         source: The pipeline.
