@@ -1,7 +1,7 @@
 """Quality of recipes on an embedded model, against its full precision, on prompts never trained on.
 
     python benchmarks/embedded_quality.py [-m shapes-cogvideox] [-r rtn-w4a6 ...] [--prompts 64] [--seeds 2] [--dtype
-    float32]
+    float32] [--into quality]
 
 Every recipe is quantized, evaluated and stored by itself in ``benchmarks/results/quality/MODEL/RECIPE.json``; a
 recipe whose file is there is skipped, so a killed run goes on where it was (``--again`` measures anew). Per-video
@@ -23,7 +23,7 @@ from s2q.quantization import quantize
 from s2q.recipes import recipe_names
 from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_prompts
 
-RESULTS = Path(__file__).parent / "results" / "quality"
+RESULTS = Path(__file__).parent / "results"
 logger = logging.getLogger("embedded_quality")
 
 
@@ -59,12 +59,13 @@ def main() -> None:
     parser.add_argument("-r", "--recipe", action="append", choices=recipe_names())
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--into", default="quality", help="folder of results/ to write to")
     parser.add_argument("--dtype", default="float32", help="compute dtype of both sides")
     parser.add_argument("--again", action="store_true", help="measure recipes that have a result already")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    folder = RESULTS / arguments.model
+    folder = RESULTS / arguments.into / arguments.model
     folder.mkdir(parents=True, exist_ok=True)
     wanted = []
     for recipe in arguments.recipe or recipe_names():

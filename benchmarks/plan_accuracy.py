@@ -43,8 +43,9 @@ def _line(row: dict[str, Any]) -> str:
     seconds, memory = (
         [row[f"{kind}_{key}"] for kind in ("planned", "measured")] for key in ("seconds", "peak_memory_bytes")
     )
+    planned = "not planned" if seconds[0] is None else f"planned {seconds[0]:.1f} s"
     return (
-        f"{row['stage']}: planned {seconds[0]:.1f} s, took {seconds[1]:.1f} s; "
+        f"{row['stage']}: {planned}, took {seconds[1]:.1f} s; "
         f"planned {memory[0] / 1e6:.0f} MB, took {memory[1] / 1e6:.0f} MB"
     )
 

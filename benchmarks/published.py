@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 from markdown_tables import table_head, table_row
-from reproduce.specs import paper
 
+from s2q.evaluation.paper import paper_tables
 from s2q.planning import DEFAULT_MEMORY_BUDGET, Machine, plan
 
 GIB = 2**30
@@ -79,7 +79,7 @@ def cost_table(recipe: str) -> str:
     gpus = [f"on {size // 10**9} GB" for size in GPUS]
     heads = [*gpus, "a step of distillation", "inputs and targets of a block", "the paper's memory", "the paper's time"]
     lines = table_head("model", heads)
-    figures = paper()["samples"]["values"]
+    figures = paper_tables()["samples"]["values"]
     for name, entry in published_models().items():
         own = [""] * 4
         if entry["synthetic"] is not None:

@@ -10,6 +10,8 @@ kernel does, by its inputs and its output. Written to ``benchmarks/results/step-
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +32,7 @@ from s2q.models.synthetic import BlockList, SyntheticModel, synthetic_model
 from s2q.models.synthetic_blocks import block_inputs
 from s2q.planning.cost import Workload, block_shapes
 from s2q.recipes import Recipe, load_recipe
+from s2q.rounding import softened
 
 MODELS = ("cogvideox-2b", "cogvideox-5b", "hunyuanvideo", "ltx-2b", "wan-1.3b", "wan-14b")
 TOKENS = (256, 4096, 32_768, 131_072)
@@ -110,12 +113,11 @@ class _Nowhere:
     device = torch.device("meta")
 
 
-def traced_bytes(
-    model: SyntheticModel, block_list: BlockList, recipe: Recipe, *, tokens: int, dtype: torch.dtype, recompute: bool
-) -> int:
-    """Return what a step holds at most beside the block's weights and the sample.
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step of distillation.
 
-    Args:
+    Attributes:
         model: The dimensions.
         block_list: Which of its blocks.
         recipe: A recipe that distils.
@@ -123,63 +125,86 @@ def traced_bytes(
         dtype: Of calibration.
         recompute: Whether the step is checkpointed.
     """
+
+    model: SyntheticModel
+    block_list: BlockList
+    recipe: Recipe
+    tokens: int
+    dtype: torch.dtype
+    recompute: bool
+
+
+def traced_bytes(case: Case) -> int:
+    """Return what a step holds at most beside the block's weights and the sample.
+
+    Args:
+        case: The step.
+    """
+    model, block_list = case.model, case.block_list
     transformer = model.meta_transformer(blocks=1)
-    block = getattr(transformer, block_list.name)[0].to(dtype).requires_grad_(False)
+    block = getattr(transformer, block_list.name)[0].to(case.dtype).requires_grad_(False)
     prefix = f"{block_list.name}.0"
     linears = {one.name.removeprefix(f"{prefix}."): one for one in linears_of_block(block, prefix, model.family)}
-    student = student_of(block, linears, recipe)
+    student = student_of(block, linears, case.recipe)
     with _without_storage():
         nowhere: Any = _Nowhere()
-        inputs = block_inputs(model, block_list, tokens=tokens, generator=nowhere, dtype=dtype, batch=1)
+        inputs = block_inputs(model, block_list, tokens=case.tokens, generator=nowhere, dtype=case.dtype, batch=1)
         inputs |= {"attention_mask": None} if "attention_mask" in inputs else {}
         with LiveBytes() as live:
             for leaf in [*student.parameters(), *student.buffers(), *tree_leaves(inputs)]:
                 if isinstance(leaf, Tensor):
                     live.add(leaf.data if leaf.is_leaf else leaf)
             before = live.now
-            with checkpointed(student) if recompute else nullcontext(), torch.enable_grad(), parameters_held():
+            repeats = checkpointed(student) if case.recompute else nullcontext()
+            with repeats, softened(student), torch.enable_grad(), parameters_held():
                 outputs = student(**inputs)
                 streams: Sequence[Tensor] = outputs if isinstance(outputs, tuple) else (outputs,)
                 weighted_token_loss(streams, tuple(torch.zeros_like(one) for one in streams)).backward()
             return live.peak - before
 
 
-def planned_bytes(
-    model: SyntheticModel, block_list: BlockList, recipe: Recipe, *, tokens: int, dtype: torch.dtype, recompute: bool
-) -> int:
+def planned_bytes(case: Case) -> int:
     """Return the same by the formula of `s2q.planning.cost`.
 
     Args:
-        model: The dimensions.
-        block_list: Which of its blocks.
-        recipe: A recipe that distils.
-        tokens: Video tokens.
-        dtype: Of calibration.
-        recompute: Whether the step is checkpointed.
+        case: The step.
     """
+    model = case.model
     transformer = model.meta_transformer(blocks=1)
-    workload = Workload(tokens=tokens, text_tokens=model.text_tokens, branches=1, rows=1, component_bytes=None)
+    workload = Workload(
+        tokens=case.tokens, frames=model.frames, text_tokens=model.text_tokens, branches=1, rows=1, component_bytes=None
+    )
     shapes = block_shapes({TRANSFORMERS[0]: transformer}, block_linears(transformer, model.family), workload)
-    shape = shapes[model.block_lists.index(block_list)]
-    return shape.step_bytes(recipe, checkpointed=recompute, itemsize=dtype.itemsize)
+    shape = shapes[model.block_lists.index(case.block_list)]
+    return shape.step_bytes(case.recipe, checkpointed=case.recompute, itemsize=case.dtype.itemsize)
+
+
+def cases(recipe: Recipe) -> Iterator[Case]:
+    """Go through every size, once as it is and once checkpointed.
+
+    Args:
+        recipe: A recipe that distils.
+
+    Yields:
+        Steps.
+    """
+    models = [synthetic_model(name) for name in MODELS]
+    blocks = [(model, block_list) for model in models for block_list in model.block_lists]
+    for (model, block_list), tokens, dtype, recompute in product(
+        blocks, TOKENS, (torch.float32, torch.bfloat16), (False, True)
+    ):
+        yield Case(model=model, block_list=block_list, recipe=recipe, tokens=tokens, dtype=dtype, recompute=recompute)
 
 
 def main() -> None:
     """Trace every size and write the file."""
-    recipe, rows = load_recipe(RECIPE), []
-    for name in MODELS:
-        model = synthetic_model(name)
-        for block_list in model.block_lists:
-            for tokens in TOKENS:
-                for dtype in (torch.float32, torch.bfloat16):
-                    for recompute in (False, True):
-                        case = {"tokens": tokens, "dtype": dtype, "recompute": recompute}
-                        traced = traced_bytes(model, block_list, recipe, **case)
-                        planned = planned_bytes(model, block_list, recipe, **case)
-                        row = {"model": name, "blocks": block_list.name, "tokens": tokens}
-                        row |= {"dtype": str(dtype).removeprefix("torch."), "checkpointed": recompute}
-                        rows.append(row | {"traced_bytes": traced, "planned_bytes": planned})
-                        print(*row.values(), f"{traced / 1e9:.2f} GB, planned {planned / traced:.2f} of it", flush=True)
+    rows = []
+    for case in cases(load_recipe(RECIPE)):
+        traced, planned = traced_bytes(case), planned_bytes(case)
+        row = {"model": case.model.name, "blocks": case.block_list.name, "tokens": case.tokens}
+        row |= {"dtype": str(case.dtype).removeprefix("torch."), "checkpointed": case.recompute}
+        rows.append(row | {"traced_bytes": traced, "planned_bytes": planned})
+        print(*row.values(), f"{traced / 1e9:.2f} GB, planned {planned / traced:.2f} of it", flush=True)
     ratios = [row["planned_bytes"] / row["traced_bytes"] for row in rows]
     write_record(RESULT, {"schema_version": 1, **environment(), "recipe": RECIPE, "rows": rows})
     print(f"planned over traced: {min(ratios):.2f} to {max(ratios):.2f}")

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from judging import evalcrafter_table, metrics_table, paper_table
 from markdown_tables import interval, table_head, table_row
+from methods import methods_table
 from published import commands_of, cost_table, sizes_table
 from reproduce.beside import overview_table
 from variants import GROUPS, Variant
@@ -23,28 +25,54 @@ from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/observations.md", "docs/speed.md", "docs/real-models.md")
+PAGES = (
+    "README.md",
+    "docs/results.md",
+    "docs/observations.md",
+    "docs/speed.md",
+    "docs/real-models.md",
+    "docs/judging.md",
+)
 ORDER = (
     "rtn-w8a8",
     "smoothquant-w8a8",
+    "ptq4dit-w8a8",
+    "brecq-w8a8",
     "quarot-w8a8",
     "vidit-q-w8a8",
+    "svdquant-w8a8",
+    "q-dit-w8a8",
     "rtn-w4a16",
     "rtn-w4a8",
     "smoothquant-w4a8",
+    "ptq4dit-w4a8",
+    "brecq-w4a8",
     "quarot-w4a8",
     "vidit-q-w4a8",
+    "svdquant-w4a8",
+    "vidit-q-mp-w4a8",
+    "q-dit-w4a8",
     "s2q-w4a8",
     "rtn-w4a6",
     "smoothquant-w4a6",
+    "ptq4dit-w4a6",
+    "brecq-w4a6",
     "quarot-w4a6",
     "vidit-q-w4a6",
+    "svdquant-w4a6",
+    "vidit-q-mp-w4a6",
+    "q-dit-w4a6",
     "s2q-w4a6",
     "s2q-plus-w4a6",
     "rtn-w4a4",
     "smoothquant-w4a4",
+    "ptq4dit-w4a4",
+    "brecq-w4a4",
     "quarot-w4a4",
     "vidit-q-w4a4",
+    "svdquant-w4a4",
+    "vidit-q-mp-w4a4",
+    "q-dit-w4a4",
     "s2q-w4a4",
     "s2q-plus-w4a4",
     "s2q-w3a6",
@@ -316,6 +344,7 @@ def _base(group: str, model: str) -> Variant:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "quality": quality_table,
+    "methods": methods_table,
     "adherence": adherence_table,
     "attention": attention_table,
     "outliers": outlier_table,
@@ -326,6 +355,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "cost": cost_table,
     "commands": commands_of,
     "reproduce": overview_table,
+    "metrics": metrics_table,
+    "evalcrafter": evalcrafter_table,
+    "paper": paper_table,
 }
 
 

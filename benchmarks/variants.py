@@ -65,6 +65,7 @@ def _beyond(width: str) -> list[Variant]:
     """What is not in the paper, each part alone and together."""
     recipe, shift, branch = f"s2q-{width}", "transforms.shift=mean", "transforms.low_rank=32"
     bar = (*_UNTRAINED, "transforms.rotation=hadamard", "transforms.scale=none")
+    from_input = "transforms.low_rank_from=input"
     rows = [
         ("hadamard-gptq", "Hadamard + GPTQ", bar),
         ("hadamard-gptq-shift", "Hadamard + GPTQ + shift", (*bar, shift)),
@@ -75,12 +76,22 @@ def _beyond(width: str) -> list[Variant]:
         ("low-rank", "+ low-rank branch", (branch,)),
         ("n-prompts-40", "+ 40 prompts, coverage", ("calibration.n_prompts=40", "calibration.selection=coverage")),
     ]
+    plus = f"s2q-plus-{width}"
     return [
         *(
             Variant(name=f"{recipe}-{n}".rstrip("-"), label=label, recipe=recipe, overrides=tuple(o))
             for n, label, o in rows
         ),
-        Variant(name=f"s2q-plus-{width}", label=f"+ all of them = `s2q-plus-{width}`", recipe=f"s2q-plus-{width}"),
+        Variant(
+            name=f"{plus}-without-2", label="+ all of them", recipe=plus, overrides=(from_input, "refinement=null")
+        ),
+        Variant(
+            name=f"{plus}-without-1",
+            label="+ the branch taken from the weight too",
+            recipe=plus,
+            overrides=("refinement=null",),
+        ),
+        Variant(name=plus, label=f"+ refinement = `{plus}`", recipe=plus),
     ]
 
 

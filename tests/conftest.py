@@ -3,7 +3,10 @@
 Without a GPU, Triton interprets its kernels on the CPU; that too is decided before it is imported.
 """
 
+import json
 import os
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -16,3 +19,29 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+GENERATION = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32, "num_frames": 9}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A folder with a random pipeline that takes captions of 96 characters."""
+    from tiny import tiny_cogvideox_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    pipe = tiny_cogvideox_pipeline()
+    torch.manual_seed(0)
+    config = dict(pipe.transformer.config) | {"max_text_seq_length": 96}
+    pipe.register_modules(transformer=type(pipe.transformer).from_config(config).eval())
+    pipe.save_pretrained(folder)
+    (folder / "generation.json").write_text(json.dumps(GENERATION))
+    return folder
+
+
+@pytest.fixture
+def embedded_tiny(tiny_model, monkeypatch):
+    """Makes the embedded names mean the tiny model, so that nothing depends on trained weights."""
+    from s2q.shapes import embedded
+
+    monkeypatch.setattr(embedded, "embedded_folder", lambda name: tiny_model)
+    return "shapes-cogvideox"

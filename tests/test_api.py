@@ -6,7 +6,7 @@ import pytest
 
 import s2q
 
-VERBS = ("evaluate", "generate", "inspect", "load", "plan", "quantize")
+VERBS = ("compare", "evaluate", "generate", "inspect", "load", "plan", "quantize")
 
 
 def run(code: str) -> str:

@@ -2,19 +2,21 @@
 
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import typer
 from published import published_models, published_name
 from reproduce import run as running
 from reproduce import specs
-from reproduce.beside import contents, page_of
+from reproduce.beside import _costs, contents, page_of
 from reproduce.command import main
 from reproduce.plan import Request, video_name
-from reproduce.specs import FULL_PRECISION, METHOD, TABLES, paper, row_overrides
+from reproduce.specs import TABLES, row_overrides
 
 from s2q.cli import run as s2q
 from s2q.cli.app import app
+from s2q.evaluation.paper import FULL_PRECISION, METHOD, paper_tables
 from s2q.recipes import load_recipe, recipe_names
 from tiny import tiny_cogvideox_pipeline
 
@@ -62,7 +64,7 @@ def parsed(line):
 
 
 def test_every_figure_of_the_paper_has_its_row():
-    assert set(paper()) == set(TABLES)
+    assert set(paper_tables()) == set(TABLES)
     for table in TABLES.values():
         methods = {row.method for row in table.rows if row.in_paper}
         for model, figures in table.paper["values"].items():
@@ -71,11 +73,10 @@ def test_every_figure_of_the_paper_has_its_row():
             assert all(len(values) == len(table.paper["metrics"]) for values in figures.values())
 
 
-def test_the_rows_that_wait_for_a_recipe():
+def test_no_row_waits_for_a_recipe():
     rows = [(name, row) for name, table in TABLES.items() for row in table.rows if row.variant]
     lacking = {(name, row.method) for name, row in rows if not row.runs}
-    theirs = ("PTQ4DiT", "PTQ4DiT with SDS", "PTQ4DiT with STD", "PTQ4DiT with both")
-    assert lacking == {("vbench-w4a6", "Q-DiT"), ("vbench-w4a6", "PTQ4DiT"), *(("parts", method) for method in theirs)}
+    assert lacking == set()
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.name)
@@ -142,6 +143,17 @@ def test_a_run_makes_what_is_missing_and_nothing_twice(inputs, tmp_path, in_this
     assert not capsys.readouterr().out.strip()
     assert main([*arguments, "--guidance-scale", "2", "--dry-run"]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["eval", "eval"]
+
+
+def test_costs_are_of_the_runs_that_are_there(tmp_path):
+    """Another table may have made one of the three runs of a row and judged it."""
+    runs = [SimpleNamespace(checkpoint=tmp_path / str(seed)) for seed in range(3)]
+    assert _costs(runs) == {}
+    (tmp_path / "1" / "s2q").mkdir(parents=True)
+    report = {"storage": {"quantized_bytes": 3 * 2**30}, "blocks": [{"resumed": False}]}
+    report |= {"seconds": 1800.0, "peak_memory_bytes": 2**31}
+    (tmp_path / "1" / "s2q" / "report.json").write_text(json.dumps(report))
+    assert _costs(runs) == {"storage_gb": 3, "calibration_hours": 0.5, "peak_memory_gb": 2}
 
 
 def test_a_failing_command_ends_the_run_with_its_code(capfd):

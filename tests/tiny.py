@@ -469,6 +469,7 @@ def split_input(layer, x):
         left=layer.transform_left,
         right=layer.transform_right,
         low_rank_basis=layer.low_rank_basis,
+        deflates=layer.layout.deflates,
     )
     return quantized, None if coefficients is None else coefficients @ layer.low_rank_weight.float().t()
 
@@ -481,3 +482,13 @@ def shrunken(name: str) -> SyntheticModel:
     small |= {one.argument: 2 for one in model.block_lists}
     lists = tuple(replace(one, count=2) for one in model.block_lists)
     return replace(model, config=dict(model.config) | small, block_lists=lists, tokens=10, text_tokens=6)
+
+
+class ListedSamples(list):
+    """Samples of a block that lie in memory, as distillation takes them."""
+
+    device = "cpu"
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return ListedSamples(found) if isinstance(index, slice) else found

@@ -38,8 +38,8 @@ _SPEED = {
 _COMPARABLE = {
     "order": (
         "Not the same measure: the paper's columns are scores of its judge, ours are distances from full precision's "
-        "own videos, and s2q does not compute the paper's scores yet. Only the order of the methods can be compared. "
-        "The videos are named as VBench expects them, to be judged with it."
+        "own videos. Only the order of the methods can be compared. `s2q eval --vbench-python` gives a checkpoint the "
+        "scores of the paper's judge; the videos kept here are named as VBench expects them, too."
     ),
     "ratio": (
         "Storage can be compared as it stands (the whole transformer; GB are 2³⁰ bytes, here and in the paper). Time "
@@ -236,8 +236,11 @@ def _estimate(videos: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] 
 
 
 def _costs(runs: Sequence[Run]) -> dict[str, Any]:
-    """Storage, and time and memory of the runs that were not interrupted."""
-    reports = [json.loads((run.checkpoint / "s2q" / "report.json").read_text()) for run in runs]
+    """Storage of the runs that are there, and time and memory of those that were not interrupted."""
+    paths = [run.checkpoint / "s2q" / "report.json" for run in runs]
+    reports = [json.loads(path.read_text()) for path in paths if path.exists()]
+    if not reports:
+        return {}
     whole = [report for report in reports if not any(block["resumed"] for block in report["blocks"])]
     costs = {"storage_gb": reports[0]["storage"]["quantized_bytes"] / GIB}
     if whole:

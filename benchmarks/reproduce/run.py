@@ -13,9 +13,9 @@ from records import rounded_metrics, write_record
 
 from reproduce.plan import Request, Run, bench_command, runs_of, shown, video_name
 from reproduce.specs import Table
-from s2q.core.files import atomic_write_json
+from s2q.core.files import atomic_write_bytes, atomic_write_json
 from s2q.evaluation import EvaluationOptions, Video, evaluate_each
-from s2q.report import write_mp4
+from s2q.report import BT601, encode_mp4
 
 logger = logging.getLogger("reproduce")
 
@@ -108,7 +108,7 @@ def _keep(folder: Path, video: Video) -> None:
     name = video_name(video.prompt, video.seed)
     if (folder / name).exists():
         return
-    write_mp4(folder / name, video.frames.numpy())
+    atomic_write_bytes(folder / name, encode_mp4(video.frames.numpy(), matrix=BT601))  # as VBench reads it
     index = folder / "prompts.json"
     known = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
     atomic_write_json(index, known | {name: video.prompt})

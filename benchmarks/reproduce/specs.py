@@ -1,20 +1,16 @@
-"""What each table consists of: its rows, as variants of recipes, and the paper's figures from `paper.yaml`."""
+"""What each table consists of: its rows, as variants of recipes, and the paper's figures, which the package has."""
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from variants import GROUPS, Variant
 
 from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.evaluation.paper import FULL_PRECISION, METHOD, paper_tables
 from s2q.recipes import load_recipe, recipe_names
 
-FULL_PRECISION = "full precision"
 NO_RECIPE = "no recipe yet"
-METHOD = "S²Q-VDiT"
 _BASELINES = {
     "Q-DiT": "q-dit",
     "PTQ4DiT": "ptq4dit",
@@ -63,7 +59,7 @@ class Table:
     @property
     def paper(self) -> dict[str, Any]:
         """What the paper says: `title`, `comparable`, `metrics`, `prompts`, `claims`, `values`."""
-        return paper()[self.name]
+        return paper_tables()[self.name]
 
     def paper_values(self, model: str | None) -> dict[str, list[float | None]]:
         """Return the paper's figures of a model by method; empty where it has none.
@@ -73,13 +69,6 @@ class Table:
         """
         found: dict[str, list[float | None]] = self.paper["values"].get(model, {})
         return found
-
-
-@functools.cache
-def paper() -> dict[str, dict[str, Any]]:
-    """Return the content of `paper.yaml`."""
-    content: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text("utf-8"))
-    return content
 
 
 def row_overrides(variant: Variant, changes: Sequence[str]) -> tuple[str, ...]:

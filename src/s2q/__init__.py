@@ -17,14 +17,16 @@ from s2q import _hook
 
 if TYPE_CHECKING:
     from s2q.checkpoint import inspect_checkpoint as inspect
+    from s2q.comparing import compare
     from s2q.evaluation import evaluate, generate
     from s2q.loading import load_pipeline as load
     from s2q.planning import plan
     from s2q.quantization import quantize
 
-__all__ = ["__version__", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
+__all__ = ["__version__", "compare", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
 
 _LAZY = {
+    "compare": ("s2q.comparing", "compare"),
     "evaluate": ("s2q.evaluation", "evaluate"),
     "generate": ("s2q.evaluation", "generate"),
     "inspect": ("s2q.checkpoint", "inspect_checkpoint"),

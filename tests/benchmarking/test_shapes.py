@@ -4,7 +4,7 @@ from s2q.benchmarking.shapes import attention_shapes, layer_shapes, resolve_subj
 from s2q.core.errors import InvalidInputError, UsageError
 from s2q.models import resolve_model
 from s2q.models.synthetic import synthetic_model, synthetic_names
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_cogvideox_image_pipeline, tiny_cogvideox_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,19 @@ def test_a_cpu_gets_fewer_rows_of_a_large_model():
     assert subject_rows(models, tokens=7, device="cpu") == 7
 
 
-def test_a_configuration_that_does_not_tell(folder):
-    from dataclasses import replace
+def test_a_pipeline_whose_attention_does_not_see_the_text():
+    source = resolve_model("shapes-wan")
+    assert source_tokens(source) == (192, 16)
+    shapes = layer_shapes([source], rows=None)
+    assert {one.shape for one in shapes} == {(192, 192, 192), (192, 192, 768), (192, 768, 192)}
+    assert not any(layer.endswith(("attn2.to_k", "attn2.to_v")) for one in shapes for layer in one.layers)
+    assert attention_shapes([source], rows=None)[0].tokens == 192
 
-    source = resolve_model(folder)
-    config = {key: value for key, value in source.transformer_config.items() if key != "sample_frames"}
-    with pytest.raises(UsageError, match="pass --tokens"):
-        source_tokens(replace(source, transformer_configs={"transformer": config}))
+
+def test_a_pipeline_that_does_not_tell(tmp_path):
+    tiny_cogvideox_image_pipeline().save_pretrained(tmp_path / "tiny")
+    with pytest.raises(UsageError, match="tiny: .* pass --tokens"):
+        source_tokens(resolve_model(tmp_path / "tiny"))
 
 
 def test_names():

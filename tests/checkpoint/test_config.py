@@ -1,11 +1,18 @@
+import json
+
 import pytest
 
 from s2q.checkpoint import FORMAT_VERSION, S2QConfig
 from s2q.core.errors import InvalidInputError
 from s2q.core.layout import InputLayout
-from s2q.core.schemes import LinearScheme, PerChannel, QuantScheme
+from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerToken, QuantScheme
+from s2q.core.tokens import TokenLayout
 
 SCHEME = LinearScheme(weight=QuantScheme(num_bits=4, granularity=PerChannel()), activation=None)
+DELTA = LinearScheme(
+    weight=SCHEME.weight,
+    activation=QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True, delta=Delta(cube=(2, 2, 2))),
+)
 LAYOUT = InputLayout(scale=True, left=4, right=8, activation_clip=True)
 
 
@@ -24,7 +31,7 @@ def test_without_inputs_the_older_version_is_written_and_says_nothing_of_them():
 
 def test_inputs_come_back():
     content = config(a=LAYOUT)
-    assert content["format_version"] == FORMAT_VERSION == 2
+    assert content["format_version"] == 2
     again = S2QConfig.from_dict(content)
     assert again.layer_layouts() == {"a": LAYOUT}
     assert again.to_dict() == content
@@ -33,7 +40,8 @@ def test_inputs_come_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, "format_version=3; this s2q reads versions 1 to 2"),
+        ({"format_version": 4}, "format_version=4; this s2q reads versions 1 to 3"),
+        ({"format_version": 3, "tokens": {}}, "token layout: got {}; expected a mapping with latents, patch, text"),
         ({"format_version": True}, "format_version=True"),
         ({"format_version": 1}, "unknown key in quantization_config 'inputs'"),
         ({"inputs": None}, "inputs or layer_inputs is missing"),
@@ -41,6 +49,9 @@ def test_inputs_come_back():
         ({"inputs": {"t0": {"left": 0}}}, "left=0"),
         ({"inputs": {"t0": {"low_rank": 1.5}}}, "low_rank=1.5"),
         ({"inputs": {"t0": {"scale": 1}}}, "scale=1"),
+        ({"inputs": {"t0": {"low_rank": 2, "deflates": 0}}}, "deflates=0; expected true or false"),
+        ({"inputs": {"t0": {"deflates": False}}}, "deflates=false without a branch"),
+        ({"inputs": {"t0": {"low_rank": 2, "deflates": False}}}, "deflates=false in format_version=2; expected 3"),
         ({"layer_inputs": {"c": "t0"}}, "unknown layer in layer_inputs"),
         ({"layer_inputs": {"a": "t1"}}, "unknown input of a"),
     ],
@@ -48,6 +59,45 @@ def test_inputs_come_back():
 def test_what_is_not_valid_is_refused(change, message):
     with pytest.raises(InvalidInputError, match=message):
         S2QConfig.from_dict({**config(a=LAYOUT), **change})
+
+
+def test_how_tokens_are_made_comes_back():
+    tokens = TokenLayout(latents="channels first", patch=(1, 2, 2), text="after")
+    schemes = dict.fromkeys("ab", DELTA)
+    content = S2QConfig.from_schemes(schemes, recipe="mine", compute_dtype="bfloat16", tokens=tokens).to_dict()
+    assert content["format_version"] == FORMAT_VERSION == 3
+    again = S2QConfig.from_dict(json.loads(json.dumps(content)))
+    assert (again.token_layout(), again.layer_schemes(), again.layer_layouts()) == (tokens, schemes, {})
+    assert S2QConfig.from_dict(config(a=LAYOUT)).token_layout() is None
+    for change, message in (
+        ({"tokens": {**content["tokens"], "text": "left"}}, "unknown text of a token layout 'left'"),
+        ({"tokens": {**content["tokens"], "grid": 1}}, "unknown key of a token layout 'grid'"),
+        ({"tokens": None}, "token layout: got None"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            S2QConfig.from_dict({**content, **change})
+
+
+@pytest.mark.parametrize(("scheme", "layout"), [("delta", {}), ("plain", {"estimator": True, "estimator_frames": 3})])
+def test_layers_that_have_to_know_where_tokens_lie_are_refused_without(scheme, layout):
+    layouts = {"a": InputLayout(**layout)} if layout else {}
+    schemes = {"a": {"delta": DELTA, "plain": SCHEME}[scheme]}
+    with pytest.raises(InvalidInputError, match="tokens is missing"):
+        S2QConfig.from_schemes(schemes, recipe="mine", compute_dtype="bfloat16", layouts=layouts)
+
+
+def test_an_estimator_is_in_a_layout_only_if_there_is_one():
+    assert "estimator" not in LAYOUT.to_dict()
+    layout = InputLayout(estimator=True, estimator_frames=3)
+    assert InputLayout.from_dict(layout.to_dict()) == layout
+    assert not layout.empty
+    shapes = {"estimator_input": (32,), "estimator_output": (16,), "estimator_frames": (3,)}
+    assert layout.shapes(32, 16) == shapes
+    assert layout.num_bytes(32, 16) == 4 * (32 + 16 + 3)
+    assert InputLayout(estimator=True).shapes(32, 16).keys() == {"estimator_input", "estimator_output"}
+    for fields, message in (({"estimator_frames": 3}, "without estimator"), ({"estimator": 1}, "estimator=1")):
+        with pytest.raises(InvalidInputError, match=message):
+            InputLayout(**fields)
 
 
 def test_shapes_and_bytes():
@@ -74,3 +124,13 @@ def test_a_low_rank_branch_is_stored_in_bfloat16():
     assert layout.num_bytes(32, 16) == 2 * 4 * (32 + 16)
     with pytest.raises(InvalidInputError, match="rank 4; expected at most 3 between 32 and 3 features"):
         layout.shapes(32, 3)
+
+
+def test_a_branch_of_the_weight_needs_the_newest_version_and_others_do_not_say_that_they_deflate():
+    branch = InputLayout(low_rank=4, deflates=False)
+    content = config(a=LAYOUT, b=branch)
+    assert content["format_version"] == FORMAT_VERSION == 3
+    assert ["deflates" in one for one in content["inputs"].values()] == [False, True]
+    assert S2QConfig.from_dict(content).layer_layouts() == {"a": LAYOUT, "b": branch}
+    assert config(a=LAYOUT, b=InputLayout(low_rank=4))["format_version"] == 2
+    assert (branch.num_bytes(32, 16), branch.empty) == (InputLayout(low_rank=4).num_bytes(32, 16), False)

@@ -110,10 +110,10 @@ def test_without_manifest_only_the_unverified_load_works(copy):
     load_pipeline(copy, verify=False)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None, True])
+@pytest.mark.parametrize("version", [0, 4, "1", None, True])
 def test_unknown_format_version(copy, version):
     edit_config(copy, lambda config: config.update(format_version=version))
-    refused(copy, f"format_version={version!r}; this s2q reads versions 1 to 2")
+    refused(copy, f"format_version={version!r}; this s2q reads versions 1 to 3")
     with pytest.raises(InvalidInputError, match="format_version"):
         load_pipeline(copy, verify=False)
     with pytest.raises(InvalidInputError, match="format_version"):

@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 
 from s2q.cli import run
+from s2q.planning import Machine
 
 FAST = ["--steps", "2", "--guidance-scale", "2", "--device", "cpu"]
 
@@ -22,7 +23,8 @@ def json_of(capsys, arguments, code=0):
     return content
 
 
-def test_plan_quantize_inspect_agree(tiny_model, tmp_path, capsys):
+def test_plan_quantize_inspect_agree(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Machine, "process_bytes", 10**9)  # this process grows from command to command
     out = tmp_path / "q"
     planned = json_of(capsys, ["plan", "-m", tiny_model, "-r", "rtn-w4a8", "--set", "skip=['*.ff.*']"])
     command = ["quantize", "-m", tiny_model, "-r", "rtn-w4a8", "-o", out, "--set", "skip=['*.ff.*']", "--device", "cpu"]
@@ -37,6 +39,36 @@ def test_plan_quantize_inspect_agree(tiny_model, tmp_path, capsys):
     assert {layer["name"] for layer in inspected["layers"]} == {
         layer["name"] for layer in planned["layers"] if layer["scheme"].startswith("w")
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--device-memory", "24GB"], ("cuda", 24 * 10**9)),  # whether or not there is one
+        (["--device", "cuda:1", "--device-memory", "24GiB"], ("cuda:1", 24 * 2**30)),
+        (["--device", "cpu", "--device-memory", "8GB"], ("cpu", 8 * 10**9)),
+    ],
+)
+def test_a_plan_is_for_the_device_that_is_described(tiny_model, capsys, given, expected):
+    device = json_of(capsys, ["plan", "-m", tiny_model, "-r", "rtn-w4a6", *given])["device"]
+    assert (device["name"], device["memory_bytes"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "expected"),
+    [
+        ("plan", ["--memory-budget", "lots"], "--memory-budget: got 'lots'; expected a size"),
+        ("plan", ["--device-memory", "0"], "--device-memory: got '0'"),
+        ("plan", ["--device", "tpu9", "--device-memory", "8GB"], "--device tpu9: expected auto, cpu, cuda"),
+        ("quantize", ["--memory-budget", "lots"], "--memory-budget: got 'lots'; expected a size"),
+        ("quantize", ["--device", "tpu9"], "--device tpu9: expected auto, cpu, cuda"),
+    ],
+)
+def test_a_machine_that_makes_no_sense_is_named_by_its_option(tiny_model, tmp_path, capsys, command, given, expected):
+    out = ["-o", str(tmp_path / "q")] if command == "quantize" else []
+    assert run([command, "-m", str(tiny_model), "-r", "rtn-w4a6", *out, *given]) != 0
+    assert expected in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_samples_is_short_for_the_recipe_field(tiny_model, tmp_path, capsys):

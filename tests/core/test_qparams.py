@@ -3,11 +3,13 @@ import math
 import pytest
 import torch
 
+from s2q.core.codebook import levels_of
 from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import (
     dequantize,
     dequantize_weight,
     fake_quantize,
+    fake_quantize_input,
     fake_quantize_weight,
     quantize,
     quantize_weight,
@@ -193,3 +195,60 @@ def test_fake_quantize_equals_quantize_then_dequantize(dtype):
     result = fake_quantize(x, scale, num_bits=5)
     assert result.dtype == dtype
     assert torch.equal(result, dequantize(quantize(x, scale, num_bits=5), scale).to(dtype))
+
+
+def codebook(num_bits=4, granularity=None):
+    return QuantScheme(num_bits=num_bits, granularity=granularity or PerChannel(), levels="lloyd_max")
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(group_size=8)])
+@pytest.mark.parametrize("num_bits", WIDTHS)
+def test_with_a_codebook_every_value_goes_to_the_nearest_level(num_bits, granularity):
+    weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(num_bits))
+    scheme = codebook(num_bits, granularity)
+    levels = levels_of(scheme, 24)
+    scale = weight_scale(weight, scheme)
+    parts = {PerTensor: (1, 144), PerChannel: (6, 24), PerGroup: (6, 3, 8)}[type(granularity)]
+    expected = weight.double().reshape(parts).square().mean(dim=-1).sqrt()
+    torch.testing.assert_close(scale.double().reshape(expected.shape), expected)
+    codes = quantize_weight(weight, scale, num_bits=num_bits, levels=levels)
+    ratio = (weight.double().reshape(parts) / expected.unsqueeze(-1)).reshape(6, 24)
+    distance = (ratio[..., None] - levels.double()).abs()
+    chosen = distance.gather(-1, (codes.long() + 2 ** (num_bits - 1))[..., None])[..., 0]
+    assert float((chosen - distance.amin(dim=-1)).max()) < 1e-6
+    values = dequantize_weight(codes, scale, levels=levels)
+    assert torch.equal(fake_quantize_weight(weight, scale, num_bits=num_bits, levels=levels), values)
+    assert torch.equal(quantize_weight(values, scale, num_bits=num_bits, levels=levels), codes)
+
+
+def test_a_codebook_by_hand():
+    # the halves of scale 2: ratios 2.5, 1.2, 0.05, -1.5 with boundaries at -1.25, 0 and 1.25
+    levels, scale = torch.tensor([-2.0, -0.5, 0.5, 2.0]), torch.tensor(2.0)
+    codes = quantize(torch.tensor([5.0, 2.4, 0.1, -3.0]), scale, num_bits=2, levels=levels)
+    assert codes.dtype == torch.int8
+    assert codes.tolist() == [1, 0, 0, -2]
+    assert dequantize(codes, scale, levels=levels).tolist() == [4, 1, 1, -4]
+
+
+def test_a_codebook_has_no_zero_but_zeros_stay_zero():
+    scheme = QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True, levels="lloyd_max")
+    x = torch.stack([torch.zeros(16), torch.ones(16), torch.full((16,), float("nan"))])
+    quantized = fake_quantize_input(x, scheme)
+    assert torch.equal(quantized[0], torch.zeros(16))
+    assert torch.isfinite(quantized[1]).all()
+    assert torch.isnan(quantized[2]).all()
+    assert weight_scale(torch.zeros(2, 16), codebook()).tolist() == [0, 0]
+
+
+def test_gradients_through_a_codebook():
+    """Within the range 1 towards x and level - ratio towards the scale; outside 0 and the outermost level."""
+    levels = levels_of(codebook(2), 10**6)
+    x = torch.tensor([0.5, 5.0], requires_grad=True)
+    scale = torch.ones(2, requires_grad=True)
+    fake_quantize(x, scale, num_bits=2, levels=levels).sum().backward()
+    assert x.grad.tolist() == [1, 0]
+    assert scale.grad.tolist() == pytest.approx([0.4528 - 0.5, 1.5104], abs=1e-3)
+    tokens = torch.zeros(2, 8, requires_grad=True)
+    scheme = QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True, levels="lloyd_max")
+    fake_quantize_input(tokens, scheme).sum().backward()
+    assert torch.isfinite(tokens.grad).all()

@@ -60,6 +60,13 @@ def test_scheme_survives_json(granularity, dynamic):
     assert QuantScheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
 
 
+def test_levels_survive_json_and_are_written_only_where_they_are_not_uniform():
+    codebook = dataclasses.replace(W4, levels="lloyd_max")
+    assert codebook.to_dict()["levels"] == "lloyd_max"
+    assert QuantScheme.from_dict(json.loads(json.dumps(codebook.to_dict()))) == codebook
+    assert "levels" not in W4.to_dict()
+
+
 @pytest.mark.parametrize("activation", [None, A6])
 def test_linear_scheme_survives_json(activation):
     scheme = LinearScheme(weight=W4, activation=activation)
@@ -75,6 +82,8 @@ def test_linear_scheme_survives_json(activation):
         ({"group_size": 64}, "group_size"),
         ({"granularity": None}, "granularity"),
         ({"dynamic": "no"}, "dynamic"),
+        ({"levels": "loyd_max"}, "lloyd_max"),
+        ({"levels": None}, "levels"),
     ],
 )
 def test_wrong_fields_are_refused(change, message):
@@ -93,6 +102,16 @@ def test_names():
     assert LinearScheme(weight=W4, activation=A6).name == "w4a6"
     assert LinearScheme(weight=W4, activation=None).name == "w4a16"
     assert LinearScheme(weight=grouped, activation=None).name == "w4g64a16"
+    codebook = dataclasses.replace(grouped, levels="lloyd_max")
+    assert LinearScheme(weight=codebook, activation=dataclasses.replace(A6, levels="lloyd_max")).name == "w4cg64a6c"
+
+
+def test_codebooks_on_either_side_are_simulated():
+    codebooks = dataclasses.replace(W4, levels="lloyd_max"), dataclasses.replace(A6, levels="lloyd_max")
+    assert not LinearScheme(weight=W4, activation=A6).simulated
+    assert LinearScheme(weight=codebooks[0], activation=A6).simulated
+    assert LinearScheme(weight=codebooks[0], activation=None).simulated
+    assert LinearScheme(weight=W4, activation=codebooks[1]).simulated
 
 
 def test_linear_scheme_refuses_what_no_linear_can_do():

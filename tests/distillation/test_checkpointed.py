@@ -36,6 +36,10 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(*heads)[:, 0]
 
 
+class OwnFeedForward(FeedForward):
+    """A model's own, derived from that of diffusers."""
+
+
 class Block(nn.Module):
     """Attention and feed-forward with residuals."""
 
@@ -43,7 +47,7 @@ class Block(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.attn = Attention(width)
-        self.ff = FeedForward(width, mult=2)
+        self.ff = OwnFeedForward(width, mult=2)
         for place, name in ((self.ff.net[0], "proj"), (self.ff.net, "2")):
             linear = place.get_submodule(name)
             student = StudentLinear.with_clip(linear, scheme=SCHEME, source=student_input(linear.in_features))

@@ -42,6 +42,7 @@ def test_the_reference_against_itself(pipe):
     assert means["latent_cosine"] == pytest.approx(1.0)
     assert means["psnr_frame_mean_db"] == means["psnr_pooled_db"] == 100.0
     assert means["ssim"] == pytest.approx(1.0)
+    assert means["flicker_rms"] == 0.0
     assert means["velocity_relative_error"] == pytest.approx(0.0, abs=1e-9)
     assert means["adherence_all_change"] == 0.0
 
@@ -73,9 +74,10 @@ def test_the_file_has_everything_that_was_promised(pipe, damaged):
     adherence = {name for name in METRICS if name.startswith("adherence")}
     assert set(result["metrics"]) == {*METRICS, *(f"reference_{name}" for name in adherence), "adherence_all_change"}
     for entry in result["metrics"].values():
-        assert set(entry) == {"mean", "low", "high", "definition"}
+        assert set(entry) == {"mean", "low", "high", "definition", "version"}
         assert entry["low"] is entry["high"] is None, "two prompts are too few for an interval"
         assert entry["definition"]
+        assert entry["version"] == 1
     assert [(video["prompt"], video["seed"]) for video in result["videos"]] == [
         ("a", 0),
         ("a", 4),
@@ -92,6 +94,7 @@ def test_the_file_has_everything_that_was_promised(pipe, damaged):
     assert result["metrics"]["velocity_relative_error"]["mean"] == pytest.approx(mean)
     assert result["noise_floor"]["n_pairs"] == 2
     assert result["noise_floor"]["metrics"]["latent_relative_l2"] > 0.1
+    assert result["noise_floor"]["metrics"]["flicker_rms"] > 0
     assert result["settings"]["seeds"] == [0, 4]
     assert result["versions"]["torch"]
 

@@ -9,6 +9,8 @@ from s2q.evaluation.metrics import (
     FRAME_METRICS,
     LATENT_METRICS,
     PSNR_CAP_DB,
+    VERSIONS,
+    flicker_rms,
     latent_cosine,
     latent_relative_l2,
     psnr_frame_mean_db,
@@ -31,7 +33,7 @@ def test_identical_videos():
 
 
 def test_every_metric_is_defined():
-    assert set(DEFINITIONS) == {*LATENT_METRICS, *FRAME_METRICS}
+    assert set(DEFINITIONS) == set(VERSIONS) == {*LATENT_METRICS, *FRAME_METRICS}
 
 
 def test_latent_metrics_against_known_values():
@@ -56,6 +58,28 @@ def test_frame_mean_and_pooled_psnr_differ_as_they_should():
 def test_psnr_has_no_uint8_wraparound():
     black, white = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.full((1, 8, 8, 3), 255, dtype=torch.uint8)
     assert psnr_pooled_db(black, white) == psnr_pooled_db(white, black) == 0.0
+
+
+def test_flicker_against_known_values():
+    reference = random_frames(frames=3, height=2, width=2) // 2 + 50
+    assert flicker_rms(reference + 7, reference) == 0.0, "an error that stays the same does not flicker"
+    frames = reference.clone()
+    frames[1] -= 4
+    assert flicker_rms(frames, reference) == 4.0, "there and back: a change of 4 levels each time"
+    frames = reference.clone()
+    frames[2, 0, 0, 0] += 6  # one of 12 values changes by 6, in the second of two steps
+    assert flicker_rms(frames, reference) == pytest.approx((0 + math.sqrt(36 / 12)) / 2)
+    assert flicker_rms(reference, frames) == pytest.approx(flicker_rms(frames, reference))
+    assert flicker_rms(reference[:1], reference[:1]) is None
+
+
+def test_flicker_sees_what_frame_by_frame_metrics_do_not():
+    reference = torch.full((4, 2, 2, 3), 100, dtype=torch.uint8)
+    steady = reference + 5
+    restless = reference + 5
+    restless[1::2] -= 10
+    assert psnr_pooled_db(steady, reference) == pytest.approx(psnr_pooled_db(restless, reference))
+    assert (flicker_rms(steady, reference), flicker_rms(restless, reference)) == (0.0, 10.0)
 
 
 def brute_force_ssim(x: torch.Tensor, y: torch.Tensor, window: int) -> float:

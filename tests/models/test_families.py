@@ -68,6 +68,7 @@ def stream(pipe, trajectory, tmp_path_factory):
         block_names(pipe.transformer, family),
         calls=calls,
         names=[f"step {step}" for step in range(len(calls))],
+        steps=range(len(calls)),
         streams=family.streams,
         folder=tmp_path_factory.mktemp("stream"),
     )

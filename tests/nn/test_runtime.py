@@ -1,6 +1,7 @@
 """Backends and shared inputs of the packed linears of a whole model."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,16 @@ def test_linears_with_other_transforms_do_not_share(transformer):
     assert attention.to_k.shared_input is None
     assert attention.to_q.shared_input is attention.to_v.shared_input
     attention.to_k.transform_scale.data.copy_(kept)
+    share_inputs(transformer)
+
+
+def test_linears_whose_branches_are_taken_from_the_other_side_do_not_share(transformer):
+    attention = transformer.transformer_blocks[0].attn1
+    kept = attention.to_k.layout
+    attention.to_k.layout = replace(kept, deflates=False)
+    assert share_inputs(transformer) == 3 * len(transformer.transformer_blocks) - 1
+    assert attention.to_k.shared_input is None
+    attention.to_k.layout = kept
     share_inputs(transformer)
 
 

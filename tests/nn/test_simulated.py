@@ -1,4 +1,4 @@
-"""Linears that no integer kernel takes: inputs quantized in groups, computed in floating point."""
+"""Linears that no integer kernel takes: inputs in groups, or codebooks; computed in floating point."""
 
 import logging
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
+from s2q.core.codebook import lloyd_max_levels
 from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
@@ -68,6 +69,54 @@ def test_the_student_of_a_scheme_computes_what_its_packed_linear_does():
     packed = PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=scheme(8))
     x = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(packed(x), student(x), rtol=0, atol=1e-5)
+
+
+def codebooks(*, weight="lloyd_max", activation="lloyd_max"):
+    inputs = QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True, levels=activation or "uniform")
+    return LinearScheme(
+        weight=QuantScheme(num_bits=4, granularity=PerChannel(), levels=weight),
+        activation=inputs if activation else None,
+    )
+
+
+def nearest(values, levels):
+    """What the levels make of rows in double, by search."""
+    scale = values.square().mean(dim=-1, keepdim=True).sqrt()
+    table = torch.tensor(levels, dtype=torch.float64)
+    return table[((values / scale)[..., None] - table).abs().argmin(dim=-1)] * scale
+
+
+def test_codebooks_on_both_sides_equal_the_definition_in_double():
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(6, 24, generator=generator), torch.randn(6, generator=generator)
+    rounded = round_rtn(weight, codebooks().weight)
+    layer = PackedLinear.from_rounded(rounded, bias=bias, scheme=codebooks())
+    levels = lloyd_max_levels(4, 24)
+    torch.testing.assert_close(
+        layer.dequantized_weight(torch.float64), nearest(weight.double(), levels), rtol=1e-6, atol=0
+    )
+    x = torch.randn(50, 24, generator=generator)
+    expected = nearest(x.double(), levels) @ nearest(weight.double(), levels).t() + bias.double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=1e-4)
+    assert layer.weight.shape == (6, 12)
+    assert torch.equal(layer(torch.zeros(2, 24)), bias.expand(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation"), [("lloyd_max", None), ("uniform", "lloyd_max"), ("lloyd_max", "uniform")]
+)
+def test_a_codebook_on_one_side_and_its_student(weight, activation):
+    layer_scheme = codebooks(weight=weight, activation=activation)
+    linear = nn.Linear(24, 6)
+    student = StudentLinear.with_clip(linear, scheme=layer_scheme, source=StudentInput(layer_scheme.activation))
+    rounded = round_rtn(linear.weight, layer_scheme.weight, clip_ratio=student.clip_ratio())
+    packed = PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=layer_scheme)
+    x = torch.randn(7, 24, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    torch.testing.assert_close(packed(x), student(x), rtol=0, atol=1e-5)
+    student(x).square().sum().backward()
+    assert student.weight_clip is not None
+    assert all(float(one.grad.abs().sum()) > 0 for one in student.parameters())
+    torch.testing.assert_close(packed.effective_weight(torch.float32), packed.dequantized_weight(torch.float32))
 
 
 def test_widths_that_groups_do_not_divide_are_refused():

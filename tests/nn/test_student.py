@@ -6,6 +6,7 @@ from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import dequantize, dequantize_weight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear
+from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.quantize_per_token import quantize_per_token
 from s2q.rounding import round_rtn
 from s2q.transforms import Compose, KroneckerTransform, SmoothScale, hadamard
@@ -203,3 +204,70 @@ def test_a_low_rank_branch_takes_directions_out_of_what_is_quantized(layer_schem
     quantized, branch = split_input(packed, rows)
     expected = torch.nn.functional.linear(quantized, packed.dequantized_weight(torch.float32)) + branch
     torch.testing.assert_close(weight.t(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer_scheme", SCHEMES, ids=lambda s: s.name)
+@pytest.mark.parametrize("transform", [None, a_transform()], ids=["no transform", "transform"])
+def test_a_low_rank_branch_of_the_weight_leaves_the_input_whole(layer_scheme, transform):
+    linear, x = a_linear(), draw(60, 24)
+    with torch.no_grad():
+        linear.weight += 3 * draw(10, 1, seed=4) @ draw(1, 24, seed=5)
+    scaled = linear.weight if transform is None else transform.unscaled(linear.weight).float()
+    basis = torch.linalg.svd(scaled.detach())[2][:2].t().bfloat16().float()
+    source = StudentInput(layer_scheme.activation, transform=transform, low_rank_basis=basis, low_rank_from="weight")
+    student = StudentLinear(linear, scheme=layer_scheme, source=source)
+    whole = StudentInput(layer_scheme.activation, transform=transform)
+    torch.testing.assert_close(source(x).quantized, whole(x).quantized, rtol=1e-5, atol=1e-5)
+    stored = {} if transform is None else transform.state_tensors()
+    branch = student.low_rank_weight().bfloat16()
+    packed = PackedLinear.from_rounded(
+        round_rtn(student.folded_weight(), layer_scheme.weight),
+        bias=student.bias,
+        scheme=layer_scheme,
+        inputs={"low_rank_basis": basis.bfloat16(), "low_rank_weight": branch}
+        | {f"transform_{name}": value for name, value in stored.items()},
+        deflates=False,
+    )
+    torch.testing.assert_close(packed(x), student(x), rtol=1e-3, atol=1e-3)  # the student's branch is that stored
+    rows = torch.eye(24)
+    quantized, added = split_input(packed, rows)
+    expected = torch.nn.functional.linear(quantized, packed.dequantized_weight(torch.float32)) + added
+    torch.testing.assert_close(packed.effective_weight(torch.float32).t(), expected, rtol=1e-4, atol=1e-4)
+    exact = torch.nn.functional.linear(quantized, student.folded_weight()) + added
+    torch.testing.assert_close(exact, linear.weight.t(), rtol=1e-5, atol=1e-5)  # nothing is lost but by rounding
+    without = StudentLinear(linear, scheme=layer_scheme, source=whole)
+    errors = [(one(x) - linear(x)).square().mean() for one in (student, without)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_the_scale_before_a_branch_of_the_weight_learns():
+    transform = SmoothScale(torch.ones(24))
+    source = StudentInput(
+        ACTIVATION, transform=transform, low_rank_basis=torch.linalg.qr(draw(24, 2))[0], low_rank_from="weight"
+    )
+    student = StudentLinear(a_linear(), scheme=scheme(), source=source)
+    student(draw(5, 24)).square().sum().backward()
+    assert bool((transform.log_s.grad != 0).all())
+
+
+def test_a_branch_of_both_sides_leaves_the_smaller_weight_and_changes_nothing_else():
+    linear, x, transform = a_linear(), 10 * draw(60, 2, seed=1) @ draw(2, 24, seed=2) + draw(60, 24), a_transform()
+    basis = torch.linalg.svd(transform.scaled(x).detach())[2][:2].t().bfloat16().float()
+
+    def student(side):
+        source = StudentInput(ACTIVATION, transform=transform, low_rank_basis=basis, low_rank_from=side)
+        return StudentLinear(linear, scheme=scheme(), source=source)
+
+    both, one = student("both"), student("input")
+    assert both.source.deflates
+    torch.testing.assert_close(both.source(x).quantized, one.source(x).quantized)
+    residual = transform.unscaled(linear.weight).detach()
+    residual = residual - residual @ basis.double() @ basis.double().t()
+    quantized = transform.inverse_transpose(torch.float64)
+    expected = scaled_kronecker(residual, left=quantized.left, right=quantized.right)
+    torch.testing.assert_close(both.folded_weight().double(), expected, rtol=0, atol=5e-3)  # bf16
+    assert both.folded_weight().square().sum() < one.folded_weight().square().sum()
+    rows = torch.eye(24)
+    split = StudentInput(None, transform=transform, low_rank_basis=basis, low_rank_from="both")(rows)
+    product = split.quantized @ both.folded_weight().t() + split.coefficients @ both.low_rank_weight().t()
+    torch.testing.assert_close(product, linear.weight.t(), rtol=0, atol=3e-3)

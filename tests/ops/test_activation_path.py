@@ -36,6 +36,28 @@ def test_reference_is_the_path_of_a_packed_linear():
     assert torch.equal(token_scale, expected[1])
 
 
+@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_deflating_the_codes_are_those_without_a_branch(rotates, dtype):
+    x, parts, basis = (40 * draw(300, 192)).to(dtype), vectors(192), orthonormal(192, 4).bfloat16()
+    parts |= {"left": orthonormal(12, 12), "right": orthonormal(16, 16)} if rotates else {}
+    codes, token_scale, coefficients = activation_path(
+        x, num_bits=6, **parts, low_rank_basis=basis, deflates=False, backend="reference"
+    )
+    expected = activation_path(x, num_bits=6, **parts, backend="reference")
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(token_scale, expected[1])
+    deflated = activation_path(x, num_bits=6, **parts, low_rank_basis=basis, backend="reference")
+    assert torch.equal(coefficients, deflated[2])
+    assert not torch.equal(codes, deflated[0])
+    exact = ((x.double() - parts["shift"].double()) * parts["scale"].double()) @ basis.double()
+    assert (coefficients.double() - exact).norm() < (1e-2 if dtype == torch.bfloat16 else 1e-6) * exact.norm()
+    on_cpu = activation_path(x, num_bits=6, **parts, low_rank_basis=basis, deflates=False, backend="cpu")
+    assert torch.equal(on_cpu[0], codes)
+    assert torch.equal(on_cpu[1], token_scale)
+    torch.testing.assert_close(on_cpu[2], coefficients, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+
+
 def test_products_of_bf16_are_off_by_their_rounding_alone():
     x, parts = (40 * draw(64, 192)).bfloat16(), vectors(192)
     matrices = {"left": orthonormal(12, 12), "right": orthonormal(16, 16), "low_rank_basis": orthonormal(192, 4)}
@@ -164,13 +186,14 @@ class TestTriton:
         self.assert_equal(on_triton(x, num_bits=8, **vectors(192), **parts, precision="tf32x3"), exact)
 
     @pytest.mark.parametrize("rotates", [False, True])
-    def test_low_rank_branch(self, rotates, monkeypatch):
+    @pytest.mark.parametrize("deflates", [False, True])
+    def test_low_rank_branch(self, rotates, deflates, monkeypatch):
         from s2q.ops.activation_path import triton
 
         monkeypatch.setattr(triton, "_BRANCH_ROWS", 4)
         parts = {"left": orthonormal(12, 12), "right": orthonormal(16, 16)} if rotates else {}
         parts |= {**vectors(192), "low_rank_basis": orthonormal(192, 3).bfloat16(), "clip_ratio": draw(10, 1).sigmoid()}
-        found, expected = self.both(draw(10, 192), num_bits=6, **parts)
+        found, expected = self.both(draw(10, 192), num_bits=6, deflates=deflates, **parts)
         torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-5)
         self.assert_close(found, expected)
 
@@ -179,10 +202,15 @@ class TestTriton:
         for x in (wide[:, :192], wide[::2, 8:200], draw(192, 5).t()):
             self.assert_equal(*self.both(x, num_bits=6))
             self.assert_close(*self.both(x, num_bits=6, left=orthonormal(12, 12), right=orthonormal(16, 16)))
-        codes, token_scale, coefficients = BACKENDS["triton"](
-            draw(0, 192), num_bits=4, low_rank_basis=orthonormal(192, 2), left=orthonormal(12, 12)
-        )
-        assert (codes.shape, token_scale.shape, coefficients.shape) == ((0, 192), (0, 1), (0, 2))
+        for deflates in (True, False):
+            codes, token_scale, coefficients = BACKENDS["triton"](
+                draw(0, 192),
+                num_bits=4,
+                low_rank_basis=orthonormal(192, 2),
+                deflates=deflates,
+                left=orthonormal(12, 12),
+            )
+            assert (codes.shape, token_scale.shape, coefficients.shape) == ((0, 192), (0, 1), (0, 2))
 
     def test_what_does_not_fit_is_refused(self):
         with pytest.raises(InvalidInputError, match="order 12 and 10"):

@@ -74,7 +74,17 @@ def test_grouped_scales_on_every_backend():
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-PARTS = [(), ("shift", "scale"), ("left",), ("right",), ("left", "right"), ("shift", "scale", "left", "right", "basis")]
+PARTS = [
+    (),
+    ("shift", "scale"),
+    ("left",),
+    ("right",),
+    ("left", "right"),
+    ("shift", "scale", "left", "right", "basis"),
+    ("basis", "whole"),
+    ("shift", "scale", "basis", "whole"),
+    ("shift", "scale", "left", "right", "basis", "whole"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -89,6 +99,7 @@ def test_the_activation_path_is_that_of_the_reference(monkeypatch, dtype, rows, 
         "left": ("left", draw(4, 4, seed=3)),
         "right": ("right", draw(6, 6, seed=4) if "left" in parts else draw(24, 24, seed=4)),
         "basis": ("low_rank_basis", torch.linalg.qr(draw(24, 3, seed=5))[0].bfloat16()),
+        "whole": ("deflates", False),
     }
     settings = {"num_bits": 6, "clip_ratio": torch.tensor([0.9])} | dict(everything[part] for part in parts)
     x = draw(rows, 24, seed=6).to(dtype)

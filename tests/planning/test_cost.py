@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from step_memory import planned_bytes, traced_bytes
+from step_memory import Case, planned_bytes, traced_bytes
 
 from s2q.core.errors import InvalidInputError, ResourceError
 from s2q.models.synthetic import synthetic_model
-from s2q.planning import Machine, check_memory, plan
+from s2q.planning import Machine, Workload, check_memory, plan, plan_transformers, tensor_sizes
 from s2q.recipes import load_recipe
 from tiny import tiny_cogvideox_pipeline
 
@@ -21,9 +21,32 @@ def machine(memory, **changes):
 @pytest.mark.parametrize(("name", "index"), [("cogvideox-2b", 0), ("hunyuanvideo", 1), ("wan-1.3b", 0)])
 def test_a_step_is_planned_near_what_it_holds(name, index, recompute):
     model = synthetic_model(name)
-    case = {"tokens": 32_768, "dtype": torch.float32, "recompute": recompute}
-    arguments = (model, model.block_lists[index], load_recipe("s2q-w4a6"))
-    assert planned_bytes(*arguments, **case) == pytest.approx(traced_bytes(*arguments, **case), rel=0.2)
+    case = Case(
+        model=model,
+        block_list=model.block_lists[index],
+        recipe=load_recipe("s2q-w4a6"),
+        tokens=32_768,
+        dtype=torch.float32,
+        recompute=recompute,
+    )
+    assert planned_bytes(case) == pytest.approx(traced_bytes(case), rel=0.2)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_learned_rounding_is_planned_with_what_it_holds(recompute):
+    """To what a step holds come, for each weight, V, its best state, two moments of AdamW, and a code."""
+    model, recipe = synthetic_model("wan-14b"), load_recipe("ptq4dit-w4a6")
+    case = Case(
+        model=model,
+        block_list=model.block_lists[0],
+        recipe=recipe,
+        tokens=1024,
+        dtype=torch.float32,
+        recompute=recompute,
+    )
+    weights = 4 * 2 * 5120**2 + 2 * 5120 * 13824
+    held = traced_bytes(case) + 17 * weights
+    assert held <= planned_bytes(case) < 1.3 * held
 
 
 def test_a_step_that_does_not_fit_is_checkpointed():
@@ -84,6 +107,30 @@ def test_the_embedded_model_is_planned_from_its_configuration():
     assert (cost.tokens, cost.text_tokens, cost.samples) == (192, 16, 40)
     assert planned.device["name"] == "cpu"
     assert all(stage.peak_memory_bytes > 100e6 for stage in planned.stages)
+
+
+@pytest.mark.parametrize("recipe", ["s2q-w4a6", "rtn-w4a6"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_weights_that_the_process_holds_count_once(monkeypatch, device, recipe):
+    monkeypatch.setattr(Machine, "process_bytes", 10**9)
+    transformers, others = {"transformer": tiny_cogvideox_pipeline().transformer}, 10**8
+    sizes = tensor_sizes(transformers)
+    workload = Workload(tokens=12, frames=3, text_tokens=8, branches=2, rows=2, component_bytes=others)
+    fresh, held = (
+        plan_transformers(
+            transformers,
+            load_recipe(recipe),
+            model="tiny",
+            sizes=sizes,
+            dtype=torch.float32,
+            workload=workload,
+            machine=machine(None, device=device, holds_weights=one),
+        )
+        for one in (False, True)
+    )
+    first, again = fresh.stages[0].peak_memory_bytes, held.stages[0].peak_memory_bytes
+    weights = sum(sizes.values()) + (others if recipe == "s2q-w4a6" else 0)
+    assert first - again == (weights if device == "cpu" else 0)
 
 
 def test_sizes_of_the_recipe_count_and_are_checked(tmp_path):

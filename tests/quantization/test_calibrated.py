@@ -17,6 +17,7 @@ from tiny import run_transformer, split_input, tiny_cogvideox_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PROMPTS = ["a red circle", "a blue square"]
+LEARNED = ["rounding.method=adaround", "distillation.epochs=1"]
 SMALL = ["calibration.steps=2", "calibration.samples=3", "distillation.epochs=2"]
 
 
@@ -124,6 +125,33 @@ def test_a_killed_run_goes_on_with_the_same_result(run, tmp_path, monkeypatch):
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (run[0] / WEIGHTS).read_bytes()
 
 
+def test_learned_rounding_goes_on_with_the_same_result_and_is_what_is_packed(tmp_path, monkeypatch):
+    original, computed = run_module.quantize_block, []
+
+    def killing(block, linears, **arguments):
+        if computed:
+            raise KeyboardInterrupt
+        computed.append(1)
+        return original(block, linears, **arguments)
+
+    arguments = {"recipe": "ptq4dit-w4a4", "overrides": ["distillation.rounding_lr=0.1", "distillation.epochs=8"]}
+    whole = small(tmp_path / "whole", **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "quantize_block", killing)
+        with pytest.raises(KeyboardInterrupt):
+            small(tmp_path / "out", **arguments)
+    report = small(tmp_path / "out", **arguments)
+    assert [block.resumed for block in report.blocks] == [True, False]
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    for block in whole.blocks:
+        assert block.loss["distilled"] < block.loss["initial"]
+        assert block.loss["final"] == pytest.approx(block.loss["distilled"], rel=1e-3)
+        learned = [one for name, one in block.rounding.items() if "norm" not in name]
+        assert all(0 < one["changed"] < 0.5 and 0 <= one["undecided"] <= 1 for one in learned)
+        assert all("error" in one for name, one in block.rounding.items() if "norm" in name)  # by GPTQ
+    assert torch.isfinite(run_transformer(load_pipeline(tmp_path / "out").transformer)).all()
+
+
 def test_a_block_does_not_depend_on_the_others(run, tmp_path):
     small(tmp_path / "alone", overrides=["skip=['transformer_blocks.0.*']"])
     alone, whole = load_file(tmp_path / "alone" / WEIGHTS), load_file(run[0] / WEIGHTS)
@@ -140,11 +168,25 @@ def test_a_block_does_not_depend_on_the_others(run, tmp_path):
         ["transforms.shift=mean", "transforms.rotation=hadamard", "rounding.method=gptq", "activations=null"],
         ["transforms.scale=smooth"],
         ["transforms.low_rank=1"],
+        ["transforms.low_rank=2", "transforms.low_rank_from=weight", "transforms.shift=mean", "activations=null"],
+        ["transforms={low_rank: 2, low_rank_from: both, shift: mean, rotation: hadamard}", "rounding.method=gptq"],
+        [
+            "transforms={scale: smooth, alpha: search, rotation: kronecker, low_rank: 2, low_rank_from: weight}",
+            "distillation.epochs=1",
+            "rounding.method=gptq",
+        ],
         ["transforms.low_rank=99", "transforms.shift=mean", "transforms.rotation=hadamard", "activations=null"],
         ["transforms.rotation=hadamard", "rounding.method=gptq"],
-        ["transforms.rotation=hadamard", "clip.constant=0.9"],
+        ["transforms.rotation=hadamard", "clip.constant=0.9", "modulation.rounding=gptq"],
         ["clip.weights=true", "clip.activations=true", "distillation.epochs=1"],
         ["transforms.rotation=kronecker", "transforms.start=random", "distillation.epochs=1", "activations=null"],
+        ["transforms.scale=smooth", "transforms.salience=spearman"],
+        ["rounding.method=adaround", "distillation.epochs=1", "activations=null", "modulation.rounding=gptq"],
+        [
+            *["rounding.method=adaround", "distillation.epochs=1", "clip.activations=true", "transforms.shift=mean"],
+            *["transforms.rotation=hadamard", "transforms.low_rank=2", "weights.granularity=per_group"],
+            "weights.group_size=16",
+        ],
     ],
 )
 def test_part_by_part(tmp_path, part):
@@ -188,6 +230,19 @@ def test_parts_that_do_not_fit():
         (["loss.weighting=attention"], "needs distillation"),
         (["distillation.epochs=1"], "nothing to learn"),
         (["activations=null", "clip.constant=0.9"], "need quantized activations"),
+        (["transforms.low_rank_from=weight"], "low_rank_from=weight needs a branch; set transforms.low_rank=32"),
+        (["transforms.low_rank_from=weights", "transforms.low_rank=2"], "expected one of input, weight, both"),
+        (["transforms.alpha=search"], "alpha=search needs a scale; set transforms.scale=smooth"),
+        (["transforms.alpha=serch"], "transforms.alpha: got 'serch'; expected 0 to 1, or search"),
+        (["transforms.alpha=1.1"], "transforms.alpha: got 1.1; expected 0 to 1, or search"),
+        (["transforms.salience=spearman"], "needs transforms.scale=smooth"),
+        (["rounding.method=adaround"], "adaround needs distillation"),
+        ([*LEARNED, "clip.weights=true"], "set clip.weights=false"),
+        ([*LEARNED, "transforms.scale=smooth"], "transforms.learn_scale=false"),
+        ([*LEARNED, "transforms.rotation=kronecker"], "transforms.rotation=hadamard"),
+        ([*LEARNED, "rounding.beta_end=30"], "beta_end=30.0 is above beta_start=20.0"),
+        ([*LEARNED, "rounding.warmup=1"], "rounding.warmup=1"),
+        (["modulation.rounding=adaround"], "unknown rounding 'adaround'"),
     ]:
         with pytest.raises(InvalidInputError, match=message):
             load_recipe("rtn-w4a6", overrides=overrides)

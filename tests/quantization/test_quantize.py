@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from s2q.core.errors import BusyError, InvalidInputError, ResourceError, UsageError
-from s2q.planning import Plan, plan
+from s2q.planning import Machine, Plan, plan
 from s2q.quantization import QuantizationReport, quantize
 from s2q.quantization import run as run_module
 from s2q.quantization.run_folder import open_run_folder
@@ -373,13 +373,22 @@ def test_a_loaded_pipeline_gives_what_its_folder_gives(folder, tmp_path, referen
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == reference
 
 
-def test_dry_run_returns_the_plan_and_touches_nothing(folder, tmp_path):
+def test_dry_run_returns_the_plan_and_touches_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Machine, "process_bytes", 10**9)  # this process grows from plan to plan
     planned = quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", dry_run=True)
     assert isinstance(planned, Plan)
     assert planned == plan(folder, "rtn-w4a6")
     loaded = quantize(tiny_cogvideox_pipeline(num_layers=3, dtype=torch.bfloat16), recipe="rtn-w4a6", dry_run=True)
     assert (loaded.layers, loaded.storage) == (planned.layers, planned.storage)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_a_loaded_pipeline_are_planned_once(folder, monkeypatch):
+    monkeypatch.setattr(Machine, "process_bytes", 10**9)
+    pipe = tiny_cogvideox_pipeline(num_layers=3, dtype=torch.bfloat16)
+    from_folder, loaded = (quantize(one, recipe="rtn-w4a6", dry_run=True) for one in (folder, pipe))
+    weights = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values())
+    assert from_folder.stages[0].peak_memory_bytes - loaded.stages[0].peak_memory_bytes == weights
 
 
 def test_dry_run_refuses_what_the_run_would_refuse(folder, tmp_path):

@@ -22,10 +22,14 @@ def test_the_recipes_of_the_package():
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_packaged_recipe_is_valid_and_called_what_it_is(name, linears):
-    recipe = load_recipe(name)
+    budget = ["allocation.budget=9"] if load_recipe(name).allocation else []  # the published ones are for wide models
+    recipe = load_recipe(name, overrides=budget)
     assert recipe.name == name
     assert recipe.description
-    assert name.endswith(recipe.linear_scheme().name)
+    activation = 16 if recipe.activations is None else recipe.activations.num_bits
+    assert name.endswith(f"-w{recipe.weights.num_bits}a{activation}")
+    assert recipe.linear_scheme().simulated == name.startswith(("q-dit-", "deltaquant-", "orbitquant-"))
+    assert recipe.description.startswith("experimental:") == name.startswith(("deltaquant-", "orbitquant-"))
     assert set(assign_schemes(recipe, linears)) == {linear.name for linear in linears}
 
 
@@ -192,3 +196,29 @@ def test_recipes_are_immutable():
     with pytest.raises(ValueError, match="frozen"):
         recipe.name = "other"
     assert isinstance(recipe, Recipe)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "calibrates"),
+    [
+        ([], False),
+        (["transforms.rotation=hadamard"], False),
+        (["transforms.rotation=kronecker"], False),
+        (["clip.constant=0.9", "transforms.rotation=hadamard", "weights.levels=lloyd_max"], False),
+        (["transforms.scale=smooth"], True),
+        (["transforms.shift=mean"], True),
+        (["transforms.low_rank=4"], True),
+        (["rounding.method=gptq"], True),
+        (["modulation.rounding=gptq"], True),
+        (["transforms.rotation=kronecker", "distillation.epochs=1"], True),
+    ],
+)
+def test_a_recipe_calibrates_if_one_of_its_parts_needs_samples(overrides, calibrates):
+    assert load_recipe("rtn-w4a6", overrides=overrides).calibrates == calibrates
+
+
+def test_levels_that_do_not_exist_name_the_nearest():
+    with pytest.raises(
+        InvalidInputError, match=r"weights\.levels: unknown levels 'loyd_max': nearest names are lloyd_max"
+    ):
+        load_recipe("rtn-w4a6", overrides=["weights.levels=loyd_max"])

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from s2q.core.codebook import levels_of
 from s2q.core.errors import InvalidInputError, S2QError
 from s2q.core.qparams import dequantize_weight, weight_scale
 from s2q.core.schemes import PerChannel, PerGroup, QuantScheme
@@ -10,6 +11,7 @@ from s2q.rounding import GPTQOptions, HessianAccumulator, hessian_error, round_g
 
 W4 = QuantScheme(num_bits=4, granularity=PerChannel())
 GROUPED = QuantScheme(num_bits=4, granularity=PerGroup(group_size=8))
+CODEBOOK = QuantScheme(num_bits=4, granularity=PerChannel(), levels="lloyd_max")
 
 
 def draw(*shape, seed=0):
@@ -28,11 +30,12 @@ def hessian_of(x):
     return accumulator.hessian()
 
 
-def error_of(rounded, weight, hessian):
-    return float(hessian_error(dequantize_weight(rounded.codes, rounded.scale) - weight, hessian).sum())
+def error_of(rounded, weight, hessian, *, scheme=W4):
+    values = dequantize_weight(rounded.codes, rounded.scale, levels=levels_of(scheme, weight.shape[1]))
+    return float(hessian_error(values - weight, hessian).sum())
 
 
-@pytest.mark.parametrize("scheme", [W4, GROUPED, QuantScheme(num_bits=2, granularity=PerChannel())])
+@pytest.mark.parametrize("scheme", [W4, GROUPED, CODEBOOK, QuantScheme(num_bits=2, granularity=PerChannel())])
 @pytest.mark.parametrize("act_order", [True, False])
 def test_never_worse_than_rtn_and_mostly_much_better(scheme, act_order):
     ratios = []
@@ -44,15 +47,15 @@ def test_never_worse_than_rtn_and_mostly_much_better(scheme, act_order):
         assert rounded.codes.dtype == torch.int8
         assert rounded.codes.min() >= scheme.qmin
         assert rounded.codes.max() <= scheme.qmax
-        assert report.error == pytest.approx(error_of(rounded, weight, hessian))
-        assert report.rtn_error == pytest.approx(error_of(rtn, weight, hessian))
+        assert report.error == pytest.approx(error_of(rounded, weight, hessian, scheme=scheme))
+        assert report.rtn_error == pytest.approx(error_of(rtn, weight, hessian, scheme=scheme))
         assert report.error <= report.rtn_error
         assert (report.retries, report.dampening_frac, report.fallback) == (0, 0.01, False)
         ratios.append(report.error / report.rtn_error)
     assert sorted(ratios)[len(ratios) // 2] < 0.7
 
 
-@pytest.mark.parametrize("scheme", [W4, GROUPED])
+@pytest.mark.parametrize("scheme", [W4, GROUPED, CODEBOOK])
 def test_equals_rtn_on_a_diagonal_hessian(scheme):
     weight = draw(10, 24)
     rounded, report = round_gptq(weight, scheme, hessian=torch.diag(torch.rand(24) + 0.1))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from s2q.core.codebook import levels_of
 from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import dequantize_weight, weight_scale
 from s2q.core.schemes import PerChannel, PerGroup, QuantScheme
@@ -20,16 +21,18 @@ def test_rtn_is_offered_by_name():
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("num_bits", range(2, 9))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_other_codes_are_nearer(granularity, num_bits, dtype):
+@pytest.mark.parametrize("kind", ["uniform", "lloyd_max"])
+def test_no_other_codes_are_nearer(granularity, num_bits, dtype, kind):
     weight = a_weight(dtype)
-    scheme = QuantScheme(num_bits=num_bits, granularity=granularity)
+    scheme = QuantScheme(num_bits=num_bits, granularity=granularity, levels=kind)
+    levels = levels_of(scheme, 24)
     rounded = round_rtn(weight, scheme)
     assert isinstance(rounded, RoundedWeight)
     assert (rounded.codes.dtype, rounded.scale.dtype) == (torch.int8, torch.float32)
-    error = (dequantize_weight(rounded.codes, rounded.scale) - weight.float()).abs()
+    error = (dequantize_weight(rounded.codes, rounded.scale, levels=levels) - weight.float()).abs()
     for step in (-1, 1):
         neighbour = (rounded.codes.int() + step).clamp(scheme.qmin, scheme.qmax).to(torch.int8)
-        other = (dequantize_weight(neighbour, rounded.scale) - weight.float()).abs()
+        other = (dequantize_weight(neighbour, rounded.scale, levels=levels) - weight.float()).abs()
         assert (error <= other + 1e-6).all()
 
 

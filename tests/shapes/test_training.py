@@ -11,7 +11,9 @@ from torch import nn
 from s2q.core.seeds import derive_seed
 from s2q.shapes.architecture import build_pipeline, build_tokenizer
 from s2q.shapes.cogvideox import ShapesCogVideoX
+from s2q.shapes.embedded import embedded_folder
 from s2q.shapes.scenes import combinations, sample_batch
+from s2q.shapes.training.assemble import write_card
 from s2q.shapes.training.loop import TrainingSettings, build_optimizers, learning_rate_factor, load_average, train
 from s2q.shapes.training.transformer import TransformerTask, encode_pool
 from s2q.shapes.training.vae import TaughtVAETask, VAETask, normalise_latents
@@ -205,6 +207,16 @@ def test_training_sees_text_and_velocity_as_the_pipeline_does(model):
     else:
         step = model.scheduler.alphas_cumprod[int(timestep)]
         assert torch.allclose(step.sqrt() * noised - (1 - step).sqrt() * target, clean, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [COGVIDEOX, WAN], ids=lambda model: model.name)
+def test_cards_say_what_went_into_a_model(model, tmp_path):
+    shipped = embedded_folder(model.name)
+    write_card(model, tmp_path, json.loads((shipped / "training.json").read_text()))
+    written, there = ((folder / "README.md").read_text() for folder in (tmp_path, shipped))
+    assert written.partition("\n![loss]")[0] == there.partition("\n![loss]")[0]
+    assert ("No other data\nor weights went into it." in written) == (model.latents_of is None)
+    assert ("`shapes-cogvideox`, whose latents" in written) == (model is WAN)
 
 
 def test_averages_of_another_model_are_refused(tmp_path):

@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from s2q.core.errors import InvalidInputError
-from s2q.transforms import principal_directions
+from s2q.transforms import principal_directions, weight_directions
 
 
 def test_the_example_of_the_module():
@@ -32,3 +33,24 @@ def test_they_are_those_of_the_singular_value_decomposition():
 def test_bad_input_is_refused(moment, rank, message):
     with pytest.raises(InvalidInputError, match=message):
         principal_directions(moment, rank)
+
+
+def test_directions_of_weights_are_those_of_the_singular_value_decomposition_of_all_together():
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(rows, 16, generator=generator, dtype=torch.float64) for rows in (9, 20, 5)]
+    found = weight_directions(weights, 4).numpy()
+    stacked = np.concatenate([weight.numpy() for weight in weights])
+    _, values, right = np.linalg.svd(stacked, full_matrices=False)
+    np.testing.assert_allclose(np.abs(right[:4] @ found), np.eye(4), atol=1e-8)
+    rest = [weight.numpy() - weight.numpy() @ found @ found.T for weight in weights]
+    assert sum((one**2).sum() for one in rest) == pytest.approx((values[4:] ** 2).sum())
+    for weight, one in zip(weights, rest, strict=True):
+        np.testing.assert_allclose(one + (weight.numpy() @ found) @ found.T, weight.numpy(), atol=1e-14)
+
+
+def test_fewer_rows_than_the_rank_leave_nothing():
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    found = weight_directions([weight], 5)
+    torch.testing.assert_close(weight.double() @ found @ found.t(), weight.double())
+    with pytest.raises(InvalidInputError, match="NaN or infinite"):
+        weight_directions([torch.full((2, 4), float("nan"))], 1)

@@ -35,7 +35,10 @@ from s2q.models.family import BlockLinear
 from s2q.models.synthetic import SyntheticModel
 from s2q.models.synthetic_blocks import block_inputs, synthetic_block
 from s2q.nn import LearnableClip, StudentInput, StudentLinear, replace_module
+from s2q.quantization.stream import named_arguments
 from s2q.recipes import Recipe
+from s2q.recipes.schema import ADAROUND
+from s2q.rounding import AdaRoundOptions, LearnedRounding, penalize, roundings_of, softened
 from s2q.transforms import ROTATIONS, Compose, SmoothScale, Transform
 
 _OP = "calibration_block"
@@ -94,15 +97,18 @@ def _student_linear(linear: nn.Linear, scheme: LinearScheme, recipe: Recipe) -> 
     settings, device = recipe.transforms, linear.weight.device
     parts: list[Transform] = []
     if settings.scale != "none":
-        parts.append(SmoothScale(torch.ones(linear.in_features)))
+        parts.append(SmoothScale(torch.ones(linear.in_features), learnable=settings.learn_scale))
     if settings.rotation != "identity":
         parts.append(ROTATIONS[settings.rotation](linear.in_features, seed=0))
-    transform = Compose(*parts).to(device) if parts else None
+    transform = None if not parts else parts[0] if len(parts) == 1 else Compose(*parts)
     clip = LearnableClip((1,), device=device) if recipe.clip.activations else None
-    source = StudentInput(scheme.activation, transform=transform, clip=clip)
+    source = StudentInput(scheme.activation, transform=None if transform is None else transform.to(device), clip=clip)
     if recipe.clip.weights:
         return StudentLinear.with_clip(linear, scheme=scheme, source=source)
-    return StudentLinear(linear, scheme=scheme, source=source)
+    student = StudentLinear(linear, scheme=scheme, source=source)
+    if recipe.rounding.method == ADAROUND:
+        student.rounding = LearnedRounding(student.folded_weight(), scheme.weight)
+    return student
 
 
 def _measure(
@@ -151,13 +157,14 @@ def _optimisation_step(student: nn.Module) -> Callable[[Any], object]:
     optimizer = torch.optim.AdamW(learnable, lr=1e-6)
 
     def run(inputs: Mapping[str, Any]) -> None:
-        with torch.enable_grad(), parameters_held():
+        with torch.enable_grad(), parameters_held(), softened(student):
             outputs = student(**inputs)
             streams: Iterable[Tensor] = outputs if isinstance(outputs, tuple) else (outputs,)
             streams = tuple(streams)
             loss = weighted_token_loss(streams, tuple(torch.zeros_like(one) for one in streams))
             optimizer.zero_grad(set_to_none=True)
             (loss / loss.detach()).backward()
+            penalize(roundings_of(student), 1.0, options=AdaRoundOptions())
         optimizer.step()
 
     return run
@@ -185,7 +192,9 @@ def _of_pipeline(source: ModelSource, settings: Settings) -> tuple[nn.Module, di
     block = pipe.transformer.get_submodule(names[0])
     own = resolve_settings(pipe, requested={"num_inference_steps": 1}, defaults=dict(settings.generation))
     calls: list[dict[str, Any]] = []
-    handle = block.register_forward_pre_hook(lambda _module, _args, kwargs: calls.append(kwargs), with_kwargs=True)
+    handle = block.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(named_arguments(module, args, kwargs)), with_kwargs=True
+    )
     try:
         denoise(pipe, [_PROMPT], seeds=[0], settings=own, decode=False)
     finally:

@@ -299,7 +299,12 @@ def _activation_path(layers: nn.ModuleList, backend: str, _rows: int, _generator
 
     def run(x: Tensor) -> object:
         return activation_path.activation_path(
-            x, num_bits=activation.num_bits, clip_ratio=layer.activation_clip, backend=backend, **parts
+            x,
+            num_bits=activation.num_bits,
+            deflates=layer.layout.deflates,
+            clip_ratio=layer.activation_clip,
+            backend=backend,
+            **parts,
         )
 
     return _Contender(run=run, storage_bytes=stored)

@@ -110,7 +110,13 @@ def pack_uncalibrated(transformer: nn.Module, recipe: Recipe) -> nn.Module:
                 fill = 1.0 if name in (f"{PREFIX}scale", "activation_clip") else 0.0
                 inputs[name] = torch.full(shapes[name], fill, dtype=PACKED_DTYPES[name])
         rounded = ROUNDINGS["rtn"](weight.float(), schemes[one.name].weight)
-        layer = PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=schemes[one.name], inputs=inputs)
+        layer = PackedLinear.from_rounded(
+            rounded,
+            bias=linear.bias,
+            scheme=schemes[one.name],
+            inputs=inputs,
+            deflates=layout is None or layout.deflates,
+        )
         replace_module(transformer, one.name, layer.to(linear.weight.device))
     share_inputs(transformer)
     return transformer

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from s2q.core.errors import UsageError
 from s2q.models import ModelSource, block_linears, family_of, linears_of_block
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_model
+from s2q.planning.workload import workload_of_source
+from s2q.recipes.schema import CalibrationGroup
 
 CPU_ROWS = 2048
 """Rows that ops are measured on where a CPU would take too long for those of a published model."""
@@ -117,7 +119,7 @@ def subject_rows(subjects: Sequence[Subject], *, tokens: int | None, device: str
 
 
 def source_tokens(source: ModelSource) -> tuple[int, int]:
-    """Return the video tokens and text tokens of a pipeline's own size of video.
+    """Return the video tokens and text tokens of the video that a pipeline's makers recommend.
 
     Args:
         source: The pipeline.
@@ -125,16 +127,10 @@ def source_tokens(source: ModelSource) -> tuple[int, int]:
     Raises:
         UsageError: If its configuration does not tell.
     """
-    config = source.transformer_config
-    try:
-        frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
-        patch = config["patch_size"]
-        tokens = frames * (config["sample_height"] // patch) * (config["sample_width"] // patch)
-        return tokens, config["max_text_seq_length"]
-    except (KeyError, TypeError) as error:
-        raise UsageError(
-            f"{source.name}: its configuration does not tell how many tokens a video has; pass --tokens"
-        ) from error
+    workload = workload_of_source(source, CalibrationGroup(), transformers=source.meta_transformers())
+    if workload is None:
+        raise UsageError(f"{source.name}: its configuration does not tell how many tokens a video has; pass --tokens")
+    return workload.tokens, workload.text_tokens
 
 
 def _linears_of(subject: Subject, rows: int | None) -> list[LayerShape]:
@@ -151,11 +147,11 @@ def _linears_of(subject: Subject, rows: int | None) -> list[LayerShape]:
                 shape = (own, linear.in_features, linear.out_features)
                 found.append(LayerShape(shape=shape, layers=(f"{subject.name} {inner}",), has_bias=linear.has_bias))
         return found
-    own = sum(source_tokens(subject)) if rows is None else rows
-    for linear in block_linears(subject.meta_transformer(), family_of(subject.transformer_class)):
-        if linear.role == "modulation":
-            continue
+    own, family = _attention_of(subject, rows)[3], family_of(subject.transformer_class)
+    for linear in block_linears(subject.meta_transformer(), family):
         inner = linear.name.split(".", 2)[2]
+        if linear.role == "modulation" or inner in family.text_linears:
+            continue
         shape = (own, linear.in_features, linear.out_features)
         found.append(LayerShape(shape=shape, layers=(f"{subject.name} {inner}",), has_bias=linear.has_bias))
     return found
@@ -178,5 +174,7 @@ def _attention_of(subject: Subject, rows: int | None) -> tuple[str, int, int, in
         own = subject.tokens + (subject.text_tokens if joint else 0)
         return subject.name, subject.heads, subject.head_dim, own if rows is None else rows
     config = subject.transformer_config
-    own = sum(source_tokens(subject)) if rows is None else rows
-    return subject.name, config["num_attention_heads"], config["attention_head_dim"], own
+    if rows is None:
+        video, text = source_tokens(subject)
+        rows = video + (text if len(family_of(subject.transformer_class).joint_order) > 1 else 0)
+    return subject.name, config["num_attention_heads"], config["attention_head_dim"], rows

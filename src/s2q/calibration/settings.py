@@ -15,7 +15,7 @@ from typing import Any
 
 from s2q.calibration.sharing import steps_of_transformers
 from s2q.core.errors import InvalidInputError, unknown_name
-from s2q.models import family_of
+from s2q.models import family_of, token_patch
 
 _MAX_SEED = 2**63 - 1
 
@@ -155,7 +155,12 @@ def check_seeds(seeds: Sequence[int]) -> None:
 def video_tokens(pipe: Any, settings: GenerationSettings) -> int:
     """Return the number of video tokens that the transformer sees for one video."""
     step = _size_step(pipe)
-    return latent_frames(pipe, settings) // patch_sizes(pipe)[0] * (settings.height // step) * (settings.width // step)
+    return token_frames(pipe, settings) * (settings.height // step) * (settings.width // step)
+
+
+def token_frames(pipe: Any, settings: GenerationSettings) -> int:
+    """Return how many of them lie along time."""
+    return latent_frames(pipe, settings) // patch_sizes(pipe)[0]
 
 
 def latent_frames(pipe: Any, settings: GenerationSettings) -> int:
@@ -172,11 +177,8 @@ def latent_channels(pipe: Any) -> int:
 
 def patch_sizes(pipe: Any) -> tuple[int, int]:
     """Return how many latent frames, and how many latent rows and columns, make a token of the transformer."""
-    config = pipe.transformer.config
-    patch = config.patch_size
-    if isinstance(patch, int):
-        return getattr(config, "patch_size_t", None) or 1, patch
-    return int(patch[0]), int(patch[-1])
+    frames, _rows, columns = token_patch(pipe.transformer)
+    return frames, columns
 
 
 def _size_defaults(pipe: Any) -> dict[str, Any]:
@@ -265,7 +267,7 @@ def _check_positions(pipe: Any, settings: GenerationSettings) -> None:
     limit = getattr(pipe.transformer.config, "rope_max_seq_len", None)
     step = _size_step(pipe)
     tokens = {
-        "num_frames": latent_frames(pipe, settings) // patch_sizes(pipe)[0],
+        "num_frames": token_frames(pipe, settings),
         "height": settings.height // step,
         "width": settings.width // step,
     }

@@ -4,7 +4,12 @@ In JSON, schemes are written once and layers name theirs, so that a model with h
 `{"quant_method": "s2q", "format_version": 1, "schemes": {"w4a6": {...}}, "layers": {"blocks.0.to_q": "w4a6"}, ...}`.
 
 Version 2 adds what stands before the layers in the same way: `"inputs": {"t0": {"scale": true, "left": 12, "right": 16,
-"activation_clip": true}}, "layer_inputs": {"blocks.0.to_q": "t0"}`. A checkpoint without it is written as version 1.
+"activation_clip": true}}, "layer_inputs": {"blocks.0.to_q": "t0"}`.
+
+Version 3 adds `"deflates": false` to an input, whose low-rank branch is taken from the weight, and how the transformer
+makes tokens of its arguments, for layers that have to know where those of the video lie:
+`"tokens": {"latents": "channels first", "patch": [1, 2, 2], "text": "apart"}`. A checkpoint is written as the oldest
+version that has what it needs.
 """
 
 from __future__ import annotations
@@ -18,13 +23,19 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme
+from s2q.core.tokens import TokenLayout
 
-FORMAT_VERSION = 2
-"""The newest version that this package writes; version 1 is written where it suffices, and both are read."""
+FORMAT_VERSION = 3
+"""The newest version that this package writes; the oldest that suffices is written, and all are read."""
 
-_PLAIN_VERSION = 1
+_PLAIN_VERSION, _INPUT_VERSION = 1, 2
 _KEYS = ("layers", "schemes", "recipe", "compute_dtype")
 _INPUT_KEYS = ("inputs", "layer_inputs")
+_KEYS_OF = {
+    _PLAIN_VERSION: _KEYS,
+    _INPUT_VERSION: (*_KEYS, *_INPUT_KEYS),
+    FORMAT_VERSION: (*_KEYS, *_INPUT_KEYS, "tokens"),
+}
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -45,7 +56,8 @@ class S2QConfig(QuantizationConfigMixin):
         compute_dtype: Dtype of the model when it was quantized, "bfloat16".
         **fields: `quant_method`, `format_version` and, from version 2 on, `inputs` (layouts by name, each as
             `InputLayout.to_dict` writes it) and `layer_inputs` (the name of its layout for each linear that has one),
-            as they stand in a file; anything else is refused.
+            and from version 3 on `tokens` (as `TokenLayout.to_dict` writes it), as they stand in a file; anything else
+            is refused.
 
     Raises:
         InvalidInputError: If the format version is not ours, a field is unknown, or a layer names no scheme.
@@ -64,12 +76,12 @@ class S2QConfig(QuantizationConfigMixin):
         if method != QuantMethod.S2Q:
             raise InvalidInputError(f"quantization_config: quant_method={method!r}; expected 's2q'")
         version = fields.pop("format_version", _PLAIN_VERSION)
-        if isinstance(version, bool) or version not in (_PLAIN_VERSION, FORMAT_VERSION):
+        if isinstance(version, bool) or version not in _KEYS_OF:
             raise InvalidInputError(
                 f"quantization_config: format_version={version!r}; this s2q reads versions {_PLAIN_VERSION} to "
                 f"{FORMAT_VERSION}; upgrade s2q, or quantize the model again with this one"
             )
-        known = _KEYS if version == _PLAIN_VERSION else (*_KEYS, *_INPUT_KEYS)
+        known = _KEYS_OF[version]
         for field in fields:
             if field not in known:
                 raise unknown_name("key in quantization_config", field, known)
@@ -90,13 +102,26 @@ class S2QConfig(QuantizationConfigMixin):
         self.layers = dict(layers)
         if version != _PLAIN_VERSION:
             self._set_inputs(fields.get("inputs"), fields.get("layer_inputs"))
+        if "tokens" in fields:
+            self.tokens = TokenLayout.from_dict(fields["tokens"]).to_dict()
+        elif any(one.needs_grid for one in (*self.layer_schemes().values(), *self.layer_layouts().values())):
+            raise InvalidInputError(
+                "quantization_config: tokens is missing, and a layer has to know where the video tokens lie; download "
+                "or save the model again"
+            )
 
     def _set_inputs(self, inputs: Any, layer_inputs: Any) -> None:
         if not isinstance(inputs, Mapping) or not isinstance(layer_inputs, Mapping):
             raise InvalidInputError(
                 "quantization_config: inputs or layer_inputs is missing; download or save the model again"
             )
-        self.inputs = {name: InputLayout.from_dict(layout).to_dict() for name, layout in inputs.items()}
+        layouts = {name: InputLayout.from_dict(layout) for name, layout in inputs.items()}
+        if self.format_version == _INPUT_VERSION and not all(one.deflates for one in layouts.values()):
+            raise InvalidInputError(
+                f"quantization_config: deflates=false in format_version={_INPUT_VERSION}; expected {FORMAT_VERSION}; "
+                "download or save the model again"
+            )
+        self.inputs = {name: layout.to_dict() for name, layout in layouts.items()}
         for layer, name in layer_inputs.items():
             if layer not in self.layers:
                 raise unknown_name("layer in layer_inputs of quantization_config", str(layer), self.layers)
@@ -112,6 +137,7 @@ class S2QConfig(QuantizationConfigMixin):
         recipe: str,
         compute_dtype: str,
         layouts: Mapping[str, InputLayout] | None = None,
+        tokens: TokenLayout | None = None,
     ) -> S2QConfig:
         """Build the configuration from the scheme of each linear.
 
@@ -120,18 +146,23 @@ class S2QConfig(QuantizationConfigMixin):
             layouts: What stands before a linear, by full name, where there is something.
             recipe: Name of the recipe.
             compute_dtype: Dtype of the model, "bfloat16".
+            tokens: How the transformer makes tokens of its arguments, if a linear has to know where they lie.
 
         Returns:
             The configuration.
         """
         extra: dict[str, Any] = {}
-        if layouts:
+        if layouts or tokens is not None:
+            layouts = layouts or {}
             distinct = list(dict.fromkeys(layouts.values()))
+            newest = tokens is not None or not all(one.deflates for one in distinct)
             extra = {
-                "format_version": FORMAT_VERSION,
+                "format_version": FORMAT_VERSION if newest else _INPUT_VERSION,
                 "inputs": {f"t{index}": layout.to_dict() for index, layout in enumerate(distinct)},
                 "layer_inputs": {layer: f"t{distinct.index(layout)}" for layer, layout in layouts.items()},
             }
+        if tokens is not None:
+            extra["tokens"] = tokens.to_dict()
         return cls(
             layers={layer: scheme.name for layer, scheme in schemes.items()},
             schemes={scheme.name: scheme.to_dict() for scheme in schemes.values()},
@@ -149,6 +180,10 @@ class S2QConfig(QuantizationConfigMixin):
         """Return what stands before each quantized linear that has something there, by full name."""
         inputs = {name: InputLayout.from_dict(layout) for name, layout in getattr(self, "inputs", {}).items()}
         return {layer: inputs[name] for layer, name in getattr(self, "layer_inputs", {}).items()}
+
+    def token_layout(self) -> TokenLayout | None:
+        """Return how the transformer makes tokens of its arguments, if a linear has to know where they lie."""
+        return TokenLayout.from_dict(self.tokens) if hasattr(self, "tokens") else None
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the same as `to_dict`; diffusers' `__repr__` asks for it."""

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from s2q.checkpoint.config import S2QConfig
 from s2q.core.errors import InvalidInputError
 from s2q.core.layout import TENSOR_DTYPES
-from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module, share_inputs
+from s2q.core.tokens import TokenLayout
+from s2q.nn import PACKED_DTYPES, PackedLinear, follow_tokens, replace_module, share_inputs, unfollow_tokens
 
 _SCALE = "weight_scale"
 _CLIP = "activation_clip"
@@ -48,6 +49,7 @@ class S2QQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._schemes = quantization_config.layer_schemes()
         self._layouts = quantization_config.layer_layouts()
+        self._tokens = quantization_config.token_layout()
         self._keep_in_fp32: tuple[list[str], list[str]] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -152,7 +154,7 @@ class S2QQuantizer(DiffusersQuantizer):
             if left:
                 first = ", ".join(left[:3])
                 raise InvalidInputError(f"checkpoint lacks {len(left)} tensors, {first} among them; {_REMEDY}")
-        share_inputs(model)
+        _prepare(model, self._tokens)
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -163,6 +165,7 @@ class S2QQuantizer(DiffusersQuantizer):
             bias = packed.effective_bias(model.dtype)
             linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
             replace_module(model, layer, linear)
+        unfollow_tokens(model)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = FrozenDict(config)
         return model
@@ -196,8 +199,15 @@ def attach_config(transformer: nn.Module, config: S2QConfig) -> None:
     for layer in config.layers:
         if not isinstance(transformer.get_submodule(layer), PackedLinear):
             raise InvalidInputError(f"{layer} is in quantization_config but not packed")
-    share_inputs(transformer)
+    _prepare(transformer, config.token_layout())
     transformer.register_to_config(quantization_config=config)
     transformer.is_quantized = True
     transformer.quantization_method = config.quant_method
     transformer.hf_quantizer = S2QQuantizer(config, pre_quantized=True)
+
+
+def _prepare(transformer: nn.Module, tokens: TokenLayout | None) -> None:
+    """Let packed linears share what they read, and know what they have to know of a call."""
+    share_inputs(transformer)
+    if tokens is not None:
+        follow_tokens(transformer, tokens)

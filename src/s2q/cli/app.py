@@ -222,6 +222,28 @@ def evaluate(
         list[str] | None,
         typer.Option("--metrics", help="Names or groups, by comma: psnr,ssim,velocity. Default: all.", metavar="NAMES"),
     ] = None,
+    lpips_weights: Annotated[
+        Path | None,
+        typer.Option("--lpips-weights", help="Add LPIPS, with the weights in this file.", metavar="FILE"),
+    ] = None,
+    clip: Annotated[
+        Path | None,
+        typer.Option("--clip", help="Add CLIP scores, with the CLIP model in this folder.", metavar="DIR"),
+    ] = None,
+    vbench_python: Annotated[
+        str | None,
+        typer.Option("--vbench-python", help="Add VBench, run by this interpreter that has it.", metavar="PYTHON"),
+    ] = None,
+    vbench_dims: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vbench-dims", help="VBench's dimensions, by comma. Default: the paper's eight.", metavar="NAMES"
+        ),
+    ] = None,
+    vbench_cache: Annotated[
+        Path | None,
+        typer.Option("--vbench-cache", help="VBench's folder of weights. Default: VBench's own.", metavar="DIR"),
+    ] = None,
     num_frames: Frames = None,
     height: Height = None,
     width: Width = None,
@@ -237,7 +259,104 @@ def evaluate(
 
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
     options = _given(locals(), "num_prompts", "seeds", "metrics", "device", "dtype", "overwrite", "as_json")
+    options |= _given(locals(), "lpips_weights", "clip", "vbench_python", "vbench_dims", "vbench_cache")
     commands.evaluate(model, reference, output, prompts=prompts, settings=settings, options=options)
+
+
+@app.command()
+def compare(
+    entries: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Recipe names, patterns such as s2q-*, recipe files, checkpoint folders.",
+            metavar="RECIPE_OR_CHECKPOINT",
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "-m",
+            "--model",
+            help="The full-precision model: embedded name, diffusers folder or Hub id.",
+            metavar="MODEL",
+        ),
+    ] = "shapes-cogvideox",
+    recipes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-r", "--recipe", "--recipes", help="By comma or repeated; all for every recipe.", metavar="RECIPE"
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="DIR")] = Path(
+        "s2q-compare"
+    ),
+    prompts: Prompts = None,
+    num_prompts: Annotated[
+        int,
+        typer.Option(
+            "--num-prompts", help="Held-out captions, for embedded models without --prompts.", min=1, metavar="N"
+        ),
+    ] = 32,
+    seeds: Annotated[
+        int, typer.Option("--seeds", help="Videos for each prompt, seeds 0 to N-1.", min=1, metavar="N")
+    ] = 2,
+    calibration_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration-prompts",
+            help="Text file, one prompt a line, for all recipes that calibrate.",
+            metavar="FILE",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", help="Calibration samples, for recipes that calibrate.", min=1, metavar="N"),
+    ] = None,
+    seed: Seed = 0,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change the recipes: key=value, as in distillation.epochs=5.", metavar="K=V"),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metrics", help="Names or groups, by comma: psnr,ssim,velocity. Default: all.", metavar="NAMES"),
+    ] = None,
+    num_frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    device: Device = "auto",
+    dtype: DtypeOption = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            "--processes", help="Processes that share the prompts: cores of a CPU, or GPUs.", min=1, metavar="N"
+        ),
+    ] = 1,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a comparison that cannot be gone on with.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show the plan, compute nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare recipes and checkpoints with full precision and with each other."""
+    from s2q.cli.compare import run_compare
+
+    settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
+    options = _given(locals(), "num_prompts", "seeds", "samples", "seed", "overrides", "metrics", "device", "dtype")
+    options |= _given(locals(), "processes", "resume", "overwrite", "dry_run", "calibration_prompts")
+    run_compare(
+        [*(entries or ()), *(recipes or ())],
+        model,
+        output,
+        prompts=prompts,
+        options=options | {"settings": settings},
+        as_json=as_json,
+    )
 
 
 @app.command()

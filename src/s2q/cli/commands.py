@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2q.cli import console, output
+from s2q.cli import console, judges, output
 from s2q.core.errors import InvalidInputError, UsageError
 from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, staged_directory
 
@@ -20,23 +20,21 @@ def plan(
     model: str, recipe: str, *, overrides: Sequence[str] | None, options: Mapping[str, Any], as_json: bool
 ) -> None:
     """Run `s2q plan`."""
-    from s2q.core.storage import parse_bytes
     from s2q.models.synthetic import SYNTHETIC_PREFIX
     from s2q.planning import plan as make_plan
     from s2q.planning import this_machine
 
     console.quiet_libraries()
-    sizes = {
-        name: None if options[name] is None else parse_bytes(options[name], option=f"--{name.replace('_', '-')}")
-        for name in ("device_memory", "memory_budget")
-    }
-    device = options["device"] if sizes["device_memory"] is None or options["device"] != "auto" else "cuda"
-    if sizes["device_memory"] is None:
-        device = resolve_device(device)
-    machine = this_machine(device, memory_bytes=sizes["device_memory"], memory_budget=sizes["memory_budget"])
+    memory, budget = (_size(options, name) for name in ("device_memory", "memory_budget"))
+    if memory is None:
+        device = resolve_device(options["device"])
+    else:  # another machine's, a GPU unless the CPU is named
+        _check_device_name(options["device"])
+        device = "cuda" if options["device"] == "auto" else options["device"]
+    machine = this_machine(device, memory_bytes=memory, memory_budget=budget)
     changes = output.parse_overrides(overrides)
     if options["measure"]:
-        if sizes["device_memory"] is not None or model.startswith(SYNTHETIC_PREFIX):
+        if memory is not None or model.startswith(SYNTHETIC_PREFIX):
             raise UsageError(
                 "plan: --measure runs on the device at hand and on the model's weights; leave out --device-memory, and "
                 "time synthetic models with s2q bench --ops calibration_block"
@@ -91,7 +89,8 @@ def quantize(
 
     console.quiet_libraries()
     texts = read_prompts(prompts) if prompts is not None else None
-    settings = {**options, "device": resolve_device(options["device"])}
+    budget = _size(options, "memory_budget")
+    settings = {**options, "device": resolve_device(options["device"]), "memory_budget": budget}
     with console.progress() as report:
         result = run(
             model, recipe=recipe, out=out, prompts=texts, overrides=changes, progress=report, **settings
@@ -203,24 +202,42 @@ def evaluate(
     options: Mapping[str, Any],
 ) -> None:
     """Run `s2q eval`."""
-    names = [name.strip() for entry in options["metrics"] or () for name in entry.split(",") if name.strip()]
+    names = judges.split_names(options["metrics"])
     check_file_output(out, overwrite=options["overwrite"])
     device = resolve_device(options["device"])
     from s2q.evaluation import EvaluationOptions, default_prompts, read_prompts, selected_metrics
     from s2q.evaluation import evaluate as run
+    from s2q.evaluation.learned import learned_names
+    from s2q.evaluation.sources import quantization_scheme
     from s2q.models import resolve_model
 
     console.quiet_libraries()
-    selected_metrics(names)
+    weights = {"lpips": options["lpips_weights"], "clip": options["clip"]}
+    selected_metrics(names, learned=learned_names(**{name: path is not None for name, path in weights.items()}))
     for name in (model, reference):
         resolve_model(name)
     texts = read_prompts(prompts) if prompts is not None else default_prompts(reference, count=options["num_prompts"])
-    how = EvaluationOptions(metrics=tuple(names), settings=settings, dtype=options["dtype"], device=device)
+    planned = judges.vbench_plan(out, texts, seeds=options["seeds"], device=device, options=options)
+    how = EvaluationOptions(
+        metrics=tuple(names),
+        settings=settings,
+        dtype=options["dtype"],
+        device=device,
+        lpips_weights=weights["lpips"],
+        clip=weights["clip"],
+        video_done=judges.keep_for(planned),
+    )
     with console.progress() as report:
         result = run(model, reference, prompts=texts, seeds=range(options["seeds"]), options=how, progress=report)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(out, result)
-    output.emit_json(result) if options["as_json"] else output.show_evaluation(result)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(out, result)
+        if planned is not None:
+            result = judges.with_vbench(planned, result, progress=report)
+            atomic_write_json(out, result)
+    if options["as_json"]:
+        output.emit_json(result)
+    else:
+        output.show_evaluation(result, scheme=quantization_scheme(model))
     console.say(f"written to {out}")
 
 
@@ -247,10 +264,9 @@ def resolve_device(name: str) -> str:
         UsageError: The name is none of these.
         ResourceError: There is no such GPU.
     """
+    _check_device_name(name)
     if name == "cpu":
         return name
-    if name != "auto" and not re.fullmatch(r"cuda(:\d+)?", name):
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     import torch
 
     from s2q.core.devices import check_device
@@ -277,6 +293,18 @@ def slug(prompt: str) -> str:
     """Return a prompt as part of a file name: lower case, words joined by hyphens, at most 48 characters."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     return words[:_SLUG_LENGTH].rstrip("-") or "video"
+
+
+def _size(options: Mapping[str, Any], name: str) -> int | None:
+    """The bytes that an option says, "24GB"; None where it was not given."""
+    from s2q.core.storage import parse_bytes
+
+    return None if options[name] is None else parse_bytes(options[name], option=f"--{name.replace('_', '-')}")
+
+
+def _check_device_name(name: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
 
 
 def _check_backend(name: str, device: str) -> None:

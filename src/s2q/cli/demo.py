@@ -34,7 +34,7 @@ _SHOWN = ("psnr_frame_mean_db", "ssim", "velocity_relative_error", "adherence_al
 _FULL: Mapping[str, Any] = {"num_prompts": 16, "seeds": (0, 1), "settings": {}}
 _SHORT: Mapping[str, Any] = {"num_prompts": 4, "seeds": (0,), "settings": {"num_inference_steps": 8}}
 _SHORT_CALIBRATION = ("calibration.n_prompts=2", "calibration.samples=8")
-_SHORT_DISTILLATION = ("distillation.epochs=1",)
+_LEARNING = ("distillation", "refinement")
 
 
 def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mapping[str, Any]) -> None:
@@ -59,8 +59,8 @@ def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mappin
     overrides: tuple[str, ...] = ()
     if short and validated.calibrates:
         overrides += _SHORT_CALIBRATION
-    if short and validated.distillation is not None:
-        overrides += _SHORT_DISTILLATION
+    if short:
+        overrides += tuple(f"{group}.epochs=1" for group in _LEARNING if getattr(validated, group) is not None)
     console.quiet_libraries()
     check_output(out, overwrite=options["overwrite"], markers=(RECORD,))
     seconds: dict[str, float] = {}

@@ -58,6 +58,14 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
             f"Calibration: {cost['samples']} samples, {cost['tokens']:,} video and {cost['text_tokens']} text tokens; "
             f"inputs and targets of a block take {format_bytes(cost['activation_bytes'])}{where}, a step {step}"
         )
+    allocation = plan["allocation"]
+    if allocation is not None:
+        values = ", ".join(map(str, sorted(allocation["candidates"])))
+        notes.append(
+            f"Allocated in the run: {allocation['what']} of {allocation['linears']} linears, one by one out of "
+            f"{values}, within {allocation['budget']:g} bits a weight; until then the total is what this allows, and "
+            "each linear has its largest candidate"
+        )
     there = device["memory_bytes"]
     for stage in plan["stages"]:
         needed = stage["peak_memory_bytes"]
@@ -96,14 +104,48 @@ def show_inspection(report: Mapping[str, Any]) -> None:
             out.print(Text(problem, style="red"), soft_wrap=True)
 
 
-def show_evaluation(evaluation: Mapping[str, Any]) -> None:
-    """Show an evaluation: every metric with its interval and, where there is one, the noise floor."""
+def show_evaluation(evaluation: Mapping[str, Any], *, scheme: str | None = None) -> None:
+    """Show an evaluation: every metric with its interval and, where there is one, the noise floor; VBench's scores.
+
+    Args:
+        evaluation: The content of `eval.json`.
+        scheme: What the model is quantized to, "w4a6", to show the paper's scores beside.
+    """
     out = Console()
     sample = format_sample(evaluation["n_prompts"], evaluation["n_seeds"])
     out.print(
         Text.assemble(("Evaluation ", "bold"), f"{evaluation['model']} against {evaluation['reference']}, {sample}")
     )
     out.print(metric_table(evaluation))
+    if "vbench" in evaluation:
+        out.print(judges_table(evaluation, scheme=scheme))
+        for note in evaluation["vbench"]["notes"]:
+            out.print(f"VBench: {note}", soft_wrap=True)
+    for name, need in evaluation.get("evalcrafter", {}).get("absent", {}).items():
+        out.print(f"EvalCrafter's {title_of(name)}: {need}", soft_wrap=True)
+
+
+def judges_table(evaluation: Mapping[str, Any], *, scheme: str | None) -> Table:
+    """Return a table of VBench's and EvalCrafter's scores, the paper's beside them where it has the model.
+
+    Args:
+        evaluation: The content of `eval.json`.
+        scheme: What the model is quantized to.
+    """
+    from s2q.evaluation.paper import FULL_PRECISION, METHOD, published_scores
+
+    published = published_scores(evaluation["reference"], scheme or "")
+    table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)
+    headings = [f"VBench {evaluation['vbench']['version']}", "score", "full\nprecision"]
+    columns = [method for method in (METHOD, FULL_PRECISION) if method in published]
+    for heading in (*headings, *(f"paper:\n{method}" for method in columns)):
+        table.add_column(heading, justify="right" if heading != headings[0] else "left", no_wrap=True)
+    scores = {name: entry for name, entry in evaluation.get("evalcrafter", {}).items() if name != "absent"}
+    for name, entry in (evaluation["vbench"]["dimensions"] | scores).items():
+        digits = ".4f" if name in scores else ".2f"
+        cells = [entry["model"], entry["reference"], *(published[method].get(name) for method in columns)]
+        table.add_row(title_of(name), *("–" if cell is None else f"{cell:{digits}}" for cell in cells))
+    return table
 
 
 def metric_table(evaluation: Mapping[str, Any], *, names: Sequence[str] = ()) -> Table:
@@ -161,7 +203,7 @@ def _storage_line(storage: Mapping[str, Any]) -> Text:
 def _show_layers(out: Console, report: Mapping[str, Any]) -> None:
     if report["simulated"]:
         out.print(
-            "Simulated: no integer kernel takes its inputs; computed in floating point, slower than full precision"
+            "Simulated: no integer kernel takes its linears; computed in floating point, slower than full precision"
         )
     out.print(_layer_table(report["layers"]))
 

@@ -1,9 +1,12 @@
-"""What a packed linear stores beside its codes: shift, transform, low-rank branch, clip ratio.
+"""What a packed linear stores beside its codes: shift, transform, low-rank branch, clip ratio, estimator.
 
     x → u = (x - shift) · diag(scale) → (u - u V Vᵀ) · (left ⊗ right) → per-token codes, maximum times the clip ratio
                                       → u V, [M, r], in floating point → · Lᵀ, added to the output
 
-Shapes: `I/O` in/out features; `n1`, `n2` orders of the factors, n1 · n2 = I; `r` rank.
+Where the branch is taken from the weight, u is quantized whole and the codes of the weight are those of W - L Vᵀ. An
+estimator (TQE) adds what the codes stand for times α, a scale for the token's frame and β to the output.
+
+Shapes: `I/O` in/out features; `n1`, `n2` orders of the factors, n1 · n2 = I; `r` rank; `F` frames.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 from s2q.core.errors import InvalidInputError, unknown_name
 
 _BYTES = {"F32": 4, "BF16": 2}
+_NEWER = ("deflates", "estimator", "estimator_frames")
 PREFIX = "transform_"
 
 
@@ -29,10 +33,14 @@ class InputLayout:
         left: Order n1 of the left factor; None if it is the identity.
         right: Order n2 of the right factor; None if it is the identity.
         low_rank: Rank r of the branch in floating point, V [I, r] and L [O, r]; None without one.
+        deflates: Whether what goes through the branch is taken out of the input; if not, it is out of the weight.
         activation_clip: Whether there is a clip ratio, [1].
+        estimator: Whether there is an estimator, α [I] and β [O].
+        estimator_frames: For how many frames it has scales, [F]; None if it has none.
 
     Raises:
-        InvalidInputError: If a value is not of its type or an order is not positive.
+        InvalidInputError: If a value is not of its type, an order is not positive, or `deflates` is false without a
+            branch.
     """
 
     shift: bool = False
@@ -40,17 +48,24 @@ class InputLayout:
     left: int | None = None
     right: int | None = None
     low_rank: int | None = None
+    deflates: bool = True
     activation_clip: bool = False
+    estimator: bool = False
+    estimator_frames: int | None = None
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
-        for name in ("shift", "scale", "activation_clip"):
+        for name in ("shift", "scale", "deflates", "activation_clip", "estimator"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"input layout: {name}={getattr(self, name)!r}; expected true or false")
-        for name in ("left", "right", "low_rank"):
+        for name in ("left", "right", "low_rank", "estimator_frames"):
             order = getattr(self, name)
             if order is not None and (isinstance(order, bool) or not isinstance(order, int) or order < 1):
                 raise InvalidInputError(f"input layout: {name}={order!r}; expected a whole number from 1, or null")
+        if self.low_rank is None and not self.deflates:
+            raise InvalidInputError("input layout: deflates=false without a branch; expected low_rank with it")
+        if self.estimator_frames is not None and not self.estimator:
+            raise InvalidInputError("input layout: estimator_frames without estimator; expected both, or null")
 
     @property
     def transforms(self) -> bool:
@@ -60,7 +75,12 @@ class InputLayout:
     @property
     def empty(self) -> bool:
         """Whether nothing is stored."""
-        return not (self.shift or self.transforms or self.low_rank or self.activation_clip)
+        return not (self.shift or self.transforms or self.low_rank or self.activation_clip or self.estimator)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether a linear has to know where the video tokens lie."""
+        return self.estimator_frames is not None
 
     def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each stored tensor by name: `input_shift`, `transform_scale`, …, `activation_clip`.
@@ -99,6 +119,10 @@ class InputLayout:
             shapes["low_rank_weight"] = (out_features, self.low_rank)
         if self.activation_clip:
             shapes["activation_clip"] = (1,)
+        if self.estimator:
+            shapes |= {"estimator_input": (in_features,), "estimator_output": (out_features,)}
+        if self.estimator_frames is not None:
+            shapes["estimator_frames"] = (self.estimator_frames,)
         return shapes
 
     def num_bytes(self, in_features: int, out_features: int) -> int:
@@ -112,8 +136,9 @@ class InputLayout:
         return sum(_BYTES[TENSOR_DTYPES[name]] * math.prod(shape) for name, shape in shapes.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return asdict(self)
+        """Return plain data for JSON, without what older versions do not know where it is at its default."""
+        newer = {field.name: field.default for field in fields(self) if field.name in _NEWER}
+        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> InputLayout:
@@ -142,5 +167,8 @@ TENSOR_DTYPES = {
     "low_rank_basis": "BF16",
     "low_rank_weight": "BF16",
     "activation_clip": "F32",
+    "estimator_input": "F32",
+    "estimator_output": "F32",
+    "estimator_frames": "F32",
 }
 """Every name that `InputLayout.shapes` may return, with its dtype as safetensors calls it."""

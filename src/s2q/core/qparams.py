@@ -1,9 +1,11 @@
-"""Scales, codes and fake quantization: symmetric uniform quantization (S²Q-VDiT, eq. 1).
+"""Scales, codes and fake quantization: symmetric uniform quantization (S²Q-VDiT, eq. 1), and that with a codebook.
 
     x_int = clamp(round(x / Δ), -2^(N-1), 2^(N-1) - 1),    Δ = clip_ratio · max|x| / (2^(N-1) - 1)
 
-Rounding is half to even. All of it is computed in fp32 whatever the input's dtype, and everything that takes floating
-point input is differentiable (straight-through for the rounding), towards the clip ratio as well.
+Rounding is half to even. With levels l that are not uniform (`core.codebook`), x_int is the code whose level is nearest
+to x / Δ and stands for l · Δ, and Δ = clip_ratio · √(mean x²). All of it is computed in fp32 whatever the input's
+dtype, and everything that takes floating point input is differentiable (straight-through for the rounding), towards the
+clip ratio as well.
 
 Example, N = 4: x = [1.4, -0.7, 0.2] has max 1.4, so Δ = 0.2 and the codes are [7, -4, 1] (-3.5 goes to the even -4).
 
@@ -11,14 +13,18 @@ Shapes: `O` out features, `I` in features, `G` groups. A weight's scale is [O] (
 (per tensor); the functions on weights tell them apart by their shape.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from s2q.core.codebook import levels_of
+from s2q.core.cubes import cube_means, spread
 from s2q.core.errors import InvalidInputError
-from s2q.core.schemes import PerChannel, PerGroup, PerTensor, QuantScheme, num_groups
+from s2q.core.schemes import UNIFORM, PerChannel, PerGroup, PerTensor, QuantScheme, num_groups
+from s2q.core.tokens import TokenGrid
 
 ClipRatio = float | Tensor | None
 
@@ -57,27 +63,29 @@ def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio =
     Args:
         weight: [O, I], any floating dtype.
         scheme: PerTensor, PerChannel or PerGroup.
-        clip_ratio: Factor in (0, 1] on the largest magnitude: a float, or a tensor that broadcasts to the scale.
+        clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to it.
 
     Returns:
-        fp32, [1] (PerTensor), [O] (PerChannel) or [O, G] (PerGroup).
+        fp32, [1] (PerTensor), [O] (PerChannel) or [O, G] (PerGroup); 0 where all values are 0 and the levels are not
+        uniform.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size, or the granularity is PerToken.
     """
-    magnitude = weight.float().abs()
     match scheme.granularity:
         case PerTensor():
-            amax = magnitude.amax().reshape(1)
+            values = weight.reshape(1, -1)
         case PerChannel():
-            amax = magnitude.amax(dim=1)
+            values = weight
         case PerGroup():
-            amax = _grouped(magnitude, num_groups(scheme, weight.shape[1])).amax(dim=2)
+            values = _grouped(weight, num_groups(scheme, weight.shape[1]))
         case _:
             raise InvalidInputError(f"weight scheme {scheme}; expected PerTensor, PerChannel or PerGroup")
+    uniform = scheme.levels == UNIFORM
+    size = values.float().abs().amax(dim=-1) if uniform else _root_mean_square(values).squeeze(-1)
     if clip_ratio is not None:
-        amax = amax * clip_ratio
-    return scale_from_amax(amax, num_bits=scheme.num_bits)
+        size = size * clip_ratio
+    return scale_from_amax(size, num_bits=scheme.num_bits) if uniform else size
 
 
 def token_scale(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
@@ -97,17 +105,20 @@ def token_scale(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Te
     return scale_from_amax(amax, num_bits=num_bits)
 
 
-def quantize(x: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
-    """Round to codes (eq. 1).
+def quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:
+    """Round to codes (eq. 1), or to those of the nearest levels.
 
     Args:
         x: Any shape, any floating dtype.
         scale: fp32, broadcasts to x.
         num_bits: N, 2 to 8.
+        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
 
     Returns:
         int8 codes of the shape of x.
     """
+    if levels is not None:
+        return (_nearest(_over(x, scale), levels) - len(levels) // 2).to(torch.int8)
     return (x.float() / scale).round_().clamp_(*code_range(num_bits)).to(torch.int8)
 
 
@@ -120,46 +131,50 @@ def code_range(num_bits: int) -> tuple[int, int]:
     return -_qmax(num_bits) - 1, _qmax(num_bits)
 
 
-def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, *, levels: Tensor | None = None) -> Tensor:
     """Turn codes back into values.
 
     Args:
         codes: int8, any shape.
         scale: fp32, broadcasts to codes.
+        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
 
     Returns:
         fp32 of the shape of codes.
     """
-    return codes.float() * scale
+    values = codes.float() if levels is None else levels[codes.int() + len(levels) // 2]
+    return values * scale
 
 
-def quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
+def quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:
     """Round a weight to codes.
 
     Args:
         weight: [O, I], any floating dtype.
         scale: fp32 [1], [O] or [O, G].
         num_bits: N, 2 to 8.
+        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
 
     Returns:
         int8 [O, I].
     """
-    grouped, spread = _align(weight, scale)
-    return quantize(grouped, spread, num_bits=num_bits).reshape(weight.shape)
+    grouped, spread = align_scale(weight, scale)
+    return quantize(grouped, spread, num_bits=num_bits, levels=levels).reshape(weight.shape)
 
 
-def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:
+def dequantize_weight(codes: Tensor, scale: Tensor, *, levels: Tensor | None = None) -> Tensor:
     """Turn the codes of a weight back into values.
 
     Args:
         codes: int8 [O, I].
         scale: fp32 [1], [O] or [O, G].
+        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
 
     Returns:
         fp32 [O, I].
     """
-    grouped, spread = _align(codes, scale)
-    return dequantize(grouped, spread).reshape(codes.shape)
+    grouped, spread = align_scale(codes, scale)
+    return dequantize(grouped, spread, levels=levels).reshape(codes.shape)
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -175,31 +190,43 @@ def round_ste(x: Tensor) -> Tensor:
     return rounded
 
 
-def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:
     """Quantize and dequantize at once, trainable.
 
     Gradients, with q = x / Δ: towards x, 1 within the range of the codes and 0 where the code is clamped; towards Δ,
     round(q) - q within the range and the clamped code outside (Esser et al., "Learned Step Size Quantization", 2020).
+    With levels, the level stands for round(q), and the range ends at the outermost ones.
 
     Args:
         x: Any shape, any floating dtype.
         scale: fp32, broadcasts to x; may require a gradient.
         num_bits: N, 2 to 8.
+        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
 
     Returns:
         Same shape and dtype as x; equal to `dequantize(quantize(x, scale), scale)` in that dtype.
     """
+    if levels is not None:
+        nearest: Tensor = _LevelSTE.apply(_over(x, scale).clamp(levels[0], levels[-1]), levels)  # type: ignore[no-untyped-call]
+        return (nearest * scale).to(x.dtype)
     codes = round_ste(x.float() / scale).clamp(*code_range(num_bits))
     return (codes * scale).to(x.dtype)
 
 
-def fake_quantize_input(x: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> Tensor:
+def fake_quantize_input(
+    x: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None, grid: TokenGrid | None = None
+) -> Tensor:
     """Quantize and dequantize the input of a linear at once, trainable, each token by itself; see `fake_quantize`.
 
+    With `scheme.delta`, a video token is the quantized mean of its cube plus its quantized difference from that. The
+    tokens of text, and all of them where the grid is not known or is not that of x, are quantized as they are.
+
     Args:
-        x: [..., I], any floating dtype.
+        x: [..., I], floating; [..., N, I] where there is a grid.
         scheme: Dynamic, PerToken or PerGroup.
-        clip_ratio: Factor in (0, 1] on the largest magnitude: a float, or a tensor that broadcasts to [..., 1].
+        clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to [..., 1]. Means are not
+            clipped.
+        grid: Where the video tokens lie among N.
 
     Returns:
         Same shape and dtype as x.
@@ -207,24 +234,66 @@ def fake_quantize_input(x: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio
     Raises:
         InvalidInputError: If I is not a multiple of the group size.
     """
+    known = scheme.delta is not None and grid is not None and x.ndim > 2
+    offset = grid.offset(x.shape[-2]) if known and grid is not None else None
+    if offset is None or grid is None:
+        return _fake_quantize_tokens(x, scheme, clip_ratio)
+    before, video, after = torch.split(x, [offset, grid.tokens, x.shape[-2] - offset - grid.tokens], dim=-2)
+    video = _fake_quantize_deltas(video, scheme, clip_ratio, grid)
+    text = [_fake_quantize_tokens(one, scheme, clip_ratio) if one.numel() else one for one in (before, after)]
+    return torch.cat([text[0], video, text[1]], dim=-2)
+
+
+def _fake_quantize_deltas(video: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio, grid: TokenGrid) -> Tensor:
+    delta, sizes = scheme.delta, (grid.frames, grid.height, grid.width)
+    assert delta is not None
+    tokens = video.reshape(*video.shape[:-2], *sizes, video.shape[-1])
+    means = cube_means(tokens, delta.cube)
+    means = fake_quantize(means, token_scale(means, num_bits=delta.mean_bits), num_bits=delta.mean_bits)
+    means = spread(means, delta.cube, sizes)
+    return (means + _fake_quantize_tokens(tokens - means, scheme, clip_ratio)).to(video.dtype).reshape(video.shape)
+
+
+def _fake_quantize_tokens(x: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio) -> Tensor:
     grouped = x.reshape(*x.shape[:-1], num_groups(scheme, x.shape[-1]), -1)
-    scale = token_scale(grouped, num_bits=scheme.num_bits, clip_ratio=clip_ratio)
-    return fake_quantize(grouped, scale, num_bits=scheme.num_bits).reshape(x.shape)
+    levels = levels_of(scheme, x.shape[-1], device=x.device)
+    if levels is None:
+        scale = token_scale(grouped, num_bits=scheme.num_bits, clip_ratio=clip_ratio)
+    else:
+        scale = _root_mean_square(grouped) * (1.0 if clip_ratio is None else clip_ratio)
+    return fake_quantize(grouped, scale, num_bits=scheme.num_bits, levels=levels).reshape(x.shape)
 
 
-def fake_quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int) -> Tensor:
+def fake_quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:
     """Quantize and dequantize a weight at once, trainable; see `fake_quantize`.
 
     Args:
         weight: [O, I], any floating dtype.
         scale: fp32 [1], [O] or [O, G]; may require a gradient.
         num_bits: N, 2 to 8.
+        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
 
     Returns:
         [O, I], dtype of the weight.
     """
-    grouped, spread = _align(weight, scale)
-    return fake_quantize(grouped, spread, num_bits=num_bits).reshape(weight.shape)
+    grouped, spread = align_scale(weight, scale)
+    return fake_quantize(grouped, spread, num_bits=num_bits, levels=levels).reshape(weight.shape)
+
+
+def align_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Reshape a weight and its scale so that they broadcast.
+
+    Args:
+        weight: [O, I], or codes of that shape.
+        scale: [1], [O] or [O, G].
+
+    Returns:
+        [O, I] with [O, 1] or [1, 1], or [O, G, I / G] with [O, G, 1].
+    """
+    if scale.ndim == 2:
+        assert weight.shape[1] % scale.shape[1] == 0, (weight.shape, scale.shape)
+        return _grouped(weight, scale.shape[1]), scale.unsqueeze(2)
+    return weight, scale.unsqueeze(1)
 
 
 class _RoundSTE(torch.autograd.Function):
@@ -237,12 +306,30 @@ class _RoundSTE(torch.autograd.Function):
         return grad_outputs[0]
 
 
-def _align(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Reshape so that the scale broadcasts: [O, I] with [O, 1] or [1, 1], or [O, G, I / G] with [O, G, 1]."""
-    if scale.ndim == 2:
-        assert weight.shape[1] % scale.shape[1] == 0, (weight.shape, scale.shape)
-        return _grouped(weight, scale.shape[1]), scale.unsqueeze(2)
-    return weight, scale.unsqueeze(1)
+class _LevelSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ratio: Tensor, levels: Tensor) -> Tensor:
+        return levels[_nearest(ratio, levels)]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def _nearest(ratio: Tensor, levels: Tensor) -> Tensor:
+    """Index of the nearest level, the lower of two equally near; int32."""
+    return torch.bucketize(ratio.contiguous(), (levels[1:] + levels[:-1]) / 2, out_int32=True)
+
+
+def _over(x: Tensor, scale: Tensor) -> Tensor:
+    """Divide by the scale; where that is 0, all of x is 0 and stays so."""
+    return x.float() / torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    """fp32 [..., 1]."""
+    norm: Tensor = torch.linalg.vector_norm(values.float(), dim=-1, keepdim=True)
+    return norm / math.sqrt(values.shape[-1])
 
 
 def _grouped(weight: Tensor, groups: int) -> Tensor:

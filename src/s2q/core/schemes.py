@@ -1,7 +1,8 @@
-"""What a tensor is quantized to: number of bits and granularity. Frozen value objects, no tensors in here.
+"""What a tensor is quantized to: number of bits, granularity, levels. Frozen value objects, no tensors in here.
 
-Every quantizer of the project is symmetric and uniform (S²Q-VDiT, eq. 1): codes in [-2^(N-1), 2^(N-1) - 1], no zero
-point. Shapes: `O` out features, `I` in features, `G` groups.
+Every quantizer of the project is symmetric: codes in [-2^(N-1), 2^(N-1) - 1], no zero point. A code stands for itself
+times the scale (S²Q-VDiT, eq. 1) or, with levels that are not uniform, for an entry of a codebook times the scale
+(`core.codebook`). Shapes: `O` out features, `I` in features, `G` groups.
 """
 
 from collections.abc import Mapping
@@ -9,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.core.tokens import is_triple
 
 MIN_BITS = 2
 MAX_BITS = 8
 SCALE_BYTES = 4  # scales are stored in fp32
+UNIFORM = "uniform"
+LEVELS = (UNIFORM, "lloyd_max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,46 @@ _GRANULARITY_NAMES: dict[type, str] = {type(kind): name for name, kind in _UNGRO
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delta:
+    """Quantize video tokens as the differences from the mean token of their cube; others as they are.
+
+    Attributes:
+        cube: Tokens of a cube along frames, rows and columns.
+        mean_bits: Width of the codes of the mean tokens, which have a scale each, 2 to 8.
+
+    Raises:
+        InvalidInputError: If a field is out of range or of the wrong type.
+    """
+
+    cube: tuple[int, int, int]
+    mean_bits: int = 8
+
+    def __post_init__(self) -> None:
+        """Check both fields."""
+        if not is_triple(self.cube):
+            raise InvalidInputError(f"delta: cube={self.cube!r}; expected three whole numbers from 1")
+        _check_bits("mean_bits", self.mean_bits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dict for JSON."""
+        return {"cube": list(self.cube), "mean_bits": self.mean_bits}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Delta":
+        """Read what `to_dict` wrote.
+
+        Args:
+            fields: The dict; unknown and missing keys are refused.
+
+        Raises:
+            InvalidInputError: If a key is unknown or missing, or a value is not allowed.
+        """
+        _check_keys("delta", fields, required=("cube", "mean_bits"))
+        cube = fields["cube"]
+        return cls(cube=tuple(cube) if isinstance(cube, list) else cube, mean_bits=fields["mean_bits"])
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantScheme:
     """How one tensor is quantized; always symmetric.
 
@@ -65,6 +109,9 @@ class QuantScheme:
         num_bits: Width of a code, 2 to 8.
         granularity: Which values share a scale.
         dynamic: Whether the scale is computed from the tensor at run time (activations) or stored (weights).
+        levels: "uniform", the scale from the largest magnitude; or "lloyd_max", those of `core.codebook`, the scale the
+            root mean square.
+        delta: How video tokens are taken apart before; None leaves them whole. For activations.
 
     Raises:
         InvalidInputError: If a field is out of range or of the wrong type.
@@ -73,17 +120,22 @@ class QuantScheme:
     num_bits: int
     granularity: Granularity
     dynamic: bool = False
+    levels: str = UNIFORM
+    delta: Delta | None = None
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if not _is_int(self.num_bits) or not MIN_BITS <= self.num_bits <= MAX_BITS:
-            raise InvalidInputError(f"num_bits={self.num_bits!r}; expected a whole number, {MIN_BITS} to {MAX_BITS}")
+        _check_bits("num_bits", self.num_bits)
         if type(self.granularity) not in _GRANULARITY_NAMES:
             raise InvalidInputError(
                 f"granularity={self.granularity!r}; expected an instance of PerTensor, PerChannel, PerGroup or PerToken"
             )
         if not isinstance(self.dynamic, bool):
             raise InvalidInputError(f"dynamic={self.dynamic!r}; expected true or false")
+        if self.levels not in LEVELS:
+            raise unknown_name("levels", str(self.levels), LEVELS)
+        if self.delta is not None and not (isinstance(self.delta, Delta) and self.dynamic):
+            raise InvalidInputError(f"delta={self.delta!r}; expected a Delta in a dynamic scheme, or None")
 
     @property
     def qmin(self) -> int:
@@ -96,11 +148,15 @@ class QuantScheme:
         return (1 << (self.num_bits - 1)) - 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a plain dict for JSON; `group_size` is there only for PerGroup."""
+        """Return a plain dict for JSON; `group_size`, `levels` and `delta` are there only where they are not usual."""
         fields: dict[str, Any] = {"num_bits": self.num_bits, "granularity": _GRANULARITY_NAMES[type(self.granularity)]}
         if isinstance(self.granularity, PerGroup):
             fields["group_size"] = self.granularity.group_size
         fields["dynamic"] = self.dynamic
+        if self.levels != UNIFORM:
+            fields["levels"] = self.levels
+        if self.delta is not None:
+            fields["delta"] = self.delta.to_dict()
         return fields
 
     @classmethod
@@ -116,7 +172,12 @@ class QuantScheme:
         Raises:
             InvalidInputError: If a key is unknown or missing, or a value is not allowed.
         """
-        _check_keys("scheme", fields, required=("num_bits", "granularity"), optional=("group_size", "dynamic"))
+        _check_keys(
+            "scheme",
+            fields,
+            required=("num_bits", "granularity"),
+            optional=("group_size", "dynamic", "levels", "delta"),
+        )
         name = fields["granularity"]
         if not isinstance(name, str) or name not in GRANULARITIES:
             raise unknown_name("granularity", str(name), GRANULARITIES)
@@ -129,7 +190,14 @@ class QuantScheme:
             if fields.get("group_size") is not None:
                 raise InvalidInputError(f"scheme: group_size given with granularity {name}; remove it or use per_group")
             granularity = _UNGROUPED[name]
-        return cls(num_bits=fields["num_bits"], granularity=granularity, dynamic=fields.get("dynamic", False))
+        delta = fields.get("delta")
+        return cls(
+            num_bits=fields["num_bits"],
+            granularity=granularity,
+            dynamic=fields.get("dynamic", False),
+            levels=fields.get("levels", UNIFORM),
+            delta=None if delta is None else Delta.from_dict(delta),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +227,26 @@ class LinearScheme:
 
     @property
     def name(self) -> str:
-        """Short name: "w4a6", "w4a16" for weight-only, "w4g64a6g64" with groups of 64 on both sides."""
+        """Short name: "w4a6", "w4a16" for weight-only, "w4g64a6g64" with groups of 64, "w4ca4c" with codebooks.
+
+        "w4a4d222" has differences from the means of cubes of 2 x 2 x 2 tokens, "w4a4d222m6" with means of 6 bits.
+        """
         activation = "16" if self.activation is None else _short_name(self.activation)
         return f"w{_short_name(self.weight)}a{activation}"
 
     @property
     def simulated(self) -> bool:
         """Whether no integer kernel takes this scheme, so that it is computed in floating point, slower than none."""
-        return self.activation is not None and not isinstance(self.activation.granularity, PerToken)
+        activation = self.activation
+        if activation is None:
+            return self.weight.levels != UNIFORM
+        plain = activation.delta is None and isinstance(activation.granularity, PerToken)
+        return not plain or {self.weight.levels, activation.levels} != {UNIFORM}
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether a linear has to know where the video tokens lie."""
+        return self.activation is not None and self.activation.delta is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict for JSON; `activation` is None for weight-only."""
@@ -253,7 +333,19 @@ def _check_keys(what: str, fields: object, *, required: tuple[str, ...], optiona
 
 def _short_name(scheme: QuantScheme) -> str:
     group = f"g{scheme.granularity.group_size}" if isinstance(scheme.granularity, PerGroup) else ""
-    return f"{scheme.num_bits}{group}"
+    codebook = "" if scheme.levels == UNIFORM else "c"
+    return f"{scheme.num_bits}{codebook}{group}{'' if scheme.delta is None else _delta_name(scheme.delta)}"
+
+
+def _delta_name(delta: Delta) -> str:
+    separator = "" if max(delta.cube) < 10 else "x"
+    cube = separator.join(map(str, delta.cube))
+    return f"d{cube}" + ("" if delta.mean_bits == MAX_BITS else f"m{delta.mean_bits}")
+
+
+def _check_bits(name: str, value: object) -> None:
+    if not (isinstance(value, int) and _is_int(value) and MIN_BITS <= value <= MAX_BITS):
+        raise InvalidInputError(f"{name}={value!r}; expected a whole number, {MIN_BITS} to {MAX_BITS}")
 
 
 def _is_int(value: object) -> bool:

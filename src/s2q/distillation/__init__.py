@@ -12,6 +12,7 @@ from s2q.distillation.block import (
     evaluations,
 )
 from s2q.distillation.loss import split_weights, weighted_token_loss
+from s2q.distillation.temporal import temporal_loss
 from s2q.distillation.token_importance import CapturedSums, capture_column_sums, token_weights
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "distil",
     "evaluations",
     "split_weights",
+    "temporal_loss",
     "token_weights",
     "weighted_token_loss",
 ]

@@ -5,6 +5,9 @@ block returns for the same inputs (S²Q-VDiT, section 3.3). Samples are taken on
 follows a cosine to a thousandth of the learning rate, and the loss is divided by its own detached value before the
 gradient is taken (FlatQuant), so that a noisy step does not count for more than a clean one.
 
+Where the rounding of weights is learned (`s2q.rounding.adaround`), steps see it soft; every loss that is reported or
+compared is that of the weights as they would be rounded, so that the best state is the best one to pack.
+
 Legend: `B` samples, `N_k` tokens of stream k, `d` channels.
 """
 
@@ -24,14 +27,17 @@ from torch import Tensor, nn
 
 from s2q.core.errors import S2QError
 from s2q.core.reuse import parameters_held, recomputed
+from s2q.core.tokens import TokenGrid
 from s2q.distillation.loss import weighted_token_loss
-from s2q.nn import StudentInput, StudentLinear
+from s2q.distillation.temporal import temporal_loss
+from s2q.nn import RefinedLinear, StudentInput, StudentLinear, set_token_grid
+from s2q.rounding import softened
 
 logger = logging.getLogger(__name__)
 
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
 _EVALUATIONS = 5
-_POINTWISE = ("FeedForward",)
+_ROUNDING_EPS = 1e-15  # far below a gradient that is shared by all weights of a block
 PIECE = 8192
 """Tokens that a part without attention computes again at a time."""
 
@@ -44,15 +50,25 @@ class BlockSample:
         inputs: Keyword arguments of the call.
         outputs: What the full-precision block returns, [1, N_k, d] for each stream.
         weights: λ, [1, N_k] for each stream; None weights every token with 1.
+        grid: Where the video tokens lie; None if nothing asks.
+        video: Which of the streams is the video.
     """
 
     inputs: Mapping[str, Any]
     outputs: tuple[Tensor, ...]
     weights: tuple[Tensor, ...] | None = None
+    grid: TokenGrid | None = None
+    video: int = 0
 
 
 class Samples(Protocol):
-    """Samples by index, from memory or from a disk."""
+    """Samples by index, from memory or from a disk.
+
+    Attributes:
+        device: Where their tensors are, "cpu", "cuda", "cuda:1".
+    """
+
+    device: str
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -71,13 +87,17 @@ class DistillationOptions:
         epochs: Passes over the samples.
         lr: Learning rate of transforms.
         clip_lr: Learning rate of clip ratios.
+        rounding_lr: Learning rate of rounding.
         weight_decay: Of AdamW.
+        temporal: Weight of the loss on the similarities of frames.
     """
 
     epochs: int = 15
     lr: float = 5e-3
     clip_lr: float = 5e-2
+    rounding_lr: float = 3e-2
     weight_decay: float = 0.0
+    temporal: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,17 +120,18 @@ class DistillationReport:
 
 
 @torch.no_grad()
-def block_loss(block: nn.Module, samples: Samples) -> float:
+def block_loss(block: nn.Module, samples: Samples, *, temporal: float = 0.0) -> float:
     """Compute the mean loss of a block over samples.
 
     Args:
         block: A student, or a block with packed linears.
         samples: At least one.
+        temporal: Weight of the loss on the similarities of frames.
     """
     losses = []
     with parameters_held():
         for sample in _ahead(samples, range(len(samples))):
-            losses.append(weighted_token_loss(_streams(block, sample), sample.outputs, weights=sample.weights))
+            losses.append(_loss(block, sample, temporal))
     return math.fsum(torch.stack(losses).tolist()) / len(losses)
 
 
@@ -120,16 +141,19 @@ def distil(
     *,
     options: DistillationOptions,
     seed: int,
-    epoch_done: Callable[[], None] | None = None,
+    penalty: Callable[[float], None] = lambda progress: None,
+    epoch_done: Callable[[], None] = lambda: None,
 ) -> DistillationReport:
     """Optimise the learnable parts of a student, in place; it ends in the best state seen, the initial one included.
 
     Args:
-        student: A block whose parameters that require gradients are those of transforms and clips; clips are called
-            `theta`.
+        student: A block whose parameters that require gradients are those of transforms, clips, which are called
+            `theta`, and learned rounding, which are called `logits`.
         samples: At least one.
         options: Settings.
         seed: Of the order of the samples.
+        penalty: Called in each step with the share of the steps that were taken; adds the gradient of what else is to
+            be small, beside a loss of 1.
         epoch_done: Called after each epoch.
 
     Returns:
@@ -138,40 +162,41 @@ def distil(
     Raises:
         S2QError: If the loss is not finite before the first step, or nothing is learnable.
     """
-    clips, others = _learnable(student)
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "lr": rate}
-        for parameters, rate in ((others, options.lr), (clips, options.clip_lr))
-        if parameters
-    ]
+    groups = _learnable(student, options)
     if not groups:
         raise S2QError("distillation: the student has nothing to learn; expected a learnable transform or clip")
-    initial = block_loss(student, samples)
+    learnable = [parameter for group in groups for parameter in group["params"]]
+    initial = block_loss(student, samples, temporal=options.temporal)
     if not math.isfinite(initial):
         raise S2QError(f"distillation: the loss is {initial} before the first step; check the model's activations")
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
     total = options.epochs * len(samples)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
     generator = torch.Generator().manual_seed(seed)
-    best, best_loss, best_epoch, epoch = _snapshot(clips + others), initial, 0, 0
+    best, best_loss, best_epoch, epoch = _snapshot(learnable), initial, 0, 0
     history = {"0": initial}
     for epoch in range(1, options.epochs + 1):
         order = torch.randperm(len(samples), generator=generator).tolist()
-        losses = [_step(student, sample, optimizer, scheduler) for sample in _ahead(samples, order)]
+        losses = []
+        with softened(student):
+            for sample in _ahead(samples, order):
+                losses.append(_gradient(student, sample, optimizer, options.temporal))
+                penalty(scheduler.last_epoch / total)
+                optimizer.step()
+                scheduler.step()
         if not bool(torch.isfinite(torch.stack(losses)).all()):
             logger.warning("distillation: the loss is not finite in epoch %d; the best state before is kept", epoch)
             break
         if _is_evaluated(epoch, options.epochs):
-            loss = block_loss(student, samples)
+            loss = block_loss(student, samples, temporal=options.temporal)
             if not math.isfinite(loss):
                 break
             history[str(epoch)] = loss
             if loss < best_loss:
-                best, best_loss, best_epoch = _snapshot(clips + others), loss, epoch
-        if epoch_done is not None:
-            epoch_done()
+                best, best_loss, best_epoch = _snapshot(learnable), loss, epoch
+        epoch_done()
     with torch.no_grad():
-        for parameter, value in zip(clips + others, best, strict=True):
+        for parameter, value in zip(learnable, best, strict=True):
             parameter.copy_(value)
     return DistillationReport(
         initial_loss=initial, loss=best_loss, best_epoch=best_epoch, epochs=epoch, history=history
@@ -191,20 +216,13 @@ def _is_evaluated(epoch: int, epochs: int) -> bool:
     return epoch % max(1, epochs // _EVALUATIONS) == 0 or epoch == epochs
 
 
-def _step(
-    student: nn.Module,
-    sample: BlockSample,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> Tensor:
-    """Take one step; return the loss, on the device, so that nothing waits for it."""
+def _gradient(student: nn.Module, sample: BlockSample, optimizer: torch.optim.Optimizer, temporal: float) -> Tensor:
+    """Compute the gradient for one step; return the loss, on the device, so that nothing waits for it."""
     with parameters_held():
-        loss = weighted_token_loss(_streams(student, sample), sample.outputs, weights=sample.weights)
+        loss = _loss(student, sample, temporal)
         value = loss.detach()
         optimizer.zero_grad(set_to_none=True)
         (loss / value.clamp_min(torch.finfo(value.dtype).tiny)).backward()
-    optimizer.step()
-    scheduler.step()
     return value
 
 
@@ -213,19 +231,23 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
     """Have the parts of a student (attention, feed-forward) and its quantized weights computed again in each backward.
 
     A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
-    that treat every token by itself do so a piece of the sequence after another. The gradient is the same, but for the
-    order of its sums.
+    that treat every token by itself, wherever it lies, do so a piece of the sequence after another. The gradient is the
+    same, but for the order of its sums.
 
     Args:
         student: See `distil`.
     """
-    parts = [one for one in student.children() if any(isinstance(inner, StudentLinear) for inner in one.modules())]
-    layers = [inner for inner in student.modules() if isinstance(inner, StudentLinear | StudentInput)]
+    from diffusers.models.attention import FeedForward
+
+    linears = StudentLinear | RefinedLinear
+    parts = [one for one in student.children() if any(isinstance(inner, linears) for inner in one.modules())]
+    layers = [inner for inner in student.modules() if isinstance(inner, linears | StudentInput)]
     try:
         for layer in layers:
             layer.recomputes = True
         for part in parts:
-            pointwise = isinstance(part, StudentLinear) or type(part).__name__ in _POINTWISE
+            pointwise = isinstance(part, linears | FeedForward)
+            pointwise = pointwise and not any(getattr(inner, "tokens", None) for inner in part.modules())
             part.forward = functools.partial(_in_pieces if pointwise else recomputed, part.forward)
         yield
     finally:
@@ -243,11 +265,11 @@ def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
 
 
 def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
-    """Go through samples; on a GPU, the next one is read while the one at hand is worked on.
+    """Go through samples; those of a GPU are read while the one before is worked on.
 
     On a CPU a second thread that computes would only take cores from the first.
     """
-    if not torch.cuda.is_available():
+    if torch.device(samples.device).type == "cpu":
         yield from (samples[index] for index in order)
         return
     with ThreadPoolExecutor(max_workers=1) as reader:
@@ -260,16 +282,33 @@ def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
             yield upcoming.result()
 
 
+def _loss(block: nn.Module, sample: BlockSample, temporal: float) -> Tensor:
+    found = _streams(block, sample)
+    loss = weighted_token_loss(found, sample.outputs, weights=sample.weights)
+    if temporal == 0:
+        return loss
+    assert sample.grid is not None
+    video, channels = sample.video, sample.outputs[sample.video].shape[-1]
+    return loss + temporal * channels * temporal_loss(found[video], sample.outputs[video], frames=sample.grid.frames)
+
+
 def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:
+    set_token_grid(block, sample.grid)
     output = block(**sample.inputs)
     return output if isinstance(output, tuple) else (output,)
 
 
-def _learnable(student: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    found = {id(one): (name, one) for name, one in student.named_parameters() if one.requires_grad}
-    clips = [one for name, one in found.values() if name.rpartition(".")[2] == "theta"]
-    others = [one for name, one in found.values() if name.rpartition(".")[2] != "theta"]
-    return clips, others
+def _learnable(student: nn.Module, options: DistillationOptions) -> list[dict[str, Any]]:
+    """The parameters that learn, by learning rate, as an optimizer takes them."""
+    found = {id(one): (name.rpartition(".")[2], one) for name, one in student.named_parameters() if one.requires_grad}
+    special: dict[str, dict[str, Any]] = {
+        "theta": {"lr": options.clip_lr},
+        "logits": {"lr": options.rounding_lr, "eps": _ROUNDING_EPS},
+    }
+    others = [one for name, one in found.values() if name not in special]
+    groups = [{"params": others, "lr": options.lr}]
+    groups += [{"params": [one for name, one in found.values() if name == key]} | special[key] for key in special]
+    return [group for group in groups if group["params"]]
 
 
 def _snapshot(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -34,6 +34,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
         )
     }
 )
+VERSION = 1
 
 
 def adherence(prompt: str, frames: torch.Tensor) -> dict[str, float | None]:

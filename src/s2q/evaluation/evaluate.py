@@ -21,9 +21,11 @@ from s2q.core.components import transformers_of
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.evaluation import adherence, metrics, velocity
 from s2q.evaluation.generate import Progress, Video, batch_size_for, batched, settings_for, step_counter, videos_of
+from s2q.evaluation.learned import NEEDS, Judges, open_judges
+from s2q.evaluation.measured import Judged, Measured
 from s2q.evaluation.prompts import check_distinct
 from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
-from s2q.evaluation.summary import summarise
+from s2q.evaluation.summary import noise_pairs, summarise
 from s2q.loading import check_model, load_pipeline
 from s2q.models.source import dtype_name
 
@@ -35,6 +37,7 @@ METRICS: tuple[str, ...] = (
     VELOCITY,
 )
 _TRAJECTORY_BYTES = 4 * 2**30
+_Jobs = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +45,14 @@ class EvaluationOptions:
     """How to evaluate.
 
     Attributes:
-        metrics: Names out of `METRICS`; empty means all.
+        metrics: Names out of `METRICS`, and of learned judges that have weights; empty means all.
         settings: Generation settings that differ from the model's own, by field name of `GenerationSettings`.
         batch_size: Videos per batch; None chooses by the number of video tokens.
         dtype: Compute dtype of models given by name; None is the one that the reference is stored in, for both.
         device: Device of models given by name.
         trajectory_bytes: Memory for recorded trajectories; videos beyond it have no velocity error.
+        lpips_weights: File of LPIPS's weights; None for no `lpips`.
+        clip: Folder of a CLIP model; None for no `clip_score`, `clipsim` and `clip_temp`.
         video_done: Called with each video as it is generated and the label of its model (`model_label`), to keep it.
     """
 
@@ -57,36 +62,40 @@ class EvaluationOptions:
     dtype: str | None = None
     device: str = "cpu"
     trajectory_bytes: int = _TRAJECTORY_BYTES
+    lpips_weights: Path | None = None
+    clip: Path | None = None
     video_done: Callable[[str, Video], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """Everything measured on one video.
+class Teacher:
+    """The reference's side, with which any number of models is compared; see `run_reference`.
 
     Attributes:
-        prompt: Its prompt.
-        seed: Its seed.
-        metrics: Value by metric name; None where it does not apply.
-        velocity_steps: Relative velocity error of every denoising step; empty where it was not measured.
+        label: Name of the reference.
+        jobs: Prompt and seed of every video.
+        wanted: Metrics to compute.
+        settings: The generation settings.
+        dtype: Compute dtype.
+        batch_size: Videos per batch.
+        videos: The videos in the order of the jobs.
+        trajectories: One for each batch; None beyond the memory for them.
+        timesteps: Timestep of every recorded step.
+        judges: Learned judges, for metrics among `wanted`.
+        floor: See `Measured`.
     """
 
-    prompt: str
-    seed: int
-    metrics: Mapping[str, float | None]
-    velocity_steps: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Teacher:
-    """The reference's side: videos in the order of the jobs; a trajectory for each batch, None beyond the memory."""
-
+    label: str
+    jobs: tuple[tuple[str, int], ...]
+    wanted: tuple[str, ...]
     settings: GenerationSettings
     dtype: torch.dtype
     batch_size: int
-    videos: list[Video]
-    trajectories: list[Trajectory | None]
+    videos: tuple[Video, ...]
+    trajectories: tuple[Trajectory | None, ...]
     timesteps: tuple[float, ...]
+    judges: Judges
+    floor: tuple[Judged, ...]
 
 
 def evaluate(
@@ -110,7 +119,8 @@ def evaluate(
 
     Returns:
         The content of `eval.json`: `schema_version`, `model`, `reference`, `n_prompts`, `n_seeds`, `metrics`, `videos`,
-        `velocity` (by step), `noise_floor` (full precision with another seed), `settings` and `versions`.
+        `velocity` (by step), `noise_floor` (full precision with another seed), `settings` and `versions`; with a CLIP
+        model also `evalcrafter`.
 
     Raises:
         InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take.
@@ -148,22 +158,73 @@ def evaluate_each(
         S2QError: See `evaluate`.
     """
     options = options or EvaluationOptions()
-    wanted = selected_metrics(options.metrics)
+    teacher = run_reference(reference, prompts=prompts, seeds=seeds, options=options, progress=progress)
+    for model in models:
+        yield summarise(judge_model(model, teacher, options=options, progress=progress))
+
+
+def run_reference(
+    reference: Any,
+    *,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1),
+    options: EvaluationOptions | None = None,
+    progress: Progress | None = None,
+) -> Teacher:
+    """Generate the full-precision videos and record the calls of the transformer; see `evaluate`.
+
+    Args:
+        reference: The teacher.
+        prompts: See `evaluate`.
+        seeds: See `evaluate`.
+        options: See `evaluate`.
+        progress: See `evaluate`.
+
+    Returns:
+        What `judge_model` compares models with.
+
+    Raises:
+        InvalidInputError: See `evaluate`.
+        S2QError: See `evaluate`.
+    """
+    options = options or EvaluationOptions()
+    judges = open_judges(lpips_weights=options.lpips_weights, clip=options.clip, device=options.device)
+    wanted = selected_metrics(options.metrics, learned=judges.names)
     check_seeds(seeds)
     if prompts is None:
         prompts = default_prompts(reference)
     check_distinct(prompts)
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    teacher = _run_teacher(reference, jobs, options, record=VELOCITY in wanted, progress=progress)
-    for model in models:
-        yield summarise(
-            labels=(model_label(model), model_label(reference)),
-            judged=_run_student(model, jobs, options, teacher, wanted, progress),
-            reference_videos=teacher.videos,
-            settings=teacher.settings,
-            dtype=dtype_name(teacher.dtype),
-            timesteps=teacher.timesteps,
-        )
+    jobs = tuple((prompt, seed) for prompt in prompts for seed in seeds)
+    return _run_teacher(reference, jobs, options, wanted=wanted, judges=judges, progress=progress)
+
+
+def judge_model(
+    model: Any, teacher: Teacher, *, options: EvaluationOptions | None = None, progress: Progress | None = None
+) -> Measured:
+    """Generate with a model what its reference generated, and measure every video.
+
+    Args:
+        model: The student: a pipeline, or the name or folder of one.
+        teacher: What `run_reference` returned.
+        options: Those that the reference ran with.
+        progress: See `evaluate`.
+
+    Returns:
+        What was measured, of which `summarise` makes the content of `eval.json`.
+
+    Raises:
+        InvalidInputError: The settings or the transformers do not fit the model.
+        S2QError: The model produced NaN or infinite values.
+    """
+    return Measured(
+        model=model_label(model),
+        reference=teacher.label,
+        videos=tuple(_run_student(model, options or EvaluationOptions(), teacher, progress)),
+        floor=teacher.floor,
+        settings=teacher.settings,
+        dtype=dtype_name(teacher.dtype),
+        timesteps=teacher.timesteps,
+    )
 
 
 def default_prompts(reference: Any, *, count: int = 64) -> list[str]:
@@ -184,21 +245,28 @@ def default_prompts(reference: Any, *, count: int = 64) -> list[str]:
     return embedded_prompts(source, split="held-out", count=count)
 
 
-def selected_metrics(names: Sequence[str]) -> tuple[str, ...]:
+def selected_metrics(names: Sequence[str], *, learned: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the metrics to compute: all without `names`, else each name, or all that start with it.
 
+    Args:
+        names: What was asked for.
+        learned: Metrics of learned judges that have weights.
+
     Raises:
-        InvalidInputError: A name is neither a metric nor the beginning of one up to an underscore.
+        InvalidInputError: A name is neither a metric nor the beginning of one up to an underscore, or lacks weights.
     """
+    known = (*METRICS, *learned)
     if not names:
-        return METRICS
+        return known
     chosen: list[str] = []
     for name in names:
-        matches = [metric for metric in METRICS if metric == name or metric.startswith(name + "_")]
+        matches = [metric for metric in known if metric == name or metric.startswith(name + "_")]
+        if not matches and name in NEEDS:
+            raise InvalidInputError(f"metric {name}: needs {NEEDS[name]}; s2q has no weights of it and downloads none")
         if not matches:
-            raise unknown_name("metric", name, (*METRICS, "latent", "psnr", "adherence", "velocity"))
+            raise unknown_name("metric", name, (*known, "latent", "psnr", "adherence", "velocity"))
         chosen += matches
-    return tuple(metric for metric in METRICS if metric in chosen)
+    return tuple(metric for metric in known if metric in chosen)
 
 
 def _open(model: Any, *, dtype: torch.dtype | str | None, device: str) -> Any:
@@ -206,8 +274,14 @@ def _open(model: Any, *, dtype: torch.dtype | str | None, device: str) -> Any:
 
 
 def _run_teacher(
-    reference: Any, jobs: list[tuple[str, int]], options: EvaluationOptions, *, record: bool, progress: Progress | None
-) -> _Teacher:
+    reference: Any,
+    jobs: _Jobs,
+    options: EvaluationOptions,
+    *,
+    wanted: tuple[str, ...],
+    judges: Judges,
+    progress: Progress | None,
+) -> Teacher:
     pipe = _open(reference, dtype=options.dtype, device=options.device)
     dtype = pipe.transformer.dtype
     settings = settings_for(pipe, options.settings, defaults=generation_defaults(reference))
@@ -219,7 +293,7 @@ def _run_teacher(
     timesteps: tuple[float, ...] = ()
     held = 0
     for names, seeds in _batches(jobs, size):
-        if record and held < options.trajectory_bytes:
+        if VELOCITY in wanted and held < options.trajectory_bytes:
             result: Any = record_trajectory(pipe, names, seeds=seeds, settings=settings, decode=True, step_done=tick)
             held += result.num_bytes
             timesteps = tuple(call.timestep for call in result.calls)
@@ -231,24 +305,23 @@ def _run_teacher(
     if pipe is not reference:
         del pipe
         gc.collect()
-    return _Teacher(
+    return Teacher(
+        label=model_label(reference),
+        jobs=jobs,
+        wanted=wanted,
         settings=settings,
         dtype=dtype,
         batch_size=size,
-        videos=videos,
-        trajectories=trajectories,
+        videos=tuple(videos),
+        trajectories=tuple(trajectories),
         timesteps=timesteps,
+        judges=judges,
+        floor=tuple(noise_pairs(videos, learned=judges.frame_metrics(wanted))),
     )
 
 
-def _run_student(
-    model: Any,
-    jobs: list[tuple[str, int]],
-    options: EvaluationOptions,
-    teacher: _Teacher,
-    wanted: tuple[str, ...],
-    progress: Progress | None,
-) -> list[Judged]:
+def _run_student(model: Any, options: EvaluationOptions, teacher: Teacher, progress: Progress | None) -> list[Judged]:
+    jobs = teacher.jobs
     pipe = _open(model, dtype=teacher.dtype, device=options.device)
     settings = settings_for(pipe, teacher.settings, defaults={})
     _check_transformers(transformers_of(pipe), teacher.trajectories)
@@ -265,7 +338,7 @@ def _run_student(
         if trajectory is not None:
             steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
         for video, errors in zip(_handed_on(videos_of(names, seeds, result), model, options), steps, strict=True):
-            judged.append(_judge(video, teacher.videos[len(judged)], errors, wanted))
+            judged.append(_judge(video, teacher.videos[len(judged)], errors, teacher.wanted, teacher.judges))
     return judged
 
 
@@ -311,19 +384,19 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
     return values
 
 
-def _judge(video: Video, base: Video, errors: list[float], wanted: tuple[str, ...]) -> Judged:
-    values = compare_videos(video, base, names=wanted)
+def _judge(video: Video, base: Video, errors: list[float], wanted: tuple[str, ...], judges: Judges) -> Judged:
+    values = compare_videos(video, base, names=wanted) | judges.measure(video, base, names=wanted)
     if VELOCITY in wanted:
         values[VELOCITY] = sum(errors) / len(errors) if errors else None
     return Judged(prompt=video.prompt, seed=video.seed, metrics=values, velocity_steps=tuple(errors))
 
 
 def _counter(
-    stage: str, jobs: list[Any], size: int, settings: GenerationSettings, progress: Progress | None
+    stage: str, jobs: Sequence[Any], size: int, settings: GenerationSettings, progress: Progress | None
 ) -> Callable[[], None]:
     return step_counter(stage, batches=-(-len(jobs) // size), steps=settings.num_inference_steps, progress=progress)
 
 
-def _batches(jobs: list[tuple[str, int]], size: int) -> Iterator[tuple[list[str], list[int]]]:
+def _batches(jobs: _Jobs, size: int) -> Iterator[tuple[list[str], list[int]]]:
     for batch in batched(jobs, size):
         yield [prompt for prompt, _ in batch], [seed for _, seed in batch]

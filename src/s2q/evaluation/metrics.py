@@ -39,8 +39,15 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
             f"{SSIM_WINDOW} pixels (the largest odd size that fits, for smaller frames), sigma {SSIM_SIGMA}, "
             "K1 = 0.01, K2 = 0.03, range 255, windows inside the frame only; mean over windows and frames"
         ),
+        "flicker_rms": (
+            "change of the error from frame to frame, in levels of 0 to 255: root mean square over pixels and channels "
+            "of (x_t+1 − y_t+1) − (x_t − y_t), x the video's and y full precision's uint8 RGB frames before encoding, "
+            "averaged over consecutive frames; 0 for an error that stays the same; none for videos of one frame"
+        ),
     }
 )
+VERSIONS: Mapping[str, int] = MappingProxyType(dict.fromkeys(DEFINITIONS, 1))
+"""Goes up when a metric's value for the same videos changes: values of different versions are not compared."""
 
 
 def latent_relative_l2(latents: torch.Tensor, reference: torch.Tensor) -> float:
@@ -131,13 +138,49 @@ def ssim(frames: torch.Tensor, reference: torch.Tensor) -> float:
     return float((luminance * structure).mean())
 
 
+def flicker_rms(frames: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """Return how much the error changes from frame to frame: flicker that full precision does not have.
+
+    Args:
+        frames: The student's frames `[F, H, W, 3]`, uint8.
+        reference: The full-precision frames, the same shape and dtype.
+
+    Returns:
+        `(1/(F−1)) Σ_t rms((x_{t+1} − y_{t+1}) − (x_t − y_t))` in levels of 0..255, with x the frames and y the
+        reference's; None for videos of one frame.
+
+    Raises:
+        InvalidInputError: Shapes or dtypes are not as described.
+
+    Example:
+        An error of one level that comes and goes in every pixel:
+
+        >>> frames = torch.zeros(3, 2, 2, 3, dtype=torch.uint8)
+        >>> flicker_rms(frames + torch.tensor([0, 1, 0], dtype=torch.uint8).view(3, 1, 1, 1), frames)
+        1.0
+    """
+    _check_frames(frames, reference)
+    if len(frames) < 2:
+        return None
+    changes = (frames.double() - reference.double()).diff(dim=0)
+    return float(changes.square().flatten(1).mean(dim=1).sqrt().mean())
+
+
 LATENT_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float]] = MappingProxyType(
     {"latent_relative_l2": latent_relative_l2, "latent_cosine": latent_cosine}
 )
 """Metrics of (latents, reference latents)."""
 
-FRAME_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float]] = MappingProxyType(
-    {"psnr_frame_mean_db": psnr_frame_mean_db, "psnr_pooled_db": psnr_pooled_db, "ssim": ssim}
+FrameMetric = Callable[[torch.Tensor, torch.Tensor], float | None]
+"""A metric of (frames, reference frames); None where it does not apply."""
+
+FRAME_METRICS: Mapping[str, FrameMetric] = MappingProxyType(
+    {
+        "psnr_frame_mean_db": psnr_frame_mean_db,
+        "psnr_pooled_db": psnr_pooled_db,
+        "ssim": ssim,
+        "flicker_rms": flicker_rms,
+    }
 )
 """Metrics of (frames, reference frames)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,26 @@ def embedded_source(model: Any) -> str | None:
     return None
 
 
+def quantization_scheme(model: Any) -> str | None:
+    """Return what most linears of a checkpoint are quantized to, "w4a6"; None for a model that is not a checkpoint."""
+    layers = _report(Path(model_label(model))).get("layers", [])
+    counts = Counter(layer["scheme"] for layer in layers)
+    return counts.most_common(1)[0][0] if counts else None
+
+
 def _quantized_source(folder: Path) -> str | None:
+    source = _report(folder).get("source")
+    return source if isinstance(source, str) else None
+
+
+def _report(folder: Path) -> dict[str, Any]:
     path = folder / "s2q" / "report.json"
     if not path.is_file():
-        return None
+        return {}
     try:
-        source = json.loads(path.read_text(encoding="utf-8")).get("source")
-    except (OSError, ValueError, AttributeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InvalidInputError(f"{path}: not a readable report: {error}") from error
-    return source if isinstance(source, str) else None
+    if not isinstance(content, dict):
+        raise InvalidInputError(f"{path}: not a readable report: expected an object, got {type(content).__name__}")
+    return content

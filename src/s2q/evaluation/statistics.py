@@ -96,3 +96,59 @@ def _exact_proportion(mean: float, count: int) -> Estimate:
 
     interval = binomtest(round(mean * count), count).proportion_ci(confidence_level=CONFIDENCE, method="exact")
     return Estimate(mean=mean, low=float(interval.low), high=float(interval.high))
+
+
+def sign_flip_p_value(differences: Sequence[float], *, seed: int = 0) -> float | None:
+    """Test whether paired differences are centred on zero: their signs are as likely one way as the other then.
+
+    SciPy's two-sided permutation test of the mean: every one of the 2ⁿ sign patterns for few differences, 9,999 random
+    ones beyond that (Fisher 1935, section 21; Phipson and Smyth 2010 for the one that is added to a random count).
+
+    Args:
+        differences: One for each prompt.
+        seed: Seed of the random sign patterns.
+
+    Returns:
+        The p-value; None below 10 differences.
+
+    Example:
+        Ten differences of one sign: 2 of 1,024 patterns are as far from zero.
+
+        >>> sign_flip_p_value([1.0] * 10)
+        0.001953125
+    """
+    from scipy.stats import permutation_test
+
+    if len(differences) < MIN_PROMPTS:
+        return None
+    result = permutation_test(
+        (np.asarray(differences, dtype=np.float64),),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        alternative="two-sided",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for being several, so that the chance of any false rejection stays at the level (Holm 1979).
+
+    Args:
+        p_values: The p-values of one family, in any order.
+
+    Returns:
+        The adjusted ones in the same order: the k-th smallest of m times m − k + 1, never below the one before it, at
+        most 1.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        adjusted[index] = min(1.0, largest)
+    return adjusted

@@ -5,16 +5,18 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2q.calibration.settings import GenerationSettings
 from s2q.evaluation import adherence, metrics, velocity
+from s2q.evaluation import learned as learned_metrics
+from s2q.evaluation.evalcrafter import evalcrafter_scores
+from s2q.evaluation.measured import Judged, Measured
 from s2q.evaluation.statistics import INTERVAL, clustered_mean
 
 if TYPE_CHECKING:
-    from s2q.evaluation.evaluate import Judged
     from s2q.evaluation.generate import Video
 
 SCHEMA_VERSION = 1
@@ -30,78 +32,90 @@ def definition_of(name: str) -> str:
         return "adherence_all minus reference_adherence_all, video by video"
     if name.startswith(_REFERENCE):
         return definition_of(name.removeprefix(_REFERENCE)) + "; of the full-precision reference's videos"
-    return {**metrics.DEFINITIONS, **adherence.DEFINITIONS}[name]
+    return {**metrics.DEFINITIONS, **adherence.DEFINITIONS, **learned_metrics.DEFINITIONS}[name]
 
 
-def summarise(
-    *,
-    labels: tuple[str, str],
-    judged: Sequence[Judged],
-    reference_videos: Sequence[Video],
-    settings: GenerationSettings,
-    dtype: str,
-    timesteps: Sequence[float],
-) -> dict[str, Any]:
+def version_of(name: str) -> int:
+    """Return the version of a metric's definition: values of different versions are not compared."""
+    name = name.removeprefix(_REFERENCE)
+    if name == "velocity_relative_error":
+        return velocity.VERSION
+    return {**metrics.VERSIONS, **learned_metrics.VERSIONS}.get(name, adherence.VERSION)
+
+
+def summarise(measured: Measured) -> dict[str, Any]:
     """Build the content of `eval.json`.
 
     Args:
-        labels: Names of the model and of its reference.
-        judged: What was measured, video by video.
-        reference_videos: The full-precision videos, for the noise floor.
-        settings: The generation settings of both models.
-        dtype: Name of the compute dtype.
-        timesteps: Timestep of every recorded step; empty without velocity error.
+        measured: What was measured, video by video.
 
     Returns:
         A JSON-ready dict without NaN or infinity.
     """
+    judged = measured.videos
     prompts = list(dict.fromkeys(video.prompt for video in judged))
     seeds = list(dict.fromkeys(video.seed for video in judged))
     tables = [_with_change(video.metrics) for video in judged]
     names = list(tables[0])
+    means = {name: _estimate(name, judged, tables) for name in names}
+    evalcrafter = evalcrafter_scores(means)
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": labels[0],
-        "reference": labels[1],
+        "model": measured.model,
+        "reference": measured.reference,
         "n_prompts": len(prompts),
         "n_seeds": len(seeds),
-        "metrics": {name: _estimate(name, judged, tables) for name in names},
-        "velocity": _velocity_by_step(judged, timesteps),
-        "noise_floor": noise_floor(reference_videos),
+        "metrics": means,
+        "velocity": _velocity_by_step(judged, measured.timesteps),
+        "noise_floor": _noise_floor(measured.floor),
         "videos": [
             {"prompt": video.prompt, "seed": video.seed, "metrics": table}
             for video, table in zip(judged, tables, strict=True)
         ],
-        "settings": settings.to_dict() | {"seeds": seeds, "dtype": dtype, "interval": INTERVAL},
+        "settings": measured.settings.to_dict() | {"seeds": seeds, "dtype": measured.dtype, "interval": INTERVAL},
         "versions": versions(),
+        **({} if evalcrafter is None else {"evalcrafter": evalcrafter}),
     }
 
 
-def noise_floor(videos: Sequence[Video]) -> dict[str, Any] | None:
+def noise_pairs(
+    videos: Sequence[Video], *, learned: Mapping[str, metrics.FrameMetric] = MappingProxyType({})
+) -> list[Judged]:
     """Compare each full-precision video with the same prompt's next seed: what another seed alone changes.
 
     Args:
         videos: Full-precision videos of several seeds.
+        learned: Learned metrics of (frames, reference frames), beside the others.
 
     Returns:
-        Fidelity metrics averaged over those pairs, with the number of pairs; None with a single seed a prompt.
+        Fidelity metrics of each pair, under the later seed; none with a single seed a prompt.
     """
     by_prompt: dict[str, list[Video]] = {}
     for video in videos:
         by_prompt.setdefault(video.prompt, []).append(video)
-    pairs = [pair for group in by_prompt.values() for pair in zip(group, group[1:], strict=False)]
+    pairs = []
+    for group in by_prompt.values():
+        for first, second in zip(group, group[1:], strict=False):
+            values: dict[str, float | None] = {
+                name: measure(second.latents, first.latents) for name, measure in metrics.LATENT_METRICS.items()
+            }
+            for name, measure in {**metrics.FRAME_METRICS, **learned}.items():
+                values[name] = measure(second.frames, first.frames)
+            pairs.append(Judged(prompt=second.prompt, seed=second.seed, metrics=values))
+    return pairs
+
+
+def _noise_floor(pairs: Sequence[Judged]) -> dict[str, Any] | None:
     if not pairs:
         return None
-    sums = dict.fromkeys(metrics.DEFINITIONS, 0.0)
-    for first, second in pairs:
-        for name, measure in metrics.LATENT_METRICS.items():
-            sums[name] += measure(second.latents, first.latents)
-        for name, measure in metrics.FRAME_METRICS.items():
-            sums[name] += measure(second.frames, first.frames)
+    means: dict[str, float | None] = {}
+    for name in pairs[0].metrics:
+        values = [value for pair in pairs if (value := pair.metrics[name]) is not None]
+        means[name] = sum(values) / len(values) if values else None
     return {
         "definition": "full precision against full precision of the same prompt with another seed",
         "n_pairs": len(pairs),
-        "metrics": {name: total / len(pairs) for name, total in sums.items()},
+        "metrics": means,
     }
 
 
@@ -139,6 +153,7 @@ def _estimate(name: str, judged: Sequence[Judged], tables: Sequence[Mapping[str,
         if value is not None:
             by_prompt.setdefault(video.prompt, []).append(value)
     entry: dict[str, Any] = {"mean": None, "low": None, "high": None, "definition": definition_of(name)}
+    entry["version"] = version_of(name)
     if by_prompt:
         estimate = clustered_mean(by_prompt, proportion="adherence" in name and name != _CHANGE)
         entry |= {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}

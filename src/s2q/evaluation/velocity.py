@@ -22,6 +22,7 @@ DEFINITION = (
     "‖v_q − v_fp‖² / ‖v_fp‖² of the transformer's output (both guidance branches) on the inputs recorded along the "
     "full-precision trajectory; mean over the denoising steps of one video"
 )
+VERSION = 1
 
 
 @torch.no_grad()

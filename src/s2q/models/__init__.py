@@ -4,7 +4,17 @@ from torch import nn
 
 from s2q.core.errors import InvalidInputError
 from s2q.models.cogvideox import COGVIDEOX
-from s2q.models.family import OUTSIDE, BlockLinear, Family, block_linears, block_names, linears_of_block, outer_linears
+from s2q.models.family import (
+    OUTSIDE,
+    BlockLinear,
+    Family,
+    block_linears,
+    block_names,
+    linears_of_block,
+    outer_linears,
+    token_layout,
+    token_patch,
+)
 from s2q.models.hunyuanvideo import HUNYUANVIDEO
 from s2q.models.hunyuanvideo15 import HUNYUANVIDEO15
 from s2q.models.ltx import LTX
@@ -52,4 +62,6 @@ __all__ = [
     "linears_of_block",
     "outer_linears",
     "resolve_model",
+    "token_layout",
+    "token_patch",
 ]

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import nn
 
 from s2q.core.errors import InvalidInputError
+from s2q.core.tokens import TokenLayout
 
 Role = Literal["linear", "modulation", "outer"]
 
@@ -82,6 +83,7 @@ class BlockLinear:
         in_features: I.
         out_features: O.
         has_bias: Whether it has a bias of shape [O].
+        sees_text: Whether it sees text tokens alone.
     """
 
     name: str
@@ -90,6 +92,33 @@ class BlockLinear:
     in_features: int
     out_features: int
     has_bias: bool
+    sees_text: bool = False
+
+
+def token_layout(transformer: nn.Module, family: Family) -> TokenLayout:
+    """Return how a transformer makes a sequence of tokens of its arguments.
+
+    Args:
+        transformer: A transformer of the family; may live on the meta device.
+        family: Its family.
+    """
+    text: Literal["before", "after", "apart"] = "apart"
+    if len(family.joint_order) > 1:
+        text = "before" if family.joint_order[0] == "encoder_hidden_states" else "after"
+    return TokenLayout(latents=family.latents, patch=token_patch(transformer), text=text)
+
+
+def token_patch(transformer: nn.Module) -> tuple[int, int, int]:
+    """Return how many latent frames, rows and columns make a token of a transformer.
+
+    Args:
+        transformer: A diffusers model of a supported family.
+    """
+    patch, frames = transformer.config.patch_size, getattr(transformer.config, "patch_size_t", None)
+    if isinstance(patch, int):
+        return frames or 1, patch, patch
+    first, height, width = patch
+    return int(first), int(height), int(width)
 
 
 def block_names(transformer: nn.Module, family: Family) -> list[str]:
@@ -152,6 +181,7 @@ def linears_of_block(block: nn.Module, block_name: str, family: Family, *, index
             in_features=module.in_features,
             out_features=module.out_features,
             has_bias=module.bias is not None,
+            sees_text=name in family.text_linears,
         )
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)

@@ -106,10 +106,21 @@ class ModelSource:
                 f"({first_line(error)}); download or save the model again"
             ) from error
 
-    def meta_pipeline(self) -> DiffusionPipeline:
+    def meta_transformers(self) -> dict[str, nn.Module]:
+        """Build all transformers on the meta device; by component.
+
+        Raises:
+            InvalidInputError: If a configuration does not fit its class.
+        """
+        return {component: self.meta_transformer(component) for component in self.transformer_configs}
+
+    def meta_pipeline(self, components: Mapping[str, nn.Module]) -> DiffusionPipeline:
         """Build the pipeline with transformers and autoencoder on the meta device and without text encoders.
 
         It knows the sizes of videos, and has no weights.
+
+        Args:
+            components: Its transformers, from `meta_transformers`.
 
         Raises:
             OSError: If a configuration is missing.
@@ -122,19 +133,18 @@ class ModelSource:
         index = _read_json(self.folder / "model_index.json")
         parts: dict[str, Any] = {}
         for name, entry in index.items():
-            if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_"):
+            if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_") and name not in components:
                 parts[name] = None
                 if entry[0] == "transformers":
                     part_class = getattr(transformers, entry[1])  # there, and in memory as it will be
                     if "Tokenizer" in entry[1]:
                         parts[name] = part_class.from_pretrained(self.folder / name)
-                if entry[0] == "diffusers" and name not in (*TRANSFORMERS, "vae"):
+                if entry[0] == "diffusers" and name != "vae":
                     parts[name] = getattr(diffusers, entry[1]).from_pretrained(self.folder, subfolder=name)
         vae_class = getattr(diffusers, index["vae"][1])
         with torch.device("meta"):
             parts["vae"] = vae_class.from_config(vae_class.load_config(self.folder, subfolder="vae"))
-        parts |= {component: self.meta_transformer(component) for component in self.transformer_configs}
-        return getattr(diffusers, index["_class_name"])(**parts)
+        return getattr(diffusers, index["_class_name"])(**parts, **components)
 
     def component_bytes(self) -> int | None:
         """Return the bytes of the stored weights of all components but transformers; None if none is there."""

@@ -54,6 +54,7 @@ class SyntheticModel:
         config: Arguments of the class.
         block_lists: Its lists of blocks, in the order in which they run.
         tokens: N of a video of the recommended size.
+        frames: Tokens of it along time.
         text_tokens: T.
         batch: B of a call of the transformer.
         calls: Calls of the transformer in one denoising step.
@@ -64,6 +65,7 @@ class SyntheticModel:
     config: Mapping[str, Any] = field(repr=False)
     block_lists: tuple[BlockList, ...]
     tokens: int
+    frames: int
     text_tokens: int
     batch: int
     calls: int
@@ -146,8 +148,8 @@ def synthetic_model(name: str) -> SyntheticModel:
         )
         for one in entry.pop("blocks")
     )
-    tokens = math.prod(size // step for size, step in zip(latent, patch, strict=True))
-    return SyntheticModel(name=key, block_lists=lists, tokens=tokens, **entry)
+    sizes = [size // step for size, step in zip(latent, patch, strict=True)]
+    return SyntheticModel(name=key, block_lists=lists, tokens=math.prod(sizes), frames=sizes[0], **entry)
 
 
 def _contents() -> dict[str, Any]:

@@ -3,10 +3,12 @@
     y = (codes_x · codes_wᵀ) · Δ_x · Δ_w + b        integers inside, fp32 for the scales, then the dtype of x
 
 Weight-only schemes (no activation part) multiply x by the dequantized weight instead, and simulated ones (inputs in
-groups) what the codes of x stand for by what those of the weight stand for. Before that, a shift may be
-subtracted from x, whose product with the weight is in the bias; x may pass through a transform T = diag(v) · (A ⊗ B),
-whose inverse is in the weight; a few directions V of x diag(v) may be taken out before A ⊗ B and multiplied in floating
-point, y + (x diag(v) V) Lᵀ; and the scale of x may be multiplied by a clip ratio.
+groups, or as differences from local means; levels that are not uniform) what the codes of x stand for by what those of
+the weight stand for. Before that, a shift may be subtracted from x, whose product with the weight is in the bias; x may
+pass through a transform T = diag(v) · (A ⊗ B), whose inverse is in the weight; a few directions V of x diag(v) may be
+taken out before A ⊗ B and multiplied in floating point, y + (x diag(v) V) Lᵀ, or be multiplied so and be taken out of
+the weight; and the scale of x may be multiplied by a clip ratio. A learned estimator may add a correction of rank one
+to the output (`nn.estimator`), as one more column of that branch.
 
 Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch, `P` packed bytes
 of a row (`core.packing`).
@@ -23,12 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2q.core.codebook import levels_of
 from s2q.core.errors import InvalidInputError, UsageError, unknown_name
 from s2q.core.layout import PREFIX, TENSOR_DTYPES, InputLayout
 from s2q.core.packing import pack_codes, packed_width, unpack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, fake_quantize_input
-from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
+from s2q.core.schemes import LinearScheme, PerGroup, num_groups
+from s2q.nn.estimator import scaled_by_frame
 from s2q.nn.shared_input import SharedInput
+from s2q.nn.token_context import TokenContext
 from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
@@ -42,6 +47,8 @@ PACKED_DTYPES = {
     **{name: {"F32": torch.float32, "BF16": torch.bfloat16}[dtype] for name, dtype in TENSOR_DTYPES.items()},
 }
 """Dtype of every tensor of a packed linear but its bias; they keep it through `.to(dtype)` and the like."""
+
+_PIECE = 4096  # tokens
 
 _READS_BASE_WEIGHT = frozenset({"merge", "unmerge", "get_base_weight", "set_base_weight", "dequantize_module_weight"})
 
@@ -59,10 +66,12 @@ class PackedLinear(nn.Linear):
         bias: [O] in the compute dtype, or None.
         scheme: How weight and input are quantized.
         layout: Which of the further tensors there are: fp32 `input_shift` [I], `transform_scale` [I],
-            `transform_left` [n1, n1], `transform_right` [n2, n2], `activation_clip` [1], and bf16 `low_rank_basis`
-            [I, r], `low_rank_weight` [O, r]; None where not.
+            `transform_left` [n1, n1], `transform_right` [n2, n2], `activation_clip` [1], `estimator_input` [I],
+            `estimator_output` [O], `estimator_frames` [F], and bf16 `low_rank_basis` [I, r], `low_rank_weight` [O, r];
+            None where not.
         backend: How integers are computed: "auto", or a backend of the ops ("reference", "cpu", "triton").
         shared_input: Where linears that read the same input keep its codes, see `share_inputs`; None for one alone.
+        tokens: Where the video tokens of the call at hand lie, see `follow_tokens`; None if it need not know.
 
     Args:
         in_features: I.
@@ -85,6 +94,9 @@ class PackedLinear(nn.Linear):
     low_rank_basis: nn.Parameter | None
     low_rank_weight: nn.Parameter | None
     activation_clip: nn.Parameter | None
+    estimator_input: nn.Parameter | None
+    estimator_output: nn.Parameter | None
+    estimator_frames: nn.Parameter | None
 
     def __init__(
         self,
@@ -103,6 +115,8 @@ class PackedLinear(nn.Linear):
         self.scheme = scheme
         self.backend = "auto"
         self.shared_input: SharedInput[tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self.layout = layout or InputLayout()
+        self.tokens = TokenContext() if scheme.needs_grid or self.layout.needs_grid else None
         width = packed_width(scheme.weight.num_bits, in_features)
         groups = num_groups(scheme.weight, in_features)
         if scheme.activation is not None:
@@ -113,7 +127,6 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", None)
         if bias:
             self.bias = _frozen(torch.empty(out_features, dtype=dtype, device=device))
-        self.layout = layout or InputLayout()
         shapes = self.layout.shapes(in_features, out_features)
         for name in TENSOR_DTYPES:
             shape = shapes.get(name)
@@ -128,6 +141,7 @@ class PackedLinear(nn.Linear):
         bias: Tensor | None,
         scheme: LinearScheme,
         inputs: Mapping[str, Tensor] | None = None,
+        deflates: bool = True,
         dtype: torch.dtype | None = None,
     ) -> Self:
         """Pack a rounded weight.
@@ -138,6 +152,7 @@ class PackedLinear(nn.Linear):
             scheme: How weight and input are quantized.
             inputs: Tensors of the input by their names in the layer (see `layout`), fp32; the weight is that of the
                 transformed input, W T⁻ᵀ.
+            deflates: Whether a low-rank branch is taken out of the input; if not, the weight is W T⁻ᵀ without it.
             dtype: Of the bias; None keeps it.
 
         Returns:
@@ -153,7 +168,7 @@ class PackedLinear(nn.Linear):
             out_features,
             bias=bias is not None,
             scheme=scheme,
-            layout=_layout_of(inputs),
+            layout=_layout_of(inputs, deflates),
             dtype=dtype,
             device="meta",
         )
@@ -193,12 +208,17 @@ class PackedLinear(nn.Linear):
         Returns:
             [O, I].
         """
-        return dequantize_weight(self.codes(), self.weight_scale).to(dtype)
+        return self._dequantized().to(dtype)
+
+    def _dequantized(self) -> Tensor:
+        levels = levels_of(self.scheme.weight, self.in_features, device=self.weight_scale.device)
+        return dequantize_weight(self.codes(), self.weight_scale, levels=levels)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight for the input as it is: a full-precision linear with it needs no transform and no branch.
 
-        That is Ŵ Tᵀ; with a low-rank branch (Ŵ (A ⊗ B)ᵀ (1 - V Vᵀ) + L Vᵀ) diag(v).
+        leaves the input whole. With an estimator, Ŵ has its
+        correction in it; the scales of frames, which no weight can have, count as 1.
 
         Args:
             dtype: Floating; the result is rounded to it.
@@ -206,13 +226,15 @@ class PackedLinear(nn.Linear):
         Returns:
             [O, I].
         """
-        weight = dequantize_weight(self.codes(), self.weight_scale)
+        weight = self._dequantized()
+        if self.estimator_input is not None and self.estimator_output is not None:
+            weight = weight.addr(self.estimator_output, self.estimator_input)
         if self.layout.transforms:
             left, right = (None if one is None else one.t() for one in (self.transform_left, self.transform_right))
             weight = scaled_kronecker(weight, left=left, right=right)
         if self.low_rank_basis is not None and self.low_rank_weight is not None:
-            basis = self.low_rank_basis.float()
-            weight = weight + (self.low_rank_weight.float() - weight @ basis) @ basis.t()
+            basis, branch = self.low_rank_basis.float(), self.low_rank_weight.float()
+            weight = weight + (branch - weight @ basis if self.layout.deflates else branch) @ basis.t()
         if self.transform_scale is not None:
             weight = weight * self.transform_scale
         return weight.to(dtype)
@@ -262,28 +284,54 @@ class PackedLinear(nn.Linear):
 
     def _product(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         activation = self.scheme.activation
+        if self.scheme.simulated:
+            return self._simulated(input)
         if activation is None:
             return self._weight_only(input)
-        if self.scheme.simulated:
-            return self._simulated(input, activation)
         if self.shared_input is None:
             split = self._quantized(input)
         else:
             split = self.shared_input.get(input, lambda: self._quantized(input))
         codes_MI, scale_M1, coefficients = split
+        branch_input, branch_weight = self._with_estimate(
+            coefficients, lambda alpha: scale_M1 * _product_in_pieces(codes_MI, alpha), input.shape[:-1]
+        )
         return rescaled_int_matmul(
             codes_MI,
             scale_M1,
             self.product_codes(),
             self.weight_scale,
             bias=self.bias,
-            low_rank_input=coefficients,
-            low_rank_weight=None if coefficients is None else self.low_rank_weight,
+            low_rank_input=branch_input,
+            low_rank_weight=branch_weight,
             x_bits=activation.num_bits,
             w_bits=self.scheme.weight.num_bits,
             out_dtype=input.dtype,
             backend=self.backend,
         )
+
+    def _with_estimate(
+        self, coefficients: Tensor | None, project: Callable[[Tensor], Tensor], rows: torch.Size
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What is multiplied in floating point: the low-rank branch and the estimator as one more column of it.
+
+        Args:
+            coefficients: Of the branch, [M, r], or None.
+            project: Returns what the quantized input is times α [I, 1], as fp32 [M, 1].
+            rows: The leading dimensions of the input; their product is M.
+
+        Returns:
+            fp32 [M, r + 1] and [O, r + 1], or the two of the branch alone.
+        """
+        if self.estimator_input is None or self.estimator_output is None:
+            return coefficients, None if coefficients is None else self.low_rank_weight
+        own = project(self.estimator_input.unsqueeze(1)).reshape(*rows, 1)
+        inputs = scaled_by_frame(own, self.estimator_frames, self.tokens).reshape(-1, 1)
+        weights = self.estimator_output.unsqueeze(1)
+        if coefficients is None or self.low_rank_weight is None:
+            return inputs, weights
+        both = torch.cat([self.low_rank_weight.float(), weights], dim=1)
+        return torch.cat([coefficients.float(), inputs], dim=1), both
 
     def product_codes(self) -> Tensor:
         """Return the codes as `rescaled_int_matmul` takes them: uint8 [O, P] up to 4 bits, int8 [O, I] above."""
@@ -302,20 +350,35 @@ class PackedLinear(nn.Linear):
             left=self.transform_left,
             right=self.transform_right,
             low_rank_basis=self.low_rank_basis,
+            deflates=self.layout.deflates,
             clip_ratio=self.activation_clip,
             backend=self.backend,
         )
 
-    def _simulated(self, input: Tensor, activation: QuantScheme) -> Tensor:  # noqa: A002
+    def _simulated(self, input: Tensor) -> Tensor:  # noqa: A002
         """What integers would give, in fp32: no kernel takes this scheme."""
-        _say_simulated(self.scheme.name)
+        if not torch.compiler.is_compiling():
+            _say_simulated(self.scheme.name)
         transformed, coefficients = self._transformed(input)
-        quantized = fake_quantize_input(transformed.float(), activation, clip_ratio=self.activation_clip)
+        quantized = transformed.float()
+        if self.scheme.activation is not None:
+            grid = None if self.tokens is None else self.tokens.grid
+            quantized = fake_quantize_input(
+                quantized, self.scheme.activation, clip_ratio=self.activation_clip, grid=grid
+            )
         bias = None if self.bias is None else self.bias.float()
-        output = F.linear(quantized, self.dequantized_weight(torch.float32), bias)
-        if coefficients is not None and self.low_rank_weight is not None:
-            output += F.linear(coefficients, self.low_rank_weight.float())
-        return output.to(input.dtype)
+        output = F.linear(quantized, self.dequantized_weight(torch.float32), bias).reshape(-1, self.out_features)
+        return self._with_branch(output, coefficients, quantized, input.shape[:-1]).to(input.dtype)
+
+    def _with_branch(self, output: Tensor, coefficients: Tensor | None, x: Tensor, rows: torch.Size) -> Tensor:
+        """Add the low-rank branch and the estimator of an input x, [..., I], to an output, [M, O]; fp32 if any."""
+        flat = None if coefficients is None else coefficients.reshape(len(output), -1).float()
+        branch_input, branch_weight = self._with_estimate(
+            flat, lambda alpha: x.reshape(len(output), -1).float() @ alpha, rows
+        )
+        if branch_input is None or branch_weight is None:
+            return output
+        return output.float() + F.linear(branch_input, branch_weight.float())
 
     def _transformed(self, input: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: A002
         return transform_input(
@@ -325,6 +388,7 @@ class PackedLinear(nn.Linear):
             left=self.transform_left,
             right=self.transform_right,
             low_rank_basis=self.low_rank_basis,
+            deflates=self.layout.deflates,
         )
 
     def _weight_only(self, input: Tensor) -> Tensor:  # noqa: A002
@@ -337,10 +401,7 @@ class PackedLinear(nn.Linear):
             w_bits=self.scheme.weight.num_bits,
             backend=self.backend,
         )
-        if coefficients is None or self.low_rank_weight is None:
-            return output_MO
-        branch = F.linear(coefficients.reshape(len(output_MO), -1), self.low_rank_weight.float())
-        return (output_MO.float() + branch).to(input.dtype)
+        return self._with_branch(output_MO, coefficients, transformed, input.shape[:-1]).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""
@@ -411,6 +472,11 @@ class _StraightThrough(torch.autograd.Function):
         return towards_x.reshape(ctx.shape), None
 
 
+def _product_in_pieces(codes: Tensor, vector: Tensor) -> Tensor:
+    """Codes int8 [M, I] times fp32 [I, 1], [M, 1], without all of them in fp32 at once."""
+    return torch.cat([one.float() @ vector for one in torch.split(codes, _PIECE)])
+
+
 @functools.cache
 def _say_simulated(scheme: str) -> None:
     logger.warning(
@@ -422,7 +488,7 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _layout_of(inputs: Mapping[str, Tensor]) -> InputLayout:
+def _layout_of(inputs: Mapping[str, Tensor], deflates: bool) -> InputLayout:
     for name in inputs:
         if name not in TENSOR_DTYPES:
             raise unknown_name("tensor of a packed linear", name, TENSOR_DTYPES)
@@ -434,6 +500,9 @@ def _layout_of(inputs: Mapping[str, Tensor]) -> InputLayout:
         left=orders.get("left"),
         right=orders.get("right"),
         low_rank=inputs["low_rank_basis"].shape[1] if "low_rank_basis" in inputs else None,
+        deflates=deflates,
+        estimator="estimator_input" in inputs,
+        estimator_frames=len(inputs["estimator_frames"]) if "estimator_frames" in inputs else None,
     )
 
 

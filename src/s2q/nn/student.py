@@ -2,24 +2,30 @@
 
     y = fake_quantize((x - m) T; ratio_x) · fake_quantize(W T⁻ᵀ; ratio_w)ᵀ + (b + W m)
 
-With T = diag(v) · R and a low-rank branch V, u = (x - m) diag(v) is quantized as (u - u V Vᵀ) R, and
-(u V) · (W diag(1/v) V)ᵀ is added in floating point. Linears that read the same x share one `StudentInput`, so that they
-share m, T, V and ratio_x. What is trained is in the parameters: of the transform, and of the clips.
+With T = diag(v) · R and a low-rank branch V, u = (x - m) diag(v) is quantized as (u - u V Vᵀ) R, and (u V) Lᵀ with
+L = W diag(1/v) V is added in floating point. A branch that is taken from the weight leaves u as it is: quantized are
+then u R and (W - L Vᵀ diag(v)) T⁻ᵀ. It may be taken from both, since (u - u V Vᵀ) V = 0. An estimator adds its
+correction. Linears that read the same x share one `StudentInput`, so that they share m, T, V and ratio_x. What is
+trained is in the parameters: of the transform, of the clips and of the estimator.
 
 Shapes: `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch.
 """
 
-from typing import NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2q.core.codebook import levels_of
 from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize_input, fake_quantize_weight, weight_scale
 from s2q.core.reuse import once, once_for, recomputed
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.nn.clip import START, LearnableClip
+from s2q.nn.estimator import Estimator
+from s2q.nn.packed import PACKED_DTYPES
+from s2q.nn.token_context import TokenContext
 
 
 class InputTransform(Protocol):
@@ -65,15 +71,18 @@ class StudentInput(nn.Module):
         shift: Buffer [I], m, or None for zero.
         transform: T = diag(v) · R, or None for the identity.
         low_rank_basis: Buffer [I, r], V, or None without a low-rank branch.
+        low_rank_from: Out of what the branch is taken: "input", "weight" or "both".
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
         recomputes: Whether the backward pass computes the way to the quantized input again instead of keeping it.
+        tokens: Where the video tokens of the call at hand lie, see `set_token_grid`; None if the scheme need not know.
 
     Args:
         scheme: See above.
         shift: [I], what is subtracted from the input, or None.
         transform: A module with the methods of `InputTransform`, or None.
         low_rank_basis: [I, r], the directions of the shifted and scaled input that are not quantized, or None.
+        low_rank_from: See above.
         clip: Returns one ratio, or None.
     """
 
@@ -87,6 +96,7 @@ class StudentInput(nn.Module):
         shift: Tensor | None = None,
         transform: InputTransform | None = None,
         low_rank_basis: Tensor | None = None,
+        low_rank_from: Literal["input", "weight", "both"] = "input",
         clip: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -94,8 +104,20 @@ class StudentInput(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("low_rank_basis", low_rank_basis, persistent=False)
         self.transform = transform
+        self.low_rank_from = low_rank_from
         self.clip = clip
         self.recomputes = False
+        self.tokens = TokenContext() if scheme is not None and scheme.delta is not None else None
+
+    @property
+    def deflates(self) -> bool:
+        """Whether what goes through a branch is taken out of what is quantized."""
+        return self.low_rank_basis is None or self.low_rank_from != "weight"
+
+    @property
+    def reduces_weights(self) -> bool:
+        """Whether what goes through a branch is taken out of the weights."""
+        return self.low_rank_basis is not None and self.low_rank_from != "input"
 
     def forward(self, x: Tensor) -> SplitInput:
         """Transform and fake-quantize; the linears of one call share the result within `parameters_held`.
@@ -113,11 +135,12 @@ class StudentInput(nn.Module):
         else:
             scaled = centred if self.transform is None else self.transform.scaled(centred)
             coefficients = scaled @ self.low_rank_basis
-            rest = scaled - coefficients @ self.low_rank_basis.t()
+            rest = scaled - coefficients @ self.low_rank_basis.t() if self.deflates else scaled
             transformed = rest if self.transform is None else self.transform.rotated(rest)
         if self.scheme is not None:
             ratio = None if self.clip is None else self.clip()
-            transformed = fake_quantize_input(transformed, self.scheme, clip_ratio=ratio)
+            grid = None if self.tokens is None else self.tokens.grid
+            transformed = fake_quantize_input(transformed, self.scheme, clip_ratio=ratio, grid=grid)
         return SplitInput(transformed.to(x.dtype), coefficients)
 
 
@@ -132,12 +155,16 @@ class StudentLinear(nn.Module):
         recomputes: Whether the backward pass computes the quantized weight again, which takes less memory than keeping
             the way to it.
         weight_clip: Ratio of each output channel, or None for 1.
+        estimator: Returns a correction of the output for the quantized input, or None.
+        rounding: Returns the quantized weight, [O, I], where its rounding is learned and transform and clip stay as
+            they are; None rounds to nearest.
 
     Args:
         linear: Full precision.
         scheme: How weight and input are to be quantized.
         source: Of the scheme's activation part.
         weight_clip: Broadcasts to the scale: (O,) per channel, (O, 1) per group.
+        estimator: See above.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size, the source quantizes by another scheme, or it
@@ -154,6 +181,7 @@ class StudentLinear(nn.Module):
         scheme: LinearScheme,
         source: StudentInput,
         weight_clip: LearnableClip | None = None,
+        estimator: Estimator | None = None,
     ) -> None:
         super().__init__()
         for one in (scheme.weight, scheme.activation):
@@ -166,6 +194,8 @@ class StudentLinear(nn.Module):
         self.source = source
         self.recomputes = False
         self.weight_clip = weight_clip
+        self.estimator = estimator
+        self.rounding: nn.Module | None = None
         self.register_buffer("weight", linear.weight.detach(), persistent=False)
         bias = None if linear.bias is None else linear.bias.detach()
         if source.shift is not None:
@@ -177,7 +207,15 @@ class StudentLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     @classmethod
-    def with_clip(cls, linear: nn.Linear, *, scheme: LinearScheme, source: StudentInput, start: float = START) -> Self:
+    def with_clip(
+        cls,
+        linear: nn.Linear,
+        *,
+        scheme: LinearScheme,
+        source: StudentInput,
+        start: float = START,
+        estimator: Estimator | None = None,
+    ) -> Self:
         """Make a student that learns a clipping ratio for each output channel.
 
         Args:
@@ -185,14 +223,15 @@ class StudentLinear(nn.Module):
             scheme: How weight and input are to be quantized.
             source: Of the scheme's activation part.
             start: Logit of the ratios at the start.
+            estimator: A correction of the output, or None.
         """
         grouped = isinstance(scheme.weight.granularity, PerGroup)
         shape = (linear.out_features, 1) if grouped else (linear.out_features,)
         clip = LearnableClip(shape, start=start, device=linear.weight.device)
-        return cls(linear, scheme=scheme, source=source, weight_clip=clip)
+        return cls(linear, scheme=scheme, source=source, weight_clip=clip, estimator=estimator)
 
     def folded_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return W T⁻ᵀ, which is what gets quantized.
+        """Return W T⁻ᵀ, less a low-rank branch that is taken from the weight; it is what gets quantized.
 
         Args:
             dtype: In which to fold; fp64 for the final rounding, fp32 does while training.
@@ -200,13 +239,18 @@ class StudentLinear(nn.Module):
         Returns:
             fp32 [O, I], differentiable.
         """
-        transform = self.source.transform
+        transform, basis, weight = self.source.transform, self.source.low_rank_basis, self.weight
+        if basis is not None and self.source.reduces_weights:
+            branch = self.low_rank_weight(dtype=dtype).to(dtype) @ basis.to(dtype).t()
+            weight = weight.to(dtype) - (branch if transform is None else transform.scaled(branch))
         if transform is None:
-            return self.weight.float()
-        return transform.fold_inverse(self.weight, dtype=dtype).float()
+            return weight.float()
+        return transform.fold_inverse(weight, dtype=dtype).float()
 
     def low_rank_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return W diag(1/v) V, what the low-rank branch multiplies its coefficients by.
+        """Return L = W diag(1/v) V, what the low-rank branch multiplies its coefficients by.
+
+        Where the branch is taken out of the weight, L is rounded as it is stored, so that what it loses stays there.
 
         Args:
             dtype: In which to compute; see `folded_weight`.
@@ -217,7 +261,8 @@ class StudentLinear(nn.Module):
         basis, transform = self.source.low_rank_basis, self.source.transform
         assert basis is not None
         weight = self.weight.to(dtype) if transform is None else transform.unscaled(self.weight, dtype=dtype)
-        return (weight @ basis.to(dtype)).float()
+        product = weight @ basis.to(dtype)
+        return product.to(PACKED_DTYPES["low_rank_weight"]).float() if self.source.reduces_weights else product.float()
 
     def clip_ratio(self) -> Tensor | None:
         """Return the weight's clipping ratios, fp32 [O] or [O, 1], or None for 1."""
@@ -236,6 +281,8 @@ class StudentLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         quantized, coefficients = self.source(input)
         output = F.linear(quantized, weight.to(input.dtype), bias)
+        if self.estimator is not None:
+            output = output + self.estimator(quantized)
         if coefficients is None:
             return output
         branch = once(self, "low_rank_weight", lambda: self.low_rank_weight(dtype=torch.float32))
@@ -245,9 +292,12 @@ class StudentLinear(nn.Module):
         return recomputed(self._quantized_weight) if self.recomputes else self._quantized_weight()
 
     def _quantized_weight(self) -> Tensor:
+        if self.rounding is not None:
+            return self.rounding()  # type: ignore[no-any-return]
         weight = self.folded_weight(dtype=torch.float32)
         scale = weight_scale(weight, self.scheme.weight, clip_ratio=self.clip_ratio())
-        return fake_quantize_weight(weight, scale, num_bits=self.scheme.weight.num_bits)
+        levels = levels_of(self.scheme.weight, self.in_features, device=weight.device)
+        return fake_quantize_weight(weight, scale, num_bits=self.scheme.weight.num_bits, levels=levels)
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""

@@ -1,7 +1,17 @@
 """What a run will do, before any compute: layers, bytes, memory of each stage, and what will not fit."""
 
 from s2q.planning.cost import DEFAULT_MEMORY_BUDGET, CalibrationCost, Machine, Workload, activation_memory, this_machine
-from s2q.planning.plan import Plan, PlannedStage, check_memory, loaded_sizes, plan, plan_transformers, tensor_sizes
+from s2q.planning.plan import (
+    Plan,
+    PlannedAllocation,
+    PlannedStage,
+    check_memory,
+    loaded_sizes,
+    plan,
+    plan_allocated,
+    plan_transformers,
+    tensor_sizes,
+)
 from s2q.planning.workload import workload_of
 
 __all__ = [
@@ -9,12 +19,14 @@ __all__ = [
     "CalibrationCost",
     "Machine",
     "Plan",
+    "PlannedAllocation",
     "PlannedStage",
     "Workload",
     "activation_memory",
     "check_memory",
     "loaded_sizes",
     "plan",
+    "plan_allocated",
     "plan_transformers",
     "tensor_sizes",
     "this_machine",

@@ -7,6 +7,8 @@ published sizes and up to 131,072 tokens:
     as it is        33.5 Σ O·I + 22.4 Σ rows · (I + O)             an input that several linears share counts once
     checkpointed     4   Σ O·I + max(37.5 max O·I, 56 piece · max O, 92 rows · d)              68 instead of 92 in bf16
 
+Where the rounding is learned, 33.5 is 20, and 17 Σ O·I are held all the time.
+
 Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels.
 """
 
@@ -25,7 +27,7 @@ from s2q.core.components import full_name, split_name
 from s2q.distillation import PIECE
 from s2q.models import BlockLinear, Family, block_names, family_of
 from s2q.recipes import Recipe
-from s2q.recipes.schema import GPTQ
+from s2q.recipes.schema import ADAROUND, GPTQ
 
 DEFAULT_MEMORY_BUDGET = 16 * 10**9
 """Most that activations of calibration take of the host's memory unless told otherwise."""
@@ -34,8 +36,13 @@ _FP32 = torch.float32.itemsize
 _KEPT_PER_WEIGHT, _KEPT_PER_VALUE = 33.5, 22.4
 _WEIGHT, _WEIGHT_AT_HAND, _VALUE_AT_HAND = 4, 37.5, 56
 _CHANNEL_AT_HAND = {4: 92, 2: 68}
+_LEARNED_PER_WEIGHT = 20
+_LEARNED_STATE = 17
+"""Of learned rounding, for each weight: V, its best state and two moments of it in fp32, and a code."""
 ROUNDING_BYTES = 14
 """Bytes that rounding to nearest holds for each weight of the linear at hand: fp32 temporaries and codes."""
+FOLDING_BYTES = 33
+"""The same where a rotation is folded into it first: four copies in fp64."""
 _GPTQ_BYTES = 28
 """The same of GPTQ: the weight in fp64 and fp32, errors, codes."""
 _FACTORIZATION_BYTES = 36
@@ -56,6 +63,7 @@ class Workload:
 
     Attributes:
         tokens: N of a video.
+        frames: Tokens of it along time.
         text_tokens: T.
         branches: Guidance branches.
         rows: Samples in one call of the transformer: all branches, or one.
@@ -63,6 +71,7 @@ class Workload:
     """
 
     tokens: int
+    frames: int
     text_tokens: int
     branches: int
     rows: int
@@ -77,19 +86,29 @@ class Machine:
         device: "cpu", "cuda", "cuda:1".
         memory_bytes: Memory of the device; None does not limit it.
         memory_budget: Host memory for activations of calibration.
+        holds_weights: Whether this process has read the model's weights into memory of its own, where they stay.
     """
 
     device: str
     memory_bytes: int | None
     memory_budget: int
+    holds_weights: bool = False
 
     @property
     def process_bytes(self) -> int:
-        """What the process takes of the device's memory without any model: on a CPU, what it has taken by now."""
+        """What the process takes of the device's memory whatever it computes: on a CPU, what it has taken by now."""
         if not self.is_host:
             return 0
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def added_bytes(self, weights: int) -> int:
+        """Return what weights of the model add to `process_bytes`.
+
+        Args:
+            weights: Their bytes.
+        """
+        return 0 if self.is_host and self.holds_weights else weights
 
     @property
     def runtime_bytes(self) -> int:
@@ -115,6 +134,7 @@ class CalibrationCost:
 
     Attributes:
         tokens: N of a video.
+        frames: Tokens of it along time.
         text_tokens: T.
         samples: Calls of a block that it is calibrated on.
         step_bytes: What a step of distillation holds beside the block's weights.
@@ -124,6 +144,7 @@ class CalibrationCost:
     """
 
     tokens: int
+    frames: int
     text_tokens: int
     samples: int
     step_bytes: int
@@ -164,19 +185,23 @@ class BlockShape:
             itemsize: Bytes of a value in the dtype of calibration.
         """
         widest = max((features * rows for features, rows in self.outputs), default=0)
-        if recipe.distillation is None:
+        if not recipe.learns:
             return _WEIGHT * max(self.weights, default=0) + _FORWARD_VALUES * _FP32 * widest
+        learned = recipe.rounding.method == ADAROUND
+        state = _LEARNED_STATE * sum(self.weights) if learned else 0
         if checkpointed:
-            piece = max((features * min(rows, PIECE) for features, rows in self.outputs), default=0)
+            limit = sys.maxsize if recipe.needs_grid else PIECE  # what asks where tokens lie is not cut
+            piece = max((features * min(rows, limit) for features, rows in self.outputs), default=0)
             channels, rows = self.streams
             at_hand = max(
                 _WEIGHT_AT_HAND * max(self.weights, default=0),
                 _VALUE_AT_HAND * piece,
                 _CHANNEL_AT_HAND[itemsize] * channels * rows,
             )
-            return int(_WEIGHT * sum(self.weights) + at_hand)
+            return int(state + _WEIGHT * sum(self.weights) + at_hand)
         values = sum(features * rows for features, rows in (*self.inputs, *self.outputs))
-        return int(_KEPT_PER_WEIGHT * sum(self.weights) + _KEPT_PER_VALUE * values)
+        kept = (_LEARNED_PER_WEIGHT if learned else _KEPT_PER_WEIGHT) * sum(self.weights)
+        return int(state + kept + _KEPT_PER_VALUE * values)
 
     def rounding_bytes(self, recipe: Recipe) -> int:
         """Return what rounding the block's linears holds beside its weights.
@@ -265,11 +290,12 @@ def calibration_cost(
     samples = group.samples * (workload.branches if group.branches == "both" else 1)
     whole = max(shape.peak_bytes(recipe, checkpointed=False, itemsize=own) for shape in shapes)
     limit = machine.step_limit
-    checkpointed = recipe.distillation is not None and limit is not None and whole > limit
+    checkpointed = recipe.learns and limit is not None and whole > limit
     step = max(shape.step_bytes(recipe, checkpointed=checkpointed, itemsize=own) for shape in shapes)
     activations = samples * max(shape.sample_bytes(itemsize, wide=wide) for shape in shapes)
     return CalibrationCost(
         tokens=workload.tokens,
+        frames=workload.frames,
         text_tokens=workload.text_tokens,
         samples=samples,
         step_bytes=step,

@@ -6,7 +6,7 @@ Everything is computed on the meta device. The bytes are those of the tensors in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
 from s2q.models.source import parse_dtype
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
 from s2q.planning.cost import (
+    FOLDING_BYTES,
     ROUNDING_BYTES,
     BlockShape,
     CalibrationCost,
@@ -33,7 +34,15 @@ from s2q.planning.cost import (
     this_machine,
 )
 from s2q.planning.workload import workload_of_source, workload_of_synthetic
-from s2q.recipes import Recipe, assign_layouts, assign_schemes, load_recipe, recipe_linears
+from s2q.recipes import (
+    Recipe,
+    allocation_bytes,
+    allocation_schemes,
+    assign_layouts,
+    assign_schemes,
+    load_recipe,
+    recipe_linears,
+)
 
 SCHEMA_VERSION = 1
 _DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -56,6 +65,27 @@ class PlannedStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedAllocation:
+    """What a run allocates to linears one by one.
+
+    Attributes:
+        what: "group_size" or "weight_bits".
+        candidates: The values.
+        budget: Bits that a weight takes at most, on the average, with its scales.
+        linears: How many linears it is for.
+        most_bytes: What their weights and scales may take together.
+        bytes: What they do take; None until the run has allocated.
+    """
+
+    what: str
+    candidates: tuple[int, ...]
+    budget: float
+    linears: int
+    most_bytes: int
+    bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run will do.
 
@@ -64,12 +94,14 @@ class Plan:
         model: Name of the model.
         recipe: Name of the recipe.
         storage: Bytes of the whole transformer, of both where there are two: `full_precision_bytes` (in bf16),
-            `quantized_bytes` (on disk), `ratio`.
+            `quantized_bytes` (on disk; before an allocation the most that its budget allows), `ratio`.
         stages: The stages in order.
         layers: Every linear of the blocks in order; names of those in a second transformer begin with "transformer_2.".
+            What will be allocated in the run is "≤ w8a4", with the bytes of the largest candidate.
         simulated: Whether some of them will be computed in floating point, for want of an integer kernel.
         device: Where the run is planned for, and its memory in bytes, None if that is not known.
         calibration: What calibrating blocks takes; None for recipes that do not calibrate, or if it is not known.
+        allocation: What the run allocates; None for recipes that do not.
     """
 
     schema_version: int
@@ -81,6 +113,7 @@ class Plan:
     simulated: bool
     device: Mapping[str, str | int | None]
     calibration: CalibrationCost | None
+    allocation: PlannedAllocation | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -117,15 +150,16 @@ def plan(
         synthetic = synthetic_model(model)
         name, stored = synthetic.label, parse_dtype(dtype) or torch.bfloat16
         transformers = {TRANSFORMERS[0]: synthetic.meta_transformer()}
-        workload = workload_of_synthetic(synthetic, validated) if validated.calibrates else None
+        workload = workload_of_synthetic(synthetic, validated.calibration) if validated.calibrates else None
     else:
         source = model if isinstance(model, ModelSource) else resolve_model(model)
         check_full_precision(source)
         for config in source.transformer_configs.values():
             family_of(config["_class_name"])  # a clear error before the class is looked up
         name, stored = source.name, parse_dtype(dtype) or source.weights_dtype() or torch.bfloat16
-        transformers = {component: source.meta_transformer(component) for component in source.transformer_configs}
-        workload = workload_of_source(source, validated) if validated.calibrates else None
+        transformers, workload = source.meta_transformers(), None
+        if validated.calibrates:
+            workload = workload_of_source(source, validated.calibration, transformers=transformers)
     sizes = loaded_sizes(transformers, stored)
     return plan_transformers(
         transformers, validated, model=name, sizes=sizes, dtype=stored, workload=workload, machine=machine
@@ -161,7 +195,7 @@ def plan_transformers(
     """
     linears = recipe_linears(recipe, transformers)
     schemes = assign_schemes(recipe, linears)
-    layouts = assign_layouts(recipe, linears, schemes)
+    layouts = assign_layouts(recipe, linears, schemes, frames=None if workload is None else workload.frames)
     layers = tuple(
         _planned_layer(linear, schemes.get(linear.name), layouts.get(linear.name), sizes=sizes, dtype=dtype)
         for linear in linears
@@ -170,6 +204,19 @@ def plan_transformers(
     now = sum(sizes.values())
     quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
     full = sum(tensor.numel() for one in transformers.values() for tensor in one.state_dict().values()) * BF16_BYTES
+    allocation = None
+    if recipe.allocation is not None:
+        own = [one for one in linears if one.role == "linear" and one.name in schemes]
+        largest = sum(weight_bytes(schemes[one.name].weight, one.out_features, one.in_features) for one in own)
+        allocation = PlannedAllocation(
+            **recipe.allocation.model_dump(include={"what", "candidates", "budget"}),
+            linears=len(own),
+            most_bytes=min(largest, allocation_bytes(recipe, own)),
+            bytes=None,
+        )
+        quantized -= largest - allocation.most_bytes
+        names = {one.name for one in own}
+        layers = tuple(replace(one, scheme=f"≤ {one.scheme}") if one.name in names else one for one in layers)
     machine = machine or this_machine("cpu")
     shapes, cost = [], None
     if recipe.calibrates and workload is not None:
@@ -186,6 +233,42 @@ def plan_transformers(
         simulated=any(scheme.simulated for scheme in schemes.values()),
         device={"name": machine.device, "memory_bytes": machine.memory_bytes},
         calibration=cost,
+        allocation=allocation,
+    )
+
+
+def plan_allocated(
+    planned: Plan, recipe: Recipe, linears: Sequence[BlockLinear], schemes: Mapping[str, LinearScheme]
+) -> Plan:
+    """Return a plan with what the run has allocated: the bytes of these layers and of the whole, exactly.
+
+    Args:
+        planned: The plan before.
+        recipe: Its recipe.
+        linears: All linears of the blocks.
+        schemes: Scheme by full name of those that were allocated.
+    """
+    assert planned.allocation is not None
+    taken, saved = 0, {}
+    for linear in linears:
+        if linear.name in schemes:
+            *_, largest = allocation_schemes(recipe, linear).values()
+            before, after = (
+                weight_bytes(one.weight, linear.out_features, linear.in_features)
+                for one in (largest, schemes[linear.name])
+            )
+            taken, saved[linear.name] = taken + after, before - after
+    layers = tuple(
+        replace(one, scheme=schemes[one.name].name, bytes=one.bytes - saved[one.name]) if one.name in saved else one
+        for one in planned.layers
+    )
+    full, most = planned.storage["full_precision_bytes"], planned.storage["quantized_bytes"]
+    quantized = most - planned.allocation.most_bytes + taken
+    return replace(
+        planned,
+        layers=layers,
+        storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
+        allocation=replace(planned.allocation, bytes=taken),
     )
 
 
@@ -205,18 +288,20 @@ def _peaks(
     largest = max(layer.shape[0] * layer.shape[1] for layer in layers)
     packed = max(layer.bytes for layer in layers)
     if not recipe.calibrates:
-        blocks = base + (now if machine.is_host else 0) + ROUNDING_BYTES * largest
+        work = ROUNDING_BYTES if recipe.transforms.rotation == "identity" else FOLDING_BYTES
+        blocks = base + (machine.added_bytes(now) if machine.is_host else 0) + work * largest
         return {"blocks": blocks, "assemble": (blocks if machine.is_host else 0) + packed}
-    names = ("collect", "select", "blocks", "assemble")
+    allocates = () if recipe.allocation is None else ("allocate",)
+    names = ("collect", "select", *allocates, "blocks", "assemble")
     if cost is None or workload is None:
         return dict.fromkeys(names)
     forward = forward_bytes(shapes, workload.rows, dtype.itemsize)
-    collect = base + now + (workload.component_bytes or 0) + forward
+    collect = base + machine.added_bytes(now + (workload.component_bytes or 0)) + forward
     itemsize = torch.float32.itemsize if recipe.calibration.precision == "float32" else dtype.itemsize
     checkpointed = cost.gradient_checkpointing
     work = max(shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize) for shape in shapes)
     blocks = max(collect, base + machine.runtime_bytes + work + (cost.host_bytes if machine.is_host else 0))
-    return dict(zip(names, (collect, collect, blocks, blocks), strict=True))
+    return {name: collect if name in ("collect", "select") else blocks for name in names}
 
 
 def check_memory(planned: Plan) -> None:

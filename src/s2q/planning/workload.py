@@ -6,34 +6,35 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from s2q.calibration import prompt_token_limit, resolve_settings
-from s2q.calibration.settings import video_tokens
+from torch import nn
+
+from s2q.calibration import prompt_token_limit, resolve_settings, takes_prompts_alone
+from s2q.calibration.settings import token_frames, video_tokens
 from s2q.core.errors import InvalidInputError
 from s2q.models import ModelSource, family_of
 from s2q.models.source import recommended_generation
 from s2q.models.synthetic import SyntheticModel
 from s2q.planning.cost import Workload
-from s2q.recipes import Recipe
+from s2q.recipes.schema import CalibrationGroup
 
 logger = logging.getLogger(__name__)
 
 
 def workload_of(
-    pipe: Any, recipe: Recipe, *, recommended: Mapping[str, Any], component_bytes: int | None
+    pipe: Any, group: CalibrationGroup, *, recommended: Mapping[str, Any], component_bytes: int | None
 ) -> Workload | None:
     """Return what calibration computes on; None for a pipeline that it does not run.
 
     Args:
         pipe: The pipeline; its parts may live on the meta device.
-        recipe: The recipe.
+        group: The recipe's part.
         recommended: How the makers of the model generate.
         component_bytes: See `Workload`.
 
     Raises:
         InvalidInputError: If the recipe's sizes do not fit the model.
     """
-    family, group = family_of(pipe.transformer), recipe.calibration
-    if type(pipe).__name__ != family.pipeline_class:
+    if not takes_prompts_alone(pipe):
         return None
     requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
     settings = resolve_settings(pipe, requested=requested, defaults=dict(recommended))
@@ -41,44 +42,48 @@ def workload_of(
     branches = 2 if guided else 1
     return Workload(
         tokens=video_tokens(pipe, settings),
+        frames=token_frames(pipe, settings),
         text_tokens=prompt_token_limit(pipe),
         branches=branches,
-        rows=branches if family.guidance == "batched" else 1,
+        rows=branches if family_of(pipe.transformer).guidance == "batched" else 1,
         component_bytes=component_bytes,
     )
 
 
-def workload_of_source(source: ModelSource, recipe: Recipe) -> Workload | None:
+def workload_of_source(
+    source: ModelSource, group: CalibrationGroup, *, transformers: Mapping[str, nn.Module]
+) -> Workload | None:
     """Return the same of a model whose weights are not loaded; None if its pipeline cannot be built without them.
 
     Args:
         source: The model.
-        recipe: The recipe.
+        group: The recipe's part.
+        transformers: The model's, by component, on the meta device.
 
     Raises:
         InvalidInputError: If the recipe's sizes do not fit the model.
     """
     try:
-        pipe = source.meta_pipeline()
+        pipe = source.meta_pipeline(transformers)
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
         logger.info("%s: no pipeline without weights (%s), so memory is not planned", source.name, error)
         return None
     return workload_of(
-        pipe, recipe, recommended=recommended_generation(source.folder), component_bytes=source.component_bytes()
+        pipe, group, recommended=recommended_generation(source.folder), component_bytes=source.component_bytes()
     )
 
 
-def workload_of_synthetic(model: SyntheticModel, recipe: Recipe) -> Workload:
+def workload_of_synthetic(model: SyntheticModel, group: CalibrationGroup) -> Workload:
     """Return the same of the dimensions of a published model, for videos of the recommended size.
 
     Args:
         model: The dimensions.
-        recipe: The recipe.
+        group: The recipe's part.
 
     Raises:
         InvalidInputError: If the recipe asks for another size.
     """
-    sizes = recipe.calibration.model_dump(include={"num_frames", "height", "width"}, exclude_none=True)
+    sizes = group.model_dump(include={"num_frames", "height", "width"}, exclude_none=True)
     if sizes:
         raise InvalidInputError(
             f"{model.label}: has no pipeline to fit {', '.join(sizes)} to; plan with the recommended size, or plan the "
@@ -86,6 +91,7 @@ def workload_of_synthetic(model: SyntheticModel, recipe: Recipe) -> Workload:
         )
     return Workload(
         tokens=model.tokens,
+        frames=model.frames,
         text_tokens=model.text_tokens,
         branches=model.batch * model.calls,
         rows=model.batch,

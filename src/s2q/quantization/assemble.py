@@ -12,7 +12,8 @@ from s2q.core.components import split_name
 from s2q.models import OUTSIDE
 from s2q.models.source import dtype_name
 from s2q.nn import replace_module
-from s2q.quantization.blocks import from_artefact, round_block
+from s2q.quantization.blocks import from_artefact
+from s2q.quantization.data_free import round_block
 from s2q.quantization.run_folder import RunFolder
 from s2q.quantization.teacher import Teacher, TeacherTransformer
 from s2q.recipes import Recipe, assign_layouts
@@ -21,26 +22,27 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def assemble(teacher: Teacher, recipe: Recipe, folder: RunFolder) -> DiffusionPipeline:
+def assemble(teacher: Teacher, recipe: Recipe, folder: RunFolder, *, frames: int | None = None) -> DiffusionPipeline:
     """Make a pipeline that shares everything with the teacher's but the packed linears.
 
     Args:
         teacher: The model; not changed.
         recipe: The recipe.
         folder: Where the artefacts of all blocks are.
+        frames: Token frames of what was calibrated on, if anything was.
 
     Returns:
         The pipeline; its transformers have their quantization configurations.
     """
     pipe = copy.copy(teacher.pipe)
-    pipe.register_modules(**{one.component: _student(one, recipe, folder) for one in teacher.transformers})
+    pipe.register_modules(**{one.component: _student(one, recipe, folder, frames) for one in teacher.transformers})
     return pipe
 
 
-def _student(teacher: TeacherTransformer, recipe: Recipe, folder: RunFolder) -> nn.Module:
+def _student(teacher: TeacherTransformer, recipe: Recipe, folder: RunFolder, frames: int | None) -> nn.Module:
     shared = [*teacher.module.parameters(), *teacher.module.buffers()]
     student = copy.deepcopy(teacher.module, {id(tensor): tensor for tensor in shared})
-    layouts = assign_layouts(recipe, teacher.linears, teacher.schemes)
+    layouts = assign_layouts(recipe, teacher.linears, teacher.schemes, frames=frames)
     for index in range(len(teacher.block_names)):
         artefact = folder.load(teacher.artefact_name(index))
         layers = from_artefact(artefact, teacher.quantized_linears(index), teacher.schemes, layouts=layouts)
@@ -54,6 +56,9 @@ def _student(teacher: TeacherTransformer, recipe: Recipe, folder: RunFolder) -> 
         recipe=recipe.name,
         compute_dtype=dtype_name(teacher.module.dtype),
         layouts={_inner(name): layout for name, layout in layouts.items()},
+        tokens=teacher.tokens
+        if any(one.needs_grid for one in (*teacher.schemes.values(), *layouts.values()))
+        else None,
     )
     attach_config(student, config)
     return student

@@ -19,9 +19,9 @@ from s2q.core.schemes import LinearScheme
 from s2q.models import BlockLinear
 from s2q.nn import PackedLinear
 from s2q.quantization.calibrated import BlockCalibration, calibrate_block
+from s2q.quantization.data_free import fold_block
 from s2q.quantization.run_folder import Artefact
 from s2q.recipes import Recipe
-from s2q.rounding import ROUNDINGS
 
 ARTEFACT_VERSION = 1
 
@@ -34,7 +34,7 @@ class BlockResult:
         layers: Packed linear, on the CPU, by full name.
         errors: ‖Ŵ − W‖² / ‖W‖² of each, by full name.
         relative_error: The same over all of them together.
-        details: What calibration measured: `loss`, `distillation`, `rounding` (see `CalibratedBlock`); empty without.
+        details: What calibration measured, but for the layers as `CalibratedBlock` has it; empty without.
     """
 
     layers: Mapping[str, PackedLinear]
@@ -49,8 +49,8 @@ def quantize_block(
     *,
     schemes: Mapping[str, LinearScheme],
     recipe: Recipe,
+    calibration: BlockCalibration,
     device: str = "cpu",
-    calibration: BlockCalibration | None = None,
 ) -> BlockResult:
     """Quantize and pack the linears of one block.
 
@@ -59,8 +59,8 @@ def quantize_block(
         linears: Full name by name inside the block, of the linears to quantize.
         schemes: Scheme by full name.
         recipe: The recipe.
+        calibration: Which block it is, and what to calibrate with if the recipe does.
         device: Where to compute.
-        calibration: What to calibrate with; None for recipes that do not, which only round.
 
     Returns:
         The packed linears and their errors.
@@ -69,7 +69,7 @@ def quantize_block(
     layers: Mapping[str, PackedLinear]
     if not linears:
         layers = {}
-    elif calibration is not None:
+    elif recipe.calibrates:
         calibrated = calibrate_block(
             block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=device
         )
@@ -77,10 +77,11 @@ def quantize_block(
         details = {
             "loss": dict(calibrated.loss),
             "distillation": calibrated.distillation,
+            "refinement": calibrated.refinement,
             "rounding": {name: dict(report) for name, report in calibrated.rounding.items()},
         }
     else:
-        layers = round_block(block, linears, schemes=schemes, method=recipe.rounding.method, device=device)
+        layers = fold_block(block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=device)
     errors: dict[str, float] = {}
     noise, power = 0.0, 0.0
     for inner, name in linears.items():
@@ -90,33 +91,6 @@ def quantize_block(
         errors[name] = _ratio(own_noise, own_power)
         noise, power = noise + own_noise, power + own_power
     return BlockResult(layers=layers, errors=errors, relative_error=_ratio(noise, power), details=details)
-
-
-@torch.no_grad()
-def round_block(
-    block: nn.Module,
-    linears: Mapping[str, str],
-    *,
-    schemes: Mapping[str, LinearScheme],
-    method: str,
-    device: str = "cpu",
-) -> dict[str, PackedLinear]:
-    """Round and pack linears by a method that needs no samples.
-
-    Args:
-        block: The block, or any module that has them; not changed.
-        linears: Full name by name inside it.
-        schemes: Scheme by full name.
-        method: One of `ROUNDINGS`.
-        device: Where to compute.
-    """
-    layers: dict[str, PackedLinear] = {}
-    rounding = ROUNDINGS[method]
-    for inner, name in linears.items():
-        linear = block.get_submodule(inner)
-        rounded = rounding(linear.weight.to(device), schemes[name].weight)
-        layers[name] = PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=schemes[name]).to("cpu")
-    return layers
 
 
 def block_fingerprint(block: nn.Module, schemes: Mapping[str, LinearScheme], *, recipe: Recipe, **inputs: Any) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,38 +20,44 @@ from torch import nn
 from s2q.core.placement import moved
 from s2q.core.schemes import LinearScheme
 from s2q.core.seeds import derive_seed
-from s2q.distillation import DistillationOptions, block_loss, checkpointed, distil
+from s2q.distillation import DistillationOptions, DistillationReport, block_loss, checkpointed, distil
 from s2q.models import Family
-from s2q.nn import PackedLinear
+from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
 from s2q.quantization.observation import BlockSamples, observe
 from s2q.quantization.pack import pack_modulation, pack_nearest, pack_students
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.stream import TeacherStream
-from s2q.quantization.students import put_students
-from s2q.quantization.work import BlockWork
+from s2q.quantization.students import make_students
+from s2q.quantization.work import BlockWork, input_groups
 from s2q.recipes import Recipe
 from s2q.recipes.schema import GPTQ
+from s2q.rounding import penalize, roundings_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCalibration:
-    """What a block is calibrated with.
+    """What a block is quantized with beside its recipe.
 
     Attributes:
-        stream: The teacher's stream; is moved to the block.
+        stream: The teacher's stream; is moved to the block. None for recipes that need no samples.
         index: Index of the block.
         family: Family of the model.
         seed: Seed of the run; the block's own is derived from it and the index.
-        progress: Called after each unit of work: an epoch, or what takes about as long.
+        progress: Called after each unit of calibration: an epoch, or what takes about as long.
         checkpointed: Whether a step of distillation computes parts of the block again to hold less.
     """
 
-    stream: TeacherStream
+    stream: TeacherStream | None
     index: int
     family: Family
     seed: int
     progress: Callable[[], None] = lambda: None
     checkpointed: bool = False
+
+    @property
+    def block_seed(self) -> int:
+        """The block's own seed."""
+        return derive_seed(self.seed, "block", self.index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +67,17 @@ class CalibratedBlock:
     Attributes:
         layers: Packed linear by full name.
         loss: Mean weighted loss over the samples: `rtn` (rounded to nearest, nothing before the linears), `initial`
-            (transforms as they start), `distilled` (the best state, still rounded to nearest) and `final` (as packed).
+            (transforms as they start), `distilled` (the best state, rounded to nearest unless that is learned),
+            `rounded` and `refined` (before and after refinement), and `final` (as packed).
         distillation: Its report; None without distillation.
-        rounding: GPTQ's report by full name; empty without it.
+        refinement: Its report; None without refinement.
+        rounding: The report of GPTQ or of learned rounding by full name; empty without.
     """
 
     layers: Mapping[str, PackedLinear]
     loss: Mapping[str, float]
     distillation: Mapping[str, Any] | None
+    refinement: Mapping[str, Any] | None
     rounding: Mapping[str, Mapping[str, Any]]
 
 
@@ -98,75 +107,172 @@ def calibrate_block(
         InvalidInputError: If the activations hold NaN or infinite values.
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
     """
+    with opened_block(block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=device) as opened:
+        calibration.progress()
+        return _carry_out(opened, calibration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedBlock:
+    """A block whose samples have been looked at.
+
+    Attributes:
+        work: The block and the recipe.
+        samples: Its inputs, what the teacher makes of them, and the weights of the tokens.
+        groups: Names inside the block of linears that share an input; those of modulation are in none.
+        statistics: Of the input of each group, by the first name of the group.
+        seed: The block's own.
+    """
+
+    work: BlockWork
+    samples: BlockSamples
+    groups: Sequence[tuple[str, ...]]
+    statistics: Mapping[str, InputStatistics]
+    seed: int
+
+    def put_students(self, block: nn.Module, group: tuple[str, ...], schemes: Mapping[str, LinearScheme]) -> None:
+        """Replace linears that share an input by students as the recipe starts them, in place.
+
+        Args:
+            block: A copy of the teacher.
+            group: One of `groups`.
+            schemes: Scheme by full name.
+        """
+        work = replace(self.work, schemes=schemes)
+        for name, layer in make_students(work, group, seed=self.seed, statistics=self.statistics[group[0]]).items():
+            replace_module(block, name, layer)
+
+
+@contextmanager
+def opened_block(
+    block: nn.Module,
+    linears: Mapping[str, str],
+    *,
+    schemes: Mapping[str, LinearScheme],
+    recipe: Recipe,
+    calibration: BlockCalibration,
+    device: str = "cpu",
+) -> Iterator[OpenedBlock]:
+    """Move the stream to a block and look at its samples; what is kept of them goes at the end.
+
+    Args:
+        block: The full-precision block; not changed.
+        linears: Full name by name inside the block, of the linears to quantize.
+        schemes: Scheme by full name.
+        recipe: A recipe that calibrates.
+        calibration: What to calibrate with.
+        device: Where to compute.
+
+    Yields:
+        What was seen.
+
+    Raises:
+        InvalidInputError: If the activations hold NaN or infinite values.
+    """
     teacher = copy.deepcopy(block).to(device).requires_grad_(False).eval()
     wide = recipe.calibration.precision == "float32"
     cast = functools.partial(moved, device=device, dtype=torch.float32 if wide else None)
     if wide:
         teacher = teacher.float()
-    calibration.stream.advance(calibration.index)
-    groups = _groups(linears, calibration.family)
-    targets = calibration.stream.store("targets")
-    samples = BlockSamples(calibration.stream, targets, calibration.family.streams, cast)
-    work = BlockWork(block=block, teacher=teacher, linears=linears, schemes=schemes, recipe=recipe)
-    check = functools.partial(_check_outputs, calibration)
+    stream = calibration.stream
+    assert stream is not None, "a recipe that calibrates needs samples"
+    stream.advance(calibration.index)
+    groups = input_groups(linears, calibration.family)
+    targets = stream.store("targets")
+    samples = BlockSamples(stream, targets, calibration.family.streams, cast)
+    grid = stream.grid(0)
+    work = BlockWork(
+        block=block,
+        teacher=teacher,
+        linears=linears,
+        schemes=schemes,
+        recipe=recipe,
+        text_linears=calibration.family.text_linears,
+        frames=None if grid is None else grid.frames,
+    )
+    check = functools.partial(_check_outputs, stream, calibration.index)
     try:
         statistics = observe(teacher, samples, groups, recipe=recipe, family=calibration.family, check=check)
-        calibration.progress()
-        return _carry_out(work, samples, groups, statistics, calibration)
+        yield OpenedBlock(work=work, samples=samples, groups=groups, statistics=statistics, seed=calibration.block_seed)
     finally:
         targets.clear()
 
 
-def _check_outputs(calibration: BlockCalibration, outputs: Sequence[torch.Tensor], sample: int) -> None:
-    calibration.stream.check(outputs, block=calibration.index, sample=sample)
+def _check_outputs(stream: TeacherStream, index: int, outputs: Sequence[torch.Tensor], sample: int) -> None:
+    stream.check(outputs, block=index, sample=sample)
 
 
-def _carry_out(
-    work: BlockWork,
-    samples: BlockSamples,
-    groups: Sequence[tuple[str, ...]],
-    statistics: Mapping[str, InputStatistics],
-    calibration: BlockCalibration,
-) -> CalibratedBlock:
+def _carry_out(opened: OpenedBlock, calibration: BlockCalibration) -> CalibratedBlock:
     """The steps of a block after its targets are known."""
+    work, samples, groups = opened.work, opened.samples, opened.groups
     recipe = work.recipe
     grouped = {name for group in groups for name in group}
     nearest = {name: pack_nearest(work, name) for name in work.linears}
-    loss = {"rtn": block_loss(work.copy_with(nearest), samples)}
+    measured = functools.partial(block_loss, samples=samples, temporal=recipe.loss.temporal)
+    loss = {"rtn": measured(work.copy_with(nearest))}
     modulation = {name: layer for name, layer in nearest.items() if name not in grouped}
     reports: dict[str, dict[str, Any]] = {}
     if recipe.modulation is not None and recipe.modulation.rounding == GPTQ:
         modulation, reports = pack_modulation(work, list(modulation), samples)
     student = work.copy_with(modulation)
-    seed = derive_seed(calibration.seed, "block", calibration.index)
     for group in groups:
-        put_students(student, work, group, statistics[group[0]], seed=derive_seed(seed, "rotation", group[0]))
-    loss["initial"] = block_loss(student, samples)
+        opened.put_students(student, group, work.schemes)
+    loss["initial"] = measured(student)
     report = None
     if recipe.distillation is not None:
-        options = DistillationOptions(**recipe.distillation.model_dump())
+        options = DistillationOptions(**recipe.distillation.model_dump(), temporal=recipe.loss.temporal)
         with checkpointed(student) if calibration.checkpointed else nullcontext():
             report = distil(
-                student, samples, options=options, seed=derive_seed(seed, "order"), epoch_done=calibration.progress
+                student,
+                samples,
+                options=options,
+                seed=derive_seed(opened.seed, "order"),
+                penalty=functools.partial(penalize, roundings_of(student), options=recipe.rounding.adaround()),
+                epoch_done=calibration.progress,
             )
         loss["distilled"] = report.loss
     student.requires_grad_(False)
     packed, rounding = pack_students(student, work, samples, groups)
-    packed |= modulation
     reports |= rounding
-    loss["final"] = block_loss(work.copy_with(packed), samples)
+    refinement = None
+    if recipe.refinement is not None:
+        loss["rounded"] = measured(work.copy_with(packed | modulation))
+        packed, refinement = _refine(student, packed, samples, calibration, recipe=recipe)
+        loss["refined"] = refinement.loss
+    packed |= modulation
+    loss["final"] = measured(work.copy_with(packed))
     calibration.progress()
     return CalibratedBlock(
         layers={work.linears[name]: packed[name].to("cpu") for name in work.linears},
         loss=loss,
         distillation=None if report is None else asdict(report),
+        refinement=None if refinement is None else asdict(refinement),
         rounding={work.linears[name]: one for name, one in reports.items()},
     )
 
 
-def _groups(linears: Mapping[str, str], family: Family) -> list[tuple[str, ...]]:
-    """The linears to quantize but for modulation, by shared input; one that shares nothing is alone."""
-    groups = [tuple(name for name in group if name in linears) for group in family.shared_inputs]
-    shared = {name for group in groups for name in group}
-    groups += [(name,) for name in linears if name not in shared and name not in family.modulation]
-    return [group for group in groups if group]
+def _refine(
+    student: nn.Module,
+    packed: Mapping[str, PackedLinear],
+    samples: BlockSamples,
+    calibration: BlockCalibration,
+    *,
+    recipe: Recipe,
+) -> tuple[dict[str, PackedLinear], DistillationReport]:
+    """Learn what scales and corrects the codes of a block; the student is used up."""
+    assert recipe.refinement is not None
+    layers = {name: RefinedLinear(layer, source=student.get_submodule(name).source) for name, layer in packed.items()}
+    for name, layer in layers.items():
+        replace_module(student, name, layer)
+        if isinstance(layer.source.clip, LearnableClip):
+            layer.source.clip.requires_grad_(True)
+    seed = derive_seed(calibration.seed, "refinement", calibration.index)
+    with checkpointed(student) if calibration.checkpointed else nullcontext():
+        report = distil(
+            student,
+            samples,
+            options=DistillationOptions(**recipe.refinement.model_dump(), temporal=recipe.loss.temporal),
+            seed=seed,
+            epoch_done=calibration.progress,
+        )
+    return {name: layer.repacked() for name, layer in layers.items()}, report

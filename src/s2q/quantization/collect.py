@@ -187,33 +187,17 @@ def collect(
     Raises:
         S2QError: If the model generates NaN.
     """
-    steps = inputs.settings.num_inference_steps
-    total, done = steps * len(inputs.prompts), 0
+    _generate(teacher, inputs, folder, device=device, progress=progress)
     channel_dim = teacher.family.latent_channel_dim
     found: dict[str, list[Candidate]] = {one.component: [] for one in teacher.transformers}
-    progress(0, total)
-    for index, prompt in enumerate(inputs.prompts):
-        key, fingerprint = inputs.key(index), inputs.prompt_fingerprint(index)
-        if not folder.has(key, fingerprint):
-            counter = _Counter(done, total, progress)
-            with on_device(teacher.modules, device, set_aside=teacher.mapped):
-                trajectory = record_trajectory(
-                    teacher.pipe,
-                    [prompt],
-                    seeds=[derive_seed(inputs.seed, "prompt", index)],
-                    settings=inputs.settings,
-                    step_done=counter,
-                )
-            folder.save(key, fingerprint, _to_artefact(trajectory, channel_dim=channel_dim))
-        artefact = folder.load(key)
+    for index in range(len(inputs.prompts)):
+        artefact = folder.load(inputs.key(index))
         latents = list(artefact.tensors["latents"].unbind(0))
         timesteps = artefact.tensors["timesteps"].tolist()
         scored = score_trajectory(latents, timesteps, prompt=index, channel_dim=channel_dim)
         for component, candidates in found.items():
             called = zip(scored, artefact.stats["transformers"], strict=True)
             candidates += [candidate for candidate, transformer in called if transformer == component]
-        done += steps
-        progress(done, total)
     for part in teacher.parts:
         teacher.set_aside(part)
     return {component: CandidatePool(candidates=tuple(candidates)) for component, candidates in found.items()}
@@ -255,9 +239,30 @@ def branches_of(folder: RunFolder, inputs: CalibrationInputs) -> int:
     return int(folder.stats(inputs.key(0))["branches"])
 
 
+def _generate(
+    teacher: Teacher, inputs: CalibrationInputs, folder: RunFolder, *, device: str, progress: Callable[[int, int], None]
+) -> None:
+    """Record and store the prompts that are not there yet, all in one stay of the pipeline on the device."""
+    count, steps = len(inputs.prompts), inputs.settings.num_inference_steps
+    missing = [index for index in range(count) if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
+    counter = _Counter((count - len(missing)) * steps, count * steps, progress)
+    with on_device(teacher.modules if missing else (), device, set_aside=teacher.mapped):
+        for index in missing:
+            trajectory = record_trajectory(
+                teacher.pipe,
+                [inputs.prompts[index]],
+                seeds=[derive_seed(inputs.seed, "prompt", index)],
+                settings=inputs.settings,
+                step_done=counter,
+            )
+            artefact = _to_artefact(trajectory, channel_dim=teacher.family.latent_channel_dim)
+            folder.save(inputs.key(index), inputs.prompt_fingerprint(index), artefact)
+
+
 class _Counter:
     def __init__(self, done: int, total: int, progress: Callable[[int, int], None]) -> None:
         self.done, self.total, self.progress = done, total, progress
+        progress(done, total)
 
     def __call__(self) -> None:
         self.done += 1

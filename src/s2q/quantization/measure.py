@@ -17,9 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from s2q.calibration import CandidatePool, steps_of_transformers
+from s2q.core.errors import InvalidInputError
 from s2q.distillation import evaluations
 from s2q.models import ModelSource
 from s2q.planning import Machine, Plan
+from s2q.quantization.allocate import block_errors
 from s2q.quantization.blocks import quantize_block
 from s2q.quantization.calibrated import BlockCalibration
 from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
@@ -29,7 +32,7 @@ from s2q.quantization.stream import TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.recipes import Recipe
 
-_STEPS = (1, 5)
+_CALLS = (1, 5)
 _SAMPLES, _MORE_SAMPLES = 2, 4
 _EPOCHS = (1, 5, 10)
 _PROMPT = "red"
@@ -71,27 +74,30 @@ def measured(
     dtype: Any = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Plan:
-    """Return a plan with the seconds of its stages, measured on a slice of the run.
+    """Return a plan with the seconds of its stages, measured on a slice of the run; assembling is not measured.
 
     Args:
         planned: The plan.
         source: The model; its weights are loaded.
         recipe: The recipe of the plan.
         machine: Where to measure.
-        prompts: Of which the first is generated; None takes one of an embedded model, or any.
+        prompts: Of which the first is generated; None takes those of an embedded model, or any, as many as the recipe
+            says.
         dtype: Compute dtype; None takes the stored one.
         progress: Called with a stage, and how much of it is done.
+
+    Raises:
+        InvalidInputError: If the run would refuse model or recipe, or a transformer is called too seldom.
     """
-    started = time.perf_counter()
     teacher = load_teacher(source, recipe, dtype=dtype)
-    seconds = {"load": time.perf_counter() - started}
     with tempfile.TemporaryDirectory() as scratch, open_run_folder(Path(scratch) / "measure") as folder:
         if recipe.calibrates:
-            texts = prompts or ([_PROMPT] if source.kind != "embedded" else None)
-            seconds |= _calibrating(teacher, recipe, planned, folder, texts, machine=machine, progress=progress)
+            any_prompts = None if source.kind == "embedded" else [_PROMPT] * recipe.calibration.n_prompts
+            texts = prompts or any_prompts
+            seconds = _calibrating(teacher, recipe, planned, folder, texts, machine=machine, progress=progress)
         else:
-            seconds["blocks"] = _rounding(teacher, recipe, machine, progress)
-    stages = [replace(stage, seconds=seconds.get(stage.name, 0.0)) for stage in planned.stages]
+            seconds = {"blocks": _rounding(teacher, recipe, machine, progress)}
+    stages = [replace(stage, seconds=seconds.get(stage.name)) for stage in planned.stages]
     return replace(planned, stages=tuple(stages))
 
 
@@ -109,8 +115,9 @@ def _calibrating(
     wanted = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
     few = group.model_copy(update={"n_prompts": 1, "samples": 1})
     number = prepare(teacher, wanted[:1], few, seed=0, inputs={}).settings.num_inference_steps
+    short, long = (_steps_with(teacher, calls) for calls in _CALLS)
     taken: list[float] = []
-    for seed, steps in enumerate((_STEPS[0], *_STEPS)):  # the first one warms up
+    for seed, steps in enumerate((short, short, long)):  # the first one warms up
         inputs = prepare(teacher, wanted[:1], few.model_copy(update={"steps": steps}), seed=seed, inputs={})
         started = time.perf_counter()
         pools = collect(
@@ -121,19 +128,75 @@ def _calibrating(
             progress=lambda done, total: progress("collect", done, total),
         )
         taken.append(time.perf_counter() - started)
-    _, short, long = taken
-    step = max(0.0, (long - short) / (_STEPS[1] - _STEPS[0]))
-    video = max(0.0, short - step * _STEPS[0]) + step * number
+    step = max(0.0, (taken[2] - taken[1]) / (long - short))
+    video = max(0.0, taken[1] - step * short) + step * number
+    branches = branches_of(folder, inputs)
     slices = {
-        samples: select(
-            pools, inputs, group.model_copy(update={"samples": samples}), branches=branches_of(folder, inputs)
-        )
+        samples: select(pools, inputs, group.model_copy(update={"samples": samples}), branches=branches)
         for samples in (_SAMPLES, _MORE_SAMPLES)
     }
+    whole = _whole_pools(teacher, pools, prompts=len(wanted), steps=number)
+    started = time.perf_counter()
+    select(whole, inputs, group, branches=branches)
+    selecting = time.perf_counter() - started
+    allocates = {}
+    if recipe.allocation is not None:
+        allocates["allocate"] = _allocating(teacher, recipe, planned, folder, slices[_SAMPLES], machine=machine)
     return {
         "collect": len(wanted) * video,
+        "select": selecting,
+        **allocates,
         "blocks": _blocks(teacher, recipe, planned, folder, slices, machine=machine, progress=progress),
     }
+
+
+def _steps_with(teacher: Teacher, calls: int) -> int:
+    """The fewest denoising steps in which every transformer is called so often."""
+    limit = int(teacher.pipe.scheduler.config.num_train_timesteps)
+    for steps in range(calls, limit + 1):
+        shared = steps_of_transformers(teacher.pipe, steps)
+        if all(shared[one.component] >= calls for one in teacher.transformers):
+            return steps
+    raise InvalidInputError(
+        f"{teacher.name}: a transformer is called fewer than {calls} times in {limit} steps, too seldom to measure it; "
+        "leave out --measure"
+    )
+
+
+def _whole_pools(
+    teacher: Teacher, pools: Mapping[str, CandidatePool], *, prompts: int, steps: int
+) -> dict[str, CandidatePool]:
+    """Pools as large as those of the run, of the candidates that there are over and over."""
+    shared = steps_of_transformers(teacher.pipe, steps)
+    return {
+        component: CandidatePool(
+            candidates=tuple(
+                replace(pool.candidates[step % len(pool)], prompt=prompt, step=step)
+                for prompt in range(prompts)
+                for step in range(shared[component])
+            )
+        )
+        for component, pool in pools.items()
+    }
+
+
+def _allocating(
+    teacher: Teacher, recipe: Recipe, planned: Plan, folder: RunFolder, few: Selected, *, machine: Machine
+) -> float:
+    cost, group = planned.calibration, recipe.allocation
+    assert cost is not None
+    assert group is not None
+    total = 0.0
+    for one in teacher.transformers:
+        for first, count in _kinds(one):
+            stream = calibration_stream(teacher, one, few, folder, machine=machine, step_bytes=cost.step_bytes)
+            stream.advance(first)
+            started = time.perf_counter()
+            block_errors(one, recipe, first, stream=stream, folder=folder, selected=few)
+            each = (time.perf_counter() - started) / _SAMPLES
+            stream.close()
+            total += count * each * min(group.samples, cost.samples)
+    return total
 
 
 def _blocks(
@@ -212,7 +275,8 @@ def _rounding(teacher: Teacher, recipe: Recipe, machine: Machine, progress: Call
     total = 0.0
     for done, (one, first, count) in enumerate(kinds):
         progress("blocks", done, len(kinds))
-        total += count * _seconds(one, recipe, first, device=machine.device)
+        calibration = BlockCalibration(stream=None, index=first, family=one.family, seed=0)
+        total += count * _seconds(one, recipe, first, device=machine.device, calibration=calibration)
     progress("blocks", len(kinds), len(kinds))
     return total
 
@@ -223,7 +287,7 @@ def _seconds(
     index: int,
     *,
     device: str,
-    calibration: BlockCalibration | None = None,
+    calibration: BlockCalibration,
 ) -> float:
     linears = transformer.inner_names(index)
     schemes = {full: transformer.schemes[full] for full in linears.values()}

@@ -5,6 +5,7 @@ Legend: `N_k` tokens of stream k.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -19,6 +20,10 @@ from s2q.models import Family
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.stream import TeacherStream, TensorStore
 from s2q.recipes import Recipe
+from s2q.recipes.schema import SEARCH
+
+SEARCHED_ROWS = 2048
+"""Tokens of all samples together that a search for α judges by."""
 
 
 class BlockSamples:
@@ -35,6 +40,7 @@ class BlockSamples:
         self, stream: TeacherStream, targets: TensorStore, streams: Sequence[str], cast: Callable[[Any], Any]
     ) -> None:
         self.stream, self.targets, self.streams, self.cast = stream, targets, streams, cast
+        self.device = stream.device
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -47,7 +53,11 @@ class BlockSamples:
         stored = moved(self.targets.get(index), self.stream.device)
         weights = tuple(stored[f"weights.{name}"] for name in self.streams) if len(stored) > len(self.streams) else None
         return BlockSample(
-            inputs=self.inputs(index), outputs=tuple(stored[name] for name in self.streams), weights=weights
+            inputs=self.inputs(index),
+            outputs=tuple(stored[name] for name in self.streams),
+            weights=weights,
+            grid=self.stream.grid(index),
+            video=self.streams.index("hidden_states"),
         )
 
 
@@ -74,34 +84,34 @@ def observe(
     Returns:
         Statistics of each group's input, by the first name of the group.
     """
-    loss = recipe.loss
+    loss, settings = recipe.loss, recipe.transforms
+    moments = settings.low_rank > 0 and settings.low_rank_from != "weight"
+    kept = -(-SEARCHED_ROWS // len(samples)) if settings.alpha == SEARCH else 0
     statistics: dict[str, InputStatistics] = {}
     for first, *_ in groups:
         linear = teacher.get_submodule(first)
-        statistics[first] = InputStatistics(
-            linear.in_features, linear.weight.device, moments=recipe.transforms.low_rank > 0
-        )
-    with heard(teacher, {name: one.add for name, one in statistics.items()}):
-        for index in range(len(samples)):
-            weighted = loss.weighting == "attention"
-            attention = teacher.get_submodule(family.attention)
-            with capture_column_sums(attention) if weighted else nullcontext() as captured:
-                outputs = teacher(**samples.inputs(index))
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            check(outputs, index)
-            stored = dict(zip(family.streams, outputs, strict=True))
-            if captured is not None:
-                lengths = [stored[name].shape[1] for name in family.joint_order]
-                sums = captured.joined()
-                left_out = sum(lengths) - sums.shape[1]  # text at the end that a prompt does not fill gets no attention
-                assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == "encoder_hidden_states"), left_out
-                weights = token_weights(
-                    F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max
-                )
-                own = dict(zip(family.joint_order, split_weights(weights, lengths), strict=True))
-                for name, output in zip(family.streams, outputs, strict=True):
-                    stored[f"weights.{name}"] = own.get(name, torch.ones_like(output[..., 0]))
-            samples.targets.put(index, stored)
+        statistics[first] = InputStatistics(linear.in_features, linear.weight.device, moments=moments, kept=kept)
+    for index in range(len(samples)):
+        listeners = {
+            name: functools.partial(one.add, timestep=samples.stream.steps[index]) for name, one in statistics.items()
+        }
+        weighted = loss.weighting == "attention"
+        attention = teacher.get_submodule(family.attention)
+        with heard(teacher, listeners), capture_column_sums(attention) if weighted else nullcontext() as captured:
+            outputs = teacher(**samples.inputs(index))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        check(outputs, index)
+        stored = dict(zip(family.streams, outputs, strict=True))
+        if captured is not None:
+            lengths = [stored[name].shape[1] for name in family.joint_order]
+            sums = captured.joined()
+            left_out = sum(lengths) - sums.shape[1]  # text at the end that a prompt does not fill gets no attention
+            assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == "encoder_hidden_states"), left_out
+            weights = token_weights(F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
+            own = dict(zip(family.joint_order, split_weights(weights, lengths), strict=True))
+            for name, output in zip(family.streams, outputs, strict=True):
+                stored[f"weights.{name}"] = own.get(name, torch.ones_like(output[..., 0]))
+        samples.targets.put(index, stored)
     return statistics
 
 

@@ -6,7 +6,7 @@ of every timestep of the generation, not with those of the samples alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,14 +17,14 @@ from s2q.core.errors import S2QError
 from s2q.core.layout import PREFIX
 from s2q.core.qparams import RoundedWeight
 from s2q.core.reuse import parameters_held
-from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear
+from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear, set_token_grid
 from s2q.quantization.observation import BlockSamples, heard
 from s2q.quantization.work import BlockWork
 from s2q.recipes.schema import GPTQ
-from s2q.rounding import ROUNDINGS, HessianAccumulator, round_gptq
+from s2q.rounding import ROUNDINGS, HessianAccumulator, LearnedRounding, round_gptq
 
 Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
-"""Packed linears and the reports of GPTQ, both by name inside the block."""
+"""Packed linears and the reports of their rounding, both by name inside the block."""
 
 
 def pack_nearest(work: BlockWork, name: str) -> PackedLinear:
@@ -58,23 +58,46 @@ def pack_students(
     hessians: dict[str, HessianAccumulator] = {}
     if use_gptq:
         sources = {group[0]: _quantized_by(student.get_submodule(group[0]).source) for group in groups}
-        hessians = _hessians(work, (samples.inputs(index) for index in range(len(samples))), sources)
+        hessians = _hessians(work, _calls(student, samples), sources)
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
     for group in groups:
-        inputs = _stored_inputs(student.get_submodule(group[0]).source)
         for name in group:
-            layer, scheme = student.get_submodule(name), work.scheme(name)
-            weight, ratio = layer.folded_weight(), layer.clip_ratio()
+            layer = student.get_submodule(name)
+            rounded = None
             if use_gptq:
-                rounded, reports[name] = _gptq(work, name, weight, hessians[group[0]], clip_ratio=ratio)
-            else:
-                rounded = ROUNDINGS[work.recipe.rounding.method](weight, scheme.weight, clip_ratio=ratio)
-            bias = None if layer.bias is None else layer.bias.to(work.block.get_submodule(name).bias.dtype)
-            packed[name] = PackedLinear.from_rounded(
-                rounded, bias=bias, scheme=scheme, inputs=inputs | _stored_branch(layer)
-            )
+                rounded, reports[name] = _gptq(
+                    work, name, layer.folded_weight(), hessians[group[0]], clip_ratio=layer.clip_ratio()
+                )
+            elif layer.rounding is not None:
+                nearest = ROUNDINGS["rtn"](layer.folded_weight(), work.scheme(name).weight)
+                rounded, reports[name] = _learned(layer.rounding, nearest=nearest)
+            packed[name] = pack_student(layer, work, name, rounded=rounded)
     return packed, reports
+
+
+@torch.no_grad()
+def pack_student(
+    layer: StudentLinear, work: BlockWork, name: str, *, rounded: RoundedWeight | None = None
+) -> PackedLinear:
+    """Pack a student.
+
+    Args:
+        layer: The student; learns no more.
+        work: The block and the recipe.
+        name: Of the linear inside the block.
+        rounded: Its folded weight, rounded; None rounds it by a method that needs no samples, that of the recipe.
+
+    Returns:
+        The packed linear, where the student is.
+    """
+    scheme = work.scheme(name)
+    if rounded is None:
+        method = ROUNDINGS[work.recipe.rounding.method]
+        rounded = method(layer.folded_weight(), scheme.weight, clip_ratio=layer.clip_ratio())
+    bias = None if layer.bias is None else layer.bias.to(work.block.get_submodule(name).bias.dtype)
+    inputs = _stored_inputs(layer.source) | _stored_branch(layer)
+    return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=inputs, deflates=layer.source.deflates)
 
 
 @torch.no_grad()
@@ -111,11 +134,18 @@ def _gptq(
             work.scheme(name).weight,
             hessian=hessian.hessian(),
             clip_ratio=clip_ratio,
-            options=work.recipe.rounding.options(),
+            options=work.recipe.rounding.gptq(),
         )
     except S2QError as error:
         raise type(error)(f"{work.linears[name]}: {error}") from error
     return rounded, asdict(report)
+
+
+def _learned(rounding: LearnedRounding, *, nearest: RoundedWeight) -> tuple[RoundedWeight, dict[str, Any]]:
+    """What was learned; the shares of codes that are not the nearest ones, and of those that were left undecided."""
+    rounded = rounding.rounded()
+    changed = float((rounded.codes != nearest.codes).double().mean())
+    return rounded, {"changed": changed, "undecided": rounding.undecided()}
 
 
 def _hessians(
@@ -133,6 +163,13 @@ def _hessians(
         for inputs in calls:
             work.teacher(**inputs)
     return found
+
+
+def _calls(student: nn.Module, samples: BlockSamples) -> Iterator[dict[str, Any]]:
+    """The inputs of every sample; its student knows of each where the video tokens lie."""
+    for index in range(len(samples)):
+        set_token_grid(student, samples.stream.grid(index))
+        yield samples.inputs(index)
 
 
 def _quantized_by(source: StudentInput) -> Callable[[Tensor], Tensor]:
@@ -159,7 +196,13 @@ def _stored_inputs(source: StudentInput) -> dict[str, Tensor]:
 
 
 def _stored_branch(layer: StudentLinear) -> dict[str, Tensor]:
-    """What a packed linear stores of its own part of a low-rank branch, if there is one."""
-    if layer.source.low_rank_basis is None:
-        return {}
-    return {"low_rank_weight": layer.low_rank_weight().to(PACKED_DTYPES["low_rank_weight"])}
+    """What a packed linear stores of its own part of a low-rank branch, and of an estimator, if there is one."""
+    tensors: dict[str, Tensor] = {}
+    if layer.source.low_rank_basis is not None:
+        tensors["low_rank_weight"] = layer.low_rank_weight().to(PACKED_DTYPES["low_rank_weight"])
+    estimator = layer.estimator
+    if estimator is not None:
+        tensors |= {"estimator_input": estimator.alpha, "estimator_output": estimator.beta}
+        if estimator.frames is not None:
+            tensors["estimator_frames"] = estimator.frames
+    return tensors

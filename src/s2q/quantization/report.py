@@ -31,7 +31,8 @@ class BlockReport:
         loss: Mean loss over the calibration samples as `CalibratedBlock` has it: `rtn`, `initial`, `distilled`,
             `final`; empty for recipes that do not calibrate.
         distillation: How it went; None without.
-        rounding: GPTQ's report by full name; empty without.
+        refinement: Likewise.
+        rounding: The report of GPTQ or of learned rounding by full name; empty without.
     """
 
     index: int
@@ -43,6 +44,7 @@ class BlockReport:
     resumed: bool
     loss: Mapping[str, float] = field(default_factory=dict)
     distillation: Mapping[str, Any] | None = None
+    refinement: Mapping[str, Any] | None = None
     rounding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -66,6 +68,8 @@ class QuantizationReport:
             `quantized_bytes`, `ratio`.
         layers: Every block linear as in the plan: name, shape, scheme, bytes.
         simulated: Whether some of them are computed in floating point, for want of an integer kernel.
+        allocation: What was allocated to linears one by one, as in the plan; None for recipes that do not. What each of
+            them could have had is in s2q/allocation.json.
         blocks: What was done to each block.
         stages: Seconds and peak memory of each stage, in order.
         seconds: Time from the start until the checkpoint was ready to be written.
@@ -85,6 +89,7 @@ class QuantizationReport:
     storage: Mapping[str, int | float]
     layers: Sequence[Mapping[str, Any]]
     simulated: bool
+    allocation: Mapping[str, Any] | None
     blocks: Sequence[BlockReport]
     stages: Sequence[Mapping[str, Any]]
     seconds: float

@@ -1,4 +1,4 @@
-"""A run from start to end: load, collect, select, blocks, assemble, report.
+"""A run from start to end: load, collect, select, allocate, blocks, assemble, report.
 
 Blocks do not depend on each other: each is computed from the full-precision model and the recipe alone, written
 atomically into the run folder, and skipped when it is there with the fingerprint of the same inputs. A killed run
@@ -12,7 +12,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
@@ -32,11 +32,13 @@ from s2q.planning import (
     Plan,
     check_memory,
     plan,
+    plan_allocated,
     plan_transformers,
     tensor_sizes,
     this_machine,
     workload_of,
 )
+from s2q.quantization.allocate import Allocated, allocate
 from s2q.quantization.assemble import assemble
 from s2q.quantization.blocks import block_fingerprint, quantize_block, to_artefact
 from s2q.quantization.calibrated import BlockCalibration
@@ -44,6 +46,7 @@ from s2q.quantization.collect import branches_of, calibration_prompts, collect, 
 from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
 from s2q.quantization.run_folder import RunFolder, open_run_folder
 from s2q.quantization.select import Selected, calibration_stream, select
+from s2q.quantization.stream import TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.recipes import Recipe, load_recipe
 
@@ -102,7 +105,7 @@ def quantize(
         recipe: Name, file, contents, or a validated recipe.
         out: Folder to write; needed unless `dry_run`.
         prompts: Calibration prompts, for recipes that calibrate, of which the first `calibration.n_prompts` are used;
-            None takes those of an embedded model. The recipes that round to nearest use none.
+            None takes those of an embedded model. Other recipes use none.
         progress: Called as the run goes on.
         **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `resume` (True), `overwrite` (False), `overrides`
             (changes to the recipe, "key=value" each), `dry_run` (False; True returns the plan and computes nothing),
@@ -166,9 +169,15 @@ class _Run:
         planned = _plan_loaded(teacher, recipe, self.machine)
         check_memory(planned)
         self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed)
-        selection = None
+        selection, files = None, {}
         if recipe.calibrates:
             selection = self._calibration(teacher, recipe, prompts)
+            files |= selection.files
+        if recipe.allocation is not None and selection is not None:
+            allocated = self._allocation(teacher, recipe, planned, selection)
+            teacher, files = allocated.applied(teacher), files | allocated.files
+            linears = [linear for one in teacher.transformers for linear in one.linears]
+            planned = plan_allocated(planned, recipe, linears, allocated.schemes)
         n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
         blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe, planned, selection))
         student = self._timed("assemble", lambda: self._assemble(teacher, recipe, planned))
@@ -180,7 +189,7 @@ class _Run:
             report=report.to_dict(),
             events=self.folder.events(),
             base_folder=teacher.folder,
-            files={} if selection is None else selection.files,
+            files=files,
         )
         save_checkpoint(
             student,
@@ -221,10 +230,33 @@ class _Run:
         self.progress("select", 1, 1)
         return selected
 
+    def _allocation(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected) -> Allocated:
+        """Choose the schemes of linears one by one."""
+        cost = planned.calibration
+        assert cost is not None
+
+        def streams(one: TeacherTransformer, few: Selected) -> TeacherStream:
+            return calibration_stream(teacher, one, few, self.folder, machine=self.machine, step_bytes=cost.step_bytes)
+
+        allocated = self._timed(
+            "allocate",
+            lambda: allocate(
+                teacher,
+                recipe,
+                selected,
+                self.folder,
+                streams=streams,
+                progress=lambda done, total: self.progress("allocate", done, total),
+            ),
+        )
+        record = allocated.record
+        self.folder.log("allocate", **{key: record[key] for key in ("what", "most_bytes", "bytes", "linears")})
+        return allocated
+
     def _blocks(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected | None) -> list[BlockReport]:
         """Go through the blocks of one transformer after the other."""
         total, cost = teacher.block_count, planned.calibration
-        units = 1 if selected is None else 2 + (recipe.distillation.epochs if recipe.distillation else 0)
+        units = 1 if selected is None else 2 + recipe.epochs
         reports: list[BlockReport] = []
         for one in teacher.transformers:
             stream = None
@@ -235,16 +267,14 @@ class _Run:
                 )
             for index in range(len(one.block_names)):
                 ticker = _Ticker(self.progress, len(reports) * units, total * units)
-                calibration = None
-                if stream is not None:
-                    calibration = BlockCalibration(
-                        stream=stream,
-                        index=index,
-                        family=one.family,
-                        seed=self.settings.seed,
-                        progress=ticker,
-                        checkpointed=cost is not None and cost.gradient_checkpointing,
-                    )
+                calibration = BlockCalibration(
+                    stream=stream,
+                    index=index,
+                    family=one.family,
+                    seed=self.settings.seed,
+                    progress=ticker,
+                    checkpointed=cost is not None and cost.gradient_checkpointing,
+                )
                 samples = None if selected is None else selected.fingerprint(one.component)
                 report = self._block(
                     one, recipe, index, position=len(reports), calibration=calibration, samples=samples
@@ -264,7 +294,7 @@ class _Run:
         index: int,
         *,
         position: int,
-        calibration: BlockCalibration | None,
+        calibration: BlockCalibration,
         samples: str | None,
     ) -> BlockReport:
         """Compute a block, or take it over from an interrupted run."""
@@ -304,7 +334,8 @@ class _Run:
 
     def _assemble(self, teacher: Teacher, recipe: Recipe, planned: Plan) -> DiffusionPipeline:
         self.progress("assemble", 0, 1)
-        student = assemble(teacher, recipe, self.folder)
+        frames = None if planned.calibration is None else planned.calibration.frames
+        student = assemble(teacher, recipe, self.folder, frames=frames)
         packed = sum(tensor_sizes(transformers_of(student)).values())
         assert packed == planned.storage["quantized_bytes"], (packed, planned.storage)
         return student
@@ -331,6 +362,7 @@ class _Run:
             storage=planned.storage,
             layers=[asdict(layer) for layer in planned.layers],
             simulated=planned.simulated,
+            allocation=None if planned.allocation is None else asdict(planned.allocation),
             blocks=tuple(blocks),
             stages=tuple(self.stages),
             seconds=time.perf_counter() - self.started,
@@ -396,7 +428,7 @@ def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
         others = [part for part in teacher.parts if all(part is not one for one in transformers.values())]
         workload = workload_of(
             teacher.pipe,
-            recipe,
+            recipe.calibration,
             recommended=recommended_generation(teacher.folder),
             component_bytes=sum(tensor.nbytes for part in others for tensor in part.parameters()),
         )
@@ -407,7 +439,7 @@ def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
         sizes=tensor_sizes(transformers),
         dtype=teacher.dtype,
         workload=workload,
-        machine=machine,
+        machine=replace(machine, holds_weights=not teacher.mapped),
     )
 
 

@@ -1,7 +1,7 @@
 """Selecting: the candidates that the blocks of each transformer are calibrated on.
 
 Each transformer has candidates of its own, the steps in which it is called, and its own samples among them, as many as
-the recipe says; scores are compared within them.
+the recipe says; scores are compared within them. `calibration_stream` carries what was taken through the blocks of one.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ def calibration_stream(
         transformer.block_names,
         calls=[builder(call) for call in samples.calls],
         names=[call.name for call in samples.calls],
+        steps=[call.step for call in samples.calls],
         timesteps=[builder(call) for call in samples.timesteps],
         streams=transformer.family.streams,
         folder=folder.path,
@@ -144,6 +145,7 @@ def calibration_stream(
         memory=HostMemory(activation_memory(machine, step_bytes)),
         set_aside=teacher.set_aside,
         component=transformer.component,
+        tokens=transformer.tokens,
     )
 
 
@@ -151,7 +153,7 @@ def selection_plot(record: Mapping[str, Any]) -> bytes:
     """Draw the three scores over prompts × timesteps, the chosen candidates marked.
 
     Args:
-        record: See `select`.
+        record: See `Samples`.
 
     Returns:
         A PNG.

@@ -1,6 +1,6 @@
-"""What the samples say of the input of a linear: mean and range of its channels, second moments if asked for.
+"""What the samples say of the input of a linear: mean and range of its channels; second moments, rows if asked for.
 
-Shapes: `I` in features.
+Shapes: `I` in features, `T` timesteps.
 """
 
 from __future__ import annotations
@@ -12,39 +12,52 @@ from s2q.rounding import HessianAccumulator
 
 
 class InputStatistics:
-    """Mean and range of the channels of an input over the samples, [I] each; second moments [I, I] where asked for.
+    """Mean of the channels of an input over the samples, their range in each timestep; second moments if asked for.
 
     Args:
         in_features: I.
         device: Where it is computed.
         moments: Whether to sum up second moments.
+        kept: How many rows of each call to keep, evenly spaced.
     """
 
-    def __init__(self, in_features: int, device: torch.device, *, moments: bool) -> None:
-        self.low = torch.full((in_features,), float("inf"), device=device)
-        self.high = -self.low
+    def __init__(self, in_features: int, device: torch.device, *, moments: bool, kept: int = 0) -> None:
+        self.ranges: dict[int, tuple[Tensor, Tensor]] = {}
         self.total = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.count = 0
         self.products = HessianAccumulator(in_features, device=device) if moments else None
+        self.kept = kept
+        self._rows: list[Tensor] = []
 
-    def add(self, x: Tensor) -> None:
-        """Take in the input of one call, [..., I]."""
+    def add(self, x: Tensor, *, timestep: int) -> None:
+        """Take in the input of one call, [..., I], in a timestep."""
         rows = x.reshape(-1, x.shape[-1])
-        self.low = torch.minimum(self.low, rows.amin(dim=0))
-        self.high = torch.maximum(self.high, rows.amax(dim=0))
+        low, high = rows.amin(dim=0), rows.amax(dim=0)
+        if timestep in self.ranges:
+            before = self.ranges[timestep]
+            low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
+        self.ranges[timestep] = low, high
         self.total += rows.sum(dim=0)
         self.count += len(rows)
         if self.products is not None:
             self.products.add(rows)
+        if self.kept > 0:
+            places = torch.linspace(0, len(rows) - 1, min(self.kept, len(rows)), device=rows.device)
+            self._rows.append(rows[places.round().long()])
+
+    def rows(self) -> Tensor:
+        """Return the rows that were kept, [n, I] in the dtype of the input."""
+        return torch.cat(self._rows)
 
     def mean(self) -> Tensor:
         """Return the mean of each channel, fp32 [I]."""
         return (self.total / self.count).float()
 
     def amax(self, shift: Tensor | None) -> Tensor:
-        """Return the largest magnitude of each channel once the shift is subtracted, [I]."""
-        centre = torch.zeros_like(self.low) if shift is None else shift
-        return torch.maximum(self.high - centre, centre - self.low)
+        """Return the largest magnitude of each channel in each timestep once the shift is subtracted, [T, I]."""
+        centre = torch.zeros_like(self.total, dtype=torch.float32) if shift is None else shift
+        ordered = [self.ranges[timestep] for timestep in sorted(self.ranges)]
+        return torch.stack([torch.maximum(high - centre, centre - low) for low, high in ordered])
 
     def second_moment(self, shift: Tensor | None) -> Tensor:
         """Return E[xᵀ x] once the shift, which is the mean if there is one, is subtracted; fp64 [I, I]."""

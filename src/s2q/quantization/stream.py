@@ -24,6 +24,7 @@ from s2q.core.components import TRANSFORMERS, full_name
 from s2q.core.errors import InvalidInputError
 from s2q.core.files import atomic_write_bytes
 from s2q.core.placement import moved, on_device
+from s2q.core.tokens import TokenGrid, TokenLayout
 
 
 class HostMemory:
@@ -119,6 +120,7 @@ class TeacherStream:
         block_names: Names of its blocks in it, in the order in which they run.
         calls: A function for each sample that returns the transformer's keyword arguments.
         names: What messages call the samples.
+        steps: Index of the denoising step that each sample is of.
         timesteps: The same as `calls`, of calls of which only the timestep counts; see `timestep_inputs`.
         streams: Keyword arguments of a block that it returns anew, in that order.
         folder: Where tensors go that memory has no room for.
@@ -126,6 +128,7 @@ class TeacherStream:
         memory: Host memory for the inputs of one block and what else is kept for it; None does not limit it.
         set_aside: Called with a block that will not be read for a while.
         component: Which transformer of the pipeline it is, for messages.
+        tokens: How the transformer makes tokens of its arguments; None if nobody asks where they lie.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class TeacherStream:
         *,
         calls: Sequence[Callable[[], dict[str, Any]]],
         names: Sequence[str],
+        steps: Sequence[int],
         timesteps: Sequence[Callable[[], dict[str, Any]]] = (),
         streams: Sequence[str],
         folder: Path,
@@ -142,14 +146,16 @@ class TeacherStream:
         memory: HostMemory | None = None,
         set_aside: Callable[[nn.Module], None] = lambda module: None,
         component: str = TRANSFORMERS[0],
+        tokens: TokenLayout | None = None,
     ) -> None:
         self.transformer, self.block_names = transformer, list(block_names)
         self.calls, self.names, self.streams = calls, list(names), tuple(streams)
-        self.timesteps = timesteps
+        self.steps, self.timesteps = tuple(steps), timesteps
         self.device = device
         self.folder, self.memory = folder, memory or HostMemory(sys.maxsize)
-        self.set_aside, self.component = set_aside, component
+        self.set_aside, self.component, self.tokens = set_aside, component, tokens
         self._moving = self.store("stream")
+        self._grids: list[TokenGrid] = []
         self._fixed: list[dict[str, Any]] = []
         self._conditioning: list[dict[str, Any]] = []
         self._position: int | None = None
@@ -190,6 +196,14 @@ class TeacherStream:
         """
         return self._renamed({**self._fixed[sample], **self._moving.get(sample)})
 
+    def grid(self, sample: int) -> TokenGrid | None:
+        """Return where the video tokens of a sample lie; None if nobody asks.
+
+        Args:
+            sample: Index of the sample.
+        """
+        return None if self.tokens is None else self._grids[sample]
+
     def timestep_inputs(self) -> Iterator[dict[str, Any]]:
         """Go through keyword arguments of the block at hand that have the conditioning of one timestep after another.
 
@@ -226,10 +240,13 @@ class TeacherStream:
     def _start(self) -> None:
         first = self.transformer.get_submodule(self.block_names[0])
         self._moving.clear()
-        self._fixed, self._conditioning = [], []
+        self._fixed, self._conditioning, self._grids = [], [], []
         with on_device(_outside(self.transformer, self.block_names), self.device):
             for sample, call in enumerate(self.calls):
-                moving, fixed = self._split(_first_call(self.transformer, first, moved(call(), self.device)))
+                arguments = moved(call(), self.device)
+                if self.tokens is not None:
+                    self._grids.append(self.tokens.grid(arguments))
+                moving, fixed = self._split(_first_call(self.transformer, first, arguments))
                 self._moving.put(sample, moving)
                 self._fixed.append(fixed)
             for call in self.timesteps:
@@ -278,7 +295,7 @@ def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, A
     heard: dict[str, Any] = {}
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        heard.update(_named(block, args, kwargs))
+        heard.update(named_arguments(block, args, kwargs))
         raise _ReachedError
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
@@ -298,11 +315,16 @@ def _parameters(block_class: type[nn.Module]) -> tuple[str, ...]:
     return tuple(one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def _named(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name.
+def named_arguments(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a block's call by name.
 
     Blocks of one model that differ in what they use are called alike and swallow the rest in `*args`; a tensor there
     would be something that this block does use.
+
+    Args:
+        block: The block.
+        args: Arguments by position.
+        kwargs: Arguments by name.
     """
     names = _parameters(type(block))
     swallowed = [value for value in args[len(names) :] if isinstance(value, Tensor)]

@@ -1,65 +1,122 @@
-"""The student of a block as it starts: shift, transform, low-rank branch and clips of the recipe before its linears.
+"""The student of a block as it starts: shift, transform, low-rank branch, clips and rounding of the recipe.
+
+Where the recipe searches for α, linears that share an input are made with every α of a grid, and those stay whose
+outputs together are nearest to the exact ones in squares, on tokens of the samples: weights rounded to nearest, inputs
+quantized, the low-rank branch added, as SVDQuant (Li et al., 2024) judges its own.
 
 Legend: `I/O` in/out features.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from s2q.core.schemes import LinearScheme
-from s2q.nn import PACKED_DTYPES, LearnableClip, StudentInput, StudentLinear, replace_module
+from s2q.core.seeds import derive_seed
+from s2q.nn import PACKED_DTYPES, Estimator, LearnableClip, StudentInput, StudentLinear
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.work import BlockWork
 from s2q.recipes import Recipe
+from s2q.recipes.schema import ADAROUND, SEARCH
+from s2q.rounding import LearnedRounding
 from s2q.transforms import (
     ROTATIONS,
+    SALIENCES,
     Compose,
     KroneckerTransform,
     SmoothScale,
     Transform,
     principal_directions,
     smooth_scale,
+    weight_directions,
 )
 
+ALPHAS = tuple(step / 10 for step in range(11))
+"""What a search for α tries."""
 
-def put_students(
-    student: nn.Module, work: BlockWork, group: tuple[str, ...], statistics: InputStatistics, *, seed: int
-) -> None:
-    """Replace linears that share an input by students, in place.
+logger = logging.getLogger(__name__)
+
+
+def make_students(
+    work: BlockWork, group: tuple[str, ...], *, seed: int, statistics: InputStatistics | None = None
+) -> dict[str, StudentLinear]:
+    """Make the students of linears that share an input.
 
     Args:
-        student: A copy of the block.
         work: The block and the recipe.
         group: Names of the linears inside the block.
-        statistics: Of their input.
-        seed: Of a random rotation.
+        seed: Of the block; those of a random rotation and of estimators are derived from it.
+        statistics: Of their input; None for recipes that need no samples.
+
+    Returns:
+        Student by name, where the teacher's linears are.
     """
+    alpha = work.recipe.transforms.alpha
+    if alpha == SEARCH:
+        assert statistics is not None
+        alpha = _best_alpha(work, group, statistics, seed=seed)
+        logger.debug("%s: alpha=%.1f", work.linears[group[0]], alpha)
+    return _students(work, group, statistics, alpha=float(alpha), seed=seed)
+
+
+@torch.no_grad()
+def _best_alpha(work: BlockWork, group: tuple[str, ...], statistics: InputStatistics, *, seed: int) -> float:
+    """The α with the smallest squared error of the group's outputs; the smaller one of two that are as good."""
+    rows = statistics.rows()
+    exact = {name: work.teacher.get_submodule(name)(rows) for name in group}
+    errors = {}
+    for alpha in ALPHAS:
+        layers = _students(work, group, statistics, alpha=alpha, seed=seed)
+        errors[alpha] = sum(float((layers[name](rows) - exact[name]).double().square().sum()) for name in group)
+    return min(errors, key=errors.__getitem__)
+
+
+def _students(
+    work: BlockWork, group: tuple[str, ...], statistics: InputStatistics | None, *, alpha: float, seed: int
+) -> dict[str, StudentLinear]:
+    """The students of linears that share an input, by name inside the block."""
     recipe, linears = work.recipe, [work.teacher.get_submodule(name) for name in group]
-    scheme = work.scheme(group[0])
-    device = statistics.low.device
-    shift = _shift(statistics, linears, recipe)
-    transform = _transform(statistics.amax(shift), [one.weight for one in linears], recipe, seed=seed)
-    if transform is not None:
-        transform.to(device)
-    basis = _basis(statistics, shift, transform, rank=_rank(linears, recipe))
-    clip = _clip(scheme, recipe)
+    scheme, weights = work.scheme(group[0]), [linear.weight for linear in linears]
+    transform = _rotation(linears[0].in_features, recipe, seed=derive_seed(seed, "rotation", group[0]))
+    shift, basis = None, None
+    if statistics is not None:
+        shift = _shift(statistics, linears, recipe)
+        transform = _scaled(transform, statistics.amax(shift), weights, recipe, alpha=alpha)
+        if rank := _rank(linears, recipe):
+            if recipe.transforms.deflates:
+                basis = _input_basis(statistics, shift, transform, rank=rank)
+            else:
+                basis = _weight_basis(weights, transform, rank=rank)
     source = StudentInput(
         scheme.activation,
         shift=shift,
         transform=transform,
         low_rank_basis=basis,
-        clip=None if clip is None else clip.to(device),
-    )
+        low_rank_from=recipe.transforms.low_rank_from,
+        clip=_clip(scheme, recipe),
+    ).to(weights[0].device)
+    layers = {}
     for name, linear in zip(group, linears, strict=True):
+        estimator = None
+        if recipe.transforms.estimator:
+            frames = None if name in work.text_linears else work.frames
+            estimator = Estimator(
+                linear.in_features, linear.out_features, frames=frames, seed=derive_seed(seed, "estimator", name)
+            ).to(weights[0].device)
         if recipe.clip.weights:
-            layer = StudentLinear.with_clip(linear, scheme=work.scheme(name), source=source, start=recipe.clip.start)
+            layer = StudentLinear.with_clip(
+                linear, scheme=work.scheme(name), source=source, start=recipe.clip.start, estimator=estimator
+            )
         else:
-            layer = StudentLinear(linear, scheme=work.scheme(name), source=source)
-        replace_module(student, name, layer)
+            layer = StudentLinear(linear, scheme=work.scheme(name), source=source, estimator=estimator)
+        if recipe.rounding.method == ADAROUND:
+            layer.rounding = LearnedRounding(layer.folded_weight(), work.scheme(name).weight)
+        layers[name] = layer
+    return layers
 
 
 def _shift(statistics: InputStatistics, linears: Sequence[nn.Module], recipe: Recipe) -> Tensor | None:
@@ -71,18 +128,28 @@ def _shift(statistics: InputStatistics, linears: Sequence[nn.Module], recipe: Re
     return statistics.mean() if biased == {True} else None
 
 
-def _transform(amax: Tensor, weights: Sequence[Tensor], recipe: Recipe, *, seed: int) -> Transform | None:
+def _rotation(in_features: int, recipe: Recipe, *, seed: int) -> Transform | None:
     settings = recipe.transforms
-    in_features = amax.shape[0]
-    rotation: Transform | None = None
+    if settings.rotation == "identity":
+        return None
     if settings.rotation == "kronecker":
-        rotation = KroneckerTransform.build(in_features, seed=seed, start=settings.start)
-    elif settings.rotation != "identity":
-        rotation = ROTATIONS[settings.rotation](in_features, seed=seed)
+        return KroneckerTransform.build(in_features, seed=seed, start=settings.start)
+    return ROTATIONS[settings.rotation](in_features, seed=seed)
+
+
+def _scaled(
+    rotation: Transform | None, amax: Tensor, weights: Sequence[Tensor], recipe: Recipe, *, alpha: float
+) -> Transform | None:
+    """Put the channel scale of the recipe, if it has one, before the rotation.
+
+    It is made from the largest magnitudes of the input in each timestep, [T, I].
+    """
+    settings = recipe.transforms
     if settings.scale == "none":
         return rotation
     largest = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
-    s = smooth_scale(amax.cpu(), largest.cpu(), alpha=settings.alpha)
+    salience = SALIENCES[settings.salience](amax.cpu(), largest.cpu())
+    s = smooth_scale(salience, largest.cpu(), alpha=alpha)
     scale = SmoothScale(s, learnable=settings.learn_scale)
     return scale if rotation is None else Compose(scale, rotation)
 
@@ -94,16 +161,25 @@ def _rank(linears: Sequence[nn.Module], recipe: Recipe) -> int | None:
     return ranks.pop()
 
 
-def _basis(
-    statistics: InputStatistics, shift: Tensor | None, transform: Transform | None, *, rank: int | None
-) -> Tensor | None:
+def _input_basis(
+    statistics: InputStatistics, shift: Tensor | None, transform: Transform | None, *, rank: int
+) -> Tensor:
     """The directions of the shifted and scaled input that go through the low-rank branch, [I, r]."""
-    if rank is None:
-        return None
     moment = statistics.second_moment(shift)
     if transform is not None:
         moment = transform.scaled(transform.scaled(moment).t())
-    return principal_directions(moment.detach(), rank).to(PACKED_DTYPES["low_rank_basis"]).float()
+    return _as_stored(principal_directions(moment.detach(), rank))
+
+
+def _weight_basis(weights: Sequence[Tensor], transform: Transform | None, *, rank: int) -> Tensor:
+    """The directions of the scaled weights that go through the low-rank branch, [I, r]."""
+    if transform is not None:
+        weights = [transform.unscaled(weight) for weight in weights]
+    return _as_stored(weight_directions([weight.detach() for weight in weights], rank))
+
+
+def _as_stored(basis: Tensor) -> Tensor:
+    return basis.to(PACKED_DTYPES["low_rank_basis"]).float()
 
 
 def _clip(scheme: LinearScheme, recipe: Recipe) -> nn.Module | None:

@@ -16,7 +16,8 @@ from s2q.core.components import TRANSFORMERS, full_name, split_name, transformer
 from s2q.core.errors import InvalidInputError
 from s2q.core.placement import page_out, tensors_of
 from s2q.core.schemes import LinearScheme
-from s2q.models import BlockLinear, Family, ModelSource, block_names, family_of
+from s2q.core.tokens import TokenLayout
+from s2q.models import BlockLinear, Family, ModelSource, block_names, family_of, token_layout
 from s2q.models.source import HUB_ID, parse_dtype
 from s2q.recipes import Recipe, assign_schemes, recipe_linears
 from s2q.shapes import embedded
@@ -34,12 +35,14 @@ class TeacherTransformer:
         module: The transformer; never changed.
         linears: Every linear of its blocks, by full name.
         schemes: Scheme of each linear that the recipe quantizes, by full name.
+        tokens: How it makes tokens of its arguments; None if the recipe does not ask where they lie.
     """
 
     component: str
     module: nn.Module
     linears: tuple[BlockLinear, ...]
     schemes: Mapping[str, LinearScheme]
+    tokens: TokenLayout | None = None
 
     @property
     def family(self) -> Family:
@@ -87,7 +90,8 @@ class Teacher:
         folder: Where it was loaded from; None if that is not known.
         transformers: Those of which the recipe quantizes something, in the order of the pipeline.
         dtype: Compute dtype of the transformers.
-        mapped: Whether its weights were mapped from files here, so that they need not stay in memory.
+        mapped: Whether its weights were mapped from files here, in the dtype in which they are stored there, so that
+            they need not stay in memory.
     """
 
     pipe: DiffusionPipeline
@@ -142,7 +146,6 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
         InvalidInputError: If the model is quantized, has adapters or weights elsewhere, is of an unsupported class, has
             another dtype than the one asked for, or holds values that are not finite (names the tensor).
     """
-    mapped = isinstance(model, ModelSource)
     if isinstance(model, ModelSource):
         pipe, name, folder = model.load_pipeline(dtype=dtype), model.name, model.folder
     else:
@@ -153,6 +156,7 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
         raise InvalidInputError(f"{type(pipe).__name__} has no transformer; expected a text-to-video pipeline with one")
     linears = recipe_linears(recipe, found)
     first = found[TRANSFORMERS[0]].dtype
+    mapped = isinstance(model, ModelSource) and model.weights_dtype() == first  # what is converted is no longer a file
     for component, transformer in found.items():
         _check_state(name, component, transformer, wanted=parse_dtype(dtype))
         if transformer.dtype != first:
@@ -168,6 +172,7 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
             module=transformer,
             linears=tuple(one for one in linears if split_name(one.name)[0] == component),
             schemes={name: scheme for name, scheme in schemes.items() if split_name(name)[0] == component},
+            tokens=token_layout(transformer, family_of(transformer)) if recipe.needs_grid else None,
         )
         for component, transformer in found.items()
     )

@@ -12,6 +12,7 @@ from s2q.core.components import full_name
 from s2q.core.errors import InvalidInputError, nearest_names
 from s2q.core.schemes import LinearScheme, num_groups
 from s2q.models import BlockLinear, block_linears, family_of, outer_linears
+from s2q.recipes.allocation import allocation_bytes, allocation_schemes
 from s2q.recipes.schema import Recipe
 
 
@@ -38,7 +39,7 @@ def recipe_linears(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> lis
 
 
 def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, LinearScheme]:
-    """Give every linear that the recipe quantizes its scheme.
+    """Give every linear that the recipe quantizes its scheme; where schemes are allocated in the run, the largest.
 
     Args:
         recipe: The recipe.
@@ -48,8 +49,9 @@ def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, 
         Scheme by full name, in the order of `linears`; linears that stay as they are do not appear.
 
     Raises:
-        InvalidInputError: If nothing is left to quantize, a pattern in `skip` matches no linear, or a group size does
-            not divide the in features of a linear (the message names it).
+        InvalidInputError: If nothing is left to quantize, a pattern in `skip` matches no linear, a group size, or none
+            of those to be allocated, divides the in features of a linear (the message names it), or the budget of an
+            allocation is too small.
     """
     names = [linear.name for linear in linears]
     for pattern in recipe.skip:
@@ -59,14 +61,19 @@ def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, 
             raise InvalidInputError(f"recipe {recipe.name}: skip pattern {pattern!r} matches none of the linears{hint}")
     by_role = {
         "linear": recipe.linear_scheme(),
+        "text": recipe.linear_scheme(of_text=True),
         "modulation": recipe.modulation_scheme(),
         "outer": recipe.outer_scheme(),
     }
     schemes: dict[str, LinearScheme] = {}
+    allocated = []
     for linear in linears:
-        scheme = by_role[linear.role]
+        scheme = by_role["text" if linear.sees_text else linear.role]
         if scheme is None or any(fnmatchcase(linear.name, pattern) for pattern in recipe.skip):
             continue
+        if recipe.allocation is not None and linear.role == "linear":
+            *_, scheme = allocation_schemes(recipe, linear).values()
+            allocated.append(linear)
         try:
             for one in (scheme.weight, scheme.activation):
                 if one is not None:
@@ -79,4 +86,6 @@ def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, 
             f"recipe {recipe.name}: none of the {len(names)} linears is left to quantize; "
             f"skip is {list(recipe.skip)}, remove a pattern"
         )
+    if allocated:
+        allocation_bytes(recipe, allocated)
     return schemes

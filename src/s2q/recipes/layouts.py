@@ -1,4 +1,4 @@
-"""What a block linear stores beside its codes under a recipe: shift, transform, low-rank branch and clip ratio."""
+"""What a block linear stores beside its codes under a recipe: shift, transform, branch, clip ratio, estimator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from s2q.transforms import ROTATIONS
 
 
 def assign_layouts(
-    recipe: Recipe, linears: Sequence[BlockLinear], schemes: Mapping[str, LinearScheme]
+    recipe: Recipe,
+    linears: Sequence[BlockLinear],
+    schemes: Mapping[str, LinearScheme],
+    *,
+    frames: int | None = None,
 ) -> dict[str, InputLayout]:
     """Give every quantized linear before which something stands its layout.
 
@@ -23,6 +27,7 @@ def assign_layouts(
         recipe: The recipe.
         linears: All linears of the blocks.
         schemes: What `assign_schemes` returned for them.
+        frames: Token frames of what is calibrated on; None if that is not known.
 
     Returns:
         Layout by full name; adaLN linears and those with nothing before them do not appear.
@@ -35,11 +40,15 @@ def assign_layouts(
         if linear.role != "linear" or scheme is None:
             continue
         clip = scheme.activation is not None and (recipe.clip.activations or recipe.clip.constant is not None)
+        rank = recipe.transforms.rank(linear.in_features, linear.out_features)
         layout = replace(
             transforms[linear.in_features],
             shift=recipe.transforms.shift != "none" and linear.has_bias,
-            low_rank=recipe.transforms.rank(linear.in_features, linear.out_features),
+            low_rank=rank,
+            deflates=rank is None or recipe.transforms.deflates,
             activation_clip=clip,
+            estimator=recipe.transforms.estimator,
+            estimator_frames=frames if recipe.transforms.estimator and not linear.sees_text else None,
         )
         if not layout.empty:
             layouts[linear.name] = layout

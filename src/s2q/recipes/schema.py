@@ -6,18 +6,31 @@ Dumping a validated recipe (`Recipe.resolved`) gives every value, defaults inclu
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from s2q.calibration import SELECTIONS
 from s2q.core.errors import nearest_names
-from s2q.core.schemes import MAX_BITS, MIN_BITS, LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
-from s2q.rounding import ROUNDINGS, GPTQOptions
-from s2q.transforms import ROTATIONS, STARTS
+from s2q.core.schemes import (
+    LEVELS,
+    MAX_BITS,
+    MIN_BITS,
+    UNIFORM,
+    Delta,
+    LinearScheme,
+    PerChannel,
+    PerGroup,
+    PerToken,
+    QuantScheme,
+)
+from s2q.rounding import ROUNDINGS, AdaRoundOptions, GPTQOptions
+from s2q.transforms import ROTATIONS, SALIENCES, STARTS
 
 GPTQ = "gptq"
-
+ADAROUND = "adaround"
+SEARCH = "search"
 
 _WIDTH_PER_RANK = 12  # in a small linear the branch stays below two thirds of the bytes of 4-bit codes
 
@@ -32,7 +45,19 @@ def _to_number(value: Any) -> Any:
     return value
 
 
+Side = Annotated[int, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_to_number), Field(allow_inf_nan=False)]
+
+
+def _alpha(value: Any) -> Any:
+    """Read a share of 0 to 1 or the word for a search."""
+    number = _to_number(value)
+    if number == SEARCH or (isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1):
+        return number
+    raise ValueError(f"got {value!r}; expected 0 to 1, or {SEARCH}")
+
+
+Alpha = Annotated[float | Literal["search"], BeforeValidator(_alpha)]
 
 
 def _one_of(kind: str, options: Iterable[str]) -> AfterValidator:
@@ -49,7 +74,12 @@ def _one_of(kind: str, options: Iterable[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 Rounding = Annotated[str, _one_of("rounding", (*ROUNDINGS, GPTQ))]
+Levels = Annotated[str, _one_of("levels", LEVELS)]
 
 
 class _Group(BaseModel):
@@ -60,6 +90,7 @@ class _Grouped(_Group):
     num_bits: int = Field(ge=MIN_BITS, le=MAX_BITS)
     granularity: str
     group_size: int | None = Field(default=None, ge=1)
+    levels: Levels = UNIFORM
 
     @model_validator(mode="after")
     def _group_size_fits_granularity(self) -> Self:
@@ -71,14 +102,19 @@ class _Grouped(_Group):
 
 
 class WeightsGroup(_Grouped):
-    """How weights are quantized: symmetric, static."""
+    """How weights are quantized: symmetric, static.
+
+    Attributes:
+        levels: "uniform", or "lloyd_max", a codebook for values of a normal distribution, as a rotation makes them (see
+            `s2q.core.codebook`); no kernel takes that, it is simulated in floating point.
+    """
 
     granularity: Literal["per_channel", "per_group"] = "per_channel"
 
     def scheme(self) -> QuantScheme:
         """Return the scheme of a weight."""
         granularity = PerChannel() if self.group_size is None else PerGroup(group_size=self.group_size)
-        return QuantScheme(num_bits=self.num_bits, granularity=granularity)
+        return QuantScheme(num_bits=self.num_bits, granularity=granularity, levels=self.levels)
 
 
 class ModulationGroup(WeightsGroup):
@@ -92,20 +128,50 @@ class ModulationGroup(WeightsGroup):
     rounding: Rounding = "rtn"
 
 
+class DeltaGroup(_Group):
+    """How video tokens are quantized as differences from the mean token of their cube.
+
+    Attributes:
+        cube: Tokens of a cube along frames, rows and columns.
+        mean_bits: Bits of the mean tokens.
+    """
+
+    cube: tuple[Side, Side, Side] = (2, 2, 2)
+    mean_bits: int = Field(default=MAX_BITS, ge=MIN_BITS, le=MAX_BITS)
+
+    @field_validator("cube", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, cube: Any) -> Any:
+        return tuple(cube) if isinstance(cube, list) else cube
+
+
 class ActivationsGroup(_Grouped):
     """How the inputs of linears are quantized: symmetric, dynamic, each token by itself.
 
     Attributes:
         granularity: "per_token", one scale each, on integer kernels; "per_group", one for each `group_size` channels of
             a token, which no kernel takes: it is simulated in floating point.
+        levels: As of weights.
+        delta: Whether, and how, a video token is taken apart into the mean of its cube and the difference from it; no
+            kernel takes that either. None quantizes tokens whole.
     """
 
     granularity: Literal["per_token", "per_group"] = "per_token"
+    delta: DeltaGroup | None = None
 
-    def scheme(self) -> QuantScheme:
-        """Return the scheme of an activation."""
+    def scheme(self, *, of_text: bool = False) -> QuantScheme:
+        """Return the scheme of an activation.
+
+        Args:
+            of_text: Whether it is that of text tokens alone, which lie in no cubes.
+        """
         granularity = PerToken() if self.group_size is None else PerGroup(group_size=self.group_size)
-        return QuantScheme(num_bits=self.num_bits, granularity=granularity, dynamic=True)
+        delta = None
+        if self.delta is not None and not of_text:
+            delta = Delta(cube=self.delta.cube, mean_bits=self.delta.mean_bits)
+        return QuantScheme(
+            num_bits=self.num_bits, granularity=granularity, dynamic=True, levels=self.levels, delta=delta
+        )
 
 
 class CalibrationGroup(_Group):
@@ -143,21 +209,45 @@ class TransformsGroup(_Group):
         shift: "mean" subtracts the mean of each channel over the calibration samples; the linears' biases make up for
             it, so that inputs of linears without a bias are not shifted.
         scale: "smooth" for SmoothQuant's scale.
-        alpha: How much of the outliers goes from the input to the weight.
+        alpha: How much of the outliers goes from the input to the weight; "search" takes for each input of linears the
+            one of a grid whose quantized outputs are nearest to the exact ones (`s2q.quantization.students`).
+        salience: What the scale takes for the size of an input's channels; one of `SALIENCES`: the largest magnitude
+            over all timesteps, or PTQ4DiT's weighted mean over timesteps.
         learn_scale: Whether distillation learns the scale.
         rotation: One of `ROTATIONS`; "kronecker" is learned where there is distillation.
         start: Where a Kronecker rotation starts; one of `STARTS`.
-        low_rank: How many directions of the input, the largest after shift and scale, go to the output in floating
-            point; 0 for none. At most a 12th of the smaller side of a linear (see `rank`).
+        low_rank: How many directions go to the output in floating point; 0 for none. At most a 12th of the smaller side
+            of a linear (see `rank`).
+        low_rank_from: Which they are, and what is quantized without them: "input" for the largest of the input after
+            shift and scale, "weight" for the top singular vectors of the weights that read it, scaled; "both" takes
+            those of the input out of the weights too.
+        estimator: Whether distillation learns a correction of rank one of the output, with a scale for each frame
+            (`s2q.nn.Estimator`).
     """
 
     shift: Literal["none", "mean"] = "none"
     scale: Literal["none", "smooth"] = "none"
-    alpha: Number = Field(default=0.5, ge=0, le=1)
+    alpha: Alpha = 0.5
+    salience: Annotated[str, _one_of("salience", SALIENCES)] = "max"
     learn_scale: bool = True
     rotation: Annotated[str, _one_of("rotation", ROTATIONS)] = "identity"
     start: Annotated[str, _one_of("start", STARTS)] = "hadamard"
     low_rank: int = Field(default=0, ge=0)
+    low_rank_from: Literal["input", "weight", "both"] = "input"
+    estimator: bool = False
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.alpha == SEARCH and self.scale == "none":
+            raise ValueError("alpha=search needs a scale; set transforms.scale=smooth")
+        if self.low_rank_from != "input" and self.low_rank == 0:
+            raise ValueError(f"low_rank_from={self.low_rank_from} needs a branch; set transforms.low_rank=32")
+        return self
+
+    @property
+    def deflates(self) -> bool:
+        """Whether the low-rank branch is taken out of the input; if not, it is out of the weight."""
+        return self.low_rank_from != "weight"
 
     def rank(self, in_features: int, out_features: int) -> int | None:
         """Return the rank of a linear's low-rank branch, or None if it has none.
@@ -192,11 +282,19 @@ class ClipGroup(_Group):
 
 
 class LossGroup(_Group):
-    """How distillation weights tokens (eq. 10 and 11)."""
+    """How distillation weights tokens (eq. 10 and 11), and what else it keeps.
+
+    Attributes:
+        weighting: "attention" weights a token by how much attention it gets.
+        lambda_min: Weight of the token that gets the least.
+        lambda_max: Weight of the one that gets the most.
+        temporal: Weight of the loss on the similarities of frames (`s2q.distillation.temporal_loss`); 0 for none.
+    """
 
     weighting: Literal["uniform", "attention"] = "uniform"
     lambda_min: Number = Field(default=0.5, ge=0)
     lambda_max: Number = Field(default=1.0, gt=0)
+    temporal: Number = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> LossGroup:
@@ -211,22 +309,94 @@ class DistillationGroup(_Group):
     epochs: int = Field(default=15, ge=1)
     lr: Number = Field(default=5e-3, gt=0)
     clip_lr: Number = Field(default=5e-2, gt=0)
+    rounding_lr: Number = Field(default=3e-2, gt=0)
     weight_decay: Number = Field(default=0.0, ge=0)
 
 
-class RoundingGroup(_Group):
-    """How weights are rounded to codes; all but the method are settings of GPTQ (`s2q.rounding.GPTQOptions`)."""
+class RefinementGroup(_Group):
+    """How scales, biases, low-rank weights and clips are learned once more, after rounding; codes stand still.
 
-    method: Rounding = "rtn"
+    Attributes:
+        epochs: Passes over the samples.
+        lr: Learning rate of what is learned, in units of what it changes.
+        clip_lr: Learning rate of clips.
+    """
+
+    epochs: int = Field(default=5, ge=1)
+    lr: Number = Field(default=1e-3, gt=0)
+    clip_lr: Number = Field(default=1e-2, gt=0)
+
+
+class RoundingGroup(_Group):
+    """How weights are rounded to codes.
+
+    Attributes:
+        method: "rtn", "gptq", or "adaround", which distillation learns.
+        dampening_frac: Of GPTQ, as the four after it; see `s2q.rounding.GPTQOptions`.
+        block_size: See there.
+        act_order: See there.
+        max_retries: See there.
+        allow_fallback: See there.
+        penalty: Of AdaRound, as the three after it; see `s2q.rounding.AdaRoundOptions`.
+        warmup: See there.
+        beta_start: See there.
+        beta_end: See there.
+    """
+
+    method: Annotated[str, _one_of("rounding", (*ROUNDINGS, GPTQ, ADAROUND))] = "rtn"
     dampening_frac: Number = Field(default=0.01, ge=0)
     block_size: int = Field(default=128, ge=1)
     act_order: bool = True
     max_retries: int = Field(default=4, ge=0)
     allow_fallback: bool = False
+    penalty: Number = Field(default=1000.0, ge=0)
+    warmup: Number = Field(default=0.2, ge=0, lt=1)
+    beta_start: Number = Field(default=20.0, gt=1)
+    beta_end: Number = Field(default=2.0, gt=1)
 
-    def options(self) -> GPTQOptions:
+    @model_validator(mode="after")
+    def _beta_falls(self) -> Self:
+        if self.beta_end > self.beta_start:
+            raise ValueError(f"rounding: beta_end={self.beta_end} is above beta_start={self.beta_start}; lower it")
+        return self
+
+    def gptq(self) -> GPTQOptions:
         """Return the settings of GPTQ."""
-        return GPTQOptions(**self.model_dump(exclude={"method"}))
+        return GPTQOptions(**self.model_dump(include={one.name for one in fields(GPTQOptions)}))
+
+    def adaround(self) -> AdaRoundOptions:
+        """Return the settings of AdaRound."""
+        return AdaRoundOptions(**self.model_dump(include={one.name for one in fields(AdaRoundOptions)}))
+
+
+class AllocationGroup(_Group):
+    """What block linears are given one by one, by how much each of them needs it, in place of one value for all.
+
+    Attributes:
+        what: "group_size" of weights, and of activations where those are grouped; or "weight_bits".
+        candidates: The values; of group sizes, those that divide its in features are candidates of a linear.
+        budget: Bits that a weight of these linears takes at most, on the average, as stored: scales count, and codes of
+            5 to 8 bits take a byte.
+        samples: Calibration samples on which it is measured what a candidate does to a block.
+    """
+
+    what: Literal["group_size", "weight_bits"]
+    candidates: Annotated[tuple[int, ...], BeforeValidator(_to_tuple)]
+    budget: Number = Field(gt=0)
+    samples: int = Field(default=8, ge=1)
+
+    @field_validator("candidates")
+    @classmethod
+    def _different_and_in_range(cls, candidates: tuple[int, ...]) -> tuple[int, ...]:
+        if len(candidates) < 2 or len(set(candidates)) < len(candidates) or min(candidates) < 1:
+            raise ValueError(f"got {list(candidates)}; expected at least two different whole numbers above 0")
+        return candidates
+
+    @model_validator(mode="after")
+    def _bits_in_range(self) -> AllocationGroup:
+        if self.what == "weight_bits" and not all(MIN_BITS <= bits <= MAX_BITS for bits in self.candidates):
+            raise ValueError(f"candidates={list(self.candidates)}; expected bits, each {MIN_BITS} to {MAX_BITS}")
+        return self
 
 
 class Recipe(_Group):
@@ -246,6 +416,9 @@ class Recipe(_Group):
         loss: How distillation weights tokens.
         distillation: How blocks are optimised; None does not optimise.
         rounding: How weights become codes.
+        refinement: How what scales and corrects the codes is learned; None leaves it as rounding found it.
+        allocation: Group sizes or bits given to the block linears one by one, in place of what `weights` says (and
+            `activations`, of group sizes); None gives all of them the same.
         skip: Shell-style patterns of full names of linears to leave untouched, "transformer_blocks.0.*".
     """
 
@@ -261,50 +434,107 @@ class Recipe(_Group):
     loss: LossGroup = LossGroup()
     distillation: DistillationGroup | None = None
     rounding: RoundingGroup = RoundingGroup()
-    skip: tuple[str, ...] = ()
-
-    @field_validator("skip", mode="before")
-    @classmethod
-    def _list_to_tuple(cls, skip: Any) -> Any:
-        return tuple(skip) if isinstance(skip, list) else skip
+    refinement: RefinementGroup | None = None
+    allocation: AllocationGroup | None = None
+    skip: Annotated[tuple[str, ...], BeforeValidator(_to_tuple)] = ()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
-        learned = self.clip.weights or self.clip.activations
+        learned = self.clip.weights or self.clip.activations or self.transforms.estimator
         if learned and self.distillation is None:
-            raise ValueError("learned clip ratios need distillation; set distillation.epochs=15, or clip.constant")
+            raise ValueError(
+                "learned clip ratios and estimators need distillation; set distillation.epochs=15, or clip.constant"
+            )
         if self.loss.weighting != "uniform" and self.distillation is None:
             raise ValueError(
                 f"loss.weighting={self.loss.weighting} needs distillation; set distillation.epochs=15, or "
                 "loss.weighting=uniform"
             )
+        if self.loss.temporal > 0 and self.distillation is None:
+            raise ValueError("loss.temporal needs distillation; set distillation.epochs=15, or loss.temporal=0")
         if self.activations is None and (self.clip.activations or self.clip.constant is not None):
             raise ValueError("clip ratios of activations need quantized activations; set activations.num_bits")
-        scale = self.transforms.scale != "none" and self.transforms.learn_scale
-        if self.distillation is not None and not (learned or scale or self.transforms.rotation == "kronecker"):
+        settings = self.transforms
+        if settings.salience != "max" and settings.scale == "none":
+            raise ValueError(f"transforms.salience={settings.salience} needs transforms.scale=smooth")
+        transforms = settings.rotation == "kronecker" or (settings.scale != "none" and settings.learn_scale)
+        self._learned_rounding_fits(transforms=transforms)
+        rounding = self.rounding.method == ADAROUND
+        if self.distillation is not None and not (learned or transforms or rounding):
             raise ValueError(
-                "distillation has nothing to learn; set transforms.rotation=kronecker, transforms.scale=smooth or "
-                "clip.weights=true"
+                "distillation has nothing to learn; set transforms.rotation=kronecker, transforms.scale=smooth, "
+                "clip.weights=true or rounding.method=adaround"
             )
+        if self.refinement is not None and self.transforms.estimator:
+            raise ValueError("refinement does not know estimators; set refinement=null, or transforms.estimator=false")
         return self
+
+    @model_validator(mode="after")
+    def _allocation_fits(self) -> Recipe:
+        if self.allocation is None:
+            return self
+        key = "num_bits" if self.allocation.what == "weight_bits" else "group_size"
+        sides = {"weights": self.weights}
+        if key == "group_size" and self.activations is not None and self.activations.group_size is not None:
+            sides["activations"] = self.activations
+        for name, side in sides.items():
+            given = getattr(side, key)
+            if given not in self.allocation.candidates:
+                raise ValueError(
+                    f"{name}.{key}={given} is none of allocation.candidates={list(self.allocation.candidates)}, which "
+                    f"take its place; set it to one of them{'' if given else ', with granularity=per_group'}"
+                )
+        return self
+
+    def _learned_rounding_fits(self, *, transforms: bool) -> None:
+        if self.rounding.method != ADAROUND:
+            return
+        if self.distillation is None:
+            raise ValueError("rounding.method=adaround needs distillation; set distillation.epochs=15")
+        if self.weights.levels != UNIFORM:
+            raise ValueError("rounding.method=adaround rounds to uniform levels; set weights.levels=uniform")
+        if self.clip.weights or transforms:
+            raise ValueError(
+                "rounding.method=adaround learns how given weights are rounded, so that nothing may change them "
+                "meanwhile; set clip.weights=false, transforms.learn_scale=false and transforms.rotation=hadamard or "
+                "identity"
+            )
 
     @property
     def calibrates(self) -> bool:
-        """Whether the recipe does more than round each weight by itself; it runs on samples then."""
+        """Whether a part of the recipe needs samples: not a fixed rotation, a constant clip or rounding to nearest."""
         settings = self.transforms
-        before = settings.shift != "none" or settings.scale != "none" or settings.low_rank > 0
-        transforms = before or settings.rotation != "identity"
-        learns = self.distillation is not None or self.clip.constant is not None
+        measures = settings.shift != "none" or settings.scale != "none" or settings.low_rank > 0
         uses_gptq = GPTQ in (self.rounding.method, None if self.modulation is None else self.modulation.rounding)
-        return transforms or learns or uses_gptq
+        return measures or self.learns or uses_gptq or self.allocation is not None
+
+    @property
+    def learns(self) -> bool:
+        """Whether something is learned from the samples, which takes passes with gradients."""
+        return self.distillation is not None or self.refinement is not None
+
+    @property
+    def epochs(self) -> int:
+        """How often all samples are learned from."""
+        return sum(group.epochs for group in (self.distillation, self.refinement) if group is not None)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether the run has to know where the video tokens lie."""
+        delta = self.activations is not None and self.activations.delta is not None
+        return delta or self.transforms.estimator or self.loss.temporal > 0
 
     def resolved(self) -> dict[str, Any]:
         """Return every value as plain data for JSON; validating it gives an equal recipe."""
         return self.model_dump(mode="json")
 
-    def linear_scheme(self) -> LinearScheme:
-        """Return the scheme of the ordinary block linears."""
-        activation = None if self.activations is None else self.activations.scheme()
+    def linear_scheme(self, *, of_text: bool = False) -> LinearScheme:
+        """Return the scheme of the ordinary block linears.
+
+        Args:
+            of_text: Whether it is that of the ones that see text tokens alone.
+        """
+        activation = None if self.activations is None else self.activations.scheme(of_text=of_text)
         return LinearScheme(weight=self.weights.scheme(), activation=activation)
 
     def modulation_scheme(self) -> LinearScheme | None:

@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 48
 _ROW = 40
+_LINE = 26
 
 
 def velocity_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
@@ -85,6 +86,69 @@ def adherence_chart(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, An
         ):
             parts += _whisker(entry, x, middle + offset, kind, f"{label}, {who}")
     return _svg("Prompt adherence of full precision and of the quantized model", height, parts)
+
+
+def error_chart(groups: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]]]]) -> Markup:
+    """Draw the velocity error of several models, width by width, logarithmic, with intervals.
+
+    Args:
+        groups: The heading of each width, with label and entry of `eval.json`'s `metrics` (`mean`, `low`, `high`) of
+            each of its models.
+
+    Returns:
+        An `<svg>` element; empty without a positive value.
+    """
+    entries = [entry for _, rows in groups for _, entry in rows]
+    ends = [entry[end] for entry in entries for end in ("mean", "low", "high")]
+    positive = [value for value in ends if value and value > 0]
+    if not positive:
+        return Markup("")
+    low, high = math.log10(min(positive)), math.log10(max(positive))
+    low, high = low - 0.04 * (high - low) - 0.05, high + 0.04 * (high - low) + 0.05
+    left = min(280, 30 + 9.2 * max(len(label) for _, rows in groups for label, _ in rows))
+    height = _TOP + sum(_LINE * (len(rows) + 1) for _, rows in groups) + 50
+
+    def x(value: float) -> float:
+        return left + (_WIDTH - left - _RIGHT - 60) * (math.log10(max(value, 10.0**low)) - low) / (high - low)
+
+    parts = []
+    for tick in _log_ticks(low, high):
+        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP}" y2="{height - 44:g}"/>')
+        parts.append(_text(x(tick), height - 26, f"{tick:g}", "middle"))
+    parts.append(_text((left + _WIDTH - _RIGHT) / 2, height - 6, "relative velocity error; lower is better", "middle"))
+    y = float(_TOP)
+    for heading, rows in groups:
+        parts.append(f'<text class="heading" x="0" y="{y + 17:.1f}">{escape(heading)}</text>')
+        for label, entry in rows:
+            y += _LINE
+            parts += _error_row(label, entry, x, y + _LINE / 2 - 1, left)
+        y += _LINE
+    return _svg("Relative velocity error of each model, with 95 % intervals", height, parts)
+
+
+def _error_row(label: str, entry: Mapping[str, Any], x: Any, y: float, left: float) -> list[str]:
+    parts = [_text(left - 12, y + 5, label, "end")]
+    tip, end = f"{label}: {entry['mean']:.3g}", entry["mean"]
+    if entry["low"] is not None:
+        tip += f" ({entry['low']:.3g} to {entry['high']:.3g})"
+        end = entry["high"]
+        parts.append(
+            f'<line class="whisker student" x1="{x(entry["low"]):.1f}" x2="{x(end):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+    mark = f'<circle class="mark student" cx="{x(entry["mean"]):.1f}" cy="{y:.1f}" r="5">'
+    value = f'<text class="value" x="{x(end) + 10:.1f}" y="{y + 5:.1f}">{entry["mean"]:.2g}</text>'
+    return [*parts, f"{mark}<title>{escape(tip)}</title></circle>", value]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two powers of ten: decades, with more between them where there are few."""
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        decades = range(math.floor(low), math.ceil(high) + 1)
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        inside = [tick for tick in ticks if low <= math.log10(tick) <= high]
+        if len(inside) >= 3:
+            break
+    return inside
 
 
 def _whisker(entry: Mapping[str, Any], x: Any, y: float, kind: str, label: str) -> list[str]:

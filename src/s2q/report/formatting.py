@@ -20,13 +20,15 @@ def format_value(name: str, value: float | None) -> str:
     """Return a metric's value with as many digits as it deserves.
 
     Args:
-        name: The metric's name; `_db` gives decibels, adherence gives per cent.
+        name: The metric's name; `_db` gives decibels, `_rms` levels of 0 to 255, adherence gives per cent.
         value: Its value, or None where it does not apply.
     """
     if value is None:
         return "–"
     if name.endswith("_db"):
         return f"{value:.1f} dB"
+    if name.endswith("_rms"):
+        return f"{value:.2f} levels"
     if any(word in name for word in _PERCENT):
         return f"{value * 100:+.1f} %" if name.endswith("_change") else f"{value * 100:.1f} %"
     if value == 0 or abs(value) >= 0.01:
@@ -39,7 +41,7 @@ def format_interval(name: str, low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return "–"
     first, second = format_value(name, low), format_value(name, high)
-    for unit in (" dB", " %"):
+    for unit in (" dB", " %", " levels"):
         if first.endswith(unit):
             first = first.removesuffix(unit)
     return f"{first} to {second}"
@@ -75,6 +77,14 @@ def title_of(name: str) -> str:
         "psnr_frame_mean_db": "PSNR, mean of frames",
         "psnr_pooled_db": "PSNR, pooled",
         "ssim": "SSIM",
+        "flicker_rms": "Flicker, RMS",
+        "lpips": "LPIPS",
+        "clip_score": "CLIP score",
+        "clipsim": "CLIPSIM (EvalCrafter)",
+        "clip_temp": "CLIP-Temp (EvalCrafter)",
+        "flow_score": "Flow score (EvalCrafter)",
+        "vqa_a": "VQA-Aesthetic",
+        "vqa_t": "VQA-Technical",
         "velocity_relative_error": "Velocity error, relative",
         "adherence_all_change": "Adherence, change",
     }

@@ -91,24 +91,15 @@ def render_page(content: PageContent) -> str:
     Raises:
         InvalidInputError: There is no video to show.
     """
-    import jinja2
-
     if not content.pairs:
         raise InvalidInputError("report page: got no videos; expected at least one pair")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("s2q.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"bytes": formatting.format_bytes, "cell": formatting.format_cell}
     evaluation = content.evaluation
     velocity = evaluation.get("velocity")
-    return environment.get_template("page.html.j2").render(
+    template = environment().get_template("page.html.j2")
+    return template.render(
         content=content,
-        style=_asset("page.css"),
-        script=_asset("page.js"),
+        style=asset("page.css"),
+        script=asset("page.js"),
         cards=_cards(content),
         players=[_player(pair) for pair in content.pairs],
         fps=FRAMES_PER_SECOND,
@@ -123,17 +114,39 @@ def render_page(content: PageContent) -> str:
     )
 
 
-def _asset(name: str) -> Markup:
+def environment() -> Any:
+    """Return the jinja environment of the page templates."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("s2q.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": formatting.format_bytes, "cell": formatting.format_cell}
+    return environment
+
+
+def asset(name: str) -> Markup:
+    """Return a style sheet or script of the templates folder, to be inlined."""
     return Markup((resources.files("s2q.report") / "templates" / name).read_text(encoding="utf-8"))
 
 
-def _data_url(kind: str, data: bytes) -> str:
+def data_url(kind: str, data: bytes) -> str:
+    """Return a file's bytes as a URL that holds them.
+
+    Args:
+        kind: Media type, "video/mp4".
+        data: The bytes.
+    """
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _player(pair: PlayerPair) -> dict[str, Any]:
     def source(frames: np.ndarray) -> str:
-        return _data_url("video/mp4", encode_mp4(enlarged(frames)))
+        return data_url("video/mp4", encode_mp4(enlarged(frames)))
 
     values = pair.metrics
     shown = [
@@ -172,7 +185,7 @@ def _sheet(pairs: Sequence[PlayerPair]) -> str:
         for pair in pairs
         for row in ((f"full precision: {pair.prompt}", pair.reference), ("quantized", pair.student))
     ]
-    return _data_url("image/png", contact_sheet(rows))
+    return data_url("image/png", contact_sheet(rows))
 
 
 def _cards(content: PageContent) -> list[dict[str, str]]:

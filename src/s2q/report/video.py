@@ -22,9 +22,12 @@ from s2q.core.files import atomic_write_bytes
 
 DISPLAY_PIXELS = 256
 FRAMES_PER_SECOND = 8
+BT709, BT601 = "bt709", "smpte170m"
+"""Colour matrices by ffmpeg's names: browsers take what the file says, OpenCV takes every file for the second."""
 _QUALITY_CRF = 12
 _SHEET_CELL = 96
 _GAP = 4
+_BLOCK = 16  # of H.264
 _LABEL_SIZE = 14
 
 
@@ -41,6 +44,47 @@ def enlarged(frames: np.ndarray, *, target: int = DISPLAY_PIXELS) -> np.ndarray:
     _check(frames)
     factor = max(1, target // max(frames.shape[1:3]))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def reduced(frames: np.ndarray, *, longest: int) -> np.ndarray:
+    """Shrink a video until its longer side is at most `longest`, averaging pixels; smaller videos stay as they are.
+
+    Args:
+        frames: `[F, H, W, 3]`, uint8.
+        longest: Length of the longer side in pixels.
+
+    Returns:
+        `[F, h, w, 3]`, uint8.
+    """
+    _check(frames)
+    height, width = frames.shape[1:3]
+    scale = longest / max(height, width)
+    if scale >= 1:
+        return frames
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX)) for frame in frames])
+
+
+def tiled(videos: Sequence[np.ndarray], *, columns: int) -> np.ndarray:
+    """Put videos side by side, row by row, each on whole blocks of 16 pixels so that an encoder keeps them apart.
+
+    Args:
+        videos: At least one, all `[F, H, W, 3]`, uint8, of one shape.
+        columns: Videos in a row.
+
+    Returns:
+        `[F, rows · ⌈H⌉₁₆, columns · ⌈W⌉₁₆, 3]`, uint8; video i begins at row `i // columns`, column `i % columns`.
+    """
+    for video in videos:
+        _check(video)
+    frames, height, width, channels = videos[0].shape
+    tall, wide = height + -height % _BLOCK, width + -width % _BLOCK
+    canvas = np.zeros((frames, -(-len(videos) // columns) * tall, columns * wide, channels), np.uint8)
+    for index, video in enumerate(videos):
+        top, left = index // columns * tall, index % columns * wide
+        padded = np.pad(video, ((0, 0), (0, tall - height), (0, wide - width), (0, 0)), mode="edge")
+        canvas[:, top : top + tall, left : left + wide] = padded
+    return canvas
 
 
 def difference(frames: np.ndarray, reference: np.ndarray, *, gain: int = 4) -> np.ndarray:
@@ -60,12 +104,13 @@ def difference(frames: np.ndarray, reference: np.ndarray, *, gain: int = 4) -> n
     return np.clip(apart, 0, 255).astype(np.uint8)
 
 
-def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND) -> bytes:
+def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND, matrix: str = BT709) -> bytes:
     """Encode a video as H.264 (yuv420p, constant rate factor 12) in an mp4 container.
 
     Args:
         frames: `[F, H, W, 3]`, uint8; an odd height or width is padded by repeating the last line.
         fps: Frames per second.
+        matrix: Colour matrix, `BT709` to be looked at or `BT601` to be read by OpenCV.
 
     Returns:
         The file's bytes, the same for the same input and encoder.
@@ -94,9 +139,9 @@ def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND) -> bytes:
                 *("-crf", str(_QUALITY_CRF), "-preset", "medium", "-threads", "1", "-g", "1"),
                 *(
                     "-vf",
-                    "scale=out_color_matrix=bt709:out_range=tv",
+                    f"scale=out_color_matrix={matrix}:out_range=tv",
                     "-colorspace",
-                    "bt709",
+                    matrix,
                     "-color_primaries",
                     "bt709",
                 ),

@@ -22,8 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from s2q.core.codebook import levels_of
 from s2q.core.errors import InvalidInputError, S2QError
-from s2q.core.qparams import ClipRatio, RoundedWeight, dequantize_weight, quantize, quantize_weight, weight_scale
+from s2q.core.qparams import (
+    ClipRatio,
+    RoundedWeight,
+    dequantize,
+    dequantize_weight,
+    quantize,
+    quantize_weight,
+    weight_scale,
+)
 from s2q.core.schemes import QuantScheme
 from s2q.rounding.hessian import hessian_error
 
@@ -102,7 +111,7 @@ def round_gptq(
         weight: [O, I], any floating dtype; computed in fp32, the factorization in fp64.
         scheme: PerChannel or PerGroup.
         hessian: [I, I] of the layer's input, transformed and quantized; see `HessianAccumulator`.
-        clip_ratio: Factor in (0, 1] on the largest magnitude: a float, or a tensor that broadcasts to the scale.
+        clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to it.
         scale: fp32 [O] or [O, G] to use as it is; None computes it from weight and clip ratio.
         options: Settings; None is the defaults.
 
@@ -121,8 +130,9 @@ def round_gptq(
         scale = weight_scale(weight, scheme, clip_ratio=clip_ratio)
     elif clip_ratio is not None:
         raise InvalidInputError("gptq: got a scale and a clip ratio; expected one of them, the scale is used as it is")
-    nearest = quantize_weight(weight, scale, num_bits=scheme.num_bits)
-    rtn_rows = hessian_error(dequantize_weight(nearest, scale) - weight, hessian)
+    levels = levels_of(scheme, weight.shape[1], device=weight.device)
+    nearest = quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
+    rtn_rows = hessian_error(dequantize_weight(nearest, scale, levels=levels) - weight, hessian)
     dead = int((hessian.diagonal() == 0).sum())
     order = _column_order(hessian, act_order=options.act_order)
     factor, dampening_frac, retries = _factorize(hessian[order][:, order], options)
@@ -130,8 +140,8 @@ def round_gptq(
         return _fall_back(RoundedWeight(codes=nearest, scale=scale), rtn_rows, dead, options)
     columns = _columns_scale(scale, weight.shape[1])[:, order]
     codes = torch.empty_like(nearest)
-    codes[:, order] = _round_columns(weight[:, order], columns, factor, num_bits=scheme.num_bits, options=options)
-    rows = hessian_error(dequantize_weight(codes, scale) - weight, hessian)
+    codes[:, order] = _round_columns(weight[:, order], columns, factor, scheme=scheme, block_size=options.block_size)
+    rows = hessian_error(dequantize_weight(codes, scale, levels=levels) - weight, hessian)
     worse = rows > rtn_rows
     codes[worse] = nearest[worse]
     report = GPTQReport(
@@ -193,19 +203,20 @@ def _factorize(hessian: Tensor, options: GPTQOptions) -> tuple[Tensor | None, fl
     return None, None, options.max_retries + 1
 
 
-def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, *, num_bits: int, options: GPTQOptions) -> Tensor:
+def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, *, scheme: QuantScheme, block_size: int) -> Tensor:
     """Carry out GPTQ on columns in their order; weight and scale [O, I] (scale may be [O, 1]), factor U [I, I]."""
     weight = weight.clone()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     in_features = weight.shape[1]
-    for start in range(0, in_features, options.block_size):
-        stop = min(start + options.block_size, in_features)
+    levels = levels_of(scheme, in_features, device=weight.device)
+    for start in range(0, in_features, block_size):
+        stop = min(start + block_size, in_features)
         errors_OK = torch.zeros_like(weight[:, start:stop])
         for column in range(start, stop):
             value = weight[:, column]
             own_scale = scale[:, column]
-            codes[:, column] = quantize(value, own_scale, num_bits=num_bits)
-            error = (value - codes[:, column] * own_scale) / factor[column, column]
+            codes[:, column] = quantize(value, own_scale, num_bits=scheme.num_bits, levels=levels)
+            error = (value - dequantize(codes[:, column], own_scale, levels=levels)) / factor[column, column]
             weight[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)
             errors_OK[:, column - start] = error
         weight[:, stop:].addmm_(errors_OK, factor[start:stop, stop:], alpha=-1)

@@ -1,8 +1,9 @@
-"""Rounding to nearest (RTN): each weight on its own, half to even (S²Q-VDiT, eq. 1)."""
+"""Rounding to nearest (RTN): each weight on its own, half to even (S²Q-VDiT, eq. 1), or to the nearest level."""
 
 import torch
 from torch import Tensor
 
+from s2q.core.codebook import levels_of
 from s2q.core.qparams import ClipRatio, RoundedWeight, quantize_weight, weight_scale
 from s2q.core.schemes import QuantScheme
 
@@ -14,7 +15,7 @@ def round_rtn(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = No
     Args:
         weight: [O, I], any floating dtype; computed in fp32.
         scheme: PerChannel or PerGroup.
-        clip_ratio: Factor in (0, 1] on the largest magnitude: a float, or a tensor that broadcasts to the scale.
+        clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to it.
 
     Returns:
         codes int8 [O, I] and scale fp32 [O] or [O, G], on the weight's device.
@@ -23,4 +24,6 @@ def round_rtn(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = No
         InvalidInputError: If I is not a multiple of the group size.
     """
     scale = weight_scale(weight, scheme, clip_ratio=clip_ratio)
-    return RoundedWeight(codes=quantize_weight(weight, scale, num_bits=scheme.num_bits), scale=scale)
+    levels = levels_of(scheme, weight.shape[1], device=weight.device)
+    codes = quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
+    return RoundedWeight(codes=codes, scale=scale)

@@ -4,7 +4,8 @@
 
 Every transform has the form T = diag(v) · (A ⊗ B), so that one pair of operations (a product by a vector, a product by
 two small matrices) runs all of them and three tensors store any of them (`Factors`). Linears that read the same input
-share one transform object. Between the two halves a low-rank branch may take a few directions out (`low_rank`).
+share one transform object. Between the two halves a low-rank branch may take a few directions out (`low_rank`), of the
+input or of the weight.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from s2q.transforms.base import Factors, FixedTransform, Transform, identity
 from s2q.transforms.compose import Compose
 from s2q.transforms.hadamard import best_factors, hadamard, hadamard_matrix, orthogonal_matrix
 from s2q.transforms.kronecker import STARTS, KroneckerTransform
-from s2q.transforms.low_rank import principal_directions
+from s2q.transforms.low_rank import principal_directions, weight_directions
+from s2q.transforms.salience import SALIENCES, spearman_weights
 from s2q.transforms.smooth_scale import SmoothScale, smooth_scale
 
 ROTATIONS: dict[str, Callable[..., Transform]] = {
@@ -25,6 +27,7 @@ ROTATIONS: dict[str, Callable[..., Transform]] = {
 
 __all__ = [
     "ROTATIONS",
+    "SALIENCES",
     "STARTS",
     "Compose",
     "Factors",
@@ -39,4 +42,6 @@ __all__ = [
     "orthogonal_matrix",
     "principal_directions",
     "smooth_scale",
+    "spearman_weights",
+    "weight_directions",
 ]

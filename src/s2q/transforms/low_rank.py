@@ -1,16 +1,21 @@
-"""The directions of an input that a low-rank branch takes out, to be multiplied in floating point.
+"""The directions that a low-rank branch takes out of an input, or of a weight, to be multiplied in floating point.
 
-    u = x diag(v),    y = u Wᵀ = (u - u V Vᵀ) Wᵀ + (u V) (W V)ᵀ
+    u = x diag(v),    y = u Wᵀ = (u - u V Vᵀ) Wᵀ + (u V) (W V)ᵀ        from the input
+                            y = u (W - L Vᵀ)ᵀ + (u V) Lᵀ                 from the weight, L = W V
 
-holds for every V [I, r]. With V the directions of largest second moment, what is left to quantize is as small as rank r
-allows, and a quantizer's error goes with the size of what it quantizes. SVDQuant (Li et al., 2024) takes the branch
-from the weight; this takes it from the input, as ResQ (Saxena et al., 2024) does its high-precision subspace.
+hold for every V [I, r]. A quantizer's error goes with the size of what it quantizes. With V the directions of largest
+second moment, what is left of the input is as small as rank r allows (ResQ, Saxena et al., 2024, keeps such a subspace
+in high precision); with V the top right singular vectors of W, what is left of the weight is (SVDQuant, Li et al.,
+2024). With orthonormal V both may be left out at once, (u - u V Vᵀ) (W - W V Vᵀ)ᵀ = (u - u V Vᵀ) Wᵀ: the error of
+each side then meets the smaller other side.
 
 Example: rows [3, 1] and [3, -1] have the second moments [[9, 0], [0, 1]]; the first direction is [1, 0], and [0, 1] and
 [0, -1] are left.
 
 Shapes: `I/O` in/out features, `r` rank.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,3 +47,20 @@ def principal_directions(second_moment: Tensor, rank: int) -> Tensor:
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
     signed: Tensor = directions * largest.sign()
     return signed
+
+
+def weight_directions(weights: Sequence[Tensor], rank: int) -> Tensor:
+    """Return the top right singular vectors of weights that read the same input, stacked.
+
+    Args:
+        weights: [O, I] each, floating; the number of out features may differ.
+        rank: r, 1 to I.
+
+    Returns:
+        fp64 [I, r], orthonormal columns, in falling order; the largest entry of each is positive.
+
+    Raises:
+        InvalidInputError: As `principal_directions` does.
+    """
+    stacked = torch.cat([weight.double() for weight in weights])
+    return principal_directions(stacked.t() @ stacked, rank)

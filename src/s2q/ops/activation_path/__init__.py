@@ -30,6 +30,7 @@ def activation_path(
     left: Tensor | None = None,
     right: Tensor | None = None,
     low_rank_basis: Tensor | None = None,
+    deflates: bool = True,
     clip_ratio: ClipRatio = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -43,6 +44,7 @@ def activation_path(
         left: fp32 [n1, n1] or None.
         right: fp32 [n2, n2] or None.
         low_rank_basis: [I, r] or None.
+        deflates: Whether what goes through the branch is taken out of what is quantized.
         clip_ratio: A float, a tensor that broadcasts to [M, 1], or None.
         backend: "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU.
 
@@ -53,9 +55,11 @@ def activation_path(
         InvalidInputError: If there is no such backend, or it cannot run here.
     """
     if not torch.compiler.is_compiling():
-        return _run(x, num_bits, shift, scale, left, right, low_rank_basis, clip_ratio, backend)
+        return _run(x, num_bits, shift, scale, left, right, low_rank_basis, deflates, clip_ratio, backend)
     ratio = torch.tensor(clip_ratio) if isinstance(clip_ratio, float) else clip_ratio
-    codes, token_scale, coefficients = _traced(x, num_bits, shift, scale, left, right, low_rank_basis, ratio, backend)
+    codes, token_scale, coefficients = _traced(
+        x, num_bits, shift, scale, left, right, low_rank_basis, deflates, ratio, backend
+    )
     return codes, token_scale, None if low_rank_basis is None else coefficients
 
 
@@ -67,6 +71,7 @@ def _run(
     left: Tensor | None,
     right: Tensor | None,
     low_rank_basis: Tensor | None,
+    deflates: bool,
     clip_ratio: ClipRatio,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -78,6 +83,7 @@ def _run(
         left=left,
         right=right,
         low_rank_basis=low_rank_basis,
+        deflates=deflates,
         clip_ratio=clip_ratio,
     )
     return codes, token_scale, coefficients
@@ -92,11 +98,14 @@ def _traced(
     left: Tensor | None,
     right: Tensor | None,
     low_rank_basis: Tensor | None,
+    deflates: bool,
     clip_ratio: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for torch.compile, which does not look inside; without a basis the coefficients are [M, 0]."""
-    codes, token_scale, coefficients = _run(x, num_bits, shift, scale, left, right, low_rank_basis, clip_ratio, backend)
+    codes, token_scale, coefficients = _run(
+        x, num_bits, shift, scale, left, right, low_rank_basis, deflates, clip_ratio, backend
+    )
     return codes, token_scale, token_scale.new_empty(len(x), 0) if coefficients is None else coefficients
 
 
@@ -109,6 +118,7 @@ def _shapes(
     left: Tensor | None,
     right: Tensor | None,
     low_rank_basis: Tensor | None,
+    deflates: bool,
     clip_ratio: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:

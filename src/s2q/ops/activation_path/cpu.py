@@ -26,6 +26,7 @@ def activation_path(
     left: Tensor | None = None,
     right: Tensor | None = None,
     low_rank_basis: Tensor | None = None,
+    deflates: bool = True,
     clip_ratio: ClipRatio = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Transform and quantize the input of a linear; see `reference.activation_path`.
@@ -38,6 +39,7 @@ def activation_path(
         left: fp32 [n1, n1] or None.
         right: fp32 [n2, n2] or None.
         low_rank_basis: [I, r] or None.
+        deflates: Whether what goes through the branch is taken out of what is quantized.
         clip_ratio: A float, a tensor that broadcasts to [M, 1], or None.
 
     Returns:
@@ -45,9 +47,9 @@ def activation_path(
     """
     parts = {"shift": shift, "scale": scale, "left": left, "right": right, "low_rank_basis": low_rank_basis}
     if x.dtype == torch.float64:
-        return reference.activation_path(x, num_bits=num_bits, clip_ratio=clip_ratio, **parts)
+        return reference.activation_path(x, num_bits=num_bits, deflates=deflates, clip_ratio=clip_ratio, **parts)
     size = min(len(x), chunk_rows(x))
-    transform = _Transform(x, size, **parts)
+    transform = _Transform(x, size, deflates=deflates, **parts)
     codes, token_scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
     coefficients = None if low_rank_basis is None else torch.empty(len(x), low_rank_basis.shape[1])
     lowest, highest = code_range(num_bits)
@@ -84,9 +86,10 @@ class _Transform:
         left: Tensor | None,
         right: Tensor | None,
         low_rank_basis: Tensor | None,
+        deflates: bool,
     ) -> None:
         features, dtype = x.shape[1], reference.product_dtype(x)
-        self.shift, self.scale = shift, scale
+        self.shift, self.scale, self.deflates = shift, scale, deflates
         factors = (left, right, low_rank_basis)
         self.left, self.right, self.basis = (None if one is None else one.to(dtype) for one in factors)
         n1 = 1 if left is None else left.shape[0]
@@ -102,7 +105,10 @@ class _Transform:
         y, coefficients = first.copy_(x), None
         if self.basis is not None:
             coefficients = y @ self.basis
-            y.addmm_(coefficients, self.basis.t(), alpha=-1)
+            if self.deflates:
+                y.addmm_(coefficients, self.basis.t(), alpha=-1)
+            elif self.left is None and self.right is None:
+                return x, coefficients
         n1, n2 = self.grid
         if self.right is not None:
             y, free = torch.mm(y.view(-1, n2), self.right, out=second.view(-1, n2)), first

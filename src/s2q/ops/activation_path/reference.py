@@ -2,7 +2,8 @@
 
     x₁ = (x - shift) ⊙ v,    c = x₁ · V,    y = (x₁ - c · Vᵀ) · (A ⊗ B),    codes, Δ = quantize_per_token(y)
 
-Each part may be missing. The coefficients c belong to the low-rank branch, which multiplies them in floating point.
+Each part may be missing. The coefficients c belong to the low-rank branch, which multiplies them in floating point;
+where it is taken from the weight, x₁ is not deflated: y = x₁ · (A ⊗ B), as without a branch.
 
 Precision. Everything is fp32, except that the products with V, A and B of a bf16 x take and give bf16, summed in fp32,
 as every other product of such a model does. x₁, V, A, B and what each product gives are rounded to it, which puts an
@@ -28,6 +29,7 @@ def activation_path(
     left: Tensor | None = None,
     right: Tensor | None = None,
     low_rank_basis: Tensor | None = None,
+    deflates: bool = True,
     clip_ratio: ClipRatio = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Transform and quantize the input of a linear.
@@ -40,6 +42,7 @@ def activation_path(
         left: A, [n1, n1], fp32; None is the 1×1 identity if `right` is given.
         right: B, [n2, n2], fp32; None is the identity that makes n1 · n2 = I.
         low_rank_basis: V, [I, r], floating, with orthonormal columns; computed with in fp32.
+        deflates: Whether c · Vᵀ is taken out of what is quantized.
         clip_ratio: Factor in (0, 1] on a token's largest magnitude: a float, or a tensor that broadcasts to [M, 1].
 
     Returns:
@@ -48,7 +51,7 @@ def activation_path(
         coefficients: c, fp32 [M, r]; None without a basis.
     """
     transformed, coefficients = transform_input(
-        x, shift=shift, scale=scale, left=left, right=right, low_rank_basis=low_rank_basis
+        x, shift=shift, scale=scale, left=left, right=right, low_rank_basis=low_rank_basis, deflates=deflates
     )
     codes, token_scale = quantize_per_token(transformed, num_bits=num_bits, clip_ratio=clip_ratio)
     return codes, token_scale, coefficients
@@ -62,6 +65,7 @@ def transform_input(
     left: Tensor | None = None,
     right: Tensor | None = None,
     low_rank_basis: Tensor | None = None,
+    deflates: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Carry out all of the path but the quantization.
 
@@ -72,11 +76,15 @@ def transform_input(
         left: [n1, n1] or None.
         right: [n2, n2] or None.
         low_rank_basis: [I, r] or None.
+        deflates: Whether c · Vᵀ is taken out of y.
 
     Returns:
         y: [..., I]; the dtype of x where nothing is done to it and, if it is bf16, after a product; otherwise fp32.
         coefficients: c, fp32 [..., r]; None without a basis.
     """
+    if low_rank_basis is not None and not deflates:
+        y, _ = transform_input(x, shift=shift, scale=scale, left=left, right=right)
+        return y, low_rank_coefficients(x, shift=shift, scale=scale, basis=low_rank_basis)
     if left is None and right is None and low_rank_basis is None:
         return scaled_kronecker(x if shift is None else x.float() - shift, scale=scale), None
     dtype = product_dtype(x)
@@ -113,3 +121,21 @@ def split_low_rank(
     coefficients = rows @ basis
     rest = torch.addmm(rows, coefficients, basis.t(), alpha=-1)  # rounded once, after the difference
     return rest.reshape(scaled.shape), coefficients.float().reshape(*scaled.shape[:-1], basis.shape[1])
+
+
+def low_rank_coefficients(
+    x: Tensor, *, shift: Tensor | None = None, scale: Tensor | None = None, basis: Tensor
+) -> Tensor:
+    """Shift and scale x and return what a few directions hold of it.
+
+    Args:
+        x: [..., I], floating.
+        shift: [I] or None.
+        scale: [I] or None.
+        basis: V, [I, r].
+
+    Returns:
+        c, fp32 [..., r].
+    """
+    scaled, _ = split_low_rank(x, shift=shift, scale=scale)
+    return (scaled @ basis.to(scaled.dtype)).float()

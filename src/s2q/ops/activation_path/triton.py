@@ -21,7 +21,7 @@ from torch import Tensor
 
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.core.qparams import ClipRatio
-from s2q.ops.activation_path.reference import split_low_rank, transform_input
+from s2q.ops.activation_path.reference import low_rank_coefficients, split_low_rank, transform_input
 from s2q.ops.activation_path.tiles import MAX_GRID, MAX_ORDER, RotationTile, rotation_tile, row_block
 from s2q.ops.dispatch import capability_of
 from s2q.ops.triton_math import INTERPRETING, magnitude_bits, matrix_product, quantization_scale, quantize
@@ -38,6 +38,7 @@ def activation_path(
     left: Tensor | None = None,
     right: Tensor | None = None,
     low_rank_basis: Tensor | None = None,
+    deflates: bool = True,
     clip_ratio: ClipRatio = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -51,6 +52,7 @@ def activation_path(
         left: fp32 [n1, n1] or None.
         right: fp32 [n2, n2] or None.
         low_rank_basis: [I, r] or None. The branch is computed by torch, a few thousand tokens at a time.
+        deflates: Whether what goes through the branch is taken out of what is quantized.
         clip_ratio: A float, a tensor that broadcasts to [M, 1], or None.
         precision: Of the rotation, "tf32x3" or "bf16"; None is "bf16" for bf16 x and "tf32x3" otherwise.
 
@@ -68,19 +70,23 @@ def activation_path(
     token_scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     clip = _clip_of(clip_ratio, x)
     rotation = _Rotation(x, left, right, precision)
-    if low_rank_basis is None:
+    whole = low_rank_basis is None or not deflates
+    if whole:
         _run(x, (shift, scale), rotation, clip, num_bits, (codes, token_scale))
+    if low_rank_basis is None:
         return codes, token_scale, None
-    parts = []
+    parts = [torch.empty(0, low_rank_basis.shape[1], dtype=torch.float32, device=x.device)]
     for start in range(0, rows, _BRANCH_ROWS):
         own = slice(start, start + _BRANCH_ROWS)
+        if whole:
+            parts.append(low_rank_coefficients(x[own], shift=shift, scale=scale, basis=low_rank_basis))
+            continue
         rest, coefficients = split_low_rank(x[own], shift=shift, scale=scale, basis=low_rank_basis)
         assert coefficients is not None
         parts.append(coefficients)
         own_clip = clip if clip is None or len(clip) == 1 else clip[own]
         _run(rest, (None, None), rotation, own_clip, num_bits, (codes[own], token_scale[own]))
-    empty = torch.empty(0, low_rank_basis.shape[1], dtype=torch.float32, device=x.device)
-    return codes, token_scale, torch.cat(parts) if parts else empty
+    return codes, token_scale, torch.cat(parts)
 
 
 class _Rotation:

@@ -17,7 +17,11 @@
       this.output = root.querySelector("output");
       this.wanted = !still;
       this.visible = true;
-      for (const video of this.videos) video.removeAttribute("controls");
+      this.screens = [...root.querySelectorAll("canvas")];
+      for (const video of this.videos) {
+        video.removeAttribute("controls");
+        if (this.screens.length) for (const event of ["seeked", "loadeddata"]) video.addEventListener(event, () => this.draw());
+      }
       this.toggle.addEventListener("click", () => this.want(!this.wanted));
       this.range.addEventListener("input", () => this.seek(Number(this.range.value)));
       for (const button of root.querySelectorAll(".step")) {
@@ -54,6 +58,14 @@
       }
       if (!this.wanted && this.master.readyState) this.rest(this.frame);
     }
+    draw() {
+      const apart = difference.checked;
+      for (const screen of this.screens) {
+        const [x, y] = (apart ? screen.dataset.difference : screen.dataset.corner).split(" ").map(Number);
+        const { width, height } = screen;
+        screen.getContext("2d").drawImage(this.master, x, y, width, height, 0, 0, width, height);
+      }
+    }
     show(frame) {
       this.range.value = String(frame);
       this.output.textContent = `${frame + 1} / ${this.frames}`;
@@ -65,7 +77,7 @@
         if (!video.seeking && Math.abs(video.currentTime - now) > 0.3 / this.fps) video.currentTime = now;
       }
       const frame = this.frame;
-      if (frame !== this.last) { this.last = frame; this.show(frame); }
+      if (frame !== this.last) { this.last = frame; this.show(frame); this.draw(); }
     }
   }
 
@@ -94,7 +106,10 @@
     }
   });
   speed.addEventListener("change", () => players.forEach((player) => player.apply()));
-  difference.addEventListener("change", () => document.body.classList.toggle("no-difference", !difference.checked));
+  difference.addEventListener("change", () => {
+    document.body.classList.toggle("no-difference", !difference.checked);
+    players.forEach((player) => player.draw());
+  });
   theme.addEventListener("click", () => {
     const root = document.documentElement;
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;

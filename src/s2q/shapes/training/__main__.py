@@ -1,7 +1,8 @@
 """``python -m s2q.shapes.training MODEL --work DIR --out DIR``: train an embedded model from nothing.
 
-Stages: autoencoder → decoder alone → latents of the training scenes → transformer with text encoder → assembled
-folder with training card. Each stage resumes from its last checkpoint; a finished one is skipped.
+Stages: autoencoder → decoder alone (not where the latents are another model's) → latents of the training scenes →
+transformer with text encoder → assembled folder with training card. Each stage resumes from its last checkpoint; a
+finished one is skipped.
 """
 
 import argparse
@@ -122,10 +123,7 @@ def _facts(
         "data": f"{len(combinations(held_out=False))} combinations of shape, colour, motion and background; "
         f"{len(combinations(held_out=True))} held out; scenes drawn afresh for the autoencoder, "
         f"{POOL_SIZE} scenes for the transformer",
-        **{
-            key: {name: _settings(folder)[key] for name, folder in stages.items()}
-            for key in ("steps", "batch_size", "seed")
-        },
+        **{key: {name: _settings(folder)[key] for name, folder in stages.items()} for key in _TOLD},
         "minutes": {name: round(_minutes(folder), 1) for name, folder in stages.items()},
         "hardware": hardware,
         "torch": torch.__version__,

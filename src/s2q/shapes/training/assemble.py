@@ -107,7 +107,7 @@ def write_card(architecture: EmbeddedArchitecture, out: Path, facts: dict[str, A
         "",
         architecture.title,
         "trained from nothing on procedurally drawn videos of one moving shape (`s2q.shapes.scenes`). No other data",
-        "or weights went into it. It is there so that quantization can be tried and judged anywhere, offline.",
+        f"{_other_weights(architecture)} It is there so that quantization can be tried and judged anywhere, offline.",
         "",
         "![loss](losses.png)",
         "",
@@ -121,6 +121,14 @@ def write_card(architecture: EmbeddedArchitecture, out: Path, facts: dict[str, A
         "",
     ]
     atomic_write_text(out / "README.md", "\n".join(lines))
+
+
+def _other_weights(architecture: EmbeddedArchitecture) -> str:
+    """The end of the sentence that says what went into a model besides its data."""
+    if architecture.latents_of is None:
+        return "or weights went into it."
+    teacher = f"the autoencoder of `{architecture.latents_of}`"
+    return f"went into it, but other weights did: those of {teacher}, whose latents its own\nwas taught."
 
 
 def _cell(value: object) -> str:

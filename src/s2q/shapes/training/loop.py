@@ -102,7 +102,7 @@ def train(
     Args:
         build_task: Makes the task, in each process; must be picklable (a module-level function or a partial of one).
         settings: The run's settings; a checkpoint of other settings is refused.
-        folder: Where ``state.safetensors``, ``ema.safetensors``, ``state.json`` and ``log.jsonl`` go.
+        folder: Where ``state.safetensors``, ``ema.safetensors``, ``settings.json`` and ``log.jsonl`` go.
         processes: Data-parallel processes on this machine, one thread each on a CPU.
         device: ``cpu`` or ``cuda``.
 

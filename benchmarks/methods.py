@@ -1,0 +1,101 @@
+"""The table of all methods at one width each, from the evaluations of an embedded model.
+
+    python benchmarks/embedded_quality.py -m MODEL --into methods --prompts 32 -r RECIPE ...
+
+Evaluations lie in ``results/methods/MODEL``; those of the project's own recipes and of rounding, which have more
+prompts, in ``results/quality/MODEL``. Recipes of a width are compared on the prompts and seeds that all of them have.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from markdown_tables import interval, table_head, table_row
+
+from s2q.evaluation import clustered_mean
+from s2q.evaluation.comparison import compare_group
+from s2q.recipes import load_recipe
+
+RESULTS = Path(__file__).parent / "results"
+WIDTHS = ("w4a4", "w4a6", "w4a8", "w8a8")
+SHOWN = {"velocity_relative_error": ".5f", "psnr_frame_mean_db": ".1f", "adherence_all": ".3f"}
+
+
+def methods_table(model: str) -> str:
+    """Methods of each width, best first, and where one of them is clearly the best.
+
+    Args:
+        model: An embedded model.
+    """
+    parts = [part for width in WIDTHS if (part := _width_table(width, _evaluations(model, width)))]
+    return "\n\n".join(parts)
+
+
+def _evaluations(model: str, width: str) -> dict[str, dict[str, Any]]:
+    """Evaluations by recipe, on the videos that all have."""
+    found = {}
+    for folder in ("quality", "methods"):
+        for path in sorted((RESULTS / folder / model).glob(f"*-{width}.json")):
+            found.setdefault(path.stem, json.loads(path.read_text()))
+    if not found:
+        return {}
+    shared = set.intersection(
+        *({(video["prompt"], video["seed"]) for video in one["videos"]} for one in found.values())
+    )
+    return {name: _on(one, shared) for name, one in found.items()}
+
+
+def _on(evaluation: dict[str, Any], shared: set[tuple[str, int]]) -> dict[str, Any]:
+    videos = [video for video in evaluation["videos"] if (video["prompt"], video["seed"]) in shared]
+    means = dict(evaluation["metrics"])
+    for name in means:
+        by_prompt: dict[str, list[float]] = {}
+        for video in videos:
+            value = video["metrics"].get(name)
+            if value is not None:
+                by_prompt.setdefault(video["prompt"], []).append(value)
+        if by_prompt:
+            estimate = clustered_mean(by_prompt, proportion=name.startswith("adherence") and "change" not in name)
+            means[name] = means[name] | {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+    return evaluation | {"videos": videos, "metrics": means}
+
+
+def _width_table(width: str, evaluations: dict[str, dict[str, Any]]) -> str:
+    if len(evaluations) < 2:
+        return ""
+    group = compare_group(evaluations)
+    best = group["ranking"][0]
+    errors = {
+        one["b"]: one for one in group["differences"] if one["a"] == best and one["metric"] == "velocity_relative_error"
+    }
+    head = ["storage", "velocity error", "times the best's", "PSNR dB", "adherence", "quantized in"]
+    lines = table_head(f"W{width[1]}A{width[3]}", head)
+    for name in group["ranking"]:
+        one = evaluations[name]
+        mark = ", simulated" if load_recipe(name).linear_scheme().simulated else ""
+        cells = [interval(one["metrics"][metric], form) for metric, form in SHOWN.items()]
+        times = "" if name == best else _times(errors[name])
+        storage, seconds = f"{one['storage']['ratio']:.2f}×", f"{one['quantize_seconds']:.0f} s"
+        lines.append(table_row(f"`{name}`{mark}", [storage, cells[0], times, *cells[1:], seconds]))
+    first = evaluations[best]
+    prompts = {video["prompt"] for video in first["videos"]}
+    seeds = {video["seed"] for video in first["videos"]}
+    lines += ["", f"{len(prompts)} prompts × {len(seeds)} seeds. {_verdict(group['winners'])}"]
+    return "\n".join(lines)
+
+
+def _times(error: dict[str, Any]) -> str:
+    """How much larger a velocity error is than that of the best, paired by prompt."""
+    low, high, estimate = (1 / error[end] for end in ("high", "low", "estimate"))
+    return f"{estimate:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _verdict(winners: dict[str, dict[str, Any]]) -> str:
+    said = []
+    for metric, title in (("velocity_relative_error", "Velocity error"), ("psnr_frame_mean_db", "PSNR")):
+        one = winners[metric]
+        if one["winner"]:
+            said.append(f"{title}: `{one['winner']}` beats every other.")
+        else:
+            said.append(f"{title}: `{one['best']}` is tied with {', '.join(f'`{name}`' for name in one['tied_with'])}.")
+    return " ".join(said)

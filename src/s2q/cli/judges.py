@@ -1,0 +1,121 @@
+"""`s2q eval` with VBench: the flags, the videos that it is given, and where its scores go."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from s2q.cli import console
+from s2q.core.errors import InvalidInputError, UsageError
+from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output
+
+
+def split_names(values: Sequence[str] | None) -> list[str]:
+    """Return names that were given with commas, repeatedly, or both."""
+    return [name.strip() for entry in values or () for name in entry.split(",") if name.strip()]
+
+
+def vbench_plan(out: Path, prompts: Sequence[str], *, seeds: int, device: str, options: Mapping[str, Any]) -> Any:
+    """Check everything that VBench needs; its videos will go to the folder `OUT-vbench` beside OUT.
+
+    Args:
+        out: The results file.
+        prompts: The prompts.
+        seeds: Videos of each.
+        device: Where VBench computes.
+        options: `vbench_python`, `vbench_dims`, `vbench_cache`, `overwrite`.
+
+    Returns:
+        A `VBenchPlan`; None without `--vbench-python`.
+
+    Raises:
+        UsageError: `--vbench-dims` or `--vbench-cache` without `--vbench-python`.
+        InvalidInputError: See `plan_vbench`; the folder exists and may not be replaced.
+    """
+    if options["vbench_python"] is None:
+        for name in ("vbench_dims", "vbench_cache"):
+            if options[name]:
+                raise UsageError(f"--{name.replace('_', '-')}: needs --vbench-python, an interpreter that has VBench")
+        return None
+    from s2q.evaluation.vbench import RECORD, VBenchOptions, plan_vbench
+
+    folder = out.with_name(f"{out.stem}-vbench")
+    check_output(folder, overwrite=options["overwrite"], markers=(RECORD,))
+    settings = VBenchOptions(
+        python=str(options["vbench_python"]),
+        folder=folder,
+        dimensions=tuple(dict.fromkeys(split_names(options["vbench_dims"]))),
+        cache=options["vbench_cache"],
+        device=device,
+    )
+    plan = plan_vbench(settings, prompts, videos_a_prompt=seeds)
+    for name, reason in plan.absent.items():
+        console.say(f"VBench: {name} is left out: {reason}")
+    return plan
+
+
+def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
+    """Return what writes each video where VBench will look for it: full precision's come first, then the model's.
+
+    Args:
+        plan: A `VBenchPlan`; None keeps nothing.
+    """
+    if plan is None:
+        return None
+    from s2q.evaluation.vbench import MIN_FRAMES, RECORD
+    from s2q.report import BT601, encode_mp4
+
+    total = len(plan.prompts) * plan.videos_a_prompt
+    written = 0
+
+    def keep(_label: str, video: Any) -> None:
+        nonlocal written
+        if len(video.frames) < MIN_FRAMES:
+            raise InvalidInputError(
+                f"VBench needs videos of at least {MIN_FRAMES} frames, got {len(video.frames)}; raise --num-frames"
+            )
+        folder = plan.options.folder
+        if written == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # an old one, which --overwrite has given up
+            folder.mkdir(parents=True)
+            atomic_write_json(folder / RECORD, {"schema_version": 1, "complete": False})
+        side = folder / ("reference" if written < total else "model")
+        side.mkdir(exist_ok=True)
+        name = plan.file_name(video.prompt, written % plan.videos_a_prompt)
+        atomic_write_bytes(side / name, encode_mp4(video.frames.numpy(), matrix=BT601))
+        written += 1
+
+    return keep
+
+
+def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: console.Report) -> dict[str, Any]:
+    """Judge the videos that were kept.
+
+    Args:
+        plan: A `VBenchPlan`.
+        evaluation: The content of `eval.json` so far.
+        progress: Called before and after each model.
+
+    Returns:
+        The same with `vbench`, and the flow score in `evalcrafter` if it was asked for.
+    """
+    import torch
+
+    from s2q.evaluation.evalcrafter import evalcrafter_scores
+    from s2q.evaluation.vbench import RECORD, flow_scores, judge_videos, vbench_section
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the other process needs the memory
+    progress("vbench", 0, 2)
+    reference = judge_videos(plan, "reference")
+    progress("vbench", 1, 2)
+    model = judge_videos(plan, "model")
+    progress("vbench", 2, 2)
+    section = vbench_section(plan, model, reference)
+    atomic_write_json(plan.options.folder / RECORD, {"schema_version": 1, "complete": True})
+    scores = evalcrafter_scores(evaluation["metrics"], flow=flow_scores(model, reference))
+    return {**evaluation, "vbench": section} | ({} if scores is None else {"evalcrafter": scores})

@@ -1,0 +1,225 @@
+"""What is compared: recipes of the package, recipe files and checkpoints, found and checked before any compute."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2q.checkpoint import inspect_checkpoint
+from s2q.checkpoint.manifest import MANIFEST
+from s2q.core.errors import InvalidInputError, nearest_names, unknown_name
+from s2q.core.files import sha256_file
+from s2q.loading import check_model
+from s2q.models import ModelSource, resolve_model
+from s2q.models.source import HUB_ID
+from s2q.recipes import Recipe, load_recipe, recipe_names
+from s2q.shapes.embedded import EMBEDDED_NAMES
+
+ALL = "all"
+FULL_PRECISION = "full-precision"
+"""Label of the reference; no entry may have it."""
+
+_FILE_SUFFIXES = (".yaml", ".yml", ".json")
+_OPTIONAL_GROUPS = {
+    "calibration": lambda recipe: recipe.calibrates,
+    "distillation": lambda recipe: recipe.distillation is not None,
+}
+"""Groups of a recipe whose changes are meant for the recipes that have them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One thing to compare with full precision.
+
+    Attributes:
+        label: What it is called, also in file names; unique.
+        given: What it was given as.
+        recipe: The recipe with its changes; None for a checkpoint.
+        overrides: The changes that were made to it.
+        source: The checkpoint; None for a recipe.
+        width: Bits of weights and activations, "w4a6": entries of one width are ranked together.
+    """
+
+    label: str
+    given: str
+    recipe: Recipe | None
+    overrides: tuple[str, ...]
+    source: ModelSource | None
+    width: str
+
+    @property
+    def description(self) -> str:
+        """One sentence for people."""
+        return self.recipe.description if self.recipe is not None else f"checkpoint {self.given}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what its results depend on, as plain data: the recipe, or the checkpoint's files."""
+        if self.recipe is not None:
+            return {"recipe": {key: value for key, value in self.recipe.resolved().items() if key != "description"}}
+        assert self.source is not None
+        return {"checkpoint": self.given, "weights": weights_of(self.source)}
+
+
+def find_entries(given: Sequence[str], *, overrides: Sequence[str] = ()) -> list[Entry]:
+    """Find everything that is to be compared.
+
+    Args:
+        given: Names and shell-style patterns of recipes of the package, `all`, recipe files, checkpoint folders, Hub
+            ids of checkpoints, or embedded models.
+        overrides: Changes to the recipes; those to a group that a recipe does without are not made to it.
+
+    Returns:
+        The entries in the order in which they were given.
+
+    Raises:
+        InvalidInputError: Nothing has such a name (the message has the nearest ones), something is named twice, or a
+            recipe or a checkpoint is not what it should be.
+    """
+    entries: list[Entry] = []
+    used: set[str] = set()
+    for text, expanded in _expanded(given):
+        entry, made = _entry(text, overrides)
+        used |= set(made)
+        twin = next((one for one in entries if one.label == entry.label), None)
+        if twin is not None and expanded:
+            continue
+        if twin is not None and twin.given == entry.given:
+            raise InvalidInputError(f"{text} is named twice; name it once")
+        entries.append(entry)
+    for override in overrides:
+        if override not in used:
+            raise InvalidInputError(f"override {override!r} changes none of the recipes; leave it out")
+    return _with_distinct_labels(entries)
+
+
+def check_same_architecture(entry: Entry, reference: ModelSource) -> None:
+    """Check that a checkpoint was made from a model of the reference's classes and dimensions.
+
+    Args:
+        entry: The checkpoint's entry.
+        reference: The full-precision model.
+
+    Raises:
+        InvalidInputError: It was not; says what differs.
+    """
+    assert entry.source is not None
+    remedy = "compare it with the model that it was made from"
+    ours, theirs = entry.source.transformer_configs, reference.transformer_configs
+    if ours.keys() != theirs.keys():
+        raise InvalidInputError(
+            f"{entry.given} has {' and '.join(ours)}, the reference {reference.name} has {' and '.join(theirs)}; "
+            f"{remedy}"
+        )
+    for component, config in ours.items():
+        base = theirs[component]
+        if config["_class_name"] != base["_class_name"]:
+            raise InvalidInputError(
+                f"{entry.given}: its {component} is a {config['_class_name']}, that of the reference {reference.name} "
+                f"a {base['_class_name']}; {remedy}"
+            )
+        for key in sorted(config.keys() & base.keys()):
+            if not key.startswith("_") and key != "quantization_config" and config[key] != base[key]:
+                raise InvalidInputError(
+                    f"{entry.given}: its {component} has {key}={config[key]}, that of the reference {reference.name} "
+                    f"{base[key]}; {remedy}"
+                )
+
+
+def weights_of(source: ModelSource) -> Any:
+    """Return what tells a model's weights apart from others without reading them: its manifest, or names and sizes."""
+    manifest = source.folder / MANIFEST
+    if manifest.is_file():
+        return sha256_file(manifest)
+    files = sorted(source.folder.glob("*/*.safetensors"))
+    return {path.relative_to(source.folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _expanded(given: Sequence[str]) -> list[tuple[str, bool]]:
+    """Every name, and whether a pattern stood for it."""
+    names = recipe_names()
+    found: list[tuple[str, bool]] = []
+    for text in given:
+        if text == ALL:
+            found += [(name, True) for name in names]
+        elif re.search(r"[*?\[]", text) and not Path(text).exists():
+            matches = fnmatch.filter(names, text)
+            if not matches:
+                near = nearest_names(re.sub(r"[*?\[\]]", "", text), names)
+                hint = f"nearest names are {', '.join(near)}; " if near else ""
+                raise InvalidInputError(f"no recipe matches {text!r}: {hint}all: {', '.join(names)}")
+            found += [(name, True) for name in matches]
+        else:
+            found.append((text, False))
+    explicit = {text for text, expanded in found if not expanded}
+    return [(text, expanded) for text, expanded in found if not (expanded and text in explicit)]
+
+
+def _entry(text: str, overrides: Sequence[str]) -> tuple[Entry, Sequence[str]]:
+    path, names = Path(text).expanduser(), recipe_names()
+    is_file = text.endswith(_FILE_SUFFIXES) and not path.is_dir()
+    if text in names or is_file:
+        plain = load_recipe(text)
+        made = [one for one in overrides if _is_for(plain, one)]
+        recipe = load_recipe(text, overrides=made)
+        width = _width(recipe.resolved())
+        label = _as_file_name(recipe.name)
+        return Entry(label=label, given=text, recipe=recipe, overrides=tuple(made), source=None, width=width), made
+    if not (path.exists() or text in EMBEDDED_NAMES or HUB_ID.fullmatch(text)):
+        if "/" in text:
+            raise InvalidInputError(f"{text}: no such checkpoint folder; recipes of the package: {', '.join(names)}")
+        raise unknown_name("recipe", text, names)
+    source = resolve_model(text)
+    check_model(source)
+    label = _as_file_name(path.resolve().name if source.kind == "folder" else text)
+    return Entry(label=label, given=text, recipe=None, overrides=(), source=source, width=_stored_width(source)), ()
+
+
+def _is_for(recipe: Recipe, override: str) -> bool:
+    has_group = _OPTIONAL_GROUPS.get(override.partition("=")[0].strip().split(".")[0])
+    return has_group is None or has_group(recipe)
+
+
+def _with_distinct_labels(entries: Sequence[Entry]) -> list[Entry]:
+    """Tell checkpoints of one name apart by the folders that hold them."""
+    counts: dict[str, int] = {FULL_PRECISION: 1}
+    for entry in entries:
+        counts[entry.label] = counts.get(entry.label, 0) + 1
+    labelled: dict[str, Entry] = {}
+    for entry in entries:
+        label = entry.label
+        if counts[label] > 1 and entry.source is not None and entry.source.kind == "folder":
+            label = _as_file_name(f"{Path(entry.given).expanduser().resolve().parent.name}-{label}")
+        if label in labelled or label == FULL_PRECISION:
+            other = labelled[label].given if label in labelled else "the reference"
+            raise InvalidInputError(f"{entry.given} and {other} would both be called {label}; rename one of them")
+        labelled[label] = Entry(**{**vars(entry), "label": label})
+    return list(labelled.values())
+
+
+def _as_file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.") or "entry"
+
+
+def _width(recipe: Mapping[str, Any]) -> str:
+    activations = recipe.get("activations")
+    return f"w{recipe['weights']['num_bits']}a{activations['num_bits'] if activations else 16}"
+
+
+def _stored_width(source: ModelSource) -> str:
+    """The width of a checkpoint: what its recipe says, else what most of its quantized weights have."""
+    method = (source.quantization or {}).get("quant_method")
+    if method != "s2q":
+        return str(method or "not quantized")
+    recipe = source.complete_folder() / "s2q" / "recipe.json"
+    if recipe.is_file():
+        return _width(json.loads(recipe.read_text(encoding="utf-8")))
+    sizes: dict[str, int] = {}
+    for layer in inspect_checkpoint(source.complete_folder()).layers:
+        name = re.sub(r"g\d+", "", layer.scheme)
+        sizes[name] = sizes.get(name, 0) + layer.shape[0] * layer.shape[1]
+    return max(sizes, key=lambda name: sizes[name])

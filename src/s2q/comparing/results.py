@@ -1,0 +1,173 @@
+"""From what is in the folder to `compare.json`: metrics of every entry, rankings, winners, paired differences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from s2q.checkpoint import inspect_checkpoint
+from s2q.comparing.entries import Entry
+from s2q.comparing.folder import CompareFolder
+from s2q.comparing.setup import SCHEMA_VERSION, SHARD_PROMPTS, RunPlan, Setup
+from s2q.core.errors import InvalidInputError
+from s2q.core.files import atomic_write_json
+from s2q.evaluation.comparison import DEFINITIONS, HIGHER_IS_BETTER, compare_group
+from s2q.evaluation.measured import joined
+from s2q.evaluation.statistics import INTERVAL, MIN_PROMPTS
+from s2q.evaluation.summary import summarise, versions
+from s2q.models import resolve_model
+
+_SECONDS = "seconds of quantization, blocks of interrupted runs included"
+_STORAGE = "bytes of the whole transformer in bfloat16 and as it is stored; ratio of the two"
+_SIMULATED = "whether a linear of the entry cannot run on the integer kernels, so that it saves no time"
+
+
+def build_result(folder: CompareFolder, plan: RunPlan, setup: Setup, failures: Mapping[str, str]) -> dict[str, Any]:
+    """Put a comparison together; also writes the `eval.json` of every entry.
+
+    Args:
+        folder: Where everything is.
+        plan: The comparison.
+        setup: What was compared.
+        failures: Why entries failed, by label.
+
+    Returns:
+        The content of `compare.json`.
+    """
+    evaluations: dict[str, dict[str, Any]] = {}
+    for entry in setup.entries:
+        if entry.label not in failures:
+            evaluations[entry.label] = _evaluation(folder, plan, entry.label)
+    described = {entry.label: _entry(folder, plan, setup, entry) for entry in setup.entries}
+    for label, evaluation in evaluations.items():
+        described[label]["metrics"] = evaluation["metrics"]
+        described[label]["evaluation"] = folder.evaluation(label).relative_to(folder.path).as_posix()
+    for label, why in failures.items():
+        described[label]["error"] = why
+    groups = []
+    for width in sorted({entry.width for entry in setup.entries}, key=_by_bits):
+        members = {
+            entry.label: evaluations[entry.label]
+            for entry in setup.entries
+            if entry.width == width and entry.label in evaluations
+        }
+        if members:
+            groups.append({"width": width, **compare_group(members)})
+    any_evaluation = next(iter(evaluations.values()), None)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": plan.model,
+        "n_prompts": len(plan.prompts),
+        "n_seeds": len(plan.seeds),
+        "prompts": list(plan.prompts),
+        "calibration": {
+            "prompts": "the model's own" if plan.calibration_prompts is None else list(plan.calibration_prompts),
+            "seed": plan.seed,
+            "definition": "every recipe that calibrates takes its first n_prompts of these, with this seed",
+        },
+        "entries": list(described.values()),
+        "groups": groups,
+        "reference_metrics": {} if any_evaluation is None else _of_reference(any_evaluation["metrics"]),
+        "noise_floor": None if any_evaluation is None else any_evaluation["noise_floor"],
+        "warning": _warning(len(plan.prompts)),
+        "settings": {
+            **plan.settings,
+            "seeds": list(plan.seeds),
+            "dtype": None if any_evaluation is None else any_evaluation["settings"]["dtype"],
+            "device": plan.device,
+            "shard_prompts": SHARD_PROMPTS,
+            "interval": INTERVAL,
+        },
+        "definitions": {**DEFINITIONS, "seconds": _SECONDS, "storage": _STORAGE, "simulated": _SIMULATED},
+        "higher_is_better": {name: HIGHER_IS_BETTER.get(name) for name in plan.metrics},
+        "versions": versions(),
+    }
+
+
+def entry_plan(setup: Setup, entry: Entry) -> dict[str, Any]:
+    """Return what is known of an entry before any compute."""
+    planned = setup.planned.get(entry.label)
+    return {
+        "label": entry.label,
+        "recipe": None if entry.recipe is None else entry.recipe.name,
+        "checkpoint": None if entry.source is None else entry.given,
+        "description": entry.description,
+        "overrides": list(entry.overrides),
+        "width": entry.width,
+        "storage": None if planned is None else dict(planned.storage),
+        "error": setup.obstacles.get(entry.label),
+    }
+
+
+def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> dict[str, Any]:
+    described = entry_plan(setup, entry)
+    described |= {"simulated": False, "seconds": None, "calibration": None, "metrics": {}, "evaluation": None}
+    if entry.label in setup.obstacles:
+        return described
+    path = resolve_model(folder.model_of(plan, entry.label)).folder if _exists(folder, plan, entry) else None
+    report = _report(path)
+    described["simulated"] = bool(report.get("simulated", False))
+    if report:
+        selection = report.get("selection") or {}
+        described["seconds"] = report["seconds"] + sum(
+            block["seconds"] for block in report["blocks"] if block["resumed"]
+        )
+        described["calibration"] = {"n_prompts": report["n_prompts"], "samples": selection.get("samples")}
+        described["storage"] = report["storage"]
+    elif path is not None:
+        described["storage"] = _inspected_storage(path)
+    return described
+
+
+def _exists(folder: CompareFolder, plan: RunPlan, entry: Entry) -> bool:
+    return entry.source is not None or Path(folder.model_of(plan, entry.label)).is_dir()
+
+
+def _report(path: Path | None) -> dict[str, Any]:
+    """The report of the run that made a checkpoint; nothing if there is none."""
+    file = None if path is None else path / "s2q" / "report.json"
+    if file is None or not file.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def _inspected_storage(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(inspect_checkpoint(path).storage)
+    except InvalidInputError:  # a model of another kind
+        return None
+
+
+def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, Any]:
+    parts = [folder.load_shard(plan, label, index) for index in range(len(plan.shards()))]
+    found = [part for part in parts if part is not None]
+    assert len(found) == len(parts), label
+    evaluation = summarise(joined(found))
+    atomic_write_json(folder.evaluation(label), evaluation)
+    return evaluation
+
+
+def _of_reference(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured on the full-precision videos themselves."""
+    prefix = "reference_"
+    return {name.removeprefix(prefix): entry for name, entry in metrics.items() if name.startswith(prefix)}
+
+
+def _by_bits(width: str) -> tuple[bool, tuple[int, ...], str]:
+    """The most bits first, what has no bits last."""
+    weights, separator, activations = width.removeprefix("w").partition("a")
+    if not (separator and weights.isdigit() and activations.isdigit()):
+        return (True, (), width)
+    return (False, (-int(weights), -int(activations)), width)
+
+
+def _warning(n_prompts: int) -> str | None:
+    if n_prompts >= MIN_PROMPTS:
+        return None
+    return (
+        f"{n_prompts} prompts are too few to say how sure the figures are: no intervals, no p-values and no winner "
+        f"below {MIN_PROMPTS}"
+    )

@@ -1,0 +1,188 @@
+"""A comparison from start to end: check, quantize, evaluate, put together. Every stage goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from s2q.comparing.entries import Entry
+from s2q.comparing.folder import RESULT, CompareFolder
+from s2q.comparing.pages import command_of, write_pages
+from s2q.comparing.results import build_result, entry_plan
+from s2q.comparing.setup import SCHEMA_VERSION, CompareOptions, RunPlan, Setup, set_up
+from s2q.comparing.shards import pending_shards, steps_of
+from s2q.comparing.workers import evaluate_shards
+from s2q.core.errors import BusyError, InvalidInputError, S2QError
+from s2q.core.files import atomic_write_json
+from s2q.loading import check_model
+from s2q.quantization import quantize
+from s2q.quantization.run_folder import open_run_folder
+from s2q.recipes import Recipe
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how many of its steps are done, and how many there are."""
+
+_ROUNDING_UNITS = 1
+_TRAINING_UNITS = 2  # collecting and rounding, beside the epochs
+
+
+def compare(
+    entries: Sequence[str],
+    model: str,
+    *,
+    out: str | Path,
+    prompts: Sequence[str] | None = None,
+    options: CompareOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare recipes and checkpoints with full precision and with each other: same prompts, same noise, same budget.
+
+    Args:
+        entries: Recipes by name (`all` and patterns such as "s2q-*" too) or file, and checkpoint folders.
+        model: The full-precision reference: embedded name, folder or Hub id.
+        out: Folder to write; a comparison that is there already goes on, and further entries may join it.
+        prompts: Prompts to generate; None takes held-out captions of an embedded model.
+        options: How to compare.
+        progress: Called as the run goes on.
+
+    Returns:
+        The content of `compare.json`: entries with their metrics, rankings, winners and paired differences by width. An
+        entry that failed has an `error` and keeps nothing from the others. Of a dry run, what would be done.
+
+    Raises:
+        InvalidInputError: Something is unknown, does not fit or is too long, or `out` holds something else; nothing has
+            been computed or overwritten then.
+        BusyError: Another process writes the same folder.
+        ResourceError: There is no such device, or the disk is full.
+        UsageError: There is nothing to compare, or an option is out of range.
+        S2QError: The reference failed, or a process died; what is finished is kept.
+    """
+    options = options or CompareOptions()
+    setup = set_up(entries, model, prompts=prompts, options=options)
+    target = Path(out).expanduser()
+    folder = CompareFolder(target)
+    folder.check(setup.plan, resume=options.resume, overwrite=options.overwrite)
+    if options.dry_run:
+        return _dry(setup)
+    if len(setup.obstacles) == len(setup.entries):
+        raise InvalidInputError(f"nothing can be compared: {next(iter(setup.obstacles.values()))}")
+    report = progress or (lambda stage, done, total: None)
+    with open_run_folder(target) as lock:
+        plan = folder.open(setup.plan, resume=options.resume)
+        failures = dict(setup.obstacles)
+        failures |= _quantize(folder, setup, options, report)
+        failures |= _evaluate(folder, plan, setup, options, failures=failures, progress=report)
+        result = build_result(folder, plan, setup, failures)
+        atomic_write_json(target / RESULT, result)
+        command = command_of(setup, options, has_prompts=prompts is not None, out=target)
+        write_pages(folder, result, command=command, progress=report)
+        lock.remove()
+    return result
+
+
+def _dry(setup: Setup) -> dict[str, Any]:
+    plan = setup.plan
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": plan.model,
+        "n_prompts": len(plan.prompts),
+        "n_seeds": len(plan.seeds),
+        "n_videos": len(plan.prompts) * len(plan.seeds) * (1 + len(setup.entries) - len(setup.obstacles)),
+        "settings": dict(plan.settings),
+        "metrics": list(plan.metrics),
+        "entries": [entry_plan(setup, entry) for entry in setup.entries],
+    }
+
+
+def _quantize(folder: CompareFolder, setup: Setup, options: CompareOptions, report: Progress) -> dict[str, str]:
+    """Quantize with every recipe that has no checkpoint here; return why recipes failed."""
+    todo = [entry for entry in setup.entries if entry.label in setup.planned and not _is_made(folder, entry)]
+    failures: dict[str, str] = {}
+    units = [_units(entry.recipe) for entry in todo if entry.recipe is not None]
+    done = 0
+    for entry, share in zip(todo, units, strict=True):
+        assert entry.recipe is not None
+        before, total = done, sum(units)
+
+        def stage(
+            name: str, part: int, whole: int, before: int = before, share: int = share, total: int = total
+        ) -> None:
+            if name == "blocks":
+                report("quantize", before + share * part // max(1, whole), total)
+
+        try:
+            quantize(
+                setup.plan.model,
+                recipe=entry.recipe,
+                out=folder.checkpoint(entry.label),
+                prompts=setup.plan.calibration_prompts if entry.recipe.calibrates else None,
+                progress=stage,
+                seed=options.seed,
+                device=options.device,
+                dtype=options.dtype,
+                resume=options.resume,
+                overwrite=folder.checkpoint(entry.label).exists(),
+            )
+        except BusyError:
+            raise
+        except S2QError as error:
+            failures[entry.label] = str(error)
+            logger.warning("%s: %s", entry.label, error)
+        done += share
+        report("quantize", done, total)
+    return failures
+
+
+def _is_made(folder: CompareFolder, entry: Entry) -> bool:
+    """Whether the checkpoint of a recipe is there, whole, and of this very recipe."""
+    assert entry.recipe is not None
+    path = folder.checkpoint(entry.label)
+    try:
+        check_model(path)
+        made_of = json.loads((path / "s2q" / "recipe.json").read_text(encoding="utf-8"))
+    except (InvalidInputError, OSError, ValueError):
+        return False
+    return bool(made_of | {"description": ""} == entry.recipe.resolved() | {"description": ""})
+
+
+def _units(recipe: Recipe) -> int:
+    """What a recipe takes, roughly, for the bar: hundredths of a pass over the blocks."""
+    epochs = 0 if recipe.distillation is None else recipe.distillation.epochs
+    return 100 * (_TRAINING_UNITS + epochs if recipe.calibrates else _ROUNDING_UNITS)
+
+
+def _evaluate(
+    folder: CompareFolder,
+    plan: RunPlan,
+    setup: Setup,
+    options: CompareOptions,
+    *,
+    failures: dict[str, str],
+    progress: Progress,
+) -> dict[str, str]:
+    """Evaluate what is not evaluated yet; return why entries failed."""
+    labels = [entry.label for entry in setup.entries if entry.label not in failures]
+    shards = pending_shards(folder, plan, labels)
+    total = sum(steps_of(plan, shard, setup.batch_size) for shard in shards)
+    done = 0
+
+    def stepped() -> None:
+        nonlocal done
+        done += 1
+        if done == 1:  # from here on, the time that is left can be told
+            progress("load", 1, 1)
+            progress("evaluate", 0, total)
+        else:
+            progress("evaluate", min(done, total - 1), total)
+
+    if not shards:
+        return {}
+    progress("load", 0, 1)
+    found = evaluate_shards(folder, plan, shards, device=options.device, processes=options.processes, stepped=stepped)
+    progress("evaluate", total, total)
+    return found

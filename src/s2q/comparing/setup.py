@@ -1,0 +1,251 @@
+"""A comparison before any compute: its options, everything that can be checked, and what it will do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from s2q.calibration import check_prompts
+from s2q.calibration.settings import check_seeds
+from s2q.comparing.entries import Entry, check_same_architecture, find_entries, weights_of
+from s2q.core.devices import check_device
+from s2q.core.errors import InvalidInputError, S2QError, UsageError
+from s2q.evaluation import default_prompts, generation_defaults, selected_metrics
+from s2q.evaluation.generate import batch_size_for, settings_for
+from s2q.evaluation.prompts import check_distinct
+from s2q.evaluation.summary import versions
+from s2q.loading import load_pipeline
+from s2q.models import ModelSource, family_of, resolve_model
+from s2q.models.source import parse_dtype
+from s2q.planning import Plan, check_memory
+from s2q.planning.plan import check_full_precision
+from s2q.quantization import quantize
+from s2q.shapes.embedded import EMBEDDED_NAMES
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+SHARD_PROMPTS = 8
+"""Prompts that are evaluated together; results do not depend on how many processes share the shards."""
+
+_PACKAGES = ("s2q", "torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """How to compare.
+
+    Attributes:
+        num_prompts: Held-out captions, for embedded models without prompts.
+        seeds: Videos for each prompt, seeds 0 to this minus 1.
+        calibration_prompts: Prompts on which all recipes that calibrate do; None takes those of an embedded model.
+        seed: Seed of every quantization.
+        samples: Calibration samples, for the recipes that calibrate; None leaves it to each recipe.
+        overrides: Changes to the recipes, "key=value" each; those to `calibration` and `distillation` are made to the
+            recipes that have them.
+        metrics: Names out of `s2q.evaluation.METRICS`; empty means all.
+        settings: Generation settings that differ from the model's own, by field name of `GenerationSettings`.
+        device: Device; with several processes and "cuda", the GPUs take turns.
+        dtype: Compute dtype; None is the one that the reference is stored in.
+        processes: Processes that share the prompts.
+        resume: Whether to go on with what an interrupted run has finished.
+        overwrite: Whether an earlier, different comparison in the folder may be replaced.
+        dry_run: Whether to check everything and compute nothing.
+    """
+
+    num_prompts: int = 32
+    seeds: int = 2
+    calibration_prompts: Sequence[str] | None = None
+    seed: int = 0
+    samples: int | None = None
+    overrides: Sequence[str] = ()
+    metrics: Sequence[str] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    dtype: str | None = None
+    processes: int = 1
+    resume: bool = True
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What every result of a comparison depends on, as plain data; compare_run.json holds it.
+
+    Attributes:
+        model: The reference as it was given.
+        weights: What tells its weights apart from others.
+        prompts: The prompts.
+        seeds: Every prompt is generated with each.
+        settings: Generation settings by name, complete.
+        metrics: The metrics to compute.
+        dtype: Compute dtype; None is the stored one.
+        device: "cpu" or "cuda".
+        calibration_prompts: What was given; None means the model's own.
+        seed: Seed of every quantization.
+        versions: Versions of the packages that decide results.
+        entries: What each entry's results depend on, by label.
+    """
+
+    model: str
+    weights: Any
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any]
+    metrics: tuple[str, ...]
+    dtype: str | None
+    device: str
+    calibration_prompts: tuple[str, ...] | None
+    seed: int
+    versions: Mapping[str, str]
+    entries: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, with its `schema_version`."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    def common(self) -> dict[str, Any]:
+        """Return what the results of all entries depend on."""
+        return {name: value for name, value in self.to_dict().items() if name != "entries"}
+
+    def shards(self) -> list[list[str]]:
+        """Return the prompts, `SHARD_PROMPTS` at a time."""
+        return [
+            list(self.prompts[start : start + SHARD_PROMPTS]) for start in range(0, len(self.prompts), SHARD_PROMPTS)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A comparison that has passed all checks.
+
+    Attributes:
+        plan: What its results depend on.
+        entries: What is compared.
+        planned: Plan of each recipe's quantization, by label.
+        obstacles: Why a recipe cannot take the model, by label.
+        batch_size: Videos computed at once.
+    """
+
+    plan: RunPlan
+    entries: tuple[Entry, ...]
+    planned: Mapping[str, Plan]
+    obstacles: Mapping[str, str]
+    batch_size: int
+
+
+def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, options: CompareOptions) -> Setup:
+    """Find and check everything that a comparison needs, before any compute.
+
+    Args:
+        given: See `find_entries`.
+        model: The full-precision reference.
+        prompts: Prompts to generate; None takes held-out captions of an embedded model.
+        options: How to compare.
+
+    Returns:
+        What will be done.
+
+    Raises:
+        InvalidInputError: Something is unknown, does not fit, or is too long; nothing has been written.
+        ResourceError: There is no such device.
+        UsageError: There is nothing to compare, or a number is out of range.
+    """
+    if not given:
+        raise UsageError("compare: got nothing to compare; name recipes (all, s2q-*) or checkpoint folders")
+    for name in ("num_prompts", "seeds", "processes"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"compare: {name}={getattr(options, name)}; expected at least 1")
+    check_device(options.device)
+    parse_dtype(options.dtype)
+    metrics = selected_metrics(tuple(options.metrics))
+    samples = () if options.samples is None else (f"calibration.samples={options.samples}",)
+    entries = find_entries(given, overrides=(*options.overrides, *samples))
+    source = resolve_model(model)
+    check_full_precision(source)
+    family_of(source.transformer_class)
+    for entry in entries:
+        if entry.source is not None:
+            check_same_architecture(entry, source)
+    texts = list(prompts) if prompts is not None else default_prompts(model, count=options.num_prompts)
+    seeds = tuple(range(options.seeds))
+    check_distinct(texts)
+    check_seeds(seeds)
+    _check_calibration(entries, source, options)
+    pipe = _pipeline_to_ask(source)
+    settings = settings_for(pipe, options.settings, defaults=generation_defaults(model))
+    check_prompts(pipe, texts)
+    if options.calibration_prompts is not None:
+        check_prompts(pipe, options.calibration_prompts)
+    planned, obstacles = _plans(entries, model, options)
+    calibration = options.calibration_prompts
+    return Setup(
+        plan=RunPlan(
+            model=model,
+            weights=weights_of(source),
+            prompts=tuple(texts),
+            seeds=seeds,
+            settings=settings.to_dict(),
+            metrics=metrics,
+            dtype=options.dtype,
+            device=options.device.partition(":")[0],
+            calibration_prompts=None if calibration is None else tuple(calibration),
+            seed=options.seed,
+            versions={name: version for name, version in versions().items() if name in _PACKAGES},
+            entries={entry.label: entry.identity() for entry in entries},
+        ),
+        entries=tuple(entries),
+        planned=planned,
+        obstacles=obstacles,
+        batch_size=batch_size_for(pipe, settings, None),
+    )
+
+
+def _check_calibration(entries: Sequence[Entry], source: ModelSource, options: CompareOptions) -> None:
+    calibrating = [entry.label for entry in entries if entry.recipe is not None and entry.recipe.calibrates]
+    if options.calibration_prompts is None:
+        if calibrating and source.name not in EMBEDDED_NAMES:
+            raise InvalidInputError(
+                f"{', '.join(calibrating)} calibrate on prompts and none were given; pass --calibration-prompts FILE "
+                "(calibration_prompts=[...] in Python)"
+            )
+    elif not calibrating:
+        raise UsageError("compare: calibration prompts were given, and nothing here calibrates; leave them out")
+    else:
+        check_distinct(options.calibration_prompts)
+
+
+def _pipeline_to_ask(source: ModelSource) -> Any:
+    """The pipeline without weights, or with them where it cannot be built without: it knows its sizes and its text."""
+    try:
+        return source.meta_pipeline()
+    except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
+        logger.info("%s: no pipeline without weights (%s), so it is loaded", source.name, error)
+        return load_pipeline(source)
+
+
+def _plans(entries: Sequence[Entry], model: str, options: CompareOptions) -> tuple[dict[str, Plan], dict[str, str]]:
+    """Plan every recipe; one that cannot take the model does not keep the others from it."""
+    planned: dict[str, Plan] = {}
+    obstacles: dict[str, str] = {}
+    for entry in entries:
+        if entry.recipe is None:
+            continue
+        try:
+            result = quantize(
+                model,
+                recipe=entry.recipe,
+                prompts=options.calibration_prompts,
+                dry_run=True,
+                device=options.device,
+                dtype=options.dtype,
+            )
+            assert isinstance(result, Plan)
+            check_memory(result)
+            planned[entry.label] = result
+        except S2QError as error:
+            obstacles[entry.label] = str(error)
+    return planned, obstacles

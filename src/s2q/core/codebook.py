@@ -1,0 +1,126 @@
+"""Levels that are not evenly spaced: Lloyd-Max codebooks for one coordinate of a random direction.
+
+A vector of d values that a random rotation has turned, over its root mean square, is √d times a random point of the
+unit sphere. Whatever the vector was, each coordinate z of that point has the density
+
+    f(z) ∝ (1 - z²)^((d - 3) / 2),    |z| ≤ 1,
+
+and √d · z is N(0, 1) for large d. The levels of least squared error lie at the means of their cells, the boundaries
+halfway between levels (Max, "Quantizing for Minimum Distortion", 1960; Lloyd, "Least Squares Quantization in PCM",
+1982):
+
+    l_i = E[z | b_{i-1} < z < b_i],    b_i = (l_i + l_{i+1}) / 2
+
+So d and the number of bits alone say which codebook to use (OrbitQuant, Lee et al., arXiv 2607.02461, section 3.2).
+
+Example, d large: ±0.7979 for 1 bit; ±0.4528 and ±1.5104 for 2 bits.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.schemes import UNIFORM, QuantScheme, num_groups
+
+_Array = NDArray[np.float64]
+
+_MAX_STEPS = 50
+_TOLERANCE = 1e-9  # of the last step; the method is Newton's, so what is left after it is rounding
+
+
+def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | str | None = None) -> Tensor | None:
+    """Return what the codes of a weight or an activation stand for, in units of its scale.
+
+    Args:
+        scheme: Scheme of the weight or activation.
+        in_features: I; d is I, or the group size.
+        device: Where to put them.
+
+    Returns:
+        fp32 [2^N], rising, that of code -2^(N-1) first; None for uniform levels, where a code stands for itself.
+
+    Raises:
+        InvalidInputError: If I is not a multiple of the group size, or fewer than two values share a scale.
+    """
+    if scheme.levels == UNIFORM:
+        return None
+    levels = lloyd_max_levels(scheme.num_bits, in_features // num_groups(scheme, in_features))
+    return torch.tensor(levels, dtype=torch.float32, device=device)
+
+
+@cache
+def lloyd_max_levels(num_bits: int, dimension: int) -> tuple[float, ...]:
+    """Compute the levels of least squared error for √d times a coordinate of a random point of the unit sphere.
+
+    Args:
+        num_bits: N, at least 1.
+        dimension: d, at least 2.
+
+    Returns:
+        2^N levels, rising and symmetric; 0 is not among them.
+
+    Raises:
+        InvalidInputError: If d is below 2.
+    """
+    if dimension < 2:
+        raise InvalidInputError(
+            f"lloyd_max levels: {dimension} value to a scale; expected at least 2, use levels=uniform"
+        )
+    positive = _positive_levels(2 ** (num_bits - 1), dimension) * dimension**0.5
+    return (*(-positive[::-1]).tolist(), *positive.tolist())
+
+
+def _positive_levels(count: int, dimension: int) -> _Array:
+    """Solve for the positive half of the levels of z by Newton's method on l_i - E[z | cell i] = 0, [count]."""
+    levels = _first_guess(count, dimension)
+    for _ in range(_MAX_STEPS):
+        inner = (levels[1:] + levels[:-1]) / 2
+        mass, moment = _beyond(np.concatenate([[0.0], inner, [1.0]]), dimension)
+        mass, moment = mass[:-1] - mass[1:], moment[:-1] - moment[1:]
+        means = moment / mass
+        density = _density(inner, dimension)
+        above = density * (inner - means[:-1]) / mass[:-1] / 2  # ∂ mean_i / ∂ l_{i+1}, through the boundary b_i
+        below = density * (means[1:] - inner) / mass[1:] / 2  # ∂ mean_i / ∂ l_{i-1}
+        slope = np.pad(above, (0, 1)) + np.pad(below, (1, 0))
+        jacobian = np.diag(1 - slope) - np.diag(above, 1) - np.diag(below, -1)
+        step = np.linalg.solve(jacobian, levels - means)
+        levels = levels - step
+        if float(np.abs(step).max()) * dimension**0.5 < _TOLERANCE:
+            assert np.all(np.diff(levels, prepend=0) > 0), (count, dimension)
+            return levels
+    raise AssertionError(f"no convergence for {count} levels a side in {dimension} dimensions")
+
+
+def _first_guess(count: int, dimension: int) -> _Array:
+    """Levels as for very many of them: quantiles of a density in proportion to f^⅓, which is that of d / 3 + 2."""
+    from scipy.special import betaincinv
+
+    beyond = 1 - (np.arange(count) + 0.5) / count
+    guess: _Array = np.sqrt(1 - betaincinv((dimension / 3 + 1) / 2, 0.5, beyond))
+    return guess
+
+
+def _beyond(bounds: _Array, dimension: int) -> tuple[_Array, _Array]:
+    """Return P(|z| > b) and E[|z|; |z| > b] of each bound."""
+    from scipy.special import betainc
+
+    rest = 1 - bounds**2
+    mass: _Array = betainc((dimension - 1) / 2, 0.5, rest)
+    return mass, 2 * _constant(dimension) / (dimension - 1) * rest ** ((dimension - 1) / 2)
+
+
+def _density(z: _Array, dimension: int) -> _Array:
+    """Return the density of |z|."""
+    density: _Array = 2 * _constant(dimension) * (1 - z**2) ** ((dimension - 3) / 2)
+    return density
+
+
+def _constant(dimension: int) -> float:
+    """Return f(0) = Γ(d/2) / (√π · Γ((d - 1)/2))."""
+    from scipy.special import gammaln
+
+    return float(np.exp(gammaln(dimension / 2) - gammaln((dimension - 1) / 2)) / np.sqrt(np.pi))

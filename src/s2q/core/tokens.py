@@ -1,0 +1,156 @@
+"""Where the video tokens of a linear's input lie: a grid of frames, rows and columns, in a sequence that may have text.
+
+A transformer cuts latents into patches and reads them as a sequence, frame by frame and row by row. Some linears see
+that sequence alone, others the joint one, with the text before or after it. Which of them an input is, is told by its
+length.
+
+Shapes: `B` samples, `N` tokens of an input, `C` channels, `f`, `h`, `w` latent frames, rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from s2q.core.errors import InvalidInputError, unknown_name
+
+LATENTS = ("frames first", "channels first", "tokens")
+TEXT = ("before", "after", "apart")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenGrid:
+    """The video tokens of one call of a transformer.
+
+    Attributes:
+        frames: Tokens along time.
+        height: Tokens along a column.
+        width: Tokens along a row.
+        text_tokens: Text tokens of a joint sequence; 0 where no linear sees one.
+        text: Whether they come "before" or "after" the video in it; "apart" where no linear sees one.
+    """
+
+    frames: int
+    height: int
+    width: int
+    text_tokens: int = 0
+    text: Literal["before", "after", "apart"] = "apart"
+
+    @property
+    def tokens(self) -> int:
+        """Number of video tokens."""
+        return self.frames * self.height * self.width
+
+    def offset(self, length: int) -> int | None:
+        """Return where the video tokens of a sequence begin; None if it is neither the video nor the joint sequence.
+
+        Args:
+            length: Its tokens.
+        """
+        if length == self.tokens:
+            return 0
+        if self.text == "apart" or length != self.tokens + self.text_tokens:
+            return None
+        return self.text_tokens if self.text == "before" else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLayout:
+    """How a transformer makes a sequence of its arguments: what gives the grid of any call.
+
+    Attributes:
+        latents: How it is given latents: "frames first" [B, f, C, h, w], "channels first" [B, C, f, h, w], or as
+            "tokens" [B, f · h · w, C], with their numbers as arguments `num_frames`, `height` and `width`.
+        patch: Latent frames, rows and columns that make a token.
+        text: Where the text lies in a joint sequence; see `TokenGrid`.
+
+    Raises:
+        InvalidInputError: If a value is not one of these.
+    """
+
+    latents: Literal["frames first", "channels first", "tokens"]
+    patch: tuple[int, int, int]
+    text: Literal["before", "after", "apart"]
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name, options in (("latents", LATENTS), ("text", TEXT)):
+            if getattr(self, name) not in options:
+                raise unknown_name(f"{name} of a token layout", str(getattr(self, name)), options)
+        if not is_triple(self.patch):
+            raise InvalidInputError(f"token layout: patch={self.patch!r}; expected three whole numbers from 1")
+
+    def grid(self, arguments: Mapping[str, Any]) -> TokenGrid:
+        """Return the grid of a call of the transformer.
+
+        Args:
+            arguments: Its arguments by name.
+
+        Raises:
+            InvalidInputError: If they do not say how many frames, rows and columns there are.
+        """
+        latents = arguments.get("hidden_states")
+        shape = tuple(getattr(latents, "shape", ()))
+        sizes: tuple[Any, ...] = ()
+        if self.latents == "tokens":
+            sizes = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+            known = len(shape) == 3 and is_triple(sizes) and sizes[0] * sizes[1] * sizes[2] == shape[1]
+        else:
+            known = len(shape) == 5
+            sizes = (shape[1 if self.latents == "frames first" else 2], *shape[3:]) if known else ()
+        if not known:
+            raise InvalidInputError(
+                f"transformer: called with latents {list(shape)} and sizes {list(sizes)}, which do not say where "
+                f"frames, rows and columns lie (expected latents {self.latents}); this recipe needs to know"
+            )
+        frames, height, width = (int(size) // step for size, step in zip(sizes, self._steps, strict=True))
+        text = getattr(arguments.get("encoder_hidden_states"), "shape", (0, 0))[1]
+        return TokenGrid(
+            frames=frames,
+            height=height,
+            width=width,
+            text_tokens=0 if self.text == "apart" else int(text),
+            text=self.text,
+        )
+
+    @property
+    def _steps(self) -> tuple[int, int, int]:
+        return (1, 1, 1) if self.latents == "tokens" else self.patch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self) | {"patch": list(self.patch)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> TokenLayout:
+        """Read what `to_dict` wrote.
+
+        Args:
+            content: The fields, all of them.
+
+        Raises:
+            InvalidInputError: If a field is missing, unknown or not valid.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(content, Mapping) or set(names) - set(content):
+            raise InvalidInputError(f"token layout: got {content!r}; expected a mapping with {', '.join(names)}")
+        for name in content:
+            if name not in names:
+                raise unknown_name("key of a token layout", str(name), names)
+        patch = content["patch"]
+        return cls(
+            latents=content["latents"],
+            patch=tuple(patch) if isinstance(patch, list) else patch,
+            text=content["text"],
+        )
+
+
+def is_triple(value: Any) -> bool:
+    """Tell whether something is a tuple of three positive whole numbers.
+
+    Args:
+        value: Anything.
+    """
+    whole = isinstance(value, tuple) and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
+    return whole and len(value) == 3 and min(value) >= 1

@@ -1,0 +1,125 @@
+"""A packed linear while it is refined: its codes stand still, what scales and corrects them is learned.
+
+    y = fake_quantize((x - m) T; ratio_x) · (codes ⊙ Δ eᵟ)ᵀ + (b + σ β) + c (L + τ Λ)ᵀ
+
+δ, β and Λ start at zero and are in units of what they change: δ is relative, σ is the root mean square of the rows'
+norms of the dequantized weight, τ that of the entries of L. The clip ratio of x is learned along, where there is one.
+What comes out has the tensors of the packed linear that went in, so that it is stored and run the same.
+
+Shapes: `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2q.core.codebook import levels_of
+from s2q.core.qparams import RoundedWeight, dequantize_weight
+from s2q.core.reuse import once, recomputed
+from s2q.nn.packed import PACKED_DTYPES, PackedLinear
+from s2q.nn.student import StudentInput
+
+
+class RefinedLinear(nn.Module):
+    """A packed linear with learnable scales, bias and low-rank weight.
+
+    Attributes:
+        packed: Where it starts; not changed.
+        source: Transform and quantization of the input, shared by the linears that read it.
+        units: Buffer [O, I], what the codes stand for in units of their scale.
+        recomputes: Whether the backward pass computes the scaled weight again, which takes less memory than keeping it.
+        scale_change: Parameter of the shape of the weight's scale, δ.
+        bias_change: Parameter [O], β, or None without a bias.
+        branch_change: Parameter [O, r], Λ, or None without a low-rank branch.
+
+    Args:
+        packed: The linear.
+        source: Of the student that it was packed from; its clip may be learnable, nothing else should be.
+    """
+
+    def __init__(self, packed: PackedLinear, *, source: StudentInput) -> None:
+        super().__init__()
+        self.source = source
+        self.recomputes = False
+        self._packed = (packed,)  # not a submodule: its parameters are not this one's
+        ones = torch.ones_like(packed.weight_scale)
+        levels = levels_of(packed.scheme.weight, packed.in_features, device=ones.device)
+        self.register_buffer("units", dequantize_weight(packed.codes(), ones, levels=levels), persistent=False)
+        self.scale_change = nn.Parameter(torch.zeros_like(packed.weight_scale))
+        self.bias_change: nn.Parameter | None = None
+        self.branch_change: nn.Parameter | None = None
+        weight = packed.dequantized_weight(torch.float32)
+        self._bias_unit = float(weight.square().sum(dim=1).mean().sqrt())
+        self._branch_unit = 0.0
+        if packed.bias is not None:
+            self.bias_change = nn.Parameter(torch.zeros_like(packed.bias, dtype=torch.float32))
+        if packed.low_rank_weight is not None:
+            branch = packed.low_rank_weight.float()
+            self.branch_change = nn.Parameter(torch.zeros_like(branch))
+            self._branch_unit = float(branch.square().mean().sqrt())
+
+    units: Tensor
+
+    @property
+    def packed(self) -> PackedLinear:
+        """Where it started."""
+        return self._packed[0]
+
+    def weight_scale(self) -> Tensor:
+        """Return the scale of the weight as learned, fp32 [O] or [O, G]."""
+        return self.packed.weight_scale * self.scale_change.exp()
+
+    def bias(self) -> Tensor | None:
+        """Return the bias as learned, fp32 [O], or None if there is none."""
+        if self.packed.bias is None or self.bias_change is None:
+            return None
+        return self.packed.bias.float() + self._bias_unit * self.bias_change
+
+    def low_rank_weight(self) -> Tensor | None:
+        """Return what the low-rank branch multiplies its coefficients by, fp32 [O, r], or None without one."""
+        if self.packed.low_rank_weight is None or self.branch_change is None:
+            return None
+        return self.packed.low_rank_weight.float() + self._branch_unit * self.branch_change
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
+        """Apply the layer.
+
+        Args:
+            input: [..., I], floating.
+
+        Returns:
+            [..., O], dtype of the input.
+        """
+        weight = once(self, "weight", self._weight)
+        bias = self.bias()
+        quantized, coefficients = self.source(input)
+        output = F.linear(quantized, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+        branch = self.low_rank_weight()
+        if coefficients is None or branch is None:
+            return output
+        return output + F.linear(coefficients, branch).to(output.dtype)
+
+    def _weight(self) -> Tensor:
+        return recomputed(self._scaled_weight) if self.recomputes else self._scaled_weight()
+
+    def _scaled_weight(self) -> Tensor:
+        return dequantize_weight(self.units, self.weight_scale())
+
+    @torch.no_grad()
+    def repacked(self) -> PackedLinear:
+        """Return the packed linear with what was learned; its codes, its layout and the dtype of its bias are kept."""
+        packed = self.packed
+        inputs = {name: getattr(packed, name) for name in packed.layout.shapes(packed.in_features, packed.out_features)}
+        if self.source.clip is not None:
+            inputs["activation_clip"] = self.source.clip().reshape(1)
+        branch = self.low_rank_weight()
+        if branch is not None:
+            inputs["low_rank_weight"] = branch.to(PACKED_DTYPES["low_rank_weight"])
+        return PackedLinear.from_rounded(
+            RoundedWeight(codes=packed.codes(), scale=self.weight_scale()),
+            bias=self.bias(),
+            scheme=packed.scheme,
+            inputs=inputs,
+            deflates=packed.layout.deflates,
+            dtype=None if packed.bias is None else packed.bias.dtype,
+        )

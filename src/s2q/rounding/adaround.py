@@ -1,0 +1,186 @@
+"""Learned rounding: whether each weight goes down or up is found by what it does to a block's output.
+
+AdaRound (Nagel et al., 2020, eq. 21 to 24), over the output of a whole block as in BRECQ (Li et al., 2021):
+
+    W_q = Δ · clip(floor(W / Δ) + h(V), -2^(N-1), 2^(N-1) - 1),    h(V) = clip(1.2 · sigmoid(V) - 0.1, 0, 1)
+
+V starts where h(V) = W / Δ - floor(W / Δ), so that W_q is W itself, and is learned together with a penalty
+λ · (1/n) Σ (1 - |2 h(V) - 1|^β) that draws h to 0 or 1. After a warm-up without it, β goes down from 20, where only
+what is almost decided is drawn, to 2. In the end h counts as 1 from ½ on.
+
+The paper sums the penalty; here it is the mean over all weights that are learned together, because the loss it stands
+beside is divided by its own value (`s2q.distillation.block`).
+
+Example: W / Δ = 2.3 has floor 2, and h = 0.3 at sigmoid(V) = 0.4 / 1.2, V = log(0.5) = -0.693; untouched, it would be
+rounded to 2.
+
+Shapes: `I` in features, `O` out features, `G` groups.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.qparams import RoundedWeight, align_scale, code_range, dequantize_weight, weight_scale
+from s2q.core.schemes import QuantScheme
+
+_LOW, _HIGH = -0.1, 1.1  # γ and ζ: sigmoid is stretched to them, so that 0 and 1 are reached
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaRoundOptions:
+    """Settings of the penalty.
+
+    Attributes:
+        penalty: λ, its size beside a loss of 1.
+        warmup: Share of the steps, at the beginning, without it.
+        beta_start: β after the warm-up.
+        beta_end: β at the end; falls linearly.
+
+    Raises:
+        InvalidInputError: If a value is out of range.
+    """
+
+    penalty: float = 1000.0
+    warmup: float = 0.2
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 <= self.penalty < float("inf"):
+            raise InvalidInputError(f"adaround: penalty={self.penalty!r}; expected a finite number, at least 0")
+        if not 0 <= self.warmup < 1:
+            raise InvalidInputError(f"adaround: warmup={self.warmup!r}; expected 0 to less than 1, usually 0.2")
+        if not 1 < self.beta_end <= self.beta_start < float("inf"):
+            raise InvalidInputError(
+                f"adaround: beta goes from {self.beta_start!r} to {self.beta_end!r}; expected it to fall and to stay "
+                "above 1, usually from 20 to 2"
+            )
+
+    def beta(self, progress: float) -> float | None:
+        """Return β, or None where there is no penalty.
+
+        Args:
+            progress: Share of the steps that were taken, 0 to 1.
+        """
+        if progress < self.warmup:
+            return None
+        left = 1 - (progress - self.warmup) / (1 - self.warmup)
+        return self.beta_end + (self.beta_start - self.beta_end) * max(0.0, left)
+
+
+class LearnedRounding(nn.Module):
+    """A weight whose rounding is learned; its scale is not.
+
+    Attributes:
+        logits: Parameter fp32 [O, I], V.
+        floor: Buffer int8 [O, I], the codes below W / Δ.
+        scale: Buffer fp32 [O] or [O, G], Δ.
+        soft: Whether the weight is that of h(V), which has a gradient, and not that of its decision.
+
+    Args:
+        weight: [O, I], W, any floating dtype; with the inverse of a transform folded in, where there is one.
+        scheme: PerChannel or PerGroup.
+
+    Raises:
+        InvalidInputError: If I is not a multiple of the group size.
+    """
+
+    floor: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scheme: QuantScheme) -> None:
+        super().__init__()
+        self.num_bits, self.soft = scheme.num_bits, False
+        scale = weight_scale(weight.detach(), scheme)
+        grouped, spread = align_scale(weight.detach().float(), scale)
+        ratio = grouped / spread
+        floor = ratio.floor().clamp(*code_range(scheme.num_bits))
+        stretched = ((ratio - floor).clamp(0, 1) - _LOW) / (_HIGH - _LOW)
+        self.register_buffer("floor", floor.reshape(weight.shape).to(torch.int8), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.logits = nn.Parameter(stretched.logit().reshape(weight.shape))
+
+    def share(self) -> Tensor:
+        """Return h(V), fp32 [O, I], 0 to 1; differentiable."""
+        return (torch.sigmoid(self.logits) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+
+    def forward(self) -> Tensor:
+        """Return the quantized weight, fp32 [O, I]; differentiable where it is soft."""
+        if not self.soft:
+            rounded = self.rounded()
+            return dequantize_weight(rounded.codes, rounded.scale)
+        codes = (self.floor + self.share()).clamp(*code_range(self.num_bits))
+        return dequantize_weight(codes, self.scale)
+
+    @torch.no_grad()
+    def rounded(self) -> RoundedWeight:
+        """Return codes and scale as decided: up where h(V) ≥ ½."""
+        up = (self.logits >= 0).to(torch.int8)
+        return RoundedWeight(codes=(self.floor + up).clamp(*code_range(self.num_bits)), scale=self.scale)
+
+    @torch.no_grad()
+    def undecided(self) -> float:
+        """Return the share of weights whose h(V) is neither 0 nor 1."""
+        share = self.share()
+        return float(((share > 0) & (share < 1)).double().mean())
+
+
+def roundings_of(module: nn.Module) -> list[LearnedRounding]:
+    """Return the learned roundings inside a module.
+
+    Args:
+        module: A student, say.
+    """
+    return [one for one in module.modules() if isinstance(one, LearnedRounding)]
+
+
+@contextmanager
+def softened(module: nn.Module) -> Iterator[None]:
+    """Have the roundings inside a module compute with h(V), to learn from it; with its decision again afterwards.
+
+    Args:
+        module: A student, say.
+    """
+    roundings = roundings_of(module)
+    for one in roundings:
+        one.soft = True
+    try:
+        yield
+    finally:
+        for one in roundings:
+            one.soft = False
+
+
+def rounding_penalty(share: Tensor, beta: float) -> Tensor:
+    """Compute Σ (1 - |2h - 1|^β).
+
+    Args:
+        share: h, any shape, 0 to 1.
+        beta: β, above 1.
+
+    Returns:
+        Scalar, 0 where every h is 0 or 1; differentiable.
+    """
+    return (1 - (2 * share - 1).abs().pow(beta)).sum()
+
+
+def penalize(roundings: Sequence[LearnedRounding], progress: float, *, options: AdaRoundOptions) -> None:
+    """Add the gradient of the penalty to that of every V, one weight after another.
+
+    Args:
+        roundings: All that are learned together.
+        progress: Share of the steps that were taken.
+        options: Settings.
+    """
+    beta = options.beta(progress)
+    if beta is None:
+        return
+    count = sum(one.logits.numel() for one in roundings)
+    for one in roundings:
+        (options.penalty / count * rounding_penalty(one.share(), beta)).backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,96 @@
+"""Salience of the channels of an input over timesteps: what a channel scale is computed from.
+
+The largest magnitude over all timesteps, or the mean over timesteps weighted by how little a timestep agrees with the
+weight on which channels are large (Spearman's ρ-guided salience calibration of PTQ4DiT; Wu et al., 2024):
+
+    s = Σ_t η_t s⁽ᵗ⁾,    η_t = exp(-ρ_t) / Σ_τ exp(-ρ_τ),    ρ_t = Spearman's ρ of s⁽ᵗ⁾ and s(W) over channels
+
+A channel scale can move what is large from the input to the weight where the weight is small there; timesteps in which
+that is so count for more. With α = 0.5, SmoothQuant's s is PTQ4DiT's balance: both sides get √(s(x) · s(W)).
+
+Example: s(W) = [1, 2, 3] and two timesteps, [4, 5, 6] with ρ = 1 and [6, 5, 4] with ρ = -1: η = [e⁻¹, e] / (e⁻¹ + e) =
+[0.119, 0.881], and s = [5.762, 5, 4.238].
+
+Shapes: `T` timesteps, `I` in features.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from s2q.core.errors import InvalidInputError
+
+
+def largest_salience(input_amax: Tensor, weight_amax: Tensor) -> Tensor:
+    """Return the largest magnitude of each channel over all timesteps.
+
+    Args:
+        input_amax: [T, I], max|x_j| of each timestep.
+        weight_amax: Not read; see `spearman_salience`.
+
+    Returns:
+        [I].
+    """
+    return input_amax.amax(dim=0)
+
+
+def spearman_salience(input_amax: Tensor, weight_amax: Tensor) -> Tensor:
+    """Return the mean over timesteps, weighted by `spearman_weights`.
+
+    Args:
+        input_amax: [T, I], max|x_j| of each timestep, ≥ 0.
+        weight_amax: [I], max|w_j| over every output channel of all linears that read the input, ≥ 0.
+
+    Returns:
+        fp64 [I].
+
+    Raises:
+        InvalidInputError: If shapes do not fit, or a value is NaN or infinite.
+    """
+    return spearman_weights(input_amax, weight_amax) @ input_amax.double()
+
+
+def spearman_weights(input_amax: Tensor, weight_amax: Tensor) -> Tensor:
+    """Compute η.
+
+    Equal values share the mean of their ranks. Where all channels of one side are equal there is no order to agree
+    with, and ρ counts as 0.
+
+    Args:
+        input_amax: [T, I], T ≥ 1.
+        weight_amax: [I].
+
+    Returns:
+        fp64 [T], positive, with the sum 1.
+
+    Raises:
+        InvalidInputError: If shapes do not fit, or a value is NaN or infinite.
+    """
+    if input_amax.ndim != 2 or input_amax.shape[0] == 0 or input_amax.shape[1:] != weight_amax.shape:
+        raise InvalidInputError(
+            f"salience: got maxima of shape {list(input_amax.shape)} and {list(weight_amax.shape)}; "
+            "expected [T, I] and [I]"
+        )
+    if not bool(input_amax.isfinite().all() and weight_amax.isfinite().all()):
+        raise InvalidInputError("salience: maxima hold NaN or infinite values")
+    weight_ranks = _centred_ranks(weight_amax)
+    correlations = torch.stack([_correlation(_centred_ranks(row), weight_ranks) for row in input_amax])
+    return torch.softmax(-correlations, dim=0)
+
+
+def _centred_ranks(values: Tensor) -> Tensor:
+    """Ranks less their mean, fp64; equal values share the mean of theirs."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    ranks: Tensor = (counts.cumsum(dim=0).double() - (counts.double() - 1) / 2)[inverse]
+    return ranks - ranks.mean()
+
+
+def _correlation(first: Tensor, second: Tensor) -> Tensor:
+    norm = (first.square().sum() * second.square().sum()).sqrt()
+    product = (first * second).sum()
+    return torch.where(norm > 0, product / norm, torch.zeros_like(norm))
+
+
+SALIENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"max": largest_salience, "spearman": spearman_salience}
+"""How the maxima of timesteps become one of each channel, by name."""

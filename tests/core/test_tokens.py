@@ -1,0 +1,70 @@
+"""Where the video tokens lie: the grid of a call, and of an input by its length."""
+
+import json
+
+import pytest
+import torch
+
+from s2q.core.errors import InvalidInputError
+from s2q.core.tokens import TokenGrid, TokenLayout
+
+
+def call(*shape, text=None, **arguments):
+    texts = {} if text is None else {"encoder_hidden_states": torch.empty(2, text, 8)}
+    return {"hidden_states": torch.empty(shape), **texts, **arguments}
+
+
+def test_the_grid_of_a_call():
+    before = TokenLayout(latents="frames first", patch=(1, 2, 2), text="before")
+    expected = TokenGrid(frames=13, height=3, width=5, text_tokens=7, text="before")
+    assert before.grid(call(2, 13, 16, 6, 10, text=7)) == expected
+    in_time = TokenLayout(latents="frames first", patch=(2, 2, 2), text="before")
+    assert in_time.grid(call(1, 4, 16, 6, 10, text=7)).frames == 2
+    after = TokenLayout(latents="channels first", patch=(1, 2, 2), text="after")
+    expected = TokenGrid(frames=13, height=3, width=5, text_tokens=7, text="after")
+    assert after.grid(call(2, 16, 13, 6, 10, text=7)) == expected
+    tokens = TokenLayout(latents="tokens", patch=(1, 1, 1), text="apart")
+    sizes = {"num_frames": 2, "height": 3, "width": 5}
+    assert tokens.grid(call(1, 30, 8, text=7, **sizes)) == TokenGrid(frames=2, height=3, width=5)
+
+
+@pytest.mark.parametrize(
+    ("latents", "arguments"),
+    [
+        ("tokens", call(1, 30, 8)),
+        ("tokens", call(1, 31, 8, num_frames=2, height=3, width=5)),
+        ("frames first", call(1, 30, 8)),
+        ("channels first", {}),
+    ],
+)
+def test_a_call_that_does_not_say_is_refused(latents, arguments):
+    layout = TokenLayout(latents=latents, patch=(1, 1, 1), text="apart")
+    with pytest.raises(InvalidInputError, match="do not say where frames, rows and columns lie"):
+        layout.grid(arguments)
+
+
+def test_an_input_is_told_by_its_length():
+    before = TokenGrid(frames=2, height=2, width=3, text_tokens=5, text="before")
+    after = TokenGrid(frames=2, height=2, width=3, text_tokens=5, text="after")
+    apart = TokenGrid(frames=2, height=2, width=3)
+    assert [one.offset(12) for one in (before, after, apart)] == [0, 0, 0]
+    assert [one.offset(17) for one in (before, after, apart)] == [5, 0, None]
+    assert [one.offset(5) for one in (before, after, apart)] == [None, None, None]
+
+
+def test_a_layout_survives_json_and_refuses_what_is_not_valid():
+    layout = TokenLayout(latents="channels first", patch=(1, 2, 2), text="apart")
+    content = json.loads(json.dumps(layout.to_dict()))
+    assert TokenLayout.from_dict(content) == layout
+    for change, message in (
+        ({"latents": "frames last"}, "unknown latents of a token layout 'frames last'"),
+        ({"text": None}, "unknown text of a token layout"),
+        ({"patch": [1, 2]}, "expected three whole numbers"),
+        ({"patch": [1, 2, 0]}, "expected three whole numbers"),
+        ({"patch": 2}, "expected three whole numbers"),
+        ({"more": 2}, "unknown key of a token layout 'more'"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            TokenLayout.from_dict({**content, **change})
+    with pytest.raises(InvalidInputError, match="expected a mapping"):
+        TokenLayout.from_dict({"latents": "tokens"})
