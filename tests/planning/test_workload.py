@@ -4,7 +4,7 @@ import pytest
 from diffusers import CogVideoXPipeline
 
 from s2q.planning import Workload, workload_of
-from s2q.recipes.schema import CalibrationGroup
+from s2q.recipes.groups import CalibrationGroup
 from tiny import tiny_cogvideox_image_pipeline, tiny_cogvideox_pipeline, tiny_wan_pipeline
 
 SIZES = {"num_frames": 9, "height": 16, "width": 16}

@@ -37,7 +37,7 @@ from s2q.models.synthetic_blocks import block_inputs, synthetic_block
 from s2q.nn import LearnableClip, StudentInput, StudentLinear, replace_module
 from s2q.quantization.stream import named_arguments
 from s2q.recipes import Recipe
-from s2q.recipes.schema import ADAROUND
+from s2q.recipes.groups import ADAROUND
 from s2q.rounding import AdaRoundOptions, LearnedRounding, penalize, roundings_of, softened
 from s2q.transforms import ROTATIONS, Compose, SmoothScale, Transform
 

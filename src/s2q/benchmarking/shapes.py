@@ -12,7 +12,7 @@ from s2q.core.errors import UsageError
 from s2q.models import ModelSource, block_linears, family_of, linears_of_block
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_model
 from s2q.planning.workload import workload_of_source
-from s2q.recipes.schema import CalibrationGroup
+from s2q.recipes.groups import CalibrationGroup
 
 CPU_ROWS = 2048
 """Rows that ops are measured on where a CPU would take too long for those of a published model."""

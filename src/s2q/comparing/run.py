@@ -152,8 +152,7 @@ def _is_made(folder: CompareFolder, entry: Entry) -> bool:
 
 def _units(recipe: Recipe) -> int:
     """What a recipe takes, roughly, for the bar: hundredths of a pass over the blocks."""
-    epochs = 0 if recipe.distillation is None else recipe.distillation.epochs
-    return 100 * (_TRAINING_UNITS + epochs if recipe.calibrates else _ROUNDING_UNITS)
+    return 100 * (_TRAINING_UNITS + recipe.epochs if recipe.calibrates else _ROUNDING_UNITS)
 
 
 def _evaluate(

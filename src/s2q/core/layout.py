@@ -14,9 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2q.core.errors import InvalidInputError, unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BYTES = {"F32": 4, "BF16": 2}
 _NEWER = ("deflates", "estimator", "estimator_frames")
@@ -134,6 +137,34 @@ class InputLayout:
         """
         shapes = self.shapes(in_features, out_features)
         return sum(_BYTES[TENSOR_DTYPES[name]] * math.prod(shape) for name, shape in shapes.items())
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], *, deflates: bool) -> InputLayout:
+        """Return the layout that tensors have.
+
+        Args:
+            tensors: By their names in a packed linear.
+            deflates: Whether a low-rank branch is taken out of the input.
+
+        Raises:
+            InvalidInputError: If a name is none of `TENSOR_DTYPES`.
+        """
+        for name in tensors:
+            if name not in TENSOR_DTYPES:
+                raise unknown_name("tensor of a packed linear", name, TENSOR_DTYPES)
+        orders = {part: tensors[PREFIX + part].shape[0] for part in ("left", "right") if PREFIX + part in tensors}
+        frames = tensors.get("estimator_frames")
+        return cls(
+            shift="input_shift" in tensors,
+            scale=f"{PREFIX}scale" in tensors,
+            activation_clip="activation_clip" in tensors,
+            left=orders.get("left"),
+            right=orders.get("right"),
+            low_rank=tensors["low_rank_basis"].shape[1] if "low_rank_basis" in tensors else None,
+            deflates=deflates,
+            estimator="estimator_input" in tensors,
+            estimator_frames=None if frames is None else len(frames),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, without what older versions do not know where it is at its default."""

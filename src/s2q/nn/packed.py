@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.core.codebook import levels_of
-from s2q.core.errors import InvalidInputError, UsageError, unknown_name
-from s2q.core.layout import PREFIX, TENSOR_DTYPES, InputLayout
+from s2q.core.errors import InvalidInputError, UsageError
+from s2q.core.layout import TENSOR_DTYPES, InputLayout
 from s2q.core.packing import pack_codes, packed_width, unpack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, fake_quantize_input
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
@@ -168,7 +168,7 @@ class PackedLinear(nn.Linear):
             out_features,
             bias=bias is not None,
             scheme=scheme,
-            layout=_layout_of(inputs, deflates),
+            layout=InputLayout.of_tensors(inputs, deflates=deflates),
             dtype=dtype,
             device="meta",
         )
@@ -486,24 +486,6 @@ def _say_simulated(scheme: str) -> None:
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _layout_of(inputs: Mapping[str, Tensor], deflates: bool) -> InputLayout:
-    for name in inputs:
-        if name not in TENSOR_DTYPES:
-            raise unknown_name("tensor of a packed linear", name, TENSOR_DTYPES)
-    orders = {part: inputs[PREFIX + part].shape[0] for part in ("left", "right") if PREFIX + part in inputs}
-    return InputLayout(
-        shift="input_shift" in inputs,
-        scale=f"{PREFIX}scale" in inputs,
-        activation_clip="activation_clip" in inputs,
-        left=orders.get("left"),
-        right=orders.get("right"),
-        low_rank=inputs["low_rank_basis"].shape[1] if "low_rank_basis" in inputs else None,
-        deflates=deflates,
-        estimator="estimator_input" in inputs,
-        estimator_frames=len(inputs["estimator_frames"]) if "estimator_frames" in inputs else None,
-    )
 
 
 def _is_merging(caller: FrameType) -> bool:

@@ -15,7 +15,7 @@ from s2q.models import ModelSource, family_of
 from s2q.models.source import recommended_generation
 from s2q.models.synthetic import SyntheticModel
 from s2q.planning.cost import Workload
-from s2q.recipes.schema import CalibrationGroup
+from s2q.recipes.groups import CalibrationGroup
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from s2q.quantization.stream import TeacherStream
 from s2q.quantization.students import make_students
 from s2q.quantization.work import BlockWork, input_groups
 from s2q.recipes import Recipe
-from s2q.recipes.schema import GPTQ
+from s2q.recipes.groups import GPTQ
 from s2q.rounding import penalize, roundings_of
 
 

@@ -38,7 +38,7 @@ from s2q.core.seeds import derive_seed
 from s2q.models.source import recommended_generation
 from s2q.quantization.run_folder import Artefact, RunFolder
 from s2q.quantization.teacher import Teacher
-from s2q.recipes.schema import CalibrationGroup
+from s2q.recipes.groups import CalibrationGroup
 from s2q.shapes import embedded
 
 _VERSION = 3

@@ -20,7 +20,7 @@ from s2q.models import Family
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.stream import TeacherStream, TensorStore
 from s2q.recipes import Recipe
-from s2q.recipes.schema import SEARCH
+from s2q.recipes.groups import SEARCH
 
 SEARCHED_ROWS = 2048
 """Tokens of all samples together that a search for α judges by."""

@@ -20,7 +20,7 @@ from s2q.core.reuse import parameters_held
 from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear, set_token_grid
 from s2q.quantization.observation import BlockSamples, heard
 from s2q.quantization.work import BlockWork
-from s2q.recipes.schema import GPTQ
+from s2q.recipes.groups import GPTQ
 from s2q.rounding import ROUNDINGS, HessianAccumulator, LearnedRounding, round_gptq
 
 Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]

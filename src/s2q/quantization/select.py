@@ -23,7 +23,7 @@ from s2q.quantization.collect import CalibrationCall, CalibrationInputs, call_in
 from s2q.quantization.run_folder import RunFolder
 from s2q.quantization.stream import HostMemory, TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer
-from s2q.recipes.schema import CalibrationGroup
+from s2q.recipes.groups import CalibrationGroup
 
 SCHEMA_VERSION = 1
 

@@ -21,7 +21,7 @@ from s2q.nn import PACKED_DTYPES, Estimator, LearnableClip, StudentInput, Studen
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.work import BlockWork
 from s2q.recipes import Recipe
-from s2q.recipes.schema import ADAROUND, SEARCH
+from s2q.recipes.groups import ADAROUND, SEARCH
 from s2q.rounding import LearnedRounding
 from s2q.transforms import (
     ROTATIONS,
