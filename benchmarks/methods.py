@@ -33,12 +33,12 @@ def methods_table(model: str) -> str:
 
 def _evaluations(model: str, width: str) -> dict[str, dict[str, Any]]:
     """Evaluations by recipe, on the videos that all have."""
+    if not any((RESULTS / "methods" / model).glob(f"*-{width}.json")):
+        return {}
     found = {}
     for folder in ("quality", "methods"):
         for path in sorted((RESULTS / folder / model).glob(f"*-{width}.json")):
             found.setdefault(path.stem, json.loads(path.read_text()))
-    if not found:
-        return {}
     shared = set.intersection(
         *({(video["prompt"], video["seed"]) for video in one["videos"]} for one in found.values())
     )
@@ -68,15 +68,15 @@ def _width_table(width: str, evaluations: dict[str, dict[str, Any]]) -> str:
     errors = {
         one["b"]: one for one in group["differences"] if one["a"] == best and one["metric"] == "velocity_relative_error"
     }
-    head = ["storage", "velocity error", "times the best's", "PSNR dB", "adherence", "quantized in"]
+    head = ["storage", "velocity error", "times the best's", "PSNR dB", "adherence"]
     lines = table_head(f"W{width[1]}A{width[3]}", head)
     for name in group["ranking"]:
         one = evaluations[name]
         mark = ", simulated" if load_recipe(name).linear_scheme().simulated else ""
         cells = [interval(one["metrics"][metric], form) for metric, form in SHOWN.items()]
         times = "" if name == best else _times(errors[name])
-        storage, seconds = f"{one['storage']['ratio']:.2f}×", f"{one['quantize_seconds']:.0f} s"
-        lines.append(table_row(f"`{name}`{mark}", [storage, cells[0], times, *cells[1:], seconds]))
+        storage = f"{one['storage']['ratio']:.2f}×"
+        lines.append(table_row(f"`{name}`{mark}", [storage, cells[0], times, *cells[1:]]))
     first = evaluations[best]
     prompts = {video["prompt"] for video in first["videos"]}
     seeds = {video["seed"] for video in first["videos"]}
