@@ -144,7 +144,7 @@ def test_what_is_stored_keeps_the_budget_and_the_plan(tmp_path, recipe, budget):
 @pytest.mark.parametrize("recipe", [groups(4.8), bits(6)], ids=["group_size", "weight_bits"])
 def test_a_killed_run_goes_on_with_the_same_allocation(tmp_path, monkeypatch, recipe):
     _, whole = run(tmp_path / "whole", recipe)
-    original, measured = allocate_module.candidate_errors, []
+    original, measured = allocate_module.candidate_losses, []
 
     def counted(opened, group, unit, schemes):
         measured.append(opened.work.linears[unit[0]])
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_with_the_same_allocation(tmp_path, monkeypatch, re
             raise KeyboardInterrupt
         return original(opened, group, unit, schemes)
 
-    monkeypatch.setattr(allocate_module, "candidate_errors", counted)
+    monkeypatch.setattr(allocate_module, "candidate_losses", counted)
     kill = True
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", recipe)
@@ -207,13 +207,13 @@ def test_an_error_is_that_of_the_block_with_that_linear_rounded(tmp_path, name):
 
 def test_samples_are_as_many_as_asked_for_and_those_of_the_run(tmp_path, monkeypatch):
     counts = []
-    original = allocate_module.candidate_errors
+    original = allocate_module.candidate_losses
 
     def counted(opened, *arguments):
         counts.append(len(opened.samples))
         return original(opened, *arguments)
 
-    monkeypatch.setattr(allocate_module, "candidate_errors", counted)
+    monkeypatch.setattr(allocate_module, "candidate_losses", counted)
     pipe = tiny_cogvideox_pipeline(num_layers=1)
     recipe = load_recipe(bits(6).resolved(), overrides=["allocation.samples=1"])
     run(tmp_path / "one", recipe, pipe=pipe)

@@ -217,8 +217,9 @@ class PackedLinear(nn.Linear):
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight for the input as it is: a full-precision linear with it needs no transform and no branch.
 
-        leaves the input whole. With an estimator, Ŵ has its
-        correction in it; the scales of frames, which no weight can have, count as 1.
+        That is Ŵ Tᵀ; with a low-rank branch (Ŵ (A ⊗ B)ᵀ (1 - V Vᵀ) + L Vᵀ) diag(v), without 1 - V Vᵀ where the branch
+        leaves the input whole. With an estimator, Ŵ has its correction in it; the scales of frames, which no weight
+        can have, count as 1.
 
         Args:
             dtype: Floating; the result is rounded to it.

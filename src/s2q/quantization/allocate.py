@@ -216,11 +216,11 @@ def block_errors(
         with opened_block(
             block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=stream.device
         ) as opened:
-            by_name = {linear.name: linear for linear in one.quantized_linears(index)}
-            found = {
-                unit[0]: candidate_errors(opened, group, unit, allocation_schemes(recipe, by_name[linears[unit[0]]]))
-                for unit, group in units.items()
-            }
+            by_name, power = {linear.name: linear for linear in one.quantized_linears(index)}, _power(opened.samples)
+            found = {}
+            for unit, group in units.items():
+                candidates = allocation_schemes(recipe, by_name[linears[unit[0]]])
+                found[unit[0]] = [loss / power for loss in candidate_losses(opened, group, unit, candidates)]
         tensors = {name: torch.tensor(errors, dtype=torch.float64) for name, errors in found.items()}
         folder.save(key, fingerprint, Artefact(tensors=tensors, stats={}))
     measured = folder.load(key).tensors
@@ -236,10 +236,10 @@ def _units(recipe: Recipe, groups: Sequence[tuple[str, ...]]) -> dict[tuple[str,
 
 
 @torch.no_grad()
-def candidate_errors(
+def candidate_losses(
     opened: OpenedBlock, group: tuple[str, ...], unit: tuple[str, ...], schemes: Mapping[int, LinearScheme]
 ) -> list[float]:
-    """Return the error of a block with some of its linears quantized by one scheme after another.
+    """Return the loss of a block with some of its linears quantized by one scheme after another.
 
     Args:
         opened: The block.
@@ -248,20 +248,20 @@ def candidate_errors(
         schemes: The candidates.
 
     Returns:
-        Its loss over the power of what it returns, for each.
+        Loss for each.
     """
-    work, power = opened.work, _power(opened.samples)
+    work = opened.work
     shared = {id(tensor): tensor for tensor in (*work.teacher.parameters(), *work.teacher.buffers())}
     student = copy.deepcopy(work.teacher, shared)
     alike = len({scheme.activation for scheme in schemes.values()}) == 1
-    errors = []
+    losses = []
     for scheme in schemes.values():
         one = replace(scheme, activation=None) if alike else scheme
         opened.put_students(student, group, {work.linears[name]: one for name in group})
         for name in set(group) - set(unit):
             replace_module(student, name, work.teacher.get_submodule(name))
-        errors.append(block_loss(student, opened.samples) / power)
-    return errors
+        losses.append(block_loss(student, opened.samples))
+    return losses
 
 
 def _power(samples: BlockSamples) -> float:
