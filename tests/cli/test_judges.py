@@ -9,7 +9,7 @@ import pytest
 from fake_vbench import write_fake
 from s2q.cli import run
 from s2q.cli.output import show_evaluation
-from tiny_clip import save_tiny_clip
+from tiny_judges import save_tiny_clip
 
 SMALL = ["--device", "cpu", "--steps", "1", "--num-frames", "9", "--height", "32", "--width", "32", "--seeds", "1"]
 

@@ -4,12 +4,14 @@ import shutil
 import stat
 
 import pytest
+import torch
 
 from s2q.comparing import CompareOptions, compare, pages, workers
 from s2q.comparing import run as comparing_run
 from s2q.comparing import shards as comparing_shards
 from s2q.core.errors import InvalidInputError, S2QError, UsageError
 from s2q.report import compare_page
+from tiny_judges import save_tiny_clip, save_tiny_lpips
 
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 9}
 PROMPTS = tuple(f"scene {number}" for number in range(10))
@@ -192,6 +194,26 @@ def test_one_that_fails_on_the_way_is_reported_and_tried_again(tiny_model, tmp_p
     assert [group["ranking"] for group in result["groups"]] == [["rtn-w8a8"]]
     result = run(tiny_model, out, entries=entries, prompts=PROMPTS[:2])
     assert [entry["error"] for entry in result["entries"]] == [None] * 3
+
+
+def test_learned_judges_take_part(tiny_model, tmp_path):
+    prompts = PROMPTS[:9]  # a shard and a part of one
+    judges = {"lpips_weights": save_tiny_lpips(tmp_path / "lpips.pth"), "clip": save_tiny_clip(tmp_path / "clip")}
+    wanted = {"entries": ["rtn-w4a4"], "prompts": prompts, "metrics": ("ssim", "lpips", "clip_score")}
+    wanted["settings"] = SETTINGS | {"height": 32, "width": 32}  # smaller ones have nothing left after LPIPS's layers
+    result = run(tiny_model, tmp_path / "out", processes=2, **wanted, **judges)
+    metrics = result["entries"][0]["metrics"]
+    assert set(metrics) == {"ssim", "lpips", "clip_score", "reference_clip_score"}
+    assert metrics["lpips"]["mean"] > 0
+    assert "| LPIPS | CLIP score |" in (tmp_path / "out" / "compare.md").read_text()
+    with pytest.raises(InvalidInputError, match="metric lpips: needs --lpips-weights"):
+        run(tiny_model, tmp_path / "out", **wanted)
+    tensors = torch.load(judges["lpips_weights"])
+    torch.save({name: tensor + 1 for name, tensor in tensors.items()}, judges["lpips_weights"])
+    with pytest.raises(InvalidInputError, match="a comparison that differs: judges lpips.weights was"):
+        run(tiny_model, tmp_path / "out", **wanted, **judges)
+    with pytest.raises(InvalidInputError, match="no such file of weights"):
+        run(tiny_model, tmp_path / "out", lpips_weights=tmp_path / "none.pth")
 
 
 def _python(folder, script):

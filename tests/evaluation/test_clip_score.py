@@ -5,7 +5,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from s2q.core.errors import InvalidInputError
 from s2q.evaluation.clip_score import DEFINITIONS, VERSIONS, ClipJudge, _as_clip_does
-from tiny_clip import CONTEXT, SIDE, save_tiny_clip
+from tiny_judges import CONTEXT, SIDE, save_tiny_clip
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)

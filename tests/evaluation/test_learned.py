@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from s2q.core.errors import InvalidInputError
 from s2q.evaluation import METRICS, EvaluationOptions, evaluate
@@ -13,7 +12,7 @@ from s2q.evaluation.evaluate import selected_metrics
 from s2q.evaluation.generate import generate
 from s2q.evaluation.learned import learned_names
 from tiny import tiny_cogvideox_pipeline
-from tiny_clip import save_tiny_clip
+from tiny_judges import save_tiny_clip, save_tiny_lpips
 
 FAST = {"num_inference_steps": 1, "guidance_scale": 2.0, "height": 32, "width": 32}
 
@@ -30,16 +29,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lpips(tmp_path_factory):
-    torch.manual_seed(0)
-    shapes = {"1.0": (64, 3, 11), "2.3": (6, 64, 5), "3.6": (6, 6, 3), "4.8": (6, 6, 3), "5.10": (6, 6, 3)}
-    tensors = {}
-    for stage, (name, (out, into, size)) in enumerate(shapes.items()):
-        tensors[f"net.slice{name}.weight"] = torch.randn(out, into, size, size)
-        tensors[f"net.slice{name}.bias"] = torch.randn(out)
-        tensors[f"lin{stage}.model.1.weight"] = torch.rand(1, out, 1, 1)
-    path = tmp_path_factory.mktemp("lpips") / "lpips.pth"
-    torch.save(tensors, path)
-    return path
+    return save_tiny_lpips(tmp_path_factory.mktemp("lpips") / "lpips.pth")
 
 
 def test_with_weights_they_are_measured(pipe, clip, lpips):

@@ -108,11 +108,11 @@ def stop_after(monkeypatch):
     state = {"computed": [], "limit": None}
     original = run_module.quantize_block
 
-    def counted(block, linears, **arguments):
+    def counted(task):
         if state["limit"] is not None and len(state["computed"]) == state["limit"]:
             raise KeyboardInterrupt
-        state["computed"].append(next(iter(linears.values())).partition(".attn1")[0])
-        return original(block, linears, **arguments)
+        state["computed"].append(next(iter(task.linears.values())).partition(".attn1")[0])
+        return original(task)
 
     monkeypatch.setattr(run_module, "quantize_block", counted)
     return state

@@ -147,7 +147,7 @@ def test_a_killed_run_goes_on_with_the_same_allocation(tmp_path, monkeypatch, re
     original, measured = allocate_module.candidate_losses, []
 
     def counted(opened, group, unit, schemes):
-        measured.append(opened.work.linears[unit[0]])
+        measured.append(opened.work.task.linears[unit[0]])
         if kill and measured[-1].startswith("transformer_blocks.1."):
             raise KeyboardInterrupt
         return original(opened, group, unit, schemes)

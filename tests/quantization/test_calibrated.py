@@ -108,11 +108,11 @@ def test_two_runs_are_bit_identical_and_other_seeds_differ(run, tmp_path):
 def test_a_killed_run_goes_on_with_the_same_result(run, tmp_path, monkeypatch):
     original, computed = run_module.quantize_block, []
 
-    def killing(block, linears, **arguments):
+    def killing(task):
         if computed:
             raise KeyboardInterrupt
         computed.append(1)
-        return original(block, linears, **arguments)
+        return original(task)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "quantize_block", killing)
@@ -128,11 +128,11 @@ def test_a_killed_run_goes_on_with_the_same_result(run, tmp_path, monkeypatch):
 def test_learned_rounding_goes_on_with_the_same_result_and_is_what_is_packed(tmp_path, monkeypatch):
     original, computed = run_module.quantize_block, []
 
-    def killing(block, linears, **arguments):
+    def killing(task):
         if computed:
             raise KeyboardInterrupt
         computed.append(1)
-        return original(block, linears, **arguments)
+        return original(task)
 
     arguments = {"recipe": "ptq4dit-w4a4", "overrides": ["distillation.rounding_lr=0.1", "distillation.epochs=8"]}
     whole = small(tmp_path / "whole", **arguments)

@@ -39,11 +39,11 @@ def count_blocks(monkeypatch):
     state = {"computed": [], "stop_after": None}
     original = run_module.quantize_block
 
-    def counted(block, linears, **arguments):
+    def counted(task):
         if state["stop_after"] is not None and len(state["computed"]) >= state["stop_after"]:
             raise KeyboardInterrupt
-        state["computed"].append(sorted(linears.values())[0])
-        return original(block, linears, **arguments)
+        state["computed"].append(sorted(task.linears.values())[0])
+        return original(task)
 
     monkeypatch.setattr(run_module, "quantize_block", counted)
     return state

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
+from s2q.models import FAMILIES
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.students import ALPHAS, make_students
-from s2q.quantization.work import BlockWork
+from s2q.quantization.work import BlockTask, BlockWork
 from s2q.recipes import load_recipe
 
 GROUP = ("q", "k")
@@ -34,14 +35,16 @@ def case():
 def students(case, *overrides):
     """The block with its students under the recipe at W4A4."""
     linears = {name: f"block.{name}" for name in GROUP}
-    work = BlockWork(
+    task = BlockTask(
         block=case.block,
-        teacher=case.block,
         linears=linears,
         schemes=dict.fromkeys(linears.values(), SCHEME),
         recipe=load_recipe("svdquant-w4a4", overrides=overrides),
+        family=FAMILIES["CogVideoXTransformer3DModel"],
+        index=0,
+        seed=0,
     )
-    return make_students(work, GROUP, statistics=case.statistics, seed=0)
+    return make_students(BlockWork(task=task, teacher=case.block), GROUP, statistics=case.statistics)
 
 
 def error(case, *overrides):

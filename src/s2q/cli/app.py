@@ -73,6 +73,28 @@ Guidance = Annotated[
     float | None, typer.Option("--guidance-scale", help="Guidance weight; default: the model's.", metavar="X")
 ]
 
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", help="Calibration samples, for recipes that calibrate.", min=1, metavar="N"),
+]
+NumPrompts = Annotated[
+    int,
+    typer.Option("--num-prompts", help="Held-out captions, for embedded models without --prompts.", min=1, metavar="N"),
+]
+Seeds = Annotated[int, typer.Option("--seeds", help="Videos for each prompt, seeds 0 to N-1.", min=1, metavar="N")]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option("--metrics", help="Names or groups, by comma: psnr,ssim,velocity. Default: all.", metavar="NAMES"),
+]
+LpipsWeights = Annotated[
+    Path | None, typer.Option("--lpips-weights", help="Add LPIPS, with the weights in this file.", metavar="FILE")
+]
+ClipFolder = Annotated[
+    Path | None, typer.Option("--clip", help="Add CLIP scores, with the CLIP model in this folder.", metavar="DIR")
+]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, compute nothing.")]
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -144,20 +166,15 @@ def quantize(
     recipe: RecipeName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.", metavar="OUT")],
     prompts: Prompts = None,
-    samples: Annotated[
-        int | None,
-        typer.Option("--samples", help="Calibration samples, for recipes that calibrate.", min=1, metavar="N"),
-    ] = None,
+    samples: Samples = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = None,
     memory_budget: MemoryBudget = None,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
+    resume: Resume = True,
     overwrite: Overwrite = False,
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show the plan, compute nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model into a checkpoint that diffusers loads."""
@@ -209,27 +226,11 @@ def evaluate(
         "eval.json"
     ),
     prompts: Prompts = None,
-    num_prompts: Annotated[
-        int,
-        typer.Option(
-            "--num-prompts", help="Held-out captions, for embedded models without --prompts.", min=1, metavar="N"
-        ),
-    ] = 64,
-    seeds: Annotated[
-        int, typer.Option("--seeds", help="Videos for each prompt, seeds 0 to N-1.", min=1, metavar="N")
-    ] = 2,
-    metrics: Annotated[
-        list[str] | None,
-        typer.Option("--metrics", help="Names or groups, by comma: psnr,ssim,velocity. Default: all.", metavar="NAMES"),
-    ] = None,
-    lpips_weights: Annotated[
-        Path | None,
-        typer.Option("--lpips-weights", help="Add LPIPS, with the weights in this file.", metavar="FILE"),
-    ] = None,
-    clip: Annotated[
-        Path | None,
-        typer.Option("--clip", help="Add CLIP scores, with the CLIP model in this folder.", metavar="DIR"),
-    ] = None,
+    num_prompts: NumPrompts = 64,
+    seeds: Seeds = 2,
+    metrics: Metrics = None,
+    lpips_weights: LpipsWeights = None,
+    clip: ClipFolder = None,
     vbench_python: Annotated[
         str | None,
         typer.Option("--vbench-python", help="Add VBench, run by this interpreter that has it.", metavar="PYTHON"),
@@ -291,15 +292,8 @@ def compare(
         "s2q-compare"
     ),
     prompts: Prompts = None,
-    num_prompts: Annotated[
-        int,
-        typer.Option(
-            "--num-prompts", help="Held-out captions, for embedded models without --prompts.", min=1, metavar="N"
-        ),
-    ] = 32,
-    seeds: Annotated[
-        int, typer.Option("--seeds", help="Videos for each prompt, seeds 0 to N-1.", min=1, metavar="N")
-    ] = 2,
+    num_prompts: NumPrompts = 32,
+    seeds: Seeds = 2,
     calibration_prompts: Annotated[
         Path | None,
         typer.Option(
@@ -308,19 +302,15 @@ def compare(
             metavar="FILE",
         ),
     ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option("--samples", help="Calibration samples, for recipes that calibrate.", min=1, metavar="N"),
-    ] = None,
+    samples: Samples = None,
     seed: Seed = 0,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change the recipes: key=value, as in distillation.epochs=5.", metavar="K=V"),
     ] = None,
-    metrics: Annotated[
-        list[str] | None,
-        typer.Option("--metrics", help="Names or groups, by comma: psnr,ssim,velocity. Default: all.", metavar="NAMES"),
-    ] = None,
+    metrics: Metrics = None,
+    lpips_weights: LpipsWeights = None,
+    clip: ClipFolder = None,
     num_frames: Frames = None,
     height: Height = None,
     width: Width = None,
@@ -334,13 +324,11 @@ def compare(
             "--processes", help="Processes that share the prompts: cores of a CPU, or GPUs.", min=1, metavar="N"
         ),
     ] = 1,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
+    resume: Resume = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a comparison that cannot be gone on with.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show the plan, compute nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare recipes and checkpoints with full precision and with each other."""
@@ -348,7 +336,8 @@ def compare(
 
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
     options = _given(locals(), "num_prompts", "seeds", "samples", "seed", "overrides", "metrics", "device", "dtype")
-    options |= _given(locals(), "processes", "resume", "overwrite", "dry_run", "calibration_prompts")
+    options |= _given(locals(), "lpips_weights", "clip", "calibration_prompts")
+    options |= _given(locals(), "processes", "resume", "overwrite", "dry_run")
     run_compare(
         [*(entries or ()), *(recipes or ())],
         model,

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from s2q.cli import console, output
 from s2q.cli.commands import resolve_device
+from s2q.cli.judges import split_names
 from s2q.core.errors import S2QError
 from s2q.report import comparison
 from s2q.report.formatting import format_sample
@@ -53,7 +54,7 @@ def run_compare(
         **{
             **options,
             "overrides": overrides,
-            "metrics": _names(options["metrics"]),
+            "metrics": split_names(options["metrics"]),
             "calibration_prompts": None if calibration is None else read_prompts(calibration),
             "device": device,
         }
@@ -149,9 +150,5 @@ def _shown(cell: comparison.Cell) -> Text:
 def _named(entries: Sequence[str]) -> list[str]:
     found: list[str] = []
     for text in entries:
-        found += [text] if Path(text).exists() else _names([text])
+        found += [text] if Path(text).exists() else split_names([text])
     return found
-
-
-def _names(values: Sequence[str] | None) -> list[str]:
-    return [name.strip() for entry in values or () for name in entry.split(",") if name.strip()]

@@ -74,7 +74,9 @@ def command_of(setup: Setup, options: CompareOptions, *, has_prompts: bool, out:
     words += ["--seeds", options.seeds]
     if options.calibration_prompts is not None:
         words += ["--calibration-prompts", "FILE"]
-    given = {name: getattr(options, name) for name in ("samples", "dtype")} | dict(options.settings)
+    given = {name: getattr(options, name) for name in ("samples", "dtype", "lpips_weights", "clip")} | dict(
+        options.settings
+    )
     for name, value in (given | {"seed": options.seed or None}).items():
         flag = "steps" if name == "num_inference_steps" else name.replace("_", "-")
         words += [] if value is None else [f"--{flag}", value]

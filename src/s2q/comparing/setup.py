@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from s2q.calibration import check_prompts
@@ -12,8 +13,10 @@ from s2q.calibration.settings import check_seeds
 from s2q.comparing.entries import Entry, check_same_architecture, find_entries, weights_of
 from s2q.core.devices import check_device
 from s2q.core.errors import InvalidInputError, S2QError, UsageError
+from s2q.core.files import sha256_file
 from s2q.evaluation import default_prompts, generation_defaults, selected_metrics
 from s2q.evaluation.generate import batch_size_for, settings_for
+from s2q.evaluation.learned import open_judges
 from s2q.evaluation.prompts import check_distinct
 from s2q.evaluation.summary import versions
 from s2q.loading import load_pipeline
@@ -45,7 +48,9 @@ class CompareOptions:
         samples: Calibration samples, for the recipes that calibrate; None leaves it to each recipe.
         overrides: Changes to the recipes, "key=value" each; those to `calibration` and `distillation` are made to the
             recipes that have them.
-        metrics: Names out of `s2q.evaluation.METRICS`; empty means all.
+        metrics: Names out of `s2q.evaluation.METRICS`, and of learned judges that have weights; empty means all.
+        lpips_weights: File of LPIPS's weights; None for no `lpips`.
+        clip: Folder of a CLIP model; None for no `clip_score`, `clipsim` and `clip_temp`.
         settings: Generation settings that differ from the model's own, by field name of `GenerationSettings`.
         device: Device; with several processes and "cuda", the GPUs take turns.
         dtype: Compute dtype; None is the one that the reference is stored in.
@@ -62,6 +67,8 @@ class CompareOptions:
     samples: int | None = None
     overrides: Sequence[str] = ()
     metrics: Sequence[str] = ()
+    lpips_weights: Path | None = None
+    clip: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     dtype: str | None = None
@@ -82,6 +89,7 @@ class RunPlan:
         seeds: Every prompt is generated with each.
         settings: Generation settings by name, complete.
         metrics: The metrics to compute.
+        judges: Weights of learned judges by name, `lpips` and `clip`: their path, and what tells them apart.
         dtype: Compute dtype; None is the stored one.
         device: "cpu" or "cuda".
         calibration_prompts: What was given; None means the model's own.
@@ -96,6 +104,7 @@ class RunPlan:
     seeds: tuple[int, ...]
     settings: Mapping[str, Any]
     metrics: tuple[str, ...]
+    judges: Mapping[str, Mapping[str, Any]]
     dtype: str | None
     device: str
     calibration_prompts: tuple[str, ...] | None
@@ -106,6 +115,10 @@ class RunPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, with its `schema_version`."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    def judge(self, name: str) -> Path | None:
+        """Return where the weights of a learned judge are, `lpips` or `clip`; None without them."""
+        return Path(self.judges[name]["path"]) if name in self.judges else None
 
     def common(self) -> dict[str, Any]:
         """Return what the results of all entries depend on."""
@@ -161,7 +174,9 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
             raise UsageError(f"compare: {name}={getattr(options, name)}; expected at least 1")
     check_device(options.device)
     parse_dtype(options.dtype)
-    metrics = selected_metrics(tuple(options.metrics))
+    weights = {"lpips": options.lpips_weights, "clip": options.clip}
+    learned = open_judges(lpips_weights=weights["lpips"], clip=weights["clip"], device="cpu").names
+    metrics = selected_metrics(tuple(options.metrics), learned=learned)
     samples = () if options.samples is None else (f"calibration.samples={options.samples}",)
     entries = find_entries(given, overrides=(*options.overrides, *samples))
     source = resolve_model(model)
@@ -190,6 +205,7 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
             seeds=seeds,
             settings=settings.to_dict(),
             metrics=metrics,
+            judges={name: _weights_at(path) for name, path in weights.items() if path is not None},
             dtype=options.dtype,
             device=options.device.partition(":")[0],
             calibration_prompts=None if calibration is None else tuple(calibration),
@@ -202,6 +218,15 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
         obstacles=obstacles,
         batch_size=batch_size_for(pipe, settings, None),
     )
+
+
+def _weights_at(path: Path) -> dict[str, Any]:
+    """Where weights are, and what tells them apart from others: the hash of a file, names and sizes in a folder."""
+    path = path.expanduser().resolve()
+    if path.is_file():
+        return {"path": str(path), "weights": sha256_file(path)}
+    files = sorted(one for one in path.rglob("*") if one.is_file())
+    return {"path": str(path), "weights": {one.relative_to(path).as_posix(): one.stat().st_size for one in files}}
 
 
 def _check_calibration(entries: Sequence[Entry], source: ModelSource, options: CompareOptions) -> None:

@@ -65,7 +65,13 @@ def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, *, device
                 folder.save_frames(label, position, video.frames.numpy())
 
         return EvaluationOptions(
-            metrics=plan.metrics, settings=plan.settings, dtype=plan.dtype, device=device, video_done=keep
+            metrics=plan.metrics,
+            settings=plan.settings,
+            dtype=plan.dtype,
+            device=device,
+            lpips_weights=plan.judge("lpips"),
+            clip=plan.judge("clip"),
+            video_done=keep,
         )
 
     def progress(_stage: str, done: int, _total: int) -> None:

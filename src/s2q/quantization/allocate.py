@@ -30,9 +30,8 @@ from s2q.models import BlockLinear
 from s2q.nn import replace_module
 from s2q.quantization.blocks import block_fingerprint
 from s2q.quantization.budget import choose
-from s2q.quantization.calibrated import BlockCalibration, OpenedBlock, opened_block
+from s2q.quantization.calibrated import OpenedBlock, opened_block
 from s2q.quantization.observation import BlockSamples
-from s2q.quantization.report import package_versions
 from s2q.quantization.run_folder import Artefact, RunFolder
 from s2q.quantization.select import Samples, Selected
 from s2q.quantization.stream import TeacherStream
@@ -198,24 +197,11 @@ def block_errors(
     units = _units(recipe, input_groups(linears, one.family))
     if not units:
         return {}
-    block = one.module.get_submodule(one.block_names[index])
-    schemes = {full: one.schemes[full] for full in linears.values()}
-    seed, key = selected.inputs.seed, f"allocation-{one.artefact_name(index)}"
-    fingerprint = block_fingerprint(
-        block,
-        schemes,
-        recipe=recipe,
-        stage="allocate",
-        seed=seed,
-        device=torch.device(stream.device).type,
-        versions=package_versions(),
-        samples=selected.fingerprint(one.component),
-    )
+    key = f"allocation-{one.artefact_name(index)}"
+    task = one.task(index, recipe, seed=selected.inputs.seed, device=stream.device, stream=stream)
+    fingerprint = block_fingerprint(task, stage="allocate", samples=selected.fingerprint(one.component))
     if not folder.has(key, fingerprint):
-        calibration = BlockCalibration(stream=stream, index=index, family=one.family, seed=seed)
-        with opened_block(
-            block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=stream.device
-        ) as opened:
+        with opened_block(task) as opened:
             by_name, power = {linear.name: linear for linear in one.quantized_linears(index)}, _power(opened.samples)
             found = {}
             for unit, group in units.items():
@@ -257,7 +243,7 @@ def candidate_losses(
     losses = []
     for scheme in schemes.values():
         one = replace(scheme, activation=None) if alike else scheme
-        opened.put_students(student, group, {work.linears[name]: one for name in group})
+        opened.put_students(student, group, {work.task.linears[name]: one for name in group})
         for name in set(group) - set(unit):
             replace_module(student, name, work.teacher.get_submodule(name))
         losses.append(block_loss(student, opened.samples))

@@ -13,7 +13,7 @@ from s2q.models import OUTSIDE
 from s2q.models.source import dtype_name
 from s2q.nn import replace_module
 from s2q.quantization.blocks import from_artefact
-from s2q.quantization.data_free import round_block
+from s2q.quantization.data_free import round_linears
 from s2q.quantization.run_folder import RunFolder
 from s2q.quantization.teacher import Teacher, TeacherTransformer
 from s2q.recipes import Recipe, assign_layouts
@@ -49,7 +49,7 @@ def _student(teacher: TeacherTransformer, recipe: Recipe, folder: RunFolder, fra
         for name, layer in layers.items():
             replace_module(student, _inner(name), layer)
     outer = {_inner(one.name): one.name for one in teacher.quantized_linears(OUTSIDE)}
-    for name, layer in round_block(teacher.module, outer, schemes=teacher.schemes, method="rtn").items():
+    for name, layer in round_linears(teacher.module, outer, teacher.schemes).items():
         replace_module(student, _inner(name), layer)
     config = S2QConfig.from_schemes(
         {_inner(name): scheme for name, scheme in teacher.schemes.items()},

@@ -11,17 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from s2q.core.files import canonical_json
 from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme
 from s2q.models import BlockLinear
 from s2q.nn import PackedLinear
-from s2q.quantization.calibrated import BlockCalibration, calibrate_block
+from s2q.quantization.calibrated import calibrate_block
 from s2q.quantization.data_free import fold_block
+from s2q.quantization.report import package_versions
 from s2q.quantization.run_folder import Artefact
-from s2q.recipes import Recipe
+from s2q.quantization.work import BlockTask
 
 ARTEFACT_VERSION = 1
 
@@ -43,36 +44,21 @@ class BlockResult:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def quantize_block(
-    block: nn.Module,
-    linears: Mapping[str, str],
-    *,
-    schemes: Mapping[str, LinearScheme],
-    recipe: Recipe,
-    calibration: BlockCalibration,
-    device: str = "cpu",
-) -> BlockResult:
+def quantize_block(task: BlockTask) -> BlockResult:
     """Quantize and pack the linears of one block.
 
     Args:
-        block: The full-precision block; not changed.
-        linears: Full name by name inside the block, of the linears to quantize.
-        schemes: Scheme by full name.
-        recipe: The recipe.
-        calibration: Which block it is, and what to calibrate with if the recipe does.
-        device: Where to compute.
+        task: The block and the recipe.
 
     Returns:
         The packed linears and their errors.
     """
     details: dict[str, Any] = {}
     layers: Mapping[str, PackedLinear]
-    if not linears:
+    if not task.linears:
         layers = {}
-    elif recipe.calibrates:
-        calibrated = calibrate_block(
-            block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=device
-        )
+    elif task.recipe.calibrates:
+        calibrated = calibrate_block(task)
         layers = calibrated.layers
         details = {
             "loss": dict(calibrated.loss),
@@ -81,39 +67,40 @@ def quantize_block(
             "rounding": {name: dict(report) for name, report in calibrated.rounding.items()},
         }
     else:
-        layers = fold_block(block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=device)
+        layers = fold_block(task)
     errors: dict[str, float] = {}
     noise, power = 0.0, 0.0
-    for inner, name in linears.items():
-        weight = block.get_submodule(inner).weight.detach().to(device)
-        deviation = layers[name].effective_weight(torch.float32).to(device).sub_(weight.float())
+    for inner, name in task.linears.items():
+        weight = task.block.get_submodule(inner).weight.detach().to(task.device)
+        deviation = layers[name].effective_weight(torch.float32).to(task.device).sub_(weight.float())
         own_noise, own_power = _square_sum(deviation), _square_sum(weight)
         errors[name] = _ratio(own_noise, own_power)
         noise, power = noise + own_noise, power + own_power
     return BlockResult(layers=layers, errors=errors, relative_error=_ratio(noise, power), details=details)
 
 
-def block_fingerprint(block: nn.Module, schemes: Mapping[str, LinearScheme], *, recipe: Recipe, **inputs: Any) -> str:
+def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
     """Hash everything that the result of a block depends on.
 
     Args:
-        block: The full-precision block; every tensor of it counts.
-        schemes: Scheme by full name of the linears that are quantized.
-        recipe: The recipe.
-        **inputs: Whatever else counts: seed, versions, device. Plain data.
+        task: The block, of which every tensor counts, and the recipe; its index does not count.
+        **inputs: Whatever else counts, the samples above all. Plain data.
 
     Returns:
         64 hexadecimal digits.
     """
-    method = recipe.resolved()
+    method = task.recipe.resolved()
     described = {
         "artefact_version": ARTEFACT_VERSION,
         "recipe": {key: value for key, value in method.items() if key not in ("name", "description", "skip")},
-        "schemes": {name: scheme.to_dict() for name, scheme in schemes.items()},
+        "schemes": {name: task.schemes[name].to_dict() for name in task.linears.values()},
+        "seed": task.seed,
+        "device": torch.device(task.device).type,
+        "versions": package_versions(),
         **inputs,
     }
     digest = hashlib.sha256(canonical_json(described).encode())
-    for name, tensor in block.state_dict().items():
+    for name, tensor in task.block.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,43 +21,15 @@ from s2q.core.placement import moved
 from s2q.core.schemes import LinearScheme
 from s2q.core.seeds import derive_seed
 from s2q.distillation import DistillationOptions, DistillationReport, block_loss, checkpointed, distil
-from s2q.models import Family
 from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
 from s2q.quantization.observation import BlockSamples, observe
 from s2q.quantization.pack import pack_modulation, pack_nearest, pack_students
 from s2q.quantization.statistics import InputStatistics
 from s2q.quantization.stream import TeacherStream
 from s2q.quantization.students import make_students
-from s2q.quantization.work import BlockWork, input_groups
-from s2q.recipes import Recipe
+from s2q.quantization.work import BlockTask, BlockWork, input_groups
 from s2q.recipes.groups import GPTQ
 from s2q.rounding import penalize, roundings_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockCalibration:
-    """What a block is quantized with beside its recipe.
-
-    Attributes:
-        stream: The teacher's stream; is moved to the block. None for recipes that need no samples.
-        index: Index of the block.
-        family: Family of the model.
-        seed: Seed of the run; the block's own is derived from it and the index.
-        progress: Called after each unit of calibration: an epoch, or what takes about as long.
-        checkpointed: Whether a step of distillation computes parts of the block again to hold less.
-    """
-
-    stream: TeacherStream | None
-    index: int
-    family: Family
-    seed: int
-    progress: Callable[[], None] = lambda: None
-    checkpointed: bool = False
-
-    @property
-    def block_seed(self) -> int:
-        """The block's own seed."""
-        return derive_seed(self.seed, "block", self.index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,24 +53,11 @@ class CalibratedBlock:
     rounding: Mapping[str, Mapping[str, Any]]
 
 
-def calibrate_block(
-    block: nn.Module,
-    linears: Mapping[str, str],
-    *,
-    schemes: Mapping[str, LinearScheme],
-    recipe: Recipe,
-    calibration: BlockCalibration,
-    device: str = "cpu",
-) -> CalibratedBlock:
-    """Carry out the recipe on one block.
+def calibrate_block(task: BlockTask) -> CalibratedBlock:
+    """Carry out a recipe that calibrates on one block.
 
     Args:
-        block: The full-precision block; not changed.
-        linears: Full name by name inside the block, of the linears to quantize.
-        schemes: Scheme by full name.
-        recipe: A recipe that calibrates.
-        calibration: What to calibrate with.
-        device: Where to compute.
+        task: The block, the recipe, and the stream of its samples.
 
     Returns:
         The packed linears and what was measured.
@@ -107,9 +66,9 @@ def calibrate_block(
         InvalidInputError: If the activations hold NaN or infinite values.
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
     """
-    with opened_block(block, linears, schemes=schemes, recipe=recipe, calibration=calibration, device=device) as opened:
-        calibration.progress()
-        return _carry_out(opened, calibration)
+    with opened_block(task) as opened:
+        task.progress()
+        return _carry_out(opened)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +80,12 @@ class OpenedBlock:
         samples: Its inputs, what the teacher makes of them, and the weights of the tokens.
         groups: Names inside the block of linears that share an input; those of modulation are in none.
         statistics: Of the input of each group, by the first name of the group.
-        seed: The block's own.
     """
 
     work: BlockWork
     samples: BlockSamples
     groups: Sequence[tuple[str, ...]]
     statistics: Mapping[str, InputStatistics]
-    seed: int
 
     def put_students(self, block: nn.Module, group: tuple[str, ...], schemes: Mapping[str, LinearScheme]) -> None:
         """Replace linears that share an input by students as the recipe starts them, in place.
@@ -138,30 +95,17 @@ class OpenedBlock:
             group: One of `groups`.
             schemes: Scheme by full name.
         """
-        work = replace(self.work, schemes=schemes)
-        for name, layer in make_students(work, group, seed=self.seed, statistics=self.statistics[group[0]]).items():
+        work = replace(self.work, task=replace(self.work.task, schemes=schemes))
+        for name, layer in make_students(work, group, statistics=self.statistics[group[0]]).items():
             replace_module(block, name, layer)
 
 
 @contextmanager
-def opened_block(
-    block: nn.Module,
-    linears: Mapping[str, str],
-    *,
-    schemes: Mapping[str, LinearScheme],
-    recipe: Recipe,
-    calibration: BlockCalibration,
-    device: str = "cpu",
-) -> Iterator[OpenedBlock]:
+def opened_block(task: BlockTask) -> Iterator[OpenedBlock]:
     """Move the stream to a block and look at its samples; what is kept of them goes at the end.
 
     Args:
-        block: The full-precision block; not changed.
-        linears: Full name by name inside the block, of the linears to quantize.
-        schemes: Scheme by full name.
-        recipe: A recipe that calibrates.
-        calibration: What to calibrate with.
-        device: Where to compute.
+        task: The block, the recipe, and the stream of its samples.
 
     Yields:
         What was seen.
@@ -169,31 +113,23 @@ def opened_block(
     Raises:
         InvalidInputError: If the activations hold NaN or infinite values.
     """
-    teacher = copy.deepcopy(block).to(device).requires_grad_(False).eval()
-    wide = recipe.calibration.precision == "float32"
-    cast = functools.partial(moved, device=device, dtype=torch.float32 if wide else None)
+    stream, family = task.stream, task.family
+    assert stream is not None, "a recipe that calibrates needs samples"
+    teacher = copy.deepcopy(task.block).to(task.device).requires_grad_(False).eval()
+    wide = task.recipe.calibration.precision == "float32"
+    cast = functools.partial(moved, device=task.device, dtype=torch.float32 if wide else None)
     if wide:
         teacher = teacher.float()
-    stream = calibration.stream
-    assert stream is not None, "a recipe that calibrates needs samples"
-    stream.advance(calibration.index)
-    groups = input_groups(linears, calibration.family)
+    stream.advance(task.index)
+    groups = input_groups(task.linears, family)
     targets = stream.store("targets")
-    samples = BlockSamples(stream, targets, calibration.family.streams, cast)
+    samples = BlockSamples(stream, targets, family.streams, cast)
     grid = stream.grid(0)
-    work = BlockWork(
-        block=block,
-        teacher=teacher,
-        linears=linears,
-        schemes=schemes,
-        recipe=recipe,
-        text_linears=calibration.family.text_linears,
-        frames=None if grid is None else grid.frames,
-    )
-    check = functools.partial(_check_outputs, stream, calibration.index)
+    work = BlockWork(task=task, teacher=teacher, frames=None if grid is None else grid.frames)
+    check = functools.partial(_check_outputs, stream, task.index)
     try:
-        statistics = observe(teacher, samples, groups, recipe=recipe, family=calibration.family, check=check)
-        yield OpenedBlock(work=work, samples=samples, groups=groups, statistics=statistics, seed=calibration.block_seed)
+        statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family, check=check)
+        yield OpenedBlock(work=work, samples=samples, groups=groups, statistics=statistics)
     finally:
         targets.clear()
 
@@ -202,12 +138,17 @@ def _check_outputs(stream: TeacherStream, index: int, outputs: Sequence[torch.Te
     stream.check(outputs, block=index, sample=sample)
 
 
-def _carry_out(opened: OpenedBlock, calibration: BlockCalibration) -> CalibratedBlock:
+def _carry_out(opened: OpenedBlock) -> CalibratedBlock:
     """The steps of a block after its targets are known."""
     work, samples, groups = opened.work, opened.samples, opened.groups
-    recipe = work.recipe
+    task, recipe = work.task, work.task.recipe
     grouped = {name for group in groups for name in group}
-    nearest = {name: pack_nearest(work, name) for name in work.linears}
+    nearest = {
+        name: pack_nearest(
+            work.teacher.get_submodule(name).weight, task.block.get_submodule(name).bias, work.scheme(name)
+        )
+        for name in task.linears
+    }
     measured = functools.partial(block_loss, samples=samples, temporal=recipe.loss.temporal)
     loss = {"rtn": measured(work.copy_with(nearest))}
     modulation = {name: layer for name, layer in nearest.items() if name not in grouped}
@@ -216,19 +157,19 @@ def _carry_out(opened: OpenedBlock, calibration: BlockCalibration) -> Calibrated
         modulation, reports = pack_modulation(work, list(modulation), samples)
     student = work.copy_with(modulation)
     for group in groups:
-        opened.put_students(student, group, work.schemes)
+        opened.put_students(student, group, task.schemes)
     loss["initial"] = measured(student)
     report = None
     if recipe.distillation is not None:
         options = DistillationOptions(**recipe.distillation.model_dump(), temporal=recipe.loss.temporal)
-        with checkpointed(student) if calibration.checkpointed else nullcontext():
+        with checkpointed(student) if task.checkpointed else nullcontext():
             report = distil(
                 student,
                 samples,
                 options=options,
-                seed=derive_seed(opened.seed, "order"),
+                seed=derive_seed(task.block_seed, "order"),
                 penalty=functools.partial(penalize, roundings_of(student), options=recipe.rounding.adaround()),
-                epoch_done=calibration.progress,
+                epoch_done=task.progress,
             )
         loss["distilled"] = report.loss
     student.requires_grad_(False)
@@ -237,17 +178,17 @@ def _carry_out(opened: OpenedBlock, calibration: BlockCalibration) -> Calibrated
     refinement = None
     if recipe.refinement is not None:
         loss["rounded"] = measured(work.copy_with(packed | modulation))
-        packed, refinement = _refine(student, packed, samples, calibration, recipe=recipe)
+        packed, refinement = _refine(student, packed, samples, task)
         loss["refined"] = refinement.loss
     packed |= modulation
     loss["final"] = measured(work.copy_with(packed))
-    calibration.progress()
+    task.progress()
     return CalibratedBlock(
-        layers={work.linears[name]: packed[name].to("cpu") for name in work.linears},
+        layers={task.linears[name]: packed[name].to("cpu") for name in task.linears},
         loss=loss,
         distillation=None if report is None else asdict(report),
         refinement=None if refinement is None else asdict(refinement),
-        rounding={work.linears[name]: one for name, one in reports.items()},
+        rounding={task.linears[name]: one for name, one in reports.items()},
     )
 
 
@@ -255,24 +196,23 @@ def _refine(
     student: nn.Module,
     packed: Mapping[str, PackedLinear],
     samples: BlockSamples,
-    calibration: BlockCalibration,
-    *,
-    recipe: Recipe,
+    task: BlockTask,
 ) -> tuple[dict[str, PackedLinear], DistillationReport]:
     """Learn what scales and corrects the codes of a block; the student is used up."""
+    recipe = task.recipe
     assert recipe.refinement is not None
     layers = {name: RefinedLinear(layer, source=student.get_submodule(name).source) for name, layer in packed.items()}
     for name, layer in layers.items():
         replace_module(student, name, layer)
         if isinstance(layer.source.clip, LearnableClip):
             layer.source.clip.requires_grad_(True)
-    seed = derive_seed(calibration.seed, "refinement", calibration.index)
-    with checkpointed(student) if calibration.checkpointed else nullcontext():
+    seed = derive_seed(task.seed, "refinement", task.index)
+    with checkpointed(student) if task.checkpointed else nullcontext():
         report = distil(
             student,
             samples,
             options=DistillationOptions(**recipe.refinement.model_dump(), temporal=recipe.loss.temporal),
             seed=seed,
-            epoch_done=calibration.progress,
+            epoch_done=task.progress,
         )
     return {name: layer.repacked() for name, layer in layers.items()}, report

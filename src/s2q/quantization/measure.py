@@ -24,12 +24,12 @@ from s2q.models import ModelSource
 from s2q.planning import Machine, Plan
 from s2q.quantization.allocate import block_errors
 from s2q.quantization.blocks import quantize_block
-from s2q.quantization.calibrated import BlockCalibration
 from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
 from s2q.quantization.run_folder import RunFolder, open_run_folder
 from s2q.quantization.select import Selected, calibration_stream, select
 from s2q.quantization.stream import TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
+from s2q.quantization.work import BlockTask
 from s2q.recipes import Recipe
 
 _CALLS = (1, 5)
@@ -263,11 +263,9 @@ def _block_seconds(
     distillation = recipe.distillation
     if distillation is not None:
         distillation = distillation.model_copy(update={"epochs": epochs})
-    calibration = BlockCalibration(
-        stream=stream, index=index, family=transformer.family, seed=0, checkpointed=checkpointed
-    )
     changed = recipe.model_copy(update={"distillation": distillation})
-    return _seconds(transformer, changed, index, device=stream.device, calibration=calibration)
+    task = transformer.task(index, changed, seed=0, device=stream.device, stream=stream)
+    return _seconds(replace(task, checkpointed=checkpointed))
 
 
 def _rounding(teacher: Teacher, recipe: Recipe, machine: Machine, progress: Callable[[str, int, int], None]) -> float:
@@ -275,25 +273,14 @@ def _rounding(teacher: Teacher, recipe: Recipe, machine: Machine, progress: Call
     total = 0.0
     for done, (one, first, count) in enumerate(kinds):
         progress("blocks", done, len(kinds))
-        calibration = BlockCalibration(stream=None, index=first, family=one.family, seed=0)
-        total += count * _seconds(one, recipe, first, device=machine.device, calibration=calibration)
+        total += count * _seconds(one.task(first, recipe, seed=0, device=machine.device, stream=None))
     progress("blocks", len(kinds), len(kinds))
     return total
 
 
-def _seconds(
-    transformer: TeacherTransformer,
-    recipe: Recipe,
-    index: int,
-    *,
-    device: str,
-    calibration: BlockCalibration,
-) -> float:
-    linears = transformer.inner_names(index)
-    schemes = {full: transformer.schemes[full] for full in linears.values()}
-    block = transformer.module.get_submodule(transformer.block_names[index])
+def _seconds(task: BlockTask) -> float:
     started = time.perf_counter()
-    quantize_block(block, linears, schemes=schemes, recipe=recipe, device=device, calibration=calibration)
+    quantize_block(task)
     return time.perf_counter() - started
 
 

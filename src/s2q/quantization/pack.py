@@ -17,6 +17,7 @@ from s2q.core.errors import S2QError
 from s2q.core.layout import PREFIX
 from s2q.core.qparams import RoundedWeight
 from s2q.core.reuse import parameters_held
+from s2q.core.schemes import LinearScheme
 from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear, set_token_grid
 from s2q.quantization.observation import BlockSamples, heard
 from s2q.quantization.work import BlockWork
@@ -27,16 +28,18 @@ Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
 """Packed linears and the reports of their rounding, both by name inside the block."""
 
 
-def pack_nearest(work: BlockWork, name: str) -> PackedLinear:
+def pack_nearest(weight: Tensor, bias: Tensor | None, scheme: LinearScheme) -> PackedLinear:
     """Return a linear rounded to nearest, nothing before it.
 
     Args:
-        work: The block.
-        name: Of the linear inside it.
+        weight: [O, I], floating.
+        bias: [O] or None.
+        scheme: How it is quantized.
+
+    Returns:
+        The packed linear, where the weight is.
     """
-    scheme = work.scheme(name)
-    rounded = ROUNDINGS["rtn"](work.teacher.get_submodule(name).weight, scheme.weight)
-    return PackedLinear.from_rounded(rounded, bias=work.block.get_submodule(name).bias, scheme=scheme)
+    return PackedLinear.from_rounded(ROUNDINGS["rtn"](weight, scheme.weight), bias=bias, scheme=scheme)
 
 
 @torch.no_grad()
@@ -54,7 +57,7 @@ def pack_students(
     Raises:
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
     """
-    use_gptq = work.recipe.rounding.method == GPTQ
+    use_gptq = work.task.recipe.rounding.method == GPTQ
     hessians: dict[str, HessianAccumulator] = {}
     if use_gptq:
         sources = {group[0]: _quantized_by(student.get_submodule(group[0]).source) for group in groups}
@@ -93,9 +96,9 @@ def pack_student(
     """
     scheme = work.scheme(name)
     if rounded is None:
-        method = ROUNDINGS[work.recipe.rounding.method]
+        method = ROUNDINGS[work.task.recipe.rounding.method]
         rounded = method(layer.folded_weight(), scheme.weight, clip_ratio=layer.clip_ratio())
-    bias = None if layer.bias is None else layer.bias.to(work.block.get_submodule(name).bias.dtype)
+    bias = None if layer.bias is None else layer.bias.to(work.task.block.get_submodule(name).bias.dtype)
     inputs = _stored_inputs(layer.source) | _stored_branch(layer)
     return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=inputs, deflates=layer.source.deflates)
 
@@ -120,7 +123,7 @@ def pack_modulation(work: BlockWork, names: Sequence[str], samples: BlockSamples
     reports: dict[str, dict[str, Any]] = {}
     for name in names:
         rounded, reports[name] = _gptq(work, name, work.teacher.get_submodule(name).weight, hessians[name])
-        bias = work.block.get_submodule(name).bias
+        bias = work.task.block.get_submodule(name).bias
         packed[name] = PackedLinear.from_rounded(rounded, bias=bias, scheme=work.scheme(name))
     return packed, reports
 
@@ -134,10 +137,10 @@ def _gptq(
             work.scheme(name).weight,
             hessian=hessian.hessian(),
             clip_ratio=clip_ratio,
-            options=work.recipe.rounding.gptq(),
+            options=work.task.recipe.rounding.gptq(),
         )
     except S2QError as error:
-        raise type(error)(f"{work.linears[name]}: {error}") from error
+        raise type(error)(f"{work.task.linears[name]}: {error}") from error
     return rounded, asdict(report)
 
 

@@ -41,13 +41,13 @@ from s2q.planning import (
 from s2q.quantization.allocate import Allocated, allocate
 from s2q.quantization.assemble import assemble
 from s2q.quantization.blocks import block_fingerprint, quantize_block, to_artefact
-from s2q.quantization.calibrated import BlockCalibration
 from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
 from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
 from s2q.quantization.run_folder import RunFolder, open_run_folder
 from s2q.quantization.select import Selected, calibration_stream, select
 from s2q.quantization.stream import TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
+from s2q.quantization.work import BlockTask
 from s2q.recipes import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -267,18 +267,13 @@ class _Run:
                 )
             for index in range(len(one.block_names)):
                 ticker = _Ticker(self.progress, len(reports) * units, total * units)
-                calibration = BlockCalibration(
-                    stream=stream,
-                    index=index,
-                    family=one.family,
-                    seed=self.settings.seed,
+                task = replace(
+                    one.task(index, recipe, seed=self.settings.seed, device=self.settings.device, stream=stream),
                     progress=ticker,
                     checkpointed=cost is not None and cost.gradient_checkpointing,
                 )
                 samples = None if selected is None else selected.fingerprint(one.component)
-                report = self._block(
-                    one, recipe, index, position=len(reports), calibration=calibration, samples=samples
-                )
+                report = self._block(one, task, position=len(reports), samples=samples)
                 teacher.set_aside(one.module.get_submodule(one.block_names[index]))
                 _log_block(report, total=total)
                 reports.append(report)
@@ -290,38 +285,18 @@ class _Run:
     def _block(
         self,
         one: TeacherTransformer,
-        recipe: Recipe,
-        index: int,
+        task: BlockTask,
         *,
         position: int,
-        calibration: BlockCalibration,
         samples: str | None,
     ) -> BlockReport:
         """Compute a block, or take it over from an interrupted run."""
         started = time.perf_counter()
-        name, key = full_name(one.component, one.block_names[index]), one.artefact_name(index)
-        block = one.module.get_submodule(one.block_names[index])
-        linears = one.inner_names(index)
-        schemes = {full: one.schemes[full] for full in linears.values()}
-        fingerprint = block_fingerprint(
-            block,
-            schemes,
-            recipe=recipe,
-            seed=self.settings.seed,
-            device=torch.device(self.settings.device).type,
-            versions=package_versions(),
-            samples=samples,
-        )
+        name, key = full_name(one.component, one.block_names[task.index]), one.artefact_name(task.index)
+        fingerprint = block_fingerprint(task, samples=samples)
         resumed = self.folder.has(key, fingerprint)
         if not resumed:
-            result = quantize_block(
-                block,
-                linears,
-                schemes=schemes,
-                recipe=recipe,
-                device=self.settings.device,
-                calibration=calibration,
-            )
+            result = quantize_block(task)
             artefact = to_artefact(
                 result,
                 seconds=time.perf_counter() - started,

@@ -42,44 +42,43 @@ logger = logging.getLogger(__name__)
 
 
 def make_students(
-    work: BlockWork, group: tuple[str, ...], *, seed: int, statistics: InputStatistics | None = None
+    work: BlockWork, group: tuple[str, ...], *, statistics: InputStatistics | None = None
 ) -> dict[str, StudentLinear]:
     """Make the students of linears that share an input.
 
     Args:
         work: The block and the recipe.
         group: Names of the linears inside the block.
-        seed: Of the block; those of a random rotation and of estimators are derived from it.
         statistics: Of their input; None for recipes that need no samples.
 
     Returns:
         Student by name, where the teacher's linears are.
     """
-    alpha = work.recipe.transforms.alpha
+    alpha = work.task.recipe.transforms.alpha
     if alpha == SEARCH:
         assert statistics is not None
-        alpha = _best_alpha(work, group, statistics, seed=seed)
-        logger.debug("%s: alpha=%.1f", work.linears[group[0]], alpha)
-    return _students(work, group, statistics, alpha=float(alpha), seed=seed)
+        alpha = _best_alpha(work, group, statistics)
+        logger.debug("%s: alpha=%.1f", work.task.linears[group[0]], alpha)
+    return _students(work, group, statistics, alpha=float(alpha))
 
 
 @torch.no_grad()
-def _best_alpha(work: BlockWork, group: tuple[str, ...], statistics: InputStatistics, *, seed: int) -> float:
+def _best_alpha(work: BlockWork, group: tuple[str, ...], statistics: InputStatistics) -> float:
     """The α with the smallest squared error of the group's outputs; the smaller one of two that are as good."""
     rows = statistics.rows()
     exact = {name: work.teacher.get_submodule(name)(rows) for name in group}
     errors = {}
     for alpha in ALPHAS:
-        layers = _students(work, group, statistics, alpha=alpha, seed=seed)
+        layers = _students(work, group, statistics, alpha=alpha)
         errors[alpha] = sum(float((layers[name](rows) - exact[name]).double().square().sum()) for name in group)
     return min(errors, key=errors.__getitem__)
 
 
 def _students(
-    work: BlockWork, group: tuple[str, ...], statistics: InputStatistics | None, *, alpha: float, seed: int
+    work: BlockWork, group: tuple[str, ...], statistics: InputStatistics | None, *, alpha: float
 ) -> dict[str, StudentLinear]:
     """The students of linears that share an input, by name inside the block."""
-    recipe, linears = work.recipe, [work.teacher.get_submodule(name) for name in group]
+    recipe, seed, linears = work.task.recipe, work.task.block_seed, [work.teacher.get_submodule(name) for name in group]
     scheme, weights = work.scheme(group[0]), [linear.weight for linear in linears]
     transform = _rotation(linears[0].in_features, recipe, seed=derive_seed(seed, "rotation", group[0]))
     shift, basis = None, None
@@ -103,7 +102,7 @@ def _students(
     for name, linear in zip(group, linears, strict=True):
         estimator = None
         if recipe.transforms.estimator:
-            frames = None if name in work.text_linears else work.frames
+            frames = None if name in work.task.family.text_linears else work.frames
             estimator = Estimator(
                 linear.in_features, linear.out_features, frames=frames, seed=derive_seed(seed, "estimator", name)
             ).to(weights[0].device)

@@ -1,4 +1,4 @@
-"""A tiny CLIP model with random weights: plumbing, not judgement."""
+"""A tiny CLIP model and LPIPS weights, random: plumbing, not judgement."""
 
 from pathlib import Path
 
@@ -23,3 +23,16 @@ def save_tiny_clip(folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_tiny_lpips(path: Path) -> Path:
+    """Save weights of AlexNet's kind, its later layers with few channels."""
+    torch.manual_seed(0)
+    shapes = {"1.0": (64, 3, 11), "2.3": (6, 64, 5), "3.6": (6, 6, 3), "4.8": (6, 6, 3), "5.10": (6, 6, 3)}
+    tensors = {}
+    for stage, (name, (out, into, size)) in enumerate(shapes.items()):
+        tensors[f"net.slice{name}.weight"] = torch.randn(out, into, size, size)
+        tensors[f"net.slice{name}.bias"] = torch.randn(out)
+        tensors[f"lin{stage}.model.1.weight"] = torch.rand(1, out, 1, 1)
+    torch.save(tensors, path)
+    return path
