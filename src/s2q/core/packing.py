@@ -65,13 +65,14 @@ def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:
     return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
 
 
-def unpack_codes(packed: Tensor, *, num_bits: int, in_features: int) -> Tensor:
+def unpack_codes(packed: Tensor, *, num_bits: int, in_features: int, out: Tensor | None = None) -> Tensor:
     """Undo `pack_codes`.
 
     Args:
         packed: uint8 [O, P].
         num_bits: N, 2 to 8.
         in_features: I.
+        out: int8 [O, 2P], where the codes of up to 4 bits go; None for memory of their own.
 
     Returns:
         int8 [O, I]. Up to 4 bits and odd I: a view with row stride I + 1. Above 4 bits: shares memory with packed.
@@ -88,7 +89,7 @@ def unpack_codes(packed: Tensor, *, num_bits: int, in_features: int) -> Tensor:
     if num_bits > 4:
         return packed.view(torch.int8)
     # Spread each byte over the two bytes of an int16 (the low nibble first, as memory is little-endian).
-    wide = packed.contiguous().to(torch.int16)
-    wide = ((wide << 4) | wide) & 0x0F0F
+    wide = packed.contiguous().to(torch.int16) if out is None else out.view(torch.int16).copy_(packed)
+    wide.bitwise_or_(wide << 4).bitwise_and_(0x0F0F)
     codes: Tensor = wide.view(torch.int8).sub_(_NIBBLE_ZERO)
     return codes[:, :in_features]

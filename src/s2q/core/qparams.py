@@ -99,10 +99,22 @@ def token_scale(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Te
     Returns:
         fp32 [..., 1].
     """
-    amax = x.abs().amax(dim=-1, keepdim=True).float()
-    if clip_ratio is not None:
-        amax = amax * clip_ratio
-    return scale_from_amax(amax, num_bits=num_bits)
+    return token_scale_from_amax(x.abs().amax(dim=-1, keepdim=True), num_bits=num_bits, clip_ratio=clip_ratio)
+
+
+def token_scale_from_amax(amax: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
+    """Compute the dynamic scale of each token from its largest magnitude; see `token_scale`.
+
+    Args:
+        amax: [..., 1], any floating dtype.
+        num_bits: N, 2 to 8.
+        clip_ratio: See `token_scale`.
+
+    Returns:
+        fp32 [..., 1].
+    """
+    amax = amax.float()
+    return scale_from_amax(amax if clip_ratio is None else amax * clip_ratio, num_bits=num_bits)
 
 
 def quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:

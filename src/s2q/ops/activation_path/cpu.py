@@ -3,17 +3,19 @@
 Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from s2q.core.qparams import ClipRatio, code_range, token_scale
+from s2q.core.qparams import ClipRatio, code_range, token_scale_from_amax
 from s2q.ops.activation_path import reference
 from s2q.ops.scratch import take
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 """Of x in a chunk; what is computed from it finds room in the caches then."""
 
-MIN_ROWS = {torch.bfloat16: 256}
+MIN_ROWS = {torch.bfloat16: 128}
 """Rows of a chunk by dtype of x, whatever its bytes: below, products of bf16 take longer than the caches save."""
 
 
@@ -57,8 +59,8 @@ def activation_path(
         part = slice(start, start + size)
         y, own_coefficients = transform(x[part])
         own_clip = clip_ratio[part] if isinstance(clip_ratio, Tensor) and len(clip_ratio) == len(x) else clip_ratio
-        token_scales[part] = own = token_scale(y, num_bits=num_bits, clip_ratio=own_clip)
-        codes[part] = torch.div(y, own, out=transform.wide[: len(y)]).round_().clamp_(lowest, highest)
+        token_scales[part] = own = token_scale_from_amax(_amax(y), num_bits=num_bits, clip_ratio=own_clip)
+        codes[part] = _in_fp32(torch.div, y, own, out=transform.wide).round_().clamp_(lowest, highest)
         if coefficients is not None and own_coefficients is not None:
             coefficients[part] = own_coefficients
     return codes, token_scales, coefficients
@@ -115,13 +117,38 @@ class _Transform:
         else:
             free = second
         if self.left is not None:
-            y = torch.matmul(self.left.t(), y.view(-1, n1, n2), out=free.view(-1, n1, n2))
+            left = self.left.t().expand(len(x), n1, n1)
+            y = torch.bmm(left, y.view(-1, n1, n2), out=free.view(-1, n1, n2))
         return y.view(x.shape), coefficients
 
     def _shifted_and_scaled(self, x: Tensor) -> Tensor:
-        wide = self.wide[: len(x)]
         if self.shift is not None:
-            x = torch.sub(x, self.shift, out=wide)
+            x = _in_fp32(torch.sub, x, self.shift, out=self.wide)
         if self.scale is not None:
-            x = torch.mul(x, self.scale, out=wide)
+            x = _in_fp32(torch.mul, x, self.scale, out=self.wide)
         return x
+
+
+def _in_fp32(operation: Callable[..., Tensor], x: Tensor, other: Tensor, *, out: Tensor) -> Tensor:
+    """Combine x of any dtype with fp32 numbers, in the first rows of a buffer.
+
+    An operation on two dtypes takes longer than a conversion and one on fp32.
+    """
+    out = out[: len(x)]
+    return operation(x if x.dtype == torch.float32 else out.copy_(x), other, out=out)
+
+
+_MAGNITUDES = {
+    torch.bfloat16: (torch.int16, 0x7FFF),
+    torch.float16: (torch.int16, 0x7FFF),
+    torch.float32: (torch.int32, 0x7FFFFFFF),
+}
+"""Integers of a dtype's width, and all their bits but the sign: magnitudes are in order there, NaN above all."""
+
+
+def _amax(x: Tensor) -> Tensor:
+    """The largest magnitude of each row, [M, 1], in half the time that it takes on floating-point numbers."""
+    integers, magnitude = _MAGNITUDES[x.dtype]
+    bits = take("activation_path bits", tuple(x.shape), integers)
+    torch.bitwise_and(x.view(integers), magnitude, out=bits)
+    return bits.amax(dim=-1, keepdim=True).view(x.dtype)

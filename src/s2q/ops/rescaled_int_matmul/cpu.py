@@ -16,6 +16,9 @@ from s2q.ops.scratch import take
 ROWS, COLUMNS = 2048, 2048
 """Rows and out features of a product, at most: its codes of w and its sums are some MiB."""
 
+UNPACKED_CODES = 1 << 20
+"""Codes of w that are unpacked at a time."""
+
 EPILOGUE_ROWS = 256
 """Rows that are rescaled at a time: several passes over them find them in the cache."""
 
@@ -72,7 +75,7 @@ def rescaled_int_matmul(
         wide = slice(left, min(left + width, columns))
         w_own = w_codes[wide]
         if w_own.dtype == torch.uint8:
-            w_own = unpack_codes(w_own, num_bits=w_bits, in_features=depth)
+            w_own = _unpacked(w_own, num_bits=w_bits, in_features=depth)
         for start in range(0, rows, ROWS):
             x_own = x_codes[start : start + ROWS]
             sums = _products(x_own, w_own, x_bits=x_bits, w_bits=w_bits)
@@ -95,6 +98,18 @@ def _even_share(total: int, most: int) -> int:
     """Return the size of a piece when a total is cut into as few even pieces as there can be."""
     pieces = max(1, -(-total // most))
     return -(-total // pieces)
+
+
+def _unpacked(packed: Tensor, *, num_bits: int, in_features: int) -> Tensor:
+    """`unpack_codes` into the same buffer every time, in pieces whose intermediate results stay in the caches."""
+    if num_bits > 4:  # nothing to unpack
+        return unpack_codes(packed, num_bits=num_bits, in_features=in_features)
+    codes = take("codes", (len(packed), 2 * packed.shape[1]), torch.int8)
+    step = max(1, UNPACKED_CODES // max(1, codes.shape[1]))
+    for start in range(0, len(packed), step):
+        part = slice(start, start + step)
+        unpack_codes(packed[part], num_bits=num_bits, in_features=in_features, out=codes[part])
+    return codes[:, :in_features]
 
 
 def _products(x_codes: Tensor, w_codes: Tensor, *, x_bits: int, w_bits: int) -> Tensor:
