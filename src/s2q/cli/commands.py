@@ -9,11 +9,10 @@ from typing import Any
 
 from s2q.cli import console, judges, output
 from s2q.core.errors import InvalidInputError, UsageError
-from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, staged_directory
+from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, slug, staged_directory
 
 GENERATION_RECORD = "generation.json"
 _SCHEMA_VERSION = 1
-_SLUG_LENGTH = 48
 
 
 def plan(
@@ -202,7 +201,7 @@ def evaluate(
     options: Mapping[str, Any],
 ) -> None:
     """Run `s2q eval`."""
-    names = judges.split_names(options["metrics"])
+    names = output.split_names(options["metrics"])
     check_file_output(out, overwrite=options["overwrite"])
     device = resolve_device(options["device"])
     from s2q.evaluation import EvaluationOptions, default_prompts, read_prompts, selected_metrics
@@ -210,12 +209,13 @@ def evaluate(
     from s2q.evaluation.learned import learned_names
     from s2q.evaluation.sources import quantization_scheme
     from s2q.models import resolve_model
+    from s2q.planning.plan import check_full_precision
 
     console.quiet_libraries()
     weights = {"lpips": options["lpips_weights"], "clip": options["clip"]}
     selected_metrics(names, learned=learned_names(**{name: path is not None for name, path in weights.items()}))
-    for name in (model, reference):
-        resolve_model(name)
+    resolve_model(model)
+    check_full_precision(resolve_model(reference))
     texts = read_prompts(prompts) if prompts is not None else default_prompts(reference, count=options["num_prompts"])
     planned = judges.vbench_plan(out, texts, seeds=options["seeds"], device=device, options=options)
     how = EvaluationOptions(
@@ -287,12 +287,6 @@ def check_file_output(path: Path, *, overwrite: bool) -> None:
         raise InvalidInputError(f"{path} is a folder; name a file")
     replaced = overwrite and path.exists()
     check_output(path.with_name(f".{path.name}.new") if replaced else path, overwrite=False)
-
-
-def slug(prompt: str) -> str:
-    """Return a prompt as part of a file name: lower case, words joined by hyphens, at most 48 characters."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return words[:_SLUG_LENGTH].rstrip("-") or "video"
 
 
 def _size(options: Mapping[str, Any], name: str) -> int | None:

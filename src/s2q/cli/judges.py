@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2q.cli import console
+from s2q.cli import console, output
 from s2q.core.errors import InvalidInputError, UsageError
 from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output
-
-
-def split_names(values: Sequence[str] | None) -> list[str]:
-    """Return names that were given with commas, repeatedly, or both."""
-    return [name.strip() for entry in values or () for name in entry.split(",") if name.strip()]
 
 
 def vbench_plan(out: Path, prompts: Sequence[str], *, seeds: int, device: str, options: Mapping[str, Any]) -> Any:
@@ -47,7 +41,7 @@ def vbench_plan(out: Path, prompts: Sequence[str], *, seeds: int, device: str, o
     settings = VBenchOptions(
         python=str(options["vbench_python"]),
         folder=folder,
-        dimensions=tuple(dict.fromkeys(split_names(options["vbench_dims"]))),
+        dimensions=tuple(dict.fromkeys(output.split_names(options["vbench_dims"]))),
         cache=options["vbench_cache"],
         device=device,
     )
@@ -102,14 +96,11 @@ def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: console.R
     Returns:
         The same with `vbench`, and the flow score in `evalcrafter` if it was asked for.
     """
-    import torch
-
+    from s2q.core.devices import free_memory
     from s2q.evaluation.evalcrafter import evalcrafter_scores
     from s2q.evaluation.vbench import RECORD, flow_scores, judge_videos, vbench_section
 
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the other process needs the memory
+    free_memory()  # the other process needs it
     progress("vbench", 0, 2)
     reference = judge_videos(plan, "reference")
     progress("vbench", 1, 2)

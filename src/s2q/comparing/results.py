@@ -11,7 +11,7 @@ from s2q.checkpoint import inspect_checkpoint
 from s2q.comparing.entries import Entry
 from s2q.comparing.folder import CompareFolder
 from s2q.comparing.setup import SCHEMA_VERSION, SHARD_PROMPTS, RunPlan, Setup
-from s2q.core.errors import InvalidInputError
+from s2q.core.errors import InvalidInputError, S2QError
 from s2q.core.files import atomic_write_json
 from s2q.evaluation.comparison import DEFINITIONS, HIGHER_IS_BETTER, compare_group
 from s2q.evaluation.measured import joined
@@ -142,9 +142,14 @@ def _inspected_storage(path: Path) -> dict[str, Any] | None:
 
 
 def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, Any]:
-    parts = [folder.load_shard(plan, label, index) for index in range(len(plan.shards()))]
-    found = [part for part in parts if part is not None]
-    assert len(found) == len(parts), label
+    found = []
+    for index in range(len(plan.shards())):
+        part = folder.load_shard(plan, label, index)
+        if part is None:
+            raise S2QError(
+                f"{folder.evaluation(label).parent}: part {index} of the evaluation is gone; run the same command again"
+            )
+        found.append(part)
     evaluation = summarise(joined(found))
     atomic_write_json(folder.evaluation(label), evaluation)
     return evaluation

@@ -310,7 +310,8 @@ def _run(options: VBenchOptions, task: str, request: Mapping[str, Any], *, folde
     }
     atomic_write_json(folder / "request.json", {**request, **common})
     answer.unlink(missing_ok=True)
-    command = [shutil.which(options.python) or options.python, runner.name, task, "request.json", answer.name]
+    python = os.path.abspath(shutil.which(options.python) or options.python)  # not resolved: links lead out of venvs
+    command = [python, runner.name, task, "request.json", answer.name]
     with log.open("wb") as output:
         done = subprocess.run(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
