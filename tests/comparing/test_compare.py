@@ -28,8 +28,8 @@ def run(model, out, *, entries=RECIPES, prompts=PROMPTS, progress=None, **option
 @pytest.fixture(autouse=True)
 def no_encoding(monkeypatch):
     """Starting an encoder for every video takes longer than all the rest."""
-    monkeypatch.setattr(compare_page, "encode_mp4", lambda frames: b"")
-    monkeypatch.setattr(pages, "write_mp4", lambda path, frames: path.write_bytes(b""))
+    monkeypatch.setattr(compare_page, "encode_mp4", lambda frames, fps: b"")
+    monkeypatch.setattr(pages, "write_mp4", lambda path, frames, fps: path.write_bytes(b""))
 
 
 def untimed(result):

@@ -122,7 +122,7 @@ def generate(
     from s2q.evaluation import read_prompts
     from s2q.evaluation.generate import generate as run
     from s2q.evaluation.prompts import check_distinct
-    from s2q.evaluation.sources import generation_defaults
+    from s2q.evaluation.sources import frame_rate_of, generation_defaults
     from s2q.loading import load_pipeline
 
     console.quiet_libraries()
@@ -139,7 +139,8 @@ def generate(
     asked = recommended | {name: value for name, value in settings.items() if value is not None}
     with console.progress() as report:
         videos = run(pipe, texts, seeds=(options["seed"],), settings=asked, progress=report)
-        record = write_videos(out, videos, model=model, options=options, progress=report)
+        described = {"model": model, "frame_rate": options["fps"] or frame_rate_of(model)}
+        record = write_videos(out, videos, described=described, options=options, progress=report)
     if options["as_json"]:
         output.emit_json(record)
     else:
@@ -147,14 +148,19 @@ def generate(
 
 
 def write_videos(
-    out: Path, videos: Sequence[Any], *, model: str, options: Mapping[str, Any], progress: console.Report
+    out: Path,
+    videos: Sequence[Any],
+    *,
+    described: Mapping[str, Any],
+    options: Mapping[str, Any],
+    progress: console.Report,
 ) -> dict[str, Any]:
     """Write videos, contact sheet and record into a folder that appears when it is complete.
 
     Args:
         out: The folder.
         videos: `s2q.evaluation.Video`s.
-        model: The model's name, for the record.
+        described: `model`, its name, and the videos' `frame_rate`, as the record has them.
         options: `save_latents`, `overwrite`, `seed`.
         progress: Called as the files are written.
 
@@ -168,7 +174,7 @@ def write_videos(
     with staged_directory(out, overwrite=options["overwrite"], markers=(GENERATION_RECORD,)) as staged:
         for index, video in enumerate(videos):
             stem = f"{index:03d}-{slug(video.prompt)}"
-            write_mp4(staged / f"{stem}.mp4", video.frames.numpy())
+            write_mp4(staged / f"{stem}.mp4", video.frames.numpy(), fps=described["frame_rate"])
             entries.append({"prompt": video.prompt, "seed": video.seed, "file": f"{stem}.mp4"})
             progress("write", index + 1, len(videos))
         sheet = contact_sheet([(video.prompt, video.frames.numpy()) for video in videos])
@@ -180,7 +186,7 @@ def write_videos(
             atomic_write_bytes(staged / "latents.safetensors", safetensors.torch.save(tensors))
         record = {
             "schema_version": _SCHEMA_VERSION,
-            "model": model,
+            **described,
             "output": str(out),
             "sheet": "sheet.png",
             "latents": "latents.safetensors" if options["save_latents"] else None,
@@ -207,7 +213,7 @@ def evaluate(
     from s2q.evaluation import EvaluationOptions, default_prompts, read_prompts, selected_metrics
     from s2q.evaluation import evaluate as run
     from s2q.evaluation.learned import learned_names
-    from s2q.evaluation.sources import quantization_scheme
+    from s2q.evaluation.sources import frame_rate_of, quantization_scheme
     from s2q.models import resolve_model
     from s2q.planning.plan import check_full_precision
 
@@ -217,7 +223,9 @@ def evaluate(
     resolve_model(model)
     check_full_precision(resolve_model(reference))
     texts = read_prompts(prompts) if prompts is not None else default_prompts(reference, count=options["num_prompts"])
-    planned = judges.vbench_plan(out, texts, seeds=options["seeds"], device=device, options=options)
+    planned = judges.vbench_plan(
+        out, texts, seeds=options["seeds"], device=device, frame_rate=frame_rate_of(reference), options=options
+    )
     how = EvaluationOptions(
         metrics=tuple(names),
         settings=settings,

@@ -12,7 +12,9 @@ from s2q.core.errors import InvalidInputError, UsageError
 from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output
 
 
-def vbench_plan(out: Path, prompts: Sequence[str], *, seeds: int, device: str, options: Mapping[str, Any]) -> Any:
+def vbench_plan(
+    out: Path, prompts: Sequence[str], *, seeds: int, device: str, frame_rate: int, options: Mapping[str, Any]
+) -> Any:
     """Check everything that VBench needs; its videos will go to the folder `OUT-vbench` beside OUT.
 
     Args:
@@ -20,6 +22,7 @@ def vbench_plan(out: Path, prompts: Sequence[str], *, seeds: int, device: str, o
         prompts: The prompts.
         seeds: Videos of each.
         device: Where VBench computes.
+        frame_rate: Frames per second of the videos.
         options: `vbench_python`, `vbench_dims`, `vbench_cache`, `overwrite`.
 
     Returns:
@@ -44,6 +47,7 @@ def vbench_plan(out: Path, prompts: Sequence[str], *, seeds: int, device: str, o
         dimensions=tuple(dict.fromkeys(output.split_names(options["vbench_dims"]))),
         cache=options["vbench_cache"],
         device=device,
+        frame_rate=frame_rate,
     )
     plan = plan_vbench(settings, prompts, videos_a_prompt=seeds)
     for name, reason in plan.absent.items():
@@ -62,7 +66,7 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
     from s2q.evaluation.vbench import MIN_FRAMES, RECORD
     from s2q.report import BT601, encode_mp4
 
-    total = len(plan.prompts) * plan.videos_a_prompt
+    total, rate = len(plan.prompts) * plan.videos_a_prompt, plan.options.frame_rate
     written = 0
 
     def keep(_label: str, video: Any) -> None:
@@ -79,7 +83,7 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
         side = folder / ("reference" if written < total else "model")
         side.mkdir(exist_ok=True)
         name = plan.file_name(video.prompt, written % plan.videos_a_prompt)
-        atomic_write_bytes(side / name, encode_mp4(video.frames.numpy(), matrix=BT601))
+        atomic_write_bytes(side / name, encode_mp4(video.frames.numpy(), fps=rate, matrix=BT601))
         written += 1
 
     return keep

@@ -33,7 +33,7 @@ def write_pages(
         target = folder.path / "videos" / f"{index:03d}-{slug(scene.prompt)}"
         target.mkdir(parents=True, exist_ok=True)
         for label, frames in {FULL_PRECISION: scene.reference, **scene.entries}.items():
-            write_mp4(target / f"{label}.mp4", frames)
+            write_mp4(target / f"{label}.mp4", frames, fps=result["settings"]["frame_rate"])
     sheet = scene_sheet(scenes) if scenes else None
     if sheet is not None:
         atomic_write_bytes(folder.path / SHEET, sheet)

@@ -15,6 +15,7 @@ from s2q.core.errors import InvalidInputError, S2QError
 from s2q.core.files import atomic_write_json
 from s2q.evaluation.comparison import DEFINITIONS, HIGHER_IS_BETTER, compare_group
 from s2q.evaluation.measured import joined
+from s2q.evaluation.sources import frame_rate_of
 from s2q.evaluation.statistics import INTERVAL, MIN_PROMPTS
 from s2q.evaluation.summary import summarise, versions
 from s2q.models import resolve_model
@@ -78,6 +79,7 @@ def build_result(folder: CompareFolder, plan: RunPlan, setup: Setup, failures: M
             "dtype": None if any_evaluation is None else any_evaluation["settings"]["dtype"],
             "device": plan.device,
             "shard_prompts": SHARD_PROMPTS,
+            "frame_rate": frame_rate_of(plan.model),
             "interval": INTERVAL,
         },
         "definitions": {**DEFINITIONS, "seconds": _SECONDS, "storage": _STORAGE, "simulated": _SIMULATED},
