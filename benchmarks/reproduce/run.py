@@ -15,6 +15,7 @@ from reproduce.plan import Request, Run, bench_command, runs_of, shown, video_na
 from reproduce.specs import Table
 from s2q.core.files import atomic_write_bytes, atomic_write_json
 from s2q.evaluation import EvaluationOptions, Video, evaluate_each
+from s2q.evaluation.sources import frame_rate_of
 from s2q.report import BT601, encode_mp4
 
 logger = logging.getLogger("reproduce")
@@ -88,11 +89,12 @@ def _command(arguments: Sequence[str]) -> None:
 def _judge(runs: Sequence[Run], prompts: Sequence[str], request: Request) -> None:
     """Judge several runs on a piece; full precision generates once for all of them."""
     folders = {str(run.checkpoint): run.videos for run in runs} | {request.model: request.full_precision_videos()}
+    frame_rate = frame_rate_of(request.model)
     options = EvaluationOptions(
         settings=request.settings,
         dtype=request.dtype,
         device=request.device,
-        video_done=lambda label, video: _keep(folders[label], video),
+        video_done=lambda label, video: _keep(folders[label], video, frame_rate),
     )
     models = [str(run.checkpoint) for run in runs]
     results = evaluate_each(models, request.model, prompts=prompts, seeds=range(request.seeds), options=options)
@@ -102,13 +104,14 @@ def _judge(runs: Sequence[Run], prompts: Sequence[str], request: Request) -> Non
         logger.info("%s: %d prompts judged, %d pieces left", run.key, len(prompts), len(run.missing()))
 
 
-def _keep(folder: Path, video: Video) -> None:
+def _keep(folder: Path, video: Video, frame_rate: int) -> None:
     """Write a video, and its prompt to the folder's `prompts.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     name = video_name(video.prompt, video.seed)
     if (folder / name).exists():
         return
-    atomic_write_bytes(folder / name, encode_mp4(video.frames.numpy(), matrix=BT601))  # as VBench reads it
+    content = encode_mp4(video.frames.numpy(), fps=frame_rate, matrix=BT601)  # as VBench reads it
+    atomic_write_bytes(folder / name, content)
     index = folder / "prompts.json"
     known = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
     atomic_write_json(index, known | {name: video.prompt})

@@ -127,14 +127,17 @@ def test_generate_writes_videos_sheet_and_latents(checkpoint, tmp_path, capsys):
     ]
     assert json.loads((out / "generation.json").read_text()) == record
     assert [(entry["prompt"], entry["seed"]) for entry in record["videos"]] == [("a red circle", 7), ("b", 7)]
-    frames, _seconds = imageio_ffmpeg.count_frames_and_secs(str(out / "001-b.mp4"))
-    assert frames == 9
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(out / "001-b.mp4"))
+    assert (frames, record["frame_rate"]) == (9, 8)
+    assert seconds == pytest.approx(9 / 8, abs=0.1)
     latents = safetensors.torch.load_file(out / "latents.safetensors")
     assert latents["000-a-red-circle"].shape == (3, 4, 2, 2)
     before = (out / "sheet.png").read_bytes()
     assert "exists; pass --overwrite" in output_of(capsys, arguments, 3).err
     assert (out / "sheet.png").read_bytes() == before
-    output_of(capsys, [*arguments, "--overwrite", "--seed", "8"])
+    output_of(capsys, [*arguments, "--overwrite", "--seed", "8", "--fps", "24"])
+    _frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(out / "001-b.mp4"))
+    assert seconds == pytest.approx(9 / 24, abs=0.1)
     assert (out / "sheet.png").read_bytes() != before
     assert not (out / "latents.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["videos"], "nothing hidden is left"

@@ -134,12 +134,6 @@ def test_durations(seconds, text):
     assert console.format_seconds(seconds) == text
 
 
-def test_slugs():
-    assert commands.slug("A red Circle, moving LEFT!") == "a-red-circle-moving-left"
-    assert commands.slug("猫") == "video"
-    assert len(commands.slug("word " * 40)) <= 48
-
-
 def test_json_errors_leave_stdout_empty(capsys):
     assert run(["plan", "-m", "shapes-cogvideo", "--json"]) == 3
     captured = capsys.readouterr()

@@ -8,8 +8,10 @@ import torch
 
 from s2q.comparing import CompareOptions, compare, pages, workers
 from s2q.comparing import run as comparing_run
+from s2q.comparing import setup as comparing_setup
 from s2q.comparing import shards as comparing_shards
 from s2q.core.errors import InvalidInputError, S2QError, UsageError
+from s2q.quantization import quantize
 from s2q.report import compare_page
 from tiny_judges import save_tiny_clip, save_tiny_lpips
 
@@ -26,8 +28,8 @@ def run(model, out, *, entries=RECIPES, prompts=PROMPTS, progress=None, **option
 @pytest.fixture(autouse=True)
 def no_encoding(monkeypatch):
     """Starting an encoder for every video takes longer than all the rest."""
-    monkeypatch.setattr(compare_page, "encode_mp4", lambda frames: b"")
-    monkeypatch.setattr(pages, "write_mp4", lambda path, frames: path.write_bytes(b""))
+    monkeypatch.setattr(compare_page, "encode_mp4", lambda frames, fps: b"")
+    monkeypatch.setattr(pages, "write_mp4", lambda path, frames, fps: path.write_bytes(b""))
 
 
 def untimed(result):
@@ -138,6 +140,40 @@ def test_entries_may_join_and_leave(whole, tiny_model, tmp_path):
     assert [entry["label"] for entry in alone["entries"]] == ["rtn-w4a6"]
     run(tiny_model, out, entries=["rtn-w4a4"], **few)
     assert shard.stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_may_change_and_move(tiny_model, tmp_path):
+    few = {"prompts": PROMPTS[:2], "metrics": ("psnr",)}
+    made, moved = tmp_path / "a" / "made", tmp_path / "b" / "made"
+    quantize(tiny_model, recipe="rtn-w4a4", out=made)
+    first = run(tiny_model, tmp_path / "out", entries=[str(made)], **few)
+    shutil.move(made.parent, moved.parent)
+    shard = tmp_path / "out/evaluations/made/shard-000.json"
+    before = shard.stat().st_mtime_ns
+    again = run(tiny_model, tmp_path / "out", entries=[str(moved)], **few)
+    assert again["entries"][0]["metrics"] == first["entries"][0]["metrics"]
+    assert shard.stat().st_mtime_ns == before, "it is the same checkpoint"
+    quantize(tiny_model, recipe="rtn-w8a8", out=moved, overwrite=True)
+    better = run(tiny_model, tmp_path / "out", entries=[str(moved)], **few)
+    ours, theirs = (one["entries"][0]["metrics"]["psnr_frame_mean_db"]["mean"] for one in (better, first))
+    assert ours > theirs
+
+
+def test_a_dry_run_and_a_finished_one_load_no_model(whole, tiny_model, monkeypatch):
+    monkeypatch.setattr(comparing_setup, "load_pipeline", None)
+    monkeypatch.setattr(comparing_shards, "run_reference", None)
+    run(tiny_model, whole[1], dry_run=True)
+    assert untimed(run(tiny_model, whole[1])) == untimed(whole[0])
+
+
+def test_a_comparison_is_not_replaced_by_one_of_its_own_parts(whole, tiny_model, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole[1], out)
+    part = str(out / "checkpoints" / "rtn-w4a4")
+    for changed in ({"prompts": PROMPTS[:9]}, {"resume": False}):
+        with pytest.raises(InvalidInputError, match="is part of the comparison in .*, which --overwrite would remove"):
+            run(tiny_model, out, entries=[part, "rtn-w8a8"], overwrite=True, **changed)
+    assert (out / "compare.json").is_file()
 
 
 def test_a_checkpoint_and_the_recipe_that_made_it_are_equal(whole, tiny_model, tmp_path):

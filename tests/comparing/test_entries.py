@@ -1,8 +1,10 @@
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from s2q.comparing.entries import check_same_architecture, find_entries
+from s2q.comparing.entries import check_same_architecture, content_of, find_entries
 from s2q.core.errors import InvalidInputError
 from s2q.models import resolve_model
 from s2q.quantization import quantize
@@ -70,11 +72,46 @@ def test_changes_go_to_the_recipes_that_have_the_group():
         find_entries(["rtn-w4a6"], overrides=("distillation.epochs=2",))
 
 
+def test_a_change_makes_no_recipe_another_method():
+    changes = ("refinement.epochs=2", "activations.num_bits=8", "weights.num_bits=3")
+    weights, rounding, refined = find_entries(["rtn-w4a16", "rtn-w4a6", "s2q-plus-w4a6"], overrides=changes)
+    assert weights.overrides == changes[2:]
+    assert rounding.overrides == changes[1:]
+    assert not rounding.recipe.calibrates
+    assert refined.overrides == changes
+    assert "changed: activations.num_bits=8, weights.num_bits=3" in rounding.description
+
+
+def test_variants_are_recipes_too():
+    assert labels("quarot-w4a4+std", "quarot-w4a4") == ["quarot-w4a4+std", "quarot-w4a4"]
+    with pytest.raises(InvalidInputError, match="unknown recipe 'quarot-w4a9'|unknown recipe"):
+        find_entries(["quarot-w4a9+std"])
+
+
+def test_a_checkpoint_called_like_a_recipe_stands_beside_it(tiny_model, tmp_path):
+    quantize(tiny_model, recipe="rtn-w4a4", out=tmp_path / "mine" / "rtn-w4a4")
+    for given in (["rtn-*", str(tmp_path / "mine/rtn-w4a4")], [str(tmp_path / "mine/rtn-w4a4"), "rtn-*"]):
+        assert {"rtn-w4a4", "mine-rtn-w4a4"} < set(labels(*given))
+
+
+def test_a_model_is_told_by_what_it_holds(tiny_model, tmp_path):
+    for name in ("first", "second", "trained", "shifted"):
+        shutil.copytree(tiny_model, tmp_path / name)
+    (weights,) = (tmp_path / "trained" / "transformer").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    scheduler = tmp_path / "shifted" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("}", "} "))
+    found = {path.name: content_of(resolve_model(str(path))) for path in tmp_path.iterdir()}
+    assert found["first"] == found["second"]
+    assert found["trained"] != found["first"] != found["shifted"]
+
+
 def test_checkpoints_are_told_apart_by_their_folders(checkpoints):
     first, second = find_entries(checkpoints)
     assert (first.label, second.label) == ("first-checkpoint", "second-checkpoint")
     assert (first.width, second.width) == ("w4a6", "w4a16")
-    assert first.identity()["weights"] != second.identity()["weights"]
+    assert first.identity() != second.identity()
     assert labels(checkpoints[0], "rtn-w4a6") == ["checkpoint", "rtn-w4a6"]
     with pytest.raises(InvalidInputError, match="named twice"):
         find_entries([checkpoints[0], checkpoints[0]])

@@ -254,3 +254,9 @@ def test_a_folder_without_write_permission_is_an_input_error(tmp_path, monkeypat
 def test_the_check_leaves_no_trace(tmp_path):
     files.check_output(tmp_path / "deep" / "out", overwrite=False)
     assert names(tmp_path) == []
+
+
+def test_slugs():
+    assert files.slug("A red Circle, moving LEFT!") == "a-red-circle-moving-left"
+    assert files.slug("猫") == "video"
+    assert len(files.slug("word " * 40)) <= 48

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from s2q.core.errors import InvalidInputError
-from s2q.core.headers import TensorInfo, read_folder_headers, read_header
+from s2q.core.headers import TensorInfo, read_folder_headers, read_header, tensors_digest
 
 
 @pytest.fixture
@@ -19,11 +21,24 @@ def path(tmp_path):
 
 
 def test_names_dtypes_shapes_and_bytes(path):
-    assert read_header(path) == {
-        "x": TensorInfo(dtype="U8", shape=(3, 5), num_bytes=15),
-        "y.z": TensorInfo(dtype="F32", shape=(7,), num_bytes=28),
-        "s": TensorInfo(dtype="BF16", shape=(), num_bytes=2),
+    content, found = path.read_bytes(), read_header(path)
+    ends = [one.start + one.num_bytes for one in found.values()]
+    assert max(ends) == len(content)
+    assert {name: replace(one, start=0) for name, one in found.items()} == {
+        "x": TensorInfo(dtype="U8", shape=(3, 5), num_bytes=15, start=0),
+        "y.z": TensorInfo(dtype="F32", shape=(7,), num_bytes=28, start=0),
+        "s": TensorInfo(dtype="BF16", shape=(), num_bytes=2, start=0),
     }
+
+
+def test_a_digest_tells_trained_weights_apart(tmp_path):
+    weights = {"a": torch.randn(3000), "b": torch.randn(5, 4000)}
+    changed = {"trained": {"b": weights["b"] * 1.001}, "flattened": {"b": weights["b"].flatten()}}
+    for name, change in {"same": {}, "copy": {}, **changed}.items():
+        save_file({**weights, **change}, tmp_path / name, metadata={"name": name})
+    digests = {path.name: tensors_digest(path) for path in tmp_path.iterdir()}
+    assert digests["same"] == digests["copy"]
+    assert len(set(digests.values())) == 3
 
 
 def test_a_folder_is_the_union_of_its_files(path):

@@ -1,11 +1,13 @@
 import copy
 import json
+import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from s2q.core.errors import InvalidInputError
-from s2q.evaluation import METRICS, EvaluationOptions, evaluate, evaluate_each
+from s2q.evaluation import METRICS, EvaluationOptions, evaluate, evaluate_each, recordings
 from s2q.evaluation.evaluate import selected_metrics
 from s2q.quantization import quantize
 from tiny import tiny_cogvideox_pipeline
@@ -126,9 +128,23 @@ def test_intervals_from_ten_prompts_on(pipe, damaged):
     assert result["velocity"]["steps"][0]["low"] is not None
 
 
-def test_videos_beyond_the_memory_for_trajectories_have_no_velocity_error(pipe, damaged):
+def test_trajectories_beyond_the_memory_for_them_go_to_the_disk(pipe, damaged, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    wanted = {"settings": FAST, "batch_size": 1, "metrics": ("velocity",)}
+    kept, spilled = (
+        evaluate(damaged, pipe, prompts=["a", "b", "c"], seeds=[0], options=EvaluationOptions(**wanted, **memory))
+        for memory in ({}, {"trajectory_bytes": 1})
+    )
+    assert spilled == kept
+    assert spilled["velocity"]["n_videos"] == 3
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_videos_that_there_is_no_room_for_have_no_velocity_error(pipe, damaged, monkeypatch, caplog):
+    monkeypatch.setattr(recordings.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     options = EvaluationOptions(settings=FAST, batch_size=1, trajectory_bytes=1, metrics=("velocity",))
     result = evaluate(damaged, pipe, prompts=["a", "b"], seeds=[0], options=options)
+    assert "measured on the first 1 batches of videos only" in caplog.text
     first, second = (video["metrics"]["velocity_relative_error"] for video in result["videos"])
     assert first > 0
     assert second is None

@@ -69,6 +69,7 @@ def result(**changes):
         "noise_floor": {"definition": "another seed", "n_pairs": 12, "metrics": {"psnr_frame_mean_db": 19.0}},
         "warning": None,
         "settings": {
+            "frame_rate": 8,
             **{"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 20, "dtype": "bfloat16"},
             **{"seeds": [0, 1], "interval": "over prompts"},
         },

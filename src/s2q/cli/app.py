@@ -202,6 +202,10 @@ def generate(
     seed: Seed = 0,
     backend: Annotated[Backend, typer.Option("--backend", help="How quantized linears are computed.")] = Backend.AUTO,
     attention: AttentionBackend = None,
+    fps: Annotated[
+        int | None,
+        typer.Option("--fps", help="Frames per second of the files; default: the model's.", min=1, metavar="N"),
+    ] = None,
     save_latents: Annotated[bool, typer.Option("--save-latents", help="Also write latents.safetensors.")] = False,
     device: Device = "auto",
     dtype: DtypeOption = None,
@@ -213,7 +217,7 @@ def generate(
 
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
     options = _given(
-        locals(), "seed", "backend", "attention", "save_latents", "device", "dtype", "overwrite", "as_json"
+        locals(), "seed", "backend", "attention", "fps", "save_latents", "device", "dtype", "overwrite", "as_json"
     )
     commands.generate(model, output, prompt=prompt or [], prompts=prompts, settings=settings, options=options)
 

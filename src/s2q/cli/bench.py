@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,7 +16,6 @@ from s2q.core.errors import InvalidInputError
 from s2q.report.formatting import format_bytes
 
 DEFAULT_RECIPES = ("s2q-w4a6", "s2q-w4a4")
-_PLAIN_WIDTH = 120
 
 
 def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> None:
@@ -34,13 +32,13 @@ def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> No
     from s2q.models.attention import check_attention_backend
     from s2q.recipes import load_recipe
 
-    ops = bench.check_names("op", _names(options["ops"]), bench.OPS)
+    ops = bench.check_names("op", output.split_names(options["ops"]), bench.OPS)
     check_file_output(out, overwrite=True)
     device = resolve_device(options["device"])
-    backends = bench.check_backends(_names(options["backends"]), device)
+    backends = bench.check_backends(output.split_names(options["backends"]), device)
     if options["attention"] is not None:
         check_attention_backend(options["attention"])
-    recipes = tuple(load_recipe(name) for name in _names(options["recipes"]) or DEFAULT_RECIPES)
+    recipes = tuple(load_recipe(name) for name in output.split_names(options["recipes"]) or DEFAULT_RECIPES)
     console.quiet_libraries()
     settings = bench.Settings(
         device=device,
@@ -75,9 +73,7 @@ def show_results(content: Mapping[str, Any], *, ops: Sequence[str]) -> None:
         content: As in `bench.json`.
         ops: The order of the ops.
     """
-    shown = Console()
-    if not shown.is_terminal:  # a file or a log: no line is broken
-        shown = Console(width=_PLAIN_WIDTH)
+    shown = output.wide_console()
     results = sorted(content["results"], key=lambda one: ops.index(one["op"]))
     hardware = content["hardware"]
     place = hardware.get("gpu") or f"{hardware['processor']}, {hardware['threads']} threads"
@@ -145,7 +141,3 @@ def _what(result: Mapping[str, Any]) -> str:
 def _number(value: float) -> str:
     """Three digits that count: 0.0123, 1.23, 12.3, 1234."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _names(values: Sequence[str] | None) -> list[str]:
-    return [name.strip() for entry in values or () for name in entry.split(",") if name.strip()]

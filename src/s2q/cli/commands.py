@@ -9,11 +9,10 @@ from typing import Any
 
 from s2q.cli import console, judges, output
 from s2q.core.errors import InvalidInputError, UsageError
-from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, staged_directory
+from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, slug, staged_directory
 
 GENERATION_RECORD = "generation.json"
 _SCHEMA_VERSION = 1
-_SLUG_LENGTH = 48
 
 
 def plan(
@@ -123,7 +122,7 @@ def generate(
     from s2q.evaluation import read_prompts
     from s2q.evaluation.generate import generate as run
     from s2q.evaluation.prompts import check_distinct
-    from s2q.evaluation.sources import generation_defaults
+    from s2q.evaluation.sources import frame_rate_of, generation_defaults
     from s2q.loading import load_pipeline
 
     console.quiet_libraries()
@@ -140,7 +139,8 @@ def generate(
     asked = recommended | {name: value for name, value in settings.items() if value is not None}
     with console.progress() as report:
         videos = run(pipe, texts, seeds=(options["seed"],), settings=asked, progress=report)
-        record = write_videos(out, videos, model=model, options=options, progress=report)
+        described = {"model": model, "frame_rate": options["fps"] or frame_rate_of(model)}
+        record = write_videos(out, videos, described=described, options=options, progress=report)
     if options["as_json"]:
         output.emit_json(record)
     else:
@@ -148,14 +148,19 @@ def generate(
 
 
 def write_videos(
-    out: Path, videos: Sequence[Any], *, model: str, options: Mapping[str, Any], progress: console.Report
+    out: Path,
+    videos: Sequence[Any],
+    *,
+    described: Mapping[str, Any],
+    options: Mapping[str, Any],
+    progress: console.Report,
 ) -> dict[str, Any]:
     """Write videos, contact sheet and record into a folder that appears when it is complete.
 
     Args:
         out: The folder.
         videos: `s2q.evaluation.Video`s.
-        model: The model's name, for the record.
+        described: `model`, its name, and the videos' `frame_rate`, as the record has them.
         options: `save_latents`, `overwrite`, `seed`.
         progress: Called as the files are written.
 
@@ -169,7 +174,7 @@ def write_videos(
     with staged_directory(out, overwrite=options["overwrite"], markers=(GENERATION_RECORD,)) as staged:
         for index, video in enumerate(videos):
             stem = f"{index:03d}-{slug(video.prompt)}"
-            write_mp4(staged / f"{stem}.mp4", video.frames.numpy())
+            write_mp4(staged / f"{stem}.mp4", video.frames.numpy(), fps=described["frame_rate"])
             entries.append({"prompt": video.prompt, "seed": video.seed, "file": f"{stem}.mp4"})
             progress("write", index + 1, len(videos))
         sheet = contact_sheet([(video.prompt, video.frames.numpy()) for video in videos])
@@ -181,7 +186,7 @@ def write_videos(
             atomic_write_bytes(staged / "latents.safetensors", safetensors.torch.save(tensors))
         record = {
             "schema_version": _SCHEMA_VERSION,
-            "model": model,
+            **described,
             "output": str(out),
             "sheet": "sheet.png",
             "latents": "latents.safetensors" if options["save_latents"] else None,
@@ -202,22 +207,25 @@ def evaluate(
     options: Mapping[str, Any],
 ) -> None:
     """Run `s2q eval`."""
-    names = judges.split_names(options["metrics"])
+    names = output.split_names(options["metrics"])
     check_file_output(out, overwrite=options["overwrite"])
     device = resolve_device(options["device"])
     from s2q.evaluation import EvaluationOptions, default_prompts, read_prompts, selected_metrics
     from s2q.evaluation import evaluate as run
     from s2q.evaluation.learned import learned_names
-    from s2q.evaluation.sources import quantization_scheme
+    from s2q.evaluation.sources import frame_rate_of, quantization_scheme
     from s2q.models import resolve_model
+    from s2q.planning.plan import check_full_precision
 
     console.quiet_libraries()
     weights = {"lpips": options["lpips_weights"], "clip": options["clip"]}
     selected_metrics(names, learned=learned_names(**{name: path is not None for name, path in weights.items()}))
-    for name in (model, reference):
-        resolve_model(name)
+    resolve_model(model)
+    check_full_precision(resolve_model(reference))
     texts = read_prompts(prompts) if prompts is not None else default_prompts(reference, count=options["num_prompts"])
-    planned = judges.vbench_plan(out, texts, seeds=options["seeds"], device=device, options=options)
+    planned = judges.vbench_plan(
+        out, texts, seeds=options["seeds"], device=device, frame_rate=frame_rate_of(reference), options=options
+    )
     how = EvaluationOptions(
         metrics=tuple(names),
         settings=settings,
@@ -287,12 +295,6 @@ def check_file_output(path: Path, *, overwrite: bool) -> None:
         raise InvalidInputError(f"{path} is a folder; name a file")
     replaced = overwrite and path.exists()
     check_output(path.with_name(f".{path.name}.new") if replaced else path, overwrite=False)
-
-
-def slug(prompt: str) -> str:
-    """Return a prompt as part of a file name: lower case, words joined by hyphens, at most 48 characters."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return words[:_SLUG_LENGTH].rstrip("-") or "video"
 
 
 def _size(options: Mapping[str, Any], name: str) -> int | None:

@@ -7,18 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from s2q.cli import console, output
 from s2q.cli.commands import resolve_device
-from s2q.cli.judges import split_names
 from s2q.core.errors import S2QError
 from s2q.report import comparison
 from s2q.report.formatting import format_sample
-
-_PLAIN_WIDTH = 160
 
 
 def run_compare(
@@ -54,7 +50,7 @@ def run_compare(
         **{
             **options,
             "overrides": overrides,
-            "metrics": split_names(options["metrics"]),
+            "metrics": output.split_names(options["metrics"]),
             "calibration_prompts": None if calibration is None else read_prompts(calibration),
             "device": device,
         }
@@ -80,7 +76,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     Args:
         plan: What a dry run returned.
     """
-    out = _console()
+    out = output.wide_console()
     sample = format_sample(plan["n_prompts"], plan["n_seeds"])
     out.print(Text.assemble(("Comparison ", "bold"), f"with {plan['model']}, {sample}: {plan['n_videos']} videos"))
     table = Table("", "width", "storage", header_style="dim", box=box.SIMPLE, pad_edge=False)
@@ -99,7 +95,7 @@ def show_comparison(result: Mapping[str, Any], *, page: Path) -> None:
         result: The content of `compare.json`.
         page: The page.
     """
-    out = _console()
+    out = output.wide_console()
     out.print(Text.assemble((comparison.title(result), "bold")), soft_wrap=True)
     out.print(comparison.sample(result), highlight=False, soft_wrap=True)
     if result["warning"]:
@@ -109,11 +105,6 @@ def show_comparison(result: Mapping[str, Any], *, page: Path) -> None:
         if group.verdict:
             out.print(group.verdict, highlight=False, soft_wrap=True)
     out.print(Text.assemble("Look at it: ", (page.as_uri(), "bold cyan")), soft_wrap=True)
-
-
-def _console() -> Console:
-    shown = Console()
-    return shown if shown.is_terminal else Console(width=_PLAIN_WIDTH)  # no line of a file or a log is broken
 
 
 def _table(result: Mapping[str, Any]) -> Table:
@@ -150,5 +141,5 @@ def _shown(cell: comparison.Cell) -> Text:
 def _named(entries: Sequence[str]) -> list[str]:
     found: list[str] = []
     for text in entries:
-        found += [text] if Path(text).exists() else split_names([text])
+        found += [text] if Path(text).exists() else output.split_names([text])
     return found

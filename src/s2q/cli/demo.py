@@ -224,7 +224,7 @@ def _bits(report: Mapping[str, Any]) -> str:
 
 
 def _write(staged: Path, content: Any, pairs: Sequence[Any]) -> None:
-    from s2q.cli.commands import slug
+    from s2q.core.files import slug
     from s2q.report import contact_sheet, write_mp4, write_page
 
     folder = staged / "videos"

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2q.cli import console
+from s2q.cli import console, output
 from s2q.core.errors import InvalidInputError, UsageError
 from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output
 
 
-def split_names(values: Sequence[str] | None) -> list[str]:
-    """Return names that were given with commas, repeatedly, or both."""
-    return [name.strip() for entry in values or () for name in entry.split(",") if name.strip()]
-
-
-def vbench_plan(out: Path, prompts: Sequence[str], *, seeds: int, device: str, options: Mapping[str, Any]) -> Any:
+def vbench_plan(
+    out: Path, prompts: Sequence[str], *, seeds: int, device: str, frame_rate: int, options: Mapping[str, Any]
+) -> Any:
     """Check everything that VBench needs; its videos will go to the folder `OUT-vbench` beside OUT.
 
     Args:
@@ -26,6 +22,7 @@ def vbench_plan(out: Path, prompts: Sequence[str], *, seeds: int, device: str, o
         prompts: The prompts.
         seeds: Videos of each.
         device: Where VBench computes.
+        frame_rate: Frames per second of the videos.
         options: `vbench_python`, `vbench_dims`, `vbench_cache`, `overwrite`.
 
     Returns:
@@ -47,9 +44,10 @@ def vbench_plan(out: Path, prompts: Sequence[str], *, seeds: int, device: str, o
     settings = VBenchOptions(
         python=str(options["vbench_python"]),
         folder=folder,
-        dimensions=tuple(dict.fromkeys(split_names(options["vbench_dims"]))),
+        dimensions=tuple(dict.fromkeys(output.split_names(options["vbench_dims"]))),
         cache=options["vbench_cache"],
         device=device,
+        frame_rate=frame_rate,
     )
     plan = plan_vbench(settings, prompts, videos_a_prompt=seeds)
     for name, reason in plan.absent.items():
@@ -68,7 +66,7 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
     from s2q.evaluation.vbench import MIN_FRAMES, RECORD
     from s2q.report import BT601, encode_mp4
 
-    total = len(plan.prompts) * plan.videos_a_prompt
+    total, rate = len(plan.prompts) * plan.videos_a_prompt, plan.options.frame_rate
     written = 0
 
     def keep(_label: str, video: Any) -> None:
@@ -85,7 +83,7 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
         side = folder / ("reference" if written < total else "model")
         side.mkdir(exist_ok=True)
         name = plan.file_name(video.prompt, written % plan.videos_a_prompt)
-        atomic_write_bytes(side / name, encode_mp4(video.frames.numpy(), matrix=BT601))
+        atomic_write_bytes(side / name, encode_mp4(video.frames.numpy(), fps=rate, matrix=BT601))
         written += 1
 
     return keep
@@ -102,14 +100,11 @@ def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: console.R
     Returns:
         The same with `vbench`, and the flow score in `evalcrafter` if it was asked for.
     """
-    import torch
-
+    from s2q.core.devices import free_memory
     from s2q.evaluation.evalcrafter import evalcrafter_scores
     from s2q.evaluation.vbench import RECORD, flow_scores, judge_videos, vbench_section
 
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the other process needs the memory
+    free_memory()  # the other process needs it
     progress("vbench", 0, 2)
     reference = judge_videos(plan, "reference")
     progress("vbench", 1, 2)

@@ -17,6 +17,18 @@ from s2q.core.files import canonical_json
 from s2q.report.formatting import format_bytes, format_interval, format_sample, format_value, title_of
 
 _MAX_LAYER_ROWS = 16
+_PLAIN_WIDTH = 160
+
+
+def split_names(values: Sequence[str] | None) -> list[str]:
+    """Return names that were given with commas, repeatedly, or both."""
+    return [name.strip() for entry in values or () for name in entry.split(",") if name.strip()]
+
+
+def wide_console() -> Console:
+    """Return where to write a table of many columns: as wide as the terminal, and where there is none, wide enough."""
+    shown = Console()
+    return shown if shown.is_terminal else Console(width=_PLAIN_WIDTH)  # no line of a file or a log is broken
 
 
 def emit_json(content: Mapping[str, Any]) -> None:

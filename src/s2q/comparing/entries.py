@@ -5,19 +5,22 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from s2q.checkpoint import inspect_checkpoint
 from s2q.checkpoint.manifest import MANIFEST
 from s2q.core.errors import InvalidInputError, nearest_names, unknown_name
 from s2q.core.files import sha256_file
+from s2q.core.headers import tensors_digest
 from s2q.loading import check_model
 from s2q.models import ModelSource, resolve_model
 from s2q.models.source import HUB_ID
 from s2q.recipes import Recipe, load_recipe, recipe_names
+from s2q.recipes.variants import SEPARATOR
 from s2q.shapes.embedded import EMBEDDED_NAMES
 
 ALL = "all"
@@ -25,11 +28,16 @@ FULL_PRECISION = "full-precision"
 """Label of the reference; no entry may have it."""
 
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
-_OPTIONAL_GROUPS = {
-    "calibration": lambda recipe: recipe.calibrates,
-    "distillation": lambda recipe: recipe.distillation is not None,
-}
-"""Groups of a recipe whose changes are meant for the recipes that have them."""
+_OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth")
+_OPTIONAL_GROUPS: Mapping[str, Callable[[Recipe], bool]] = MappingProxyType(
+    {
+        "activations": lambda recipe: recipe.activations is not None,
+        "calibration": lambda recipe: recipe.calibrates,
+        "distillation": lambda recipe: recipe.distillation is not None,
+        "refinement": lambda recipe: recipe.refinement is not None,
+    }
+)
+"""Groups of a recipe whose changes are meant for the recipes that have them: another would become another method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +62,25 @@ class Entry:
 
     @property
     def description(self) -> str:
-        """One sentence for people."""
-        return self.recipe.description if self.recipe is not None else f"checkpoint {self.given}"
+        """One sentence for people, with the changes to the recipe."""
+        if self.recipe is None:
+            return f"checkpoint {self.given}"
+        changes = f"; changed: {', '.join(self.overrides)}" if self.overrides else ""
+        return f"{self.recipe.description}{changes}"
+
+    @property
+    def path(self) -> str | None:
+        """What the checkpoint is loaded by, wherever the process is; None for a recipe."""
+        if self.source is None:
+            return None
+        return str(self.source.folder.resolve()) if self.source.kind == "folder" else self.given
 
     def identity(self) -> dict[str, Any]:
-        """Return what its results depend on, as plain data: the recipe, or the checkpoint's files."""
+        """Return what its results depend on, as plain data: the recipe, or what the checkpoint holds."""
         if self.recipe is not None:
             return {"recipe": {key: value for key, value in self.recipe.resolved().items() if key != "description"}}
         assert self.source is not None
-        return {"checkpoint": self.given, "weights": weights_of(self.source)}
+        return {"checkpoint": content_of(self.source)}
 
 
 def find_entries(given: Sequence[str], *, overrides: Sequence[str] = ()) -> list[Entry]:
@@ -71,7 +89,8 @@ def find_entries(given: Sequence[str], *, overrides: Sequence[str] = ()) -> list
     Args:
         given: Names and shell-style patterns of recipes of the package, `all`, recipe files, checkpoint folders, Hub
             ids of checkpoints, or embedded models.
-        overrides: Changes to the recipes; those to a group that a recipe does without are not made to it.
+        overrides: Changes to the recipes; those to a group that a recipe does without (`activations`, `calibration`,
+            `distillation`, `refinement`) are not made to it.
 
     Returns:
         The entries in the order in which they were given.
@@ -85,10 +104,9 @@ def find_entries(given: Sequence[str], *, overrides: Sequence[str] = ()) -> list
     for text, expanded in _expanded(given):
         entry, made = _entry(text, overrides)
         used |= set(made)
-        twin = next((one for one in entries if one.label == entry.label), None)
-        if twin is not None and expanded:
-            continue
-        if twin is not None and twin.given == entry.given:
+        if any(one.given == text for one in entries):
+            if expanded:
+                continue
             raise InvalidInputError(f"{text} is named twice; name it once")
         entries.append(entry)
     for override in overrides:
@@ -130,13 +148,27 @@ def check_same_architecture(entry: Entry, reference: ModelSource) -> None:
                 )
 
 
-def weights_of(source: ModelSource) -> Any:
-    """Return what tells a model's weights apart from others without reading them: its manifest, or names and sizes."""
+def content_of(source: ModelSource) -> Any:
+    """Return what tells a model apart from others: the hash of its manifest, its commit on the Hub, or its files.
+
+    Of files, configurations are hashed, and of weights the start of every tensor: what trained a model further has
+    changed it, and reading all of it would take minutes.
+    """
+    if source.kind == "hub":
+        return source.folder.name
     manifest = source.folder / MANIFEST
     if manifest.is_file():
         return sha256_file(manifest)
-    files = sorted(source.folder.glob("*/*.safetensors"))
-    return {path.relative_to(source.folder).as_posix(): path.stat().st_size for path in files}
+    found: dict[str, Any] = {}
+    for path in sorted(source.folder.rglob("*")):
+        name = path.relative_to(source.folder).as_posix()
+        if path.suffix == ".json":
+            found[name] = sha256_file(path)
+        elif path.suffix == ".safetensors":
+            found[name] = tensors_digest(path)
+        elif path.suffix in _OTHER_WEIGHTS:
+            found[name] = path.stat().st_size
+    return found
 
 
 def _expanded(given: Sequence[str]) -> list[tuple[str, bool]]:
@@ -162,7 +194,7 @@ def _expanded(given: Sequence[str]) -> list[tuple[str, bool]]:
 def _entry(text: str, overrides: Sequence[str]) -> tuple[Entry, Sequence[str]]:
     path, names = Path(text).expanduser(), recipe_names()
     is_file = text.endswith(_FILE_SUFFIXES) and not path.is_dir()
-    if text in names or is_file:
+    if is_file or text.partition(SEPARATOR)[0] in names:
         plain = load_recipe(text)
         made = [one for one in overrides if _is_for(plain, one)]
         recipe = load_recipe(text, overrides=made)

@@ -44,7 +44,7 @@ class CompareFolder:
         self.path = path
 
     def check(self, plan: RunPlan, *, resume: bool, overwrite: bool) -> None:
-        """Check, before any work, that this comparison may be written here. Changes nothing.
+        """Check that this comparison may be written here, before any work and again under the lock. Changes nothing.
 
         Args:
             plan: The comparison.
@@ -62,6 +62,8 @@ class CompareFolder:
                 f"{self.path} exists and was not written by this command (no {RUN} in it); choose another folder"
             )
         if overwrite:
+            if not resume or self._change(plan) is not None:
+                self._check_not_inside(plan)
             return
         if not resume:
             raise InvalidInputError(
@@ -88,7 +90,13 @@ class CompareFolder:
             if not resume or self._change(plan) is not None:
                 self._clear()
             else:
-                plan = RunPlan(**{**vars(plan), "entries": {**self._content()["entries"], **plan.entries}})
+                there = self._content()
+                left_out = there["entries"].keys() - plan.entries.keys()
+                joined = {
+                    name: {label: one for label, one in there[name].items() if label in left_out} | getattr(plan, name)
+                    for name in ("entries", "paths")
+                }
+                plan = RunPlan(**{**vars(plan), **joined})
         self.path.mkdir(parents=True, exist_ok=True)
         atomic_write_json(self.path / RUN, plan.to_dict())
         return plan
@@ -97,13 +105,12 @@ class CompareFolder:
         """Read what `open` wrote."""
         fields = {name: value for name, value in self._content().items() if name != "schema_version"}
         prompts = fields["calibration_prompts"]
-        changed = {name: tuple(fields[name]) for name in ("prompts", "seeds", "metrics")}
+        changed = {name: tuple(fields[name]) for name in ("prompts", "seeds")}
         return RunPlan(**{**fields, **changed, "calibration_prompts": None if prompts is None else tuple(prompts)})
 
     def model_of(self, plan: RunPlan, label: str) -> str:
         """Return the checkpoint of an entry: the one that was given, or the one that its recipe made here."""
-        given = plan.entries[label].get("checkpoint")
-        return str(self.checkpoint(label)) if given is None else str(given)
+        return plan.paths.get(label, str(self.checkpoint(label)))
 
     def checkpoint(self, label: str) -> Path:
         """Return where the checkpoint of a recipe is."""
@@ -122,7 +129,7 @@ class CompareFolder:
             index: Index of the shard.
         """
         entry = plan.entries[label]
-        made = None if "checkpoint" in entry else sha256_file(self.checkpoint(label) / MANIFEST)
+        made = None if label in plan.paths else sha256_file(self.checkpoint(label) / MANIFEST)
         depends = {**plan.common(), "prompts": plan.shards()[index], "entry": entry, "made": made}
         return hashlib.sha256(canonical_json(depends).encode()).hexdigest()
 
@@ -182,7 +189,11 @@ class CompareFolder:
         return frames
 
     def _change(self, plan: RunPlan) -> str | None:
-        """What makes a comparison another one than that of the folder; entries may be added and left out."""
+        """What makes a comparison another one than that of the folder.
+
+        Entries may be added and left out. A checkpoint may have changed: it is evaluated again. A recipe may not: what
+        it made may have taken hours.
+        """
         try:
             there = self._content()
             entries = there["entries"]
@@ -192,9 +203,19 @@ class CompareFolder:
             if there.get(name) != value:
                 return f"{name.replace('_', ' ')} {_difference(there.get(name), value)}"
         for label, identity in json.loads(canonical_json(dict(plan.entries))).items():
-            if label in entries and entries[label] != identity:
+            if "recipe" in entries.get(label, {}) and entries[label] != identity:
                 return f"entry {label}: {_difference(entries[label], identity)}"
         return None
+
+    def _check_not_inside(self, plan: RunPlan) -> None:
+        """Refuse to replace a comparison that holds the model or a checkpoint of the one that replaces it."""
+        for given in (plan.model, *plan.paths.values()):
+            path = Path(given).expanduser().resolve()
+            if any(path.is_relative_to((self.path / name).resolve()) for name in _FOLDERS):
+                raise InvalidInputError(
+                    f"{given} is part of the comparison in {self.path}, which --overwrite would remove; choose another "
+                    "folder, or move it out first"
+                )
 
     def _content(self) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.path / RUN).read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +11,8 @@ from s2q.comparing.entries import FULL_PRECISION
 from s2q.comparing.folder import PAGE, SHEET, TABLE, CompareFolder
 from s2q.comparing.setup import CompareOptions, Setup
 from s2q.comparing.shards import SHOWN_PROMPTS
-from s2q.core.files import atomic_write_bytes, atomic_write_text
+from s2q.core.files import atomic_write_bytes, atomic_write_text, slug
 from s2q.report import Scene, comparison, render_compare_page, scene_sheet, write_mp4
-
-_SLUG_LENGTH = 48
 
 
 def write_pages(
@@ -33,11 +30,10 @@ def write_pages(
     scenes = _scenes(folder, result)
     for index, scene in enumerate(scenes):
         progress("write", index, len(scenes))
-        name = re.sub(r"[^a-z0-9]+", "-", scene.prompt.lower()).strip("-")[:_SLUG_LENGTH].rstrip("-")
-        target = folder.path / "videos" / f"{index:03d}-{name}".rstrip("-")
+        target = folder.path / "videos" / f"{index:03d}-{slug(scene.prompt)}"
         target.mkdir(parents=True, exist_ok=True)
         for label, frames in {FULL_PRECISION: scene.reference, **scene.entries}.items():
-            write_mp4(target / f"{label}.mp4", frames)
+            write_mp4(target / f"{label}.mp4", frames, fps=result["settings"]["frame_rate"])
     sheet = scene_sheet(scenes) if scenes else None
     if sheet is not None:
         atomic_write_bytes(folder.path / SHEET, sheet)
@@ -74,9 +70,8 @@ def command_of(setup: Setup, options: CompareOptions, *, has_prompts: bool, out:
     words += ["--seeds", options.seeds]
     if options.calibration_prompts is not None:
         words += ["--calibration-prompts", "FILE"]
-    given = {name: getattr(options, name) for name in ("samples", "dtype", "lpips_weights", "clip")} | dict(
-        options.settings
-    )
+    plain = ("samples", "device", "dtype", "lpips_weights", "clip")
+    given = {name: getattr(options, name) for name in plain} | dict(options.settings)
     for name, value in (given | {"seed": options.seed or None}).items():
         flag = "steps" if name == "num_inference_steps" else name.replace("_", "-")
         words += [] if value is None else [f"--{flag}", value]

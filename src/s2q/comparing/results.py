@@ -11,10 +11,11 @@ from s2q.checkpoint import inspect_checkpoint
 from s2q.comparing.entries import Entry
 from s2q.comparing.folder import CompareFolder
 from s2q.comparing.setup import SCHEMA_VERSION, SHARD_PROMPTS, RunPlan, Setup
-from s2q.core.errors import InvalidInputError
+from s2q.core.errors import InvalidInputError, S2QError
 from s2q.core.files import atomic_write_json
 from s2q.evaluation.comparison import DEFINITIONS, HIGHER_IS_BETTER, compare_group
 from s2q.evaluation.measured import joined
+from s2q.evaluation.sources import frame_rate_of
 from s2q.evaluation.statistics import INTERVAL, MIN_PROMPTS
 from s2q.evaluation.summary import summarise, versions
 from s2q.models import resolve_model
@@ -78,6 +79,7 @@ def build_result(folder: CompareFolder, plan: RunPlan, setup: Setup, failures: M
             "dtype": None if any_evaluation is None else any_evaluation["settings"]["dtype"],
             "device": plan.device,
             "shard_prompts": SHARD_PROMPTS,
+            "frame_rate": frame_rate_of(plan.model),
             "interval": INTERVAL,
         },
         "definitions": {**DEFINITIONS, "seconds": _SECONDS, "storage": _STORAGE, "simulated": _SIMULATED},
@@ -142,9 +144,14 @@ def _inspected_storage(path: Path) -> dict[str, Any] | None:
 
 
 def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, Any]:
-    parts = [folder.load_shard(plan, label, index) for index in range(len(plan.shards()))]
-    found = [part for part in parts if part is not None]
-    assert len(found) == len(parts), label
+    found = []
+    for index in range(len(plan.shards())):
+        part = folder.load_shard(plan, label, index)
+        if part is None:
+            raise S2QError(
+                f"{folder.evaluation(label).parent}: part {index} of the evaluation is gone; run the same command again"
+            )
+        found.append(part)
     evaluation = summarise(joined(found))
     atomic_write_json(folder.evaluation(label), evaluation)
     return evaluation

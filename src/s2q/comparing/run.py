@@ -13,9 +13,9 @@ from s2q.comparing.folder import RESULT, CompareFolder
 from s2q.comparing.pages import command_of, write_pages
 from s2q.comparing.results import build_result, entry_plan
 from s2q.comparing.setup import SCHEMA_VERSION, CompareOptions, RunPlan, Setup, set_up
-from s2q.comparing.shards import pending_shards, steps_of
+from s2q.comparing.shards import failure_of, pending_shards, steps_of
 from s2q.comparing.workers import evaluate_shards
-from s2q.core.errors import BusyError, InvalidInputError, S2QError
+from s2q.core.errors import BusyError, DiskFullError, InvalidInputError
 from s2q.core.files import atomic_write_json
 from s2q.loading import check_model
 from s2q.quantization import quantize
@@ -73,6 +73,7 @@ def compare(
         raise InvalidInputError(f"nothing can be compared: {next(iter(setup.obstacles.values()))}")
     report = progress or (lambda stage, done, total: None)
     with open_run_folder(target) as lock:
+        folder.check(setup.plan, resume=options.resume, overwrite=options.overwrite)  # another run may have been here
         plan = folder.open(setup.plan, resume=options.resume)
         failures = dict(setup.obstacles)
         failures |= _quantize(folder, setup, options, report)
@@ -128,11 +129,10 @@ def _quantize(folder: CompareFolder, setup: Setup, options: CompareOptions, repo
                 resume=options.resume,
                 overwrite=folder.checkpoint(entry.label).exists(),
             )
-        except BusyError:
+        except (BusyError, DiskFullError):
             raise
-        except S2QError as error:
-            failures[entry.label] = str(error)
-            logger.warning("%s: %s", entry.label, error)
+        except Exception as error:  # whatever it is, the others go on
+            failures[entry.label] = failure_of(entry.label, error, "quantized", device=options.device)
         done += share
         report("quantize", done, total)
     return failures

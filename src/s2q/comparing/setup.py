@@ -10,7 +10,7 @@ from typing import Any
 
 from s2q.calibration import check_prompts
 from s2q.calibration.settings import check_seeds
-from s2q.comparing.entries import Entry, check_same_architecture, find_entries, weights_of
+from s2q.comparing.entries import Entry, check_same_architecture, content_of, find_entries
 from s2q.core.devices import check_device
 from s2q.core.errors import InvalidInputError, S2QError, UsageError
 from s2q.core.files import sha256_file
@@ -18,7 +18,7 @@ from s2q.evaluation import default_prompts, generation_defaults, selected_metric
 from s2q.evaluation.generate import batch_size_for, settings_for
 from s2q.evaluation.learned import open_judges
 from s2q.evaluation.prompts import check_distinct
-from s2q.evaluation.summary import versions
+from s2q.evaluation.summary import version_of, versions
 from s2q.loading import load_pipeline
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.models.source import parse_dtype
@@ -84,11 +84,11 @@ class RunPlan:
 
     Attributes:
         model: The reference as it was given.
-        weights: What tells its weights apart from others.
+        content: What tells it apart from others.
         prompts: The prompts.
         seeds: Every prompt is generated with each.
         settings: Generation settings by name, complete.
-        metrics: The metrics to compute.
+        metrics: Version of each metric to compute, by name.
         judges: Weights of learned judges by name, `lpips` and `clip`: their path, and what tells them apart.
         dtype: Compute dtype; None is the stored one.
         device: "cpu" or "cuda".
@@ -96,14 +96,15 @@ class RunPlan:
         seed: Seed of every quantization.
         versions: Versions of the packages that decide results.
         entries: What each entry's results depend on, by label.
+        paths: What checkpoints are loaded by, by label; no result depends on it.
     """
 
     model: str
-    weights: Any
+    content: Any
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: Mapping[str, Any]
-    metrics: tuple[str, ...]
+    metrics: Mapping[str, int]
     judges: Mapping[str, Mapping[str, Any]]
     dtype: str | None
     device: str
@@ -111,6 +112,7 @@ class RunPlan:
     seed: int
     versions: Mapping[str, str]
     entries: Mapping[str, Any]
+    paths: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, with its `schema_version`."""
@@ -122,7 +124,7 @@ class RunPlan:
 
     def common(self) -> dict[str, Any]:
         """Return what the results of all entries depend on."""
-        return {name: value for name, value in self.to_dict().items() if name != "entries"}
+        return {name: value for name, value in self.to_dict().items() if name not in ("entries", "paths")}
 
     def shards(self) -> list[list[str]]:
         """Return the prompts, `SHARD_PROMPTS` at a time."""
@@ -167,6 +169,8 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
         ResourceError: There is no such device.
         UsageError: There is nothing to compare, or a number is out of range.
     """
+    if isinstance(given, str):
+        raise UsageError(f"compare: got {given!r} where a list of recipes and checkpoints belongs; pass [{given!r}]")
     if not given:
         raise UsageError("compare: got nothing to compare; name recipes (all, s2q-*) or checkpoint folders")
     for name in ("num_prompts", "seeds", "processes"):
@@ -200,11 +204,11 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
     return Setup(
         plan=RunPlan(
             model=model,
-            weights=weights_of(source),
+            content=content_of(source),
             prompts=tuple(texts),
             seeds=seeds,
             settings=settings.to_dict(),
-            metrics=metrics,
+            metrics={name: version_of(name) for name in metrics},
             judges={name: _weights_at(path) for name, path in weights.items() if path is not None},
             dtype=options.dtype,
             device=options.device.partition(":")[0],
@@ -212,6 +216,7 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
             seed=options.seed,
             versions={name: version for name, version in versions().items() if name in _PACKAGES},
             entries={entry.label: entry.identity() for entry in entries},
+            paths={entry.label: entry.path for entry in entries if entry.path is not None},
         ),
         entries=tuple(entries),
         planned=planned,
@@ -245,8 +250,9 @@ def _check_calibration(entries: Sequence[Entry], source: ModelSource, options: C
 
 def _pipeline_to_ask(source: ModelSource) -> Any:
     """The pipeline without weights, or with them where it cannot be built without: it knows its sizes and its text."""
+    transformers = source.meta_transformers()
     try:
-        return source.meta_pipeline()
+        return source.meta_pipeline(transformers)
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
         logger.info("%s: no pipeline without weights (%s), so it is loaded", source.name, error)
         return load_pipeline(source)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,9 +12,11 @@ import torch
 from s2q.comparing.entries import FULL_PRECISION
 from s2q.comparing.folder import CompareFolder
 from s2q.comparing.setup import SHARD_PROMPTS, RunPlan
-from s2q.core.errors import S2QError
+from s2q.core.errors import DiskFullError, S2QError, first_line
 from s2q.evaluation import EvaluationOptions, Video
 from s2q.evaluation.evaluate import VELOCITY, judge_model, run_reference
+
+logger = logging.getLogger(__name__)
 
 SHOWN_PROMPTS = 4
 """The first prompts, whose videos of the first seed are kept for the page."""
@@ -65,7 +69,7 @@ def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, *, device
                 folder.save_frames(label, position, video.frames.numpy())
 
         return EvaluationOptions(
-            metrics=plan.metrics,
+            metrics=tuple(plan.metrics),
             settings=plan.settings,
             dtype=plan.dtype,
             device=device,
@@ -89,12 +93,32 @@ def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, *, device
         try:
             model = folder.model_of(plan, label)
             measured = judge_model(model, teacher, options=options(label), progress=progress)
-        except S2QError as error:
-            reports.failed(label, str(error))
-        except (torch.OutOfMemoryError, MemoryError):
-            reports.failed(label, f"out of memory on {device} while it was evaluated")
+        except DiskFullError:
+            raise
+        except Exception as error:  # whatever it is, the others go on
+            reports.failed(label, failure_of(label, error, "evaluated", device=device))
         else:
             folder.save_shard(plan, label, shard.index, replace(measured, model=label))
+
+
+def failure_of(label: str, error: Exception, doing: str, *, device: str) -> str:
+    """Say why an entry failed, in one sentence; the traceback of what nobody foresaw goes to the log.
+
+    Args:
+        label: The entry.
+        error: What was raised.
+        doing: What was being done to it, "evaluated".
+        device: Where.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        why = f"out of memory on {device} while it was {doing}"
+    elif isinstance(error, S2QError):
+        why = str(error)
+    else:
+        logger.error("%s: %s", label, "".join(traceback.format_exception(error)))
+        why = f"{type(error).__name__} while it was {doing}: {first_line(error)}"
+    logger.warning("%s: %s", label, why)
+    return why
 
 
 def pending_shards(folder: CompareFolder, plan: RunPlan, labels: Sequence[str]) -> list[Shard]:

@@ -1,5 +1,6 @@
-"""Which devices there are: asked before any work, so that a wrong name is one clear line."""
+"""Which devices there are, asked before any work so that a wrong name is one clear line; and their memory."""
 
+import gc
 import re
 
 import torch
@@ -29,3 +30,10 @@ def check_device(device: str | torch.device) -> None:
         raise ResourceError(f"device={name!r}: this machine or this build of PyTorch has no CUDA device; use cpu")
     if int(name.partition(":")[2] or 0) >= count:
         raise ResourceError(f"device={name!r}: this machine has {count} CUDA devices; use cuda:{count - 1}")
+
+
+def free_memory() -> None:
+    """Release models that nothing refers to any more, and return what PyTorch keeps of GPU memory to the device."""
+    gc.collect()  # modules with hooks are in cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

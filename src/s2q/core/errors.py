@@ -33,6 +33,10 @@ class ResourceError(S2QError):
     exit_code = 4
 
 
+class DiskFullError(ResourceError):
+    """There is no room on the disk; nothing else that writes there would do better."""
+
+
 class BusyError(S2QError):
     """Another process holds the run folder or the output; exit code 5."""
 

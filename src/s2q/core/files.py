@@ -9,17 +9,19 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2q.core.errors import BusyError, InvalidInputError, ResourceError
+from s2q.core.errors import BusyError, DiskFullError, InvalidInputError, ResourceError
 
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
 _CHUNK_BYTES = 1 << 20
+_SLUG_LENGTH = 48
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -36,6 +38,19 @@ def canonical_json(obj: Any) -> str:
         ValueError: If a number is NaN or infinite: JSON has no such number, use None.
     """
     return json.dumps(obj, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def slug(text: str) -> str:
+    """Return a text as part of a file name: lower case, words joined by hyphens, at most 48 characters.
+
+    Args:
+        text: A prompt.
+
+    Returns:
+        Letters a to z, digits and hyphens; "video" if the text has none of the former.
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return words[:_SLUG_LENGTH].rstrip("-") or "video"
 
 
 def sha256_file(path: str | Path) -> str:
@@ -219,6 +234,6 @@ def _absolute(path: str | Path) -> Path:
 
 def _explain(error: OSError, path: Path) -> InvalidInputError | ResourceError:
     if error.errno in _DISK_FULL:
-        return ResourceError(f"{path}: the disk is full; free some space or choose another place")
+        return DiskFullError(f"{path}: the disk is full; free some space or choose another place")
     reason = error.strerror or str(error)
     return InvalidInputError(f"{path} cannot be written: {reason}; check the folder and its permissions")

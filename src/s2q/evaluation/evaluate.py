@@ -6,7 +6,6 @@ and answers the recorded calls. Only one of the two models has to fit at a time.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,16 @@ import torch
 
 from s2q.calibration.denoising import denoise
 from s2q.calibration.settings import GenerationSettings, check_prompts, check_seeds
-from s2q.calibration.trajectory import Trajectory, record_trajectory
+from s2q.calibration.trajectory import record_trajectory
 from s2q.core.components import transformers_of
+from s2q.core.devices import free_memory
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.evaluation import adherence, metrics, velocity
 from s2q.evaluation.generate import Progress, Video, batch_size_for, batched, settings_for, step_counter, videos_of
 from s2q.evaluation.learned import NEEDS, Judges, open_judges
 from s2q.evaluation.measured import Judged, Measured
 from s2q.evaluation.prompts import check_distinct
+from s2q.evaluation.recordings import Recordings
 from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
 from s2q.evaluation.summary import noise_pairs, summarise
 from s2q.loading import check_model, load_pipeline
@@ -50,7 +51,7 @@ class EvaluationOptions:
         batch_size: Videos per batch; None chooses by the number of video tokens.
         dtype: Compute dtype of models given by name; None is the one that the reference is stored in, for both.
         device: Device of models given by name.
-        trajectory_bytes: Memory for recorded trajectories; videos beyond it have no velocity error.
+        trajectory_bytes: Memory for recorded trajectories; what is beyond it goes to a temporary folder.
         lpips_weights: File of LPIPS's weights; None for no `lpips`.
         clip: Folder of a CLIP model; None for no `clip_score`, `clipsim` and `clip_temp`.
         video_done: Called with each video as it is generated and the label of its model (`model_label`), to keep it.
@@ -79,7 +80,7 @@ class Teacher:
         dtype: Compute dtype.
         batch_size: Videos per batch.
         videos: The videos in the order of the jobs.
-        trajectories: One for each batch; None beyond the memory for them.
+        recordings: What the transformers saw and answered, batch by batch; None without velocity error.
         timesteps: Timestep of every recorded step.
         judges: Learned judges, for metrics among `wanted`.
         floor: See `Measured`.
@@ -92,7 +93,7 @@ class Teacher:
     dtype: torch.dtype
     batch_size: int
     videos: tuple[Video, ...]
-    trajectories: tuple[Trajectory | None, ...]
+    recordings: Recordings | None
     timesteps: tuple[float, ...]
     judges: Judges
     floor: tuple[Judged, ...]
@@ -241,7 +242,10 @@ def default_prompts(reference: Any, *, count: int = 64) -> list[str]:
 
     source = embedded_source(reference)
     if source is None:
-        raise InvalidInputError(f"{model_label(reference)}: no prompts given, and only embedded models bring their own")
+        raise InvalidInputError(
+            f"{model_label(reference)}: no prompts given, and only embedded models bring their own; pass --prompts "
+            "FILE (prompts=[...] in Python)"
+        )
     return embedded_prompts(source, split="held-out", count=count)
 
 
@@ -289,22 +293,21 @@ def _run_teacher(
     size = batch_size_for(pipe, settings, options.batch_size)
     tick = _counter("full precision", jobs, size, settings, progress)
     videos: list[Video] = []
-    trajectories: list[Trajectory | None] = []
+    recordings = Recordings(memory_bytes=options.trajectory_bytes)
     timesteps: tuple[float, ...] = ()
-    held = 0
     for names, seeds in _batches(jobs, size):
-        if VELOCITY in wanted and held < options.trajectory_bytes:
+        if VELOCITY in wanted and recordings.has_room():
             result: Any = record_trajectory(pipe, names, seeds=seeds, settings=settings, decode=True, step_done=tick)
-            held += result.num_bytes
             timesteps = tuple(call.timestep for call in result.calls)
-            trajectories.append(result)
+            recordings.add(result)
         else:
             result = denoise(pipe, names, seeds=seeds, settings=settings, step_done=tick)
-            trajectories.append(None)
+            if VELOCITY in wanted:
+                recordings.skip()
         videos += _handed_on(videos_of(names, seeds, result), reference, options)
     if pipe is not reference:
         del pipe
-        gc.collect()
+        free_memory()
     return Teacher(
         label=model_label(reference),
         jobs=jobs,
@@ -313,7 +316,7 @@ def _run_teacher(
         dtype=dtype,
         batch_size=size,
         videos=tuple(videos),
-        trajectories=tuple(trajectories),
+        recordings=recordings if VELOCITY in wanted else None,
         timesteps=timesteps,
         judges=judges,
         floor=tuple(noise_pairs(videos, learned=judges.frame_metrics(wanted))),
@@ -324,21 +327,25 @@ def _run_student(model: Any, options: EvaluationOptions, teacher: Teacher, progr
     jobs = teacher.jobs
     pipe = _open(model, dtype=teacher.dtype, device=options.device)
     settings = settings_for(pipe, teacher.settings, defaults={})
-    _check_transformers(transformers_of(pipe), teacher.trajectories)
+    _check_transformers(transformers_of(pipe), teacher.recordings)
     check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in jobs)))
     size = teacher.batch_size
     tick = _counter("quantized", jobs, size, settings, progress)
-    replays = sum(len(trajectory.calls) for trajectory in teacher.trajectories if trajectory)
+    recordings = teacher.recordings
+    replays = 0 if recordings is None else recordings.num_calls
     replay = step_counter("velocity", batches=1, steps=replays, progress=progress) if replays else None
     judged: list[Judged] = []
     for index, (names, seeds) in enumerate(_batches(jobs, size)):
         result = denoise(pipe, names, seeds=seeds, settings=settings, step_done=tick)
-        trajectory = teacher.trajectories[index]
+        trajectory = None if recordings is None else recordings[index]
         steps: list[list[float]] = [[] for _ in names]
         if trajectory is not None:
             steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
         for video, errors in zip(_handed_on(videos_of(names, seeds, result), model, options), steps, strict=True):
             judged.append(_judge(video, teacher.videos[len(judged)], errors, teacher.wanted, teacher.judges))
+    if pipe is not model:
+        del pipe
+        free_memory()  # the next model takes its place
     return judged
 
 
@@ -348,9 +355,9 @@ def _handed_on(videos: list[Video], model: Any, options: EvaluationOptions) -> l
     return videos
 
 
-def _check_transformers(present: Mapping[str, Any], trajectories: Sequence[Trajectory | None]) -> None:
+def _check_transformers(present: Mapping[str, Any], recordings: Recordings | None) -> None:
     """Refuse a student that lacks a transformer which the teacher denoises with."""
-    called = {call.transformer for trajectory in trajectories if trajectory for call in trajectory.calls}
+    called = set() if recordings is None else recordings.transformers
     for component in sorted(called - present.keys()):
         raise InvalidInputError(
             f"the reference denoises with a {component}, which the model does not have; compare it with the model that "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s2q.core.errors import InvalidInputError
+from s2q.models import family_of, resolve_model
 from s2q.shapes import embedded
 
 
@@ -30,6 +31,21 @@ def generation_defaults(model: Any) -> dict[str, Any]:
     """
     source = embedded_source(model)
     return {} if source is None else dict(embedded.generation_defaults(source))
+
+
+def frame_rate_of(model: Any) -> int:
+    """Return the frames per second at which a model's videos move as they should.
+
+    Args:
+        model: A model's name or folder, or a pipeline object.
+
+    Raises:
+        InvalidInputError: There is no such model, or its family is not known.
+    """
+    if embedded_source(model) is not None:
+        return embedded.FRAME_RATE
+    named = isinstance(model, (str, Path))
+    return family_of(resolve_model(model).transformer_class if named else model.transformer).frame_rate
 
 
 def embedded_source(model: Any) -> str | None:
@@ -64,7 +80,9 @@ def _report(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path}: not a readable report: {error}") from error
+        raise InvalidInputError(f"{path}: not a readable report: {error}; quantize the model again") from error
     if not isinstance(content, dict):
-        raise InvalidInputError(f"{path}: not a readable report: expected an object, got {type(content).__name__}")
+        raise InvalidInputError(
+            f"{path}: not a readable report: expected an object, got {type(content).__name__}; quantize the model again"
+        )
     return content

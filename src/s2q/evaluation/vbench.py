@@ -51,6 +51,7 @@ class VBenchOptions:
             allow.
         cache: VBench's folder of weights; None leaves it to VBench (VBENCH_CACHE_DIR, else ~/.cache/vbench).
         device: Where VBench computes.
+        frame_rate: Frames per second of the videos; VBench takes 8 a second of them to judge motion.
     """
 
     python: str
@@ -58,6 +59,7 @@ class VBenchOptions:
     dimensions: tuple[str, ...] = ()
     cache: Path | None = None
     device: str = "cpu"
+    frame_rate: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +246,7 @@ def vbench_section(plan: VBenchPlan, model: VBenchScores, reference: VBenchScore
         "version": plan.version,
         "mode": "vbench_standard" if plan.standard else "custom_input",
         "unit": "percent",
+        "frame_rate": plan.options.frame_rate,
         "dimensions": dimensions,
         "absent": dict(plan.absent),
         "notes": _notes(plan, names),
@@ -310,7 +313,8 @@ def _run(options: VBenchOptions, task: str, request: Mapping[str, Any], *, folde
     }
     atomic_write_json(folder / "request.json", {**request, **common})
     answer.unlink(missing_ok=True)
-    command = [shutil.which(options.python) or options.python, runner.name, task, "request.json", answer.name]
+    python = os.path.abspath(shutil.which(options.python) or options.python)  # not resolved: links lead out of venvs
+    command = [python, runner.name, task, "request.json", answer.name]
     with log.open("wb") as output:
         done = subprocess.run(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False

@@ -58,7 +58,8 @@ def velocity_errors(
             if error != error or error == float("inf"):
                 raise S2QError(
                     f"velocity error: not finite at step {step} (timestep {call.timestep:g}), "
-                    f"prompt {trajectory.prompts[video]!r}"
+                    f"prompt {trajectory.prompts[video]!r}; the weights are damaged, or --dtype float16 overflows: use "
+                    "bfloat16"
                 )
             steps.append(error)
         if step_done is not None:

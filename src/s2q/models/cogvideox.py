@@ -23,4 +23,5 @@ COGVIDEOX = Family(
     guidance="batched",
     text_tokens=226,
     defaults={"num_inference_steps": 50, "guidance_scale": 6.0},
+    frame_rate=8,
 )

@@ -46,6 +46,8 @@ class Family:
         text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
         defaults: Generation settings of the published models, by the names of `GenerationSettings`; what the
             configuration of a transformer says of sizes comes first.
+        frame_rate: Frames per second at which the models' pages show their videos (docs/real-models.md); a variant may
+            have another one.
         decodes_batches: Whether the VAE can decode several videos at once; one that cannot is given them one by one.
     """
 
@@ -64,6 +66,7 @@ class Family:
     guidance: Literal["batched", "two calls", "guider"]
     text_tokens: int
     defaults: Mapping[str, int | float]
+    frame_rate: int
     decodes_batches: bool = True
 
     @property

@@ -40,4 +40,5 @@ HUNYUANVIDEO = Family(
     guidance="two calls",
     text_tokens=256,
     defaults={"num_frames": 129, "height": 720, "width": 1280, "num_inference_steps": 50, "guidance_scale": 6.0},
+    frame_rate=15,
 )

@@ -40,4 +40,5 @@ HUNYUANVIDEO15 = Family(
     text_tokens=995,  # 1000, of which the chat template takes 5 behind the prompt
     decodes_batches=False,  # https://github.com/huggingface/diffusers/pull/13133
     defaults={"num_frames": 121, "height": 480, "width": 848, "num_inference_steps": 50, "guidance_scale": 6.0},
+    frame_rate=24,
 )

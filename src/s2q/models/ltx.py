@@ -26,4 +26,5 @@ LTX = Family(
     guidance="batched",
     text_tokens=128,
     defaults={"num_frames": 161, "height": 512, "width": 704, "num_inference_steps": 50, "guidance_scale": 3.0},
+    frame_rate=24,
 )

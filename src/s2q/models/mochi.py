@@ -38,4 +38,5 @@ MOCHI = Family(
     guidance="batched",
     text_tokens=256,
     defaults={"num_frames": 85, "height": 480, "width": 848, "num_inference_steps": 64, "guidance_scale": 4.5},
+    frame_rate=30,
 )

@@ -32,4 +32,5 @@ WAN = Family(
     guidance="two calls",
     text_tokens=512,
     defaults={"num_frames": 81, "height": 480, "width": 832, "num_inference_steps": 50, "guidance_scale": 5.0},
+    frame_rate=16,
 )

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, save_checkpoint
 from s2q.core.components import full_name, transformers_of
 from s2q.core.devices import check_device
-from s2q.core.errors import ResourceError, UsageError, unknown_name
+from s2q.core.errors import DiskFullError, ResourceError, UsageError, unknown_name
 from s2q.core.files import check_output
 from s2q.core.storage import parse_bytes
 from s2q.models import ModelSource, resolve_model
@@ -428,5 +428,5 @@ def _resource_errors(out: Path, device: str) -> Iterator[None]:
         raise ResourceError(f"out of memory on {device}; free some, {kept}") from error
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _DISK_FULL in str(error):
-            raise ResourceError(f"{out}: the disk is full; free some space, {kept}") from error
+            raise DiskFullError(f"{out}: the disk is full; free some space, {kept}") from error
         raise

@@ -16,7 +16,6 @@ from s2q.report import charts, comparison, formatting
 from s2q.report.page import asset, data_url, environment
 from s2q.report.video import (
     DISPLAY_PIXELS,
-    FRAMES_PER_SECOND,
     contact_sheet,
     difference,
     encode_mp4,
@@ -64,6 +63,7 @@ def render_compare_page(
     """
     columns = comparison.columns_of(result)
     groups = comparison.groups_of(result)
+    frame_rate = result["settings"]["frame_rate"]
     return (
         environment()
         .get_template("compare.html.j2")
@@ -78,9 +78,9 @@ def render_compare_page(
             floor=comparison.floor_cells(result),
             groups=groups,
             chart=charts.error_chart(_chart_groups(result)),
-            players=[_player(scene) for scene in scenes],
+            players=[_player(scene, frame_rate) for scene in scenes],
             sheet="" if sheet is None else data_url("image/png", sheet),
-            fps=FRAMES_PER_SECOND,
+            fps=frame_rate,
             gain=_DIFFERENCE_GAIN,
             differences=_differences(result),
             definitions=comparison.definitions(result),
@@ -105,7 +105,7 @@ def scene_sheet(scenes: Sequence[Scene]) -> bytes:
     return contact_sheet(rows)
 
 
-def _player(scene: Scene) -> dict[str, Any]:
+def _player(scene: Scene, frame_rate: int) -> dict[str, Any]:
     videos = {REFERENCE: scene.reference, **scene.entries}
     apart = [difference(frames, scene.reference, gain=_DIFFERENCE_GAIN) for frames in scene.entries.values()]
     tiles = [_sized(frames) for frames in (*videos.values(), *apart)]
@@ -126,7 +126,7 @@ def _player(scene: Scene) -> dict[str, Any]:
         "pixelated": max(original_height, original_width) <= DISPLAY_PIXELS // 2,
         "width": width,
         "height": height,
-        "source": data_url("video/mp4", encode_mp4(canvas)),
+        "source": data_url("video/mp4", encode_mp4(canvas, fps=frame_rate)),
         "screens": [
             {"label": label, "corner": corner(index), "difference": corner(index + len(apart) if index else 0)}
             for index, label in enumerate(videos)

@@ -18,6 +18,9 @@ from s2q.shapes.scenes import SceneLabels, caption, combinations, sample_scene
 EMBEDDED_NAMES: tuple[str, ...] = ("shapes-cogvideox", "shapes-cogvideox-outliers", "shapes-wan")
 PROMPT_SPLITS: tuple[str, ...] = ("held-out", "calibration", "demo")
 _OUTLIERS_SUFFIX = "-outliers"
+FRAME_RATE = 8
+"""Frames per second at which the scenes are to be watched."""
+
 _DEMO_LABELS = (  # never trained on as combinations
     ("circle", "red", "right", "white"),
     ("square", "purple", "down", "navy"),
