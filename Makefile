@@ -28,7 +28,7 @@ bench-cpu bench-gpu: $(READY)
 	@for model in $(BENCH_MODELS); do \
 		$(BENCH_RUN) -m synthetic:$$model --ops denoising_step --json > /dev/null || exit; done
 	@$(BENCH_RUN) -m synthetic:cogvideox-2b --ops calibration_block --json > /dev/null
-	@$(BENCH_RUN) --ops denoising_step,calibration_block
+	@$(BENCH_RUN) --ops denoising_step,calibration_block --backend auto,fastest
 
 lint: $(READY)
 	$(BIN)/ruff check .

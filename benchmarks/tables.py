@@ -278,7 +278,7 @@ def steps_table(device: str) -> str:
     for one in steps:
         peaks = one["peak_memory_bytes"], one["bf16_peak_memory_bytes"]
         cells = [
-            f"`{one['recipe']}`" if one["recipe"] else one["scheme"],
+            _contender(one),
             _times(one["ratio_to_bf16"]),
             _times(one["bound_ratio"]),
             f"{one['bf16_storage_bytes'] / one['storage_bytes']:.2f}×",
@@ -307,10 +307,15 @@ def parts_table(device: str) -> str:
         if before != one["model"]:
             lines.append(table_row(_model_of(one), _shares("bf16", one["bf16_breakdown"], one, parts)))
             before = one["model"]
-        name = f"`{one['recipe']}`" if one["recipe"] else one["scheme"]
-        lines.append(table_row("", _shares(name, one["breakdown"], one, parts)))
+        lines.append(table_row("", _shares(_contender(one), one["breakdown"], one, parts)))
     lines += ["", "Per cent of the bf16 step of the same rounds. " + _measured_on(content, device)]
     return "\n".join(lines)
+
+
+def _contender(one: dict) -> str:
+    """What ran, and how if that is not the default."""
+    name = f"`{one['recipe']}`" if one["recipe"] else one["scheme"]
+    return f"{name}, `--backend fastest`" if one["backend"] == "fastest" else name
 
 
 def _shares(name: str, breakdown: dict, one: dict, parts: list[str]) -> list[str]:

@@ -34,7 +34,8 @@ def load_pipeline(
         dtype: Compute dtype or its name; None takes the one that the transformers are stored in or were quantized in.
         device: Where to put the pipeline.
         verify: Whether to compare the files of an s2q checkpoint with its manifest first.
-        backend: How its packed linears are computed: "auto", "reference", "cpu" or "triton".
+        backend: How its packed linears are computed: "auto", "reference", "cpu", "triton" or "fastest"; see
+            `s2q.nn.set_backend`.
         attention_backend: What computes attention, as diffusers names it ("native", "flash", "sage" and so on); None
             leaves PyTorch's own. `set_attention_backend` of a transformer changes it later.
 

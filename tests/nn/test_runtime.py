@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from s2q.core.errors import InvalidInputError
-from s2q.nn import PackedLinear, packed, set_backend, share_inputs
+from s2q.nn import PackedLinear, dequantized, packed, set_backend, share_inputs
 from s2q.quantization import quantize
 from tiny import run_transformer, tiny_cogvideox_pipeline
 
@@ -134,3 +134,51 @@ def test_a_block_compiles_into_one_graph_and_shares_inputs(transformer):
     assert set(paths) == {4}  # qkv, to_out, and the two of the feed-forward
     shared = [module.shared_input for module in compiled.modules() if isinstance(module, PackedLinear)]
     assert all(one is None or one._traced is None for one in shared)
+
+
+def packed_of(model):
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+
+
+def test_the_fastest_backend_runs_narrow_linears_dequantized(transformer, counted):
+    plain = copy.deepcopy(transformer)
+    plain.dequantize()
+    fastest = copy.deepcopy(transformer)
+    before = fastest.state_dict()
+    set_backend(fastest, "fastest")
+    assert not sum(one.dequantized.num_bytes for one in packed_of(fastest)), "nothing is kept before it is needed"
+    assert torch.equal(run_transformer(fastest), run_transformer(plain))
+    assert not counted
+    weights = sum(one.in_features * one.out_features for one in packed_of(fastest))
+    kept = sum(one.dequantized.num_bytes for one in packed_of(fastest))
+    assert kept > weights * fastest.dtype.itemsize
+    assert fastest.state_dict().keys() == before.keys()
+    set_backend(fastest, "auto")
+    assert not sum(one.dequantized.num_bytes for one in packed_of(fastest))
+    assert torch.equal(run_transformer(fastest), run_transformer(transformer))
+
+
+def test_the_fastest_backend_leaves_wide_linears_on_integers(transformer, counted, monkeypatch):
+    monkeypatch.setattr(dequantized, "NARROW", 1)
+    if not dequantized.cpu.IS_AVAILABLE:
+        pytest.skip("without int8 instructions integers are never faster")
+    integers = run_transformer(transformer)
+    expected = len(counted)
+    fastest = copy.deepcopy(transformer)
+    set_backend(fastest, "fastest")
+    assert torch.equal(run_transformer(fastest), integers)
+    assert len(counted) == 2 * expected > 0
+
+
+def test_what_is_kept_follows_the_layer(transformer):
+    layer = copy.deepcopy(transformer.transformer_blocks[0].attn1.to_q)
+    set_backend(layer, "fastest")
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    first = layer(x)
+    first.sum().backward()
+    assert torch.allclose(x.grad, layer.effective_weight(torch.float32).sum(0).expand_as(x), rtol=1e-4, atol=1e-5)
+    state = layer.state_dict()
+    layer.load_state_dict(state | {"weight_scale": 2 * state["weight_scale"]})
+    assert not torch.equal(layer(x), first)
+    layer.bfloat16()
+    assert layer(x.bfloat16()).dtype == torch.bfloat16

@@ -14,7 +14,7 @@ from s2q.recipes import Recipe, assign_layouts, assign_schemes
 OPS = ("linear", "activation_path", "gemm", "attention_colsum", "denoising_step", "calibration_block")
 """What can be measured, in the order in which it is."""
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "cpu", "triton", "fastest")
 
 Entry = dict[str, Any]
 

@@ -66,7 +66,7 @@ def measuring_obstacle(backend: str, device: str) -> str | None:
     """Say in a few words why a backend cannot be measured here; None if it can.
 
     Args:
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "triton" or "fastest".
         device: "cpu", "cuda" or "cuda:N".
     """
     if backend == "triton" and is_interpreting():

@@ -33,13 +33,14 @@ from s2q.core.layout import PREFIX
 from s2q.loading import load_pipeline
 from s2q.models import ModelSource, block_linears, family_of
 from s2q.models.attention import attention_of
-from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module, share_inputs
+from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module, set_backend, share_inputs
 from s2q.recipes import Recipe
 from s2q.rounding import ROUNDINGS
 from s2q.transforms import ROTATIONS
 
 _OP = "denoising_step"
 _BF16, _FP32 = "bf16", "fp32"
+_BACKENDS = ("auto", "fastest")
 _STEPS = 4
 _PROMPT = "a red circle moving left on a grey background"
 
@@ -56,26 +57,15 @@ def pipeline_step_case(source: ModelSource, settings: Settings) -> Case:
     wanted = [identity(scheme=_FP32, backend="torch", **common)]
     if source.is_quantized:
         config = read_config(source.complete_folder())
-        wanted.append(
-            identity(
-                scheme=_main_scheme(config),
-                recipe=config.recipe,
-                backend="auto",
-                attention=settings.attention,
-                **common,
-            )
-        )
-    elif "auto" in settings.backends:
-        wanted += [
-            identity(
-                scheme=recipe.linear_scheme().name,
-                recipe=recipe.name,
-                backend="auto",
-                attention=settings.attention,
-                **common,
-            )
-            for recipe in settings.recipes
-        ]
+        quantized = [(_main_scheme(config), config.recipe)]
+    else:
+        quantized = [(recipe.linear_scheme().name, recipe.name) for recipe in settings.recipes]
+    wanted += [
+        identity(scheme=scheme, recipe=recipe, backend=backend, attention=settings.attention, **common)
+        for scheme, recipe in quantized
+        for backend in _BACKENDS
+        if backend in settings.backends
+    ]
 
     def measure(missing: Sequence[Entry]) -> list[Entry]:
         return _measure(source, missing, settings)
@@ -158,17 +148,18 @@ def _measure(source: ModelSource, missing: Sequence[Entry], settings: Settings) 
 
 
 def _name_of(entry: Entry) -> str:
-    return f"{entry['scheme']} {entry['recipe']}"
+    return f"{entry['scheme']} {entry['recipe']} {entry['backend']}"
 
 
 def _pipeline_of(source: ModelSource, entry: Entry, bf16: Any, settings: Settings) -> Any:
     if entry["scheme"] == _FP32:
         return _full_precision(source, torch.float32, settings.device)
     if source.is_quantized:
-        return load_pipeline(source, dtype=torch.bfloat16, device=settings.device)
+        return load_pipeline(source, dtype=torch.bfloat16, device=settings.device, backend=entry["backend"])
     recipe = next(one for one in settings.recipes if one.name == entry["recipe"])
     pipe = copy.copy(bf16)  # shares the text encoder and the autoencoder
     pipe.transformer = pack_uncalibrated(copy.deepcopy(bf16.transformer), recipe)
+    set_backend(pipe.transformer, entry["backend"])
     return pipe
 
 
@@ -198,9 +189,10 @@ def _parts(pipe: Any, settings: GenerationSettings, timing: Timing, device: str)
     shares = breakdown(call, pipe.transformer, device=device)
     storage = sum(tensor.numel() * tensor.element_size() for tensor in pipe.transformer.state_dict().values())
     peak = peak_memory(call, device)
+    kept = sum(one.dequantized.num_bytes for one in pipe.transformer.modules() if isinstance(one, PackedLinear))
     return {
         "breakdown": in_milliseconds(shares, timing.milliseconds),
-        "peak_memory_bytes": None if peak is None else peak + storage,
+        "peak_memory_bytes": None if peak is None else peak + storage + kept,
         "storage_bytes": storage,
     }
 

@@ -35,6 +35,7 @@ class Backend(StrEnum):
     REFERENCE = "reference"
     CPU = "cpu"
     TRITON = "triton"
+    FASTEST = "fastest"
 
 
 Model = Annotated[

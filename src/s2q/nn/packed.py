@@ -31,6 +31,7 @@ from s2q.core.layout import TENSOR_DTYPES, InputLayout
 from s2q.core.packing import pack_codes, packed_width, unpack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, fake_quantize_input
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
+from s2q.nn.dequantized import FASTEST, KeptDequantized, runs_dequantized
 from s2q.nn.estimator import scaled_by_frame
 from s2q.nn.shared_input import SharedInput
 from s2q.nn.token_context import TokenContext
@@ -69,7 +70,8 @@ class PackedLinear(nn.Linear):
             `transform_left` [n1, n1], `transform_right` [n2, n2], `activation_clip` [1], `estimator_input` [I],
             `estimator_output` [O], `estimator_frames` [F], and bf16 `low_rank_basis` [I, r], `low_rank_weight` [O, r];
             None where not.
-        backend: How integers are computed: "auto", or a backend of the ops ("reference", "cpu", "triton").
+        backend: How integers are computed: "auto", a backend of the ops ("reference", "cpu", "triton"), or "fastest",
+            which is "auto" but for layers that integers make slower than full precision (`nn.dequantized`).
         shared_input: Where linears that read the same input keep its codes, see `share_inputs`; None for one alone.
         tokens: Where the video tokens of the call at hand lie, see `follow_tokens`; None if it need not know.
 
@@ -114,6 +116,7 @@ class PackedLinear(nn.Linear):
         self.out_features = out_features
         self.scheme = scheme
         self.backend = "auto"
+        self.dequantized = KeptDequantized()
         self.shared_input: SharedInput[tuple[Tensor, Tensor, Tensor | None]] | None = None
         self.layout = layout or InputLayout()
         self.tokens = TokenContext() if scheme.needs_grid or self.layout.needs_grid else None
@@ -268,6 +271,8 @@ class PackedLinear(nn.Linear):
             InvalidInputError: If the input is not floating, has another width, or is on another device.
         """
         self._check_input(input)
+        if runs_dequantized(self):
+            return F.linear(input, *self.dequantized.of(self, input.dtype))
         if torch.is_grad_enabled() and input.requires_grad:
             output_MO: Tensor = _StraightThrough.apply(input, self)  # type: ignore[no-untyped-call]
         else:
@@ -308,7 +313,7 @@ class PackedLinear(nn.Linear):
             x_bits=activation.num_bits,
             w_bits=self.scheme.weight.num_bits,
             out_dtype=input.dtype,
-            backend=self.backend,
+            backend="auto" if self.backend == FASTEST else self.backend,
         )
 
     def _with_estimate(
@@ -353,7 +358,7 @@ class PackedLinear(nn.Linear):
             low_rank_basis=self.low_rank_basis,
             deflates=self.layout.deflates,
             clip_ratio=self.activation_clip,
-            backend=self.backend,
+            backend="auto" if self.backend == FASTEST else self.backend,
         )
 
     def _simulated(self, input: Tensor) -> Tensor:  # noqa: A002
@@ -400,7 +405,7 @@ class PackedLinear(nn.Linear):
             self.weight_scale,
             bias=self.bias,
             w_bits=self.scheme.weight.num_bits,
-            backend=self.backend,
+            backend="auto" if self.backend == FASTEST else self.backend,
         )
         return self._with_branch(output_MO, coefficients, transformed, input.shape[:-1]).to(input.dtype)
 
@@ -434,6 +439,7 @@ class PackedLinear(nn.Linear):
                 )
             return moved
 
+        self.dequantized.release()
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -447,6 +453,7 @@ class PackedLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self.dequantized.release()
         for name, dtype in PACKED_DTYPES.items():
             found = state_dict.get(prefix + name)
             if found is not None and found.dtype != dtype:  # copying would convert it without a word

@@ -1,11 +1,16 @@
 """How the packed linears of a model run: with which backend, and which of them share the codes of their input."""
 
+import logging
+
 from torch import Tensor, nn
 
 from s2q.core.errors import unknown_name
+from s2q.nn.dequantized import FASTEST, runs_dequantized
 from s2q.nn.packed import PackedLinear
 from s2q.nn.shared_input import SharedInput, same_tensors
 from s2q.ops.rescaled_int_matmul import BACKENDS
+
+logger = logging.getLogger(__name__)
 
 _OF_INPUT = ("input_shift", "transform_scale", "transform_left", "transform_right", "low_rank_basis", "activation_clip")
 
@@ -15,16 +20,22 @@ def set_backend(model: nn.Module, backend: str) -> None:
 
     Args:
         model: Anything with packed linears, a transformer for example; may have none.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "triton" or "fastest" (`nn.dequantized`: other results than
+            those that were judged, closer to full precision, and memory for what is dequantized).
 
     Raises:
         InvalidInputError: If there is no such backend. Whether it can run is found at the first call.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise unknown_name("backend", backend, ("auto", *BACKENDS))
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.backend = backend
+    names = ("auto", *BACKENDS, FASTEST)
+    if backend not in names:
+        raise unknown_name("backend", backend, names)
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for linear in linears:
+        linear.backend = backend
+        linear.dequantized.release()
+    dequantized = sum(runs_dequantized(linear) for linear in linears)
+    if dequantized:
+        logger.info("backend 'fastest': %d of %d quantized linears run dequantized", dequantized, len(linears))
 
 
 def share_inputs(model: nn.Module) -> int:
