@@ -16,6 +16,7 @@ from s2q.core.errors import InvalidInputError
 from s2q.report.formatting import format_bytes
 
 DEFAULT_RECIPES = ("s2q-w4a6", "s2q-w4a4")
+_FASTEST = "fastest"
 
 
 def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> None:
@@ -119,14 +120,16 @@ def _breakdown_table(steps: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)
     table.add_column("", overflow="fold")
     table.add_column("recipe", no_wrap=True)
-    for name in parts:
-        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for part in parts:
+        table.add_column(part.replace("_", " "), justify="right", no_wrap=True)
     previous = None
     for one in steps:
         if previous != _what(one):
             previous = _what(one)
             table.add_row(previous, "bf16", *(_number(one["bf16_breakdown"][name]) for name in parts))
-        table.add_row("", one["recipe"] or one["scheme"], *(_number(one["breakdown"][name]) for name in parts))
+        how = f", {one['backend']}" if one["backend"] == _FASTEST else ""
+        name = (one["recipe"] or one["scheme"]) + how
+        table.add_row("", name, *(_number(one["breakdown"][part]) for part in parts))
     return table
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ _STORAGE = "bytes of the whole transformer in bfloat16 and as it is stored; rati
 _SIMULATED = "whether a linear of the entry cannot run on the integer kernels, so that it saves no time"
 
 
-def build_result(folder: CompareFolder, plan: RunPlan, setup: Setup, failures: Mapping[str, str]) -> dict[str, Any]:
+def build_result(
+    folder: CompareFolder,
+    plan: RunPlan,
+    setup: Setup,
+    failures: Mapping[str, str],
+    *,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
     """Put a comparison together; also writes the `eval.json` of every entry.
 
     Args:
@@ -33,6 +41,7 @@ def build_result(folder: CompareFolder, plan: RunPlan, setup: Setup, failures: M
         plan: The comparison.
         setup: What was compared.
         failures: Why entries failed, by label.
+        progress: Called as entries are compared with each other.
 
     Returns:
         The content of `compare.json`.
@@ -47,15 +56,7 @@ def build_result(folder: CompareFolder, plan: RunPlan, setup: Setup, failures: M
         described[label]["evaluation"] = folder.evaluation(label).relative_to(folder.path).as_posix()
     for label, why in failures.items():
         described[label]["error"] = why
-    groups = []
-    for width in sorted({entry.width for entry in setup.entries}, key=_by_bits):
-        members = {
-            entry.label: evaluations[entry.label]
-            for entry in setup.entries
-            if entry.width == width and entry.label in evaluations
-        }
-        if members:
-            groups.append({"width": width, **compare_group(members)})
+    groups = _groups(setup, evaluations, progress)
     any_evaluation = next(iter(evaluations.values()), None)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -86,6 +87,29 @@ def build_result(folder: CompareFolder, plan: RunPlan, setup: Setup, failures: M
         "higher_is_better": {name: HIGHER_IS_BETTER.get(name) for name in plan.metrics},
         "versions": versions(),
     }
+
+
+def _groups(
+    setup: Setup, evaluations: Mapping[str, dict[str, Any]], progress: Callable[[str, int, int], None]
+) -> list[dict[str, Any]]:
+    """What is said of each width that was evaluated, the widest first."""
+    widths: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in setup.entries:
+        if entry.label in evaluations:
+            widths.setdefault(entry.width, {})[entry.label] = evaluations[entry.label]
+    total = sum(math.comb(len(members), 2) for members in widths.values())
+    done = 0
+
+    def pair_done() -> None:
+        nonlocal done
+        done += 1
+        progress("rank", done, total)
+
+    if total:
+        progress("rank", 0, total)
+    return [
+        {"width": width, **compare_group(widths[width], pair_done=pair_done)} for width in sorted(widths, key=_by_bits)
+    ]
 
 
 def entry_plan(setup: Setup, entry: Entry) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def compare(
         failures = dict(setup.obstacles)
         failures |= _quantize(folder, setup, options, report)
         failures |= _evaluate(folder, plan, setup, options, failures=failures, progress=report)
-        result = build_result(folder, plan, setup, failures)
+        result = build_result(folder, plan, setup, failures, progress=report)
         atomic_write_json(target / RESULT, result)
         command = command_of(setup, options, has_prompts=prompts is not None, out=target)
         write_pages(folder, result, command=command, progress=report)

@@ -9,7 +9,7 @@ its group (`DEFINITIONS["winner"]`); all else is a tie.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from types import MappingProxyType
@@ -133,11 +133,14 @@ def paired_differences(
     return found
 
 
-def compare_group(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def compare_group(
+    evaluations: Mapping[str, Mapping[str, Any]], *, pair_done: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Rank the models of one width and say where one of them is the winner.
 
     Args:
         evaluations: Contents of `eval.json` by label, all of the same prompts, seeds and reference; at least one.
+        pair_done: Called after each pair; one takes some tenths of a second.
 
     Returns:
         `ranked_by`, `ranking` (labels, best first), `winners` (for each metric `best`, `winner` and `tied_with`) and
@@ -148,10 +151,10 @@ def compare_group(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     ranking = list(means)
     if ranked_by is not None:
         ranking.sort(key=lambda label: _cost(ranked_by, means[label][ranked_by]))
-    pairs = {
-        (a, b): paired_differences(evaluations[a]["videos"], evaluations[b]["videos"])
-        for a, b in combinations(ranking, 2)
-    }
+    pairs = {}
+    for a, b in combinations(ranking, 2):
+        pairs[a, b] = paired_differences(evaluations[a]["videos"], evaluations[b]["videos"])
+        pair_done()
     return {
         "ranked_by": ranked_by,
         "ranking": ranking,
