@@ -40,13 +40,13 @@ _LEARNED_PER_WEIGHT = 20
 _LEARNED_STATE = 17
 """Of learned rounding, for each weight: V, its best state and two moments of it in fp32, and a code."""
 ROUNDING_BYTES = 14
-"""Bytes that rounding to nearest holds for each weight of the linear at hand: fp32 temporaries and codes."""
+"""Bytes that rounding to nearest holds for each weight of the linear at hand, at most: fp32 temporaries and codes."""
 FOLDING_BYTES = 33
 """The same where a rotation is folded into it first: four copies in fp64."""
-_GPTQ_BYTES = 28
+_GPTQ_BYTES = 30
 """The same of GPTQ: the weight in fp64 and fp32, errors, codes."""
-_FACTORIZATION_BYTES = 36
-"""Bytes for each entry of the Hessian at hand: three fp64 matrices, three in fp32."""
+_FACTORIZATION_BYTES = 40
+"""Bytes for each entry of the Hessian at hand: four fp64 matrices while it is factorized, and its copy in order."""
 _PACKED_COPIES = 0.6
 """Packed copies of a block that stand beside it, in bytes a weight."""
 _FORWARD_VALUES = 3
