@@ -226,6 +226,7 @@ def test_bad_input_to_eval(checkpoint, tiny_model, tmp_path, capsys):
     assert "nearest names are psnr" in output_of(capsys, [*base, "--reference", tiny_model, "--metrics", "psrn"], 3).err
     assert "no prompts given" in output_of(capsys, [*base, "--reference", tiny_model], 3).err
     assert "unknown model" in output_of(capsys, [*base, "--reference", "shapes-cogvide"], 3).err
+    assert "quantized already" in output_of(capsys, [*base, "--reference", checkpoint], 3).err
     folder = ["eval", "-m", checkpoint, "--reference", tiny_model, "-o", tmp_path]
     assert "is a folder" in output_of(capsys, folder, 3).err
     assert list(tmp_path.iterdir()) == []

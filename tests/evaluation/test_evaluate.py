@@ -144,7 +144,7 @@ def test_videos_that_there_is_no_room_for_have_no_velocity_error(pipe, damaged, 
     monkeypatch.setattr(recordings.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     options = EvaluationOptions(settings=FAST, batch_size=1, trajectory_bytes=1, metrics=("velocity",))
     result = evaluate(damaged, pipe, prompts=["a", "b"], seeds=[0], options=options)
-    assert "measured on the first 1 batches of videos only" in caplog.text
+    assert "measured on the first 1 batch(es) of videos only" in caplog.text
     first, second = (video["metrics"]["velocity_relative_error"] for video in result["videos"])
     assert first > 0
     assert second is None

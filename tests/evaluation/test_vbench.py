@@ -47,6 +47,15 @@ def write_files(plan, side):
     return sizes
 
 
+def test_the_interpreter_may_be_named_from_where_one_is(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    plan = plan_vbench(options(tmp_path, python="bin/python"), ["up/down"], videos_a_prompt=1)
+    write_files(plan, "model")
+    assert judge_videos(plan, "model").scores.keys() == set(TWO)
+
+
 def test_other_prompts_are_listed_and_judged_in_every_dimension(tmp_path):
     plan = plan_vbench(options(tmp_path, cache=tmp_path), ["up/down", "beach"], videos_a_prompt=2)
     assert not plan.standard

@@ -160,7 +160,7 @@ def content_of(source: ModelSource) -> Any:
     if manifest.is_file():
         return sha256_file(manifest)
     found: dict[str, Any] = {}
-    for path in sorted(source.folder.rglob("*")):
+    for path in sorted([*source.folder.glob("*.json"), *source.folder.glob("*/*")]):
         name = path.relative_to(source.folder).as_posix()
         if path.suffix == ".json":
             found[name] = sha256_file(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -102,7 +101,7 @@ def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, *, device
 
 
 def failure_of(label: str, error: Exception, doing: str, *, device: str) -> str:
-    """Say why an entry failed, in one sentence; the traceback of what nobody foresaw goes to the log.
+    """Say why an entry failed, in one sentence; `--debug` shows the traceback of what nobody foresaw.
 
     Args:
         label: The entry.
@@ -115,7 +114,7 @@ def failure_of(label: str, error: Exception, doing: str, *, device: str) -> str:
     elif isinstance(error, S2QError):
         why = str(error)
     else:
-        logger.error("%s: %s", label, "".join(traceback.format_exception(error)))
+        logger.debug("%s", label, exc_info=error)
         why = f"{type(error).__name__} while it was {doing}: {first_line(error)}"
     logger.warning("%s: %s", label, why)
     return why

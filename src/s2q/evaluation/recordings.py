@@ -68,7 +68,7 @@ class Recordings:
         """Note that the next batch was not recorded."""
         if None not in self._batches:
             logger.warning(
-                "the velocity error is measured on the first %d batches of videos only: there is no room for more "
+                "the velocity error is measured on the first %d batch(es) of videos only: there is no room for more "
                 "recordings in memory and in %s (TMPDIR chooses another folder)",
                 len(self._batches),
                 tempfile.gettempdir(),
