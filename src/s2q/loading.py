@@ -13,6 +13,7 @@ from s2q.core.devices import check_device
 from s2q.models import ModelSource, resolve_model
 from s2q.models.source import parse_dtype
 from s2q.nn import set_backend
+from s2q.nn.runtime import check_backend
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -49,6 +50,7 @@ def load_pipeline(
     from s2q.models.attention import check_attention_backend, use_attention_registry
 
     check_device(device)
+    check_backend(backend)
     if attention_backend is not None:
         check_attention_backend(attention_backend)
     source = model if isinstance(model, ModelSource) else resolve_model(model)

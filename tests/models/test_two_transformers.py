@@ -198,7 +198,9 @@ def test_each_is_calibrated_on_the_timesteps_it_sees(run):
     out, report, spy = run
     (first, samples, timesteps), closed, (second, samples_2, timesteps_2), closed_2 = spy.heard
     assert (first, second, closed, closed_2) == (*COMPONENTS, "closed", "closed")  # one stream at a time
-    assert (timesteps, timesteps_2) == (sorted(FIRST), SECOND)
+    assert (timesteps, timesteps_2) == ([], [])  # of adaLN linears, which Wan does not have
+    assert set(samples) <= set(FIRST)
+    assert set(samples_2) <= set(SECOND)
     assert (len(samples), len(samples_2)) == (2, 2)
     for name, steps in (("", FIRST), ("transformer_2.", SECOND)):
         record = json.loads((out / f"s2q/{name}selection.json").read_text())

@@ -125,6 +125,24 @@ def test_a_killed_run_goes_on_with_the_same_result(run, tmp_path, monkeypatch):
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (run[0] / WEIGHTS).read_bytes()
 
 
+def test_a_killed_run_leaves_no_activations_on_the_disk(tmp_path, monkeypatch):
+    original, computed = run_module.quantize_block, []
+
+    def killing(task):
+        if computed:
+            assert list((tmp_path / ".out.s2q-run").glob("stream-*.safetensors"))
+            raise KeyboardInterrupt
+        computed.append(1)
+        return original(task)
+
+    monkeypatch.setattr(run_module, "quantize_block", killing)
+    with pytest.raises(KeyboardInterrupt):
+        small(tmp_path / "out", memory_budget=1)
+    left = [path.name for path in (tmp_path / ".out.s2q-run").iterdir()]
+    assert not [name for name in left if name.startswith("stream-")]
+    assert "block-000.safetensors" in left
+
+
 def test_learned_rounding_goes_on_with_the_same_result_and_is_what_is_packed(tmp_path, monkeypatch):
     original, computed = run_module.quantize_block, []
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from s2q.core.errors import InvalidInputError
-from s2q.models import block_linears, family_of
+from s2q.models import BlockLinear, block_linears, family_of
 from s2q.recipes import Recipe, assign_schemes, load_recipe, recipe_names
+from s2q.recipes.allocation import allocation_schemes
 from tiny import tiny_transformer
 
 
@@ -94,6 +95,8 @@ def test_overrides_change_one_value_and_nothing_else():
     base = load_recipe("rtn-w4a6").resolved()
     changed = load_recipe("rtn-w4a6", overrides=["weights.num_bits=3", "activations.num_bits=5"]).resolved()
     base["weights"]["num_bits"], base["activations"]["num_bits"] = 3, 5
+    assert changed.pop("description").endswith("per token; changed: weights.num_bits=3, activations.num_bits=5.")
+    assert base.pop("description").endswith("per token.")
     assert changed == base
 
 
@@ -222,3 +225,13 @@ def test_levels_that_do_not_exist_name_the_nearest():
         InvalidInputError, match=r"weights\.levels: unknown levels 'loyd_max': nearest names are lloyd_max"
     ):
         load_recipe("rtn-w4a6", overrides=["weights.levels=loyd_max"])
+
+
+def test_text_linears_are_never_given_differences_from_local_means():
+    changes = ["allocation.what=weight_bits", "allocation.candidates=[4, 8]", "allocation.budget=5"]
+    recipe = load_recipe("deltaquant-w4a6", overrides=changes)
+    shape = {"block": 0, "role": "linear", "in_features": 64, "out_features": 64, "has_bias": True}
+    for sees_text in (False, True):
+        linear = BlockLinear(name="block.to_add", sees_text=sees_text, **shape)
+        schemes = allocation_schemes(recipe, linear)
+        assert {bits: scheme.needs_grid for bits, scheme in schemes.items()} == {4: not sees_text, 8: not sees_text}

@@ -39,7 +39,8 @@ def test_std_learns_clipping_ratios_where_there_is_no_scale():
 
 def test_both_in_either_order():
     one, other = load_recipe("quarot-w4a6+sds+std"), load_recipe("quarot-w4a6+std+sds")
-    assert one == other.model_copy(update={"name": one.name})
+    assert one.description.endswith("; with +sds; with +std.")
+    assert one == other.model_copy(update={"name": one.name, "description": one.description})
     assert load_recipe("quarot-w4a6+sds", overrides=["calibration.samples=8"]).calibration.samples == 8
 
 

@@ -62,11 +62,8 @@ class Entry:
 
     @property
     def description(self) -> str:
-        """One sentence for people, with the changes to the recipe."""
-        if self.recipe is None:
-            return f"checkpoint {self.given}"
-        changes = f"; changed: {', '.join(self.overrides)}" if self.overrides else ""
-        return f"{self.recipe.description}{changes}"
+        """One sentence for people."""
+        return self.recipe.description if self.recipe is not None else f"checkpoint {self.given}"
 
     @property
     def path(self) -> str | None:

@@ -190,6 +190,7 @@ def distil(
         if _is_evaluated(epoch, options.epochs):
             loss = block_loss(student, samples, temporal=options.temporal)
             if not math.isfinite(loss):
+                logger.warning("distillation: the loss is not finite after epoch %d; the best state is kept", epoch)
                 break
             history[str(epoch)] = loss
             if loss < best_loss:

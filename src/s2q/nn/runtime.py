@@ -26,9 +26,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
     Raises:
         InvalidInputError: If there is no such backend. Whether it can run is found at the first call.
     """
-    names = ("auto", *BACKENDS, FASTEST)
-    if backend not in names:
-        raise unknown_name("backend", backend, names)
+    check_backend(backend)
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     for linear in linears:
         linear.backend = backend
@@ -36,6 +34,20 @@ def set_backend(model: nn.Module, backend: str) -> None:
     dequantized = sum(runs_dequantized(linear) for linear in linears)
     if dequantized:
         logger.info("backend 'fastest': %d of %d quantized linears run dequantized", dequantized, len(linears))
+
+
+def check_backend(backend: str) -> None:
+    """Check the name of a backend.
+
+    Args:
+        backend: See `set_backend`.
+
+    Raises:
+        InvalidInputError: If there is no such backend.
+    """
+    names = ("auto", *BACKENDS, FASTEST)
+    if backend not in names:
+        raise unknown_name("backend", backend, names)
 
 
 def share_inputs(model: nn.Module) -> int:

@@ -211,7 +211,7 @@ class BlockShape:
         """
         largest = max(self.weights, default=0)
         if recipe.rounding.method != GPTQ:
-            return ROUNDING_BYTES * largest
+            return (ROUNDING_BYTES if recipe.transforms.rotation == "identity" else FOLDING_BYTES) * largest
         squares = [features**2 for features, _ in self.inputs]
         return _FP32 * sum(squares) + _FACTORIZATION_BYTES * max(squares, default=0) + _GPTQ_BYTES * largest
 

@@ -158,6 +158,7 @@ def _carry_out(opened: OpenedBlock) -> CalibratedBlock:
     student = work.copy_with(modulation)
     for group in groups:
         opened.put_students(student, group, task.schemes)
+        opened.statistics[group[0]].release()
     loss["initial"] = measured(student)
     report = None
     if recipe.distillation is not None:

@@ -189,11 +189,13 @@ def _allocating(
     total = 0.0
     for one in teacher.transformers:
         for first, count in _kinds(one):
-            stream = calibration_stream(teacher, one, few, folder, machine=machine, step_bytes=cost.step_bytes)
+            stream = calibration_stream(
+                teacher, one, few, folder, recipe=recipe, machine=machine, step_bytes=cost.step_bytes
+            )
             stream.advance(first)
             started = time.perf_counter()
             block_errors(one, recipe, first, stream=stream, folder=folder, selected=few)
-            each = (time.perf_counter() - started) / _SAMPLES
+            each = (time.perf_counter() - started) / len(few.samples[one.component].calls)
             stream.close()
             total += count * each * min(group.samples, cost.samples)
     return total
@@ -220,7 +222,7 @@ def _blocks(
         for samples, number in cases:
             progress("blocks", done, len(kinds) * len(cases))
             stream = calibration_stream(
-                teacher, one, slices[samples], folder, machine=machine, step_bytes=cost.step_bytes
+                teacher, one, slices[samples], folder, recipe=recipe, machine=machine, step_bytes=cost.step_bytes
             )
             stream.advance(first)
             taken[samples, number] = _block_seconds(
@@ -228,7 +230,8 @@ def _blocks(
             )
             stream.close()
             done += 1
-        total += count * _parts(taken, distils=epochs > 0).total(cost.samples, epochs)
+        calls = len(slices[_SAMPLES].samples[one.component].calls) // _SAMPLES  # of a candidate: one or both branches
+        total += count * _parts(taken, distils=epochs > 0).total(cost.samples // calls, epochs)
     progress("blocks", done, done)
     return total
 

@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many of its steps are done, and how many there are."""
 
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError of torch
 _DISK_FULL = "No space left on device"  # SafetensorError has no errno
 _T = TypeVar("_T")
 
@@ -232,11 +233,9 @@ class _Run:
 
     def _allocation(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected) -> Allocated:
         """Choose the schemes of linears one by one."""
-        cost = planned.calibration
-        assert cost is not None
 
         def streams(one: TeacherTransformer, few: Selected) -> TeacherStream:
-            return calibration_stream(teacher, one, few, self.folder, machine=self.machine, step_bytes=cost.step_bytes)
+            return self._stream(teacher, recipe, planned, few, one)
 
         allocated = self._timed(
             "allocate",
@@ -259,28 +258,34 @@ class _Run:
         units = 1 if selected is None else 2 + recipe.epochs
         reports: list[BlockReport] = []
         for one in teacher.transformers:
-            stream = None
-            if selected is not None:
-                assert cost is not None
-                stream = calibration_stream(
-                    teacher, one, selected, self.folder, machine=self.machine, step_bytes=cost.step_bytes
-                )
-            for index in range(len(one.block_names)):
-                ticker = _Ticker(self.progress, len(reports) * units, total * units)
-                task = replace(
-                    one.task(index, recipe, seed=self.settings.seed, device=self.settings.device, stream=stream),
-                    progress=ticker,
-                    checkpointed=cost is not None and cost.gradient_checkpointing,
-                )
-                samples = None if selected is None else selected.fingerprint(one.component)
-                report = self._block(one, task, position=len(reports), samples=samples)
-                teacher.set_aside(one.module.get_submodule(one.block_names[index]))
-                _log_block(report, total=total)
-                reports.append(report)
-            if stream is not None:
-                stream.close()
+            with contextlib.ExitStack() as stack:
+                stream = None
+                if selected is not None:
+                    stream = self._stream(teacher, recipe, planned, selected, one)
+                    stack.callback(stream.close)  # also after an error: what lies on the disk is of no use later
+                for index in range(len(one.block_names)):
+                    ticker = _Ticker(self.progress, len(reports) * units, total * units)
+                    task = replace(
+                        one.task(index, recipe, seed=self.settings.seed, device=self.settings.device, stream=stream),
+                        progress=ticker,
+                        checkpointed=cost is not None and cost.gradient_checkpointing,
+                    )
+                    samples = None if selected is None else selected.fingerprint(one.component)
+                    report = self._block(one, task, position=len(reports), samples=samples)
+                    teacher.set_aside(one.module.get_submodule(one.block_names[index]))
+                    _log_block(report, total=total)
+                    reports.append(report)
         self.progress("blocks", total * units, total * units)
         return reports
+
+    def _stream(
+        self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected, one: TeacherTransformer
+    ) -> TeacherStream:
+        assert planned.calibration is not None
+        step_bytes = planned.calibration.step_bytes
+        return calibration_stream(
+            teacher, one, selected, self.folder, recipe=recipe, machine=self.machine, step_bytes=step_bytes
+        )
 
     def _block(
         self,
@@ -425,6 +430,10 @@ def _resource_errors(out: Path, device: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(f"out of memory on {device}; free some, {kept}") from error
+    except RuntimeError as error:
+        if _NO_MEMORY not in str(error):
+            raise
         raise ResourceError(f"out of memory on {device}; free some, {kept}") from error
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _DISK_FULL in str(error):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -179,7 +180,7 @@ def open_run_folder(out: Path) -> Iterator[RunFolder]:
 def _remove_leftovers(out: Path) -> None:
     kinds = ["partial", "old"] if out.exists() else ["partial"]  # without `out`, an old one is the only copy
     for kind in kinds:
-        for left in out.parent.glob(f".{_escape(out.name)}.{kind}-*"):
+        for left in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -197,7 +198,3 @@ def _lock(path: Path, out: Path) -> int:
             os.close(descriptor)
             raise BusyError(f"{out} is being written by another run; wait for it, or choose another output") from error
         os.close(descriptor)
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

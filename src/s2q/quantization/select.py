@@ -23,7 +23,8 @@ from s2q.quantization.collect import CalibrationCall, CalibrationInputs, call_in
 from s2q.quantization.run_folder import RunFolder
 from s2q.quantization.stream import HostMemory, TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer
-from s2q.recipes.groups import CalibrationGroup
+from s2q.recipes import Recipe
+from s2q.recipes.groups import GPTQ, CalibrationGroup
 
 SCHEMA_VERSION = 1
 
@@ -114,6 +115,7 @@ def calibration_stream(
     selected: Selected,
     folder: RunFolder,
     *,
+    recipe: Recipe,
     machine: Machine,
     step_bytes: int,
 ) -> TeacherStream:
@@ -124,6 +126,7 @@ def calibration_stream(
         transformer: The one of its transformers.
         selected: The samples.
         folder: Where the candidates are kept, and tensors go that memory has no room for.
+        recipe: The recipe; decides whether the conditioning of every timestep is needed.
         machine: Where to compute.
         step_bytes: What a step of distillation holds.
     """
@@ -132,13 +135,15 @@ def calibration_stream(
         return lambda: call_inputs(folder.load(selected.inputs.key(call.prompt)), call)
 
     samples = selected.samples[transformer.component]
+    rounds_modulation = recipe.modulation is not None and recipe.modulation.rounding == GPTQ
+    timesteps = samples.timesteps if rounds_modulation and transformer.family.modulation else ()
     return TeacherStream(
         transformer.module,
         transformer.block_names,
         calls=[builder(call) for call in samples.calls],
         names=[call.name for call in samples.calls],
         steps=[call.step for call in samples.calls],
-        timesteps=[builder(call) for call in samples.timesteps],
+        timesteps=[builder(call) for call in timesteps],
         streams=transformer.family.streams,
         folder=folder.path,
         device=machine.device,

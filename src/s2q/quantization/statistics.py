@@ -37,7 +37,7 @@ class InputStatistics:
             before = self.ranges[timestep]
             low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
         self.ranges[timestep] = low, high
-        self.total += rows.sum(dim=0)
+        self.total += rows.sum(dim=0, dtype=torch.float32)  # in the dtype of bf16 rows, the sum would lose the mean
         self.count += len(rows)
         if self.products is not None:
             self.products.add(rows)
@@ -48,6 +48,11 @@ class InputStatistics:
     def rows(self) -> Tensor:
         """Return the rows that were kept, [n, I] in the dtype of the input."""
         return torch.cat(self._rows)
+
+    def release(self) -> None:
+        """Let go of what is large: the sums of products and the rows that were kept."""
+        self.products = None
+        self._rows.clear()
 
     def mean(self) -> Tensor:
         """Return the mean of each channel, fp32 [I]."""

@@ -26,7 +26,7 @@ def allocation_schemes(recipe: Recipe, linear: BlockLinear) -> dict[int, LinearS
         InvalidInputError: If no group size divides its in features; names the linear.
     """
     assert recipe.allocation is not None
-    candidates, scheme = sorted(recipe.allocation.candidates), recipe.linear_scheme()
+    candidates, scheme = sorted(recipe.allocation.candidates), recipe.linear_scheme(of_text=linear.sees_text)
     if recipe.allocation.what == "weight_bits":
         return {bits: replace(scheme, weight=replace(scheme.weight, num_bits=bits)) for bits in candidates}
     sizes = [size for size in reversed(candidates) if linear.in_features % size == 0]

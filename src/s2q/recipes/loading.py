@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from s2q.core.errors import InvalidInputError, first_line, nearest_names, unknown_name
 from s2q.recipes.schema import Recipe
-from s2q.recipes.variants import SEPARATOR, VARIANTS, with_variant
+from s2q.recipes.variants import SEPARATOR, VARIANTS, remarked, with_variant
 
 _SUFFIX = ".yaml"
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -54,6 +54,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: S
     content = _extended(where, content)
     for override in overrides:
         _apply(content, override)
+    if overrides and isinstance(content.get("description"), str):
+        content["description"] = remarked(content["description"], f"changed: {', '.join(overrides)}")
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:

@@ -16,6 +16,16 @@ from s2q.recipes.schema import Recipe
 SEPARATOR = "+"
 
 
+def remarked(description: str, remark: str) -> str:
+    """Return a recipe's description with what was changed in it.
+
+    Args:
+        description: One sentence or more.
+        remark: What was changed.
+    """
+    return f"{description.rstrip('.')}; {remark}."
+
+
 def with_variant(recipe: Recipe, variant: str) -> Recipe:
     """Return the recipe with a part added.
 
@@ -34,7 +44,11 @@ def with_variant(recipe: Recipe, variant: str) -> Recipe:
     content = recipe.resolved()
     if all(content[group] == value for group, value in changes.items()):
         raise InvalidInputError(f"recipe {recipe.name}: has what {SEPARATOR}{variant} adds; leave it out")
-    return Recipe.model_validate(content | changes | {"name": f"{recipe.name}{SEPARATOR}{variant}"})
+    called = {
+        "name": f"{recipe.name}{SEPARATOR}{variant}",
+        "description": remarked(recipe.description, f"with {SEPARATOR}{variant}"),
+    }
+    return Recipe.model_validate(content | changes | called)
 
 
 def _sds(recipe: Recipe) -> dict[str, Any]:
