@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from s2q.core.errors import InvalidInputError
+from s2q.core.schemes import LinearScheme, PerGroup, PerToken, QuantScheme
 from s2q.nn import PackedLinear, dequantized, packed, set_backend, share_inputs
 from s2q.quantization import quantize
+from s2q.rounding import ROUNDINGS
 from tiny import run_transformer, tiny_cogvideox_pipeline
 
 CALIBRATED = ["calibration.steps=1", "calibration.samples=1", "transforms.shift=mean", "transforms.low_rank=2"]
@@ -109,6 +111,21 @@ def test_triton_gives_the_output_of_the_reference(transformer):
     found = run_transformer(transformer)
     set_backend(transformer, "auto")
     assert float((found - exact).norm() / exact.norm()) < 1e-2
+
+
+def test_weights_in_groups_are_said_to_be_slow_once(caplog):
+    packed._warn_once.cache_clear()
+    scheme = LinearScheme(
+        weight=QuantScheme(num_bits=4, granularity=PerGroup(group_size=16)),
+        activation=QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True),
+    )
+    layer = PackedLinear.from_rounded(ROUNDINGS["rtn"](torch.randn(8, 32), scheme.weight), bias=None, scheme=scheme)
+    for _ in range(2):
+        layer(torch.randn(3, 32))
+    assert [record.message for record in caplog.records] == [
+        f"{scheme.name} linears multiply group after group of their weights, slower than full precision: no integer "
+        "kernel takes them"
+    ]
 
 
 def test_an_unknown_backend_is_refused(transformer):

@@ -294,6 +294,8 @@ class PackedLinear(nn.Linear):
             return self._simulated(input)
         if activation is None:
             return self._weight_only(input)
+        if self.weight_scale.ndim == 2:
+            _say_slow(self.scheme.name, "multiply group after group of their weights")
         if self.shared_input is None:
             split = self._quantized(input)
         else:
@@ -363,8 +365,7 @@ class PackedLinear(nn.Linear):
 
     def _simulated(self, input: Tensor) -> Tensor:  # noqa: A002
         """What integers would give, in fp32: no kernel takes this scheme."""
-        if not torch.compiler.is_compiling():
-            _say_simulated(self.scheme.name)
+        _say_slow(self.scheme.name, "are simulated in floating point")
         transformed, coefficients = self._transformed(input)
         quantized = transformed.float()
         if self.scheme.activation is not None:
@@ -485,11 +486,14 @@ def _product_in_pieces(codes: Tensor, vector: Tensor) -> Tensor:
     return torch.cat([one.float() @ vector for one in torch.split(codes, _PIECE)])
 
 
+def _say_slow(scheme: str, how: str) -> None:
+    if not torch.compiler.is_compiling():
+        _warn_once("%s linears %s, slower than full precision: no integer kernel takes them", scheme, how)
+
+
 @functools.cache
-def _say_simulated(scheme: str) -> None:
-    logger.warning(
-        "%s linears are simulated in floating point, slower than full precision: no integer kernel takes them", scheme
-    )
+def _warn_once(message: str, *values: str) -> None:
+    logger.warning(message, *values)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
