@@ -24,6 +24,7 @@ def entry(label, velocity, **changes):
         "storage": {"full_precision_bytes": 400, "quantized_bytes": 100, "ratio": 4.0},
         "seconds": 12.3,
         "simulated": False,
+        "overrides": [],
         "error": None,
         "metrics": metrics,
     }
@@ -51,7 +52,7 @@ def result(**changes):
         "prompts": ["a"],
         "calibration": {"prompts": "the model's own", "seed": 0},
         "entries": [
-            entry("bad<1>", 0.008, simulated=True),
+            entry("bad<1>", 0.008, simulated=True, overrides=["clip.constant=0.9"]),
             entry("broken", 0.0, metrics={}, error="cannot", storage=None, seconds=None),
             entry("good", 0.001),
             entry("wide", 0.0001, width="w8a8"),
@@ -113,7 +114,7 @@ def test_markdown_is_a_table_with_everything():
     assert len({row.count("|") for row in rows}) == 1
     for expected in (
         "**0.00100** [0.000900 to 0.00120]",
-        "`bad<1>` (simulated)",
+        "`bad<1>` (clip.constant=0.9, simulated)",
         "- `broken`: cannot",
         "**too few prompts.**",
     ):
@@ -132,6 +133,7 @@ def test_the_page_is_one_well_formed_file():
     assert "bad<1>" in page.text
     assert "What &lt;it&gt; is." in text
     assert page.text.count("simulated") == 1
+    assert page.text.count("clip.constant=0.9") == 1
     assert "cannot" in page.text
     assert "× 0.125" in page.text
     assert "+25.0 %" in page.text

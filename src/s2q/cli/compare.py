@@ -118,8 +118,8 @@ def _table(result: Mapping[str, Any]) -> Table:
         table.add_row(Text(group.width, style="bold"))
         for row in group.rows:
             label = Text(row.label)
-            if row.simulated:
-                label.append(f" {comparison.SIMULATED}", style="dim")
+            for tag in row.tags:
+                label.append(f" {tag}", style="dim")
             if row.error:
                 table.add_row(label, Text("failed", style="red"))
             else:

@@ -55,19 +55,20 @@ class Row:
     Attributes:
         label: Its label.
         description: One sentence.
+        tags: What is to be known of it at once: changes to its recipe, and `SIMULATED` if it cannot run on the integer
+            kernels.
         storage: How many times smaller than in bfloat16, as text.
         cells: Its metrics, as many as there are columns.
         seconds: Time of quantization, as text.
-        simulated: Whether it cannot run on the integer kernels.
         error: Why it failed; empty if it did not.
     """
 
     label: str
     description: str
+    tags: tuple[str, ...]
     storage: str
     cells: tuple[Cell, ...]
     seconds: str
-    simulated: bool
     error: str
 
 
@@ -154,7 +155,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     for group in groups_of(result):
         lines.append(_line([f"*{group.width}*", *[""] * (len(headings) - 1)]))
         for row in group.rows:
-            name = f"`{row.label}`" + (f" ({SIMULATED})" if row.simulated else "")
+            name = f"`{row.label}`" + (f" ({', '.join(row.tags)})" if row.tags else "")
             lines.append(_line([name, row.storage, *(_shown(cell) for cell in row.cells), row.seconds]))
             failed += [f"- `{row.label}`: {row.error}"] if row.error else []
     floor = floor_cells(result)
@@ -210,13 +211,13 @@ def _row(entry: Mapping[str, Any], columns: Sequence[str], winners: Mapping[str,
     return Row(
         label=entry["label"],
         description=entry["description"],
+        tags=(*entry["overrides"], *((SIMULATED,) if entry["simulated"] else ())),
         storage="–" if storage is None else f"{storage['ratio']:.2f}×",
         cells=tuple(
             _cell(name, entry["metrics"].get(name), best=winners.get(name, {}).get("winner") == entry["label"])
             for name in columns
         ),
         seconds="–" if seconds is None else f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s",
-        simulated=entry["simulated"],
         error=entry["error"] or "",
     )
 
