@@ -199,3 +199,20 @@ def test_what_is_kept_follows_the_layer(transformer):
     assert not torch.equal(layer(x), first)
     layer.bfloat16()
     assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_what_is_kept_in_inference_mode_serves_outside_of_it_and_in_graphs(transformer):
+    fastest = copy.deepcopy(transformer)
+    set_backend(fastest, "fastest")
+    expected = run_transformer(fastest)
+    layer = fastest.transformer_blocks[0].attn1.to_q
+    layer.dequantized.release()
+    with torch.inference_mode():
+        layer(torch.randn(3, layer.in_features))
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    set_backend(fastest, "fastest")
+    for block in fastest.transformer_blocks:
+        block.compile(fullgraph=True, backend="eager")
+    assert torch.equal(run_transformer(fastest), expected)

@@ -34,13 +34,14 @@ from s2q.loading import load_pipeline
 from s2q.models import ModelSource, block_linears, family_of
 from s2q.models.attention import attention_of
 from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module, set_backend, share_inputs
+from s2q.nn.dequantized import FASTEST
 from s2q.recipes import Recipe
 from s2q.rounding import ROUNDINGS
 from s2q.transforms import ROTATIONS
 
 _OP = "denoising_step"
 _BF16, _FP32 = "bf16", "fp32"
-_BACKENDS = ("auto", "fastest")
+_BACKENDS = ("auto", FASTEST)
 _STEPS = 4
 _PROMPT = "a red circle moving left on a grey background"
 

@@ -93,6 +93,10 @@ LpipsWeights = Annotated[
 ClipFolder = Annotated[
     Path | None, typer.Option("--clip", help="Add CLIP scores, with the CLIP model in this folder.", metavar="DIR")
 ]
+Processes = Annotated[
+    int,
+    typer.Option("--processes", help="Processes that share the prompts: cores of a CPU, or GPUs.", min=1, metavar="N"),
+]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, compute nothing.")]
 
@@ -323,12 +327,7 @@ def compare(
     guidance_scale: Guidance = None,
     device: Device = "auto",
     dtype: DtypeOption = None,
-    processes: Annotated[
-        int,
-        typer.Option(
-            "--processes", help="Processes that share the prompts: cores of a CPU, or GPUs.", min=1, metavar="N"
-        ),
-    ] = 1,
+    processes: Processes = 1,
     resume: Resume = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a comparison that cannot be gone on with.")

@@ -16,7 +16,6 @@ from s2q.core.errors import InvalidInputError
 from s2q.report.formatting import format_bytes
 
 DEFAULT_RECIPES = ("s2q-w4a6", "s2q-w4a4")
-_FASTEST = "fastest"
 
 
 def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> None:
@@ -127,7 +126,7 @@ def _breakdown_table(steps: Sequence[Mapping[str, Any]]) -> Table:
         if previous != _what(one):
             previous = _what(one)
             table.add_row(previous, "bf16", *(_number(one["bf16_breakdown"][name]) for name in parts))
-        how = f", {one['backend']}" if one["backend"] == _FASTEST else ""
+        how = "" if one["backend"] in ("auto", "torch") else f", {one['backend']}"
         name = (one["recipe"] or one["scheme"]) + how
         table.add_row("", name, *(_number(one["breakdown"][part]) for part in parts))
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -156,9 +156,19 @@ def content_of(source: ModelSource) -> Any:
     manifest = source.folder / MANIFEST
     if manifest.is_file():
         return sha256_file(manifest)
+    return content_of_files(source.folder, [*source.folder.glob("*.json"), *source.folder.glob("*/*")])
+
+
+def content_of_files(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
+    """Return what tells files apart from others of their names; see `content_of`.
+
+    Args:
+        folder: The folder that names are relative to.
+        files: Its files; those that are neither configurations nor weights do not count.
+    """
     found: dict[str, Any] = {}
-    for path in sorted([*source.folder.glob("*.json"), *source.folder.glob("*/*")]):
-        name = path.relative_to(source.folder).as_posix()
+    for path in sorted(files):
+        name = path.relative_to(folder).as_posix()
         if path.suffix == ".json":
             found[name] = sha256_file(path)
         elif path.suffix == ".safetensors":

@@ -10,7 +10,7 @@ from typing import Any
 
 from s2q.calibration import check_prompts
 from s2q.calibration.settings import check_seeds
-from s2q.comparing.entries import Entry, check_same_architecture, content_of, find_entries
+from s2q.comparing.entries import Entry, check_same_architecture, content_of, content_of_files, find_entries
 from s2q.core.devices import check_device
 from s2q.core.errors import InvalidInputError, S2QError, UsageError
 from s2q.core.files import sha256_file
@@ -226,12 +226,10 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
 
 
 def _weights_at(path: Path) -> dict[str, Any]:
-    """Where weights are, and what tells them apart from others: the hash of a file, names and sizes in a folder."""
+    """Where weights are, and what tells them apart from others."""
     path = path.expanduser().resolve()
-    if path.is_file():
-        return {"path": str(path), "weights": sha256_file(path)}
-    files = sorted(one for one in path.rglob("*") if one.is_file())
-    return {"path": str(path), "weights": {one.relative_to(path).as_posix(): one.stat().st_size for one in files}}
+    weights = sha256_file(path) if path.is_file() else content_of_files(path, path.iterdir())
+    return {"path": str(path), "weights": weights}
 
 
 def _check_calibration(entries: Sequence[Entry], source: ModelSource, options: CompareOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +31,19 @@ def runs_dequantized(layer: PackedLinear) -> bool:
     """
     if layer.backend != FASTEST:
         return False
-    narrow = min(layer.in_features, layer.out_features) < NARROW or not cpu.IS_AVAILABLE
-    return layer.scheme.simulated or (narrow and layer.weight_scale.device.type == "cpu")
+    if layer.weight_scale.device.type != "cpu":
+        return layer.scheme.simulated
+    narrow = min(layer.in_features, layer.out_features) < NARROW
+    return layer.scheme.simulated or narrow or not cpu.IS_AVAILABLE
+
+
+def integer_backend(layer: PackedLinear) -> str:
+    """Return the backend of a layer's integer operations, which know nothing of "fastest".
+
+    Args:
+        layer: The layer.
+    """
+    return "auto" if layer.backend == FASTEST else layer.backend
 
 
 class KeptDequantized:
@@ -49,7 +61,10 @@ class KeptDequantized:
         """
         kept = self._kept
         if kept is None or kept[0].dtype != dtype or kept[0].device != layer.weight_scale.device:
-            kept = self._kept = layer.effective_weight(dtype), layer.effective_bias(dtype)
+            # What is made in inference mode could not be used outside of it; compilers cannot ask for the mode.
+            inferring = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if inferring else nullcontext():
+                kept = self._kept = layer.effective_weight(dtype), layer.effective_bias(dtype)
         return kept
 
     @property

@@ -18,7 +18,6 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -31,8 +30,9 @@ from s2q.core.layout import TENSOR_DTYPES, InputLayout
 from s2q.core.packing import pack_codes, packed_width, unpack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, fake_quantize_input
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
-from s2q.nn.dequantized import FASTEST, KeptDequantized, runs_dequantized
+from s2q.nn.dequantized import KeptDequantized, integer_backend, runs_dequantized
 from s2q.nn.estimator import scaled_by_frame
+from s2q.nn.merging import is_merging
 from s2q.nn.shared_input import SharedInput
 from s2q.nn.token_context import TokenContext
 from s2q.ops.activation_path import activation_path, transform_input
@@ -50,8 +50,6 @@ PACKED_DTYPES = {
 """Dtype of every tensor of a packed linear but its bias; they keep it through `.to(dtype)` and the like."""
 
 _PIECE = 4096  # tokens
-
-_READS_BASE_WEIGHT = frozenset({"merge", "unmerge", "get_base_weight", "set_base_weight", "dequantize_module_weight"})
 
 
 class PackedLinear(nn.Linear):
@@ -315,7 +313,7 @@ class PackedLinear(nn.Linear):
             x_bits=activation.num_bits,
             w_bits=self.scheme.weight.num_bits,
             out_dtype=input.dtype,
-            backend="auto" if self.backend == FASTEST else self.backend,
+            backend=integer_backend(self),
         )
 
     def _with_estimate(
@@ -360,7 +358,7 @@ class PackedLinear(nn.Linear):
             low_rank_basis=self.low_rank_basis,
             deflates=self.layout.deflates,
             clip_ratio=self.activation_clip,
-            backend="auto" if self.backend == FASTEST else self.backend,
+            backend=integer_backend(self),
         )
 
     def _simulated(self, input: Tensor) -> Tensor:  # noqa: A002
@@ -406,7 +404,7 @@ class PackedLinear(nn.Linear):
             self.weight_scale,
             bias=self.bias,
             w_bits=self.scheme.weight.num_bits,
-            backend="auto" if self.backend == FASTEST else self.backend,
+            backend=integer_backend(self),
         )
         return self._with_branch(output_MO, coefficients, transformed, input.shape[:-1]).to(input.dtype)
 
@@ -416,9 +414,7 @@ class PackedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, {self.scheme.name}"
 
     def __getattr__(self, name: str) -> Any:
-        # peft merges by adding to `weight.data` and asks no one; at 8 bits that can pass silently and ruin the codes.
-        # It offers no hook to refuse in, so its merging code is refused the reading itself.
-        if name == "weight" and _is_merging(sys._getframe(1)):
+        if name == "weight" and is_merging(sys._getframe(1)):
             raise UsageError(
                 f"adapter weights cannot be merged into, or initialised from, a packed {self.scheme.name} linear; "
                 "leave the adapter unmerged, or fuse it into the full-precision model before quantizing"
@@ -498,8 +494,3 @@ def _warn_once(message: str, *values: str) -> None:
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _is_merging(caller: FrameType) -> bool:
-    module = caller.f_globals.get("__name__", "")
-    return caller.f_code.co_name in _READS_BASE_WEIGHT and str(module).partition(".")[0] == "peft"

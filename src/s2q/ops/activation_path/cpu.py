@@ -18,6 +18,13 @@ CHUNK_BYTES = 2 << 20
 MIN_ROWS = {torch.bfloat16: 128}
 """Rows of a chunk by dtype of x, whatever its bytes: below, products of bf16 take longer than the caches save."""
 
+_MAGNITUDES = {
+    torch.bfloat16: (torch.int16, 0x7FFF),
+    torch.float16: (torch.int16, 0x7FFF),
+    torch.float32: (torch.int32, 0x7FFFFFFF),
+}
+"""Integers of a dtype's width, and all their bits but the sign: magnitudes are in order there, NaN above all."""
+
 
 def activation_path(
     x: Tensor,
@@ -136,14 +143,6 @@ def _in_fp32(operation: Callable[..., Tensor], x: Tensor, other: Tensor, *, out:
     """
     out = out[: len(x)]
     return operation(x if x.dtype == torch.float32 else out.copy_(x), other, out=out)
-
-
-_MAGNITUDES = {
-    torch.bfloat16: (torch.int16, 0x7FFF),
-    torch.float16: (torch.int16, 0x7FFF),
-    torch.float32: (torch.int32, 0x7FFFFFFF),
-}
-"""Integers of a dtype's width, and all their bits but the sign: magnitudes are in order there, NaN above all."""
 
 
 def _amax(x: Tensor) -> Tensor:
