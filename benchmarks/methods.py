@@ -1,4 +1,4 @@
-"""The table of all methods at one width each, from the evaluations of an embedded model.
+"""The tables of all methods at one width each, and of a method with parts of S²Q-VDiT's, of an embedded model.
 
     python benchmarks/embedded_quality.py -m MODEL --into methods --prompts 32 -r RECIPE ...
 
@@ -13,12 +13,13 @@ from typing import Any
 from markdown_tables import interval, table_head, table_row
 
 from s2q.evaluation import clustered_mean
-from s2q.evaluation.comparison import compare_group
+from s2q.evaluation.comparison import compare_group, paired_differences
 from s2q.recipes import load_recipe
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = ("w4a4", "w4a6", "w4a8", "w8a8")
-SHOWN = {"velocity_relative_error": ".5f", "psnr_frame_mean_db": ".1f", "adherence_all": ".3f"}
+SHOWN = {"velocity_relative_error": (".3g", 100.0), "psnr_frame_mean_db": (".1f", 1.0), "adherence_all": (".3f", 1.0)}
+HEAD = ("velocity error, %", "PSNR dB", "adherence")
 
 
 def methods_table(model: str) -> str:
@@ -68,20 +69,46 @@ def _width_table(width: str, evaluations: dict[str, dict[str, Any]]) -> str:
     errors = {
         one["b"]: one for one in group["differences"] if one["a"] == best and one["metric"] == "velocity_relative_error"
     }
-    head = ["storage", "velocity error", "times the best's", "PSNR dB", "adherence"]
+    head = ["storage", HEAD[0], "times the best's", *HEAD[1:]]
     lines = table_head(f"W{width[1]}A{width[3]}", head)
     for name in group["ranking"]:
         one = evaluations[name]
         mark = ", simulated" if load_recipe(name).linear_scheme().simulated else ""
-        cells = [interval(one["metrics"][metric], form) for metric, form in SHOWN.items()]
+        cells = _cells(one)
         times = "" if name == best else _times(errors[name])
         storage = f"{one['storage']['ratio']:.2f}×"
         lines.append(table_row(f"`{name}`{mark}", [storage, cells[0], times, *cells[1:]]))
-    first = evaluations[best]
-    prompts = {video["prompt"] for video in first["videos"]}
-    seeds = {video["seed"] for video in first["videos"]}
-    lines += ["", f"{len(prompts)} prompts × {len(seeds)} seeds. {_verdict(group['winners'])}"]
+    lines += ["", f"{_sample(evaluations[best])} {_verdict(group['winners'])}"]
     return "\n".join(lines)
+
+
+def parts_added_table(model: str) -> str:
+    """Methods with salient samples, sparse token distillation or both, each beside itself without (table 8).
+
+    Args:
+        model: An embedded model.
+    """
+    lines = table_head("", [HEAD[0], "times its own", *HEAD[1:]])
+    folder = RESULTS / "methods" / model
+    for base in sorted({path.stem.partition("+")[0] for path in folder.glob("*+*.json")}):
+        names = (base, *(f"{base}+{parts}" for parts in ("sds", "std", "sds+std")))
+        ones = {name: json.loads(path.read_text()) for name in names if (path := folder / f"{name}.json").exists()}
+        for name, one in ones.items():
+            cells = _cells(one)
+            change = paired_differences(one["videos"], ones[base]["videos"])["velocity_relative_error"]
+            times = "" if name == base else f"{change.estimate:.2f} [{change.low:.2f}, {change.high:.2f}]"
+            lines.append(table_row(f"`{name}`", [cells[0], times, *cells[1:]]))
+    return "\n".join([*lines, "", _sample(one)])
+
+
+def _cells(evaluation: dict[str, Any]) -> list[str]:
+    return [interval(evaluation["metrics"][name], form, scale=scale) for name, (form, scale) in SHOWN.items()]
+
+
+def _sample(evaluation: dict[str, Any]) -> str:
+    prompts = {video["prompt"] for video in evaluation["videos"]}
+    seeds = {video["seed"] for video in evaluation["videos"]}
+    return f"{len(prompts)} prompts × {len(seeds)} seeds."
 
 
 def _times(error: dict[str, Any]) -> str:
