@@ -8,6 +8,7 @@ prompts, in ``results/quality/MODEL``. Recipes of a width are compared on the pr
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from markdown_tables import interval, table_head, table_row
@@ -19,6 +20,7 @@ from s2q.recipes import load_recipe
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = ("w4a4", "w4a6", "w4a8", "w8a8")
 SHOWN = {"velocity_relative_error": ("#.3g", 100.0), "psnr_frame_mean_db": (".1f", 1.0), "adherence_all": (".3f", 1.0)}
+FIELD_MODELS = ("shapes-cogvideox", "shapes-wan", "shapes-cogvideox-outliers")
 HEAD = ("velocity error, %", "PSNR dB", "adherence")
 
 
@@ -32,8 +34,39 @@ def methods_table(model: str) -> str:
     return "\n\n".join(parts)
 
 
+def field_table(width: str) -> str:
+    """Velocity error of each method at one width, model by model; the first model's order.
+
+    Args:
+        width: One of `WIDTHS`.
+    """
+    by_model = {model: _shared(model, width) for model in FIELD_MODELS}
+    errors = {model: {name: _mean_error(one) for name, one in found.items()} for model, found in by_model.items()}
+    names = sorted(errors[FIELD_MODELS[0]], key=errors[FIELD_MODELS[0]].__getitem__)
+    lines = table_head(f"W{width[1]}A{width[3]}, velocity error, %", [f"`{model}`" for model in FIELD_MODELS])
+    for name in names:
+        cells = [format(100 * errors[model][name], "#.3g").rstrip(".") for model in FIELD_MODELS]
+        best = [min(errors[model], key=errors[model].__getitem__) == name for model in FIELD_MODELS]
+        cells = [f"**{cell}**" if first else cell for cell, first in zip(cells, best, strict=True)]
+        lines.append(table_row(f"`{name}`{_mark(name)}", cells))
+    return "\n".join([*lines, "", _sample(by_model[FIELD_MODELS[0]][names[0]])])
+
+
+def _mean_error(evaluation: dict[str, Any]) -> float:
+    return fmean(video["metrics"]["velocity_relative_error"] for video in evaluation["videos"])
+
+
+def _mark(name: str) -> str:
+    return ", simulated" if load_recipe(name).linear_scheme().simulated else ""
+
+
 def _evaluations(model: str, width: str) -> dict[str, dict[str, Any]]:
-    """Evaluations by recipe, on the videos that all have."""
+    """Evaluations by recipe, their means those of the videos that all have."""
+    return {name: _with_means(one) for name, one in _shared(model, width).items()}
+
+
+def _shared(model: str, width: str) -> dict[str, dict[str, Any]]:
+    """Evaluations by recipe, their videos those that all have."""
     if not any((RESULTS / "methods" / model).glob(f"*-{width}.json")):
         return {}
     found = {}
@@ -43,22 +76,24 @@ def _evaluations(model: str, width: str) -> dict[str, dict[str, Any]]:
     shared = set.intersection(
         *({(video["prompt"], video["seed"]) for video in one["videos"]} for one in found.values())
     )
-    return {name: _on(one, shared) for name, one in found.items()}
+    return {
+        name: one | {"videos": [video for video in one["videos"] if (video["prompt"], video["seed"]) in shared]}
+        for name, one in found.items()
+    }
 
 
-def _on(evaluation: dict[str, Any], shared: set[tuple[str, int]]) -> dict[str, Any]:
-    videos = [video for video in evaluation["videos"] if (video["prompt"], video["seed"]) in shared]
+def _with_means(evaluation: dict[str, Any]) -> dict[str, Any]:
     means = dict(evaluation["metrics"])
     for name in means:
         by_prompt: dict[str, list[float]] = {}
-        for video in videos:
+        for video in evaluation["videos"]:
             value = video["metrics"].get(name)
             if value is not None:
                 by_prompt.setdefault(video["prompt"], []).append(value)
         if by_prompt:
             estimate = clustered_mean(by_prompt, proportion=name.startswith("adherence") and "change" not in name)
             means[name] = means[name] | {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-    return evaluation | {"videos": videos, "metrics": means}
+    return evaluation | {"metrics": means}
 
 
 def _width_table(width: str, evaluations: dict[str, dict[str, Any]]) -> str:
@@ -73,11 +108,10 @@ def _width_table(width: str, evaluations: dict[str, dict[str, Any]]) -> str:
     lines = table_head(f"W{width[1]}A{width[3]}", head)
     for name in group["ranking"]:
         one = evaluations[name]
-        mark = ", simulated" if load_recipe(name).linear_scheme().simulated else ""
         cells = _cells(one)
         times = "" if name == best else _times(errors[name])
         storage = f"{one['storage']['ratio']:.2f}×"
-        lines.append(table_row(f"`{name}`{mark}", [storage, cells[0], times, *cells[1:]]))
+        lines.append(table_row(f"`{name}`{_mark(name)}", [storage, cells[0], times, *cells[1:]]))
     lines += ["", f"{_sample(evaluations[best])} {_verdict(group['winners'])}"]
     return "\n".join(lines)
 

@@ -110,6 +110,8 @@ def test_the_nearest_level_of_many_values_is_that_of_a_search(num_bits, dimensio
     expected = torch.bucketize(values, bounds, out_int32=True)
     assert torch.equal(nearest_level(values, levels), expected)
     assert torch.equal(nearest_level(values.T, levels), expected.T)
+    compiled = torch.compile(nearest_level, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(values, levels), expected)
     few = torch.stack([nearest_level(row, levels) for row in values])
     assert torch.equal(few, expected)
     assert expected.dtype == few.dtype == nearest_level(values, levels).dtype

@@ -65,7 +65,7 @@ def nearest_level(ratio: Tensor, levels: Tensor) -> Tensor:
         Index into the levels, int32, same shape; the last one for NaN.
     """
     bounds = (levels[1:] + levels[:-1]) / 2
-    if ratio.device.type != "cpu" or ratio.numel() < _MANY_VALUES:
+    if ratio.device.type != "cpu" or ratio.numel() < _MANY_VALUES or torch.compiler.is_compiling():
         return torch.bucketize(ratio.contiguous(), bounds, out_int32=True)
     return _bucketize(ratio.flatten(), bounds).view(ratio.shape)
 
