@@ -7,6 +7,8 @@ prompts, in ``results/quality/MODEL``. Recipes of a width are compared on the pr
 """
 
 import json
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from markdown_tables import interval, table_head, table_row
 
 from s2q.evaluation import clustered_mean
-from s2q.evaluation.comparison import compare_group, paired_differences
+from s2q.evaluation.comparison import HIGHER_IS_BETTER, PairedDifference, paired_differences
 from s2q.recipes import load_recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,20 +101,22 @@ def _with_means(evaluation: dict[str, Any]) -> dict[str, Any]:
 def _width_table(width: str, evaluations: dict[str, dict[str, Any]]) -> str:
     if len(evaluations) < 2:
         return ""
-    group = compare_group(evaluations)
-    best = group["ranking"][0]
-    errors = {
-        one["b"]: one for one in group["differences"] if one["a"] == best and one["metric"] == "velocity_relative_error"
-    }
+    ranking = sorted(evaluations, key=lambda name: _mean(evaluations[name], "velocity_relative_error"))
+    best = ranking[0]
+
+    @cache
+    def against(first: str, other: str) -> Mapping[str, PairedDifference]:
+        return paired_differences(evaluations[first]["videos"], evaluations[other]["videos"])
+
     head = ["storage", HEAD[0], "times the best's", *HEAD[1:]]
     lines = table_head(f"W{width[1]}A{width[3]}", head)
-    for name in group["ranking"]:
+    for name in ranking:
         one = evaluations[name]
         cells = _cells(one)
-        times = "" if name == best else _times(errors[name])
+        times = "" if name == best else _times(against(best, name)["velocity_relative_error"])
         storage = f"{one['storage']['ratio']:.2f}×"
         lines.append(table_row(f"`{name}`{_mark(name)}", [storage, cells[0], times, *cells[1:]]))
-    lines += ["", f"{_sample(evaluations[best])} {_verdict(group['winners'])}"]
+    lines += ["", f"{_sample(evaluations[best])} {_verdict(evaluations, against)}"]
     return "\n".join(lines)
 
 
@@ -145,18 +149,27 @@ def _sample(evaluation: dict[str, Any]) -> str:
     return f"{len(prompts)} prompts × {len(seeds)} seeds."
 
 
-def _times(error: dict[str, Any]) -> str:
+def _times(error: PairedDifference) -> str:
     """How much larger a velocity error is than that of the best, paired by prompt."""
-    low, high, estimate = (1 / error[end] for end in ("high", "low", "estimate"))
+    low, high, estimate = (1 / end for end in (error.high, error.low, error.estimate))
     return f"{estimate:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _verdict(winners: dict[str, dict[str, Any]]) -> str:
+def _verdict(
+    evaluations: Mapping[str, dict[str, Any]], against: Callable[[str, str], Mapping[str, PairedDifference]]
+) -> str:
+    """Say who wins, by the rule of `s2q compare`: whoever is clearly better than every other."""
     said = []
     for metric, title in (("velocity_relative_error", "Velocity error"), ("psnr_frame_mean_db", "PSNR")):
-        one = winners[metric]
-        if one["winner"]:
-            said.append(f"{title}: `{one['winner']}` beats every other.")
+        choose, larger = (max, "a") if HIGHER_IS_BETTER[metric] else (min, "b")
+        best = choose(evaluations, key=lambda name, metric=metric: _mean(evaluations[name], metric))
+        tied = [name for name in evaluations if name != best and against(best, name)[metric].larger() != larger]
+        if tied:
+            said.append(f"{title}: `{best}` is tied with {', '.join(f'`{name}`' for name in tied)}.")
         else:
-            said.append(f"{title}: `{one['best']}` is tied with {', '.join(f'`{name}`' for name in one['tied_with'])}.")
+            said.append(f"{title}: `{best}` beats every other.")
     return " ".join(said)
+
+
+def _mean(evaluation: Mapping[str, Any], metric: str) -> float:
+    return float(evaluation["metrics"][metric]["mean"])
