@@ -22,7 +22,7 @@ from s2q.recipes import load_recipe
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = ("w4a4", "w4a6", "w4a8", "w8a8")
 SHOWN = {"velocity_relative_error": ("#.3g", 100.0), "psnr_frame_mean_db": (".1f", 1.0), "adherence_all": (".3f", 1.0)}
-FIELD_MODELS = ("shapes-cogvideox", "shapes-wan", "shapes-cogvideox-outliers")
+FIELD_MODELS = ("shapes-cogvideox", "shapes-wan", "shapes-cogvideox-outliers", "shapes-wan-outliers")
 HEAD = ("velocity error, %", "PSNR dB", "adherence")
 
 
