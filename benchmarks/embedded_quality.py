@@ -20,7 +20,7 @@ from records import rounded_metrics, write_record
 
 from s2q.evaluation import EvaluationOptions, evaluate_each
 from s2q.quantization import quantize
-from s2q.recipes import recipe_names
+from s2q.recipes import load_recipe, recipe_names
 from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_prompts
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,7 +56,7 @@ def main() -> None:
     """Measure the recipes that have no result yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", default=EMBEDDED_NAMES[0], choices=EMBEDDED_NAMES)
-    parser.add_argument("-r", "--recipe", action="append", choices=recipe_names())
+    parser.add_argument("-r", "--recipe", action="append", help="of the package, +sds or +std after it if wanted")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--into", default="quality", help="folder of results/ to write to")
@@ -69,6 +69,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = []
     for recipe in arguments.recipe or recipe_names():
+        load_recipe(recipe)
         if (folder / f"{recipe}.json").exists() and not arguments.again:
             logger.info("%s: %s.json is there", arguments.model, recipe)
         else:

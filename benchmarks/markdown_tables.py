@@ -19,10 +19,9 @@ def interval(metric: Mapping[str, Any], form: str, *, scale: float = 1.0) -> str
 
     Args:
         metric: `mean`, `low`, `high`, as in `eval.json`.
-        form: Format of a number.
+        form: Format of a number; the point that "#g" leaves at the end of a whole number is taken off.
         scale: What each is multiplied with.
     """
-    mean = format(metric["mean"] * scale, form)
-    if metric["low"] is None:
-        return mean
-    return f"{mean} [{format(metric['low'] * scale, form)}, {format(metric['high'] * scale, form)}]"
+    ends = ("mean",) if metric["low"] is None else ("mean", "low", "high")
+    mean, *around = (format(metric[end] * scale, form).rstrip(".") for end in ends)
+    return f"{mean} [{', '.join(around)}]" if around else mean

@@ -1,4 +1,4 @@
-"""The table of all methods at one width each, from the evaluations of an embedded model.
+"""The tables of all methods at one width each, and of a method with parts of S²Q-VDiT's, of an embedded model.
 
     python benchmarks/embedded_quality.py -m MODEL --into methods --prompts 32 -r RECIPE ...
 
@@ -7,18 +7,23 @@ prompts, in ``results/quality/MODEL``. Recipes of a width are compared on the pr
 """
 
 import json
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from markdown_tables import interval, table_head, table_row
 
 from s2q.evaluation import clustered_mean
-from s2q.evaluation.comparison import compare_group
+from s2q.evaluation.comparison import HIGHER_IS_BETTER, PairedDifference, paired_differences
 from s2q.recipes import load_recipe
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = ("w4a4", "w4a6", "w4a8", "w8a8")
-SHOWN = {"velocity_relative_error": ".5f", "psnr_frame_mean_db": ".1f", "adherence_all": ".3f"}
+SHOWN = {"velocity_relative_error": ("#.3g", 100.0), "psnr_frame_mean_db": (".1f", 1.0), "adherence_all": (".3f", 1.0)}
+FIELD_MODELS = ("shapes-cogvideox", "shapes-wan", "shapes-cogvideox-outliers", "shapes-wan-outliers")
+HEAD = ("velocity error, %", "PSNR dB", "adherence")
 
 
 def methods_table(model: str) -> str:
@@ -31,8 +36,39 @@ def methods_table(model: str) -> str:
     return "\n\n".join(parts)
 
 
+def field_table(width: str) -> str:
+    """Velocity error of each method at one width, model by model; the first model's order.
+
+    Args:
+        width: One of `WIDTHS`.
+    """
+    by_model = {model: _shared(model, width) for model in FIELD_MODELS}
+    errors = {model: {name: _mean_error(one) for name, one in found.items()} for model, found in by_model.items()}
+    names = sorted(errors[FIELD_MODELS[0]], key=errors[FIELD_MODELS[0]].__getitem__)
+    lines = table_head(f"W{width[1]}A{width[3]}, velocity error, %", [f"`{model}`" for model in FIELD_MODELS])
+    for name in names:
+        cells = [format(100 * errors[model][name], "#.3g").rstrip(".") for model in FIELD_MODELS]
+        best = [min(errors[model], key=errors[model].__getitem__) == name for model in FIELD_MODELS]
+        cells = [f"**{cell}**" if first else cell for cell, first in zip(cells, best, strict=True)]
+        lines.append(table_row(f"`{name}`{_mark(name)}", cells))
+    return "\n".join([*lines, "", _sample(by_model[FIELD_MODELS[0]][names[0]])])
+
+
+def _mean_error(evaluation: dict[str, Any]) -> float:
+    return fmean(video["metrics"]["velocity_relative_error"] for video in evaluation["videos"])
+
+
+def _mark(name: str) -> str:
+    return ", simulated" if load_recipe(name).linear_scheme().simulated else ""
+
+
 def _evaluations(model: str, width: str) -> dict[str, dict[str, Any]]:
-    """Evaluations by recipe, on the videos that all have."""
+    """Evaluations by recipe, their means those of the videos that all have."""
+    return {name: _with_means(one) for name, one in _shared(model, width).items()}
+
+
+def _shared(model: str, width: str) -> dict[str, dict[str, Any]]:
+    """Evaluations by recipe, their videos those that all have."""
     if not any((RESULTS / "methods" / model).glob(f"*-{width}.json")):
         return {}
     found = {}
@@ -42,60 +78,98 @@ def _evaluations(model: str, width: str) -> dict[str, dict[str, Any]]:
     shared = set.intersection(
         *({(video["prompt"], video["seed"]) for video in one["videos"]} for one in found.values())
     )
-    return {name: _on(one, shared) for name, one in found.items()}
+    return {
+        name: one | {"videos": [video for video in one["videos"] if (video["prompt"], video["seed"]) in shared]}
+        for name, one in found.items()
+    }
 
 
-def _on(evaluation: dict[str, Any], shared: set[tuple[str, int]]) -> dict[str, Any]:
-    videos = [video for video in evaluation["videos"] if (video["prompt"], video["seed"]) in shared]
+def _with_means(evaluation: dict[str, Any]) -> dict[str, Any]:
     means = dict(evaluation["metrics"])
     for name in means:
         by_prompt: dict[str, list[float]] = {}
-        for video in videos:
+        for video in evaluation["videos"]:
             value = video["metrics"].get(name)
             if value is not None:
                 by_prompt.setdefault(video["prompt"], []).append(value)
         if by_prompt:
             estimate = clustered_mean(by_prompt, proportion=name.startswith("adherence") and "change" not in name)
             means[name] = means[name] | {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-    return evaluation | {"videos": videos, "metrics": means}
+    return evaluation | {"metrics": means}
 
 
 def _width_table(width: str, evaluations: dict[str, dict[str, Any]]) -> str:
     if len(evaluations) < 2:
         return ""
-    group = compare_group(evaluations)
-    best = group["ranking"][0]
-    errors = {
-        one["b"]: one for one in group["differences"] if one["a"] == best and one["metric"] == "velocity_relative_error"
-    }
-    head = ["storage", "velocity error", "times the best's", "PSNR dB", "adherence"]
+    ranking = sorted(evaluations, key=lambda name: _mean(evaluations[name], "velocity_relative_error"))
+    best = ranking[0]
+
+    @cache
+    def against(first: str, other: str) -> Mapping[str, PairedDifference]:
+        return paired_differences(evaluations[first]["videos"], evaluations[other]["videos"])
+
+    head = ["storage", HEAD[0], "times the best's", *HEAD[1:]]
     lines = table_head(f"W{width[1]}A{width[3]}", head)
-    for name in group["ranking"]:
+    for name in ranking:
         one = evaluations[name]
-        mark = ", simulated" if load_recipe(name).linear_scheme().simulated else ""
-        cells = [interval(one["metrics"][metric], form) for metric, form in SHOWN.items()]
-        times = "" if name == best else _times(errors[name])
+        cells = _cells(one)
+        times = "" if name == best else _times(against(best, name)["velocity_relative_error"])
         storage = f"{one['storage']['ratio']:.2f}×"
-        lines.append(table_row(f"`{name}`{mark}", [storage, cells[0], times, *cells[1:]]))
-    first = evaluations[best]
-    prompts = {video["prompt"] for video in first["videos"]}
-    seeds = {video["seed"] for video in first["videos"]}
-    lines += ["", f"{len(prompts)} prompts × {len(seeds)} seeds. {_verdict(group['winners'])}"]
+        lines.append(table_row(f"`{name}`{_mark(name)}", [storage, cells[0], times, *cells[1:]]))
+    lines += ["", f"{_sample(evaluations[best])} {_verdict(evaluations, against)}"]
     return "\n".join(lines)
 
 
-def _times(error: dict[str, Any]) -> str:
+def parts_added_table(model: str) -> str:
+    """Methods with salient samples, sparse token distillation or both, each beside itself without (table 8).
+
+    Args:
+        model: An embedded model.
+    """
+    lines = table_head("", [HEAD[0], "times its own", *HEAD[1:]])
+    folder = RESULTS / "methods" / model
+    for base in sorted({path.stem.partition("+")[0] for path in folder.glob("*+*.json")}):
+        names = (base, *(f"{base}+{parts}" for parts in ("sds", "std", "sds+std")))
+        ones = {name: json.loads(path.read_text()) for name in names if (path := folder / f"{name}.json").exists()}
+        for name, one in ones.items():
+            cells = _cells(one)
+            change = paired_differences(one["videos"], ones[base]["videos"])["velocity_relative_error"]
+            times = "" if name == base else f"{change.estimate:.2f} [{change.low:.2f}, {change.high:.2f}]"
+            lines.append(table_row(f"`{name}`", [cells[0], times, *cells[1:]]))
+    return "\n".join([*lines, "", _sample(one)])
+
+
+def _cells(evaluation: dict[str, Any]) -> list[str]:
+    return [interval(evaluation["metrics"][name], form, scale=scale) for name, (form, scale) in SHOWN.items()]
+
+
+def _sample(evaluation: dict[str, Any]) -> str:
+    prompts = {video["prompt"] for video in evaluation["videos"]}
+    seeds = {video["seed"] for video in evaluation["videos"]}
+    return f"{len(prompts)} prompts × {len(seeds)} seeds."
+
+
+def _times(error: PairedDifference) -> str:
     """How much larger a velocity error is than that of the best, paired by prompt."""
-    low, high, estimate = (1 / error[end] for end in ("high", "low", "estimate"))
+    low, high, estimate = (1 / end for end in (error.high, error.low, error.estimate))
     return f"{estimate:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _verdict(winners: dict[str, dict[str, Any]]) -> str:
+def _verdict(
+    evaluations: Mapping[str, dict[str, Any]], against: Callable[[str, str], Mapping[str, PairedDifference]]
+) -> str:
+    """Say who wins, by the rule of `s2q compare`: whoever is clearly better than every other."""
     said = []
     for metric, title in (("velocity_relative_error", "Velocity error"), ("psnr_frame_mean_db", "PSNR")):
-        one = winners[metric]
-        if one["winner"]:
-            said.append(f"{title}: `{one['winner']}` beats every other.")
+        choose, larger = (max, "a") if HIGHER_IS_BETTER[metric] else (min, "b")
+        best = choose(evaluations, key=lambda name, metric=metric: _mean(evaluations[name], metric))
+        tied = [name for name in evaluations if name != best and against(best, name)[metric].larger() != larger]
+        if tied:
+            said.append(f"{title}: `{best}` is tied with {', '.join(f'`{name}`' for name in tied)}.")
         else:
-            said.append(f"{title}: `{one['best']}` is tied with {', '.join(f'`{name}`' for name in one['tied_with'])}.")
+            said.append(f"{title}: `{best}` beats every other.")
     return " ".join(said)
+
+
+def _mean(evaluation: Mapping[str, Any], metric: str) -> float:
+    return float(evaluation["metrics"][metric]["mean"])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from judging import evalcrafter_table, metrics_table, paper_table
 from markdown_tables import interval, table_head, table_row
-from methods import methods_table
+from methods import field_table, methods_table, parts_added_table
 from published import commands_of, cost_table, sizes_table
 from reproduce.beside import overview_table
 from variants import GROUPS, Variant
@@ -350,6 +350,8 @@ def _base(group: str, model: str) -> Variant:
 TABLES: dict[str, Callable[[str], str]] = {
     "quality": quality_table,
     "methods": methods_table,
+    "field": field_table,
+    "parts-added": parts_added_table,
     "adherence": adherence_table,
     "attention": attention_table,
     "outliers": outlier_table,

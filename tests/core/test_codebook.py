@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from s2q.core.codebook import levels_of, lloyd_max_levels
+from s2q.core.codebook import levels_of, lloyd_max_levels, nearest_level
 from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import PerChannel, PerGroup, PerToken, QuantScheme
@@ -96,3 +96,22 @@ def test_computed_once_and_the_same_again():
 def test_one_value_has_no_direction():
     with pytest.raises(InvalidInputError, match="lloyd_max levels: 1 value to a scale; expected at least 2"):
         lloyd_max_levels(4, 1)
+
+
+@pytest.mark.parametrize(("num_bits", "dimension"), [(2, 64), (4, 2), (4, LARGE), (6, 3), (8, 2), (8, 192), (8, 30720)])
+def test_the_nearest_level_of_many_values_is_that_of_a_search(num_bits, dimension):
+    levels = torch.tensor(lloyd_max_levels(num_bits, dimension))
+    bounds = (levels[1:] + levels[:-1]) / 2
+    above, below = (torch.nextafter(bounds, torch.tensor(to)) for to in (torch.inf, -torch.inf))
+    special = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e-45])
+    values = torch.cat([bounds, above, below, levels, special])
+    noise = 3 * torch.randn(2**16 - len(values), generator=torch.Generator().manual_seed(num_bits))
+    values = torch.cat([values, noise]).view(32, -1)
+    expected = torch.bucketize(values, bounds, out_int32=True)
+    assert torch.equal(nearest_level(values, levels), expected)
+    assert torch.equal(nearest_level(values.T, levels), expected.T)
+    compiled = torch.compile(nearest_level, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(values, levels), expected)
+    few = torch.stack([nearest_level(row, levels) for row in values])
+    assert torch.equal(few, expected)
+    assert expected.dtype == few.dtype == nearest_level(values, levels).dtype

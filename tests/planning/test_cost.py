@@ -8,7 +8,7 @@ from s2q.core.errors import InvalidInputError, ResourceError
 from s2q.models.synthetic import synthetic_model
 from s2q.planning import Machine, Workload, check_memory, plan, plan_transformers, tensor_sizes
 from s2q.recipes import load_recipe
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_cogvideox_pipeline, tiny_mochi_pipeline
 
 GPU = {"device": "cuda", "memory_budget": 16 * 10**9}
 
@@ -107,6 +107,22 @@ def test_the_embedded_model_is_planned_from_its_configuration():
     assert (cost.tokens, cost.text_tokens, cost.samples) == (192, 16, 40)
     assert planned.device["name"] == "cpu"
     assert all(stage.peak_memory_bytes > 100e6 for stage in planned.stages)
+
+
+def test_activations_are_as_wide_as_the_video_where_the_text_is_narrower():
+    transformers = {"transformer": tiny_mochi_pipeline().transformer}
+    workload = Workload(tokens=1000, frames=5, text_tokens=8, branches=2, rows=2, component_bytes=0)
+    planned = plan_transformers(
+        transformers,
+        load_recipe("s2q-w4a6", overrides=["calibration.samples=1", "calibration.branches=conditional"]),
+        model="tiny",
+        sizes=tensor_sizes(transformers),
+        dtype=torch.float32,
+        workload=workload,
+        machine=machine(None, device="cpu"),
+    )
+    a_token = 64 * (4 + 4) + 4  # its input, its target, its weight
+    assert planned.calibration.activation_bytes == (1000 + 8) * a_token
 
 
 @pytest.mark.parametrize("recipe", ["s2q-w4a6", "rtn-w4a6"])

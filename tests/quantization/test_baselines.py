@@ -237,7 +237,8 @@ def test_what_a_recipe_consists_of(method, width):
     recipe = load_recipe(f"{method}-{width}")
     transforms = recipe.transforms
     parts = (transforms.scale, transforms.rotation, recipe.rounding.method, recipe.clip.constant)
-    assert parts == PARTS[method]
+    *expected, clip = PARTS[method]
+    assert parts == (*expected, None if width.endswith("a8") else clip)
     svd = method == "svdquant"
     assert transforms.scale == "none" or not transforms.learn_scale
     assert (transforms.alpha, transforms.low_rank) == (("search", 32) if svd else (0.5, 0))
@@ -289,7 +290,11 @@ def test_plans_of_all_of_them(tmp_path):
         for width in WIDTHS
     }
     for method in METHODS:
-        assert sizes[method, "w8a8"] > sizes[method, "w4a8"] == sizes[method, "w4a6"] == sizes[method, "w4a4"]
+        assert sizes[method, "w8a8"] > sizes[method, "w4a8"]
+        assert sizes[method, "w4a6"] == sizes[method, "w4a4"]
+        clipped = load_recipe(f"{method}-w4a6").clip.constant is not None  # a number a linear, at 4 and 6 bits alone
+        assert (sizes[method, "w4a6"] > sizes[method, "w4a8"]) == clipped
+        assert (sizes[method, "w4a6"] == sizes[method, "w4a8"]) != clipped
     plain = plan(tmp_path / "model", "rtn-w4a4").storage["quantized_bytes"]
     assert plain < sizes["smoothquant", "w4a4"] < sizes["vidit-q", "w4a4"] < sizes["quarot", "w4a4"]
     assert sizes["smoothquant", "w4a4"] < sizes["svdquant", "w4a4"]

@@ -19,7 +19,7 @@ from s2q.shapes.outliers import add_outliers
 from s2q.shapes.scenes import is_held_out, parse_caption
 from s2q.shapes.training.quality import adherence, sample
 
-MODEL, STRESS, WAN = EMBEDDED_NAMES
+MODEL, STRESS, WAN, WAN_STRESS = EMBEDDED_NAMES
 TRAINED = (MODEL, WAN)
 
 
@@ -84,30 +84,49 @@ def test_full_precision_videos_show_what_the_prompt_says(model):
     assert float((videos[0] - again[0]).abs().mean()) > 0.01
 
 
-def test_outliers_change_no_output_and_stretch_the_inputs():
-    plain, stressed = (embedded_pipeline(name, dtype=torch.float32).transformer for name in (MODEL, STRESS))
+def record(into, name):
+    return lambda _module, args: into.__setitem__(name, args[0].detach())
+
+
+def stretch(x):
+    spread = x.abs().flatten(0, -2).amax(0)
+    return float(spread.amax() / spread.median())
+
+
+@pytest.mark.parametrize(
+    ("names", "readers"),
+    [
+        ((MODEL, STRESS), ("attn1.to_q", "ff.net.0.proj", "attn1.to_out.0")),
+        ((WAN, WAN_STRESS), ("attn1.to_q", "ffn.net.0.proj", "attn2.to_q", "attn1.to_out.0", "attn2.to_out.0")),
+    ],
+)
+def test_outliers_change_no_output_and_stretch_the_inputs(names, readers):
     generator = torch.Generator().manual_seed(0)
+    frames_first = names[0] == MODEL
     inputs = {
-        "hidden_states": torch.randn(1, 3, 16, 8, 8, generator=generator),
+        "hidden_states": torch.randn(*((1, 3, 16) if frames_first else (1, 16, 3)), 8, 8, generator=generator),
         "encoder_hidden_states": torch.randn(1, 16, 128, generator=generator),
         "timestep": torch.tensor([500]),
         "return_dict": False,
     }
-    seen: dict[str, torch.Tensor] = {}
-    for name, model in (("plain", plain), ("stressed", stressed)):
-        model.transformer_blocks[2].attn1.to_q.register_forward_pre_hook(
-            lambda _module, args, name=name: seen.__setitem__(name, args[0].detach())
-        )
-    with torch.no_grad():
-        expected, got = plain(**inputs)[0], stressed(**inputs)[0]
-    assert float((got - expected).norm() / expected.norm()) < 1e-5
-    spread = {name: x.abs().flatten(0, 1).amax(0) for name, x in seen.items()}
-    assert float(spread["stressed"].amax() / spread["stressed"].median()) > 8
-    assert float(spread["plain"].amax() / spread["plain"].median()) < 8
+    outputs, seen = [], [{}, {}]
+    for name, into in zip(names, seen, strict=True):
+        transformer = embedded_pipeline(name, dtype=torch.float32).transformer
+        block = (transformer.transformer_blocks if frames_first else transformer.blocks)[2]
+        for reader in readers:
+            block.get_submodule(reader).register_forward_pre_hook(record(into, reader))
+        with torch.no_grad():
+            outputs.append(transformer(**inputs)[0])
+    plain, stressed = seen
+    assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-5
+    for reader in readers:
+        assert stretch(stressed[reader]) > 8, reader
+        assert stretch(stressed[reader]) > 2 * stretch(plain[reader]), reader
 
 
-def test_outliers_must_be_a_power_of_two():
-    transformer = embedded_pipeline(MODEL, dtype=torch.bfloat16).transformer
+@pytest.mark.parametrize("model", TRAINED)
+def test_outliers_must_be_a_power_of_two(model):
+    transformer = embedded_pipeline(model, dtype=torch.bfloat16).transformer
     with pytest.raises(ValueError, match="power of two"):
         add_outliers(transformer, scale=30.0)
 

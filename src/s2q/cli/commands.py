@@ -224,7 +224,13 @@ def evaluate(
     check_full_precision(resolve_model(reference))
     texts = read_prompts(prompts) if prompts is not None else default_prompts(reference, count=options["num_prompts"])
     planned = judges.vbench_plan(
-        out, texts, seeds=options["seeds"], device=device, frame_rate=frame_rate_of(reference), options=options
+        out,
+        texts,
+        seeds=options["seeds"],
+        device=device,
+        num_frames=settings.get("num_frames"),
+        frame_rate=frame_rate_of(reference),
+        options=options,
     )
     how = EvaluationOptions(
         metrics=tuple(names),

@@ -13,7 +13,14 @@ from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output
 
 
 def vbench_plan(
-    out: Path, prompts: Sequence[str], *, seeds: int, device: str, frame_rate: int, options: Mapping[str, Any]
+    out: Path,
+    prompts: Sequence[str],
+    *,
+    seeds: int,
+    device: str,
+    num_frames: int | None,
+    frame_rate: int,
+    options: Mapping[str, Any],
 ) -> Any:
     """Check everything that VBench needs; its videos will go to the folder `OUT-vbench` beside OUT.
 
@@ -22,6 +29,7 @@ def vbench_plan(
         prompts: The prompts.
         seeds: Videos of each.
         device: Where VBench computes.
+        num_frames: Frames that were asked for; None for the model's own number, which is looked at when it is there.
         frame_rate: Frames per second of the videos.
         options: `vbench_python`, `vbench_dims`, `vbench_cache`, `overwrite`.
 
@@ -30,7 +38,7 @@ def vbench_plan(
 
     Raises:
         UsageError: `--vbench-dims` or `--vbench-cache` without `--vbench-python`.
-        InvalidInputError: See `plan_vbench`; the folder exists and may not be replaced.
+        InvalidInputError: See `plan_vbench`; too few frames; the folder exists and may not be replaced.
     """
     if options["vbench_python"] is None:
         for name in ("vbench_dims", "vbench_cache"):
@@ -39,6 +47,8 @@ def vbench_plan(
         return None
     from s2q.evaluation.vbench import RECORD, VBenchOptions, plan_vbench
 
+    if num_frames is not None:
+        _check_frames(num_frames)
     folder = out.with_name(f"{out.stem}-vbench")
     check_output(folder, overwrite=options["overwrite"], markers=(RECORD,))
     settings = VBenchOptions(
@@ -63,7 +73,7 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
     """
     if plan is None:
         return None
-    from s2q.evaluation.vbench import MIN_FRAMES, RECORD
+    from s2q.evaluation.vbench import RECORD
     from s2q.report import BT601, encode_mp4
 
     total, rate = len(plan.prompts) * plan.videos_a_prompt, plan.options.frame_rate
@@ -71,10 +81,7 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
 
     def keep(_label: str, video: Any) -> None:
         nonlocal written
-        if len(video.frames) < MIN_FRAMES:
-            raise InvalidInputError(
-                f"VBench needs videos of at least {MIN_FRAMES} frames, got {len(video.frames)}; raise --num-frames"
-            )
+        _check_frames(len(video.frames))
         folder = plan.options.folder
         if written == 0:
             shutil.rmtree(folder, ignore_errors=True)  # an old one, which --overwrite has given up
@@ -114,3 +121,10 @@ def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: console.R
     atomic_write_json(plan.options.folder / RECORD, {"schema_version": 1, "complete": True})
     scores = evalcrafter_scores(evaluation["metrics"], flow=flow_scores(model, reference))
     return {**evaluation, "vbench": section} | ({} if scores is None else {"evalcrafter": scores})
+
+
+def _check_frames(count: int) -> None:
+    from s2q.evaluation.vbench import MIN_FRAMES
+
+    if count < MIN_FRAMES:
+        raise InvalidInputError(f"VBench needs videos of at least {MIN_FRAMES} frames, got {count}; raise --num-frames")

@@ -28,6 +28,8 @@ from s2q.core.schemes import UNIFORM, QuantScheme, num_groups
 
 _Array = NDArray[np.float64]
 
+_MANY_VALUES = 2**14  # below, making the table of cells takes longer than it saves
+
 _MAX_STEPS = 50
 _TOLERANCE = 1e-9  # of the last step; the method is Newton's, so what is left after it is rounding
 
@@ -50,6 +52,44 @@ def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | s
         return None
     levels = lloyd_max_levels(scheme.num_bits, in_features // num_groups(scheme, in_features))
     return torch.tensor(levels, dtype=torch.float32, device=device)
+
+
+def nearest_level(ratio: Tensor, levels: Tensor) -> Tensor:
+    """Find the nearest level of each value, the lower one of two that are equally near.
+
+    Args:
+        ratio: Values over their scale, fp32, any shape.
+        levels: fp32 [2^N], rising, N at least 2.
+
+    Returns:
+        Index into the levels, int32, same shape; the last one for NaN.
+    """
+    bounds = (levels[1:] + levels[:-1]) / 2
+    if ratio.device.type != "cpu" or ratio.numel() < _MANY_VALUES or torch.compiler.is_compiling():
+        return torch.bucketize(ratio.contiguous(), bounds, out_int32=True)
+    return _bucketize(ratio.flatten(), bounds).view(ratio.shape)
+
+
+def _bucketize(values: Tensor, bounds: Tensor) -> Tensor:
+    """Do what ``torch.bucketize`` does, which is a search for each value by itself, with two look-ups each.
+
+    The range of the bounds is cut into even cells, so narrow that each holds one bound at most: the number of bounds
+    in the cells before it, and one comparison, tell a value's place.
+
+    Args:
+        values: fp32 [n].
+        bounds: fp32 [b], rising.
+    """
+    per_unit = 2 / bounds.diff().min()
+    cells = int((bounds[-1] - bounds[0]) * per_unit) + 1
+
+    def cell(of: Tensor) -> Tensor:  # rises with the value, rounding or not
+        return of.sub(bounds[0]).mul_(per_unit).clamp_(0, cells).nan_to_num_(nan=cells).int()
+
+    before = torch.bincount(cell(bounds) + 1, minlength=cells + 1).cumsum(0).int()
+    following = torch.cat([bounds, bounds.new_tensor([torch.inf])])
+    place = before.index_select(0, cell(values))
+    return place.add_(values > following.index_select(0, place))
 
 
 @cache

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2q.core.codebook import levels_of
+from s2q.core.codebook import levels_of, nearest_level
 from s2q.core.cubes import cube_means, spread
 from s2q.core.errors import InvalidInputError
 from s2q.core.schemes import UNIFORM, PerChannel, PerGroup, PerTensor, QuantScheme, num_groups
@@ -130,7 +130,7 @@ def quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None =
         int8 codes of the shape of x.
     """
     if levels is not None:
-        return (_nearest(_over(x, scale), levels) - len(levels) // 2).to(torch.int8)
+        return (nearest_level(_over(x, scale), levels) - len(levels) // 2).to(torch.int8)
     return (x.float() / scale).round_().clamp_(*code_range(num_bits)).to(torch.int8)
 
 
@@ -321,16 +321,11 @@ class _RoundSTE(torch.autograd.Function):
 class _LevelSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ratio: Tensor, levels: Tensor) -> Tensor:
-        return levels[_nearest(ratio, levels)]
+        return levels.index_select(0, nearest_level(ratio, levels).flatten()).view(ratio.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         return grad_outputs[0], None
-
-
-def _nearest(ratio: Tensor, levels: Tensor) -> Tensor:
-    """Index of the nearest level, the lower of two equally near; int32."""
-    return torch.bucketize(ratio.contiguous(), (levels[1:] + levels[:-1]) / 2, out_int32=True)
 
 
 def _over(x: Tensor, scale: Tensor) -> Tensor:

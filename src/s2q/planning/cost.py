@@ -167,7 +167,7 @@ class BlockShape:
         weights: O · I of each of its quantized linears but for modulation.
         inputs: I and rows of each group of them that shares an input.
         outputs: O and rows of each of them.
-        streams: Channels of what it returns, and rows in all streams.
+        streams: Channels of the video that it returns, and rows in all streams.
     """
 
     parameters: int
@@ -346,7 +346,7 @@ def _block_shape(
         return workload.text_tokens if inner in family.text_linears else workload.tokens + workload.text_tokens
 
     first = {shared.get(inner, inner): (one.in_features, rows(inner)) for inner, one in own.items()}
-    channels = min((one.in_features for one in own.values()), default=0)
+    channels = min((one.in_features for inner, one in own.items() if inner not in family.text_linears), default=0)
     total = workload.tokens + (workload.text_tokens if len(family.streams) > 1 else 0)
     return BlockShape(
         parameters=sum(parameter.numel() for parameter in block.parameters()),

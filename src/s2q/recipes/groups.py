@@ -135,13 +135,8 @@ class DeltaGroup(Group):
         mean_bits: Bits of the mean tokens.
     """
 
-    cube: tuple[Side, Side, Side] = (2, 2, 2)
+    cube: Annotated[tuple[Side, Side, Side], BeforeValidator(to_tuple)] = (2, 2, 2)
     mean_bits: int = Field(default=MAX_BITS, ge=MIN_BITS, le=MAX_BITS)
-
-    @field_validator("cube", mode="before")
-    @classmethod
-    def _listto_tuple(cls, cube: Any) -> Any:
-        return tuple(cube) if isinstance(cube, list) else cube
 
 
 class ActivationsGroup(_Grouped):

@@ -1,7 +1,7 @@
 """The embedded models by name: their folders, pipelines, prompts and generation settings.
 
-``shapes-cogvideox`` and ``shapes-wan`` are shipped as package data; ``shapes-cogvideox-outliers`` is the first with
-outlier channels, made on the fly (``s2q.shapes.outliers``).
+``shapes-cogvideox`` and ``shapes-wan`` are shipped as package data; ``shapes-cogvideox-outliers`` and
+``shapes-wan-outliers`` are the same ones with outlier channels, made on the fly (``s2q.shapes.outliers``).
 """
 
 import json
@@ -15,7 +15,12 @@ from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.core.seeds import derive_seed
 from s2q.shapes.scenes import SceneLabels, caption, combinations, sample_scene
 
-EMBEDDED_NAMES: tuple[str, ...] = ("shapes-cogvideox", "shapes-cogvideox-outliers", "shapes-wan")
+EMBEDDED_NAMES: tuple[str, ...] = (
+    "shapes-cogvideox",
+    "shapes-cogvideox-outliers",
+    "shapes-wan",
+    "shapes-wan-outliers",
+)
 PROMPT_SPLITS: tuple[str, ...] = ("held-out", "calibration", "demo")
 _OUTLIERS_SUFFIX = "-outliers"
 FRAME_RATE = 8
