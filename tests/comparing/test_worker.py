@@ -1,5 +1,10 @@
 import io
 import json
+import os
+import sys
+
+import pytest
+import torch
 
 from s2q.comparing import worker
 from s2q.comparing.shards import Shard
@@ -36,3 +41,15 @@ def test_a_worker_answers_every_order(monkeypatch):
         {"stepped": 1},
         {"error": "InvalidInputError", "why": "the reference cannot"},
     ]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", []), ("cuda:1", ["cuda:1"])])
+def test_a_worker_makes_its_device_the_current_one(monkeypatch, tmp_path, device, expected):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(os, "dup2", lambda source, target: None)
+    monkeypatch.setattr(worker, "serve", lambda folder, name, **streams: chosen.append("served"))
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path), device])
+    worker.main()
+    assert chosen == [*expected, "served"]

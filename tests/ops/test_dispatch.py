@@ -1,11 +1,13 @@
+import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from s2q.core.errors import InvalidInputError
-from s2q.ops import dispatch
+from s2q.ops import activation_path, attention_colsum, dispatch, rescaled_int_matmul, weight_only_matmul
 
 
 def test_packages_import_without_triton():
@@ -75,3 +77,45 @@ def test_a_missing_package_is_named(monkeypatch):
     with pytest.raises(InvalidInputError, match="triton is not installed; use backend='reference'"):
         run(torch.zeros(1, 4), num_bits=4)
     assert dispatch.choose_backend("auto", OnGpu(), {"reference": 1, "triton": 2}) == 1
+
+
+@pytest.fixture
+def current_device(monkeypatch):
+    """The current GPU of a machine with two."""
+    current = SimpleNamespace(index=0)
+
+    def exchange(index):
+        before, current.index = current.index, index
+        return before
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    return current
+
+
+class OnSecondGpu(OnGpu):
+    device = torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("op", [activation_path, attention_colsum, rescaled_int_matmul, weight_only_matmul])
+@pytest.mark.parametrize("fails", [False, True])
+def test_triton_launches_on_the_device_of_the_tensor(compiled, monkeypatch, current_device, op, fails):
+    launched_on = []
+
+    def launch(x):
+        launched_on.append(current_device.index)
+        if fails:
+            raise MemoryError
+        return "the result"
+
+    name = op.__name__.rpartition(".")[2]
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda x: None)
+    monkeypatch.setattr(importlib, "import_module", lambda module: SimpleNamespace(**{name: launch}))
+    run = op.BACKENDS["triton"]
+    if fails:
+        with pytest.raises(MemoryError):
+            run(OnSecondGpu())
+    else:
+        assert run(OnSecondGpu()) == "the result"
+    assert launched_on == [1]
+    assert current_device.index == 0

@@ -54,6 +54,8 @@ def main() -> None:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         if device == "cpu":
             torch.set_num_threads(1)
+        else:  # Triton kernels of attention backends run on the current device
+            torch.cuda.set_device(device)
         serve(CompareFolder(Path(folder)), device, orders=sys.stdin, answers=answers)
 
 

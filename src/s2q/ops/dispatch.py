@@ -81,14 +81,16 @@ def triton_backend(package: str, name: str) -> Callable[..., Any]:
 
     Returns:
         A function of the same signature. It raises `InvalidInputError` if triton is not installed or cannot serve the
-        device or dtype.
+        device or dtype. Triton launches on the current device, so that of the tensor is made current for the call.
     """
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         obstacle = triton_obstacle(x)
         if obstacle is not None:
             raise InvalidInputError(f"{name}: backend 'triton' cannot run: {obstacle}; {_REMEDY}")
-        return getattr(importlib.import_module(f"{package}.triton"), name)(x, *args, **kwargs)
+        implementation = getattr(importlib.import_module(f"{package}.triton"), name)
+        with torch.cuda.device(x.device if x.is_cuda else -1):
+            return implementation(x, *args, **kwargs)
 
     return run
 
