@@ -23,6 +23,24 @@ if not torch.cuda.is_available():
 GENERATION = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32, "num_frames": 9}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def every_dtype_has_arithmetic():
+    """Models compute in the dtype that they are stored in, whatever CPU runs the tests; `emulated_half` changes it."""
+    from s2q.core import devices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "has_arithmetic", lambda dtype: True)
+        yield
+
+
+@pytest.fixture
+def emulated_half(monkeypatch):
+    """The CPU has no arithmetic of half precision."""
+    from s2q.core import devices
+
+    monkeypatch.setattr(devices, "has_arithmetic", lambda dtype: dtype == torch.float32)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A folder with a random pipeline that takes captions of 96 characters."""

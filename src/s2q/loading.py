@@ -9,7 +9,7 @@ import torch
 
 from s2q import checkpoint
 from s2q.core.components import transformers_of
-from s2q.core.devices import check_device
+from s2q.core.devices import check_device, default_dtype
 from s2q.models import ModelSource, resolve_model
 from s2q.models.source import parse_dtype
 from s2q.nn import set_backend
@@ -32,7 +32,8 @@ def load_pipeline(
 
     Args:
         model: Embedded name, pipeline folder or s2q checkpoint, Hub id, or a resolved source.
-        dtype: Compute dtype or its name; None takes the one that the transformers are stored in or were quantized in.
+        dtype: Compute dtype or its name; None takes the one that the transformers are stored in or were quantized in,
+            and float32 where that is one that the CPU emulates (`core.devices.default_dtype`).
         device: Where to put the pipeline.
         verify: Whether to compare the files of an s2q checkpoint with its manifest first.
         backend: How its packed linears are computed: "auto", "reference", "cpu", "triton" or "fastest"; see
@@ -56,9 +57,12 @@ def load_pipeline(
     source = model if isinstance(model, ModelSource) else resolve_model(model)
     if _is_ours(source):
         folder = source.complete_folder()
-        pipe = checkpoint.load_pipeline(folder, dtype=parse_dtype(dtype), device=device, verify=verify)
+        config, *_ = checkpoint.read_configs(folder).values()
+        wanted = parse_dtype(dtype) or default_dtype(getattr(torch, config.compute_dtype), device)
+        pipe = checkpoint.load_pipeline(folder, dtype=wanted, device=device, verify=verify)
     else:
-        pipe = source.load_pipeline(dtype=dtype, device=device)
+        wanted = parse_dtype(dtype) or default_dtype(source.stored_dtype(), device)
+        pipe = source.load_pipeline(dtype=wanted, device=device)
     for transformer in transformers_of(pipe).values():
         set_backend(transformer, backend)
         use_attention_registry(transformer)

@@ -49,7 +49,10 @@ Overrides = Annotated[
 Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line.", metavar="FILE")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.", metavar="S")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="D")]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Compute dtype; default: the stored one.")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option("--dtype", help="Compute dtype; default: the stored one, float32 where a CPU emulates it."),
+]
 MemoryBudget = Annotated[
     str | None,
     typer.Option(

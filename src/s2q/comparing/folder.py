@@ -105,7 +105,7 @@ class CompareFolder:
         """Read what `open` wrote."""
         fields = {name: value for name, value in self._content().items() if name != "schema_version"}
         prompts = fields["calibration_prompts"]
-        changed = {name: tuple(fields[name]) for name in ("prompts", "seeds")}
+        changed = {name: tuple(fields[name]) for name in ("prompts", "seeds", "emulated")}
         return RunPlan(**{**fields, **changed, "calibration_prompts": None if prompts is None else tuple(prompts)})
 
     def model_of(self, plan: RunPlan, label: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from s2q.calibration import check_prompts
 from s2q.calibration.settings import check_seeds
 from s2q.comparing.entries import Entry, check_same_architecture, content_of, content_of_files, find_entries
-from s2q.core.devices import check_device
+from s2q.core.devices import check_device, emulated_dtypes
 from s2q.core.errors import InvalidInputError, S2QError, UsageError
 from s2q.core.files import sha256_file
 from s2q.evaluation import default_prompts, generation_defaults, selected_metrics
@@ -21,7 +21,7 @@ from s2q.evaluation.prompts import check_distinct
 from s2q.evaluation.summary import version_of, versions
 from s2q.loading import load_pipeline
 from s2q.models import ModelSource, family_of, resolve_model
-from s2q.models.source import parse_dtype
+from s2q.models.source import dtype_name, parse_dtype
 from s2q.planning import Plan, check_memory
 from s2q.planning.plan import check_full_precision
 from s2q.quantization import quantize
@@ -53,7 +53,7 @@ class CompareOptions:
         clip: Folder of a CLIP model; None for no `clip_score`, `clipsim` and `clip_temp`.
         settings: Generation settings that differ from the model's own, by field name of `GenerationSettings`.
         device: Device; with several processes and "cuda", the GPUs take turns.
-        dtype: Compute dtype; None is the one that the reference is stored in.
+        dtype: Compute dtype; None is the one that the reference is stored in, float32 where the device emulates that.
         processes: Processes that share the prompts.
         resume: Whether to go on with what an interrupted run has finished.
         overwrite: Whether an earlier, different comparison in the folder may be replaced.
@@ -90,8 +90,9 @@ class RunPlan:
         settings: Generation settings by name, complete.
         metrics: Version of each metric to compute, by name.
         judges: Weights of learned judges by name, `lpips` and `clip`: their path, and what tells them apart.
-        dtype: Compute dtype; None is the stored one.
+        dtype: Compute dtype; None is the stored one, or float32 in place of an emulated one.
         device: "cpu" or "cuda".
+        emulated: Dtypes that the device emulates.
         calibration_prompts: What was given; None means the model's own.
         seed: Seed of every quantization.
         versions: Versions of the packages that decide results.
@@ -108,6 +109,7 @@ class RunPlan:
     judges: Mapping[str, Mapping[str, Any]]
     dtype: str | None
     device: str
+    emulated: tuple[str, ...]
     calibration_prompts: tuple[str, ...] | None
     seed: int
     versions: Mapping[str, str]
@@ -212,6 +214,7 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
             judges={name: _weights_at(path) for name, path in weights.items() if path is not None},
             dtype=options.dtype,
             device=options.device.partition(":")[0],
+            emulated=tuple(map(dtype_name, emulated_dtypes(options.device))),
             calibration_prompts=None if calibration is None else tuple(calibration),
             seed=options.seed,
             versions={name: version for name, version in versions().items() if name in _PACKAGES},

@@ -49,7 +49,8 @@ class EvaluationOptions:
         metrics: Names out of `METRICS`, and of learned judges that have weights; empty means all.
         settings: Generation settings that differ from the model's own, by field name of `GenerationSettings`.
         batch_size: Videos per batch; None chooses by the number of video tokens.
-        dtype: Compute dtype of models given by name; None is the one that the reference is stored in, for both.
+        dtype: Compute dtype of models given by name; None is the reference's, for both: the stored one, or float32
+            where the device emulates that.
         device: Device of models given by name.
         trajectory_bytes: Memory for recorded trajectories; what is beyond it goes to a temporary folder.
         lpips_weights: File of LPIPS's weights; None for no `lpips`.

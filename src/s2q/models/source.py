@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,6 +76,18 @@ class ModelSource:
             InvalidInputError: If the header of a weight file cannot be read.
         """
         return _stored_dtype(self.folder, list(self.transformer_configs))
+
+    def stored_dtype(self) -> torch.dtype:
+        """Return the same of a complete model, float32 if no file tells; for a Hub id, this downloads its weights.
+
+        Raises:
+            InvalidInputError: If the download fails, or the header of a weight file cannot be read.
+        """
+        return _stored_dtype(self._pipeline_folder, list(self.transformer_configs)) or torch.float32
+
+    @cached_property
+    def _pipeline_folder(self) -> Path:
+        return _hub_pipeline_folder(self.name) if self.kind == "hub" else self.folder
 
     def complete_folder(self) -> Path:
         """Return the folder with all its files; for a Hub id, this downloads those that the cache lacks.
@@ -156,7 +169,7 @@ class ModelSource:
         """Load the whole pipeline.
 
         Args:
-            dtype: Compute dtype, or its name; None takes the dtype that the transformer is stored in.
+            dtype: Compute dtype, or its name; None takes the dtype that the transformers are stored in.
             device: Where to put the pipeline.
 
         Returns:
@@ -165,16 +178,14 @@ class ModelSource:
         Raises:
             InvalidInputError: If a file is missing or damaged, or the dtype is unknown.
         """
-        wanted = parse_dtype(dtype)
-        folder = _hub_pipeline_folder(self.name) if self.kind == "hub" else self.folder
-        wanted = wanted or _stored_dtype(folder, list(self.transformer_configs)) or torch.float32
+        wanted = parse_dtype(dtype) or self.stored_dtype()
         if self.kind == "embedded":
             from s2q.shapes.embedded import embedded_pipeline
 
             pipe = embedded_pipeline(self.name, dtype=wanted)
             pipe.register_to_config(_name_or_path=self.name)  # not the folder, which the variants share
         else:
-            pipe = _load_pipeline(folder, wanted)
+            pipe = _load_pipeline(self._pipeline_folder, wanted)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from s2q.core.components import TRANSFORMERS, full_name
+from s2q.core.devices import default_dtype
 from s2q.core.errors import InvalidInputError, ResourceError
 from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme, weight_bytes
@@ -135,7 +136,8 @@ def plan(
             weights, "synthetic:cogvideox-5b".
         recipe: Name, file or validated recipe.
         overrides: Changes to the recipe, "key=value" each.
-        dtype: Dtype that the model will be loaded in; None takes the one that it is stored in.
+        dtype: Dtype that the model will be loaded in; None takes the one that it is stored in, and for calibration
+            float32 where the machine emulates that (`core.devices.default_dtype`).
         machine: Where the run is to be; None is the CPU of this machine.
 
     Returns:
@@ -160,9 +162,16 @@ def plan(
         transformers, workload = source.meta_transformers(), None
         if validated.calibrates:
             workload = workload_of_source(source, validated.calibration, transformers=transformers)
-    sizes = loaded_sizes(transformers, stored)
+    machine = machine or this_machine("cpu")
     return plan_transformers(
-        transformers, validated, model=name, sizes=sizes, dtype=stored, workload=workload, machine=machine
+        transformers,
+        validated,
+        model=name,
+        sizes=loaded_sizes(transformers, stored),
+        dtype=stored,
+        compute_dtype=default_dtype(stored, machine.device) if dtype is None and validated.calibrates else None,
+        workload=workload,
+        machine=machine,
     )
 
 
@@ -173,6 +182,7 @@ def plan_transformers(
     model: str,
     sizes: Mapping[str, int],
     dtype: torch.dtype,
+    compute_dtype: torch.dtype | None = None,
     workload: Workload | None = None,
     machine: Machine | None = None,
 ) -> Plan:
@@ -182,8 +192,9 @@ def plan_transformers(
         transformers: The transformers by component; may live on the meta device.
         recipe: The recipe.
         model: Name of the model.
-        sizes: Bytes of each tensor of their state dicts as it is now, by full name.
-        dtype: Dtype of their block linears.
+        sizes: Bytes of each tensor of their state dicts as the checkpoint will store it, by full name.
+        dtype: Dtype of their block linears there.
+        compute_dtype: Dtype that they are loaded in for the run; None is the same.
         workload: What calibration computes on; without it, the memory of stages that calibrate is not known.
         machine: Where the run is to be; None is the CPU of this machine.
 
@@ -201,7 +212,9 @@ def plan_transformers(
         for linear in linears
     )
     inside = {f"{linear.name}.{tensor}" for linear in linears for tensor in ("weight", "bias")}
-    now = sum(sizes.values())
+    compute_dtype = compute_dtype or dtype
+    loaded = sizes if compute_dtype == dtype else loaded_sizes(transformers, compute_dtype)
+    now = sum(loaded.values())
     quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
     full = sum(tensor.numel() for one in transformers.values() for tensor in one.state_dict().values()) * BF16_BYTES
     allocation = None
@@ -221,8 +234,8 @@ def plan_transformers(
     shapes, cost = [], None
     if recipe.calibrates and workload is not None:
         shapes = block_shapes(transformers, [one for one in linears if one.name in schemes], workload)
-        cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, itemsize=dtype.itemsize)
-    peaks = _peaks(recipe, shapes, cost, layers, workload=workload, machine=machine, dtype=dtype, now=now)
+        cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, itemsize=compute_dtype.itemsize)
+    peaks = _peaks(recipe, shapes, cost, layers, workload=workload, machine=machine, dtype=compute_dtype, now=now)
     return Plan(
         schema_version=SCHEMA_VERSION,
         model=model,

@@ -26,7 +26,7 @@ def assemble(teacher: Teacher, recipe: Recipe, folder: RunFolder, *, frames: int
     """Make a pipeline that shares everything with the teacher's but the packed linears.
 
     Args:
-        teacher: The model; not changed.
+        teacher: The model in the dtype of the checkpoint; not changed.
         recipe: The recipe.
         folder: Where the artefacts of all blocks are.
         frames: Token frames of what was calibrated on, if anything was.
@@ -47,7 +47,8 @@ def _student(teacher: TeacherTransformer, recipe: Recipe, folder: RunFolder, fra
         artefact = folder.load(teacher.artefact_name(index))
         layers = from_artefact(artefact, teacher.quantized_linears(index), teacher.schemes, layouts=layouts)
         for name, layer in layers.items():
-            replace_module(student, _inner(name), layer)
+            linear = student.get_submodule(_inner(name))
+            replace_module(student, _inner(name), layer.to(linear.weight.dtype))  # of its bias
     outer = {_inner(one.name): one.name for one in teacher.quantized_linears(OUTSIDE)}
     for name, layer in round_linears(teacher.module, outer, teacher.schemes).items():
         replace_module(student, _inner(name), layer)

@@ -83,13 +83,13 @@ def measured(
         machine: Where to measure.
         prompts: Of which the first is generated; None takes those of an embedded model, or any, as many as the recipe
             says.
-        dtype: Compute dtype; None takes the stored one.
+        dtype: Compute dtype; None takes the one of `load_teacher`.
         progress: Called with a stage, and how much of it is done.
 
     Raises:
         InvalidInputError: If the run would refuse model or recipe, or a transformer is called too seldom.
     """
-    teacher = load_teacher(source, recipe, dtype=dtype)
+    teacher = load_teacher(source, recipe, dtype=dtype, device=machine.device)
     with tempfile.TemporaryDirectory() as scratch, open_run_folder(Path(scratch) / "measure") as folder:
         if recipe.calibrates:
             any_prompts = None if source.kind == "embedded" else [_PROMPT] * recipe.calibration.n_prompts

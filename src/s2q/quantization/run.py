@@ -31,6 +31,7 @@ from s2q.planning import (
     Machine,
     Plan,
     check_memory,
+    loaded_sizes,
     plan,
     plan_allocated,
     plan_transformers,
@@ -135,7 +136,7 @@ def quantize(
     if validated.calibrates and source is not None:  # clear errors before the weights are read
         calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
     if settings.dry_run:
-        return planned or _plan_loaded(load_teacher(model, validated, dtype=settings.dtype), validated, machine)
+        return planned or _plan_loaded(_load_teacher(model, validated, settings), validated, machine)
     if planned is not None:
         check_memory(planned)
     if target is None:
@@ -165,7 +166,7 @@ class _Run:
         if not self.settings.resume:
             self.folder.clear()
         self.progress("load", 0, 1)
-        teacher = self._timed("load", lambda: load_teacher(model, recipe, dtype=self.settings.dtype))
+        teacher = self._timed("load", lambda: _load_teacher(model, recipe, self.settings))
         self.progress("load", 1, 1)
         planned = _plan_loaded(teacher, recipe, self.machine)
         check_memory(planned)
@@ -181,7 +182,7 @@ class _Run:
             planned = plan_allocated(planned, recipe, linears, allocated.schemes)
         n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
         blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe, planned, selection))
-        student = self._timed("assemble", lambda: self._assemble(teacher, recipe, planned))
+        student = self._timed("assemble", lambda: self._assemble(teacher.as_stored(), recipe, planned))
         report = self._report(teacher, planned, blocks, n_prompts=n_prompts, selection=selection)
         self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
         records = CheckpointRecords(
@@ -402,8 +403,13 @@ def _machine(settings: _Settings) -> Machine:
     )
 
 
+def _load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, settings: _Settings) -> Teacher:
+    return load_teacher(model, recipe, dtype=settings.dtype, device=settings.device)
+
+
 def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
     transformers, workload = transformers_of(teacher.pipe), None
+    widened = None if teacher.dtype == teacher.stored else teacher.dtype
     if recipe.calibrates:
         others = [part for part in teacher.parts if all(part is not one for one in transformers.values())]
         workload = workload_of(
@@ -416,8 +422,9 @@ def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
         transformers,
         recipe,
         model=teacher.name,
-        sizes=tensor_sizes(transformers),
-        dtype=teacher.dtype,
+        sizes=tensor_sizes(transformers) if widened is None else loaded_sizes(transformers, teacher.stored),
+        dtype=teacher.stored,
+        compute_dtype=widened,
         workload=workload,
         machine=replace(machine, holds_weights=not teacher.mapped),
     )

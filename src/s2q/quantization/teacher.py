@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from s2q.core.components import TRANSFORMERS, full_name, split_name, transformers_of
+from s2q.core.devices import default_dtype
 from s2q.core.errors import InvalidInputError
 from s2q.core.placement import page_out, tensors_of
 from s2q.core.schemes import LinearScheme
@@ -115,8 +116,11 @@ class Teacher:
         folder: Where it was loaded from; None if that is not known.
         transformers: Those of which the recipe quantizes something, in the order of the pipeline.
         dtype: Compute dtype of the transformers.
+        stored: Dtype in which the checkpoint stores what is not quantized, and is to be run; `dtype` unless the device
+            emulates it.
         mapped: Whether its weights were mapped from files here, in the dtype in which they are stored there, so that
             they need not stay in memory.
+        source: What it was loaded from; None for a pipeline that was given.
     """
 
     pipe: DiffusionPipeline
@@ -124,7 +128,9 @@ class Teacher:
     folder: Path | None
     transformers: tuple[TeacherTransformer, ...]
     dtype: torch.dtype
+    stored: torch.dtype
     mapped: bool = False
+    source: ModelSource | None = None
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -155,14 +161,27 @@ class Teacher:
         if self.mapped:
             page_out(tensors_of(module))
 
+    def as_stored(self) -> Teacher:
+        """Return the teacher in the dtype of the checkpoint: itself, or loaded once more."""
+        if self.source is None or self.dtype == self.stored:
+            return self
+        pipe = self.source.load_pipeline(dtype=self.stored)
+        found = transformers_of(pipe)
+        transformers = tuple(replace(one, module=found[one.component]) for one in self.transformers)
+        return replace(self, pipe=pipe, transformers=transformers, dtype=self.stored)
 
-def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtype: torch.dtype | str | None) -> Teacher:
+
+def load_teacher(
+    model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtype: torch.dtype | str | None, device: str = "cpu"
+) -> Teacher:
     """Load the model, or take the one given, and check that it can be quantized.
 
     Args:
         model: A resolved source, or a loaded pipeline.
         recipe: The recipe.
-        dtype: Compute dtype; None takes the stored one, or the pipeline's.
+        dtype: Compute dtype, in which the rest of the checkpoint is stored too; None takes the pipeline's, or the
+            stored one, and calibrates in float32 where the device emulates that (`core.devices.default_dtype`).
+        device: Where it will compute.
 
     Returns:
         The teacher.
@@ -172,9 +191,12 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
             another dtype than the one asked for, or holds values that are not finite (names the tensor).
     """
     if isinstance(model, ModelSource):
-        pipe, name, folder = model.load_pipeline(dtype=dtype), model.name, model.folder
+        stored = parse_dtype(dtype) or model.stored_dtype()
+        wide = dtype is None and recipe.calibrates
+        pipe = model.load_pipeline(dtype=default_dtype(stored, device) if wide else stored)
+        name, folder, source = model.name, model.folder, model
     else:
-        pipe = model
+        pipe, source, stored = model, None, None
         name, folder = _origin(pipe)
     found = transformers_of(pipe)
     if TRANSFORMERS[0] not in found:
@@ -207,7 +229,9 @@ def load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtyp
         folder=folder,
         transformers=tuple(one for one in transformers if one.schemes),
         dtype=first,
+        stored=stored or first,
         mapped=mapped,
+        source=source,
     )
 
 
