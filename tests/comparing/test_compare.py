@@ -317,10 +317,17 @@ def test_overwriting_replaces_a_comparison_and_nothing_else(tiny_model, tmp_path
     assert result["prompts"] == ["scene 1"]
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["rtn-w8a8"]
     assert (out / "notes.txt").read_text() == "mine"
+    for file in ("checkpoints/rtn-w8a8/lora.safetensors", "videos/notes.txt", "evaluations/rtn-w8a8/notes.txt"):
+        (out / file).parent.mkdir(exist_ok=True)
+        (out / file).write_text("mine")
+        with pytest.raises(InvalidInputError, match="did not write"):
+            run(tiny_model, out, entries=["rtn-w4a4"], prompts=PROMPTS[:1], overwrite=True)
+        assert (out / file).read_text() == "mine"
+        (out / file).unlink()
 
 
 def test_bad_input_is_refused_before_any_compute(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparing_run, "open_run_folder", None)
+    monkeypatch.setattr(comparing_run, "output_lock", None)
     cases = [
         (UsageError, "got nothing to compare", {"entries": []}),
         (UsageError, "processes=0", {"processes": 0}),

@@ -1,5 +1,8 @@
 import json
 import logging
+import os
+import pkgutil
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from s2q.core.errors import BusyError, InvalidInputError, ResourceError, UsageError
+from s2q.core.outputs import staged_directory
 from s2q.planning import Machine, Plan, plan
 from s2q.quantization import QuantizationReport, quantize
 from s2q.quantization import run as run_module
@@ -152,8 +156,6 @@ def test_a_run_killed_while_writing_leaves_nothing_that_loads_and_goes_on(folder
             quantize(folder, recipe="rtn-w4a6", out=out)
     assert not out.exists()
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())
-    left = tmp_path / ".out.partial-killed"  # what a kill -9 would leave
-    left.mkdir()
     report = quantize(folder, recipe="rtn-w4a6", out=out)
     assert all(block.resumed for block in report.blocks)
     assert (out / WEIGHTS).read_bytes() == reference
@@ -188,6 +190,109 @@ def test_kill_9(folder, tmp_path, reference, killer, resumed):
     assert sum(block.resumed for block in report.blocks) == resumed
     assert (out / WEIGHTS).read_bytes() == reference
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def dies(function, *, before):
+    """A function that ends the process as a `kill -9` would: before the n-th call, or after the first for None."""
+    calls = []
+
+    def dying(*args, **kwargs):
+        calls.append(args)
+        if before is not None and len(calls) > before:
+            os._exit(9)
+        function(*args, **kwargs)
+        if before is None:
+            os._exit(9)
+
+    return dying
+
+
+def in_a_process_that_dies(work):
+    """Run something in a copy of this process."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+FINISHED = {
+    "before clearing": ("s2q.quantization.run_folder.RunFolder.clear", 0),
+    "in the middle of clearing": ("pathlib.Path.unlink", 9),  # three files of blocks are unlinked as they are saved
+    "after clearing": ("s2q.quantization.run_folder.RunFolder.clear", None),
+    "with an empty folder": ("pathlib.Path.rmdir", 0),
+}
+
+
+@pytest.mark.parametrize("moment", FINISHED)
+def test_a_run_killed_when_its_checkpoint_was_in_place_is_finished_by_the_same_command(
+    folder, tmp_path, reference, monkeypatch, count_blocks, moment
+):
+    out, (name, before) = tmp_path / "out", FINISHED[moment]
+    owner, attribute = name.rsplit(".", 1)
+    function = getattr(pkgutil.resolve_name(owner), attribute)
+
+    def work():
+        monkeypatch.setattr(name, dies(function, before=before))
+        quantize(folder, recipe="rtn-w4a6", out=out)
+
+    in_a_process_that_dies(work)
+    assert (out / WEIGHTS).read_bytes() == reference
+    assert (tmp_path / ".out.s2q-run").is_dir()
+    with pytest.raises(InvalidInputError, match="exists; pass --overwrite"):
+        quantize(folder, recipe="rtn-w4a8", out=out)  # another command
+    (tmp_path / ".out.s2q-run").mkdir(exist_ok=True)
+    report = quantize(folder, recipe="rtn-w4a6", out=out)
+    assert count_blocks["computed"] == []
+    assert json.loads(json.dumps(report.to_dict())) == json.loads((out / "s2q/report.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(InvalidInputError, match="exists; pass --overwrite"):
+        quantize(folder, recipe="rtn-w4a6", out=out)  # nothing was killed
+
+
+def test_runs_never_touch_the_siblings_of_their_output(folder, tmp_path):
+    siblings = (".out.old-2024.s2q-run", ".out.old-thesis", ".out.partial-notes", ".out.partial-0123456789abcdef")
+    for name in siblings:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    for overwrite in (False, True):
+        quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", overwrite=overwrite)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*siblings, "out"])
+    assert all((tmp_path / name / "mine").read_text() == "mine" for name in siblings)
+
+
+def test_an_output_that_another_command_stages_is_busy(folder, tmp_path):
+    with staged_directory(tmp_path / "out", overwrite=False) as staged:  # a demo
+        (staged / "video.mp4").write_text("x")
+        with pytest.raises(BusyError, match="being written by another run"):
+            quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out")
+        assert (staged / "video.mp4").read_text() == "x"
+
+
+@pytest.mark.parametrize("file", ["notes.txt", "transformer/lora.safetensors", "s2q/mine.json", ".git/config"])
+def test_overwriting_a_checkpoint_never_deletes_files_of_the_user(folder, tmp_path, count_blocks, file):
+    out = tmp_path / "out"
+    quantize(folder, recipe="rtn-w4a6", out=out)
+    (out / file).parent.mkdir(exist_ok=True)
+    (out / file).write_text("mine")
+    count_blocks["computed"] = []
+    with pytest.raises(InvalidInputError, match=f"did not write.*: {re.escape(file)};"):
+        quantize(folder, recipe="rtn-w4a6", out=out, overwrite=True)
+    assert (out / file).read_text() == "mine"
+    assert count_blocks["computed"] == []
+    (out / file).unlink()
+    quantize(folder, recipe="rtn-w4a6", out=out, overwrite=True)
+
+
+def test_overwriting_a_checkpoint_never_deletes_an_edited_model_card(folder, tmp_path):
+    out = tmp_path / "out"
+    quantize(folder, recipe="rtn-w4a6", out=out)
+    (out / "README.md").write_text("my words")
+    with pytest.raises(InvalidInputError, match=r"edited since: README\.md;"):
+        quantize(folder, recipe="rtn-w4a6", out=out, overwrite=True)
+    assert (out / "README.md").read_text() == "my words"
 
 
 def test_no_resume_starts_over(folder, tmp_path, count_blocks):
@@ -263,7 +368,7 @@ def test_two_processes_at_once(tmp_path):
     process.kill()
     process.communicate()
     with open_run_folder(tmp_path / "out") as run:  # a killed process holds no lock
-        run.remove()
+        run.clear()
 
 
 def test_existing_output(folder, tmp_path):

@@ -6,9 +6,9 @@ Importing this package registers the quantizer with diffusers; `import s2q` sees
 from s2q.checkpoint.config import FORMAT_VERSION, QuantMethod, S2QConfig
 from s2q.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from s2q.checkpoint.load import load_pipeline, read_config, read_configs
-from s2q.checkpoint.manifest import check_intact, verify_manifest, write_manifest
+from s2q.checkpoint.manifest import check_intact, owned_files, verify_manifest, write_manifest
 from s2q.checkpoint.quantizer import S2QQuantizer, attach_config
-from s2q.checkpoint.save import OVERWRITABLE, CheckpointRecords, save_checkpoint
+from s2q.checkpoint.save import CheckpointRecords, save_checkpoint
 
 QUANT_METHOD: str = QuantMethod.S2Q.value
 """What `quantization_config.quant_method` says in a checkpoint of this package."""
@@ -27,7 +27,6 @@ def register() -> None:
 
 __all__ = [
     "FORMAT_VERSION",
-    "OVERWRITABLE",
     "QUANT_METHOD",
     "CheckpointRecords",
     "CheckpointReport",
@@ -37,6 +36,7 @@ __all__ = [
     "check_intact",
     "inspect_checkpoint",
     "load_pipeline",
+    "owned_files",
     "read_config",
     "read_configs",
     "register",

@@ -55,6 +55,26 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def owned_files(folder: Path) -> set[str] | None:
+    """Return the files that s2q wrote into a checkpoint: those of its manifest; an edited model card is the user's.
+
+    Args:
+        folder: A folder.
+
+    Returns:
+        Their POSIX paths relative to the folder; None if it has no manifest.
+
+    Raises:
+        InvalidInputError: If the manifest is damaged or of another version.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    listed = read_manifest(folder)
+    card = folder / CARD
+    edited = CARD in listed and card.is_file() and sha256_file(card) != listed[CARD]["sha256"]
+    return {*listed, MANIFEST.as_posix()} - ({CARD} if edited else set())
+
+
 def verify_manifest(folder: Path) -> list[str]:
     """Compare every file with the manifest.
 

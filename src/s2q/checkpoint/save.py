@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2q.checkpoint.config import S2QConfig
-from s2q.checkpoint.manifest import CARD, MANIFEST, write_manifest
+from s2q.checkpoint.manifest import CARD, owned_files, write_manifest
 from s2q.checkpoint.model_card import render_model_card
 from s2q.core.components import transformers_of
 from s2q.core.errors import InvalidInputError
-from s2q.core.files import atomic_write_bytes, atomic_write_json, atomic_write_text, staged_directory
+from s2q.core.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+from s2q.core.outputs import OutputLock, staged_directory
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 RECORDS = Path("s2q")
-OVERWRITABLE = (MANIFEST.as_posix(),)
-"""What an existing folder must hold to be replaced: only an s2q checkpoint is."""
+REPORT = RECORDS / "report.json"
+EVENTS = RECORDS / "events.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ def save_checkpoint(
     records: CheckpointRecords,
     overwrite: bool = False,
     max_shard_size: str = "10GB",
+    lock: OutputLock | None = None,
 ) -> None:
     """Write a pipeline with packed transformers as a checkpoint.
 
@@ -59,8 +61,9 @@ def save_checkpoint(
         pipe: The pipeline; a transformer that is packed has a `quantization_config` (see `attach_config`).
         out: The folder to write; it exists only once it is complete.
         records: How it was made.
-        overwrite: Whether to replace an existing s2q checkpoint.
+        overwrite: Whether to replace an existing s2q checkpoint that has no files of the user.
         max_shard_size: Size at which weight files are split, "5GB".
+        lock: The lock of `out`, where the caller holds it.
 
     Raises:
         InvalidInputError: If no transformer is quantized by s2q, or `out` cannot be written.
@@ -70,7 +73,7 @@ def save_checkpoint(
     configs = [config for config in stored if isinstance(config, S2QConfig)]
     if not configs:
         raise InvalidInputError("the pipeline's transformer is not quantized by s2q; quantize it first")
-    with staged_directory(out, overwrite=overwrite, markers=OVERWRITABLE) as staged:
+    with staged_directory(out, overwrite=overwrite, owned=owned_files, lock=lock) as staged:
         pipe.save_pretrained(staged, max_shard_size=max_shard_size)
         for path in (staged / "model_index.json", *staged.glob("*/config.json")):
             _clean_config(path)
@@ -86,9 +89,9 @@ def save_checkpoint(
         atomic_write_text(staged / CARD, card)
         (staged / RECORDS).mkdir()
         atomic_write_json(staged / RECORDS / "recipe.json", dict(records.recipe))
-        atomic_write_json(staged / RECORDS / "report.json", dict(records.report))
+        atomic_write_json(staged / REPORT, dict(records.report))
         lines = [json.dumps(event, sort_keys=True, allow_nan=False) + "\n" for event in records.events]
-        atomic_write_text(staged / RECORDS / "events.jsonl", "".join(lines))
+        atomic_write_text(staged / EVENTS, "".join(lines))
         for name, content in records.files.items():
             atomic_write_bytes(staged / RECORDS / name, content)
         write_manifest(staged)

@@ -13,6 +13,7 @@ from rich.text import Text
 from s2q.cli import console, output
 from s2q.cli.commands import check_file_output, resolve_device
 from s2q.core.errors import InvalidInputError
+from s2q.core.outputs import output_lock
 from s2q.report.formatting import format_bytes
 
 DEFAULT_RECIPES = ("s2q-w4a6", "s2q-w4a4")
@@ -58,9 +59,9 @@ def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> No
             f"nothing to measure: none of {', '.join(ops)} has a backend among {', '.join(backends)} that runs here, "
             "or a recipe that it applies to"
         )
-    results = bench.open_results(out, device=device, again=options["again"])
-    missing = bench.missing_cases(cases, results)
-    with console.progress() as report:
+    with console.progress() as report, output_lock(out):
+        results = bench.open_results(out, device=device, again=options["again"])
+        missing = bench.missing_cases(cases, results)
         bench.run_cases(missing, results, progress=report)
     output.emit_json(results.content) if options["as_json"] else show_results(results.content, ops=bench.OPS)
     console.say(f"written to {out}" if missing else f"{out} has all of this already; --again measures it again")

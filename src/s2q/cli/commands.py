@@ -9,10 +9,12 @@ from typing import Any
 
 from s2q.cli import console, judges, output
 from s2q.core.errors import InvalidInputError, UsageError
-from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, slug, staged_directory
+from s2q.core.files import atomic_write_bytes, atomic_write_json, slug
+from s2q.core.outputs import check_output, check_writable, output_lock, owned_matching, staged_directory
 
 GENERATION_RECORD = "generation.json"
 _SCHEMA_VERSION = 1
+_OWNED = owned_matching("[0-9][0-9][0-9]*-*.mp4", "sheet.png", "latents.safetensors", record=GENERATION_RECORD)
 
 
 def plan(
@@ -116,7 +118,7 @@ def generate(
         raise UsageError("generate: pass either --prompt or --prompts FILE")
     if out.suffix in (".mp4", ".png", ".gif"):
         raise UsageError(f"generate: -o names a folder, got {out}; leave {out.suffix} out")
-    check_output(out, overwrite=options["overwrite"], markers=(GENERATION_RECORD,))
+    check_output(out, overwrite=options["overwrite"], owned=_OWNED)
     device = resolve_device(options["device"])
     _check_backend(options["backend"], device)
     from s2q.evaluation import read_prompts
@@ -137,10 +139,15 @@ def generate(
         attention_backend=options["attention"],
     )
     asked = recommended | {name: value for name, value in settings.items() if value is not None}
-    with console.progress() as report:
+    with (
+        console.progress() as report,
+        staged_directory(out, overwrite=options["overwrite"], owned=_OWNED) as staged,
+    ):
         videos = run(pipe, texts, seeds=(options["seed"],), settings=asked, progress=report)
-        described = {"model": model, "frame_rate": options["fps"] or frame_rate_of(model)}
-        record = write_videos(out, videos, described=described, options=options, progress=report)
+        described = {"model": model, "frame_rate": options["fps"] or frame_rate_of(model), "output": str(out)}
+        record = write_videos(
+            staged, videos, described=described, save_latents=options["save_latents"], progress=report
+        )
     if options["as_json"]:
         output.emit_json(record)
     else:
@@ -148,20 +155,20 @@ def generate(
 
 
 def write_videos(
-    out: Path,
+    folder: Path,
     videos: Sequence[Any],
     *,
     described: Mapping[str, Any],
-    options: Mapping[str, Any],
+    save_latents: bool,
     progress: console.Report,
 ) -> dict[str, Any]:
-    """Write videos, contact sheet and record into a folder that appears when it is complete.
+    """Write videos, contact sheet and record into a folder.
 
     Args:
-        out: The folder.
+        folder: The folder, empty.
         videos: `s2q.evaluation.Video`s.
-        described: `model`, its name, and the videos' `frame_rate`, as the record has them.
-        options: `save_latents`, `overwrite`, `seed`.
+        described: `model`, its name, the videos' `frame_rate` and `output`, as the record has them.
+        save_latents: Whether to write the latents too.
         progress: Called as the files are written.
 
     Returns:
@@ -171,29 +178,27 @@ def write_videos(
     from s2q.report import contact_sheet, write_mp4
 
     entries = []
-    with staged_directory(out, overwrite=options["overwrite"], markers=(GENERATION_RECORD,)) as staged:
-        for index, video in enumerate(videos):
-            stem = f"{index:03d}-{slug(video.prompt)}"
-            write_mp4(staged / f"{stem}.mp4", video.frames.numpy(), fps=described["frame_rate"])
-            entries.append({"prompt": video.prompt, "seed": video.seed, "file": f"{stem}.mp4"})
-            progress("write", index + 1, len(videos))
-        sheet = contact_sheet([(video.prompt, video.frames.numpy()) for video in videos])
-        atomic_write_bytes(staged / "sheet.png", sheet)
-        if options["save_latents"]:
-            import safetensors.torch
+    for index, video in enumerate(videos):
+        stem = f"{index:03d}-{slug(video.prompt)}"
+        write_mp4(folder / f"{stem}.mp4", video.frames.numpy(), fps=described["frame_rate"])
+        entries.append({"prompt": video.prompt, "seed": video.seed, "file": f"{stem}.mp4"})
+        progress("write", index + 1, len(videos))
+    sheet = contact_sheet([(video.prompt, video.frames.numpy()) for video in videos])
+    atomic_write_bytes(folder / "sheet.png", sheet)
+    if save_latents:
+        import safetensors.torch
 
-            tensors = {Path(entry["file"]).stem: video.latents for entry, video in zip(entries, videos, strict=True)}
-            atomic_write_bytes(staged / "latents.safetensors", safetensors.torch.save(tensors))
-        record = {
-            "schema_version": _SCHEMA_VERSION,
-            **described,
-            "output": str(out),
-            "sheet": "sheet.png",
-            "latents": "latents.safetensors" if options["save_latents"] else None,
-            "videos": entries,
-            "versions": versions(),
-        }
-        atomic_write_json(staged / GENERATION_RECORD, record)
+        tensors = {Path(entry["file"]).stem: video.latents for entry, video in zip(entries, videos, strict=True)}
+        atomic_write_bytes(folder / "latents.safetensors", safetensors.torch.save(tensors))
+    record = {
+        "schema_version": _SCHEMA_VERSION,
+        **described,
+        "sheet": "sheet.png",
+        "latents": "latents.safetensors" if save_latents else None,
+        "videos": entries,
+        "versions": versions(),
+    }
+    atomic_write_json(folder / GENERATION_RECORD, record)
     return record
 
 
@@ -241,9 +246,8 @@ def evaluate(
         clip=weights["clip"],
         video_done=judges.keep_for(planned),
     )
-    with console.progress() as report:
+    with console.progress() as report, output_lock(out):
         result = run(model, reference, prompts=texts, seeds=range(options["seeds"]), options=how, progress=report)
-        out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(out, result)
         if planned is not None:
             result = judges.with_vbench(planned, result, progress=report)
@@ -299,8 +303,7 @@ def check_file_output(path: Path, *, overwrite: bool) -> None:
     """
     if path.is_dir():
         raise InvalidInputError(f"{path} is a folder; name a file")
-    replaced = overwrite and path.exists()
-    check_output(path.with_name(f".{path.name}.new") if replaced else path, overwrite=False)
+    check_writable(path) if overwrite and path.exists() else check_output(path, overwrite=False)
 
 
 def _size(options: Mapping[str, Any], name: str) -> int | None:

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from s2q.cli import console, output
 from s2q.core.errors import InvalidInputError
-from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output, staged_directory
+from s2q.core.files import atomic_write_bytes, atomic_write_json
+from s2q.core.outputs import check_output, owned_matching, staged_directory
 from s2q.report.formatting import format_bytes, format_sample
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ RECORD = "demo.json"
 PAGE = "report.html"
 _SCHEMA_VERSION = 1
 _CHECKPOINT = "checkpoint"
+_WRITTEN = (PAGE, "sheet.png", "eval.json", "videos/*-full-precision.mp4", "videos/*-quantized.mp4")
 _DEMO_PROMPTS = 4
 _SEED = 0
 _LOSSES = {"rtn": "rounding to nearest", "initial": "before training", "final": "as packed"}
@@ -62,11 +64,11 @@ def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mappin
     if short:
         overrides += tuple(f"{group}.epochs=1" for group in _LEARNING if getattr(validated, group) is not None)
     console.quiet_libraries()
-    check_output(out, overwrite=options["overwrite"], markers=(RECORD,))
+    check_output(out, overwrite=options["overwrite"], owned=_owned)
     seconds: dict[str, float] = {}
     with (
         console.progress() as progress,
-        staged_directory(out, overwrite=options["overwrite"], markers=(RECORD,)) as staged,
+        staged_directory(out, overwrite=options["overwrite"], owned=_owned) as staged,
     ):
         record = _make(
             staged,
@@ -85,6 +87,15 @@ def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mappin
         _show(record, page)
     if options["open_page"] and console.stderr.is_terminal and _has_screen():
         webbrowser.open(page.as_uri())
+
+
+def _owned(folder: Path) -> set[str] | None:
+    """The files that a demo wrote into its folder, its checkpoint's included."""
+    from s2q.checkpoint import owned_files
+
+    ours = owned_matching(*_WRITTEN, record=RECORD)(folder)
+    inside = owned_files(folder / _CHECKPOINT) or ()
+    return None if ours is None else {*ours, *(f"{_CHECKPOINT}/{name}" for name in inside)}
 
 
 def _make(

@@ -9,7 +9,10 @@ from typing import Any
 
 from s2q.cli import console, output
 from s2q.core.errors import InvalidInputError, UsageError
-from s2q.core.files import atomic_write_bytes, atomic_write_json, check_output
+from s2q.core.files import atomic_write_bytes, atomic_write_json
+from s2q.core.outputs import check_output, owned_matching
+
+_WRITTEN = ("model/*.mp4", "reference/*.mp4", "*-vbench/**")
 
 
 def vbench_plan(
@@ -50,7 +53,7 @@ def vbench_plan(
     if num_frames is not None:
         _check_frames(num_frames)
     folder = out.with_name(f"{out.stem}-vbench")
-    check_output(folder, overwrite=options["overwrite"], markers=(RECORD,))
+    check_output(folder, overwrite=options["overwrite"], owned=owned_matching(*_WRITTEN, record=RECORD))
     settings = VBenchOptions(
         python=str(options["vbench_python"]),
         folder=folder,

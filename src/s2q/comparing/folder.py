@@ -15,14 +15,16 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from s2q.checkpoint.manifest import MANIFEST
+from s2q.checkpoint.manifest import MANIFEST, owned_files
 from s2q.comparing.setup import SCHEMA_VERSION, RunPlan
 from s2q.core.errors import InvalidInputError
-from s2q.core.files import atomic_write_bytes, atomic_write_json, canonical_json, check_output, sha256_file
+from s2q.core.files import atomic_write_bytes, atomic_write_json, canonical_json, sha256_file
+from s2q.core.outputs import Owned, check_owned, check_writable, files_below, owned_matching
 from s2q.evaluation.measured import Measured
 
 RUN = "compare_run.json"
@@ -30,7 +32,25 @@ RESULT = "compare.json"
 TABLE = "compare.md"
 PAGE = "index.html"
 SHEET = "sheet.png"
-_FOLDERS = ("checkpoints", "evaluations", "frames", "videos")
+
+
+def _checkpoint_files(folder: Path) -> set[str]:
+    """The files of the checkpoints in a folder, and what runs have left beside them."""
+    found = {name for name in files_below(folder) if name.startswith(".")}
+    for path in folder.iterdir():
+        found |= {f"{path.name}/{name}" for name in owned_files(path) or ()}
+    return found
+
+
+_OWNED: Mapping[str, Owned] = MappingProxyType(
+    {
+        "checkpoints": _checkpoint_files,
+        "evaluations": owned_matching("*/*.json"),
+        "frames": owned_matching("*/*.npz"),
+        "videos": owned_matching("*/*.mp4"),
+    }
+)
+"""The folders of a comparison, and what it wrote into each."""
 
 
 class CompareFolder:
@@ -55,7 +75,7 @@ class CompareFolder:
             InvalidInputError: There is something else, or a comparison that differs; says in what.
         """
         if not self._is_used():
-            check_output(self.path / RUN, overwrite=False)
+            check_writable(self.path / RUN)
             return
         if not (self.path / RUN).is_file():
             raise InvalidInputError(
@@ -64,6 +84,7 @@ class CompareFolder:
         if overwrite:
             if not resume or self._change(plan) is not None:
                 self._check_not_inside(plan)
+                self._check_owned()
             return
         if not resume:
             raise InvalidInputError(
@@ -211,11 +232,16 @@ class CompareFolder:
         """Refuse to replace a comparison that holds the model or a checkpoint of the one that replaces it."""
         for given in (plan.model, *plan.paths.values()):
             path = Path(given).expanduser().resolve()
-            if any(path.is_relative_to((self.path / name).resolve()) for name in _FOLDERS):
+            if any(path.is_relative_to((self.path / name).resolve()) for name in _OWNED):
                 raise InvalidInputError(
                     f"{given} is part of the comparison in {self.path}, which --overwrite would remove; choose another "
                     "folder, or move it out first"
                 )
+
+    def _check_owned(self) -> None:
+        """Refuse to replace a comparison in whose folders the user has put files."""
+        for name, owned in _OWNED.items():
+            check_owned(self.path / name, owned)
 
     def _content(self) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.path / RUN).read_text(encoding="utf-8"))
@@ -226,7 +252,7 @@ class CompareFolder:
 
     def _clear(self) -> None:
         (self.path / RESULT).unlink(missing_ok=True)
-        for name in _FOLDERS:
+        for name in _OWNED:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in (TABLE, PAGE, SHEET, RUN):
             (self.path / name).unlink(missing_ok=True)

@@ -17,9 +17,9 @@ from s2q.comparing.shards import failure_of, pending_shards, steps_of
 from s2q.comparing.workers import evaluate_shards
 from s2q.core.errors import BusyError, DiskFullError, InvalidInputError
 from s2q.core.files import atomic_write_json
+from s2q.core.outputs import output_lock
 from s2q.loading import check_model
 from s2q.quantization import quantize
-from s2q.quantization.run_folder import open_run_folder
 from s2q.recipes import Recipe
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def compare(
     if len(setup.obstacles) == len(setup.entries):
         raise InvalidInputError(f"nothing can be compared: {next(iter(setup.obstacles.values()))}")
     report = progress or (lambda stage, done, total: None)
-    with open_run_folder(target) as lock:
+    with output_lock(target):
         folder.check(setup.plan, resume=options.resume, overwrite=options.overwrite)  # another run may have been here
         plan = folder.open(setup.plan, resume=options.resume)
         failures = dict(setup.obstacles)
@@ -82,7 +82,6 @@ def compare(
         atomic_write_json(target / RESULT, result)
         command = command_of(setup, options, has_prompts=prompts is not None, out=target)
         write_pages(folder, result, command=command, progress=report)
-        lock.remove()
     return result
 
 

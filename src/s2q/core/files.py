@@ -1,28 +1,24 @@
-"""Writing files and folders so that a reader sees the old content or the new, never half of it.
+"""Writing files so that a reader sees the old content or the new, never half of it.
 
-A file: temporary file beside it, fsync, rename, fsync of the folder. A folder: everything under a hidden name beside
-the target, fsync of every file, one rename at the end. A failure or an interruption removes the temporary.
+A file: temporary file beside it, fsync, rename, fsync of the folder. A failure or an interruption removes the
+temporary. Folders are in `s2q.core.outputs`.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2q.core.errors import BusyError, DiskFullError, InvalidInputError, ResourceError
+from s2q.core.errors import DiskFullError, InvalidInputError, ResourceError
 
 FILE_MODE = 0o644
-DIRECTORY_MODE = 0o755
 _CHUNK_BYTES = 1 << 20
 _SLUG_LENGTH = 48
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def canonical_json(obj: Any) -> str:
@@ -89,9 +85,9 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         temporary = None
-        _fsync(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
-        raise _explain(error, path) from error
+        raise write_error(error, path) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -117,110 +113,8 @@ def atomic_write_json(path: str | Path, obj: Any) -> None:
     atomic_write_text(path, canonical_json(obj))
 
 
-def check_output(out: str | Path, *, overwrite: bool, markers: Sequence[str] = ()) -> None:
-    """Check, before any work, that the folder `out` may be written. Creates nothing that stays.
-
-    Args:
-        out: The folder that a command will write.
-        overwrite: Whether an existing one may be replaced.
-        markers: Relative paths, one of which an existing non-empty folder must hold to be replaced: guards a user's
-            folder of something else against `--overwrite`. Empty: any folder may be replaced.
-
-    Raises:
-        InvalidInputError: If `out` exists and may not be replaced, or the folder that is to hold it cannot be written.
-    """
-    out = _absolute(out)
-    if os.path.lexists(out):
-        if not overwrite:
-            raise InvalidInputError(f"{out} exists; pass --overwrite to replace it, or choose another name")
-        if out.is_symlink() or not out.is_dir():
-            raise InvalidInputError(f"{out} is not a folder; remove it or choose another name")
-        if Path.cwd().resolve().is_relative_to(out.resolve()):
-            raise InvalidInputError(f"{out} holds the current folder and is not replaced; choose another name")
-        if markers and any(out.iterdir()) and not any((out / marker).exists() for marker in markers):
-            raise InvalidInputError(
-                f"{out} exists and was not written by this command (none of {', '.join(markers)} in it); "
-                "it is not replaced, choose another name"
-            )
-    parent = out.parent
-    while not os.path.lexists(parent):
-        parent = parent.parent
-    try:
-        os.rmdir(tempfile.mkdtemp(prefix=f".{out.name}.probe-", dir=parent))
-    except OSError as error:
-        raise _explain(error, out) from error
-
-
-@contextlib.contextmanager
-def staged_directory(out: str | Path, *, overwrite: bool, markers: Sequence[str] = ()) -> Iterator[Path]:
-    """Give a temporary folder beside `out` that becomes `out` when the block ends without an exception.
-
-    With `overwrite`, the old folder is moved aside and deleted only after the new one is in its place; if that fails,
-    it is put back. Files end with mode 0644, folders with 0755.
-
-    Args:
-        out: The folder to write; missing parents are created.
-        overwrite: Whether an existing one may be replaced.
-        markers: See `check_output`.
-
-    Yields:
-        The temporary folder, empty, on the same file system.
-
-    Raises:
-        InvalidInputError: See `check_output`; raised before anything is created.
-        BusyError: If `out` came into being meanwhile.
-        ResourceError: If the disk is full.
-    """
-    out = _absolute(out)
-    check_output(out, overwrite=overwrite, markers=markers)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise _explain(error, out) from error
-    try:
-        yield staged
-        _settle(staged)
-        _put_in_place(staged, out, overwrite=overwrite)
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise _explain(error, out) from error
-        raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _put_in_place(staged: Path, out: Path, *, overwrite: bool) -> None:
-    old: Path | None = None
-    if os.path.lexists(out):
-        if not overwrite:
-            raise BusyError(f"{out} came into being while it was being computed; another process may be writing it")
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        os.rename(out, old)
-    try:
-        os.rename(staged, out)
-    except BaseException:
-        if old is not None:
-            os.rename(old, out)
-        raise
-    _fsync(out.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _settle(root: Path) -> None:
-    """Set the modes of everything under `root` and flush it to the disk, the folders after their content."""
-    for folder, _, files in os.walk(root, topdown=False):
-        for name in files:
-            path = Path(folder, name)
-            if not path.is_symlink():
-                path.chmod(FILE_MODE)
-                _fsync(path)
-        Path(folder).chmod(DIRECTORY_MODE)
-        _fsync(Path(folder))
-
-
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -228,12 +122,14 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(path))
+def write_error(error: OSError, path: Path) -> InvalidInputError | ResourceError:
+    """Build (not raise) the error for a path that cannot be written.
 
-
-def _explain(error: OSError, path: Path) -> InvalidInputError | ResourceError:
-    if error.errno in _DISK_FULL:
+    Args:
+        error: Why.
+        path: What was to be written.
+    """
+    if error.errno in DISK_FULL:
         return DiskFullError(f"{path}: the disk is full; free some space or choose another place")
     reason = error.strerror or str(error)
     return InvalidInputError(f"{path} cannot be written: {reason}; check the folder and its permissions")

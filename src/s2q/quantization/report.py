@@ -100,6 +100,15 @@ class QuantizationReport:
         """Return plain data for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> QuantizationReport:
+        """Return the report of a report.json.
+
+        Args:
+            content: What `to_dict` returned.
+        """
+        return cls(**{**content, "blocks": tuple(BlockReport(**block) for block in content["blocks"])})
+
 
 def peak_memory_bytes(device: str) -> int:
     """Return the highest memory use so far: allocated on a GPU, else resident in this process.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +21,13 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 import torch
 from safetensors import SafetensorError
 
-from s2q.checkpoint import OVERWRITABLE, CheckpointRecords, save_checkpoint
+from s2q.checkpoint import CheckpointRecords, check_intact, owned_files, save_checkpoint
+from s2q.checkpoint.save import EVENTS, REPORT
 from s2q.core.components import full_name, transformers_of
 from s2q.core.devices import check_device
 from s2q.core.errors import DiskFullError, ResourceError, UsageError, unknown_name
-from s2q.core.files import check_output
+from s2q.core.files import canonical_json
+from s2q.core.outputs import check_output, lock_folder
 from s2q.core.storage import parse_bytes
 from s2q.models import ModelSource, resolve_model
 from s2q.models.source import dtype_name, recommended_generation
@@ -44,7 +48,7 @@ from s2q.quantization.assemble import assemble
 from s2q.quantization.blocks import block_fingerprint, quantize_block, to_artefact
 from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
 from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
-from s2q.quantization.run_folder import RunFolder, open_run_folder
+from s2q.quantization.run_folder import RunFolder, open_run_folder, read_events
 from s2q.quantization.select import Selected, calibration_stream, select
 from s2q.quantization.stream import TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
@@ -132,7 +136,12 @@ def quantize(
     planned = None if source is None else plan(source, validated, dtype=settings.dtype, machine=machine)
     target = None if out is None else Path(out).expanduser()
     if target is not None:
-        check_output(target, overwrite=settings.overwrite, markers=OVERWRITABLE)
+        finished = (
+            None if source is None else _finished(target, _request(source, validated, prompts, settings), settings)
+        )
+        if finished is not None:
+            return finished
+        check_output(target, overwrite=settings.overwrite, owned=owned_files)
     if validated.calibrates and source is not None:  # clear errors before the weights are read
         calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
     if settings.dry_run:
@@ -142,6 +151,7 @@ def quantize(
     if target is None:
         raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
     with _resource_errors(target, settings.device), open_run_folder(target) as folder:
+        check_output(target, overwrite=settings.overwrite, owned=owned_files)  # a killed run may have put it back
         run = _Run(folder, target, settings, progress, machine=machine)
         return run.carry_out(source or model, validated, prompts)
 
@@ -170,7 +180,8 @@ class _Run:
         self.progress("load", 1, 1)
         planned = _plan_loaded(teacher, recipe, self.machine)
         check_memory(planned)
-        self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed)
+        request = _request(model, recipe, prompts, self.settings) if isinstance(model, ModelSource) else None
+        self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed, request=request)
         selection, files = None, {}
         if recipe.calibrates:
             selection = self._calibration(teacher, recipe, prompts)
@@ -199,8 +210,9 @@ class _Run:
             records=records,
             overwrite=self.settings.overwrite,
             max_shard_size=self.settings.max_shard_size,
+            lock=self.folder.lock,
         )
-        self.folder.remove()
+        self.folder.clear()
         self.progress("assemble", 1, 1)
         storage = planned.storage
         logger.info("%s: %d bytes, %.2f times smaller", self.out, storage["quantized_bytes"], storage["ratio"])
@@ -394,6 +406,35 @@ def _settings(options: QuantizeOptions) -> _Settings:
         if name not in known:
             raise UsageError(str(unknown_name("option of quantize", name, known)))
     return _Settings(**options)
+
+
+def _request(source: ModelSource, recipe: Recipe, prompts: Sequence[str] | None, settings: _Settings) -> str:
+    """A hash of everything that a checkpoint depends on, the model's files by size and time of change."""
+    files = {path: path.stat() for path in sorted(source.folder.rglob("*")) if path.is_file()}
+    content = {
+        "model": [source.name, source.kind, str(source.folder.resolve())],
+        "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in files.items()],
+        "recipe": recipe.resolved(),
+        "prompts": None if prompts is None else list(prompts),
+        **{name: str(getattr(settings, name)) for name in ("seed", "device", "dtype", "max_shard_size")},
+        "versions": package_versions(),
+    }
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _finished(out: Path, request: str, settings: _Settings) -> QuantizationReport | None:
+    """Return the report of a run that was killed when its checkpoint was in place and its run folder still there."""
+    if settings.dry_run or settings.overwrite or not settings.resume:
+        return None
+    if not (out.is_dir() and lock_folder(out).is_dir()):
+        return None
+    with open_run_folder(out) as folder:
+        requests = [event.get("request") for event in read_events(out / EVENTS) if event.get("event") == "run"]
+        if requests[-1:] != [request]:
+            return None
+        check_intact(out)
+        folder.clear()
+    return QuantizationReport.from_dict(json.loads((out / REPORT).read_text(encoding="utf-8")))
 
 
 def _machine(settings: _Settings) -> Machine:

@@ -1,17 +1,13 @@
-"""The folder in which a run keeps what it has finished, so that a killed run goes on where it was.
+"""The folder in which a run keeps what it has finished, for a killed run to resume from.
 
-It lies beside the output as `.{name}.s2q-run`: a lock (one process at a time), the results of the blocks, each with the
+It is the folder of the output's lock, `.{name}.s2q-run` (`s2q.core.outputs`): the results of the blocks, each with the
 fingerprint of its inputs and the SHA-256 of its file, and the events. It is removed when the checkpoint is in place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import glob
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,10 +17,9 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from s2q.core.errors import BusyError, InvalidInputError
 from s2q.core.files import atomic_write_bytes, atomic_write_json, sha256_file
+from s2q.core.outputs import LOCK, OutputLock, output_lock
 
-_LOCK = "lock"
 _EVENTS = "events.jsonl"
 
 
@@ -46,10 +41,12 @@ class RunFolder:
 
     Attributes:
         path: The folder.
+        lock: Its lock.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, lock: OutputLock) -> None:
+        self.path = lock.folder
+        self.lock = lock
 
     def has(self, name: str, fingerprint: str) -> bool:
         """Tell whether a result is there, was made from the same inputs, and is intact.
@@ -114,24 +111,13 @@ class RunFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """Return the events of this run and of the interrupted ones before it, in order."""
-        path = self.path / _EVENTS
-        found = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            with contextlib.suppress(ValueError):  # a line cut short by a kill
-                found.append(json.loads(line))
-        return found
+        return read_events(self.path / _EVENTS)
 
     def clear(self) -> None:
-        """Remove everything but the lock."""
+        """Remove everything except the lock, with which the folder goes."""
         for path in self.path.iterdir():
-            if path.name != _LOCK:
+            if path.name != LOCK:
                 path.unlink()
-
-    def remove(self) -> None:
-        """Remove the folder; the lock goes last, so that no other run enters meanwhile."""
-        self.clear()
-        (self.path / _LOCK).unlink()
-        self.path.rmdir()
 
     def _record(self, name: str) -> dict[str, Any] | None:
         try:
@@ -141,11 +127,22 @@ class RunFolder:
         return record if isinstance(record, dict) else None
 
 
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of an events.jsonl in order; none if there is no such file.
+
+    Args:
+        path: The file.
+    """
+    events = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError):  # a line cut short by a kill
+            events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict)]
+
+
 @contextlib.contextmanager
 def open_run_folder(out: Path) -> Iterator[RunFolder]:
     """Create or reopen the run folder of an output and hold its lock.
-
-    Leftovers of killed runs beside the output (half-written checkpoints) are removed.
 
     Args:
         out: The output that the run will write.
@@ -157,44 +154,11 @@ def open_run_folder(out: Path) -> Iterator[RunFolder]:
         BusyError: If another process has it.
         InvalidInputError: If it cannot be created.
     """
-    out = Path(os.path.abspath(out))
-    path = out.parent / f".{out.name}.s2q-run"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path, out)
-    except OSError as error:
-        raise InvalidInputError(f"{out} cannot be written: {error.strerror or error}; check the folder") from error
-    try:
-        _remove_leftovers(out)
-        folder = RunFolder(path)
+    with output_lock(out) as lock:
+        folder = RunFolder(lock)
         try:
             yield folder
         except BaseException:
-            if not any(path.glob("*.safetensors")):  # nothing to go on from
-                folder.remove()
+            if not any(folder.path.glob("*.safetensors")):  # nothing to resume from
+                folder.clear()
             raise
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(out: Path) -> None:
-    kinds = ["partial", "old"] if out.exists() else ["partial"]  # without `out`, an old one is the only copy
-    for kind in kinds:
-        for left in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _lock(path: Path, out: Path) -> int:
-    """Take the lock; its file may be removed by the run that ends just now, hence the second look."""
-    while True:
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                if os.fstat(descriptor).st_ino == (path / _LOCK).stat().st_ino:
-                    return descriptor
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise BusyError(f"{out} is being written by another run; wait for it, or choose another output") from error
-        os.close(descriptor)
