@@ -8,6 +8,7 @@ from s2q.core.errors import (
     UsageError,
     first_line,
     nearest_names,
+    short_repr,
     unknown_name,
 )
 
@@ -47,3 +48,39 @@ def test_the_first_line_of_somebody_elses_error():
     assert first_line(ValueError("\nwhat went wrong\nand much more")) == "what went wrong"
     assert first_line(KeyError()) == "KeyError"
     assert first_line(OSError("x" * 300)) == "x" * 200 + "…"
+
+
+class Unprintable:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+def nested(levels):
+    value = []
+    for _ in range(levels):
+        value = [value] * 9
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**7, b"x" * 10**7, 10**5000, -(10**20000), nested(12), list(range(10**6)), {i: i for i in range(10**5)}]
+    + [Unprintable(), {"a": Unprintable()}, "\n" * 1000, "é\u2028" * 1000, nested(10**3)],
+    ids=lambda value: type(value).__name__,
+)
+def test_short_reprs_are_short_and_one_line(value):
+    text = short_repr(value)
+    assert 0 < len(text) <= 80
+    assert "\n" not in text
+
+
+def test_short_reprs_of_short_values_are_their_reprs():
+    for value in (None, True, 0, -1.5, "a", "it's", [1, "a"], {"a": [1]}, ("x",), {1}):
+        assert short_repr(value) == repr(value)
+
+
+def test_messages_are_bounded():
+    for error in (S2QError, UsageError, InvalidInputError, ResourceError, BusyError):
+        assert len(str(error("x" * 10**7))) == 4001
+        assert str(error("short")) == "short"
+    assert len(str(unknown_name("recipe", "x" * 10**7, RECIPES))) < 300

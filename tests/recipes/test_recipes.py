@@ -70,7 +70,7 @@ def test_extending_goes_on_and_null_takes_a_group_away():
     [
         ({"extends": "s2q-w4a6"}, "missing key 'name'"),
         ({"extends": "s2q-w4a7", "name": "mine"}, r"recipe mine: extends='s2q-w4a7': nearest names are s2q-w"),
-        ({"extends": ["s2q-w4a6"], "name": "mine"}, r"recipe mine: extends=\['s2q-w4a6'\]: .*recipes of the package"),
+        ({"extends": ["s2q-w4a6"], "name": "mine"}, r"recipe mine: extends=\['s2q-w4a6'\]: .*a recipe of the package"),
         ({"extends": "s2q-w4a6", "name": "mine", "rounding": {"metod": "rtn"}}, r"unknown key 'rounding\.metod'"),
     ],
 )
@@ -144,7 +144,7 @@ def test_unknown_name_lists_the_nearest():
     ("overrides", "message"),
     [
         (["weights.nun_bits=4"], r"unknown key 'weights\.nun_bits'; nearest keys are weights\.num_bits"),
-        (["weight.num_bits=4"], r"unknown key 'weight'; nearest keys are .*weights\."),
+        (["weight.num_bits=4"], r"unknown key 'weight'; nearest keys are weights"),
         (["skipp=[]"], "unknown key 'skipp'; nearest keys are skip"),
         (["weights.num_bits=9"], r"weights\.num_bits=9 is too large; the nearest valid value is 8"),
         (["weights.num_bits=1"], r"weights\.num_bits=1 is too small; the nearest valid value is 2"),
@@ -160,7 +160,7 @@ def test_unknown_name_lists_the_nearest():
         (["name.x=1"], "'name' is not a group of keys"),
         (["no-equals"], "expected key=value"),
         (["=4"], "expected key=value"),
-        (["weights.num_bits=[4"], "is not a YAML value"),
+        (["weights.num_bits=[4"], "not valid YAML"),
     ],
 )
 def test_invalid_values_say_what_would_be_valid(overrides, message):
@@ -190,7 +190,7 @@ def test_missing_file(tmp_path):
 def test_yaml_cannot_run_code(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: !!python/object/apply:os.getcwd []\n")
-    with pytest.raises(InvalidInputError, match="not valid YAML"):
+    with pytest.raises(InvalidInputError, match="the tag .* is not read"):
         load_recipe(path)
 
 

@@ -4,15 +4,28 @@ A message says where, what was found, what was expected, and what to do about it
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 _MAX_QUOTED = 200
+_MAX_VALUE = 80
+_MAX_MESSAGE = 4000
+_MAX_COMPARED = 100
+_MAX_DIGITS = 4000  # beyond this many, Python refuses to write an int
 
 
 class S2QError(Exception):
-    """Base of every error that the project raises on purpose; ends a command with exit code 1."""
+    """Base of every error that the project raises on purpose; ends a command with exit code 1.
+
+    A message is at most 4,000 characters long, whatever it quotes.
+    """
 
     exit_code: int = 1
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        super().__init__(text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "…")
 
 
 class UsageError(S2QError):
@@ -54,6 +67,8 @@ def nearest_names(name: str, options: Iterable[str], *, count: int = 3) -> list[
     Returns:
         Names out of `options`, unchanged.
     """
+    if len(name) > _MAX_COMPARED:
+        return []
     folded: dict[str, str] = {}
     for option in options:
         folded.setdefault(_fold(option), option)
@@ -75,7 +90,36 @@ def unknown_name(kind: str, name: str, options: Iterable[str]) -> InvalidInputEr
     known = sorted(options)
     near = nearest_names(name, known)
     hint = f"nearest names are {', '.join(near)}; " if near else ""
-    return InvalidInputError(f"unknown {kind} {name!r}: {hint}all: {', '.join(known) or 'none'}")
+    return InvalidInputError(f"unknown {kind} {short_repr(name)}: {hint}all: {', '.join(known) or 'none'}")
+
+
+class _ShortRepr(reprlib.Repr):
+    """`repr` whose work and result are bounded, however large or deep the value is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxother = 3, 4, _MAX_VALUE
+        self.maxstring = self.maxlong = _MAX_VALUE - 2
+
+    def repr_int(self, x: int, level: int) -> str:
+        bits = x.bit_length()
+        return super().repr_int(x, level) if bits < 3 * _MAX_DIGITS else f"<int of {bits} bits>"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        try:
+            return super().repr_instance(x, level)
+        except RecursionError:
+            return f"<{type(x).__name__}>"
+
+
+def short_repr(value: Any) -> str:
+    """Return the `repr` of a value for a message, at most 80 characters, computed without expanding the whole value.
+
+    Args:
+        value: Anything: strings of megabytes, structures that are deep or that refer to themselves.
+    """
+    text = _ShortRepr().repr(value)
+    return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 1] + "…"
 
 
 def first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from s2q.calibration import SELECTIONS
-from s2q.core.errors import nearest_names
+from s2q.core.errors import nearest_names, short_repr
 from s2q.core.schemes import (
     LEVELS,
     MAX_BITS,
@@ -31,26 +31,15 @@ SEARCH = "search"
 _WIDTH_PER_RANK = 12  # in a small linear the branch stays below two thirds of the bytes of 4-bit codes
 
 
-def _to_number(value: Any) -> Any:
-    """Read a number that YAML 1.1 takes for a string: 5e-3 without a point."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 Side = Annotated[int, Field(ge=1)]
-Number = Annotated[float, BeforeValidator(_to_number), Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _alpha(value: Any) -> Any:
     """Read a share of 0 to 1 or the word for a search."""
-    number = _to_number(value)
-    if number == SEARCH or (isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1):
-        return number
-    raise ValueError(f"got {value!r}; expected 0 to 1, or {SEARCH}")
+    if value == SEARCH or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1):
+        return value
+    raise ValueError(f"got {short_repr(value)}; expected 0 to 1, or {SEARCH}")
 
 
 Alpha = Annotated[float | Literal["search"], BeforeValidator(_alpha)]
@@ -64,7 +53,7 @@ def _one_of(kind: str, options: Iterable[str]) -> AfterValidator:
         if name not in known:
             near = nearest_names(name, known)
             hint = f"nearest names are {', '.join(near)}; " if near else ""
-            raise ValueError(f"unknown {kind} {name!r}: {hint}all: {', '.join(known)}")
+            raise ValueError(f"unknown {kind} {short_repr(name)}: {hint}all: {', '.join(known)}")
         return name
 
     return AfterValidator(check)

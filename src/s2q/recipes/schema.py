@@ -28,6 +28,8 @@ from s2q.recipes.groups import (
     to_tuple,
 )
 
+MAX_NAME = 200
+
 
 class Recipe(Group):
     """A method: the parts of a quantization run and their settings.
@@ -52,7 +54,7 @@ class Recipe(Group):
         skip: Shell-style patterns of full names of linears to leave untouched, "transformer_blocks.0.*".
     """
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=MAX_NAME)
     description: str = ""
     weights: WeightsGroup
     activations: ActivationsGroup | None = None
