@@ -217,11 +217,12 @@ def test_an_output_has_one_writer(tmp_path):
 
 def test_a_lock_leaves_no_trace(tmp_path):
     for error in (None, RuntimeError("boom"), KeyboardInterrupt()):
-        with contextlib.suppress(RuntimeError, KeyboardInterrupt), output_lock(tmp_path / "x") as lock:
-            assert names(tmp_path) == [".x.s2q-run"] == [lock.folder.name]
-            if error is not None:
-                raise error
-        assert names(tmp_path) == []
+        for out in (tmp_path / "x", tmp_path / "deep" / "er" / "x"):
+            with contextlib.suppress(RuntimeError, KeyboardInterrupt), output_lock(out) as lock:
+                assert names(out.parent) == [".x.s2q-run"] == [lock.folder.name]
+                if error is not None:
+                    raise error
+            assert names(tmp_path) == []
 
 
 def test_a_lock_keeps_what_a_run_has_finished(tmp_path):

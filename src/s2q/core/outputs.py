@@ -95,7 +95,8 @@ def output_lock(out: str | Path) -> Iterator[OutputLock]:
     """Hold the lock of an output, and remove what a killed owner of it left.
 
     Args:
-        out: The file or folder that a command will write; missing parents are created.
+        out: The file or folder that a command will write; missing parents are created, and removed if nothing is
+            written.
 
     Yields:
         The lock.
@@ -106,6 +107,7 @@ def output_lock(out: str | Path) -> Iterator[OutputLock]:
     """
     out = _absolute(out)
     folder = lock_folder(out)
+    missing = [parent for parent in out.parents if not parent.exists()]
     try:
         lock = OutputLock(out, folder, _lock(folder, out))
     except OSError as error:
@@ -115,6 +117,9 @@ def output_lock(out: str | Path) -> Iterator[OutputLock]:
         yield lock
     finally:
         lock.release()
+        with contextlib.suppress(OSError):  # not empty
+            for parent in missing:
+                parent.rmdir()
 
 
 def _lock(folder: Path, out: Path) -> int:
