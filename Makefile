@@ -6,13 +6,18 @@ READY := $(VENV)/.ready
 DEMO_DIR ?= s2q-demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-gpu bench-cpu bench-gpu lint format clean
+.PHONY: demo test test-emulated test-gpu bench-cpu bench-gpu lint format clean
 
 demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
 
 test: $(READY)
 	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory test-emulated
+
+# The GPU path on two emulated GPUs; see tests/emulation/README.md.
+test-emulated: $(READY)
+	S2Q_EMULATED_GPUS=1 $(BIN)/python -m pytest -m gpu tests/emulation
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

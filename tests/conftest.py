@@ -1,6 +1,7 @@
 """Settings of the whole suite: offline, one thread, quiet libraries. Set before torch or a hub client is imported.
 
-Without a GPU, Triton interprets its kernels on the CPU; that too is decided before it is imported.
+Without a GPU, Triton interprets its kernels on the CPU; that too is decided before it is imported. With
+S2Q_EMULATED_GPUS=1 there are two emulated GPUs, see tests/emulation/README.md.
 """
 
 import json
@@ -14,6 +15,11 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from emulation import emulator  # noqa: E402
+
+if os.environ.get(emulator.ENVIRONMENT_VARIABLE) == "1":
+    emulator.install_if_possible()
 
 import torch  # noqa: E402
 

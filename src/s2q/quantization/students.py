@@ -80,11 +80,11 @@ def _students(
     """The students of linears that share an input, by name inside the block."""
     recipe, seed, linears = work.task.recipe, work.task.block_seed, [work.teacher.get_submodule(name) for name in group]
     scheme, weights = work.scheme(group[0]), [linear.weight for linear in linears]
-    transform = _rotation(linears[0].in_features, recipe, seed=derive_seed(seed, "rotation", group[0]))
-    shift, basis = None, None
+    shift = None if statistics is None else _shift(statistics, linears, recipe)
+    amax = None if statistics is None else statistics.amax(shift)
+    transform = _transform(weights, recipe, amax=amax, alpha=alpha, seed=derive_seed(seed, "rotation", group[0]))
+    basis = None
     if statistics is not None:
-        shift = _shift(statistics, linears, recipe)
-        transform = _scaled(transform, statistics.amax(shift), weights, recipe, alpha=alpha)
         if rank := _rank(linears, recipe):
             if recipe.transforms.deflates:
                 basis = _input_basis(statistics, shift, transform, rank=rank)
@@ -125,6 +125,16 @@ def _shift(statistics: InputStatistics, linears: Sequence[nn.Module], recipe: Re
     biased = {linear.bias is not None for linear in linears}
     assert len(biased) == 1, "of linears that share an input, some have a bias and some do not"
     return statistics.mean() if biased == {True} else None
+
+
+def _transform(
+    weights: Sequence[Tensor], recipe: Recipe, *, amax: Tensor | None, alpha: float, seed: int
+) -> Transform | None:
+    """The recipe's scale and rotation, on the device of the weights; `amax` [T, I] is None without samples."""
+    transform = _rotation(weights[0].shape[1], recipe, seed=seed)
+    if amax is not None:
+        transform = _scaled(transform, amax, weights, recipe, alpha=alpha)
+    return None if transform is None else transform.to(weights[0].device)
 
 
 def _rotation(in_features: int, recipe: Recipe, *, seed: int) -> Transform | None:

@@ -1,0 +1,168 @@
+"""Tiny pipelines on the disk, quantized on the CPU and on a GPU with the same settings."""
+
+import functools
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+import s2q
+from s2q.calibration import prompt_token_limit
+from s2q.models import family_of
+from s2q.quantization import QuantizationReport
+from s2q.recipes import load_recipe
+from tiny import (
+    tiny_cogvideox_pipeline,
+    tiny_hunyuanvideo15_pipeline,
+    tiny_hunyuanvideo_pipeline,
+    tiny_ltx_pipeline,
+    tiny_mochi_pipeline,
+    tiny_wan_pipeline,
+)
+
+MODELS = {
+    "cogvideox": lambda dtype: tiny_cogvideox_pipeline(rotary=True, num_layers=1, dtype=dtype),
+    "cogvideox 1.5": lambda dtype: tiny_cogvideox_pipeline(rotary=True, num_layers=1, patch_size_t=2, dtype=dtype),
+    "hunyuanvideo": lambda dtype: tiny_hunyuanvideo_pipeline(dtype=dtype),
+    "hunyuanvideo 1.5": lambda dtype: tiny_hunyuanvideo15_pipeline(dtype=dtype),
+    "ltx": lambda dtype: tiny_ltx_pipeline(dtype=dtype),
+    "mochi": lambda dtype: tiny_mochi_pipeline(dtype=dtype),
+    "wan": lambda dtype: tiny_wan_pipeline(num_layers=1, dtype=dtype),
+    "wan 2.2 5b": lambda dtype: tiny_wan_pipeline(num_layers=1, expand_timesteps=True, dtype=dtype),
+    "wan 2.2 a14b": lambda dtype: tiny_wan_pipeline(boundary_ratio=0.9, dtype=dtype),
+}
+PROMPTS = ["red", "a blue square"]
+_QUICK = {
+    "calibration.n_prompts": 2,
+    "calibration.steps": 2,
+    "calibration.samples": 2,
+    "distillation.epochs": 1,
+    "refinement.epochs": 1,
+}
+
+
+@functools.cache
+def _scratch():
+    return tempfile.TemporaryDirectory(prefix="s2q-emulation-")
+
+
+@functools.cache
+def model_folder(name, dtype=torch.float32):
+    """A folder with a tiny pipeline; made once."""
+    folder = Path(_scratch().name) / f"{name}-{dtype}".replace(" ", "-")
+    pipe = MODELS[name](dtype)
+    pipe.save_pretrained(folder)
+    (folder / "generation.json").write_text(json.dumps({"num_inference_steps": 2, **sizes(pipe)}))
+    return folder
+
+
+def sizes(pipe):
+    """Of a small video: 3 latent frames, 16 pixels a side or what the pipeline takes at least."""
+    from s2q.calibration.settings import vae_factors
+
+    side = max(16, family_of(pipe.transformer).size_multiple)
+    return {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side}
+
+
+def quick(recipe):
+    """What makes a recipe quick, of what it has."""
+    has = load_recipe(recipe).resolved()
+    changes = {}
+    for name, value in _QUICK.items():
+        group, key = name.split(".")
+        if isinstance(has.get(group), dict) and key in has[group]:
+            changes[name] = value
+    return [f"{name}={value}" for name, value in changes.items()]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checkpoint and its report."""
+
+    folder: Path
+    report: QuantizationReport
+
+    @property
+    def losses(self):
+        """Of every block by name and stage."""
+        return {(block.name, stage): loss for block in self.report.blocks for stage, loss in block.loss.items()}
+
+    @property
+    def codes(self):
+        """Packed integers of all layers by name."""
+        files = sorted(self.folder.glob("transformer*/*.safetensors"))
+        tensors = {f"{path.parent.name}.{name}": one for path in files for name, one in load_file(path).items()}
+        return {name: one for name, one in tensors.items() if not one.is_floating_point()}
+
+
+def quantize(model, recipe, device, *, dtype=torch.float32, overrides=()):
+    """Quantize a tiny model into a new folder."""
+    out = Path(tempfile.mkdtemp(dir=_scratch().name)) / "out"
+    report = s2q.quantize(
+        model_folder(model, dtype),
+        recipe=recipe,
+        out=out,
+        prompts=PROMPTS if load_recipe(recipe).calibrates else None,
+        device=device,
+        overrides=[*quick(recipe), *overrides],
+    )
+    return Run(out, report)
+
+
+@functools.cache
+def on_cpu(model, recipe, dtype=torch.float32, overrides=()):
+    """The same run on the CPU, once for all devices."""
+    return quantize(model, recipe, "cpu", dtype=dtype, overrides=overrides)
+
+
+def load(folder, device, *, dtype=torch.float32):
+    """A pipeline on a device."""
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def latents(pipe, **call):
+    """Of one tiny video of a pipeline, wherever it computes; fp32 on the CPU."""
+    guided = family_of(pipe.transformer).guidance == "guider"
+    length = {} if guided else {"max_sequence_length": prompt_token_limit(pipe)}
+    generator = torch.Generator().manual_seed(0)
+    arguments = {**sizes(pipe), **length, "num_inference_steps": 2, "output_type": "latent", **call}
+    return pipe("a red circle", generator=generator, **arguments).frames.float().cpu()
+
+
+def relative_error(result, expected):
+    """‖result − expected‖ / ‖expected‖."""
+    return float((result - expected).norm() / expected.norm())
+
+
+EXACT, ROUNDED, LEARNED, DIGITS = 1e-4, 0.02, 0.3, 0.02
+"""Relative differences between devices: of what is computed from the weights alone or is a plain mean, of what a search
+or an eigenbasis in bf16 decides, of what is left after training and GPTQ, which amplify the order of sums, and of
+latents from one checkpoint on two devices."""
+
+
+def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=()):
+    """Quantize on the CPU and on a device; generate on both from the checkpoint of the device."""
+    found = quantize(model, recipe, device, dtype=dtype, overrides=overrides)
+    expected = on_cpu(model, recipe, dtype, overrides)
+    if not found.losses:
+        codes = found.codes
+        assert codes.keys() == expected.codes.keys()
+        differing = sum(int((one != expected.codes[name]).sum()) for name, one in codes.items())
+        assert differing <= EXACT * sum(one.numel() for one in codes.values())
+    assert found.losses.keys() == expected.losses.keys()
+    for (block, stage), loss in found.losses.items():
+        tolerance = {"rtn": EXACT, "initial": ROUNDED}.get(stage, LEARNED)
+        if load_recipe(recipe).loss.temporal:  # a divergence of nearly equal distributions
+            tolerance = max(tolerance, 5 * ROUNDED)
+        wanted = expected.losses[block, stage]
+        assert abs(loss / wanted - 1) <= tolerance, f"{block}: {stage} loss {loss}; on the CPU {wanted}"
+    pipe = load(found.folder, "cpu", dtype=dtype)
+    on_host = latents(pipe)
+    assert relative_error(latents(pipe.to(device)), on_host) <= DIGITS
+    return found
