@@ -1,6 +1,7 @@
 """Backends and shared inputs of the packed linears of a whole model."""
 
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -163,21 +164,21 @@ def test_the_fastest_backend_runs_narrow_linears_dequantized(transformer, counte
     fastest = copy.deepcopy(transformer)
     before = fastest.state_dict()
     set_backend(fastest, "fastest")
-    assert not sum(one.dequantized.num_bytes for one in packed_of(fastest)), "nothing is kept before it is needed"
+    assert not sum(one.kept.num_bytes for one in packed_of(fastest)), "nothing is kept before it is needed"
     assert torch.equal(run_transformer(fastest), run_transformer(plain))
     assert not counted
     weights = sum(one.in_features * one.out_features for one in packed_of(fastest))
-    kept = sum(one.dequantized.num_bytes for one in packed_of(fastest))
+    kept = sum(one.kept.num_bytes for one in packed_of(fastest))
     assert kept > weights * fastest.dtype.itemsize
     assert fastest.state_dict().keys() == before.keys()
     set_backend(fastest, "auto")
-    assert not sum(one.dequantized.num_bytes for one in packed_of(fastest))
+    assert not sum(one.kept.num_bytes for one in packed_of(fastest))
     assert torch.equal(run_transformer(fastest), run_transformer(transformer))
 
 
 def test_the_fastest_backend_leaves_wide_linears_on_integers(transformer, counted, monkeypatch):
     monkeypatch.setattr(dequantized, "NARROW", 1)
-    if not dequantized.cpu.IS_AVAILABLE:
+    if not dequantized.cpu.is_fast(x_bits=6, w_bits=4):
         pytest.skip("without int8 instructions integers are never faster")
     integers = run_transformer(transformer)
     expected = len(counted)
@@ -201,12 +202,57 @@ def test_what_is_kept_follows_the_layer(transformer):
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.fixture
+def pairs(monkeypatch):
+    """A CPU without VNNI that multiplies pairs."""
+    monkeypatch.setattr(dequantized.cpu, "has_int8_dot", lambda: False)
+    if not dequantized.cpu.adds_pairs(x_bits=6, w_bits=4):
+        pytest.skip("no oneDNN that multiplies int8 on this CPU")
+
+
+def test_small_linears_keep_their_codes_prepacked_where_pairs_are_multiplied(transformer, pairs, monkeypatch):
+    small = copy.deepcopy(transformer)
+    expected = run_transformer(small)
+    quantized = [one for one in packed_of(small) if one.scheme.activation is not None]
+    assert sum(one.kept.num_bytes for one in packed_of(small)) == sum(
+        one.in_features * one.out_features for one in quantized
+    )
+    assert torch.equal(run_transformer(small), expected)
+    monkeypatch.setattr(dequantized, "PREPACKED_CODES", 0)
+    large = copy.deepcopy(small)
+    assert torch.equal(run_transformer(large), expected)
+    assert not sum(one.kept.num_bytes for one in packed_of(large)), "neither copied nor kept"
+    pickled = pickle.loads(pickle.dumps(small))
+    assert torch.equal(run_transformer(pickled), expected)
+    set_backend(small, "reference")
+    torch.testing.assert_close(run_transformer(small), expected, rtol=1e-4, atol=1e-4)
+    assert not sum(one.kept.num_bytes for one in packed_of(small))
+
+
+def test_prepacked_codes_follow_the_layer(transformer, pairs):
+    layer, other = (copy.deepcopy(transformer.transformer_blocks[0].attn1.to_q) for _ in range(2))
+    x = torch.randn(3, layer.in_features)
+    with torch.inference_mode():
+        first = layer(x).clone()
+    changed = torch.flip(layer.packed_weight, [0])
+    other.load_state_dict(other.state_dict() | {"weight": changed})
+    expected = other(x)
+    assert not torch.equal(expected, first)
+    layer.load_state_dict(layer.state_dict() | {"weight": changed})
+    assert torch.equal(layer(x), expected)
+    layer.packed_weight.copy_(torch.flip(changed, [0]))
+    assert torch.equal(layer(x), first)
+    layer._parameters["weight"] = torch.nn.Parameter(changed, requires_grad=False)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
+
+
 def test_what_is_kept_in_inference_mode_serves_outside_of_it_and_in_graphs(transformer):
     fastest = copy.deepcopy(transformer)
     set_backend(fastest, "fastest")
     expected = run_transformer(fastest)
     layer = fastest.transformer_blocks[0].attn1.to_q
-    layer.dequantized.release()
+    layer.kept.release()
     with torch.inference_mode():
         layer(torch.randn(3, layer.in_features))
     x = torch.randn(3, layer.in_features, requires_grad=True)

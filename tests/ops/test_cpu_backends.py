@@ -24,15 +24,25 @@ def codes(rows, columns, bits, *, seed=0):
     return torch.randint(-limit, limit, (rows, columns), dtype=torch.int8, generator=generator)
 
 
-@pytest.mark.parametrize("vnni", [True, False])
+@pytest.fixture(params=["vnni", "pairs", "fp32"])
+def instructions(request, monkeypatch):
+    """What the CPU multiplies integers with."""
+    if request.param == "vnni":
+        if not int_cpu.adds_in_32_bits():
+            pytest.skip("the processor has no VNNI instructions")
+        return
+    monkeypatch.setattr(int_cpu, "has_int8_dot", lambda: False)
+    if request.param == "fp32":
+        monkeypatch.setattr(int_cpu, "features", frozenset)
+    elif not int_cpu.adds_pairs(x_bits=8, w_bits=4):
+        pytest.skip("no oneDNN that multiplies int8 on this CPU")
+
+
 @pytest.mark.parametrize("rows", [1, 37, 64, 101])
-@pytest.mark.parametrize(("x_bits", "w_bits"), [(6, 4), (8, 8), (4, 3), (5, 5)])
-def test_products_are_those_of_the_reference(monkeypatch, vnni, rows, x_bits, w_bits):
-    for name, size in (("ROWS", 64), ("COLUMNS", 20), ("EPILOGUE_ROWS", 24)):
+@pytest.mark.parametrize(("x_bits", "w_bits"), [(6, 4), (8, 8), (8, 4), (8, 7), (4, 3), (5, 5)])
+def test_products_are_those_of_the_reference(monkeypatch, instructions, rows, x_bits, w_bits):
+    for name, size in (("ROWS", 64), ("COLUMNS", 20), ("EPILOGUE_ROWS", 24)):  # several pieces each
         monkeypatch.setattr(product_cpu, name, size)
-    if vnni and not int_cpu.IS_AVAILABLE:
-        pytest.skip("the processor has no VNNI instructions")
-    monkeypatch.setattr(int_cpu, "IS_AVAILABLE", vnni)
     x, w = codes(rows, 51, x_bits), codes(29, 51, w_bits, seed=1)
     x[0], w[0] = -(1 << (x_bits - 1)), -(1 << (w_bits - 1))  # the extremes, and their largest product
     arguments = x, draw(rows, 1).abs(), w, draw(29, seed=2).abs()
@@ -53,7 +63,7 @@ def test_products_are_those_of_the_reference(monkeypatch, vnni, rows, x_bits, w_
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_packed_and_strided_codes(bits):
+def test_packed_and_strided_codes(bits, instructions):
     w = codes(10, 21, bits)
     x = codes(30, 42, 6)[:, ::2]
     scales = draw(30, 1).abs(), draw(10).abs()
@@ -63,7 +73,7 @@ def test_packed_and_strided_codes(bits):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_grouped_scales_on_every_backend():
+def test_grouped_scales_on_every_backend(instructions):
     x, w, scale = codes(6, 24, 6), codes(5, 24, 4), draw(5, 3).abs()
     expected = sum(
         (x[:, part].double() @ w[:, part].double().t()) * scale[:, group].double()

@@ -1,10 +1,29 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from extreme_products import failures
 from s2q.core.errors import InvalidInputError
+from s2q.core.processor import is_x86
 from s2q.ops.int_matmul import BACKENDS, cpu, int_matmul
 
-USABLE = [name for name in BACKENDS if name != "cpu" or cpu.IS_AVAILABLE]
+USABLE = list(BACKENDS)
+
+
+@pytest.fixture(params=["as it is", "pairs", "fp32"], autouse=True)
+def instructions(request, monkeypatch):
+    """How the CPU backend multiplies: as it would on this CPU, without VNNI, and without anything for integers."""
+    if request.param == "pairs":
+        monkeypatch.setattr(cpu, "has_int8_dot", lambda: False)
+        if not cpu.adds_pairs(x_bits=8, w_bits=4):
+            pytest.skip("no oneDNN that multiplies int8 on this CPU")
+    elif request.param == "fp32":
+        monkeypatch.setattr(cpu, "has_int8_dot", lambda: False)
+        monkeypatch.setattr(cpu, "features", frozenset)
 
 
 def codes(num_bits, shape, seed):
@@ -17,7 +36,7 @@ def exact(x, w):
 
 
 @pytest.mark.parametrize("backend", ["auto", *USABLE])
-@pytest.mark.parametrize(("x_bits", "w_bits"), [(8, 8), (8, 4), (6, 4), (4, 4), (2, 2)])
+@pytest.mark.parametrize(("x_bits", "w_bits"), [(8, 8), (8, 7), (7, 8), (6, 8), (8, 4), (6, 4), (4, 4), (2, 2)])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (33, 64, 17), (3, 1025, 2), (4, 5000, 3)])
 def test_bit_equal_to_int64(backend, x_bits, w_bits, shape):
     rows, inner, columns = shape
@@ -68,3 +87,30 @@ def test_meta_tensors_give_a_shape():
 def test_unknown_backend():
     with pytest.raises(InvalidInputError, match="unknown backend 'cuda'"):
         int_matmul(codes(8, (1, 1), 0), codes(8, (1, 1), 0), backend="cuda")
+
+
+def test_products_at_the_extremes_of_their_codes_are_exact(instructions):
+    assert failures() == []
+
+
+@pytest.mark.skipif(not is_x86(), reason="only x86 CPUs can be capped")
+@pytest.mark.parametrize("cap", ["AVX2", "AVX512_CORE", "SSE41"])
+def test_products_are_exact_where_onednn_is_capped(instructions, request, cap):
+    if request.node.callspec.params["instructions"] != "as it is":
+        pytest.skip("in a process of its own")
+    program = Path(__file__).parents[1] / "extreme_products.py"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": cap}
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    name, pairs, none = done.stdout.rsplit(maxsplit=2)
+    assert none == "[]"
+    assert "VNNI" not in name
+    assert pairs == str(cap != "SSE41" and cpu.adds_pairs(x_bits=8, w_bits=4))
+
+
+def test_pairs_that_could_saturate_are_not_multiplied_in_pairs():
+    for x_bits in range(2, 9):
+        for w_bits in range(2, 9):
+            largest = 2 * ((1 << x_bits) - 1) * (1 << (w_bits - 1))
+            if cpu.adds_pairs(x_bits=x_bits, w_bits=w_bits):
+                assert largest < 1 << 15

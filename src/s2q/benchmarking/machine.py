@@ -71,8 +71,6 @@ def measuring_obstacle(backend: str, device: str) -> str | None:
     """
     if backend == "triton" and is_interpreting():
         return "TRITON_INTERPRET=1 runs kernels on the CPU, whose times say nothing"
-    if backend == "cpu" and torch.device(device).type == "cpu" and not cpu.IS_AVAILABLE:
-        return "this processor has no AVX-512 VNNI"
     return backend_obstacle(backend, torch.empty(0, dtype=torch.bfloat16, device=device))
 
 
@@ -82,7 +80,7 @@ def int8_gemm(device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     Args:
         device: "cpu", "cuda" or "cuda:N".
     """
-    fast = torch.cuda.is_available() if torch.device(device).type == "cuda" else cpu.IS_AVAILABLE
+    fast = torch.cuda.is_available() if torch.device(device).type == "cuda" else cpu.adds_in_32_bits()
     return (lambda x, w, out: torch._int_mm(x, w.t(), out=out)) if fast else None
 
 

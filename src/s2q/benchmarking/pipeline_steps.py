@@ -190,7 +190,7 @@ def _parts(pipe: Any, settings: GenerationSettings, timing: Timing, device: str)
     shares = breakdown(call, pipe.transformer, device=device)
     storage = sum(tensor.numel() * tensor.element_size() for tensor in pipe.transformer.state_dict().values())
     peak = peak_memory(call, device)
-    kept = sum(one.dequantized.num_bytes for one in pipe.transformer.modules() if isinstance(one, PackedLinear))
+    kept = sum(one.kept.num_bytes for one in pipe.transformer.modules() if isinstance(one, PackedLinear))
     return {
         "breakdown": in_milliseconds(shares, timing.milliseconds),
         "peak_memory_bytes": None if peak is None else peak + storage + kept,

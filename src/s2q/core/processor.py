@@ -58,8 +58,11 @@ def features() -> frozenset[str]:
 
 
 def has_int8_dot() -> bool:
-    """Whether int8 products are added up in 32 bits (VNNI, AMX), so that none can saturate."""
-    return bool(features() & {"avx512_vnni", "avx_vnni", "amx_int8"})
+    """Whether PyTorch and oneDNN add int8 products up in 32 bits, so that none can saturate: AVX-512 VNNI.
+
+    PyTorch does not ask for the VNNI of CPUs without AVX-512.
+    """
+    return "avx512_vnni" in features()
 
 
 def has_arithmetic(dtype: torch.dtype) -> bool:

@@ -1,8 +1,8 @@
-"""Linears that run faster in full precision than on integers; what their codes stand for is kept from call to call."""
+"""What linears keep from call to call: the weight dequantized where full precision is faster, prepacked where small."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +20,19 @@ NARROW = 1024
 """Features in or out below which a CPU is faster in full precision (docs/speed.md)."""
 
 
+PREPACKED_CODES = 1 << 18
+"""Codes of a weight up to which it is kept as a CPU without VNNI multiplies it, a byte each.
+
+Unpacking and prepacking in the call take a fortieth of the product's time for 2048 rows, but a third for the 416 of the
+embedded models. Those of published models are larger.
+"""
+
+
 def runs_dequantized(layer: PackedLinear) -> bool:
     """Tell whether a layer runs as a full-precision linear: its input is not quantized, its weight kept dequantized.
 
     With the backend "fastest" alone, where integers would be slower: on a CPU below `NARROW` features in or out or
-    without instructions for int8, and where no kernel takes the scheme.
+    without instructions for codes of its widths, and where no kernel takes the scheme.
 
     Args:
         layer: The layer.
@@ -34,7 +42,8 @@ def runs_dequantized(layer: PackedLinear) -> bool:
     if layer.weight_scale.device.type != "cpu":
         return layer.scheme.simulated
     narrow = min(layer.in_features, layer.out_features) < NARROW
-    return layer.scheme.simulated or narrow or not cpu.IS_AVAILABLE
+    x_bits = 8 if layer.scheme.activation is None else layer.scheme.activation.num_bits
+    return layer.scheme.simulated or narrow or not cpu.is_fast(x_bits=x_bits, w_bits=layer.scheme.weight.num_bits)
 
 
 def integer_backend(layer: PackedLinear) -> str:
@@ -46,11 +55,27 @@ def integer_backend(layer: PackedLinear) -> str:
     return "auto" if layer.backend == FASTEST else layer.backend
 
 
-class KeptDequantized:
-    """What the codes of a layer stand for, as a full-precision linear has it."""
+def keeps_prepacked(layer: PackedLinear) -> bool:
+    """Tell whether a layer keeps its codes prepacked (`KeptWeights.prepacked`).
+
+    Args:
+        layer: The layer; its input is quantized.
+    """
+    weight, activation = layer.scheme.weight, layer.scheme.activation
+    if layer.in_features * layer.out_features > PREPACKED_CODES or torch.compiler.is_compiling():
+        return False
+    on_cpu = layer.weight_scale.device.type == "cpu" and integer_backend(layer) in ("auto", "cpu")
+    if not on_cpu or layer.weight_scale.ndim != 1 or activation is None:
+        return False
+    return cpu.multiplies_pairs(x_bits=activation.num_bits, w_bits=weight.num_bits)
+
+
+class KeptWeights:
+    """Other forms of a layer's weight; copies of a layer begin without them."""
 
     def __init__(self) -> None:
         self._kept: tuple[Tensor, Tensor | None] | None = None
+        self._prepacked: tuple[Tensor, int, Tensor] | None = None
 
     def of(self, layer: PackedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Return weight [O, I] and bias [O] or None; made anew if the dtype or the device is another than last time.
@@ -61,17 +86,39 @@ class KeptDequantized:
         """
         kept = self._kept
         if kept is None or kept[0].dtype != dtype or kept[0].device != layer.weight_scale.device:
-            # What is made in inference mode could not be used outside of it; compilers cannot ask for the mode.
-            inferring = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-            with torch.inference_mode(False) if inferring else nullcontext():
+            with _outside_inference_mode():
                 kept = self._kept = layer.effective_weight(dtype), layer.effective_bias(dtype)
         return kept
+
+    def prepacked(self, layer: PackedLinear) -> Tensor:
+        """Return the codes [I, O] as oneDNN reads them; made anew if the packed ones are others than last time.
+
+        Args:
+            layer: Always the same one; it `keeps_prepacked`.
+        """
+        weight, kept = layer.packed_weight, self._prepacked
+        version = 0 if weight.is_inference() else weight._version
+        if kept is None or kept[0] is not weight or kept[1] != version:
+            with _outside_inference_mode():
+                kept = self._prepacked = weight, version, cpu.prepack(layer.codes())
+        return kept[2]
 
     @property
     def num_bytes(self) -> int:
         """Bytes that are kept."""
-        return sum(tensor.nbytes for tensor in self._kept or () if tensor is not None)
+        prepacked = 0 if self._prepacked is None else self._prepacked[2].numel()
+        return prepacked + sum(tensor.nbytes for tensor in self._kept or () if tensor is not None)
 
     def release(self) -> None:
         """Let go of it, because the layer has changed or for the memory."""
-        self._kept = None
+        self._kept = self._prepacked = None
+
+    def __getstate__(self) -> dict[str, None]:
+        """Give copies of a layer nothing that is kept."""
+        return {"_kept": None, "_prepacked": None}
+
+
+def _outside_inference_mode() -> AbstractContextManager[object]:
+    """What is made in inference mode could not be used outside of it; compilers cannot ask for the mode."""
+    inferring = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if inferring else nullcontext()

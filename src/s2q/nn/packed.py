@@ -30,7 +30,7 @@ from s2q.core.layout import TENSOR_DTYPES, InputLayout
 from s2q.core.packing import pack_codes, packed_width, unpack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, fake_quantize_input
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
-from s2q.nn.dequantized import KeptDequantized, integer_backend, runs_dequantized
+from s2q.nn.dequantized import KeptWeights, integer_backend, keeps_prepacked, runs_dequantized
 from s2q.nn.estimator import scaled_by_frame
 from s2q.nn.merging import is_merging
 from s2q.nn.shared_input import SharedInput
@@ -57,7 +57,7 @@ class PackedLinear(nn.Linear):
 
     It is an `nn.Linear`, so that LoRA adapters attach to it; merging them into it is refused. Everything it stores is a
     parameter without gradient (offloading moves parameters only). Codes and scales keep their dtype through
-    `.to(dtype)`, `.bfloat16()` and the like; the bias follows. Nothing unpacked is kept between calls.
+    `.to(dtype)`, `.bfloat16()` and the like; the bias follows. What is kept between calls is in `kept`.
 
     Attributes:
         weight: uint8 [O, P], packed codes.
@@ -114,7 +114,7 @@ class PackedLinear(nn.Linear):
         self.out_features = out_features
         self.scheme = scheme
         self.backend = "auto"
-        self.dequantized = KeptDequantized()
+        self.kept = KeptWeights()
         self.shared_input: SharedInput[tuple[Tensor, Tensor, Tensor | None]] | None = None
         self.layout = layout or InputLayout()
         self.tokens = TokenContext() if scheme.needs_grid or self.layout.needs_grid else None
@@ -196,9 +196,14 @@ class PackedLinear(nn.Linear):
 
     def codes(self) -> Tensor:
         """Return the unpacked codes of the weight, int8 [O, I]."""
+        return unpack_codes(self.packed_weight, num_bits=self.scheme.weight.num_bits, in_features=self.in_features)
+
+    @property
+    def packed_weight(self) -> Tensor:
+        """`weight` for s2q's own use; foreign readers of `weight` may be refused."""
         packed = self._parameters["weight"]
         assert packed is not None
-        return unpack_codes(packed, num_bits=self.scheme.weight.num_bits, in_features=self.in_features)
+        return packed
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight that the codes stand for, that of the transformed input.
@@ -270,7 +275,7 @@ class PackedLinear(nn.Linear):
         """
         self._check_input(input)
         if runs_dequantized(self):
-            return F.linear(input, *self.dequantized.of(self, input.dtype))
+            return F.linear(input, *self.kept.of(self, input.dtype))
         if torch.is_grad_enabled() and input.requires_grad:
             output_MO: Tensor = _StraightThrough.apply(input, self)  # type: ignore[no-untyped-call]
         else:
@@ -305,7 +310,7 @@ class PackedLinear(nn.Linear):
         return rescaled_int_matmul(
             codes_MI,
             scale_M1,
-            self.product_codes(),
+            self.kept.prepacked(self) if keeps_prepacked(self) else self.product_codes(),
             self.weight_scale,
             bias=self.bias,
             low_rank_input=branch_input,
@@ -341,8 +346,7 @@ class PackedLinear(nn.Linear):
 
     def product_codes(self) -> Tensor:
         """Return the codes as `rescaled_int_matmul` takes them: uint8 [O, P] up to 4 bits, int8 [O, I] above."""
-        packed = self._parameters["weight"]
-        assert packed is not None
+        packed = self.packed_weight
         return packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8)
 
     def _quantized(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: A002
@@ -436,7 +440,7 @@ class PackedLinear(nn.Linear):
                 )
             return moved
 
-        self.dequantized.release()
+        self.kept.release()
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -450,7 +454,7 @@ class PackedLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self.dequantized.release()
+        self.kept.release()
         for name, dtype in PACKED_DTYPES.items():
             found = state_dict.get(prefix + name)
             if found is not None and found.dtype != dtype:  # copying would convert it without a word

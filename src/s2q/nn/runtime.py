@@ -30,7 +30,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     for linear in linears:
         linear.backend = backend
-        linear.dequantized.release()
+        linear.kept.release()
     dequantized = sum(runs_dequantized(linear) for linear in linears)
     if dequantized:
         logger.info("backend 'fastest': %d of %d quantized linears run dequantized", dequantized, len(linears))

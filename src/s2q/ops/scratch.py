@@ -47,5 +47,5 @@ def take(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     buffer = _BUFFERS.by_use.get(use)
     if buffer is None or len(buffer) < size:
         with torch.inference_mode(False):  # what is made in that mode could not be written outside of it
-            buffer = _BUFFERS.by_use[use] = torch.empty(size, dtype=torch.uint8)
+            buffer = _BUFFERS.by_use[use] = torch.empty(size, dtype=torch.uint8, device="cpu")
     return buffer[:size].view(dtype).view(shape)

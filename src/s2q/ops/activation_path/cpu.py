@@ -59,8 +59,11 @@ def activation_path(
         return reference.activation_path(x, num_bits=num_bits, deflates=deflates, clip_ratio=clip_ratio, **parts)
     size = min(len(x), chunk_rows(x))
     transform = _Transform(x, size, deflates=deflates, **parts)
-    codes, token_scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
-    coefficients = None if low_rank_basis is None else torch.empty(len(x), low_rank_basis.shape[1])
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    token_scales = torch.empty(len(x), 1, dtype=torch.float32, device="cpu")
+    coefficients = None
+    if low_rank_basis is not None:
+        coefficients = torch.empty(len(x), low_rank_basis.shape[1], dtype=torch.float32, device="cpu")
     lowest, highest = code_range(num_bits)
     for start in range(0, len(x), max(1, size)):
         part = slice(start, start + size)
@@ -111,7 +114,8 @@ class _Transform:
         if self.basis is None and self.left is None and self.right is None:
             return x, None
         first, second = self.first[: len(x)], self.second[: len(x)]
-        y, coefficients = first.copy_(x), None
+        coefficients = None
+        y = x if x.dtype == first.dtype and x.is_contiguous() and self.basis is None else first.copy_(x)
         if self.basis is not None:
             coefficients = y @ self.basis
             if self.deflates:

@@ -38,7 +38,7 @@ def weight_only_matmul(
     if rows > reference.FEW_ROWS or w_scale.ndim != 1 or x.dtype == torch.float64:
         return reference.weight_only_matmul(x, w_codes, w_scale, bias=bias, w_bits=w_bits)
     wide, columns = x.float(), len(w_codes)
-    out = torch.empty(rows, columns, dtype=x.dtype)
+    out = torch.empty(rows, columns, dtype=x.dtype, device="cpu")
     step = max(1, PIECE // max(1, depth))
     for start in range(0, columns, step):
         part = slice(start, start + step)
