@@ -41,7 +41,7 @@ def test_a_quantized_hub_repository_is_downloaded_whole(folders, monkeypatch):
 
     asked = []
 
-    def snapshot(repo_id, *, allow_patterns=None):
+    def snapshot(repo_id, *, revision, allow_patterns):
         asked.append((repo_id, allow_patterns is None))
         return str(folders / "quantized")
 

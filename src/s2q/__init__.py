@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from s2q import _hook
 
 if TYPE_CHECKING:
-    from s2q.checkpoint import inspect_checkpoint as inspect
     from s2q.comparing import compare
     from s2q.evaluation import evaluate, generate
+    from s2q.loading import inspect_model as inspect
     from s2q.loading import load_pipeline as load
     from s2q.planning import plan
     from s2q.quantization import quantize
@@ -29,7 +29,7 @@ _LAZY = {
     "compare": ("s2q.comparing", "compare"),
     "evaluate": ("s2q.evaluation", "evaluate"),
     "generate": ("s2q.evaluation", "generate"),
-    "inspect": ("s2q.checkpoint", "inspect_checkpoint"),
+    "inspect": ("s2q.loading", "inspect_model"),
     "load": ("s2q.loading", "load_pipeline"),
     "plan": ("s2q.planning", "plan"),
     "quantize": ("s2q.quantization", "quantize"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from s2q import checkpoint
+from s2q.checkpoint import CheckpointReport
 from s2q.core.components import transformers_of
 from s2q.core.devices import check_device, default_dtype
 from s2q.models import ModelSource, resolve_model
@@ -23,19 +24,23 @@ def load_pipeline(
     model: str | Path | ModelSource,
     *,
     dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
     device: str = "cpu",
-    verify: bool = True,
+    verify: bool | None = None,
     backend: str = "auto",
     attention_backend: str | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline.
 
     Args:
-        model: Embedded name, pipeline folder or s2q checkpoint, Hub id, or a resolved source.
+        model: Embedded name, pipeline folder or s2q checkpoint, Hub id ("organisation/name" or
+            "organisation/name@revision"), or a resolved source.
         dtype: Compute dtype or its name; None takes the one that the transformers are stored in or were quantized in,
             and float32 where that is one that the CPU emulates (`core.devices.default_dtype`).
+        variant: Variant of the weights, "fp16", as diffusers has it.
         device: Where to put the pipeline.
-        verify: Whether to compare the files of an s2q checkpoint with its manifest first.
+        verify: Whether to compare the files of an s2q checkpoint with its manifest first: None does where there is a
+            manifest and warns where there is none, True refuses a checkpoint without, False does not.
         backend: How its packed linears are computed: "auto", "reference", "cpu", "triton" or "fastest"; see
             `s2q.nn.set_backend`.
         attention_backend: What computes attention, as diffusers names it ("native", "flash", "sage" and so on); None
@@ -46,7 +51,7 @@ def load_pipeline(
 
     Raises:
         InvalidInputError: If the model is unknown, damaged or altered, or the device, dtype or a backend is unknown.
-        ResourceError: If there is no such device, or what the attention backend needs is not installed.
+        ResourceError: If there is no such device, or what a component or the attention backend needs is not installed.
     """
     from s2q.models.attention import check_attention_backend, use_attention_registry
 
@@ -54,12 +59,13 @@ def load_pipeline(
     check_backend(backend)
     if attention_backend is not None:
         check_attention_backend(attention_backend)
-    source = model if isinstance(model, ModelSource) else resolve_model(model)
+    source = resolve_model(model, variant=variant)
     if _is_ours(source):
+        source.check_packages()
         folder = source.complete_folder()
         config, *_ = checkpoint.read_configs(folder).values()
         wanted = parse_dtype(dtype) or default_dtype(getattr(torch, config.compute_dtype), device)
-        pipe = checkpoint.load_pipeline(folder, dtype=wanted, device=device, verify=verify)
+        pipe = checkpoint.load_pipeline(folder, dtype=wanted, variant=source.variant, device=device, verify=verify)
     else:
         wanted = parse_dtype(dtype) or default_dtype(source.stored_dtype(), device)
         pipe = source.load_pipeline(dtype=wanted, device=device)
@@ -71,20 +77,43 @@ def load_pipeline(
     return pipe
 
 
-def check_model(model: str | Path | ModelSource) -> None:
+def check_model(model: str | Path | ModelSource, *, verify: bool | None = None) -> None:
     """Check what can be checked of a model without loading it, so that no work is done before it is refused.
 
     Args:
         model: Embedded name, pipeline folder or s2q checkpoint, Hub id, or a resolved source.
+        verify: See `load_pipeline`.
 
     Raises:
         InvalidInputError: If the model is unknown, or is an s2q checkpoint that is damaged or altered.
+        ResourceError: If a package that one of its components needs is not installed.
     """
-    source = model if isinstance(model, ModelSource) else resolve_model(model)
+    source = resolve_model(model)
+    source.check_packages()
     if _is_ours(source):
         folder = source.complete_folder()
         checkpoint.read_configs(folder)
-        checkpoint.check_intact(folder)
+        checkpoint.check_intact(folder, verify=verify)
+
+
+def inspect_model(model: str | Path, *, variant: str | None = None, verify: bool = False) -> CheckpointReport:
+    """Look into a checkpoint without loading it.
+
+    Args:
+        model: The checkpoint's folder, or its Hub id, "organisation/name" or "organisation/name@revision".
+        variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
+        verify: Whether to hash every file and compare with the manifest.
+
+    Returns:
+        The report; see `s2q.checkpoint.inspect_checkpoint`.
+
+    Raises:
+        InvalidInputError: If there is no such checkpoint, it is not of s2q, or it is damaged.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir():  # a folder is looked into even if it is damaged
+        path = resolve_model(model, variant=variant).complete_folder()
+    return checkpoint.inspect_checkpoint(path, variant=variant, verify=verify)
 
 
 def _is_ours(source: ModelSource) -> bool:

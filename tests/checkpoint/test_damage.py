@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from s2q.checkpoint import inspect_checkpoint, load_pipeline, verify_manifest
@@ -103,11 +103,48 @@ def test_manifest_of_another_version(copy):
         load_pipeline(copy)
 
 
-def test_without_manifest_only_the_unverified_load_works(copy):
-    (copy / "s2q/manifest.json").unlink()
-    with pytest.raises(InvalidInputError, match=r"manifest\.json: cannot be read"):
-        load_pipeline(copy)
+@pytest.fixture
+def saved_again(copy, tmp_path):
+    """A checkpoint that diffusers has loaded, given another scheduler and saved: it has no s2q folder."""
+    pipe = CogVideoXPipeline.from_pretrained(copy, dtype=torch.bfloat16)
+    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "again")
+    return tmp_path / "again"
+
+
+def test_without_a_manifest_a_load_warns_unless_one_is_required(saved_again, caplog):
+    with pytest.raises(InvalidInputError, match=r"has no s2q/manifest\.json, so nothing can be verified; .*diffusers"):
+        load_pipeline(saved_again, verify=True)
+    load_pipeline(saved_again, verify=False)
+    assert not caplog.records
+    assert type(load_pipeline(saved_again).scheduler) is CogVideoXDPMScheduler
+    load_pipeline(saved_again)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "has no s2q/manifest.json, as diffusers saves it, so its files are not verified" in record.message
+
+
+def test_an_inspection_verifies_only_what_has_a_manifest(saved_again, copy):
+    assert inspect_checkpoint(saved_again).layers == inspect_checkpoint(copy).layers
+    with pytest.raises(InvalidInputError, match=r"has no s2q/manifest\.json, so nothing can be verified"):
+        inspect_checkpoint(saved_again, verify=True)
+
+
+@pytest.mark.parametrize("verify", [None, True])
+def test_damage_is_refused_whether_or_not_a_manifest_is_required(copy, verify):
+    flip_bit(copy / WEIGHTS, -9)
+    with pytest.raises(InvalidInputError, match=f"{WEIGHTS}: its SHA-256 differs .*--no-verify"):
+        load_pipeline(copy, verify=verify)
     load_pipeline(copy, verify=False)
+
+
+def test_a_checkpoint_saved_again_with_a_variant(copy, tmp_path):
+    CogVideoXPipeline.from_pretrained(copy, dtype=torch.bfloat16).save_pretrained(tmp_path / "again", variant="mine")
+    assert inspect_checkpoint(tmp_path / "again", variant="mine").layers == inspect_checkpoint(copy).layers
+    loaded = load_pipeline(tmp_path / "again", variant="mine").transformer.state_dict()
+    assert loaded.keys() == load_pipeline(copy).transformer.state_dict().keys()
+    with pytest.raises(InvalidInputError, match="holds weights of variant mine alone; pass --variant mine"):
+        inspect_checkpoint(tmp_path / "again")
 
 
 @pytest.mark.parametrize("version", [0, 4, "1", None, True])

@@ -65,20 +65,21 @@ def check_backends(names: Sequence[str] | None, device: str) -> tuple[str, ...]:
     return wanted
 
 
-def make_cases(model: str | None, ops: Sequence[str], settings: Settings) -> list[Case]:
+def make_cases(model: str | None, ops: Sequence[str], settings: Settings, *, variant: str | None = None) -> list[Case]:
     """List what is to be measured.
 
     Args:
         model: What to measure; None takes the shapes of all published models and the step of the embedded one.
         ops: Those of `OPS`.
         settings: What was asked for.
+        variant: Variant of the model's weights.
 
     Raises:
         InvalidInputError: If there is no such model.
     """
     check_recipes(settings.recipes)
     names = [SYNTHETIC_PREFIX + name for name in synthetic_names()] if model is None else [model]
-    subjects = [resolve_subject(name) for name in names]
+    subjects = [resolve_subject(name, variant=variant) for name in names]
     whole = resolve_subject(DEFAULT_MODEL) if model is None else subjects[0]
     single = [op for op in ops if op in OPS[:4]]
     rows = subject_rows(subjects, tokens=settings.tokens, device=settings.device) if single else None

@@ -55,18 +55,19 @@ class AttentionShape:
     models: tuple[str, ...]
 
 
-def resolve_subject(name: str) -> Subject:
+def resolve_subject(name: str, *, variant: str | None = None) -> Subject:
     """Return what a name on the command line means.
 
     Args:
         name: "synthetic:cogvideox-5b", an embedded name, a folder or a Hub id.
+        variant: Variant of the weights of the others than synthetic models.
 
     Raises:
         InvalidInputError: If there is no such model.
     """
     from s2q.models import resolve_model
 
-    return synthetic_model(name) if name.startswith(SYNTHETIC_PREFIX) else resolve_model(name)
+    return synthetic_model(name) if name.startswith(SYNTHETIC_PREFIX) else resolve_model(name, variant=variant)
 
 
 def layer_shapes(subjects: Sequence[Subject], *, rows: int | None) -> list[LayerShape]:

@@ -15,11 +15,12 @@ from s2q.checkpoint.load import read_configs, read_transformer_config, stored_tr
 from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
 from s2q.core.components import full_name
 from s2q.core.errors import InvalidInputError
-from s2q.core.headers import TensorInfo, read_folder_headers
+from s2q.core.headers import TensorInfo, read_headers
 from s2q.core.layout import TENSOR_DTYPES, InputLayout
 from s2q.core.packing import packed_width
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.core.storage import BF16_BYTES, LinearStorage
+from s2q.core.weights import weight_files
 
 SCHEMA_VERSION = 1
 
@@ -62,11 +63,12 @@ class CheckpointReport:
         return asdict(self)
 
 
-def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> CheckpointReport:
+def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: bool = False) -> CheckpointReport:
     """Look into a checkpoint without loading it.
 
     Args:
         path: The checkpoint's folder.
+        variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
         verify: Whether to hash every file and compare with the manifest.
 
     Returns:
@@ -83,7 +85,10 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False) -> CheckpointR
     layers: tuple[LinearStorage, ...] = ()
     storage: dict[str, int | float] = {}
     try:
-        found = [_transformer(folder, component, configs.get(component)) for component in stored_transformers(folder)]
+        found = [
+            _transformer(folder, component, configs.get(component), variant=variant)
+            for component in stored_transformers(folder)
+        ]
         layers = tuple(layer for one in found for layer in one.layers)
         num_bytes, values = sum(one.num_bytes for one in found), sum(one.values for one in found)
         storage = _storage(layers, quantized=num_bytes, values=values)
@@ -116,9 +121,9 @@ class _Transformer:
     values: int
 
 
-def _transformer(folder: Path, component: str, config: S2QConfig | None) -> _Transformer:
+def _transformer(folder: Path, component: str, config: S2QConfig | None, *, variant: str | None) -> _Transformer:
     """Look into a transformer; one without a configuration is in full precision."""
-    tensors = read_folder_headers(folder / component)
+    tensors = read_headers(weight_files(folder / component, variant=variant))
     linears, values = _linears(component, read_transformer_config(folder, component))
     schemes = {} if config is None else config.layer_schemes()
     layouts = {} if config is None else config.layer_layouts()

@@ -12,28 +12,36 @@ import torch
 from s2q.checkpoint.config import QuantMethod, S2QConfig
 from s2q.checkpoint.manifest import check_intact
 from s2q.core.components import TRANSFORMERS
-from s2q.core.errors import InvalidInputError, first_line
+from s2q.core.errors import InvalidInputError
+from s2q.core.loading_errors import loading_error
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
 def load_pipeline(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", verify: bool = True
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    device: str = "cpu",
+    verify: bool | None = None,
 ) -> DiffusionPipeline:
     """Load a checkpoint as a pipeline.
 
     Args:
         path: The checkpoint's folder.
         dtype: Compute dtype; None takes the one that the model had when it was quantized.
+        variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
         device: Where to put the pipeline.
-        verify: Whether to hash every file first and compare with the manifest.
+        verify: See `check_intact`.
 
     Returns:
         The pipeline, its progress bar switched off.
 
     Raises:
         InvalidInputError: If the folder is no s2q checkpoint, or a file is missing, damaged or altered (names it).
+        ResourceError: If memory or a package that a component needs is missing.
     """
     from diffusers import DiffusionPipeline
 
@@ -42,15 +50,12 @@ def load_pipeline(
     register()
     folder = Path(path)
     config, *_ = read_configs(folder).values()
-    if verify:
-        check_intact(folder)
+    check_intact(folder, verify=verify)
     try:
         compute_dtype = dtype or getattr(torch, config.compute_dtype)
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=compute_dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise InvalidInputError(
-            f"{folder}: cannot be loaded ({first_line(error)}); download or quantize the model again"
-        ) from error
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=compute_dtype, variant=variant, use_safetensors=True)
+    except Exception as error:
+        raise loading_error(folder, error, remedy="download or quantize the model again") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -5,12 +5,16 @@ safetensors has no checksum: flipped bits in the payload, and some in the header
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from s2q.core.errors import InvalidInputError
 from s2q.core.files import atomic_write_json, sha256_file
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = Path("s2q/manifest.json")
 SCHEMA_VERSION = 1
@@ -88,6 +92,8 @@ def verify_manifest(folder: Path) -> list[str]:
     Raises:
         InvalidInputError: If the manifest itself cannot be read.
     """
+    if not (folder / MANIFEST).exists():
+        raise _no_manifest(folder)
     listed = read_manifest(folder)
     present = _files(folder)
     problems = []
@@ -104,19 +110,47 @@ def verify_manifest(folder: Path) -> list[str]:
     return sorted(problems)
 
 
-def check_intact(folder: Path) -> None:
+def check_intact(folder: Path, *, verify: bool | None = None) -> None:
     """Refuse a checkpoint whose files differ from its manifest; edits of the model card are allowed.
+
+    diffusers writes no manifest when it saves a checkpoint again, with another scheduler for example.
 
     Args:
         folder: The checkpoint.
+        verify: None hashes the files of a checkpoint with a manifest, and warns of one without; True refuses one
+            without; False checks nothing.
 
     Raises:
-        InvalidInputError: If anything that loading reads differs; names the first files.
+        InvalidInputError: If anything that loading reads differs (names the first files), or there is no manifest and
+            `verify` is True.
     """
+    if verify is False:
+        return
+    if not (folder / MANIFEST).exists():
+        if verify:
+            raise _no_manifest(folder)
+        _warn_once(f"{folder}: has no {MANIFEST}, as diffusers saves it, so its files are not verified")
+        return
     problems = [problem for problem in verify_manifest(folder) if not problem.startswith(f"{CARD}:")]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise InvalidInputError(f"{folder}: {'; '.join(problems[:3])}{more}; download or quantize the model again")
+        raise InvalidInputError(
+            f"{folder}: {'; '.join(problems[:3])}{more}; download or quantize the model again, or pass --no-verify "
+            "(verify=False) if you changed it yourself"
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Warn once a process: evaluations load a checkpoint several times."""
+    logger.warning(message)
+
+
+def _no_manifest(folder: Path) -> InvalidInputError:
+    return InvalidInputError(
+        f"{folder}: has no {MANIFEST}, so nothing can be verified; a checkpoint that diffusers saved again has none: "
+        "verify the one that it was loaded from, or leave out --verify (verify=True)"
+    )
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -21,6 +21,7 @@ def render_model_card(
     source: str,
     recipe: Mapping[str, Any],
     report: Mapping[str, Any],
+    revision: str | None = None,
     base_folder: Path | None = None,
 ) -> str:
     """Write the text of a model card.
@@ -32,6 +33,7 @@ def render_model_card(
             the pipeline class (a pipeline from memory) is no model and stays out of it.
         recipe: The resolved recipe.
         report: The run's report; needs `storage`, and may have `metrics` as in eval.json, which make the table.
+        revision: Commit of the original on the Hub, which the text links to; None if it is not there.
         base_folder: Folder of the original, whose card gives the licence; None if there is none.
 
     Returns:
@@ -47,12 +49,13 @@ def render_model_card(
         keep_trailing_newline=True,
     )
     is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    at = "" if revision is None else f"/tree/{revision}"
     text = environment.get_template("model_card.md.j2").render(
         base_model=None if source == pipeline_class else source,
         licence=_licence(base_folder),
         recipe=recipe,
         title=f"{source.rpartition('/')[2]}, quantized with {recipe['name']}",
-        origin=f"[{source}](https://huggingface.co/{source})" if is_hub_id else f"`{source}`",
+        origin=f"[{source}](https://huggingface.co/{source}{at})" if is_hub_id else f"`{source}`",
         homepage=HOMEPAGE,
         layers=schemes.total(),
         schemes=dict(schemes),

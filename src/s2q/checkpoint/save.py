@@ -31,6 +31,7 @@ class CheckpointRecords:
 
     Attributes:
         source: Name of what was quantized: an embedded name, a Hub id, a folder's name.
+        revision: Its commit, for a model on the Hub; else None.
         recipe: The resolved recipe, for s2q/recipe.json.
         report: The run's report, for s2q/report.json; `storage` and `metrics` are shown on the model card.
         events: The run's events in order, for s2q/events.jsonl.
@@ -43,6 +44,7 @@ class CheckpointRecords:
     report: Mapping[str, Any]
     events: Sequence[Mapping[str, Any]] = ()
     base_folder: Path | None = None
+    revision: str | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -82,6 +84,7 @@ def save_checkpoint(
             *configs,
             pipeline_class=type(pipe).__name__,
             source=records.source,
+            revision=records.revision,
             recipe=records.recipe,
             report=records.report,
             base_folder=records.base_folder,

@@ -39,7 +39,7 @@ class Backend(StrEnum):
 
 
 Model = Annotated[
-    str, typer.Option("-m", "--model", help="Embedded name, diffusers folder or Hub id.", metavar="MODEL")
+    str, typer.Option("-m", "--model", help="Embedded name, diffusers folder or Hub id (@revision).", metavar="MODEL")
 ]
 RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="Recipe name, or a YAML file.", metavar="RECIPE")]
 Overrides = Annotated[
@@ -52,6 +52,17 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option("--dtype", help="Compute dtype; default: the stored one, float32 where a CPU emulates it."),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", help="Variant of the weights, fp16; default: those without one.", metavar="NAME"),
+]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Compare an s2q checkpoint with its manifest; default: if it has one. --verify requires one.",
+    ),
 ]
 MemoryBudget = Annotated[
     str | None,
@@ -148,6 +159,7 @@ def plan(
     recipe: RecipeName = "s2q-w4a6",
     overrides: Overrides = None,
     dtype: DtypeOption = None,
+    variant: Variant = None,
     device: Device = "auto",
     device_memory: Annotated[
         str | None,
@@ -164,7 +176,7 @@ def plan(
     """Show layers, bits, storage and memory before any compute."""
     from s2q.cli import commands
 
-    options = _given(locals(), "dtype", "device", "device_memory", "memory_budget", "measure", "prompts")
+    options = _given(locals(), "dtype", "variant", "device", "device_memory", "memory_budget", "measure", "prompts")
     commands.plan(model, recipe, overrides=overrides, options=options, as_json=as_json)
 
 
@@ -178,6 +190,7 @@ def quantize(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = None,
+    variant: Variant = None,
     memory_budget: MemoryBudget = None,
     resume: Resume = True,
     overwrite: Overwrite = False,
@@ -188,7 +201,7 @@ def quantize(
     """Quantize a model into a checkpoint that diffusers loads."""
     from s2q.cli import commands
 
-    options = _given(locals(), "seed", "device", "dtype", "memory_budget", "resume", "overwrite", "dry_run")
+    options = _given(locals(), "seed", "device", "dtype", "variant", "memory_budget", "resume", "overwrite", "dry_run")
     commands.quantize(
         model, recipe, output, prompts=prompts, samples=samples, overrides=overrides, options=options, as_json=as_json
     )
@@ -217,6 +230,8 @@ def generate(
     save_latents: Annotated[bool, typer.Option("--save-latents", help="Also write latents.safetensors.")] = False,
     device: Device = "auto",
     dtype: DtypeOption = None,
+    variant: Variant = None,
+    verify: Verify = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -224,9 +239,8 @@ def generate(
     from s2q.cli import commands
 
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
-    options = _given(
-        locals(), "seed", "backend", "attention", "fps", "save_latents", "device", "dtype", "overwrite", "as_json"
-    )
+    options = _given(locals(), "seed", "backend", "attention", "fps", "save_latents", "device", "dtype", "variant")
+    options |= _given(locals(), "verify", "overwrite", "as_json")
     commands.generate(model, output, prompt=prompt or [], prompts=prompts, settings=settings, options=options)
 
 
@@ -264,6 +278,8 @@ def evaluate(
     guidance_scale: Guidance = None,
     device: Device = "auto",
     dtype: DtypeOption = None,
+    variant: Variant = None,
+    verify: Verify = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -273,6 +289,7 @@ def evaluate(
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
     options = _given(locals(), "num_prompts", "seeds", "metrics", "device", "dtype", "overwrite", "as_json")
     options |= _given(locals(), "lpips_weights", "clip", "vbench_python", "vbench_dims", "vbench_cache")
+    options |= _given(locals(), "variant", "verify")
     commands.evaluate(model, reference, output, prompts=prompts, settings=settings, options=options)
 
 
@@ -290,7 +307,7 @@ def compare(
         typer.Option(
             "-m",
             "--model",
-            help="The full-precision model: embedded name, diffusers folder or Hub id.",
+            help="The full-precision model: embedded name, diffusers folder or Hub id (@revision).",
             metavar="MODEL",
         ),
     ] = "shapes-cogvideox",
@@ -330,6 +347,8 @@ def compare(
     guidance_scale: Guidance = None,
     device: Device = "auto",
     dtype: DtypeOption = None,
+    variant: Variant = None,
+    verify: Verify = None,
     processes: Processes = 1,
     resume: Resume = True,
     overwrite: Annotated[
@@ -343,7 +362,7 @@ def compare(
 
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
     options = _given(locals(), "num_prompts", "seeds", "samples", "seed", "overrides", "metrics", "device", "dtype")
-    options |= _given(locals(), "lpips_weights", "clip", "calibration_prompts")
+    options |= _given(locals(), "lpips_weights", "clip", "calibration_prompts", "variant", "verify")
     options |= _given(locals(), "processes", "resume", "overwrite", "dry_run")
     run_compare(
         [*(entries or ()), *(recipes or ())],
@@ -406,6 +425,7 @@ def bench(
         float, typer.Option("--seconds", help="No new round after this time, from the third on.", min=0, metavar="X")
     ] = 10.0,
     device: Device = "auto",
+    variant: Variant = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="JSON file to write, or to go on with.", metavar="FILE")
     ] = Path("bench.json"),
@@ -416,19 +436,20 @@ def bench(
     from s2q.cli.bench import run_bench
 
     options = _given(locals(), "ops", "recipes", "backends", "attention", "tokens", "blocks", "repeats", "seconds")
-    run_bench(output, model=model, options=options | _given(locals(), "device", "again", "as_json"))
+    run_bench(output, model=model, options=options | _given(locals(), "device", "variant", "again", "as_json"))
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Checkpoint folder.", metavar="PATH")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id (@revision).", metavar="MODEL")],
+    variant: Variant = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the manifest.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what is inside a checkpoint."""
     from s2q.cli import commands
 
-    commands.inspect(path, verify=verify, as_json=as_json)
+    commands.inspect(model, variant=variant, verify=verify, as_json=as_json)
 
 
 def _given(values: dict[str, Any], *names: str) -> dict[str, Any]:

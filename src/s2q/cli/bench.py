@@ -25,8 +25,8 @@ def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> No
     Args:
         out: JSON file to write; results that are in it are not measured again.
         model: What to measure; None takes published shapes and the embedded model.
-        options: `ops`, `recipes`, `backends`, `attention`, `tokens`, `blocks`, `repeats`, `seconds`, `device`, `again`,
-            `as_json`.
+        options: `ops`, `recipes`, `backends`, `attention`, `tokens`, `blocks`, `repeats`, `seconds`, `device`,
+            `variant`, `again`, `as_json`.
     """
     from s2q import benchmarking as bench
     from s2q.evaluation import generation_defaults
@@ -53,7 +53,7 @@ def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> No
         attention=options["attention"],
         generation=generation_defaults(model or bench.DEFAULT_MODEL),
     )
-    cases = bench.make_cases(model, ops, settings)
+    cases = bench.make_cases(model, ops, settings, variant=options["variant"])
     if not cases:
         raise InvalidInputError(
             f"nothing to measure: none of {', '.join(ops)} has a backend among {', '.join(backends)} that runs here, "

@@ -42,7 +42,9 @@ def plan(
             )
         result = _measured_plan(model, recipe, machine, changes=changes, options=options).to_dict()
     else:
-        result = make_plan(model, recipe, overrides=changes, dtype=options["dtype"], machine=machine).to_dict()
+        result = make_plan(
+            model, recipe, overrides=changes, dtype=options["dtype"], variant=options["variant"], machine=machine
+        ).to_dict()
     output.emit_json(result) if as_json else output.show_plan(result)
 
 
@@ -54,7 +56,8 @@ def _measured_plan(model: str, recipe: str, machine: Any, *, changes: Sequence[s
     from s2q.quantization.measure import measured
     from s2q.recipes import load_recipe
 
-    source, validated = resolve_model(model), load_recipe(recipe, overrides=changes)
+    source = resolve_model(model, variant=options["variant"])
+    validated = load_recipe(recipe, overrides=changes)
     planned = make_plan(source, validated, dtype=options["dtype"], machine=machine)
     check_memory(planned)
     prompts = None if options["prompts"] is None else read_prompts(options["prompts"])
@@ -126,15 +129,18 @@ def generate(
     from s2q.evaluation.prompts import check_distinct
     from s2q.evaluation.sources import frame_rate_of, generation_defaults
     from s2q.loading import load_pipeline
+    from s2q.models import resolve_model
 
     console.quiet_libraries()
     texts = read_prompts(prompts) if prompts is not None else list(prompt)
     check_distinct(texts)
-    recommended = generation_defaults(model)
+    source = resolve_model(model, variant=options["variant"])
+    recommended = generation_defaults(source)
     pipe = load_pipeline(
-        model,
+        source,
         dtype=options["dtype"],
         device=device,
+        verify=options["verify"],
         backend=options["backend"],
         attention_backend=options["attention"],
     )
@@ -144,7 +150,7 @@ def generate(
         staged_directory(out, overwrite=options["overwrite"], owned=_OWNED) as staged,
     ):
         videos = run(pipe, texts, seeds=(options["seed"],), settings=asked, progress=report)
-        described = {"model": model, "frame_rate": options["fps"] or frame_rate_of(model), "output": str(out)}
+        described = {"model": model, "frame_rate": options["fps"] or frame_rate_of(source), "output": str(out)}
         record = write_videos(
             staged, videos, described=described, save_latents=options["save_latents"], progress=report
         )
@@ -220,34 +226,36 @@ def evaluate(
     from s2q.evaluation.learned import learned_names
     from s2q.evaluation.sources import frame_rate_of, quantization_scheme
     from s2q.models import resolve_model
-    from s2q.planning.plan import check_full_precision
+    from s2q.models.source import check_full_precision
 
     console.quiet_libraries()
     weights = {"lpips": options["lpips_weights"], "clip": options["clip"]}
     selected_metrics(names, learned=learned_names(**{name: path is not None for name, path in weights.items()}))
-    resolve_model(model)
-    check_full_precision(resolve_model(reference))
-    texts = read_prompts(prompts) if prompts is not None else default_prompts(reference, count=options["num_prompts"])
+    variant = options["variant"]
+    ours, theirs = resolve_model(model, variant=variant, needs_variant=False), resolve_model(reference, variant=variant)
+    check_full_precision(theirs)
+    texts = read_prompts(prompts) if prompts is not None else default_prompts(theirs, count=options["num_prompts"])
     planned = judges.vbench_plan(
         out,
         texts,
         seeds=options["seeds"],
         device=device,
         num_frames=settings.get("num_frames"),
-        frame_rate=frame_rate_of(reference),
+        frame_rate=frame_rate_of(theirs),
         options=options,
     )
     how = EvaluationOptions(
         metrics=tuple(names),
         settings=settings,
         dtype=options["dtype"],
+        verify=options["verify"],
         device=device,
         lpips_weights=weights["lpips"],
         clip=weights["clip"],
         video_done=judges.keep_for(planned),
     )
     with console.progress() as report, output_lock(out):
-        result = run(model, reference, prompts=texts, seeds=range(options["seeds"]), options=how, progress=report)
+        result = run(ours, theirs, prompts=texts, seeds=range(options["seeds"]), options=how, progress=report)
         atomic_write_json(out, result)
         if planned is not None:
             result = judges.with_vbench(planned, result, progress=report)
@@ -255,21 +263,19 @@ def evaluate(
     if options["as_json"]:
         output.emit_json(result)
     else:
-        output.show_evaluation(result, scheme=quantization_scheme(model))
+        output.show_evaluation(result, scheme=quantization_scheme(ours))
     console.say(f"written to {out}")
 
 
-def inspect(path: Path, *, verify: bool, as_json: bool) -> None:
+def inspect(model: str, *, variant: str | None, verify: bool, as_json: bool) -> None:
     """Run `s2q inspect`; a checkpoint that differs from its manifest is invalid input."""
-    from s2q.checkpoint import inspect_checkpoint
+    from s2q.loading import inspect_model
 
-    if not path.is_dir():
-        raise InvalidInputError(f"{path}: there is no such folder; pass a checkpoint folder")
-    result = inspect_checkpoint(path, verify=verify)
+    result = inspect_model(model, variant=variant, verify=verify)
     output.emit_json(result.to_dict()) if as_json else output.show_inspection(result.to_dict())
     if result.problems:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
-        raise InvalidInputError(f"{path} differs from its manifest: {result.problems[0]}{more}")
+        raise InvalidInputError(f"{model} differs from its manifest: {result.problems[0]}{more}")
 
 
 def resolve_device(name: str) -> str:

@@ -11,14 +11,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from s2q.checkpoint import inspect_checkpoint
+from s2q.checkpoint import QUANT_METHOD, inspect_checkpoint
 from s2q.checkpoint.manifest import MANIFEST
+from s2q.comparing.widths import foreign_width, recipe_width
 from s2q.core.errors import InvalidInputError, nearest_names, unknown_name
 from s2q.core.files import sha256_file
 from s2q.core.headers import tensors_digest
 from s2q.loading import check_model
 from s2q.models import ModelSource, resolve_model
-from s2q.models.source import HUB_ID
+from s2q.models.hub import parse_hub_id
 from s2q.recipes import Recipe, load_recipe, recipe_names
 from s2q.recipes.variants import SEPARATOR
 from s2q.shapes.embedded import EMBEDDED_NAMES
@@ -68,9 +69,7 @@ class Entry:
     @property
     def path(self) -> str | None:
         """What the checkpoint is loaded by, wherever the process is; None for a recipe."""
-        if self.source is None:
-            return None
-        return str(self.source.folder.resolve()) if self.source.kind == "folder" else self.given
+        return None if self.source is None else self.source.pinned
 
     def identity(self) -> dict[str, Any]:
         """Return what its results depend on, as plain data: the recipe, or what the checkpoint holds."""
@@ -80,7 +79,9 @@ class Entry:
         return {"checkpoint": content_of(self.source)}
 
 
-def find_entries(given: Sequence[str], *, overrides: Sequence[str] = ()) -> list[Entry]:
+def find_entries(
+    given: Sequence[str], *, overrides: Sequence[str] = (), variant: str | None = None, verify: bool | None = None
+) -> list[Entry]:
     """Find everything that is to be compared.
 
     Args:
@@ -88,6 +89,8 @@ def find_entries(given: Sequence[str], *, overrides: Sequence[str] = ()) -> list
             ids of checkpoints, or embedded models.
         overrides: Changes to the recipes; those to a group that a recipe does without (`activations`, `calibration`,
             `distillation`, `refinement`) are not made to it.
+        variant: Variant of the weights of models that have it.
+        verify: What is verified of s2q checkpoints; see `s2q.loading.load_pipeline`.
 
     Returns:
         The entries in the order in which they were given.
@@ -95,11 +98,12 @@ def find_entries(given: Sequence[str], *, overrides: Sequence[str] = ()) -> list
     Raises:
         InvalidInputError: Nothing has such a name (the message has the nearest ones), something is named twice, or a
             recipe or a checkpoint is not what it should be.
+        ResourceError: A package that a component of a checkpoint needs is not installed.
     """
     entries: list[Entry] = []
     used: set[str] = set()
     for text, expanded in _expanded(given):
-        entry, made = _entry(text, overrides)
+        entry, made = _entry(text, overrides, variant=variant, verify=verify)
         used |= set(made)
         if any(one.given == text for one in entries):
             if expanded:
@@ -112,51 +116,19 @@ def find_entries(given: Sequence[str], *, overrides: Sequence[str] = ()) -> list
     return _with_distinct_labels(entries)
 
 
-def check_same_architecture(entry: Entry, reference: ModelSource) -> None:
-    """Check that a checkpoint was made from a model of the reference's classes and dimensions.
-
-    Args:
-        entry: The checkpoint's entry.
-        reference: The full-precision model.
-
-    Raises:
-        InvalidInputError: It was not; says what differs.
-    """
-    assert entry.source is not None
-    remedy = "compare it with the model that it was made from"
-    ours, theirs = entry.source.transformer_configs, reference.transformer_configs
-    if ours.keys() != theirs.keys():
-        raise InvalidInputError(
-            f"{entry.given} has {' and '.join(ours)}, the reference {reference.name} has {' and '.join(theirs)}; "
-            f"{remedy}"
-        )
-    for component, config in ours.items():
-        base = theirs[component]
-        if config["_class_name"] != base["_class_name"]:
-            raise InvalidInputError(
-                f"{entry.given}: its {component} is a {config['_class_name']}, that of the reference {reference.name} "
-                f"a {base['_class_name']}; {remedy}"
-            )
-        for key in sorted(config.keys() & base.keys()):
-            if not key.startswith("_") and key != "quantization_config" and config[key] != base[key]:
-                raise InvalidInputError(
-                    f"{entry.given}: its {component} has {key}={config[key]}, that of the reference {reference.name} "
-                    f"{base[key]}; {remedy}"
-                )
-
-
 def content_of(source: ModelSource) -> Any:
     """Return what tells a model apart from others: the hash of its manifest, its commit on the Hub, or its files.
 
-    Of files, configurations are hashed, and of weights the start of every tensor: what trained a model further has
-    changed it, and reading all of it would take minutes.
+    Of files, configurations are hashed, and of the weights that are loaded the start of every tensor: what trained a
+    model further has changed it, and reading all of it would take minutes.
     """
-    if source.kind == "hub":
-        return source.folder.name
+    if source.hub is not None:
+        return source.folder.name if source.variant is None else f"{source.folder.name} {source.variant}"
     manifest = source.folder / MANIFEST
     if manifest.is_file():
         return sha256_file(manifest)
-    return content_of_files(source.folder, [*source.folder.glob("*.json"), *source.folder.glob("*/*")])
+    weights = (path for component in source.component_classes for path in source.weight_files(component))
+    return content_of_files(source.folder, {*source.folder.glob("*.json"), *source.folder.glob("*/*.json"), *weights})
 
 
 def content_of_files(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
@@ -198,22 +170,24 @@ def _expanded(given: Sequence[str]) -> list[tuple[str, bool]]:
     return [(text, expanded) for text, expanded in found if not (expanded and text in explicit)]
 
 
-def _entry(text: str, overrides: Sequence[str]) -> tuple[Entry, Sequence[str]]:
+def _entry(
+    text: str, overrides: Sequence[str], *, variant: str | None, verify: bool | None
+) -> tuple[Entry, Sequence[str]]:
     path, names = Path(text).expanduser(), recipe_names()
     is_file = text.endswith(_FILE_SUFFIXES) and not path.is_dir()
     if is_file or text.partition(SEPARATOR)[0] in names:
         plain = load_recipe(text)
         made = [one for one in overrides if _is_for(plain, one)]
         recipe = load_recipe(text, overrides=made)
-        width = _width(recipe.resolved())
+        width = recipe_width(recipe.resolved())
         label = _as_file_name(recipe.name)
         return Entry(label=label, given=text, recipe=recipe, overrides=tuple(made), source=None, width=width), made
-    if not (path.exists() or text in EMBEDDED_NAMES or HUB_ID.fullmatch(text)):
+    if not (path.exists() or text in EMBEDDED_NAMES or parse_hub_id(text)):
         if "/" in text:
             raise InvalidInputError(f"{text}: no such checkpoint folder; recipes of the package: {', '.join(names)}")
         raise unknown_name("recipe", text, names)
-    source = resolve_model(text)
-    check_model(source)
+    source = resolve_model(text, variant=variant, needs_variant=False)
+    check_model(source, verify=verify)
     label = _as_file_name(path.resolve().name if source.kind == "folder" else text)
     return Entry(label=label, given=text, recipe=None, overrides=(), source=source, width=_stored_width(source)), ()
 
@@ -244,21 +218,15 @@ def _as_file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.") or "entry"
 
 
-def _width(recipe: Mapping[str, Any]) -> str:
-    activations = recipe.get("activations")
-    return f"w{recipe['weights']['num_bits']}a{activations['num_bits'] if activations else 16}"
-
-
 def _stored_width(source: ModelSource) -> str:
     """The width of a checkpoint: what its recipe says, else what most of its quantized weights have."""
-    method = (source.quantization or {}).get("quant_method")
-    if method != "s2q":
-        return str(method or "not quantized")
+    if (source.quantization or {}).get("quant_method") != QUANT_METHOD:
+        return foreign_width(source.quantization)
     recipe = source.complete_folder() / "s2q" / "recipe.json"
     if recipe.is_file():
-        return _width(json.loads(recipe.read_text(encoding="utf-8")))
+        return recipe_width(json.loads(recipe.read_text(encoding="utf-8")))
     sizes: dict[str, int] = {}
-    for layer in inspect_checkpoint(source.complete_folder()).layers:
+    for layer in inspect_checkpoint(source.complete_folder(), variant=source.variant).layers:
         name = re.sub(r"g\d+", "", layer.scheme)
         sizes[name] = sizes.get(name, 0) + layer.shape[0] * layer.shape[1]
     return max(sizes, key=lambda name: sizes[name])

@@ -70,11 +70,13 @@ def command_of(setup: Setup, options: CompareOptions, *, has_prompts: bool, out:
     words += ["--seeds", options.seeds]
     if options.calibration_prompts is not None:
         words += ["--calibration-prompts", "FILE"]
-    plain = ("samples", "device", "dtype", "lpips_weights", "clip")
+    plain = ("samples", "device", "dtype", "variant", "lpips_weights", "clip")
     given = {name: getattr(options, name) for name in plain} | dict(options.settings)
     for name, value in (given | {"seed": options.seed or None}).items():
         flag = "steps" if name == "num_inference_steps" else name.replace("_", "-")
         words += [] if value is None else [f"--{flag}", value]
     words += [word for override in options.overrides for word in ("--set", override)]
+    if options.verify is not None:
+        words.append("--verify" if options.verify else "--no-verify")
     words += ["--metrics", ",".join(options.metrics)] if options.metrics else []
     return " ".join(shlex.quote(str(word)) for word in [*words, "-o", out])

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from s2q.checkpoint import inspect_checkpoint
 from s2q.comparing.entries import Entry
 from s2q.comparing.folder import CompareFolder
 from s2q.comparing.setup import SCHEMA_VERSION, SHARD_PROMPTS, RunPlan, Setup
-from s2q.core.errors import InvalidInputError, S2QError
+from s2q.core.errors import S2QError
 from s2q.core.files import atomic_write_json
 from s2q.evaluation.comparison import DEFINITIONS, HIGHER_IS_BETTER, compare_group
 from s2q.evaluation.measured import joined
@@ -80,7 +79,7 @@ def build_result(
             "dtype": None if any_evaluation is None else any_evaluation["settings"]["dtype"],
             "device": plan.device,
             "shard_prompts": SHARD_PROMPTS,
-            "frame_rate": frame_rate_of(plan.model),
+            "frame_rate": frame_rate_of(setup.source),
             "interval": INTERVAL,
         },
         "definitions": {**DEFINITIONS, "seconds": _SECONDS, "storage": _STORAGE, "simulated": _SIMULATED},
@@ -114,7 +113,6 @@ def _groups(
 
 def entry_plan(setup: Setup, entry: Entry) -> dict[str, Any]:
     """Return what is known of an entry before any compute."""
-    planned = setup.planned.get(entry.label)
     return {
         "label": entry.label,
         "recipe": None if entry.recipe is None else entry.recipe.name,
@@ -122,9 +120,17 @@ def entry_plan(setup: Setup, entry: Entry) -> dict[str, Any]:
         "description": entry.description,
         "overrides": list(entry.overrides),
         "width": entry.width,
-        "storage": None if planned is None else dict(planned.storage),
+        "storage": _storage(setup, entry),
         "error": setup.obstacles.get(entry.label),
     }
+
+
+def _storage(setup: Setup, entry: Entry) -> dict[str, Any] | None:
+    """The bytes of a checkpoint's transformers as they are stored, whoever made it; those that a recipe will take."""
+    if entry.source is not None:
+        return entry.source.storage()
+    planned = setup.planned.get(entry.label)
+    return None if planned is None else dict(planned.storage)
 
 
 def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> dict[str, Any]:
@@ -132,8 +138,10 @@ def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> 
     described |= {"simulated": False, "seconds": None, "calibration": None, "metrics": {}, "evaluation": None}
     if entry.label in setup.obstacles:
         return described
-    path = resolve_model(folder.model_of(plan, entry.label)).folder if _exists(folder, plan, entry) else None
-    report = _report(path)
+    source = entry.source
+    if source is None and folder.checkpoint(entry.label).is_dir():
+        source = resolve_model(folder.checkpoint(entry.label))
+    report = {} if source is None else _report(source.folder)
     described["simulated"] = bool(report.get("simulated", False))
     if report:
         selection = report.get("selection") or {}
@@ -142,29 +150,16 @@ def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> 
         )
         described["calibration"] = {"n_prompts": report["n_prompts"], "samples": selection.get("samples")}
         described["storage"] = report["storage"]
-    elif path is not None:
-        described["storage"] = _inspected_storage(path)
     return described
 
 
-def _exists(folder: CompareFolder, plan: RunPlan, entry: Entry) -> bool:
-    return entry.source is not None or Path(folder.model_of(plan, entry.label)).is_dir()
-
-
-def _report(path: Path | None) -> dict[str, Any]:
+def _report(path: Path) -> dict[str, Any]:
     """The report of the run that made a checkpoint; nothing if there is none."""
-    file = None if path is None else path / "s2q" / "report.json"
-    if file is None or not file.is_file():
+    file = path / "s2q" / "report.json"
+    if not file.is_file():
         return {}
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content
-
-
-def _inspected_storage(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(inspect_checkpoint(path).storage)
-    except InvalidInputError:  # a model of another kind
-        return None
 
 
 def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, Any]:

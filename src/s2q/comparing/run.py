@@ -125,6 +125,7 @@ def _quantize(folder: CompareFolder, setup: Setup, options: CompareOptions, repo
                 seed=options.seed,
                 device=options.device,
                 dtype=options.dtype,
+                variant=options.variant,
                 resume=options.resume,
                 overwrite=folder.checkpoint(entry.label).exists(),
             )
@@ -142,7 +143,7 @@ def _is_made(folder: CompareFolder, entry: Entry) -> bool:
     assert entry.recipe is not None
     path = folder.checkpoint(entry.label)
     try:
-        check_model(path)
+        check_model(path, verify=True)
         made_of = json.loads((path / "s2q" / "recipe.json").read_text(encoding="utf-8"))
     except (InvalidInputError, OSError, ValueError):
         return False

@@ -10,7 +10,7 @@ from typing import Any
 
 from s2q.calibration import check_prompts
 from s2q.calibration.settings import check_seeds
-from s2q.comparing.entries import Entry, check_same_architecture, content_of, content_of_files, find_entries
+from s2q.comparing.entries import Entry, content_of, content_of_files, find_entries
 from s2q.core.devices import check_device, emulated_dtypes
 from s2q.core.errors import InvalidInputError, S2QError, UsageError
 from s2q.core.files import sha256_file
@@ -19,11 +19,11 @@ from s2q.evaluation.generate import batch_size_for, settings_for
 from s2q.evaluation.learned import open_judges
 from s2q.evaluation.prompts import check_distinct
 from s2q.evaluation.summary import version_of, versions
-from s2q.loading import load_pipeline
+from s2q.loading import check_model, load_pipeline
 from s2q.models import ModelSource, family_of, resolve_model
-from s2q.models.source import dtype_name, parse_dtype
+from s2q.models.architecture import architecture_of, check_comparable, warn_of_scheduler
+from s2q.models.source import check_full_precision, dtype_name, parse_dtype
 from s2q.planning import Plan, check_memory
-from s2q.planning.plan import check_full_precision
 from s2q.quantization import quantize
 from s2q.shapes.embedded import EMBEDDED_NAMES
 
@@ -33,6 +33,7 @@ SCHEMA_VERSION = 1
 SHARD_PROMPTS = 8
 """Prompts that are evaluated together; results do not depend on how many processes share the shards."""
 
+_NOT_COMMON = ("entries", "paths", "variant", "verify")
 _PACKAGES = ("s2q", "torch", "diffusers", "transformers")
 
 
@@ -54,6 +55,9 @@ class CompareOptions:
         settings: Generation settings that differ from the model's own, by field name of `GenerationSettings`.
         device: Device; with several processes and "cuda", the GPUs take turns.
         dtype: Compute dtype; None is the one that the reference is stored in, float32 where the device emulates that.
+        variant: Variant of the weights, "fp16"; the reference must have it, and a checkpoint that has it is loaded in
+            it too.
+        verify: What is verified of s2q checkpoints; see `s2q.loading.load_pipeline`.
         processes: Processes that share the prompts.
         resume: Whether to go on with what an interrupted run has finished.
         overwrite: Whether an earlier, different comparison in the folder may be replaced.
@@ -72,6 +76,8 @@ class CompareOptions:
     settings: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     dtype: str | None = None
+    variant: str | None = None
+    verify: bool | None = None
     processes: int = 1
     resume: bool = True
     overwrite: bool = False
@@ -98,6 +104,8 @@ class RunPlan:
         versions: Versions of the packages that decide results.
         entries: What each entry's results depend on, by label.
         paths: What checkpoints are loaded by, by label; no result depends on it.
+        variant: Variant of the weights; `content` and `entries` tell what is loaded.
+        verify: What is verified of checkpoints that were given; no result depends on it.
     """
 
     model: str
@@ -115,6 +123,8 @@ class RunPlan:
     versions: Mapping[str, str]
     entries: Mapping[str, Any]
     paths: Mapping[str, str]
+    variant: str | None = None
+    verify: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, with its `schema_version`."""
@@ -126,7 +136,7 @@ class RunPlan:
 
     def common(self) -> dict[str, Any]:
         """Return what the results of all entries depend on."""
-        return {name: value for name, value in self.to_dict().items() if name not in ("entries", "paths")}
+        return {name: value for name, value in self.to_dict().items() if name not in _NOT_COMMON}
 
     def shards(self) -> list[list[str]]:
         """Return the prompts, `SHARD_PROMPTS` at a time."""
@@ -141,6 +151,7 @@ class Setup:
 
     Attributes:
         plan: What its results depend on.
+        source: The full-precision reference.
         entries: What is compared.
         planned: Plan of each recipe's quantization, by label.
         obstacles: Why a recipe cannot take the model, by label.
@@ -148,6 +159,7 @@ class Setup:
     """
 
     plan: RunPlan
+    source: ModelSource
     entries: tuple[Entry, ...]
     planned: Mapping[str, Plan]
     obstacles: Mapping[str, str]
@@ -184,28 +196,34 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
     learned = open_judges(lpips_weights=weights["lpips"], clip=weights["clip"], device="cpu").names
     metrics = selected_metrics(tuple(options.metrics), learned=learned)
     samples = () if options.samples is None else (f"calibration.samples={options.samples}",)
-    entries = find_entries(given, overrides=(*options.overrides, *samples))
-    source = resolve_model(model)
+    entries = find_entries(
+        given, overrides=(*options.overrides, *samples), variant=options.variant, verify=options.verify
+    )
+    source = resolve_model(model, variant=options.variant)
     check_full_precision(source)
+    check_model(source)
     family_of(source.transformer_class)
+    reference = architecture_of(source, label=source.name)
     for entry in entries:
         if entry.source is not None:
-            check_same_architecture(entry, source)
+            ours = architecture_of(entry.source, label=entry.given)
+            check_comparable(ours, reference)
+            warn_of_scheduler(ours, reference)
     texts = list(prompts) if prompts is not None else default_prompts(model, count=options.num_prompts)
     seeds = tuple(range(options.seeds))
     check_distinct(texts)
     check_seeds(seeds)
     _check_calibration(entries, source, options)
     pipe = _pipeline_to_ask(source)
-    settings = settings_for(pipe, options.settings, defaults=generation_defaults(model))
+    settings = settings_for(pipe, options.settings, defaults=generation_defaults(source))
     check_prompts(pipe, texts)
     if options.calibration_prompts is not None:
         check_prompts(pipe, options.calibration_prompts)
-    planned, obstacles = _plans(entries, model, options)
+    planned, obstacles = _plans(entries, source, options)
     calibration = options.calibration_prompts
     return Setup(
         plan=RunPlan(
-            model=model,
+            model=model if source.hub is None else source.pinned,
             content=content_of(source),
             prompts=tuple(texts),
             seeds=seeds,
@@ -220,7 +238,10 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
             versions={name: version for name, version in versions().items() if name in _PACKAGES},
             entries={entry.label: entry.identity() for entry in entries},
             paths={entry.label: entry.path for entry in entries if entry.path is not None},
+            variant=options.variant,
+            verify=options.verify,
         ),
+        source=source,
         entries=tuple(entries),
         planned=planned,
         obstacles=obstacles,
@@ -259,7 +280,9 @@ def _pipeline_to_ask(source: ModelSource) -> Any:
         return load_pipeline(source)
 
 
-def _plans(entries: Sequence[Entry], model: str, options: CompareOptions) -> tuple[dict[str, Plan], dict[str, str]]:
+def _plans(
+    entries: Sequence[Entry], source: ModelSource, options: CompareOptions
+) -> tuple[dict[str, Plan], dict[str, str]]:
     """Plan every recipe; one that cannot take the model does not keep the others from it."""
     planned: dict[str, Plan] = {}
     obstacles: dict[str, str] = {}
@@ -268,7 +291,7 @@ def _plans(entries: Sequence[Entry], model: str, options: CompareOptions) -> tup
             continue
         try:
             result = quantize(
-                model,
+                source,
                 recipe=entry.recipe,
                 prompts=options.calibration_prompts,
                 dry_run=True,

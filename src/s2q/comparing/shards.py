@@ -71,6 +71,8 @@ def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, *, device
             metrics=tuple(plan.metrics),
             settings=plan.settings,
             dtype=plan.dtype,
+            variant=plan.variant,
+            verify=plan.verify,
             device=device,
             lpips_weights=plan.judge("lpips"),
             clip=plan.judge("clip"),

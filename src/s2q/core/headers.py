@@ -7,6 +7,7 @@ header, so that a truncated file is found without reading it. Source: the safete
 import hashlib
 import json
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,20 +74,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_folder_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Read the headers of all safetensors files of a folder.
+def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:
+    """Read the headers of the files of one component.
 
     Args:
-        folder: The folder; its subfolders are not read.
+        paths: The files, as `weight_files` has them.
 
     Returns:
         Every tensor by name.
 
     Raises:
-        InvalidInputError: If a file is damaged or truncated.
+        InvalidInputError: If a file is missing, damaged or truncated; names the file.
     """
     tensors: dict[str, TensorInfo] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in paths:
         tensors.update(read_header(path))
     return tensors
 

@@ -28,6 +28,8 @@ from s2q.evaluation.recordings import Recordings
 from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
 from s2q.evaluation.summary import noise_pairs, summarise
 from s2q.loading import check_model, load_pipeline
+from s2q.models import ModelSource, resolve_model
+from s2q.models.architecture import Architecture, architecture_of, check_comparable, warn_of_scheduler
 from s2q.models.source import dtype_name
 
 VELOCITY = "velocity_relative_error"
@@ -51,6 +53,9 @@ class EvaluationOptions:
         batch_size: Videos per batch; None chooses by the number of video tokens.
         dtype: Compute dtype of models given by name; None is the reference's, for both: the stored one, or float32
             where the device emulates that.
+        variant: Variant of the weights of models given by name, "fp16"; the reference must have it, and a judged model
+            that has it is loaded in it too.
+        verify: What is verified of s2q checkpoints given by name; see `s2q.loading.load_pipeline`.
         device: Device of models given by name.
         trajectory_bytes: Memory for recorded trajectories; what is beyond it goes to a temporary folder.
         lpips_weights: File of LPIPS's weights; None for no `lpips`.
@@ -62,6 +67,8 @@ class EvaluationOptions:
     settings: Mapping[str, Any] | None = None
     batch_size: int | None = None
     dtype: str | None = None
+    variant: str | None = None
+    verify: bool | None = None
     device: str = "cpu"
     trajectory_bytes: int = _TRAJECTORY_BYTES
     lpips_weights: Path | None = None
@@ -74,7 +81,7 @@ class Teacher:
     """The reference's side, with which any number of models is compared; see `run_reference`.
 
     Attributes:
-        label: Name of the reference.
+        architecture: That of the reference, which models are checked against.
         jobs: Prompt and seed of every video.
         wanted: Metrics to compute.
         settings: The generation settings.
@@ -87,7 +94,7 @@ class Teacher:
         floor: See `Measured`.
     """
 
-    label: str
+    architecture: Architecture
     jobs: tuple[tuple[str, int], ...]
     wanted: tuple[str, ...]
     settings: GenerationSettings
@@ -112,8 +119,8 @@ def evaluate(
     """Compare a model with its full-precision reference.
 
     Args:
-        model: The student: a pipeline, or the name or folder of one.
-        reference: The teacher: a pipeline, or the name or folder of one.
+        model: The student: a pipeline, the name or folder of one, or a resolved source.
+        reference: The teacher: the same.
         prompts: Distinct prompts; by default 64 held-out captions, for models made from an embedded one.
         seeds: Every prompt is generated with every seed.
         options: Metrics, settings, dtype, device.
@@ -125,12 +132,38 @@ def evaluate(
         model also `evalcrafter`.
 
     Raises:
-        InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take.
+        InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take, or a model that was
+            not made from the reference; before anything is generated.
         S2QError: A model produced NaN or infinite values.
     """
-    if isinstance(model, (str, Path)):
-        check_model(model)  # before the reference generates for nothing
+    options = options or EvaluationOptions()
+    model, reference = _resolve_pair(model, reference, options=options)
     return next(evaluate_each([model], reference, prompts=prompts, seeds=seeds, options=options, progress=progress))
+
+
+def _resolve_pair(model: Any, reference: Any, *, options: EvaluationOptions) -> tuple[Any, Any]:
+    """Find a model and its reference, and check before any compute that they can be compared.
+
+    Args:
+        model: The student, as `evaluate` takes it.
+        reference: The teacher.
+        options: Their variant, and what is verified.
+
+    Returns:
+        Both, resolved where they were given by name.
+
+    Raises:
+        InvalidInputError: If one is unknown or damaged, or the model was not made from the reference.
+        ResourceError: If a package that a component needs is not installed.
+    """
+    reference, model = _resolved(reference, options), _resolved(model, options, needs_variant=False)
+    for one in (reference, model):
+        if isinstance(one, ModelSource):
+            check_model(one, verify=options.verify)
+    ours, theirs = (architecture_of(one, label=model_label(one)) for one in (model, reference))
+    check_comparable(ours, theirs)
+    warn_of_scheduler(ours, theirs)
+    return model, reference
 
 
 def evaluate_each(
@@ -206,7 +239,7 @@ def judge_model(
     """Generate with a model what its reference generated, and measure every video.
 
     Args:
-        model: The student: a pipeline, or the name or folder of one.
+        model: The student: a pipeline, the name or folder of one, or a resolved source.
         teacher: What `run_reference` returned.
         options: Those that the reference ran with.
         progress: See `evaluate`.
@@ -215,12 +248,12 @@ def judge_model(
         What was measured, of which `summarise` makes the content of `eval.json`.
 
     Raises:
-        InvalidInputError: The settings or the transformers do not fit the model.
+        InvalidInputError: The settings do not fit the model, or it was not made from the reference.
         S2QError: The model produced NaN or infinite values.
     """
     return Measured(
         model=model_label(model),
-        reference=teacher.label,
+        reference=teacher.architecture.label,
         videos=tuple(_run_student(model, options or EvaluationOptions(), teacher, progress)),
         floor=teacher.floor,
         settings=teacher.settings,
@@ -274,8 +307,16 @@ def selected_metrics(names: Sequence[str], *, learned: Sequence[str] = ()) -> tu
     return tuple(metric for metric in known if metric in chosen)
 
 
-def _open(model: Any, *, dtype: torch.dtype | str | None, device: str) -> Any:
-    return load_pipeline(model, dtype=dtype, device=device) if isinstance(model, (str, Path)) else model
+def _resolved(model: Any, options: EvaluationOptions, *, needs_variant: bool = True) -> Any:
+    if isinstance(model, (str, Path)):
+        return resolve_model(model, variant=options.variant, needs_variant=needs_variant)
+    return model
+
+
+def _open(model: Any, options: EvaluationOptions, *, dtype: torch.dtype | str | None) -> Any:
+    if not isinstance(model, ModelSource):
+        return model
+    return load_pipeline(model, dtype=dtype, device=options.device, verify=options.verify)
 
 
 def _run_teacher(
@@ -287,7 +328,9 @@ def _run_teacher(
     judges: Judges,
     progress: Progress | None,
 ) -> Teacher:
-    pipe = _open(reference, dtype=options.dtype, device=options.device)
+    reference = _resolved(reference, options)
+    pipe = _open(reference, options, dtype=options.dtype)
+    architecture = architecture_of(pipe, label=model_label(reference))
     dtype = pipe.transformer.dtype
     settings = settings_for(pipe, options.settings, defaults=generation_defaults(reference))
     check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in jobs)))
@@ -310,7 +353,7 @@ def _run_teacher(
         del pipe
         free_memory()
     return Teacher(
-        label=model_label(reference),
+        architecture=architecture,
         jobs=jobs,
         wanted=wanted,
         settings=settings,
@@ -326,9 +369,10 @@ def _run_teacher(
 
 def _run_student(model: Any, options: EvaluationOptions, teacher: Teacher, progress: Progress | None) -> list[Judged]:
     jobs = teacher.jobs
-    pipe = _open(model, dtype=teacher.dtype, device=options.device)
+    model = _resolved(model, options, needs_variant=False)
+    pipe = _open(model, options, dtype=teacher.dtype)
+    check_comparable(architecture_of(pipe, label=model_label(model)), teacher.architecture)
     settings = settings_for(pipe, teacher.settings, defaults={})
-    _check_transformers(transformers_of(pipe), teacher.recordings)
     check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in jobs)))
     size = teacher.batch_size
     tick = _counter("quantized", jobs, size, settings, progress)
@@ -354,16 +398,6 @@ def _handed_on(videos: list[Video], model: Any, options: EvaluationOptions) -> l
     for video in videos if options.video_done else ():
         options.video_done(model_label(model), video)
     return videos
-
-
-def _check_transformers(present: Mapping[str, Any], recordings: Recordings | None) -> None:
-    """Refuse a student that lacks a transformer which the teacher denoises with."""
-    called = set() if recordings is None else recordings.transformers
-    for component in sorted(called - present.keys()):
-        raise InvalidInputError(
-            f"the reference denoises with a {component}, which the model does not have; compare it with the model that "
-            "it was made from"
-        )
 
 
 def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS) -> dict[str, float | None]:

@@ -22,7 +22,7 @@ from s2q.calibration.trajectory import Trajectory
 from s2q.core.errors import InvalidInputError
 from s2q.evaluation.sources import generation_defaults
 from s2q.loading import load_pipeline
-from s2q.models import family_of
+from s2q.models import ModelSource, family_of, resolve_model
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the units done and the units in all."""
@@ -55,6 +55,7 @@ def generate(
     seeds: Sequence[int] = (0,),
     settings: GenerationSettings | Mapping[str, Any] | None = None,
     batch_size: int | None = None,
+    variant: str | None = None,
     progress: Progress | None = None,
 ) -> list[Video]:
     """Generate one video for every prompt and seed.
@@ -63,11 +64,12 @@ def generate(
     floating-point rounding only.
 
     Args:
-        model: A pipeline, or the name or folder of one.
+        model: A pipeline, the name or folder of one, or a resolved source.
         prompts: The prompts.
         seeds: Every prompt is generated with every seed.
         settings: Generation settings; missing ones are the model's own.
         batch_size: Videos per batch; by default as many as hold 4,096 video tokens together, 1 to 16.
+        variant: Variant of the weights of a model by name, "fp16".
         progress: Called after every denoising step.
 
     Returns:
@@ -78,7 +80,9 @@ def generate(
             more than prompts.
         S2QError: The model produced NaN or infinite latents.
     """
-    pipe = load_pipeline(model) if isinstance(model, (str, Path)) else model
+    if isinstance(model, (str, Path)):
+        model = resolve_model(model, variant=variant)
+    pipe = load_pipeline(model) if isinstance(model, ModelSource) else model
     resolved = settings_for(pipe, settings, defaults=generation_defaults(model))
     check_prompts(pipe, prompts)
     check_seeds(seeds)

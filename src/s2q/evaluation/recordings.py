@@ -29,12 +29,10 @@ class Recordings:
 
     Attributes:
         num_calls: Recorded calls in all.
-        transformers: Components that were called.
     """
 
     def __init__(self, *, memory_bytes: int) -> None:
         self.num_calls = 0
-        self.transformers: set[str] = set()
         self._memory_bytes = memory_bytes
         self._disk_bytes: int | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -52,7 +50,6 @@ class Recordings:
         """
         trajectory = replace(trajectory, frames=None)
         self.num_calls += len(trajectory.calls)
-        self.transformers |= {call.transformer for call in trajectory.calls}
         if self._memory_bytes > 0:
             self._memory_bytes -= trajectory.num_bytes
             self._batches.append(trajectory)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s2q.core.errors import InvalidInputError
-from s2q.models import family_of, resolve_model
+from s2q.models import ModelSource, family_of, resolve_model
 from s2q.shapes import embedded
 
 
@@ -16,6 +16,8 @@ def model_label(model: Any) -> str:
     """Return a short name for a model in reports: what the user wrote, or where a pipeline object came from."""
     if isinstance(model, (str, Path)):
         return str(model)
+    if isinstance(model, ModelSource):
+        return model.given
     return str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 
@@ -23,7 +25,7 @@ def generation_defaults(model: Any) -> dict[str, Any]:
     """Return the generation settings recommended for a model.
 
     Args:
-        model: A model's name or folder, or a pipeline object.
+        model: A model's name or folder, a resolved source, or a pipeline object.
 
     Returns:
         Fields of `GenerationSettings`; empty where nothing is recommended. A quantized folder has those of the model it
@@ -37,22 +39,21 @@ def frame_rate_of(model: Any) -> int:
     """Return the frames per second at which a model's videos move as they should.
 
     Args:
-        model: A model's name or folder, or a pipeline object.
+        model: A model's name or folder, a resolved source, or a pipeline object.
 
     Raises:
         InvalidInputError: There is no such model, or its family is not known.
     """
     if embedded_source(model) is not None:
         return embedded.FRAME_RATE
-    named = isinstance(model, (str, Path))
+    named = isinstance(model, (str, Path, ModelSource))
     return family_of(resolve_model(model).transformer_class if named else model.transformer).frame_rate
 
 
 def embedded_source(model: Any) -> str | None:
     """Return the embedded model that a model is or was made from, by name, folder or report; None if there is none."""
-    name = model_label(model)
-    folder = Path(name)
-    for candidate in (name, _quantized_source(folder)):
+    folder = _folder_of(model)
+    for candidate in (model_label(model), _quantized_source(folder)):
         if candidate in embedded.EMBEDDED_NAMES:
             return candidate
     for candidate in embedded.EMBEDDED_NAMES if folder.is_dir() else ():
@@ -63,9 +64,13 @@ def embedded_source(model: Any) -> str | None:
 
 def quantization_scheme(model: Any) -> str | None:
     """Return what most linears of a checkpoint are quantized to, "w4a6"; None for a model that is not a checkpoint."""
-    layers = _report(Path(model_label(model))).get("layers", [])
+    layers = _report(_folder_of(model)).get("layers", [])
     counts = Counter(layer["scheme"] for layer in layers)
     return counts.most_common(1)[0][0] if counts else None
+
+
+def _folder_of(model: Any) -> Path:
+    return model.folder if isinstance(model, ModelSource) else Path(model_label(model))
 
 
 def _quantized_source(folder: Path) -> str | None:

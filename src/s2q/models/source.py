@@ -1,15 +1,15 @@
-"""Where a model comes from: an embedded name, a diffusers pipeline folder, or a Hub id.
+"""Where a model comes from: an embedded name, a diffusers pipeline folder, or a Hub id with a revision.
 
-Resolving checks what can be checked without loading weights. The network is used only when a Hub id is given.
+Resolving checks what can be checked without loading weights. The network is used only when a Hub id is given. Weights
+are those that diffusers would load (`s2q.core.weights`), of the variant that was asked for.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from s2q.core.components import TRANSFORMERS
-from s2q.core.errors import InvalidInputError, first_line, unknown_name
-from s2q.core.headers import read_folder_headers
+from s2q.core.errors import InvalidInputError, ResourceError, first_line, unknown_name
+from s2q.core.headers import TensorInfo, read_headers
+from s2q.core.loading_errors import PACKAGES, is_installed, loading_error
+from s2q.core.storage import BF16_BYTES
+from s2q.core.weights import has_variant, variants_in, weight_files
+from s2q.models.hub import HubId, parse_hub_id
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Names of the compute dtypes that a model may be loaded in."""
 
 _HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_SETUP_PATTERNS = ("*.json", "*/*.json", "*.md", "LICENSE*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +39,47 @@ class ModelSource:
     """A resolved model.
 
     Attributes:
-        name: What to call it: the embedded name, the Hub id, or the folder's name.
+        name: What to call it: the embedded name, the Hub id without its revision, or the folder's name.
         kind: Where it comes from.
+        given: What the user wrote.
         folder: The pipeline folder with its configuration files; for a Hub id a cached copy that may lack weights.
+        index: Contents of model_index.json.
         transformer_configs: Contents of config.json of each transformer, by component; `_class_name` is always there.
+        variant: Variant of the weights to load, "fp16"; None is none.
+        hub: The repository at the commit that was resolved; None for models that are not on the Hub.
+        hub_names: Names of all files of the repository; None where they are not known.
     """
 
     name: str
     kind: Literal["embedded", "folder", "hub"]
+    given: str
     folder: Path
+    index: Mapping[str, Any] = field(repr=False)
     transformer_configs: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    variant: str | None = None
+    hub: HubId | None = None
+    hub_names: frozenset[str] | None = field(default=None, repr=False)
+
+    @property
+    def pinned(self) -> str:
+        """What loads the same model anywhere: the embedded name, the absolute folder, or the Hub id at a commit."""
+        if self.kind == "folder":
+            return str(self.folder.resolve())
+        return self.name if self.hub is None else str(self.hub)
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model on the Hub; None for other models."""
+        return None if self.hub is None else self.hub.revision
+
+    @property
+    def component_classes(self) -> dict[str, tuple[str, str]]:
+        """Library and class of each component that the pipeline has, as model_index.json names them."""
+        return {
+            name: (str(entry[0]), str(entry[1]))
+            for name, entry in self.index.items()
+            if isinstance(entry, list) and len(entry) == 2 and all(entry) and name == Path(name).name
+        }
 
     @property
     def transformer_config(self) -> Mapping[str, Any]:
@@ -69,13 +102,65 @@ class ModelSource:
         """Whether a transformer is stored quantized (by any method)."""
         return any(config.get("quantization_config") is not None for config in self.transformer_configs.values())
 
+    def file_names(self, component: str) -> set[str]:
+        """Return the names of the files of a component, downloaded or not.
+
+        Args:
+            component: Its name in model_index.json.
+        """
+        if self.hub_names is not None:
+            start = f"{component}/"
+            return {name.removeprefix(start) for name in self.hub_names if name.startswith(start)}
+        folder = self.folder / component
+        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+    def weight_files(self, component: str) -> tuple[Path, ...]:
+        """Return the files that the weights of a component are loaded from; none if it has no weights.
+
+        Args:
+            component: Its name in model_index.json.
+
+        Raises:
+            InvalidInputError: If its weights are not in safetensors, or of other variants alone; see `weight_files`.
+        """
+        library, _ = self.component_classes[component]
+        return weight_files(
+            self.folder / component, library=library, variant=self.variant, names=self.file_names(component)
+        )
+
     def weights_dtype(self) -> torch.dtype | None:
         """Return the floating dtype that most of the transformers' stored weights have; None if no file tells.
 
         Raises:
             InvalidInputError: If the header of a weight file cannot be read.
         """
-        return _stored_dtype(self.folder, list(self.transformer_configs))
+        counts: dict[torch.dtype, int] = {}
+        for name, tensor in self._headers().items():
+            dtype = _HEADER_DTYPES.get(tensor.dtype)
+            if dtype is not None and not name.endswith(".weight_scale"):
+                counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.shape)
+        return max(counts, key=lambda dtype: counts[dtype]) if counts else None
+
+    def storage(self) -> dict[str, int | float] | None:
+        """Return the bytes of the transformers as they are stored; None if their weights are not on this machine.
+
+        Returns:
+            `full_precision_bytes` (all of them in bf16), `quantized_bytes` (on disk) and their `ratio`.
+        """
+        stored = sum(tensor.num_bytes for tensor in self._headers().values())
+        if not stored:
+            return None
+        tensors = (
+            one for transformer in self.meta_transformers().values() for one in transformer.state_dict().values()
+        )
+        full = sum(tensor.numel() for tensor in tensors) * BF16_BYTES
+        return {"full_precision_bytes": full, "quantized_bytes": stored, "ratio": full / stored}
+
+    def component_bytes(self) -> int | None:
+        """Return the bytes of the stored weights of all components but transformers; None if none is there."""
+        others = (component for component in self.component_classes if component not in self.transformer_configs)
+        sizes = [path.stat().st_size for component in others for path in self.weight_files(component) if path.is_file()]
+        return sum(sizes) if sizes else None
 
     def stored_dtype(self) -> torch.dtype:
         """Return the same of a complete model, float32 if no file tells; for a Hub id, this downloads its weights.
@@ -83,11 +168,13 @@ class ModelSource:
         Raises:
             InvalidInputError: If the download fails, or the header of a weight file cannot be read.
         """
-        return _stored_dtype(self._pipeline_folder, list(self.transformer_configs)) or torch.float32
+        return self._downloaded.weights_dtype() or torch.float32
 
     @cached_property
-    def _pipeline_folder(self) -> Path:
-        return _hub_pipeline_folder(self.name) if self.kind == "hub" else self.folder
+    def _downloaded(self) -> ModelSource:
+        if self.hub is None:
+            return self
+        return replace(self, folder=self.hub.pipeline_folder(self.variant), hub_names=None)
 
     def complete_folder(self) -> Path:
         """Return the folder with all its files; for a Hub id, this downloads those that the cache lacks.
@@ -95,7 +182,31 @@ class ModelSource:
         Raises:
             InvalidInputError: If the download fails.
         """
-        return _hub_folder(self.name, patterns=None) if self.kind == "hub" else self.folder
+        return self.folder if self.hub is None else self.hub.complete_folder()
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """Return the contents of the scheduler's configuration, with its `_class_name`; empty if there is none.
+
+        Raises:
+            InvalidInputError: If the file is damaged.
+        """
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        return _read_json(path) if path.is_file() else {}
+
+    def check_packages(self) -> None:
+        """Refuse a model with a component whose quantization method needs a package that is not installed.
+
+        Raises:
+            ResourceError: If there is one; names the component and the package.
+        """
+        for component in self.component_classes:
+            method = _quantization_method(self.folder / component / "config.json")
+            package = PACKAGES.get(method or "")
+            if package is not None and not is_installed(package):
+                raise ResourceError(
+                    f"{self.given}: its {component} is quantized by {method}, which needs a package that is not "
+                    f"installed; pip install {package}"
+                )
 
     def meta_transformer(self, component: str = TRANSFORMERS[0]) -> nn.Module:
         """Build a full-precision transformer on the meta device: all shapes, no memory.
@@ -159,12 +270,6 @@ class ModelSource:
             parts["vae"] = vae_class.from_config(vae_class.load_config(self.folder, subfolder="vae"))
         return getattr(diffusers, index["_class_name"])(**parts, **components)
 
-    def component_bytes(self) -> int | None:
-        """Return the bytes of the stored weights of all components but transformers; None if none is there."""
-        folders = [path for path in self.folder.iterdir() if path.is_dir() and path.name not in TRANSFORMERS]
-        sizes = [path.stat().st_size for folder in folders for path in folder.glob("*.safetensors")]
-        return sum(sizes) if sizes else None
-
     def load_pipeline(self, *, dtype: torch.dtype | str | None = None, device: str = "cpu") -> DiffusionPipeline:
         """Load the whole pipeline.
 
@@ -178,16 +283,48 @@ class ModelSource:
         Raises:
             InvalidInputError: If a file is missing or damaged, or the dtype is unknown.
         """
-        wanted = parse_dtype(dtype) or self.stored_dtype()
+        wanted = parse_dtype(dtype)
+        self.check_packages()
+        wanted = wanted or self.stored_dtype()
         if self.kind == "embedded":
             from s2q.shapes.embedded import embedded_pipeline
 
             pipe = embedded_pipeline(self.name, dtype=wanted)
             pipe.register_to_config(_name_or_path=self.name)  # not the folder, which the variants share
         else:
-            pipe = _load_pipeline(self._pipeline_folder, wanted)
+            pipe = self._downloaded._load(wanted)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
+
+    def _load(self, dtype: torch.dtype) -> DiffusionPipeline:
+        from diffusers import DiffusionPipeline
+
+        for component in self.component_classes:
+            read_headers(self.weight_files(component))  # a truncated file is named
+        foreign = [f"{component} is quantized by {method}" for component, method in self._foreign_methods().items()]
+        remedy = f"{', '.join(foreign)}: see what that needs" if foreign else "download or save the model again"
+        try:
+            return DiffusionPipeline.from_pretrained(
+                self.folder,
+                dtype=dtype,
+                variant=self.variant,
+                use_safetensors=True,  # never a pickle
+            )
+        except Exception as error:
+            raise loading_error(self.folder, error, remedy=remedy) from error
+
+    def _headers(self) -> dict[str, TensorInfo]:
+        """The headers of the transformers' weights; none if they are not all on this machine."""
+        files = [path for component in self.transformer_configs for path in self.weight_files(component)]
+        return read_headers(files) if all(path.is_file() for path in files) else {}
+
+    def _foreign_methods(self) -> dict[str, str]:
+        """The quantization method of each component that has one."""
+        methods = {
+            component: _quantization_method(self.folder / component / "config.json")
+            for component in self.component_classes
+        }
+        return {component: method for component, method in methods.items() if method is not None}
 
 
 def recommended_generation(folder: Path | None) -> dict[str, Any]:
@@ -200,39 +337,69 @@ def recommended_generation(folder: Path | None) -> dict[str, Any]:
     return {} if path is None or not path.is_file() else _read_json(path)
 
 
-def resolve_model(model: str | Path) -> ModelSource:
+def resolve_model(
+    model: str | Path | ModelSource, *, variant: str | None = None, needs_variant: bool = True
+) -> ModelSource:
     """Find a model by embedded name, folder or Hub id, and check that it is a pipeline with a transformer.
 
     Args:
-        model: "shapes-cogvideox", a path of a diffusers pipeline folder, or "organisation/name" on the Hub.
+        model: "shapes-cogvideox", a path of a diffusers pipeline folder, "organisation/name" or
+            "organisation/name@revision" on the Hub; a resolved source is returned unchanged.
+        variant: Variant of the weights to load, "fp16"; components without it are loaded without.
+        needs_variant: Whether a model of which no component has the variant is refused, or loaded without.
 
     Returns:
         The source; no weights have been read.
 
     Raises:
         InvalidInputError: If the name is unknown (the message has the nearest embedded names), the folder is not a
-            pipeline, or a configuration file is missing or damaged.
+            pipeline, a configuration file is missing or damaged, or the weights are not there in safetensors and in
+            that variant.
     """
+    if isinstance(model, ModelSource):
+        return model
     text = str(model)
     if isinstance(model, str) and "/" not in text and text in _embedded_names():
         from s2q.shapes.embedded import embedded_folder
 
-        return _source_in(Path(embedded_folder(text)), name=text, kind="embedded")
+        source = _source_in(Path(embedded_folder(text)), name=text, kind="embedded")
+        return _with_variant(source, variant, needed=needs_variant)
     path = Path(model).expanduser()
     if path.is_dir():
-        return _source_in(path, name=path.resolve().name, kind="folder")
+        source = replace(_source_in(path, name=path.resolve().name, kind="folder"), given=text)
+        return _with_variant(source, variant, needed=needs_variant)
     if path.exists():
         raise InvalidInputError(
             f"{path} is a file; expected the folder of a diffusers pipeline, which has a model_index.json (single "
             "files and GGUF are not read: load them with diffusers and save the pipeline)"
         )
-    if isinstance(model, str) and HUB_ID.fullmatch(text):
-        return _source_in(_hub_folder(text, patterns=_SETUP_PATTERNS), name=text, kind="hub")
+    hub = parse_hub_id(text) if isinstance(model, str) else None
+    if hub is not None:
+        folder = hub.setup_folder()
+        hub = hub.at(folder)
+        source = replace(_source_in(folder, name=hub.repo, kind="hub"), given=text, hub=hub, hub_names=hub.file_names())
+        return _with_variant(source, variant, needed=needs_variant)
     if "/" in text or isinstance(model, Path):
         raise InvalidInputError(
             f"{path} does not exist; expected a diffusers pipeline folder, a Hub id or an embedded model"
         )
     raise unknown_name("model", text, _embedded_names())
+
+
+def check_full_precision(source: ModelSource) -> None:
+    """Refuse a model that is quantized already.
+
+    Args:
+        source: The model.
+
+    Raises:
+        InvalidInputError: If a transformer of it has a `quantization_config`.
+    """
+    if source.is_quantized:
+        method = (source.quantization or {}).get("quant_method", "another method")
+        raise InvalidInputError(
+            f"{source.name}: its transformer is quantized already (by {method}); pass the full-precision model"
+        )
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -280,7 +447,36 @@ def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "
             "expected a text-to-video pipeline with a diffusion transformer"
         )
     configs = {component: _component_config(folder, component, class_name) for component, class_name in classes.items()}
-    return ModelSource(name=name, kind=kind, folder=folder, transformer_configs=configs)
+    return ModelSource(name=name, kind=kind, given=name, folder=folder, index=index, transformer_configs=configs)
+
+
+def _with_variant(source: ModelSource, variant: str | None, *, needed: bool) -> ModelSource:
+    """The source with the variant that was asked for, after a check that weights are there as they will be loaded."""
+    names = {component: source.file_names(component) for component in source.component_classes}
+    if variant is not None and not any(has_variant(files, variant) for files in names.values()):
+        if needed:
+            there = sorted({one for files in names.values() for one in variants_in(files)})
+            known = f"there are weights of variant {', '.join(there)}" if there else "it has no variants; leave it out"
+            raise InvalidInputError(f"{source.given}: no weights of variant {variant!r}; {known}")
+        variant = None
+    if variant is not None and source.hub is None:
+        for component, name in ((component, name) for component, files in names.items() for name in sorted(files)):
+            if "." not in name and (source.folder / component).is_dir():  # diffusers fails on it
+                raise InvalidInputError(
+                    f"{source.folder / component / name}: diffusers finds no variant beside a file without a suffix; "
+                    "move it out of the folder"
+                )
+    chosen = replace(source, variant=variant)
+    for component in names:
+        chosen.weight_files(component)
+    return chosen
+
+
+def _quantization_method(path: Path) -> str | None:
+    """The `quant_method` that a component's config.json has; None if there is none."""
+    config = _read_json(path).get("quantization_config") if path.is_file() else None
+    method = config.get("quant_method") if isinstance(config, Mapping) else None
+    return None if method is None else str(method)
 
 
 def _class_in(index: Mapping[str, Any], component: str) -> str | None:
@@ -294,55 +490,6 @@ def _component_config(folder: Path, component: str, class_name: str) -> dict[str
     if not path.is_file():
         raise InvalidInputError(f"{path} is missing; download or save the model again")
     return {"_class_name": class_name, **_read_json(path)}
-
-
-def _stored_dtype(folder: Path, components: Sequence[str]) -> torch.dtype | None:
-    counts: dict[torch.dtype, int] = {}
-    for component in components:
-        for name, tensor in read_folder_headers(folder / component).items():
-            dtype = _HEADER_DTYPES.get(tensor.dtype)
-            if dtype is not None and not name.endswith(".weight_scale"):
-                counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.shape)
-    return max(counts, key=lambda dtype: counts[dtype]) if counts else None
-
-
-def _load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    from diffusers import DiffusionPipeline
-
-    try:
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)  # never a pickle
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise InvalidInputError(
-            f"{folder}: cannot be loaded as a diffusers pipeline ({first_line(error)}); download or save it again"
-        ) from error
-
-
-def _hub_folder(repo_id: str, *, patterns: Sequence[str] | None) -> Path:
-    """The cached snapshot of a Hub repository, downloaded as far as the patterns say (None: all of it)."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise _not_on_hub(repo_id, error) from error
-
-
-def _hub_pipeline_folder(repo_id: str) -> Path:
-    """The cached snapshot of a Hub repository with the files, and only those, that its pipeline loads."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        return Path(DiffusionPipeline.download(repo_id, use_safetensors=True))
-    except (OSError, ValueError) as error:
-        raise _not_on_hub(repo_id, error) from error
-
-
-def _not_on_hub(repo_id: str, error: Exception) -> InvalidInputError:
-    return InvalidInputError(
-        f"{repo_id}: no such folder here, and not to be had from the Hub ({first_line(error)}); "
-        "check the id, the network, HF_TOKEN and HF_HUB_OFFLINE, or pass a folder or an embedded model"
-    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from torch import nn
 
 from s2q.core.components import TRANSFORMERS, full_name
 from s2q.core.devices import default_dtype
-from s2q.core.errors import InvalidInputError, ResourceError
+from s2q.core.errors import ResourceError
 from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme, weight_bytes
 from s2q.core.storage import BF16_BYTES, LinearStorage
 from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
-from s2q.models.source import parse_dtype
+from s2q.models.source import check_full_precision, parse_dtype
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
 from s2q.planning.cost import (
     FOLDING_BYTES,
@@ -127,17 +127,19 @@ def plan(
     *,
     overrides: Sequence[str] = (),
     dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """Plan a run without loading weights.
 
     Args:
-        model: Embedded name, folder, Hub id, a resolved source, or the dimensions of a published model without its
-            weights, "synthetic:cogvideox-5b".
+        model: Embedded name, folder, Hub id ("organisation/name@revision"), a resolved source, or the dimensions of a
+            published model without its weights, "synthetic:cogvideox-5b".
         recipe: Name, file or validated recipe.
         overrides: Changes to the recipe, "key=value" each.
         dtype: Dtype that the model will be loaded in; None takes the one that it is stored in, and for calibration
             float32 where the machine emulates that (`core.devices.default_dtype`).
+        variant: Variant of the weights, "fp16".
         machine: Where the run is to be; None is the CPU of this machine.
 
     Returns:
@@ -154,7 +156,7 @@ def plan(
         transformers = {TRANSFORMERS[0]: synthetic.meta_transformer()}
         workload = workload_of_synthetic(synthetic, validated.calibration) if validated.calibrates else None
     else:
-        source = model if isinstance(model, ModelSource) else resolve_model(model)
+        source = resolve_model(model, variant=variant)
         check_full_precision(source)
         for config in source.transformer_configs.values():
             family_of(config["_class_name"])  # a clear error before the class is looked up
@@ -365,22 +367,6 @@ def tensor_sizes(transformers: Mapping[str, nn.Module]) -> dict[str, int]:
         for component, transformer in transformers.items()
         for name, tensor in transformer.state_dict().items()
     }
-
-
-def check_full_precision(source: ModelSource) -> None:
-    """Refuse a model that is quantized already.
-
-    Args:
-        source: The model.
-
-    Raises:
-        InvalidInputError: If a transformer of it has a `quantization_config`.
-    """
-    if source.is_quantized:
-        method = (source.quantization or {}).get("quant_method", "another method")
-        raise InvalidInputError(
-            f"{source.name}: its transformer is quantized already (by {method}); pass the full-precision model"
-        )
 
 
 def _planned_layer(

@@ -55,6 +55,8 @@ class QuantizationReport:
     Attributes:
         schema_version: Version of this report.
         source: Name of the model that was quantized.
+        source_revision: Its commit, for a model on the Hub; else None.
+        source_variant: Variant of its weights, "fp16"; None is none.
         recipe: Name of the recipe.
         output: Name of the checkpoint's folder.
         seed: Seed of the run.
@@ -79,6 +81,8 @@ class QuantizationReport:
 
     schema_version: int
     source: str
+    source_revision: str | None
+    source_variant: str | None
     recipe: str
     output: str
     seed: int

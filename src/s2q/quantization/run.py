@@ -74,6 +74,7 @@ class QuantizeOptions(TypedDict, total=False):
     seed: int
     device: str
     dtype: torch.dtype | str | None
+    variant: str | None
     resume: bool
     overwrite: bool
     overrides: Sequence[str]
@@ -87,6 +88,7 @@ class _Settings:
     seed: int = 0
     device: str = "cpu"
     dtype: torch.dtype | str | None = None
+    variant: str | None = None
     resume: bool = True
     overwrite: bool = False
     overrides: Sequence[str] = ()
@@ -96,7 +98,7 @@ class _Settings:
 
 
 def quantize(
-    model: str | Path | DiffusionPipeline,
+    model: str | Path | ModelSource | DiffusionPipeline,
     *,
     recipe: str | Path | Mapping[str, Any] | Recipe,
     out: str | Path | None = None,
@@ -107,16 +109,18 @@ def quantize(
     """Quantize a text-to-video pipeline into a checkpoint that diffusers' `from_pretrained` loads after `import s2q`.
 
     Args:
-        model: Embedded name, pipeline folder, Hub id, or a loaded pipeline, which is left as it is.
+        model: Embedded name, pipeline folder, Hub id ("organisation/name@revision"), a resolved source, or a loaded
+            pipeline, which is not changed.
         recipe: Name, file, contents, or a validated recipe.
         out: Folder to write; needed unless `dry_run`.
         prompts: Calibration prompts, for recipes that calibrate, of which the first `calibration.n_prompts` are used;
             None takes those of an embedded model. Other recipes use none.
         progress: Called as the run goes on.
-        **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `resume` (True), `overwrite` (False), `overrides`
-            (changes to the recipe, "key=value" each), `dry_run` (False; True returns the plan and computes nothing),
-            `max_shard_size` ("10GB"), `memory_budget` (host memory for the activations of calibration, "16GB"; what
-            does not fit lies on the disk, in the run folder; None takes half of the machine's memory, at most 16 GB).
+        **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `variant` (of the weights, "fp16"), `resume`
+            (True), `overwrite` (False), `overrides` (changes to the recipe, "key=value" each), `dry_run` (False; True
+            returns the plan and computes nothing), `max_shard_size` ("10GB"), `memory_budget` (host memory for the
+            activations of calibration, "16GB"; what does not fit lies on the disk, in the run folder; None takes half
+            of the machine's memory, at most 16 GB).
 
     Returns:
         The report, or the plan of a dry run.
@@ -129,7 +133,11 @@ def quantize(
     """
     settings = _settings(options)
     validated = load_recipe(recipe, overrides=settings.overrides)
-    source = resolve_model(model) if isinstance(model, str | Path) else None
+    source = None
+    if isinstance(model, str | Path | ModelSource):
+        source = resolve_model(model, variant=settings.variant)
+    elif settings.variant is not None:
+        raise UsageError("quantize: variant is for models by name or folder; load the pipeline with variant=")
     check_device(settings.device)
     machine = _machine(settings)
     # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
@@ -198,6 +206,7 @@ class _Run:
         self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
         records = CheckpointRecords(
             source=teacher.name,
+            revision=report.source_revision,
             recipe=recipe.resolved(),
             report=report.to_dict(),
             events=self.folder.events(),
@@ -345,6 +354,8 @@ class _Run:
         return QuantizationReport(
             schema_version=SCHEMA_VERSION,
             source=teacher.name,
+            source_revision=None if teacher.source is None else teacher.source.revision,
+            source_variant=None if teacher.source is None else teacher.source.variant,
             recipe=planned.recipe,
             output=self.out.name,
             seed=self.settings.seed,

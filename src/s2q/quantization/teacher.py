@@ -19,7 +19,8 @@ from s2q.core.placement import page_out, tensors_of
 from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import TokenLayout
 from s2q.models import BlockLinear, Family, ModelSource, block_names, family_of, token_layout
-from s2q.models.source import HUB_ID, parse_dtype
+from s2q.models.hub import parse_hub_id
+from s2q.models.source import parse_dtype
 from s2q.quantization.stream import TeacherStream
 from s2q.quantization.work import BlockTask
 from s2q.recipes import Recipe, assign_schemes, recipe_linears
@@ -241,7 +242,7 @@ def _origin(pipe: DiffusionPipeline) -> tuple[str, Path | None]:
         return location, embedded.embedded_folder(location)
     if location and Path(location).is_dir():
         return Path(location).resolve().name, Path(location)
-    return (location if HUB_ID.fullmatch(location) else type(pipe).__name__), None
+    return (location if parse_hub_id(location) else type(pipe).__name__), None
 
 
 def _check_state(name: str, component: str, transformer: nn.Module, *, wanted: torch.dtype | None) -> None:

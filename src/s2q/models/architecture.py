@@ -1,0 +1,139 @@
+"""What two models must share to be compared: their transformers, and the classes of the components around them.
+
+A checkpoint is judged against the model that it was made from. A comparison with another model, or of a pipeline with
+two transformers against one, would give figures that mean nothing, so every verb that compares asks here first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from s2q.core.components import transformers_of
+from s2q.core.errors import InvalidInputError
+from s2q.models.source import ModelSource
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+_EXCHANGEABLE = ("Extractor", "Guid", "Processor", "Scheduler", "Tokenizer")
+_REMEDY = "compare it with the model that it was made from"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A pipeline without its weights.
+
+    Attributes:
+        label: What to call the model in messages.
+        transformers: Configuration of each transformer by component, with its `_class_name`.
+        components: Class of each further component that has weights.
+        scheduler: Configuration of the scheduler, with its `_class_name`.
+    """
+
+    label: str
+    transformers: Mapping[str, Mapping[str, Any]]
+    components: Mapping[str, str]
+    scheduler: Mapping[str, Any]
+
+
+def architecture_of(model: ModelSource | DiffusionPipeline, *, label: str) -> Architecture:
+    """Return the architecture of a resolved or loaded model.
+
+    Args:
+        model: The model.
+        label: What to call it.
+    """
+    if isinstance(model, ModelSource):
+        transformers: Mapping[str, Mapping[str, Any]] = model.transformer_configs
+        classes = {name: class_name for name, (_, class_name) in model.component_classes.items()}
+        scheduler = model.scheduler_config()
+    else:
+        transformers = {
+            name: {**part.config, "_class_name": type(part).__name__} for name, part in transformers_of(model).items()
+        }
+        parts = {name: part for name, part in model.components.items() if part is not None}
+        classes = {name: type(part).__name__ for name, part in parts.items()}
+        scheduler = {**model.scheduler.config, "_class_name": type(model.scheduler).__name__}
+    return Architecture(
+        label=label,
+        transformers={name: _plain(config) for name, config in transformers.items()},
+        components={
+            name: class_name
+            for name, class_name in classes.items()
+            if name not in transformers and not any(word in class_name for word in _EXCHANGEABLE)
+        },
+        scheduler=_plain(scheduler),
+    )
+
+
+def check_comparable(model: Architecture, reference: Architecture) -> None:
+    """Check that a model was made from one of the reference's classes and dimensions.
+
+    Args:
+        model: The model to judge.
+        reference: The full-precision model.
+
+    Raises:
+        InvalidInputError: It was not; says what differs.
+    """
+    ours, theirs = model.transformers, reference.transformers
+    if ours.keys() != theirs.keys():
+        raise InvalidInputError(
+            f"{model.label} has {' and '.join(ours)}, the reference {reference.label} has {' and '.join(theirs)}; "
+            f"{_REMEDY}"
+        )
+    for component, config in ours.items():
+        base = theirs[component]
+        if config["_class_name"] != base["_class_name"]:
+            raise InvalidInputError(
+                f"{model.label}: its {component} is a {config['_class_name']}, that of the reference {reference.label} "
+                f"a {base['_class_name']}; {_REMEDY}"
+            )
+        key = _difference(config, base)
+        if key is not None:
+            raise InvalidInputError(
+                f"{model.label}: its {component} has {key}={config[key]}, that of the reference {reference.label} "
+                f"{base[key]}; {_REMEDY}"
+            )
+    for component in sorted(model.components.keys() | reference.components.keys()):
+        found = [one.components.get(component, "none") for one in (model, reference)]
+        if found[0] != found[1]:
+            raise InvalidInputError(
+                f"{model.label}: its {component} is {found[0]}, that of the reference {reference.label} {found[1]}; "
+                f"{_REMEDY}"
+            )
+
+
+def warn_of_scheduler(model: Architecture, reference: Architecture) -> None:
+    """Warn where another scheduler than the reference's would be judged together with the quantization.
+
+    Args:
+        model: The model to judge.
+        reference: The full-precision model.
+    """
+    ours, theirs = model.scheduler, reference.scheduler
+    key = "_class_name" if ours.get("_class_name") != theirs.get("_class_name") else _difference(ours, theirs)
+    if key is not None:
+        logger.warning(
+            "%s: its scheduler has %s=%s, that of the reference %s %s; the figures of its videos show both differences",
+            *(model.label, key.strip("_"), ours.get(key), reference.label, theirs.get(key)),
+        )
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """The first key that both configurations have with different values; what one leaves out is a default."""
+    shared = (key for key in sorted(ours.keys() & theirs.keys()) if not key.startswith("_"))
+    return next((key for key in shared if key != "quantization_config" and ours[key] != theirs[key]), None)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as config.json would have it, with lists for tuples."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return plain

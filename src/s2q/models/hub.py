@@ -1,0 +1,118 @@
+"""Pipelines on the Hub: their ids with a revision ("acme/wan@v2"), what is downloaded of them, and what can go wrong.
+
+`HF_HUB_OFFLINE`, `HF_HOME` and `HF_TOKEN` are those of huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2q.core.errors import InvalidInputError, first_line
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w][\w./-]*))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SETUP_PATTERNS = ("*.json", "*/*.json", "*.md", "LICENSE*")
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository of the Hub at a revision.
+
+    Attributes:
+        repo: "organisation/name".
+        revision: Branch, tag or commit; None is the main branch.
+    """
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+    def setup_folder(self) -> Path:
+        """Return a cached snapshot that has at least the configuration files.
+
+        Raises:
+            InvalidInputError: If there is no such repository or revision, or it cannot be downloaded.
+        """
+        return self._snapshot(_SETUP_PATTERNS)
+
+    def complete_folder(self) -> Path:
+        """Return a cached snapshot with all files; see `setup_folder`."""
+        return self._snapshot(None)
+
+    def pipeline_folder(self, variant: str | None) -> Path:
+        """Return a cached snapshot with the files, and only those, that the pipeline loads.
+
+        Args:
+            variant: Variant of the weights.
+
+        Raises:
+            InvalidInputError: As `setup_folder`.
+        """
+        from diffusers import DiffusionPipeline
+
+        try:
+            return Path(
+                DiffusionPipeline.download(self.repo, revision=self.revision, variant=variant, use_safetensors=True)
+            )
+        except (OSError, ValueError) as error:
+            raise self._error(error) from error
+
+    def file_names(self) -> frozenset[str] | None:
+        """Return the names of all files of the repository; None where the Hub cannot be asked."""
+        from huggingface_hub import HfApi
+
+        try:
+            return frozenset(HfApi().list_repo_files(self.repo, revision=self.revision))
+        except Exception:  # offline, or whatever the HTTP client raises without a network
+            return None
+
+    def at(self, snapshot: Path) -> HubId:
+        """Return the same repository at the commit of a snapshot, which no later push changes.
+
+        Args:
+            snapshot: The folder of the snapshot, which huggingface_hub names after the commit.
+        """
+        return HubId(self.repo, snapshot.name) if _COMMIT.fullmatch(snapshot.name) else self
+
+    def _snapshot(self, patterns: Sequence[str] | None) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise self._error(error) from error
+
+    def _error(self, error: Exception) -> InvalidInputError:
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        cause = first_line(error)
+        if any(isinstance(one, RevisionNotFoundError) for one in (error, error.__cause__)):
+            return InvalidInputError(
+                f"{self.repo}: has no revision {self.revision!r}; expected a branch, a tag or a commit, such as main"
+            )
+        if self.revision is not None and HF_HUB_OFFLINE:
+            return InvalidInputError(
+                f"{self.repo}: revision {self.revision!r} is not in the cache, and HF_HUB_OFFLINE is set; check the "
+                "revision, or unset HF_HUB_OFFLINE to download it"
+            )
+        return InvalidInputError(
+            f"{self}: no such folder here, and not to be had from the Hub ({cause}); "
+            "check the id, the network, HF_TOKEN and HF_HUB_OFFLINE, or pass a folder or an embedded model"
+        )
+
+
+def parse_hub_id(text: str) -> HubId | None:
+    """Return the repository that "organisation/name" or "organisation/name@revision" names; None for other texts.
+
+    Args:
+        text: What the user wrote.
+    """
+    found = _HUB_ID.fullmatch(text)
+    return None if found is None else HubId(found["repo"], found["revision"])
