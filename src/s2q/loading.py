@@ -11,6 +11,7 @@ from s2q import checkpoint
 from s2q.checkpoint import CheckpointReport
 from s2q.core.components import transformers_of
 from s2q.core.devices import check_device, default_dtype
+from s2q.core.torch_state import in_fresh_torch_state
 from s2q.models import ModelSource, resolve_model
 from s2q.models.source import parse_dtype
 from s2q.nn import set_backend
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+@in_fresh_torch_state
 def load_pipeline(
     model: str | Path | ModelSource,
     *,

@@ -17,6 +17,7 @@ from s2q.benchmarking.shapes import Subject, attention_shapes, layer_shapes, res
 from s2q.benchmarking.steps import synthetic_step_case
 from s2q.core.devices import check_device
 from s2q.core.errors import ResourceError, first_line, unknown_name
+from s2q.core.torch_state import in_fresh_torch_state
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_names
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def check_backends(names: Sequence[str] | None, device: str) -> tuple[str, ...]:
     return wanted
 
 
+@in_fresh_torch_state
 def make_cases(model: str | None, ops: Sequence[str], settings: Settings, *, variant: str | None = None) -> list[Case]:
     """List what is to be measured.
 
@@ -123,6 +125,7 @@ def missing_cases(cases: Sequence[Case], results: ResultsFile) -> list[Case]:
     return [case for case in left if case.wanted]
 
 
+@in_fresh_torch_state
 def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress | None = None) -> None:
     """Measure; each case's results are written at once.
 

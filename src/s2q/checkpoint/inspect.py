@@ -20,6 +20,7 @@ from s2q.core.layout import TENSOR_DTYPES, InputLayout
 from s2q.core.packing import packed_width
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.core.storage import BF16_BYTES, LinearStorage
+from s2q.core.torch_state import in_fresh_torch_state
 from s2q.core.weights import weight_files
 
 SCHEMA_VERSION = 1
@@ -63,6 +64,7 @@ class CheckpointReport:
         return asdict(self)
 
 
+@in_fresh_torch_state
 def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: bool = False) -> CheckpointReport:
     """Look into a checkpoint without loading it.
 

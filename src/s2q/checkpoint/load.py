@@ -14,11 +14,13 @@ from s2q.checkpoint.manifest import check_intact
 from s2q.core.components import TRANSFORMERS
 from s2q.core.errors import InvalidInputError
 from s2q.core.loading_errors import loading_error
+from s2q.core.torch_state import in_fresh_torch_state
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+@in_fresh_torch_state
 def load_pipeline(
     path: str | Path,
     *,

@@ -18,6 +18,7 @@ from s2q.comparing.workers import evaluate_shards
 from s2q.core.errors import BusyError, DiskFullError, InvalidInputError
 from s2q.core.files import atomic_write_json
 from s2q.core.outputs import output_lock
+from s2q.core.torch_state import in_fresh_torch_state
 from s2q.loading import check_model
 from s2q.quantization import quantize
 from s2q.recipes import Recipe
@@ -31,6 +32,7 @@ _ROUNDING_UNITS = 1
 _TRAINING_UNITS = 2  # collecting and rounding, beside the epochs
 
 
+@in_fresh_torch_state
 def compare(
     entries: Sequence[str],
     model: str,

@@ -19,6 +19,7 @@ from s2q.calibration.trajectory import record_trajectory
 from s2q.core.components import transformers_of
 from s2q.core.devices import free_memory
 from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.core.torch_state import in_fresh_torch_state
 from s2q.evaluation import adherence, metrics, velocity
 from s2q.evaluation.generate import Progress, Video, batch_size_for, batched, settings_for, step_counter, videos_of
 from s2q.evaluation.learned import NEEDS, Judges, open_judges
@@ -107,6 +108,7 @@ class Teacher:
     floor: tuple[Judged, ...]
 
 
+@in_fresh_torch_state
 def evaluate(
     model: Any,
     reference: Any,
@@ -166,6 +168,7 @@ def _resolve_pair(model: Any, reference: Any, *, options: EvaluationOptions) -> 
     return model, reference
 
 
+@in_fresh_torch_state
 def evaluate_each(
     models: Iterable[Any],
     reference: Any,
@@ -198,6 +201,7 @@ def evaluate_each(
         yield summarise(judge_model(model, teacher, options=options, progress=progress))
 
 
+@in_fresh_torch_state
 def run_reference(
     reference: Any,
     *,
@@ -233,6 +237,7 @@ def run_reference(
     return _run_teacher(reference, jobs, options, wanted=wanted, judges=judges, progress=progress)
 
 
+@in_fresh_torch_state
 def judge_model(
     model: Any, teacher: Teacher, *, options: EvaluationOptions | None = None, progress: Progress | None = None
 ) -> Measured:

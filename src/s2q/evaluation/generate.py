@@ -20,6 +20,7 @@ from s2q.calibration.settings import (
 )
 from s2q.calibration.trajectory import Trajectory
 from s2q.core.errors import InvalidInputError
+from s2q.core.torch_state import in_fresh_torch_state
 from s2q.evaluation.sources import generation_defaults
 from s2q.loading import load_pipeline
 from s2q.models import ModelSource, family_of, resolve_model
@@ -48,6 +49,7 @@ class Video:
     latents: torch.Tensor
 
 
+@in_fresh_torch_state
 def generate(
     model: Any,
     prompts: Sequence[str],

@@ -19,6 +19,7 @@ from s2q.core.errors import ResourceError
 from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme, weight_bytes
 from s2q.core.storage import BF16_BYTES, LinearStorage
+from s2q.core.torch_state import in_fresh_torch_state
 from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
 from s2q.models.source import check_full_precision, parse_dtype
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
@@ -121,6 +122,7 @@ class Plan:
         return asdict(self)
 
 
+@in_fresh_torch_state
 def plan(
     model: str | Path | ModelSource,
     recipe: str | Path | Recipe = "rtn-w4a6",

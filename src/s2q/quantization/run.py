@@ -29,6 +29,7 @@ from s2q.core.errors import DiskFullError, ResourceError, UsageError, unknown_na
 from s2q.core.files import canonical_json
 from s2q.core.outputs import check_output, lock_folder
 from s2q.core.storage import parse_bytes
+from s2q.core.torch_state import in_fresh_torch_state
 from s2q.models import ModelSource, resolve_model
 from s2q.models.source import dtype_name, recommended_generation
 from s2q.planning import (
@@ -97,6 +98,7 @@ class _Settings:
     memory_budget: int | str | None = None
 
 
+@in_fresh_torch_state
 def quantize(
     model: str | Path | ModelSource | DiffusionPipeline,
     *,

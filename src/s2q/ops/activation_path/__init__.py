@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, library
 
 from s2q.core.qparams import ClipRatio
+from s2q.core.torch_state import without_autocast
 from s2q.ops.activation_path import cpu, reference
 from s2q.ops.dispatch import choose_backend, triton_backend
 
@@ -21,6 +22,7 @@ transform_input = reference.transform_input
 __all__ = ["BACKENDS", "activation_path", "transform_input"]
 
 
+@without_autocast
 def activation_path(
     x: Tensor,
     *,
@@ -56,7 +58,7 @@ def activation_path(
     """
     if not torch.compiler.is_compiling():
         return _run(x, num_bits, shift, scale, left, right, low_rank_basis, deflates, clip_ratio, backend)
-    ratio = torch.tensor(clip_ratio) if isinstance(clip_ratio, float) else clip_ratio
+    ratio = x.new_tensor(clip_ratio, dtype=torch.float32) if isinstance(clip_ratio, float) else clip_ratio
     codes, token_scale, coefficients = _traced(
         x, num_bits, shift, scale, left, right, low_rank_basis, deflates, ratio, backend
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from s2q.core.qparams import ClipRatio
+from s2q.core.torch_state import without_autocast
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.quantize_per_token import quantize_per_token
 
@@ -57,6 +58,7 @@ def activation_path(
     return codes, token_scale, coefficients
 
 
+@without_autocast
 def transform_input(
     x: Tensor,
     *,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from s2q.core.torch_state import without_autocast
 from s2q.ops.attention_colsum import reference
 from s2q.ops.dispatch import choose_backend, triton_backend
 
@@ -15,6 +16,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 __all__ = ["BACKENDS", "attention_colsum"]
 
 
+@without_autocast
 def attention_colsum(
     query: Tensor,
     key: Tensor,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from s2q.core.errors import unknown_name
+from s2q.core.torch_state import without_autocast
 from s2q.ops.int_matmul import cpu, reference
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference.int_matmul, "cpu": cpu.int_matmul}
@@ -12,6 +13,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference.int_matmul,
 __all__ = ["BACKENDS", "int_matmul"]
 
 
+@without_autocast
 def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int = 8, backend: str = "auto") -> Tensor:
     """Multiply codes, y = x · wᵀ, bit-equal to the product in int64; see `reference.int_matmul`.
 

@@ -37,10 +37,5 @@ def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int
 
 
 def _fp32_matmul(x_codes: Tensor, w_codes: Tensor) -> Tensor:
-    # Autocast would round the sums to half precision. Reduced precision inside the GEMM (TF32, bf16) does no harm:
-    # 8-bit codes are exact in both, and both add in fp32.
-    device = x_codes.device.type
-    if torch.amp.is_autocast_available(device):
-        with torch.autocast(device, enabled=False):
-            return (x_codes.float() @ w_codes.float().t()).to(torch.int32)
+    # Reduced precision inside the GEMM (TF32, bf16) does no harm: 8-bit codes are exact in both, and both add in fp32.
     return (x_codes.float() @ w_codes.float().t()).to(torch.int32)

@@ -15,7 +15,10 @@ channels of a weight).
 import torch
 from torch import Tensor
 
+from s2q.core.torch_state import without_autocast
 
+
+@without_autocast
 def scaled_kronecker(
     x: Tensor, *, scale: Tensor | None = None, left: Tensor | None = None, right: Tensor | None = None
 ) -> Tensor:

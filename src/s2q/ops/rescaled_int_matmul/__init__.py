@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from s2q.core.torch_state import without_autocast
 from s2q.ops.dispatch import choose_backend, triton_backend
 from s2q.ops.rescaled_int_matmul import cpu, reference
 
@@ -18,6 +19,7 @@ BACKENDS: dict[str, Callable[..., Any]] = {
 __all__ = ["BACKENDS", "rescaled_int_matmul"]
 
 
+@without_autocast
 def rescaled_int_matmul(
     x_codes: Tensor,
     x_scale: Tensor,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, library
 
+from s2q.core.torch_state import without_autocast
 from s2q.ops.dispatch import choose_backend, triton_backend
 from s2q.ops.weight_only_matmul import cpu, reference
 
@@ -17,6 +18,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 __all__ = ["BACKENDS", "weight_only_matmul"]
 
 
+@without_autocast
 def weight_only_matmul(
     x: Tensor,
     w_codes: Tensor,

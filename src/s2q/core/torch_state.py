@@ -1,0 +1,100 @@
+"""What torch functions do depends on state that a caller may have set; what s2q computes must not.
+
+That state is the default dtype, the default device, the gradient and inference modes, and autocast. Verbs (quantize,
+generate, evaluate, compare, plan, bench, load, inspect) run models of other libraries: they run in the state of a fresh
+process, see `in_fresh_torch_state`. Operations and packed linears run within a caller's model: they name every dtype
+and device and bypass autocast, see `without_autocast`.
+
+The default dtype belongs to the process, everything else to the thread. While a verb runs, other threads see float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+@contextmanager
+def fresh_torch_state() -> Iterator[None]:
+    """Run what is within in the state that a fresh process has, and restore the caller's afterwards.
+
+    Default dtype float32, default device "cpu", gradients on, no inference mode, no autocast.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_DEFAULT_DTYPE)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            stack.enter_context(_without(device))
+        yield
+
+
+def in_fresh_torch_state(verb: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Make a function run in `fresh_torch_state`.
+
+    Args:
+        verb: Any function that is not a generator.
+    """
+
+    @functools.wraps(verb)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with fresh_torch_state():
+            return verb(*args, **kwargs)
+
+    return run
+
+
+def without_autocast(operation: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Make a function compute in the dtypes that it names, within `torch.autocast` too.
+
+    Args:
+        operation: Any function that is not a generator; torch.compile may trace it.
+    """
+
+    @functools.wraps(operation)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if torch._C._is_any_autocast_enabled():  # takes a third of the time of asking for a device
+            with _without("cpu"), _without("cuda"):
+                return operation(*args, **kwargs)
+        return operation(*args, **kwargs)
+
+    return run
+
+
+def _without(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class _Float32ByDefault:
+    """A context that any number of threads may be in: the first one saves the default dtype, the last restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._saved = torch.float32
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._saved = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                torch.set_default_dtype(self._saved)
+
+
+_DEFAULT_DTYPE = _Float32ByDefault()
