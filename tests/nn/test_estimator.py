@@ -9,12 +9,13 @@ from torch import nn
 from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerToken, QuantScheme
-from s2q.core.tokens import TokenGrid
-from s2q.nn import Estimator, PackedLinear, StudentInput, StudentLinear, set_token_grid, share_inputs
+from s2q.core.tokens import TokenGrid, token_grid
+from s2q.nn import Estimator, PackedLinear, StudentInput, StudentLinear, share_inputs
 from s2q.rounding import round_rtn
 
 W4 = QuantScheme(num_bits=4, granularity=PerChannel())
 GRID = TokenGrid(frames=3, height=1, width=2, text_tokens=2, text="before")
+within_grid = token_grid(GRID)
 ACTIVATIONS = {
     "integers": QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True),
     "simulated": QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True, delta=Delta(cube=(2, 1, 1))),
@@ -58,18 +59,19 @@ def test_by_hand():
         estimator.beta.fill_(0.5)
         estimator.frames.copy_(torch.tensor([1.0, 3.0]))
     x = torch.tensor([[[4.0], [5.0]]])
-    assert estimator(x).flatten().tolist() == [4, 5]  # nobody has said where the frames are
-    set_token_grid(estimator, TokenGrid(frames=2, height=1, width=1))
-    assert estimator(x).flatten().tolist() == [4, 15]
-    set_token_grid(estimator, TokenGrid(frames=1, height=1, width=1, text_tokens=1, text="after"))
-    assert estimator(x).flatten().tolist() == [4, 5]
-    set_token_grid(estimator, TokenGrid(frames=3, height=1, width=1))
-    assert estimator(x.new_full((1, 3, 1), 4)).flatten().tolist() == [4, 8, 12]  # 1, 2, 3: the one between is between
+    with token_grid(None):
+        assert estimator(x).flatten().tolist() == [4, 5]  # it is not known where the frames are
+    with token_grid(TokenGrid(frames=2, height=1, width=1)):
+        assert estimator(x).flatten().tolist() == [4, 15]
+    with token_grid(TokenGrid(frames=1, height=1, width=1, text_tokens=1, text="after")):
+        assert estimator(x).flatten().tolist() == [4, 5]
+    with token_grid(TokenGrid(frames=3, height=1, width=1)):  # 1, 2, 3: the one between is between
+        assert estimator(x.new_full((1, 3, 1), 4)).flatten().tolist() == [4, 8, 12]
 
 
+@within_grid
 def test_it_starts_as_nothing_and_learns_all_of_its_parts():
     estimator = Estimator(24, 6, frames=3, seed=0)
-    set_token_grid(estimator, GRID)
     x = noise(1, 8, 24)
     assert float(estimator(x).detach().abs().max()) == 0
     assert torch.equal(estimator.alpha, Estimator(24, 6, frames=3, seed=0).alpha)
@@ -78,7 +80,6 @@ def test_it_starts_as_nothing_and_learns_all_of_its_parts():
     estimator(x).sum().backward()
     assert float(estimator.beta.grad.abs().min()) > 0
     estimator = learned()
-    set_token_grid(estimator, GRID)
     estimator(x).square().sum().backward()
     for parameter in estimator.parameters():
         assert float(parameter.grad.abs().min()) > 0
@@ -99,15 +100,15 @@ def test_a_packed_linear_adds_it_to_the_product(kind, low_rank):
     x = noise(2, 8, 24, seed=7)
     rest = x - (x @ basis.float()) @ basis.float().t() if low_rank else x
     for grid, factors in ((GRID, factors_of(estimator, (0, 1, 2))), (None, [1] * 8)):
-        set_token_grid(layer, grid)
-        set_token_grid(plain, grid)
         quantized = rest if activation is None else fake_quantize_input(rest, activation, grid=grid)
         wanted = by_definition(quantized, estimator, factors)
-        torch.testing.assert_close((layer(x) - plain(x)).double(), wanted, rtol=0, atol=2e-5)
-    assert layer(x.bfloat16()).dtype == torch.bfloat16
+        with token_grid(grid):
+            torch.testing.assert_close((layer(x) - plain(x)).double(), wanted, rtol=0, atol=2e-5)
+            assert layer(x.bfloat16()).dtype == torch.bfloat16
     assert scheme.simulated == (kind == "simulated")
 
 
+@within_grid
 def test_the_student_computes_what_its_packed_linear_does():
     activation = ACTIVATIONS["integers"]
     scheme, linear, estimator = LinearScheme(weight=W4, activation=activation), nn.Linear(24, 6), learned()
@@ -115,8 +116,6 @@ def test_the_student_computes_what_its_packed_linear_does():
     packed = PackedLinear.from_rounded(
         round_rtn(linear.weight, W4), bias=linear.bias, scheme=scheme, inputs=stored(estimator)
     )
-    for layer in (student, packed):
-        set_token_grid(layer, GRID)
     x = noise(1, 8, 24)
     torch.testing.assert_close(packed(x), student(x), rtol=0, atol=1e-5)
     text = learned(frames=None)
@@ -124,10 +123,11 @@ def test_the_student_computes_what_its_packed_linear_does():
     packed = PackedLinear.from_rounded(
         round_rtn(linear.weight, W4), bias=linear.bias, scheme=scheme, inputs=stored(text)
     )
-    assert packed.tokens is None
+    assert not packed.needs_grid
     torch.testing.assert_close(packed(x), student(x), rtol=0, atol=1e-5)
 
 
+@within_grid
 def test_linears_with_estimators_share_the_codes_of_their_input():
     scheme = LinearScheme(weight=W4, activation=ACTIVATIONS["integers"])
     parent = nn.Module()
@@ -146,6 +146,7 @@ def test_linears_with_estimators_share_the_codes_of_their_input():
         assert torch.equal(layer(x), wanted)
 
 
+@token_grid(None)
 def test_the_effective_weight_has_the_correction_of_a_frame_with_scale_1():
     scheme = LinearScheme(weight=W4, activation=None)
     estimator = learned()
@@ -174,5 +175,5 @@ def test_a_compiled_linear_gives_the_same():
     layer = PackedLinear.from_rounded(round_rtn(noise(6, 24), W4), bias=None, scheme=scheme, inputs=stored(learned()))
     compiled, x = torch.compile(layer, backend="eager"), noise(1, 8, 24)
     for grid in (GRID, None, GRID):
-        set_token_grid(layer, grid)
-        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-6)
+        with token_grid(grid):
+            torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-6)

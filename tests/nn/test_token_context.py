@@ -1,17 +1,21 @@
 """Layers of a transformer that know where the video tokens of a call lie."""
 
 import copy
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from s2q.core.errors import InvalidInputError
+from s2q.core.errors import InvalidInputError, UsageError
 from s2q.core.qparams import RoundedWeight, fake_quantize_input
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerToken, QuantScheme
-from s2q.core.tokens import TokenGrid, TokenLayout
+from s2q.core.tokens import TokenGrid, TokenLayout, current_grid, token_grid
 from s2q.models import family_of, token_layout
-from s2q.nn import PackedLinear, follow_tokens, set_token_grid, unfollow_tokens
+from s2q.nn import PackedLinear, follow_tokens, unfollow_tokens
 from tiny import (
     TINY_CALL,
     tiny_cogvideox_pipeline,
@@ -74,6 +78,8 @@ def test_layers_follow_every_call_however_it_is_made():
     unfollow_tokens(transformer)
     assert not transformer._forward_pre_hooks
     assert not transformer._forward_pre_hooks_with_kwargs
+    assert not transformer._forward_hooks
+    assert not transformer._forward_hooks_always_called
 
 
 def test_copies_follow_their_own_calls():
@@ -82,9 +88,7 @@ def test_copies_follow_their_own_calls():
     other = copy.deepcopy(transformer)
     first, second = call(3), call(2)
     other(*second)
-    assert transformer.blocks[0].tokens.grid is None
     assert torch.equal(transformer(*first), expected(*first, grid(3)))
-    assert other.blocks[1].tokens.grid == grid(2)
     assert torch.equal(other(*second), expected(*second, grid(2)))
 
 
@@ -98,14 +102,14 @@ def test_a_compiled_transformer_follows_too():
 
 
 def test_outside_of_a_transformer_somebody_says():
-    block = nn.Sequential(identity(), nn.ReLU())
+    layer = identity()
     latents, text = call()
     x = torch.cat([text, latents.flatten(2).mT], dim=1)
-    assert torch.equal(block[0](x), fake_quantize_input(x, ACTIVATION))
-    set_token_grid(block, grid())
-    assert torch.equal(block[0](x), fake_quantize_input(x, ACTIVATION, grid=grid()))
-    set_token_grid(block, None)
-    assert torch.equal(block[0](x), fake_quantize_input(x, ACTIVATION))
+    for known in (grid(), None):
+        with token_grid(known):
+            assert torch.equal(layer(x), fake_quantize_input(x, ACTIVATION, grid=known))
+    with pytest.raises(UsageError, match="called outside of its transformer"):
+        layer(x)
 
 
 LARGER = {"num_inference_steps": 1, "num_frames": 9, "height": 64, "width": 32}
@@ -160,3 +164,196 @@ def test_the_grid_of_a_pipeline_and_what_its_linears_see(build, call, sizes, tex
     for name, sees in linears.items():
         assert lengths[name] == found.tokens + (found.text_tokens if sees == "joint" else 0)
         assert found.offset(lengths[name]) == (found.text_tokens if text == "before" else 0)
+
+
+class Deep(Transformer):
+    """A transformer with a parameter before its layers, checkpointed as diffusers does it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(8))
+        self.gradient_checkpointing, self._gradient_checkpointing_func = False, None
+
+    def forward(self, hidden_states, encoder_hidden_states):
+        x = torch.cat([encoder_hidden_states, hidden_states.flatten(2).mT], dim=1) * self.gain
+        for block in self.blocks:
+            x = self._gradient_checkpointing_func(block, x) if self.gradient_checkpointing else block(x)
+        return x
+
+
+def following(kind=Transformer):
+    transformer = kind()
+    follow_tokens(transformer, LAYOUT)
+    return transformer
+
+
+def right(transformer, frames, seed=0):
+    latents, text = call(frames, seed)
+    return torch.equal(transformer(latents, text), expected(latents, text, grid(frames)))
+
+
+def loss(transformer, frames):
+    return transformer(*call(frames)).square().sum()
+
+
+def gradient(transformer, sizes):
+    transformer.zero_grad(set_to_none=True)
+    sum(loss(transformer, frames) for frames in sizes).backward()
+    return transformer.gain.grad.clone()
+
+
+def meet(barrier):
+    barrier.wait()
+
+
+def in_threads(work, arguments):
+    """Runs `work` of each argument in a thread of its own, all at once, and returns the results in order."""
+    start = threading.Barrier(len(arguments))
+
+    def run(argument):
+        start.wait()
+        return work(argument)
+
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        return list(pool.map(run, arguments))
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["one transformer", "copies"])
+def test_threads_with_other_sizes_do_not_disturb_each_other(copies):
+    transformer = following()
+    meeting = threading.Barrier(2, timeout=60)
+    each = [copy.deepcopy(transformer) if copies else transformer for _ in range(2)]
+    for one in dict.fromkeys(each):
+        one.blocks[0].register_forward_hook(lambda *_: meet(meeting))  # both are between their layers
+    assert in_threads(lambda job: right(job[0], job[1]), [(each[0], 2), (each[1], 3)]) == [True, True]
+
+
+def test_batches_of_other_sizes_one_after_another():
+    transformer = following()
+    for frames, batch in ((3, 1), (2, 2), (3, 3)):
+        latents, text = (torch.cat([part] * batch) for part in call(frames))
+        assert torch.equal(transformer(latents, text), expected(latents, text, grid(frames)))
+
+
+def test_a_call_within_a_call_gives_the_grid_back():
+    transformer, inner = following(), following()
+    transformer.blocks[0].register_forward_hook(lambda *_: None if right(inner, 2) else 1 / 0)
+    assert right(transformer, 3)
+    transformer.blocks[0].register_forward_pre_hook(
+        lambda module, _: None if len(module._forward_pre_hooks) > 1 or right(inner, 2) else 1 / 0
+    )
+    assert right(transformer, 3)
+
+
+def test_a_call_of_itself_gives_the_grid_back():
+    transformer, depth = following(), []
+
+    def call_again(*_):
+        if not depth:
+            depth.append(1)
+            assert right(transformer, 2)
+
+    transformer.blocks[0].register_forward_hook(call_again)
+    assert right(transformer, 3)
+    assert depth
+
+
+@pytest.mark.parametrize("where", ["layer", "hook", "arguments"])
+def test_a_call_that_fails_leaves_nothing_behind(where):
+    outer, transformer = following(), following()
+    latents, text = call(2)
+    if where == "layer":
+        text = text[..., :-1]
+    elif where == "arguments":
+        latents = latents.flatten(2)
+    else:
+        transformer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises((InvalidInputError, RuntimeError, ZeroDivisionError)):
+        transformer(latents, text)
+    with pytest.raises(UsageError):
+        current_grid()
+
+    def fail_within(*_):
+        with pytest.raises((InvalidInputError, RuntimeError, ZeroDivisionError)):
+            transformer(latents, text)
+
+    outer.blocks[0].register_forward_hook(fail_within)
+    assert right(outer, 3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 3, 2), (3, 3)])
+def test_checkpointed_gradients_over_several_sizes_are_those_without(sizes, reentrant):
+    plain, transformer = following(Deep), following(Deep)
+    transformer.gradient_checkpointing = True
+    transformer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=reentrant)
+    assert torch.equal(gradient(transformer, sizes), gradient(plain, sizes))
+    other = copy.deepcopy(transformer)
+    assert torch.equal(gradient(other, sizes[::-1]), gradient(plain, sizes[::-1]))
+
+
+def test_a_block_is_recomputed_with_its_grid_after_another_call_and_in_another_thread():
+    transformer, plain = following(Deep), following(Deep)
+    wanted = {frames: gradient(plain, (frames,)) for frames in (2, 3)}
+    transformer.gradient_checkpointing = True
+    transformer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    losses = {frames: loss(transformer, frames) for frames in (2, 3)}
+    right(transformer, 3)
+    found = {}
+    for frames in (3, 2):
+        (found[frames],) = in_threads(lambda one: torch.autograd.grad(one, transformer.gain)[0], [losses[frames]])
+    for frames, value in found.items():
+        assert torch.equal(value, wanted[frames])
+
+
+def test_gradients_in_threads_are_those_of_one_after_another():
+    plain = following(Deep)
+    wanted = [gradient(plain, sizes) for sizes in ((2, 3), (3, 2, 2))]
+    transformer = following(Deep)
+    transformer.gradient_checkpointing = True
+    transformer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    found = in_threads(
+        lambda sizes: torch.autograd.grad(sum(loss(transformer, one) for one in sizes), transformer.gain)[0],
+        [(2, 3), (3, 2, 2)],
+    )
+    for value, expected_value in zip(found, wanted, strict=True):
+        assert torch.equal(value, expected_value)
+
+
+def test_a_block_that_somebody_else_recomputes_is_refused_not_guessed():
+    transformer = following(Deep)
+    block = transformer.blocks[1].forward
+    transformer.blocks[1].forward = functools.partial(checkpoint, lambda x: block(x).square(), use_reentrant=False)
+    total = loss(transformer, 3)
+    with pytest.raises(UsageError, match=r"enable_gradient_checkpointing\(\)"):
+        total.backward()
+    other = following()
+
+    def backward_within(*_):
+        with pytest.raises(UsageError, match=r"enable_gradient_checkpointing\(\)"):
+            loss(transformer, 2).backward()
+
+    other.blocks[0].register_forward_hook(backward_within)
+    assert right(other, 3)
+
+
+@pytest.mark.parametrize("regional", [True, False], ids=["blocks", "whole"])
+def test_compiled_calls_of_several_sizes_nested_and_in_threads(regional):
+    transformer = following()
+    compiled = transformer
+    if regional:
+        for block in transformer.blocks:
+            block.compile(backend="eager", fullgraph=True)
+    else:
+        compiled = torch.compile(transformer, backend="eager", fullgraph=True)
+    for frames in (3, 2, 3):
+        latents, text = call(frames)
+        torch.testing.assert_close(compiled(latents, text), expected(latents, text, grid(frames)), rtol=0, atol=1e-6)
+    with pytest.raises(UsageError):
+        current_grid()
+
+    def close(frames):
+        latents, text = call(frames)
+        return torch.allclose(compiled(latents, text), expected(latents, text, grid(frames)), rtol=0, atol=1e-6)
+
+    assert in_threads(close, [2, 3]) == [True, True]

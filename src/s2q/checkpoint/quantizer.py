@@ -7,6 +7,7 @@ only warns of missing tensors and knows nothing of the layers' layout.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,14 +17,16 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from s2q.checkpoint.config import S2QConfig
-from s2q.core.errors import InvalidInputError
+from s2q.core.components import ADAPTED, adapter_tensor, has_adapter
+from s2q.core.errors import InvalidInputError, UsageError
 from s2q.core.layout import TENSOR_DTYPES
-from s2q.core.tokens import TokenLayout
 from s2q.nn import PACKED_DTYPES, PackedLinear, follow_tokens, replace_module, share_inputs, unfollow_tokens
 
 _SCALE = "weight_scale"
 _CLIP = "activation_clip"
+_OF_OWN_DTYPE = tuple(name for name, dtype in PACKED_DTYPES.items() if dtype.is_floating_point)
 _REMEDY = "download the checkpoint again, or quantize the model again"
+_NOT_OFFLOADED = "nothing was changed, load it without offloading"
 
 
 class S2QQuantizer(DiffusersQuantizer):
@@ -51,12 +54,18 @@ class S2QQuantizer(DiffusersQuantizer):
         self._layouts = quantization_config.layer_layouts()
         self._tokens = quantization_config.token_layout()
         self._keep_in_fp32: tuple[list[str], list[str]] | None = None
+        self._model = _Reference(None)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Accept every device, dtype and device map."""
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Refuse a file with packed layers that the configuration does not know."""
+        """Refuse a file with an adapter, or with packed layers that the configuration does not know."""
+        if (adapted := adapter_tensor(loaded_keys)) is not None:
+            raise InvalidInputError(
+                f"{adapted}: the checkpoint was saved with an adapter attached; save it again after "
+                "unload_lora_weights(), or quantize the model again, and attach the adapter after loading"
+            )
         for key in loaded_keys:
             layer, _, tensor = key.rpartition(".")
             if tensor == _SCALE and layer not in self._schemes:
@@ -154,25 +163,57 @@ class S2QQuantizer(DiffusersQuantizer):
             if left:
                 first = ", ".join(left[:3])
                 raise InvalidInputError(f"checkpoint lacks {len(left)} tensors, {first} among them; {_REMEDY}")
-        _prepare(model, self._tokens)
+        self.prepare(model)
         return model
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module) -> None:
+        """Make a model whose linears are packed ready to run: all that is not in its files.
+
+        Args:
+            model: The transformer, changed in place.
+        """
+        self._model = _Reference(model)
         for layer in self._schemes:
-            packed = model.get_submodule(layer)
-            linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
-            linear.weight = nn.Parameter(packed.effective_weight(model.dtype), requires_grad=False)
-            bias = packed.effective_bias(model.dtype)
-            linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-            replace_module(model, layer, linear)
+            model.get_submodule(layer).name = layer  # type: ignore[assignment]
+        # diffusers takes the first floating parameter that is not named here for the dtype of the model.
+        model._keep_in_fp32_modules = [*(type(model)._keep_in_fp32_modules or ()), *_OF_OWN_DTYPE]  # type: ignore[attr-defined, assignment]
+        if not hasattr(model, "peft_config"):  # diffusers would take an adapter that was refused for attached
+            model.peft_config = {}  # type: ignore[assignment]
+        share_inputs(model)
+        if self._tokens is not None:
+            follow_tokens(model, self._tokens)
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        if any(_is_group_offloaded(module) for module in model.modules()):
+            raise UsageError(f"{type(model).__name__}: dequantize() of an offloaded model; {_NOT_OFFLOADED}")
+        kept = tuple(type(model)._keep_in_fp32_modules or ())  # type: ignore[attr-defined]
+        # Nothing is changed before everything has been computed.
+        linears = {}
+        for layer in self._schemes:
+            name, packed = _below_adapters(model, layer)
+            in_fp32 = any(part in kept for part in layer.split("."))
+            linears[name] = packed.dequantized_linear(torch.float32 if in_fp32 else model.dtype)
+        for name, linear in linears.items():
+            replace_module(model, name, linear)
         unfollow_tokens(model)
+        model.__dict__.pop("_keep_in_fp32_modules", None)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = FrozenDict(config)
         return model
 
     @property
     def is_serializable(self) -> bool:
-        """A loaded model can be saved again."""
+        """Whether a loaded model can be saved again; one with an adapter would give a folder that cannot be loaded.
+
+        Raises:
+            UsageError: If an adapter is attached.
+        """
+        model = self._model.get()
+        if model is not None and has_adapter(model):
+            raise UsageError(
+                f"{type(model).__name__}: a quantized model is not saved with an adapter attached; keep the "
+                "adapter with save_lora_weights() of the pipeline, call its unload_lora_weights(), and save again"
+            )
         return True
 
     @property
@@ -199,15 +240,45 @@ def attach_config(transformer: nn.Module, config: S2QConfig) -> None:
     for layer in config.layers:
         if not isinstance(transformer.get_submodule(layer), PackedLinear):
             raise InvalidInputError(f"{layer} is in quantization_config but not packed")
-    _prepare(transformer, config.token_layout())
+    quantizer = S2QQuantizer(config, pre_quantized=True)
+    quantizer.prepare(transformer)
     transformer.register_to_config(quantization_config=config)
     transformer.is_quantized = True
     transformer.quantization_method = config.quant_method
-    transformer.hf_quantizer = S2QQuantizer(config, pre_quantized=True)
+    transformer.hf_quantizer = quantizer
 
 
-def _prepare(transformer: nn.Module, tokens: TokenLayout | None) -> None:
-    """Let packed linears share what they read, and know what they have to know of a call."""
-    share_inputs(transformer)
-    if tokens is not None:
-        follow_tokens(transformer, tokens)
+def _is_group_offloaded(module: nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("group_offloading") is not None
+
+
+def _below_adapters(model: nn.Module, layer: str) -> tuple[str, PackedLinear]:
+    """Find a packed linear by its name in the checkpoint; return its name in the model, and itself."""
+    name, module = layer, model.get_submodule(layer)
+    while isinstance(wrapped := getattr(module, ADAPTED, None), nn.Module):
+        name, module = f"{name}.{ADAPTED}", wrapped
+    if not isinstance(module, PackedLinear):
+        raise UsageError(
+            f"{name}: got {type(module).__name__} where the checkpoint has a packed linear; nothing was dequantized, "
+            "load the checkpoint again"
+        )
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise UsageError(f"{name}: dequantize() of an offloaded linear; {_NOT_OFFLOADED}")
+    return name, module
+
+
+class _Reference:
+    """A weak reference to a model; in a copy of the model it is one to the copy, in a pickled one there is none."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = None if model is None else weakref.ref(model)
+
+    def get(self) -> nn.Module | None:
+        return None if self._model is None else self._model()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
+        return _Reference(memo.get(id(self.get())))
+
+    def __reduce__(self) -> tuple[type[_Reference], tuple[None]]:
+        return _Reference, (None,)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from s2q.core.tokens import carried_call
+
 _T = TypeVar("_T")
 
 
@@ -90,10 +92,10 @@ def recomputed(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    kept = _held.get()
+    kept, call = _held.get(), carried_call()
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return _called_again(kept), _called_again(kept)
+        return _called_again(kept, call), _called_again(kept, call)
 
     result: _T = checkpoint(
         function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs
@@ -110,9 +112,11 @@ def _holding(kept: _Kept | None) -> Iterator[None]:
         _held.reset(token)
 
 
-def _called_again(kept: _Kept | None) -> AbstractContextManager[None]:
-    """The same results for a call and for its repetition, which may run in a thread of the backward pass."""
-    return _holding(None if kept is None else _Kept(results=kept.results, called_again=True))
+@contextmanager
+def _called_again(kept: _Kept | None, call: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """The same results and token grid for a call and its repetition, which may run in a thread of the backward pass."""
+    with _holding(None if kept is None else _Kept(results=kept.results, called_again=True)), call():
+        yield
 
 
 def _saved_as_usual() -> AbstractContextManager[None]:

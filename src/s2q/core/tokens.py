@@ -4,16 +4,23 @@ A transformer cuts latents into patches and reads them as a sequence, frame by f
 that sequence alone, others the joint one, with the text before or after it. Which of them an input is, is told by its
 length.
 
+The grid of a call belongs to the call: `token_grid` sets it in this thread, `current_grid` returns the innermost one.
+
 Shapes: `B` samples, `N` tokens of an input, `C` channels, `f`, `h`, `w` latent frames, rows and columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
-from s2q.core.errors import InvalidInputError, unknown_name
+import torch
+
+from s2q.core.errors import InvalidInputError, UsageError, unknown_name
 
 LATENTS = ("frames first", "channels first", "tokens")
 TEXT = ("before", "after", "apart")
@@ -53,6 +60,76 @@ class TokenGrid:
         if self.text == "apart" or length != self.tokens + self.text_tokens:
             return None
         return self.text_tokens if self.text == "before" else 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    grid: TokenGrid | None
+    backward_pass: int
+    outer: _Call | None
+
+
+_THREAD = threading.local()  # torch.compile traces neither a ContextVar nor a class of one's own
+
+
+def begin_call(grid: TokenGrid | None) -> None:
+    """Set the grid of the calls of layers that follow in this thread, until `end_call`.
+
+    Args:
+        grid: The grid; None if it is not known, and layers are to compute without.
+    """
+    _THREAD.call = _Call(grid, _backward_pass(), _call())
+
+
+def end_call() -> None:
+    """Restore the grid of the call around the one that ends."""
+    call = _call()
+    _THREAD.call = None if call is None else call.outer
+
+
+@contextmanager
+def token_grid(grid: TokenGrid | None) -> Iterator[None]:
+    """Set the grid of the calls of layers within, in this thread.
+
+    Args:
+        grid: See `begin_call`.
+    """
+    begin_call(grid)
+    try:
+        yield
+    finally:
+        end_call()
+
+
+def current_grid() -> TokenGrid | None:
+    """Return the grid of the call at hand; None if it was said to be unknown.
+
+    Raises:
+        UsageError: If there is no call in this thread, or the layer is called in a backward pass that the call is not
+            part of: checkpointing by other means than the transformer's own, for example. The grid is never guessed.
+    """
+    call = _call()
+    if call is None or call.backward_pass != _backward_pass():
+        raise UsageError(
+            "a quantized layer that depends on where video tokens are was called outside of its transformer; call the "
+            "transformer, and checkpoint gradients with its enable_gradient_checkpointing()"
+        )
+    return call.grid
+
+
+def carried_call() -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes contexts with the grid of the call at hand, for its recomputation in a backward pass."""
+    call = _call()
+    return nullcontext if call is None else partial(token_grid, call.grid)
+
+
+def _call() -> _Call | None:
+    return getattr(_THREAD, "call", None)
+
+
+def _backward_pass() -> int:
+    """Return the number of the backward pass that this thread is in, -1 outside; torch.compile traces none."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 @dataclass(frozen=True, kw_only=True)

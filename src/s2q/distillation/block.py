@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from s2q.core.errors import S2QError
 from s2q.core.reuse import parameters_held, recomputed
-from s2q.core.tokens import TokenGrid
+from s2q.core.tokens import TokenGrid, token_grid
 from s2q.distillation.loss import weighted_token_loss
 from s2q.distillation.temporal import temporal_loss
-from s2q.nn import RefinedLinear, StudentInput, StudentLinear, set_token_grid
+from s2q.nn import RefinedLinear, StudentInput, StudentLinear
 from s2q.rounding import softened
 
 logger = logging.getLogger(__name__)
@@ -248,7 +248,7 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
             layer.recomputes = True
         for part in parts:
             pointwise = isinstance(part, linears | FeedForward)
-            pointwise = pointwise and not any(getattr(inner, "tokens", None) for inner in part.modules())
+            pointwise = pointwise and not any(getattr(inner, "needs_grid", False) for inner in part.modules())
             part.forward = functools.partial(_in_pieces if pointwise else recomputed, part.forward)
         yield
     finally:
@@ -294,8 +294,8 @@ def _loss(block: nn.Module, sample: BlockSample, temporal: float) -> Tensor:
 
 
 def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:
-    set_token_grid(block, sample.grid)
-    output = block(**sample.inputs)
+    with token_grid(sample.grid):
+        output = block(**sample.inputs)
     return output if isinstance(output, tuple) else (output,)
 
 

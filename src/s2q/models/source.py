@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from s2q.core.components import TRANSFORMERS
+from s2q.core.components import TRANSFORMERS, check_no_adapter
 from s2q.core.errors import InvalidInputError, ResourceError, first_line, unknown_name
 from s2q.core.headers import TensorInfo, read_headers
 from s2q.core.loading_errors import PACKAGES, is_installed, loading_error
@@ -32,6 +32,7 @@ DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.f
 """Names of the compute dtypes that a model may be loaded in."""
 
 _HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_ADAPTER_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +301,9 @@ class ModelSource:
         from diffusers import DiffusionPipeline
 
         for component in self.component_classes:
-            read_headers(self.weight_files(component))  # a truncated file is named
+            tensors = read_headers(self.weight_files(component))  # a truncated file is named
+            if component in TRANSFORMERS:
+                check_no_adapter(self.folder / component, tensors)
         foreign = [f"{component} is quantized by {method}" for component, method in self._foreign_methods().items()]
         remedy = f"{', '.join(foreign)}: see what that needs" if foreign else "download or save the model again"
         try:
@@ -316,7 +319,9 @@ class ModelSource:
     def _headers(self) -> dict[str, TensorInfo]:
         """The headers of the transformers' weights; none if they are not all on this machine."""
         files = [path for component in self.transformer_configs for path in self.weight_files(component)]
-        return read_headers(files) if all(path.is_file() for path in files) else {}
+        tensors = read_headers(files) if all(path.is_file() for path in files) else {}
+        check_no_adapter(self.folder, tensors)
+        return tensors
 
     def _foreign_methods(self) -> dict[str, str]:
         """The quantization method of each component that has one."""
@@ -436,6 +441,11 @@ def _embedded_names() -> tuple[str, ...]:
 def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "hub"]) -> ModelSource:
     index_path = folder / "model_index.json"
     if not index_path.is_file():
+        if any((folder / adapter).is_file() for adapter in _ADAPTER_FILES):
+            raise InvalidInputError(
+                f"{folder} is an adapter, not a model; load the model, then the adapter by load_lora_weights() of the "
+                "pipeline"
+            )
         raise InvalidInputError(
             f"{folder} is not a diffusers pipeline: it has no model_index.json; pass the pipeline's folder"
         )

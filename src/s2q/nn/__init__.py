@@ -2,12 +2,13 @@
 
 from s2q.nn.clip import LearnableClip
 from s2q.nn.estimator import Estimator
-from s2q.nn.packed import PACKED_DTYPES, PackedLinear
+from s2q.nn.packed import PackedLinear
 from s2q.nn.refined import RefinedLinear
 from s2q.nn.runtime import set_backend, share_inputs
+from s2q.nn.stored import PACKED_DTYPES
 from s2q.nn.student import InputTransform, SplitInput, StudentInput, StudentLinear
 from s2q.nn.swap import replace_module
-from s2q.nn.token_context import TokenContext, follow_tokens, set_token_grid, unfollow_tokens
+from s2q.nn.token_context import follow_tokens, unfollow_tokens
 
 __all__ = [
     "PACKED_DTYPES",
@@ -19,11 +20,9 @@ __all__ = [
     "SplitInput",
     "StudentInput",
     "StudentLinear",
-    "TokenContext",
     "follow_tokens",
     "replace_module",
     "set_backend",
-    "set_token_grid",
     "share_inputs",
     "unfollow_tokens",
 ]

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2q.core.tokens import TokenGrid
-from s2q.nn.token_context import TokenContext
+from s2q.core.tokens import TokenGrid, current_grid
 
 
 class Estimator(nn.Module):
@@ -29,7 +28,7 @@ class Estimator(nn.Module):
         alpha: Parameter fp32 [I].
         beta: Parameter fp32 [O].
         frames: Parameter fp32 [F], M; None where the linear sees no video.
-        tokens: Where the video tokens of the call at hand lie, see `set_token_grid`; None without frames.
+        needs_grid: Whether it depends on where the video tokens of the call at hand are.
 
     Args:
         in_features: I.
@@ -45,7 +44,7 @@ class Estimator(nn.Module):
         self.alpha = nn.Parameter(start)
         self.beta = nn.Parameter(torch.zeros(out_features))
         self.frames = None if frames is None else nn.Parameter(torch.ones(frames))
-        self.tokens = None if frames is None else TokenContext()
+        self.needs_grid = frames is not None
 
     def forward(self, quantized: Tensor) -> Tensor:
         """Return the correction.
@@ -56,25 +55,24 @@ class Estimator(nn.Module):
         Returns:
             [..., N, O], dtype of the input.
         """
-        coefficients = scaled_by_frame((quantized.float() @ self.alpha).unsqueeze(-1), self.frames, self.tokens)
+        coefficients = scaled_by_frame((quantized.float() @ self.alpha).unsqueeze(-1), self.frames)
         return (coefficients * self.beta).to(quantized.dtype)
 
 
-def scaled_by_frame(coefficients: Tensor, frames: Tensor | None, tokens: TokenContext | None) -> Tensor:
+def scaled_by_frame(coefficients: Tensor, frames: Tensor | None) -> Tensor:
     """Multiply what belongs to the tokens of a frame by its scale; text tokens stay as they are.
 
-    A call of another number of frames has the scales between, drawn straight through those there are; one whose grid is
-    not known, or is not that of the coefficients, has none.
+    A call of another number of frames has the scales between, drawn straight through those there are; one whose grid
+    (`core.tokens`) is not known, or is not that of the coefficients, has none.
 
     Args:
         coefficients: [..., N, r].
         frames: fp32 [F], or None for 1.
-        tokens: Where the video tokens lie, or None.
 
     Returns:
         [..., N, r].
     """
-    grid = None if tokens is None else tokens.grid
+    grid = None if frames is None else current_grid()
     if frames is None or grid is None or coefficients.ndim < 3:
         return coefficients
     factors = _factors(frames, grid, coefficients.shape[-2])

@@ -16,7 +16,6 @@ of a row (`core.packing`).
 
 import functools
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -25,16 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.core.codebook import levels_of
-from s2q.core.errors import InvalidInputError, UsageError
-from s2q.core.layout import TENSOR_DTYPES, InputLayout
-from s2q.core.packing import pack_codes, packed_width, unpack_codes
+from s2q.core.errors import InvalidInputError
+from s2q.core.layout import InputLayout
+from s2q.core.packing import pack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, fake_quantize_input
-from s2q.core.schemes import LinearScheme, PerGroup, num_groups
+from s2q.core.schemes import LinearScheme
+from s2q.core.tokens import current_grid
+from s2q.core.torch_state import without_autocast
 from s2q.nn.dequantized import KeptWeights, integer_backend, keeps_prepacked, runs_dequantized
 from s2q.nn.estimator import scaled_by_frame
-from s2q.nn.merging import is_merging
 from s2q.nn.shared_input import SharedInput
-from s2q.nn.token_context import TokenContext
+from s2q.nn.stored import PACKED_DTYPES, StoredLinear, frozen
 from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
@@ -42,25 +42,19 @@ from s2q.ops.weight_only_matmul import weight_only_matmul
 
 logger = logging.getLogger(__name__)
 
-PACKED_DTYPES = {
-    "weight": torch.uint8,
-    "weight_scale": torch.float32,
-    **{name: {"F32": torch.float32, "BF16": torch.bfloat16}[dtype] for name, dtype in TENSOR_DTYPES.items()},
-}
-"""Dtype of every tensor of a packed linear but its bias; they keep it through `.to(dtype)` and the like."""
-
 _PIECE = 4096  # tokens
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(StoredLinear):
     """A linear with packed integer weights, for inference.
 
-    It is an `nn.Linear`, so that LoRA adapters attach to it; merging them into it is refused. Everything it stores is a
-    parameter without gradient (offloading moves parameters only). Codes and scales keep their dtype through
-    `.to(dtype)`, `.bfloat16()` and the like; the bias follows. What is kept between calls is in `kept`.
+    It is an `nn.Linear`, so LoRA adapters attach to it; computing with its codes, merging into them for example, is
+    refused (`nn.codes`). Everything it stores is a parameter without gradient (offloading moves parameters only). Codes
+    and scales keep their dtype through `.to(dtype)`, `.bfloat16()` and the like; the bias follows. What is kept
+    between calls is in `kept`. `torch.autocast` changes nothing: the output has the dtype of the input.
 
     Attributes:
-        weight: uint8 [O, P], packed codes.
+        weight: `PackedCodes` uint8 [O, P].
         weight_scale: fp32 [O] (PerChannel) or [O, G] (PerGroup).
         bias: [O] in the compute dtype, or None.
         scheme: How weight and input are quantized.
@@ -68,10 +62,11 @@ class PackedLinear(nn.Linear):
             `transform_left` [n1, n1], `transform_right` [n2, n2], `activation_clip` [1], `estimator_input` [I],
             `estimator_output` [O], `estimator_frames` [F], and bf16 `low_rank_basis` [I, r], `low_rank_weight` [O, r];
             None where not.
+        name: Its name in the model, for messages; empty if nobody has said.
         backend: How integers are computed: "auto", a backend of the ops ("reference", "cpu", "triton"), or "fastest",
             which is "auto" but for layers that integers make slower than full precision (`nn.dequantized`).
         shared_input: Where linears that read the same input keep its codes, see `share_inputs`; None for one alone.
-        tokens: Where the video tokens of the call at hand lie, see `follow_tokens`; None if it need not know.
+        needs_grid: Whether it depends on where the video tokens of the call at hand are, see `follow_tokens`.
 
     Args:
         in_features: I.
@@ -86,18 +81,6 @@ class PackedLinear(nn.Linear):
         InvalidInputError: If I is not a multiple of a group size, or the layout does not fit I.
     """
 
-    weight_scale: nn.Parameter
-    input_shift: nn.Parameter | None
-    transform_scale: nn.Parameter | None
-    transform_left: nn.Parameter | None
-    transform_right: nn.Parameter | None
-    low_rank_basis: nn.Parameter | None
-    low_rank_weight: nn.Parameter | None
-    activation_clip: nn.Parameter | None
-    estimator_input: nn.Parameter | None
-    estimator_output: nn.Parameter | None
-    estimator_frames: nn.Parameter | None
-
     def __init__(
         self,
         in_features: int,
@@ -109,30 +92,11 @@ class PackedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate a floating point weight
-        self.in_features = in_features
-        self.out_features = out_features
-        self.scheme = scheme
+        super().__init__(in_features, out_features, bias=bias, scheme=scheme, layout=layout, dtype=dtype, device=device)
         self.backend = "auto"
         self.kept = KeptWeights()
         self.shared_input: SharedInput[tuple[Tensor, Tensor, Tensor | None]] | None = None
-        self.layout = layout or InputLayout()
-        self.tokens = TokenContext() if scheme.needs_grid or self.layout.needs_grid else None
-        width = packed_width(scheme.weight.num_bits, in_features)
-        groups = num_groups(scheme.weight, in_features)
-        if scheme.activation is not None:
-            num_groups(scheme.activation, in_features)
-        scale_shape = (out_features, groups) if isinstance(scheme.weight.granularity, PerGroup) else (out_features,)
-        self.weight = _frozen(torch.empty(out_features, width, dtype=torch.uint8, device=device))
-        self.weight_scale = _frozen(torch.empty(scale_shape, dtype=torch.float32, device=device))
-        self.register_parameter("bias", None)
-        if bias:
-            self.bias = _frozen(torch.empty(out_features, dtype=dtype, device=device))
-        shapes = self.layout.shapes(in_features, out_features)
-        for name in TENSOR_DTYPES:
-            shape = shapes.get(name)
-            value = None if shape is None else _frozen(torch.empty(shape, dtype=PACKED_DTYPES[name], device=device))
-            self.register_parameter(name, value)
+        self.needs_grid = scheme.needs_grid or self.layout.needs_grid
 
     @classmethod
     def from_rounded(
@@ -179,31 +143,20 @@ class PackedLinear(nn.Linear):
                 f"weight scale: got {rounded.scale.dtype} {list(rounded.scale.shape)}; "
                 f"expected torch.float32 {list(expected)} for {scheme.name}"
             )
-        layer.weight = _frozen(pack_codes(rounded.codes, num_bits=scheme.weight.num_bits))
-        layer.weight_scale = _frozen(rounded.scale.detach().clone())
+        layer.weight = frozen(pack_codes(rounded.codes, num_bits=scheme.weight.num_bits))
+        layer.weight_scale = frozen(rounded.scale.detach().clone())
         if bias is not None:
             if bias.shape != (out_features,):
                 raise InvalidInputError(f"bias: got {list(bias.shape)}; expected [{out_features}]")
-            layer.bias = _frozen(bias.detach().to(device=rounded.codes.device, dtype=dtype or bias.dtype, copy=True))
+            layer.bias = frozen(bias.detach().to(device=rounded.codes.device, dtype=dtype or bias.dtype, copy=True))
         for name, shape in layer.layout.shapes(in_features, out_features).items():
             tensor = inputs[name].detach().to(rounded.codes.device)
             if tuple(tensor.shape) != shape or tensor.dtype != PACKED_DTYPES[name]:
                 raise InvalidInputError(
                     f"{name}: got {tensor.dtype} {list(tensor.shape)}; expected {PACKED_DTYPES[name]} {list(shape)}"
                 )
-            setattr(layer, name, _frozen(tensor.clone()))
+            setattr(layer, name, frozen(tensor.clone()))
         return layer
-
-    def codes(self) -> Tensor:
-        """Return the unpacked codes of the weight, int8 [O, I]."""
-        return unpack_codes(self.packed_weight, num_bits=self.scheme.weight.num_bits, in_features=self.in_features)
-
-    @property
-    def packed_weight(self) -> Tensor:
-        """`weight` for s2q's own use; foreign readers of `weight` may be refused."""
-        packed = self._parameters["weight"]
-        assert packed is not None
-        return packed
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight that the codes stand for, that of the transformed input.
@@ -259,6 +212,19 @@ class PackedLinear(nn.Linear):
             return None if self.bias is None else self.bias.to(dtype)
         return (self.bias.float() - self.effective_weight(torch.float32) @ self.input_shift).to(dtype)
 
+    def dequantized_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """Return the full-precision linear of `effective_weight` and `effective_bias`.
+
+        Args:
+            dtype: Floating, of both.
+        """
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
+        bias = self.effective_bias(dtype)
+        linear.weight = frozen(self.effective_weight(dtype))
+        linear.register_parameter("bias", None if bias is None else frozen(bias))
+        return linear
+
+    @without_autocast
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Apply the layer.
 
@@ -337,17 +303,12 @@ class PackedLinear(nn.Linear):
         if self.estimator_input is None or self.estimator_output is None:
             return coefficients, None if coefficients is None else self.low_rank_weight
         own = project(self.estimator_input.unsqueeze(1)).reshape(*rows, 1)
-        inputs = scaled_by_frame(own, self.estimator_frames, self.tokens).reshape(-1, 1)
+        inputs = scaled_by_frame(own, self.estimator_frames).reshape(-1, 1)
         weights = self.estimator_output.unsqueeze(1)
         if coefficients is None or self.low_rank_weight is None:
             return inputs, weights
         both = torch.cat([self.low_rank_weight.float(), weights], dim=1)
         return torch.cat([coefficients.float(), inputs], dim=1), both
-
-    def product_codes(self) -> Tensor:
-        """Return the codes as `rescaled_int_matmul` takes them: uint8 [O, P] up to 4 bits, int8 [O, I] above."""
-        packed = self.packed_weight
-        return packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8)
 
     def _quantized(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: A002
         """Codes int8 [M, I], scale fp32 [M, 1] and coefficients of the low-rank branch fp32 [M, r] of an input."""
@@ -371,7 +332,7 @@ class PackedLinear(nn.Linear):
         transformed, coefficients = self._transformed(input)
         quantized = transformed.float()
         if self.scheme.activation is not None:
-            grid = None if self.tokens is None else self.tokens.grid
+            grid = current_grid() if self.scheme.needs_grid else None
             quantized = fake_quantize_input(
                 quantized, self.scheme.activation, clip_ratio=self.activation_clip, grid=grid
             )
@@ -412,57 +373,8 @@ class PackedLinear(nn.Linear):
         )
         return self._with_branch(output_MO, coefficients, transformed, input.shape[:-1]).to(input.dtype)
 
-    def extra_repr(self) -> str:
-        """Return what `print` shows of the layer."""
-        has_bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, {self.scheme.name}"
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and is_merging(sys._getframe(1)):
-            raise UsageError(
-                f"adapter weights cannot be merged into, or initialised from, a packed {self.scheme.name} linear; "
-                "leave the adapter unmerged, or fuse it into the full-precision model before quantizing"
-            )
-        return super().__getattr__(name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        present = (self._parameters[name] for name in PACKED_DTYPES)
-        stored = {id(parameter) for parameter in present if parameter is not None}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in stored:
-                return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-            if moved.is_floating_point() and moved.dtype.itemsize < 2:
-                raise UsageError(
-                    f"a packed {self.scheme.name} linear cannot be cast to {moved.dtype}: it is quantized already; "
-                    "exclude it from layerwise casting through skip_modules_classes=(PackedLinear,)"
-                )
-            return moved
-
+    def _changes(self) -> None:
         self.kept.release()
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        self.kept.release()
-        for name, dtype in PACKED_DTYPES.items():
-            found = state_dict.get(prefix + name)
-            if found is not None and found.dtype != dtype:  # copying would convert it without a word
-                error_msgs.append(f"{prefix}{name}: got {found.dtype}; expected {dtype}, packed as {self.scheme.name}")
-                return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -474,6 +386,7 @@ class _StraightThrough(torch.autograd.Function):
         return layer._product(x)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         layer: PackedLinear = ctx.layer
         (gradient,) = gradients
@@ -494,7 +407,3 @@ def _say_slow(scheme: str, how: str) -> None:
 @functools.cache
 def _warn_once(message: str, *values: str) -> None:
     logger.warning(message, *values)
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

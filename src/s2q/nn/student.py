@@ -22,10 +22,10 @@ from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize_input, fake_quantize_weight, weight_scale
 from s2q.core.reuse import once, once_for, recomputed
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
+from s2q.core.tokens import current_grid
 from s2q.nn.clip import START, LearnableClip
 from s2q.nn.estimator import Estimator
-from s2q.nn.packed import PACKED_DTYPES
-from s2q.nn.token_context import TokenContext
+from s2q.nn.stored import PACKED_DTYPES
 
 
 class InputTransform(Protocol):
@@ -75,7 +75,7 @@ class StudentInput(nn.Module):
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
         recomputes: Whether the backward pass computes the way to the quantized input again instead of keeping it.
-        tokens: Where the video tokens of the call at hand lie, see `set_token_grid`; None if the scheme need not know.
+        needs_grid: Whether the scheme depends on where the video tokens of the call at hand are (`core.tokens`).
 
     Args:
         scheme: See above.
@@ -107,7 +107,7 @@ class StudentInput(nn.Module):
         self.low_rank_from = low_rank_from
         self.clip = clip
         self.recomputes = False
-        self.tokens = TokenContext() if scheme is not None and scheme.delta is not None else None
+        self.needs_grid = scheme is not None and scheme.delta is not None
 
     @property
     def deflates(self) -> bool:
@@ -139,7 +139,7 @@ class StudentInput(nn.Module):
             transformed = rest if self.transform is None else self.transform.rotated(rest)
         if self.scheme is not None:
             ratio = None if self.clip is None else self.clip()
-            grid = None if self.tokens is None else self.tokens.grid
+            grid = current_grid() if self.needs_grid else None
             transformed = fake_quantize_input(transformed, self.scheme, clip_ratio=ratio, grid=grid)
         return SplitInput(transformed.to(x.dtype), coefficients)
 

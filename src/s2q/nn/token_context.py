@@ -1,57 +1,33 @@
-"""What the layers of a transformer know of the call at hand: where the video tokens lie.
+"""Layers of a transformer know where the video tokens of the call at hand are.
 
-The layers of one transformer share a `TokenContext`; a hook before the transformer's forward writes the grid of the
-call into it. Outside of a transformer, while a block is calibrated for example, `set_token_grid` does.
+A hook before the transformer's forward sets the grid of the call, one after it restores that of the call around it. A
+block that is computed again in the backward pass gets the grid of the call that it belongs to.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from s2q.core.tokens import TokenGrid, TokenLayout
+from s2q.core.tokens import TokenLayout, begin_call, carried_call, end_call
 
-
-class TokenContext:
-    """Where the video tokens of the call at hand lie.
-
-    Attributes:
-        grid: The grid; None if nobody has said.
-    """
-
-    def __init__(self) -> None:
-        self.grid: TokenGrid | None = None
-
-
-def set_token_grid(module: nn.Module, grid: TokenGrid | None) -> None:
-    """Tell the layers of a module where the video tokens of the next call lie.
-
-    Args:
-        module: A block, for example; may have no layer that wants to know.
-        grid: The grid; None if it is not known.
-    """
-    for context in _contexts(module):
-        context.grid = grid
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""Attribute of diffusers' modules: the function that they call a block through while gradients are checkpointed."""
 
 
 def follow_tokens(transformer: nn.Module, layout: TokenLayout) -> None:
     """Let the layers of a transformer know the grid of every call, in place; a second time changes nothing.
-
-    Copies of the transformer follow their own calls.
 
     Args:
         transformer: A transformer, its layers packed.
         layout: How it makes tokens of its arguments.
     """
     unfollow_tokens(transformer)
-    context = TokenContext()
-    for module in transformer.modules():
-        if _context(module) is not None:
-            module.__dict__["tokens"] = context
-    transformer.register_forward_pre_hook(_Follow(transformer, layout, context), with_kwargs=True)
+    transformer.register_forward_pre_hook(_Begin(transformer, layout), with_kwargs=True)
+    transformer.register_forward_hook(_End(), always_call=True)
 
 
 def unfollow_tokens(transformer: nn.Module) -> None:
@@ -60,28 +36,69 @@ def unfollow_tokens(transformer: nn.Module) -> None:
     Args:
         transformer: A transformer; need not follow.
     """
-    for key, hook in list(transformer._forward_pre_hooks.items()):
-        if isinstance(hook, _Follow):
-            del transformer._forward_pre_hooks[key]
-            transformer._forward_pre_hooks_with_kwargs.pop(key, None)
+    hooks = (
+        transformer._forward_pre_hooks,
+        transformer._forward_pre_hooks_with_kwargs,
+        transformer._forward_hooks,
+        transformer._forward_hooks_always_called,
+    )
+    for key in [key for one in hooks for key, hook in one.items() if isinstance(hook, _Begin | _End)]:
+        for one in hooks:
+            one.pop(key, None)
+    for module in transformer.modules():
+        function = module.__dict__.get(_CHECKPOINT)
+        if isinstance(function, _Checkpoint):
+            setattr(module, _CHECKPOINT, function.checkpoint)
 
 
-class _Follow:
-    """The hook; an object and not a closure, so that a copy of the transformer has the copied context."""
+class _Begin:
+    """The hook before a call."""
 
-    def __init__(self, transformer: nn.Module, layout: TokenLayout, context: TokenContext) -> None:
+    def __init__(self, transformer: nn.Module, layout: TokenLayout) -> None:
         _self, *parameters = inspect.signature(type(transformer).forward).parameters
-        self.parameters, self.layout, self.context = tuple(parameters), layout, context
+        self.parameters, self.layout = tuple(parameters), layout
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begin_call(None)  # the hook after the call ends it, also where the next lines fail
         named = dict(zip(self.parameters, args, strict=False))
-        self.context.grid = self.layout.grid({**named, **kwargs})
+        grid = self.layout.grid({**named, **kwargs})
+        end_call()
+        begin_call(grid)
+        if getattr(transformer, "gradient_checkpointing", False):
+            _carry_grids(transformer)
 
 
-def _contexts(module: nn.Module) -> Iterator[TokenContext]:
-    return (context for one in module.modules() if (context := _context(one)) is not None)
+class _End:
+    """The hook after a call."""
+
+    def __call__(self, _transformer: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        end_call()
 
 
-def _context(layer: nn.Module) -> TokenContext | None:
-    context = layer.__dict__.get("tokens")
-    return context if isinstance(context, TokenContext) else None
+def _carry_grids(transformer: nn.Module) -> None:
+    """Have blocks that are called through a checkpointing function, diffusers' or the user's, keep their grid."""
+    if isinstance(getattr(transformer, _CHECKPOINT, None), _Checkpoint):
+        return
+    for module in transformer.modules():
+        function = getattr(module, _CHECKPOINT, None)
+        if function is not None:
+            setattr(module, _CHECKPOINT, _Checkpoint(function))
+
+
+class _Checkpoint:
+    """A checkpointing function whose blocks are called with the grid of the first call each time."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(_InCall(block), *args, **kwargs)
+
+
+class _InCall:
+    def __init__(self, block: Callable[..., Any]) -> None:
+        self.block, self.call = block, carried_call()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.call():
+            return self.block(*args, **kwargs)

@@ -18,7 +18,8 @@ from s2q.core.layout import PREFIX
 from s2q.core.qparams import RoundedWeight
 from s2q.core.reuse import parameters_held
 from s2q.core.schemes import LinearScheme
-from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear, set_token_grid
+from s2q.core.tokens import token_grid
+from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear
 from s2q.quantization.observation import BlockSamples, heard
 from s2q.quantization.work import BlockWork
 from s2q.recipes.groups import GPTQ
@@ -61,7 +62,7 @@ def pack_students(
     hessians: dict[str, HessianAccumulator] = {}
     if use_gptq:
         sources = {group[0]: _quantized_by(student.get_submodule(group[0]).source) for group in groups}
-        hessians = _hessians(work, _calls(student, samples), sources)
+        hessians = _hessians(work, _calls(samples), sources)
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
     for group in groups:
@@ -168,11 +169,11 @@ def _hessians(
     return found
 
 
-def _calls(student: nn.Module, samples: BlockSamples) -> Iterator[dict[str, Any]]:
-    """The inputs of every sample; its student knows of each where the video tokens lie."""
+def _calls(samples: BlockSamples) -> Iterator[dict[str, Any]]:
+    """The inputs of every sample, each within its token grid."""
     for index in range(len(samples)):
-        set_token_grid(student, samples.stream.grid(index))
-        yield samples.inputs(index)
+        with token_grid(samples.stream.grid(index)):
+            yield samples.inputs(index)
 
 
 def _quantized_by(source: StudentInput) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from s2q.core.components import TRANSFORMERS, full_name, split_name, transformers_of
+from s2q.core.components import TRANSFORMERS, full_name, has_adapter, split_name, transformers_of
 from s2q.core.devices import default_dtype
 from s2q.core.errors import InvalidInputError
 from s2q.core.placement import page_out, tensors_of
@@ -202,7 +202,6 @@ def load_teacher(
     found = transformers_of(pipe)
     if TRANSFORMERS[0] not in found:
         raise InvalidInputError(f"{type(pipe).__name__} has no transformer; expected a text-to-video pipeline with one")
-    linears = recipe_linears(recipe, found)
     first = found[TRANSFORMERS[0]].dtype
     mapped = isinstance(model, ModelSource) and model.weights_dtype() == first  # what is converted is no longer a file
     for component, transformer in found.items():
@@ -213,6 +212,7 @@ def load_teacher(
                 "load both in one dtype"
             )
         _check_finite(name, component, transformer, set_aside=mapped)
+    linears = recipe_linears(recipe, found)
     schemes = assign_schemes(recipe, linears)
     transformers = (
         TeacherTransformer(
@@ -248,8 +248,11 @@ def _origin(pipe: DiffusionPipeline) -> tuple[str, Path | None]:
 def _check_state(name: str, component: str, transformer: nn.Module, *, wanted: torch.dtype | None) -> None:
     if getattr(transformer, "is_quantized", False):
         raise InvalidInputError(f"{name}: its {component} is quantized already; pass the full-precision model")
-    if getattr(transformer, "peft_config", None):
-        raise InvalidInputError(f"{name}: its {component} has adapters; fuse and unload them first, or unload them")
+    if has_adapter(transformer):
+        raise InvalidInputError(
+            f"{name}: its {component} has an adapter; call fuse_lora() and then unload_lora_weights() on the pipeline, "
+            "or the latter alone to quantize without it"
+        )
     for tensor_name, tensor in transformer.state_dict().items():
         if tensor.is_meta:
             raise InvalidInputError(

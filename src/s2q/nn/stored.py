@@ -1,0 +1,189 @@
+"""What a packed linear stores: codes, scales, the tensors of its input; and what may be done to them.
+
+Shapes: `I` in features, `O` out features, `G` groups, `P` packed bytes of a row (`core.packing`).
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from s2q.core.errors import UsageError
+from s2q.core.layout import TENSOR_DTYPES, InputLayout
+from s2q.core.packing import packed_width, unpack_codes
+from s2q.core.schemes import LinearScheme, PerGroup, num_groups
+from s2q.nn.codes import PackedCodes, reads_as_weight, refusal
+
+PACKED_DTYPES = {
+    "weight": torch.uint8,
+    "weight_scale": torch.float32,
+    **{name: {"F32": torch.float32, "BF16": torch.bfloat16}[dtype] for name, dtype in TENSOR_DTYPES.items()},
+}
+"""Dtype of every tensor of a packed linear but its bias; they keep it through `.to(dtype)` and the like."""
+
+
+class StoredLinear(nn.Linear):
+    """The parameters of a packed linear; see `PackedLinear`."""
+
+    weight_scale: nn.Parameter
+    input_shift: nn.Parameter | None
+    transform_scale: nn.Parameter | None
+    transform_left: nn.Parameter | None
+    transform_right: nn.Parameter | None
+    low_rank_basis: nn.Parameter | None
+    low_rank_weight: nn.Parameter | None
+    activation_clip: nn.Parameter | None
+    estimator_input: nn.Parameter | None
+    estimator_output: nn.Parameter | None
+    estimator_frames: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        scheme: LinearScheme,
+        layout: InputLayout | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a floating point weight
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self._name = ""
+        self.layout = layout or InputLayout()
+        width = packed_width(scheme.weight.num_bits, in_features)
+        groups = num_groups(scheme.weight, in_features)
+        if scheme.activation is not None:
+            num_groups(scheme.activation, in_features)
+        scale_shape = (out_features, groups) if isinstance(scheme.weight.granularity, PerGroup) else (out_features,)
+        self.register_parameter("weight", frozen(torch.empty(out_features, width, dtype=torch.uint8, device=device)))
+        self.weight_scale = frozen(torch.empty(scale_shape, dtype=torch.float32, device=device))
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = frozen(torch.empty(out_features, dtype=dtype, device=device))
+        shapes = self.layout.shapes(in_features, out_features)
+        for name in TENSOR_DTYPES:
+            shape = shapes.get(name)
+            value = None if shape is None else frozen(torch.empty(shape, dtype=PACKED_DTYPES[name], device=device))
+            self.register_parameter(name, value)
+
+    def codes(self) -> Tensor:
+        """Return the unpacked codes of the weight, int8 [O, I]."""
+        return unpack_codes(self.packed_weight, num_bits=self.scheme.weight.num_bits, in_features=self.in_features)
+
+    @property
+    def packed_weight(self) -> Tensor:
+        """`weight` as a plain tensor, for s2q's own use; others are refused to compute with `weight`."""
+        codes = self._parameters["weight"]
+        return getattr(codes, "plain", codes)  # type: ignore[return-value]
+
+    def product_codes(self) -> Tensor:
+        """Return the codes as `rescaled_int_matmul` takes them: uint8 [O, P] up to 4 bits, int8 [O, I] above."""
+        packed = self.packed_weight
+        return packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8)
+
+    def _changes(self) -> None:
+        """Called before parameters change."""
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows of the layer."""
+        has_bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, {self.scheme.name}"
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            if reads_as_weight(sys._getframe(1)):
+                raise refusal(self._owner())
+            codes = self.__dict__.get("_parameters", {}).get("weight")
+            if isinstance(codes, PackedCodes):
+                codes.owner = self._owner()
+        return super().__getattr__(name)
+
+    @property
+    def name(self) -> str:
+        """Name in the model, for messages; empty if nobody has set it."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._name = name
+        getattr(self, "weight")  # noqa: B009 (tells the codes)
+
+    def _owner(self) -> str:
+        return f"{self._name or 'a quantized linear'} ({self.scheme.name})"
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter of a packed linear; refuse others, with which a weight would be computed.
+
+        Args:
+            name: "weight", "bias", or one of `PACKED_DTYPES`.
+            param: The parameter; that of codes becomes `PackedCodes`.
+
+        Raises:
+            UsageError: If there is no such parameter, or codes are not uint8.
+        """
+        if name != "bias" and name not in PACKED_DTYPES:
+            raise refusal(self._owner())
+        if name == "weight" and param is not None:
+            param = PackedCodes(param, param.requires_grad, owner=self._owner())
+        super().register_parameter(name, param)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._guard_codes()
+
+    def _guard_codes(self) -> None:
+        """Make codes of what pickling or torch has put in their place."""
+        if not isinstance(self._parameters["weight"], PackedCodes):
+            self.register_parameter("weight", self._parameters["weight"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        present = (self._parameters[name] for name in PACKED_DTYPES)
+        stored = {id(parameter) for parameter in present if parameter is not None}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            tensor = tensor.plain if isinstance(tensor, PackedCodes) else tensor
+            moved = fn(tensor)
+            if id(tensor) in stored or tensor.dtype == torch.uint8:
+                return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            if moved.is_floating_point() and moved.dtype.itemsize < 2:
+                raise UsageError(
+                    f"a packed {self.scheme.name} linear cannot be cast to {moved.dtype}: it is quantized already; "
+                    "exclude it from layerwise casting through skip_modules_classes=(PackedLinear,)"
+                )
+            return moved
+
+        self._changes()
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self._guard_codes()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._changes()
+        for name, dtype in PACKED_DTYPES.items():
+            found = state_dict.get(prefix + name)
+            if found is not None and found.dtype != dtype:  # copying would convert it without a word
+                error_msgs.append(f"{prefix}{name}: got {found.dtype}; expected {dtype}, packed as {self.scheme.name}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter without gradient."""
+    return nn.Parameter(tensor, requires_grad=False)

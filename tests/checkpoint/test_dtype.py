@@ -1,0 +1,79 @@
+"""A quantized transformer has the dtype of the full-precision one, and so has what `dequantize()` makes of it."""
+
+import functools
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from s2q.nn import PackedLinear
+from s2q.quantization import quantize
+from tiny import (
+    TINY_CALL,
+    tiny_cogvideox_pipeline,
+    tiny_hunyuanvideo15_pipeline,
+    tiny_hunyuanvideo_pipeline,
+    tiny_ltx_pipeline,
+    tiny_mochi_pipeline,
+    tiny_wan_pipeline,
+)
+
+SMALL = {key: value for key, value in TINY_CALL.items() if key != "max_sequence_length"} | {"num_inference_steps": 1}
+TEXT = {"max_sequence_length": TINY_CALL["max_sequence_length"]}
+FAMILIES = {
+    "cogvideox": (tiny_cogvideox_pipeline, SMALL | TEXT),
+    "cogvideox15": (functools.partial(tiny_cogvideox_pipeline, rotary=True, patch_size_t=2), SMALL | TEXT),
+    "wan": (tiny_wan_pipeline, SMALL),
+    "wan22": (functools.partial(tiny_wan_pipeline, boundary_ratio=0.5), SMALL),
+    "hunyuanvideo": (tiny_hunyuanvideo_pipeline, SMALL),
+    "hunyuanvideo15": (tiny_hunyuanvideo15_pipeline, SMALL),
+    "ltx": (tiny_ltx_pipeline, SMALL | {"height": 32, "width": 32}),
+    "mochi": (tiny_mochi_pipeline, SMALL | {"num_frames": 7, "num_inference_steps": 2}),
+}
+OUTER = {"blocks": [], "outer": ["outer.num_bits=8"]}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a family in full precision, and quantized with and without what is outside of its blocks."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            build, _ = FAMILIES[family]
+            build().save_pretrained(folder / "full")
+            for name, overrides in OUTER.items():
+                quantize(folder / "full", recipe="rtn-w4a6", out=folder / name, overrides=overrides)
+            made[family] = folder
+        return made[family]
+
+    return make
+
+
+def load(folder, dtype):
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def parts(pipe):
+    return [part for part in (pipe.transformer, getattr(pipe, "transformer_2", None)) if part is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantized", OUTER)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dtype_is_that_of_full_precision_packed_and_dequantized(models, family, quantized, dtype):
+    folder = models(family)
+    full, pipe = load(folder / "full", dtype), load(folder / quantized, dtype)
+    wanted = {name: one.dtype for name, one in full.transformer.named_parameters()}
+    for part, other in zip(parts(full), parts(pipe), strict=True):
+        assert other.dtype == part.dtype == dtype
+        assert any(isinstance(one, PackedLinear) for one in other.modules())
+        other.dequantize()
+        assert other.dtype == dtype
+    assert {name: one.dtype for name, one in pipe.transformer.named_parameters()} == wanted
+    if dtype != torch.float16:  # which a CPU lacks operations for
+        call = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        assert pipe(prompt="a", **FAMILIES[family][1], **call).frames.shape[0] == 1
