@@ -235,3 +235,13 @@ def test_text_linears_are_never_given_differences_from_local_means():
         linear = BlockLinear(name="block.to_add", sees_text=sees_text, **shape)
         schemes = allocation_schemes(recipe, linear)
         assert {bits: scheme.needs_grid for bits, scheme in schemes.items()} == {4: not sees_text, 8: not sees_text}
+
+
+def test_an_error_about_activations_set_to_null_names_an_override_that_suffices():
+    clipped = [name for name in recipe_names() if load_recipe(name).clip.activations or load_recipe(name).clip.constant]
+    assert {"s2q-plus-w4a8", "quarot-w4a4"} <= set(clipped)
+    for name in clipped:
+        with pytest.raises(InvalidInputError, match=r"set clip\.\w+=\w+, or activations\.num_bits") as caught:
+            load_recipe(name, overrides=["activations=null"])
+        override = str(caught.value).partition("; set ")[2].partition(",")[0]
+        assert load_recipe(name, overrides=["activations=null", override]).activations is None

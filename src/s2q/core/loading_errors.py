@@ -12,6 +12,7 @@ _LIBRARY = re.compile(r"requires the (\w+) library")
 _NO_MEMORY = ("MemoryError", "OutOfMemoryError")
 _NO_CPU_MEMORY = "can't allocate memory"  # a plain RuntimeError of torch
 _CONFIGURATION = (AttributeError, IndexError, KeyError, NameError, TypeError)
+_NO_CLASS = "has no class"
 _UNKNOWN_METHOD = "Unknown quantization type"
 
 PACKAGES = {
@@ -51,7 +52,7 @@ def loading_error(folder: Path, error: Exception, *, remedy: str) -> S2QError:
             f"{folder}: a component is quantized by a method that the installed diffusers and transformers do not know "
             f"({cause}); upgrade them, or load the pipeline with the tool that made it"
         )
-    if isinstance(error, _CONFIGURATION):
+    if isinstance(error, _CONFIGURATION) or _NO_CLASS in cause:
         return InvalidInputError(
             f"{folder}: model_index.json or a configuration does not fit diffusers {metadata.version('diffusers')} and "
             f"transformers {metadata.version('transformers')} ({type(error).__name__}: {cause}); upgrade them, or save "

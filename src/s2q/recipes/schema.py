@@ -85,7 +85,10 @@ class Recipe(Group):
         if self.loss.temporal > 0 and self.distillation is None:
             raise ValueError("loss.temporal needs distillation; set distillation.epochs=15, or loss.temporal=0")
         if self.activations is None and (self.clip.activations or self.clip.constant is not None):
-            raise ValueError("clip ratios of activations need quantized activations; set activations.num_bits")
+            off = "clip.activations=false" if self.clip.activations else "clip.constant=null"
+            raise ValueError(
+                f"clip ratios of activations need quantized activations; set {off}, or activations.num_bits"
+            )
         settings = self.transforms
         if settings.salience != "max" and settings.scale == "none":
             raise ValueError(f"transforms.salience={settings.salience} needs transforms.scale=smooth")
