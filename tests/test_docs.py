@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tables
+import torch
 from yaml import safe_load
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,23 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     assert example != code.group(1)
     exec(compile(example, "README.md", "exec"), names)
     assert len(names["video"]) == 9
+
+
+def test_what_the_questions_say_of_diffusers_is_true(tmp_path, monkeypatch):
+    from diffusers import CogVideoXVideoToVideoPipeline
+
+    import s2q
+
+    s2q.quantize("shapes-cogvideox", recipe="rtn-w4a6", out=tmp_path / "shapes-w4a6")
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "faq.md").read_text(), flags=re.DOTALL)
+    assert code is not None
+    names: dict[str, object] = {}
+    exec(compile(code.group(1), "faq.md", "exec"), names)
+    assert isinstance(names["other"], CogVideoXVideoToVideoPipeline)
+    for refused in (CogVideoXVideoToVideoPipeline.from_pipe, lambda pipe: pipe.to("cpu", torch.bfloat16)):
+        with pytest.raises(ValueError, match="Casting a quantized model to a new `dtype` is unsupported"):
+            refused(names["pipe"])
 
 
 def test_the_two_commands_come_first():
