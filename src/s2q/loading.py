@@ -9,11 +9,13 @@ import torch
 
 from s2q import checkpoint
 from s2q.checkpoint import CheckpointReport
+from s2q.core.arguments import device_name, flag, model_argument, optional_text, parse_dtype
 from s2q.core.components import transformers_of
-from s2q.core.devices import check_device, default_dtype
+from s2q.core.devices import default_dtype
+from s2q.core.errors import memory_errors
+from s2q.core.loading_errors import LESS_MEMORY
 from s2q.core.torch_state import in_fresh_torch_state
 from s2q.models import ModelSource, resolve_model
-from s2q.models.source import parse_dtype
 from s2q.nn import set_backend
 from s2q.nn.runtime import check_backend
 
@@ -21,13 +23,14 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+@memory_errors("loading a model", remedy=LESS_MEMORY)
 @in_fresh_torch_state
 def load_pipeline(
     model: str | Path | ModelSource,
     *,
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
-    device: str = "cpu",
+    device: str | torch.device | int = "cpu",
     verify: bool | None = None,
     backend: str = "auto",
     attention_backend: str | None = None,
@@ -40,7 +43,7 @@ def load_pipeline(
         dtype: Compute dtype or its name; None takes the one that the transformers are stored in or were quantized in,
             and float32 where that is one that the CPU emulates (`core.devices.default_dtype`).
         variant: Variant of the weights, "fp16", as diffusers has it.
-        device: Where to put the pipeline.
+        device: Where to put the pipeline: "cpu", "cuda", "cuda:1", a `torch.device`, the index of a GPU.
         verify: Whether to compare the files of an s2q checkpoint with its manifest first: None does where there is a
             manifest and warns where there is none, True refuses a checkpoint without, False does not.
         backend: How its packed linears are computed: "auto", "reference", "cpu", "triton" or "fastest"; see
@@ -57,8 +60,11 @@ def load_pipeline(
     """
     from s2q.models.attention import check_attention_backend, use_attention_registry
 
-    check_device(device)
+    model, device, dtype = model_argument("model", model), device_name(device), parse_dtype(dtype)
     check_backend(backend)
+    variant = optional_text("variant", variant)
+    if verify is not None:
+        flag("verify", verify)
     if attention_backend is not None:
         check_attention_backend(attention_backend)
     source = resolve_model(model, variant=variant)
@@ -66,10 +72,10 @@ def load_pipeline(
         source.check_packages()
         folder = source.complete_folder()
         config, *_ = checkpoint.read_configs(folder).values()
-        wanted = parse_dtype(dtype) or default_dtype(getattr(torch, config.compute_dtype), device)
+        wanted = dtype or default_dtype(getattr(torch, config.compute_dtype), device)
         pipe = checkpoint.load_pipeline(folder, dtype=wanted, variant=source.variant, device=device, verify=verify)
     else:
-        wanted = parse_dtype(dtype) or default_dtype(source.stored_dtype(), device)
+        wanted = dtype or default_dtype(source.stored_dtype(), device)
         pipe = source.load_pipeline(dtype=wanted, device=device)
     for transformer in transformers_of(pipe).values():
         set_backend(transformer, backend)

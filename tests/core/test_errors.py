@@ -1,4 +1,11 @@
+import contextlib
+import errno
+import os
+
+import numpy as np
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from s2q.core.errors import (
     BusyError,
@@ -7,6 +14,8 @@ from s2q.core.errors import (
     S2QError,
     UsageError,
     first_line,
+    is_out_of_memory,
+    memory_errors,
     nearest_names,
     short_repr,
     unknown_name,
@@ -84,3 +93,78 @@ def test_messages_are_bounded():
         assert len(str(error("x" * 10**7))) == 4001
         assert str(error("short")) == "short"
     assert len(str(unknown_name("recipe", "x" * 10**7, RECIPES))) < 300
+
+
+NO_MEMORY = (
+    MemoryError(),
+    MemoryError("std::bad_alloc"),
+    np._core._exceptions._ArrayMemoryError((1 << 40,), np.dtype("float32")),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4"
+    ),
+    RuntimeError("unable to mmap 1024 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("can't start new thread"),
+    OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    SafetensorError("Error while deserializing header: Cannot allocate memory (os error 12)"),
+    ImportError("libfoo.so: failed to map segment from shared object: cannot allocate memory"),
+)
+OTHERS = (
+    RuntimeError("shape mismatch"),
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    SafetensorError("invalid header"),
+    ValueError("12"),
+    InvalidInputError("the prompt says: out of memory"),
+    KeyError("memory"),
+)
+
+
+def raising(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+def wrapped(error):
+    """The error as libraries hide it: as the cause of another, or as what was being handled."""
+    try:
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(raising(OSError("Unable to load weights from checkpoint file")))
+                raise error
+        except OSError as other:
+            raise InvalidInputError("download the model again") from other
+    except InvalidInputError as last:
+        return last
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_lack_of_memory_is_told_whichever_way_it_is_put(error):
+    assert is_out_of_memory(error)
+    assert is_out_of_memory(wrapped(error))
+    for raised in (error, wrapped(error)):
+        with pytest.raises(ResourceError, match="^out of memory while computing; use less$"):
+            memory_errors("computing", remedy="use less")(lambda one: (_ for _ in ()).throw(one).__next__())(raised)
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=lambda error: type(error).__name__)
+def test_other_errors_are_not_lack_of_memory(error):
+    assert not is_out_of_memory(error)
+    assert not is_out_of_memory(wrapped(error))
+    with pytest.raises(type(error)), memory_errors("computing", remedy="use less"):
+        raise error
+
+
+def test_a_handled_lack_of_memory_is_not_told_again():
+    error = ValueError("another")
+    error.__context__, error.__suppress_context__ = MemoryError(), True
+    assert not is_out_of_memory(error)
+
+
+def test_cyclic_causes_end():
+    one, other = ValueError("a"), ValueError("b")
+    one.__cause__, other.__cause__ = other, one
+    assert not is_out_of_memory(one)

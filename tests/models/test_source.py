@@ -7,7 +7,6 @@ import torch
 
 from s2q.core.errors import InvalidInputError
 from s2q.models import resolve_model
-from s2q.models.source import dtype_name, parse_dtype
 from tiny import run_pipeline, tiny_cogvideox_pipeline, tiny_wan_pipeline
 
 
@@ -154,16 +153,6 @@ def test_config_that_does_not_fit_its_class(copy):
     path.write_text(json.dumps({**config, "num_layers": "many"}))
     with pytest.raises(InvalidInputError, match="does not describe a CogVideoXTransformer3DModel"):
         resolve_model(copy).meta_transformer()
-
-
-def test_dtype_names():
-    assert parse_dtype(None) is None
-    assert parse_dtype("bfloat16") is parse_dtype(torch.bfloat16) is torch.bfloat16
-    assert dtype_name(torch.float32) == "float32"
-    with pytest.raises(InvalidInputError, match="unknown dtype 'bfloat61': nearest names are bfloat16"):
-        parse_dtype("bfloat61")
-    with pytest.raises(InvalidInputError, match="unknown dtype 'int8'"):
-        parse_dtype(torch.int8)
 
 
 def test_pickled_weights_are_never_loaded(copy):

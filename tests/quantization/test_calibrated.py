@@ -13,7 +13,7 @@ from s2q.planning import plan
 from s2q.quantization import quantize
 from s2q.quantization import run as run_module
 from s2q.recipes import load_recipe
-from tiny import run_transformer, split_input, tiny_cogvideox_pipeline
+from tiny import run_transformer, split_input, tiny_cogvideox_pipeline, tiny_wan_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PROMPTS = ["a red circle", "a blue square"]
@@ -123,6 +123,52 @@ def test_a_killed_run_goes_on_with_the_same_result(run, tmp_path, monkeypatch):
         report = small(tmp_path / "out")
     assert [block.resumed for block in report.blocks] == [True, False]
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (run[0] / WEIGHTS).read_bytes()
+
+
+def files_of(out):
+    """Every file of a checkpoint except those that have the time of the run in them."""
+    timed = {"s2q/report.json", "s2q/events.jsonl", "s2q/manifest.json", "README.md"}
+    files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert timed <= files.keys()
+    return {name: content for name, content in files.items() if name not in timed}
+
+
+@pytest.mark.parametrize("build", [tiny_cogvideox_pipeline, tiny_wan_pipeline], ids=["cogvideox", "wan"])
+@pytest.mark.parametrize("recipe", ["s2q-w4a6", "rtn-w4a6"])
+def test_every_file_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path, monkeypatch, build, recipe):
+    build().save_pretrained(tmp_path / "model")
+    size = ["calibration.num_frames=9", "calibration.height=16", "calibration.width=16"]
+    overrides = [*SMALL, *size] if recipe == "s2q-w4a6" else []
+    arguments = {"recipe": recipe, "prompts": PROMPTS, "overrides": overrides}
+    original, computed = run_module.quantize_block, []
+
+    def killing(task):
+        if computed:
+            raise KeyboardInterrupt
+        computed.append(1)
+        return original(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "quantize_block", killing)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tmp_path / "model", out=tmp_path / "out", **arguments)
+    quantize(tmp_path / "model", out=tmp_path / "out", **arguments)
+    quantize(tmp_path / "model", out=tmp_path / "whole", **arguments)
+    resumed, whole = files_of(tmp_path / "out"), files_of(tmp_path / "whole")
+    assert "tokenizer/tokenizer.json" in whole
+    assert resumed.keys() == whole.keys()
+    assert [name for name in whole if resumed[name] != whole[name]] == []
+
+
+def test_a_tokenizer_that_has_been_used_is_saved_as_a_fresh_one_and_left_as_it_was(tmp_path):
+    pipe, fresh = tiny_cogvideox_pipeline(), tiny_cogvideox_pipeline()
+    pipe.tokenizer("a", padding="max_length", max_length=7, truncation=True)
+    before = (pipe.tokenizer.backend_tokenizer.padding, pipe.tokenizer.backend_tokenizer.truncation)
+    assert None not in before
+    for name, one in {"used": pipe, "fresh": fresh}.items():
+        quantize(one, recipe="rtn-w4a6", out=tmp_path / name)
+    assert files_of(tmp_path / "used") == files_of(tmp_path / "fresh")
+    assert (pipe.tokenizer.backend_tokenizer.padding, pipe.tokenizer.backend_tokenizer.truncation) == before
 
 
 def test_a_killed_run_leaves_no_activations_on_the_disk(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -435,6 +436,38 @@ def test_weights_that_are_not_finite_name_the_tensor(tmp_path, name, value):
     assert not list(tmp_path.iterdir())
 
 
+HUGE = [
+    ("transformer_blocks.1.attn1.to_q.weight", 3e38, "float32"),
+    ("transformer_blocks.0.attn1.to_out.0.weight", -3e38, "bfloat16"),
+    ("transformer_blocks.0.ff.net.2.weight", 1e20, "float32"),
+    ("transformer_blocks.2.ff.net.0.proj.bias", 3e38, "float32"),
+    ("transformer_blocks.0.norm1.linear.weight", -1e25, "float32"),
+    ("transformer_blocks.1.norm1.norm.weight", 1e30, "bfloat16"),
+    ("patch_embed.proj.weight", 3e38, "float32"),
+    ("time_embedding.linear_1.weight", 2e19, "float32"),
+    ("norm_out.linear.bias", -3e38, "bfloat16"),
+    ("proj_out.weight", 3e38, "float32"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "dtype"), HUGE)
+@pytest.mark.parametrize("recipe", ["rtn-w4a6", "s2q-w4a6"])
+def test_weights_that_overflow_name_the_tensor(tmp_path, name, value, dtype, recipe):
+    pipe = tiny_cogvideox_pipeline(num_layers=3, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        pipe.transformer.get_parameter(name).view(-1)[3] = value
+    with pytest.raises(InvalidInputError, match=rf"{re.escape(name)} holds a value of magnitude .* overflows float32"):
+        quantize(pipe, recipe=recipe, out=tmp_path / "out", prompts=["a"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_weights_that_do_not_overflow_are_quantized(tmp_path):
+    pipe = tiny_cogvideox_pipeline(num_layers=3)
+    with torch.no_grad():
+        pipe.transformer.get_parameter("transformer_blocks.1.attn1.to_v.weight").view(-1)[3] = 1e6
+    assert quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out").storage["ratio"] > 1
+
+
 def test_a_quantized_model_is_refused(folder, tmp_path):
     from s2q.checkpoint import load_pipeline
 
@@ -451,7 +484,7 @@ def test_adapters_and_offloaded_weights_are_refused(tmp_path):
 
     pipe = tiny_cogvideox_pipeline()
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(InvalidInputError, match="its transformer has adapters"):
+    with pytest.raises(InvalidInputError, match="its transformer has an adapter"):
         quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out")
     pipe = tiny_cogvideox_pipeline()
     cpu_offload(pipe.transformer, torch.device("cpu"))
@@ -466,7 +499,7 @@ def test_dtype_of_a_loaded_pipeline_must_be_the_one_asked_for(tmp_path):
 
 def test_a_pipeline_without_transformer(tmp_path):
     with pytest.raises(InvalidInputError, match="has no transformer"):
-        quantize(object(), recipe="rtn-w4a6", out=tmp_path / "out")
+        quantize(types.SimpleNamespace(transformer=None), recipe="rtn-w4a6", out=tmp_path / "out")
 
 
 def test_a_loaded_pipeline_gives_what_its_folder_gives(folder, tmp_path, reference):

@@ -15,8 +15,8 @@ from s2q.benchmarking.pipeline_steps import pipeline_step_case
 from s2q.benchmarking.results import ResultsFile
 from s2q.benchmarking.shapes import Subject, attention_shapes, layer_shapes, resolve_subject, subject_rows
 from s2q.benchmarking.steps import synthetic_step_case
-from s2q.core.devices import check_device
-from s2q.core.errors import ResourceError, first_line, unknown_name
+from s2q.core.arguments import device_name
+from s2q.core.errors import ResourceError, first_line, is_out_of_memory, unknown_name
 from s2q.core.torch_state import in_fresh_torch_state
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_names
 
@@ -26,8 +26,6 @@ DEFAULT_MODEL = "shapes-cogvideox"
 """Whose denoising step and calibration are measured without a model."""
 
 Progress = Callable[[str, int, int], None]
-
-_OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
 
 
 def check_names(kind: str, names: Sequence[str] | None, options: Sequence[str]) -> tuple[str, ...]:
@@ -110,8 +108,7 @@ def open_results(path: Path, *, device: str, again: bool) -> ResultsFile:
         InvalidInputError: See `ResultsFile`.
         ResourceError: If there is no such device.
     """
-    check_device(device)
-    return ResultsFile(path, hardware=hardware(device), versions=versions(), again=again)
+    return ResultsFile(path, hardware=hardware(device_name(device)), versions=versions(), again=again)
 
 
 def missing_cases(cases: Sequence[Case], results: ResultsFile) -> list[Case]:
@@ -143,8 +140,8 @@ def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress
             progress("bench", done, len(cases))
         try:
             found = case.measure(case.wanted)
-        except (MemoryError, RuntimeError) as error:
-            if type(error).__name__ not in _OUT_OF_MEMORY:
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise
             failures.append(f"{case.label}: out of memory ({first_line(error)})")
             logger.warning(failures[-1])

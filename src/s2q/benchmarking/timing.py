@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from s2q.core.arguments import finite_number, whole_number
+
 Run = Callable[[Any], object]
 """A contender: computes something from the data of a round."""
 
@@ -44,6 +46,12 @@ class TimingOptions:
     min_repeats: int = 3
     seconds: float = 10.0
     sample_milliseconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        whole_number("repeats", self.repeats, least=1)
+        whole_number("min_repeats", self.min_repeats, least=1)
+        finite_number("seconds", self.seconds)
+        finite_number("sample_milliseconds", self.sample_milliseconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from s2q.calibration.selection import SELECTIONS, Selection
 from s2q.calibration.settings import (
     GenerationSettings,
     check_prompts,
-    check_seeds,
     prompt_token_limit,
     resolve_settings,
     takes_prompts_alone,
@@ -37,7 +36,6 @@ __all__ = [
     "Trajectory",
     "TransformerCall",
     "check_prompts",
-    "check_seeds",
     "denoise",
     "diffusion_salience",
     "initial_noise",

@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from s2q.calibration.sharing import steps_of_transformers
-from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.core.arguments import finite_number, prompt_list, whole_number
+from s2q.core.errors import InvalidInputError, short_repr, unknown_name
 from s2q.models import family_of, token_patch
-
-_MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,26 +67,36 @@ def resolve_settings(
             pipeline has a guider of another kind than classifier-free guidance over all steps, or leaves steps to a
             transformer that it does not have.
     """
-    names = tuple(GenerationSettings.__dataclass_fields__)
     values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe) | _guider_defaults(pipe)
-    for source in (defaults or {}, requested or {}):
-        for name, value in source.items():
-            if name not in names:
-                raise unknown_name("generation setting", name, names)
-            if value is not None:
-                values[name] = value
-    settings = GenerationSettings(
-        num_frames=_whole("num_frames", values["num_frames"]),
-        height=_whole("height", values["height"]),
-        width=_whole("width", values["width"]),
-        num_inference_steps=_whole("num_inference_steps", values["num_inference_steps"]),
-        guidance_scale=_finite("guidance_scale", values["guidance_scale"]),
-    )
+    asked = requested_settings(defaults) | requested_settings(requested)
+    settings = GenerationSettings(**requested_settings(values | asked))
     _check_steps(pipe, settings.num_inference_steps)
     _check_frames(pipe, settings.num_frames)
     _check_frame_size(pipe, settings)
     _check_positions(pipe, settings)
     return settings
+
+
+def requested_settings(settings: GenerationSettings | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return settings that were asked for by name, without those that are None; needs no model.
+
+    Args:
+        settings: By field name of `GenerationSettings`.
+
+    Raises:
+        InvalidInputError: If a name is unknown, or a value is no number of its kind.
+    """
+    given = settings.to_dict() if isinstance(settings, GenerationSettings) else settings or {}
+    if not isinstance(given, Mapping):
+        raise InvalidInputError(f'settings: got {short_repr(given)}; pass a mapping, {{"num_frames": 49}}')
+    names, values = tuple(GenerationSettings.__dataclass_fields__), {}
+    for name, value in given.items():
+        if name not in names:
+            raise unknown_name("generation setting", str(name), names)
+        if value is not None:
+            whole = name != "guidance_scale"
+            values[name] = whole_number(name, value, least=1) if whole else finite_number(name, value)
+    return values
 
 
 def takes_prompts_alone(pipe: Any) -> bool:
@@ -118,38 +127,15 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
     Raises:
         InvalidInputError: There is no prompt, or one is empty or longer than the transformer's text sequence.
     """
-    if isinstance(prompts, str):
-        raise InvalidInputError("prompts: got one string; pass a list of prompts")
-    if not prompts:
-        raise InvalidInputError("prompts: got none; pass at least one prompt")
+    prompts = prompt_list(prompts)
     limit = prompt_token_limit(pipe)
     for index, prompt in enumerate(prompts, start=1):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InvalidInputError(f"prompt {index} of {len(prompts)} is empty; write what the video shows")
         count = len(pipe.tokenizer(prompt, truncation=False).input_ids)
         if count > limit:
-            shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
             raise InvalidInputError(
                 f"prompt {index} of {len(prompts)} has {count} tokens, the transformer takes {limit}; "
-                f"shorten it: {shown!r}"
+                f"shorten it: {short_repr(prompt)}"
             )
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Check that there is at least one seed and that each is a non-negative whole number below 2**63.
-
-    Raises:
-        InvalidInputError: A seed is missing, out of range or repeated.
-    """
-    if isinstance(seeds, int):
-        raise InvalidInputError(f"seeds: got {seeds}; pass a list of seeds, [{seeds}] or range({seeds})")
-    if not seeds:
-        raise InvalidInputError("seeds: got none; pass at least one seed")
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MAX_SEED:
-            raise InvalidInputError(f"seed: got {seed!r}; expected a whole number from 0 to {_MAX_SEED}")
-    if len(set(seeds)) != len(seeds):
-        raise InvalidInputError(f"seeds: got {list(seeds)}; each seed may appear once")
 
 
 def video_tokens(pipe: Any, settings: GenerationSettings) -> int:
@@ -210,20 +196,6 @@ def _guider_defaults(pipe: Any) -> dict[str, Any]:
             "all steps, the only kind that s2q runs; set pipe.guider = ClassifierFreeGuidance()"
         )
     return {"guidance_scale": guider.guidance_scale if guider.num_conditions > 1 else 1.0}
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or int(value) != value:
-        raise InvalidInputError(f"{name}: got {value!r}; expected a whole number")
-    if value < 1:
-        raise InvalidInputError(f"{name}: got {value}; expected at least 1")
-    return int(value)
-
-
-def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise InvalidInputError(f"{name}: got {value!r}; expected a finite number, at least 0")
-    return float(value)
 
 
 def _check_steps(pipe: Any, steps: int) -> None:

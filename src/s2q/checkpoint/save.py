@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ def save_checkpoint(
     *,
     records: CheckpointRecords,
     overwrite: bool = False,
-    max_shard_size: str = "10GB",
+    max_shard_size: int | str = "10GB",
     lock: OutputLock | None = None,
 ) -> None:
     """Write a pipeline with packed transformers as a checkpoint.
@@ -76,7 +77,8 @@ def save_checkpoint(
     if not configs:
         raise InvalidInputError("the pipeline's transformer is not quantized by s2q; quantize it first")
     with staged_directory(out, overwrite=overwrite, owned=owned_files, lock=lock) as staged:
-        pipe.save_pretrained(staged, max_shard_size=max_shard_size)
+        with _unused_tokenizers(pipe):
+            pipe.save_pretrained(staged, max_shard_size=max_shard_size)
         for path in (staged / "model_index.json", *staged.glob("*/config.json")):
             _clean_config(path)
         _copy_licence(records.base_folder, staged)
@@ -98,6 +100,28 @@ def save_checkpoint(
         for name, content in records.files.items():
             atomic_write_bytes(staged / RECORDS / name, content)
         write_manifest(staged)
+
+
+@contextlib.contextmanager
+def _unused_tokenizers(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Take the padding and truncation of the last call out of tokenizers, which would be saved with them.
+
+    Every call sets its own, so they change nothing but the bytes of tokenizer.json: those of a run that has generated
+    and of one that resumed from what it had generated would differ.
+    """
+    found = (getattr(part, "backend_tokenizer", None) for part in pipe.components.values())
+    used = [(one, one.padding, one.truncation) for one in found if one is not None]
+    for tokenizer, _, _ in used:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+    try:
+        yield
+    finally:
+        for tokenizer, padding, truncation in used:
+            if padding is not None:
+                tokenizer.enable_padding(**padding)
+            if truncation is not None:
+                tokenizer.enable_truncation(**truncation)
 
 
 def _clean_config(path: Path) -> None:

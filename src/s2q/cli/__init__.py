@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from s2q.core.errors import S2QError
+from s2q.core.errors import ResourceError, S2QError, first_line, is_out_of_memory
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
-_EXIT_RESOURCES = 4
-_OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
 
 
 class _Terminated(BaseException):
@@ -52,8 +50,6 @@ def run(arguments: Sequence[str]) -> int:
     previous = _catch_terminate()
     try:
         return _invoke([argument for argument in arguments if argument != "--debug"])
-    except S2QError as error:
-        return _fail(error, str(error), error.exit_code, debug=debug)
     except KeyboardInterrupt:
         console.say_error("interrupted")
         return EXIT_INTERRUPTED
@@ -64,8 +60,11 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if type(error).__name__ in _OUT_OF_MEMORY:
-            return _fail(error, f"out of memory: {error}; use a smaller model or batch", _EXIT_RESOURCES, debug=debug)
+        if is_out_of_memory(error) and not isinstance(error, ResourceError):
+            message = f"out of memory ({first_line(error)}); free some, or use a smaller model or smaller videos"
+            return _fail(error, message, ResourceError.exit_code, debug=debug)
+        if isinstance(error, S2QError):
+            return _fail(error, str(error), error.exit_code, debug=debug)
         hint = "" if debug else "; this is a defect of s2q, --debug shows where"
         return _fail(error, f"{type(error).__name__}: {error}{hint}", 1, debug=debug)
     finally:

@@ -15,10 +15,12 @@ from s2q.comparing.results import build_result, entry_plan
 from s2q.comparing.setup import SCHEMA_VERSION, CompareOptions, RunPlan, Setup, set_up
 from s2q.comparing.shards import failure_of, pending_shards, steps_of
 from s2q.comparing.workers import evaluate_shards
-from s2q.core.errors import BusyError, DiskFullError, InvalidInputError
+from s2q.core.arguments import path_argument
+from s2q.core.errors import BusyError, DiskFullError, InvalidInputError, memory_errors
 from s2q.core.files import atomic_write_json
 from s2q.core.outputs import output_lock
 from s2q.core.torch_state import in_fresh_torch_state
+from s2q.evaluation.generate import LESS_MEMORY
 from s2q.loading import check_model
 from s2q.quantization import quantize
 from s2q.recipes import Recipe
@@ -32,6 +34,7 @@ _ROUNDING_UNITS = 1
 _TRAINING_UNITS = 2  # collecting and rounding, beside the epochs
 
 
+@memory_errors("comparing", remedy=LESS_MEMORY)
 @in_fresh_torch_state
 def compare(
     entries: Sequence[str],
@@ -64,9 +67,8 @@ def compare(
         UsageError: There is nothing to compare, or an option is out of range.
         S2QError: The reference failed, or a process died; what is finished is kept.
     """
-    options = options or CompareOptions()
+    options, target = options or CompareOptions(), path_argument("out", out)
     setup = set_up(entries, model, prompts=prompts, options=options)
-    target = Path(out).expanduser()
     folder = CompareFolder(target)
     folder.check(setup.plan, resume=options.resume, overwrite=options.overwrite)
     if options.dry_run:

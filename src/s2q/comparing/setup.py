@@ -8,10 +8,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from s2q.calibration import check_prompts
-from s2q.calibration.settings import check_seeds
+from s2q.calibration.settings import requested_settings
 from s2q.comparing.entries import Entry, content_of, content_of_files, find_entries
-from s2q.core.devices import check_device, emulated_dtypes
+from s2q.core.arguments import (
+    device_name,
+    dtype_name,
+    flag,
+    model_argument,
+    name_list,
+    optional_path,
+    optional_text,
+    parse_dtype,
+    prompt_list,
+    seed_number,
+    whole_number,
+)
+from s2q.core.devices import emulated_dtypes
 from s2q.core.errors import InvalidInputError, S2QError, UsageError
 from s2q.core.files import sha256_file
 from s2q.evaluation import default_prompts, generation_defaults, selected_metrics
@@ -22,9 +37,10 @@ from s2q.evaluation.summary import version_of, versions
 from s2q.loading import check_model, load_pipeline
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.models.architecture import architecture_of, check_comparable, warn_of_scheduler
-from s2q.models.source import check_full_precision, dtype_name, parse_dtype
+from s2q.models.source import check_full_precision
 from s2q.planning import Plan, check_memory
 from s2q.quantization import quantize
+from s2q.recipes import checked_overrides
 from s2q.shapes.embedded import EMBEDDED_NAMES
 
 logger = logging.getLogger(__name__)
@@ -74,14 +90,36 @@ class CompareOptions:
     lpips_weights: Path | None = None
     clip: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    device: str = "cpu"
-    dtype: str | None = None
+    device: str | torch.device | int = "cpu"
+    dtype: torch.dtype | str | None = None
     variant: str | None = None
     verify: bool | None = None
     processes: int = 1
     resume: bool = True
     overwrite: bool = False
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        dtype, calibration = parse_dtype(self.dtype), self.calibration_prompts
+        normalised = {
+            **{name: whole_number(name, getattr(self, name)) for name in ("num_prompts", "seeds", "processes")},
+            **{name: flag(name, getattr(self, name)) for name in ("resume", "overwrite", "dry_run")},
+            **{name: optional_path(name, getattr(self, name)) for name in ("lpips_weights", "clip")},
+            "calibration_prompts": None
+            if calibration is None
+            else tuple(prompt_list(calibration, name="calibration_prompts")),
+            "seed": seed_number(self.seed),
+            "samples": None if self.samples is None else whole_number("samples", self.samples, least=1),
+            "overrides": checked_overrides(self.overrides),
+            "metrics": name_list("metrics", self.metrics),
+            "settings": requested_settings(self.settings),
+            "variant": optional_text("variant", self.variant),
+            "verify": None if self.verify is None else flag("verify", self.verify),
+            "device": device_name(self.device),
+            "dtype": None if dtype is None else dtype_name(dtype),
+        }
+        for name, value in normalised.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,15 +221,15 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
         ResourceError: There is no such device.
         UsageError: There is nothing to compare, or a number is out of range.
     """
-    if isinstance(given, str):
-        raise UsageError(f"compare: got {given!r} where a list of recipes and checkpoints belongs; pass [{given!r}]")
+    given, model = name_list("compare", given), model_argument("model", model)
+    if not isinstance(model, str | Path):
+        raise InvalidInputError("compare: got a loaded pipeline; pass its name or folder, which every process loads")
+    model = str(model)
     if not given:
         raise UsageError("compare: got nothing to compare; name recipes (all, s2q-*) or checkpoint folders")
     for name in ("num_prompts", "seeds", "processes"):
         if getattr(options, name) < 1:
             raise UsageError(f"compare: {name}={getattr(options, name)}; expected at least 1")
-    check_device(options.device)
-    parse_dtype(options.dtype)
     weights = {"lpips": options.lpips_weights, "clip": options.clip}
     learned = open_judges(lpips_weights=weights["lpips"], clip=weights["clip"], device="cpu").names
     metrics = selected_metrics(tuple(options.metrics), learned=learned)
@@ -209,10 +247,9 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
             ours = architecture_of(entry.source, label=entry.given)
             check_comparable(ours, reference)
             warn_of_scheduler(ours, reference)
-    texts = list(prompts) if prompts is not None else default_prompts(model, count=options.num_prompts)
+    texts = prompt_list(prompts) if prompts is not None else default_prompts(model, count=options.num_prompts)
     seeds = tuple(range(options.seeds))
     check_distinct(texts)
-    check_seeds(seeds)
     _check_calibration(entries, source, options)
     pipe = _pipeline_to_ask(source)
     settings = settings_for(pipe, options.settings, defaults=generation_defaults(source))

@@ -6,12 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from s2q.comparing.entries import FULL_PRECISION
 from s2q.comparing.folder import CompareFolder
 from s2q.comparing.setup import SHARD_PROMPTS, RunPlan
-from s2q.core.errors import DiskFullError, S2QError, first_line
+from s2q.core.errors import DiskFullError, S2QError, first_line, is_out_of_memory
 from s2q.evaluation import EvaluationOptions, Video
 from s2q.evaluation.evaluate import VELOCITY, judge_model, run_reference
 
@@ -111,7 +109,7 @@ def failure_of(label: str, error: Exception, doing: str, *, device: str) -> str:
         doing: What was being done to it, "evaluated".
         device: Where.
     """
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if is_out_of_memory(error):
         why = f"out of memory on {device} while it was {doing}"
     elif isinstance(error, S2QError):
         why = str(error)

@@ -3,9 +3,12 @@
 A message says where, what was found, what was expected, and what to do about it.
 """
 
+import contextlib
 import difflib
+import errno
+import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _MAX_QUOTED = 200
@@ -54,6 +57,56 @@ class BusyError(S2QError):
     """Another process holds the run folder or the output; exit code 5."""
 
     exit_code = 5
+
+
+_NO_MEMORY = re.compile(
+    r"out of memory|cannot allocate memory|can't allocate memory|not enough memory|std::bad_alloc|os error 12\b"
+    r"|failed to map segment|ALLOC_FAILED|can't start new thread|out_of_memory",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error, or one that it was raised from, says that memory did not suffice.
+
+    Libraries say so with MemoryError, `torch.OutOfMemoryError`, RuntimeError ("DefaultCPUAllocator: can't allocate
+    memory"), OSError (ENOMEM, of `mmap` as well), SafetensorError, or ImportError, and raise errors about damaged files
+    from them.
+
+    Args:
+        error: The error.
+    """
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        if isinstance(one, MemoryError) or getattr(one, "errno", None) == errno.ENOMEM:
+            return True
+        if not isinstance(one, S2QError) and (type(one).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(str(one))):
+            return True
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return False
+
+
+@contextlib.contextmanager
+def memory_errors(doing: str, *, remedy: str) -> Iterator[None]:
+    """Raise lack of memory as what it is: one line, exit code 4. Also a decorator.
+
+    Args:
+        doing: What was being done: "generating videos".
+        remedy: What takes less.
+
+    Raises:
+        ResourceError: If memory did not suffice, whichever way a library put it.
+    """
+    try:
+        yield
+    except ResourceError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(f"out of memory while {doing}; {remedy}") from error
 
 
 def nearest_names(name: str, options: Iterable[str], *, count: int = 3) -> list[str]:

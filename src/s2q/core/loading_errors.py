@@ -1,18 +1,16 @@
 """Why a pipeline could not be loaded: one error for each cause, since each has another remedy."""
 
-import errno
 import re
 from importlib import metadata
 from pathlib import Path
 
-from s2q.core.errors import InvalidInputError, ResourceError, S2QError, first_line
+from s2q.core.errors import InvalidInputError, ResourceError, S2QError, first_line, is_out_of_memory
 
 _PIP = re.compile(r"pip install (?:(?:-U|--upgrade) )?['\"]?([A-Za-z0-9][\w.-]*(?:\[[\w,-]+\])?)")
 _LIBRARY = re.compile(r"requires the (\w+) library")
-_NO_MEMORY = ("MemoryError", "OutOfMemoryError")
-_NO_CPU_MEMORY = "can't allocate memory"  # a plain RuntimeError of torch
 _CONFIGURATION = (AttributeError, IndexError, KeyError, NameError, TypeError)
 _NO_CLASS = "has no class"
+LESS_MEMORY = "use dtype bfloat16, a quantized checkpoint or a larger device, or free some"
 _UNKNOWN_METHOD = "Unknown quantization type"
 
 PACKAGES = {
@@ -42,7 +40,7 @@ def loading_error(folder: Path, error: Exception, *, remedy: str) -> S2QError:
     if isinstance(error, S2QError):
         return error
     if is_out_of_memory(error):
-        return ResourceError(f"{folder}: out of memory while it was loaded; free some, or load in a smaller dtype")
+        return ResourceError(f"{folder}: out of memory while it was loaded; {LESS_MEMORY}")
     if isinstance(error, ImportError):
         package = missing_package(error)
         do = "install what it names" if package is None else f"pip install {package}"
@@ -86,14 +84,3 @@ def is_installed(package: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that host or device memory did not suffice.
-
-    Args:
-        error: Any exception.
-    """
-    if type(error).__name__ in _NO_MEMORY or getattr(error, "errno", None) == errno.ENOMEM:
-        return True
-    return isinstance(error, RuntimeError) and _NO_CPU_MEMORY in str(error)

@@ -2,8 +2,9 @@
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 
-from s2q.core.errors import InvalidInputError
+from s2q.core.errors import InvalidInputError, short_repr
 
 BF16_BYTES = 2
 """Bytes of a value in bf16, in which full precision is counted whatever it is stored in."""
@@ -41,8 +42,10 @@ def parse_bytes(size: int | str, *, option: str) -> int:
     Raises:
         InvalidInputError: If it is no size, or not above zero.
     """
+    if isinstance(size, bool) or not isinstance(size, str | Integral):
+        raise InvalidInputError(f"{option}: got {short_repr(size)}; expected a size such as 16GB or 24GiB")
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]I?B|)", str(size).strip().upper())
     num_bytes = 0 if found is None else int(float(found[1]) * _UNITS[found[2]])
     if num_bytes <= 0:
-        raise InvalidInputError(f"{option}: got {str(size)!r}; expected a size such as 16GB or 24GiB")
+        raise InvalidInputError(f"{option}: got {short_repr(str(size))}; expected a size such as 16GB or 24GiB")
     return num_bytes

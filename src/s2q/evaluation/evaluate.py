@@ -14,14 +14,36 @@ from typing import Any
 import torch
 
 from s2q.calibration.denoising import denoise
-from s2q.calibration.settings import GenerationSettings, check_prompts, check_seeds
+from s2q.calibration.settings import GenerationSettings, check_prompts, requested_settings
 from s2q.calibration.trajectory import record_trajectory
+from s2q.core.arguments import (
+    device_name,
+    dtype_name,
+    flag,
+    model_argument,
+    name_list,
+    optional_path,
+    optional_text,
+    parse_dtype,
+    prompt_list,
+    seed_numbers,
+    whole_number,
+)
 from s2q.core.components import transformers_of
 from s2q.core.devices import free_memory
-from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.core.errors import InvalidInputError, memory_errors, unknown_name
 from s2q.core.torch_state import in_fresh_torch_state
 from s2q.evaluation import adherence, metrics, velocity
-from s2q.evaluation.generate import Progress, Video, batch_size_for, batched, settings_for, step_counter, videos_of
+from s2q.evaluation.generate import (
+    LESS_MEMORY,
+    Progress,
+    Video,
+    batch_size_for,
+    batched,
+    settings_for,
+    step_counter,
+    videos_of,
+)
 from s2q.evaluation.learned import NEEDS, Judges, open_judges
 from s2q.evaluation.measured import Judged, Measured
 from s2q.evaluation.prompts import check_distinct
@@ -31,7 +53,6 @@ from s2q.evaluation.summary import noise_pairs, summarise
 from s2q.loading import check_model, load_pipeline
 from s2q.models import ModelSource, resolve_model
 from s2q.models.architecture import Architecture, architecture_of, check_comparable, warn_of_scheduler
-from s2q.models.source import dtype_name
 
 VELOCITY = "velocity_relative_error"
 METRICS: tuple[str, ...] = (
@@ -67,14 +88,31 @@ class EvaluationOptions:
     metrics: tuple[str, ...] = ()
     settings: Mapping[str, Any] | None = None
     batch_size: int | None = None
-    dtype: str | None = None
+    dtype: torch.dtype | str | None = None
     variant: str | None = None
     verify: bool | None = None
-    device: str = "cpu"
+    device: str | torch.device | int = "cpu"
     trajectory_bytes: int = _TRAJECTORY_BYTES
     lpips_weights: Path | None = None
     clip: Path | None = None
     video_done: Callable[[str, Video], None] | None = None
+
+    def __post_init__(self) -> None:
+        dtype, batch_size = parse_dtype(self.dtype), self.batch_size
+        normalised = {
+            "metrics": name_list("metrics", self.metrics),
+            "settings": requested_settings(self.settings),
+            "batch_size": None if batch_size is None else whole_number("batch_size", batch_size, least=1),
+            "dtype": None if dtype is None else dtype_name(dtype),
+            "variant": optional_text("variant", self.variant),
+            "verify": None if self.verify is None else flag("verify", self.verify),
+            "device": device_name(self.device),
+            "trajectory_bytes": whole_number("trajectory_bytes", self.trajectory_bytes, least=0),
+            "lpips_weights": optional_path("lpips_weights", self.lpips_weights),
+            "clip": optional_path("clip", self.clip),
+        }
+        for name, value in normalised.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +146,7 @@ class Teacher:
     floor: tuple[Judged, ...]
 
 
+@memory_errors("evaluating", remedy=LESS_MEMORY)
 @in_fresh_torch_state
 def evaluate(
     model: Any,
@@ -139,6 +178,8 @@ def evaluate(
         S2QError: A model produced NaN or infinite values.
     """
     options = options or EvaluationOptions()
+    model, reference = model_argument("model", model), model_argument("reference", reference)
+    seeds, prompts = seed_numbers(seeds), None if prompts is None else prompt_list(prompts)
     model, reference = _resolve_pair(model, reference, options=options)
     return next(evaluate_each([model], reference, prompts=prompts, seeds=seeds, options=options, progress=progress))
 
@@ -201,6 +242,7 @@ def evaluate_each(
         yield summarise(judge_model(model, teacher, options=options, progress=progress))
 
 
+@memory_errors("evaluating the reference", remedy=LESS_MEMORY)
 @in_fresh_torch_state
 def run_reference(
     reference: Any,
@@ -229,14 +271,14 @@ def run_reference(
     options = options or EvaluationOptions()
     judges = open_judges(lpips_weights=options.lpips_weights, clip=options.clip, device=options.device)
     wanted = selected_metrics(options.metrics, learned=judges.names)
-    check_seeds(seeds)
-    if prompts is None:
-        prompts = default_prompts(reference)
+    reference, seeds = model_argument("reference", reference), seed_numbers(seeds)
+    prompts = default_prompts(reference) if prompts is None else prompt_list(prompts)
     check_distinct(prompts)
     jobs = tuple((prompt, seed) for prompt in prompts for seed in seeds)
     return _run_teacher(reference, jobs, options, wanted=wanted, judges=judges, progress=progress)
 
 
+@memory_errors("evaluating a model", remedy=LESS_MEMORY)
 @in_fresh_torch_state
 def judge_model(
     model: Any, teacher: Teacher, *, options: EvaluationOptions | None = None, progress: Progress | None = None

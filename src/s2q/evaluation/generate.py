@@ -13,13 +13,14 @@ from s2q.calibration.denoising import Denoised, denoise
 from s2q.calibration.settings import (
     GenerationSettings,
     check_prompts,
-    check_seeds,
+    requested_settings,
     resolve_settings,
     takes_prompts_alone,
     video_tokens,
 )
 from s2q.calibration.trajectory import Trajectory
-from s2q.core.errors import InvalidInputError
+from s2q.core.arguments import model_argument, optional_text, prompt_list, seed_numbers, whole_number
+from s2q.core.errors import InvalidInputError, memory_errors
 from s2q.core.torch_state import in_fresh_torch_state
 from s2q.evaluation.sources import generation_defaults
 from s2q.loading import load_pipeline
@@ -30,6 +31,11 @@ Progress = Callable[[str, int, int], None]
 
 _BATCH_TOKENS = 4096
 _MAX_BATCH = 16
+LESS_MEMORY = (
+    "use smaller or shorter videos (height, width, num_frames), fewer at once (batch_size), dtype bfloat16, or offload "
+    "(enable_model_cpu_offload of the pipeline)"
+)
+"""What generating takes less memory with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,7 @@ class Video:
     latents: torch.Tensor
 
 
+@memory_errors("generating videos", remedy=LESS_MEMORY)
 @in_fresh_torch_state
 def generate(
     model: Any,
@@ -82,12 +89,15 @@ def generate(
             more than prompts.
         S2QError: The model produced NaN or infinite latents.
     """
+    model, prompts, seeds = model_argument("model", model), prompt_list(prompts), seed_numbers(seeds)
+    settings, variant = requested_settings(settings), optional_text("variant", variant)
+    if batch_size is not None:
+        whole_number("batch_size", batch_size, least=1)
     if isinstance(model, (str, Path)):
         model = resolve_model(model, variant=variant)
     pipe = load_pipeline(model) if isinstance(model, ModelSource) else model
     resolved = settings_for(pipe, settings, defaults=generation_defaults(model))
     check_prompts(pipe, prompts)
-    check_seeds(seeds)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     size = batch_size_for(pipe, resolved, batch_size)
     tick = step_counter(
@@ -121,20 +131,17 @@ def settings_for(
             f"{type(pipe).__name__}: videos are generated from prompts alone here, with "
             f"{family_of(pipe.transformer).pipeline_class}; load the pipeline and call it with an image in Python"
         )
-    requested = settings.to_dict() if isinstance(settings, GenerationSettings) else settings
-    return resolve_settings(pipe, requested=requested, defaults=defaults)
+    return resolve_settings(pipe, requested=requested_settings(settings), defaults=defaults)
 
 
 def batch_size_for(pipe: Any, settings: GenerationSettings, requested: int | None) -> int:
     """Return how many videos to compute at once.
 
     Raises:
-        InvalidInputError: `requested` is below 1.
+        InvalidInputError: `requested` is no whole number of at least 1.
     """
     if requested is not None:
-        if requested < 1:
-            raise InvalidInputError(f"batch_size: got {requested}; expected at least 1")
-        return requested
+        return whole_number("batch_size", requested, least=1)
     return max(1, min(_MAX_BATCH, _BATCH_TOKENS // video_tokens(pipe, settings)))
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from s2q.core.arguments import parse_dtype
 from s2q.core.components import TRANSFORMERS, check_no_adapter
 from s2q.core.errors import InvalidInputError, ResourceError, first_line, unknown_name
 from s2q.core.headers import TensorInfo, read_headers
@@ -27,9 +28,6 @@ from s2q.models.hub import HubId, parse_hub_id
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
-
-DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-"""Names of the compute dtypes that a model may be loaded in."""
 
 _HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _ADAPTER_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
@@ -405,31 +403,6 @@ def check_full_precision(source: ModelSource) -> None:
         raise InvalidInputError(
             f"{source.name}: its transformer is quantized already (by {method}); pass the full-precision model"
         )
-
-
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype that is meant by a dtype or its name ("bfloat16", "torch.bfloat16").
-
-    Args:
-        dtype: The dtype, its name, or None, which is passed through.
-
-    Returns:
-        One of `DTYPES`, or None.
-
-    Raises:
-        InvalidInputError: If it is no dtype to compute in.
-    """
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise unknown_name("dtype", name, DTYPES)
-    return DTYPES[name]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype without its module: "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _embedded_names() -> tuple[str, ...]:

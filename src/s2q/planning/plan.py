@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from s2q.core.arguments import model_argument, parse_dtype
 from s2q.core.components import TRANSFORMERS, full_name
 from s2q.core.devices import default_dtype
-from s2q.core.errors import ResourceError
+from s2q.core.errors import ResourceError, memory_errors
 from s2q.core.layout import InputLayout
 from s2q.core.schemes import LinearScheme, weight_bytes
 from s2q.core.storage import BF16_BYTES, LinearStorage
 from s2q.core.torch_state import in_fresh_torch_state
 from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
-from s2q.models.source import check_full_precision, parse_dtype
+from s2q.models.source import check_full_precision
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
 from s2q.planning.cost import (
     FOLDING_BYTES,
@@ -122,6 +123,7 @@ class Plan:
         return asdict(self)
 
 
+@memory_errors("planning", remedy="free some")
 @in_fresh_torch_state
 def plan(
     model: str | Path | ModelSource,
@@ -150,11 +152,12 @@ def plan(
     Raises:
         InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is quantized already.
     """
+    model, dtype = model_argument("model", model), parse_dtype(dtype)
     validated = load_recipe(recipe, overrides=overrides)
     workload: Workload | None
     if isinstance(model, str) and model.startswith(SYNTHETIC_PREFIX):
         synthetic = synthetic_model(model)
-        name, stored = synthetic.label, parse_dtype(dtype) or torch.bfloat16
+        name, stored = synthetic.label, dtype or torch.bfloat16
         transformers = {TRANSFORMERS[0]: synthetic.meta_transformer()}
         workload = workload_of_synthetic(synthetic, validated.calibration) if validated.calibrates else None
     else:
@@ -162,7 +165,7 @@ def plan(
         check_full_precision(source)
         for config in source.transformer_configs.values():
             family_of(config["_class_name"])  # a clear error before the class is looked up
-        name, stored = source.name, parse_dtype(dtype) or source.weights_dtype() or torch.bfloat16
+        name, stored = source.name, dtype or source.weights_dtype() or torch.bfloat16
         transformers, workload = source.meta_transformers(), None
         if validated.calibrates:
             workload = workload_of_source(source, validated.calibration, transformers=transformers)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from s2q.checkpoint import S2QConfig, attach_config
+from s2q.core.arguments import dtype_name
 from s2q.core.components import split_name
 from s2q.models import OUTSIDE
-from s2q.models.source import dtype_name
 from s2q.nn import replace_module
 from s2q.quantization.blocks import from_artefact
 from s2q.quantization.data_free import round_linears

@@ -119,8 +119,6 @@ def calibration_prompts(
             f"recipe {recipe} calibrates on prompts and none were given; pass --prompts FILE with about "
             f"{group.n_prompts} of them (prompts=[...] in Python)"
         )
-    if isinstance(prompts, str):
-        raise InvalidInputError("prompts: got one string; pass a list of prompts")
     if not prompts:
         raise InvalidInputError(f"recipe {recipe} calibrates on prompts and the list is empty; pass at least one")
     return list(prompts[: group.n_prompts])

@@ -8,9 +8,6 @@ therefore goes on where it was, with a bit-identical result. The output appears 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,17 +18,26 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 import torch
 from safetensors import SafetensorError
 
-from s2q.checkpoint import CheckpointRecords, check_intact, owned_files, save_checkpoint
-from s2q.checkpoint.save import EVENTS, REPORT
+from s2q.checkpoint import CheckpointRecords, owned_files, save_checkpoint
+from s2q.core.arguments import (
+    device_name,
+    dtype_name,
+    flag,
+    model_argument,
+    optional_path,
+    optional_text,
+    parse_dtype,
+    prompt_list,
+    seed_number,
+)
 from s2q.core.components import full_name, transformers_of
-from s2q.core.devices import check_device
-from s2q.core.errors import DiskFullError, ResourceError, UsageError, unknown_name
-from s2q.core.files import canonical_json
-from s2q.core.outputs import check_output, lock_folder
+from s2q.core.errors import DiskFullError, ResourceError, UsageError, is_out_of_memory, memory_errors, unknown_name
+from s2q.core.files import DISK_FULL
+from s2q.core.outputs import check_output
 from s2q.core.storage import parse_bytes
 from s2q.core.torch_state import in_fresh_torch_state
 from s2q.models import ModelSource, resolve_model
-from s2q.models.source import dtype_name, recommended_generation
+from s2q.models.source import recommended_generation
 from s2q.planning import (
     Machine,
     Plan,
@@ -48,8 +54,9 @@ from s2q.quantization.allocate import Allocated, allocate
 from s2q.quantization.assemble import assemble
 from s2q.quantization.blocks import block_fingerprint, quantize_block, to_artefact
 from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
+from s2q.quantization.finished import finished_report, request_hash
 from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
-from s2q.quantization.run_folder import RunFolder, open_run_folder, read_events
+from s2q.quantization.run_folder import RunFolder, open_run_folder
 from s2q.quantization.select import Selected, calibration_stream, select
 from s2q.quantization.stream import TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
@@ -64,8 +71,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many of its steps are done, and how many there are."""
 
-_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError of torch
-_DISK_FULL = "No space left on device"  # SafetensorError has no errno
+_FULL = "No space left on device"  # SafetensorError has no errno
 _T = TypeVar("_T")
 
 
@@ -73,14 +79,14 @@ class QuantizeOptions(TypedDict, total=False):
     """Options of `quantize`; their meaning and defaults are there."""
 
     seed: int
-    device: str
+    device: str | torch.device | int
     dtype: torch.dtype | str | None
     variant: str | None
     resume: bool
     overwrite: bool
     overrides: Sequence[str]
     dry_run: bool
-    max_shard_size: str
+    max_shard_size: int | str
     memory_budget: int | str | None
 
 
@@ -94,10 +100,25 @@ class _Settings:
     overwrite: bool = False
     overrides: Sequence[str] = ()
     dry_run: bool = False
-    max_shard_size: str = "10GB"
+    max_shard_size: int | str = "10GB"
     memory_budget: int | str | None = None
 
+    def __post_init__(self) -> None:
+        budget = self.memory_budget
+        normalised = {
+            "seed": seed_number(self.seed),
+            "device": device_name(self.device),
+            "dtype": parse_dtype(self.dtype),
+            "variant": optional_text("variant", self.variant),
+            **{name: flag(name, getattr(self, name)) for name in ("resume", "overwrite", "dry_run")},
+            "max_shard_size": parse_bytes(self.max_shard_size, option="max_shard_size"),
+            "memory_budget": None if budget is None else parse_bytes(budget, option="memory_budget"),
+        }
+        for name, value in normalised.items():
+            object.__setattr__(self, name, value)
 
+
+@memory_errors("planning", remedy="free some")
 @in_fresh_torch_state
 def quantize(
     model: str | Path | ModelSource | DiffusionPipeline,
@@ -133,18 +154,18 @@ def quantize(
         ResourceError: If the device is not there or the disk is full.
         UsageError: If an option is unknown or `out` is missing.
     """
-    settings = _settings(options)
+    settings, model = _settings(options), model_argument("model", model)
+    prompts = None if prompts is None else prompt_list(prompts, allow_none=True)
     validated = load_recipe(recipe, overrides=settings.overrides)
     source = None
     if isinstance(model, str | Path | ModelSource):
         source = resolve_model(model, variant=settings.variant)
     elif settings.variant is not None:
         raise UsageError("quantize: variant is for models by name or folder; load the pipeline with variant=")
-    check_device(settings.device)
-    machine = _machine(settings)
+    machine = this_machine(settings.device, memory_budget=settings.memory_budget)
     # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
     planned = None if source is None else plan(source, validated, dtype=settings.dtype, machine=machine)
-    target = None if out is None else Path(out).expanduser()
+    target = optional_path("out", out)
     if target is not None:
         finished = (
             None if source is None else _finished(target, _request(source, validated, prompts, settings), settings)
@@ -422,39 +443,14 @@ def _settings(options: QuantizeOptions) -> _Settings:
 
 
 def _request(source: ModelSource, recipe: Recipe, prompts: Sequence[str] | None, settings: _Settings) -> str:
-    """A hash of everything that a checkpoint depends on, the model's files by size and time of change."""
-    files = {path: path.stat() for path in sorted(source.folder.rglob("*")) if path.is_file()}
-    content = {
-        "model": [source.name, source.kind, str(source.folder.resolve())],
-        "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in files.items()],
-        "recipe": recipe.resolved(),
-        "prompts": None if prompts is None else list(prompts),
-        **{name: str(getattr(settings, name)) for name in ("seed", "device", "dtype", "max_shard_size")},
-        "versions": package_versions(),
-    }
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    names = ("seed", "device", "dtype", "variant", "max_shard_size")
+    return request_hash(source, recipe, prompts, {name: str(getattr(settings, name)) for name in names})
 
 
 def _finished(out: Path, request: str, settings: _Settings) -> QuantizationReport | None:
-    """Return the report of a run that was killed when its checkpoint was in place and its run folder still there."""
     if settings.dry_run or settings.overwrite or not settings.resume:
         return None
-    if not (out.is_dir() and lock_folder(out).is_dir()):
-        return None
-    with open_run_folder(out) as folder:
-        requests = [event.get("request") for event in read_events(out / EVENTS) if event.get("event") == "run"]
-        if requests[-1:] != [request]:
-            return None
-        check_intact(out)
-        folder.clear()
-    return QuantizationReport.from_dict(json.loads((out / REPORT).read_text(encoding="utf-8")))
-
-
-def _machine(settings: _Settings) -> Machine:
-    budget = settings.memory_budget
-    return this_machine(
-        settings.device, memory_budget=None if budget is None else parse_bytes(budget, option="memory_budget")
-    )
+    return finished_report(out, request)
 
 
 def _load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, settings: _Settings) -> Teacher:
@@ -490,13 +486,14 @@ def _resource_errors(out: Path, device: str) -> Iterator[None]:
     kept = "run again then: finished blocks are kept"
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(f"out of memory on {device}; free some, {kept}") from error
-    except RuntimeError as error:
-        if _NO_MEMORY not in str(error):
-            raise
-        raise ResourceError(f"out of memory on {device}; free some, {kept}") from error
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _DISK_FULL in str(error):
+    except ResourceError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise ResourceError(f"out of memory on {device}; free some, {kept}") from error
+        full = getattr(error, "errno", None) in DISK_FULL or (
+            isinstance(error, SafetensorError) and _FULL in str(error)
+        )
+        if full:
             raise DiskFullError(f"{out}: the disk is full; free some space, {kept}") from error
         raise

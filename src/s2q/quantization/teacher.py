@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from s2q.core.arguments import parse_dtype
 from s2q.core.components import TRANSFORMERS, full_name, has_adapter, split_name, transformers_of
 from s2q.core.devices import default_dtype
 from s2q.core.errors import InvalidInputError
@@ -20,7 +22,6 @@ from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import TokenLayout
 from s2q.models import BlockLinear, Family, ModelSource, block_names, family_of, token_layout
 from s2q.models.hub import parse_hub_id
-from s2q.models.source import parse_dtype
 from s2q.quantization.stream import TeacherStream
 from s2q.quantization.work import BlockTask
 from s2q.recipes import Recipe, assign_schemes, recipe_linears
@@ -265,13 +266,25 @@ def _check_state(name: str, component: str, transformer: nn.Module, *, wanted: t
         )
 
 
+_LARGEST = math.sqrt(torch.finfo(torch.float32).max)
+"""Of a weight: beyond it norms, errors and products of two weights overflow."""
+
+
 def _check_finite(name: str, component: str, transformer: nn.Module, *, set_aside: bool) -> None:
     for tensor_name, tensor in transformer.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise InvalidInputError(
-                f"{name}: {full_name(component, tensor_name)} holds {count} values that are NaN or infinite; "
-                "download or save the model again"
-            )
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = tensor.aminmax()
+            largest = float(torch.maximum(high, -low))
+            where = f"{name}: {full_name(component, tensor_name)}"
+            if not math.isfinite(largest):
+                count = int((~torch.isfinite(tensor)).sum())
+                raise InvalidInputError(
+                    f"{where} holds {count} values that are NaN or infinite; download or save the model again"
+                )
+            if largest > _LARGEST:
+                raise InvalidInputError(
+                    f"{where} holds a value of magnitude {largest:.3g}, whose square overflows float32: the model "
+                    "itself gives NaN; download or save the model again"
+                )
         if set_aside:
             page_out([tensor])

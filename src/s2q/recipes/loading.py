@@ -45,7 +45,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: S
     Raises:
         InvalidInputError: If the recipe is unknown, not YAML, or not valid; names the key and the nearest valid one.
     """
-    overrides = _checked_overrides(overrides)
+    overrides = checked_overrides(overrides)
     if isinstance(recipe, str) and SEPARATOR in recipe and not _is_path(recipe):
         recipe = _with_variants(recipe)
     if isinstance(recipe, Recipe):
@@ -136,8 +136,15 @@ def _extended(where: str, content: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _checked_overrides(overrides: Sequence[str]) -> Sequence[str]:
-    """Refuse what is not a list of "key=value", or sets a key twice."""
+def checked_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return changes to a recipe as a tuple.
+
+    Args:
+        overrides: The changes, each "key=value".
+
+    Raises:
+        InvalidInputError: If they are no list, one is not "key=value", or one undoes an earlier one.
+    """
     if isinstance(overrides, str | bytes | Mapping) or not isinstance(overrides, Iterable):
         raise InvalidInputError(
             f'overrides: got {short_repr(overrides)}; pass a list, each "key=value": ["weights.num_bits=8"]'

@@ -1,0 +1,169 @@
+"""Verbs × odd arguments: everything is refused on entry, before a model is loaded and before anything is written."""
+
+import importlib
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import s2q
+from s2q import benchmarking
+from s2q.comparing import CompareOptions
+from s2q.core.errors import S2QError
+from s2q.evaluation import EvaluationOptions, generate
+
+MODEL = "shapes-cogvideox"
+
+
+def compare(out="out", prompts=("a",), entries=("rtn-w4a6",), model=MODEL, **options):
+    return s2q.compare(entries, model, out=out, prompts=prompts, options=CompareOptions(**options))
+
+
+def evaluate(model=MODEL, reference=MODEL, prompts=("a",), seeds=(0,), **options):
+    return s2q.evaluate(model, reference, prompts=prompts, seeds=seeds, options=EvaluationOptions(**options))
+
+
+def bench(**options):
+    known = {"device": "cpu", "backends": ("reference",), "recipes": ()}
+    return benchmarking.make_cases(None, ("gemm",), benchmarking.Settings(**known | options))
+
+
+VERBS = {
+    "quantize": lambda **given: s2q.quantize(**{"model": MODEL, "recipe": "rtn-w4a6", "out": "out"} | given),
+    "generate": lambda **given: generate(**{"model": MODEL, "prompts": ["a"]} | given),
+    "evaluate": evaluate,
+    "compare": compare,
+    "plan": lambda **given: s2q.plan(**{"model": MODEL} | given),
+    "bench": bench,
+    "load": lambda **given: s2q.load(**{"model": MODEL} | given),
+}
+
+DEVICES = (None, True, 1.0, -1, "", "gpu", "CPU", b"cpu", ["cpu"], torch.device("meta"), 99)
+DTYPES = (7, True, "float61", torch.int8, torch.float64, np.float32, b"float32", ["float32"])
+SEEDS = (True, 1.0, "0", -1, 2**63, None, math.nan, [0], np.float64(1))
+PROMPTS = ("a cat", b"a", 7, {"a"}, {"a": 1}, ["a", ""], ["a", None], [7], [b"a"], ["\udcff"])
+PATHS = (7, True, b"out", "", "a\0b", "\udcff", ["out"])
+MODELS = (None, 7, b"a", [MODEL], {}, object(), "", "a\0b", "\udcff")
+NUMBERS = (True, 0, -1, 1.5, "2", math.nan, math.inf, [1])
+SWITCHES = (None, 0, 1, "no", "true")
+OVERRIDES = ("weights.num_bits=8", {"weights.num_bits": 8}, 7, [7], ["weights.num_bits"], None)
+RECIPES = (None, 7, b"rtn-w4a6", ["rtn-w4a6"], "rtn-w4a7", "", {}, {"name": 7})
+SIZES = (True, 0, -1, 1.5, "", "lots", "10XB", None, ["10GB"], math.nan)
+SETTINGS = ("num_frames=9", 7, ["num_frames"], {"frames": 9}, {7: 9}, {"num_frames": True}, {"num_frames": 9.0})
+SETTINGS += ({"height": "32"}, {"guidance_scale": math.nan}, {"guidance_scale": True}, {"num_inference_steps": 0})
+
+CASES = {
+    "quantize": {
+        "model": MODELS,
+        "recipe": RECIPES,
+        "out": PATHS,
+        "prompts": PROMPTS,
+        "seed": SEEDS,
+        "device": DEVICES,
+        "dtype": DTYPES,
+        "overrides": OVERRIDES,
+        "resume": SWITCHES,
+        "overwrite": SWITCHES,
+        "dry_run": SWITCHES,
+        "max_shard_size": SIZES,
+        "memory_budget": [size for size in SIZES if size is not None],
+    },
+    "generate": {
+        "model": MODELS,
+        "prompts": [*PROMPTS, None, []],
+        "seeds": [*([seed] for seed in SEEDS), 0, "0", None, [], {0}, [0, 0]],
+        "settings": SETTINGS,
+        "batch_size": NUMBERS,
+    },
+    "evaluate": {
+        "model": MODELS,
+        "reference": MODELS,
+        "prompts": [*PROMPTS, ["a", "a"], []],
+        "seeds": [*([seed] for seed in SEEDS), 0, "0", None, [], {0}, [0, 0]],
+        "metrics": ("psnr", 7, [7], ["psrn"]),
+        "settings": SETTINGS,
+        "batch_size": NUMBERS,
+        "device": DEVICES,
+        "dtype": DTYPES,
+        "lpips_weights": PATHS,
+        "clip": PATHS,
+        "trajectory_bytes": [number for number in NUMBERS if number not in (0, True) or number is True],
+    },
+    "compare": {
+        "entries": ("rtn-w4a6", [], [7], None, {"rtn-w4a6"}),
+        "model": MODELS,
+        "out": [*PATHS, None],
+        "prompts": [*PROMPTS, ["a", "a"], []],
+        "calibration_prompts": PROMPTS,
+        "num_prompts": NUMBERS,
+        "seeds": NUMBERS,
+        "processes": NUMBERS,
+        "samples": NUMBERS,
+        "seed": SEEDS,
+        "device": DEVICES,
+        "dtype": DTYPES,
+        "overrides": OVERRIDES,
+        "metrics": ("psnr", 7, [7], ["psrn"]),
+        "settings": SETTINGS,
+        "resume": SWITCHES,
+        "overwrite": SWITCHES,
+        "dry_run": SWITCHES,
+        "lpips_weights": PATHS,
+        "clip": PATHS,
+    },
+    "plan": {"model": MODELS, "recipe": RECIPES, "overrides": OVERRIDES, "dtype": DTYPES},
+    "bench": {
+        "device": DEVICES,
+        "backends": ("cpu", 7, [7]),
+        "tokens": NUMBERS,
+        "blocks": NUMBERS,
+        "seed": SEEDS,
+    },
+    "load": {"model": MODELS, "device": DEVICES, "dtype": DTYPES, "verify": [0, 1, "no"]},
+}
+
+
+@pytest.fixture
+def nothing_is_computed(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded although an argument is wrong")
+
+    monkeypatch.chdir(tmp_path)
+    for module in ("s2q.evaluation.generate", "s2q.evaluation.evaluate"):
+        monkeypatch.setattr(importlib.import_module(module), "load_pipeline", refuse)
+    monkeypatch.setattr("s2q.models.source.ModelSource.load_pipeline", refuse)
+    monkeypatch.setattr("s2q.quantization.run.load_teacher", refuse)
+    monkeypatch.setattr("s2q.comparing.run.quantize", refuse)
+    yield
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("verb", "name"), [(verb, name) for verb, cases in CASES.items() for name in cases])
+def test_wrong_arguments_are_refused_on_entry(nothing_is_computed, verb, name):
+    for value in CASES[verb][name]:
+        with pytest.raises(S2QError) as caught:
+            VERBS[verb](**{name: value})
+            pytest.fail(f"{verb}({name}={value!r}) was accepted")
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 2500
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), torch.device("cpu", 0)])
+@pytest.mark.parametrize("dtype", ["float32", "torch.float32", torch.float32])
+def test_arguments_of_one_meaning_give_one_result(tiny_model, tmp_path, device, dtype):
+    given = {"device": device, "dtype": dtype, "seed": np.int64(3), "prompts": ("a",), "max_shard_size": 10**10}
+    report = s2q.quantize(tiny_model, recipe="rtn-w4a6", out=tmp_path / "out", **given)
+    assert (report.device, report.dtype, report.seed, report.n_prompts) == ("cpu", "float32", 3, 1)
+    assert type(report.seed) is int
+
+
+def test_options_are_normalised_when_they_are_made(tmp_path):
+    evaluation = EvaluationOptions(
+        device=torch.device("cpu"), dtype=torch.bfloat16, metrics=["psnr"], clip=str(tmp_path)
+    )
+    assert (evaluation.device, evaluation.dtype, evaluation.metrics) == ("cpu", "bfloat16", ("psnr",))
+    assert evaluation.clip == tmp_path
+    options = CompareOptions(device=torch.device("cpu"), dtype=torch.bfloat16, seed=np.int64(1), overrides=["name=a"])
+    assert (options.device, options.dtype, options.seed, options.overrides) == ("cpu", "bfloat16", 1, ("name=a",))
