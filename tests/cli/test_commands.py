@@ -161,6 +161,15 @@ def test_outputs_are_checked_before_anything_is_loaded(checkpoint, tmp_path, mon
     assert "cannot be written" in output_of(capsys, ["generate", "-m", "x", "-o", blocked, "--prompt", "a"], 3).err
 
 
+@pytest.mark.parametrize(("prompt", "out"), [("a\udcff", "videos"), ("a", "vid\udcffeos"), (" ", "videos")])
+def test_text_that_is_not_utf_8_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys, prompt, out):
+    monkeypatch.setattr("s2q.loading.load_pipeline", None)
+    arguments = ["generate", "-m", "shapes-cogvideox", "-o", tmp_path / out, "--prompt", prompt]
+    error = output_of(capsys, arguments, 3).err
+    assert "UTF-8" in error or "is empty" in error
+    assert "defect" not in error
+
+
 def test_overwrite_spares_folders_of_something_else(checkpoint, tmp_path, capsys):
     out = tmp_path / "letters"
     out.mkdir()

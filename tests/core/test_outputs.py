@@ -300,3 +300,10 @@ def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs.os.path, "ismount", lambda path: True)
     with pytest.raises(InvalidInputError, match="mount point"):
         check_output(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["\udcff", "a\udc80b", "deep\udcff/x"])
+def test_names_that_are_not_utf_8_are_refused_before_any_work(tmp_path, name):
+    with pytest.raises(InvalidInputError, match="not UTF-8"):
+        check_output(tmp_path / name, overwrite=False)
+    assert names(tmp_path) == []

@@ -124,6 +124,7 @@ def generate(
     check_output(out, overwrite=options["overwrite"], owned=_OWNED)
     device = resolve_device(options["device"])
     _check_backend(options["backend"], device)
+    from s2q.core.arguments import prompt_list
     from s2q.evaluation import read_prompts
     from s2q.evaluation.generate import generate as run
     from s2q.evaluation.prompts import check_distinct
@@ -132,7 +133,7 @@ def generate(
     from s2q.models import resolve_model
 
     console.quiet_libraries()
-    texts = read_prompts(prompts) if prompts is not None else list(prompt)
+    texts = read_prompts(prompts) if prompts is not None else prompt_list(prompt)
     check_distinct(texts)
     source = resolve_model(model, variant=options["variant"])
     recommended = generation_defaults(source)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
-from s2q.core.errors import BusyError, InvalidInputError
+from s2q.core.errors import BusyError, InvalidInputError, short_repr
 from s2q.core.files import DISK_FULL, FILE_MODE, fsync_path, write_error
 
 DIRECTORY_MODE = 0o755
@@ -172,9 +172,13 @@ def check_writable(out: str | Path) -> None:
     """Check that the folder of a file or folder can be written. Creates nothing.
 
     Raises:
-        InvalidInputError: If it cannot.
+        InvalidInputError: If it cannot, or the name is not UTF-8, which no report could quote.
     """
     out = _absolute(out)
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"{short_repr(out.name)}: the name is not UTF-8 text; choose another name") from error
     parent = out.parent
     while not os.path.lexists(parent):
         parent = parent.parent
