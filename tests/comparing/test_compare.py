@@ -1,12 +1,12 @@
 import json
 import re
 import shutil
-import stat
 
 import pytest
+import safetensors.torch
 import torch
 
-from s2q.comparing import CompareOptions, compare, pages, workers
+from s2q.comparing import CompareOptions, compare, pages
 from s2q.comparing import run as comparing_run
 from s2q.comparing import setup as comparing_setup
 from s2q.comparing import shards as comparing_shards
@@ -252,37 +252,17 @@ def test_learned_judges_take_part(tiny_model, tmp_path):
         run(tiny_model, tmp_path / "out", lpips_weights=tmp_path / "none.pth")
 
 
-def _python(folder, script):
-    """Something that is started instead of a worker."""
-    path = folder / "python"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("script", "error", "message"),
-    [
-        (
-            "echo it broke >&2; exit 3",
-            S2QError,
-            r"the prompts from [19] on was ended with exit code 3 \(it broke\).*kept",
-        ),
-        ("kill -9 $$", S2QError, "was ended by signal SIGKILL, often for want of memory"),
-        (
-            'read order; echo \'{"error": "InvalidInputError", "why": "the reference"}\'',
-            InvalidInputError,
-            "the reference",
-        ),
-    ],
-)
-def test_a_process_that_dies_or_gives_up_is_one_clear_error(
-    whole, tiny_model, tmp_path, monkeypatch, script, error, message
-):
-    shutil.copytree(whole[1], tmp_path / "out", ignore=shutil.ignore_patterns("shard-*"))
-    monkeypatch.setattr(workers.sys, "executable", _python(tmp_path, script))
-    with pytest.raises(error, match=message):
-        run(tiny_model, tmp_path / "out", processes=2)
+def test_a_reference_that_fails_in_a_process_is_the_error_of_the_comparison(whole, tiny_model, tmp_path):
+    damaged = tmp_path / "model"
+    shutil.copytree(tiny_model, damaged)
+    weights = damaged / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file(
+        {name: torch.full_like(tensor, float("nan")) for name, tensor in state.items()}, weights
+    )
+    checkpoints = [str(whole[1] / "checkpoints" / name) for name in RECIPES]
+    with pytest.raises(S2QError, match="NaN or infinite latents"):
+        run(damaged, tmp_path / "out", entries=checkpoints, processes=2)
 
 
 def test_nothing_is_overwritten(whole, tiny_model, tmp_path):

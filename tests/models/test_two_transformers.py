@@ -21,6 +21,7 @@ from s2q.loading import load_pipeline
 from s2q.nn import PackedLinear
 from s2q.planning import plan
 from s2q.quantization import run as run_module
+from s2q.quantization import runner
 from s2q.quantization import select as select_module
 from tiny import tiny_wan_image_pipeline, tiny_wan_pipeline
 
@@ -106,7 +107,7 @@ def run(model, tmp_path_factory):
 def stop_after(monkeypatch):
     """Names of the blocks that are computed; a run stops before it computes more than it may."""
     state = {"computed": [], "limit": None}
-    original = run_module.quantize_block
+    original = runner.quantize_block
 
     def counted(task):
         if state["limit"] is not None and len(state["computed"]) == state["limit"]:
@@ -114,7 +115,7 @@ def stop_after(monkeypatch):
         state["computed"].append(next(iter(task.linears.values())).partition(".attn1")[0])
         return original(task)
 
-    monkeypatch.setattr(run_module, "quantize_block", counted)
+    monkeypatch.setattr(runner, "quantize_block", counted)
     return state
 
 

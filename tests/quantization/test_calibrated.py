@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.core.errors import InvalidInputError
 from s2q.planning import plan
-from s2q.quantization import quantize
-from s2q.quantization import run as run_module
+from s2q.quantization import quantize, runner
 from s2q.recipes import load_recipe
 from tiny import run_transformer, split_input, tiny_cogvideox_pipeline, tiny_wan_pipeline
 
@@ -106,7 +105,7 @@ def test_two_runs_are_bit_identical_and_other_seeds_differ(run, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_the_same_result(run, tmp_path, monkeypatch):
-    original, computed = run_module.quantize_block, []
+    original, computed = runner.quantize_block, []
 
     def killing(task):
         if computed:
@@ -115,7 +114,7 @@ def test_a_killed_run_goes_on_with_the_same_result(run, tmp_path, monkeypatch):
         return original(task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "quantize_block", killing)
+        patch.setattr(runner, "quantize_block", killing)
         with pytest.raises(KeyboardInterrupt):
             small(tmp_path / "out")
     with monkeypatch.context() as patch:  # nothing is generated again
@@ -172,7 +171,7 @@ def test_a_tokenizer_that_has_been_used_is_saved_as_a_fresh_one_and_left_as_it_w
 
 
 def test_a_killed_run_leaves_no_activations_on_the_disk(tmp_path, monkeypatch):
-    original, computed = run_module.quantize_block, []
+    original, computed = runner.quantize_block, []
 
     def killing(task):
         if computed:
@@ -181,7 +180,7 @@ def test_a_killed_run_leaves_no_activations_on_the_disk(tmp_path, monkeypatch):
         computed.append(1)
         return original(task)
 
-    monkeypatch.setattr(run_module, "quantize_block", killing)
+    monkeypatch.setattr(runner, "quantize_block", killing)
     with pytest.raises(KeyboardInterrupt):
         small(tmp_path / "out", memory_budget=1)
     left = [path.name for path in (tmp_path / ".out.s2q-run").iterdir()]
@@ -190,7 +189,7 @@ def test_a_killed_run_leaves_no_activations_on_the_disk(tmp_path, monkeypatch):
 
 
 def test_learned_rounding_goes_on_with_the_same_result_and_is_what_is_packed(tmp_path, monkeypatch):
-    original, computed = run_module.quantize_block, []
+    original, computed = runner.quantize_block, []
 
     def killing(task):
         if computed:
@@ -201,7 +200,7 @@ def test_learned_rounding_goes_on_with_the_same_result_and_is_what_is_packed(tmp
     arguments = {"recipe": "ptq4dit-w4a4", "overrides": ["distillation.rounding_lr=0.1", "distillation.epochs=8"]}
     whole = small(tmp_path / "whole", **arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "quantize_block", killing)
+        patch.setattr(runner, "quantize_block", killing)
         with pytest.raises(KeyboardInterrupt):
             small(tmp_path / "out", **arguments)
     report = small(tmp_path / "out", **arguments)

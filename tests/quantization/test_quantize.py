@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from s2q.core.errors import BusyError, InvalidInputError, ResourceError, UsageError
 from s2q.core.outputs import staged_directory
 from s2q.planning import Machine, Plan, plan
-from s2q.quantization import QuantizationReport, quantize
-from s2q.quantization import run as run_module
+from s2q.quantization import QuantizationReport, quantize, runner
 from s2q.quantization.run_folder import open_run_folder
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_cogvideox_pipeline, tiny_wan_pipeline
 
+FAST = ("calibration.steps=2", "calibration.samples=2", "calibration.n_prompts=1", "distillation.epochs=1")
+FAST += ("calibration.num_frames=5", "calibration.height=16", "calibration.width=16")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -42,7 +43,7 @@ def reference(folder, tmp_path_factory):
 def count_blocks(monkeypatch):
     """Names of the linears of each block that is computed, and not taken over; killing after `stop_after` blocks."""
     state = {"computed": [], "stop_after": None}
-    original = run_module.quantize_block
+    original = runner.quantize_block
 
     def counted(task):
         if state["stop_after"] is not None and len(state["computed"]) >= state["stop_after"]:
@@ -50,7 +51,7 @@ def count_blocks(monkeypatch):
         state["computed"].append(sorted(task.linears.values())[0])
         return original(task)
 
-    monkeypatch.setattr(run_module, "quantize_block", counted)
+    monkeypatch.setattr(runner, "quantize_block", counted)
     return state
 
 
@@ -164,14 +165,14 @@ def test_a_run_killed_while_writing_leaves_nothing_that_loads_and_goes_on(folder
 
 
 KILL_IN_BLOCK = """
-from s2q.quantization import run
-original, done = run.quantize_block, []
+from s2q.quantization import runner
+original, done = runner.quantize_block, []
 def quantize_block(*args, **kwargs):
     if done:
         os.kill(os.getpid(), signal.SIGKILL)
     done.append(1)
     return original(*args, **kwargs)
-run.quantize_block = quantize_block
+runner.quantize_block = quantize_block
 """
 KILL_BEFORE_MANIFEST = """
 from s2q.checkpoint import save
@@ -583,7 +584,7 @@ def test_out_of_memory(folder, tmp_path, monkeypatch):
     def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore")
 
-    monkeypatch.setattr(run_module, "quantize_block", exhausted)
+    monkeypatch.setattr(runner, "quantize_block", exhausted)
     with pytest.raises(ResourceError, match="out of memory on cpu") as caught:
         quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out")
     assert "\n" not in str(caught.value)
@@ -599,3 +600,38 @@ def test_a_zero_weight_survives(tmp_path):
     assert report.blocks[0].layers["transformer_blocks.0.attn1.to_q"] == 0
     layer = load_pipeline(tmp_path / "out").transformer.transformer_blocks[0].attn1.to_q
     assert not layer.dequantized_weight(torch.float32).any()
+
+
+@pytest.mark.parametrize("memory_budget", [None, "1KB"])
+def test_processes_give_the_bytes_of_one(tmp_path, memory_budget):
+    model = tmp_path / "model"
+    tiny_wan_pipeline(boundary_ratio=0.5).save_pretrained(model)
+    arguments = {"recipe": "s2q-w4a6", "prompts": ["a red circle"], "overrides": FAST, "memory_budget": memory_budget}
+    seen = []
+    quantize(model, out=tmp_path / "one", **arguments)
+    progress = lambda *step: seen.append(step)  # noqa: E731
+    report = quantize(model, out=tmp_path / "two", processes=2, progress=progress, **arguments)
+    for component in ("transformer", "transformer_2"):
+        file = f"{component}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    assert not any(block.resumed for block in report.blocks)
+    done = [done for stage, done, _ in seen if stage == "blocks"]
+    assert done == sorted(done)
+    assert done[0] == 0
+    assert seen[-1] == ("assemble", 1, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "two"]
+
+
+def test_processes_resume_what_is_finished(folder, reference, tmp_path, count_blocks):
+    interrupted(folder, tmp_path / "out", count_blocks, after=2)
+    report = quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", processes=2)
+    assert [block.resumed for block in report.blocks] == [True, True, False]
+    assert count_blocks["computed"] == [], "the last block is another process's"
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == reference
+
+
+def test_processes_need_a_model_by_name(folder, tmp_path):
+    with pytest.raises(UsageError, match=r"processes=2 and a loaded pipeline; pass the model's name"):
+        quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a6", out=tmp_path / "out", processes=2)
+    with pytest.raises(UsageError, match="processes=0; expected at least 1"):
+        quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", processes=0)

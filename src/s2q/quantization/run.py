@@ -29,6 +29,7 @@ from s2q.core.arguments import (
     parse_dtype,
     prompt_list,
     seed_number,
+    whole_number,
 )
 from s2q.core.components import full_name, transformers_of
 from s2q.core.errors import DiskFullError, ResourceError, UsageError, is_out_of_memory, memory_errors, unknown_name
@@ -52,15 +53,13 @@ from s2q.planning import (
 )
 from s2q.quantization.allocate import Allocated, allocate
 from s2q.quantization.assemble import assemble
-from s2q.quantization.blocks import block_fingerprint, quantize_block, to_artefact
 from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
 from s2q.quantization.finished import finished_report, request_hash
 from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
 from s2q.quantization.run_folder import RunFolder, open_run_folder
-from s2q.quantization.select import Selected, calibration_stream, select
-from s2q.quantization.stream import TeacherStream
-from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
-from s2q.quantization.work import BlockTask
+from s2q.quantization.runner import BlockJob, BlockRunner, quantize_in_processes
+from s2q.quantization.select import Selected, select
+from s2q.quantization.teacher import Teacher, load_teacher
 from s2q.recipes import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -88,6 +87,7 @@ class QuantizeOptions(TypedDict, total=False):
     dry_run: bool
     max_shard_size: int | str
     memory_budget: int | str | None
+    processes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,7 @@ class _Settings:
     dry_run: bool = False
     max_shard_size: int | str = "10GB"
     memory_budget: int | str | None = None
+    processes: int = 1
 
     def __post_init__(self) -> None:
         budget = self.memory_budget
@@ -112,6 +113,7 @@ class _Settings:
             "variant": optional_text("variant", self.variant),
             **{name: flag(name, getattr(self, name)) for name in ("resume", "overwrite", "dry_run")},
             "max_shard_size": parse_bytes(self.max_shard_size, option="max_shard_size"),
+            "processes": whole_number("processes", self.processes, least=1),
             "memory_budget": None if budget is None else parse_bytes(budget, option="memory_budget"),
         }
         for name, value in normalised.items():
@@ -142,8 +144,10 @@ def quantize(
         **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `variant` (of the weights, "fp16"), `resume`
             (True), `overwrite` (False), `overrides` (changes to the recipe, "key=value" each), `dry_run` (False; True
             returns the plan and computes nothing), `max_shard_size` ("10GB"), `memory_budget` (host memory for the
-            activations of calibration, "16GB"; what does not fit lies on the disk, in the run folder; None takes half
-            of the machine's memory, at most 16 GB).
+            activations of calibration, "16GB"; what does not fit is on the disk, in the run folder; None takes half
+            of the machine's memory, at most 16 GB), `processes` (1; several quantize blocks side by side, each with
+            one thread on a CPU or with a GPU of its own, and load the model each: it is given by name, and a script
+            needs `if __name__ == "__main__":`).
 
     Returns:
         The report, or the plan of a dry run.
@@ -152,7 +156,7 @@ def quantize(
         InvalidInputError: If the model, the recipe or the output will not do; nothing has been written then.
         BusyError: If another run writes the same output.
         ResourceError: If the device is not there or the disk is full.
-        UsageError: If an option is unknown or `out` is missing.
+        UsageError: If an option is unknown or out of range, or `out` is missing.
     """
     settings, model = _settings(options), model_argument("model", model)
     prompts = None if prompts is None else prompt_list(prompts, allow_none=True)
@@ -162,6 +166,11 @@ def quantize(
         source = resolve_model(model, variant=settings.variant)
     elif settings.variant is not None:
         raise UsageError("quantize: variant is for models by name or folder; load the pipeline with variant=")
+    if settings.processes > 1 and source is None:
+        raise UsageError(
+            f"quantize: got processes={settings.processes} and a loaded pipeline; pass the model's name or folder, "
+            "which every process loads"
+        )
     machine = this_machine(settings.device, memory_budget=settings.memory_budget)
     # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
     planned = None if source is None else plan(source, validated, dtype=settings.dtype, machine=machine)
@@ -183,7 +192,7 @@ def quantize(
         raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
     with _resource_errors(target, settings.device), open_run_folder(target) as folder:
         check_output(target, overwrite=settings.overwrite, owned=owned_files)  # a killed run may have put it back
-        run = _Run(folder, target, settings, progress, machine=machine)
+        run = _Run(folder, target, settings, progress, machine=machine, source=source)
         return run.carry_out(source or model, validated, prompts)
 
 
@@ -191,9 +200,17 @@ class _Run:
     """One run: its folder, its clock, and the stages in order."""
 
     def __init__(
-        self, folder: RunFolder, out: Path, settings: _Settings, progress: Progress | None, *, machine: Machine
+        self,
+        folder: RunFolder,
+        out: Path,
+        settings: _Settings,
+        progress: Progress | None,
+        *,
+        machine: Machine,
+        source: ModelSource | None,
     ) -> None:
         self.folder = folder
+        self.source = source
         self.machine = machine
         self.out = out
         self.settings = settings
@@ -223,7 +240,8 @@ class _Run:
             linears = [linear for one in teacher.transformers for linear in one.linears]
             planned = plan_allocated(planned, recipe, linears, allocated.schemes)
         n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
-        blocks = self._timed("blocks", lambda: self._blocks(teacher, recipe, planned, selection))
+        runner = self._runner(teacher, recipe, planned, selection)
+        blocks = self._timed("blocks", lambda: self._blocks(runner))
         student = self._timed("assemble", lambda: self._assemble(teacher.as_stored(), recipe, planned))
         report = self._report(teacher, planned, blocks, n_prompts=n_prompts, selection=selection)
         self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
@@ -278,10 +296,7 @@ class _Run:
 
     def _allocation(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected) -> Allocated:
         """Choose the schemes of linears one by one."""
-
-        def streams(one: TeacherTransformer, few: Selected) -> TeacherStream:
-            return self._stream(teacher, recipe, planned, few, one)
-
+        runner = self._runner(teacher, recipe, planned, selected)
         allocated = self._timed(
             "allocate",
             lambda: allocate(
@@ -289,7 +304,7 @@ class _Run:
                 recipe,
                 selected,
                 self.folder,
-                streams=streams,
+                streams=runner.stream,
                 progress=lambda done, total: self.progress("allocate", done, total),
             ),
         )
@@ -297,65 +312,47 @@ class _Run:
         self.folder.log("allocate", **{key: record[key] for key in ("what", "most_bytes", "bytes", "linears")})
         return allocated
 
-    def _blocks(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected | None) -> list[BlockReport]:
-        """Go through the blocks of one transformer after the other."""
-        total, cost = teacher.block_count, planned.calibration
-        units = 1 if selected is None else 2 + recipe.epochs
+    def _runner(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected | None) -> BlockRunner:
+        job = BlockJob(
+            recipe=recipe,
+            selected=selected,
+            cost=planned.calibration,
+            machine=self.machine,
+            seed=self.settings.seed,
+        )
+        return BlockRunner(self.folder, teacher, job)
+
+    def _blocks(self, runner: BlockRunner) -> list[BlockReport]:
+        """Go through the blocks of one transformer after the other, after other processes have if there are any."""
+        teacher, units = runner.teacher, runner.job.units
+        total, made = teacher.block_count, set[str]()
+        alone = self.source is None or self.settings.processes == 1
+        if self.source is not None and not alone:
+            made = quantize_in_processes(
+                runner,
+                self.source,
+                dtype=self.settings.dtype,
+                processes=self.settings.processes,
+                progress=lambda done: self.progress("blocks", done, total * units),
+            )
         reports: list[BlockReport] = []
-        for one in teacher.transformers:
-            with contextlib.ExitStack() as stack:
-                stream = None
-                if selected is not None:
-                    stream = self._stream(teacher, recipe, planned, selected, one)
-                    stack.callback(stream.close)  # also after an error: what lies on the disk is of no use later
-                for index in range(len(one.block_names)):
-                    ticker = _Ticker(self.progress, len(reports) * units, total * units)
-                    task = replace(
-                        one.task(index, recipe, seed=self.settings.seed, device=self.settings.device, stream=stream),
-                        progress=ticker,
-                        checkpointed=cost is not None and cost.gradient_checkpointing,
+        with contextlib.closing(runner):  # also after an error
+            for one in teacher.transformers:
+                for index, name in enumerate(one.block_names):
+                    key = one.artefact_name(index)
+                    ticker = _Ticker(self.progress, len(reports) * units, total * units) if alone else lambda: None
+                    is_there = runner.quantize(one, index, progress=ticker)
+                    report = BlockReport(
+                        index=len(reports),
+                        name=full_name(one.component, name),
+                        resumed=is_there and key not in made,
+                        **self.folder.stats(key),
                     )
-                    samples = None if selected is None else selected.fingerprint(one.component)
-                    report = self._block(one, task, position=len(reports), samples=samples)
-                    teacher.set_aside(one.module.get_submodule(one.block_names[index]))
+                    self.folder.log("block", **asdict(report))
                     _log_block(report, total=total)
                     reports.append(report)
         self.progress("blocks", total * units, total * units)
         return reports
-
-    def _stream(
-        self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected, one: TeacherTransformer
-    ) -> TeacherStream:
-        assert planned.calibration is not None
-        step_bytes = planned.calibration.step_bytes
-        return calibration_stream(
-            teacher, one, selected, self.folder, recipe=recipe, machine=self.machine, step_bytes=step_bytes
-        )
-
-    def _block(
-        self,
-        one: TeacherTransformer,
-        task: BlockTask,
-        *,
-        position: int,
-        samples: str | None,
-    ) -> BlockReport:
-        """Compute a block, or take it over from an interrupted run."""
-        started = time.perf_counter()
-        name, key = full_name(one.component, one.block_names[task.index]), one.artefact_name(task.index)
-        fingerprint = block_fingerprint(task, samples=samples)
-        resumed = self.folder.has(key, fingerprint)
-        if not resumed:
-            result = quantize_block(task)
-            artefact = to_artefact(
-                result,
-                seconds=time.perf_counter() - started,
-                peak_memory_bytes=peak_memory_bytes(self.settings.device),
-            )
-            self.folder.save(key, fingerprint, artefact)
-        report = BlockReport(index=position, name=name, resumed=resumed, **self.folder.stats(key))
-        self.folder.log("block", **asdict(report))
-        return report
 
     def _assemble(self, teacher: Teacher, recipe: Recipe, planned: Plan) -> DiffusionPipeline:
         self.progress("assemble", 0, 1)

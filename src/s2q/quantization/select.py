@@ -118,6 +118,7 @@ def calibration_stream(
     recipe: Recipe,
     machine: Machine,
     step_bytes: int,
+    spilled: str = "",
 ) -> TeacherStream:
     """Make the stream that carries the samples of a transformer through its blocks.
 
@@ -129,6 +130,7 @@ def calibration_stream(
         recipe: The recipe; decides whether the conditioning of every timestep is needed.
         machine: Where to compute.
         step_bytes: What a step of distillation holds.
+        spilled: Prefix of the files of tensors that memory has no room for.
     """
 
     def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
@@ -151,6 +153,7 @@ def calibration_stream(
         set_aside=teacher.set_aside,
         component=transformer.component,
         tokens=transformer.tokens,
+        prefix=spilled,
     )
 
 

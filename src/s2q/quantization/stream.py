@@ -131,6 +131,7 @@ class TeacherStream:
         set_aside: Called with a block that will not be read for a while.
         component: Which transformer of the pipeline it is, for messages.
         tokens: How the transformer makes tokens of its arguments; None if nobody asks where they lie.
+        prefix: Of the names of files, where several streams share the folder.
     """
 
     def __init__(
@@ -149,11 +150,12 @@ class TeacherStream:
         set_aside: Callable[[nn.Module], None] = lambda module: None,
         component: str = TRANSFORMERS[0],
         tokens: TokenLayout | None = None,
+        prefix: str = "",
     ) -> None:
         self.transformer, self.block_names = transformer, list(block_names)
         self.calls, self.names, self.streams = calls, list(names), tuple(streams)
         self.steps, self.timesteps = tuple(steps), timesteps
-        self.device = device
+        self.device, self.prefix = device, prefix
         self.folder, self.memory = folder, memory or HostMemory(sys.maxsize)
         self.set_aside, self.component, self.tokens = set_aside, component, tokens
         self._moving = self.store("stream")
@@ -172,7 +174,7 @@ class TeacherStream:
             name: Prefix of its files.
         """
         pinned = torch.device(self.device).type == "cuda"
-        return TensorStore(self.folder, name, memory=self.memory, pinned=pinned)
+        return TensorStore(self.folder, f"{self.prefix}{name}", memory=self.memory, pinned=pinned)
 
     def advance(self, block: int) -> None:
         """Go to the inputs of a block; backwards means from the start.
