@@ -29,7 +29,8 @@ PAGE = "report.html"
 _SCHEMA_VERSION = 1
 _CHECKPOINT = "checkpoint"
 _WRITTEN = (PAGE, "sheet.png", "eval.json", "videos/*-full-precision.mp4", "videos/*-quantized.mp4")
-_DEMO_PROMPTS = 4
+_SHOWN_PROMPTS = 4
+_MAX_PROCESSES = 8
 _SEED = 0
 _LOSSES = {"rtn": "rounding to nearest", "initial": "before training", "final": "as packed"}
 _SHOWN = ("psnr_frame_mean_db", "ssim", "velocity_relative_error", "adherence_all")
@@ -110,30 +111,28 @@ def _make(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Do everything inside the staged folder; names in the results are those of the final one."""
+    from s2q.core.processes import cpu_count
     from s2q.evaluation import EvaluationOptions, evaluate
-    from s2q.loading import load_pipeline
     from s2q.quantization import quantize
     from s2q.shapes.embedded import embedded_prompts
 
     started = time.monotonic()
+    processes = min(cpu_count(), _MAX_PROCESSES)
     with _timed(seconds, "quantize"):
-        report = quantize(model, recipe=recipe, out=staged / _CHECKPOINT, progress=progress)
-    reference = load_pipeline(model)
-    student = load_pipeline(staged / _CHECKPOINT)
-    prompts = embedded_prompts(model, split="demo", count=_DEMO_PROMPTS)
-    with _timed(seconds, "generate"):
-        pairs = _pairs(reference, student, prompts, settings=size["settings"], progress=progress)
+        report = quantize(model, recipe=recipe, out=staged / _CHECKPOINT, progress=progress, processes=processes)
+    videos = _Videos()
     with _timed(seconds, "evaluate"):
         evaluation = evaluate(
-            student,
-            reference,
+            staged / _CHECKPOINT,
+            model,
             prompts=embedded_prompts(model, split="held-out", count=size["num_prompts"]),
             seeds=size["seeds"],
-            options=EvaluationOptions(settings=size["settings"]),
+            options=EvaluationOptions(settings=size["settings"], processes=processes, video_done=videos.keep),
             progress=progress,
         )
     evaluation |= {"model": str(out / _CHECKPOINT), "reference": model}
     with _timed(seconds, "write"):
+        pairs = videos.pairs(model)
         content = _page(report.to_dict(), recipe, overrides, evaluation, pairs, out=out, seconds=seconds)
         _write(staged, content, pairs)
     record = {
@@ -151,35 +150,39 @@ def _make(
     return record
 
 
-def _pairs(
-    reference: Any, student: Any, prompts: Sequence[str], *, settings: Mapping[str, Any], progress: console.Report
-) -> list[Any]:
-    from s2q.evaluation import compare_videos, generate, generation_defaults
-    from s2q.report import PlayerPair
+class _Videos:
+    """The videos of an evaluation that the page shows."""
 
-    asked = generation_defaults(reference) | settings
-    sides = []
-    for name, pipe in (("full precision", reference), ("quantized", student)):
-        stage = f"videos, {name}"
-        sides.append(
-            generate(
-                pipe,
-                prompts,
-                seeds=(_SEED,),
-                settings=asked,
-                progress=lambda _stage, done, total, stage=stage: progress(stage, done, total),
+    def __init__(self) -> None:
+        self._by_label: dict[str, dict[str, Any]] = {}
+
+    def keep(self, label: str, video: Any) -> None:
+        """Keep a video of the first seed, under the label of its model."""
+        if video.seed == _SEED:
+            self._by_label.setdefault(label, {})[video.prompt] = video
+
+    def pairs(self, reference: str) -> list[Any]:
+        """Return pairs of full-precision and quantized videos; those in which something moves come first."""
+        from s2q.evaluation import compare_videos
+        from s2q.report import PlayerPair
+        from s2q.shapes.scenes import parse_caption
+
+        def is_still(prompt: str) -> bool:
+            labels = parse_caption(prompt)
+            return labels is not None and labels.motion == "still"
+
+        theirs = self._by_label.pop(reference)
+        (ours,) = self._by_label.values()
+        return [
+            PlayerPair(
+                prompt=prompt,
+                seed=_SEED,
+                reference=theirs[prompt].frames.numpy(),
+                student=ours[prompt].frames.numpy(),
+                metrics=compare_videos(ours[prompt], theirs[prompt]),
             )
-        )
-    return [
-        PlayerPair(
-            prompt=ours.prompt,
-            seed=ours.seed,
-            reference=theirs.frames.numpy(),
-            student=ours.frames.numpy(),
-            metrics=compare_videos(ours, theirs),
-        )
-        for theirs, ours in zip(*sides, strict=True)
-    ]
+            for prompt in sorted(theirs, key=is_still)[:_SHOWN_PROMPTS]
+        ]
 
 
 def _page(

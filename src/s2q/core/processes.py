@@ -13,6 +13,7 @@ import logging
 import logging.handlers
 import multiprocessing
 import os
+import queue
 import signal
 import sys
 import tempfile
@@ -90,14 +91,14 @@ def run_in_processes(
             initializer=_start,
             initargs=(free_devices, messages, output.name, _LOGGER.getEffectiveLevel()),
         )
-        children: list[BaseProcess] = []
+        children: dict[BaseProcess, None] = {}  # in the order in which they were started
         try:
             while True:
                 while len(running) < len(devices) and (drawn := next(upcoming, None)) is not None:
                     running[pool.submit(_call, work, drawn[1])] = drawn[0]
                 if not running:
                     break
-                children = [child for child in multiprocessing.active_children() if child not in others]
+                children |= dict.fromkeys(child for child in multiprocessing.active_children() if child not in others)
                 done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
                 while not messages.empty():
                     message = messages.get()
@@ -105,16 +106,30 @@ def run_in_processes(
                         logging.getLogger(message.name).handle(message)
                     else:
                         heard(message)
+                if any(child.exitcode for child in children):  # not noticed by the pool if it waited for others
+                    raise BrokenProcessPool
                 for future in done:
                     yield running.pop(future), future.result()
         except BrokenProcessPool as error:
-            raise S2QError(_obituary(children, output.read())) from error
+            codes = _end(children)
+            # the pool itself ends the others by SIGTERM
+            code = next((code for code in codes if code not in (0, -signal.SIGTERM)), -signal.SIGTERM)
+            raise S2QError(_obituary(code, output.read())) from error
         except BaseException:
-            for child in children:
-                child.kill()
+            _end(children)
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end(children: Iterable[BaseProcess]) -> list[int]:
+    """Kill the processes that live; return the exit codes of the others, or of all where none lives."""
+    codes = [child.exitcode for child in children if child.exitcode is not None]
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join()
+    return codes or [child.exitcode or 0 for child in children]
 
 
 @dataclass(frozen=True)
@@ -129,8 +144,12 @@ _worker: _Worker | None = None  # of a spawned process, set once; always None in
 
 
 class _LogSender(logging.handlers.QueueHandler):
+    def __init__(self, tell: Tell) -> None:
+        super().__init__(queue.SimpleQueue())
+        self.tell = tell
+
     def enqueue(self, record: logging.LogRecord) -> None:
-        self.queue.put(record)
+        self.tell(record)
 
 
 def _start(free_devices: Any, messages: Any, output: str, log_level: int) -> None:
@@ -144,7 +163,7 @@ def _start(free_devices: Any, messages: Any, output: str, log_level: int) -> Non
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or none
             os.dup2(descriptor, stream.fileno())
-    _LOGGER.addHandler(_LogSender(messages))
+    _LOGGER.addHandler(_LogSender(messages.put))
     _LOGGER.setLevel(log_level)
     _LOGGER.propagate = False
     _worker = _Worker(free_devices.get(), messages.put)
@@ -169,18 +188,19 @@ def _call(work: Callable[[_Task, str, Tell], _Result], task: _Task) -> _Result:
     return work(task, _worker.device, _worker.tell)
 
 
-def _obituary(children: Sequence[BaseProcess], output: str) -> str:
-    """Say how a process ended."""
-    for child in children:
-        child.join()
-    codes = [code for child in children if (code := child.exitcode) not in (None, 0, -signal.SIGTERM)]
-    code = codes[0] if codes else -signal.SIGTERM
-    lines = output.strip().split("\n")
+def _obituary(code: int, output: str) -> str:
+    """Say how a process ended.
+
+    Args:
+        code: Its exit code, negative for a signal.
+        output: What all processes printed.
+    """
+    line = output.strip().rpartition("\n")[2].strip()
     if code < 0:
         how = f"by signal {signal.Signals(-code).name}"
         how += ", often for lack of memory" if code == -signal.SIGKILL else ""
     else:
-        how = f"with exit code {code}" + (f" ({lines[-1].strip()})" if lines[-1] else "")
+        how = f"with exit code {code}" + (f" ({line})" if line else "")
     return (
         f"a process was ended {how}; run the same command again, with fewer --processes if memory is short: finished "
         "work is kept"

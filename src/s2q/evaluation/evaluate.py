@@ -7,7 +7,7 @@ and answers the recorded calls. Only one of the two models has to fit at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from s2q.core.arguments import (
 )
 from s2q.core.components import transformers_of
 from s2q.core.devices import free_memory
-from s2q.core.errors import InvalidInputError, memory_errors, unknown_name
+from s2q.core.errors import InvalidInputError, UsageError, memory_errors, unknown_name
+from s2q.core.processes import Tell
 from s2q.core.torch_state import in_fresh_torch_state
 from s2q.evaluation import adherence, metrics, velocity
 from s2q.evaluation.generate import (
@@ -44,8 +45,9 @@ from s2q.evaluation.generate import (
     step_counter,
     videos_of,
 )
-from s2q.evaluation.learned import NEEDS, Judges, open_judges
+from s2q.evaluation.learned import NEEDS, Judges, learned_names, open_judges
 from s2q.evaluation.measured import Judged, Measured
+from s2q.evaluation.parallel import MeasuredSet, PromptSet, measure_in_processes
 from s2q.evaluation.prompts import check_distinct
 from s2q.evaluation.recordings import Recordings
 from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
@@ -82,6 +84,7 @@ class EvaluationOptions:
         trajectory_bytes: Memory for recorded trajectories; what is beyond it goes to a temporary folder.
         lpips_weights: File of LPIPS's weights; None for no `lpips`.
         clip: Folder of a CLIP model; None for no `clip_score`, `clipsim` and `clip_temp`.
+        processes: Processes that share the prompts; several need models given by name.
         video_done: Called with each video as it is generated and the label of its model (`model_label`), to keep it.
     """
 
@@ -95,6 +98,7 @@ class EvaluationOptions:
     trajectory_bytes: int = _TRAJECTORY_BYTES
     lpips_weights: Path | None = None
     clip: Path | None = None
+    processes: int = 1
     video_done: Callable[[str, Video], None] | None = None
 
     def __post_init__(self) -> None:
@@ -110,6 +114,7 @@ class EvaluationOptions:
             "trajectory_bytes": whole_number("trajectory_bytes", self.trajectory_bytes, least=0),
             "lpips_weights": optional_path("lpips_weights", self.lpips_weights),
             "clip": optional_path("clip", self.clip),
+            "processes": whole_number("processes", self.processes, least=1),
         }
         for name, value in normalised.items():
             object.__setattr__(self, name, value)
@@ -181,6 +186,19 @@ def evaluate(
     model, reference = model_argument("model", model), model_argument("reference", reference)
     seeds, prompts = seed_numbers(seeds), None if prompts is None else prompt_list(prompts)
     model, reference = _resolve_pair(model, reference, options=options)
+    if options.processes > 1:
+        if not isinstance(model, ModelSource) or not isinstance(reference, ModelSource):
+            raise UsageError(
+                f"evaluate: got processes={options.processes} and a loaded pipeline; pass the names or folders of the "
+                "models, which every process loads"
+            )
+        texts = default_prompts(reference) if prompts is None else prompts
+        _check_request(texts, options)
+        return summarise(
+            measure_in_processes(
+                _measure_set, model, reference, prompts=texts, seeds=seeds, options=options, progress=progress
+            )
+        )
     return next(evaluate_each([model], reference, prompts=prompts, seeds=seeds, options=options, progress=progress))
 
 
@@ -269,11 +287,11 @@ def run_reference(
         S2QError: See `evaluate`.
     """
     options = options or EvaluationOptions()
-    judges = open_judges(lpips_weights=options.lpips_weights, clip=options.clip, device=options.device)
-    wanted = selected_metrics(options.metrics, learned=judges.names)
     reference, seeds = model_argument("reference", reference), seed_numbers(seeds)
     prompts = default_prompts(reference) if prompts is None else prompt_list(prompts)
-    check_distinct(prompts)
+    _check_request(prompts, options)
+    judges = open_judges(lpips_weights=options.lpips_weights, clip=options.clip, device=options.device)
+    wanted = selected_metrics(options.metrics, learned=judges.names)
     jobs = tuple((prompt, seed) for prompt in prompts for seed in seeds)
     return _run_teacher(reference, jobs, options, wanted=wanted, judges=judges, progress=progress)
 
@@ -307,6 +325,28 @@ def judge_model(
         dtype=dtype_name(teacher.dtype),
         timesteps=teacher.timesteps,
     )
+
+
+def _check_request(prompts: Sequence[str], options: EvaluationOptions) -> None:
+    """Check what needs no model."""
+    learned = learned_names(lpips=options.lpips_weights is not None, clip=options.clip is not None)
+    selected_metrics(options.metrics, learned=learned)
+    check_distinct(prompts)
+
+
+def _measure_set(part: PromptSet, device: str, tell: Tell) -> MeasuredSet:
+    """Measure some of the prompts, in a process of several."""
+    videos: list[tuple[str, Video]] = []
+
+    def keep(label: str, video: Video) -> None:
+        videos.append((label, video))
+
+    def progress(stage: str, done: int, total: int) -> None:
+        tell((part.prompts[0], stage, done, total))
+
+    options = replace(part.options, device=device, video_done=keep if part.wants_videos else None)
+    teacher = run_reference(part.reference, prompts=part.prompts, seeds=part.seeds, options=options, progress=progress)
+    return judge_model(part.model, teacher, options=options, progress=progress), videos
 
 
 def default_prompts(reference: Any, *, count: int = 64) -> list[str]:

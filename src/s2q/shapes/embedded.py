@@ -21,17 +21,10 @@ EMBEDDED_NAMES: tuple[str, ...] = (
     "shapes-wan",
     "shapes-wan-outliers",
 )
-PROMPT_SPLITS: tuple[str, ...] = ("held-out", "calibration", "demo")
+PROMPT_SPLITS: tuple[str, ...] = ("held-out", "calibration")
 _OUTLIERS_SUFFIX = "-outliers"
 FRAME_RATE = 8
 """Frames per second at which the scenes are to be watched."""
-
-_DEMO_LABELS = (  # never trained on as combinations
-    ("circle", "red", "right", "white"),
-    ("square", "purple", "down", "navy"),
-    ("triangle", "blue", "left", "grey"),
-    ("circle", "orange", "up", "grey"),
-)
 
 
 def embedded_folder(name: str) -> Path:
@@ -77,7 +70,7 @@ def embedded_prompts(name: str, *, split: str = "held-out", count: int | None = 
 
     Args:
         name: One of ``EMBEDDED_NAMES``.
-        split: ``held-out`` (combinations never trained on), ``calibration`` (trained combinations) or ``demo`` (four).
+        split: ``held-out`` (combinations never trained on) or ``calibration`` (trained combinations).
         count: How many; all of the split by default.
 
     Raises:
@@ -87,12 +80,9 @@ def embedded_prompts(name: str, *, split: str = "held-out", count: int | None = 
         raise unknown_name("embedded model", name, EMBEDDED_NAMES)
     if split not in PROMPT_SPLITS:
         raise unknown_name("prompt split", split, PROMPT_SPLITS)
-    if split == "demo":
-        labels = [SceneLabels(shape=s, colour=c, motion=m, background=b) for s, c, m, b in _DEMO_LABELS]
-    else:
-        labels = combinations(held_out=split == "held-out")
-        order = torch.Generator().manual_seed(derive_seed(0, "prompts", split))
-        labels = [labels[i] for i in torch.randperm(len(labels), generator=order).tolist()]
+    labels = combinations(held_out=split == "held-out")
+    order = torch.Generator().manual_seed(derive_seed(0, "prompts", split))
+    labels = [labels[i] for i in torch.randperm(len(labels), generator=order).tolist()]
     if count is not None and count > len(labels):
         raise InvalidInputError(f"{name}: {count} {split} prompts asked for, {len(labels)} exist; ask for fewer")
     return [_phrase(label, index, split) for index, label in enumerate(labels[:count])]
