@@ -46,6 +46,14 @@ def test_against_a_computation_pair_by_pair(frames):
     assert (float(loss) > 1e-3) == (frames > 1)
 
 
+@pytest.mark.parametrize("noise_level", [1e-1, 1e-2, 1e-3])
+def test_nearly_equal_relations_keep_their_digits(noise_level):
+    teacher = noise(1, 52, 64)
+    student = teacher + noise_level * noise(1, 52, 64, seed=1)
+    loss = temporal_loss(student, teacher, frames=13)
+    assert float(loss) == pytest.approx(independent(student, teacher, 13), rel=1e-3 if noise_level > 5e-3 else 3e-2)
+
+
 def test_the_example_of_the_module():
     teacher, student = torch.eye(2).view(1, 2, 2), torch.ones(1, 2, 2)
     assert float(temporal_loss(student, teacher, frames=2)) == pytest.approx(0.055, abs=5e-4)

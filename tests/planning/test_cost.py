@@ -7,10 +7,21 @@ from step_memory import Case, planned_bytes, traced_bytes
 from s2q.core.errors import InvalidInputError, ResourceError
 from s2q.models.synthetic import synthetic_model
 from s2q.planning import Machine, Workload, check_memory, plan, plan_transformers, tensor_sizes
-from s2q.recipes import load_recipe
+from s2q.planning.cost import block_shapes
+from s2q.planning.workload import workload_of_synthetic
+from s2q.recipes import load_recipe, recipe_linears
 from tiny import tiny_cogvideox_pipeline, tiny_mochi_pipeline
 
+RECIPE = load_recipe("s2q-w4a6")
+STEP = {"checkpointed": False, "itemsize": 4}
 GPU = {"device": "cuda", "memory_budget": 16 * 10**9}
+
+
+def shapes_of(name):
+    model = synthetic_model(name)
+    transformers = {"transformer": model.meta_transformer()}
+    workload = workload_of_synthetic(model, RECIPE.calibration)
+    return block_shapes(transformers, recipe_linears(RECIPE, transformers), workload)
 
 
 def machine(memory, **changes):
@@ -72,8 +83,30 @@ def test_what_memory_has_no_room_for_lies_on_the_disk():
     )
     assert whole.disk_bytes == 0
     assert part.disk_bytes == whole.activation_bytes - 10**9
+
+
+def test_page_locked_samples_are_counted_in_powers_of_two():
     tokens, channels = 17_550 + 226, 1920
-    assert whole.activation_bytes == 40 * tokens * (channels * (2 + 4) + 4)
+    on_gpu = plan("synthetic:cogvideox-2b", "s2q-w4a6", machine=machine(80 * 10**9)).calibration
+    assert tokens * channels * 2 <= 1 << 27
+    assert on_gpu.activation_bytes == 40 * ((1 << 27) + (1 << 28) + (1 << 17))
+    on_cpu = plan("synthetic:cogvideox-2b", "s2q-w4a6", machine=machine(None, device="cpu")).calibration
+    assert on_cpu.activation_bytes == 40 * tokens * (channels * (2 + 4) + 4)
+
+
+def test_a_gpu_holds_the_sample_at_hand_and_the_next():
+    shape = max(shapes_of("hunyuanvideo"), key=lambda shape: shape.peak_bytes(RECIPE, **STEP, on_host=False))
+    added = shape.peak_bytes(RECIPE, **STEP, on_host=False) - shape.peak_bytes(RECIPE, **STEP, on_host=True)
+    rows, channels = 118_800 + 256, 3072
+    assert added == 2 * rows * (channels * (4 + 4) + 4)
+
+
+def test_directions_of_low_rank_branches_are_planned():
+    shape = max(shapes_of("hunyuanvideo"), key=lambda shape: max(features for features, _ in shape.inputs))
+    widest = max(features for features, _ in shape.inputs)
+    assert shape.basis_bytes(RECIPE) == 0
+    from_input = load_recipe("s2q-plus-w4a6")
+    assert shape.basis_bytes(from_input) == 52 * widest**2 + 4 * sum(features**2 for features, _ in shape.inputs)
 
 
 def test_a_step_on_the_cpu_takes_its_part_of_the_budget():

@@ -19,7 +19,7 @@ from s2q.quantization import QuantizationReport, quantize, runner
 from s2q.quantization.run_folder import open_run_folder
 from tiny import tiny_cogvideox_pipeline, tiny_wan_pipeline
 
-FAST = ("calibration.steps=2", "calibration.samples=2", "calibration.n_prompts=1", "distillation.epochs=1")
+FAST = ("calibration.steps=2", "calibration.samples=2", "calibration.n_prompts=2", "distillation.epochs=1")
 FAST += ("calibration.num_frames=5", "calibration.height=16", "calibration.width=16")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -606,7 +606,12 @@ def test_a_zero_weight_survives(tmp_path):
 def test_processes_give_the_bytes_of_one(tmp_path, memory_budget):
     model = tmp_path / "model"
     tiny_wan_pipeline(boundary_ratio=0.9).save_pretrained(model)
-    arguments = {"recipe": "s2q-w4a6", "prompts": ["a red circle"], "overrides": FAST, "memory_budget": memory_budget}
+    arguments = {
+        "recipe": "s2q-w4a6",
+        "prompts": ["a red circle", "a blue square"],
+        "overrides": FAST,
+        "memory_budget": memory_budget,
+    }
     seen = []
     quantize(model, out=tmp_path / "one", **arguments)
     progress = lambda *step: seen.append(step)  # noqa: E731

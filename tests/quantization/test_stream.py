@@ -1,8 +1,11 @@
 """What the teacher's stream holds of the arguments that go through no block."""
 
+import pytest
 import torch
 
-from s2q.quantization.stream import _Distinct
+from s2q.core.placement import page_locked_bytes
+from s2q.quantization import stream as stream_module
+from s2q.quantization.stream import HostMemory, TensorStore, _Distinct
 
 
 def test_equal_tensors_are_held_once():
@@ -24,3 +27,29 @@ def test_equal_tensors_are_held_once():
     assert found[3]["rotary"][0] is late
     assert found[3]["rotary"][1] is found[0]["rotary"][1]
     assert found[3]["temb"] is found[1]["temb"]
+
+
+@pytest.mark.parametrize(("size", "taken"), [(0, 0), (1, 1), (1000, 1024), (1024, 1024), (109 << 20, 128 << 20)])
+def test_page_locked_memory_is_counted_in_powers_of_two(size, taken):
+    assert page_locked_bytes(size) == taken
+
+
+def test_a_pinned_store_copies_once_and_takes_what_is_locked(monkeypatch, tmp_path):
+    made = []
+
+    def empty(*args, pin_memory=False, **kwargs):
+        made.append(pin_memory)
+        return torch.zeros(*args, **kwargs)
+
+    monkeypatch.setattr(stream_module.torch, "empty", empty)
+    memory = HostMemory(2 * 512)
+    store = TensorStore(tmp_path, "one", memory=memory, pinned=True)
+    tensors = {"x": torch.randn(3, 29), "y": torch.randn(1, 100).t()}  # 348 and 400 bytes
+    store.put(0, tensors)
+    assert (made, memory.left) == ([True, True], 0)
+    assert all(torch.equal(store.get(0)[name], tensor) for name, tensor in tensors.items())
+    store.put(0, {"x": tensors["x"]})
+    assert memory.left == 512
+    store.put(1, tensors)
+    assert [path.name for path in tmp_path.iterdir()] == ["one-0001.safetensors"]
+    assert torch.equal(store.get(1)["y"], tensors["y"])

@@ -85,6 +85,21 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     return nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
 
 
+def page_locked_bytes(size: int) -> int:
+    """Return what PyTorch's allocator of page-locked host memory takes for a tensor: the next power of two.
+
+    Args:
+        size: Bytes of the tensor.
+    """
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def release_page_locked() -> None:
+    """Return page-locked host memory that no tensor uses to the system; PyTorch would keep it for later tensors."""
+    if torch.cuda.is_available():
+        torch._C._host_emptyCache()
+
+
 def moved(value: Any, device: str, *, dtype: torch.dtype | None = None) -> Any:
     """Return a value with every tensor in its (nested) plain containers on a device.
 

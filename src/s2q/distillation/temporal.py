@@ -40,10 +40,13 @@ def temporal_loss(student: Tensor, teacher: Tensor, *, frames: int) -> Tensor:
             "[B, N, d] twice, N a multiple of the frames"
         )
     found, wanted = _log_relations(student, frames), _log_relations(teacher.detach(), frames)
-    return F.kl_div(found, wanted, reduction="none", log_target=True).mean()
+    return F.kl_div(found, wanted, reduction="none", log_target=True).mean().float()
 
 
 def _log_relations(video: Tensor, frames: int) -> Tensor:
-    """Logarithms of R, [B, f, f]."""
+    """Logarithms of R, fp64 [B, f, f].
+
+    In fp32 the rounding of probabilities, 6e-8 of each, would show in the divergence of nearly equal rows.
+    """
     features = F.normalize(video.float().reshape(len(video), frames, -1), dim=-1)
-    return torch.log_softmax(features @ features.transpose(1, 2), dim=-1)
+    return torch.log_softmax((features @ features.transpose(1, 2)).double(), dim=-1)

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from s2q.core.components import full_name, split_name
+from s2q.core.placement import page_locked_bytes
 from s2q.distillation import PIECE
 from s2q.models import BlockLinear, Family, block_names, family_of
 from s2q.recipes import Recipe
@@ -47,6 +48,10 @@ _GPTQ_BYTES = 30
 """The same of GPTQ: the weight in fp64 and fp32, errors, codes."""
 _FACTORIZATION_BYTES = 40
 """Bytes for each entry of the Hessian at hand: four fp64 matrices while it is factorized, and its copy in order."""
+_BASIS_BYTES = 52
+"""The same of the second moments whose principal directions are computed, in fp64; measured."""
+_READ_AHEAD = 2
+"""Samples on a GPU at a time: the one that is worked on and the next."""
 _PACKED_COPIES = 0.6
 """Packed copies of a block that stand beside it, in bytes a weight."""
 _FORWARD_VALUES = 3
@@ -215,29 +220,45 @@ class BlockShape:
         squares = [features**2 for features, _ in self.inputs]
         return _FP32 * sum(squares) + _FACTORIZATION_BYTES * max(squares, default=0) + _GPTQ_BYTES * largest
 
-    def peak_bytes(self, recipe: Recipe, *, checkpointed: bool, itemsize: int) -> int:
+    def basis_bytes(self, recipe: Recipe) -> int:
+        """Return what the directions of the low-rank branches take beside the block's weights.
+
+        Args:
+            recipe: The recipe.
+        """
+        if not recipe.transforms.low_rank:
+            return 0
+        squares = [features**2 for features, _ in self.inputs]
+        summed = 0 if recipe.transforms.low_rank_from == "weight" else _FP32 * sum(squares)
+        return summed + _BASIS_BYTES * max(squares, default=0)
+
+    def peak_bytes(self, recipe: Recipe, *, checkpointed: bool, itemsize: int, on_host: bool) -> int:
         """Return what the device holds at most while a block is calibrated.
 
         Args:
             recipe: The recipe.
             checkpointed: Whether parts are computed again in the backward pass.
             itemsize: Bytes of a weight in the dtype of calibration.
+            on_host: Whether the device is the CPU, whose samples are counted with the activations.
         """
         weights = self.parameters * itemsize
-        work = max(
-            self.step_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize), weights, self.rounding_bytes(recipe)
-        )
+        step = self.step_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize)
+        if not on_host:
+            step += _READ_AHEAD * self.sample_bytes(itemsize, wide=itemsize == _FP32)
+        work = max(step, weights, self.rounding_bytes(recipe), self.basis_bytes(recipe))
         return int(weights + _PACKED_COPIES * self.parameters) + work
 
-    def sample_bytes(self, itemsize: int, *, wide: bool) -> int:
+    def sample_bytes(self, itemsize: int, *, wide: bool, pinned: bool = False) -> int:
         """Return the bytes of inputs, targets and token weights of one sample.
 
         Args:
             itemsize: Bytes of a value in the model's dtype.
             wide: Whether targets are in fp32.
+            pinned: Whether they are in page-locked host memory; see `core.placement.page_locked_bytes`.
         """
         features, rows = self.streams
-        return rows * (features * (itemsize + (_FP32 if wide else itemsize)) + _FP32)
+        parts = (rows * features * itemsize, rows * features * (_FP32 if wide else itemsize), rows * _FP32)
+        return sum(map(page_locked_bytes, parts)) if pinned else sum(parts)
 
 
 def block_shapes(
@@ -288,11 +309,12 @@ def calibration_cost(
     wide = group.precision == "float32"
     own = _FP32 if wide else itemsize
     samples = group.samples * (workload.branches if group.branches == "both" else 1)
-    whole = max(shape.peak_bytes(recipe, checkpointed=False, itemsize=own) for shape in shapes)
+    on_host = machine.is_host
+    whole = max(shape.peak_bytes(recipe, checkpointed=False, itemsize=own, on_host=on_host) for shape in shapes)
     limit = machine.step_limit
     checkpointed = recipe.learns and limit is not None and whole > limit
     step = max(shape.step_bytes(recipe, checkpointed=checkpointed, itemsize=own) for shape in shapes)
-    activations = samples * max(shape.sample_bytes(itemsize, wide=wide) for shape in shapes)
+    activations = samples * max(shape.sample_bytes(itemsize, wide=wide, pinned=not on_host) for shape in shapes)
     return CalibrationCost(
         tokens=workload.tokens,
         frames=workload.frames,

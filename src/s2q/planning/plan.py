@@ -319,7 +319,10 @@ def _peaks(
     collect = base + machine.added_bytes(now + (workload.component_bytes or 0)) + forward
     itemsize = torch.float32.itemsize if recipe.calibration.precision == "float32" else dtype.itemsize
     checkpointed = cost.gradient_checkpointing
-    work = max(shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize) for shape in shapes)
+    work = max(
+        shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize, on_host=machine.is_host)
+        for shape in shapes
+    )
     blocks = max(collect, base + machine.runtime_bytes + work + (cost.host_bytes if machine.is_host else 0))
     return {name: collect if name in ("collect", "select") else blocks for name in names}
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from s2q.core.components import TRANSFORMERS, full_name
 from s2q.core.errors import InvalidInputError
 from s2q.core.files import atomic_write_bytes
-from s2q.core.placement import moved, on_device
+from s2q.core.placement import moved, on_device, page_locked_bytes, release_page_locked
 from s2q.core.tokens import TokenGrid, TokenLayout
 
 
@@ -81,12 +81,11 @@ class TensorStore:
             tensors: Tensors by name; not copied where they are on the CPU and stay in memory.
         """
         self._drop(index)
-        content = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        if self.memory.take(sum(tensor.nbytes for tensor in content.values())):
-            self._kept[index] = {name: one.pin_memory() for name, one in content.items()} if self.pinned else content
+        if self.memory.take(self._held_bytes(tensors)):
+            self._kept[index] = {name: self._copy(tensor.detach()) for name, tensor in tensors.items()}
             self._path(index).unlink(missing_ok=True)
             return
-        content = {name: tensor.contiguous() for name, tensor in content.items()}
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         atomic_write_bytes(self._path(index), safetensors.torch.save(content))
 
     def get(self, index: int) -> dict[str, Tensor]:
@@ -107,8 +106,16 @@ class TensorStore:
             path.unlink()
 
     def _drop(self, index: int) -> None:
-        kept = self._kept.pop(index, {})
-        self.memory.give_back(sum(tensor.nbytes for tensor in kept.values()))
+        self.memory.give_back(self._held_bytes(self._kept.pop(index, {})))
+
+    def _held_bytes(self, tensors: Mapping[str, Tensor]) -> int:
+        return sum(page_locked_bytes(one.nbytes) if self.pinned else one.nbytes for one in tensors.values())
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if not self.pinned:
+            return tensor.cpu()
+        # straight into page-locked memory: `tensor.cpu().pin_memory()` would copy twice
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{self.name}-{index:04d}.safetensors"
@@ -237,8 +244,10 @@ class TeacherStream:
                 )
 
     def close(self) -> None:
-        """Remove what lies on the disk."""
+        """Remove what is on the disk and return page-locked memory."""
         self._moving.clear()
+        if torch.device(self.device).type == "cuda":
+            release_page_locked()
 
     @torch.no_grad()
     def _start(self) -> None:
