@@ -489,6 +489,12 @@ class ListedSamples(list):
 
     device = "cpu"
 
+    def read(self, index):
+        return self[index]
+
+    def to_device(self, sample):
+        return sample
+
     def __getitem__(self, index):
         found = super().__getitem__(index)
         return ListedSamples(found) if isinstance(index, slice) else found

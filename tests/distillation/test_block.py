@@ -15,18 +15,23 @@ class Samples:
 
     def __init__(self, device, count=4):
         generator = torch.Generator().manual_seed(0)
-        self.device, self.threads = device, {}
+        self.device, self.threads, self.placing = device, {}, set()
         self.began = [threading.Event() for _ in range(count)]
         self.videos = [torch.randn(1, 5, 3, generator=generator) for _ in range(count)]
 
     def __len__(self):
         return len(self.videos)
 
-    def __getitem__(self, index):
+    def read(self, index):
         self.threads[index] = threading.get_ident()
         self.began[index].set()
         x = self.videos[index]
         return BlockSample(inputs={"x": x}, outputs=(2 * x + 1,))
+
+    def to_device(self, sample):
+        assert self.threads, "read first"
+        self.placing.add(threading.get_ident())
+        return sample
 
 
 class Block(nn.Module):
@@ -52,6 +57,7 @@ def test_the_next_sample_of_a_gpu_is_read_meanwhile_in_another_thread(device):
     assert samples.threads.keys() == set(order)
     (reader,) = set(samples.threads.values())
     assert reader != threading.get_ident()
+    assert samples.placing == {threading.get_ident()}, "the device holds no sample that is not worked on"
 
 
 def test_samples_of_a_cpu_are_read_one_by_one(monkeypatch):

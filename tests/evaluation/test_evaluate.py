@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.core.errors import InvalidInputError, UsageError
 from s2q.evaluation import METRICS, EvaluationOptions, evaluate, evaluate_each, recordings
 from s2q.evaluation.evaluate import selected_metrics
 from s2q.quantization import quantize
@@ -204,3 +204,31 @@ def test_videos_can_be_kept(pipe, damaged):
     assert [(video.prompt, video.seed) for _, video in kept] == [("a", 3), (CAPTION, 3)] * 2
     assert {label for label, _ in kept} == {"CogVideoXPipeline"}
     assert not torch.equal(kept[0][1].latents, kept[2][1].latents)
+
+
+def test_processes_measure_what_one_measures(pipe, damaged, tmp_path):
+    for name, model in (("student", damaged), ("teacher", pipe)):
+        model.save_pretrained(tmp_path / name)
+    models, found, kept, stages = (str(tmp_path / "student"), str(tmp_path / "teacher")), [], [], []
+    for processes in (1, 2):
+        videos = {}
+
+        def keep(label, video, videos=videos):
+            videos[label, video.prompt, video.seed] = video.frames
+
+        options = EvaluationOptions(settings=FAST, batch_size=1, processes=processes, video_done=keep)
+        progress = (lambda *step: stages.append(step)) if processes == 2 else None
+        found.append(evaluate(*models, prompts=["a", "b", CAPTION], seeds=[0, 4], options=options, progress=progress))
+        kept.append(videos)
+    assert found[0] == found[1]
+    assert kept[0].keys() == kept[1].keys()
+    assert {label for label, *_ in kept[1]} == set(models)
+    assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
+    ends = {stage: (done, total) for stage, done, total in stages}
+    assert ends == dict.fromkeys(("full precision", "quantized", "velocity"), (12, 12))
+
+
+def test_processes_need_models_by_name(pipe):
+    options = EvaluationOptions(settings=FAST, processes=2)
+    with pytest.raises(UsageError, match="processes=2 and a loaded pipeline; pass the names or folders"):
+        evaluate(pipe, pipe, prompts=["a"], options=options)

@@ -79,7 +79,7 @@ def test_published_sizes_fit_their_devices():
 def test_what_memory_has_no_room_for_lies_on_the_disk():
     whole, part = (
         plan("synthetic:cogvideox-2b", "s2q-w4a6", machine=machine(80e9, memory_budget=size)).calibration
-        for size in (16 * 10**9, 10**9)
+        for size in (17 * 10**9, 10**9)
     )
     assert whole.disk_bytes == 0
     assert part.disk_bytes == whole.activation_bytes - 10**9
@@ -94,11 +94,11 @@ def test_page_locked_samples_are_counted_in_powers_of_two():
     assert on_cpu.activation_bytes == 40 * tokens * (channels * (2 + 4) + 4)
 
 
-def test_a_gpu_holds_the_sample_at_hand_and_the_next():
+def test_a_gpu_holds_the_sample_at_hand():
     shape = max(shapes_of("hunyuanvideo"), key=lambda shape: shape.peak_bytes(RECIPE, **STEP, on_host=False))
     added = shape.peak_bytes(RECIPE, **STEP, on_host=False) - shape.peak_bytes(RECIPE, **STEP, on_host=True)
     rows, channels = 118_800 + 256, 3072
-    assert added == 2 * rows * (channels * (4 + 4) + 4)
+    assert added == rows * (channels * (4 + 4) + 4)
 
 
 def test_directions_of_low_rank_branches_are_planned():

@@ -65,7 +65,7 @@ class Samples(Protocol):
     """Samples by index, from memory or from a disk.
 
     Attributes:
-        device: Where their tensors are, "cpu", "cuda", "cuda:1".
+        device: Where a block is called with them, "cpu", "cuda", "cuda:1".
     """
 
     device: str
@@ -74,8 +74,12 @@ class Samples(Protocol):
         """Return how many there are."""
         ...
 
-    def __getitem__(self, index: int) -> BlockSample:
-        """Return one of them."""
+    def read(self, index: int) -> BlockSample:
+        """Return one of them, with its tensors in host memory."""
+        ...
+
+    def to_device(self, sample: BlockSample) -> BlockSample:
+        """Return what was read with its tensors on the device."""
         ...
 
 
@@ -266,21 +270,21 @@ def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
 
 
 def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
-    """Go through samples; those of a GPU are read while the one before is worked on.
+    """Go through samples; for a GPU, the next one is read into host memory while one is worked on.
 
-    On a CPU a second thread that computes would only take cores from the first.
+    The device holds one sample at a time. On a CPU a second thread that computes would only take cores from the first.
     """
     if torch.device(samples.device).type == "cpu":
-        yield from (samples[index] for index in order)
+        yield from (samples.to_device(samples.read(index)) for index in order)
         return
     with ThreadPoolExecutor(max_workers=1) as reader:
         upcoming: Future[BlockSample] | None = None
         for index in order:
-            read, upcoming = upcoming, reader.submit(samples.__getitem__, index)
+            read, upcoming = upcoming, reader.submit(samples.read, index)
             if read is not None:
-                yield read.result()
+                yield samples.to_device(read.result())
         if upcoming is not None:
-            yield upcoming.result()
+            yield samples.to_device(upcoming.result())
 
 
 def _loss(block: nn.Module, sample: BlockSample, temporal: float) -> Tensor:

@@ -50,8 +50,6 @@ _FACTORIZATION_BYTES = 40
 """Bytes for each entry of the Hessian at hand: four fp64 matrices while it is factorized, and its copy in order."""
 _BASIS_BYTES = 52
 """The same of the second moments whose principal directions are computed, in fp64; measured."""
-_READ_AHEAD = 2
-"""Samples on a GPU at a time: the one that is worked on and the next."""
 _PACKED_COPIES = 0.6
 """Packed copies of a block that stand beside it, in bytes a weight."""
 _FORWARD_VALUES = 3
@@ -244,7 +242,7 @@ class BlockShape:
         weights = self.parameters * itemsize
         step = self.step_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize)
         if not on_host:
-            step += _READ_AHEAD * self.sample_bytes(itemsize, wide=itemsize == _FP32)
+            step += self.sample_bytes(itemsize, wide=itemsize == _FP32)
         work = max(step, weights, self.rounding_bytes(recipe), self.basis_bytes(recipe))
         return int(weights + _PACKED_COPIES * self.parameters) + work
 

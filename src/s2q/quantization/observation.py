@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,16 +50,29 @@ class BlockSamples:
         """Return the keyword arguments of a call of the block."""
         return {name: self.cast(value) for name, value in self.stream.inputs(index).items()}
 
-    def __getitem__(self, index: int) -> BlockSample:
-        stored = moved(self.targets.get(index), self.stream.device)
+    def read(self, index: int) -> BlockSample:
+        """Return a sample as it is stored, in host memory."""
+        stored = self.targets.get(index)
         weights = tuple(stored[f"weights.{name}"] for name in self.streams) if len(stored) > len(self.streams) else None
         return BlockSample(
-            inputs=self.inputs(index),
+            inputs=self.stream.inputs(index),
             outputs=tuple(stored[name] for name in self.streams),
             weights=weights,
             grid=self.stream.grid(index),
             video=self.streams.index("hidden_states"),
         )
+
+    def to_device(self, sample: BlockSample) -> BlockSample:
+        """Return a sample on the device, its inputs in the dtype of calibration."""
+        return replace(
+            sample,
+            inputs={name: self.cast(value) for name, value in sample.inputs.items()},
+            outputs=moved(sample.outputs, self.device),
+            weights=moved(sample.weights, self.device),
+        )
+
+    def __getitem__(self, index: int) -> BlockSample:
+        return self.to_device(self.read(index))
 
 
 @torch.no_grad()

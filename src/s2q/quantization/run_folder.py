@@ -36,17 +36,15 @@ class Artefact:
     stats: Mapping[str, Any]
 
 
-class RunFolder:
-    """The run folder of one output, locked by this process; get one through `open_run_folder`.
+class ArtefactFolder:
+    """Finished results in the run folder of one output, for whichever process of the run reads or writes them.
 
     Attributes:
         path: The folder.
-        lock: Its lock.
     """
 
-    def __init__(self, lock: OutputLock) -> None:
-        self.path = lock.folder
-        self.lock = lock
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def has(self, name: str, fingerprint: str) -> bool:
         """Tell whether a result is there, was made from the same inputs, and is intact.
@@ -98,6 +96,25 @@ class RunFolder:
         assert record is not None, name
         return dict(record["stats"])
 
+    def _record(self, name: str) -> dict[str, Any] | None:
+        try:
+            record = json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) else None
+
+
+class RunFolder(ArtefactFolder):
+    """The run folder of one output, locked by this process; get one through `open_run_folder`.
+
+    Attributes:
+        lock: Its lock.
+    """
+
+    def __init__(self, lock: OutputLock) -> None:
+        super().__init__(lock.folder)
+        self.lock = lock
+
     def log(self, event: str, **fields: Any) -> None:
         """Append an event to events.jsonl, with the time (UTC).
 
@@ -118,13 +135,6 @@ class RunFolder:
         for path in self.path.iterdir():
             if path.name != LOCK:
                 path.unlink()
-
-    def _record(self, name: str) -> dict[str, Any] | None:
-        try:
-            record = json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return record if isinstance(record, dict) else None
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

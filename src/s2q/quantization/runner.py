@@ -24,7 +24,7 @@ from s2q.models import ModelSource
 from s2q.planning import CalibrationCost, Machine
 from s2q.quantization.blocks import block_fingerprint, quantize_block, to_artefact
 from s2q.quantization.report import peak_memory_bytes
-from s2q.quantization.run_folder import RunFolder
+from s2q.quantization.run_folder import ArtefactFolder
 from s2q.quantization.select import Selected, calibration_stream
 from s2q.quantization.stream import TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer, load_teacher
@@ -71,7 +71,7 @@ class BlockRunner:
         spilled: Prefix of the files of activations that host memory has no room for.
     """
 
-    def __init__(self, folder: RunFolder, teacher: Teacher, job: BlockJob, *, spilled: str = "") -> None:
+    def __init__(self, folder: ArtefactFolder, teacher: Teacher, job: BlockJob, *, spilled: str = "") -> None:
         self.folder, self.teacher, self.job, self.spilled = folder, teacher, job, spilled
         self._stream: tuple[str, TeacherStream] | None = None
 
@@ -235,4 +235,4 @@ def _runner(order: bytes, device: str) -> BlockRunner:
         replace(one, schemes={name: content.schemes[name] for name in one.schemes}) for one in teacher.transformers
     )
     teacher = replace(teacher, transformers=tuple(transformers))
-    return BlockRunner(RunFolder(content.folder), teacher, job, spilled=f"{_SPILLED}{os.getpid()}-")
+    return BlockRunner(ArtefactFolder(content.folder), teacher, job, spilled=f"{_SPILLED}{os.getpid()}-")

@@ -20,7 +20,7 @@ from s2q.core.files import canonical_json
 from s2q.core.seeds import derive_seed
 from s2q.planning import Machine, activation_memory
 from s2q.quantization.collect import CalibrationCall, CalibrationInputs, call_inputs
-from s2q.quantization.run_folder import RunFolder
+from s2q.quantization.run_folder import ArtefactFolder
 from s2q.quantization.stream import HostMemory, TeacherStream
 from s2q.quantization.teacher import Teacher, TeacherTransformer
 from s2q.recipes import Recipe
@@ -113,7 +113,7 @@ def calibration_stream(
     teacher: Teacher,
     transformer: TeacherTransformer,
     selected: Selected,
-    folder: RunFolder,
+    folder: ArtefactFolder,
     *,
     recipe: Recipe,
     machine: Machine,

@@ -96,7 +96,9 @@ class TensorStore:
         """
         if index in self._kept:
             return dict(self._kept[index])
-        return dict(safetensors.torch.load_file(self._path(index)))
+        content = safetensors.torch.load_file(self._path(index))
+        # Mapped tensors are read from the disk when they are used; for a GPU that is to happen here, ahead of use.
+        return {name: one.clone() for name, one in content.items()} if self.pinned else dict(content)
 
     def clear(self) -> None:
         """Forget everything."""
