@@ -109,7 +109,9 @@ ClipFolder = Annotated[
 ]
 Processes = Annotated[
     int,
-    typer.Option("--processes", help="Processes that share the prompts: cores of a CPU, or GPUs.", min=1, metavar="N"),
+    typer.Option(
+        "--processes", help="Processes that share the work: one thread each on a CPU, or one GPU.", min=1, metavar="N"
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, compute nothing.")]
@@ -192,6 +194,7 @@ def quantize(
     dtype: DtypeOption = None,
     variant: Variant = None,
     memory_budget: MemoryBudget = None,
+    processes: Processes = 1,
     resume: Resume = True,
     overwrite: Overwrite = False,
     overrides: Overrides = None,
@@ -201,7 +204,9 @@ def quantize(
     """Quantize a model into a checkpoint that diffusers loads."""
     from s2q.cli import commands
 
-    options = _given(locals(), "seed", "device", "dtype", "variant", "memory_budget", "resume", "overwrite", "dry_run")
+    options = _given(
+        locals(), "seed", "device", "dtype", "variant", "memory_budget", "processes", "resume", "overwrite", "dry_run"
+    )
     commands.quantize(
         model, recipe, output, prompts=prompts, samples=samples, overrides=overrides, options=options, as_json=as_json
     )
@@ -280,6 +285,7 @@ def evaluate(
     dtype: DtypeOption = None,
     variant: Variant = None,
     verify: Verify = None,
+    processes: Processes = 1,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -289,7 +295,7 @@ def evaluate(
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
     options = _given(locals(), "num_prompts", "seeds", "metrics", "device", "dtype", "overwrite", "as_json")
     options |= _given(locals(), "lpips_weights", "clip", "vbench_python", "vbench_dims", "vbench_cache")
-    options |= _given(locals(), "variant", "verify")
+    options |= _given(locals(), "variant", "verify", "processes")
     commands.evaluate(model, reference, output, prompts=prompts, settings=settings, options=options)
 
 

@@ -253,6 +253,7 @@ def evaluate(
         device=device,
         lpips_weights=weights["lpips"],
         clip=weights["clip"],
+        processes=options["processes"],
         video_done=judges.keep_for(planned),
     )
     with console.progress() as report, output_lock(out):
