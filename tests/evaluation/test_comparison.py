@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from s2q.evaluation.comparison import HIGHER_IS_BETTER, compare_group, paired_differences
-from s2q.evaluation.evaluate import METRICS
 from s2q.evaluation.statistics import holm, sign_flip_p_value
+from s2q.evaluation.video_metrics import METRICS
 
 
 def videos(values, *, metric="ssim", seeds=2, spread=0.0):

@@ -8,7 +8,7 @@ import torch
 
 from s2q.core.errors import InvalidInputError, UsageError
 from s2q.evaluation import METRICS, EvaluationOptions, evaluate, evaluate_each, recordings
-from s2q.evaluation.evaluate import selected_metrics
+from s2q.evaluation.video_metrics import selected_metrics
 from s2q.quantization import quantize
 from tiny import tiny_cogvideox_pipeline
 

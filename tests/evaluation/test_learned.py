@@ -8,9 +8,9 @@ from s2q.core.errors import InvalidInputError
 from s2q.evaluation import METRICS, EvaluationOptions, evaluate
 from s2q.evaluation.clip_score import ClipJudge
 from s2q.evaluation.evalcrafter import NEEDS, evalcrafter_scores
-from s2q.evaluation.evaluate import selected_metrics
 from s2q.evaluation.generate import generate
 from s2q.evaluation.learned import learned_names
+from s2q.evaluation.video_metrics import selected_metrics
 from tiny import tiny_cogvideox_pipeline
 from tiny_judges import save_tiny_clip, save_tiny_lpips
 

@@ -139,7 +139,7 @@ def test_every_file_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path, mon
     size = ["calibration.num_frames=9", "calibration.height=16", "calibration.width=16"]
     overrides = [*SMALL, *size] if recipe == "s2q-w4a6" else []
     arguments = {"recipe": recipe, "prompts": PROMPTS, "overrides": overrides}
-    original, computed = run_module.quantize_block, []
+    original, computed = runner.quantize_block, []
 
     def killing(task):
         if computed:
@@ -148,7 +148,7 @@ def test_every_file_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path, mon
         return original(task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "quantize_block", killing)
+        patch.setattr(runner, "quantize_block", killing)
         with pytest.raises(KeyboardInterrupt):
             quantize(tmp_path / "model", out=tmp_path / "out", **arguments)
     quantize(tmp_path / "model", out=tmp_path / "out", **arguments)

@@ -638,5 +638,5 @@ def test_processes_resume_what_is_finished(folder, reference, tmp_path, count_bl
 def test_processes_need_a_model_by_name(folder, tmp_path):
     with pytest.raises(UsageError, match=r"processes=2 and a loaded pipeline; pass the model's name"):
         quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a6", out=tmp_path / "out", processes=2)
-    with pytest.raises(UsageError, match="processes=0; expected at least 1"):
+    with pytest.raises(InvalidInputError, match="processes: got 0; expected at least 1"):
         quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", processes=0)

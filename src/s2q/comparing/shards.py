@@ -11,7 +11,8 @@ from s2q.comparing.folder import CompareFolder
 from s2q.comparing.setup import SHARD_PROMPTS, RunPlan
 from s2q.core.errors import DiskFullError, S2QError, first_line, is_out_of_memory
 from s2q.evaluation import EvaluationOptions, Video
-from s2q.evaluation.evaluate import VELOCITY, judge_model, run_reference
+from s2q.evaluation.evaluate import judge_model, run_reference
+from s2q.evaluation.video_metrics import VELOCITY
 
 logger = logging.getLogger(__name__)
 

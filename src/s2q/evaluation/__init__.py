@@ -1,18 +1,16 @@
 """Evaluation: generating videos, measuring them against full precision, and saying how sure the figures are."""
 
 from s2q.evaluation.evaluate import (
-    METRICS,
     EvaluationOptions,
-    compare_videos,
     default_prompts,
     evaluate,
     evaluate_each,
-    selected_metrics,
 )
 from s2q.evaluation.generate import Progress, Video, generate
 from s2q.evaluation.prompts import read_prompts
 from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
 from s2q.evaluation.statistics import Estimate, clustered_mean
+from s2q.evaluation.video_metrics import METRICS, compare_videos, selected_metrics
 
 __all__ = [
     "METRICS",

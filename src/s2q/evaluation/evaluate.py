@@ -31,10 +31,10 @@ from s2q.core.arguments import (
 )
 from s2q.core.components import transformers_of
 from s2q.core.devices import free_memory
-from s2q.core.errors import InvalidInputError, UsageError, memory_errors, unknown_name
+from s2q.core.errors import InvalidInputError, UsageError, memory_errors
 from s2q.core.processes import Tell
 from s2q.core.torch_state import in_fresh_torch_state
-from s2q.evaluation import adherence, metrics, velocity
+from s2q.evaluation import velocity
 from s2q.evaluation.generate import (
     LESS_MEMORY,
     Progress,
@@ -45,24 +45,18 @@ from s2q.evaluation.generate import (
     step_counter,
     videos_of,
 )
-from s2q.evaluation.learned import NEEDS, Judges, learned_names, open_judges
+from s2q.evaluation.learned import Judges, learned_names, open_judges
 from s2q.evaluation.measured import Judged, Measured
 from s2q.evaluation.parallel import MeasuredSet, PromptSet, measure_in_processes
 from s2q.evaluation.prompts import check_distinct
 from s2q.evaluation.recordings import Recordings
 from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
 from s2q.evaluation.summary import noise_pairs, summarise
+from s2q.evaluation.video_metrics import VELOCITY, judge_video, selected_metrics
 from s2q.loading import check_model, load_pipeline
 from s2q.models import ModelSource, resolve_model
 from s2q.models.architecture import Architecture, architecture_of, check_comparable, warn_of_scheduler
 
-VELOCITY = "velocity_relative_error"
-METRICS: tuple[str, ...] = (
-    *metrics.LATENT_METRICS,
-    *metrics.FRAME_METRICS,
-    *adherence.DEFINITIONS,
-    VELOCITY,
-)
 _TRAJECTORY_BYTES = 4 * 2**30
 _Jobs = tuple[tuple[str, int], ...]
 
@@ -72,7 +66,7 @@ class EvaluationOptions:
     """How to evaluate.
 
     Attributes:
-        metrics: Names out of `METRICS`, and of learned judges that have weights; empty means all.
+        metrics: Names out of `video_metrics.METRICS`, and of learned judges that have weights; empty means all.
         settings: Generation settings that differ from the model's own, by field name of `GenerationSettings`.
         batch_size: Videos per batch; None chooses by the number of video tokens.
         dtype: Compute dtype of models given by name; None is the reference's, for both: the stored one, or float32
@@ -370,30 +364,6 @@ def default_prompts(reference: Any, *, count: int = 64) -> list[str]:
     return embedded_prompts(source, split="held-out", count=count)
 
 
-def selected_metrics(names: Sequence[str], *, learned: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the metrics to compute: all without `names`, else each name, or all that start with it.
-
-    Args:
-        names: What was asked for.
-        learned: Metrics of learned judges that have weights.
-
-    Raises:
-        InvalidInputError: A name is neither a metric nor the beginning of one up to an underscore, or lacks weights.
-    """
-    known = (*METRICS, *learned)
-    if not names:
-        return known
-    chosen: list[str] = []
-    for name in names:
-        matches = [metric for metric in known if metric == name or metric.startswith(name + "_")]
-        if not matches and name in NEEDS:
-            raise InvalidInputError(f"metric {name}: needs {NEEDS[name]}; s2q has no weights of it and downloads none")
-        if not matches:
-            raise unknown_name("metric", name, (*known, "latent", "psnr", "adherence", "velocity"))
-        chosen += matches
-    return tuple(metric for metric in known if metric in chosen)
-
-
 def _resolved(model: Any, options: EvaluationOptions, *, needs_variant: bool = True) -> Any:
     if isinstance(model, (str, Path)):
         return resolve_model(model, variant=options.variant, needs_variant=needs_variant)
@@ -474,7 +444,9 @@ def _run_student(model: Any, options: EvaluationOptions, teacher: Teacher, progr
         if trajectory is not None:
             steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
         for video, errors in zip(_handed_on(videos_of(names, seeds, result), model, options), steps, strict=True):
-            judged.append(_judge(video, teacher.videos[len(judged)], errors, teacher.wanted, teacher.judges))
+            judged.append(
+                judge_video(video, teacher.videos[len(judged)], errors, wanted=teacher.wanted, judges=teacher.judges)
+            )
     if pipe is not model:
         del pipe
         free_memory()  # the next model takes its place
@@ -485,39 +457,6 @@ def _handed_on(videos: list[Video], model: Any, options: EvaluationOptions) -> l
     for video in videos if options.video_done else ():
         options.video_done(model_label(model), video)
     return videos
-
-
-def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS) -> dict[str, float | None]:
-    """Measure one video against the reference's.
-
-    Args:
-        video: The student's video.
-        base: The full-precision video of the same prompt and seed.
-        names: Metrics out of `METRICS`; the velocity error, which no video shows, is left out.
-
-    Returns:
-        Values by metric name; adherence of the reference under `reference_…`; None where a metric does not apply.
-    """
-    assert (video.prompt, video.seed) == (base.prompt, base.seed)
-    values: dict[str, float | None] = {}
-    for name, measure in metrics.LATENT_METRICS.items():
-        if name in names:
-            values[name] = measure(video.latents, base.latents)
-    for name, measure in metrics.FRAME_METRICS.items():
-        if name in names:
-            values[name] = measure(video.frames, base.frames)
-    if any(name in adherence.DEFINITIONS for name in names):
-        ours, theirs = (adherence.adherence(video.prompt, frames) for frames in (video.frames, base.frames))
-        values |= {name: value for name, value in ours.items() if name in names}
-        values |= {f"reference_{name}": value for name, value in theirs.items() if name in names}
-    return values
-
-
-def _judge(video: Video, base: Video, errors: list[float], wanted: tuple[str, ...], judges: Judges) -> Judged:
-    values = compare_videos(video, base, names=wanted) | judges.measure(video, base, names=wanted)
-    if VELOCITY in wanted:
-        values[VELOCITY] = sum(errors) / len(errors) if errors else None
-    return Judged(prompt=video.prompt, seed=video.seed, metrics=values, velocity_steps=tuple(errors))
 
 
 def _counter(
