@@ -38,6 +38,7 @@ VERBS = {
     "plan": lambda **given: s2q.plan(**{"model": MODEL} | given),
     "bench": bench,
     "load": lambda **given: s2q.load(**{"model": MODEL} | given),
+    "inspect": lambda **given: s2q.inspect(**{"model": "out"} | given),
 }
 
 DEVICES = (None, True, 1.0, -1, "", "gpu", "CPU", b"cpu", ["cpu"], torch.device("meta"), 99)
@@ -50,12 +51,14 @@ NUMBERS = (True, 0, -1, 1.5, "2", math.nan, math.inf, [1])
 SWITCHES = (None, 0, 1, "no", "true")
 OVERRIDES = ("weights.num_bits=8", {"weights.num_bits": 8}, 7, [7], ["weights.num_bits"], None)
 RECIPES = (None, 7, b"rtn-w4a6", ["rtn-w4a6"], "rtn-w4a7", "", {}, {"name": 7})
+VARIANTS = (7, True, "", "a/b", "../x", b"fp16", ["fp16"])
 SIZES = (True, 0, -1, 1.5, "", "lots", "10XB", None, ["10GB"], math.nan)
 SETTINGS = ("num_frames=9", 7, ["num_frames"], {"frames": 9}, {7: 9}, {"num_frames": True}, {"num_frames": 9.0})
 SETTINGS += ({"height": "32"}, {"guidance_scale": math.nan}, {"guidance_scale": True}, {"num_inference_steps": 0})
 
 CASES = {
     "quantize": {
+        "variant": VARIANTS,
         "model": MODELS,
         "recipe": RECIPES,
         "out": PATHS,
@@ -71,6 +74,7 @@ CASES = {
         "memory_budget": [size for size in SIZES if size is not None],
     },
     "generate": {
+        "variant": VARIANTS,
         "model": MODELS,
         "prompts": [*PROMPTS, None, []],
         "seeds": [*([seed] for seed in SEEDS), 0, "0", None, [], {0}, [0, 0]],
@@ -78,6 +82,7 @@ CASES = {
         "batch_size": NUMBERS,
     },
     "evaluate": {
+        "variant": VARIANTS,
         "model": MODELS,
         "reference": MODELS,
         "prompts": [*PROMPTS, ["a", "a"], []],
@@ -92,6 +97,7 @@ CASES = {
         "trajectory_bytes": [number for number in NUMBERS if number not in (0, True) or number is True],
     },
     "compare": {
+        "variant": VARIANTS,
         "entries": ("rtn-w4a6", [], [7], None, {"rtn-w4a6"}),
         "model": MODELS,
         "out": [*PATHS, None],
@@ -121,7 +127,8 @@ CASES = {
         "blocks": NUMBERS,
         "seed": SEEDS,
     },
-    "load": {"model": MODELS, "device": DEVICES, "dtype": DTYPES, "verify": [0, 1, "no"]},
+    "load": {"model": MODELS, "device": DEVICES, "dtype": DTYPES, "verify": [0, 1, "no"], "variant": VARIANTS},
+    "inspect": {"model": MODELS, "verify": [0, 1, "no", None], "variant": VARIANTS},
 }
 
 

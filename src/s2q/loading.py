@@ -9,7 +9,7 @@ import torch
 
 from s2q import checkpoint
 from s2q.checkpoint import CheckpointReport
-from s2q.core.arguments import device_name, flag, model_argument, optional_text, parse_dtype
+from s2q.core.arguments import device_name, flag, model_argument, optional_text, parse_dtype, path_argument
 from s2q.core.components import transformers_of
 from s2q.core.devices import default_dtype
 from s2q.core.errors import memory_errors
@@ -118,7 +118,8 @@ def inspect_model(model: str | Path, *, variant: str | None = None, verify: bool
     Raises:
         InvalidInputError: If there is no such checkpoint, it is not of s2q, or it is damaged.
     """
-    path = Path(model).expanduser()
+    path = path_argument("model", model)
+    variant, verify = optional_text("variant", variant), flag("verify", verify)
     if not path.is_dir():  # a folder is looked into even if it is damaged
         path = resolve_model(model, variant=variant).complete_folder()
     return checkpoint.inspect_checkpoint(path, variant=variant, verify=verify)
