@@ -221,7 +221,6 @@ def _resolve_pair(model: Any, reference: Any, *, options: EvaluationOptions) -> 
     return model, reference
 
 
-@in_fresh_torch_state
 def evaluate_each(
     models: Iterable[Any],
     reference: Any,
