@@ -23,6 +23,7 @@ from s2q.calibration.settings import (
     prompt_token_limit,
     vae_factors,
 )
+from s2q.core.devices import overflow_remedy
 from s2q.core.errors import S2QError
 from s2q.models import family_of
 
@@ -115,7 +116,10 @@ def denoise(
     latents = last["latents"].float().cpu()
     for prompt, seed, video in zip(prompts, seeds, latents, strict=True):
         if not torch.isfinite(video).all():
-            raise S2QError(f"the model produced NaN or infinite latents for prompt {prompt!r}, seed {seed}")
+            raise S2QError(
+                f"the model produced NaN or infinite latents for prompt {prompt!r}, seed {seed}; "
+                f"{overflow_remedy(pipe.text_encoder.dtype)}"
+            )
     frames = _to_uint8(output.frames) if decode else None
     return Denoised(latents=latents, frames=frames)
 

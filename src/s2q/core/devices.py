@@ -1,18 +1,23 @@
 """Which devices there are, asked before any work so that a wrong name is one clear line; their dtypes and memory."""
 
+import contextlib
 import functools
 import gc
 import logging
 import re
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
+from s2q.core.device_names import device_name_problem
 from s2q.core.errors import InvalidInputError, ResourceError
 from s2q.core.processor import has_arithmetic
 
 logger = logging.getLogger(__name__)
 
-_NAMES = re.compile(r"cpu|cuda(:\d+)?")
+_STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def check_device(device: str | torch.device) -> None:
@@ -22,19 +27,27 @@ def check_device(device: str | torch.device) -> None:
         device: "cpu", "cuda" or "cuda:N", or the `torch.device` of that name.
 
     Raises:
-        InvalidInputError: If the name is none of these.
-        ResourceError: If there is no such GPU.
+        InvalidInputError: If the name is none of these, "mps" or "xpu" for example.
+        ResourceError: If PyTorch is not built for CUDA, or there is no such GPU; names those that there are.
     """
     name = str(device)
-    if not _NAMES.fullmatch(name):
-        raise InvalidInputError(f"device={name!r} is unknown; use cpu, cuda or cuda:N")
+    if (problem := device_name_problem(name)) is not None:
+        raise InvalidInputError(f"device={name!r}: {problem}")
     if name == "cpu":
         return
+    if not torch.backends.cuda.is_built():
+        raise ResourceError(
+            f"device={name!r}: this build of PyTorch, {torch.__version__}, is for CPUs; install one for CUDA "
+            "(https://pytorch.org/get-started), or use cpu"
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        raise ResourceError(f"device={name!r}: this machine or this build of PyTorch has no CUDA device; use cpu")
+        raise ResourceError(
+            f"device={name!r}: PyTorch finds no GPU; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or use cpu"
+        )
     if int(name.partition(":")[2] or 0) >= count:
-        raise ResourceError(f"device={name!r}: this machine has {count} CUDA devices; use cuda:{count - 1}")
+        there = ", ".join(f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(count))
+        raise ResourceError(f"device={name!r}: this machine has {there}; use one of these, or cpu")
 
 
 def emulated_dtypes(device: str | torch.device) -> tuple[torch.dtype, ...]:
@@ -69,8 +82,47 @@ def _log_wide(stored: str) -> None:
     logger.info("computing in float32: this CPU has no %s arithmetic; --dtype %s (dtype=) emulates it", stored, stored)
 
 
+def overflow_remedy(dtype: torch.dtype) -> str:
+    """Return what to do about values that are not finite in a model of a dtype, to end an error message with.
+
+    Args:
+        dtype: What the model computes in.
+    """
+    if dtype == torch.float16:
+        return "float16 overflows above 65,504; use --dtype bfloat16 (dtype=)"
+    return "check the model and its dtype"
+
+
 def free_memory() -> None:
     """Release models that nothing refers to any more, and return what PyTorch keeps of GPU memory to the device."""
     gc.collect()  # modules with hooks are in cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def reset_peak_memory(device: str | torch.device) -> None:
+    """Start `peak_memory_bytes` anew, so that it is that of one run and not of the process.
+
+    Args:
+        device: "cpu" (on Linux; elsewhere nothing happens), "cuda" or "cuda:N".
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        _CLEAR_PEAK.write_text("5")
+
+
+def peak_memory_bytes(device: str | torch.device) -> int:
+    """Return the highest memory use since `reset_peak_memory`: allocated on a GPU, else resident in this process.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE):
+            return int(found.group(1)) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
-
-import torch
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("s2q", "torch", "diffusers", "transformers")
@@ -26,7 +22,7 @@ class BlockReport:
         weight_relative_error: ‖Ŵ − W‖² / ‖W‖² over the block's quantized weights; 0 if it has none.
         layers: The same for each of its quantized linears, by full name.
         seconds: Time it took.
-        peak_memory_bytes: Highest resident memory of the process (on a GPU: allocated there) until then.
+        peak_memory_bytes: Highest resident memory of the process (on a GPU: allocated there) in the run until then.
         resumed: Whether it was taken over from an interrupted run; the figures are that run's then.
         loss: Mean loss over the calibration samples as `CalibratedBlock` has it: `rtn`, `initial`, `distilled`,
             `final`; empty for recipes that do not calibrate.
@@ -112,18 +108,6 @@ class QuantizationReport:
             content: What `to_dict` returned.
         """
         return cls(**{**content, "blocks": tuple(BlockReport(**block) for block in content["blocks"])})
-
-
-def peak_memory_bytes(device: str) -> int:
-    """Return the highest memory use so far: allocated on a GPU, else resident in this process.
-
-    Args:
-        device: "cpu", "cuda", "cuda:1".
-    """
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def package_versions() -> dict[str, str]:

@@ -32,6 +32,7 @@ from s2q.core.arguments import (
     whole_number,
 )
 from s2q.core.components import full_name, transformers_of
+from s2q.core.devices import peak_memory_bytes, reset_peak_memory
 from s2q.core.errors import DiskFullError, ResourceError, UsageError, is_out_of_memory, memory_errors, unknown_name
 from s2q.core.files import DISK_FULL
 from s2q.core.outputs import check_output
@@ -55,7 +56,7 @@ from s2q.quantization.allocate import Allocated, allocate
 from s2q.quantization.assemble import assemble
 from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
 from s2q.quantization.finished import finished_report, request_hash
-from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions, peak_memory_bytes
+from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions
 from s2q.quantization.run_folder import RunFolder, open_run_folder
 from s2q.quantization.runner import BlockJob, BlockRunner, quantize_in_processes
 from s2q.quantization.select import Selected, select
@@ -216,6 +217,7 @@ class _Run:
         self.settings = settings
         self.progress = progress or (lambda stage, done, total: None)
         self.started = time.perf_counter()
+        reset_peak_memory(settings.device)
         self.stages: list[dict[str, Any]] = []
 
     def carry_out(
