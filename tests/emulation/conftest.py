@@ -6,16 +6,13 @@ import pytest
 import torch
 
 from emulation import emulator
-from s2q.ops import activation_path, attention_colsum, rescaled_int_matmul, weight_only_matmul
-
-OPS = (activation_path, attention_colsum, rescaled_int_matmul, weight_only_matmul)
 
 
 def pytest_runtest_setup(item):
     if emulator.obstacle() is not None:
         pytest.skip(f"no emulated GPU: {emulator.obstacle()}")
     if item.get_closest_marker("emulated") and not emulator.is_installed():
-        pytest.skip("looks at the emulator, and this GPU is none")
+        pytest.skip("looks at the emulator; this GPU is real")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,8 +28,7 @@ def _frozen():
 def quick_kernels(request, monkeypatch):
     """On an emulated GPU, the references in the place of Triton's interpreter, which takes minutes a block."""
     if emulator.is_installed() and not request.node.get_closest_marker("kernels"):
-        for op in OPS:
-            monkeypatch.setitem(op.BACKENDS, "triton", op.BACKENDS["reference"])
+        emulator.use_references(monkeypatch.setitem)
 
 
 @pytest.fixture

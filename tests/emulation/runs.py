@@ -37,9 +37,9 @@ MODELS = {
 }
 PROMPTS = ["red", "a blue square"]
 _QUICK = {
-    "calibration.n_prompts": 2,
+    "calibration.n_prompts": 1,
     "calibration.steps": 2,
-    "calibration.samples": 2,
+    "calibration.samples": 1,
     "distillation.epochs": 1,
     "refinement.epochs": 1,
 }
@@ -68,13 +68,14 @@ def sizes(pipe):
     return {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side}
 
 
-def quick(recipe):
-    """What makes a recipe quick, of what it has."""
+def quick(recipe, replaced=()):
+    """What makes a recipe quick, of what it has and other overrides do not replace."""
     has = load_recipe(recipe).resolved()
     changes = {}
     for name, value in _QUICK.items():
         group, key = name.split(".")
-        if isinstance(has.get(group), dict) and key in has[group]:
+        given = any(one.startswith(f"{name}=") for one in replaced)
+        if not given and isinstance(has.get(group), dict) and key in has[group]:
             changes[name] = value
     return [f"{name}={value}" for name, value in changes.items()]
 
@@ -108,7 +109,8 @@ def quantize(model, recipe, device, *, dtype=torch.float32, overrides=()):
         out=out,
         prompts=PROMPTS if load_recipe(recipe).calibrates else None,
         device=device,
-        overrides=[*quick(recipe), *overrides],
+        dtype=dtype,
+        overrides=[*quick(recipe, overrides), *overrides],
     )
     return Run(out, report)
 
@@ -140,14 +142,22 @@ def relative_error(result, expected):
     return float((result - expected).norm() / expected.norm())
 
 
-EXACT, ROUNDED, LEARNED, DIGITS = 1e-4, 0.02, 0.3, 0.02
-"""Relative differences between devices: of what is computed from the weights alone or is a plain mean, of what a search
-or an eigenbasis in bf16 decides, of what is left after training and GPTQ, which amplify the order of sums, and of
-latents from one checkpoint on two devices."""
+EXACT = 1e-4
+"""Relative difference between devices of what is computed from weights alone, and of the loss of plain rounding."""
+ROUNDED = 0.1
+"""Of the loss before training, which the bf16 of a low-rank basis or the fp64 of a search decides."""
+LEARNED = 0.5
+"""Of losses after training and GPTQ, which amplify the order of sums; a third of the codes differ, without harm."""
+HALVES = 0.15
+"""Of the losses before training where the model is fp16 or bf16, and so are the inputs of its blocks;
+and of what two devices generate then."""
+DIGITS = 0.005
+"""Of the latents that two devices generate from one checkpoint."""
 
 
-def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=()):
+def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=(), call=None):
     """Quantize on the CPU and on a device; generate on both from the checkpoint of the device."""
+    call = call or {}
     found = quantize(model, recipe, device, dtype=dtype, overrides=overrides)
     expected = on_cpu(model, recipe, dtype, overrides)
     if not found.losses:
@@ -159,10 +169,13 @@ def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=(
     for (block, stage), loss in found.losses.items():
         tolerance = {"rtn": EXACT, "initial": ROUNDED}.get(stage, LEARNED)
         if load_recipe(recipe).loss.temporal:  # a divergence of nearly equal distributions
-            tolerance = max(tolerance, 5 * ROUNDED)
+            tolerance = max(tolerance, ROUNDED)
+        if dtype != torch.float32:
+            tolerance = max(tolerance, HALVES)
         wanted = expected.losses[block, stage]
         assert abs(loss / wanted - 1) <= tolerance, f"{block}: {stage} loss {loss}; on the CPU {wanted}"
     pipe = load(found.folder, "cpu", dtype=dtype)
-    on_host = latents(pipe)
-    assert relative_error(latents(pipe.to(device)), on_host) <= DIGITS
+    on_host = latents(pipe, **call)
+    tolerance = DIGITS if dtype == torch.float32 else HALVES
+    assert relative_error(latents(pipe.to(device), **call), on_host) <= tolerance
     return found

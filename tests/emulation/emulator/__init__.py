@@ -23,10 +23,12 @@ GPU cannot show is in tests/emulation/README.md.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, MutableMapping
+from typing import Any
 
 from emulation.emulator.guard import DEVICES, GuardUnavailableError
 
-__all__ = ["DEVICES", "ENVIRONMENT_VARIABLE", "install_if_possible", "is_installed", "obstacle"]
+__all__ = ["DEVICES", "ENVIRONMENT_VARIABLE", "install_if_possible", "is_installed", "obstacle", "use_references"]
 
 ENVIRONMENT_VARIABLE = "S2Q_EMULATED_GPUS"
 """The tests run on emulated GPUs where it is 1."""
@@ -65,3 +67,17 @@ def install_if_possible() -> None:
     else:
         triton.patch()
     tensor.start()
+
+
+def use_references(
+    put: Callable[[MutableMapping[str, Any], str, Any], None] = dict.__setitem__,
+) -> None:
+    """Put the references of the ops in Triton's place, whose interpreter takes minutes a block.
+
+    Args:
+        put: Sets an item of a table of backends; `monkeypatch.setitem` does so for a while.
+    """
+    from s2q.ops import activation_path, attention_colsum, rescaled_int_matmul, weight_only_matmul
+
+    for op in (activation_path, attention_colsum, rescaled_int_matmul, weight_only_matmul):
+        put(op.BACKENDS, "triton", op.BACKENDS["reference"])
