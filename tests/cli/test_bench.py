@@ -54,7 +54,11 @@ def test_a_run_writes_every_op_and_a_second_run_measures_nothing(results, tiny_m
         (["-r", "s2q-w4a7"], 3, "nearest names are s2q-w4a"),
         (["--device", "gpu"], 2, "expected auto, cpu, cuda"),
         (["--device", "cuda:99"], 4, "device='cuda:99': "),
-        (["--device", "mps"], 2, "--device mps: Apple GPUs are not supported; use auto, cpu, cuda or cuda:N"),
+        (
+            ["--device", "mps"],
+            2,
+            "--device mps: expected auto, cpu, cuda or cuda:N; got an Apple GPU, which is not supported",
+        ),
         (["--tokens", "0"], 2, "--tokens"),
         (["--ops", "calibration_block", "-r", "rtn-w4a6"], 3, "nothing to measure"),
         (["--attention", "sagge"], 3, "nearest names are sage"),

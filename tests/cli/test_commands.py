@@ -62,7 +62,7 @@ def test_a_plan_is_for_the_device_that_is_described(tiny_model, capsys, given, e
         ("plan", ["--device", "tpu9", "--device-memory", "8GB"], "--device tpu9: expected auto, cpu, cuda"),
         ("quantize", ["--memory-budget", "lots"], "--memory-budget: got 'lots'; expected a size"),
         ("quantize", ["--device", "tpu9"], "--device tpu9: expected auto, cpu, cuda"),
-        ("quantize", ["--device", "xpu"], "--device xpu: Intel GPUs are not supported; use auto, cpu, cuda or cuda:N"),
+        ("quantize", ["--device", "xpu"], "--device xpu: expected auto, cpu, cuda or cuda:N; got an Intel GPU, which"),
     ],
 )
 def test_a_machine_that_makes_no_sense_is_named_by_its_option(tiny_model, tmp_path, capsys, command, given, expected):

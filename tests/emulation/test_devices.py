@@ -29,7 +29,7 @@ def test_a_gpu_that_is_not_there_is_told_with_those_that_are(command, tmp_path, 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
-    assert "'cuda:9': this machine has cuda:0 (" in captured.err
+    assert "'cuda:9': this machine has cuda:0" in captured.err
     assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from s2q.cli import console, judges, output
-from s2q.core.device_names import device_name_problem
+from s2q.core.device_names import is_device_name, kind_of_device
 from s2q.core.errors import InvalidInputError, UsageError
 from s2q.core.files import atomic_write_bytes, atomic_write_json, slug
 from s2q.core.outputs import check_output, check_writable, output_lock, owned_matching, staged_directory
@@ -322,9 +322,9 @@ def _size(options: Mapping[str, Any], name: str) -> int | None:
 
 
 def _check_device_name(name: str) -> None:
-    problem = device_name_problem(name, expected="auto, cpu, cuda or cuda:N")
-    if name != "auto" and problem is not None:
-        raise UsageError(f"--device {name}: {problem}")
+    if name != "auto" and not is_device_name(name):
+        kind = kind_of_device(name)
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N{f'; got {kind}' if kind else ''}")
 
 
 def _check_backend(name: str, device: str) -> None:

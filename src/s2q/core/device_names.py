@@ -2,25 +2,30 @@
 
 import re
 
-_NAMES = re.compile(r"cpu|cuda(:\d+)?")
-_UNSUPPORTED = {
-    "mps": "Apple GPUs are not supported",
-    "xpu": "Intel GPUs are not supported",
-    "npu": "NPUs are not supported",
-    "xla": "TPUs are not supported",
-    "rocm": "PyTorch calls AMD GPUs cuda, too",
-    "hip": "PyTorch calls AMD GPUs cuda, too",
+_NAMES = re.compile(r"cpu|cuda(:[0-9]+)?")
+_OTHERS = {
+    "mps": "an Apple GPU, which is not supported",
+    "xpu": "an Intel GPU, which is not supported",
+    "npu": "an NPU, which is not supported",
+    "xla": "a TPU, which is not supported",
+    "rocm": "an AMD GPU, which PyTorch calls cuda",
+    "hip": "an AMD GPU, which PyTorch calls cuda",
 }
 
 
-def device_name_problem(name: str, *, expected: str = "cpu, cuda or cuda:N") -> str | None:
-    """Say what is wrong with the name of a device; None if nothing is.
+def is_device_name(name: str) -> bool:
+    """Tell whether a name is "cpu", "cuda" or "cuda:N".
 
     Args:
-        name: "cpu", "cuda" and "cuda:N" are right.
-        expected: What to say is.
+        name: Of a device.
     """
-    if _NAMES.fullmatch(name):
-        return None
-    reason = _UNSUPPORTED.get(name.partition(":")[0])
-    return f"expected {expected}" if reason is None else f"{reason}; use {expected}"
+    return _NAMES.fullmatch(name) is not None
+
+
+def kind_of_device(name: str) -> str | None:
+    """Return what else a name means to PyTorch or to its users; None if it means nothing.
+
+    Args:
+        name: Of a device that s2q does not compute on.
+    """
+    return _OTHERS.get(name.partition(":")[0])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from s2q.core.device_names import device_name_problem
+from s2q.core.device_names import is_device_name, kind_of_device
 from s2q.core.errors import InvalidInputError, ResourceError
 from s2q.core.processor import has_arithmetic
 
@@ -31,22 +31,22 @@ def check_device(device: str | torch.device) -> None:
         ResourceError: If PyTorch is not built for CUDA, or there is no such GPU; names those that there are.
     """
     name = str(device)
-    if (problem := device_name_problem(name)) is not None:
-        raise InvalidInputError(f"device={name!r}: {problem}")
+    if not is_device_name(name):
+        raise InvalidInputError(f"device={name!r} is {kind_of_device(name) or 'unknown'}; use cpu, cuda or cuda:N")
     if name == "cpu":
         return
-    if not torch.backends.cuda.is_built():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count and torch.version.cuda is None and torch.version.hip is None:
         raise ResourceError(
-            f"device={name!r}: this build of PyTorch, {torch.__version__}, is for CPUs; install one for CUDA "
+            f"device={name!r}: PyTorch {torch.__version__} is built for CPUs only; install a build for CUDA "
             "(https://pytorch.org/get-started), or use cpu"
         )
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         raise ResourceError(
             f"device={name!r}: PyTorch finds no GPU; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or use cpu"
         )
     if int(name.partition(":")[2] or 0) >= count:
-        there = ", ".join(f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(count))
+        there = ", ".join(f"cuda:{index}" for index in range(count))
         raise ResourceError(f"device={name!r}: this machine has {there}; use one of these, or cpu")
 
 
