@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from judging import evalcrafter_table, metrics_table, paper_table
+from kernel_tables import kernels_table
 from markdown_tables import interval, table_head, table_row
 from methods import field_table, methods_table, parts_added_table
 from published import commands_of, cost_table, sizes_table
@@ -355,6 +356,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "adherence": adherence_table,
     "attention": attention_table,
     "outliers": outlier_table,
+    "kernels": kernels_table,
     "linear": linear_table,
     "steps": steps_table,
     "parts": parts_table,

@@ -1,13 +1,18 @@
-"""Compile every Triton kernel that is used, for the GPUs that are supported, without a GPU; fails on a bad result.
+"""Compile every Triton kernel for every architecture that is supported, without a GPU; fails on a bad result.
 
 Prints a table: kernel, architecture, registers, bytes of spills, shared memory, tensor-core instructions. Exits with 1
-if a kernel does not compile, spills registers, takes more shared memory than the GPU has, or does its products without
-the tensor cores.
+if a kernel does not compile, spills more than a few registers, takes more shared memory than the GPU has, or does its
+products without the tensor cores. With --out it writes what docs/speed.md shows (every kernel, every architecture).
 
-    python benchmarks/triton_aot.py [--arch 90] [--only matmul]
+    python benchmarks/triton_aot.py [--arch 90] [--only matmul] [--quick] [--keys] [--json] [--out FILE]
 """
 
 import argparse
+import ast
+import functools
+import hashlib
+import inspect
+import json
 import os
 import re
 import subprocess
@@ -21,21 +26,28 @@ os.environ.pop("TRITON_INTERPRET", None)  # decided when triton is imported
 
 import torch
 import triton
+from environment import environment
+from records import write_record
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from s2q.ops import triton_math
 from s2q.ops.activation_path import triton as activation_path
 from s2q.ops.activation_path.tiles import rotation_tile, row_block
+from s2q.ops.architectures import SHARED_BYTES, nearest_architecture
 from s2q.ops.attention_colsum import triton as attention_colsum
 from s2q.ops.attention_colsum.tiles import colsum_tile
 from s2q.ops.rescaled_int_matmul import tiles as matmul_tiles
 from s2q.ops.rescaled_int_matmul import triton as rescaled_int_matmul
+from s2q.ops.weight_only_matmul import tiles as weight_only_tiles
 from s2q.ops.weight_only_matmul import triton as weight_only_matmul
 
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-"""Bytes that one program may have, by architecture."""
+SPILL_LIMIT = 64
+"""Bytes of a thread's registers that may be in local memory."""
 
-INSTRUCTION = re.compile(r"(wgmma\.mma_async|mma\.sync\.aligned)[\w.:]*?\.(s32\.s8\.s8|f32\.\w+\.\w+)")
+INSTRUCTION = re.compile(
+    r"(wgmma|mma\.sync)[\w.:]*?\.(?:s32|f32)\.(s8|bf16|f16|tf32)\.|(tcgen05)\.mma[\w.:]*?kind::(\w+)"
+)
 GRIDS = ((12, 16), (24, 32), (48, 64), (96, 128))
 """n1 and n2 of the models' widths: 192, 768, 3072 (1920 = 40 · 48 pads to the same), 12288."""
 
@@ -51,7 +63,10 @@ class Variant:
         constants: Of the compilation.
         aligned: Arguments that are multiples of 16.
         options: num_warps and num_stages.
-        needs: Pattern of the tensor-core instruction that has to be there; None for kernels without products.
+        group: The row of docs/speed.md.
+        needs: Pattern of the tensor-core instructions that have to be there, such as "wgmma s8"; None for kernels
+            without products.
+        is_quick: Whether it is compiled where time is short: one of each kind, with the largest tile.
     """
 
     name: str
@@ -60,7 +75,27 @@ class Variant:
     constants: dict[str, object]
     aligned: tuple[str, ...]
     options: dict[str, int]
+    group: str
     needs: str | None = None
+    is_quick: bool = False
+
+    def key(self) -> str:
+        """Return a hash of all that is compiled; comments and docstrings do not count."""
+        types = {name: self.types[name] for name in self.kernel.arg_names if name not in self.constants}
+        parts = (_code_of(self.kernel), types, sorted(self.constants.items()), sorted(self.aligned), self.options)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _code_of(kernel: object) -> str:
+    """The statements of the functions under `triton.jit` of a kernel's module and of what all kernels share."""
+    modules = (inspect.getmodule(kernel.fn), triton_math)
+    functions = [one for module in modules for one in vars(module).values() if isinstance(one, triton.JITFunction)]
+    trees = [ast.parse(one.src).body[0] for one in functions]
+    for tree in trees:
+        if ast.get_docstring(tree) is not None:
+            del tree.body[0]
+    return "\n".join(ast.unparse(tree) for tree in trees)
 
 
 def matmul_variants(arch: int) -> Iterator[Variant]:
@@ -69,24 +104,30 @@ def matmul_variants(arch: int) -> Iterator[Variant]:
     types |= {"x_stride": "i32", "w_stride": "i32"}
     pointers = ("x_ptr", "w_ptr", "x_scale_ptr", "w_scale_ptr", "bias_ptr", "branch_x_ptr", "branch_w_ptr", "out_ptr")
     aligned = (*pointers, "columns", "x_stride", "w_stride")
-    branches = {"": None, " branch": torch.empty(8, 32)}
-    for most, tile in matmul_tiles.TILES[divmod(arch, 10)]:
+    weight, bf16, fp16 = torch.empty(8, 32), torch.bfloat16, torch.float16
+    for most, tile in matmul_tiles.TILES[arch]:
         # Below 64 rows a warp group's instruction would be half empty: Triton takes the older one.
-        needs = r"wgmma.*s8\.s8" if arch == 90 and tile.rows >= 64 else r"mma\.sync.*s8\.s8"
+        needs = "wgmma s8" if arch == 90 and tile.rows >= 64 else "mma.sync s8"
         for packed in (False, True) if most < matmul_tiles.UNPACK_FROM_ROWS else (False,):
             odd = {16: (), 64: () if packed else (77,), 128: (192,)}[tile.rows]
-            for depth, branch in [(3072, ""), (3072, " branch"), *((depth, "") for depth in odd)]:
-                name = f"{'w4' if packed else 'w8'} {tile.rows}x{tile.columns}x{tile.depth} K={depth}{branch}"
+            cases = [(3072, None, bf16), (3072, weight, bf16), *((depth, None, bf16) for depth in odd)]
+            for depth, branch, dtype in [*cases, *([] if packed else [(3072, weight, fp16)])]:
+                name = f"{'w4' if packed else 'w8'} {tile.rows}x{tile.columns}x{tile.depth} K={depth}"
+                short = "bf16" if dtype == bf16 else "fp16"
                 yield Variant(
-                    name=f"matmul {name}",
+                    name=f"matmul {name}" + ("" if branch is None else f" branch {short}"),
                     kernel=rescaled_int_matmul.rescaled_matmul_kernel,
-                    types=types | {"w_ptr": "*u8" if packed else "*i8"},
+                    types=types
+                    | {"w_ptr": "*u8" if packed else "*i8", "out_ptr": f"*{short}", "bias_ptr": f"*{short}"},
                     constants={"HAS_BIAS": True, "INTERPRET": False}
                     | rescaled_int_matmul.matmul_constants(tile, depth=depth, is_packed=packed)
-                    | rescaled_int_matmul.branch_constants(branches[branch], torch.bfloat16),
+                    | rescaled_int_matmul.branch_constants(branch, dtype),
                     aligned=aligned if depth % 16 == 0 else pointers,
                     options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+                    group="int8 product, few rows" if tile.rows == 16 else "int8 product",
                     needs=needs,
+                    is_quick=(branch is not None and dtype == bf16)
+                    and (tile.rows == 128 or (packed and tile.rows == 16)),
                 )
     yield Variant(
         name="unpack",
@@ -95,6 +136,8 @@ def matmul_variants(arch: int) -> Iterator[Variant]:
         constants={"DEPTH": 3072, "BLOCK": matmul_tiles.UNPACK_BLOCK},
         aligned=("packed_ptr", "codes_ptr", "packed_stride"),
         options={"num_warps": 4},
+        group="unpack weights",
+        is_quick=True,
     )
 
 
@@ -103,7 +146,7 @@ def activation_variants(arch: int) -> Iterator[Variant]:
     types = dict.fromkeys(pointers, "*fp32") | {"codes_ptr": "*i8", "rows": "i32"}
     types |= {"x_stride": "i32", "clip_stride": "i32"}
     parts = {"HAS_SHIFT": True, "HAS_SCALE": True, "HAS_CLIP": True, "QMAX": 31}
-    for dtype, features in (("bf16", 1920), ("fp32", 3072), ("bf16", 12288)):
+    for dtype, features in (("fp16", 1920), ("fp32", 3072), ("bf16", 12288)):
         block, num_warps = row_block(features)
         yield Variant(
             name=f"quantize {dtype} {features}",
@@ -112,13 +155,16 @@ def activation_variants(arch: int) -> Iterator[Variant]:
             constants=parts | {"FEATURES": features, "BLOCK": block},
             aligned=(*pointers, "x_stride"),
             options={"num_warps": num_warps},
+            group="quantize",
+            is_quick=dtype == "bf16",
         )
-    for precision, dtype in (("bf16", "bf16"), ("bf16", "fp32"), ("tf32x3", "fp32")):
-        fitting = [grid for grid in GRIDS if rotation_tile(*grid, precision=precision, capability=divmod(arch, 10))]
-        for grid in fitting if precision != "bf16" or dtype == "bf16" else fitting[-1:]:
-            for sides in ((True, True), (True, False)) if grid == fitting[-1] else ((True, True),):
-                tile = rotation_tile(*grid, precision=precision, capability=divmod(arch, 10))
-                assert tile is not None
+    for precision, dtype in (("bf16", "bf16"), ("tf32x3", "fp32"), ("tf32x3", "fp16")):
+        tiles = {grid: rotation_tile(*grid, precision=precision, architecture=arch) for grid in GRIDS}
+        widest = max(grid for grid, tile in tiles.items() if tile is not None)
+        for grid, tile in tiles.items():
+            if tile is None or (dtype == "fp16" and grid != widest):
+                continue
+            for sides in ((True, True), (True, False)) if grid == widest else ((True, True),):
                 yield Variant(
                     name=f"rotate {precision} x {dtype} {grid[0]}x{grid[1]}{'' if sides[1] else ' left only'}",
                     kernel=activation_path.rotate_quantize_kernel,
@@ -128,15 +174,17 @@ def activation_variants(arch: int) -> Iterator[Variant]:
                     | {"INTERPRET": False},
                     aligned=(*pointers, "x_stride"),
                     options={"num_warps": tile.num_warps, "num_stages": 1},
-                    needs="mma",
+                    group=f"rotate and quantize {'bf16' if dtype == 'bf16' else 'fp32, fp16'}",
+                    needs="tf32" if precision == "tf32x3" else "f16",
+                    is_quick=grid == widest and sides[1] and dtype != "fp16",
                 )
 
 
 def colsum_variants(arch: int) -> Iterator[Variant]:
     numbers = [*(f"q{axis}" for axis in "bhnd"), *(f"k{axis}" for axis in "bhmd"), *(f"m{axis}" for axis in "bhnm")]
     # The innermost strides are 1, which Triton makes constants of; those of a mask may be anything.
-    types = {"query_ptr": "*bf16", "key_ptr": "*bf16", "lse_ptr": "*fp32", "sums_ptr": "*fp32", "heads": "i32"}
-    types |= {"factor": "fp32"} | dict.fromkeys(numbers, "i32")
+    types = {"query_ptr": "*bf16", "key_ptr": "*bf16", "lse_ptr": "*fp32", "sums_ptr": "*fp32"}
+    types |= {"factor": "fp32"} | dict.fromkeys(["heads", "queries", "keys", *numbers], "i32")
     aligned = ("query_ptr", "key_ptr", "lse_ptr", "sums_ptr", "qb", "qh", "qn", "kb", "kh", "km")
     masks = {
         "": (0, False, "*bf16"),
@@ -144,54 +192,97 @@ def colsum_variants(arch: int) -> Iterator[Variant]:
         " boolean, per pair": (1, True, "*u8"),
         " additive, per pair": (2, True, "*bf16"),
     }
+    pair = " additive, per pair"
     for dtype, head_dim, kinds in (
-        (torch.bfloat16, 64, list(masks)),
-        (torch.bfloat16, 128, ["", " additive, per pair"]),
-        (torch.bfloat16, 256, [" additive, per pair"]),
-        (torch.float32, 64, [" additive, per pair"]),
+        ("bf16", 64, list(masks)),
+        ("fp16", 64, [""]),
+        ("bf16", 128, ["", pair]),
+        ("bf16", 256, ["", pair]),
+        ("fp32", 64, ["", pair]),
+        ("fp32", 128, ["", pair]),
+        ("fp32", 256, ["", pair]),
     ):
-        short = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         for mask in kinds:
             kind, is_pair_mask, mask_type = masks[mask]
-            tile = colsum_tile(head_dim, itemsize=dtype.itemsize, has_pair_mask=is_pair_mask)
+            itemsize = 4 if dtype == "fp32" else 2
+            tile = colsum_tile(head_dim, itemsize=itemsize, has_pair_mask=is_pair_mask, architecture=arch)
             assert tile is not None
-            constants = {"QUERIES": 17776, "KEYS": 17776, "HEAD_DIM": head_dim, "qd": 1, "kd": 1}
+            constants = {"HEAD_DIM": head_dim, "qd": 1, "kd": 1}
             constants |= {"MASK": kind, "PAIR_MASK": is_pair_mask, "INTERPRET": False}
             for kernel in (attention_colsum.log_sum_kernel, attention_colsum.column_sum_kernel):
                 yield Variant(
-                    name=f"{kernel.__name__.removesuffix('_kernel')} {short} D={head_dim}{mask}",
+                    name=f"{kernel.__name__.removesuffix('_kernel')} {dtype} D={head_dim}{mask}",
                     kernel=kernel,
-                    types=types | {"query_ptr": f"*{short}", "key_ptr": f"*{short}", "mask_ptr": mask_type},
-                    constants=attention_colsum.colsum_constants(tile, dtype) | constants,
+                    types=types | {"query_ptr": f"*{dtype}", "key_ptr": f"*{dtype}", "mask_ptr": mask_type},
+                    constants=constants | attention_colsum.colsum_constants(tile) | {"INTERPRET": False},
                     aligned=aligned,
                     options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-                    needs="mma",
+                    group=f"column sums {'fp32' if dtype == 'fp32' else 'bf16, fp16'}",
+                    needs="tf32" if dtype == "fp32" else "f16",
+                    is_quick=mask == pair and head_dim == 128,
                 )
 
 
-def check(variant: Variant, arch: int, folder: Path) -> tuple[str, bool]:
-    """Compile; returns a line of the table and whether all is well."""
+def weight_only_variants(arch: int) -> Iterator[Variant]:
+    pointers = ("x_ptr", "w_ptr", "w_scale_ptr", "bias_ptr", "out_ptr")
+    types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(("rows", "columns", "x_stride", "w_stride"), "i32")
+    tile = weight_only_tiles.TILES[arch]
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+        for packed, depth in ((True, 512), (True, 77), (False, 512)):
+            constants = weight_only_matmul.weight_only_constants(tile, dtype, depth=depth, is_packed=packed)
+            own = {"x_ptr": f"*{short}", "bias_ptr": f"*{short}", "out_ptr": f"*{short}"}
+            yield Variant(
+                name=f"weight only {'w4' if packed else 'w8'} {short} K={depth}",
+                kernel=weight_only_matmul.weight_only_kernel,
+                types=types | own | {"w_ptr": "*u8" if packed else "*i8"},
+                constants=constants | {"HAS_BIAS": True, "INTERPRET": False},
+                aligned=(*pointers, "columns", "x_stride", "w_stride") if depth % 32 == 0 else pointers,
+                options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+                group="weight-only product",
+                needs="tf32" if short == "fp32" else "f16",
+                is_quick=packed and depth == 512 and short != "fp16",
+            )
+
+
+def variants_of(arch: int) -> Iterator[Variant]:
+    """Everything that is compiled with the tiles of an architecture."""
+    for variants in (matmul_variants, activation_variants, weight_only_variants, colsum_variants):
+        yield from variants(arch)
+
+
+def compile_variant(variant: Variant, arch: int, folder: Path) -> dict[str, object]:
+    """Compile; returns an entry of the results file, with an `error` if the compiler failed."""
     names = variant.kernel.arg_names
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     types = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned if name in names}
     source = ASTSource(variant.kernel, types, constants, aligned)
+    entry: dict[str, object] = {"kernel": variant.name, "group": variant.group, "arch": arch, "key": variant.key()}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
     except Exception as error:  # whatever the compiler raises is a failure of this variant, not of the table
-        return f"{variant.name:<44} {arch:>4}  does not compile: {str(error).strip().splitlines()[0][:120]}", False
+        return entry | {"error": str(error).strip().splitlines()[0][:120], "problems": ["does not compile"]}
     registers, spilled = resources(compiled.asm["cubin"], folder)
-    found = sorted({f"{op.split('.')[0]} {kinds}" for op, kinds in INSTRUCTION.findall(compiled.asm["ptx"])})
-    instructions = ", ".join(found)
-    problems = []
-    if spilled:
-        problems.append("spills")
-    if compiled.metadata.shared > SHARED_LIMIT[arch]:
-        problems.append("too much shared memory")
-    if variant.needs and not re.search(variant.needs, compiled.asm["ptx"]):
-        problems.append("no tensor-core instruction")
-    line = f"{variant.name:<44} {arch:>4} {registers:>9} {spilled:>6} {compiled.metadata.shared:>7}  {instructions}"
-    return line + (f"  FAILED: {', '.join(problems)}" if problems else ""), not problems
+    shared = compiled.metadata.shared
+    found = {" ".join(filter(None, match)) for match in INSTRUCTION.findall(compiled.asm["ptx"])}
+    problems = {
+        "spills": spilled > SPILL_LIMIT,
+        "too much shared memory": shared > SHARED_BYTES[nearest_architecture(divmod(arch, 10))],
+        "no tensor-core instruction": variant.needs is not None and not any(variant.needs in one for one in found),
+    }
+    entry |= {"registers": registers, "spills": spilled, "shared": shared, "instructions": sorted(found)}
+    return entry | {"problems": [name for name, is_one in problems.items() if is_one]}
+
+
+def line_of(entry: dict[str, object]) -> str:
+    """A line of the printed table."""
+    first = f"{entry['kernel']:<44} {entry['arch']:>4}"
+    if "error" in entry:
+        return f"{first}  FAILED: does not compile: {entry['error']}"
+    line = (
+        f"{first} {entry['registers']:>9} {entry['spills']:>6} {entry['shared']:>7}  {', '.join(entry['instructions'])}"
+    )
+    return line + (f"  FAILED: {', '.join(entry['problems'])}" if entry["problems"] else "")
 
 
 def resources(cubin: bytes, folder: Path) -> tuple[int, int]:
@@ -204,41 +295,45 @@ def resources(cubin: bytes, folder: Path) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def weight_only_variants(arch: int) -> Iterator[Variant]:
-    pointers = ("x_ptr", "w_ptr", "w_scale_ptr", "bias_ptr", "out_ptr")
-    types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(("rows", "columns", "x_stride", "w_stride"), "i32")
-    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for packed, depth in ((True, 512), (True, 77), (False, 512)):
-            constants = weight_only_matmul.kernel_constants(dtype, depth=depth, is_packed=packed)
-            own = {"x_ptr": f"*{short}", "bias_ptr": f"*{short}", "out_ptr": f"*{short}"}
-            yield Variant(
-                name=f"weight only {'w4' if packed else 'w8'} {short} K={depth}",
-                kernel=weight_only_matmul.weight_only_kernel,
-                types=types | own | {"w_ptr": "*u8" if packed else "*i8"},
-                constants=constants | {"HAS_BIAS": True, "INTERPRET": False},
-                aligned=(*pointers, "columns", "x_stride", "w_stride") if depth % 32 == 0 else pointers,
-                options=weight_only_matmul.OPTIONS,
-                needs="mma",
-            )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), action="append", help="default: all")
+    parser.add_argument("--arch", type=int, action="append", help=f"default: {', '.join(map(str, SHARED_BYTES))}")
     parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="one variant of each kind, with the largest tile")
+    parser.add_argument("--keys", action="store_true", help="compile nothing; print the key of every variant as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--out", type=Path, help="results file to write")
     arguments = parser.parse_args()
-    print(f"{'kernel':<44} arch registers spills  shared  instructions", flush=True)
-    all_well = True
+    wanted = [
+        (variant, arch)
+        for arch in arguments.arch or SHARED_BYTES
+        for variant in variants_of(arch)
+        if arguments.only in variant.name and (variant.is_quick or not arguments.quick)
+    ]
+    if arguments.keys:
+        print(json.dumps([[variant.name, arch, variant.key()] for variant, arch in wanted]))
+        return 0
+    if not arguments.json:
+        print(f"{'kernel':<44} arch registers spills  shared  instructions", flush=True)
+    entries = []
     with tempfile.TemporaryDirectory() as folder:
         triton.knobs.cache.dir = folder
-        for arch in arguments.arch or sorted(SHARED_LIMIT):
-            for variants in (matmul_variants, activation_variants, weight_only_variants, colsum_variants):
-                for variant in variants(arch):
-                    if arguments.only in variant.name:
-                        line, is_well = check(variant, arch, Path(folder))
-                        print(line, flush=True)
-                        all_well &= is_well
-    return 0 if all_well else 1
+        for variant, arch in wanted:
+            entries.append(compile_variant(variant, arch, Path(folder)))
+            if not arguments.json:
+                print(line_of(entries[-1]), flush=True)
+    if arguments.json:
+        print(json.dumps(entries))
+    if arguments.out:
+        about = environment()
+        about["versions"] |= {"triton": triton.__version__, "ptxas": _ptxas_versions()}
+        write_record(arguments.out, about | {"results": entries})
+    return int(any(entry["problems"] for entry in entries))
+
+
+def _ptxas_versions() -> list[str]:
+    """Versions of the assemblers that Triton ships, for architectures below 100 and from it on."""
+    return [getattr(triton.knobs.nvidia, name).version for name in ("ptxas", "ptxas_blackwell")]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2q.core.errors import InvalidInputError
 from s2q.ops.activation_path import BACKENDS, activation_path, transform_input
@@ -86,6 +87,19 @@ def test_reference_keeps_the_dtype_without_parts():
 def test_an_unknown_backend_is_refused():
     with pytest.raises(InvalidInputError, match="unknown backend 'cuda'.*triton"):
         activation_path(draw(1, 4), num_bits=4, backend="cuda")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the elements of the largest tensor that torch makes, int8 codes apart."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        is_view = isinstance(result, torch.Tensor) and result._is_view()
+        if isinstance(result, torch.Tensor) and not is_view and result.is_floating_point():
+            self.elements = max(self.elements, result.numel())
+        return result
 
 
 class TestTriton:
@@ -190,12 +204,36 @@ class TestTriton:
     def test_low_rank_branch(self, rotates, deflates, monkeypatch):
         from s2q.ops.activation_path import triton
 
-        monkeypatch.setattr(triton, "_BRANCH_ROWS", 4)
+        monkeypatch.setattr(triton, "PIECE_ROWS", 4)
         parts = {"left": orthonormal(12, 12), "right": orthonormal(16, 16)} if rotates else {}
         parts |= {**vectors(192), "low_rank_basis": orthonormal(192, 3).bfloat16(), "clip_ratio": draw(10, 1).sigmoid()}
         found, expected = self.both(draw(10, 192), num_bits=6, deflates=deflates, **parts)
         torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-5)
         self.assert_close(found, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("branch", [None, True, False])
+    def test_outside_the_kernel_rows_are_prepared_in_pieces(self, dtype, branch, monkeypatch):
+        from s2q.ops.activation_path import triton
+
+        n1, n2 = 80, 96  # of CogVideoX-2B's wide inputs: outside below compute capability 9.0
+        x, parts = draw(21, n1 * n2).to(dtype), {"left": orthonormal(n1, n1), "right": orthonormal(n2, n2)}
+        parts |= vectors(n1 * n2) | {"clip_ratio": draw(21, 1).sigmoid()}
+        if branch is not None:
+            parts |= {"low_rank_basis": orthonormal(n1 * n2, 3), "deflates": branch}
+        at_once = BACKENDS["triton"](x, num_bits=6, **parts)
+        monkeypatch.setattr(triton, "PIECE_ROWS", 8)
+        with LargestTensor() as seen:
+            in_pieces = BACKENDS["triton"](x, num_bits=6, **parts)
+        assert seen.elements == 8 * n1 * n2  # of whole tensors there are the codes and nothing else
+        self.assert_close(in_pieces, at_once)
+        if branch is not None:
+            torch.testing.assert_close(in_pieces[2], at_once[2], rtol=1e-2, atol=1e-3)
+
+    def test_pieces_bound_the_memory(self):
+        from s2q.ops.activation_path import triton
+
+        assert triton.PIECE_ROWS == 4096
 
     def test_strided_rows_and_no_rows(self):
         wide = draw(5, 400)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from s2q.core.errors import InvalidInputError
-from s2q.ops.attention_colsum import attention_colsum
+from s2q.ops.attention_colsum import attention_colsum, reference
 
 
 def draw(*shape, seed=0):
@@ -122,6 +122,29 @@ def test_bad_input(query, key, mask, chunk_size, message):
     mask = None if mask is None else torch.ones(mask, dtype=torch.bool)
     with pytest.raises(InvalidInputError, match=message):
         attention_colsum(torch.ones(query), torch.ones(key), mask=mask, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize(
+    ("free", "chunk"),
+    [
+        (0, 32 << 20),
+        (1 << 20, 32 << 20),
+        (1 << 30, 1 << 28),
+        (3 << 30, 3 << 28),
+        (4 << 30, 1 << 30),
+        (80 << 30, 1 << 30),
+    ],
+)
+def test_chunks_on_a_gpu_take_a_quarter_of_what_is_free_up_to_a_gib(free, chunk):
+    assert reference.chunk_bytes(free) == chunk
+
+
+def test_chunks_on_a_gpu_count_what_the_allocator_has_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 << 30)
+    assert reference._chunk_bytes_on(torch.device("cuda")) == 1 << 29
+    assert reference._chunk_bytes_on(torch.device("cpu")) == 32 << 20
 
 
 _MEASURE = """

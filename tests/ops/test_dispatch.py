@@ -8,6 +8,7 @@ import torch
 
 from s2q.core.errors import InvalidInputError
 from s2q.ops import activation_path, attention_colsum, dispatch, rescaled_int_matmul, weight_only_matmul
+from s2q.ops.architectures import CARDS, SHARED_BYTES, nearest_architecture
 
 
 def test_packages_import_without_triton():
@@ -31,15 +32,47 @@ class OnGpu:
 
 
 @pytest.mark.parametrize(
-    ("capability", "obstacle"), [((7, 5), "compute capability 7.5; expected 8.0"), ((8, 0), None), ((12, 0), None)]
+    ("capability", "obstacle"),
+    [
+        ((7, 5), "compute capability 7.5; expected 8.0"),
+        ((8, 0), None),
+        ((8, 7), None),
+        ((10, 3), None),
+        ((11, 0), "compute capability 11.0, for which no tiles are known"),
+        ((12, 0), None),
+        ((12, 1), None),
+        ((13, 0), "compute capability 13.0, for which no tiles are known"),
+    ],
 )
 def test_gpus(compiled, monkeypatch, capability, obstacle):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    backends = {"reference": "the reference", "triton": "the kernel"}
+    backends = {"reference": lambda x: "the reference", "triton": lambda x: "the kernel"}
     found = dispatch.triton_obstacle(OnGpu())
     assert found is None if obstacle is None else obstacle in found
-    assert dispatch.choose_backend("auto", OnGpu(), backends) == ("the kernel" if obstacle is None else "the reference")
+    result = dispatch.choose_backend("auto", OnGpu(), backends)(OnGpu())
+    assert result == ("the kernel" if obstacle is None else "the reference")
+
+
+OPS = (activation_path, attention_colsum, rescaled_int_matmul, weight_only_matmul)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_tiles_for_every_architecture(op):
+    tiles = importlib.import_module(f"{op.__name__}.tiles")
+    assert set(tiles.TILES) == set(SHARED_BYTES) == set(CARDS)
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [((8, 0), 80), ((8, 7), 86), ((8, 8), 86), ((9, 0), 90), ((10, 1), 100), ((10, 3), 103), ((12, 1), 120)]
+    + [((11, 0), None), ((13, 0), None), ((7, 5), None)],
+)
+def test_an_unlisted_gpu_takes_the_tiles_of_its_generation_that_need_the_least(capability, architecture):
+    assert nearest_architecture(capability) == architecture
+    family = [SHARED_BYTES[one] for one in SHARED_BYTES if one // 10 == capability[0]]
+    listed = 10 * capability[0] + capability[1] in SHARED_BYTES
+    assert architecture is None or listed or SHARED_BYTES[architecture] == min(family)
 
 
 def test_auto_says_once_what_it_chose_and_warns_where_it_is_slow(compiled, monkeypatch, caplog):
@@ -97,7 +130,7 @@ class OnSecondGpu(OnGpu):
     device = torch.device("cuda", 1)
 
 
-@pytest.mark.parametrize("op", [activation_path, attention_colsum, rescaled_int_matmul, weight_only_matmul])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("fails", [False, True])
 def test_triton_launches_on_the_device_of_the_tensor(compiled, monkeypatch, current_device, op, fails):
     launched_on = []

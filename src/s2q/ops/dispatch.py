@@ -3,20 +3,27 @@
 Nothing here imports triton; a backend's module does, and is imported at the first call that runs it. With
 TRITON_INTERPRET=1, set before triton is imported, Triton runs kernels on the CPU (slow, for tests): the backend
 "triton" then takes CPU tensors too, but "auto" does not choose it.
+
+Where a kernel cannot run (the GPU is not in the tables of tiles, a shape has no tile, Triton cannot be imported, or
+compiling or launching fails), it raises `KernelUnavailableError`. With "auto" the op then runs in PyTorch on the same
+device and logs one line with the reason; a launch that failed is not tried again in the process.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.core.errors import InvalidInputError, S2QError, unknown_name
+from s2q.ops.architectures import nearest_architecture
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +34,29 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 """That the kernels read as their main input. fp64 is left to the references."""
 
 _REMEDY = "use backend='reference'"
+
+_NO_REFUSALS = (S2QError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""Errors of a launch that PyTorch would meet too, or that are not about the kernel."""
+
+_CONTEXT_LOST = ("illegal memory access", "misaligned address", "illegal instruction", "launch failure", "device-side")
+"""Parts of CUDA's messages after which nothing can run on the device in this process."""
+
+_REFUSED: dict[tuple[object, ...], str] = {}
+"""Reasons why modules could not be imported and launches failed, so that none is tried twice."""
+
+
+class KernelUnavailableError(InvalidInputError):
+    """A Triton kernel cannot run for these tensors on this device.
+
+    Attributes:
+        reason: In a few words.
+        op: Its name; None where the kernel's module raised it.
+    """
+
+    def __init__(self, reason: str, *, op: str | None = None) -> None:
+        super().__init__(reason if op is None else f"{op}: backend 'triton' cannot run: {reason}; {_REMEDY}")
+        self.reason = reason
+        self.op = op
 
 
 @functools.cache
@@ -55,8 +85,11 @@ def triton_obstacle(x: Tensor) -> str | None:
     if x.device.type != "cuda" or torch.version.hip is not None:
         return f"got a tensor on {'a ROCm device' if x.is_cuda else x.device}; expected an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(x.device)
+    number = ".".join(map(str, capability))
     if capability < MIN_CAPABILITY:
-        return f"got a GPU of compute capability {'.'.join(map(str, capability))}; expected 8.0 or newer"
+        return f"got a GPU of compute capability {number}; expected 8.0 or newer"
+    if nearest_architecture(capability) is None:
+        return f"got a GPU of compute capability {number}, for which no tiles are known"
     return None
 
 
@@ -80,19 +113,69 @@ def triton_backend(package: str, name: str) -> Callable[..., Any]:
         name: Of the function in the package's module `triton`; its first argument is the op's main input.
 
     Returns:
-        A function of the same signature. It raises `InvalidInputError` if triton is not installed or cannot serve the
-        device or dtype. Triton launches on the current device, so that of the tensor is made current for the call.
+        A function of the same signature. It raises `KernelUnavailableError` if the kernel cannot run. Triton launches
+        on the current device, so that of the tensor is made current for the call.
     """
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         obstacle = triton_obstacle(x)
         if obstacle is not None:
-            raise InvalidInputError(f"{name}: backend 'triton' cannot run: {obstacle}; {_REMEDY}")
-        implementation = getattr(importlib.import_module(f"{package}.triton"), name)
-        with torch.cuda.device(x.device if x.is_cuda else -1):
-            return implementation(x, *args, **kwargs)
+            raise KernelUnavailableError(obstacle, op=name)
+        try:
+            implementation = getattr(_import_kernels(f"{package}.triton"), name)
+            with torch.cuda.device(x.device if x.is_cuda else -1):
+                return implementation(x, *args, **kwargs)
+        except KernelUnavailableError as error:
+            raise KernelUnavailableError(error.reason, op=name) from error
 
     return run
+
+
+def _import_kernels(module: str) -> ModuleType:
+    """Import a module of kernels, and with it triton, which may be installed and broken."""
+    if (module,) not in _REFUSED:
+        try:
+            return importlib.import_module(module)
+        except Exception as error:  # an installation breaks in ways that nobody can list
+            _REFUSED[module,] = f"triton cannot be imported: {_first_line(error)}"
+    raise KernelUnavailableError(_REFUSED[module,])
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    """Launch a Triton kernel on the current device.
+
+    Args:
+        kernel: Under `triton.jit`.
+        grid: Programs along each axis.
+        *arguments: Of the kernel; the first is a tensor.
+        **settings: Its compile-time constants, num_warps and num_stages.
+
+    Raises:
+        KernelUnavailableError: If it does not compile, asks for more than the GPU has, or Triton lacks a tool or the
+            driver; again without a try if the same launch (kernel, device, dtypes and settings) failed before.
+    """
+    dtypes = tuple(one.dtype if isinstance(one, Tensor) else type(one) for one in arguments)
+    key = (kernel.__name__, arguments[0].device, dtypes, *settings.items()) if _REFUSED else ()
+    if key in _REFUSED:
+        raise KernelUnavailableError(_REFUSED[key])
+    try:
+        kernel[grid](*arguments, **settings)
+    except _NO_REFUSALS:
+        raise
+    except Exception as error:  # the compiler's own, of the tools it runs, of the driver: Triton has no common base
+        text = str(error)
+        if any(part in text for part in _CONTEXT_LOST):
+            raise
+        reason = f"{kernel.__name__}: {_first_line(error)}"
+        if "out of memory" not in text:
+            _REFUSED[(kernel.__name__, arguments[0].device, dtypes, *settings.items())] = reason
+        raise KernelUnavailableError(reason) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Return the type of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def resolve_backend(backend: str, x: Tensor, backends: Collection[str]) -> str:
@@ -139,20 +222,49 @@ def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[...,
     """Pick the function that runs an op.
 
     Args:
-        backend: See `resolve_backend`.
+        backend: See `resolve_backend`. With "auto", a kernel that cannot run hands over to the reference.
         x: Main input of the op.
         backends: The op's functions by name.
 
     Raises:
         InvalidInputError: If there is no such backend, or it cannot take x.
     """
-    return backends[resolve_backend(backend, x, backends)]
+    resolved = resolve_backend(backend, x, backends)
+    if backend == "auto" and resolved == "triton":
+        return _with_fallback(backends["triton"], backends["reference"])
+    return backends[resolved]
 
 
-def capability_of(x: Tensor) -> tuple[int, int]:
-    """Return the compute capability of a tensor's GPU; that of the interpreter is the lowest supported one.
+def _with_fallback(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return kernel(x, *args, **kwargs)
+        except KernelUnavailableError as error:
+            reason = f"{error.op} on {_card(x.device)} runs in PyTorch, slower than its kernel: {error.reason}"
+        _say_once(logging.WARNING, reason)
+        return reference(x, *args, **kwargs)
+
+    return run
+
+
+def _card(device: torch.device) -> str:
+    """Return a device with the name of its GPU."""
+    with contextlib.suppress(RuntimeError, AssertionError):  # a name must not be what a call fails for
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def architecture_of(x: Tensor) -> int:
+    """Return the architecture whose tiles a tensor's GPU takes; the interpreter takes those of the first.
 
     Args:
         x: On a GPU, or anywhere when interpreting.
+
+    Raises:
+        KernelUnavailableError: If there are no tiles for the GPU.
     """
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else MIN_CAPABILITY
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else MIN_CAPABILITY
+    architecture = nearest_architecture(capability)
+    if architecture is None:
+        raise KernelUnavailableError(f"no tiles are known for compute capability {capability[0]}.{capability[1]}")
+    return architecture

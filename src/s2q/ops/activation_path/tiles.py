@@ -5,11 +5,30 @@ from dataclasses import dataclass
 MAX_ORDER = 128
 """Of a factor inside the kernel; with larger ones the rotation runs outside of it."""
 
-MAX_GRID = {"bf16": 128 * 128, "tf32x3": 64 * 64}
-"""Elements of a token's padded [n1, n2] grid, which has to fit into registers, by the precision of the products."""
+PRECISIONS = ("bf16", "tf32x3")
+"""Of the products."""
 
-MAX_GRID_BEFORE_90 = {"bf16": 64 * 64, "tf32x3": 32 * 32}
-"""The same below compute capability 9.0, where tensor cores read both operands from registers."""
+_Grids = dict[str, tuple[tuple[int, int], ...]]
+
+_MMA: _Grids = {"bf16": ((32 * 32, 4), (64 * 64, 8)), "tf32x3": ((32 * 32, 4),)}  # both operands in registers
+_WGMMA: _Grids = {"bf16": ((64 * 64, 4), (128 * 128, 8)), "tf32x3": ((64 * 64, 4),)}  # one or both in shared memory
+# Sums in a memory of their own.
+_TCGEN05: _Grids = {
+    "bf16": ((64 * 64, 4), (128 * 128, 8)),
+    "tf32x3": ((32 * 32, 4), (64 * 64, 8)),
+}
+
+TILES: dict[int, _Grids] = {
+    80: _MMA,
+    86: _MMA,
+    89: _MMA,
+    90: _WGMMA,
+    100: _TCGEN05,
+    103: _TCGEN05,
+    120: _MMA,
+}
+"""By architecture and precision: pairs of the most elements of a token's padded [n1, n2] grid, which has to fit into
+registers, and warps of a program, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +50,20 @@ class RotationTile:
     num_warps: int
 
 
-def rotation_tile(n1: int, n2: int, *, precision: str, capability: tuple[int, int]) -> RotationTile | None:
+def rotation_tile(n1: int, n2: int, *, precision: str, architecture: int) -> RotationTile | None:
     """Return the tile for a grid of a token's features; None if it is too large for the kernel.
 
     Args:
         n1: Rows of the grid.
         n2: Columns.
-        precision: Of the products, a key of `MAX_GRID`.
-        capability: Of the GPU.
+        precision: Of the products, one of `PRECISIONS`.
+        architecture: A key of `TILES`.
     """
     rows, columns = padded(n1), padded(n2)
-    elements = rows * columns
-    is_old = capability < (9, 0)
-    if elements > (MAX_GRID_BEFORE_90 if is_old else MAX_GRID)[precision]:
-        return None
-    num_warps = 4 if elements <= (32 * 32 if is_old else 64 * 64) else 8
-    return RotationTile(rows=rows, columns=columns, tokens=8, num_warps=num_warps)
+    for most, num_warps in TILES[architecture][precision]:
+        if rows * columns <= most and max(n1, n2) <= MAX_ORDER:
+            return RotationTile(rows=rows, columns=columns, tokens=8, num_warps=num_warps)
+    return None
 
 
 def row_block(features: int) -> tuple[int, int]:

@@ -9,7 +9,8 @@ another order, so a value near a rounding boundary may land on the other side (t
 - "tf32x3" (for fp32 and fp16 input): fp32 in three products of tf32 parts, which keep 21 bits of the 24.
 - "bf16" (for bf16 input): the scaled input, both factors and Aᵀ · X are rounded to bf16, as the reference rounds them;
   the result, which the reference rounds too, is not.
-Grids that are too large for a program (see `tiles`) are rotated by torch first.
+The low-rank branch, and the rotation of grids that are too large for a program (see `tiles`), are computed by torch
+first, `PIECE_ROWS` tokens at a time.
 
 Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank.
 """
@@ -22,11 +23,12 @@ from torch import Tensor
 from s2q.core.errors import InvalidInputError, unknown_name
 from s2q.core.qparams import ClipRatio
 from s2q.ops.activation_path.reference import low_rank_coefficients, split_low_rank, transform_input
-from s2q.ops.activation_path.tiles import MAX_GRID, MAX_ORDER, RotationTile, rotation_tile, row_block
-from s2q.ops.dispatch import capability_of
+from s2q.ops.activation_path.tiles import PRECISIONS, RotationTile, rotation_tile, row_block
+from s2q.ops.dispatch import architecture_of, launch
 from s2q.ops.triton_math import INTERPRETING, magnitude_bits, matrix_product, quantization_scale, quantize
 
-_BRANCH_ROWS = 4096  # bounds the fp32 copies of x that the low-rank branch makes
+PIECE_ROWS = 4096
+"""Tokens at a time where torch prepares them: bounds its fp32 copies of x to 4,096 · I · 4 bytes each."""
 
 
 def activation_path(
@@ -51,7 +53,7 @@ def activation_path(
         scale: fp32 [I] or None.
         left: fp32 [n1, n1] or None.
         right: fp32 [n2, n2] or None.
-        low_rank_basis: [I, r] or None. The branch is computed by torch, a few thousand tokens at a time.
+        low_rank_basis: [I, r] or None.
         deflates: Whether what goes through the branch is taken out of what is quantized.
         clip_ratio: A float, a tensor that broadcasts to [M, 1], or None.
         precision: Of the rotation, "tf32x3" or "bf16"; None is "bf16" for bf16 x and "tf32x3" otherwise.
@@ -63,30 +65,41 @@ def activation_path(
         InvalidInputError: If there is no such precision or the shapes do not fit.
     """
     precision = precision or ("bf16" if x.dtype == torch.bfloat16 else "tf32x3")
-    if precision not in MAX_GRID:
-        raise unknown_name("precision", precision, MAX_GRID)
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
     rows, features = x.shape
     codes = torch.empty(rows, features, dtype=torch.int8, device=x.device)
     token_scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     clip = _clip_of(clip_ratio, x)
     rotation = _Rotation(x, left, right, precision)
-    whole = low_rank_basis is None or not deflates
-    if whole:
-        _run(x, (shift, scale), rotation, clip, num_bits, (codes, token_scale))
-    if low_rank_basis is None:
-        return codes, token_scale, None
-    parts = [torch.empty(0, low_rank_basis.shape[1], dtype=torch.float32, device=x.device)]
-    for start in range(0, rows, _BRANCH_ROWS):
-        own = slice(start, start + _BRANCH_ROWS)
-        if whole:
-            parts.append(low_rank_coefficients(x[own], shift=shift, scale=scale, basis=low_rank_basis))
-            continue
-        rest, coefficients = split_low_rank(x[own], shift=shift, scale=scale, basis=low_rank_basis)
-        assert coefficients is not None
-        parts.append(coefficients)
+    coefficients = None
+    if low_rank_basis is not None:
+        coefficients = torch.empty(rows, low_rank_basis.shape[1], dtype=torch.float32, device=x.device)
+    step = PIECE_ROWS if rotation.is_outside or low_rank_basis is not None else max(rows, 1)
+    for start in range(0, rows, step):
+        own = slice(start, start + step)
+        piece, inside, part = x[own], (shift, scale), None
+        if rotation.is_outside:
+            piece, part = transform_input(
+                piece,
+                shift=shift,
+                scale=scale,
+                left=left,
+                right=right,
+                low_rank_basis=low_rank_basis,
+                deflates=deflates,
+            )
+            inside = None, None
+        elif low_rank_basis is not None and deflates:
+            piece, part = split_low_rank(piece, shift=shift, scale=scale, basis=low_rank_basis)
+            inside = None, None
+        elif low_rank_basis is not None:
+            part = low_rank_coefficients(piece, shift=shift, scale=scale, basis=low_rank_basis)
+        if coefficients is not None and part is not None:
+            coefficients[own] = part
         own_clip = clip if clip is None or len(clip) == 1 else clip[own]
-        _run(rest, (None, None), rotation, own_clip, num_bits, (codes[own], token_scale[own]))
-    return codes, token_scale, torch.cat(parts)
+        _run(piece, inside, rotation, own_clip, num_bits, (codes[own], token_scale[own]))
+    return codes, token_scale, coefficients
 
 
 class _Rotation:
@@ -101,10 +114,10 @@ class _Rotation:
             raise InvalidInputError(f"activation_path: got factors of order {n1} and {n2} for {x.shape[1]} features")
         self.left, self.right, self.precision = left, right, precision
         self.grid = n1, n2
-        orders = [len(factor) for factor in (left, right) if factor is not None]
-        fits = bool(orders) and max(orders) <= MAX_ORDER
-        self.tile = rotation_tile(n1, n2, precision=precision, capability=capability_of(x)) if fits else None
-        self.is_outside = bool(orders) and self.tile is None
+        rotates = left is not None or right is not None
+        architecture = architecture_of(x)
+        self.tile = rotation_tile(n1, n2, precision=precision, architecture=architecture) if rotates else None
+        self.is_outside = rotates and self.tile is None
 
     def constants(self, tile: RotationTile) -> dict[str, int | bool | str]:
         """Return the compile-time constants of the kernel."""
@@ -136,13 +149,9 @@ def _run(
 ) -> None:
     """Launch the kernel that fits; writes codes [M, I] and token scales [M, 1]."""
     rows, features = x.shape
-    if rows == 0 or features == 0:
+    if features == 0:
         out[1].fill_(1)
         return
-    if rotation.is_outside:
-        shift, scale = shift_scale
-        x, _ = transform_input(x, shift=shift, scale=scale, left=rotation.left, right=rotation.right)
-        shift_scale = None, None
     x = x if x.stride(1) == 1 else x.contiguous()
     constants: dict[str, int | bool | str] = {
         "HAS_SHIFT": shift_scale[0] is not None,
@@ -157,14 +166,14 @@ def _run(
     if tile is None:
         block, num_warps = row_block(features)
         constants |= {"FEATURES": features, "BLOCK": block}
-        quantize_kernel[(rows,)](x, *vectors, *tail, x.stride(0), clip_stride, **constants, num_warps=num_warps)
+        launch(quantize_kernel, (rows,), x, *vectors, *tail, x.stride(0), clip_stride, **constants, num_warps=num_warps)
         return
     factors = [_or(factor, x) for factor in (rotation.left, rotation.right)]
     constants |= rotation.constants(tile) | {"INTERPRET": INTERPRETING}
     programs = triton.cdiv(rows, tile.tokens)
     options = {"num_warps": tile.num_warps, "num_stages": 1}
     arguments = (x, *vectors, *factors, *tail, rows, x.stride(0), clip_stride)
-    rotate_quantize_kernel[(programs,)](*arguments, **constants, **options)
+    launch(rotate_quantize_kernel, (programs,), *arguments, **constants, **options)
 
 
 def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
@@ -246,7 +255,7 @@ def quantize_kernel(
         tl.store(codes_ptr + row * FEATURES + offsets, quantize(x, scale, QMAX), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rotate_quantize_kernel(
     x_ptr,
     shift_ptr,
@@ -299,7 +308,8 @@ def rotate_quantize_kernel(
             y = matrix_product(left, y, PRECISION, INTERPRET)
         if HAS_RIGHT:
             y = matrix_product(y, right, PRECISION, INTERPRET)
-        highest = tl.max(tl.max(tl.where(valid, magnitude_bits(y), 0), axis=1), axis=0)
+        # One reduction over both axes: Triton 3.7 does not compile one after the other for sm_100.
+        highest = tl.max(tl.where(valid, magnitude_bits(y), 0))
         clip = 1.0
         if HAS_CLIP:
             clip = tl.load(clip_ptr + row * clip_stride, mask=present, other=1.0)

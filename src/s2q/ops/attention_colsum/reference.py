@@ -16,7 +16,8 @@ from torch import Tensor
 
 from s2q.core.errors import InvalidInputError
 
-_CHUNK_ELEMENTS = 1 << 23  # of one chunk's logits: 32 MiB in fp32
+_CHUNK_BYTES = 32 << 20  # of one chunk's logits on a CPU
+_MAX_CHUNK_BYTES = 1 << 30  # on a GPU, where the keys are read again for each chunk
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def attention_colsum(
         mask: Broadcasts to [B, H, N, M], as in `scaled_dot_product_attention`: boolean, True where a key may be seen;
             or floating, added to the logits. None hides nothing.
         scale: Of the logits; None is 1 / √D.
-        chunk_size: C; None takes as many queries as make chunks of 32 MiB.
+        chunk_size: C; None takes as many queries as make chunks of 32 MiB, on a GPU of up to 1 GiB by what is free.
 
     Returns:
         fp32 [B, M] (fp64 for fp64 input), computed and summed in that dtype; without any masked query its sum over
@@ -50,7 +51,7 @@ def attention_colsum(
     keys = key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     factor = head_dim**-0.5 if scale is None else scale
-    size = chunk_size or max(1, _CHUNK_ELEMENTS // max(1, heads * keys))
+    size = chunk_size or max(1, _chunk_bytes_on(query.device) // max(1, heads * keys * dtype.itemsize))
     sums_BM = torch.zeros(samples, keys, dtype=dtype, device=query.device)
     for sample in range(samples):
         key_HDM = key[sample].to(dtype).transpose(1, 2)
@@ -61,6 +62,22 @@ def attention_colsum(
                 _apply_mask(logits_HCM, _rows_of(mask, sample, start, start + size))
             sums_BM[sample] += _chunk_sums(logits_HCM)
     return sums_BM
+
+
+def chunk_bytes(free_bytes: int) -> int:
+    """Return the bytes that the logits of a chunk may take on a GPU: a quarter of what is free, 32 MiB to 1 GiB.
+
+    Args:
+        free_bytes: Of the GPU's memory, including what PyTorch's allocator has and does not use.
+    """
+    return min(max(free_bytes // 4, _CHUNK_BYTES), _MAX_CHUNK_BYTES)
+
+
+def _chunk_bytes_on(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CHUNK_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return chunk_bytes(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def _chunk_sums(logits_HCM: Tensor) -> Tensor:

@@ -8,37 +8,55 @@ class ColsumTile:
     """What a step of the two kernels works on.
 
     Attributes:
-        queries: In a tile.
-        keys: In a tile.
+        side: Queries, and keys, in a tile.
         head_dim: D, padded.
+        precision: Of the products; see `triton_math.matrix_product`.
         num_warps: Of a program.
         num_stages: Loads in flight.
     """
 
-    queries: int
-    keys: int
+    side: int
     head_dim: int
+    precision: str
     num_warps: int
     num_stages: int
 
 
-MAX_HEAD_DIM = {2: 256, 4: 64}
-"""Padded, by the bytes of an element; more does not fit into registers and shared memory everywhere."""
+PRECISIONS = {2: {256: "native"}, 4: {64: "tf32x3", 256: "tf32"}}
+"""Of the products, by the bytes of an element and the most of D padded that it is for. Three products of tf32 do not
+fit into the registers of wide heads; one puts an error of about 1e-3 on the sums, an eighth of that of bf16."""
+
+_HALF = {128: (128, 8), 256: (64, 4)}
+_FULL = {64: (32, 4), 128: (64, 8), 256: (32, 4)}
+_MMA = {(2, False): _HALF, (2, True): {256: (64, 4)}, (4, False): _FULL, (4, True): _FULL}
+_TCGEN05 = _MMA | {(2, True): {256: (64, 8)}}
+
+TILES: dict[int, dict[tuple[int, bool], dict[int, tuple[int, int]]]] = {
+    80: _MMA,
+    86: _MMA,
+    89: _MMA,
+    90: _MMA,
+    100: _TCGEN05,
+    103: _TCGEN05,
+    120: _MMA,
+}
+"""By architecture, bytes of an element, and whether a mask differs from query to query, so that a whole tile of it is
+read: by the most of D padded, queries and keys of a tile and warps of a program, ascending. At most 82 KiB of shared
+memory where an architecture has 99."""
 
 
-def colsum_tile(head_dim: int, *, itemsize: int, has_pair_mask: bool) -> ColsumTile | None:
+def colsum_tile(head_dim: int, *, itemsize: int, has_pair_mask: bool, architecture: int) -> ColsumTile | None:
     """Return the tile for heads of a size; None if they are too large.
 
     Args:
         head_dim: D.
-        itemsize: Bytes of an element of the queries; fp32 takes smaller tiles.
-        has_pair_mask: Whether a mask differs from query to query, so that a whole tile of it is read.
+        itemsize: Bytes of an element of the queries.
+        has_pair_mask: Whether a mask differs from query to query.
+        architecture: A key of `TILES`.
     """
     padded = max(16, 1 << (head_dim - 1).bit_length())
-    if padded > MAX_HEAD_DIM[itemsize]:
-        return None
-    if itemsize == 4:
-        side = 32
-    else:
-        side = 128 if padded <= 128 and not has_pair_mask else 64
-    return ColsumTile(queries=side, keys=side, head_dim=padded, num_warps=8 if side == 128 else 4, num_stages=2)
+    for most, (side, num_warps) in TILES[architecture][itemsize, has_pair_mask].items():
+        if padded <= most:
+            precision = next(name for widest, name in PRECISIONS[itemsize].items() if padded <= widest)
+            return ColsumTile(side=side, head_dim=padded, precision=precision, num_warps=num_warps, num_stages=2)
+    return None

@@ -17,11 +17,15 @@ from torch import Tensor
 
 from s2q.ops.attention_colsum import reference
 from s2q.ops.attention_colsum.tiles import ColsumTile, colsum_tile
+from s2q.ops.dispatch import KernelUnavailableError, architecture_of, launch
 from s2q.ops.triton_math import INTERPRETING, matrix_product
 
 _LOG2_E = 1.4426950408889634
 
 NO_MASK, BOOLEAN_MASK, ADDITIVE_MASK = 0, 1, 2
+
+LENGTHS = ["queries", "keys", "mb", "mh"]
+"""Arguments that follow the number of tokens: the kernels are not compiled again for another one."""
 
 
 @torch.no_grad()
@@ -36,8 +40,8 @@ def attention_colsum(
     """Sum the attention that each key receives, over all queries and heads; see `reference.attention_colsum`.
 
     Args:
-        query: [B, H, N, D], fp32, fp16 or bf16; any strides. Halves are multiplied as they are, fp32 in three parts of
-            tf32. D above 256 (64 in fp32) does not fit into a program and is left to the reference.
+        query: [B, H, N, D], fp32, fp16 or bf16; any strides. Halves are multiplied as they are, fp32 as three
+            products of tf32 parts, or as one product of tf32 where D is above 64.
         key: [B, H, M, D], same dtype.
         mask: Broadcasts to [B, H, N, M]; boolean, or floating and added to the logits. Or None.
         scale: Of the logits; None is 1 / √D.
@@ -48,15 +52,17 @@ def attention_colsum(
 
     Raises:
         InvalidInputError: If shapes do not fit or the chunk size is not positive.
+        KernelUnavailableError: If D is above 256.
     """
     reference.check_shapes(query, key, mask, chunk_size)
     samples, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     kind, mask_BHNM = _expand_mask(mask, (samples, heads, queries, keys))
     is_pair_mask = mask_BHNM is not None and mask_BHNM.stride(2) != 0
-    tile = colsum_tile(head_dim, itemsize=query.dtype.itemsize, has_pair_mask=is_pair_mask)
+    itemsize, architecture = query.dtype.itemsize, architecture_of(query)
+    tile = colsum_tile(head_dim, itemsize=itemsize, has_pair_mask=is_pair_mask, architecture=architecture)
     if tile is None:
-        return reference.attention_colsum(query, key, mask=mask, scale=scale, chunk_size=chunk_size)
+        raise KernelUnavailableError(f"got heads of {head_dim} features; no tile is that wide")
     if 0 in (samples, heads, queries, keys):
         return torch.zeros(samples, keys, dtype=torch.float32, device=query.device)
     lse_BHN = torch.empty(samples, heads, queries, dtype=torch.float32, device=query.device)
@@ -64,29 +70,27 @@ def attention_colsum(
     mask_strides = (0, 0, 0, 0) if mask_BHNM is None else mask_BHNM.stride()
     factor = (head_dim**-0.5 if scale is None else scale) * _LOG2_E
     inputs = (query, key, query if mask_BHNM is None else mask_BHNM)
-    numbers = (heads, factor, *query.stride(), *key.stride(), *mask_strides)
-    shape = {"QUERIES": queries, "KEYS": keys, "HEAD_DIM": head_dim, "MASK": kind, "PAIR_MASK": is_pair_mask}
-    constants = shape | colsum_constants(tile, query.dtype)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    grid = (triton.cdiv(queries, tile.queries), samples * heads)
-    log_sum_kernel[grid](*inputs, lse_BHN, *numbers, **constants, **options)
-    grid = (triton.cdiv(keys, tile.keys), samples * heads)
-    column_sum_kernel[grid](*inputs, lse_BHN, sums_BHM, *numbers, **constants, **options)
+    numbers = (heads, queries, keys, factor, *query.stride(), *key.stride(), *mask_strides)
+    shape = {"HEAD_DIM": head_dim, "MASK": kind, "PAIR_MASK": is_pair_mask}
+    settings = shape | colsum_constants(tile) | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    grid = (triton.cdiv(queries, tile.side), samples * heads)
+    launch(log_sum_kernel, grid, *inputs, lse_BHN, *numbers, **settings)
+    grid = (triton.cdiv(keys, tile.side), samples * heads)
+    launch(column_sum_kernel, grid, *inputs, lse_BHN, sums_BHM, *numbers, **settings)
     return sums_BHM.sum(dim=1)
 
 
-def colsum_constants(tile: ColsumTile, dtype: torch.dtype) -> dict[str, int | bool | str]:
-    """Return the compile-time constants of both kernels that tile and dtype decide.
+def colsum_constants(tile: ColsumTile) -> dict[str, int | bool | str]:
+    """Return the compile-time constants of both kernels that the tile decides.
 
     Args:
         tile: See `tiles.colsum_tile`.
-        dtype: Of queries and keys.
     """
     return {
-        "TILE_N": tile.queries,
-        "TILE_M": tile.keys,
+        "TILE_N": tile.side,
+        "TILE_M": tile.side,
         "TILE_D": tile.head_dim,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "native",
+        "PRECISION": tile.precision,
         "INTERPRET": INTERPRETING,
     }
 
@@ -100,21 +104,21 @@ def _expand_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple
 
 
 @triton.jit
-def _load_tile(ptr, at, stride, d_stride, LIMIT: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr):
+def _load_tile(ptr, at, limit, stride, d_stride, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr):
     """Rows `at` of queries or keys [n, TILE_D], 0 beyond the edges."""
     d = tl.arange(0, TILE_D)
-    valid = (at < LIMIT)[:, None] & (d < HEAD_DIM)[None, :]
+    valid = (at < limit)[:, None] & (d < HEAD_DIM)[None, :]
     return tl.load(ptr + (at.to(tl.int64) * stride)[:, None] + (d * d_stride)[None, :], mask=valid, other=0.0)
 
 
 @triton.jit
-def _mask_logits(logits, mask, m, MASK: tl.constexpr, KEYS: tl.constexpr):
+def _mask_logits(logits, mask, m, keys, MASK: tl.constexpr):
     """Apply a mask that broadcasts to the logits; those of keys m beyond the edge become -inf."""
     if MASK == 1:
         logits = tl.where(mask != 0, logits, float("-inf"))
     elif MASK == 2:
         logits += mask.to(tl.float32) * 1.4426950408889634
-    return tl.where(m < KEYS, logits, float("-inf"))
+    return tl.where(m < keys, logits, float("-inf"))
 
 
 @triton.jit
@@ -126,28 +130,30 @@ def _load_mask(
     m,
     n_stride,
     m_stride,
+    queries,
+    keys,
     PAIR_MASK: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
 ):
     """Load a mask at n_start + n and m_start + m, which broadcast against each other; without PAIR_MASK at m only."""
     # Offsets inside a tile fit into 32 bits, which saves registers.
     ptr += tl.cast(n_start, tl.int64) * n_stride + tl.cast(m_start, tl.int64) * m_stride
-    valid = m_start + m < KEYS
+    valid = m_start + m < keys
     offsets = m * m_stride
     if PAIR_MASK:
-        valid = valid & (n_start + n < QUERIES)
+        valid = valid & (n_start + n < queries)
         offsets = offsets + n * n_stride
     return tl.load(ptr + offsets, mask=valid, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def log_sum_kernel(
     query_ptr,
     key_ptr,
     mask_ptr,
     lse_ptr,
     heads,
+    queries,
+    keys,
     factor,
     qb,
     qh,
@@ -161,8 +167,6 @@ def log_sum_kernel(
     mh,
     mn,
     mm,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MASK: tl.constexpr,
     PAIR_MASK: tl.constexpr,
@@ -177,30 +181,30 @@ def log_sum_kernel(
     sample, head = pair // heads, pair % heads
     n_start, n_tile, m_tile = tl.program_id(0) * TILE_N, tl.arange(0, TILE_N), tl.arange(0, TILE_M)
     n = n_start + n_tile
-    query = _load_tile(query_ptr + sample * qb + head * qh, n, qn, qd, QUERIES, HEAD_DIM, TILE_D)
+    query = _load_tile(query_ptr + sample * qb + head * qh, n, queries, qn, qd, HEAD_DIM, TILE_D)
     key_ptr += sample * kb + head * kh
     mask_ptr += sample * mb + head * mh
     highest = tl.full((TILE_N,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_N,), tl.float32)
-    for start in range(0, KEYS, TILE_M):
+    for start in range(0, keys, TILE_M):
         m = start + m_tile
-        key = _load_tile(key_ptr, m, km, kd, KEYS, HEAD_DIM, TILE_D)
+        key = _load_tile(key_ptr, m, keys, km, kd, HEAD_DIM, TILE_D)
         logits = matrix_product(query, tl.trans(key), PRECISION, INTERPRET) * factor
         mask = 0
         if MASK != 0:
             mask = _load_mask(
-                mask_ptr, n_start, start, n_tile[:, None], m_tile[None, :], mn, mm, PAIR_MASK, QUERIES, KEYS
+                mask_ptr, n_start, start, n_tile[:, None], m_tile[None, :], mn, mm, queries, keys, PAIR_MASK
             )
-        logits = _mask_logits(logits, mask, m[None, :], MASK, KEYS)
+        logits = _mask_logits(logits, mask, m[None, :], keys, MASK)
         raised = tl.maximum(highest, tl.max(logits, axis=1))
         pivot = tl.where(raised == float("-inf"), 0.0, raised)  # -inf - -inf is NaN
         total = total * tl.exp2(highest - pivot) + tl.sum(tl.exp2(logits - pivot[:, None]), axis=1)
         highest = raised
     lse = tl.where(total == 0.0, float("inf"), highest + tl.log2(total))
-    tl.store(lse_ptr + pair * QUERIES + n, lse, mask=n < QUERIES)
+    tl.store(lse_ptr + pair * queries + n, lse, mask=n < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def column_sum_kernel(
     query_ptr,
     key_ptr,
@@ -208,6 +212,8 @@ def column_sum_kernel(
     lse_ptr,
     sums_ptr,
     heads,
+    queries,
+    keys,
     factor,
     qb,
     qh,
@@ -221,8 +227,6 @@ def column_sum_kernel(
     mh,
     mn,
     mm,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MASK: tl.constexpr,
     PAIR_MASK: tl.constexpr,
@@ -237,22 +241,22 @@ def column_sum_kernel(
     sample, head = pair // heads, pair % heads
     m_start, n_tile, m_tile = tl.program_id(0) * TILE_M, tl.arange(0, TILE_N), tl.arange(0, TILE_M)
     m = m_start + m_tile
-    key = _load_tile(key_ptr + sample * kb + head * kh, m, km, kd, KEYS, HEAD_DIM, TILE_D)
+    key = _load_tile(key_ptr + sample * kb + head * kh, m, keys, km, kd, HEAD_DIM, TILE_D)
     query_ptr += sample * qb + head * qh
     mask_ptr += sample * mb + head * mh
     sums = tl.zeros((TILE_M,), tl.float32)
-    for start in range(0, QUERIES, TILE_N):
+    for start in range(0, queries, TILE_N):
         n = start + n_tile
-        query = _load_tile(query_ptr, n, qn, qd, QUERIES, HEAD_DIM, TILE_D)
-        lse = tl.load(lse_ptr + pair * QUERIES + n, mask=n < QUERIES, other=float("inf"))
+        query = _load_tile(query_ptr, n, queries, qn, qd, HEAD_DIM, TILE_D)
+        lse = tl.load(lse_ptr + pair * queries + n, mask=n < queries, other=float("inf"))
         logits = matrix_product(key, tl.trans(query), PRECISION, INTERPRET) * factor
         mask = 0
         if MASK != 0:
             mask = _load_mask(
-                mask_ptr, start, m_start, n_tile[None, :], m_tile[:, None], mn, mm, PAIR_MASK, QUERIES, KEYS
+                mask_ptr, start, m_start, n_tile[None, :], m_tile[:, None], mn, mm, queries, keys, PAIR_MASK
             )
-        logits = _mask_logits(logits, mask, m[:, None], MASK, KEYS)
+        logits = _mask_logits(logits, mask, m[:, None], keys, MASK)
         # A share is at most 1, but the two passes add in different orders: huge logits may differ by more than 0.
         share = tl.minimum(logits - lse[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
         sums += tl.sum(tl.exp2(share), axis=1)
-    tl.store(sums_ptr + pair * KEYS + m, sums, mask=m < KEYS)
+    tl.store(sums_ptr + pair * keys + m, sums, mask=m < keys)

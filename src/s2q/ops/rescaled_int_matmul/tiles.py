@@ -34,36 +34,29 @@ GROUP_ROWS = 8
 UNPACK_BLOCK = 1024
 """Bytes that a program unpacks."""
 
-_FEW = MatmulTile(rows=16, columns=64, depth=128, num_warps=4, num_stages=3)
-_SOME = MatmulTile(rows=64, columns=64, depth=128, num_warps=4, num_stages=3)
+_FEW = (16, MatmulTile(rows=16, columns=64, depth=128, num_warps=4, num_stages=3))
+_SOME = (255, MatmulTile(rows=64, columns=64, depth=128, num_warps=4, num_stages=3))
+_DEEP = (1 << 31, MatmulTile(rows=128, columns=128, depth=128, num_warps=8, num_stages=3))
+_SHALLOW = (1 << 31, MatmulTile(rows=128, columns=128, depth=64, num_warps=8, num_stages=3))
 
-TILES: dict[tuple[int, int], tuple[tuple[int, MatmulTile], ...]] = {
-    (8, 0): (
-        (16, _FEW),
-        (255, _SOME),
-        (1 << 31, MatmulTile(rows=128, columns=128, depth=128, num_warps=8, num_stages=3)),
-    ),
-    (8, 9): (
-        (16, _FEW),
-        (255, _SOME),
-        (1 << 31, MatmulTile(rows=128, columns=128, depth=64, num_warps=8, num_stages=3)),
-    ),
-    (9, 0): (
-        (16, _FEW),
-        (255, _SOME),
-        (1 << 31, MatmulTile(rows=128, columns=128, depth=128, num_warps=8, num_stages=3)),
-    ),
+TILES: dict[int, tuple[tuple[int, MatmulTile], ...]] = {
+    80: (_FEW, _SOME, _DEEP),
+    86: (_FEW, _SOME, _SHALLOW),
+    89: (_FEW, _SOME, _SHALLOW),
+    90: (_FEW, _SOME, _DEEP),
+    100: (_FEW, _SOME, _DEEP),
+    103: (_FEW, _SOME, _DEEP),
+    120: (_FEW, _SOME, _SHALLOW),
 }
-"""By compute capability: pairs of the most rows that a tile is for and the tile, ascending."""
+"""By architecture: pairs of the most rows that a tile is for and the tile, ascending."""
 
 
-def matmul_tile(rows: int, depth: int, capability: tuple[int, int]) -> MatmulTile:
+def matmul_tile(rows: int, depth: int, architecture: int) -> MatmulTile:
     """Return the tile for a product.
 
     Args:
         rows: M.
         depth: K; one that is no multiple of 16 is read byte by byte, which needs the registers of a large tile.
-        capability: Of the GPU; one that is not listed takes what the nearest older one does.
+        architecture: A key of `TILES`.
     """
-    listed = max((known for known in TILES if known <= capability), default=min(TILES))
-    return next(tile for most, tile in TILES[listed] if (rows if depth % 16 == 0 else min(rows, 64)) <= most)
+    return next(tile for most, tile in TILES[architecture] if (rows if depth % 16 == 0 else min(rows, 64)) <= most)

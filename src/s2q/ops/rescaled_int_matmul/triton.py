@@ -16,7 +16,7 @@ from torch import Tensor
 
 from s2q.core.errors import InvalidInputError
 from s2q.core.packing import packed_width
-from s2q.ops.dispatch import capability_of
+from s2q.ops.dispatch import architecture_of, launch
 from s2q.ops.rescaled_int_matmul.tiles import (
     GROUP_ROWS,
     UNPACK_BLOCK,
@@ -77,9 +77,11 @@ def rescaled_int_matmul(
     elif w_codes.dtype == torch.uint8 and not is_packed:
         w_codes = w_codes.view(torch.int8)
     x_codes, w_codes = (codes if codes.stride(1) == 1 else codes.contiguous() for codes in (x_codes, w_codes))
-    tile = matmul_tile(rows, depth, capability_of(x_codes))
+    tile = matmul_tile(rows, depth, architecture_of(x_codes))
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    rescaled_matmul_kernel[(programs,)](
+    launch(
+        rescaled_matmul_kernel,
+        (programs,),
         x_codes,
         x_scale.float().contiguous(),
         w_codes,
@@ -117,7 +119,8 @@ def unpack_nibbles(packed: Tensor, *, in_features: int) -> Tensor:
     codes = torch.empty(columns, in_features, dtype=torch.int8, device=packed.device)
     if codes.numel():
         grid = (columns, triton.cdiv(width, UNPACK_BLOCK))
-        unpack_kernel[grid](packed, codes, packed.stride(0), DEPTH=in_features, BLOCK=UNPACK_BLOCK, num_warps=4)
+        constants = {"DEPTH": in_features, "BLOCK": UNPACK_BLOCK}
+        launch(unpack_kernel, grid, packed, codes, packed.stride(0), **constants, num_warps=4)
     return codes
 
 
@@ -181,7 +184,7 @@ def _load_rows(row_ptrs, start, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
         return tl.load(row_ptrs + at[None, :], mask=(at < LIMIT)[None, :], other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rescaled_matmul_kernel(
     x_ptr,
     x_scale_ptr,

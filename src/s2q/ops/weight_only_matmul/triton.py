@@ -12,13 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from s2q.core.packing import packed_width
+from s2q.ops.dispatch import architecture_of, launch
 from s2q.ops.triton_math import INTERPRETING, matrix_product
 from s2q.ops.weight_only_matmul import reference
-
-ROWS, COLUMNS, WIDTH = 16, 32, 128
-"""Of x and of w in a program, and bytes of each row of w that it reads at a time. UNTUNED, never timed."""
-
-OPTIONS = {"num_warps": 4, "num_stages": 3}
+from s2q.ops.weight_only_matmul.tiles import TILES, WeightOnlyTile
 
 
 def weight_only_matmul(
@@ -52,7 +49,10 @@ def weight_only_matmul(
         return out
     w_codes = w_codes if is_packed else w_codes.view(torch.int8)
     x, w_codes = (one if one.stride(1) == 1 else one.contiguous() for one in (x, w_codes))
-    weight_only_kernel[(triton.cdiv(columns, COLUMNS),)](
+    tile = TILES[architecture_of(x)]
+    launch(
+        weight_only_kernel,
+        (triton.cdiv(columns, tile.columns),),
         x,
         w_codes,
         w_scale.float().contiguous(),
@@ -63,27 +63,31 @@ def weight_only_matmul(
         x.stride(0),
         w_codes.stride(0),
         HAS_BIAS=bias is not None,
-        **kernel_constants(x.dtype, depth=depth, is_packed=is_packed),
+        **weight_only_constants(tile, x.dtype, depth=depth, is_packed=is_packed),
         INTERPRET=INTERPRETING,
-        **OPTIONS,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return out
 
 
-def kernel_constants(dtype: torch.dtype, *, depth: int, is_packed: bool) -> dict[str, int | bool | str]:
-    """Return the compile-time constants of `weight_only_kernel` that its input decides.
+def weight_only_constants(
+    tile: WeightOnlyTile, dtype: torch.dtype, *, depth: int, is_packed: bool
+) -> dict[str, int | bool | str]:
+    """Return the compile-time constants of `weight_only_kernel` that its input and the tile decide.
 
     Args:
+        tile: See `tiles.TILES`.
         dtype: Of x.
         depth: K.
         is_packed: Whether w is packed, two codes a byte.
     """
     precision = "tf32x3" if dtype == torch.float32 else "native"
-    tile = {"ROWS": ROWS, "COLUMNS": COLUMNS, "WIDTH": WIDTH}
-    return {"DEPTH": depth, "PACKED": is_packed, "PRECISION": precision, **tile}
+    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "WIDTH": tile.width}
+    return {"DEPTH": depth, "PACKED": is_packed, "PRECISION": precision, **sizes}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def weight_only_kernel(
     x_ptr,
     w_ptr,

@@ -1,0 +1,41 @@
+"""The table of the Triton kernels as `triton_aot.py` compiled them."""
+
+import json
+from pathlib import Path
+
+from markdown_tables import table_head, table_row
+
+from s2q.ops.architectures import CARDS, SHARED_BYTES
+
+RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
+
+
+def kernels_table(_which: str) -> str:
+    """The largest figures of each kind of kernel on each architecture."""
+    content = json.loads(RESULTS.read_text())
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for one in content["results"]:
+        groups.setdefault((one["group"], one["arch"]), []).append(one)
+    head = ["architecture", "variants", "registers", "spills, bytes", "shared, KiB", "instructions"]
+    lines = table_head("kernel", head)
+    kinds = list(dict.fromkeys(group for group, _ in groups))
+    for group, arch in sorted(groups, key=lambda pair: (kinds.index(pair[0]), pair[1])):
+        found = groups[group, arch]
+        cells = [
+            str(arch),
+            str(len(found)),
+            str(max(one["registers"] for one in found)),
+            str(max(one["spills"] for one in found)),
+            f"{max(one['shared'] for one in found) / 1024:.1f} of {SHARED_BYTES[arch] // 1024}",
+            ", ".join(sorted({instruction for one in found for instruction in one["instructions"]})),
+        ]
+        lines.append(table_row(group, cells))
+    versions = content["versions"]
+    cards = "; ".join(f"{arch}: {names}" for arch, names in CARDS.items())
+    lines += [
+        "",
+        f"The largest of each kind: registers and spills of a thread, shared memory of a program. {cards}. "
+        f"Triton {versions['triton']}, ptxas {versions['ptxas'][0]} ({versions['ptxas'][1]} from 100 on); "
+        f"made by `{content['command']}`.",
+    ]
+    return "\n".join(lines)

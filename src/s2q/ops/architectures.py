@@ -1,0 +1,44 @@
+"""NVIDIA architectures that the Triton kernels are compiled for, and which of them a GPU takes its tiles from.
+
+An architecture is 10 · major + minor of the compute capability. Every op has a `tiles` module with one table by
+architecture; `benchmarks/triton_aot.py` compiles what they list, without a GPU.
+"""
+
+SHARED_BYTES: dict[int, int] = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    103: 227 * 1024,
+    120: 99 * 1024,
+}
+"""Shared memory that one program may have, by architecture."""
+
+CARDS: dict[int, str] = {
+    80: "A100, A30",
+    86: "RTX 30, A10, A40, RTX A6000",
+    89: "RTX 40, L4, L40S",
+    90: "H100, H200, GH200",
+    100: "B200, GB200",
+    103: "B300, GB300",
+    120: "RTX 50, RTX PRO Blackwell",
+}
+"""Some GPUs of each architecture."""
+
+
+def nearest_architecture(capability: tuple[int, int]) -> int | None:
+    """Return the listed architecture whose tiles fit a GPU; None if none is known to.
+
+    A GPU that is not listed takes the tiles of its generation (the same major number, hence the same kinds of
+    tensor-core instructions) with the least shared memory: 8.7 those of 8.6, 12.1 those of 12.0. Another generation,
+    such as 11.0, has none.
+
+    Args:
+        capability: Compute capability of the GPU.
+    """
+    major, minor = capability
+    if 10 * major + minor in SHARED_BYTES:
+        return 10 * major + minor
+    family = [architecture for architecture in SHARED_BYTES if architecture // 10 == major]
+    return min(family, key=lambda architecture: SHARED_BYTES[architecture], default=None)

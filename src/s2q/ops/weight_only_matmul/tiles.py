@@ -1,0 +1,28 @@
+"""How the weight-only product is cut up. UNTUNED: chosen on paper and compiled without spills, never timed."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOnlyTile:
+    """What one program works on.
+
+    Attributes:
+        rows: Of x, at least as many as a call has.
+        columns: Out features.
+        width: Bytes of each row of w that are read at a time.
+        num_warps: Of a program.
+        num_stages: Loads in flight.
+    """
+
+    rows: int
+    columns: int
+    width: int
+    num_warps: int
+    num_stages: int
+
+
+_TILE = WeightOnlyTile(rows=16, columns=32, width=128, num_warps=4, num_stages=3)
+
+TILES: dict[int, WeightOnlyTile] = dict.fromkeys((80, 86, 89, 90, 100, 103, 120), _TILE)
+"""By architecture; at most 40 KiB of shared memory, which every one has."""
