@@ -29,16 +29,16 @@ fit into the registers of wide heads; one puts an error of about 1e-3 on the sum
 _HALF = {128: (128, 8), 256: (64, 4)}
 _FULL = {64: (32, 4), 128: (64, 8), 256: (32, 4)}
 _MMA = {(2, False): _HALF, (2, True): {256: (64, 4)}, (4, False): _FULL, (4, True): _FULL}
-_TCGEN05 = _MMA | {(2, True): {256: (64, 8)}}
+_BLACKWELL = _MMA | {(2, True): {256: (64, 8)}}
 
 TILES: dict[int, dict[tuple[int, bool], dict[int, tuple[int, int]]]] = {
     80: _MMA,
     86: _MMA,
     89: _MMA,
     90: _MMA,
-    100: _TCGEN05,
-    103: _TCGEN05,
-    120: _MMA,
+    100: _BLACKWELL,
+    103: _BLACKWELL,
+    120: _BLACKWELL,
 }
 """By architecture, bytes of an element, and whether a mask differs from query to query, so that a whole tile of it is
 read: by the most of D padded, queries and keys of a tile and warps of a program, ascending. At most 82 KiB of shared
