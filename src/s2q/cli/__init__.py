@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
 from s2q.core.errors import ResourceError, S2QError, first_line, is_out_of_memory
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Environment variables that say how the threads of a CPU wait for each other."""
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -31,7 +34,21 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         argv: The arguments; those of the process by default.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    wait_passively(os.environ)
     sys.exit(run(arguments))
+
+
+def wait_passively(environment: MutableMapping[str, str]) -> None:
+    """Let threads of PyTorch that wait for each other sleep, unless the user has chosen how they wait.
+
+    Without it they spin, and on a machine with other work to do the one that all wait for does not get the processor
+    (docs/speed.md). To be called before torch is imported.
+
+    Args:
+        environment: Of the process, and of those that it starts.
+    """
+    if not any(name in environment for name in WAITING):
+        environment["OMP_WAIT_POLICY"] = "passive"
 
 
 def run(arguments: Sequence[str]) -> int:
