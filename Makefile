@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO_DIR ?= s2q-demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-emulated test-gpu bench-cpu bench-gpu lint format clean
+.PHONY: demo test test-emulated test-gpu bench-cpu bench-cpu-kinds bench-gpu lint format clean
 
 demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
@@ -34,6 +34,17 @@ bench-cpu bench-gpu: $(READY)
 		$(BENCH_RUN) -m synthetic:$$model --ops denoising_step --json > /dev/null || exit; done
 	@$(BENCH_RUN) -m synthetic:cogvideox-2b --ops calibration_block --json > /dev/null
 	@$(BENCH_RUN) --ops denoising_step,calibration_block --backend auto,fastest
+
+# Whole linears and the embedded step in one thread, as this CPU is and with oneDNN and PyTorch kept to AVX2, measured
+# anew: minutes for both. The second file is of a CPU without VNNI and bf16 as far as instructions go.
+AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
+KINDS_RUN = OMP_NUM_THREADS=1 $(1) $(BIN)/s2q bench --device cpu --again --repeats 5 --seconds 4 \
+	-r s2q-w4a8,s2q-w4a6,s2q-w4a4 -o $(BENCH)/cpu-one-thread$(2).json --json
+bench-cpu-kinds: $(READY)
+	@$(call KINDS_RUN,,) --ops linear -m synthetic:cogvideox-5b > /dev/null
+	@$(call KINDS_RUN,,) --ops denoising_step --backend auto,fastest > /dev/null
+	@$(call KINDS_RUN,$(AVX2),-avx2) --ops linear -m synthetic:cogvideox-5b > /dev/null
+	@$(call KINDS_RUN,$(AVX2),-avx2) --ops denoising_step --backend auto,fastest > /dev/null
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from published import commands_of, cost_table, sizes_table
 from reproduce.beside import overview_table
 from variants import GROUPS, Variant
 
+from s2q.benchmarking.results import place_of
 from s2q.evaluation import clustered_mean
 from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
 
@@ -78,6 +79,7 @@ ORDER = (
     "s2q-plus-w4a4",
     "s2q-w3a6",
 )
+KINDS_RECIPES = ("s2q-w4a8", "s2q-w4a6", "s2q-w4a4")
 LABELS = ("shape", "colour", "direction", "background")
 
 
@@ -233,9 +235,8 @@ def _bench(device: str, op: str) -> tuple[dict, list[dict]]:
 
 
 def _measured_on(content: dict, device: str) -> str:
-    hardware, versions = content["hardware"], content["versions"]
-    place = hardware.get("gpu") or f"{hardware['processor']}, {hardware['threads']} threads"
-    return f"{place}, torch {versions['torch']}; made by `make bench-{device}`."
+    place = place_of(content["hardware"])
+    return f"{place}, torch {content['versions']['torch']}; made by `make bench-{device}`."
 
 
 def linear_table(device: str) -> str:
@@ -265,6 +266,36 @@ def linear_table(device: str) -> str:
         "Times faster than bf16 `F.linear` on the same data in the same rounds (medians over rounds); 3 together: "
         "q, k and v, which share one quantized input. The last column is what the activation path alone takes of "
         "bf16's time. " + _measured_on(content, device),
+    ]
+    return "\n".join(lines)
+
+
+def kinds_table(device: str) -> str:
+    """Whole linears and the embedded step against fp32 and bf16, on CPUs of two kinds."""
+    lines = table_head("instruction set", ["what", "fp32 ms", "bf16 ms", "`s2q-w4a8`", "`s2q-w4a6`", "`s2q-w4a4`"])
+    places = []
+    for kind in (f"{device}-one-thread", f"{device}-one-thread-avx2"):
+        content, linears = _bench(kind, "linear")
+        rows: dict[tuple, dict[str, dict]] = {}
+        for one in (*linears, *_bench(kind, "denoising_step")[1]):
+            if one["backend"] == "auto":
+                name = " × ".join(map(str, one["shape"])) if one["shape"] else f"step of {one['model']}"
+                rows.setdefault((name, one["readers"]), {})[one["recipe"]] = one
+        for (name, readers), found in rows.items():
+            first = next(iter(found.values()))
+            cells = [
+                name + (f", {readers} together" if readers else ""),
+                *(f"{first[f'{full}_milliseconds']:.3g}" for full in ("fp32", "bf16")),
+                *(_times(found[recipe]["ratio_to_baseline"]) if recipe in found else "" for recipe in KINDS_RECIPES),
+            ]
+            lines.append(table_row(content["hardware"]["instruction_set"], cells))
+        if rows:
+            places.append(place_of(content["hardware"]))
+    if not places:
+        return "Not measured yet: `make bench-cpu-kinds`."
+    lines += [
+        "",
+        f"Recipes: times faster than the faster of fp32 and bf16. {'; '.join(places)}. Made by `make bench-cpu-kinds`.",
     ]
     return "\n".join(lines)
 
@@ -358,6 +389,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "outliers": outlier_table,
     "kernels": kernels_table,
     "linear": linear_table,
+    "kinds": kinds_table,
     "steps": steps_table,
     "parts": parts_table,
     "sizes": sizes_table,

@@ -22,6 +22,7 @@ from tiny import run_transformer, tiny_cogvideox_pipeline, tiny_transformer
 
 QUICK = TimingOptions(repeats=2, min_repeats=1, seconds=1.0, sample_milliseconds=0.0)
 TIMES = {"milliseconds", "milliseconds_quartiles", "bf16_milliseconds", "ratio_to_bf16", "bound_ratio", "rounds"}
+BASELINE = {"baseline", "ratio_to_baseline"}
 MEMORY = {"peak_memory_bytes", "bf16_peak_memory_bytes"}
 STORAGE = {"storage_bytes", "bf16_storage_bytes"}
 PARTS = {"gemm", "activation_path", "attention", "norms", "other"}
@@ -38,9 +39,13 @@ def measured(case):
     assert [{name: one[name] for name in IDENTITY} for one in entries] == list(case.wanted)
     json.dumps(entries, allow_nan=False)
     for one in entries:
-        assert one.keys() >= TIMES | MEMORY
+        assert one.keys() >= TIMES | MEMORY | BASELINE
         assert one["milliseconds"] > 0
         assert one["ratio_to_bf16"] > 0
+        full = [name for name in ("bf16", "fp32") if f"{name}_milliseconds" in one]
+        assert one["op"] in ("attention_colsum", "calibration_block") or full == ["bf16", "fp32"]
+        assert one["baseline"] == min(full, key=lambda name: one[f"{name}_milliseconds"])
+        assert one["ratio_to_baseline"] == one[f"ratio_to_{one['baseline']}"]
     return entries
 
 
@@ -80,7 +85,7 @@ def test_single_operations(folder):
     assert {one["ran"] for one in found["attention_colsum"]} == {"reference"}
     assert found["attention_colsum"][0]["shape"] == [8, 64, 8]
     assert found["activation_path"][0]["bound_ratio"] is None
-    has_bound = machine.int8_gemm("cpu") is not None
+    has_bound = machine.int8_gemm(torch.ones(2, 2, dtype=torch.int8), 1) is not None
     assert all((one["bound_ratio"] is not None) == has_bound for one in found["linear"] + found["gemm"])
     (group,) = {tuple(one["shape"]) for one in found["linear"] if one["readers"] == 3}
     assert group == (8, 64, 64)

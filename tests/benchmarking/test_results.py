@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from s2q.benchmarking.results import IDENTITY, ResultsFile, identity
+from s2q.benchmarking.machine import hardware
+from s2q.benchmarking.results import IDENTITY, ResultsFile, identity, place_of
 from s2q.core.errors import InvalidInputError
 
 HERE = {"hardware": {"device": "cpu", "threads": 1}, "versions": {"torch": "2.13.0"}}
@@ -63,3 +64,32 @@ def test_other_files_are_left_alone(tmp_path, text):
     with pytest.raises(InvalidInputError, match="name another file"):
         ResultsFile(path, **HERE, again=True)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({}, "A CPU, 2 threads"),
+        ({"threads": 1}, "A CPU, 1 thread"),
+        ({"instruction_set": "AVX2", "limited_by": None}, "A CPU, AVX2, 2 threads"),
+        (
+            {"instruction_set": "AVX2", "limited_by": "ONEDNN_MAX_CPU_ISA=AVX2"},
+            "A CPU, AVX2 (capped by ONEDNN_MAX_CPU_ISA=AVX2), 2 threads",
+        ),
+        ({"gpu": "NVIDIA H200", "instruction_set": "AVX2"}, "NVIDIA H200"),
+    ],
+)
+def test_the_place_names_the_instruction_set_where_the_file_has_it(changes, place):
+    assert place_of({"processor": "A CPU", "threads": 2} | changes) == place
+
+
+def test_files_of_two_instruction_sets_are_not_mixed(tmp_path, monkeypatch):
+    from s2q.core import processor
+
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"avx2"}))
+    here = {"hardware": hardware("cpu"), "versions": {}}
+    assert here["hardware"]["instruction_set"] == processor.instruction_set()
+    ResultsFile(tmp_path / "bench.json", **here).add([entry(shape=[1, 2, 3]) | {"milliseconds": 1.0}])
+    for change in ({"instruction_set": "AVX-512"}, {"limited_by": "ONEDNN_MAX_CPU_ISA=AVX2 "}):
+        with pytest.raises(InvalidInputError, match="another machine"):
+            ResultsFile(tmp_path / "bench.json", **here | {"hardware": here["hardware"] | change})

@@ -39,7 +39,7 @@ def test_a_run_writes_every_op_and_a_second_run_measures_nothing(results, tiny_m
     assert run(["bench", "-m", str(tiny_model), "-o", str(out), "-r", "s2q-w4a6", *QUICK]) == 0
     captured = capsys.readouterr()
     assert "has all of this already" in captured.err
-    for expected in ("108×64×256", "s2q-w4a6", "× bf16", "denoising_step", "Where the time of a denoising step goes"):
+    for expected in ("108×64×256", "s2q-w4a6", "baseline", "denoising_step", "Where the time of a denoising step goes"):
         assert expected in captured.out
     assert out.read_bytes() == before
 

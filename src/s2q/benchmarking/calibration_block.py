@@ -134,7 +134,7 @@ def _measure(
         recipe = recipes[entry["recipe"]]
         assert recipe.distillation is not None
         steps = recipe.calibration.samples * recipe.distillation.epochs
-        times = times_of(timings[recipe.name], timings[_BF16])
+        times = times_of(timings[recipe.name], {_BF16: timings[_BF16]})
         details = {
             "bound_ratio": None,
             "steps_per_block": steps,

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2q.core import processor
+from s2q.core.devices import default_dtype
 from s2q.ops import scratch
 from s2q.ops.dispatch import backend_obstacle, is_interpreting
 from s2q.ops.int_matmul import cpu
@@ -30,13 +32,15 @@ def hardware(device: str) -> dict[str, Any]:
         device: "cpu", "cuda" or "cuda:N".
 
     Returns:
-        `device` ("cpu" or "cuda"), `name`, `cores`, `threads`, `machine`; for a GPU also `gpu`, `capability`,
-        `memory_bytes`.
+        `device` ("cpu" or "cuda"), `processor`, `instruction_set` (and `limited_by`, what keeps it from more), `cores`,
+        `threads`, `machine`; for a GPU also `gpu`, `capability`, `memory_bytes`.
     """
     kind = torch.device(device).type
     found: dict[str, Any] = {
         "device": kind,
         "processor": _processor(),
+        "instruction_set": processor.instruction_set(),
+        "limited_by": processor.limited_by(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -74,14 +78,39 @@ def measuring_obstacle(backend: str, device: str) -> str | None:
     return backend_obstacle(backend, torch.empty(0, dtype=torch.bfloat16, device=device))
 
 
-def int8_gemm(device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Return the plain int8 product of this machine, x [M, K] · w [N, K]ᵀ into int32 [M, N]; None if it has none.
+def full_precision(device: str) -> dict[str, torch.dtype]:
+    """Return what quantized contenders run against: bf16, and on a CPU fp32 too, the faster of which is the baseline.
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
     """
-    fast = torch.cuda.is_available() if torch.device(device).type == "cuda" else cpu.adds_in_32_bits()
-    return (lambda x, w, out: torch._int_mm(x, w.t(), out=out)) if fast else None
+    both = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    return both if torch.device(device).type == "cpu" else {"bf16": torch.bfloat16}
+
+
+def quantized_dtype(device: str) -> torch.dtype:
+    """Return the compute dtype of quantized contenders: that of a bf16 model (`core.devices.default_dtype`).
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+    """
+    return default_dtype(torch.bfloat16, device)
+
+
+def int8_gemm(w_codes: Tensor, rows: int) -> Callable[[Tensor], object] | None:
+    """Return the plain int8 product with a weight on its device, a function of x [M, K]; None if there is no fast one.
+
+    Args:
+        w_codes: int8 [N, K], within 4 bits.
+        rows: M.
+    """
+    if torch.cuda.is_available() if w_codes.is_cuda else cpu.adds_in_32_bits():
+        out = torch.empty(rows, len(w_codes), dtype=torch.int32, device=w_codes.device)
+        return lambda x: torch._int_mm(x, w_codes.t(), out=out)
+    if w_codes.is_cuda or not cpu.adds_pairs(x_bits=8, w_bits=4):
+        return None
+    prepacked, ones = cpu.prepack(w_codes), torch.ones(len(w_codes))
+    return lambda x: cpu.multiply_pairs(x.view(torch.uint8), prepacked, ones, x_bits=8)
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int | None:

@@ -1,13 +1,14 @@
-"""Single operations on the shapes of published layers, each against bf16 in the same rounds.
+"""Single operations on the shapes of published layers, each against full precision in the same rounds.
 
 | op | measured | against |
 |---|---|---|
-| `linear` | a packed linear as a model runs it; three that share an input (q, k, v) | as many bf16 `F.linear` |
+| `linear` | a packed linear as a model runs it; three that share an input (q, k, v) | as many `F.linear` |
 | `activation_path` | transform and quantization of its input | the same `F.linear`: what it adds to the layer |
 | `gemm` | packed weight, integer product, scales, bias | the same `F.linear` |
 | `attention_colsum` | column sums of attention | bf16 scaled dot product attention |
 
-`bound_ratio` of `linear` and `gemm` is bf16 `F.linear` over the plain int8 product of the same shape.
+`F.linear` runs in bf16, on a CPU in fp32 too; the faster is the baseline. Quantized layers run in bf16, or in fp32 on a
+CPU that emulates it. `bound_ratio` of `linear` and `gemm`: the baseline over the plain int8 product of the same shape.
 
 Legend: `M` rows, `K` in features, `N` out features; `H` heads, `D` head dim.
 """
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.benchmarking.case import Case, Entry, Settings, packing_of
-from s2q.benchmarking.machine import int8_gemm, peak_memory
+from s2q.benchmarking.machine import full_precision, int8_gemm, peak_memory, quantized_dtype
 from s2q.benchmarking.results import identity
 from s2q.benchmarking.shapes import AttentionShape, LayerShape
 from s2q.benchmarking.timing import Run, Timing, interleave, measures_of, stopwatch_for
@@ -54,12 +55,12 @@ class _Contender:
     Attributes:
         run: Computes it from the data of a round.
         storage_bytes: Bytes of its weights.
-        bits: Width of the codes of x that it reads, in place of x; None reads x.
+        reads: Dtype of the x that it reads, or width of the codes that it reads in place of x.
     """
 
     run: Run
     storage_bytes: int
-    bits: int | None = None
+    reads: torch.dtype | int = torch.bfloat16
 
 
 def resolved(op: str, entry: Mapping[str, Any], device: str) -> str:
@@ -150,10 +151,13 @@ def _measure_linear(op: str, shape: LayerShape, missing: Sequence[Entry], settin
     )
     readers = missing[0]["readers"] or 1
     generator = torch.Generator(settings.device).manual_seed(derive_seed(settings.seed, op, *shape.shape))
-    contenders: dict[str, _Contender] = {_BF16: _together(_bf16_linear, readers, in_features, out_features, generator)}
-    gemm = int8_gemm(settings.device) if op != "activation_path" else None
-    if gemm is not None:
-        contenders[_INT8] = _together(_int8_product, readers, gemm, shape.shape, generator)
+    contenders: dict[str, _Contender] = {
+        name: _together(_full_linear, readers, in_features, out_features, generator, dtype)
+        for name, dtype in full_precision(settings.device).items()
+    }
+    full = list(contenders)
+    if op != "activation_path" and _int8_product(shape.shape, generator) is not None:
+        contenders[_INT8] = _together(_int8_product, readers, shape.shape, generator)
     packed = {
         recipe.name: nn.ModuleList(_packed(linear, recipe, generator) for _ in range(readers))
         for recipe in settings.recipes
@@ -163,17 +167,17 @@ def _measure_linear(op: str, shape: LayerShape, missing: Sequence[Entry], settin
         share_inputs(layers)
         contenders[_name_of(entry)] = _MAKERS[op](layers, entry["backend"], rows, generator)
 
-    widths = {one.bits for one in contenders.values() if one.bits is not None}
+    kinds = {one.reads for one in contenders.values()}
 
     def fresh(_round: int) -> dict[Any, Tensor]:
-        codes = {bits: _random_codes((rows, in_features), bits, generator) for bits in widths}
         x = torch.randn(rows, in_features, dtype=torch.bfloat16, device=settings.device, generator=generator)
-        return {None: x, **codes}
+        codes = {bits: _random_codes((rows, in_features), bits, generator) for bits in kinds if isinstance(bits, int)}
+        return codes | {dtype: x.to(dtype) for dtype in kinds if isinstance(dtype, torch.dtype)}
 
     timings, peaks = _compete(contenders, fresh, settings)
-    bound = None if gemm is None else timings[_INT8].faster_than(timings[_BF16])
+    bound = timings[_INT8].faster_than(timings[baseline_of(timings, full)]) if _INT8 in timings else None
     return [
-        _entry(entry, contenders, timings, peaks)
+        _entry(entry, contenders, timings, peaks, full=full)
         | {"bound_ratio": bound, "layers": list(shape.layers), "ran": resolved(op, entry, settings.device)}
         for entry in missing
     ]
@@ -184,7 +188,7 @@ def _measure_attention(shape: AttentionShape, missing: Sequence[Entry], settings
     size = (3, 1, shape.heads, shape.tokens, shape.head_dim)
 
     def fresh(_round: int) -> dict[Any, Tensor]:
-        return {None: torch.randn(size, dtype=torch.bfloat16, device=settings.device, generator=generator)}
+        return {torch.bfloat16: torch.randn(size, dtype=torch.bfloat16, device=settings.device, generator=generator)}
 
     contenders = {_BF16: _Contender(run=lambda qkv: F.scaled_dot_product_attention(*qkv), storage_bytes=0)}
     for entry in missing:
@@ -192,7 +196,9 @@ def _measure_attention(shape: AttentionShape, missing: Sequence[Entry], settings
     timings, peaks = _compete(contenders, fresh, settings)
     more = {"bound_ratio": None, "layers": [f"{model} attention" for model in shape.models], "heads": shape.heads}
     return [
-        _entry(entry, contenders, timings, peaks) | more | {"ran": resolved("attention_colsum", entry, settings.device)}
+        _entry(entry, contenders, timings, peaks, full=[_BF16])
+        | more
+        | {"ran": resolved("attention_colsum", entry, settings.device)}
         for entry in missing
     ]
 
@@ -201,7 +207,7 @@ def _measure_attention(shape: AttentionShape, missing: Sequence[Entry], settings
 def _compete(
     contenders: Mapping[str, _Contender], fresh: Callable[[int], Any], settings: Settings
 ) -> tuple[dict[str, Timing], dict[str, int | None]]:
-    runs = {name: (lambda data, one=one: one.run(data[one.bits])) for name, one in contenders.items()}
+    runs = {name: (lambda data, one=one: one.run(data[one.reads])) for name, one in contenders.items()}
     measures = measures_of(runs, stopwatch_for(settings.device), options=settings.options)
     timings = interleave(measures, fresh=fresh, options=settings.options)
     data = fresh(-1)
@@ -216,11 +222,13 @@ def _entry(
     contenders: Mapping[str, _Contender],
     timings: Mapping[str, Timing],
     peaks: Mapping[str, int | None],
+    *,
+    full: Sequence[str],
 ) -> Entry:
     name = _name_of(wanted)
     return (
         wanted
-        | times_of(timings[name], timings[_BF16])
+        | times_of(timings[name], {one: timings[one] for one in full})
         | {
             "peak_memory_bytes": peaks[name],
             "bf16_peak_memory_bytes": peaks[_BF16],
@@ -230,20 +238,34 @@ def _entry(
     )
 
 
-def times_of(timing: Timing, reference: Timing) -> Entry:
+def times_of(timing: Timing, full: Mapping[str, Timing]) -> Entry:
     """Return the fields of a result that say how long it took.
 
     Args:
         timing: Of the contender.
-        reference: Of bf16 in the same rounds.
+        full: Of full precision in the same rounds, by name ("bf16", "fp32").
     """
+    baseline = baseline_of(full, list(full))
+    against: Entry = {f"{name}_milliseconds": one.milliseconds for name, one in full.items()}
+    against |= {f"ratio_to_{name}": timing.faster_than(one) for name, one in full.items()}
     return {
         "milliseconds": timing.milliseconds,
         "milliseconds_quartiles": list(timing.quartiles),
-        "bf16_milliseconds": reference.milliseconds,
-        "ratio_to_bf16": timing.faster_than(reference),
+        **against,
+        "baseline": baseline,
+        "ratio_to_baseline": timing.faster_than(full[baseline]),
         "rounds": len(timing.samples),
     }
+
+
+def baseline_of(timings: Mapping[str, Timing], full: Sequence[str]) -> str:
+    """Return the name of the fastest full precision.
+
+    Args:
+        timings: By name.
+        full: The names of full precision among them.
+    """
+    return min(full, key=lambda name: timings[name].milliseconds)
 
 
 def _name_of(entry: Mapping[str, Any]) -> str:
@@ -252,24 +274,24 @@ def _name_of(entry: Mapping[str, Any]) -> str:
 
 def _packed(linear: BlockLinear, recipe: Recipe, generator: torch.Generator) -> PackedLinear:
     schemes, layouts = packing_of(recipe.model_copy(update={"skip": ()}), [linear])
-    return random_packed_linear(linear, schemes[linear.name], layouts.get(linear.name), generator=generator)
+    dtype = quantized_dtype(str(generator.device))
+    return random_packed_linear(
+        linear, schemes[linear.name], layouts.get(linear.name), generator=generator, dtype=dtype
+    )
 
 
-def _bf16_linear(in_features: int, out_features: int, generator: torch.Generator) -> _Contender:
-    weight = torch.randn(
-        out_features, in_features, dtype=torch.bfloat16, device=generator.device, generator=generator
-    ).mul_(in_features**-0.5)
-    bias = torch.zeros(out_features, dtype=torch.bfloat16, device=generator.device)
-    return _Contender(run=lambda x: F.linear(x, weight, bias), storage_bytes=_bytes_of(weight, bias))
+def _full_linear(in_features: int, out_features: int, generator: torch.Generator, dtype: torch.dtype) -> _Contender:
+    shape = (out_features, in_features)
+    weight = torch.randn(shape, dtype=dtype, device=generator.device, generator=generator).mul_(in_features**-0.5)
+    bias = torch.zeros(out_features, dtype=dtype, device=generator.device)
+    return _Contender(run=lambda x: F.linear(x, weight, bias), storage_bytes=_bytes_of(weight, bias), reads=dtype)
 
 
-def _int8_product(
-    gemm: Callable[[Tensor, Tensor, Tensor], Tensor], shape: tuple[int, int, int], generator: torch.Generator
-) -> _Contender:
+def _int8_product(shape: tuple[int, int, int], generator: torch.Generator) -> _Contender | None:
     rows, in_features, out_features = shape
-    weight = _random_codes((out_features, in_features), 8, generator)
-    out = torch.empty(rows, out_features, dtype=torch.int32, device=generator.device)
-    return _Contender(run=lambda x: gemm(x, weight, out), storage_bytes=_bytes_of(weight), bits=8)
+    weight = _random_codes((out_features, in_features), 4, generator)
+    gemm = int8_gemm(weight, rows)
+    return None if gemm is None else _Contender(run=gemm, storage_bytes=_bytes_of(weight), reads=8)
 
 
 def _together(make: Callable[..., _Contender], count: int, *arguments: Any) -> _Contender:
@@ -281,7 +303,9 @@ def _together(make: Callable[..., _Contender], count: int, *arguments: Any) -> _
 
 def _linear(layers: nn.ModuleList, backend: str, _rows: int, _generator: torch.Generator) -> _Contender:
     set_backend(layers, backend)
-    return _Contender(run=lambda x: [layer(x) for layer in layers], storage_bytes=_bytes_of(*layers.parameters()))
+    reads = quantized_dtype(str(_generator.device))
+    stored = _bytes_of(*layers.parameters())
+    return _Contender(run=lambda x: [layer(x) for layer in layers], storage_bytes=stored, reads=reads)
 
 
 def _activation_path(layers: nn.ModuleList, backend: str, _rows: int, _generator: torch.Generator) -> _Contender:
@@ -307,7 +331,7 @@ def _activation_path(layers: nn.ModuleList, backend: str, _rows: int, _generator
             **parts,
         )
 
-    return _Contender(run=run, storage_bytes=stored)
+    return _Contender(run=run, storage_bytes=stored, reads=quantized_dtype(str(_generator.device)))
 
 
 def _gemm(layers: nn.ModuleList, backend: str, rows: int, generator: torch.Generator) -> _Contender:
@@ -315,7 +339,7 @@ def _gemm(layers: nn.ModuleList, backend: str, rows: int, generator: torch.Gener
     activation = layer.scheme.activation
     assert activation is not None
     scale = torch.rand(rows, 1, device=generator.device, generator=generator)
-    weight = layer.product_codes()
+    weight, dtype = layer.product_codes(), quantized_dtype(str(generator.device))
 
     def run(codes: Tensor) -> object:
         return rescaled_int_matmul.rescaled_int_matmul(
@@ -326,12 +350,12 @@ def _gemm(layers: nn.ModuleList, backend: str, rows: int, generator: torch.Gener
             bias=layer.bias,
             x_bits=activation.num_bits,
             w_bits=layer.scheme.weight.num_bits,
-            out_dtype=torch.bfloat16,
+            out_dtype=dtype,
             backend=backend,
         )
 
     stored = _bytes_of(weight, layer.weight_scale, layer.bias)
-    return _Contender(run=run, storage_bytes=stored, bits=activation.num_bits)
+    return _Contender(run=run, storage_bytes=stored, reads=activation.num_bits)
 
 
 def _only(layers: nn.ModuleList) -> PackedLinear:

@@ -21,7 +21,7 @@ from torch import nn
 
 from s2q.benchmarking.breakdown import breakdown, in_milliseconds
 from s2q.benchmarking.case import Case, Entry, Settings, packing_of
-from s2q.benchmarking.machine import peak_memory
+from s2q.benchmarking.machine import full_precision, peak_memory, quantized_dtype
 from s2q.benchmarking.micro import times_of
 from s2q.benchmarking.results import identity
 from s2q.benchmarking.shapes import source_tokens
@@ -116,9 +116,14 @@ def pack_uncalibrated(transformer: nn.Module, recipe: Recipe) -> nn.Module:
 @torch.no_grad()
 def _measure(source: ModelSource, missing: Sequence[Entry], settings: Settings) -> list[Entry]:
     device = settings.device
-    pipes: dict[str, Any] = {_BF16: _full_precision(source, torch.bfloat16, device)}
+    pipes: dict[str, Any] = {
+        name: _full_precision(source, dtype, device) for name, dtype in full_precision(device).items()
+    }
+    full, dtype = list(pipes), quantized_dtype(device)
+    packed_from = next(pipe for pipe in pipes.values() if pipe.transformer.dtype == dtype)
     for entry in missing:
-        pipes[_name_of(entry)] = _pipeline_of(source, entry, pipes[_BF16], settings)
+        if _name_of(entry) not in pipes:
+            pipes[_name_of(entry)] = _pipeline_of(source, entry, packed_from, settings)
     first = pipes[_BF16]
     own = resolve_settings(first, requested={"num_inference_steps": _STEPS}, defaults=dict(settings.generation))
     attention = {_name_of(entry): entry["attention"] for entry in missing}
@@ -144,22 +149,23 @@ def _measure(source: ModelSource, missing: Sequence[Entry], settings: Settings) 
             "bf16_storage_bytes": parts[_BF16]["storage_bytes"],
             "settings": own.to_dict(),
         }
-        entries.append(entry | times_of(timings[name], timings[_BF16]) | parts[name] | details)
+        entries.append(entry | times_of(timings[name], {one: timings[one] for one in full}) | parts[name] | details)
     return entries
 
 
 def _name_of(entry: Entry) -> str:
-    return f"{entry['scheme']} {entry['recipe']} {entry['backend']}"
+    return _FP32 if entry["scheme"] == _FP32 else f"{entry['scheme']} {entry['recipe']} {entry['backend']}"
 
 
-def _pipeline_of(source: ModelSource, entry: Entry, bf16: Any, settings: Settings) -> Any:
+def _pipeline_of(source: ModelSource, entry: Entry, full: Any, settings: Settings) -> Any:
     if entry["scheme"] == _FP32:
         return _full_precision(source, torch.float32, settings.device)
     if source.is_quantized:
-        return load_pipeline(source, dtype=torch.bfloat16, device=settings.device, backend=entry["backend"])
+        dtype = full.transformer.dtype
+        return load_pipeline(source, dtype=dtype, device=settings.device, backend=entry["backend"])
     recipe = next(one for one in settings.recipes if one.name == entry["recipe"])
-    pipe = copy.copy(bf16)  # shares the text encoder and the autoencoder
-    pipe.transformer = pack_uncalibrated(copy.deepcopy(bf16.transformer), recipe)
+    pipe = copy.copy(full)  # shares the text encoder and the autoencoder
+    pipe.transformer = pack_uncalibrated(copy.deepcopy(full.transformer), recipe)
     set_backend(pipe.transformer, entry["backend"])
     return pipe
 

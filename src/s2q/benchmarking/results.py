@@ -27,6 +27,20 @@ def identity(**fields: Any) -> dict[str, Any]:
     return {name: fields.get(name) for name in IDENTITY}
 
 
+def place_of(hardware: Mapping[str, Any]) -> str:
+    """Return what computed, for people: the GPU, or the CPU, its instruction set and how many threads.
+
+    Args:
+        hardware: Of a results file; those of earlier versions do not name the instruction set.
+    """
+    if "gpu" in hardware:
+        return str(hardware["gpu"])
+    capped = f" (capped by {hardware['limited_by']})" if hardware.get("limited_by") else ""
+    instructions = f"{hardware['instruction_set']}{capped}, " if "instruction_set" in hardware else ""
+    threads = "1 thread" if hardware["threads"] == 1 else f"{hardware['threads']} threads"
+    return f"{hardware['processor']}, {instructions}{threads}"
+
+
 class ResultsFile:
     """A results file; nothing is written before the first result.
 

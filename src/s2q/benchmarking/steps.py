@@ -6,15 +6,15 @@ A full-precision block and one packed block for each recipe run in the same roun
 outside the blocks (embeddings, the last projection, the scheduler) is left out; it is below a hundredth of the work at
 the published sizes.
 
-`bound_ratio`: the same sum with the measured time of each bf16 linear replaced by that of the plain int8 product of its
-shape; attention, norms and the rest stay as they are.
+`bound_ratio`: the same sum with the measured time of each linear of the baseline (the faster of bf16 and, on a CPU,
+fp32) replaced by that of the plain int8 product of its shape; attention, norms and the rest stay as they are.
 
 Legend: `M` rows, `K` in features, `N` out features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch import nn
 
 from s2q.benchmarking.breakdown import breakdown, in_milliseconds
 from s2q.benchmarking.case import Case, Entry, Settings, packing_of
-from s2q.benchmarking.machine import int8_gemm, peak_memory
+from s2q.benchmarking.machine import full_precision, int8_gemm, peak_memory, quantized_dtype
+from s2q.benchmarking.micro import baseline_of, times_of
 from s2q.benchmarking.results import identity
 from s2q.benchmarking.timing import Timing, interleave, measures_of, stopwatch_for
 from s2q.core.components import TRANSFORMERS
@@ -38,7 +39,7 @@ from s2q.recipes import Recipe
 CPU_TOKENS = 1024
 """Video tokens of a block on a CPU, unless told otherwise."""
 
-_BF16 = "bf16"
+_BF16, _FP32 = "bf16", "fp32"
 _OP = "denoising_step"
 
 
@@ -82,14 +83,15 @@ def synthetic_step_case(model: SyntheticModel, settings: Settings) -> Case:
 
 
 class _ListResult:
-    """What was measured on the blocks of one list; contenders are `_BF16` and names of recipes."""
+    """What was measured on the blocks of one list; contenders are full precision and names of recipes."""
 
     def __init__(self, block_list: BlockList, timings: Mapping[str, Timing], built: int) -> None:
         self.block_list, self.built = block_list, built
         self._timings = timings
         self.shares: dict[str, dict[str, float]] = {}
         self.peaks: dict[str, int | None] = {}
-        self.saved: float | None = None
+        self.saved: dict[str, float | None] = {}
+        self.baseline = baseline_of(timings, [name for name in (_BF16, _FP32) if name in timings])
 
     def samples(self, name: str) -> list[float]:
         """Milliseconds of all blocks of the list, by round."""
@@ -103,7 +105,11 @@ def _measure_list(
     generator = torch.Generator(settings.device)
     generator.manual_seed(derive_seed(settings.seed, _OP, model.name, block_list.name))
     result = _compete(model, block_list, recipes, generator, settings)
-    result.saved = _saved_by_int8(model, block_list, generator, settings)  # when the blocks are gone from memory
+    result.saved = {  # when the blocks are gone from memory
+        name: _saved_by_int8(model, block_list, generator, settings, dtype)
+        for name, dtype in full_precision(settings.device).items()
+        if name == result.baseline
+    }
     return result
 
 
@@ -116,14 +122,18 @@ def _compete(
 ) -> _ListResult:
     tokens, device = synthetic_tokens(model, settings), settings.device
     built = min(settings.blocks, block_list.count)
-    stacks = {_BF16: _stack(model, block_list, None, built, generator)}
-    stacks |= {recipe.name: _stack(model, block_list, recipe, built, generator) for recipe in recipes}
+    full = full_precision(device)
+    dtypes = full | {recipe.name: quantized_dtype(device) for recipe in recipes}
+    stacks = {name: _stack(model, block_list, None, built, generator, dtype) for name, dtype in full.items()}
+    for recipe in recipes:
+        stacks[recipe.name] = _stack(model, block_list, recipe, built, generator, dtypes[recipe.name])
 
-    def fresh(_round: int) -> dict[str, Any]:
-        return block_inputs(model, block_list, tokens=tokens, generator=generator)
+    def fresh(_round: int) -> dict[torch.dtype, dict[str, Any]]:
+        drawn = block_inputs(model, block_list, tokens=tokens, generator=generator)
+        return {dtype: {name: _cast(value, dtype) for name, value in drawn.items()} for dtype in set(dtypes.values())}
 
-    own = {name: None if name == _BF16 else settings.attention for name in stacks}
-    runs = {name: (lambda data, name=name: _run(stacks[name], data, own[name])) for name in stacks}
+    own = {name: None if name in full else settings.attention for name in stacks}
+    runs = {name: (lambda data, name=name: _run(stacks[name], data[dtypes[name]], own[name])) for name in stacks}
     measures = measures_of(runs, stopwatch_for(device), options=settings.options)
     result = _ListResult(block_list, interleave(measures, fresh=fresh, options=settings.options), built)
     data = fresh(-1)
@@ -133,11 +143,20 @@ def _compete(
     return result
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+
+
 def _stack(
-    model: SyntheticModel, block_list: BlockList, recipe: Recipe | None, count: int, generator: torch.Generator
+    model: SyntheticModel,
+    block_list: BlockList,
+    recipe: Recipe | None,
+    count: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
 ) -> list[nn.Module]:
     if recipe is None:
-        return [synthetic_block(model, block_list, generator=generator) for _ in range(count)]
+        return [synthetic_block(model, block_list, generator=generator, dtype=dtype) for _ in range(count)]
     schemes, layouts = packing_of(recipe, block_linears(model.meta_transformer(), model.family))
 
     def packed(place: int) -> nn.Module:
@@ -145,9 +164,9 @@ def _stack(
             name = linear.name.replace(f"{block_list.name}.0.", f"{block_list.name}.{place}.", 1)
             if name not in schemes:
                 return None
-            return random_packed_linear(linear, schemes[name], layouts.get(name), generator=generator)
+            return random_packed_linear(linear, schemes[name], layouts.get(name), generator=generator, dtype=dtype)
 
-        return synthetic_block(model, block_list, generator=generator, linear_of=linear_of)
+        return synthetic_block(model, block_list, generator=generator, dtype=dtype, linear_of=linear_of)
 
     return [packed(place) for place in range(count)]
 
@@ -164,12 +183,13 @@ def _run(stack: Sequence[nn.Module], inputs: Mapping[str, Any], attention: str |
 
 
 def _saved_by_int8(
-    model: SyntheticModel, block_list: BlockList, generator: torch.Generator, settings: Settings
+    model: SyntheticModel,
+    block_list: BlockList,
+    generator: torch.Generator,
+    settings: Settings,
+    dtype: torch.dtype,
 ) -> float | None:
-    """Milliseconds that int8 products would save in one block; None where the machine has no fast one."""
-    gemm = int8_gemm(settings.device)
-    if gemm is None:
-        return None
+    """Milliseconds that int8 products would save in one block of a dtype; None where the machine has no fast one."""
     tokens, counts = synthetic_tokens(model, settings), dict[tuple[int, int, int], int]()
     block = getattr(model.meta_transformer(blocks=1), block_list.name)[0]
     for linear in linears_of_block(block, "block", model.family):
@@ -179,43 +199,47 @@ def _saved_by_int8(
             counts[shape] = counts.get(shape, 0) + 1
     saved = 0.0
     for shape, count in counts.items():
-        times = _product_times(shape, gemm, generator, settings)
-        saved += count * (times[_BF16].milliseconds - times["int8"].milliseconds)
+        times = _product_times(shape, generator, settings, dtype)
+        if times is None:
+            return None
+        saved += count * (times["full"].milliseconds - times["int8"].milliseconds)
     return saved
 
 
 def _product_times(
-    shape: tuple[int, int, int], gemm: Callable[..., Any], generator: torch.Generator, settings: Settings
-) -> dict[str, Timing]:
+    shape: tuple[int, int, int], generator: torch.Generator, settings: Settings, dtype: torch.dtype
+) -> dict[str, Timing] | None:
     rows, in_features, out_features = shape
     device = generator.device
-    weight = torch.randn(out_features, in_features, dtype=torch.bfloat16, device=device, generator=generator)
-    codes = torch.randint(-128, 128, weight.shape, dtype=torch.int8, device=device, generator=generator)
-    out = torch.empty(rows, out_features, dtype=torch.int32, device=device)
+    weight = torch.randn(out_features, in_features, dtype=dtype, device=device, generator=generator)
+    codes = torch.randint(-8, 8, weight.shape, dtype=torch.int8, device=device, generator=generator)
+    gemm = int8_gemm(codes, rows)
+    if gemm is None:
+        return None
 
     def fresh(_round: int) -> tuple[Any, Any]:
-        x = torch.randn(rows, in_features, dtype=torch.bfloat16, device=device, generator=generator)
+        x = torch.randn(rows, in_features, dtype=dtype, device=device, generator=generator)
         return x, torch.randint(-128, 128, x.shape, dtype=torch.int8, device=device, generator=generator)
 
-    runs = {_BF16: lambda data: F.linear(data[0], weight), "int8": lambda data: gemm(data[1], codes, out)}
+    runs = {"full": lambda data: F.linear(data[0], weight), "int8": lambda data: gemm(data[1])}
     measures = measures_of(runs, stopwatch_for(device), options=settings.options)
     return interleave(measures, fresh=fresh, options=settings.options)
 
 
 def _step(model: SyntheticModel, measured: Sequence[_ListResult], name: str, settings: Settings) -> Entry:
-    own, reference = (_whole(model, measured, one) for one in (name, _BF16))
-    bound = None
-    if all(one.saved is not None for one in measured):
-        saved = sum(model.calls * one.block_list.count * (one.saved or 0.0) for one in measured)
-        bound = reference.milliseconds / max(reference.milliseconds - saved, 1e-9)
+    own = _whole(model, measured, name)
+    full = {one: _whole(model, measured, one) for one in full_precision(settings.device)}
+    baseline, bound = baseline_of(full, list(full)), None
+    saved = [one.saved.get(baseline) for one in measured]
+    if None not in saved:
+        gain = sum(
+            model.calls * one.block_list.count * (part or 0.0) for one, part in zip(measured, saved, strict=True)
+        )
+        bound = full[baseline].milliseconds / max(full[baseline].milliseconds - gain, 1e-9)
     storage = _storage(model, next(recipe for recipe in settings.recipes if recipe.name == name))
     return {
-        "milliseconds": own.milliseconds,
-        "milliseconds_quartiles": list(own.quartiles),
-        "bf16_milliseconds": reference.milliseconds,
-        "ratio_to_bf16": own.faster_than(reference),
+        **times_of(own, full),
         "bound_ratio": bound,
-        "rounds": len(own.samples),
         "breakdown": _breakdown(model, measured, name),
         "bf16_breakdown": _breakdown(model, measured, _BF16),
         "peak_memory_bytes": _peak(measured, name, storage["quantized_bytes"]),

@@ -74,11 +74,15 @@ def show_results(content: Mapping[str, Any], *, ops: Sequence[str]) -> None:
         content: As in `bench.json`.
         ops: The order of the ops.
     """
+    from s2q.benchmarking.results import place_of
+
     shown = output.wide_console()
     results = sorted(content["results"], key=lambda one: ops.index(one["op"]))
     hardware = content["hardware"]
-    place = hardware.get("gpu") or f"{hardware['processor']}, {hardware['threads']} threads"
-    shown.print(Text.assemble(("Benchmark ", "bold"), f"{place}, torch {content['versions']['torch']}"), soft_wrap=True)
+    shown.print(
+        Text.assemble(("Benchmark ", "bold"), f"{place_of(hardware)}, torch {content['versions']['torch']}"),
+        soft_wrap=True,
+    )
     shown.print(_result_table(results))
     steps = [one for one in results if one.get("breakdown")]
     if steps:
@@ -91,7 +95,7 @@ def _result_table(results: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("", overflow="fold")
     for name in ("recipe", "backend"):
         table.add_column(name, no_wrap=True)
-    for name in ("ms", "bf16 ms", "× bf16", "bound", "memory", "storage"):
+    for name in ("ms", "baseline", "times", "bound", "memory", "storage"):
         table.add_column(name, justify="right", no_wrap=True)
     last = None
     for one in results:
@@ -99,14 +103,15 @@ def _result_table(results: Sequence[Mapping[str, Any]]) -> Table:
             table.add_row(Text(one["op"], style="bold"))
             last = one["op"]
         storage, full = one.get("storage_bytes"), one.get("bf16_storage_bytes")
+        baseline = one.get("baseline", "bf16")  # the only one of earlier versions
         memory = one.get("peak_memory_bytes")
         table.add_row(
             _what(one),
             one["recipe"] or one["scheme"],
             f"auto: {one['ran']}" if one["backend"] == "auto" and one.get("ran") else one["backend"] or "–",
             _number(one["milliseconds"]),
-            _number(one["bf16_milliseconds"]),
-            f"{one['ratio_to_bf16']:.2f}",
+            f"{baseline} {_number(one[f'{baseline}_milliseconds'])}",
+            f"{one[f'ratio_to_{baseline}']:.2f}",
             "–" if one["bound_ratio"] is None else f"{one['bound_ratio']:.2f}",
             "–" if memory is None else format_bytes(memory),
             f"{full / storage:.2f}×" if storage and full else "–",
