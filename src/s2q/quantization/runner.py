@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from s2q.core.components import full_name
+from s2q.core.devices import peak_memory_bytes
 from s2q.core.processes import Tell, devices_of, run_in_processes
 from s2q.core.schemes import LinearScheme
 from s2q.models import ModelSource
 from s2q.planning import CalibrationCost, Machine
 from s2q.quantization.blocks import block_fingerprint, quantize_block, to_artefact
-from s2q.quantization.report import peak_memory_bytes
 from s2q.quantization.run_folder import ArtefactFolder
 from s2q.quantization.select import Selected, calibration_stream
 from s2q.quantization.stream import TeacherStream
