@@ -165,7 +165,7 @@ def quantize_in_processes(
     Args:
         runner: Of this process.
         source: The model, which every process loads.
-        dtype: Compute dtype; None takes the stored one.
+        dtype: Compute dtype; None takes the one of `load_teacher`.
         processes: How many; they share the memory for activations, and the GPUs that "cuda" means.
         progress: Called with the finished units of all blocks.
 
@@ -230,7 +230,7 @@ def _runner(order: bytes, device: str) -> BlockRunner:
     """The runner of this process; the model is loaded once."""
     content: _Order = pickle.loads(order)
     job = replace(content.job, machine=replace(content.job.machine, device=device))
-    teacher = load_teacher(content.source, job.recipe, dtype=content.dtype)
+    teacher = load_teacher(content.source, job.recipe, dtype=content.dtype, device=device)
     transformers = (
         replace(one, schemes={name: content.schemes[name] for name in one.schemes}) for one in teacher.transformers
     )
