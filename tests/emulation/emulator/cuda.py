@@ -146,6 +146,7 @@ def patch(guard: ctypes.CDLL) -> None:
     functions |= dict.fromkeys((*nothing, "set_rng_state"), _nothing)
     for name, function in functions.items():
         setattr(torch.cuda, name, function)
+    torch._C._host_emptyCache = _nothing  # only builds for CUDA have it
     torch.Generator = Generator  # type: ignore[misc]
     torch.backends.cuda.is_built = lambda: True  # type: ignore[attr-defined]
     from torch.optim import optimizer
