@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from s2q.core.components import full_name
 from s2q.core.devices import peak_memory_bytes
 from s2q.core.processes import Tell, devices_of, run_in_processes
 from s2q.core.schemes import LinearScheme
@@ -177,7 +176,10 @@ def quantize_in_processes(
     """
     teacher, job = runner.teacher, runner.job
     places = [(one, index) for one in teacher.transformers for index in range(len(one.block_names))]
-    todo = [(one.component, index) for one, index in places if not runner.is_finished(one, index)]
+    left = [(one, index) for one, index in places if not runner.is_finished(one, index)]
+    todo = [(one.component, index) for one, index in left]
+    if not todo:
+        return set()
     finished = job.units * (len(places) - len(todo))
     units = dict.fromkeys(todo, 0)
 
@@ -202,9 +204,9 @@ def quantize_in_processes(
                 units[todo[index]] = job.units
                 progress(finished + sum(units.values()))
     finally:
-        for left in runner.folder.path.glob(f"{_SPILLED}*"):
-            left.unlink(missing_ok=True)
-    return {full_name(component, f"block-{index:03d}") for component, index in todo}
+        for spilled in runner.folder.path.glob(f"{_SPILLED}*"):
+            spilled.unlink(missing_ok=True)
+    return {one.artefact_name(index) for one, index in left}
 
 
 @dataclass(frozen=True, kw_only=True)
