@@ -17,7 +17,7 @@ def mode(path: Path) -> int:
 
 
 class FailingCall:
-    """Stands for a function of `os`; fails from the n-th call on."""
+    """A function of `os` that fails from the n-th call on."""
 
     def __init__(self, function, *, fail_from: int, error: BaseException):
         self.function, self.fail_from, self.error, self.calls = function, fail_from, error, 0

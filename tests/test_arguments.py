@@ -72,6 +72,7 @@ CASES = {
         "dry_run": SWITCHES,
         "max_shard_size": SIZES,
         "memory_budget": [size for size in SIZES if size is not None],
+        "processes": NUMBERS,
     },
     "generate": {
         "variant": VARIANTS,
@@ -94,6 +95,7 @@ CASES = {
         "dtype": DTYPES,
         "lpips_weights": PATHS,
         "clip": PATHS,
+        "processes": NUMBERS,
         "trajectory_bytes": [number for number in NUMBERS if number not in (0, True) or number is True],
     },
     "compare": {

@@ -310,7 +310,7 @@ def test_bad_input_is_refused_before_any_compute(tiny_model, tmp_path, monkeypat
     monkeypatch.setattr(comparing_run, "output_lock", None)
     cases = [
         (UsageError, "got nothing to compare", {"entries": []}),
-        (UsageError, "processes=0", {"processes": 0}),
+        (InvalidInputError, "processes: got 0; expected at least 1", {"processes": 0}),
         (InvalidInputError, "nearest names are psnr", {"metrics": ("psrn",)}),
         (
             InvalidInputError,

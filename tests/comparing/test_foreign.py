@@ -64,7 +64,7 @@ def test_the_width_is_that_of_the_configuration_else_a_group_of_the_method(confi
 
 
 class PlainConfig(QuantizationConfigMixin):
-    """Stands for another tool's configuration."""
+    """The configuration of another tool."""
 
     def __init__(self, **options):
         self.quant_method = auto.QuantizationMethod.SDNQ
@@ -75,7 +75,7 @@ class PlainConfig(QuantizationConfigMixin):
 
 
 class PlainQuantizer(DiffusersQuantizer):
-    """Stands for another tool's quantizer: its weights are stored in eight bits and loaded into plain linears."""
+    """The quantizer of another tool, whose weights are stored in eight bits and loaded into plain linears."""
 
     def _process_model_before_weight_loading(self, model, **_):
         pass

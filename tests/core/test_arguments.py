@@ -129,15 +129,9 @@ def test_seeds_are_plain_ints(seed):
     assert type(seed_number(seed)) is int
 
 
-@pytest.mark.parametrize(
-    "seeds", [[0, 1], (0, 1), range(2), np.arange(2), iter([0, 1]), [np.int64(0), 1], {0: "a", 1: "b"}.keys()]
-)
+@pytest.mark.parametrize("seeds", [[0, 1], (0, 1), range(2), np.arange(2), iter([0, 1]), [np.int64(0), 1]])
 def test_lists_of_seeds(seeds):
-    if isinstance(seeds, type({}.keys())):
-        with pytest.raises(InvalidInputError, match="pass a list of seeds"):
-            seed_numbers(seeds)
-    else:
-        assert seed_numbers(seeds) == (0, 1)
+    assert seed_numbers(seeds) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +143,7 @@ def test_lists_of_seeds(seeds):
         (b"012", "pass a list of seeds"),
         ({0, 1}, "pass a list of seeds"),
         ({0: 1}, "pass a list of seeds"),
+        ({0: 1}.keys(), "pass a list of seeds"),
         (None, "pass a list of seeds"),
         (1.5, "pass a list of seeds"),
         ([], "pass at least one seed"),

@@ -230,11 +230,6 @@ class TestTriton:
         if branch is not None:
             torch.testing.assert_close(in_pieces[2], at_once[2], rtol=1e-2, atol=1e-3)
 
-    def test_pieces_bound_the_memory(self):
-        from s2q.ops.activation_path import triton
-
-        assert triton.PIECE_ROWS == 4096
-
     def test_strided_rows_and_no_rows(self):
         wide = draw(5, 400)
         for x in (wide[:, :192], wide[::2, 8:200], draw(192, 5).t()):

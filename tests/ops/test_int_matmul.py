@@ -14,7 +14,7 @@ from s2q.ops.int_matmul import BACKENDS, cpu, int_matmul
 USABLE = list(BACKENDS)
 
 
-@pytest.fixture(params=["as it is", "pairs", "fp32"], autouse=True)
+@pytest.fixture(params=["native", "pairs", "fp32"], autouse=True)
 def instructions(request, monkeypatch):
     """How the CPU backend multiplies: as it would on this CPU, without VNNI, and without anything for integers."""
     if request.param == "pairs":
@@ -96,7 +96,7 @@ def test_products_at_the_extremes_of_their_codes_are_exact(instructions):
 @pytest.mark.skipif(not is_x86(), reason="only x86 CPUs can be capped")
 @pytest.mark.parametrize("cap", ["AVX2", "AVX512_CORE", "SSE41"])
 def test_products_are_exact_where_onednn_is_capped(instructions, request, cap):
-    if request.node.callspec.params["instructions"] != "as it is":
+    if request.node.callspec.params["instructions"] != "native":
         pytest.skip("in a process of its own")
     program = Path(__file__).parents[1] / "extreme_products.py"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": cap}

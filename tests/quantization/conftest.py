@@ -1,5 +1,7 @@
 """A tiny model, the weights of an undisturbed run, and a count of the blocks that are quantized."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -36,3 +38,17 @@ def count_blocks(monkeypatch):
 
     monkeypatch.setattr(runner, "quantize_block", counted)
     return state
+
+
+@pytest.fixture
+def interrupt(count_blocks):
+    """A context in which a run is interrupted after some blocks."""
+
+    @contextlib.contextmanager
+    def interrupt(*, after=1):
+        count_blocks["stop_after"] = after
+        with pytest.raises(KeyboardInterrupt):
+            yield
+        count_blocks.update(stop_after=None, computed=[])
+
+    return interrupt

@@ -104,19 +104,9 @@ def test_two_runs_are_bit_identical_and_other_seeds_differ(run, tmp_path):
     assert (tmp_path / "other" / WEIGHTS).read_bytes() != (run[0] / WEIGHTS).read_bytes()
 
 
-def test_a_killed_run_goes_on_with_the_same_result(run, tmp_path, monkeypatch):
-    original, computed = runner.quantize_block, []
-
-    def killing(task):
-        if computed:
-            raise KeyboardInterrupt
-        computed.append(1)
-        return original(task)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "quantize_block", killing)
-        with pytest.raises(KeyboardInterrupt):
-            small(tmp_path / "out")
+def test_a_killed_run_goes_on_with_the_same_result(run, tmp_path, monkeypatch, interrupt):
+    with interrupt():
+        small(tmp_path / "out")
     with monkeypatch.context() as patch:  # nothing is generated again
         patch.setattr("s2q.quantization.collect.record_trajectory", None)
         report = small(tmp_path / "out")
@@ -134,23 +124,13 @@ def files_of(out):
 
 @pytest.mark.parametrize("build", [tiny_cogvideox_pipeline, tiny_wan_pipeline], ids=["cogvideox", "wan"])
 @pytest.mark.parametrize("recipe", ["s2q-w4a6", "rtn-w4a6"])
-def test_every_file_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path, monkeypatch, build, recipe):
+def test_every_file_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path, interrupt, build, recipe):
     build().save_pretrained(tmp_path / "model")
     size = ["calibration.num_frames=9", "calibration.height=16", "calibration.width=16"]
     overrides = [*SMALL, *size] if recipe == "s2q-w4a6" else []
     arguments = {"recipe": recipe, "prompts": PROMPTS, "overrides": overrides}
-    original, computed = runner.quantize_block, []
-
-    def killing(task):
-        if computed:
-            raise KeyboardInterrupt
-        computed.append(1)
-        return original(task)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "quantize_block", killing)
-        with pytest.raises(KeyboardInterrupt):
-            quantize(tmp_path / "model", out=tmp_path / "out", **arguments)
+    with interrupt():
+        quantize(tmp_path / "model", out=tmp_path / "out", **arguments)
     quantize(tmp_path / "model", out=tmp_path / "out", **arguments)
     quantize(tmp_path / "model", out=tmp_path / "whole", **arguments)
     resumed, whole = files_of(tmp_path / "out"), files_of(tmp_path / "whole")
@@ -188,21 +168,11 @@ def test_a_killed_run_leaves_no_activations_on_the_disk(tmp_path, monkeypatch):
     assert "block-000.safetensors" in left
 
 
-def test_learned_rounding_goes_on_with_the_same_result_and_is_what_is_packed(tmp_path, monkeypatch):
-    original, computed = runner.quantize_block, []
-
-    def killing(task):
-        if computed:
-            raise KeyboardInterrupt
-        computed.append(1)
-        return original(task)
-
+def test_learned_rounding_goes_on_with_the_same_result_and_is_what_is_packed(tmp_path, interrupt):
     arguments = {"recipe": "ptq4dit-w4a4", "overrides": ["distillation.rounding_lr=0.1", "distillation.epochs=8"]}
     whole = small(tmp_path / "whole", **arguments)
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "quantize_block", killing)
-        with pytest.raises(KeyboardInterrupt):
-            small(tmp_path / "out", **arguments)
+    with interrupt():
+        small(tmp_path / "out", **arguments)
     report = small(tmp_path / "out", **arguments)
     assert [block.resumed for block in report.blocks] == [True, False]
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()

@@ -19,17 +19,11 @@ FAST += ("calibration.num_frames=5", "calibration.height=16", "calibration.width
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-def interrupted(folder, out, count_blocks, *, after=2, **arguments):
-    count_blocks["stop_after"] = after
-    with pytest.raises(KeyboardInterrupt):
-        quantize(folder, recipe="rtn-w4a6", out=out, **arguments)
-    count_blocks.update(stop_after=None, computed=[])
-
-
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_killed_run_goes_on_with_the_same_result(folder, tmp_path, reference, count_blocks, after):
+def test_a_killed_run_goes_on_with_the_same_result(folder, tmp_path, reference, count_blocks, interrupt, after):
     out = tmp_path / "out"
-    interrupted(folder, out, count_blocks, after=after)
+    with interrupt(after=after):
+        quantize(folder, recipe="rtn-w4a6", out=out)
     assert not out.exists()
     report = quantize(folder, recipe="rtn-w4a6", out=out)
     assert len(count_blocks["computed"]) == 3 - after
@@ -142,9 +136,10 @@ def test_a_run_killed_when_its_checkpoint_was_in_place_is_finished_by_the_same_c
         quantize(folder, recipe="rtn-w4a6", out=out)  # nothing was killed
 
 
-def test_no_resume_starts_over(folder, tmp_path, count_blocks):
+def test_no_resume_starts_over(folder, tmp_path, count_blocks, interrupt):
     out = tmp_path / "out"
-    interrupted(folder, out, count_blocks)
+    with interrupt(after=2):
+        quantize(folder, recipe="rtn-w4a6", out=out)
     quantize(folder, recipe="rtn-w4a6", out=out, resume=False)
     assert len(count_blocks["computed"]) == 3
 
@@ -159,17 +154,19 @@ def test_no_resume_starts_over(folder, tmp_path, count_blocks):
         ({"overrides": ["description=other words"]}, 1),
     ],
 )
-def test_results_of_other_inputs_are_not_taken_over(folder, tmp_path, count_blocks, changed, computed):
+def test_results_of_other_inputs_are_not_taken_over(folder, tmp_path, count_blocks, interrupt, changed, computed):
     """Two of three blocks are there; those whose inputs changed are computed again."""
     out = tmp_path / "out"
-    interrupted(folder, out, count_blocks)
+    with interrupt(after=2):
+        quantize(folder, recipe="rtn-w4a6", out=out)
     quantize(folder, recipe="rtn-w4a6", out=out, **changed)
     assert len(count_blocks["computed"]) == computed
 
 
-def test_other_weights_are_not_taken_over(folder, tmp_path, count_blocks):
+def test_other_weights_are_not_taken_over(folder, tmp_path, count_blocks, interrupt):
     out = tmp_path / "out"
-    interrupted(folder, out, count_blocks)
+    with interrupt(after=2):
+        quantize(folder, recipe="rtn-w4a6", out=out)
     pipe = tiny_cogvideox_pipeline(num_layers=3, dtype=torch.bfloat16)
     with torch.no_grad():
         pipe.transformer.transformer_blocks[1].ff.net[2].weight[0, 0] += 1
@@ -177,9 +174,10 @@ def test_other_weights_are_not_taken_over(folder, tmp_path, count_blocks):
     assert [name.split(".")[1] for name in count_blocks["computed"]] == ["1", "2"]
 
 
-def test_a_damaged_result_is_computed_again(folder, tmp_path, count_blocks, reference):
+def test_a_damaged_result_is_computed_again(folder, tmp_path, count_blocks, interrupt, reference):
     out = tmp_path / "out"
-    interrupted(folder, out, count_blocks)
+    with interrupt(after=2):
+        quantize(folder, recipe="rtn-w4a6", out=out)
     artefact = tmp_path / ".out.s2q-run/block-000.safetensors"
     content = bytearray(artefact.read_bytes())
     content[-5] ^= 1
@@ -217,8 +215,9 @@ def test_processes_give_the_bytes_of_one(tmp_path, memory_budget):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "two"]
 
 
-def test_processes_resume_what_is_finished(folder, reference, tmp_path, count_blocks):
-    interrupted(folder, tmp_path / "out", count_blocks, after=2)
+def test_processes_resume_what_is_finished(folder, reference, tmp_path, count_blocks, interrupt):
+    with interrupt(after=2):
+        quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out")
     report = quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", processes=2)
     assert [block.resumed for block in report.blocks] == [True, True, False]
     assert count_blocks["computed"] == [], "the last block is another process's"

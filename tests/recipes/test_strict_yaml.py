@@ -83,7 +83,7 @@ def test_nan_is_a_number():
         ("a: 1\n'a': 2\n", "line 2: key 'a' is given twice"),
         ("a: 1\nb: {c: {d: [{e: 1, e: 2}]}}\n", r"line 2: key 'b\.c\.d\.e' is given twice"),
         ("a: 010\n", "line 1: '010' has leading zeros; write 10, or quote it"),
-        ("a: -007\n", "line 1: '-007' has leading zeros"),
+        ("a: -007\n", "line 1: '-007' has leading zeros; write -7, or quote it"),
         ("a:\n\tb: 1\n", "line 2, column 1: not valid YAML: a tab, where YAML takes spaces only"),
         ("a: [1,\n\t2]\n", "line 2, column 1: .*a tab"),
         ("a: 1\n b: 2\n", "line 2, column 3: not valid YAML"),

@@ -64,7 +64,7 @@ def compare(
             been computed or overwritten then.
         BusyError: Another process writes the same folder.
         ResourceError: There is no such device, or the disk is full.
-        UsageError: There is nothing to compare, or an option is out of range.
+        UsageError: There is nothing to compare, or nothing to calibrate on the calibration prompts.
         S2QError: The reference failed, or a process died; what is finished is kept.
     """
     options, target = options or CompareOptions(), path_argument("out", out)

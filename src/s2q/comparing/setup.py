@@ -101,8 +101,9 @@ class CompareOptions:
 
     def __post_init__(self) -> None:
         dtype, calibration = parse_dtype(self.dtype), self.calibration_prompts
+        counts = ("num_prompts", "seeds", "processes")
         normalised = {
-            **{name: whole_number(name, getattr(self, name)) for name in ("num_prompts", "seeds", "processes")},
+            **{name: whole_number(name, getattr(self, name), least=1) for name in counts},
             **{name: flag(name, getattr(self, name)) for name in ("resume", "overwrite", "dry_run")},
             **{name: optional_path(name, getattr(self, name)) for name in ("lpips_weights", "clip")},
             "calibration_prompts": None
@@ -219,7 +220,7 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
     Raises:
         InvalidInputError: Something is unknown, does not fit, or is too long; nothing has been written.
         ResourceError: There is no such device.
-        UsageError: There is nothing to compare, or a number is out of range.
+        UsageError: There is nothing to compare, or nothing to calibrate on the calibration prompts.
     """
     given, model = name_list("compare", given), model_argument("model", model)
     if not isinstance(model, str | Path):
@@ -227,9 +228,6 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
     model = str(model)
     if not given:
         raise UsageError("compare: got nothing to compare; name recipes (all, s2q-*) or checkpoint folders")
-    for name in ("num_prompts", "seeds", "processes"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"compare: {name}={getattr(options, name)}; expected at least 1")
     weights = {"lpips": options.lpips_weights, "clip": options.clip}
     learned = open_judges(lpips_weights=weights["lpips"], clip=weights["clip"], device="cpu").names
     metrics = selected_metrics(tuple(options.metrics), learned=learned)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from s2q.comparing.folder import CompareFolder
 from s2q.comparing.setup import RunPlan
@@ -62,10 +61,8 @@ def evaluate_shards(
 
 
 def _evaluate(folder: CompareFolder, plan: RunPlan, shard: Shard, device: str, tell: Tell) -> None:
-    def failed(label: str, why: str) -> Any:
-        tell((label, why))
-
-    evaluate_shard(folder, plan, shard, device=device, reports=Reports(stepped=lambda: tell(None), failed=failed))
+    reports = Reports(stepped=lambda: tell(None), failed=lambda label, why: tell((label, why)))
+    evaluate_shard(folder, plan, shard, device=device, reports=reports)
 
 
 def _without(shard: Shard, failures: dict[str, str]) -> Shard:

@@ -75,7 +75,7 @@ class EvaluationOptions:
             that has it is loaded in it too.
         verify: What is verified of s2q checkpoints given by name; see `s2q.loading.load_pipeline`.
         device: Device of models given by name.
-        trajectory_bytes: Memory for recorded trajectories; what is beyond it goes to a temporary folder.
+        trajectory_bytes: Memory of a process for recorded trajectories; what is beyond it goes to a temporary folder.
         lpips_weights: File of LPIPS's weights; None for no `lpips`.
         clip: Folder of a CLIP model; None for no `clip_score`, `clipsim` and `clip_temp`.
         processes: Processes that share the prompts; several need models given by name.

@@ -6,13 +6,15 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from s2q.core.processes import Tell, devices_of, run_in_processes
 from s2q.evaluation.generate import Progress, Video
 from s2q.evaluation.measured import Measured, joined
-from s2q.evaluation.sources import generation_defaults
 from s2q.models import ModelSource
+
+if TYPE_CHECKING:
+    from s2q.evaluation.evaluate import EvaluationOptions
 
 PROMPTS = 8
 """Prompts that a process claims at a time, at most."""
@@ -35,7 +37,7 @@ class PromptSet:
     reference: ModelSource
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    options: Any
+    options: EvaluationOptions
     wants_videos: bool
 
 
@@ -49,7 +51,7 @@ def measure_in_processes(
     *,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    options: Any,
+    options: EvaluationOptions,
     progress: Progress | None,
 ) -> Measured:
     """Measure a model beside its full-precision reference; every process loads both.
@@ -70,13 +72,12 @@ def measure_in_processes(
         S2QError: A process died, or a model produced NaN or infinite values.
     """
     size = min(PROMPTS, -(-len(prompts) // options.processes))
-    settings = {**generation_defaults(reference), **(options.settings or {})}
     common = functools.partial(
         PromptSet,
         model=model,
         reference=reference,
         seeds=tuple(seeds),
-        options=replace(options, settings=settings, video_done=None),
+        options=replace(options, video_done=None),
         wants_videos=options.video_done is not None,
     )
     sets = [common(prompts=tuple(prompts[start : start + size])) for start in range(0, len(prompts), size)]
@@ -96,5 +97,6 @@ def measure_in_processes(
         found.update(results)
     for index in range(len(sets)):
         for label, video in found[index][1]:
+            assert options.video_done is not None
             options.video_done(label, video)
     return joined([found[index][0] for index in range(len(sets))])

@@ -157,7 +157,7 @@ def quantize(
         InvalidInputError: If the model, the recipe or the output will not do; nothing has been written then.
         BusyError: If another run writes the same output.
         ResourceError: If the device is not there or the disk is full.
-        UsageError: If an option is unknown or out of range, or `out` is missing.
+        UsageError: If an option is unknown, or `out` is missing.
     """
     settings, model = _settings(options), model_argument("model", model)
     prompts = None if prompts is None else prompt_list(prompts, allow_none=True)

@@ -117,7 +117,8 @@ class _Reader:
         if text in _BOOL:
             return _BOOL[text]
         if _LEADING_ZERO.fullmatch(text):
-            plain = short_repr(text.lstrip("+-0") or "0").strip("'")
+            sign = "-" if text.startswith("-") else ""
+            plain = short_repr(sign + (text.lstrip("+-0") or "0")).strip("'")
             raise self._refused(event, f"{short_repr(text)} has leading zeros; write {plain}, or quote it")
         if len(text) <= _MAX_DIGITS:
             if _INT.fullmatch(text):
