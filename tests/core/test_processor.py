@@ -18,7 +18,7 @@ TORCH_NAMES = {"avx2", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx51
 X86 = [
     (set(), {}, "SSE", False, False, False),
     (HASWELL, {}, "AVX2", False, False, False),
-    (ALDER_LAKE, {}, "AVX2 VNNI", True, False, False),
+    (ALDER_LAKE, {}, "AVX2 VNNI", False, False, False),
     ({"avx2", "avx512f"}, {}, "AVX2", False, False, False),
     (SKYLAKE, {}, "AVX-512", False, False, False),
     (CASCADE_LAKE, {}, "AVX-512 VNNI", True, False, False),
@@ -30,7 +30,7 @@ X86 = [
     (ZEN_4, {"DNNL_MAX_CPU_ISA": "AVX2"}, "AVX2", False, False, False),
     (ZEN_4, {"ONEDNN_MAX_CPU_ISA": "ALL", "DNNL_MAX_CPU_ISA": "AVX2"}, "AVX-512 VNNI + bf16", True, True, False),
     (ZEN_4, {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}, "AVX2", False, False, False),
-    (SAPPHIRE_RAPIDS, {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}, "AVX2 VNNI", True, False, False),
+    (SAPPHIRE_RAPIDS, {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}, "AVX2 VNNI", False, False, False),
     (SAPPHIRE_RAPIDS, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "AVX-512", False, False, False),
     (SAPPHIRE_RAPIDS, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, "AVX-512 VNNI", True, False, False),
     (SAPPHIRE_RAPIDS, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "AVX-512 VNNI + bf16", True, True, False),
