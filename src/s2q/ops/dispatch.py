@@ -114,7 +114,7 @@ def triton_backend(package: str, name: str) -> Callable[..., Any]:
 
     Returns:
         A function of the same signature. It raises `KernelUnavailableError` if the kernel cannot run. Triton launches
-        on the current device, so that of the tensor is made current for the call.
+        on the current device: that of the tensor is current during the call.
     """
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +136,7 @@ def _import_kernels(module: str) -> ModuleType:
     if (module,) not in _REFUSED:
         try:
             return importlib.import_module(module)
-        except Exception as error:  # an installation breaks in ways that nobody can list
+        except Exception as error:  # a broken installation may raise anything
             _REFUSED[module,] = f"triton cannot be imported: {_first_line(error)}"
     raise KernelUnavailableError(_REFUSED[module,])
 
@@ -154,9 +154,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
         KernelUnavailableError: If it does not compile, asks for more than the GPU has, or Triton lacks a tool or the
             driver; again without a try if the same launch (kernel, device, dtypes and settings) failed before.
     """
-    dtypes = tuple(one.dtype if isinstance(one, Tensor) else type(one) for one in arguments)
-    key = (kernel.__name__, arguments[0].device, dtypes, *settings.items()) if _REFUSED else ()
-    if key in _REFUSED:
+    if _REFUSED and (key := _launch_key(kernel, arguments, settings)) in _REFUSED:
         raise KernelUnavailableError(_REFUSED[key])
     try:
         kernel[grid](*arguments, **settings)
@@ -168,8 +166,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
             raise
         reason = f"{kernel.__name__}: {_first_line(error)}"
         if "out of memory" not in text:
-            _REFUSED[(kernel.__name__, arguments[0].device, dtypes, *settings.items())] = reason
+            _REFUSED[_launch_key(kernel, arguments, settings)] = reason
         raise KernelUnavailableError(reason) from error
+
+
+def _launch_key(kernel: Any, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> tuple[object, ...]:
+    dtypes = tuple(value.dtype if isinstance(value, Tensor) else type(value) for value in arguments)
+    return kernel.__name__, arguments[0].device, dtypes, *settings.items()
 
 
 def _first_line(error: Exception) -> str:
@@ -222,7 +225,7 @@ def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[...,
     """Pick the function that runs an op.
 
     Args:
-        backend: See `resolve_backend`. With "auto", a kernel that cannot run hands over to the reference.
+        backend: See `resolve_backend`. With "auto", the reference runs where a kernel cannot.
         x: Main input of the op.
         backends: The op's functions by name.
 
