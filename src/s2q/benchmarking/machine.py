@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from s2q.core import processor
-from s2q.core.devices import default_dtype
+from s2q.core.devices import default_dtype, peak_memory_bytes, reset_peak_memory, resident_bytes
 from s2q.ops import scratch
 from s2q.ops.dispatch import backend_obstacle, is_interpreting
 from s2q.ops.int_matmul import cpu
 
 PACKAGES = ("s2q", "torch", "triton", "diffusers", "transformers")
-_STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -97,18 +96,25 @@ def quantized_dtype(device: str) -> torch.dtype:
     return default_dtype(torch.bfloat16, device)
 
 
-def int8_gemm(w_codes: Tensor, rows: int) -> Callable[[Tensor], object] | None:
-    """Return the plain int8 product with a weight on its device, a function of x [M, K]; None if there is no fast one.
+def has_int8_gemm(device: str) -> bool:
+    """Tell whether a device has a fast plain int8 product, `int8_gemm`.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+    """
+    return torch.device(device).type == "cuda" or cpu.is_fast(x_bits=8, w_bits=4)
+
+
+def int8_gemm(w_codes: Tensor, rows: int) -> Callable[[Tensor], object]:
+    """Return the plain int8 product with a weight on its device, a function of x [M, K].
 
     Args:
         w_codes: int8 [N, K], within 4 bits.
         rows: M.
     """
-    if torch.cuda.is_available() if w_codes.is_cuda else cpu.adds_in_32_bits():
+    if w_codes.is_cuda or cpu.adds_in_32_bits():
         out = torch.empty(rows, len(w_codes), dtype=torch.int32, device=w_codes.device)
         return lambda x: torch._int_mm(x, w_codes.t(), out=out)
-    if w_codes.is_cuda or not cpu.adds_pairs(x_bits=8, w_bits=4):
-        return None
     prepacked, ones = cpu.prepack(w_codes), torch.ones(len(w_codes))
     return lambda x: cpu.multiply_pairs(x.view(torch.uint8), prepacked, ones, x_bits=8)
 
@@ -130,26 +136,17 @@ def peak_memory(call: Callable[[], object], device: str) -> int | None:
         return int(torch.cuda.max_memory_allocated(device)) - before
     scratch.release()  # what the ops kept from earlier calls is memory of this call too
     _return_free_memory()
-    try:
-        _CLEAR_PEAK.write_text("5")
-        before = _resident("VmRSS")
-        call()
-        return max(0, _resident("VmHWM") - before)
-    except (OSError, LookupError):
+    before = resident_bytes() if reset_peak_memory(device) else None
+    if before is None:
         return None
+    call()
+    return max(0, peak_memory_bytes(device) - before)
 
 
 def _return_free_memory() -> None:
     """Give what malloc keeps back to the system: memory that is held already would not count as a call's."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _resident(field: str) -> int:
-    match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE)
-    if match is None:
-        raise LookupError(field)
-    return int(match.group(1)) * 1024
 
 
 def _processor() -> str:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.benchmarking.case import Case, Entry, Settings, packing_of
-from s2q.benchmarking.machine import full_precision, int8_gemm, peak_memory, quantized_dtype
+from s2q.benchmarking.machine import full_precision, has_int8_gemm, int8_gemm, peak_memory, quantized_dtype
 from s2q.benchmarking.results import identity
 from s2q.benchmarking.shapes import AttentionShape, LayerShape
 from s2q.benchmarking.timing import Run, Timing, interleave, measures_of, stopwatch_for
@@ -156,7 +156,7 @@ def _measure_linear(op: str, shape: LayerShape, missing: Sequence[Entry], settin
         for name, dtype in full_precision(settings.device).items()
     }
     full = list(contenders)
-    if op != "activation_path" and _int8_product(shape.shape, generator) is not None:
+    if op != "activation_path" and has_int8_gemm(settings.device):
         contenders[_INT8] = _together(_int8_product, readers, shape.shape, generator)
     packed = {
         recipe.name: nn.ModuleList(_packed(linear, recipe, generator) for _ in range(readers))
@@ -287,11 +287,10 @@ def _full_linear(in_features: int, out_features: int, generator: torch.Generator
     return _Contender(run=lambda x: F.linear(x, weight, bias), storage_bytes=_bytes_of(weight, bias), reads=dtype)
 
 
-def _int8_product(shape: tuple[int, int, int], generator: torch.Generator) -> _Contender | None:
+def _int8_product(shape: tuple[int, int, int], generator: torch.Generator) -> _Contender:
     rows, in_features, out_features = shape
     weight = _random_codes((out_features, in_features), 4, generator)
-    gemm = int8_gemm(weight, rows)
-    return None if gemm is None else _Contender(run=gemm, storage_bytes=_bytes_of(weight), reads=8)
+    return _Contender(run=int8_gemm(weight, rows), storage_bytes=_bytes_of(weight), reads=8)
 
 
 def _together(make: Callable[..., _Contender], count: int, *arguments: Any) -> _Contender:

@@ -7,7 +7,7 @@ outside the blocks (embeddings, the last projection, the scheduler) is left out;
 the published sizes.
 
 `bound_ratio`: the same sum with the measured time of each linear of the baseline (the faster of bf16 and, on a CPU,
-fp32) replaced by that of the plain int8 product of its shape; attention, norms and the rest stay as they are.
+fp32) replaced by that of the plain int8 product of its shape; attention, norms and the rest are unchanged.
 
 Legend: `M` rows, `K` in features, `N` out features.
 """
@@ -23,7 +23,7 @@ from torch import nn
 
 from s2q.benchmarking.breakdown import breakdown, in_milliseconds
 from s2q.benchmarking.case import Case, Entry, Settings, packing_of
-from s2q.benchmarking.machine import full_precision, int8_gemm, peak_memory, quantized_dtype
+from s2q.benchmarking.machine import full_precision, has_int8_gemm, int8_gemm, peak_memory, quantized_dtype
 from s2q.benchmarking.micro import baseline_of, times_of
 from s2q.benchmarking.results import identity
 from s2q.benchmarking.timing import Timing, interleave, measures_of, stopwatch_for
@@ -190,6 +190,8 @@ def _saved_by_int8(
     dtype: torch.dtype,
 ) -> float | None:
     """Milliseconds that int8 products would save in one block of a dtype; None where the machine has no fast one."""
+    if not has_int8_gemm(settings.device):
+        return None
     tokens, counts = synthetic_tokens(model, settings), dict[tuple[int, int, int], int]()
     block = getattr(model.meta_transformer(blocks=1), block_list.name)[0]
     for linear in linears_of_block(block, "block", model.family):
@@ -200,22 +202,18 @@ def _saved_by_int8(
     saved = 0.0
     for shape, count in counts.items():
         times = _product_times(shape, generator, settings, dtype)
-        if times is None:
-            return None
         saved += count * (times["full"].milliseconds - times["int8"].milliseconds)
     return saved
 
 
 def _product_times(
     shape: tuple[int, int, int], generator: torch.Generator, settings: Settings, dtype: torch.dtype
-) -> dict[str, Timing] | None:
+) -> dict[str, Timing]:
     rows, in_features, out_features = shape
     device = generator.device
     weight = torch.randn(out_features, in_features, dtype=dtype, device=device, generator=generator)
     codes = torch.randint(-8, 8, weight.shape, dtype=torch.int8, device=device, generator=generator)
     gemm = int8_gemm(codes, rows)
-    if gemm is None:
-        return None
 
     def fresh(_round: int) -> tuple[Any, Any]:
         x = torch.randn(rows, in_features, dtype=dtype, device=device, generator=generator)

@@ -1,4 +1,4 @@
-"""Which devices there are, asked before any work so that a wrong name is one clear line; their dtypes and memory."""
+"""Devices: checks of their names before any work, the dtypes that they compute in, their memory."""
 
 import contextlib
 import functools
@@ -62,10 +62,10 @@ def emulated_dtypes(device: str | torch.device) -> tuple[torch.dtype, ...]:
 
 
 def default_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtype:
-    """Return the dtype that a model computes in where nobody chose one: the stored one, unless the device emulates it.
+    """Return the default compute dtype of a model: the stored one, or float32 where the device emulates that.
 
-    A CPU multiplies half precision that it has no instructions for 4 to 13 times as slowly as fp32, which is what it
-    computes in then; the first time, this is logged.
+    A CPU without instructions for half precision multiplies it 4 to 13 times as slowly as fp32. The first choice of
+    float32 is logged.
 
     Args:
         stored: What the model is stored in, or was quantized in.
@@ -100,17 +100,23 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def reset_peak_memory(device: str | torch.device) -> None:
-    """Start `peak_memory_bytes` anew, so that it is that of one run and not of the process.
+def reset_peak_memory(device: str | torch.device) -> bool:
+    """Reset `peak_memory_bytes`, to measure one run and not the whole process.
 
     Args:
-        device: "cpu" (on Linux; elsewhere nothing happens), "cuda" or "cuda:N".
+        device: "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        Whether it could be reset; on a CPU only Linux can.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):
+        return True
+    try:
         _CLEAR_PEAK.write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def peak_memory_bytes(device: str | torch.device) -> int:
@@ -121,8 +127,20 @@ def peak_memory_bytes(device: str | torch.device) -> int:
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):
-        if found := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE):
-            return int(found.group(1)) * 1024
+    peak = _resident("VmHWM")
+    if peak is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int | None:
+    """Return the memory of this process that is resident now; None where the system is not Linux."""
+    return _resident("VmRSS")
+
+
+def _resident(field: str) -> int | None:
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE):
+            return int(found[1]) * 1024
+    return None
