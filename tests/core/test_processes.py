@@ -30,7 +30,7 @@ def ends(pid):
 
 def test_results_messages_and_logs_come_from_every_task(caplog):
     messages = []
-    found = dict(run_in_processes(process_tasks.describe, "abcde", devices=["cpu", "cpu"], heard=messages.append))
+    found = dict(run_in_processes(process_tasks.describe, "abcde", devices=["cpu", "cpu"], on_message=messages.append))
     assert [found[index][0] for index in range(5)] == list("abcde")
     assert sorted(messages) == [("started", letter) for letter in "abcde"]
     assert sorted(caplog.messages) == [f"task {letter}" for letter in "abcde"]
@@ -66,7 +66,7 @@ def test_a_task_that_fails_ends_all_processes(task, error, message):
     pids = []
 
     with pytest.raises(error, match=message):
-        for _ in run_in_processes(process_tasks.end, ["sleep", task], devices=["cpu", "cpu"], heard=pids.append):
+        for _ in run_in_processes(process_tasks.end, ["sleep", task], devices=["cpu", "cpu"], on_message=pids.append):
             pass
     assert all(ends(pid) for pid in pids)
 
@@ -77,13 +77,13 @@ def test_closing_the_generator_ends_the_processes():
     class EnoughError(Exception):
         pass
 
-    def heard(pid):
+    def stop(pid):
         pids.append(pid)
         raise EnoughError
 
     with (
         pytest.raises(EnoughError),
-        contextlib.closing(run_in_processes(process_tasks.end, ["sleep"], devices=["cpu"], heard=heard)) as results,
+        contextlib.closing(run_in_processes(process_tasks.end, ["sleep"], devices=["cpu"], on_message=stop)) as results,
     ):
         next(results)
     assert ends(pids[0])
@@ -95,7 +95,7 @@ def test_processes_end_when_their_parent_is_killed():
         "from s2q.core.processes import run_in_processes\n"
         "if __name__ == '__main__':\n"
         "    say = lambda pid: print(pid, flush=True)\n"
-        "    list(run_in_processes(process_tasks.end, ['sleep'], devices=['cpu'], heard=say))\n"
+        "    list(run_in_processes(process_tasks.end, ['sleep'], devices=['cpu'], on_message=say))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())

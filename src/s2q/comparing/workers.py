@@ -46,14 +46,14 @@ def evaluate_shards(
             evaluate_shard(folder, plan, shard, device=device, reports=reports)
         return failures
 
-    def heard(failure: tuple[str, str] | None) -> None:
+    def count(failure: tuple[str, str] | None) -> None:
         if failure is None:
             stepped()
         else:
             failures.setdefault(*failure)
 
     work = functools.partial(_evaluate, folder, plan)
-    results = run_in_processes(work, todo, devices=devices_of(device, workers), heard=heard)
+    results = run_in_processes(work, todo, devices=devices_of(device, workers), on_message=count)
     with contextlib.closing(results):
         for _ in results:
             pass

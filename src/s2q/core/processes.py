@@ -60,16 +60,16 @@ def run_in_processes(
     tasks: Iterable[_Task],
     *,
     devices: Sequence[str],
-    heard: Callable[[Any], None] = lambda message: None,
+    on_message: Callable[[Any], None] = lambda message: None,
 ) -> Iterator[tuple[int, _Result]]:
     """Run tasks in as many processes as there are devices.
 
     Args:
         work: A function of a module, called with a task, the device of its process, and a function that sends a
-            message to `heard`.
+            message to `on_message`.
         tasks: The tasks, picklable; each is drawn when a process is free.
         devices: Device of each process.
-        heard: Called in this process with every message.
+        on_message: Called in this process with every message.
 
     Yields:
         Index and result of each task, in the order in which they end.
@@ -105,7 +105,7 @@ def run_in_processes(
                     if isinstance(message, logging.LogRecord):
                         logging.getLogger(message.name).handle(message)
                     else:
-                        heard(message)
+                        on_message(message)
                 if any(child.exitcode for child in children):  # not noticed by the pool if it waited for others
                     raise BrokenProcessPool
                 for future in done:
@@ -134,7 +134,7 @@ def _end(children: Iterable[BaseProcess]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Worker:
-    """What a process knows of itself."""
+    """Device and message channel of a spawned process."""
 
     device: str
     tell: Tell

@@ -83,7 +83,7 @@ def measure_in_processes(
     sets = [common(prompts=tuple(prompts[start : start + size])) for start in range(0, len(prompts), size)]
     steps: dict[str, dict[str, tuple[int, int]]] = {}
 
-    def heard(message: tuple[str, str, int, int]) -> None:
+    def report(message: tuple[str, str, int, int]) -> None:
         first_prompt, stage, done, total = message
         steps.setdefault(stage, {})[first_prompt] = done, total
         counts = steps[stage].values()
@@ -93,7 +93,7 @@ def measure_in_processes(
 
     found: dict[int, MeasuredSet] = {}
     devices = devices_of(options.device, min(options.processes, len(sets)))
-    with contextlib.closing(run_in_processes(measure, sets, devices=devices, heard=heard)) as results:
+    with contextlib.closing(run_in_processes(measure, sets, devices=devices, on_message=report)) as results:
         found.update(results)
     for index in range(len(sets)):
         for label, video in found[index][1]:

@@ -199,7 +199,7 @@ def quantize_in_processes(
     devices = devices_of(job.machine.device, min(processes, len(todo)))
     progress(finished)
     try:
-        with contextlib.closing(run_in_processes(work, todo, devices=devices, heard=ticked)) as results:
+        with contextlib.closing(run_in_processes(work, todo, devices=devices, on_message=ticked)) as results:
             for index, _ in results:
                 units[todo[index]] = job.units
                 progress(finished + sum(units.values()))
