@@ -1,4 +1,4 @@
-"""The dtype that models compute in where nobody chose one: the stored one, float32 where the CPU would emulate that."""
+"""The default compute dtype of models: the stored one, or float32 where the CPU emulates that."""
 
 import hashlib
 import json

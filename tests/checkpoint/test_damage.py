@@ -143,7 +143,7 @@ def test_a_checkpoint_saved_again_with_a_variant(copy, tmp_path):
     assert inspect_checkpoint(tmp_path / "again", variant="mine").layers == inspect_checkpoint(copy).layers
     loaded = load_pipeline(tmp_path / "again", variant="mine").transformer.state_dict()
     assert loaded.keys() == load_pipeline(copy).transformer.state_dict().keys()
-    with pytest.raises(InvalidInputError, match="holds weights of variant mine alone; pass --variant mine"):
+    with pytest.raises(InvalidInputError, match="has only weights of variant mine; pass --variant mine"):
         inspect_checkpoint(tmp_path / "again")
 
 

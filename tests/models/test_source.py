@@ -161,7 +161,7 @@ def test_pickled_weights_are_never_loaded(copy):
 
     torch.save(load_file(weights), weights.with_name("diffusion_pytorch_model.bin"))
     weights.unlink()
-    with pytest.raises(InvalidInputError, match=r"holds pickled weights alone \(diffusion_pytorch_model\.bin\)"):
+    with pytest.raises(InvalidInputError, match=r"has only pickled weights \(diffusion_pytorch_model\.bin\)"):
         resolve_model(copy)
 
 

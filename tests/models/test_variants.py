@@ -169,17 +169,17 @@ def test_files_dtype_and_sizes_are_those_that_diffusers_loads(saved, tmp_path, s
         (
             ["fp16-variant"],
             None,
-            r'holds weights of variant fp16 alone; pass --variant fp16 \(variant="fp16" in Python',
+            r'has only weights of variant fp16; pass --variant fp16 \(variant="fp16" in Python',
         ),
         (
             ["bf16-variant", "fp16-variant"],
             None,
-            "of variant bf16 and fp16 alone; pass --variant bf16 or --variant fp16",
+            "of variant bf16 and fp16; pass --variant bf16 or --variant fp16",
         ),
         (["fp16-variant"], "fp8", "no weights of variant 'fp8'; there are weights of variant fp16"),
         (["fp16-variant"], "fp1", "no weights of variant 'fp1' in safetensors; it has fp16"),
         (["fp32"], "fp16", "no weights of variant 'fp16'; it has no variants; leave it out"),
-        (["pickles"], None, r"holds pickled weights alone \(.*bin\).*safe_serialization=True"),
+        (["pickles"], None, r"has only pickled weights \(.*bin\).*safe_serialization=True"),
     ],
 )
 def test_weights_that_are_not_as_asked_for_are_refused_alike_before_compute(

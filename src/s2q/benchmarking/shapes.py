@@ -60,7 +60,7 @@ def resolve_subject(name: str, *, variant: str | None = None) -> Subject:
 
     Args:
         name: "synthetic:cogvideox-5b", an embedded name, a folder or a Hub id.
-        variant: Variant of the weights of the others than synthetic models.
+        variant: Variant of the weights; ignored for synthetic models.
 
     Raises:
         InvalidInputError: If there is no such model.

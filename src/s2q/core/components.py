@@ -28,7 +28,7 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 ADAPTED = "base_layer"
-"""Under what name an adapter (peft) has the layer that it wraps."""
+"""Attribute under which an adapter (peft) keeps the layer that it wraps."""
 
 _ADAPTER_MARKS = (f".{ADAPTED}.", ".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
 

@@ -67,7 +67,7 @@ _NO_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error, or one that it was raised from, says that memory did not suffice.
+    """Tell whether an error, or one that it was raised from, means out of memory.
 
     Libraries say so with MemoryError, `torch.OutOfMemoryError`, RuntimeError ("DefaultCPUAllocator: can't allocate
     memory"), OSError (ENOMEM, of `mmap` as well), SafetensorError, or ImportError, and raise errors about damaged files
@@ -90,14 +90,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_errors(doing: str, *, remedy: str) -> Iterator[None]:
-    """Raise lack of memory as what it is: one line, exit code 4. Also a decorator.
+    """Raise every out-of-memory error as one line with exit code 4. Also a decorator.
 
     Args:
         doing: What was being done: "generating videos".
         remedy: What takes less.
 
     Raises:
-        ResourceError: If memory did not suffice, whichever way a library put it.
+        ResourceError: If memory ran out, whatever error the library raised.
     """
     try:
         yield

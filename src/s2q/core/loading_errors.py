@@ -1,4 +1,4 @@
-"""Why a pipeline could not be loaded: one error for each cause, since each has another remedy."""
+"""Errors of loading a pipeline: one for each cause, with its own remedy."""
 
 import re
 from importlib import metadata
@@ -22,7 +22,7 @@ PACKAGES = {
     "sdnq": "sdnq",
     "torchao": "torchao",
 }
-"""What diffusers and transformers need to load a component of a quantization method, by its `quant_method`."""
+"""Packages that diffusers and transformers need to load quantized components, by `quant_method`."""
 
 
 def loading_error(folder: Path, error: Exception, *, remedy: str) -> S2QError:
@@ -34,7 +34,7 @@ def loading_error(folder: Path, error: Exception, *, remedy: str) -> S2QError:
         remedy: What to do where the files are at fault.
 
     Returns:
-        `ResourceError` where memory or a package is missing, else `InvalidInputError`; errors of s2q as they are.
+        `ResourceError` where memory or a package is missing, else `InvalidInputError`; errors of s2q unchanged.
     """
     cause = first_line(error)
     if isinstance(error, S2QError):

@@ -1,4 +1,4 @@
-"""What the CPU can compute with: its instruction set, as far as oneDNN may use it.
+"""The instruction set of the CPU, as far as oneDNN may use it.
 
 oneDNN, which multiplies matrices of int8 and half precision for PyTorch, uses no more than ONEDNN_MAX_CPU_ISA allows.
 What it may not use counts as missing here: results stay exact for users who cap it, and the kernels of an older CPU can
@@ -35,7 +35,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
     "avx512_core_amx": _AMX,
     "avx10_1_512_amx": _AMX,
 }
-"""What oneDNN may use under a cap; a value that is not here (all, default, newer ones) caps nothing."""
+"""Instructions that oneDNN may use under a cap; other values (all, default, newer ones) cap nothing."""
 
 _AVX512_PARTS = ("f", "bw", "dq", "vl")
 _X86 = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16")
@@ -58,7 +58,7 @@ def features() -> frozenset[str]:
 
 
 def has_int8_dot() -> bool:
-    """Whether PyTorch and oneDNN add int8 products up in 32 bits, so that none can saturate: AVX-512 VNNI.
+    """Whether PyTorch and oneDNN add int8 products up in 32 bits, where none can saturate: AVX-512 VNNI.
 
     PyTorch does not ask for the VNNI of CPUs without AVX-512.
     """

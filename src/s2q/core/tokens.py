@@ -102,7 +102,7 @@ def token_grid(grid: TokenGrid | None) -> Iterator[None]:
 
 
 def current_grid() -> TokenGrid | None:
-    """Return the grid of the call at hand; None if it was said to be unknown.
+    """Return the grid of the call at hand; None if it is unknown.
 
     Raises:
         UsageError: If there is no call in this thread, or the layer is called in a backward pass that the call is not

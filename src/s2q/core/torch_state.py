@@ -1,4 +1,4 @@
-"""What torch functions do depends on state that a caller may have set; what s2q computes must not.
+"""Results of s2q do not depend on torch state that a caller has set.
 
 That state is the default dtype, the default device, the gradient and inference modes, and autocast. Verbs (quantize,
 generate, evaluate, compare, plan, bench, load, inspect) run models of other libraries: they run in the state of a fresh

@@ -1,6 +1,6 @@
-"""Which files hold the weights of a pipeline's component: those that diffusers and transformers load, and no others.
+"""The weight files of a pipeline's component: exactly those that diffusers and transformers load.
 
-Both libraries read safetensors alone here (`use_safetensors=True`); a pickle is never read. In the component's folder
+Both libraries read only safetensors here (`use_safetensors=True`); a pickle is never read. In the component's folder
 they open the first of
 
     diffusers      STEM.safetensors.index[.VARIANT].json, STEM[.VARIANT].safetensors     STEM = diffusion_pytorch_model
@@ -44,7 +44,7 @@ def weight_files(
         weights at all.
 
     Raises:
-        InvalidInputError: If its weights are pickles or of other variants alone, its index is damaged, or some of the
+        InvalidInputError: If it has only pickles or only other variants, its index is damaged, or some of the
             shards that the index names are missing.
     """
     present = _names_in(folder) if names is None else set(names)
@@ -123,12 +123,12 @@ def _refuse_others(folder: Path, names: Collection[str], variant: str | None) ->
     if variants:
         choice = " or ".join(f"--variant {name}" for name in variants)
         raise InvalidInputError(
-            f"{folder}: holds weights of variant {' and '.join(variants)} alone; pass {choice} "
+            f"{folder}: has only weights of variant {' and '.join(variants)}; pass {choice} "
             f'(variant="{variants[0]}" in Python)'
         )
     pickles = sorted(name for name in names if (found := _WEIGHTS.fullmatch(name)) and found["suffix"] == "bin")
     if pickles:
         raise InvalidInputError(
-            f"{folder}: holds pickled weights alone ({pickles[0]}), which are not read since a pickle can run code; "
+            f"{folder}: has only pickled weights ({pickles[0]}), which are not read because a pickle can run code; "
             "load the pipeline with diffusers and save it with save_pretrained(FOLDER, safe_serialization=True)"
         )

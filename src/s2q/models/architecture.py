@@ -1,4 +1,4 @@
-"""What two models must share to be compared: their transformers, and the classes of the components around them.
+"""Architectures of two models, which must agree to be compared: transformers and classes of the other components.
 
 A checkpoint is judged against the model that it was made from. A comparison with another model, or of a pipeline with
 two transformers against one, would give figures that mean nothing, so every verb that compares asks here first.

@@ -103,7 +103,7 @@ class HubId:
                 "revision, or unset HF_HUB_OFFLINE to download it"
             )
         return InvalidInputError(
-            f"{self}: no such folder here, and not to be had from the Hub ({cause}); "
+            f"{self}: no such folder, and not available on the Hub ({cause}); "
             "check the id, the network, HF_TOKEN and HF_HUB_OFFLINE, or pass a folder or an embedded model"
         )
 

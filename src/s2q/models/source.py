@@ -61,7 +61,7 @@ class ModelSource:
 
     @property
     def pinned(self) -> str:
-        """What loads the same model anywhere: the embedded name, the absolute folder, or the Hub id at a commit."""
+        """The name that loads the same model anywhere: embedded name, absolute folder, or Hub id at a commit."""
         if self.kind == "folder":
             return str(self.folder.resolve())
         return self.name if self.hub is None else str(self.hub)
@@ -120,7 +120,7 @@ class ModelSource:
             component: Its name in model_index.json.
 
         Raises:
-            InvalidInputError: If its weights are not in safetensors, or of other variants alone; see `weight_files`.
+            InvalidInputError: If it has only pickles or only other variants; see `core.weights.weight_files`.
         """
         library, _ = self.component_classes[component]
         return weight_files(

@@ -1,7 +1,7 @@
 """The codes of a packed linear: a parameter that anybody may move, copy, store and ask for its shape.
 
 Adapters, fusing, pruning and the like read a linear's `weight` and compute with it. Codes are no weight: torch would
-raise whatever it raises about uint8, or would change them and ruin the layer. Everything that is not on the list below
+raise an unrelated error about uint8, or would change them and ruin the layer. Everything that is not listed below
 raises one `UsageError` that names the layer and the remedy.
 """
 
@@ -97,7 +97,7 @@ class PackedCodes(nn.Parameter):
         return PackedCodes(result, owner=_owner(args))  # refuses another dtype
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Return what there is to see."""
+        """Return class, shape and device."""
         return f"{type(self).__name__}({list(self.shape)}, device='{self.device}')"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedCodes:

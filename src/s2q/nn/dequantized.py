@@ -1,4 +1,4 @@
-"""What linears keep from call to call: the weight dequantized where full precision is faster, prepacked where small."""
+"""Weights that linears keep from call to call: dequantized where full precision is faster, prepacked where small."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class KeptWeights:
         self._prepacked: tuple[Tensor, int, Tensor] | None = None
 
     def of(self, layer: PackedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Return weight [O, I] and bias [O] or None; made anew if the dtype or the device is another than last time.
+        """Return weight [O, I] and bias [O] or None; computed again for another dtype or device.
 
         Args:
             layer: Always the same one.
@@ -91,7 +91,7 @@ class KeptWeights:
         return kept
 
     def prepacked(self, layer: PackedLinear) -> Tensor:
-        """Return the codes [I, O] as oneDNN reads them; made anew if the packed ones are others than last time.
+        """Return the codes [I, O] as oneDNN reads them; prepacked again after the packed ones change.
 
         Args:
             layer: Always the same one; it `keeps_prepacked`.
@@ -110,15 +110,15 @@ class KeptWeights:
         return prepacked + sum(tensor.nbytes for tensor in self._kept or () if tensor is not None)
 
     def release(self) -> None:
-        """Let go of it, because the layer has changed or for the memory."""
+        """Drop all of them: the layer has changed, or memory is needed."""
         self._kept = self._prepacked = None
 
     def __getstate__(self) -> dict[str, None]:
-        """Give copies of a layer nothing that is kept."""
+        """Copies of a layer keep nothing."""
         return {"_kept": None, "_prepacked": None}
 
 
 def _outside_inference_mode() -> AbstractContextManager[object]:
-    """What is made in inference mode could not be used outside of it; compilers cannot ask for the mode."""
+    """Leave inference mode, whose tensors cannot be used outside of it; compilers cannot ask for the mode."""
     inferring = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     return torch.inference_mode(False) if inferring else nullcontext()

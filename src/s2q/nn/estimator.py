@@ -60,7 +60,7 @@ class Estimator(nn.Module):
 
 
 def scaled_by_frame(coefficients: Tensor, frames: Tensor | None) -> Tensor:
-    """Multiply what belongs to the tokens of a frame by its scale; text tokens stay as they are.
+    """Multiply what belongs to the tokens of a frame by its scale; text tokens are unchanged.
 
     A call of another number of frames has the scales between, drawn straight through those there are; one whose grid
     (`core.tokens`) is not known, or is not that of the coefficients, has none.

@@ -62,9 +62,9 @@ class PackedLinear(StoredLinear):
             `transform_left` [n1, n1], `transform_right` [n2, n2], `activation_clip` [1], `estimator_input` [I],
             `estimator_output` [O], `estimator_frames` [F], and bf16 `low_rank_basis` [I, r], `low_rank_weight` [O, r];
             None where not.
-        name: Its name in the model, for messages; empty if nobody has said.
+        name: Its name in the model, for messages; empty if not set.
         backend: How integers are computed: "auto", a backend of the ops ("reference", "cpu", "triton"), or "fastest",
-            which is "auto" but for layers that integers make slower than full precision (`nn.dequantized`).
+            which is "auto" except for layers that are slower on integers than in full precision (`nn.dequantized`).
         shared_input: Where linears that read the same input keep its codes, see `share_inputs`; None for one alone.
         needs_grid: Whether it depends on where the video tokens of the call at hand are, see `follow_tokens`.
 

@@ -1,4 +1,4 @@
-"""What a packed linear stores: codes, scales, the tensors of its input; and what may be done to them.
+"""Parameters of a packed linear: codes, scales, the tensors of its input; which changes of them are allowed.
 
 Shapes: `I` in features, `O` out features, `G` groups, `P` packed bytes of a row (`core.packing`).
 """
@@ -21,7 +21,7 @@ PACKED_DTYPES = {
     "weight_scale": torch.float32,
     **{name: {"F32": torch.float32, "BF16": torch.bfloat16}[dtype] for name, dtype in TENSOR_DTYPES.items()},
 }
-"""Dtype of every tensor of a packed linear but its bias; they keep it through `.to(dtype)` and the like."""
+"""Dtype of every tensor of a packed linear except its bias; they keep it through `.to(dtype)` and the like."""
 
 
 class StoredLinear(nn.Linear):
@@ -106,7 +106,7 @@ class StoredLinear(nn.Linear):
 
     @property
     def name(self) -> str:
-        """Name in the model, for messages; empty if nobody has set it."""
+        """Name in the model, for messages; empty if not set."""
         return self._name
 
     @name.setter
@@ -138,7 +138,7 @@ class StoredLinear(nn.Linear):
         self._guard_codes()
 
     def _guard_codes(self) -> None:
-        """Make codes of what pickling or torch has put in their place."""
+        """Make `PackedCodes` again of a plain parameter that pickling or torch has put in their place."""
         if not isinstance(self._parameters["weight"], PackedCodes):
             self.register_parameter("weight", self._parameters["weight"])
 
@@ -176,7 +176,7 @@ class StoredLinear(nn.Linear):
         self._changes()
         for name, dtype in PACKED_DTYPES.items():
             found = state_dict.get(prefix + name)
-            if found is not None and found.dtype != dtype:  # copying would convert it without a word
+            if found is not None and found.dtype != dtype:  # copying would convert it silently
                 error_msgs.append(f"{prefix}{name}: got {found.dtype}; expected {dtype}, packed as {self.scheme.name}")
                 return
         super()._load_from_state_dict(

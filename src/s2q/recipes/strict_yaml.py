@@ -24,7 +24,6 @@ _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = re.compile(r"(?P<sign>[-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
-_STARTS = (yaml.MappingStartEvent, yaml.SequenceStartEvent)
 _ALIASES = "anchors and aliases (&name, *name) are not read; quote the text, or write it out"
 _ENDS = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 

@@ -70,7 +70,7 @@ def attention_colsum(
     mask_strides = (0, 0, 0, 0) if mask_BHNM is None else mask_BHNM.stride()
     factor = (head_dim**-0.5 if scale is None else scale) * _LOG2_E
     inputs = (query, key, query if mask_BHNM is None else mask_BHNM)
-    # Triton 3.6 interprets loops over an argument with old versions of NumPy only; a constant it takes as it is.
+    # Triton 3.6 interprets loops over an argument only with old versions of NumPy, loops over a constant with all.
     lengths = [tl.constexpr(length) if INTERPRETING else length for length in (queries, keys)]
     numbers = (heads, *lengths, factor, *query.stride(), *key.stride(), *mask_strides)
     shape = {"HEAD_DIM": head_dim, "MASK": kind, "PAIR_MASK": is_pair_mask}

@@ -6,8 +6,8 @@ in 16 bits, where 8-bit codes saturate:
     |u₁ w₁ + u₂ w₂| ≤ 2 · (2^N - 1) · 2^(M-1) < 2^15        if N + M ≤ 15
 
 with the N-bit code of x as u = x + 2^(N-1) (its zero point), not negative, and the M-bit code of w. So every 4-bit
-weight is multiplied exactly with inputs of up to 8 bits, by `onednn.qlinear_pointwise`. Where neither is exact or
-there, the reference multiplies in fp32: 8-bit weights with 8-bit inputs (in two halves of 4 bits they take as long).
+weight is multiplied exactly with inputs of up to 8 bits, by `onednn.qlinear_pointwise`. Otherwise the reference
+multiplies in fp32: 8-bit weights with 8-bit inputs, for example (two products of 4-bit halves take as long).
 
 Example: 2 · 255 · 8 = 4080 for 8-bit inputs and 4-bit weights; 2 · 255 · 128 = 65280 for 8-bit weights saturates.
 
@@ -32,7 +32,7 @@ def adds_in_32_bits() -> bool:
 
 
 def adds_pairs(*, x_bits: int, w_bits: int) -> bool:
-    """Tell whether `multiply_pairs` is there, and exact for codes of these widths.
+    """Tell whether `multiply_pairs` is available and exact for codes of these widths.
 
     Args:
         x_bits: Width of the codes of x.
@@ -43,7 +43,7 @@ def adds_pairs(*, x_bits: int, w_bits: int) -> bool:
 
 
 def multiplies_pairs(*, x_bits: int, w_bits: int) -> bool:
-    """Tell whether codes of these widths are multiplied by `multiply_pairs`, there being nothing faster.
+    """Tell whether `multiply_pairs` is the fastest exact product for codes of these widths.
 
     Args:
         x_bits: Width of the codes of x.

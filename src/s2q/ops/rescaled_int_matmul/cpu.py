@@ -1,6 +1,6 @@
 """Rescaled integer product on the CPU: in pieces whose codes and sums stay in the same buffers and in the caches.
 
-The products are those of `int_matmul`, and the rescaling is the reference's, so that results have its bits. Codes are
+The products are those of `int_matmul`, and the rescaling is the reference's: results are bit-equal. Codes are
 unpacked, offset and prepacked in the call, which takes a fortieth of the products' time for 2048 rows; small layers
 bring their weight prepacked (`nn.dequantized`).
 

@@ -1,11 +1,11 @@
-"""How the weight-only product is cut up. UNTUNED: chosen on paper and compiled without spills, never timed."""
+"""Tiles of the weight-only product. UNTUNED: chosen on paper and compiled without spills, never timed."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightOnlyTile:
-    """What one program works on.
+    """Tile of one program.
 
     Attributes:
         rows: Of x, at least as many as a call has.
