@@ -215,6 +215,22 @@ def test_an_output_has_one_writer(tmp_path):
     assert names(tmp_path) == ["x"]
 
 
+def test_a_file_system_without_locks_is_an_input_error_and_leaks_no_descriptor(tmp_path, monkeypatch):
+    def flock(descriptor, _operation):
+        opened.append(descriptor)
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    opened = []
+    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    with (
+        pytest.raises(InvalidInputError, match="out cannot be written: No locks available"),
+        output_lock(tmp_path / "out"),
+    ):
+        pass
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
+
+
 def test_a_lock_leaves_no_trace(tmp_path):
     for error in (None, RuntimeError("boom"), KeyboardInterrupt()):
         for out in (tmp_path / "x", tmp_path / "deep" / "er" / "x"):

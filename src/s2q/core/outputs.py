@@ -123,7 +123,7 @@ def output_lock(out: str | Path) -> Iterator[OutputLock]:
 
 
 def _lock(folder: Path, out: Path) -> int:
-    """Take the lock; its file may be removed by the run that ends just now, hence the second look."""
+    """Take the lock; its file may be removed by the run that ends just now, hence the comparison of inodes."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -135,9 +135,12 @@ def _lock(folder: Path, out: Path) -> int:
             with contextlib.suppress(FileNotFoundError):
                 if os.fstat(descriptor).st_ino == (folder / LOCK).stat().st_ino:
                     return descriptor
-        except BlockingIOError as error:
+        except OSError as error:
             os.close(descriptor)
-            raise BusyError(f"{out} is being written by another run; wait for it, or choose another output") from error
+            if isinstance(error, BlockingIOError):
+                message = f"{out} is being written by another run; wait for it, or choose another output"
+                raise BusyError(message) from error
+            raise  # a file system without locks
         os.close(descriptor)
 
 
