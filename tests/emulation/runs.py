@@ -42,6 +42,7 @@ _QUICK = {
     "calibration.samples": 1,
     "distillation.epochs": 1,
     "refinement.epochs": 1,
+    "transforms.low_rank": 4,  # of the 64 features here; the 32 of published models would leave rounding noise alone
 }
 
 
@@ -75,7 +76,7 @@ def quick(recipe, replaced=()):
     for name, value in _QUICK.items():
         group, key = name.split(".")
         given = any(one.startswith(f"{name}=") for one in replaced)
-        if not given and isinstance(has.get(group), dict) and key in has[group]:
+        if not given and isinstance(has.get(group), dict) and has[group].get(key, 0) != 0:
             changes[name] = value
     return [f"{name}={value}" for name, value in changes.items()]
 
@@ -151,8 +152,9 @@ LEARNED = 0.5
 HALVES = 0.15
 """Of the losses before training where the model is fp16 or bf16, and so are the inputs of its blocks;
 and of what two devices generate then."""
-DIGITS = 0.005
-"""Of the latents that two devices generate from one checkpoint."""
+DIGITS = 0.02
+"""Of the latents that two devices generate from one checkpoint: usually 1e-6; a single code of a 6-bit input that is
+rounded the other way moves those of a model of three tokens by half a percent."""
 
 
 def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=(), call=None):
@@ -177,5 +179,6 @@ def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=(
     pipe = load(found.folder, "cpu", dtype=dtype)
     on_host = latents(pipe, **call)
     tolerance = DIGITS if dtype == torch.float32 else HALVES
-    assert relative_error(latents(pipe.to(device), **call), on_host) <= tolerance
+    error = relative_error(latents(pipe.to(device), **call), on_host)
+    assert error <= tolerance, f"latents of one checkpoint on {device} and the CPU differ by {error}"
     return found

@@ -49,11 +49,12 @@ def test_an_adapter(model, device):
         LoraConfig(r=2, lora_alpha=64, target_modules=["to_q", "to_k"], init_lora_weights=False)
     )
     expected = runs.latents(pipe)
-    assert runs.relative_error(expected, plain) > runs.DIGITS
+    effect = runs.relative_error(expected, plain)
+    assert effect > 1e-3
     pipe.to(device)
-    assert runs.relative_error(runs.latents(pipe), expected) <= runs.DIGITS
+    assert runs.relative_error(runs.latents(pipe), expected) < effect / 5
     pipe.transformer.disable_adapters()
-    assert runs.relative_error(runs.latents(pipe), plain) <= runs.DIGITS
+    assert runs.relative_error(runs.latents(pipe), plain) < effect / 5
 
 
 @pytest.mark.parametrize("recipe", ["rtn-w4a6", "s2q-plus-w4a6"])
