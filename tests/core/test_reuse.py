@@ -1,6 +1,7 @@
 """Keeping results while parameters stand still."""
 
 import math
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -98,3 +99,20 @@ def test_without_gradients_a_recomputed_call_is_a_call() -> None:
     with torch.no_grad():
         assert float(recomputed(layer, torch.ones(1))) == pytest.approx(math.exp(4), rel=1e-5)
     assert layer.calls == 1
+
+
+def test_nothing_of_a_recomputed_call_is_kept_until_the_backward_pass() -> None:
+    owner, seen = object(), weakref.WeakSet[torch.Tensor]()
+
+    def part(x: torch.Tensor) -> torch.Tensor:
+        split = once_for(owner, x, lambda: recomputed(torch.exp, x))
+        seen.add(split)
+        return split.square().sum()
+
+    x = torch.ones(3, requires_grad=True)
+    with parameters_held():
+        loss = recomputed(part, 2 * x)
+        assert not seen
+        loss.backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, 4 * (4 * x.detach()).exp())

@@ -112,10 +112,17 @@ def _holding(kept: _Kept | None) -> Iterator[None]:
         _held.reset(token)
 
 
+def _called_again(kept: _Kept | None, call: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
+    """The same results and token grid for a call and its repetition, which may run in a thread of the backward pass.
+
+    Until then the context refers to `kept.results` alone, not to the latest results of the call that it is made in.
+    """
+    return _within(None if kept is None else _Kept(results=kept.results, called_again=True), call)
+
+
 @contextmanager
-def _called_again(kept: _Kept | None, call: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """The same results and token grid for a call and its repetition, which may run in a thread of the backward pass."""
-    with _holding(None if kept is None else _Kept(results=kept.results, called_again=True)), call():
+def _within(kept: _Kept | None, call: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    with _holding(kept), call():
         yield
 
 
