@@ -16,7 +16,8 @@ LEARNED = ("weight_scale", "bias", "low_rank_weight", "activation_clip")
 
 
 def refined(out, *changes, recipe="s2q-plus-w4a4", epochs=3):
-    overrides = [*SMALL, "distillation.epochs=1", f"refinement.epochs={epochs}", *changes]
+    distilled = [] if "distillation=null" in changes else ["distillation.epochs=1"]
+    overrides = [*SMALL, *distilled, f"refinement.epochs={epochs}", *changes]
     return quantize(
         tiny_cogvideox_pipeline(num_layers=1), recipe=recipe, out=out, prompts=["a", "b"], overrides=overrides
     )
