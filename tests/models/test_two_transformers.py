@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 from safetensors.torch import load_file
 
 import s2q
+from overrides import overriding
 from s2q.calibration import record_trajectory, resolve_settings, steps_of_transformers
 from s2q.checkpoint import inspect_checkpoint, read_config
 from s2q.cli.output import show_plan
@@ -45,7 +46,9 @@ def two(**arguments):
 
 
 def calibrated(model, out, *overrides, **arguments):
-    return s2q.quantize(model, recipe="s2q-w4a6", out=out, prompts=PROMPTS, overrides=[*SMALL, *overrides], **arguments)
+    return s2q.quantize(
+        model, recipe="s2q-w4a6", out=out, prompts=PROMPTS, overrides=overriding(SMALL, overrides), **arguments
+    )
 
 
 def state_bytes(transformer):

@@ -46,7 +46,7 @@ def interrupt(count_blocks):
 
     @contextlib.contextmanager
     def interrupt(*, after=1):
-        count_blocks["stop_after"] = after
+        count_blocks.update(stop_after=after, computed=[])
         with pytest.raises(KeyboardInterrupt):
             yield
         count_blocks.update(stop_after=None, computed=[])

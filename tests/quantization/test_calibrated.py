@@ -7,6 +7,7 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
+from overrides import overriding
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.core.errors import InvalidInputError
 from s2q.planning import plan
@@ -22,7 +23,7 @@ SMALL = ["calibration.steps=2", "calibration.samples=3", "distillation.epochs=2"
 
 def small(out, *, pipe=None, overrides=(), recipe="s2q-w4a6", prompts=PROMPTS, **arguments):
     pipe = tiny_cogvideox_pipeline() if pipe is None else pipe
-    return quantize(pipe, recipe=recipe, out=out, prompts=prompts, overrides=[*SMALL, *overrides], **arguments)
+    return quantize(pipe, recipe=recipe, out=out, prompts=prompts, overrides=overriding(SMALL, overrides), **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def files_of(out):
 def test_every_file_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path, interrupt, build, recipe):
     build().save_pretrained(tmp_path / "model")
     size = ["calibration.num_frames=9", "calibration.height=16", "calibration.width=16"]
-    overrides = [*SMALL, *size] if recipe == "s2q-w4a6" else []
+    overrides = overriding(SMALL, size) if recipe == "s2q-w4a6" else []
     arguments = {"recipe": recipe, "prompts": PROMPTS, "overrides": overrides}
     with interrupt():
         quantize(tmp_path / "model", out=tmp_path / "out", **arguments)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from overrides import overriding
 from s2q.core.errors import InvalidInputError
 from s2q.planning import plan
 from s2q.quantization import quantize
@@ -17,7 +18,7 @@ LEARNED = ("weight_scale", "bias", "low_rank_weight", "activation_clip")
 
 def refined(out, *changes, recipe="s2q-plus-w4a4", epochs=3):
     distilled = [] if "distillation=null" in changes else ["distillation.epochs=1"]
-    overrides = [*SMALL, *distilled, f"refinement.epochs={epochs}", *changes]
+    overrides = overriding([*SMALL, *distilled, f"refinement.epochs={epochs}"], changes)
     return quantize(
         tiny_cogvideox_pipeline(num_layers=1), recipe=recipe, out=out, prompts=["a", "b"], overrides=overrides
     )
