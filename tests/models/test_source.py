@@ -87,7 +87,9 @@ def test_hub_id_that_cannot_be_had_says_what_to_check(tmp_path, monkeypatch):
         raise LocalEntryNotFoundError(f"{repo_id} is not in the cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(InvalidInputError, match=r"nobody/nothing: no such folder, and not available on the Hub.*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        InvalidInputError, match=r"nobody/nothing: no such folder, and not available on the Hub.*HF_HUB_OFFLINE"
+    ):
         resolve_model("nobody/nothing")
 
 
