@@ -6,27 +6,20 @@ READY := $(VENV)/.ready
 DEMO_DIR ?= s2q-demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-emulated test-emulated-models test-emulated-rest test-gpu bench-cpu bench-cpu-kinds bench-gpu lint format clean
+.PHONY: demo test test-emulated test-gpu bench-cpu bench-cpu-kinds bench-gpu lint format clean
 
 demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
 
+# A process a core, each with one thread (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	@$(MAKE) --no-print-directory test-emulated
 
 # The GPU path on two emulated GPUs; see tests/emulation/README.md.
-# Two processes, with the output of one after that of the other.
-EMULATED := S2Q_EMULATED_GPUS=1 $(BIN)/python -m pytest -m gpu
-EMULATED_MODELS := tests/emulation/test_families.py tests/emulation/test_offload.py
 test-emulated: $(READY)
-	@$(MAKE) --no-print-directory -j2 -O test-emulated-models test-emulated-rest
-
-test-emulated-models:
-	$(EMULATED) $(EMULATED_MODELS)
-
-test-emulated-rest:
-	$(EMULATED) tests/emulation $(EMULATED_MODELS:%=--ignore=%)
+	S2Q_EMULATED_GPUS=1 $(PYTEST) -m gpu tests/emulation
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
