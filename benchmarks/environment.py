@@ -6,13 +6,20 @@ import platform
 import sys
 from pathlib import Path
 
+from s2q.core.processor import instruction_set
+
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "s2q")
 
 
 def environment() -> dict[str, object]:
     """``hardware``, ``versions`` and ``command`` of this process."""
     return {
-        "hardware": {"processor": _processor(), "cores": os.cpu_count(), "machine": platform.machine()},
+        "hardware": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "instruction_set": instruction_set(),
+        },
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},

@@ -270,6 +270,22 @@ def linear_table(device: str) -> str:
     return "\n".join(lines)
 
 
+def threads_table(device: str) -> str:
+    """A step of the embedded model beside other processes, with threads that spin and threads that sleep."""
+    content = json.loads((RESULTS / "waiting-threads.json").read_text())
+    lines = table_head("other processes", ["threads", "full precision, ms a step", f"`{content['recipe']}`, ms a step"])
+    for row in content["rows"]:
+        cells = [row["way"], *(f"{row[name]:.3g}" for name in ("full_precision_ms", "quantized_ms"))]
+        lines.append(table_row(str(row["others"]), cells))
+    hardware, versions = content["hardware"], content["versions"]
+    lines += [
+        "",
+        f"`{content['model']}` on a {device.upper()}: {hardware['processor']}, {hardware['cores']} cores, "
+        f"{hardware['instruction_set']}, torch {versions['torch']}. Made by `{content['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def kinds_table(device: str) -> str:
     """Whole linears and the embedded step against fp32 and bf16, on CPUs of two kinds."""
     lines = table_head("instruction set", ["what", "fp32 ms", "bf16 ms", "`s2q-w4a8`", "`s2q-w4a6`", "`s2q-w4a4`"])
@@ -390,6 +406,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "kernels": kernels_table,
     "linear": linear_table,
     "kinds": kinds_table,
+    "threads": threads_table,
     "steps": steps_table,
     "parts": parts_table,
     "sizes": sizes_table,

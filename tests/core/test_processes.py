@@ -10,7 +10,7 @@ import torch
 import process_tasks
 from s2q.core import processes
 from s2q.core.errors import InvalidInputError, S2QError
-from s2q.core.processes import cpu_count, devices_of, run_in_processes
+from s2q.core.processes import cpu_count, devices_of, most_on_one_device, run_in_processes
 
 
 def lives(pid):
@@ -110,6 +110,7 @@ def test_gpus_take_turns(monkeypatch):
     assert devices_of("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
     assert devices_of("cuda:1", 2) == ["cuda:1", "cuda:1"]
     assert devices_of("cpu", 2) == ["cpu", "cpu"]
+    assert [most_on_one_device(device, 3) for device in ("cuda", "cuda:1", "cpu")] == [2, 3, 3]
 
 
 def test_cpu_count_is_what_this_process_may_use():

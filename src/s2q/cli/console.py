@@ -102,6 +102,7 @@ class _PlainProgress:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._started: dict[str, float] = {}
+        self._ended: set[str] = set()
         self._last = -float("inf")
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -110,6 +111,9 @@ class _PlainProgress:
         started = self._started.setdefault(stage, now)
         elapsed = now - started
         if done >= total > 0:
+            if stage in self._ended:
+                return
+            self._ended.add(stage)
             say(f"{stage}: {done}/{total}, {format_seconds(elapsed)}")
         elif first or now - self._last >= SECONDS_BETWEEN_LINES:
             left = f", {format_seconds(elapsed / done * (total - done))} left" if done else ""

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -48,6 +49,16 @@ def devices_of(device: str, count: int) -> list[str]:
     if device != "cuda":
         return [device] * count
     return [f"cuda:{index % torch.cuda.device_count()}" for index in range(count)]
+
+
+def most_on_one_device(device: str, count: int) -> int:
+    """Return how many of several processes share a device at most.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        count: Number of processes.
+    """
+    return max(Counter(devices_of(device, count)).values())
 
 
 def cpu_count() -> int:

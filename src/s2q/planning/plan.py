@@ -327,23 +327,27 @@ def _peaks(
     return {name: collect if name in ("collect", "select") else blocks for name in names}
 
 
-def check_memory(planned: Plan) -> None:
+def check_memory(planned: Plan, *, processes: int = 1) -> None:
     """Refuse a run that cannot fit, before it begins.
 
     Args:
         planned: Its plan.
+        processes: Processes that quantize blocks side by side on the device, each with what the plan says.
 
     Raises:
         ResourceError: If a stage needs more memory than the device has; says how much it needs.
     """
     device, there = planned.device["name"], planned.device["memory_bytes"]
     for stage in planned.stages:
-        needed = stage.peak_memory_bytes
+        sharing = processes if stage.name == "blocks" else 1
+        needed = None if stage.peak_memory_bytes is None else sharing * stage.peak_memory_bytes
         if needed is not None and isinstance(there, int) and needed > there:
+            in_processes = f" in {sharing} processes" if sharing > 1 else ""
+            remedy = "take fewer processes (--processes), " if sharing > 1 else ""
             raise ResourceError(
-                f"{planned.model}: stage {stage.name} needs about {needed / 1e9:.1f} GB on {device}, which has "
-                f"{there / 1e9:.1f} GB; calibrate on smaller videos (calibration.num_frames, calibration.height, "
-                "calibration.width of the recipe), or take a larger device"
+                f"{planned.model}: stage {stage.name}{in_processes} needs about {needed / 1e9:.1f} GB on {device}, "
+                f"which has {there / 1e9:.1f} GB; {remedy}calibrate on smaller videos (calibration.num_frames, "
+                "calibration.height, calibration.width of the recipe), or take a larger device"
             )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("s2q", "torch", "diffusers", "transformers")
@@ -113,3 +116,26 @@ class QuantizationReport:
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide the result."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+
+
+def log_block(report: BlockReport, *, total: int) -> None:
+    """Log what the run did to a block in one line.
+
+    Args:
+        report: The block.
+        total: Blocks in all.
+    """
+    loss = ""
+    if report.loss:
+        loss = f"loss {report.loss['rtn']:.4g} (rounding) → {report.loss['final']:.4g}, "
+    logger.info(
+        "block %d/%d: %d linears, %sweight error %.3g, %.1f s, peak %.0f MiB%s",
+        report.index + 1,
+        total,
+        len(report.layers),
+        loss,
+        report.weight_relative_error,
+        report.seconds,
+        report.peak_memory_bytes / 2**20,
+        ", taken over" if report.resumed else "",
+    )

@@ -36,6 +36,7 @@ from s2q.core.devices import peak_memory_bytes, reset_peak_memory
 from s2q.core.errors import DiskFullError, ResourceError, UsageError, is_out_of_memory, memory_errors, unknown_name
 from s2q.core.files import DISK_FULL
 from s2q.core.outputs import check_output
+from s2q.core.processes import most_on_one_device
 from s2q.core.storage import parse_bytes
 from s2q.core.torch_state import in_fresh_torch_state
 from s2q.models import ModelSource, resolve_model
@@ -56,7 +57,7 @@ from s2q.quantization.allocate import Allocated, allocate
 from s2q.quantization.assemble import assemble
 from s2q.quantization.collect import branches_of, calibration_prompts, collect, prepare
 from s2q.quantization.finished import finished_report, request_hash
-from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, package_versions
+from s2q.quantization.report import SCHEMA_VERSION, BlockReport, QuantizationReport, log_block, package_versions
 from s2q.quantization.run_folder import RunFolder, open_run_folder
 from s2q.quantization.runner import BlockJob, BlockRunner, quantize_in_processes
 from s2q.quantization.select import Selected, select
@@ -188,7 +189,7 @@ def quantize(
     if settings.dry_run:
         return planned or _plan_loaded(_load_teacher(model, validated, settings), validated, machine)
     if planned is not None:
-        check_memory(planned)
+        check_memory(planned, processes=most_on_one_device(settings.device, settings.processes))
     if target is None:
         raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
     with _resource_errors(target, settings.device), open_run_folder(target) as folder:
@@ -229,7 +230,7 @@ class _Run:
         teacher = self._timed("load", lambda: _load_teacher(model, recipe, self.settings))
         self.progress("load", 1, 1)
         planned = _plan_loaded(teacher, recipe, self.machine)
-        check_memory(planned)
+        check_memory(planned, processes=most_on_one_device(self.settings.device, self.settings.processes))
         request = _request(model, recipe, prompts, self.settings) if isinstance(model, ModelSource) else None
         self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed, request=request)
         selection, files = None, {}
@@ -351,7 +352,7 @@ class _Run:
                         **self.folder.stats(key),
                     )
                     self.folder.log("block", **asdict(report))
-                    _log_block(report, total=total)
+                    log_block(report, total=total)
                     reports.append(report)
         self.progress("blocks", total * units, total * units)
         return reports
@@ -414,23 +415,6 @@ class _Ticker:
     def __call__(self) -> None:
         self.done += 1
         self.progress("blocks", self.done, self.total)
-
-
-def _log_block(report: BlockReport, *, total: int) -> None:
-    loss = ""
-    if report.loss:
-        loss = f"loss {report.loss['rtn']:.4g} (rounding) → {report.loss['final']:.4g}, "
-    logger.info(
-        "block %d/%d: %d linears, %sweight error %.3g, %.1f s, peak %.0f MiB%s",
-        report.index + 1,
-        total,
-        len(report.layers),
-        loss,
-        report.weight_relative_error,
-        report.seconds,
-        report.peak_memory_bytes / 2**20,
-        ", taken over" if report.resumed else "",
-    )
 
 
 def _settings(options: QuantizeOptions) -> _Settings:
