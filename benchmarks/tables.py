@@ -10,8 +10,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from judging import evalcrafter_table, metrics_table, paper_table
 from kernel_tables import kernels_table
@@ -270,6 +271,25 @@ def linear_table(device: str) -> str:
     return "\n".join(lines)
 
 
+def demo_table(device: str) -> str:
+    """Seconds of the demo with all instructions of a CPU and with AVX2 alone."""
+    content = json.loads((RESULTS / "demo-seconds.json").read_text())
+    lines = table_head("instructions", ["quantize, s", "evaluate, s", "in all, s"])
+    for row in content["rows"]:
+        lines.append(
+            table_row(row["instructions"], [f"{row['seconds'][n]:.0f}" for n in ("quantize", "evaluate", "total")])
+        )
+    return "\n".join([*lines, "", _place_and_command(content, device)])
+
+
+def _place_and_command(content: Mapping[str, Any], device: str) -> str:
+    hardware, versions = content["hardware"], content["versions"]
+    return (
+        f"On a {device.upper()}: {hardware['processor']}, {hardware['cores']} cores, {hardware['instruction_set']}, "
+        f"torch {versions['torch']}. Made by `{content['command']}`."
+    )
+
+
 def threads_table(device: str) -> str:
     """A step of the embedded model beside other processes, with threads that spin and threads that sleep."""
     content = json.loads((RESULTS / "waiting-threads.json").read_text())
@@ -277,12 +297,7 @@ def threads_table(device: str) -> str:
     for row in content["rows"]:
         cells = [row["way"], *(f"{row[name]:.3g}" for name in ("full_precision_ms", "quantized_ms"))]
         lines.append(table_row(str(row["others"]), cells))
-    hardware, versions = content["hardware"], content["versions"]
-    lines += [
-        "",
-        f"`{content['model']}` on a {device.upper()}: {hardware['processor']}, {hardware['cores']} cores, "
-        f"{hardware['instruction_set']}, torch {versions['torch']}. Made by `{content['command']}`.",
-    ]
+    lines += ["", f"`{content['model']}`. {_place_and_command(content, device)}"]
     return "\n".join(lines)
 
 
@@ -407,6 +422,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "linear": linear_table,
     "kinds": kinds_table,
     "threads": threads_table,
+    "demo": demo_table,
     "steps": steps_table,
     "parts": parts_table,
     "sizes": sizes_table,

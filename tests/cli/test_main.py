@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from s2q.cli import WAITING, commands, console, run, wait_passively
+from s2q.cli import SPINS, WAITING, commands, console, limit_spinning, run
 from s2q.core.errors import BusyError, InvalidInputError, ResourceError, S2QError
 
 
@@ -144,19 +144,19 @@ def test_json_errors_leave_stdout_empty(capsys):
 
 
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "9"}, {"KMP_BLOCKTIME": "1"}])
-def test_threads_wait_passively_unless_the_user_chose(chosen):
+def test_waiting_threads_sleep_unless_the_user_chose(chosen):
     environment = {"OMP_NUM_THREADS": "2", **chosen}
-    wait_passively(environment)
-    assert environment == {"OMP_NUM_THREADS": "2", **(chosen or {"OMP_WAIT_POLICY": "passive"})}
+    limit_spinning(environment)
+    assert environment == {"OMP_NUM_THREADS": "2", **(chosen or {"GOMP_SPINCOUNT": SPINS})}
 
 
 def test_the_command_sets_it_before_torch_is_there_and_the_library_never():
     unset = {name: value for name, value in os.environ.items() if name not in WAITING}
-    library = "import os, s2q, s2q.loading; print(os.environ.get('OMP_WAIT_POLICY'))"
+    library = "import os, s2q, s2q.loading; print(os.environ.get('GOMP_SPINCOUNT'))"
     command = (
         "import os, sys, s2q.cli; s2q.cli.run = lambda arguments: 'torch' in sys.modules;"
-        "sys.exit = lambda loaded: print(os.environ['OMP_WAIT_POLICY'], loaded); s2q.cli.main(['--version'])"
+        "sys.exit = lambda loaded: print(os.environ['GOMP_SPINCOUNT'], loaded); s2q.cli.main(['--version'])"
     )
-    for code, expected in ((library, "None"), (command, "passive False")):
+    for code, expected in ((library, "None"), (command, f"{SPINS} False")):
         done = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected

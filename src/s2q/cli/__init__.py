@@ -19,6 +19,9 @@ from s2q.core.errors import ResourceError, S2QError, first_line, is_out_of_memor
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables that say how the threads of a CPU wait for each other."""
 
+SPINS = "20000"
+"""How often a waiting thread looks before it sleeps."""
+
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
@@ -34,21 +37,21 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         argv: The arguments; those of the process by default.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    wait_passively(os.environ)
+    limit_spinning(os.environ)
     sys.exit(run(arguments))
 
 
-def wait_passively(environment: MutableMapping[str, str]) -> None:
-    """Let threads of PyTorch that wait for each other sleep, unless the user has chosen how they wait.
+def limit_spinning(environment: MutableMapping[str, str]) -> None:
+    """Let threads of PyTorch that wait for each other sleep after some microseconds, unless the user has chosen.
 
-    Without it they spin, and on a machine with other work to do the one that all wait for does not get the processor
-    (docs/speed.md). To be called before torch is imported.
+    By default they spin, and on a machine with other work the thread that all wait for does not get the processor.
+    Asleep at once, threads of small operations wake up too late (docs/speed.md). To be called before torch is imported.
 
     Args:
         environment: Of the process, and of those that it starts.
     """
     if not any(name in environment for name in WAITING):
-        environment["OMP_WAIT_POLICY"] = "passive"
+        environment["GOMP_SPINCOUNT"] = SPINS
 
 
 def run(arguments: Sequence[str]) -> int:
