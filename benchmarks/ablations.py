@@ -19,13 +19,14 @@ from environment import environment
 from records import rounded, write_record
 from variants import GROUPS, Variant
 
-from s2q.calibration import Trajectory, record_trajectory, resolve_settings
-from s2q.core.components import transformers_of
-from s2q.evaluation import generation_defaults
+from s2q.common.components import transformers_of
 from s2q.evaluation.velocity import DEFINITION, velocity_errors
-from s2q.loading import load_pipeline
-from s2q.quantization import quantize
-from s2q.recipes import load_recipe
+from s2q.generation.defaults import generation_defaults
+from s2q.generation.load import load_pipeline
+from s2q.generation.settings import resolve_settings
+from s2q.generation.trajectory import Trajectory, record_trajectory
+from s2q.recipes.load import load_recipe
+from s2q.run.quantize import quantize
 from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_prompts
 
 RESULTS = Path(__file__).parent / "results" / "ablations"

@@ -18,9 +18,9 @@ import torch
 from environment import environment
 from records import rounded_metrics, write_record
 
-from s2q.evaluation import EvaluationOptions, evaluate_each
-from s2q.quantization import quantize
-from s2q.recipes import load_recipe, recipe_names
+from s2q.evaluation.evaluate import EvaluationOptions, evaluate_each
+from s2q.recipes.load import load_recipe, recipe_names
+from s2q.run.quantize import quantize
 from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_prompts
 
 RESULTS = Path(__file__).parent / "results"

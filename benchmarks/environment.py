@@ -6,7 +6,7 @@ import platform
 import sys
 from pathlib import Path
 
-from s2q.core.processor import instruction_set
+from s2q.common.processor import instruction_set
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "s2q")
 

@@ -2,8 +2,9 @@
 
 from markdown_tables import table_head, table_row
 
-from s2q.evaluation import adherence, learned, metrics, velocity
-from s2q.evaluation.evalcrafter import NEEDS
+from s2q.evaluation import metrics, velocity
+from s2q.evaluation.judges import adherence, learned
+from s2q.evaluation.judges.evalcrafter import NEEDS
 from s2q.evaluation.paper import paper_tables
 from s2q.evaluation.video_metrics import VELOCITY
 from s2q.report.formatting import title_of

@@ -15,9 +15,9 @@ from typing import Any
 
 from markdown_tables import interval, table_head, table_row
 
-from s2q.evaluation import clustered_mean
-from s2q.evaluation.comparison import HIGHER_IS_BETTER, PairedDifference, paired_differences
-from s2q.recipes import load_recipe
+from s2q.evaluation.intervals import clustered_mean
+from s2q.evaluation.paired import HIGHER_IS_BETTER, PairedDifference, paired_differences
+from s2q.recipes.load import load_recipe
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = ("w4a4", "w4a6", "w4a8", "w8a8")

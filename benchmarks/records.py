@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from s2q.core.files import atomic_write_text
+from s2q.common.files import atomic_write_text
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

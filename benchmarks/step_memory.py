@@ -23,15 +23,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from s2q.benchmarking.calibration_block import student_of
-from s2q.core.components import TRANSFORMERS
-from s2q.core.reuse import parameters_held
-from s2q.distillation import checkpointed, weighted_token_loss
+from s2q.benchmark.calibration_block import student_of
+from s2q.benchmark.synthetic_blocks import block_inputs
+from s2q.blocks.distil import checkpointed
+from s2q.common.components import TRANSFORMERS
+from s2q.core.memo import parameters_held
+from s2q.distillation.loss import weighted_token_loss
 from s2q.models.family import block_linears, linears_of_block
 from s2q.models.synthetic import BlockList, SyntheticModel, synthetic_model
-from s2q.models.synthetic_blocks import block_inputs
 from s2q.planning.cost import Workload, block_shapes
-from s2q.recipes import Recipe, load_recipe
+from s2q.recipes.load import load_recipe
+from s2q.recipes.schema import Recipe
 from s2q.rounding import softened
 
 MODELS = ("cogvideox-2b", "cogvideox-5b", "hunyuanvideo", "ltx-2b", "wan-1.3b", "wan-14b")

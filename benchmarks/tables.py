@@ -22,8 +22,8 @@ from published import commands_of, cost_table, sizes_table
 from reproduce.beside import overview_table
 from variants import GROUPS, Variant
 
-from s2q.benchmarking.results import place_of
-from s2q.evaluation import clustered_mean
+from s2q.benchmark.results import place_of
+from s2q.evaluation.intervals import clustered_mean
 from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
 
 ROOT = Path(__file__).parent.parent

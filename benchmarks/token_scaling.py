@@ -18,7 +18,7 @@ from environment import environment
 from torch import nn
 
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
-from s2q.distillation import weighted_token_loss
+from s2q.distillation.loss import weighted_token_loss
 from s2q.nn import LearnableClip, StudentInput, StudentLinear, replace_module
 from s2q.ops.attention_colsum import attention_colsum
 from s2q.rounding import HessianAccumulator

@@ -32,7 +32,7 @@ GENERATION = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "wi
 @pytest.fixture(scope="session", autouse=True)
 def every_dtype_has_arithmetic():
     """Models compute in the dtype that they are stored in, whatever CPU runs the tests; `emulated_half` changes it."""
-    from s2q.core import devices
+    from s2q.common import devices
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "has_arithmetic", lambda dtype: True)
@@ -42,7 +42,7 @@ def every_dtype_has_arithmetic():
 @pytest.fixture
 def emulated_half(monkeypatch):
     """The CPU has no arithmetic of half precision."""
-    from s2q.core import devices
+    from s2q.common import devices
 
     monkeypatch.setattr(devices, "has_arithmetic", lambda dtype: dtype == torch.float32)
 

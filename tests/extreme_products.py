@@ -5,8 +5,8 @@ import sys
 
 import torch
 
+from s2q.common.processor import instruction_set
 from s2q.core.packing import pack_codes
-from s2q.core.processor import instruction_set
 from s2q.ops.int_matmul import cpu, int_matmul
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
 

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 
 
 def describe(task, device, tell):

@@ -41,7 +41,7 @@ def test_import_is_light():
         "from diffusers import CogVideoXPipeline; import s2q",
         "import s2q; import diffusers.quantizers.auto",
         "import s2q.checkpoint",
-        "import s2q.loading",
+        "import s2q.generation.load",
     ],
 )
 def test_diffusers_knows_the_format_in_whatever_order_the_imports_come(imports):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import s2q
-from s2q import benchmarking
-from s2q.comparing import CompareOptions
-from s2q.core.errors import S2QError
-from s2q.evaluation import EvaluationOptions, generate
+from s2q import benchmark as benchmarking
+from s2q.common.errors import S2QError
+from s2q.comparison.setup import CompareOptions
+from s2q.evaluation.evaluate import EvaluationOptions
+from s2q.generation.generate import generate
 
 MODEL = "shapes-cogvideox"
 
@@ -140,11 +141,11 @@ def nothing_is_computed(monkeypatch, tmp_path):
         raise AssertionError("a model was loaded although an argument is wrong")
 
     monkeypatch.chdir(tmp_path)
-    for module in ("s2q.evaluation.generate", "s2q.evaluation.evaluate"):
+    for module in ("s2q.generation.generate", "s2q.evaluation.evaluate"):
         monkeypatch.setattr(importlib.import_module(module), "load_pipeline", refuse)
     monkeypatch.setattr("s2q.models.source.ModelSource.load_pipeline", refuse)
-    monkeypatch.setattr("s2q.quantization.run.load_teacher", refuse)
-    monkeypatch.setattr("s2q.comparing.run.quantize", refuse)
+    monkeypatch.setattr("s2q.run.quantize.load_teacher", refuse)
+    monkeypatch.setattr("s2q.comparison.compare.quantize", refuse)
     yield
     assert os.listdir(tmp_path) == []
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s2q.comparing import CompareOptions, compare
-from s2q.core import devices
-from s2q.core.processor import is_x86
-from s2q.evaluation import EvaluationOptions, evaluate, generate
-from s2q.loading import load_pipeline
+from s2q.common import devices
+from s2q.common.processor import is_x86
+from s2q.comparison.compare import compare
+from s2q.comparison.setup import CompareOptions
+from s2q.evaluation.evaluate import EvaluationOptions, evaluate
+from s2q.generation.generate import generate
+from s2q.generation.load import load_pipeline
 from s2q.planning import plan
-from s2q.quantization import quantize
+from s2q.run.quantize import quantize
 from tiny import tiny_cogvideox_pipeline, tiny_wan_pipeline
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -83,7 +85,7 @@ def test_eval_names_the_one_dtype_of_both_sides(folders, emulated_half, asked, u
 
 
 def test_compare_names_the_dtype_and_is_not_resumed_in_another(folders, emulated_half, monkeypatch, tmp_path):
-    from s2q.core.errors import InvalidInputError
+    from s2q.common.errors import InvalidInputError
 
     def run():
         options = CompareOptions(settings=SETTINGS, seeds=1, metrics=("psnr",))

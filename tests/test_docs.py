@@ -69,7 +69,7 @@ def test_the_two_commands_come_first():
 
 
 def test_every_recipe_command_of_the_docs_is_valid():
-    from s2q.recipes import load_recipe, recipe_names
+    from s2q.recipes.load import load_recipe, recipe_names
 
     page = (ROOT / "docs" / "recipes.md").read_text()
     commands = re.findall(r"^s2q quantize (.*?[^\\])$", page, flags=re.MULTILINE | re.DOTALL)

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 
 import s2q
 from s2q.cli import run
-from s2q.core.errors import ResourceError
-from s2q.evaluation import EvaluationOptions
+from s2q.common.errors import ResourceError
+from s2q.evaluation.evaluate import EvaluationOptions
 
 KINDS = {
     "MemoryError": MemoryError(),

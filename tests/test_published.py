@@ -11,11 +11,11 @@ from published import commands_of, planned_peak, published_models
 from reproduce.command import arguments_of
 
 import s2q
-from s2q.calibration.settings import vae_factors
 from s2q.cli.app import app
+from s2q.generation.settings import vae_factors
 from s2q.models import family_of
 from s2q.models.synthetic import synthetic_names
-from s2q.recipes import load_recipe
+from s2q.recipes.load import load_recipe
 from tiny import (
     tiny_cogvideox_pipeline,
     tiny_hunyuanvideo_pipeline,

@@ -17,7 +17,7 @@ from reproduce.specs import TABLES, row_overrides
 from s2q.cli import run as s2q
 from s2q.cli.app import app
 from s2q.evaluation.paper import FULL_PRECISION, METHOD, paper_tables
-from s2q.recipes import load_recipe, recipe_names
+from s2q.recipes.load import load_recipe, recipe_names
 from tiny import tiny_cogvideox_pipeline
 
 FAST = ["--steps", "2", "--num-frames", "9", "--height", "16", "--width", "16", "--device", "cpu"]

@@ -8,14 +8,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 import s2q
-from s2q.benchmarking.bench import make_cases, open_results, run_cases
-from s2q.benchmarking.case import Settings
-from s2q.benchmarking.timing import TimingOptions
-from s2q.comparing import CompareOptions
-from s2q.core.errors import InvalidInputError
-from s2q.core.torch_state import in_fresh_torch_state
-from s2q.evaluation import EvaluationOptions
-from s2q.recipes import load_recipe
+from s2q.benchmark.bench import make_cases, open_results, run_cases
+from s2q.benchmark.case import Settings
+from s2q.benchmark.timing import TimingOptions
+from s2q.common.errors import InvalidInputError
+from s2q.common.torch_state import in_fresh_torch_state
+from s2q.comparison.setup import CompareOptions
+from s2q.evaluation.evaluate import EvaluationOptions
+from s2q.recipes.load import load_recipe
 from states import STATES
 from tiny import tiny_wan_pipeline
 

@@ -10,8 +10,8 @@ from published import GIB, published_models, published_name
 from reproduce.plan import Request, Run, runs_of
 from reproduce.run import timed_model
 from reproduce.specs import FULL_PRECISION, NO_RECIPE, TABLES, Row, Table
-from s2q.core.files import atomic_write_json, atomic_write_text
-from s2q.evaluation import clustered_mean
+from s2q.common.files import atomic_write_json, atomic_write_text
+from s2q.evaluation.intervals import clustered_mean
 from s2q.planning import plan
 
 SCHEMA_VERSION = 1

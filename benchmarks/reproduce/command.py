@@ -18,8 +18,9 @@ from reproduce.specs import NO_RECIPE, TABLES, check_changes, chosen_rows
 from s2q.cli import EXIT_INTERRUPTED
 from s2q.cli.commands import resolve_device
 from s2q.cli.console import quiet_libraries
-from s2q.core.errors import InvalidInputError, S2QError
-from s2q.evaluation import default_prompts, read_prompts
+from s2q.common.errors import InvalidInputError, S2QError
+from s2q.evaluation.evaluate import default_prompts
+from s2q.generation.prompts import read_prompts
 from s2q.shapes.embedded import EMBEDDED_NAMES
 
 _EMBEDDED_PROMPTS = 64

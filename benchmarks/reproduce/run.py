@@ -13,9 +13,10 @@ from records import rounded_metrics, write_record
 
 from reproduce.plan import Request, Run, bench_command, runs_of, shown, video_name
 from reproduce.specs import Table
-from s2q.core.files import atomic_write_bytes, atomic_write_json
-from s2q.evaluation import EvaluationOptions, Video, evaluate_each
-from s2q.evaluation.sources import frame_rate_of
+from s2q.common.files import atomic_write_bytes, atomic_write_json
+from s2q.evaluation.evaluate import EvaluationOptions, evaluate_each
+from s2q.generation.defaults import frame_rate_of
+from s2q.generation.generate import Video
 from s2q.report import BT601, encode_mp4
 
 logger = logging.getLogger("reproduce")

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from variants import GROUPS, Variant
 
-from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.evaluation.paper import FULL_PRECISION, METHOD, paper_tables
-from s2q.recipes import load_recipe, recipe_names
+from s2q.recipes.load import load_recipe, recipe_names
 
 NO_RECIPE = "no recipe yet"
 _BASELINES = {

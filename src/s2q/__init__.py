@@ -16,23 +16,24 @@ from typing import TYPE_CHECKING, Any
 from s2q import _hook
 
 if TYPE_CHECKING:
-    from s2q.comparing import compare
-    from s2q.evaluation import evaluate, generate
-    from s2q.loading import inspect_model as inspect
-    from s2q.loading import load_pipeline as load
+    from s2q.comparison.compare import compare
+    from s2q.evaluation.evaluate import evaluate
+    from s2q.generation.generate import generate
+    from s2q.generation.load import inspect_model as inspect
+    from s2q.generation.load import load_pipeline as load
     from s2q.planning import plan
-    from s2q.quantization import quantize
+    from s2q.run.quantize import quantize
 
 __all__ = ["__version__", "compare", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
 
 _LAZY = {
-    "compare": ("s2q.comparing", "compare"),
+    "compare": ("s2q.comparison", "compare"),
     "evaluate": ("s2q.evaluation", "evaluate"),
     "generate": ("s2q.evaluation", "generate"),
-    "inspect": ("s2q.loading", "inspect_model"),
-    "load": ("s2q.loading", "load_pipeline"),
+    "inspect": ("s2q.generation.load", "inspect_model"),
+    "load": ("s2q.generation.load", "load_pipeline"),
     "plan": ("s2q.planning", "plan"),
-    "quantize": ("s2q.quantization", "quantize"),
+    "quantize": ("s2q.run", "quantize"),
 }
 
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from s2q.quantization import quantize
+from s2q.run.quantize import quantize
 from tiny import tiny_cogvideox_pipeline
 
 

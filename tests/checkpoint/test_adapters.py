@@ -9,8 +9,8 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 import s2q
-from s2q.core.components import has_adapter
-from s2q.core.errors import InvalidInputError, S2QError, UsageError
+from s2q.common.components import has_adapter
+from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.nn import PackedLinear
 from tiny import run_transformer, tiny_cogvideox_pipeline
 

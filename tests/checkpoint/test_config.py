@@ -3,8 +3,8 @@ import json
 import pytest
 
 from s2q.checkpoint import FORMAT_VERSION, S2QConfig
-from s2q.core.errors import InvalidInputError
-from s2q.core.layout import InputLayout
+from s2q.common.errors import InvalidInputError
+from s2q.core.input_path import InputLayout
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.core.tokens import TokenLayout
 

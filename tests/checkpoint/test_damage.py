@@ -9,7 +9,7 @@ from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransfo
 from safetensors.torch import load_file, save_file
 
 from s2q.checkpoint import inspect_checkpoint, load_pipeline, verify_manifest
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 LAYER = "transformer_blocks.1.ff.net.2"

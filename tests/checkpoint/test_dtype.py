@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from s2q.nn import PackedLinear
-from s2q.quantization import quantize
+from s2q.run.quantize import quantize
 from tiny import (
     TINY_CALL,
     tiny_cogvideox_pipeline,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s2q.quantization import quantize
+from s2q.run.quantize import quantize
 from tiny import tiny_cogvideox_pipeline
 
 TENSORS = "60aa344ec5b2b26a8e8a2b40b5f8af864799a2f0b109b20fe3e9171a411f4f67"

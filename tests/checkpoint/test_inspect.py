@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import load_file
 
 from s2q.checkpoint import inspect_checkpoint
-from s2q.core.files import sha256_file
+from s2q.common.files import sha256_file
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from s2q.checkpoint import load_pipeline
-from s2q.core.errors import S2QError
+from s2q.common.errors import S2QError
 from s2q.models import block_linears, family_of
 from s2q.nn import PackedLinear
 from tiny import run_pipeline, run_transformer, tiny_cogvideox_pipeline
@@ -97,7 +97,8 @@ def test_same_video_as_the_pipeline_in_memory(checkpoint_fp32):
     """Save and load changes nothing: the latents are those of the pipeline that was packed in memory."""
     from s2q.core.schemes import LinearScheme
     from s2q.nn import replace_module
-    from s2q.recipes import assign_schemes, load_recipe
+    from s2q.planning.resolve import assign_schemes
+    from s2q.recipes.load import load_recipe
     from s2q.rounding import round_rtn
 
     pipe = tiny_cogvideox_pipeline()

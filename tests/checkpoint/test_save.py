@@ -6,9 +6,9 @@ import torch
 
 from s2q.checkpoint import CheckpointRecords, S2QConfig, save_checkpoint
 from s2q.checkpoint.model_card import front_matter, render_model_card
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
-from s2q.recipes import load_recipe
+from s2q.recipes.load import load_recipe
 from tiny import tiny_cogvideox_pipeline
 
 STORAGE = {"full_precision_bytes": 4000, "quantized_bytes": 1000, "ratio": 4.0}
@@ -103,7 +103,7 @@ def test_measured_table_only_with_numbers(config):
 
 
 def test_the_licence_file_comes_along_and_the_path_does_not(tmp_path, checkpoint):
-    from s2q.quantization import quantize
+    from s2q.run.quantize import quantize
 
     model = tmp_path / "model"
     tiny_cogvideox_pipeline().save_pretrained(model)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from s2q.benchmarking import bench
+from s2q.benchmark import bench
 from s2q.cli import run
 
 QUICK = ["--repeats", "1", "--seconds", "0", "--device", "cpu"]
@@ -35,7 +35,7 @@ def test_a_run_writes_every_op_and_a_second_run_measures_nothing(results, tiny_m
     def run_cases(cases, *_args, **_kwargs):
         assert cases == []
 
-    monkeypatch.setattr("s2q.benchmarking.run_cases", run_cases)
+    monkeypatch.setattr("s2q.benchmark.run_cases", run_cases)
     assert run(["bench", "-m", str(tiny_model), "-o", str(out), "-r", "s2q-w4a6", *QUICK]) == 0
     captured = capsys.readouterr()
     assert "has all of this already" in captured.err

@@ -149,7 +149,7 @@ def test_outputs_are_checked_before_anything_is_loaded(checkpoint, tmp_path, mon
         raise AssertionError("loaded a model although the output will not do")
 
     judging = importlib.import_module("s2q.evaluation.evaluate")
-    monkeypatch.setattr("s2q.loading.load_pipeline", load)
+    monkeypatch.setattr("s2q.generation.load.load_pipeline", load)
     monkeypatch.setattr(judging, "load_pipeline", load)
     (tmp_path / "videos").mkdir()
     (tmp_path / "eval.json").write_text("{}")
@@ -164,7 +164,7 @@ def test_outputs_are_checked_before_anything_is_loaded(checkpoint, tmp_path, mon
 
 @pytest.mark.parametrize(("prompt", "out"), [("a\udcff", "videos"), ("a", "vid\udcffeos"), (" ", "videos")])
 def test_text_that_is_not_utf_8_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys, prompt, out):
-    monkeypatch.setattr("s2q.loading.load_pipeline", None)
+    monkeypatch.setattr("s2q.generation.load.load_pipeline", None)
     arguments = ["generate", "-m", "shapes-cogvideox", "-o", tmp_path / out, "--prompt", prompt]
     error = output_of(capsys, arguments, 3).err
     assert "UTF-8" in error or "is empty" in error

@@ -1,7 +1,7 @@
 import json
 
 from s2q.cli import run
-from s2q.core import processes
+from s2q.engines import processes
 
 
 def test_the_whole_demo(embedded_tiny, tmp_path, capsys, monkeypatch):

@@ -7,7 +7,12 @@ import sys
 import pytest
 
 from s2q.cli import SPINS, WAITING, commands, console, limit_spinning, run
-from s2q.core.errors import BusyError, InvalidInputError, ResourceError, S2QError
+from s2q.common.errors import (
+    BusyError,
+    InvalidInputError,
+    ResourceError,
+    S2QError,
+)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +157,7 @@ def test_waiting_threads_sleep_unless_the_user_chose(chosen):
 
 def test_the_command_sets_it_before_torch_is_there_and_the_library_never():
     unset = {name: value for name, value in os.environ.items() if name not in WAITING}
-    library = "import os, s2q, s2q.loading; print(os.environ.get('GOMP_SPINCOUNT'))"
+    library = "import os, s2q, s2q.generation.load; print(os.environ.get('GOMP_SPINCOUNT'))"
     command = (
         "import os, sys, s2q.cli; s2q.cli.run = lambda arguments: 'torch' in sys.modules;"
         "sys.exit = lambda loaded: print(os.environ['GOMP_SPINCOUNT'], loaded); s2q.cli.main(['--version'])"

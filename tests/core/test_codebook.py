@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.integrate import quad
 
+from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of, lloyd_max_levels, nearest_level
-from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import PerChannel, PerGroup, PerToken, QuantScheme
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.core.tokens import TokenGrid

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.packing import pack_codes, packed_width, unpack_codes
 
 WIDTHS = range(2, 9)

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
-from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import (
     dequantize,
     dequantize_weight,

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.packing import pack_codes
 from s2q.core.schemes import (
     LinearScheme,

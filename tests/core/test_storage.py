@@ -2,7 +2,7 @@
 
 import pytest
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.storage import parse_bytes
 
 

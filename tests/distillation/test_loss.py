@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
-from s2q.distillation import split_weights, weighted_token_loss
+from s2q.common.errors import InvalidInputError
+from s2q.distillation.loss import split_weights, weighted_token_loss
 
 
 def draw(*shape, seed=0):

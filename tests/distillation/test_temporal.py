@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.blocks.distil import (
+    BlockSample,
+    DistillationOptions,
+    block_loss,
+    distil,
+)
+from s2q.common.errors import InvalidInputError
 from s2q.core.tokens import TokenGrid
-from s2q.distillation import BlockSample, DistillationOptions, block_loss, distil, temporal_loss
+from s2q.distillation.temporal import temporal_loss
 from tiny import ListedSamples
 
 

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2q.core.errors import InvalidInputError
-from s2q.distillation import capture_column_sums, token_weights
+from s2q.common.errors import InvalidInputError
+from s2q.distillation.token_importance import capture_column_sums, token_weights
 from tiny import tiny_transformer, transformer_inputs
 
 

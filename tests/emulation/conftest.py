@@ -18,7 +18,7 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="session", autouse=True)
 def _frozen():
     """What libraries keep is no garbage: collections are ten times as fast without it."""
-    import s2q.quantization  # noqa: F401
+    import s2q.run  # noqa: F401
 
     gc.collect()
     gc.freeze()

@@ -11,10 +11,10 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 import s2q
-from s2q.calibration import prompt_token_limit
+from s2q.generation.settings import prompt_token_limit
 from s2q.models import family_of
-from s2q.quantization import QuantizationReport
-from s2q.recipes import load_recipe
+from s2q.recipes.load import load_recipe
+from s2q.run.report import QuantizationReport
 from tiny import (
     tiny_cogvideox_pipeline,
     tiny_hunyuanvideo15_pipeline,
@@ -63,7 +63,7 @@ def model_folder(name, dtype=torch.float32):
 
 def sizes(pipe):
     """Of a small video: 3 latent frames, 16 pixels a side or what the pipeline takes at least."""
-    from s2q.calibration.settings import vae_factors
+    from s2q.generation.settings import vae_factors
 
     side = max(16, family_of(pipe.transformer).size_multiple)
     return {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side}

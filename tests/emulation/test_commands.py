@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from emulation import emulator, runs
 from s2q.cli import run
-from s2q.comparing import pages
+from s2q.comparison import pages
 from s2q.report import compare_page
 
 pytestmark = pytest.mark.gpu

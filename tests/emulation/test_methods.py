@@ -7,7 +7,7 @@ nearest runs at every width for that.
 import pytest
 
 from emulation import runs
-from s2q.recipes import recipe_names
+from s2q.recipes.load import recipe_names
 
 METHODS = sorted({name.rpartition("-")[0] for name in recipe_names()})
 RECIPES = [

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError, UsageError
-from s2q.evaluation import METRICS, EvaluationOptions, evaluate, evaluate_each, recordings
-from s2q.evaluation.video_metrics import selected_metrics
-from s2q.quantization import quantize
+from s2q.common.errors import InvalidInputError, UsageError
+from s2q.evaluation import recordings
+from s2q.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_each
+from s2q.evaluation.video_metrics import METRICS, selected_metrics
+from s2q.run.quantize import quantize
 from tiny import tiny_cogvideox_pipeline
 
 FAST = {"num_inference_steps": 2, "guidance_scale": 2.0}

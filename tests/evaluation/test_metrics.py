@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.evaluation.metrics import (
     DEFINITIONS,
     FRAME_METRICS,

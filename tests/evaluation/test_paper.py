@@ -1,7 +1,7 @@
 from published import published_models
 
+from s2q.evaluation.judges.vbench import PAPER_DIMENSIONS
 from s2q.evaluation.paper import FULL_PRECISION, METHOD, paper_model, paper_tables, published_scores
-from s2q.evaluation.vbench import PAPER_DIMENSIONS
 
 
 def test_known_figures():

@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 
-from s2q.calibration import record_trajectory, resolve_settings
-from s2q.core.errors import S2QError
+from s2q.common.errors import S2QError
 from s2q.evaluation.velocity import velocity_errors
+from s2q.generation.settings import resolve_settings
+from s2q.generation.trajectory import record_trajectory
 from tiny import tiny_cogvideox_pipeline
 
 

@@ -7,14 +7,14 @@ import shutil
 import pytest
 
 from s2q.cli import run
-from s2q.comparing import CompareOptions, compare
-from s2q.core.errors import InvalidInputError
-from s2q.evaluation import EvaluationOptions, evaluate
-from s2q.evaluation.evaluate import evaluate_each
-from s2q.loading import load_pipeline
+from s2q.common.errors import InvalidInputError
+from s2q.comparison.compare import compare
+from s2q.comparison.setup import CompareOptions
+from s2q.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_each
+from s2q.generation.load import load_pipeline
 from s2q.models import resolve_model
 from s2q.models.architecture import architecture_of, check_comparable
-from s2q.quantization import quantize
+from s2q.run.quantize import quantize
 from tiny import tiny_cogvideox_pipeline, tiny_ltx_pipeline, tiny_wan_pipeline
 
 SETTINGS = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 9}

@@ -4,15 +4,15 @@ import pytest
 import torch
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
-from s2q.core.errors import InvalidInputError, ResourceError
-from s2q.loading import load_pipeline
+from s2q.benchmark.synthetic_blocks import block_inputs, synthetic_block
+from s2q.common.errors import InvalidInputError, ResourceError
+from s2q.generation.load import load_pipeline
 from s2q.models.attention import (
     DispatchedCogVideoXAttention,
     attention_of,
     check_attention_backend,
     use_attention_registry,
 )
-from s2q.models.synthetic_blocks import block_inputs, synthetic_block
 from tiny import run_transformer, shrunken, tiny_cogvideox_pipeline, tiny_transformer
 
 

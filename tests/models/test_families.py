@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
 import s2q
-from s2q.calibration import prompt_token_limit, record_trajectory, resolve_settings
-from s2q.calibration.settings import vae_factors
+from s2q.calibration.stream import TeacherStream
 from s2q.checkpoint import read_config
-from s2q.distillation import capture_column_sums
-from s2q.evaluation import EvaluationOptions, evaluate
+from s2q.distillation.token_importance import capture_column_sums
+from s2q.evaluation.evaluate import EvaluationOptions, evaluate
+from s2q.generation.settings import prompt_token_limit, resolve_settings, vae_factors
+from s2q.generation.trajectory import record_trajectory
 from s2q.models import FAMILIES, block_linears, block_names, family_of
 from s2q.nn import PackedLinear
 from s2q.planning import plan
-from s2q.quantization.stream import TeacherStream
 from tiny import (
     tiny_cogvideox_pipeline,
     tiny_hunyuanvideo15_pipeline,

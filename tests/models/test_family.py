@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.models import FAMILIES, block_linears, block_names, family_of
 from tiny import run_transformer, tiny_transformer
 

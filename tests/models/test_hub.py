@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import s2q
 from s2q.cli import run
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.models import resolve_model
 from s2q.models.hub import HubId, parse_hub_id
 from tiny import tiny_cogvideox_pipeline
@@ -223,7 +223,7 @@ def test_a_checkpoint_on_the_hub_is_judged_as_a_folder_is(cache):
 
 
 def test_a_comparison_keeps_the_commits_that_it_began_with(tmp_path):
-    from s2q.comparing.setup import CompareOptions, set_up
+    from s2q.comparison.setup import CompareOptions, set_up
 
     setup = set_up(
         ["acme/packed@v1"],

@@ -4,12 +4,13 @@ import pytest
 import torch
 from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
 
-from s2q.calibration import record_trajectory, resolve_settings
-from s2q.calibration.denoising import denoise
-from s2q.core.errors import InvalidInputError
-from s2q.quantization.collect import prepare
-from s2q.quantization.teacher import load_teacher
-from s2q.recipes import load_recipe
+from s2q.calibration.candidates import prepare
+from s2q.calibration.teacher import load_teacher
+from s2q.common.errors import InvalidInputError
+from s2q.generation.denoise import denoise
+from s2q.generation.settings import resolve_settings
+from s2q.generation.trajectory import record_trajectory
+from s2q.recipes.load import load_recipe
 from tiny import tiny_hunyuanvideo15_pipeline
 
 SIZES = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 2}

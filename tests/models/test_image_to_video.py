@@ -8,7 +8,7 @@ from PIL import Image
 import s2q
 from s2q.checkpoint import read_config
 from s2q.cli import run
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.models import block_linears, family_of
 from s2q.nn import PackedLinear
 from s2q.planning import plan

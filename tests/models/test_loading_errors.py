@@ -9,12 +9,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 from s2q.cli import run
-from s2q.core import loading_errors
-from s2q.core.errors import InvalidInputError, ResourceError
-from s2q.core.loading_errors import PACKAGES, loading_error, missing_package
-from s2q.loading import check_model, load_pipeline
+from s2q.common import loading_errors
+from s2q.common.errors import InvalidInputError, ResourceError
+from s2q.common.loading_errors import PACKAGES, loading_error, missing_package
+from s2q.generation.load import check_model, load_pipeline
 from s2q.models import resolve_model, source
-from s2q.quantization import quantize
+from s2q.run.quantize import quantize
 from tiny import tiny_wan_pipeline
 
 

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.models import resolve_model
 from tiny import run_pipeline, tiny_cogvideox_pipeline, tiny_wan_pipeline
 

@@ -1,13 +1,15 @@
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.benchmark.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
+from s2q.common.errors import InvalidInputError
 from s2q.models import block_linears, linears_of_block
 from s2q.models.synthetic import synthetic_model, synthetic_names
-from s2q.models.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
 from s2q.nn import PackedLinear
 from s2q.planning import plan
-from s2q.recipes import assign_layouts, assign_schemes, load_recipe
+from s2q.planning.input_paths import assign_layouts
+from s2q.planning.resolve import assign_schemes
+from s2q.recipes.load import load_recipe
 from tiny import shrunken
 
 PARAMETERS = {  # of the published weights

@@ -12,18 +12,20 @@ from safetensors.torch import load_file
 
 import s2q
 from overrides import overriding
-from s2q.calibration import record_trajectory, resolve_settings, steps_of_transformers
+from s2q.calibration import calibration_set as select_module
 from s2q.checkpoint import inspect_checkpoint, read_config
 from s2q.cli.output import show_plan
-from s2q.core.errors import InvalidInputError
-from s2q.evaluation import EvaluationOptions, evaluate
+from s2q.common.errors import InvalidInputError
+from s2q.evaluation.evaluate import EvaluationOptions, evaluate
 from s2q.evaluation.velocity import velocity_errors
-from s2q.loading import load_pipeline
+from s2q.generation.load import load_pipeline
+from s2q.generation.settings import resolve_settings
+from s2q.generation.sharing import steps_of_transformers
+from s2q.generation.trajectory import record_trajectory
 from s2q.nn import PackedLinear
 from s2q.planning import plan
-from s2q.quantization import run as run_module
-from s2q.quantization import runner
-from s2q.quantization import select as select_module
+from s2q.run import quantize as run_module
+from s2q.run import runner
 from tiny import tiny_wan_image_pipeline, tiny_wan_pipeline
 
 BOUNDARY = 0.7
@@ -242,7 +244,7 @@ def test_what_is_written_generates_what_was_computed(run):
 def test_a_killed_run_goes_on_with_the_same_result(model, run, tmp_path, monkeypatch, stop_after, limit):
     out = tmp_path / "out"
     interrupted(stop_after, limit, lambda: calibrated(model, out))
-    monkeypatch.setattr("s2q.quantization.collect.record_trajectory", None)  # nothing is generated again
+    monkeypatch.setattr("s2q.calibration.candidates.record_trajectory", None)  # nothing is generated again
     report = calibrated(model, out)
     assert stop_after["computed"] == ["blocks.0", "blocks.1", "transformer_2.blocks.0"][limit:]
     assert [block.resumed for block in report.blocks] == [index < limit for index in range(3)]

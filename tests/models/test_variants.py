@@ -8,10 +8,10 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.models import resolve_model
 from s2q.planning import plan
-from s2q.quantization import quantize
+from s2q.run.quantize import quantize
 from tiny import tiny_cogvideox_pipeline, tiny_wan_pipeline
 
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -269,6 +269,6 @@ def test_the_variant_is_recorded_and_its_weights_are_quantized(saved, tmp_path):
 
 def test_stale_files_are_told_at_debug_level(saved, tmp_path, caplog):
     folder = put(saved, tmp_path / "model", "bf16", "fp32-shards")
-    with caplog.at_level("DEBUG", logger="s2q.core.weights"):
+    with caplog.at_level("DEBUG", logger="s2q.common.weight_files"):
         resolve_model(folder)
     assert f"{INDEX} is loaded; ignored: {SINGLE}" in caplog.text

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize, fake_quantize_weight, token_scale, weight_scale
 from s2q.core.schemes import PerChannel, PerGroup, QuantScheme
 from s2q.nn import LearnableClip

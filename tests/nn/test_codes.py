@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from s2q.core.errors import UsageError
+from s2q.common.errors import UsageError
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.nn import PackedLinear
 from s2q.nn.codes import PackedCodes

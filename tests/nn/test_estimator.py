@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.core.tokens import TokenGrid, token_grid

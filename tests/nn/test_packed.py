@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2q.core.errors import InvalidInputError, UsageError
+from s2q.common.errors import InvalidInputError, UsageError
 from s2q.core.qparams import RoundedWeight, dequantize_weight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme, weight_bytes
 from s2q.nn import PackedLinear

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.schemes import LinearScheme, PerGroup, PerToken, QuantScheme
 from s2q.nn import PackedLinear, dequantized, packed, set_backend, share_inputs
-from s2q.quantization import quantize
 from s2q.rounding import ROUNDINGS
+from s2q.run.quantize import quantize
 from tiny import run_transformer, tiny_cogvideox_pipeline
 
 CALIBRATED = ["calibration.steps=1", "calibration.samples=1", "transforms.shift=mean", "transforms.low_rank=2"]
@@ -85,12 +85,12 @@ def test_every_backend_gives_the_same_output(transformer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_embedded_pipeline_gives_the_same_latents_on_every_cpu_backend(dtype):
     """Small differences would not stay small: a code that lands on the other side of a boundary moves many others."""
-    from s2q.benchmarking.pipeline_steps import pack_uncalibrated
-    from s2q.calibration.denoising import denoise
-    from s2q.calibration.settings import resolve_settings
-    from s2q.evaluation import generation_defaults
-    from s2q.loading import load_pipeline
-    from s2q.recipes import load_recipe
+    from s2q.benchmark.pipeline_steps import pack_uncalibrated
+    from s2q.generation.defaults import generation_defaults
+    from s2q.generation.denoise import denoise
+    from s2q.generation.load import load_pipeline
+    from s2q.generation.settings import resolve_settings
+    from s2q.recipes.load import load_recipe
 
     pipe = load_pipeline("shapes-cogvideox", dtype=dtype)
     pack_uncalibrated(pipe.transformer, load_recipe("s2q-plus-w4a6"))

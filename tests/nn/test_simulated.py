@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
+from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import lloyd_max_levels
-from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.nn import PackedLinear, StudentInput, StudentLinear, share_inputs
 from s2q.planning import plan
-from s2q.quantization import quantize
 from s2q.rounding import round_rtn
+from s2q.run.quantize import quantize
 from tiny import run_pipeline, tiny_cogvideox_pipeline
 
 GROUPED = ["activations.granularity=per_group", "activations.group_size=16"]

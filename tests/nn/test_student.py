@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import dequantize, dequantize_weight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.nn import replace_module
 
 

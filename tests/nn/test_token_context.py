@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from s2q.core.errors import InvalidInputError, UsageError
+from s2q.common.errors import InvalidInputError, UsageError
 from s2q.core.qparams import RoundedWeight, fake_quantize_input
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.core.tokens import TokenGrid, TokenLayout, current_grid, token_grid

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.ops.attention_colsum import BACKENDS
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.packing import pack_codes
 from s2q.ops.activation_path import BACKENDS as PATHS
 from s2q.ops.activation_path import activation_path

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.ops import activation_path, attention_colsum, dispatch, rescaled_int_matmul, weight_only_matmul
 from s2q.ops.architectures import CARDS, SHARED_BYTES, nearest_architecture
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from extreme_products import failures
-from s2q.core.errors import InvalidInputError
-from s2q.core.processor import is_x86
+from s2q.common.errors import InvalidInputError
+from s2q.common.processor import is_x86
 from s2q.ops.int_matmul import BACKENDS, cpu, int_matmul
 
 USABLE = list(BACKENDS)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.packing import pack_codes, unpack_codes
 from s2q.ops.rescaled_int_matmul import BACKENDS, rescaled_int_matmul
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
+from s2q.common.torch_state import fresh_torch_state
 from s2q.core.cubes import cube_means
 from s2q.core.qparams import fake_quantize_input, weight_scale
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.core.tokens import TokenGrid, token_grid
-from s2q.core.torch_state import fresh_torch_state
 from s2q.nn import Estimator, PackedLinear, set_backend
 from s2q.ops import activation_path as paths
 from s2q.ops import attention_colsum as sums

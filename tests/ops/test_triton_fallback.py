@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.ops import activation_path, attention_colsum, dispatch, rescaled_int_matmul, weight_only_matmul
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.packing import pack_codes
 from s2q.ops.weight_only_matmul import BACKENDS, cpu, weight_only_matmul
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from step_memory import Case, planned_bytes, traced_bytes
 
-from s2q.core.errors import InvalidInputError, ResourceError
+from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.models.synthetic import synthetic_model
 from s2q.planning import Machine, Workload, check_memory, plan, plan_transformers, tensor_sizes
 from s2q.planning.cost import block_shapes
+from s2q.planning.resolve import recipe_linears
 from s2q.planning.workload import workload_of_synthetic
-from s2q.recipes import load_recipe, recipe_linears
+from s2q.recipes.load import load_recipe
 from tiny import tiny_cogvideox_pipeline, tiny_mochi_pipeline
 
 RECIPE = load_recipe("s2q-w4a6")

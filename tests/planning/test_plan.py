@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.models import ModelSource
 from s2q.planning import plan
-from s2q.quantization import quantize
-from s2q.recipes import load_recipe, recipe_names
+from s2q.recipes.load import load_recipe, recipe_names
+from s2q.run.quantize import quantize
 from tiny import run_pipeline, tiny_cogvideox_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -108,7 +108,7 @@ def test_known_figures():
     from diffusers import CogVideoXTransformer3DModel
 
     from s2q.planning import plan_transformers
-    from s2q.recipes import load_recipe
+    from s2q.recipes.load import load_recipe
 
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel(num_attention_heads=30, attention_head_dim=64, num_layers=30)

@@ -3,10 +3,12 @@ import json
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.models import BlockLinear, block_linears, family_of
-from s2q.recipes import Recipe, assign_schemes, load_recipe, recipe_names
-from s2q.recipes.allocation import allocation_schemes
+from s2q.planning.allocation import allocation_schemes
+from s2q.planning.resolve import assign_schemes
+from s2q.recipes.load import load_recipe, recipe_names
+from s2q.recipes.schema import Recipe
 from tiny import tiny_transformer
 
 

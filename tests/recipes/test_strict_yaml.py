@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from s2q.core.errors import InvalidInputError
-from s2q.recipes import load_recipe, recipe_names
+from s2q.common.errors import InvalidInputError
+from s2q.recipes.load import load_recipe, recipe_names
 from s2q.recipes.strict_yaml import MAX_BYTES, MAX_DEPTH, parse_yaml
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from s2q.core.errors import InvalidInputError
-from s2q.recipes import load_recipe
+from s2q.common.errors import InvalidInputError
+from s2q.recipes.load import load_recipe
 
 GROUPS = {"weights", "activations", "modulation", "outer", "calibration", "transforms", "clip", "loss", "distillation"}
 

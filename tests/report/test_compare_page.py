@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from pages import Outline, metric
-from s2q.report import Scene, comparison, render_compare_page, scene_sheet
+from s2q.report import (
+    Scene,
+    render_compare_page,
+    scene_sheet,
+)
+from s2q.report import (
+    compare_table as comparison,
+)
 from s2q.report.charts import error_chart
 from s2q.report.video import reduced, tiled
 

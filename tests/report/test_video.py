@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.report.video import contact_sheet, difference, encode_mp4, enlarged, write_contact_sheet, write_mp4
 
 

@@ -5,10 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.blocks.distil import (
+    BlockSample,
+    DistillationOptions,
+    block_loss,
+    distil,
+)
+from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import dequantize_weight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
-from s2q.distillation import BlockSample, DistillationOptions, block_loss, distil
 from s2q.nn import LearnableClip, StudentInput, StudentLinear
 from s2q.rounding import AdaRoundOptions, LearnedRounding, penalize, round_rtn, roundings_of, softened
 from s2q.rounding.adaround import rounding_penalty

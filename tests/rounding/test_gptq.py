@@ -3,8 +3,8 @@ import itertools
 import pytest
 import torch
 
+from s2q.common.errors import InvalidInputError, S2QError
 from s2q.core.codebook import levels_of
-from s2q.core.errors import InvalidInputError, S2QError
 from s2q.core.qparams import dequantize_weight, weight_scale
 from s2q.core.schemes import PerChannel, PerGroup, QuantScheme
 from s2q.rounding import GPTQOptions, HessianAccumulator, hessian_error, round_gptq, round_rtn

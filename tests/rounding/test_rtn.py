@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
-from s2q.core.errors import InvalidInputError
 from s2q.core.qparams import dequantize_weight, weight_scale
 from s2q.core.schemes import PerChannel, PerGroup, QuantScheme
 from s2q.rounding import ROUNDINGS, RoundedWeight, round_rtn

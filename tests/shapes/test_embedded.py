@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from s2q.calibration import prompt_token_limit
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
+from s2q.generation.settings import prompt_token_limit
 from s2q.shapes.embedded import (
     EMBEDDED_NAMES,
     PROMPT_SPLITS,

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from s2q.core.seeds import derive_seed
+from s2q.common.seeds import derive_seed
 from s2q.shapes.architecture import build_pipeline, build_tokenizer
 from s2q.shapes.cogvideox import ShapesCogVideoX
 from s2q.shapes.embedded import embedded_folder

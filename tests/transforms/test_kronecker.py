@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.transforms import STARTS, KroneckerTransform
 from s2q.transforms.kronecker import cayley
 

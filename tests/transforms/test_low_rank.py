@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.transforms import principal_directions, weight_directions
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.transforms import SALIENCES, smooth_scale, spearman_weights
 from s2q.transforms.salience import spearman_salience
 

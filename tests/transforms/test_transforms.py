@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.transforms import (
     ROTATIONS,
     STARTS,

@@ -20,8 +20,8 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from s2q.core.errors import InvalidInputError, unknown_name
-from s2q.core.layout import InputLayout
+from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.core.input_path import InputLayout
 from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import TokenLayout
 

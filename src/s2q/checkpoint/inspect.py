@@ -13,15 +13,15 @@ from torch import nn
 from s2q.checkpoint.config import S2QConfig
 from s2q.checkpoint.load import read_configs, read_transformer_config, stored_transformers
 from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
-from s2q.core.components import full_name
-from s2q.core.errors import InvalidInputError
-from s2q.core.headers import TensorInfo, read_headers
-from s2q.core.layout import TENSOR_DTYPES, InputLayout
+from s2q.common.components import full_name
+from s2q.common.errors import InvalidInputError
+from s2q.common.headers import TensorInfo, read_headers
+from s2q.common.torch_state import in_fresh_torch_state
+from s2q.common.weight_files import weight_files
+from s2q.core.input_path import TENSOR_DTYPES, InputLayout
 from s2q.core.packing import packed_width
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.core.storage import BF16_BYTES, LinearStorage
-from s2q.core.torch_state import in_fresh_torch_state
-from s2q.core.weights import weight_files
 
 SCHEMA_VERSION = 1
 

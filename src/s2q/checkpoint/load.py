@@ -11,10 +11,10 @@ import torch
 
 from s2q.checkpoint.config import QuantMethod, S2QConfig
 from s2q.checkpoint.manifest import check_intact
-from s2q.core.components import TRANSFORMERS
-from s2q.core.errors import InvalidInputError
-from s2q.core.loading_errors import loading_error
-from s2q.core.torch_state import in_fresh_torch_state
+from s2q.common.components import TRANSFORMERS
+from s2q.common.errors import InvalidInputError
+from s2q.common.loading_errors import loading_error
+from s2q.common.torch_state import in_fresh_torch_state
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

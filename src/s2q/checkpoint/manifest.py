@@ -11,8 +11,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from s2q.core.errors import InvalidInputError
-from s2q.core.files import atomic_write_json, sha256_file
+from s2q.common.errors import InvalidInputError
+from s2q.common.files import atomic_write_json, sha256_file
 
 logger = logging.getLogger(__name__)
 

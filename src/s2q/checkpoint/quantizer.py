@@ -17,9 +17,9 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from s2q.checkpoint.config import S2QConfig
-from s2q.core.components import ADAPTED, adapter_tensor, has_adapter
-from s2q.core.errors import InvalidInputError, UsageError
-from s2q.core.layout import TENSOR_DTYPES
+from s2q.common.components import ADAPTED, adapter_tensor, has_adapter
+from s2q.common.errors import InvalidInputError, UsageError
+from s2q.core.input_path import TENSOR_DTYPES
 from s2q.nn import PACKED_DTYPES, PackedLinear, follow_tokens, replace_module, share_inputs, unfollow_tokens
 
 _SCALE = "weight_scale"

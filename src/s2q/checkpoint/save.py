@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from s2q.checkpoint.config import S2QConfig
 from s2q.checkpoint.manifest import CARD, owned_files, write_manifest
 from s2q.checkpoint.model_card import render_model_card
-from s2q.core.components import transformers_of
-from s2q.core.errors import InvalidInputError
-from s2q.core.files import atomic_write_bytes, atomic_write_json, atomic_write_text
-from s2q.core.outputs import OutputLock, staged_directory
+from s2q.common.components import transformers_of
+from s2q.common.errors import InvalidInputError
+from s2q.common.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+from s2q.common.outputs import OutputLock, staged_directory
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -14,7 +14,12 @@ from collections.abc import MutableMapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from s2q.core.errors import ResourceError, S2QError, first_line, is_out_of_memory
+from s2q.common.errors import (
+    ResourceError,
+    S2QError,
+    first_line,
+    is_out_of_memory,
+)
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables that say how the threads of a CPU wait for each other."""

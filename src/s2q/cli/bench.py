@@ -12,8 +12,8 @@ from rich.text import Text
 
 from s2q.cli import console, output
 from s2q.cli.commands import check_file_output, resolve_device
-from s2q.core.errors import InvalidInputError
-from s2q.core.outputs import output_lock
+from s2q.common.errors import InvalidInputError
+from s2q.common.outputs import output_lock
 from s2q.report.formatting import format_bytes
 
 DEFAULT_RECIPES = ("s2q-w4a6", "s2q-w4a4")
@@ -28,10 +28,10 @@ def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> No
         options: `ops`, `recipes`, `backends`, `attention`, `tokens`, `blocks`, `repeats`, `seconds`, `device`,
             `variant`, `again`, `as_json`.
     """
-    from s2q import benchmarking as bench
-    from s2q.evaluation import generation_defaults
+    from s2q import benchmark as bench
+    from s2q.generation.defaults import generation_defaults
     from s2q.models.attention import check_attention_backend
-    from s2q.recipes import load_recipe
+    from s2q.recipes.load import load_recipe
 
     ops = bench.check_names("op", output.split_names(options["ops"]), bench.OPS)
     check_file_output(out, overwrite=True)
@@ -74,7 +74,7 @@ def show_results(content: Mapping[str, Any], *, ops: Sequence[str]) -> None:
         content: As in `bench.json`.
         ops: The order of the ops.
     """
-    from s2q.benchmarking.results import place_of
+    from s2q.benchmark.results import place_of
 
     shown = output.wide_console()
     results = sorted(content["results"], key=lambda one: ops.index(one["op"]))

@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from s2q.cli import console, judges, output
-from s2q.core.device_names import is_device_name, kind_of_device
-from s2q.core.errors import InvalidInputError, UsageError
-from s2q.core.files import atomic_write_bytes, atomic_write_json, slug
-from s2q.core.outputs import check_output, check_writable, output_lock, owned_matching, staged_directory
+from s2q.common.device_names import is_device_name, kind_of_device
+from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.files import atomic_write_bytes, atomic_write_json, slug
+from s2q.common.outputs import (
+    check_output,
+    check_writable,
+    output_lock,
+    owned_matching,
+    staged_directory,
+)
 
 GENERATION_RECORD = "generation.json"
 _SCHEMA_VERSION = 1
@@ -49,12 +55,12 @@ def plan(
 
 
 def _measured_plan(model: str, recipe: str, machine: Any, *, changes: Sequence[str], options: Mapping[str, Any]) -> Any:
-    from s2q.evaluation import read_prompts
+    from s2q.generation.prompts import read_prompts
     from s2q.models import resolve_model
     from s2q.planning import check_memory
     from s2q.planning import plan as make_plan
-    from s2q.quantization.measure import measured
-    from s2q.recipes import load_recipe
+    from s2q.recipes.load import load_recipe
+    from s2q.run.time_estimate import measured
 
     source = resolve_model(model, variant=options["variant"])
     validated = load_recipe(recipe, overrides=changes)
@@ -81,15 +87,15 @@ def quantize(
     """Run `s2q quantize`."""
     changes = output.parse_overrides(overrides)
     if samples is not None:
-        from s2q.recipes import load_recipe
+        from s2q.recipes.load import load_recipe
 
         if not load_recipe(recipe, overrides=changes).calibrates:
             raise UsageError(
                 f"--samples: recipe {recipe} rounds to nearest and takes no calibration samples; leave it out"
             )
         changes = [*changes, f"calibration.samples={samples}"]
-    from s2q.evaluation import read_prompts
-    from s2q.quantization import quantize as run
+    from s2q.generation.prompts import read_prompts
+    from s2q.run.quantize import quantize as run
 
     console.quiet_libraries()
     texts = read_prompts(prompts) if prompts is not None else None
@@ -124,12 +130,11 @@ def generate(
     check_output(out, overwrite=options["overwrite"], owned=_OWNED)
     device = resolve_device(options["device"])
     _check_backend(options["backend"], device)
-    from s2q.core.arguments import prompt_list
-    from s2q.evaluation import read_prompts
-    from s2q.evaluation.generate import generate as run
-    from s2q.evaluation.prompts import check_distinct
-    from s2q.evaluation.sources import frame_rate_of, generation_defaults
-    from s2q.loading import load_pipeline
+    from s2q.common.arguments import prompt_list
+    from s2q.generation.defaults import frame_rate_of, generation_defaults
+    from s2q.generation.generate import generate as run
+    from s2q.generation.load import load_pipeline
+    from s2q.generation.prompts import check_distinct, read_prompts
     from s2q.models import resolve_model
 
     console.quiet_libraries()
@@ -222,10 +227,12 @@ def evaluate(
     names = output.split_names(options["metrics"])
     check_file_output(out, overwrite=options["overwrite"])
     device = resolve_device(options["device"])
-    from s2q.evaluation import EvaluationOptions, default_prompts, read_prompts, selected_metrics
-    from s2q.evaluation import evaluate as run
-    from s2q.evaluation.learned import learned_names
-    from s2q.evaluation.sources import frame_rate_of, quantization_scheme
+    from s2q.evaluation.evaluate import EvaluationOptions, default_prompts
+    from s2q.evaluation.evaluate import evaluate as run
+    from s2q.evaluation.judges.learned import learned_names
+    from s2q.evaluation.video_metrics import selected_metrics
+    from s2q.generation.defaults import frame_rate_of, quantization_scheme
+    from s2q.generation.prompts import read_prompts
     from s2q.models import resolve_model
     from s2q.models.source import check_full_precision
 
@@ -271,7 +278,7 @@ def evaluate(
 
 def inspect(model: str, *, variant: str | None, verify: bool, as_json: bool) -> None:
     """Run `s2q inspect`; a checkpoint that differs from its manifest is invalid input."""
-    from s2q.loading import inspect_model
+    from s2q.generation.load import inspect_model
 
     result = inspect_model(model, variant=variant, verify=verify)
     output.emit_json(result.to_dict()) if as_json else output.show_inspection(result.to_dict())
@@ -295,7 +302,7 @@ def resolve_device(name: str) -> str:
         return name
     import torch
 
-    from s2q.core.devices import check_device
+    from s2q.common.devices import check_device
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

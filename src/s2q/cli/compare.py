@@ -12,8 +12,8 @@ from rich.text import Text
 
 from s2q.cli import console, output
 from s2q.cli.commands import resolve_device
-from s2q.core.errors import S2QError
-from s2q.report import comparison
+from s2q.common.errors import S2QError
+from s2q.report import compare_table as comparison
 from s2q.report.formatting import format_sample
 
 
@@ -41,8 +41,9 @@ def run_compare(
     """
     overrides = output.parse_overrides(options["overrides"])
     device = resolve_device(options["device"])
-    from s2q.comparing import CompareOptions, compare
-    from s2q.evaluation import read_prompts
+    from s2q.comparison.compare import compare
+    from s2q.comparison.setup import CompareOptions
+    from s2q.generation.prompts import read_prompts
 
     console.quiet_libraries()
     calibration = options["calibration_prompts"]

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.text import Text
 
 from s2q.cli import console, output
-from s2q.core.errors import InvalidInputError
-from s2q.core.files import atomic_write_bytes, atomic_write_json
-from s2q.core.outputs import check_output, owned_matching, staged_directory
+from s2q.common.errors import InvalidInputError
+from s2q.common.files import atomic_write_bytes, atomic_write_json
+from s2q.common.outputs import check_output, owned_matching, staged_directory
 from s2q.report.formatting import format_bytes, format_sample
 
 if TYPE_CHECKING:
-    from s2q.recipes import Recipe
+    from s2q.recipes.schema import Recipe
 
 RECORD = "demo.json"
 PAGE = "report.html"
@@ -53,7 +53,7 @@ def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mappin
     Raises:
         InvalidInputError: The model is not embedded, the recipe is unknown, or the output exists.
     """
-    from s2q.recipes import load_recipe
+    from s2q.recipes.load import load_recipe
     from s2q.shapes.embedded import EMBEDDED_NAMES
 
     if model not in EMBEDDED_NAMES:
@@ -111,9 +111,9 @@ def _make(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Do everything inside the staged folder; names in the results are those of the final one."""
-    from s2q.core.processes import cpu_count
-    from s2q.evaluation import EvaluationOptions, evaluate
-    from s2q.quantization import quantize
+    from s2q.engines.processes import cpu_count
+    from s2q.evaluation.evaluate import EvaluationOptions, evaluate
+    from s2q.run.quantize import quantize
     from s2q.shapes.embedded import embedded_prompts
 
     started = time.monotonic()
@@ -163,7 +163,7 @@ class _Videos:
 
     def pairs(self, reference: str) -> list[Any]:
         """Return pairs of full-precision and quantized videos; those in which something moves come first."""
-        from s2q.evaluation import compare_videos
+        from s2q.evaluation.video_metrics import compare_videos
         from s2q.report import PlayerPair
         from s2q.shapes.scenes import parse_caption
 
@@ -238,7 +238,7 @@ def _bits(report: Mapping[str, Any]) -> str:
 
 
 def _write(staged: Path, content: Any, pairs: Sequence[Any]) -> None:
-    from s2q.core.files import slug
+    from s2q.common.files import slug
     from s2q.report import contact_sheet, write_mp4, write_page
 
     folder = staged / "videos"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from s2q.cli import console, output
-from s2q.core.errors import InvalidInputError, UsageError
-from s2q.core.files import atomic_write_bytes, atomic_write_json
-from s2q.core.outputs import check_output, owned_matching
+from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.files import atomic_write_bytes, atomic_write_json
+from s2q.common.outputs import check_output, owned_matching
 
 _WRITTEN = ("model/*.mp4", "reference/*.mp4", "*-vbench/**")
 
@@ -48,7 +48,7 @@ def vbench_plan(
             if options[name]:
                 raise UsageError(f"--{name.replace('_', '-')}: needs --vbench-python, an interpreter that has VBench")
         return None
-    from s2q.evaluation.vbench import RECORD, VBenchOptions, plan_vbench
+    from s2q.evaluation.judges.vbench import RECORD, VBenchOptions, plan_vbench
 
     if num_frames is not None:
         _check_frames(num_frames)
@@ -76,7 +76,7 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
     """
     if plan is None:
         return None
-    from s2q.evaluation.vbench import RECORD
+    from s2q.evaluation.judges.vbench import RECORD
     from s2q.report import BT601, encode_mp4
 
     total, rate = len(plan.prompts) * plan.videos_a_prompt, plan.options.frame_rate
@@ -110,9 +110,14 @@ def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: console.R
     Returns:
         The same with `vbench`, and the flow score in `evalcrafter` if it was asked for.
     """
-    from s2q.core.devices import free_memory
-    from s2q.evaluation.evalcrafter import evalcrafter_scores
-    from s2q.evaluation.vbench import RECORD, flow_scores, judge_videos, vbench_section
+    from s2q.common.devices import free_memory
+    from s2q.evaluation.judges.evalcrafter import evalcrafter_scores
+    from s2q.evaluation.judges.vbench import (
+        RECORD,
+        flow_scores,
+        judge_videos,
+        vbench_section,
+    )
 
     free_memory()  # the other process needs it
     progress("vbench", 0, 2)
@@ -127,7 +132,7 @@ def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: console.R
 
 
 def _check_frames(count: int) -> None:
-    from s2q.evaluation.vbench import MIN_FRAMES
+    from s2q.evaluation.judges.vbench import MIN_FRAMES
 
     if count < MIN_FRAMES:
         raise InvalidInputError(f"VBench needs videos of at least {MIN_FRAMES} frames, got {count}; raise --num-frames")

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from s2q.core.components import full_name, split_name
-from s2q.core.errors import InvalidInputError
-from s2q.core.files import canonical_json
+from s2q.common.components import full_name, split_name
+from s2q.common.errors import InvalidInputError
+from s2q.common.files import canonical_json
 from s2q.report.formatting import format_bytes, format_interval, format_sample, format_value, title_of
 
 _MAX_LAYER_ROWS = 16

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.schemes import UNIFORM, QuantScheme, num_groups
 
 _Array = NDArray[np.float64]

@@ -12,7 +12,7 @@ Shapes: `O` out features, `I` in features, `P` packed bytes of a row.
 import torch
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.schemes import MAX_BITS, MIN_BITS
 
 _NIBBLE_ZERO = 8

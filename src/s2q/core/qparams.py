@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of, nearest_level
 from s2q.core.cubes import cube_means, spread
-from s2q.core.errors import InvalidInputError
 from s2q.core.schemes import UNIFORM, PerChannel, PerGroup, PerTensor, QuantScheme, num_groups
 from s2q.core.tokens import TokenGrid
 

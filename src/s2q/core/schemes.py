@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.core.tokens import is_triple
 
 MIN_BITS = 2

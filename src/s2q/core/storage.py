@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from numbers import Integral
 
-from s2q.core.errors import InvalidInputError, short_repr
+from s2q.common.errors import InvalidInputError, short_repr
 
 BF16_BYTES = 2
 """Bytes of a value in bf16, in which full precision is counted whatever it is stored in."""

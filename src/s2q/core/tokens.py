@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from s2q.core.errors import InvalidInputError, UsageError, unknown_name
+from s2q.common.errors import InvalidInputError, UsageError, unknown_name
 
 LATENTS = ("frames first", "channels first", "tokens")
 TEXT = ("before", "after", "apart")

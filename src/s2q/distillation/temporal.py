@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 
 
 def temporal_loss(student: Tensor, teacher: Tensor, *, frames: int) -> Tensor:

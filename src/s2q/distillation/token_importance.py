@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.ops.attention_colsum import attention_colsum
 
 _CONSTANT = 1e-5  # spread of S, relative to its largest value, below which it is rounding noise

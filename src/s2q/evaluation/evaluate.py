@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 
-from s2q.calibration.denoising import denoise
-from s2q.calibration.settings import GenerationSettings, check_prompts, requested_settings
-from s2q.calibration.trajectory import record_trajectory
-from s2q.core.arguments import (
+from s2q.common.arguments import (
     device_name,
     dtype_name,
     flag,
@@ -29,13 +26,21 @@ from s2q.core.arguments import (
     seed_numbers,
     whole_number,
 )
-from s2q.core.components import transformers_of
-from s2q.core.devices import free_memory
-from s2q.core.errors import InvalidInputError, UsageError, memory_errors
-from s2q.core.processes import Tell
-from s2q.core.torch_state import in_fresh_torch_state
+from s2q.common.components import transformers_of
+from s2q.common.devices import free_memory
+from s2q.common.errors import InvalidInputError, UsageError, memory_errors
+from s2q.common.torch_state import in_fresh_torch_state
+from s2q.engines.processes import Tell
 from s2q.evaluation import velocity
-from s2q.evaluation.generate import (
+from s2q.evaluation.judges.learned import Judges, learned_names, open_judges
+from s2q.evaluation.parallel import MeasuredSet, PromptSet, measure_in_processes
+from s2q.evaluation.recordings import Recordings
+from s2q.evaluation.scores import Judged, Measured
+from s2q.evaluation.summary import noise_pairs, summarise
+from s2q.evaluation.video_metrics import VELOCITY, judge_video, selected_metrics
+from s2q.generation.defaults import embedded_source, generation_defaults, model_label
+from s2q.generation.denoise import denoise
+from s2q.generation.generate import (
     LESS_MEMORY,
     Progress,
     Video,
@@ -45,15 +50,10 @@ from s2q.evaluation.generate import (
     step_counter,
     videos_of,
 )
-from s2q.evaluation.learned import Judges, learned_names, open_judges
-from s2q.evaluation.measured import Judged, Measured
-from s2q.evaluation.parallel import MeasuredSet, PromptSet, measure_in_processes
-from s2q.evaluation.prompts import check_distinct
-from s2q.evaluation.recordings import Recordings
-from s2q.evaluation.sources import embedded_source, generation_defaults, model_label
-from s2q.evaluation.summary import noise_pairs, summarise
-from s2q.evaluation.video_metrics import VELOCITY, judge_video, selected_metrics
-from s2q.loading import check_model, load_pipeline
+from s2q.generation.load import check_model, load_pipeline
+from s2q.generation.prompts import check_distinct
+from s2q.generation.settings import GenerationSettings, check_prompts, requested_settings
+from s2q.generation.trajectory import record_trajectory
 from s2q.models import ModelSource, resolve_model
 from s2q.models.architecture import Architecture, architecture_of, check_comparable, warn_of_scheduler
 
@@ -73,7 +73,7 @@ class EvaluationOptions:
             where the device emulates that.
         variant: Variant of the weights of models given by name, "fp16"; the reference must have it, and a judged model
             that has it is loaded in it too.
-        verify: What is verified of s2q checkpoints given by name; see `s2q.loading.load_pipeline`.
+        verify: What is verified of s2q checkpoints given by name; see `s2q.generation.load.load_pipeline`.
         device: Device of models given by name.
         trajectory_bytes: Memory of a process for recorded trajectories; what is beyond it goes to a temporary folder.
         lpips_weights: File of LPIPS's weights; None for no `lpips`.

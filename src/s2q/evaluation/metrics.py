@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 
 PSNR_CAP_DB = 100.0
 SSIM_WINDOW = 11

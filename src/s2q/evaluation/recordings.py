@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from s2q.calibration.trajectory import Trajectory
+from s2q.generation.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 

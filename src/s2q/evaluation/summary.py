@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2q.evaluation import adherence, metrics, velocity
-from s2q.evaluation import learned as learned_metrics
-from s2q.evaluation.evalcrafter import evalcrafter_scores
-from s2q.evaluation.measured import Judged, Measured
-from s2q.evaluation.statistics import INTERVAL, clustered_mean
+from s2q.evaluation import metrics, velocity
+from s2q.evaluation.intervals import INTERVAL, clustered_mean
+from s2q.evaluation.judges import adherence
+from s2q.evaluation.judges import learned as learned_metrics
+from s2q.evaluation.judges.evalcrafter import evalcrafter_scores
+from s2q.evaluation.scores import Judged, Measured
 
 if TYPE_CHECKING:
-    from s2q.evaluation.generate import Video
+    from s2q.generation.generate import Video
 
 SCHEMA_VERSION = 1
 _REFERENCE = "reference_"

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from s2q.calibration.trajectory import Trajectory
-from s2q.core.errors import S2QError
+from s2q.common.errors import S2QError
+from s2q.generation.trajectory import Trajectory
 
 DEFINITION = (
     "‖v_q − v_fp‖² / ‖v_fp‖² of the transformer's output (both guidance branches) on the inputs recorded along the "

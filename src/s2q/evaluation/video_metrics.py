@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from s2q.core.errors import InvalidInputError, unknown_name
-from s2q.evaluation import adherence, metrics
-from s2q.evaluation.generate import Video
-from s2q.evaluation.learned import NEEDS, Judges
-from s2q.evaluation.measured import Judged
+from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.evaluation import metrics
+from s2q.evaluation.judges import adherence
+from s2q.evaluation.judges.learned import NEEDS, Judges
+from s2q.evaluation.scores import Judged
+from s2q.generation.generate import Video
 
 VELOCITY = "velocity_relative_error"
 METRICS: tuple[str, ...] = (

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.models.cogvideox import COGVIDEOX
 from s2q.models.family import (
     OUTSIDE,

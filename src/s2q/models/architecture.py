@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from s2q.core.components import transformers_of
-from s2q.core.errors import InvalidInputError
+from s2q.common.components import transformers_of
+from s2q.common.errors import InvalidInputError
 from s2q.models.source import ModelSource
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention, CogVideoXAttnProcess
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from s2q.core.errors import ResourceError, first_line, unknown_name
+from s2q.common.errors import ResourceError, first_line, unknown_name
 
 
 class DispatchedCogVideoXAttention:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.tokens import TokenLayout
 
 Role = Literal["linear", "modulation", "outer"]

@@ -1,7 +1,7 @@
 """Where a model comes from: an embedded name, a diffusers pipeline folder, or a Hub id with a revision.
 
 Resolving checks what can be checked without loading weights. The network is used only when a Hub id is given. Weights
-are those that diffusers would load (`s2q.core.weights`), of the variant that was asked for.
+are those that diffusers would load (`s2q.common.weight_files`), of the variant that was asked for.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from s2q.core.arguments import parse_dtype
-from s2q.core.components import TRANSFORMERS, check_no_adapter
-from s2q.core.errors import InvalidInputError, ResourceError, first_line, unknown_name
-from s2q.core.headers import TensorInfo, read_headers
-from s2q.core.loading_errors import PACKAGES, is_installed, loading_error
+from s2q.common.arguments import parse_dtype
+from s2q.common.components import TRANSFORMERS, check_no_adapter
+from s2q.common.errors import (
+    InvalidInputError,
+    ResourceError,
+    first_line,
+    unknown_name,
+)
+from s2q.common.headers import TensorInfo, read_headers
+from s2q.common.loading_errors import PACKAGES, is_installed, loading_error
+from s2q.common.weight_files import has_variant, variants_in, weight_files
 from s2q.core.storage import BF16_BYTES
-from s2q.core.weights import has_variant, variants_in, weight_files
 from s2q.models.hub import HubId, parse_hub_id
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import nn
 
-from s2q.core.errors import unknown_name
+from s2q.common.errors import unknown_name
 from s2q.models import family_of
 from s2q.models.family import Family
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 
 START = 4.0
 """θ at the start."""

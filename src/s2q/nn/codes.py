@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from s2q.core.errors import UsageError
+from s2q.common.errors import UsageError
 
 _METADATA = frozenset(
     "size dim ndimension stride storage_offset numel nelement element_size is_contiguous is_floating_point is_complex "

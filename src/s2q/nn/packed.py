@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2q.common.errors import InvalidInputError
+from s2q.common.torch_state import without_autocast
 from s2q.core.codebook import levels_of
-from s2q.core.errors import InvalidInputError
-from s2q.core.layout import InputLayout
+from s2q.core.input_path import InputLayout
 from s2q.core.packing import pack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, fake_quantize_input
 from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import current_grid
-from s2q.core.torch_state import without_autocast
 from s2q.nn.dequantized import KeptWeights, integer_backend, keeps_prepacked, runs_dequantized
 from s2q.nn.estimator import scaled_by_frame
 from s2q.nn.shared_input import SharedInput

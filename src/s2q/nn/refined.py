@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.core.codebook import levels_of
+from s2q.core.memo import once, recomputed
 from s2q.core.qparams import RoundedWeight, dequantize_weight
-from s2q.core.reuse import once, recomputed
 from s2q.nn.packed import PackedLinear
 from s2q.nn.stored import PACKED_DTYPES
 from s2q.nn.student import StudentInput

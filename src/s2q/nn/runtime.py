@@ -4,7 +4,7 @@ import logging
 
 from torch import Tensor, nn
 
-from s2q.core.errors import unknown_name
+from s2q.common.errors import unknown_name
 from s2q.nn.dequantized import FASTEST, runs_dequantized
 from s2q.nn.packed import PackedLinear
 from s2q.nn.shared_input import SharedInput, same_tensors

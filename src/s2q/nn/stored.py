@@ -10,8 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from s2q.core.errors import UsageError
-from s2q.core.layout import TENSOR_DTYPES, InputLayout
+from s2q.common.errors import UsageError
+from s2q.core.input_path import TENSOR_DTYPES, InputLayout
 from s2q.core.packing import packed_width, unpack_codes
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.nn.codes import PackedCodes, reads_as_weight, refusal

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
-from s2q.core.errors import InvalidInputError
+from s2q.core.memo import once, once_for, recomputed
 from s2q.core.qparams import fake_quantize_input, fake_quantize_weight, weight_scale
-from s2q.core.reuse import once, once_for, recomputed
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.core.tokens import current_grid
 from s2q.nn.clip import START, LearnableClip

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError, S2QError, unknown_name
+from s2q.common.errors import InvalidInputError, S2QError, unknown_name
 from s2q.ops.architectures import nearest_architecture
 
 logger = logging.getLogger(__name__)

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from s2q.core.arguments import model_argument, parse_dtype
-from s2q.core.components import TRANSFORMERS, full_name
-from s2q.core.devices import default_dtype
-from s2q.core.errors import ResourceError, memory_errors
-from s2q.core.layout import InputLayout
+from s2q.common.arguments import model_argument, parse_dtype
+from s2q.common.components import TRANSFORMERS, full_name
+from s2q.common.devices import default_dtype
+from s2q.common.errors import ResourceError, memory_errors
+from s2q.common.torch_state import in_fresh_torch_state
+from s2q.core.input_path import InputLayout
 from s2q.core.schemes import LinearScheme, weight_bytes
 from s2q.core.storage import BF16_BYTES, LinearStorage
-from s2q.core.torch_state import in_fresh_torch_state
 from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
 from s2q.models.source import check_full_precision
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
+from s2q.planning.allocation import allocation_bytes, allocation_schemes
 from s2q.planning.cost import (
     FOLDING_BYTES,
     ROUNDING_BYTES,
@@ -36,16 +37,11 @@ from s2q.planning.cost import (
     forward_bytes,
     this_machine,
 )
+from s2q.planning.input_paths import assign_layouts
+from s2q.planning.resolve import assign_schemes, recipe_linears
 from s2q.planning.workload import workload_of_source, workload_of_synthetic
-from s2q.recipes import (
-    Recipe,
-    allocation_bytes,
-    allocation_schemes,
-    assign_layouts,
-    assign_schemes,
-    load_recipe,
-    recipe_linears,
-)
+from s2q.recipes.load import load_recipe
+from s2q.recipes.schema import Recipe
 
 SCHEMA_VERSION = 1
 _DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -8,9 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from s2q.calibration import prompt_token_limit, resolve_settings, takes_prompts_alone
-from s2q.calibration.settings import token_frames, video_tokens
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
+from s2q.generation.settings import (
+    prompt_token_limit,
+    resolve_settings,
+    takes_prompts_alone,
+    token_frames,
+    video_tokens,
+)
 from s2q.models import ModelSource, family_of
 from s2q.models.source import recommended_generation
 from s2q.models.synthetic import SyntheticModel

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from s2q.calibration import SELECTIONS
-from s2q.core.errors import nearest_names, short_repr
+from s2q.common.errors import nearest_names, short_repr
 from s2q.core.schemes import (
     LEVELS,
     MAX_BITS,
@@ -22,6 +21,7 @@ from s2q.core.schemes import (
     QuantScheme,
 )
 from s2q.rounding import ROUNDINGS, AdaRoundOptions, GPTQOptions
+from s2q.selection.selection import SELECTIONS
 from s2q.transforms import ROTATIONS, SALIENCES, STARTS
 
 GPTQ = "gptq"
@@ -193,7 +193,7 @@ class TransformsGroup(Group):
             it, so that inputs of linears without a bias are not shifted.
         scale: "smooth" for SmoothQuant's scale.
         alpha: How much of the outliers goes from the input to the weight; "search" takes for each input of linears the
-            one of a grid whose quantized outputs are nearest to the exact ones (`s2q.quantization.students`).
+            one of a grid whose quantized outputs are nearest to the exact ones (`s2q.blocks.students`).
         salience: What the scale takes for the size of an input's channels; one of `SALIENCES`: the largest magnitude
             over all timesteps, or PTQ4DiT's weighted mean over timesteps.
         learn_scale: Whether distillation learns the scale.

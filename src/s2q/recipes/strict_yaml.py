@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from s2q.core.errors import InvalidInputError, first_line, short_repr
+from s2q.common.errors import InvalidInputError, first_line, short_repr
 
 MAX_BYTES = 1 << 17
 MAX_DEPTH = 16

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from s2q.report import charts, comparison, formatting
+from s2q.report import charts, formatting
+from s2q.report import compare_table as comparison
 from s2q.report.page import asset, data_url, environment
 from s2q.report.video import (
     DISPLAY_PIXELS,

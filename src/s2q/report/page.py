@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from s2q.core.errors import InvalidInputError
-from s2q.core.files import atomic_write_text
+from s2q.common.errors import InvalidInputError
+from s2q.common.files import atomic_write_text
 from s2q.report import charts, formatting
 from s2q.report.video import FRAMES_PER_SECOND, contact_sheet, difference, encode_mp4, enlarged
 

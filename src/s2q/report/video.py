@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from s2q.core.errors import InvalidInputError, S2QError
-from s2q.core.files import atomic_write_bytes
+from s2q.common.errors import InvalidInputError, S2QError
+from s2q.common.files import atomic_write_bytes
 
 DISPLAY_PIXELS = 256
 FRAMES_PER_SECOND = 8

@@ -9,7 +9,7 @@ V starts where h(V) = W / Δ - floor(W / Δ), so that W_q is W itself, and is le
 what is almost decided is drawn, to 2. In the end h counts as 1 from ½ on.
 
 The paper sums the penalty; here it is the mean over all weights that are learned together, because the loss it stands
-beside is divided by its own value (`s2q.distillation.block`).
+beside is divided by its own value (`s2q.blocks.distil`).
 
 Example: W / Δ = 2.3 has floor 2, and h = 0.3 at sigmoid(V) = 0.4 / 1.2, V = log(0.5) = -0.693; untouched, it would be
 rounded to 2.
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import RoundedWeight, align_scale, code_range, dequantize_weight, weight_scale
 from s2q.core.schemes import QuantScheme
 

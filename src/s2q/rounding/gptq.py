@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from s2q.common.errors import InvalidInputError, S2QError
 from s2q.core.codebook import levels_of
-from s2q.core.errors import InvalidInputError, S2QError
 from s2q.core.qparams import (
     ClipRatio,
     RoundedWeight,

@@ -8,7 +8,7 @@ Shapes: `I/O` in/out features; every leading dimension of an input counts tokens
 import torch
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 
 
 class HessianAccumulator:

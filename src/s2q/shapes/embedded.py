@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from s2q.core.errors import InvalidInputError, unknown_name
-from s2q.core.seeds import derive_seed
+from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.common.seeds import derive_seed
 from s2q.shapes.scenes import SceneLabels, caption, combinations, sample_scene
 
 EMBEDDED_NAMES: tuple[str, ...] = (

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from s2q.core.errors import InvalidInputError, unknown_name
-from s2q.core.reuse import once
+from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.core.memo import once
 from s2q.ops.kronecker import scaled_kronecker
 
 _NAMES = ("scale", "left", "right")

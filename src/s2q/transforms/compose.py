@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.transforms.base import Factors, Transform
 
 

@@ -21,7 +21,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.transforms.base import Factors, FixedTransform
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from s2q.core.errors import InvalidInputError, unknown_name
-from s2q.core.reuse import once
+from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.core.memo import once
 from s2q.transforms.base import Factors, Transform
 from s2q.transforms.hadamard import best_factors, orthogonal_matrix, random_signs
 

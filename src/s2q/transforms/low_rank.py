@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 
 
 def principal_directions(second_moment: Tensor, rank: int) -> Tensor:

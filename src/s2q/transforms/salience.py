@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 
 
 def largest_salience(input_amax: Tensor, weight_amax: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ Shapes: `I` in features.
 import torch
 from torch import Tensor, nn
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.transforms.base import Factors, Transform
 
 _FLOOR = 1e-5  # of the largest weight maximum: a channel that no weight reads gets a large, finite s

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from s2q.common.torch_state import without_autocast
 from s2q.core.qparams import ClipRatio
-from s2q.core.torch_state import without_autocast
 from s2q.ops.activation_path import cpu, reference
 from s2q.ops.dispatch import choose_backend, triton_backend
 

@@ -15,8 +15,8 @@ Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `
 import torch
 from torch import Tensor
 
+from s2q.common.torch_state import without_autocast
 from s2q.core.qparams import ClipRatio
-from s2q.core.torch_state import without_autocast
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.quantize_per_token import quantize_per_token
 

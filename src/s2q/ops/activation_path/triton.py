@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError, unknown_name
+from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.core.qparams import ClipRatio
 from s2q.ops.activation_path.reference import low_rank_coefficients, split_low_rank, transform_input
 from s2q.ops.activation_path.tiles import PRECISIONS, RotationTile, rotation_tile, row_block

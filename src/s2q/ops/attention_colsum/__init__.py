@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from s2q.core.torch_state import without_autocast
+from s2q.common.torch_state import without_autocast
 from s2q.ops.attention_colsum import reference
 from s2q.ops.dispatch import choose_backend, triton_backend
 

@@ -14,7 +14,7 @@ Shapes: `B` samples, `H` heads, `N` queries, `M` keys (N = M in self-attention),
 import torch
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 
 _CHUNK_BYTES = 32 << 20  # of one chunk's logits on a CPU
 _MAX_CHUNK_BYTES = 1 << 30  # on a GPU, where the keys are read again for each chunk

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from s2q.core.errors import unknown_name
-from s2q.core.torch_state import without_autocast
+from s2q.common.errors import unknown_name
+from s2q.common.torch_state import without_autocast
 from s2q.ops.int_matmul import cpu, reference
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference.int_matmul, "cpu": cpu.int_matmul}

@@ -17,7 +17,7 @@ Shapes: `M` rows (tokens), `K` in features, `O` out features.
 import torch
 from torch import Tensor
 
-from s2q.core.processor import features, has_int8_dot
+from s2q.common.processor import features, has_int8_dot
 from s2q.ops.int_matmul import reference
 
 _PAIR_BITS = 15

@@ -15,7 +15,7 @@ channels of a weight).
 import torch
 from torch import Tensor
 
-from s2q.core.torch_state import without_autocast
+from s2q.common.torch_state import without_autocast
 
 
 @without_autocast

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from s2q.core.torch_state import without_autocast
+from s2q.common.torch_state import without_autocast
 from s2q.ops.dispatch import choose_backend, triton_backend
 from s2q.ops.rescaled_int_matmul import cpu, reference
 

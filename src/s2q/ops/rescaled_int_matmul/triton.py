@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2q.core.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError
 from s2q.core.packing import packed_width
 from s2q.ops.dispatch import architecture_of, launch
 from s2q.ops.rescaled_int_matmul.tiles import (

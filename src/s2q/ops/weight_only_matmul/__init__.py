@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, library
 
-from s2q.core.torch_state import without_autocast
+from s2q.common.torch_state import without_autocast
 from s2q.ops.dispatch import choose_backend, triton_backend
 from s2q.ops.weight_only_matmul import cpu, reference
 

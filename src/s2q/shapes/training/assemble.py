@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from s2q.core.files import atomic_write_json, atomic_write_text
+from s2q.common.files import atomic_write_json, atomic_write_text
 from s2q.shapes.architecture import EmbeddedArchitecture, build_pipeline
 from s2q.shapes.detector import detect
 from s2q.shapes.scenes import SceneLabels, sample_batch

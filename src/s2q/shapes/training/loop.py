@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from s2q.core.seeds import derive_seed
+from s2q.common.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from s2q.core.seeds import derive_seed
+from s2q.common.seeds import derive_seed
 from s2q.shapes.architecture import FRAME_SIZE, NUM_FRAMES, EmbeddedArchitecture, build_tokenizer
 from s2q.shapes.scenes import combinations, sample_batch
 from s2q.shapes.training.loop import load_average

@@ -1,0 +1,104 @@
+"""What a measurement is: one unit of work that gives one or more results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from s2q.benchmark.timing import TimingOptions
+from s2q.common.arguments import (
+    device_name,
+    name_list,
+    seed_number,
+    whole_number,
+)
+from s2q.common.errors import InvalidInputError
+from s2q.models.family import BlockLinear
+from s2q.planning.input_paths import assign_layouts
+from s2q.planning.resolve import assign_schemes
+from s2q.recipes.schema import Recipe
+
+OPS = ("linear", "activation_path", "gemm", "attention_colsum", "denoising_step", "calibration_block")
+"""What can be measured, in the order in which it is."""
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "fastest")
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What holds for every measurement of a run.
+
+    Attributes:
+        device: "cpu", "cuda" or "cuda:N".
+        backends: Those of `BACKENDS` to measure.
+        recipes: What is quantized how.
+        options: How long to measure.
+        tokens: Rows of an op, video tokens of a block; None for a default.
+        blocks: Blocks of each list to time in a denoising step.
+        attention: Attention backend of the quantized contenders of a denoising step, as diffusers names it; the bf16
+            one keeps PyTorch's own. None is PyTorch's own for all.
+        generation: Settings of the videos of a pipeline.
+        seed: Of weights and data.
+    """
+
+    device: str
+    backends: tuple[str, ...]
+    recipes: tuple[Recipe, ...]
+    options: TimingOptions = TimingOptions()
+    tokens: int | None = None
+    blocks: int = 1
+    attention: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        normalised = {
+            "device": device_name(self.device),
+            "backends": name_list("backends", self.backends),
+            "tokens": None if self.tokens is None else whole_number("tokens", self.tokens, least=1),
+            "blocks": whole_number("blocks", self.blocks, least=1),
+            "seed": seed_number(self.seed),
+        }
+        for name, value in normalised.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One unit of work.
+
+    Attributes:
+        label: What is measured, for people.
+        wanted: Identities of the results that it gives.
+        measure: Measures those of them that it is passed.
+    """
+
+    label: str
+    wanted: tuple[Entry, ...]
+    measure: Callable[[Sequence[Entry]], list[Entry]]
+
+
+def packing_of(recipe: Recipe, linears: Sequence[BlockLinear]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the scheme and the layout of each linear that a recipe quantizes, by name.
+
+    Args:
+        recipe: The recipe.
+        linears: The linears.
+    """
+    schemes = assign_schemes(recipe, linears)
+    return schemes, assign_layouts(recipe, linears, schemes)
+
+
+def check_recipes(recipes: Sequence[Recipe]) -> None:
+    """Refuse two recipes of one name: their results could not be told apart.
+
+    Raises:
+        InvalidInputError: If there are two.
+    """
+    names = [recipe.name for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidInputError(f"recipe {name} is there twice; pass it once")

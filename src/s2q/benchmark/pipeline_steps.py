@@ -1,0 +1,229 @@
+"""One denoising step of a pipeline that can be run: its real loop in fp32, in bf16 and quantized, side by side.
+
+A full-precision pipeline is packed on the spot by each recipe, uncalibrated: transforms as they start, rounding to
+nearest. That costs quality but no time, and takes seconds. Of an s2q checkpoint the packed linears are taken as they
+are, and the full-precision contenders are made of their dequantized weights.
+
+The time of a step is the mean over the steps of a short generation but for the first, which follows the encoding of the
+prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from s2q.benchmark.breakdown import breakdown, in_milliseconds
+from s2q.benchmark.case import (
+    Case,
+    Entry,
+    Settings,
+    packing_of,
+)
+from s2q.benchmark.machine import full_precision, peak_memory, quantized_dtype
+from s2q.benchmark.micro import times_of
+from s2q.benchmark.results import identity
+from s2q.benchmark.shapes import source_tokens
+from s2q.benchmark.timing import Timing, interleave
+from s2q.checkpoint import S2QConfig, read_config
+from s2q.core.input_path import PREFIX
+from s2q.generation.denoise import denoise
+from s2q.generation.load import load_pipeline
+from s2q.generation.settings import GenerationSettings, resolve_settings, video_tokens
+from s2q.models import ModelSource, block_linears, family_of
+from s2q.models.attention import attention_of
+from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module, set_backend, share_inputs
+from s2q.nn.dequantized import FASTEST
+from s2q.recipes.schema import Recipe
+from s2q.rounding import ROUNDINGS
+from s2q.transforms import ROTATIONS
+
+_OP = "denoising_step"
+_BF16, _FP32 = "bf16", "fp32"
+_BACKENDS = ("auto", FASTEST)
+_STEPS = 4
+_PROMPT = "a red circle moving left on a grey background"
+
+
+def pipeline_step_case(source: ModelSource, settings: Settings) -> Case:
+    """Make the case of `denoising_step` on a pipeline; it has a result for fp32 and one for each recipe.
+
+    Args:
+        source: The pipeline.
+        settings: What was asked for; its `generation` are the settings of the videos.
+    """
+    tokens = source_tokens(source)[0]
+    common = {"op": _OP, "model": source.name, "tokens": tokens}
+    wanted = [identity(scheme=_FP32, backend="torch", **common)]
+    if source.is_quantized:
+        config = read_config(source.complete_folder())
+        quantized = [(_main_scheme(config), config.recipe)]
+    else:
+        quantized = [(recipe.linear_scheme().name, recipe.name) for recipe in settings.recipes]
+    wanted += [
+        identity(scheme=scheme, recipe=recipe, backend=backend, attention=settings.attention, **common)
+        for scheme, recipe in quantized
+        for backend in _BACKENDS
+        if backend in settings.backends
+    ]
+
+    def measure(missing: Sequence[Entry]) -> list[Entry]:
+        return _measure(source, missing, settings)
+
+    return Case(label=f"{_OP} {source.name}", wanted=tuple(wanted), measure=measure)
+
+
+def pack_uncalibrated(transformer: nn.Module, recipe: Recipe) -> nn.Module:
+    """Replace the linears of a transformer by packed ones, in place: transforms as they start, rounding to nearest.
+
+    Args:
+        transformer: Full precision, of a supported family.
+        recipe: Which linears, which bits, what stands before them.
+
+    Returns:
+        The transformer.
+    """
+    linears = block_linears(transformer, family_of(transformer))
+    schemes, layouts = packing_of(recipe, linears)
+    for one in linears:
+        if one.name not in schemes:
+            continue
+        linear, layout = transformer.get_submodule(one.name), layouts.get(one.name)
+        weight, inputs = linear.weight.detach(), {}
+        if layout is not None:
+            shapes = layout.shapes(one.in_features, one.out_features)
+            if layout.left is not None or layout.right is not None:
+                rotation = ROTATIONS[recipe.transforms.rotation](one.in_features, seed=0)
+                inputs = {PREFIX + name: tensor for name, tensor in rotation.state_tensors().items()}
+                weight = rotation.fold_inverse(weight.cpu()).detach()
+            for name in shapes.keys() - inputs.keys():
+                fill = 1.0 if name in (f"{PREFIX}scale", "activation_clip") else 0.0
+                inputs[name] = torch.full(shapes[name], fill, dtype=PACKED_DTYPES[name])
+        rounded = ROUNDINGS["rtn"](weight.float(), schemes[one.name].weight)
+        layer = PackedLinear.from_rounded(
+            rounded,
+            bias=linear.bias,
+            scheme=schemes[one.name],
+            inputs=inputs,
+            deflates=layout is None or layout.deflates,
+        )
+        replace_module(transformer, one.name, layer.to(linear.weight.device))
+    share_inputs(transformer)
+    return transformer
+
+
+@torch.no_grad()
+def _measure(source: ModelSource, missing: Sequence[Entry], settings: Settings) -> list[Entry]:
+    device = settings.device
+    pipes: dict[str, Any] = {
+        name: _full_precision(source, dtype, device) for name, dtype in full_precision(device).items()
+    }
+    full, dtype = list(pipes), quantized_dtype(device)
+    packed_from = next(pipe for pipe in pipes.values() if pipe.transformer.dtype == dtype)
+    for entry in missing:
+        if _name_of(entry) not in pipes:
+            pipes[_name_of(entry)] = _pipeline_of(source, entry, packed_from, settings)
+    first = pipes[_BF16]
+    own = resolve_settings(first, requested={"num_inference_steps": _STEPS}, defaults=dict(settings.generation))
+    attention = {_name_of(entry): entry["attention"] for entry in missing}
+
+    def step_time(name: str, seed: int) -> float:
+        with attention_of(attention.get(name)):
+            return _step_time(pipes[name], own, seed, device)
+
+    measures = {name: (lambda seed, name=name: step_time(name, seed)) for name in pipes}
+    timings = interleave(measures, fresh=lambda round_: round_ + 1, options=settings.options)
+    parts = {}
+    for name, pipe in pipes.items():
+        with attention_of(attention.get(name)):
+            parts[name] = _parts(pipe, own, timings[name], device)
+    entries = []
+    for entry in missing:
+        name = _name_of(entry)
+        details = {
+            "video_tokens": video_tokens(first, own),
+            "bound_ratio": None,
+            "bf16_breakdown": parts[_BF16]["breakdown"],
+            "bf16_peak_memory_bytes": parts[_BF16]["peak_memory_bytes"],
+            "bf16_storage_bytes": parts[_BF16]["storage_bytes"],
+            "settings": own.to_dict(),
+        }
+        entries.append(entry | times_of(timings[name], {one: timings[one] for one in full}) | parts[name] | details)
+    return entries
+
+
+def _name_of(entry: Entry) -> str:
+    return _FP32 if entry["scheme"] == _FP32 else f"{entry['scheme']} {entry['recipe']} {entry['backend']}"
+
+
+def _pipeline_of(source: ModelSource, entry: Entry, full: Any, settings: Settings) -> Any:
+    if entry["scheme"] == _FP32:
+        return _full_precision(source, torch.float32, settings.device)
+    if source.is_quantized:
+        dtype = full.transformer.dtype
+        return load_pipeline(source, dtype=dtype, device=settings.device, backend=entry["backend"])
+    recipe = next(one for one in settings.recipes if one.name == entry["recipe"])
+    pipe = copy.copy(full)  # shares the text encoder and the autoencoder
+    pipe.transformer = pack_uncalibrated(copy.deepcopy(full.transformer), recipe)
+    set_backend(pipe.transformer, entry["backend"])
+    return pipe
+
+
+def _full_precision(source: ModelSource, dtype: torch.dtype, device: str) -> Any:
+    pipe = load_pipeline(source, dtype=dtype, device=device)
+    if source.is_quantized:
+        pipe.transformer.dequantize()
+    return pipe
+
+
+def _step_time(pipe: Any, settings: GenerationSettings, seed: int, device: str) -> float:
+    """Milliseconds of a denoising step, the first one left out."""
+    ends: list[float] = []
+
+    def step_done() -> None:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        ends.append(time.perf_counter())
+
+    denoise(pipe, [_PROMPT], seeds=[seed], settings=settings, decode=False, step_done=step_done)
+    return statistics.mean(late - early for early, late in zip(ends, ends[1:], strict=False)) * 1000
+
+
+def _parts(pipe: Any, settings: GenerationSettings, timing: Timing, device: str) -> dict[str, Any]:
+    """Breakdown, memory and storage of one pipeline's transformer."""
+    call = _captured_call(pipe, settings)
+    shares = breakdown(call, pipe.transformer, device=device)
+    storage = sum(tensor.numel() * tensor.element_size() for tensor in pipe.transformer.state_dict().values())
+    peak = peak_memory(call, device)
+    kept = sum(one.kept.num_bytes for one in pipe.transformer.modules() if isinstance(one, PackedLinear))
+    return {
+        "breakdown": in_milliseconds(shares, timing.milliseconds),
+        "peak_memory_bytes": None if peak is None else peak + storage + kept,
+        "storage_bytes": storage,
+    }
+
+
+def _captured_call(pipe: Any, settings: GenerationSettings) -> Callable[[], object]:
+    """Return a function that repeats a call that the loop makes of the transformer."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda _module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    try:
+        denoise(pipe, [_PROMPT], seeds=[0], settings=settings, decode=False)
+    finally:
+        handle.remove()
+    args, kwargs = calls[-1]
+    return lambda: pipe.transformer(*args, **kwargs)
+
+
+def _main_scheme(config: S2QConfig) -> str:
+    """The scheme of most linears."""
+    names = [scheme.name for scheme in config.layer_schemes().values()]
+    return max(set(names), key=names.count)

@@ -1,0 +1,131 @@
+"""`bench.json`: what was measured, written as it comes, and read again so that an interrupted run goes on.
+
+A file belongs to one machine and one set of versions. A result is known by `IDENTITY`; one that is there already is not
+measured again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from s2q.common.errors import InvalidInputError
+from s2q.common.files import atomic_write_json
+
+SCHEMA_VERSION = 1
+IDENTITY = ("op", "scheme", "recipe", "backend", "shape", "model", "tokens", "blocks", "attention", "readers")
+"""The fields of a result that say what was measured; null where they do not apply."""
+
+_REMEDY = "name another file, or pass --again to start it anew"
+
+
+def identity(**fields: Any) -> dict[str, Any]:
+    """Return the fields of `IDENTITY`, those not given being None."""
+    assert set(fields) <= set(IDENTITY), fields
+    return {name: fields.get(name) for name in IDENTITY}
+
+
+def place_of(hardware: Mapping[str, Any]) -> str:
+    """Return what computed, for people: the GPU, or the CPU, its instruction set and how many threads.
+
+    Args:
+        hardware: Of a results file; those of earlier versions do not name the instruction set.
+    """
+    if "gpu" in hardware:
+        return str(hardware["gpu"])
+    capped = f" (capped by {hardware['limited_by']})" if hardware.get("limited_by") else ""
+    instructions = f"{hardware['instruction_set']}{capped}, " if "instruction_set" in hardware else ""
+    threads = "1 thread" if hardware["threads"] == 1 else f"{hardware['threads']} threads"
+    return f"{hardware['processor']}, {instructions}{threads}"
+
+
+class ResultsFile:
+    """A results file; nothing is written before the first result.
+
+    Args:
+        path: The file.
+        hardware: What computes.
+        versions: With which versions.
+        again: Whether to measure what is there again; a file of another machine is then started anew.
+
+    Raises:
+        InvalidInputError: If the file is there and is no results file, or one of another machine or other versions.
+    """
+
+    def __init__(
+        self, path: Path, *, hardware: Mapping[str, Any], versions: Mapping[str, Any], again: bool = False
+    ) -> None:
+        self._path = path
+        self._content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "hardware": dict(hardware),
+            "versions": dict(versions),
+            "results": [],
+        }
+        self._stale: set[str] = set()
+        if path.exists():
+            self._take_over(_read(path), again=again)
+
+    @property
+    def content(self) -> Mapping[str, Any]:
+        """What the file holds, or will."""
+        return self._content
+
+    def has(self, wanted: Mapping[str, Any]) -> bool:
+        """Whether a result need not be measured.
+
+        Args:
+            wanted: Its identity.
+        """
+        key = _key(wanted)
+        return key not in self._stale and any(_key(one) == key for one in self._content["results"])
+
+    def add(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Put results in, replacing those of the same identity, and write the file.
+
+        Args:
+            results: JSON-ready; each has the fields of `IDENTITY`.
+        """
+        new = {_key(one): dict(one) for one in results}
+        self._stale -= set(new)
+        kept = [one for one in self._content["results"] if _key(one) not in new]
+        self._content["results"] = [*kept, *new.values()]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(self._path, self._content)
+
+    def _take_over(self, found: Mapping[str, Any], *, again: bool) -> None:
+        differences = [
+            f"{name} {found[group].get(name)!r} there, {value!r} here"
+            for group in ("hardware", "versions")
+            for name, value in self._content[group].items()
+            if found[group].get(name) != value
+        ]
+        if differences and again:
+            return
+        if differences:
+            more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+            raise InvalidInputError(
+                f"{self._path} was measured on another machine or with other versions: {differences[0]}{more}; "
+                f"{_REMEDY}"
+            )
+        self._content["results"] = list(found["results"])
+        if again:
+            self._stale = {_key(one) for one in found["results"]}
+
+
+def _key(entry: Mapping[str, Any]) -> str:
+    return json.dumps([entry.get(name) for name in IDENTITY])
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{path} cannot be read as JSON, so it is not written to; name another file") from error
+    wanted: dict[str, type] = {"hardware": dict, "versions": dict, "results": list}
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION or not all(isinstance(content.get(name), kind) for name, kind in wanted.items()):
+        raise InvalidInputError(f"{path} is no file of `s2q bench` of version {SCHEMA_VERSION}; name another file")
+    return content

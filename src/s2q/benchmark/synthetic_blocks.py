@@ -1,0 +1,202 @@
+"""Blocks of published transformers with random weights, and random inputs for them.
+
+A block is built on the device by itself, each of its linears straight in the form that it is to have (packed, or full
+precision), so that a full-precision copy of the whole model never exists.
+
+Legend: `B` samples in a call, `N` video tokens, `T` text tokens, `d` channels, `D` head dim, `I/O` in/out features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2q.core.input_path import InputLayout
+from s2q.core.packing import pack_codes
+from s2q.core.schemes import LinearScheme
+from s2q.models.attention import use_attention_registry
+from s2q.models.family import BlockLinear, linears_of_block
+from s2q.models.synthetic import BlockList, SyntheticModel
+from s2q.nn import PackedLinear, replace_module, share_inputs
+from s2q.transforms import orthogonal_matrix
+
+LinearOf = Callable[[BlockLinear], nn.Module | None]
+"""Makes the module that stands in for a linear of a block; None leaves it in full precision."""
+
+_NORM_STD = 0.05
+
+
+def synthetic_block(
+    model: SyntheticModel,
+    block_list: BlockList,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.bfloat16,
+    linear_of: LinearOf | None = None,
+) -> nn.Module:
+    """Build one block with random weights.
+
+    Args:
+        model: The model.
+        block_list: Which of its lists the block is from.
+        generator: Of the weights; its device is where the block is built.
+        dtype: Of what stays in full precision; parts that the model keeps in fp32 are in fp32.
+        linear_of: Makes what stands in for each linear; None leaves all of them.
+
+    Returns:
+        The block, in evaluation mode, without gradients.
+    """
+    transformer = model.meta_transformer(blocks=1)
+    block: nn.Module = getattr(transformer, block_list.name)[0].to(dtype)
+    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in list(block.named_parameters()):
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    block_name = f"{block_list.name}.0"
+    for linear in linears_of_block(block, block_name, model.family):
+        own = None if linear_of is None else linear_of(linear)
+        if own is not None:
+            replace_module(block, linear.name.removeprefix(f"{block_name}."), own)
+    for module in block.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                value = _random_parameter(name, parameter, generator)
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    use_attention_registry(block)
+    share_inputs(block)
+    return block.eval().requires_grad_(False)
+
+
+def random_packed_linear(
+    linear: BlockLinear,
+    scheme: LinearScheme,
+    layout: InputLayout | None,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.bfloat16,
+) -> PackedLinear:
+    """Build a packed linear with random codes; its output is about as large as its input.
+
+    Args:
+        linear: Its dimensions.
+        scheme: How weight and input are quantized.
+        layout: What it stores of its input; None is nothing.
+        generator: Of the codes; its device is where the layer is built.
+        dtype: Of the bias.
+    """
+    device, shape = generator.device, (linear.out_features, linear.in_features)
+    layer = PackedLinear(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.has_bias,
+        scheme=scheme,
+        layout=layout,
+        dtype=dtype,
+        device=device,
+    )
+    weight = scheme.weight
+    codes = torch.randint(weight.qmin, weight.qmax + 1, shape, dtype=torch.int8, device=device, generator=generator)
+    layer.weight.data.copy_(pack_codes(codes, num_bits=weight.num_bits))
+    layer.weight_scale.data.fill_(math.sqrt(3 / linear.in_features) / weight.qmax)
+    if linear.has_bias:
+        layer.bias.data.zero_()
+    of_input = torch.Generator(device).manual_seed(0)  # equal in linears that read the same input: they share its codes
+    for name, shape_of in layer.layout.shapes(linear.in_features, linear.out_features).items():
+        tensor = getattr(layer, name).data
+        if name in ("transform_left", "transform_right"):
+            tensor.copy_(orthogonal_matrix(shape_of[0]))
+        elif name == "low_rank_basis":
+            tensor.normal_(std=shape_of[0] ** -0.5, generator=of_input)
+        elif name == "low_rank_weight":
+            tensor.normal_(std=shape_of[0] ** -0.5, generator=generator)
+        else:
+            tensor.fill_(0.0 if name == "input_shift" else 1.0)
+    return layer
+
+
+def block_inputs(
+    model: SyntheticModel,
+    block_list: BlockList,
+    *,
+    tokens: int,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int | None = None,
+) -> dict[str, Any]:
+    """Draw the arguments of a block's call.
+
+    Args:
+        model: The model.
+        block_list: The list of the block.
+        tokens: N.
+        generator: Its device is where the tensors are.
+        dtype: Of the two streams.
+        batch: B; None is the model's own.
+
+    Returns:
+        Keyword arguments; `hidden_states` [B, N, d] and `encoder_hidden_states` [B, T, d] are always among them.
+    """
+    samples = model.batch if batch is None else batch
+    width = model.heads * model.head_dim
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=generator.device, dtype=torch.float32).to(dtype)
+
+    streams = {
+        "hidden_states": normal(samples, tokens, width),
+        "encoder_hidden_states": normal(samples, model.text_tokens, width),
+    }
+    return streams | BLOCK_INPUTS[block_list.inputs](model, samples, tokens, normal)
+
+
+def _cogvideox_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    rotary = model.config["use_rotary_positional_embeddings"]
+    angles = normal(tokens, model.head_dim, dtype=torch.float32) if rotary else None
+    return {
+        "temb": normal(batch, model.config.get("time_embed_dim", 512)),
+        "image_rotary_emb": None if angles is None else (angles.cos(), angles.sin()),
+    }
+
+
+def _hunyuanvideo_inputs(
+    model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]
+) -> dict[str, Any]:
+    angles = normal(tokens, model.head_dim, dtype=torch.float32)
+    temb = normal(batch, model.heads * model.head_dim)
+    mask = torch.ones(batch, 1, 1, tokens + model.text_tokens, dtype=torch.bool, device=temb.device)
+    rotary = (angles.cos(), angles.sin())
+    return {"temb": temb, "attention_mask": mask, "freqs_cis": rotary, "image_rotary_emb": rotary}
+
+
+def _wan_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    angles = normal(1, tokens, 1, model.head_dim, dtype=torch.float32)
+    return {"temb": normal(batch, 6, model.heads * model.head_dim), "rotary_emb": (angles.cos(), angles.sin())}
+
+
+def _ltx_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    width = model.heads * model.head_dim
+    angles = normal(batch, tokens, width, dtype=torch.float32)
+    return {"temb": normal(batch, 1, 6 * width), "image_rotary_emb": (angles.cos(), angles.sin())}
+
+
+BLOCK_INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "cogvideox": _cogvideox_inputs,
+    "hunyuanvideo": _hunyuanvideo_inputs,
+    "ltx": _ltx_inputs,
+    "wan": _wan_inputs,
+}
+"""What a block of a family is called with besides its two streams; a function of model, B, N and a source of noise."""
+
+
+def _random_parameter(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """A matrix keeps the size of its input; the weight of a norm is about 1, a bias 0."""
+    value = torch.zeros(parameter.shape, dtype=parameter.dtype, device=generator.device)
+    if parameter.ndim > 1:
+        value.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    elif name != "bias":
+        value.normal_(1.0, _NORM_STD, generator=generator)
+    return value

@@ -1,0 +1,190 @@
+"""Timing contenders against each other: in turn, in the same process, on the same fresh data, medians.
+
+Machines drift (clock, temperature, neighbours). So contenders run in rounds, each round on new random data and in
+another order, and a ratio is the median over rounds of the two times of the same round.
+
+Calls shorter than a few milliseconds are repeated inside a sample until it is that long.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from s2q.common.arguments import finite_number, whole_number
+
+Run = Callable[[Any], object]
+"""A contender: computes something from the data of a round."""
+
+Measure = Callable[[Any], float]
+"""Runs a contender on the data of a round and returns milliseconds."""
+
+Stopwatch = Callable[[Callable[[], object], int], float]
+"""Runs a function so many times and returns the milliseconds of one call."""
+
+_MAX_CALLS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingOptions:
+    """How long to measure.
+
+    Attributes:
+        repeats: Rounds.
+        min_repeats: Rounds that are run even if they take longer than `seconds`.
+        seconds: No further round starts after this time.
+        sample_milliseconds: What a sample should last at least; short calls are repeated.
+    """
+
+    repeats: int = 10
+    min_repeats: int = 3
+    seconds: float = 10.0
+    sample_milliseconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        whole_number("repeats", self.repeats, least=1)
+        whole_number("min_repeats", self.min_repeats, least=1)
+        finite_number("seconds", self.seconds)
+        finite_number("sample_milliseconds", self.sample_milliseconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The samples of one contender, one a round.
+
+    Attributes:
+        samples: Milliseconds of a call, by round.
+    """
+
+    samples: tuple[float, ...]
+
+    @property
+    def milliseconds(self) -> float:
+        """The median."""
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Between them lies the middle half of the samples."""
+        if len(self.samples) < 2:
+            return self.samples[0], self.samples[0]
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, high
+
+    def faster_than(self, other: Timing) -> float:
+        """Return how many times faster this is than another contender of the same rounds: 2 is half the time.
+
+        Args:
+            other: Its samples.
+        """
+        return statistics.median(theirs / own for theirs, own in zip(other.samples, self.samples, strict=True))
+
+
+def interleave(
+    contenders: Mapping[str, Measure],
+    *,
+    fresh: Callable[[int], Any],
+    options: TimingOptions,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, Timing]:
+    """Measure contenders in turn.
+
+    Args:
+        contenders: How to measure each, by name; called once for warming up before the first round.
+        fresh: Makes the data of a round from its number, -1 for the warm-up; not timed.
+        options: How long.
+        clock: Seconds, for the limit.
+
+    Returns:
+        The samples by name; all have the same number of rounds.
+    """
+    data = fresh(-1)
+    for measure in contenders.values():
+        measure(data)
+    names = list(contenders)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    started = clock()
+    for round_ in range(max(options.repeats, 1)):
+        if round_ >= options.min_repeats and clock() - started >= options.seconds:
+            break
+        del data  # before the next is made
+        data = fresh(round_)
+        start = round_ % len(names)
+        for name in names[start:] + names[:start]:
+            samples[name].append(contenders[name](data))
+    return {name: Timing(samples=tuple(values)) for name, values in samples.items()}
+
+
+def measures_of(runs: Mapping[str, Run], stopwatch: Stopwatch, *, options: TimingOptions) -> dict[str, Measure]:
+    """Turn functions into what `interleave` takes.
+
+    The first call of each (the warm-up) runs once, to compile and to allocate, and once more to find how many calls
+    make a sample.
+
+    Args:
+        runs: What to time, by name.
+        stopwatch: How.
+        options: Of the sample's length.
+    """
+    return {name: _Repeated(run, stopwatch, options.sample_milliseconds) for name, run in runs.items()}
+
+
+class _Repeated:
+    """Measures one function, so often that a sample is long enough."""
+
+    def __init__(self, run: Run, stopwatch: Stopwatch, wanted: float) -> None:
+        self._run, self._stopwatch, self._wanted = run, stopwatch, wanted
+        self._calls: int | None = None
+
+    def __call__(self, data: Any) -> float:
+        def call() -> object:
+            return self._run(data)
+
+        if self._calls is None:
+            call()
+            once = self._stopwatch(call, 1)
+            self._calls = _MAX_CALLS if once <= 0 else min(_MAX_CALLS, max(1, math.ceil(self._wanted / once)))
+            return once
+        return self._stopwatch(call, self._calls)
+
+
+def stopwatch_for(device: torch.device | str) -> Stopwatch:
+    """Return how to time a call on a device: by events of the GPU, by the clock elsewhere."""
+    return _cuda_stopwatch(torch.device(device)) if torch.device(device).type == "cuda" else host_stopwatch()
+
+
+def host_stopwatch(clock: Callable[[], float] = time.perf_counter) -> Stopwatch:
+    """Return a stopwatch for what is done when it returns.
+
+    Args:
+        clock: Seconds.
+    """
+
+    def stopwatch(call: Callable[[], object], times: int) -> float:
+        started = clock()
+        for _ in range(times):
+            call()
+        return (clock() - started) * 1000 / times
+
+    return stopwatch
+
+
+def _cuda_stopwatch(device: torch.device) -> Stopwatch:
+    def stopwatch(call: Callable[[], object], times: int) -> float:
+        with torch.cuda.device(device):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)
+            first.record()
+            for _ in range(times):
+                call()
+            last.record()
+            torch.cuda.synchronize(device)
+            return float(first.elapsed_time(last)) / times
+
+    return stopwatch

@@ -1,0 +1,1 @@
+"""One block: its task, its students, distillation, rounding, packing."""

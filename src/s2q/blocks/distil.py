@@ -1,0 +1,324 @@
+"""Distilling one block: what stands before its linears and how far their scales reach is learned, no weight moves.
+
+The student is the block with its linears replaced (`s2q.nn.StudentLinear`); its targets are what the full-precision
+block returns for the same inputs (S²Q-VDiT, section 3.3). Samples are taken one at a time in random order, AdamW
+follows a cosine to a thousandth of the learning rate, and the loss is divided by its own detached value before the
+gradient is taken (FlatQuant), so that a noisy step does not count for more than a clean one.
+
+Where the rounding of weights is learned (`s2q.rounding.adaround`), steps see it soft; every loss that is reported or
+compared is that of the weights as they would be rounded, so that the best state is the best one to pack.
+
+Legend: `B` samples, `N_k` tokens of stream k, `d` channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from s2q.common.errors import S2QError
+from s2q.core.memo import parameters_held, recomputed
+from s2q.core.tokens import TokenGrid, token_grid
+from s2q.distillation.loss import weighted_token_loss
+from s2q.distillation.temporal import temporal_loss
+from s2q.nn import RefinedLinear, StudentInput, StudentLinear
+from s2q.rounding import softened
+
+logger = logging.getLogger(__name__)
+
+_LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
+_EVALUATIONS = 5
+_ROUNDING_EPS = 1e-15  # far below a gradient that is shared by all weights of a block
+PIECE = 8192
+"""Tokens that a part without attention computes again at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSample:
+    """One call of a block.
+
+    Attributes:
+        inputs: Keyword arguments of the call.
+        outputs: What the full-precision block returns, [1, N_k, d] for each stream.
+        weights: λ, [1, N_k] for each stream; None weights every token with 1.
+        grid: Where the video tokens lie; None if nothing asks.
+        video: Which of the streams is the video.
+    """
+
+    inputs: Mapping[str, Any]
+    outputs: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...] | None = None
+    grid: TokenGrid | None = None
+    video: int = 0
+
+
+class Samples(Protocol):
+    """Samples by index, from memory or from a disk.
+
+    Attributes:
+        device: Where a block is called with them, "cpu", "cuda", "cuda:1".
+    """
+
+    device: str
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def read(self, index: int) -> BlockSample:
+        """Return one of them, with its tensors in host memory."""
+        ...
+
+    def to_device(self, sample: BlockSample) -> BlockSample:
+        """Return what was read with its tensors on the device."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """Settings of the optimisation; see the module.
+
+    Attributes:
+        epochs: Passes over the samples.
+        lr: Learning rate of transforms.
+        clip_lr: Learning rate of clip ratios.
+        rounding_lr: Learning rate of rounding.
+        weight_decay: Of AdamW.
+        temporal: Weight of the loss on the similarities of frames.
+    """
+
+    epochs: int = 15
+    lr: float = 5e-3
+    clip_lr: float = 5e-2
+    rounding_lr: float = 3e-2
+    weight_decay: float = 0.0
+    temporal: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationReport:
+    """How it went.
+
+    Attributes:
+        initial_loss: Mean loss over the samples before the first step.
+        loss: The same of the state that was kept, at most `initial_loss`.
+        best_epoch: Epoch after which that state was reached; 0 is the initial one.
+        epochs: Epochs that were run; fewer than asked for where the loss stopped being finite.
+        history: Mean loss by epoch, where it was evaluated.
+    """
+
+    initial_loss: float
+    loss: float
+    best_epoch: int
+    epochs: int
+    history: Mapping[str, float]
+
+
+@torch.no_grad()
+def block_loss(block: nn.Module, samples: Samples, *, temporal: float = 0.0) -> float:
+    """Compute the mean loss of a block over samples.
+
+    Args:
+        block: A student, or a block with packed linears.
+        samples: At least one.
+        temporal: Weight of the loss on the similarities of frames.
+    """
+    losses = []
+    with parameters_held():
+        for sample in _ahead(samples, range(len(samples))):
+            losses.append(_loss(block, sample, temporal))
+    return math.fsum(torch.stack(losses).tolist()) / len(losses)
+
+
+def distil(
+    student: nn.Module,
+    samples: Samples,
+    *,
+    options: DistillationOptions,
+    seed: int,
+    penalty: Callable[[float], None] = lambda progress: None,
+    epoch_done: Callable[[], None] = lambda: None,
+) -> DistillationReport:
+    """Optimise the learnable parts of a student, in place; it ends in the best state seen, the initial one included.
+
+    Args:
+        student: A block whose parameters that require gradients are those of transforms, clips, which are called
+            `theta`, and learned rounding, which are called `logits`.
+        samples: At least one.
+        options: Settings.
+        seed: Of the order of the samples.
+        penalty: Called in each step with the share of the steps that were taken; adds the gradient of what else is to
+            be small, beside a loss of 1.
+        epoch_done: Called after each epoch.
+
+    Returns:
+        The report.
+
+    Raises:
+        S2QError: If the loss is not finite before the first step, or nothing is learnable.
+    """
+    groups = _learnable(student, options)
+    if not groups:
+        raise S2QError("distillation: the student has nothing to learn; expected a learnable transform or clip")
+    learnable = [parameter for group in groups for parameter in group["params"]]
+    initial = block_loss(student, samples, temporal=options.temporal)
+    if not math.isfinite(initial):
+        raise S2QError(f"distillation: the loss is {initial} before the first step; check the model's activations")
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+    total = options.epochs * len(samples)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
+    generator = torch.Generator().manual_seed(seed)
+    best, best_loss, best_epoch, epoch = _snapshot(learnable), initial, 0, 0
+    history = {"0": initial}
+    for epoch in range(1, options.epochs + 1):
+        order = torch.randperm(len(samples), generator=generator).tolist()
+        losses = []
+        with softened(student):
+            for sample in _ahead(samples, order):
+                losses.append(_gradient(student, sample, optimizer, options.temporal))
+                penalty(scheduler.last_epoch / total)
+                optimizer.step()
+                scheduler.step()
+        if not bool(torch.isfinite(torch.stack(losses)).all()):
+            logger.warning("distillation: the loss is not finite in epoch %d; the best state before is kept", epoch)
+            break
+        if _is_evaluated(epoch, options.epochs):
+            loss = block_loss(student, samples, temporal=options.temporal)
+            if not math.isfinite(loss):
+                logger.warning("distillation: the loss is not finite after epoch %d; the best state is kept", epoch)
+                break
+            history[str(epoch)] = loss
+            if loss < best_loss:
+                best, best_loss, best_epoch = _snapshot(learnable), loss, epoch
+        epoch_done()
+    with torch.no_grad():
+        for parameter, value in zip(learnable, best, strict=True):
+            parameter.copy_(value)
+    return DistillationReport(
+        initial_loss=initial, loss=best_loss, best_epoch=best_epoch, epochs=epoch, history=history
+    )
+
+
+def evaluations(epochs: int) -> int:
+    """Return how often `distil` looks at all samples without learning from them.
+
+    Args:
+        epochs: Passes over the samples; 0 without distillation.
+    """
+    return sum(_is_evaluated(epoch, epochs) for epoch in range(1, epochs + 1))
+
+
+def _is_evaluated(epoch: int, epochs: int) -> bool:
+    return epoch % max(1, epochs // _EVALUATIONS) == 0 or epoch == epochs
+
+
+def _gradient(student: nn.Module, sample: BlockSample, optimizer: torch.optim.Optimizer, temporal: float) -> Tensor:
+    """Compute the gradient for one step; return the loss, on the device, so that nothing waits for it."""
+    with parameters_held():
+        loss = _loss(student, sample, temporal)
+        value = loss.detach()
+        optimizer.zero_grad(set_to_none=True)
+        (loss / value.clamp_min(torch.finfo(value.dtype).tiny)).backward()
+    return value
+
+
+@contextmanager
+def checkpointed(student: nn.Module) -> Iterator[None]:
+    """Have the parts of a student (attention, feed-forward) and its quantized weights computed again in each backward.
+
+    A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
+    that treat every token by itself, wherever it lies, do so a piece of the sequence after another. The gradient is the
+    same, but for the order of its sums.
+
+    Args:
+        student: See `distil`.
+    """
+    from diffusers.models.attention import FeedForward
+
+    linears = StudentLinear | RefinedLinear
+    parts = [one for one in student.children() if any(isinstance(inner, linears) for inner in one.modules())]
+    layers = [inner for inner in student.modules() if isinstance(inner, linears | StudentInput)]
+    try:
+        for layer in layers:
+            layer.recomputes = True
+        for part in parts:
+            pointwise = isinstance(part, linears | FeedForward)
+            pointwise = pointwise and not any(getattr(inner, "needs_grid", False) for inner in part.modules())
+            part.forward = functools.partial(_in_pieces if pointwise else recomputed, part.forward)
+        yield
+    finally:
+        for layer in layers:
+            layer.recomputes = False
+        for part in parts:
+            del part.forward
+
+
+def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """Apply a part to pieces of a sequence, [B, N, d]; each is computed again in the backward pass by itself."""
+    pieces = x.split(PIECE, dim=1) if x.ndim == 3 else [x]
+    outputs = [recomputed(forward, piece) for piece in pieces]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
+    """Go through samples; for a GPU, the next one is read into host memory while one is worked on.
+
+    The device holds one sample at a time. On a CPU a second thread that computes would only take cores from the first.
+    """
+    if torch.device(samples.device).type == "cpu":
+        yield from (samples.to_device(samples.read(index)) for index in order)
+        return
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        upcoming: Future[BlockSample] | None = None
+        for index in order:
+            read, upcoming = upcoming, reader.submit(samples.read, index)
+            if read is not None:
+                yield samples.to_device(read.result())
+        if upcoming is not None:
+            yield samples.to_device(upcoming.result())
+
+
+def _loss(block: nn.Module, sample: BlockSample, temporal: float) -> Tensor:
+    found = _streams(block, sample)
+    loss = weighted_token_loss(found, sample.outputs, weights=sample.weights)
+    if temporal == 0:
+        return loss
+    assert sample.grid is not None
+    video, channels = sample.video, sample.outputs[sample.video].shape[-1]
+    return loss + temporal * channels * temporal_loss(found[video], sample.outputs[video], frames=sample.grid.frames)
+
+
+def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:
+    with token_grid(sample.grid):
+        output = block(**sample.inputs)
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _learnable(student: nn.Module, options: DistillationOptions) -> list[dict[str, Any]]:
+    """The parameters that learn, by learning rate, as an optimizer takes them."""
+    found = {id(one): (name.rpartition(".")[2], one) for name, one in student.named_parameters() if one.requires_grad}
+    special: dict[str, dict[str, Any]] = {
+        "theta": {"lr": options.clip_lr},
+        "logits": {"lr": options.rounding_lr, "eps": _ROUNDING_EPS},
+    }
+    others = [one for name, one in found.values() if name not in special]
+    groups = [{"params": others, "lr": options.lr}]
+    groups += [{"params": [one for name, one in found.values() if name == key]} | special[key] for key in special]
+    return [group for group in groups if group["params"]]
+
+
+def _snapshot(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def _cosine(step: int, total: int) -> float:
+    return _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))

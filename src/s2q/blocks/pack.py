@@ -1,0 +1,212 @@
+"""From the students of a block to packed linears: Hessians, rounding, and what a packed linear stores of its input.
+
+Modulation linears see one row a call, which depends on its timestep alone or nearly so: GPTQ rounds them with the rows
+of every timestep of the generation, not with those of the samples alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2q.blocks.task import BlockWork
+from s2q.calibration.observe import BlockSamples, heard
+from s2q.common.errors import S2QError
+from s2q.core.input_path import PREFIX
+from s2q.core.memo import parameters_held
+from s2q.core.qparams import RoundedWeight
+from s2q.core.schemes import LinearScheme
+from s2q.core.tokens import token_grid
+from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear
+from s2q.recipes.groups import GPTQ
+from s2q.rounding import ROUNDINGS, HessianAccumulator, LearnedRounding, round_gptq
+
+Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
+"""Packed linears and the reports of their rounding, both by name inside the block."""
+
+
+def pack_nearest(weight: Tensor, bias: Tensor | None, scheme: LinearScheme) -> PackedLinear:
+    """Return a linear rounded to nearest, nothing before it.
+
+    Args:
+        weight: [O, I], floating.
+        bias: [O] or None.
+        scheme: How it is quantized.
+
+    Returns:
+        The packed linear, where the weight is.
+    """
+    return PackedLinear.from_rounded(ROUNDINGS["rtn"](weight, scheme.weight), bias=bias, scheme=scheme)
+
+
+@torch.no_grad()
+def pack_students(
+    student: nn.Module, work: BlockWork, samples: BlockSamples, groups: Sequence[tuple[str, ...]]
+) -> Packed:
+    """Round and pack the students of a block as its recipe says.
+
+    Args:
+        student: The block with its students, which learn no more.
+        work: The block and the recipe.
+        samples: What GPTQ takes its Hessians from.
+        groups: Names of linears that share an input.
+
+    Raises:
+        S2QError: If GPTQ fails and the recipe does not allow the fallback.
+    """
+    use_gptq = work.task.recipe.rounding.method == GPTQ
+    hessians: dict[str, HessianAccumulator] = {}
+    if use_gptq:
+        sources = {group[0]: _quantized_by(student.get_submodule(group[0]).source) for group in groups}
+        hessians = _hessians(work, _calls(samples), sources)
+    packed: dict[str, PackedLinear] = {}
+    reports: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        for name in group:
+            layer = student.get_submodule(name)
+            rounded = None
+            if use_gptq:
+                rounded, reports[name] = _gptq(
+                    work, name, layer.folded_weight(), hessians[group[0]], clip_ratio=layer.clip_ratio()
+                )
+            elif layer.rounding is not None:
+                nearest = ROUNDINGS["rtn"](layer.folded_weight(), work.scheme(name).weight)
+                rounded, reports[name] = _learned(layer.rounding, nearest=nearest)
+            packed[name] = pack_student(layer, work, name, rounded=rounded)
+    return packed, reports
+
+
+@torch.no_grad()
+def pack_student(
+    layer: StudentLinear, work: BlockWork, name: str, *, rounded: RoundedWeight | None = None
+) -> PackedLinear:
+    """Pack a student.
+
+    Args:
+        layer: The student; learns no more.
+        work: The block and the recipe.
+        name: Of the linear inside the block.
+        rounded: Its folded weight, rounded; None rounds it by a method that needs no samples, that of the recipe.
+
+    Returns:
+        The packed linear, where the student is.
+    """
+    scheme = work.scheme(name)
+    if rounded is None:
+        method = ROUNDINGS[work.task.recipe.rounding.method]
+        rounded = method(layer.folded_weight(), scheme.weight, clip_ratio=layer.clip_ratio())
+    bias = None if layer.bias is None else layer.bias.to(work.task.block.get_submodule(name).bias.dtype)
+    inputs = _stored_inputs(layer.source) | _stored_branch(layer)
+    return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=inputs, deflates=layer.source.deflates)
+
+
+@torch.no_grad()
+def pack_modulation(work: BlockWork, names: Sequence[str], samples: BlockSamples) -> Packed:
+    """Round and pack modulation linears by GPTQ, with their inputs at every timestep.
+
+    Args:
+        work: The block and the recipe.
+        names: Of the linears inside the block.
+        samples: Their stream has the inputs of every timestep.
+
+    Raises:
+        S2QError: If GPTQ fails and the recipe does not allow the fallback.
+    """
+    hessians: dict[str, HessianAccumulator] = {}
+    if names:
+        calls = (samples.cast(inputs) for inputs in samples.stream.timestep_inputs())
+        hessians = _hessians(work, calls, dict.fromkeys(names, _as_it_is))
+    packed: dict[str, PackedLinear] = {}
+    reports: dict[str, dict[str, Any]] = {}
+    for name in names:
+        rounded, reports[name] = _gptq(work, name, work.teacher.get_submodule(name).weight, hessians[name])
+        bias = work.task.block.get_submodule(name).bias
+        packed[name] = PackedLinear.from_rounded(rounded, bias=bias, scheme=work.scheme(name))
+    return packed, reports
+
+
+def _gptq(
+    work: BlockWork, name: str, weight: Tensor, hessian: HessianAccumulator, *, clip_ratio: Tensor | None = None
+) -> tuple[RoundedWeight, dict[str, Any]]:
+    try:
+        rounded, report = round_gptq(
+            weight,
+            work.scheme(name).weight,
+            hessian=hessian.hessian(),
+            clip_ratio=clip_ratio,
+            options=work.task.recipe.rounding.gptq(),
+        )
+    except S2QError as error:
+        raise type(error)(f"{work.task.linears[name]}: {error}") from error
+    return rounded, asdict(report)
+
+
+def _learned(rounding: LearnedRounding, *, nearest: RoundedWeight) -> tuple[RoundedWeight, dict[str, Any]]:
+    """What was learned; the shares of codes that are not the nearest ones, and of those that were left undecided."""
+    rounded = rounding.rounded()
+    changed = float((rounded.codes != nearest.codes).double().mean())
+    return rounded, {"changed": changed, "undecided": rounding.undecided()}
+
+
+def _hessians(
+    work: BlockWork, calls: Iterable[Mapping[str, Any]], sources: Mapping[str, Callable[[Tensor], Tensor]]
+) -> dict[str, HessianAccumulator]:
+    """Hessians of the inputs of linears, by name, as their sources pass them on."""
+    found: dict[str, HessianAccumulator] = {}
+
+    def listen(name: str, source: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+        layer = work.teacher.get_submodule(name)
+        found[name] = HessianAccumulator(layer.in_features, device=layer.weight.device)
+        return lambda x: found[name].add(source(x))
+
+    with parameters_held(), heard(work.teacher, {name: listen(name, one) for name, one in sources.items()}):
+        for inputs in calls:
+            work.teacher(**inputs)
+    return found
+
+
+def _calls(samples: BlockSamples) -> Iterator[dict[str, Any]]:
+    """The inputs of every sample, each within its token grid."""
+    for index in range(len(samples)):
+        with token_grid(samples.stream.grid(index)):
+            yield samples.inputs(index)
+
+
+def _quantized_by(source: StudentInput) -> Callable[[Tensor], Tensor]:
+    return lambda x: source(x).quantized
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+@torch.no_grad()
+def _stored_inputs(source: StudentInput) -> dict[str, Tensor]:
+    """What the packed linears store of their input: the tensors of shift, transform, basis and clip."""
+    tensors: dict[str, Tensor] = {}
+    if source.shift is not None:
+        tensors["input_shift"] = source.shift
+    if source.transform is not None:
+        tensors |= {PREFIX + name: value for name, value in source.transform.state_tensors().items()}
+    if source.low_rank_basis is not None:
+        tensors["low_rank_basis"] = source.low_rank_basis.to(PACKED_DTYPES["low_rank_basis"])
+    if source.clip is not None:
+        tensors["activation_clip"] = source.clip().detach().reshape(1).clone()
+    return tensors
+
+
+def _stored_branch(layer: StudentLinear) -> dict[str, Tensor]:
+    """What a packed linear stores of its own part of a low-rank branch, and of an estimator, if there is one."""
+    tensors: dict[str, Tensor] = {}
+    if layer.source.low_rank_basis is not None:
+        tensors["low_rank_weight"] = layer.low_rank_weight().to(PACKED_DTYPES["low_rank_weight"])
+    estimator = layer.estimator
+    if estimator is not None:
+        tensors |= {"estimator_input": estimator.alpha, "estimator_output": estimator.beta}
+        if estimator.frames is not None:
+            tensors["estimator_frames"] = estimator.frames
+    return tensors

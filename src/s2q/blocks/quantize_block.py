@@ -1,0 +1,169 @@
+"""One block: from its full-precision weights to packed linears, a function of block, recipe and samples alone.
+
+Legend: `I/O` in/out features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2q.blocks.data_free import fold_block
+from s2q.blocks.reconstruct import calibrate_block
+from s2q.blocks.task import BlockTask
+from s2q.common.files import canonical_json
+from s2q.common.run_folder import Artefact
+from s2q.core.input_path import InputLayout
+from s2q.core.schemes import LinearScheme
+from s2q.models import BlockLinear
+from s2q.nn import PackedLinear
+from s2q.run.report import package_versions
+
+ARTEFACT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockResult:
+    """What a block became.
+
+    Attributes:
+        layers: Packed linear, on the CPU, by full name.
+        errors: ‖Ŵ − W‖² / ‖W‖² of each, by full name.
+        relative_error: The same over all of them together.
+        details: What calibration measured, but for the layers as `CalibratedBlock` has it; empty without.
+    """
+
+    layers: Mapping[str, PackedLinear]
+    errors: Mapping[str, float]
+    relative_error: float
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def quantize_block(task: BlockTask) -> BlockResult:
+    """Quantize and pack the linears of one block.
+
+    Args:
+        task: The block and the recipe.
+
+    Returns:
+        The packed linears and their errors.
+    """
+    details: dict[str, Any] = {}
+    layers: Mapping[str, PackedLinear]
+    if not task.linears:
+        layers = {}
+    elif task.recipe.calibrates:
+        calibrated = calibrate_block(task)
+        layers = calibrated.layers
+        details = {
+            "loss": dict(calibrated.loss),
+            "distillation": calibrated.distillation,
+            "refinement": calibrated.refinement,
+            "rounding": {name: dict(report) for name, report in calibrated.rounding.items()},
+        }
+    else:
+        layers = fold_block(task)
+    errors: dict[str, float] = {}
+    noise, power = 0.0, 0.0
+    for inner, name in task.linears.items():
+        weight = task.block.get_submodule(inner).weight.detach().to(task.device)
+        deviation = layers[name].effective_weight(torch.float32).to(task.device).sub_(weight.float())
+        own_noise, own_power = _square_sum(deviation), _square_sum(weight)
+        errors[name] = _ratio(own_noise, own_power)
+        noise, power = noise + own_noise, power + own_power
+    return BlockResult(layers=layers, errors=errors, relative_error=_ratio(noise, power), details=details)
+
+
+def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
+    """Hash everything that the result of a block depends on.
+
+    Args:
+        task: The block, of which every tensor counts, and the recipe; its index does not count.
+        **inputs: Whatever else counts, the samples above all. Plain data.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    method = task.recipe.resolved()
+    described = {
+        "artefact_version": ARTEFACT_VERSION,
+        "recipe": {key: value for key, value in method.items() if key not in ("name", "description", "skip")},
+        "schemes": {name: task.schemes[name].to_dict() for name in task.linears.values()},
+        "seed": task.seed,
+        "device": torch.device(task.device).type,
+        "versions": package_versions(),
+        **inputs,
+    }
+    digest = hashlib.sha256(canonical_json(described).encode())
+    for name, tensor in task.block.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def to_artefact(result: BlockResult, **stats: Any) -> Artefact:
+    """Turn a block's result into tensors and plain data for the run folder.
+
+    Args:
+        result: The result.
+        **stats: Further figures: seconds, peak memory.
+
+    Returns:
+        The artefact.
+    """
+    tensors = {
+        f"{name}.{key}": value for name, layer in result.layers.items() for key, value in layer.state_dict().items()
+    }
+    stats = {"weight_relative_error": result.relative_error, "layers": dict(result.errors), **result.details, **stats}
+    return Artefact(tensors=tensors, stats=stats)
+
+
+def from_artefact(
+    artefact: Artefact,
+    linears: Sequence[BlockLinear],
+    schemes: Mapping[str, LinearScheme],
+    *,
+    layouts: Mapping[str, InputLayout],
+) -> dict[str, PackedLinear]:
+    """Build the packed linears of a block from its artefact.
+
+    Args:
+        artefact: What `to_artefact` made.
+        linears: The quantized linears of the block.
+        schemes: Scheme by full name.
+        layouts: What stands before a linear, by full name, where there is something.
+
+    Returns:
+        Packed linear by full name.
+    """
+    layers = {}
+    for linear in linears:
+        own = {
+            key.removeprefix(f"{linear.name}."): value
+            for key, value in artefact.tensors.items()
+            if key.startswith(f"{linear.name}.")
+        }
+        layer = PackedLinear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.has_bias,
+            scheme=schemes[linear.name],
+            layout=layouts.get(linear.name),
+            device="meta",
+        )
+        layer.load_state_dict(own, assign=True)
+        layers[linear.name] = layer.requires_grad_(False)
+    return layers
+
+
+def _square_sum(values: Tensor) -> float:
+    return float(values.double().square().sum())
+
+
+def _ratio(noise: float, power: float) -> float:
+    return noise / power if power > 0 else 0.0

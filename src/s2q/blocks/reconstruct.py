@@ -1,0 +1,225 @@
+"""One block with calibration: token importance, initial transforms, distillation, rounding, packing.
+
+Everything is computed from the block's weights and the inputs that the teacher's stream gives it, in fp32 unless the
+recipe asks for the model's own dtype; the targets are what a copy of the block in that dtype makes of these inputs.
+Modulation linears stand in the student as they will be in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from s2q.blocks.distil import (
+    DistillationOptions,
+    DistillationReport,
+    block_loss,
+    checkpointed,
+    distil,
+)
+from s2q.blocks.pack import pack_modulation, pack_nearest, pack_students
+from s2q.blocks.students import make_students
+from s2q.blocks.task import BlockTask, BlockWork, input_groups
+from s2q.calibration.input_statistics import InputStatistics
+from s2q.calibration.observe import BlockSamples, observe
+from s2q.calibration.stream import TeacherStream
+from s2q.common.memory import moved
+from s2q.common.seeds import derive_seed
+from s2q.core.schemes import LinearScheme
+from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
+from s2q.recipes.groups import GPTQ
+from s2q.rounding import penalize, roundings_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedBlock:
+    """What came of it.
+
+    Attributes:
+        layers: Packed linear by full name.
+        loss: Mean weighted loss over the samples: `rtn` (rounded to nearest, nothing before the linears), `initial`
+            (transforms as they start), `distilled` (the best state, rounded to nearest unless that is learned),
+            `rounded` and `refined` (before and after refinement), and `final` (as packed).
+        distillation: Its report; None without distillation.
+        refinement: Its report; None without refinement.
+        rounding: The report of GPTQ or of learned rounding by full name; empty without.
+    """
+
+    layers: Mapping[str, PackedLinear]
+    loss: Mapping[str, float]
+    distillation: Mapping[str, Any] | None
+    refinement: Mapping[str, Any] | None
+    rounding: Mapping[str, Mapping[str, Any]]
+
+
+def calibrate_block(task: BlockTask) -> CalibratedBlock:
+    """Carry out a recipe that calibrates on one block.
+
+    Args:
+        task: The block, the recipe, and the stream of its samples.
+
+    Returns:
+        The packed linears and what was measured.
+
+    Raises:
+        InvalidInputError: If the activations hold NaN or infinite values.
+        S2QError: If GPTQ fails and the recipe does not allow the fallback.
+    """
+    with opened_block(task) as opened:
+        task.progress()
+        return _carry_out(opened)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedBlock:
+    """A block whose samples have been looked at.
+
+    Attributes:
+        work: The block and the recipe.
+        samples: Its inputs, what the teacher makes of them, and the weights of the tokens.
+        groups: Names inside the block of linears that share an input; those of modulation are in none.
+        statistics: Of the input of each group, by the first name of the group.
+    """
+
+    work: BlockWork
+    samples: BlockSamples
+    groups: Sequence[tuple[str, ...]]
+    statistics: Mapping[str, InputStatistics]
+
+    def put_students(self, block: nn.Module, group: tuple[str, ...], schemes: Mapping[str, LinearScheme]) -> None:
+        """Replace linears that share an input by students as the recipe starts them, in place.
+
+        Args:
+            block: A copy of the teacher.
+            group: One of `groups`.
+            schemes: Scheme by full name.
+        """
+        work = replace(self.work, task=replace(self.work.task, schemes=schemes))
+        for name, layer in make_students(work, group, statistics=self.statistics[group[0]]).items():
+            replace_module(block, name, layer)
+
+
+@contextmanager
+def opened_block(task: BlockTask) -> Iterator[OpenedBlock]:
+    """Move the stream to a block and look at its samples; what is kept of them goes at the end.
+
+    Args:
+        task: The block, the recipe, and the stream of its samples.
+
+    Yields:
+        What was seen.
+
+    Raises:
+        InvalidInputError: If the activations hold NaN or infinite values.
+    """
+    stream, family = task.stream, task.family
+    assert stream is not None, "a recipe that calibrates needs samples"
+    teacher = copy.deepcopy(task.block).to(task.device).requires_grad_(False).eval()
+    wide = task.recipe.calibration.precision == "float32"
+    cast = functools.partial(moved, device=task.device, dtype=torch.float32 if wide else None)
+    if wide:
+        teacher = teacher.float()
+    stream.advance(task.index)
+    groups = input_groups(task.linears, family)
+    targets = stream.store("targets")
+    samples = BlockSamples(stream, targets, family.streams, cast)
+    grid = stream.grid(0)
+    work = BlockWork(task=task, teacher=teacher, frames=None if grid is None else grid.frames)
+    check = functools.partial(_check_outputs, stream, task.index)
+    try:
+        statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family, check=check)
+        yield OpenedBlock(work=work, samples=samples, groups=groups, statistics=statistics)
+    finally:
+        targets.clear()
+
+
+def _check_outputs(stream: TeacherStream, index: int, outputs: Sequence[torch.Tensor], sample: int) -> None:
+    stream.check(outputs, block=index, sample=sample)
+
+
+def _carry_out(opened: OpenedBlock) -> CalibratedBlock:
+    """The steps of a block after its targets are known."""
+    work, samples, groups = opened.work, opened.samples, opened.groups
+    task, recipe = work.task, work.task.recipe
+    grouped = {name for group in groups for name in group}
+    nearest = {
+        name: pack_nearest(
+            work.teacher.get_submodule(name).weight, task.block.get_submodule(name).bias, work.scheme(name)
+        )
+        for name in task.linears
+    }
+    measured = functools.partial(block_loss, samples=samples, temporal=recipe.loss.temporal)
+    loss = {"rtn": measured(work.copy_with(nearest))}
+    modulation = {name: layer for name, layer in nearest.items() if name not in grouped}
+    reports: dict[str, dict[str, Any]] = {}
+    if recipe.modulation is not None and recipe.modulation.rounding == GPTQ:
+        modulation, reports = pack_modulation(work, list(modulation), samples)
+    student = work.copy_with(modulation)
+    for group in groups:
+        opened.put_students(student, group, task.schemes)
+        opened.statistics[group[0]].release()
+    loss["initial"] = measured(student)
+    report = None
+    if recipe.distillation is not None:
+        options = DistillationOptions(**recipe.distillation.model_dump(), temporal=recipe.loss.temporal)
+        with checkpointed(student) if task.checkpointed else nullcontext():
+            report = distil(
+                student,
+                samples,
+                options=options,
+                seed=derive_seed(task.block_seed, "order"),
+                penalty=functools.partial(penalize, roundings_of(student), options=recipe.rounding.adaround()),
+                epoch_done=task.progress,
+            )
+        loss["distilled"] = report.loss
+    student.requires_grad_(False)
+    packed, rounding = pack_students(student, work, samples, groups)
+    reports |= rounding
+    refinement = None
+    if recipe.refinement is not None:
+        loss["rounded"] = measured(work.copy_with(packed | modulation))
+        packed, refinement = _refine(student, packed, samples, task)
+        loss["refined"] = refinement.loss
+    packed |= modulation
+    loss["final"] = measured(work.copy_with(packed))
+    task.progress()
+    return CalibratedBlock(
+        layers={task.linears[name]: packed[name].to("cpu") for name in task.linears},
+        loss=loss,
+        distillation=None if report is None else asdict(report),
+        refinement=None if refinement is None else asdict(refinement),
+        rounding={task.linears[name]: one for name, one in reports.items()},
+    )
+
+
+def _refine(
+    student: nn.Module,
+    packed: Mapping[str, PackedLinear],
+    samples: BlockSamples,
+    task: BlockTask,
+) -> tuple[dict[str, PackedLinear], DistillationReport]:
+    """Learn what scales and corrects the codes of a block; the student is used up."""
+    recipe = task.recipe
+    assert recipe.refinement is not None
+    layers = {name: RefinedLinear(layer, source=student.get_submodule(name).source) for name, layer in packed.items()}
+    for name, layer in layers.items():
+        replace_module(student, name, layer)
+        if isinstance(layer.source.clip, LearnableClip):
+            layer.source.clip.requires_grad_(True)
+    seed = derive_seed(task.seed, "refinement", task.index)
+    with checkpointed(student) if task.checkpointed else nullcontext():
+        report = distil(
+            student,
+            samples,
+            options=DistillationOptions(**recipe.refinement.model_dump(), temporal=recipe.loss.temporal),
+            seed=seed,
+            epoch_done=task.progress,
+        )
+    return {name: layer.repacked() for name, layer in layers.items()}, report

@@ -1,0 +1,342 @@
+"""Collecting: the denoising steps of a few prompts, scored.
+
+For each prompt the full-precision pipeline runs once; kept are the latent before each step and the last one, the
+timesteps, which transformer was called, and what else it was given (text embedding of both guidance branches, rotary
+tables): a function of model, prompt and seed, stored under its fingerprint, so that a killed run does not generate
+again.
+
+Legend: `R` guidance branches, `f` latent frames, `C` latent channels, `h`, `w` latent height and width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2q.calibration.teacher import Teacher
+from s2q.common.components import full_name, transformers_of
+from s2q.common.errors import InvalidInputError
+from s2q.common.files import canonical_json
+from s2q.common.memory import on_device
+from s2q.common.run_folder import Artefact, RunFolder
+from s2q.common.seeds import derive_seed
+from s2q.generation.settings import (
+    GenerationSettings,
+    check_prompts,
+    resolve_settings,
+    takes_prompts_alone,
+)
+from s2q.generation.sharing import steps_of_transformers
+from s2q.generation.trajectory import Trajectory, record_trajectory
+from s2q.models.source import recommended_generation
+from s2q.recipes.groups import CalibrationGroup
+from s2q.selection.scores import Candidate, CandidatePool, score_trajectory
+from s2q.shapes import embedded
+
+_VERSION = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationInputs:
+    """What is collected from, checked against the model.
+
+    Attributes:
+        prompts: The prompts that are used.
+        settings: How they are generated.
+        fingerprint: Hash of everything else that the result depends on: model, seed, versions.
+        seed: Seed of the run.
+    """
+
+    prompts: tuple[str, ...]
+    settings: GenerationSettings
+    fingerprint: str
+    seed: int
+
+    def key(self, prompt: int) -> str:
+        """Return the name of the artefact of a prompt.
+
+        Args:
+            prompt: Its index.
+        """
+        return f"candidates-{prompt:03d}"
+
+    def prompt_fingerprint(self, prompt: int) -> str:
+        """Return the fingerprint of the artefact of a prompt.
+
+        Args:
+            prompt: Its index.
+        """
+        described = [self.fingerprint, self.prompts[prompt], prompt, self.settings.to_dict(), self.seed]
+        return hashlib.sha256(canonical_json(described).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationCall:
+    """One call of the transformer with one sample, to be built when it is needed.
+
+    Attributes:
+        prompt: Index of the prompt.
+        step: Index of the denoising step.
+        branch: Row of the guidance branch; the last, which is -1 too, is the conditional one.
+    """
+
+    prompt: int
+    step: int
+    branch: int
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"prompt {self.prompt}, step {self.step}, branch {self.branch}"
+
+
+def calibration_prompts(
+    model_name: str, prompts: Sequence[str] | None, group: CalibrationGroup, *, recipe: str
+) -> list[str]:
+    """Return the prompts to calibrate on.
+
+    Args:
+        model_name: Name of the model; the embedded ones have prompts of their own.
+        prompts: What was given, if anything; the first `n_prompts` are taken.
+        group: The recipe's part.
+        recipe: Name of the recipe, for messages.
+
+    Raises:
+        InvalidInputError: If there are none.
+    """
+    if prompts is None:
+        if model_name in embedded.EMBEDDED_NAMES:
+            return embedded.embedded_prompts(model_name, split="calibration", count=group.n_prompts)
+        raise InvalidInputError(
+            f"recipe {recipe} calibrates on prompts and none were given; pass --prompts FILE with about "
+            f"{group.n_prompts} of them (prompts=[...] in Python)"
+        )
+    if not prompts:
+        raise InvalidInputError(f"recipe {recipe} calibrates on prompts and the list is empty; pass at least one")
+    return list(prompts[: group.n_prompts])
+
+
+def prepare(
+    teacher: Teacher, prompts: Sequence[str], group: CalibrationGroup, *, seed: int, inputs: Mapping[str, Any]
+) -> CalibrationInputs:
+    """Check prompts and numbers against the model, before anything is generated.
+
+    Args:
+        teacher: The model.
+        prompts: See `calibration_prompts`.
+        group: The recipe's part.
+        seed: Seed of the run.
+        inputs: What else decides the result: device, versions. Plain data.
+
+    Raises:
+        InvalidInputError: If the pipeline needs more than prompts, a prompt is too long or empty, or more samples are
+            asked for than there are candidates.
+    """
+    if not takes_prompts_alone(teacher.pipe):
+        expected, found = teacher.family.pipeline_class, type(teacher.pipe).__name__
+        raise InvalidInputError(
+            f"{found}: calibration generates from prompts alone, with {expected}; take a recipe that does not "
+            f"calibrate, or save the transformer in a {expected}"
+        )
+    check_prompts(teacher.pipe, prompts)
+    requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
+    settings = resolve_settings(teacher.pipe, requested=requested, defaults=recommended_generation(teacher.folder))
+    _check_candidates(teacher, group, prompts=len(prompts), steps=settings.num_inference_steps)
+    digest = hashlib.sha256(canonical_json({"version": _VERSION, **inputs}).encode())
+    own = {key: value for key, value in teacher.pipe.config.items() if not key.startswith("_")}
+    switches = {key: value for key, value in own.items() if key not in teacher.pipe.components}
+    digest.update(canonical_json(_plain(switches)).encode())
+    for part in _parts(teacher.pipe, "scheduler", "guider"):
+        digest.update(canonical_json(_plain(dict(part.config))).encode())
+    for part in (*_parts(teacher.pipe, "text_encoder", "text_encoder_2"), *transformers_of(teacher.pipe).values()):
+        _hash_module(digest, part)
+        teacher.set_aside(part)
+    return CalibrationInputs(prompts=tuple(prompts), settings=settings, fingerprint=digest.hexdigest(), seed=seed)
+
+
+def collect(
+    teacher: Teacher,
+    inputs: CalibrationInputs,
+    folder: RunFolder,
+    *,
+    device: str,
+    progress: Callable[[int, int], None],
+) -> dict[str, CandidatePool]:
+    """Generate what is not there yet and score every step.
+
+    Args:
+        teacher: The model.
+        inputs: See `prepare`.
+        folder: Where the candidates are kept.
+        device: Where to generate.
+        progress: Called with the steps done and those in all.
+
+    Returns:
+        For each transformer that is quantized, by component, the steps in which it was called.
+
+    Raises:
+        S2QError: If the model generates NaN.
+    """
+    _generate(teacher, inputs, folder, device=device, progress=progress)
+    channel_dim = teacher.family.latent_channel_dim
+    found: dict[str, list[Candidate]] = {one.component: [] for one in teacher.transformers}
+    for index in range(len(inputs.prompts)):
+        artefact = folder.load(inputs.key(index))
+        latents = list(artefact.tensors["latents"].unbind(0))
+        timesteps = artefact.tensors["timesteps"].tolist()
+        scored = score_trajectory(latents, timesteps, prompt=index, channel_dim=channel_dim)
+        for component, candidates in found.items():
+            called = zip(scored, artefact.stats["transformers"], strict=True)
+            candidates += [candidate for candidate, transformer in called if transformer == component]
+    for part in teacher.parts:
+        teacher.set_aside(part)
+    return {component: CandidatePool(candidates=tuple(candidates)) for component, candidates in found.items()}
+
+
+def call_inputs(artefact: Artefact, call: CalibrationCall) -> dict[str, Any]:
+    """Build the keyword arguments of a transformer call with one sample.
+
+    Args:
+        artefact: The candidates of the call's prompt.
+        call: Which step and branch.
+
+    Returns:
+        The arguments, on the CPU.
+    """
+    branches = int(artefact.stats["branches"])
+    inputs: dict[str, Any] = {"hidden_states": artefact.tensors["inputs"][call.step][None]}
+    for name, kind in artefact.stats["arguments"].items():
+        if kind == "rows":
+            inputs[name] = artefact.tensors[f"arguments.{name}"][call.branch % branches][None]
+        elif kind == "step rows":
+            inputs[name] = artefact.tensors[f"arguments.{name}"][call.step][call.branch % branches][None]
+        elif kind == "shared":
+            inputs[name] = artefact.tensors[f"arguments.{name}"]
+        elif kind == "plain":
+            inputs[name] = artefact.stats["plain"][name]
+        else:
+            inputs[name] = tuple(artefact.tensors[f"arguments.{name}.{part}"] for part in range(kind))
+    return inputs
+
+
+def branches_of(folder: RunFolder, inputs: CalibrationInputs) -> int:
+    """Return how many guidance branches the collected calls have.
+
+    Args:
+        folder: Where the candidates are kept.
+        inputs: What they were collected from.
+    """
+    return int(folder.stats(inputs.key(0))["branches"])
+
+
+def _generate(
+    teacher: Teacher, inputs: CalibrationInputs, folder: RunFolder, *, device: str, progress: Callable[[int, int], None]
+) -> None:
+    """Record and store the prompts that are not there yet, all in one stay of the pipeline on the device."""
+    count, steps = len(inputs.prompts), inputs.settings.num_inference_steps
+    missing = [index for index in range(count) if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
+    counter = _Counter((count - len(missing)) * steps, count * steps, progress)
+    with on_device(teacher.modules if missing else (), device, set_aside=teacher.mapped):
+        for index in missing:
+            trajectory = record_trajectory(
+                teacher.pipe,
+                [inputs.prompts[index]],
+                seeds=[derive_seed(inputs.seed, "prompt", index)],
+                settings=inputs.settings,
+                step_done=counter,
+            )
+            artefact = _to_artefact(trajectory, channel_dim=teacher.family.latent_channel_dim)
+            folder.save(inputs.key(index), inputs.prompt_fingerprint(index), artefact)
+
+
+class _Counter:
+    def __init__(self, done: int, total: int, progress: Callable[[int, int], None]) -> None:
+        self.done, self.total, self.progress = done, total, progress
+        progress(done, total)
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.progress(self.done, self.total)
+
+
+def _check_candidates(teacher: Teacher, group: CalibrationGroup, *, prompts: int, steps: int) -> None:
+    """Refuse a number of samples that a transformer does not have candidates for."""
+    shared = steps_of_transformers(teacher.pipe, steps)
+    for one in teacher.transformers:
+        own = shared[one.component]
+        if not own:
+            skipped = full_name(one.component, one.family.block_lists[0])
+            raise InvalidInputError(
+                f"calibration: {one.component} is called in none of the {steps} steps (boundary_ratio="
+                f"{teacher.pipe.config.boundary_ratio}); leave it as it is with skip=['{skipped}.*'], take more steps, "
+                "or a recipe that does not calibrate"
+            )
+        if group.samples > prompts * own:
+            of = f" of {one.component}" if len(shared) > 1 else ""
+            raise InvalidInputError(
+                f"calibration.samples={group.samples}, but {prompts} prompts with {own} steps{of} are only "
+                f"{prompts * own} candidates; ask for fewer samples, or give more prompts"
+            )
+
+
+def _to_artefact(trajectory: Trajectory, *, channel_dim: int) -> Artefact:
+    calls = trajectory.calls
+    branches = trajectory.branches(calls[0])
+    inputs = torch.stack([call.inputs["hidden_states"][-1] for call in calls])
+    latents = inputs.narrow(1 + channel_dim, 0, trajectory.latents.shape[1 + channel_dim])
+    tensors = {
+        "inputs": inputs,
+        "latents": torch.cat([latents.float(), trajectory.latents]),
+        "timesteps": torch.tensor([call.timestep for call in calls], dtype=torch.float64),
+    }
+    arguments: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
+    for name, value in calls[0].inputs.items():
+        if name == "hidden_states":
+            continue
+        if isinstance(value, tuple) and isinstance(value[0], Tensor):
+            arguments[name] = len(value)
+            tensors |= {f"arguments.{name}.{part}": one.clone() for part, one in enumerate(value)}
+        elif isinstance(value, Tensor):
+            kind, stored = _stored(name, [call.inputs[name] for call in calls], branches)
+            arguments[name], tensors[f"arguments.{name}"] = kind, stored
+        else:
+            arguments[name], plain[name] = "plain", value
+    transformers = [call.transformer for call in calls]
+    stats = {"branches": branches, "transformers": transformers, "arguments": arguments, "plain": plain}
+    return Artefact(tensors=tensors, stats=stats)
+
+
+def _stored(name: str, values: Sequence[Tensor], branches: int) -> tuple[str, Tensor]:
+    """How an argument is kept: once, once a branch, or once a step and branch."""
+    first = values[0]
+    fixed = all(one is first or torch.equal(one, first) for one in values)
+    if first.ndim and first.shape[0] == branches:
+        return ("rows", first.clone()) if fixed else ("step rows", torch.stack(list(values)))
+    if not fixed:
+        raise InvalidInputError(f"calibration: argument {name} changes from step to step and has no row for a sample")
+    return "shared", first.clone()
+
+
+def _parts(pipe: Any, *names: str) -> list[Any]:
+    """Those components of a pipeline that it has."""
+    return [part for part in (getattr(pipe, name, None) for name in names) if part is not None]
+
+
+def _hash_module(digest: Any, module: nn.Module) -> None:
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

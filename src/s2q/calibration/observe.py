@@ -1,0 +1,148 @@
+"""What the teacher says of a block on its samples: targets, token weights, statistics of the inputs of its linears.
+
+Legend: `N_k` tokens of stream k.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2q.blocks.distil import BlockSample
+from s2q.calibration.input_statistics import InputStatistics
+from s2q.calibration.stream import TeacherStream, TensorStore
+from s2q.common.memory import moved
+from s2q.distillation.loss import split_weights
+from s2q.distillation.token_importance import capture_column_sums, token_weights
+from s2q.models import Family
+from s2q.recipes.groups import SEARCH
+from s2q.recipes.schema import Recipe
+
+SEARCHED_ROWS = 2048
+"""Tokens of all samples together that a search for α judges by."""
+
+
+class BlockSamples:
+    """The samples of a block: inputs from the stream, targets and weights from a store; on the device.
+
+    Args:
+        stream: Where inputs come from.
+        targets: Where outputs and token weights are kept.
+        streams: Names of the streams that the block returns.
+        cast: Brings a tensor to the device, in the dtype of calibration.
+    """
+
+    def __init__(
+        self, stream: TeacherStream, targets: TensorStore, streams: Sequence[str], cast: Callable[[Any], Any]
+    ) -> None:
+        self.stream, self.targets, self.streams, self.cast = stream, targets, streams, cast
+        self.device = stream.device
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def inputs(self, index: int) -> dict[str, Any]:
+        """Return the keyword arguments of a call of the block."""
+        return {name: self.cast(value) for name, value in self.stream.inputs(index).items()}
+
+    def read(self, index: int) -> BlockSample:
+        """Return a sample as it is stored, in host memory."""
+        stored = self.targets.get(index)
+        weights = tuple(stored[f"weights.{name}"] for name in self.streams) if len(stored) > len(self.streams) else None
+        return BlockSample(
+            inputs=self.stream.inputs(index),
+            outputs=tuple(stored[name] for name in self.streams),
+            weights=weights,
+            grid=self.stream.grid(index),
+            video=self.streams.index("hidden_states"),
+        )
+
+    def to_device(self, sample: BlockSample) -> BlockSample:
+        """Return a sample on the device, its inputs in the dtype of calibration."""
+        return replace(
+            sample,
+            inputs={name: self.cast(value) for name, value in sample.inputs.items()},
+            outputs=moved(sample.outputs, self.device),
+            weights=moved(sample.weights, self.device),
+        )
+
+    def __getitem__(self, index: int) -> BlockSample:
+        return self.to_device(self.read(index))
+
+
+@torch.no_grad()
+def observe(
+    teacher: nn.Module,
+    samples: BlockSamples,
+    groups: Sequence[tuple[str, ...]],
+    *,
+    recipe: Recipe,
+    family: Family,
+    check: Callable[[Sequence[Tensor], int], None],
+) -> dict[str, InputStatistics]:
+    """Store targets and token weights of every sample; return what they say of the inputs of linears.
+
+    Args:
+        teacher: The full-precision block.
+        samples: Its samples; targets are stored there.
+        groups: Names inside the block of linears that share an input.
+        recipe: The recipe.
+        family: Family of the model.
+        check: Called with the outputs and the index of every sample.
+
+    Returns:
+        Statistics of each group's input, by the first name of the group.
+    """
+    loss, settings = recipe.loss, recipe.transforms
+    moments = settings.low_rank > 0 and settings.low_rank_from != "weight"
+    kept = -(-SEARCHED_ROWS // len(samples)) if settings.alpha == SEARCH else 0
+    statistics: dict[str, InputStatistics] = {}
+    for first, *_ in groups:
+        linear = teacher.get_submodule(first)
+        statistics[first] = InputStatistics(linear.in_features, linear.weight.device, moments=moments, kept=kept)
+    for index in range(len(samples)):
+        listeners = {
+            name: functools.partial(one.add, timestep=samples.stream.steps[index]) for name, one in statistics.items()
+        }
+        weighted = loss.weighting == "attention"
+        attention = teacher.get_submodule(family.attention)
+        with heard(teacher, listeners), capture_column_sums(attention) if weighted else nullcontext() as captured:
+            outputs = teacher(**samples.inputs(index))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        check(outputs, index)
+        stored = dict(zip(family.streams, outputs, strict=True))
+        if captured is not None:
+            lengths = [stored[name].shape[1] for name in family.joint_order]
+            sums = captured.joined()
+            left_out = sum(lengths) - sums.shape[1]  # text at the end that a prompt does not fill gets no attention
+            assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == "encoder_hidden_states"), left_out
+            weights = token_weights(F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
+            own = dict(zip(family.joint_order, split_weights(weights, lengths), strict=True))
+            for name, output in zip(family.streams, outputs, strict=True):
+                stored[f"weights.{name}"] = own.get(name, torch.ones_like(output[..., 0]))
+        samples.targets.put(index, stored)
+    return statistics
+
+
+@contextmanager
+def heard(block: nn.Module, listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Tell listeners the inputs of modules.
+
+    Args:
+        block: The block.
+        listeners: By name of the module inside the block.
+    """
+    with ExitStack() as stack:
+        for name, listener in listeners.items():
+            handle = block.get_submodule(name).register_forward_pre_hook(
+                lambda _module, args, listener=listener: listener(args[0])
+            )
+            stack.callback(handle.remove)
+        yield

@@ -1,0 +1,378 @@
+"""The teacher's stream: what each block of the full-precision model is called with, for every sample, block by block.
+
+Only one block's inputs exist at a time. They are those of the first block, found by running the transformer until it
+gets there, and go through one block after another from then on; a block that was calibrated before (resumed) costs one
+pass. Since every block sees the teacher's stream, the inputs of a block do not depend on what became of the others.
+
+Tensors that host memory has no room for lie on the disk, in the run folder. Legend: `B` samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from s2q.common.components import TRANSFORMERS, full_name
+from s2q.common.errors import InvalidInputError
+from s2q.common.files import atomic_write_bytes
+from s2q.common.memory import (
+    moved,
+    on_device,
+    page_locked_bytes,
+    release_page_locked,
+)
+from s2q.core.tokens import TokenGrid, TokenLayout
+
+
+class HostMemory:
+    """Bytes of host memory that several stores may take together.
+
+    Args:
+        budget: How many there are.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.left = budget
+
+    def take(self, size: int) -> bool:
+        """Take bytes, if there are as many.
+
+        Args:
+            size: How many.
+        """
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Return bytes that were taken.
+
+        Args:
+            size: How many.
+        """
+        self.left += size
+
+
+class TensorStore:
+    """Tensors by index and name: in host memory as long as there is some, and on the disk from there on.
+
+    Args:
+        folder: Where files go, named after `name`.
+        name: Prefix of the files.
+        memory: What it may take, shared with other stores.
+        pinned: Whether what stays in memory is page-locked, which copies to a GPU are faster from.
+    """
+
+    def __init__(self, folder: Path, name: str, *, memory: HostMemory, pinned: bool = False) -> None:
+        self.folder, self.name, self.memory, self.pinned = folder, name, memory, pinned
+        self._kept: dict[int, Mapping[str, Tensor]] = {}
+
+    def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Store the tensors of an index, in place of those that were there.
+
+        Args:
+            index: The index.
+            tensors: Tensors by name; not copied where they are on the CPU and stay in memory.
+        """
+        self._drop(index)
+        if self.memory.take(self._held_bytes(tensors)):
+            self._kept[index] = {name: self._copy(tensor.detach()) for name, tensor in tensors.items()}
+            self._path(index).unlink(missing_ok=True)
+            return
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        atomic_write_bytes(self._path(index), safetensors.torch.save(content))
+
+    def get(self, index: int) -> dict[str, Tensor]:
+        """Return the tensors of an index.
+
+        Args:
+            index: The index.
+        """
+        if index in self._kept:
+            return dict(self._kept[index])
+        content = safetensors.torch.load_file(self._path(index))
+        # Mapped tensors are read from the disk when they are used; for a GPU that is to happen here, ahead of use.
+        return {name: one.clone() for name, one in content.items()} if self.pinned else dict(content)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for index in list(self._kept):
+            self._drop(index)
+        for path in self.folder.glob(f"{self.name}-*.safetensors"):
+            path.unlink()
+
+    def _drop(self, index: int) -> None:
+        self.memory.give_back(self._held_bytes(self._kept.pop(index, {})))
+
+    def _held_bytes(self, tensors: Mapping[str, Tensor]) -> int:
+        return sum(page_locked_bytes(one.nbytes) if self.pinned else one.nbytes for one in tensors.values())
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if not self.pinned:
+            return tensor.cpu()
+        # straight into page-locked memory: `tensor.cpu().pin_memory()` would copy twice
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{self.name}-{index:04d}.safetensors"
+
+
+class TeacherStream:
+    """The inputs of one block after another, for every sample.
+
+    Args:
+        transformer: The full-precision transformer.
+        block_names: Names of its blocks in it, in the order in which they run.
+        calls: A function for each sample that returns the transformer's keyword arguments.
+        names: What messages call the samples.
+        steps: Index of the denoising step that each sample is of.
+        timesteps: The same as `calls`, of calls of which only the timestep counts; see `timestep_inputs`.
+        streams: Keyword arguments of a block that it returns anew, in that order.
+        folder: Where tensors go that memory has no room for.
+        device: Where to compute.
+        memory: Host memory for the inputs of one block and what else is kept for it; None does not limit it.
+        set_aside: Called with a block that will not be read for a while.
+        component: Which transformer of the pipeline it is, for messages.
+        tokens: How the transformer makes tokens of its arguments; None if nobody asks where they lie.
+        prefix: Of the names of files, where several streams share the folder.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        block_names: Sequence[str],
+        *,
+        calls: Sequence[Callable[[], dict[str, Any]]],
+        names: Sequence[str],
+        steps: Sequence[int],
+        timesteps: Sequence[Callable[[], dict[str, Any]]] = (),
+        streams: Sequence[str],
+        folder: Path,
+        device: str = "cpu",
+        memory: HostMemory | None = None,
+        set_aside: Callable[[nn.Module], None] = lambda module: None,
+        component: str = TRANSFORMERS[0],
+        tokens: TokenLayout | None = None,
+        prefix: str = "",
+    ) -> None:
+        self.transformer, self.block_names = transformer, list(block_names)
+        self.calls, self.names, self.streams = calls, list(names), tuple(streams)
+        self.steps, self.timesteps = tuple(steps), timesteps
+        self.device, self.prefix = device, prefix
+        self.folder, self.memory = folder, memory or HostMemory(sys.maxsize)
+        self.set_aside, self.component, self.tokens = set_aside, component, tokens
+        self._moving = self.store("stream")
+        self._grids: list[TokenGrid] = []
+        self._fixed: list[dict[str, Any]] = []
+        self._conditioning: list[dict[str, Any]] = []
+        self._position: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def store(self, name: str) -> TensorStore:
+        """Make a store for what belongs to the block at hand, with the memory of this stream.
+
+        Args:
+            name: Prefix of its files.
+        """
+        pinned = torch.device(self.device).type == "cuda"
+        return TensorStore(self.folder, f"{self.prefix}{name}", memory=self.memory, pinned=pinned)
+
+    def advance(self, block: int) -> None:
+        """Go to the inputs of a block; backwards means from the start.
+
+        Args:
+            block: Index of the block.
+
+        Raises:
+            InvalidInputError: If a block's activations hold NaN or infinite values (names block and sample).
+        """
+        if self._position is None or block < self._position:
+            self._start()
+        assert self._position is not None
+        while self._position < block:
+            self._pass(self._position)
+            self._position += 1
+
+    def inputs(self, sample: int) -> dict[str, Any]:
+        """Return the keyword arguments that the block at hand is called with.
+
+        Args:
+            sample: Index of the sample.
+        """
+        return self._renamed({**self._fixed[sample], **self._moving.get(sample)})
+
+    def grid(self, sample: int) -> TokenGrid | None:
+        """Return where the video tokens of a sample lie; None if nobody asks.
+
+        Args:
+            sample: Index of the sample.
+        """
+        return None if self.tokens is None else self._grids[sample]
+
+    def timestep_inputs(self) -> Iterator[dict[str, Any]]:
+        """Go through keyword arguments of the block at hand that have the conditioning of one timestep after another.
+
+        What is not conditioning, the streams, is that of the first sample throughout: it says nothing, and is there
+        because a block is not called without it.
+
+        Yields:
+            Keyword arguments.
+        """
+        for conditioning in self._conditioning:
+            yield self._renamed({**conditioning, **self._moving.get(0)})
+
+    def check(self, outputs: Sequence[Tensor], *, block: int, sample: int) -> None:
+        """Refuse NaN and infinite values in what a block returns.
+
+        Args:
+            outputs: The streams.
+            block: Index of the block.
+            sample: Index of the sample.
+        """
+        for name, output in zip(self.streams, outputs, strict=True):
+            if not bool(torch.isfinite(output).all()):
+                block_name = full_name(self.component, self.block_names[block])
+                raise InvalidInputError(
+                    f"{block_name}: its {name} for {self.names[sample]} hold NaN or infinite values; "
+                    "check the model, or use another dtype (float16 overflows where bfloat16 does not)"
+                )
+
+    def close(self) -> None:
+        """Remove what is on the disk and return page-locked memory."""
+        self._moving.clear()
+        if torch.device(self.device).type == "cuda":
+            release_page_locked()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        first = self.transformer.get_submodule(self.block_names[0])
+        self._moving.clear()
+        self._fixed, self._conditioning, self._grids = [], [], []
+        distinct = _Distinct()
+        with on_device(_outside(self.transformer, self.block_names), self.device):
+            for sample, call in enumerate(self.calls):
+                arguments = moved(call(), self.device)
+                if self.tokens is not None:
+                    self._grids.append(self.tokens.grid(arguments))
+                moving, fixed = self._split(_first_call(self.transformer, first, arguments))
+                self._moving.put(sample, moving)
+                self._fixed.append(distinct(fixed))
+            for call in self.timesteps:
+                _, conditioning = self._split(_first_call(self.transformer, first, moved(call(), self.device)))
+                self._conditioning.append(distinct(conditioning))
+        self._position = 0
+
+    def _split(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Part what goes through the blocks from what all of them are given."""
+        missing = [name for name in self.streams if name not in arguments]
+        assert not missing, f"blocks are called without {missing}"
+        fixed = {name: value for name, value in arguments.items() if name not in self.streams}
+        return {name: arguments[name] for name in self.streams}, fixed
+
+    def _renamed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Give arguments the names that the block at hand has for them: those at the same place, in another list."""
+        assert self._position is not None
+        blocks = (self.transformer.get_submodule(self.block_names[index]) for index in (0, self._position))
+        names = dict(zip(*(_parameters(type(block)) for block in blocks), strict=False))
+        return {names.get(name, name): value for name, value in arguments.items()}
+
+    @torch.no_grad()
+    def _pass(self, index: int) -> None:
+        block = self.transformer.get_submodule(self.block_names[index])
+        with on_device(block.modules(), self.device):
+            for sample in range(len(self)):
+                outputs = block(**moved(self.inputs(sample), self.device))
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                self.check(outputs, block=index, sample=sample)
+                self._moving.put(sample, dict(zip(self.streams, outputs, strict=True)))
+        self.set_aside(block)
+
+
+class _Distinct:
+    """Arguments of many calls with every tensor held once, however many calls have it: rotary tables, texts."""
+
+    _PROBE = 64  # values that tell most tensors apart
+
+    def __init__(self) -> None:
+        self._held: dict[Any, list[Tensor]] = {}
+
+    def __call__(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        place = itertools.count()
+        found: dict[str, Any] = tree_map(lambda value: self._one(next(place), value), dict(arguments))
+        return found
+
+    def _one(self, place: int, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        held = self._held.setdefault((place, value.shape, value.dtype), [])
+        for one in held:
+            starts = (tensor.reshape(-1)[: self._PROBE] for tensor in (one, value))
+            if torch.equal(*starts) and torch.equal(one, value):
+                return one
+        held.append(value)
+        return value
+
+
+def _outside(transformer: nn.Module, block_names: Sequence[str]) -> list[nn.Module]:
+    """The modules that run before the first block and after the last one."""
+    blocks = tuple(f"{name}." for name in block_names)
+    return [module for name, module in transformer.named_modules() if not f"{name}.".startswith(blocks)]
+
+
+class _ReachedError(Exception):
+    """The first block was called."""
+
+
+def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Run the transformer until it calls its first block; return what it calls it with, by name."""
+    heard: dict[str, Any] = {}
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        heard.update(named_arguments(block, args, kwargs))
+        raise _ReachedError
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        transformer(**arguments, return_dict=False)
+    except _ReachedError:
+        return heard
+    finally:
+        handle.remove()
+    raise AssertionError("the transformer never called its first block")
+
+
+@functools.cache
+def _parameters(block_class: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of a class of blocks, in order."""
+    _self, *parameters = inspect.signature(block_class.forward).parameters.values()
+    return tuple(one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def named_arguments(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a block's call by name.
+
+    Blocks of one model that differ in what they use are called alike and swallow the rest in `*args`; a tensor there
+    would be something that this block does use.
+
+    Args:
+        block: The block.
+        args: Arguments by position.
+        kwargs: Arguments by name.
+    """
+    names = _parameters(type(block))
+    swallowed = [value for value in args[len(names) :] if isinstance(value, Tensor)]
+    assert not swallowed, f"{type(block).__name__} is called with {len(swallowed)} tensors that have no name"
+    return {**dict(zip(names, args, strict=False)), **kwargs}

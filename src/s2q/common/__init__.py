@@ -1,0 +1,1 @@
+"""Errors, files, devices, memory, arguments: what every package uses."""

@@ -1,0 +1,283 @@
+"""Arguments of the Python verbs, normalised or refused on entry, before any compute.
+
+Values that are equal in meaning give the same result (`torch.device("cpu")` and "cpu", `np.int64(1)` and 1). Values
+that only look right are refused in one line (True or 1.0 for a seed, one string for a list of prompts).
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2q.common.devices import check_device
+from s2q.common.errors import InvalidInputError, short_repr, unknown_name
+
+MAX_SEED = 2**63 - 1
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Names of the compute dtypes that a model may be loaded in."""
+
+
+def device_name(device: str | torch.device | int) -> str:
+    """Return the name of a device that this machine has: "cpu", "cuda" or "cuda:1".
+
+    Args:
+        device: Its name, a `torch.device`, or the index of a GPU.
+
+    Raises:
+        InvalidInputError: If it is none of these.
+        ResourceError: If there is no such GPU.
+    """
+    if isinstance(device, str | torch.device):
+        name = "cpu" if isinstance(device, torch.device) and device.type == "cpu" else str(device)
+    elif _is_whole(device):
+        name = f"cuda:{int(device)}"
+    else:
+        raise InvalidInputError(f"device={short_repr(device)} is unknown; use cpu, cuda or cuda:N")
+    kind, separator, index = name.partition(":")
+    if index.isascii() and index.isdigit():
+        name = f"{kind}{separator}{int(index)}"  # cuda:01
+    check_device(name)
+    return name
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype that is meant by a dtype or its name ("bfloat16", "torch.bfloat16").
+
+    Args:
+        dtype: The dtype, its name, or None, which is passed through.
+
+    Returns:
+        One of `DTYPES`, or None.
+
+    Raises:
+        InvalidInputError: If it is no dtype to compute in.
+    """
+    if dtype is None:
+        return None
+    if not isinstance(dtype, str | torch.dtype):
+        raise InvalidInputError(f"dtype: got {short_repr(dtype)}; expected one of {', '.join(DTYPES)}, or None")
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise unknown_name("dtype", name, DTYPES)
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without its module: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def whole_number(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
+    """Return a whole number as an int: Python's or NumPy's, not a bool, not 1.0, not "1".
+
+    Args:
+        name: Name of the argument, for messages.
+        value: What was given.
+        least: Smallest valid value; None for no limit.
+        most: Largest valid value; None for no limit.
+
+    Raises:
+        InvalidInputError: If it is none, or out of range.
+    """
+    if not _is_whole(value):
+        raise InvalidInputError(f"{name}: got {short_repr(value)}; expected a whole number")
+    number = int(value)
+    if least is not None and number < least:
+        raise InvalidInputError(f"{name}: got {short_repr(number)}; expected at least {least}")
+    if most is not None and number > most:
+        raise InvalidInputError(f"{name}: got {short_repr(number)}; expected at most {most}")
+    return number
+
+
+def finite_number(name: str, value: Any, *, least: float = 0.0) -> float:
+    """Return a finite number as a float: Python's or NumPy's, not a bool, not text.
+
+    Args:
+        name: Name of the argument, for messages.
+        value: What was given.
+        least: Smallest valid value.
+
+    Raises:
+        InvalidInputError: If it is none, or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < least:
+        raise InvalidInputError(f"{name}: got {short_repr(value)}; expected a finite number, at least {least:g}")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a switch; "no" and 0 are refused, since Python takes the former for True.
+
+    Args:
+        name: Name of the argument, for messages.
+        value: What was given.
+
+    Raises:
+        InvalidInputError: If it is neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"{name}: got {short_repr(value)}; expected True or False")
+    return value
+
+
+def seed_number(seed: Any, *, name: str = "seed") -> int:
+    """Return a seed as an int from 0 to 2⁶³ − 1; see `whole_number`.
+
+    Args:
+        seed: What was given.
+        name: Name of the argument, for messages.
+
+    Raises:
+        InvalidInputError: If it is no whole number, or out of range.
+    """
+    return whole_number(name, seed, least=0, most=MAX_SEED)
+
+
+def seed_numbers(seeds: Iterable[Any]) -> tuple[int, ...]:
+    """Return the seeds of a list, a range or an array as ints.
+
+    Args:
+        seeds: What was given.
+
+    Raises:
+        InvalidInputError: If it is no list, is empty, or a seed is out of range or repeated.
+    """
+    if _is_whole(seeds):
+        raise InvalidInputError(f"seeds: got {seeds}; pass a list of seeds, [{seeds}] or range({seeds})")
+    numbers = tuple(seed_number(seed) for seed in _listed("seeds", seeds, of="seeds"))
+    if not numbers:
+        raise InvalidInputError("seeds: got none; pass at least one seed")
+    if len(set(numbers)) != len(numbers):
+        raise InvalidInputError(f"seeds: got {short_repr(list(numbers))}; each seed may appear once")
+    return numbers
+
+
+def prompt_list(prompts: Iterable[Any], *, name: str = "prompts", allow_none: bool = False) -> list[str]:
+    """Return prompts as a list of texts, none of which is empty.
+
+    Args:
+        prompts: What was given.
+        name: Name of the argument, for messages.
+        allow_none: Whether the list may be empty.
+
+    Raises:
+        InvalidInputError: If it is one string or no list, or a prompt is not text, empty, or not Unicode text.
+    """
+    texts = list(_listed(name, prompts, of="prompts"))
+    if not (texts or allow_none):
+        raise InvalidInputError(f"{name}: got none; pass at least one prompt")
+    for index, text in enumerate(texts, start=1):
+        where = f"{name.removesuffix('s')} {index} of {len(texts)}"
+        if not isinstance(text, str):
+            raise InvalidInputError(f"{where}: got {short_repr(text)}; expected text")
+        if not text.strip():
+            raise InvalidInputError(f"{where} is empty; write what the video shows")
+        _check_unicode(where, text)
+    return [str(text) for text in texts]
+
+
+def name_list(name: str, values: Iterable[Any]) -> tuple[str, ...]:
+    """Return a list of names as a tuple of texts.
+
+    Args:
+        name: Name of the argument, for messages.
+        values: What was given.
+
+    Raises:
+        InvalidInputError: If it is one string or no list, or a name is not text.
+    """
+    names = tuple(_listed(name, values, of="names"))
+    for value in names:
+        if not isinstance(value, str):
+            raise InvalidInputError(f"{name}: got {short_repr(value)}; expected text")
+    return names
+
+
+def path_argument(name: str, path: Any) -> Path:
+    """Return a path of a file or folder, "~" expanded.
+
+    Args:
+        name: Name of the argument, for messages.
+        path: A string or a path.
+
+    Raises:
+        InvalidInputError: If it is neither, is empty, or has characters that cannot be written into a report.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise InvalidInputError(f"{name}: got {short_repr(path)}; expected a path, as text or pathlib.Path")
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise InvalidInputError(f"{name}: got {short_repr(text)}; expected a path")
+    _check_unicode(name, text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # no such user
+        raise InvalidInputError(f"{name}: {short_repr(text)}: {error}") from error
+
+
+def optional_path(name: str, path: Any) -> Path | None:
+    """Return a path, or None for None; see `path_argument`."""
+    return None if path is None else path_argument(name, path)
+
+
+def optional_text(name: str, text: Any) -> str | None:
+    """Return a word, or None for None.
+
+    Args:
+        name: Name of the argument, for messages.
+        text: What was given.
+
+    Raises:
+        InvalidInputError: If it is neither, or has other characters than letters, digits, "_", "." and "-".
+    """
+    if text is not None and not (isinstance(text, str) and re.fullmatch(r"[\w.-]+", text)):
+        raise InvalidInputError(f"{name}: got {short_repr(text)}; expected a word, or None")
+    return text
+
+
+def model_argument(name: str, model: Any) -> Any:
+    """Return a model that is given by name, folder or Hub id (a string or a Path), as a pipeline or a resolved source.
+
+    Args:
+        name: Name of the argument, for messages.
+        model: What was given.
+
+    Raises:
+        InvalidInputError: If it is none of these.
+    """
+    if isinstance(model, str | os.PathLike):
+        path = path_argument(name, model)
+        return model if isinstance(model, str) else path
+    known = any(hasattr(model, attribute) for attribute in ("transformer", "transformer_configs"))
+    if not known or isinstance(model, type):
+        raise InvalidInputError(
+            f"{name}: got {short_repr(model)}; expected a name, a folder, a Hub id or a loaded pipeline"
+        )
+    return model
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _listed(name: str, values: Any, *, of: str) -> Sequence[Any]:
+    """The items of something that has an order."""
+    if isinstance(values, str):
+        raise InvalidInputError(f"{name}: got one string; pass a list of {of}")
+    unordered = isinstance(values, Mapping | Set | bytes | bytearray)
+    if unordered or not isinstance(values, Iterable):
+        raise InvalidInputError(f"{name}: got {short_repr(values)}; pass a list of {of}")
+    return tuple(values)
+
+
+def _check_unicode(name: str, text: str) -> None:
+    found = re.search("[\ud800-\udfff]", text)
+    if found is not None:
+        raise InvalidInputError(
+            f"{name}: got {short_repr(text)}; character {found.start() + 1} is not Unicode text, write it in UTF-8"
+        )

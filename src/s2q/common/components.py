@@ -1,0 +1,88 @@
+"""The transformers of a pipeline, by the names of its components.
+
+Most pipelines have one. Where there are two (Wan 2.2 A14B), each denoises its own share of the timesteps. What is in
+the first goes by its name there, "blocks.0.attn1.to_q"; what is in the second has the component's name in front,
+"transformer_2.blocks.0.attn1.to_q".
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from s2q.common.errors import InvalidInputError
+
+TRANSFORMERS = ("transformer", "transformer_2")
+"""The components of a pipeline that may be transformers; every pipeline has the first."""
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the transformers that a pipeline has, by component.
+
+    Args:
+        pipe: A diffusers pipeline.
+    """
+    found = {component: getattr(pipe, component, None) for component in TRANSFORMERS}
+    return {component: part for component, part in found.items() if isinstance(part, nn.Module)}
+
+
+ADAPTED = "base_layer"
+"""Attribute under which an adapter (peft) keeps the layer that it wraps."""
+
+_ADAPTER_MARKS = (f".{ADAPTED}.", ".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Tell whether an adapter is attached to a model, fused or not.
+
+    Args:
+        model: A transformer.
+    """
+    return any(ADAPTED in name.split(".") for name, _ in model.named_modules())
+
+
+def adapter_tensor(names: Iterable[str]) -> str | None:
+    """Return the first tensor that belongs to an adapter, or to a layer that one wraps; None if there is none.
+
+    Args:
+        names: Names of the tensors of a file.
+    """
+    return next((name for name in names if any(mark in f".{name}" for mark in _ADAPTER_MARKS)), None)
+
+
+def check_no_adapter(folder: Path, names: Iterable[str]) -> None:
+    """Refuse the weights of a transformer that was saved with an adapter attached, which no loader reads.
+
+    Args:
+        folder: Where they are.
+        names: Names of the tensors.
+
+    Raises:
+        InvalidInputError: If a tensor belongs to an adapter.
+    """
+    if (adapted := adapter_tensor(names)) is not None:
+        raise InvalidInputError(
+            f"{folder}: was saved with an adapter attached (has {adapted}), which no loader reads; call fuse_lora() "
+            "and unload_lora_weights() on the pipeline before saving it"
+        )
+
+
+def full_name(component: str, name: str) -> str:
+    """Return what something in a transformer is called among those of all transformers.
+
+    Args:
+        component: One of `TRANSFORMERS`.
+        name: Its name in the transformer.
+    """
+    return name if component == TRANSFORMERS[0] else f"{component}.{name}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return the component and the name in it that `full_name` was given.
+
+    Args:
+        name: What it returned.
+    """
+    component, _, inner = name.partition(".")
+    return (component, inner) if component in TRANSFORMERS[1:] else (TRANSFORMERS[0], name)

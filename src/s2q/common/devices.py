@@ -1,0 +1,146 @@
+"""Devices: checks of their names before any work, the dtypes that they compute in, their memory."""
+
+import contextlib
+import functools
+import gc
+import logging
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from s2q.common.device_names import is_device_name, kind_of_device
+from s2q.common.errors import InvalidInputError, ResourceError
+from s2q.common.processor import has_arithmetic
+
+logger = logging.getLogger(__name__)
+
+_STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def check_device(device: str | torch.device) -> None:
+    """Check that this machine and this build of PyTorch have a device.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N", or the `torch.device` of that name.
+
+    Raises:
+        InvalidInputError: If the name is none of these, "mps" or "xpu" for example.
+        ResourceError: If PyTorch is not built for CUDA, or there is no such GPU; names those that there are.
+    """
+    name = str(device)
+    if not is_device_name(name):
+        raise InvalidInputError(f"device={name!r} is {kind_of_device(name) or 'unknown'}; use cpu, cuda or cuda:N")
+    if name == "cpu":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count and torch.version.cuda is None and torch.version.hip is None:
+        raise ResourceError(
+            f"device={name!r}: PyTorch {torch.__version__} is built for CPUs only; install a build for CUDA "
+            "(https://pytorch.org/get-started), or use cpu"
+        )
+    if not count:
+        raise ResourceError(
+            f"device={name!r}: PyTorch finds no GPU; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or use cpu"
+        )
+    if int(name.partition(":")[2] or 0) >= count:
+        there = ", ".join(f"cuda:{index}" for index in range(count))
+        raise ResourceError(f"device={name!r}: this machine has {there}; use one of these, or cpu")
+
+
+def emulated_dtypes(device: str | torch.device) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of half precision that a device emulates; none on a GPU.
+
+    Args:
+        device: Where a model computes.
+    """
+    if torch.device(device).type != "cpu":
+        return ()
+    return tuple(dtype for dtype in (torch.bfloat16, torch.float16) if not has_arithmetic(dtype))
+
+
+def default_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtype:
+    """Return the default compute dtype of a model: the stored one, or float32 where the device emulates that.
+
+    A CPU without instructions for half precision multiplies it 4 to 13 times as slowly as fp32. The first choice of
+    float32 is logged.
+
+    Args:
+        stored: What the model is stored in, or was quantized in.
+        device: Where it computes.
+    """
+    if stored not in emulated_dtypes(device):
+        return stored
+    _log_wide(str(stored).removeprefix("torch."))
+    return torch.float32
+
+
+@functools.cache
+def _log_wide(stored: str) -> None:
+    logger.info("computing in float32: this CPU has no %s arithmetic; --dtype %s (dtype=) emulates it", stored, stored)
+
+
+def overflow_remedy(dtype: torch.dtype) -> str:
+    """Return what to do about values that are not finite in a model of a dtype, to end an error message with.
+
+    Args:
+        dtype: What the model computes in.
+    """
+    if dtype == torch.float16:
+        return "float16 overflows above 65,504; use --dtype bfloat16 (dtype=)"
+    return "check the model and its dtype"
+
+
+def free_memory() -> None:
+    """Release models that nothing refers to any more, and return what PyTorch keeps of GPU memory to the device."""
+    gc.collect()  # modules with hooks are in cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reset_peak_memory(device: str | torch.device) -> bool:
+    """Reset `peak_memory_bytes`, to measure one run and not the whole process.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        Whether it could be reset; on a CPU only Linux can.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        _CLEAR_PEAK.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_bytes(device: str | torch.device) -> int:
+    """Return the highest memory use since `reset_peak_memory`: allocated on a GPU, else resident in this process.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = _resident("VmHWM")
+    if peak is not None:
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int | None:
+    """Return the memory of this process that is resident now; None where the system is not Linux."""
+    return _resident("VmRSS")
+
+
+def _resident(field: str) -> int | None:
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE):
+            return int(found[1]) * 1024
+    return None

@@ -1,0 +1,135 @@
+"""Writing files so that a reader sees the old content or the new, never half of it.
+
+A file: temporary file beside it, fsync, rename, fsync of the folder. A failure or an interruption removes the
+temporary. Folders are in `s2q.common.outputs`.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from s2q.common.errors import DiskFullError, InvalidInputError, ResourceError
+
+FILE_MODE = 0o644
+_CHUNK_BYTES = 1 << 20
+_SLUG_LENGTH = 48
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def canonical_json(obj: Any) -> str:
+    """Serialise to JSON that is the same for equal objects: sorted keys, indent 2, UTF-8, a final newline.
+
+    Args:
+        obj: Plain dicts with string keys, lists, strings, numbers, booleans, None.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: If a number is NaN or infinite: JSON has no such number, use None.
+    """
+    return json.dumps(obj, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def slug(text: str) -> str:
+    """Return a text as part of a file name: lower case, words joined by hyphens, at most 48 characters.
+
+    Args:
+        text: A prompt.
+
+    Returns:
+        Letters a to z, digits and hyphens; "video" if the text has none of the former.
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return words[:_SLUG_LENGTH].rstrip("-") or "video"
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits.
+
+    Args:
+        path: The file.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file at once, mode 0644, replacing what was there.
+
+    Args:
+        path: The file; its folder must exist.
+        data: Its content.
+
+    Raises:
+        InvalidInputError: If the folder cannot be written.
+        ResourceError: If the disk is full; what was there is still there.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), FILE_MODE)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        temporary = None
+        fsync_path(path.parent)
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file at once; see `atomic_write_bytes`.
+
+    Args:
+        path: The file; its folder must exist.
+        text: Its content.
+    """
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: str | Path, obj: Any) -> None:
+    """Write canonical JSON at once; see `canonical_json` and `atomic_write_bytes`.
+
+    Args:
+        path: The file; its folder must exist.
+        obj: What to serialise; NaN and infinity are refused with ValueError.
+    """
+    atomic_write_text(path, canonical_json(obj))
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_error(error: OSError, path: Path) -> InvalidInputError | ResourceError:
+    """Build (not raise) the error for a path that cannot be written.
+
+    Args:
+        error: Why.
+        path: What was to be written.
+    """
+    if error.errno in DISK_FULL:
+        return DiskFullError(f"{path}: the disk is full; free some space or choose another place")
+    reason = error.strerror or str(error)
+    return InvalidInputError(f"{path} cannot be written: {reason}; check the folder and its permissions")

@@ -1,0 +1,174 @@
+"""The folder in which a run keeps what it has finished, for a killed run to resume from.
+
+It is the folder of the output's lock, `.{name}.s2q-run` (`s2q.common.outputs`): the results of the blocks, each with the
+fingerprint of its inputs and the SHA-256 of its file, and the events. It is removed when the checkpoint is in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from s2q.common.files import atomic_write_bytes, atomic_write_json, sha256_file
+from s2q.common.outputs import LOCK, OutputLock, output_lock
+
+_EVENTS = "events.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """A finished result.
+
+    Attributes:
+        tensors: Its tensors by name, on the CPU.
+        stats: What was measured while it was made; plain data.
+    """
+
+    tensors: Mapping[str, Tensor]
+    stats: Mapping[str, Any]
+
+
+class ArtefactFolder:
+    """Finished results in the run folder of one output, for whichever process of the run reads or writes them.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def has(self, name: str, fingerprint: str) -> bool:
+        """Tell whether a result is there, was made from the same inputs, and is intact.
+
+        Args:
+            name: Name of the result, "block-003".
+            fingerprint: Hash of everything that it depends on.
+        """
+        record = self._record(name)
+        if record is None or record.get("fingerprint") != fingerprint:
+            return False
+        path = self.path / f"{name}.safetensors"
+        return path.is_file() and sha256_file(path) == record.get("sha256")
+
+    def save(self, name: str, fingerprint: str, artefact: Artefact) -> None:
+        """Store a result atomically: it is there entirely, or not at all.
+
+        Args:
+            name: Name of the result.
+            fingerprint: Hash of everything that it depends on.
+            artefact: The result.
+
+        Raises:
+            ResourceError: If the disk is full.
+        """
+        path = self.path / f"{name}.safetensors"
+        (self.path / f"{name}.json").unlink(missing_ok=True)
+        tensors = {key: tensor.contiguous() for key, tensor in artefact.tensors.items()}
+        atomic_write_bytes(path, safetensors.torch.save(tensors))
+        record = {"fingerprint": fingerprint, "sha256": sha256_file(path), "stats": dict(artefact.stats)}
+        atomic_write_json(self.path / f"{name}.json", record)
+
+    def load(self, name: str) -> Artefact:
+        """Read a result that `has` has confirmed.
+
+        Args:
+            name: Name of the result.
+        """
+        tensors = safetensors.torch.load_file(self.path / f"{name}.safetensors")
+        return Artefact(tensors=tensors, stats=self.stats(name))
+
+    def stats(self, name: str) -> dict[str, Any]:
+        """Read what was measured while a result was made, without its tensors.
+
+        Args:
+            name: Name of the result.
+        """
+        record = self._record(name)
+        assert record is not None, name
+        return dict(record["stats"])
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        try:
+            record = json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) else None
+
+
+class RunFolder(ArtefactFolder):
+    """The run folder of one output, locked by this process; get one through `open_run_folder`.
+
+    Attributes:
+        lock: Its lock.
+    """
+
+    def __init__(self, lock: OutputLock) -> None:
+        super().__init__(lock.folder)
+        self.lock = lock
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append an event to events.jsonl, with the time (UTC).
+
+        Args:
+            event: What happened: "run", "block", "assemble".
+            **fields: Plain data.
+        """
+        record = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
+        with (self.path / _EVENTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the events of this run and of the interrupted ones before it, in order."""
+        return read_events(self.path / _EVENTS)
+
+    def clear(self) -> None:
+        """Remove everything except the lock, with which the folder goes."""
+        for path in self.path.iterdir():
+            if path.name != LOCK:
+                path.unlink()
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of an events.jsonl in order; none if there is no such file.
+
+    Args:
+        path: The file.
+    """
+    events = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError):  # a line cut short by a kill
+            events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict)]
+
+
+@contextlib.contextmanager
+def open_run_folder(out: Path) -> Iterator[RunFolder]:
+    """Create or reopen the run folder of an output and hold its lock.
+
+    Args:
+        out: The output that the run will write.
+
+    Yields:
+        The folder.
+
+    Raises:
+        BusyError: If another process has it.
+        InvalidInputError: If it cannot be created.
+    """
+    with output_lock(out) as lock:
+        folder = RunFolder(lock)
+        try:
+            yield folder
+        except BaseException:
+            if not any(folder.path.glob("*.safetensors")):  # nothing to resume from
+                folder.clear()
+            raise

@@ -1,0 +1,134 @@
+"""The weight files of a pipeline's component: exactly those that diffusers and transformers load.
+
+Both libraries read only safetensors here (`use_safetensors=True`); a pickle is never read. In the component's folder
+they open the first of
+
+    diffusers      STEM.safetensors.index[.VARIANT].json, STEM[.VARIANT].safetensors     STEM = diffusion_pytorch_model
+    transformers   STEM[.VARIANT].safetensors, STEM.safetensors.index[.VARIANT].json     STEM = model
+
+and of an index the shards that it names. Other weight files beside them, left by an earlier save or of another variant,
+are not read. With a variant, a component that has no file of it is loaded without one.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from s2q.common.errors import InvalidInputError, first_line
+
+logger = logging.getLogger(__name__)
+
+_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+_SHARD = r"-\d{5}-of-\d{5}"
+_WEIGHTS = re.compile(
+    rf"(?:diffusion_pytorch_model|pytorch_model|model)(?:{_SHARD})?"
+    rf"(?:\.(?P<variant>[^.]+?)(?:{_SHARD})?)?\.(?P<suffix>safetensors|bin)"
+)
+
+
+def weight_files(
+    folder: Path, *, library: str = "diffusers", variant: str | None = None, names: Collection[str] | None = None
+) -> tuple[Path, ...]:
+    """Return the files that `from_pretrained` reads the weights of a component from.
+
+    Args:
+        folder: The component's folder.
+        library: Library of its class as model_index.json has it: "diffusers", "transformers", or another.
+        variant: The variant asked for, "fp16".
+        names: Names of all its files, where not all have been downloaded; None lists the folder.
+
+    Returns:
+        The files in order; they may be missing where all are (a folder of configurations). Empty if the folder holds no
+        weights at all.
+
+    Raises:
+        InvalidInputError: If it has only pickles or only other variants, its index is damaged, or some of the
+            shards that the index names are missing.
+    """
+    present = _names_in(folder) if names is None else set(names)
+    used = variant if has_variant(present, variant) else None
+    entry = _entry(present, library, used)
+    if entry is None:
+        _refuse_others(folder, present, used)
+        return ()
+    files = _shards(folder / entry) if entry.endswith(".json") else [entry]
+    missing = [name for name in files if name not in present]
+    if missing and len(missing) < len(files):
+        raise InvalidInputError(
+            f"{folder / entry}: names {missing[0]}, which is missing; download or save the model again"
+        )
+    ignored = sorted(name for name in present.difference(files) if _WEIGHTS.fullmatch(name))
+    if ignored:
+        logger.debug("%s: %s is loaded; ignored: %s", folder, entry, ", ".join(ignored))
+    return tuple(folder / name for name in files)
+
+
+def has_variant(names: Collection[str], variant: str | None) -> bool:
+    """Return whether diffusers takes a component to have a variant.
+
+    Args:
+        names: Names of the files of its folder.
+        variant: The variant; None is none.
+    """
+    return variant is not None and any("." in name and name.split(".")[1].startswith(variant) for name in names)
+
+
+def variants_in(names: Collection[str]) -> list[str]:
+    """Return the variants of which a component has weights in safetensors.
+
+    Args:
+        names: Names of the files of its folder.
+    """
+    found = (_WEIGHTS.fullmatch(name) for name in names)
+    return sorted({one["variant"] for one in found if one and one["variant"] and one["suffix"] == "safetensors"})
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _entry(names: Collection[str], library: str, variant: str | None) -> str | None:
+    """The name of the file that is opened first: a single file or an index."""
+    infix = "" if variant is None else f".{variant}"
+    candidates = []
+    for one in (library,) if library in _STEMS else _STEMS:  # classes of a pipeline's own module are of either library
+        index, single = f"{_STEMS[one]}.safetensors.index{infix}.json", f"{_STEMS[one]}{infix}.safetensors"
+        legacy = f"{_STEMS[one]}.safetensors{infix}.index.json"  # diffusers before 0.30
+        candidates += [single, index] if one == "transformers" else [index, legacy, single]
+    return next((name for name in candidates if name in names), None)
+
+
+def _shards(index: Path) -> list[str]:
+    remedy = "download or save the model again"
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        plain = [name for name in shards if Path(name).name == name]
+    except OSError as error:
+        raise InvalidInputError(f"{index}: cannot be read ({error.strerror or error}); {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidInputError(f"{index}: not an index of weight files ({first_line(error)}); {remedy}") from error
+    if not shards or plain != shards:
+        raise InvalidInputError(f"{index}: expected names of files beside it in weight_map; {remedy}")
+    return shards
+
+
+def _refuse_others(folder: Path, names: Collection[str], variant: str | None) -> None:
+    """Refuse a component whose weights are there, but not as asked for."""
+    variants = variants_in(names)
+    if variant is not None:
+        has = f"it has {', '.join(variants)}" if variants else "it has none in safetensors"
+        raise InvalidInputError(f"{folder}: no weights of variant {variant!r} in safetensors; {has}")
+    if variants:
+        choice = " or ".join(f"--variant {name}" for name in variants)
+        raise InvalidInputError(
+            f"{folder}: has only weights of variant {' and '.join(variants)}; pass {choice} "
+            f'(variant="{variants[0]}" in Python)'
+        )
+    pickles = sorted(name for name in names if (found := _WEIGHTS.fullmatch(name)) and found["suffix"] == "bin")
+    if pickles:
+        raise InvalidInputError(
+            f"{folder}: has only pickled weights ({pickles[0]}), which are not read because a pickle can run code; "
+            "load the pipeline with diffusers and save it with save_pretrained(FOLDER, safe_serialization=True)"
+        )

@@ -1,0 +1,202 @@
+"""A comparison from start to end: check, quantize, evaluate, put together. Every stage goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from s2q.common.arguments import path_argument
+from s2q.common.errors import (
+    BusyError,
+    DiskFullError,
+    InvalidInputError,
+    memory_errors,
+)
+from s2q.common.files import atomic_write_json
+from s2q.common.outputs import output_lock
+from s2q.common.torch_state import in_fresh_torch_state
+from s2q.comparison.entries import Entry
+from s2q.comparison.folder import RESULT, CompareFolder
+from s2q.comparison.pages import command_of, write_pages
+from s2q.comparison.results import build_result, entry_plan
+from s2q.comparison.setup import (
+    SCHEMA_VERSION,
+    CompareOptions,
+    RunPlan,
+    Setup,
+    set_up,
+)
+from s2q.comparison.shards import failure_of, pending_shards, steps_of
+from s2q.comparison.workers import evaluate_shards
+from s2q.generation.generate import LESS_MEMORY
+from s2q.generation.load import check_model
+from s2q.recipes.schema import Recipe
+from s2q.run.quantize import quantize
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how many of its steps are done, and how many there are."""
+
+_ROUNDING_UNITS = 1
+_TRAINING_UNITS = 2  # collecting and rounding, beside the epochs
+
+
+@memory_errors("comparing", remedy=LESS_MEMORY)
+@in_fresh_torch_state
+def compare(
+    entries: Sequence[str],
+    model: str,
+    *,
+    out: str | Path,
+    prompts: Sequence[str] | None = None,
+    options: CompareOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare recipes and checkpoints with full precision and with each other: same prompts, same noise, same budget.
+
+    Args:
+        entries: Recipes by name (`all` and patterns such as "s2q-*" too) or file, and checkpoint folders.
+        model: The full-precision reference: embedded name, folder or Hub id.
+        out: Folder to write; a comparison that is there already goes on, and further entries may join it.
+        prompts: Prompts to generate; None takes held-out captions of an embedded model.
+        options: How to compare.
+        progress: Called as the run goes on.
+
+    Returns:
+        The content of `compare.json`: entries with their metrics, rankings, winners and paired differences by width. An
+        entry that failed has an `error` and keeps nothing from the others. Of a dry run, what would be done.
+
+    Raises:
+        InvalidInputError: Something is unknown, does not fit or is too long, or `out` holds something else; nothing has
+            been computed or overwritten then.
+        BusyError: Another process writes the same folder.
+        ResourceError: There is no such device, or the disk is full.
+        UsageError: There is nothing to compare, or nothing to calibrate on the calibration prompts.
+        S2QError: The reference failed, or a process died; what is finished is kept.
+    """
+    options, target = options or CompareOptions(), path_argument("out", out)
+    setup = set_up(entries, model, prompts=prompts, options=options)
+    folder = CompareFolder(target)
+    folder.check(setup.plan, resume=options.resume, overwrite=options.overwrite)
+    if options.dry_run:
+        return _dry(setup)
+    if len(setup.obstacles) == len(setup.entries):
+        raise InvalidInputError(f"nothing can be compared: {next(iter(setup.obstacles.values()))}")
+    report = progress or (lambda stage, done, total: None)
+    with output_lock(target):
+        folder.check(setup.plan, resume=options.resume, overwrite=options.overwrite)  # another run may have been here
+        plan = folder.open(setup.plan, resume=options.resume)
+        failures = dict(setup.obstacles)
+        failures |= _quantize(folder, setup, options, report)
+        failures |= _evaluate(folder, plan, setup, options, failures=failures, progress=report)
+        result = build_result(folder, plan, setup, failures, progress=report)
+        atomic_write_json(target / RESULT, result)
+        command = command_of(setup, options, has_prompts=prompts is not None, out=target)
+        write_pages(folder, result, command=command, progress=report)
+    return result
+
+
+def _dry(setup: Setup) -> dict[str, Any]:
+    plan = setup.plan
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": plan.model,
+        "n_prompts": len(plan.prompts),
+        "n_seeds": len(plan.seeds),
+        "n_videos": len(plan.prompts) * len(plan.seeds) * (1 + len(setup.entries) - len(setup.obstacles)),
+        "settings": dict(plan.settings),
+        "metrics": list(plan.metrics),
+        "entries": [entry_plan(setup, entry) for entry in setup.entries],
+    }
+
+
+def _quantize(folder: CompareFolder, setup: Setup, options: CompareOptions, report: Progress) -> dict[str, str]:
+    """Quantize with every recipe that has no checkpoint here; return why recipes failed."""
+    todo = [entry for entry in setup.entries if entry.label in setup.planned and not _is_made(folder, entry)]
+    failures: dict[str, str] = {}
+    units = [_units(entry.recipe) for entry in todo if entry.recipe is not None]
+    done = 0
+    for entry, share in zip(todo, units, strict=True):
+        assert entry.recipe is not None
+        before, total = done, sum(units)
+
+        def stage(
+            name: str, part: int, whole: int, before: int = before, share: int = share, total: int = total
+        ) -> None:
+            if name == "blocks":
+                report("quantize", before + share * part // max(1, whole), total)
+
+        try:
+            quantize(
+                setup.plan.model,
+                recipe=entry.recipe,
+                out=folder.checkpoint(entry.label),
+                prompts=setup.plan.calibration_prompts if entry.recipe.calibrates else None,
+                progress=stage,
+                seed=options.seed,
+                device=options.device,
+                dtype=options.dtype,
+                variant=options.variant,
+                resume=options.resume,
+                overwrite=folder.checkpoint(entry.label).exists(),
+            )
+        except (BusyError, DiskFullError):
+            raise
+        except Exception as error:  # whatever it is, the others go on
+            failures[entry.label] = failure_of(entry.label, error, "quantized", device=options.device)
+        done += share
+        report("quantize", done, total)
+    return failures
+
+
+def _is_made(folder: CompareFolder, entry: Entry) -> bool:
+    """Whether the checkpoint of a recipe is there, whole, and of this very recipe."""
+    assert entry.recipe is not None
+    path = folder.checkpoint(entry.label)
+    try:
+        check_model(path, verify=True)
+        made_of = json.loads((path / "s2q" / "recipe.json").read_text(encoding="utf-8"))
+    except (InvalidInputError, OSError, ValueError):
+        return False
+    return bool(made_of | {"description": ""} == entry.recipe.resolved() | {"description": ""})
+
+
+def _units(recipe: Recipe) -> int:
+    """What a recipe takes, roughly, for the bar: hundredths of a pass over the blocks."""
+    return 100 * (_TRAINING_UNITS + recipe.epochs if recipe.calibrates else _ROUNDING_UNITS)
+
+
+def _evaluate(
+    folder: CompareFolder,
+    plan: RunPlan,
+    setup: Setup,
+    options: CompareOptions,
+    *,
+    failures: dict[str, str],
+    progress: Progress,
+) -> dict[str, str]:
+    """Evaluate what is not evaluated yet; return why entries failed."""
+    labels = [entry.label for entry in setup.entries if entry.label not in failures]
+    shards = pending_shards(folder, plan, labels)
+    total = sum(steps_of(plan, shard, setup.batch_size) for shard in shards)
+    done = 0
+
+    def stepped() -> None:
+        nonlocal done
+        done += 1
+        if done == 1:  # from here on, the time that is left can be told
+            progress("load", 1, 1)
+            progress("evaluate", 0, total)
+        else:
+            progress("evaluate", min(done, total - 1), total)
+
+    if not shards:
+        return {}
+    progress("load", 0, 1)
+    found = evaluate_shards(folder, plan, shards, device=options.device, processes=options.processes, stepped=stepped)
+    progress("evaluate", total, total)
+    return found

@@ -1,0 +1,233 @@
+"""What is compared: recipes of the package, recipe files and checkpoints, found and checked before any compute."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from s2q.checkpoint import QUANT_METHOD, inspect_checkpoint
+from s2q.checkpoint.manifest import MANIFEST
+from s2q.common.errors import InvalidInputError, nearest_names, unknown_name
+from s2q.common.files import sha256_file
+from s2q.common.headers import tensors_digest
+from s2q.comparison.widths import foreign_width, recipe_width
+from s2q.generation.load import check_model
+from s2q.models import ModelSource, resolve_model
+from s2q.models.hub import parse_hub_id
+from s2q.recipes.load import load_recipe, recipe_names
+from s2q.recipes.schema import Recipe
+from s2q.recipes.variants import SEPARATOR
+from s2q.shapes.embedded import EMBEDDED_NAMES
+
+ALL = "all"
+FULL_PRECISION = "full-precision"
+"""Label of the reference; no entry may have it."""
+
+_FILE_SUFFIXES = (".yaml", ".yml", ".json")
+_OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth")
+_OPTIONAL_GROUPS: Mapping[str, Callable[[Recipe], bool]] = MappingProxyType(
+    {
+        "activations": lambda recipe: recipe.activations is not None,
+        "calibration": lambda recipe: recipe.calibrates,
+        "distillation": lambda recipe: recipe.distillation is not None,
+        "refinement": lambda recipe: recipe.refinement is not None,
+    }
+)
+"""Groups of a recipe whose changes are meant for the recipes that have them: another would become another method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One thing to compare with full precision.
+
+    Attributes:
+        label: What it is called, also in file names; unique.
+        given: What it was given as.
+        recipe: The recipe with its changes; None for a checkpoint.
+        overrides: The changes that were made to it.
+        source: The checkpoint; None for a recipe.
+        width: Bits of weights and activations, "w4a6": entries of one width are ranked together.
+    """
+
+    label: str
+    given: str
+    recipe: Recipe | None
+    overrides: tuple[str, ...]
+    source: ModelSource | None
+    width: str
+
+    @property
+    def description(self) -> str:
+        """One sentence for people."""
+        return self.recipe.description if self.recipe is not None else f"checkpoint {self.given}"
+
+    @property
+    def path(self) -> str | None:
+        """What the checkpoint is loaded by, wherever the process is; None for a recipe."""
+        return None if self.source is None else self.source.pinned
+
+    def identity(self) -> dict[str, Any]:
+        """Return what its results depend on, as plain data: the recipe, or what the checkpoint holds."""
+        if self.recipe is not None:
+            return {"recipe": {key: value for key, value in self.recipe.resolved().items() if key != "description"}}
+        assert self.source is not None
+        return {"checkpoint": content_of(self.source)}
+
+
+def find_entries(
+    given: Sequence[str], *, overrides: Sequence[str] = (), variant: str | None = None, verify: bool | None = None
+) -> list[Entry]:
+    """Find everything that is to be compared.
+
+    Args:
+        given: Names and shell-style patterns of recipes of the package, `all`, recipe files, checkpoint folders, Hub
+            ids of checkpoints, or embedded models.
+        overrides: Changes to the recipes; those to a group that a recipe does without (`activations`, `calibration`,
+            `distillation`, `refinement`) are not made to it.
+        variant: Variant of the weights of models that have it.
+        verify: What is verified of s2q checkpoints; see `s2q.generation.load.load_pipeline`.
+
+    Returns:
+        The entries in the order in which they were given.
+
+    Raises:
+        InvalidInputError: Nothing has such a name (the message has the nearest ones), something is named twice, or a
+            recipe or a checkpoint is not what it should be.
+        ResourceError: A package that a component of a checkpoint needs is not installed.
+    """
+    entries: list[Entry] = []
+    used: set[str] = set()
+    for text, expanded in _expanded(given):
+        entry, made = _entry(text, overrides, variant=variant, verify=verify)
+        used |= set(made)
+        if any(one.given == text for one in entries):
+            if expanded:
+                continue
+            raise InvalidInputError(f"{text} is named twice; name it once")
+        entries.append(entry)
+    for override in overrides:
+        if override not in used:
+            raise InvalidInputError(f"override {override!r} changes none of the recipes; leave it out")
+    return _with_distinct_labels(entries)
+
+
+def content_of(source: ModelSource) -> Any:
+    """Return what tells a model apart from others: the hash of its manifest, its commit on the Hub, or its files.
+
+    Of files, configurations are hashed, and of the weights that are loaded the start of every tensor: what trained a
+    model further has changed it, and reading all of it would take minutes.
+    """
+    if source.hub is not None:
+        return source.folder.name if source.variant is None else f"{source.folder.name} {source.variant}"
+    manifest = source.folder / MANIFEST
+    if manifest.is_file():
+        return sha256_file(manifest)
+    weights = (path for component in source.component_classes for path in source.weight_files(component))
+    return content_of_files(source.folder, {*source.folder.glob("*.json"), *source.folder.glob("*/*.json"), *weights})
+
+
+def content_of_files(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
+    """Return what tells files apart from others of their names; see `content_of`.
+
+    Args:
+        folder: The folder that names are relative to.
+        files: Its files; those that are neither configurations nor weights do not count.
+    """
+    found: dict[str, Any] = {}
+    for path in sorted(files):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".json":
+            found[name] = sha256_file(path)
+        elif path.suffix == ".safetensors":
+            found[name] = tensors_digest(path)
+        elif path.suffix in _OTHER_WEIGHTS:
+            found[name] = path.stat().st_size
+    return found
+
+
+def _expanded(given: Sequence[str]) -> list[tuple[str, bool]]:
+    """Every name, and whether a pattern stood for it."""
+    names = recipe_names()
+    found: list[tuple[str, bool]] = []
+    for text in given:
+        if text == ALL:
+            found += [(name, True) for name in names]
+        elif re.search(r"[*?\[]", text) and not Path(text).exists():
+            matches = fnmatch.filter(names, text)
+            if not matches:
+                near = nearest_names(re.sub(r"[*?\[\]]", "", text), names)
+                hint = f"nearest names are {', '.join(near)}; " if near else ""
+                raise InvalidInputError(f"no recipe matches {text!r}: {hint}all: {', '.join(names)}")
+            found += [(name, True) for name in matches]
+        else:
+            found.append((text, False))
+    explicit = {text for text, expanded in found if not expanded}
+    return [(text, expanded) for text, expanded in found if not (expanded and text in explicit)]
+
+
+def _entry(
+    text: str, overrides: Sequence[str], *, variant: str | None, verify: bool | None
+) -> tuple[Entry, Sequence[str]]:
+    path, names = Path(text).expanduser(), recipe_names()
+    is_file = text.endswith(_FILE_SUFFIXES) and not path.is_dir()
+    if is_file or text.partition(SEPARATOR)[0] in names:
+        plain = load_recipe(text)
+        made = [one for one in overrides if _is_for(plain, one)]
+        recipe = load_recipe(text, overrides=made)
+        width = recipe_width(recipe.resolved())
+        label = _as_file_name(recipe.name)
+        return Entry(label=label, given=text, recipe=recipe, overrides=tuple(made), source=None, width=width), made
+    if not (path.exists() or text in EMBEDDED_NAMES or parse_hub_id(text)):
+        if "/" in text:
+            raise InvalidInputError(f"{text}: no such checkpoint folder; recipes of the package: {', '.join(names)}")
+        raise unknown_name("recipe", text, names)
+    source = resolve_model(text, variant=variant, needs_variant=False)
+    check_model(source, verify=verify)
+    label = _as_file_name(path.resolve().name if source.kind == "folder" else text)
+    return Entry(label=label, given=text, recipe=None, overrides=(), source=source, width=_stored_width(source)), ()
+
+
+def _is_for(recipe: Recipe, override: str) -> bool:
+    has_group = _OPTIONAL_GROUPS.get(override.partition("=")[0].strip().split(".")[0])
+    return has_group is None or has_group(recipe)
+
+
+def _with_distinct_labels(entries: Sequence[Entry]) -> list[Entry]:
+    """Tell checkpoints of one name apart by the folders that hold them."""
+    counts: dict[str, int] = {FULL_PRECISION: 1}
+    for entry in entries:
+        counts[entry.label] = counts.get(entry.label, 0) + 1
+    labelled: dict[str, Entry] = {}
+    for entry in entries:
+        label = entry.label
+        if counts[label] > 1 and entry.source is not None and entry.source.kind == "folder":
+            label = _as_file_name(f"{Path(entry.given).expanduser().resolve().parent.name}-{label}")
+        if label in labelled or label == FULL_PRECISION:
+            other = labelled[label].given if label in labelled else "the reference"
+            raise InvalidInputError(f"{entry.given} and {other} would both be called {label}; rename one of them")
+        labelled[label] = Entry(**{**vars(entry), "label": label})
+    return list(labelled.values())
+
+
+def _as_file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.") or "entry"
+
+
+def _stored_width(source: ModelSource) -> str:
+    """The width of a checkpoint: what its recipe says, else what most of its quantized weights have."""
+    if (source.quantization or {}).get("quant_method") != QUANT_METHOD:
+        return foreign_width(source.quantization)
+    recipe = source.complete_folder() / "s2q" / "recipe.json"
+    if recipe.is_file():
+        return recipe_width(json.loads(recipe.read_text(encoding="utf-8")))
+    sizes: dict[str, int] = {}
+    for layer in inspect_checkpoint(source.complete_folder(), variant=source.variant).layers:
+        name = re.sub(r"g\d+", "", layer.scheme)
+        sizes[name] = sizes.get(name, 0) + layer.shape[0] * layer.shape[1]
+    return max(sizes, key=lambda name: sizes[name])

@@ -1,0 +1,289 @@
+"""The folder of a comparison: what is where, what is finished, and whether a run may go on in it.
+
+compare_run.json                    what every result depends on
+checkpoints/LABEL/                  quantized models
+evaluations/LABEL/shard-000.json    what was measured, prompts by prompts; eval.json puts them together
+frames/LABEL/000.npz                frames of the videos that the page shows
+compare.json, compare.md, index.html, sheet.png, videos/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from s2q.checkpoint.manifest import MANIFEST, owned_files
+from s2q.common.errors import InvalidInputError
+from s2q.common.files import (
+    atomic_write_bytes,
+    atomic_write_json,
+    canonical_json,
+    sha256_file,
+)
+from s2q.common.outputs import (
+    Owned,
+    check_owned,
+    check_writable,
+    files_below,
+    owned_matching,
+)
+from s2q.comparison.setup import SCHEMA_VERSION, RunPlan
+from s2q.evaluation.scores import Measured
+
+RUN = "compare_run.json"
+RESULT = "compare.json"
+TABLE = "compare.md"
+PAGE = "index.html"
+SHEET = "sheet.png"
+
+
+def _checkpoint_files(folder: Path) -> set[str]:
+    """The files of the checkpoints in a folder, and what runs have left beside them."""
+    found = {name for name in files_below(folder) if name.startswith(".")}
+    for path in folder.iterdir():
+        found |= {f"{path.name}/{name}" for name in owned_files(path) or ()}
+    return found
+
+
+_OWNED: Mapping[str, Owned] = MappingProxyType(
+    {
+        "checkpoints": _checkpoint_files,
+        "evaluations": owned_matching("*/*.json"),
+        "frames": owned_matching("*/*.npz"),
+        "videos": owned_matching("*/*.mp4"),
+    }
+)
+"""The folders of a comparison, and what it wrote into each."""
+
+
+class CompareFolder:
+    """The folder of a comparison.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def check(self, plan: RunPlan, *, resume: bool, overwrite: bool) -> None:
+        """Check that this comparison may be written here, before any work and again under the lock. Changes nothing.
+
+        Args:
+            plan: The comparison.
+            resume: Whether it may go on with what is there.
+            overwrite: Whether a different comparison that is there may be replaced.
+
+        Raises:
+            InvalidInputError: There is something else, or a comparison that differs; says in what.
+        """
+        if not self._is_used():
+            check_writable(self.path / RUN)
+            return
+        if not (self.path / RUN).is_file():
+            raise InvalidInputError(
+                f"{self.path} exists and was not written by this command (no {RUN} in it); choose another folder"
+            )
+        if overwrite:
+            if not resume or self._change(plan) is not None:
+                self._check_not_inside(plan)
+                self._check_owned()
+            return
+        if not resume:
+            raise InvalidInputError(
+                f"{self.path} holds a comparison; pass --overwrite to replace it, or choose another folder"
+            )
+        change = self._change(plan)
+        if change is not None:
+            raise InvalidInputError(
+                f"{self.path} holds a comparison that differs: {change}; repeat its command to go on with it, pass "
+                "--overwrite to replace it, or choose another folder"
+            )
+
+    def open(self, plan: RunPlan, *, resume: bool) -> RunPlan:
+        """Write down what will be compared; a comparison that differs is removed.
+
+        Args:
+            plan: The comparison; it has passed `check`.
+            resume: Whether to keep what is finished.
+
+        Returns:
+            The plan, with the entries of earlier runs that this one leaves out.
+        """
+        if self._is_used():
+            if not resume or self._change(plan) is not None:
+                self._clear()
+            else:
+                there = self._content()
+                left_out = there["entries"].keys() - plan.entries.keys()
+                joined = {
+                    name: {label: one for label, one in there[name].items() if label in left_out} | getattr(plan, name)
+                    for name in ("entries", "paths")
+                }
+                plan = RunPlan(**{**vars(plan), **joined})
+        self.path.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(self.path / RUN, plan.to_dict())
+        return plan
+
+    def plan(self) -> RunPlan:
+        """Read what `open` wrote."""
+        fields = {name: value for name, value in self._content().items() if name != "schema_version"}
+        prompts = fields["calibration_prompts"]
+        changed = {name: tuple(fields[name]) for name in ("prompts", "seeds", "emulated")}
+        return RunPlan(**{**fields, **changed, "calibration_prompts": None if prompts is None else tuple(prompts)})
+
+    def model_of(self, plan: RunPlan, label: str) -> str:
+        """Return the checkpoint of an entry: the one that was given, or the one that its recipe made here."""
+        return plan.paths.get(label, str(self.checkpoint(label)))
+
+    def checkpoint(self, label: str) -> Path:
+        """Return where the checkpoint of a recipe is."""
+        return self.path / "checkpoints" / label
+
+    def evaluation(self, label: str) -> Path:
+        """Return where the evaluation of an entry is put together."""
+        return self.path / "evaluations" / label / "eval.json"
+
+    def shard_fingerprint(self, plan: RunPlan, label: str, index: int) -> str:
+        """Return a hash of everything that a shard of an entry depends on.
+
+        Args:
+            plan: The comparison.
+            label: The entry.
+            index: Index of the shard.
+        """
+        entry = plan.entries[label]
+        made = None if label in plan.paths else sha256_file(self.checkpoint(label) / MANIFEST)
+        depends = {**plan.common(), "prompts": plan.shards()[index], "entry": entry, "made": made}
+        return hashlib.sha256(canonical_json(depends).encode()).hexdigest()
+
+    def save_shard(self, plan: RunPlan, label: str, index: int, measured: Measured) -> None:
+        """Store what was measured on a shard; it is there entirely, or not at all.
+
+        Args:
+            plan: The comparison.
+            label: The entry.
+            index: Index of the shard.
+            measured: What was measured.
+        """
+        path = self._shard(label, index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fingerprint = self.shard_fingerprint(plan, label, index)
+        atomic_write_json(
+            path, {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "measured": measured.to_dict()}
+        )
+
+    def load_shard(self, plan: RunPlan, label: str, index: int) -> Measured | None:
+        """Return what was measured on a shard; None if it is not there, or was made from something else.
+
+        Args:
+            plan: The comparison.
+            label: The entry.
+            index: Index of the shard.
+        """
+        try:
+            content = json.loads(self._shard(label, index).read_text(encoding="utf-8"))
+            if content["fingerprint"] != self.shard_fingerprint(plan, label, index):
+                return None
+            return Measured.from_dict(content["measured"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save_frames(self, label: str, index: int, frames: np.ndarray) -> None:
+        """Store the frames of a video that the page shows.
+
+        Args:
+            label: The entry, or the label of the reference.
+            index: Index of the prompt.
+            frames: `[F, H, W, 3]`, uint8.
+        """
+        path = self._frames(label, index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, frames=frames)
+        atomic_write_bytes(path, buffer.getvalue())
+
+    def load_frames(self, label: str, index: int) -> np.ndarray | None:
+        """Return frames that `save_frames` stored; None if they are not there."""
+        path = self._frames(label, index)
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as content:
+            frames: np.ndarray = content["frames"]
+        return frames
+
+    def _change(self, plan: RunPlan) -> str | None:
+        """What makes a comparison another one than that of the folder.
+
+        Entries may be added and left out. A checkpoint may have changed: it is evaluated again. A recipe may not: what
+        it made may have taken hours.
+        """
+        try:
+            there = self._content()
+            entries = there["entries"]
+        except (OSError, ValueError, KeyError):
+            return f"{RUN} cannot be read"
+        for name, value in json.loads(canonical_json(plan.common())).items():
+            if there.get(name) != value:
+                return f"{name.replace('_', ' ')} {_difference(there.get(name), value)}"
+        for label, identity in json.loads(canonical_json(dict(plan.entries))).items():
+            if "recipe" in entries.get(label, {}) and entries[label] != identity:
+                return f"entry {label}: {_difference(entries[label], identity)}"
+        return None
+
+    def _check_not_inside(self, plan: RunPlan) -> None:
+        """Refuse to replace a comparison that holds the model or a checkpoint of the one that replaces it."""
+        for given in (plan.model, *plan.paths.values()):
+            path = Path(given).expanduser().resolve()
+            if any(path.is_relative_to((self.path / name).resolve()) for name in _OWNED):
+                raise InvalidInputError(
+                    f"{given} is part of the comparison in {self.path}, which --overwrite would remove; choose another "
+                    "folder, or move it out first"
+                )
+
+    def _check_owned(self) -> None:
+        """Refuse to replace a comparison in whose folders the user has put files."""
+        for name, owned in _OWNED.items():
+            check_owned(self.path / name, owned)
+
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+        return content
+
+    def _is_used(self) -> bool:
+        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+
+    def _clear(self) -> None:
+        (self.path / RESULT).unlink(missing_ok=True)
+        for name in _OWNED:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in (TABLE, PAGE, SHEET, RUN):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _shard(self, label: str, index: int) -> Path:
+        return self.path / "evaluations" / label / f"shard-{index:03d}.json"
+
+    def _frames(self, label: str, index: int) -> Path:
+        return self.path / "frames" / label / f"{index:03d}.npz"
+
+
+def _difference(there: Any, here: Any, *, path: str = "") -> str:
+    """The first place where two values differ, in a few words."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in sorted(there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                return _difference(there.get(key), here.get(key), path=f"{path}.{key}" if path else str(key))
+    if isinstance(there, list) and isinstance(here, list):
+        if len(there) != len(here):
+            return f"{path + ' ' if path else ''}were {len(there)}, are {len(here)}"
+        index = next(i for i, (one, other) in enumerate(zip(there, here, strict=True)) if one != other)
+        return f"number {index + 1} was {there[index]!r}, is {here[index]!r}"
+    return f"{path + ' ' if path else ''}was {there!r}, is {here!r}"

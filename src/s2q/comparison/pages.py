@@ -1,0 +1,95 @@
+"""What people look at: the table in Markdown, the page, the videos and the contact sheet."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from s2q.common.files import atomic_write_bytes, atomic_write_text, slug
+from s2q.comparison.entries import FULL_PRECISION
+from s2q.comparison.folder import (
+    PAGE,
+    SHEET,
+    TABLE,
+    CompareFolder,
+)
+from s2q.comparison.setup import CompareOptions, Setup
+from s2q.comparison.shards import SHOWN_PROMPTS
+from s2q.report import (
+    Scene,
+    render_compare_page,
+    scene_sheet,
+    write_mp4,
+)
+from s2q.report import (
+    compare_table as comparison,
+)
+
+
+def write_pages(
+    folder: CompareFolder, result: Mapping[str, Any], *, command: str, progress: Callable[[str, int, int], None]
+) -> None:
+    """Write compare.md, index.html, sheet.png and the videos.
+
+    Args:
+        folder: The comparison.
+        result: The content of `compare.json`.
+        command: The command that makes it.
+        progress: Called as the files are written.
+    """
+    atomic_write_text(folder.path / TABLE, comparison.markdown(result))
+    scenes = _scenes(folder, result)
+    for index, scene in enumerate(scenes):
+        progress("write", index, len(scenes))
+        target = folder.path / "videos" / f"{index:03d}-{slug(scene.prompt)}"
+        target.mkdir(parents=True, exist_ok=True)
+        for label, frames in {FULL_PRECISION: scene.reference, **scene.entries}.items():
+            write_mp4(target / f"{label}.mp4", frames, fps=result["settings"]["frame_rate"])
+    sheet = scene_sheet(scenes) if scenes else None
+    if sheet is not None:
+        atomic_write_bytes(folder.path / SHEET, sheet)
+    page = render_compare_page(result, scenes, sheet=sheet, command=command)
+    atomic_write_text(folder.path / PAGE, page)
+    progress("write", len(scenes), len(scenes))
+
+
+def _scenes(folder: CompareFolder, result: Mapping[str, Any]) -> list[Scene]:
+    """The kept videos of every prompt, entries in the order of the table."""
+    labels = [row.label for group in comparison.groups_of(result) for row in group.rows if not row.error]
+    scenes = []
+    for index, prompt in enumerate(result["prompts"][:SHOWN_PROMPTS]):
+        reference = folder.load_frames(FULL_PRECISION, index)
+        videos = {label: folder.load_frames(label, index) for label in labels}
+        kept = {label: frames for label, frames in videos.items() if frames is not None}
+        if reference is not None and kept:
+            seed = result["settings"]["seeds"][0]
+            scenes.append(Scene(prompt=prompt, seed=seed, reference=reference, entries=kept))
+    return scenes
+
+
+def command_of(setup: Setup, options: CompareOptions, *, has_prompts: bool, out: Path) -> str:
+    """Return the command that makes a comparison.
+
+    Args:
+        setup: The comparison.
+        options: How it was made.
+        has_prompts: Whether it was given prompts.
+        out: Its folder.
+    """
+    words: list[Any] = ["s2q", "compare", *(entry.given for entry in setup.entries), "-m", setup.plan.model]
+    words += ["--prompts", "FILE"] if has_prompts else ["--num-prompts", options.num_prompts]
+    words += ["--seeds", options.seeds]
+    if options.calibration_prompts is not None:
+        words += ["--calibration-prompts", "FILE"]
+    plain = ("samples", "device", "dtype", "variant", "lpips_weights", "clip")
+    given = {name: getattr(options, name) for name in plain} | dict(options.settings)
+    for name, value in (given | {"seed": options.seed or None}).items():
+        flag = "steps" if name == "num_inference_steps" else name.replace("_", "-")
+        words += [] if value is None else [f"--{flag}", value]
+    words += [word for override in options.overrides for word in ("--set", override)]
+    if options.verify is not None:
+        words.append("--verify" if options.verify else "--no-verify")
+    words += ["--metrics", ",".join(options.metrics)] if options.metrics else []
+    return " ".join(shlex.quote(str(word)) for word in [*words, "-o", out])

@@ -1,0 +1,204 @@
+"""From what is in the folder to `compare.json`: metrics of every entry, rankings, winners, paired differences."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from s2q.common.errors import S2QError
+from s2q.common.files import atomic_write_json
+from s2q.comparison.entries import Entry
+from s2q.comparison.folder import CompareFolder
+from s2q.comparison.setup import (
+    SCHEMA_VERSION,
+    SHARD_PROMPTS,
+    RunPlan,
+    Setup,
+)
+from s2q.evaluation.intervals import INTERVAL, MIN_PROMPTS
+from s2q.evaluation.paired import DEFINITIONS, HIGHER_IS_BETTER, compare_group
+from s2q.evaluation.scores import joined
+from s2q.evaluation.summary import summarise, versions
+from s2q.generation.defaults import frame_rate_of
+from s2q.models import resolve_model
+
+_SECONDS = "seconds of quantization, blocks of interrupted runs included"
+_STORAGE = "bytes of the whole transformer in bfloat16 and as it is stored; ratio of the two"
+_SIMULATED = "whether a linear of the entry cannot run on the integer kernels, so that it saves no time"
+
+
+def build_result(
+    folder: CompareFolder,
+    plan: RunPlan,
+    setup: Setup,
+    failures: Mapping[str, str],
+    *,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Put a comparison together; also writes the `eval.json` of every entry.
+
+    Args:
+        folder: Where everything is.
+        plan: The comparison.
+        setup: What was compared.
+        failures: Why entries failed, by label.
+        progress: Called as entries are compared with each other.
+
+    Returns:
+        The content of `compare.json`.
+    """
+    evaluations: dict[str, dict[str, Any]] = {}
+    for entry in setup.entries:
+        if entry.label not in failures:
+            evaluations[entry.label] = _evaluation(folder, plan, entry.label)
+    described = {entry.label: _entry(folder, plan, setup, entry) for entry in setup.entries}
+    for label, evaluation in evaluations.items():
+        described[label]["metrics"] = evaluation["metrics"]
+        described[label]["evaluation"] = folder.evaluation(label).relative_to(folder.path).as_posix()
+    for label, why in failures.items():
+        described[label]["error"] = why
+    groups = _groups(setup, evaluations, progress)
+    any_evaluation = next(iter(evaluations.values()), None)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": plan.model,
+        "n_prompts": len(plan.prompts),
+        "n_seeds": len(plan.seeds),
+        "prompts": list(plan.prompts),
+        "calibration": {
+            "prompts": "the model's own" if plan.calibration_prompts is None else list(plan.calibration_prompts),
+            "seed": plan.seed,
+            "definition": "every recipe that calibrates takes its first n_prompts of these, with this seed",
+        },
+        "entries": list(described.values()),
+        "groups": groups,
+        "reference_metrics": {} if any_evaluation is None else _of_reference(any_evaluation["metrics"]),
+        "noise_floor": None if any_evaluation is None else any_evaluation["noise_floor"],
+        "warning": _warning(len(plan.prompts)),
+        "settings": {
+            **plan.settings,
+            "seeds": list(plan.seeds),
+            "dtype": None if any_evaluation is None else any_evaluation["settings"]["dtype"],
+            "device": plan.device,
+            "shard_prompts": SHARD_PROMPTS,
+            "frame_rate": frame_rate_of(setup.source),
+            "interval": INTERVAL,
+        },
+        "definitions": {**DEFINITIONS, "seconds": _SECONDS, "storage": _STORAGE, "simulated": _SIMULATED},
+        "higher_is_better": {name: HIGHER_IS_BETTER.get(name) for name in plan.metrics},
+        "versions": versions(),
+    }
+
+
+def _groups(
+    setup: Setup, evaluations: Mapping[str, dict[str, Any]], progress: Callable[[str, int, int], None]
+) -> list[dict[str, Any]]:
+    """What is said of each width that was evaluated, the widest first."""
+    widths: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in setup.entries:
+        if entry.label in evaluations:
+            widths.setdefault(entry.width, {})[entry.label] = evaluations[entry.label]
+    total = sum(math.comb(len(members), 2) for members in widths.values())
+    done = 0
+
+    def pair_done() -> None:
+        nonlocal done
+        done += 1
+        progress("rank", done, total)
+
+    if total:
+        progress("rank", 0, total)
+    return [
+        {"width": width, **compare_group(widths[width], pair_done=pair_done)} for width in sorted(widths, key=_by_bits)
+    ]
+
+
+def entry_plan(setup: Setup, entry: Entry) -> dict[str, Any]:
+    """Return what is known of an entry before any compute."""
+    return {
+        "label": entry.label,
+        "recipe": None if entry.recipe is None else entry.recipe.name,
+        "checkpoint": None if entry.source is None else entry.given,
+        "description": entry.description,
+        "overrides": list(entry.overrides),
+        "width": entry.width,
+        "storage": _storage(setup, entry),
+        "error": setup.obstacles.get(entry.label),
+    }
+
+
+def _storage(setup: Setup, entry: Entry) -> dict[str, Any] | None:
+    """The bytes of a checkpoint's transformers as they are stored, whoever made it; those that a recipe will take."""
+    if entry.source is not None:
+        return entry.source.storage()
+    planned = setup.planned.get(entry.label)
+    return None if planned is None else dict(planned.storage)
+
+
+def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> dict[str, Any]:
+    described = entry_plan(setup, entry)
+    described |= {"simulated": False, "seconds": None, "calibration": None, "metrics": {}, "evaluation": None}
+    if entry.label in setup.obstacles:
+        return described
+    source = entry.source
+    if source is None and folder.checkpoint(entry.label).is_dir():
+        source = resolve_model(folder.checkpoint(entry.label))
+    report = {} if source is None else _report(source.folder)
+    described["simulated"] = bool(report.get("simulated", False))
+    if report:
+        selection = report.get("selection") or {}
+        described["seconds"] = report["seconds"] + sum(
+            block["seconds"] for block in report["blocks"] if block["resumed"]
+        )
+        described["calibration"] = {"n_prompts": report["n_prompts"], "samples": selection.get("samples")}
+        described["storage"] = report["storage"]
+    return described
+
+
+def _report(path: Path) -> dict[str, Any]:
+    """The report of the run that made a checkpoint; nothing if there is none."""
+    file = path / "s2q" / "report.json"
+    if not file.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, Any]:
+    found = []
+    for index in range(len(plan.shards())):
+        part = folder.load_shard(plan, label, index)
+        if part is None:
+            raise S2QError(
+                f"{folder.evaluation(label).parent}: part {index} of the evaluation is gone; run the same command again"
+            )
+        found.append(part)
+    evaluation = summarise(joined(found))
+    atomic_write_json(folder.evaluation(label), evaluation)
+    return evaluation
+
+
+def _of_reference(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured on the full-precision videos themselves."""
+    prefix = "reference_"
+    return {name.removeprefix(prefix): entry for name, entry in metrics.items() if name.startswith(prefix)}
+
+
+def _by_bits(width: str) -> tuple[bool, tuple[int, ...], str]:
+    """The most bits first, what has no bits last."""
+    weights, separator, activations = width.removeprefix("w").partition("a")
+    if not (separator and weights.isdigit() and activations.isdigit()):
+        return (True, (), width)
+    return (False, (-int(weights), -int(activations)), width)
+
+
+def _warning(n_prompts: int) -> str | None:
+    if n_prompts >= MIN_PROMPTS:
+        return None
+    return (
+        f"{n_prompts} prompts are too few to say how sure the figures are: no intervals, no p-values and no winner "
+        f"below {MIN_PROMPTS}"
+    )

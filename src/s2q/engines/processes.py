@@ -1,0 +1,218 @@
+"""Independent tasks in several processes: one device a process, one thread a process on a CPU.
+
+Tasks are claimed one at a time, so no process waits for a slower one. Processes are spawned: a script that asks for
+several needs the guard `if __name__ == "__main__":`, as with every use of `multiprocessing`.
+
+Example: dict(run_in_processes(work, tasks, devices=["cpu", "cpu"])) maps the index of each task to work(task, ...).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import logging.handlers
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import torch
+
+from s2q.common.errors import S2QError
+
+Tell = Callable[[Any], None]
+"""Called in a process with a message for the caller; any picklable value."""
+
+_POLL_SECONDS = 0.1
+_LOGGER = logging.getLogger("s2q")
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+
+
+def devices_of(device: str, count: int) -> list[str]:
+    """Return the device of each of several processes: GPUs take turns if "cuda" names no particular one.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        count: Number of processes.
+    """
+    if device != "cuda":
+        return [device] * count
+    return [f"cuda:{index % torch.cuda.device_count()}" for index in range(count)]
+
+
+def most_on_one_device(device: str, count: int) -> int:
+    """Return how many of several processes share a device at most.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        count: Number of processes.
+    """
+    return max(Counter(devices_of(device, count)).values())
+
+
+def cpu_count() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_in_processes(
+    work: Callable[[_Task, str, Tell], _Result],
+    tasks: Iterable[_Task],
+    *,
+    devices: Sequence[str],
+    on_message: Callable[[Any], None] = lambda message: None,
+) -> Iterator[tuple[int, _Result]]:
+    """Run tasks in as many processes as there are devices.
+
+    Args:
+        work: A function of a module, called with a task, the device of its process, and a function that sends a
+            message to `on_message`.
+        tasks: The tasks, picklable; each is drawn when a process is free.
+        devices: Device of each process.
+        on_message: Called in this process with every message.
+
+    Yields:
+        Index and result of each task, in the order in which they end.
+
+    Raises:
+        S2QError: If a process dies. What a task raises is raised here; in both cases the other processes are ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    messages, free_devices = context.SimpleQueue(), context.SimpleQueue()
+    for device in devices:
+        free_devices.put(device)
+    upcoming = enumerate(tasks)
+    running: dict[Future[_Result], int] = {}
+    with tempfile.NamedTemporaryFile("r", prefix="s2q-processes-", encoding="utf-8", errors="replace") as output:
+        pool = ProcessPoolExecutor(
+            len(devices),
+            mp_context=context,
+            initializer=_start,
+            initargs=(free_devices, messages, output.name, _LOGGER.getEffectiveLevel()),
+        )
+        children: dict[BaseProcess, None] = {}  # in the order in which they were started
+        try:
+            while True:
+                while len(running) < len(devices) and (drawn := next(upcoming, None)) is not None:
+                    running[pool.submit(_call, work, drawn[1])] = drawn[0]
+                if not running:
+                    break
+                children |= dict.fromkeys(child for child in multiprocessing.active_children() if child not in others)
+                done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                while not messages.empty():
+                    message = messages.get()
+                    if isinstance(message, logging.LogRecord):
+                        logging.getLogger(message.name).handle(message)
+                    else:
+                        on_message(message)
+                if any(child.exitcode for child in children):  # not noticed by the pool if it waited for others
+                    raise BrokenProcessPool
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool as error:
+            codes = _end(children)
+            # the pool itself ends the others by SIGTERM
+            code = next((code for code in codes if code not in (0, -signal.SIGTERM)), -signal.SIGTERM)
+            raise S2QError(_obituary(code, output.read())) from error
+        except BaseException:
+            _end(children)
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _end(children: Iterable[BaseProcess]) -> list[int]:
+    """Kill the processes that live; return the exit codes of the others, or of all where none lives."""
+    codes = [child.exitcode for child in children if child.exitcode is not None]
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join()
+    return codes or [child.exitcode or 0 for child in children]
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Device and message channel of a spawned process."""
+
+    device: str
+    tell: Tell
+
+
+_worker: _Worker | None = None  # of a spawned process, set once; always None in the process that spawned it
+
+
+class _LogSender(logging.handlers.QueueHandler):
+    def __init__(self, tell: Tell) -> None:
+        super().__init__(queue.SimpleQueue())
+        self.tell = tell
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.tell(record)
+
+
+def _start(free_devices: Any, messages: Any, output: str, log_level: int) -> None:
+    """Prepare a spawned process: its device, its threads, its output and logs, its end."""
+    global _worker  # noqa: PLW0603
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or none
+            os.dup2(descriptor, stream.fileno())
+    _LOGGER.addHandler(_LogSender(messages.put))
+    _LOGGER.setLevel(log_level)
+    _LOGGER.propagate = False
+    _worker = _Worker(free_devices.get(), messages.put)
+    _use(_worker.device)
+
+
+def _use(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)  # kernels of other libraries ask for it
+    else:
+        torch.set_num_threads(1)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """End this process when the one that spawned it is gone, killed perhaps."""
+    parent.join()
+    os._exit(1)
+
+
+def _call(work: Callable[[_Task, str, Tell], _Result], task: _Task) -> _Result:
+    assert _worker is not None
+    return work(task, _worker.device, _worker.tell)
+
+
+def _obituary(code: int, output: str) -> str:
+    """Say how a process ended.
+
+    Args:
+        code: Its exit code, negative for a signal.
+        output: What all processes printed.
+    """
+    line = output.strip().rpartition("\n")[2].strip()
+    if code < 0:
+        how = f"by signal {signal.Signals(-code).name}"
+        how += ", often for lack of memory" if code == -signal.SIGKILL else ""
+    else:
+        how = f"with exit code {code}" + (f" ({line})" if line else "")
+    return (
+        f"a process was ended {how}; run the same command again, with fewer --processes if memory is short: finished "
+        "work is kept"
+    )

@@ -1,0 +1,1 @@
+"""Judges of single videos: detector, LPIPS, CLIP, VBench, EvalCrafter."""

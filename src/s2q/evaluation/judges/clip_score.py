@@ -1,0 +1,130 @@
+"""How well frames fit their prompt, and each other, in the eyes of a CLIP model from a folder; nothing is downloaded.
+
+Two preprocessings, since the figures of papers rest on both. CLIP's own (shorter side resized by a bicubic filter,
+centre cropped, normalised) gives `clip_score` (Hessel et al. 2021, without their factor of 2.5). EvalCrafter's scripts
+(Liu et al. 2024), whose figures the paper reports, squeeze the frame to a square and give CLIP the levels 0..255 as
+they are: its `clipsim` and `clip_temp` are therefore on another scale.
+
+Legend: `F` frames, `H`, `W` height and width in pixels, `S` side of CLIP's input, `E` size of its embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from s2q.common.errors import InvalidInputError, first_line
+
+DEFINITIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "clip_score": (
+            "100 · max(cos(text, frame), 0) of CLIP's embeddings of the prompt and of each uint8 frame before encoding "
+            "with CLIP's own preprocessing; mean over the frames; CLIP from the folder that was given"
+        ),
+        "clipsim": (
+            "CLIPSIM as EvalCrafter's scripts compute it: cos(text, frame), the frame squeezed to CLIP's square input "
+            "(bilinear) with levels 0 to 255, not normalised; mean over the frames; comparable with EvalCrafter's "
+            "figures for CLIP ViT-B/32 only"
+        ),
+        "clip_temp": (
+            "CLIP-Temp as EvalCrafter's scripts compute it: cosine between the embeddings of consecutive frames, "
+            "preprocessed as for clipsim; mean over the pairs; none for videos of one frame"
+        ),
+    }
+)
+VERSIONS: Mapping[str, int] = MappingProxyType(dict.fromkeys(DEFINITIONS, 1))
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+_FRAMES_AT_ONCE = 16
+
+
+class ClipJudge:
+    """A CLIP model of transformers, with its tokenizer.
+
+    Args:
+        folder: A folder of `CLIPModel.save_pretrained` with the tokenizer's files.
+        device: Where to compute.
+
+    Raises:
+        InvalidInputError: The folder is missing, or is not one of a CLIP model and its tokenizer.
+    """
+
+    def __init__(self, folder: Path, *, device: str = "cpu") -> None:
+        from transformers import CLIPModel, CLIPTokenizer
+
+        if not (folder / "config.json").is_file():
+            raise InvalidInputError(
+                f"{folder}: not a folder with a CLIP model (no config.json); s2q downloads none, pass the path of a "
+                "copy of openai/clip-vit-base-patch32 or of another one in transformers' format"
+            )
+        try:
+            self._model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers raises whatever its readers raise
+            raise InvalidInputError(f"{folder}: not readable as a CLIP model: {first_line(error)}") from error
+        self._model.eval().to(device)
+        self._device = device
+
+    @torch.no_grad()
+    def measure(self, prompt: str, frames: torch.Tensor) -> dict[str, float | None]:
+        """Measure one video.
+
+        Args:
+            prompt: Its prompt; what is beyond CLIP's context is cut off.
+            frames: Its frames `[F, H, W, 3]`, uint8.
+
+        Returns:
+            Values by the names in `DEFINITIONS`.
+        """
+        side = self._model.config.vision_config.image_size
+        text = self._text(prompt)
+        cosines = self._images(_as_clip_does(frames, side)) @ text
+        squeezed = self._images(_as_evalcrafter_does(frames, side))
+        pairs = (squeezed[1:] * squeezed[:-1]).sum(dim=1)
+        return {
+            "clip_score": float(100 * cosines.clamp(min=0).mean()),
+            "clipsim": float((squeezed @ text).mean()),
+            "clip_temp": float(pairs.mean()) if len(pairs) else None,
+        }
+
+    def _text(self, prompt: str) -> torch.Tensor:
+        """Embed a prompt: `[E]`, float64, of length 1."""
+        tokens: Mapping[str, Any] = self._tokenizer(
+            [prompt],
+            return_tensors="pt",
+            truncation=True,
+            max_length=self._model.config.text_config.max_position_embeddings,
+        ).to(self._device)
+        pooled = self._model.text_model(**tokens).pooler_output
+        return F.normalize(self._model.text_projection(pooled)[0].double().cpu(), dim=0)
+
+    def _images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Embed frames `[F, 3, S, S]`: `[F, E]`, float64, each of length 1."""
+        parts = []
+        for part in pixels.split(_FRAMES_AT_ONCE):
+            pooled = self._model.vision_model(pixel_values=part.to(self._device)).pooler_output
+            parts.append(self._model.visual_projection(pooled).double().cpu())
+        return F.normalize(torch.cat(parts), dim=1)
+
+
+def _as_clip_does(frames: torch.Tensor, side: int) -> torch.Tensor:
+    height, width = frames.shape[1:3]
+    scale = side / min(height, width)
+    size = (max(side, int(width * scale)), max(side, int(height * scale)))
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    box = (left, top, left + side, top + side)
+    resized = [Image.fromarray(frame.numpy()).resize(size, Image.Resampling.BICUBIC).crop(box) for frame in frames]
+    levels = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2).float()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
+    return (levels / 255 - mean) / std
+
+
+def _as_evalcrafter_does(frames: torch.Tensor, side: int) -> torch.Tensor:
+    return F.interpolate(frames.permute(0, 3, 1, 2).float(), size=(side, side), mode="bilinear", align_corners=False)

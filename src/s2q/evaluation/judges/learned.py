@@ -1,0 +1,89 @@
+"""Metrics by learned judges whose weights the user has: LPIPS and CLIP. Without a path there are none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from s2q.evaluation.judges import clip_score, lpips
+
+if TYPE_CHECKING:
+    from s2q.evaluation.metrics import FrameMetric
+    from s2q.generation.generate import Video
+
+LPIPS = "lpips"
+DEFINITIONS: Mapping[str, str] = MappingProxyType({LPIPS: lpips.DEFINITION, **clip_score.DEFINITIONS})
+VERSIONS: Mapping[str, int] = MappingProxyType({LPIPS: lpips.VERSION, **clip_score.VERSIONS})
+NEEDS: Mapping[str, str] = MappingProxyType(
+    {LPIPS: "--lpips-weights FILE", **dict.fromkeys(clip_score.DEFINITIONS, "--clip FOLDER")}
+)
+"""Metric to what it cannot be computed without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """The learned judges of an evaluation.
+
+    Attributes:
+        lpips: The distance of (frames, reference frames); None without weights.
+        clip: The CLIP model; None without one.
+    """
+
+    lpips: lpips.Lpips | None = None
+    clip: clip_score.ClipJudge | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Metrics that can be computed."""
+        return learned_names(lpips=self.lpips is not None, clip=self.clip is not None)
+
+    def frame_metrics(self, names: Sequence[str]) -> dict[str, FrameMetric]:
+        """Return those of (frames, reference frames).
+
+        Args:
+            names: Metrics that were asked for.
+        """
+        return {LPIPS: self.lpips} if self.lpips is not None and LPIPS in names else {}
+
+    def measure(self, video: Video, base: Video, *, names: Sequence[str]) -> dict[str, float | None]:
+        """Measure one video against the reference's.
+
+        Args:
+            video: The student's video.
+            base: The full-precision video of the same prompt and seed.
+            names: Metrics that were asked for; those without a judge are left out.
+
+        Returns:
+            Values by metric name; what CLIP says of the reference under `reference_…`.
+        """
+        values = {name: measure(video.frames, base.frames) for name, measure in self.frame_metrics(names).items()}
+        if self.clip is not None and any(name in names for name in clip_score.DEFINITIONS):
+            ours, theirs = (self.clip.measure(video.prompt, one.frames) for one in (video, base))
+            values |= {name: value for name, value in ours.items() if name in names}
+            values |= {f"reference_{name}": value for name, value in theirs.items() if name in names}
+        return values
+
+
+def learned_names(*, lpips: bool, clip: bool) -> tuple[str, ...]:
+    """Return the metrics that can be computed with weights of LPIPS, of CLIP, or of both."""
+    return (*((LPIPS,) if lpips else ()), *(clip_score.DEFINITIONS if clip else ()))
+
+
+def open_judges(*, lpips_weights: Path | None, clip: Path | None, device: str) -> Judges:
+    """Read the judges' weights.
+
+    Args:
+        lpips_weights: LPIPS's file, or None.
+        clip: CLIP's folder, or None.
+        device: Where to compute.
+
+    Raises:
+        InvalidInputError: A file or folder is missing or holds something else.
+    """
+    return Judges(
+        lpips=None if lpips_weights is None else lpips.Lpips(lpips_weights, device=device),
+        clip=None if clip is None else clip_score.ClipJudge(clip, device=device),
+    )

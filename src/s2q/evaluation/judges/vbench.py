@@ -1,0 +1,329 @@
+"""VBench (Huang et al. 2024) as a judge, in an interpreter of its own: its requirements and s2q's do not go together.
+
+`plan_vbench` asks that interpreter, before anything is generated, what it can judge; the videos are then written under
+the names that `VBenchPlan.file_name` gives; `judge_videos` scores a folder of them and refuses incomplete results.
+VBench fetches weights by itself where they are not in its caches, unless HF_HUB_OFFLINE is set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2q.common.errors import InvalidInputError, S2QError, unknown_name
+from s2q.common.files import atomic_write_bytes, atomic_write_json
+from s2q.evaluation.judges.vbench_runner import FLOW
+
+PAPER_DIMENSIONS = (
+    "imaging_quality",
+    "aesthetic_quality",
+    "motion_smoothness",
+    "dynamic_degree",
+    "background_consistency",
+    "subject_consistency",
+    "scene",
+    "overall_consistency",
+)
+MAX_VIDEOS_A_PROMPT = 5
+MIN_FRAMES = 3
+RECORD = "vbench.json"
+_LOG_LINES = 4
+_OWN_PROMPTS = "VBench judges it on its own prompts only; --prompts would have to name nothing but prompts of VBench"
+_NO_PROMPT = "none of the prompts is one that VBench judges it on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchOptions:
+    """How to judge with VBench.
+
+    Attributes:
+        python: An interpreter that can import vbench.
+        folder: Folder for videos, logs and answers.
+        dimensions: What to judge, VBench's dimensions and `flow_score`; empty for those of the paper that the prompts
+            allow.
+        cache: VBench's folder of weights; None leaves it to VBench (VBENCH_CACHE_DIR, else ~/.cache/vbench).
+        device: Where VBench computes.
+        frame_rate: Frames per second of the videos; VBench takes 8 a second of them to judge motion.
+    """
+
+    python: str
+    folder: Path
+    dimensions: tuple[str, ...] = ()
+    cache: Path | None = None
+    device: str = "cpu"
+    frame_rate: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchPlan:
+    """What will be judged, on which videos.
+
+    Attributes:
+        options: As given.
+        version: VBench's version.
+        standard: Whether all prompts are VBench's own.
+        prompts: The prompts, in order.
+        videos_a_prompt: Videos of each.
+        judged: For each dimension the prompts whose videos it is judged on.
+        own_prompts: For each dimension how many prompts VBench has for it.
+        absent: Why the paper's other dimensions are not judged.
+    """
+
+    options: VBenchOptions
+    version: str
+    standard: bool
+    prompts: tuple[str, ...]
+    videos_a_prompt: int
+    judged: Mapping[str, tuple[str, ...]]
+    own_prompts: Mapping[str, int]
+    absent: Mapping[str, str]
+
+    def file_name(self, prompt: str, index: int) -> str:
+        """Return the name of a video: VBench tells its own prompts by it, others are listed for it.
+
+        Args:
+            prompt: Its prompt.
+            index: Which of the prompt's videos, from 0.
+        """
+        return f"{prompt if self.standard else f'{self.prompts.index(prompt):04d}'}-{index}.mp4"
+
+
+def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prompt: int) -> VBenchPlan:
+    """Ask the interpreter what it can judge of these prompts.
+
+    Args:
+        options: What to judge, and with what.
+        prompts: Distinct prompts.
+        videos_a_prompt: Videos of each.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InvalidInputError: The interpreter or the cache folder does not exist, has no vbench or lacks something that a
+            dimension needs, or a dimension is unknown or cannot be judged on these prompts.
+    """
+    found = _ask(options)
+    own: dict[str, set[str]] = {}
+    for entry in found["prompts"]:
+        own.setdefault(entry["prompt"], {FLOW}).update(entry["dimensions"])
+    standard = all(prompt in own for prompt in prompts)
+    judged: dict[str, tuple[str, ...]] = {}
+    absent: dict[str, str] = {}
+    for name in options.dimensions or PAPER_DIMENSIONS:
+        on = tuple(prompt for prompt in prompts if not standard or name in own[prompt])
+        if not standard and name not in (*found["custom"], FLOW):
+            absent[name] = _OWN_PROMPTS
+        elif not on:
+            absent[name] = _NO_PROMPT
+        else:
+            judged[name] = on
+    if absent and (options.dimensions or not judged):
+        refused = [
+            f"{', '.join(name for name in absent if absent[name] == reason)}: {reason}"
+            for reason in dict.fromkeys(absent.values())
+        ]
+        raise InvalidInputError(f"--vbench-dims {'; '.join(refused)}")
+    for name in judged:
+        if name in found["problems"]:
+            raise InvalidInputError(
+                f"--vbench-dims {name}: {options.python} cannot judge it: {found['problems'][name]}"
+            )
+    if standard and videos_a_prompt > MAX_VIDEOS_A_PROMPT:
+        raise InvalidInputError(
+            f"VBench judges at most {MAX_VIDEOS_A_PROMPT} videos of each of its prompts; got {videos_a_prompt} seeds"
+        )
+    return VBenchPlan(
+        options=options,
+        version=found["version"],
+        standard=standard,
+        prompts=tuple(prompts),
+        videos_a_prompt=videos_a_prompt,
+        judged=judged,
+        own_prompts={name: sum(name in dimensions for dimensions in own.values()) for name in judged},
+        absent=absent,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchScores:
+    """What VBench says of one model's videos.
+
+    Attributes:
+        scores: By dimension, as VBench gives it.
+        videos: By dimension, each video's result by file name, as VBench gives it.
+    """
+
+    scores: Mapping[str, float]
+    videos: Mapping[str, Mapping[str, float]]
+
+
+def judge_videos(plan: VBenchPlan, side: str) -> VBenchScores:
+    """Score the videos of one model.
+
+    Args:
+        plan: The plan.
+        side: "model" or "reference": the folder of its videos under the plan's folder.
+
+    Returns:
+        The scores, every dimension and every video.
+
+    Raises:
+        S2QError: VBench failed, or left out a dimension or a video, or gave a score that is not finite.
+    """
+    folder = plan.options.folder
+    files = {plan.file_name(prompt, index): prompt for prompt in plan.prompts for index in range(plan.videos_a_prompt)}
+    request = {
+        "videos": str((folder / side).resolve()),
+        "prompts": {} if plan.standard else files,
+        "dimensions": list(plan.judged),
+        "device": plan.options.device,
+    }
+    answer = _run(plan.options, "judge", request, folder=folder / f"{side}-vbench")
+    found: dict[str, tuple[float, dict[str, float]]] = {}
+    for name, prompts in plan.judged.items():
+        where = f"VBench, {name} of the {side}'s videos"
+        if not isinstance(answer.get(name), list) or len(answer[name]) != 2:
+            raise S2QError(f"{where}: not in its results; see {folder / f'{side}-vbench'}")
+        score, videos = answer[name]
+        results = {Path(one["video_path"]).name: float(one["video_results"]) for one in videos}
+        wanted = {file for file, prompt in files.items() if prompt in prompts}
+        missing = sorted(wanted - results.keys())
+        if missing:
+            raise S2QError(f"{where}: {len(missing)} of {len(wanted)} videos were not judged, {missing[0]!r} first")
+        for subject, value in [("the score", float(score)), *results.items()]:
+            if not math.isfinite(value):
+                raise S2QError(f"{where}: {subject} is {value}, not a number")
+        found[name] = (float(score), {file: results[file] for file in sorted(wanted)})
+    return VBenchScores(
+        scores={name: score for name, (score, _) in found.items()},
+        videos={name: videos for name, (_, videos) in found.items()},
+    )
+
+
+def vbench_section(plan: VBenchPlan, model: VBenchScores, reference: VBenchScores) -> dict[str, Any]:
+    """Return what `eval.json` has under `vbench`.
+
+    Args:
+        plan: The plan.
+        model: Scores of the model's videos.
+        reference: Scores of full precision's videos.
+
+    Returns:
+        `version`, `mode`, `unit` (per cent, as the paper), `dimensions`, `absent`, `notes`, and `videos` (VBench's own
+        numbers for each).
+    """
+    names = [name for name in plan.judged if name != FLOW]
+    dimensions = {
+        name: {
+            "model": 100 * model.scores[name],
+            "reference": 100 * reference.scores[name],
+            "n_prompts": len(plan.judged[name]),
+            "n_videos": len(plan.judged[name]) * plan.videos_a_prompt,
+            "n_prompts_of_vbench": plan.own_prompts[name],
+        }
+        for name in names
+    }
+    videos = []
+    for prompt in plan.prompts:
+        for index in range(plan.videos_a_prompt):
+            file = plan.file_name(prompt, index)
+            sides = {"model": model.videos, "reference": reference.videos}
+            results = {
+                side: {name: group[file] for name, group in found.items() if file in group}
+                for side, found in sides.items()
+            }
+            videos.append({"prompt": prompt, "index": index, "file": file} | results)
+    return {
+        "version": plan.version,
+        "mode": "vbench_standard" if plan.standard else "custom_input",
+        "unit": "percent",
+        "frame_rate": plan.options.frame_rate,
+        "dimensions": dimensions,
+        "absent": dict(plan.absent),
+        "notes": _notes(plan, names),
+        "videos": videos,
+    }
+
+
+def flow_scores(model: VBenchScores, reference: VBenchScores) -> dict[str, float] | None:
+    """Return EvalCrafter's flow score of both, in pixels; None where it was not asked for."""
+    if FLOW not in model.scores:
+        return None
+    return {"model": model.scores[FLOW], "reference": reference.scores[FLOW]}
+
+
+def _notes(plan: VBenchPlan, names: Sequence[str]) -> list[str]:
+    if not plan.standard:
+        return ["not VBench's prompts: the scores compare the two models with each other, with nobody else's"]
+    few = [f"{name} {len(plan.judged[name])} of {plan.own_prompts[name]}" for name in names if _is_short(plan, name)]
+    notes = [f"fewer prompts than VBench has, not comparable with published scores: {', '.join(few)}"] if few else []
+    if plan.videos_a_prompt < MAX_VIDEOS_A_PROMPT:
+        notes.append(
+            f"{plan.videos_a_prompt} of the {MAX_VIDEOS_A_PROMPT} videos a prompt that VBench's own tables rest on "
+            "(the paper: 1)"
+        )
+    return notes
+
+
+def _is_short(plan: VBenchPlan, name: str) -> bool:
+    return len(plan.judged[name]) < plan.own_prompts[name]
+
+
+def _ask(options: VBenchOptions) -> dict[str, Any]:
+    """Return what the interpreter says of itself and of the dimensions that were asked for, all of which it knows."""
+    if shutil.which(options.python) is None:
+        raise InvalidInputError(f"--vbench-python {options.python}: there is no such program; name an interpreter")
+    if options.cache is not None and not options.cache.is_dir():
+        raise InvalidInputError(f"--vbench-cache {options.cache}: there is no such folder")
+    asked = options.dimensions or PAPER_DIMENSIONS
+    with tempfile.TemporaryDirectory(prefix="s2q-vbench-") as folder:
+        found = _run(options, "check", {"dimensions": asked}, folder=Path(folder))
+    if "error" in found:
+        raise InvalidInputError(
+            f"--vbench-python {options.python}: cannot import vbench: {found['error']}; docs/judging.md says how to "
+            "install it there"
+        )
+    for name in asked:
+        if name not in (*found["dimensions"], FLOW):
+            raise unknown_name("VBench dimension", name, (*found["dimensions"], FLOW))
+    return found
+
+
+def _run(options: VBenchOptions, task: str, request: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
+    """Carry out a task of `vbench_runner` in the other interpreter; its output goes to a log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runner, log, answer = folder / "run_vbench.py", folder / "log.txt", folder / "answer.json"
+    atomic_write_bytes(runner, Path(__file__).with_name("vbench_runner.py").read_bytes())  # away from s2q's own modules
+    environment = dict(os.environ)
+    if options.cache is not None:
+        environment["VBENCH_CACHE_DIR"] = str(options.cache.resolve())
+    common = {
+        "local": options.cache is not None,
+        "offline": environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"),
+        "folder": str(folder.resolve()),
+    }
+    atomic_write_json(folder / "request.json", {**request, **common})
+    answer.unlink(missing_ok=True)
+    python = os.path.abspath(shutil.which(options.python) or options.python)  # not resolved: links lead out of venvs
+    command = [python, runner.name, task, "request.json", answer.name]
+    with log.open("wb") as output:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
+        )
+    if done.returncode or not answer.is_file():
+        lines = [
+            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
+        said = " | ".join(lines[-_LOG_LINES:]) or "nothing"
+        raise S2QError(f"VBench failed (exit code {done.returncode}); {log} ends with: {said}")
+    content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return content

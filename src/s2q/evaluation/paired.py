@@ -1,0 +1,224 @@
+"""Which of several models is better, and how sure that is: paired by prompt and seed, clustered by prompt.
+
+All models generate from the same prompts and the same noise, so that what they share cancels in differences video by
+video. Values whose size varies by orders of magnitude (velocity error, relative L2) are compared by their ratio: the
+differences are those of logarithms. A metric has a winner only where the best model clearly beats every other one of
+its group (`DEFINITIONS["winner"]`); all else is a tie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from types import MappingProxyType
+from typing import Any
+
+from s2q.evaluation.intervals import (
+    CONFIDENCE,
+    MIN_PROMPTS,
+    clustered_mean,
+    holm,
+    sign_flip_p_value,
+)
+
+HIGHER_IS_BETTER: Mapping[str, bool] = MappingProxyType(
+    {
+        "velocity_relative_error": False,
+        "latent_relative_l2": False,
+        "latent_cosine": True,
+        "psnr_frame_mean_db": True,
+        "psnr_pooled_db": True,
+        "ssim": True,
+        "flicker_rms": False,
+        "lpips": False,
+        "clip_score": True,
+        "clipsim": True,
+        "clip_temp": True,
+        "adherence_shape": True,
+        "adherence_colour": True,
+        "adherence_direction": True,
+        "adherence_background": True,
+        "adherence_all": True,
+    }
+)
+"""Direction of each metric; a metric that is not here has no winner."""
+
+RANKED_BY = ("velocity_relative_error", "latent_relative_l2", "psnr_frame_mean_db", "ssim")
+"""What models are ranked by: the first of these that was measured."""
+
+RATIOS = ("velocity_relative_error", "latent_relative_l2")
+SIGNIFICANCE = 0.05
+_NOT_COMPARED = ("reference_", "adherence_all_change")
+
+DEFINITIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "difference": (
+            "a minus b, paired by prompt and seed: mean over prompts of each prompt's mean over seeds; "
+            f"{CONFIDENCE * 100:g} % interval by bootstrap over prompts (BCa, 9999 resamples)"
+        ),
+        "ratio": (
+            f"a divided by b, for {' and '.join(RATIOS)}: the exponential of the difference of logarithms, its "
+            "interval likewise; null where a value is 0"
+        ),
+        "p": (
+            "two-sided paired sign-flip permutation test of the prompts' mean differences (of logarithms for ratios); "
+            "all sign patterns where these are at most 9999, else 9999 random ones"
+        ),
+        "p_holm": "p after Holm's correction across the metrics of the pair; pairs are not corrected for each other",
+        "winner": (
+            "within a width, of one metric: the entry with the best mean, if against every other entry of the width "
+            "the interval of the paired difference excludes zero (of a ratio: one) on its side and p_holm is below "
+            f"{SIGNIFICANCE:g}; else the best is tied with those against which it does not. No winner below "
+            f"{MIN_PROMPTS} prompts, nor for a metric without a known direction"
+        ),
+        "ranking": f"within a width, by the mean of the first measured of {', '.join(RANKED_BY)}",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """How two models differ in one metric; `DEFINITIONS` says how each figure is made.
+
+    Attributes:
+        metric: Its name.
+        kind: "difference" (a − b) or "ratio" (a / b).
+        estimate: The difference or ratio; None where a ratio is not defined.
+        low: Lower end of its interval; None where there is none.
+        high: Upper end of its interval; None where there is none.
+        p: p-value; None below 10 prompts.
+        p_holm: The same after Holm's correction.
+        n_prompts: Prompts on which both were measured.
+    """
+
+    metric: str
+    kind: str
+    estimate: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    n_prompts: int
+
+    def larger(self) -> str | None:
+        """Return whose values are clearly larger, "a" or "b"; None where that is open."""
+        if self.low is None or self.high is None or self.p_holm is None or self.p_holm >= SIGNIFICANCE:
+            return None
+        equal = 1.0 if self.kind == "ratio" else 0.0
+        return "a" if self.low > equal else "b" if self.high < equal else None
+
+
+def paired_differences(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+) -> dict[str, PairedDifference]:
+    """Compare two models in every metric that both have.
+
+    Args:
+        first: `videos` of the `eval.json` of a: `prompt`, `seed` and `metrics` of each.
+        second: The same of b, of the same prompts and seeds.
+
+    Returns:
+        The differences by metric; the p-values are corrected across them.
+    """
+    values_of_b = {(video["prompt"], video["seed"]): video["metrics"] for video in second}
+    assert values_of_b.keys() == {(video["prompt"], video["seed"]) for video in first}
+    found: dict[str, PairedDifference] = {}
+    for name in _compared(first[0]["metrics"], second[0]["metrics"]):
+        by_prompt: dict[str, list[tuple[float, float]]] = {}
+        for video in first:
+            pair = (video["metrics"][name], values_of_b[video["prompt"], video["seed"]][name])
+            if None not in pair:
+                by_prompt.setdefault(video["prompt"], []).append(pair)
+        if by_prompt:
+            found[name] = _difference(name, by_prompt)
+    tested = [name for name, one in found.items() if one.p is not None]
+    for name, adjusted in zip(tested, holm([found[name].p or 0.0 for name in tested]), strict=True):
+        found[name] = PairedDifference(**asdict(found[name]) | {"p_holm": adjusted})
+    return found
+
+
+def compare_group(
+    evaluations: Mapping[str, Mapping[str, Any]], *, pair_done: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Rank the models of one width and say where one of them is the winner.
+
+    Args:
+        evaluations: Contents of `eval.json` by label, all of the same prompts, seeds and reference; at least one.
+        pair_done: Called after each pair; one takes some tenths of a second.
+
+    Returns:
+        `ranked_by`, `ranking` (labels, best first), `winners` (for each metric `best`, `winner` and `tied_with`) and
+        `differences` (each pair in each metric, the better-ranked model as a), JSON-ready.
+    """
+    means = {label: _means(evaluation) for label, evaluation in evaluations.items()}
+    ranked_by = next((name for name in RANKED_BY if all(name in one for one in means.values())), None)
+    ranking = list(means)
+    if ranked_by is not None:
+        ranking.sort(key=lambda label: _cost(ranked_by, means[label][ranked_by]))
+    pairs = {}
+    for a, b in combinations(ranking, 2):
+        pairs[a, b] = paired_differences(evaluations[a]["videos"], evaluations[b]["videos"])
+        pair_done()
+    return {
+        "ranked_by": ranked_by,
+        "ranking": ranking,
+        "winners": _winners(ranking, means, pairs),
+        "differences": [
+            {"a": a, "b": b, **asdict(one)} for (a, b), differences in pairs.items() for one in differences.values()
+        ],
+    }
+
+
+def _difference(name: str, by_prompt: Mapping[str, Sequence[tuple[float, float]]]) -> PairedDifference:
+    kind = "ratio" if name in RATIOS else "difference"
+    nothing: dict[str, Any] = dict.fromkeys(("estimate", "low", "high", "p", "p_holm"))
+    nothing |= {"metric": name, "kind": kind, "n_prompts": len(by_prompt)}
+    if kind == "ratio":
+        if min(min(pair) for pairs in by_prompt.values() for pair in pairs) <= 0:
+            return PairedDifference(**nothing)
+        differences = {prompt: [math.log(a / b) for a, b in pairs] for prompt, pairs in by_prompt.items()}
+    else:
+        differences = {prompt: [a - b for a, b in pairs] for prompt, pairs in by_prompt.items()}
+    estimate = clustered_mean(differences)
+    ends = {"estimate": estimate.mean, "low": estimate.low, "high": estimate.high}
+    if kind == "ratio":
+        ends = {end: None if value is None else math.exp(value) for end, value in ends.items()}
+    p = sign_flip_p_value([sum(group) / len(group) for group in differences.values()])
+    return PairedDifference(**nothing | ends | {"p": p})
+
+
+def _winners(
+    ranking: Sequence[str],
+    means: Mapping[str, Mapping[str, float]],
+    pairs: Mapping[tuple[str, str], Mapping[str, PairedDifference]],
+) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name in HIGHER_IS_BETTER:
+        measured = [label for label in ranking if name in means[label]]
+        if len(measured) < 2:
+            continue
+        best = min(measured, key=lambda label: _cost(name, means[label][name]))
+        tied = [label for label in measured if label != best and not _beats(best, label, name, pairs)]
+        found[name] = {"best": best, "winner": None if tied else best, "tied_with": tied}
+    return found
+
+
+def _beats(best: str, other: str, name: str, pairs: Mapping[tuple[str, str], Mapping[str, PairedDifference]]) -> bool:
+    is_first = (best, other) in pairs
+    difference = pairs[(best, other) if is_first else (other, best)][name]
+    return difference.larger() == ("a" if is_first == HIGHER_IS_BETTER[name] else "b")
+
+
+def _cost(name: str, mean: float) -> float:
+    return -mean if HIGHER_IS_BETTER[name] else mean
+
+
+def _means(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    metrics = evaluation["metrics"]
+    return {name: metrics[name]["mean"] for name in _compared(metrics) if metrics[name]["mean"] is not None}
+
+
+def _compared(*tables: Mapping[str, Any]) -> list[str]:
+    return [name for name in tables[0] if not name.startswith(_NOT_COMPARED) and all(name in one for one in tables)]

@@ -1,0 +1,97 @@
+"""What was measured on videos, one by one: kept as plain data, so that parts measured apart can be put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from s2q.generation.settings import GenerationSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Everything measured on one video.
+
+    Attributes:
+        prompt: Its prompt.
+        seed: Its seed.
+        metrics: Value by metric name; None where it does not apply.
+        velocity_steps: Relative velocity error of every denoising step; empty where it was not measured.
+    """
+
+    prompt: str
+    seed: int
+    metrics: Mapping[str, float | None]
+    velocity_steps: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured on a model with some prompts, before anything is averaged.
+
+    Attributes:
+        model: Name of the model.
+        reference: Name of its full-precision reference.
+        videos: What was measured on each video.
+        floor: Each full-precision video against the one of the same prompt with the seed before: what another seed
+            alone changes. Empty with a single seed a prompt.
+        settings: The generation settings of both models.
+        dtype: Name of the compute dtype.
+        timesteps: Timestep of every recorded step; empty without velocity error.
+    """
+
+    model: str
+    reference: str
+    videos: tuple[Judged, ...]
+    floor: tuple[Judged, ...]
+    settings: GenerationSettings
+    dtype: str
+    timesteps: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, from which `from_dict` makes an equal object."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Measured:
+        """Read what `to_dict` wrote.
+
+        Args:
+            fields: Plain data.
+
+        Raises:
+            TypeError: It has other fields.
+        """
+        changed = {
+            "videos": tuple(_judged(one) for one in fields["videos"]),
+            "floor": tuple(_judged(one) for one in fields["floor"]),
+            "settings": GenerationSettings(**fields["settings"]),
+            "timesteps": tuple(fields["timesteps"]),
+        }
+        return cls(**{**fields, **changed})
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """Put together what was measured on several sets of prompts with the same model, reference and settings.
+
+    Args:
+        parts: At least one; their prompts are kept in this order.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        assert (part.model, part.reference) == (first.model, first.reference)
+        assert (part.settings, part.dtype) == (first.settings, first.dtype)
+    return Measured(
+        model=first.model,
+        reference=first.reference,
+        videos=tuple(video for part in parts for video in part.videos),
+        floor=tuple(pair for part in parts for pair in part.floor),
+        settings=first.settings,
+        dtype=first.dtype,
+        timesteps=next((part.timesteps for part in parts if part.timesteps), ()),
+    )
+
+
+def _judged(fields: Mapping[str, Any]) -> Judged:
+    return Judged(**{**fields, "velocity_steps": tuple(fields["velocity_steps"])})

@@ -1,0 +1,1 @@
+"""Running a diffusers pipeline: load a model, resolve its settings, denoise, record, decode."""

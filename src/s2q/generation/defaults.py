@@ -1,0 +1,93 @@
+"""What a model is called in reports, which embedded model it comes from, and how its makers recommend to generate."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from s2q.common.errors import InvalidInputError
+from s2q.models import ModelSource, family_of, resolve_model
+from s2q.shapes import embedded
+
+
+def model_label(model: Any) -> str:
+    """Return a short name for a model in reports: what the user wrote, or where a pipeline object came from."""
+    if isinstance(model, (str, Path)):
+        return str(model)
+    if isinstance(model, ModelSource):
+        return model.given
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def generation_defaults(model: Any) -> dict[str, Any]:
+    """Return the generation settings recommended for a model.
+
+    Args:
+        model: A model's name or folder, a resolved source, or a pipeline object.
+
+    Returns:
+        Fields of `GenerationSettings`; empty where nothing is recommended. A quantized folder has those of the model it
+        was made from.
+    """
+    source = embedded_source(model)
+    return {} if source is None else dict(embedded.generation_defaults(source))
+
+
+def frame_rate_of(model: Any) -> int:
+    """Return the frames per second at which a model's videos move as they should.
+
+    Args:
+        model: A model's name or folder, a resolved source, or a pipeline object.
+
+    Raises:
+        InvalidInputError: There is no such model, or its family is not known.
+    """
+    if embedded_source(model) is not None:
+        return embedded.FRAME_RATE
+    named = isinstance(model, (str, Path, ModelSource))
+    return family_of(resolve_model(model).transformer_class if named else model.transformer).frame_rate
+
+
+def embedded_source(model: Any) -> str | None:
+    """Return the embedded model that a model is or was made from, by name, folder or report; None if there is none."""
+    folder = _folder_of(model)
+    for candidate in (model_label(model), _quantized_source(folder)):
+        if candidate in embedded.EMBEDDED_NAMES:
+            return candidate
+    for candidate in embedded.EMBEDDED_NAMES if folder.is_dir() else ():
+        if folder.resolve() == Path(embedded.embedded_folder(candidate)).resolve():
+            return candidate
+    return None
+
+
+def quantization_scheme(model: Any) -> str | None:
+    """Return what most linears of a checkpoint are quantized to, "w4a6"; None for a model that is not a checkpoint."""
+    layers = _report(_folder_of(model)).get("layers", [])
+    counts = Counter(layer["scheme"] for layer in layers)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _folder_of(model: Any) -> Path:
+    return model.folder if isinstance(model, ModelSource) else Path(model_label(model))
+
+
+def _quantized_source(folder: Path) -> str | None:
+    source = _report(folder).get("source")
+    return source if isinstance(source, str) else None
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    path = folder / "s2q" / "report.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{path}: not a readable report: {error}; quantize the model again") from error
+    if not isinstance(content, dict):
+        raise InvalidInputError(
+            f"{path}: not a readable report: expected an object, got {type(content).__name__}; quantize the model again"
+        )
+    return content

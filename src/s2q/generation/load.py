@@ -1,0 +1,136 @@
+"""Load any model, full precision or quantized, by name, folder or Hub id; quantized ones are checked first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from s2q import checkpoint
+from s2q.checkpoint import CheckpointReport
+from s2q.common.arguments import (
+    device_name,
+    flag,
+    model_argument,
+    optional_text,
+    parse_dtype,
+    path_argument,
+)
+from s2q.common.components import transformers_of
+from s2q.common.devices import default_dtype
+from s2q.common.errors import memory_errors
+from s2q.common.loading_errors import LESS_MEMORY
+from s2q.common.torch_state import in_fresh_torch_state
+from s2q.models import ModelSource, resolve_model
+from s2q.nn import set_backend
+from s2q.nn.runtime import check_backend
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@memory_errors("loading a model", remedy=LESS_MEMORY)
+@in_fresh_torch_state
+def load_pipeline(
+    model: str | Path | ModelSource,
+    *,
+    dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
+    device: str | torch.device | int = "cpu",
+    verify: bool | None = None,
+    backend: str = "auto",
+    attention_backend: str | None = None,
+) -> DiffusionPipeline:
+    """Load a pipeline.
+
+    Args:
+        model: Embedded name, pipeline folder or s2q checkpoint, Hub id ("organisation/name" or
+            "organisation/name@revision"), or a resolved source.
+        dtype: Compute dtype or its name; None takes the one that the transformers are stored in or were quantized in,
+            and float32 where that is one that the CPU emulates (`core.devices.default_dtype`).
+        variant: Variant of the weights, "fp16", as diffusers has it.
+        device: Where to put the pipeline: "cpu", "cuda", "cuda:1", a `torch.device`, the index of a GPU.
+        verify: Whether to compare the files of an s2q checkpoint with its manifest first: None does where there is a
+            manifest and warns where there is none, True refuses a checkpoint without, False does not.
+        backend: How its packed linears are computed: "auto", "reference", "cpu", "triton" or "fastest"; see
+            `s2q.nn.set_backend`.
+        attention_backend: What computes attention, as diffusers names it ("native", "flash", "sage" and so on); None
+            leaves PyTorch's own. `set_attention_backend` of a transformer changes it later.
+
+    Returns:
+        The pipeline, its progress bar switched off.
+
+    Raises:
+        InvalidInputError: If the model is unknown, damaged or altered, or the device, dtype or a backend is unknown.
+        ResourceError: If there is no such device, or what a component or the attention backend needs is not installed.
+    """
+    from s2q.models.attention import check_attention_backend, use_attention_registry
+
+    model, device, dtype = model_argument("model", model), device_name(device), parse_dtype(dtype)
+    check_backend(backend)
+    variant = optional_text("variant", variant)
+    if verify is not None:
+        flag("verify", verify)
+    if attention_backend is not None:
+        check_attention_backend(attention_backend)
+    source = resolve_model(model, variant=variant)
+    if _is_ours(source):
+        source.check_packages()
+        folder = source.complete_folder()
+        config, *_ = checkpoint.read_configs(folder).values()
+        wanted = dtype or default_dtype(getattr(torch, config.compute_dtype), device)
+        pipe = checkpoint.load_pipeline(folder, dtype=wanted, variant=source.variant, device=device, verify=verify)
+    else:
+        wanted = dtype or default_dtype(source.stored_dtype(), device)
+        pipe = source.load_pipeline(dtype=wanted, device=device)
+    for transformer in transformers_of(pipe).values():
+        set_backend(transformer, backend)
+        use_attention_registry(transformer)
+        if attention_backend is not None:
+            transformer.set_attention_backend(attention_backend)
+    return pipe
+
+
+def check_model(model: str | Path | ModelSource, *, verify: bool | None = None) -> None:
+    """Check what can be checked of a model without loading it, so that no work is done before it is refused.
+
+    Args:
+        model: Embedded name, pipeline folder or s2q checkpoint, Hub id, or a resolved source.
+        verify: See `load_pipeline`.
+
+    Raises:
+        InvalidInputError: If the model is unknown, or is an s2q checkpoint that is damaged or altered.
+        ResourceError: If a package that one of its components needs is not installed.
+    """
+    source = resolve_model(model)
+    source.check_packages()
+    if _is_ours(source):
+        folder = source.complete_folder()
+        checkpoint.read_configs(folder)
+        checkpoint.check_intact(folder, verify=verify)
+
+
+def inspect_model(model: str | Path, *, variant: str | None = None, verify: bool = False) -> CheckpointReport:
+    """Look into a checkpoint without loading it.
+
+    Args:
+        model: The checkpoint's folder, or its Hub id, "organisation/name" or "organisation/name@revision".
+        variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
+        verify: Whether to hash every file and compare with the manifest.
+
+    Returns:
+        The report; see `s2q.checkpoint.inspect_checkpoint`.
+
+    Raises:
+        InvalidInputError: If there is no such checkpoint, it is not of s2q, or it is damaged.
+    """
+    path = path_argument("model", model)
+    variant, verify = optional_text("variant", variant), flag("verify", verify)
+    if not path.is_dir():  # a folder is looked into even if it is damaged
+        path = resolve_model(model, variant=variant).complete_folder()
+    return checkpoint.inspect_checkpoint(path, variant=variant, verify=verify)
+
+
+def _is_ours(source: ModelSource) -> bool:
+    return (source.quantization or {}).get("quant_method") == checkpoint.QUANT_METHOD

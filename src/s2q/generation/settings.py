@@ -1,0 +1,268 @@
+"""How a video is generated: sizes, steps and guidance, checked against the pipeline before any compute.
+
+Legend: `k` temporal factor of the VAE, `s` spatial factor of the VAE, `p` patch size of the transformer, `f` latent
+frames. A video of `num_frames` frames has `f = (num_frames - 1) / k + 1` latent frames. A CogVideoX VAE decodes its
+latent frames in groups of two, and a group that is not the first one grows by `k` per latent frame, so that only an odd
+`f` (or `num_frames = 1`) comes back with the frames that were asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from s2q.common.arguments import finite_number, prompt_list, whole_number
+from s2q.common.errors import InvalidInputError, short_repr, unknown_name
+from s2q.generation.sharing import steps_of_transformers
+from s2q.models import family_of, token_patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """What a generated video depends on besides model, prompt and seed.
+
+    Attributes:
+        num_frames: Frames of the video.
+        height: Height of a frame in pixels.
+        width: Width of a frame in pixels.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Weight of classifier-free guidance; at most 1 means one branch, without guidance.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a JSON-ready dict."""
+        return asdict(self)
+
+
+def resolve_settings(
+    pipe: Any,
+    *,
+    requested: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> GenerationSettings:
+    """Fill in and check the generation settings for a pipeline.
+
+    A value comes from `requested`, else from `defaults` (what the model's makers recommend), else from the
+    configuration of the transformer (sizes) and the pipeline's guider (guidance), else from the family's published
+    models. `None` counts as absent.
+
+    Args:
+        pipe: A diffusers text-to-video pipeline.
+        requested: Values that the user asked for, by field name of `GenerationSettings`.
+        defaults: Values recommended for the model, by the same names.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        InvalidInputError: A name is unknown, or a value does not fit the VAE, the transformer or the scheduler; or the
+            pipeline has a guider of another kind than classifier-free guidance over all steps, or leaves steps to a
+            transformer that it does not have.
+    """
+    values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe) | _guider_defaults(pipe)
+    asked = requested_settings(defaults) | requested_settings(requested)
+    settings = GenerationSettings(**requested_settings(values | asked))
+    _check_steps(pipe, settings.num_inference_steps)
+    _check_frames(pipe, settings.num_frames)
+    _check_frame_size(pipe, settings)
+    _check_positions(pipe, settings)
+    return settings
+
+
+def requested_settings(settings: GenerationSettings | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return settings that were asked for by name, without those that are None; needs no model.
+
+    Args:
+        settings: By field name of `GenerationSettings`.
+
+    Raises:
+        InvalidInputError: If a name is unknown, or a value is no number of its kind.
+    """
+    given = settings.to_dict() if isinstance(settings, GenerationSettings) else settings or {}
+    if not isinstance(given, Mapping):
+        raise InvalidInputError(f'settings: got {short_repr(given)}; pass a mapping, {{"num_frames": 49}}')
+    names, values = tuple(GenerationSettings.__dataclass_fields__), {}
+    for name, value in given.items():
+        if name not in names:
+            raise unknown_name("generation setting", str(name), names)
+        if value is not None:
+            whole = name != "guidance_scale"
+            values[name] = whole_number(name, value, least=1) if whole else finite_number(name, value)
+    return values
+
+
+def takes_prompts_alone(pipe: Any) -> bool:
+    """Tell whether a pipeline is its family's text-to-video pipeline; others need an image or a video too.
+
+    Args:
+        pipe: A diffusers pipeline.
+    """
+    return family_of(pipe.transformer).pipeline_class in {one.__name__ for one in type(pipe).__mro__}
+
+
+def prompt_token_limit(pipe: Any) -> int:
+    """Return the number of text tokens that the pipeline's transformer takes, end token included.
+
+    A tokenizer that is meant for shorter texts than the family's says so, as that of `shapes-wan` does.
+    """
+    limit = getattr(pipe.transformer.config, "max_text_seq_length", None) or family_of(pipe.transformer).text_tokens
+    return int(min(limit, getattr(pipe.tokenizer, "model_max_length", limit)))
+
+
+def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
+    """Check that the pipeline can take every prompt whole.
+
+    Args:
+        pipe: A diffusers text-to-video pipeline with a tokenizer.
+        prompts: The prompts; at least one.
+
+    Raises:
+        InvalidInputError: There is no prompt, or one is empty or longer than the transformer's text sequence.
+    """
+    prompts = prompt_list(prompts)
+    limit = prompt_token_limit(pipe)
+    for index, prompt in enumerate(prompts, start=1):
+        count = len(pipe.tokenizer(prompt, truncation=False).input_ids)
+        if count > limit:
+            raise InvalidInputError(
+                f"prompt {index} of {len(prompts)} has {count} tokens, the transformer takes {limit}; "
+                f"shorten it: {short_repr(prompt)}"
+            )
+
+
+def video_tokens(pipe: Any, settings: GenerationSettings) -> int:
+    """Return the number of video tokens that the transformer sees for one video."""
+    step = _size_step(pipe)
+    return token_frames(pipe, settings) * (settings.height // step) * (settings.width // step)
+
+
+def token_frames(pipe: Any, settings: GenerationSettings) -> int:
+    """Return how many of them lie along time."""
+    return latent_frames(pipe, settings) // patch_sizes(pipe)[0]
+
+
+def latent_frames(pipe: Any, settings: GenerationSettings) -> int:
+    """Return the number of latent frames of a video, made up to whole patches as the pipelines do."""
+    frames = (settings.num_frames - 1) // vae_factors(pipe)[0] + 1
+    return frames + -frames % patch_sizes(pipe)[0]
+
+
+def latent_channels(pipe: Any) -> int:
+    """Return the channels of the latents: those that the transformer predicts (it may see those of an image too)."""
+    config = pipe.transformer.config
+    return int(getattr(config, "out_channels", None) or config.in_channels)
+
+
+def patch_sizes(pipe: Any) -> tuple[int, int]:
+    """Return how many latent frames, and how many latent rows and columns, make a token of the transformer."""
+    frames, _rows, columns = token_patch(pipe.transformer)
+    return frames, columns
+
+
+def _size_defaults(pipe: Any) -> dict[str, Any]:
+    config = pipe.transformer.config
+    if getattr(config, "sample_frames", None) is not None:
+        spatial = vae_factors(pipe)[1]
+        return {
+            "num_frames": config.sample_frames,
+            "height": config.sample_height * spatial,
+            "width": config.sample_width * spatial,
+        }
+    if getattr(config, "target_size", None) is not None:
+        columns, rows = pipe.default_aspect_ratio
+        height, width = pipe.video_processor.calculate_default_height_width(rows, columns, config.target_size)
+        return {"height": height, "width": width}
+    return {}
+
+
+def _guider_defaults(pipe: Any) -> dict[str, Any]:
+    """Guidance weight of the pipeline's guider, if it has one; 1 where it runs one branch."""
+    if family_of(pipe.transformer).guidance != "guider":
+        return {}
+    guider = pipe.guider
+    expected = {"start": 0.0, "stop": 1.0, "use_original_formulation": False}
+    is_plain = all(guider.config.get(name) == value for name, value in expected.items())
+    if type(guider).__name__ != "ClassifierFreeGuidance" or not is_plain:
+        raise InvalidInputError(
+            f"{type(pipe).__name__}: its guider, a {type(guider).__name__}, is not plain classifier-free guidance over "
+            "all steps, the only kind that s2q runs; set pipe.guider = ClassifierFreeGuidance()"
+        )
+    return {"guidance_scale": guider.guidance_scale if guider.num_conditions > 1 else 1.0}
+
+
+def _check_steps(pipe: Any, steps: int) -> None:
+    """Refuse more steps than there are timesteps, and steps that no transformer takes."""
+    limit = int(pipe.scheduler.config.num_train_timesteps)
+    if steps > limit:
+        raise InvalidInputError(f"num_inference_steps: got {steps}; the scheduler has {limit} timesteps, ask for fewer")
+    steps_of_transformers(pipe, steps)
+
+
+def vae_factors(pipe: Any) -> tuple[int, int]:
+    """Return how many frames make a latent frame, and how many pixels a side a latent pixel."""
+    for pattern in ("vae_scale_factor_{}", "vae_{}_scale_factor", "vae_{}_compression_ratio"):
+        names = [pattern.format(side) for side in ("temporal", "spatial")]
+        if all(hasattr(pipe, name) for name in names):
+            temporal, spatial = (int(getattr(pipe, name)) for name in names)
+            return temporal, spatial
+    raise InvalidInputError(f"{type(pipe).__name__} does not say by how much its VAE compresses frames and pixels")
+
+
+def _size_step(pipe: Any) -> int:
+    return vae_factors(pipe)[1] * patch_sizes(pipe)[1]
+
+
+def _check_frames(pipe: Any, num_frames: int) -> None:
+    config = pipe.transformer.config
+    if getattr(config, "use_learned_positional_embeddings", False) and num_frames != config.sample_frames:
+        raise InvalidInputError(
+            f"num_frames: got {num_frames}; the transformer has learned positions for {config.sample_frames} only"
+        )
+    stride = vae_factors(pipe)[0] * int(getattr(pipe.vae, "num_latent_frames_batch_size", 1))
+    if (num_frames - 1) % stride:
+        lower = (num_frames - 1) // stride * stride + 1
+        raise InvalidInputError(
+            f"num_frames: got {num_frames}; this VAE decodes {stride} n + 1 frames: use {lower} or {lower + stride}"
+        )
+
+
+def _check_positions(pipe: Any, settings: GenerationSettings) -> None:
+    """Refuse more tokens along a dimension than a transformer has rotary positions for."""
+    limit = getattr(pipe.transformer.config, "rope_max_seq_len", None)
+    step = _size_step(pipe)
+    tokens = {
+        "num_frames": token_frames(pipe, settings),
+        "height": settings.height // step,
+        "width": settings.width // step,
+    }
+    for name, count in tokens.items():
+        if limit is not None and count > limit:
+            raise InvalidInputError(
+                f"{name}: got {getattr(settings, name)}, {count} tokens; the transformer has {limit} positions"
+            )
+
+
+def _check_frame_size(pipe: Any, settings: GenerationSettings) -> None:
+    config = pipe.transformer.config
+    spatial, step = vae_factors(pipe)[1], _size_step(pipe)
+    step = math.lcm(step, family_of(pipe.transformer).size_multiple)  # of the pipeline itself
+    for name, value in (("height", settings.height), ("width", settings.width)):
+        trained = getattr(config, f"sample_{name}", 0) * spatial
+        if getattr(config, "use_learned_positional_embeddings", False) and value != trained:
+            raise InvalidInputError(
+                f"{name}: got {value}; the transformer has learned positions for {trained} pixels only"
+            )
+        if value % step:
+            lower = value // step * step
+            nearest = f"{lower} or {lower + step}" if lower else f"{step}"
+            raise InvalidInputError(
+                f"{name}: got {value}; VAE and transformer take multiples of {step} pixels: use {nearest}"
+            )

@@ -1,0 +1,42 @@
+"""Which of a pipeline's transformers denoises which steps.
+
+Where there are two (Wan 2.2 A14B), the first takes the timesteps from `boundary_ratio` times the scheduler's number of
+timesteps on, and the second those below.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from s2q.common.components import TRANSFORMERS, transformers_of
+from s2q.common.errors import InvalidInputError
+
+
+def steps_of_transformers(pipe: Any, num_inference_steps: int) -> dict[str, int]:
+    """Count the denoising steps of a generation that each transformer takes.
+
+    Args:
+        pipe: A diffusers text-to-video pipeline.
+        num_inference_steps: All of them.
+
+    Returns:
+        Number of steps by component; 0 for a transformer that the pipeline never calls.
+
+    Raises:
+        InvalidInputError: If steps are left to a transformer that the pipeline does not have.
+    """
+    first, second = TRANSFORMERS
+    below, boundary = 0, pipe.config.get("boundary_ratio")
+    if boundary is not None:
+        scheduler = copy.deepcopy(pipe.scheduler)
+        scheduler.set_timesteps(num_inference_steps)
+        below = int((scheduler.timesteps < boundary * scheduler.config.num_train_timesteps).sum())
+    present = transformers_of(pipe)
+    if below and second not in present:
+        raise InvalidInputError(
+            f"{type(pipe).__name__}: boundary_ratio={boundary:g} leaves {below} of {num_inference_steps} steps to a "
+            f"{second}, which it does not have; add it, or set boundary_ratio to null in model_index.json"
+        )
+    steps = {first: num_inference_steps - below, second: below}
+    return {component: steps[component] for component in present}

@@ -1,0 +1,198 @@
+"""Trajectories: every call of the full-precision transformers while a pipeline generates, with inputs and output.
+
+A trajectory is what calibration samples from (S²Q-VDiT, section 3.2: every denoising step of a few prompts) and what
+the velocity error is measured on: a student called on exactly these inputs sees neither its own earlier errors nor the
+guidance that would amplify them.
+
+Guidance runs both branches in one call, `[unconditional videos; conditional videos]` along the batch, so a call has
+`R = branches · B` rows, and video `b` owns the rows `b, B + b, …`. Where a pipeline runs them in two calls, the two are
+joined into such a one.
+
+Legend: `B` videos, `R` rows of a call, `f` latent frames, `C` latent channels, `h`, `w` latent height and width, `N_t`
+text tokens, `E` text width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from s2q.common.components import TRANSFORMERS, transformers_of
+from s2q.generation.denoise import Denoised, StepDone, denoise
+from s2q.generation.settings import GenerationSettings, check_prompts
+from s2q.models import family_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerCall:
+    """One call of a transformer.
+
+    Attributes:
+        transformer: Which one, by its component of the pipeline.
+        timestep: The scheduler's timestep, 0 (clean) to 999 (noise).
+        inputs: The keyword arguments of the call, tensors on the CPU: `hidden_states [R, f, C, h, w]` (channels first
+            where the family has them so; more channels, behind those of the latent, where it takes an image too),
+            `encoder_hidden_states [R, N_t, E]`, `timestep [R]`, and what else there is, such as `image_rotary_emb`.
+        output: The transformer's prediction, of the shape of the latent, compute dtype, on the CPU.
+    """
+
+    timestep: float
+    inputs: Mapping[str, Any]
+    output: torch.Tensor
+    transformer: str = TRANSFORMERS[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that belong to this call alone (text embeddings are shared between calls)."""
+        latents = self.inputs["hidden_states"]
+        return latents.nbytes + self.output.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """What the transformers saw and answered while a batch of videos was generated.
+
+    Attributes:
+        prompts: One prompt a video.
+        seeds: One seed a video.
+        settings: The generation settings.
+        calls: One call a denoising step, in order, from noise to video.
+        latents: Final latents `[B, f, C, h, w]`, float32, on the CPU.
+        frames: Decoded videos `[B, F, H, W, 3]`, uint8; None when they were not decoded.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    settings: GenerationSettings
+    calls: tuple[TransformerCall, ...]
+    latents: torch.Tensor
+    frames: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by the recorded latents and predictions."""
+        return sum(call.num_bytes for call in self.calls)
+
+    def branches(self, call: TransformerCall) -> int:
+        """Return how many guidance branches the call runs: 2 with classifier-free guidance, else 1."""
+        rows, videos = call.output.shape[0], len(self.prompts)
+        assert rows % videos == 0, (rows, videos)
+        return rows // videos
+
+    def rows_of(self, call: TransformerCall, video: int) -> list[int]:
+        """Return the rows of a call that belong to one video, unconditional branch first."""
+        return [branch * len(self.prompts) + video for branch in range(self.branches(call))]
+
+
+def record_trajectory(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    settings: GenerationSettings,
+    decode: bool = False,
+    step_done: StepDone | None = None,
+) -> Trajectory:
+    """Generate one batch and record every call of the transformers.
+
+    Args:
+        pipe: A diffusers text-to-video pipeline, full precision.
+        prompts: One prompt a video.
+        seeds: One seed a video.
+        settings: Checked generation settings.
+        decode: Whether to decode the videos too.
+        step_done: Called after each denoising step of the batch.
+
+    Returns:
+        The trajectory; its tensors are on the CPU. The text embeddings and rotary tables are stored once for all calls.
+
+    Raises:
+        InvalidInputError: A prompt is empty or too long.
+        S2QError: The model produced NaN or infinite latents.
+    """
+    check_prompts(pipe, prompts)
+    with recorded_calls(transformers_of(pipe)) as calls:
+        result: Denoised = denoise(pipe, prompts, seeds=seeds, settings=settings, decode=decode, step_done=step_done)
+    return Trajectory(
+        prompts=tuple(prompts),
+        seeds=tuple(seeds),
+        settings=settings,
+        calls=tuple(_one_a_step(calls, pipe, settings)),
+        latents=result.latents,
+        frames=result.frames,
+    )
+
+
+@contextmanager
+def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list[TransformerCall]]:
+    """Record every call of some transformers made inside the context.
+
+    Args:
+        transformers: The modules to listen to, by component; calls must pass their tensors by keyword, as diffusers
+            pipelines do.
+
+    Yields:
+        The list that fills with one `TransformerCall` a call.
+    """
+    calls: list[TransformerCall] = []
+    shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def remember(
+        component: str, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        assert not args, "the pipeline passed a positional argument to its transformer"
+        inputs = {
+            name: _to_cpu(value, shared if name != "hidden_states" else {})
+            for name, value in kwargs.items()
+            if name not in ("return_dict", "attention_kwargs") and value is not None
+        }
+        prediction = output[0] if isinstance(output, tuple) else output.sample
+        timestep = float(kwargs["timestep"].flatten()[0])
+        answer = prediction.detach().to("cpu", copy=True)
+        calls.append(TransformerCall(transformer=component, timestep=timestep, inputs=inputs, output=answer))
+
+    with ExitStack() as stack:
+        for component, transformer in transformers.items():
+            hook = functools.partial(remember, component)
+            stack.callback(transformer.register_forward_hook(hook, with_kwargs=True).remove)
+        yield calls
+
+
+def _one_a_step(calls: Sequence[TransformerCall], pipe: Any, settings: GenerationSettings) -> Sequence[TransformerCall]:
+    """Join the two calls of each step where guidance takes two, the unconditional rows first."""
+    if family_of(pipe.transformer).guidance == "batched" or len(calls) == settings.num_inference_steps:
+        return calls
+    assert len(calls) == 2 * settings.num_inference_steps, (len(calls), settings)
+    shared: dict[tuple[int, int], torch.Tensor] = {}
+    joined = []
+    for conditional, other in zip(calls[::2], calls[1::2], strict=True):
+        assert (conditional.timestep, conditional.transformer) == (other.timestep, other.transformer)
+        inputs = {}
+        for name, value in conditional.inputs.items():
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(conditional.output):
+                key = id(other.inputs[name]), id(value)
+                if key not in shared:
+                    shared[key] = torch.cat([other.inputs[name], value])
+                inputs[name] = shared[key]
+            else:
+                inputs[name] = value
+        output = torch.cat([other.output, conditional.output])
+        joined.append(replace(conditional, inputs=inputs, output=output))
+    return joined
+
+
+def _to_cpu(value: Any, shared: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """Copy tensors to the CPU; a tensor object that was copied before is not copied again."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_to_cpu(item, shared) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    if id(value) not in shared:
+        # the original is held too, so that its id stays taken
+        shared[id(value)] = (value, value.detach().to("cpu", copy=True))
+    return shared[id(value)][1]

@@ -1,0 +1,1 @@
+"""A quantization run: plan, collect, select, blocks, assemble, report."""

@@ -1,0 +1,262 @@
+"""Allocating: which group size, or how many bits, each linear gets, by what its candidates do to its block.
+
+A few of the calibration samples go through each block with one thing quantized and everything else in full precision:
+of group sizes, the linears that share an input, since they share the groups of that input; of bits, the weight of one
+linear. What counts is the loss of the block over the power of what it returns: the stream that blocks work on grows
+from block to block and each of them normalizes it, so that errors matter in proportion. Those of different linears are
+taken to add up. The choice with the smallest sum within the budget is then found (`s2q.run.budget`).
+
+Weights are rounded to nearest for this, behind the recipe's transforms as they start: what GPTQ or distillation will
+make of a candidate is not known here.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from s2q.blocks.distil import block_loss
+from s2q.blocks.quantize_block import block_fingerprint
+from s2q.blocks.reconstruct import OpenedBlock, opened_block
+from s2q.blocks.task import input_groups
+from s2q.calibration.calibration_set import Samples, Selected
+from s2q.calibration.observe import BlockSamples
+from s2q.calibration.stream import TeacherStream
+from s2q.calibration.teacher import Teacher, TeacherTransformer
+from s2q.common.files import canonical_json
+from s2q.common.run_folder import Artefact, RunFolder
+from s2q.common.seeds import derive_seed
+from s2q.core.schemes import LinearScheme, weight_bytes
+from s2q.distillation.loss import weighted_token_loss
+from s2q.models import BlockLinear
+from s2q.nn import replace_module
+from s2q.planning.allocation import allocation_bytes, allocation_schemes
+from s2q.recipes.schema import Recipe
+from s2q.run.budget import choose
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocated:
+    """What came of it.
+
+    Attributes:
+        schemes: Scheme by full name, of the linears that were given one.
+        record: The content of allocation.json: what each could have had, at how many bytes and which error of its
+            block, and what it got.
+    """
+
+    schemes: Mapping[str, LinearScheme]
+    record: Mapping[str, Any]
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The files of s2q/ that show the allocation, by name."""
+        return {"allocation.json": canonical_json(dict(self.record)).encode()}
+
+    def applied(self, teacher: Teacher) -> Teacher:
+        """Return the teacher with these schemes.
+
+        Args:
+            teacher: The model.
+        """
+        transformers = tuple(
+            replace(one, schemes={name: self.schemes.get(name, scheme) for name, scheme in one.schemes.items()})
+            for one in teacher.transformers
+        )
+        return replace(teacher, transformers=transformers)
+
+
+def allocate(
+    teacher: Teacher,
+    recipe: Recipe,
+    selected: Selected,
+    folder: RunFolder,
+    *,
+    streams: Callable[[TeacherTransformer, Selected], TeacherStream],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Allocated:
+    """Measure the candidates on every block that was not measured before, and choose.
+
+    Args:
+        teacher: The model.
+        recipe: A recipe that allocates.
+        selected: What the blocks are calibrated on.
+        folder: Where what was measured is kept.
+        streams: Makes the stream of a transformer on samples.
+        progress: Called with the blocks done and those in all.
+
+    Raises:
+        InvalidInputError: If the activations of a block hold NaN or infinite values.
+    """
+    assert recipe.allocation is not None
+    few = _some_of(selected, recipe.allocation.samples)
+    errors: dict[tuple[str, ...], list[float]] = {}
+    done = 0
+    progress(0, teacher.block_count)
+    for one in teacher.transformers:
+        stream = streams(one, few)
+        for index in range(len(one.block_names)):
+            errors |= block_errors(one, recipe, index, stream=stream, folder=folder, selected=few)
+            teacher.set_aside(one.module.get_submodule(one.block_names[index]))
+            done += 1
+            progress(done, teacher.block_count)
+        stream.close()
+    linears = {linear.name: linear for one in teacher.transformers for linear in one.linears}
+    return chosen_schemes(recipe, linears, errors)
+
+
+def chosen_schemes(
+    recipe: Recipe, linears: Mapping[str, BlockLinear], errors: Mapping[tuple[str, ...], Sequence[float]]
+) -> Allocated:
+    """Choose the candidates with the smallest sum of errors under the budget.
+
+    Args:
+        recipe: A recipe that allocates.
+        linears: Linears by full name.
+        errors: Of the block with each candidate of the recipe that fits, in the order of `allocation_schemes`; by the
+            full names of the linears that get the same.
+    """
+    group = recipe.allocation
+    assert group is not None
+    units = [[linears[name] for name in names] for names in errors]
+    schemes = [allocation_schemes(recipe, own[0]) for own in units]
+    sizes = [[_weight_bytes(own, scheme) for scheme in its.values()] for own, its in zip(units, schemes, strict=True)]
+    limit = allocation_bytes(recipe, [linear for own in units for linear in own])
+    options = [list(zip(*pair, strict=True)) for pair in zip(sizes, errors.values(), strict=True)]
+    taken = choose(options, limit)
+    given, rows = {}, []
+    for names, its, option, index in zip(errors, schemes, options, taken, strict=True):
+        candidates = [
+            {"value": value, "bytes": size, "error": error} for value, (size, error) in zip(its, option, strict=True)
+        ]
+        rows.append({"linears": list(names), "given": candidates[index]["value"], "candidates": candidates})
+        given |= dict.fromkeys(names, list(its.values())[index])
+    counts = Counter(row["given"] for row in rows for _ in row["linears"])
+    summary = ", ".join(f"{value} to {count}" for value, count in sorted(counts.items()))
+    logger.info("allocated %s: %s linears", group.what, summary)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "what": group.what,
+        "budget": group.budget,
+        "most_bytes": limit,
+        "bytes": sum(option[index][0] for option, index in zip(options, taken, strict=True)),
+        "linears": {str(value): count for value, count in sorted(counts.items())},
+        "units": rows,
+    }
+    return Allocated(schemes=given, record=record)
+
+
+def _weight_bytes(linears: Sequence[BlockLinear], scheme: LinearScheme) -> int:
+    return sum(weight_bytes(scheme.weight, one.out_features, one.in_features) for one in linears)
+
+
+def _some_of(selected: Selected, count: int) -> Selected:
+    """As many of the samples of each transformer, at random."""
+
+    def some(component: str) -> Samples:
+        one = selected.samples[component]
+        generator = torch.Generator().manual_seed(derive_seed(selected.inputs.seed, "allocation", component))
+        order = torch.randperm(len(one.calls), generator=generator)[:count].tolist()
+        return replace(one, calls=tuple(one.calls[index] for index in sorted(order)), timesteps=())
+
+    return replace(selected, samples={component: some(component) for component in selected.samples})
+
+
+def block_errors(
+    one: TeacherTransformer,
+    recipe: Recipe,
+    index: int,
+    *,
+    stream: TeacherStream,
+    folder: RunFolder,
+    selected: Selected,
+) -> dict[tuple[str, ...], list[float]]:
+    """Return what each candidate does to one block, measured now or before.
+
+    Args:
+        one: Its transformer.
+        recipe: A recipe that allocates.
+        index: Index of the block.
+        stream: The stream of the samples; is moved to the block where it has to be measured.
+        folder: Where what was measured is kept.
+        selected: The samples.
+
+    Returns:
+        Errors in the order of `allocation_schemes`, by the full names of the linears that get the same.
+    """
+    linears = one.inner_names(index)
+    units = _units(recipe, input_groups(linears, one.family))
+    if not units:
+        return {}
+    key = f"allocation-{one.artefact_name(index)}"
+    task = one.task(index, recipe, seed=selected.inputs.seed, device=stream.device, stream=stream)
+    fingerprint = block_fingerprint(task, stage="allocate", samples=selected.fingerprint(one.component))
+    if not folder.has(key, fingerprint):
+        with opened_block(task) as opened:
+            by_name, power = {linear.name: linear for linear in one.quantized_linears(index)}, _power(opened.samples)
+            found = {}
+            for unit, group in units.items():
+                candidates = allocation_schemes(recipe, by_name[linears[unit[0]]])
+                found[unit[0]] = [loss / power for loss in candidate_losses(opened, group, unit, candidates)]
+        tensors = {name: torch.tensor(errors, dtype=torch.float64) for name, errors in found.items()}
+        folder.save(key, fingerprint, Artefact(tensors=tensors, stats={}))
+    measured = folder.load(key).tensors
+    return {tuple(linears[name] for name in unit): measured[unit[0]].tolist() for unit in units}
+
+
+def _units(recipe: Recipe, groups: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """What is chosen for at once, and the group of linears with the same input that it is of."""
+    assert recipe.allocation is not None
+    if recipe.allocation.what == "group_size":
+        return {group: group for group in groups}
+    return {(name,): group for group in groups for name in group}
+
+
+@torch.no_grad()
+def candidate_losses(
+    opened: OpenedBlock, group: tuple[str, ...], unit: tuple[str, ...], schemes: Mapping[int, LinearScheme]
+) -> list[float]:
+    """Return the loss of a block with some of its linears quantized by one scheme after another.
+
+    Args:
+        opened: The block.
+        group: Names inside it of linears that share an input.
+        unit: Those of them to quantize; inputs too where that is all of them and the candidates differ in it.
+        schemes: The candidates.
+
+    Returns:
+        Loss for each.
+    """
+    work = opened.work
+    shared = {id(tensor): tensor for tensor in (*work.teacher.parameters(), *work.teacher.buffers())}
+    student = copy.deepcopy(work.teacher, shared)
+    alike = len({scheme.activation for scheme in schemes.values()}) == 1
+    losses = []
+    for scheme in schemes.values():
+        one = replace(scheme, activation=None) if alike else scheme
+        opened.put_students(student, group, {work.task.linears[name]: one for name in group})
+        for name in set(group) - set(unit):
+            replace_module(student, name, work.teacher.get_submodule(name))
+        losses.append(block_loss(student, opened.samples))
+    return losses
+
+
+def _power(samples: BlockSamples) -> float:
+    """The loss of a block that returns zero."""
+    found = []
+    for index in range(len(samples)):
+        one = samples[index]
+        nothing = [torch.zeros_like(output) for output in one.outputs]
+        found.append(float(weighted_token_loss(nothing, one.outputs, weights=one.weights)))
+    return math.fsum(found) / len(found)

@@ -1,0 +1,501 @@
+"""A run from start to end: load, collect, select, allocate, blocks, assemble, report.
+
+Blocks do not depend on each other: each is computed from the full-precision model and the recipe alone, written
+atomically into the run folder, and skipped when it is there with the fingerprint of the same inputs. A killed run
+therefore goes on where it was, with a bit-identical result. The output appears at its place all at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+
+import torch
+from safetensors import SafetensorError
+
+from s2q.calibration.calibration_set import Selected, select
+from s2q.calibration.candidates import (
+    branches_of,
+    calibration_prompts,
+    collect,
+    prepare,
+)
+from s2q.calibration.teacher import Teacher, load_teacher
+from s2q.checkpoint import CheckpointRecords, owned_files, save_checkpoint
+from s2q.common.arguments import (
+    device_name,
+    dtype_name,
+    flag,
+    model_argument,
+    optional_path,
+    optional_text,
+    parse_dtype,
+    prompt_list,
+    seed_number,
+    whole_number,
+)
+from s2q.common.components import full_name, transformers_of
+from s2q.common.devices import peak_memory_bytes, reset_peak_memory
+from s2q.common.errors import (
+    DiskFullError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+    memory_errors,
+    unknown_name,
+)
+from s2q.common.files import DISK_FULL
+from s2q.common.outputs import check_output
+from s2q.common.run_folder import RunFolder, open_run_folder
+from s2q.common.torch_state import in_fresh_torch_state
+from s2q.core.storage import parse_bytes
+from s2q.engines.processes import most_on_one_device
+from s2q.models import ModelSource, resolve_model
+from s2q.models.source import recommended_generation
+from s2q.planning import (
+    Machine,
+    Plan,
+    check_memory,
+    loaded_sizes,
+    plan,
+    plan_allocated,
+    plan_transformers,
+    tensor_sizes,
+    this_machine,
+    workload_of,
+)
+from s2q.recipes.load import load_recipe
+from s2q.recipes.schema import Recipe
+from s2q.run.allocate import Allocated, allocate
+from s2q.run.assemble import assemble
+from s2q.run.finished import finished_report, request_hash
+from s2q.run.report import (
+    SCHEMA_VERSION,
+    BlockReport,
+    QuantizationReport,
+    log_block,
+    package_versions,
+)
+from s2q.run.runner import BlockJob, BlockRunner, quantize_in_processes
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how many of its steps are done, and how many there are."""
+
+_FULL = "No space left on device"  # SafetensorError has no errno
+_T = TypeVar("_T")
+
+
+class QuantizeOptions(TypedDict, total=False):
+    """Options of `quantize`; their meaning and defaults are there."""
+
+    seed: int
+    device: str | torch.device | int
+    dtype: torch.dtype | str | None
+    variant: str | None
+    resume: bool
+    overwrite: bool
+    overrides: Sequence[str]
+    dry_run: bool
+    max_shard_size: int | str
+    memory_budget: int | str | None
+    processes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype | str | None = None
+    variant: str | None = None
+    resume: bool = True
+    overwrite: bool = False
+    overrides: Sequence[str] = ()
+    dry_run: bool = False
+    max_shard_size: int | str = "10GB"
+    memory_budget: int | str | None = None
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        budget = self.memory_budget
+        normalised = {
+            "seed": seed_number(self.seed),
+            "device": device_name(self.device),
+            "dtype": parse_dtype(self.dtype),
+            "variant": optional_text("variant", self.variant),
+            **{name: flag(name, getattr(self, name)) for name in ("resume", "overwrite", "dry_run")},
+            "max_shard_size": parse_bytes(self.max_shard_size, option="max_shard_size"),
+            "processes": whole_number("processes", self.processes, least=1),
+            "memory_budget": None if budget is None else parse_bytes(budget, option="memory_budget"),
+        }
+        for name, value in normalised.items():
+            object.__setattr__(self, name, value)
+
+
+@memory_errors("planning", remedy="free some")
+@in_fresh_torch_state
+def quantize(
+    model: str | Path | ModelSource | DiffusionPipeline,
+    *,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    out: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[QuantizeOptions],
+) -> QuantizationReport | Plan:
+    """Quantize a text-to-video pipeline into a checkpoint that diffusers' `from_pretrained` loads after `import s2q`.
+
+    Args:
+        model: Embedded name, pipeline folder, Hub id ("organisation/name@revision"), a resolved source, or a loaded
+            pipeline, which is not changed.
+        recipe: Name, file, contents, or a validated recipe.
+        out: Folder to write; needed unless `dry_run`.
+        prompts: Calibration prompts, for recipes that calibrate, of which the first `calibration.n_prompts` are used;
+            None takes those of an embedded model. Other recipes use none.
+        progress: Called as the run goes on.
+        **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `variant` (of the weights, "fp16"), `resume`
+            (True), `overwrite` (False), `overrides` (changes to the recipe, "key=value" each), `dry_run` (False; True
+            returns the plan and computes nothing), `max_shard_size` ("10GB"), `memory_budget` (host memory for the
+            activations of calibration, "16GB"; what does not fit is on the disk, in the run folder; None takes half
+            of the machine's memory, at most 16 GB), `processes` (1; several quantize blocks side by side, each with
+            one thread on a CPU or with a GPU of its own, and load the model each: it is given by name, and a script
+            needs `if __name__ == "__main__":`).
+
+    Returns:
+        The report, or the plan of a dry run.
+
+    Raises:
+        InvalidInputError: If the model, the recipe or the output will not do; nothing has been written then.
+        BusyError: If another run writes the same output.
+        ResourceError: If the device is not there or the disk is full.
+        UsageError: If an option is unknown, or `out` is missing.
+    """
+    settings, model = _settings(options), model_argument("model", model)
+    prompts = None if prompts is None else prompt_list(prompts, allow_none=True)
+    validated = load_recipe(recipe, overrides=settings.overrides)
+    source = None
+    if isinstance(model, str | Path | ModelSource):
+        source = resolve_model(model, variant=settings.variant)
+    elif settings.variant is not None:
+        raise UsageError("quantize: variant is for models by name or folder; load the pipeline with variant=")
+    if settings.processes > 1 and source is None:
+        raise UsageError(
+            f"quantize: got processes={settings.processes} and a loaded pipeline; pass the model's name or folder, "
+            "which every process loads"
+        )
+    machine = this_machine(settings.device, memory_budget=settings.memory_budget)
+    # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
+    planned = None if source is None else plan(source, validated, dtype=settings.dtype, machine=machine)
+    target = optional_path("out", out)
+    if target is not None:
+        finished = (
+            None if source is None else _finished(target, _request(source, validated, prompts, settings), settings)
+        )
+        if finished is not None:
+            return finished
+        check_output(target, overwrite=settings.overwrite, owned=owned_files)
+    if validated.calibrates and source is not None:  # clear errors before the weights are read
+        calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
+    if settings.dry_run:
+        return planned or _plan_loaded(_load_teacher(model, validated, settings), validated, machine)
+    if planned is not None:
+        check_memory(planned, processes=most_on_one_device(settings.device, settings.processes))
+    if target is None:
+        raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
+    with _resource_errors(target, settings.device), open_run_folder(target) as folder:
+        check_output(target, overwrite=settings.overwrite, owned=owned_files)  # a killed run may have put it back
+        run = _Run(folder, target, settings, progress, machine=machine, source=source)
+        return run.carry_out(source or model, validated, prompts)
+
+
+class _Run:
+    """One run: its folder, its clock, and the stages in order."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        out: Path,
+        settings: _Settings,
+        progress: Progress | None,
+        *,
+        machine: Machine,
+        source: ModelSource | None,
+    ) -> None:
+        self.folder = folder
+        self.source = source
+        self.machine = machine
+        self.out = out
+        self.settings = settings
+        self.progress = progress or (lambda stage, done, total: None)
+        self.started = time.perf_counter()
+        reset_peak_memory(settings.device)
+        self.stages: list[dict[str, Any]] = []
+
+    def carry_out(
+        self, model: ModelSource | DiffusionPipeline, recipe: Recipe, prompts: Sequence[str] | None
+    ) -> QuantizationReport:
+        if not self.settings.resume:
+            self.folder.clear()
+        self.progress("load", 0, 1)
+        teacher = self._timed("load", lambda: _load_teacher(model, recipe, self.settings))
+        self.progress("load", 1, 1)
+        planned = _plan_loaded(teacher, recipe, self.machine)
+        check_memory(planned, processes=most_on_one_device(self.settings.device, self.settings.processes))
+        request = _request(model, recipe, prompts, self.settings) if isinstance(model, ModelSource) else None
+        self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed, request=request)
+        selection, files = None, {}
+        if recipe.calibrates:
+            selection = self._calibration(teacher, recipe, prompts)
+            files |= selection.files
+        if recipe.allocation is not None and selection is not None:
+            allocated = self._allocation(teacher, recipe, planned, selection)
+            teacher, files = allocated.applied(teacher), files | allocated.files
+            linears = [linear for one in teacher.transformers for linear in one.linears]
+            planned = plan_allocated(planned, recipe, linears, allocated.schemes)
+        n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
+        runner = self._runner(teacher, recipe, planned, selection)
+        blocks = self._timed("blocks", lambda: self._blocks(runner))
+        student = self._timed("assemble", lambda: self._assemble(teacher.as_stored(), recipe, planned))
+        report = self._report(teacher, planned, blocks, n_prompts=n_prompts, selection=selection)
+        self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
+        records = CheckpointRecords(
+            source=teacher.name,
+            revision=report.source_revision,
+            recipe=recipe.resolved(),
+            report=report.to_dict(),
+            events=self.folder.events(),
+            base_folder=teacher.folder,
+            files=files,
+        )
+        save_checkpoint(
+            student,
+            self.out,
+            records=records,
+            overwrite=self.settings.overwrite,
+            max_shard_size=self.settings.max_shard_size,
+            lock=self.folder.lock,
+        )
+        self.folder.clear()
+        self.progress("assemble", 1, 1)
+        storage = planned.storage
+        logger.info("%s: %d bytes, %.2f times smaller", self.out, storage["quantized_bytes"], storage["ratio"])
+        return report
+
+    def _calibration(self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None) -> Selected:
+        """Collect candidates and select samples."""
+        group = recipe.calibration
+        used = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
+        if prompts is not None and len(prompts) > len(used):
+            logger.info("calibrating on the first %d of %d prompts", len(used), len(prompts))
+        described = {"device": torch.device(self.settings.device).type, "versions": package_versions()}
+        inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described)
+        pools = self._timed(
+            "collect",
+            lambda: collect(
+                teacher,
+                inputs,
+                self.folder,
+                device=self.settings.device,
+                progress=lambda done, total: self.progress("collect", done, total),
+            ),
+        )
+        self.folder.log("collect", candidates=sum(map(len, pools.values())), prompts=len(inputs.prompts))
+        self.progress("select", 0, 1)
+        branches = branches_of(self.folder, inputs)
+        selected = self._timed("select", lambda: select(pools, inputs, group, branches=branches))
+        self.folder.log("select", selection=group.selection, samples=selected.count)
+        self.progress("select", 1, 1)
+        return selected
+
+    def _allocation(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected) -> Allocated:
+        """Choose the schemes of linears one by one."""
+        runner = self._runner(teacher, recipe, planned, selected)
+        allocated = self._timed(
+            "allocate",
+            lambda: allocate(
+                teacher,
+                recipe,
+                selected,
+                self.folder,
+                streams=runner.stream,
+                progress=lambda done, total: self.progress("allocate", done, total),
+            ),
+        )
+        record = allocated.record
+        self.folder.log("allocate", **{key: record[key] for key in ("what", "most_bytes", "bytes", "linears")})
+        return allocated
+
+    def _runner(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected | None) -> BlockRunner:
+        job = BlockJob(
+            recipe=recipe,
+            selected=selected,
+            cost=planned.calibration,
+            machine=self.machine,
+            seed=self.settings.seed,
+        )
+        return BlockRunner(self.folder, teacher, job)
+
+    def _blocks(self, runner: BlockRunner) -> list[BlockReport]:
+        """Go through the blocks of one transformer after the other, after other processes have if there are any."""
+        teacher, units = runner.teacher, runner.job.units
+        total, made = teacher.block_count, set[str]()
+        alone = self.source is None or self.settings.processes == 1
+        if self.source is not None and not alone:
+            made = quantize_in_processes(
+                runner,
+                self.source,
+                dtype=self.settings.dtype,
+                processes=self.settings.processes,
+                progress=lambda done: self.progress("blocks", done, total * units),
+            )
+        reports: list[BlockReport] = []
+        with contextlib.closing(runner):  # also after an error
+            for one in teacher.transformers:
+                for index, name in enumerate(one.block_names):
+                    key = one.artefact_name(index)
+                    ticker = _Ticker(self.progress, len(reports) * units, total * units) if alone else lambda: None
+                    is_there = runner.quantize(one, index, progress=ticker)
+                    report = BlockReport(
+                        index=len(reports),
+                        name=full_name(one.component, name),
+                        resumed=is_there and key not in made,
+                        **self.folder.stats(key),
+                    )
+                    self.folder.log("block", **asdict(report))
+                    log_block(report, total=total)
+                    reports.append(report)
+        self.progress("blocks", total * units, total * units)
+        return reports
+
+    def _assemble(self, teacher: Teacher, recipe: Recipe, planned: Plan) -> DiffusionPipeline:
+        self.progress("assemble", 0, 1)
+        frames = None if planned.calibration is None else planned.calibration.frames
+        student = assemble(teacher, recipe, self.folder, frames=frames)
+        packed = sum(tensor_sizes(transformers_of(student)).values())
+        assert packed == planned.storage["quantized_bytes"], (packed, planned.storage)
+        return student
+
+    def _report(
+        self,
+        teacher: Teacher,
+        planned: Plan,
+        blocks: Sequence[BlockReport],
+        *,
+        n_prompts: int,
+        selection: Selected | None,
+    ) -> QuantizationReport:
+        return QuantizationReport(
+            schema_version=SCHEMA_VERSION,
+            source=teacher.name,
+            source_revision=None if teacher.source is None else teacher.source.revision,
+            source_variant=None if teacher.source is None else teacher.source.variant,
+            recipe=planned.recipe,
+            output=self.out.name,
+            seed=self.settings.seed,
+            device=self.settings.device,
+            dtype=dtype_name(teacher.dtype),
+            n_prompts=n_prompts,
+            selection=None if selection is None else selection.summary(),
+            storage=planned.storage,
+            layers=[asdict(layer) for layer in planned.layers],
+            simulated=planned.simulated,
+            allocation=None if planned.allocation is None else asdict(planned.allocation),
+            blocks=tuple(blocks),
+            stages=tuple(self.stages),
+            seconds=time.perf_counter() - self.started,
+            peak_memory_bytes=peak_memory_bytes(self.settings.device),
+            versions=package_versions(),
+        )
+
+    def _timed(self, stage: str, work: Callable[[], _T]) -> _T:
+        started = time.perf_counter()
+        result = work()
+        peak = peak_memory_bytes(self.settings.device)
+        self.stages.append({"name": stage, "seconds": time.perf_counter() - started, "peak_memory_bytes": peak})
+        return result
+
+
+class _Ticker:
+    """Reports the units of a block as they are done."""
+
+    def __init__(self, progress: Progress, start: int, total: int) -> None:
+        self.progress, self.done, self.total = progress, start, total
+        progress("blocks", start, total)
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.progress("blocks", self.done, self.total)
+
+
+def _settings(options: QuantizeOptions) -> _Settings:
+    known = [one.name for one in fields(_Settings)]
+    for name in options:
+        if name not in known:
+            raise UsageError(str(unknown_name("option of quantize", name, known)))
+    return _Settings(**options)
+
+
+def _request(source: ModelSource, recipe: Recipe, prompts: Sequence[str] | None, settings: _Settings) -> str:
+    names = ("seed", "device", "dtype", "variant", "max_shard_size")
+    return request_hash(source, recipe, prompts, {name: str(getattr(settings, name)) for name in names})
+
+
+def _finished(out: Path, request: str, settings: _Settings) -> QuantizationReport | None:
+    if settings.dry_run or settings.overwrite or not settings.resume:
+        return None
+    return finished_report(out, request)
+
+
+def _load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, settings: _Settings) -> Teacher:
+    return load_teacher(model, recipe, dtype=settings.dtype, device=settings.device)
+
+
+def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
+    transformers, workload = transformers_of(teacher.pipe), None
+    widened = None if teacher.dtype == teacher.stored else teacher.dtype
+    if recipe.calibrates:
+        others = [part for part in teacher.parts if all(part is not one for one in transformers.values())]
+        workload = workload_of(
+            teacher.pipe,
+            recipe.calibration,
+            recommended=recommended_generation(teacher.folder),
+            component_bytes=sum(tensor.nbytes for part in others for tensor in part.parameters()),
+        )
+    return plan_transformers(
+        transformers,
+        recipe,
+        model=teacher.name,
+        sizes=tensor_sizes(transformers) if widened is None else loaded_sizes(transformers, teacher.stored),
+        dtype=teacher.stored,
+        compute_dtype=widened,
+        workload=workload,
+        machine=replace(machine, holds_weights=not teacher.mapped),
+    )
+
+
+@contextlib.contextmanager
+def _resource_errors(out: Path, device: str) -> Iterator[None]:
+    """Say in one line what ran out; what is finished stays for the next attempt."""
+    kept = "run again then: finished blocks are kept"
+    try:
+        yield
+    except ResourceError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise ResourceError(f"out of memory on {device}; free some, {kept}") from error
+        full = getattr(error, "errno", None) in DISK_FULL or (
+            isinstance(error, SafetensorError) and _FULL in str(error)
+        )
+        if full:
+            raise DiskFullError(f"{out}: the disk is full; free some space, {kept}") from error
+        raise

@@ -1,0 +1,240 @@
+"""Quantizing the blocks of a teacher into its run folder, one by one, in this process or in several.
+
+Blocks do not depend on each other, so a block is the same wherever it is quantized. Processes write what they finish
+into the run folder; the run then finds it there, as it finds what an interrupted run finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from s2q.blocks.quantize_block import block_fingerprint, quantize_block, to_artefact
+from s2q.blocks.task import BlockTask
+from s2q.calibration.calibration_set import Selected, calibration_stream
+from s2q.calibration.stream import TeacherStream
+from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
+from s2q.common.devices import peak_memory_bytes
+from s2q.common.run_folder import ArtefactFolder
+from s2q.core.schemes import LinearScheme
+from s2q.engines.processes import Tell, devices_of, run_in_processes
+from s2q.models import ModelSource
+from s2q.planning import CalibrationCost, Machine
+from s2q.recipes.schema import Recipe
+
+Ticked = Callable[[], None]
+"""Called after each unit of a block's calibration: an epoch, or what takes about as long."""
+
+_SPILLED = "process-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockJob:
+    """What all blocks of a run share.
+
+    Attributes:
+        recipe: The recipe.
+        selected: The calibration samples; None for recipes that need none.
+        cost: What calibrating a block takes; None for recipes that do not calibrate.
+        machine: Where to compute.
+        seed: Seed of the run.
+    """
+
+    recipe: Recipe
+    selected: Selected | None
+    cost: CalibrationCost | None
+    machine: Machine
+    seed: int
+
+    @property
+    def units(self) -> int:
+        """Units of a block's calibration; see `Ticked`."""
+        return 1 if self.selected is None else 2 + self.recipe.epochs
+
+
+class BlockRunner:
+    """Quantizes blocks of a teacher, in the order in which they run, into a run folder.
+
+    Args:
+        folder: The run folder.
+        teacher: The model.
+        job: What its blocks share.
+        spilled: Prefix of the files of activations that host memory has no room for.
+    """
+
+    def __init__(self, folder: ArtefactFolder, teacher: Teacher, job: BlockJob, *, spilled: str = "") -> None:
+        self.folder, self.teacher, self.job, self.spilled = folder, teacher, job, spilled
+        self._stream: tuple[str, TeacherStream] | None = None
+
+    def stream(self, transformer: TeacherTransformer, selected: Selected) -> TeacherStream:
+        """Make the stream that carries samples through the blocks of a transformer.
+
+        Args:
+            transformer: The transformer.
+            selected: The samples.
+        """
+        assert self.job.cost is not None
+        return calibration_stream(
+            self.teacher,
+            transformer,
+            selected,
+            self.folder,
+            recipe=self.job.recipe,
+            machine=self.job.machine,
+            step_bytes=self.job.cost.step_bytes,
+            spilled=self.spilled,
+        )
+
+    def is_finished(self, transformer: TeacherTransformer, index: int) -> bool:
+        """Tell whether the result of a block is in the run folder.
+
+        Args:
+            transformer: The transformer.
+            index: Index of the block in it.
+        """
+        fingerprint = self._fingerprint(transformer, self._task(transformer, index, None))
+        return self.folder.has(transformer.artefact_name(index), fingerprint)
+
+    def quantize(self, transformer: TeacherTransformer, index: int, *, progress: Ticked) -> bool:
+        """Quantize a block, unless its result is in the run folder.
+
+        Args:
+            transformer: The transformer.
+            index: Index of the block in it.
+            progress: Called after each unit of calibration.
+
+        Returns:
+            Whether the result was there.
+        """
+        started = time.perf_counter()
+        task = replace(self._task(transformer, index, self._stream_of(transformer)), progress=progress)
+        key, fingerprint = transformer.artefact_name(index), self._fingerprint(transformer, task)
+        is_there = self.folder.has(key, fingerprint)
+        if not is_there:
+            result = quantize_block(task)
+            seconds, peak = time.perf_counter() - started, peak_memory_bytes(self.job.machine.device)
+            self.folder.save(key, fingerprint, to_artefact(result, seconds=seconds, peak_memory_bytes=peak))
+        self.teacher.set_aside(task.block)
+        return is_there
+
+    def close(self) -> None:
+        """Remove activations from the disk; they are of no use later."""
+        if self._stream is not None:
+            self._stream[1].close()
+            self._stream = None
+
+    def _stream_of(self, transformer: TeacherTransformer) -> TeacherStream | None:
+        """The stream of the transformer at hand, None without samples."""
+        if self.job.selected is None:
+            return None
+        if self._stream is None or self._stream[0] != transformer.component:
+            self.close()
+            self._stream = transformer.component, self.stream(transformer, self.job.selected)
+        return self._stream[1]
+
+    def _task(self, transformer: TeacherTransformer, index: int, stream: TeacherStream | None) -> BlockTask:
+        job = self.job
+        task = transformer.task(index, job.recipe, seed=job.seed, device=job.machine.device, stream=stream)
+        return replace(task, checkpointed=job.cost is not None and job.cost.gradient_checkpointing)
+
+    def _fingerprint(self, transformer: TeacherTransformer, task: BlockTask) -> str:
+        selected = self.job.selected
+        samples = None if selected is None else selected.fingerprint(transformer.component)
+        return block_fingerprint(task, samples=samples)
+
+
+def quantize_in_processes(
+    runner: BlockRunner,
+    source: ModelSource,
+    *,
+    dtype: torch.dtype | str | None,
+    processes: int,
+    progress: Callable[[int], None],
+) -> set[str]:
+    """Quantize the blocks whose results are not in the run folder yet, in several processes.
+
+    Args:
+        runner: Of this process.
+        source: The model, which every process loads.
+        dtype: Compute dtype; None takes the one of `load_teacher`.
+        processes: How many; they share the memory for activations, and the GPUs that "cuda" means.
+        progress: Called with the finished units of all blocks.
+
+    Returns:
+        Names of the results that were made.
+
+    Raises:
+        S2QError: A process died; what is finished is kept.
+    """
+    teacher, job = runner.teacher, runner.job
+    places = [(one, index) for one in teacher.transformers for index in range(len(one.block_names))]
+    left = [(one, index) for one, index in places if not runner.is_finished(one, index)]
+    todo = [(one.component, index) for one, index in left]
+    if not todo:
+        return set()
+    finished = job.units * (len(places) - len(todo))
+    units = dict.fromkeys(todo, 0)
+
+    def ticked(place: tuple[str, int]) -> None:
+        units[place] = min(job.units, units[place] + 1)
+        progress(finished + sum(units.values()))
+
+    machine = replace(job.machine, memory_budget=job.machine.memory_budget // processes)
+    order = _Order(
+        source=source,
+        dtype=dtype,
+        job=replace(job, machine=machine),
+        folder=runner.folder.path,
+        schemes={name: scheme for one in teacher.transformers for name, scheme in one.schemes.items()},
+    )
+    work = functools.partial(_quantize, pickle.dumps(order))
+    devices = devices_of(job.machine.device, min(processes, len(todo)))
+    progress(finished)
+    try:
+        with contextlib.closing(run_in_processes(work, todo, devices=devices, on_message=ticked)) as results:
+            for index, _ in results:
+                units[todo[index]] = job.units
+                progress(finished + sum(units.values()))
+    finally:
+        for spilled in runner.folder.path.glob(f"{_SPILLED}*"):
+            spilled.unlink(missing_ok=True)
+    return {one.artefact_name(index) for one, index in left}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """What a process needs to quantize blocks of a run."""
+
+    source: ModelSource
+    dtype: torch.dtype | str | None
+    job: BlockJob
+    folder: Path
+    schemes: Mapping[str, LinearScheme]
+
+
+def _quantize(order: bytes, place: tuple[str, int], device: str, tell: Tell) -> None:
+    runner = _runner(order, device)
+    component, index = place
+    transformer = next(one for one in runner.teacher.transformers if one.component == component)
+    runner.quantize(transformer, index, progress=lambda: tell(place))
+
+
+@functools.lru_cache(maxsize=1)
+def _runner(order: bytes, device: str) -> BlockRunner:
+    """The runner of this process; the model is loaded once."""
+    content: _Order = pickle.loads(order)
+    job = replace(content.job, machine=replace(content.job.machine, device=device))
+    teacher = load_teacher(content.source, job.recipe, dtype=content.dtype, device=device)
+    transformers = (
+        replace(one, schemes={name: content.schemes[name] for name in one.schemes}) for one in teacher.transformers
+    )
+    teacher = replace(teacher, transformers=tuple(transformers))
+    return BlockRunner(ArtefactFolder(content.folder), teacher, job, spilled=f"{_SPILLED}{os.getpid()}-")

@@ -1,0 +1,1 @@
+"""Salient data selection: scores of candidates, and the rules that choose among them."""

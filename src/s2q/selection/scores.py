@@ -1,0 +1,198 @@
+"""How much a candidate has to say: diffusion and quantization salience (S²Q-VDiT, eq. 3, 6, 7 and 8).
+
+    C_diff(x_t)  = ‖x_t - x_{t-1}‖² / ‖x_t‖²       x_{t-1} the next, less noisy latent
+    C_quant(x_t) = ‖x_tᵀ x_t‖₂                     x_t as tokens × channels: the spectral norm of a C × C matrix
+    C̃ = (C - min C) / (max C - min C) over the pool,    C_SDS = C̃_diff · C̃_quant
+
+A candidate is one denoising step of one prompt. Scores are computed in fp64.
+
+Legend: `C` latent channels, `T` latent tokens (voxels), `P` candidates of the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2q.common.errors import InvalidInputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One denoising step of one prompt, scored.
+
+    Attributes:
+        prompt: Index of the prompt.
+        step: Index of the step, 0 is pure noise.
+        timestep: The scheduler's timestep.
+        diffusion: C_diff.
+        quantization: C_quant.
+    """
+
+    prompt: int
+    step: int
+    timestep: float
+    diffusion: float
+    quantization: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidatePool:
+    """All candidates of a run, in order of prompt and then of step.
+
+    Attributes:
+        candidates: P of them.
+
+    Raises:
+        InvalidInputError: If there is none, one appears twice, or a score is NaN, infinite or negative.
+    """
+
+    candidates: tuple[Candidate, ...]
+
+    def __post_init__(self) -> None:
+        """Check the scores."""
+        if not self.candidates:
+            raise InvalidInputError("candidate pool: it is empty; calibration needs at least one prompt and one step")
+        seen = set()
+        for one in self.candidates:
+            where = f"candidate pool: prompt {one.prompt}, step {one.step}"
+            if (one.prompt, one.step) in seen:
+                raise InvalidInputError(f"{where} appears twice")
+            seen.add((one.prompt, one.step))
+            for name, score in (("diffusion", one.diffusion), ("quantization", one.quantization)):
+                if not 0 <= score < float("inf"):
+                    raise InvalidInputError(f"{where}: its {name} salience is {score}; expected finite, at least 0")
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """The prompts that have candidates, in rising order."""
+        return tuple(sorted({one.prompt for one in self.candidates}))
+
+    @property
+    def diffusion_salience(self) -> tuple[float, ...]:
+        """C̃_diff of each candidate, 0 to 1 (eq. 7)."""
+        return min_max([one.diffusion for one in self.candidates])
+
+    @property
+    def quantization_salience(self) -> tuple[float, ...]:
+        """C̃_quant of each candidate, 0 to 1 (eq. 7)."""
+        return min_max([one.quantization for one in self.candidates])
+
+    @property
+    def salience(self) -> tuple[float, ...]:
+        """C_SDS of each candidate, 0 to 1 (eq. 8)."""
+        pairs = zip(self.diffusion_salience, self.quantization_salience, strict=True)
+        return tuple(diffusion * quantization for diffusion, quantization in pairs)
+
+    def of_prompt(self, prompt: int) -> list[int]:
+        """Return the indices of a prompt's candidates, from the noisiest step on.
+
+        Args:
+            prompt: Index of the prompt.
+        """
+        own = [index for index, one in enumerate(self.candidates) if one.prompt == prompt]
+        return sorted(own, key=lambda index: self.candidates[index].step)
+
+
+def diffusion_salience(before: Tensor, after: Tensor) -> float:
+    """Compute C_diff, how much a denoising step changes the latent (eq. 3).
+
+    Args:
+        before: x_t, any shape: the latent that the step starts from.
+        after: x_{t-1}, the same shape: what it makes of it.
+
+    Returns:
+        The ratio, at least 0. A latent of zeros that stays zero gives 0.
+
+    Raises:
+        InvalidInputError: If the shapes differ, a value is NaN or infinite, or x_t is zero and x_{t-1} is not.
+    """
+    if before.shape != after.shape:
+        raise InvalidInputError(f"latents: got shapes {list(before.shape)} and {list(after.shape)}; expected the same")
+    start, end = _finite(before), _finite(after)
+    change, size = float((start - end).square().sum()), float(start.square().sum())
+    if size == 0 and change > 0:
+        raise InvalidInputError("latents: the latent before the step is all zero, so that its change has no ratio")
+    return change / size if size > 0 else 0.0
+
+
+def quantization_salience(latent: Tensor, *, channel_dim: int) -> float:
+    """Compute C_quant, the spectral norm of the Levenberg-Marquardt Hessian (eq. 6).
+
+    Only a C × C matrix is formed, whatever the number of tokens.
+
+    Args:
+        latent: x_t; every dimension but the channels' counts tokens (voxels).
+        channel_dim: Which dimension the channels are.
+
+    Returns:
+        The largest eigenvalue of x_tᵀ x_t, at least 0.
+
+    Raises:
+        InvalidInputError: If a value is NaN or infinite.
+    """
+    tokens_TC = _finite(latent).movedim(channel_dim, -1).flatten(0, -2)
+    gram_CC = tokens_TC.t() @ tokens_TC
+    return max(0.0, float(torch.linalg.eigvalsh(gram_CC)[-1]))
+
+
+def score_trajectory(
+    latents: Sequence[Tensor], timesteps: Iterable[float], *, prompt: int, channel_dim: int
+) -> list[Candidate]:
+    """Score every step of one video.
+
+    Args:
+        latents: x_T, …, x_0: the latent before each step, and the final one; one more than steps.
+        timesteps: The scheduler's timestep of each step.
+        prompt: Index of the prompt.
+        channel_dim: Which dimension of a latent the channels are.
+
+    Returns:
+        A candidate for each step, in order.
+
+    Raises:
+        InvalidInputError: If the numbers do not fit, or a latent holds NaN or infinite values (the message says where).
+    """
+    steps = list(timesteps)
+    if len(latents) != len(steps) + 1:
+        raise InvalidInputError(
+            f"prompt {prompt}: got {len(latents)} latents for {len(steps)} steps; expected one more"
+        )
+    candidates = []
+    for step, timestep in enumerate(steps):
+        try:
+            diffusion = diffusion_salience(latents[step], latents[step + 1])
+            quantization = quantization_salience(latents[step], channel_dim=channel_dim)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"prompt {prompt}, step {step}: {error}") from error
+        candidates.append(
+            Candidate(
+                prompt=prompt, step=step, timestep=float(timestep), diffusion=diffusion, quantization=quantization
+            )
+        )
+    return candidates
+
+
+def min_max(values: Sequence[float]) -> tuple[float, ...]:
+    """Normalise scores over the pool to 0..1 (eq. 7); a constant score says nothing and becomes 1 everywhere.
+
+    Args:
+        values: The scores, finite.
+    """
+    lowest, highest = min(values), max(values)
+    if lowest == highest:
+        return (1.0,) * len(values)
+    return tuple((value - lowest) / (highest - lowest) for value in values)
+
+
+def _finite(latent: Tensor) -> Tensor:
+    wide = latent.detach().double()
+    if not bool(wide.isfinite().all()):
+        raise InvalidInputError("latents: hold NaN or infinite values; check the model and its dtype")
+    return wide

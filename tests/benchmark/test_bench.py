@@ -1,0 +1,244 @@
+"""Every case at a size where times say nothing; what is asserted is what was measured, not how long it took."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from s2q.benchmark import bench, machine
+from s2q.benchmark.calibration_block import calibration_case, student_of
+from s2q.benchmark.case import OPS, Case, Settings
+from s2q.benchmark.pipeline_steps import pack_uncalibrated, pipeline_step_case
+from s2q.benchmark.results import IDENTITY, ResultsFile, identity
+from s2q.benchmark.steps import synthetic_step_case
+from s2q.benchmark.timing import TimingOptions
+from s2q.common.errors import InvalidInputError, ResourceError
+from s2q.models import block_linears, family_of, resolve_model
+from s2q.models.synthetic import synthetic_model
+from s2q.nn import PackedLinear, StudentLinear
+from s2q.recipes.load import load_recipe
+from tiny import run_transformer, tiny_cogvideox_pipeline, tiny_transformer
+
+QUICK = TimingOptions(repeats=2, min_repeats=1, seconds=1.0, sample_milliseconds=0.0)
+TIMES = {"milliseconds", "milliseconds_quartiles", "bf16_milliseconds", "ratio_to_bf16", "bound_ratio", "rounds"}
+BASELINE = {"baseline", "ratio_to_baseline"}
+MEMORY = {"peak_memory_bytes", "bf16_peak_memory_bytes"}
+STORAGE = {"storage_bytes", "bf16_storage_bytes"}
+PARTS = {"gemm", "activation_path", "attention", "norms", "other"}
+
+
+def settings(*recipes, **changes):
+    names = recipes or ("s2q-w4a6",)
+    base = {"device": "cpu", "backends": ("auto", "reference"), "options": QUICK, "tokens": 8}
+    return Settings(**base | changes, recipes=tuple(load_recipe(name) for name in names))
+
+
+def measured(case):
+    entries = case.measure(case.wanted)
+    assert [{name: one[name] for name in IDENTITY} for one in entries] == list(case.wanted)
+    json.dumps(entries, allow_nan=False)
+    for one in entries:
+        assert one.keys() >= TIMES | MEMORY | BASELINE
+        assert one["milliseconds"] > 0
+        assert one["ratio_to_bf16"] > 0
+        full = [name for name in ("bf16", "fp32") if f"{name}_milliseconds" in one]
+        assert one["op"] in ("attention_colsum", "calibration_block") or full == ["bf16", "fp32"]
+        assert one["baseline"] == min(full, key=lambda name: one[f"{name}_milliseconds"])
+        assert one["ratio_to_baseline"] == one[f"ratio_to_{one['baseline']}"]
+    return entries
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_cogvideox_pipeline(dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def small_model(name="cogvideox-2b"):
+    model = synthetic_model(name)
+    small = {"num_attention_heads": 2, "attention_head_dim": 48, "num_layers": 3}
+    lists = tuple(replace(one, count=3) for one in model.block_lists)
+    return replace(model, config=dict(model.config) | small, block_lists=lists, text_tokens=6)
+
+
+def test_single_operations(folder):
+    recipes = ("s2q-w4a6", "rtn-w4a16")
+    cases = bench.make_cases(str(folder), OPS[:4], settings(*recipes))
+    found = {}
+    for case in cases:
+        for one in measured(case):
+            found.setdefault(one["op"], []).append(one)
+            assert one.keys() >= STORAGE
+            assert one["layers"]
+    assert {op: len(entries) for op, entries in found.items()} == {
+        "linear": (3 + 1) * 2 * 2,  # shapes and one group of q, k, v; recipes, backends
+        "activation_path": 3 * 2,
+        "gemm": 3 * 2,
+        "attention_colsum": 2,
+    }
+    assert {tuple(one["shape"]) for one in found["linear"]} == {(8, 64, 64), (8, 64, 256), (8, 256, 64)}
+    assert {one["scheme"] for one in found["linear"]} == {"w4a6", "w4a16"}
+    assert {one["backend"]: one["ran"] for one in found["linear"]} == {"auto": "cpu", "reference": "reference"}
+    assert {one["backend"]: one["ran"] for one in found["gemm"]} == {"auto": "cpu", "reference": "reference"}
+    assert {one["ran"] for one in found["attention_colsum"]} == {"reference"}
+    assert found["attention_colsum"][0]["shape"] == [8, 64, 8]
+    assert found["activation_path"][0]["bound_ratio"] is None
+    has_bound = machine.has_int8_gemm("cpu")
+    assert all((one["bound_ratio"] is not None) == has_bound for one in found["linear"] + found["gemm"])
+    (group,) = {tuple(one["shape"]) for one in found["linear"] if one["readers"] == 3}
+    assert group == (8, 64, 64)
+    alone, together = (
+        next(one for one in found["linear"] if one["shape"] == [8, 64, 64] and one["readers"] == readers)
+        for readers in (None, 3)
+    )
+    for name in STORAGE:
+        assert together[name] == 3 * alone[name]
+    bare = next(one for one in found["linear"] if one["recipe"] == "rtn-w4a16" and one["shape"] == [8, 64, 256])
+    assert bare["storage_bytes"] == 256 * 32 + 256 * 4 + 256 * 2
+    assert bare["bf16_storage_bytes"] == 256 * 64 * 2 + 256 * 2
+
+
+def test_only_what_is_missing_is_measured(folder):
+    (case, *_) = bench.make_cases(str(folder), ("linear",), settings("s2q-w4a6", "rtn-w4a16"))
+    entries = case.measure(case.wanted[2:3])
+    assert [(one["recipe"], one["backend"]) for one in entries] == [("rtn-w4a16", "auto")]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 9])
+def test_a_step_is_the_sum_over_blocks(blocks):
+    model = small_model()
+    case = synthetic_step_case(model, settings("s2q-w4a6", "s2q-w4a4", blocks=blocks))
+    entries = measured(case)
+    assert [one["recipe"] for one in entries] == ["s2q-w4a6", "s2q-w4a4"]
+    for one in entries:
+        assert (one["model"], one["tokens"], one["blocks"]) == ("synthetic:cogvideox-2b", 8, blocks)
+        assert set(one["breakdown"]) == set(one["bf16_breakdown"]) == PARTS
+        assert sum(one["breakdown"].values()) == pytest.approx(one["milliseconds"])
+        assert sum(one["bf16_breakdown"].values()) == pytest.approx(one["bf16_milliseconds"])
+        assert one["breakdown"]["activation_path"] > 0
+        assert one["bf16_breakdown"]["activation_path"] == 0
+        parameters = sum(parameter.numel() for parameter in model.meta_transformer().parameters())
+        assert one["bf16_storage_bytes"] == 2 * parameters
+        assert one["storage_bytes"] < one["bf16_storage_bytes"]
+
+
+def test_a_step_of_two_lists_of_blocks():
+    model = synthetic_model("hunyuanvideo")
+    small = {"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 2, "num_single_layers": 2}
+    lists = tuple(replace(one, count=2) for one in model.block_lists)
+    model = replace(model, config=dict(model.config) | small, block_lists=lists, text_tokens=6)
+    (one,) = measured(synthetic_step_case(model, settings()))
+    assert sum(one["breakdown"].values()) == pytest.approx(one["milliseconds"])
+
+
+def test_fp32_bf16_and_quantized_side_by_side(folder):
+    case = pipeline_step_case(resolve_model(folder), settings("s2q-w4a6", "rtn-w4a16"))
+    entries = measured(case)
+    assert [(one["scheme"], one["backend"]) for one in entries] == [
+        ("fp32", "torch"),
+        ("w4a6", "auto"),
+        ("w4a16", "auto"),
+    ]
+    fp32, packed = entries[:2]
+    assert fp32["storage_bytes"] == 2 * fp32["bf16_storage_bytes"]
+    assert packed["storage_bytes"] < packed["bf16_storage_bytes"]
+    for one in entries:
+        assert set(one["breakdown"]) == PARTS
+        assert one["video_tokens"] == one["tokens"] == 3
+
+
+def test_a_checkpoint_brings_its_own_linears(folder, tmp_path):
+    import s2q
+
+    s2q.quantize(folder, recipe="rtn-w4a8", out=tmp_path / "q")
+    case = pipeline_step_case(resolve_model(tmp_path / "q"), settings())
+    assert [(one["scheme"], one["recipe"]) for one in case.wanted] == [("fp32", None), ("w4a8", "rtn-w4a8")]
+    fp32, packed = measured(case)
+    assert fp32["storage_bytes"] == 2 * fp32["bf16_storage_bytes"] > packed["storage_bytes"]
+
+
+@pytest.mark.parametrize(("recipe", "limit"), [("rtn-w8a8", 0.05), ("s2q-plus-w4a6", 0.3)])
+def test_uncalibrated_packing_keeps_the_function(recipe, limit):
+    expected = run_transformer(tiny_transformer())
+    packed = pack_uncalibrated(tiny_transformer(), load_recipe(recipe))
+    linears = block_linears(packed, family_of(packed))
+    assert all(isinstance(packed.get_submodule(one.name), PackedLinear) for one in linears)
+    assert float((run_transformer(packed) - expected).norm() / expected.norm()) < limit
+
+
+def test_calibrating_a_block(folder):
+    recipes = ("s2q-w4a6", "rtn-w4a6")
+    for subject in (resolve_model(folder), resolve_model("shapes-wan"), small_model(), small_model("cogvideox-5b")):
+        case = calibration_case(subject, settings(*recipes, generation={"num_frames": 9, "height": 32, "width": 32}))
+        (one,) = measured(case)
+        assert one["recipe"] == "s2q-w4a6", "rounding alone has no steps"
+        assert one["steps_per_block"] == 40 * 15
+        assert one["seconds_per_block"] == pytest.approx(600 * one["milliseconds"] / 1000)
+        assert one["blocks_of_model"] in (2, 3, 6)
+
+
+def test_students_stand_where_a_run_puts_them():
+    transformer = tiny_transformer()
+    block = transformer.transformer_blocks[0]
+    linears = {
+        one.name.removeprefix("transformer_blocks.0."): one
+        for one in block_linears(transformer, family_of(transformer))
+        if one.block == 0
+    }
+    student = student_of(block, linears, load_recipe("s2q-w4a6"))
+    found = {name for name, module in student.named_modules() if isinstance(module, StudentLinear)}
+    assert found == {name for name, one in linears.items() if one.role == "linear"}
+    assert any(parameter.requires_grad for parameter in student.parameters())
+    assert not any(isinstance(module, StudentLinear) for module in block.modules())
+
+
+def test_running_resumes_and_goes_on_after_a_case_without_memory(tmp_path):
+    ran = []
+
+    def case(name, error=None):
+        def measure(missing):
+            ran.append((name, len(missing)))
+            if error is not None:
+                raise error
+            return [one | {"milliseconds": 1.0} for one in missing]
+
+        wanted = tuple(identity(op="linear", shape=[1, 1, n], recipe=name) for n in range(2))
+        return Case(label=name, wanted=wanted, measure=measure)
+
+    results = ResultsFile(tmp_path / "b.json", hardware={}, versions={})
+    first = case("first")
+    results.add([first.wanted[0] | {"milliseconds": 2.0}])
+    cases = [first, case("large", torch.OutOfMemoryError("no room")), case("last")]
+    seen = []
+    with pytest.raises(ResourceError, match="large: out of memory"):
+        bench.run_cases(bench.missing_cases(cases, results), results, progress=lambda *one: seen.append(one))
+    assert ran == [("first", 1), ("large", 2), ("last", 2)]
+    assert seen == [("bench", done, 3) for done in range(4)]
+    assert len(results.content["results"]) == 4
+    assert [one.label for one in bench.missing_cases(cases, results)] == ["large"]
+    with pytest.raises(RuntimeError, match="a defect"):
+        bench.run_cases([case("broken", RuntimeError("a defect"))], results)
+
+
+def test_backends_that_cannot_run_are_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert bench.check_backends(None, "cpu") == ("auto",)
+    assert bench.check_backends(["reference", "auto"], "cpu") == ("auto", "reference")
+    with pytest.raises(ResourceError, match="'triton' cannot run here"):
+        bench.check_backends(["triton"], "cpu")
+    with pytest.raises(InvalidInputError, match="nearest names are triton"):
+        bench.check_backends(["tritom"], "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "say nothing" in machine.measuring_obstacle("triton", "cpu")
+
+
+def test_recipes_of_one_name_are_refused(folder):
+    with pytest.raises(InvalidInputError, match="twice"):
+        bench.make_cases(str(folder), ("linear",), settings("s2q-w4a6", "s2q-w4a6"))
+
+
+def test_memory_of_a_call():
+    peak = machine.peak_memory(lambda: torch.ones(64 << 20, dtype=torch.uint8), "cpu")
+    assert peak is None or 48 << 20 < peak < 256 << 20

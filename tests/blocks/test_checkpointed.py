@@ -1,0 +1,115 @@
+"""A checkpointed step: the same gradient, less kept."""
+
+import pytest
+import torch
+from diffusers.models.attention import FeedForward
+from torch import nn
+
+from s2q.blocks import distil as module
+from s2q.blocks.distil import checkpointed
+from s2q.core.memo import parameters_held
+from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
+from s2q.nn import LearnableClip, StudentInput, StudentLinear
+from s2q.transforms import Compose, KroneckerTransform, SmoothScale
+
+ACTIVATION = QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True)
+SCHEME = LinearScheme(weight=QuantScheme(num_bits=4, granularity=PerChannel()), activation=ACTIVATION)
+
+
+def student_input(features):
+    transform = Compose(SmoothScale(torch.ones(features)), KroneckerTransform.build(features))
+    return StudentInput(ACTIVATION, transform=transform, clip=LearnableClip((1,)))
+
+
+class Attention(nn.Module):
+    """Three linears that share an input, mixed over tokens."""
+
+    def __init__(self, width):
+        super().__init__()
+        source = student_input(width)
+        for name in ("to_q", "to_k", "to_v"):
+            linear = nn.Linear(width, width)
+            self.add_module(name, StudentLinear.with_clip(linear, scheme=SCHEME, source=source))
+
+    def forward(self, x):
+        heads = [layer(x)[:, None] for layer in (self.to_q, self.to_k, self.to_v)]
+        return nn.functional.scaled_dot_product_attention(*heads)[:, 0]
+
+
+class OwnFeedForward(FeedForward):
+    """A model's own, derived from that of diffusers."""
+
+
+class Block(nn.Module):
+    """Attention and feed-forward with residuals."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = Attention(width)
+        self.ff = OwnFeedForward(width, mult=2)
+        for place, name in ((self.ff.net[0], "proj"), (self.ff.net, "2")):
+            linear = place.get_submodule(name)
+            student = StudentLinear.with_clip(linear, scheme=SCHEME, source=student_input(linear.in_features))
+            place.__setattr__(name, student) if name == "proj" else place.__setitem__(int(name), student)
+
+    def forward(self, x):
+        x = x + self.attn(x)
+        return x + self.ff(x)
+
+
+def gradients(block, x):
+    """Of every learnable parameter, and how many values the graph keeps."""
+    block.zero_grad(set_to_none=True)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with parameters_held():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = block(x).square().mean()
+        loss.backward()
+    return [one.grad.clone() for one in block.parameters() if one.grad is not None], sum(kept)
+
+
+@pytest.fixture
+def block():
+    one = Block()
+    for name, parameter in one.named_parameters():
+        parameter.requires_grad_("weight" not in name and "bias" not in name)
+    return one
+
+
+def test_the_gradient_is_the_same_and_less_is_kept(block):
+    x = torch.randn(1, 50, 16)
+    plain, kept = gradients(block, x)
+    with checkpointed(block):
+        again, kept_then = gradients(block, x)
+    assert len(plain) > 10
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert kept_then < 0.5 * kept
+    after, kept_after = gradients(block, x)
+    assert kept_after == kept
+    assert all(torch.equal(a, b) for a, b in zip(plain, after, strict=True))
+
+
+def test_a_feed_forward_goes_through_a_long_sequence_in_pieces(block, monkeypatch):
+    x, lengths = torch.randn(1, 50, 16), []
+    plain, _ = gradients(block, x)
+    monkeypatch.setattr(module, "PIECE", 16)
+    block.ff.net[0].register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
+    with checkpointed(block):
+        pieces, _ = gradients(block, x)
+    assert lengths[:4] == [16, 16, 16, 2]
+    assert len(lengths) == 8  # forward, and again in the backward pass
+    for one, other in zip(plain, pieces, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_student_is_as_it_was_after_an_error(block):
+    with pytest.raises(RuntimeError, match="stop"), checkpointed(block):
+        raise RuntimeError("stop")
+    assert "forward" not in block.attn.__dict__
+    assert not any(getattr(one, "recomputes", False) for one in block.modules())

@@ -1,0 +1,58 @@
+"""Collecting: the pipeline goes to the device once, for the prompts that are not there yet."""
+
+import pytest
+
+from s2q.calibration import candidates as collect_module
+from s2q.calibration.candidates import collect, prepare
+from s2q.calibration.teacher import load_teacher
+from s2q.common.run_folder import open_run_folder
+from s2q.recipes.load import load_recipe
+from tiny import tiny_cogvideox_pipeline
+
+STEPS = 2
+PROMPTS = ["red", "blue", "green"]
+
+
+@pytest.fixture
+def collecting(tmp_path, monkeypatch):
+    """Collect some prompts in one run folder; returns the pools, the stays on the device, and the progress."""
+    recipe = load_recipe("s2q-w4a6", overrides=[f"calibration.steps={STEPS}", "calibration.samples=1"])
+    teacher = load_teacher(tiny_cogvideox_pipeline(), recipe, dtype=None)
+    stays, original = [], collect_module.on_device
+
+    def counted(modules, device, *, set_aside):
+        modules = list(modules)
+        stays.append((len(modules), device))
+        return original(modules, device, set_aside=set_aside)
+
+    monkeypatch.setattr(collect_module, "on_device", counted)
+    with open_run_folder(tmp_path / "out") as folder:
+
+        def collected(prompts):
+            stays.clear()
+            seen = []
+            inputs = prepare(teacher, prompts, recipe.calibration, seed=0, inputs={})
+            pools = collect(teacher, inputs, folder, device="cpu", progress=lambda *step: seen.append(step))
+            return pools, [one for one in stays if one[0]], seen
+
+        yield collected
+
+
+def test_all_prompts_are_generated_in_one_stay_on_the_device(collecting):
+    pools, stays, seen = collecting(PROMPTS)
+    assert len(stays) == 1
+    total = len(PROMPTS) * STEPS
+    assert seen == [(done, total) for done in range(total + 1)]
+    candidates = pools["transformer"].candidates
+    assert [(one.prompt, one.step) for one in candidates] == [(p, s) for p in range(len(PROMPTS)) for s in range(STEPS)]
+
+
+def test_only_what_is_missing_is_generated(collecting):
+    first, *_ = collecting(PROMPTS[:2])
+    pools, stays, seen = collecting(PROMPTS)
+    assert len(stays) == 1
+    assert seen == [(4, 6), (5, 6), (6, 6)]
+    assert pools["transformer"].candidates[:4] == first["transformer"].candidates
+    again, stays, seen = collecting(PROMPTS)
+    assert (stays, seen) == ([], [(6, 6)])
+    assert again["transformer"].candidates == pools["transformer"].candidates

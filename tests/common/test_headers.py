@@ -1,0 +1,78 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from s2q.common.errors import InvalidInputError
+from s2q.common.headers import (
+    TensorInfo,
+    read_header,
+    read_headers,
+    tensors_digest,
+)
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {
+        "x": torch.zeros(3, 5, dtype=torch.uint8),
+        "y.z": torch.zeros(7),
+        "s": torch.zeros((), dtype=torch.bfloat16),
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
+def test_names_dtypes_shapes_and_bytes(path):
+    content, found = path.read_bytes(), read_header(path)
+    ends = [one.start + one.num_bytes for one in found.values()]
+    assert max(ends) == len(content)
+    assert {name: replace(one, start=0) for name, one in found.items()} == {
+        "x": TensorInfo(dtype="U8", shape=(3, 5), num_bytes=15, start=0),
+        "y.z": TensorInfo(dtype="F32", shape=(7,), num_bytes=28, start=0),
+        "s": TensorInfo(dtype="BF16", shape=(), num_bytes=2, start=0),
+    }
+
+
+def test_a_digest_tells_trained_weights_apart(tmp_path):
+    weights = {"a": torch.randn(3000), "b": torch.randn(5, 4000)}
+    changed = {"trained": {"b": weights["b"] * 1.001}, "flattened": {"b": weights["b"].flatten()}}
+    for name, change in {"same": {}, "copy": {}, **changed}.items():
+        save_file({**weights, **change}, tmp_path / name, metadata={"name": name})
+    digests = {path.name: tensors_digest(path) for path in tmp_path.iterdir()}
+    assert digests["same"] == digests["copy"]
+    assert len(set(digests.values())) == 3
+
+
+def test_a_folder_is_the_union_of_its_files(path):
+    save_file({"other": torch.zeros(2)}, path.with_name("b.safetensors"))
+    assert set(read_headers(path.parent.glob("*.safetensors"))) == {"x", "y.z", "s", "other"}
+
+
+def test_every_truncation_is_found(path):
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(InvalidInputError, match=r"a\.safetensors"):
+            read_header(path)
+
+
+def test_trailing_bytes_are_found(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(InvalidInputError, match="truncated or altered, got"):
+        read_header(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InvalidInputError, match="cannot be read"):
+        read_header(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("header", [b"[1, 2]", b'{"x": 3}', b'{"x": {"dtype": "F32"}}', b"\xff\xfe{}"])
+def test_damaged_headers_are_one_clear_error(tmp_path, header):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InvalidInputError, match="damaged"):
+        read_header(path)

@@ -1,0 +1,58 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from s2q.common.errors import InvalidInputError
+from s2q.generation.defaults import embedded_source, generation_defaults, model_label
+from s2q.shapes import embedded
+
+STRESS = "shapes-cogvideox-outliers"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "s2q").mkdir()
+    (tmp_path / "s2q/report.json").write_text(json.dumps({"source": STRESS}))
+    return tmp_path
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    monkeypatch.setattr(embedded, "generation_defaults", lambda name: {"height": len(name)})
+
+
+def loaded_from(place):
+    return SimpleNamespace(name_or_path=str(place))
+
+
+def test_by_name_by_report_and_loaded(checkpoint, settings):
+    for model in (STRESS, checkpoint, str(checkpoint), loaded_from(STRESS), loaded_from(checkpoint)):
+        assert embedded_source(model) == STRESS
+        assert generation_defaults(model) == {"height": len(STRESS)}
+
+
+def test_by_the_folder_of_the_package(tmp_path, monkeypatch, settings):
+    monkeypatch.setattr(embedded, "embedded_folder", lambda name: tmp_path)
+    for model in (tmp_path, loaded_from(tmp_path)):
+        assert embedded_source(model) == "shapes-cogvideox"
+
+
+def test_other_models_have_none(tmp_path, settings):
+    (tmp_path / "s2q").mkdir()
+    (tmp_path / "s2q/report.json").write_text(json.dumps({"source": "someone/model"}))
+    for model in ("someone/model", tmp_path, loaded_from(tmp_path), object()):
+        assert embedded_source(model) is None
+        assert generation_defaults(model) == {}
+
+
+def test_a_damaged_report_names_the_file(checkpoint):
+    (checkpoint / "s2q/report.json").write_text("[")
+    with pytest.raises(InvalidInputError, match=r"report\.json: not a readable report"):
+        embedded_source(checkpoint)
+
+
+def test_labels(tmp_path):
+    assert model_label(tmp_path) == str(tmp_path)
+    assert model_label(loaded_from("here")) == "here"
+    assert model_label(object()) == "object"

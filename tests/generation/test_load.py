@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from s2q.common.errors import InvalidInputError
+from s2q.generation.load import load_pipeline
+from s2q.models import resolve_model
+from s2q.nn import PackedLinear
+from s2q.run.quantize import quantize
+from tiny import run_pipeline, tiny_cogvideox_pipeline
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    tiny_cogvideox_pipeline(dtype=torch.bfloat16).save_pretrained(root / "full")
+    quantize(root / "full", recipe="rtn-w4a6", out=root / "quantized")
+    return root
+
+
+def test_full_precision_and_quantized_alike(folders):
+    for name, packed in (("full", 0), ("quantized", 16)):
+        for model in (folders / name, str(folders / name), resolve_model(folders / name)):
+            pipe = load_pipeline(model)
+            assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
+            assert sum(isinstance(one, PackedLinear) for one in pipe.transformer.modules()) == packed
+        assert torch.isfinite(run_pipeline(load_pipeline(folders / name, dtype="float32"))).all()
+
+
+def test_altered_checkpoints_are_refused_unless_told(folders, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(folders / "quantized", tmp_path / "copy")
+    (copy / "scheduler/scheduler_config.json").write_text((copy / "scheduler/scheduler_config.json").read_text() + "\n")
+    with pytest.raises(InvalidInputError, match=r"scheduler/scheduler_config\.json: got \d+ bytes"):
+        load_pipeline(copy)
+    load_pipeline(copy, verify=False)
+
+
+def test_a_quantized_hub_repository_is_downloaded_whole(folders, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(repo_id, *, revision, allow_patterns):
+        asked.append((repo_id, allow_patterns is None))
+        return str(folders / "quantized")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    load_pipeline("someone/quantized")
+    assert asked == [("someone/quantized", False), ("someone/quantized", True)]
+
+
+def test_a_full_precision_hub_repository(folders, monkeypatch):
+    import huggingface_hub
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(folders / "full"))
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda repo_id, **_: str(folders / "full"))
+    assert load_pipeline("someone/full").transformer.dtype == torch.bfloat16
+
+
+def test_a_hub_repository_that_fails_halfway(folders, monkeypatch):
+    import huggingface_hub
+    from diffusers import DiffusionPipeline
+
+    def refuse(repo_id, **_):
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(folders / "full"))
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
+    with pytest.raises(InvalidInputError, match=r"someone/full: .*connection lost"):
+        load_pipeline("someone/full")

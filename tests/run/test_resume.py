@@ -1,0 +1,242 @@
+"""Runs that were killed, resumed, or shared by processes: the same bytes as those of an undisturbed run."""
+
+import json
+import os
+import pkgutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from s2q.common.errors import InvalidInputError, UsageError
+from s2q.run.quantize import quantize
+from tiny import tiny_cogvideox_pipeline, tiny_wan_pipeline
+
+FAST = ("calibration.steps=2", "calibration.samples=2", "calibration.n_prompts=2", "distillation.epochs=1")
+FAST += ("calibration.num_frames=5", "calibration.height=16", "calibration.width=16")
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_killed_run_goes_on_with_the_same_result(folder, tmp_path, reference, count_blocks, interrupt, after):
+    out = tmp_path / "out"
+    with interrupt(after=after):
+        quantize(folder, recipe="rtn-w4a6", out=out)
+    assert not out.exists()
+    report = quantize(folder, recipe="rtn-w4a6", out=out)
+    assert len(count_blocks["computed"]) == 3 - after
+    assert [block.resumed for block in report.blocks] == [index < after for index in range(3)]
+    assert (out / WEIGHTS).read_bytes() == reference
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_killed_while_writing_leaves_nothing_that_loads_and_goes_on(folder, tmp_path, monkeypatch, reference):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("s2q.checkpoint.save.write_manifest", lambda staged: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(folder, recipe="rtn-w4a6", out=out)
+    assert not out.exists()
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+    report = quantize(folder, recipe="rtn-w4a6", out=out)
+    assert all(block.resumed for block in report.blocks)
+    assert (out / WEIGHTS).read_bytes() == reference
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILL_IN_BLOCK = """
+from s2q.run import runner
+original, done = runner.quantize_block, []
+def quantize_block(*args, **kwargs):
+    if done:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(1)
+    return original(*args, **kwargs)
+runner.quantize_block = quantize_block
+"""
+KILL_BEFORE_MANIFEST = """
+from s2q.checkpoint import save
+save.write_manifest = lambda staged: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("killer", "resumed"), [(KILL_IN_BLOCK, 1), (KILL_BEFORE_MANIFEST, 3)])
+def test_kill_9(folder, tmp_path, reference, killer, resumed):
+    out = tmp_path / "out"
+    call = f"\nfrom s2q.run import quantize\nquantize({str(folder)!r}, recipe='rtn-w4a6', out={str(out)!r})"
+    script = f"import os, signal\n{killer}{call}"
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists()
+    report = quantize(folder, recipe="rtn-w4a6", out=out)
+    assert sum(block.resumed for block in report.blocks) == resumed
+    assert (out / WEIGHTS).read_bytes() == reference
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def dies(function, *, before):
+    """A function that ends the process as a `kill -9` would: before the n-th call, or after the first for None."""
+    calls = []
+
+    def dying(*args, **kwargs):
+        calls.append(args)
+        if before is not None and len(calls) > before:
+            os._exit(9)
+        function(*args, **kwargs)
+        if before is None:
+            os._exit(9)
+
+    return dying
+
+
+def in_a_process_that_dies(work):
+    """Run something in a copy of this process."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+FINISHED = {
+    "before clearing": ("s2q.common.run_folder.RunFolder.clear", 0),
+    "in the middle of clearing": ("pathlib.Path.unlink", 9),  # three files of blocks are unlinked as they are saved
+    "after clearing": ("s2q.common.run_folder.RunFolder.clear", None),
+    "with an empty folder": ("pathlib.Path.rmdir", 0),
+}
+
+
+@pytest.mark.parametrize("moment", FINISHED)
+def test_a_run_killed_when_its_checkpoint_was_in_place_is_finished_by_the_same_command(
+    folder, tmp_path, reference, monkeypatch, count_blocks, moment
+):
+    out, (name, before) = tmp_path / "out", FINISHED[moment]
+    owner, attribute = name.rsplit(".", 1)
+    function = getattr(pkgutil.resolve_name(owner), attribute)
+
+    def work():
+        monkeypatch.setattr(name, dies(function, before=before))
+        quantize(folder, recipe="rtn-w4a6", out=out)
+
+    in_a_process_that_dies(work)
+    assert (out / WEIGHTS).read_bytes() == reference
+    assert (tmp_path / ".out.s2q-run").is_dir()
+    with pytest.raises(InvalidInputError, match="exists; pass --overwrite"):
+        quantize(folder, recipe="rtn-w4a8", out=out)  # another command
+    (tmp_path / ".out.s2q-run").mkdir(exist_ok=True)
+    report = quantize(folder, recipe="rtn-w4a6", out=out)
+    assert count_blocks["computed"] == []
+    assert json.loads(json.dumps(report.to_dict())) == json.loads((out / "s2q/report.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(InvalidInputError, match="exists; pass --overwrite"):
+        quantize(folder, recipe="rtn-w4a6", out=out)  # nothing was killed
+
+
+def test_no_resume_starts_over(folder, tmp_path, count_blocks, interrupt):
+    out = tmp_path / "out"
+    with interrupt(after=2):
+        quantize(folder, recipe="rtn-w4a6", out=out)
+    quantize(folder, recipe="rtn-w4a6", out=out, resume=False)
+    assert len(count_blocks["computed"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "computed"),
+    [
+        ({"overrides": ["weights.num_bits=3"]}, 3),
+        ({"seed": 1}, 3),
+        ({"dtype": "float32"}, 3),
+        ({"overrides": ["skip=['transformer_blocks.0.ff.*']"]}, 2),
+        ({"overrides": ["description=other words"]}, 1),
+    ],
+)
+def test_results_of_other_inputs_are_not_taken_over(folder, tmp_path, count_blocks, interrupt, changed, computed):
+    """Two of three blocks are there; those whose inputs changed are computed again."""
+    out = tmp_path / "out"
+    with interrupt(after=2):
+        quantize(folder, recipe="rtn-w4a6", out=out)
+    quantize(folder, recipe="rtn-w4a6", out=out, **changed)
+    assert len(count_blocks["computed"]) == computed
+
+
+def test_other_weights_are_not_taken_over(folder, tmp_path, count_blocks, interrupt):
+    out = tmp_path / "out"
+    with interrupt(after=2):
+        quantize(folder, recipe="rtn-w4a6", out=out)
+    pipe = tiny_cogvideox_pipeline(num_layers=3, dtype=torch.bfloat16)
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[1].ff.net[2].weight[0, 0] += 1
+    quantize(pipe, recipe="rtn-w4a6", out=out)
+    assert [name.split(".")[1] for name in count_blocks["computed"]] == ["1", "2"]
+
+
+def test_a_damaged_result_is_computed_again(folder, tmp_path, count_blocks, interrupt, reference):
+    out = tmp_path / "out"
+    with interrupt(after=2):
+        quantize(folder, recipe="rtn-w4a6", out=out)
+    artefact = tmp_path / ".out.s2q-run/block-000.safetensors"
+    content = bytearray(artefact.read_bytes())
+    content[-5] ^= 1
+    artefact.write_bytes(content)
+    (tmp_path / ".out.s2q-run/block-001.json").write_text("{")
+    with (tmp_path / ".out.s2q-run/events.jsonl").open("a") as file:
+        file.write('{"event": "torn')
+    quantize(folder, recipe="rtn-w4a6", out=out)
+    assert len(count_blocks["computed"]) == 3
+    assert (out / WEIGHTS).read_bytes() == reference
+
+
+@pytest.mark.parametrize("memory_budget", [None, "1KB"])
+def test_processes_give_the_bytes_of_one(tmp_path, memory_budget):
+    model = tmp_path / "model"
+    tiny_wan_pipeline(boundary_ratio=0.9).save_pretrained(model)
+    arguments = {
+        "recipe": "s2q-w4a6",
+        "prompts": ["a red circle", "a blue square"],
+        "overrides": FAST,
+        "memory_budget": memory_budget,
+    }
+    seen = []
+    quantize(model, out=tmp_path / "one", **arguments)
+    progress = lambda *step: seen.append(step)  # noqa: E731
+    report = quantize(model, out=tmp_path / "two", processes=2, progress=progress, **arguments)
+    for component in ("transformer", "transformer_2"):
+        file = f"{component}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    assert not any(block.resumed for block in report.blocks)
+    done = [done for stage, done, _ in seen if stage == "blocks"]
+    assert done == sorted(done)
+    assert done[0] == 0
+    assert seen[-1] == ("assemble", 1, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "two"]
+
+
+def test_processes_resume_what_is_finished(folder, reference, tmp_path, count_blocks, interrupt):
+    with interrupt(after=2):
+        quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out")
+    report = quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", processes=2)
+    assert [block.resumed for block in report.blocks] == [True, True, False]
+    assert count_blocks["computed"] == [], "the last block is another process's"
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == reference
+
+
+def test_processes_have_nothing_to_do_when_all_blocks_are_finished(folder, reference, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("s2q.checkpoint.save.write_manifest", lambda staged: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(folder, recipe="rtn-w4a6", out=out)
+    report = quantize(folder, recipe="rtn-w4a6", out=out, processes=2)
+    assert all(block.resumed for block in report.blocks)
+    assert (out / WEIGHTS).read_bytes() == reference
+
+
+def test_processes_need_a_model_by_name(folder, tmp_path):
+    with pytest.raises(UsageError, match=r"processes=2 and a loaded pipeline; pass the model's name"):
+        quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a6", out=tmp_path / "out", processes=2)
+    with pytest.raises(InvalidInputError, match="processes: got 0; expected at least 1"):
+        quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", processes=0)

@@ -1,0 +1,97 @@
+"""The time of a run, from a slice of it."""
+
+import itertools
+
+import pytest
+
+from s2q.calibration.teacher import load_teacher
+from s2q.common.errors import InvalidInputError
+from s2q.models import resolve_model
+from s2q.planning import plan, this_machine
+from s2q.recipes.load import load_recipe
+from s2q.run import time_estimate as measure
+from s2q.run.time_estimate import BlockSeconds, measured
+from tiny import tiny_cogvideox_pipeline, tiny_hunyuanvideo_pipeline, tiny_wan_pipeline
+
+
+def test_the_parts_are_found_from_the_total_times_of_short_runs():
+    parts = BlockSeconds(fixed=3.0, once=0.25, step=0.5, evaluation=0.125)
+    cases = [(2, 1), (2, 5), (2, 10), (4, 1)]
+    found = measure._parts({case: parts.total(*case) for case in cases}, distils=True)
+    assert found.total(40, 15) == pytest.approx(parts.total(40, 15))
+    assert parts.total(40, 15) == 3 + 40 * (0.25 + 15 * 0.5 + 5 * 0.125)
+    plain = BlockSeconds(fixed=3.0, once=0.25)
+    found = measure._parts({case: plain.total(*case) for case in [(2, 0), (4, 0)]}, distils=False)
+    assert found == plain
+
+
+def test_noise_makes_no_part_negative():
+    found = measure._parts({(2, 1): 3.0, (2, 5): 2.0, (2, 10): 2.5, (4, 1): 2.9}, distils=True)
+    assert min(found.fixed, found.once, found.step, found.evaluation) >= 0
+
+
+@pytest.mark.parametrize("recipe", ["s2q-w4a6", "rtn-w4a6", "vidit-q-mp-w4a6"])
+def test_every_stage_gets_its_seconds_and_nothing_is_left(tmp_path, recipe):
+    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    overrides = ["calibration.steps=4", "calibration.n_prompts=2", "calibration.samples=8"]
+    validated, source = load_recipe(recipe, overrides=overrides), resolve_model(tmp_path / "model")
+    machine = this_machine("cpu")
+    planned = plan(source, validated, machine=machine)
+    seen = []
+    result = measured(planned, source, validated, machine=machine, progress=lambda *step: seen.append(step))
+    seconds = {stage.name: stage.seconds for stage in result.stages}
+    assert seconds.pop("assemble") is None  # not measured
+    expected = {"collect", "select", "blocks"} if validated.calibrates else {"blocks"}
+    assert seconds.keys() == expected | ({"allocate"} if validated.allocation else set())
+    assert all(one > 0 for one in seconds.values())
+    assert [stage.peak_memory_bytes for stage in result.stages] == [stage.peak_memory_bytes for stage in planned.stages]
+    assert seen[-1][0] == "blocks"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(("prompts", "count"), [(None, 3), (["red", "blue"], 2), (["red"] * 9, 3)])
+def test_collecting_takes_as_long_as_the_prompts_of_the_run(tmp_path, monkeypatch, prompts, count):
+    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    overrides = ["calibration.steps=4", "calibration.n_prompts=3", "calibration.samples=8"]
+    recipe, source = load_recipe("s2q-w4a6", overrides=overrides), resolve_model(tmp_path / "model")
+    machine = this_machine("cpu")
+    planned = plan(source, recipe, machine=machine)
+    clock = itertools.count()
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(measure, "_blocks", lambda *args, **arguments: 0.0)
+    result = measured(planned, source, recipe, machine=machine, prompts=prompts)
+    assert result.stages[0].seconds == count  # a video takes a second by this clock
+
+
+def test_both_of_two_transformers_get_samples(tmp_path):
+    """Of few steps the second one takes none, so that more have to be measured."""
+    tiny_wan_pipeline(boundary_ratio=0.7).save_pretrained(tmp_path / "model")
+    size = [f"calibration.{name}={value}" for name, value in (("num_frames", 9), ("height", 16), ("width", 16))]
+    overrides = ["calibration.steps=4", "calibration.n_prompts=2", "calibration.samples=2", *size]
+    validated, source = load_recipe("s2q-w4a6", overrides=overrides), resolve_model(tmp_path / "model")
+    machine = this_machine("cpu")
+    result = measured(plan(source, validated, machine=machine), source, validated, machine=machine)
+    assert [stage.seconds is None for stage in result.stages] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("boundary", "expected"), [(None, (1, 5)), (0.7, (3, 12))])
+def test_steps_in_which_every_transformer_is_called(boundary, expected):
+    """Step i of n has noise s = 1 - i / n, shifted to 3 s / (1 + 2 s), which is below 0.7 for i > 0.5625 n."""
+    teacher = load_teacher(tiny_wan_pipeline(boundary_ratio=boundary), load_recipe("rtn-w4a6"), dtype=None)
+    assert tuple(measure._steps_with(teacher, calls) for calls in (1, 5)) == expected
+
+
+def test_a_transformer_that_is_hardly_called_is_not_measured():
+    teacher = load_teacher(tiny_wan_pipeline(boundary_ratio=1.0), load_recipe("rtn-w4a6"), dtype=None)
+    with pytest.raises(InvalidInputError, match="leave out --measure"):
+        measure._steps_with(teacher, 5)
+
+
+def test_each_kind_of_block_counts_as_often_as_there_are_blocks_of_it():
+    recipe = load_recipe("rtn-w4a6")
+    for pipe, kinds in (
+        (tiny_cogvideox_pipeline(num_layers=3), [(0, 3)]),
+        (tiny_hunyuanvideo_pipeline(), [(0, 1), (1, 1)]),
+    ):
+        (transformer,) = load_teacher(pipe, recipe, dtype=None).transformers
+        assert measure._kinds(transformer) == kinds
