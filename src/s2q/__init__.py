@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "compare", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
 
 _LAZY = {
-    "compare": ("s2q.comparison", "compare"),
-    "evaluate": ("s2q.evaluation", "evaluate"),
-    "generate": ("s2q.evaluation", "generate"),
+    "compare": ("s2q.comparison.compare", "compare"),
+    "evaluate": ("s2q.evaluation.evaluate", "evaluate"),
+    "generate": ("s2q.generation.generate", "generate"),
     "inspect": ("s2q.generation.load", "inspect_model"),
     "load": ("s2q.generation.load", "load_pipeline"),
     "plan": ("s2q.planning", "plan"),
-    "quantize": ("s2q.run", "quantize"),
+    "quantize": ("s2q.run.quantize", "quantize"),
 }
 
 

@@ -20,14 +20,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from s2q.calibration.samples import BlockSample, Samples
 from s2q.common.errors import S2QError
-from s2q.core.memo import parameters_held, recomputed
-from s2q.core.tokens import TokenGrid, token_grid
+from s2q.core.memo import PIECE, parameters_held, recomputed
+from s2q.core.tokens import token_grid
 from s2q.distillation.loss import weighted_token_loss
 from s2q.distillation.temporal import temporal_loss
 from s2q.nn import RefinedLinear, StudentInput, StudentLinear
@@ -38,49 +39,6 @@ logger = logging.getLogger(__name__)
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
 _EVALUATIONS = 5
 _ROUNDING_EPS = 1e-15  # far below a gradient that is shared by all weights of a block
-PIECE = 8192
-"""Tokens that a part without attention computes again at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockSample:
-    """One call of a block.
-
-    Attributes:
-        inputs: Keyword arguments of the call.
-        outputs: What the full-precision block returns, [1, N_k, d] for each stream.
-        weights: λ, [1, N_k] for each stream; None weights every token with 1.
-        grid: Where the video tokens lie; None if nothing asks.
-        video: Which of the streams is the video.
-    """
-
-    inputs: Mapping[str, Any]
-    outputs: tuple[Tensor, ...]
-    weights: tuple[Tensor, ...] | None = None
-    grid: TokenGrid | None = None
-    video: int = 0
-
-
-class Samples(Protocol):
-    """Samples by index, from memory or from a disk.
-
-    Attributes:
-        device: Where a block is called with them, "cpu", "cuda", "cuda:1".
-    """
-
-    device: str
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        ...
-
-    def read(self, index: int) -> BlockSample:
-        """Return one of them, with its tensors in host memory."""
-        ...
-
-    def to_device(self, sample: BlockSample) -> BlockSample:
-        """Return what was read with its tensors on the device."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ from s2q.blocks.reconstruct import calibrate_block
 from s2q.blocks.task import BlockTask
 from s2q.common.files import canonical_json
 from s2q.common.run_folder import Artefact
+from s2q.common.versions import package_versions
 from s2q.core.input_path import InputLayout
 from s2q.core.schemes import LinearScheme
 from s2q.models import BlockLinear
 from s2q.nn import PackedLinear
-from s2q.run.report import package_versions
 
 ARTEFACT_VERSION = 1
 

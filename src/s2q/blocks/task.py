@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from s2q.calibration.stream import TeacherStream
+from s2q.calibration.teacher import TeacherTransformer
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
 from s2q.models import Family
@@ -84,6 +85,33 @@ class BlockWork:
         for name, layer in layers.items():
             replace_module(result, name, layer)
         return result
+
+
+def block_task(
+    transformer: TeacherTransformer, block: int, recipe: Recipe, *, seed: int, device: str, stream: TeacherStream | None
+) -> BlockTask:
+    """Return what is to be done with a block of a transformer.
+
+    Args:
+        transformer: The transformer.
+        block: Index of the block.
+        recipe: The recipe.
+        seed: Seed of the run.
+        device: Where to compute.
+        stream: The stream of the samples; None for recipes that need none.
+    """
+    linears = transformer.inner_names(block)
+    return BlockTask(
+        block=transformer.module.get_submodule(transformer.block_names[block]),
+        linears=linears,
+        schemes={full: transformer.schemes[full] for full in linears.values()},
+        recipe=recipe,
+        family=transformer.family,
+        index=block,
+        seed=seed,
+        device=device,
+        stream=stream,
+    )
 
 
 def input_groups(linears: Iterable[str], family: Family) -> list[tuple[str, ...]]:

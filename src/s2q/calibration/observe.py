@@ -8,17 +8,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2q.blocks.distil import BlockSample
 from s2q.calibration.input_statistics import InputStatistics
-from s2q.calibration.stream import TeacherStream, TensorStore
-from s2q.common.memory import moved
+from s2q.calibration.samples import BlockSamples
 from s2q.distillation.loss import split_weights
 from s2q.distillation.token_importance import capture_column_sums, token_weights
 from s2q.models import Family
@@ -27,54 +23,6 @@ from s2q.recipes.schema import Recipe
 
 SEARCHED_ROWS = 2048
 """Tokens of all samples together that a search for α judges by."""
-
-
-class BlockSamples:
-    """The samples of a block: inputs from the stream, targets and weights from a store; on the device.
-
-    Args:
-        stream: Where inputs come from.
-        targets: Where outputs and token weights are kept.
-        streams: Names of the streams that the block returns.
-        cast: Brings a tensor to the device, in the dtype of calibration.
-    """
-
-    def __init__(
-        self, stream: TeacherStream, targets: TensorStore, streams: Sequence[str], cast: Callable[[Any], Any]
-    ) -> None:
-        self.stream, self.targets, self.streams, self.cast = stream, targets, streams, cast
-        self.device = stream.device
-
-    def __len__(self) -> int:
-        return len(self.stream)
-
-    def inputs(self, index: int) -> dict[str, Any]:
-        """Return the keyword arguments of a call of the block."""
-        return {name: self.cast(value) for name, value in self.stream.inputs(index).items()}
-
-    def read(self, index: int) -> BlockSample:
-        """Return a sample as it is stored, in host memory."""
-        stored = self.targets.get(index)
-        weights = tuple(stored[f"weights.{name}"] for name in self.streams) if len(stored) > len(self.streams) else None
-        return BlockSample(
-            inputs=self.stream.inputs(index),
-            outputs=tuple(stored[name] for name in self.streams),
-            weights=weights,
-            grid=self.stream.grid(index),
-            video=self.streams.index("hidden_states"),
-        )
-
-    def to_device(self, sample: BlockSample) -> BlockSample:
-        """Return a sample on the device, its inputs in the dtype of calibration."""
-        return replace(
-            sample,
-            inputs={name: self.cast(value) for name, value in sample.inputs.items()},
-            outputs=moved(sample.outputs, self.device),
-            weights=moved(sample.weights, self.device),
-        )
-
-    def __getitem__(self, index: int) -> BlockSample:
-        return self.to_device(self.read(index))
 
 
 @torch.no_grad()

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from s2q.blocks.task import BlockTask
-from s2q.calibration.stream import TeacherStream
 from s2q.common.arguments import parse_dtype
 from s2q.common.components import (
     TRANSFORMERS,
@@ -82,29 +80,6 @@ class TeacherTransformer:
         """
         prefix = f"{full_name(self.component, self.block_names[block])}."
         return {linear.name.removeprefix(prefix): linear.name for linear in self.quantized_linears(block)}
-
-    def task(self, block: int, recipe: Recipe, *, seed: int, device: str, stream: TeacherStream | None) -> BlockTask:
-        """Return what is to be done with a block.
-
-        Args:
-            block: Index of the block.
-            recipe: The recipe.
-            seed: Seed of the run.
-            device: Where to compute.
-            stream: The stream of the samples; None for recipes that need none.
-        """
-        linears = self.inner_names(block)
-        return BlockTask(
-            block=self.module.get_submodule(self.block_names[block]),
-            linears=linears,
-            schemes={full: self.schemes[full] for full in linears.values()},
-            recipe=recipe,
-            family=self.family,
-            index=block,
-            seed=seed,
-            device=device,
-            stream=stream,
-        )
 
     def artefact_name(self, block: int) -> str:
         """Return the name of the artefact of a block.

@@ -19,6 +19,9 @@ from s2q.core.tokens import carried_call
 
 _T = TypeVar("_T")
 
+PIECE = 8192
+"""Tokens that a part without attention computes again at a time."""
+
 
 @dataclass(frozen=True)
 class _Kept:

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from s2q.blocks.distil import PIECE
 from s2q.common.components import full_name, split_name
 from s2q.common.memory import page_locked_bytes
+from s2q.core.memo import PIECE
 from s2q.models import BlockLinear, Family, block_names, family_of
 from s2q.recipes.groups import ADAROUND, GPTQ
 from s2q.recipes.schema import Recipe

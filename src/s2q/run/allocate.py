@@ -25,7 +25,7 @@ import torch
 from s2q.blocks.distil import block_loss
 from s2q.blocks.quantize_block import block_fingerprint
 from s2q.blocks.reconstruct import OpenedBlock, opened_block
-from s2q.blocks.task import input_groups
+from s2q.blocks.task import block_task, input_groups
 from s2q.calibration.calibration_set import Samples, Selected
 from s2q.calibration.observe import BlockSamples
 from s2q.calibration.stream import TeacherStream
@@ -200,7 +200,7 @@ def block_errors(
     if not units:
         return {}
     key = f"allocation-{one.artefact_name(index)}"
-    task = one.task(index, recipe, seed=selected.inputs.seed, device=stream.device, stream=stream)
+    task = block_task(one, index, recipe, seed=selected.inputs.seed, device=stream.device, stream=stream)
     fingerprint = block_fingerprint(task, stage="allocate", samples=selected.fingerprint(one.component))
     if not folder.has(key, fingerprint):
         with opened_block(task) as opened:

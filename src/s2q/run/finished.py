@@ -12,9 +12,10 @@ from s2q.checkpoint.save import EVENTS, REPORT
 from s2q.common.files import canonical_json
 from s2q.common.outputs import lock_folder
 from s2q.common.run_folder import open_run_folder, read_events
+from s2q.common.versions import package_versions
 from s2q.models import ModelSource
 from s2q.recipes.schema import Recipe
-from s2q.run.report import QuantizationReport, package_versions
+from s2q.run.report import QuantizationReport
 
 
 def request_hash(source: ModelSource, recipe: Recipe, prompts: Sequence[str] | None, options: Mapping[str, str]) -> str:

@@ -53,6 +53,7 @@ from s2q.common.files import DISK_FULL
 from s2q.common.outputs import check_output
 from s2q.common.run_folder import RunFolder, open_run_folder
 from s2q.common.torch_state import in_fresh_torch_state
+from s2q.common.versions import package_versions
 from s2q.core.storage import parse_bytes
 from s2q.engines.processes import most_on_one_device
 from s2q.models import ModelSource, resolve_model
@@ -79,7 +80,6 @@ from s2q.run.report import (
     BlockReport,
     QuantizationReport,
     log_block,
-    package_versions,
 )
 from s2q.run.runner import BlockJob, BlockRunner, quantize_in_processes
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-_PACKAGES = ("s2q", "torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +108,6 @@ class QuantizationReport:
             content: What `to_dict` returned.
         """
         return cls(**{**content, "blocks": tuple(BlockReport(**block) for block in content["blocks"])})
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide the result."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
 
 
 def log_block(report: BlockReport, *, total: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from s2q.blocks.quantize_block import block_fingerprint, quantize_block, to_artefact
-from s2q.blocks.task import BlockTask
+from s2q.blocks.task import BlockTask, block_task
 from s2q.calibration.calibration_set import Selected, calibration_stream
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
@@ -142,7 +142,7 @@ class BlockRunner:
 
     def _task(self, transformer: TeacherTransformer, index: int, stream: TeacherStream | None) -> BlockTask:
         job = self.job
-        task = transformer.task(index, job.recipe, seed=job.seed, device=job.machine.device, stream=stream)
+        task = block_task(transformer, index, job.recipe, seed=job.seed, device=job.machine.device, stream=stream)
         return replace(task, checkpointed=job.cost is not None and job.cost.gradient_checkpointing)
 
     def _fingerprint(self, transformer: TeacherTransformer, task: BlockTask) -> str:

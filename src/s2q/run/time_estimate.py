@@ -19,7 +19,7 @@ from typing import Any
 
 from s2q.blocks.distil import evaluations
 from s2q.blocks.quantize_block import quantize_block
-from s2q.blocks.task import BlockTask
+from s2q.blocks.task import BlockTask, block_task
 from s2q.calibration.calibration_set import Selected, calibration_stream, select
 from s2q.calibration.candidates import (
     branches_of,
@@ -273,7 +273,7 @@ def _block_seconds(
     if distillation is not None:
         distillation = distillation.model_copy(update={"epochs": epochs})
     changed = recipe.model_copy(update={"distillation": distillation})
-    task = transformer.task(index, changed, seed=0, device=stream.device, stream=stream)
+    task = block_task(transformer, index, changed, seed=0, device=stream.device, stream=stream)
     return _seconds(replace(task, checkpointed=checkpointed))
 
 
@@ -282,7 +282,7 @@ def _rounding(teacher: Teacher, recipe: Recipe, machine: Machine, progress: Call
     total = 0.0
     for done, (one, first, count) in enumerate(kinds):
         progress("blocks", done, len(kinds))
-        total += count * _seconds(one.task(first, recipe, seed=0, device=machine.device, stream=None))
+        total += count * _seconds(block_task(one, first, recipe, seed=0, device=machine.device, stream=None))
     progress("blocks", len(kinds), len(kinds))
     return total
 

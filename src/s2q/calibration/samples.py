@@ -1,0 +1,105 @@
+"""The calibration samples of a block: inputs, targets and token weights of each, read one at a time.
+
+Legend: `N_k` tokens of stream k, `d` channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from s2q.calibration.stream import TeacherStream, TensorStore
+from s2q.common.memory import moved
+from s2q.core.tokens import TokenGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSample:
+    """One call of a block.
+
+    Attributes:
+        inputs: Keyword arguments of the call.
+        outputs: What the full-precision block returns, [1, N_k, d] for each stream.
+        weights: λ, [1, N_k] for each stream; None weights every token with 1.
+        grid: Where the video tokens lie; None if nothing asks.
+        video: Which of the streams is the video.
+    """
+
+    inputs: Mapping[str, Any]
+    outputs: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...] | None = None
+    grid: TokenGrid | None = None
+    video: int = 0
+
+
+class Samples(Protocol):
+    """Samples by index, from memory or from a disk.
+
+    Attributes:
+        device: Where a block is called with them, "cpu", "cuda", "cuda:1".
+    """
+
+    device: str
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def read(self, index: int) -> BlockSample:
+        """Return one of them, with its tensors in host memory."""
+        ...
+
+    def to_device(self, sample: BlockSample) -> BlockSample:
+        """Return what was read with its tensors on the device."""
+        ...
+
+
+class BlockSamples:
+    """The samples of a block: inputs from the stream, targets and weights from a store; on the device.
+
+    Args:
+        stream: Where inputs come from.
+        targets: Where outputs and token weights are kept.
+        streams: Names of the streams that the block returns.
+        cast: Brings a tensor to the device, in the dtype of calibration.
+    """
+
+    def __init__(
+        self, stream: TeacherStream, targets: TensorStore, streams: Sequence[str], cast: Callable[[Any], Any]
+    ) -> None:
+        self.stream, self.targets, self.streams, self.cast = stream, targets, streams, cast
+        self.device = stream.device
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def inputs(self, index: int) -> dict[str, Any]:
+        """Return the keyword arguments of a call of the block."""
+        return {name: self.cast(value) for name, value in self.stream.inputs(index).items()}
+
+    def read(self, index: int) -> BlockSample:
+        """Return a sample as it is stored, in host memory."""
+        stored = self.targets.get(index)
+        weights = tuple(stored[f"weights.{name}"] for name in self.streams) if len(stored) > len(self.streams) else None
+        return BlockSample(
+            inputs=self.stream.inputs(index),
+            outputs=tuple(stored[name] for name in self.streams),
+            weights=weights,
+            grid=self.stream.grid(index),
+            video=self.streams.index("hidden_states"),
+        )
+
+    def to_device(self, sample: BlockSample) -> BlockSample:
+        """Return a sample on the device, its inputs in the dtype of calibration."""
+        return replace(
+            sample,
+            inputs={name: self.cast(value) for name, value in sample.inputs.items()},
+            outputs=moved(sample.outputs, self.device),
+            weights=moved(sample.weights, self.device),
+        )
+
+    def __getitem__(self, index: int) -> BlockSample:
+        return self.to_device(self.read(index))
