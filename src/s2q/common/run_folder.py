@@ -1,7 +1,7 @@
 """The folder in which a run keeps what it has finished, for a killed run to resume from.
 
 It is the folder of the output's lock, `.{name}.s2q-run` (`s2q.common.outputs`): the results of the blocks, each with
-the fingerprint of its inputs and the SHA-256 of its file, and the events. It is removed once the checkpoint is in place.
+the fingerprint of its inputs and the SHA-256 of its file, and the events. It goes when the checkpoint is in place.
 """
 
 from __future__ import annotations
