@@ -25,16 +25,16 @@ from torch.utils._pytree import tree_leaves
 
 from s2q.benchmark.calibration_block import student_of
 from s2q.benchmark.synthetic_blocks import block_inputs
-from s2q.blocks.distil import checkpointed
+from s2q.blocks.distil import checkpoint_parts
 from s2q.common.components import TRANSFORMERS
-from s2q.core.memo import parameters_held
+from s2q.core.memo import memoization
 from s2q.distillation.loss import weighted_token_loss
 from s2q.models.family import block_linears, linears_of_block
 from s2q.models.synthetic import BlockList, SyntheticModel, synthetic_model
 from s2q.planning.cost import Workload, block_shapes
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
-from s2q.rounding import softened
+from s2q.rounding import soft_rounding
 
 MODELS = ("cogvideox-2b", "cogvideox-5b", "hunyuanvideo", "ltx-2b", "wan-1.3b", "wan-14b")
 TOKENS = (256, 4096, 32_768, 131_072)
@@ -157,8 +157,8 @@ def traced_bytes(case: Case) -> int:
                 if isinstance(leaf, Tensor):
                     live.add(leaf.data if leaf.is_leaf else leaf)
             before = live.now
-            repeats = checkpointed(student) if case.recompute else nullcontext()
-            with repeats, softened(student), torch.enable_grad(), parameters_held():
+            repeats = checkpoint_parts(student) if case.recompute else nullcontext()
+            with repeats, soft_rounding(student), torch.enable_grad(), memoization():
                 outputs = student(**inputs)
                 streams: Sequence[Tensor] = outputs if isinstance(outputs, tuple) else (outputs,)
                 weighted_token_loss(streams, tuple(torch.zeros_like(one) for one in streams)).backward()

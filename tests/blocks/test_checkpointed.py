@@ -6,8 +6,8 @@ from diffusers.models.attention import FeedForward
 from torch import nn
 
 from s2q.blocks import distil as module
-from s2q.blocks.distil import checkpointed
-from s2q.core.memo import parameters_held
+from s2q.blocks.distil import checkpoint_parts
+from s2q.core.memo import memoization
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.nn import LearnableClip, StudentInput, StudentLinear
 from s2q.transforms import Compose, KroneckerTransform, SmoothScale
@@ -67,7 +67,7 @@ def gradients(block, x):
         kept.append(tensor.numel())
         return tensor
 
-    with parameters_held():
+    with memoization():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = block(x).square().mean()
         loss.backward()
@@ -85,7 +85,7 @@ def block():
 def test_the_gradient_is_the_same_and_less_is_kept(block):
     x = torch.randn(1, 50, 16)
     plain, kept = gradients(block, x)
-    with checkpointed(block):
+    with checkpoint_parts(block):
         again, kept_then = gradients(block, x)
     assert len(plain) > 10
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
@@ -100,7 +100,7 @@ def test_a_feed_forward_goes_through_a_long_sequence_in_pieces(block, monkeypatc
     plain, _ = gradients(block, x)
     monkeypatch.setattr(module, "PIECE", 16)
     block.ff.net[0].register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
-    with checkpointed(block):
+    with checkpoint_parts(block):
         pieces, _ = gradients(block, x)
     assert lengths[:4] == [16, 16, 16, 2]
     assert len(lengths) == 8  # forward, and again in the backward pass
@@ -109,7 +109,7 @@ def test_a_feed_forward_goes_through_a_long_sequence_in_pieces(block, monkeypatc
 
 
 def test_the_student_is_as_it_was_after_an_error(block):
-    with pytest.raises(RuntimeError, match="stop"), checkpointed(block):
+    with pytest.raises(RuntimeError, match="stop"), checkpoint_parts(block):
         raise RuntimeError("stop")
     assert "forward" not in block.attn.__dict__
     assert not any(getattr(one, "recomputes", False) for one in block.modules())

@@ -20,10 +20,10 @@ def collecting(tmp_path, monkeypatch):
     teacher = load_teacher(tiny_cogvideox_pipeline(), recipe, dtype=None)
     stays, original = [], collect_module.on_device
 
-    def counted(modules, device, *, set_aside):
+    def counted(modules, device, *, offload):
         modules = list(modules)
         stays.append((len(modules), device))
-        return original(modules, device, set_aside=set_aside)
+        return original(modules, device, offload=offload)
 
     monkeypatch.setattr(collect_module, "on_device", counted)
     with open_run_folder(tmp_path / "out") as folder:

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from s2q.common.memory import (
-    moved,
     on_device,
     page_out,
     tensors_of,
+    to_device,
 )
 
 
@@ -63,7 +63,7 @@ def test_they_come_back_after_an_error_too():
 
 def test_moved_converts_floating_tensors_wherever_they_lie():
     value = {"x": [torch.ones(2, dtype=torch.bfloat16), (torch.ones(2, dtype=torch.long), "text")], "none": None}
-    result = moved(value, "cpu", dtype=torch.float32)
+    result = to_device(value, "cpu", dtype=torch.float32)
     assert (result["x"][0].dtype, result["x"][1][0].dtype) == (torch.float32, torch.long)
     assert (result["x"][1][1], result["none"]) == ("text", None)
-    assert moved(value, "cpu")["x"][0] is value["x"][0]
+    assert to_device(value, "cpu")["x"][0] is value["x"][0]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from s2q.core.memo import (
-    once,
-    once_for,
-    parameters_held,
-    recomputed,
+    checkpointed,
+    memoization,
+    memoize_for,
+    memoize_step,
 )
 
 
@@ -26,41 +26,46 @@ class _Counter:
 
 def test_outside_the_context_everything_is_computed_anew() -> None:
     owner, count = object(), _Counter()
-    assert [once(owner, "k", count), once(owner, "k", count)] == [1, 2]
-    assert [once_for(owner, owner, count), once_for(owner, owner, count)] == [3, 4]
+    assert [memoize_step(owner, "k", count), memoize_step(owner, "k", count)] == [1, 2]
+    assert [memoize_for(owner, owner, count), memoize_for(owner, owner, count)] == [3, 4]
 
 
 def test_within_the_context_a_result_is_kept_by_owner_and_key() -> None:
     one, other, count = object(), object(), _Counter()
-    with parameters_held():
-        assert [once(one, "k", count), once(one, "k", count), once(one, "l", count), once(other, "k", count)] == [
+    with memoization():
+        assert [
+            memoize_step(one, "k", count),
+            memoize_step(one, "k", count),
+            memoize_step(one, "l", count),
+            memoize_step(other, "k", count),
+        ] == [
             1,
             1,
             2,
             3,
         ]
-    with parameters_held():
-        assert once(one, "k", count) == 4
+    with memoization():
+        assert memoize_step(one, "k", count) == 4
 
 
 def test_only_the_latest_subject_is_kept_and_compared_by_identity() -> None:
     owner, count = object(), _Counter()
     x, equal = torch.ones(2), torch.ones(2)
-    with parameters_held():
-        assert [once_for(owner, s, count) for s in (x, x, equal, x)] == [1, 1, 2, 3]
+    with memoization():
+        assert [memoize_for(owner, s, count) for s in (x, x, equal, x)] == [1, 1, 2, 3]
 
 
 def test_an_inner_context_keeps_its_own_results() -> None:
     owner, count = object(), _Counter()
-    with parameters_held():
-        once(owner, "k", count)
-        with parameters_held():
-            assert once(owner, "k", count) == 2
-        assert once(owner, "k", count) == 1
+    with memoization():
+        memoize_step(owner, "k", count)
+        with memoization():
+            assert memoize_step(owner, "k", count) == 2
+        assert memoize_step(owner, "k", count) == 1
 
 
 class _Square(torch.nn.Module):
-    """y = (w x)², with w² from `once` and the product from `once_for`; counts its calls."""
+    """y = (w x)², with w² from `once` and the product from `memoize_for`; counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,11 +74,11 @@ class _Square(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return once_for(self, x, lambda: self._product(x)).square()
+        return memoize_for(self, x, lambda: self._product(x)).square()
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         self.products += 1
-        return once(self, "w", self._weight) * x
+        return memoize_step(self, "w", self._weight) * x
 
     def _weight(self) -> torch.Tensor:
         self.weights += 1
@@ -82,8 +87,8 @@ class _Square(torch.nn.Module):
 
 def test_a_recomputed_call_runs_again_in_the_backward_pass_but_not_what_is_kept() -> None:
     layer, x = _Square(), torch.ones(3)
-    with parameters_held():
-        (recomputed(layer, x).sum() + recomputed(layer, 2 * x).sum()).backward()
+    with memoization():
+        (checkpointed(layer, x).sum() + checkpointed(layer, 2 * x).sum()).backward()
     assert (layer.calls, layer.weights, layer.products) == (4, 1, 4)
     assert layer.w.grad is not None
     # y = e²ʷ (1 + 4) · 3, so dy/dw = 2 y
@@ -92,8 +97,8 @@ def test_a_recomputed_call_runs_again_in_the_backward_pass_but_not_what_is_kept(
 
 def test_the_backward_pass_may_run_in_a_thread_of_its_own() -> None:
     layer, x = _Square(), torch.ones(3)
-    with parameters_held():
-        loss = recomputed(layer, x).sum()
+    with memoization():
+        loss = checkpointed(layer, x).sum()
         with ThreadPoolExecutor(max_workers=1) as pool:
             pool.submit(loss.backward).result()
     assert (layer.calls, layer.weights) == (2, 1)
@@ -102,7 +107,7 @@ def test_the_backward_pass_may_run_in_a_thread_of_its_own() -> None:
 def test_without_gradients_a_recomputed_call_is_a_call() -> None:
     layer = _Square()
     with torch.no_grad():
-        assert float(recomputed(layer, torch.ones(1))) == pytest.approx(math.exp(4), rel=1e-5)
+        assert float(checkpointed(layer, torch.ones(1))) == pytest.approx(math.exp(4), rel=1e-5)
     assert layer.calls == 1
 
 
@@ -110,13 +115,13 @@ def test_nothing_of_a_recomputed_call_is_kept_until_the_backward_pass() -> None:
     owner, seen = object(), weakref.WeakSet[torch.Tensor]()
 
     def part(x: torch.Tensor) -> torch.Tensor:
-        split = once_for(owner, x, lambda: recomputed(torch.exp, x))
+        split = memoize_for(owner, x, lambda: checkpointed(torch.exp, x))
         seen.add(split)
         return split.square().sum()
 
     x = torch.ones(3, requires_grad=True)
-    with parameters_held():
-        loss = recomputed(part, 2 * x)
+    with memoization():
+        loss = checkpointed(part, 2 * x)
         assert not seen
         loss.backward()
     assert x.grad is not None

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from s2q.common.files import canonical_json
-from s2q.evaluation.scores import Judged, Measured, joined
+from s2q.evaluation.scores import EvaluationResult, VideoScores, merge
 from s2q.evaluation.summary import summarise
 from s2q.generation.settings import GenerationSettings
 
@@ -14,7 +14,7 @@ def part(first, count, **changes):
     """Two seeds a prompt; the value is that of the prompt's number and the seed."""
     jobs = [(f"p{i}", seed) for i in range(first, first + count) for seed in (0, 1)]
     videos = tuple(
-        Judged(
+        VideoScores(
             prompt=p,
             seed=s,
             metrics={"ssim": 0.1 * int(p[1:]) + s / 3, "velocity_relative_error": None},
@@ -26,31 +26,31 @@ def part(first, count, **changes):
         "model": "student",
         "reference": "teacher",
         "videos": videos,
-        "floor": tuple(Judged(prompt=p, seed=1, metrics={"ssim": 0.5 + int(p[1:])}) for p, s in jobs if s),
+        "floor": tuple(VideoScores(prompt=p, seed=1, metrics={"ssim": 0.5 + int(p[1:])}) for p, s in jobs if s),
         "settings": SETTINGS,
         "dtype": "float32",
         "timesteps": (999.0, 499.0),
     }
-    return Measured(**fields | changes)
+    return EvaluationResult(**fields | changes)
 
 
 def test_files_hold_it_exactly():
     one = part(0, 2)
-    assert Measured.from_dict(json.loads(canonical_json(one.to_dict()))) == one
+    assert EvaluationResult.from_dict(json.loads(canonical_json(one.to_dict()))) == one
     with pytest.raises(TypeError):
-        Measured.from_dict(one.to_dict() | {"other": 1})
+        EvaluationResult.from_dict(one.to_dict() | {"other": 1})
 
 
 def test_parts_make_what_would_have_been_measured_at_once():
     whole = part(0, 5)
-    assert joined([part(0, 2), part(2, 3)]) == whole
-    assert joined([whole]) is not whole
-    assert joined([part(0, 2, timesteps=()), part(2, 3)]).timesteps == (999.0, 499.0)
-    assert summarise(joined([part(0, 2), part(2, 3)])) == summarise(whole)
+    assert merge([part(0, 2), part(2, 3)]) == whole
+    assert merge([whole]) is not whole
+    assert merge([part(0, 2, timesteps=()), part(2, 3)]).timesteps == (999.0, 499.0)
+    assert summarise(merge([part(0, 2), part(2, 3)])) == summarise(whole)
     assert summarise(whole)["noise_floor"]["n_pairs"] == 5
     assert summarise(whole)["noise_floor"]["metrics"]["ssim"] == pytest.approx(2.5)
 
 
 def test_parts_of_different_runs_are_not_joined():
     with pytest.raises(AssertionError):
-        joined([part(0, 2), part(2, 2, dtype="bfloat16")])
+        merge([part(0, 2), part(2, 2, dtype="bfloat16")])

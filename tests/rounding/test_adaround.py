@@ -15,7 +15,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import dequantize_weight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.nn import LearnableClip, StudentInput, StudentLinear
-from s2q.rounding import AdaRoundOptions, LearnedRounding, penalize, round_rtn, roundings_of, softened
+from s2q.rounding import AdaRoundOptions, LearnedRounding, penalize, round_rtn, roundings_of, soft_rounding
 from s2q.rounding.adaround import rounding_penalty
 from tiny import ListedSamples
 
@@ -43,7 +43,7 @@ def test_start_by_hand():
 def test_it_starts_as_the_weight_itself_and_decides_for_the_nearest(scheme):
     weight = draw(12, 24)
     rounding = LearnedRounding(weight, scheme)
-    with softened(rounding):
+    with soft_rounding(rounding):
         torch.testing.assert_close(rounding(), weight, rtol=0, atol=1e-6)
     nearest = round_rtn(weight, scheme)
     assert torch.equal(rounding.rounded().codes, nearest.codes)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from s2q.blocks.distil import checkpointed
+from s2q.blocks.distil import checkpoint_parts
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.common.errors import InvalidInputError, UsageError
-from s2q.core.memo import parameters_held
+from s2q.core.memo import memoization
 from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import Delta
 from s2q.core.tokens import TokenGrid, current_grid, token_grid
@@ -196,9 +196,9 @@ def test_the_gradient_of_a_checkpointed_block_is_the_same_where_tokens_have_plac
     try:
         for recompute in (False, True):
             block.zero_grad(set_to_none=True)
-            with parameters_held():
+            with memoization():
                 if recompute:
-                    with checkpointed(block):
+                    with checkpoint_parts(block):
                         block.ff(x).square().sum().backward()
                 else:
                     block.ff(x).square().sum().backward()

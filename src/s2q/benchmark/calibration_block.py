@@ -31,7 +31,7 @@ from s2q.benchmark.synthetic_blocks import block_inputs, synthetic_block
 from s2q.benchmark.timing import interleave, measures_of, stopwatch_for
 from s2q.calibration.stream import named_arguments
 from s2q.common.seeds import derive_seed
-from s2q.core.memo import parameters_held
+from s2q.core.memo import memoization
 from s2q.core.schemes import LinearScheme
 from s2q.distillation.loss import weighted_token_loss
 from s2q.generation.denoise import denoise
@@ -43,7 +43,7 @@ from s2q.models.synthetic import SyntheticModel
 from s2q.nn import LearnableClip, StudentInput, StudentLinear, replace_module
 from s2q.recipes.groups import ADAROUND
 from s2q.recipes.schema import Recipe
-from s2q.rounding import AdaRoundOptions, LearnedRounding, penalize, roundings_of, softened
+from s2q.rounding import AdaRoundOptions, LearnedRounding, penalize, roundings_of, soft_rounding
 from s2q.transforms import ROTATIONS, Compose, SmoothScale, Transform
 
 _OP = "calibration_block"
@@ -162,7 +162,7 @@ def _optimisation_step(student: nn.Module) -> Callable[[Any], object]:
     optimizer = torch.optim.AdamW(learnable, lr=1e-6)
 
     def run(inputs: Mapping[str, Any]) -> None:
-        with torch.enable_grad(), parameters_held(), softened(student):
+        with torch.enable_grad(), memoization(), soft_rounding(student):
             outputs = student(**inputs)
             streams: Iterable[Tensor] = outputs if isinstance(outputs, tuple) else (outputs,)
             streams = tuple(streams)

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from s2q.calibration.samples import BlockSample, Samples
 from s2q.common.errors import S2QError
-from s2q.core.memo import PIECE, parameters_held, recomputed
+from s2q.core.memo import PIECE, checkpointed, memoization
 from s2q.core.tokens import token_grid
 from s2q.distillation.loss import weighted_token_loss
 from s2q.distillation.temporal import temporal_loss
 from s2q.nn import RefinedLinear, StudentInput, StudentLinear
-from s2q.rounding import softened
+from s2q.rounding import soft_rounding
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def block_loss(block: nn.Module, samples: Samples, *, temporal: float = 0.0) -> 
         temporal: Weight of the loss on the similarities of frames.
     """
     losses = []
-    with parameters_held():
+    with memoization():
         for sample in _ahead(samples, range(len(samples))):
             losses.append(_loss(block, sample, temporal))
     return math.fsum(torch.stack(losses).tolist()) / len(losses)
@@ -140,7 +140,7 @@ def distil(
     for epoch in range(1, options.epochs + 1):
         order = torch.randperm(len(samples), generator=generator).tolist()
         losses = []
-        with softened(student):
+        with soft_rounding(student):
             for sample in _ahead(samples, order):
                 losses.append(_gradient(student, sample, optimizer, options.temporal))
                 penalty(scheduler.last_epoch / total)
@@ -181,7 +181,7 @@ def _is_evaluated(epoch: int, epochs: int) -> bool:
 
 def _gradient(student: nn.Module, sample: BlockSample, optimizer: torch.optim.Optimizer, temporal: float) -> Tensor:
     """Compute the gradient for one step; return the loss, on the device, so that nothing waits for it."""
-    with parameters_held():
+    with memoization():
         loss = _loss(student, sample, temporal)
         value = loss.detach()
         optimizer.zero_grad(set_to_none=True)
@@ -190,7 +190,7 @@ def _gradient(student: nn.Module, sample: BlockSample, optimizer: torch.optim.Op
 
 
 @contextmanager
-def checkpointed(student: nn.Module) -> Iterator[None]:
+def checkpoint_parts(student: nn.Module) -> Iterator[None]:
     """Have the parts of a student (attention, feed-forward) and its quantized weights computed again in each backward.
 
     A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
@@ -211,7 +211,7 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
         for part in parts:
             pointwise = isinstance(part, linears | FeedForward)
             pointwise = pointwise and not any(getattr(inner, "needs_grid", False) for inner in part.modules())
-            part.forward = functools.partial(_in_pieces if pointwise else recomputed, part.forward)
+            part.forward = functools.partial(_in_pieces if pointwise else checkpointed, part.forward)
         yield
     finally:
         for layer in layers:
@@ -223,7 +223,7 @@ def checkpointed(student: nn.Module) -> Iterator[None]:
 def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
     """Apply a part to pieces of a sequence, [B, N, d]; each is computed again in the backward pass by itself."""
     pieces = x.split(PIECE, dim=1) if x.ndim == 3 else [x]
-    outputs = [recomputed(forward, piece) for piece in pieces]
+    outputs = [checkpointed(forward, piece) for piece in pieces]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from s2q.blocks.task import BlockWork
-from s2q.calibration.observe import BlockSamples, heard
+from s2q.calibration.observe import BlockSamples, capture_inputs
 from s2q.common.errors import S2QError
 from s2q.core.input_path import PREFIX
-from s2q.core.memo import parameters_held
+from s2q.core.memo import memoization
 from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import token_grid
@@ -163,7 +163,7 @@ def _hessians(
         found[name] = HessianAccumulator(layer.in_features, device=layer.weight.device)
         return lambda x: found[name].add(source(x))
 
-    with parameters_held(), heard(work.teacher, {name: listen(name, one) for name, one in sources.items()}):
+    with memoization(), capture_inputs(work.teacher, {name: listen(name, one) for name, one in sources.items()}):
         for inputs in calls:
             work.teacher(**inputs)
     return found

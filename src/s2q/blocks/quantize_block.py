@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s2q.blocks.data_free import fold_block
-from s2q.blocks.reconstruct import calibrate_block
+from s2q.blocks.reconstruct import reconstruct_block
 from s2q.blocks.task import BlockTask
 from s2q.common.files import canonical_json
 from s2q.common.run_folder import Artefact
@@ -35,7 +35,7 @@ class BlockResult:
         layers: Packed linear, on the CPU, by full name.
         errors: ‖Ŵ − W‖² / ‖W‖² of each, by full name.
         relative_error: The same over all of them together.
-        details: What calibration measured, but for the layers as `CalibratedBlock` has it; empty without.
+        details: What calibration measured, but for the layers as `ReconstructedBlock` has it; empty without.
     """
 
     layers: Mapping[str, PackedLinear]
@@ -58,7 +58,7 @@ def quantize_block(task: BlockTask) -> BlockResult:
     if not task.linears:
         layers = {}
     elif task.recipe.calibrates:
-        calibrated = calibrate_block(task)
+        calibrated = reconstruct_block(task)
         layers = calibrated.layers
         details = {
             "loss": dict(calibrated.loss),

@@ -21,7 +21,7 @@ from s2q.blocks.distil import (
     DistillationOptions,
     DistillationReport,
     block_loss,
-    checkpointed,
+    checkpoint_parts,
     distil,
 )
 from s2q.blocks.pack import pack_modulation, pack_nearest, pack_students
@@ -30,7 +30,7 @@ from s2q.blocks.task import BlockTask, BlockWork, input_groups
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.observe import BlockSamples, observe
 from s2q.calibration.stream import TeacherStream
-from s2q.common.memory import moved
+from s2q.common.memory import to_device
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
 from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
@@ -39,7 +39,7 @@ from s2q.rounding import penalize, roundings_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibratedBlock:
+class ReconstructedBlock:
     """What came of it.
 
     Attributes:
@@ -59,7 +59,7 @@ class CalibratedBlock:
     rounding: Mapping[str, Mapping[str, Any]]
 
 
-def calibrate_block(task: BlockTask) -> CalibratedBlock:
+def reconstruct_block(task: BlockTask) -> ReconstructedBlock:
     """Carry out a recipe that calibrates on one block.
 
     Args:
@@ -72,13 +72,13 @@ def calibrate_block(task: BlockTask) -> CalibratedBlock:
         InvalidInputError: If the activations hold NaN or infinite values.
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
     """
-    with opened_block(task) as opened:
+    with block_students(task) as opened:
         task.progress()
         return _carry_out(opened)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenedBlock:
+class BlockStudents:
     """A block whose samples have been looked at.
 
     Attributes:
@@ -107,7 +107,7 @@ class OpenedBlock:
 
 
 @contextmanager
-def opened_block(task: BlockTask) -> Iterator[OpenedBlock]:
+def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     """Move the stream to a block and look at its samples; what is kept of them goes at the end.
 
     Args:
@@ -123,7 +123,7 @@ def opened_block(task: BlockTask) -> Iterator[OpenedBlock]:
     assert stream is not None, "a recipe that calibrates needs samples"
     teacher = copy.deepcopy(task.block).to(task.device).requires_grad_(False).eval()
     wide = task.recipe.calibration.precision == "float32"
-    cast = functools.partial(moved, device=task.device, dtype=torch.float32 if wide else None)
+    cast = functools.partial(to_device, device=task.device, dtype=torch.float32 if wide else None)
     if wide:
         teacher = teacher.float()
     stream.advance(task.index)
@@ -135,7 +135,7 @@ def opened_block(task: BlockTask) -> Iterator[OpenedBlock]:
     check = functools.partial(_check_outputs, stream, task.index)
     try:
         statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family, check=check)
-        yield OpenedBlock(work=work, samples=samples, groups=groups, statistics=statistics)
+        yield BlockStudents(work=work, samples=samples, groups=groups, statistics=statistics)
     finally:
         targets.clear()
 
@@ -144,7 +144,7 @@ def _check_outputs(stream: TeacherStream, index: int, outputs: Sequence[torch.Te
     stream.check(outputs, block=index, sample=sample)
 
 
-def _carry_out(opened: OpenedBlock) -> CalibratedBlock:
+def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     """The steps of a block after its targets are known."""
     work, samples, groups = opened.work, opened.samples, opened.groups
     task, recipe = work.task, work.task.recipe
@@ -169,7 +169,7 @@ def _carry_out(opened: OpenedBlock) -> CalibratedBlock:
     report = None
     if recipe.distillation is not None:
         options = DistillationOptions(**recipe.distillation.model_dump(), temporal=recipe.loss.temporal)
-        with checkpointed(student) if task.checkpointed else nullcontext():
+        with checkpoint_parts(student) if task.checkpointed else nullcontext():
             report = distil(
                 student,
                 samples,
@@ -190,7 +190,7 @@ def _carry_out(opened: OpenedBlock) -> CalibratedBlock:
     packed |= modulation
     loss["final"] = measured(work.copy_with(packed))
     task.progress()
-    return CalibratedBlock(
+    return ReconstructedBlock(
         layers={task.linears[name]: packed[name].to("cpu") for name in task.linears},
         loss=loss,
         distillation=None if report is None else asdict(report),
@@ -214,7 +214,7 @@ def _refine(
         if isinstance(layer.source.clip, LearnableClip):
             layer.source.clip.requires_grad_(True)
     seed = derive_seed(task.seed, "refinement", task.index)
-    with checkpointed(student) if task.checkpointed else nullcontext():
+    with checkpoint_parts(student) if task.checkpointed else nullcontext():
         report = distil(
             student,
             samples,

@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples:
+class CalibrationSet:
     """What the blocks of one transformer are calibrated on.
 
     Attributes:
@@ -46,7 +46,7 @@ class Samples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selected:
+class CalibrationSets:
     """What all blocks are calibrated on.
 
     Attributes:
@@ -55,7 +55,7 @@ class Selected:
     """
 
     inputs: CalibrationInputs
-    samples: Mapping[str, Samples]
+    samples: Mapping[str, CalibrationSet]
 
     def fingerprint(self, component: str) -> str:
         """Hash what the blocks of a transformer are calibrated on: the candidates of all prompts, and which were taken.
@@ -97,7 +97,7 @@ class Selected:
 
 def select(
     pools: Mapping[str, CandidatePool], inputs: CalibrationInputs, group: CalibrationGroup, *, branches: int
-) -> Selected:
+) -> CalibrationSets:
     """Take samples for each transformer, as many as the recipe says of each.
 
     Args:
@@ -107,13 +107,13 @@ def select(
         branches: Guidance branches of a call.
     """
     taken = {component: _taken_from(pool, inputs, group, branches=branches) for component, pool in pools.items()}
-    return Selected(inputs=inputs, samples=taken)
+    return CalibrationSets(inputs=inputs, samples=taken)
 
 
 def calibration_stream(
     teacher: Teacher,
     transformer: TeacherTransformer,
-    selected: Selected,
+    selected: CalibrationSets,
     folder: ArtefactFolder,
     *,
     recipe: Recipe,
@@ -151,7 +151,7 @@ def calibration_stream(
         folder=folder.path,
         device=machine.device,
         memory=HostMemory(activation_memory(machine, step_bytes)),
-        set_aside=teacher.set_aside,
+        page_out=teacher.page_out,
         component=transformer.component,
         tokens=transformer.tokens,
         prefix=spilled,
@@ -162,7 +162,7 @@ def selection_plot(record: Mapping[str, Any]) -> bytes:
     """Draw the three scores over prompts × timesteps, the chosen candidates marked.
 
     Args:
-        record: See `Samples`.
+        record: See `CalibrationSet`.
 
     Returns:
         A PNG.
@@ -197,7 +197,9 @@ def selection_plot(record: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: CalibrationGroup, *, branches: int) -> Samples:
+def _taken_from(
+    pool: CandidatePool, inputs: CalibrationInputs, group: CalibrationGroup, *, branches: int
+) -> CalibrationSet:
     chosen = SELECTIONS[group.selection](pool, group.samples, derive_seed(inputs.seed, "selection"))
     calls = []
     for position, index in enumerate(chosen):
@@ -237,4 +239,4 @@ def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: Calibrati
     }
     steps = enumerate(sorted({one.step for one in pool.candidates}))
     timesteps = [CalibrationCall(prompt=index % len(inputs.prompts), step=step, branch=-1) for index, step in steps]
-    return Samples(calls=tuple(calls), timesteps=tuple(timesteps), record=record)
+    return CalibrationSet(calls=tuple(calls), timesteps=tuple(timesteps), record=record)

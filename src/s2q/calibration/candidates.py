@@ -155,7 +155,7 @@ def prepare(
         digest.update(canonical_json(_plain(dict(part.config))).encode())
     for part in (*_parts(teacher.pipe, "text_encoder", "text_encoder_2"), *transformers_of(teacher.pipe).values()):
         _hash_module(digest, part)
-        teacher.set_aside(part)
+        teacher.page_out(part)
     return CalibrationInputs(prompts=tuple(prompts), settings=settings, fingerprint=digest.hexdigest(), seed=seed)
 
 
@@ -194,7 +194,7 @@ def collect(
             called = zip(scored, artefact.stats["transformers"], strict=True)
             candidates += [candidate for candidate, transformer in called if transformer == component]
     for part in teacher.parts:
-        teacher.set_aside(part)
+        teacher.page_out(part)
     return {component: CandidatePool(candidates=tuple(candidates)) for component, candidates in found.items()}
 
 
@@ -241,7 +241,7 @@ def _generate(
     count, steps = len(inputs.prompts), inputs.settings.num_inference_steps
     missing = [index for index in range(count) if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
     counter = _Counter((count - len(missing)) * steps, count * steps, progress)
-    with on_device(teacher.modules if missing else (), device, set_aside=teacher.mapped):
+    with on_device(teacher.modules if missing else (), device, offload=teacher.mapped):
         for index in missing:
             trajectory = record_trajectory(
                 teacher.pipe,

@@ -61,7 +61,10 @@ def observe(
         }
         weighted = loss.weighting == "attention"
         attention = teacher.get_submodule(family.attention)
-        with heard(teacher, listeners), capture_column_sums(attention) if weighted else nullcontext() as captured:
+        with (
+            capture_inputs(teacher, listeners),
+            capture_column_sums(attention) if weighted else nullcontext() as captured,
+        ):
             outputs = teacher(**samples.inputs(index))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         check(outputs, index)
@@ -80,7 +83,7 @@ def observe(
 
 
 @contextmanager
-def heard(block: nn.Module, listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+def capture_inputs(block: nn.Module, listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """Tell listeners the inputs of modules.
 
     Args:

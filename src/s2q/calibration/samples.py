@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from s2q.calibration.stream import TeacherStream, TensorStore
-from s2q.common.memory import moved
+from s2q.common.memory import to_device
 from s2q.core.tokens import TokenGrid
 
 
@@ -97,8 +97,8 @@ class BlockSamples:
         return replace(
             sample,
             inputs={name: self.cast(value) for name, value in sample.inputs.items()},
-            outputs=moved(sample.outputs, self.device),
-            weights=moved(sample.weights, self.device),
+            outputs=to_device(sample.outputs, self.device),
+            weights=to_device(sample.weights, self.device),
         )
 
     def __getitem__(self, index: int) -> BlockSample:

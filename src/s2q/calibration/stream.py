@@ -26,10 +26,10 @@ from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_bytes
 from s2q.common.memory import (
-    moved,
     on_device,
     page_locked_bytes,
     release_page_locked,
+    to_device,
 )
 from s2q.core.tokens import TokenGrid, TokenLayout
 
@@ -142,7 +142,7 @@ class TeacherStream:
         folder: Where tensors go that memory has no room for.
         device: Where to compute.
         memory: Host memory for the inputs of one block and what else is kept for it; None does not limit it.
-        set_aside: Called with a block that will not be read for a while.
+        page_out: Called with a block that will not be read for a while.
         component: Which transformer of the pipeline it is, for messages.
         tokens: How the transformer makes tokens of its arguments; None if nobody asks where they lie.
         prefix: Of the names of files, where several streams share the folder.
@@ -161,7 +161,7 @@ class TeacherStream:
         folder: Path,
         device: str = "cpu",
         memory: HostMemory | None = None,
-        set_aside: Callable[[nn.Module], None] = lambda module: None,
+        page_out: Callable[[nn.Module], None] = lambda module: None,
         component: str = TRANSFORMERS[0],
         tokens: TokenLayout | None = None,
         prefix: str = "",
@@ -171,7 +171,7 @@ class TeacherStream:
         self.steps, self.timesteps = tuple(steps), timesteps
         self.device, self.prefix = device, prefix
         self.folder, self.memory = folder, memory or HostMemory(sys.maxsize)
-        self.set_aside, self.component, self.tokens = set_aside, component, tokens
+        self.page_out, self.component, self.tokens = page_out, component, tokens
         self._moving = self.store("stream")
         self._grids: list[TokenGrid] = []
         self._fixed: list[dict[str, Any]] = []
@@ -264,14 +264,14 @@ class TeacherStream:
         distinct = _Distinct()
         with on_device(_outside(self.transformer, self.block_names), self.device):
             for sample, call in enumerate(self.calls):
-                arguments = moved(call(), self.device)
+                arguments = to_device(call(), self.device)
                 if self.tokens is not None:
                     self._grids.append(self.tokens.grid(arguments))
                 moving, fixed = self._split(_first_call(self.transformer, first, arguments))
                 self._moving.put(sample, moving)
                 self._fixed.append(distinct(fixed))
             for call in self.timesteps:
-                _, conditioning = self._split(_first_call(self.transformer, first, moved(call(), self.device)))
+                _, conditioning = self._split(_first_call(self.transformer, first, to_device(call(), self.device)))
                 self._conditioning.append(distinct(conditioning))
         self._position = 0
 
@@ -294,11 +294,11 @@ class TeacherStream:
         block = self.transformer.get_submodule(self.block_names[index])
         with on_device(block.modules(), self.device):
             for sample in range(len(self)):
-                outputs = block(**moved(self.inputs(sample), self.device))
+                outputs = block(**to_device(self.inputs(sample), self.device))
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 self.check(outputs, block=index, sample=sample)
                 self._moving.put(sample, dict(zip(self.streams, outputs, strict=True)))
-        self.set_aside(block)
+        self.page_out(block)
 
 
 class _Distinct:

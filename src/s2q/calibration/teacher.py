@@ -136,7 +136,7 @@ class Teacher:
         """Number of blocks, over all transformers of which something is quantized."""
         return sum(len(one.block_names) for one in self.transformers)
 
-    def set_aside(self, module: nn.Module) -> None:
+    def page_out(self, module: nn.Module) -> None:
         """Let the weights of a part leave host memory until they are read again.
 
         Args:
@@ -194,7 +194,7 @@ def load_teacher(
                 f"{name}: its transformer is loaded in {first} and its {component} in {transformer.dtype}; "
                 "load both in one dtype"
             )
-        _check_finite(name, component, transformer, set_aside=mapped)
+        _check_finite(name, component, transformer, offload=mapped)
     linears = recipe_linears(recipe, found)
     schemes = assign_schemes(recipe, linears)
     transformers = (
@@ -252,7 +252,7 @@ _LARGEST = math.sqrt(torch.finfo(torch.float32).max)
 """Of a weight: beyond it norms, errors and products of two weights overflow."""
 
 
-def _check_finite(name: str, component: str, transformer: nn.Module, *, set_aside: bool) -> None:
+def _check_finite(name: str, component: str, transformer: nn.Module, *, offload: bool) -> None:
     for tensor_name, tensor in transformer.state_dict().items():
         if tensor.is_floating_point() and tensor.numel():
             low, high = tensor.aminmax()
@@ -268,5 +268,5 @@ def _check_finite(name: str, component: str, transformer: nn.Module, *, set_asid
                     f"{where} holds a value of magnitude {largest:.3g}, whose square overflows float32: the model "
                     "itself gives NaN; download or save the model again"
                 )
-        if set_aside:
+        if offload:
             page_out([tensor])

@@ -43,7 +43,7 @@ def page_out(tensors: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def on_device(modules: Iterable[nn.Module], device: str, *, set_aside: bool = False) -> Iterator[None]:
+def on_device(modules: Iterable[nn.Module], device: str, *, offload: bool = False) -> Iterator[None]:
     """Have modules on a device for a while; afterwards they hold the very parameters that they held before.
 
     Unlike `module.to(device)` and back, this does not leave a copy of mapped weights in host memory.
@@ -52,7 +52,7 @@ def on_device(modules: Iterable[nn.Module], device: str, *, set_aside: bool = Fa
         modules: Modules of which the own parameters and buffers are meant, not those of their children
             (`module.modules()` for a whole one); they must not change meanwhile.
         device: "cpu", "cuda", "cuda:1".
-        set_aside: Whether to page out the originals of what is copied to another device.
+        offload: Whether to page out the originals of what is copied to another device.
     """
     target = torch.device(device)
     copies: dict[int, Tensor] = {}
@@ -66,7 +66,7 @@ def on_device(modules: Iterable[nn.Module], device: str, *, set_aside: bool = Fa
                         continue
                     if id(tensor) not in copies:
                         copies[id(tensor)] = _copy(tensor, target)
-                        if set_aside:
+                        if offload:
                             page_out([tensor])
                     before.append((own, name, tensor))
                     own[name] = copies[id(tensor)]
@@ -100,7 +100,7 @@ def release_page_locked() -> None:
         torch._C._host_emptyCache()
 
 
-def moved(value: Any, device: str, *, dtype: torch.dtype | None = None) -> Any:
+def to_device(value: Any, device: str, *, dtype: torch.dtype | None = None) -> Any:
     """Return a value with every tensor in its (nested) plain containers on a device.
 
     Args:
@@ -111,9 +111,9 @@ def moved(value: Any, device: str, *, dtype: torch.dtype | None = None) -> Any:
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=True)
     if isinstance(value, dict):
-        return {key: moved(one, device, dtype=dtype) for key, one in value.items()}
+        return {key: to_device(one, device, dtype=dtype) for key, one in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(moved(one, device, dtype=dtype) for one in value)
+        return type(value)(to_device(one, device, dtype=dtype) for one in value)
     return value
 
 

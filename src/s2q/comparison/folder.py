@@ -36,7 +36,7 @@ from s2q.common.outputs import (
     owned_matching,
 )
 from s2q.comparison.setup import SCHEMA_VERSION, RunPlan
-from s2q.evaluation.scores import Measured
+from s2q.evaluation.scores import EvaluationResult
 
 RUN = "compare_run.json"
 RESULT = "compare.json"
@@ -165,7 +165,7 @@ class CompareFolder:
         depends = {**plan.common(), "prompts": plan.shards()[index], "entry": entry, "made": made}
         return hashlib.sha256(canonical_json(depends).encode()).hexdigest()
 
-    def save_shard(self, plan: RunPlan, label: str, index: int, measured: Measured) -> None:
+    def save_shard(self, plan: RunPlan, label: str, index: int, measured: EvaluationResult) -> None:
         """Store what was measured on a shard; it is there entirely, or not at all.
 
         Args:
@@ -181,7 +181,7 @@ class CompareFolder:
             path, {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "measured": measured.to_dict()}
         )
 
-    def load_shard(self, plan: RunPlan, label: str, index: int) -> Measured | None:
+    def load_shard(self, plan: RunPlan, label: str, index: int) -> EvaluationResult | None:
         """Return what was measured on a shard; None if it is not there, or was made from something else.
 
         Args:
@@ -193,7 +193,7 @@ class CompareFolder:
             content = json.loads(self._shard(label, index).read_text(encoding="utf-8"))
             if content["fingerprint"] != self.shard_fingerprint(plan, label, index):
                 return None
-            return Measured.from_dict(content["measured"])
+            return EvaluationResult.from_dict(content["measured"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

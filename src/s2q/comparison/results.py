@@ -20,7 +20,7 @@ from s2q.comparison.setup import (
 )
 from s2q.evaluation.intervals import INTERVAL, MIN_PROMPTS
 from s2q.evaluation.paired import DEFINITIONS, HIGHER_IS_BETTER, compare_group
-from s2q.evaluation.scores import joined
+from s2q.evaluation.scores import merge
 from s2q.evaluation.summary import summarise, versions
 from s2q.generation.defaults import frame_rate_of
 from s2q.models import resolve_model
@@ -176,7 +176,7 @@ def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, A
                 f"{folder.evaluation(label).parent}: part {index} of the evaluation is gone; run the same command again"
             )
         found.append(part)
-    evaluation = summarise(joined(found))
+    evaluation = summarise(merge(found))
     atomic_write_json(folder.evaluation(label), evaluation)
     return evaluation
 

@@ -1,7 +1,7 @@
 """Computing once what several readers need while parameters stand still, and again what need not be kept.
 
 The linears that read one input share its transform, and each of them asks for the same rotated input and the same
-inverse. Within `parameters_held` such results are kept; outside, nothing is. Where memory is short, `recomputed` keeps
+inverse. Within `memoization` such results are kept; outside, nothing is. Where memory is short, `checkpointed` keeps
 the inputs of a function alone until the backward pass, which then calls it again (gradient checkpointing).
 """
 
@@ -39,7 +39,7 @@ _held: ContextVar[_Kept | None] = ContextVar("held", default=None)
 
 
 @contextmanager
-def parameters_held() -> Iterator[None]:
+def memoization() -> Iterator[None]:
     """Keep the results of `once` until the context ends; no parameter may change within it.
 
     A training step is a good context: its forward and backward pass. Results are kept with their graphs, so that a
@@ -49,7 +49,7 @@ def parameters_held() -> Iterator[None]:
         yield
 
 
-def once(owner: object, key: Hashable, compute: Callable[[], _T]) -> _T:
+def memoize_step(owner: object, key: Hashable, compute: Callable[[], _T]) -> _T:
     """Return what `compute` returns, from an earlier call of the same owner and key where one is kept.
 
     Args:
@@ -67,7 +67,7 @@ def once(owner: object, key: Hashable, compute: Callable[[], _T]) -> _T:
     return kept.results[place][1]  # type: ignore[no-any-return]
 
 
-def once_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T:
+def memoize_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T:
     """Return what `compute` returns for a subject, from the owner's latest call where the subject was the same object.
 
     Args:
@@ -83,7 +83,7 @@ def once_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T:
     return kept.latest[id(owner)][2]  # type: ignore[no-any-return]
 
 
-def recomputed(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+def checkpointed(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     """Call a function; what it computes on the way is computed again in the backward pass instead of being kept.
 
     Results of parameters alone (`once`) are not: they are shared with calls outside and stay as they are.

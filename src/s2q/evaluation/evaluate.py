@@ -35,7 +35,7 @@ from s2q.evaluation import velocity
 from s2q.evaluation.judges.learned import Judges, learned_names, open_judges
 from s2q.evaluation.parallel import MeasuredSet, PromptSet, measure_in_processes
 from s2q.evaluation.recordings import Recordings
-from s2q.evaluation.scores import Judged, Measured
+from s2q.evaluation.scores import EvaluationResult, VideoScores
 from s2q.evaluation.summary import noise_pairs, summarise
 from s2q.evaluation.video_metrics import VELOCITY, judge_video, selected_metrics
 from s2q.generation.defaults import embedded_source, generation_defaults, model_label
@@ -129,7 +129,7 @@ class Teacher:
         recordings: What the transformers saw and answered, batch by batch; None without velocity error.
         timesteps: Timestep of every recorded step.
         judges: Learned judges, for metrics among `wanted`.
-        floor: See `Measured`.
+        floor: See `EvaluationResult`.
     """
 
     architecture: Architecture
@@ -142,7 +142,7 @@ class Teacher:
     recordings: Recordings | None
     timesteps: tuple[float, ...]
     judges: Judges
-    floor: tuple[Judged, ...]
+    floor: tuple[VideoScores, ...]
 
 
 @memory_errors("evaluating", remedy=LESS_MEMORY)
@@ -293,7 +293,7 @@ def run_reference(
 @in_fresh_torch_state
 def judge_model(
     model: Any, teacher: Teacher, *, options: EvaluationOptions | None = None, progress: Progress | None = None
-) -> Measured:
+) -> EvaluationResult:
     """Generate with a model what its reference generated, and measure every video.
 
     Args:
@@ -309,7 +309,7 @@ def judge_model(
         InvalidInputError: The settings do not fit the model, or it was not made from the reference.
         S2QError: The model produced NaN or infinite values.
     """
-    return Measured(
+    return EvaluationResult(
         model=model_label(model),
         reference=teacher.architecture.label,
         videos=tuple(_run_student(model, options or EvaluationOptions(), teacher, progress)),
@@ -423,7 +423,9 @@ def _run_teacher(
     )
 
 
-def _run_student(model: Any, options: EvaluationOptions, teacher: Teacher, progress: Progress | None) -> list[Judged]:
+def _run_student(
+    model: Any, options: EvaluationOptions, teacher: Teacher, progress: Progress | None
+) -> list[VideoScores]:
     jobs = teacher.jobs
     model = _resolved(model, options, needs_variant=False)
     pipe = _open(model, options, dtype=teacher.dtype)
@@ -435,7 +437,7 @@ def _run_student(model: Any, options: EvaluationOptions, teacher: Teacher, progr
     recordings = teacher.recordings
     replays = 0 if recordings is None else recordings.num_calls
     replay = step_counter("velocity", batches=1, steps=replays, progress=progress) if replays else None
-    judged: list[Judged] = []
+    judged: list[VideoScores] = []
     for index, (names, seeds) in enumerate(_batches(jobs, size)):
         result = denoise(pipe, names, seeds=seeds, settings=settings, step_done=tick)
         trajectory = None if recordings is None else recordings[index]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from s2q.engines.processes import Tell, devices_of, run_in_processes
-from s2q.evaluation.scores import Measured, joined
+from s2q.evaluation.scores import EvaluationResult, merge
 from s2q.generation.generate import Progress, Video
 from s2q.models import ModelSource
 
@@ -41,7 +41,7 @@ class PromptSet:
     wants_videos: bool
 
 
-MeasuredSet = tuple[Measured, list[tuple[str, Video]]]
+MeasuredSet = tuple[EvaluationResult, list[tuple[str, Video]]]
 
 
 def measure_in_processes(
@@ -53,7 +53,7 @@ def measure_in_processes(
     seeds: Sequence[int],
     options: EvaluationOptions,
     progress: Progress | None,
-) -> Measured:
+) -> EvaluationResult:
     """Measure a model beside its full-precision reference; every process loads both.
 
     Args:
@@ -99,4 +99,4 @@ def measure_in_processes(
         for label, video in found[index][1]:
             assert options.video_done is not None
             options.video_done(label, video)
-    return joined([found[index][0] for index in range(len(sets))])
+    return merge([found[index][0] for index in range(len(sets))])

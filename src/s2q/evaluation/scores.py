@@ -10,7 +10,7 @@ from s2q.generation.settings import GenerationSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class VideoScores:
     """Everything measured on one video.
 
     Attributes:
@@ -27,7 +27,7 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class EvaluationResult:
     """What was measured on a model with some prompts, before anything is averaged.
 
     Attributes:
@@ -43,8 +43,8 @@ class Measured:
 
     model: str
     reference: str
-    videos: tuple[Judged, ...]
-    floor: tuple[Judged, ...]
+    videos: tuple[VideoScores, ...]
+    floor: tuple[VideoScores, ...]
     settings: GenerationSettings
     dtype: str
     timesteps: tuple[float, ...]
@@ -54,7 +54,7 @@ class Measured:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Measured:
+    def from_dict(cls, fields: Mapping[str, Any]) -> EvaluationResult:
         """Read what `to_dict` wrote.
 
         Args:
@@ -72,7 +72,7 @@ class Measured:
         return cls(**{**fields, **changed})
 
 
-def joined(parts: Sequence[Measured]) -> Measured:
+def merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
     """Put together what was measured on several sets of prompts with the same model, reference and settings.
 
     Args:
@@ -82,7 +82,7 @@ def joined(parts: Sequence[Measured]) -> Measured:
     for part in parts[1:]:
         assert (part.model, part.reference) == (first.model, first.reference)
         assert (part.settings, part.dtype) == (first.settings, first.dtype)
-    return Measured(
+    return EvaluationResult(
         model=first.model,
         reference=first.reference,
         videos=tuple(video for part in parts for video in part.videos),
@@ -93,5 +93,5 @@ def joined(parts: Sequence[Measured]) -> Measured:
     )
 
 
-def _judged(fields: Mapping[str, Any]) -> Judged:
-    return Judged(**{**fields, "velocity_steps": tuple(fields["velocity_steps"])})
+def _judged(fields: Mapping[str, Any]) -> VideoScores:
+    return VideoScores(**{**fields, "velocity_steps": tuple(fields["velocity_steps"])})

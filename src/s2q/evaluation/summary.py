@@ -15,7 +15,7 @@ from s2q.evaluation.intervals import INTERVAL, clustered_mean
 from s2q.evaluation.judges import adherence
 from s2q.evaluation.judges import learned as learned_metrics
 from s2q.evaluation.judges.evalcrafter import evalcrafter_scores
-from s2q.evaluation.scores import Judged, Measured
+from s2q.evaluation.scores import EvaluationResult, VideoScores
 
 if TYPE_CHECKING:
     from s2q.generation.generate import Video
@@ -44,7 +44,7 @@ def version_of(name: str) -> int:
     return {**metrics.VERSIONS, **learned_metrics.VERSIONS}.get(name, adherence.VERSION)
 
 
-def summarise(measured: Measured) -> dict[str, Any]:
+def summarise(measured: EvaluationResult) -> dict[str, Any]:
     """Build the content of `eval.json`.
 
     Args:
@@ -81,7 +81,7 @@ def summarise(measured: Measured) -> dict[str, Any]:
 
 def noise_pairs(
     videos: Sequence[Video], *, learned: Mapping[str, metrics.FrameMetric] = MappingProxyType({})
-) -> list[Judged]:
+) -> list[VideoScores]:
     """Compare each full-precision video with the same prompt's next seed: what another seed alone changes.
 
     Args:
@@ -102,11 +102,11 @@ def noise_pairs(
             }
             for name, measure in {**metrics.FRAME_METRICS, **learned}.items():
                 values[name] = measure(second.frames, first.frames)
-            pairs.append(Judged(prompt=second.prompt, seed=second.seed, metrics=values))
+            pairs.append(VideoScores(prompt=second.prompt, seed=second.seed, metrics=values))
     return pairs
 
 
-def _noise_floor(pairs: Sequence[Judged]) -> dict[str, Any] | None:
+def _noise_floor(pairs: Sequence[VideoScores]) -> dict[str, Any] | None:
     if not pairs:
         return None
     means: dict[str, float | None] = {}
@@ -147,7 +147,7 @@ def _with_change(values: Mapping[str, float | None]) -> dict[str, float | None]:
     return table
 
 
-def _estimate(name: str, judged: Sequence[Judged], tables: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+def _estimate(name: str, judged: Sequence[VideoScores], tables: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
     by_prompt: dict[str, list[float]] = {}
     for video, table in zip(judged, tables, strict=True):
         value = table[name]
@@ -161,7 +161,7 @@ def _estimate(name: str, judged: Sequence[Judged], tables: Sequence[Mapping[str,
     return entry
 
 
-def _velocity_by_step(judged: Sequence[Judged], timesteps: Sequence[float]) -> dict[str, Any] | None:
+def _velocity_by_step(judged: Sequence[VideoScores], timesteps: Sequence[float]) -> dict[str, Any] | None:
     measured = [video for video in judged if video.velocity_steps]
     if not measured:
         return None

@@ -8,7 +8,7 @@ from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.evaluation import metrics
 from s2q.evaluation.judges import adherence
 from s2q.evaluation.judges.learned import NEEDS, Judges
-from s2q.evaluation.scores import Judged
+from s2q.evaluation.scores import VideoScores
 from s2q.generation.generate import Video
 
 VELOCITY = "velocity_relative_error"
@@ -70,7 +70,9 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
     return values
 
 
-def judge_video(video: Video, base: Video, errors: Sequence[float], *, wanted: Sequence[str], judges: Judges) -> Judged:
+def judge_video(
+    video: Video, base: Video, errors: Sequence[float], *, wanted: Sequence[str], judges: Judges
+) -> VideoScores:
     """Measure everything that is wanted of one video.
 
     Args:
@@ -83,4 +85,4 @@ def judge_video(video: Video, base: Video, errors: Sequence[float], *, wanted: S
     values = compare_videos(video, base, names=wanted) | judges.measure(video, base, names=wanted)
     if VELOCITY in wanted:
         values[VELOCITY] = sum(errors) / len(errors) if errors else None
-    return Judged(prompt=video.prompt, seed=video.seed, metrics=values, velocity_steps=tuple(errors))
+    return VideoScores(prompt=video.prompt, seed=video.seed, metrics=values, velocity_steps=tuple(errors))

@@ -31,7 +31,7 @@ StepDone = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Denoised:
+class DenoisingResult:
     """The result of one batch.
 
     Attributes:
@@ -73,7 +73,7 @@ def denoise(
     settings: GenerationSettings,
     decode: bool = True,
     step_done: StepDone | None = None,
-) -> Denoised:
+) -> DenoisingResult:
     """Generate one batch of videos.
 
     Args:
@@ -121,7 +121,7 @@ def denoise(
                 f"{overflow_remedy(pipe.text_encoder.dtype)}"
             )
     frames = _to_uint8(output.frames) if decode else None
-    return Denoised(latents=latents, frames=frames)
+    return DenoisingResult(latents=latents, frames=frames)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from s2q.common.arguments import (
 from s2q.common.errors import InvalidInputError, memory_errors
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.generation.defaults import generation_defaults
-from s2q.generation.denoise import Denoised, denoise
+from s2q.generation.denoise import DenoisingResult, denoise
 from s2q.generation.load import load_pipeline
 from s2q.generation.settings import (
     GenerationSettings,
@@ -117,7 +117,7 @@ def generate(
     return videos
 
 
-def videos_of(prompts: Sequence[str], seeds: Sequence[int], result: Denoised | Trajectory) -> list[Video]:
+def videos_of(prompts: Sequence[str], seeds: Sequence[int], result: DenoisingResult | Trajectory) -> list[Video]:
     """Return the videos of one decoded batch, one for each prompt and seed."""
     assert result.frames is not None
     rows = zip(prompts, seeds, result.frames, result.latents, strict=True)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from s2q.common.components import TRANSFORMERS, transformers_of
-from s2q.generation.denoise import Denoised, StepDone, denoise
+from s2q.generation.denoise import DenoisingResult, StepDone, denoise
 from s2q.generation.settings import GenerationSettings, check_prompts
 from s2q.models import family_of
 
@@ -117,7 +117,9 @@ def record_trajectory(
     """
     check_prompts(pipe, prompts)
     with recorded_calls(transformers_of(pipe)) as calls:
-        result: Denoised = denoise(pipe, prompts, seeds=seeds, settings=settings, decode=decode, step_done=step_done)
+        result: DenoisingResult = denoise(
+            pipe, prompts, seeds=seeds, settings=settings, decode=decode, step_done=step_done
+        )
     return Trajectory(
         prompts=tuple(prompts),
         seeds=tuple(seeds),

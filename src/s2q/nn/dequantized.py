@@ -70,7 +70,7 @@ def keeps_prepacked(layer: PackedLinear) -> bool:
     return cpu.multiplies_pairs(x_bits=activation.num_bits, w_bits=weight.num_bits)
 
 
-class KeptWeights:
+class DequantizedCache:
     """Other forms of a layer's weight; copies of a layer begin without them."""
 
     def __init__(self) -> None:

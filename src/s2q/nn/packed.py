@@ -31,7 +31,7 @@ from s2q.core.packing import pack_codes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, fake_quantize_input
 from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import current_grid
-from s2q.nn.dequantized import KeptWeights, integer_backend, keeps_prepacked, runs_dequantized
+from s2q.nn.dequantized import DequantizedCache, integer_backend, keeps_prepacked, runs_dequantized
 from s2q.nn.estimator import scaled_by_frame
 from s2q.nn.shared_input import SharedInput
 from s2q.nn.stored import PACKED_DTYPES, StoredLinear, frozen
@@ -94,7 +94,7 @@ class PackedLinear(StoredLinear):
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, scheme=scheme, layout=layout, dtype=dtype, device=device)
         self.backend = "auto"
-        self.kept = KeptWeights()
+        self.kept = DequantizedCache()
         self.shared_input: SharedInput[tuple[Tensor, Tensor, Tensor | None]] | None = None
         self.needs_grid = scheme.needs_grid or self.layout.needs_grid
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.core.codebook import levels_of
-from s2q.core.memo import once, recomputed
+from s2q.core.memo import checkpointed, memoize_step
 from s2q.core.qparams import RoundedWeight, dequantize_weight
 from s2q.nn.packed import PackedLinear
 from s2q.nn.stored import PACKED_DTYPES
@@ -91,7 +91,7 @@ class RefinedLinear(nn.Module):
         Returns:
             [..., O], dtype of the input.
         """
-        weight = once(self, "weight", self._weight)
+        weight = memoize_step(self, "weight", self._weight)
         bias = self.bias()
         quantized, coefficients = self.source(input)
         output = F.linear(quantized, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
@@ -101,7 +101,7 @@ class RefinedLinear(nn.Module):
         return output + F.linear(coefficients, branch).to(output.dtype)
 
     def _weight(self) -> Tensor:
-        return recomputed(self._scaled_weight) if self.recomputes else self._scaled_weight()
+        return checkpointed(self._scaled_weight) if self.recomputes else self._scaled_weight()
 
     def _scaled_weight(self) -> Tensor:
         return dequantize_weight(self.units, self.weight_scale())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
-from s2q.core.memo import once, once_for, recomputed
+from s2q.core.memo import checkpointed, memoize_for, memoize_step
 from s2q.core.qparams import fake_quantize_input, fake_quantize_weight, weight_scale
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.core.tokens import current_grid
@@ -120,12 +120,12 @@ class StudentInput(nn.Module):
         return self.low_rank_basis is not None and self.low_rank_from != "input"
 
     def forward(self, x: Tensor) -> SplitInput:
-        """Transform and fake-quantize; the linears of one call share the result within `parameters_held`.
+        """Transform and fake-quantize; the linears of one call share the result within `memoization`.
 
         Args:
             x: [..., I], floating.
         """
-        return once_for(self, x, lambda: recomputed(self._split, x) if self.recomputes else self._split(x))
+        return memoize_for(self, x, lambda: checkpointed(self._split, x) if self.recomputes else self._split(x))
 
     def _split(self, x: Tensor) -> SplitInput:
         centred = x if self.shift is None else x - self.shift
@@ -277,7 +277,7 @@ class StudentLinear(nn.Module):
         Returns:
             [..., O], dtype of the input.
         """
-        weight = once(self, "weight", self._weight)
+        weight = memoize_step(self, "weight", self._weight)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         quantized, coefficients = self.source(input)
         output = F.linear(quantized, weight.to(input.dtype), bias)
@@ -285,11 +285,11 @@ class StudentLinear(nn.Module):
             output = output + self.estimator(quantized)
         if coefficients is None:
             return output
-        branch = once(self, "low_rank_weight", lambda: self.low_rank_weight(dtype=torch.float32))
+        branch = memoize_step(self, "low_rank_weight", lambda: self.low_rank_weight(dtype=torch.float32))
         return output + F.linear(coefficients, branch).to(output.dtype)
 
     def _weight(self) -> Tensor:
-        return recomputed(self._quantized_weight) if self.recomputes else self._quantized_weight()
+        return checkpointed(self._quantized_weight) if self.recomputes else self._quantized_weight()
 
     def _quantized_weight(self) -> Tensor:
         if self.rounding is not None:

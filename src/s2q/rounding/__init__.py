@@ -7,7 +7,7 @@ output of a block is a module while it is: `LearnedRounding`.
 from collections.abc import Callable
 
 from s2q.core.qparams import RoundedWeight
-from s2q.rounding.adaround import AdaRoundOptions, LearnedRounding, penalize, roundings_of, softened
+from s2q.rounding.adaround import AdaRoundOptions, LearnedRounding, penalize, roundings_of, soft_rounding
 from s2q.rounding.gptq import GPTQOptions, GPTQReport, round_gptq
 from s2q.rounding.hessian import HessianAccumulator, hessian_error
 from s2q.rounding.rtn import round_rtn
@@ -27,5 +27,5 @@ __all__ = [
     "round_gptq",
     "round_rtn",
     "roundings_of",
-    "softened",
+    "soft_rounding",
 ]

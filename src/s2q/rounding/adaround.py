@@ -141,7 +141,7 @@ def roundings_of(module: nn.Module) -> list[LearnedRounding]:
 
 
 @contextmanager
-def softened(module: nn.Module) -> Iterator[None]:
+def soft_rounding(module: nn.Module) -> Iterator[None]:
     """Have the roundings inside a module compute with h(V), to learn from it; with its decision again afterwards.
 
     Args:

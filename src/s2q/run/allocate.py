@@ -24,9 +24,9 @@ import torch
 
 from s2q.blocks.distil import block_loss
 from s2q.blocks.quantize_block import block_fingerprint
-from s2q.blocks.reconstruct import OpenedBlock, opened_block
+from s2q.blocks.reconstruct import BlockStudents, block_students
 from s2q.blocks.task import block_task, input_groups
-from s2q.calibration.calibration_set import Samples, Selected
+from s2q.calibration.calibration_set import CalibrationSet, CalibrationSets
 from s2q.calibration.observe import BlockSamples
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import Teacher, TeacherTransformer
@@ -47,7 +47,7 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Allocated:
+class Allocation:
     """What came of it.
 
     Attributes:
@@ -80,12 +80,12 @@ class Allocated:
 def allocate(
     teacher: Teacher,
     recipe: Recipe,
-    selected: Selected,
+    selected: CalibrationSets,
     folder: RunFolder,
     *,
-    streams: Callable[[TeacherTransformer, Selected], TeacherStream],
+    streams: Callable[[TeacherTransformer, CalibrationSets], TeacherStream],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Allocated:
+) -> Allocation:
     """Measure the candidates on every block that was not measured before, and choose.
 
     Args:
@@ -108,7 +108,7 @@ def allocate(
         stream = streams(one, few)
         for index in range(len(one.block_names)):
             errors |= block_errors(one, recipe, index, stream=stream, folder=folder, selected=few)
-            teacher.set_aside(one.module.get_submodule(one.block_names[index]))
+            teacher.page_out(one.module.get_submodule(one.block_names[index]))
             done += 1
             progress(done, teacher.block_count)
         stream.close()
@@ -118,7 +118,7 @@ def allocate(
 
 def chosen_schemes(
     recipe: Recipe, linears: Mapping[str, BlockLinear], errors: Mapping[tuple[str, ...], Sequence[float]]
-) -> Allocated:
+) -> Allocation:
     """Choose the candidates with the smallest sum of errors under the budget.
 
     Args:
@@ -154,17 +154,17 @@ def chosen_schemes(
         "linears": {str(value): count for value, count in sorted(counts.items())},
         "units": rows,
     }
-    return Allocated(schemes=given, record=record)
+    return Allocation(schemes=given, record=record)
 
 
 def _weight_bytes(linears: Sequence[BlockLinear], scheme: LinearScheme) -> int:
     return sum(weight_bytes(scheme.weight, one.out_features, one.in_features) for one in linears)
 
 
-def _some_of(selected: Selected, count: int) -> Selected:
+def _some_of(selected: CalibrationSets, count: int) -> CalibrationSets:
     """As many of the samples of each transformer, at random."""
 
-    def some(component: str) -> Samples:
+    def some(component: str) -> CalibrationSet:
         one = selected.samples[component]
         generator = torch.Generator().manual_seed(derive_seed(selected.inputs.seed, "allocation", component))
         order = torch.randperm(len(one.calls), generator=generator)[:count].tolist()
@@ -180,7 +180,7 @@ def block_errors(
     *,
     stream: TeacherStream,
     folder: RunFolder,
-    selected: Selected,
+    selected: CalibrationSets,
 ) -> dict[tuple[str, ...], list[float]]:
     """Return what each candidate does to one block, measured now or before.
 
@@ -203,7 +203,7 @@ def block_errors(
     task = block_task(one, index, recipe, seed=selected.inputs.seed, device=stream.device, stream=stream)
     fingerprint = block_fingerprint(task, stage="allocate", samples=selected.fingerprint(one.component))
     if not folder.has(key, fingerprint):
-        with opened_block(task) as opened:
+        with block_students(task) as opened:
             by_name, power = {linear.name: linear for linear in one.quantized_linears(index)}, _power(opened.samples)
             found = {}
             for unit, group in units.items():
@@ -225,7 +225,7 @@ def _units(recipe: Recipe, groups: Sequence[tuple[str, ...]]) -> dict[tuple[str,
 
 @torch.no_grad()
 def candidate_losses(
-    opened: OpenedBlock, group: tuple[str, ...], unit: tuple[str, ...], schemes: Mapping[int, LinearScheme]
+    opened: BlockStudents, group: tuple[str, ...], unit: tuple[str, ...], schemes: Mapping[int, LinearScheme]
 ) -> list[float]:
     """Return the loss of a block with some of its linears quantized by one scheme after another.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 import torch
 from safetensors import SafetensorError
 
-from s2q.calibration.calibration_set import Selected, select
+from s2q.calibration.calibration_set import CalibrationSets, select
 from s2q.calibration.candidates import (
     branches_of,
     calibration_prompts,
@@ -72,7 +72,7 @@ from s2q.planning import (
 )
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
-from s2q.run.allocate import Allocated, allocate
+from s2q.run.allocate import Allocation, allocate
 from s2q.run.assemble import assemble
 from s2q.run.finished import finished_report, request_hash
 from s2q.run.report import (
@@ -290,7 +290,7 @@ class _Run:
         logger.info("%s: %d bytes, %.2f times smaller", self.out, storage["quantized_bytes"], storage["ratio"])
         return report
 
-    def _calibration(self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None) -> Selected:
+    def _calibration(self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None) -> CalibrationSets:
         """Collect candidates and select samples."""
         group = recipe.calibration
         used = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
@@ -316,7 +316,7 @@ class _Run:
         self.progress("select", 1, 1)
         return selected
 
-    def _allocation(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected) -> Allocated:
+    def _allocation(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: CalibrationSets) -> Allocation:
         """Choose the schemes of linears one by one."""
         runner = self._runner(teacher, recipe, planned, selected)
         allocated = self._timed(
@@ -334,7 +334,7 @@ class _Run:
         self.folder.log("allocate", **{key: record[key] for key in ("what", "most_bytes", "bytes", "linears")})
         return allocated
 
-    def _runner(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: Selected | None) -> BlockRunner:
+    def _runner(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: CalibrationSets | None) -> BlockRunner:
         job = BlockJob(
             recipe=recipe,
             selected=selected,
@@ -391,7 +391,7 @@ class _Run:
         blocks: Sequence[BlockReport],
         *,
         n_prompts: int,
-        selection: Selected | None,
+        selection: CalibrationSets | None,
     ) -> QuantizationReport:
         return QuantizationReport(
             schema_version=SCHEMA_VERSION,

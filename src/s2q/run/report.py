@@ -24,7 +24,7 @@ class BlockReport:
         seconds: Time it took.
         peak_memory_bytes: Highest resident memory of the process (on a GPU: allocated there) in the run until then.
         resumed: Whether it was taken over from an interrupted run; the figures are that run's then.
-        loss: Mean loss over the calibration samples as `CalibratedBlock` has it: `rtn`, `initial`, `distilled`,
+        loss: Mean loss over the calibration samples as `ReconstructedBlock` has it: `rtn`, `initial`, `distilled`,
             `final`; empty for recipes that do not calibrate.
         distillation: How it went; None without.
         refinement: Likewise.

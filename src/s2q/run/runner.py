@@ -19,7 +19,7 @@ import torch
 
 from s2q.blocks.quantize_block import block_fingerprint, quantize_block, to_artefact
 from s2q.blocks.task import BlockTask, block_task
-from s2q.calibration.calibration_set import Selected, calibration_stream
+from s2q.calibration.calibration_set import CalibrationSets, calibration_stream
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.devices import peak_memory_bytes
@@ -49,7 +49,7 @@ class BlockJob:
     """
 
     recipe: Recipe
-    selected: Selected | None
+    selected: CalibrationSets | None
     cost: CalibrationCost | None
     machine: Machine
     seed: int
@@ -74,7 +74,7 @@ class BlockRunner:
         self.folder, self.teacher, self.job, self.spilled = folder, teacher, job, spilled
         self._stream: tuple[str, TeacherStream] | None = None
 
-    def stream(self, transformer: TeacherTransformer, selected: Selected) -> TeacherStream:
+    def stream(self, transformer: TeacherTransformer, selected: CalibrationSets) -> TeacherStream:
         """Make the stream that carries samples through the blocks of a transformer.
 
         Args:
@@ -122,7 +122,7 @@ class BlockRunner:
             result = quantize_block(task)
             seconds, peak = time.perf_counter() - started, peak_memory_bytes(self.job.machine.device)
             self.folder.save(key, fingerprint, to_artefact(result, seconds=seconds, peak_memory_bytes=peak))
-        self.teacher.set_aside(task.block)
+        self.teacher.page_out(task.block)
         return is_there
 
     def close(self) -> None:

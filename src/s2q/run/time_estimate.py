@@ -20,7 +20,7 @@ from typing import Any
 from s2q.blocks.distil import evaluations
 from s2q.blocks.quantize_block import quantize_block
 from s2q.blocks.task import BlockTask, block_task
-from s2q.calibration.calibration_set import Selected, calibration_stream, select
+from s2q.calibration.calibration_set import CalibrationSets, calibration_stream, select
 from s2q.calibration.candidates import (
     branches_of,
     calibration_prompts,
@@ -187,7 +187,7 @@ def _whole_pools(
 
 
 def _allocating(
-    teacher: Teacher, recipe: Recipe, planned: Plan, folder: RunFolder, few: Selected, *, machine: Machine
+    teacher: Teacher, recipe: Recipe, planned: Plan, folder: RunFolder, few: CalibrationSets, *, machine: Machine
 ) -> float:
     cost, group = planned.calibration, recipe.allocation
     assert cost is not None
@@ -212,7 +212,7 @@ def _blocks(
     recipe: Recipe,
     planned: Plan,
     folder: RunFolder,
-    slices: Mapping[int, Selected],
+    slices: Mapping[int, CalibrationSets],
     *,
     machine: Machine,
     progress: Callable[[str, int, int], None],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError, unknown_name
-from s2q.core.memo import once
+from s2q.core.memo import memoize_step
 from s2q.ops.kronecker import scaled_kronecker
 
 _NAMES = ("scale", "left", "right")
@@ -161,7 +161,7 @@ class Transform(nn.Module):
             raise InvalidInputError(
                 f"{type(self).__name__}: got a weight with in_features={weight.shape[-1]}; expected {self.in_features}"
             )
-        inverse = once(self, ("inverse", dtype), lambda: self.inverse_transpose(dtype))
+        inverse = memoize_step(self, ("inverse", dtype), lambda: self.inverse_transpose(dtype))
         return inverse.apply(weight.to(dtype))
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError, unknown_name
-from s2q.core.memo import once
+from s2q.core.memo import memoize_step
 from s2q.transforms.base import Factors, Transform
 from s2q.transforms.hadamard import best_factors, orthogonal_matrix, random_signs
 
@@ -109,11 +109,11 @@ class _Factor(nn.Module):
         self.log_sigma = nn.Parameter(torch.zeros(order, device=value.device))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        u, v = once(self, dtype, lambda: self._orthogonal(dtype))
+        u, v = memoize_step(self, dtype, lambda: self._orthogonal(dtype))
         return (u * self.log_sigma.to(dtype).exp()) @ v.t()
 
     def inverse_transpose(self, dtype: torch.dtype) -> Tensor:
-        u, v = once(self, dtype, lambda: self._orthogonal(dtype))
+        u, v = memoize_step(self, dtype, lambda: self._orthogonal(dtype))
         return (u * (-self.log_sigma.to(dtype)).exp()) @ v.t()
 
     def _orthogonal(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
