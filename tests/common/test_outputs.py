@@ -158,7 +158,7 @@ FOREIGN = (
 DIES = """
 import os, sys
 from pathlib import Path
-from s2q.core import outputs
+from s2q.common import outputs
 out, moment = Path(sys.argv[1]), sys.argv[2]
 rename = os.rename
 

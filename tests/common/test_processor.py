@@ -100,7 +100,7 @@ def test_without_pytorch_s_word_the_system_tells_the_same(monkeypatch):
 
 @pytest.mark.skipif(not processor.is_x86(), reason="only x86 CPUs can be capped")
 def test_a_capped_process_knows_it():
-    code = "from s2q.core import processor as p; print(p.instruction_set(), p.has_int8_dot())"
+    code = "from s2q.common import processor as p; print(p.instruction_set(), p.has_int8_dot())"
     environment = {**processor.os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["AVX2", "False"]
