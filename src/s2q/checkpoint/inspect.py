@@ -31,7 +31,6 @@ class CheckpointReport:
     """What `inspect_checkpoint` found.
 
     Attributes:
-        schema_version: Version of this report.
         path: The checkpoint's folder.
         format_version: Version of the checkpoint's format, the newer where its transformers differ.
         recipe: Name of the recipe that made it.

@@ -36,7 +36,6 @@ def load_pipeline(
         dtype: Compute dtype; None takes the one that the model had when it was quantized.
         variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
         device: Where to put the pipeline.
-        verify: See `check_intact`.
 
     Returns:
         The pipeline, its progress bar switched off.
@@ -67,7 +66,6 @@ def read_config(folder: Path, component: str = TRANSFORMERS[0]) -> S2QConfig:
 
     Args:
         folder: The checkpoint's folder.
-        component: Which transformer.
 
     Returns:
         The configuration.
@@ -125,7 +123,6 @@ def read_transformer_config(folder: Path, component: str = TRANSFORMERS[0]) -> d
 
     Args:
         folder: The pipeline's folder.
-        component: Which transformer.
 
     Returns:
         Its contents.

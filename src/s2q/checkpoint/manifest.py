@@ -35,9 +35,6 @@ def write_manifest(folder: Path) -> None:
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Return what the manifest says of each file, by relative path.
 
-    Args:
-        folder: The checkpoint.
-
     Returns:
         `{"bytes": ..., "sha256": ...}` by POSIX path relative to the folder.
 
@@ -62,9 +59,6 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 def owned_files(folder: Path) -> set[str] | None:
     """Return the files that s2q wrote into a checkpoint: those of its manifest; an edited model card is the user's.
 
-    Args:
-        folder: A folder.
-
     Returns:
         Their POSIX paths relative to the folder; None if it has no manifest.
 
@@ -81,9 +75,6 @@ def owned_files(folder: Path) -> set[str] | None:
 
 def verify_manifest(folder: Path) -> list[str]:
     """Compare every file with the manifest.
-
-    Args:
-        folder: The checkpoint.
 
     Returns:
         One line a problem, beginning with the file's relative path; empty if all is well. Files at the top and hidden
@@ -116,7 +107,6 @@ def check_intact(folder: Path, *, verify: bool | None = None) -> None:
     diffusers writes no manifest when it saves a checkpoint again, with another scheduler for example.
 
     Args:
-        folder: The checkpoint.
         verify: None hashes the files of a checkpoint with a manifest, and warns of one without; True refuses one
             without; False checks nothing.
 

@@ -31,7 +31,6 @@ def render_model_card(
         pipeline_class: Name of the diffusers pipeline class.
         source: What was quantized, which goes into `base_model`: Hub id, embedded name, folder name. The name of
             the pipeline class (a pipeline from memory) is no model and stays out of it.
-        recipe: The resolved recipe.
         report: The run's report; needs `storage`, and may have `metrics` as in eval.json, which make the table.
         revision: Commit of the original on the Hub, which the text links to; None if it is not there.
         base_folder: Folder of the original, whose card gives the licence; None if there is none.
@@ -68,11 +67,7 @@ def render_model_card(
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """Return the YAML front matter of a model card, or an empty dict if it has none that can be read.
-
-    Args:
-        card: Markdown.
-    """
+    """Return the YAML front matter of a model card, or an empty dict if it has none that can be read."""
     if not card.startswith("---\n"):
         return {}
     try:

@@ -83,7 +83,6 @@ class PairedDifference:
     """How two models differ in one metric; `DEFINITIONS` says how each figure is made.
 
     Attributes:
-        metric: Its name.
         kind: "difference" (a − b) or "ratio" (a / b).
         estimate: The difference or ratio; None where a ratio is not defined.
         low: Lower end of its interval; None where there is none.

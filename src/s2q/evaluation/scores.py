@@ -14,8 +14,6 @@ class VideoScores:
     """Everything measured on one video.
 
     Attributes:
-        prompt: Its prompt.
-        seed: Its seed.
         metrics: Value by metric name; None where it does not apply.
         velocity_steps: Relative velocity error of every denoising step; empty where it was not measured.
     """
@@ -31,9 +29,7 @@ class EvaluationResult:
     """What was measured on a model with some prompts, before anything is averaged.
 
     Attributes:
-        model: Name of the model.
         reference: Name of its full-precision reference.
-        videos: What was measured on each video.
         floor: Each full-precision video against the one of the same prompt with the seed before: what another seed
             alone changes. Empty with a single seed a prompt.
         settings: The generation settings of both models.

@@ -79,7 +79,6 @@ def judge_video(
         video: The student's video.
         base: The full-precision video of the same prompt and seed.
         errors: Velocity error of every denoising step; empty where it was not measured.
-        wanted: Names of metrics.
         judges: Learned judges, for metrics among `wanted`.
     """
     values = compare_videos(video, base, names=wanted) | judges.measure(video, base, names=wanted)

@@ -46,7 +46,6 @@ def architecture_of(model: ModelSource | DiffusionPipeline, *, label: str) -> Ar
     """Return the architecture of a resolved or loaded model.
 
     Args:
-        model: The model.
         label: What to call it.
     """
     if isinstance(model, ModelSource):

@@ -83,8 +83,6 @@ class BlockLinear:
         name: Full name in the transformer, "transformer_blocks.3.attn1.to_q".
         block: Index of its block, counted over all block lists in the order in which they run; `OUTSIDE` for "outer".
         role: "modulation" for the adaLN linears, "outer" for those outside the blocks, else "linear".
-        in_features: I.
-        out_features: O.
         has_bias: Whether it has a bias of shape [O].
         sees_text: Whether it sees text tokens alone.
     """
@@ -103,7 +101,6 @@ def token_layout(transformer: nn.Module, family: Family) -> TokenLayout:
 
     Args:
         transformer: A transformer of the family; may live on the meta device.
-        family: Its family.
     """
     text: Literal["before", "after", "apart"] = "apart"
     if len(family.joint_order) > 1:
@@ -129,7 +126,6 @@ def block_names(transformer: nn.Module, family: Family) -> list[str]:
 
     Args:
         transformer: A transformer of the family; may live on the meta device.
-        family: Its family.
 
     Returns:
         Names, "transformer_blocks.0" and so on.
@@ -153,7 +149,6 @@ def block_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
 
     Args:
         transformer: A transformer of the family; may live on the meta device.
-        family: Its family.
 
     Returns:
         The linears; nothing outside the blocks is in the list.
@@ -196,7 +191,6 @@ def outer_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
 
     Args:
         transformer: A transformer of the family; may live on the meta device.
-        family: Its family.
 
     Returns:
         The linears, in the order of the modules, but for those of parts that the class keeps in fp32: what keeps its

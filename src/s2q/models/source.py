@@ -215,9 +215,6 @@ class ModelSource:
     def meta_transformer(self, component: str = TRANSFORMERS[0]) -> nn.Module:
         """Build a full-precision transformer on the meta device: all shapes, no memory.
 
-        Args:
-            component: Which one.
-
         Raises:
             InvalidInputError: If the configuration does not fit the class.
         """
@@ -396,9 +393,6 @@ def resolve_model(
 
 def check_full_precision(source: ModelSource) -> None:
     """Refuse a model that is quantized already.
-
-    Args:
-        source: The model.
 
     Raises:
         InvalidInputError: If a transformer of it has a `quantization_config`.

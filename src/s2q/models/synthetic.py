@@ -31,7 +31,6 @@ class BlockList:
 
     Attributes:
         name: Attribute of the transformer that holds it.
-        count: Blocks in it.
         argument: The argument of the class that says how many.
         inputs: How its blocks are called (`synthetic_blocks.BLOCK_INPUTS`).
         sees: The tokens that its linears see, but for the family's text linears.
@@ -55,7 +54,6 @@ class SyntheticModel:
         block_lists: Its lists of blocks, in the order in which they run.
         tokens: N of a video of the recommended size.
         frames: Tokens of it along time.
-        text_tokens: T.
         batch: B of a call of the transformer.
         calls: Calls of the transformer in one denoising step.
     """
@@ -108,9 +106,7 @@ class SyntheticModel:
         """Return how many rows a linear sees of one sample.
 
         Args:
-            block_list: The list of its block.
             linear: Its name inside the block.
-            tokens: N.
         """
         if linear in self.family.modulation:
             return 1

@@ -188,7 +188,6 @@ def resolve_backend(backend: str, x: Tensor, backends: Collection[str]) -> str:
         backend: "auto", or a name in `backends`. "auto" is "triton" if x is on a GPU that it can serve,
             "cpu" on the CPU where the op has it, and "reference" otherwise.
         x: Main input of the op; an empty one on the device will do.
-        backends: Names of those that the op has.
 
     Raises:
         InvalidInputError: If there is no such backend, or it cannot take x.

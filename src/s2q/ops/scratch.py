@@ -37,7 +37,6 @@ def take(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     Args:
         use: What for; tensors of different uses never overlap.
-        shape: Its shape.
         dtype: Its dtype.
 
     Returns:

@@ -36,7 +36,6 @@ class Cell:
     """A metric of an entry.
 
     Attributes:
-        metric: Its name.
         value: The mean, as text.
         interval: Its interval, as text; a dash where there is none.
         best: Whether it is the winner of its width.
@@ -53,8 +52,6 @@ class Row:
     """An entry of the table.
 
     Attributes:
-        label: Its label.
-        description: One sentence.
         tags: What is to be known of it at once: changes to its recipe, and `SIMULATED` if it cannot run on the integer
             kernels.
         storage: How many times smaller than in bfloat16, as text.
@@ -78,7 +75,6 @@ class Group:
 
     Attributes:
         width: "w4a6".
-        rows: The entries.
         verdict: Who won what, in one sentence; empty where nothing is to be said.
     """
 

@@ -70,7 +70,6 @@ def tiled(videos: Sequence[np.ndarray], *, columns: int) -> np.ndarray:
 
     Args:
         videos: At least one, all `[F, H, W, 3]`, uint8, of one shape.
-        columns: Videos in a row.
 
     Returns:
         `[F, rows · ⌈H⌉₁₆, columns · ⌈W⌉₁₆, 3]`, uint8; video i begins at row `i // columns`, column `i % columns`.

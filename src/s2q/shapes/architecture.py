@@ -79,7 +79,6 @@ class EmbeddedArchitecture(ABC):
         """The latents of videos as the transformer sees them.
 
         Args:
-            vae: The autoencoder.
             videos: [B, F, 3, H, W] in [0, 1].
 
         Returns:

@@ -72,9 +72,6 @@ class Transform(nn.Module):
     """An invertible linear map of a linear's input; subclasses give its factors and those of its inverse transpose.
 
     What is learnable is a parameter, what is fixed is a buffer.
-
-    Attributes:
-        in_features: I.
     """
 
     def __init__(self, in_features: int) -> None:
@@ -178,7 +175,6 @@ class FixedTransform(Transform):
     """A transform that is not learned, from its factors; also how a stored one comes back.
 
     Args:
-        in_features: I.
         factors: Of T; copied into fp64 buffers.
 
     Raises:
@@ -213,7 +209,6 @@ def identity(in_features: int, *, seed: int = 0) -> FixedTransform:
     """Return the transform that changes nothing.
 
     Args:
-        in_features: I.
         seed: Not used; every rotation takes one.
     """
     return FixedTransform(in_features, Factors())

@@ -70,10 +70,6 @@ def hadamard(in_features: int, *, seed: int = 0) -> FixedTransform:
     Where I has two factors that both have a Hadamard matrix, the most even such pair is taken and Q₁ ⊗ Q₂ is a
     Hadamard matrix; else Q₁ and Q₂ are `orthogonal_matrix` of `best_factors`.
 
-    Args:
-        in_features: I.
-        seed: Of the signs.
-
     Returns:
         The transform; nothing in it is learnable.
     """
@@ -85,12 +81,7 @@ def hadamard(in_features: int, *, seed: int = 0) -> FixedTransform:
 
 
 def random_signs(count: int, seed: int) -> Tensor:
-    """Draw fp64 [count] of ±1, a function of the seed.
-
-    Args:
-        count: How many.
-        seed: Of the draw.
-    """
+    """Draw fp64 [count] of ±1, a function of the seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, (count,), generator=generator).double() * 2 - 1
 

@@ -68,7 +68,6 @@ class KroneckerTransform(Transform):
         """Make the transform for a number of features, split by `best_factors`.
 
         Args:
-            in_features: I.
             seed: Of the random parts of the start.
             start: One of `STARTS`.
 
@@ -127,7 +126,6 @@ def cayley(free: Tensor, order: int) -> Tensor:
 
     Args:
         free: [..., n(n - 1)/2], the entries of the skew-symmetric A above its diagonal, row by row.
-        order: n.
 
     Returns:
         [..., n, n], orthogonal with determinant 1.

@@ -41,7 +41,6 @@ def adherence(prompt: str, frames: torch.Tensor) -> dict[str, float | None]:
     """Compare what a video shows with what its caption says.
 
     Args:
-        prompt: The caption.
         frames: The video `[F, H, W, 3]`, uint8.
 
     Returns:

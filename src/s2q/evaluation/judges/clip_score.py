@@ -50,7 +50,6 @@ class ClipJudge:
 
     Args:
         folder: A folder of `CLIPModel.save_pretrained` with the tokenizer's files.
-        device: Where to compute.
 
     Raises:
         InvalidInputError: The folder is missing, or is not one of a CLIP model and its tokenizer.

@@ -78,7 +78,6 @@ def open_judges(*, lpips_weights: Path | None, clip: Path | None, device: str) -
     Args:
         lpips_weights: LPIPS's file, or None.
         clip: CLIP's folder, or None.
-        device: Where to compute.
 
     Raises:
         InvalidInputError: A file or folder is missing or holds something else.

@@ -37,7 +37,6 @@ class _Trunk:
     """The convolutional part of a network, cut where its activations are compared.
 
     Attributes:
-        name: Its name.
         stages: Each stage's convolutions, by their index in the network; a ReLU follows each.
         pooled: Stages that begin with a max pooling of stride 2.
         pool: Size of its window in pixels.
@@ -74,7 +73,6 @@ class Lpips:
 
     Args:
         path: State dict of `lpips.LPIPS(net="alex")` or `net="vgg"`.
-        device: Where to compute.
 
     Raises:
         InvalidInputError: The file is missing or holds something else.

@@ -50,7 +50,6 @@ class VBenchOptions:
         dimensions: What to judge, VBench's dimensions and `flow_score`; empty for those of the paper that the prompts
             allow.
         cache: VBench's folder of weights; None leaves it to VBench (VBENCH_CACHE_DIR, else ~/.cache/vbench).
-        device: Where VBench computes.
         frame_rate: Frames per second of the videos; VBench takes 8 a second of them to judge motion.
     """
 
@@ -67,11 +66,8 @@ class VBenchPlan:
     """What will be judged, on which videos.
 
     Attributes:
-        options: As given.
-        version: VBench's version.
         standard: Whether all prompts are VBench's own.
         prompts: The prompts, in order.
-        videos_a_prompt: Videos of each.
         judged: For each dimension the prompts whose videos it is judged on.
         own_prompts: For each dimension how many prompts VBench has for it.
         absent: Why the paper's other dimensions are not judged.
@@ -90,7 +86,6 @@ class VBenchPlan:
         """Return the name of a video: VBench tells its own prompts by it, others are listed for it.
 
         Args:
-            prompt: Its prompt.
             index: Which of the prompt's videos, from 0.
         """
         return f"{prompt if self.standard else f'{self.prompts.index(prompt):04d}'}-{index}.mp4"
@@ -98,11 +93,6 @@ class VBenchPlan:
 
 def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prompt: int) -> VBenchPlan:
     """Ask the interpreter what it can judge of these prompts.
-
-    Args:
-        options: What to judge, and with what.
-        prompts: Distinct prompts.
-        videos_a_prompt: Videos of each.
 
     Returns:
         The plan.
@@ -170,7 +160,6 @@ def judge_videos(plan: VBenchPlan, side: str) -> VBenchScores:
     """Score the videos of one model.
 
     Args:
-        plan: The plan.
         side: "model" or "reference": the folder of its videos under the plan's folder.
 
     Returns:
@@ -213,7 +202,6 @@ def vbench_section(plan: VBenchPlan, model: VBenchScores, reference: VBenchScore
     """Return what `eval.json` has under `vbench`.
 
     Args:
-        plan: The plan.
         model: Scores of the model's videos.
         reference: Scores of full precision's videos.
 

@@ -12,9 +12,6 @@ from s2q.common.errors import InvalidInputError, first_line
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """Read tensors by name from a `.safetensors` file, or from one of `torch.save` that holds nothing but tensors.
 
-    Args:
-        path: The file.
-
     Returns:
         The tensors, on the CPU.
 

@@ -11,7 +11,6 @@ class ColsumTile:
         side: Queries, and keys, in a tile.
         head_dim: D, padded.
         precision: Of the products; see `triton_math.matrix_product`.
-        num_warps: Of a program.
         num_stages: Loads in flight.
     """
 
@@ -49,7 +48,6 @@ def colsum_tile(head_dim: int, *, itemsize: int, has_pair_mask: bool, architectu
     """Return the tile for heads of a size; None if they are too large.
 
     Args:
-        head_dim: D.
         itemsize: Bytes of an element of the queries.
         has_pair_mask: Whether a mask differs from query to query.
         architecture: A key of `TILES`.

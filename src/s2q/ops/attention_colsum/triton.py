@@ -83,11 +83,7 @@ def attention_colsum(
 
 
 def colsum_constants(tile: ColsumTile) -> dict[str, int | bool | str]:
-    """Return the compile-time constants of both kernels that the tile decides.
-
-    Args:
-        tile: See `tiles.colsum_tile`.
-    """
+    """Return the compile-time constants of both kernels that the tile decides."""
     return {
         "TILE_N": tile.side,
         "TILE_M": tile.side,

@@ -32,33 +32,18 @@ def adds_in_32_bits() -> bool:
 
 
 def adds_pairs(*, x_bits: int, w_bits: int) -> bool:
-    """Tell whether `multiply_pairs` is available and exact for codes of these widths.
-
-    Args:
-        x_bits: Width of the codes of x.
-        w_bits: Width of the codes of w.
-    """
+    """Tell whether `multiply_pairs` is available and exact for codes of these widths."""
     is_there = bool(torch._C._has_mkldnn) and "avx2" in features() and hasattr(torch.ops.onednn, "qlinear_pointwise")
     return is_there and x_bits + w_bits <= _PAIR_BITS
 
 
 def multiplies_pairs(*, x_bits: int, w_bits: int) -> bool:
-    """Tell whether `multiply_pairs` is the fastest exact product for codes of these widths.
-
-    Args:
-        x_bits: Width of the codes of x.
-        w_bits: Width of the codes of w.
-    """
+    """Tell whether `multiply_pairs` is the fastest exact product for codes of these widths."""
     return not adds_in_32_bits() and adds_pairs(x_bits=x_bits, w_bits=w_bits)
 
 
 def is_fast(*, x_bits: int, w_bits: int) -> bool:
-    """Tell whether products of codes of these widths are faster here than fp32.
-
-    Args:
-        x_bits: Width of the codes of x.
-        w_bits: Width of the codes of w.
-    """
+    """Tell whether products of codes of these widths are faster here than fp32."""
     return adds_in_32_bits() or adds_pairs(x_bits=x_bits, w_bits=w_bits)
 
 
@@ -92,7 +77,6 @@ def offset_codes(x_codes: Tensor, *, num_bits: int) -> Tensor:
 
     Args:
         x_codes: int8 [M, K], within num_bits.
-        num_bits: N.
     """
     return (x_codes.view(torch.uint8) + (1 << (num_bits - 1))).contiguous()  # modulo 256
 

@@ -14,7 +14,6 @@ class MatmulTile:
         rows: Of x (tokens) in a tile.
         columns: Out features in a tile.
         depth: In features that are loaded at a time.
-        num_warps: Of a program.
         num_stages: Loads in flight.
     """
 
@@ -55,7 +54,6 @@ def matmul_tile(rows: int, depth: int, architecture: int) -> MatmulTile:
     """Return the tile for a product.
 
     Args:
-        rows: M.
         depth: K; one that is no multiple of 16 is read byte by byte, which needs the registers of a large tile.
         architecture: A key of `TILES`.
     """

@@ -109,7 +109,6 @@ def unpack_nibbles(packed: Tensor, *, in_features: int) -> Tensor:
 
     Args:
         packed: uint8 [O, P].
-        in_features: K.
 
     Returns:
         int8 [O, K], contiguous.
@@ -128,8 +127,6 @@ def matmul_constants(tile: MatmulTile, *, depth: int, is_packed: bool) -> dict[s
     """Return the compile-time constants of `rescaled_matmul_kernel` that shape and tile decide.
 
     Args:
-        tile: See `tiles.matmul_tile`.
-        depth: K.
         is_packed: Whether w is packed, two codes a byte.
     """
     return {

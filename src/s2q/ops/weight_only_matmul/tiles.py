@@ -11,7 +11,6 @@ class WeightOnlyTile:
         rows: Of x, at least as many as a call has.
         columns: Out features.
         width: Bytes of each row of w that are read at a time.
-        num_warps: Of a program.
         num_stages: Loads in flight.
     """
 

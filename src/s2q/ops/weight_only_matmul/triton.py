@@ -77,9 +77,6 @@ def weight_only_constants(
     """Return the compile-time constants of `weight_only_kernel` that its input and the tile decide.
 
     Args:
-        tile: See `tiles.TILES`.
-        dtype: Of x.
-        depth: K.
         is_packed: Whether w is packed, two codes a byte.
     """
     precision = "tf32x3" if dtype == torch.float32 else "native"

@@ -54,7 +54,6 @@ def assemble(architecture: EmbeddedArchitecture, vae: Any, transformer_run: Path
     """Write the diffusers folder in bfloat16; ``out`` is replaced.
 
     Args:
-        architecture: Of the model.
         vae: The autoencoder with normalised latents.
         transformer_run: Training folder of transformer and text encoder.
         out: Destination, a package-data folder.

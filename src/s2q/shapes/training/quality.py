@@ -20,9 +20,6 @@ def sample(pipeline: Any, prompts: Sequence[str], *, seed: int, batch_size: int 
 
     Args:
         pipeline: Of an embedded model.
-        prompts: What to show.
-        seed: Of the noise.
-        batch_size: Videos a call.
         **settings: Of the call: the model's own, `EmbeddedArchitecture.generation`.
     """
     pipeline.set_progress_bar_config(disable=True)

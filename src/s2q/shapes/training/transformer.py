@@ -68,7 +68,6 @@ class TransformerTask:
     and ends with a full stop, so that both spellings work.
 
     Args:
-        architecture: Of the model.
         pool: File of `encode_pool`.
         seed: Of the initial weights.
         start: Training folder of an earlier run whose averaged weights to start from instead.

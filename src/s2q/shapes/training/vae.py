@@ -144,9 +144,6 @@ class TaughtVAETask:
     had 20.8 after 300).
 
     Args:
-        architecture: Of the model.
-        teacher: The trained autoencoder.
-        teacher_architecture: Its model.
         seed: Of the initial weights.
         start: Training folder of an earlier run whose averaged weights to start from instead.
     """
