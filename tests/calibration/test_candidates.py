@@ -42,7 +42,7 @@ def test_all_prompts_are_generated_in_one_stay_on_the_device(collecting):
     pools, stays, seen = collecting(PROMPTS)
     assert len(stays) == 1
     total = len(PROMPTS) * STEPS
-    assert seen == [(done, total) for done in range(total + 1)]
+    assert seen == [("collect", done, total) for done in range(total + 1)]
     candidates = pools["transformer"].candidates
     assert [(one.prompt, one.step) for one in candidates] == [(p, s) for p in range(len(PROMPTS)) for s in range(STEPS)]
 
@@ -51,8 +51,8 @@ def test_only_what_is_missing_is_generated(collecting):
     first, *_ = collecting(PROMPTS[:2])
     pools, stays, seen = collecting(PROMPTS)
     assert len(stays) == 1
-    assert seen == [(4, 6), (5, 6), (6, 6)]
+    assert seen == [("collect", done, 6) for done in (4, 5, 6)]
     assert pools["transformer"].candidates[:4] == first["transformer"].candidates
     again, stays, seen = collecting(PROMPTS)
-    assert (stays, seen) == ([], [(6, 6)])
+    assert (stays, seen) == ([], [("collect", 6, 6)])
     assert again["transformer"].candidates == pools["transformer"].candidates

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from s2q.cli import SPINS, WAITING, commands, console, limit_spinning, run
+from s2q.cli import SPINS, WAITING, commands, limit_spinning, run
 from s2q.common.errors import (
     BusyError,
     InvalidInputError,
@@ -117,26 +117,6 @@ def test_the_installed_command_runs():
         [sys.executable, "-c", "from s2q.cli import main; main(['plan'])"], capture_output=True, check=False
     )
     assert done.returncode == 2
-
-
-def test_plain_progress_is_sparse_and_tells_the_time_left(capsys):
-    now = [0.0]
-    report = console._PlainProgress(clock=lambda: now[0])
-    for done in range(101):
-        now[0] = done * 0.5
-        report("blocks", done, 100)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "blocks: 0/100"
-    assert "blocks: 10/100, 45 s left" in lines
-    assert lines[-1] == "blocks: 100/100, 50 s"
-    assert len(lines) == 11
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1:00 min"), (185, "3:05 min"), (7384, "2:03:04 h")]
-)
-def test_durations(seconds, text):
-    assert console.format_seconds(seconds) == text
 
 
 def test_json_errors_leave_stdout_empty(capsys):

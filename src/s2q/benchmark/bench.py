@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from s2q.common.errors import (
     is_out_of_memory,
     unknown_name,
 )
+from s2q.common.progress import Progress, silent
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_names
 
@@ -41,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "shapes-cogvideox"
 """Whose denoising step and calibration are measured without a model."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def check_names(kind: str, names: Sequence[str] | None, options: Sequence[str]) -> tuple[str, ...]:
@@ -140,7 +139,7 @@ def missing_cases(cases: Sequence[Case], results: ResultsFile) -> list[Case]:
 
 
 @in_fresh_torch_state
-def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress | None = None) -> None:
+def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress = silent) -> None:
     """Measure; each case's results are written at once.
 
     Args:
@@ -153,8 +152,7 @@ def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress
     """
     failures: list[str] = []
     for done, case in enumerate(cases):
-        if progress is not None:
-            progress("bench", done, len(cases))
+        progress("bench", done, len(cases))
         try:
             found = case.measure(case.wanted)
         except Exception as error:
@@ -165,7 +163,7 @@ def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress
             continue
         results.add(found)
         logger.info("%s: measured", case.label)
-    if progress is not None and cases:
+    if cases:
         progress("bench", len(cases), len(cases))
     if failures:
         raise ResourceError(f"{'; '.join(failures)}; take fewer tokens or leave this out, the rest is written")

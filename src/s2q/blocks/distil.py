@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from s2q.calibration.samples import BlockSample, Samples
 from s2q.common.errors import S2QError
+from s2q.common.progress import Tick
 from s2q.core.memo import PIECE, checkpointed, memoization
 from s2q.core.tokens import token_grid
 from s2q.distillation.loss import weighted_token_loss
@@ -104,7 +105,7 @@ def distil(
     options: DistillationOptions,
     seed: int,
     penalty: Callable[[float], None] = lambda progress: None,
-    epoch_done: Callable[[], None] = lambda: None,
+    epoch_done: Tick = lambda: None,
 ) -> DistillationReport:
     """Optimise the learnable parts of a student, in place; it ends in the best state seen, the initial one included.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import TeacherTransformer
+from s2q.common.progress import Tick
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
 from s2q.models import Family
@@ -45,7 +46,7 @@ class BlockTask:
     device: str = "cpu"
     stream: TeacherStream | None = None
     checkpointed: bool = False
-    progress: Callable[[], None] = lambda: None
+    progress: Tick = lambda: None
 
     @property
     def block_seed(self) -> int:

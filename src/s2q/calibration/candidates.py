@@ -11,7 +11,7 @@ Legend: `R` guidance branches, `f` latent frames, `C` latent channels, `h`, `w` 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from s2q.common.components import full_name, transformers_of
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import canonical_json
 from s2q.common.memory import on_device
+from s2q.common.progress import Progress, StageCounter
 from s2q.common.run_folder import Artefact, RunFolder
 from s2q.common.seeds import derive_seed
 from s2q.generation.settings import (
@@ -165,7 +166,7 @@ def collect(
     folder: RunFolder,
     *,
     device: str,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> dict[str, CandidatePool]:
     """Generate what is not there yet and score every step.
 
@@ -174,7 +175,7 @@ def collect(
         inputs: See `prepare`.
         folder: Where the candidates are kept.
         device: Where to generate.
-        progress: Called with the steps done and those in all.
+        progress: Called after each step.
 
     Returns:
         For each transformer that is quantized, by component, the steps in which it was called.
@@ -235,12 +236,12 @@ def branches_of(folder: RunFolder, inputs: CalibrationInputs) -> int:
 
 
 def _generate(
-    teacher: Teacher, inputs: CalibrationInputs, folder: RunFolder, *, device: str, progress: Callable[[int, int], None]
+    teacher: Teacher, inputs: CalibrationInputs, folder: RunFolder, *, device: str, progress: Progress
 ) -> None:
     """Record and store the prompts that are not there yet, all in one stay of the pipeline on the device."""
     count, steps = len(inputs.prompts), inputs.settings.num_inference_steps
     missing = [index for index in range(count) if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
-    counter = _Counter((count - len(missing)) * steps, count * steps, progress)
+    step_done = StageCounter(progress, "collect", count * steps, done=(count - len(missing)) * steps)
     with on_device(teacher.modules if missing else (), device, offload=teacher.mapped):
         for index in missing:
             trajectory = record_trajectory(
@@ -248,20 +249,10 @@ def _generate(
                 [inputs.prompts[index]],
                 seeds=[derive_seed(inputs.seed, "prompt", index)],
                 settings=inputs.settings,
-                step_done=counter,
+                step_done=step_done,
             )
             artefact = _to_artefact(trajectory, channel_dim=teacher.family.latent_channel_dim)
             folder.save(inputs.key(index), inputs.prompt_fingerprint(index), artefact)
-
-
-class _Counter:
-    def __init__(self, done: int, total: int, progress: Callable[[int, int], None]) -> None:
-        self.done, self.total, self.progress = done, total, progress
-        progress(done, total)
-
-    def __call__(self) -> None:
-        self.done += 1
-        self.progress(self.done, self.total)
 
 
 def _check_candidates(teacher: Teacher, group: CalibrationGroup, *, prompts: int, steps: int) -> None:

@@ -17,6 +17,7 @@ from s2q.common.outputs import (
     owned_matching,
     staged_directory,
 )
+from s2q.common.progress import Progress
 
 GENERATION_RECORD = "generation.json"
 _SCHEMA_VERSION = 1
@@ -172,7 +173,7 @@ def write_videos(
     *,
     described: Mapping[str, Any],
     save_latents: bool,
-    progress: console.Report,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write videos, contact sheet and record into a folder.
 

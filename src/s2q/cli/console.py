@@ -16,13 +16,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBars
 from rich.text import Text
+
+from s2q.common.progress import Progress, StageClock
 
 SECONDS_BETWEEN_LINES = 5.0
 stderr = Console(stderr=True, soft_wrap=True)
-
-Report = Callable[[str, int, int], None]
 
 
 def say(message: str) -> None:
@@ -68,12 +69,8 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
-    """Show the progress of a command's stages.
-
-    Yields:
-        A function of the stage's name, the units done and the units in all.
-    """
+def progress() -> Iterator[Progress]:
+    """Show the progress of a command's stages; yield what they report to."""
     if not stderr.is_terminal:
         yield _PlainProgress()
         return
@@ -82,18 +79,25 @@ def progress() -> Iterator[Report]:
         BarColumn(bar_width=32),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
-    with Progress(*columns, console=stderr) as bars:
-        tasks: dict[str, Any] = {}
+    with ProgressBars(*columns, console=stderr) as bars:
+        yield _BarProgress(bars)
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
 
-        yield report
+class _BarProgress:
+    """One bar a stage."""
+
+    def __init__(self, bars: ProgressBars, clock: Callable[[], float] = time.monotonic) -> None:
+        self._bars, self._clock = bars, clock
+        self._stages: dict[str, tuple[Any, StageClock]] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._stages:
+            self._stages[stage] = self._bars.add_task(stage, total=total, left=""), StageClock(done)
+        task, clock = self._stages[stage]
+        left = clock.seconds_left(done, total, self._clock())
+        self._bars.update(task, completed=done, total=total, left=_left(left) if done < total else "")
 
 
 class _PlainProgress:
@@ -102,6 +106,7 @@ class _PlainProgress:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._started: dict[str, float] = {}
+        self._clocks: dict[str, StageClock] = {}
         self._ended: set[str] = set()
         self._last = -float("inf")
 
@@ -109,18 +114,21 @@ class _PlainProgress:
         now = self._clock()
         first = stage not in self._started
         started = self._started.setdefault(stage, now)
-        elapsed = now - started
+        left = self._clocks.setdefault(stage, StageClock(done)).seconds_left(done, total, now)
         if done >= total > 0:
             if stage in self._ended:
                 return
             self._ended.add(stage)
-            say(f"{stage}: {done}/{total}, {format_seconds(elapsed)}")
+            say(f"{stage}: {done}/{total}, {format_seconds(now - started)}")
         elif first or now - self._last >= SECONDS_BETWEEN_LINES:
-            left = f", {format_seconds(elapsed / done * (total - done))} left" if done else ""
-            say(f"{stage}: {done}/{total}{left}")
+            say(", ".join(filter(None, (f"{stage}: {done}/{total}", _left(left)))))
         else:
             return
         self._last = now
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f"{format_seconds(seconds)} left"
 
 
 def format_seconds(seconds: float) -> str:

@@ -19,6 +19,7 @@ from s2q.cli import console, output
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_bytes, atomic_write_json
 from s2q.common.outputs import check_output, owned_matching, staged_directory
+from s2q.common.progress import Progress
 from s2q.report.formatting import format_bytes, format_sample
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _make(
     recipe: Recipe,
     overrides: Sequence[str],
     size: Mapping[str, Any],
-    progress: console.Report,
+    progress: Progress,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Do everything inside the staged folder; names in the results are those of the final one."""

@@ -11,6 +11,7 @@ from s2q.cli import console, output
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.common.files import atomic_write_bytes, atomic_write_json
 from s2q.common.outputs import check_output, owned_matching
+from s2q.common.progress import Progress
 
 _WRITTEN = ("model/*.mp4", "reference/*.mp4", "*-vbench/**")
 
@@ -99,7 +100,7 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
     return keep
 
 
-def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: console.Report) -> dict[str, Any]:
+def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
     """Judge the videos that were kept.
 
     Args:

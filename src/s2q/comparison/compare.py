@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from s2q.common.errors import (
 )
 from s2q.common.files import atomic_write_json
 from s2q.common.outputs import output_lock
+from s2q.common.progress import Progress, silent
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.comparison.entries import Entry
 from s2q.comparison.folder import RESULT, CompareFolder
@@ -38,7 +39,6 @@ from s2q.run.quantize import quantize
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many of its steps are done, and how many there are."""
 
 _ROUNDING_UNITS = 1
@@ -86,7 +86,7 @@ def compare(
         return _dry(setup)
     if len(setup.obstacles) == len(setup.entries):
         raise InvalidInputError(f"nothing can be compared: {next(iter(setup.obstacles.values()))}")
-    report = progress or (lambda stage, done, total: None)
+    report = progress or silent
     with output_lock(target):
         folder.check(setup.plan, resume=options.resume, overwrite=options.overwrite)  # another run may have been here
         plan = folder.open(setup.plan, resume=options.resume)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from s2q.common.files import atomic_write_bytes, atomic_write_text, slug
+from s2q.common.progress import Progress
 from s2q.comparison.entries import FULL_PRECISION
 from s2q.comparison.folder import (
     PAGE,
@@ -28,9 +29,7 @@ from s2q.report import (
 )
 
 
-def write_pages(
-    folder: CompareFolder, result: Mapping[str, Any], *, command: str, progress: Callable[[str, int, int], None]
-) -> None:
+def write_pages(folder: CompareFolder, result: Mapping[str, Any], *, command: str, progress: Progress) -> None:
     """Write compare.md, index.html, sheet.png and the videos.
 
     Args:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from s2q.common.errors import S2QError
 from s2q.common.files import atomic_write_json
+from s2q.common.progress import Progress, StageCounter
 from s2q.comparison.entries import Entry
 from s2q.comparison.folder import CompareFolder
 from s2q.comparison.setup import (
@@ -36,7 +37,7 @@ def build_result(
     setup: Setup,
     failures: Mapping[str, str],
     *,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Put a comparison together; also writes the `eval.json` of every entry.
 
@@ -93,24 +94,14 @@ def build_result(
     }
 
 
-def _groups(
-    setup: Setup, evaluations: Mapping[str, dict[str, Any]], progress: Callable[[str, int, int], None]
-) -> list[dict[str, Any]]:
+def _groups(setup: Setup, evaluations: Mapping[str, dict[str, Any]], progress: Progress) -> list[dict[str, Any]]:
     """What is said of each width that was evaluated, the widest first."""
     widths: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in setup.entries:
         if entry.label in evaluations:
             widths.setdefault(entry.width, {})[entry.label] = evaluations[entry.label]
     total = sum(math.comb(len(members), 2) for members in widths.values())
-    done = 0
-
-    def pair_done() -> None:
-        nonlocal done
-        done += 1
-        progress("rank", done, total)
-
-    if total:
-        progress("rank", 0, total)
+    pair_done = StageCounter(progress, "rank", total) if total else lambda: None
     return [
         {"width": width, **compare_group(widths[width], pair_done=pair_done)} for width in sorted(widths, key=_by_bits)
     ]

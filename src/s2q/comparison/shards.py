@@ -12,6 +12,7 @@ from s2q.common.errors import (
     first_line,
     is_out_of_memory,
 )
+from s2q.common.progress import Tick
 from s2q.comparison.entries import FULL_PRECISION
 from s2q.comparison.folder import CompareFolder
 from s2q.comparison.setup import SHARD_PROMPTS, RunPlan
@@ -47,7 +48,7 @@ class Reports:
         failed: Called with the label of an entry that failed, and why.
     """
 
-    stepped: Callable[[], None]
+    stepped: Tick
     failed: Callable[[str, str], None]
 
 

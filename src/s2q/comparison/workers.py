@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from s2q.common.progress import Tick
 from s2q.comparison.folder import CompareFolder
 from s2q.comparison.setup import RunPlan
 from s2q.comparison.shards import Reports, Shard, evaluate_shard
@@ -19,7 +20,7 @@ def evaluate_shards(
     *,
     device: str,
     processes: int,
-    stepped: Callable[[], None],
+    stepped: Tick,
 ) -> dict[str, str]:
     """Evaluate shards; results are stored in the folder as soon as they are there.
 

@@ -29,6 +29,7 @@ from s2q.common.arguments import (
 from s2q.common.components import transformers_of
 from s2q.common.devices import free_memory
 from s2q.common.errors import InvalidInputError, UsageError, memory_errors
+from s2q.common.progress import Progress, StageCounter, Tick
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.engines.processes import Tell
 from s2q.evaluation import velocity
@@ -42,12 +43,10 @@ from s2q.generation.defaults import embedded_source, generation_defaults, model_
 from s2q.generation.denoise import denoise
 from s2q.generation.generate import (
     LESS_MEMORY,
-    Progress,
     Video,
     batch_size_for,
     batched,
     settings_for,
-    step_counter,
     videos_of,
 )
 from s2q.generation.load import check_model, load_pipeline
@@ -436,13 +435,14 @@ def _run_student(
     tick = _counter("quantized", jobs, size, settings, progress)
     recordings = teacher.recordings
     replays = 0 if recordings is None else recordings.num_calls
-    replay = step_counter("velocity", batches=1, steps=replays, progress=progress) if replays else None
+    replay: Tick | None = None
     judged: list[VideoScores] = []
     for index, (names, seeds) in enumerate(_batches(jobs, size)):
         result = denoise(pipe, names, seeds=seeds, settings=settings, step_done=tick)
         trajectory = None if recordings is None else recordings[index]
         steps: list[list[float]] = [[] for _ in names]
         if trajectory is not None:
+            replay = replay or StageCounter(progress, "velocity", replays)
             steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
         for video, errors in zip(_handed_on(videos_of(names, seeds, result), model, options), steps, strict=True):
             judged.append(
@@ -462,8 +462,8 @@ def _handed_on(videos: list[Video], model: Any, options: EvaluationOptions) -> l
 
 def _counter(
     stage: str, jobs: Sequence[Any], size: int, settings: GenerationSettings, progress: Progress | None
-) -> Callable[[], None]:
-    return step_counter(stage, batches=-(-len(jobs) // size), steps=settings.num_inference_steps, progress=progress)
+) -> Tick:
+    return StageCounter(progress, stage, -(-len(jobs) // size) * settings.num_inference_steps)
 
 
 def _batches(jobs: _Jobs, size: int) -> Iterator[tuple[list[str], list[int]]]:

@@ -9,12 +9,13 @@ its group (`DEFINITIONS["winner"]`); all else is a tie.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from types import MappingProxyType
 from typing import Any
 
+from s2q.common.progress import Tick
 from s2q.evaluation.intervals import (
     CONFIDENCE,
     MIN_PROMPTS,
@@ -138,9 +139,7 @@ def paired_differences(
     return found
 
 
-def compare_group(
-    evaluations: Mapping[str, Mapping[str, Any]], *, pair_done: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
+def compare_group(evaluations: Mapping[str, Mapping[str, Any]], *, pair_done: Tick = lambda: None) -> dict[str, Any]:
     """Rank the models of one width and say where one of them is the winner.
 
     Args:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from s2q.common.progress import Progress
 from s2q.engines.processes import Tell, devices_of, run_in_processes
 from s2q.evaluation.scores import EvaluationResult, merge
-from s2q.generation.generate import Progress, Video
+from s2q.generation.generate import Video
 from s2q.models import ModelSource
 
 if TYPE_CHECKING:

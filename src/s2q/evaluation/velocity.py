@@ -10,12 +10,13 @@ Legend: `R` rows of a call (guidance branches times videos), `S` denoising steps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from s2q.common.errors import S2QError
+from s2q.common.progress import Tick
 from s2q.generation.trajectory import Trajectory
 
 DEFINITION = (
@@ -30,7 +31,7 @@ def velocity_errors(
     students: Mapping[str, torch.nn.Module],
     trajectory: Trajectory,
     *,
-    step_done: Callable[[], None] | None = None,
+    step_done: Tick | None = None,
 ) -> list[list[float]]:
     """Measure the student's relative velocity error at every recorded step.
 

@@ -18,6 +18,7 @@ import torch
 
 from s2q.common.devices import overflow_remedy
 from s2q.common.errors import S2QError
+from s2q.common.progress import Tick
 from s2q.generation.settings import (
     GenerationSettings,
     latent_channels,
@@ -26,8 +27,6 @@ from s2q.generation.settings import (
     vae_factors,
 )
 from s2q.models import family_of
-
-StepDone = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ def denoise(
     seeds: Sequence[int],
     settings: GenerationSettings,
     decode: bool = True,
-    step_done: StepDone | None = None,
+    step_done: Tick | None = None,
 ) -> DenoisingResult:
     """Generate one batch of videos.
 

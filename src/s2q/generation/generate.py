@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from s2q.common.arguments import (
     whole_number,
 )
 from s2q.common.errors import InvalidInputError, memory_errors
+from s2q.common.progress import Progress, StageCounter
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.denoise import DenoisingResult, denoise
@@ -31,9 +32,6 @@ from s2q.generation.settings import (
 )
 from s2q.generation.trajectory import Trajectory
 from s2q.models import ModelSource, family_of, resolve_model
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage's name, the units done and the units in all."""
 
 _BATCH_TOKENS = 4096
 _MAX_BATCH = 16
@@ -106,9 +104,7 @@ def generate(
     check_prompts(pipe, prompts)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     size = batch_size_for(pipe, resolved, batch_size)
-    tick = step_counter(
-        "generate", batches=-(-len(jobs) // size), steps=resolved.num_inference_steps, progress=progress
-    )
+    tick = StageCounter(progress, "generate", -(-len(jobs) // size) * resolved.num_inference_steps)
     videos: list[Video] = []
     for batch in batched(jobs, size):
         names, numbers = [prompt for prompt, _ in batch], [seed for _, seed in batch]
@@ -155,18 +151,3 @@ def batched(jobs: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """Yield consecutive slices of at most `size` jobs."""
     for start in range(0, len(jobs), size):
         yield jobs[start : start + size]
-
-
-def step_counter(stage: str, *, batches: int, steps: int, progress: Progress | None) -> Callable[[], None]:
-    """Return a function that reports one more denoising step of `batches · steps` each time it is called."""
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(stage, done, batches * steps)
-
-    if progress is not None:
-        progress(stage, 0, batches * steps)
-    return tick

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from s2q.common.components import TRANSFORMERS, transformers_of
-from s2q.generation.denoise import DenoisingResult, StepDone, denoise
+from s2q.common.progress import Tick
+from s2q.generation.denoise import DenoisingResult, denoise
 from s2q.generation.settings import GenerationSettings, check_prompts
 from s2q.models import family_of
 
@@ -96,7 +97,7 @@ def record_trajectory(
     seeds: Sequence[int],
     settings: GenerationSettings,
     decode: bool = False,
-    step_done: StepDone | None = None,
+    step_done: Tick | None = None,
 ) -> Trajectory:
     """Generate one batch and record every call of the transformers.
 

@@ -31,6 +31,7 @@ from s2q.calibration.observe import BlockSamples
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import Teacher, TeacherTransformer
 from s2q.common.files import canonical_json
+from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.run_folder import Artefact, RunFolder
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme, weight_bytes
@@ -84,7 +85,7 @@ def allocate(
     folder: RunFolder,
     *,
     streams: Callable[[TeacherTransformer, CalibrationSets], TeacherStream],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Allocation:
     """Measure the candidates on every block that was not measured before, and choose.
 
@@ -94,7 +95,7 @@ def allocate(
         selected: What the blocks are calibrated on.
         folder: Where what was measured is kept.
         streams: Makes the stream of a transformer on samples.
-        progress: Called with the blocks done and those in all.
+        progress: Called after each block.
 
     Raises:
         InvalidInputError: If the activations of a block hold NaN or infinite values.
@@ -102,15 +103,13 @@ def allocate(
     assert recipe.allocation is not None
     few = _some_of(selected, recipe.allocation.samples)
     errors: dict[tuple[str, ...], list[float]] = {}
-    done = 0
-    progress(0, teacher.block_count)
+    block_done = StageCounter(progress, "allocate", teacher.block_count)
     for one in teacher.transformers:
         stream = streams(one, few)
         for index in range(len(one.block_names)):
             errors |= block_errors(one, recipe, index, stream=stream, folder=folder, selected=few)
             teacher.page_out(one.module.get_submodule(one.block_names[index]))
-            done += 1
-            progress(done, teacher.block_count)
+            block_done()
         stream.close()
     linears = {linear.name: linear for one in teacher.transformers for linear in one.linears}
     return chosen_schemes(recipe, linears, errors)

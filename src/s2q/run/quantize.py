@@ -51,6 +51,7 @@ from s2q.common.errors import (
 )
 from s2q.common.files import DISK_FULL
 from s2q.common.outputs import check_output
+from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.run_folder import RunFolder, open_run_folder
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.common.versions import package_versions
@@ -87,9 +88,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, how many of its steps are done, and how many there are."""
 
 _FULL = "No space left on device"  # SafetensorError has no errno
 _T = TypeVar("_T")
@@ -235,7 +233,7 @@ class _Run:
         self.machine = machine
         self.out = out
         self.settings = settings
-        self.progress = progress or (lambda stage, done, total: None)
+        self.progress = progress or silent
         self.started = time.perf_counter()
         reset_peak_memory(settings.device)
         self.stages: list[dict[str, Any]] = []
@@ -300,13 +298,7 @@ class _Run:
         inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described)
         pools = self._timed(
             "collect",
-            lambda: collect(
-                teacher,
-                inputs,
-                self.folder,
-                device=self.settings.device,
-                progress=lambda done, total: self.progress("collect", done, total),
-            ),
+            lambda: collect(teacher, inputs, self.folder, device=self.settings.device, progress=self.progress),
         )
         self.folder.log("collect", candidates=sum(map(len, pools.values())), prompts=len(inputs.prompts))
         self.progress("select", 0, 1)
@@ -321,14 +313,7 @@ class _Run:
         runner = self._runner(teacher, recipe, planned, selected)
         allocated = self._timed(
             "allocate",
-            lambda: allocate(
-                teacher,
-                recipe,
-                selected,
-                self.folder,
-                streams=runner.stream,
-                progress=lambda done, total: self.progress("allocate", done, total),
-            ),
+            lambda: allocate(teacher, recipe, selected, self.folder, streams=runner.stream, progress=self.progress),
         )
         record = allocated.record
         self.folder.log("allocate", **{key: record[key] for key in ("what", "most_bytes", "bytes", "linears")})
@@ -355,15 +340,16 @@ class _Run:
                 self.source,
                 dtype=self.settings.dtype,
                 processes=self.settings.processes,
-                progress=lambda done: self.progress("blocks", done, total * units),
+                progress=self.progress,
             )
         reports: list[BlockReport] = []
         with contextlib.closing(runner):  # also after an error
             for one in teacher.transformers:
                 for index, name in enumerate(one.block_names):
                     key = one.artefact_name(index)
-                    ticker = _Ticker(self.progress, len(reports) * units, total * units) if alone else lambda: None
-                    is_there = runner.quantize(one, index, progress=ticker)
+                    progress = self.progress if alone else silent
+                    unit_done = StageCounter(progress, "blocks", total * units, done=len(reports) * units)
+                    is_there = runner.quantize(one, index, unit_done=unit_done)
                     report = BlockReport(
                         index=len(reports),
                         name=full_name(one.component, name),
@@ -422,18 +408,6 @@ class _Run:
         peak = peak_memory_bytes(self.settings.device)
         self.stages.append({"name": stage, "seconds": time.perf_counter() - started, "peak_memory_bytes": peak})
         return result
-
-
-class _Ticker:
-    """Reports the units of a block as they are done."""
-
-    def __init__(self, progress: Progress, start: int, total: int) -> None:
-        self.progress, self.done, self.total = progress, start, total
-        progress("blocks", start, total)
-
-    def __call__(self) -> None:
-        self.done += 1
-        self.progress("blocks", self.done, self.total)
 
 
 def _settings(options: QuantizeOptions) -> _Settings:

@@ -11,7 +11,7 @@ import functools
 import os
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,15 +23,13 @@ from s2q.calibration.calibration_set import CalibrationSets, calibration_stream
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.devices import peak_memory_bytes
+from s2q.common.progress import Progress, Tick
 from s2q.common.run_folder import ArtefactFolder
 from s2q.core.schemes import LinearScheme
 from s2q.engines.processes import Tell, devices_of, run_in_processes
 from s2q.models import ModelSource
 from s2q.planning import CalibrationCost, Machine
 from s2q.recipes.schema import Recipe
-
-Ticked = Callable[[], None]
-"""Called after each unit of a block's calibration: an epoch, or what takes about as long."""
 
 _SPILLED = "process-"
 
@@ -56,7 +54,7 @@ class BlockJob:
 
     @property
     def units(self) -> int:
-        """Units of a block's calibration; see `Ticked`."""
+        """Units of a block's calibration: an epoch, or what takes about as long."""
         return 1 if self.selected is None else 2 + self.recipe.epochs
 
 
@@ -103,19 +101,19 @@ class BlockRunner:
         fingerprint = self._fingerprint(transformer, self._task(transformer, index, None))
         return self.folder.has(transformer.artefact_name(index), fingerprint)
 
-    def quantize(self, transformer: TeacherTransformer, index: int, *, progress: Ticked) -> bool:
+    def quantize(self, transformer: TeacherTransformer, index: int, *, unit_done: Tick) -> bool:
         """Quantize a block, unless its result is in the run folder.
 
         Args:
             transformer: The transformer.
             index: Index of the block in it.
-            progress: Called after each unit of calibration.
+            unit_done: Called after each unit of calibration.
 
         Returns:
             Whether the result was there.
         """
         started = time.perf_counter()
-        task = replace(self._task(transformer, index, self._stream_of(transformer)), progress=progress)
+        task = replace(self._task(transformer, index, self._stream_of(transformer)), progress=unit_done)
         key, fingerprint = transformer.artefact_name(index), self._fingerprint(transformer, task)
         is_there = self.folder.has(key, fingerprint)
         if not is_there:
@@ -157,7 +155,7 @@ def quantize_in_processes(
     *,
     dtype: torch.dtype | str | None,
     processes: int,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> set[str]:
     """Quantize the blocks whose results are not in the run folder yet, in several processes.
 
@@ -166,7 +164,7 @@ def quantize_in_processes(
         source: The model, which every process loads.
         dtype: Compute dtype; None takes the one of `load_teacher`.
         processes: How many; they share the memory for activations, and the GPUs that "cuda" means.
-        progress: Called with the finished units of all blocks.
+        progress: Called after each unit of a block.
 
     Returns:
         Names of the results that were made.
@@ -180,12 +178,12 @@ def quantize_in_processes(
     todo = [(one.component, index) for one, index in left]
     if not todo:
         return set()
-    finished = job.units * (len(places) - len(todo))
-    units = dict.fromkeys(todo, 0)
+    total = job.units * len(places)
+    left_units = dict.fromkeys(todo, job.units)
 
-    def ticked(place: tuple[str, int]) -> None:
-        units[place] = min(job.units, units[place] + 1)
-        progress(finished + sum(units.values()))
+    def unit_done(place: tuple[str, int]) -> None:
+        left_units[place] = max(0, left_units[place] - 1)
+        progress("blocks", total - sum(left_units.values()), total)
 
     machine = replace(job.machine, memory_budget=job.machine.memory_budget // processes)
     order = _Order(
@@ -197,12 +195,12 @@ def quantize_in_processes(
     )
     work = functools.partial(_quantize, pickle.dumps(order))
     devices = devices_of(job.machine.device, min(processes, len(todo)))
-    progress(finished)
+    progress("blocks", total - sum(left_units.values()), total)
     try:
-        with contextlib.closing(run_in_processes(work, todo, devices=devices, on_message=ticked)) as results:
+        with contextlib.closing(run_in_processes(work, todo, devices=devices, on_message=unit_done)) as results:
             for index, _ in results:
-                units[todo[index]] = job.units
-                progress(finished + sum(units.values()))
+                left_units[todo[index]] = 0
+                progress("blocks", total - sum(left_units.values()), total)
     finally:
         for spilled in runner.folder.path.glob(f"{_SPILLED}*"):
             spilled.unlink(missing_ok=True)
@@ -224,7 +222,7 @@ def _quantize(order: bytes, place: tuple[str, int], device: str, tell: Tell) -> 
     runner = _runner(order, device)
     component, index = place
     transformer = next(one for one in runner.teacher.transformers if one.component == component)
-    runner.quantize(transformer, index, progress=lambda: tell(place))
+    runner.quantize(transformer, index, unit_done=lambda: tell(place))
 
 
 @functools.lru_cache(maxsize=1)

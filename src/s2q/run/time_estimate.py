@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from s2q.calibration.candidates import (
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.errors import InvalidInputError
+from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.run_folder import RunFolder, open_run_folder
 from s2q.generation.sharing import steps_of_transformers
 from s2q.models import ModelSource
@@ -78,7 +79,7 @@ def measured(
     machine: Machine,
     prompts: Sequence[str] | None = None,
     dtype: Any = None,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Plan:
     """Return a plan with the seconds of its stages, measured on a slice of the run; assembling is not measured.
 
@@ -115,7 +116,7 @@ def _calibrating(
     prompts: Sequence[str] | None,
     *,
     machine: Machine,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> dict[str, float]:
     group = recipe.calibration
     wanted = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
@@ -126,13 +127,7 @@ def _calibrating(
     for seed, steps in enumerate((short, short, long)):  # the first one warms up
         inputs = prepare(teacher, wanted[:1], few.model_copy(update={"steps": steps}), seed=seed, inputs={})
         started = time.perf_counter()
-        pools = collect(
-            teacher,
-            inputs,
-            folder,
-            device=machine.device,
-            progress=lambda done, total: progress("collect", done, total),
-        )
+        pools = collect(teacher, inputs, folder, device=machine.device, progress=progress)
         taken.append(time.perf_counter() - started)
     step = max(0.0, (taken[2] - taken[1]) / (long - short))
     video = max(0.0, taken[1] - step * short) + step * number
@@ -215,18 +210,18 @@ def _blocks(
     slices: Mapping[int, CalibrationSets],
     *,
     machine: Machine,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> float:
     cost = planned.calibration
     assert cost is not None
     epochs = 0 if recipe.distillation is None else recipe.distillation.epochs
     cases = [(_SAMPLES, one) for one in (_EPOCHS if epochs else (0,))] + [(_MORE_SAMPLES, _EPOCHS[0] if epochs else 0)]
     kinds = [(one, *kind) for one in teacher.transformers for kind in _kinds(one)]
-    total, done = 0.0, 0
+    total = 0.0
+    case_done = StageCounter(progress, "blocks", len(kinds) * len(cases))
     for one, first, count in kinds:
         taken = {}
         for samples, number in cases:
-            progress("blocks", done, len(kinds) * len(cases))
             stream = calibration_stream(
                 teacher, one, slices[samples], folder, recipe=recipe, machine=machine, step_bytes=cost.step_bytes
             )
@@ -235,10 +230,9 @@ def _blocks(
                 one, recipe, stream, first, epochs=number, checkpointed=cost.gradient_checkpointing
             )
             stream.close()
-            done += 1
+            case_done()
         calls = len(slices[_SAMPLES].samples[one.component].calls) // _SAMPLES  # of a candidate: one or both branches
         total += count * _parts(taken, distils=epochs > 0).total(cost.samples // calls, epochs)
-    progress("blocks", done, done)
     return total
 
 
@@ -277,13 +271,13 @@ def _block_seconds(
     return _seconds(replace(task, checkpointed=checkpointed))
 
 
-def _rounding(teacher: Teacher, recipe: Recipe, machine: Machine, progress: Callable[[str, int, int], None]) -> float:
+def _rounding(teacher: Teacher, recipe: Recipe, machine: Machine, progress: Progress) -> float:
     kinds = [(one, *kind) for one in teacher.transformers for kind in _kinds(one)]
     total = 0.0
-    for done, (one, first, count) in enumerate(kinds):
-        progress("blocks", done, len(kinds))
+    block_done = StageCounter(progress, "blocks", len(kinds))
+    for one, first, count in kinds:
         total += count * _seconds(block_task(one, first, recipe, seed=0, device=machine.device, stream=None))
-    progress("blocks", len(kinds), len(kinds))
+        block_done()
     return total
 
 

@@ -1,0 +1,96 @@
+"""Progress on a terminal and elsewhere, and the time left that both show."""
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress as ProgressBars
+from rich.progress import TextColumn
+
+from s2q.cli import console
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def lines(capsys):
+    return lambda: capsys.readouterr().err.splitlines()
+
+
+def test_plain_progress_writes_a_line_every_few_seconds_with_the_time_left(clock, lines):
+    report = console._PlainProgress(clock)
+    for done in range(101):
+        clock.now = done * 0.5
+        report("blocks", done, 100)
+    written = lines()
+    assert written[0] == "blocks: 0/100"
+    assert "blocks: 10/100, 45 s left" in written
+    assert written[-1] == "blocks: 100/100, 50 s"
+    assert len(written) == 11
+
+
+def test_the_time_left_ignores_what_another_stage_took_before_the_first_step(clock, lines):
+    report = console._PlainProgress(clock)
+    report("velocity", 0, 40)
+    clock.now = 100.0
+    for step in range(1, 4):
+        report("velocity", step, 40)
+        clock.now += 50.0
+    assert lines() == [
+        "velocity: 0/40",
+        "velocity: 1/40",
+        "velocity: 2/40, 31:40 min left",
+        "velocity: 3/40, 30:50 min left",
+    ]
+
+
+def test_the_time_left_ignores_steps_of_an_interrupted_run(clock, lines):
+    report = console._PlainProgress(clock)
+    for step in range(90, 93):
+        report("collect", step, 100)
+        clock.now += 20.0
+    assert lines() == ["collect: 90/100", "collect: 91/100", "collect: 92/100, 2:40 min left"]
+
+
+def test_stages_that_alternate_have_separate_clocks(clock, lines):
+    report = console._PlainProgress(clock)
+    for step in range(4):
+        for stage in ("quantized", "velocity"):
+            report(stage, step, 4)
+            clock.now += 10.0
+    assert lines() == [
+        *("quantized: 0/4", "velocity: 0/4", "quantized: 1/4", "velocity: 1/4"),
+        *("quantized: 2/4, 40 s left", "velocity: 2/4, 40 s left"),
+        *("quantized: 3/4, 20 s left", "velocity: 3/4, 20 s left"),
+    ]
+
+
+def test_bars_show_the_time_left_from_the_first_step_on(clock):
+    screen = Console(file=io.StringIO(), width=100)
+    with ProgressBars(TextColumn("{task.description}:{task.completed} {task.fields[left]}"), console=screen) as bars:
+        report = console._BarProgress(bars, clock)
+        shown = []
+        for done, now in ((0, 0.0), (1, 100.0), (2, 130.0), (3, 160.0)):
+            clock.now = now
+            report("velocity", done, 3)
+            shown.append(bars.tasks[0].fields["left"])
+    assert shown == ["", "", "30 s left", ""]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1:00 min"), (185, "3:05 min"), (7384, "2:03:04 h")]
+)
+def test_durations(seconds, text):
+    assert console.format_seconds(seconds) == text
