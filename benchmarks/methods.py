@@ -86,7 +86,7 @@ def _shared(model: str, width: str) -> dict[str, dict[str, Any]]:
 
 def _with_means(evaluation: dict[str, Any]) -> dict[str, Any]:
     means = dict(evaluation["metrics"])
-    for name in means:
+    for name in SHOWN:
         by_prompt: dict[str, list[float]] = {}
         for video in evaluation["videos"]:
             value = video["metrics"].get(name)

@@ -4,7 +4,7 @@ Prints a table: kernel, architecture, registers, bytes of spills, shared memory,
 if a kernel does not compile, spills more than a few registers, takes more shared memory than the GPU has, or does its
 products without the tensor cores. With --out it writes what docs/speed.md shows (every kernel, every architecture).
 
-    python benchmarks/triton_aot.py [--arch 90] [--only matmul] [--quick] [--keys] [--json] [--out FILE]
+    python benchmarks/triton_aot.py [--arch 90] [--only matmul] [--quick [EVERY]] [--keys] [--json] [--out FILE]
 """
 
 import argparse
@@ -299,17 +299,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", help=f"default: {', '.join(map(str, SHARED_BYTES))}")
     parser.add_argument("--only", default="", help="variants whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="one variant of each kind, with the largest tile")
+    parser.add_argument(
+        "--quick",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="EVERY",
+        help="one variant of each kind, with the largest tile; of these every n-th, on every architecture others",
+    )
     parser.add_argument("--keys", action="store_true", help="compile nothing; print the key of every variant as JSON")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path, help="results file to write")
     arguments = parser.parse_args()
-    wanted = [
-        (variant, arch)
-        for arch in arguments.arch or SHARED_BYTES
-        for variant in variants_of(arch)
-        if arguments.only in variant.name and (variant.is_quick or not arguments.quick)
-    ]
+    wanted = []
+    for offset, arch in enumerate(arguments.arch or SHARED_BYTES):
+        variants = [variant for variant in variants_of(arch) if arguments.only in variant.name]
+        if arguments.quick:
+            variants = [variant for variant in variants if variant.is_quick][
+                offset % arguments.quick :: arguments.quick
+            ]
+        wanted += [(variant, arch) for variant in variants]
     if arguments.keys:
         print(json.dumps([[variant.name, arch, variant.key()] for variant, arch in wanted]))
         return 0

@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from s2q.evaluation.intervals import holm, sign_flip_p_value
 from s2q.evaluation.paired import HIGHER_IS_BETTER, compare_group, paired_differences
@@ -38,6 +39,19 @@ def test_the_p_value_is_that_of_all_sign_patterns():
         abs(sum(s * d for s, d in zip(pattern, differences, strict=True))) >= observed - 1e-12 for pattern in patterns
     )
     assert sign_flip_p_value(differences) == pytest.approx(extreme / 1024)
+
+
+@pytest.mark.parametrize("count", [10, 13, 14, 32, 100])
+@pytest.mark.parametrize("data", ["normal", "shifted", "ties"])
+def test_the_p_value_is_that_of_scipy(count, data):
+    rng = np.random.default_rng(count)
+    if data == "ties":
+        drawn = rng.integers(-1, 3, count).astype(float)
+    else:
+        drawn = rng.normal({"normal": 0.0, "shifted": 0.5}[data], size=count)
+    settings = {"permutation_type": "samples", "n_resamples": 9999, "rng": np.random.default_rng(0)}
+    expected = scipy.stats.permutation_test((drawn,), np.mean, **settings)
+    assert sign_flip_p_value(drawn.tolist()) == expected.pvalue
 
 
 def test_the_p_value_is_uniform_where_nothing_differs():

@@ -7,6 +7,8 @@ than it knows.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,8 +103,9 @@ def _exact_proportion(mean: float, count: int) -> Estimate:
 def sign_flip_p_value(differences: Sequence[float], *, seed: int = 0) -> float | None:
     """Test whether paired differences are centred on zero: their signs are as likely one way as the other then.
 
-    SciPy's two-sided permutation test of the mean: every one of the 2ⁿ sign patterns for few differences, 9,999 random
-    ones beyond that (Fisher 1935, section 21; Phipson and Smyth 2010 for the one that is added to a random count).
+    The two-sided permutation test of the mean, as SciPy's `permutation_test` draws and counts it: every one of the 2ⁿ
+    sign patterns for few differences, 9,999 random ones beyond that (Fisher 1935, section 21; Phipson and Smyth 2010
+    for the one that is added to a random count). The patterns are drawn once for all differences of a length.
 
     Args:
         differences: One for each prompt.
@@ -117,20 +120,23 @@ def sign_flip_p_value(differences: Sequence[float], *, seed: int = 0) -> float |
         >>> sign_flip_p_value([1.0] * 10)
         0.001953125
     """
-    from scipy.stats import permutation_test
-
     if len(differences) < MIN_PROMPTS:
         return None
-    result = permutation_test(
-        (np.asarray(differences, dtype=np.float64),),
-        np.mean,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        alternative="two-sided",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
+    values = np.asarray(differences, dtype=np.float64)
+    patterns, added = _sign_patterns(len(values), seed)
+    means, observed = patterns @ values / len(values), values.mean()
+    tolerance = 100 * np.finfo(np.float64).eps * abs(observed)
+    extreme = min(np.sum(means <= observed + tolerance), np.sum(means >= observed - tolerance))
+    return min(1.0, 2 * float(extreme + added) / (len(patterns) + added))
+
+
+@functools.lru_cache(maxsize=4)
+def _sign_patterns(count: int, seed: int) -> tuple[np.ndarray, int]:
+    """Sign patterns `[patterns, count]`, and what is added to the count of extreme ones."""
+    if 2**count <= _RESAMPLES:
+        return np.array(list(itertools.product((1.0, -1.0), repeat=count))), 0
+    swapped = np.random.default_rng(seed).permuted(np.tile((0, 1), (_RESAMPLES, count, 1)), axis=-1)[..., 0]
+    return 1.0 - 2.0 * swapped, 1
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
