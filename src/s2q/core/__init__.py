@@ -1,1 +1,1 @@
-"""Floor 0: what a code, a scale and a packed byte are; errors, seeds and safe file writing. Imports no other floor."""
+"""The arithmetic: schemes, quantization parameters, packing, codebooks, tokens, the input path."""

@@ -1,4 +1,4 @@
-"""Floor 2: quantized linears, packed and trainable, and putting them into a model."""
+"""Quantized linears, packed and trainable, and putting them into a model."""
 
 from s2q.nn.clip import LearnableClip
 from s2q.nn.estimator import Estimator

@@ -1,1 +1,1 @@
-"""Floor 1: operations with an exact reference each; a folder an op, a module a backend."""
+"""Operations with an exact reference each; a folder an op, a module a backend."""

@@ -1,4 +1,4 @@
-"""Floor 2: from a weight to its codes. A method is a function; `ROUNDINGS` names those that need the weight alone.
+"""From a weight to its codes. A method is a function; `ROUNDINGS` names those that need the weight alone.
 
 GPTQ needs the Hessian of the layer's input besides, and reports what it did: `round_gptq`. What is learned with the
 output of a block is a module while it is: `LearnedRounding`.

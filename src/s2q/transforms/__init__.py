@@ -1,4 +1,4 @@
-"""Floor 2: invertible transforms of a linear's input, whose inverse goes into the weight.
+"""Invertible transforms of a linear's input, whose inverse goes into the weight.
 
     y = x Wᵀ = (x T) · (W T⁻ᵀ)ᵀ
 
