@@ -34,7 +34,7 @@ def kernels_table(_which: str) -> str:
     cards = "; ".join(f"{arch}: {names}" for arch, names in CARDS.items())
     lines += [
         "",
-        f"The largest of each kind: registers and spills of a thread, shared memory of a program. {cards}. "
+        f"Maximum over the variants: registers and spills per thread, shared memory per program. {cards}. "
         f"Triton {versions['triton']}, ptxas {versions['ptxas'][0]} ({versions['ptxas'][1]} from 100 on); "
         f"made by `{content['command']}`.",
     ]

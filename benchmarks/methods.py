@@ -2,8 +2,8 @@
 
     python benchmarks/embedded_quality.py -m MODEL --into methods --prompts 32 -r RECIPE ...
 
-Evaluations lie in ``results/methods/MODEL``; those of the project's own recipes and of rounding, which have more
-prompts, in ``results/quality/MODEL``. Recipes of a width are compared on the prompts and seeds that all of them have.
+Evaluations are in ``results/methods/MODEL``; those of `s2q-*` and `rtn-*`, which have more prompts, are in
+``results/quality/MODEL``. Recipes of a bit width are compared on the prompts and seeds that all of them have.
 """
 
 import json
@@ -108,7 +108,7 @@ def _width_table(width: str, evaluations: dict[str, dict[str, Any]]) -> str:
     def against(first: str, other: str) -> Mapping[str, PairedDifference]:
         return paired_differences(evaluations[first]["videos"], evaluations[other]["videos"])
 
-    head = ["storage", HEAD[0], "times the best's", *HEAD[1:]]
+    head = ["storage", HEAD[0], "ratio to best", *HEAD[1:]]
     lines = table_head(f"W{width[1]}A{width[3]}", head)
     for name in ranking:
         one = evaluations[name]
@@ -126,7 +126,7 @@ def parts_added_table(model: str) -> str:
     Args:
         model: An embedded model.
     """
-    lines = table_head("", [HEAD[0], "times its own", *HEAD[1:]])
+    lines = table_head("", [HEAD[0], "ratio to base method", *HEAD[1:]])
     folder = RESULTS / "methods" / model
     for base in sorted({path.stem.partition("+")[0] for path in folder.glob("*+*.json")}):
         names = (base, *(f"{base}+{parts}" for parts in ("sds", "std", "sds+std")))

@@ -39,7 +39,7 @@ def planned_peak(planned: Any) -> str:
     """Return the largest memory of the stages of a plan, and whether it is more than the device has."""
     peak = max(stage.peak_memory_bytes for stage in planned.stages)
     size = f"{peak / 1e9:.1f} GB"
-    return size if peak <= planned.device["memory_bytes"] else f"no, {size}"
+    return size if peak <= planned.device["memory_bytes"] else f"does not fit: {size}"
 
 
 @functools.cache
@@ -55,12 +55,19 @@ def sizes_table(recipe: str) -> str:
     Args:
         recipe: Its name.
     """
-    head = ["Hub id", "licence of the weights", "bf16 GiB", f"`{recipe}` GiB", "times smaller", "with 8-bit `outer`"]
+    head = [
+        "Hub id",
+        "licence of the weights",
+        "bf16 GiB",
+        f"`{recipe}` GiB",
+        "reduction",
+        "reduction with 8-bit `outer`",
+    ]
     lines = table_head("model", head)
     for entry in published_models().values():
-        cells = [f"`{entry['hub']}`", entry["licence"] or "see its page"]
+        cells = [f"`{entry['hub']}`", entry["licence"] or "see model page"]
         if entry["synthetic"] is None:
-            cells += ["after `s2q plan`", "", "", ""]
+            cells += ["run `s2q plan`", "", "", ""]
         else:
             storage = plan_of(entry["synthetic"], recipe).storage
             outer = plan_of(entry["synthetic"], recipe, "outer.num_bits=8").storage
@@ -76,8 +83,8 @@ def cost_table(recipe: str) -> str:
     Args:
         recipe: Its name.
     """
-    gpus = [f"on {size // 10**9} GB" for size in GPUS]
-    heads = [*gpus, "a step of distillation", "inputs and targets of a block", "the paper's memory", "the paper's time"]
+    gpus = [f"peak on {size // 10**9} GB" for size in GPUS]
+    heads = [*gpus, "distillation step", "block inputs and targets", "paper: memory", "paper: time"]
     lines = table_head("model", heads)
     figures = paper_tables()["samples"]["values"]
     for name, entry in published_models().items():

@@ -1,8 +1,8 @@
-"""Write the tables of the README and the docs from the results files; ``--check`` only says whether they are current.
+"""Generate the tables of the README and the docs from the results files; ``--check`` only checks them.
 
     python benchmarks/tables.py [--check]
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def _quality(model: str) -> list[dict]:
 def quality_table(model: str) -> str:
     """Recipes of one model against its full precision, means with 95 % intervals over prompts."""
     results = _quality(model)
-    head = ["storage", "PSNR dB", "SSIM", "latent rel. L2", "velocity error", "prompt adherence (all four)"]
+    head = ["storage", "PSNR dB", "SSIM", "latent rel. L2", "velocity error", "prompt adherence (all labels)"]
     lines = table_head("recipe", head)
     first = results[0]
     reference = interval(first["metrics"]["reference_adherence_all"], ".3f")
@@ -113,7 +113,7 @@ def quality_table(model: str) -> str:
         lines.append(table_row(f"`{result['model']}`", cells))
     floor = first["noise_floor"]
     if floor:
-        lines.append(table_row("full precision, another seed", ["", *_floor_cells(floor), "", ""]))
+        lines.append(table_row("full precision, different seed", ["", *_floor_cells(floor), "", ""]))
     settings = first["settings"]
     lines += [
         "",
@@ -155,7 +155,7 @@ def attention_table(model: str) -> str:
     result = json.loads((RESULTS / f"observations-{model}.json").read_text())
     steps = [0, len(result["timesteps"]) // 2, len(result["timesteps"]) - 1]
     names = [f"t = {result['timesteps'][i]}" for i in steps]
-    lines = table_head("block", [*names, "mean", "of all mass, on text"])
+    lines = table_head("block", [*names, "mean", "share on text"])
     pairs = zip(result["attention_mass_top_10_percent"], result["attention_mass_text"], strict=True)
     for block, (top, text) in enumerate(pairs):
         cells = [f"{top[i]:.2f}" for i in steps] + [f"{sum(top) / len(top):.2f}", f"{sum(text) / len(text):.2f}"]
@@ -186,7 +186,7 @@ def ablation_table(group: str, model: str) -> str:
     }
     if not runs[base.name]:
         return f"Not measured yet: `python benchmarks/ablations.py {group}`."
-    head = ["velocity error", "lowest and highest seed", f"against {base.label.removeprefix('+ ')}", "seeds"]
+    head = ["velocity error", "min, max over seeds", f"ratio to {base.label.removeprefix('+ ')}", "seeds"]
     lines = table_head("variant", head)
     for variant in GROUPS[group]:
         own = runs[variant.name]
@@ -205,7 +205,7 @@ def ablation_table(group: str, model: str) -> str:
     lines += [
         "",
         f"{len(first['videos'])} held-out prompts, float32. Ratios: geometric mean over prompts and seeds, with the "
-        "95 % bootstrap interval over prompts; the spread between seeds is beside it, not in it. "
+        "95 % bootstrap interval over prompts, which does not include the spread between seeds. "
         f"Made by `python benchmarks/ablations.py {group}{'' if model == MODELS[0] else f' -m {model}'}`.",
     ]
     return "\n".join(lines)
@@ -247,7 +247,7 @@ def linear_table(device: str) -> str:
         return f"Not measured yet: `make bench-{device}`."
     paths = {(tuple(one["shape"]), one["recipe"]): one for one in _bench(device, "activation_path")[1]}
     recipes = list(dict.fromkeys(one["recipe"] for one in linears))
-    head = ["of", "int8 product alone", *(f"`{name}`" for name in recipes), f"activation path, `{recipes[0]}`"]
+    head = ["layer", "int8 product only", *(f"`{name}`" for name in recipes), f"activation path, `{recipes[0]}`"]
     lines = table_head("M × K × N", head)
     rows: dict[tuple, dict[str, dict]] = {}
     for one in linears:
@@ -261,12 +261,14 @@ def linear_table(device: str) -> str:
             *(_times(found[name]["ratio_to_bf16"]) if name in found else "" for name in recipes),
             "" if path is None or readers else f"{100 / path['ratio_to_bf16']:.0f} %",
         ]
-        lines.append(table_row(" × ".join(map(str, shape)) + (f", {readers} together" if readers else ""), cells))
+        lines.append(
+            table_row(" × ".join(map(str, shape)) + (f", {readers} sharing an input" if readers else ""), cells)
+        )
     lines += [
         "",
-        "Times faster than bf16 `F.linear` on the same data in the same rounds (medians over rounds); 3 together: "
-        "q, k and v, which share one quantized input. The last column is what the activation path alone takes of "
-        "bf16's time. " + _measured_on(content, device),
+        "Speedup over bf16 `F.linear` on the same data in the same rounds (medians over rounds). 3 sharing an input: "
+        "q, k and v, whose input is quantized once. Last column: time of the activation path relative to bf16 "
+        "`F.linear`. " + _measured_on(content, device),
     ]
     return "\n".join(lines)
 
@@ -274,7 +276,7 @@ def linear_table(device: str) -> str:
 def demo_table(device: str) -> str:
     """Seconds of the demo with all instructions of a CPU and with AVX2 alone."""
     content = json.loads((RESULTS / "demo-seconds.json").read_text())
-    lines = table_head("instructions", ["quantize, s", "evaluate, s", "in all, s"])
+    lines = table_head("instructions", ["quantize, s", "evaluate, s", "total, s"])
     for row in content["rows"]:
         lines.append(
             table_row(row["instructions"], [f"{row['seconds'][n]:.0f}" for n in ("quantize", "evaluate", "total")])
@@ -303,7 +305,7 @@ def threads_table(device: str) -> str:
 
 def kinds_table(device: str) -> str:
     """Whole linears and the embedded step against fp32 and bf16, on CPUs of two kinds."""
-    lines = table_head("instruction set", ["what", "fp32 ms", "bf16 ms", "`s2q-w4a8`", "`s2q-w4a6`", "`s2q-w4a4`"])
+    lines = table_head("instruction set", ["operation", "fp32 ms", "bf16 ms", "`s2q-w4a8`", "`s2q-w4a6`", "`s2q-w4a4`"])
     places = []
     for kind in (f"{device}-one-thread", f"{device}-one-thread-avx2"):
         content, linears = _bench(kind, "linear")
@@ -315,7 +317,7 @@ def kinds_table(device: str) -> str:
         for (name, readers), found in rows.items():
             first = next(iter(found.values()))
             cells = [
-                name + (f", {readers} together" if readers else ""),
+                name + (f", {readers} sharing an input" if readers else ""),
                 *(f"{first[f'{full}_milliseconds']:.3g}" for full in ("fp32", "bf16")),
                 *(_times(found[recipe]["ratio_to_baseline"]) if recipe in found else "" for recipe in KINDS_RECIPES),
             ]
@@ -326,7 +328,7 @@ def kinds_table(device: str) -> str:
         return "Not measured yet: `make bench-cpu-kinds`."
     lines += [
         "",
-        f"Recipes: times faster than the faster of fp32 and bf16. {'; '.join(places)}. Made by `make bench-cpu-kinds`.",
+        f"Recipes: speedup over the faster of fp32 and bf16. {'; '.join(places)}. Made by `make bench-cpu-kinds`.",
     ]
     return "\n".join(lines)
 
@@ -336,7 +338,7 @@ def steps_table(device: str) -> str:
     content, steps = _bench(device, "denoising_step")
     if not steps:
         return f"Not measured yet: `make bench-{device}`."
-    head = ["what", "times faster than bf16", "bound", "storage", "peak memory"]
+    head = ["configuration", "speedup", "bound", "storage", "peak memory"]
     lines = table_head("model", head)
     for one in steps:
         peaks = one["peak_memory_bytes"], one["bf16_peak_memory_bytes"]
@@ -350,9 +352,9 @@ def steps_table(device: str) -> str:
         lines.append(table_row(_model_of(one), cells))
     lines += [
         "",
-        "Bound: the bf16 step with each linear at the speed of a plain int8 product, everything else as it is. "
-        "Storage and memory: how many times less than bf16. Synthetic models: one block of each list is timed and "
-        "stands for all of them. " + _measured_on(content, device),
+        "Speedup over bf16. Bound: speedup if each linear took the time of a plain int8 product and nothing else "
+        "changed. Storage, peak memory: reduction relative to bf16. Published dimensions: one block of each list is "
+        "timed and its time is multiplied by the number of blocks. " + _measured_on(content, device),
     ]
     return "\n".join(lines)
 
@@ -363,7 +365,7 @@ def parts_table(device: str) -> str:
     if not steps:
         return f"Not measured yet: `make bench-{device}`."
     parts = list(steps[0]["breakdown"])
-    head = ["what", *(name.replace("_", " ") for name in parts), "sum"]
+    head = ["configuration", *(name.replace("_", " ") for name in parts), "sum"]
     lines = table_head("model", head)
     before = None
     for one in steps:
@@ -371,7 +373,7 @@ def parts_table(device: str) -> str:
             lines.append(table_row(_model_of(one), _shares("bf16", one["bf16_breakdown"], one, parts)))
             before = one["model"]
         lines.append(table_row("", _shares(_contender(one), one["breakdown"], one, parts)))
-    lines += ["", "Per cent of the bf16 step of the same rounds. " + _measured_on(content, device)]
+    lines += ["", "Percent of the bf16 step, timed in the same rounds. " + _measured_on(content, device)]
     return "\n".join(lines)
 
 
