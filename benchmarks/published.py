@@ -100,12 +100,21 @@ def cost_table(recipe: str) -> str:
     return "\n".join(lines)
 
 
-def commands_of(name: str) -> str:
-    """Return the commands that plan, quantize and judge a model, and the Python that loads and runs it.
+def calls_table(_: str) -> str:
+    """Pipeline class, dtype and arguments of the call of each published model."""
+    head = ["class", "dtype", "frames × height × width", "steps", "guidance", "fps"]
+    lines = table_head("model", head)
+    for entry in published_models().values():
+        call = entry["call"]
+        sizes = [str(call[key]) for key in ("num_frames", "height", "width") if key in call]
+        cells = [f"`{entry['pipeline']}`", entry["dtype"], " × ".join(sizes) or "default"]
+        cells += [str(call["num_inference_steps"]), str(call["guidance_scale"]), str(entry["fps"])]
+        lines.append(table_row(entry["title"], cells))
+    return "\n".join(lines)
 
-    Args:
-        name: Its name in `published.yaml`.
-    """
+
+def commands_of(name: str) -> str:
+    """Return the commands that plan, quantize and evaluate a model of `published.yaml`."""
     entry = published_models()[name]
     out = f"{name}-w4a6"
     sizes = {key: entry["call"][key] for key in ("num_frames", "height", "width") if key in entry["call"]}
@@ -119,7 +128,7 @@ def commands_of(name: str) -> str:
         _broken(f"s2q quantize -m {entry['hub']} -r s2q-w4a6 -o {out} --prompts calibration.txt", smaller, where),
         _broken(judging, same, f"{where} -o {name}-eval.json"),
     ]
-    return "\n".join(["```", *shell, "```", "", "```python", _python(entry, out), "```"])
+    return "\n".join(["```", *shell, "```"])
 
 
 def _broken(*parts: str) -> str:
@@ -127,18 +136,22 @@ def _broken(*parts: str) -> str:
     return " \\\n    ".join(part.strip() for part in parts if part)
 
 
-def _python(entry: dict[str, Any], out: str) -> str:
-    arguments = "".join(f"    {name}={value},\n" for name, value in entry["call"].items())
-    return f'''import torch
+def python_of(name: str) -> str:
+    """Return the Python that loads and runs the checkpoint of a model of `published.yaml`."""
+    entry = published_models()[name]
+    arguments = "".join(f"    {key}={value},\n" for key, value in entry["call"].items())
+    return f'''```python
+import torch
 
-import s2q  # from here on diffusers knows the checkpoint
+import s2q  # registers the quantizer with diffusers
 from diffusers import {entry["pipeline"]}
 from diffusers.utils import export_to_video
 
-pipe = {entry["pipeline"]}.from_pretrained("{out}", dtype=torch.{entry["dtype"]})
+pipe = {entry["pipeline"]}.from_pretrained("{name}-w4a6", dtype=torch.{entry["dtype"]})
 pipe.enable_model_cpu_offload()
 pipe.vae.enable_tiling()
 video = pipe(
     "a cat walking over wet grass",
 {arguments}).frames[0]
-export_to_video(video, "video.mp4", fps={entry["fps"]})'''
+export_to_video(video, "video.mp4", fps={entry["fps"]})
+```'''

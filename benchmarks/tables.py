@@ -18,7 +18,7 @@ from judging import evalcrafter_table, metrics_table, paper_table
 from kernel_tables import kernels_table
 from markdown_tables import interval, table_head, table_row
 from methods import field_table, methods_table, parts_added_table
-from published import commands_of, cost_table, sizes_table
+from published import calls_table, commands_of, cost_table, python_of, sizes_table
 from reproduce.beside import overview_table
 from variants import GROUPS, Variant
 
@@ -118,8 +118,8 @@ def quality_table(model: str) -> str:
     lines += [
         "",
         f"{first['n_prompts']} held-out prompts × {first['n_seeds']} seeds, {settings['num_inference_steps']} steps, "
-        f"{settings['dtype']} on both sides; brackets: {settings['interval']}. "
-        f"Storage: the whole transformer against bfloat16. Made by `{first['command']}` "
+        f"{settings['dtype']} on both sides. Brackets: 95 % bootstrap interval over prompts. Storage: reduction of the "
+        f"whole transformer relative to bfloat16. Made by `{first['command']}` "
         f"(torch {first['versions']['torch']}, diffusers {first['versions']['diffusers']}).",
     ]
     return "\n".join(lines)
@@ -204,8 +204,7 @@ def ablation_table(group: str, model: str) -> str:
     first = runs[base.name][0]
     lines += [
         "",
-        f"{len(first['videos'])} held-out prompts, float32. Ratios: geometric mean over prompts and seeds, with the "
-        "95 % bootstrap interval over prompts, which does not include the spread between seeds. "
+        f"{len(first['videos'])} held-out prompts, float32. "
         f"Made by `python benchmarks/ablations.py {group}{'' if model == MODELS[0] else f' -m {model}'}`.",
     ]
     return "\n".join(lines)
@@ -429,7 +428,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "parts": parts_table,
     "sizes": sizes_table,
     "cost": cost_table,
+    "calls": calls_table,
     "commands": commands_of,
+    "python": python_of,
     "reproduce": overview_table,
     "metrics": metrics_table,
     "evalcrafter": evalcrafter_table,

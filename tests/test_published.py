@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
-from published import commands_of, planned_peak, published_models
+from published import planned_peak, published_models, python_of
 from reproduce.command import arguments_of
 
 import s2q
@@ -78,7 +78,7 @@ def test_the_python_runs(pipeline, tmp_path, monkeypatch):
     s2q.quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "checkpoint")
     monkeypatch.chdir(tmp_path)
     name, entry = next((name, one) for name, one in published_models().items() if one["pipeline"] == pipeline)
-    code = re.search(r"```python\n(.*)```", commands_of(name), flags=re.DOTALL)
+    code = re.search(r"```python\n(.*)```", python_of(name), flags=re.DOTALL)
     assert code is not None
     side = max(16, family_of(pipe.transformer).size_multiple)
     small = {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side, "num_inference_steps": 2}
@@ -93,7 +93,7 @@ def test_the_python_runs(pipeline, tmp_path, monkeypatch):
     assert (tmp_path / "video.mp4").stat().st_size > 0
 
 
-def test_a_peak_that_does_not_fit_says_so():
+def test_a_peak_above_the_devices_memory_is_marked():
     stages = [SimpleNamespace(peak_memory_bytes=size) for size in (2 * 10**9, 3)]
     assert planned_peak(SimpleNamespace(stages=stages, device={"memory_bytes": 2 * 10**9})) == "2.0 GB"
-    assert planned_peak(SimpleNamespace(stages=stages, device={"memory_bytes": 10**9})) == "no, 2.0 GB"
+    assert planned_peak(SimpleNamespace(stages=stages, device={"memory_bytes": 10**9})) == "does not fit: 2.0 GB"
