@@ -9,10 +9,10 @@ from torch import nn
 from s2q.blocks import distil as module
 from s2q.blocks.distil import (
     BlockSample,
-    DistillationOptions,
     block_loss,
     distil,
 )
+from s2q.distillation.options import Distillation
 
 
 class Samples:
@@ -88,7 +88,7 @@ def test_distilling_is_the_same_either_way():
     results = []
     for device in ("cpu", "cuda"):
         block, samples = Block(), Samples(device)
-        report = distil(block, samples, options=DistillationOptions(epochs=4), seed=0)
+        report = distil(block, samples, options=Distillation(epochs=4), seed=0)
         assert report.loss == block_loss(block, samples) < report.initial_loss
         results.append((report, block.factor.tolist()))
     assert results[0] == results[1]

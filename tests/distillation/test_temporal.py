@@ -7,12 +7,12 @@ import torch
 
 from s2q.blocks.distil import (
     BlockSample,
-    DistillationOptions,
     block_loss,
     distil,
 )
 from s2q.common.errors import InvalidInputError
 from s2q.core.tokens import TokenGrid
+from s2q.distillation.options import Distillation
 from s2q.distillation.temporal import temporal_loss
 from tiny import ListedSamples
 
@@ -101,7 +101,7 @@ def test_it_is_added_to_the_loss_of_a_block_and_learned_from():
     block, samples = Scaled(), ListedSamples([sample])
     own = independent((video * block.scale).detach(), video, 4)
     assert block_loss(block, samples, temporal=10) == pytest.approx(block_loss(block, samples) + 10 * 3 * own, rel=1e-5)
-    report = distil(block, samples, options=DistillationOptions(epochs=40, lr=0.05, temporal=10), seed=0)
+    report = distil(block, samples, options=Distillation(epochs=40, lr=0.05), temporal=10, seed=0)
     assert report.initial_loss == pytest.approx(block_loss(Scaled(), samples, temporal=10), rel=1e-6)
     assert report.loss < report.initial_loss / 10
     assert report.loss == pytest.approx(block_loss(block, samples, temporal=10), rel=1e-6)

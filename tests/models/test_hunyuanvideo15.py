@@ -1,5 +1,7 @@
 """What is particular to HunyuanVideo 1.5: a guider, two text encoders, channels of an image behind the latent's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
@@ -90,7 +92,7 @@ def change_of(pipe, change):
     fingerprints = []
     for _ in range(2):
         teacher = load_teacher(pipe, recipe, dtype=None)
-        inputs = prepare(teacher, ["red"], recipe.calibration.model_copy(update=SIZES), seed=0, inputs={})
+        inputs = prepare(teacher, ["red"], replace(recipe.calibration, **SIZES), seed=0, inputs={})
         fingerprints.append(inputs.fingerprint)
         change()
     return fingerprints[0] != fingerprints[1]

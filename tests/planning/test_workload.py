@@ -4,7 +4,7 @@ import pytest
 from diffusers import CogVideoXPipeline
 
 from s2q.planning import Workload, workload_of
-from s2q.recipes.groups import CalibrationGroup
+from s2q.selection.options import Calibration
 from tiny import tiny_cogvideox_image_pipeline, tiny_cogvideox_pipeline, tiny_wan_pipeline
 
 SIZES = {"num_frames": 9, "height": 16, "width": 16}
@@ -15,7 +15,7 @@ class OwnPipeline(CogVideoXPipeline):
 
 
 def workload(pipe):
-    return workload_of(pipe, CalibrationGroup(**SIZES), recommended={}, component_bytes=7)
+    return workload_of(pipe, Calibration(**SIZES), recommended={}, component_bytes=7)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["diffusers", "derived"])

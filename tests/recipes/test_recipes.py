@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_a_recipe_that_extends_another_has_its_own_keys_in_the_groups_of_the_oth
     }
     recipe, other = load_recipe(own), load_recipe("s2q-w4a6")
     assert (recipe.activations.num_bits, recipe.outer.num_bits, recipe.description) == (5, 8, "")
-    assert recipe.rounding == other.rounding.model_copy(update={"block_size": 64})
+    assert recipe.rounding == replace(other.rounding, block_size=64)
     same = {"weights", "modulation", "calibration", "transforms", "clip", "loss", "distillation", "skip"}
     assert all(getattr(recipe, group) == getattr(other, group) for group in same)
     assert "extends" not in recipe.resolved()
@@ -148,16 +149,16 @@ def test_unknown_name_lists_the_nearest():
         (["weights.nun_bits=4"], r"unknown key 'weights\.nun_bits'; nearest keys are weights\.num_bits"),
         (["weight.num_bits=4"], r"unknown key 'weight'; nearest keys are weights"),
         (["skipp=[]"], "unknown key 'skipp'; nearest keys are skip"),
-        (["weights.num_bits=9"], r"weights\.num_bits=9 is too large; the nearest valid value is 8"),
-        (["weights.num_bits=1"], r"weights\.num_bits=1 is too small; the nearest valid value is 2"),
-        (["activations.num_bits=16"], r"activations\.num_bits=16 is too large; the nearest valid value is 8"),
+        (["weights.num_bits=9"], r"weights\.num_bits=9; expected at least 2, at most 8"),
+        (["weights.num_bits=1"], r"weights\.num_bits=1; expected at least 2, at most 8"),
+        (["activations.num_bits=16"], r"activations\.num_bits=16; expected at least 2, at most 8"),
         (["weights.num_bits=four"], r"weights\.num_bits='four': input should be a valid integer"),
         (["weights.num_bits=4.0"], r"weights\.num_bits=4\.0: input should be a valid integer"),
         (["weights.num_bits=true"], r"weights\.num_bits=True: input should be a valid integer"),
         (["weights.granularity=per_chanel"], "expected one of per_channel, per_group; the nearest is per_channel"),
         (["weights.granularity=per_group"], "granularity=per_group needs a group_size"),
         (["weights.group_size=64"], "group_size=64 needs granularity=per_group"),
-        (["rounding.method=rtm"], "unknown rounding 'rtm': nearest names are rtn"),
+        (["rounding.method=rtm"], r"rounding\.method='rtm'; expected one of rtn, gptq, adaround; the nearest is rtn"),
         (["weights=null"], "weights=None"),
         (["name.x=1"], "'name' is not a group of keys"),
         (["no-equals"], "expected key=value"),
@@ -224,7 +225,7 @@ def test_a_recipe_calibrates_if_one_of_its_parts_needs_samples(overrides, calibr
 
 def test_levels_that_do_not_exist_name_the_nearest():
     with pytest.raises(
-        InvalidInputError, match=r"weights\.levels: unknown levels 'loyd_max': nearest names are lloyd_max"
+        InvalidInputError, match=r"weights\.levels='loyd_max'; expected one of .*; the nearest is lloyd_max"
     ):
         load_recipe("rtn-w4a6", overrides=["weights.levels=loyd_max"])
 

@@ -185,7 +185,7 @@ def test_hostile_files_end_soon(tmp_path, text):
         ("a" * 10**6 + "=1", "unknown key"),
         ("weights.num_bits=" + "9" * 10**6, "longer than"),
         ("weights.num_bits=" + "9" * 5000, "input should be a valid integer"),
-        ("clip.start=.nan", "finite number"),
+        ("rounding.dampening_frac=.nan", "finite number"),
         ("distillation.lr='1e-3'", "lr='1e-3': input should be a valid number"),
         ("weights.num_bits=\t4", "tab"),
     ],

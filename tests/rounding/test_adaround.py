@@ -7,15 +7,15 @@ from torch import nn
 
 from s2q.blocks.distil import (
     BlockSample,
-    DistillationOptions,
     block_loss,
     distil,
 )
 from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import dequantize_weight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
+from s2q.distillation.options import Distillation
 from s2q.nn import LearnableClip, StudentInput, StudentLinear
-from s2q.rounding import AdaRoundOptions, LearnedRounding, penalize, round_rtn, roundings_of, soft_rounding
+from s2q.rounding import AdaRound, LearnedRounding, penalize, round_rtn, roundings_of, soft_rounding
 from s2q.rounding.adaround import rounding_penalty
 from tiny import ListedSamples
 
@@ -74,14 +74,14 @@ def test_penalty_by_hand():
 
 
 def test_annealing():
-    options = AdaRoundOptions(warmup=0.2)
+    options = AdaRound(warmup=0.2)
     assert options.beta(0.0) is options.beta(0.19) is None
     assert [options.beta(at) for at in (0.2, 0.6, 1.0)] == pytest.approx([20, 11, 2])
 
 
 def test_the_penalty_is_a_mean_over_all_weights_that_are_learned_together():
     roundings = [LearnedRounding(draw(4, 8, seed=seed), FOUR) for seed in range(2)]
-    options = AdaRoundOptions(penalty=3.0)
+    options = AdaRound(penalty=3.0)
     penalize(roundings, 0.1, options=options)
     assert roundings[0].logits.grad is None
     penalize(roundings, 1.0, options=options)
@@ -99,7 +99,7 @@ def test_the_penalty_decides():
     optimizer = torch.optim.AdamW(rounding.parameters(), lr=0.05, weight_decay=0.0, eps=1e-15)
     for step in range(300):
         optimizer.zero_grad()
-        penalize([rounding], step / 300, options=AdaRoundOptions(warmup=0.0))
+        penalize([rounding], step / 300, options=AdaRound(warmup=0.0))
         optimizer.step()
     assert rounding.undecided() < 0.01
     assert torch.equal(rounding.rounded().codes, before)
@@ -143,9 +143,9 @@ def learn(student, samples):
     return distil(
         student,
         samples,
-        options=DistillationOptions(epochs=20, rounding_lr=0.3),
+        options=Distillation(epochs=20, rounding_lr=0.3),
         seed=0,
-        penalty=functools.partial(penalize, roundings_of(student), options=AdaRoundOptions(penalty=10.0)),
+        penalty=functools.partial(penalize, roundings_of(student), options=AdaRound(penalty=10.0)),
     )
 
 
@@ -170,7 +170,7 @@ def test_learning_twice_gives_the_same_bits():
 
 def test_the_best_state_is_never_worse_than_the_nearest():
     student, samples = a_student()
-    report = distil(student, samples, options=DistillationOptions(epochs=1, rounding_lr=50.0), seed=0)
+    report = distil(student, samples, options=Distillation(epochs=1, rounding_lr=50.0), seed=0)
     assert report.best_epoch == 0
     assert report.loss == report.initial_loss == block_loss(student, samples)
 
@@ -181,13 +181,13 @@ def test_the_best_state_is_never_worse_than_the_nearest():
         ({"penalty": -1.0}, "penalty=-1.0"),
         ({"penalty": math.inf}, "finite"),
         ({"warmup": 1.0}, "warmup=1.0"),
-        ({"beta_end": 30.0}, "from 20.0 to 30.0"),
+        ({"beta_end": 30.0}, "beta_end=30.0 is above beta_start=20.0"),
         ({"beta_end": 1.0}, "above 1"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(InvalidInputError, match=message):
-        AdaRoundOptions(**options)
+        AdaRound(**options)
 
 
 def test_bad_groups():

@@ -15,7 +15,11 @@ def a_weight(dtype=torch.float32):
 
 
 def test_rtn_is_offered_by_name():
-    assert ROUNDINGS["rtn"] is round_rtn
+    rounded, report = ROUNDINGS["rtn"]().round(a_weight(), QuantScheme(num_bits=4, granularity=PerChannel()))
+    expected = round_rtn(a_weight(), QuantScheme(num_bits=4, granularity=PerChannel()))
+    assert torch.equal(rounded.codes, expected.codes)
+    assert torch.equal(rounded.scale, expected.scale)
+    assert report == {}
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -1,6 +1,7 @@
 """The recipes of other methods: what each does to a linear, coded again here, and the checkpoint that comes of it."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.nn import set_backend
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe
+from s2q.rounding import GPTQ
 from s2q.run.quantize import quantize
 from tiny import run_pipeline, split_input, tiny_cogvideox_pipeline
 
@@ -257,9 +259,9 @@ def test_methods_differ_in_the_method_alone(width):
     ours = load_recipe("s2q-w4a6")
     for method in (*METHODS, "q-dit", *(("vidit-q-mp",) if width != "w8a8" else ())):
         recipe = load_recipe(f"{method}-{width}")
-        assert recipe.calibration == ours.calibration.model_copy(update={"selection": "rtfp"})
+        assert recipe.calibration == replace(ours.calibration, selection="rtfp")
         assert recipe.modulation.rounding == ours.modulation.rounding
-        assert recipe.rounding.gptq() == ours.rounding.gptq()
+        assert recipe.modulation_rounding == ours.modulation_rounding == GPTQ()
 
 
 @pytest.mark.parametrize("width", WIDTHS)

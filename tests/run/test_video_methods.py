@@ -3,6 +3,7 @@
 import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -222,7 +223,7 @@ def test_what_the_recipes_consist_of(width):
     for one in (delta, estimated):
         assert one.needs_grid
         assert one.calibrates
-        assert one.calibration == ours.calibration.model_copy(update={"selection": "rtfp"})
+        assert one.calibration == replace(ours.calibration, selection="rtfp")
         assert one.modulation == ours.modulation
     assert not ours.needs_grid
 

@@ -41,9 +41,8 @@ from s2q.models import ModelSource, block_linears, block_names, family_of, linea
 from s2q.models.family import BlockLinear
 from s2q.models.synthetic import SyntheticModel
 from s2q.nn import LearnableClip, StudentInput, StudentLinear, replace_module
-from s2q.recipes.groups import ADAROUND
 from s2q.recipes.schema import Recipe
-from s2q.rounding import AdaRoundOptions, LearnedRounding, penalize, roundings_of, soft_rounding
+from s2q.rounding import AdaRound, LearnedRounding, penalize, roundings_of, soft_rounding
 from s2q.transforms import ROTATIONS, Compose, SmoothScale, Transform
 
 _OP = "calibration_block"
@@ -111,7 +110,7 @@ def _student_linear(linear: nn.Linear, scheme: LinearScheme, recipe: Recipe) -> 
     if recipe.clip.weights:
         return StudentLinear.with_clip(linear, scheme=scheme, source=source)
     student = StudentLinear(linear, scheme=scheme, source=source)
-    if recipe.rounding.method == ADAROUND:
+    if recipe.rounding.learned:
         student.rounding = LearnedRounding(student.folded_weight(), scheme.weight)
     return student
 
@@ -169,7 +168,7 @@ def _optimisation_step(student: nn.Module) -> Callable[[Any], object]:
             loss = weighted_token_loss(streams, tuple(torch.zeros_like(one) for one in streams))
             optimizer.zero_grad(set_to_none=True)
             (loss / loss.detach()).backward()
-            penalize(roundings_of(student), 1.0, options=AdaRoundOptions())
+            penalize(roundings_of(student), 1.0, options=AdaRound())
         optimizer.step()
 
     return run

@@ -41,7 +41,7 @@ from s2q.models.attention import attention_of
 from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module, set_backend, share_inputs
 from s2q.nn.dequantized import FASTEST
 from s2q.recipes.schema import Recipe
-from s2q.rounding import ROUNDINGS
+from s2q.rounding import round_rtn
 from s2q.transforms import ROTATIONS
 
 _OP = "denoising_step"
@@ -105,7 +105,7 @@ def pack_uncalibrated(transformer: nn.Module, recipe: Recipe) -> nn.Module:
             for name in shapes.keys() - inputs.keys():
                 fill = 1.0 if name in (f"{PREFIX}scale", "activation_clip") else 0.0
                 inputs[name] = torch.full(shapes[name], fill, dtype=PACKED_DTYPES[name])
-        rounded = ROUNDINGS["rtn"](weight.float(), schemes[one.name].weight)
+        rounded = round_rtn(weight.float(), schemes[one.name].weight)
         layer = PackedLinear.from_rounded(
             rounded,
             bias=linear.bias,

@@ -12,7 +12,7 @@ from s2q.common.errors import UsageError
 from s2q.models import ModelSource, block_linears, family_of, linears_of_block
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_model
 from s2q.planning.workload import workload_of_source
-from s2q.recipes.groups import CalibrationGroup
+from s2q.selection.options import Calibration
 
 CPU_ROWS = 2048
 """Rows that ops are measured on where a CPU would take too long for those of a published model."""
@@ -128,7 +128,7 @@ def source_tokens(source: ModelSource) -> tuple[int, int]:
     Raises:
         UsageError: If its configuration does not tell.
     """
-    workload = workload_of_source(source, CalibrationGroup(), transformers=source.meta_transformers())
+    workload = workload_of_source(source, Calibration(), transformers=source.meta_transformers())
     if workload is None:
         raise UsageError(f"{source.name}: its configuration does not tell how many tokens a video has; pass --tokens")
     return workload.tokens, workload.text_tokens

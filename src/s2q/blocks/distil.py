@@ -31,6 +31,7 @@ from s2q.common.progress import Tick
 from s2q.core.memo import PIECE, checkpointed, memoization
 from s2q.core.tokens import token_grid
 from s2q.distillation.loss import weighted_token_loss
+from s2q.distillation.options import Distillation, Refinement
 from s2q.distillation.temporal import temporal_loss
 from s2q.nn import RefinedLinear, StudentInput, StudentLinear
 from s2q.rounding import soft_rounding
@@ -40,27 +41,6 @@ logger = logging.getLogger(__name__)
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
 _EVALUATIONS = 5
 _ROUNDING_EPS = 1e-15  # far below a gradient that is shared by all weights of a block
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationOptions:
-    """Settings of the optimisation; see the module.
-
-    Attributes:
-        epochs: Passes over the samples.
-        lr: Learning rate of transforms.
-        clip_lr: Learning rate of clip ratios.
-        rounding_lr: Learning rate of rounding.
-        weight_decay: Of AdamW.
-        temporal: Weight of the loss on the similarities of frames.
-    """
-
-    epochs: int = 15
-    lr: float = 5e-3
-    clip_lr: float = 5e-2
-    rounding_lr: float = 3e-2
-    weight_decay: float = 0.0
-    temporal: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +82,8 @@ def distil(
     student: nn.Module,
     samples: Samples,
     *,
-    options: DistillationOptions,
+    options: Distillation | Refinement,
+    temporal: float = 0.0,
     seed: int,
     penalty: Callable[[float], None] = lambda progress: None,
     epoch_done: Tick = lambda: None,
@@ -113,7 +94,8 @@ def distil(
         student: A block whose parameters that require gradients are those of transforms, clips, which are called
             `theta`, and learned rounding, which are called `logits`.
         samples: At least one.
-        options: Settings.
+        options: Epochs and learning rates.
+        temporal: Weight of the loss on the similarities of frames.
         seed: Of the order of the samples.
         penalty: Called in each step with the share of the steps that were taken; adds the gradient of what else is to
             be small, beside a loss of 1.
@@ -129,10 +111,10 @@ def distil(
     if not groups:
         raise S2QError("distillation: the student has nothing to learn; expected a learnable transform or clip")
     learnable = [parameter for group in groups for parameter in group["params"]]
-    initial = block_loss(student, samples, temporal=options.temporal)
+    initial = block_loss(student, samples, temporal=temporal)
     if not math.isfinite(initial):
         raise S2QError(f"distillation: the loss is {initial} before the first step; check the model's activations")
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     total = options.epochs * len(samples)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
     generator = torch.Generator().manual_seed(seed)
@@ -143,7 +125,7 @@ def distil(
         losses = []
         with soft_rounding(student):
             for sample in _ahead(samples, order):
-                losses.append(_gradient(student, sample, optimizer, options.temporal))
+                losses.append(_gradient(student, sample, optimizer, temporal))
                 penalty(scheduler.last_epoch / total)
                 optimizer.step()
                 scheduler.step()
@@ -151,7 +133,7 @@ def distil(
             logger.warning("distillation: the loss is not finite in epoch %d; the best state before is kept", epoch)
             break
         if _is_evaluated(epoch, options.epochs):
-            loss = block_loss(student, samples, temporal=options.temporal)
+            loss = block_loss(student, samples, temporal=temporal)
             if not math.isfinite(loss):
                 logger.warning("distillation: the loss is not finite after epoch %d; the best state is kept", epoch)
                 break
@@ -262,13 +244,12 @@ def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:
     return output if isinstance(output, tuple) else (output,)
 
 
-def _learnable(student: nn.Module, options: DistillationOptions) -> list[dict[str, Any]]:
+def _learnable(student: nn.Module, options: Distillation | Refinement) -> list[dict[str, Any]]:
     """The parameters that learn, by learning rate, as an optimizer takes them."""
     found = {id(one): (name.rpartition(".")[2], one) for name, one in student.named_parameters() if one.requires_grad}
-    special: dict[str, dict[str, Any]] = {
-        "theta": {"lr": options.clip_lr},
-        "logits": {"lr": options.rounding_lr, "eps": _ROUNDING_EPS},
-    }
+    special: dict[str, dict[str, Any]] = {"theta": {"lr": options.clip_lr}}
+    if isinstance(options, Distillation):
+        special["logits"] = {"lr": options.rounding_lr, "eps": _ROUNDING_EPS}
     others = [one for name, one in found.values() if name not in special]
     groups = [{"params": others, "lr": options.lr}]
     groups += [{"params": [one for name, one in found.values() if name == key]} | special[key] for key in special]

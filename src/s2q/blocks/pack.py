@@ -7,7 +7,6 @@ of every timestep of the generation, not with those of the samples alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,8 +21,7 @@ from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import token_grid
 from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear
-from s2q.recipes.groups import GPTQ
-from s2q.rounding import ROUNDINGS, HessianAccumulator, LearnedRounding, round_gptq
+from s2q.rounding import HessianAccumulator, LearnedRounding, Rounding, round_rtn
 
 Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
 """Packed linears and the reports of their rounding, both by name inside the block."""
@@ -40,7 +38,7 @@ def pack_nearest(weight: Tensor, bias: Tensor | None, scheme: LinearScheme) -> P
     Returns:
         The packed linear, where the weight is.
     """
-    return PackedLinear.from_rounded(ROUNDINGS["rtn"](weight, scheme.weight), bias=bias, scheme=scheme)
+    return PackedLinear.from_rounded(round_rtn(weight, scheme.weight), bias=bias, scheme=scheme)
 
 
 @torch.no_grad()
@@ -58,9 +56,9 @@ def pack_students(
     Raises:
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
     """
-    use_gptq = work.task.recipe.rounding.method == GPTQ
+    rounding = work.task.recipe.rounding
     hessians: dict[str, HessianAccumulator] = {}
-    if use_gptq:
+    if rounding.needs_hessian:
         sources = {group[0]: _quantized_by(student.get_submodule(group[0]).source) for group in groups}
         hessians = _hessians(work, _calls(samples), sources)
     packed: dict[str, PackedLinear] = {}
@@ -69,12 +67,12 @@ def pack_students(
         for name in group:
             layer = student.get_submodule(name)
             rounded = None
-            if use_gptq:
-                rounded, reports[name] = _gptq(
-                    work, name, layer.folded_weight(), hessians[group[0]], clip_ratio=layer.clip_ratio()
+            if rounding.needs_hessian:
+                rounded, reports[name] = _by_hessian(
+                    rounding, work, name, layer.folded_weight(), hessians[group[0]], clip_ratio=layer.clip_ratio()
                 )
             elif layer.rounding is not None:
-                nearest = ROUNDINGS["rtn"](layer.folded_weight(), work.scheme(name).weight)
+                nearest = round_rtn(layer.folded_weight(), work.scheme(name).weight)
                 rounded, reports[name] = _learned(layer.rounding, nearest=nearest)
             packed[name] = pack_student(layer, work, name, rounded=rounded)
     return packed, reports
@@ -97,8 +95,8 @@ def pack_student(
     """
     scheme = work.scheme(name)
     if rounded is None:
-        method = ROUNDINGS[work.task.recipe.rounding.method]
-        rounded = method(layer.folded_weight(), scheme.weight, clip_ratio=layer.clip_ratio())
+        rounding = work.task.recipe.rounding
+        rounded, _ = rounding.round(layer.folded_weight(), scheme.weight, clip_ratio=layer.clip_ratio())
     bias = None if layer.bias is None else layer.bias.to(work.task.block.get_submodule(name).bias.dtype)
     inputs = _stored_inputs(layer.source) | _stored_branch(layer)
     return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=inputs, deflates=layer.source.deflates)
@@ -106,7 +104,7 @@ def pack_student(
 
 @torch.no_grad()
 def pack_modulation(work: BlockWork, names: Sequence[str], samples: BlockSamples) -> Packed:
-    """Round and pack modulation linears by GPTQ, with their inputs at every timestep.
+    """Round and pack modulation linears by a Hessian, that of their inputs at every timestep.
 
     Args:
         work: The block and the recipe.
@@ -123,26 +121,27 @@ def pack_modulation(work: BlockWork, names: Sequence[str], samples: BlockSamples
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
     for name in names:
-        rounded, reports[name] = _gptq(work, name, work.teacher.get_submodule(name).weight, hessians[name])
+        weight = work.teacher.get_submodule(name).weight
+        rounded, reports[name] = _by_hessian(work.task.recipe.modulation_rounding, work, name, weight, hessians[name])
         bias = work.task.block.get_submodule(name).bias
         packed[name] = PackedLinear.from_rounded(rounded, bias=bias, scheme=work.scheme(name))
     return packed, reports
 
 
-def _gptq(
-    work: BlockWork, name: str, weight: Tensor, hessian: HessianAccumulator, *, clip_ratio: Tensor | None = None
+def _by_hessian(
+    rounding: Rounding,
+    work: BlockWork,
+    name: str,
+    weight: Tensor,
+    hessian: HessianAccumulator,
+    *,
+    clip_ratio: Tensor | None = None,
 ) -> tuple[RoundedWeight, dict[str, Any]]:
+    scheme = work.scheme(name).weight
     try:
-        rounded, report = round_gptq(
-            weight,
-            work.scheme(name).weight,
-            hessian=hessian.hessian(),
-            clip_ratio=clip_ratio,
-            options=work.task.recipe.rounding.gptq(),
-        )
+        return rounding.round(weight, scheme, clip_ratio=clip_ratio, hessian=hessian.hessian())
     except S2QError as error:
         raise type(error)(f"{work.task.linears[name]}: {error}") from error
-    return rounded, asdict(report)
 
 
 def _learned(rounding: LearnedRounding, *, nearest: RoundedWeight) -> tuple[RoundedWeight, dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from s2q.blocks.distil import (
-    DistillationOptions,
     DistillationReport,
     block_loss,
     checkpoint_parts,
@@ -34,8 +33,7 @@ from s2q.common.memory import to_device
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
 from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
-from s2q.recipes.groups import GPTQ
-from s2q.rounding import penalize, roundings_of
+from s2q.rounding import AdaRound, Rounding, penalize, roundings_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +157,7 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     loss = {"rtn": measured(work.copy_with(nearest))}
     modulation = {name: layer for name, layer in nearest.items() if name not in grouped}
     reports: dict[str, dict[str, Any]] = {}
-    if recipe.modulation is not None and recipe.modulation.rounding == GPTQ:
+    if recipe.modulation_rounding.needs_hessian:
         modulation, reports = pack_modulation(work, list(modulation), samples)
     student = work.copy_with(modulation)
     for group in groups:
@@ -168,14 +166,14 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     loss["initial"] = measured(student)
     report = None
     if recipe.distillation is not None:
-        options = DistillationOptions(**recipe.distillation.model_dump(), temporal=recipe.loss.temporal)
         with checkpoint_parts(student) if task.checkpointed else nullcontext():
             report = distil(
                 student,
                 samples,
-                options=options,
+                options=recipe.distillation,
+                temporal=recipe.loss.temporal,
                 seed=derive_seed(task.block_seed, "order"),
-                penalty=functools.partial(penalize, roundings_of(student), options=recipe.rounding.adaround()),
+                penalty=_penalty(student, recipe.rounding),
                 epoch_done=task.progress,
             )
         loss["distilled"] = report.loss
@@ -199,6 +197,13 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     )
 
 
+def _penalty(student: nn.Module, rounding: Rounding) -> Callable[[float], None]:
+    """What distillation adds to the gradient, by the share of the steps that were taken."""
+    if not isinstance(rounding, AdaRound):
+        return lambda progress: None
+    return functools.partial(penalize, roundings_of(student), options=rounding)
+
+
 def _refine(
     student: nn.Module,
     packed: Mapping[str, PackedLinear],
@@ -218,7 +223,8 @@ def _refine(
         report = distil(
             student,
             samples,
-            options=DistillationOptions(**recipe.refinement.model_dump(), temporal=recipe.loss.temporal),
+            options=recipe.refinement,
+            temporal=recipe.loss.temporal,
             seed=seed,
             epoch_done=task.progress,
         )

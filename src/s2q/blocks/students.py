@@ -20,12 +20,12 @@ from s2q.calibration.input_statistics import InputStatistics
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
 from s2q.nn import PACKED_DTYPES, Estimator, LearnableClip, StudentInput, StudentLinear
-from s2q.recipes.groups import ADAROUND, SEARCH
 from s2q.recipes.schema import Recipe
 from s2q.rounding import LearnedRounding
 from s2q.transforms import (
     ROTATIONS,
     SALIENCES,
+    SEARCH,
     Compose,
     KroneckerTransform,
     SmoothScale,
@@ -107,12 +107,10 @@ def _students(
                 linear.in_features, linear.out_features, frames=frames, seed=derive_seed(seed, "estimator", name)
             ).to(weights[0].device)
         if recipe.clip.weights:
-            layer = StudentLinear.with_clip(
-                linear, scheme=work.scheme(name), source=source, start=recipe.clip.start, estimator=estimator
-            )
+            layer = StudentLinear.with_clip(linear, scheme=work.scheme(name), source=source, estimator=estimator)
         else:
             layer = StudentLinear(linear, scheme=work.scheme(name), source=source, estimator=estimator)
-        if recipe.rounding.method == ADAROUND:
+        if recipe.rounding.learned:
             layer.rounding = LearnedRounding(layer.folded_weight(), work.scheme(name).weight)
         layers[name] = layer
     return layers
@@ -195,7 +193,7 @@ def _clip(scheme: LinearScheme, recipe: Recipe) -> nn.Module | None:
     if scheme.activation is None:
         return None
     if recipe.clip.activations:
-        return LearnableClip((1,), start=recipe.clip.start)
+        return LearnableClip((1,))
     return None if recipe.clip.constant is None else _ConstantClip(recipe.clip.constant)
 
 

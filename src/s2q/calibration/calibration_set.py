@@ -22,8 +22,8 @@ from s2q.common.files import canonical_json
 from s2q.common.run_folder import ArtefactFolder
 from s2q.common.seeds import derive_seed
 from s2q.planning import Machine, activation_memory
-from s2q.recipes.groups import GPTQ, CalibrationGroup
 from s2q.recipes.schema import Recipe
+from s2q.selection.options import Calibration
 from s2q.selection.scores import CandidatePool
 from s2q.selection.selection import SELECTIONS
 
@@ -96,7 +96,7 @@ class CalibrationSets:
 
 
 def select(
-    pools: Mapping[str, CandidatePool], inputs: CalibrationInputs, group: CalibrationGroup, *, branches: int
+    pools: Mapping[str, CandidatePool], inputs: CalibrationInputs, group: Calibration, *, branches: int
 ) -> CalibrationSets:
     """Take samples for each transformer, as many as the recipe says of each.
 
@@ -138,8 +138,7 @@ def calibration_stream(
         return lambda: call_inputs(folder.load(selected.inputs.key(call.prompt)), call)
 
     samples = selected.samples[transformer.component]
-    rounds_modulation = recipe.modulation is not None and recipe.modulation.rounding == GPTQ
-    timesteps = samples.timesteps if rounds_modulation and transformer.family.modulation else ()
+    timesteps = samples.timesteps if recipe.modulation_rounding.needs_hessian and transformer.family.modulation else ()
     return TeacherStream(
         transformer.module,
         transformer.block_names,
@@ -197,9 +196,7 @@ def selection_plot(record: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _taken_from(
-    pool: CandidatePool, inputs: CalibrationInputs, group: CalibrationGroup, *, branches: int
-) -> CalibrationSet:
+def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: Calibration, *, branches: int) -> CalibrationSet:
     chosen = SELECTIONS[group.selection](pool, group.samples, derive_seed(inputs.seed, "selection"))
     calls = []
     for position, index in enumerate(chosen):

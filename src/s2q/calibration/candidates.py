@@ -35,7 +35,7 @@ from s2q.generation.settings import (
 from s2q.generation.sharing import steps_of_transformers
 from s2q.generation.trajectory import Trajectory, record_trajectory
 from s2q.models.source import recommended_generation
-from s2q.recipes.groups import CalibrationGroup
+from s2q.selection.options import Calibration
 from s2q.selection.scores import Candidate, CandidatePool, score_trajectory
 from s2q.shapes import embedded
 
@@ -97,7 +97,7 @@ class CalibrationCall:
 
 
 def calibration_prompts(
-    model_name: str, prompts: Sequence[str] | None, group: CalibrationGroup, *, recipe: str
+    model_name: str, prompts: Sequence[str] | None, group: Calibration, *, recipe: str
 ) -> list[str]:
     """Return the prompts to calibrate on.
 
@@ -123,7 +123,7 @@ def calibration_prompts(
 
 
 def prepare(
-    teacher: Teacher, prompts: Sequence[str], group: CalibrationGroup, *, seed: int, inputs: Mapping[str, Any]
+    teacher: Teacher, prompts: Sequence[str], group: Calibration, *, seed: int, inputs: Mapping[str, Any]
 ) -> CalibrationInputs:
     """Check prompts and numbers against the model, before anything is generated.
 
@@ -145,7 +145,7 @@ def prepare(
             f"calibrate, or save the transformer in a {expected}"
         )
     check_prompts(teacher.pipe, prompts)
-    requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
+    requested = group.sizes | {"num_inference_steps": group.steps}
     settings = resolve_settings(teacher.pipe, requested=requested, defaults=recommended_generation(teacher.folder))
     _check_candidates(teacher, group, prompts=len(prompts), steps=settings.num_inference_steps)
     digest = hashlib.sha256(canonical_json({"version": _VERSION, **inputs}).encode())
@@ -255,7 +255,7 @@ def _generate(
             folder.save(inputs.key(index), inputs.prompt_fingerprint(index), artefact)
 
 
-def _check_candidates(teacher: Teacher, group: CalibrationGroup, *, prompts: int, steps: int) -> None:
+def _check_candidates(teacher: Teacher, group: Calibration, *, prompts: int, steps: int) -> None:
     """Refuse a number of samples that a transformer does not have candidates for."""
     shared = steps_of_transformers(teacher.pipe, steps)
     for one in teacher.transformers:

@@ -18,8 +18,8 @@ from s2q.calibration.samples import BlockSamples
 from s2q.distillation.loss import split_weights
 from s2q.distillation.token_importance import capture_column_sums, token_weights
 from s2q.models import Family
-from s2q.recipes.groups import SEARCH
 from s2q.recipes.schema import Recipe
+from s2q.transforms import SEARCH
 
 SEARCHED_ROWS = 2048
 """Tokens of all samples together that a search for α judges by."""

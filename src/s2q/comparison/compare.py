@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from s2q.comparison.shards import failure_of, pending_shards, steps_of
 from s2q.comparison.workers import evaluate_shards
 from s2q.generation.generate import LESS_MEMORY
 from s2q.generation.load import check_model
+from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
 from s2q.run.quantize import quantize
 
@@ -159,10 +159,10 @@ def _is_made(folder: CompareFolder, entry: Entry) -> bool:
     path = folder.checkpoint(entry.label)
     try:
         check_model(path, verify=True)
-        made_of = json.loads((path / "s2q" / "recipe.json").read_text(encoding="utf-8"))
+        made_of = load_recipe(path / "s2q" / "recipe.json")
     except (InvalidInputError, OSError, ValueError):
         return False
-    return bool(made_of | {"description": ""} == entry.recipe.resolved() | {"description": ""})
+    return made_of.model_copy(update={"description": entry.recipe.description}) == entry.recipe
 
 
 def _units(recipe: Recipe) -> int:

@@ -6,10 +6,11 @@ times the scale (S²Q-VDiT, eq. 1) or, with levels that are not uniform, for an 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.common.options import OptionError, Options
 from s2q.core.tokens import is_triple
 
 MIN_BITS = 2
@@ -17,6 +18,7 @@ MAX_BITS = 8
 SCALE_BYTES = 4  # scales are stored in fp32
 UNIFORM = "uniform"
 LEVELS = (UNIFORM, "lloyd_max")
+_BITS = {"ge": MIN_BITS, "le": MAX_BITS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,24 +64,25 @@ _GRANULARITY_NAMES: dict[type, str] = {type(kind): name for name, kind in _UNGRO
 
 
 @dataclass(frozen=True, kw_only=True)
-class Delta:
+class Delta(Options):
     """Quantize video tokens as the differences from the mean token of their cube; others as they are.
 
     Attributes:
         cube: Tokens of a cube along frames, rows and columns.
-        mean_bits: Width of the codes of the mean tokens, which have a scale each, 2 to 8.
+        mean_bits: Width of the codes of the mean tokens, which have a scale each.
 
     Raises:
         InvalidInputError: If a field is out of range or of the wrong type.
     """
 
-    cube: tuple[int, int, int]
-    mean_bits: int = 8
+    cube: tuple[int, int, int] = field(default=(2, 2, 2), metadata={"strict": False})
+    mean_bits: int = field(default=MAX_BITS, metadata=_BITS)
 
     def __post_init__(self) -> None:
         """Check both fields."""
+        super().__post_init__()
         if not is_triple(self.cube):
-            raise InvalidInputError(f"delta: cube={self.cube!r}; expected three whole numbers from 1")
+            raise OptionError(type(self), f"cube={self.cube!r}; expected three whole numbers from 1")
         _check_bits("mean_bits", self.mean_bits)
 
     def to_dict(self) -> dict[str, Any]:
@@ -276,6 +279,72 @@ class LinearScheme:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightOptions(Options):
+    """How a recipe quantizes weights: symmetric, static.
+
+    Attributes:
+        num_bits: Width of a code.
+        granularity: Which weights share a scale.
+        group_size: Input channels of a group; with `per_group` only.
+        levels: "uniform", or "lloyd_max", a codebook for values of a normal distribution, as a rotation makes them (see
+            `s2q.core.codebook`); no integer kernel takes it, so it is simulated in floating point.
+    """
+
+    num_bits: int = field(metadata=_BITS)
+    granularity: Literal["per_channel", "per_group"] = "per_channel"
+    group_size: int | None = field(default=None, metadata={"ge": 1})
+    levels: str = field(default=UNIFORM, metadata={"choices": LEVELS})
+
+    def __post_init__(self) -> None:
+        """Check that the group size fits the granularity."""
+        super().__post_init__()
+        _check_group_size(self, self.granularity, self.group_size)
+
+    def scheme(self) -> QuantScheme:
+        """Return the scheme of a weight."""
+        granularity = PerChannel() if self.group_size is None else PerGroup(group_size=self.group_size)
+        return QuantScheme(num_bits=self.num_bits, granularity=granularity, levels=self.levels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationOptions(Options):
+    """How a recipe quantizes inputs of linears: symmetric, dynamic, each token by itself.
+
+    Attributes:
+        num_bits: Width of a code.
+        granularity: "per_token", one scale each, on integer kernels; "per_group", one for each `group_size` channels of
+            a token, which is simulated in floating point.
+        group_size: Channels of a group; with `per_group` only.
+        levels: As of weights.
+        delta: How a video token is split into the mean of its cube and the difference from it, which is simulated in
+            floating point as well. None quantizes tokens whole.
+    """
+
+    num_bits: int = field(metadata=_BITS)
+    granularity: Literal["per_token", "per_group"] = "per_token"
+    group_size: int | None = field(default=None, metadata={"ge": 1})
+    levels: str = field(default=UNIFORM, metadata={"choices": LEVELS})
+    delta: Delta | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the group size fits the granularity."""
+        super().__post_init__()
+        _check_group_size(self, self.granularity, self.group_size)
+
+    def scheme(self, *, of_text: bool = False) -> QuantScheme:
+        """Return the scheme of an activation.
+
+        Args:
+            of_text: Whether it is that of text tokens alone, which are in no cubes.
+        """
+        granularity = PerToken() if self.group_size is None else PerGroup(group_size=self.group_size)
+        delta = None if of_text else self.delta
+        return QuantScheme(
+            num_bits=self.num_bits, granularity=granularity, dynamic=True, levels=self.levels, delta=delta
+        )
+
+
 def num_groups(scheme: QuantScheme, in_features: int) -> int:
     """Return how many scales an output channel, or a token, has: I / group_size for PerGroup, else 1.
 
@@ -318,6 +387,13 @@ def weight_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> in
     row = (in_features + 1) // 2 if scheme.num_bits <= 4 else in_features
     scales = 1 if isinstance(scheme.granularity, PerTensor) else out_features * num_groups(scheme, in_features)
     return out_features * row + scales * SCALE_BYTES
+
+
+def _check_group_size(options: Options, granularity: str, group_size: int | None) -> None:
+    if granularity == "per_group" and group_size is None:
+        raise OptionError(type(options), "granularity=per_group needs a group_size; use 64, 128 or 256")
+    if granularity != "per_group" and group_size is not None:
+        raise OptionError(type(options), f"group_size={group_size} needs granularity=per_group; got {granularity}")
 
 
 def _check_keys(what: str, fields: object, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:

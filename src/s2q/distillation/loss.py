@@ -15,11 +15,39 @@ Legend: `B` samples, `N_k` tokens of stream k, `d` channels, `n` = Σ N_k.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
+from s2q.common.options import OptionError, Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(Options):
+    """How distillation weights tokens (eq. 10 and 11), and what else it keeps.
+
+    Attributes:
+        weighting: "attention" weights a token by how much attention it gets.
+        lambda_min: Weight of the token that gets the least.
+        lambda_max: Weight of the one that gets the most.
+        temporal: Weight of the loss on the similarities of frames (`s2q.distillation.temporal`); 0 for none.
+    """
+
+    weighting: Literal["uniform", "attention"] = "uniform"
+    lambda_min: float = field(default=0.5, metadata={"ge": 0})
+    lambda_max: float = field(default=1.0, metadata={"gt": 0})
+    temporal: float = field(default=0.0, metadata={"ge": 0})
+
+    def __post_init__(self) -> None:
+        """Check that the weights are in order."""
+        super().__post_init__()
+        if self.lambda_min > self.lambda_max:
+            raise OptionError(
+                type(self), f"lambda_min={self.lambda_min} is above lambda_max={self.lambda_max}; lower it"
+            )
 
 
 def weighted_token_loss(

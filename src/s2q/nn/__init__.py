@@ -1,6 +1,6 @@
 """Quantized linears, packed and trainable, and putting them into a model."""
 
-from s2q.nn.clip import LearnableClip
+from s2q.nn.clip import Clip, LearnableClip
 from s2q.nn.estimator import Estimator
 from s2q.nn.packed import PackedLinear
 from s2q.nn.refined import RefinedLinear
@@ -12,6 +12,7 @@ from s2q.nn.token_context import follow_tokens, unfollow_tokens
 
 __all__ = [
     "PACKED_DTYPES",
+    "Clip",
     "Estimator",
     "InputTransform",
     "LearnableClip",

@@ -9,14 +9,39 @@ Shapes: `O` out features.
 """
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError
+from s2q.common.options import OptionError, Options
 
 START = 4.0
 """θ at the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip(Options):
+    """Options of clipping ratios.
+
+    Attributes:
+        weights: Whether a ratio for each output channel is learned.
+        activations: Whether a ratio for each input of linears is learned.
+        constant: A ratio of activations that is not learned.
+    """
+
+    weights: bool = False
+    activations: bool = False
+    constant: float | None = field(default=None, metadata={"gt": 0, "le": 1})
+
+    def __post_init__(self) -> None:
+        """Check that activations have one ratio."""
+        super().__post_init__()
+        if self.activations and self.constant is not None:
+            raise OptionError(
+                type(self), f"constant={self.constant} excludes clip.activations=true; leave one of them out"
+            )
 
 
 class LearnableClip(nn.Module):

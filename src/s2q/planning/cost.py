@@ -27,7 +27,6 @@ from s2q.common.components import full_name, split_name
 from s2q.common.memory import page_locked_bytes
 from s2q.core.memo import PIECE
 from s2q.models import BlockLinear, Family, block_names, family_of
-from s2q.recipes.groups import ADAROUND, GPTQ
 from s2q.recipes.schema import Recipe
 
 DEFAULT_MEMORY_BUDGET = 16 * 10**9
@@ -190,7 +189,7 @@ class BlockShape:
         widest = max((features * rows for features, rows in self.outputs), default=0)
         if not recipe.learns:
             return _WEIGHT * max(self.weights, default=0) + _FORWARD_VALUES * _FP32 * widest
-        learned = recipe.rounding.method == ADAROUND
+        learned = recipe.rounding.learned
         state = _LEARNED_STATE * sum(self.weights) if learned else 0
         if checkpointed:
             limit = sys.maxsize if recipe.needs_grid else PIECE  # what asks where tokens lie is not cut
@@ -213,7 +212,7 @@ class BlockShape:
             recipe: The recipe.
         """
         largest = max(self.weights, default=0)
-        if recipe.rounding.method != GPTQ:
+        if not recipe.rounding.needs_hessian:
             return (ROUNDING_BYTES if recipe.transforms.rotation == "identity" else FOLDING_BYTES) * largest
         squares = [features**2 for features, _ in self.inputs]
         return _FP32 * sum(squares) + _FACTORIZATION_BYTES * max(squares, default=0) + _GPTQ_BYTES * largest

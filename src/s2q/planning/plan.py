@@ -225,7 +225,9 @@ def plan_transformers(
         own = [one for one in linears if one.role == "linear" and one.name in schemes]
         largest = sum(weight_bytes(schemes[one.name].weight, one.out_features, one.in_features) for one in own)
         allocation = PlannedAllocation(
-            **recipe.allocation.model_dump(include={"what", "candidates", "budget"}),
+            what=recipe.allocation.what,
+            candidates=recipe.allocation.candidates,
+            budget=recipe.allocation.budget,
             linears=len(own),
             most_bytes=min(largest, allocation_bytes(recipe, own)),
             bytes=None,

@@ -20,13 +20,13 @@ from s2q.models import ModelSource, family_of
 from s2q.models.source import recommended_generation
 from s2q.models.synthetic import SyntheticModel
 from s2q.planning.cost import Workload
-from s2q.recipes.groups import CalibrationGroup
+from s2q.selection.options import Calibration
 
 logger = logging.getLogger(__name__)
 
 
 def workload_of(
-    pipe: Any, group: CalibrationGroup, *, recommended: Mapping[str, Any], component_bytes: int | None
+    pipe: Any, group: Calibration, *, recommended: Mapping[str, Any], component_bytes: int | None
 ) -> Workload | None:
     """Return what calibration computes on; None for a pipeline that it does not run.
 
@@ -41,7 +41,7 @@ def workload_of(
     """
     if not takes_prompts_alone(pipe):
         return None
-    requested = group.model_dump(include={"num_frames", "height", "width"}) | {"num_inference_steps": group.steps}
+    requested = group.sizes | {"num_inference_steps": group.steps}
     settings = resolve_settings(pipe, requested=requested, defaults=dict(recommended))
     guided = settings.guidance_scale > 1 and not getattr(pipe.transformer.config, "guidance_embeds", False)
     branches = 2 if guided else 1
@@ -56,7 +56,7 @@ def workload_of(
 
 
 def workload_of_source(
-    source: ModelSource, group: CalibrationGroup, *, transformers: Mapping[str, nn.Module]
+    source: ModelSource, group: Calibration, *, transformers: Mapping[str, nn.Module]
 ) -> Workload | None:
     """Return the same of a model whose weights are not loaded; None if its pipeline cannot be built without them.
 
@@ -78,7 +78,7 @@ def workload_of_source(
     )
 
 
-def workload_of_synthetic(model: SyntheticModel, group: CalibrationGroup) -> Workload:
+def workload_of_synthetic(model: SyntheticModel, group: Calibration) -> Workload:
     """Return the same of the dimensions of a published model, for videos of the recommended size.
 
     Args:
@@ -88,7 +88,7 @@ def workload_of_synthetic(model: SyntheticModel, group: CalibrationGroup) -> Wor
     Raises:
         InvalidInputError: If the recipe asks for another size.
     """
-    sizes = group.model_dump(include={"num_frames", "height", "width"}, exclude_none=True)
+    sizes = [name for name, size in group.sizes.items() if size is not None]
     if sizes:
         raise InvalidInputError(
             f"{model.label}: has no pipeline to fit {', '.join(sizes)} to; plan with the recommended size, or plan the "

@@ -5,33 +5,84 @@ Dumping a validated recipe (`Recipe.resolved`) gives every value, defaults inclu
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, model_validator
 
-from s2q.core.schemes import UNIFORM, LinearScheme
-from s2q.recipes.groups import (
-    ADAROUND,
-    GPTQ,
-    ActivationsGroup,
-    AllocationGroup,
-    CalibrationGroup,
-    ClipGroup,
-    DistillationGroup,
-    Group,
-    LossGroup,
-    ModulationGroup,
-    RefinementGroup,
-    RoundingGroup,
-    TransformsGroup,
-    WeightsGroup,
-    to_tuple,
-)
+from s2q.common.errors import short_repr
+from s2q.common.options import OptionError, Options, expected_one_of
+from s2q.core.schemes import MAX_BITS, MIN_BITS, UNIFORM, ActivationOptions, LinearScheme, WeightOptions
+from s2q.distillation.loss import Loss
+from s2q.distillation.options import Distillation, Refinement
+from s2q.nn import Clip
+from s2q.rounding import ROUNDINGS, RTN, Rounding
+from s2q.selection.options import Calibration
+from s2q.transforms import Transforms
 
 MAX_NAME = 200
 
 
-class Recipe(Group):
+@dataclass(frozen=True, kw_only=True)
+class ModulationOptions(WeightOptions):
+    """How the weights of the adaLN linears are quantized; their inputs are not.
+
+    Attributes:
+        rounding: "rtn", or one of `ROUNDINGS` with a Hessian, "gptq", which takes it from the inputs at every timestep;
+            its options are those of the recipe's `rounding`, if that has the same method.
+    """
+
+    rounding: str = "rtn"
+
+    def __post_init__(self) -> None:
+        """Check the name of the rounding."""
+        super().__post_init__()
+        names = [name for name, rounding in ROUNDINGS.items() if name == RTN.method or rounding.needs_hessian]
+        if self.rounding not in names:
+            raise OptionError(
+                type(self), f"rounding={short_repr(self.rounding)}; {expected_one_of(self.rounding, names)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationOptions(Options):
+    """What block linears are given one by one, by how much each of them needs it, in place of one value for all.
+
+    Attributes:
+        what: "group_size" of weights, and of activations if those are grouped; or "weight_bits".
+        candidates: The values; of group sizes, those that divide its in features are candidates of a linear.
+        budget: Bits that a weight of these linears takes at most, on the average, as stored: scales count, and codes of
+            5 to 8 bits take a byte.
+        samples: Calibration samples on which the effect of a candidate on a block is measured.
+    """
+
+    what: Literal["group_size", "weight_bits"]
+    candidates: tuple[int, ...] = field(metadata={"strict": False})
+    budget: float = field(metadata={"gt": 0})
+    samples: int = field(default=8, metadata={"ge": 1})
+
+    def __post_init__(self) -> None:
+        """Check the candidates."""
+        super().__post_init__()
+        given = f"candidates={short_repr(list(self.candidates))}"
+        if len(self.candidates) < 2 or len(set(self.candidates)) < len(self.candidates) or min(self.candidates) < 1:
+            raise OptionError(type(self), f"{given}; expected at least two different whole numbers above 0")
+        if self.what == "weight_bits" and not all(MIN_BITS <= bits <= MAX_BITS for bits in self.candidates):
+            raise OptionError(type(self), f"{given}; expected bits, each {MIN_BITS} to {MAX_BITS}")
+
+
+def _read_rounding(value: Any) -> Rounding:
+    """Read the options of the rounding that `method` names; a method without keys has its defaults."""
+    if isinstance(value, Rounding):
+        return value
+    method = value.get("method", RTN.method) if isinstance(value, Mapping) else RTN.method
+    if not isinstance(method, str) or method not in ROUNDINGS:
+        raise OptionError(Rounding, f"method={short_repr(method)}; {expected_one_of(method, ROUNDINGS)}")
+    return TypeAdapter(ROUNDINGS[method]).validate_python(value)
+
+
+class Recipe(BaseModel):
     """A method: the parts of a quantization run and their settings.
 
     Attributes:
@@ -54,21 +105,23 @@ class Recipe(Group):
         skip: Shell-style patterns of full names of linears to leave untouched, "transformer_blocks.0.*".
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
     name: str = Field(min_length=1, max_length=MAX_NAME)
     description: str = ""
-    weights: WeightsGroup
-    activations: ActivationsGroup | None = None
-    modulation: ModulationGroup | None = ModulationGroup(num_bits=4)
-    outer: WeightsGroup | None = None
-    calibration: CalibrationGroup = CalibrationGroup()
-    transforms: TransformsGroup = TransformsGroup()
-    clip: ClipGroup = ClipGroup()
-    loss: LossGroup = LossGroup()
-    distillation: DistillationGroup | None = None
-    rounding: RoundingGroup = RoundingGroup()
-    refinement: RefinementGroup | None = None
-    allocation: AllocationGroup | None = None
-    skip: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] = ()
+    weights: WeightOptions
+    activations: ActivationOptions | None = None
+    modulation: ModulationOptions | None = ModulationOptions(num_bits=4)
+    outer: WeightOptions | None = None
+    calibration: Calibration = Calibration()
+    transforms: Transforms = Transforms()
+    clip: Clip = Clip()
+    loss: Loss = Loss()
+    distillation: Distillation | None = None
+    rounding: Annotated[Rounding, PlainValidator(_read_rounding), PlainSerializer(asdict)] = RTN()
+    refinement: Refinement | None = None
+    allocation: AllocationOptions | None = None
+    skip: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
@@ -90,12 +143,9 @@ class Recipe(Group):
                 f"clip ratios of activations need quantized activations; set {off}, or activations.num_bits"
             )
         settings = self.transforms
-        if settings.salience != "max" and settings.scale == "none":
-            raise ValueError(f"transforms.salience={settings.salience} needs transforms.scale=smooth")
         transforms = settings.rotation == "kronecker" or (settings.scale != "none" and settings.learn_scale)
         self._learned_rounding_fits(transforms=transforms)
-        rounding = self.rounding.method == ADAROUND
-        if self.distillation is not None and not (learned or transforms or rounding):
+        if self.distillation is not None and not (learned or transforms or self.rounding.learned):
             raise ValueError(
                 "distillation has nothing to learn; set transforms.rotation=kronecker, transforms.scale=smooth, "
                 "clip.weights=true or rounding.method=adaround"
@@ -122,15 +172,16 @@ class Recipe(Group):
         return self
 
     def _learned_rounding_fits(self, *, transforms: bool) -> None:
-        if self.rounding.method != ADAROUND:
+        if not self.rounding.learned:
             return
+        given = f"rounding.method={self.rounding.method}"
         if self.distillation is None:
-            raise ValueError("rounding.method=adaround needs distillation; set distillation.epochs=15")
+            raise ValueError(f"{given} needs distillation; set distillation.epochs=15")
         if self.weights.levels != UNIFORM:
-            raise ValueError("rounding.method=adaround rounds to uniform levels; set weights.levels=uniform")
+            raise ValueError(f"{given} rounds to uniform levels; set weights.levels=uniform")
         if self.clip.weights or transforms:
             raise ValueError(
-                "rounding.method=adaround learns how given weights are rounded, so that nothing may change them "
+                f"{given} learns how given weights are rounded, so that nothing may change them "
                 "meanwhile; set clip.weights=false, transforms.learn_scale=false and transforms.rotation=hadamard or "
                 "identity"
             )
@@ -140,8 +191,14 @@ class Recipe(Group):
         """Whether a part of the recipe needs samples: not a fixed rotation, a constant clip or rounding to nearest."""
         settings = self.transforms
         measures = settings.shift != "none" or settings.scale != "none" or settings.low_rank > 0
-        uses_gptq = GPTQ in (self.rounding.method, None if self.modulation is None else self.modulation.rounding)
-        return measures or self.learns or uses_gptq or self.allocation is not None
+        by_hessian = self.rounding.needs_hessian or self.modulation_rounding.needs_hessian
+        return measures or self.learns or by_hessian or self.allocation is not None
+
+    @property
+    def modulation_rounding(self) -> Rounding:
+        """The rounding of the adaLN linears, with the options of `rounding` if the method is the same."""
+        method = "rtn" if self.modulation is None else self.modulation.rounding
+        return self.rounding if self.rounding.method == method else ROUNDINGS[method]()
 
     @property
     def learns(self) -> bool:

@@ -7,6 +7,7 @@ needs something to learn: the method's own channel scale where it has one, else 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
@@ -52,18 +53,18 @@ def with_variant(recipe: Recipe, variant: str) -> Recipe:
 
 
 def _sds(recipe: Recipe) -> dict[str, Any]:
-    return {"calibration": recipe.calibration.model_dump(mode="json") | {"selection": "sds"}}
+    return {"calibration": asdict(recipe.calibration) | {"selection": "sds"}}
 
 
 def _std(recipe: Recipe) -> dict[str, Any]:
-    changes: dict[str, Any] = {"loss": recipe.loss.model_dump(mode="json") | {"weighting": "attention"}}
+    changes: dict[str, Any] = {"loss": asdict(recipe.loss) | {"weighting": "attention"}}
     if recipe.distillation is not None:
         return changes
     changes["distillation"] = {}  # its defaults are the paper's
     if recipe.transforms.scale != "none":
-        changes["transforms"] = recipe.transforms.model_dump(mode="json") | {"learn_scale": True}
+        changes["transforms"] = asdict(recipe.transforms) | {"learn_scale": True}
     elif recipe.transforms.rotation != "kronecker":
-        clip = recipe.clip.model_dump(mode="json") | {"weights": True, "constant": None}
+        clip = asdict(recipe.clip) | {"weights": True, "constant": None}
         changes["clip"] = clip | {"activations": recipe.activations is not None}
     return changes
 

@@ -1,27 +1,27 @@
-"""From a weight to its codes. A method is a function; `ROUNDINGS` names those that need the weight alone.
+"""From a weight to its codes. `ROUNDINGS` has the options of each method by name.
 
-GPTQ needs the Hessian of the layer's input besides, and reports what it did: `round_gptq`. What is learned with the
-output of a block is a module while it is: `LearnedRounding`.
+What is learned with the output of a block is a module meanwhile: `LearnedRounding`.
 """
 
-from collections.abc import Callable
-
 from s2q.core.qparams import RoundedWeight
-from s2q.rounding.adaround import AdaRoundOptions, LearnedRounding, penalize, roundings_of, soft_rounding
-from s2q.rounding.gptq import GPTQOptions, GPTQReport, round_gptq
+from s2q.rounding.adaround import AdaRound, LearnedRounding, penalize, roundings_of, soft_rounding
+from s2q.rounding.base import RTN, Rounding
+from s2q.rounding.gptq import GPTQ, GPTQReport, round_gptq
 from s2q.rounding.hessian import HessianAccumulator, hessian_error
 from s2q.rounding.rtn import round_rtn
 
-ROUNDINGS: dict[str, Callable[..., RoundedWeight]] = {"rtn": round_rtn}
+ROUNDINGS: dict[str, type[Rounding]] = {"rtn": RTN, "gptq": GPTQ, "adaround": AdaRound}
 
 __all__ = [
+    "GPTQ",
     "ROUNDINGS",
-    "AdaRoundOptions",
-    "GPTQOptions",
+    "RTN",
+    "AdaRound",
     "GPTQReport",
     "HessianAccumulator",
     "LearnedRounding",
     "RoundedWeight",
+    "Rounding",
     "hessian_error",
     "penalize",
     "round_gptq",

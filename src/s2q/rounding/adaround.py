@@ -19,47 +19,45 @@ Shapes: `I` in features, `O` out features, `G` groups.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from s2q.common.errors import InvalidInputError
+from s2q.common.options import OptionError
 from s2q.core.qparams import RoundedWeight, align_scale, code_range, dequantize_weight, weight_scale
 from s2q.core.schemes import QuantScheme
+from s2q.rounding.base import Rounding
 
 _LOW, _HIGH = -0.1, 1.1  # γ and ζ: sigmoid is stretched to them, so that 0 and 1 are reached
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaRoundOptions:
-    """Settings of the penalty.
+class AdaRound(Rounding):
+    """Options of learned rounding: those of its penalty.
 
     Attributes:
         penalty: λ, its size beside a loss of 1.
         warmup: Share of the steps, at the beginning, without it.
         beta_start: β after the warm-up.
         beta_end: β at the end; falls linearly.
-
-    Raises:
-        InvalidInputError: If a value is out of range.
     """
 
-    penalty: float = 1000.0
-    warmup: float = 0.2
-    beta_start: float = 20.0
-    beta_end: float = 2.0
+    learned: ClassVar[bool] = True
+
+    method: Literal["adaround"] = "adaround"
+    penalty: float = field(default=1000.0, metadata={"ge": 0})
+    warmup: float = field(default=0.2, metadata={"ge": 0, "lt": 1})
+    beta_start: float = field(default=20.0, metadata={"gt": 1})
+    beta_end: float = field(default=2.0, metadata={"gt": 1})
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        if not 0 <= self.penalty < float("inf"):
-            raise InvalidInputError(f"adaround: penalty={self.penalty!r}; expected a finite number, at least 0")
-        if not 0 <= self.warmup < 1:
-            raise InvalidInputError(f"adaround: warmup={self.warmup!r}; expected 0 to less than 1, usually 0.2")
-        if not 1 < self.beta_end <= self.beta_start < float("inf"):
-            raise InvalidInputError(
-                f"adaround: beta goes from {self.beta_start!r} to {self.beta_end!r}; expected it to fall and to stay "
-                "above 1, usually from 20 to 2"
+        """Check that β does not rise."""
+        super().__post_init__()
+        if self.beta_end > self.beta_start:
+            raise OptionError(
+                type(self), f"beta_end={self.beta_end} is above beta_start={self.beta_start}; lower it, usually 20 to 2"
             )
 
     def beta(self, progress: float) -> float | None:
@@ -170,13 +168,13 @@ def rounding_penalty(share: Tensor, beta: float) -> Tensor:
     return (1 - (2 * share - 1).abs().pow(beta)).sum()
 
 
-def penalize(roundings: Sequence[LearnedRounding], progress: float, *, options: AdaRoundOptions) -> None:
+def penalize(roundings: Sequence[LearnedRounding], progress: float, *, options: AdaRound) -> None:
     """Add the gradient of the penalty to that of every V, one weight after another.
 
     Args:
         roundings: All that are learned together.
         progress: Share of the steps that were taken.
-        options: Settings.
+        options: λ and β.
     """
     beta = options.beta(progress)
     if beta is None:

@@ -5,8 +5,8 @@ U the upper triangular factor of the inverse Hessian, H⁻¹ = Uᵀ U, for i = 1
 
     q_i = Δ · clamp(round(w_i / Δ)),    e_i = (w_i - q_i) / U_ii,    w_j ← w_j - e_i · U_ij  for j > i
 
-in blocks of columns, so that most of the work is matrix products. Scales are computed before and stay (static), also
-where columns are taken in the order of their activation (act-order), so the layout of the codes is that of RTN.
+in blocks of columns, so most of the work is matrix products. Columns are taken in the order of falling diagonal of H
+(act-order). Scales are computed before and stay (static), so the layout of the codes is that of RTN.
 
 Beyond the paper: the rows of a weight do not depend on each other, hence a row for which rounding to nearest has the
 smaller Hessian-weighted error (a clamped one, mostly) takes that; GPTQ is then never worse than RTN. A dead column (its
@@ -17,7 +17,8 @@ Shapes: `I/O` in/out features, `G` groups, `K` columns of a block.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,42 +35,39 @@ from s2q.core.qparams import (
     weight_scale,
 )
 from s2q.core.schemes import QuantScheme
+from s2q.rounding.base import Rounding
 from s2q.rounding.hessian import hessian_error
 
 logger = logging.getLogger(__name__)
 
 _SMALLEST_RETRY = 1e-3  # dampening of the first retry where none was asked for
+_MAX_RETRIES = 4  # each with ten times the dampening
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTQOptions:
-    """Settings of GPTQ.
+class GPTQ(Rounding):
+    """Options of GPTQ.
 
     Attributes:
         dampening_frac: What is added to the diagonal of H, as a fraction of its mean.
         block_size: Columns of a block.
-        act_order: Whether columns are taken in the order of falling diagonal of H.
-        max_retries: How often a failed factorization is tried again, each time with ten times the dampening.
-        allow_fallback: Whether rounding to nearest may step in where every try failed.
-
-    Raises:
-        InvalidInputError: If a value is out of range.
+        allow_fallback: Whether a weight is rounded to nearest if no factorization of its H succeeds.
     """
 
-    dampening_frac: float = 0.01
-    block_size: int = 128
-    act_order: bool = True
-    max_retries: int = 4
-    allow_fallback: bool = False
+    needs_hessian: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if not 0 <= self.dampening_frac < float("inf"):
-            raise InvalidInputError(f"gptq: dampening_frac={self.dampening_frac!r}; expected at least 0, usually 0.01")
-        if self.block_size < 1:
-            raise InvalidInputError(f"gptq: block_size={self.block_size!r}; expected at least 1, usually 128")
-        if self.max_retries < 0:
-            raise InvalidInputError(f"gptq: max_retries={self.max_retries!r}; expected at least 0")
+    method: Literal["gptq"] = "gptq"
+    dampening_frac: float = field(default=0.01, metadata={"ge": 0})
+    block_size: int = field(default=128, metadata={"ge": 1})
+    allow_fallback: bool = True
+
+    def round(
+        self, weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None, hessian: Tensor | None = None
+    ) -> tuple[RoundedWeight, dict[str, Any]]:
+        """Round a weight by `round_gptq`; see `Rounding.round`."""
+        assert hessian is not None
+        rounded, report = round_gptq(weight, scheme, hessian=hessian, clip_ratio=clip_ratio, options=self)
+        return rounded, asdict(report)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +101,7 @@ def round_gptq(
     hessian: Tensor,
     clip_ratio: ClipRatio = None,
     scale: Tensor | None = None,
-    options: GPTQOptions | None = None,
+    options: GPTQ | None = None,
 ) -> tuple[RoundedWeight, GPTQReport]:
     """Round a weight so that the error of the layer's output is small, not that of the weight.
 
@@ -113,7 +111,7 @@ def round_gptq(
         hessian: [I, I] of the layer's input, transformed and quantized; see `HessianAccumulator`.
         clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to it.
         scale: fp32 [O] or [O, G] to use as it is; None computes it from weight and clip ratio.
-        options: Settings; None is the defaults.
+        options: None is the defaults.
 
     Returns:
         The rounded weight, on the weight's device, and the report.
@@ -123,7 +121,7 @@ def round_gptq(
             given.
         S2QError: If no factorization succeeds and the options do not allow the fallback.
     """
-    options = options or GPTQOptions()
+    options = options or GPTQ()
     weight, hessian = weight.float(), hessian.to(device=weight.device, dtype=torch.float32)
     _check(weight, hessian)
     if scale is None:
@@ -134,8 +132,8 @@ def round_gptq(
     nearest = quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
     rtn_rows = hessian_error(dequantize_weight(nearest, scale, levels=levels) - weight, hessian)
     dead = int((hessian.diagonal() == 0).sum())
-    order = _column_order(hessian, act_order=options.act_order)
-    factor, dampening_frac, retries = _factorize(hessian[order][:, order], options)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor, dampening_frac, retries = _factorize(hessian[order][:, order], options.dampening_frac)
     if factor is None:
         return _fall_back(RoundedWeight(codes=nearest, scale=scale), rtn_rows, dead, options)
     columns = _columns_scale(scale, weight.shape[1])[:, order]
@@ -167,14 +165,7 @@ def _check(weight: Tensor, hessian: Tensor) -> None:
             raise InvalidInputError(f"gptq: the {name} holds NaN or infinite values; check model and calibration data")
 
 
-def _column_order(hessian: Tensor, *, act_order: bool) -> Tensor:
-    diagonal = hessian.diagonal()
-    if not act_order:
-        return torch.arange(len(diagonal), device=diagonal.device)
-    return torch.argsort(diagonal, descending=True, stable=True)
-
-
-def _factorize(hessian: Tensor, options: GPTQOptions) -> tuple[Tensor | None, float | None, int]:
+def _factorize(hessian: Tensor, dampening_frac: float) -> tuple[Tensor | None, float | None, int]:
     """Find the upper triangular fp32 U with (H + dampening)⁻¹ = Uᵀ U; also the dampening used and the failed tries.
 
     With the order of rows and columns reversed, the lower Cholesky factor of H becomes an upper triangular R with
@@ -185,8 +176,8 @@ def _factorize(hessian: Tensor, options: GPTQOptions) -> tuple[Tensor | None, fl
     dead = wide.diagonal() == 0
     wide.diagonal()[dead] = 1
     mean = float(wide.diagonal()[~dead].mean()) if bool((~dead).any()) else 1.0
-    for retry in range(options.max_retries + 1):
-        frac = options.dampening_frac
+    for retry in range(_MAX_RETRIES + 1):
+        frac = dampening_frac
         if retry > 0:
             frac = max(10 * frac, _SMALLEST_RETRY) * 10 ** (retry - 1)
         reverse = wide.flip(0, 1)
@@ -200,7 +191,7 @@ def _factorize(hessian: Tensor, options: GPTQOptions) -> tuple[Tensor | None, fl
             if bool(upper.isfinite().all()):
                 return upper.float(), frac, retry
         logger.warning("gptq: the Hessian with dampening_frac=%g is not positive definite", frac)
-    return None, None, options.max_retries + 1
+    return None, None, _MAX_RETRIES + 1
 
 
 def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, *, scheme: QuantScheme, block_size: int) -> Tensor:
@@ -230,10 +221,8 @@ def _columns_scale(scale: Tensor, in_features: int) -> Tensor:
     return scale.repeat_interleave(in_features // scale.shape[1], dim=1)
 
 
-def _fall_back(
-    nearest: RoundedWeight, rtn_rows: Tensor, dead: int, options: GPTQOptions
-) -> tuple[RoundedWeight, GPTQReport]:
-    tries = options.max_retries + 1
+def _fall_back(nearest: RoundedWeight, rtn_rows: Tensor, dead: int, options: GPTQ) -> tuple[RoundedWeight, GPTQReport]:
+    tries = _MAX_RETRIES + 1
     if not options.allow_fallback:
         raise S2QError(
             f"gptq: the Hessian is not positive definite after {tries} tries with growing dampening; "

@@ -120,12 +120,12 @@ def _calibrating(
 ) -> dict[str, float]:
     group = recipe.calibration
     wanted = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
-    few = group.model_copy(update={"n_prompts": 1, "samples": 1})
+    few = replace(group, n_prompts=1, samples=1)
     number = prepare(teacher, wanted[:1], few, seed=0, inputs={}).settings.num_inference_steps
     short, long = (_steps_with(teacher, calls) for calls in _CALLS)
     taken: list[float] = []
     for seed, steps in enumerate((short, short, long)):  # the first one warms up
-        inputs = prepare(teacher, wanted[:1], few.model_copy(update={"steps": steps}), seed=seed, inputs={})
+        inputs = prepare(teacher, wanted[:1], replace(few, steps=steps), seed=seed, inputs={})
         started = time.perf_counter()
         pools = collect(teacher, inputs, folder, device=machine.device, progress=progress)
         taken.append(time.perf_counter() - started)
@@ -133,7 +133,7 @@ def _calibrating(
     video = max(0.0, taken[1] - step * short) + step * number
     branches = branches_of(folder, inputs)
     slices = {
-        samples: select(pools, inputs, group.model_copy(update={"samples": samples}), branches=branches)
+        samples: select(pools, inputs, replace(group, samples=samples), branches=branches)
         for samples in (_SAMPLES, _MORE_SAMPLES)
     }
     whole = _whole_pools(teacher, pools, prompts=len(wanted), steps=number)
@@ -265,7 +265,7 @@ def _block_seconds(
 ) -> float:
     distillation = recipe.distillation
     if distillation is not None:
-        distillation = distillation.model_copy(update={"epochs": epochs})
+        distillation = replace(distillation, epochs=epochs)
     changed = recipe.model_copy(update={"distillation": distillation})
     task = block_task(transformer, index, changed, seed=0, device=stream.device, stream=stream)
     return _seconds(replace(task, checkpointed=checkpointed))

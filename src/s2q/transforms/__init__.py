@@ -8,26 +8,20 @@ share one transform object. Between the two halves a low-rank branch may take a 
 input or of the weight.
 """
 
-from collections.abc import Callable
-
 from s2q.transforms.base import Factors, FixedTransform, Transform, identity
 from s2q.transforms.compose import Compose
 from s2q.transforms.hadamard import best_factors, hadamard, hadamard_matrix, orthogonal_matrix
 from s2q.transforms.kronecker import STARTS, KroneckerTransform
 from s2q.transforms.low_rank import principal_directions, weight_directions
+from s2q.transforms.options import SEARCH, Transforms
+from s2q.transforms.rotations import ROTATIONS
 from s2q.transforms.salience import SALIENCES, spearman_weights
 from s2q.transforms.smooth_scale import SmoothScale, smooth_scale
-
-ROTATIONS: dict[str, Callable[..., Transform]] = {
-    "identity": identity,
-    "hadamard": hadamard,
-    "kronecker": KroneckerTransform.build,
-}
-"""What may follow the channel scale, by name; each is called as `rotation(in_features, seed=seed)`."""
 
 __all__ = [
     "ROTATIONS",
     "SALIENCES",
+    "SEARCH",
     "STARTS",
     "Compose",
     "Factors",
@@ -35,6 +29,7 @@ __all__ = [
     "KroneckerTransform",
     "SmoothScale",
     "Transform",
+    "Transforms",
     "best_factors",
     "hadamard",
     "hadamard_matrix",

@@ -1,0 +1,39 @@
+"""The options of learning on a block: AdamW, cosine schedule, one sample at a time (`s2q.blocks.distil`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from s2q.common.options import Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement(Options):
+    """How scales, biases, low-rank weights and clips are learned once more, after rounding; codes do not change.
+
+    Attributes:
+        epochs: Passes over the samples.
+        lr: Learning rate, in units of what it changes.
+        clip_lr: Learning rate of clips.
+    """
+
+    epochs: int = field(default=5, metadata={"ge": 1})
+    lr: float = field(default=1e-3, metadata={"gt": 0})
+    clip_lr: float = field(default=1e-2, metadata={"gt": 0})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Options):
+    """How transforms, clips and rounding are learned.
+
+    Attributes:
+        epochs: Passes over the samples.
+        lr: Learning rate of transforms.
+        clip_lr: Learning rate of clips.
+        rounding_lr: Learning rate of rounding.
+    """
+
+    epochs: int = field(default=15, metadata={"ge": 1})
+    lr: float = field(default=5e-3, metadata={"gt": 0})
+    clip_lr: float = field(default=5e-2, metadata={"gt": 0})
+    rounding_lr: float = field(default=3e-2, metadata={"gt": 0})

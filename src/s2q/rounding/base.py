@@ -1,0 +1,49 @@
+"""What every rounding is: its options, and a function from a folded weight to codes."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from s2q.common.options import Options
+from s2q.core.qparams import ClipRatio, RoundedWeight
+from s2q.core.schemes import QuantScheme
+from s2q.rounding.rtn import round_rtn
+
+
+class Rounding(Options):
+    """Base of the options of a rounding; a subclass is a frozen dataclass and is in `ROUNDINGS` under its method.
+
+    Attributes:
+        method: Its name.
+        needs_hessian: Whether it rounds by the Hessian of the linear's input, and so needs calibration samples.
+        learned: Whether distillation learns the rounding (`LearnedRounding`).
+    """
+
+    needs_hessian: ClassVar[bool] = False
+    learned: ClassVar[bool] = False
+
+    method: str
+
+    def round(
+        self, weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None, hessian: Tensor | None = None
+    ) -> tuple[RoundedWeight, dict[str, Any]]:
+        """Round a weight: to nearest, where a subclass does nothing else.
+
+        Args:
+            weight: [O, I], any floating dtype.
+            scheme: PerChannel or PerGroup.
+            clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to it.
+            hessian: [I, I] of the quantized input; None if the rounding does not need it.
+
+        Returns:
+            The rounded weight, and plain data for the report; empty if there is nothing to report.
+        """
+        return round_rtn(weight, scheme, clip_ratio=clip_ratio), {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTN(Rounding):
+    """Rounding to nearest (`round_rtn`), which has no options."""
+
+    method: Literal["rtn"] = "rtn"
