@@ -81,7 +81,7 @@ def test_it_calibrates_and_is_planned_with_gradients():
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(InvalidInputError, match="refinement.epochs=0 is too small"):
+    with pytest.raises(InvalidInputError, match="refinement.epochs=0; expected at least 1"):
         load_recipe("s2q-w4a4", overrides=["refinement.epochs=0"])
     with pytest.raises(InvalidInputError, match="unknown key 'refinement.epoch'"):
         load_recipe("s2q-w4a4", overrides=["refinement.epoch=1"])
