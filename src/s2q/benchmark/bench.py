@@ -1,4 +1,4 @@
-"""The whole benchmark: which cases there are, which are missing, measuring them and writing each as it comes."""
+"""The benchmark: list the cases, measure the missing ones, and write each result at once."""
 
 from __future__ import annotations
 

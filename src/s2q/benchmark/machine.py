@@ -83,7 +83,7 @@ def measuring_obstacle(backend: str, device: str) -> str | None:
 
 
 def full_precision(device: str) -> dict[str, torch.dtype]:
-    """Return what quantized contenders run against: bf16, and on a CPU fp32 too, the faster of which is the baseline.
+    """Return the full-precision contenders: bf16, and on a CPU fp32 too; the faster one is the baseline.
 
     Args:
         device: "cpu", "cuda" or "cuda:N".

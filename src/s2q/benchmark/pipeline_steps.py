@@ -1,10 +1,10 @@
 """One denoising step of a pipeline that can be run: its real loop in fp32, in bf16 and quantized, side by side.
 
 A full-precision pipeline is packed on the spot by each recipe, uncalibrated: transforms as they start, rounding to
-nearest. That costs quality but no time, and takes seconds. Of an s2q checkpoint the packed linears are taken as they
-are, and the full-precision contenders are made of their dequantized weights.
+nearest. That costs quality but no time, and takes seconds. An s2q checkpoint keeps its
+packed linears, and the full-precision contenders use their dequantized weights.
 
-The time of a step is the mean over the steps of a short generation but for the first, which follows the encoding of the
+The time of a step is the mean over the steps of a short generation except the first, which follows the encoding of the
 prompt.
 """
 
@@ -84,7 +84,7 @@ def pack_uncalibrated(transformer: nn.Module, recipe: Recipe) -> nn.Module:
 
     Args:
         transformer: Full precision, of a supported family.
-        recipe: Which linears, which bits, what stands before them.
+        recipe: Linears, bit widths and transforms.
 
     Returns:
         The transformer.

@@ -1,4 +1,4 @@
-"""`bench.json`: what was measured, written as it comes, and read again so that an interrupted run goes on.
+"""`bench.json`: results, written at once, and read to resume an interrupted run.
 
 A file belongs to one machine and one set of versions. A result is known by `IDENTITY`; one that is there already is not
 measured again.

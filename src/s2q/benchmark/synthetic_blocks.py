@@ -25,7 +25,7 @@ from s2q.nn import PackedLinear, replace_module, share_inputs
 from s2q.transforms import orthogonal_matrix
 
 LinearOf = Callable[[BlockLinear], nn.Module | None]
-"""Makes the module that stands in for a linear of a block; None leaves it in full precision."""
+"""Makes the module that replaces a linear of a block; None leaves it in full precision."""
 
 _NORM_STD = 0.05
 
@@ -45,7 +45,7 @@ def synthetic_block(
         block_list: Which of its lists the block is from.
         generator: Of the weights; its device is where the block is built.
         dtype: Of what stays in full precision; parts that the model keeps in fp32 are in fp32.
-        linear_of: Makes what stands in for each linear; None leaves all of them.
+        linear_of: Makes the replacement of each linear; None leaves all of them.
 
     Returns:
         The block, in evaluation mode, without gradients.

@@ -1,4 +1,4 @@
-"""Distilling one block: what stands before its linears and how far their scales reach is learned, no weight moves.
+"""Distillation of one block: transforms and clipping ratios of its linears are learned, weights are fixed.
 
 The student is the block with its linears replaced (`s2q.nn.StudentLinear`); its targets are what the full-precision
 block returns for the same inputs (S²Q-VDiT, section 3.3). Samples are taken one at a time in random order, AdamW
@@ -178,7 +178,7 @@ def checkpoint_parts(student: nn.Module) -> Iterator[None]:
 
     A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
     that treat every token by itself, wherever it lies, do so a piece of the sequence after another. The gradient is the
-    same, but for the order of its sums.
+    same except for the order of its sums.
 
     Args:
         student: See `distil`.

@@ -35,7 +35,7 @@ class BlockResult:
         layers: Packed linear, on the CPU, by full name.
         errors: ‖Ŵ − W‖² / ‖W‖² of each, by full name.
         relative_error: The same over all of them together.
-        details: What calibration measured, but for the layers as `ReconstructedBlock` has it; empty without.
+        details: Measurements of `ReconstructedBlock`, without its layers; empty without calibration.
     """
 
     layers: Mapping[str, PackedLinear]
@@ -83,7 +83,7 @@ def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
     """Hash everything that the result of a block depends on.
 
     Args:
-        task: The block, of which every tensor counts, and the recipe; its index does not count.
+        task: The block (all its tensors) and the recipe; its index does not count.
         **inputs: Whatever else counts, the samples above all. Plain data.
 
     Returns:
@@ -136,7 +136,7 @@ def from_artefact(
         artefact: What `to_artefact` made.
         linears: The quantized linears of the block.
         schemes: Scheme by full name.
-        layouts: What stands before a linear, by full name, where there is something.
+        layouts: Input layout by full name, for linears that have one.
 
     Returns:
         Packed linear by full name.

@@ -2,7 +2,7 @@
 
 Everything is computed from the block's weights and the inputs that the teacher's stream gives it, in fp32 unless the
 recipe asks for the model's own dtype; the targets are what a copy of the block in that dtype makes of these inputs.
-Modulation linears stand in the student as they will be in the checkpoint.
+The student contains the modulation linears of the checkpoint.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def _clip(scheme: LinearScheme, recipe: Recipe) -> nn.Module | None:
 
 
 class _ConstantClip(nn.Module):
-    """A ratio that is not learned; stands in for `LearnableClip`."""
+    """A constant ratio in place of `LearnableClip`."""
 
     ratio: Tensor
 

@@ -116,7 +116,7 @@ def block_task(
 
 
 def input_groups(linears: Iterable[str], family: Family) -> list[tuple[str, ...]]:
-    """Return the linears to quantize but for modulation, by shared input; one that shares nothing is alone.
+    """Return the linears to quantize except modulation, by shared input; one that shares nothing is alone.
 
     Args:
         linears: Their names inside the block.

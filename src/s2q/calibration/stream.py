@@ -137,7 +137,7 @@ class TeacherStream:
         calls: A function for each sample that returns the transformer's keyword arguments.
         names: What messages call the samples.
         steps: Index of the denoising step that each sample is of.
-        timesteps: The same as `calls`, of calls of which only the timestep counts; see `timestep_inputs`.
+        timesteps: The same as `calls`, for calls whose timestep alone counts; see `timestep_inputs`.
         streams: Keyword arguments of a block that it returns anew, in that order.
         folder: Where tensors go that memory has no room for.
         device: Where to compute.

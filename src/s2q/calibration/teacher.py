@@ -98,7 +98,7 @@ class Teacher:
         pipe: The pipeline; never changed.
         name: What to call the model.
         folder: Where it was loaded from; None if that is not known.
-        transformers: Those of which the recipe quantizes something, in the order of the pipeline.
+        transformers: Those that the recipe quantizes, in the order of the pipeline.
         dtype: Compute dtype of the transformers.
         stored: Dtype in which the checkpoint stores what is not quantized, and is to be run; `dtype` unless the device
             emulates it.
@@ -133,7 +133,7 @@ class Teacher:
 
     @property
     def block_count(self) -> int:
-        """Number of blocks, over all transformers of which something is quantized."""
+        """Number of blocks, over all quantized transformers."""
         return sum(len(one.block_names) for one in self.transformers)
 
     def page_out(self, module: nn.Module) -> None:

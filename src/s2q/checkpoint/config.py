@@ -3,7 +3,7 @@
 In JSON, schemes are written once and layers name theirs, so that a model with hundreds of layers stays readable:
 `{"quant_method": "s2q", "format_version": 1, "schemes": {"w4a6": {...}}, "layers": {"blocks.0.to_q": "w4a6"}, ...}`.
 
-Version 2 adds what stands before the layers in the same way: `"inputs": {"t0": {"scale": true, "left": 12, "right": 16,
+Version 2 adds the layers' input layouts in the same way: `"inputs": {"t0": {"scale": true, "left": 12, "right": 16,
 "activation_clip": true}}, "layer_inputs": {"blocks.0.to_q": "t0"}`.
 
 Version 3 adds `"deflates": false` to an input, whose low-rank branch is taken from the weight, and how the transformer
@@ -56,7 +56,7 @@ class S2QConfig(QuantizationConfigMixin):
         compute_dtype: Dtype of the model when it was quantized, "bfloat16".
         **fields: `quant_method`, `format_version` and, from version 2 on, `inputs` (layouts by name, each as
             `InputLayout.to_dict` writes it) and `layer_inputs` (the name of its layout for each linear that has one),
-            and from version 3 on `tokens` (as `TokenLayout.to_dict` writes it), as they stand in a file; anything else
+            and from version 3 on `tokens` (as `TokenLayout.to_dict` writes it), as read from a file; anything else
             is refused.
 
     Raises:
@@ -143,7 +143,7 @@ class S2QConfig(QuantizationConfigMixin):
 
         Args:
             schemes: Scheme by full name of the linear.
-            layouts: What stands before a linear, by full name, where there is something.
+            layouts: Input layout by full name, for linears that have one.
             recipe: Name of the recipe.
             compute_dtype: Dtype of the model, "bfloat16".
             tokens: How the transformer makes tokens of its arguments, if a linear has to know where they lie.
@@ -177,7 +177,7 @@ class S2QConfig(QuantizationConfigMixin):
         return {layer: schemes[name] for layer, name in self.layers.items()}
 
     def layer_layouts(self) -> dict[str, InputLayout]:
-        """Return what stands before each quantized linear that has something there, by full name."""
+        """Return the input layouts by full name, of the quantized linears that have one."""
         inputs = {name: InputLayout.from_dict(layout) for name, layout in getattr(self, "inputs", {}).items()}
         return {layer: inputs[name] for layer, name in getattr(self, "layer_inputs", {}).items()}
 

@@ -37,7 +37,7 @@ class CheckpointReport:
         compute_dtype: Dtype of the model when it was quantized.
         transformer_class: Class of the transformer, the first where there are two.
         storage: Bytes of the transformer, of both where there are two: `full_precision_bytes` (all of it in bf16),
-            `quantized_bytes` (on disk, of which `packed_bytes` in quantized linears), and their `ratio`.
+            `quantized_bytes` (on disk; `packed_bytes` in quantized linears), and their `ratio`.
         layers: Every quantized linear; names of those in a second transformer begin with "transformer_2.".
         simulated: Whether some of them are computed in floating point, for want of an integer kernel.
         files: Bytes and SHA-256 by relative path, as the manifest has them; empty if there is no manifest.
@@ -115,7 +115,7 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
 
 @dataclass(frozen=True, kw_only=True)
 class _Transformer:
-    """One transformer on disk: its quantized linears, its bytes, and how many values it stands for."""
+    """One transformer on disk: its quantized linears, its bytes, and its number of values."""
 
     layers: tuple[LinearStorage, ...]
     num_bytes: int

@@ -129,7 +129,7 @@ def _clean_config(path: Path) -> None:
 
     Without `dtype=`, diffusers loads its own components in float32, but transformers takes the dtype that the text
     encoder's configuration names; a pipeline of mixed dtypes fails at its first linear. Naming float32 there makes the
-    plain `from_pretrained(folder)` work; the stored tensors stay as they are, and `dtype=` still decides.
+    plain `from_pretrained(folder)` work; the stored tensors do not change, and `dtype=` still decides.
     """
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)

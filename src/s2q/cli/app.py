@@ -113,7 +113,7 @@ Processes = Annotated[
         "--processes", help="Processes that share the work: one thread each on a CPU, or one GPU.", min=1, metavar="N"
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, compute nothing.")]
 
 
@@ -358,7 +358,7 @@ def compare(
     processes: Processes = 1,
     resume: Resume = True,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a comparison that cannot be gone on with.")
+        bool, typer.Option("--overwrite", help="Replace a comparison that cannot be resumed.")
     ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -433,7 +433,7 @@ def bench(
     device: Device = "auto",
     variant: Variant = None,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="JSON file to write, or to go on with.", metavar="FILE")
+        Path, typer.Option("-o", "--output", help="JSON file to write or resume.", metavar="FILE")
     ] = Path("bench.json"),
     again: Annotated[bool, typer.Option("--again", help="Measure what the file has already, too.")] = False,
     as_json: AsJson = False,

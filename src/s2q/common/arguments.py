@@ -158,7 +158,7 @@ def seed_numbers(seeds: Iterable[Any]) -> tuple[int, ...]:
 
 
 def prompt_list(prompts: Iterable[Any], *, name: str = "prompts", allow_none: bool = False) -> list[str]:
-    """Return prompts as a list of texts, none of which is empty.
+    """Return prompts as a list of non-empty texts.
 
     Args:
         prompts: What was given.

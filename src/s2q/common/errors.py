@@ -69,7 +69,7 @@ _NO_MEMORY = re.compile(
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error, or one that it was raised from, means out of memory.
 
-    Libraries say so with MemoryError, `torch.OutOfMemoryError`, RuntimeError ("DefaultCPUAllocator: can't allocate
+    Libraries raise MemoryError, `torch.OutOfMemoryError`, RuntimeError ("DefaultCPUAllocator: can't allocate
     memory"), OSError (ENOMEM, of `mmap` as well), SafetensorError, or ImportError, and raise errors about damaged files
     from them.
 

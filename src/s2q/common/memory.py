@@ -49,7 +49,7 @@ def on_device(modules: Iterable[nn.Module], device: str, *, offload: bool = Fals
     Unlike `module.to(device)` and back, this does not leave a copy of mapped weights in host memory.
 
     Args:
-        modules: Modules of which the own parameters and buffers are meant, not those of their children
+        modules: Modules whose direct parameters and buffers are meant, not those of their children
             (`module.modules()` for a whole one); they must not change meanwhile.
         device: "cpu", "cuda", "cuda:1".
         offload: Whether to page out the originals of what is copied to another device.

@@ -76,7 +76,7 @@ def has_variant(names: Collection[str], variant: str | None) -> bool:
 
 
 def variants_in(names: Collection[str]) -> list[str]:
-    """Return the variants of which a component has weights in safetensors.
+    """Return the variants that a component has safetensors weights of.
 
     Args:
         names: Names of the files of its folder.

@@ -1,4 +1,4 @@
-"""A comparison from start to end: check, quantize, evaluate, put together. Every stage goes on where it was."""
+"""A comparison from start to end: check, quantize, evaluate, merge. Every stage can be resumed."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def compare(
     Args:
         entries: Recipes by name (`all` and patterns such as "s2q-*" too) or file, and checkpoint folders.
         model: The full-precision reference: embedded name, folder or Hub id.
-        out: Folder to write; a comparison that is there already goes on, and further entries may join it.
+        out: Folder to write; an existing comparison is resumed, and entries may be added to it.
         prompts: Prompts to generate; None takes held-out captions of an embedded model.
         options: How to compare.
-        progress: Called as the run goes on.
+        progress: Called during the run.
 
     Returns:
         The content of `compare.json`: entries with their metrics, rankings, winners and paired differences by width. An

@@ -152,7 +152,7 @@ def content_of_files(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
 
 
 def _expanded(given: Sequence[str]) -> list[tuple[str, bool]]:
-    """Every name, and whether a pattern stood for it."""
+    """Every name, and whether it matched a pattern."""
     names = recipe_names()
     found: list[tuple[str, bool]] = []
     for text in given:

@@ -1,4 +1,4 @@
-"""The folder of a comparison: what is where, what is finished, and whether a run may go on in it.
+"""The folder of a comparison: paths, finished parts, and whether a run may resume in it.
 
 compare_run.json                    what every result depends on
 checkpoints/LABEL/                  quantized models
@@ -79,7 +79,7 @@ class CompareFolder:
 
         Args:
             plan: The comparison.
-            resume: Whether it may go on with what is there.
+            resume: Whether finished parts may be kept.
             overwrite: Whether a different comparison that is there may be replaced.
 
         Raises:
@@ -104,7 +104,7 @@ class CompareFolder:
         change = self._change(plan)
         if change is not None:
             raise InvalidInputError(
-                f"{self.path} holds a comparison that differs: {change}; repeat its command to go on with it, pass "
+                f"{self.path} holds a comparison that differs: {change}; repeat its command to resume it, pass "
                 "--overwrite to replace it, or choose another folder"
             )
 

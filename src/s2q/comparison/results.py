@@ -95,7 +95,7 @@ def build_result(
 
 
 def _groups(setup: Setup, evaluations: Mapping[str, dict[str, Any]], progress: Progress) -> list[dict[str, Any]]:
-    """What is said of each width that was evaluated, the widest first."""
+    """Results of each evaluated bit width, the widest first."""
     widths: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in setup.entries:
         if entry.label in evaluations:

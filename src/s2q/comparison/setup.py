@@ -81,7 +81,7 @@ class CompareOptions:
             it too.
         verify: What is verified of s2q checkpoints; see `s2q.generation.load.load_pipeline`.
         processes: Processes that share the prompts.
-        resume: Whether to go on with what an interrupted run has finished.
+        resume: Whether to keep what an interrupted run has finished.
         overwrite: Whether an earlier, different comparison in the folder may be replaced.
         dry_run: Whether to check everything and compute nothing.
     """

@@ -41,7 +41,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Reports:
-    """Whom to tell while a shard is evaluated.
+    """Callbacks for the evaluation of a shard.
 
     Attributes:
         stepped: Called after every denoising step and every replayed one.
@@ -60,7 +60,7 @@ def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, *, device
         plan: The comparison.
         shard: What to do.
         device: Where to compute.
-        reports: Whom to tell.
+        reports: Callbacks.
 
     Raises:
         S2QError: The reference failed; failures of entries are told instead.

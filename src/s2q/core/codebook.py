@@ -35,7 +35,7 @@ _TOLERANCE = 1e-9  # of the last step; the method is Newton's, so what is left a
 
 
 def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | str | None = None) -> Tensor | None:
-    """Return what the codes of a weight or an activation stand for, in units of its scale.
+    """Return the levels of the codes of a weight or an activation, in units of its scale.
 
     Args:
         scheme: Scheme of the weight or activation.
@@ -43,7 +43,7 @@ def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | s
         device: Where to put them.
 
     Returns:
-        fp32 [2^N], rising, that of code -2^(N-1) first; None for uniform levels, where a code stands for itself.
+        fp32 [2^N], rising, that of code -2^(N-1) first; None for uniform levels, where a code is its level.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size, or fewer than two values share a scale.

@@ -4,7 +4,7 @@
                                       → u V, [M, r], in floating point → · Lᵀ, added to the output
 
 Where the branch is taken from the weight, u is quantized whole and the codes of the weight are those of W - L Vᵀ. An
-estimator (TQE) adds what the codes stand for times α, a scale for the token's frame and β to the output.
+estimator (TQE) adds the dequantized input times α, a scale for the token's frame and β to the output.
 
 Shapes: `I/O` in/out features; `n1`, `n2` orders of the factors, n1 · n2 = I; `r` rank; `F` frames.
 """

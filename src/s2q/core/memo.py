@@ -1,4 +1,4 @@
-"""Computing once what several readers need while parameters stand still, and again what need not be kept.
+"""Computing once what several readers need while parameters do not change, and again what need not be kept.
 
 The linears that read one input share its transform, and each of them asks for the same rotated input and the same
 inverse. Within `memoization` such results are kept; outside, nothing is. Where memory is short, `checkpointed` keeps
@@ -86,7 +86,7 @@ def memoize_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T
 def checkpointed(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     """Call a function; what it computes on the way is computed again in the backward pass instead of being kept.
 
-    Results of parameters alone (`once`) are not: they are shared with calls outside and stay as they are.
+    Results of parameters alone (`once`) are not: they are shared with calls outside and do not change.
 
     Args:
         function: Differentiable, without side effects, and without random numbers.

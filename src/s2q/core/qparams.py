@@ -3,7 +3,7 @@
     x_int = clamp(round(x / Δ), -2^(N-1), 2^(N-1) - 1),    Δ = clip_ratio · max|x| / (2^(N-1) - 1)
 
 Rounding is half to even. With levels l that are not uniform (`core.codebook`), x_int is the code whose level is nearest
-to x / Δ and stands for l · Δ, and Δ = clip_ratio · √(mean x²). All of it is computed in fp32 whatever the input's
+to x / Δ and represents l · Δ, and Δ = clip_ratio · √(mean x²). All of it is computed in fp32 whatever the input's
 dtype, and everything that takes floating point input is differentiable (straight-through for the rounding), towards the
 clip ratio as well.
 
@@ -51,7 +51,7 @@ def scale_from_amax(amax: Tensor, *, num_bits: int) -> Tensor:
 
     Returns:
         fp32 of the same shape, never 0: where amax is 0 (or so small that Δ underflows) the scale is 1, and the codes
-        are then 0. NaN and infinity stay as they are.
+        are then 0. NaN and infinity do not change.
     """
     scale = amax.float() / _qmax(num_bits)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -207,7 +207,7 @@ def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | N
 
     Gradients, with q = x / Δ: towards x, 1 within the range of the codes and 0 where the code is clamped; towards Δ,
     round(q) - q within the range and the clamped code outside (Esser et al., "Learned Step Size Quantization", 2020).
-    With levels, the level stands for round(q), and the range ends at the outermost ones.
+    With levels, the nearest level replaces round(q), and the range ends at the outermost ones.
 
     Args:
         x: Any shape, any floating dtype.
@@ -231,7 +231,7 @@ def fake_quantize_input(
     """Quantize and dequantize the input of a linear at once, trainable, each token by itself; see `fake_quantize`.
 
     With `scheme.delta`, a video token is the quantized mean of its cube plus its quantized difference from that. The
-    tokens of text, and all of them where the grid is not known or is not that of x, are quantized as they are.
+    tokens of text, and all tokens if the grid is unknown or not that of x, are quantized without differences.
 
     Args:
         x: [..., I], floating; [..., N, I] where there is a grid.

@@ -1,6 +1,6 @@
 """What a tensor is quantized to: number of bits, granularity, levels. Frozen value objects, no tensors in here.
 
-Every quantizer of the project is symmetric: codes in [-2^(N-1), 2^(N-1) - 1], no zero point. A code stands for itself
+Every quantizer of the project is symmetric: codes in [-2^(N-1), 2^(N-1) - 1], no zero point. A code represents itself
 times the scale (S²Q-VDiT, eq. 1) or, with levels that are not uniform, for an entry of a codebook times the scale
 (`core.codebook`). Shapes: `O` out features, `I` in features, `G` groups.
 """
@@ -65,7 +65,7 @@ _GRANULARITY_NAMES: dict[type, str] = {type(kind): name for name, kind in _UNGRO
 
 @dataclass(frozen=True, kw_only=True)
 class Delta(Options):
-    """Quantize video tokens as the differences from the mean token of their cube; others as they are.
+    """Quantize video tokens as differences from the mean token of their cube; other tokens without.
 
     Attributes:
         cube: Tokens of a cube along frames, rows and columns.
@@ -114,7 +114,7 @@ class QuantScheme:
         dynamic: Whether the scale is computed from the tensor at run time (activations) or stored (weights).
         levels: "uniform", the scale from the largest magnitude; or "lloyd_max", those of `core.codebook`, the scale the
             root mean square.
-        delta: How video tokens are taken apart before; None leaves them whole. For activations.
+        delta: Split of video tokens into cube mean and difference; None for whole tokens. For activations.
 
     Raises:
         InvalidInputError: If a field is out of range or of the wrong type.
@@ -209,7 +209,7 @@ class LinearScheme:
 
     Attributes:
         weight: Static, per channel or per group.
-        activation: Dynamic, per token, or per group of each token; None leaves the input as it is (weight-only).
+        activation: Dynamic, per token, or per group of each token; None for floating point (weight-only).
 
     Raises:
         InvalidInputError: If either side is of another kind.

@@ -17,8 +17,8 @@ class LinearStorage:
     Attributes:
         name: Full name in the transformer; in a second one, with "transformer_2." before it.
         shape: [O, I].
-        scheme: Short name of its scheme, "w4a6"; the dtype ("bf16") if it stays as it is.
-        bytes: Bytes of its tensors: codes, scales, bias, its input's transform and clip; or the weight as it was.
+        scheme: Short name of its scheme, "w4a6"; the dtype ("bf16") if it is not quantized.
+        bytes: Bytes of its tensors: codes, scales, bias, its input's transform and clip; or the unquantized weight.
     """
 
     name: str

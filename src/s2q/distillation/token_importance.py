@@ -58,7 +58,7 @@ class CapturedSums:
 def capture_column_sums(attention: nn.Module) -> Iterator[CapturedSums]:
     """Listen to the attention calls inside one module.
 
-    Outputs stay as they are. The N × N map is not formed; see `s2q.ops.attention_colsum`.
+    Outputs do not change. The N × N map is not formed; see `s2q.ops.attention_colsum`.
 
     Args:
         attention: The module whose attention says what matters, `block.attn1` for example.

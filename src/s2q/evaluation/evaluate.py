@@ -302,7 +302,7 @@ def judge_model(
         progress: See `evaluate`.
 
     Returns:
-        What was measured, of which `summarise` makes the content of `eval.json`.
+        Measurements, which `summarise` turns into the content of `eval.json`.
 
     Raises:
         InvalidInputError: The settings do not fit the model, or it was not made from the reference.

@@ -111,7 +111,7 @@ def takes_prompts_alone(pipe: Any) -> bool:
 def prompt_token_limit(pipe: Any) -> int:
     """Return the number of text tokens that the pipeline's transformer takes, end token included.
 
-    A tokenizer that is meant for shorter texts than the family's says so, as that of `shapes-wan` does.
+    A tokenizer for shorter texts than the family's declares its length, as that of `shapes-wan` does.
     """
     limit = getattr(pipe.transformer.config, "max_text_seq_length", None) or family_of(pipe.transformer).text_tokens
     return int(min(limit, getattr(pipe.tokenizer, "model_max_length", limit)))

@@ -110,7 +110,7 @@ def attention_of(name: str | None) -> Iterator[None]:
     """Run with an attention backend where a model has not chosen one itself.
 
     Args:
-        name: As diffusers names it; None leaves things as they are.
+        name: As diffusers names it; None changes nothing.
 
     Raises:
         InvalidInputError: If there is none of that name.

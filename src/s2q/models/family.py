@@ -193,7 +193,7 @@ def outer_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
         transformer: A transformer of the family; may live on the meta device.
 
     Returns:
-        The linears, in the order of the modules, but for those of parts that the class keeps in fp32: what keeps its
+        The linears, in the order of the modules, except those of parts that the class keeps in fp32: what keeps its
         precision on purpose is not quantized.
     """
     blocks = tuple(f"{name}." for name in family.block_lists)

@@ -351,7 +351,7 @@ def resolve_model(
         model: "shapes-cogvideox", a path of a diffusers pipeline folder, "organisation/name" or
             "organisation/name@revision" on the Hub; a resolved source is returned unchanged.
         variant: Variant of the weights to load, "fp16"; components without it are loaded without.
-        needs_variant: Whether a model of which no component has the variant is refused, or loaded without.
+        needs_variant: Whether a model without the variant in any component is refused, or loaded without.
 
     Returns:
         The source; no weights have been read.

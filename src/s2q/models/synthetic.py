@@ -33,7 +33,7 @@ class BlockList:
         name: Attribute of the transformer that holds it.
         argument: The argument of the class that says how many.
         inputs: How its blocks are called (`synthetic_blocks.BLOCK_INPUTS`).
-        sees: The tokens that its linears see, but for the family's text linears.
+        sees: The tokens that its linears see, except the family's text linears.
     """
 
     name: str

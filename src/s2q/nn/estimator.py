@@ -3,7 +3,7 @@
     X Wᵀ ≈ Q(X) Q(W)ᵀ + Δ̂ βᵀ,    Δ̂ = M_i · Q(X) α        in the rows of frame i; in those of text M is 1
 
 (Feng et al., "Q-VDiT: Towards Accurate Quantization and Distillation of Video-Generation Diffusion Transformers", 2025,
-section 3.2.) Q(X) is the input as it is quantized, behind whatever stands before the linear.
+section 3.2.) Q(X) is the quantized input, after the transforms of the linear.
 
 Example, I = O = 1, α = 2, β = 0.5, M = [1, 3], a token a frame: Q(X) = [4, 5] is corrected by [4, 15].
 

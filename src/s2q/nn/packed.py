@@ -3,8 +3,8 @@
     y = (codes_x · codes_wᵀ) · Δ_x · Δ_w + b        integers inside, fp32 for the scales, then the dtype of x
 
 Weight-only schemes (no activation part) multiply x by the dequantized weight instead, and simulated ones (inputs in
-groups, or as differences from local means; levels that are not uniform) what the codes of x stand for by what those of
-the weight stand for. Before that, a shift may be subtracted from x, whose product with the weight is in the bias; x may
+groups, or as differences from local means; levels that are not uniform) the dequantized x by the dequantized
+weight. Before that, a shift may be subtracted from x, whose product with the weight is in the bias; x may
 pass through a transform T = diag(v) · (A ⊗ B), whose inverse is in the weight; a few directions V of x diag(v) may be
 taken out before A ⊗ B and multiplied in floating point, y + (x diag(v) V) Lᵀ, or be multiplied so and be taken out of
 the weight; and the scale of x may be multiplied by a clip ratio. A learned estimator may add a correction of rank one
@@ -159,7 +159,7 @@ class PackedLinear(StoredLinear):
         return layer
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight that the codes stand for, that of the transformed input.
+        """Return the dequantized weight, for the transformed input.
 
         Args:
             dtype: Floating; the product of code and scale is rounded to it.
@@ -174,7 +174,7 @@ class PackedLinear(StoredLinear):
         return dequantize_weight(self.codes(), self.weight_scale, levels=levels)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight for the input as it is: a full-precision linear with it needs no transform and no branch.
+        """Return the weight for the untransformed input: a full-precision linear with it needs no transform or branch.
 
         That is Ŵ Tᵀ; with a low-rank branch (Ŵ (A ⊗ B)ᵀ (1 - V Vᵀ) + L Vᵀ) diag(v), without 1 - V Vᵀ where the branch
         leaves the input whole. With an estimator, Ŵ has its correction in it; the scales of frames, which no weight

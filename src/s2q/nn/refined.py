@@ -1,4 +1,4 @@
-"""A packed linear while it is refined: its codes stand still, what scales and corrects them is learned.
+"""A packed linear while it is refined: its codes are fixed, scales and corrections are learned.
 
     y = fake_quantize((x - m) T; ratio_x) · (codes ⊙ Δ eᵟ)ᵀ + (b + σ β) + c (L + τ Λ)ᵀ
 
@@ -27,7 +27,7 @@ class RefinedLinear(nn.Module):
     Attributes:
         packed: Where it starts; not changed.
         source: Transform and quantization of the input, shared by the linears that read it.
-        units: Buffer [O, I], what the codes stand for in units of their scale.
+        units: Buffer [O, I], the levels of the codes in units of their scale.
         recomputes: Whether the backward pass computes the scaled weight again, which takes less memory than keeping it.
         scale_change: Parameter of the shape of the weight's scale, δ.
         bias_change: Parameter [O], β, or None without a bias.

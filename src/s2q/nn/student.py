@@ -3,7 +3,7 @@
     y = fake_quantize((x - m) T; ratio_x) · fake_quantize(W T⁻ᵀ; ratio_w)ᵀ + (b + W m)
 
 With T = diag(v) · R and a low-rank branch V, u = (x - m) diag(v) is quantized as (u - u V Vᵀ) R, and (u V) Lᵀ with
-L = W diag(1/v) V is added in floating point. A branch that is taken from the weight leaves u as it is: quantized are
+L = W diag(1/v) V is added in floating point. A branch that is taken from the weight does not change u: quantized are
 then u R and (W - L Vᵀ diag(v)) T⁻ᵀ. It may be taken from both, since (u - u V Vᵀ) V = 0. An estimator adds its
 correction. Linears that read the same x share one `StudentInput`, so that they share m, T, V and ratio_x. What is
 trained is in the parameters: of the transform, of the clips and of the estimator.
@@ -73,7 +73,7 @@ class StudentInput(nn.Module):
         low_rank_basis: Buffer [I, r], V, or None without a low-rank branch.
         low_rank_from: Out of what the branch is taken: "input", "weight" or "both".
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
-        scheme: How the input is quantized; None leaves it as it is (weight-only), only transformed.
+        scheme: How the input is quantized; None only transforms it (weight-only).
         recomputes: Whether the backward pass computes the way to the quantized input again instead of keeping it.
         needs_grid: Whether the scheme depends on where the video tokens of the call at hand are (`core.tokens`).
 
@@ -156,8 +156,8 @@ class StudentLinear(nn.Module):
             the way to it.
         weight_clip: Ratio of each output channel, or None for 1.
         estimator: Returns a correction of the output for the quantized input, or None.
-        rounding: Returns the quantized weight, [O, I], where its rounding is learned and transform and clip stay as
-            they are; None rounds to nearest.
+        rounding: Returns the quantized weight, [O, I], if its rounding is learned and transform and clip are
+            fixed; None rounds to nearest.
 
     Args:
         linear: Full precision.

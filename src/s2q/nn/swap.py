@@ -6,7 +6,7 @@ from s2q.common.errors import InvalidInputError
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the module called `name`, in place; its training mode is taken over.
+    """Put `new` in the place of the module called `name`, in place; it gets the training mode of the replaced one.
 
     Args:
         root: The model.

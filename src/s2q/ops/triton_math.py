@@ -29,8 +29,8 @@ def magnitude_bits(x):
 def matrix_product(a, b, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """Product of two matrices, summed in fp32.
 
-    PRECISION is "native" for operands multiplied as they are (bf16, fp16), "bf16" to round them to it first, "tf32" for
-    fp32 of which the tensor cores read 11 bits, or "tf32x3" for fp32 in three products of such parts.
+    PRECISION is "native" for unconverted operands (bf16, fp16), "bf16" to round them to it first, "tf32" for
+    fp32 truncated to 11 bits by the tensor cores, or "tf32x3" for fp32 in three products of such parts.
     """
     if PRECISION == "bf16":
         a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)

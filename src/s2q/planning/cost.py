@@ -50,7 +50,7 @@ _FACTORIZATION_BYTES = 40
 _BASIS_BYTES = 52
 """The same of the second moments whose principal directions are computed, in fp64; measured."""
 _PACKED_COPIES = 0.6
-"""Packed copies of a block that stand beside it, in bytes a weight."""
+"""Packed copies of a block in addition to it, in bytes per weight."""
 _FORWARD_VALUES = 3
 """Values that live at a time for each one of the widest layer while a block runs without gradients."""
 _RUNTIME_BYTES = 100 * 10**6
@@ -166,7 +166,7 @@ class BlockShape:
 
     Attributes:
         parameters: Values of all its parameters.
-        weights: O · I of each of its quantized linears but for modulation.
+        weights: O · I of each of its quantized linears except modulation.
         inputs: I and rows of each group of them that shares an input.
         outputs: O and rows of each of them.
         streams: Channels of the video that it returns, and rows in all streams.

@@ -49,8 +49,8 @@ def recipe_names() -> list[str]:
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: Sequence[str] = ()) -> Recipe:
     """Load and validate a recipe.
 
-    The key `extends` names a recipe of the package that the others are changes to: a group is taken over but for the
-    keys given here, name and description are not taken over. The result has no such key.
+    The key `extends` names a recipe of the package that the others are changes to: keys of a group
+    that are not given here keep its values; name and description are not inherited. The result has no such key.
 
     Args:
         recipe: Name of a recipe of the package, "+sds" or "+std" after it if wanted (`VARIANTS`), path of a YAML file,

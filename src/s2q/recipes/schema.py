@@ -94,7 +94,7 @@ class Recipe(BaseModel):
         outer: Weights of the linears outside the blocks (text projection, token refiner, timestep embedding, output),
             weight-only and rounded to nearest; None leaves those linears untouched.
         calibration: What the recipe calibrates on, if any of its parts does.
-        transforms: What stands before the linears.
+        transforms: Transforms of the inputs of linears.
         clip: Clipping ratios.
         loss: How distillation weights tokens.
         distillation: How blocks are optimised; None does not optimise.

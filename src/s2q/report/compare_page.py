@@ -1,7 +1,7 @@
 """The page of a comparison: table, chart, videos of all entries in step, differences, definitions; one HTML file.
 
-The videos of a prompt are tiles of one mp4, of which the page draws each into its own place: however many entries there
-are, they cannot get out of step.
+The videos of a prompt are tiles of one mp4, and the page draws each tile into a separate canvas, so any number of
+entries stays synchronised.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _LABEL_SIZE = 14
 
 
 def enlarged(frames: np.ndarray, *, target: int = DISPLAY_PIXELS) -> np.ndarray:
-    """Repeat pixels by a whole factor until the longer side is about `target`; larger videos stay as they are.
+    """Repeat pixels by a whole factor until the longer side is about `target`; larger videos do not change.
 
     Args:
         frames: `[F, H, W, 3]`, uint8.
@@ -47,7 +47,7 @@ def enlarged(frames: np.ndarray, *, target: int = DISPLAY_PIXELS) -> np.ndarray:
 
 
 def reduced(frames: np.ndarray, *, longest: int) -> np.ndarray:
-    """Shrink a video until its longer side is at most `longest`, averaging pixels; smaller videos stay as they are.
+    """Shrink a video until its longer side is at most `longest`, averaging pixels; smaller videos do not change.
 
     Args:
         frames: `[F, H, W, 3]`, uint8.

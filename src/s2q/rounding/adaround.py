@@ -8,8 +8,8 @@ V starts where h(V) = W / Δ - floor(W / Δ), so that W_q is W itself, and is le
 λ · (1/n) Σ (1 - |2 h(V) - 1|^β) that draws h to 0 or 1. After a warm-up without it, β goes down from 20, where only
 what is almost decided is drawn, to 2. In the end h counts as 1 from ½ on.
 
-The paper sums the penalty; here it is the mean over all weights that are learned together, because the loss it stands
-beside is divided by its own value (`s2q.blocks.distil`).
+The paper sums the penalty; here it is the mean over all weights that are learned together, because the loss it is
+added to is divided by its own value (`s2q.blocks.distil`).
 
 Example: W / Δ = 2.3 has floor 2, and h = 0.3 at sigmoid(V) = 0.4 / 1.2, V = log(0.5) = -0.693; untouched, it would be
 rounded to 2.

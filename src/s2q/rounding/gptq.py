@@ -110,7 +110,7 @@ def round_gptq(
         scheme: PerChannel or PerGroup.
         hessian: [I, I] of the layer's input, transformed and quantized; see `HessianAccumulator`.
         clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to it.
-        scale: fp32 [O] or [O, G] to use as it is; None computes it from weight and clip ratio.
+        scale: fp32 [O] or [O, G] to use unchanged; None computes it from weight and clip ratio.
         options: None is the defaults.
 
     Returns:
@@ -127,7 +127,7 @@ def round_gptq(
     if scale is None:
         scale = weight_scale(weight, scheme, clip_ratio=clip_ratio)
     elif clip_ratio is not None:
-        raise InvalidInputError("gptq: got a scale and a clip ratio; expected one of them, the scale is used as it is")
+        raise InvalidInputError("gptq: got a scale and a clip ratio; expected only one of them")
     levels = levels_of(scheme, weight.shape[1], device=weight.device)
     nearest = quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
     rtn_rows = hessian_error(dequantize_weight(nearest, scale, levels=levels) - weight, hessian)
@@ -215,7 +215,7 @@ def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, *, scheme: Qua
 
 
 def _columns_scale(scale: Tensor, in_features: int) -> Tensor:
-    """Spread [O] or [O, G] to one scale a weight, [O, I]."""
+    """Expand [O] or [O, G] to per-weight scales, [O, I]."""
     if scale.ndim == 1:
         return scale.unsqueeze(1).expand(-1, in_features)
     return scale.repeat_interleave(in_features // scale.shape[1], dim=1)

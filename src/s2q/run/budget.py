@@ -9,7 +9,7 @@ up to them: the budget is kept, and the choice is the best within what rounding 
 Example: two with candidates (cost, error) (1, 9), (3, 1) and (1, 4), (2, 3), limit 4: the first gets its second and the
 other its first, for 4 and an error of 5.
 
-Legend: `u` whom something is chosen for, `k` candidate.
+Legend: `u` unit (linears with one choice), `k` candidate.
 """
 
 from __future__ import annotations

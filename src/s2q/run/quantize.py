@@ -2,7 +2,7 @@
 
 Blocks do not depend on each other: each is computed from the full-precision model and the recipe alone, written
 atomically into the run folder, and skipped when it is there with the fingerprint of the same inputs. A killed run
-therefore goes on where it was, with a bit-identical result. The output appears at its place all at once.
+is therefore resumed with a bit-identical result. The output appears at its place all at once.
 """
 
 from __future__ import annotations
@@ -157,9 +157,9 @@ def quantize(
             pipeline, which is not changed.
         recipe: Name, file, contents, or a validated recipe.
         out: Folder to write; needed unless `dry_run`.
-        prompts: Calibration prompts, for recipes that calibrate, of which the first `calibration.n_prompts` are used;
+        prompts: Calibration prompts, for recipes that calibrate; the first `calibration.n_prompts` are used.
             None takes those of an embedded model. Other recipes use none.
-        progress: Called as the run goes on.
+        progress: Called during the run.
         **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `variant` (of the weights, "fp16"), `resume`
             (True), `overwrite` (False), `overrides` (changes to the recipe, "key=value" each), `dry_run` (False; True
             returns the plan and computes nothing), `max_shard_size` ("10GB"), `memory_budget` (host memory for the

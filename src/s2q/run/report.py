@@ -23,7 +23,7 @@ class BlockReport:
         layers: The same for each of its quantized linears, by full name.
         seconds: Time it took.
         peak_memory_bytes: Highest resident memory of the process (on a GPU: allocated there) in the run until then.
-        resumed: Whether it was taken over from an interrupted run; the figures are that run's then.
+        resumed: Whether it is from an interrupted run; its figures are those of that run.
         loss: Mean loss over the calibration samples as `ReconstructedBlock` has it: `rtn`, `initial`, `distilled`,
             `final`; empty for recipes that do not calibrate.
         distillation: How it went; None without.
@@ -129,5 +129,5 @@ def log_block(report: BlockReport, *, total: int) -> None:
         report.weight_relative_error,
         report.seconds,
         report.peak_memory_bytes / 2**20,
-        ", taken over" if report.resumed else "",
+        ", resumed" if report.resumed else "",
     )

@@ -88,8 +88,8 @@ def measured(
         source: The model; its weights are loaded.
         recipe: The recipe of the plan.
         machine: Where to measure.
-        prompts: Of which the first is generated; None takes those of an embedded model, or any, as many as the recipe
-            says.
+        prompts: The first one is generated; None takes those of an embedded model, or any, as many as the recipe
+            needs.
         dtype: Compute dtype; None takes the one of `load_teacher`.
         progress: Called with a stage, and how much of it is done.
 

@@ -2,7 +2,7 @@
 
 A few channels are multiplied by a power of two where a block linear reads them and divided by it in that linear's
 weights: the input of attention's and the feed-forward's first linears through the norm before them, the input of
-``to_out`` through ``to_v``. A power of two changes no mantissa, so every product stays as it was. What Wan's blocks
+``to_out`` through ``to_v``. A power of two changes no mantissa, so no product changes. What Wan's blocks
 read is ``norm(x) * (1 + scale(t)) + shift(t)``, with one projection of the timestep for all of them: the same channels
 are large in every block, and its ``1 + scale(t)`` is rounded anew, in float32.
 """
@@ -25,14 +25,14 @@ def add_outliers(
 ) -> None:
     """Scale ``fraction`` of the channels up before each block linear and down in its weights, in place.
 
-    The second linear of a feed-forward is left as it is, and so are the linears that read the text in Wan's
+    The second linear of a feed-forward is not changed, nor are the linears that read the text in Wan's
     cross-attention.
 
     Args:
         transformer: Any floating dtype.
         fraction: Share of the channels of each linear's input, at least one channel.
         scale: A power of two.
-        seed: Which channels; different ones in every block, but for those that follow Wan's timestep.
+        seed: Which channels; different ones in every block, except those that follow Wan's timestep.
 
     Raises:
         ValueError: If ``scale`` is not a power of two, which would not be exact.

@@ -20,7 +20,7 @@ _NAMES = ("scale", "left", "right")
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """The parts of diag(scale) · (left ⊗ right); None stands for the identity.
+    """The parts of diag(scale) · (left ⊗ right); None is the identity.
 
     Attributes:
         scale: [I] or None.

@@ -2,8 +2,8 @@
 
 Two preprocessings, since the figures of papers rest on both. CLIP's own (shorter side resized by a bicubic filter,
 centre cropped, normalised) gives `clip_score` (Hessel et al. 2021, without their factor of 2.5). EvalCrafter's scripts
-(Liu et al. 2024), whose figures the paper reports, squeeze the frame to a square and give CLIP the levels 0..255 as
-they are: its `clipsim` and `clip_temp` are therefore on another scale.
+(Liu et al. 2024), whose figures the paper reports, squeeze the frame to a square and give CLIP the raw levels
+0..255: its `clipsim` and `clip_temp` are therefore on another scale.
 
 Legend: `F` frames, `H`, `W` height and width in pixels, `S` side of CLIP's input, `E` size of its embeddings.
 """

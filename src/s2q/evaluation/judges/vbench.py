@@ -267,7 +267,7 @@ def _is_short(plan: VBenchPlan, name: str) -> bool:
 
 
 def _ask(options: VBenchOptions) -> dict[str, Any]:
-    """Return what the interpreter says of itself and of the dimensions that were asked for, all of which it knows."""
+    """Return the interpreter's description of itself and of the requested dimensions, which it must know."""
     if shutil.which(options.python) is None:
         raise InvalidInputError(f"--vbench-python {options.python}: there is no such program; name an interpreter")
     if options.cache is not None and not options.cache.is_dir():

@@ -40,7 +40,7 @@ def attention_colsum(
     """Sum the attention that each key receives, over all queries and heads; see `reference.attention_colsum`.
 
     Args:
-        query: [B, H, N, D], fp32, fp16 or bf16; any strides. Halves are multiplied as they are, fp32 as three
+        query: [B, H, N, D], fp32, fp16 or bf16; any strides. Halves are multiplied directly, fp32 as three
             products of tf32 parts, or as one product of tf32 where D is above 64.
         key: [B, H, M, D], same dtype.
         mask: Broadcasts to [B, H, N, M]; boolean, or floating and added to the logits. Or None.

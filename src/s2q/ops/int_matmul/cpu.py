@@ -82,7 +82,7 @@ def offset_codes(x_codes: Tensor, *, num_bits: int) -> Tensor:
 
 
 def prepack(w_codes: Tensor) -> Tensor:
-    """Return the codes of a weight in the order in which oneDNN reads them, as large as they are.
+    """Return the codes of a weight in the order in which oneDNN reads them, at the same size.
 
     Args:
         w_codes: int8 [O, K].

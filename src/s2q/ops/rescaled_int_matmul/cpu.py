@@ -44,7 +44,7 @@ def rescaled_int_matmul(
         x_codes: int8 [M, K].
         x_scale: fp32 [M, 1].
         w_codes: int8 [O, K], or uint8 [O, P]; these are unpacked piece by piece, and nothing is kept. Or [K, O] from
-            `int_matmul.cpu.prepack`, where `multiplies_pairs` says so.
+            `int_matmul.cpu.prepack`, if `multiplies_pairs`.
         w_scale: fp32 [O]; [O, G] is left to the reference.
         bias: [O], floating, or None.
         low_rank_input: c, fp32 [M, r], or None.

@@ -28,7 +28,7 @@ def weight_only_matmul(
     w_bits: int = 8,
     backend: str = "auto",
 ) -> Tensor:
-    """Multiply rows with the weight that codes stand for; see `reference.weight_only_matmul`.
+    """Multiply rows with the dequantized weight; see `reference.weight_only_matmul`.
 
     Args:
         x: [M, K], floating.

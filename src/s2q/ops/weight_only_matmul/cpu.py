@@ -22,7 +22,7 @@ def weight_only_matmul(
     bias: Tensor | None = None,
     w_bits: int = 8,
 ) -> Tensor:
-    """Multiply rows with the weight that codes stand for; see `reference.weight_only_matmul`.
+    """Multiply rows with the dequantized weight; see `reference.weight_only_matmul`.
 
     Args:
         x: [M, K], floating.

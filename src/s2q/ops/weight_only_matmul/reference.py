@@ -30,7 +30,7 @@ def weight_only_matmul(
     bias: Tensor | None = None,
     w_bits: int = 8,
 ) -> Tensor:
-    """Multiply rows with the weight that codes stand for.
+    """Multiply rows with the dequantized weight.
 
     Args:
         x: [M, K], floating.

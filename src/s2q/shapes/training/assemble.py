@@ -57,7 +57,7 @@ def assemble(architecture: EmbeddedArchitecture, vae: Any, transformer_run: Path
         vae: The autoencoder with normalised latents.
         transformer_run: Training folder of transformer and text encoder.
         out: Destination, a package-data folder.
-        seed: Of the initial weights, none of which remain.
+        seed: Of the initial weights, which are all replaced.
     """
     pipeline = build_pipeline(architecture, seed=seed)
     pipeline.register_modules(vae=vae)

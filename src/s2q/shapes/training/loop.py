@@ -1,7 +1,7 @@
 """One training loop for every part: data parallel over processes, resumable, the same on CPU and GPU.
 
-The data of a step depends on (seed, step, process) alone and the learning rate on the step alone, so that a run that
-was killed goes on from its last checkpoint as if nothing had happened. Checkpoints are safetensors: weights, their
+The data of a step depends on (seed, step, process) alone and the learning rate on the step alone, so a killed
+run resumes from its last checkpoint with the same result. Checkpoints are safetensors: weights, their
 exponential moving average (EMA) and the optimisers' state.
 """
 

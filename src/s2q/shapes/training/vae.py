@@ -84,7 +84,7 @@ class VAETask:
 
 
 class DecoderTask(VAETask):
-    """Go on with the decoder alone, on normalised latents: they stay, so the transformer can train on them.
+    """Train the decoder alone, on normalised latents, which do not change: the transformer can train on them.
 
     Args:
         start: Training folder of the autoencoder to start from.
@@ -114,7 +114,7 @@ def normalise_latents(vae: AutoencoderKLCogVideoX, *, mean: Tensor, spread: Tens
     """Fold ``(latent - mean) / spread`` into the weights: the pipeline offers one factor for all channels.
 
     The encoder's last convolution takes the shift and the scale, every layer of the decoder that reads latents
-    undoes them. The scale leaves reconstructions as they are; the shift does so except at the frame's border, where
+    undoes them. The scale does not change reconstructions, nor does the shift except at the frame's border, where
     the decoder's first convolution pads with zeros (which the decoder then learns anew).
 
     Args:
