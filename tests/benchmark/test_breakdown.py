@@ -6,8 +6,8 @@ from s2q.benchmark.breakdown import CATEGORIES, breakdown, in_milliseconds
 from s2q.benchmark.synthetic_blocks import random_packed_linear
 from s2q.core.input_path import InputLayout
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
-from s2q.models.family import BlockLinear
 from s2q.nn import packed
+from s2q.planning.resolve import LinearPlan
 
 
 class Model(nn.Module):
@@ -26,9 +26,18 @@ def packed_linear():
         weight=QuantScheme(num_bits=4, granularity=PerChannel()),
         activation=QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True),
     )
-    shape = BlockLinear(name="l", block=0, role="linear", in_features=64, out_features=64, has_bias=True)
-    layout = InputLayout(scale=True, left=8, right=8)
-    return random_packed_linear(shape, scheme, layout, generator=torch.Generator(), dtype=torch.float32)
+    linear = LinearPlan(
+        name="l",
+        inner_name="l",
+        block=0,
+        role="linear",
+        in_features=64,
+        out_features=64,
+        has_bias=True,
+        scheme=scheme,
+        layout=InputLayout(scale=True, left=8, right=8),
+    )
+    return random_packed_linear(linear, generator=torch.Generator(), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(64, 64), packed_linear])

@@ -1,5 +1,6 @@
 """The students of a block as they start: the search for α, and the tokens that it judges by."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,12 @@ from s2q.blocks.students import ALPHAS, make_students
 from s2q.blocks.task import BlockTask, BlockWork
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
-from s2q.models import FAMILIES
+from s2q.models import FAMILIES, linears_of_block
+from s2q.planning.resolve import resolve
 from s2q.recipes.load import load_recipe
 
 GROUP = ("q", "k")
+FAMILY = FAMILIES["CogVideoXTransformer3DModel"]
 SCHEME = LinearScheme(
     weight=QuantScheme(num_bits=4, granularity=PerChannel()),
     activation=QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True),
@@ -34,17 +37,19 @@ def case():
 
 def students(case, *overrides):
     """The block with its students under the recipe at W4A4."""
-    linears = {name: f"block.{name}" for name in GROUP}
+    recipe = load_recipe("svdquant-w4a4", overrides=overrides)
+    linears = linears_of_block(case.block, "block", FAMILY)
+    group = tuple(replace(linear, scheme=SCHEME) for linear in resolve(recipe, linears))
     task = BlockTask(
         block=case.block,
-        linears=linears,
-        schemes=dict.fromkeys(linears.values(), SCHEME),
-        recipe=load_recipe("svdquant-w4a4", overrides=overrides),
-        family=FAMILIES["CogVideoXTransformer3DModel"],
+        linears=group,
+        recipe=recipe,
+        family=FAMILY,
         index=0,
         seed=0,
     )
-    return make_students(BlockWork(task=task, teacher=case.block), GROUP, statistics=case.statistics)
+    made = make_students(BlockWork(task=task, teacher=case.block), group, statistics=case.statistics)
+    return dict(zip(GROUP, made, strict=True))
 
 
 def error(case, *overrides):

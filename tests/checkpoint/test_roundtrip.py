@@ -95,19 +95,18 @@ def test_own_loader_takes_the_dtype_of_the_run(checkpoint):
 
 def test_same_video_as_the_pipeline_in_memory(checkpoint_fp32):
     """Save and load changes nothing: the latents are those of the pipeline that was packed in memory."""
-    from s2q.core.schemes import LinearScheme
     from s2q.nn import replace_module
-    from s2q.planning.resolve import assign_schemes
+    from s2q.planning.resolve import resolve
     from s2q.recipes.load import load_recipe
     from s2q.rounding import round_rtn
 
     pipe = tiny_cogvideox_pipeline()
     linears = block_linears(pipe.transformer, family_of(pipe.transformer))
-    for name, scheme in assign_schemes(load_recipe("rtn-w4a6"), linears).items():
-        assert isinstance(scheme, LinearScheme)
-        linear = pipe.transformer.get_submodule(name)
-        rounded = round_rtn(linear.weight, scheme.weight)
-        replace_module(pipe.transformer, name, PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=scheme))
+    for plan in resolve(load_recipe("rtn-w4a6"), linears):
+        linear = pipe.transformer.get_submodule(plan.name)
+        rounded = round_rtn(linear.weight, plan.scheme.weight)
+        packed = PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=plan.scheme)
+        replace_module(pipe.transformer, plan.name, packed)
     loaded = load_pipeline(checkpoint_fp32)
     arguments = {"output_type": "latent", "guidance_scale": 3.0}
     torch.testing.assert_close(run_pipeline(loaded, **arguments), run_pipeline(pipe, **arguments), rtol=1e-4, atol=1e-4)

@@ -7,8 +7,7 @@ from s2q.models import block_linears, linears_of_block
 from s2q.models.synthetic import synthetic_model, synthetic_names
 from s2q.nn import PackedLinear
 from s2q.planning import plan
-from s2q.planning.input_paths import assign_layouts
-from s2q.planning.resolve import assign_schemes
+from s2q.planning.resolve import resolve
 from s2q.recipes.load import load_recipe
 from tiny import shrunken
 
@@ -100,12 +99,11 @@ def test_rows_are_what_linears_see(name):
 
 def packed_blocks(model, recipe, generator):
     """A block of each list, packed as a checkpoint would be, and inputs for it."""
-    linears = block_linears(model.meta_transformer(), model.family)
-    schemes = assign_schemes(load_recipe(recipe), linears)
-    layouts = assign_layouts(load_recipe(recipe), linears, schemes)
+    linears = resolve(load_recipe(recipe), block_linears(model.meta_transformer(), model.family))
+    plans = {linear.name: linear for linear in linears}
 
     def packed(linear):
-        return random_packed_linear(linear, schemes[linear.name], layouts.get(linear.name), generator=generator)
+        return random_packed_linear(plans[linear.name], generator=generator)
 
     for block_list in model.block_lists:
         block = synthetic_block(model, block_list, generator=generator, linear_of=packed)

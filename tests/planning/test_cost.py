@@ -8,7 +8,7 @@ from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.models.synthetic import synthetic_model
 from s2q.planning import Machine, Workload, check_memory, plan, plan_transformers, tensor_sizes
 from s2q.planning.cost import block_shapes
-from s2q.planning.resolve import recipe_linears
+from s2q.planning.resolve import recipe_linears, resolve
 from s2q.planning.workload import workload_of_synthetic
 from s2q.recipes.load import load_recipe
 from tiny import tiny_cogvideox_pipeline, tiny_mochi_pipeline
@@ -153,9 +153,11 @@ def test_the_embedded_model_is_planned_from_its_configuration():
 def test_activations_are_as_wide_as_the_video_where_the_text_is_narrower():
     transformers = {"transformer": tiny_mochi_pipeline().transformer}
     workload = Workload(tokens=1000, frames=5, text_tokens=8, branches=2, rows=2, component_bytes=0)
+    recipe = load_recipe("s2q-w4a6", overrides=["calibration.samples=1", "calibration.branches=conditional"])
     planned = plan_transformers(
         transformers,
-        load_recipe("s2q-w4a6", overrides=["calibration.samples=1", "calibration.branches=conditional"]),
+        recipe,
+        resolve(recipe, recipe_linears(recipe, transformers)),
         model="tiny",
         sizes=tensor_sizes(transformers),
         dtype=torch.float32,
@@ -171,12 +173,13 @@ def test_activations_are_as_wide_as_the_video_where_the_text_is_narrower():
 def test_weights_that_the_process_holds_count_once(monkeypatch, device, recipe):
     monkeypatch.setattr(Machine, "process_bytes", 10**9)
     transformers, others = {"transformer": tiny_cogvideox_pipeline().transformer}, 10**8
-    sizes = tensor_sizes(transformers)
+    sizes, loaded = tensor_sizes(transformers), load_recipe(recipe)
     workload = Workload(tokens=12, frames=3, text_tokens=8, branches=2, rows=2, component_bytes=others)
     fresh, held = (
         plan_transformers(
             transformers,
-            load_recipe(recipe),
+            loaded,
+            resolve(loaded, recipe_linears(loaded, transformers)),
             model="tiny",
             sizes=sizes,
             dtype=torch.float32,

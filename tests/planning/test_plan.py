@@ -108,15 +108,18 @@ def test_known_figures():
     from diffusers import CogVideoXTransformer3DModel
 
     from s2q.planning import plan_transformers
+    from s2q.planning.resolve import recipe_linears, resolve
     from s2q.recipes.load import load_recipe
 
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel(num_attention_heads=30, attention_head_dim=64, num_layers=30)
+    transformers = {"transformer": transformer}
     sizes = {name: 2 * tensor.numel() for name, tensor in transformer.state_dict().items()}
     ratios = {}
     for overrides in ((), ("modulation=null",)):
         recipe = load_recipe("rtn-w4a6", overrides=overrides)
-        planned = plan_transformers({"transformer": transformer}, recipe, model="2b", sizes=sizes, dtype=torch.bfloat16)
+        linears = resolve(recipe, recipe_linears(recipe, transformers))
+        planned = plan_transformers(transformers, recipe, linears, model="2b", sizes=sizes, dtype=torch.bfloat16)
         ratios[overrides] = round(planned.storage["ratio"], 2)
     assert ratios == {(): 3.89, ("modulation=null",): 2.42}
 

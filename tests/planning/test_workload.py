@@ -3,7 +3,8 @@
 import pytest
 from diffusers import CogVideoXPipeline
 
-from s2q.planning import Workload, workload_of
+from s2q.planning import Workload
+from s2q.planning.workload import workload_of
 from s2q.selection.options import Calibration
 from tiny import tiny_cogvideox_image_pipeline, tiny_cogvideox_pipeline, tiny_wan_pipeline
 

@@ -6,8 +6,7 @@ import torch
 
 from s2q.common.errors import InvalidInputError
 from s2q.models import BlockLinear, block_linears, family_of
-from s2q.planning.allocation import allocation_schemes
-from s2q.planning.resolve import assign_schemes
+from s2q.planning.resolve import allocation_schemes, resolve
 from s2q.recipes.load import load_recipe, recipe_names
 from s2q.recipes.schema import Recipe
 from tiny import tiny_transformer
@@ -18,6 +17,10 @@ def linears():
     with torch.device("meta"):
         transformer = tiny_transformer()
     return block_linears(transformer, family_of(transformer))
+
+
+def schemes_of(recipe, linears):
+    return {linear.name: linear.scheme for linear in resolve(recipe, linears)}
 
 
 def test_the_recipes_of_the_package():
@@ -34,7 +37,7 @@ def test_every_packaged_recipe_is_valid_and_called_what_it_is(name, linears):
     assert name.endswith(f"-w{recipe.weights.num_bits}a{activation}")
     assert recipe.linear_scheme().simulated == name.startswith(("q-dit-", "deltaquant-", "orbitquant-"))
     assert recipe.description.startswith("experimental:") == name.startswith(("deltaquant-", "orbitquant-"))
-    assert set(assign_schemes(recipe, linears)) == {linear.name for linear in linears}
+    assert set(schemes_of(recipe, linears)) == {linear.name for linear in linears}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -83,7 +86,7 @@ def test_what_cannot_be_extended(content, message):
 
 
 def test_modulation_is_weight_only_at_4_bits_by_default(linears):
-    schemes = assign_schemes(load_recipe({"name": "mine", "weights": {"num_bits": 8}}), linears)
+    schemes = schemes_of(load_recipe({"name": "mine", "weights": {"num_bits": 8}}), linears)
     modulation = {schemes[linear.name].name for linear in linears if linear.role == "modulation"}
     others = {schemes[linear.name].name for linear in linears if linear.role == "linear"}
     assert (modulation, others) == ({"w4a16"}, {"w8a16"})
@@ -91,7 +94,7 @@ def test_modulation_is_weight_only_at_4_bits_by_default(linears):
 
 def test_modulation_null_leaves_those_linears_untouched(linears):
     recipe = load_recipe("rtn-w4a6", overrides=["modulation=null"])
-    assert set(assign_schemes(recipe, linears)) == {linear.name for linear in linears if linear.role == "linear"}
+    assert set(schemes_of(recipe, linears)) == {linear.name for linear in linears if linear.role == "linear"}
 
 
 def test_overrides_change_one_value_and_nothing_else():
@@ -109,7 +112,7 @@ def test_an_override_makes_a_group_that_is_null():
 
 def test_per_group_weights(linears):
     recipe = load_recipe("rtn-w4a16", overrides=["weights.granularity=per_group", "weights.group_size=16"])
-    schemes = assign_schemes(recipe, linears)
+    schemes = schemes_of(recipe, linears)
     assert {schemes[one.name].name for one in linears if one.role == "linear"} == {"w4g16a16"}
 
 
@@ -117,12 +120,12 @@ def test_group_size_that_does_not_divide_names_the_linear_and_what_would_do(line
     recipe = load_recipe("rtn-w4a16", overrides=["weights.granularity=per_group", "weights.group_size=100"])
     message = r"transformer_blocks\.0\.attn1\.to_q: in_features=64 is not divisible by group_size=100; use 16, 32, 64"
     with pytest.raises(InvalidInputError, match=message):
-        assign_schemes(recipe, linears)
+        schemes_of(recipe, linears)
 
 
 def test_skip_patterns(linears):
     recipe = load_recipe("rtn-w4a6", overrides=["skip=['transformer_blocks.0.*', '*.ff.net.2']"])
-    schemes = assign_schemes(recipe, linears)
+    schemes = schemes_of(recipe, linears)
     assert set(schemes) == {
         linear.name for linear in linears if linear.block != 0 and not linear.name.endswith("ff.net.2")
     }
@@ -130,12 +133,12 @@ def test_skip_patterns(linears):
 
 def test_a_skip_pattern_that_matches_nothing_is_an_error(linears):
     with pytest.raises(InvalidInputError, match=r"skip pattern 'transformer_block\.0\.\*' matches none"):
-        assign_schemes(load_recipe("rtn-w4a6", overrides=["skip=[transformer_block.0.*]"]), linears)
+        schemes_of(load_recipe("rtn-w4a6", overrides=["skip=[transformer_block.0.*]"]), linears)
 
 
 def test_zero_targets_is_an_error(linears):
     with pytest.raises(InvalidInputError, match="none of the 16 linears is left to quantize"):
-        assign_schemes(load_recipe("rtn-w4a6", overrides=["skip=['*']"]), linears)
+        schemes_of(load_recipe("rtn-w4a6", overrides=["skip=['*']"]), linears)
 
 
 def test_unknown_name_lists_the_nearest():
@@ -233,9 +236,9 @@ def test_levels_that_do_not_exist_name_the_nearest():
 def test_text_linears_are_never_given_differences_from_local_means():
     changes = ["allocation.what=weight_bits", "allocation.candidates=[4, 8]", "allocation.budget=5"]
     recipe = load_recipe("deltaquant-w4a6", overrides=changes)
-    shape = {"block": 0, "role": "linear", "in_features": 64, "out_features": 64, "has_bias": True}
+    names = {"name": "block.to_add", "inner_name": "to_add", "block": 0, "role": "linear"}
     for sees_text in (False, True):
-        linear = BlockLinear(name="block.to_add", sees_text=sees_text, **shape)
+        linear = BlockLinear(**names, in_features=64, out_features=64, has_bias=True, sees_text=sees_text)
         schemes = allocation_schemes(recipe, linear)
         assert {bits: scheme.needs_grid for bits, scheme in schemes.items()} == {4: not sees_text, 8: not sees_text}
 

@@ -15,7 +15,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.common.run_folder import open_run_folder
 from s2q.models import block_linears, family_of
 from s2q.planning import plan
-from s2q.planning.resolve import assign_schemes
+from s2q.planning.resolve import resolve
 from s2q.recipes.load import load_recipe
 from s2q.run import allocate as allocate_module
 from s2q.run.allocate import block_errors, chosen_schemes
@@ -82,10 +82,12 @@ def test_the_linear_that_needs_small_groups_gets_them(tmp_path, factor):
 
 def test_where_small_groups_bring_nothing_none_are_taken():
     recipe = groups(5)
-    linears = {one.name: one for one in all_linears()}
-    names = [name for name, one in linears.items() if one.role == "linear"]
-    assert set(given(chosen_schemes(recipe, linears, {(name,): [1.0, 1.0] for name in names}).record).values()) == {64}
-    better = chosen_schemes(recipe, linears, {(name,): [1.0, 0.5] for name in names})
+    linears = resolve(recipe, all_linears())
+    units = [(linear,) for linear in linears if linear.role == "linear"]
+    equal = chosen_schemes(recipe, linears, {unit: [1.0, 1.0] for unit in units})
+    assert set(given(equal.record).values()) == {64}
+    better = chosen_schemes(recipe, linears, {unit: [1.0, 0.5] for unit in units})
+    assert {linear.scheme.name for linear in better.linears} == {"w4g32a4g32", "w4a16"}
     assert set(given(better.record).values()) == {32}
     assert better.record["bytes"] == better.record["most_bytes"]  # 5 bits a weight are groups of 32
 
@@ -148,7 +150,7 @@ def test_a_killed_run_goes_on_with_the_same_allocation(tmp_path, monkeypatch, re
     original, measured = allocate_module.candidate_losses, []
 
     def counted(opened, group, unit, schemes):
-        measured.append(opened.work.task.linears[unit[0]])
+        measured.append(unit[0].name)
         if kill and measured[-1].startswith("transformer_blocks.1."):
             raise KeyboardInterrupt
         return original(opened, group, unit, schemes)
@@ -170,10 +172,8 @@ def test_an_error_is_that_of_the_block_with_that_linear_rounded(tmp_path, name):
     """A weight of 4 bits in block 1, everything else as it is, coded again here."""
     transformer = tiny_transformer().requires_grad_(False)
     recipe = load_recipe("rtn-w4a4", overrides=["allocation={what: weight_bits, candidates: [4, 8], budget: 6}"])
-    linears = tuple(block_linears(transformer, family_of(transformer)))
-    one = TeacherTransformer(
-        component="transformer", module=transformer, linears=linears, schemes=assign_schemes(recipe, linears)
-    )
+    linears = resolve(recipe, block_linears(transformer, family_of(transformer)))
+    one = TeacherTransformer(component="transformer", module=transformer, linears=tuple(linears))
     calls = [lambda seed=seed: transformer_inputs(seed=seed) for seed in (1, 2)]
     stream = TeacherStream(
         transformer,
@@ -201,7 +201,7 @@ def test_an_error_is_that_of_the_block_with_that_linear_rounded(tmp_path, name):
         for new, old in zip(rounded(*args, **kwargs), outputs, strict=True):
             noise += float((new - old).double().square().sum())
             power += float(old.double().square().sum())
-    four, eight = errors[(f"transformer_blocks.1.{name}",)]
+    four, eight = next(losses for (linear,), losses in errors.items() if linear.inner_name == name)
     assert four == pytest.approx(noise / power, rel=1e-3)
     assert eight < four / 50
 
@@ -264,9 +264,9 @@ def test_the_remedy_for_a_small_budget_is_enough():
     linears = [one for one in all_linears() if one.role == "linear"]
     for recipe in ("q-dit-w4a4", "vidit-q-mp-w4a4"):
         with pytest.raises(InvalidInputError) as caught:
-            assign_schemes(load_recipe(recipe, overrides=["allocation.budget=4.1"]), linears)
+            resolve(load_recipe(recipe, overrides=["allocation.budget=4.1"]), linears)
         needed = str(caught.value).split(" take ")[1].split()[0]
-        assign_schemes(load_recipe(recipe, overrides=[f"allocation.budget={needed}"]), linears)
+        resolve(load_recipe(recipe, overrides=[f"allocation.budget={needed}"]), linears)
 
 
 def test_allocation_needs_prompts_and_widths_that_it_replaces(tmp_path):

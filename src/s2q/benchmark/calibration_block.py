@@ -21,7 +21,6 @@ from s2q.benchmark.case import (
     Case,
     Entry,
     Settings,
-    packing_of,
 )
 from s2q.benchmark.machine import peak_memory
 from s2q.benchmark.micro import times_of
@@ -41,6 +40,7 @@ from s2q.models import ModelSource, block_linears, block_names, family_of, linea
 from s2q.models.family import BlockLinear
 from s2q.models.synthetic import SyntheticModel
 from s2q.nn import LearnableClip, StudentInput, StudentLinear, replace_module
+from s2q.planning.resolve import resolve
 from s2q.recipes.schema import Recipe
 from s2q.rounding import AdaRound, LearnedRounding, penalize, roundings_of, soft_rounding
 from s2q.transforms import ROTATIONS, Compose, SmoothScale, Transform
@@ -88,12 +88,11 @@ def student_of(block: nn.Module, linears: Mapping[str, BlockLinear], recipe: Rec
         recipe: The recipe.
     """
     student = copy.deepcopy(block).requires_grad_(False)
-    schemes, _layouts = packing_of(recipe, list(linears.values()))
-    for inner, linear in linears.items():
-        if linear.role == "linear" and linear.name in schemes:
-            module = student.get_submodule(inner)
+    for linear in resolve(recipe, list(linears.values())):
+        if linear.role == "linear":
+            module = student.get_submodule(linear.inner_name)
             assert isinstance(module, nn.Linear)
-            replace_module(student, inner, _student_linear(module, schemes[linear.name], recipe))
+            replace_module(student, linear.inner_name, _student_linear(module, linear.scheme, recipe))
     return student
 
 

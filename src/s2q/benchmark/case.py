@@ -14,9 +14,6 @@ from s2q.common.arguments import (
     whole_number,
 )
 from s2q.common.errors import InvalidInputError
-from s2q.models.family import BlockLinear
-from s2q.planning.input_paths import assign_layouts
-from s2q.planning.resolve import assign_schemes
 from s2q.recipes.schema import Recipe
 
 OPS = ("linear", "activation_path", "gemm", "attention_colsum", "denoising_step", "calibration_block")
@@ -79,17 +76,6 @@ class Case:
     label: str
     wanted: tuple[Entry, ...]
     measure: Callable[[Sequence[Entry]], list[Entry]]
-
-
-def packing_of(recipe: Recipe, linears: Sequence[BlockLinear]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the scheme and the layout of each linear that a recipe quantizes, by name.
-
-    Args:
-        recipe: The recipe.
-        linears: The linears.
-    """
-    schemes = assign_schemes(recipe, linears)
-    return schemes, assign_layouts(recipe, linears, schemes)
 
 
 def check_recipes(recipes: Sequence[Recipe]) -> None:

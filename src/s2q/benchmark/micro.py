@@ -28,7 +28,6 @@ from s2q.benchmark.case import (
     Case,
     Entry,
     Settings,
-    packing_of,
 )
 from s2q.benchmark.machine import (
     full_precision,
@@ -52,6 +51,7 @@ from s2q.models.family import BlockLinear
 from s2q.nn import PackedLinear, set_backend, share_inputs
 from s2q.ops import activation_path, attention_colsum, rescaled_int_matmul
 from s2q.ops.dispatch import resolve_backend
+from s2q.planning.resolve import resolve
 from s2q.recipes.schema import Recipe
 
 _BF16, _INT8 = "bf16", "int8"
@@ -164,7 +164,13 @@ def attention_cases(shapes: Sequence[AttentionShape], settings: Settings) -> lis
 def _measure_linear(op: str, shape: LayerShape, missing: Sequence[Entry], settings: Settings) -> list[Entry]:
     rows, in_features, out_features = shape.shape
     linear = BlockLinear(
-        name="layer", block=0, role="linear", in_features=in_features, out_features=out_features, has_bias=True
+        name="layer",
+        inner_name="layer",
+        block=0,
+        role="linear",
+        in_features=in_features,
+        out_features=out_features,
+        has_bias=True,
     )
     readers = missing[0]["readers"] or 1
     generator = torch.Generator(settings.device).manual_seed(derive_seed(settings.seed, op, *shape.shape))
@@ -290,11 +296,8 @@ def _name_of(entry: Mapping[str, Any]) -> str:
 
 
 def _packed(linear: BlockLinear, recipe: Recipe, generator: torch.Generator) -> PackedLinear:
-    schemes, layouts = packing_of(recipe.model_copy(update={"skip": ()}), [linear])
-    dtype = quantized_dtype(str(generator.device))
-    return random_packed_linear(
-        linear, schemes[linear.name], layouts.get(linear.name), generator=generator, dtype=dtype
-    )
+    (plan,) = resolve(recipe.model_copy(update={"skip": ()}), [linear])
+    return random_packed_linear(plan, generator=generator, dtype=quantized_dtype(str(generator.device)))
 
 
 def _full_linear(in_features: int, out_features: int, generator: torch.Generator, dtype: torch.dtype) -> _Contender:

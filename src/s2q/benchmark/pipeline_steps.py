@@ -24,7 +24,6 @@ from s2q.benchmark.case import (
     Case,
     Entry,
     Settings,
-    packing_of,
 )
 from s2q.benchmark.machine import full_precision, peak_memory, quantized_dtype
 from s2q.benchmark.micro import times_of
@@ -40,6 +39,7 @@ from s2q.models import ModelSource, block_linears, family_of
 from s2q.models.attention import attention_of
 from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module, set_backend, share_inputs
 from s2q.nn.dequantized import FASTEST
+from s2q.planning.resolve import resolve
 from s2q.recipes.schema import Recipe
 from s2q.rounding import round_rtn
 from s2q.transforms import ROTATIONS
@@ -89,31 +89,26 @@ def pack_uncalibrated(transformer: nn.Module, recipe: Recipe) -> nn.Module:
     Returns:
         The transformer.
     """
-    linears = block_linears(transformer, family_of(transformer))
-    schemes, layouts = packing_of(recipe, linears)
-    for one in linears:
-        if one.name not in schemes:
-            continue
-        linear, layout = transformer.get_submodule(one.name), layouts.get(one.name)
+    for plan in resolve(recipe, block_linears(transformer, family_of(transformer))):
+        linear, layout = transformer.get_submodule(plan.name), plan.layout
         weight, inputs = linear.weight.detach(), {}
-        if layout is not None:
-            shapes = layout.shapes(one.in_features, one.out_features)
-            if layout.left is not None or layout.right is not None:
-                rotation = ROTATIONS[recipe.transforms.rotation](one.in_features, seed=0)
-                inputs = {PREFIX + name: tensor for name, tensor in rotation.state_tensors().items()}
-                weight = rotation.fold_inverse(weight.cpu()).detach()
-            for name in shapes.keys() - inputs.keys():
-                fill = 1.0 if name in (f"{PREFIX}scale", "activation_clip") else 0.0
-                inputs[name] = torch.full(shapes[name], fill, dtype=PACKED_DTYPES[name])
-        rounded = round_rtn(weight.float(), schemes[one.name].weight)
+        if layout.left is not None or layout.right is not None:
+            rotation = ROTATIONS[recipe.transforms.rotation](plan.in_features, seed=0)
+            inputs = {PREFIX + name: tensor for name, tensor in rotation.state_tensors().items()}
+            weight = rotation.fold_inverse(weight.cpu()).detach()
+        shapes = layout.shapes(plan.in_features, plan.out_features)
+        for name in shapes.keys() - inputs.keys():
+            fill = 1.0 if name in (f"{PREFIX}scale", "activation_clip") else 0.0
+            inputs[name] = torch.full(shapes[name], fill, dtype=PACKED_DTYPES[name])
+        rounded = round_rtn(weight.float(), plan.scheme.weight)
         layer = PackedLinear.from_rounded(
             rounded,
             bias=linear.bias,
-            scheme=schemes[one.name],
+            scheme=plan.scheme,
             inputs=inputs,
-            deflates=layout is None or layout.deflates,
+            deflates=layout.deflates,
         )
-        replace_module(transformer, one.name, layer.to(linear.weight.device))
+        replace_module(transformer, plan.name, layer.to(linear.weight.device))
     share_inputs(transformer)
     return transformer
 

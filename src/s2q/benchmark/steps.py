@@ -26,7 +26,6 @@ from s2q.benchmark.case import (
     Case,
     Entry,
     Settings,
-    packing_of,
 )
 from s2q.benchmark.machine import (
     full_precision,
@@ -50,6 +49,7 @@ from s2q.models import block_linears, linears_of_block
 from s2q.models.attention import attention_of
 from s2q.models.synthetic import BlockList, SyntheticModel
 from s2q.planning import loaded_sizes, plan_transformers
+from s2q.planning.resolve import resolve
 from s2q.recipes.schema import Recipe
 
 CPU_TOKENS = 1024
@@ -173,14 +173,13 @@ def _stack(
 ) -> list[nn.Module]:
     if recipe is None:
         return [synthetic_block(model, block_list, generator=generator, dtype=dtype) for _ in range(count)]
-    schemes, layouts = packing_of(recipe, block_linears(model.meta_transformer(), model.family))
+    linears = resolve(recipe, block_linears(model.meta_transformer(), model.family))
+    plans = {linear.name: linear for linear in linears}
 
     def packed(place: int) -> nn.Module:
         def linear_of(linear: Any) -> nn.Module | None:
             name = linear.name.replace(f"{block_list.name}.0.", f"{block_list.name}.{place}.", 1)
-            if name not in schemes:
-                return None
-            return random_packed_linear(linear, schemes[name], layouts.get(name), generator=generator, dtype=dtype)
+            return random_packed_linear(plans[name], generator=generator, dtype=dtype) if name in plans else None
 
         return synthetic_block(model, block_list, generator=generator, dtype=dtype, linear_of=linear_of)
 

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2q.core.input_path import InputLayout
 from s2q.core.packing import pack_codes
-from s2q.core.schemes import LinearScheme
 from s2q.models.attention import use_attention_registry
 from s2q.models.family import BlockLinear, linears_of_block
 from s2q.models.synthetic import BlockList, SyntheticModel
 from s2q.nn import PackedLinear, replace_module, share_inputs
+from s2q.planning.resolve import LinearPlan
 from s2q.transforms import orthogonal_matrix
 
 LinearOf = Callable[[BlockLinear], nn.Module | None]
@@ -72,9 +71,7 @@ def synthetic_block(
 
 
 def random_packed_linear(
-    linear: BlockLinear,
-    scheme: LinearScheme,
-    layout: InputLayout | None,
+    linear: LinearPlan,
     *,
     generator: torch.Generator,
     dtype: torch.dtype = torch.bfloat16,
@@ -82,9 +79,7 @@ def random_packed_linear(
     """Build a packed linear with random codes; its output is about as large as its input.
 
     Args:
-        linear: Its dimensions.
-        scheme: How weight and input are quantized.
-        layout: What it stores of its input; None is nothing.
+        linear: Its dimensions, scheme and layout.
         generator: Of the codes; its device is where the layer is built.
         dtype: Of the bias.
     """
@@ -93,12 +88,12 @@ def random_packed_linear(
         linear.in_features,
         linear.out_features,
         bias=linear.has_bias,
-        scheme=scheme,
-        layout=layout,
+        scheme=linear.scheme,
+        layout=linear.layout,
         dtype=dtype,
         device=device,
     )
-    weight = scheme.weight
+    weight = linear.scheme.weight
     codes = torch.randint(weight.qmin, weight.qmax + 1, shape, dtype=torch.int8, device=device, generator=generator)
     layer.weight.data.copy_(pack_codes(codes, num_bits=weight.num_bits))
     layer.weight_scale.data.fill_(math.sqrt(3 / linear.in_features) / weight.qmax)

@@ -6,7 +6,7 @@ with samples and without.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,46 +14,31 @@ from torch import nn
 from s2q.blocks.pack import pack_nearest, pack_student
 from s2q.blocks.students import make_students
 from s2q.blocks.task import BlockTask, BlockWork, input_groups
-from s2q.core.schemes import LinearScheme
 from s2q.nn import PackedLinear
+from s2q.planning.resolve import LinearPlan
 
 
 @torch.no_grad()
 def fold_block(task: BlockTask) -> dict[str, PackedLinear]:
-    """Carry out a recipe that needs no samples on one block.
-
-    Args:
-        task: The block and the recipe.
-
-    Returns:
-        Packed linear, on the CPU, by full name.
-    """
+    """Carry out a recipe that needs no samples; return packed linears, on the CPU, by name inside the block."""
     work = BlockWork(task=task, teacher=task.block)
     layers: dict[str, PackedLinear] = {}
-    modulation = dict(task.linears)
     for group in input_groups(task.linears, task.family):
-        for name, student in make_students(work, group).items():
-            layers[modulation.pop(name)] = pack_student(student.to(task.device), work, name).to("cpu")
-    return layers | round_linears(task.block, modulation, task.schemes, device=task.device)
+        for linear, student in zip(group, make_students(work, group), strict=True):
+            layers[linear.inner_name] = pack_student(student.to(task.device), work, linear).to("cpu")
+    modulation = [linear for linear in task.linears if linear.role == "modulation"]
+    return layers | round_linears(task.block, modulation, device=task.device)
 
 
 @torch.no_grad()
-def round_linears(
-    module: nn.Module, linears: Mapping[str, str], schemes: Mapping[str, LinearScheme], *, device: str = "cpu"
-) -> dict[str, PackedLinear]:
-    """Round linears to nearest and pack them, nothing before them.
-
-    Args:
-        module: What has them; not changed.
-        linears: Full name by name inside it.
-        schemes: Scheme by full name.
-        device: Where to compute.
+def round_linears(module: nn.Module, linears: Sequence[LinearPlan], *, device: str = "cpu") -> dict[str, PackedLinear]:
+    """Round linears of a block, or of a transformer outside its blocks, to nearest; nothing is applied to their input.
 
     Returns:
-        Packed linear, on the CPU, by full name.
+        Packed linear, on the CPU, by `inner_name`.
     """
     layers: dict[str, PackedLinear] = {}
-    for inner, name in linears.items():
-        linear = module.get_submodule(inner)
-        layers[name] = pack_nearest(linear.weight.to(device), linear.bias, schemes[name]).to("cpu")
+    for linear in linears:
+        dense = module.get_submodule(linear.inner_name)
+        layers[linear.inner_name] = pack_nearest(dense.weight.to(device), dense.bias, linear.scheme).to("cpu")
     return layers

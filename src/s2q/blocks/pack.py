@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2q.blocks.task import BlockWork
+from s2q.blocks.task import BlockWork, Group
 from s2q.calibration.observe import BlockSamples, capture_inputs
 from s2q.common.errors import S2QError
 from s2q.core.input_path import PREFIX
@@ -21,6 +21,7 @@ from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import token_grid
 from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear
+from s2q.planning.resolve import LinearPlan
 from s2q.rounding import HessianAccumulator, LearnedRounding, Rounding, round_rtn
 
 Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
@@ -42,16 +43,14 @@ def pack_nearest(weight: Tensor, bias: Tensor | None, scheme: LinearScheme) -> P
 
 
 @torch.no_grad()
-def pack_students(
-    student: nn.Module, work: BlockWork, samples: BlockSamples, groups: Sequence[tuple[str, ...]]
-) -> Packed:
+def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, groups: Sequence[Group]) -> Packed:
     """Round and pack the students of a block as its recipe says.
 
     Args:
         student: The block with its students, which learn no more.
         work: The block and the recipe.
         samples: What GPTQ takes its Hessians from.
-        groups: Names of linears that share an input.
+        groups: Linears that share an input.
 
     Raises:
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
@@ -59,89 +58,90 @@ def pack_students(
     rounding = work.task.recipe.rounding
     hessians: dict[str, HessianAccumulator] = {}
     if rounding.needs_hessian:
-        sources = {group[0]: _quantized_by(student.get_submodule(group[0]).source) for group in groups}
+        firsts = [group[0].inner_name for group in groups]
+        sources = {name: _quantized_by(student.get_submodule(name).source) for name in firsts}
         hessians = _hessians(work, _calls(samples), sources)
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
     for group in groups:
-        for name in group:
-            layer = student.get_submodule(name)
-            rounded = None
+        for linear in group:
+            name = linear.inner_name
+            layer, rounded = student.get_submodule(name), None
             if rounding.needs_hessian:
+                hessian = hessians[group[0].inner_name]
                 rounded, reports[name] = _by_hessian(
-                    rounding, work, name, layer.folded_weight(), hessians[group[0]], clip_ratio=layer.clip_ratio()
+                    rounding, linear, layer.folded_weight(), hessian, clip_ratio=layer.clip_ratio()
                 )
             elif layer.rounding is not None:
-                nearest = round_rtn(layer.folded_weight(), work.scheme(name).weight)
+                nearest = round_rtn(layer.folded_weight(), linear.scheme.weight)
                 rounded, reports[name] = _learned(layer.rounding, nearest=nearest)
-            packed[name] = pack_student(layer, work, name, rounded=rounded)
+            packed[name] = pack_student(layer, work, linear, rounded=rounded)
     return packed, reports
 
 
 @torch.no_grad()
 def pack_student(
-    layer: StudentLinear, work: BlockWork, name: str, *, rounded: RoundedWeight | None = None
+    layer: StudentLinear, work: BlockWork, linear: LinearPlan, *, rounded: RoundedWeight | None = None
 ) -> PackedLinear:
     """Pack a student.
 
     Args:
         layer: The student; learns no more.
         work: The block and the recipe.
-        name: Of the linear inside the block.
+        linear: Its linear.
         rounded: Its folded weight, rounded; None rounds it by a method that needs no samples, that of the recipe.
 
     Returns:
         The packed linear, where the student is.
     """
-    scheme = work.scheme(name)
+    scheme = linear.scheme
     if rounded is None:
         rounding = work.task.recipe.rounding
         rounded, _ = rounding.round(layer.folded_weight(), scheme.weight, clip_ratio=layer.clip_ratio())
-    bias = None if layer.bias is None else layer.bias.to(work.task.block.get_submodule(name).bias.dtype)
+    bias = None if layer.bias is None else layer.bias.to(work.task.block.get_submodule(linear.inner_name).bias.dtype)
     inputs = _stored_inputs(layer.source) | _stored_branch(layer)
     return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=inputs, deflates=layer.source.deflates)
 
 
 @torch.no_grad()
-def pack_modulation(work: BlockWork, names: Sequence[str], samples: BlockSamples) -> Packed:
+def pack_modulation(work: BlockWork, linears: Sequence[LinearPlan], samples: BlockSamples) -> Packed:
     """Round and pack modulation linears by a Hessian, that of their inputs at every timestep.
 
     Args:
         work: The block and the recipe.
-        names: Of the linears inside the block.
+        linears: The linears.
         samples: Their stream has the inputs of every timestep.
 
     Raises:
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
     """
     hessians: dict[str, HessianAccumulator] = {}
-    if names:
+    if linears:
         calls = (samples.cast(inputs) for inputs in samples.stream.timestep_inputs())
-        hessians = _hessians(work, calls, dict.fromkeys(names, _as_it_is))
+        hessians = _hessians(work, calls, {linear.inner_name: _as_it_is for linear in linears})
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
-    for name in names:
+    for linear in linears:
+        name, rounding = linear.inner_name, work.task.recipe.modulation_rounding
         weight = work.teacher.get_submodule(name).weight
-        rounded, reports[name] = _by_hessian(work.task.recipe.modulation_rounding, work, name, weight, hessians[name])
+        rounded, reports[name] = _by_hessian(rounding, linear, weight, hessians[name])
         bias = work.task.block.get_submodule(name).bias
-        packed[name] = PackedLinear.from_rounded(rounded, bias=bias, scheme=work.scheme(name))
+        packed[name] = PackedLinear.from_rounded(rounded, bias=bias, scheme=linear.scheme)
     return packed, reports
 
 
 def _by_hessian(
     rounding: Rounding,
-    work: BlockWork,
-    name: str,
+    linear: LinearPlan,
     weight: Tensor,
     hessian: HessianAccumulator,
     *,
     clip_ratio: Tensor | None = None,
 ) -> tuple[RoundedWeight, dict[str, Any]]:
-    scheme = work.scheme(name).weight
     try:
-        return rounding.round(weight, scheme, clip_ratio=clip_ratio, hessian=hessian.hessian())
+        return rounding.round(weight, linear.scheme.weight, clip_ratio=clip_ratio, hessian=hessian.hessian())
     except S2QError as error:
-        raise type(error)(f"{work.task.linears[name]}: {error}") from error
+        raise type(error)(f"{linear.name}: {error}") from error
 
 
 def _learned(rounding: LearnedRounding, *, nearest: RoundedWeight) -> tuple[RoundedWeight, dict[str, Any]]:

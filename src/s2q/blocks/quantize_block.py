@@ -19,10 +19,8 @@ from s2q.blocks.task import BlockTask
 from s2q.common.files import canonical_json
 from s2q.common.run_folder import Artefact
 from s2q.common.versions import package_versions
-from s2q.core.input_path import InputLayout
-from s2q.core.schemes import LinearScheme
-from s2q.models import BlockLinear
 from s2q.nn import PackedLinear
+from s2q.planning.resolve import LinearPlan
 
 ARTEFACT_VERSION = 1
 
@@ -64,19 +62,24 @@ def quantize_block(task: BlockTask) -> BlockResult:
             "loss": dict(calibrated.loss),
             "distillation": calibrated.distillation,
             "refinement": calibrated.refinement,
-            "rounding": {name: dict(report) for name, report in calibrated.rounding.items()},
+            "rounding": {
+                linear.name: dict(calibrated.rounding[linear.inner_name])
+                for linear in task.linears
+                if linear.inner_name in calibrated.rounding
+            },
         }
     else:
         layers = fold_block(task)
     errors: dict[str, float] = {}
     noise, power = 0.0, 0.0
-    for inner, name in task.linears.items():
-        weight = task.block.get_submodule(inner).weight.detach().to(task.device)
-        deviation = layers[name].effective_weight(torch.float32).to(task.device).sub_(weight.float())
-        own_noise, own_power = _square_sum(deviation), _square_sum(weight)
-        errors[name] = _ratio(own_noise, own_power)
-        noise, power = noise + own_noise, power + own_power
-    return BlockResult(layers=layers, errors=errors, relative_error=_ratio(noise, power), details=details)
+    for linear in task.linears:
+        weight = task.block.get_submodule(linear.inner_name).weight.detach().to(task.device)
+        deviation = layers[linear.inner_name].effective_weight(torch.float32).to(task.device).sub_(weight.float())
+        linear_noise, linear_power = _square_sum(deviation), _square_sum(weight)
+        errors[linear.name] = _ratio(linear_noise, linear_power)
+        noise, power = noise + linear_noise, power + linear_power
+    packed = {linear.name: layers[linear.inner_name] for linear in task.linears}
+    return BlockResult(layers=packed, errors=errors, relative_error=_ratio(noise, power), details=details)
 
 
 def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
@@ -93,7 +96,7 @@ def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
     described = {
         "artefact_version": ARTEFACT_VERSION,
         "recipe": {key: value for key, value in method.items() if key not in ("name", "description", "skip")},
-        "schemes": {name: task.schemes[name].to_dict() for name in task.linears.values()},
+        "linears": {linear.name: [linear.scheme.to_dict(), linear.layout.to_dict()] for linear in task.linears},
         "seed": task.seed,
         "device": torch.device(task.device).type,
         "versions": package_versions(),
@@ -123,27 +126,11 @@ def to_artefact(result: BlockResult, **stats: Any) -> Artefact:
     return Artefact(tensors=tensors, stats=stats)
 
 
-def from_artefact(
-    artefact: Artefact,
-    linears: Sequence[BlockLinear],
-    schemes: Mapping[str, LinearScheme],
-    *,
-    layouts: Mapping[str, InputLayout],
-) -> dict[str, PackedLinear]:
-    """Build the packed linears of a block from its artefact.
-
-    Args:
-        artefact: What `to_artefact` made.
-        linears: The quantized linears of the block.
-        schemes: Scheme by full name.
-        layouts: Input layout by full name, for linears that have one.
-
-    Returns:
-        Packed linear by full name.
-    """
+def from_artefact(artefact: Artefact, linears: Sequence[LinearPlan]) -> dict[str, PackedLinear]:
+    """Build the packed linears of a block, by name inside it, from its artefact."""
     layers = {}
     for linear in linears:
-        own = {
+        tensors = {
             key.removeprefix(f"{linear.name}."): value
             for key, value in artefact.tensors.items()
             if key.startswith(f"{linear.name}.")
@@ -152,12 +139,12 @@ def from_artefact(
             linear.in_features,
             linear.out_features,
             bias=linear.has_bias,
-            scheme=schemes[linear.name],
-            layout=layouts.get(linear.name),
+            scheme=linear.scheme,
+            layout=linear.layout,
             device="meta",
         )
-        layer.load_state_dict(own, assign=True)
-        layers[linear.name] = layer.requires_grad_(False)
+        layer.load_state_dict(tensors, assign=True)
+        layers[linear.inner_name] = layer.requires_grad_(False)
     return layers
 
 

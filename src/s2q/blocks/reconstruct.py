@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,14 +24,13 @@ from s2q.blocks.distil import (
     distil,
 )
 from s2q.blocks.pack import pack_modulation, pack_nearest, pack_students
-from s2q.blocks.students import make_students
-from s2q.blocks.task import BlockTask, BlockWork, input_groups
+from s2q.blocks.students import put_students
+from s2q.blocks.task import BlockTask, BlockWork, Group, input_groups
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.observe import BlockSamples, observe
 from s2q.calibration.stream import TeacherStream
 from s2q.common.memory import to_device
 from s2q.common.seeds import derive_seed
-from s2q.core.schemes import LinearScheme
 from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
 from s2q.rounding import AdaRound, Rounding, penalize, roundings_of
 
@@ -41,13 +40,13 @@ class ReconstructedBlock:
     """What came of it.
 
     Attributes:
-        layers: Packed linear by full name.
+        layers: Packed linear by name inside the block.
         loss: Mean weighted loss over the samples: `rtn` (rounded to nearest, nothing before the linears), `initial`
             (transforms as they start), `distilled` (the best state, rounded to nearest unless that is learned),
             `rounded` and `refined` (before and after refinement), and `final` (as packed).
         distillation: Its report; None without distillation.
         refinement: Its report; None without refinement.
-        rounding: The report of GPTQ or of learned rounding by full name; empty without.
+        rounding: The report of GPTQ or of learned rounding by name inside the block; empty without.
     """
 
     layers: Mapping[str, PackedLinear]
@@ -82,26 +81,14 @@ class BlockStudents:
     Attributes:
         work: The block and the recipe.
         samples: Its inputs, what the teacher makes of them, and the weights of the tokens.
-        groups: Names inside the block of linears that share an input; those of modulation are in none.
-        statistics: Of the input of each group, by the first name of the group.
+        groups: Linears that share an input; those of modulation are in none.
+        statistics: Of the input of each group.
     """
 
     work: BlockWork
     samples: BlockSamples
-    groups: Sequence[tuple[str, ...]]
-    statistics: Mapping[str, InputStatistics]
-
-    def put_students(self, block: nn.Module, group: tuple[str, ...], schemes: Mapping[str, LinearScheme]) -> None:
-        """Replace linears that share an input by students as the recipe starts them, in place.
-
-        Args:
-            block: A copy of the teacher.
-            group: One of `groups`.
-            schemes: Scheme by full name.
-        """
-        work = replace(self.work, task=replace(self.work.task, schemes=schemes))
-        for name, layer in make_students(work, group, statistics=self.statistics[group[0]]).items():
-            replace_module(block, name, layer)
+    groups: Sequence[Group]
+    statistics: Sequence[InputStatistics]
 
 
 @contextmanager
@@ -128,8 +115,7 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     groups = input_groups(task.linears, family)
     targets = stream.store("targets")
     samples = BlockSamples(stream, targets, family.streams, cast)
-    grid = stream.grid(0)
-    work = BlockWork(task=task, teacher=teacher, frames=None if grid is None else grid.frames)
+    work = BlockWork(task=task, teacher=teacher)
     check = functools.partial(_check_outputs, stream, task.index)
     try:
         statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family, check=check)
@@ -146,23 +132,22 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     """The steps of a block after its targets are known."""
     work, samples, groups = opened.work, opened.samples, opened.groups
     task, recipe = work.task, work.task.recipe
-    grouped = {name for group in groups for name in group}
-    nearest = {
-        name: pack_nearest(
-            work.teacher.get_submodule(name).weight, task.block.get_submodule(name).bias, work.scheme(name)
-        )
-        for name in task.linears
-    }
+    nearest = {}
+    for linear in task.linears:
+        name = linear.inner_name
+        weight, bias = work.teacher.get_submodule(name).weight, task.block.get_submodule(name).bias
+        nearest[name] = pack_nearest(weight, bias, linear.scheme)
     measured = functools.partial(block_loss, samples=samples, temporal=recipe.loss.temporal)
     loss = {"rtn": measured(work.copy_with(nearest))}
-    modulation = {name: layer for name, layer in nearest.items() if name not in grouped}
+    of_modulation = [linear for linear in task.linears if linear.role == "modulation"]
+    modulation = {linear.inner_name: nearest[linear.inner_name] for linear in of_modulation}
     reports: dict[str, dict[str, Any]] = {}
     if recipe.modulation_rounding.needs_hessian:
-        modulation, reports = pack_modulation(work, list(modulation), samples)
+        modulation, reports = pack_modulation(work, of_modulation, samples)
     student = work.copy_with(modulation)
-    for group in groups:
-        opened.put_students(student, group, task.schemes)
-        opened.statistics[group[0]].release()
+    for group, statistics in zip(groups, opened.statistics, strict=True):
+        put_students(student, work, group, statistics)
+        statistics.release()
     loss["initial"] = measured(student)
     report = None
     if recipe.distillation is not None:
@@ -189,11 +174,11 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     loss["final"] = measured(work.copy_with(packed))
     task.progress()
     return ReconstructedBlock(
-        layers={task.linears[name]: packed[name].to("cpu") for name in task.linears},
+        layers={name: layer.to("cpu") for name, layer in packed.items()},
         loss=loss,
         distillation=None if report is None else asdict(report),
         refinement=None if refinement is None else asdict(refinement),
-        rounding={task.linears[name]: one for name, one in reports.items()},
+        rounding=reports,
     )
 
 

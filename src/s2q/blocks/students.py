@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from s2q.blocks.task import BlockWork
+from s2q.blocks.task import BlockWork, Group
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
-from s2q.nn import PACKED_DTYPES, Estimator, LearnableClip, StudentInput, StudentLinear
+from s2q.nn import PACKED_DTYPES, Estimator, LearnableClip, StudentInput, StudentLinear, replace_module
 from s2q.recipes.schema import Recipe
 from s2q.rounding import LearnedRounding
 from s2q.transforms import (
@@ -41,55 +41,67 @@ ALPHAS = tuple(step / 10 for step in range(11))
 logger = logging.getLogger(__name__)
 
 
-def make_students(
-    work: BlockWork, group: tuple[str, ...], *, statistics: InputStatistics | None = None
-) -> dict[str, StudentLinear]:
-    """Make the students of linears that share an input.
+def make_students(work: BlockWork, group: Group, *, statistics: InputStatistics | None = None) -> list[StudentLinear]:
+    """Make the students of linears that share an input, in their order, where the teacher's linears are.
 
     Args:
         work: The block and the recipe.
-        group: Names of the linears inside the block.
+        group: The linears.
         statistics: Of their input; None for recipes that need no samples.
-
-    Returns:
-        Student by name, where the teacher's linears are.
     """
     alpha = work.task.recipe.transforms.alpha
     if alpha == SEARCH:
         assert statistics is not None
         alpha = _best_alpha(work, group, statistics)
-        logger.debug("%s: alpha=%.1f", work.task.linears[group[0]], alpha)
+        logger.debug("%s: alpha=%.1f", group[0].name, alpha)
     return _students(work, group, statistics, alpha=float(alpha))
 
 
+def put_students(block: nn.Module, work: BlockWork, group: Group, statistics: InputStatistics) -> None:
+    """Replace linears that share an input by their students, in place.
+
+    Args:
+        block: A copy of the teacher.
+        work: The block and the recipe.
+        group: The linears.
+        statistics: Of their input.
+    """
+    for linear, student in zip(group, make_students(work, group, statistics=statistics), strict=True):
+        replace_module(block, linear.inner_name, student)
+
+
 @torch.no_grad()
-def _best_alpha(work: BlockWork, group: tuple[str, ...], statistics: InputStatistics) -> float:
+def _best_alpha(work: BlockWork, group: Group, statistics: InputStatistics) -> float:
     """The α with the smallest squared error of the group's outputs; the smaller one of two that are as good."""
     rows = statistics.rows()
-    exact = {name: work.teacher.get_submodule(name)(rows) for name in group}
+    exact = [work.teacher.get_submodule(linear.inner_name)(rows) for linear in group]
     errors = {}
     for alpha in ALPHAS:
         layers = _students(work, group, statistics, alpha=alpha)
-        errors[alpha] = sum(float((layers[name](rows) - exact[name]).double().square().sum()) for name in group)
+        errors[alpha] = sum(
+            float((layer(rows) - output).double().square().sum()) for layer, output in zip(layers, exact, strict=True)
+        )
     return min(errors, key=errors.__getitem__)
 
 
 def _students(
-    work: BlockWork, group: tuple[str, ...], statistics: InputStatistics | None, *, alpha: float
-) -> dict[str, StudentLinear]:
-    """The students of linears that share an input, by name inside the block."""
-    recipe, seed, linears = work.task.recipe, work.task.block_seed, [work.teacher.get_submodule(name) for name in group]
-    scheme, weights = work.scheme(group[0]), [linear.weight for linear in linears]
-    shift = None if statistics is None else _shift(statistics, linears, recipe)
-    amax = None if statistics is None else statistics.amax(shift)
-    transform = _transform(weights, recipe, amax=amax, alpha=alpha, seed=derive_seed(seed, "rotation", group[0]))
-    basis = None
+    work: BlockWork, group: Group, statistics: InputStatistics | None, *, alpha: float
+) -> list[StudentLinear]:
+    recipe, seed, first = work.task.recipe, work.task.block_seed, group[0]
+    assert all(linear.layout == first.layout for linear in group), f"{first.name}: linears that share its input differ"
+    modules = [work.teacher.get_submodule(linear.inner_name) for linear in group]
+    scheme, layout, weights = first.scheme, first.layout, [module.weight for module in modules]
+    shift = basis = amax = None
     if statistics is not None:
-        if rank := _rank(linears, recipe):
-            if recipe.transforms.deflates:
-                basis = _input_basis(statistics, shift, transform, rank=rank)
-            else:
-                basis = _weight_basis(weights, transform, rank=rank)
+        shift = statistics.mean() if layout.shift else None
+        amax = statistics.amax(shift)
+    seed_of_rotation = derive_seed(seed, "rotation", first.inner_name)
+    transform = _transform(weights, recipe, amax=amax, alpha=alpha, seed=seed_of_rotation)
+    if statistics is not None and layout.low_rank is not None:
+        if layout.deflates:
+            basis = _input_basis(statistics, shift, transform, rank=layout.low_rank)
+        else:
+            basis = _weight_basis(weights, transform, rank=layout.low_rank)
     source = StudentInput(
         scheme.activation,
         shift=shift,
@@ -98,31 +110,24 @@ def _students(
         low_rank_from=recipe.transforms.low_rank_from,
         clip=_clip(scheme, recipe),
     ).to(weights[0].device)
-    layers = {}
-    for name, linear in zip(group, linears, strict=True):
+    layers = []
+    for linear, module in zip(group, modules, strict=True):
         estimator = None
-        if recipe.transforms.estimator:
-            frames = None if name in work.task.family.text_linears else work.frames
+        if layout.estimator:
             estimator = Estimator(
-                linear.in_features, linear.out_features, frames=frames, seed=derive_seed(seed, "estimator", name)
+                linear.in_features,
+                linear.out_features,
+                frames=layout.estimator_frames,
+                seed=derive_seed(seed, "estimator", linear.inner_name),
             ).to(weights[0].device)
         if recipe.clip.weights:
-            layer = StudentLinear.with_clip(linear, scheme=work.scheme(name), source=source, estimator=estimator)
+            layer = StudentLinear.with_clip(module, scheme=linear.scheme, source=source, estimator=estimator)
         else:
-            layer = StudentLinear(linear, scheme=work.scheme(name), source=source, estimator=estimator)
+            layer = StudentLinear(module, scheme=linear.scheme, source=source, estimator=estimator)
         if recipe.rounding.learned:
-            layer.rounding = LearnedRounding(layer.folded_weight(), work.scheme(name).weight)
-        layers[name] = layer
+            layer.rounding = LearnedRounding(layer.folded_weight(), linear.scheme.weight)
+        layers.append(layer)
     return layers
-
-
-def _shift(statistics: InputStatistics, linears: Sequence[nn.Module], recipe: Recipe) -> Tensor | None:
-    """The mean of the input, where the biases of its linears can make up for it."""
-    if recipe.transforms.shift != "mean":
-        return None
-    biased = {linear.bias is not None for linear in linears}
-    assert len(biased) == 1, "of linears that share an input, some have a bias and some do not"
-    return statistics.mean() if biased == {True} else None
 
 
 def _transform(
@@ -159,13 +164,6 @@ def _scaled(
     s = smooth_scale(salience, largest.cpu(), alpha=alpha)
     scale = SmoothScale(s, learnable=settings.learn_scale)
     return scale if rotation is None else Compose(scale, rotation)
-
-
-def _rank(linears: Sequence[nn.Module], recipe: Recipe) -> int | None:
-    """Rank of the low-rank branch before linears that share an input."""
-    ranks = {recipe.transforms.rank(*reversed(linear.weight.shape)) for linear in linears}
-    assert len(ranks) == 1, f"the sizes of linears that share an input ask for ranks {sorted(map(str, ranks))}"
-    return ranks.pop()
 
 
 def _input_basis(

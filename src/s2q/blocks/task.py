@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,9 +12,9 @@ from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import TeacherTransformer
 from s2q.common.progress import Tick
 from s2q.common.seeds import derive_seed
-from s2q.core.schemes import LinearScheme
 from s2q.models import Family
 from s2q.nn import replace_module
+from s2q.planning.resolve import LinearPlan
 from s2q.recipes.schema import Recipe
 
 
@@ -24,8 +24,7 @@ class BlockTask:
 
     Attributes:
         block: The full-precision block as it is stored; never changed.
-        linears: Full name by name inside the block, of the linears to quantize.
-        schemes: Scheme by full name.
+        linears: Its linears to quantize.
         recipe: The recipe.
         family: Family of the model.
         index: Index of the block.
@@ -37,8 +36,7 @@ class BlockTask:
     """
 
     block: nn.Module
-    linears: Mapping[str, str]
-    schemes: Mapping[str, LinearScheme]
+    linears: tuple[LinearPlan, ...]
     recipe: Recipe
     family: Family
     index: int
@@ -61,27 +59,13 @@ class BlockWork:
     Attributes:
         task: The block and what is to be done with it.
         teacher: A copy of the block on the device, in the dtype of calibration, or the block itself; never changed.
-        frames: Token frames of the samples; None if no layer has to know.
     """
 
     task: BlockTask
     teacher: nn.Module
-    frames: int | None = None
-
-    def scheme(self, name: str) -> LinearScheme:
-        """Return the scheme of a linear.
-
-        Args:
-            name: Its name inside the block.
-        """
-        return self.task.schemes[self.task.linears[name]]
 
     def copy_with(self, layers: Mapping[str, nn.Module]) -> nn.Module:
-        """Return a copy of the teacher with some of its linears replaced.
-
-        Args:
-            layers: Replacement by name inside the block.
-        """
+        """Return a copy of the teacher with some of its linears replaced, by their names inside the block."""
         result = copy.deepcopy(self.teacher)
         for name, layer in layers.items():
             replace_module(result, name, layer)
@@ -101,11 +85,9 @@ def block_task(
         device: Where to compute.
         stream: The stream of the samples; None for recipes that need none.
     """
-    linears = transformer.inner_names(block)
     return BlockTask(
         block=transformer.module.get_submodule(transformer.block_names[block]),
-        linears=linears,
-        schemes={full: transformer.schemes[full] for full in linears.values()},
+        linears=transformer.linears_of(block),
         recipe=recipe,
         family=transformer.family,
         index=block,
@@ -115,15 +97,12 @@ def block_task(
     )
 
 
-def input_groups(linears: Iterable[str], family: Family) -> list[tuple[str, ...]]:
-    """Return the linears to quantize except modulation, by shared input; one that shares nothing is alone.
+Group = tuple[LinearPlan, ...]
+"""Linears of a block that share an input."""
 
-    Args:
-        linears: Their names inside the block.
-        family: Of the model.
-    """
-    names = list(linears)
-    groups = [tuple(name for name in group if name in names) for group in family.shared_inputs]
-    shared = {name for group in groups for name in group}
-    groups += [(name,) for name in names if name not in shared and name not in family.modulation]
-    return [group for group in groups if group]
+
+def input_groups(linears: Sequence[LinearPlan], family: Family) -> list[Group]:
+    """Group the linears of a block, except modulation, by shared input; a linear that shares none is a group alone."""
+    inside = {linear.inner_name: linear for linear in linears if linear.role == "linear"}
+    groups = [tuple(inside.pop(name) for name in names if name in inside) for names in family.shared_inputs]
+    return [group for group in (*groups, *((linear,) for linear in inside.values())) if group]

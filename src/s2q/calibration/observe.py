@@ -18,6 +18,7 @@ from s2q.calibration.samples import BlockSamples
 from s2q.distillation.loss import split_weights
 from s2q.distillation.token_importance import capture_column_sums, token_weights
 from s2q.models import Family
+from s2q.planning.resolve import LinearPlan
 from s2q.recipes.schema import Recipe
 from s2q.transforms import SEARCH
 
@@ -29,35 +30,35 @@ SEARCHED_ROWS = 2048
 def observe(
     teacher: nn.Module,
     samples: BlockSamples,
-    groups: Sequence[tuple[str, ...]],
+    groups: Sequence[tuple[LinearPlan, ...]],
     *,
     recipe: Recipe,
     family: Family,
     check: Callable[[Sequence[Tensor], int], None],
-) -> dict[str, InputStatistics]:
+) -> list[InputStatistics]:
     """Store targets and token weights of every sample; return what they say of the inputs of linears.
 
     Args:
         teacher: The full-precision block.
         samples: Its samples; targets are stored there.
-        groups: Names inside the block of linears that share an input.
+        groups: Linears of the block that share an input.
         recipe: The recipe.
         family: Family of the model.
         check: Called with the outputs and the index of every sample.
 
     Returns:
-        Statistics of each group's input, by the first name of the group.
+        Statistics of each group's input.
     """
     loss, settings = recipe.loss, recipe.transforms
     moments = settings.low_rank > 0 and settings.low_rank_from != "weight"
     kept = -(-SEARCHED_ROWS // len(samples)) if settings.alpha == SEARCH else 0
-    statistics: dict[str, InputStatistics] = {}
-    for first, *_ in groups:
-        linear = teacher.get_submodule(first)
-        statistics[first] = InputStatistics(linear.in_features, linear.weight.device, moments=moments, kept=kept)
+    device = next(teacher.parameters()).device
+    statistics = [InputStatistics(first.in_features, device, moments=moments, kept=kept) for first, *_ in groups]
     for index in range(len(samples)):
+        timestep = samples.stream.steps[index]
         listeners = {
-            name: functools.partial(one.add, timestep=samples.stream.steps[index]) for name, one in statistics.items()
+            first.inner_name: functools.partial(of_group.add, timestep=timestep)
+            for (first, *_), of_group in zip(groups, statistics, strict=True)
         }
         weighted = loss.weighting == "attention"
         attention = teacher.get_submodule(family.attention)

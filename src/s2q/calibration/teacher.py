@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -24,11 +24,13 @@ from s2q.common.components import (
 from s2q.common.devices import default_dtype
 from s2q.common.errors import InvalidInputError
 from s2q.common.memory import page_out, tensors_of
-from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import TokenLayout
-from s2q.models import BlockLinear, Family, ModelSource, block_names, family_of, token_layout
+from s2q.models import Family, ModelSource, block_names, family_of, token_layout
 from s2q.models.hub import parse_hub_id
-from s2q.planning.resolve import assign_schemes, recipe_linears
+from s2q.models.source import recommended_generation
+from s2q.planning.cost import Workload
+from s2q.planning.resolve import LinearPlan, recipe_linears, resolve
+from s2q.planning.workload import workload_of
 from s2q.recipes.schema import Recipe
 from s2q.shapes import embedded
 
@@ -43,15 +45,13 @@ class TeacherTransformer:
     Attributes:
         component: Its name in the pipeline.
         module: The transformer; never changed.
-        linears: Every linear of its blocks, by full name.
-        schemes: Scheme of each linear that the recipe quantizes, by full name.
+        linears: Its linears that the recipe quantizes.
         tokens: How it makes tokens of its arguments; None if the recipe does not ask where they lie.
     """
 
     component: str
     module: nn.Module
-    linears: tuple[BlockLinear, ...]
-    schemes: Mapping[str, LinearScheme]
+    linears: tuple[LinearPlan, ...]
     tokens: TokenLayout | None = None
 
     @property
@@ -64,29 +64,12 @@ class TeacherTransformer:
         """Names of its blocks in it, in the order in which they run."""
         return block_names(self.module, self.family)
 
-    def quantized_linears(self, block: int) -> list[BlockLinear]:
-        """Return the linears of a block that the recipe quantizes.
-
-        Args:
-            block: Index of the block.
-        """
-        return [linear for linear in self.linears if linear.block == block and linear.name in self.schemes]
-
-    def inner_names(self, block: int) -> dict[str, str]:
-        """Return the linears of a block that the recipe quantizes: full name by name inside the block.
-
-        Args:
-            block: Index of the block.
-        """
-        prefix = f"{full_name(self.component, self.block_names[block])}."
-        return {linear.name.removeprefix(prefix): linear.name for linear in self.quantized_linears(block)}
+    def linears_of(self, block: int) -> tuple[LinearPlan, ...]:
+        """Return the linears of a block by its index; `OUTSIDE` for those outside the blocks."""
+        return tuple(linear for linear in self.linears if linear.block == block)
 
     def artefact_name(self, block: int) -> str:
-        """Return the name of the artefact of a block.
-
-        Args:
-            block: Index of the block.
-        """
+        """Return the name of the artefact of a block by its index."""
         return full_name(self.component, f"block-{block:03d}")
 
 
@@ -102,6 +85,7 @@ class Teacher:
         dtype: Compute dtype of the transformers.
         stored: Dtype in which the checkpoint stores what is not quantized, and is to be run; `dtype` unless the device
             emulates it.
+        workload: What calibration computes on; None for recipes that do not calibrate and pipelines that cannot.
         mapped: Whether its weights were mapped from files here, in the dtype in which they are stored there, so that
             they need not stay in memory.
         source: What it was loaded from; None for a pipeline that was given.
@@ -113,8 +97,19 @@ class Teacher:
     transformers: tuple[TeacherTransformer, ...]
     dtype: torch.dtype
     stored: torch.dtype
+    workload: Workload | None
     mapped: bool = False
     source: ModelSource | None = None
+
+    @property
+    def linears(self) -> list[LinearPlan]:
+        """The linears that the recipe quantizes, of one transformer after the other."""
+        return [linear for transformer in self.transformers for linear in transformer.linears]
+
+    def with_linears(self, linears: Sequence[LinearPlan]) -> Teacher:
+        """Return the teacher with other plans for its linears."""
+        transformers = tuple(replace(one, linears=_of_component(linears, one.component)) for one in self.transformers)
+        return replace(self, transformers=transformers)
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -156,7 +151,12 @@ class Teacher:
 
 
 def load_teacher(
-    model: ModelSource | DiffusionPipeline, recipe: Recipe, *, dtype: torch.dtype | str | None, device: str = "cpu"
+    model: ModelSource | DiffusionPipeline,
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype | str | None,
+    device: str = "cpu",
+    linears: Sequence[LinearPlan] | None = None,
 ) -> Teacher:
     """Load the model, or take the one given, and check that it can be quantized.
 
@@ -166,13 +166,12 @@ def load_teacher(
         dtype: Compute dtype, in which the rest of the checkpoint is stored too; None takes the pipeline's, or the
             stored one, and calibrates in float32 where the device emulates that (`core.devices.default_dtype`).
         device: Where it will compute.
-
-    Returns:
-        The teacher.
+        linears: What its linears were resolved to in another process; None resolves them.
 
     Raises:
         InvalidInputError: If the model is quantized, has adapters or weights elsewhere, is of an unsupported class, has
-            another dtype than the one asked for, or holds values that are not finite (names the tensor).
+            another dtype than the one asked for, does not fit the recipe, or holds values that are not finite (names
+            the tensor).
     """
     if isinstance(model, ModelSource):
         stored = parse_dtype(dtype) or model.stored_dtype()
@@ -195,14 +194,15 @@ def load_teacher(
                 "load both in one dtype"
             )
         _check_finite(name, component, transformer, offload=mapped)
-    linears = recipe_linears(recipe, found)
-    schemes = assign_schemes(recipe, linears)
+    workload = _workload(pipe, folder, recipe)
+    frames = None if workload is None else workload.frames
+    if linears is None:
+        linears = resolve(recipe, recipe_linears(recipe, found), frames=frames)
     transformers = (
         TeacherTransformer(
             component=component,
             module=transformer,
-            linears=tuple(one for one in linears if split_name(one.name)[0] == component),
-            schemes={name: scheme for name, scheme in schemes.items() if split_name(name)[0] == component},
+            linears=_of_component(linears, component),
             tokens=token_layout(transformer, family_of(transformer)) if recipe.needs_grid else None,
         )
         for component, transformer in found.items()
@@ -211,11 +211,29 @@ def load_teacher(
         pipe=pipe,
         name=name,
         folder=folder,
-        transformers=tuple(one for one in transformers if one.schemes),
+        transformers=tuple(one for one in transformers if one.linears),
         dtype=first,
         stored=stored or first,
+        workload=workload,
         mapped=mapped,
         source=source,
+    )
+
+
+def _of_component(linears: Sequence[LinearPlan], component: str) -> tuple[LinearPlan, ...]:
+    return tuple(linear for linear in linears if split_name(linear.name)[0] == component)
+
+
+def _workload(pipe: DiffusionPipeline, folder: Path | None, recipe: Recipe) -> Workload | None:
+    if not recipe.calibrates:
+        return None
+    transformers = set(transformers_of(pipe).values())
+    others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part not in transformers]
+    return workload_of(
+        pipe,
+        recipe.calibration,
+        recommended=recommended_generation(folder),
+        component_bytes=sum(tensor.nbytes for part in others for tensor in part.parameters()),
     )
 
 

@@ -80,7 +80,8 @@ class BlockLinear:
     """One linear of a transformer, inside a block unless its role says otherwise.
 
     Attributes:
-        name: Full name in the transformer, "transformer_blocks.3.attn1.to_q".
+        name: Full name in the transformer, "transformer_blocks.3.attn1.to_q"; see `common.components.full_name`.
+        inner_name: Name inside its block, "attn1.to_q"; of "outer", in the transformer.
         block: Index of its block, counted over all block lists in the order in which they run; `OUTSIDE` for "outer".
         role: "modulation" for the adaLN linears, "outer" for those outside the blocks, else "linear".
         has_bias: Whether it has a bias of shape [O].
@@ -88,6 +89,7 @@ class BlockLinear:
     """
 
     name: str
+    inner_name: str
     block: int
     role: Role
     in_features: int
@@ -174,6 +176,7 @@ def linears_of_block(block: nn.Module, block_name: str, family: Family, *, index
     return [
         BlockLinear(
             name=f"{block_name}.{name}",
+            inner_name=name,
             block=index,
             role="modulation" if name in family.modulation else "linear",
             in_features=module.in_features,
@@ -201,6 +204,7 @@ def outer_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
     return [
         BlockLinear(
             name=name,
+            inner_name=name,
             block=OUTSIDE,
             role="outer",
             in_features=module.in_features,

@@ -12,7 +12,6 @@ from s2q.planning.plan import (
     plan_transformers,
     tensor_sizes,
 )
-from s2q.planning.workload import workload_of
 
 __all__ = [
     "DEFAULT_MEMORY_BUDGET",
@@ -30,5 +29,4 @@ __all__ = [
     "plan_transformers",
     "tensor_sizes",
     "this_machine",
-    "workload_of",
 ]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from s2q.common.components import full_name, split_name
+from s2q.common.components import split_name
 from s2q.common.memory import page_locked_bytes
 from s2q.core.memo import PIECE
 from s2q.models import BlockLinear, Family, block_names, family_of
@@ -271,10 +271,9 @@ def block_shapes(
     shapes = []
     for component, transformer in transformers.items():
         family = family_of(transformer)
-        of_it = [one for one in linears if split_name(one.name)[0] == component]
         for index, name in enumerate(block_names(transformer, family)):
-            own = {one.name.removeprefix(f"{full_name(component, name)}."): one for one in of_it if one.block == index}
-            shapes.append(_block_shape(transformer.get_submodule(name), family, own, workload))
+            inside = [linear for linear in linears if split_name(linear.name)[0] == component and linear.block == index]
+            shapes.append(_block_shape(transformer.get_submodule(name), family, inside, workload))
     return shapes
 
 
@@ -355,22 +354,20 @@ def this_machine(device: str, *, memory_bytes: int | None = None, memory_budget:
     )
 
 
-def _block_shape(
-    block: nn.Module, family: Family, linears: Mapping[str, BlockLinear], workload: Workload
-) -> BlockShape:
-    own = {inner: one for inner, one in linears.items() if one.role == "linear"}
-    shared = {inner: group[0] for group in family.shared_inputs for inner in group}
+def _block_shape(block: nn.Module, family: Family, linears: Sequence[BlockLinear], workload: Workload) -> BlockShape:
+    linears = [linear for linear in linears if linear.role == "linear"]
+    shared = {name: group[0] for group in family.shared_inputs for name in group}
 
-    def rows(inner: str) -> int:
-        return workload.text_tokens if inner in family.text_linears else workload.tokens + workload.text_tokens
+    def rows(linear: BlockLinear) -> int:
+        return workload.text_tokens if linear.sees_text else workload.tokens + workload.text_tokens
 
-    first = {shared.get(inner, inner): (one.in_features, rows(inner)) for inner, one in own.items()}
-    channels = min((one.in_features for inner, one in own.items() if inner not in family.text_linears), default=0)
+    first = {shared.get(linear.inner_name, linear.inner_name): (linear.in_features, rows(linear)) for linear in linears}
+    channels = min((linear.in_features for linear in linears if not linear.sees_text), default=0)
     total = workload.tokens + (workload.text_tokens if len(family.streams) > 1 else 0)
     return BlockShape(
         parameters=sum(parameter.numel() for parameter in block.parameters()),
-        weights=tuple(one.in_features * one.out_features for one in own.values()),
+        weights=tuple(linear.in_features * linear.out_features for linear in linears),
         inputs=tuple(first.values()),
-        outputs=tuple((one.out_features, rows(inner)) for inner, one in own.items()),
+        outputs=tuple((linear.out_features, rows(linear)) for linear in linears),
         streams=(channels, total),
     )

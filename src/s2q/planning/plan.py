@@ -18,13 +18,10 @@ from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.devices import default_dtype
 from s2q.common.errors import ResourceError, memory_errors
 from s2q.common.torch_state import in_fresh_torch_state
-from s2q.core.input_path import InputLayout
-from s2q.core.schemes import LinearScheme, weight_bytes
 from s2q.core.storage import BF16_BYTES, LinearStorage
 from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
 from s2q.models.source import check_full_precision
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
-from s2q.planning.allocation import allocation_bytes, allocation_schemes
 from s2q.planning.cost import (
     FOLDING_BYTES,
     ROUNDING_BYTES,
@@ -37,8 +34,7 @@ from s2q.planning.cost import (
     forward_bytes,
     this_machine,
 )
-from s2q.planning.input_paths import assign_layouts
-from s2q.planning.resolve import assign_schemes, recipe_linears
+from s2q.planning.resolve import LinearPlan, allocation_bytes, recipe_linears, resolve
 from s2q.planning.workload import workload_of_source, workload_of_synthetic
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
@@ -166,9 +162,11 @@ def plan(
         if validated.calibrates:
             workload = workload_of_source(source, validated.calibration, transformers=transformers)
     machine = machine or this_machine("cpu")
+    linears = recipe_linears(validated, transformers)
     return plan_transformers(
         transformers,
         validated,
+        resolve(validated, linears, frames=None if workload is None else workload.frames),
         model=name,
         sizes=loaded_sizes(transformers, stored),
         dtype=stored,
@@ -181,6 +179,7 @@ def plan(
 def plan_transformers(
     transformers: Mapping[str, nn.Module],
     recipe: Recipe,
+    linears: Sequence[LinearPlan],
     *,
     model: str,
     sizes: Mapping[str, int],
@@ -194,6 +193,7 @@ def plan_transformers(
     Args:
         transformers: The transformers by component; may live on the meta device.
         recipe: The recipe.
+        linears: What `resolve` makes of their linears.
         model: Name of the model.
         sizes: Bytes of each tensor of their state dicts as the checkpoint will store it, by full name.
         dtype: Dtype of their block linears there.
@@ -204,17 +204,13 @@ def plan_transformers(
     Returns:
         The plan.
 
-    Raises:
-        InvalidInputError: If the class is not supported, or the recipe does not fit it.
     """
-    linears = recipe_linears(recipe, transformers)
-    schemes = assign_schemes(recipe, linears)
-    layouts = assign_layouts(recipe, linears, schemes, frames=None if workload is None else workload.frames)
+    quantized_linears = {linear.name: linear for linear in linears}
     layers = tuple(
-        _planned_layer(linear, schemes.get(linear.name), layouts.get(linear.name), sizes=sizes, dtype=dtype)
-        for linear in linears
+        _planned_layer(quantized_linears.get(linear.name, linear), sizes=sizes, dtype=dtype)
+        for linear in recipe_linears(recipe, transformers)
     )
-    inside = {f"{linear.name}.{tensor}" for linear in linears for tensor in ("weight", "bias")}
+    inside = {f"{layer.name}.{tensor}" for layer in layers for tensor in ("weight", "bias")}
     compute_dtype = compute_dtype or dtype
     loaded = sizes if compute_dtype == dtype else loaded_sizes(transformers, compute_dtype)
     now = sum(loaded.values())
@@ -222,23 +218,23 @@ def plan_transformers(
     full = sum(tensor.numel() for one in transformers.values() for tensor in one.state_dict().values()) * BF16_BYTES
     allocation = None
     if recipe.allocation is not None:
-        own = [one for one in linears if one.role == "linear" and one.name in schemes]
-        largest = sum(weight_bytes(schemes[one.name].weight, one.out_features, one.in_features) for one in own)
+        allocated = [linear for linear in linears if linear.role == "linear"]
+        largest = sum(linear.weight_bytes for linear in allocated)
         allocation = PlannedAllocation(
             what=recipe.allocation.what,
             candidates=recipe.allocation.candidates,
             budget=recipe.allocation.budget,
-            linears=len(own),
-            most_bytes=min(largest, allocation_bytes(recipe, own)),
+            linears=len(allocated),
+            most_bytes=min(largest, allocation_bytes(recipe, allocated)),
             bytes=None,
         )
         quantized -= largest - allocation.most_bytes
-        names = {one.name for one in own}
-        layers = tuple(replace(one, scheme=f"≤ {one.scheme}") if one.name in names else one for one in layers)
+        names = {linear.name for linear in allocated}
+        layers = tuple(replace(layer, scheme=f"≤ {layer.scheme}") if layer.name in names else layer for layer in layers)
     machine = machine or this_machine("cpu")
     shapes, cost = [], None
     if recipe.calibrates and workload is not None:
-        shapes = block_shapes(transformers, [one for one in linears if one.name in schemes], workload)
+        shapes = block_shapes(transformers, linears, workload)
         cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, itemsize=compute_dtype.itemsize)
     peaks = _peaks(recipe, shapes, cost, layers, workload=workload, machine=machine, dtype=compute_dtype, now=now)
     return Plan(
@@ -248,43 +244,35 @@ def plan_transformers(
         storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
         stages=tuple(PlannedStage(name=name, peak_memory_bytes=peak, seconds=None) for name, peak in peaks.items()),
         layers=layers,
-        simulated=any(scheme.simulated for scheme in schemes.values()),
+        simulated=any(linear.scheme.simulated for linear in linears),
         device={"name": machine.device, "memory_bytes": machine.memory_bytes},
         calibration=cost,
         allocation=allocation,
     )
 
 
-def plan_allocated(
-    planned: Plan, recipe: Recipe, linears: Sequence[BlockLinear], schemes: Mapping[str, LinearScheme]
-) -> Plan:
+def plan_allocated(planned: Plan, before: Sequence[LinearPlan], after: Sequence[LinearPlan]) -> Plan:
     """Return a plan with what the run has allocated: the bytes of these layers and of the whole, exactly.
 
     Args:
         planned: The plan before.
-        recipe: Its recipe.
-        linears: All linears of the blocks.
-        schemes: Scheme by full name of those that were allocated.
+        before: Its linears.
+        after: The same with the schemes that were allocated.
     """
     assert planned.allocation is not None
-    taken, saved = 0, {}
-    for linear in linears:
-        if linear.name in schemes:
-            *_, largest = allocation_schemes(recipe, linear).values()
-            before, after = (
-                weight_bytes(one.weight, linear.out_features, linear.in_features)
-                for one in (largest, schemes[linear.name])
-            )
-            taken, saved[linear.name] = taken + after, before - after
-    layers = tuple(
-        replace(one, scheme=schemes[one.name].name, bytes=one.bytes - saved[one.name]) if one.name in saved else one
-        for one in planned.layers
-    )
+    allocated = {new.name: (old, new) for old, new in zip(before, after, strict=True) if new.role == "linear"}
+    layers = list(planned.layers)
+    for index, layer in enumerate(layers):
+        if layer.name in allocated:
+            old, new = allocated[layer.name]
+            num_bytes = layer.bytes - old.weight_bytes + new.weight_bytes
+            layers[index] = replace(layer, scheme=new.scheme.name, bytes=num_bytes)
     full, most = planned.storage["full_precision_bytes"], planned.storage["quantized_bytes"]
+    taken = sum(new.weight_bytes for _, new in allocated.values())
     quantized = most - planned.allocation.most_bytes + taken
     return replace(
         planned,
-        layers=layers,
+        layers=tuple(layers),
         storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
         allocation=replace(planned.allocation, bytes=taken),
     )
@@ -379,19 +367,12 @@ def tensor_sizes(transformers: Mapping[str, nn.Module]) -> dict[str, int]:
     }
 
 
-def _planned_layer(
-    linear: BlockLinear,
-    scheme: LinearScheme | None,
-    layout: InputLayout | None,
-    *,
-    sizes: Mapping[str, int],
-    dtype: torch.dtype,
-) -> LinearStorage:
+def _planned_layer(linear: BlockLinear, *, sizes: Mapping[str, int], dtype: torch.dtype) -> LinearStorage:
     bias = sizes[f"{linear.name}.bias"] if linear.has_bias else 0
-    if scheme is None:
-        name, num_bytes = _DTYPE_SCHEMES.get(dtype, str(dtype)), sizes[f"{linear.name}.weight"]
+    if isinstance(linear, LinearPlan):
+        name = linear.scheme.name
+        num_bytes = linear.weight_bytes + linear.layout.num_bytes(linear.in_features, linear.out_features)
     else:
-        name, num_bytes = scheme.name, weight_bytes(scheme.weight, linear.out_features, linear.in_features)
-    num_bytes += 0 if layout is None else layout.num_bytes(linear.in_features, linear.out_features)
+        name, num_bytes = _DTYPE_SCHEMES.get(dtype, str(dtype)), sizes[f"{linear.name}.weight"]
     shape = (linear.out_features, linear.in_features)
     return LinearStorage(name=linear.name, shape=shape, scheme=name, bytes=num_bytes + bias)

@@ -1,19 +1,46 @@
-"""Which linear gets which scheme under a recipe."""
+"""From a recipe and the linears of a model to one `LinearPlan` a quantized linear, resolved once a run."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError, nearest_names
-from s2q.core.schemes import LinearScheme, num_groups
+from s2q.core.input_path import InputLayout
+from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups, weight_bytes
 from s2q.models import BlockLinear, block_linears, family_of, outer_linears
-from s2q.planning.allocation import allocation_bytes, allocation_schemes
 from s2q.recipes.schema import Recipe
+from s2q.transforms import ROTATIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPlan(BlockLinear):
+    """A linear that a run quantizes.
+
+    Attributes:
+        scheme: How its weight and input are quantized; where schemes are allocated, the largest until they are.
+        layout: What is applied to its input.
+    """
+
+    scheme: LinearScheme
+    layout: InputLayout = InputLayout()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its codes and scales."""
+        return weight_bytes(self.scheme.weight, self.out_features, self.in_features)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it has to know where the video tokens lie."""
+        return self.scheme.needs_grid or self.layout.needs_grid
 
 
 def recipe_linears(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> list[BlockLinear]:
@@ -21,7 +48,7 @@ def recipe_linears(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> lis
 
     Args:
         recipe: The recipe.
-        transformers: Those of a pipeline, by component, each of a supported family; may live on the meta device.
+        transformers: Those of a pipeline, by component; may live on the meta device.
 
     Returns:
         The linears, one transformer after the other, by their names among those of all (`full_name`).
@@ -33,59 +60,147 @@ def recipe_linears(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> lis
     for component, transformer in transformers.items():
         family = family_of(transformer)
         outer = [] if recipe.outer is None else outer_linears(transformer, family)
-        own = [*block_linears(transformer, family), *outer]
-        linears += [replace(linear, name=full_name(component, linear.name)) for linear in own]
+        for linear in (*block_linears(transformer, family), *outer):
+            linears.append(replace(linear, name=full_name(component, linear.name)))
     return linears
 
 
-def assign_schemes(recipe: Recipe, linears: Sequence[BlockLinear]) -> dict[str, LinearScheme]:
-    """Give every linear that the recipe quantizes its scheme; where schemes are allocated in the run, the largest.
+def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | None = None) -> list[LinearPlan]:
+    """Plan every linear that a recipe quantizes.
 
     Args:
         recipe: The recipe.
         linears: What `recipe_linears` lists.
+        frames: Token frames of what is calibrated on; None if that is not known.
 
     Returns:
-        Scheme by full name, in the order of `linears`; linears that stay as they are do not appear.
+        The plans, in the order of `linears`; linears that stay in full precision have none.
 
     Raises:
         InvalidInputError: If nothing is left to quantize, a pattern in `skip` matches no linear, a group size, or none
             of those to be allocated, divides the in features of a linear (the message names it), or the budget of an
             allocation is too small.
     """
+    _check_skip(recipe, linears)
+    schemes = {
+        "linear": recipe.linear_scheme(),
+        "text": recipe.linear_scheme(of_text=True),
+        "modulation": recipe.modulation_scheme(),
+        "outer": recipe.outer_scheme(),
+    }
+    transforms = functools.cache(functools.partial(_transforms, recipe))
+    plans = []
+    for linear in linears:
+        scheme = schemes["text" if linear.sees_text else linear.role]
+        if scheme is None or any(fnmatchcase(linear.name, pattern) for pattern in recipe.skip):
+            continue
+        if recipe.allocation is not None and linear.role == "linear":
+            *_, scheme = allocation_schemes(recipe, linear).values()
+        _check_groups(linear, scheme)
+        plan = LinearPlan(**vars(linear), scheme=scheme)
+        if linear.role == "linear":
+            plan = replace(plan, layout=_layout(recipe, plan, transforms(linear.in_features), frames))
+        plans.append(plan)
+    if not plans:
+        raise InvalidInputError(
+            f"recipe {recipe.name}: none of the {len(linears)} linears is left to quantize; "
+            f"skip is {list(recipe.skip)}, remove a pattern"
+        )
+    if recipe.allocation is not None and (allocated := [plan for plan in plans if plan.role == "linear"]):
+        allocation_bytes(recipe, allocated)
+    return plans
+
+
+def allocation_schemes(recipe: Recipe, linear: BlockLinear) -> dict[int, LinearScheme]:
+    """Return the schemes that a recipe may allocate to a linear, by candidate, smallest in bytes first.
+
+    Raises:
+        InvalidInputError: If no group size divides its in features; names the linear.
+    """
+    assert recipe.allocation is not None
+    candidates, scheme = sorted(recipe.allocation.candidates), recipe.linear_scheme(of_text=linear.sees_text)
+    if recipe.allocation.what == "weight_bits":
+        return {bits: replace(scheme, weight=replace(scheme.weight, num_bits=bits)) for bits in candidates}
+    sizes = [size for size in reversed(candidates) if linear.in_features % size == 0]
+    if not sizes:
+        fits = [size for size in (16, 32, 64, 128, 256) if linear.in_features % size == 0] or [linear.in_features]
+        raise InvalidInputError(
+            f"{linear.name}: in_features={linear.in_features} is divisible by none of allocation.candidates="
+            f"{list(recipe.allocation.candidates)}; add {fits[-1]} to them, or the linear to skip"
+        )
+    activation = scheme.activation
+    return {
+        size: LinearScheme(
+            weight=_grouped(scheme.weight, size), activation=None if activation is None else _grouped(activation, size)
+        )
+        for size in sizes
+    }
+
+
+def allocation_bytes(recipe: Recipe, linears: Sequence[BlockLinear]) -> int:
+    """Return how many bytes the weights and scales of linears that a recipe allocates to may take together.
+
+    Raises:
+        InvalidInputError: If the smallest candidates take more than the budget; says how much that is.
+    """
+    assert recipe.allocation is not None
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    limit = math.floor(recipe.allocation.budget * weights / 8)
+    smallest = 0
+    for linear in linears:
+        scheme = next(iter(allocation_schemes(recipe, linear).values()))
+        smallest += weight_bytes(scheme.weight, linear.out_features, linear.in_features)
+    if smallest > limit:
+        needed = math.ceil(8 * smallest / weights * 1000) / 1000
+        raise InvalidInputError(
+            f"recipe {recipe.name}: allocation.budget={recipe.allocation.budget} bits a weight, but the smallest "
+            f"candidates of its {len(linears)} linears take {needed} with their scales; set it to at least that"
+        )
+    return limit
+
+
+def _check_skip(recipe: Recipe, linears: Sequence[BlockLinear]) -> None:
     names = [linear.name for linear in linears]
     for pattern in recipe.skip:
         if not any(fnmatchcase(name, pattern) for name in names):
             near = nearest_names(pattern, names, count=1)
             hint = f"; the nearest is {near[0]}" if near else ""
             raise InvalidInputError(f"recipe {recipe.name}: skip pattern {pattern!r} matches none of the linears{hint}")
-    by_role = {
-        "linear": recipe.linear_scheme(),
-        "text": recipe.linear_scheme(of_text=True),
-        "modulation": recipe.modulation_scheme(),
-        "outer": recipe.outer_scheme(),
-    }
-    schemes: dict[str, LinearScheme] = {}
-    allocated = []
-    for linear in linears:
-        scheme = by_role["text" if linear.sees_text else linear.role]
-        if scheme is None or any(fnmatchcase(linear.name, pattern) for pattern in recipe.skip):
-            continue
-        if recipe.allocation is not None and linear.role == "linear":
-            *_, scheme = allocation_schemes(recipe, linear).values()
-            allocated.append(linear)
-        try:
-            for one in (scheme.weight, scheme.activation):
-                if one is not None:
-                    num_groups(one, linear.in_features)
-        except InvalidInputError as error:
-            raise InvalidInputError(f"{linear.name}: {error}") from error
-        schemes[linear.name] = scheme
-    if not schemes:
-        raise InvalidInputError(
-            f"recipe {recipe.name}: none of the {len(names)} linears is left to quantize; "
-            f"skip is {list(recipe.skip)}, remove a pattern"
-        )
-    if allocated:
-        allocation_bytes(recipe, allocated)
-    return schemes
+
+
+def _check_groups(linear: BlockLinear, scheme: LinearScheme) -> None:
+    try:
+        for side in (scheme.weight, scheme.activation):
+            if side is not None:
+                num_groups(side, linear.in_features)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{linear.name}: {error}") from error
+
+
+def _layout(recipe: Recipe, plan: LinearPlan, transforms: InputLayout, frames: int | None) -> InputLayout:
+    settings, clip = recipe.transforms, recipe.clip
+    rank = settings.rank(plan.in_features, plan.out_features)
+    return replace(
+        transforms,
+        shift=settings.shift != "none" and plan.has_bias,
+        low_rank=rank,
+        deflates=rank is None or settings.deflates,
+        activation_clip=plan.scheme.activation is not None and (clip.activations or clip.constant is not None),
+        estimator=settings.estimator,
+        estimator_frames=frames if settings.estimator and not plan.sees_text else None,
+    )
+
+
+def _transforms(recipe: Recipe, in_features: int) -> InputLayout:
+    """The parts that the recipe's scale and rotation have, known by building one."""
+    with torch.device("cpu"):
+        tensors = ROTATIONS[recipe.transforms.rotation](in_features, seed=0).state_tensors()
+    orders = {name: tensor.shape[0] for name, tensor in tensors.items() if name != "scale"}
+    scale = "scale" in tensors or recipe.transforms.scale != "none"
+    return InputLayout(scale=scale, left=orders.get("left"), right=orders.get("right"))
+
+
+def _grouped(scheme: QuantScheme, size: int) -> QuantScheme:
+    return (
+        replace(scheme, granularity=PerGroup(group_size=size)) if isinstance(scheme.granularity, PerGroup) else scheme
+    )

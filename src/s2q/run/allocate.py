@@ -25,7 +25,8 @@ import torch
 from s2q.blocks.distil import block_loss
 from s2q.blocks.quantize_block import block_fingerprint
 from s2q.blocks.reconstruct import BlockStudents, block_students
-from s2q.blocks.task import block_task, input_groups
+from s2q.blocks.students import put_students
+from s2q.blocks.task import Group, block_task, input_groups
 from s2q.calibration.calibration_set import CalibrationSet, CalibrationSets
 from s2q.calibration.observe import BlockSamples
 from s2q.calibration.stream import TeacherStream
@@ -34,11 +35,10 @@ from s2q.common.files import canonical_json
 from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.run_folder import Artefact, RunFolder
 from s2q.common.seeds import derive_seed
-from s2q.core.schemes import LinearScheme, weight_bytes
+from s2q.core.schemes import LinearScheme
 from s2q.distillation.loss import weighted_token_loss
-from s2q.models import BlockLinear
 from s2q.nn import replace_module
-from s2q.planning.allocation import allocation_bytes, allocation_schemes
+from s2q.planning.resolve import LinearPlan, allocation_bytes, allocation_schemes
 from s2q.recipes.schema import Recipe
 from s2q.run.budget import choose
 
@@ -52,30 +52,18 @@ class Allocation:
     """What came of it.
 
     Attributes:
-        schemes: Scheme by full name, of the linears that were given one.
+        linears: All linears of the run, with the schemes that they were given.
         record: The content of allocation.json: what each could have had, at how many bytes and which error of its
             block, and what it got.
     """
 
-    schemes: Mapping[str, LinearScheme]
+    linears: tuple[LinearPlan, ...]
     record: Mapping[str, Any]
 
     @property
     def files(self) -> dict[str, bytes]:
         """The files of s2q/ that show the allocation, by name."""
         return {"allocation.json": canonical_json(dict(self.record)).encode()}
-
-    def applied(self, teacher: Teacher) -> Teacher:
-        """Return the teacher with these schemes.
-
-        Args:
-            teacher: The model.
-        """
-        transformers = tuple(
-            replace(one, schemes={name: self.schemes.get(name, scheme) for name, scheme in one.schemes.items()})
-            for one in teacher.transformers
-        )
-        return replace(teacher, transformers=transformers)
 
 
 def allocate(
@@ -102,7 +90,7 @@ def allocate(
     """
     assert recipe.allocation is not None
     few = _some_of(selected, recipe.allocation.samples)
-    errors: dict[tuple[str, ...], list[float]] = {}
+    errors: dict[Group, list[float]] = {}
     block_done = StageCounter(progress, "allocate", teacher.block_count)
     for one in teacher.transformers:
         stream = streams(one, few)
@@ -111,36 +99,37 @@ def allocate(
             teacher.page_out(one.module.get_submodule(one.block_names[index]))
             block_done()
         stream.close()
-    linears = {linear.name: linear for one in teacher.transformers for linear in one.linears}
-    return chosen_schemes(recipe, linears, errors)
+    return chosen_schemes(recipe, teacher.linears, errors)
 
 
 def chosen_schemes(
-    recipe: Recipe, linears: Mapping[str, BlockLinear], errors: Mapping[tuple[str, ...], Sequence[float]]
+    recipe: Recipe, linears: Sequence[LinearPlan], errors: Mapping[Group, Sequence[float]]
 ) -> Allocation:
     """Choose the candidates with the smallest sum of errors under the budget.
 
     Args:
         recipe: A recipe that allocates.
-        linears: Linears by full name.
+        linears: All linears of the run.
         errors: Of the block with each candidate of the recipe that fits, in the order of `allocation_schemes`; by the
-            full names of the linears that get the same.
+            linears that get the same.
     """
     group = recipe.allocation
     assert group is not None
-    units = [[linears[name] for name in names] for names in errors]
-    schemes = [allocation_schemes(recipe, own[0]) for own in units]
-    sizes = [[_weight_bytes(own, scheme) for scheme in its.values()] for own, its in zip(units, schemes, strict=True)]
-    limit = allocation_bytes(recipe, [linear for own in units for linear in own])
-    options = [list(zip(*pair, strict=True)) for pair in zip(sizes, errors.values(), strict=True)]
+    limit = allocation_bytes(recipe, [linear for unit in errors for linear in unit])
+    schemes = [allocation_schemes(recipe, unit[0]) for unit in errors]
+    options = [
+        [(_weight_bytes(unit, scheme), loss) for scheme, loss in zip(candidates.values(), losses, strict=True)]
+        for (unit, losses), candidates in zip(errors.items(), schemes, strict=True)
+    ]
     taken = choose(options, limit)
     given, rows = {}, []
-    for names, its, option, index in zip(errors, schemes, options, taken, strict=True):
+    for unit, by_value, option, index in zip(errors, schemes, options, taken, strict=True):
         candidates = [
-            {"value": value, "bytes": size, "error": error} for value, (size, error) in zip(its, option, strict=True)
+            {"value": value, "bytes": size, "error": loss} for value, (size, loss) in zip(by_value, option, strict=True)
         ]
-        rows.append({"linears": list(names), "given": candidates[index]["value"], "candidates": candidates})
-        given |= dict.fromkeys(names, list(its.values())[index])
+        names = [linear.name for linear in unit]
+        rows.append({"linears": names, "given": candidates[index]["value"], "candidates": candidates})
+        given |= dict.fromkeys(names, list(by_value.values())[index])
     counts = Counter(row["given"] for row in rows for _ in row["linears"])
     summary = ", ".join(f"{value} to {count}" for value, count in sorted(counts.items()))
     logger.info("allocated %s: %s linears", group.what, summary)
@@ -153,11 +142,12 @@ def chosen_schemes(
         "linears": {str(value): count for value, count in sorted(counts.items())},
         "units": rows,
     }
-    return Allocation(schemes=given, record=record)
+    changed = tuple(replace(linear, scheme=given.get(linear.name, linear.scheme)) for linear in linears)
+    return Allocation(linears=changed, record=record)
 
 
-def _weight_bytes(linears: Sequence[BlockLinear], scheme: LinearScheme) -> int:
-    return sum(weight_bytes(scheme.weight, one.out_features, one.in_features) for one in linears)
+def _weight_bytes(linears: Group, scheme: LinearScheme) -> int:
+    return sum(replace(linear, scheme=scheme).weight_bytes for linear in linears)
 
 
 def _some_of(selected: CalibrationSets, count: int) -> CalibrationSets:
@@ -180,7 +170,7 @@ def block_errors(
     stream: TeacherStream,
     folder: RunFolder,
     selected: CalibrationSets,
-) -> dict[tuple[str, ...], list[float]]:
+) -> dict[Group, list[float]]:
     """Return what each candidate does to one block, measured now or before.
 
     Args:
@@ -192,10 +182,9 @@ def block_errors(
         selected: The samples.
 
     Returns:
-        Errors in the order of `allocation_schemes`, by the full names of the linears that get the same.
+        Errors in the order of `allocation_schemes`, by the linears that get the same.
     """
-    linears = one.inner_names(index)
-    units = _units(recipe, input_groups(linears, one.family))
+    units = _units(recipe, input_groups(one.linears_of(index), one.family))
     if not units:
         return {}
     key = f"allocation-{one.artefact_name(index)}"
@@ -203,34 +192,33 @@ def block_errors(
     fingerprint = block_fingerprint(task, stage="allocate", samples=selected.fingerprint(one.component))
     if not folder.has(key, fingerprint):
         with block_students(task) as opened:
-            by_name, power = {linear.name: linear for linear in one.quantized_linears(index)}, _power(opened.samples)
-            found = {}
+            power, tensors = _power(opened.samples), {}
             for unit, group in units.items():
-                candidates = allocation_schemes(recipe, by_name[linears[unit[0]]])
-                found[unit[0]] = [loss / power for loss in candidate_losses(opened, group, unit, candidates)]
-        tensors = {name: torch.tensor(errors, dtype=torch.float64) for name, errors in found.items()}
+                losses = candidate_losses(opened, group, unit, allocation_schemes(recipe, unit[0]))
+                errors = [loss / power for loss in losses]
+                tensors[unit[0].inner_name] = torch.tensor(errors, dtype=torch.float64)
         folder.save(key, fingerprint, Artefact(tensors=tensors, stats={}))
     measured = folder.load(key).tensors
-    return {tuple(linears[name] for name in unit): measured[unit[0]].tolist() for unit in units}
+    return {unit: measured[unit[0].inner_name].tolist() for unit in units}
 
 
-def _units(recipe: Recipe, groups: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[str, ...]]:
+def _units(recipe: Recipe, groups: Sequence[Group]) -> dict[Group, Group]:
     """What is chosen for at once, and the group of linears with the same input that it is of."""
     assert recipe.allocation is not None
     if recipe.allocation.what == "group_size":
         return {group: group for group in groups}
-    return {(name,): group for group in groups for name in group}
+    return {(linear,): group for group in groups for linear in group}
 
 
 @torch.no_grad()
 def candidate_losses(
-    opened: BlockStudents, group: tuple[str, ...], unit: tuple[str, ...], schemes: Mapping[int, LinearScheme]
+    opened: BlockStudents, group: Group, unit: Group, schemes: Mapping[int, LinearScheme]
 ) -> list[float]:
     """Return the loss of a block with some of its linears quantized by one scheme after another.
 
     Args:
         opened: The block.
-        group: Names inside it of linears that share an input.
+        group: Linears of it that share an input.
         unit: Those of them to quantize; inputs too where that is all of them and the candidates differ in it.
         schemes: The candidates.
 
@@ -241,12 +229,13 @@ def candidate_losses(
     shared = {id(tensor): tensor for tensor in (*work.teacher.parameters(), *work.teacher.buffers())}
     student = copy.deepcopy(work.teacher, shared)
     alike = len({scheme.activation for scheme in schemes.values()}) == 1
+    statistics = opened.statistics[opened.groups.index(group)]
     losses = []
     for scheme in schemes.values():
-        one = replace(scheme, activation=None) if alike else scheme
-        opened.put_students(student, group, {work.task.linears[name]: one for name in group})
-        for name in set(group) - set(unit):
-            replace_module(student, name, work.teacher.get_submodule(name))
+        candidate = replace(scheme, activation=None) if alike else scheme
+        put_students(student, work, tuple(replace(linear, scheme=candidate) for linear in group), statistics)
+        for linear in set(group) - set(unit):
+            replace_module(student, linear.inner_name, work.teacher.get_submodule(linear.inner_name))
         losses.append(block_loss(student, opened.samples))
     return losses
 

@@ -58,7 +58,6 @@ from s2q.common.versions import package_versions
 from s2q.core.storage import parse_bytes
 from s2q.engines.processes import most_on_one_device
 from s2q.models import ModelSource, resolve_model
-from s2q.models.source import recommended_generation
 from s2q.planning import (
     Machine,
     Plan,
@@ -69,7 +68,6 @@ from s2q.planning import (
     plan_transformers,
     tensor_sizes,
     this_machine,
-    workload_of,
 )
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
@@ -256,13 +254,12 @@ class _Run:
             files |= selection.files
         if recipe.allocation is not None and selection is not None:
             allocated = self._allocation(teacher, recipe, planned, selection)
-            teacher, files = allocated.applied(teacher), files | allocated.files
-            linears = [linear for one in teacher.transformers for linear in one.linears]
-            planned = plan_allocated(planned, recipe, linears, allocated.schemes)
+            planned = plan_allocated(planned, teacher.linears, allocated.linears)
+            teacher, files = teacher.with_linears(allocated.linears), files | allocated.files
         n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
         runner = self._runner(teacher, recipe, planned, selection)
         blocks = self._timed("blocks", lambda: self._blocks(runner))
-        student = self._timed("assemble", lambda: self._assemble(teacher.as_stored(), recipe, planned))
+        student = self._timed("assemble", lambda: self._assemble(teacher.as_stored(), planned))
         report = self._report(teacher, planned, blocks, n_prompts=n_prompts, selection=selection)
         self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
         records = CheckpointRecords(
@@ -362,10 +359,9 @@ class _Run:
         self.progress("blocks", total * units, total * units)
         return reports
 
-    def _assemble(self, teacher: Teacher, recipe: Recipe, planned: Plan) -> DiffusionPipeline:
+    def _assemble(self, teacher: Teacher, planned: Plan) -> DiffusionPipeline:
         self.progress("assemble", 0, 1)
-        frames = None if planned.calibration is None else planned.calibration.frames
-        student = assemble(teacher, recipe, self.folder, frames=frames)
+        student = assemble(teacher, self.folder, recipe=planned.recipe)
         packed = sum(tensor_sizes(transformers_of(student)).values())
         assert packed == planned.storage["quantized_bytes"], (packed, planned.storage)
         return student
@@ -434,24 +430,17 @@ def _load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, settin
 
 
 def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
-    transformers, workload = transformers_of(teacher.pipe), None
+    transformers = transformers_of(teacher.pipe)
     widened = None if teacher.dtype == teacher.stored else teacher.dtype
-    if recipe.calibrates:
-        others = [part for part in teacher.parts if all(part is not one for one in transformers.values())]
-        workload = workload_of(
-            teacher.pipe,
-            recipe.calibration,
-            recommended=recommended_generation(teacher.folder),
-            component_bytes=sum(tensor.nbytes for part in others for tensor in part.parameters()),
-        )
     return plan_transformers(
         transformers,
         recipe,
+        teacher.linears,
         model=teacher.name,
         sizes=tensor_sizes(transformers) if widened is None else loaded_sizes(transformers, teacher.stored),
         dtype=teacher.stored,
         compute_dtype=widened,
-        workload=workload,
+        workload=teacher.workload,
         machine=replace(machine, holds_weights=not teacher.mapped),
     )
 

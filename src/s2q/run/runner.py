@@ -11,7 +11,6 @@ import functools
 import os
 import pickle
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,10 +24,10 @@ from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.devices import peak_memory_bytes
 from s2q.common.progress import Progress, Tick
 from s2q.common.run_folder import ArtefactFolder
-from s2q.core.schemes import LinearScheme
 from s2q.engines.processes import Tell, devices_of, run_in_processes
 from s2q.models import ModelSource
 from s2q.planning import CalibrationCost, Machine
+from s2q.planning.resolve import LinearPlan
 from s2q.recipes.schema import Recipe
 
 _SPILLED = "process-"
@@ -191,7 +190,7 @@ def quantize_in_processes(
         dtype=dtype,
         job=replace(job, machine=machine),
         folder=runner.folder.path,
-        schemes={name: scheme for one in teacher.transformers for name, scheme in one.schemes.items()},
+        linears=teacher.linears,
     )
     work = functools.partial(_quantize, pickle.dumps(order))
     devices = devices_of(job.machine.device, min(processes, len(todo)))
@@ -215,7 +214,7 @@ class _Order:
     dtype: torch.dtype | str | None
     job: BlockJob
     folder: Path
-    schemes: Mapping[str, LinearScheme]
+    linears: list[LinearPlan]
 
 
 def _quantize(order: bytes, place: tuple[str, int], device: str, tell: Tell) -> None:
@@ -230,9 +229,5 @@ def _runner(order: bytes, device: str) -> BlockRunner:
     """The runner of this process; the model is loaded once."""
     content: _Order = pickle.loads(order)
     job = replace(content.job, machine=replace(content.job.machine, device=device))
-    teacher = load_teacher(content.source, job.recipe, dtype=content.dtype, device=device)
-    transformers = (
-        replace(one, schemes={name: content.schemes[name] for name in one.schemes}) for one in teacher.transformers
-    )
-    teacher = replace(teacher, transformers=tuple(transformers))
+    teacher = load_teacher(content.source, job.recipe, dtype=content.dtype, device=device, linears=content.linears)
     return BlockRunner(ArtefactFolder(content.folder), teacher, job, spilled=f"{_SPILLED}{os.getpid()}-")
