@@ -8,6 +8,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.models import BlockLinear, block_linears, family_of
 from s2q.planning.resolve import allocation_schemes, resolve
 from s2q.recipes.load import load_recipe, recipe_names
+from s2q.recipes.methods import methods
 from s2q.recipes.schema import Recipe
 from tiny import tiny_transformer
 
@@ -75,7 +76,10 @@ def test_extending_goes_on_and_null_takes_a_group_away():
     ("content", "message"),
     [
         ({"extends": "s2q-w4a6"}, "missing key 'name'"),
-        ({"extends": "s2q-w4a7", "name": "mine"}, r"recipe mine: extends='s2q-w4a7': nearest names are s2q-w"),
+        (
+            {"extends": "s2q-w4a7", "name": "mine"},
+            r"recipe mine: extends: unknown recipe 's2q-w4a7': s2q has the widths w3a6, w4a4, w4a6, w4a8, w8a8",
+        ),
         ({"extends": ["s2q-w4a6"], "name": "mine"}, r"recipe mine: extends=\['s2q-w4a6'\]: .*a recipe of the package"),
         ({"extends": "s2q-w4a6", "name": "mine", "rounding": {"metod": "rtn"}}, r"unknown key 'rounding\.metod'"),
     ],
@@ -141,9 +145,33 @@ def test_zero_targets_is_an_error(linears):
         schemes_of(load_recipe("rtn-w4a6", overrides=["skip=['*']"]), linears)
 
 
-def test_unknown_name_lists_the_nearest():
-    with pytest.raises(InvalidInputError, match=r"unknown recipe 'rtn-w4a7': nearest names are rtn-w4a"):
-        load_recipe("rtn-w4a7")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rtm-w4a6", "unknown recipe 'rtm-w4a6': nearest names are rtn-w4a6"),
+        ("rtn-w4a7", "unknown recipe 'rtn-w4a7': rtn has the widths w4a16, w4a4, w4a6, w4a8, w8a8$"),
+        ("vidit-q-mp-w8a8", "unknown recipe 'vidit-q-mp-w8a8': vidit-q-mp has the widths w4a4, w4a6, w4a8$"),
+        ("s2q", "unknown recipe 's2q': a method without its width; add w3a6, w4a4, w4a6, w4a8, w8a8$"),
+    ],
+)
+def test_unknown_names_list_the_nearest_or_the_widths_of_the_method(name, message):
+    with pytest.raises(InvalidInputError, match=message):
+        load_recipe(name)
+
+
+def test_a_method_has_a_file_and_a_width_is_a_suffix():
+    assert {name.rpartition("-")[0] for name in recipe_names()} == set(methods())
+    assert all("name" not in content for content in methods().values())
+    recipe = load_recipe("s2q-w3a6")
+    assert (recipe.weights.num_bits, recipe.activations.num_bits, recipe.modulation.num_bits) == (3, 6, 4)
+    assert load_recipe("rtn-w4a16").activations is None
+    assert load_recipe("q-dit-w8a8").allocation.budget == 8.25
+    assert load_recipe("quarot-w4a8").clip.constant is None
+
+
+def test_a_changed_recipe_does_not_change_the_next_one():
+    changed = load_recipe("s2q-w4a6", overrides=["transforms.alpha=0.7"])
+    assert (changed.transforms.alpha, load_recipe("s2q-w4a6").transforms.alpha) == (0.7, 0.5)
 
 
 @pytest.mark.parametrize(

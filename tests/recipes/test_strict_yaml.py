@@ -4,7 +4,8 @@ import time
 import pytest
 
 from s2q.common.errors import InvalidInputError
-from s2q.recipes.load import load_recipe, recipe_names
+from s2q.recipes.load import load_recipe
+from s2q.recipes.methods import methods
 from s2q.recipes.strict_yaml import MAX_BYTES, MAX_DEPTH, parse_yaml
 
 
@@ -256,7 +257,7 @@ def test_a_recipe_is_a_name_a_file_a_mapping_or_a_recipe(recipe):
         ("weights: {num_bits: 4}\n", "missing key 'name'; add it"),
         ("name: a\nweights: {}\n", r"missing key 'weights\.num_bits'; add it"),
         ("7: a\n", "unknown key '7'"),
-        ("extends: s2q-w4a9\nname: a\n", "extends='s2q-w4a9': nearest names are s2q-w4a"),
+        ("extends: s2q-w4a9\nname: a\n", "extends: unknown recipe 's2q-w4a9': s2q has the widths"),
         ("extends: 7\nname: a\n", "extends=7: expected a recipe of the package"),
     ],
 )
@@ -292,6 +293,6 @@ def test_the_recipes_of_the_package_read_the_same_with_pyyaml():
 
     import yaml
 
-    for name in recipe_names():
-        text = resources.files("s2q.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    for name in methods():
+        text = resources.files("s2q.recipes").joinpath("methods", f"{name}.yaml").read_text(encoding="utf-8")
         assert parse_yaml(text, where=name) == yaml.safe_load(text)

@@ -13,14 +13,15 @@ from typing import Any
 
 from s2q.checkpoint import QUANT_METHOD, inspect_checkpoint
 from s2q.checkpoint.manifest import MANIFEST
-from s2q.common.errors import InvalidInputError, nearest_names, unknown_name
+from s2q.common.errors import InvalidInputError, nearest_names
 from s2q.common.files import sha256_file
 from s2q.common.headers import tensors_digest
 from s2q.comparison.widths import foreign_width, recipe_width
 from s2q.generation.load import check_model
 from s2q.models import ModelSource, resolve_model
 from s2q.models.hub import parse_hub_id
-from s2q.recipes.load import load_recipe, recipe_names
+from s2q.recipes.load import load_recipe
+from s2q.recipes.methods import recipe_names, unknown_recipe
 from s2q.recipes.schema import Recipe
 from s2q.recipes.variants import SEPARATOR
 from s2q.shapes.embedded import EMBEDDED_NAMES
@@ -186,7 +187,7 @@ def _entry(
     if not (path.exists() or text in EMBEDDED_NAMES or parse_hub_id(text)):
         if "/" in text:
             raise InvalidInputError(f"{text}: no such checkpoint folder; recipes of the package: {', '.join(names)}")
-        raise unknown_name("recipe", text, names)
+        raise unknown_recipe(text)
     source = resolve_model(text, variant=variant, needs_variant=False)
     check_model(source, verify=verify)
     label = _as_file_name(path.resolve().name if source.kind == "folder" else text)

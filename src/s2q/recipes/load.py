@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -19,12 +18,12 @@ from s2q.common.errors import (
     unknown_name,
 )
 from s2q.common.options import OptionError, Options, expected_one_of, expected_range
+from s2q.recipes.methods import merge, recipe_content, recipe_names
 from s2q.recipes.schema import MAX_NAME, Recipe
 from s2q.recipes.strict_yaml import MAX_BYTES, MAX_DEPTH, parse_yaml
 from s2q.recipes.variants import SEPARATOR, VARIANTS, remarked, with_variant
 from s2q.rounding import ROUNDINGS, RTN, Rounding
 
-_SUFFIX = ".yaml"
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
 _NOT_TAKEN_OVER = ("name", "description")
 _EXAMPLE = "weights.num_bits=8"
@@ -38,12 +37,6 @@ _RETIRED = {
     ("distillation", "weight_decay"): 0.0,
 }
 """Keys that recipes had up to 0.1, with what holds now."""
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the package, sorted."""
-    files = resources.files("s2q.recipes").iterdir()
-    return sorted(file.name.removesuffix(_SUFFIX) for file in files if file.name.endswith(_SUFFIX))
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -92,19 +85,13 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: S
 
 
 def _read(recipe: str | Path) -> tuple[str, dict[str, Any]]:
-    text = str(recipe)
-    if _is_path(recipe):
-        path = Path(recipe).expanduser()
-        where, source = str(path), _file_text(path)
-    elif text in (names := recipe_names()):
-        where = f"recipe {text}"
-        source = resources.files("s2q.recipes").joinpath(text + _SUFFIX).read_text(encoding="utf-8")
-    else:
-        raise unknown_name("recipe", text, names)
-    content = parse_yaml(source, where=where)
+    if not _is_path(recipe):
+        return f"recipe {recipe}", recipe_content(str(recipe))
+    path = Path(recipe).expanduser()
+    content = parse_yaml(_file_text(path), where=str(path))
     if not isinstance(content, dict):
-        raise InvalidInputError(f"{where}: got {short_repr(content)}; expected a mapping with the keys of a recipe")
-    return where, content
+        raise InvalidInputError(f"{path}: got {short_repr(content)}; expected a mapping with the keys of a recipe")
+    return str(path), content
 
 
 def _file_text(path: Path) -> str:
@@ -139,19 +126,17 @@ def _extended(where: str, content: dict[str, Any]) -> dict[str, Any]:
     """Put the content of a recipe over that of the one which it extends."""
     if "extends" not in content:
         return content
-    own = {key: value for key, value in content.items() if key != "extends"}
-    name, names = content["extends"], recipe_names()
-    if not isinstance(name, str) or name not in names:
-        near = nearest_names(name, names) if isinstance(name, str) else ()
-        hint = f"nearest names are {', '.join(near)}; " if near else ""
+    changes = dict(content)
+    name = changes.pop("extends")
+    if not isinstance(name, str):
         raise InvalidInputError(
-            f"{where}: extends={short_repr(name)}: {hint}expected a recipe of the package: {', '.join(names)}"
+            f"{where}: extends={short_repr(name)}: expected a recipe of the package: {', '.join(recipe_names())}"
         )
-    result = {key: value for key, value in _extended(*_read(name)).items() if key not in _NOT_TAKEN_OVER}
-    for key, value in own.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = result[key] | value if both else value
-    return result
+    try:
+        base = recipe_content(name)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{where}: extends: {error}") from error
+    return merge({key: value for key, value in base.items() if key not in _NOT_TAKEN_OVER}, changes)
 
 
 def checked_overrides(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,102 @@
+"""The recipes of the package: `methods/` has one YAML a method, and "s2q-w4a6" is the method s2q at the width w4a6.
+
+The width w4a6 sets 4 bits for the weights of block and adaLN linears and 6 bits for activations; a16 leaves activations
+in floating point. `widths` lists the widths of a method, each with what differs there, if anything does. `extends`
+names a method whose groups are changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from s2q.common.errors import InvalidInputError, short_repr, unknown_name
+from s2q.recipes.strict_yaml import parse_yaml
+
+_SUFFIX = ".yaml"
+_WIDTH = re.compile(r"w(\d+)a(\d+)")
+_UNQUANTIZED = 16
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package, sorted."""
+    return sorted(f"{method}-{width}" for method, content in methods().items() for width in content["widths"])
+
+
+@functools.cache
+def methods() -> Mapping[str, Mapping[str, Any]]:
+    """Return the contents of the files by method."""
+    files = [
+        file for file in resources.files("s2q.recipes").joinpath("methods").iterdir() if file.name.endswith(_SUFFIX)
+    ]
+    return {
+        file.name.removesuffix(_SUFFIX): parse_yaml(file.read_text(encoding="utf-8"), where=file.name) for file in files
+    }
+
+
+def unknown_recipe(name: str) -> InvalidInputError:
+    """Build (not raise) the error for a recipe that the package does not have.
+
+    Args:
+        name: What was asked for; if its method exists, the error lists the widths of the method.
+    """
+    method = name.rpartition("-")[0]
+    if name in methods():
+        return InvalidInputError(f"unknown recipe {short_repr(name)}: a method without its width; add {_widths(name)}")
+    if method in methods():
+        return InvalidInputError(f"unknown recipe {short_repr(name)}: {method} has the widths {_widths(method)}")
+    return unknown_name("recipe", name, recipe_names())
+
+
+def recipe_content(name: str) -> dict[str, Any]:
+    """Return the content of a recipe of the package, not validated.
+
+    Args:
+        name: Method and width.
+
+    Raises:
+        InvalidInputError: If there is no such recipe; lists the nearest names, or the widths of the method.
+    """
+    method, _, width = name.rpartition("-")
+    if width not in methods().get(method, {}).get("widths", ()):
+        raise unknown_recipe(name)
+    bits = _WIDTH.fullmatch(width)
+    assert bits is not None, f"methods/{method}.yaml: width {width}; expected w4a6, say"
+    weights, activations = int(bits[1]), int(bits[2])
+    sides = {
+        "weights": {"num_bits": weights},
+        "activations": None if activations == _UNQUANTIZED else {"num_bits": activations},
+        "modulation": {"num_bits": weights},
+    }
+    content = merge(merge(_method_content(method), sides), methods()[method]["widths"][width] or {})
+    description = content.pop("description")
+    for side, number in (("weights", weights), ("activations", activations)):
+        description = description.replace(f"{{{side}}}", str(number))
+    return {"name": name, "description": description, **content}
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return content with changes: of a group that both have, the keys of the changes; everything else is replaced.
+
+    Args:
+        base: Content of a recipe.
+        changes: What replaces it.
+    """
+    result = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = {**result[key], **value} if both else value
+    return result
+
+
+def _method_content(method: str) -> dict[str, Any]:
+    content = {key: value for key, value in methods()[method].items() if key not in ("extends", "widths")}
+    base = methods()[method].get("extends")
+    return content if base is None else merge(_method_content(base), content)
+
+
+def _widths(method: str) -> str:
+    return ", ".join(sorted(methods()[method]["widths"]))
