@@ -51,7 +51,7 @@ def test_a_run_writes_every_op_and_a_second_run_measures_nothing(results, tiny_m
         (["--backend", "tritn"], 3, "nearest names are triton"),
         (["-m", "synthetic:cogvideox-7b"], 3, "nearest names are cogvideox-"),
         (["-m", "shapes-cogvide"], 3, "nearest names are shapes-cogvideox"),
-        (["-r", "s2q-w4a7"], 3, "nearest names are s2q-w4a"),
+        (["-r", "s2q-w4a7"], 3, "s2q has the widths w3a6, w4a4"),
         (["--device", "gpu"], 2, "expected auto, cpu, cuda"),
         (["--device", "cuda:99"], 4, "device='cuda:99': "),
         (

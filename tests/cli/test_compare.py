@@ -54,7 +54,7 @@ def test_bad_input(embedded_tiny, tmp_path, capsys):
 
     prompts = tmp_path / "prompts.txt"
     refused(2, "got nothing to compare")
-    refused(3, "nearest names are rtn-w4a", "rtn-w4a7")
+    refused(3, "rtn has the widths w4a16, w4a4", "rtn-w4a7")
     refused(3, "no recipe matches 'foo-*'", "--recipes", "foo-*")
     prompts.write_text("a red circle\n\na red circle\n")
     refused(3, "line 3 repeats the prompt of line 1", "rtn-w4a6", "--prompts", str(prompts))

@@ -43,7 +43,7 @@ def test_bad_input_to_demo(embedded_tiny, tmp_path, capsys):
     assert run(["demo", "-o", str(tmp_path / "a"), "-m", "CogVideoX-2B"]) == 3
     assert "shapes-cogvideox" in capsys.readouterr().err
     assert run(["demo", "-o", str(tmp_path / "a"), "-r", "rtn-w4a7"]) == 3
-    assert "nearest names are rtn-w4a" in capsys.readouterr().err
+    assert "rtn has the widths w4a16, w4a4" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("keep")
     assert run(["demo", "-o", str(tmp_path / "mine"), "--overwrite"]) == 3

@@ -37,7 +37,7 @@ def test_names_patterns_and_all():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["rtn-w4a7"], "unknown recipe 'rtn-w4a7': nearest names are rtn-w4a"),
+        (["rtn-w4a7"], "unknown recipe 'rtn-w4a7': rtn has the widths w4a16"),
         (["s2g-w4*"], r"no recipe matches 's2g-w4\*': nearest names are s2q-w"),
         (["rtn-w4a6", "rtn-w4a4", "rtn-w4a6"], "rtn-w4a6 is named twice"),
         (["runs/nothing/here"], "no such checkpoint folder"),
