@@ -31,3 +31,21 @@ def end(task, device, tell):
         raise ZeroDivisionError("by zero")
     tell(os.getpid())
     time.sleep(600)
+
+
+def end_or_wait(task, device, tell):
+    if task == "wait":
+        time.sleep(2)
+        return "waited"
+    end(task, device, tell)
+
+
+class Counter:
+    """Work that keeps something from task to task."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, task, device, tell):
+        self.calls += 1
+        return self.calls

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ import process_tasks
 from s2q.common.errors import InvalidInputError, S2QError
 from s2q.engines import processes
 from s2q.engines.processes import (
+    ProcessEngine,
     cpu_count,
     devices_of,
     most_on_one_device,
-    run_in_processes,
 )
 
 
@@ -35,7 +36,7 @@ def ends(pid):
 
 def test_results_messages_and_logs_come_from_every_task(caplog):
     messages = []
-    found = dict(run_in_processes(process_tasks.describe, "abcde", devices=["cpu", "cpu"], on_message=messages.append))
+    found = dict(ProcessEngine(["cpu", "cpu"]).map(process_tasks.describe, "abcde", on_message=messages.append))
     assert [found[index][0] for index in range(5)] == list("abcde")
     assert sorted(messages) == [("started", letter) for letter in "abcde"]
     assert sorted(caplog.messages) == [f"task {letter}" for letter in "abcde"]
@@ -52,7 +53,7 @@ def test_tasks_are_drawn_when_a_process_is_free():
             drawn.append(letter)
             yield letter
 
-    results = run_in_processes(process_tasks.describe, tasks(), devices=["cpu"])
+    results = ProcessEngine(["cpu"]).map(process_tasks.describe, tasks())
     assert next(results)[1][0] == "a"
     assert drawn == ["a"]
     assert [result[0] for _, result in results] == ["b", "c"]
@@ -71,7 +72,7 @@ def test_a_task_that_fails_ends_all_processes(task, error, message):
     pids = []
 
     with pytest.raises(error, match=message):
-        for _ in run_in_processes(process_tasks.end, ["sleep", task], devices=["cpu", "cpu"], on_message=pids.append):
+        for _ in ProcessEngine(["cpu", "cpu"]).map(process_tasks.end, ["sleep", task], on_message=pids.append):
             pass
     assert all(ends(pid) for pid in pids)
 
@@ -88,7 +89,7 @@ def test_closing_the_generator_ends_the_processes():
 
     with (
         pytest.raises(EnoughError),
-        contextlib.closing(run_in_processes(process_tasks.end, ["sleep"], devices=["cpu"], on_message=stop)) as results,
+        contextlib.closing(ProcessEngine(["cpu"]).map(process_tasks.end, ["sleep"], on_message=stop)) as results,
     ):
         next(results)
     assert ends(pids[0])
@@ -97,10 +98,10 @@ def test_closing_the_generator_ends_the_processes():
 def test_processes_end_when_their_parent_is_killed():
     code = (
         "import sys; sys.path.insert(0, 'tests'); import process_tasks\n"
-        "from s2q.engines.processes import run_in_processes\n"
+        "from s2q.engines.processes import ProcessEngine\n"
         "if __name__ == '__main__':\n"
         "    say = lambda pid: print(pid, flush=True)\n"
-        "    list(run_in_processes(process_tasks.end, ['sleep'], devices=['cpu'], on_message=say))\n"
+        "    list(ProcessEngine(['cpu']).map(process_tasks.end, ['sleep'], on_message=say))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
@@ -129,3 +130,19 @@ def test_a_process_makes_its_device_the_current_one(monkeypatch, device, expecte
     monkeypatch.setattr(torch, "set_num_threads", lambda count: chosen.append("one thread"))
     processes._use(device)
     assert chosen == expected
+
+
+def test_a_process_that_dies_ends_the_run_of_its_own_thread_only():
+    def run(tasks):
+        return [result for _, result in ProcessEngine(["cpu"]).map(process_tasks.end_or_wait, tasks)]
+
+    with ThreadPoolExecutor(2) as threads:
+        lasting, broken = (threads.submit(run, tasks) for tasks in (["wait", "wait"], ["kill"]))
+        with pytest.raises(S2QError, match="SIGKILL"):
+            broken.result()
+        assert lasting.result() == ["waited", "waited"]
+
+
+def test_work_is_sent_to_a_process_once():
+    counts = ProcessEngine(["cpu"]).map(process_tasks.Counter(), "abc")
+    assert [count for _, count in counts] == [1, 2, 3]

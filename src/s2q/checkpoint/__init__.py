@@ -3,27 +3,12 @@
 Importing this package registers the quantizer with diffusers; `import s2q` sees to it that this happens in time.
 """
 
-from s2q.checkpoint.config import FORMAT_VERSION, QuantMethod, S2QConfig
+from s2q.checkpoint.config import FORMAT_VERSION, S2QConfig
 from s2q.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from s2q.checkpoint.load import load_pipeline, read_config, read_configs
 from s2q.checkpoint.manifest import check_intact, owned_files, verify_manifest, write_manifest
-from s2q.checkpoint.quantizer import S2QQuantizer, attach_config
+from s2q.checkpoint.quantizer import QUANT_METHOD, S2QQuantizer, attach_config, register
 from s2q.checkpoint.save import CheckpointRecords, save_checkpoint
-
-QUANT_METHOD: str = QuantMethod.S2Q.value
-"""What `quantization_config.quant_method` says in a checkpoint of this package."""
-
-
-def register() -> None:
-    """Make diffusers' `from_pretrained` know checkpoints of this package; doing it again changes nothing.
-
-    diffusers has no entry point for quantizers, only two dicts.
-    """
-    from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-
-    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = S2QQuantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = S2QConfig
-
 
 __all__ = [
     "FORMAT_VERSION",

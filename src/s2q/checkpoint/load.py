@@ -11,6 +11,7 @@ import torch
 
 from s2q.checkpoint.config import QuantMethod, S2QConfig
 from s2q.checkpoint.manifest import check_intact
+from s2q.checkpoint.quantizer import register
 from s2q.common.components import TRANSFORMERS
 from s2q.common.errors import InvalidInputError
 from s2q.common.loading_errors import loading_error
@@ -45,8 +46,6 @@ def load_pipeline(
         ResourceError: If memory or a package that a component needs is missing.
     """
     from diffusers import DiffusionPipeline
-
-    from s2q.checkpoint import register
 
     register()
     folder = Path(path)

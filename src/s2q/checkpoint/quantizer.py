@@ -16,11 +16,14 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from s2q.checkpoint.config import S2QConfig
+from s2q.checkpoint.config import QuantMethod, S2QConfig
 from s2q.common.components import ADAPTED, adapter_tensor, has_adapter
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.core.input_path import TENSOR_DTYPES
 from s2q.nn import PACKED_DTYPES, PackedLinear, follow_tokens, replace_module, share_inputs, unfollow_tokens
+
+QUANT_METHOD: str = QuantMethod.S2Q.value
+"""What `quantization_config.quant_method` says in a checkpoint of this package."""
 
 _SCALE = "weight_scale"
 _CLIP = "activation_clip"
@@ -282,3 +285,14 @@ class _Reference:
 
     def __reduce__(self) -> tuple[type[_Reference], tuple[None]]:
         return _Reference, (None,)
+
+
+def register() -> None:
+    """Make diffusers' `from_pretrained` know checkpoints of this package; doing it again changes nothing.
+
+    diffusers has no entry point for quantizers, only two dicts.
+    """
+    from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = S2QQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = S2QConfig

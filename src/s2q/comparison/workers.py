@@ -10,7 +10,7 @@ from s2q.common.progress import Tick
 from s2q.comparison.folder import CompareFolder
 from s2q.comparison.setup import RunPlan
 from s2q.comparison.shards import Reports, Shard, evaluate_shard
-from s2q.engines.processes import Tell, devices_of, run_in_processes
+from s2q.engines.processes import ProcessEngine, Tell, devices_of
 
 
 def evaluate_shards(
@@ -54,7 +54,7 @@ def evaluate_shards(
             failures.setdefault(*failure)
 
     work = functools.partial(_evaluate, folder, plan)
-    results = run_in_processes(work, todo, devices=devices_of(device, workers), on_message=count)
+    results = ProcessEngine(devices_of(device, workers)).map(work, todo, on_message=count)
     with contextlib.closing(results):
         for _ in results:
             pass

@@ -3,7 +3,7 @@
 Tasks are claimed one at a time, so no process waits for a slower one. Processes are spawned: a script that asks for
 several needs the guard `if __name__ == "__main__":`, as with every use of `multiprocessing`.
 
-Example: dict(run_in_processes(work, tasks, devices=["cpu", "cpu"])) maps the index of each task to work(task, ...).
+Example: dict(ProcessEngine(["cpu", "cpu"]).map(work, tasks)) has work(task, device, tell) by the index of each task.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -40,24 +41,14 @@ _Result = TypeVar("_Result")
 
 
 def devices_of(device: str, count: int) -> list[str]:
-    """Return the device of each of several processes: GPUs take turns if "cuda" names no particular one.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
-        count: Number of processes.
-    """
+    """Return the device of each of several processes: GPUs take turns if "cuda" names no particular one."""
     if device != "cuda":
         return [device] * count
     return [f"cuda:{index % torch.cuda.device_count()}" for index in range(count)]
 
 
 def most_on_one_device(device: str, count: int) -> int:
-    """Return how many of several processes share a device at most.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
-        count: Number of processes.
-    """
+    """Return how many of several processes share a device at most."""
     return max(Counter(devices_of(device, count)).values())
 
 
@@ -66,87 +57,107 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_in_processes(
-    work: Callable[[_Task, str, Tell], _Result],
-    tasks: Iterable[_Task],
-    *,
-    devices: Sequence[str],
-    on_message: Callable[[Any], None] = lambda message: None,
-) -> Iterator[tuple[int, _Result]]:
-    """Run tasks in as many processes as there are devices.
+class ProcessEngine:
+    """Runs tasks in spawned processes.
 
     Args:
-        work: A function of a module, called with a task, the device of its process, and a function that sends a
-            message to `on_message`.
-        tasks: The tasks, picklable; each is drawn when a process is free.
         devices: Device of each process.
-        on_message: Called in this process with every message.
-
-    Yields:
-        Index and result of each task, in the order in which they end.
-
-    Raises:
-        S2QError: If a process dies. What a task raises is raised here; in both cases the other processes are ended.
     """
-    context = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
-    messages, free_devices = context.SimpleQueue(), context.SimpleQueue()
-    for device in devices:
-        free_devices.put(device)
-    upcoming = enumerate(tasks)
-    running: dict[Future[_Result], int] = {}
-    with tempfile.NamedTemporaryFile("r", prefix="s2q-processes-", encoding="utf-8", errors="replace") as output:
-        pool = ProcessPoolExecutor(
-            len(devices),
-            mp_context=context,
-            initializer=_start,
-            initargs=(free_devices, messages, output.name, _LOGGER.getEffectiveLevel()),
-        )
-        children: dict[BaseProcess, None] = {}  # in the order in which they were started
-        try:
-            while True:
-                while len(running) < len(devices) and (drawn := next(upcoming, None)) is not None:
-                    running[pool.submit(_call, work, drawn[1])] = drawn[0]
-                if not running:
-                    break
-                children |= dict.fromkeys(child for child in multiprocessing.active_children() if child not in others)
-                done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-                while not messages.empty():
-                    message = messages.get()
-                    if isinstance(message, logging.LogRecord):
-                        logging.getLogger(message.name).handle(message)
-                    else:
-                        on_message(message)
-                if any(child.exitcode for child in children):  # not noticed by the pool if it waited for others
-                    raise BrokenProcessPool
-                for future in done:
-                    yield running.pop(future), future.result()
-        except BrokenProcessPool as error:
-            codes = _end(children)
-            # the pool itself ends the others by SIGTERM
-            code = next((code for code in codes if code not in (0, -signal.SIGTERM)), -signal.SIGTERM)
-            raise S2QError(_obituary(code, output.read())) from error
-        except BaseException:
-            _end(children)
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        self.devices = devices
+
+    def map(
+        self,
+        work: Callable[[_Task, str, Tell], _Result],
+        tasks: Iterable[_Task],
+        *,
+        on_message: Callable[[Any], None] = lambda message: None,
+    ) -> Iterator[tuple[int, _Result]]:
+        """Like `concurrent.futures.Executor.map`, with tasks drawn one at a time and results in the order they end.
+
+        Args:
+            work: A picklable callable, sent to each process once, so that it may keep a model from task to task.
+                Called with a task, the device of its process, and a function that sends a message to `on_message`.
+            tasks: The tasks, picklable; each is drawn when a process is free.
+            on_message: Called in this process, in the thread that draws results.
+
+        Yields:
+            Index and result of each task.
+
+        Raises:
+            S2QError: If a process dies. What a task raises is raised here; either way the other processes are killed.
+        """
+        context = _SpawnContext()
+        messages, free_devices = context.SimpleQueue(), context.SimpleQueue()
+        for device in self.devices:
+            free_devices.put(device)
+        upcoming = enumerate(tasks)
+        running: dict[Future[_Result], int] = {}
+        with tempfile.NamedTemporaryFile("r", prefix="s2q-processes-", encoding="utf-8", errors="replace") as output:
+            pool = ProcessPoolExecutor(
+                len(self.devices),
+                mp_context=context,
+                initializer=_start,
+                initargs=(work, free_devices, messages, output.name, _LOGGER.getEffectiveLevel()),
+            )
+            try:
+                while True:
+                    while len(running) < len(self.devices) and (drawn := next(upcoming, None)) is not None:
+                        running[pool.submit(_call, drawn[1])] = drawn[0]
+                    if not running:
+                        break
+                    done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                    while not messages.empty():
+                        message = messages.get()
+                        if isinstance(message, logging.LogRecord):
+                            logging.getLogger(message.name).handle(message)
+                        else:
+                            on_message(message)
+                    if any(child.exitcode for child in context.children):  # unseen by a pool that waited for others
+                        raise BrokenProcessPool
+                    for future in done:
+                        yield running.pop(future), future.result()
+            except BrokenProcessPool as error:
+                # the pool itself ends the others by SIGTERM
+                codes = (code for code in _kill(context.children) if code not in (0, -signal.SIGTERM))
+                raise S2QError(_obituary(next(codes, -signal.SIGTERM), output.read())) from error
+            except BaseException:
+                _kill(context.children)
+                raise
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
-def _end(children: Iterable[BaseProcess]) -> list[int]:
-    """Kill the processes that live; return the exit codes of the others, or of all where none lives."""
-    codes = [child.exitcode for child in children if child.exitcode is not None]
-    for child in children:
+class _SpawnContext(SpawnContext):
+    """Knows the processes that were started through it; `multiprocessing` counts those of other threads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.children: list[BaseProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        child = SpawnProcess(*args, **kwargs)
+        self.children.append(child)
+        return child
+
+
+def _kill(children: Sequence[BaseProcess]) -> list[int]:
+    """Kill the processes that live; return the exit codes of the others, or of all where none was dead."""
+    started = [child for child in children if child.pid is not None]
+    codes = [child.exitcode for child in started if child.exitcode is not None]
+    for child in started:
         child.kill()
-    for child in children:
+    for child in started:
         child.join()
-    return codes or [child.exitcode or 0 for child in children]
+    return codes or [child.exitcode or 0 for child in started]
 
 
 @dataclass(frozen=True)
 class _Worker:
-    """Device and message channel of a spawned process."""
+    """What a spawned process does, on which device, and its message channel."""
 
+    work: Callable[[Any, str, Tell], Any]
     device: str
     tell: Tell
 
@@ -163,8 +174,10 @@ class _LogSender(logging.handlers.QueueHandler):
         self.tell(record)
 
 
-def _start(free_devices: Any, messages: Any, output: str, log_level: int) -> None:
-    """Prepare a spawned process: its device, its threads, its output and logs, its end."""
+def _start(
+    work: Callable[[Any, str, Tell], Any], free_devices: Any, messages: Any, output: str, log_level: int
+) -> None:
+    """Prepare a spawned process: device, threads, output, logs, and its end with that of the parent."""
     global _worker  # noqa: PLW0603
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
     parent = multiprocessing.parent_process()
@@ -177,7 +190,7 @@ def _start(free_devices: Any, messages: Any, output: str, log_level: int) -> Non
     _LOGGER.addHandler(_LogSender(messages.put))
     _LOGGER.setLevel(log_level)
     _LOGGER.propagate = False
-    _worker = _Worker(free_devices.get(), messages.put)
+    _worker = _Worker(work, free_devices.get(), messages.put)
     _use(_worker.device)
 
 
@@ -194,18 +207,13 @@ def _end_with(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _call(work: Callable[[_Task, str, Tell], _Result], task: _Task) -> _Result:
+def _call(task: Any) -> Any:
     assert _worker is not None
-    return work(task, _worker.device, _worker.tell)
+    return _worker.work(task, _worker.device, _worker.tell)
 
 
 def _obituary(code: int, output: str) -> str:
-    """Say how a process ended.
-
-    Args:
-        code: Its exit code, negative for a signal.
-        output: What all processes printed.
-    """
+    """Say how a process ended, by its exit code (negative for a signal) and what all processes printed."""
     line = output.strip().rpartition("\n")[2].strip()
     if code < 0:
         how = f"by signal {signal.Signals(-code).name}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from s2q.common.progress import Progress
-from s2q.engines.processes import Tell, devices_of, run_in_processes
+from s2q.engines.processes import ProcessEngine, Tell, devices_of
 from s2q.evaluation.scores import EvaluationResult, merge
 from s2q.generation.generate import Video
 from s2q.models import ModelSource
@@ -94,7 +94,7 @@ def measure_in_processes(
 
     found: dict[int, MeasuredSet] = {}
     devices = devices_of(options.device, min(options.processes, len(sets)))
-    with contextlib.closing(run_in_processes(measure, sets, devices=devices, on_message=report)) as results:
+    with contextlib.closing(ProcessEngine(devices).map(measure, sets, on_message=report)) as results:
         found.update(results)
     for index in range(len(sets)):
         for label, video in found[index][1]:

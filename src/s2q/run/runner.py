@@ -7,9 +7,7 @@ into the run folder; the run then finds it there, as it finds what an interrupte
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import pickle
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.devices import peak_memory_bytes
 from s2q.common.progress import Progress, Tick
 from s2q.common.run_folder import ArtefactFolder
-from s2q.engines.processes import Tell, devices_of, run_in_processes
+from s2q.engines.processes import ProcessEngine, Tell, devices_of
 from s2q.models import ModelSource
 from s2q.planning import CalibrationCost, Machine
 from s2q.planning.resolve import LinearPlan
@@ -185,18 +183,17 @@ def quantize_in_processes(
         progress("blocks", total - sum(left_units.values()), total)
 
     machine = replace(job.machine, memory_budget=job.machine.memory_budget // processes)
-    order = _Order(
+    work = _BlockWork(
         source=source,
         dtype=dtype,
         job=replace(job, machine=machine),
         folder=runner.folder.path,
         linears=teacher.linears,
     )
-    work = functools.partial(_quantize, pickle.dumps(order))
     devices = devices_of(job.machine.device, min(processes, len(todo)))
     progress("blocks", total - sum(left_units.values()), total)
     try:
-        with contextlib.closing(run_in_processes(work, todo, devices=devices, on_message=unit_done)) as results:
+        with contextlib.closing(ProcessEngine(devices).map(work, todo, on_message=unit_done)) as results:
             for index, _ in results:
                 left_units[todo[index]] = 0
                 progress("blocks", total - sum(left_units.values()), total)
@@ -206,28 +203,29 @@ def quantize_in_processes(
     return {one.artefact_name(index) for one, index in left}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Order:
-    """What a process needs to quantize blocks of a run."""
+class _BlockWork:
+    """Quantizes blocks of a run in another process, which loads the model once."""
 
-    source: ModelSource
-    dtype: torch.dtype | str | None
-    job: BlockJob
-    folder: Path
-    linears: list[LinearPlan]
+    def __init__(
+        self,
+        *,
+        source: ModelSource,
+        dtype: torch.dtype | str | None,
+        job: BlockJob,
+        folder: Path,
+        linears: list[LinearPlan],
+    ) -> None:
+        self.source, self.dtype, self.job, self.folder, self.linears = source, dtype, job, folder, linears
+        self._runner: BlockRunner | None = None
 
+    def __call__(self, place: tuple[str, int], device: str, tell: Tell) -> None:
+        if self._runner is None:
+            self._runner = self._load(device)
+        component, index = place
+        transformer = next(one for one in self._runner.teacher.transformers if one.component == component)
+        self._runner.quantize(transformer, index, unit_done=lambda: tell(place))
 
-def _quantize(order: bytes, place: tuple[str, int], device: str, tell: Tell) -> None:
-    runner = _runner(order, device)
-    component, index = place
-    transformer = next(one for one in runner.teacher.transformers if one.component == component)
-    runner.quantize(transformer, index, unit_done=lambda: tell(place))
-
-
-@functools.lru_cache(maxsize=1)
-def _runner(order: bytes, device: str) -> BlockRunner:
-    """The runner of this process; the model is loaded once."""
-    content: _Order = pickle.loads(order)
-    job = replace(content.job, machine=replace(content.job.machine, device=device))
-    teacher = load_teacher(content.source, job.recipe, dtype=content.dtype, device=device, linears=content.linears)
-    return BlockRunner(ArtefactFolder(content.folder), teacher, job, spilled=f"{_SPILLED}{os.getpid()}-")
+    def _load(self, device: str) -> BlockRunner:
+        job = replace(self.job, machine=replace(self.job.machine, device=device))
+        teacher = load_teacher(self.source, job.recipe, dtype=self.dtype, device=device, linears=self.linears)
+        return BlockRunner(ArtefactFolder(self.folder), teacher, job, spilled=f"{_SPILLED}{os.getpid()}-")

@@ -1,0 +1,101 @@
+"""What holds for every module of the source."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import s2q
+
+ROOT = Path(s2q.__file__).parent
+PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+def module_name(path, root=ROOT):
+    parts = path.relative_to(root.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and getattr(node.test, "id", getattr(node.test, "attr", "")) == "TYPE_CHECKING"
+
+
+def run_time_nodes(tree):
+    """Every node outside `if TYPE_CHECKING:`."""
+    for node in ast.iter_child_nodes(tree):
+        for child in node.orelse if is_type_checking(node) else [node]:
+            yield child
+            yield from run_time_nodes(child)
+
+
+def imported_modules(tree, names):
+    for node in run_time_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            inner = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name if name in names else node.module for name in inner)
+
+
+def import_cycle(trees):
+    graph = {name: {other for other in imported_modules(tree, trees) if other in trees} for name, tree in trees.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
+def reads_or_writes_pickles(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            yield from (name for name in modules if name.partition(".")[0] in PICKLERS)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            function = ast.unparse(node.func)
+            options = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+            if (
+                function == "torch.save"
+                or (function == "torch.load" and options.get("weights_only") is not True)
+                or (function in ("np.load", "numpy.load") and options.get("allow_pickle") is not False)
+            ):
+                yield ast.unparse(node)
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
+
+
+def test_no_module_reads_or_writes_pickles(trees):
+    assert {name: calls for name, tree in trees.items() if (calls := list(reads_or_writes_pickles(tree)))} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from marshal import loads",
+        "def f():\n    import shelve",
+        "torch.save(x, path)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+    ],
+)
+def test_a_pickle_is_noticed(source):
+    assert list(reads_or_writes_pickles(ast.parse(source)))
+
+
+def test_modules_import_each_other_in_no_cycle(trees):
+    assert import_cycle(trees) is None
+
+
+def test_a_cycle_through_a_function_is_noticed_and_one_for_types_is_not():
+    back = "def f():\n    from s2q.a import x"
+    types = "if TYPE_CHECKING:\n    from s2q.a import x"
+    first = ast.parse("from s2q import b")
+    assert set(import_cycle({"s2q.a": first, "s2q.b": ast.parse(back)})) == {"s2q.a", "s2q.b"}
+    assert import_cycle({"s2q.a": first, "s2q.b": ast.parse(types)}) is None
