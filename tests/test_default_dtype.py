@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from s2q.common import devices
+from s2q.common.log import log_once
 from s2q.common.processor import is_x86
 from s2q.comparison.compare import compare
 from s2q.comparison.setup import CompareOptions
@@ -61,7 +62,7 @@ def test_load_computes_in_the_stored_dtype_where_it_has_arithmetic(folders, name
 
 
 def test_it_is_logged_once(folders, emulated_half, caplog):
-    devices._log_wide.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="s2q"):
         for name in ("bfloat16", "quantized", "float32"):
             load_pipeline(folders / name)

@@ -5,6 +5,7 @@ import torch
 
 from emulation import emulator, runs
 from s2q.cli import run
+from s2q.common.log import log_once
 from s2q.ops import dispatch
 
 pytestmark = pytest.mark.gpu
@@ -37,7 +38,7 @@ def test_a_gpu_that_is_not_there_is_told_with_those_that_are(command, tmp_path, 
 def compiled(monkeypatch):
     """Choose backends as where kernels are compiled, and for the first time."""
     monkeypatch.setattr(dispatch, "is_interpreting", lambda: False)
-    dispatch._say_once.cache_clear()
+    log_once.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from s2q.cli import run
-from s2q.common import loading_errors
+from s2q.common import versions
 from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.common.loading_errors import PACKAGES, loading_error, missing_package
 from s2q.generation.load import check_model, load_pipeline
@@ -132,6 +132,6 @@ def test_what_another_tool_needs_is_the_remedy_where_it_quantized_a_component(fo
 def test_a_package_is_named_as_pip_names_it():
     assert missing_package(ImportError("run pip install -U 'nvidia-modelopt[hf]'")) == "nvidia-modelopt[hf]"
     assert missing_package(ImportError("nothing known")) is None
-    assert loading_errors.is_installed("torch")
-    assert not loading_errors.is_installed("no-such-package-of-anyone")
+    assert versions.is_installed("torch")
+    assert not versions.is_installed("no-such-package-of-anyone")
     assert isinstance(loading_error(source.Path("x"), ImportError("y"), remedy="z"), ResourceError)

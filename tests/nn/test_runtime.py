@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
+from s2q.common.log import log_once
 from s2q.core.schemes import LinearScheme, PerGroup, PerToken, QuantScheme
 from s2q.nn import PackedLinear, dequantized, packed, set_backend, share_inputs
 from s2q.rounding import ROUNDINGS
@@ -115,7 +116,7 @@ def test_triton_gives_the_output_of_the_reference(transformer):
 
 
 def test_weights_in_groups_are_said_to_be_slow_once(caplog):
-    packed._warn_once.cache_clear()
+    log_once.cache_clear()
     scheme = LinearScheme(
         weight=QuantScheme(num_bits=4, granularity=PerGroup(group_size=16)),
         activation=QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
+from s2q.common.log import log_once
 from s2q.ops import activation_path, attention_colsum, dispatch, rescaled_int_matmul, weight_only_matmul
 from s2q.ops.architectures import CARDS, SHARED_BYTES, nearest_architecture
 
@@ -78,7 +79,7 @@ def test_an_unlisted_gpu_takes_the_tiles_of_its_generation_that_need_the_least(c
 def test_auto_says_once_what_it_chose_and_warns_where_it_is_slow(compiled, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.version, "hip", None)
-    dispatch._say_once.cache_clear()
+    log_once.cache_clear()
     caplog.set_level("DEBUG", logger="s2q.ops.dispatch")
     for _ in range(2):
         assert dispatch.resolve_backend("auto", OnGpu(), ("reference", "triton")) == "reference"

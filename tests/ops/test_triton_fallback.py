@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from s2q.common.errors import InvalidInputError
+from s2q.common.log import log_once
 from s2q.ops import activation_path, attention_colsum, dispatch, rescaled_int_matmul, weight_only_matmul
 
 
@@ -115,7 +116,7 @@ def auto_is_triton(monkeypatch, caplog):
     resolve = dispatch.resolve_backend
     monkeypatch.setattr(dispatch, "resolve_backend", lambda b, *rest: "triton" if b == "auto" else resolve(b, *rest))
     monkeypatch.setattr(dispatch, "_REFUSED", {})
-    dispatch._say_once.cache_clear()
+    log_once.cache_clear()
     caplog.set_level("WARNING", logger="s2q.ops.dispatch")
 
 

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from s2q.common.devices import (
     reset_peak_memory,
     resident_bytes,
 )
+from s2q.common.versions import package_versions
 from s2q.ops import scratch
 from s2q.ops.dispatch import backend_obstacle, is_interpreting
 from s2q.ops.int_matmul import cpu
@@ -61,13 +61,7 @@ def hardware(device: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Return the versions that a time depends on; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {"cuda": torch.version.cuda, **package_versions(PACKAGES)}
 
 
 def measuring_obstacle(backend: str, device: str) -> str | None:
@@ -132,19 +126,19 @@ def peak_memory(call: Callable[[], object], device: str) -> int | None:
         device: On a GPU memory is what PyTorch allocates there; on a CPU the resident set of the process (Linux only),
             which includes the scratch memory of libraries.
     """
-    if torch.device(device).type == "cuda":
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device)) - before
-    scratch.release()  # what the ops kept from earlier calls is memory of this call too
-    _return_free_memory()
-    before = resident_bytes() if reset_peak_memory(device) else None
-    if before is None:
+        before: int | None = torch.cuda.memory_allocated(device)
+    else:
+        scratch.release()  # what the ops kept from earlier calls is memory of this call too
+        _return_free_memory()
+        before = resident_bytes()
+    if not reset_peak_memory(device) or before is None:
         return None
     call()
+    if on_gpu:
+        torch.cuda.synchronize(device)
     return max(0, peak_memory_bytes(device) - before)
 
 

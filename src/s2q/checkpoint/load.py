@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from s2q.checkpoint.manifest import check_intact
 from s2q.checkpoint.quantizer import register
 from s2q.common.components import TRANSFORMERS
 from s2q.common.errors import InvalidInputError
+from s2q.common.files import read_json
 from s2q.common.loading_errors import loading_error
 from s2q.common.torch_state import in_fresh_torch_state
 
@@ -134,13 +134,7 @@ def read_transformer_config(folder: Path, component: str = TRANSFORMERS[0]) -> d
         raise InvalidInputError(
             f"{folder} is not an s2q checkpoint: it has no {component}/config.json; pass its folder"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path}: cannot be read as JSON; download the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise InvalidInputError(f"{path}: got a JSON {type(content).__name__}; expected an object")
-    return content
+    return read_json(path, remedy="download the checkpoint again")
 
 
 def _method(config: Any) -> Any:

@@ -5,7 +5,6 @@ safetensors has no checksum: flipped bits in the payload, and some in the header
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_json, sha256_file
+from s2q.common.log import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,8 @@ def check_intact(folder: Path, *, verify: bool | None = None) -> None:
     if not (folder / MANIFEST).exists():
         if verify:
             raise _no_manifest(folder)
-        _warn_once(f"{folder}: has no {MANIFEST}, as diffusers saves it, so its files are not verified")
+        message = f"{folder}: has no {MANIFEST}, as diffusers saves it, so its files are not verified"
+        log_once(logger, logging.WARNING, message)  # evaluations load a checkpoint several times
         return
     problems = [problem for problem in verify_manifest(folder) if not problem.startswith(f"{CARD}:")]
     if problems:
@@ -128,12 +129,6 @@ def check_intact(folder: Path, *, verify: bool | None = None) -> None:
             f"{folder}: {'; '.join(problems[:3])}{more}; download or quantize the model again, or pass --no-verify "
             "(verify=False) if you changed it yourself"
         )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Warn once a process: evaluations load a checkpoint several times."""
-    logger.warning(message)
 
 
 def _no_manifest(folder: Path) -> InvalidInputError:

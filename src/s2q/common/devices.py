@@ -1,7 +1,6 @@
 """Devices: checks of their names before any work, the dtypes that they compute in, their memory."""
 
 import contextlib
-import functools
 import gc
 import logging
 import re
@@ -13,6 +12,7 @@ import torch
 
 from s2q.common.device_names import is_device_name, kind_of_device
 from s2q.common.errors import InvalidInputError, ResourceError
+from s2q.common.log import log_once
 from s2q.common.processor import has_arithmetic
 
 logger = logging.getLogger(__name__)
@@ -73,13 +73,9 @@ def default_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtyp
     """
     if stored not in emulated_dtypes(device):
         return stored
-    _log_wide(str(stored).removeprefix("torch."))
+    message = "computing in float32: this CPU has no %s arithmetic; --dtype %s (dtype=) emulates it"
+    log_once(logger, logging.INFO, message, *2 * (str(stored).removeprefix("torch."),))
     return torch.float32
-
-
-@functools.cache
-def _log_wide(stored: str) -> None:
-    logger.info("computing in float32: this CPU has no %s arithmetic; --dtype %s (dtype=) emulates it", stored, stored)
 
 
 def overflow_remedy(dtype: torch.dtype) -> str:
@@ -128,8 +124,11 @@ def peak_memory_bytes(device: str | torch.device) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = _resident("VmHWM")
-    if peak is not None:
-        return peak
+    return lifetime_peak_bytes() if peak is None else peak
+
+
+def lifetime_peak_bytes() -> int:
+    """Return the most memory that was resident in this process since it was started, which nothing resets."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

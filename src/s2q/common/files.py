@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from s2q.common.errors import DiskFullError, InvalidInputError, ResourceError
+from s2q.common.errors import DiskFullError, InvalidInputError, ResourceError, first_line
 
 FILE_MODE = 0o644
 _CHUNK_BYTES = 1 << 20
@@ -34,6 +34,25 @@ def canonical_json(obj: Any) -> str:
         ValueError: If a number is NaN or infinite: JSON has no such number, use None.
     """
     return json.dumps(obj, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
+    """Read a JSON object, strictly UTF-8.
+
+    Args:
+        path: The file.
+        remedy: What to do about a damaged one, to end the message with.
+
+    Raises:
+        InvalidInputError: If the file cannot be read, or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{path}: cannot be read as JSON ({first_line(error)}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise InvalidInputError(f"{path}: got a JSON {type(content).__name__}; expected an object; {remedy}")
+    return content
 
 
 def slug(text: str) -> str:

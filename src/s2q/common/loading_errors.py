@@ -77,16 +77,3 @@ def missing_package(error: ImportError) -> str | None:
         return found[1]
     name = getattr(error, "name", None)
     return None if name is None else PACKAGES.get(str(name).partition(".")[0], str(name).partition(".")[0])
-
-
-def is_installed(package: str) -> bool:
-    """Return whether a package is installed.
-
-    Args:
-        package: Its name on PyPI.
-    """
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -3,9 +3,21 @@
 import platform
 from importlib import metadata
 
-_PACKAGES = ("s2q", "torch", "diffusers", "transformers")
+_DECIDING = ("s2q", "torch", "diffusers", "transformers")
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide the result."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+def package_versions(packages: tuple[str, ...] = _DECIDING) -> dict[str, str | None]:
+    """Return the versions of Python and of packages; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package is installed, by its name on PyPI."""
+    return _version(package) is not None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

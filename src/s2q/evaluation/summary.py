@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from s2q.common.versions import package_versions
 from s2q.evaluation import metrics, velocity
 from s2q.evaluation.intervals import INTERVAL, clustered_mean
 from s2q.evaluation.judges import adherence
@@ -120,14 +120,10 @@ def _noise_floor(pairs: Sequence[VideoScores]) -> dict[str, Any] | None:
     }
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     """Return the versions of what computed the result, and the kind of machine."""
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    for name in ("s2q", "torch", "diffusers", "transformers", "numpy", "scipy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "unknown"
+    found = package_versions(("s2q", "torch", "diffusers", "transformers", "numpy", "scipy"))
+    found["machine"] = f"{platform.system()} {platform.machine()}"
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from s2q.common.errors import InvalidInputError
+from s2q.common.files import read_json
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.shapes import embedded
 
@@ -80,14 +79,4 @@ def _quantized_source(folder: Path) -> str | None:
 
 def _report(folder: Path) -> dict[str, Any]:
     path = folder / "s2q" / "report.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path}: not a readable report: {error}; quantize the model again") from error
-    if not isinstance(content, dict):
-        raise InvalidInputError(
-            f"{path}: not a readable report: expected an object, got {type(content).__name__}; quantize the model again"
-        )
-    return content
+    return read_json(path, remedy="quantize the model again") if path.is_file() else {}

@@ -6,7 +6,6 @@ are those that diffusers would load (`s2q.common.weight_files`), of the variant 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,8 +23,10 @@ from s2q.common.errors import (
     first_line,
     unknown_name,
 )
+from s2q.common.files import read_json
 from s2q.common.headers import TensorInfo, read_headers
-from s2q.common.loading_errors import PACKAGES, is_installed, loading_error
+from s2q.common.loading_errors import PACKAGES, loading_error
+from s2q.common.versions import is_installed
 from s2q.common.weight_files import has_variant, variants_in, weight_files
 from s2q.core.storage import BF16_BYTES
 from s2q.models.hub import HubId, parse_hub_id
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_REMEDY = "download or save the model again"
 _ADAPTER_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 
 
@@ -195,7 +197,7 @@ class ModelSource:
             InvalidInputError: If the file is damaged.
         """
         path = self.folder / "scheduler" / "scheduler_config.json"
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path, remedy=_REMEDY) if path.is_file() else {}
 
     def check_packages(self) -> None:
         """Refuse a model with a component whose quantization method needs a package that is not installed.
@@ -255,7 +257,7 @@ class ModelSource:
         import diffusers
         import transformers
 
-        index = _read_json(self.folder / "model_index.json")
+        index = read_json(self.folder / "model_index.json", remedy=_REMEDY)
         parts: dict[str, Any] = {}
         for name, entry in index.items():
             if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_") and name not in components:
@@ -305,7 +307,7 @@ class ModelSource:
             if component in TRANSFORMERS:
                 check_no_adapter(self.folder / component, tensors)
         foreign = [f"{component} is quantized by {method}" for component, method in self._foreign_methods().items()]
-        remedy = f"{', '.join(foreign)}: see what that needs" if foreign else "download or save the model again"
+        remedy = f"{', '.join(foreign)}: see what that needs" if foreign else _REMEDY
         try:
             return DiffusionPipeline.from_pretrained(
                 self.folder,
@@ -339,7 +341,7 @@ def recommended_generation(folder: Path | None) -> dict[str, Any]:
         folder: The pipeline's folder; None if there is none.
     """
     path = None if folder is None else folder / "generation.json"
-    return {} if path is None or not path.is_file() else _read_json(path)
+    return {} if path is None or not path.is_file() else read_json(path, remedy=_REMEDY)
 
 
 def resolve_model(
@@ -421,7 +423,7 @@ def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "
         raise InvalidInputError(
             f"{folder} is not a diffusers pipeline: it has no model_index.json; pass the pipeline's folder"
         )
-    index = _read_json(index_path)
+    index = read_json(index_path, remedy=_REMEDY)
     classes = {component: class_name for component in TRANSFORMERS if (class_name := _class_in(index, component))}
     if TRANSFORMERS[0] not in classes:
         raise InvalidInputError(
@@ -456,7 +458,7 @@ def _with_variant(source: ModelSource, variant: str | None, *, needed: bool) -> 
 
 def _quantization_method(path: Path) -> str | None:
     """The `quant_method` that a component's config.json has; None if there is none."""
-    config = _read_json(path).get("quantization_config") if path.is_file() else None
+    config = read_json(path, remedy=_REMEDY).get("quantization_config") if path.is_file() else None
     method = config.get("quant_method") if isinstance(config, Mapping) else None
     return None if method is None else str(method)
 
@@ -470,17 +472,5 @@ def _class_in(index: Mapping[str, Any], component: str) -> str | None:
 def _component_config(folder: Path, component: str, class_name: str) -> dict[str, Any]:
     path = folder / component / "config.json"
     if not path.is_file():
-        raise InvalidInputError(f"{path} is missing; download or save the model again")
-    return {"_class_name": class_name, **_read_json(path)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(
-            f"{path}: cannot be read as JSON ({first_line(error)}); download or save the model again"
-        ) from error
-    if not isinstance(content, dict):
-        raise InvalidInputError(f"{path}: got a JSON {type(content).__name__}; expected an object")
-    return content
+        raise InvalidInputError(f"{path} is missing; {_REMEDY}")
+    return {"_class_name": class_name, **read_json(path, remedy=_REMEDY)}

@@ -14,7 +14,6 @@ Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `r` rank of t
 of a row (`core.packing`).
 """
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError
+from s2q.common.log import log_once
 from s2q.common.torch_state import without_autocast
 from s2q.core.codebook import levels_of
 from s2q.core.input_path import InputLayout
@@ -401,9 +401,5 @@ def _product_in_pieces(codes: Tensor, vector: Tensor) -> Tensor:
 
 def _say_slow(scheme: str, how: str) -> None:
     if not torch.compiler.is_compiling():
-        _warn_once("%s linears %s, slower than full precision: no integer kernel takes them", scheme, how)
-
-
-@functools.cache
-def _warn_once(message: str, *values: str) -> None:
-    logger.warning(message, *values)
+        message = "%s linears %s, slower than full precision: no integer kernel takes them"
+        log_once(logger, logging.WARNING, message, scheme, how)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError, S2QError, unknown_name
+from s2q.common.log import log_once
 from s2q.ops.architectures import nearest_architecture
 
 logger = logging.getLogger(__name__)
@@ -211,13 +212,8 @@ def _automatic(x: Tensor, backends: Collection[str]) -> str:
             chosen = "triton"
         else:
             level, reason = logging.WARNING, f", slower than full precision: {obstacle}"
-    _say_once(level, f"on {x.device}, backend 'auto' of quantized linears is {chosen!r}{reason}")
+    log_once(logger, level, f"on {x.device}, backend 'auto' of quantized linears is {chosen!r}{reason}")
     return chosen
-
-
-@functools.cache
-def _say_once(level: int, message: str) -> None:
-    logger.log(level, message)
 
 
 def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -243,7 +239,7 @@ def _with_fallback(kernel: Callable[..., Any], reference: Callable[..., Any]) ->
             return kernel(x, *args, **kwargs)
         except KernelUnavailableError as error:
             reason = f"{error.op} on {_card(x.device)} runs in PyTorch, slower than its kernel: {error.reason}"
-        _say_once(logging.WARNING, reason)
+        log_once(logger, logging.WARNING, reason)
         return reference(x, *args, **kwargs)
 
     return run

@@ -22,11 +22,6 @@ class _Buffers(threading.local):
 _BUFFERS = _Buffers()
 
 
-def held_bytes() -> int:
-    """Return the bytes that this thread keeps."""
-    return sum(buffer.numel() for buffer in _BUFFERS.by_use.values())
-
-
 def release() -> None:
     """Let go of what this thread keeps; the next call of an op gets fresh memory."""
     _BUFFERS.by_use.clear()

@@ -15,7 +15,6 @@ Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels.
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 
 from s2q.common.components import split_name
+from s2q.common.devices import lifetime_peak_bytes
 from s2q.common.memory import page_locked_bytes
 from s2q.core.memo import PIECE
 from s2q.models import BlockLinear, Family, block_names, family_of
@@ -99,10 +99,7 @@ class Machine:
     @property
     def process_bytes(self) -> int:
         """What the process takes of the device's memory whatever it computes: on a CPU, what it has taken by now."""
-        if not self.is_host:
-            return 0
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return lifetime_peak_bytes() if self.is_host else 0
 
     def added_bytes(self, weights: int) -> int:
         """Return what weights of the model add to `process_bytes`.

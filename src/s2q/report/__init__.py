@@ -2,7 +2,7 @@
 
 from s2q.report.compare_page import Scene, render_compare_page, scene_sheet
 from s2q.report.page import PageContent, PlayerPair, render_page, write_page
-from s2q.report.video import BT601, contact_sheet, encode_mp4, write_contact_sheet, write_mp4
+from s2q.report.video import BT601, contact_sheet, encode_mp4, write_mp4
 
 __all__ = [
     "BT601",
@@ -14,7 +14,6 @@ __all__ = [
     "render_compare_page",
     "render_page",
     "scene_sheet",
-    "write_contact_sheet",
     "write_mp4",
     "write_page",
 ]

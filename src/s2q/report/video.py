@@ -200,11 +200,6 @@ def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], *, columns: int = 9) -
     return buffer.getvalue()
 
 
-def write_contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], *, columns: int = 9) -> None:
-    """Draw a contact sheet and write it atomically; see `contact_sheet`."""
-    atomic_write_bytes(path, contact_sheet(rows, columns=columns))
-
-
 def _strip(frames: np.ndarray, columns: int) -> Image.Image:
     _check(frames)
     count = min(columns, len(frames))

@@ -16,6 +16,8 @@ Shapes: `T` timesteps, `I` in features.
 
 from collections.abc import Callable
 
+import numpy as np
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -74,22 +76,14 @@ def spearman_weights(input_amax: Tensor, weight_amax: Tensor) -> Tensor:
         )
     if not bool(input_amax.isfinite().all() and weight_amax.isfinite().all()):
         raise InvalidInputError("salience: maxima hold NaN or infinite values")
-    weight_ranks = _centred_ranks(weight_amax)
-    correlations = torch.stack([_correlation(_centred_ranks(row), weight_ranks) for row in input_amax])
-    return torch.softmax(-correlations, dim=0)
+    correlations = [_spearman(row.numpy(force=True), weight_amax.numpy(force=True)) for row in input_amax]
+    return torch.softmax(-torch.tensor(correlations, dtype=torch.float64, device=input_amax.device), dim=0)
 
 
-def _centred_ranks(values: Tensor) -> Tensor:
-    """Ranks less their mean, fp64; equal values share the mean of theirs."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    ranks: Tensor = (counts.cumsum(dim=0).double() - (counts.double() - 1) / 2)[inverse]
-    return ranks - ranks.mean()
-
-
-def _correlation(first: Tensor, second: Tensor) -> Tensor:
-    norm = (first.square().sum() * second.square().sum()).sqrt()
-    product = (first * second).sum()
-    return torch.where(norm > 0, product / norm, torch.zeros_like(norm))
+def _spearman(first: np.ndarray, second: np.ndarray) -> float:
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0
+    return float(scipy.stats.spearmanr(first, second).statistic)
 
 
 SALIENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"max": largest_salience, "spearman": spearman_salience}
