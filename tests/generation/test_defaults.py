@@ -48,7 +48,7 @@ def test_other_models_have_none(tmp_path, settings):
 
 def test_a_damaged_report_names_the_file(checkpoint):
     (checkpoint / "s2q/report.json").write_text("[")
-    with pytest.raises(InvalidInputError, match=r"report\.json: not a readable report"):
+    with pytest.raises(InvalidInputError, match=r"report\.json: cannot be read as JSON"):
         embedded_source(checkpoint)
 
 
