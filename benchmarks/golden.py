@@ -58,7 +58,7 @@ from s2q.recipes import load_recipe, recipe_names  # noqa: E402
 PARTS = ("recipes", "plans", "tensors", "outputs")
 PORTABLE = ("recipes", "plans")
 FILE = ROOT / "benchmarks" / "results" / "golden.json"
-PROMPTS = ("a red circle moves to the left", "a blue square falls")
+PROMPTS = ("a red circle", "a blue square")
 
 VARIANTS = ("q-vdit-w4a6+sds", "smoothquant-w4a6+std", "svdquant-w4a6+sds", "brecq-w4a6+sds+std")
 OVERRIDES = {
@@ -75,25 +75,26 @@ PLANNED_MODELS = (
 PLAN_OPTIONS = ("--device", "cuda", "--device-memory", "24GB", "--memory-budget", "8GB")
 """On a CPU the memory of a stage includes what the process at hand has taken."""
 
-EMBEDDED_CALL = {"num_frames": 9, "height": 32, "width": 32}
-TINY_CALL = {"num_frames": 9, "height": 16, "width": 16}
+EMBEDDED_SIZE = {"num_frames": 9, "height": 32, "width": 32}
+SHORT_TEXT = {"max_sequence_length": 16}
+TINY_SIZE = {"num_frames": 9, "height": 16, "width": 16}
 TINY_MODELS: dict[str, tuple[Any, dict[str, int], dict[str, int]]] = {  # pipeline, size of a video, other arguments
-    "tiny-cogvideox": (tiny.tiny_cogvideox_pipeline, TINY_CALL, {"max_sequence_length": 16}),
+    "tiny-cogvideox": (tiny.tiny_cogvideox_pipeline, TINY_SIZE, SHORT_TEXT),
     "tiny-cogvideox-1.5": (
         partial(tiny.tiny_cogvideox_pipeline, rotary=True, patch_size_t=2),
-        TINY_CALL,
-        {"max_sequence_length": 16},
+        TINY_SIZE,
+        SHORT_TEXT,
     ),
-    "tiny-hunyuanvideo": (tiny.tiny_hunyuanvideo_pipeline, TINY_CALL, {}),
-    "tiny-hunyuanvideo-1.5": (tiny.tiny_hunyuanvideo15_pipeline, TINY_CALL, {}),
-    "tiny-ltx": (tiny.tiny_ltx_pipeline, TINY_CALL | {"height": 32, "width": 32}, {}),
-    "tiny-mochi": (tiny.tiny_mochi_pipeline, TINY_CALL | {"num_frames": 13}, {}),
-    "tiny-wan": (tiny.tiny_wan_pipeline, TINY_CALL, {}),
-    "tiny-wan-2.2-5b": (partial(tiny.tiny_wan_pipeline, expand_timesteps=True), TINY_CALL, {}),
-    "tiny-wan-2.2-a14b": (partial(tiny.tiny_wan_pipeline, boundary_ratio=0.5), TINY_CALL, {}),
+    "tiny-hunyuanvideo": (tiny.tiny_hunyuanvideo_pipeline, TINY_SIZE, {}),
+    "tiny-hunyuanvideo-1.5": (tiny.tiny_hunyuanvideo15_pipeline, TINY_SIZE, {}),
+    "tiny-ltx": (tiny.tiny_ltx_pipeline, TINY_SIZE | {"height": 32, "width": 32}, {}),
+    "tiny-mochi": (tiny.tiny_mochi_pipeline, TINY_SIZE | {"num_frames": 13}, {}),
+    "tiny-wan": (tiny.tiny_wan_pipeline, TINY_SIZE, {}),
+    "tiny-wan-2.2-5b": (partial(tiny.tiny_wan_pipeline, expand_timesteps=True), TINY_SIZE, {}),
+    "tiny-wan-2.2-a14b": (partial(tiny.tiny_wan_pipeline, boundary_ratio=0.8), TINY_SIZE, {}),
 }
 SETTINGS = {  # of groups that a recipe has
-    "calibration": ("n_prompts=2", "steps=2", "samples=4"),
+    "calibration": ("n_prompts=2", "steps=6", "samples=4"),
     "distillation": ("epochs=1",),
     "refinement": ("epochs=1",),
     "allocation": ("samples=2",),
@@ -134,7 +135,7 @@ def compute_checkpoint(name: str, parts: tuple[str, ...]) -> dict[str, dict[str,
     recipe, model = name.split("/")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        source, size, call = model, EMBEDDED_CALL, {}
+        source, size, call = model, EMBEDDED_SIZE, SHORT_TEXT if "cogvideox" in model else {}
         if model in TINY_MODELS:
             build, size, call = TINY_MODELS[model]
             source = str(folder / model)
@@ -308,7 +309,7 @@ def record(file: Path, names: dict[str, list[str]], *, processes: int) -> int:
         f"{part}: {name}: {one['error']}" for part in computed for name, one in computed[part].items() if "error" in one
     ]
     if errors:
-        _say("\n".join(errors))
+        _say("\n".join(["nothing recorded:", *errors]))
         return 1
     for part in computed:
         content[part] = content.get(part, {}) | computed[part]
