@@ -112,18 +112,17 @@ def test_the_other_verbs_give_the_same(model, plain, plain_outcomes, state):
         assert found[name] == wanted, name
 
 
-@pytest.mark.parametrize("state", ["default float16", "everything"])
-def test_comparing_and_measuring_give_the_same(model, plain, state, tmp_path):
-    options = CompareOptions(seeds=1, settings=SETTINGS)
-    found = {}
-    for name, context in (("plain", contextlib.nullcontext), ("state", STATES[state])):
+def test_comparing_and_measuring_give_the_same_in_every_state(model, plain, tmp_path):
+    options, found = CompareOptions(seeds=1, settings=SETTINGS), {}
+    states = {"plain": contextlib.nullcontext, **{name: STATES[name] for name in ("default float16", "everything")}}
+    for name, context in states.items():
         with context():
             prompts, out = ["a red circle"], tmp_path / name
             done = s2q.compare([str(plain[0])], str(model), out=out, prompts=prompts, options=options)
             results = open_results(tmp_path / f"{name}.json", device="cpu", again=False)
             run_cases(make_cases(None, ["activation_path"], MEASURED)[:1], results)
         found[name] = [entry["metrics"] for entry in done["entries"]]
-    assert found["state"] == found["plain"]
+    assert found["default float16"] == found["everything"] == found["plain"]
 
 
 def test_the_default_dtype_stays_while_any_thread_runs_a_verb_and_is_given_back():
