@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from s2q.calibration import stream as stream_module
-from s2q.calibration.stream import HostMemory, TensorStore, _Distinct
+from s2q.calibration.stream import _Distinct
 from s2q.common.memory import page_locked_bytes
+from s2q.common.tensor_store import HostMemory, TensorStore
 
 
 def test_equal_tensors_are_held_once():

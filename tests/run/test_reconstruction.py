@@ -353,7 +353,7 @@ def test_plan_has_the_stages_and_the_bytes(run, tmp_path):
 
 
 def test_activations_beyond_the_budget_go_to_the_disk_and_change_nothing(run, tmp_path, monkeypatch):
-    from s2q.calibration.stream import TensorStore
+    from s2q.common.tensor_store import TensorStore
 
     spilled = set()
     original = TensorStore.put
@@ -370,7 +370,7 @@ def test_activations_beyond_the_budget_go_to_the_disk_and_change_nothing(run, tm
 
 
 def test_stores_share_their_memory_and_give_it_back(tmp_path):
-    from s2q.calibration.stream import HostMemory, TensorStore
+    from s2q.common.tensor_store import HostMemory, TensorStore
 
     memory = HostMemory(200)
     one, other = (TensorStore(tmp_path, name, memory=memory) for name in ("one", "other"))

@@ -31,6 +31,7 @@ from s2q.benchmark.results import identity
 from s2q.benchmark.shapes import source_tokens
 from s2q.benchmark.timing import Timing, interleave
 from s2q.checkpoint import S2QConfig, read_config
+from s2q.common.hooks import capture_calls
 from s2q.core.input_path import PREFIX
 from s2q.generation.denoise import denoise
 from s2q.generation.load import load_pipeline
@@ -206,14 +207,8 @@ def _parts(pipe: Any, settings: GenerationSettings, timing: Timing, device: str)
 
 def _captured_call(pipe: Any, settings: GenerationSettings) -> Callable[[], object]:
     """Return a function that repeats a call that the loop makes of the transformer."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    handle = pipe.transformer.register_forward_pre_hook(
-        lambda _module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-    )
-    try:
+    with capture_calls(pipe.transformer) as calls:
         denoise(pipe, [_PROMPT], seeds=[0], settings=settings, decode=False)
-    finally:
-        handle.remove()
     args, kwargs = calls[-1]
     return lambda: pipe.transformer(*args, **kwargs)
 

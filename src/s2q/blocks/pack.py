@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from s2q.blocks.task import BlockWork, Group
-from s2q.calibration.observe import BlockSamples, capture_inputs
+from s2q.calibration.samples import BlockSamples
 from s2q.common.errors import S2QError
+from s2q.common.hooks import capture_inputs
 from s2q.core.input_path import PREFIX
 from s2q.core.memo import memoization
 from s2q.core.qparams import RoundedWeight

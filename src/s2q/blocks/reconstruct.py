@@ -27,7 +27,8 @@ from s2q.blocks.pack import pack_modulation, pack_nearest, pack_students
 from s2q.blocks.students import put_students
 from s2q.blocks.task import BlockTask, BlockWork, Group, input_groups
 from s2q.calibration.input_statistics import InputStatistics
-from s2q.calibration.observe import BlockSamples, observe
+from s2q.calibration.observe import observe
+from s2q.calibration.samples import BlockSamples
 from s2q.calibration.stream import TeacherStream
 from s2q.common.memory import to_device
 from s2q.common.seeds import derive_seed

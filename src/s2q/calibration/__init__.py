@@ -1,7 +1,5 @@
-"""Calibration: what the full-precision model sees while it generates.
+"""Calibration: candidates of a few prompts, their selection, and what the teacher does in each block on them.
 
-`settings` says how a video is generated and checks it against the pipeline, `sharing` which of its transformers takes
-which steps, `denoising` runs the pipeline so that a video depends on its prompt and seed alone, `trajectory` records
-the inputs and outputs of the transformers on the way.
-`salience` scores the denoising steps of a few prompts, and `selection` takes those to calibrate with.
+`candidates` generates and scores, `artefacts` stores the calls, `calibration_set` selects, `stream` carries the samples
+through the blocks, `observe` records targets, token weights and input statistics.
 """

@@ -1,29 +1,23 @@
 """Selecting: the candidates that the blocks of each transformer are calibrated on.
 
 Each transformer has candidates of its own, the steps in which it is called, and its own samples among them, as many as
-the recipe says; scores are compared within them. `calibration_stream` carries what was taken through the blocks of one.
+the recipe says; scores are compared within them. `calibration.stream` carries them through its blocks.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
-from s2q.calibration.candidates import CalibrationCall, CalibrationInputs, call_inputs
-from s2q.calibration.stream import HostMemory, TeacherStream
-from s2q.calibration.teacher import Teacher, TeacherTransformer
+from s2q.calibration.artefacts import CalibrationCall
+from s2q.calibration.candidates import CalibrationInputs
 from s2q.common.components import full_name
 from s2q.common.files import canonical_json
-from s2q.common.run_folder import ArtefactFolder
 from s2q.common.seeds import derive_seed
-from s2q.planning import Machine, activation_memory
-from s2q.recipes.schema import Recipe
 from s2q.selection.options import Calibration
+from s2q.selection.plot import selection_plot
 from s2q.selection.scores import CandidatePool
 from s2q.selection.selection import SELECTIONS
 
@@ -108,92 +102,6 @@ def select(
     """
     taken = {component: _taken_from(pool, inputs, group, branches=branches) for component, pool in pools.items()}
     return CalibrationSets(inputs=inputs, samples=taken)
-
-
-def calibration_stream(
-    teacher: Teacher,
-    transformer: TeacherTransformer,
-    selected: CalibrationSets,
-    folder: ArtefactFolder,
-    *,
-    recipe: Recipe,
-    machine: Machine,
-    step_bytes: int,
-    spilled: str = "",
-) -> TeacherStream:
-    """Make the stream that carries the samples of a transformer through its blocks.
-
-    Args:
-        teacher: The model.
-        transformer: The one of its transformers.
-        selected: The samples.
-        folder: Where the candidates are kept, and tensors go that memory has no room for.
-        recipe: The recipe; decides whether the conditioning of every timestep is needed.
-        machine: Where to compute.
-        step_bytes: What a step of distillation holds.
-        spilled: Prefix of the files of tensors that memory has no room for.
-    """
-
-    def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
-        return lambda: call_inputs(folder.load(selected.inputs.key(call.prompt)), call)
-
-    samples = selected.samples[transformer.component]
-    timesteps = samples.timesteps if recipe.modulation_rounding.needs_hessian and transformer.family.modulation else ()
-    return TeacherStream(
-        transformer.module,
-        transformer.block_names,
-        calls=[builder(call) for call in samples.calls],
-        names=[call.name for call in samples.calls],
-        steps=[call.step for call in samples.calls],
-        timesteps=[builder(call) for call in timesteps],
-        streams=transformer.family.streams,
-        folder=folder.path,
-        device=machine.device,
-        memory=HostMemory(activation_memory(machine, step_bytes)),
-        page_out=teacher.page_out,
-        component=transformer.component,
-        tokens=transformer.tokens,
-        prefix=spilled,
-    )
-
-
-def selection_plot(record: Mapping[str, Any]) -> bytes:
-    """Draw the three scores over prompts × timesteps, the chosen candidates marked.
-
-    Args:
-        record: See `CalibrationSet`.
-
-    Returns:
-        A PNG.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = len(record["prompts"])
-    columns = 1 + max(one["step"] for one in record["candidates"])
-    figure = Figure(figsize=(min(16.0, 3 + 0.2 * columns), 1.5 + 3 * (0.6 + 0.16 * rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    titles = {
-        "diffusion_salience": "diffusion salience",
-        "quantization_salience": "quantization salience",
-        "salience": "their product",
-    }
-    axes = figure.subplots(len(titles), 1, squeeze=False, sharex=True)[:, 0]
-    chosen = [(one["step"], one["prompt"]) for one in record["candidates"] if one["selected"]]
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        grid = torch.full((rows, columns), float("nan"))
-        for one in record["candidates"]:
-            grid[one["prompt"], one["step"]] = one[key]
-        image = axis.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1)
-        axis.scatter(*zip(*chosen, strict=True), s=14, facecolors="none", edgecolors="red", linewidths=1)
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.set_ylabel("prompt", fontsize=8)
-        figure.colorbar(image, ax=axis)
-    axes[-1].set_xlabel("denoising step, from noise to video (red: taken)", fontsize=8)
-    figure.suptitle(f"selection {record['selection']}: {record['samples']} samples", fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: Calibration, *, branches: int) -> CalibrationSet:

@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from s2q.calibration.artefacts import to_artefact
 from s2q.calibration.teacher import Teacher
 from s2q.common.components import full_name, transformers_of
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import canonical_json
 from s2q.common.memory import on_device
 from s2q.common.progress import Progress, StageCounter
-from s2q.common.run_folder import Artefact, RunFolder
+from s2q.common.run_folder import RunFolder
 from s2q.common.seeds import derive_seed
 from s2q.generation.settings import (
     GenerationSettings,
@@ -33,13 +34,13 @@ from s2q.generation.settings import (
     takes_prompts_alone,
 )
 from s2q.generation.sharing import steps_of_transformers
-from s2q.generation.trajectory import Trajectory, record_trajectory
+from s2q.generation.trajectory import record_trajectory
 from s2q.models.source import recommended_generation
 from s2q.selection.options import Calibration
 from s2q.selection.scores import Candidate, CandidatePool, score_trajectory
 from s2q.shapes import embedded
 
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,41 +60,13 @@ class CalibrationInputs:
     seed: int
 
     def key(self, prompt: int) -> str:
-        """Return the name of the artefact of a prompt.
-
-        Args:
-            prompt: Its index.
-        """
+        """Return the name of the artefact of a prompt, by its index."""
         return f"candidates-{prompt:03d}"
 
     def prompt_fingerprint(self, prompt: int) -> str:
-        """Return the fingerprint of the artefact of a prompt.
-
-        Args:
-            prompt: Its index.
-        """
+        """Return the fingerprint of the artefact of a prompt, by its index."""
         described = [self.fingerprint, self.prompts[prompt], prompt, self.settings.to_dict(), self.seed]
         return hashlib.sha256(canonical_json(described).encode()).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationCall:
-    """One call of the transformer with one sample, to be built when it is needed.
-
-    Attributes:
-        prompt: Index of the prompt.
-        step: Index of the denoising step.
-        branch: Row of the guidance branch; the last, which is -1 too, is the conditional one.
-    """
-
-    prompt: int
-    step: int
-    branch: int
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return f"prompt {self.prompt}, step {self.step}, branch {self.branch}"
 
 
 def calibration_prompts(
@@ -199,32 +172,6 @@ def collect(
     return {component: CandidatePool(candidates=tuple(candidates)) for component, candidates in found.items()}
 
 
-def call_inputs(artefact: Artefact, call: CalibrationCall) -> dict[str, Any]:
-    """Build the keyword arguments of a transformer call with one sample.
-
-    Args:
-        artefact: The candidates of the call's prompt.
-        call: Which step and branch.
-
-    Returns:
-        The arguments, on the CPU.
-    """
-    branches = int(artefact.stats["branches"])
-    inputs: dict[str, Any] = {"hidden_states": artefact.tensors["inputs"][call.step][None]}
-    for name, kind in artefact.stats["arguments"].items():
-        if kind == "rows":
-            inputs[name] = artefact.tensors[f"arguments.{name}"][call.branch % branches][None]
-        elif kind == "step rows":
-            inputs[name] = artefact.tensors[f"arguments.{name}"][call.step][call.branch % branches][None]
-        elif kind == "shared":
-            inputs[name] = artefact.tensors[f"arguments.{name}"]
-        elif kind == "plain":
-            inputs[name] = artefact.stats["plain"][name]
-        else:
-            inputs[name] = tuple(artefact.tensors[f"arguments.{name}.{part}"] for part in range(kind))
-    return inputs
-
-
 def branches_of(folder: RunFolder, inputs: CalibrationInputs) -> int:
     """Return how many guidance branches the collected calls have.
 
@@ -251,7 +198,7 @@ def _generate(
                 settings=inputs.settings,
                 step_done=step_done,
             )
-            artefact = _to_artefact(trajectory, channel_dim=teacher.family.latent_channel_dim)
+            artefact = to_artefact(trajectory, channel_dim=teacher.family.latent_channel_dim)
             folder.save(inputs.key(index), inputs.prompt_fingerprint(index), artefact)
 
 
@@ -273,45 +220,6 @@ def _check_candidates(teacher: Teacher, group: Calibration, *, prompts: int, ste
                 f"calibration.samples={group.samples}, but {prompts} prompts with {own} steps{of} are only "
                 f"{prompts * own} candidates; ask for fewer samples, or give more prompts"
             )
-
-
-def _to_artefact(trajectory: Trajectory, *, channel_dim: int) -> Artefact:
-    calls = trajectory.calls
-    branches = trajectory.branches(calls[0])
-    inputs = torch.stack([call.inputs["hidden_states"][-1] for call in calls])
-    latents = inputs.narrow(1 + channel_dim, 0, trajectory.latents.shape[1 + channel_dim])
-    tensors = {
-        "inputs": inputs,
-        "latents": torch.cat([latents.float(), trajectory.latents]),
-        "timesteps": torch.tensor([call.timestep for call in calls], dtype=torch.float64),
-    }
-    arguments: dict[str, Any] = {}
-    plain: dict[str, Any] = {}
-    for name, value in calls[0].inputs.items():
-        if name == "hidden_states":
-            continue
-        if isinstance(value, tuple) and isinstance(value[0], Tensor):
-            arguments[name] = len(value)
-            tensors |= {f"arguments.{name}.{part}": one.clone() for part, one in enumerate(value)}
-        elif isinstance(value, Tensor):
-            kind, stored = _stored(name, [call.inputs[name] for call in calls], branches)
-            arguments[name], tensors[f"arguments.{name}"] = kind, stored
-        else:
-            arguments[name], plain[name] = "plain", value
-    transformers = [call.transformer for call in calls]
-    stats = {"branches": branches, "transformers": transformers, "arguments": arguments, "plain": plain}
-    return Artefact(tensors=tensors, stats=stats)
-
-
-def _stored(name: str, values: Sequence[Tensor], branches: int) -> tuple[str, Tensor]:
-    """How an argument is kept: once, once a branch, or once a step and branch."""
-    first = values[0]
-    fixed = all(one is first or torch.equal(one, first) for one in values)
-    if first.ndim and first.shape[0] == branches:
-        return ("rows", first.clone()) if fixed else ("step rows", torch.stack(list(values)))
-    if not fixed:
-        raise InvalidInputError(f"calibration: argument {name} changes from step to step and has no row for a sample")
-    return "shared", first.clone()
 
 
 def _parts(pipe: Any, *names: str) -> list[Any]:

@@ -6,8 +6,8 @@ Legend: `N_k` tokens of stream k.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.samples import BlockSamples
+from s2q.common.hooks import capture_inputs
 from s2q.distillation.loss import split_weights
 from s2q.distillation.token_importance import capture_column_sums, token_weights
 from s2q.models import Family
@@ -81,20 +82,3 @@ def observe(
                 stored[f"weights.{name}"] = own.get(name, torch.ones_like(output[..., 0]))
         samples.targets.put(index, stored)
     return statistics
-
-
-@contextmanager
-def capture_inputs(block: nn.Module, listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Tell listeners the inputs of modules.
-
-    Args:
-        block: The block.
-        listeners: By name of the module inside the block.
-    """
-    with ExitStack() as stack:
-        for name, listener in listeners.items():
-            handle = block.get_submodule(name).register_forward_pre_hook(
-                lambda _module, args, listener=listener: listener(args[0])
-            )
-            stack.callback(handle.remove)
-        yield

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from s2q.calibration.stream import TeacherStream, TensorStore
+from s2q.calibration.stream import TeacherStream
 from s2q.common.memory import to_device
+from s2q.common.tensor_store import TensorStore
 from s2q.core.tokens import TokenGrid
 
 

@@ -17,115 +17,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from s2q.calibration.artefacts import CalibrationCall, call_inputs
+from s2q.calibration.calibration_set import CalibrationSets
+from s2q.calibration.teacher import Teacher, TeacherTransformer
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import InvalidInputError
-from s2q.common.files import atomic_write_bytes
+from s2q.common.hooks import capture_calls
 from s2q.common.memory import (
     on_device,
-    page_locked_bytes,
     release_page_locked,
     to_device,
 )
+from s2q.common.run_folder import ArtefactFolder
+from s2q.common.tensor_store import HostMemory, TensorStore
 from s2q.core.tokens import TokenGrid, TokenLayout
-
-
-class HostMemory:
-    """Bytes of host memory that several stores may take together.
-
-    Args:
-        budget: How many there are.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.left = budget
-
-    def take(self, size: int) -> bool:
-        """Take bytes, if there are as many.
-
-        Args:
-            size: How many.
-        """
-        if size > self.left:
-            return False
-        self.left -= size
-        return True
-
-    def give_back(self, size: int) -> None:
-        """Return bytes that were taken.
-
-        Args:
-            size: How many.
-        """
-        self.left += size
-
-
-class TensorStore:
-    """Tensors by index and name: in host memory as long as there is some, and on the disk from there on.
-
-    Args:
-        folder: Where files go, named after `name`.
-        name: Prefix of the files.
-        memory: What it may take, shared with other stores.
-        pinned: Whether what stays in memory is page-locked, which copies to a GPU are faster from.
-    """
-
-    def __init__(self, folder: Path, name: str, *, memory: HostMemory, pinned: bool = False) -> None:
-        self.folder, self.name, self.memory, self.pinned = folder, name, memory, pinned
-        self._kept: dict[int, Mapping[str, Tensor]] = {}
-
-    def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Store the tensors of an index, in place of those that were there.
-
-        Args:
-            index: The index.
-            tensors: Tensors by name; not copied where they are on the CPU and stay in memory.
-        """
-        self._drop(index)
-        if self.memory.take(self._held_bytes(tensors)):
-            self._kept[index] = {name: self._copy(tensor.detach()) for name, tensor in tensors.items()}
-            self._path(index).unlink(missing_ok=True)
-            return
-        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        atomic_write_bytes(self._path(index), safetensors.torch.save(content))
-
-    def get(self, index: int) -> dict[str, Tensor]:
-        """Return the tensors of an index.
-
-        Args:
-            index: The index.
-        """
-        if index in self._kept:
-            return dict(self._kept[index])
-        content = safetensors.torch.load_file(self._path(index))
-        # Mapped tensors are read from the disk when they are used; for a GPU that is to happen here, ahead of use.
-        return {name: one.clone() for name, one in content.items()} if self.pinned else dict(content)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        for index in list(self._kept):
-            self._drop(index)
-        for path in self.folder.glob(f"{self.name}-*.safetensors"):
-            path.unlink()
-
-    def _drop(self, index: int) -> None:
-        self.memory.give_back(self._held_bytes(self._kept.pop(index, {})))
-
-    def _held_bytes(self, tensors: Mapping[str, Tensor]) -> int:
-        return sum(page_locked_bytes(one.nbytes) if self.pinned else one.nbytes for one in tensors.values())
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        if not self.pinned:
-            return tensor.cpu()
-        # straight into page-locked memory: `tensor.cpu().pin_memory()` would copy twice
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-
-    def _path(self, index: int) -> Path:
-        return self.folder / f"{self.name}-{index:04d}.safetensors"
+from s2q.planning import Machine, activation_memory
+from s2q.recipes.schema import Recipe
 
 
 class TeacherStream:
@@ -301,6 +212,53 @@ class TeacherStream:
         self.page_out(block)
 
 
+def calibration_stream(
+    teacher: Teacher,
+    transformer: TeacherTransformer,
+    selected: CalibrationSets,
+    folder: ArtefactFolder,
+    *,
+    recipe: Recipe,
+    machine: Machine,
+    step_bytes: int,
+    spilled: str = "",
+) -> TeacherStream:
+    """Make the stream that carries the samples of a transformer through its blocks.
+
+    Args:
+        teacher: The model.
+        transformer: The one of its transformers.
+        selected: The samples.
+        folder: Where the candidates are kept, and tensors go that memory has no room for.
+        recipe: The recipe; decides whether the conditioning of every timestep is needed.
+        machine: Where to compute.
+        step_bytes: What a step of distillation holds.
+        spilled: Prefix of the files of tensors that memory has no room for.
+    """
+
+    def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
+        return lambda: call_inputs(folder.load(selected.inputs.key(call.prompt)), call)
+
+    samples = selected.samples[transformer.component]
+    timesteps = samples.timesteps if recipe.modulation_rounding.needs_hessian and transformer.family.modulation else ()
+    return TeacherStream(
+        transformer.module,
+        transformer.block_names,
+        calls=[builder(call) for call in samples.calls],
+        names=[call.name for call in samples.calls],
+        steps=[call.step for call in samples.calls],
+        timesteps=[builder(call) for call in timesteps],
+        streams=transformer.family.streams,
+        folder=folder.path,
+        device=machine.device,
+        memory=HostMemory(activation_memory(machine, step_bytes)),
+        page_out=teacher.page_out,
+        component=transformer.component,
+        tokens=transformer.tokens,
+        prefix=spilled,
+    )
+
+
 class _Distinct:
     """Arguments of many calls with every tensor held once, however many calls have it: rotary tables, texts."""
 
@@ -332,26 +290,12 @@ def _outside(transformer: nn.Module, block_names: Sequence[str]) -> list[nn.Modu
     return [module for name, module in transformer.named_modules() if not f"{name}.".startswith(blocks)]
 
 
-class _ReachedError(Exception):
-    """The first block was called."""
-
-
 def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Run the transformer until it calls its first block; return what it calls it with, by name."""
-    heard: dict[str, Any] = {}
-
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        heard.update(named_arguments(block, args, kwargs))
-        raise _ReachedError
-
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    """Run the transformer until it calls its first block; return the arguments of that call by name."""
+    with capture_calls(block, only_first=True) as calls:
         transformer(**arguments, return_dict=False)
-    except _ReachedError:
-        return heard
-    finally:
-        handle.remove()
-    raise AssertionError("the transformer never called its first block")
+    assert calls, "the transformer never called its first block"
+    return named_arguments(block, *calls[0])
 
 
 @functools.cache

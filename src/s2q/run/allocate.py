@@ -28,7 +28,7 @@ from s2q.blocks.reconstruct import BlockStudents, block_students
 from s2q.blocks.students import put_students
 from s2q.blocks.task import Group, block_task, input_groups
 from s2q.calibration.calibration_set import CalibrationSet, CalibrationSets
-from s2q.calibration.observe import BlockSamples
+from s2q.calibration.samples import BlockSamples
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import Teacher, TeacherTransformer
 from s2q.common.files import canonical_json

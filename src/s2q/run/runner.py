@@ -16,8 +16,8 @@ import torch
 
 from s2q.blocks.quantize_block import block_fingerprint, quantize_block, to_artefact
 from s2q.blocks.task import BlockTask, block_task
-from s2q.calibration.calibration_set import CalibrationSets, calibration_stream
-from s2q.calibration.stream import TeacherStream
+from s2q.calibration.calibration_set import CalibrationSets
+from s2q.calibration.stream import TeacherStream, calibration_stream
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.devices import peak_memory_bytes
 from s2q.common.progress import Progress, Tick

@@ -20,14 +20,14 @@ from typing import Any
 from s2q.blocks.distil import evaluations
 from s2q.blocks.quantize_block import quantize_block
 from s2q.blocks.task import BlockTask, block_task
-from s2q.calibration.calibration_set import CalibrationSets, calibration_stream, select
+from s2q.calibration.calibration_set import CalibrationSets, select
 from s2q.calibration.candidates import (
     branches_of,
     calibration_prompts,
     collect,
     prepare,
 )
-from s2q.calibration.stream import TeacherStream
+from s2q.calibration.stream import TeacherStream, calibration_stream
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.errors import InvalidInputError
 from s2q.common.progress import Progress, StageCounter, silent

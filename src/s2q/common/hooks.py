@@ -1,0 +1,59 @@
+"""What modules are called with, through hooks that are removed afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _ReachedError(Exception):
+    """The first call was made."""
+
+
+@contextmanager
+def capture_calls(
+    module: nn.Module, *, only_first: bool = False
+) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Record positional and keyword arguments of the calls of a module.
+
+    Args:
+        module: Any module.
+        only_first: Whether to leave the context at the first call, before the module runs.
+
+    Yields:
+        A list that every call is added to.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+        if only_first:
+            raise _ReachedError
+
+    handle = module.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def capture_inputs(block: nn.Module, listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Tell listeners the inputs of modules.
+
+    Args:
+        block: The block.
+        listeners: By name of the module inside the block.
+    """
+    with ExitStack() as stack:
+        for name, listener in listeners.items():
+            handle = block.get_submodule(name).register_forward_pre_hook(
+                lambda _module, args, listener=listener: listener(args[0])
+            )
+            stack.callback(handle.remove)
+        yield
