@@ -34,7 +34,7 @@ def count_blocks(monkeypatch):
     def counted(task):
         if state["stop_after"] is not None and len(state["computed"]) >= state["stop_after"]:
             raise KeyboardInterrupt
-        state["computed"].append(sorted(task.linears.values())[0])
+        state["computed"].append(min(linear.name for linear in task.linears))
         return original(task)
 
     monkeypatch.setattr(runner, "quantize_block", counted)
