@@ -52,11 +52,7 @@ class CalibrationSets:
     samples: Mapping[str, CalibrationSet]
 
     def fingerprint(self, component: str) -> str:
-        """Hash what the blocks of a transformer are calibrated on: the candidates of all prompts, and which were taken.
-
-        Args:
-            component: Which transformer.
-        """
+        """Hash what the blocks of a transformer are calibrated on: candidates of all prompts, and which were taken."""
         prompts = [self.inputs.prompt_fingerprint(prompt) for prompt in range(len(self.inputs.prompts))]
         content = {"prompts": prompts, "calls": [asdict(call) for call in self.samples[component].calls]}
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
@@ -97,7 +93,6 @@ def select(
     Args:
         pools: The candidates of each, by component.
         inputs: What they were collected from.
-        group: The recipe's part.
         branches: Guidance branches of a call.
     """
     taken = {component: _taken_from(pool, inputs, group, branches=branches) for component, pool in pools.items()}

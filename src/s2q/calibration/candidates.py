@@ -77,7 +77,6 @@ def calibration_prompts(
     Args:
         model_name: Name of the model; the embedded ones have prompts of their own.
         prompts: What was given, if anything; the first `n_prompts` are taken.
-        group: The recipe's part.
         recipe: Name of the recipe, for messages.
 
     Raises:
@@ -101,10 +100,7 @@ def prepare(
     """Check prompts and numbers against the model, before anything is generated.
 
     Args:
-        teacher: The model.
         prompts: See `calibration_prompts`.
-        group: The recipe's part.
-        seed: Seed of the run.
         inputs: What else decides the result: device, versions. Plain data.
 
     Raises:
@@ -144,11 +140,8 @@ def collect(
     """Generate what is not there yet and score every step.
 
     Args:
-        teacher: The model.
         inputs: See `prepare`.
         folder: Where the candidates are kept.
-        device: Where to generate.
-        progress: Called after each step.
 
     Returns:
         For each transformer that is quantized, by component, the steps in which it was called.

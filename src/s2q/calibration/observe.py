@@ -40,11 +40,8 @@ def observe(
     """Store targets and token weights of every sample; return what they say of the inputs of linears.
 
     Args:
-        teacher: The full-precision block.
         samples: Its samples; targets are stored there.
         groups: Linears of the block that share an input.
-        recipe: The recipe.
-        family: Family of the model.
         check: Called with the outputs and the index of every sample.
 
     Returns:

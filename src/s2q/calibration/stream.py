@@ -43,7 +43,6 @@ class TeacherStream:
     """The inputs of one block after another, for every sample.
 
     Args:
-        transformer: The full-precision transformer.
         block_names: Names of its blocks in it, in the order in which they run.
         calls: A function for each sample that returns the transformer's keyword arguments.
         names: What messages call the samples.
@@ -51,7 +50,6 @@ class TeacherStream:
         timesteps: The same as `calls`, for calls whose timestep alone counts; see `timestep_inputs`.
         streams: Keyword arguments of a block that it returns anew, in that order.
         folder: Where tensors go that memory has no room for.
-        device: Where to compute.
         memory: Host memory for the inputs of one block and what else is kept for it; None does not limit it.
         page_out: Called with a block that will not be read for a while.
         component: Which transformer of the pipeline it is, for messages.
@@ -93,19 +91,12 @@ class TeacherStream:
         return len(self.calls)
 
     def store(self, name: str) -> TensorStore:
-        """Make a store for what belongs to the block at hand, with the memory of this stream.
-
-        Args:
-            name: Prefix of its files.
-        """
+        """Make a store for what belongs to the block at hand, with the memory of this stream."""
         pinned = torch.device(self.device).type == "cuda"
         return TensorStore(self.folder, f"{self.prefix}{name}", memory=self.memory, pinned=pinned)
 
     def advance(self, block: int) -> None:
         """Go to the inputs of a block; backwards means from the start.
-
-        Args:
-            block: Index of the block.
 
         Raises:
             InvalidInputError: If a block's activations hold NaN or infinite values (names block and sample).
@@ -118,19 +109,11 @@ class TeacherStream:
             self._position += 1
 
     def inputs(self, sample: int) -> dict[str, Any]:
-        """Return the keyword arguments that the block at hand is called with.
-
-        Args:
-            sample: Index of the sample.
-        """
+        """Return the keyword arguments that the block at hand is called with."""
         return self._renamed({**self._fixed[sample], **self._moving.get(sample)})
 
     def grid(self, sample: int) -> TokenGrid | None:
-        """Return where the video tokens of a sample lie; None if nobody asks.
-
-        Args:
-            sample: Index of the sample.
-        """
+        """Return where the video tokens of a sample lie; None if nobody asks."""
         return None if self.tokens is None else self._grids[sample]
 
     def timestep_inputs(self) -> Iterator[dict[str, Any]]:
@@ -146,13 +129,7 @@ class TeacherStream:
             yield self._renamed({**conditioning, **self._moving.get(0)})
 
     def check(self, outputs: Sequence[Tensor], *, block: int, sample: int) -> None:
-        """Refuse NaN and infinite values in what a block returns.
-
-        Args:
-            outputs: The streams.
-            block: Index of the block.
-            sample: Index of the sample.
-        """
+        """Refuse NaN and infinite values in what a block returns."""
         for name, output in zip(self.streams, outputs, strict=True):
             if not bool(torch.isfinite(output).all()):
                 block_name = full_name(self.component, self.block_names[block])
@@ -226,12 +203,8 @@ def calibration_stream(
     """Make the stream that carries the samples of a transformer through its blocks.
 
     Args:
-        teacher: The model.
-        transformer: The one of its transformers.
-        selected: The samples.
         folder: Where the candidates are kept, and tensors go that memory has no room for.
         recipe: The recipe; decides whether the conditioning of every timestep is needed.
-        machine: Where to compute.
         step_bytes: What a step of distillation holds.
         spilled: Prefix of the files of tensors that memory has no room for.
     """
@@ -310,11 +283,6 @@ def named_arguments(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
 
     Blocks of one model that differ in what they use are called alike and swallow the rest in `*args`; a tensor there
     would be something that this block does use.
-
-    Args:
-        block: The block.
-        args: Arguments by position.
-        kwargs: Arguments by name.
     """
     names = _parameters(type(block))
     swallowed = [value for value in args[len(names) :] if isinstance(value, Tensor)]

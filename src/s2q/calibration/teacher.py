@@ -161,11 +161,8 @@ def load_teacher(
     """Load the model, or take the one given, and check that it can be quantized.
 
     Args:
-        model: A resolved source, or a loaded pipeline.
-        recipe: The recipe.
         dtype: Compute dtype, in which the rest of the checkpoint is stored too; None takes the pipeline's, or the
             stored one, and calibrates in float32 where the device emulates that (`core.devices.default_dtype`).
-        device: Where it will compute.
         linears: What its linears were resolved to in another process; None resolves them.
 
     Raises:

@@ -68,7 +68,6 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
     """Look into a checkpoint without loading it.
 
     Args:
-        path: The checkpoint's folder.
         variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
         verify: Whether to hash every file and compare with the manifest.
 

@@ -33,10 +33,8 @@ def load_pipeline(
     """Load a checkpoint as a pipeline.
 
     Args:
-        path: The checkpoint's folder.
         dtype: Compute dtype; None takes the one that the model had when it was quantized.
         variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
-        device: Where to put the pipeline.
 
     Returns:
         The pipeline, its progress bar switched off.
@@ -63,9 +61,6 @@ def load_pipeline(
 def read_config(folder: Path, component: str = TRANSFORMERS[0]) -> S2QConfig:
     """Read the quantization configuration of a transformer of a checkpoint.
 
-    Args:
-        folder: The checkpoint's folder.
-
     Returns:
         The configuration.
 
@@ -88,9 +83,6 @@ def read_config(folder: Path, component: str = TRANSFORMERS[0]) -> S2QConfig:
 def read_configs(folder: Path) -> dict[str, S2QConfig]:
     """Read the quantization configurations of a checkpoint.
 
-    Args:
-        folder: The checkpoint's folder.
-
     Returns:
         Those of the transformers that s2q has quantized, by component; at least one.
 
@@ -108,20 +100,13 @@ def read_configs(folder: Path) -> dict[str, S2QConfig]:
 
 
 def stored_transformers(folder: Path) -> list[str]:
-    """Return the components of a pipeline folder that are transformers.
-
-    Args:
-        folder: The pipeline's folder.
-    """
+    """Return the components of a pipeline folder that are transformers."""
     first, *others = TRANSFORMERS
     return [first, *(component for component in others if (folder / component).is_dir())]
 
 
 def read_transformer_config(folder: Path, component: str = TRANSFORMERS[0]) -> dict[str, Any]:
     """Read config.json of a transformer of a pipeline folder.
-
-    Args:
-        folder: The pipeline's folder.
 
     Returns:
         Its contents.

@@ -63,7 +63,6 @@ def save_checkpoint(
     Args:
         pipe: The pipeline; a transformer that is packed has a `quantization_config` (see `attach_config`).
         out: The folder to write; it exists only once it is complete.
-        records: How it was made.
         overwrite: Whether to replace an existing s2q checkpoint that has no files of the user.
         max_shard_size: Size at which weight files are split, "5GB".
         lock: The lock of `out`, where the caller holds it.

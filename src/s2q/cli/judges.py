@@ -30,7 +30,6 @@ def vbench_plan(
 
     Args:
         out: The results file.
-        prompts: The prompts.
         seeds: Videos of each.
         device: Where VBench computes.
         num_frames: Frames that were asked for; None for the model's own number, which is looked at when it is there.

@@ -25,9 +25,6 @@ DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.f
 def device_name(device: str | torch.device | int) -> str:
     """Return the name of a device that this machine has: "cpu", "cuda" or "cuda:1".
 
-    Args:
-        device: Its name, a `torch.device`, or the index of a GPU.
-
     Raises:
         InvalidInputError: If it is none of these.
         ResourceError: If there is no such GPU.
@@ -75,12 +72,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 def whole_number(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
     """Return a whole number as an int: Python's or NumPy's, not a bool, not 1.0, not "1".
 
-    Args:
-        name: Name of the argument, for messages.
-        value: What was given.
-        least: Smallest valid value; None for no limit.
-        most: Largest valid value; None for no limit.
-
     Raises:
         InvalidInputError: If it is none, or out of range.
     """
@@ -97,11 +88,6 @@ def whole_number(name: str, value: Any, *, least: int | None = None, most: int |
 def finite_number(name: str, value: Any, *, least: float = 0.0) -> float:
     """Return a finite number as a float: Python's or NumPy's, not a bool, not text.
 
-    Args:
-        name: Name of the argument, for messages.
-        value: What was given.
-        least: Smallest valid value.
-
     Raises:
         InvalidInputError: If it is none, or out of range.
     """
@@ -112,10 +98,6 @@ def finite_number(name: str, value: Any, *, least: float = 0.0) -> float:
 
 def flag(name: str, value: Any) -> bool:
     """Return a switch; "no" and 0 are refused, since Python takes the former for True.
-
-    Args:
-        name: Name of the argument, for messages.
-        value: What was given.
 
     Raises:
         InvalidInputError: If it is neither True nor False.
@@ -128,10 +110,6 @@ def flag(name: str, value: Any) -> bool:
 def seed_number(seed: Any, *, name: str = "seed") -> int:
     """Return a seed as an int from 0 to 2⁶³ − 1; see `whole_number`.
 
-    Args:
-        seed: What was given.
-        name: Name of the argument, for messages.
-
     Raises:
         InvalidInputError: If it is no whole number, or out of range.
     """
@@ -140,9 +118,6 @@ def seed_number(seed: Any, *, name: str = "seed") -> int:
 
 def seed_numbers(seeds: Iterable[Any]) -> tuple[int, ...]:
     """Return the seeds of a list, a range or an array as ints.
-
-    Args:
-        seeds: What was given.
 
     Raises:
         InvalidInputError: If it is no list, is empty, or a seed is out of range or repeated.
@@ -161,8 +136,6 @@ def prompt_list(prompts: Iterable[Any], *, name: str = "prompts", allow_none: bo
     """Return prompts as a list of non-empty texts.
 
     Args:
-        prompts: What was given.
-        name: Name of the argument, for messages.
         allow_none: Whether the list may be empty.
 
     Raises:
@@ -184,10 +157,6 @@ def prompt_list(prompts: Iterable[Any], *, name: str = "prompts", allow_none: bo
 def name_list(name: str, values: Iterable[Any]) -> tuple[str, ...]:
     """Return a list of names as a tuple of texts.
 
-    Args:
-        name: Name of the argument, for messages.
-        values: What was given.
-
     Raises:
         InvalidInputError: If it is one string or no list, or a name is not text.
     """
@@ -200,10 +169,6 @@ def name_list(name: str, values: Iterable[Any]) -> tuple[str, ...]:
 
 def path_argument(name: str, path: Any) -> Path:
     """Return a path of a file or folder, "~" expanded.
-
-    Args:
-        name: Name of the argument, for messages.
-        path: A string or a path.
 
     Raises:
         InvalidInputError: If it is neither, is empty, or has characters that cannot be written into a report.
@@ -228,10 +193,6 @@ def optional_path(name: str, path: Any) -> Path | None:
 def optional_text(name: str, text: Any) -> str | None:
     """Return a word, or None for None.
 
-    Args:
-        name: Name of the argument, for messages.
-        text: What was given.
-
     Raises:
         InvalidInputError: If it is neither, or has other characters than letters, digits, "_", "." and "-".
     """
@@ -242,10 +203,6 @@ def optional_text(name: str, text: Any) -> str | None:
 
 def model_argument(name: str, model: Any) -> Any:
     """Return a model that is given by name, folder or Hub id (a string or a Path), as a pipeline or a resolved source.
-
-    Args:
-        name: Name of the argument, for messages.
-        model: What was given.
 
     Raises:
         InvalidInputError: If it is none of these.

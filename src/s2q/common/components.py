@@ -18,11 +18,7 @@ TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
-    """Return the transformers that a pipeline has, by component.
-
-    Args:
-        pipe: A diffusers pipeline.
-    """
+    """Return the transformers that a pipeline has, by component."""
     found = {component: getattr(pipe, component, None) for component in TRANSFORMERS}
     return {component: part for component, part in found.items() if isinstance(part, nn.Module)}
 
@@ -34,29 +30,17 @@ _ADAPTER_MARKS = (f".{ADAPTED}.", ".lora_A.", ".lora_B.", ".lora_magnitude_vecto
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Tell whether an adapter is attached to a model, fused or not.
-
-    Args:
-        model: A transformer.
-    """
+    """Tell whether an adapter is attached to a model, fused or not."""
     return any(ADAPTED in name.split(".") for name, _ in model.named_modules())
 
 
 def adapter_tensor(names: Iterable[str]) -> str | None:
-    """Return the first tensor that belongs to an adapter, or to a layer that one wraps; None if there is none.
-
-    Args:
-        names: Names of the tensors of a file.
-    """
+    """Return the first tensor that belongs to an adapter, or to a layer that one wraps; None if there is none."""
     return next((name for name in names if any(mark in f".{name}" for mark in _ADAPTER_MARKS)), None)
 
 
 def check_no_adapter(folder: Path, names: Iterable[str]) -> None:
     """Refuse the weights of a transformer that was saved with an adapter attached, which no loader reads.
-
-    Args:
-        folder: Where they are.
-        names: Names of the tensors.
 
     Raises:
         InvalidInputError: If a tensor belongs to an adapter.
@@ -69,20 +53,11 @@ def check_no_adapter(folder: Path, names: Iterable[str]) -> None:
 
 
 def full_name(component: str, name: str) -> str:
-    """Return what something in a transformer is called among those of all transformers.
-
-    Args:
-        component: One of `TRANSFORMERS`.
-        name: Its name in the transformer.
-    """
+    """Return what something in a transformer is called among those of all transformers."""
     return name if component == TRANSFORMERS[0] else f"{component}.{name}"
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return the component and the name in it that `full_name` was given.
-
-    Args:
-        name: What it returned.
-    """
+    """Return the component and the name in it that `full_name` was given."""
     component, _, inner = name.partition(".")
     return (component, inner) if component in TRANSFORMERS[1:] else (TRANSFORMERS[0], name)

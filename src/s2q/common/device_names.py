@@ -14,11 +14,7 @@ _OTHERS = {
 
 
 def is_device_name(name: str) -> bool:
-    """Tell whether a name is "cpu", "cuda" or "cuda:N".
-
-    Args:
-        name: Of a device.
-    """
+    """Tell whether a name is "cpu", "cuda" or "cuda:N"."""
     return _NAMES.fullmatch(name) is not None
 
 

@@ -51,11 +51,7 @@ def check_device(device: str | torch.device) -> None:
 
 
 def emulated_dtypes(device: str | torch.device) -> tuple[torch.dtype, ...]:
-    """Return the dtypes of half precision that a device emulates; none on a GPU.
-
-    Args:
-        device: Where a model computes.
-    """
+    """Return the dtypes of half precision that a device emulates; none on a GPU."""
     if torch.device(device).type != "cpu":
         return ()
     return tuple(dtype for dtype in (torch.bfloat16, torch.float16) if not has_arithmetic(dtype))
@@ -69,7 +65,6 @@ def default_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtyp
 
     Args:
         stored: What the model is stored in, or was quantized in.
-        device: Where it computes.
     """
     if stored not in emulated_dtypes(device):
         return stored
@@ -79,11 +74,7 @@ def default_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtyp
 
 
 def overflow_remedy(dtype: torch.dtype) -> str:
-    """Return what to do about values that are not finite in a model of a dtype, to end an error message with.
-
-    Args:
-        dtype: What the model computes in.
-    """
+    """Return what to do about values that are not finite in a model of a dtype, to end an error message with."""
     if dtype == torch.float16:
         return "float16 overflows above 65,504; use --dtype bfloat16 (dtype=)"
     return "check the model and its dtype"
@@ -99,9 +90,6 @@ def free_memory() -> None:
 def reset_peak_memory(device: str | torch.device) -> bool:
     """Reset `peak_memory_bytes`, to measure one run and not the whole process.
 
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
-
     Returns:
         Whether it could be reset; on a CPU only Linux can.
     """
@@ -116,11 +104,7 @@ def reset_peak_memory(device: str | torch.device) -> bool:
 
 
 def peak_memory_bytes(device: str | torch.device) -> int:
-    """Return the highest memory use since `reset_peak_memory`: allocated on a GPU, else resident in this process.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
-    """
+    """Return the highest memory use since `reset_peak_memory`: allocated on a GPU, else resident in this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = _resident("VmHWM")

@@ -72,9 +72,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     Libraries raise MemoryError, `torch.OutOfMemoryError`, RuntimeError ("DefaultCPUAllocator: can't allocate
     memory"), OSError (ENOMEM, of `mmap` as well), SafetensorError, or ImportError, and raise errors about damaged files
     from them.
-
-    Args:
-        error: The error.
     """
     seen: set[int] = set()
     one: BaseException | None = error
@@ -114,8 +111,6 @@ def nearest_names(name: str, options: Iterable[str], *, count: int = 3) -> list[
 
     Args:
         name: What was asked for; compared without regard to case, `_` and `-` being equal.
-        options: The names that exist.
-        count: How many to return at most.
 
     Returns:
         Names out of `options`, unchanged.
@@ -135,7 +130,6 @@ def unknown_name(kind: str, name: str, options: Iterable[str]) -> InvalidInputEr
     Args:
         kind: What is being named, in the singular: "recipe", "embedded model".
         name: What was asked for.
-        options: The names that exist.
 
     Returns:
         An error whose message lists the nearest names, if any is near, and all of them.

@@ -40,7 +40,6 @@ def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
     """Read a JSON object, strictly UTF-8.
 
     Args:
-        path: The file.
         remedy: What to do about a damaged one, to end the message with.
 
     Raises:
@@ -58,9 +57,6 @@ def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
 def slug(text: str) -> str:
     """Return a text as part of a file name: lower case, words joined by hyphens, at most 48 characters.
 
-    Args:
-        text: A prompt.
-
     Returns:
         Letters a to z, digits and hyphens; "video" if the text has none of the former.
     """
@@ -69,11 +65,7 @@ def slug(text: str) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content as 64 hexadecimal digits.
-
-    Args:
-        path: The file.
-    """
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -86,7 +78,6 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 
     Args:
         path: The file; its folder must exist.
-        data: Its content.
 
     Raises:
         InvalidInputError: If the folder cannot be written.
@@ -117,7 +108,6 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
     Args:
         path: The file; its folder must exist.
-        text: Its content.
     """
     atomic_write_bytes(path, text.encode("utf-8"))
 

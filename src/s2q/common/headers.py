@@ -39,9 +39,6 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read the header of one safetensors file.
 
-    Args:
-        path: The file.
-
     Returns:
         Every tensor by name.
 
@@ -96,9 +93,6 @@ def tensors_digest(path: Path) -> str:
     """Hash the header of a file and the first bytes of each of its tensors.
 
     Tells models of one kind apart that were trained differently, in a fraction of the time that reading them takes.
-
-    Args:
-        path: The file.
 
     Returns:
         64 hexadecimal digits.

@@ -47,7 +47,6 @@ def capture_inputs(block: nn.Module, listeners: Mapping[str, Callable[[Tensor], 
     """Tell listeners the inputs of modules.
 
     Args:
-        block: The block.
         listeners: By name of the module inside the block.
     """
     with ExitStack() as stack:

@@ -35,7 +35,6 @@ def loading_error(folder: Path, error: Exception, *, remedy: str) -> S2QError:
     """Build (not raise) the error for a pipeline that diffusers could not load.
 
     Args:
-        folder: The pipeline's folder.
         error: What diffusers, transformers or safetensors raised.
         remedy: What to do where the files are at fault.
 

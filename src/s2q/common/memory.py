@@ -120,9 +120,6 @@ def to_device(value: Any, device: str, *, dtype: torch.dtype | None = None) -> A
 def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:
     """Go through the parameters and buffers of modules.
 
-    Args:
-        modules: The modules.
-
     Yields:
         Tensors.
     """

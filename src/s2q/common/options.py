@@ -69,7 +69,6 @@ def expected_one_of(value: Any, choices: Iterable[str]) -> str:
     """Return what was expected in place of a name that is not among the choices, with the nearest.
 
     Args:
-        value: What was given.
         choices: The names.
     """
     known = list(choices)

@@ -224,7 +224,6 @@ def check_owned(out: Path, owned: Owned) -> None:
     """Refuse to replace a folder that holds anything that a command did not write there; names the first files.
 
     Args:
-        out: The folder.
         owned: What the command wrote.
 
     Raises:

@@ -63,9 +63,7 @@ class ArtefactFolder:
         """Store a result atomically: it is there entirely, or not at all.
 
         Args:
-            name: Name of the result.
             fingerprint: Hash of everything that it depends on.
-            artefact: The result.
 
         Raises:
             ResourceError: If the disk is full.
@@ -78,20 +76,12 @@ class ArtefactFolder:
         atomic_write_json(self.path / f"{name}.json", record)
 
     def load(self, name: str) -> Artefact:
-        """Read a result that `has` has confirmed.
-
-        Args:
-            name: Name of the result.
-        """
+        """Read a result that `has` has confirmed."""
         tensors = safetensors.torch.load_file(self.path / f"{name}.safetensors")
         return Artefact(tensors=tensors, stats=self.stats(name))
 
     def stats(self, name: str) -> dict[str, Any]:
-        """Read what was measured while a result was made, without its tensors.
-
-        Args:
-            name: Name of the result.
-        """
+        """Read what was measured while a result was made, without its tensors."""
         record = self._record(name)
         assert record is not None, name
         return dict(record["stats"])
@@ -138,11 +128,7 @@ class RunFolder(ArtefactFolder):
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of an events.jsonl in order; none if there is no such file.
-
-    Args:
-        path: The file.
-    """
+    """Return the events of an events.jsonl in order; none if there is no such file."""
     events = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         with contextlib.suppress(ValueError):  # a line cut short by a kill

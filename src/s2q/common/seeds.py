@@ -7,7 +7,6 @@ def derive_seed(seed: int, *parts: str | int) -> int:
     """Derive an independent seed from a base seed and the names of what it is for.
 
     Args:
-        seed: The base seed.
         *parts: What it is for: `derive_seed(0, "prompt", 3)`. A number and its decimal string are different parts.
 
     Returns:

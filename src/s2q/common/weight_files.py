@@ -34,9 +34,7 @@ def weight_files(
     """Return the files that `from_pretrained` reads the weights of a component from.
 
     Args:
-        folder: The component's folder.
         library: Library of its class as model_index.json has it: "diffusers", "transformers", or another.
-        variant: The variant asked for, "fp16".
         names: Names of all its files, where not all have been downloaded; None lists the folder.
 
     Returns:
@@ -66,21 +64,12 @@ def weight_files(
 
 
 def has_variant(names: Collection[str], variant: str | None) -> bool:
-    """Return whether diffusers takes a component to have a variant.
-
-    Args:
-        names: Names of the files of its folder.
-        variant: The variant; None is none.
-    """
+    """Return whether diffusers takes a component to have a variant."""
     return variant is not None and any("." in name and name.split(".")[1].startswith(variant) for name in names)
 
 
 def variants_in(names: Collection[str]) -> list[str]:
-    """Return the variants that a component has safetensors weights of.
-
-    Args:
-        names: Names of the files of its folder.
-    """
+    """Return the variants that a component has safetensors weights of."""
     found = (_WEIGHTS.fullmatch(name) for name in names)
     return sorted({one["variant"] for one in found if one and one["variant"] and one["suffix"] == "safetensors"})
 

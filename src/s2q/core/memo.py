@@ -90,8 +90,6 @@ def checkpointed(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
 
     Args:
         function: Differentiable, without side effects, and without random numbers.
-        *args: Its arguments.
-        **kwargs: Its arguments by name.
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)

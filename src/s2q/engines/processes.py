@@ -58,11 +58,7 @@ def cpu_count() -> int:
 
 
 class ProcessEngine:
-    """Runs tasks in spawned processes.
-
-    Args:
-        devices: Device of each process.
-    """
+    """Runs tasks in spawned processes."""
 
     def __init__(self, devices: Sequence[str]) -> None:
         self.devices = devices

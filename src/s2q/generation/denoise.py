@@ -46,11 +46,6 @@ class DenoisingResult:
 def initial_noise(pipe: Any, seed: int, settings: GenerationSettings) -> tuple[torch.Tensor, torch.Generator]:
     """Draw the initial noise of one video.
 
-    Args:
-        pipe: A diffusers text-to-video pipeline.
-        seed: The video's seed.
-        settings: The generation settings.
-
     Returns:
         Noise of one video as the family holds it, `[1, f, C, h, w]`, `[1, C, f, h, w]` or `[1, f · h · w, C]`; float32,
         standard normal, on the CPU; and the generator it came from, for the draws of a stochastic scheduler.
@@ -76,12 +71,7 @@ def denoise(
     """Generate one batch of videos.
 
     Args:
-        pipe: A diffusers text-to-video pipeline.
-        prompts: One prompt a video.
-        seeds: One seed a video.
-        settings: Checked generation settings.
         decode: Whether to decode the latents to frames.
-        step_done: Called after each denoising step of the batch.
 
     Returns:
         Latents and frames in the order of `prompts`.

@@ -19,9 +19,6 @@ _MAX_BYTES = 1 << 26
 def read_prompts(path: Path) -> list[str]:
     """Read a prompts file.
 
-    Args:
-        path: The file.
-
     Returns:
         The prompts, in order, without surrounding blanks.
 

@@ -55,7 +55,6 @@ def resolve_settings(
     models. `None` counts as absent.
 
     Args:
-        pipe: A diffusers text-to-video pipeline.
         requested: Values that the user asked for, by field name of `GenerationSettings`.
         defaults: Values recommended for the model, by the same names.
 
@@ -100,11 +99,7 @@ def requested_settings(settings: GenerationSettings | Mapping[str, Any] | None) 
 
 
 def takes_prompts_alone(pipe: Any) -> bool:
-    """Tell whether a pipeline is its family's text-to-video pipeline; others need an image or a video too.
-
-    Args:
-        pipe: A diffusers pipeline.
-    """
+    """Tell whether a pipeline is its family's text-to-video pipeline; others need an image or a video too."""
     return family_of(pipe.transformer).pipeline_class in {one.__name__ for one in type(pipe).__mro__}
 
 

@@ -17,7 +17,6 @@ def steps_of_transformers(pipe: Any, num_inference_steps: int) -> dict[str, int]
     """Count the denoising steps of a generation that each transformer takes.
 
     Args:
-        pipe: A diffusers text-to-video pipeline.
         num_inference_steps: All of them.
 
     Returns:

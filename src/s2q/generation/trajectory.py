@@ -103,11 +103,6 @@ def record_trajectory(
 
     Args:
         pipe: A diffusers text-to-video pipeline, full precision.
-        prompts: One prompt a video.
-        seeds: One seed a video.
-        settings: Checked generation settings.
-        decode: Whether to decode the videos too.
-        step_done: Called after each denoising step of the batch.
 
     Returns:
         The trajectory; its tensors are on the CPU. The text embeddings and rotary tables are stored once for all calls.

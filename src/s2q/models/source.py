@@ -278,7 +278,6 @@ class ModelSource:
 
         Args:
             dtype: Compute dtype, or its name; None takes the dtype that the transformers are stored in.
-            device: Where to put the pipeline.
 
         Returns:
             The pipeline, its progress bar switched off.

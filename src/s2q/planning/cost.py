@@ -179,7 +179,6 @@ class BlockShape:
         """Return what a step of distillation, or a pass without one, holds beside the block's weights.
 
         Args:
-            recipe: The recipe.
             checkpointed: Whether parts are computed again in the backward pass.
             itemsize: Bytes of a value in the dtype of calibration.
         """
@@ -203,11 +202,7 @@ class BlockShape:
         return int(state + kept + _KEPT_PER_VALUE * values)
 
     def rounding_bytes(self, recipe: Recipe) -> int:
-        """Return what rounding the block's linears holds beside its weights.
-
-        Args:
-            recipe: The recipe.
-        """
+        """Return what rounding the block's linears holds beside its weights."""
         largest = max(self.weights, default=0)
         if not recipe.rounding.needs_hessian:
             return (ROUNDING_BYTES if recipe.transforms.rotation == "identity" else FOLDING_BYTES) * largest
@@ -215,11 +210,7 @@ class BlockShape:
         return _FP32 * sum(squares) + _FACTORIZATION_BYTES * max(squares, default=0) + _GPTQ_BYTES * largest
 
     def basis_bytes(self, recipe: Recipe) -> int:
-        """Return what the directions of the low-rank branches take beside the block's weights.
-
-        Args:
-            recipe: The recipe.
-        """
+        """Return what the directions of the low-rank branches take beside the block's weights."""
         if not recipe.transforms.low_rank:
             return 0
         squares = [features**2 for features, _ in self.inputs]
@@ -230,7 +221,6 @@ class BlockShape:
         """Return what the device holds at most while a block is calibrated.
 
         Args:
-            recipe: The recipe.
             checkpointed: Whether parts are computed again in the backward pass.
             itemsize: Bytes of a weight in the dtype of calibration.
             on_host: Whether the device is the CPU, whose samples are counted with the activations.

@@ -192,7 +192,6 @@ def plan_transformers(
 
     Args:
         transformers: The transformers by component; may live on the meta device.
-        recipe: The recipe.
         linears: What `resolve` makes of their linears.
         model: Name of the model.
         sizes: Bytes of each tensor of their state dicts as the checkpoint will store it, by full name.

@@ -47,7 +47,6 @@ def recipe_linears(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> lis
     """List the linears that a recipe is about: those of the blocks, and the outer ones where it quantizes them.
 
     Args:
-        recipe: The recipe.
         transformers: Those of a pipeline, by component; may live on the meta device.
 
     Returns:
@@ -69,7 +68,6 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
     """Plan every linear that a recipe quantizes.
 
     Args:
-        recipe: The recipe.
         linears: What `recipe_linears` lists.
         frames: Token frames of what is calibrated on; None if that is not known.
 

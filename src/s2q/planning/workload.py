@@ -32,7 +32,6 @@ def workload_of(
 
     Args:
         pipe: The pipeline; its parts may live on the meta device.
-        group: The recipe's part.
         recommended: How the makers of the model generate.
         component_bytes: See `Workload`.
 
@@ -61,8 +60,6 @@ def workload_of_source(
     """Return the same of a model whose weights are not loaded; None if its pipeline cannot be built without them.
 
     Args:
-        source: The model.
-        group: The recipe's part.
         transformers: The model's, by component, on the meta device.
 
     Raises:
@@ -83,7 +80,6 @@ def workload_of_synthetic(model: SyntheticModel, group: Calibration) -> Workload
 
     Args:
         model: The dimensions.
-        group: The recipe's part.
 
     Raises:
         InvalidInputError: If the recipe asks for another size.
