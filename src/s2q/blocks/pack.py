@@ -30,16 +30,7 @@ Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
 
 
 def pack_nearest(weight: Tensor, bias: Tensor | None, scheme: LinearScheme) -> PackedLinear:
-    """Return a linear rounded to nearest, nothing before it.
-
-    Args:
-        weight: [O, I], floating.
-        bias: [O] or None.
-        scheme: How it is quantized.
-
-    Returns:
-        The packed linear, where the weight is.
-    """
+    """Round a weight, [O, I] and floating, to nearest, and pack it; nothing is applied to its input."""
     return PackedLinear.from_rounded(round_rtn(weight, scheme.weight), bias=bias, scheme=scheme)
 
 

@@ -43,31 +43,14 @@ class BlockResult:
 
 
 def quantize_block(task: BlockTask) -> BlockResult:
-    """Quantize and pack the linears of one block.
-
-    Args:
-        task: The block and the recipe.
-
-    Returns:
-        The packed linears and their errors.
-    """
+    """Quantize and pack the linears of one block."""
     details: dict[str, Any] = {}
     layers: Mapping[str, PackedLinear]
     if not task.linears:
         layers = {}
     elif task.recipe.calibrates:
-        calibrated = reconstruct_block(task)
-        layers = calibrated.layers
-        details = {
-            "loss": dict(calibrated.loss),
-            "distillation": calibrated.distillation,
-            "refinement": calibrated.refinement,
-            "rounding": {
-                linear.name: dict(calibrated.rounding[linear.inner_name])
-                for linear in task.linears
-                if linear.inner_name in calibrated.rounding
-            },
-        }
+        details = dict(vars(reconstruct_block(task)))
+        layers = details.pop("layers")
     else:
         layers = fold_block(task)
     errors: dict[str, float] = {}
@@ -88,9 +71,6 @@ def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
     Args:
         task: The block (all its tensors) and the recipe; its index does not count.
         **inputs: Whatever else counts, the samples above all. Plain data.
-
-    Returns:
-        64 hexadecimal digits.
     """
     method = task.recipe.resolved()
     described = {
@@ -110,15 +90,7 @@ def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
 
 
 def to_artefact(result: BlockResult, **stats: Any) -> Artefact:
-    """Turn a block's result into tensors and plain data for the run folder.
-
-    Args:
-        result: The result.
-        **stats: Further figures: seconds, peak memory.
-
-    Returns:
-        The artefact.
-    """
+    """Turn a block's result, and further figures as `stats`, into tensors and plain data for the run folder."""
     tensors = {
         f"{name}.{key}": value for name, layer in result.layers.items() for key, value in layer.state_dict().items()
     }

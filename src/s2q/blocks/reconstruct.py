@@ -38,7 +38,7 @@ from s2q.rounding import AdaRound, Rounding, penalize, roundings_of
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructedBlock:
-    """What came of it.
+    """A block after calibration.
 
     Attributes:
         layers: Packed linear by name inside the block.
@@ -47,7 +47,7 @@ class ReconstructedBlock:
             `rounded` and `refined` (before and after refinement), and `final` (as packed).
         distillation: Its report; None without distillation.
         refinement: Its report; None without refinement.
-        rounding: The report of GPTQ or of learned rounding by name inside the block; empty without.
+        rounding: The report of GPTQ or of learned rounding by full name; empty without.
     """
 
     layers: Mapping[str, PackedLinear]
@@ -59,12 +59,6 @@ class ReconstructedBlock:
 
 def reconstruct_block(task: BlockTask) -> ReconstructedBlock:
     """Carry out a recipe that calibrates on one block.
-
-    Args:
-        task: The block, the recipe, and the stream of its samples.
-
-    Returns:
-        The packed linears and what was measured.
 
     Raises:
         InvalidInputError: If the activations hold NaN or infinite values.
@@ -82,25 +76,17 @@ class BlockStudents:
     Attributes:
         work: The block and the recipe.
         samples: Its inputs, what the teacher makes of them, and the weights of the tokens.
-        groups: Linears that share an input; those of modulation are in none.
-        statistics: Of the input of each group.
+        statistics: Of the input of each group of linears that share one; modulation linears are in none.
     """
 
     work: BlockWork
     samples: BlockSamples
-    groups: Sequence[Group]
-    statistics: Sequence[InputStatistics]
+    statistics: Mapping[Group, InputStatistics]
 
 
 @contextmanager
 def block_students(task: BlockTask) -> Iterator[BlockStudents]:
-    """Move the stream to a block and look at its samples; what is kept of them goes at the end.
-
-    Args:
-        task: The block, the recipe, and the stream of its samples.
-
-    Yields:
-        What was seen.
+    """Move the stream to a block and observe its samples; targets and token weights are deleted at the end.
 
     Raises:
         InvalidInputError: If the activations hold NaN or infinite values.
@@ -120,7 +106,7 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     check = functools.partial(_check_outputs, stream, task.index)
     try:
         statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family, check=check)
-        yield BlockStudents(work=work, samples=samples, groups=groups, statistics=statistics)
+        yield BlockStudents(work=work, samples=samples, statistics=statistics)
     finally:
         targets.clear()
 
@@ -131,7 +117,7 @@ def _check_outputs(stream: TeacherStream, index: int, outputs: Sequence[torch.Te
 
 def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     """The steps of a block after its targets are known."""
-    work, samples, groups = opened.work, opened.samples, opened.groups
+    work, samples = opened.work, opened.samples
     task, recipe = work.task, work.task.recipe
     nearest = {}
     for linear in task.linears:
@@ -146,7 +132,7 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     if recipe.modulation_rounding.needs_hessian:
         modulation, reports = pack_modulation(work, of_modulation, samples)
     student = work.copy_with(modulation)
-    for group, statistics in zip(groups, opened.statistics, strict=True):
+    for group, statistics in opened.statistics.items():
         put_students(student, work, group, statistics)
         statistics.release()
     loss["initial"] = measured(student)
@@ -164,7 +150,7 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
             )
         loss["distilled"] = report.loss
     student.requires_grad_(False)
-    packed, rounding = pack_students(student, work, samples, groups)
+    packed, rounding = pack_students(student, work, samples, list(opened.statistics))
     reports |= rounding
     refinement = None
     if recipe.refinement is not None:
@@ -179,7 +165,7 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
         loss=loss,
         distillation=None if report is None else asdict(report),
         refinement=None if refinement is None else asdict(refinement),
-        rounding=reports,
+        rounding={linear.name: reports[linear.inner_name] for linear in task.linears if linear.inner_name in reports},
     )
 
 

@@ -75,16 +75,7 @@ class BlockWork:
 def block_task(
     transformer: TeacherTransformer, block: int, recipe: Recipe, *, seed: int, device: str, stream: TeacherStream | None
 ) -> BlockTask:
-    """Return what is to be done with a block of a transformer.
-
-    Args:
-        transformer: The transformer.
-        block: Index of the block.
-        recipe: The recipe.
-        seed: Seed of the run.
-        device: Where to compute.
-        stream: The stream of the samples; None for recipes that need none.
-    """
+    """Return the task of a block of a transformer, by its index; see `BlockTask`."""
     return BlockTask(
         block=transformer.module.get_submodule(transformer.block_names[block]),
         linears=transformer.linears_of(block),

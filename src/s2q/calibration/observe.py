@@ -36,7 +36,7 @@ def observe(
     recipe: Recipe,
     family: Family,
     check: Callable[[Sequence[Tensor], int], None],
-) -> list[InputStatistics]:
+) -> dict[tuple[LinearPlan, ...], InputStatistics]:
     """Store targets and token weights of every sample; return what they say of the inputs of linears.
 
     Args:
@@ -45,18 +45,18 @@ def observe(
         check: Called with the outputs and the index of every sample.
 
     Returns:
-        Statistics of each group's input.
+        Statistics of the input of each group.
     """
     loss, settings = recipe.loss, recipe.transforms
     moments = settings.low_rank > 0 and settings.low_rank_from != "weight"
     kept = -(-SEARCHED_ROWS // len(samples)) if settings.alpha == SEARCH else 0
     device = next(teacher.parameters()).device
-    statistics = [InputStatistics(first.in_features, device, moments=moments, kept=kept) for first, *_ in groups]
+    statistics = {group: InputStatistics(group[0].in_features, device, moments=moments, kept=kept) for group in groups}
     for index in range(len(samples)):
         timestep = samples.stream.steps[index]
         listeners = {
-            first.inner_name: functools.partial(of_group.add, timestep=timestep)
-            for (first, *_), of_group in zip(groups, statistics, strict=True)
+            group[0].inner_name: functools.partial(of_group.add, timestep=timestep)
+            for group, of_group in statistics.items()
         }
         weighted = loss.weighting == "attention"
         attention = teacher.get_submodule(family.attention)

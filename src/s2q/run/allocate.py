@@ -229,11 +229,11 @@ def candidate_losses(
     shared = {id(tensor): tensor for tensor in (*work.teacher.parameters(), *work.teacher.buffers())}
     student = copy.deepcopy(work.teacher, shared)
     alike = len({scheme.activation for scheme in schemes.values()}) == 1
-    statistics = opened.statistics[opened.groups.index(group)]
     losses = []
     for scheme in schemes.values():
         candidate = replace(scheme, activation=None) if alike else scheme
-        put_students(student, work, tuple(replace(linear, scheme=candidate) for linear in group), statistics)
+        changed = tuple(replace(linear, scheme=candidate) for linear in group)
+        put_students(student, work, changed, opened.statistics[group])
         for linear in set(group) - set(unit):
             replace_module(student, linear.inner_name, work.teacher.get_submodule(linear.inner_name))
         losses.append(block_loss(student, opened.samples))
