@@ -38,7 +38,7 @@ def test_a_run_writes_every_op_and_a_second_run_measures_nothing(results, tiny_m
     monkeypatch.setattr("s2q.benchmark.run_cases", run_cases)
     assert run(["bench", "-m", str(tiny_model), "-o", str(out), "-r", "s2q-w4a6", *QUICK]) == 0
     captured = capsys.readouterr()
-    assert "has all of this already" in captured.err
+    assert "already has all results" in captured.err
     for expected in ("108×64×256", "s2q-w4a6", "baseline", "denoising_step", "Where the time of a denoising step goes"):
         assert expected in captured.out
     assert out.read_bytes() == before
@@ -65,7 +65,7 @@ def test_a_run_writes_every_op_and_a_second_run_measures_nothing(results, tiny_m
         (["--attention", "flash"], 4, "attention backend 'flash' cannot run here"),
         (["-o", "folder"], 3, "is a folder"),
         (["-o", "file.txt/bench.json"], 3, "cannot be written"),
-        (["-o", "file.txt"], 3, "name another file"),
+        (["-o", "file.txt"], 3, "choose another file"),
     ],
 )
 def test_bad_input_is_one_line_before_any_compute(tmp_path, monkeypatch, capsys, arguments, code, expected):

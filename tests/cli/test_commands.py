@@ -184,7 +184,7 @@ def test_overwrite_spares_folders_of_something_else(checkpoint, tmp_path, capsys
     ("arguments", "expected"),
     [
         (["--prompt", ""], "empty"),
-        (["--prompt", "x" * 200], "takes 96"),
+        (["--prompt", "x" * 200], "reads 96"),
         (["--prompt", "a", "--num-frames", "10"], "use 9 or 17"),
         (["--prompt", "a", "--height", "20"], "use 16 or 32"),
         (["--prompt", "a", "--steps", "0"], "at least 1"),
@@ -193,7 +193,7 @@ def test_overwrite_spares_folders_of_something_else(checkpoint, tmp_path, capsys
         (["--prompt", "a", "--prompt", "a"], "appears twice"),
         (["--prompt", "a", "--backend", "triton"], "use --backend reference, or auto"),
         (["--prompts", "missing.txt"], "no such prompts file"),
-        (["--prompts", "empty.txt"], "holds no prompt"),
+        (["--prompts", "empty.txt"], "contains no prompt"),
         (["--prompts", "twice.txt"], "line 2 repeats the prompt of line 1"),
     ],
 )
@@ -236,7 +236,7 @@ def test_bad_input_to_eval(checkpoint, tiny_model, tmp_path, capsys):
     assert "nearest names are psnr" in output_of(capsys, [*base, "--reference", tiny_model, "--metrics", "psrn"], 3).err
     assert "no prompts given" in output_of(capsys, [*base, "--reference", tiny_model], 3).err
     assert "unknown model" in output_of(capsys, [*base, "--reference", "shapes-cogvide"], 3).err
-    assert "quantized already" in output_of(capsys, [*base, "--reference", checkpoint], 3).err
+    assert "already quantized" in output_of(capsys, [*base, "--reference", checkpoint], 3).err
     folder = ["eval", "-m", checkpoint, "--reference", tiny_model, "-o", tmp_path]
     assert "is a folder" in output_of(capsys, folder, 3).err
     assert list(tmp_path.iterdir()) == []

@@ -64,10 +64,10 @@ def test_a_failing_vbench_leaves_the_rest(base, tmp_path, monkeypatch, capsys):
         (["--vbench-dims", "scene"], 2, "--vbench-dims: needs --vbench-python"),
         (["--vbench-cache", "."], 2, "--vbench-cache: needs --vbench-python"),
         (["--vbench-python", sys.executable, "--vbench-dims", "scenery"], 3, "nearest names are scene"),
-        (["--vbench-python", "no-such-python"], 3, "there is no such program"),
+        (["--vbench-python", "no-such-python"], 3, "no such program"),
         (["--vbench-python", sys.executable, "--num-frames", "1"], 3, "at least 3 frames, got 1; raise --num-frames"),
         (["--clip", "no-such-folder"], 3, "not a folder with a CLIP model"),
-        (["--lpips-weights", "no-such-file"], 3, "no such file of weights"),
+        (["--lpips-weights", "no-such-file"], 3, "no such weight file"),
         (["--metrics", "lpips"], 3, "metric lpips: needs --lpips-weights"),
     ],
 )

@@ -78,7 +78,7 @@ def test_terminate_unwinds_and_exits_143(monkeypatch, capsys):
         (["generate", "-m", "x", "-o", "y", "--prompt", "a", "--seed", "one"], "--seed"),
         (["generate", "-m", "x", "-o", "y"], "either --prompt or --prompts"),
         (["generate", "-m", "x", "-o", "y", "--prompt", "a", "--prompts", "b"], "either --prompt or --prompts"),
-        (["generate", "-m", "x", "-o", "y.mp4", "--prompt", "a"], "leave .mp4 out"),
+        (["generate", "-m", "x", "-o", "y.mp4", "--prompt", "a"], "remove .mp4"),
         (["generate", "-m", "x", "-o", "y", "--prompt", "a", "--device", "gpu"], "expected auto, cpu, cuda"),
         (["quantize", "-m", "x", "-r", "rtn-w4a6", "-o", "y", "--samples", "4"], "no calibration samples"),
         (["eval", "-m", "x", "--reference", "y", "--seeds", "0"], "--seeds"),

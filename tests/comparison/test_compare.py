@@ -250,7 +250,7 @@ def test_learned_judges_take_part(tiny_model, tmp_path):
     torch.save({name: tensor + 1 for name, tensor in tensors.items()}, judges["lpips_weights"])
     with pytest.raises(InvalidInputError, match="a comparison that differs: judges lpips.weights was"):
         run(tiny_model, tmp_path / "out", **wanted, **judges)
-    with pytest.raises(InvalidInputError, match="no such file of weights"):
+    with pytest.raises(InvalidInputError, match="no such weight file"):
         run(tiny_model, tmp_path / "out", lpips_weights=tmp_path / "none.pth")
 
 
@@ -283,7 +283,7 @@ def test_nothing_is_overwritten(whole, tiny_model, tmp_path):
         "settings num_inference_steps was 2, is 3": {"settings": SETTINGS | {"num_inference_steps": 3}},
         "seed was 0, is 1": {"seed": 1},
         "entry rtn-w4a4: recipe.skip": {"overrides": ("skip=[transformer_blocks.0.*]",)},
-        "holds a comparison; pass --overwrite": {"resume": False},
+        "contains a comparison; pass --overwrite": {"resume": False},
     }
     for message, changed in changes.items():
         with pytest.raises(InvalidInputError, match=re.escape(message)):
@@ -332,7 +332,7 @@ def test_bad_input_is_refused_before_any_compute(tiny_model, tmp_path, monkeypat
     for error, message, changed in cases:
         with pytest.raises(error, match=message):
             run(tiny_model, tmp_path / "out", **changed)
-    with pytest.raises(InvalidInputError, match="quantized already"):
+    with pytest.raises(InvalidInputError, match="already quantized"):
         run(_quantized(tiny_model, tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

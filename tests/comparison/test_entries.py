@@ -39,7 +39,7 @@ def test_names_patterns_and_all():
     [
         (["rtn-w4a7"], "unknown recipe 'rtn-w4a7': rtn has the widths w4a16"),
         (["s2g-w4*"], r"no recipe matches 's2g-w4\*': nearest names are s2q-w"),
-        (["rtn-w4a6", "rtn-w4a4", "rtn-w4a6"], "rtn-w4a6 is named twice"),
+        (["rtn-w4a6", "rtn-w4a4", "rtn-w4a6"], "rtn-w4a6 appears twice"),
         (["runs/nothing/here"], "no such checkpoint folder"),
         (["missing.yaml"], "no such recipe file"),
     ],
@@ -56,7 +56,7 @@ def test_a_recipe_file_is_called_by_its_name(tmp_path):
     assert (entry.label, entry.width) == ("my-recipe-2", "w4a6")
     assert entry.identity()["recipe"]["skip"] == ["transformer_blocks.0.*"]
     path.write_text("extends: rtn-w4a6\nname: rtn-w4a6\nskip: ['transformer_blocks.0.*']\n")
-    with pytest.raises(InvalidInputError, match="would both be called rtn-w4a6"):
+    with pytest.raises(InvalidInputError, match="would both be labelled rtn-w4a6"):
         find_entries(["rtn-w4a6", str(path)])
 
 
@@ -112,7 +112,7 @@ def test_checkpoints_are_told_apart_by_their_folders(checkpoints):
     assert (first.width, second.width) == ("w4a6", "w4a16")
     assert first.identity() != second.identity()
     assert labels(checkpoints[0], "rtn-w4a6") == ["checkpoint", "rtn-w4a6"]
-    with pytest.raises(InvalidInputError, match="named twice"):
+    with pytest.raises(InvalidInputError, match="appears twice"):
         find_entries([checkpoints[0], checkpoints[0]])
     damaged = Path(checkpoints[1], "model_index.json")
     before = damaged.read_text()

@@ -69,7 +69,7 @@ def test_unpacking_does_not_touch_the_packed_bytes():
 
 @pytest.mark.parametrize(("num_bits", "code"), [(2, 2), (3, -5), (4, 8), (7, 64), (4, -128)])
 def test_codes_out_of_range_are_refused(num_bits, code):
-    with pytest.raises(InvalidInputError, match=f"{num_bits} bits hold"):
+    with pytest.raises(InvalidInputError, match=f"{num_bits} bits represent"):
         pack_codes(torch.tensor([[0, code]], dtype=torch.int8), num_bits=num_bits)
 
 

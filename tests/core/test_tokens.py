@@ -39,7 +39,7 @@ def test_the_grid_of_a_call():
 )
 def test_a_call_that_does_not_say_is_refused(latents, arguments):
     layout = TokenLayout(latents=latents, patch=(1, 1, 1), text="apart")
-    with pytest.raises(InvalidInputError, match="do not say where frames, rows and columns lie"):
+    with pytest.raises(InvalidInputError, match="do not define frames, rows and columns"):
         layout.grid(arguments)
 
 

@@ -88,7 +88,7 @@ def test_cross_attention_is_passed_over():
     q, k = draw(1, 2, 5, 4), draw(1, 2, 3, 4, seed=1)
     with capture_column_sums(module) as captured:
         module(q, k, k)
-    with pytest.raises(InvalidInputError, match="no self-attention was heard"):
+    with pytest.raises(InvalidInputError, match="no self-attention was captured"):
         captured.joined()
 
 

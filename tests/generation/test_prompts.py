@@ -15,8 +15,8 @@ def test_reads_lines_without_blanks_and_comments(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no prompt"),
-        (b"\n# only a comment\n", "holds no prompt"),
+        (b"", "contains no prompt"),
+        (b"\n# only a comment\n", "contains no prompt"),
         (b"a cat\nb\na cat \n", "line 3 repeats the prompt of line 1"),
         (b"caf\xe9", "not UTF-8 text"),
     ],

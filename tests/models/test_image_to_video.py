@@ -62,7 +62,7 @@ def test_calibration_is_refused(model, tmp_path):
     name = type(DiffusionPipeline.from_pretrained(model)).__name__
     overrides = ["calibration.samples=3", "calibration.steps=2", "distillation.epochs=1"]
     with pytest.raises(
-        InvalidInputError, match=rf"^{name}: calibration generates from prompts alone.*does not calibrate"
+        InvalidInputError, match=rf"^{name}: calibration generates from prompts only.*does not calibrate"
     ):
         s2q.quantize(model, recipe="s2q-w4a6", out=tmp_path / "out", prompts=["red"], overrides=overrides)
     assert not (tmp_path / "out").exists()
@@ -77,7 +77,7 @@ def test_commands_that_generate_refuse_it_before_any_step(model, tmp_path, capsy
     arguments = [command, "-m", model, *options[command], "--prompts", tmp_path / "prompts.txt", "--device", "cpu"]
     assert run([str(argument) for argument in arguments]) == 3
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert line.startswith(f"error: {pipeline.__name__}: videos are generated from prompts alone here, with ")
+    assert line.startswith(f"error: {pipeline.__name__}: s2q generates from prompts only, with ")
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 

@@ -178,7 +178,7 @@ def test_files_dtype_and_sizes_are_those_that_diffusers_loads(saved, tmp_path, s
         ),
         (["fp16-variant"], "fp8", "no weights of variant 'fp8'; there are weights of variant fp16"),
         (["fp16-variant"], "fp1", "no weights of variant 'fp1' in safetensors; it has fp16"),
-        (["fp32"], "fp16", "no weights of variant 'fp16'; it has no variants; leave it out"),
+        (["fp32"], "fp16", "no weights of variant 'fp16'; it has no variants; remove it"),
         (["pickles"], None, r"has only pickled weights \(.*bin\).*safe_serialization=True"),
     ],
 )

@@ -154,7 +154,7 @@ def test_plain_data(folder):
 
 def test_a_quantized_model_is_refused(folder, tmp_path):
     quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out")
-    with pytest.raises(InvalidInputError, match=r"out: its transformer is quantized already \(by s2q\)"):
+    with pytest.raises(InvalidInputError, match=r"out: its transformer is already quantized \(by s2q\)"):
         plan(tmp_path / "out", "rtn-w4a6")
 
 

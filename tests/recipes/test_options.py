@@ -171,7 +171,7 @@ def test_a_change_of_the_rounding_leaves_the_options_of_the_other_behind():
 
 
 def test_an_option_of_another_rounding_is_refused_with_that_rounding():
-    message = "unknown key 'rounding.penalty'; it is an option of rounding.method=adaround; leave it out"
+    message = "unknown key 'rounding.penalty'; it is an option of rounding.method=adaround; remove it"
     with pytest.raises(InvalidInputError, match=message):
         load_recipe("s2q-w4a6", overrides=["rounding.penalty=5"])
 
@@ -203,9 +203,9 @@ def test_recipes_of_old_checkpoints_load():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rounding.act_order=false", "rounding.act_order=False: no longer an option, always True; leave it out"),
-        ("rounding.max_retries=2", "rounding.max_retries=2: no longer an option, always 4; leave it out"),
-        ("clip.start=2.0", r"clip.start=2.0: no longer an option, always 4.0; leave it out"),
+        ("rounding.act_order=false", "rounding.act_order=False: no longer an option, always True; remove it"),
+        ("rounding.max_retries=2", "rounding.max_retries=2: no longer an option, always 4; remove it"),
+        ("clip.start=2.0", r"clip.start=2.0: no longer an option, always 4.0; remove it"),
         ("distillation.weight_decay=0.1", r"distillation.weight_decay=0.1: no longer an option, always 0.0"),
     ],
 )

@@ -80,7 +80,7 @@ def test_extending_goes_on_and_null_takes_a_group_away():
             {"extends": "s2q-w4a7", "name": "mine"},
             r"recipe mine: extends: unknown recipe 's2q-w4a7': s2q has the widths w3a6, w4a4, w4a6, w4a8, w8a8",
         ),
-        ({"extends": ["s2q-w4a6"], "name": "mine"}, r"recipe mine: extends=\['s2q-w4a6'\]: .*a recipe of the package"),
+        ({"extends": ["s2q-w4a6"], "name": "mine"}, r"recipe mine: extends=\['s2q-w4a6'\]: .*a built-in recipe"),
         ({"extends": "s2q-w4a6", "name": "mine", "rounding": {"metod": "rtn"}}, r"unknown key 'rounding\.metod'"),
     ],
 )
@@ -224,7 +224,7 @@ def test_missing_file(tmp_path):
 def test_yaml_cannot_run_code(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: !!python/object/apply:os.getcwd []\n")
-    with pytest.raises(InvalidInputError, match="the tag .* is not read"):
+    with pytest.raises(InvalidInputError, match="the tag .* is not supported"):
         load_recipe(path)
 
 

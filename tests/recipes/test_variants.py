@@ -47,9 +47,9 @@ def test_both_in_either_order():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rtn-w4a6+sds", "changes how a recipe calibrates, and this one does not"),
-        ("s2q-w4a4+std", "recipe s2q-w4a4: has what \\+std adds; leave it out"),
-        ("quarot-w4a4+sds+sds", "has what \\+sds adds"),
+        ("rtn-w4a6+sds", "needs a recipe that calibrates"),
+        ("s2q-w4a4+std", "recipe s2q-w4a4: already has what \\+std adds; remove it"),
+        ("quarot-w4a4+sds+sds", "already has what \\+sds adds"),
         ("quarot-w4a4+sdt", "unknown addition to recipe quarot-w4a4 'sdt'.*sds, std"),
         ("quarrot-w4a4+sds", "unknown recipe 'quarrot-w4a4'.*quarot-w4a4"),
     ],

@@ -224,8 +224,8 @@ def test_nothing_that_was_passed_in_changes():
     ("weight", "hessian", "message"),
     [
         (torch.ones(2, 4), torch.eye(5), r"expected \[4, 4\]"),
-        (torch.ones(2, 4), torch.full((4, 4), torch.nan), "the Hessian holds NaN"),
-        (torch.full((2, 4), torch.inf), torch.eye(4), "the weight holds NaN or infinite"),
+        (torch.ones(2, 4), torch.full((4, 4), torch.nan), "the Hessian contains NaN"),
+        (torch.full((2, 4), torch.inf), torch.eye(4), "the weight contains NaN or infinite"),
     ],
 )
 def test_bad_input(weight, hessian, message):

@@ -240,7 +240,7 @@ def test_skipped_linears_take_no_part(tmp_path):
         ),
         (
             ["allocation.budget=4.4"],
-            r"budget=4.4 bits a weight, but the smallest candidates of its 12 linears take 4\.\d+ .*to at least that",
+            r"budget=4.4 bits per weight, but the smallest candidates of its 12 linears take 4\.\d+ .*to at least that",
         ),
         (["allocation.candidates=[128]"], "expected at least two different whole numbers above 0"),
         (["allocation.candidates=[0, 128]"], "expected at least two different whole numbers above 0"),
@@ -271,10 +271,10 @@ def test_the_remedy_for_a_small_budget_is_enough():
 
 def test_allocation_needs_prompts_and_widths_that_it_replaces(tmp_path):
     allocation = "allocation={what: weight_bits, candidates: [4, 8], budget: 6}"
-    with pytest.raises(InvalidInputError, match="recipe rtn-w4a4 calibrates on prompts and none were given"):
+    with pytest.raises(InvalidInputError, match="recipe rtn-w4a4 needs calibration prompts"):
         quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a4", out=tmp_path / "out", overrides=[allocation])
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InvalidInputError, match=r"weights\.num_bits=3 is none of .*take its place"):
+    with pytest.raises(InvalidInputError, match=r"weights\.num_bits=3 is none of .*replace it"):
         load_recipe("rtn-w4a4", overrides=[allocation, "weights.num_bits=3"])
     sizes = "allocation={what: group_size, candidates: [32, 64], budget: 6}"
     with pytest.raises(InvalidInputError, match=r"weights\.group_size=None .* with granularity=per_group"):

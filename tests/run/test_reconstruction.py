@@ -240,7 +240,7 @@ def test_part_by_part(tmp_path, part):
 
 def test_bad_input_is_refused_before_compute(tmp_path):
     cases = [
-        ({"prompts": None}, "calibrates on prompts and none were given"),
+        ({"prompts": None}, "needs calibration prompts"),
         ({"prompts": []}, "the list is empty"),
         ({"prompts": "a red circle"}, "got one string"),
         ({"prompts": [" "]}, "prompt 1 of 1 is empty"),
@@ -298,7 +298,7 @@ def test_nan_names_block_and_sample(tmp_path, monkeypatch):
         return inputs
 
     monkeypatch.setattr(TeacherStream, "inputs", poisoned)
-    message = r"transformer_blocks\.1: its hidden_states for prompt \d, step \d, branch \d hold NaN"
+    message = r"transformer_blocks\.1: its hidden_states for prompt \d, step \d, branch \d contain NaN"
     with pytest.raises(InvalidInputError, match=message):
         small(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -83,7 +83,7 @@ def test_steps_in_which_every_transformer_is_called(boundary, expected):
 
 def test_a_transformer_that_is_hardly_called_is_not_measured():
     teacher = load_teacher(tiny_wan_pipeline(boundary_ratio=1.0), load_recipe("rtn-w4a6"), dtype=None)
-    with pytest.raises(InvalidInputError, match="leave out --measure"):
+    with pytest.raises(InvalidInputError, match="omit --measure"):
         measure._steps_with(teacher, 5)
 
 

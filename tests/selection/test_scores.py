@@ -89,7 +89,7 @@ def test_a_trajectory_is_scored_step_by_step():
 def test_latents_that_are_not_finite_are_named(bad):
     latents = [draw(3, 4, 2, 2, seed=seed) for seed in range(4)]
     latents[2][0, 0, 0, 0] = bad
-    with pytest.raises(InvalidInputError, match="prompt 7, step 1: latents: hold NaN or infinite"):
+    with pytest.raises(InvalidInputError, match="prompt 7, step 1: latents: contain NaN or infinite"):
         score_trajectory(latents, [2, 1, 0], prompt=7, channel_dim=1)
 
 

@@ -50,8 +50,8 @@ def test_fixed_or_learned_in_log_space():
 @pytest.mark.parametrize(
     ("x_amax", "w_amax", "alpha", "message"),
     [
-        ([1.0, float("nan")], [1.0, 1.0], 0.5, "input maxima hold NaN"),
-        ([1.0, 1.0], [1.0, float("inf")], 0.5, "weight maxima hold NaN, infinite"),
+        ([1.0, float("nan")], [1.0, 1.0], 0.5, "input maxima contain NaN"),
+        ([1.0, 1.0], [1.0, float("inf")], 0.5, "weight maxima contain NaN, infinite"),
         ([1.0, -1.0], [1.0, 1.0], 0.5, "negative"),
         ([1.0], [1.0, 1.0], 0.5, "shape"),
         ([1.0, 1.0], [1.0, 1.0], 1.5, "alpha=1.5"),

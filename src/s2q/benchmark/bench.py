@@ -76,7 +76,7 @@ def check_backends(names: Sequence[str] | None, device: str) -> tuple[str, ...]:
     for name in wanted:
         reason = measuring_obstacle(name, device)
         if reason is not None:
-            raise ResourceError(f"backend {name!r} cannot run here: {reason}; leave it out")
+            raise ResourceError(f"backend {name!r} cannot run here: {reason}; remove it")
     return wanted
 
 
@@ -166,7 +166,7 @@ def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress
     if cases:
         progress("bench", len(cases), len(cases))
     if failures:
-        raise ResourceError(f"{'; '.join(failures)}; take fewer tokens or leave this out, the rest is written")
+        raise ResourceError(f"{'; '.join(failures)}; use fewer tokens or omit this; the other results are written")
 
 
 def _step_case(subject: Subject, settings: Settings) -> Case:

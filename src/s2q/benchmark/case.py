@@ -87,4 +87,4 @@ def check_recipes(recipes: Sequence[Recipe]) -> None:
     names = [recipe.name for recipe in recipes]
     for name in names:
         if names.count(name) > 1:
-            raise InvalidInputError(f"recipe {name} is there twice; pass it once")
+            raise InvalidInputError(f"recipe {name} appears twice; pass it once")

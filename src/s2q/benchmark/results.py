@@ -123,9 +123,11 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path} cannot be read as JSON, so it is not written to; name another file") from error
+        raise InvalidInputError(f"{path} cannot be read as JSON and is not overwritten; choose another file") from error
     wanted: dict[str, type] = {"hardware": dict, "versions": dict, "results": list}
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION or not all(isinstance(content.get(name), kind) for name, kind in wanted.items()):
-        raise InvalidInputError(f"{path} is no file of `s2q bench` of version {SCHEMA_VERSION}; name another file")
+        raise InvalidInputError(
+            f"{path} was not written by `s2q bench` with schema_version {SCHEMA_VERSION}; choose another file"
+        )
     return content

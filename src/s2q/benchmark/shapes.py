@@ -130,7 +130,7 @@ def source_tokens(source: ModelSource) -> tuple[int, int]:
     """
     workload = workload_of_source(source, Calibration(), transformers=source.meta_transformers())
     if workload is None:
-        raise UsageError(f"{source.name}: its configuration does not tell how many tokens a video has; pass --tokens")
+        raise UsageError(f"{source.name}: its configuration does not define the number of video tokens; pass --tokens")
     return workload.tokens, workload.text_tokens
 
 

@@ -61,7 +61,7 @@ def reconstruct_block(task: BlockTask) -> ReconstructedBlock:
     """Carry out a recipe that calibrates on one block.
 
     Raises:
-        InvalidInputError: If the activations hold NaN or infinite values.
+        InvalidInputError: If the activations contain NaN or infinite values.
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
     """
     with block_students(task) as opened:
@@ -89,7 +89,7 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     """Move the stream to a block and observe its samples; targets and token weights are deleted at the end.
 
     Raises:
-        InvalidInputError: If the activations hold NaN or infinite values.
+        InvalidInputError: If the activations contain NaN or infinite values.
     """
     stream, family = task.stream, task.family
     assert stream is not None, "a recipe that calibrates needs samples"

@@ -64,9 +64,7 @@ class Argument:
         fixed = all(one is first or torch.equal(one, first) for one in values)
         per_branch = first.ndim > 0 and first.shape[0] == branches
         if not fixed and not per_branch:
-            raise InvalidInputError(
-                f"calibration: argument {name} changes from step to step and has no row for a sample"
-            )
+            raise InvalidInputError(f"calibration: argument {name} changes between steps and has no row per sample")
         content = first.clone() if fixed else torch.stack(list(values))
         return cls(content=content, per_step=not fixed, per_branch=per_branch)
 

@@ -86,11 +86,11 @@ def calibration_prompts(
         if model_name in embedded.EMBEDDED_NAMES:
             return embedded.embedded_prompts(model_name, split="calibration", count=group.n_prompts)
         raise InvalidInputError(
-            f"recipe {recipe} calibrates on prompts and none were given; pass --prompts FILE with about "
+            f"recipe {recipe} needs calibration prompts; pass --prompts FILE with about "
             f"{group.n_prompts} of them (prompts=[...] in Python)"
         )
     if not prompts:
-        raise InvalidInputError(f"recipe {recipe} calibrates on prompts and the list is empty; pass at least one")
+        raise InvalidInputError(f"recipe {recipe} needs calibration prompts, but the list is empty; pass at least one")
     return list(prompts[: group.n_prompts])
 
 
@@ -110,8 +110,8 @@ def prepare(
     if not takes_prompts_alone(teacher.pipe):
         expected, found = teacher.family.pipeline_class, type(teacher.pipe).__name__
         raise InvalidInputError(
-            f"{found}: calibration generates from prompts alone, with {expected}; take a recipe that does not "
-            f"calibrate, or save the transformer in a {expected}"
+            f"{found}: calibration generates from prompts only, with {expected}; use a recipe without calibration, or "
+            f"save the transformer in a {expected}"
         )
     check_prompts(teacher.pipe, prompts)
     requested = group.sizes | {"num_inference_steps": group.steps}
@@ -203,15 +203,15 @@ def _check_candidates(teacher: Teacher, group: Calibration, *, prompts: int, ste
         if not own:
             skipped = full_name(one.component, one.family.block_lists[0])
             raise InvalidInputError(
-                f"calibration: {one.component} is called in none of the {steps} steps (boundary_ratio="
-                f"{teacher.pipe.config.boundary_ratio}); leave it as it is with skip=['{skipped}.*'], take more steps, "
-                "or a recipe that does not calibrate"
+                f"calibration: {one.component} is not called in any of the {steps} steps (boundary_ratio="
+                f"{teacher.pipe.config.boundary_ratio}); exclude it with skip=['{skipped}.*'], use more steps, or a "
+                "recipe without calibration"
             )
         if group.samples > prompts * own:
             of = f" of {one.component}" if len(shared) > 1 else ""
             raise InvalidInputError(
-                f"calibration.samples={group.samples}, but {prompts} prompts with {own} steps{of} are only "
-                f"{prompts * own} candidates; ask for fewer samples, or give more prompts"
+                f"calibration.samples={group.samples}, but {prompts} prompts with {own} steps{of} give only "
+                f"{prompts * own} candidates; use fewer samples or more prompts"
             )
 
 

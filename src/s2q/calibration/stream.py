@@ -99,7 +99,7 @@ class TeacherStream:
         """Go to the inputs of a block; backwards means from the start.
 
         Raises:
-            InvalidInputError: If a block's activations hold NaN or infinite values (names block and sample).
+            InvalidInputError: If a block's activations contain NaN or infinite values (names block and sample).
         """
         if self._position is None or block < self._position:
             self._start()
@@ -134,7 +134,7 @@ class TeacherStream:
             if not bool(torch.isfinite(output).all()):
                 block_name = full_name(self.component, self.block_names[block])
                 raise InvalidInputError(
-                    f"{block_name}: its {name} for {self.names[sample]} hold NaN or infinite values; "
+                    f"{block_name}: its {name} for {self.names[sample]} contain NaN or infinite values; "
                     "check the model, or use another dtype (float16 overflows where bfloat16 does not)"
                 )
 

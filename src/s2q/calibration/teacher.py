@@ -188,7 +188,7 @@ def load_teacher(
         if transformer.dtype != first:
             raise InvalidInputError(
                 f"{name}: its transformer is loaded in {first} and its {component} in {transformer.dtype}; "
-                "load both in one dtype"
+                "load both in the same dtype"
             )
         _check_finite(name, component, transformer, offload=mapped)
     workload = _workload(pipe, folder, recipe)
@@ -245,7 +245,7 @@ def _origin(pipe: DiffusionPipeline) -> tuple[str, Path | None]:
 
 def _check_state(name: str, component: str, transformer: nn.Module, *, wanted: torch.dtype | None) -> None:
     if getattr(transformer, "is_quantized", False):
-        raise InvalidInputError(f"{name}: its {component} is quantized already; pass the full-precision model")
+        raise InvalidInputError(f"{name}: its {component} is already quantized; pass the full-precision model")
     if has_adapter(transformer):
         raise InvalidInputError(
             f"{name}: its {component} has an adapter; call fuse_lora() and then unload_lora_weights() on the pipeline, "
@@ -259,7 +259,7 @@ def _check_state(name: str, component: str, transformer: nn.Module, *, wanted: t
     if wanted is not None and transformer.dtype != wanted:
         raise InvalidInputError(
             f"{name}: its {component} is loaded in {transformer.dtype}, dtype={wanted} asked for; "
-            "load it in that dtype, or leave dtype out"
+            "load it in that dtype, or omit dtype"
         )
 
 
@@ -276,11 +276,11 @@ def _check_finite(name: str, component: str, transformer: nn.Module, *, offload:
             if not math.isfinite(largest):
                 count = int((~torch.isfinite(tensor)).sum())
                 raise InvalidInputError(
-                    f"{where} holds {count} values that are NaN or infinite; download or save the model again"
+                    f"{where} contains {count} NaN or infinite values; download or save the model again"
                 )
             if largest > _LARGEST:
                 raise InvalidInputError(
-                    f"{where} holds a value of magnitude {largest:.3g}, whose square overflows float32: the model "
+                    f"{where} contains a value of magnitude {largest:.3g}, whose square overflows float32: the model "
                     "itself gives NaN; download or save the model again"
                 )
         if offload:

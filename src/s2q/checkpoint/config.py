@@ -106,7 +106,7 @@ class S2QConfig(QuantizationConfigMixin):
             self.tokens = TokenLayout.from_dict(fields["tokens"]).to_dict()
         elif any(one.needs_grid for one in (*self.layer_schemes().values(), *self.layer_layouts().values())):
             raise InvalidInputError(
-                "quantization_config: tokens is missing, and a layer has to know where the video tokens lie; download "
+                "quantization_config: tokens is missing, but a layer needs the positions of the video tokens; download "
                 "or save the model again"
             )
 

@@ -133,8 +133,8 @@ def check_intact(folder: Path, *, verify: bool | None = None) -> None:
 
 def _no_manifest(folder: Path) -> InvalidInputError:
     return InvalidInputError(
-        f"{folder}: has no {MANIFEST}, so nothing can be verified; a checkpoint that diffusers saved again has none: "
-        "verify the one that it was loaded from, or leave out --verify (verify=True)"
+        f"{folder}: has no {MANIFEST}, so it cannot be verified; diffusers does not save one: verify the original "
+        "checkpoint, or omit --verify (verify=True)"
     )
 
 

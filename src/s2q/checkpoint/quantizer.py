@@ -49,8 +49,8 @@ class S2QQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: S2QConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
             raise InvalidInputError(
-                "quantization_config of s2q given for a full-precision model; models are not quantized while loading: "
-                "run s2q.quantize (or `s2q quantize`) and load what it writes"
+                "quantization_config of s2q given for a full-precision model; s2q does not quantize while loading: "
+                "run s2q.quantize (or `s2q quantize`) and load the result"
             )
         super().__init__(quantization_config, **kwargs)
         self._schemes = quantization_config.layer_schemes()
@@ -116,11 +116,11 @@ class S2QQuantizer(DiffusersQuantizer):
         if value.dtype != expected:
             raise InvalidInputError(f"{param_name}: got dtype {value.dtype}, expected {expected}; {_REMEDY}")
         if tensor == _SCALE and not bool((torch.isfinite(value) & (value > 0)).all()):
-            raise InvalidInputError(f"{param_name}: holds scales that are not positive finite numbers; {_REMEDY}")
+            raise InvalidInputError(f"{param_name}: contains scales that are not positive and finite; {_REMEDY}")
         if tensor in TENSOR_DTYPES and not bool(torch.isfinite(value).all()):
-            raise InvalidInputError(f"{param_name}: holds values that are NaN or infinite; {_REMEDY}")
+            raise InvalidInputError(f"{param_name}: contains NaN or infinite values; {_REMEDY}")
         if tensor == _CLIP and not bool(((value > 0) & (value <= 1)).all()):
-            raise InvalidInputError(f"{param_name}: holds a ratio outside (0, 1]; {_REMEDY}")
+            raise InvalidInputError(f"{param_name}: contains a ratio outside (0, 1]; {_REMEDY}")
         parameter = nn.Parameter(value.to(target_device), requires_grad=False)
         setattr(model.get_submodule(layer), tensor, parameter)
 

@@ -13,7 +13,7 @@ import typer
 
 app = typer.Typer(
     name="s2q",
-    help="4-bit text-to-video diffusion transformers, for any diffusers pipeline.",
+    help="4-bit quantization of text-to-video diffusion transformers, for any diffusers pipeline.",
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,80 +41,93 @@ class Backend(StrEnum):
 Model = Annotated[
     str, typer.Option("-m", "--model", help="Embedded name, diffusers folder or Hub id (@revision).", metavar="MODEL")
 ]
-RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="Recipe name, or a YAML file.", metavar="RECIPE")]
+RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="Recipe name or YAML file.", metavar="RECIPE")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change the recipe: key=value, as in weights.num_bits=8.", metavar="K=V"),
+    typer.Option("--set", help="Override a recipe field, e.g. weights.num_bits=8.", metavar="K=V"),
 ]
-Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line.", metavar="FILE")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.", metavar="S")]
+Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt per line.", metavar="FILE")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="S")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="D")]
 DtypeOption = Annotated[
     Dtype | None,
-    typer.Option("--dtype", help="Compute dtype; default: the stored one, float32 where a CPU emulates it."),
+    typer.Option("--dtype", help="Compute dtype. Default: the stored one; float32 where a CPU emulates it."),
 ]
 Variant = Annotated[
     str | None,
-    typer.Option("--variant", help="Variant of the weights, fp16; default: those without one.", metavar="NAME"),
+    typer.Option("--variant", help="Weight variant, e.g. fp16. Default: none.", metavar="NAME"),
 ]
 Verify = Annotated[
     bool | None,
     typer.Option(
         "--verify/--no-verify",
-        help="Compare an s2q checkpoint with its manifest; default: if it has one. --verify requires one.",
+        help="Check an s2q checkpoint against its manifest. Default: if it has one; --verify requires one.",
     ),
 ]
 MemoryBudget = Annotated[
     str | None,
     typer.Option(
         "--memory-budget",
-        help="Host memory for activations, the rest goes to the disk; default: half of the host's, at most 16GB.",
+        help="Host memory for activations; the rest is on disk. Default: half of the host's, at most 16GB.",
         metavar="SIZE",
     ),
 ]
 AttentionBackend = Annotated[
     str | None,
-    typer.Option(
-        "--attention", help="What computes attention, as diffusers names it; default: PyTorch.", metavar="NAME"
-    ),
+    typer.Option("--attention", help="Attention backend of diffusers. Default: PyTorch.", metavar="NAME"),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of the same kind.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the model's.", metavar="N")]
-Frames = Annotated[int | None, typer.Option("--num-frames", help="Frames of a video.", metavar="N")]
-Height = Annotated[int | None, typer.Option("--height", help="Height in pixels.", metavar="N")]
-Width = Annotated[int | None, typer.Option("--width", help="Width in pixels.", metavar="N")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps. Default: the model's.", metavar="N")]
+Frames = Annotated[
+    int | None, typer.Option("--num-frames", help="Frames per video. Default: the model's.", metavar="N")
+]
+Height = Annotated[
+    int | None,
+    typer.Option("--height", help="Height in pixels. Default: the model's.", metavar="N"),
+]
+Width = Annotated[
+    int | None,
+    typer.Option("--width", help="Width in pixels. Default: the model's.", metavar="N"),
+]
 Guidance = Annotated[
-    float | None, typer.Option("--guidance-scale", help="Guidance weight; default: the model's.", metavar="X")
+    float | None, typer.Option("--guidance-scale", help="Guidance scale. Default: the model's.", metavar="X")
 ]
 
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", help="Calibration samples, for recipes that calibrate.", min=1, metavar="N"),
+    typer.Option("--samples", help="Number of calibration samples.", min=1, metavar="N"),
 ]
 NumPrompts = Annotated[
     int,
-    typer.Option("--num-prompts", help="Held-out captions, for embedded models without --prompts.", min=1, metavar="N"),
+    typer.Option(
+        "--num-prompts", help="Number of held-out captions, for embedded models without --prompts.", min=1, metavar="N"
+    ),
 ]
-Seeds = Annotated[int, typer.Option("--seeds", help="Videos for each prompt, seeds 0 to N-1.", min=1, metavar="N")]
+Seeds = Annotated[int, typer.Option("--seeds", help="Videos per prompt, with seeds 0 to N-1.", min=1, metavar="N")]
 Metrics = Annotated[
     list[str] | None,
-    typer.Option("--metrics", help="Names or groups, by comma: psnr,ssim,velocity. Default: all.", metavar="NAMES"),
+    typer.Option(
+        "--metrics", help="Comma-separated metrics or groups, e.g. psnr,ssim,velocity. Default: all.", metavar="NAMES"
+    ),
 ]
 LpipsWeights = Annotated[
-    Path | None, typer.Option("--lpips-weights", help="Add LPIPS, with the weights in this file.", metavar="FILE")
+    Path | None, typer.Option("--lpips-weights", help="Add LPIPS with these weights.", metavar="FILE")
 ]
 ClipFolder = Annotated[
-    Path | None, typer.Option("--clip", help="Add CLIP scores, with the CLIP model in this folder.", metavar="DIR")
+    Path | None, typer.Option("--clip", help="Add CLIP scores with the CLIP model in this folder.", metavar="DIR")
 ]
 Processes = Annotated[
     int,
     typer.Option(
-        "--processes", help="Processes that share the work: one thread each on a CPU, or one GPU.", min=1, metavar="N"
+        "--processes",
+        help="Number of processes: one thread each on a CPU, GPUs in turn with --device cuda.",
+        min=1,
+        metavar="N",
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, compute nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan, without computing.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -130,9 +143,9 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all logs; may stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all logs; allowed anywhere.")] = False,
 ) -> None:
-    """4-bit text-to-video diffusion transformers, for any diffusers pipeline."""
+    """4-bit quantization of text-to-video diffusion transformers, for any diffusers pipeline."""
 
 
 @app.command()
@@ -141,13 +154,13 @@ def demo(
     model: Model = "shapes-cogvideox",
     recipe: RecipeName = "s2q-w4a6",
     short: Annotated[
-        bool, typer.Option("--short", help="Calibrate and judge on less: a minute, rougher figures.")
+        bool, typer.Option("--short", help="Fewer samples and videos: one minute, rougher metrics.")
     ] = False,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser at the end.")] = True,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize an embedded model and show the result on a page."""
+    """Quantize an embedded model and show the result as an HTML report."""
     from s2q.cli.demo import run_demo
 
     run_demo(
@@ -165,12 +178,12 @@ def plan(
     device: Device = "auto",
     device_memory: Annotated[
         str | None,
-        typer.Option("--device-memory", help="Plan for a device with so much memory, 24GB.", metavar="SIZE"),
+        typer.Option("--device-memory", help="Plan for a device with this much memory, e.g. 24GB.", metavar="SIZE"),
     ] = None,
     memory_budget: MemoryBudget = None,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Run a slice of the work on this device, to say how long all takes."),
+        typer.Option("--measure", help="Run a slice of the work on this device to estimate the time."),
     ] = False,
     prompts: Prompts = None,
     as_json: AsJson = False,
@@ -217,7 +230,7 @@ def generate(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="What the video shows; may be repeated.", metavar="TEXT")
+        list[str] | None, typer.Option("--prompt", help="Prompt; can be repeated.", metavar="TEXT")
     ] = None,
     prompts: Prompts = None,
     num_frames: Frames = None,
@@ -230,7 +243,7 @@ def generate(
     attention: AttentionBackend = None,
     fps: Annotated[
         int | None,
-        typer.Option("--fps", help="Frames per second of the files; default: the model's.", min=1, metavar="N"),
+        typer.Option("--fps", help="Frame rate of the video files. Default: the model's.", min=1, metavar="N"),
     ] = None,
     save_latents: Annotated[bool, typer.Option("--save-latents", help="Also write latents.safetensors.")] = False,
     device: Device = "auto",
@@ -264,17 +277,21 @@ def evaluate(
     clip: ClipFolder = None,
     vbench_python: Annotated[
         str | None,
-        typer.Option("--vbench-python", help="Add VBench, run by this interpreter that has it.", metavar="PYTHON"),
+        typer.Option(
+            "--vbench-python",
+            help="Add VBench scores, computed by this Python interpreter with VBench installed.",
+            metavar="PYTHON",
+        ),
     ] = None,
     vbench_dims: Annotated[
         list[str] | None,
         typer.Option(
-            "--vbench-dims", help="VBench's dimensions, by comma. Default: the paper's eight.", metavar="NAMES"
+            "--vbench-dims", help="Comma-separated VBench dimensions. Default: the paper's eight.", metavar="NAMES"
         ),
     ] = None,
     vbench_cache: Annotated[
         Path | None,
-        typer.Option("--vbench-cache", help="VBench's folder of weights. Default: VBench's own.", metavar="DIR"),
+        typer.Option("--vbench-cache", help="VBench's weight cache. Default: VBench's default.", metavar="DIR"),
     ] = None,
     num_frames: Frames = None,
     height: Height = None,
@@ -289,7 +306,7 @@ def evaluate(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a model against full precision."""
+    """Evaluate a model against full precision."""
     from s2q.cli import commands
 
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
@@ -304,7 +321,7 @@ def compare(
     entries: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Recipe names, patterns such as s2q-*, recipe files, checkpoint folders.",
+            help="Recipe names, patterns such as s2q-*, recipe files, checkpoints.",
             metavar="RECIPE_OR_CHECKPOINT",
         ),
     ] = None,
@@ -320,7 +337,11 @@ def compare(
     recipes: Annotated[
         list[str] | None,
         typer.Option(
-            "-r", "--recipe", "--recipes", help="By comma or repeated; all for every recipe.", metavar="RECIPE"
+            "-r",
+            "--recipe",
+            "--recipes",
+            help="Recipes, comma-separated or repeated; all for every recipe.",
+            metavar="RECIPE",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="DIR")] = Path(
@@ -333,7 +354,7 @@ def compare(
         Path | None,
         typer.Option(
             "--calibration-prompts",
-            help="Text file, one prompt a line, for all recipes that calibrate.",
+            help="Calibration prompts: text file, one per line.",
             metavar="FILE",
         ),
     ] = None,
@@ -341,7 +362,7 @@ def compare(
     seed: Seed = 0,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change the recipes: key=value, as in distillation.epochs=5.", metavar="K=V"),
+        typer.Option("--set", help="Override a field of the recipes, e.g. distillation.epochs=5.", metavar="K=V"),
     ] = None,
     metrics: Metrics = None,
     lpips_weights: LpipsWeights = None,
@@ -363,7 +384,7 @@ def compare(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare recipes and checkpoints with full precision and with each other."""
+    """Compare recipes and checkpoints with full precision and each other."""
     from s2q.cli.compare import run_compare
 
     settings = _given(locals(), "num_frames", "height", "width", "guidance_scale") | {"num_inference_steps": steps}
@@ -396,7 +417,7 @@ def bench(
         list[str] | None,
         typer.Option(
             "--ops",
-            help="By comma, default all: linear,activation_path,gemm,attention_colsum,denoising_step,"
+            help="Comma-separated ops. Default: linear,activation_path,gemm,attention_colsum,denoising_step,"
             "calibration_block.",
             metavar="NAMES",
         ),
@@ -404,12 +425,14 @@ def bench(
     recipes: Annotated[
         list[str] | None,
         typer.Option(
-            "-r", "--recipe", help="Recipes, by comma or repeated. Default: s2q-w4a6,s2q-w4a4.", metavar="RECIPE"
+            "-r", "--recipe", help="Recipes, comma-separated or repeated. Default: s2q-w4a6,s2q-w4a4.", metavar="RECIPE"
         ),
     ] = None,
     backends: Annotated[
         list[str] | None,
-        typer.Option("--backend", help="By comma: auto,reference,cpu,triton. Default: auto.", metavar="NAMES"),
+        typer.Option(
+            "--backend", help="Comma-separated backends: auto,reference,cpu,triton. Default: auto.", metavar="NAMES"
+        ),
     ] = None,
     attention: AttentionBackend = None,
     tokens: Annotated[
@@ -422,23 +445,25 @@ def bench(
         ),
     ] = None,
     blocks: Annotated[
-        int, typer.Option("--blocks", help="Blocks of a synthetic model to build and time.", min=1, metavar="N")
+        int,
+        typer.Option("--blocks", help="Number of blocks of a synthetic model to build and time.", min=1, metavar="N"),
     ] = 1,
-    repeats: Annotated[
-        int, typer.Option("--repeats", help="Rounds of a measurement, at most.", min=1, metavar="N")
-    ] = 10,
+    repeats: Annotated[int, typer.Option("--repeats", help="Maximum number of rounds.", min=1, metavar="N")] = 10,
     seconds: Annotated[
-        float, typer.Option("--seconds", help="No new round after this time, from the third on.", min=0, metavar="X")
+        float,
+        typer.Option(
+            "--seconds", help="Start no new round after this time; at least three rounds.", min=0, metavar="X"
+        ),
     ] = 10.0,
     device: Device = "auto",
     variant: Variant = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="JSON file to write or resume.", metavar="FILE")
     ] = Path("bench.json"),
-    again: Annotated[bool, typer.Option("--again", help="Measure what the file has already, too.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Repeat measurements that the file already has.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure speed and memory against bf16: single operations, denoising steps, calibration."""
+    """Measure speed and memory against bf16: operations, denoising steps, calibration."""
     from s2q.cli.bench import run_bench
 
     options = _given(locals(), "ops", "recipes", "backends", "attention", "tokens", "blocks", "repeats", "seconds")
@@ -449,10 +474,12 @@ def bench(
 def inspect(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id (@revision).", metavar="MODEL")],
     variant: Variant = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the manifest.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the SHA-256 of every file against the manifest.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is inside a checkpoint."""
+    """Show the contents of a checkpoint."""
     from s2q.cli import commands
 
     commands.inspect(model, variant=variant, verify=verify, as_json=as_json)

@@ -56,15 +56,15 @@ def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> No
     cases = bench.make_cases(model, ops, settings, variant=options["variant"])
     if not cases:
         raise InvalidInputError(
-            f"nothing to measure: none of {', '.join(ops)} has a backend among {', '.join(backends)} that runs here, "
-            "or a recipe that it applies to"
+            f"nothing to measure: none of {', '.join(ops)} runs here with {', '.join(backends)}, or applies to the "
+            "recipes"
         )
     with console.progress() as report, output_lock(out):
         results = bench.open_results(out, device=device, again=options["again"])
         missing = bench.missing_cases(cases, results)
         bench.run_cases(missing, results, progress=report)
     output.emit_json(results.content) if options["as_json"] else show_results(results.content, ops=bench.OPS)
-    console.say(f"written to {out}" if missing else f"{out} has all of this already; --again measures it again")
+    console.say(f"written to {out}" if missing else f"{out} already has all results; --again repeats them")
 
 
 def show_results(content: Mapping[str, Any], *, ops: Sequence[str]) -> None:

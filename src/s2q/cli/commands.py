@@ -44,7 +44,7 @@ def plan(
     if options["measure"]:
         if memory is not None or model.startswith(SYNTHETIC_PREFIX):
             raise UsageError(
-                "plan: --measure runs on the device at hand and on the model's weights; leave out --device-memory, and "
+                "plan: --measure needs this device and the model's weights; omit --device-memory, and "
                 "time synthetic models with s2q bench --ops calibration_block"
             )
         result = _measured_plan(model, recipe, machine, changes=changes, options=options).to_dict()
@@ -91,9 +91,7 @@ def quantize(
         from s2q.recipes.load import load_recipe
 
         if not load_recipe(recipe, overrides=changes).calibrates:
-            raise UsageError(
-                f"--samples: recipe {recipe} rounds to nearest and takes no calibration samples; leave it out"
-            )
+            raise UsageError(f"--samples: recipe {recipe} uses no calibration samples; remove it")
         changes = [*changes, f"calibration.samples={samples}"]
     from s2q.generation.prompts import read_prompts
     from s2q.run.quantize import quantize as run
@@ -127,7 +125,7 @@ def generate(
     if bool(prompt) == (prompts is not None):
         raise UsageError("generate: pass either --prompt or --prompts FILE")
     if out.suffix in (".mp4", ".png", ".gif"):
-        raise UsageError(f"generate: -o names a folder, got {out}; leave {out.suffix} out")
+        raise UsageError(f"generate: -o must be a folder; got {out}; remove {out.suffix}")
     check_output(out, overwrite=options["overwrite"], owned=_OWNED)
     device = resolve_device(options["device"])
     _check_backend(options["backend"], device)
@@ -318,7 +316,7 @@ def check_file_output(path: Path, *, overwrite: bool) -> None:
         InvalidInputError: It exists and may not be replaced, it is a folder, or the folder above is not writable.
     """
     if path.is_dir():
-        raise InvalidInputError(f"{path} is a folder; name a file")
+        raise InvalidInputError(f"{path} is a folder; pass a file")
     check_writable(path) if overwrite and path.exists() else check_output(path, overwrite=False)
 
 

@@ -105,7 +105,7 @@ def show_comparison(result: Mapping[str, Any], *, page: Path) -> None:
     for group in comparison.groups_of(result):
         if group.verdict:
             out.print(group.verdict, highlight=False, soft_wrap=True)
-    out.print(Text.assemble("Look at it: ", (page.as_uri(), "bold cyan")), soft_wrap=True)
+    out.print(Text.assemble("Report: ", (page.as_uri(), "bold cyan")), soft_wrap=True)
 
 
 def _table(result: Mapping[str, Any]) -> Table:

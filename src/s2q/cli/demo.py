@@ -273,7 +273,7 @@ def _show(record: Mapping[str, Any], page: Path) -> None:
     out.print(
         f"Held-out captions, {sample}; {console.format_seconds(record['seconds']['total'])} in all", highlight=False
     )
-    out.print(Text.assemble("Look at it: ", (page.as_uri(), "bold cyan")), soft_wrap=True)
+    out.print(Text.assemble("Report: ", (page.as_uri(), "bold cyan")), soft_wrap=True)
 
 
 def _has_screen() -> bool:

@@ -46,7 +46,7 @@ def vbench_plan(
     if options["vbench_python"] is None:
         for name in ("vbench_dims", "vbench_cache"):
             if options[name]:
-                raise UsageError(f"--{name.replace('_', '-')}: needs --vbench-python, an interpreter that has VBench")
+                raise UsageError(f"--{name.replace('_', '-')}: needs --vbench-python, an interpreter with VBench")
         return None
     from s2q.evaluation.judges.vbench import RECORD, VBenchOptions, plan_vbench
 

@@ -74,24 +74,24 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
     if allocation is not None:
         values = ", ".join(map(str, sorted(allocation["candidates"])))
         notes.append(
-            f"Allocated in the run: {allocation['what']} of {allocation['linears']} linears, one by one out of "
-            f"{values}, within {allocation['budget']:g} bits a weight; until then the total is what this allows, and "
-            "each linear has its largest candidate"
+            f"Allocated during the run: {allocation['what']} of {allocation['linears']} linears, each one of "
+            f"{values}, within {allocation['budget']:g} bits per weight; the total is the upper bound, and each linear "
+            "shows its largest candidate"
         )
     there = device["memory_bytes"]
     for stage in plan["stages"]:
         needed = stage["peak_memory_bytes"]
         if needed is not None and there is not None and needed > there:
             notes.append(
-                f"Will not run: {stage['name']} needs {format_bytes(needed)} on {device['name']}, which has "
-                f"{format_bytes(there)}; calibrate on smaller videos, or take a larger device"
+                f"Does not fit: {stage['name']} needs {format_bytes(needed)} on {device['name']}, which has "
+                f"{format_bytes(there)}; calibrate on smaller videos, or use a larger device"
             )
             break
     return notes
 
 
 def show_inspection(report: Mapping[str, Any]) -> None:
-    """Show what is inside a checkpoint."""
+    """Show the contents of a checkpoint."""
     out = Console()
     out.print(
         Text.assemble(
@@ -106,7 +106,7 @@ def show_inspection(report: Mapping[str, Any]) -> None:
     if report["layers"]:
         _show_layers(out, report)
     if not report["files"]:
-        out.print("no manifest, so that nothing can be verified")
+        out.print("no manifest: nothing to verify")
     elif report["verified"] is None:
         out.print(f"{len(report['files'])} files in the manifest; not verified (use --verify)")
     elif report["verified"]:
@@ -214,9 +214,7 @@ def _storage_line(storage: Mapping[str, Any]) -> Text:
 
 def _show_layers(out: Console, report: Mapping[str, Any]) -> None:
     if report["simulated"]:
-        out.print(
-            "Simulated: no integer kernel takes its linears; computed in floating point, slower than full precision"
-        )
+        out.print("Simulated: its linears have no integer kernel and run in floating point, slower than full precision")
     out.print(_layer_table(report["layers"]))
 
 

@@ -51,7 +51,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with path.open("rb") as file:
             prefix = file.read(_LENGTH_BYTES)
             if len(prefix) < _LENGTH_BYTES:
-                raise InvalidInputError(f"{path}: truncated, {size} bytes are no safetensors file; {remedy}")
+                raise InvalidInputError(f"{path}: truncated, {size} bytes are not a safetensors file; {remedy}")
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
                 raise InvalidInputError(

@@ -168,7 +168,7 @@ def check_output(out: str | Path, *, overwrite: bool, owned: Owned | None = None
         if out.is_symlink() or not out.is_dir():
             raise InvalidInputError(f"{out} is not a folder; remove it or choose another name")
         if Path.cwd().resolve().is_relative_to(out.resolve()):
-            raise InvalidInputError(f"{out} holds the current folder and is not replaced; choose another name")
+            raise InvalidInputError(f"{out} contains the current folder and is not replaced; choose another name")
         if os.path.ismount(out):
             raise InvalidInputError(f"{out} is a mount point and cannot be replaced; name a folder inside it")
         if owned is not None:
@@ -241,7 +241,7 @@ def check_owned(out: Path, owned: Owned) -> None:
     if others:
         more = f" (and {len(others) - _MAX_NAMED} more)" if len(others) > _MAX_NAMED else ""
         raise InvalidInputError(
-            f"{out} holds files that this command did not write, or that were edited since: "
+            f"{out} contains files that this command did not write, or that were edited since: "
             f"{', '.join(others[:_MAX_NAMED])}{more}; it is not replaced, move them out of it or choose another name"
         )
 

@@ -110,11 +110,11 @@ def find_entries(
         if any(one.given == text for one in entries):
             if expanded:
                 continue
-            raise InvalidInputError(f"{text} is named twice; name it once")
+            raise InvalidInputError(f"{text} appears twice; pass it once")
         entries.append(entry)
     for override in overrides:
         if override not in used:
-            raise InvalidInputError(f"override {override!r} changes none of the recipes; leave it out")
+            raise InvalidInputError(f"override {override!r} changes none of the recipes; remove it")
     return _with_distinct_labels(entries)
 
 
@@ -186,7 +186,7 @@ def _entry(
         return Entry(label=label, given=text, recipe=recipe, overrides=tuple(made), source=None, width=width), made
     if not (path.exists() or text in EMBEDDED_NAMES or parse_hub_id(text)):
         if "/" in text:
-            raise InvalidInputError(f"{text}: no such checkpoint folder; recipes of the package: {', '.join(names)}")
+            raise InvalidInputError(f"{text}: no such checkpoint folder; built-in recipes: {', '.join(names)}")
         raise unknown_recipe(text)
     source = resolve_model(text, variant=variant, needs_variant=False)
     check_model(source, verify=verify)
@@ -211,7 +211,7 @@ def _with_distinct_labels(entries: Sequence[Entry]) -> list[Entry]:
             label = _as_file_name(f"{Path(entry.given).expanduser().resolve().parent.name}-{label}")
         if label in labelled or label == FULL_PRECISION:
             other = labelled[label].given if label in labelled else "the reference"
-            raise InvalidInputError(f"{entry.given} and {other} would both be called {label}; rename one of them")
+            raise InvalidInputError(f"{entry.given} and {other} would both be labelled {label}; rename one of them")
         labelled[label] = Entry(**{**vars(entry), "label": label})
     return list(labelled.values())
 

@@ -99,12 +99,12 @@ class CompareFolder:
             return
         if not resume:
             raise InvalidInputError(
-                f"{self.path} holds a comparison; pass --overwrite to replace it, or choose another folder"
+                f"{self.path} contains a comparison; pass --overwrite to replace it, or choose another folder"
             )
         change = self._change(plan)
         if change is not None:
             raise InvalidInputError(
-                f"{self.path} holds a comparison that differs: {change}; repeat its command to resume it, pass "
+                f"{self.path} contains a different comparison: {change}; repeat its command to resume it, pass "
                 "--overwrite to replace it, or choose another folder"
             )
 

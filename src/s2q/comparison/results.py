@@ -164,7 +164,8 @@ def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, A
         part = folder.load_shard(plan, label, index)
         if part is None:
             raise S2QError(
-                f"{folder.evaluation(label).parent}: part {index} of the evaluation is gone; run the same command again"
+                f"{folder.evaluation(label).parent}: part {index} of the evaluation is missing; run the same command "
+                "again"
             )
         found.append(part)
     evaluation = summarise(merge(found))

@@ -302,11 +302,11 @@ def _check_calibration(entries: Sequence[Entry], source: ModelSource, options: C
     if options.calibration_prompts is None:
         if calibrating and source.name not in EMBEDDED_NAMES:
             raise InvalidInputError(
-                f"{', '.join(calibrating)} calibrate on prompts and none were given; pass --calibration-prompts FILE "
+                f"{', '.join(calibrating)} need calibration prompts; pass --calibration-prompts FILE "
                 "(calibration_prompts=[...] in Python)"
             )
     elif not calibrating:
-        raise UsageError("compare: calibration prompts were given, and nothing here calibrates; leave them out")
+        raise UsageError("compare: calibration prompts were given, but no recipe calibrates; remove them")
     else:
         check_distinct(options.calibration_prompts)
 
@@ -317,7 +317,7 @@ def _pipeline_to_ask(source: ModelSource) -> Any:
     try:
         return source.meta_pipeline(transformers)
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
-        logger.info("%s: no pipeline without weights (%s), so it is loaded", source.name, error)
+        logger.info("%s: the pipeline cannot be built without weights (%s) and is loaded", source.name, error)
         return load_pipeline(source)
 
 

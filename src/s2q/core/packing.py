@@ -56,7 +56,7 @@ def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:
     if not codes.is_meta and codes.numel():
         low, high = (int(bound) for bound in torch.aminmax(codes))
         if low < -limit or high >= limit:
-            raise InvalidInputError(f"codes: found {low}..{high}; {num_bits} bits hold {-limit}..{limit - 1}")
+            raise InvalidInputError(f"codes: found {low}..{high}; {num_bits} bits represent {-limit}..{limit - 1}")
     if num_bits > 4:
         return codes.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     nibbles = codes.new_full((codes.shape[0], 2 * width), _NIBBLE_ZERO)

@@ -111,8 +111,8 @@ def current_grid() -> TokenGrid | None:
     call = _call()
     if call is None or call.backward_pass != _backward_pass():
         raise UsageError(
-            "a quantized layer that depends on where video tokens are was called outside of its transformer; call the "
-            "transformer, and checkpoint gradients with its enable_gradient_checkpointing()"
+            "a quantized layer that needs the positions of the video tokens was called outside its transformer; call "
+            "the transformer, and checkpoint gradients with its enable_gradient_checkpointing()"
         )
     return call.grid
 
@@ -178,8 +178,8 @@ class TokenLayout:
             sizes = (shape[1 if self.latents == "frames first" else 2], *shape[3:]) if known else ()
         if not known:
             raise InvalidInputError(
-                f"transformer: called with latents {list(shape)} and sizes {list(sizes)}, which do not say where "
-                f"frames, rows and columns lie (expected latents {self.latents}); this recipe needs to know"
+                f"transformer: called with latents {list(shape)} and sizes {list(sizes)}, which do not define frames, "
+                f"rows and columns (expected latents {self.latents}), as this recipe requires"
             )
         frames, height, width = (int(size) // step for size, step in zip(sizes, self._steps, strict=True))
         text = getattr(arguments.get("encoder_hidden_states"), "shape", (0, 0))[1]

@@ -45,12 +45,12 @@ class CapturedSums:
         """
         if not self.calls:
             raise InvalidInputError(
-                "token importance: no self-attention was heard; the attention module must have run inside the context, "
-                "through F.scaled_dot_product_attention with as many keys as queries"
+                "token importance: no self-attention was captured; the attention module must have run inside the "
+                "context, through F.scaled_dot_product_attention with as many keys as queries"
             )
         lengths = sorted({call.shape[1] for call in self.calls})
         if len(lengths) > 1:
-            raise InvalidInputError(f"token importance: heard attention over {lengths} tokens; expected one length")
+            raise InvalidInputError(f"token importance: captured attention over {lengths} tokens; expected one length")
         return torch.cat(self.calls)
 
 
@@ -105,7 +105,7 @@ def token_weights(sums: Tensor, *, lambda_min: float = 0.5, lambda_max: float = 
         fp32 [B, N] in [λ_min, λ_max].
 
     Raises:
-        InvalidInputError: If S is not [B, N] with at least one token, or holds NaN or infinite values, or the range is
+        InvalidInputError: If S is not [B, N] with at least one token, contains NaN or infinite values, or the range is
             not 0 ≤ λ_min ≤ λ_max, 0 < λ_max.
     """
     if not 0 <= lambda_min <= lambda_max < float("inf") or lambda_max == 0:
@@ -115,7 +115,7 @@ def token_weights(sums: Tensor, *, lambda_min: float = 0.5, lambda_max: float = 
     if sums.ndim != 2 or sums.shape[1] == 0:
         raise InvalidInputError(f"token weights: got sums of shape {list(sums.shape)}; expected [B, N]")
     if not bool(sums.isfinite().all()):
-        raise InvalidInputError("token weights: the sums hold NaN or infinite values; check the model's activations")
+        raise InvalidInputError("token weights: the sums contain NaN or infinite values; check the model's activations")
     values = sums.double()
     lowest, highest = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
     spread = highest - lowest

@@ -102,8 +102,8 @@ class Recordings:
         """Note that the next batch was not recorded."""
         if None not in self._batches:
             logger.warning(
-                "the velocity error is measured on the first %d batch(es) of videos only: there is no room for more "
-                "recordings in memory and in %s (TMPDIR chooses another folder)",
+                "velocity error: measured on the first %d batch(es) of videos only, because memory and %s are full "
+                "(set TMPDIR to another folder)",
                 len(self._batches),
                 tempfile.gettempdir(),
             )

@@ -37,7 +37,7 @@ def selected_metrics(names: Sequence[str], *, learned: Sequence[str] = ()) -> tu
     for name in names:
         matches = [metric for metric in known if metric == name or metric.startswith(name + "_")]
         if not matches and name in NEEDS:
-            raise InvalidInputError(f"metric {name}: needs {NEEDS[name]}; s2q has no weights of it and downloads none")
+            raise InvalidInputError(f"metric {name}: needs {NEEDS[name]}; s2q neither ships nor downloads its weights")
         if not matches:
             raise unknown_name("metric", name, (*known, "latent", "psnr", "adherence", "velocity"))
         chosen += matches

@@ -130,7 +130,7 @@ def settings_for(
     """
     if not takes_prompts_alone(pipe):
         raise InvalidInputError(
-            f"{type(pipe).__name__}: videos are generated from prompts alone here, with "
+            f"{type(pipe).__name__}: s2q generates from prompts only, with "
             f"{family_of(pipe.transformer).pipeline_class}; load the pipeline and call it with an image in Python"
         )
     return resolve_settings(pipe, requested=requested_settings(settings), defaults=defaults)

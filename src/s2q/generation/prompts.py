@@ -23,17 +23,17 @@ def read_prompts(path: Path) -> list[str]:
         The prompts, in order, without surrounding blanks.
 
     Raises:
-        InvalidInputError: The file cannot be read as text, holds no prompt, or holds one twice (the message names both
+        InvalidInputError: The file cannot be read as text, has no prompt, or has one twice (the message names both
             lines).
     """
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
-            raise InvalidInputError(f"{path}: longer than {_MAX_BYTES >> 20} MiB; expected one prompt a line")
+            raise InvalidInputError(f"{path}: longer than {_MAX_BYTES >> 20} MiB; expected one prompt per line")
         text = content.decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise InvalidInputError(f"{path}: there is no such prompts file") from error
+        raise InvalidInputError(f"{path}: no such prompts file") from error
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"{path}: not UTF-8 text (byte {error.start}); save the prompts as UTF-8") from error
     except OSError as error:
@@ -49,7 +49,7 @@ def read_prompts(path: Path) -> list[str]:
             )
         seen[prompt] = number
     if not seen:
-        raise InvalidInputError(f"{path}: holds no prompt; write one prompt a line")
+        raise InvalidInputError(f"{path}: contains no prompt; write one per line")
     return list(seen)
 
 

@@ -128,7 +128,7 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
         count = len(pipe.tokenizer(prompt, truncation=False).input_ids)
         if count > limit:
             raise InvalidInputError(
-                f"prompt {index} of {len(prompts)} has {count} tokens, the transformer takes {limit}; "
+                f"prompt {index} of {len(prompts)} has {count} tokens, but the transformer reads {limit}; "
                 f"shorten it: {short_repr(prompt)}"
             )
 
@@ -188,7 +188,7 @@ def _guider_defaults(pipe: Any) -> dict[str, Any]:
     if type(guider).__name__ != "ClassifierFreeGuidance" or not is_plain:
         raise InvalidInputError(
             f"{type(pipe).__name__}: its guider, a {type(guider).__name__}, is not plain classifier-free guidance over "
-            "all steps, the only kind that s2q runs; set pipe.guider = ClassifierFreeGuidance()"
+            "all steps, the only kind that s2q supports; set pipe.guider = ClassifierFreeGuidance()"
         )
     return {"guidance_scale": guider.guidance_scale if guider.num_conditions > 1 else 1.0}
 
@@ -197,7 +197,7 @@ def _check_steps(pipe: Any, steps: int) -> None:
     """Refuse more steps than there are timesteps, and steps that no transformer takes."""
     limit = int(pipe.scheduler.config.num_train_timesteps)
     if steps > limit:
-        raise InvalidInputError(f"num_inference_steps: got {steps}; the scheduler has {limit} timesteps, ask for fewer")
+        raise InvalidInputError(f"num_inference_steps: got {steps}; the scheduler has {limit} timesteps, use fewer")
     steps_of_transformers(pipe, steps)
 
 
@@ -208,7 +208,7 @@ def vae_factors(pipe: Any) -> tuple[int, int]:
         if all(hasattr(pipe, name) for name in names):
             temporal, spatial = (int(getattr(pipe, name)) for name in names)
             return temporal, spatial
-    raise InvalidInputError(f"{type(pipe).__name__} does not say by how much its VAE compresses frames and pixels")
+    raise InvalidInputError(f"{type(pipe).__name__} does not define the compression factors of its VAE")
 
 
 def _size_step(pipe: Any) -> int:

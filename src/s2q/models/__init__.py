@@ -45,7 +45,7 @@ def family_of(transformer: nn.Module | str) -> Family:
     if family is None:
         raise InvalidInputError(
             f"transformer class {class_name!r} is not supported; supported classes: {', '.join(sorted(FAMILIES))} "
-            "(docs/models.md says how to add one)"
+            "(see docs/models.md to add one)"
         )
     return family
 

@@ -120,7 +120,7 @@ def warn_of_scheduler(model: Architecture, reference: Architecture) -> None:
     key = "_class_name" if ours.get("_class_name") != theirs.get("_class_name") else _difference(ours, theirs)
     if key is not None:
         logger.warning(
-            "%s: its scheduler has %s=%s, that of the reference %s %s; the figures of its videos show both differences",
+            "%s: its scheduler has %s=%s, that of the reference %s %s; the video metrics include the effect of both",
             *(model.label, key.strip("_"), ours.get(key), reference.label, theirs.get(key)),
         )
 

@@ -393,7 +393,7 @@ def resolve_model(
 
 
 def check_full_precision(source: ModelSource) -> None:
-    """Refuse a model that is quantized already.
+    """Refuse a model that is already quantized.
 
     Raises:
         InvalidInputError: If a transformer of it has a `quantization_config`.
@@ -401,7 +401,7 @@ def check_full_precision(source: ModelSource) -> None:
     if source.is_quantized:
         method = (source.quantization or {}).get("quant_method", "another method")
         raise InvalidInputError(
-            f"{source.name}: its transformer is quantized already (by {method}); pass the full-precision model"
+            f"{source.name}: its transformer is already quantized (by {method}); pass the full-precision model"
         )
 
 
@@ -439,7 +439,7 @@ def _with_variant(source: ModelSource, variant: str | None, *, needed: bool) -> 
     if variant is not None and not any(has_variant(files, variant) for files in names.values()):
         if needed:
             there = sorted({one for files in names.values() for one in variants_in(files)})
-            known = f"there are weights of variant {', '.join(there)}" if there else "it has no variants; leave it out"
+            known = f"there are weights of variant {', '.join(there)}" if there else "it has no variants; remove it"
             raise InvalidInputError(f"{source.given}: no weights of variant {variant!r}; {known}")
         variant = None
     if variant is not None and source.hub is None:

@@ -40,7 +40,7 @@ class Clip(Options):
         super().__post_init__()
         if self.activations and self.constant is not None:
             raise OptionError(
-                type(self), f"constant={self.constant} excludes clip.activations=true; leave one of them out"
+                type(self), f"constant={self.constant} excludes clip.activations=true; remove one of them"
             )
 
 

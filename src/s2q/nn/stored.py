@@ -153,7 +153,7 @@ class StoredLinear(nn.Linear):
                 return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
             if moved.is_floating_point() and moved.dtype.itemsize < 2:
                 raise UsageError(
-                    f"a packed {self.scheme.name} linear cannot be cast to {moved.dtype}: it is quantized already; "
+                    f"a packed {self.scheme.name} linear cannot be cast to {moved.dtype}: it is already quantized; "
                     "exclude it from layerwise casting through skip_modules_classes=(PackedLinear,)"
                 )
             return moved

@@ -200,9 +200,7 @@ class StudentLinear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach()
         if source.shift is not None:
             if bias is None:
-                raise InvalidInputError(
-                    "student: its input is shifted; expected a linear with a bias to make up for it"
-                )
+                raise InvalidInputError("student: its input is shifted; expected a linear with a bias to compensate")
             bias = bias.float() + linear.weight.detach().float() @ source.shift
         self.register_buffer("bias", bias, persistent=False)
 

@@ -142,7 +142,7 @@ def plan(
         The plan.
 
     Raises:
-        InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is quantized already.
+        InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is already quantized.
     """
     model, dtype = model_argument("model", model), parse_dtype(dtype)
     validated = load_recipe(recipe, overrides=overrides)
@@ -332,7 +332,7 @@ def check_memory(planned: Plan, *, processes: int = 1) -> None:
             raise ResourceError(
                 f"{planned.model}: stage {stage.name}{in_processes} needs about {needed / 1e9:.1f} GB on {device}, "
                 f"which has {there / 1e9:.1f} GB; {remedy}calibrate on smaller videos (calibration.num_frames, "
-                "calibration.height, calibration.width of the recipe), or take a larger device"
+                "calibration.height, calibration.width of the recipe), or use a larger device"
             )
 
 

@@ -151,7 +151,7 @@ def allocation_bytes(recipe: Recipe, linears: Sequence[BlockLinear]) -> int:
     if smallest > limit:
         needed = math.ceil(8 * smallest / weights * 1000) / 1000
         raise InvalidInputError(
-            f"recipe {recipe.name}: allocation.budget={recipe.allocation.budget} bits a weight, but the smallest "
+            f"recipe {recipe.name}: allocation.budget={recipe.allocation.budget} bits per weight, but the smallest "
             f"candidates of its {len(linears)} linears take {needed} with their scales; set it to at least that"
         )
     return limit

@@ -68,7 +68,7 @@ def workload_of_source(
     try:
         pipe = source.meta_pipeline(transformers)
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
-        logger.info("%s: no pipeline without weights (%s), so memory is not planned", source.name, error)
+        logger.info("%s: the pipeline cannot be built without weights (%s); memory is not planned", source.name, error)
         return None
     return workload_of(
         pipe, group, recommended=recommended_generation(source.folder), component_bytes=source.component_bytes()

@@ -97,7 +97,7 @@ def _read(recipe: str | Path) -> tuple[str, dict[str, Any]]:
 def _file_text(path: Path) -> str:
     try:
         if not path.is_file():
-            raise InvalidInputError(f"{path}: no such recipe file; recipes of the package: {', '.join(recipe_names())}")
+            raise InvalidInputError(f"{path}: no such recipe file; built-in recipes: {', '.join(recipe_names())}")
         with path.open("rb") as file:
             return file.read(4 * MAX_BYTES).decode("utf-8-sig")  # more is refused in any case
     except (OSError, UnicodeError, ValueError) as error:
@@ -130,7 +130,7 @@ def _extended(where: str, content: dict[str, Any]) -> dict[str, Any]:
     name = changes.pop("extends")
     if not isinstance(name, str):
         raise InvalidInputError(
-            f"{where}: extends={short_repr(name)}: expected a recipe of the package: {', '.join(recipe_names())}"
+            f"{where}: extends={short_repr(name)}: expected a built-in recipe: {', '.join(recipe_names())}"
         )
     try:
         base = recipe_content(name)
@@ -164,8 +164,8 @@ def checked_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
         for earlier in seen:
             if f"{earlier}.".startswith(f"{key}."):
                 raise InvalidInputError(
-                    f"override {short_repr(override)}: {short_repr(earlier)} is set before it, and would be lost; "
-                    "leave one out"
+                    f"override {short_repr(override)}: {short_repr(earlier)} is set before it and would be "
+                    "overwritten; remove one"
                 )
         seen.append(key)
     return overrides
@@ -212,7 +212,7 @@ def _without_retired(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
         options = result.get(group)
         if isinstance(options, dict) and key in options and (value := options.pop(key)) != constant:
             raise InvalidInputError(
-                f"{where}: {group}.{key}={short_repr(value)}: no longer an option, always {constant}; leave it out"
+                f"{where}: {group}.{key}={short_repr(value)}: no longer an option, always {constant}; remove it"
             )
     return result
 
@@ -301,7 +301,7 @@ def _metadata_at(path: Sequence[str]) -> Mapping[str, Any]:
 def _nearest(path: Sequence[str]) -> str:
     """The keys nearest to one that is unknown: those beside it, else those of that name anywhere."""
     if path[0] == "rounding" and (methods := [name for name, one in ROUNDINGS.items() if path[-1] in _options_of(one)]):
-        return f"it is an option of rounding.method={' and '.join(methods)}; leave it out"
+        return f"it is an option of rounding.method={' and '.join(methods)}; remove it"
     prefix = "".join(f"{part}." for part in path[:-1])
     beside = [prefix + name for name in _options_of(_group_at(path[:-1]))]
     known = list(_keys(Recipe))

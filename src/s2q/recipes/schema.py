@@ -151,7 +151,9 @@ class Recipe(BaseModel):
                 "clip.weights=true or rounding.method=adaround"
             )
         if self.refinement is not None and self.transforms.estimator:
-            raise ValueError("refinement does not know estimators; set refinement=null, or transforms.estimator=false")
+            raise ValueError(
+                "refinement does not support estimators; set refinement=null, or transforms.estimator=false"
+            )
         return self
 
     @model_validator(mode="after")
@@ -167,7 +169,7 @@ class Recipe(BaseModel):
             if given not in self.allocation.candidates:
                 raise ValueError(
                     f"{name}.{key}={given} is none of allocation.candidates={list(self.allocation.candidates)}, which "
-                    f"take its place; set it to one of them{'' if given else ', with granularity=per_group'}"
+                    f"replace it; set it to one of them{'' if given else ', with granularity=per_group'}"
                 )
         return self
 
@@ -181,8 +183,8 @@ class Recipe(BaseModel):
             raise ValueError(f"{given} rounds to uniform levels; set weights.levels=uniform")
         if self.clip.weights or transforms:
             raise ValueError(
-                f"{given} learns how given weights are rounded, so that nothing may change them "
-                "meanwhile; set clip.weights=false, transforms.learn_scale=false and transforms.rotation=hadamard or "
+                f"{given} learns the rounding of fixed weights, so nothing else may change them; set "
+                "clip.weights=false, transforms.learn_scale=false and transforms.rotation=hadamard or "
                 "identity"
             )
 

@@ -42,7 +42,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
         InvalidInputError: If it is not YAML, or uses what is refused (see above); names the line.
     """
     if len(text) > MAX_BYTES:
-        raise InvalidInputError(f"{where}: longer than {MAX_BYTES // 1024} KiB; a recipe takes a few")
+        raise InvalidInputError(f"{where}: longer than {MAX_BYTES // 1024} KiB; a recipe has a few")
     try:
         return _Reader(text, where).document()
     except yaml.MarkedYAMLError as error:
@@ -65,7 +65,7 @@ class _Reader:
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    raise self._refused(event, "a second document begins here; write one")
+                    raise self._refused(event, "a second document starts here; use one")
             elif not isinstance(event, (yaml.StreamStartEvent, yaml.StreamEndEvent, yaml.DocumentEndEvent)):
                 value = self._value(event, "")
         return value
@@ -74,7 +74,7 @@ class _Reader:
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise self._refused(event, _ALIASES)
         if getattr(event, "tag", None) not in (None, "!"):
-            raise self._refused(event, f"the tag {short_repr(event.tag)} is not read; write the plain value")
+            raise self._refused(event, f"the tag {short_repr(event.tag)} is not supported; write the plain value")
         if isinstance(event, yaml.ScalarEvent):
             return event.value if event.style in ("'", '"', "|", ">") else self._scalar(event)
         self._depth += 1
@@ -89,13 +89,11 @@ class _Reader:
         lines: dict[str, int] = {}
         for event in self._items():
             if not isinstance(event, yaml.ScalarEvent):
-                raise self._refused(event, "a key is a name here, not a list or a group")
+                raise self._refused(event, "a key must be a name, not a list or a group")
             name, line = event.value, event.start_mark.line + 1
             full = f"{path}.{name}" if path else name
             if name in content:
-                raise self._refused(
-                    event, f"key {short_repr(full)} is given twice, first in line {lines[name]}; remove one"
-                )
+                raise self._refused(event, f"duplicate key {short_repr(full)}, first in line {lines[name]}; remove one")
             self._value(event, path)  # refuses anchors and tags
             content[name], lines[name] = self._value(next(self._events), full), line
         return content

@@ -38,13 +38,11 @@ def with_variant(recipe: Recipe, variant: str) -> Recipe:
         InvalidInputError: If the recipe does not calibrate, or has the part already.
     """
     if not recipe.calibrates:
-        raise InvalidInputError(
-            f"recipe {recipe.name}: {SEPARATOR}{variant} changes how a recipe calibrates, and this one does not"
-        )
+        raise InvalidInputError(f"recipe {recipe.name}: {SEPARATOR}{variant} needs a recipe that calibrates")
     changes = VARIANTS[variant](recipe)
     content = recipe.resolved()
     if all(content[group] == value for group, value in changes.items()):
-        raise InvalidInputError(f"recipe {recipe.name}: has what {SEPARATOR}{variant} adds; leave it out")
+        raise InvalidInputError(f"recipe {recipe.name}: already has what {SEPARATOR}{variant} adds; remove it")
     called = {
         "name": f"{recipe.name}{SEPARATOR}{variant}",
         "description": remarked(recipe.description, f"with {SEPARATOR}{variant}"),

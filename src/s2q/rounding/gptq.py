@@ -117,7 +117,7 @@ def round_gptq(
         The rounded weight, on the weight's device, and the report.
 
     Raises:
-        InvalidInputError: If shapes do not fit, H or W hold NaN or infinite values, or both clip ratio and scale are
+        InvalidInputError: If shapes do not fit, H or W contain NaN or infinite values, or both clip ratio and scale are
             given.
         S2QError: If no factorization succeeds and the options do not allow the fallback.
     """
@@ -162,7 +162,9 @@ def _check(weight: Tensor, hessian: Tensor) -> None:
         )
     for name, tensor in (("weight", weight), ("Hessian", hessian)):
         if not bool(tensor.isfinite().all()):
-            raise InvalidInputError(f"gptq: the {name} holds NaN or infinite values; check model and calibration data")
+            raise InvalidInputError(
+                f"gptq: the {name} contains NaN or infinite values; check model and calibration data"
+            )
 
 
 def _factorize(hessian: Tensor, dampening_frac: float) -> tuple[Tensor | None, float | None, int]:

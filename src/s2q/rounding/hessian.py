@@ -43,7 +43,7 @@ class HessianAccumulator:
         if not bool(rows.isfinite().all()):
             bad = int((~rows.isfinite()).any(dim=1).sum())
             raise InvalidInputError(
-                f"Hessian: {bad} of {len(rows)} tokens hold NaN or infinite values; check the model"
+                f"Hessian: {bad} of {len(rows)} tokens contain NaN or infinite values; check the model"
             )
         self._sum.addmm_(rows.t(), rows, alpha=2.0)
         self.num_tokens += len(rows)

@@ -86,7 +86,7 @@ def allocate(
         progress: Called after each block.
 
     Raises:
-        InvalidInputError: If the activations of a block hold NaN or infinite values.
+        InvalidInputError: If the activations of a block contain NaN or infinite values.
     """
     assert recipe.allocation is not None
     few = _some_of(selected, recipe.allocation.samples)

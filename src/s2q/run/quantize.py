@@ -206,7 +206,7 @@ def quantize(
     if planned is not None:
         check_memory(planned, processes=most_on_one_device(settings.device, settings.processes))
     if target is None:
-        raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or ask for a dry run")
+        raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or use a dry run")
     with _resource_errors(target, settings.device), open_run_folder(target) as folder:
         check_output(target, overwrite=settings.overwrite, owned=owned_files)  # a killed run may have put it back
         run = _Run(folder, target, settings, progress, machine=machine, source=source)

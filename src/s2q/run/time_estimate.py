@@ -159,8 +159,8 @@ def _steps_with(teacher: Teacher, calls: int) -> int:
         if all(shared[one.component] >= calls for one in teacher.transformers):
             return steps
     raise InvalidInputError(
-        f"{teacher.name}: a transformer is called fewer than {calls} times in {limit} steps, too seldom to measure it; "
-        "leave out --measure"
+        f"{teacher.name}: a transformer is called fewer than {calls} times in {limit} steps, too rarely to measure it; "
+        "omit --measure"
     )
 
 

@@ -118,7 +118,7 @@ def diffusion_salience(before: Tensor, after: Tensor) -> float:
     start, end = _finite(before), _finite(after)
     change, size = float((start - end).square().sum()), float(start.square().sum())
     if size == 0 and change > 0:
-        raise InvalidInputError("latents: the latent before the step is all zero, so that its change has no ratio")
+        raise InvalidInputError("latents: the latent before the step is all zero, so its relative change is undefined")
     return change / size if size > 0 else 0.0
 
 
@@ -157,7 +157,7 @@ def score_trajectory(
         A candidate for each step, in order.
 
     Raises:
-        InvalidInputError: If the numbers do not fit, or a latent holds NaN or infinite values (the message says where).
+        InvalidInputError: If the numbers do not fit, or a latent contains NaN or infinite values (with its place).
     """
     steps = list(timesteps)
     if len(latents) != len(steps) + 1:
@@ -194,5 +194,5 @@ def min_max(values: Sequence[float]) -> tuple[float, ...]:
 def _finite(latent: Tensor) -> Tensor:
     wide = latent.detach().double()
     if not bool(wide.isfinite().all()):
-        raise InvalidInputError("latents: hold NaN or infinite values; check the model and its dtype")
+        raise InvalidInputError("latents: contain NaN or infinite values; check the model and its dtype")
     return wide

@@ -93,7 +93,7 @@ def _check_count(pool: CandidatePool, count: int) -> None:
     if count > len(pool):
         raise InvalidInputError(
             f"selection: got samples={count}, but there are only {len(pool)} candidates ({len(pool.prompts)} prompts); "
-            "ask for fewer samples, or give more prompts or more inference steps"
+            "use fewer samples, more prompts or more inference steps"
         )
 
 

@@ -84,7 +84,9 @@ def embedded_prompts(name: str, *, split: str = "held-out", count: int | None = 
     order = torch.Generator().manual_seed(derive_seed(0, "prompts", split))
     labels = [labels[i] for i in torch.randperm(len(labels), generator=order).tolist()]
     if count is not None and count > len(labels):
-        raise InvalidInputError(f"{name}: {count} {split} prompts asked for, {len(labels)} exist; ask for fewer")
+        raise InvalidInputError(
+            f"{name}: {count} {split} prompts requested, but only {len(labels)} exist; request fewer"
+        )
     return [_phrase(label, index, split) for index, label in enumerate(labels[:count])]
 
 

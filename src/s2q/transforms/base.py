@@ -229,10 +229,10 @@ def _check_sizes(in_features: int, factors: Factors) -> None:
 
 def _inverse_transpose(name: str, value: Tensor) -> Tensor:
     if not bool(value.isfinite().all()):
-        raise InvalidInputError(f"transform {name}: holds values that are NaN or infinite; calibrate again")
+        raise InvalidInputError(f"transform {name}: contains NaN or infinite values; calibrate again")
     if value.ndim == 1:
         if bool((value == 0).any()):
-            raise InvalidInputError(f"transform {name}: holds zeros, so it cannot be inverted; calibrate again")
+            raise InvalidInputError(f"transform {name}: contains zeros, so it cannot be inverted; calibrate again")
         return 1 / value
     inverse, info = torch.linalg.inv_ex(value)
     if int(info) != 0:

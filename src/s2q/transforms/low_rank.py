@@ -34,7 +34,7 @@ def principal_directions(second_moment: Tensor, rank: int) -> Tensor:
         fp64 [I, r], orthonormal columns; the largest entry of each is positive.
 
     Raises:
-        InvalidInputError: If the matrix is not square, holds NaN or infinite values, or the rank is out of range.
+        InvalidInputError: If the matrix is not square, contains NaN or infinite values, or the rank is out of range.
     """
     features = second_moment.shape[0]
     if second_moment.shape != (features, features):
@@ -42,7 +42,9 @@ def principal_directions(second_moment: Tensor, rank: int) -> Tensor:
     if not 1 <= rank <= features:
         raise InvalidInputError(f"low rank: rank={rank}; expected 1 to {features}")
     if not bool(second_moment.isfinite().all()):
-        raise InvalidInputError("low rank: second moments hold NaN or infinite values; check the model's activations")
+        raise InvalidInputError(
+            "low rank: second moments contain NaN or infinite values; check the model's activations"
+        )
     directions = torch.linalg.eigh(second_moment.double()).eigenvectors[:, -rank:].flip(1)
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
     signed: Tensor = directions * largest.sign()

@@ -75,7 +75,7 @@ def spearman_weights(input_amax: Tensor, weight_amax: Tensor) -> Tensor:
             "expected [T, I] and [I]"
         )
     if not bool(input_amax.isfinite().all() and weight_amax.isfinite().all()):
-        raise InvalidInputError("salience: maxima hold NaN or infinite values")
+        raise InvalidInputError("salience: maxima contain NaN or infinite values")
     correlations = [_spearman(row.numpy(force=True), weight_amax.numpy(force=True)) for row in input_amax]
     return torch.softmax(-torch.tensor(correlations, dtype=torch.float64, device=input_amax.device), dim=0)
 

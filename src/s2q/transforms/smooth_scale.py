@@ -46,7 +46,7 @@ def smooth_scale(input_amax: Tensor, weight_amax: Tensor, *, alpha: float = 0.5)
         )
     for name, amax in (("input", input_amax), ("weight", weight_amax)):
         if not bool((amax.isfinite() & (amax >= 0)).all()):
-            raise InvalidInputError(f"smooth scale: {name} maxima hold NaN, infinite or negative values")
+            raise InvalidInputError(f"smooth scale: {name} maxima contain NaN, infinite or negative values")
     x_amax, w_amax = input_amax.double(), weight_amax.double()
     largest = float(w_amax.max())
     w_amax = w_amax.clamp_min(largest * _FLOOR) if largest > 0 else torch.ones_like(w_amax)

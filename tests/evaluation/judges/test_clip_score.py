@@ -75,5 +75,5 @@ def test_bad_folders(tmp_path, folder):
     with pytest.raises(InvalidInputError, match="not a folder with a CLIP model"):
         ClipJudge(tmp_path / "missing")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(InvalidInputError, match="not readable as a CLIP model"):
+    with pytest.raises(InvalidInputError, match="cannot be read as a CLIP model"):
         ClipJudge(tmp_path)

@@ -90,13 +90,13 @@ def test_against_the_package(tmp_path):
 
 
 def test_bad_files(tmp_path, stand_in):
-    with pytest.raises(InvalidInputError, match="no such file of weights"):
+    with pytest.raises(InvalidInputError, match="no such weight file"):
         Lpips(tmp_path / "missing.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(InvalidInputError, match=r"text\.pth: not readable as weights"):
+    with pytest.raises(InvalidInputError, match=r"text\.pth: cannot be read as weights"):
         Lpips(tmp_path / "text.pth")
     (tmp_path / "text.safetensors").write_text("hello")
-    with pytest.raises(InvalidInputError, match="not readable as weights"):
+    with pytest.raises(InvalidInputError, match="cannot be read as weights"):
         Lpips(tmp_path / "text.safetensors")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InvalidInputError, match="expected a state dict"):

@@ -161,7 +161,7 @@ def test_missing_weights_are_named_when_nothing_may_be_downloaded(tmp_path, monk
         ("nan", "subject_consistency of the model's videos: the score is nan"),
         ("nan video", r"0000-0\.mp4 is nan"),
         ("missing dimension", "overall_consistency of the model's videos: not in its results"),
-        ("missing video", r"1 of 2 videos were not judged, '0001-0\.mp4' first"),
+        ("missing video", r"1 of 2 videos were not scored, '0001-0\.mp4' first"),
     ],
 )
 def test_incomplete_results_are_refused(tmp_path, monkeypatch, fault, message):

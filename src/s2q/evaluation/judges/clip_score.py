@@ -60,14 +60,14 @@ class ClipJudge:
 
         if not (folder / "config.json").is_file():
             raise InvalidInputError(
-                f"{folder}: not a folder with a CLIP model (no config.json); s2q downloads none, pass the path of a "
-                "copy of openai/clip-vit-base-patch32 or of another one in transformers' format"
+                f"{folder}: not a folder with a CLIP model (no config.json); s2q does not download it, pass the path "
+                "of openai/clip-vit-base-patch32 or another CLIP model in transformers' format"
             )
         try:
             self._model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
             self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises whatever its readers raise
-            raise InvalidInputError(f"{folder}: not readable as a CLIP model: {first_line(error)}") from error
+            raise InvalidInputError(f"{folder}: cannot be read as a CLIP model: {first_line(error)}") from error
         self._model.eval().to(device)
         self._device = device
 

@@ -125,11 +125,11 @@ def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prom
     for name in judged:
         if name in found["problems"]:
             raise InvalidInputError(
-                f"--vbench-dims {name}: {options.python} cannot judge it: {found['problems'][name]}"
+                f"--vbench-dims {name}: {options.python} cannot score it: {found['problems'][name]}"
             )
     if standard and videos_a_prompt > MAX_VIDEOS_A_PROMPT:
         raise InvalidInputError(
-            f"VBench judges at most {MAX_VIDEOS_A_PROMPT} videos of each of its prompts; got {videos_a_prompt} seeds"
+            f"VBench scores at most {MAX_VIDEOS_A_PROMPT} videos per prompt; got {videos_a_prompt} seeds"
         )
     return VBenchPlan(
         options=options,
@@ -187,7 +187,7 @@ def judge_videos(plan: VBenchPlan, side: str) -> VBenchScores:
         wanted = {file for file, prompt in files.items() if prompt in prompts}
         missing = sorted(wanted - results.keys())
         if missing:
-            raise S2QError(f"{where}: {len(missing)} of {len(wanted)} videos were not judged, {missing[0]!r} first")
+            raise S2QError(f"{where}: {len(missing)} of {len(wanted)} videos were not scored, {missing[0]!r} first")
         for subject, value in [("the score", float(score)), *results.items()]:
             if not math.isfinite(value):
                 raise S2QError(f"{where}: {subject} is {value}, not a number")
@@ -269,16 +269,16 @@ def _is_short(plan: VBenchPlan, name: str) -> bool:
 def _ask(options: VBenchOptions) -> dict[str, Any]:
     """Return the interpreter's description of itself and of the requested dimensions, which it must know."""
     if shutil.which(options.python) is None:
-        raise InvalidInputError(f"--vbench-python {options.python}: there is no such program; name an interpreter")
+        raise InvalidInputError(f"--vbench-python {options.python}: no such program; pass an interpreter")
     if options.cache is not None and not options.cache.is_dir():
-        raise InvalidInputError(f"--vbench-cache {options.cache}: there is no such folder")
+        raise InvalidInputError(f"--vbench-cache {options.cache}: no such folder")
     asked = options.dimensions or PAPER_DIMENSIONS
     with tempfile.TemporaryDirectory(prefix="s2q-vbench-") as folder:
         found = _run(options, "check", {"dimensions": asked}, folder=Path(folder))
     if "error" in found:
         raise InvalidInputError(
-            f"--vbench-python {options.python}: cannot import vbench: {found['error']}; docs/judging.md says how to "
-            "install it there"
+            f"--vbench-python {options.python}: cannot import vbench: {found['error']}; see docs/judging.md to install "
+            "it there"
         )
     for name in asked:
         if name not in (*found["dimensions"], FLOW):

@@ -19,7 +19,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         InvalidInputError: There is no such file, or it holds something else.
     """
     if not path.is_file():
-        raise InvalidInputError(f"{path}: there is no such file of weights; s2q downloads none, pass the path of yours")
+        raise InvalidInputError(f"{path}: no such weight file; s2q does not download weights, pass the path of a copy")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -28,7 +28,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format fails in its own way, and torch.load in many
-        raise InvalidInputError(f"{path}: not readable as weights: {first_line(error)}") from error
+        raise InvalidInputError(f"{path}: cannot be read as weights: {first_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise InvalidInputError(f"{path}: expected a state dict, tensors by name; got {type(content).__name__}")
     return content

@@ -241,7 +241,7 @@ def _restore(
         return 0
     saved = json.loads((folder / "settings.json").read_text())
     if saved != asdict(settings):
-        raise ValueError(f"{folder}: holds a run with settings {saved}, not {asdict(settings)}; use another folder")
+        raise ValueError(f"{folder}: contains a run with settings {saved}, not {asdict(settings)}; use another folder")
     tensors = load_file(path)
     with torch.no_grad():
         for name, p in modules.named_parameters():
