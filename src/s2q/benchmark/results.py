@@ -13,8 +13,8 @@ from typing import Any
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_json
+from s2q.common.records import BENCH_VERSION
 
-SCHEMA_VERSION = 1
 IDENTITY = ("op", "scheme", "recipe", "backend", "shape", "model", "tokens", "blocks", "attention", "readers")
 """The fields of a result that say what was measured; null where they do not apply."""
 
@@ -59,7 +59,7 @@ class ResultsFile:
     ) -> None:
         self._path = path
         self._content: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": BENCH_VERSION,
             "hardware": dict(hardware),
             "versions": dict(versions),
             "results": [],
@@ -126,8 +126,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise InvalidInputError(f"{path} cannot be read as JSON and is not overwritten; choose another file") from error
     wanted: dict[str, type] = {"hardware": dict, "versions": dict, "results": list}
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION or not all(isinstance(content.get(name), kind) for name, kind in wanted.items()):
+    if version != BENCH_VERSION or not all(isinstance(content.get(name), kind) for name, kind in wanted.items()):
         raise InvalidInputError(
-            f"{path} was not written by `s2q bench` with schema_version {SCHEMA_VERSION}; choose another file"
+            f"{path} was not written by `s2q bench` with schema_version {BENCH_VERSION}; choose another file"
         )
     return content

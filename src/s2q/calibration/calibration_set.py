@@ -15,13 +15,12 @@ from s2q.calibration.artefacts import CalibrationCall
 from s2q.calibration.candidates import CalibrationInputs
 from s2q.common.components import full_name
 from s2q.common.files import canonical_json
+from s2q.common.records import SELECTION_VERSION
 from s2q.common.seeds import derive_seed
 from s2q.selection.options import Calibration
 from s2q.selection.plot import selection_plot
 from s2q.selection.scores import CandidatePool
 from s2q.selection.selection import SELECTIONS
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +112,7 @@ def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: Calibrati
     taken = set(chosen)
     scores = zip(pool.diffusion_salience, pool.quantization_salience, pool.salience, strict=True)
     record = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SELECTION_VERSION,
         "selection": group.selection,
         "branches": group.branches,
         "prompts": list(inputs.prompts),

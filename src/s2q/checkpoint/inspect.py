@@ -16,14 +16,13 @@ from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
 from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError
 from s2q.common.headers import TensorInfo, read_headers
+from s2q.common.records import INSPECTION_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.common.weight_files import weight_files
 from s2q.core.input_path import TENSOR_DTYPES, InputLayout
 from s2q.core.packing import packed_width
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.core.storage import BF16_BYTES, LinearStorage
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,7 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
             raise
     config, *_ = configs.values()
     return CheckpointReport(
-        schema_version=SCHEMA_VERSION,
+        schema_version=INSPECTION_VERSION,
         path=str(folder),
         format_version=max(one.format_version for one in configs.values()),
         recipe=config.recipe,

@@ -13,11 +13,11 @@ from typing import Any
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_json, sha256_file
 from s2q.common.log import log_once
+from s2q.common.records import MANIFEST_VERSION
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = Path("s2q/manifest.json")
-SCHEMA_VERSION = 1
 CARD = "README.md"
 
 
@@ -29,7 +29,7 @@ def write_manifest(folder: Path) -> None:
     """
     files = {name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for name, path in _files(folder).items()}
     (folder / MANIFEST).parent.mkdir(exist_ok=True)
-    atomic_write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, "files": files})
+    atomic_write_json(folder / MANIFEST, {"schema_version": MANIFEST_VERSION, "files": files})
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -51,8 +51,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(f"{path}: damaged, not a manifest; {remedy}") from error
-    if version != SCHEMA_VERSION:
-        raise InvalidInputError(f"{path}: schema_version={version!r}; expected {SCHEMA_VERSION}; upgrade s2q")
+    if version != MANIFEST_VERSION:
+        raise InvalidInputError(f"{path}: schema_version={version!r}; expected {MANIFEST_VERSION}; upgrade s2q")
     return entries
 
 

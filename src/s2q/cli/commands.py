@@ -18,9 +18,9 @@ from s2q.common.outputs import (
     staged_directory,
 )
 from s2q.common.progress import Progress
+from s2q.common.records import GENERATION_VERSION
 
 GENERATION_RECORD = "generation.json"
-_SCHEMA_VERSION = 1
 _OWNED = owned_matching("[0-9][0-9][0-9]*-*.mp4", "sheet.png", "latents.safetensors", record=GENERATION_RECORD)
 
 
@@ -202,7 +202,7 @@ def write_videos(
         tensors = {Path(entry["file"]).stem: video.latents for entry, video in zip(entries, videos, strict=True)}
         atomic_write_bytes(folder / "latents.safetensors", safetensors.torch.save(tensors))
     record = {
-        "schema_version": _SCHEMA_VERSION,
+        "schema_version": GENERATION_VERSION,
         **described,
         "sheet": "sheet.png",
         "latents": "latents.safetensors" if save_latents else None,

@@ -20,6 +20,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_bytes, atomic_write_json
 from s2q.common.outputs import check_output, owned_matching, staged_directory
 from s2q.common.progress import Progress
+from s2q.common.records import DEMO_VERSION
 from s2q.report.formatting import format_bytes, format_sample
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 RECORD = "demo.json"
 PAGE = "report.html"
-_SCHEMA_VERSION = 1
 _CHECKPOINT = "checkpoint"
 _WRITTEN = (PAGE, "sheet.png", "eval.json", "videos/*-full-precision.mp4", "videos/*-quantized.mp4")
 _SHOWN_PROMPTS = 4
@@ -137,7 +137,7 @@ def _make(
         content = _page(report.to_dict(), recipe, overrides, evaluation, pairs, out=out, seconds=seconds)
         _write(staged, content, pairs)
     record = {
-        "schema_version": _SCHEMA_VERSION,
+        "schema_version": DEMO_VERSION,
         "model": model,
         "recipe": recipe.name,
         "overrides": list(overrides),

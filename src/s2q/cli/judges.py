@@ -12,6 +12,7 @@ from s2q.common.errors import InvalidInputError, UsageError
 from s2q.common.files import atomic_write_bytes, atomic_write_json
 from s2q.common.outputs import check_output, owned_matching
 from s2q.common.progress import Progress
+from s2q.common.records import VBENCH_VERSION
 
 _WRITTEN = ("model/*.mp4", "reference/*.mp4", "*-vbench/**")
 
@@ -89,7 +90,7 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
         if written == 0:
             shutil.rmtree(folder, ignore_errors=True)  # an old one, which --overwrite has given up
             folder.mkdir(parents=True)
-            atomic_write_json(folder / RECORD, {"schema_version": 1, "complete": False})
+            atomic_write_json(folder / RECORD, {"schema_version": VBENCH_VERSION, "complete": False})
         side = folder / ("reference" if written < total else "model")
         side.mkdir(exist_ok=True)
         name = plan.file_name(video.prompt, written % plan.videos_a_prompt)
@@ -126,7 +127,7 @@ def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: Progress)
     model = judge_videos(plan, "model")
     progress("vbench", 2, 2)
     section = vbench_section(plan, model, reference)
-    atomic_write_json(plan.options.folder / RECORD, {"schema_version": 1, "complete": True})
+    atomic_write_json(plan.options.folder / RECORD, {"schema_version": VBENCH_VERSION, "complete": True})
     scores = evalcrafter_scores(evaluation["metrics"], flow=flow_scores(model, reference))
     return {**evaluation, "vbench": section} | ({} if scores is None else {"evalcrafter": scores})
 

@@ -17,13 +17,13 @@ from s2q.common.errors import (
 from s2q.common.files import atomic_write_json
 from s2q.common.outputs import output_lock
 from s2q.common.progress import Progress, silent
+from s2q.common.records import COMPARISON_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.comparison.entries import Entry
 from s2q.comparison.folder import RESULT, CompareFolder
 from s2q.comparison.pages import command_of, write_pages
 from s2q.comparison.results import build_result, entry_plan
 from s2q.comparison.setup import (
-    SCHEMA_VERSION,
     CompareOptions,
     RunPlan,
     Setup,
@@ -103,7 +103,7 @@ def compare(
 def _dry(setup: Setup) -> dict[str, Any]:
     plan = setup.plan
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": COMPARISON_VERSION,
         "model": plan.model,
         "n_prompts": len(plan.prompts),
         "n_seeds": len(plan.seeds),

@@ -35,7 +35,8 @@ from s2q.common.outputs import (
     files_below,
     owned_matching,
 )
-from s2q.comparison.setup import SCHEMA_VERSION, RunPlan
+from s2q.common.records import COMPARISON_VERSION
+from s2q.comparison.setup import RunPlan
 from s2q.evaluation.scores import EvaluationResult
 
 RUN = "compare_run.json"
@@ -178,7 +179,7 @@ class CompareFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         fingerprint = self.shard_fingerprint(plan, label, index)
         atomic_write_json(
-            path, {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "measured": measured.to_dict()}
+            path, {"schema_version": COMPARISON_VERSION, "fingerprint": fingerprint, "measured": measured.to_dict()}
         )
 
     def load_shard(self, plan: RunPlan, label: str, index: int) -> EvaluationResult | None:

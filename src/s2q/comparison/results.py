@@ -11,10 +11,10 @@ from typing import Any
 from s2q.common.errors import S2QError
 from s2q.common.files import atomic_write_json
 from s2q.common.progress import Progress, StageCounter
+from s2q.common.records import COMPARISON_VERSION
 from s2q.comparison.entries import Entry
 from s2q.comparison.folder import CompareFolder
 from s2q.comparison.setup import (
-    SCHEMA_VERSION,
     SHARD_PROMPTS,
     RunPlan,
     Setup,
@@ -64,7 +64,7 @@ def build_result(
     groups = _groups(setup, evaluations, progress)
     any_evaluation = next(iter(evaluations.values()), None)
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": COMPARISON_VERSION,
         "model": plan.model,
         "n_prompts": len(plan.prompts),
         "n_seeds": len(plan.seeds),

@@ -26,6 +26,7 @@ from s2q.common.arguments import (
 from s2q.common.devices import emulated_dtypes
 from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.common.files import sha256_file
+from s2q.common.records import COMPARISON_VERSION
 from s2q.comparison.entries import (
     Entry,
     content_of,
@@ -51,7 +52,6 @@ from s2q.shapes.embedded import EMBEDDED_NAMES
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
 SHARD_PROMPTS = 8
 """Prompts that are evaluated together; results do not depend on how many processes share the shards."""
 
@@ -173,7 +173,7 @@ class RunPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, with its `schema_version`."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        return {"schema_version": COMPARISON_VERSION, **asdict(self)}
 
     def judge(self, name: str) -> Path | None:
         """Return where the weights of a learned judge are, `lpips` or `clip`; None without them."""

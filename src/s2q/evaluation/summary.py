@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from s2q.common.records import EVALUATION_VERSION
 from s2q.common.versions import package_versions
 from s2q.evaluation import metrics, velocity
 from s2q.evaluation.intervals import INTERVAL, clustered_mean
@@ -20,7 +21,6 @@ from s2q.evaluation.scores import EvaluationResult, VideoScores
 if TYPE_CHECKING:
     from s2q.generation.generate import Video
 
-SCHEMA_VERSION = 1
 _REFERENCE = "reference_"
 _CHANGE = "adherence_all_change"
 
@@ -61,7 +61,7 @@ def summarise(measured: EvaluationResult) -> dict[str, Any]:
     means = {name: _estimate(name, judged, tables) for name in names}
     evalcrafter = evalcrafter_scores(means)
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": EVALUATION_VERSION,
         "model": measured.model,
         "reference": measured.reference,
         "n_prompts": len(prompts),

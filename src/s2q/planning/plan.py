@@ -17,6 +17,7 @@ from s2q.common.arguments import model_argument, parse_dtype
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.devices import default_dtype
 from s2q.common.errors import ResourceError, memory_errors
+from s2q.common.records import PLAN_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.storage import BF16_BYTES, LinearStorage
 from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
@@ -39,7 +40,6 @@ from s2q.planning.workload import workload_of_source, workload_of_synthetic
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
 
-SCHEMA_VERSION = 1
 _DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -237,7 +237,7 @@ def plan_transformers(
         cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, itemsize=compute_dtype.itemsize)
     peaks = _peaks(recipe, shapes, cost, layers, workload=workload, machine=machine, dtype=compute_dtype, now=now)
     return Plan(
-        schema_version=SCHEMA_VERSION,
+        schema_version=PLAN_VERSION,
         model=model,
         recipe=recipe.name,
         storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},

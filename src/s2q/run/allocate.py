@@ -33,6 +33,7 @@ from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import Teacher, TeacherTransformer
 from s2q.common.files import canonical_json
 from s2q.common.progress import Progress, StageCounter, silent
+from s2q.common.records import ALLOCATION_VERSION
 from s2q.common.run_folder import Artefact, RunFolder
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
@@ -43,8 +44,6 @@ from s2q.recipes.schema import Recipe
 from s2q.run.budget import choose
 
 logger = logging.getLogger(__name__)
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +133,7 @@ def chosen_schemes(
     summary = ", ".join(f"{value} to {count}" for value, count in sorted(counts.items()))
     logger.info("allocated %s: %s linears", group.what, summary)
     record = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": ALLOCATION_VERSION,
         "what": group.what,
         "budget": group.budget,
         "most_bytes": limit,

@@ -52,6 +52,7 @@ from s2q.common.errors import (
 from s2q.common.files import DISK_FULL
 from s2q.common.outputs import check_output
 from s2q.common.progress import Progress, StageCounter, silent
+from s2q.common.records import REPORT_VERSION
 from s2q.common.run_folder import RunFolder, open_run_folder
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.common.versions import package_versions
@@ -75,7 +76,6 @@ from s2q.run.allocate import Allocation, allocate
 from s2q.run.assemble import assemble
 from s2q.run.finished import finished_report, request_hash
 from s2q.run.report import (
-    SCHEMA_VERSION,
     BlockReport,
     QuantizationReport,
     log_block,
@@ -376,7 +376,7 @@ class _Run:
         selection: CalibrationSets | None,
     ) -> QuantizationReport:
         return QuantizationReport(
-            schema_version=SCHEMA_VERSION,
+            schema_version=REPORT_VERSION,
             source=teacher.name,
             source_revision=None if teacher.source is None else teacher.source.revision,
             source_variant=None if teacher.source is None else teacher.source.variant,

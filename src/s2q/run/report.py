@@ -9,8 +9,6 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class BlockReport:
