@@ -33,5 +33,5 @@ def test_an_argument_is_the_same_after_storing(values, expected):
 
 
 def test_an_argument_that_changes_without_rows_is_refused():
-    with pytest.raises(InvalidInputError, match="argument x changes from step to step and has no row"):
+    with pytest.raises(InvalidInputError, match="argument x changes between steps and has no row"):
         Argument.of("x", [TABLE, TABLE + 1], branches=BRANCHES)

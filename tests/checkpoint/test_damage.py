@@ -113,7 +113,7 @@ def saved_again(copy, tmp_path):
 
 
 def test_without_a_manifest_a_load_warns_unless_one_is_required(saved_again, caplog):
-    with pytest.raises(InvalidInputError, match=r"has no s2q/manifest\.json, so nothing can be verified; .*diffusers"):
+    with pytest.raises(InvalidInputError, match=r"has no s2q/manifest\.json, so it cannot be verified; .*diffusers"):
         load_pipeline(saved_again, verify=True)
     load_pipeline(saved_again, verify=False)
     assert not caplog.records
@@ -126,7 +126,7 @@ def test_without_a_manifest_a_load_warns_unless_one_is_required(saved_again, cap
 
 def test_an_inspection_verifies_only_what_has_a_manifest(saved_again, copy):
     assert inspect_checkpoint(saved_again).layers == inspect_checkpoint(copy).layers
-    with pytest.raises(InvalidInputError, match=r"has no s2q/manifest\.json, so nothing can be verified"):
+    with pytest.raises(InvalidInputError, match=r"has no s2q/manifest\.json, so it cannot be verified"):
         inspect_checkpoint(saved_again, verify=True)
 
 

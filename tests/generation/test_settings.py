@@ -70,7 +70,7 @@ def test_the_refused_frame_counts_really_come_back_longer(pipe, num_frames):
         ([], "got none"),
         ([""], "empty"),
         (["a", "  "], "prompt 2 of 2"),
-        (["x" * 15], "has 17 tokens, the transformer takes 16"),
+        (["x" * 15], "has 17 tokens, but the transformer reads 16"),
         ("a cat", "a list"),
     ],
 )

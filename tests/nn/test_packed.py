@@ -318,7 +318,7 @@ def test_from_rounded_checks_what_it_gets():
         build(RoundedWeight(codes=good.codes, scale=good.scale.half()), bias=None, scheme=layer_scheme)
     with pytest.raises(InvalidInputError, match="bias"):
         build(good, bias=torch.zeros(11), scheme=layer_scheme)
-    with pytest.raises(InvalidInputError, match="4 bits hold"):
+    with pytest.raises(InvalidInputError, match="4 bits represent"):
         build(RoundedWeight(codes=good.codes.clone().fill_(9), scale=good.scale), bias=None, scheme=layer_scheme)
     with pytest.raises(InvalidInputError, match="group_size=7"):
         build(good, bias=None, scheme=scheme(4, 6, group_size=7))

@@ -73,7 +73,7 @@ def test_layers_follow_every_call_however_it_is_made():
         assert not torch.equal(wanted, expected(latents, text, None))
         assert torch.equal(transformer(latents, text), wanted)
         assert torch.equal(transformer(encoder_hidden_states=text, hidden_states=latents), wanted)
-    with pytest.raises(InvalidInputError, match="do not say where frames"):
+    with pytest.raises(InvalidInputError, match="do not define frames"):
         transformer(latents.flatten(2), text)
     unfollow_tokens(transformer)
     assert not transformer._forward_pre_hooks
@@ -108,7 +108,7 @@ def test_outside_of_a_transformer_somebody_says():
     for known in (grid(), None):
         with token_grid(known):
             assert torch.equal(layer(x), fake_quantize_input(x, ACTIVATION, grid=known))
-    with pytest.raises(UsageError, match="called outside of its transformer"):
+    with pytest.raises(UsageError, match="called outside its transformer"):
         layer(x)
 
 

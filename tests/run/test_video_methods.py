@@ -142,7 +142,7 @@ def test_without_the_grid_it_would_generate_something_else_and_refuses_to(run):
     pipe.transformer._forward_hooks.clear()
     with token_grid(None):
         assert not torch.allclose(latents(pipe, result.call), expected, rtol=0, atol=1e-3)
-    with pytest.raises(UsageError, match="called outside of its transformer"):
+    with pytest.raises(UsageError, match="called outside its transformer"):
         latents(pipe, result.call)
 
 

@@ -52,7 +52,7 @@ def test_bad_names_and_counts_are_refused():
         embedded_folder("shapes-cogvideo")
     with pytest.raises(InvalidInputError, match="held-out"):
         embedded_prompts(MODEL, split="heldout")
-    with pytest.raises(InvalidInputError, match="ask for fewer"):
+    with pytest.raises(InvalidInputError, match="request fewer"):
         embedded_prompts(MODEL, count=10_000)
 
 
