@@ -224,7 +224,7 @@ def test_wrong_dtype(copy, tensor):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
 def test_scales_that_are_not_positive_numbers(copy, value):
     edit_tensors(copy, lambda tensors: tensors[f"{LAYER}.weight_scale"][3:4].fill_(value))
-    refused(copy, rf"{LAYER}\.weight_scale: holds scales that are not positive finite")
+    refused(copy, rf"{LAYER}\.weight_scale: contains scales that are not positive and finite")
 
 
 @pytest.mark.parametrize("name", [f"{LAYER}.weight", f"{LAYER}.weight_scale", f"{LAYER}.bias", "proj_out.weight"])
