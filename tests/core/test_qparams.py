@@ -18,7 +18,7 @@ from s2q.core.qparams import (
     token_scale,
     weight_scale,
 )
-from s2q.core.schemes import PerChannel, PerGroup, PerTensor, PerToken, QuantScheme
+from s2q.core.schemes import PerChannel, PerGroup, PerToken, QuantScheme
 
 WIDTHS = range(2, 9)
 
@@ -98,7 +98,7 @@ def test_scales_are_fp32_whatever_comes_in():
     assert token_scale(weight.half(), num_bits=4).dtype == torch.float32
 
 
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(group_size=4), PerGroup(group_size=12)])
+@pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(group_size=4), PerGroup(group_size=12)])
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 def test_weight_is_quantized_slice_by_slice(granularity, num_bits):
     weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
@@ -106,11 +106,8 @@ def test_weight_is_quantized_slice_by_slice(granularity, num_bits):
     scale = weight_scale(weight, scheme)
     codes = quantize_weight(weight, scale, num_bits=num_bits)
     values = dequantize_weight(codes, scale)
-    if isinstance(granularity, PerTensor):
-        slices = [(slice(None), slice(None))]
-    else:
-        size = granularity.group_size if isinstance(granularity, PerGroup) else 12
-        slices = [(row, slice(start, start + size)) for row in range(5) for start in range(0, 12, size)]
+    size = granularity.group_size if isinstance(granularity, PerGroup) else 12
+    slices = [(row, slice(start, start + size)) for row in range(5) for start in range(0, 12, size)]
     assert scale.numel() == len(slices)
     for step, where in zip(scale.flatten(), slices, strict=True):
         assert step == weight[where].abs().max() / scheme.qmax
@@ -201,14 +198,14 @@ def codebook(num_bits=4, granularity=None):
     return QuantScheme(num_bits=num_bits, granularity=granularity or PerChannel(), levels="lloyd_max")
 
 
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(group_size=8)])
+@pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(group_size=8)])
 @pytest.mark.parametrize("num_bits", WIDTHS)
 def test_with_a_codebook_every_value_goes_to_the_nearest_level(num_bits, granularity):
     weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(num_bits))
     scheme = codebook(num_bits, granularity)
     levels = levels_of(scheme, 24)
     scale = weight_scale(weight, scheme)
-    parts = {PerTensor: (1, 144), PerChannel: (6, 24), PerGroup: (6, 3, 8)}[type(granularity)]
+    parts = {PerChannel: (6, 24), PerGroup: (6, 3, 8)}[type(granularity)]
     expected = weight.double().reshape(parts).square().mean(dim=-1).sqrt()
     torch.testing.assert_close(scale.double().reshape(expected.shape), expected)
     codes = quantize_weight(weight, scale, num_bits=num_bits, levels=levels)

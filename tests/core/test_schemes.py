@@ -10,7 +10,6 @@ from s2q.core.schemes import (
     LinearScheme,
     PerChannel,
     PerGroup,
-    PerTensor,
     PerToken,
     QuantScheme,
     num_groups,
@@ -53,7 +52,7 @@ def test_schemes_are_values():
         W4.num_bits = 5
 
 
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(group_size=32), PerToken()])
+@pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(group_size=32), PerToken()])
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_scheme_survives_json(granularity, dynamic):
     scheme = QuantScheme(num_bits=3, granularity=granularity, dynamic=dynamic)
@@ -118,9 +117,9 @@ def test_linear_scheme_refuses_what_no_linear_can_do():
     with pytest.raises(InvalidInputError, match="static"):
         LinearScheme(weight=dataclasses.replace(W4, dynamic=True), activation=None)
     with pytest.raises(InvalidInputError, match="PerChannel or PerGroup"):
-        LinearScheme(weight=dataclasses.replace(W4, granularity=PerTensor()), activation=None)
+        LinearScheme(weight=dataclasses.replace(W4, granularity=PerToken()), activation=None)
     with pytest.raises(InvalidInputError, match="PerToken"):
-        LinearScheme(weight=W4, activation=dataclasses.replace(A6, granularity=PerTensor()))
+        LinearScheme(weight=W4, activation=dataclasses.replace(A6, granularity=PerChannel()))
     with pytest.raises(InvalidInputError, match="dynamic"):
         LinearScheme(weight=W4, activation=dataclasses.replace(A6, dynamic=False))
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of, nearest_level
 from s2q.core.cubes import cube_means, spread
-from s2q.core.schemes import UNIFORM, PerChannel, PerGroup, PerTensor, QuantScheme, num_groups
+from s2q.core.schemes import UNIFORM, PerChannel, PerGroup, QuantScheme, num_groups
 from s2q.core.tokens import TokenGrid
 
 ClipRatio = float | Tensor | None
@@ -62,25 +62,23 @@ def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio =
 
     Args:
         weight: [O, I], any floating dtype.
-        scheme: PerTensor, PerChannel or PerGroup.
+        scheme: PerChannel or PerGroup.
         clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to it.
 
     Returns:
-        fp32, [1] (PerTensor), [O] (PerChannel) or [O, G] (PerGroup); 0 where all values are 0 and the levels are not
+        fp32, [O] (PerChannel) or [O, G] (PerGroup); 0 where all values are 0 and the levels are not
         uniform.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size, or the granularity is PerToken.
     """
     match scheme.granularity:
-        case PerTensor():
-            values = weight.reshape(1, -1)
         case PerChannel():
             values = weight
         case PerGroup():
             values = _grouped(weight, num_groups(scheme, weight.shape[1]))
         case _:
-            raise InvalidInputError(f"weight scheme {scheme}; expected PerTensor, PerChannel or PerGroup")
+            raise InvalidInputError(f"weight scheme {scheme}; expected PerChannel or PerGroup")
     uniform = scheme.levels == UNIFORM
     size = values.float().abs().amax(dim=-1) if uniform else _root_mean_square(values).squeeze(-1)
     if clip_ratio is not None:
@@ -163,7 +161,7 @@ def quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int, levels: Ten
 
     Args:
         weight: [O, I], any floating dtype.
-        scale: fp32 [1], [O] or [O, G].
+        scale: fp32 [O] or [O, G].
         num_bits: N, 2 to 8.
         levels: fp32 [2^N], see `levels_of`; None for uniform ones.
 
@@ -179,7 +177,7 @@ def dequantize_weight(codes: Tensor, scale: Tensor, *, levels: Tensor | None = N
 
     Args:
         codes: int8 [O, I].
-        scale: fp32 [1], [O] or [O, G].
+        scale: fp32 [O] or [O, G].
         levels: fp32 [2^N], see `levels_of`; None for uniform ones.
 
     Returns:
@@ -281,7 +279,7 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int, levels
 
     Args:
         weight: [O, I], any floating dtype.
-        scale: fp32 [1], [O] or [O, G]; may require a gradient.
+        scale: fp32 [O] or [O, G]; may require a gradient.
         num_bits: N, 2 to 8.
         levels: fp32 [2^N], see `levels_of`; None for uniform ones.
 
@@ -297,10 +295,10 @@ def align_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: [O, I], or codes of that shape.
-        scale: [1], [O] or [O, G].
+        scale: [O] or [O, G].
 
     Returns:
-        [O, I] with [O, 1] or [1, 1], or [O, G, I / G] with [O, G, 1].
+        [O, I] with [O, 1], or [O, G, I / G] with [O, G, 1].
     """
     if scale.ndim == 2:
         assert weight.shape[1] % scale.shape[1] == 0, (weight.shape, scale.shape)

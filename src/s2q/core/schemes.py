@@ -22,11 +22,6 @@ _BITS = {"ge": MIN_BITS, "le": MAX_BITS}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerTensor:
-    """One scale for the whole tensor: weight [O, I] -> scale [1]."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PerChannel:
     """One scale per output channel: weight [O, I] -> scale [O]."""
 
@@ -52,10 +47,9 @@ class PerToken:
     """One scale per token: activation [..., I] -> scale [..., 1]."""
 
 
-Granularity = PerTensor | PerChannel | PerGroup | PerToken
+Granularity = PerChannel | PerGroup | PerToken
 
-_UNGROUPED: dict[str, PerTensor | PerChannel | PerToken] = {
-    "per_tensor": PerTensor(),
+_UNGROUPED: dict[str, PerChannel | PerToken] = {
     "per_channel": PerChannel(),
     "per_token": PerToken(),
 }
@@ -131,7 +125,7 @@ class QuantScheme:
         _check_bits("num_bits", self.num_bits)
         if type(self.granularity) not in _GRANULARITY_NAMES:
             raise InvalidInputError(
-                f"granularity={self.granularity!r}; expected an instance of PerTensor, PerChannel, PerGroup or PerToken"
+                f"granularity={self.granularity!r}; expected an instance of PerChannel, PerGroup or PerToken"
             )
         if not isinstance(self.dynamic, bool):
             raise InvalidInputError(f"dynamic={self.dynamic!r}; expected true or false")
@@ -385,8 +379,7 @@ def weight_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> in
         InvalidInputError: If in_features is not a multiple of the group size.
     """
     row = (in_features + 1) // 2 if scheme.num_bits <= 4 else in_features
-    scales = 1 if isinstance(scheme.granularity, PerTensor) else out_features * num_groups(scheme, in_features)
-    return out_features * row + scales * SCALE_BYTES
+    return out_features * (row + num_groups(scheme, in_features) * SCALE_BYTES)
 
 
 def _check_group_size(options: Options, granularity: str, group_size: int | None) -> None:

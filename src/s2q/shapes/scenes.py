@@ -173,12 +173,6 @@ def caption(scene: Scene, *, generator: torch.Generator) -> str:
     return _fill(phrase, scene.labels, size=_SIZE_WORDS[scene.size], speed=_SPEED_WORDS[scene.speed])
 
 
-def plain_caption(labels: SceneLabels) -> str:
-    """The first phrasing, with no word for size or speed: ``a red circle moving left on a grey background``."""
-    phrase = _STILL_PHRASES[0] if labels.motion == "still" else _MOVING_PHRASES[0]
-    return _fill(phrase, labels, size="", speed="")
-
-
 def _fill(phrase: str, labels: SceneLabels, *, size: str, speed: str) -> str:
     text = phrase.format(
         size=size,

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from s2q.evaluation.judges.adherence import DEFINITIONS, adherence
-from s2q.shapes.scenes import SceneLabels, plain_caption, render, sample_scene
+from s2q.shapes.scenes import SceneLabels, render, sample_scene
 
 RED_LEFT = SceneLabels(shape="circle", colour="red", motion="left", background="grey")
+CAPTION = "a red circle moving left on a grey background"
 
 
 def frames_of(labels: SceneLabels) -> torch.Tensor:
@@ -13,7 +14,7 @@ def frames_of(labels: SceneLabels) -> torch.Tensor:
 
 
 def test_a_faithful_video_scores_everywhere():
-    scores = adherence(plain_caption(RED_LEFT), frames_of(RED_LEFT))
+    scores = adherence(CAPTION, frames_of(RED_LEFT))
     assert set(scores) == set(DEFINITIONS)
     assert set(scores.values()) == {1.0}
 
@@ -29,7 +30,7 @@ def test_a_faithful_video_scores_everywhere():
 )
 def test_one_wrong_property_is_seen_and_spoils_all(field, value, missed):
     shown = SceneLabels(**{**vars(RED_LEFT), field: value})
-    scores = adherence(plain_caption(RED_LEFT), frames_of(shown))
+    scores = adherence(CAPTION, frames_of(shown))
     assert {name for name, score in scores.items() if score == 0.0} == {f"adherence_{missed}", "adherence_all"}
 
 
@@ -38,6 +39,6 @@ def test_other_prompts_have_no_adherence():
 
 
 def test_an_empty_video_shows_no_shape():
-    scores = adherence(plain_caption(RED_LEFT), torch.full((9, 32, 32, 3), 128, dtype=torch.uint8))
+    scores = adherence(CAPTION, torch.full((9, 32, 32, 3), 128, dtype=torch.uint8))
     assert scores["adherence_shape"] == scores["adherence_all"] == 0.0
     assert scores["adherence_background"] == 1.0
