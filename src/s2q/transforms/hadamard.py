@@ -18,8 +18,6 @@ import math
 from collections.abc import Callable
 from functools import cache, partial
 
-import numpy as np
-import scipy.fft
 import torch
 from torch import Tensor
 
@@ -154,7 +152,10 @@ def _jacobsthal(q: int) -> Tensor:
 
 def _dct(order: int) -> Tensor:
     """Orthonormal DCT-II, [order, order]."""
-    return torch.from_numpy(scipy.fft.dct(np.eye(order), axis=0, norm="ortho"))
+    index = torch.arange(order, dtype=torch.float64)
+    matrix = torch.cos(math.pi / order * (index[None, :] + 0.5) * index[:, None]) * math.sqrt(2 / order)
+    matrix[0] /= math.sqrt(2)
+    return matrix
 
 
 def _is_prime(number: int) -> bool:
