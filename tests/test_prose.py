@@ -38,6 +38,13 @@ def texts(path):
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
+def headlines(path):
+    """First lines of the docstrings of a module, its classes, functions and documented constants."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Expr)]
+    strings = [node.value.value for node in nodes if isinstance(node.value, ast.Constant)]
+    return [string.strip().partition("\n")[0] for string in strings if isinstance(string, str)]
+
+
 def refused_phrases(text):
     """Refused phrases of a text with their remedies."""
     line = " ".join(text.split())
@@ -51,6 +58,11 @@ def refused_phrases(text):
 @pytest.mark.parametrize("path", [*PAGES, *MODULES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_prose_has_no_refused_phrase(path):
     assert [phrase for text in texts(path) for phrase in refused_phrases(text)] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_headlines_name_the_thing(path):
+    assert [line for line in headlines(path) if re.match(r"(?:What|How|Whom|Which|Where)\b", line)] == []
 
 
 @pytest.mark.parametrize(

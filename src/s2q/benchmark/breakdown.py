@@ -1,4 +1,4 @@
-"""Where the time of a call goes: integer and floating point products, activation path, attention, norms, the rest.
+"""Time of a call by part: integer and floating-point products, activation path, attention, norms, the rest.
 
 The call runs once under torch.profiler, with named ranges around the linears, around the norms, and around what a
 packed linear prepares its input with. Every operator's own time counts for the innermost range that it is in;

@@ -1,4 +1,4 @@
-"""What a measurement is: one unit of work that gives one or more results."""
+"""A benchmark case: one unit of work that gives one or more results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.recipes.schema import Recipe
 
 OPS = ("linear", "activation_path", "gemm", "attention_colsum", "denoising_step", "calibration_block")
-"""What can be measured, in the order in which it is."""
+"""The ops of the benchmark, in execution order."""
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "fastest")
 
@@ -26,7 +26,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What holds for every measurement of a run.
+    """Settings shared by all measurements of a run.
 
     Attributes:
         device: "cpu", "cuda" or "cuda:N".

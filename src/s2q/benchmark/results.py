@@ -70,7 +70,7 @@ class ResultsFile:
 
     @property
     def content(self) -> Mapping[str, Any]:
-        """What the file holds, or will."""
+        """Content of the file, also before it is written."""
         return self._content
 
     def has(self, wanted: Mapping[str, Any]) -> bool:

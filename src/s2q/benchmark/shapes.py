@@ -1,4 +1,4 @@
-"""Which products and attentions a model consists of: the shapes that ops are measured on.
+"""Shapes of the products and attentions of a model, on which ops are measured.
 
 Legend: `M` rows, `K` in features, `N` out features; `H` heads, `D` head dim.
 """
@@ -20,7 +20,7 @@ CPU_ROWS = 2048
 MAX_CPU_ROWS = 4096
 
 Subject = SyntheticModel | ModelSource
-"""What is measured: a published model by its dimensions, or a pipeline that can be run."""
+"""Subject of a benchmark: a published model by its dimensions, or a pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,7 @@ def synthetic_step_case(model: SyntheticModel, settings: Settings) -> Case:
 
 
 class _ListResult:
-    """What was measured on the blocks of one list; contenders are full precision and names of recipes."""
+    """Measurements of the blocks of one list; contenders are full precision and names of recipes."""
 
     def __init__(self, block_list: BlockList, timings: Mapping[str, Timing], built: int) -> None:
         self.block_list, self.built = block_list, built

@@ -184,7 +184,7 @@ BLOCK_INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "ltx": _ltx_inputs,
     "wan": _wan_inputs,
 }
-"""What a block of a family is called with besides its two streams; a function of model, B, N and a source of noise."""
+"""Arguments of a block besides its two streams, by family: a function of model, B, N and a noise source."""
 
 
 def _random_parameter(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:

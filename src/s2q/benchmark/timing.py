@@ -33,7 +33,7 @@ _MAX_CALLS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class TimingOptions:
-    """How long to measure.
+    """Duration of a measurement.
 
     Attributes:
         repeats: Rounds.

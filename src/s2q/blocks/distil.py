@@ -45,7 +45,7 @@ _ROUNDING_EPS = 1e-15  # far below a gradient that is shared by all weights of a
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationReport:
-    """How it went.
+    """Losses and epochs of a distillation.
 
     Attributes:
         initial_loss: Mean loss over the samples before the first step.

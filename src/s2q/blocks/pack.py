@@ -137,7 +137,7 @@ def _by_hessian(
 
 
 def _learned(rounding: LearnedRounding, *, nearest: RoundedWeight) -> tuple[RoundedWeight, dict[str, Any]]:
-    """What was learned; the shares of codes that are not the nearest ones, and of those that were left undecided."""
+    """The rounded weight, and the shares of codes that are not the nearest, and of undecided ones."""
     rounded = rounding.rounded()
     changed = float((rounded.codes != nearest.codes).double().mean())
     return rounded, {"changed": changed, "undecided": rounding.undecided()}
@@ -177,7 +177,7 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _stored_inputs(source: StudentInput) -> dict[str, Tensor]:
-    """What the packed linears store of their input: the tensors of shift, transform, basis and clip."""
+    """Stored tensors of an input: shift, transform, basis and clip."""
     tensors: dict[str, Tensor] = {}
     if source.shift is not None:
         tensors["input_shift"] = source.shift
@@ -191,7 +191,7 @@ def _stored_inputs(source: StudentInput) -> dict[str, Tensor]:
 
 
 def _stored_branch(layer: StudentLinear) -> dict[str, Tensor]:
-    """What a packed linear stores of its own part of a low-rank branch, and of an estimator, if there is one."""
+    """Stored tensors of a linear's part of the low-rank branch, and of its estimator, if any."""
     tensors: dict[str, Tensor] = {}
     if layer.source.low_rank_basis is not None:
         tensors["low_rank_weight"] = layer.low_rank_weight().to(PACKED_DTYPES["low_rank_weight"])

@@ -27,7 +27,7 @@ ARTEFACT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """What a block became.
+    """The result of quantizing a block.
 
     Attributes:
         layers: Packed linear, on the CPU, by full name.

@@ -170,7 +170,7 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
 
 
 def _penalty(student: nn.Module, rounding: Rounding) -> Callable[[float], None]:
-    """What distillation adds to the gradient, by the share of the steps that were taken."""
+    """The gradient of the rounding penalty, by the fraction of steps completed."""
     if not isinstance(rounding, AdaRound):
         return lambda progress: None
     return functools.partial(penalize, roundings_of(student), options=rounding)

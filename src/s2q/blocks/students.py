@@ -36,7 +36,7 @@ from s2q.transforms import (
 )
 
 ALPHAS = tuple(step / 10 for step in range(11))
-"""What a search for α tries."""
+"""Candidates of the search for α."""
 
 logger = logging.getLogger(__name__)
 

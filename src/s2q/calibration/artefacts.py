@@ -35,7 +35,7 @@ class CalibrationCall:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return f"prompt {self.prompt}, step {self.step}, branch {self.branch}"
 
 

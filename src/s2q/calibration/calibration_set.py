@@ -25,7 +25,7 @@ from s2q.selection.selection import SELECTIONS
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSet:
-    """What the blocks of one transformer are calibrated on.
+    """The samples on which the blocks of one transformer are calibrated.
 
     Attributes:
         calls: The samples.
@@ -40,7 +40,7 @@ class CalibrationSet:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSets:
-    """What all blocks are calibrated on.
+    """The calibration sets of all transformers.
 
     Attributes:
         inputs: What the candidates were collected from.

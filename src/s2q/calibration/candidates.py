@@ -45,7 +45,7 @@ _VERSION = 4
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationInputs:
-    """What is collected from, checked against the model.
+    """Inputs of the collection of candidates, checked against the model.
 
     Attributes:
         prompts: The prompts that are used.

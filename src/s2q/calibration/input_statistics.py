@@ -1,4 +1,4 @@
-"""What the samples say of the input of a linear: mean and range of its channels; second moments, rows if asked for.
+"""Statistics of the input of a linear: mean and range of its channels; second moments and rows if requested.
 
 Shapes: `I` in features, `T` timesteps.
 """

@@ -1,4 +1,4 @@
-"""What the teacher says of a block on its samples: targets, token weights, statistics of the inputs of its linears.
+"""Observations of a block on its samples: targets, token weights, statistics of the inputs of its linears.
 
 Legend: `N_k` tokens of stream k.
 """

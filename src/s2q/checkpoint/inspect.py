@@ -1,4 +1,4 @@
-"""What is inside a checkpoint: every quantized linear, its scheme and its bytes on disk, totals, hashes."""
+"""Contents of a checkpoint: quantized linears with scheme and bytes on disk, totals, hashes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from s2q.core.storage import BF16_BYTES, LinearStorage
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointReport:
-    """What `inspect_checkpoint` found.
+    """Contents of a checkpoint, as returned by `inspect_checkpoint`.
 
     Attributes:
         path: The checkpoint's folder.

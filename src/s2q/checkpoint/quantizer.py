@@ -23,7 +23,7 @@ from s2q.core.input_path import TENSOR_DTYPES
 from s2q.nn import PACKED_DTYPES, PackedLinear, follow_tokens, replace_module, share_inputs, unfollow_tokens
 
 QUANT_METHOD: str = QuantMethod.S2Q.value
-"""What `quantization_config.quant_method` says in a checkpoint of this package."""
+"""Value of `quantization_config.quant_method` in s2q checkpoints."""
 
 _SCALE = "weight_scale"
 _CLIP = "activation_clip"

@@ -28,7 +28,7 @@ EVENTS = RECORDS / "events.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecords:
-    """What a checkpoint says about how it was made.
+    """Records of the run that made a checkpoint.
 
     Attributes:
         source: Name of what was quantized: an embedded name, a Hub id, a folder's name.

@@ -25,7 +25,7 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables that say how the threads of a CPU wait for each other."""
 
 SPINS = "20000"
-"""How often a waiting thread looks before it sleeps."""
+"""Spins of a waiting thread before it sleeps."""
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143

@@ -29,7 +29,7 @@ class Dtype(StrEnum):
 
 
 class Backend(StrEnum):
-    """How quantized linears are computed."""
+    """Backends of quantized linears."""
 
     AUTO = "auto"
     REFERENCE = "reference"

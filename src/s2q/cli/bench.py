@@ -1,4 +1,4 @@
-"""What `s2q bench` does: check everything, measure what the results file lacks, show the whole file as one table."""
+"""`s2q bench`: check everything, measure what the results file lacks, show the whole file as one table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands do: check everything that can be checked, compute, write, show."""
+"""The commands: check everything that can be checked, compute, write, show."""
 
 from __future__ import annotations
 

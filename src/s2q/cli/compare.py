@@ -1,4 +1,4 @@
-"""What `s2q compare` does: read its files, compare, show the table."""
+"""`s2q compare`: read its files, compare, show the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user sees besides results: logs, errors and progress, all on stderr.
+"""Logs, errors and progress on stderr.
 
 On a terminal progress is a bar; elsewhere (a file, a pipe, a CI log) it is one plain line every few seconds, with the
 time that is left.

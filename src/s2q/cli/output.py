@@ -61,7 +61,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 
 
 def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
-    """What calibration will do with the memory there is, and what will not fit."""
+    """Notes on the memory of calibration, and on stages that do not fit."""
     device, cost, notes = plan["device"], plan["calibration"], []
     if cost is not None:
         where = f", {format_bytes(cost['disk_bytes'])} of it on the disk" if cost["disk_bytes"] else ""

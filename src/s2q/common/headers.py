@@ -21,7 +21,7 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What a safetensors header says about one tensor.
+    """One tensor in a safetensors header.
 
     Attributes:
         dtype: The format's name of the dtype: "U8", "F32", "BF16".

@@ -1,4 +1,4 @@
-"""What modules are called with, through hooks that are removed afterwards."""
+"""Recording of module calls through hooks that are removed afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the memory of tensors is: on a device for a while, and out of host memory while nobody reads it.
+"""Memory of tensors: temporary moves to a device, and release from host memory while nobody reads them.
 
 Weights that are read from safetensors files are mapped: the kernel brings a page in when it is read and may drop it at
 any time, since the file has it. What was read stays mapped until memory runs short, though, and counts as the process's

@@ -166,7 +166,7 @@ def _is_made(folder: CompareFolder, entry: Entry) -> bool:
 
 
 def _units(recipe: Recipe) -> int:
-    """What a recipe takes, roughly, for the bar: hundredths of a pass over the blocks."""
+    """Approximate cost of a recipe for the progress bar, in hundredths of a pass over the blocks."""
     return 100 * (_TRAINING_UNITS + recipe.epochs if recipe.calibrates else _ROUNDING_UNITS)
 
 

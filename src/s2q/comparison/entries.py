@@ -1,4 +1,4 @@
-"""What is compared: recipes of the package, recipe files and checkpoints, found and checked before any compute."""
+"""Entries of a comparison: built-in recipes, recipe files and checkpoints, checked before any compute."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Entry:
 
     @property
     def path(self) -> str | None:
-        """What the checkpoint is loaded by, wherever the process is; None for a recipe."""
+        """Absolute path or Hub id of the checkpoint; None for a recipe."""
         return None if self.source is None else self.source.pinned
 
     def identity(self) -> dict[str, Any]:

@@ -222,7 +222,7 @@ class CompareFolder:
         return frames
 
     def _change(self, plan: RunPlan) -> str | None:
-        """What makes a comparison another one than that of the folder.
+        """The first difference between a comparison and that of the folder.
 
         Entries may be added and left out. A checkpoint may have changed: it is evaluated again. A recipe may not: what
         it made may have taken hours.

@@ -1,4 +1,4 @@
-"""What people look at: the table in Markdown, the page, the videos and the contact sheet."""
+"""Output for people: the table in Markdown, the page, the videos and the contact sheet."""
 
 from __future__ import annotations
 

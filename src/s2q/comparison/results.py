@@ -174,7 +174,7 @@ def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, A
 
 
 def _of_reference(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured on the full-precision videos themselves."""
+    """Metrics of the full-precision videos."""
     prefix = "reference_"
     return {name.removeprefix(prefix): entry for name, entry in metrics.items() if name.startswith(prefix)}
 

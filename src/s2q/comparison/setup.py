@@ -61,7 +61,7 @@ _PACKAGES = ("s2q", "torch", "diffusers", "transformers")
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """How to compare.
+    """Settings of a comparison.
 
     Attributes:
         num_prompts: Held-out captions, for embedded models without prompts.
@@ -131,7 +131,7 @@ class CompareOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What every result of a comparison depends on, as plain data; compare_run.json holds it.
+    """Everything that the results of a comparison depend on, as plain data; stored in compare_run.json.
 
     Attributes:
         model: The reference as it was given.
@@ -291,7 +291,7 @@ def set_up(given: Sequence[str], model: str, *, prompts: Sequence[str] | None, o
 
 
 def _weights_at(path: Path) -> dict[str, Any]:
-    """Where weights are, and what tells them apart from others."""
+    """Path of weights, with the hashes that identify them."""
     path = path.expanduser().resolve()
     weights = sha256_file(path) if path.is_file() else content_of_files(path, path.iterdir())
     return {"path": str(path), "weights": weights}

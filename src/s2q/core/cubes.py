@@ -49,6 +49,6 @@ def spread(means: Tensor, cube: tuple[int, int, int], sizes: tuple[int, int, int
 
 
 def _sides(size: int, side: int, like: Tensor) -> Tensor:
-    """How many tokens each cube has along a dimension: `side`, and what is left in the last one."""
+    """Tokens of each cube along a dimension: `side`, and the remainder in the last one."""
     starts = torch.arange(0, size, side, device=like.device, dtype=like.dtype)
     return (size - starts).clamp(max=side)

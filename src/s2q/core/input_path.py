@@ -1,4 +1,4 @@
-"""What a packed linear stores beside its codes: shift, transform, low-rank branch, clip ratio, estimator.
+"""The input path of a packed linear: shift, transform, low-rank branch, clip ratio, estimator.
 
     x → u = (x - shift) · diag(scale) → (u - u V Vᵀ) · (left ⊗ right) → per-token codes, maximum times the clip ratio
                                       → u V, [M, r], in floating point → · Lᵀ, added to the output
@@ -28,7 +28,7 @@ PREFIX = "transform_"
 
 @dataclass(frozen=True, kw_only=True)
 class InputLayout:
-    """Which tensors a packed linear stores beside codes, scale and bias; the default is none.
+    """Tensors that a packed linear stores beside codes, scale and bias; none by default.
 
     Attributes:
         shift: Whether something is subtracted from the input, [I].

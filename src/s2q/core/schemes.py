@@ -1,4 +1,4 @@
-"""What a tensor is quantized to: number of bits, granularity, levels. Frozen value objects, no tensors in here.
+"""Quantization schemes: number of bits, granularity, levels. Frozen value objects without tensors.
 
 Every quantizer of the project is symmetric: codes in [-2^(N-1), 2^(N-1) - 1], no zero point. A code represents itself
 times the scale (S²Q-VDiT, eq. 1) or, with levels that are not uniform, for an entry of a codebook times the scale
@@ -100,7 +100,7 @@ class Delta(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantScheme:
-    """How one tensor is quantized; always symmetric.
+    """Scheme of one tensor; always symmetric.
 
     Attributes:
         num_bits: Width of a code, 2 to 8.
@@ -199,7 +199,7 @@ class QuantScheme:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScheme:
-    """How one linear is quantized.
+    """Scheme of one linear.
 
     Attributes:
         weight: Static, per channel or per group.
@@ -275,7 +275,7 @@ class LinearScheme:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightOptions(Options):
-    """How a recipe quantizes weights: symmetric, static.
+    """Options of the weights: symmetric, static.
 
     Attributes:
         num_bits: Width of a code.
@@ -303,7 +303,7 @@ class WeightOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationOptions(Options):
-    """How a recipe quantizes inputs of linears: symmetric, dynamic, each token by itself.
+    """Options of the inputs of linears: symmetric, dynamic, per token.
 
     Attributes:
         num_bits: Width of a code.

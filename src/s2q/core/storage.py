@@ -1,4 +1,4 @@
-"""What a linear takes on disk; a plan says it before the run, an inspection after it, in the same words."""
+"""Storage of a linear, in the same form in a plan and in an inspected checkpoint."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where the video tokens of a linear's input lie: a grid of frames, rows and columns, in a sequence that may have text.
+"""Positions of the video tokens in a linear's input: a grid of frames, rows and columns, beside text tokens.
 
 A transformer cuts latents into patches and reads them as a sequence, frame by frame and row by row. Some linears see
 that sequence alone, others the joint one, with the text before or after it. Which of them an input is, is told by its
@@ -134,7 +134,7 @@ def _backward_pass() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLayout:
-    """How a transformer makes a sequence of its arguments: what gives the grid of any call.
+    """Layout of a transformer's token sequence, from which the grid of any call follows.
 
     Attributes:
         latents: How it is given latents: "frames first" [B, f, C, h, w], "channels first" [B, C, f, h, w], or as

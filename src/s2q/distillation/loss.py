@@ -27,7 +27,7 @@ from s2q.common.options import OptionError, Options
 
 @dataclass(frozen=True, kw_only=True)
 class Loss(Options):
-    """How distillation weights tokens (eq. 10 and 11), and what else it keeps.
+    """Token weights of distillation (eq. 10 and 11), and its temporal loss.
 
     Attributes:
         weighting: "attention" weights a token by how much attention it gets.

@@ -9,7 +9,7 @@ from s2q.common.options import Options
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement(Options):
-    """How scales, biases, low-rank weights and clips are learned once more, after rounding; codes do not change.
+    """Options of the refinement of scales, biases, low-rank weights and clips after rounding; codes do not change.
 
     Attributes:
         epochs: Passes over the samples.
@@ -24,7 +24,7 @@ class Refinement(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Options):
-    """How transforms, clips and rounding are learned.
+    """Options of the distillation of transforms, clips and rounding.
 
     Attributes:
         epochs: Passes over the samples.

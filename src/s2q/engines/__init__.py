@@ -1,1 +1,1 @@
-"""Where independent tasks run."""
+"""Engines that run independent tasks."""

@@ -151,7 +151,7 @@ def _kill(children: Sequence[BaseProcess]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Worker:
-    """What a spawned process does, on which device, and its message channel."""
+    """A spawned process: its task, its device and its message channel."""
 
     work: Callable[[Any, str, Tell], Any]
     device: str

@@ -62,7 +62,7 @@ _Jobs = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """How to evaluate.
+    """Settings of an evaluation.
 
     Attributes:
         metrics: Names out of `video_metrics.METRICS`, and of learned judges that have weights; empty means all.

@@ -1,4 +1,4 @@
-"""Which of several models is better, and how sure that is: paired by prompt and seed, clustered by prompt.
+"""Paired comparison of models: paired by prompt and seed, clustered by prompt.
 
 All models generate from the same prompts and the same noise, so that what they share cancels in differences video by
 video. Values whose size varies by orders of magnitude (velocity error, relative L2) are compared by their ratio: the
@@ -47,7 +47,7 @@ HIGHER_IS_BETTER: Mapping[str, bool] = MappingProxyType(
 """Direction of each metric; a metric that is not here has no winner."""
 
 RANKED_BY = ("velocity_relative_error", "latent_relative_l2", "psnr_frame_mean_db", "ssim")
-"""What models are ranked by: the first of these that was measured."""
+"""Ranking metrics: the first of these that was measured."""
 
 RATIOS = ("velocity_relative_error", "latent_relative_l2")
 SIGNIFICANCE = 0.05
@@ -81,7 +81,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """How two models differ in one metric; `DEFINITIONS` says how each figure is made.
+    """Difference of two models in one metric; see `DEFINITIONS`.
 
     Attributes:
         kind: "difference" (a − b) or "ratio" (a / b).

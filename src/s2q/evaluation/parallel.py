@@ -23,7 +23,7 @@ PROMPTS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """What a process measures at a time.
+    """The prompts that a process evaluates at a time.
 
     Attributes:
         model: The student.

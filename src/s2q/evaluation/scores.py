@@ -1,4 +1,4 @@
-"""What was measured on videos, one by one: kept as plain data, so that parts measured apart can be put together."""
+"""Scores of single videos as plain data, so that separate parts can be merged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class VideoScores:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """What was measured on a model with some prompts, before anything is averaged.
+    """Scores of a model on some prompts, before averaging.
 
     Attributes:
         reference: Name of its full-precision reference.

@@ -1,4 +1,4 @@
-"""What a model is called in reports, which embedded model it comes from, and how its makers recommend to generate."""
+"""Names of models in reports, their embedded source, and their recommended generation settings."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ LESS_MEMORY = (
     "use smaller or shorter videos (height, width, num_frames), fewer at once (batch_size), dtype bfloat16, or offload "
     "(enable_model_cpu_offload of the pipeline)"
 )
-"""What generating takes less memory with."""
+"""Remedy for lack of memory while generating."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""How a video is generated: sizes, steps and guidance, checked against the pipeline before any compute.
+"""Generation settings: sizes, steps and guidance, checked against the pipeline before any compute.
 
 Legend: `k` temporal factor of the VAE, `s` spatial factor of the VAE, `p` patch size of the transformer, `f` latent
 frames. A video of `num_frames` frames has `f = (num_frames - 1) / k + 1` latent frames. A CogVideoX VAE decodes its
@@ -21,7 +21,7 @@ from s2q.models import family_of, token_patch
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """What a generated video depends on besides model, prompt and seed.
+    """Settings of a generated video besides model, prompt and seed.
 
     Attributes:
         num_frames: Frames of the video.

@@ -1,4 +1,4 @@
-"""Which of a pipeline's transformers denoises which steps.
+"""Division of the denoising steps between the transformers of a pipeline.
 
 Where there are two (Wan 2.2 A14B), the first takes the timesteps from `boundary_ratio` times the scheduler's number of
 timesteps on, and the second those below.

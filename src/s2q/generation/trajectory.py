@@ -56,7 +56,7 @@ class TransformerCall:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """What the transformers saw and answered while a batch of videos was generated.
+    """Inputs and outputs of the transformers during the generation of a batch of videos.
 
     Attributes:
         prompts: One prompt a video.

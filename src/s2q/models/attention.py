@@ -1,4 +1,4 @@
-"""Which implementation of attention a transformer runs: diffusers' registry, for every family.
+"""Attention backends of a transformer, from diffusers' registry, for every family.
 
 diffusers lets a model choose by name ("native", "flash", "sage" in int8, and others) where its attention processor asks
 the registry. CogVideoX's own processor does not; `DispatchedCogVideoXAttention` does, and is otherwise the same.

@@ -1,4 +1,4 @@
-"""What the project has to know about a model family, and the list of a transformer's block linears.
+"""Description of a model family, and the list of a transformer's block linears.
 
 Legend: `I/O` in/out features. Linears are found by the prefix of a block list and never by name alone: other parts of a
 transformer have linears with the same names.
@@ -71,7 +71,7 @@ class Family:
 
     @property
     def latent_channel_dim(self) -> int:
-        """Which dimension of the latents of one video the channels are."""
+        """The channel dimension of the latents of one video."""
         return 0 if self.latents == "channels first" else 1
 
 

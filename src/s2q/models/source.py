@@ -1,4 +1,4 @@
-"""Where a model comes from: an embedded name, a diffusers pipeline folder, or a Hub id with a revision.
+"""Sources of models: an embedded name, a diffusers pipeline folder, or a Hub id with a revision.
 
 Resolving checks what can be checked without loading weights. The network is used only when a Hub id is given. Weights
 are those that diffusers would load (`s2q.common.weight_files`), of the variant that was asked for.

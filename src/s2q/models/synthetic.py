@@ -20,7 +20,7 @@ from s2q.models import family_of
 from s2q.models.family import Family
 
 SYNTHETIC_PREFIX = "synthetic:"
-"""What the name of a synthetic model starts with on the command line."""
+"""Prefix of synthetic models on the command line."""
 
 _FILE = "synthetic.yaml"
 

@@ -290,7 +290,7 @@ class PackedLinear(StoredLinear):
     def _with_estimate(
         self, coefficients: Tensor | None, project: Callable[[Tensor], Tensor], rows: torch.Size
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What is multiplied in floating point: the low-rank branch and the estimator as one more column of it.
+        """Factors of the floating-point product: the low-rank branch with the estimator as an additional column.
 
         Args:
             coefficients: Of the branch, [M, r], or None.
@@ -327,7 +327,7 @@ class PackedLinear(StoredLinear):
         )
 
     def _simulated(self, input: Tensor) -> Tensor:  # noqa: A002
-        """What integers would give, in fp32: no kernel takes this scheme."""
+        """The integer product simulated in fp32, for schemes without a kernel."""
         _say_slow(self.scheme.name, "are simulated in floating point")
         transformed, coefficients = self._transformed(input)
         quantized = transformed.float()

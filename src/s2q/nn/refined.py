@@ -63,7 +63,7 @@ class RefinedLinear(nn.Module):
 
     @property
     def packed(self) -> PackedLinear:
-        """Where it started."""
+        """The packed linear before refinement."""
         return self._packed[0]
 
     def weight_scale(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the packed linears of a model run: with which backend, and which of them share the codes of their input."""
+"""Backends of a model's packed linears, and groups that share the codes of their input."""
 
 import logging
 

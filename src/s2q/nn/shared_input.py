@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 
 class SharedInput(Generic[_T]):
-    """What linears that read the same input compute from it.
+    """Values that linears with the same input compute from it once.
 
     Args:
         readers: How many linears there are.

@@ -1,4 +1,4 @@
-"""What a linear is while its block is distilled: transformed, clipped, fake-quantized; its own weight does not move.
+"""A linear while its block is distilled: transformed, clipped, fake-quantized; its weight is fixed.
 
     y = fake_quantize((x - m) T; ratio_x) · fake_quantize(W T⁻ᵀ; ratio_w)ᵀ + (b + W m)
 
@@ -29,7 +29,7 @@ from s2q.nn.stored import PACKED_DTYPES
 
 
 class InputTransform(Protocol):
-    """What a student needs of a transform T = diag(v) · R; those of `s2q.transforms` have it."""
+    """Interface of a transform T = diag(v) · R in a student; those of `s2q.transforms` implement it."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x T."""

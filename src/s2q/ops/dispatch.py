@@ -1,4 +1,4 @@
-"""Which backend of an op runs: "reference" anywhere, "cpu" there, "triton" on NVIDIA GPUs from capability 8.0.
+"""Selection of the backend of an op: "reference" anywhere, "cpu" there, "triton" on NVIDIA GPUs from capability 8.0.
 
 Nothing here imports triton; a backend's module does, and is imported at the first call that runs it. With
 TRITON_INTERPRET=1, set before triton is imported, Triton runs kernels on the CPU (slow, for tests): the backend

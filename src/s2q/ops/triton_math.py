@@ -1,4 +1,4 @@
-"""What the Triton kernels share; imports triton, so only modules named `triton` may import this one.
+"""Helpers of the Triton kernels; imports triton, so only modules named `triton` may import this one.
 
 The interpreter differs from a GPU in two ways that the kernels have to know: its products of bf16 matrices multiply
 the bits as whole numbers, so that operands are converted to fp32 there (`INTERPRETING`, a compile-time constant of

@@ -1,4 +1,4 @@
-"""What a run will do, before any compute: layers, bytes, memory of each stage, and what will not fit."""
+"""Plan of a run before any compute: layers, bytes, memory of each stage, and stages that do not fit."""
 
 from s2q.planning.cost import DEFAULT_MEMORY_BUDGET, CalibrationCost, Machine, Workload, activation_memory, this_machine
 from s2q.planning.plan import (

@@ -61,7 +61,7 @@ _USABLE = 0.92
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What calibration computes on.
+    """Size of the calibration data.
 
     Attributes:
         tokens: N of a video.
@@ -82,7 +82,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a run is planned for.
+    """The machine that a run is planned for.
 
     Attributes:
         device: "cpu", "cuda", "cuda:1".
@@ -98,7 +98,7 @@ class Machine:
 
     @property
     def process_bytes(self) -> int:
-        """What the process takes of the device's memory whatever it computes: on a CPU, what it has taken by now."""
+        """Peak memory of the process so far, if the device computes in host memory; else 0."""
         return lifetime_peak_bytes() if self.is_host else 0
 
     def added_bytes(self, weights: int) -> int:
@@ -111,7 +111,7 @@ class Machine:
 
     @property
     def runtime_bytes(self) -> int:
-        """What calibrating blocks takes of it besides tensors."""
+        """Memory of block calibration besides tensors."""
         return _RUNTIME_BYTES if self.is_host else 0
 
     @property
@@ -121,7 +121,7 @@ class Machine:
 
     @property
     def step_limit(self) -> int | None:
-        """What calibrating a block may take before its steps are checkpointed."""
+        """Limit of the memory of block calibration, above which its steps are checkpointed."""
         if self.is_host:
             return self.memory_budget
         return None if self.memory_bytes is None else int(_USABLE * self.memory_bytes)
@@ -129,7 +129,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationCost:
-    """What calibrating blocks takes.
+    """Cost of block calibration.
 
     Attributes:
         tokens: N of a video.
@@ -153,7 +153,7 @@ class CalibrationCost:
 
     @property
     def host_bytes(self) -> int:
-        """How much of the activations lies in host memory."""
+        """Bytes of the activations in host memory."""
         return self.activation_bytes - self.disk_bytes
 
 

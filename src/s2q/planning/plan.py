@@ -1,4 +1,4 @@
-"""What a run will do, before any compute: every block linear, its scheme, its bytes on disk; totals; stages.
+"""Plan of a run before any compute: every block linear, its scheme, its bytes on disk; totals; stages.
 
 Everything is computed on the meta device. The bytes are those of the tensors in the safetensors files, exactly.
 """
@@ -61,7 +61,7 @@ class PlannedStage:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedAllocation:
-    """What a run allocates to linears one by one.
+    """Allocation that a run will make per linear.
 
     Attributes:
         what: "group_size" or "weight_bits".
@@ -82,7 +82,7 @@ class PlannedAllocation:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will do.
+    """The plan of a run.
 
     Attributes:
         schema_version: Version of this report.

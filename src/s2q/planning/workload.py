@@ -1,4 +1,4 @@
-"""How many tokens a run calibrates on, from a model's configuration alone or from a loaded pipeline."""
+"""Number of calibration tokens, from a model's configuration alone or from a loaded pipeline."""
 
 from __future__ import annotations
 

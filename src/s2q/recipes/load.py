@@ -246,7 +246,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _written(kind: str, given: Any) -> str:
-    """How a value of the wrong type is written, where it can be told."""
+    """The YAML of a value of the wrong type, if it is known."""
     if kind == "int_type" and isinstance(given, float) and given.is_integer():
         return f"; write {int(given)}"
     if kind == "bool_type":

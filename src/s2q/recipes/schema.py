@@ -26,7 +26,7 @@ MAX_NAME = 200
 
 @dataclass(frozen=True, kw_only=True)
 class ModulationOptions(WeightOptions):
-    """How the weights of the adaLN linears are quantized; their inputs are not.
+    """Options of the adaLN linears, weight-only.
 
     Attributes:
         rounding: "rtn", or one of `ROUNDINGS` with a Hessian, "gptq", which takes it from the inputs at every timestep;
@@ -47,7 +47,7 @@ class ModulationOptions(WeightOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationOptions(Options):
-    """What block linears are given one by one, by how much each of them needs it, in place of one value for all.
+    """Options of the per-linear allocation of bits or group sizes.
 
     Attributes:
         what: "group_size" of weights, and of activations if those are grouped; or "weight_bits".
@@ -209,7 +209,7 @@ class Recipe(BaseModel):
 
     @property
     def epochs(self) -> int:
-        """How often all samples are learned from."""
+        """Epochs over the samples, of distillation and refinement together."""
         return sum(group.epochs for group in (self.distillation, self.refinement) if group is not None)
 
     @property

@@ -68,4 +68,4 @@ def _std(recipe: Recipe) -> dict[str, Any]:
 
 
 VARIANTS: Mapping[str, Callable[[Recipe], dict[str, Any]]] = MappingProxyType({"sds": _sds, "std": _std})
-"""What may follow the name of a recipe: the groups that it changes."""
+"""Suffixes of recipe names: the groups that each changes."""

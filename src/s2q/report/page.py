@@ -44,7 +44,7 @@ class PlayerPair:
 
 @dataclass(frozen=True, kw_only=True)
 class PageContent:
-    """What the page shows; a section without content is left out.
+    """Content of the page; empty sections are omitted.
 
     Attributes:
         title: Heading of the page.

@@ -1,4 +1,4 @@
-"""What every rounding is: its options, and a function from a folded weight to codes."""
+"""Interface of a rounding: its options, and a function from a folded weight to codes."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal

@@ -72,7 +72,7 @@ class GPTQ(Rounding):
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQReport:
-    """What happened to one weight.
+    """Result of GPTQ on one weight.
 
     Attributes:
         rtn_error: ½ · tr(ΔW H ΔWᵀ) of rounding to nearest with the same scales.

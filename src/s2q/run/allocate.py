@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """What came of it.
+    """The result of allocation.
 
     Attributes:
         linears: All linears of the run, with the schemes that they were given.
@@ -202,7 +202,7 @@ def block_errors(
 
 
 def _units(recipe: Recipe, groups: Sequence[Group]) -> dict[Group, Group]:
-    """What is chosen for at once, and the group of linears with the same input that it is of."""
+    """Units of allocation, each with its group of linears that share an input."""
     assert recipe.allocation is not None
     if recipe.allocation.what == "group_size":
         return {group: group for group in groups}

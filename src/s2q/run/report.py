@@ -1,4 +1,4 @@
-"""What a run says about itself: report.json, and where its figures come from."""
+"""The report of a run, report.json, and the sources of its figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BlockReport:
-    """What the run did to one block.
+    """Report of one block.
 
     Attributes:
         index: Index of the block, over all block lists and transformers.
@@ -44,7 +44,7 @@ class BlockReport:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
-    """What a run did; s2q/report.json of the checkpoint has the same.
+    """Report of a run, stored as s2q/report.json in the checkpoint.
 
     Attributes:
         schema_version: Version of this report.

@@ -33,7 +33,7 @@ _SPILLED = "process-"
 
 @dataclass(frozen=True, kw_only=True)
 class BlockJob:
-    """What all blocks of a run share.
+    """Data shared by all blocks of a run.
 
     Attributes:
         recipe: The recipe.

@@ -1,4 +1,4 @@
-"""How long a run will take, from a slice of it: one prompt, few steps, and one block of each kind, scaled up.
+"""Time estimate of a run from a slice of it: one prompt, few steps, and one block of each kind, scaled up.
 
 The slice runs the code of the run itself on the model at hand. What calibrating a block takes is linear in what it
 does, so that four short runs tell the parts:
@@ -47,7 +47,7 @@ _PROMPT = "red"
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSeconds:
-    """What one kind of block takes; see the module.
+    """Seconds of one kind of block; see the module.
 
     Attributes:
         fixed: Seconds whatever the samples.

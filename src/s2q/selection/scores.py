@@ -1,4 +1,4 @@
-"""How much a candidate has to say: diffusion and quantization salience (S²Q-VDiT, eq. 3, 6, 7 and 8).
+"""Salience of candidates: diffusion and quantization salience (S²Q-VDiT, eq. 3, 6, 7 and 8).
 
     C_diff(x_t)  = ‖x_t - x_{t-1}‖² / ‖x_t‖²       x_{t-1} the next, less noisy latent
     C_quant(x_t) = ‖x_tᵀ x_t‖₂                     x_t as tokens × channels: the spectral norm of a C × C matrix

@@ -1,4 +1,4 @@
-"""Which candidates to calibrate with: salient data selection and its rivals (S²Q-VDiT, section 3.2 and ablations).
+"""Selection of candidates: salient data selection and its baselines (S²Q-VDiT, section 3.2 and ablations).
 
 Every selection is a function of a pool, a number of samples and a seed, and returns that many indices into the pool in
 rising order. Equal scores go to the lower index. The seed matters only where something is random.

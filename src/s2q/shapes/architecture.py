@@ -1,4 +1,4 @@
-"""What the embedded models have in common, and what each of them says of itself.
+"""Interface and common code of the embedded models.
 
 9 frames of 32x32 become 3 latent frames of 8x8 with 16 channels (4x in time, 4x in space); a transformer reads them
 with patch size 1, so it sees 192 video tokens and 16 text tokens.
@@ -111,7 +111,7 @@ class EmbeddedArchitecture(ABC):
         """The transformer's output for noised latents [B, C, f, h, w], in their layout."""
 
     def text_length(self, draw: float) -> int:
-        """How many tokens the texts of a training batch are padded to, from a number in [0, 1)."""
+        """Padded text length of a training batch, from a number in [0, 1)."""
         return TEXT_TOKENS
 
 

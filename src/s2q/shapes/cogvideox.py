@@ -75,7 +75,7 @@ class ShapesCogVideoX(EmbeddedArchitecture):
         return CogVideoXPipeline(scheduler=build_scheduler(), **parts)
 
     def decoded(self, vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
-        """What the autoencoder decodes."""
+        """The decoded video of latents."""
         return vae.decode(latents).sample
 
     def latents(self, vae: AutoencoderKLCogVideoX, videos: Tensor) -> Tensor:

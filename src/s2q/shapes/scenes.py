@@ -62,7 +62,7 @@ _STILL_PHRASES = (
 
 @dataclass(frozen=True, kw_only=True)
 class SceneLabels:
-    """What a caption says, or what the detector found. A detector's field is ``None`` where it found nothing."""
+    """Labels of a caption or of the detector, whose fields are ``None`` where it detected nothing."""
 
     shape: str | None
     colour: str | None

@@ -20,7 +20,7 @@ from s2q.shapes.architecture import (
 
 NUM_TRAIN_TIMESTEPS = 1000
 PIPELINE_TEXT_TOKENS = 512
-"""What `WanPipeline` pads texts to unless told otherwise."""
+"""Default text padding of `WanPipeline`."""
 PIPELINE_TEXT_FRACTION = 0.1
 """Share of the training batches with texts of that length: the attention to them has no mask, so padding matters."""
 
@@ -81,7 +81,7 @@ class ShapesWan(EmbeddedArchitecture):
         return vae.encode(videos.transpose(1, 2) * 2 - 1).latent_dist.mean
 
     def decoded(self, vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-        """What the decoder makes of latents before the autoencoder clamps it, which would stop the gradient."""
+        """Decoded video before the autoencoder's clamp, which would stop the gradient."""
         pieces: list[Tensor] = []
         handle = vae.decoder.register_forward_hook(lambda _module, _args, output: pieces.append(output))
         try:

@@ -1,4 +1,4 @@
-"""What every transform can do: be applied to an input, have its inverse folded into a weight, be stored.
+"""Interface of a transform: applied to an input, its inverse folded into a weight, stored.
 
     T = diag(v) · (A ⊗ B)        T⁻ᵀ = diag(1/v) · (A⁻ᵀ ⊗ B⁻ᵀ)        (x T) · (W T⁻ᵀ)ᵀ = x Wᵀ
 

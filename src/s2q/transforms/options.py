@@ -16,7 +16,7 @@ _WIDTH_PER_RANK = 12  # in a small linear the branch stays below two thirds of t
 
 @dataclass(frozen=True, kw_only=True)
 class Transforms(Options):
-    """What is applied to the input of linears, and to their weights: a shift, a channel scale, then a rotation.
+    """Options of the transforms of inputs and weights: a shift, a channel scale, then a rotation.
 
     Attributes:
         shift: "mean" subtracts the mean of each channel over the calibration samples; the biases of the linears make up

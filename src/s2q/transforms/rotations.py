@@ -11,4 +11,4 @@ ROTATIONS: dict[str, Callable[..., Transform]] = {
     "hadamard": hadamard,
     "kronecker": KroneckerTransform.build,
 }
-"""What may follow the channel scale, by name; each is called as `rotation(in_features, seed=seed)`."""
+"""Rotations by name; each is called as `rotation(in_features, seed=seed)`."""

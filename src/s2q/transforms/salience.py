@@ -87,4 +87,4 @@ def _spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 
 SALIENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"max": largest_salience, "spearman": spearman_salience}
-"""How the maxima of timesteps become one of each channel, by name."""
+"""Reductions of per-timestep maxima to one per channel, by name."""

@@ -1,4 +1,4 @@
-"""How well frames fit their prompt, and each other, in the eyes of a CLIP model from a folder; nothing is downloaded.
+"""CLIP scores: similarity of frames to their prompt and to each other, by a CLIP model from a folder.
 
 Two preprocessings, since the figures of papers rest on both. CLIP's own (shorter side resized by a bicubic filter,
 centre cropped, normalised) gives `clip_score` (Hessel et al. 2021, without their factor of 2.5). EvalCrafter's scripts

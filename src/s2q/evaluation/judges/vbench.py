@@ -42,7 +42,7 @@ _NO_PROMPT = "none of the prompts is one that VBench judges it on"
 
 @dataclass(frozen=True, kw_only=True)
 class VBenchOptions:
-    """How to judge with VBench.
+    """Settings of VBench.
 
     Attributes:
         python: An interpreter that can import vbench.
@@ -63,7 +63,7 @@ class VBenchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VBenchPlan:
-    """What will be judged, on which videos.
+    """Dimensions that VBench scores, with their videos.
 
     Attributes:
         standard: Whether all prompts are VBench's own.
@@ -145,7 +145,7 @@ def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prom
 
 @dataclass(frozen=True, kw_only=True)
 class VBenchScores:
-    """What VBench says of one model's videos.
+    """VBench's scores of one model's videos.
 
     Attributes:
         scores: By dimension, as VBench gives it.

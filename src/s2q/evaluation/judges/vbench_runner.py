@@ -1,4 +1,4 @@
-"""What runs in the interpreter that has VBench: the standard library and vbench only, since s2q is not there.
+"""Script for the interpreter with VBench: imports the standard library and vbench only, since s2q is missing there.
 
     python vbench_runner.py check|judge REQUEST.json ANSWER.json
 

@@ -1,4 +1,4 @@
-"""How the kernels of this op are cut up. UNTUNED: chosen on paper and compiled without spills, never timed."""
+"""Tiles of the kernels of this op. UNTUNED: chosen on paper and compiled without spills, never timed."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""How much attention each token receives, without the attention map."""
+"""Attention that each token receives, without the attention map."""
 
 from collections.abc import Callable
 

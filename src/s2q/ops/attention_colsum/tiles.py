@@ -1,11 +1,11 @@
-"""How the column sums are cut up. UNTUNED: chosen on paper and compiled without spills, never timed."""
+"""Tiles of the column sums. UNTUNED: chosen on paper and compiled without spills, never timed."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColsumTile:
-    """What a step of the two kernels works on.
+    """Tile of one step of the two kernels.
 
     Attributes:
         side: Queries, and keys, in a tile.

@@ -1,4 +1,4 @@
-"""How the integer product is cut up, per architecture and number of rows.
+"""Tiles of the integer product, per architecture and number of rows.
 
 UNTUNED, all of it: chosen on paper (shared memory, registers, wave counts) and compiled without spills, never timed.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulTile:
-    """What one program computes and how.
+    """Tile of one program.
 
     Attributes:
         rows: Of x (tokens) in a tile.

@@ -133,7 +133,7 @@ def _facts(
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What a stage was trained with."""
+    """Training settings of a stage."""
     settings: dict[str, Any] = json.loads((folder / "settings.json").read_text())
     return settings
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How long and how fast.
+    """Settings of the training loop.
 
     ``batch_size`` is of all processes together; ``muon`` gives hidden matrices to Muon and the rest to AdamW.
     """
@@ -49,7 +49,7 @@ class TrainingSettings:
 
 
 class Task(Protocol):
-    """What is trained: the modules, and the loss of one batch."""
+    """A training task: the modules, and the loss of one batch."""
 
     modules: nn.ModuleDict
 
