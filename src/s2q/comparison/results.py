@@ -26,9 +26,9 @@ from s2q.evaluation.summary import summarise, versions
 from s2q.generation.defaults import frame_rate_of
 from s2q.models import resolve_model
 
-_SECONDS = "seconds of quantization, blocks of interrupted runs included"
-_STORAGE = "bytes of the whole transformer in bfloat16 and as it is stored; ratio of the two"
-_SIMULATED = "whether a linear of the entry cannot run on the integer kernels, so that it saves no time"
+_SECONDS = "quantization time in seconds, interrupted runs included"
+_STORAGE = "bytes of the whole transformer in bfloat16 and as stored; ratio of the two"
+_SIMULATED = "whether a linear of the entry has no integer kernel and is computed in floating point"
 
 
 def build_result(
@@ -191,6 +191,5 @@ def _warning(n_prompts: int) -> str | None:
     if n_prompts >= MIN_PROMPTS:
         return None
     return (
-        f"{n_prompts} prompts are too few to say how sure the figures are: no intervals, no p-values and no winner "
-        f"below {MIN_PROMPTS}"
+        f"{n_prompts} prompts are too few for statistics: no intervals, no p-values and no winner below {MIN_PROMPTS}"
     )
