@@ -40,9 +40,7 @@ def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, gr
 
     Args:
         student: The block with its students, which learn no more.
-        work: The block and the recipe.
         samples: What GPTQ takes its Hessians from.
-        groups: Linears that share an input.
 
     Raises:
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
@@ -79,8 +77,6 @@ def pack_student(
 
     Args:
         layer: The student; learns no more.
-        work: The block and the recipe.
-        linear: Its linear.
         rounded: Its folded weight, rounded; None rounds it by a method that needs no samples, that of the recipe.
 
     Returns:
@@ -100,8 +96,6 @@ def pack_modulation(work: BlockWork, linears: Sequence[LinearPlan], samples: Blo
     """Round and pack modulation linears by a Hessian, that of their inputs at every timestep.
 
     Args:
-        work: The block and the recipe.
-        linears: The linears.
         samples: Their stream has the inputs of every timestep.
 
     Raises:

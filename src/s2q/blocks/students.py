@@ -45,8 +45,6 @@ def make_students(work: BlockWork, group: Group, *, statistics: InputStatistics 
     """Make the students of linears that share an input, in their order, where the teacher's linears are.
 
     Args:
-        work: The block and the recipe.
-        group: The linears.
         statistics: Of their input; None for recipes that need no samples.
     """
     alpha = work.task.recipe.transforms.alpha
@@ -58,14 +56,7 @@ def make_students(work: BlockWork, group: Group, *, statistics: InputStatistics 
 
 
 def put_students(block: nn.Module, work: BlockWork, group: Group, statistics: InputStatistics) -> None:
-    """Replace linears that share an input by their students, in place.
-
-    Args:
-        block: A copy of the teacher.
-        work: The block and the recipe.
-        group: The linears.
-        statistics: Of their input.
-    """
+    """Replace linears that share an input by their students, in place."""
     for linear, student in zip(group, make_students(work, group, statistics=statistics), strict=True):
         replace_module(block, linear.inner_name, student)
 

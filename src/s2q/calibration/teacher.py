@@ -132,11 +132,7 @@ class Teacher:
         return sum(len(one.block_names) for one in self.transformers)
 
     def page_out(self, module: nn.Module) -> None:
-        """Let the weights of a part leave host memory until they are read again.
-
-        Args:
-            module: A component of the pipeline, or a block of a transformer.
-        """
+        """Let the weights of a part leave host memory until they are read again."""
         if self.mapped:
             page_out(tensors_of(module))
 

@@ -138,9 +138,6 @@ def plan(
         variant: Variant of the weights, "fp16".
         machine: Where the run is to be; None is the CPU of this machine.
 
-    Returns:
-        The plan.
-
     Raises:
         InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is already quantized.
     """
@@ -193,7 +190,6 @@ def plan_transformers(
     Args:
         transformers: The transformers by component; may live on the meta device.
         linears: What `resolve` makes of their linears.
-        model: Name of the model.
         sizes: Bytes of each tensor of their state dicts as the checkpoint will store it, by full name.
         dtype: Dtype of their block linears there.
         compute_dtype: Dtype that they are loaded in for the run; None is the same.
@@ -202,7 +198,6 @@ def plan_transformers(
 
     Returns:
         The plan.
-
     """
     quantized_linears = {linear.name: linear for linear in linears}
     layers = tuple(
@@ -251,13 +246,7 @@ def plan_transformers(
 
 
 def plan_allocated(planned: Plan, before: Sequence[LinearPlan], after: Sequence[LinearPlan]) -> Plan:
-    """Return a plan with what the run has allocated: the bytes of these layers and of the whole, exactly.
-
-    Args:
-        planned: The plan before.
-        before: Its linears.
-        after: The same with the schemes that were allocated.
-    """
+    """Return a plan with what the run has allocated: the bytes of these layers and of the whole, exactly."""
     assert planned.allocation is not None
     allocated = {new.name: (old, new) for old, new in zip(before, after, strict=True) if new.role == "linear"}
     layers = list(planned.layers)
@@ -316,7 +305,6 @@ def check_memory(planned: Plan, *, processes: int = 1) -> None:
     """Refuse a run that cannot fit, before it begins.
 
     Args:
-        planned: Its plan.
         processes: Processes that quantize blocks side by side on the device, each with what the plan says.
 
     Raises:
@@ -354,11 +342,7 @@ def loaded_sizes(transformers: Mapping[str, nn.Module], dtype: torch.dtype) -> d
 
 
 def tensor_sizes(transformers: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Return the bytes of each tensor of loaded transformers' state dicts, by full name.
-
-    Args:
-        transformers: By component.
-    """
+    """Return the bytes of each tensor of loaded transformers' state dicts, by full name."""
     return {
         full_name(component, name): tensor.numel() * tensor.element_size()
         for component, transformer in transformers.items()

@@ -77,12 +77,7 @@ def allocate(
     """Measure the candidates on every block that was not measured before, and choose.
 
     Args:
-        teacher: The model.
-        recipe: A recipe that allocates.
-        selected: What the blocks are calibrated on.
         folder: Where what was measured is kept.
-        streams: Makes the stream of a transformer on samples.
-        progress: Called after each block.
 
     Raises:
         InvalidInputError: If the activations of a block contain NaN or infinite values.
@@ -107,8 +102,6 @@ def chosen_schemes(
     """Choose the candidates with the smallest sum of errors under the budget.
 
     Args:
-        recipe: A recipe that allocates.
-        linears: All linears of the run.
         errors: Of the block with each candidate of the recipe that fits, in the order of `allocation_schemes`; by the
             linears that get the same.
     """
@@ -173,12 +166,8 @@ def block_errors(
     """Return what each candidate does to one block, measured now or before.
 
     Args:
-        one: Its transformer.
-        recipe: A recipe that allocates.
-        index: Index of the block.
         stream: The stream of the samples; is moved to the block where it has to be measured.
         folder: Where what was measured is kept.
-        selected: The samples.
 
     Returns:
         Errors in the order of `allocation_schemes`, by the linears that get the same.
@@ -216,10 +205,7 @@ def candidate_losses(
     """Return the loss of a block with some of its linears quantized by one scheme after another.
 
     Args:
-        opened: The block.
-        group: Linears of it that share an input.
         unit: Those of them to quantize; inputs too where that is all of them and the candidates differ in it.
-        schemes: The candidates.
 
     Returns:
         Loss for each.

@@ -59,9 +59,6 @@ class BlockRunner:
     """Quantizes blocks of a teacher, in the order in which they run, into a run folder.
 
     Args:
-        folder: The run folder.
-        teacher: The model.
-        job: What its blocks share.
         spilled: Prefix of the files of activations that host memory has no room for.
     """
 
@@ -70,12 +67,7 @@ class BlockRunner:
         self._stream: tuple[str, TeacherStream] | None = None
 
     def stream(self, transformer: TeacherTransformer, selected: CalibrationSets) -> TeacherStream:
-        """Make the stream that carries samples through the blocks of a transformer.
-
-        Args:
-            transformer: The transformer.
-            selected: The samples.
-        """
+        """Make the stream that carries samples through the blocks of a transformer."""
         assert self.job.cost is not None
         return calibration_stream(
             self.teacher,
@@ -89,22 +81,12 @@ class BlockRunner:
         )
 
     def is_finished(self, transformer: TeacherTransformer, index: int) -> bool:
-        """Tell whether the result of a block is in the run folder.
-
-        Args:
-            transformer: The transformer.
-            index: Index of the block in it.
-        """
+        """Tell whether the result of a block is in the run folder."""
         fingerprint = self._fingerprint(transformer, self._task(transformer, index, None))
         return self.folder.has(transformer.artefact_name(index), fingerprint)
 
     def quantize(self, transformer: TeacherTransformer, index: int, *, unit_done: Tick) -> bool:
         """Quantize a block, unless its result is in the run folder.
-
-        Args:
-            transformer: The transformer.
-            index: Index of the block in it.
-            unit_done: Called after each unit of calibration.
 
         Returns:
             Whether the result was there.
@@ -157,8 +139,6 @@ def quantize_in_processes(
     """Quantize the blocks whose results are not in the run folder yet, in several processes.
 
     Args:
-        runner: Of this process.
-        source: The model, which every process loads.
         dtype: Compute dtype; None takes the one of `load_teacher`.
         processes: How many; they share the memory for activations, and the GPUs that "cuda" means.
         progress: Called after each unit of a block.

@@ -84,10 +84,6 @@ def measured(
     """Return a plan with the seconds of its stages, measured on a slice of the run; assembling is not measured.
 
     Args:
-        planned: The plan.
-        source: The model; its weights are loaded.
-        recipe: The recipe of the plan.
-        machine: Where to measure.
         prompts: The first one is generated; None takes those of an embedded model, or any, as many as the recipe
             needs.
         dtype: Compute dtype; None takes the one of `load_teacher`.
