@@ -24,7 +24,7 @@ test-emulated: $(READY)
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
-# Every line is a part of some minutes. Interrupted, run it again: what is in the file is not measured twice.
+# Each line takes some minutes. After an interruption the same command skips what the file already has.
 BENCH := benchmarks/results/bench
 BENCH_OPS := linear activation_path gemm attention_colsum
 BENCH_MODELS := cogvideox-2b cogvideox-5b hunyuanvideo ltx-2b wan-1.3b wan-14b
@@ -37,8 +37,8 @@ bench-cpu bench-gpu: $(READY)
 	@$(BENCH_RUN) -m synthetic:cogvideox-2b --ops calibration_block --json > /dev/null
 	@$(BENCH_RUN) --ops denoising_step,calibration_block --backend auto,fastest
 
-# Whole linears and the embedded step in one thread, as this CPU is and with oneDNN and PyTorch kept to AVX2, measured
-# anew: minutes for both. The second file is of a CPU without VNNI and bf16 as far as instructions go.
+# Whole linears and the embedded step in one thread, with all instructions of this CPU and limited to AVX2 (as on a CPU
+# without VNNI and bf16). Takes minutes; always measures again.
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 KINDS_RUN = OMP_NUM_THREADS=1 $(1) $(BIN)/s2q bench --device cpu --again --repeats 5 --seconds 4 \
 	-r s2q-w4a8,s2q-w4a6,s2q-w4a4 -o $(BENCH)/cpu-one-thread$(2).json --json
@@ -61,7 +61,7 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache $(DEMO_DIR)
 
-# torch goes first and by itself, so that a local CPU build is taken where pip is set up to find one.
+# torch is installed first and separately, so pip can choose a local CPU build.
 $(READY): pyproject.toml constraints.txt
 	@echo "Installing what is missing into $(VENV); the first time this takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

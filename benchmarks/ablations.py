@@ -2,10 +2,10 @@
 
     python benchmarks/ablations.py GROUP [-m shapes-cogvideox] [--seeds 3] [--prompts 32] [--only NAME ...]
 
-A variant is a recipe of the package with overrides; the groups stand in ``variants.GROUPS``. The seed of a run decides
+A variant is a recipe of the package with overrides; the groups are in ``variants.GROUPS``. The seed of a run decides
 its calibration videos, the random selections, the start of the rotations and the order of the samples. Every run is
 judged on the same full-precision trajectories, those of held-out prompts, and stored by itself in
-``benchmarks/results/ablations/MODEL/VARIANT-SEED.json``; what is there is skipped, so a killed run goes on where it
+``benchmarks/results/ablations/MODEL/VARIANT-SEED.json``; existing files are skipped, so a killed run resumes where it
 was, and groups share what they have in common. Two processes can share a group: ``--only`` divides it.
 """
 

@@ -4,7 +4,7 @@
     float32] [--into quality]
 
 Every recipe is quantized, evaluated and stored by itself in ``benchmarks/results/quality/MODEL/RECIPE.json``; a
-recipe whose file is there is skipped, so a killed run goes on where it was (``--again`` measures anew). Per-video
+recipe whose file exists is skipped, so a killed run resumes where it was (``--again`` measures again). Per-video
 values are kept.
 """
 

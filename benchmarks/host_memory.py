@@ -3,9 +3,9 @@
     python benchmarks/host_memory.py [--memory-budget 16GB] [--work DIR]
 
 The model has one block of each kind of HunyuanVideo at its published width, with random weights in bf16; blocks are
-read, calibrated and set aside one at a time, so that 60 of them take no more than these. Few tokens, because on a CPU
+read, calibrated and released one at a time, so 60 of them take no more than these. Few tokens, because on a CPU
 weights, Hessians and their factorization decide. ``s2q quantize`` runs in a process of its own, whose highest resident
-memory stands beside the plan's. Written to ``benchmarks/results/host-memory.json``.
+memory is compared with the plan's. Written to ``benchmarks/results/host-memory.json``.
 """
 
 import argparse
@@ -37,7 +37,7 @@ OVERRIDES = (
 
 
 def build(folder: Path) -> None:
-    """Save the pipeline: tiny but for its transformer."""
+    """Save the pipeline: tiny except its transformer."""
     pipe = tiny_hunyuanvideo_pipeline(dtype=torch.bfloat16)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)

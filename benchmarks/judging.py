@@ -35,7 +35,7 @@ def evalcrafter_table(_: str) -> str:
 
 
 def paper_table(name: str) -> str:
-    """A table of the paper, its figures as they are.
+    """A table of the paper with its original figures.
 
     Args:
         name: Its name in `data/paper.yaml`.

@@ -3,7 +3,7 @@
     python benchmarks/step_memory.py
 
 A block of each published size runs forward and backward on the meta device, where tensors have shapes and no storage,
-while every live tensor is counted: once as it is, once checkpointed, in fp32 and in bf16. Attention counts as a fused
+while every live tensor is counted: plain and checkpointed, in fp32 and bf16. Attention counts as a fused
 kernel does, by its inputs and its output. Written to ``benchmarks/results/step-memory.json``.
 """
 
@@ -182,7 +182,7 @@ def planned_bytes(case: Case) -> int:
 
 
 def cases(recipe: Recipe) -> Iterator[Case]:
-    """Go through every size, once as it is and once checkpointed.
+    """Go through every size, without and with checkpointing.
 
     Args:
         recipe: A recipe that distils.

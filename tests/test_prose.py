@@ -28,11 +28,13 @@ PAGES = sorted(
     [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "gpu-queue.md", *(ROOT / "docs").glob("*.md")]
 )
 MODULES = sorted((ROOT / "src" / "s2q").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
+TEMPLATES = sorted((ROOT / "src" / "s2q").rglob("*.j2"))
 
 
 def texts(path):
-    """The text of a page, or the strings of a module."""
-    if path.suffix == ".md":
+    """The text of a page or template, or the strings of a module."""
+    if path.suffix != ".py":
         return [path.read_text()]
     tree = ast.parse(path.read_text())
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
@@ -55,7 +57,7 @@ def refused_phrases(text):
     ]
 
 
-@pytest.mark.parametrize("path", [*PAGES, *MODULES], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*PAGES, *TEMPLATES, *MODULES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_prose_has_no_refused_phrase(path):
     assert [phrase for text in texts(path) for phrase in refused_phrases(text)] == []
 

@@ -184,7 +184,7 @@ def _notes(content: Mapping[str, Any]) -> list[str]:
         )
     tokens = {row["ours"]["tokens"] for row in rows if "tokens" in row["ours"]}
     if tokens:
-        notes.append(f"Timed at {', '.join(map(str, sorted(tokens)))} video tokens, recipes as they are.")
+        notes.append(f"Timed at {', '.join(map(str, sorted(tokens)))} video tokens, unchanged recipes.")
     return [part for note in notes for part in (note, "")][:-1]
 
 

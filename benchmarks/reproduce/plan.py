@@ -1,7 +1,7 @@
 """What a run is to do: which checkpoints and which judged pieces there are to be, where they lie, by which commands.
 
 Everything lies in one folder under names that end in a hash of what it was made from, so that whatever is there was
-made with the same settings, and different settings stand beside each other:
+made with the same settings, and different settings have different names:
 
     checkpoints/VARIANT-SEED-HASH/              an s2q checkpoint
     evals/VARIANT-SEED-HASH/HASH.json           a piece: a few prompts, judged against full precision

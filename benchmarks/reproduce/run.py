@@ -69,7 +69,7 @@ def recipes_of(table: Table) -> list[str]:
 
 
 def timed_model(model: str) -> str:
-    """Return what stands for a model when it is planned and timed: its dimensions, where the package knows them.
+    """Return the name under which a model is planned and timed: its dimensions, if the package knows them.
 
     Args:
         model: A Hub id, an embedded name or a folder.

@@ -1,4 +1,4 @@
-"""Keeping results while parameters stand still."""
+"""Keeping results while parameters do not change."""
 
 import math
 import weakref
