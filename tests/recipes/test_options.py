@@ -192,8 +192,9 @@ OLD = {
 
 def test_recipes_of_old_checkpoints_load():
     old = load_recipe("rtn-w4a6").resolved()
-    old["rounding"], old["clip"]["start"] = OLD, 4.0
-    assert load_recipe(old) == load_recipe("rtn-w4a6")
+    for allow_fallback in (False, True):
+        old["rounding"], old["clip"]["start"] = OLD | {"allow_fallback": allow_fallback}, 4.0
+        assert load_recipe(old) == load_recipe("rtn-w4a6")
     old = load_recipe("s2q-w4a6").resolved()
     old["distillation"]["weight_decay"] = 0.0
     old["rounding"] = OLD | {"method": "gptq", "allow_fallback": True}

@@ -65,6 +65,11 @@ def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, gr
             elif layer.rounding is not None:
                 nearest = round_rtn(layer.folded_weight(), linear.scheme.weight)
                 rounded, reports[name] = _learned(layer.rounding, nearest=nearest)
+            else:
+                rounded, report = rounding.round(
+                    layer.folded_weight(), linear.scheme.weight, clip_ratio=layer.clip_ratio()
+                )
+                reports |= {name: report} if report else {}
             packed[name] = pack_student(layer, work, linear, rounded=rounded)
     return packed, reports
 

@@ -26,19 +26,12 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 
 
 class OptionError(InvalidInputError, ValueError):
-    """An option has a value that it cannot have, by itself or beside another.
+    """An option has a value that it cannot have, by itself or beside another: "GPTQ: block_size=0; expected …"."""
 
-    Attributes:
-        reason: "KEY=VALUE; expected …" without the name of the class.
-
-    Args:
-        options: The class of the options.
-        reason: See there; begins with the name of the option.
-    """
-
-    def __init__(self, options: type, reason: str) -> None:
-        super().__init__(f"{options.__name__}: {reason}")
-        self.reason = reason
+    @property
+    def reason(self) -> str:
+        """The message without the class; begins with the name of the option."""
+        return str(self).partition(": ")[2]
 
 
 class Options:
@@ -55,7 +48,12 @@ class Options:
         for option in fields(self):  # type: ignore[arg-type]
             value = getattr(self, option.name)
             if value is not None and (problem := _problem(option, value)):
-                raise OptionError(type(self), f"{option.name}={short_repr(value)}; {problem}")
+                raise self.invalid(f"{option.name}={short_repr(value)}; {problem}")
+
+    @classmethod
+    def invalid(cls, reason: str) -> OptionError:
+        """Build (not raise) the error for a value; the reason begins with the name of the option."""
+        return OptionError(f"{cls.__name__}: {reason}")
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:

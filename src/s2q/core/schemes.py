@@ -6,11 +6,11 @@ times the scale (S²Q-VDiT, eq. 1) or, with levels that are not uniform, for an 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from s2q.common.errors import InvalidInputError, unknown_name
-from s2q.common.options import OptionError, Options
+from s2q.common.options import Options
 from s2q.core.tokens import is_triple
 
 MIN_BITS = 2
@@ -49,10 +49,7 @@ class PerToken:
 
 Granularity = PerChannel | PerGroup | PerToken
 
-_UNGROUPED: dict[str, PerChannel | PerToken] = {
-    "per_channel": PerChannel(),
-    "per_token": PerToken(),
-}
+_UNGROUPED: dict[str, PerChannel | PerToken] = {"per_channel": PerChannel(), "per_token": PerToken()}
 GRANULARITIES = (*_UNGROUPED, "per_group")
 _GRANULARITY_NAMES: dict[type, str] = {type(kind): name for name, kind in _UNGROUPED.items()} | {PerGroup: "per_group"}
 
@@ -76,7 +73,7 @@ class Delta(Options):
         """Check both fields."""
         super().__post_init__()
         if not is_triple(self.cube):
-            raise OptionError(type(self), f"cube={self.cube!r}; expected three whole numbers from 1")
+            raise self.invalid(f"cube={self.cube!r}; expected three whole numbers from 1")
         _check_bits("mean_bits", self.mean_bits)
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,69 +271,63 @@ class LinearScheme:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightOptions(Options):
-    """Options of the weights: symmetric, static.
+class SchemeOptions(Options):
+    """Options of the scheme of a tensor; always symmetric.
 
     Attributes:
         num_bits: Width of a code.
-        granularity: Which weights share a scale.
+        granularity: Which values share a scale.
         group_size: Input channels of a group; with `per_group` only.
         levels: "uniform", or "lloyd_max", a codebook for values of a normal distribution, as a rotation makes them (see
             `s2q.core.codebook`); no integer kernel takes it, so it is simulated in floating point.
     """
 
     num_bits: int = field(metadata=_BITS)
-    granularity: Literal["per_channel", "per_group"] = "per_channel"
+    granularity: str
     group_size: int | None = field(default=None, metadata={"ge": 1})
     levels: str = field(default=UNIFORM, metadata={"choices": LEVELS})
 
     def __post_init__(self) -> None:
         """Check that the group size fits the granularity."""
         super().__post_init__()
-        _check_group_size(self, self.granularity, self.group_size)
+        if self.granularity == "per_group" and self.group_size is None:
+            raise self.invalid("granularity=per_group needs a group_size; use 64, 128 or 256")
+        if self.granularity != "per_group" and self.group_size is not None:
+            raise self.invalid(f"group_size={self.group_size} needs granularity=per_group; got {self.granularity}")
 
     def scheme(self) -> QuantScheme:
-        """Return the scheme of a weight."""
-        granularity = PerChannel() if self.group_size is None else PerGroup(group_size=self.group_size)
+        """Return the scheme."""
+        granularity = _UNGROUPED[self.granularity] if self.group_size is None else PerGroup(group_size=self.group_size)
         return QuantScheme(num_bits=self.num_bits, granularity=granularity, levels=self.levels)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationOptions(Options):
-    """Options of the inputs of linears: symmetric, dynamic, per token.
+class WeightOptions(SchemeOptions):
+    """Options of the weights: static scales."""
+
+    granularity: Literal["per_channel", "per_group"] = "per_channel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationOptions(SchemeOptions):
+    """Options of the inputs of linears: dynamic scales, per token or per group of its channels.
 
     Attributes:
-        num_bits: Width of a code.
-        granularity: "per_token", one scale each, on integer kernels; "per_group", one for each `group_size` channels of
-            a token, which is simulated in floating point.
-        group_size: Channels of a group; with `per_group` only.
-        levels: As of weights.
-        delta: How a video token is split into the mean of its cube and the difference from it, which is simulated in
-            floating point as well. None quantizes tokens whole.
+        delta: How a video token is split into the mean of its cube and the difference from it; None quantizes tokens
+            whole. No integer kernel takes it, nor groups, so both are simulated in floating point.
     """
 
-    num_bits: int = field(metadata=_BITS)
     granularity: Literal["per_token", "per_group"] = "per_token"
-    group_size: int | None = field(default=None, metadata={"ge": 1})
-    levels: str = field(default=UNIFORM, metadata={"choices": LEVELS})
     delta: Delta | None = None
 
-    def __post_init__(self) -> None:
-        """Check that the group size fits the granularity."""
-        super().__post_init__()
-        _check_group_size(self, self.granularity, self.group_size)
-
     def scheme(self, *, of_text: bool = False) -> QuantScheme:
-        """Return the scheme of an activation.
+        """Return the scheme.
 
         Args:
             of_text: Whether it is that of text tokens alone, which are in no cubes.
         """
-        granularity = PerToken() if self.group_size is None else PerGroup(group_size=self.group_size)
         delta = None if of_text else self.delta
-        return QuantScheme(
-            num_bits=self.num_bits, granularity=granularity, dynamic=True, levels=self.levels, delta=delta
-        )
+        return replace(super().scheme(), dynamic=True, delta=delta)
 
 
 def num_groups(scheme: QuantScheme, in_features: int) -> int:
@@ -380,13 +371,6 @@ def weight_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> in
     """
     row = (in_features + 1) // 2 if scheme.num_bits <= 4 else in_features
     return out_features * (row + num_groups(scheme, in_features) * SCALE_BYTES)
-
-
-def _check_group_size(options: Options, granularity: str, group_size: int | None) -> None:
-    if granularity == "per_group" and group_size is None:
-        raise OptionError(type(options), "granularity=per_group needs a group_size; use 64, 128 or 256")
-    if granularity != "per_group" and group_size is not None:
-        raise OptionError(type(options), f"group_size={group_size} needs granularity=per_group; got {granularity}")
 
 
 def _check_keys(what: str, fields: object, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
-from s2q.common.options import OptionError, Options
+from s2q.common.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,7 @@ class Loss(Options):
         """Check that the weights are in order."""
         super().__post_init__()
         if self.lambda_min > self.lambda_max:
-            raise OptionError(
-                type(self), f"lambda_min={self.lambda_min} is above lambda_max={self.lambda_max}; lower it"
-            )
+            raise self.invalid(f"lambda_min={self.lambda_min} is above lambda_max={self.lambda_max}; lower it")
 
 
 def weighted_token_loss(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError
-from s2q.common.options import OptionError, Options
+from s2q.common.options import Options
 
 START = 4.0
 """θ at the start."""
@@ -39,9 +39,7 @@ class Clip(Options):
         """Check that activations have one ratio."""
         super().__post_init__()
         if self.activations and self.constant is not None:
-            raise OptionError(
-                type(self), f"constant={self.constant} excludes clip.activations=true; remove one of them"
-            )
+            raise self.invalid(f"constant={self.constant} excludes clip.activations=true; remove one of them")
 
 
 class LearnableClip(nn.Module):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, model_validator
 
 from s2q.common.errors import short_repr
-from s2q.common.options import OptionError, Options, expected_one_of
+from s2q.common.options import Options, expected_one_of
 from s2q.core.schemes import MAX_BITS, MIN_BITS, UNIFORM, ActivationOptions, LinearScheme, WeightOptions
 from s2q.distillation.loss import Loss
 from s2q.distillation.options import Distillation, Refinement
@@ -40,9 +40,7 @@ class ModulationOptions(WeightOptions):
         super().__post_init__()
         names = [name for name, rounding in ROUNDINGS.items() if name == RTN.method or rounding.needs_hessian]
         if self.rounding not in names:
-            raise OptionError(
-                type(self), f"rounding={short_repr(self.rounding)}; {expected_one_of(self.rounding, names)}"
-            )
+            raise self.invalid(f"rounding={short_repr(self.rounding)}; {expected_one_of(self.rounding, names)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +65,9 @@ class AllocationOptions(Options):
         super().__post_init__()
         given = f"candidates={short_repr(list(self.candidates))}"
         if len(self.candidates) < 2 or len(set(self.candidates)) < len(self.candidates) or min(self.candidates) < 1:
-            raise OptionError(type(self), f"{given}; expected at least two different whole numbers above 0")
+            raise self.invalid(f"{given}; expected at least two different whole numbers above 0")
         if self.what == "weight_bits" and not all(MIN_BITS <= bits <= MAX_BITS for bits in self.candidates):
-            raise OptionError(type(self), f"{given}; expected bits, each {MIN_BITS} to {MAX_BITS}")
+            raise self.invalid(f"{given}; expected bits, each {MIN_BITS} to {MAX_BITS}")
 
 
 def _read_rounding(value: Any) -> Rounding:
@@ -78,7 +76,7 @@ def _read_rounding(value: Any) -> Rounding:
         return value
     method = value.get("method", RTN.method) if isinstance(value, Mapping) else RTN.method
     if not isinstance(method, str) or method not in ROUNDINGS:
-        raise OptionError(Rounding, f"method={short_repr(method)}; {expected_one_of(method, ROUNDINGS)}")
+        raise Rounding.invalid(f"method={short_repr(method)}; {expected_one_of(method, ROUNDINGS)}")
     return TypeAdapter(ROUNDINGS[method]).validate_python(value)
 
 
@@ -86,22 +84,15 @@ class Recipe(BaseModel):
     """A method: the parts of a quantization run and their settings.
 
     Attributes:
-        name: Name of the recipe.
-        description: One sentence for people.
-        weights: Weights of the block linears.
-        activations: Inputs of the block linears; None for weight-only.
+        description: One sentence.
+        weights: Of the block linears.
+        activations: Of the block linears; None for weight-only.
         modulation: Weights of the adaLN linears, which are always weight-only; None leaves those linears untouched.
         outer: Weights of the linears outside the blocks (text projection, token refiner, timestep embedding, output),
             weight-only and rounded to nearest; None leaves those linears untouched.
-        calibration: What the recipe calibrates on, if any of its parts does.
-        transforms: Transforms of the inputs of linears.
-        clip: Clipping ratios.
-        loss: How distillation weights tokens.
-        distillation: How blocks are optimised; None does not optimise.
-        rounding: How weights become codes.
-        refinement: How what scales and corrects the codes is learned; None leaves it as rounding found it.
-        allocation: Group sizes or bits given to the block linears one by one, in place of what `weights` says (and
-            `activations`, of group sizes); None gives all of them the same.
+        distillation: None learns nothing.
+        refinement: None learns nothing after rounding.
+        allocation: None gives all block linears what `weights` and `activations` say.
         skip: Shell-style patterns of full names of linears to leave untouched, "transformer_blocks.0.*".
     """
 

@@ -7,11 +7,13 @@ needs something to learn: the method's own channel scale where it has one, else 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from s2q.common.errors import InvalidInputError
+from s2q.distillation.options import Distillation
+from s2q.nn import Clip
 from s2q.recipes.schema import Recipe
 
 SEPARATOR = "+"
@@ -40,30 +42,26 @@ def with_variant(recipe: Recipe, variant: str) -> Recipe:
     if not recipe.calibrates:
         raise InvalidInputError(f"recipe {recipe.name}: {SEPARATOR}{variant} needs a recipe that calibrates")
     changes = VARIANTS[variant](recipe)
-    content = recipe.resolved()
-    if all(content[group] == value for group, value in changes.items()):
+    if all(getattr(recipe, group) == value for group, value in changes.items()):
         raise InvalidInputError(f"recipe {recipe.name}: already has what {SEPARATOR}{variant} adds; remove it")
-    called = {
-        "name": f"{recipe.name}{SEPARATOR}{variant}",
-        "description": remarked(recipe.description, f"with {SEPARATOR}{variant}"),
-    }
-    return Recipe.model_validate(content | changes | called)
+    changes["name"] = f"{recipe.name}{SEPARATOR}{variant}"
+    changes["description"] = remarked(recipe.description, f"with {SEPARATOR}{variant}")
+    return Recipe.model_validate(dict(recipe) | changes)
 
 
 def _sds(recipe: Recipe) -> dict[str, Any]:
-    return {"calibration": asdict(recipe.calibration) | {"selection": "sds"}}
+    return {"calibration": replace(recipe.calibration, selection="sds")}
 
 
 def _std(recipe: Recipe) -> dict[str, Any]:
-    changes: dict[str, Any] = {"loss": asdict(recipe.loss) | {"weighting": "attention"}}
+    changes: dict[str, Any] = {"loss": replace(recipe.loss, weighting="attention")}
     if recipe.distillation is not None:
         return changes
-    changes["distillation"] = {}  # its defaults are the paper's
+    changes["distillation"] = Distillation()  # its defaults are the paper's
     if recipe.transforms.scale != "none":
-        changes["transforms"] = asdict(recipe.transforms) | {"learn_scale": True}
+        changes["transforms"] = replace(recipe.transforms, learn_scale=True)
     elif recipe.transforms.rotation != "kronecker":
-        clip = asdict(recipe.clip) | {"weights": True, "constant": None}
-        changes["clip"] = clip | {"activations": recipe.activations is not None}
+        changes["clip"] = Clip(weights=True, activations=recipe.activations is not None)
     return changes
 
 

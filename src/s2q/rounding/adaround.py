@@ -25,7 +25,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from s2q.common.options import OptionError
 from s2q.core.qparams import RoundedWeight, align_scale, code_range, dequantize_weight, weight_scale
 from s2q.core.schemes import QuantScheme
 from s2q.rounding.base import Rounding
@@ -56,9 +55,7 @@ class AdaRound(Rounding):
         """Check that β does not rise."""
         super().__post_init__()
         if self.beta_end > self.beta_start:
-            raise OptionError(
-                type(self), f"beta_end={self.beta_end} is above beta_start={self.beta_start}; lower it, usually 20 to 2"
-            )
+            raise self.invalid(f"beta_end={self.beta_end} is above beta_start={self.beta_start}; lower it")
 
     def beta(self, progress: float) -> float | None:
         """Return β, or None where there is no penalty.

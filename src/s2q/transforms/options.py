@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from s2q.common.errors import short_repr
-from s2q.common.options import OptionError, Options
+from s2q.common.options import Options
 from s2q.transforms.kronecker import STARTS
 from s2q.transforms.rotations import ROTATIONS
 from s2q.transforms.salience import SALIENCES
@@ -53,15 +53,13 @@ class Transforms(Options):
         """Check alpha, and that the options go together."""
         super().__post_init__()
         if self.alpha != SEARCH and (isinstance(self.alpha, str) or not 0 <= self.alpha <= 1):
-            raise OptionError(type(self), f"alpha={short_repr(self.alpha)}; expected 0 to 1, or {SEARCH}")
+            raise self.invalid(f"alpha={short_repr(self.alpha)}; expected 0 to 1, or {SEARCH}")
         if self.alpha == SEARCH and self.scale == "none":
-            raise OptionError(type(self), "alpha=search needs a scale; set transforms.scale=smooth")
+            raise self.invalid("alpha=search needs a scale; set transforms.scale=smooth")
         if self.salience != "max" and self.scale == "none":
-            raise OptionError(type(self), f"salience={self.salience} needs a scale; set transforms.scale=smooth")
+            raise self.invalid(f"salience={self.salience} needs a scale; set transforms.scale=smooth")
         if self.low_rank_from != "input" and self.low_rank == 0:
-            raise OptionError(
-                type(self), f"low_rank_from={self.low_rank_from} needs a branch; set transforms.low_rank=32"
-            )
+            raise self.invalid(f"low_rank_from={self.low_rank_from} needs a branch; set transforms.low_rank=32")
 
     @property
     def deflates(self) -> bool:
