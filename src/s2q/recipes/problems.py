@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in one line: the key, the value, what was expected, the nearest key."""
+"""Problems of a recipe, each in one line: the key, the value, what was expected, the nearest key."""
 
 from __future__ import annotations
 
