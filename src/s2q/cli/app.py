@@ -408,8 +408,8 @@ def bench(
         typer.Option(
             "-m",
             "--model",
-            help="synthetic:NAME (random weights; cogvideox-2b, cogvideox-5b, hunyuanvideo, wan-1.3b or wan-14b), an "
-            "embedded name, a folder or a Hub id. Default: the layers of all five, the step of shapes-cogvideox.",
+            help="synthetic:NAME (random weights: cogvideox-2b, cogvideox-5b, hunyuanvideo, ltx-2b, wan-1.3b, wan-14b), "
+            "embedded name, folder or Hub id. Default: the layers of these six, and the step of shapes-cogvideox.",
             metavar="MODEL",
         ),
     ] = None,
@@ -431,7 +431,9 @@ def bench(
     backends: Annotated[
         list[str] | None,
         typer.Option(
-            "--backend", help="Comma-separated backends: auto,reference,cpu,triton. Default: auto.", metavar="NAMES"
+            "--backend",
+            help="Comma-separated backends: auto,reference,cpu,triton,fastest. Default: auto.",
+            metavar="NAMES",
         ),
     ] = None,
     attention: AttentionBackend = None,
