@@ -408,8 +408,8 @@ def bench(
         typer.Option(
             "-m",
             "--model",
-            help="synthetic:NAME (random weights: cogvideox-2b, cogvideox-5b, hunyuanvideo, ltx-2b, wan-1.3b, wan-14b), "
-            "embedded name, folder or Hub id. Default: the layers of these six, and the step of shapes-cogvideox.",
+            help="synthetic:NAME (random weights: cogvideox-2b, cogvideox-5b, hunyuanvideo, ltx-2b, wan-1.3b, wan-14b),"
+            " embedded name, folder or Hub id. Default: the layers of these six, and the step of shapes-cogvideox.",
             metavar="MODEL",
         ),
     ] = None,

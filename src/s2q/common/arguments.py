@@ -149,7 +149,7 @@ def prompt_list(prompts: Iterable[Any], *, name: str = "prompts", allow_none: bo
         if not isinstance(text, str):
             raise InvalidInputError(f"{where}: got {short_repr(text)}; expected text")
         if not text.strip():
-            raise InvalidInputError(f"{where} is empty; write what the video shows")
+            raise InvalidInputError(f"{where} is empty; describe the video")
         _check_unicode(where, text)
     return [str(text) for text in texts]
 

@@ -356,7 +356,7 @@ def default_prompts(reference: Any, *, count: int = 64) -> list[str]:
     source = embedded_source(reference)
     if source is None:
         raise InvalidInputError(
-            f"{model_label(reference)}: no prompts given, and only embedded models bring their own; pass --prompts "
+            f"{model_label(reference)}: no prompts given, and only embedded models have prompts; pass --prompts "
             "FILE (prompts=[...] in Python)"
         )
     return embedded_prompts(source, split="held-out", count=count)
