@@ -462,15 +462,7 @@ def run_pipeline(pipe: CogVideoXPipeline, *, prompt: str = "a red circle", seed:
 
 def split_input(layer, x):
     """What a packed linear quantizes of an input, and what its low-rank branch adds to the output."""
-    quantized, coefficients = transform_input(
-        x,
-        shift=layer.input_shift,
-        scale=layer.transform_scale,
-        left=layer.transform_left,
-        right=layer.transform_right,
-        low_rank_basis=layer.low_rank_basis,
-        deflates=layer.layout.deflates,
-    )
+    quantized, coefficients = transform_input(x, layer.input_tensors())
     return quantized, None if coefficients is None else coefficients @ layer.low_rank_weight.float().t()
 
 

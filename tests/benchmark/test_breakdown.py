@@ -4,7 +4,7 @@ from torch import nn
 
 from s2q.benchmark.breakdown import CATEGORIES, breakdown, in_milliseconds
 from s2q.benchmark.synthetic_blocks import random_packed_linear
-from s2q.core.input_path import InputLayout
+from s2q.core.input_path import InputPath
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.nn import packed
 from s2q.planning.resolve import LinearPlan
@@ -35,7 +35,7 @@ def packed_linear():
         out_features=64,
         has_bias=True,
         scheme=scheme,
-        layout=InputLayout(scale=True, left=8, right=8),
+        layout=InputPath(scale=True, left=8, right=8),
     )
     return random_packed_linear(linear, generator=torch.Generator(), dtype=torch.float32)
 

@@ -4,7 +4,7 @@ import pytest
 
 from s2q.checkpoint import FORMAT_VERSION, S2QConfig
 from s2q.common.errors import InvalidInputError
-from s2q.core.input_path import InputLayout
+from s2q.core.input_path import InputPath
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.core.tokens import TokenLayout
 
@@ -13,7 +13,7 @@ DELTA = LinearScheme(
     weight=SCHEME.weight,
     activation=QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True, delta=Delta(cube=(2, 2, 2))),
 )
-LAYOUT = InputLayout(scale=True, left=4, right=8, activation_clip=True)
+LAYOUT = InputPath(scale=True, left=4, right=8, activation_clip=True)
 
 
 def config(**layouts):
@@ -45,12 +45,12 @@ def test_inputs_come_back():
         ({"format_version": True}, "format_version=True"),
         ({"format_version": 1}, "unknown key in quantization_config 'inputs'"),
         ({"inputs": None}, "inputs or layer_inputs is missing"),
-        ({"inputs": {"t0": {"scales": True}}}, "unknown key of an input layout 'scales': nearest names are scale"),
+        ({"inputs": {"t0": {"scales": True}}}, "unknown key of an input path 'scales': nearest names are scale"),
         ({"inputs": {"t0": {"left": 0}}}, "left=0"),
         ({"inputs": {"t0": {"low_rank": 1.5}}}, "low_rank=1.5"),
         ({"inputs": {"t0": {"scale": 1}}}, "scale=1"),
         ({"inputs": {"t0": {"low_rank": 2, "deflates": 0}}}, "deflates=0; expected true or false"),
-        ({"inputs": {"t0": {"deflates": False}}}, "deflates=false without a branch"),
+        ({"inputs": {"t0": {"deflates": False}}}, "deflates=false without low_rank"),
         ({"inputs": {"t0": {"low_rank": 2, "deflates": False}}}, "deflates=false in format_version=2; expected 3"),
         ({"layer_inputs": {"c": "t0"}}, "unknown layer in layer_inputs"),
         ({"layer_inputs": {"a": "t1"}}, "unknown input of a"),
@@ -80,7 +80,7 @@ def test_how_tokens_are_made_comes_back():
 
 @pytest.mark.parametrize(("scheme", "layout"), [("delta", {}), ("plain", {"estimator": True, "estimator_frames": 3})])
 def test_layers_that_have_to_know_where_tokens_lie_are_refused_without(scheme, layout):
-    layouts = {"a": InputLayout(**layout)} if layout else {}
+    layouts = {"a": InputPath(**layout)} if layout else {}
     schemes = {"a": {"delta": DELTA, "plain": SCHEME}[scheme]}
     with pytest.raises(InvalidInputError, match="tokens is missing"):
         S2QConfig.from_schemes(schemes, recipe="mine", compute_dtype="bfloat16", layouts=layouts)
@@ -88,16 +88,16 @@ def test_layers_that_have_to_know_where_tokens_lie_are_refused_without(scheme, l
 
 def test_an_estimator_is_in_a_layout_only_if_there_is_one():
     assert "estimator" not in LAYOUT.to_dict()
-    layout = InputLayout(estimator=True, estimator_frames=3)
-    assert InputLayout.from_dict(layout.to_dict()) == layout
+    layout = InputPath(estimator=True, estimator_frames=3)
+    assert InputPath.from_dict(layout.to_dict()) == layout
     assert not layout.empty
     shapes = {"estimator_input": (32,), "estimator_output": (16,), "estimator_frames": (3,)}
     assert layout.shapes(32, 16) == shapes
     assert layout.num_bytes(32, 16) == 4 * (32 + 16 + 3)
-    assert InputLayout(estimator=True).shapes(32, 16).keys() == {"estimator_input", "estimator_output"}
+    assert InputPath(estimator=True).shapes(32, 16).keys() == {"estimator_input", "estimator_output"}
     for fields, message in (({"estimator_frames": 3}, "without estimator"), ({"estimator": 1}, "estimator=1")):
         with pytest.raises(InvalidInputError, match=message):
-            InputLayout(**fields)
+            InputPath(**fields)
 
 
 def test_shapes_and_bytes():
@@ -108,17 +108,17 @@ def test_shapes_and_bytes():
         "activation_clip": (1,),
     }
     assert LAYOUT.num_bytes(32, 16) == 4 * (32 + 16 + 64 + 1)
-    assert InputLayout(shift=True).shapes(32, 16) == {"input_shift": (32,)}
-    assert InputLayout(shift=True).num_bytes(32, 16) == 4 * 32
-    assert not InputLayout(shift=True).empty
-    assert InputLayout().num_bytes(32, 16) == 0
-    for layout in (LAYOUT, InputLayout(left=4)):
+    assert InputPath(shift=True).shapes(32, 16) == {"input_shift": (32,)}
+    assert InputPath(shift=True).num_bytes(32, 16) == 4 * 32
+    assert not InputPath(shift=True).empty
+    assert InputPath().num_bytes(32, 16) == 0
+    for layout in (LAYOUT, InputPath(left=4)):
         with pytest.raises(InvalidInputError, match="expected a product of 48"):
             layout.shapes(48, 16)
 
 
 def test_a_low_rank_branch_is_stored_in_bfloat16():
-    layout = InputLayout(low_rank=4)
+    layout = InputPath(low_rank=4)
     assert not layout.empty
     assert layout.shapes(32, 16) == {"low_rank_basis": (32, 4), "low_rank_weight": (16, 4)}
     assert layout.num_bytes(32, 16) == 2 * 4 * (32 + 16)
@@ -127,10 +127,10 @@ def test_a_low_rank_branch_is_stored_in_bfloat16():
 
 
 def test_a_branch_of_the_weight_needs_the_newest_version_and_others_do_not_say_that_they_deflate():
-    branch = InputLayout(low_rank=4, deflates=False)
+    branch = InputPath(low_rank=4, deflates=False)
     content = config(a=LAYOUT, b=branch)
     assert content["format_version"] == FORMAT_VERSION == 3
     assert ["deflates" in one for one in content["inputs"].values()] == [False, True]
     assert S2QConfig.from_dict(content).layer_layouts() == {"a": LAYOUT, "b": branch}
-    assert config(a=LAYOUT, b=InputLayout(low_rank=4))["format_version"] == 2
-    assert (branch.num_bytes(32, 16), branch.empty) == (InputLayout(low_rank=4).num_bytes(32, 16), False)
+    assert config(a=LAYOUT, b=InputPath(low_rank=4))["format_version"] == 2
+    assert (branch.num_bytes(32, 16), branch.empty) == (InputPath(low_rank=4).num_bytes(32, 16), False)

@@ -166,7 +166,7 @@ def test_tensors_that_do_not_fit_are_refused():
     scheme, rounded = LinearScheme(weight=W4, activation=None), round_rtn(noise(6, 24), W4)
     with pytest.raises(InvalidInputError, match="estimator_output: got"):
         PackedLinear.from_rounded(rounded, bias=None, scheme=scheme, inputs=stored(learned(out=5)))
-    with pytest.raises(InvalidInputError, match="estimator_frames without estimator"):
+    with pytest.raises(InvalidInputError, match="estimator_frames=3 without estimator"):
         PackedLinear.from_rounded(rounded, bias=None, scheme=scheme, inputs={"estimator_frames": torch.ones(3)})
 
 

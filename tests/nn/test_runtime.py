@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.common.log import log_once
 from s2q.core.schemes import LinearScheme, PerGroup, PerToken, QuantScheme
 from s2q.nn import PackedLinear, dequantized, packed, set_backend, share_inputs
-from s2q.rounding import ROUNDINGS
+from s2q.rounding import round_rtn
 from s2q.run.quantize import quantize
 from tiny import run_transformer, tiny_cogvideox_pipeline
 
@@ -34,7 +33,9 @@ def counted(monkeypatch):
     """How often an input was quantized."""
     calls = []
     original = packed.activation_path
-    monkeypatch.setattr(packed, "activation_path", lambda x, **rest: calls.append(len(x)) or original(x, **rest))
+    monkeypatch.setattr(
+        packed, "activation_path", lambda x, *args, **rest: calls.append(len(x)) or original(x, *args, **rest)
+    )
     return calls
 
 
@@ -65,7 +66,7 @@ def test_linears_with_other_transforms_do_not_share(transformer):
 def test_linears_whose_branches_are_taken_from_the_other_side_do_not_share(transformer):
     attention = transformer.transformer_blocks[0].attn1
     kept = attention.to_k.layout
-    attention.to_k.layout = replace(kept, deflates=False)
+    attention.to_k.layout = kept.replace(deflates=False)
     assert share_inputs(transformer) == 3 * len(transformer.transformer_blocks) - 1
     assert attention.to_k.shared_input is None
     attention.to_k.layout = kept
@@ -121,7 +122,7 @@ def test_weights_in_groups_are_said_to_be_slow_once(caplog):
         weight=QuantScheme(num_bits=4, granularity=PerGroup(group_size=16)),
         activation=QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True),
     )
-    layer = PackedLinear.from_rounded(ROUNDINGS["rtn"](torch.randn(8, 32), scheme.weight), bias=None, scheme=scheme)
+    layer = PackedLinear.from_rounded(round_rtn(torch.randn(8, 32), scheme.weight), bias=None, scheme=scheme)
     for _ in range(2):
         layer(torch.randn(3, 32))
     assert [record.message for record in caplog.records] == [

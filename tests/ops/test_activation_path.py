@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2q.common.errors import InvalidInputError
+from s2q.core.input_path import InputTensors
 from s2q.ops.activation_path import BACKENDS, activation_path, transform_input
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.quantize_per_token import quantize_per_token
@@ -26,7 +27,10 @@ def test_reference_is_the_path_of_a_packed_linear():
     x, parts = draw(5, 24), vectors(24)
     left, right, basis = draw(4, 4, seed=3), draw(6, 6, seed=4), orthonormal(24, 2).bfloat16()
     codes, token_scale, coefficients = activation_path(
-        x, num_bits=6, **parts, left=left, right=right, low_rank_basis=basis, clip_ratio=0.9, backend="reference"
+        x,
+        InputTensors(**parts, left=left, right=right, low_rank_basis=basis, clip_ratio=torch.tensor([0.9])),
+        num_bits=6,
+        backend="reference",
     )
     scaled = (x - parts["shift"]) * parts["scale"]
     assert torch.equal(coefficients, scaled @ basis.float())
@@ -43,17 +47,17 @@ def test_without_deflating_the_codes_are_those_without_a_branch(rotates, dtype):
     x, parts, basis = (40 * draw(300, 192)).to(dtype), vectors(192), orthonormal(192, 4).bfloat16()
     parts |= {"left": orthonormal(12, 12), "right": orthonormal(16, 16)} if rotates else {}
     codes, token_scale, coefficients = activation_path(
-        x, num_bits=6, **parts, low_rank_basis=basis, deflates=False, backend="reference"
+        x, InputTensors(**parts, low_rank_basis=basis, deflates=False), num_bits=6, backend="reference"
     )
-    expected = activation_path(x, num_bits=6, **parts, backend="reference")
+    expected = activation_path(x, InputTensors(**parts), num_bits=6, backend="reference")
     assert torch.equal(codes, expected[0])
     assert torch.equal(token_scale, expected[1])
-    deflated = activation_path(x, num_bits=6, **parts, low_rank_basis=basis, backend="reference")
+    deflated = activation_path(x, InputTensors(**parts, low_rank_basis=basis), num_bits=6, backend="reference")
     assert torch.equal(coefficients, deflated[2])
     assert not torch.equal(codes, deflated[0])
     exact = ((x.double() - parts["shift"].double()) * parts["scale"].double()) @ basis.double()
     assert (coefficients.double() - exact).norm() < (1e-2 if dtype == torch.bfloat16 else 1e-6) * exact.norm()
-    on_cpu = activation_path(x, num_bits=6, **parts, low_rank_basis=basis, deflates=False, backend="cpu")
+    on_cpu = activation_path(x, InputTensors(**parts, low_rank_basis=basis, deflates=False), num_bits=6, backend="cpu")
     assert torch.equal(on_cpu[0], codes)
     assert torch.equal(on_cpu[1], token_scale)
     torch.testing.assert_close(on_cpu[2], coefficients, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
@@ -62,23 +66,23 @@ def test_without_deflating_the_codes_are_those_without_a_branch(rotates, dtype):
 def test_products_of_bf16_are_off_by_their_rounding_alone():
     x, parts = (40 * draw(64, 192)).bfloat16(), vectors(192)
     matrices = {"left": orthonormal(12, 12), "right": orthonormal(16, 16), "low_rank_basis": orthonormal(192, 4)}
-    found, coefficients = transform_input(x, **parts, **matrices)
+    found, coefficients = transform_input(x, InputTensors(**parts, **matrices))
     assert found.dtype == torch.bfloat16
     assert coefficients.dtype == torch.float32
     wide = {name: one.double() for name, one in (parts | matrices).items()}
-    exact, _ = transform_input(x.double(), **wide)
+    exact, _ = transform_input(x.double(), InputTensors(**wide))
     # What a rounded coefficient leaves in the input is in the branch as well: add it to compare.
-    rest = (coefficients.double() - transform_input(x.double(), **wide)[1]) @ wide["low_rank_basis"].t()
+    rest = (coefficients.double() - transform_input(x.double(), InputTensors(**wide))[1]) @ wide["low_rank_basis"].t()
     exact -= scaled_kronecker(rest, left=wide["left"], right=wide["right"])
     error = (found.double() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
     assert 1e-3 < error < 6e-3
-    half, _ = transform_input(x.half(), **parts, **matrices)
+    half, _ = transform_input(x.half(), InputTensors(**parts, **matrices))
     assert half.dtype == torch.float32
 
 
 def test_reference_keeps_the_dtype_without_parts():
     x = draw(3, 7).bfloat16()
-    codes, token_scale, coefficients = activation_path(x, num_bits=4)
+    codes, token_scale, coefficients = activation_path(x, InputTensors(), num_bits=4)
     assert coefficients is None
     assert torch.equal(codes, quantize_per_token(x, num_bits=4)[0])
     assert torch.equal(token_scale, quantize_per_token(x, num_bits=4)[1])
@@ -86,7 +90,7 @@ def test_reference_keeps_the_dtype_without_parts():
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(InvalidInputError, match="unknown backend 'cuda'.*triton"):
-        activation_path(draw(1, 4), num_bits=4, backend="cuda")
+        activation_path(draw(1, 4), InputTensors(), num_bits=4, backend="cuda")
 
 
 class LargestTensor(TorchDispatchMode):
@@ -107,8 +111,9 @@ class TestTriton:
     def _needs_triton(self):
         pytest.importorskip("triton")
 
-    def both(self, x, **parts):
-        return BACKENDS["triton"](x, **parts), BACKENDS["reference"](x, **parts)
+    def both(self, x, *, num_bits, **parts):
+        path = InputTensors(**parts)
+        return BACKENDS["triton"](x, path, num_bits=num_bits), BACKENDS["reference"](x, path, num_bits=num_bits)
 
     def assert_equal(self, found, expected):
         assert torch.equal(found[0], expected[0])
@@ -135,7 +140,7 @@ class TestTriton:
     def test_long_tokens_take_several_blocks(self):
         self.assert_equal(*self.both(draw(2, 5000), num_bits=8, **vectors(5000)))
 
-    @pytest.mark.parametrize("clip", [0.3, torch.tensor([0.7]), torch.tensor([[0.1], [0.5], [1.0]]), torch.tensor(0.9)])
+    @pytest.mark.parametrize("clip", [torch.tensor([0.7]), torch.tensor([[0.1], [0.5], [1.0]]), torch.tensor(0.9)])
     def test_clip_ratios(self, clip):
         self.assert_equal(*self.both(draw(3, 40), num_bits=4, clip_ratio=clip))
         self.assert_close(*self.both(draw(3, 192), num_bits=4, clip_ratio=clip, left=orthonormal(12, 12)))
@@ -168,7 +173,7 @@ class TestTriton:
             **vectors(n1 * n2),
             left=draw(n1, n1, seed=3),
             right=draw(n2, n2, seed=4),
-            clip_ratio=0.9,
+            clip_ratio=torch.tensor([0.9]),
         )
         self.assert_close(found, expected)
 
@@ -197,7 +202,7 @@ class TestTriton:
         exact, _ = self.both(x.float(), num_bits=8, **vectors(192), **parts)
         from s2q.ops.activation_path.triton import activation_path as on_triton
 
-        self.assert_equal(on_triton(x, num_bits=8, **vectors(192), **parts, precision="tf32x3"), exact)
+        self.assert_equal(on_triton(x, InputTensors(**vectors(192), **parts), num_bits=8, precision="tf32x3"), exact)
 
     @pytest.mark.parametrize("rotates", [False, True])
     @pytest.mark.parametrize("deflates", [False, True])
@@ -221,10 +226,10 @@ class TestTriton:
         parts |= vectors(n1 * n2) | {"clip_ratio": draw(21, 1).sigmoid()}
         if branch is not None:
             parts |= {"low_rank_basis": orthonormal(n1 * n2, 3), "deflates": branch}
-        at_once = BACKENDS["triton"](x, num_bits=6, **parts)
+        at_once = BACKENDS["triton"](x, InputTensors(**parts), num_bits=6)
         monkeypatch.setattr(triton, "PIECE_ROWS", 8)
         with LargestTensor() as seen:
-            in_pieces = BACKENDS["triton"](x, num_bits=6, **parts)
+            in_pieces = BACKENDS["triton"](x, InputTensors(**parts), num_bits=6)
         assert seen.elements == 8 * n1 * n2  # of whole tensors there are the codes and nothing else
         self.assert_close(in_pieces, at_once)
         if branch is not None:
@@ -238,17 +243,15 @@ class TestTriton:
         for deflates in (True, False):
             codes, token_scale, coefficients = BACKENDS["triton"](
                 draw(0, 192),
+                InputTensors(low_rank_basis=orthonormal(192, 2), deflates=deflates, left=orthonormal(12, 12)),
                 num_bits=4,
-                low_rank_basis=orthonormal(192, 2),
-                deflates=deflates,
-                left=orthonormal(12, 12),
             )
             assert (codes.shape, token_scale.shape, coefficients.shape) == ((0, 192), (0, 1), (0, 2))
 
     def test_what_does_not_fit_is_refused(self):
         with pytest.raises(InvalidInputError, match="order 12 and 10"):
-            BACKENDS["triton"](draw(2, 192), num_bits=4, left=draw(12, 12), right=draw(10, 10))
+            BACKENDS["triton"](draw(2, 192), InputTensors(left=draw(12, 12), right=draw(10, 10)), num_bits=4)
         with pytest.raises(InvalidInputError, match="clip ratios"):
-            BACKENDS["triton"](draw(3, 8), num_bits=4, clip_ratio=torch.ones(2, 1))
+            BACKENDS["triton"](draw(3, 8), InputTensors(clip_ratio=torch.ones(2, 1)), num_bits=4)
         with pytest.raises(InvalidInputError, match="float64.*use backend='reference'"):
-            BACKENDS["triton"](draw(3, 8).double(), num_bits=4)
+            BACKENDS["triton"](draw(3, 8).double(), InputTensors(), num_bits=4)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
+from s2q.core.input_path import InputTensors
 from s2q.core.packing import pack_codes
 from s2q.ops.activation_path import BACKENDS as PATHS
 from s2q.ops.activation_path import activation_path
@@ -111,10 +112,10 @@ def test_the_activation_path_is_that_of_the_reference(monkeypatch, dtype, rows, 
         "basis": ("low_rank_basis", torch.linalg.qr(draw(24, 3, seed=5))[0].bfloat16()),
         "whole": ("deflates", False),
     }
-    settings = {"num_bits": 6, "clip_ratio": torch.tensor([0.9])} | dict(everything[part] for part in parts)
+    path = InputTensors(clip_ratio=torch.tensor([0.9]), **dict(everything[part] for part in parts))
     x = draw(rows, 24, seed=6).to(dtype)
     x[rows // 2 : rows // 2 + 1] = 0
-    exact, found = PATHS["reference"](x, **settings), PATHS["cpu"](x, **settings)
+    exact, found = (PATHS[backend](x, path, num_bits=6) for backend in ("reference", "cpu"))
     last_bit = 2e-2 if dtype == torch.bfloat16 else 1e-5  # of sums of other lengths, which may round another way
     assert (found[0].int() - exact[0].int()).abs().sum() <= (1e-2 if dtype == torch.bfloat16 else 1e-3) * x.numel()
     torch.testing.assert_close(found[1], exact[1], rtol=last_bit, atol=0)
@@ -126,6 +127,6 @@ def test_the_activation_path_is_that_of_the_reference(monkeypatch, dtype, rows, 
 def test_a_backend_that_cannot_run_names_the_reference():
     x = torch.empty(2, 8, device="meta")
     with pytest.raises(InvalidInputError, match=r"backend 'cpu' cannot run: got a tensor on meta.*backend='reference'"):
-        activation_path(x, num_bits=6, backend="cpu")
+        activation_path(x, InputTensors(), num_bits=6, backend="cpu")
     with pytest.raises(InvalidInputError, match="unknown backend 'gpu'"):
-        activation_path(x, num_bits=6, backend="gpu")
+        activation_path(x, InputTensors(), num_bits=6, backend="gpu")

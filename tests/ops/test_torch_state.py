@@ -7,6 +7,7 @@ import torch
 
 from s2q.common.torch_state import fresh_torch_state
 from s2q.core.cubes import cube_means
+from s2q.core.input_path import InputTensors
 from s2q.core.qparams import fake_quantize_input, weight_scale
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.core.tokens import TokenGrid, token_grid
@@ -41,14 +42,19 @@ Q, K, MASK = draw(1, 2, 10, 16), draw(1, 2, 12, 16, seed=1), draw(1, 1, 10, 12)
 CLIP = torch.tensor([0.9])
 BITS = {"x_bits": 6, "w_bits": 4}
 OPS = {
-    "activation_path": (paths, lambda b: paths.activation_path(X, num_bits=6, **PARTS, clip_ratio=0.9, backend=b)),
+    "activation_path": (
+        paths,
+        lambda b: paths.activation_path(X, InputTensors(**PARTS, clip_ratio=CLIP), num_bits=6, backend=b),
+    ),
     "activation_path, branch": (
         paths,
-        lambda b: paths.activation_path(X, num_bits=6, **PARTS, **BRANCH, clip_ratio=CLIP, backend=b),
+        lambda b: paths.activation_path(X, InputTensors(**PARTS, **BRANCH, clip_ratio=CLIP), num_bits=6, backend=b),
     ),
     "activation_path, bf16": (
         paths,
-        lambda b: paths.activation_path(X.bfloat16(), num_bits=4, **PARTS, **BRANCH, deflates=False, backend=b),
+        lambda b: paths.activation_path(
+            X.bfloat16(), InputTensors(**PARTS, **BRANCH, deflates=False), num_bits=4, backend=b
+        ),
     ),
     "attention_colsum": (sums, lambda b: sums.attention_colsum(Q, K, mask=MASK, backend=b)),
     "attention_colsum, bf16": (sums, lambda b: sums.attention_colsum(Q.bfloat16(), K.bfloat16(), backend=b)),
@@ -110,7 +116,7 @@ def test_ops_without_backends_give_the_same_bits(state):
         return (
             scaled_kronecker(X, **{name: PARTS[name] for name in ("scale", "left", "right")}),
             *quantize_per_token(X, num_bits=6, clip_ratio=0.9),
-            *paths.transform_input(X, **PARTS, **BRANCH),
+            *paths.transform_input(X, InputTensors(**PARTS, **BRANCH)),
         )
 
     wanted = results()

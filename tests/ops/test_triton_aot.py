@@ -129,6 +129,7 @@ def count(*, key, **_):
 
 driver.set_active(Driver())
 triton.knobs.runtime.jit_cache_hook = count
+from s2q.core.input_path import InputTensors
 from s2q.ops.activation_path.triton import activation_path
 from s2q.ops.attention_colsum.triton import attention_colsum
 from s2q.ops.rescaled_int_matmul.triton import rescaled_int_matmul
@@ -146,7 +147,7 @@ for name, mask_of in masks.items():
         query = torch.zeros(1, 2, tokens, 64, dtype=torch.bfloat16)
         attention_colsum(query, query, mask=mask_of(tokens))
         x, codes = torch.zeros(tokens, 64), torch.zeros(tokens, 64, dtype=torch.int8)
-        activation_path(x, num_bits=6, left=torch.eye(8), right=torch.eye(8))
+        activation_path(x, InputTensors(left=torch.eye(8), right=torch.eye(8)), num_bits=6)
         rescaled_int_matmul(codes, torch.ones(tokens, 1), codes[:32], torch.ones(32), out_dtype=torch.float32)
         weight_only_matmul(x[: tokens % 17], codes[:32], torch.ones(32))
     print(f"{name}: {len(keys)}")

@@ -15,6 +15,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.log import log_once
+from s2q.core.input_path import InputTensors
 from s2q.ops import activation_path, attention_colsum, dispatch, rescaled_int_matmul, weight_only_matmul
 
 
@@ -48,12 +49,14 @@ PRODUCT = (codes(5, 64), draw(5, 1).abs(), codes(24, 64, seed=1), draw(24).abs()
 PACKED = (codes(300, 33), draw(300, 1).abs(), torch.randint(0, 255, (24, 17), dtype=torch.uint8), draw(24).abs())
 CALLS = {
     "quantize": Call(
-        activation_path, "quantize_kernel", lambda b: activation_path.activation_path(X, num_bits=6, backend=b)
+        activation_path,
+        "quantize_kernel",
+        lambda b: activation_path.activation_path(X, InputTensors(), num_bits=6, backend=b),
     ),
     "rotate": Call(
         activation_path,
         "rotate_quantize_kernel",
-        lambda b: activation_path.activation_path(X, num_bits=6, **GRID, backend=b),
+        lambda b: activation_path.activation_path(X, InputTensors(**GRID), num_bits=6, backend=b),
     ),
     "product": Call(
         rescaled_int_matmul,
@@ -193,7 +196,7 @@ def test_another_variant_of_a_refused_kernel_is_tried(auto_is_triton, monkeypatc
     monkeypatch.setattr(call.module, "rotate_quantize_kernel", TooLargeFor64())
     wide, factors = draw(3, 1024), {"left": draw(32, 32), "right": draw(32, 32)}
     for _ in range(2):
-        activation_path.activation_path(wide, num_bits=6, **factors)
+        activation_path.activation_path(wide, InputTensors(**factors), num_bits=6)
         call.run("auto")
     assert len(refused) == len(caplog.records) == 1
 
@@ -237,4 +240,4 @@ def test_heads_without_a_tile_run_in_pytorch_with_one_line(auto_is_triton, caplo
 
 def test_wrong_shapes_are_raised_not_computed(auto_is_triton):
     with pytest.raises(InvalidInputError, match="order 12 and 10"):
-        activation_path.activation_path(X, num_bits=4, left=draw(12, 12), right=draw(10, 10))
+        activation_path.activation_path(X, InputTensors(left=draw(12, 12), right=draw(10, 10)), num_bits=4)

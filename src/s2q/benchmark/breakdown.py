@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from s2q.nn import packed
+from s2q.nn import packed, simulated
 
 CATEGORIES = ("gemm", "activation_path", "attention", "norms", "other")
 
 _PREFIX = "s2q.bench."
 _ATTENTION = ("attention", "flash", "sdpa")
-_PREPARING = ("activation_path", "transform_input")
-"""Functions that a packed linear calls to prepare its input, by their names in its module."""
+_PREPARING = ((packed, "activation_path"), (packed, "transform_input"), (simulated, "transform_input"))
+"""Functions that a packed linear calls to prepare its input, by module."""
 
 
 def breakdown(call: Callable[[], object], model: nn.Module, *, device: str) -> dict[str, float]:
@@ -86,10 +86,10 @@ def _ranges(model: nn.Module) -> Iterator[None]:
             category = _category_of(module)
             if category is not None:
                 stack.enter_context(_range_around(module, category))
-        for name in _PREPARING:
-            function = getattr(packed, name)
-            setattr(packed, name, _in_range(function, "activation_path"))
-            stack.callback(setattr, packed, name, function)
+        for module, name in _PREPARING:
+            function = getattr(module, name)
+            setattr(module, name, _in_range(function, "activation_path"))
+            stack.callback(setattr, module, name, function)
         yield
 
 

@@ -331,24 +331,12 @@ def _activation_path(layers: nn.ModuleList, backend: str, _rows: int, _generator
     layer = _only(layers)
     activation = layer.scheme.activation
     assert activation is not None
-    parts = {
-        "shift": layer.input_shift,
-        "scale": layer.transform_scale,
-        "left": layer.transform_left,
-        "right": layer.transform_right,
-        "low_rank_basis": layer.low_rank_basis,
-    }
-    stored = _bytes_of(*(part for part in parts.values() if part is not None))
+    path = layer.input_tensors()
+    parts = (path.shift, path.scale, path.left, path.right, path.low_rank_basis)
+    stored = _bytes_of(*(part for part in parts if part is not None))
 
     def run(x: Tensor) -> object:
-        return activation_path.activation_path(
-            x,
-            num_bits=activation.num_bits,
-            deflates=layer.layout.deflates,
-            clip_ratio=layer.activation_clip,
-            backend=backend,
-            **parts,
-        )
+        return activation_path.activation_path(x, path, num_bits=activation.num_bits, backend=backend)
 
     return _Contender(run=run, storage_bytes=stored, reads=quantized_dtype(str(_generator.device)))
 

@@ -38,7 +38,7 @@ from s2q.generation.load import load_pipeline
 from s2q.generation.settings import GenerationSettings, resolve_settings, video_tokens
 from s2q.models import ModelSource, block_linears, family_of
 from s2q.models.attention import attention_of
-from s2q.nn import PACKED_DTYPES, PackedLinear, replace_module, set_backend, share_inputs
+from s2q.nn import PackedLinear, packed_dtypes, replace_module, set_backend, share_inputs
 from s2q.nn.dequantized import FASTEST
 from s2q.planning.resolve import resolve
 from s2q.recipes.schema import Recipe
@@ -100,7 +100,7 @@ def pack_uncalibrated(transformer: nn.Module, recipe: Recipe) -> nn.Module:
         shapes = layout.shapes(plan.in_features, plan.out_features)
         for name in shapes.keys() - inputs.keys():
             fill = 1.0 if name in (f"{PREFIX}scale", "activation_clip") else 0.0
-            inputs[name] = torch.full(shapes[name], fill, dtype=PACKED_DTYPES[name])
+            inputs[name] = torch.full(shapes[name], fill, dtype=packed_dtypes()[name])
         rounded = round_rtn(weight.float(), plan.scheme.weight)
         layer = PackedLinear.from_rounded(
             rounded,

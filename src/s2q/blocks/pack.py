@@ -16,12 +16,11 @@ from s2q.blocks.task import BlockWork, Group
 from s2q.calibration.samples import BlockSamples
 from s2q.common.errors import S2QError
 from s2q.common.hooks import capture_inputs
-from s2q.core.input_path import PREFIX
 from s2q.core.memo import memoization
 from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import token_grid
-from s2q.nn import PACKED_DTYPES, PackedLinear, StudentInput, StudentLinear
+from s2q.nn import PackedLinear, StudentInput, StudentLinear
 from s2q.planning.resolve import LinearPlan
 from s2q.rounding import HessianAccumulator, LearnedRounding, Rounding, round_rtn
 
@@ -40,7 +39,9 @@ def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, gr
 
     Args:
         student: The block with its students, which learn no more.
+        work: The block and the recipe.
         samples: What GPTQ takes its Hessians from.
+        groups: Linears that share an input.
 
     Raises:
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
@@ -65,11 +66,6 @@ def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, gr
             elif layer.rounding is not None:
                 nearest = round_rtn(layer.folded_weight(), linear.scheme.weight)
                 rounded, reports[name] = _learned(layer.rounding, nearest=nearest)
-            else:
-                rounded, report = rounding.round(
-                    layer.folded_weight(), linear.scheme.weight, clip_ratio=layer.clip_ratio()
-                )
-                reports |= {name: report} if report else {}
             packed[name] = pack_student(layer, work, linear, rounded=rounded)
     return packed, reports
 
@@ -82,6 +78,8 @@ def pack_student(
 
     Args:
         layer: The student; learns no more.
+        work: The block and the recipe.
+        linear: Its linear.
         rounded: Its folded weight, rounded; None rounds it by a method that needs no samples, that of the recipe.
 
     Returns:
@@ -92,8 +90,9 @@ def pack_student(
         rounding = work.task.recipe.rounding
         rounded, _ = rounding.round(layer.folded_weight(), scheme.weight, clip_ratio=layer.clip_ratio())
     bias = None if layer.bias is None else layer.bias.to(work.task.block.get_submodule(linear.inner_name).bias.dtype)
-    inputs = _stored_inputs(layer.source) | _stored_branch(layer)
-    return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=inputs, deflates=layer.source.deflates)
+    return PackedLinear.from_rounded(
+        rounded, bias=bias, scheme=scheme, inputs=layer.stored(), deflates=layer.source.deflates
+    )
 
 
 @torch.no_grad()
@@ -101,6 +100,8 @@ def pack_modulation(work: BlockWork, linears: Sequence[LinearPlan], samples: Blo
     """Round and pack modulation linears by a Hessian, that of their inputs at every timestep.
 
     Args:
+        work: The block and the recipe.
+        linears: The linears.
         samples: Their stream has the inputs of every timestep.
 
     Raises:
@@ -136,7 +137,7 @@ def _by_hessian(
 
 
 def _learned(rounding: LearnedRounding, *, nearest: RoundedWeight) -> tuple[RoundedWeight, dict[str, Any]]:
-    """The rounded weight, and the shares of codes that are not the nearest, and of undecided ones."""
+    """What was learned; the shares of codes that are not the nearest ones, and of those that were left undecided."""
     rounded = rounding.rounded()
     changed = float((rounded.codes != nearest.codes).double().mean())
     return rounded, {"changed": changed, "undecided": rounding.undecided()}
@@ -172,31 +173,3 @@ def _quantized_by(source: StudentInput) -> Callable[[Tensor], Tensor]:
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
-
-
-@torch.no_grad()
-def _stored_inputs(source: StudentInput) -> dict[str, Tensor]:
-    """Stored tensors of an input: shift, transform, basis and clip."""
-    tensors: dict[str, Tensor] = {}
-    if source.shift is not None:
-        tensors["input_shift"] = source.shift
-    if source.transform is not None:
-        tensors |= {PREFIX + name: value for name, value in source.transform.state_tensors().items()}
-    if source.low_rank_basis is not None:
-        tensors["low_rank_basis"] = source.low_rank_basis.to(PACKED_DTYPES["low_rank_basis"])
-    if source.clip is not None:
-        tensors["activation_clip"] = source.clip().detach().reshape(1).clone()
-    return tensors
-
-
-def _stored_branch(layer: StudentLinear) -> dict[str, Tensor]:
-    """Stored tensors of a linear's part of the low-rank branch, and of its estimator, if any."""
-    tensors: dict[str, Tensor] = {}
-    if layer.source.low_rank_basis is not None:
-        tensors["low_rank_weight"] = layer.low_rank_weight().to(PACKED_DTYPES["low_rank_weight"])
-    estimator = layer.estimator
-    if estimator is not None:
-        tensors |= {"estimator_input": estimator.alpha, "estimator_output": estimator.beta}
-        if estimator.frames is not None:
-            tensors["estimator_frames"] = estimator.frames
-    return tensors

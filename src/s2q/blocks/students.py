@@ -19,7 +19,7 @@ from s2q.blocks.task import BlockWork, Group
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
-from s2q.nn import PACKED_DTYPES, Estimator, LearnableClip, StudentInput, StudentLinear, replace_module
+from s2q.nn import Estimator, LearnableClip, StudentInput, StudentLinear, packed_dtypes, replace_module
 from s2q.recipes.schema import Recipe
 from s2q.rounding import LearnedRounding
 from s2q.transforms import (
@@ -100,6 +100,8 @@ def _students(
         low_rank_basis=basis,
         low_rank_from=recipe.transforms.low_rank_from,
         clip=_clip(scheme, recipe),
+        steps=layout.steps,
+        weight=weights[0],
     ).to(weights[0].device)
     layers = []
     for linear, module in zip(group, modules, strict=True):
@@ -175,7 +177,7 @@ def _weight_basis(weights: Sequence[Tensor], transform: Transform | None, *, ran
 
 
 def _as_stored(basis: Tensor) -> Tensor:
-    return basis.to(PACKED_DTYPES["low_rank_basis"]).float()
+    return basis.to(packed_dtypes()["low_rank_basis"]).float()
 
 
 def _clip(scheme: LinearScheme, recipe: Recipe) -> nn.Module | None:

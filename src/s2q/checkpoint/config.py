@@ -21,7 +21,7 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from s2q.common.errors import InvalidInputError, unknown_name
-from s2q.core.input_path import InputLayout
+from s2q.core.input_path import InputPath
 from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import TokenLayout
 
@@ -55,7 +55,7 @@ class S2QConfig(QuantizationConfigMixin):
         recipe: Name of the recipe that made the checkpoint.
         compute_dtype: Dtype of the model when it was quantized, "bfloat16".
         **fields: `quant_method`, `format_version` and, from version 2 on, `inputs` (layouts by name, each as
-            `InputLayout.to_dict` writes it) and `layer_inputs` (the name of its layout for each linear that has one),
+            `InputPath.to_dict` writes it) and `layer_inputs` (the name of its layout for each linear that has one),
             and from version 3 on `tokens` (as `TokenLayout.to_dict` writes it), as read from a file; anything else
             is refused.
 
@@ -115,7 +115,7 @@ class S2QConfig(QuantizationConfigMixin):
             raise InvalidInputError(
                 "quantization_config: inputs or layer_inputs is missing; download or save the model again"
             )
-        layouts = {name: InputLayout.from_dict(layout) for name, layout in inputs.items()}
+        layouts = {name: InputPath.from_dict(layout) for name, layout in inputs.items()}
         if self.format_version == _INPUT_VERSION and not all(one.deflates for one in layouts.values()):
             raise InvalidInputError(
                 f"quantization_config: deflates=false in format_version={_INPUT_VERSION}; expected {FORMAT_VERSION}; "
@@ -136,7 +136,7 @@ class S2QConfig(QuantizationConfigMixin):
         *,
         recipe: str,
         compute_dtype: str,
-        layouts: Mapping[str, InputLayout] | None = None,
+        layouts: Mapping[str, InputPath] | None = None,
         tokens: TokenLayout | None = None,
     ) -> S2QConfig:
         """Build the configuration from the scheme of each linear.
@@ -176,9 +176,9 @@ class S2QConfig(QuantizationConfigMixin):
         schemes = {name: LinearScheme.from_dict(scheme) for name, scheme in self.schemes.items()}
         return {layer: schemes[name] for layer, name in self.layers.items()}
 
-    def layer_layouts(self) -> dict[str, InputLayout]:
+    def layer_layouts(self) -> dict[str, InputPath]:
         """Return the input layouts by full name, of the quantized linears that have one."""
-        inputs = {name: InputLayout.from_dict(layout) for name, layout in getattr(self, "inputs", {}).items()}
+        inputs = {name: InputPath.from_dict(layout) for name, layout in getattr(self, "inputs", {}).items()}
         return {layer: inputs[name] for layer, name in getattr(self, "layer_inputs", {}).items()}
 
     def token_layout(self) -> TokenLayout | None:

@@ -19,7 +19,7 @@ from s2q.common.headers import TensorInfo, read_headers
 from s2q.common.records import INSPECTION_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.common.weight_files import weight_files
-from s2q.core.input_path import TENSOR_DTYPES, InputLayout
+from s2q.core.input_path import InputPath, stored_tensors
 from s2q.core.packing import packed_width
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.core.storage import BF16_BYTES, LinearStorage
@@ -127,7 +127,7 @@ def _transformer(folder: Path, component: str, config: S2QConfig | None, *, vari
     schemes = {} if config is None else config.layer_schemes()
     layouts = {} if config is None else config.layer_layouts()
     layers = (
-        _layer(name, scheme, layouts.get(name, InputLayout()), linears=linears, tensors=tensors)
+        _layer(name, scheme, layouts.get(name, InputPath()), linears=linears, tensors=tensors)
         for name, scheme in schemes.items()
     )
     return _Transformer(
@@ -157,7 +157,7 @@ def _linears(component: str, config: Mapping[str, Any]) -> tuple[dict[str, nn.Li
 def _layer(
     name: str,
     scheme: LinearScheme,
-    layout: InputLayout,
+    layout: InputPath,
     *,
     linears: Mapping[str, nn.Linear],
     tensors: Mapping[str, TensorInfo],
@@ -168,10 +168,11 @@ def _layer(
     out_features, in_features = linear.out_features, linear.in_features
     per_group = isinstance(scheme.weight.granularity, PerGroup)
     scale_shape = (out_features, num_groups(scheme.weight, in_features)) if per_group else (out_features,)
+    stored = stored_tensors()
     expected = {
         "weight": ("U8", (out_features, packed_width(scheme.weight.num_bits, in_features))),
         "weight_scale": ("F32", scale_shape),
-        **{own: (TENSOR_DTYPES[own], shape) for own, shape in layout.shapes(in_features, out_features).items()},
+        **{own: (stored[own].dtype, shape) for own, shape in layout.shapes(in_features, out_features).items()},
     }
     for tensor, (dtype, shape) in expected.items():
         info = tensors.get(f"{name}.{tensor}")

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from s2q.checkpoint.config import QuantMethod, S2QConfig
 from s2q.common.components import ADAPTED, adapter_tensor, has_adapter
 from s2q.common.errors import InvalidInputError, UsageError
-from s2q.core.input_path import TENSOR_DTYPES
-from s2q.nn import PACKED_DTYPES, PackedLinear, follow_tokens, replace_module, share_inputs, unfollow_tokens
+from s2q.core.input_path import stored_tensors
+from s2q.nn import PackedLinear, follow_tokens, packed_dtypes, replace_module, share_inputs, unfollow_tokens
 
 QUANT_METHOD: str = QuantMethod.S2Q.value
 """Value of `quantization_config.quant_method` in s2q checkpoints."""
 
 _SCALE = "weight_scale"
 _CLIP = "activation_clip"
-_OF_OWN_DTYPE = tuple(name for name, dtype in PACKED_DTYPES.items() if dtype.is_floating_point)
 _REMEDY = "download the checkpoint again, or quantize the model again"
 _NOT_OFFLOADED = "nothing was changed, load it without offloading"
 
@@ -73,7 +72,7 @@ class S2QQuantizer(DiffusersQuantizer):
             layer, _, tensor = key.rpartition(".")
             if tensor == _SCALE and layer not in self._schemes:
                 raise InvalidInputError(f"{layer} is packed in the file but not in quantization_config; {_REMEDY}")
-            if tensor in TENSOR_DTYPES and layer not in self._layouts:
+            if tensor in stored_tensors() and layer not in self._layouts:
                 raise InvalidInputError(f"{key} is in the file but not in quantization_config; {_REMEDY}")
         return loaded_keys
 
@@ -89,7 +88,7 @@ class S2QQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Tell whether a tensor belongs to the packed part of a layer."""
         layer, _, tensor = param_name.rpartition(".")
-        return layer in self._schemes and tensor in PACKED_DTYPES
+        return layer in self._schemes and tensor in packed_dtypes()
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Refuse packed data of the wrong size; called where the shapes differ."""
@@ -112,12 +111,12 @@ class S2QQuantizer(DiffusersQuantizer):
         """Put a packed tensor into its layer, as the file has it."""
         layer, _, tensor = param_name.rpartition(".")
         value = state_dict[param_name]
-        expected = PACKED_DTYPES[tensor]
+        expected = packed_dtypes()[tensor]
         if value.dtype != expected:
             raise InvalidInputError(f"{param_name}: got dtype {value.dtype}, expected {expected}; {_REMEDY}")
         if tensor == _SCALE and not bool((torch.isfinite(value) & (value > 0)).all()):
             raise InvalidInputError(f"{param_name}: contains scales that are not positive and finite; {_REMEDY}")
-        if tensor in TENSOR_DTYPES and not bool(torch.isfinite(value).all()):
+        if tensor in stored_tensors() and not bool(torch.isfinite(value).all()):
             raise InvalidInputError(f"{param_name}: contains NaN or infinite values; {_REMEDY}")
         if tensor == _CLIP and not bool(((value > 0) & (value <= 1)).all()):
             raise InvalidInputError(f"{param_name}: contains a ratio outside (0, 1]; {_REMEDY}")
@@ -149,7 +148,7 @@ class S2QQuantizer(DiffusersQuantizer):
         if keep_in_fp32_modules is not None:
             added = [
                 name
-                for name, dtype in PACKED_DTYPES.items()
+                for name, dtype in packed_dtypes().items()
                 if dtype == torch.float32 and name not in keep_in_fp32_modules
             ]
             keep_in_fp32_modules.extend(added)
@@ -178,8 +177,9 @@ class S2QQuantizer(DiffusersQuantizer):
         self._model = _Reference(model)
         for layer in self._schemes:
             model.get_submodule(layer).name = layer  # type: ignore[assignment]
+        floating = [name for name, dtype in packed_dtypes().items() if dtype.is_floating_point]
         # diffusers takes the first floating parameter that is not named here for the dtype of the model.
-        model._keep_in_fp32_modules = [*(type(model)._keep_in_fp32_modules or ()), *_OF_OWN_DTYPE]  # type: ignore[attr-defined, assignment]
+        model._keep_in_fp32_modules = [*(type(model)._keep_in_fp32_modules or ()), *floating]  # type: ignore[attr-defined, assignment]
         if not hasattr(model, "peft_config"):  # diffusers would take an adapter that was refused for attached
             model.peft_config = {}  # type: ignore[assignment]
         share_inputs(model)

@@ -1,20 +1,34 @@
-"""The input path of a packed linear: shift, transform, low-rank branch, clip ratio, estimator.
+"""The path of an input into a quantized linear: one table of its parts, which says what a packed linear stores.
 
     x → u = (x - shift) · diag(scale) → (u - u V Vᵀ) · (left ⊗ right) → per-token codes, maximum times the clip ratio
                                       → u V, [M, r], in floating point → · Lᵀ, added to the output
 
-Where the branch is taken from the weight, u is quantized whole and the codes of the weight are those of W - L Vᵀ. An
-estimator (TQE) adds the dequantized input times α, a scale for the token's frame and β to the output.
+Where the low-rank branch is taken from the weight (`deflates` is false), u is quantized whole and the codes of the
+weight are those of W - L Vᵀ. An estimator (TQE) adds the dequantized input times α, a scale for the token's frame
+and β to the output.
 
-Shapes: `I/O` in/out features; `n1`, `n2` orders of the factors, n1 · n2 = I; `r` rank; `F` frames.
+A part with `apply` needs no kernel: it runs last before quantization, after the rotation, for every backend. Example,
+a bias per token (the mean of a token is not quantized, and is multiplied by the sums of the weight's rows):
+
+    PARTS["token_mean"] = InputPart(
+        tensors={
+            "row_sums": StoredTensor(
+                lambda i, o, size: (o, 1), of_linear=True, start=lambda weight: weight.sum(1, keepdim=True)
+            )
+        },
+        apply=lambda y: (y - y.mean(-1, keepdim=True), y.mean(-1, keepdim=True)),
+    )
+
+Shapes: `M` tokens, `I/O` in/out features; `n1`, `n2` orders of the factors, n1 · n2 = I; `r` rank; `F` frames.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from s2q.common.errors import InvalidInputError, unknown_name
 
@@ -22,63 +36,176 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BYTES = {"F32": 4, "BF16": 2}
-_NEWER = ("deflates", "estimator", "estimator_frames")
 PREFIX = "transform_"
+"""Of the tensors that a transform of `s2q.transforms` names itself: scale, left, right."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that a packed linear stores for a part of its input path.
+
+    Attributes:
+        shape: From I, O and the size of the part.
+        dtype: As safetensors calls it.
+        of_linear: Whether each linear has its own; linears that read the same input share the others.
+        start: For parts with `apply`: its value from the weight [O, I], the folded one where it is `of_linear`.
+        learned: Whether it starts there and is learned; otherwise it follows the weight.
+    """
+
+    shape: Callable[[int, int, int], tuple[int, ...]]
+    dtype: str = "F32"
+    of_linear: bool = False
+    start: Callable[[Tensor], Tensor] | None = None
+    learned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputLayout:
-    """Tensors that a packed linear stores beside codes, scale and bias; none by default.
+class InputPart:
+    """A part of an input path.
 
     Attributes:
-        shift: Whether something is subtracted from the input, [I].
-        scale: Whether there is a scale, [I].
-        left: Order n1 of the left factor; None if it is the identity.
-        right: Order n2 of the right factor; None if it is the identity.
-        low_rank: Rank r of the branch in floating point, V [I, r] and L [O, r]; None without one.
-        deflates: Whether what goes through the branch is taken out of the input; if not, it is out of the weight.
-        activation_clip: Whether there is a clip ratio, [1].
-        estimator: Whether there is an estimator, α [I] and β [O].
-        estimator_frames: For how many frames it has scales, [F]; None if it has none.
-
-    Raises:
-        InvalidInputError: If a value is not of its type, an order is not positive, or `deflates` is false without a
-            branch.
+        tensors: What is stored for it, by name.
+        is_sized: Whether its value is a size, a whole number from 1, or None without it; otherwise a flag.
+        default: The value of a path that does not name it.
+        needs: The part without which it must have its default.
+        always_written: Whether JSON has it at its default too, as all versions of checkpoints know it.
+        apply: Takes y [..., I], transformed, and the tensors of the part that belong to the input; returns what is
+            quantized instead [..., I], and coefficients [..., k] of columns of the low-rank branch, which the part's
+            `of_linear` tensor [O, k] multiplies, or None. Parts without it are computed by the backends.
+        restore: Undoes a part of `apply` that is not linear: from what the codes stand for, [..., I], and the same
+            tensors. A linear with it is simulated.
     """
 
-    shift: bool = False
-    scale: bool = False
-    left: int | None = None
-    right: int | None = None
-    low_rank: int | None = None
-    deflates: bool = True
-    activation_clip: bool = False
-    estimator: bool = False
-    estimator_frames: int | None = None
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    is_sized: bool = False
+    default: bool | None = False
+    needs: str | None = None
+    always_written: bool = False
+    apply: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    restore: Callable[..., Tensor] | None = None
 
-    def __post_init__(self) -> None:
-        """Check types and ranges."""
-        for name in ("shift", "scale", "deflates", "activation_clip", "estimator"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidInputError(f"input layout: {name}={getattr(self, name)!r}; expected true or false")
-        for name in ("left", "right", "low_rank", "estimator_frames"):
-            order = getattr(self, name)
-            if order is not None and (isinstance(order, bool) or not isinstance(order, int) or order < 1):
-                raise InvalidInputError(f"input layout: {name}={order!r}; expected a whole number from 1, or null")
-        if self.low_rank is None and not self.deflates:
-            raise InvalidInputError("input layout: deflates=false without a branch; expected low_rank with it")
-        if self.estimator_frames is not None and not self.estimator:
-            raise InvalidInputError("input layout: estimator_frames without estimator; expected both, or null")
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the tensors that belong to the input."""
+        return [name for name, stored in self.tensors.items() if not stored.of_linear]
+
+    @property
+    def linear_names(self) -> list[str]:
+        """Names of the tensors that belong to the linear."""
+        return [name for name, stored in self.tensors.items() if stored.of_linear]
+
+
+PARTS: dict[str, InputPart] = {
+    "shift": InputPart(tensors={"input_shift": StoredTensor(lambda i, o, size: (i,))}, always_written=True),
+    "scale": InputPart(tensors={f"{PREFIX}scale": StoredTensor(lambda i, o, size: (i,))}, always_written=True),
+    "left": InputPart(
+        tensors={f"{PREFIX}left": StoredTensor(lambda i, o, n1: (n1, n1))},
+        is_sized=True,
+        default=None,
+        always_written=True,
+    ),
+    "right": InputPart(
+        tensors={f"{PREFIX}right": StoredTensor(lambda i, o, n2: (n2, n2))},
+        is_sized=True,
+        default=None,
+        always_written=True,
+    ),
+    "low_rank": InputPart(
+        tensors={
+            "low_rank_basis": StoredTensor(lambda i, o, rank: (i, rank), "BF16"),
+            "low_rank_weight": StoredTensor(lambda i, o, rank: (o, rank), "BF16", of_linear=True),
+        },
+        is_sized=True,
+        default=None,
+        always_written=True,
+    ),
+    "deflates": InputPart(default=True, needs="low_rank"),
+    "activation_clip": InputPart(
+        tensors={"activation_clip": StoredTensor(lambda i, o, size: (1,))}, always_written=True
+    ),
+    "estimator": InputPart(
+        tensors={
+            "estimator_input": StoredTensor(lambda i, o, size: (i,), of_linear=True),
+            "estimator_output": StoredTensor(lambda i, o, size: (o,), of_linear=True),
+        }
+    ),
+    "estimator_frames": InputPart(
+        tensors={"estimator_frames": StoredTensor(lambda i, o, frames: (frames,), of_linear=True)},
+        is_sized=True,
+        default=None,
+        needs="estimator",
+    ),
+}
+"""By name in `quantization_config`; the order is that of JSON and of a packed linear's parameters."""
+
+
+def stored_tensors() -> dict[str, StoredTensor]:
+    """Return every tensor that a part may store, by name."""
+    return {name: tensor for part in PARTS.values() for name, tensor in part.tensors.items()}
+
+
+class InputPath:
+    """Which parts the path of a linear's input has; immutable.
+
+    `path.low_rank` is the value of the part of that name in `PARTS`: a flag, or a size or None.
+
+    Attributes:
+        steps: Its parts with `apply`, in the order of the table.
+
+    Args:
+        **parts: Values by name in `PARTS`; the others have their defaults.
+
+    Raises:
+        InvalidInputError: If there is no such part, a value is not a flag or not a whole number from 1, or a part is
+            without the one that it needs.
+    """
+
+    def __init__(self, **parts: bool | int | None) -> None:
+        for name, value in parts.items():
+            if name not in PARTS:
+                raise unknown_name("key of an input path", name, PARTS)
+            if not PARTS[name].is_sized and not isinstance(value, bool):
+                raise InvalidInputError(f"input path: {name}={value!r}; expected true or false")
+            if PARTS[name].is_sized and value is not None and (type(value) is not int or value < 1):
+                raise InvalidInputError(f"input path: {name}={value!r}; expected a whole number from 1, or null")
+        values = {name: parts.get(name, part.default) for name, part in PARTS.items()}
+        vars(self).update(values)  # read in every call of a linear
+        self._values = {name: value for name, value in values.items() if value != PARTS[name].default}
+        self.steps = tuple(PARTS[name] for name in self._values if PARTS[name].apply is not None)
+        for name, value in self._values.items():
+            needs = PARTS[name].needs
+            if needs is not None and needs not in self._values:
+                raise InvalidInputError(
+                    f"input path: {name}={json.dumps(value)} without {needs}; expected {needs} with it"
+                )
+
+    def __getattr__(self, name: str) -> Any:  # of parts that came to the table later
+        if name not in PARTS:
+            raise AttributeError(f"an input path has no part {name!r}")
+        return PARTS[name].default
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InputPath) and self._values == other._values
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values.items()))
+
+    def __repr__(self) -> str:
+        return f"InputPath({', '.join(f'{name}={value}' for name, value in self._values.items())})"
+
+    def replace(self, **parts: bool | int | None) -> InputPath:
+        """Return the path with other values of some parts."""
+        return InputPath(**{**self._values, **parts})
 
     @property
     def transforms(self) -> bool:
-        """Whether the input is transformed at all."""
+        """Whether there is a scale or a rotation."""
         return self.scale or self.left is not None or self.right is not None
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is stored."""
-        return not (self.shift or self.transforms or self.low_rank or self.activation_clip or self.estimator)
+        """Whether there is no part."""
+        return not self._values
 
     @property
     def needs_grid(self) -> bool:
@@ -87,10 +214,6 @@ class InputLayout:
 
     def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each stored tensor by name: `input_shift`, `transform_scale`, …, `activation_clip`.
-
-        Args:
-            in_features: I.
-            out_features: O.
 
         Raises:
             InvalidInputError: If n1 · n2 is not I, or the rank is above I or O.
@@ -101,105 +224,94 @@ class InputLayout:
             alone = self.left is None or self.right is None
             if n1 * n2 != in_features or (alone and in_features not in (self.left, self.right)):
                 raise InvalidInputError(
-                    f"input layout: factors of order {self.left} and {self.right}; expected a product of {in_features}"
+                    f"input path: factors of order {self.left} and {self.right}; expected a product of {in_features}"
                 )
         if self.low_rank is not None and self.low_rank > min(in_features, out_features):
             raise InvalidInputError(
-                f"input layout: rank {self.low_rank}; expected at most {min(in_features, out_features)} "
+                f"input path: rank {self.low_rank}; expected at most {min(in_features, out_features)} "
                 f"between {in_features} and {out_features} features"
             )
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.shift:
-            shapes["input_shift"] = (in_features,)
-        if self.scale:
-            shapes[f"{PREFIX}scale"] = (in_features,)
-        for name in ("left", "right"):
-            order = getattr(self, name)
-            if order is not None:
-                shapes[PREFIX + name] = (order, order)
-        if self.low_rank is not None:
-            shapes["low_rank_basis"] = (in_features, self.low_rank)
-            shapes["low_rank_weight"] = (out_features, self.low_rank)
-        if self.activation_clip:
-            shapes["activation_clip"] = (1,)
-        if self.estimator:
-            shapes |= {"estimator_input": (in_features,), "estimator_output": (out_features,)}
-        if self.estimator_frames is not None:
-            shapes["estimator_frames"] = (self.estimator_frames,)
-        return shapes
+        return {
+            name: tensor.shape(in_features, out_features, int(value or 0))
+            for part, value in self._values.items()
+            for name, tensor in PARTS[part].tensors.items()
+        }
 
     def num_bytes(self, in_features: int, out_features: int) -> int:
-        """Return the bytes of the stored tensors.
-
-        Args:
-            in_features: I.
-            out_features: O.
-        """
+        """Return the bytes of the stored tensors."""
+        stored = stored_tensors()
         shapes = self.shapes(in_features, out_features)
-        return sum(_BYTES[TENSOR_DTYPES[name]] * math.prod(shape) for name, shape in shapes.items())
+        return sum(_BYTES[stored[name].dtype] * math.prod(shape) for name, shape in shapes.items())
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], *, deflates: bool) -> InputLayout:
-        """Return the layout that tensors have.
+    def of_tensors(cls, tensors: Mapping[str, Tensor], *, deflates: bool) -> InputPath:
+        """Return the path that stored tensors are of.
 
         Args:
-            tensors: By their names in a packed linear.
+            tensors: By their names in a packed linear; the size of a part is the last dimension of its first tensor.
             deflates: Whether a low-rank branch is taken out of the input.
 
         Raises:
-            InvalidInputError: If a name is none of `TENSOR_DTYPES`.
+            InvalidInputError: If no part has a tensor of such a name.
         """
+        known = stored_tensors()
         for name in tensors:
-            if name not in TENSOR_DTYPES:
-                raise unknown_name("tensor of a packed linear", name, TENSOR_DTYPES)
-        orders = {part: tensors[PREFIX + part].shape[0] for part in ("left", "right") if PREFIX + part in tensors}
-        frames = tensors.get("estimator_frames")
-        return cls(
-            shift="input_shift" in tensors,
-            scale=f"{PREFIX}scale" in tensors,
-            activation_clip="activation_clip" in tensors,
-            left=orders.get("left"),
-            right=orders.get("right"),
-            low_rank=tensors["low_rank_basis"].shape[1] if "low_rank_basis" in tensors else None,
-            deflates=deflates,
-            estimator="estimator_input" in tensors,
-            estimator_frames=None if frames is None else len(frames),
-        )
+            if name not in known:
+                raise unknown_name("tensor of a packed linear", name, known)
+        parts: dict[str, bool | int | None] = {"deflates": deflates}
+        for name, part in PARTS.items():
+            first = next((tensors[tensor] for tensor in part.tensors if tensor in tensors), None)
+            if first is not None:
+                parts[name] = first.shape[-1] if part.is_sized else True
+        return cls(**parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, without what older versions do not know where it is at its default."""
-        newer = {field.name: field.default for field in fields(self) if field.name in _NEWER}
-        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
+        return {
+            name: getattr(self, name) for name, part in PARTS.items() if part.always_written or name in self._values
+        }
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> InputLayout:
-        """Read what `to_dict` wrote.
-
-        Args:
-            content: The fields; missing ones have their defaults.
+    def from_dict(cls, content: Mapping[str, Any]) -> InputPath:
+        """Read what `to_dict` wrote; missing parts have their defaults.
 
         Raises:
-            InvalidInputError: If a field is unknown or not valid.
+            InvalidInputError: If a part is unknown or not valid.
         """
         if not isinstance(content, Mapping):
-            raise InvalidInputError(f"input layout: got {type(content).__name__}; expected a mapping")
-        names = [field.name for field in fields(cls)]
-        for name in content:
-            if name not in names:
-                raise unknown_name("key of an input layout", str(name), names)
+            raise InvalidInputError(f"input path: got {type(content).__name__}; expected a mapping")
         return cls(**content)
 
 
-TENSOR_DTYPES = {
-    "input_shift": "F32",
-    f"{PREFIX}scale": "F32",
-    f"{PREFIX}left": "F32",
-    f"{PREFIX}right": "F32",
-    "low_rank_basis": "BF16",
-    "low_rank_weight": "BF16",
-    "activation_clip": "F32",
-    "estimator_input": "F32",
-    "estimator_output": "F32",
-    "estimator_frames": "F32",
-}
-"""Every name that `InputLayout.shapes` may return, with its dtype as safetensors calls it."""
+class InputTensors(NamedTuple):
+    """The tensors of an input path that act before and during quantization: an argument of the ops.
+
+    Attributes:
+        shift: [I], fp32, subtracted first.
+        scale: v, [I], fp32.
+        left: A, [n1, n1], fp32; None is the 1×1 identity if `right` is given.
+        right: B, [n2, n2], fp32; None is the identity that makes n1 · n2 = I.
+        low_rank_basis: V, [I, r], floating, with orthonormal columns.
+        clip_ratio: Factor in (0, 1] on a token's largest magnitude; broadcasts to [M, 1], fp32.
+        deflates: Whether what goes through the low-rank branch is taken out of what is quantized.
+        steps: Parts with `apply`, each with its tensors.
+    """
+
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+    low_rank_basis: Tensor | None = None
+    clip_ratio: Tensor | None = None
+    deflates: bool = True
+    steps: tuple[tuple[InputPart, tuple[Tensor, ...]], ...] = ()
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any], path: InputPath) -> InputTensors:
+        """Pick them from the tensors of a packed linear, by their stored names."""
+        steps = tuple((part, tuple(stored[name] for name in part.input_names)) for part in path.steps)
+        return cls._make([*[stored.get(name) for name in BACKEND_TENSORS], path.deflates, steps])
+
+
+BACKEND_TENSORS = tuple(name for part in PARTS.values() if part.apply is None for name in part.input_names)
+"""Stored names of the first fields of `InputTensors`, in their order."""

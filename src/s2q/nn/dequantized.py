@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from s2q.nn.codes import PackedCodes
+from s2q.nn.stored import StoredLinear
 from s2q.ops.int_matmul import cpu
-
-if TYPE_CHECKING:
-    from s2q.nn.packed import PackedLinear
 
 FASTEST = "fastest"
 """The backend that leaves integers where they are slower."""
@@ -28,39 +26,28 @@ embedded models. Those of published models are larger.
 """
 
 
-def runs_dequantized(layer: PackedLinear) -> bool:
+def runs_dequantized(layer: StoredLinear) -> bool:
     """Tell whether a layer runs as a full-precision linear: its input is not quantized, its weight kept dequantized.
 
     With the backend "fastest" alone, where integers would be slower: on a CPU below `NARROW` features in or out or
     without instructions for codes of its widths, and where no kernel takes the scheme.
-
-    Args:
-        layer: The layer.
     """
     if layer.backend != FASTEST:
         return False
     if layer.weight_scale.device.type != "cpu":
-        return layer.scheme.simulated
+        return layer.simulated
     narrow = min(layer.in_features, layer.out_features) < NARROW
     x_bits = 8 if layer.scheme.activation is None else layer.scheme.activation.num_bits
-    return layer.scheme.simulated or narrow or not cpu.is_fast(x_bits=x_bits, w_bits=layer.scheme.weight.num_bits)
+    return layer.simulated or narrow or not cpu.is_fast(x_bits=x_bits, w_bits=layer.scheme.weight.num_bits)
 
 
-def integer_backend(layer: PackedLinear) -> str:
-    """Return the backend of a layer's integer operations, which know nothing of "fastest".
-
-    Args:
-        layer: The layer.
-    """
+def integer_backend(layer: StoredLinear) -> str:
+    """Return the backend of a layer's integer operations, which know nothing of "fastest"."""
     return "auto" if layer.backend == FASTEST else layer.backend
 
 
-def keeps_prepacked(layer: PackedLinear) -> bool:
-    """Tell whether a layer keeps its codes prepacked (`KeptWeights.prepacked`).
-
-    Args:
-        layer: The layer; its input is quantized.
-    """
+def keeps_prepacked(layer: StoredLinear) -> bool:
+    """Tell whether a layer whose input is quantized keeps its codes prepacked (`DequantizedCache.prepacked`)."""
     weight, activation = layer.scheme.weight, layer.scheme.activation
     if layer.in_features * layer.out_features > PREPACKED_CODES or torch.compiler.is_compiling():
         return False
@@ -75,29 +62,32 @@ class DequantizedCache:
 
     def __init__(self) -> None:
         self._kept: tuple[Tensor, Tensor | None] | None = None
+        self._kept_of: list[tuple[int, int]] = []
         self._prepacked: tuple[Tensor, int, Tensor] | None = None
 
-    def of(self, layer: PackedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Return weight [O, I] and bias [O] or None; computed again for another dtype or device.
+    def of(self, layer: StoredLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return weight [O, I] and bias [O] or None; computed again for another dtype, or after a tensor has changed.
 
         Args:
             layer: Always the same one.
             dtype: Floating.
         """
         kept = self._kept
-        if kept is None or kept[0].dtype != dtype or kept[0].device != layer.weight_scale.device:
+        states = self._kept_of if torch.compiler.is_compiling() else _states(layer)
+        if kept is None or kept[0].dtype != dtype or self._kept_of != states:
             with _outside_inference_mode():
-                kept = self._kept = layer.effective_weight(dtype), layer.effective_bias(dtype)
+                kept = layer.effective_weight(dtype), layer.effective_bias(dtype)
+            self._kept, self._kept_of = kept, states
         return kept
 
-    def prepacked(self, layer: PackedLinear) -> Tensor:
+    def prepacked(self, layer: StoredLinear) -> Tensor:
         """Return the codes [I, O] as oneDNN reads them; prepacked again after the packed ones change.
 
         Args:
             layer: Always the same one; it `keeps_prepacked`.
         """
         weight, kept = layer.packed_weight, self._prepacked
-        version = 0 if weight.is_inference() else weight._version
+        version = _version(weight)
         if kept is None or kept[0] is not weight or kept[1] != version:
             with _outside_inference_mode():
                 kept = self._prepacked = weight, version, cpu.prepack(layer.codes())
@@ -111,11 +101,21 @@ class DequantizedCache:
 
     def release(self) -> None:
         """Drop all of them: the layer has changed, or memory is needed."""
-        self._kept = self._prepacked = None
+        self._kept, self._kept_of, self._prepacked = None, [], None
 
-    def __getstate__(self) -> dict[str, None]:
+    def __getstate__(self) -> dict[str, object]:
         """Copies of a layer keep nothing."""
-        return {"_kept": None, "_prepacked": None}
+        return {"_kept": None, "_kept_of": [], "_prepacked": None}
+
+
+def _states(layer: StoredLinear) -> list[tuple[int, int]]:
+    """Address and version of each tensor of a layer: equal as long as none of them has changed."""
+    stored = [layer.packed_weight, *layer._parameters.values()]
+    return [(t.data_ptr(), _version(t)) for t in stored if t is not None and type(t) is not PackedCodes]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
 
 
 def _outside_inference_mode() -> AbstractContextManager[object]:

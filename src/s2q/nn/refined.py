@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from s2q.core.codebook import levels_of
 from s2q.core.memo import checkpointed, memoize_step
 from s2q.core.qparams import RoundedWeight, dequantize_weight
+from s2q.nn.input_path import StudentInput
 from s2q.nn.packed import PackedLinear
-from s2q.nn.stored import PACKED_DTYPES
-from s2q.nn.student import StudentInput
+from s2q.nn.stored import packed_dtypes
 
 
 class RefinedLinear(nn.Module):
@@ -115,7 +115,7 @@ class RefinedLinear(nn.Module):
             inputs["activation_clip"] = self.source.clip().reshape(1)
         branch = self.low_rank_weight()
         if branch is not None:
-            inputs["low_rank_weight"] = branch.to(PACKED_DTYPES["low_rank_weight"])
+            inputs["low_rank_weight"] = branch.to(packed_dtypes()["low_rank_weight"])
         return PackedLinear.from_rounded(
             RoundedWeight(codes=packed.codes(), scale=self.weight_scale()),
             bias=self.bias(),

@@ -11,21 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from s2q.common.errors import UsageError
-from s2q.core.input_path import TENSOR_DTYPES, InputLayout
+from s2q.core.codebook import levels_of
+from s2q.core.input_path import InputPath, InputTensors, stored_tensors
 from s2q.core.packing import packed_width, unpack_codes
+from s2q.core.qparams import dequantize_weight
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.nn.codes import PackedCodes, reads_as_weight, refusal
+from s2q.ops.kronecker import scaled_kronecker
 
-PACKED_DTYPES = {
-    "weight": torch.uint8,
-    "weight_scale": torch.float32,
-    **{name: {"F32": torch.float32, "BF16": torch.bfloat16}[dtype] for name, dtype in TENSOR_DTYPES.items()},
-}
-"""Dtype of every tensor of a packed linear except its bias; they keep it through `.to(dtype)` and the like."""
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+QuantizedInput = tuple[Tensor, Tensor, Tensor | None]
+"""Codes int8 [M, I], scale fp32 [M, 1] and coefficients of the low-rank branch fp32 [M, r] of an input."""
+
+
+def packed_dtypes() -> dict[str, torch.dtype]:
+    """Return the dtype of every tensor of a packed linear except its bias; `.to(dtype)` and the like keep it."""
+    of_input = {name: _DTYPES[tensor.dtype] for name, tensor in stored_tensors().items()}
+    return {"weight": torch.uint8, "weight_scale": torch.float32, **of_input}
 
 
 class StoredLinear(nn.Linear):
-    """The parameters of a packed linear; see `PackedLinear`."""
+    """The parameters of a packed linear and the weight that they stand for; see `PackedLinear`."""
 
     weight_scale: nn.Parameter
     input_shift: nn.Parameter | None
@@ -46,7 +53,7 @@ class StoredLinear(nn.Linear):
         *,
         bias: bool,
         scheme: LinearScheme,
-        layout: InputLayout | None = None,
+        layout: InputPath | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -55,7 +62,7 @@ class StoredLinear(nn.Linear):
         self.out_features = out_features
         self.scheme = scheme
         self._name = ""
-        self.layout = layout or InputLayout()
+        self.layout = layout or InputPath()
         width = packed_width(scheme.weight.num_bits, in_features)
         groups = num_groups(scheme.weight, in_features)
         if scheme.activation is not None:
@@ -66,11 +73,16 @@ class StoredLinear(nn.Linear):
         self.register_parameter("bias", None)
         if bias:
             self.bias = frozen(torch.empty(out_features, dtype=dtype, device=device))
+        dtypes = packed_dtypes()
         shapes = self.layout.shapes(in_features, out_features)
-        for name in TENSOR_DTYPES:
+        for name in stored_tensors():
             shape = shapes.get(name)
-            value = None if shape is None else frozen(torch.empty(shape, dtype=PACKED_DTYPES[name], device=device))
+            value = None if shape is None else frozen(torch.empty(shape, dtype=dtypes[name], device=device))
             self.register_parameter(name, value)
+        self.backend = "auto"
+        self.simulated = scheme.simulated or any(part.restore is not None for part in self.layout.steps)
+        self.needs_grid = scheme.needs_grid or self.layout.needs_grid
+        self.shared_input: Callable[[Tensor, Callable[[], QuantizedInput]], QuantizedInput] | None = None
 
     def codes(self) -> Tensor:
         """Return the unpacked codes of the weight, int8 [O, I]."""
@@ -86,6 +98,57 @@ class StoredLinear(nn.Linear):
         """Return the codes as `rescaled_int_matmul` takes them: uint8 [O, P] up to 4 bits, int8 [O, I] above."""
         packed = self.packed_weight
         return packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8)
+
+    def input_tensors(self) -> InputTensors:
+        """Return the tensors that act on the input."""
+        return InputTensors.of(self._parameters, self.layout)
+
+    def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the dequantized weight [O, I] for the transformed input, rounded to `dtype`."""
+        return self._dequantized().to(dtype)
+
+    def _dequantized(self) -> Tensor:
+        levels = levels_of(self.scheme.weight, self.in_features, device=self.weight_scale.device)
+        return dequantize_weight(self.codes(), self.weight_scale, levels=levels)
+
+    def effective_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight for the untransformed input: a full-precision linear with it needs no transform or branch.
+
+        That is Ŵ Tᵀ; with a low-rank branch (Ŵ (A ⊗ B)ᵀ (1 - V Vᵀ) + L Vᵀ) diag(v), without 1 - V Vᵀ where the branch
+        leaves the input whole. With an estimator, Ŵ has its correction in it; the scales of frames, which no weight
+        can have, count as 1; parts with `apply` count as nothing, since what they add makes up for what they take.
+
+        Returns:
+            [O, I], rounded to `dtype`.
+        """
+        weight = self._dequantized()
+        if self.estimator_input is not None and self.estimator_output is not None:
+            weight = weight.addr(self.estimator_output, self.estimator_input)
+        if self.layout.transforms:
+            left, right = (
+                None if factor is None else factor.t() for factor in (self.transform_left, self.transform_right)
+            )
+            weight = scaled_kronecker(weight, left=left, right=right)
+        if self.low_rank_basis is not None and self.low_rank_weight is not None:
+            basis, branch = self.low_rank_basis.float(), self.low_rank_weight.float()
+            weight = weight + (branch - weight @ basis if self.layout.deflates else branch) @ basis.t()
+        if self.transform_scale is not None:
+            weight = weight * self.transform_scale
+        return weight.to(dtype)
+
+    def effective_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the bias that belongs to `effective_weight`, b - Ŵ Tᵀ shift: [O] rounded to `dtype`, or None."""
+        if self.bias is None or self.input_shift is None:
+            return None if self.bias is None else self.bias.to(dtype)
+        return (self.bias.float() - self.effective_weight(torch.float32) @ self.input_shift).to(dtype)
+
+    def dequantized_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """Return the full-precision linear of `effective_weight` and `effective_bias`."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
+        bias = self.effective_bias(dtype)
+        linear.weight = frozen(self.effective_weight(dtype))
+        linear.register_parameter("bias", None if bias is None else frozen(bias))
+        return linear
 
     def _changes(self) -> None:
         """Called before parameters change."""
@@ -121,13 +184,13 @@ class StoredLinear(nn.Linear):
         """Register a parameter of a packed linear; refuse others, with which a weight would be computed.
 
         Args:
-            name: "weight", "bias", or one of `PACKED_DTYPES`.
+            name: "weight", "bias", or one of `packed_dtypes`.
             param: The parameter; that of codes becomes `PackedCodes`.
 
         Raises:
             UsageError: If there is no such parameter, or codes are not uint8.
         """
-        if name != "bias" and name not in PACKED_DTYPES:
+        if name != "bias" and name not in packed_dtypes():
             raise refusal(self._owner())
         if name == "weight" and param is not None:
             param = PackedCodes(param, param.requires_grad, owner=self._owner())
@@ -143,7 +206,7 @@ class StoredLinear(nn.Linear):
             self.register_parameter("weight", self._parameters["weight"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        present = (self._parameters[name] for name in PACKED_DTYPES)
+        present = (self._parameters[name] for name in packed_dtypes() if name in self._parameters)
         stored = {id(parameter) for parameter in present if parameter is not None}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -174,7 +237,7 @@ class StoredLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         self._changes()
-        for name, dtype in PACKED_DTYPES.items():
+        for name, dtype in packed_dtypes().items():
             found = state_dict.get(prefix + name)
             if found is not None and found.dtype != dtype:  # copying would convert it silently
                 error_msgs.append(f"{prefix}{name}: got {found.dtype}; expected {dtype}, packed as {self.scheme.name}")

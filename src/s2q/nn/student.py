@@ -11,7 +11,7 @@ trained is in the parameters: of the transform, of the clips and of the estimato
 Shapes: `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch.
 """
 
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,129 +19,12 @@ from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
-from s2q.core.memo import checkpointed, memoize_for, memoize_step
-from s2q.core.qparams import fake_quantize_input, fake_quantize_weight, weight_scale
-from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
-from s2q.core.tokens import current_grid
+from s2q.core.memo import checkpointed, memoize_step
+from s2q.core.qparams import fake_quantize_weight, weight_scale
+from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.nn.clip import START, LearnableClip
-from s2q.nn.estimator import Estimator
-from s2q.nn.stored import PACKED_DTYPES
-
-
-class InputTransform(Protocol):
-    """Interface of a transform T = diag(v) · R in a student; those of `s2q.transforms` implement it."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return x T."""
-        ...
-
-    def scaled(self, x: Tensor) -> Tensor:
-        """Return x diag(v)."""
-        ...
-
-    def rotated(self, x: Tensor) -> Tensor:
-        """Return x R."""
-        ...
-
-    def fold_inverse(self, weight: Tensor, *, dtype: torch.dtype = ...) -> Tensor:
-        """Return W T⁻ᵀ in `dtype`."""
-        ...
-
-    def unscaled(self, weight: Tensor, *, dtype: torch.dtype = ...) -> Tensor:
-        """Return W diag(1/v) in `dtype`."""
-        ...
-
-
-class SplitInput(NamedTuple):
-    """An input on its way into a linear.
-
-    Attributes:
-        quantized: [..., I], transformed and fake-quantized; dtype of the input.
-        coefficients: [..., r], what the low-rank branch multiplies, or None without one.
-    """
-
-    quantized: Tensor
-    coefficients: Tensor | None
-
-
-class StudentInput(nn.Module):
-    """The way of an input into its linears: shift, transform, then fake quantization, each token by itself.
-
-    Attributes:
-        shift: Buffer [I], m, or None for zero.
-        transform: T = diag(v) · R, or None for the identity.
-        low_rank_basis: Buffer [I, r], V, or None without a low-rank branch.
-        low_rank_from: Out of what the branch is taken: "input", "weight" or "both".
-        clip: Returns its ratio, a `LearnableClip` for example; None for 1.
-        scheme: How the input is quantized; None only transforms it (weight-only).
-        recomputes: Whether the backward pass computes the way to the quantized input again instead of keeping it.
-        needs_grid: Whether the scheme depends on where the video tokens of the call at hand are (`core.tokens`).
-
-    Args:
-        scheme: See above.
-        shift: [I], what is subtracted from the input, or None.
-        transform: A module with the methods of `InputTransform`, or None.
-        low_rank_basis: [I, r], the directions of the shifted and scaled input that are not quantized, or None.
-        low_rank_from: See above.
-        clip: Returns one ratio, or None.
-    """
-
-    shift: Tensor | None
-    low_rank_basis: Tensor | None
-
-    def __init__(
-        self,
-        scheme: QuantScheme | None,
-        *,
-        shift: Tensor | None = None,
-        transform: InputTransform | None = None,
-        low_rank_basis: Tensor | None = None,
-        low_rank_from: Literal["input", "weight", "both"] = "input",
-        clip: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.scheme = scheme
-        self.register_buffer("shift", shift, persistent=False)
-        self.register_buffer("low_rank_basis", low_rank_basis, persistent=False)
-        self.transform = transform
-        self.low_rank_from = low_rank_from
-        self.clip = clip
-        self.recomputes = False
-        self.needs_grid = scheme is not None and scheme.delta is not None
-
-    @property
-    def deflates(self) -> bool:
-        """Whether what goes through a branch is taken out of what is quantized."""
-        return self.low_rank_basis is None or self.low_rank_from != "weight"
-
-    @property
-    def reduces_weights(self) -> bool:
-        """Whether what goes through a branch is taken out of the weights."""
-        return self.low_rank_basis is not None and self.low_rank_from != "input"
-
-    def forward(self, x: Tensor) -> SplitInput:
-        """Transform and fake-quantize; the linears of one call share the result within `memoization`.
-
-        Args:
-            x: [..., I], floating.
-        """
-        return memoize_for(self, x, lambda: checkpointed(self._split, x) if self.recomputes else self._split(x))
-
-    def _split(self, x: Tensor) -> SplitInput:
-        centred = x if self.shift is None else x - self.shift
-        coefficients = None
-        if self.low_rank_basis is None:
-            transformed = centred if self.transform is None else self.transform(centred)
-        else:
-            scaled = centred if self.transform is None else self.transform.scaled(centred)
-            coefficients = scaled @ self.low_rank_basis
-            rest = scaled - coefficients @ self.low_rank_basis.t() if self.deflates else scaled
-            transformed = rest if self.transform is None else self.transform.rotated(rest)
-        if self.scheme is not None:
-            ratio = None if self.clip is None else self.clip()
-            grid = current_grid() if self.needs_grid else None
-            transformed = fake_quantize_input(transformed, self.scheme, clip_ratio=ratio, grid=grid)
-        return SplitInput(transformed.to(x.dtype), coefficients)
+from s2q.nn.input_path import Estimator, StudentInput, start_tensors
+from s2q.nn.stored import packed_dtypes
 
 
 class StudentLinear(nn.Module):
@@ -156,6 +39,7 @@ class StudentLinear(nn.Module):
             the way to it.
         weight_clip: Ratio of each output channel, or None for 1.
         estimator: Returns a correction of the output for the quantized input, or None.
+        tensors: Learned tensors of parts with `InputPart.apply` that are this linear's own, by stored name.
         rounding: Returns the quantized weight, [O, I], if its rounding is learned and transform and clip are
             fixed; None rounds to nearest.
 
@@ -184,9 +68,9 @@ class StudentLinear(nn.Module):
         estimator: Estimator | None = None,
     ) -> None:
         super().__init__()
-        for one in (scheme.weight, scheme.activation):
-            if one is not None:
-                num_groups(one, linear.in_features)
+        for side in (scheme.weight, scheme.activation):
+            if side is not None:
+                num_groups(side, linear.in_features)
         if source.scheme != scheme.activation:
             raise InvalidInputError(f"student: its input is quantized as {source.scheme}; expected {scheme.activation}")
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -203,6 +87,7 @@ class StudentLinear(nn.Module):
                 raise InvalidInputError("student: its input is shifted; expected a linear with a bias to compensate")
             bias = bias.float() + linear.weight.detach().float() @ source.shift
         self.register_buffer("bias", bias, persistent=False)
+        self.tensors = start_tensors(source.steps, self.folded_weight() if source.steps else None, of_linear=True)
 
     @classmethod
     def with_clip(
@@ -260,7 +145,9 @@ class StudentLinear(nn.Module):
         assert basis is not None
         weight = self.weight.to(dtype) if transform is None else transform.unscaled(self.weight, dtype=dtype)
         product = weight @ basis.to(dtype)
-        return product.to(PACKED_DTYPES["low_rank_weight"]).float() if self.source.reduces_weights else product.float()
+        if self.source.reduces_weights:
+            product = product.to(packed_dtypes()["low_rank_weight"])
+        return product.float()
 
     def clip_ratio(self) -> Tensor | None:
         """Return the weight's clipping ratios, fp32 [O] or [O, 1], or None for 1."""
@@ -283,8 +170,35 @@ class StudentLinear(nn.Module):
             output = output + self.estimator(quantized)
         if coefficients is None:
             return output
-        branch = memoize_step(self, "low_rank_weight", lambda: self.low_rank_weight(dtype=torch.float32))
+        branch = memoize_step(self, "branch_weight", self._branch_weight)
         return output + F.linear(coefficients, branch).to(output.dtype)
+
+    def _branch_weight(self) -> Tensor:
+        """The columns of the low-rank branch and then of other parts, [O, r]."""
+        columns = [] if self.source.low_rank_basis is None else [self.low_rank_weight(dtype=torch.float32)]
+        columns += list(self._step_tensors(dtype=torch.float32).values())
+        return torch.cat(columns, dim=1) if len(columns) > 1 else columns[0]
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """Return what a packed linear stores beside codes, scale and bias, by name."""
+        tensors = self.source.stored()
+        if self.source.low_rank_basis is not None:
+            tensors["low_rank_weight"] = self.low_rank_weight().to(packed_dtypes()["low_rank_weight"])
+        if self.estimator is not None:
+            tensors |= self.estimator.stored()
+        return tensors | {name: tensor.to(packed_dtypes()[name]) for name, tensor in self._step_tensors().items()}
+
+    def _step_tensors(self, *, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """This linear's own tensors of parts with `apply`, fp32, by stored name."""
+        tensors: dict[str, Tensor] = {}
+        for part in self.source.steps:
+            for name in part.linear_names:
+                start = part.tensors[name].start
+                assert start is not None
+                learned = name in self.tensors
+                tensors[name] = self.tensors[name] if learned else start(self.folded_weight(dtype=dtype))
+        return tensors
 
     def _weight(self) -> Tensor:
         return checkpointed(self._quantized_weight) if self.recomputes else self._quantized_weight()

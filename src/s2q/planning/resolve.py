@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError, nearest_names
-from s2q.core.input_path import InputLayout
+from s2q.core.input_path import InputPath
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups, weight_bytes
 from s2q.models import BlockLinear, block_linears, family_of, outer_linears
 from s2q.recipes.schema import Recipe
@@ -30,7 +30,7 @@ class LinearPlan(BlockLinear):
     """
 
     scheme: LinearScheme
-    layout: InputLayout = InputLayout()
+    layout: InputPath = InputPath()
 
     @property
     def weight_bytes(self) -> int:
@@ -41,6 +41,20 @@ class LinearPlan(BlockLinear):
     def needs_grid(self) -> bool:
         """Whether it has to know where the video tokens lie."""
         return self.scheme.needs_grid or self.layout.needs_grid
+
+
+PLANNED_PARTS: dict[str, Callable[[Recipe, LinearPlan], bool | int | None]] = {
+    "shift": lambda recipe, plan: recipe.transforms.shift != "none" and plan.has_bias,
+    "low_rank": lambda recipe, plan: recipe.transforms.rank(plan.in_features, plan.out_features),
+    "deflates": lambda recipe, plan: (
+        recipe.transforms.deflates or recipe.transforms.rank(plan.in_features, plan.out_features) is None
+    ),
+    "activation_clip": lambda recipe, plan: (
+        plan.scheme.activation is not None and (recipe.clip.activations or recipe.clip.constant is not None)
+    ),
+    "estimator": lambda recipe, plan: recipe.transforms.estimator,
+}
+"""Values of the parts of an input path (`core.input_path.PARTS`) that a recipe gives a linear."""
 
 
 def recipe_linears(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> list[BlockLinear]:
@@ -175,27 +189,18 @@ def _check_groups(linear: BlockLinear, scheme: LinearScheme) -> None:
         raise InvalidInputError(f"{linear.name}: {error}") from error
 
 
-def _layout(recipe: Recipe, plan: LinearPlan, transforms: InputLayout, frames: int | None) -> InputLayout:
-    settings, clip = recipe.transforms, recipe.clip
-    rank = settings.rank(plan.in_features, plan.out_features)
-    return replace(
-        transforms,
-        shift=settings.shift != "none" and plan.has_bias,
-        low_rank=rank,
-        deflates=rank is None or settings.deflates,
-        activation_clip=plan.scheme.activation is not None and (clip.activations or clip.constant is not None),
-        estimator=settings.estimator,
-        estimator_frames=frames if settings.estimator and not plan.sees_text else None,
-    )
+def _layout(recipe: Recipe, plan: LinearPlan, transforms: InputPath, frames: int | None) -> InputPath:
+    parts = {name: value_of(recipe, plan) for name, value_of in PLANNED_PARTS.items()}
+    return transforms.replace(**parts, estimator_frames=None if plan.sees_text or not parts["estimator"] else frames)
 
 
-def _transforms(recipe: Recipe, in_features: int) -> InputLayout:
+def _transforms(recipe: Recipe, in_features: int) -> InputPath:
     """The parts that the recipe's scale and rotation have, known by building one."""
     with torch.device("cpu"):
         tensors = ROTATIONS[recipe.transforms.rotation](in_features, seed=0).state_tensors()
     orders = {name: tensor.shape[0] for name, tensor in tensors.items() if name != "scale"}
     scale = "scale" in tensors or recipe.transforms.scale != "none"
-    return InputLayout(scale=scale, left=orders.get("left"), right=orders.get("right"))
+    return InputPath(scale=scale, left=orders.get("left"), right=orders.get("right"))
 
 
 def _grouped(scheme: QuantScheme, size: int) -> QuantScheme:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from s2q.core.qparams import ClipRatio, code_range, token_scale_from_amax
+from s2q.core.input_path import InputTensors
+from s2q.core.qparams import code_range, token_scale_from_amax
 from s2q.ops.activation_path import reference
 from s2q.ops.scratch import take
 
@@ -26,53 +27,36 @@ _MAGNITUDES = {
 """Integers of a dtype's width, and all their bits but the sign: magnitudes are in order there, NaN above all."""
 
 
-def activation_path(
-    x: Tensor,
-    *,
-    num_bits: int,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    low_rank_basis: Tensor | None = None,
-    deflates: bool = True,
-    clip_ratio: ClipRatio = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Transform and quantize the input of a linear; see `reference.activation_path`.
 
     Args:
         x: [M, I], floating; fp64 is left to the reference.
+        path: Its tensors.
         num_bits: N, 2 to 8.
-        shift: fp32 [I] or None.
-        scale: fp32 [I] or None.
-        left: fp32 [n1, n1] or None.
-        right: fp32 [n2, n2] or None.
-        low_rank_basis: [I, r] or None.
-        deflates: Whether what goes through the branch is taken out of what is quantized.
-        clip_ratio: A float, a tensor that broadcasts to [M, 1], or None.
 
     Returns:
         codes int8 [M, I], token scale fp32 [M, 1], coefficients fp32 [M, r] or None.
     """
-    parts = {"shift": shift, "scale": scale, "left": left, "right": right, "low_rank_basis": low_rank_basis}
     if x.dtype == torch.float64:
-        return reference.activation_path(x, num_bits=num_bits, deflates=deflates, clip_ratio=clip_ratio, **parts)
+        return reference.activation_path(x, path, num_bits=num_bits)
     size = min(len(x), chunk_rows(x))
-    transform = _Transform(x, size, deflates=deflates, **parts)
+    transform = _Transform(x, size, path)
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     token_scales = torch.empty(len(x), 1, dtype=torch.float32, device="cpu")
-    coefficients = None
-    if low_rank_basis is not None:
-        coefficients = torch.empty(len(x), low_rank_basis.shape[1], dtype=torch.float32, device="cpu")
+    coefficients, clip = None, path.clip_ratio
+    if path.low_rank_basis is not None:
+        coefficients = torch.empty(len(x), path.low_rank_basis.shape[1], dtype=torch.float32, device="cpu")
     lowest, highest = code_range(num_bits)
     for start in range(0, len(x), max(1, size)):
-        part = slice(start, start + size)
-        y, own_coefficients = transform(x[part])
-        own_clip = clip_ratio[part] if isinstance(clip_ratio, Tensor) and len(clip_ratio) == len(x) else clip_ratio
-        token_scales[part] = own = token_scale_from_amax(_amax(y), num_bits=num_bits, clip_ratio=own_clip)
-        codes[part] = _in_fp32(torch.div, y, own, out=transform.wide).round_().clamp_(lowest, highest)
-        if coefficients is not None and own_coefficients is not None:
-            coefficients[part] = own_coefficients
+        chunk = slice(start, start + size)
+        y, chunk_coefficients = transform(x[chunk])
+        chunk_clip = clip[chunk] if clip is not None and clip.ndim > 0 and len(clip) == len(x) else clip
+        scales = token_scale_from_amax(_amax(y), num_bits=num_bits, clip_ratio=chunk_clip)
+        token_scales[chunk] = scales
+        codes[chunk] = _in_fp32(torch.div, y, scales, out=transform.wide).round_().clamp_(lowest, highest)
+        if coefficients is not None and chunk_coefficients is not None:
+            coefficients[chunk] = chunk_coefficients
     return codes, token_scales, coefficients
 
 
@@ -88,24 +72,13 @@ def chunk_rows(x: Tensor) -> int:
 class _Transform:
     """`reference.transform_input` of chunks of at most so many rows; the next chunk overwrites the result of one."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        rows: int,
-        *,
-        shift: Tensor | None,
-        scale: Tensor | None,
-        left: Tensor | None,
-        right: Tensor | None,
-        low_rank_basis: Tensor | None,
-        deflates: bool,
-    ) -> None:
+    def __init__(self, x: Tensor, rows: int, path: InputTensors) -> None:
         features, dtype = x.shape[1], reference.product_dtype(x)
-        self.shift, self.scale, self.deflates = shift, scale, deflates
-        factors = (left, right, low_rank_basis)
-        self.left, self.right, self.basis = (None if one is None else one.to(dtype) for one in factors)
-        n1 = 1 if left is None else left.shape[0]
-        self.grid = n1, features // n1 if right is None else right.shape[0]
+        self.shift, self.scale, self.deflates = path.shift, path.scale, path.deflates
+        factors = (path.left, path.right, path.low_rank_basis)
+        self.left, self.right, self.basis = (None if factor is None else factor.to(dtype) for factor in factors)
+        n1 = 1 if path.left is None else path.left.shape[0]
+        self.grid = n1, features // n1 if path.right is None else path.right.shape[0]
         self.wide = take("activation_path wide", (rows, features), torch.float32)
         self.first, self.second = (take(f"activation_path {one}", (rows, features), dtype) for one in (1, 2))
 

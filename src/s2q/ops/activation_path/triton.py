@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError, unknown_name
-from s2q.core.qparams import ClipRatio
+from s2q.core.input_path import InputTensors
 from s2q.ops.activation_path.reference import low_rank_coefficients, split_low_rank, transform_input
 from s2q.ops.activation_path.tiles import PRECISIONS, RotationTile, rotation_tile, row_block
 from s2q.ops.dispatch import architecture_of, launch
@@ -32,30 +32,14 @@ PIECE_ROWS = 4096
 
 
 def activation_path(
-    x: Tensor,
-    *,
-    num_bits: int,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    low_rank_basis: Tensor | None = None,
-    deflates: bool = True,
-    clip_ratio: ClipRatio = None,
-    precision: str | None = None,
+    x: Tensor, path: InputTensors, *, num_bits: int, precision: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Transform and quantize the input of a linear; see `reference.activation_path`.
 
     Args:
         x: [M, I], fp32, fp16 or bf16; rows may be strided.
+        path: Its tensors.
         num_bits: N, 2 to 8.
-        shift: fp32 [I] or None.
-        scale: fp32 [I] or None.
-        left: fp32 [n1, n1] or None.
-        right: fp32 [n2, n2] or None.
-        low_rank_basis: [I, r] or None.
-        deflates: Whether what goes through the branch is taken out of what is quantized.
-        clip_ratio: A float, a tensor that broadcasts to [M, 1], or None.
         precision: Of the rotation, "tf32x3" or "bf16"; None is "bf16" for bf16 x and "tf32x3" otherwise.
 
     Returns:
@@ -70,35 +54,27 @@ def activation_path(
     rows, features = x.shape
     codes = torch.empty(rows, features, dtype=torch.int8, device=x.device)
     token_scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    clip = _clip_of(clip_ratio, x)
-    rotation = _Rotation(x, left, right, precision)
+    clip = _clip_of(path.clip_ratio, x)
+    rotation = _Rotation(x, path.left, path.right, precision)
     coefficients = None
-    if low_rank_basis is not None:
-        coefficients = torch.empty(rows, low_rank_basis.shape[1], dtype=torch.float32, device=x.device)
-    step = PIECE_ROWS if rotation.is_outside or low_rank_basis is not None else max(rows, 1)
+    if path.low_rank_basis is not None:
+        coefficients = torch.empty(rows, path.low_rank_basis.shape[1], dtype=torch.float32, device=x.device)
+    step = PIECE_ROWS if rotation.is_outside or path.low_rank_basis is not None else max(rows, 1)
     for start in range(0, rows, step):
-        own = slice(start, start + step)
-        piece, inside, part = x[own], (shift, scale), None
+        piece_rows = slice(start, start + step)
+        piece, shift, scale, part = x[piece_rows], path.shift, path.scale, None
         if rotation.is_outside:
-            piece, part = transform_input(
-                piece,
-                shift=shift,
-                scale=scale,
-                left=left,
-                right=right,
-                low_rank_basis=low_rank_basis,
-                deflates=deflates,
-            )
-            inside = None, None
-        elif low_rank_basis is not None and deflates:
-            piece, part = split_low_rank(piece, shift=shift, scale=scale, basis=low_rank_basis)
-            inside = None, None
-        elif low_rank_basis is not None:
-            part = low_rank_coefficients(piece, shift=shift, scale=scale, basis=low_rank_basis)
+            piece, part = transform_input(piece, path)
+            shift = scale = None
+        elif path.low_rank_basis is not None and path.deflates:
+            piece, part = split_low_rank(piece, path)
+            shift = scale = None
+        elif path.low_rank_basis is not None:
+            part = low_rank_coefficients(piece, path)
         if coefficients is not None and part is not None:
-            coefficients[own] = part
-        own_clip = clip if clip is None or len(clip) == 1 else clip[own]
-        _run(piece, inside, rotation, own_clip, num_bits, (codes[own], token_scale[own]))
+            coefficients[piece_rows] = part
+        piece_clip = clip if clip is None or len(clip) == 1 else clip[piece_rows]
+        _run(piece, (shift, scale), rotation, piece_clip, num_bits, (codes[piece_rows], token_scale[piece_rows]))
     return codes, token_scale, coefficients
 
 
@@ -124,12 +100,10 @@ class _Rotation:
         return rotation_constants(tile, self.grid, self.precision, (self.left is not None, self.right is not None))
 
 
-def _clip_of(clip_ratio: ClipRatio, x: Tensor) -> Tensor | None:
+def _clip_of(clip_ratio: Tensor | None, x: Tensor) -> Tensor | None:
     """Return the clip ratio as fp32 [1] or [M]."""
     if clip_ratio is None:
         return None
-    if isinstance(clip_ratio, float | int):
-        return torch.full((1,), clip_ratio, dtype=torch.float32, device=x.device)
     clip = clip_ratio.to(device=x.device, dtype=torch.float32).reshape(-1).contiguous()
     if len(clip) not in (1, x.shape[0]):
         raise InvalidInputError(

@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from s2q.core.input_path import stored_tensors
+from s2q.nn.stored import QuantizedInput, StoredLinear
 
 _T = TypeVar("_T")
 
@@ -31,7 +34,7 @@ class SharedInput(Generic[_T]):
         self.readers = readers
         self._kept, self._traced, self._left = None, None, 0
 
-    def get(self, x: Tensor, compute: Callable[[], _T]) -> _T:
+    def __call__(self, x: Tensor, compute: Callable[[], _T]) -> _T:
         """Return what `compute` returns for x, from an earlier reader where it was the same tensor, unchanged.
 
         Nothing is kept of inference tensors, which do not count their changes.
@@ -78,17 +81,60 @@ class SharedInput(Generic[_T]):
         return {"readers": self.readers, "_kept": None, "_traced": None, "_left": 0}
 
 
-def same_tensors(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
-    """Tell whether two lists of tensors are equal, bit for bit.
+def share_inputs(model: nn.Module) -> int:
+    """Let sibling linears with the same transform and quantization share the codes of their input, in place.
+
+    Siblings are the packed linears of one parent module, such as to_q, to_k and to_v of an attention. Whether they do
+    read the same tensor is seen at every call (`SharedInput`), so that a wrong guess costs nothing but a comparison.
 
     Args:
-        one: Tensors, None where there is none; on the meta device they equal only themselves.
-        other: As many.
+        model: A module with packed linears.
+
+    Returns:
+        How many linears share.
     """
-    return all(a is b or _equal(a, b) for a, b in zip(one, other, strict=True))
+    count = 0
+    for parent in model.modules():
+        siblings = [child for child in parent.children() if isinstance(child, StoredLinear) and _on_integers(child)]
+        for linear in siblings:
+            linear.shared_input = None
+        for group in _groups(siblings):
+            shared: SharedInput[QuantizedInput] = SharedInput(len(group))
+            for linear in group:
+                linear.shared_input = shared
+            count += len(group)
+    return count
 
 
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None or one.is_meta or other.is_meta or one.device != other.device:
+def _on_integers(linear: StoredLinear) -> bool:
+    return linear.scheme.activation is not None and not linear.simulated
+
+
+def _groups(linears: list[StoredLinear]) -> list[list[StoredLinear]]:
+    """Those that would compute the same from the same input, at least two each."""
+    names = [name for name, tensor in stored_tensors().items() if not tensor.of_linear]
+
+    def alike(first: StoredLinear, second: StoredLinear) -> bool:
+        same = all(getattr(first, name) == getattr(second, name) for name in ("in_features", "layout"))
+        tensors = ([linear._parameters.get(name) for name in names] for linear in (first, second))
+        return same and first.scheme.activation == second.scheme.activation and same_tensors(*tensors)
+
+    groups: list[list[StoredLinear]] = []
+    for linear in linears:
+        group = next((group for group in groups if alike(group[0], linear)), None)
+        if group is None:
+            groups.append([linear])
+        else:
+            group.append(linear)
+    return [group for group in groups if len(group) > 1]
+
+
+def same_tensors(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
+    """Tell whether two lists of tensors are equal, bit for bit; on the meta device they equal only themselves."""
+    return all(a is b or _equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.is_meta or b.is_meta or a.device != b.device:
         return False
-    return torch.equal(one, other)
+    return torch.equal(a, b)

@@ -4,7 +4,7 @@ import pickle
 
 import torch
 
-from s2q.nn.shared_input import SharedInput, same_tensors
+from s2q.nn.sharing import SharedInput, same_tensors
 
 
 class Counted:
@@ -18,24 +18,24 @@ class Counted:
 
 def test_it_is_computed_once_for_all_readers_and_then_forgotten():
     shared, compute, x = SharedInput(3), Counted(), torch.ones(2)
-    assert [shared.get(x, compute) for _ in range(3)] == [1, 1, 1]
+    assert [shared(x, compute) for _ in range(3)] == [1, 1, 1]
     assert shared._kept is None
-    assert shared.get(x, compute) == 2
+    assert shared(x, compute) == 2
 
 
 def test_another_tensor_or_a_changed_one_is_computed_anew():
     shared, compute, x = SharedInput(3), Counted(), torch.ones(2)
-    assert shared.get(x, compute) == 1
-    assert shared.get(x.clone(), compute) == 2
-    assert shared.get(x, compute) == 3
+    assert shared(x, compute) == 1
+    assert shared(x.clone(), compute) == 2
+    assert shared(x, compute) == 3
     x.add_(1)
-    assert shared.get(x, compute) == 4
-    assert shared.get(x, compute) == 4
+    assert shared(x, compute) == 4
+    assert shared(x, compute) == 4
 
 
 def test_nothing_outlives_the_tensor():
     shared, x = SharedInput(2), torch.ones(2)
-    shared.get(x, Counted())
+    shared(x, Counted())
     del x
     gc.collect()
     assert shared._kept is None
@@ -45,13 +45,13 @@ def test_inference_tensors_do_not_count_changes_so_nothing_is_kept():
     shared, compute = SharedInput(2), Counted()
     with torch.inference_mode():
         x = torch.ones(2)
-        assert [shared.get(x, compute), shared.get(x, compute)] == [1, 2]
+        assert [shared(x, compute), shared(x, compute)] == [1, 2]
 
 
 def test_copies_share_among_themselves_and_start_empty():
     shared = SharedInput(2)
     x = torch.ones(2)
-    shared.get(x, Counted())
+    shared(x, Counted())
     one, other = copy.deepcopy([shared, shared])
     assert one is other
     assert one is not shared
