@@ -35,6 +35,7 @@ PAGES = (
     "docs/speed.md",
     "docs/real-models.md",
     "docs/judging.md",
+    "docs/decisions.md",
 )
 ORDER = (
     "rtn-w8a8",
@@ -411,7 +412,24 @@ def _base(group: str, model: str) -> Variant:
     return next(variant for variant in GROUPS[group] if variant.name == name)
 
 
+def index_table(page: str) -> str:
+    """Sections of a page of the docs with links to their entries."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    lines = table_head("section", ["entries"])
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        entries = " · ".join(_anchor(entry) for entry in re.findall(r"^### (.+)$", section, flags=re.MULTILINE))
+        lines.append(table_row(_anchor(section.partition("\n")[0]), [entries]))
+    return "\n".join(lines)
+
+
+def _anchor(heading: str) -> str:
+    """A link to a heading of the same page."""
+    slug = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+    return f"[{heading}](#{slug})"
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "index": index_table,
     "quality": quality_table,
     "methods": methods_table,
     "field": field_table,
