@@ -39,9 +39,7 @@ def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, gr
 
     Args:
         student: The block with its students, which learn no more.
-        work: The block and the recipe.
         samples: What GPTQ takes its Hessians from.
-        groups: Linears that share an input.
 
     Raises:
         S2QError: If GPTQ fails and the recipe does not allow the fallback.
@@ -66,6 +64,11 @@ def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, gr
             elif layer.rounding is not None:
                 nearest = round_rtn(layer.folded_weight(), linear.scheme.weight)
                 rounded, reports[name] = _learned(layer.rounding, nearest=nearest)
+            else:
+                rounded, report = rounding.round(
+                    layer.folded_weight(), linear.scheme.weight, clip_ratio=layer.clip_ratio()
+                )
+                reports |= {name: report} if report else {}
             packed[name] = pack_student(layer, work, linear, rounded=rounded)
     return packed, reports
 
@@ -78,8 +81,6 @@ def pack_student(
 
     Args:
         layer: The student; learns no more.
-        work: The block and the recipe.
-        linear: Its linear.
         rounded: Its folded weight, rounded; None rounds it by a method that needs no samples, that of the recipe.
 
     Returns:
@@ -100,8 +101,6 @@ def pack_modulation(work: BlockWork, linears: Sequence[LinearPlan], samples: Blo
     """Round and pack modulation linears by a Hessian, that of their inputs at every timestep.
 
     Args:
-        work: The block and the recipe.
-        linears: The linears.
         samples: Their stream has the inputs of every timestep.
 
     Raises:
@@ -137,7 +136,7 @@ def _by_hessian(
 
 
 def _learned(rounding: LearnedRounding, *, nearest: RoundedWeight) -> tuple[RoundedWeight, dict[str, Any]]:
-    """What was learned; the shares of codes that are not the nearest ones, and of those that were left undecided."""
+    """The rounded weight, and the shares of codes that are not the nearest, and of undecided ones."""
     rounded = rounding.rounded()
     changed = float((rounded.codes != nearest.codes).double().mean())
     return rounded, {"changed": changed, "undecided": rounding.undecided()}

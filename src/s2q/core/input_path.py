@@ -72,7 +72,7 @@ class InputPart:
         apply: Takes y [..., I], transformed, and the tensors of the part that belong to the input; returns what is
             quantized instead [..., I], and coefficients [..., k] of columns of the low-rank branch, which the part's
             `of_linear` tensor [O, k] multiplies, or None. Parts without it are computed by the backends.
-        restore: Undoes a part of `apply` that is not linear: from what the codes stand for, [..., I], and the same
+        restore: Undoes a part of `apply` that is not linear: takes the dequantized input, [..., I], and the same
             tensors. A linear with it is simulated.
     """
 
@@ -145,7 +145,7 @@ def stored_tensors() -> dict[str, StoredTensor]:
 
 
 class InputPath:
-    """Which parts the path of a linear's input has; immutable.
+    """Parts of the path of a linear's input; immutable.
 
     `path.low_rank` is the value of the part of that name in `PARTS`: a flag, or a size or None.
 

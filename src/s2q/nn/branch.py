@@ -1,4 +1,4 @@
-"""What is added to the output of a quantized linear in floating point: columns of coefficients times columns [O, 1].
+"""The floating-point branch of a quantized linear: coefficients [M, r] times weights [O, r], added to the output.
 
 The columns are those of the low-rank branch, of parts with `InputPart.apply`, and one of the estimator, Q-VDiT's
 token-aware quantization estimator (TQE), a correction of rank one with a scale for each frame:

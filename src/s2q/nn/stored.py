@@ -32,7 +32,7 @@ def packed_dtypes() -> dict[str, torch.dtype]:
 
 
 class StoredLinear(nn.Linear):
-    """The parameters of a packed linear and the weight that they stand for; see `PackedLinear`."""
+    """The parameters of a packed linear and its dequantized weight; see `PackedLinear`."""
 
     weight_scale: nn.Parameter
     input_shift: nn.Parameter | None
