@@ -18,7 +18,8 @@ import torch
 from environment import environment
 from records import rounded_metrics, write_record
 
-from s2q.evaluation.evaluate import EvaluationOptions, evaluate_each
+from s2q.evaluation.evaluate import TRAJECTORY_BYTES, EvaluationSettings, judge_model, run_reference
+from s2q.evaluation.summary import summarise
 from s2q.recipes.load import load_recipe, recipe_names
 from s2q.run.quantize import quantize
 from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_prompts
@@ -29,25 +30,26 @@ logger = logging.getLogger("embedded_quality")
 
 def measure(model: str, recipes: list[str], *, prompts: int, seeds: int, dtype: str) -> Iterator[tuple[str, dict]]:
     """Quantize and evaluate recipes; a record is `eval.json` with the run's cost and the environment added."""
-    reports = []
-
-    def checkpoints() -> Iterator[str]:
-        for recipe in recipes:
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "checkpoint"
-                reports.append(quantize(model, recipe=recipe, out=out))
-                yield str(out)
-
-    results = evaluate_each(
-        checkpoints(),
-        model,
-        prompts=embedded_prompts(model, split="held-out", count=prompts),
-        seeds=tuple(range(seeds)),
-        options=EvaluationOptions(dtype=dtype),
+    settings = EvaluationSettings(
+        metrics=(),
+        requested={},
+        batch_size=None,
+        device="cpu",
+        dtype=dtype,
+        variant=None,
+        verify=None,
+        lpips_weights=None,
+        clip=None,
+        trajectory_bytes=TRAJECTORY_BYTES,
     )
-    for recipe, result in zip(recipes, results, strict=True):
+    captions = embedded_prompts(model, split="held-out", count=prompts)
+    reference = run_reference(model, prompts=captions, seeds=range(seeds), settings=settings)
+    for recipe in recipes:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "checkpoint"
+            report = quantize(model, recipe=recipe, out=out)
+            result = summarise(judge_model(str(out), reference))
         result["videos"] = rounded_metrics(result["videos"])
-        report = reports[-1]
         described = {"model": recipe, "reference": model, "storage": dict(report.storage)}
         yield recipe, result | described | {"quantize_seconds": report.seconds} | environment()
 

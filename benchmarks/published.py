@@ -8,7 +8,7 @@ import yaml
 from markdown_tables import table_head, table_row
 
 from s2q.evaluation.paper import paper_tables
-from s2q.planning import DEFAULT_MEMORY_BUDGET, Machine, plan
+from s2q.planning import DEFAULT_MEMORY_BUDGET, plan
 
 GIB = 2**30
 GPUS = (24 * 10**9, 80 * 10**9)
@@ -45,8 +45,14 @@ def planned_peak(planned: Any) -> str:
 @functools.cache
 def plan_of(synthetic: str, recipe: str, *overrides: str, memory: int = GPUS[-1]) -> Any:
     """Return the plan of a model by its dimensions, without its weights, on a GPU with so many bytes of memory."""
-    machine = Machine(device="cuda", memory_bytes=memory, memory_budget=DEFAULT_MEMORY_BUDGET)
-    return plan(f"synthetic:{synthetic}", recipe, overrides=overrides, machine=machine)
+    return plan(
+        f"synthetic:{synthetic}",
+        recipe=recipe,
+        overrides=overrides,
+        device="cuda",
+        device_memory=memory,
+        memory_budget=DEFAULT_MEMORY_BUDGET,
+    )
 
 
 def sizes_table(recipe: str) -> str:

@@ -37,7 +37,7 @@ pipe = s2q.load(sys.argv[1])
 seconds = []
 for _ in range(1 + int(sys.argv[3])):
     started = time.perf_counter()
-    s2q.generate(pipe, ["a red circle moving left"], settings={"num_inference_steps": int(sys.argv[2])})
+    s2q.generate(pipe, prompts=["a red circle moving left"], num_inference_steps=int(sys.argv[2]))
     seconds.append(time.perf_counter() - started)
 print(json.dumps(seconds[1:]))
 """

@@ -6,7 +6,17 @@ import pytest
 
 import s2q
 
-VERBS = ("compare", "evaluate", "generate", "inspect", "load", "plan", "quantize")
+VERBS = ("bench", "compare", "evaluate", "generate", "inspect", "load", "plan", "quantize")
+
+
+REQUIRED = introspection.Parameter.empty
+EXCEPTIONS = {
+    ("generate", "prompts"): "there is nothing to generate without",
+    ("generate", "seeds"): "a video a prompt, where judging takes two",
+    ("inspect", "verify"): "hashing every file is asked for",
+    ("bench", "model"): "None is all published models",
+}
+"""Parameters that differ in type or default from those of the same name in other verbs."""
 
 
 def run(code: str) -> str:
@@ -23,6 +33,63 @@ def test_every_verb_is_there_and_documented():
         verb = getattr(s2q, name)
         assert callable(verb)
         assert "Returns:" in introspection.getdoc(verb)
+
+
+def parameters(verb):
+    return introspection.signature(getattr(s2q, verb)).parameters
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_takes_a_model_or_entries_and_keywords(verb):
+    first, *options = parameters(verb).values()
+    assert first.name == ("entries" if verb == "compare" else "model")
+    assert first.kind is introspection.Parameter.POSITIONAL_OR_KEYWORD
+    assert all(option.kind is introspection.Parameter.KEYWORD_ONLY for option in options)
+    assert all(option.annotation is not REQUIRED for option in (first, *options))
+
+
+def test_a_word_has_one_type_and_one_default_in_all_verbs():
+    shared = {}
+    for verb in VERBS:
+        for name, parameter in parameters(verb).items():
+            if (verb, name) not in EXCEPTIONS:
+                shared.setdefault(name, []).append(parameter)
+    for name, uses in shared.items():
+        defaults = {use.default for use in uses if use.default is not REQUIRED}
+        assert len(defaults) <= 1, f"{name}: {defaults}"
+        types = {use.annotation.removesuffix(" | None") for use in uses}
+        narrowest = min(types, key=len)
+        assert name == "model" or len(types) == 1, f"{name}: {types}"
+        assert all(kind.startswith(narrowest) for kind in types), f"{name}: {types}"
+
+
+def test_quantize_shows_every_option_with_its_default():
+    defaults = {name: parameter.default for name, parameter in parameters("quantize").items()}
+    assert defaults == {
+        "model": REQUIRED,
+        "recipe": REQUIRED,
+        "out": None,
+        "prompts": None,
+        "samples": None,
+        "overrides": (),
+        "seed": 0,
+        "device": "cpu",
+        "dtype": None,
+        "variant": None,
+        "max_shard_size": "10GB",
+        "memory_budget": None,
+        "processes": 1,
+        "resume": True,
+        "overwrite": False,
+        "dry_run": False,
+        "progress": None,
+    }
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_unknown_argument_is_a_type_error(verb):
+    with pytest.raises(TypeError, match="divice"):
+        getattr(s2q, verb)("shapes-cogvideox", divice="cpu")
 
 
 def test_unknown_attribute_names_what_there_is():

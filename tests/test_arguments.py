@@ -9,37 +9,20 @@ import pytest
 import torch
 
 import s2q
-from s2q import benchmark as benchmarking
 from s2q.common.errors import S2QError
-from s2q.comparison.setup import CompareOptions
-from s2q.evaluation.evaluate import EvaluationOptions
-from s2q.generation.generate import generate
 
 MODEL = "shapes-cogvideox"
 
 
-def compare(out="out", prompts=("a",), entries=("rtn-w4a6",), model=MODEL, **options):
-    return s2q.compare(entries, model, out=out, prompts=prompts, options=CompareOptions(**options))
-
-
-def evaluate(model=MODEL, reference=MODEL, prompts=("a",), seeds=(0,), **options):
-    return s2q.evaluate(model, reference, prompts=prompts, seeds=seeds, options=EvaluationOptions(**options))
-
-
-def bench(**options):
-    known = {"device": "cpu", "backends": ("reference",), "recipes": ()}
-    return benchmarking.make_cases(None, ("gemm",), benchmarking.Settings(**known | options))
-
-
-VERBS = {
-    "quantize": lambda **given: s2q.quantize(**{"model": MODEL, "recipe": "rtn-w4a6", "out": "out"} | given),
-    "generate": lambda **given: generate(**{"model": MODEL, "prompts": ["a"]} | given),
-    "evaluate": evaluate,
-    "compare": compare,
-    "plan": lambda **given: s2q.plan(**{"model": MODEL} | given),
-    "bench": bench,
-    "load": lambda **given: s2q.load(**{"model": MODEL} | given),
-    "inspect": lambda **given: s2q.inspect(**{"model": "out"} | given),
+VALID = {
+    "quantize": {"model": MODEL, "recipe": "rtn-w4a6", "out": "out"},
+    "generate": {"model": MODEL, "prompts": ["a"]},
+    "evaluate": {"model": MODEL, "reference": MODEL, "prompts": ["a"], "seeds": [0]},
+    "compare": {"entries": ["rtn-w4a6"], "model": MODEL, "out": "out", "prompts": ["a"]},
+    "plan": {"model": MODEL, "recipe": "rtn-w4a6"},
+    "bench": {"model": MODEL, "out": "out.json", "ops": ["gemm"]},
+    "load": {"model": MODEL},
+    "inspect": {"model": "out"},
 }
 
 DEVICES = (None, True, 1.0, -1, "", "gpu", "CPU", b"cpu", ["cpu"], torch.device("meta"), 99)
@@ -54,8 +37,11 @@ OVERRIDES = ("weights.num_bits=8", {"weights.num_bits": 8}, 7, [7], ["weights.nu
 RECIPES = (None, 7, b"rtn-w4a6", ["rtn-w4a6"], "rtn-w4a7", "", {}, {"name": 7})
 VARIANTS = (7, True, "", "a/b", "../x", b"fp16", ["fp16"])
 SIZES = (True, 0, -1, 1.5, "", "lots", "10XB", None, ["10GB"], math.nan)
-SETTINGS = ("num_frames=9", 7, ["num_frames"], {"frames": 9}, {7: 9}, {"num_frames": True}, {"num_frames": 9.0})
-SETTINGS += ({"height": "32"}, {"guidance_scale": math.nan}, {"guidance_scale": True}, {"num_inference_steps": 0})
+BACKENDS = (7, True, "", "tritn", b"cpu", ["cpu"])
+GENERATION = {
+    **dict.fromkeys(("num_frames", "height", "width", "num_inference_steps"), (*NUMBERS, 9.0)),
+    "guidance_scale": (True, -1, "2", math.nan, math.inf, [1]),
+}
 
 CASES = {
     "quantize": {
@@ -71,6 +57,7 @@ CASES = {
         "resume": SWITCHES,
         "overwrite": SWITCHES,
         "dry_run": SWITCHES,
+        "samples": NUMBERS,
         "max_shard_size": SIZES,
         "memory_budget": [size for size in SIZES if size is not None],
         "processes": NUMBERS,
@@ -80,8 +67,13 @@ CASES = {
         "model": MODELS,
         "prompts": [*PROMPTS, None, []],
         "seeds": [*([seed] for seed in SEEDS), 0, "0", None, [], {0}, [0, 0]],
-        "settings": SETTINGS,
+        **GENERATION,
         "batch_size": NUMBERS,
+        "device": DEVICES,
+        "dtype": DTYPES,
+        "verify": [0, 1, "no"],
+        "backend": BACKENDS,
+        "attention_backend": BACKENDS,
     },
     "evaluate": {
         "variant": VARIANTS,
@@ -90,7 +82,7 @@ CASES = {
         "prompts": [*PROMPTS, ["a", "a"], []],
         "seeds": [*([seed] for seed in SEEDS), 0, "0", None, [], {0}, [0, 0]],
         "metrics": ("psnr", 7, [7], ["psrn"]),
-        "settings": SETTINGS,
+        **GENERATION,
         "batch_size": NUMBERS,
         "device": DEVICES,
         "dtype": DTYPES,
@@ -107,30 +99,56 @@ CASES = {
         "prompts": [*PROMPTS, ["a", "a"], []],
         "calibration_prompts": PROMPTS,
         "num_prompts": NUMBERS,
-        "seeds": NUMBERS,
+        "seeds": [*([seed] for seed in SEEDS), 2, "0", None, [], {0}, [0, 0]],
         "processes": NUMBERS,
         "samples": NUMBERS,
         "seed": SEEDS,
+        "verify": [0, 1, "no"],
         "device": DEVICES,
         "dtype": DTYPES,
         "overrides": OVERRIDES,
         "metrics": ("psnr", 7, [7], ["psrn"]),
-        "settings": SETTINGS,
+        **GENERATION,
         "resume": SWITCHES,
         "overwrite": SWITCHES,
         "dry_run": SWITCHES,
         "lpips_weights": PATHS,
         "clip": PATHS,
     },
-    "plan": {"model": MODELS, "recipe": RECIPES, "overrides": OVERRIDES, "dtype": DTYPES},
-    "bench": {
+    "plan": {
+        "variant": VARIANTS,
+        "model": MODELS,
+        "recipe": RECIPES,
+        "overrides": OVERRIDES,
+        "dtype": DTYPES,
         "device": DEVICES,
-        "backends": ("cpu", 7, [7]),
+        "device_memory": [size for size in SIZES if size is not None],
+        "memory_budget": [size for size in SIZES if size is not None],
+    },
+    "bench": {
+        "variant": VARIANTS,
+        "model": [model for model in MODELS if model is not None],
+        "out": [*PATHS, None],
+        "ops": ("gemm", 7, [7], ["gem"], None),
+        "recipes": ("rtn-w4a6", 7, [7], ["rtn-w4a7"], None),
+        "backends": ("cpu", 7, [7], ["tritn"]),
+        "attention_backend": BACKENDS,
+        "device": DEVICES,
         "tokens": NUMBERS,
         "blocks": NUMBERS,
-        "seed": SEEDS,
+        "repeats": NUMBERS,
+        "seconds": (True, -1, "2", math.nan, math.inf, [1]),
+        "again": SWITCHES,
     },
-    "load": {"model": MODELS, "device": DEVICES, "dtype": DTYPES, "verify": [0, 1, "no"], "variant": VARIANTS},
+    "load": {
+        "model": MODELS,
+        "device": DEVICES,
+        "dtype": DTYPES,
+        "verify": [0, 1, "no"],
+        "variant": VARIANTS,
+        "backend": BACKENDS,
+        "attention_backend": BACKENDS,
+    },
     "inspect": {"model": MODELS, "verify": [0, 1, "no", None], "variant": VARIANTS},
 }
 
@@ -141,11 +159,11 @@ def nothing_is_computed(monkeypatch, tmp_path):
         raise AssertionError("a model was loaded although an argument is wrong")
 
     monkeypatch.chdir(tmp_path)
-    for module in ("s2q.generation.generate", "s2q.evaluation.evaluate"):
-        monkeypatch.setattr(importlib.import_module(module), "load_pipeline", refuse)
+    monkeypatch.setattr(importlib.import_module("s2q.evaluation.evaluate"), "load_pipeline", refuse)
     monkeypatch.setattr("s2q.models.source.ModelSource.load_pipeline", refuse)
     monkeypatch.setattr("s2q.run.quantize.load_teacher", refuse)
-    monkeypatch.setattr("s2q.comparison.compare.quantize", refuse)
+    monkeypatch.setattr(importlib.import_module("s2q.comparison.compare"), "quantize", refuse)
+    monkeypatch.setattr(importlib.import_module("s2q.benchmark.bench"), "run_cases", refuse)
     yield
     assert os.listdir(tmp_path) == []
 
@@ -154,7 +172,7 @@ def nothing_is_computed(monkeypatch, tmp_path):
 def test_wrong_arguments_are_refused_on_entry(nothing_is_computed, verb, name):
     for value in CASES[verb][name]:
         with pytest.raises(S2QError) as caught:
-            VERBS[verb](**{name: value})
+            getattr(s2q, verb)(**VALID[verb] | {name: value})
             pytest.fail(f"{verb}({name}={value!r}) was accepted")
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 2500
@@ -167,13 +185,3 @@ def test_arguments_of_one_meaning_give_one_result(tiny_model, tmp_path, device, 
     report = s2q.quantize(tiny_model, recipe="rtn-w4a6", out=tmp_path / "out", **given)
     assert (report.device, report.dtype, report.seed, report.n_prompts) == ("cpu", "float32", 3, 1)
     assert type(report.seed) is int
-
-
-def test_options_are_normalised_when_they_are_made(tmp_path):
-    evaluation = EvaluationOptions(
-        device=torch.device("cpu"), dtype=torch.bfloat16, metrics=["psnr"], clip=str(tmp_path)
-    )
-    assert (evaluation.device, evaluation.dtype, evaluation.metrics) == ("cpu", "bfloat16", ("psnr",))
-    assert evaluation.clip == tmp_path
-    options = CompareOptions(device=torch.device("cpu"), dtype=torch.bfloat16, seed=np.int64(1), overrides=["name=a"])
-    assert (options.device, options.dtype, options.seed, options.overrides) == ("cpu", "bfloat16", 1, ("name=a",))

@@ -15,8 +15,7 @@ from s2q.common import devices
 from s2q.common.log import log_once
 from s2q.common.processor import is_x86
 from s2q.comparison.compare import compare
-from s2q.comparison.setup import CompareOptions
-from s2q.evaluation.evaluate import EvaluationOptions, evaluate
+from s2q.evaluation.evaluate import evaluate
 from s2q.generation.generate import generate
 from s2q.generation.load import load_pipeline
 from s2q.planning import plan
@@ -72,16 +71,15 @@ def test_it_is_logged_once(folders, emulated_half, caplog):
 
 
 def test_generate_takes_the_same_dtype(folders, emulated_half):
-    by_name = generate(folders / "bfloat16", PROMPTS[:1], settings=SETTINGS)
-    loaded = generate(load_pipeline(folders / "bfloat16", dtype="float32"), PROMPTS[:1], settings=SETTINGS)
+    by_name = generate(folders / "bfloat16", prompts=PROMPTS[:1], **SETTINGS)
+    loaded = generate(load_pipeline(folders / "bfloat16", dtype="float32"), prompts=PROMPTS[:1], **SETTINGS)
     assert torch.equal(by_name[0].latents, loaded[0].latents)
 
 
 @pytest.mark.parametrize(("asked", "used"), [(None, "float32"), ("bfloat16", "bfloat16")])
 def test_eval_names_the_one_dtype_of_both_sides(folders, emulated_half, asked, used):
-    options = EvaluationOptions(settings=SETTINGS, metrics=("psnr", "velocity"), dtype=asked)
-    sides = (str(folders / "quantized"), str(folders / "bfloat16"))
-    result = evaluate(*sides, prompts=PROMPTS, seeds=[0], options=options)
+    sides = {"model": folders / "quantized", "reference": folders / "bfloat16"}
+    result = evaluate(**sides, prompts=PROMPTS, seeds=[0], metrics=("psnr", "velocity"), dtype=asked, **SETTINGS)
     assert result["settings"]["dtype"] == used
 
 
@@ -89,8 +87,15 @@ def test_compare_names_the_dtype_and_is_not_resumed_in_another(folders, emulated
     from s2q.common.errors import InvalidInputError
 
     def run():
-        options = CompareOptions(settings=SETTINGS, seeds=1, metrics=("psnr",))
-        return compare(["rtn-w4a6"], str(folders / "bfloat16"), out=tmp_path / "out", prompts=PROMPTS, options=options)
+        return compare(
+            ["rtn-w4a6"],
+            model=folders / "bfloat16",
+            out=tmp_path / "out",
+            prompts=PROMPTS,
+            seeds=[0],
+            metrics=("psnr",),
+            **SETTINGS,
+        )
 
     assert run()["settings"]["dtype"] == "float32"
     monkeypatch.setattr(devices, "has_arithmetic", lambda dtype: True)
@@ -144,14 +149,14 @@ def test_an_explicit_dtype_is_what_a_model_is_calibrated_and_stored_in(folders, 
 
 
 def test_the_plan_counts_what_is_computed_in_and_stores_what_was_stored(folders, monkeypatch, emulated_half):
-    wide = plan(folders / "bfloat16", "s2q-w4a6")
-    rounding = plan(folders / "bfloat16", "rtn-w4a6")
+    wide = plan(folders / "bfloat16", recipe="s2q-w4a6")
+    rounding = plan(folders / "bfloat16", recipe="rtn-w4a6")
     monkeypatch.setattr(devices, "has_arithmetic", lambda dtype: True)
-    same = plan(folders / "bfloat16", "s2q-w4a6")
+    same = plan(folders / "bfloat16", recipe="s2q-w4a6")
     assert wide.storage == same.storage
     assert wide.layers == same.layers
     assert wide.calibration.host_bytes > same.calibration.host_bytes
-    assert rounding.storage == plan(folders / "bfloat16", "rtn-w4a6").storage
+    assert rounding.storage == plan(folders / "bfloat16", recipe="rtn-w4a6").storage
 
 
 @pytest.mark.skipif(not is_x86(), reason="only x86 CPUs can be capped")

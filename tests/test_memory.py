@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 import s2q
 from s2q.cli import run
 from s2q.common.errors import ResourceError
-from s2q.evaluation.evaluate import EvaluationOptions
 
 KINDS = {
     "MemoryError": MemoryError(),
@@ -41,7 +40,7 @@ def test_lack_of_memory_in_generate(tiny_model, tmp_path, monkeypatch, capsys, k
     else:
         monkeypatch.setattr(diffusers.AutoencoderKLCogVideoX, "decode", raising(KINDS[kind]))
     with pytest.raises(ResourceError, match="out of memory while (it was loaded|generating videos); use .*bfloat16"):
-        s2q.generate(str(tiny_model), ["a"], settings=SETTINGS)
+        s2q.generate(str(tiny_model), prompts=["a"], **SETTINGS)
     out = tmp_path / "out"
     code = run(["generate", "-m", str(tiny_model), "--prompt", "a", "-o", str(out), "--steps", "2", "--device", "cpu"])
     assert code == 4
@@ -61,9 +60,7 @@ def test_lack_of_memory_while_a_checkpoint_is_loaded(tiny_model, tmp_path, monke
 
 VERBS = {
     "quantize": lambda model, out: s2q.quantize(model, recipe="rtn-w4a6", out=out),
-    "evaluate": lambda model, out: s2q.evaluate(
-        model, model, prompts=["a"], seeds=[0], options=EvaluationOptions(settings=SETTINGS)
-    ),
+    "evaluate": lambda model, out: s2q.evaluate(model, reference=model, prompts=["a"], seeds=[0], **SETTINGS),
     "load": lambda model, out: s2q.load(model),
 }
 

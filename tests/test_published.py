@@ -45,13 +45,13 @@ def commands(program):
 def test_every_command_is_understood():
     typed = [words[1:] for words in commands("s2q")]
     read = [typer.main.get_command(app).commands[name].make_context(name, rest).params for name, *rest in typed]
-    quantized = [one for one in read if "recipe" in one and "output" in one]
+    quantized = [one for one in read if "recipe" in one and "out" in one]
     judged = [one for one in read if "reference" in one]
     assert len(quantized) == len(judged) == len(published_models())
     for one in quantized:
         assert load_recipe(one["recipe"], overrides=one["overrides"] or ()).name == "s2q-w4a6"
     assert [one["reference"] for one in judged] == [one["model"] for one in quantized]
-    assert [one["model"] for one in judged] == [str(one["output"]) for one in quantized]
+    assert [one["model"] for one in judged] == [str(one["out"]) for one in quantized]
 
 
 def test_the_commands_of_the_papers_tables_are_understood():

@@ -104,7 +104,7 @@ def test_a_dry_run_shows_the_commands_and_the_rows_without_a_recipe(no_baselines
     commands = [parsed(line) for line in lines if not line.startswith("#")]
     assert [one["recipe"] for one in commands if "recipe" in one] == ["rtn-w4a6", "s2q-w4a6", "s2q-plus-w4a6"]
     judged = [one for one in commands if "reference" in one]
-    assert {one["model"] for one in judged} == {str(one["output"]) for one in commands if "recipe" in one}
+    assert {one["model"] for one in judged} == {str(one["out"]) for one in commands if "recipe" in one}
     assert all(one["num_prompts"] == 64 and one["steps"] == 2 and one["seeds"] == 1 for one in judged)
     assert "# QuaRot: no recipe yet" in lines
     assert not (tmp_path / "o").exists()
@@ -134,7 +134,7 @@ def test_a_run_makes_what_is_missing_and_nothing_twice(inputs, tmp_path, in_this
         assert len(videos) == 3
 
     in_this_process.clear()
-    monkeypatch.setattr(running, "evaluate_each", lambda *args, **options: pytest.fail("judged again"))
+    monkeypatch.setattr(running, "run_reference", lambda *args, **options: pytest.fail("judged again"))
     assert main(arguments) == 0
     assert capsys.readouterr().out == page
     assert not in_this_process

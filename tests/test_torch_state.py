@@ -8,13 +8,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 import s2q
-from s2q.benchmark.bench import make_cases, open_results, run_cases
+from s2q.benchmark.bench import make_cases, run_cases
 from s2q.benchmark.case import Settings
+from s2q.benchmark.machine import hardware, versions
+from s2q.benchmark.results import ResultsFile
 from s2q.benchmark.timing import TimingOptions
 from s2q.common.errors import InvalidInputError
 from s2q.common.torch_state import in_fresh_torch_state
-from s2q.comparison.setup import CompareOptions
-from s2q.evaluation.evaluate import EvaluationOptions
 from s2q.recipes.load import load_recipe
 from states import STATES
 from tiny import tiny_wan_pipeline
@@ -83,10 +83,8 @@ def test_a_pipeline_of_inference_tensors_is_quantized_to_the_same_bytes(model, p
 def outcomes(model, checkpoint):
     """What the other verbs give, in the state at hand."""
     pipe = s2q.load(checkpoint)
-    (video,) = s2q.generate(checkpoint, ["a red circle"], settings=SETTINGS)
-    judged = s2q.evaluate(
-        checkpoint, model, prompts=["a red circle"], seeds=[0], options=EvaluationOptions(settings=SETTINGS)
-    )
+    (video,) = s2q.generate(checkpoint, prompts=["a red circle"], **SETTINGS)
+    judged = s2q.evaluate(checkpoint, reference=model, prompts=["a red circle"], seeds=[0], **SETTINGS)
     return {
         "dtype": pipe.transformer.dtype,
         "parameters": [(one.dtype, one.device.type, one.is_inference()) for one in pipe.transformer.parameters()],
@@ -113,13 +111,13 @@ def test_the_other_verbs_give_the_same(model, plain, plain_outcomes, state):
 
 
 def test_comparing_and_measuring_give_the_same_in_every_state(model, plain, tmp_path):
-    options, found = CompareOptions(seeds=1, settings=SETTINGS), {}
+    found = {}
     states = {"plain": contextlib.nullcontext, **{name: STATES[name] for name in ("default float16", "everything")}}
     for name, context in states.items():
         with context():
             prompts, out = ["a red circle"], tmp_path / name
-            done = s2q.compare([str(plain[0])], str(model), out=out, prompts=prompts, options=options)
-            results = open_results(tmp_path / f"{name}.json", device="cpu", again=False)
+            done = s2q.compare([str(plain[0])], model=model, out=out, prompts=prompts, seeds=[0], **SETTINGS)
+            results = ResultsFile(tmp_path / f"{name}.json", hardware=hardware("cpu"), versions=versions())
             run_cases(make_cases(None, ["activation_path"], MEASURED)[:1], results)
         found[name] = [entry["metrics"] for entry in done["entries"]]
     assert found["default float16"] == found["everything"] == found["plain"]

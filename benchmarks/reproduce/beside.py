@@ -260,7 +260,7 @@ def _speed(table: Table, request: Request) -> dict[str, dict[str, Any]]:
         if row.variant is None or row.variant.recipe not in timed:
             continue
         one = timed[row.variant.recipe]
-        storage = plan(model, row.variant.recipe, overrides=request.changes, dtype=request.dtype).storage
+        storage = plan(model, recipe=row.variant.recipe, overrides=request.changes, dtype=request.dtype).storage
         found[_key(row)] = {
             "storage_gb": storage["quantized_bytes"] / GIB,
             "step_memory_gb": _gib(one["peak_memory_bytes"]),

@@ -16,8 +16,8 @@ from reproduce.plan import Request
 from reproduce.run import carry_out, commands
 from reproduce.specs import NO_RECIPE, TABLES, check_changes, chosen_rows
 from s2q.cli import EXIT_INTERRUPTED
-from s2q.cli.commands import resolve_device
 from s2q.cli.console import quiet_libraries
+from s2q.cli.options import resolve_device
 from s2q.common.errors import InvalidInputError, S2QError
 from s2q.evaluation.evaluate import default_prompts
 from s2q.generation.prompts import read_prompts

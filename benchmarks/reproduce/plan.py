@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from reproduce.specs import Row, Table, row_overrides
-from s2q.cli.commands import slug
+from s2q.common.files import slug
 from s2q.recipes.load import load_recipe
 
 _FILE_NAME = re.compile(r"[^/\0]{1,120}")

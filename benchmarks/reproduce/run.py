@@ -14,10 +14,11 @@ from records import rounded_metrics, write_record
 from reproduce.plan import Request, Run, bench_command, runs_of, shown, video_name
 from reproduce.specs import Table
 from s2q.common.files import atomic_write_bytes, atomic_write_json
-from s2q.evaluation.evaluate import EvaluationOptions, evaluate_each
+from s2q.evaluation.evaluate import TRAJECTORY_BYTES, EvaluationSettings, judge_model, run_reference
+from s2q.evaluation.summary import summarise
 from s2q.generation.defaults import frame_rate_of
 from s2q.generation.generate import Video
-from s2q.report import BT601, encode_mp4
+from s2q.report.video import BT601, encode_mp4
 
 logger = logging.getLogger("reproduce")
 
@@ -91,15 +92,26 @@ def _judge(runs: Sequence[Run], prompts: Sequence[str], request: Request) -> Non
     """Judge several runs on a piece; full precision generates once for all of them."""
     folders = {str(run.checkpoint): run.videos for run in runs} | {request.model: request.full_precision_videos()}
     frame_rate = frame_rate_of(request.model)
-    options = EvaluationOptions(
-        settings=request.settings,
-        dtype=request.dtype,
+    settings = EvaluationSettings(
+        metrics=(),
+        requested=request.settings,
+        batch_size=None,
         device=request.device,
-        video_done=lambda label, video: _keep(folders[label], video, frame_rate),
+        dtype=request.dtype,
+        variant=None,
+        verify=None,
+        lpips_weights=None,
+        clip=None,
+        trajectory_bytes=TRAJECTORY_BYTES,
     )
-    models = [str(run.checkpoint) for run in runs]
-    results = evaluate_each(models, request.model, prompts=prompts, seeds=range(request.seeds), options=options)
-    for run, result in zip(runs, results, strict=True):
+
+    def keep(label: str, video: Video) -> None:
+        _keep(folders[label], video, frame_rate)
+
+    seeds = range(request.seeds)
+    reference = run_reference(request.model, prompts=prompts, seeds=seeds, settings=settings, video_done=keep)
+    for run in runs:
+        result = summarise(judge_model(str(run.checkpoint), reference, video_done=keep))
         result["videos"] = rounded_metrics(result["videos"])
         write_record(run.record(prompts), result | environment())
         logger.info("%s: %d prompts judged, %d pieces left", run.key, len(prompts), len(run.missing()))

@@ -3,9 +3,11 @@
     import s2q
     s2q.quantize("shapes-cogvideox", recipe="rtn-w4a6", out="shapes-w4a6")
     pipe = CogVideoXPipeline.from_pretrained("shapes-w4a6")   # works once s2q is imported
+    videos = s2q.generate("shapes-w4a6", prompts=["a red circle moving left on a grey background"])
+    scores = s2q.evaluate("shapes-w4a6", reference="shapes-cogvideox", num_inference_steps=8)
 
-The verbs are those of the command line; each is loaded when it is first used. Importing the package itself only makes
-sure that diffusers knows s2q checkpoints as soon as diffusers is there.
+The verbs are those of the command line, and their keywords its flags; each is loaded when it is first used. Importing
+the package only registers s2q checkpoints with diffusers.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from s2q import _hook
 
 if TYPE_CHECKING:
+    from s2q.benchmark.bench import bench
     from s2q.comparison.compare import compare
     from s2q.evaluation.evaluate import evaluate
     from s2q.generation.generate import generate
@@ -24,9 +27,10 @@ if TYPE_CHECKING:
     from s2q.planning import plan
     from s2q.run.quantize import quantize
 
-__all__ = ["__version__", "compare", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
+__all__ = ["__version__", "bench", "compare", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
 
 _LAZY = {
+    "bench": ("s2q.benchmark.bench", "bench"),
     "compare": ("s2q.comparison.compare", "compare"),
     "evaluate": ("s2q.evaluation.evaluate", "evaluate"),
     "generate": ("s2q.generation.generate", "generate"),

@@ -133,7 +133,7 @@ def test_what_the_recipes_consist_of(width):
         "none",
     )
     assert recipe.modulation.num_bits == (8 if width == "w8a8" else 4)
-    planned = plan("shapes-cogvideox", recipe)
+    planned = plan("shapes-cogvideox", recipe=recipe)
     assert planned.simulated
     assert planned.calibration is None
 

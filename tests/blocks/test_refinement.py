@@ -76,7 +76,9 @@ def test_it_needs_no_distillation_and_no_gptq(tmp_path):
 def test_it_calibrates_and_is_planned_with_gradients():
     nearest = load_recipe("rtn-w4a6", overrides=["refinement.epochs=1"])
     assert nearest.calibrates
-    quarot, learned = (plan("shapes-cogvideox", "quarot-w4a4", overrides=one) for one in ([], ["refinement.epochs=1"]))
+    quarot, learned = (
+        plan("shapes-cogvideox", recipe="quarot-w4a4", overrides=one) for one in ([], ["refinement.epochs=1"])
+    )
     assert learned.calibration.step_bytes > quarot.calibration.step_bytes
 
 

@@ -35,7 +35,7 @@ def test_a_run_writes_every_op_and_a_second_run_measures_nothing(results, tiny_m
     def run_cases(cases, *_args, **_kwargs):
         assert cases == []
 
-    monkeypatch.setattr("s2q.benchmark.run_cases", run_cases)
+    monkeypatch.setattr(bench, "run_cases", run_cases)
     assert run(["bench", "-m", str(tiny_model), "-o", str(out), "-r", "s2q-w4a6", *QUICK]) == 0
     captured = capsys.readouterr()
     assert "already has all results" in captured.err

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from s2q.cli import SPINS, WAITING, commands, limit_spinning, run
+from s2q.cli import SPINS, WAITING, limit_spinning, run
 from s2q.common.errors import (
     BusyError,
     InvalidInputError,
@@ -31,7 +31,7 @@ def test_exit_codes_and_one_line_without_traceback(monkeypatch, capsys, error, c
     def fail(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr(commands, "plan", fail)
+    monkeypatch.setattr("s2q.planning.plan", fail)
     assert run(["plan", "-m", "x"]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -45,7 +45,7 @@ def test_debug_shows_where_and_may_stand_anywhere(monkeypatch, capsys):
     def fail(*_args, **_kwargs):
         raise InvalidInputError("bad")
 
-    monkeypatch.setattr(commands, "plan", fail)
+    monkeypatch.setattr("s2q.planning.plan", fail)
     assert run(["plan", "-m", "x", "--debug"]) == 3
     assert "Traceback" in capsys.readouterr().err
 
@@ -61,7 +61,7 @@ def test_terminate_unwinds_and_exits_143(monkeypatch, capsys):
         finally:
             unwound.append(True)
 
-    monkeypatch.setattr(commands, "plan", wait)
+    monkeypatch.setattr("s2q.planning.plan", wait)
     assert run(["plan", "-m", "x"]) == 143
     assert unwound == [True]
     assert signal.getsignal(signal.SIGTERM) == before

@@ -13,7 +13,7 @@ from s2q.common.arguments import (
     flag,
     model_argument,
     name_list,
-    optional_path,
+    optional,
     parse_dtype,
     path_argument,
     prompt_list,
@@ -236,7 +236,7 @@ def test_what_is_no_path(path):
 def test_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert path_argument("out", "~/a") == path_argument("out", Path("~/a")) == tmp_path / "a"
-    assert optional_path("out", None) is None
+    assert optional(path_argument, "out", None) is None
 
 
 @pytest.mark.parametrize("model", [None, 7, b"a", ["a"], {}, object(), int, "", "a\0", torch.nn.Linear(1, 1)])

@@ -12,7 +12,6 @@ from s2q.comparison import pages
 from s2q.comparison import setup as comparing_setup
 from s2q.comparison import shards as comparing_shards
 from s2q.comparison.compare import compare
-from s2q.comparison.setup import CompareOptions
 from s2q.report import compare_page
 from s2q.run.quantize import quantize
 from tiny_judges import save_tiny_clip, save_tiny_lpips
@@ -23,8 +22,9 @@ RECIPES = ("rtn-w4a4", "rtn-w8a8")
 
 
 def run(model, out, *, entries=RECIPES, prompts=PROMPTS, progress=None, **options):
-    chosen = CompareOptions(**{"settings": SETTINGS, "seeds": 1, **options})
-    return compare(entries, str(model), out=out, prompts=prompts, options=chosen, progress=progress)
+    return compare(
+        entries, model=model, out=out, prompts=prompts, progress=progress, **{**SETTINGS, "seeds": [0], **options}
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -72,15 +72,15 @@ def test_everything_is_there(whole, tiny_model):
 
 
 def test_shards_give_what_one_evaluation_gives(whole, tiny_model):
-    from s2q.evaluation.evaluate import EvaluationOptions, evaluate
+    from s2q.evaluation.evaluate import evaluate
 
     result, out = whole
     alone = evaluate(
         out / "checkpoints" / "rtn-w4a4",
-        tiny_model,
+        reference=tiny_model,
         prompts=PROMPTS,
         seeds=(0,),
-        options=EvaluationOptions(settings=SETTINGS),
+        **SETTINGS,
     )
     ours = json.loads((out / "evaluations" / "rtn-w4a4" / "eval.json").read_text())
     assert set(ours) == set(alone)

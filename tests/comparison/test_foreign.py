@@ -13,7 +13,6 @@ from s2q.cli import run
 from s2q.common.errors import ResourceError
 from s2q.comparison.compare import compare
 from s2q.comparison.entries import find_entries
-from s2q.comparison.setup import CompareOptions
 from s2q.comparison.widths import foreign_width
 from s2q.models import source
 from s2q.report import compare_page
@@ -120,10 +119,12 @@ def test_a_foreign_checkpoint_is_ranked_among_its_width_with_its_bytes(foreign, 
     (theirs / "transformer/stale.safetensors").write_bytes(b"")
     result = compare(
         [str(theirs), str(wider), "rtn-w4a8"],
-        str(tiny_model),
+        model=tiny_model,
         out=tmp_path / "out",
         prompts=[f"scene {number}" for number in range(10)],
-        options=CompareOptions(settings=SETTINGS, seeds=1, metrics=("psnr", "velocity")),
+        **SETTINGS,
+        seeds=[0],
+        metrics=("psnr", "velocity"),
     )
     assert [entry["error"] for entry in result["entries"]] == [None] * 3
     groups = {group["width"]: group["ranking"] for group in result["groups"]}
@@ -139,10 +140,11 @@ def test_a_dry_run_knows_width_and_bytes(foreign, tiny_model, tmp_path):
     theirs = foreign("theirs", use_quantized_matmul=True)
     shown = compare(
         [str(theirs), str(tiny_model)],
-        str(tiny_model),
+        model=tiny_model,
         out=tmp_path / "out",
         prompts=["a"],
-        options=CompareOptions(settings=SETTINGS, dry_run=True),
+        **SETTINGS,
+        dry_run=True,
     )
     first, second = shown["entries"]
     assert (first["width"], first["storage"]["quantized_bytes"]) == ("w4a8", bytes_of(theirs))

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from evaluations import evaluation_settings
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.evaluation import recordings
-from s2q.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_each
+from s2q.evaluation.evaluate import evaluate, judge_model, run_reference
+from s2q.evaluation.summary import summarise
 from s2q.evaluation.video_metrics import METRICS, selected_metrics
 from s2q.run.quantize import quantize
 from tiny import tiny_cogvideox_pipeline
@@ -37,7 +39,7 @@ def damaged(pipe):
 
 
 def test_the_reference_against_itself(pipe):
-    result = evaluate(pipe, pipe, prompts=["a", CAPTION], options=EvaluationOptions(settings=FAST))
+    result = evaluate(pipe, reference=pipe, prompts=["a", CAPTION], **FAST)
     text = json.dumps(result, allow_nan=False)
     assert json.loads(text) == result
     means = {name: entry["mean"] for name, entry in result["metrics"].items()}
@@ -52,7 +54,6 @@ def test_the_reference_against_itself(pipe):
 
 def test_several_models_share_a_reference_that_generates_once(pipe, damaged):
     """Each gets what it would get alone, and is only taken when the one before it has been judged."""
-    options = EvaluationOptions(settings=FAST)
     stages, taken = [], []
 
     def models():
@@ -60,18 +61,19 @@ def test_several_models_share_a_reference_that_generates_once(pipe, damaged):
             taken.append(len(stages))
             yield model
 
-    results = list(
-        evaluate_each(
-            models(), pipe, prompts=["a"], options=options, progress=lambda stage, done, total: stages.append(stage)
-        )
-    )
-    assert results == [evaluate(model, pipe, prompts=["a"], options=options) for model in (damaged, pipe)]
+    def progress(stage, done, total):
+        stages.append(stage)
+
+    settings = evaluation_settings(**FAST)
+    run = run_reference(pipe, prompts=["a"], seeds=(0, 1), settings=settings, progress=progress)
+    results = [summarise(judge_model(model, run, progress=progress)) for model in models()]
+    assert results == [evaluate(model, reference=pipe, prompts=["a"], **FAST) for model in (damaged, pipe)]
     assert 0 < taken[0] < taken[1]
     assert "full precision" not in stages[taken[0] :]
 
 
 def test_the_file_has_everything_that_was_promised(pipe, damaged):
-    result = evaluate(damaged, pipe, prompts=["a", CAPTION], seeds=[0, 4], options=EvaluationOptions(settings=FAST))
+    result = evaluate(damaged, reference=pipe, prompts=["a", CAPTION], seeds=[0, 4], **FAST)
     assert result["schema_version"] == 1
     assert (result["n_prompts"], result["n_seeds"]) == (2, 2)
     adherence = {name for name in METRICS if name.startswith("adherence")}
@@ -103,7 +105,7 @@ def test_the_file_has_everything_that_was_promised(pipe, damaged):
 
 
 def test_means_are_those_of_the_videos(pipe, damaged):
-    result = evaluate(damaged, pipe, prompts=["a", "b", "c"], seeds=[1], options=EvaluationOptions(settings=FAST))
+    result = evaluate(damaged, reference=pipe, prompts=["a", "b", "c"], seeds=[1], **FAST)
     for name in ("ssim", "latent_cosine", "velocity_relative_error"):
         values = [video["metrics"][name] for video in result["videos"]]
         assert result["metrics"][name]["mean"] == pytest.approx(sum(values) / 3)
@@ -113,8 +115,8 @@ def test_means_are_those_of_the_videos(pipe, damaged):
 
 def test_batches_change_nothing_but_rounding(pipe, damaged):
     def run(batch_size):
-        options = EvaluationOptions(settings=FAST, batch_size=batch_size, metrics=("latent", "velocity"))
-        return evaluate(damaged, pipe, prompts=["a", "b", "c"], seeds=[1], options=options)["metrics"]
+        options = dict(FAST, batch_size=batch_size, metrics=("latent", "velocity"))
+        return evaluate(damaged, reference=pipe, prompts=["a", "b", "c"], seeds=[1], **options)["metrics"]
 
     one, many = run(1), run(2)
     for name, entry in one.items():
@@ -122,8 +124,8 @@ def test_batches_change_nothing_but_rounding(pipe, damaged):
 
 
 def test_intervals_from_ten_prompts_on(pipe, damaged):
-    options = EvaluationOptions(settings=FAST | {"num_inference_steps": 1}, metrics=("ssim", "velocity"))
-    result = evaluate(damaged, pipe, prompts=[f"scene {i}" for i in range(10)], seeds=[0], options=options)
+    options = dict(**FAST | {"num_inference_steps": 1}, metrics=("ssim", "velocity"))
+    result = evaluate(damaged, reference=pipe, prompts=[f"scene {i}" for i in range(10)], seeds=[0], **options)
     for entry in result["metrics"].values():
         assert entry["low"] < entry["mean"] < entry["high"]
     assert result["velocity"]["steps"][0]["low"] is not None
@@ -131,9 +133,9 @@ def test_intervals_from_ten_prompts_on(pipe, damaged):
 
 def test_trajectories_beyond_the_memory_for_them_go_to_the_disk(pipe, damaged, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    wanted = {"settings": FAST, "batch_size": 1, "metrics": ("velocity",)}
+    wanted = {**FAST, "batch_size": 1, "metrics": ("velocity",)}
     kept, spilled = (
-        evaluate(damaged, pipe, prompts=["a", "b", "c"], seeds=[0], options=EvaluationOptions(**wanted, **memory))
+        evaluate(damaged, reference=pipe, prompts=["a", "b", "c"], seeds=[0], **wanted, **memory)
         for memory in ({}, {"trajectory_bytes": 1})
     )
     assert spilled == kept
@@ -143,8 +145,8 @@ def test_trajectories_beyond_the_memory_for_them_go_to_the_disk(pipe, damaged, t
 
 def test_videos_that_there_is_no_room_for_have_no_velocity_error(pipe, damaged, monkeypatch, caplog):
     monkeypatch.setattr(recordings.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    options = EvaluationOptions(settings=FAST, batch_size=1, trajectory_bytes=1, metrics=("velocity",))
-    result = evaluate(damaged, pipe, prompts=["a", "b"], seeds=[0], options=options)
+    options = dict(FAST, batch_size=1, trajectory_bytes=1, metrics=("velocity",))
+    result = evaluate(damaged, reference=pipe, prompts=["a", "b"], seeds=[0], **options)
     assert "measured on the first 1 batch(es) of videos only" in caplog.text
     first, second = (video["metrics"]["velocity_relative_error"] for video in result["videos"])
     assert first > 0
@@ -157,10 +159,10 @@ def test_progress_reports_each_stage_from_its_first_step_on(pipe):
     calls = []
     evaluate(
         pipe,
-        pipe,
+        reference=pipe,
         prompts=["a"],
         seeds=[0],
-        options=EvaluationOptions(settings=FAST),
+        **FAST,
         progress=lambda *c: calls.append(c),
     )
     stages = ("full precision", "quantized", "velocity")  # velocity is not announced while videos are generated
@@ -172,13 +174,13 @@ def test_progress_reports_each_stage_from_its_first_step_on(pipe):
     [
         ({"prompts": ["a", "a"]}, "appears twice"),
         ({"prompts": ["a"], "seeds": []}, "seeds"),
-        ({"prompts": ["a"], "options": EvaluationOptions(metrics=("psrn",))}, "nearest names are psnr"),
+        ({"prompts": ["a"], "metrics": ("psrn",)}, "nearest names are psnr"),
         ({"prompts": None}, "no prompts given"),
     ],
 )
 def test_bad_input(pipe, options, message):
     with pytest.raises(InvalidInputError, match=message):
-        evaluate(pipe, pipe, **options)
+        evaluate(pipe, reference=pipe, **options)
 
 
 def test_a_damaged_student_is_refused_before_the_reference_runs(pipe, tmp_path, monkeypatch):
@@ -186,7 +188,7 @@ def test_a_damaged_student_is_refused_before_the_reference_runs(pipe, tmp_path, 
     (tmp_path / "student/model_index.json").open("a").write("\n")
     monkeypatch.setattr(pipe.transformer, "forward", None)
     with pytest.raises(InvalidInputError, match=r"model_index\.json: got \d+ bytes"):
-        evaluate(tmp_path / "student", pipe, prompts=["a"])
+        evaluate(tmp_path / "student", reference=pipe, prompts=["a"])
 
 
 def test_metrics_are_chosen_by_name_or_group():
@@ -197,10 +199,8 @@ def test_metrics_are_chosen_by_name_or_group():
 
 def test_videos_can_be_kept(pipe, damaged):
     kept = []
-    options = EvaluationOptions(
-        metrics=("psnr",), settings=FAST, video_done=lambda label, video: kept.append((label, video))
-    )
-    evaluate(damaged, pipe, prompts=["a", CAPTION], seeds=(3,), options=options)
+    options = dict(metrics=("psnr",), **FAST, video_done=lambda label, video: kept.append((label, video)))
+    evaluate(damaged, reference=pipe, prompts=["a", CAPTION], seeds=(3,), **options)
     assert [(video.prompt, video.seed) for _, video in kept] == [("a", 3), (CAPTION, 3)] * 2
     assert {label for label, _ in kept} == {"CogVideoXPipeline"}
     assert not torch.equal(kept[0][1].latents, kept[2][1].latents)
@@ -209,26 +209,27 @@ def test_videos_can_be_kept(pipe, damaged):
 def test_processes_measure_what_one_measures(pipe, damaged, tmp_path):
     for name, model in (("student", damaged), ("teacher", pipe)):
         model.save_pretrained(tmp_path / name)
-    models, found, kept, stages = (str(tmp_path / "student"), str(tmp_path / "teacher")), [], [], []
+    models = {"model": str(tmp_path / "student"), "reference": str(tmp_path / "teacher")}
+    found, kept, stages = [], [], []
     for processes in (1, 2):
         videos = {}
 
         def keep(label, video, videos=videos):
             videos[label, video.prompt, video.seed] = video.frames
 
-        options = EvaluationOptions(settings=FAST, batch_size=1, processes=processes, video_done=keep)
+        options = dict(FAST, batch_size=1, processes=processes, video_done=keep)
         progress = (lambda *step: stages.append(step)) if processes == 2 else None
-        found.append(evaluate(*models, prompts=["a", "b", CAPTION], seeds=[0, 4], options=options, progress=progress))
+        found.append(evaluate(**models, prompts=["a", "b", CAPTION], seeds=[0, 4], **options, progress=progress))
         kept.append(videos)
     assert found[0] == found[1]
     assert kept[0].keys() == kept[1].keys()
-    assert {label for label, *_ in kept[1]} == set(models)
+    assert {label for label, *_ in kept[1]} == set(models.values())
     assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
     ends = {stage: (done, total) for stage, done, total in stages}
     assert ends == dict.fromkeys(("full precision", "quantized", "velocity"), (12, 12))
 
 
 def test_processes_need_models_by_name(pipe):
-    options = EvaluationOptions(settings=FAST, processes=2)
+    options = dict(FAST, processes=2)
     with pytest.raises(UsageError, match="processes=2 and a loaded pipeline; pass the names or folders"):
-        evaluate(pipe, pipe, prompts=["a"], options=options)
+        evaluate(pipe, reference=pipe, prompts=["a"], **options)

@@ -14,9 +14,9 @@ def pipe():
 
 
 def test_every_prompt_and_seed_in_order_whatever_the_batches(pipe):
-    whole = generate(pipe, ["red", "blue"], seeds=[3, 1], settings=SETTINGS)
+    whole = generate(pipe, prompts=["red", "blue"], seeds=[3, 1], **SETTINGS)
     assert [(video.prompt, video.seed) for video in whole] == [("red", 3), ("red", 1), ("blue", 3), ("blue", 1)]
-    split = generate(pipe, ["blue", "red"], seeds=[1, 3], settings=SETTINGS, batch_size=3)
+    split = generate(pipe, prompts=["blue", "red"], seeds=[1, 3], **SETTINGS, batch_size=3)
     by_name = {(video.prompt, video.seed): video for video in split}
     for video in whole:
         other = by_name[video.prompt, video.seed]
@@ -27,7 +27,7 @@ def test_every_prompt_and_seed_in_order_whatever_the_batches(pipe):
 
 def test_progress_counts_every_step_of_every_batch(pipe):
     calls = []
-    generate(pipe, ["a", "b", "c"], settings=SETTINGS, batch_size=2, progress=lambda *call: calls.append(call))
+    generate(pipe, prompts=["a", "b", "c"], **SETTINGS, batch_size=2, progress=lambda *call: calls.append(call))
     assert calls == [("generate", done, 4) for done in range(5)]
 
 
@@ -37,12 +37,11 @@ def test_progress_counts_every_step_of_every_batch(pipe):
         ([""], {}, "empty"),
         (["x" * 40], {}, "tokens"),
         (["a"], {"seeds": [-1]}, "seed"),
-        (["a"], {"settings": {"num_frames": 8}}, "num_frames"),
-        (["a"], {"settings": {"steps": 8}}, "num_inference_steps"),
+        (["a"], {"num_frames": 8}, "num_frames"),
         (["a"], {"batch_size": 0}, "batch_size"),
     ],
 )
 def test_bad_input_is_refused_before_the_transformer_runs(pipe, monkeypatch, prompts, options, message):
     monkeypatch.setattr(pipe.transformer, "forward", None)
     with pytest.raises(InvalidInputError, match=message):
-        generate(pipe, prompts, **options)
+        generate(pipe, prompts=prompts, **options)

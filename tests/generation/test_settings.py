@@ -47,7 +47,6 @@ def test_frames_that_come_back_as_asked_are_accepted(pipe, num_frames):
         ("guidance_scale", float("nan"), "finite"),
         ("guidance_scale", float("inf"), "finite"),
         ("guidance_scale", -1.0, "at least 0"),
-        ("guidence_scale", 3.0, "guidance_scale"),
     ],
 )
 def test_what_the_model_cannot_take_is_refused_with_a_remedy(pipe, name, value, remedy):

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
+from evaluations import evaluation_settings
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError
 from s2q.comparison.compare import compare
-from s2q.comparison.setup import CompareOptions
-from s2q.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_each
+from s2q.evaluation.evaluate import evaluate, judge_model, run_reference
 from s2q.generation.load import load_pipeline
 from s2q.models import resolve_model
 from s2q.models.architecture import architecture_of, check_comparable
@@ -58,18 +58,12 @@ MISMATCHES = [
     ("deeper", "cogvideox", "its transformer has num_layers=3, that of the reference .*2"),  # full precision too
 ]
 VERBS = {
-    "evaluate": lambda model, reference, out: evaluate(model, reference, prompts=["a"], options=_options()),
+    "evaluate": lambda model, reference, out: evaluate(model, reference=reference, prompts=["a"], **SETTINGS),
     "evaluate, reference loaded": lambda model, reference, out: evaluate(
-        model, load_pipeline(reference), prompts=["a"], options=_options()
+        model, reference=load_pipeline(reference), prompts=["a"], **SETTINGS
     ),
-    "compare": lambda model, reference, out: compare(
-        [model], reference, out=out, prompts=["a"], options=CompareOptions(settings=SETTINGS)
-    ),
+    "compare": lambda model, reference, out: compare([model], model=reference, out=out, prompts=["a"], **SETTINGS),
 }
-
-
-def _options():
-    return EvaluationOptions(settings=SETTINGS)
 
 
 @pytest.fixture
@@ -106,11 +100,9 @@ def test_a_mismatch_is_invalid_input_of_the_command_line(models, tmp_path, capsy
 
 
 def test_each_model_of_several_is_checked_when_it_is_loaded(models):
-    found = evaluate_each(
-        [str(models / "wan-two-q")], str(models / "wan"), prompts=["a"], seeds=(0,), options=_options()
-    )
+    reference = run_reference(models / "wan", prompts=["a"], seeds=(0,), settings=evaluation_settings(**SETTINGS))
     with pytest.raises(InvalidInputError, match="has transformer and transformer_2, the reference .* has transformer;"):
-        next(found)
+        judge_model(models / "wan-two-q", reference)
 
 
 @pytest.mark.parametrize("name", ["cogvideox", "wan", "wan-two", "ltx"])
@@ -127,5 +119,5 @@ def test_another_scheduler_is_a_warning(models, tmp_path, caplog):
     folder = shutil.copytree(models / "wan", tmp_path / "shifted")
     path = folder / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "flow_shift": 5.0}))
-    evaluate(str(folder), str(models / "wan"), prompts=["a"], seeds=(0,), options=EvaluationOptions(settings=SETTINGS))
+    evaluate(str(folder), reference=str(models / "wan"), prompts=["a"], seeds=(0,), **SETTINGS)
     assert "its scheduler has flow_shift=5.0, that of the reference" in caplog.text

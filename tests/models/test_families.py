@@ -9,7 +9,7 @@ import s2q
 from s2q.calibration.stream import TeacherStream
 from s2q.checkpoint import read_config
 from s2q.distillation.token_importance import capture_column_sums
-from s2q.evaluation.evaluate import EvaluationOptions, evaluate
+from s2q.evaluation.evaluate import evaluate
 from s2q.generation.settings import prompt_token_limit, resolve_settings, vae_factors
 from s2q.generation.trajectory import record_trajectory
 from s2q.models import FAMILIES, block_linears, block_names, family_of
@@ -201,7 +201,7 @@ def test_from_plan_to_video(pipe, tmp_path):
     model, out = tmp_path / "model", tmp_path / "out"
     pipe.save_pretrained(model)
     overrides = QUICK + [f"calibration.{name}={value}" for name, value in sizes(pipe).items()]
-    planned = plan(str(model), "s2q-w4a6", overrides=overrides)
+    planned = plan(str(model), recipe="s2q-w4a6", overrides=overrides)
     s2q.quantize(str(model), recipe="s2q-w4a6", out=out, prompts=["red", "a blue square"], overrides=overrides)
     assert set(read_config(out).layers) == {layer.name for layer in planned.layers}
     loaded = DiffusionPipeline.from_pretrained(out)
@@ -213,15 +213,15 @@ def test_from_plan_to_video(pipe, tmp_path):
     frames = loaded("red", **sizes(pipe), **length, num_inference_steps=2, output_type="pt").frames
     assert frames.shape == (1, sizes(pipe)["num_frames"], 3, sizes(pipe)["height"], sizes(pipe)["width"])
     assert bool(frames.isfinite().all())
-    options = EvaluationOptions(settings={**sizes(pipe), "num_inference_steps": 2})
-    result = evaluate(str(out), str(model), prompts=["red", "a blue square"], seeds=[0], options=options)
+    options = {**sizes(pipe), "num_inference_steps": 2}
+    result = evaluate(str(out), reference=str(model), prompts=["red", "a blue square"], seeds=[0], **options)
     assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.5
 
 
 def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     overrides = ["outer.num_bits=8"]
-    planned = plan(str(tmp_path / "model"), "rtn-w4a16", overrides=overrides)
+    planned = plan(str(tmp_path / "model"), recipe="rtn-w4a16", overrides=overrides)
     s2q.quantize(tmp_path / "model", recipe="rtn-w4a16", out=tmp_path / "out", overrides=overrides)
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     linears = {name for name, one in loaded.transformer.named_modules() if isinstance(one, torch.nn.Linear)}

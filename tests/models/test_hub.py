@@ -1,5 +1,6 @@
 """Models on the Hub, from a cache laid out as huggingface_hub does it; nothing is downloaded."""
 
+import importlib
 import json
 import shutil
 
@@ -222,14 +223,12 @@ def test_a_checkpoint_on_the_hub_is_judged_as_a_folder_is(cache):
     assert by_id.layers
 
 
-def test_a_comparison_keeps_the_commits_that_it_began_with(tmp_path):
-    from s2q.comparison.setup import CompareOptions, set_up
-
-    setup = set_up(
-        ["acme/packed@v1"],
-        "acme/full@v1",
-        prompts=["a"],
-        options=CompareOptions(settings={"num_inference_steps": 1, "num_frames": 9, "height": 16, "width": 16}),
-    )
+def test_a_comparison_keeps_the_commits_that_it_began_with(tmp_path, monkeypatch):
+    comparing, setups = importlib.import_module("s2q.comparison.compare"), []
+    set_up = comparing.set_up
+    monkeypatch.setattr(comparing, "set_up", lambda settings: setups.append(set_up(settings)) or setups[-1])
+    sizes = {"num_inference_steps": 1, "num_frames": 9, "height": 16, "width": 16}
+    s2q.compare(["acme/packed@v1"], model="acme/full@v1", out=tmp_path, prompts=["a"], dry_run=True, **sizes)
+    (setup,) = setups
     assert setup.plan.model == f"acme/full@{OLD}"
     assert list(setup.plan.paths.values()) == [f"acme/packed@{OLD}"]

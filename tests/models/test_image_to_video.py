@@ -41,7 +41,7 @@ def model(request, tmp_path_factory):
 @pytest.mark.parametrize("overrides", [[], ["outer.num_bits=8"]], ids=["blocks", "outer"])
 def test_from_plan_to_video(model, tmp_path, overrides):
     original = DiffusionPipeline.from_pretrained(model)
-    planned = plan(str(model), "rtn-w4a6", overrides=overrides)
+    planned = plan(str(model), recipe="rtn-w4a6", overrides=overrides)
     s2q.quantize(model, recipe="rtn-w4a6", out=tmp_path / "out", overrides=overrides)
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(loaded) is type(original)

@@ -54,7 +54,7 @@ def test_tokens_and_linears(name, tokens, text, linears):
     + [("cogvideox-2b", "s2q-w4a6", 3.86), ("cogvideox-5b", "s2q-w4a6", 3.91)],
 )
 def test_packed_size(name, recipe, least):
-    assert plan(f"synthetic:{name}", recipe).storage["ratio"] >= least
+    assert plan(f"synthetic:{name}", recipe=recipe).storage["ratio"] >= least
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_packed_size(name, recipe, least):
     + [("wan-1.3b", 3.8), ("wan-14b", 3.86)],
 )
 def test_packed_size_with_the_linears_outside_the_blocks_at_8_bits(name, least):
-    assert plan(f"synthetic:{name}", "s2q-w4a6", overrides=["outer.num_bits=8"]).storage["ratio"] >= least
+    assert plan(f"synthetic:{name}", recipe="s2q-w4a6", overrides=["outer.num_bits=8"]).storage["ratio"] >= least
 
 
 def test_rows_of_linears():

@@ -16,7 +16,7 @@ from s2q.calibration import stream as stream_module
 from s2q.checkpoint import inspect_checkpoint, read_config
 from s2q.cli.output import show_plan
 from s2q.common.errors import InvalidInputError
-from s2q.evaluation.evaluate import EvaluationOptions, evaluate
+from s2q.evaluation.evaluate import evaluate
 from s2q.evaluation.velocity import velocity_errors
 from s2q.generation.load import load_pipeline
 from s2q.generation.settings import resolve_settings
@@ -135,8 +135,8 @@ def interrupted(state, limit, work):
 def test_the_plan_lists_the_linears_of_both_and_the_bytes_on_disk(model, tmp_path, overrides):
     alone = tiny_wan_pipeline()
     alone.save_pretrained(tmp_path / "alone")
-    of_first = plan(tmp_path / "alone", "rtn-w4a6", overrides=overrides)
-    planned = plan(model, "rtn-w4a6", overrides=overrides)
+    of_first = plan(tmp_path / "alone", recipe="rtn-w4a6", overrides=overrides)
+    planned = plan(model, recipe="rtn-w4a6", overrides=overrides)
     count = len(of_first.layers)
     assert planned.layers[:count] == of_first.layers
     second = [layer.name for layer in planned.layers[count:]]
@@ -158,7 +158,7 @@ def test_the_plan_lists_the_linears_of_both_and_the_bytes_on_disk(model, tmp_pat
 
 
 def test_tables_group_the_blocks_of_each(model, capsys):
-    show_plan(plan(model, "rtn-w4a6").to_dict())
+    show_plan(plan(model, recipe="rtn-w4a6").to_dict())
     shown = capsys.readouterr().out
     assert re.search(r" blocks\.\*\.attn1\.to_q +2 ", shown)
     assert re.search(r" transformer_2\.blocks\.\*\.attn1\.to_q +1 ", shown)
@@ -314,7 +314,7 @@ def test_samples_are_counted_for_each_transformer(model, tmp_path):
 def test_one_of_the_two_can_be_left_as_it_is(model, tmp_path, left):
     kept = COMPONENTS.index(left)
     skip, done = ["blocks.*", "transformer_2.*"][kept], COMPONENTS[1 - kept]
-    planned = plan(model, "rtn-w4a6", overrides=[f"skip=['{skip}']"])
+    planned = plan(model, recipe="rtn-w4a6", overrides=[f"skip=['{skip}']"])
     s2q.quantize(model, recipe="rtn-w4a6", out=tmp_path / "out", overrides=[f"skip=['{skip}']"])
     assert (tmp_path / "out" / left / WEIGHTS).read_bytes() == (model / left / WEIGHTS).read_bytes()
     assert "quantization_config" not in json.loads((tmp_path / "out" / left / "config.json").read_text())
@@ -325,7 +325,7 @@ def test_one_of_the_two_can_be_left_as_it_is(model, tmp_path, left):
     packed = {name for name in COMPONENTS for one in getattr(loaded, name).modules() if isinstance(one, PackedLinear)}
     assert packed == {done}
     with pytest.raises(InvalidInputError, match="is already quantized"):
-        plan(tmp_path / "out", "rtn-w4a6")
+        plan(tmp_path / "out", recipe="rtn-w4a6")
 
 
 def test_without_a_second_transformer_nothing_is_left_to_it(tmp_path):
@@ -343,14 +343,13 @@ def test_without_a_second_transformer_nothing_is_left_to_it(tmp_path):
 
 
 def test_eval_measures_every_step(model, run):
-    options = EvaluationOptions(settings=SETTINGS)
-    result = evaluate(str(run[0]), str(model), prompts=PROMPTS, seeds=[0], options=options)
+    result = evaluate(str(run[0]), reference=str(model), prompts=PROMPTS, seeds=[0], **SETTINGS)
     assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.5
     assert [step["timestep"] for step in result["velocity"]["steps"]] == FIRST + SECOND
     assert min(step["mean"] for step in result["velocity"]["steps"]) > 0
     alone = tiny_wan_pipeline()
     with pytest.raises(InvalidInputError, match="has transformer, the reference .* has transformer and transformer_2"):
-        evaluate(alone, str(model), prompts=PROMPTS, seeds=[0], options=options)
+        evaluate(alone, reference=str(model), prompts=PROMPTS, seeds=[0], **SETTINGS)
 
 
 def test_a_call_is_answered_by_the_transformer_that_was_called(model, run):
@@ -409,7 +408,7 @@ def test_image_to_video_with_two_transformers(tmp_path):
     one = tiny_wan_image_pipeline()
     parts = one.components | {"transformer_2": copy.deepcopy(one.transformer), "boundary_ratio": BOUNDARY}
     WanImageToVideoPipeline(**parts).save_pretrained(tmp_path / "model")
-    planned = plan(tmp_path / "model", "rtn-w4a6")
+    planned = plan(tmp_path / "model", recipe="rtn-w4a6")
     s2q.quantize(tmp_path / "model", recipe="rtn-w4a6", out=tmp_path / "out")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert isinstance(loaded, WanImageToVideoPipeline)

@@ -188,7 +188,7 @@ def test_weights_that_are_not_as_asked_for_are_refused_alike_before_compute(
     folder = put(saved, tmp_path / "model", *names)
     with pytest.raises(InvalidInputError, match=message) as caught:
         if verb == "plan":
-            plan(folder, "rtn-w4a6", variant=variant)
+            plan(folder, recipe="rtn-w4a6", variant=variant)
         else:
             quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", variant=variant)
     assert "\n" not in str(caught.value)
@@ -219,7 +219,7 @@ def test_configurations_alone_can_be_planned_but_not_loaded(saved, tmp_path):
     folder = put(saved, tmp_path / "model", "fp32-shards")
     for path in folder.rglob("*.safetensors"):
         path.unlink()
-    assert plan(folder, "rtn-w4a6").layers
+    assert plan(folder, recipe="rtn-w4a6").layers
     assert resolve_model(folder).weights_dtype() is None
     assert resolve_model(folder).storage() is None
     with pytest.raises(InvalidInputError, match=r"\.safetensors: cannot be read"):

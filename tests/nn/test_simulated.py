@@ -139,5 +139,5 @@ def test_plan_checkpoint_and_report_say_so(tmp_path, caplog):
         first = run_pipeline(loaded)
     assert [one.message for one in caplog.records if "simulated in floating point" in one.message]
     assert bool(torch.isfinite(torch.as_tensor(first)).all())
-    assert plan("shapes-cogvideox", "rtn-w4a6", overrides=GROUPED).simulated
-    assert not plan("shapes-cogvideox", "s2q-plus-w4a6").simulated
+    assert plan("shapes-cogvideox", recipe="rtn-w4a6", overrides=GROUPED).simulated
+    assert not plan("shapes-cogvideox", recipe="s2q-plus-w4a6").simulated

@@ -6,7 +6,7 @@ from step_memory import Case, planned_bytes, traced_bytes
 
 from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.models.synthetic import synthetic_model
-from s2q.planning import Machine, Workload, check_memory, plan, plan_transformers, tensor_sizes
+from s2q.planning import Machine, Workload, check_memory, plan_model, plan_transformers, tensor_sizes, this_machine
 from s2q.planning.cost import block_shapes
 from s2q.planning.resolve import recipe_linears, resolve
 from s2q.planning.workload import workload_of_synthetic
@@ -23,6 +23,10 @@ def shapes_of(name):
     transformers = {"transformer": model.meta_transformer()}
     workload = workload_of_synthetic(model, RECIPE.calibration)
     return block_shapes(transformers, recipe_linears(RECIPE, transformers), workload)
+
+
+def plan(model, *, recipe, overrides=(), machine=None):
+    return plan_model(model, load_recipe(recipe, overrides=overrides), machine=machine or this_machine("cpu"))
 
 
 def machine(memory, **changes):
@@ -62,7 +66,9 @@ def test_learned_rounding_is_planned_with_what_it_holds(recompute):
 
 
 def test_a_step_that_does_not_fit_is_checkpointed():
-    large, small = (plan("synthetic:cogvideox-5b", "s2q-w4a6", machine=machine(size)) for size in (80e9, 16 * 10**9))
+    large, small = (
+        plan("synthetic:cogvideox-5b", recipe="s2q-w4a6", machine=machine(size)) for size in (80e9, 16 * 10**9)
+    )
     assert not large.calibration.gradient_checkpointing
     assert small.calibration.gradient_checkpointing
     assert small.calibration.step_bytes < 0.5 * large.calibration.step_bytes
@@ -72,14 +78,14 @@ def test_a_step_that_does_not_fit_is_checkpointed():
 def test_published_sizes_fit_their_devices():
     """CogVideoX-2B below 16 GB, HunyuanVideo below 40 GB, at the real token counts, without their text encoders."""
     for name, memory in (("cogvideox-2b", 16 * 10**9), ("hunyuanvideo", 40 * 10**9)):
-        planned = plan(f"synthetic:{name}", "s2q-w4a6", machine=machine(memory))
+        planned = plan(f"synthetic:{name}", recipe="s2q-w4a6", machine=machine(memory))
         check_memory(planned)
         assert planned.calibration.tokens > 17_000
 
 
 def test_what_memory_has_no_room_for_lies_on_the_disk():
     whole, part = (
-        plan("synthetic:cogvideox-2b", "s2q-w4a6", machine=machine(80e9, memory_budget=size)).calibration
+        plan("synthetic:cogvideox-2b", recipe="s2q-w4a6", machine=machine(80e9, memory_budget=size)).calibration
         for size in (17 * 10**9, 10**9)
     )
     assert whole.disk_bytes == 0
@@ -88,10 +94,10 @@ def test_what_memory_has_no_room_for_lies_on_the_disk():
 
 def test_page_locked_samples_are_counted_in_powers_of_two():
     tokens, channels = 17_550 + 226, 1920
-    on_gpu = plan("synthetic:cogvideox-2b", "s2q-w4a6", machine=machine(80 * 10**9)).calibration
+    on_gpu = plan("synthetic:cogvideox-2b", recipe="s2q-w4a6", machine=machine(80 * 10**9)).calibration
     assert tokens * channels * 2 <= 1 << 27
     assert on_gpu.activation_bytes == 40 * ((1 << 27) + (1 << 28) + (1 << 17))
-    on_cpu = plan("synthetic:cogvideox-2b", "s2q-w4a6", machine=machine(None, device="cpu")).calibration
+    on_cpu = plan("synthetic:cogvideox-2b", recipe="s2q-w4a6", machine=machine(None, device="cpu")).calibration
     assert on_cpu.activation_bytes == 40 * tokens * (channels * (2 + 4) + 4)
 
 
@@ -111,23 +117,25 @@ def test_directions_of_low_rank_branches_are_planned():
 
 
 def test_a_step_on_the_cpu_takes_its_part_of_the_budget():
-    on_host = plan("synthetic:cogvideox-2b", "s2q-w4a6", machine=machine(None, device="cpu", memory_budget=8 * 10**9))
+    on_host = plan(
+        "synthetic:cogvideox-2b", recipe="s2q-w4a6", machine=machine(None, device="cpu", memory_budget=8 * 10**9)
+    )
     assert on_host.calibration.gradient_checkpointing
     left = 8 * 10**9 - on_host.calibration.step_bytes
     assert on_host.calibration.disk_bytes == on_host.calibration.activation_bytes - left
 
 
 def test_too_little_memory_is_refused_with_what_it_takes():
-    planned = plan("synthetic:hunyuanvideo", "s2q-w4a6", machine=machine(24 * 10**9))
+    planned = plan("synthetic:hunyuanvideo", recipe="s2q-w4a6", machine=machine(24 * 10**9))
     with pytest.raises(
         ResourceError, match=r"hunyuanvideo: stage collect needs about 3\d\.\d GB on cuda, which has 24"
     ):
         check_memory(planned)
-    check_memory(plan("synthetic:hunyuanvideo", "s2q-w4a6", machine=machine(None)))
+    check_memory(plan("synthetic:hunyuanvideo", recipe="s2q-w4a6", machine=machine(None)))
 
 
 def test_processes_need_memory_each():
-    planned = plan("synthetic:cogvideox-2b", "s2q-w4a6", machine=machine(64 * 10**9, device="cpu"))
+    planned = plan("synthetic:cogvideox-2b", recipe="s2q-w4a6", machine=machine(64 * 10**9, device="cpu"))
     check_memory(planned)
     with pytest.raises(ResourceError, match=r"stage blocks in 8 processes needs about .*; take fewer processes"):
         check_memory(planned, processes=8)
@@ -135,7 +143,12 @@ def test_processes_need_memory_each():
 
 def test_calibration_in_bf16_takes_less():
     wide, half = (
-        plan("synthetic:wan-14b", "s2q-w4a6", overrides=[f"calibration.precision={one}"], machine=machine(80 * 10**9))
+        plan(
+            "synthetic:wan-14b",
+            recipe="s2q-w4a6",
+            overrides=[f"calibration.precision={one}"],
+            machine=machine(80 * 10**9),
+        )
         for one in ("float32", "model")
     )
     assert half.calibration.activation_bytes < 0.7 * wide.calibration.activation_bytes
@@ -143,7 +156,7 @@ def test_calibration_in_bf16_takes_less():
 
 
 def test_the_embedded_model_is_planned_from_its_configuration():
-    planned = plan("shapes-cogvideox", "s2q-w4a6")
+    planned = plan("shapes-cogvideox", recipe="s2q-w4a6")
     cost = planned.calibration
     assert (cost.tokens, cost.text_tokens, cost.samples) == (192, 16, 40)
     assert planned.device["name"] == "cpu"
@@ -196,18 +209,21 @@ def test_weights_that_the_process_holds_count_once(monkeypatch, device, recipe):
 def test_sizes_of_the_recipe_count_and_are_checked(tmp_path):
     tiny_cogvideox_pipeline().save_pretrained(tmp_path)
     sizes = ["calibration.num_frames=9", "calibration.height=32", "calibration.width=16"]
-    assert plan(tmp_path, "s2q-w4a6", overrides=sizes).calibration.tokens == 3 * 2 * 1
+    assert plan(tmp_path, recipe="s2q-w4a6", overrides=sizes).calibration.tokens == 3 * 2 * 1
     with pytest.raises(InvalidInputError, match="height"):
-        plan(tmp_path, "s2q-w4a6", overrides=["calibration.height=33"])
+        plan(tmp_path, recipe="s2q-w4a6", overrides=["calibration.height=33"])
     with pytest.raises(InvalidInputError, match="no pipeline to fit num_frames to"):
-        plan("synthetic:wan-14b", "s2q-w4a6", overrides=["calibration.num_frames=9"])
+        plan("synthetic:wan-14b", recipe="s2q-w4a6", overrides=["calibration.num_frames=9"])
 
 
 def test_both_branches_are_as_many_samples_more_whichever_way_they_are_called():
     for name in ("cogvideox-2b", "wan-1.3b"):
         taken, both = (
             plan(
-                f"synthetic:{name}", "s2q-w4a6", overrides=[f"calibration.branches={one}"], machine=machine(80 * 10**9)
+                f"synthetic:{name}",
+                recipe="s2q-w4a6",
+                overrides=[f"calibration.branches={one}"],
+                machine=machine(80 * 10**9),
             )
             for one in ("alternate", "both")
         )

@@ -52,7 +52,7 @@ def test_bytes_on_disk_are_the_planned_ones_exactly(folder, tmp_path, recipe, ov
         overrides = ("distillation.epochs=1", *overrides)
     if loaded.allocation:  # the published budgets are for wide models
         overrides = (f"allocation.budget={loaded.allocation.budget + 1}", *overrides)
-    planned = plan(folder, recipe, overrides=overrides, dtype=dtype)
+    planned = plan(folder, recipe=recipe, overrides=overrides, dtype=dtype)
     report = quantize(folder, recipe=recipe, overrides=overrides, dtype=dtype, out=tmp_path / "out", prompts=["a"])
     stored = load_file(tmp_path / "out" / WEIGHTS)
     for layer, after in zip(planned.layers, report.layers, strict=True):
@@ -81,20 +81,20 @@ def test_bytes_with_rotary_and_learned_positions(tmp_path, learned):
     quantize(tmp_path / "model", recipe="rtn-w4a6", out=tmp_path / "out")
     stored = load_file(tmp_path / "out" / WEIGHTS)
     assert ("patch_embed.pos_embedding" in stored) == learned
-    assert tensor_bytes(stored.values()) == plan(tmp_path / "model", "rtn-w4a6").storage["quantized_bytes"]
+    assert tensor_bytes(stored.values()) == plan(tmp_path / "model", recipe="rtn-w4a6").storage["quantized_bytes"]
     assert torch.isfinite(run_pipeline(load_pipeline(tmp_path / "out"))).all()
 
 
 def test_ratio_is_against_bf16_of_the_whole_transformer_whatever_the_dtype(folder):
     parameters = sum(one.numel() for one in tiny_cogvideox_pipeline().transformer.parameters())
     for dtype in ("bfloat16", "float32"):
-        storage = plan(folder, "rtn-w4a6", dtype=dtype).storage
+        storage = plan(folder, recipe="rtn-w4a6", dtype=dtype).storage
         assert storage["full_precision_bytes"] == 2 * parameters
         assert storage["ratio"] == 2 * parameters / storage["quantized_bytes"]
 
 
 def test_every_block_linear_is_listed_untouched_ones_with_their_dtype(folder):
-    planned = plan(folder, "rtn-w4a6", overrides=["skip=['transformer_blocks.0.*']"])
+    planned = plan(folder, recipe="rtn-w4a6", overrides=["skip=['transformer_blocks.0.*']"])
     assert len(planned.layers) == 16
     assert {layer.scheme for layer in planned.layers if layer.name.startswith("transformer_blocks.0.")} == {"bf16"}
     assert {layer.scheme for layer in planned.layers if layer.name.startswith("transformer_blocks.1.")} == {
@@ -132,12 +132,12 @@ def test_a_transformer_is_built_once(folder, monkeypatch):
         return original(source, component)
 
     monkeypatch.setattr(ModelSource, "meta_transformer", counted)
-    assert plan(folder, "s2q-w4a6").calibration is not None
+    assert plan(folder, recipe="s2q-w4a6").calibration is not None
     assert built == ["transformer"]
 
 
 def test_plain_data(folder):
-    content = json.loads(json.dumps(plan(folder, "rtn-w4a6").to_dict()))
+    content = json.loads(json.dumps(plan(folder, recipe="rtn-w4a6").to_dict()))
     assert content.keys() == {
         *("schema_version", "model", "recipe", "storage", "stages", "layers", "simulated", "device", "calibration"),
         "allocation",
@@ -155,7 +155,7 @@ def test_plain_data(folder):
 def test_a_quantized_model_is_refused(folder, tmp_path):
     quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out")
     with pytest.raises(InvalidInputError, match=r"out: its transformer is already quantized \(by s2q\)"):
-        plan(tmp_path / "out", "rtn-w4a6")
+        plan(tmp_path / "out", recipe="rtn-w4a6")
 
 
 def test_unsupported_class(folder, tmp_path):
@@ -165,4 +165,4 @@ def test_unsupported_class(folder, tmp_path):
     config = json.loads((copy / "transformer/config.json").read_text())
     (copy / "transformer/config.json").write_text(json.dumps({**config, "_class_name": "FluxTransformer2DModel"}))
     with pytest.raises(InvalidInputError, match="'FluxTransformer2DModel' is not supported; supported classes: Cog"):
-        plan(copy, "rtn-w4a6")
+        plan(copy, recipe="rtn-w4a6")

@@ -4,15 +4,9 @@ import numpy as np
 import pytest
 
 from pages import Outline, metric
-from s2q.report import (
-    Scene,
-    render_compare_page,
-    scene_sheet,
-)
-from s2q.report import (
-    compare_table as comparison,
-)
+from s2q.report import compare_table as comparison
 from s2q.report.charts import error_chart
+from s2q.report.compare_page import Scene, render_compare_page, scene_sheet
 from s2q.report.video import reduced, tiled
 
 

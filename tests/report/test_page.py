@@ -5,9 +5,9 @@ import pytest
 
 from pages import Outline, metric
 from s2q.common.errors import InvalidInputError
-from s2q.report import PageContent, PlayerPair, render_page, write_page
 from s2q.report.charts import adherence_chart, velocity_chart
 from s2q.report.formatting import format_bytes, format_cell, format_interval, format_value
+from s2q.report.page import PageContent, PlayerPair, render_page, write_page
 
 
 def evaluation(**changes):

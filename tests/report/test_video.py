@@ -72,7 +72,7 @@ def test_contact_sheet_shows_first_and_last_frame_of_every_row():
     assert np.array_equal(second[::3, ::3], video[0])
 
 
-def test_files_are_written(tmp_path):
+def test_a_video_is_written_and_a_long_label_of_a_sheet_is_cut(tmp_path):
     write_mp4(tmp_path / "a.mp4", scene())
     sheet = contact_sheet([("a label that is much too long for the sheet " * 5, scene(frames=2))])
     assert (tmp_path / "a.mp4").stat().st_size > 500

@@ -120,7 +120,7 @@ def test_the_sensitive_linear_gets_8_bits_and_the_checkpoint_has_them(tmp_path):
 def test_what_is_stored_keeps_the_budget_and_the_plan(tmp_path, recipe, budget):
     tiny_cogvideox_pipeline(dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     recipe = load_recipe(recipe, overrides=[*SMALL, f"allocation.budget={budget}"])
-    planned = plan(tmp_path / "model", recipe)
+    planned = plan(tmp_path / "model", recipe=recipe)
     assert [stage.name for stage in planned.stages] == ["collect", "select", "allocate", "blocks", "assemble"]
     assert planned.allocation.bytes is None
     assert planned.allocation.most_bytes == 2 * WEIGHTS_OF_BLOCK * budget // 8

@@ -287,7 +287,7 @@ def test_plans_of_all_of_them(tmp_path):
     """Each plans; bytes of the same bits differ by what the method stores."""
     tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
     sizes = {
-        (method, width): plan(tmp_path / "model", f"{method}-{width}").storage["quantized_bytes"]
+        (method, width): plan(tmp_path / "model", recipe=f"{method}-{width}").storage["quantized_bytes"]
         for method in METHODS
         for width in WIDTHS
     }
@@ -297,7 +297,7 @@ def test_plans_of_all_of_them(tmp_path):
         clipped = load_recipe(f"{method}-w4a6").clip.constant is not None  # a number a linear, at 4 and 6 bits alone
         assert (sizes[method, "w4a6"] > sizes[method, "w4a8"]) == clipped
         assert (sizes[method, "w4a6"] == sizes[method, "w4a8"]) != clipped
-    plain = plan(tmp_path / "model", "rtn-w4a4").storage["quantized_bytes"]
+    plain = plan(tmp_path / "model", recipe="rtn-w4a4").storage["quantized_bytes"]
     assert plain < sizes["smoothquant", "w4a4"] < sizes["vidit-q", "w4a4"] < sizes["quarot", "w4a4"]
     assert sizes["smoothquant", "w4a4"] < sizes["svdquant", "w4a4"]
     assert plain < sizes["brecq", "w4a4"] < sizes["smoothquant", "w4a4"] < sizes["ptq4dit", "w4a4"]

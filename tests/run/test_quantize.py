@@ -320,7 +320,7 @@ def test_dry_run_returns_the_plan_and_touches_nothing(folder, tmp_path, monkeypa
     monkeypatch.setattr(Machine, "process_bytes", 10**9)  # this process grows from plan to plan
     planned = quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", dry_run=True)
     assert isinstance(planned, Plan)
-    assert planned == plan(folder, "rtn-w4a6")
+    assert planned == plan(folder, recipe="rtn-w4a6")
     loaded = quantize(tiny_cogvideox_pipeline(num_layers=3, dtype=torch.bfloat16), recipe="rtn-w4a6", dry_run=True)
     assert (loaded.layers, loaded.storage) == (planned.layers, planned.storage)
     assert not list(tmp_path.iterdir())

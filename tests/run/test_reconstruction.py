@@ -331,7 +331,7 @@ def test_a_low_rank_branch_takes_most_of_the_error_and_everything_about_it_is_st
     overrides = ["transforms.low_rank=2"]
     report = small(tmp_path / "out", overrides=overrides)
     assert all(new.loss["final"] < old.loss["final"] for new, old in zip(report.blocks, run[1].blocks, strict=True))
-    planned = plan(tmp_path / "model", "s2q-w4a6", overrides=overrides, dtype="float32")
+    planned = plan(tmp_path / "model", recipe="s2q-w4a6", overrides=overrides, dtype="float32")
     assert planned.storage["quantized_bytes"] == report.storage["quantized_bytes"]
     transformer = load_pipeline(tmp_path / "out").transformer
     block = transformer.transformer_blocks[0]
@@ -347,7 +347,7 @@ def test_a_low_rank_branch_takes_most_of_the_error_and_everything_about_it_is_st
 
 def test_plan_has_the_stages_and_the_bytes(run, tmp_path):
     tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
-    planned = plan(tmp_path / "model", "s2q-w4a6", dtype="float32")
+    planned = plan(tmp_path / "model", recipe="s2q-w4a6", dtype="float32")
     assert [stage.name for stage in planned.stages] == ["collect", "select", "blocks", "assemble"]
     assert planned.storage["quantized_bytes"] == run[1].storage["quantized_bytes"]
 

@@ -7,7 +7,7 @@ import pytest
 from s2q.calibration.teacher import load_teacher
 from s2q.common.errors import InvalidInputError
 from s2q.models import resolve_model
-from s2q.planning import plan, this_machine
+from s2q.planning import plan_model, this_machine
 from s2q.recipes.load import load_recipe
 from s2q.run import time_estimate as measure
 from s2q.run.time_estimate import BlockSeconds, measured
@@ -36,7 +36,7 @@ def test_every_stage_gets_its_seconds_and_nothing_is_left(tmp_path, recipe):
     overrides = ["calibration.steps=4", "calibration.n_prompts=2", "calibration.samples=8"]
     validated, source = load_recipe(recipe, overrides=overrides), resolve_model(tmp_path / "model")
     machine = this_machine("cpu")
-    planned = plan(source, validated, machine=machine)
+    planned = plan_model(source, validated, machine=machine)
     seen = []
     result = measured(planned, source, validated, machine=machine, progress=lambda *step: seen.append(step))
     seconds = {stage.name: stage.seconds for stage in result.stages}
@@ -55,7 +55,7 @@ def test_collecting_takes_as_long_as_the_prompts_of_the_run(tmp_path, monkeypatc
     overrides = ["calibration.steps=4", "calibration.n_prompts=3", "calibration.samples=8"]
     recipe, source = load_recipe("s2q-w4a6", overrides=overrides), resolve_model(tmp_path / "model")
     machine = this_machine("cpu")
-    planned = plan(source, recipe, machine=machine)
+    planned = plan_model(source, recipe, machine=machine)
     clock = itertools.count()
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(measure, "_blocks", lambda *args, **arguments: 0.0)
@@ -70,7 +70,7 @@ def test_both_of_two_transformers_get_samples(tmp_path):
     overrides = ["calibration.steps=4", "calibration.n_prompts=2", "calibration.samples=2", *size]
     validated, source = load_recipe("s2q-w4a6", overrides=overrides), resolve_model(tmp_path / "model")
     machine = this_machine("cpu")
-    result = measured(plan(source, validated, machine=machine), source, validated, machine=machine)
+    result = measured(plan_model(source, validated, machine=machine), source, validated, machine=machine)
     assert [stage.seconds is None for stage in result.stages] == [False, False, False, True]
 
 

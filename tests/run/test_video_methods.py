@@ -230,13 +230,13 @@ def test_what_the_recipes_consist_of(width):
 
 def test_plans(tmp_path):
     """Bytes of an estimator: α, β and a scale for each frame, for every linear that sees video."""
-    plain, estimated = (plan("shapes-cogvideox", name) for name in ("rtn-w4a4", "q-vdit-w4a4"))
+    plain, estimated = (plan("shapes-cogvideox", recipe=name) for name in ("rtn-w4a4", "q-vdit-w4a4"))
     frames = estimated.calibration.frames
     quantized = [one for one in estimated.layers if one.scheme == "w4a4"]
     more = sum(4 * (sum(one.shape) + frames) for one in quantized)
     assert estimated.storage["quantized_bytes"] == plain.storage["quantized_bytes"] + more
     assert not estimated.simulated
-    delta = plan("shapes-cogvideox", "deltaquant-w4a4")
+    delta = plan("shapes-cogvideox", recipe="deltaquant-w4a4")
     assert delta.simulated
     assert delta.storage["quantized_bytes"] == plain.storage["quantized_bytes"]
 

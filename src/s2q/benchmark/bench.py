@@ -6,6 +6,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from s2q.benchmark import micro
 from s2q.benchmark.calibration_block import calibration_case
@@ -27,52 +30,120 @@ from s2q.benchmark.shapes import (
     subject_rows,
 )
 from s2q.benchmark.steps import synthetic_step_case
-from s2q.common.arguments import device_name
+from s2q.benchmark.timing import TimingOptions
+from s2q.common.arguments import (
+    device_name,
+    flag,
+    model_argument,
+    name_list,
+    optional,
+    path_argument,
+    whole_number,
+    word,
+)
 from s2q.common.errors import (
+    InvalidInputError,
     ResourceError,
     first_line,
     is_out_of_memory,
     unknown_name,
 )
+from s2q.common.outputs import output_lock
 from s2q.common.progress import Progress, silent
 from s2q.common.torch_state import in_fresh_torch_state
+from s2q.generation.defaults import generation_defaults
+from s2q.models.attention import check_attention_backend
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_names
+from s2q.recipes.load import load_recipe
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "shapes-cogvideox"
 """Whose denoising step and calibration are measured without a model."""
 
+DEFAULT_RECIPES = ("s2q-w4a6", "s2q-w4a4")
 
-def check_names(kind: str, names: Sequence[str] | None, options: Sequence[str]) -> tuple[str, ...]:
-    """Return names in the order of the options; all of them where none is given.
+
+def bench(
+    model: str | Path | None = None,
+    *,
+    out: str | Path,
+    ops: Sequence[str] = (),
+    recipes: Sequence[str] = DEFAULT_RECIPES,
+    backends: Sequence[str] = ("auto",),
+    attention_backend: str | None = None,
+    tokens: int | None = None,
+    blocks: int = 1,
+    repeats: int = 10,
+    seconds: float = 10.0,
+    device: str | torch.device | int = "cpu",
+    variant: str | None = None,
+    again: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure speed and memory against bf16: single operations, denoising steps, calibration.
 
     Args:
-        kind: What is named, in the singular.
-        names: The names; may be None.
-        options: Those that there are.
+        model: "synthetic:NAME" (random weights), an embedded name, a folder or a Hub id; None takes the layers of all
+            published models and the step of shapes-cogvideox.
+        out: JSON file to write; results that are in it are not measured again.
+        attention_backend: Attention of the quantized contenders of a denoising step, as diffusers names it.
+        tokens: Rows of an op, video tokens of a block; None takes the model's, on a CPU 2048 and 1024.
+        blocks: Blocks of a synthetic model to build and time.
+        seconds: No new round starts after this time, from the third on.
+        again: Whether to measure results that the file has again.
+        progress: Called with "bench", the cases done and the cases to do.
+
+    Returns:
+        The content of `bench.json`: `schema_version`, `hardware`, `versions` and `results`.
+
+    Raises:
+        InvalidInputError: A name is unknown, there is nothing to measure, or `out` is of another machine.
+        ResourceError: A device or a backend is not there, or a case does not fit in memory; the others are written.
+        BusyError: Another process writes `out`.
+    """
+    chosen, path = check_names("op", name_list("ops", ops), OPS), path_argument("out", out)
+    device, variant, again = device_name(device), optional(word, "variant", variant), flag("again", again)
+    repeats = whole_number("repeats", repeats, least=1)
+    model = None if model is None else model_argument("model", model)
+    if attention_backend is not None:
+        check_attention_backend(attention_backend)
+    settings = Settings(
+        device=device,
+        backends=_check_backends(name_list("backends", backends), device),
+        recipes=tuple(load_recipe(recipe) for recipe in name_list("recipes", recipes)),
+        options=TimingOptions(repeats=repeats, min_repeats=min(3, repeats), seconds=seconds),
+        tokens=optional(whole_number, "tokens", tokens, least=1),
+        blocks=whole_number("blocks", blocks, least=1),
+        attention=attention_backend,
+        generation=generation_defaults(model or DEFAULT_MODEL),
+    )
+    cases = make_cases(None if model is None else str(model), chosen, settings, variant=variant)
+    if not cases:
+        raise InvalidInputError(
+            f"nothing to measure: none of {', '.join(chosen)} runs here with {', '.join(settings.backends)}, or "
+            "applies to the recipes"
+        )
+    with output_lock(path):
+        results = ResultsFile(path, hardware=hardware(device), versions=versions(), again=again)
+        run_cases(missing_cases(cases, results), results, progress=progress or silent)
+    return dict(results.content)
+
+
+def check_names(kind: str, names: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
+    """Return names in the order of the options; all of them where none is given.
 
     Raises:
         InvalidInputError: If a name is unknown.
     """
-    for name in names or ():
+    for name in names:
         if name not in options:
             raise unknown_name(kind, name, options)
     return tuple(name for name in options if not names or name in names)
 
 
-def check_backends(names: Sequence[str] | None, device: str) -> tuple[str, ...]:
-    """Return the backends to measure, in the order of `BACKENDS`.
-
-    Args:
-        names: What was asked for; None is "auto".
-        device: Where.
-
-    Raises:
-        InvalidInputError: If a name is unknown.
-        ResourceError: If one cannot run here.
-    """
-    wanted = check_names("backend", names or ["auto"], BACKENDS)
+def _check_backends(names: Sequence[str], device: str) -> tuple[str, ...]:
+    wanted = check_names("backend", names, BACKENDS)
     for name in wanted:
         reason = measuring_obstacle(name, device)
         if reason is not None:
@@ -86,9 +157,6 @@ def make_cases(model: str | None, ops: Sequence[str], settings: Settings, *, var
 
     Args:
         model: What to measure; None takes the shapes of all published models and the step of the embedded one.
-        ops: Those of `OPS`.
-        settings: What was asked for.
-        variant: Variant of the model's weights.
 
     Raises:
         InvalidInputError: If there is no such model.
@@ -112,28 +180,8 @@ def make_cases(model: str | None, ops: Sequence[str], settings: Settings, *, var
     return [case for case in cases if case.wanted]
 
 
-def open_results(path: Path, *, device: str, again: bool) -> ResultsFile:
-    """Open or begin a results file for this machine.
-
-    Args:
-        path: The file.
-        device: Where it is measured.
-        again: See `ResultsFile`.
-
-    Raises:
-        InvalidInputError: See `ResultsFile`.
-        ResourceError: If there is no such device.
-    """
-    return ResultsFile(path, hardware=hardware(device_name(device)), versions=versions(), again=again)
-
-
 def missing_cases(cases: Sequence[Case], results: ResultsFile) -> list[Case]:
-    """Return what is left to measure: cases without the results that the file has.
-
-    Args:
-        cases: All that is wanted.
-        results: What there is.
-    """
+    """Return what is left to measure: cases without the results that the file has."""
     left = (replace(case, wanted=tuple(one for one in case.wanted if not results.has(one))) for case in cases)
     return [case for case in left if case.wanted]
 
@@ -143,8 +191,6 @@ def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress
     """Measure; each case's results are written at once.
 
     Args:
-        cases: What to measure.
-        results: Where to.
         progress: Called with "bench", the cases done and the cases to do.
 
     Raises:

@@ -7,12 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from s2q.benchmark.timing import TimingOptions
-from s2q.common.arguments import (
-    device_name,
-    name_list,
-    seed_number,
-    whole_number,
-)
 from s2q.common.errors import InvalidInputError
 from s2q.recipes.schema import Recipe
 
@@ -50,17 +44,6 @@ class Settings:
     attention: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        normalised = {
-            "device": device_name(self.device),
-            "backends": name_list("backends", self.backends),
-            "tokens": None if self.tokens is None else whole_number("tokens", self.tokens, least=1),
-            "blocks": whole_number("blocks", self.blocks, least=1),
-            "seed": seed_number(self.seed),
-        }
-        for name, value in normalised.items():
-            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,9 +45,6 @@ class ResultsFile:
     """A results file; nothing is written before the first result.
 
     Args:
-        path: The file.
-        hardware: What computes.
-        versions: With which versions.
         again: Whether to measure what is there again; a file of another machine is then started anew.
 
     Raises:
@@ -74,11 +71,7 @@ class ResultsFile:
         return self._content
 
     def has(self, wanted: Mapping[str, Any]) -> bool:
-        """Whether a result need not be measured.
-
-        Args:
-            wanted: Its identity.
-        """
+        """Whether a result need not be measured."""
         key = _key(wanted)
         return key not in self._stale and any(_key(one) == key for one in self._content["results"])
 

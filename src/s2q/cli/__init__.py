@@ -36,11 +36,7 @@ class _Terminated(BaseException):
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit.
-
-    Args:
-        argv: The arguments; those of the process by default.
-    """
+    """Run the command line and exit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     limit_spinning(os.environ)
     sys.exit(run(arguments))
@@ -51,9 +47,6 @@ def limit_spinning(environment: MutableMapping[str, str]) -> None:
 
     By default they spin, and on a machine with other work the thread that all wait for does not get the processor.
     Asleep at once, threads of small operations wake up too late (docs/speed.md). To be called before torch is imported.
-
-    Args:
-        environment: Of the process, and of those that it starts.
     """
     if not any(name in environment for name in WAITING):
         environment["GOMP_SPINCOUNT"] = SPINS

@@ -1,83 +1,132 @@
-"""`s2q bench`: check everything, measure what the results file lacks, show the whole file as one table."""
+"""`s2q bench`: measure what the results file lacks, show the whole file as one table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from s2q.cli import console, output
-from s2q.cli.commands import check_file_output, resolve_device
-from s2q.common.errors import InvalidInputError
-from s2q.common.outputs import output_lock
+from s2q.cli import console, options, output
 from s2q.report.formatting import format_bytes
 
-DEFAULT_RECIPES = ("s2q-w4a6", "s2q-w4a4")
+MeasuredModel = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        help="synthetic:NAME (random weights: cogvideox-2b, cogvideox-5b, hunyuanvideo, ltx-2b, "
+        "wan-1.3b, wan-14b), embedded name, folder or Hub id. Default: the layers of these six, and"
+        " the step of shapes-cogvideox.",
+        metavar="MODEL",
+    ),
+]
+Ops = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ops",
+        help="Comma-separated ops. Default: "
+        "linear,activation_path,gemm,attention_colsum,denoising_step,calibration_block.",
+        metavar="NAMES",
+        callback=options.split_names,
+    ),
+]
+Recipes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-r",
+        "--recipe",
+        help="Recipes, comma-separated or repeated. Default: s2q-w4a6,s2q-w4a4.",
+        metavar="RECIPE",
+        callback=options.split_names,
+    ),
+]
+Backends = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backend",
+        help="Comma-separated backends: auto,reference,cpu,triton,fastest. Default: auto.",
+        metavar="NAMES",
+        callback=options.split_names,
+    ),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens",
+        help="Rows of an op, video tokens of a block. Default: the model's; on a CPU 2048 and 1024.",
+        min=1,
+        metavar="N",
+    ),
+]
+Blocks = Annotated[
+    int, typer.Option("--blocks", help="Number of blocks of a synthetic model to build and time.", min=1, metavar="N")
+]
+Repeats = Annotated[int, typer.Option("--repeats", help="Maximum number of rounds.", min=1, metavar="N")]
+Seconds = Annotated[
+    float,
+    typer.Option("--seconds", help="Start no new round after this time; at least three rounds.", min=0, metavar="X"),
+]
+BenchFile = Annotated[Path, typer.Option("-o", "--output", help="JSON file to write or resume.", metavar="FILE")]
+Again = Annotated[bool, typer.Option("--again", help="Repeat measurements that the file already has.")]
 
 
-def run_bench(out: Path, *, model: str | None, options: Mapping[str, Any]) -> None:
-    """Run `s2q bench`.
+def bench(
+    model: MeasuredModel = None,
+    ops: Ops = None,
+    recipes: Recipes = None,
+    backends: Backends = None,
+    attention: options.AttentionBackend = None,
+    tokens: Tokens = None,
+    blocks: Blocks = 1,
+    repeats: Repeats = 10,
+    seconds: Seconds = 10.0,
+    device: options.Device = "auto",
+    variant: options.Variant = None,
+    out: BenchFile = Path("bench.json"),
+    again: Again = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure speed and memory against bf16: operations, denoising steps, calibration."""
+    options.check_file_output(out, overwrite=True)
+    from s2q.benchmark.bench import DEFAULT_RECIPES
+    from s2q.benchmark.bench import bench as run
 
-    Args:
-        out: JSON file to write; results that are in it are not measured again.
-        model: What to measure; None takes published shapes and the embedded model.
-        options: `ops`, `recipes`, `backends`, `attention`, `tokens`, `blocks`, `repeats`, `seconds`, `device`,
-            `variant`, `again`, `as_json`.
-    """
-    from s2q import benchmark as bench
-    from s2q.generation.defaults import generation_defaults
-    from s2q.models.attention import check_attention_backend
-    from s2q.recipes.load import load_recipe
-
-    ops = bench.check_names("op", output.split_names(options["ops"]), bench.OPS)
-    check_file_output(out, overwrite=True)
-    device = resolve_device(options["device"])
-    backends = bench.check_backends(output.split_names(options["backends"]), device)
-    if options["attention"] is not None:
-        check_attention_backend(options["attention"])
-    recipes = tuple(load_recipe(name) for name in output.split_names(options["recipes"]) or DEFAULT_RECIPES)
     console.quiet_libraries()
-    settings = bench.Settings(
-        device=device,
-        backends=backends,
-        recipes=recipes,
-        options=bench.TimingOptions(
-            repeats=options["repeats"], min_repeats=min(3, options["repeats"]), seconds=options["seconds"]
-        ),
-        tokens=options["tokens"],
-        blocks=options["blocks"],
-        attention=options["attention"],
-        generation=generation_defaults(model or bench.DEFAULT_MODEL),
-    )
-    cases = bench.make_cases(model, ops, settings, variant=options["variant"])
-    if not cases:
-        raise InvalidInputError(
-            f"nothing to measure: none of {', '.join(ops)} runs here with {', '.join(backends)}, or applies to the "
-            "recipes"
+    before = out.read_bytes() if out.exists() else None
+    with console.progress() as report:
+        content = run(
+            model,
+            out=out,
+            ops=ops or (),
+            recipes=recipes or DEFAULT_RECIPES,
+            backends=backends or ("auto",),
+            attention_backend=attention,
+            tokens=tokens,
+            blocks=blocks,
+            repeats=repeats,
+            seconds=seconds,
+            device=options.resolve_device(device),
+            variant=variant,
+            again=again,
+            progress=report,
         )
-    with console.progress() as report, output_lock(out):
-        results = bench.open_results(out, device=device, again=options["again"])
-        missing = bench.missing_cases(cases, results)
-        bench.run_cases(missing, results, progress=report)
-    output.emit_json(results.content) if options["as_json"] else show_results(results.content, ops=bench.OPS)
-    console.say(f"written to {out}" if missing else f"{out} already has all results; --again repeats them")
+    output.emit_json(content) if as_json else show_results(content)
+    is_new = out.read_bytes() != before
+    console.say(f"written to {out}" if is_new else f"{out} already has all results; --again repeats them")
 
 
-def show_results(content: Mapping[str, Any], *, ops: Sequence[str]) -> None:
-    """Show every result of a file in one table, and under it where the time of each denoising step goes.
-
-    Args:
-        content: As in `bench.json`.
-        ops: The order of the ops.
-    """
+def show_results(content: Mapping[str, Any]) -> None:
+    """Show every result of a file in one table, and under it where the time of each denoising step goes."""
+    from s2q.benchmark.case import OPS
     from s2q.benchmark.results import place_of
 
     shown = output.wide_console()
-    results = sorted(content["results"], key=lambda one: ops.index(one["op"]))
+    results = sorted(content["results"], key=lambda one: OPS.index(one["op"]))
     hardware = content["hardware"]
     shown.print(
         Text.assemble(("Benchmark ", "bold"), f"{place_of(hardware)}, torch {content['versions']['torch']}"),

@@ -4,64 +4,132 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from s2q.cli import console, output
-from s2q.cli.commands import resolve_device
+from s2q.cli import console, options, output
 from s2q.common.errors import S2QError
 from s2q.report import compare_table as comparison
 from s2q.report.formatting import format_sample
 
+Entries = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Recipe names, patterns such as s2q-*, recipe files, checkpoints.",
+        metavar="RECIPE_OR_CHECKPOINT",
+    ),
+]
+FullPrecisionModel = Annotated[
+    str,
+    typer.Option(
+        "-m",
+        "--model",
+        help="The full-precision model: embedded name, diffusers folder or Hub id (@revision).",
+        metavar="MODEL",
+    ),
+]
+Recipes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-r",
+        "--recipe",
+        "--recipes",
+        help="Recipes, comma-separated or repeated; all for every recipe.",
+        metavar="RECIPE",
+    ),
+]
+CompareFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="DIR")]
+CalibrationPrompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration-prompts",
+        help="Calibration prompts: text file, one per line.",
+        metavar="FILE",
+    ),
+]
+RecipesOverrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Override a field of the recipes, e.g. distillation.epochs=5.",
+        metavar="K=V",
+        callback=options.check_overrides,
+    ),
+]
+OverwriteComparison = Annotated[bool, typer.Option("--overwrite", help="Replace a comparison that cannot be resumed.")]
 
-def run_compare(
-    entries: Sequence[str],
-    model: str,
-    out: Path,
-    *,
-    prompts: Path | None,
-    options: Mapping[str, Any],
-    as_json: bool,
+
+def compare(
+    entries: Entries = None,
+    model: FullPrecisionModel = "shapes-cogvideox",
+    recipes: Recipes = None,
+    out: CompareFolder = Path("s2q-compare"),
+    prompts: options.Prompts = None,
+    num_prompts: options.NumPrompts = 32,
+    seeds: options.Seeds = 2,
+    calibration_prompts: CalibrationPrompts = None,
+    samples: options.Samples = None,
+    seed: options.Seed = 0,
+    overrides: RecipesOverrides = None,
+    metrics: options.Metrics = None,
+    lpips_weights: options.LpipsWeights = None,
+    clip: options.ClipFolder = None,
+    num_frames: options.Frames = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    steps: options.Steps = None,
+    guidance_scale: options.Guidance = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = None,
+    variant: options.Variant = None,
+    verify: options.Verify = None,
+    processes: options.Processes = 1,
+    resume: options.Resume = True,
+    overwrite: OverwriteComparison = False,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Run `s2q compare`.
-
-    Args:
-        entries: Recipes and checkpoints as they were named, several by comma where no file is called so.
-        model: The full-precision reference.
-        out: Folder to write.
-        prompts: File with the prompts.
-        options: Fields of `CompareOptions`; `calibration_prompts` is a file.
-        as_json: Whether to write compare.json to stdout.
-
-    Raises:
-        S2QError: Entries failed; everything else is there.
-    """
-    overrides = output.parse_overrides(options["overrides"])
-    device = resolve_device(options["device"])
-    from s2q.comparison.compare import compare
-    from s2q.comparison.setup import CompareOptions
-    from s2q.generation.prompts import read_prompts
+    """Compare recipes and checkpoints with full precision and each other."""
+    from s2q.comparison.compare import compare as run
 
     console.quiet_libraries()
-    calibration = options["calibration_prompts"]
-    chosen = CompareOptions(
-        **{
-            **options,
-            "overrides": overrides,
-            "metrics": output.split_names(options["metrics"]),
-            "calibration_prompts": None if calibration is None else read_prompts(calibration),
-            "device": device,
-        }
-    )
-    texts = None if prompts is None else read_prompts(prompts)
     with console.progress() as report:
-        result = compare(_named(entries), model, out=out, prompts=texts, options=chosen, progress=report)
+        result = run(
+            _split_entries([*(entries or ()), *(recipes or ())]),
+            model=model,
+            out=out,
+            prompts=options.read_prompt_file(prompts),
+            num_prompts=num_prompts,
+            seeds=range(seeds),
+            calibration_prompts=options.read_prompt_file(calibration_prompts),
+            samples=samples,
+            overrides=overrides or (),
+            seed=seed,
+            metrics=metrics or (),
+            lpips_weights=lpips_weights,
+            clip=clip,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            device=options.resolve_device(device),
+            dtype=dtype,
+            variant=variant,
+            verify=verify,
+            processes=processes,
+            resume=resume,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=report,
+        )
     if as_json:
         output.emit_json(result)
-    elif chosen.dry_run:
+    elif dry_run:
         show_plan(result)
     else:
         show_comparison(result, page=(out / "index.html").resolve())
@@ -72,11 +140,7 @@ def run_compare(
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
-    """Show what a comparison would do.
-
-    Args:
-        plan: What a dry run returned.
-    """
+    """Show what a comparison would do."""
     out = output.wide_console()
     sample = format_sample(plan["n_prompts"], plan["n_seeds"])
     out.print(Text.assemble(("Comparison ", "bold"), f"with {plan['model']}, {sample}: {plan['n_videos']} videos"))
@@ -90,12 +154,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 
 
 def show_comparison(result: Mapping[str, Any], *, page: Path) -> None:
-    """Show the table of a comparison, who won what, and where the page is.
-
-    Args:
-        result: The content of `compare.json`.
-        page: The page.
-    """
+    """Show the table of a comparison, who won what, and where the page is."""
     out = output.wide_console()
     out.print(Text.assemble((comparison.title(result), "bold")), soft_wrap=True)
     out.print(comparison.sample(result), highlight=False, soft_wrap=True)
@@ -139,8 +198,6 @@ def _shown(cell: comparison.Cell) -> Text:
     return text
 
 
-def _named(entries: Sequence[str]) -> list[str]:
-    found: list[str] = []
-    for text in entries:
-        found += [text] if Path(text).exists() else output.split_names([text])
-    return found
+def _split_entries(entries: Sequence[str]) -> list[str]:
+    """Split at commas what is no path."""
+    return [name for text in entries for name in ([text] if Path(text).exists() else options.split_names([text]))]

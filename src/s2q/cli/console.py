@@ -37,11 +37,7 @@ def say_error(message: str) -> None:
 
 
 def configure_logging(*, debug: bool) -> None:
-    """Send logs to stderr and keep the libraries quiet.
-
-    Args:
-        debug: Whether to show everything.
-    """
+    """Send logs to stderr and keep the libraries quiet."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

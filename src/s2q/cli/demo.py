@@ -10,12 +10,13 @@ import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
-from s2q.cli import console, output
+from s2q.cli import console, options, output
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_bytes, atomic_write_json
 from s2q.common.outputs import check_output, owned_matching, staged_directory
@@ -35,25 +36,22 @@ _MAX_PROCESSES = 8
 _SEED = 0
 _LOSSES = {"rtn": "rounding to nearest", "initial": "before training", "final": "as packed"}
 _SHOWN = ("psnr_frame_mean_db", "ssim", "velocity_relative_error", "adherence_all")
-_FULL: Mapping[str, Any] = {"num_prompts": 16, "seeds": (0, 1), "settings": {}}
-_SHORT: Mapping[str, Any] = {"num_prompts": 4, "seeds": (0,), "settings": {"num_inference_steps": 8}}
 _SHORT_CALIBRATION = ("calibration.n_prompts=2", "calibration.samples=8")
 _LEARNING = ("distillation", "refinement")
 
 
-def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mapping[str, Any]) -> None:
-    """Run the demo and show where its page is.
-
-    Args:
-        out: Folder to write; it appears when everything is done.
-        model: An embedded model.
-        recipe: Recipe to quantize with.
-        short: Whether to calibrate less, and to judge on fewer prompts with fewer steps.
-        options: `open_page`, `overwrite`, `as_json`.
-
-    Raises:
-        InvalidInputError: The model is not embedded, the recipe is unknown, or the output exists.
-    """
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="DIR")] = Path("s2q-demo"),
+    model: options.Model = "shapes-cogvideox",
+    recipe: options.RecipeName = "s2q-w4a6",
+    short: Annotated[
+        bool, typer.Option("--short", help="Fewer samples and videos: one minute, rougher metrics.")
+    ] = False,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser at the end.")] = True,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Quantize an embedded model and show the result as an HTML report."""
     from s2q.recipes.load import load_recipe
     from s2q.shapes.embedded import EMBEDDED_NAMES
 
@@ -66,11 +64,11 @@ def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mappin
     if short:
         overrides += tuple(f"{group}.epochs=1" for group in _LEARNING if getattr(validated, group) is not None)
     console.quiet_libraries()
-    check_output(out, overwrite=options["overwrite"], owned=_owned)
+    check_output(out, overwrite=overwrite, owned=_owned)
     seconds: dict[str, float] = {}
     with (
         console.progress() as progress,
-        staged_directory(out, overwrite=options["overwrite"], owned=_owned) as staged,
+        staged_directory(out, overwrite=overwrite, owned=_owned) as staged,
     ):
         record = _make(
             staged,
@@ -78,16 +76,16 @@ def run_demo(out: Path, *, model: str, recipe: str, short: bool, options: Mappin
             model=model,
             recipe=load_recipe(recipe, overrides=overrides),
             overrides=overrides,
-            size=_SHORT if short else _FULL,
+            short=short,
             progress=progress,
             seconds=seconds,
         )
     page = (out / PAGE).resolve()
-    if options["as_json"]:
+    if as_json:
         output.emit_json(record)
     else:
         _show(record, page)
-    if options["open_page"] and console.stderr.is_terminal and _has_screen():
+    if open_page and console.stderr.is_terminal and _has_screen():
         webbrowser.open(page.as_uri())
 
 
@@ -107,13 +105,13 @@ def _make(
     model: str,
     recipe: Recipe,
     overrides: Sequence[str],
-    size: Mapping[str, Any],
+    short: bool,
     progress: Progress,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Do everything inside the staged folder; names in the results are those of the final one."""
     from s2q.engines.processes import cpu_count
-    from s2q.evaluation.evaluate import EvaluationOptions, evaluate
+    from s2q.evaluation.evaluate import evaluate
     from s2q.run.quantize import quantize
     from s2q.shapes.embedded import embedded_prompts
 
@@ -125,10 +123,12 @@ def _make(
     with _timed(seconds, "evaluate"):
         evaluation = evaluate(
             staged / _CHECKPOINT,
-            model,
-            prompts=embedded_prompts(model, split="held-out", count=size["num_prompts"]),
-            seeds=size["seeds"],
-            options=EvaluationOptions(settings=size["settings"], processes=processes, video_done=videos.keep),
+            reference=model,
+            prompts=embedded_prompts(model, split="held-out", count=4 if short else 16),
+            seeds=(_SEED,) if short else (_SEED, _SEED + 1),
+            num_inference_steps=8 if short else None,
+            processes=processes,
+            video_done=videos.keep,
             progress=progress,
         )
     evaluation |= {"model": str(out / _CHECKPOINT), "reference": model}
@@ -165,7 +165,7 @@ class _Videos:
     def pairs(self, reference: str) -> list[Any]:
         """Return pairs of full-precision and quantized videos; those in which something moves come first."""
         from s2q.evaluation.video_metrics import compare_videos
-        from s2q.report import PlayerPair
+        from s2q.report.page import PlayerPair
         from s2q.shapes.scenes import parse_caption
 
         def is_still(prompt: str) -> bool:
@@ -196,7 +196,7 @@ def _page(
     out: Path,
     seconds: Mapping[str, float],
 ) -> Any:
-    from s2q.report import PageContent
+    from s2q.report.page import PageContent
 
     checkpoint = shlex.quote(str(out / _CHECKPOINT))
     model = report["source"]
@@ -240,7 +240,8 @@ def _bits(report: Mapping[str, Any]) -> str:
 
 def _write(staged: Path, content: Any, pairs: Sequence[Any]) -> None:
     from s2q.common.files import slug
-    from s2q.report import contact_sheet, write_mp4, write_page
+    from s2q.report.page import write_page
+    from s2q.report.video import contact_sheet, write_mp4
 
     folder = staged / "videos"
     folder.mkdir()

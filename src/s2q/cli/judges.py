@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2q.cli import console, output
+from s2q.cli import console
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.common.files import atomic_write_bytes, atomic_write_json
 from s2q.common.outputs import check_output, owned_matching
@@ -25,41 +25,40 @@ def vbench_plan(
     device: str,
     num_frames: int | None,
     frame_rate: int,
-    options: Mapping[str, Any],
+    python: str | None,
+    dimensions: Sequence[str],
+    cache: Path | None,
+    overwrite: bool,
 ) -> Any:
     """Check everything that VBench needs; its videos will go to the folder `OUT-vbench` beside OUT.
 
     Args:
-        out: The results file.
-        seeds: Videos of each.
-        device: Where VBench computes.
-        num_frames: Frames that were asked for; None for the model's own number, which is looked at when it is there.
-        frame_rate: Frames per second of the videos.
-        options: `vbench_python`, `vbench_dims`, `vbench_cache`, `overwrite`.
+        seeds: Videos of each prompt.
+        num_frames: Frames that were asked for; None for the model's own number, which is checked with the first video.
 
     Returns:
-        A `VBenchPlan`; None without `--vbench-python`.
+        A `VBenchPlan`; None without `python`.
 
     Raises:
-        UsageError: `--vbench-dims` or `--vbench-cache` without `--vbench-python`.
+        UsageError: `dimensions` or `cache` without `python`.
         InvalidInputError: See `plan_vbench`; too few frames; the folder exists and may not be replaced.
     """
-    if options["vbench_python"] is None:
-        for name in ("vbench_dims", "vbench_cache"):
-            if options[name]:
-                raise UsageError(f"--{name.replace('_', '-')}: needs --vbench-python, an interpreter with VBench")
+    if python is None:
+        for flag, value in (("--vbench-dims", dimensions), ("--vbench-cache", cache)):
+            if value:
+                raise UsageError(f"{flag}: needs --vbench-python, an interpreter with VBench")
         return None
     from s2q.evaluation.judges.vbench import RECORD, VBenchOptions, plan_vbench
 
     if num_frames is not None:
         _check_frames(num_frames)
     folder = out.with_name(f"{out.stem}-vbench")
-    check_output(folder, overwrite=options["overwrite"], owned=owned_matching(*_WRITTEN, record=RECORD))
+    check_output(folder, overwrite=overwrite, owned=owned_matching(*_WRITTEN, record=RECORD))
     settings = VBenchOptions(
-        python=str(options["vbench_python"]),
+        python=python,
         folder=folder,
-        dimensions=tuple(dict.fromkeys(output.split_names(options["vbench_dims"]))),
-        cache=options["vbench_cache"],
+        dimensions=tuple(dict.fromkeys(dimensions)),
+        cache=cache,
         device=device,
         frame_rate=frame_rate,
     )
@@ -70,15 +69,11 @@ def vbench_plan(
 
 
 def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
-    """Return what writes each video where VBench will look for it: full precision's come first, then the model's.
-
-    Args:
-        plan: A `VBenchPlan`; None keeps nothing.
-    """
+    """Return what writes each video where VBench will look for it: full precision's come first, then the model's."""
     if plan is None:
         return None
     from s2q.evaluation.judges.vbench import RECORD
-    from s2q.report import BT601, encode_mp4
+    from s2q.report.video import BT601, encode_mp4
 
     total, rate = len(plan.prompts) * plan.videos_a_prompt, plan.options.frame_rate
     written = 0
@@ -102,11 +97,6 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
 
 def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
     """Judge the videos that were kept.
-
-    Args:
-        plan: A `VBenchPlan`.
-        evaluation: The content of `eval.json` so far.
-        progress: Called before and after each model.
 
     Returns:
         The same with `vbench`, and the flow score in `evalcrafter` if it was asked for.

@@ -11,18 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from s2q.common.components import full_name, split_name
-from s2q.common.errors import InvalidInputError
 from s2q.common.files import canonical_json
 from s2q.report.formatting import format_bytes, format_interval, format_sample, format_value, title_of
 
 _MAX_LAYER_ROWS = 16
 _PLAIN_WIDTH = 160
-
-
-def split_names(values: Sequence[str] | None) -> list[str]:
-    """Return names that were given with commas, repeatedly, or both."""
-    return [name.strip() for entry in values or () for name in entry.split(",") if name.strip()]
 
 
 def wide_console() -> Console:
@@ -120,7 +113,6 @@ def show_evaluation(evaluation: Mapping[str, Any], *, scheme: str | None = None)
     """Show an evaluation: every metric with its interval and, where there is one, the noise floor; VBench's scores.
 
     Args:
-        evaluation: The content of `eval.json`.
         scheme: What the model is quantized to, "w4a6", to show the paper's scores beside.
     """
     out = Console()
@@ -138,12 +130,7 @@ def show_evaluation(evaluation: Mapping[str, Any], *, scheme: str | None = None)
 
 
 def judges_table(evaluation: Mapping[str, Any], *, scheme: str | None) -> Table:
-    """Return a table of VBench's and EvalCrafter's scores, the paper's beside them where it has the model.
-
-    Args:
-        evaluation: The content of `eval.json`.
-        scheme: What the model is quantized to.
-    """
+    """Return a table of VBench's and EvalCrafter's scores, the paper's beside them where it has the model."""
     from s2q.evaluation.paper import FULL_PRECISION, METHOD, published_scores
 
     published = published_scores(evaluation["reference"], scheme or "")
@@ -161,12 +148,7 @@ def judges_table(evaluation: Mapping[str, Any], *, scheme: str | None) -> Table:
 
 
 def metric_table(evaluation: Mapping[str, Any], *, names: Sequence[str] = ()) -> Table:
-    """Return a table of metrics.
-
-    Args:
-        evaluation: The content of `eval.json`.
-        names: Metrics to show; all that apply by default.
-    """
+    """Return a table of metrics."""
     floor = (evaluation["noise_floor"] or {}).get("metrics", {})
     metrics = evaluation["metrics"]
     rows = []
@@ -193,18 +175,6 @@ def metric_table(evaluation: Mapping[str, Any], *, names: Sequence[str] = ()) ->
     return table
 
 
-def parse_overrides(values: Sequence[str] | None) -> tuple[str, ...]:
-    """Return `--set` values after a look at their form.
-
-    Raises:
-        InvalidInputError: One is not `key=value`.
-    """
-    for value in values or ():
-        if "=" not in value.strip("="):
-            raise InvalidInputError(f"--set {value}: expected key=value, for example weights.num_bits=8")
-    return tuple(values or ())
-
-
 def _storage_line(storage: Mapping[str, Any]) -> Text:
     before, after = format_bytes(storage["full_precision_bytes"]), format_bytes(storage["quantized_bytes"])
     return Text.assemble(
@@ -219,6 +189,8 @@ def _show_layers(out: Console, report: Mapping[str, Any]) -> None:
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    from s2q.common.components import full_name, split_name
+
     groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
     for layer in layers:
         component, name = split_name(layer["name"])

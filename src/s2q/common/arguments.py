@@ -7,23 +7,29 @@ that only look right are refused in one line (True or 1.0 for a seed, one string
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from s2q.common.device_names import is_device_name
 from s2q.common.devices import check_device
 from s2q.common.errors import InvalidInputError, short_repr, unknown_name
 
+_T = TypeVar("_T")
 MAX_SEED = 2**63 - 1
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Names of the compute dtypes that a model may be loaded in."""
 
 
-def device_name(device: str | torch.device | int) -> str:
-    """Return the name of a device that this machine has: "cpu", "cuda" or "cuda:1".
+def device_name(device: str | torch.device | int, *, check: bool = True) -> str:
+    """Return the name of a device: "cpu", "cuda" or "cuda:1".
+
+    Args:
+        device: Name, `torch.device`, or index of a GPU.
+        check: Whether this machine must have it.
 
     Raises:
         InvalidInputError: If it is none of these.
@@ -38,15 +44,13 @@ def device_name(device: str | torch.device | int) -> str:
     kind, separator, index = name.partition(":")
     if index.isascii() and index.isdigit():
         name = f"{kind}{separator}{int(index)}"  # cuda:01
-    check_device(name)
+    if check or not is_device_name(name):
+        check_device(name)
     return name
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return the dtype that is meant by a dtype or its name ("bfloat16", "torch.bfloat16").
-
-    Args:
-        dtype: The dtype, its name, or None, which is passed through.
 
     Returns:
         One of `DTYPES`, or None.
@@ -94,6 +98,11 @@ def finite_number(name: str, value: Any, *, least: float = 0.0) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < least:
         raise InvalidInputError(f"{name}: got {short_repr(value)}; expected a finite number, at least {least:g}")
     return float(value)
+
+
+def optional(check: Callable[..., _T], name: str, value: Any, **limits: Any) -> _T | None:
+    """Return None for None, else what one of the checks of this module returns."""
+    return None if value is None else check(name, value, **limits)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -185,18 +194,13 @@ def path_argument(name: str, path: Any) -> Path:
         raise InvalidInputError(f"{name}: {short_repr(text)}: {error}") from error
 
 
-def optional_path(name: str, path: Any) -> Path | None:
-    """Return a path, or None for None; see `path_argument`."""
-    return None if path is None else path_argument(name, path)
-
-
-def optional_text(name: str, text: Any) -> str | None:
-    """Return a word, or None for None.
+def word(name: str, text: Any) -> str:
+    """Return a word of letters, digits, "_", "." and "-".
 
     Raises:
-        InvalidInputError: If it is neither, or has other characters than letters, digits, "_", "." and "-".
+        InvalidInputError: If it is none.
     """
-    if text is not None and not (isinstance(text, str) and re.fullmatch(r"[\w.-]+", text)):
+    if not (isinstance(text, str) and re.fullmatch(r"[\w.-]+", text)):
         raise InvalidInputError(f"{name}: got {short_repr(text)}; expected a word, or None")
     return text
 

@@ -124,7 +124,7 @@ def nearest_names(name: str, options: Iterable[str], *, count: int = 3) -> list[
     return [folded[match] for match in close]
 
 
-def unknown_name(kind: str, name: str, options: Iterable[str]) -> InvalidInputError:
+def unknown_name(kind: str, name: object, options: Iterable[str]) -> InvalidInputError:
     """Build (not raise) the error for a name that does not exist.
 
     Args:
@@ -135,7 +135,7 @@ def unknown_name(kind: str, name: str, options: Iterable[str]) -> InvalidInputEr
         An error whose message lists the nearest names, if any is near, and all of them.
     """
     known = sorted(options)
-    near = nearest_names(name, known)
+    near = nearest_names(name, known) if isinstance(name, str) else []
     hint = f"nearest names are {', '.join(near)}; " if near else ""
     return InvalidInputError(f"unknown {kind} {short_repr(name)}: {hint}all: {', '.join(known) or 'none'}")
 

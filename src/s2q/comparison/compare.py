@@ -7,7 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from s2q.common.arguments import path_argument
+import torch
+
+from s2q.common.arguments import (
+    device_name,
+    dtype_name,
+    flag,
+    model_argument,
+    name_list,
+    optional,
+    parse_dtype,
+    path_argument,
+    prompt_list,
+    seed_number,
+    seed_numbers,
+    whole_number,
+    word,
+)
 from s2q.common.errors import (
     BusyError,
     DiskFullError,
@@ -24,22 +40,20 @@ from s2q.comparison.folder import RESULT, CompareFolder
 from s2q.comparison.pages import command_of, write_pages
 from s2q.comparison.results import build_result, entry_plan
 from s2q.comparison.setup import (
-    CompareOptions,
+    CompareSettings,
     RunPlan,
     Setup,
     set_up,
 )
-from s2q.comparison.shards import failure_of, pending_shards, steps_of
-from s2q.comparison.workers import evaluate_shards
+from s2q.comparison.shards import evaluate_shards, failure_of, pending_shards, steps_of
 from s2q.generation.generate import LESS_MEMORY
 from s2q.generation.load import check_model
-from s2q.recipes.load import load_recipe
+from s2q.generation.settings import requested_settings
+from s2q.recipes.load import checked_overrides, load_recipe
 from s2q.recipes.schema import Recipe
 from s2q.run.quantize import quantize
 
 logger = logging.getLogger(__name__)
-
-"""Called with a stage's name, how many of its steps are done, and how many there are."""
 
 _ROUNDING_UNITS = 1
 _TRAINING_UNITS = 2  # collecting and rounding, beside the epochs
@@ -49,22 +63,51 @@ _TRAINING_UNITS = 2  # collecting and rounding, beside the epochs
 @in_fresh_torch_state
 def compare(
     entries: Sequence[str],
-    model: str,
     *,
+    model: str | Path,
     out: str | Path,
     prompts: Sequence[str] | None = None,
-    options: CompareOptions | None = None,
+    num_prompts: int = 32,
+    seeds: Sequence[int] = (0, 1),
+    calibration_prompts: Sequence[str] | None = None,
+    samples: int | None = None,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    metrics: Sequence[str] = (),
+    lpips_weights: str | Path | None = None,
+    clip: str | Path | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    device: str | torch.device | int = "cpu",
+    dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
+    verify: bool | None = None,
+    processes: int = 1,
+    resume: bool = True,
+    overwrite: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare recipes and checkpoints with full precision and with each other: same prompts, same noise, same budget.
+
+    Arguments that are not listed are those of `s2q.quantize` and `s2q.evaluate`.
 
     Args:
         entries: Recipes by name (`all` and patterns such as "s2q-*" too) or file, and checkpoint folders.
         model: The full-precision reference: embedded name, folder or Hub id.
         out: Folder to write; an existing comparison is resumed, and entries may be added to it.
         prompts: Prompts to generate; None takes held-out captions of an embedded model.
-        options: How to compare.
-        progress: Called during the run.
+        num_prompts: How many captions, without `prompts`.
+        calibration_prompts: Prompts for all recipes that calibrate; None takes those of an embedded model.
+        overrides: Changes to the recipes, "key=value" each; those to `calibration` and `distillation` are made to the
+            recipes that have them.
+        device: Device; with several processes and "cuda", the GPUs take turns.
+        processes: Processes that share the prompts.
+        resume: Whether to keep what an interrupted run has finished.
+        overwrite: Whether an earlier, different comparison in the folder may be replaced.
 
     Returns:
         The content of `compare.json`: entries with their metrics, rankings, winners and paired differences by width. An
@@ -78,25 +121,57 @@ def compare(
         UsageError: There is nothing to compare, or nothing to calibrate on the calibration prompts.
         S2QError: The reference failed, or a process died; what is finished is kept.
     """
-    options, target = options or CompareOptions(), path_argument("out", out)
-    setup = set_up(entries, model, prompts=prompts, options=options)
-    folder = CompareFolder(target)
-    folder.check(setup.plan, resume=options.resume, overwrite=options.overwrite)
-    if options.dry_run:
+    model, given_dtype = model_argument("model", model), parse_dtype(dtype)
+    if not isinstance(model, str | Path):
+        raise InvalidInputError("compare: got a loaded pipeline; pass its name or folder, which every process loads")
+    settings = CompareSettings(
+        entries=name_list("entries", entries),
+        model=str(model),
+        out=path_argument("out", out),
+        prompts=None if prompts is None else prompt_list(prompts),
+        num_prompts=whole_number("num_prompts", num_prompts, least=1),
+        seeds=seed_numbers(seeds),
+        calibration_prompts=None
+        if calibration_prompts is None
+        else prompt_list(calibration_prompts, name="calibration_prompts"),
+        seed=seed_number(seed),
+        samples=optional(whole_number, "samples", samples, least=1),
+        overrides=checked_overrides(overrides),
+        metrics=name_list("metrics", metrics),
+        lpips_weights=optional(path_argument, "lpips_weights", lpips_weights),
+        clip=optional(path_argument, "clip", clip),
+        requested=requested_settings(
+            num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
+        ),
+        device=device_name(device),
+        dtype=None if given_dtype is None else dtype_name(given_dtype),
+        variant=optional(word, "variant", variant),
+        verify=optional(flag, "verify", verify),
+        processes=whole_number("processes", processes, least=1),
+        resume=flag("resume", resume),
+        overwrite=flag("overwrite", overwrite),
+        dry_run=flag("dry_run", dry_run),
+    )
+    return _compare(settings, progress or silent)
+
+
+def _compare(settings: CompareSettings, progress: Progress) -> dict[str, Any]:
+    setup, folder = set_up(settings), CompareFolder(settings.out)
+    folder.check(setup.plan, resume=settings.resume, overwrite=settings.overwrite)
+    if settings.dry_run:
         return _dry(setup)
     if len(setup.obstacles) == len(setup.entries):
         raise InvalidInputError(f"nothing can be compared: {next(iter(setup.obstacles.values()))}")
-    report = progress or silent
-    with output_lock(target):
-        folder.check(setup.plan, resume=options.resume, overwrite=options.overwrite)  # another run may have been here
-        plan = folder.open(setup.plan, resume=options.resume)
+    with output_lock(settings.out):
+        # again: another run may have been here
+        folder.check(setup.plan, resume=settings.resume, overwrite=settings.overwrite)
+        plan = folder.open(setup.plan, resume=settings.resume)
         failures = dict(setup.obstacles)
-        failures |= _quantize(folder, setup, options, report)
-        failures |= _evaluate(folder, plan, setup, options, failures=failures, progress=report)
-        result = build_result(folder, plan, setup, failures, progress=report)
-        atomic_write_json(target / RESULT, result)
-        command = command_of(setup, options, has_prompts=prompts is not None, out=target)
-        write_pages(folder, result, command=command, progress=report)
+        failures |= _quantize(folder, setup, settings, progress)
+        failures |= _evaluate(folder, plan, setup, settings, failures=failures, progress=progress)
+        result = build_result(folder, plan, setup, failures, progress=progress)
+        atomic_write_json(settings.out / RESULT, result)
+        write_pages(folder, result, command=command_of(setup, settings), progress=progress)
     return result
 
 
@@ -114,7 +189,7 @@ def _dry(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _quantize(folder: CompareFolder, setup: Setup, options: CompareOptions, report: Progress) -> dict[str, str]:
+def _quantize(folder: CompareFolder, setup: Setup, settings: CompareSettings, report: Progress) -> dict[str, str]:
     """Quantize with every recipe that has no checkpoint here; return why recipes failed."""
     todo = [entry for entry in setup.entries if entry.label in setup.planned and not _is_made(folder, entry)]
     failures: dict[str, str] = {}
@@ -137,17 +212,17 @@ def _quantize(folder: CompareFolder, setup: Setup, options: CompareOptions, repo
                 out=folder.checkpoint(entry.label),
                 prompts=setup.plan.calibration_prompts if entry.recipe.calibrates else None,
                 progress=stage,
-                seed=options.seed,
-                device=options.device,
-                dtype=options.dtype,
-                variant=options.variant,
-                resume=options.resume,
+                seed=settings.seed,
+                device=settings.device,
+                dtype=settings.dtype,
+                variant=settings.variant,
+                resume=settings.resume,
                 overwrite=folder.checkpoint(entry.label).exists(),
             )
         except (BusyError, DiskFullError):
             raise
         except Exception as error:  # whatever it is, the others go on
-            failures[entry.label] = failure_of(entry.label, error, "quantized", device=options.device)
+            failures[entry.label] = failure_of(entry.label, error, "quantized", device=settings.device)
         done += share
         report("quantize", done, total)
     return failures
@@ -174,7 +249,7 @@ def _evaluate(
     folder: CompareFolder,
     plan: RunPlan,
     setup: Setup,
-    options: CompareOptions,
+    settings: CompareSettings,
     *,
     failures: dict[str, str],
     progress: Progress,
@@ -197,6 +272,6 @@ def _evaluate(
     if not shards:
         return {}
     progress("load", 0, 1)
-    found = evaluate_shards(folder, plan, shards, device=options.device, processes=options.processes, stepped=stepped)
+    found = evaluate_shards(folder, plan, shards, device=settings.device, processes=settings.processes, stepped=stepped)
     progress("evaluate", total, total)
     return found

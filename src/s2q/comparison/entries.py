@@ -52,7 +52,6 @@ class Entry:
         given: What it was given as.
         recipe: The recipe with its changes; None for a checkpoint.
         overrides: The changes that were made to it.
-        source: The checkpoint; None for a recipe.
         width: Bits of weights and activations, "w4a6": entries of one width are ranked together.
     """
 
@@ -91,8 +90,6 @@ def find_entries(
             ids of checkpoints, or embedded models.
         overrides: Changes to the recipes; those to a group that a recipe does without (`activations`, `calibration`,
             `distillation`, `refinement`) are not made to it.
-        variant: Variant of the weights of models that have it.
-        verify: What is verified of s2q checkpoints; see `s2q.generation.load.load_pipeline`.
 
     Returns:
         The entries in the order in which they were given.

@@ -66,11 +66,7 @@ _OWNED: Mapping[str, Owned] = MappingProxyType(
 
 
 class CompareFolder:
-    """The folder of a comparison.
-
-    Attributes:
-        path: The folder.
-    """
+    """The folder of a comparison."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,7 +75,6 @@ class CompareFolder:
         """Check that this comparison may be written here, before any work and again under the lock. Changes nothing.
 
         Args:
-            plan: The comparison.
             resume: Whether finished parts may be kept.
             overwrite: Whether a different comparison that is there may be replaced.
 
@@ -113,7 +108,6 @@ class CompareFolder:
         """Write down what will be compared; a comparison that differs is removed.
 
         Args:
-            plan: The comparison; it has passed `check`.
             resume: Whether to keep what is finished.
 
         Returns:
@@ -134,13 +128,6 @@ class CompareFolder:
         atomic_write_json(self.path / RUN, plan.to_dict())
         return plan
 
-    def plan(self) -> RunPlan:
-        """Read what `open` wrote."""
-        fields = {name: value for name, value in self._content().items() if name != "schema_version"}
-        prompts = fields["calibration_prompts"]
-        changed = {name: tuple(fields[name]) for name in ("prompts", "seeds", "emulated")}
-        return RunPlan(**{**fields, **changed, "calibration_prompts": None if prompts is None else tuple(prompts)})
-
     def model_of(self, plan: RunPlan, label: str) -> str:
         """Return the checkpoint of an entry: the one that was given, or the one that its recipe made here."""
         return plan.paths.get(label, str(self.checkpoint(label)))
@@ -154,27 +141,14 @@ class CompareFolder:
         return self.path / "evaluations" / label / "eval.json"
 
     def shard_fingerprint(self, plan: RunPlan, label: str, index: int) -> str:
-        """Return a hash of everything that a shard of an entry depends on.
-
-        Args:
-            plan: The comparison.
-            label: The entry.
-            index: Index of the shard.
-        """
+        """Return a hash of everything that a shard of an entry depends on."""
         entry = plan.entries[label]
         made = None if label in plan.paths else sha256_file(self.checkpoint(label) / MANIFEST)
         depends = {**plan.common(), "prompts": plan.shards()[index], "entry": entry, "made": made}
         return hashlib.sha256(canonical_json(depends).encode()).hexdigest()
 
     def save_shard(self, plan: RunPlan, label: str, index: int, measured: EvaluationResult) -> None:
-        """Store what was measured on a shard; it is there entirely, or not at all.
-
-        Args:
-            plan: The comparison.
-            label: The entry.
-            index: Index of the shard.
-            measured: What was measured.
-        """
+        """Store what was measured on a shard; it is there entirely, or not at all."""
         path = self._shard(label, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         fingerprint = self.shard_fingerprint(plan, label, index)
@@ -183,13 +157,7 @@ class CompareFolder:
         )
 
     def load_shard(self, plan: RunPlan, label: str, index: int) -> EvaluationResult | None:
-        """Return what was measured on a shard; None if it is not there, or was made from something else.
-
-        Args:
-            plan: The comparison.
-            label: The entry.
-            index: Index of the shard.
-        """
+        """Return what was measured on a shard; None if it is not there, or was made from something else."""
         try:
             content = json.loads(self._shard(label, index).read_text(encoding="utf-8"))
             if content["fingerprint"] != self.shard_fingerprint(plan, label, index):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from s2q.common.files import atomic_write_bytes, atomic_write_text, slug
@@ -16,28 +15,15 @@ from s2q.comparison.folder import (
     TABLE,
     CompareFolder,
 )
-from s2q.comparison.setup import CompareOptions, Setup
+from s2q.comparison.setup import CompareSettings, Setup
 from s2q.comparison.shards import SHOWN_PROMPTS
-from s2q.report import (
-    Scene,
-    render_compare_page,
-    scene_sheet,
-    write_mp4,
-)
-from s2q.report import (
-    compare_table as comparison,
-)
+from s2q.report import compare_table as comparison
+from s2q.report.compare_page import Scene, render_compare_page, scene_sheet
+from s2q.report.video import write_mp4
 
 
 def write_pages(folder: CompareFolder, result: Mapping[str, Any], *, command: str, progress: Progress) -> None:
-    """Write compare.md, index.html, sheet.png and the videos.
-
-    Args:
-        folder: The comparison.
-        result: The content of `compare.json`.
-        command: The command that makes it.
-        progress: Called as the files are written.
-    """
+    """Write compare.md, index.html, sheet.png and the videos."""
     atomic_write_text(folder.path / TABLE, comparison.markdown(result))
     scenes = _scenes(folder, result)
     for index, scene in enumerate(scenes):
@@ -68,27 +54,23 @@ def _scenes(folder: CompareFolder, result: Mapping[str, Any]) -> list[Scene]:
     return scenes
 
 
-def command_of(setup: Setup, options: CompareOptions, *, has_prompts: bool, out: Path) -> str:
-    """Return the command that makes a comparison.
-
-    Args:
-        setup: The comparison.
-        options: How it was made.
-        has_prompts: Whether it was given prompts.
-        out: Its folder.
-    """
+def command_of(setup: Setup, settings: CompareSettings) -> str:
+    """Return the command that makes a comparison."""
     words: list[Any] = ["s2q", "compare", *(entry.given for entry in setup.entries), "-m", setup.plan.model]
-    words += ["--prompts", "FILE"] if has_prompts else ["--num-prompts", options.num_prompts]
-    words += ["--seeds", options.seeds]
-    if options.calibration_prompts is not None:
+    words += ["--num-prompts", settings.num_prompts] if settings.prompts is None else ["--prompts", "FILE"]
+    words += ["--seeds", len(settings.seeds)]
+    if settings.calibration_prompts is not None:
         words += ["--calibration-prompts", "FILE"]
     plain = ("samples", "device", "dtype", "variant", "lpips_weights", "clip")
-    given = {name: getattr(options, name) for name in plain} | dict(options.settings)
-    for name, value in (given | {"seed": options.seed or None}).items():
+    given = {name: getattr(settings, name) for name in plain} | dict(settings.requested)
+    for name, value in (given | {"seed": settings.seed or None}).items():
         flag = "steps" if name == "num_inference_steps" else name.replace("_", "-")
         words += [] if value is None else [f"--{flag}", value]
-    words += [word for override in options.overrides for word in ("--set", override)]
-    if options.verify is not None:
-        words.append("--verify" if options.verify else "--no-verify")
-    words += ["--metrics", ",".join(options.metrics)] if options.metrics else []
-    return " ".join(shlex.quote(str(word)) for word in [*words, "-o", out])
+    words += [word for override in settings.overrides for word in ("--set", override)]
+    if settings.verify is not None:
+        words.append("--verify" if settings.verify else "--no-verify")
+    words += ["--metrics", ",".join(settings.metrics)] if settings.metrics else []
+    command = " ".join(shlex.quote(str(word)) for word in [*words, "-o", settings.out])
+    if settings.seeds == tuple(range(len(settings.seeds))):
+        return command
+    return f"{command}  # in Python, with seeds={list(settings.seeds)}"

@@ -42,11 +42,7 @@ def build_result(
     """Put a comparison together; also writes the `eval.json` of every entry.
 
     Args:
-        folder: Where everything is.
-        plan: The comparison.
-        setup: What was compared.
         failures: Why entries failed, by label.
-        progress: Called as entries are compared with each other.
 
     Returns:
         The content of `compare.json`.

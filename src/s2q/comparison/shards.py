@@ -1,9 +1,11 @@
-"""Evaluating one shard: the reference generates its prompts once, then every entry that lacks it is judged."""
+"""Evaluate shards: the reference generates the prompts of a shard once, then every entry that lacks it is judged."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from s2q.common.errors import (
@@ -16,7 +18,8 @@ from s2q.common.progress import Tick
 from s2q.comparison.entries import FULL_PRECISION
 from s2q.comparison.folder import CompareFolder
 from s2q.comparison.setup import SHARD_PROMPTS, RunPlan
-from s2q.evaluation.evaluate import EvaluationOptions, judge_model, run_reference
+from s2q.engines.processes import ProcessEngine, Tell, devices_of
+from s2q.evaluation.evaluate import TRAJECTORY_BYTES, EvaluationSettings, judge_model, run_reference
 from s2q.evaluation.video_metrics import VELOCITY
 from s2q.generation.generate import Video
 
@@ -31,7 +34,6 @@ class Shard:
     """Work to do.
 
     Attributes:
-        index: Index of the shard.
         labels: The entries that lack it.
     """
 
@@ -39,82 +41,110 @@ class Shard:
     labels: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reports:
-    """Callbacks for the evaluation of a shard.
-
-    Attributes:
-        stepped: Called after every denoising step and every replayed one.
-        failed: Called with the label of an entry that failed, and why.
-    """
-
-    stepped: Tick
-    failed: Callable[[str, str], None]
-
-
-def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, *, device: str, reports: Reports) -> None:
-    """Evaluate entries on the prompts of a shard; each result is stored as soon as it is there.
+def evaluate_shards(
+    folder: CompareFolder,
+    plan: RunPlan,
+    shards: Sequence[Shard],
+    *,
+    device: str,
+    processes: int,
+    stepped: Tick,
+) -> dict[str, str]:
+    """Evaluate shards, in this process or in several that claim one after another; each result is stored at once.
 
     Args:
-        folder: Where results go.
-        plan: The comparison.
-        shard: What to do.
-        device: Where to compute.
-        reports: Callbacks.
+        device: Where to compute; several processes share the GPUs that "cuda" means.
+        stepped: Called after every step; one call at a time.
+
+    Returns:
+        Why entries failed, by label; later shards are evaluated without a failed entry.
 
     Raises:
-        S2QError: The reference failed; failures of entries are told instead.
+        S2QError: The reference failed, or a process died; finished shards are kept.
     """
+    failures: dict[str, str] = {}
 
-    def options(label: str) -> EvaluationOptions:
-        def keep(_name: str, video: Video) -> None:
-            position = plan.prompts.index(video.prompt)
-            if position < SHOWN_PROMPTS and video.seed == plan.seeds[0]:
-                folder.save_frames(label, position, video.frames.numpy())
+    def report(failure: tuple[str, str] | None) -> None:
+        if failure is None:
+            stepped()
+        else:
+            failures.setdefault(*failure)
 
-        return EvaluationOptions(
-            metrics=tuple(plan.metrics),
-            settings=plan.settings,
-            dtype=plan.dtype,
-            variant=plan.variant,
-            verify=plan.verify,
-            device=device,
-            lpips_weights=plan.judge("lpips"),
-            clip=plan.judge("clip"),
-            video_done=keep,
-        )
+    def remaining() -> Iterator[Shard]:
+        for shard in shards:
+            labels = tuple(label for label in shard.labels if label not in failures)
+            if labels:
+                yield replace(shard, labels=labels)
+
+    workers = min(processes, len(shards))
+    if workers == 1:
+        for shard in remaining():
+            evaluate_shard(folder, plan, shard, device, report)
+        return failures
+    work = functools.partial(evaluate_shard, folder, plan)
+    results = ProcessEngine(devices_of(device, workers)).map(work, remaining(), on_message=report)
+    with contextlib.closing(results):
+        for _ in results:
+            pass
+    return failures
+
+
+def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, device: str, tell: Tell) -> None:
+    """Evaluate entries on the prompts of a shard.
+
+    Args:
+        tell: Called with None after every step, and with the label of an entry that failed and why.
+
+    Raises:
+        S2QError: The reference failed.
+    """
+    settings = EvaluationSettings(
+        metrics=tuple(plan.metrics),
+        requested=plan.settings,
+        batch_size=None,
+        device=device,
+        dtype=plan.dtype,
+        variant=plan.variant,
+        verify=plan.verify,
+        lpips_weights=plan.judge("lpips"),
+        clip=plan.judge("clip"),
+        trajectory_bytes=TRAJECTORY_BYTES,
+    )
+
+    def keep(label: str, _name: str, video: Video) -> None:
+        position = plan.prompts.index(video.prompt)
+        if position < SHOWN_PROMPTS and video.seed == plan.seeds[0]:
+            folder.save_frames(label, position, video.frames.numpy())
 
     def progress(_stage: str, done: int, _total: int) -> None:
         if done:
-            reports.stepped()
+            tell(None)
 
-    teacher = run_reference(
+    run = run_reference(
         plan.model,
         prompts=plan.shards()[shard.index],
         seeds=plan.seeds,
-        options=options(FULL_PRECISION),
+        settings=settings,
+        video_done=functools.partial(keep, FULL_PRECISION),
         progress=progress,
     )
     for label in shard.labels:
         try:
             model = folder.model_of(plan, label)
-            measured = judge_model(model, teacher, options=options(label), progress=progress)
+            scores = judge_model(model, run, video_done=functools.partial(keep, label), progress=progress)
         except DiskFullError:
             raise
         except Exception as error:  # whatever it is, the others go on
-            reports.failed(label, failure_of(label, error, "evaluated", device=device))
+            tell((label, failure_of(label, error, "evaluated", device=device)))
         else:
-            folder.save_shard(plan, label, shard.index, replace(measured, model=label))
+            folder.save_shard(plan, label, shard.index, replace(scores, model=label))
 
 
 def failure_of(label: str, error: Exception, doing: str, *, device: str) -> str:
     """Say why an entry failed, in one sentence; `--debug` shows the traceback of what nobody foresaw.
 
     Args:
-        label: The entry.
-        error: What was raised.
         doing: What was being done to it, "evaluated".
-        device: Where.
     """
     if is_out_of_memory(error):
         why = f"out of memory on {device} while it was {doing}"
@@ -128,13 +158,7 @@ def failure_of(label: str, error: Exception, doing: str, *, device: str) -> str:
 
 
 def pending_shards(folder: CompareFolder, plan: RunPlan, labels: Sequence[str]) -> list[Shard]:
-    """Return the shards that have work left, each with the entries that lack it.
-
-    Args:
-        folder: Where results are.
-        plan: The comparison.
-        labels: The entries to evaluate.
-    """
+    """Return the shards that have work left, each with the entries that lack it."""
     found = []
     for index in range(len(plan.shards())):
         lacking = tuple(label for label in labels if folder.load_shard(plan, label, index) is None)
@@ -144,13 +168,7 @@ def pending_shards(folder: CompareFolder, plan: RunPlan, labels: Sequence[str]) 
 
 
 def steps_of(plan: RunPlan, shard: Shard, batch_size: int) -> int:
-    """Return how often a shard calls `Reports.stepped` if nothing fails.
-
-    Args:
-        plan: The comparison.
-        shard: The shard.
-        batch_size: Videos computed at once.
-    """
+    """Return the steps of a shard if nothing fails."""
     videos = min(SHARD_PROMPTS, len(plan.prompts) - shard.index * SHARD_PROMPTS) * len(plan.seeds)
     steps = -(-videos // batch_size) * int(plan.settings["num_inference_steps"])
     return steps * (1 + (2 if VELOCITY in plan.metrics else 1) * len(shard.labels))

@@ -15,11 +15,7 @@ _BITS = re.compile(r"(?:u?int|float|fp|nf|mxfp|nvfp)(\d+)", re.IGNORECASE)
 
 
 def recipe_width(recipe: Mapping[str, Any]) -> str:
-    """Return the width of a resolved recipe.
-
-    Args:
-        recipe: The recipe as recipe.json has it.
-    """
+    """Return the width of a resolved recipe."""
     activations = recipe.get("activations")
     return _width(recipe["weights"]["num_bits"], activations["num_bits"] if activations else 16)
 

@@ -1,9 +1,8 @@
-"""Evaluating with several processes, which claim one set of prompts after another."""
+"""Evaluate in several processes: each loads the reference and the model once and measures its share of the prompts."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,22 +14,18 @@ from s2q.generation.generate import Video
 from s2q.models import ModelSource
 
 if TYPE_CHECKING:
-    from s2q.evaluation.evaluate import EvaluationOptions
+    from s2q.evaluation.evaluate import EvaluationSettings
 
-PROMPTS = 8
-"""Prompts that a process claims at a time, at most."""
+MeasuredSet = tuple[EvaluationResult, list[tuple[str, Video]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """The prompts that a process evaluates at a time.
+    """The share of a process.
 
     Attributes:
-        model: The student.
-        reference: The teacher.
-        prompts: The prompts.
-        seeds: Every prompt is generated with every seed.
-        options: `EvaluationOptions`, without `video_done`.
+        settings: How to evaluate; the device is that of the process.
+        parts: Number of processes, which share the disk.
         wants_videos: Whether the videos are returned, with the labels of their models.
     """
 
@@ -38,33 +33,30 @@ class PromptSet:
     reference: ModelSource
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    options: EvaluationOptions
-    wants_videos: bool
+    settings: EvaluationSettings
+    parts: int
+    wants_videos: bool = False
 
 
-MeasuredSet = tuple[EvaluationResult, list[tuple[str, Video]]]
+def divide(prompts: Sequence[str], parts: int) -> list[tuple[str, ...]]:
+    """Return consecutive shares of the prompts, whose sizes differ by one at most; none is empty."""
+    parts = min(parts, len(prompts))
+    starts = [index * len(prompts) // parts for index in range(parts + 1)]
+    return [tuple(prompts[start:stop]) for start, stop in zip(starts, starts[1:], strict=False)]
 
 
 def measure_in_processes(
     measure: Callable[[PromptSet, str, Tell], MeasuredSet],
-    model: ModelSource,
-    reference: ModelSource,
+    sets: Sequence[PromptSet],
     *,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    options: EvaluationOptions,
+    video_done: Callable[[str, Video], None] | None,
     progress: Progress | None,
 ) -> EvaluationResult:
-    """Measure a model beside its full-precision reference; every process loads both.
+    """Measure sets of prompts, one in each process.
 
     Args:
         measure: Measures a set of prompts on a device; tells stage, finished steps and steps in all.
-        model: The student.
-        reference: The teacher.
-        prompts: Distinct prompts.
-        seeds: Every prompt is generated with every seed.
-        options: `EvaluationOptions`; `processes` is how many take part.
-        progress: See `evaluate`.
+        video_done: Called with the label of a model and each of its videos.
 
     Returns:
         What was measured on all prompts, in their order.
@@ -72,16 +64,6 @@ def measure_in_processes(
     Raises:
         S2QError: A process died, or a model produced NaN or infinite values.
     """
-    size = min(PROMPTS, -(-len(prompts) // options.processes))
-    common = functools.partial(
-        PromptSet,
-        model=model,
-        reference=reference,
-        seeds=tuple(seeds),
-        options=replace(options, video_done=None),
-        wants_videos=options.video_done is not None,
-    )
-    sets = [common(prompts=tuple(prompts[start : start + size])) for start in range(0, len(prompts), size)]
     steps: dict[str, dict[str, tuple[int, int]]] = {}
 
     def report(message: tuple[str, str, int, int]) -> None:
@@ -92,12 +74,13 @@ def measure_in_processes(
         if progress is not None:
             progress(stage, sum(done for done, _ in counts), sum(total for _, total in counts) + waiting)
 
-    found: dict[int, MeasuredSet] = {}
-    devices = devices_of(options.device, min(options.processes, len(sets)))
-    with contextlib.closing(ProcessEngine(devices).map(measure, sets, on_message=report)) as results:
-        found.update(results)
-    for index in range(len(sets)):
-        for label, video in found[index][1]:
-            assert options.video_done is not None
-            options.video_done(label, video)
-    return merge([found[index][0] for index in range(len(sets))])
+    tasks = [replace(part, wants_videos=video_done is not None) for part in sets]
+    devices = devices_of(sets[0].settings.device, len(sets))
+    with contextlib.closing(ProcessEngine(devices).map(measure, tasks, on_message=report)) as results:
+        measured = dict(results)
+    ordered = [measured[index] for index in range(len(sets))]
+    if video_done is not None:
+        for _, videos in ordered:
+            for label, video in videos:
+                video_done(label, video)
+    return merge([result for result, _ in ordered])

@@ -21,7 +21,7 @@ from s2q.generation.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
-_DISK_SHARE = 0.5  # of the free space, at most
+DISK_SHARE = 0.5  # of the free space, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +67,15 @@ class Recordings:
     """Trajectories of batches, in the order in which they were added.
 
     Args:
-        memory_bytes: Memory for them; what is beyond it goes to the disk, up to half of the free space there.
+        memory_bytes: Memory for them; the rest goes to the disk.
+        disk_share: Share of the free space there that they may take.
 
     Attributes:
         num_calls: Recorded calls in all.
     """
 
-    def __init__(self, *, memory_bytes: int) -> None:
+    def __init__(self, *, memory_bytes: int, disk_share: float = DISK_SHARE) -> None:
+        self._disk_share = disk_share
         self.num_calls = 0
         self._memory_bytes = memory_bytes
         self._disk_bytes: int | None = None
@@ -116,5 +118,5 @@ class Recordings:
 
     def _disk_left(self) -> int:
         if self._disk_bytes is None:
-            self._disk_bytes = int(_DISK_SHARE * shutil.disk_usage(tempfile.gettempdir()).free)
+            self._disk_bytes = int(self._disk_share * shutil.disk_usage(tempfile.gettempdir()).free)
         return self._disk_bytes

@@ -29,11 +29,8 @@ class EvaluationResult:
     """Scores of a model on some prompts, before averaging.
 
     Attributes:
-        reference: Name of its full-precision reference.
         floor: Each full-precision video against the one of the same prompt with the seed before: what another seed
             alone changes. Empty with a single seed a prompt.
-        settings: The generation settings of both models.
-        dtype: Name of the compute dtype.
         timesteps: Timestep of every recorded step; empty without velocity error.
     """
 
@@ -52,9 +49,6 @@ class EvaluationResult:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> EvaluationResult:
         """Read what `to_dict` wrote.
-
-        Args:
-            fields: Plain data.
 
         Raises:
             TypeError: It has other fields.

@@ -47,9 +47,6 @@ def version_of(name: str) -> int:
 def summarise(measured: EvaluationResult) -> dict[str, Any]:
     """Build the content of `eval.json`.
 
-    Args:
-        measured: What was measured, video by video.
-
     Returns:
         A JSON-ready dict without NaN or infinity.
     """
@@ -85,7 +82,6 @@ def noise_pairs(
     """Compare each full-precision video with the same prompt's next seed: what another seed alone changes.
 
     Args:
-        videos: Full-precision videos of several seeds.
         learned: Learned metrics of (frames, reference frames), beside the others.
 
     Returns:

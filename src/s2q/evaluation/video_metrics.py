@@ -23,10 +23,6 @@ METRICS: tuple[str, ...] = (
 def selected_metrics(names: Sequence[str], *, learned: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the metrics to compute: all without `names`, else each name, or all that start with it.
 
-    Args:
-        names: What was asked for.
-        learned: Metrics of learned judges that have weights.
-
     Raises:
         InvalidInputError: A name is neither a metric nor the beginning of one up to an underscore, or lacks weights.
     """
@@ -76,10 +72,8 @@ def judge_video(
     """Measure everything that is wanted of one video.
 
     Args:
-        video: The student's video.
         base: The full-precision video of the same prompt and seed.
         errors: Velocity error of every denoising step; empty where it was not measured.
-        judges: Learned judges, for metrics among `wanted`.
     """
     values = compare_videos(video, base, names=wanted) | judges.measure(video, base, names=wanted)
     if VELOCITY in wanted:

@@ -23,9 +23,6 @@ def model_label(model: Any) -> str:
 def generation_defaults(model: Any) -> dict[str, Any]:
     """Return the generation settings recommended for a model.
 
-    Args:
-        model: A model's name or folder, a resolved source, or a pipeline object.
-
     Returns:
         Fields of `GenerationSettings`; empty where nothing is recommended. A quantized folder has those of the model it
         was made from.
@@ -36,9 +33,6 @@ def generation_defaults(model: Any) -> dict[str, Any]:
 
 def frame_rate_of(model: Any) -> int:
     """Return the frames per second at which a model's videos move as they should.
-
-    Args:
-        model: A model's name or folder, a resolved source, or a pipeline object.
 
     Raises:
         InvalidInputError: There is no such model, or its family is not known.

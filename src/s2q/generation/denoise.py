@@ -71,7 +71,8 @@ def denoise(
     """Generate one batch of videos.
 
     Args:
-        decode: Whether to decode the latents to frames.
+        prompts: One prompt a video.
+        seeds: One seed a video.
 
     Returns:
         Latents and frames in the order of `prompts`.

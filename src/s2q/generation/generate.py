@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from s2q.common.arguments import (
     model_argument,
-    optional_text,
+    optional,
     prompt_list,
     seed_numbers,
     whole_number,
+    word,
 )
 from s2q.common.errors import InvalidInputError, memory_errors
 from s2q.common.progress import Progress, StageCounter
@@ -33,6 +34,9 @@ from s2q.generation.settings import (
 from s2q.generation.trajectory import Trajectory
 from s2q.models import ModelSource, family_of, resolve_model
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _BATCH_TOKENS = 4096
 _MAX_BATCH = 16
 LESS_MEMORY = (
@@ -47,8 +51,6 @@ class Video:
     """One generated video.
 
     Attributes:
-        prompt: Its prompt.
-        seed: Its seed.
         frames: Frames `[F, H, W, 3]`, uint8, on the CPU.
         latents: Final latents `[f, C, h, w]`, float32, on the CPU.
     """
@@ -62,13 +64,22 @@ class Video:
 @memory_errors("generating videos", remedy=LESS_MEMORY)
 @in_fresh_torch_state
 def generate(
-    model: Any,
-    prompts: Sequence[str],
+    model: str | Path | ModelSource | DiffusionPipeline,
     *,
+    prompts: Sequence[str],
     seeds: Sequence[int] = (0,),
-    settings: GenerationSettings | Mapping[str, Any] | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     batch_size: int | None = None,
+    device: str | torch.device | int = "cpu",
+    dtype: torch.dtype | str | None = None,
     variant: str | None = None,
+    verify: bool | None = None,
+    backend: str = "auto",
+    attention_backend: str | None = None,
     progress: Progress | None = None,
 ) -> list[Video]:
     """Generate one video for every prompt and seed.
@@ -77,13 +88,11 @@ def generate(
     floating-point rounding only.
 
     Args:
-        model: A pipeline, the name or folder of one, or a resolved source.
-        prompts: The prompts.
+        model: A pipeline, the name or folder of one, or a resolved source. `device`, `dtype`, `variant`, `verify` and
+            the backends are for models that are loaded here; see `s2q.load`.
         seeds: Every prompt is generated with every seed.
-        settings: Generation settings; missing ones are the model's own.
+        num_frames: None takes the model's own, as for `height`, `width`, `num_inference_steps` and `guidance_scale`.
         batch_size: Videos per batch; by default as many as hold 4,096 video tokens together, 1 to 16.
-        variant: Variant of the weights of a model by name, "fp16".
-        progress: Called after every denoising step.
 
     Returns:
         The videos, prompt by prompt, each prompt's in the order of the seeds.
@@ -94,16 +103,21 @@ def generate(
         S2QError: The model produced NaN or infinite latents.
     """
     model, prompts, seeds = model_argument("model", model), prompt_list(prompts), seed_numbers(seeds)
-    settings, variant = requested_settings(settings), optional_text("variant", variant)
+    requested = requested_settings(
+        num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
+    )
     if batch_size is not None:
         whole_number("batch_size", batch_size, least=1)
-    if isinstance(model, (str, Path)):
-        model = resolve_model(model, variant=variant)
-    pipe = load_pipeline(model) if isinstance(model, ModelSource) else model
-    resolved = settings_for(pipe, settings, defaults=generation_defaults(model))
+    pipe = model
+    if isinstance(model, str | Path | ModelSource):
+        model = resolve_model(model, variant=optional(word, "variant", variant))
+        pipe = load_pipeline(
+            model, dtype=dtype, device=device, verify=verify, backend=backend, attention_backend=attention_backend
+        )
+    resolved = settings_for(pipe, requested, defaults=generation_defaults(model))
     check_prompts(pipe, prompts)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    size = batch_size_for(pipe, resolved, batch_size)
+    size = batch_size or batch_size_for(pipe, resolved)
     tick = StageCounter(progress, "generate", -(-len(jobs) // size) * resolved.num_inference_steps)
     videos: list[Video] = []
     for batch in batched(jobs, size):
@@ -120,9 +134,7 @@ def videos_of(prompts: Sequence[str], seeds: Sequence[int], result: DenoisingRes
     return [Video(prompt=prompt, seed=seed, frames=frames, latents=latents) for prompt, seed, frames, latents in rows]
 
 
-def settings_for(
-    pipe: Any, settings: GenerationSettings | Mapping[str, Any] | None, *, defaults: Mapping[str, Any]
-) -> GenerationSettings:
+def settings_for(pipe: Any, requested: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> GenerationSettings:
     """Return checked settings from what was asked for and what the model's makers recommend.
 
     Raises:
@@ -133,17 +145,11 @@ def settings_for(
             f"{type(pipe).__name__}: s2q generates from prompts only, with "
             f"{family_of(pipe.transformer).pipeline_class}; load the pipeline and call it with an image in Python"
         )
-    return resolve_settings(pipe, requested=requested_settings(settings), defaults=defaults)
+    return resolve_settings(pipe, requested=requested, defaults=defaults)
 
 
-def batch_size_for(pipe: Any, settings: GenerationSettings, requested: int | None) -> int:
-    """Return how many videos to compute at once.
-
-    Raises:
-        InvalidInputError: `requested` is no whole number of at least 1.
-    """
-    if requested is not None:
-        return whole_number("batch_size", requested, least=1)
+def batch_size_for(pipe: Any, settings: GenerationSettings) -> int:
+    """Return how many videos to compute at once: as many as hold 4,096 video tokens together, 1 to 16."""
     return max(1, min(_MAX_BATCH, _BATCH_TOKENS // video_tokens(pipe, settings)))
 
 

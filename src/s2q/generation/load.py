@@ -13,9 +13,10 @@ from s2q.common.arguments import (
     device_name,
     flag,
     model_argument,
-    optional_text,
+    optional,
     parse_dtype,
     path_argument,
+    word,
 )
 from s2q.common.components import transformers_of
 from s2q.common.devices import default_dtype
@@ -69,7 +70,7 @@ def load_pipeline(
 
     model, device, dtype = model_argument("model", model), device_name(device), parse_dtype(dtype)
     check_backend(backend)
-    variant = optional_text("variant", variant)
+    variant = optional(word, "variant", variant)
     if verify is not None:
         flag("verify", verify)
     if attention_backend is not None:
@@ -94,10 +95,6 @@ def load_pipeline(
 
 def check_model(model: str | Path | ModelSource, *, verify: bool | None = None) -> None:
     """Check what can be checked of a model without loading it, so that no work is done before it is refused.
-
-    Args:
-        model: Embedded name, pipeline folder or s2q checkpoint, Hub id, or a resolved source.
-        verify: See `load_pipeline`.
 
     Raises:
         InvalidInputError: If the model is unknown, or is an s2q checkpoint that is damaged or altered.
@@ -126,7 +123,7 @@ def inspect_model(model: str | Path, *, variant: str | None = None, verify: bool
         InvalidInputError: If there is no such checkpoint, it is not of s2q, or it is damaged.
     """
     path = path_argument("model", model)
-    variant, verify = optional_text("variant", variant), flag("verify", verify)
+    variant, verify = optional(word, "variant", variant), flag("verify", verify)
     if not path.is_dir():  # a folder is looked into even if it is damaged
         path = resolve_model(model, variant=variant).complete_folder()
     return checkpoint.inspect_checkpoint(path, variant=variant, verify=verify)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from s2q.common.arguments import finite_number, prompt_list, whole_number
-from s2q.common.errors import InvalidInputError, short_repr, unknown_name
+from s2q.common.errors import InvalidInputError, short_repr
 from s2q.generation.sharing import steps_of_transformers
 from s2q.models import family_of, token_patch
 
@@ -24,10 +24,8 @@ class GenerationSettings:
     """Settings of a generated video besides model, prompt and seed.
 
     Attributes:
-        num_frames: Frames of the video.
         height: Height of a frame in pixels.
         width: Width of a frame in pixels.
-        num_inference_steps: Denoising steps.
         guidance_scale: Weight of classifier-free guidance; at most 1 means one branch, without guidance.
     """
 
@@ -62,13 +60,13 @@ def resolve_settings(
         The checked settings.
 
     Raises:
-        InvalidInputError: A name is unknown, or a value does not fit the VAE, the transformer or the scheduler; or the
+        InvalidInputError: A value does not fit the VAE, the transformer or the scheduler; or the
             pipeline has a guider of another kind than classifier-free guidance over all steps, or leaves steps to a
             transformer that it does not have.
     """
     values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe) | _guider_defaults(pipe)
-    asked = requested_settings(defaults) | requested_settings(requested)
-    settings = GenerationSettings(**requested_settings(values | asked))
+    asked = _checked(defaults or {}) | _checked(requested or {})
+    settings = GenerationSettings(**_checked(values | asked))
     _check_steps(pipe, settings.num_inference_steps)
     _check_frames(pipe, settings.num_frames)
     _check_frame_size(pipe, settings)
@@ -76,26 +74,24 @@ def resolve_settings(
     return settings
 
 
-def requested_settings(settings: GenerationSettings | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return settings that were asked for by name, without those that are None; needs no model.
-
-    Args:
-        settings: By field name of `GenerationSettings`.
+def requested_settings(
+    *, num_frames: int | None, height: int | None, width: int | None, steps: int | None, guidance: float | None
+) -> dict[str, Any]:
+    """Return the settings that are not None, by name; whether a model can take them is not checked.
 
     Raises:
-        InvalidInputError: If a name is unknown, or a value is no number of its kind.
+        InvalidInputError: If a value is no number of its kind.
     """
-    given = settings.to_dict() if isinstance(settings, GenerationSettings) else settings or {}
-    if not isinstance(given, Mapping):
-        raise InvalidInputError(f'settings: got {short_repr(given)}; pass a mapping, {{"num_frames": 49}}')
-    names, values = tuple(GenerationSettings.__dataclass_fields__), {}
-    for name, value in given.items():
-        if name not in names:
-            raise unknown_name("generation setting", str(name), names)
-        if value is not None:
-            whole = name != "guidance_scale"
-            values[name] = whole_number(name, value, least=1) if whole else finite_number(name, value)
-    return values
+    sizes = {"num_frames": num_frames, "height": height, "width": width}
+    return _checked({**sizes, "num_inference_steps": steps, "guidance_scale": guidance})
+
+
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: finite_number(name, value) if name == "guidance_scale" else whole_number(name, value, least=1)
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def takes_prompts_alone(pipe: Any) -> bool:
@@ -114,10 +110,6 @@ def prompt_token_limit(pipe: Any) -> int:
 
 def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
     """Check that the pipeline can take every prompt whole.
-
-    Args:
-        pipe: A diffusers text-to-video pipeline with a tokenizer.
-        prompts: The prompts; at least one.
 
     Raises:
         InvalidInputError: There is no prompt, or one is empty or longer than the transformer's text sequence.

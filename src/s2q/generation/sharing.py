@@ -16,9 +16,6 @@ from s2q.common.errors import InvalidInputError
 def steps_of_transformers(pipe: Any, num_inference_steps: int) -> dict[str, int]:
     """Count the denoising steps of a generation that each transformer takes.
 
-    Args:
-        num_inference_steps: All of them.
-
     Returns:
         Number of steps by component; 0 for a transformer that the pipeline never calls.
 

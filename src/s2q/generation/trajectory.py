@@ -59,9 +59,6 @@ class Trajectory:
     """Inputs and outputs of the transformers during the generation of a batch of videos.
 
     Attributes:
-        prompts: One prompt a video.
-        seeds: One seed a video.
-        settings: The generation settings.
         calls: One call a denoising step, in order, from noise to video.
         latents: Final latents `[B, f, C, h, w]`, float32, on the CPU.
         frames: Decoded videos `[B, F, H, W, 3]`, uint8; None when they were not decoded.
@@ -100,9 +97,6 @@ def record_trajectory(
     step_done: Tick | None = None,
 ) -> Trajectory:
     """Generate one batch and record every call of the transformers.
-
-    Args:
-        pipe: A diffusers text-to-video pipeline, full precision.
 
     Returns:
         The trajectory; its tensors are on the CPU. The text embeddings and rotary tables are stored once for all calls.

@@ -9,6 +9,7 @@ from s2q.planning.plan import (
     loaded_sizes,
     plan,
     plan_allocated,
+    plan_model,
     plan_transformers,
     tensor_sizes,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "loaded_sizes",
     "plan",
     "plan_allocated",
+    "plan_model",
     "plan_transformers",
     "tensor_sizes",
     "this_machine",

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from s2q.common.arguments import model_argument, parse_dtype
+from s2q.common.arguments import device_name, model_argument, optional, parse_dtype, word
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.devices import default_dtype
 from s2q.common.errors import ResourceError, memory_errors
 from s2q.common.records import PLAN_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
-from s2q.core.storage import BF16_BYTES, LinearStorage
+from s2q.core.storage import BF16_BYTES, LinearStorage, parse_bytes
 from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
 from s2q.models.source import check_full_precision
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
@@ -119,36 +119,58 @@ class Plan:
 @in_fresh_torch_state
 def plan(
     model: str | Path | ModelSource,
-    recipe: str | Path | Recipe = "rtn-w4a6",
     *,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "s2q-w4a6",
     overrides: Sequence[str] = (),
+    device: str | torch.device | int = "cpu",
+    device_memory: int | str | None = None,
+    memory_budget: int | str | None = None,
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
-    machine: Machine | None = None,
 ) -> Plan:
     """Plan a run without loading weights.
 
     Args:
         model: Embedded name, folder, Hub id ("organisation/name@revision"), a resolved source, or the dimensions of a
             published model without its weights, "synthetic:cogvideox-5b".
-        recipe: Name, file or validated recipe.
+        recipe: Name, file, contents, or a validated recipe.
         overrides: Changes to the recipe, "key=value" each.
-        dtype: Dtype that the model will be loaded in; None takes the one that it is stored in, and for calibration
-            float32 where the machine emulates that (`core.devices.default_dtype`).
+        device_memory: Memory of a device that need not be here, "24GB"; None takes that of this machine's.
+        memory_budget: Host memory for the activations of calibration; see `s2q.quantize`.
+        dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
         variant: Variant of the weights, "fp16".
-        machine: Where the run is to be; None is the CPU of this machine.
 
     Raises:
-        InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is already quantized.
+        InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is quantized already.
+        ResourceError: If the device is not there.
     """
-    model, dtype = model_argument("model", model), parse_dtype(dtype)
+    memory = None if device_memory is None else parse_bytes(device_memory, option="device_memory")
+    machine = this_machine(
+        device_name(device, check=memory is None),
+        memory_bytes=memory,
+        memory_budget=None if memory_budget is None else parse_bytes(memory_budget, option="memory_budget"),
+    )
     validated = load_recipe(recipe, overrides=overrides)
+    return plan_model(model, validated, machine=machine, dtype=dtype, variant=variant)
+
+
+@in_fresh_torch_state
+def plan_model(
+    model: str | Path | ModelSource,
+    recipe: Recipe,
+    *,
+    machine: Machine,
+    dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
+) -> Plan:
+    """Plan a run on a machine that is already described; see `plan`."""
+    model, dtype, variant = model_argument("model", model), parse_dtype(dtype), optional(word, "variant", variant)
     workload: Workload | None
     if isinstance(model, str) and model.startswith(SYNTHETIC_PREFIX):
         synthetic = synthetic_model(model)
         name, stored = synthetic.label, dtype or torch.bfloat16
         transformers = {TRANSFORMERS[0]: synthetic.meta_transformer()}
-        workload = workload_of_synthetic(synthetic, validated.calibration) if validated.calibrates else None
+        workload = workload_of_synthetic(synthetic, recipe.calibration) if recipe.calibrates else None
     else:
         source = resolve_model(model, variant=variant)
         check_full_precision(source)
@@ -156,18 +178,17 @@ def plan(
             family_of(config["_class_name"])  # a clear error before the class is looked up
         name, stored = source.name, dtype or source.weights_dtype() or torch.bfloat16
         transformers, workload = source.meta_transformers(), None
-        if validated.calibrates:
-            workload = workload_of_source(source, validated.calibration, transformers=transformers)
-    machine = machine or this_machine("cpu")
-    linears = recipe_linears(validated, transformers)
+        if recipe.calibrates:
+            workload = workload_of_source(source, recipe.calibration, transformers=transformers)
+    linears = recipe_linears(recipe, transformers)
     return plan_transformers(
         transformers,
-        validated,
-        resolve(validated, linears, frames=None if workload is None else workload.frames),
+        recipe,
+        resolve(recipe, linears, frames=None if workload is None else workload.frames),
         model=name,
         sizes=loaded_sizes(transformers, stored),
         dtype=stored,
-        compute_dtype=default_dtype(stored, machine.device) if dtype is None and validated.calibrates else None,
+        compute_dtype=default_dtype(stored, machine.device) if dtype is None and recipe.calibrates else None,
         workload=workload,
         machine=machine,
     )

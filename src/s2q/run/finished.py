@@ -19,14 +19,7 @@ from s2q.run.report import QuantizationReport
 
 
 def request_hash(source: ModelSource, recipe: Recipe, prompts: Sequence[str] | None, options: Mapping[str, str]) -> str:
-    """Return a hash of everything that a checkpoint depends on; files of the model count by size and time of change.
-
-    Args:
-        source: The model.
-        recipe: The recipe.
-        prompts: What was given to calibrate on.
-        options: Seed, device and so on, by name.
-    """
+    """Return a hash of everything that a checkpoint depends on; files of the model count by size and time of change."""
     files = {path: path.stat() for path in sorted(source.folder.rglob("*")) if path.is_file()}
     content = {
         "model": [source.name, source.kind, str(source.folder.resolve())],

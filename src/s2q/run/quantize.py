@@ -11,9 +11,9 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -32,12 +32,13 @@ from s2q.common.arguments import (
     dtype_name,
     flag,
     model_argument,
-    optional_path,
-    optional_text,
+    optional,
     parse_dtype,
+    path_argument,
     prompt_list,
     seed_number,
     whole_number,
+    word,
 )
 from s2q.common.components import full_name, transformers_of
 from s2q.common.devices import peak_memory_bytes, reset_peak_memory
@@ -47,7 +48,6 @@ from s2q.common.errors import (
     UsageError,
     is_out_of_memory,
     memory_errors,
-    unknown_name,
 )
 from s2q.common.files import DISK_FULL
 from s2q.common.outputs import check_output
@@ -64,8 +64,8 @@ from s2q.planning import (
     Plan,
     check_memory,
     loaded_sizes,
-    plan,
     plan_allocated,
+    plan_model,
     plan_transformers,
     tensor_sizes,
     this_machine,
@@ -91,50 +91,17 @@ _FULL = "No space left on device"  # SafetensorError has no errno
 _T = TypeVar("_T")
 
 
-class QuantizeOptions(TypedDict, total=False):
-    """Options of `quantize`; their meaning and defaults are there."""
-
-    seed: int
-    device: str | torch.device | int
-    dtype: torch.dtype | str | None
-    variant: str | None
-    resume: bool
-    overwrite: bool
-    overrides: Sequence[str]
-    dry_run: bool
-    max_shard_size: int | str
-    memory_budget: int | str | None
-    processes: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    seed: int = 0
-    device: str = "cpu"
-    dtype: torch.dtype | str | None = None
-    variant: str | None = None
-    resume: bool = True
-    overwrite: bool = False
-    overrides: Sequence[str] = ()
-    dry_run: bool = False
-    max_shard_size: int | str = "10GB"
-    memory_budget: int | str | None = None
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        budget = self.memory_budget
-        normalised = {
-            "seed": seed_number(self.seed),
-            "device": device_name(self.device),
-            "dtype": parse_dtype(self.dtype),
-            "variant": optional_text("variant", self.variant),
-            **{name: flag(name, getattr(self, name)) for name in ("resume", "overwrite", "dry_run")},
-            "max_shard_size": parse_bytes(self.max_shard_size, option="max_shard_size"),
-            "processes": whole_number("processes", self.processes, least=1),
-            "memory_budget": None if budget is None else parse_bytes(budget, option="memory_budget"),
-        }
-        for name, value in normalised.items():
-            object.__setattr__(self, name, value)
+    seed: int
+    device: str
+    dtype: torch.dtype | None
+    variant: str | None
+    max_shard_size: int
+    memory_budget: int | None
+    processes: int
+    resume: bool
+    overwrite: bool
 
 
 @memory_errors("planning", remedy="free some")
@@ -145,8 +112,19 @@ def quantize(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     out: str | Path | None = None,
     prompts: Sequence[str] | None = None,
+    samples: int | None = None,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    device: str | torch.device | int = "cpu",
+    dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+    memory_budget: int | str | None = None,
+    processes: int = 1,
+    resume: bool = True,
+    overwrite: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
-    **options: Unpack[QuantizeOptions],
 ) -> QuantizationReport | Plan:
     """Quantize a text-to-video pipeline into a checkpoint that diffusers' `from_pretrained` loads after `import s2q`.
 
@@ -155,16 +133,17 @@ def quantize(
             pipeline, which is not changed.
         recipe: Name, file, contents, or a validated recipe.
         out: Folder to write; needed unless `dry_run`.
-        prompts: Calibration prompts, for recipes that calibrate; the first `calibration.n_prompts` are used.
-            None takes those of an embedded model. Other recipes use none.
-        progress: Called during the run.
-        **options: `seed` (0), `device` ("cpu"), `dtype` (as stored), `variant` (of the weights, "fp16"), `resume`
-            (True), `overwrite` (False), `overrides` (changes to the recipe, "key=value" each), `dry_run` (False; True
-            returns the plan and computes nothing), `max_shard_size` ("10GB"), `memory_budget` (host memory for the
-            activations of calibration, "16GB"; what does not fit is on the disk, in the run folder; None takes half
-            of the machine's memory, at most 16 GB), `processes` (1; several quantize blocks side by side, each with
-            one thread on a CPU or with a GPU of its own, and load the model each: it is given by name, and a script
-            needs `if __name__ == "__main__":`).
+        prompts: Calibration prompts, of which the first `calibration.n_prompts` are used; None takes those of an
+            embedded model. Recipes that do not calibrate use none.
+        samples: Calibration samples; None leaves it to the recipe.
+        overrides: Changes to the recipe, "key=value" each.
+        dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
+        memory_budget: Host memory for the activations of calibration, "16GB"; the rest is on the disk, in the run
+            folder. None takes half of the machine's memory, at most 16 GB.
+        processes: Several quantize blocks side by side, each with one thread on a CPU or with a GPU of its own, and
+            load the model each: it is given by name, and a script needs `if __name__ == "__main__":`.
+        resume: Whether to use what an interrupted run has finished.
+        dry_run: Whether to return the plan and compute nothing.
 
     Returns:
         The report, or the plan of a dry run.
@@ -173,35 +152,36 @@ def quantize(
         InvalidInputError: If the model, the recipe or the output will not do; nothing has been written then.
         BusyError: If another run writes the same output.
         ResourceError: If the device is not there or the disk is full.
-        UsageError: If an option is unknown, or `out` is missing.
+        UsageError: If `out` is missing, or an option does not apply to the model or the recipe.
     """
-    settings, model = _settings(options), model_argument("model", model)
+    settings = _Settings(
+        seed=seed_number(seed),
+        device=device_name(device),
+        dtype=parse_dtype(dtype),
+        variant=optional(word, "variant", variant),
+        max_shard_size=parse_bytes(max_shard_size, option="max_shard_size"),
+        memory_budget=None if memory_budget is None else parse_bytes(memory_budget, option="memory_budget"),
+        processes=whole_number("processes", processes, least=1),
+        resume=flag("resume", resume),
+        overwrite=flag("overwrite", overwrite),
+    )
+    model, target = model_argument("model", model), optional(path_argument, "out", out)
+    dry_run = flag("dry_run", dry_run)
     prompts = None if prompts is None else prompt_list(prompts, allow_none=True)
-    validated = load_recipe(recipe, overrides=settings.overrides)
-    source = None
-    if isinstance(model, str | Path | ModelSource):
-        source = resolve_model(model, variant=settings.variant)
-    elif settings.variant is not None:
-        raise UsageError("quantize: variant is for models by name or folder; load the pipeline with variant=")
-    if settings.processes > 1 and source is None:
-        raise UsageError(
-            f"quantize: got processes={settings.processes} and a loaded pipeline; pass the model's name or folder, "
-            "which every process loads"
-        )
+    validated = _recipe(recipe, overrides, samples=samples)
+    source = _source(model, settings)
     machine = this_machine(settings.device, memory_budget=settings.memory_budget)
-    # What can be wrong is found before weights are read. A loaded pipeline is looked at by load_teacher.
-    planned = None if source is None else plan(source, validated, dtype=settings.dtype, machine=machine)
-    target = optional_path("out", out)
+    # Bad input is refused before weights are read. A loaded pipeline is checked by load_teacher.
+    planned = None if source is None else plan_model(source, validated, dtype=settings.dtype, machine=machine)
     if target is not None:
-        finished = (
-            None if source is None else _finished(target, _request(source, validated, prompts, settings), settings)
-        )
-        if finished is not None:
-            return finished
+        if source is not None and settings.resume and not (dry_run or settings.overwrite):
+            finished = finished_report(target, _request(source, validated, prompts, settings))
+            if finished is not None:
+                return finished
         check_output(target, overwrite=settings.overwrite, owned=owned_files)
-    if validated.calibrates and source is not None:  # clear errors before the weights are read
+    if validated.calibrates and source is not None:
         calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
-    if settings.dry_run:
+    if dry_run:
         return planned or _plan_loaded(_load_teacher(model, validated, settings), validated, machine)
     if planned is not None:
         check_memory(planned, processes=most_on_one_device(settings.device, settings.processes))
@@ -211,6 +191,32 @@ def quantize(
         check_output(target, overwrite=settings.overwrite, owned=owned_files)  # a killed run may have put it back
         run = _Run(folder, target, settings, progress, machine=machine, source=source)
         return run.carry_out(source or model, validated, prompts)
+
+
+def _recipe(
+    recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str], *, samples: int | None
+) -> Recipe:
+    validated = load_recipe(recipe, overrides=overrides)
+    if samples is None:
+        return validated
+    whole_number("samples", samples, least=1)
+    if not validated.calibrates:
+        raise UsageError(f"samples (--samples): recipe {validated.name} uses no calibration samples; remove it")
+    return load_recipe(recipe, overrides=[*overrides, f"calibration.samples={samples}"])
+
+
+def _source(model: Any, settings: _Settings) -> ModelSource | None:
+    """The model's files; None for a loaded pipeline."""
+    if isinstance(model, str | Path | ModelSource):
+        return resolve_model(model, variant=settings.variant)
+    if settings.variant is not None:
+        raise UsageError("quantize: variant is for models by name or folder; load the pipeline with variant=")
+    if settings.processes > 1:
+        raise UsageError(
+            f"quantize: got processes={settings.processes} and a loaded pipeline; pass the model's name or folder, "
+            "which every process loads"
+        )
+    return None
 
 
 class _Run:
@@ -406,23 +412,9 @@ class _Run:
         return result
 
 
-def _settings(options: QuantizeOptions) -> _Settings:
-    known = [one.name for one in fields(_Settings)]
-    for name in options:
-        if name not in known:
-            raise UsageError(str(unknown_name("option of quantize", name, known)))
-    return _Settings(**options)
-
-
 def _request(source: ModelSource, recipe: Recipe, prompts: Sequence[str] | None, settings: _Settings) -> str:
     names = ("seed", "device", "dtype", "variant", "max_shard_size")
     return request_hash(source, recipe, prompts, {name: str(getattr(settings, name)) for name in names})
-
-
-def _finished(out: Path, request: str, settings: _Settings) -> QuantizationReport | None:
-    if settings.dry_run or settings.overwrite or not settings.resume:
-        return None
-    return finished_report(out, request)
 
 
 def _load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, settings: _Settings) -> Teacher:

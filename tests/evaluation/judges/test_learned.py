@@ -5,7 +5,7 @@ import json
 import pytest
 
 from s2q.common.errors import InvalidInputError
-from s2q.evaluation.evaluate import EvaluationOptions, evaluate
+from s2q.evaluation.evaluate import evaluate
 from s2q.evaluation.judges.clip_score import ClipJudge
 from s2q.evaluation.judges.evalcrafter import NEEDS, evalcrafter_scores
 from s2q.evaluation.judges.learned import learned_names
@@ -33,11 +33,11 @@ def lpips(tmp_path_factory):
 
 
 def test_with_weights_they_are_measured(pipe, clip, lpips):
-    options = EvaluationOptions(metrics=("ssim", "lpips", "clip", "clipsim"), settings=FAST, clip=clip)
+    options = dict(metrics=("ssim", "lpips", "clip", "clipsim"), **FAST, clip=clip)
     with pytest.raises(InvalidInputError, match="metric lpips: needs --lpips-weights"):
-        evaluate(pipe, pipe, prompts=["a", "b"], options=options)
-    options = EvaluationOptions(settings=FAST, clip=clip, lpips_weights=lpips)
-    result = evaluate(pipe, pipe, prompts=["a", "b"], options=options)
+        evaluate(pipe, reference=pipe, prompts=["a", "b"], **options)
+    options = dict(**FAST, clip=clip, lpips_weights=lpips)
+    result = evaluate(pipe, reference=pipe, prompts=["a", "b"], **options)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     metrics = result["metrics"]
     learned = {"lpips", "clip_score", "clipsim", "clip_temp"}
@@ -47,7 +47,7 @@ def test_with_weights_they_are_measured(pipe, clip, lpips):
     for name in learned - {"lpips"}:
         assert metrics[name]["mean"] == metrics[f"reference_{name}"]["mean"]
         assert metrics[name]["version"] == metrics[f"reference_{name}"]["version"] == 1
-    video = generate(pipe, ["a"], seeds=[0], settings=FAST, batch_size=1)[0]
+    video = generate(pipe, prompts=["a"], seeds=[0], **FAST, batch_size=1)[0]
     alone = ClipJudge(clip).measure("a", video.frames)
     assert result["videos"][0]["metrics"]["clipsim"] == pytest.approx(alone["clipsim"], abs=1e-4)
     assert result["evalcrafter"]["clipsim"]["reference"] == metrics["reference_clipsim"]["mean"]
@@ -55,7 +55,7 @@ def test_with_weights_they_are_measured(pipe, clip, lpips):
 
 
 def test_without_weights_there_are_none(pipe):
-    result = evaluate(pipe, pipe, prompts=["a"], seeds=[0], options=EvaluationOptions(settings=FAST))
+    result = evaluate(pipe, reference=pipe, prompts=["a"], seeds=[0], **FAST)
     assert "evalcrafter" not in result
     assert not {"lpips", "clip_score"} & set(result["metrics"])
 
@@ -64,7 +64,7 @@ def test_without_weights_there_are_none(pipe):
 def test_missing_weights_are_said_before_anything_is_generated(pipe, tmp_path, monkeypatch, option):
     monkeypatch.setattr(pipe.transformer, "forward", None)
     with pytest.raises(InvalidInputError, match="nothing-here"):
-        evaluate(pipe, pipe, prompts=["a"], options=EvaluationOptions(**{option: tmp_path / "nothing-here"}))
+        evaluate(pipe, reference=pipe, prompts=["a"], **{option: tmp_path / "nothing-here"})
 
 
 def test_they_are_chosen_by_name():

@@ -23,7 +23,7 @@ from s2q.evaluation.judges.vbench import (
     plan_vbench,
     vbench_section,
 )
-from s2q.report import BT601, encode_mp4
+from s2q.report.video import BT601, encode_mp4
 
 PYTHON = os.environ.get("S2Q_VBENCH_PYTHON", "")
 pytestmark = [

@@ -1,0 +1,120 @@
+"""`s2q eval`: a model against full precision, with VBench beside if it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from s2q.cli import options
+from s2q.common.files import atomic_write_json
+from s2q.common.outputs import output_lock
+
+Reference = Annotated[str, typer.Option("--reference", help="The full-precision model.", metavar="MODEL")]
+EvalFile = Annotated[Path, typer.Option("-o", "--output", help="JSON file to write.", metavar="FILE")]
+VBenchPython = Annotated[
+    str | None,
+    typer.Option(
+        "--vbench-python",
+        help="Add VBench scores, computed by this Python interpreter with VBench installed.",
+        metavar="PYTHON",
+    ),
+]
+VBenchDims = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--vbench-dims",
+        help="Comma-separated VBench dimensions. Default: the paper's eight.",
+        metavar="NAMES",
+        callback=options.split_names,
+    ),
+]
+VBenchCache = Annotated[
+    Path | None,
+    typer.Option("--vbench-cache", help="VBench's weight cache. Default: VBench's default.", metavar="DIR"),
+]
+
+
+def evaluate(
+    model: options.Model,
+    reference: Reference,
+    out: EvalFile = Path("eval.json"),
+    prompts: options.Prompts = None,
+    num_prompts: options.NumPrompts = 64,
+    seeds: options.Seeds = 2,
+    metrics: options.Metrics = None,
+    lpips_weights: options.LpipsWeights = None,
+    clip: options.ClipFolder = None,
+    vbench_python: VBenchPython = None,
+    vbench_dims: VBenchDims = None,
+    vbench_cache: VBenchCache = None,
+    num_frames: options.Frames = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    steps: options.Steps = None,
+    guidance_scale: options.Guidance = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = None,
+    variant: options.Variant = None,
+    verify: options.Verify = None,
+    processes: options.Processes = 1,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Evaluate a model against full precision."""
+    options.check_file_output(out, overwrite=overwrite)
+    device = options.resolve_device(device)
+    from s2q.cli import console, judges, output
+    from s2q.evaluation.evaluate import default_prompts
+    from s2q.evaluation.evaluate import evaluate as run
+    from s2q.evaluation.judges.learned import learned_names
+    from s2q.evaluation.video_metrics import selected_metrics
+    from s2q.generation.defaults import frame_rate_of, quantization_scheme
+    from s2q.models import resolve_model
+    from s2q.models.source import check_full_precision
+
+    console.quiet_libraries()
+    selected_metrics(metrics or (), learned=learned_names(lpips=lpips_weights is not None, clip=clip is not None))
+    ours, theirs = resolve_model(model, variant=variant, needs_variant=False), resolve_model(reference, variant=variant)
+    check_full_precision(theirs)
+    texts = options.read_prompt_file(prompts) or default_prompts(theirs, count=num_prompts)
+    planned = judges.vbench_plan(
+        out,
+        texts,
+        seeds=seeds,
+        device=device,
+        num_frames=num_frames,
+        frame_rate=frame_rate_of(theirs),
+        python=vbench_python,
+        dimensions=vbench_dims or (),
+        cache=vbench_cache,
+        overwrite=overwrite,
+    )
+    with console.progress() as report, output_lock(out):
+        result = run(
+            ours,
+            reference=theirs,
+            prompts=texts,
+            seeds=range(seeds),
+            metrics=metrics or (),
+            lpips_weights=lpips_weights,
+            clip=clip,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            device=device,
+            dtype=dtype,
+            verify=verify,
+            processes=processes,
+            video_done=judges.keep_for(planned),
+            progress=report,
+        )
+        atomic_write_json(out, result)
+        if planned is not None:
+            result = judges.with_vbench(planned, result, progress=report)
+            atomic_write_json(out, result)
+    output.emit_json(result) if as_json else output.show_evaluation(result, scheme=quantization_scheme(ours))
+    console.say(f"written to {out}")

@@ -1,0 +1,154 @@
+"""`s2q generate`: videos, a contact sheet and a record of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from s2q.cli import options
+from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.files import atomic_write_bytes, atomic_write_json, slug
+from s2q.common.outputs import check_output, owned_matching, staged_directory
+from s2q.common.progress import Progress
+from s2q.common.records import GENERATION_VERSION
+
+GENERATION_RECORD = "generation.json"
+_OWNED = owned_matching("[0-9][0-9][0-9]*-*.mp4", "sheet.png", "latents.safetensors", record=GENERATION_RECORD)
+
+
+class Backend(StrEnum):
+    """Backends of quantized linears."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    CPU = "cpu"
+    TRITON = "triton"
+    FASTEST = "fastest"
+
+
+def generate(
+    model: options.Model,
+    out: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Prompt; can be repeated.", metavar="TEXT")
+    ] = None,
+    prompts: options.Prompts = None,
+    num_frames: options.Frames = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    steps: options.Steps = None,
+    guidance_scale: options.Guidance = None,
+    seed: options.Seed = 0,
+    backend: Annotated[Backend, typer.Option("--backend", help="Backends of quantized linears.")] = Backend.AUTO,
+    attention: options.AttentionBackend = None,
+    fps: Annotated[
+        int | None,
+        typer.Option("--fps", help="Frame rate of the video files. Default: the model's.", min=1, metavar="N"),
+    ] = None,
+    save_latents: Annotated[bool, typer.Option("--save-latents", help="Also write latents.safetensors.")] = False,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = None,
+    variant: options.Variant = None,
+    verify: options.Verify = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Generate videos and a contact sheet."""
+    if bool(prompt) == (prompts is not None):
+        raise UsageError("generate: pass either --prompt or --prompts FILE")
+    if out.suffix in (".mp4", ".png", ".gif"):
+        raise UsageError(f"generate: -o must be a folder; got {out}; remove {out.suffix}")
+    check_output(out, overwrite=overwrite, owned=_OWNED)
+    device = options.resolve_device(device)
+    _check_backend(backend, device)
+    from s2q.cli import console, output
+    from s2q.common.arguments import prompt_list
+    from s2q.generation.defaults import frame_rate_of
+    from s2q.generation.generate import generate as run
+    from s2q.generation.prompts import check_distinct
+    from s2q.models import resolve_model
+
+    console.quiet_libraries()
+    texts = options.read_prompt_file(prompts) or prompt_list(prompt or ())
+    check_distinct(texts)
+    source = resolve_model(model, variant=variant)
+    with console.progress() as report, staged_directory(out, overwrite=overwrite, owned=_OWNED) as staged:
+        videos = run(
+            source,
+            prompts=texts,
+            seeds=(seed,),
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            device=device,
+            dtype=dtype,
+            verify=verify,
+            backend=backend,
+            attention_backend=attention,
+            progress=report,
+        )
+        described = {"model": model, "frame_rate": fps or frame_rate_of(source), "output": str(out)}
+        record = write_videos(staged, videos, described=described, save_latents=save_latents, progress=report)
+    output.emit_json(record) if as_json else console.say(f"{out}: {len(videos)} videos and sheet.png")
+
+
+def write_videos(
+    folder: Path,
+    videos: Sequence[Any],
+    *,
+    described: Mapping[str, Any],
+    save_latents: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write videos, contact sheet and record into an empty folder.
+
+    Args:
+        videos: `s2q.generation.generate.Video`s.
+        described: `model`, `frame_rate` and `output`, as the record has them.
+
+    Returns:
+        The record, as in `generation.json`.
+    """
+    from s2q.evaluation.summary import versions
+    from s2q.report.video import contact_sheet, write_mp4
+
+    entries = []
+    for index, video in enumerate(videos):
+        stem = f"{index:03d}-{slug(video.prompt)}"
+        write_mp4(folder / f"{stem}.mp4", video.frames.numpy(), fps=described["frame_rate"])
+        entries.append({"prompt": video.prompt, "seed": video.seed, "file": f"{stem}.mp4"})
+        progress("write", index + 1, len(videos))
+    sheet = contact_sheet([(video.prompt, video.frames.numpy()) for video in videos])
+    atomic_write_bytes(folder / "sheet.png", sheet)
+    if save_latents:
+        import safetensors.torch
+
+        tensors = {Path(entry["file"]).stem: video.latents for entry, video in zip(entries, videos, strict=True)}
+        atomic_write_bytes(folder / "latents.safetensors", safetensors.torch.save(tensors))
+    record = {
+        "schema_version": GENERATION_VERSION,
+        **described,
+        "sheet": "sheet.png",
+        "latents": "latents.safetensors" if save_latents else None,
+        "videos": entries,
+        "versions": versions(),
+    }
+    atomic_write_json(folder / GENERATION_RECORD, record)
+    return record
+
+
+def _check_backend(name: str, device: str) -> None:
+    """Refuse a backend that cannot run on the device, before anything is loaded."""
+    import torch
+
+    from s2q.ops.dispatch import backend_obstacle
+
+    obstacle = backend_obstacle(name, torch.empty(0, device=device))
+    if obstacle is not None:
+        raise InvalidInputError(f"--backend {name}: {obstacle}; use --backend reference, or auto")

@@ -1,0 +1,197 @@
+"""Options that several commands share, and how their values are read; nothing heavy is imported before one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from s2q.common.device_names import is_device_name, kind_of_device
+from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.outputs import check_output, check_writable
+
+
+class Dtype(StrEnum):
+    """Compute dtypes."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+def split_names(values: Sequence[str] | None) -> list[str]:
+    """Return names that were given with commas, repeatedly, or both."""
+    return [name.strip() for entry in values or () for name in entry.split(",") if name.strip()]
+
+
+def check_overrides(values: Sequence[str] | None) -> list[str]:
+    """Return `--set` values.
+
+    Raises:
+        InvalidInputError: One is not `key=value`.
+    """
+    for value in values or ():
+        if "=" not in value.strip("="):
+            raise InvalidInputError(f"--set {value}: expected key=value, for example weights.num_bits=8")
+    return list(values or ())
+
+
+def check_device_name(name: str) -> None:
+    """Refuse what is no device; whether this machine has it is not looked at.
+
+    Raises:
+        UsageError: It is none of `auto`, `cpu`, `cuda` and `cuda:N`.
+    """
+    if name != "auto" and not is_device_name(name):
+        kind = kind_of_device(name)
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N{f'; got {kind}' if kind else ''}")
+
+
+def resolve_device(name: str) -> str:
+    """Return the device to compute on; `auto` is a GPU if there is one.
+
+    Raises:
+        UsageError: See `check_device_name`.
+        ResourceError: There is no such GPU.
+    """
+    check_device_name(name)
+    if name == "cpu":
+        return name
+    import torch
+
+    from s2q.common.devices import check_device
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(name)
+    return name
+
+
+def read_size(flag: str, text: str | None) -> int | None:
+    """Return the bytes of a size such as "24GB"; None where the flag was not given.
+
+    Raises:
+        InvalidInputError: It is no size.
+    """
+    from s2q.core.storage import parse_bytes
+
+    return None if text is None else parse_bytes(text, option=flag)
+
+
+def read_prompt_file(path: Path | None) -> list[str] | None:
+    """Return the prompts of a file; None where none was given.
+
+    Raises:
+        InvalidInputError: See `s2q.generation.prompts.read_prompts`.
+    """
+    from s2q.generation.prompts import read_prompts
+
+    return None if path is None else read_prompts(path)
+
+
+def check_file_output(path: Path, *, overwrite: bool) -> None:
+    """Check, before any work, that a file may be written.
+
+    Raises:
+        InvalidInputError: It exists and may not be replaced, it is a folder, or the folder above is not writable.
+    """
+    if path.is_dir():
+        raise InvalidInputError(f"{path} is a folder; pass a file")
+    check_writable(path) if overwrite and path.exists() else check_output(path, overwrite=False)
+
+
+Model = Annotated[
+    str, typer.Option("-m", "--model", help="Embedded name, diffusers folder or Hub id (@revision).", metavar="MODEL")
+]
+RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="Recipe name or YAML file.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Override a recipe field, e.g. weights.num_bits=8.",
+        metavar="K=V",
+        callback=check_overrides,
+    ),
+]
+Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt per line.", metavar="FILE")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="S")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="D")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option("--dtype", help="Compute dtype. Default: the stored one; float32 where a CPU emulates it."),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", help="Weight variant, e.g. fp16. Default: none.", metavar="NAME"),
+]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Check an s2q checkpoint against its manifest. Default: if it has one; --verify requires one.",
+    ),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        help="Host memory for activations; the rest is on disk. Default: half of the host's, at most 16GB.",
+        metavar="SIZE",
+    ),
+]
+AttentionBackend = Annotated[
+    str | None,
+    typer.Option("--attention", help="Attention backend of diffusers. Default: PyTorch.", metavar="NAME"),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of the same kind.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps. Default: the model's.", metavar="N")]
+Frames = Annotated[
+    int | None, typer.Option("--num-frames", help="Frames per video. Default: the model's.", metavar="N")
+]
+Height = Annotated[int | None, typer.Option("--height", help="Height in pixels. Default: the model's.", metavar="N")]
+Width = Annotated[int | None, typer.Option("--width", help="Width in pixels. Default: the model's.", metavar="N")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance-scale", help="Guidance scale. Default: the model's.", metavar="X")
+]
+
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", help="Number of calibration samples.", min=1, metavar="N"),
+]
+NumPrompts = Annotated[
+    int,
+    typer.Option(
+        "--num-prompts", help="Number of held-out captions, for embedded models without --prompts.", min=1, metavar="N"
+    ),
+]
+Seeds = Annotated[int, typer.Option("--seeds", help="Videos per prompt, with seeds 0 to N-1.", min=1, metavar="N")]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metrics",
+        help="Comma-separated metrics or groups, e.g. psnr,ssim,velocity. Default: all.",
+        metavar="NAMES",
+        callback=split_names,
+    ),
+]
+LpipsWeights = Annotated[
+    Path | None, typer.Option("--lpips-weights", help="Add LPIPS with these weights.", metavar="FILE")
+]
+ClipFolder = Annotated[
+    Path | None, typer.Option("--clip", help="Add CLIP scores with the CLIP model in this folder.", metavar="DIR")
+]
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        help="Number of processes: one thread each on a CPU, GPUs in turn with --device cuda.",
+        min=1,
+        metavar="N",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan, without computing.")]
