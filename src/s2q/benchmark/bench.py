@@ -200,14 +200,14 @@ def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress
     for done, case in enumerate(cases):
         progress("bench", done, len(cases))
         try:
-            found = case.measure(case.wanted)
+            results_of_case = case.measure(case.wanted)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             failures.append(f"{case.label}: out of memory ({first_line(error)})")
             logger.warning(failures[-1])
             continue
-        results.add(found)
+        results.add(results_of_case)
         logger.info("%s: measured", case.label)
     if cases:
         progress("bench", len(cases), len(cases))

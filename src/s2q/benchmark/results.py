@@ -88,12 +88,12 @@ class ResultsFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(self._path, self._content)
 
-    def _take_over(self, found: Mapping[str, Any], *, again: bool) -> None:
+    def _take_over(self, content: Mapping[str, Any], *, again: bool) -> None:
         differences = [
-            f"{name} {found[group].get(name)!r} there, {value!r} here"
+            f"{name} {content[group].get(name)!r} there, {value!r} here"
             for group in ("hardware", "versions")
             for name, value in self._content[group].items()
-            if found[group].get(name) != value
+            if content[group].get(name) != value
         ]
         if differences and again:
             return
@@ -103,9 +103,9 @@ class ResultsFile:
                 f"{self._path} was measured on another machine or with other versions: {differences[0]}{more}; "
                 f"{_REMEDY}"
             )
-        self._content["results"] = list(found["results"])
+        self._content["results"] = list(content["results"])
         if again:
-            self._stale = {_key(one) for one in found["results"]}
+            self._stale = {_key(one) for one in content["results"]}
 
 
 def _key(entry: Mapping[str, Any]) -> str:

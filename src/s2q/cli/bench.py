@@ -147,21 +147,21 @@ def _result_table(results: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("ms", "baseline", "times", "bound", "memory", "storage"):
         table.add_column(name, justify="right", no_wrap=True)
     last = None
-    for one in results:
-        if one["op"] != last:
-            table.add_row(Text(one["op"], style="bold"))
-            last = one["op"]
-        storage, full = one.get("storage_bytes"), one.get("bf16_storage_bytes")
-        baseline = one.get("baseline", "bf16")  # the only one of earlier versions
-        memory = one.get("peak_memory_bytes")
+    for result in results:
+        if result["op"] != last:
+            table.add_row(Text(result["op"], style="bold"))
+            last = result["op"]
+        storage, full = result.get("storage_bytes"), result.get("bf16_storage_bytes")
+        baseline = result.get("baseline", "bf16")  # the only baseline of earlier versions
+        memory = result.get("peak_memory_bytes")
         table.add_row(
-            _what(one),
-            one["recipe"] or one["scheme"],
-            f"auto: {one['ran']}" if one["backend"] == "auto" and one.get("ran") else one["backend"] or "–",
-            _number(one["milliseconds"]),
-            f"{baseline} {_number(one[f'{baseline}_milliseconds'])}",
-            f"{one[f'ratio_to_{baseline}']:.2f}",
-            "–" if one["bound_ratio"] is None else f"{one['bound_ratio']:.2f}",
+            _what(result),
+            result["recipe"] or result["scheme"],
+            f"auto: {result['ran']}" if result["backend"] == "auto" and result.get("ran") else result["backend"] or "–",
+            _number(result["milliseconds"]),
+            f"{baseline} {_number(result[f'{baseline}_milliseconds'])}",
+            f"{result[f'ratio_to_{baseline}']:.2f}",
+            "–" if result["bound_ratio"] is None else f"{result['bound_ratio']:.2f}",
             "–" if memory is None else format_bytes(memory),
             f"{full / storage:.2f}×" if storage and full else "–",
         )
@@ -177,13 +177,13 @@ def _breakdown_table(steps: Sequence[Mapping[str, Any]]) -> Table:
     for part in parts:
         table.add_column(part.replace("_", " "), justify="right", no_wrap=True)
     previous = None
-    for one in steps:
-        if previous != _what(one):
-            previous = _what(one)
-            table.add_row(previous, "bf16", *(_number(one["bf16_breakdown"][name]) for name in parts))
-        how = "" if one["backend"] in ("auto", "torch") else f", {one['backend']}"
-        name = (one["recipe"] or one["scheme"]) + how
-        table.add_row("", name, *(_number(one["breakdown"][part]) for part in parts))
+    for result in steps:
+        if previous != _what(result):
+            previous = _what(result)
+            table.add_row(previous, "bf16", *(_number(result["bf16_breakdown"][name]) for name in parts))
+        how = "" if result["backend"] in ("auto", "torch") else f", {result['backend']}"
+        name = (result["recipe"] or result["scheme"]) + how
+        table.add_row("", name, *(_number(result["breakdown"][part]) for part in parts))
     return table
 
 

@@ -272,6 +272,8 @@ def _evaluate(
     if not shards:
         return {}
     progress("load", 0, 1)
-    found = evaluate_shards(folder, plan, shards, device=settings.device, processes=settings.processes, stepped=stepped)
+    failed = evaluate_shards(
+        folder, plan, shards, device=settings.device, processes=settings.processes, stepped=stepped
+    )
     progress("evaluate", total, total)
-    return found
+    return failed

@@ -101,11 +101,11 @@ def find_entries(
     """
     entries: list[Entry] = []
     used: set[str] = set()
-    for text, expanded in _expanded(given):
+    for text, from_pattern in _expanded(given):
         entry, made = _entry(text, overrides, variant=variant, verify=verify)
         used |= set(made)
         if any(one.given == text for one in entries):
-            if expanded:
+            if from_pattern:
                 continue
             raise InvalidInputError(f"{text} appears twice; pass it once")
         entries.append(entry)
@@ -137,36 +137,36 @@ def content_of_files(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
         folder: The folder that names are relative to.
         files: Its files; those that are neither configurations nor weights do not count.
     """
-    found: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
     for path in sorted(files):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".json":
-            found[name] = sha256_file(path)
+            contents[name] = sha256_file(path)
         elif path.suffix == ".safetensors":
-            found[name] = tensors_digest(path)
+            contents[name] = tensors_digest(path)
         elif path.suffix in _OTHER_WEIGHTS:
-            found[name] = path.stat().st_size
-    return found
+            contents[name] = path.stat().st_size
+    return contents
 
 
 def _expanded(given: Sequence[str]) -> list[tuple[str, bool]]:
     """Every name, and whether it matched a pattern."""
     names = recipe_names()
-    found: list[tuple[str, bool]] = []
+    expanded: list[tuple[str, bool]] = []
     for text in given:
         if text == ALL:
-            found += [(name, True) for name in names]
+            expanded += [(name, True) for name in names]
         elif re.search(r"[*?\[]", text) and not Path(text).exists():
             matches = fnmatch.filter(names, text)
             if not matches:
                 near = nearest_names(re.sub(r"[*?\[\]]", "", text), names)
                 hint = f"nearest names are {', '.join(near)}; " if near else ""
                 raise InvalidInputError(f"no recipe matches {text!r}: {hint}all: {', '.join(names)}")
-            found += [(name, True) for name in matches]
+            expanded += [(name, True) for name in matches]
         else:
-            found.append((text, False))
-    explicit = {text for text, expanded in found if not expanded}
-    return [(text, expanded) for text, expanded in found if not (expanded and text in explicit)]
+            expanded.append((text, False))
+    explicit = {text for text, from_pattern in expanded if not from_pattern}
+    return [(text, from_pattern) for text, from_pattern in expanded if not (from_pattern and text in explicit)]
 
 
 def _entry(

@@ -48,10 +48,10 @@ SHEET = "sheet.png"
 
 def _checkpoint_files(folder: Path) -> set[str]:
     """The files of the checkpoints in a folder, and what runs have left beside them."""
-    found = {name for name in files_below(folder) if name.startswith(".")}
+    names = {name for name in files_below(folder) if name.startswith(".")}
     for path in folder.iterdir():
-        found |= {f"{path.name}/{name}" for name in owned_files(path) or ()}
-    return found
+        names |= {f"{path.name}/{name}" for name in owned_files(path) or ()}
+    return names
 
 
 _OWNED: Mapping[str, Owned] = MappingProxyType(

@@ -155,7 +155,7 @@ def _report(path: Path) -> dict[str, Any]:
 
 
 def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, Any]:
-    found = []
+    parts = []
     for index in range(len(plan.shards())):
         part = folder.load_shard(plan, label, index)
         if part is None:
@@ -163,8 +163,8 @@ def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, A
                 f"{folder.evaluation(label).parent}: part {index} of the evaluation is missing; run the same command "
                 "again"
             )
-        found.append(part)
-    evaluation = summarise(merge(found))
+        parts.append(part)
+    evaluation = summarise(merge(parts))
     atomic_write_json(folder.evaluation(label), evaluation)
     return evaluation
 

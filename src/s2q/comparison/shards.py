@@ -159,12 +159,12 @@ def failure_of(label: str, error: Exception, doing: str, *, device: str) -> str:
 
 def pending_shards(folder: CompareFolder, plan: RunPlan, labels: Sequence[str]) -> list[Shard]:
     """Return the shards that have work left, each with the entries that lack it."""
-    found = []
+    shards = []
     for index in range(len(plan.shards())):
         lacking = tuple(label for label in labels if folder.load_shard(plan, label, index) is None)
         if lacking:
-            found.append(Shard(index=index, labels=lacking))
-    return found
+            shards.append(Shard(index=index, labels=lacking))
+    return shards
 
 
 def steps_of(plan: RunPlan, shard: Shard, batch_size: int) -> int:

@@ -46,8 +46,8 @@ def _width(weights: int, activations: int) -> str:
 
 def _bits(name: Any) -> int | None:
     """The bits in the name of a dtype: 4 of "uint4", "nf4" and "float4_e2m1fn"."""
-    found = _BITS.search(str(name))
-    return int(found[1]) if found else None
+    match = _BITS.search(str(name))
+    return int(match[1]) if match else None
 
 
 def _named(weights: Any, activations: Any) -> str | None:

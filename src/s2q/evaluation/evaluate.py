@@ -250,9 +250,6 @@ def run_reference(
     Args:
         disk_share: Share of the free space for recorded trajectories.
 
-    Raises:
-        InvalidInputError: See `evaluate`.
-        S2QError: See `evaluate`.
     """
     _check_request(prompts, settings)
     judges = open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device=settings.device)

@@ -3,7 +3,8 @@
 Pixels are compared as uint8 frames before any video encoding: an mp4 at the usual quality costs 8 dB by itself. PSNR of
 identical videos is infinite, which JSON cannot hold, so that every PSNR is capped at `PSNR_CAP_DB`.
 
-Legend: `F` frames, `H`, `W` height and width in pixels; the last axis is red, green, blue.
+Legend: `frames` `[F, H, W, 3]`, uint8, red, green, blue; final `latents` of any shape; `reference` is that of full
+precision, of the same shape and dtype, else InvalidInputError is raised.
 """
 
 from __future__ import annotations
@@ -53,10 +54,6 @@ VERSIONS: Mapping[str, int] = MappingProxyType(dict.fromkeys(DEFINITIONS, 1))
 def latent_relative_l2(latents: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the relative L2 distance between two latents.
 
-    Args:
-        latents: The student's final latents, any shape.
-        reference: The full-precision latents, the same shape.
-
     Returns:
         `‖latents − reference‖₂ / ‖reference‖₂`, dimensionless.
 
@@ -71,15 +68,7 @@ def latent_relative_l2(latents: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def latent_cosine(latents: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the cosine between two latents, in -1..1; 0 if one of them is all zero.
-
-    Args:
-        latents: The student's final latents, any shape.
-        reference: The full-precision latents, the same shape.
-
-    Raises:
-        InvalidInputError: The shapes differ.
-    """
+    """Return the cosine between two latents, in -1..1; 0 if one of them is all zero."""
     first, second = _pair(latents, reference)
     norms = float(first.norm()) * float(second.norm())
     if norms == 0.0:
@@ -88,42 +77,18 @@ def latent_cosine(latents: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def psnr_frame_mean_db(frames: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the PSNR of each frame, averaged over the frames, in dB.
-
-    Args:
-        frames: The student's frames `[F, H, W, 3]`, uint8.
-        reference: The full-precision frames, the same shape and dtype.
-
-    Raises:
-        InvalidInputError: Shapes or dtypes are not as described.
-    """
+    """Return the PSNR of each frame, averaged over the frames, in dB."""
     errors = _squared_error(frames, reference).flatten(1).mean(dim=1)
     return sum(_psnr_db(float(error)) for error in errors) / len(errors)
 
 
 def psnr_pooled_db(frames: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the PSNR of the squared error pooled over all frames, in dB.
-
-    Args:
-        frames: The student's frames `[F, H, W, 3]`, uint8.
-        reference: The full-precision frames, the same shape and dtype.
-
-    Raises:
-        InvalidInputError: Shapes or dtypes are not as described.
-    """
+    """Return the PSNR of the squared error pooled over all frames, in dB."""
     return _psnr_db(float(_squared_error(frames, reference).mean()))
 
 
 def ssim(frames: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the structural similarity of the luma, averaged over windows and frames (Wang et al. 2004).
-
-    Args:
-        frames: The student's frames `[F, H, W, 3]`, uint8.
-        reference: The full-precision frames, the same shape and dtype.
-
-    Raises:
-        InvalidInputError: Shapes or dtypes are not as described.
-    """
+    """Return the structural similarity of the luma, averaged over windows and frames (Wang et al. 2004)."""
     _check_frames(frames, reference)
     x, y = _luma(frames), _luma(reference)
     window = min(SSIM_WINDOW, x.shape[-1], x.shape[-2])
@@ -141,16 +106,10 @@ def ssim(frames: torch.Tensor, reference: torch.Tensor) -> float:
 def flicker_rms(frames: torch.Tensor, reference: torch.Tensor) -> float | None:
     """Return how much the error changes from frame to frame: flicker that full precision does not have.
 
-    Args:
-        frames: The student's frames `[F, H, W, 3]`, uint8.
-        reference: The full-precision frames, the same shape and dtype.
-
     Returns:
         `(1/(F−1)) Σ_t rms((x_{t+1} − y_{t+1}) − (x_t − y_t))` in levels of 0..255, with x the frames and y the
         reference's; None for videos of one frame.
 
-    Raises:
-        InvalidInputError: Shapes or dtypes are not as described.
 
     Example:
         An error of one level that comes and goes in every pixel:

@@ -124,7 +124,7 @@ def paired_differences(
     """
     values_of_b = {(video["prompt"], video["seed"]): video["metrics"] for video in second}
     assert values_of_b.keys() == {(video["prompt"], video["seed"]) for video in first}
-    found: dict[str, PairedDifference] = {}
+    differences: dict[str, PairedDifference] = {}
     for name in _compared(first[0]["metrics"], second[0]["metrics"]):
         by_prompt: dict[str, list[tuple[float, float]]] = {}
         for video in first:
@@ -132,11 +132,11 @@ def paired_differences(
             if None not in pair:
                 by_prompt.setdefault(video["prompt"], []).append(pair)
         if by_prompt:
-            found[name] = _difference(name, by_prompt)
-    tested = [name for name, one in found.items() if one.p is not None]
-    for name, adjusted in zip(tested, holm([found[name].p or 0.0 for name in tested]), strict=True):
-        found[name] = PairedDifference(**asdict(found[name]) | {"p_holm": adjusted})
-    return found
+            differences[name] = _difference(name, by_prompt)
+    tested = [name for name, one in differences.items() if one.p is not None]
+    for name, adjusted in zip(tested, holm([differences[name].p or 0.0 for name in tested]), strict=True):
+        differences[name] = PairedDifference(**asdict(differences[name]) | {"p_holm": adjusted})
+    return differences
 
 
 def compare_group(evaluations: Mapping[str, Mapping[str, Any]], *, pair_done: Tick = lambda: None) -> dict[str, Any]:
@@ -192,15 +192,15 @@ def _winners(
     means: Mapping[str, Mapping[str, float]],
     pairs: Mapping[tuple[str, str], Mapping[str, PairedDifference]],
 ) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    winners: dict[str, dict[str, Any]] = {}
     for name in HIGHER_IS_BETTER:
-        measured = [label for label in ranking if name in means[label]]
-        if len(measured) < 2:
+        labels = [label for label in ranking if name in means[label]]
+        if len(labels) < 2:
             continue
-        best = min(measured, key=lambda label: _cost(name, means[label][name]))
-        tied = [label for label in measured if label != best and not _beats(best, label, name, pairs)]
-        found[name] = {"best": best, "winner": None if tied else best, "tied_with": tied}
-    return found
+        best = min(labels, key=lambda label: _cost(name, means[label][name]))
+        tied = [label for label in labels if label != best and not _beats(best, label, name, pairs)]
+        winners[name] = {"best": best, "winner": None if tied else best, "tied_with": tied}
+    return winners
 
 
 def _beats(best: str, other: str, name: str, pairs: Mapping[tuple[str, str], Mapping[str, PairedDifference]]) -> bool:

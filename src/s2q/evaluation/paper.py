@@ -19,11 +19,7 @@ def paper_tables() -> dict[str, dict[str, Any]]:
 
 
 def paper_model(model: str) -> str | None:
-    """Return the paper's name of a model, None if it has no figures of it.
-
-    Args:
-        model: A Hub id, or anything else that names a model.
-    """
+    """Return the paper's name of a model, None if it has no figures of it."""
     for name, ids in _content()["models"].items():
         if model.lower() in (one.lower() for one in ids):
             return str(name)
@@ -34,7 +30,6 @@ def published_scores(model: str, scheme: str) -> dict[str, dict[str, float]]:
     """Return the scores of VBench and EvalCrafter that the paper reports.
 
     Args:
-        model: The full-precision model's Hub id.
         scheme: What the linears are quantized to, "w4a6".
 
     Returns:
@@ -43,12 +38,12 @@ def published_scores(model: str, scheme: str) -> dict[str, dict[str, float]]:
         Empty if the paper has none.
     """
     name = paper_model(model)
-    found: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, float]] = {}
     for table in paper_tables().values():
         for method, values in table["values"].get(name, {}).items() if "scores" in table else ():
             if method == FULL_PRECISION or table["scheme"] == scheme:
-                found.setdefault(method, {}).update(zip(table["scores"], values, strict=True))
-    return found
+                scores.setdefault(method, {}).update(zip(table["scores"], values, strict=True))
+    return scores
 
 
 @functools.cache

@@ -118,11 +118,11 @@ def _noise_floor(pairs: Sequence[VideoScores]) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str | None]:
     """Return the versions of what computed the result, and the kind of machine."""
-    found = package_versions(("s2q", "torch", "diffusers", "transformers", "numpy", "scipy"))
-    found["machine"] = f"{platform.system()} {platform.machine()}"
+    installed = package_versions(("s2q", "torch", "diffusers", "transformers", "numpy", "scipy"))
+    installed["machine"] = f"{platform.system()} {platform.machine()}"
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        installed["gpu"] = torch.cuda.get_device_name()
+    return installed
 
 
 def _with_change(values: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -153,17 +153,17 @@ def _estimate(name: str, judged: Sequence[VideoScores], tables: Sequence[Mapping
     return entry
 
 
-def _velocity_by_step(judged: Sequence[VideoScores], timesteps: Sequence[float]) -> dict[str, Any] | None:
-    measured = [video for video in judged if video.velocity_steps]
-    if not measured:
+def _velocity_by_step(videos: Sequence[VideoScores], timesteps: Sequence[float]) -> dict[str, Any] | None:
+    recorded = [video for video in videos if video.velocity_steps]
+    if not recorded:
         return None
     steps = []
     for index, timestep in enumerate(timesteps):
         by_prompt: dict[str, list[float]] = {}
-        for video in measured:
+        for video in recorded:
             by_prompt.setdefault(video.prompt, []).append(video.velocity_steps[index])
         estimate = clustered_mean(by_prompt)
         steps.append(
             {"step": index, "timestep": timestep, "mean": estimate.mean, "low": estimate.low, "high": estimate.high}
         )
-    return {"definition": velocity.DEFINITION, "n_videos": len(measured), "steps": steps}
+    return {"definition": velocity.DEFINITION, "n_videos": len(recorded), "steps": steps}

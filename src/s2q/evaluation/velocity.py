@@ -37,8 +37,6 @@ def velocity_errors(
 
     Args:
         students: Transformers that take the teacher's inputs, by component; each answers the calls of its namesake.
-        trajectory: A full-precision trajectory.
-        step_done: Called after each step.
 
     Returns:
         For each video the list of its `S` relative squared errors, dimensionless.

@@ -44,7 +44,6 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
     """Measure one video against the reference's.
 
     Args:
-        video: The student's video.
         base: The full-precision video of the same prompt and seed.
         names: Metrics out of `METRICS`; the velocity error, which no video shows, is left out.
 

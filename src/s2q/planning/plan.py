@@ -140,8 +140,11 @@ def plan(
         dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
         variant: Variant of the weights, "fp16".
 
+    Returns:
+        Layers, storage, memory and stages of the run.
+
     Raises:
-        InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is quantized already.
+        InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is already quantized.
         ResourceError: If the device is not there.
     """
     memory = None if device_memory is None else parse_bytes(device_memory, option="device_memory")

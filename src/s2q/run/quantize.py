@@ -333,7 +333,7 @@ class _Run:
         return BlockRunner(self.folder, teacher, job)
 
     def _blocks(self, runner: BlockRunner) -> list[BlockReport]:
-        """Go through the blocks of one transformer after the other, after other processes have if there are any."""
+        """Quantize the blocks that are left, one transformer after the other, in other processes first if asked."""
         teacher, units = runner.teacher, runner.job.units
         total, made = teacher.block_count, set[str]()
         alone = self.source is None or self.settings.processes == 1
@@ -347,15 +347,15 @@ class _Run:
             )
         reports: list[BlockReport] = []
         with contextlib.closing(runner):  # also after an error
-            for one in teacher.transformers:
-                for index, name in enumerate(one.block_names):
-                    key = one.artefact_name(index)
+            for transformer in teacher.transformers:
+                for index, name in enumerate(transformer.block_names):
+                    key = transformer.artefact_name(index)
                     progress = self.progress if alone else silent
                     unit_done = StageCounter(progress, "blocks", total * units, done=len(reports) * units)
-                    is_there = runner.quantize(one, index, unit_done=unit_done)
+                    is_there = runner.quantize(transformer, index, unit_done=unit_done)
                     report = BlockReport(
                         index=len(reports),
-                        name=full_name(one.component, name),
+                        name=full_name(transformer.component, name),
                         resumed=is_there and key not in made,
                         **self.folder.stats(key),
                     )

@@ -34,13 +34,13 @@ def evalcrafter_scores(
     Returns:
         Each figure of `model` and `reference`, and under `absent` what each of the others needs; None if there is none.
     """
-    found: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
     for name in ("clipsim", "clip_temp"):
         ours, theirs = (metrics.get(key, {}).get("mean") for key in (name, f"reference_{name}"))
         if ours is not None:
-            found[name] = {"model": ours, "reference": theirs}
+            scores[name] = {"model": ours, "reference": theirs}
     if flow is not None:
-        found["flow_score"] = dict(flow)
-    if not found:
+        scores["flow_score"] = dict(flow)
+    if not scores:
         return None
-    return found | {"absent": {name: need for name, need in NEEDS.items() if name not in found}}
+    return scores | {"absent": {name: need for name, need in NEEDS.items() if name not in scores}}

@@ -109,15 +109,15 @@ class Lpips:
     def _activations(self, frames: torch.Tensor) -> list[torch.Tensor]:
         shift, scale = (torch.tensor(values, device=frames.device).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
         x = (frames.permute(0, 3, 1, 2).float() / 127.5 - 1 - shift) / scale
-        found: list[torch.Tensor] = []
+        activations: list[torch.Tensor] = []
         for stage, prefix in self._trunk.layers():
-            if stage == len(found) and stage in self._trunk.pooled:
+            if stage == len(activations) and stage in self._trunk.pooled:
                 x = F.max_pool2d(x, self._trunk.pool, stride=2)
             weight = self._weights[f"{prefix}.weight"]
             stride, padding = self._trunk.first if prefix == "net.slice1.0" else (1, weight.shape[-1] // 2)
             x = F.relu(F.conv2d(x, weight, self._weights[f"{prefix}.bias"], stride=stride, padding=padding))
-            found[stage:] = [x]
-        return found
+            activations[stage:] = [x]
+        return activations
 
     def _distances(self, first: list[torch.Tensor], second: list[torch.Tensor]) -> torch.Tensor:
         total = torch.zeros(len(first[0]), device=first[0].device)

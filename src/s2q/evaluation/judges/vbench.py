@@ -67,7 +67,6 @@ class VBenchPlan:
 
     Attributes:
         standard: Whether all prompts are VBench's own.
-        prompts: The prompts, in order.
         judged: For each dimension the prompts whose videos it is judged on.
         own_prompts: For each dimension how many prompts VBench has for it.
         absent: Why the paper's other dimensions are not judged.
@@ -200,10 +199,6 @@ def judge_videos(plan: VBenchPlan, side: str) -> VBenchScores:
 
 def vbench_section(plan: VBenchPlan, model: VBenchScores, reference: VBenchScores) -> dict[str, Any]:
     """Return what `eval.json` has under `vbench`.
-
-    Args:
-        model: Scores of the model's videos.
-        reference: Scores of full precision's videos.
 
     Returns:
         `version`, `mode`, `unit` (per cent, as the paper), `dimensions`, `absent`, `notes`, and `videos` (VBench's own
