@@ -139,18 +139,7 @@ class S2QConfig(QuantizationConfigMixin):
         layouts: Mapping[str, InputPath] | None = None,
         tokens: TokenLayout | None = None,
     ) -> S2QConfig:
-        """Build the configuration from the scheme of each linear.
-
-        Args:
-            schemes: Scheme by full name of the linear.
-            layouts: Input layout by full name, for linears that have one.
-            recipe: Name of the recipe.
-            compute_dtype: Dtype of the model, "bfloat16".
-            tokens: How the transformer makes tokens of its arguments, if a linear has to know where they lie.
-
-        Returns:
-            The configuration.
-        """
+        """Build the configuration from scheme and input layout (where there is one) of each linear, by full name."""
         extra: dict[str, Any] = {}
         if layouts or tokens is not None:
             layouts = layouts or {}

@@ -30,13 +30,11 @@ class CheckpointReport:
     """Contents of a checkpoint, as returned by `inspect_checkpoint`.
 
     Attributes:
-        path: The checkpoint's folder.
-        format_version: Version of the checkpoint's format, the newer where its transformers differ.
-        recipe: Name of the recipe that made it.
+        format_version: The newer where its transformers differ.
         compute_dtype: Dtype of the model when it was quantized.
         transformer_class: Class of the transformer, the first where there are two.
-        storage: Bytes of the transformer, of both where there are two: `full_precision_bytes` (all of it in bf16),
-            `quantized_bytes` (on disk; `packed_bytes` in quantized linears), and their `ratio`.
+        storage: Bytes of all transformers: `full_precision_bytes` (all of it in bf16), `quantized_bytes` (on disk;
+            `packed_bytes` in quantized linears), and their `ratio`.
         layers: Every quantized linear; names of those in a second transformer begin with "transformer_2.".
         simulated: Whether some of them are computed in floating point, for want of an integer kernel.
         files: Bytes and SHA-256 by relative path, as the manifest has them; empty if there is no manifest.
@@ -64,19 +62,10 @@ class CheckpointReport:
 
 @in_fresh_torch_state
 def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: bool = False) -> CheckpointReport:
-    """Look into a checkpoint without loading it.
+    """Look into a checkpoint without loading it, in a variant that diffusers may have saved it again with.
 
-    Args:
-        variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
-        verify: Whether to hash every file and compare with the manifest.
-
-    Returns:
-        The report. With `verify`, altered and truncated files are in its `problems` (and `storage` and `layers` are
-        what the headers say, where they can be read).
-
-    Raises:
-        InvalidInputError: If the folder is no s2q checkpoint; and, without `verify`, if a weight file is truncated or
-            a layer's tensors are missing or of the wrong size.
+    With `verify`, every file is hashed; those that differ from the manifest are in the report's `problems` (and
+    `storage` and `layers` are what the headers say, where they can be read).
     """
     folder = Path(path)
     configs = read_configs(folder)

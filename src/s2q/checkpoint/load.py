@@ -30,14 +30,11 @@ def load_pipeline(
     device: str = "cpu",
     verify: bool | None = None,
 ) -> DiffusionPipeline:
-    """Load a checkpoint as a pipeline.
+    """Load a checkpoint as a pipeline, its progress bar off.
 
     Args:
         dtype: Compute dtype; None takes the one that the model had when it was quantized.
         variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
-
-    Returns:
-        The pipeline, its progress bar switched off.
 
     Raises:
         InvalidInputError: If the folder is no s2q checkpoint, or a file is missing, damaged or altered (names it).
@@ -59,14 +56,7 @@ def load_pipeline(
 
 
 def read_config(folder: Path, component: str = TRANSFORMERS[0]) -> S2QConfig:
-    """Read the quantization configuration of a transformer of a checkpoint.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        InvalidInputError: If it is not quantized by s2q, or its configuration is damaged or of another version.
-    """
+    """Read the quantization configuration of a transformer of a checkpoint."""
     config = read_transformer_config(folder, component).get("quantization_config")
     if _method(config) != QuantMethod.S2Q.value:
         raise _not_ours(folder, config)
@@ -81,14 +71,7 @@ def read_config(folder: Path, component: str = TRANSFORMERS[0]) -> S2QConfig:
 
 
 def read_configs(folder: Path) -> dict[str, S2QConfig]:
-    """Read the quantization configurations of a checkpoint.
-
-    Returns:
-        Those of the transformers that s2q has quantized, by component; at least one.
-
-    Raises:
-        InvalidInputError: If the folder is no s2q checkpoint, or a configuration is damaged or of another version.
-    """
+    """Read the configurations of the transformers that s2q has quantized, by component; at least one."""
     stored = {
         component: read_transformer_config(folder, component).get("quantization_config")
         for component in stored_transformers(folder)
@@ -106,14 +89,7 @@ def stored_transformers(folder: Path) -> list[str]:
 
 
 def read_transformer_config(folder: Path, component: str = TRANSFORMERS[0]) -> dict[str, Any]:
-    """Read config.json of a transformer of a pipeline folder.
-
-    Returns:
-        Its contents.
-
-    Raises:
-        InvalidInputError: If the file is missing or damaged.
-    """
+    """Read config.json of a transformer of a pipeline folder."""
     path = folder / component / "config.json"
     if not path.is_file():
         raise InvalidInputError(

@@ -22,25 +22,14 @@ CARD = "README.md"
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the manifest of all files that are in the folder now.
-
-    Args:
-        folder: The checkpoint; its `s2q` folder is made if need be.
-    """
+    """Write the manifest of all files that are in the folder now."""
     files = {name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for name, path in _files(folder).items()}
     (folder / MANIFEST).parent.mkdir(exist_ok=True)
     atomic_write_json(folder / MANIFEST, {"schema_version": MANIFEST_VERSION, "files": files})
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what the manifest says of each file, by relative path.
-
-    Returns:
-        `{"bytes": ..., "sha256": ...}` by POSIX path relative to the folder.
-
-    Raises:
-        InvalidInputError: If there is no manifest, or it is damaged or of another version.
-    """
+    """Return `{"bytes": ..., "sha256": ...}` of each file in the manifest, by POSIX path relative to the folder."""
     path = folder / MANIFEST
     remedy = "download the checkpoint again"
     try:
@@ -57,14 +46,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def owned_files(folder: Path) -> set[str] | None:
-    """Return the files that s2q wrote into a checkpoint: those of its manifest; an edited model card is the user's.
-
-    Returns:
-        Their POSIX paths relative to the folder; None if it has no manifest.
-
-    Raises:
-        InvalidInputError: If the manifest is damaged or of another version.
-    """
+    """Return the relative POSIX paths of the files that s2q wrote, without a model card; None without a manifest."""
     if not (folder / MANIFEST).is_file():
         return None
     listed = read_manifest(folder)
@@ -74,14 +56,10 @@ def owned_files(folder: Path) -> set[str] | None:
 
 
 def verify_manifest(folder: Path) -> list[str]:
-    """Compare every file with the manifest.
+    """Compare every file with the manifest; return one line a problem, beginning with the file's relative path.
 
-    Returns:
-        One line a problem, beginning with the file's relative path; empty if all is well. Files at the top and hidden
-        ones may come on top of what the manifest lists; inside the components' folders nothing may.
-
-    Raises:
-        InvalidInputError: If the manifest itself cannot be read.
+    Files at the top and hidden ones may come on top of what the manifest lists; inside the components' folders nothing
+    may.
     """
     if not (folder / MANIFEST).exists():
         raise _no_manifest(folder)
@@ -104,15 +82,8 @@ def verify_manifest(folder: Path) -> list[str]:
 def check_intact(folder: Path, *, verify: bool | None = None) -> None:
     """Refuse a checkpoint whose files differ from its manifest; edits of the model card are allowed.
 
-    diffusers writes no manifest when it saves a checkpoint again, with another scheduler for example.
-
-    Args:
-        verify: None hashes the files of a checkpoint with a manifest, and warns of one without; True refuses one
-            without; False checks nothing.
-
-    Raises:
-        InvalidInputError: If anything that loading reads differs (names the first files), or there is no manifest and
-            `verify` is True.
+    diffusers writes no manifest when it saves a checkpoint again, with another scheduler for example: `verify=None`
+    warns of that, True refuses it; False checks nothing.
     """
     if verify is False:
         return

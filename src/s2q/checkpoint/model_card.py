@@ -24,19 +24,15 @@ def render_model_card(
     revision: str | None = None,
     base_folder: Path | None = None,
 ) -> str:
-    """Write the text of a model card.
+    """Write the text of a model card, Markdown with YAML front matter.
 
     Args:
         *configs: The quantization configurations of the checkpoint's transformers.
         pipeline_class: Name of the diffusers pipeline class.
-        source: What was quantized, which goes into `base_model`: Hub id, embedded name, folder name. The name of
-            the pipeline class (a pipeline from memory) is no model and stays out of it.
+        source: Hub id, embedded name or folder for `base_model`; the pipeline class (from memory) stays out of it.
         report: The run's report; needs `storage`, and may have `metrics` as in eval.json, which make the table.
         revision: Commit of the original on the Hub, which the text links to; None if it is not there.
         base_folder: Folder of the original, whose card gives the licence; None if there is none.
-
-    Returns:
-        Markdown with YAML front matter.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

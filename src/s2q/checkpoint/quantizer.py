@@ -34,10 +34,6 @@ _NOT_OFFLOADED = "nothing was changed, load it without offloading"
 class S2QQuantizer(DiffusersQuantizer):
     """Builds packed linears before the weights are loaded, and checks them as they come in.
 
-    Args:
-        quantization_config: The checkpoint's configuration.
-        **kwargs: `pre_quantized`, as the loader passes it.
-
     Raises:
         InvalidInputError: If a full-precision model is to be quantized while it loads, which needs a run of its own.
     """
@@ -169,11 +165,7 @@ class S2QQuantizer(DiffusersQuantizer):
         return model
 
     def prepare(self, model: nn.Module) -> None:
-        """Make a model whose linears are packed ready to run: all that is not in its files.
-
-        Args:
-            model: The transformer, changed in place.
-        """
+        """Make a model whose linears are packed ready to run, in place: all that is not in its files."""
         self._model = _Reference(model)
         for layer in self._schemes:
             model.get_submodule(layer).name = layer  # type: ignore[assignment]
@@ -206,11 +198,7 @@ class S2QQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """Whether a loaded model can be saved again; one with an adapter would give a folder that cannot be loaded.
-
-        Raises:
-            UsageError: If an adapter is attached.
-        """
+        """Whether a loaded model can be saved again; one with an adapter would give a folder that cannot be loaded."""
         model = self._model.get()
         if model is not None and has_adapter(model):
             raise UsageError(
@@ -233,12 +221,7 @@ class S2QQuantizer(DiffusersQuantizer):
 def attach_config(transformer: nn.Module, config: S2QConfig) -> None:
     """Make a transformer whose linears were packed in memory equal to one that was loaded, in place.
 
-    Args:
-        transformer: A diffusers model with a `PackedLinear` for each layer of the configuration.
-        config: The configuration, which goes into the model's config.json when it is saved.
-
-    Raises:
-        InvalidInputError: If a layer of the configuration is not packed.
+    The configuration goes into the model's config.json when it is saved.
     """
     for layer in config.layers:
         if not isinstance(transformer.get_submodule(layer), PackedLinear):
@@ -288,10 +271,7 @@ class _Reference:
 
 
 def register() -> None:
-    """Make diffusers' `from_pretrained` know checkpoints of this package; doing it again changes nothing.
-
-    diffusers has no entry point for quantizers, only two dicts.
-    """
+    """Make diffusers' `from_pretrained` know checkpoints of this package (it has two dicts for that); idempotent."""
     from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = S2QQuantizer

@@ -58,18 +58,12 @@ def save_checkpoint(
     max_shard_size: int | str = "10GB",
     lock: OutputLock | None = None,
 ) -> None:
-    """Write a pipeline with packed transformers as a checkpoint.
+    """Write a pipeline with packed transformers (see `attach_config`) as a checkpoint; `out` appears complete.
 
     Args:
-        pipe: The pipeline; a transformer that is packed has a `quantization_config` (see `attach_config`).
-        out: The folder to write; it exists only once it is complete.
         overwrite: Whether to replace an existing s2q checkpoint that has no files of the user.
         max_shard_size: Size at which weight files are split, "5GB".
         lock: The lock of `out`, where the caller holds it.
-
-    Raises:
-        InvalidInputError: If no transformer is quantized by s2q, or `out` cannot be written.
-        ResourceError: If the disk is full.
     """
     stored = [part.config.get("quantization_config") for part in transformers_of(pipe).values()]
     configs = [config for config in stored if isinstance(config, S2QConfig)]
@@ -103,11 +97,7 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def _unused_tokenizers(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Take the padding and truncation of the last call out of tokenizers, which would be saved with them.
-
-    Every call sets its own, so they change nothing but the bytes of tokenizer.json: those of a run that has generated
-    and of one that resumed from what it had generated would differ.
-    """
+    """Take the last call's padding and truncation out of tokenizers; else a resumed run saves other bytes."""
     found = (getattr(part, "backend_tokenizer", None) for part in pipe.components.values())
     used = [(one, one.padding, one.truncation) for one in found if one is not None]
     for tokenizer, _, _ in used:
@@ -124,11 +114,10 @@ def _unused_tokenizers(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def _clean_config(path: Path) -> None:
-    """Take out where the model came from on this machine, and let components load in one dtype.
+    """Take out where the model came from on this machine, and name float32 as the text encoder's dtype.
 
-    Without `dtype=`, diffusers loads its own components in float32, but transformers takes the dtype that the text
-    encoder's configuration names; a pipeline of mixed dtypes fails at its first linear. Naming float32 there makes the
-    plain `from_pretrained(folder)` work; the stored tensors do not change, and `dtype=` still decides.
+    Without `dtype=`, diffusers loads its own components in float32 and transformers those in their declared dtype;
+    mixed dtypes fail at the first linear. The stored tensors do not change, and `dtype=` still decides.
     """
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)

@@ -35,15 +35,9 @@ _TOLERANCE = 1e-9  # of the last step; the method is Newton's, so what is left a
 
 
 def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | str | None = None) -> Tensor | None:
-    """Return the levels of the codes of a weight or an activation, in units of its scale.
+    """Return the levels of the codes of a weight or an activation in units of its scale, fp32 [2^N], rising.
 
-    Args:
-        scheme: Scheme of the weight or activation.
-        in_features: I; d is I, or the group size.
-        device: Where to put them.
-
-    Returns:
-        fp32 [2^N], rising, that of code -2^(N-1) first; None for uniform levels, where a code is its level.
+    None for uniform levels, where a code is its level. The dimension d is I, or the group size.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size, or fewer than two values share a scale.
@@ -55,14 +49,9 @@ def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | s
 
 
 def nearest_level(ratio: Tensor, levels: Tensor) -> Tensor:
-    """Find the nearest level of each value, the lower one of two that are equally near.
+    """Find the nearest level (fp32 [2^N], rising, N at least 2) of each fp32 value over its scale.
 
-    Args:
-        ratio: Values over their scale, fp32, any shape.
-        levels: fp32 [2^N], rising, N at least 2.
-
-    Returns:
-        Index into the levels, int32, same shape; the last one for NaN.
+    Returns its index, int32, same shape: the lower one of two that are equally near, the last one for NaN.
     """
     bounds = (levels[1:] + levels[:-1]) / 2
     if ratio.device.type != "cpu" or ratio.numel() < _MANY_VALUES or torch.compiler.is_compiling():
@@ -71,14 +60,10 @@ def nearest_level(ratio: Tensor, levels: Tensor) -> Tensor:
 
 
 def _bucketize(values: Tensor, bounds: Tensor) -> Tensor:
-    """Do what ``torch.bucketize`` does, which is a search for each value by itself, with two look-ups each.
+    """Return ``torch.bucketize(values, bounds)`` of fp32 [n] and rising fp32 [b], which searches value by value.
 
-    The range of the bounds is cut into even cells, so narrow that each holds one bound at most: the number of bounds
-    in the cells before it, and one comparison, tell a value's place.
-
-    Args:
-        values: fp32 [n].
-        bounds: fp32 [b], rising.
+    The range of the bounds is cut into even cells, so narrow that each holds one bound at most: the number of bounds in
+    the cells before it, and one comparison, tell a value's place.
     """
     per_unit = 2 / bounds.diff().min()
     cells = int((bounds[-1] - bounds[0]) * per_unit) + 1
@@ -94,14 +79,9 @@ def _bucketize(values: Tensor, bounds: Tensor) -> Tensor:
 
 @cache
 def lloyd_max_levels(num_bits: int, dimension: int) -> tuple[float, ...]:
-    """Compute the levels of least squared error for √d times a coordinate of a random point of the unit sphere.
+    """Compute the 2^N levels of least squared error for √d times a coordinate of a random point of the unit sphere.
 
-    Args:
-        num_bits: N, at least 1.
-        dimension: d, at least 2.
-
-    Returns:
-        2^N levels, rising and symmetric; 0 is not among them.
+    They are symmetric; 0 is not among them.
 
     Raises:
         InvalidInputError: If d is below 2.

@@ -13,15 +13,7 @@ from torch import Tensor
 
 
 def cube_means(video: Tensor, cube: tuple[int, int, int]) -> Tensor:
-    """Return the mean token of each cube.
-
-    Args:
-        video: [..., F, H, W, I], floating.
-        cube: Tokens of a cube along frames, rows and columns.
-
-    Returns:
-        fp32 [..., f, h, w, I].
-    """
+    """Return the mean token of each cube of a video [..., F, H, W, I], fp32 [..., f, h, w, I]."""
     total = video.float()
     for dim, side in zip((-4, -3, -2), cube, strict=True):
         size = total.shape[dim]
@@ -33,16 +25,7 @@ def cube_means(video: Tensor, cube: tuple[int, int, int]) -> Tensor:
 
 
 def spread(means: Tensor, cube: tuple[int, int, int], sizes: tuple[int, int, int]) -> Tensor:
-    """Give every token what its cube has.
-
-    Args:
-        means: [..., f, h, w, I].
-        cube: Tokens of a cube along frames, rows and columns.
-        sizes: F, H and W.
-
-    Returns:
-        [..., F, H, W, I].
-    """
+    """Give every token of F, H and W what its cube has: [..., f, h, w, I] becomes [..., F, H, W, I]."""
     for dim, side, size in zip((-4, -3, -2), cube, sizes, strict=True):
         means = means.repeat_interleave(side, dim=dim).narrow(dim, 0, size)
     return means

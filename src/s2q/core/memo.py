@@ -50,13 +50,7 @@ def memoization() -> Iterator[None]:
 
 
 def memoize_step(owner: object, key: Hashable, compute: Callable[[], _T]) -> _T:
-    """Return what `compute` returns, from an earlier call of the same owner and key where one is kept.
-
-    Args:
-        owner: The object that the result belongs to; kept alive with it.
-        key: Which of its results.
-        compute: Computes it from the owner's parameters and what the key says, nothing else.
-    """
+    """Return what `compute` makes of the owner's parameters and the key, or what it made before in this context."""
     kept = _held.get()
     if kept is None:
         return compute()
@@ -68,13 +62,7 @@ def memoize_step(owner: object, key: Hashable, compute: Callable[[], _T]) -> _T:
 
 
 def memoize_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T:
-    """Return what `compute` returns for a subject, from the owner's latest call where the subject was the same object.
-
-    Args:
-        owner: The object that the result belongs to.
-        subject: What the result was computed from, compared by identity; only the latest is kept.
-        compute: Computes it from the owner's parameters and the subject.
-    """
+    """Return what `compute` makes of parameters and subject, or the owner's latest result for the same object."""
     kept = _held.get()
     if kept is None:
         return compute()
@@ -86,10 +74,8 @@ def memoize_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T
 def checkpointed(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     """Call a function; what it computes on the way is computed again in the backward pass instead of being kept.
 
-    Results of parameters alone (`once`) are not: they are shared with calls outside and do not change.
-
-    Args:
-        function: Differentiable, without side effects, and without random numbers.
+    It must have no side effects and no random numbers. Results of parameters alone (`once`) are kept: they are shared
+    with calls outside and do not change.
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)

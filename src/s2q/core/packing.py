@@ -19,17 +19,10 @@ _NIBBLE_ZERO = 8
 
 
 def packed_width(num_bits: int, in_features: int) -> int:
-    """Return P, the bytes of a packed row of `in_features` codes.
-
-    Args:
-        num_bits: Width of a code, 2 to 8.
-        in_features: I.
-
-    Returns:
-        ceil(I / 2) up to 4 bits, I above.
+    """Return P, the bytes of a packed row: ⌈I / 2⌉ up to 4 bits, I above.
 
     Raises:
-        InvalidInputError: If num_bits is out of range.
+        InvalidInputError: If num_bits is not 2 to 8.
     """
     if not MIN_BITS <= num_bits <= MAX_BITS:
         raise InvalidInputError(f"num_bits={num_bits}; expected a whole number from {MIN_BITS} to {MAX_BITS}")
@@ -37,14 +30,7 @@ def packed_width(num_bits: int, in_features: int) -> int:
 
 
 def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:
-    """Pack the codes of a weight.
-
-    Args:
-        codes: int8 [O, I], each in [-2^(N-1), 2^(N-1) - 1].
-        num_bits: N, 2 to 8.
-
-    Returns:
-        uint8 [O, P], contiguous, in memory of its own.
+    """Pack the codes of a weight, int8 [O, I], each in [-2^(N-1), 2^(N-1) - 1], into contiguous new uint8 [O, P].
 
     Raises:
         InvalidInputError: If codes is not an int8 matrix or holds a code that num_bits cannot.
@@ -66,16 +52,9 @@ def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, *, num_bits: int, in_features: int, out: Tensor | None = None) -> Tensor:
-    """Undo `pack_codes`.
+    """Undo `pack_codes`: uint8 [O, P] becomes int8 [O, I], in `out`, int8 [O, 2P], if there is one.
 
-    Args:
-        packed: uint8 [O, P].
-        num_bits: N, 2 to 8.
-        in_features: I.
-        out: int8 [O, 2P], where the codes of up to 4 bits go; None for memory of their own.
-
-    Returns:
-        int8 [O, I]. Up to 4 bits and odd I: a view with row stride I + 1. Above 4 bits: shares memory with packed.
+    Up to 4 bits and odd I: a view with row stride I + 1. Above 4 bits: shares memory with packed.
 
     Raises:
         InvalidInputError: If packed is not a uint8 matrix of the width that I codes of N bits take.

@@ -31,43 +31,26 @@ ClipRatio = float | Tensor | None
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedWeight:
-    """A rounded weight; what every rounding method returns.
-
-    Attributes:
-        codes: int8 [O, I], each within the range of the scheme.
-        scale: fp32, [O] per channel or [O, G] per group.
-    """
+    """A rounded weight: codes int8 [O, I], and scale fp32 [O] (per channel) or [O, G] (per group)."""
 
     codes: Tensor
     scale: Tensor
 
 
 def scale_from_amax(amax: Tensor, *, num_bits: int) -> Tensor:
-    """Turn the largest magnitude into a scale, Δ = amax / (2^(N-1) - 1).
+    """Turn the largest magnitude, any shape, into a scale of that shape in fp32, Δ = amax / (2^(N-1) - 1).
 
-    Args:
-        amax: Non-negative, any shape, any floating dtype.
-        num_bits: N, 2 to 8.
-
-    Returns:
-        fp32 of the same shape, never 0: where amax is 0 (or so small that Δ underflows) the scale is 1, and the codes
-        are then 0. NaN and infinity do not change.
+    It is never 0: where amax is 0 (or so small that Δ underflows) the scale is 1, and the codes are then 0. NaN and
+    infinity do not change.
     """
     scale = amax.float() / _qmax(num_bits)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> Tensor:
-    """Compute the static scale of a weight.
+    """Compute the static scale of a weight [O, I], fp32 [O] (PerChannel) or [O, G] (PerGroup).
 
-    Args:
-        weight: [O, I], any floating dtype.
-        scheme: PerChannel or PerGroup.
-        clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to it.
-
-    Returns:
-        fp32, [O] (PerChannel) or [O, G] (PerGroup); 0 where all values are 0 and the levels are not
-        uniform.
+    The clip ratio in (0, 1] broadcasts to it. 0 where all values are 0 and the levels are not uniform.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size, or the granularity is PerToken.
@@ -87,134 +70,58 @@ def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio =
 
 
 def token_scale(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
-    """Compute the dynamic scale of each token.
-
-    Args:
-        x: [..., I], any floating dtype.
-        num_bits: N, 2 to 8.
-        clip_ratio: Factor in (0, 1] on the largest magnitude: a float, or a tensor that broadcasts to [..., 1].
-
-    Returns:
-        fp32 [..., 1].
-    """
+    """Compute the dynamic scale of each token, fp32 [..., 1], of x [..., I]; the clip ratio in (0, 1] broadcasts."""
     return token_scale_from_amax(x.abs().amax(dim=-1, keepdim=True), num_bits=num_bits, clip_ratio=clip_ratio)
 
 
 def token_scale_from_amax(amax: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
-    """Compute the dynamic scale of each token from its largest magnitude; see `token_scale`.
-
-    Args:
-        amax: [..., 1], any floating dtype.
-        num_bits: N, 2 to 8.
-        clip_ratio: See `token_scale`.
-
-    Returns:
-        fp32 [..., 1].
-    """
+    """Compute the dynamic scale of each token from its largest magnitude, both [..., 1]; see `token_scale`."""
     amax = amax.float()
     return scale_from_amax(amax if clip_ratio is None else amax * clip_ratio, num_bits=num_bits)
 
 
 def quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:
-    """Round to codes (eq. 1), or to those of the nearest levels.
-
-    Args:
-        x: Any shape, any floating dtype.
-        scale: fp32, broadcasts to x.
-        num_bits: N, 2 to 8.
-        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
-
-    Returns:
-        int8 codes of the shape of x.
-    """
+    """Round x to int8 codes (eq. 1), or to those of the nearest levels, fp32 [2^N]; the scale broadcasts to x."""
     if levels is not None:
         return (nearest_level(_over(x, scale), levels) - len(levels) // 2).to(torch.int8)
     return (x.float() / scale).round_().clamp_(*code_range(num_bits)).to(torch.int8)
 
 
 def code_range(num_bits: int) -> tuple[int, int]:
-    """Return the smallest and the largest code, -2^(N-1) and 2^(N-1) - 1.
-
-    Args:
-        num_bits: N.
-    """
+    """Return the smallest and the largest code, -2^(N-1) and 2^(N-1) - 1."""
     return -_qmax(num_bits) - 1, _qmax(num_bits)
 
 
 def dequantize(codes: Tensor, scale: Tensor, *, levels: Tensor | None = None) -> Tensor:
-    """Turn codes back into values.
-
-    Args:
-        codes: int8, any shape.
-        scale: fp32, broadcasts to codes.
-        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
-
-    Returns:
-        fp32 of the shape of codes.
-    """
+    """Turn codes back into values, fp32 of their shape; the scale broadcasts to codes, levels are fp32 [2^N]."""
     values = codes.float() if levels is None else levels[codes.int() + len(levels) // 2]
     return values * scale
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:
-    """Round a weight to codes.
-
-    Args:
-        weight: [O, I], any floating dtype.
-        scale: fp32 [O] or [O, G].
-        num_bits: N, 2 to 8.
-        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
-
-    Returns:
-        int8 [O, I].
-    """
+    """Round a weight [O, I] to codes int8 [O, I]; scale fp32 [O] or [O, G], levels as `levels_of` returns them."""
     grouped, spread = align_scale(weight, scale)
     return quantize(grouped, spread, num_bits=num_bits, levels=levels).reshape(weight.shape)
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor, *, levels: Tensor | None = None) -> Tensor:
-    """Turn the codes of a weight back into values.
-
-    Args:
-        codes: int8 [O, I].
-        scale: fp32 [O] or [O, G].
-        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
-
-    Returns:
-        fp32 [O, I].
-    """
+    """Turn the codes of a weight, int8 [O, I], back into values fp32 [O, I]; the inverse of `quantize_weight`."""
     grouped, spread = align_scale(codes, scale)
     return dequantize(grouped, spread, levels=levels).reshape(codes.shape)
 
 
 def round_ste(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes as if nothing had happened (straight-through estimator).
-
-    Args:
-        x: Any shape, any floating dtype.
-
-    Returns:
-        Same shape and dtype.
-    """
+    """Round half to even; the gradient passes as if nothing had happened (straight-through estimator)."""
     rounded: Tensor = _RoundSTE.apply(x)  # type: ignore[no-untyped-call]
     return rounded
 
 
 def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:
-    """Quantize and dequantize at once, trainable.
+    """Quantize and dequantize at once, trainable; shape and dtype of x, to which the fp32 scale broadcasts.
 
     Gradients, with q = x / Δ: towards x, 1 within the range of the codes and 0 where the code is clamped; towards Δ,
     round(q) - q within the range and the clamped code outside (Esser et al., "Learned Step Size Quantization", 2020).
     With levels, the nearest level replaces round(q), and the range ends at the outermost ones.
-
-    Args:
-        x: Any shape, any floating dtype.
-        scale: fp32, broadcasts to x; may require a gradient.
-        num_bits: N, 2 to 8.
-        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
-
-    Returns:
-        Same shape and dtype as x; equal to `dequantize(quantize(x, scale), scale)` in that dtype.
     """
     if levels is not None:
         nearest: Tensor = _LevelSTE.apply(_over(x, scale).clamp(levels[0], levels[-1]), levels)  # type: ignore[no-untyped-call]
@@ -234,12 +141,8 @@ def fake_quantize_input(
     Args:
         x: [..., I], floating; [..., N, I] where there is a grid.
         scheme: Dynamic, PerToken or PerGroup.
-        clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to [..., 1]. Means are not
-            clipped.
+        clip_ratio: Factor in (0, 1] on the scale, broadcasts to [..., 1]. Means are not clipped.
         grid: Where the video tokens lie among N.
-
-    Returns:
-        Same shape and dtype as x.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size.
@@ -275,30 +178,15 @@ def _fake_quantize_tokens(x: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio)
 
 
 def fake_quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:
-    """Quantize and dequantize a weight at once, trainable; see `fake_quantize`.
-
-    Args:
-        weight: [O, I], any floating dtype.
-        scale: fp32 [O] or [O, G]; may require a gradient.
-        num_bits: N, 2 to 8.
-        levels: fp32 [2^N], see `levels_of`; None for uniform ones.
-
-    Returns:
-        [O, I], dtype of the weight.
-    """
+    """Quantize and dequantize a weight [O, I] at once, trainable, with a scale [O] or [O, G]; see `fake_quantize`."""
     grouped, spread = align_scale(weight, scale)
     return fake_quantize(grouped, spread, num_bits=num_bits, levels=levels).reshape(weight.shape)
 
 
 def align_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Reshape a weight and its scale so that they broadcast.
+    """Reshape a weight [O, I], or its codes, and its scale [O] or [O, G] so that they broadcast.
 
-    Args:
-        weight: [O, I], or codes of that shape.
-        scale: [O] or [O, G].
-
-    Returns:
-        [O, I] with [O, 1], or [O, G, I / G] with [O, G, 1].
+    Returns [O, I] with [O, 1], or [O, G, I / G] with [O, G, 1].
     """
     if scale.ndim == 2:
         assert weight.shape[1] % scale.shape[1] == 0, (weight.shape, scale.shape)

@@ -28,11 +28,7 @@ class PerChannel:
 
 @dataclass(frozen=True, kw_only=True)
 class PerGroup:
-    """One scale per `group_size` neighbouring input channels: weight [O, I] -> scale [O, G], activation -> [..., G].
-
-    Attributes:
-        group_size: Input channels that share a scale; in_features must be a multiple of it, G = I / group_size.
-    """
+    """One scale per `group_size` neighbouring input channels: weight [O, I] -> scale [O, G], activation -> [..., G]."""
 
     group_size: int
 
@@ -61,9 +57,6 @@ class Delta(Options):
     Attributes:
         cube: Tokens of a cube along frames, rows and columns.
         mean_bits: Width of the codes of the mean tokens, which have a scale each.
-
-    Raises:
-        InvalidInputError: If a field is out of range or of the wrong type.
     """
 
     cube: tuple[int, int, int] = field(default=(2, 2, 2), metadata={"strict": False})
@@ -82,14 +75,7 @@ class Delta(Options):
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Delta":
-        """Read what `to_dict` wrote.
-
-        Args:
-            fields: The dict; unknown and missing keys are refused.
-
-        Raises:
-            InvalidInputError: If a key is unknown or missing, or a value is not allowed.
-        """
+        """Read what `to_dict` wrote; InvalidInputError if a key is unknown or missing, or a value is not allowed."""
         _check_keys("delta", fields, required=("cube", "mean_bits"))
         cube = fields["cube"]
         return cls(cube=tuple(cube) if isinstance(cube, list) else cube, mean_bits=fields["mean_bits"])
@@ -103,12 +89,8 @@ class QuantScheme:
         num_bits: Width of a code, 2 to 8.
         granularity: Which values share a scale.
         dynamic: Whether the scale is computed from the tensor at run time (activations) or stored (weights).
-        levels: "uniform", the scale from the largest magnitude; or "lloyd_max", those of `core.codebook`, the scale the
-            root mean square.
+        levels: "uniform", scaled by the largest magnitude; "lloyd_max" of `core.codebook`, by the root mean square.
         delta: Split of video tokens into cube mean and difference; None for whole tokens. For activations.
-
-    Raises:
-        InvalidInputError: If a field is out of range or of the wrong type.
     """
 
     num_bits: int
@@ -155,17 +137,7 @@ class QuantScheme:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "QuantScheme":
-        """Read what `to_dict` wrote.
-
-        Args:
-            fields: The dict; unknown and missing keys are refused.
-
-        Returns:
-            The scheme.
-
-        Raises:
-            InvalidInputError: If a key is unknown or missing, or a value is not allowed.
-        """
+        """Read what `to_dict` wrote; InvalidInputError if a key is unknown or missing, or a value is not allowed."""
         _check_keys(
             "scheme",
             fields,
@@ -201,9 +173,6 @@ class LinearScheme:
     Attributes:
         weight: Static, per channel or per group.
         activation: Dynamic, per token, or per group of each token; None for floating point (weight-only).
-
-    Raises:
-        InvalidInputError: If either side is of another kind.
     """
 
     weight: QuantScheme
@@ -251,17 +220,7 @@ class LinearScheme:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "LinearScheme":
-        """Read what `to_dict` wrote.
-
-        Args:
-            fields: The dict; unknown and missing keys are refused.
-
-        Returns:
-            The scheme.
-
-        Raises:
-            InvalidInputError: If a key is unknown or missing, or a value is not allowed.
-        """
+        """Read what `to_dict` wrote; InvalidInputError if a key is unknown or missing, or a value is not allowed."""
         _check_keys("linear scheme", fields, required=("weight", "activation"))
         activation = fields["activation"]
         return cls(
@@ -321,24 +280,13 @@ class ActivationOptions(SchemeOptions):
     delta: Delta | None = None
 
     def scheme(self, *, of_text: bool = False) -> QuantScheme:
-        """Return the scheme.
-
-        Args:
-            of_text: Whether it is that of text tokens alone, which are in no cubes.
-        """
+        """Return the scheme; text tokens alone are in no cubes."""
         delta = None if of_text else self.delta
         return replace(super().scheme(), dynamic=True, delta=delta)
 
 
 def num_groups(scheme: QuantScheme, in_features: int) -> int:
     """Return how many scales an output channel, or a token, has: I / group_size for PerGroup, else 1.
-
-    Args:
-        scheme: Scheme of a weight or an activation.
-        in_features: I.
-
-    Returns:
-        G.
 
     Raises:
         InvalidInputError: If in_features is not a multiple of group_size; names the group sizes that would do.
@@ -356,18 +304,7 @@ def num_groups(scheme: QuantScheme, in_features: int) -> int:
 def weight_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> int:
     """Return the exact bytes of a packed weight with its fp32 scales, as stored (bias not counted).
 
-    Codes of up to 4 bits are stored two a byte, wider ones one a byte; a row starts on a byte.
-
-    Args:
-        scheme: Scheme of the weight.
-        out_features: O.
-        in_features: I.
-
-    Returns:
-        Bytes. Example: 4 bits per channel, O = 2, I = 5: 2·3 packed + 2·4 of scales = 14.
-
-    Raises:
-        InvalidInputError: If in_features is not a multiple of the group size.
+    Example: 4 bits per channel, O = 2, I = 5: 2·3 packed + 2·4 of scales = 14.
     """
     row = (in_features + 1) // 2 if scheme.num_bits <= 4 else in_features
     return out_features * (row + num_groups(scheme, in_features) * SCALE_BYTES)

@@ -28,12 +28,9 @@ TEXT = ("before", "after", "apart")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenGrid:
-    """The video tokens of one call of a transformer.
+    """The video tokens of one call of a transformer, along time, a column and a row.
 
     Attributes:
-        frames: Tokens along time.
-        height: Tokens along a column.
-        width: Tokens along a row.
         text_tokens: Text tokens of a joint sequence; 0 where no linear sees one.
         text: Whether they come "before" or "after" the video in it; "apart" where no linear sees one.
     """
@@ -50,11 +47,7 @@ class TokenGrid:
         return self.frames * self.height * self.width
 
     def offset(self, length: int) -> int | None:
-        """Return where the video tokens of a sequence begin; None if it is neither the video nor the joint sequence.
-
-        Args:
-            length: Its tokens.
-        """
+        """Return where the video tokens of a sequence begin; None if it is neither the video nor the joint sequence."""
         if length == self.tokens:
             return 0
         if self.text == "apart" or length != self.tokens + self.text_tokens:
@@ -73,11 +66,7 @@ _THREAD = threading.local()  # torch.compile traces neither a ContextVar nor a c
 
 
 def begin_call(grid: TokenGrid | None) -> None:
-    """Set the grid of the calls of layers that follow in this thread, until `end_call`.
-
-    Args:
-        grid: The grid; None if it is not known, and layers are to compute without.
-    """
+    """Set the grid (None: unknown) of the calls of layers that follow in this thread, until `end_call`."""
     _THREAD.call = _Call(grid, _backward_pass(), _call())
 
 
@@ -89,11 +78,7 @@ def end_call() -> None:
 
 @contextmanager
 def token_grid(grid: TokenGrid | None) -> Iterator[None]:
-    """Set the grid of the calls of layers within, in this thread.
-
-    Args:
-        grid: See `begin_call`.
-    """
+    """Set the grid of the calls of layers within, in this thread."""
     begin_call(grid)
     try:
         yield
@@ -106,7 +91,7 @@ def current_grid() -> TokenGrid | None:
 
     Raises:
         UsageError: If there is no call in this thread, or the layer is called in a backward pass that the call is not
-            part of: checkpointing by other means than the transformer's own, for example. The grid is never guessed.
+            part of (checkpointing by other means than the transformer's own). The grid is never guessed.
     """
     call = _call()
     if call is None or call.backward_pass != _backward_pass():
@@ -137,13 +122,10 @@ class TokenLayout:
     """Layout of a transformer's token sequence, from which the grid of any call follows.
 
     Attributes:
-        latents: How it is given latents: "frames first" [B, f, C, h, w], "channels first" [B, C, f, h, w], or as
-            "tokens" [B, f · h · w, C], with their numbers as arguments `num_frames`, `height` and `width`.
+        latents: "frames first" [B, f, C, h, w], "channels first" [B, C, f, h, w], or "tokens" [B, f · h · w, C] with
+            the arguments `num_frames`, `height` and `width`.
         patch: Latent frames, rows and columns that make a token.
         text: Where the text lies in a joint sequence; see `TokenGrid`.
-
-    Raises:
-        InvalidInputError: If a value is not one of these.
     """
 
     latents: Literal["frames first", "channels first", "tokens"]
@@ -161,11 +143,8 @@ class TokenLayout:
     def grid(self, arguments: Mapping[str, Any]) -> TokenGrid:
         """Return the grid of a call of the transformer.
 
-        Args:
-            arguments: Its arguments by name.
-
         Raises:
-            InvalidInputError: If they do not say how many frames, rows and columns there are.
+            InvalidInputError: If the arguments do not say how many frames, rows and columns there are.
         """
         latents = arguments.get("hidden_states")
         shape = tuple(getattr(latents, "shape", ()))
@@ -201,14 +180,7 @@ class TokenLayout:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TokenLayout:
-        """Read what `to_dict` wrote.
-
-        Args:
-            content: The fields, all of them.
-
-        Raises:
-            InvalidInputError: If a field is missing, unknown or not valid.
-        """
+        """Read what `to_dict` wrote; InvalidInputError if a field is missing, unknown or not valid."""
         names = [field.name for field in fields(cls)]
         if not isinstance(content, Mapping) or set(names) - set(content):
             raise InvalidInputError(f"token layout: got {content!r}; expected a mapping with {', '.join(names)}")
@@ -217,17 +189,11 @@ class TokenLayout:
                 raise unknown_name("key of a token layout", str(name), names)
         patch = content["patch"]
         return cls(
-            latents=content["latents"],
-            patch=tuple(patch) if isinstance(patch, list) else patch,
-            text=content["text"],
+            latents=content["latents"], patch=tuple(patch) if isinstance(patch, list) else patch, text=content["text"]
         )
 
 
 def is_triple(value: Any) -> bool:
-    """Tell whether something is a tuple of three positive whole numbers.
-
-    Args:
-        value: Anything.
-    """
+    """Tell whether something is a tuple of three positive whole numbers."""
     whole = isinstance(value, tuple) and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
     return whole and len(value) == 3 and min(value) >= 1

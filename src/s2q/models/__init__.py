@@ -29,17 +29,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(transformer: nn.Module | str) -> Family:
-    """Return the family of a transformer.
-
-    Args:
-        transformer: The transformer, or the name of its class.
-
-    Returns:
-        The family.
-
-    Raises:
-        InvalidInputError: If the class belongs to no supported family.
-    """
+    """Return the family of a transformer, given itself or the name of its class."""
     class_name = transformer if isinstance(transformer, str) else type(transformer).__name__
     family = FAMILIES.get(class_name)
     if family is None:

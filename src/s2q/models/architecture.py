@@ -27,14 +27,7 @@ _REMEDY = "compare it with the model that it was made from"
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A pipeline without its weights.
-
-    Attributes:
-        label: What to call the model in messages.
-        transformers: Configuration of each transformer by component, with its `_class_name`.
-        components: Class of each further component that has weights.
-        scheduler: Configuration of the scheduler, with its `_class_name`.
-    """
+    """A pipeline without its weights: configurations by component with `_class_name`, classes of the components."""
 
     label: str
     transformers: Mapping[str, Mapping[str, Any]]
@@ -43,11 +36,7 @@ class Architecture:
 
 
 def architecture_of(model: ModelSource | DiffusionPipeline, *, label: str) -> Architecture:
-    """Return the architecture of a resolved or loaded model.
-
-    Args:
-        label: What to call it.
-    """
+    """Return the architecture of a resolved or loaded model, which messages call `label`."""
     if isinstance(model, ModelSource):
         transformers: Mapping[str, Mapping[str, Any]] = model.transformer_configs
         classes = {name: class_name for name, (_, class_name) in model.component_classes.items()}
@@ -72,15 +61,7 @@ def architecture_of(model: ModelSource | DiffusionPipeline, *, label: str) -> Ar
 
 
 def check_comparable(model: Architecture, reference: Architecture) -> None:
-    """Check that a model was made from one of the reference's classes and dimensions.
-
-    Args:
-        model: The model to judge.
-        reference: The full-precision model.
-
-    Raises:
-        InvalidInputError: It was not; says what differs.
-    """
+    """Check that a model was made from one of the reference's classes and dimensions."""
     ours, theirs = model.transformers, reference.transformers
     if ours.keys() != theirs.keys():
         raise InvalidInputError(
@@ -110,12 +91,7 @@ def check_comparable(model: Architecture, reference: Architecture) -> None:
 
 
 def warn_of_scheduler(model: Architecture, reference: Architecture) -> None:
-    """Warn where another scheduler than the reference's would be judged together with the quantization.
-
-    Args:
-        model: The model to judge.
-        reference: The full-precision model.
-    """
+    """Warn where another scheduler than the reference's would be judged together with the quantization."""
     ours, theirs = model.scheduler, reference.scheduler
     key = "_class_name" if ours.get("_class_name") != theirs.get("_class_name") else _difference(ours, theirs)
     if key is not None:

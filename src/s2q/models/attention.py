@@ -39,18 +39,7 @@ class DispatchedCogVideoXAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attend.
-
-        Args:
-            attn: The attention module that calls.
-            hidden_states: Of the video, [B, N, H · D].
-            encoder_hidden_states: Of the text, [B, T, H · D].
-            attention_mask: As diffusers' own processor takes it, or None.
-            image_rotary_emb: Cosines and sines of the video tokens' positions, [N, D] each, or None.
-
-        Returns:
-            Video [B, N, H · D] and text [B, T, H · D].
-        """
+        """Attend: video [B, N, H · D] and text [B, T, H · D] in and out; the rotary embedding is [N, D] twice."""
         text = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         query, key, value = (
@@ -81,41 +70,21 @@ class DispatchedCogVideoXAttention:
 
 
 def use_attention_registry(model: nn.Module) -> None:
-    """Let `set_attention_backend` reach every attention of a model, in place.
-
-    Args:
-        model: A transformer or a part of one, of any family.
-    """
+    """Let `set_attention_backend` reach every attention of a model or a part of one, in place."""
     for module in model.modules():
         if isinstance(module, Attention) and type(module.processor) is CogVideoXAttnProcessor2_0:
             module.set_processor(DispatchedCogVideoXAttention())
 
 
 def check_attention_backend(name: str) -> None:
-    """Check that an attention backend exists and that what it needs is installed.
-
-    Args:
-        name: As diffusers names it: "native", "flash", "sage" and so on.
-
-    Raises:
-        InvalidInputError: If there is none of that name.
-        ResourceError: If something that it needs is missing here.
-    """
+    """Check that an attention backend of diffusers ("native", "flash", "sage" …) exists and can run here."""
     with attention_of(name):
         pass
 
 
 @contextlib.contextmanager
 def attention_of(name: str | None) -> Iterator[None]:
-    """Run with an attention backend where a model has not chosen one itself.
-
-    Args:
-        name: As diffusers names it; None changes nothing.
-
-    Raises:
-        InvalidInputError: If there is none of that name.
-        ResourceError: If something that it needs is missing here.
-    """
+    """Run with an attention backend where a model has not chosen one itself; None changes nothing."""
     if name is None:
         yield
         return

@@ -8,12 +8,7 @@ COGVIDEOX = Family(
     pipeline_class="CogVideoXPipeline",
     block_lists=("transformer_blocks",),
     modulation=("norm1.linear", "norm2.linear"),
-    shared_inputs=(
-        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-        ("attn1.to_out.0",),
-        ("ff.net.0.proj",),
-        ("ff.net.2",),
-    ),
+    shared_inputs=(("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn1.to_out.0",), ("ff.net.0.proj",), ("ff.net.2",)),
     text_linears=(),
     attention="attn1",
     streams=("hidden_states", "encoder_hidden_states"),

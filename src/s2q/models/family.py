@@ -26,8 +26,6 @@ class Family:
     """A family of transformers that share their structure; one file a family.
 
     Attributes:
-        name: Short name of the family.
-        transformer_class: Name of the diffusers class.
         pipeline_class: Name of the text-to-video pipeline that calibration runs.
         block_lists: Attributes of the transformer that hold its blocks, in the order in which they run.
         modulation: Linears of a block, relative to it, that see one row a sample (adaLN): weight-only.
@@ -36,18 +34,16 @@ class Family:
         attention: The module of a block whose attention says which tokens matter.
         streams: Keyword arguments of a block that it returns anew, in the order in which it returns them.
         joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
-        latents: How a pipeline holds the latents of one video: "frames first" [f, C, h, w], "channels first"
-            [C, f, h, w], or as "tokens" [f · h · w, C].
+        latents: Layout of one video's latents: "frames first" [f, C, h, w], "channels first" [C, f, h, w], or "tokens"
+            [f · h · w, C].
         size_multiple: What the pipeline itself asks of height and width, in pixels.
-        guidance: How a pipeline runs the two branches of classifier-free guidance: "batched" in one call, unconditional
-            rows first; in "two calls", the conditional one first; or in two such calls by its "guider", a component
-            that holds the guidance weight: the pipeline then takes neither that weight nor a prompt length nor a
-            callback. Distilled models run one branch in any case.
+        guidance: The two branches of classifier-free guidance: "batched" in one call, unconditional rows first; in "two
+            calls", the conditional one first; or in two such calls by a component "guider", which has the guidance
+            weight: the pipeline then takes neither that weight nor a prompt length nor a callback. Distilled models run
+            one branch.
         text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
-        defaults: Generation settings of the published models, by the names of `GenerationSettings`; what the
-            configuration of a transformer says of sizes comes first.
-        frame_rate: Frames per second at which the models' pages show their videos (docs/real-models.md); a variant may
-            have another one.
+        defaults: `GenerationSettings` of the published models; sizes in a transformer's configuration come first.
+        frame_rate: Frames per second of the videos on the models' pages (docs/real-models.md); a variant may differ.
         decodes_batches: Whether the VAE can decode several videos at once; one that cannot is given them one by one.
     """
 
@@ -84,7 +80,6 @@ class BlockLinear:
         inner_name: Name inside its block, "attn1.to_q"; of "outer", in the transformer.
         block: Index of its block, counted over all block lists in the order in which they run; `OUTSIDE` for "outer".
         role: "modulation" for the adaLN linears, "outer" for those outside the blocks, else "linear".
-        has_bias: Whether it has a bias of shape [O].
         sees_text: Whether it sees text tokens alone.
     """
 
@@ -99,11 +94,7 @@ class BlockLinear:
 
 
 def token_layout(transformer: nn.Module, family: Family) -> TokenLayout:
-    """Return how a transformer makes a sequence of tokens of its arguments.
-
-    Args:
-        transformer: A transformer of the family; may live on the meta device.
-    """
+    """Return how a transformer, maybe on the meta device, makes a sequence of tokens of its arguments."""
     text: Literal["before", "after", "apart"] = "apart"
     if len(family.joint_order) > 1:
         text = "before" if family.joint_order[0] == "encoder_hidden_states" else "after"
@@ -111,11 +102,7 @@ def token_layout(transformer: nn.Module, family: Family) -> TokenLayout:
 
 
 def token_patch(transformer: nn.Module) -> tuple[int, int, int]:
-    """Return how many latent frames, rows and columns make a token of a transformer.
-
-    Args:
-        transformer: A diffusers model of a supported family.
-    """
+    """Return how many latent frames, rows and columns make a token of a transformer."""
     patch, frames = transformer.config.patch_size, getattr(transformer.config, "patch_size_t", None)
     if isinstance(patch, int):
         return frames or 1, patch, patch
@@ -124,17 +111,7 @@ def token_patch(transformer: nn.Module) -> tuple[int, int, int]:
 
 
 def block_names(transformer: nn.Module, family: Family) -> list[str]:
-    """Return the full names of the transformer's blocks in the order in which they run.
-
-    Args:
-        transformer: A transformer of the family; may live on the meta device.
-
-    Returns:
-        Names, "transformer_blocks.0" and so on.
-
-    Raises:
-        InvalidInputError: If a block list is missing.
-    """
+    """Return the blocks' full names, "transformer_blocks.0" and so on, in the order in which they run."""
     names = []
     for block_list in family.block_lists:
         blocks = getattr(transformer, block_list, None)
@@ -147,17 +124,7 @@ def block_names(transformer: nn.Module, family: Family) -> list[str]:
 
 
 def block_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
-    """List every linear inside the transformer's blocks, block by block, in the order of the modules.
-
-    Args:
-        transformer: A transformer of the family; may live on the meta device.
-
-    Returns:
-        The linears; nothing outside the blocks is in the list.
-
-    Raises:
-        InvalidInputError: If a block list is missing.
-    """
+    """List every linear inside the transformer's blocks, block by block, in the order of the modules."""
     found = []
     for index, block_name in enumerate(block_names(transformer, family)):
         found += linears_of_block(transformer.get_submodule(block_name), block_name, family, index=index)
@@ -165,14 +132,7 @@ def block_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
 
 
 def linears_of_block(block: nn.Module, block_name: str, family: Family, *, index: int = 0) -> list[BlockLinear]:
-    """List the linears of one block, in the order of its modules.
-
-    Args:
-        block: The block; may live on the meta device.
-        block_name: Its name in the transformer, "transformer_blocks.0".
-        family: The family of the transformer.
-        index: Its place among all blocks.
-    """
+    """List the linears of one block, in the order of its modules; its name is "transformer_blocks.0", say."""
     return [
         BlockLinear(
             name=f"{block_name}.{name}",
@@ -190,14 +150,9 @@ def linears_of_block(block: nn.Module, block_name: str, family: Family, *, index
 
 
 def outer_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
-    """List the linears outside the transformer's blocks: text projection, token refiner, timestep embedding, output.
+    """List the linears outside the blocks: text projection, token refiner, timestep embedding, output.
 
-    Args:
-        transformer: A transformer of the family; may live on the meta device.
-
-    Returns:
-        The linears, in the order of the modules, except those of parts that the class keeps in fp32: what keeps its
-        precision on purpose is not quantized.
+    Parts that the class keeps in fp32 are not listed: what keeps its precision on purpose is not quantized.
     """
     blocks = tuple(f"{name}." for name in family.block_lists)
     kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())

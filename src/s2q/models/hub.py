@@ -19,12 +19,7 @@ _SETUP_PATTERNS = ("*.json", "*/*.json", "*.md", "LICENSE*")
 
 @dataclass(frozen=True)
 class HubId:
-    """A repository of the Hub at a revision.
-
-    Attributes:
-        repo: "organisation/name".
-        revision: Branch, tag or commit; None is the main branch.
-    """
+    """A repository of the Hub, "organisation/name", at a branch, tag or commit; None is the main branch."""
 
     repo: str
     revision: str | None = None
@@ -33,11 +28,7 @@ class HubId:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
     def setup_folder(self) -> Path:
-        """Return a cached snapshot that has at least the configuration files.
-
-        Raises:
-            InvalidInputError: If there is no such repository or revision, or it cannot be downloaded.
-        """
+        """Return a cached snapshot that has at least the configuration files."""
         return self._snapshot(_SETUP_PATTERNS)
 
     def complete_folder(self) -> Path:
@@ -45,14 +36,7 @@ class HubId:
         return self._snapshot(None)
 
     def pipeline_folder(self, variant: str | None) -> Path:
-        """Return a cached snapshot with the files, and only those, that the pipeline loads.
-
-        Args:
-            variant: Variant of the weights.
-
-        Raises:
-            InvalidInputError: As `setup_folder`.
-        """
+        """Return a cached snapshot with the files, and only those, that the pipeline loads."""
         from diffusers import DiffusionPipeline
 
         try:
@@ -72,11 +56,7 @@ class HubId:
             return None
 
     def at(self, snapshot: Path) -> HubId:
-        """Return the same repository at the commit of a snapshot, which no later push changes.
-
-        Args:
-            snapshot: The folder of the snapshot, which huggingface_hub names after the commit.
-        """
+        """Return the same repository at the commit of a snapshot, after which huggingface_hub names its folder."""
         return HubId(self.repo, snapshot.name) if _COMMIT.fullmatch(snapshot.name) else self
 
     def _snapshot(self, patterns: Sequence[str] | None) -> Path:
@@ -109,10 +89,6 @@ class HubId:
 
 
 def parse_hub_id(text: str) -> HubId | None:
-    """Return the repository that "organisation/name" or "organisation/name@revision" names; None for other texts.
-
-    Args:
-        text: What the user wrote.
-    """
+    """Return the repository that "organisation/name" or "organisation/name@revision" names; None for other texts."""
     found = _HUB_ID.fullmatch(text)
     return None if found is None else HubId(found["repo"], found["revision"])

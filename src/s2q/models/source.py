@@ -17,12 +17,7 @@ import torch
 
 from s2q.common.arguments import parse_dtype
 from s2q.common.components import TRANSFORMERS, check_no_adapter
-from s2q.common.errors import (
-    InvalidInputError,
-    ResourceError,
-    first_line,
-    unknown_name,
-)
+from s2q.common.errors import InvalidInputError, ResourceError, first_line, unknown_name
 from s2q.common.files import read_json
 from s2q.common.headers import TensorInfo, read_headers
 from s2q.common.loading_errors import PACKAGES, loading_error
@@ -46,12 +41,11 @@ class ModelSource:
 
     Attributes:
         name: What to call it: the embedded name, the Hub id without its revision, or the folder's name.
-        kind: Where it comes from.
         given: What the user wrote.
         folder: The pipeline folder with its configuration files; for a Hub id a cached copy that may lack weights.
         index: Contents of model_index.json.
         transformer_configs: Contents of config.json of each transformer, by component; `_class_name` is always there.
-        variant: Variant of the weights to load, "fp16"; None is none.
+        variant: Variant of the weights to load, "fp16".
         hub: The repository at the commit that was resolved; None for models that are not on the Hub.
         hub_names: Names of all files of the repository; None where they are not known.
     """
@@ -109,11 +103,7 @@ class ModelSource:
         return any(config.get("quantization_config") is not None for config in self.transformer_configs.values())
 
     def file_names(self, component: str) -> set[str]:
-        """Return the names of the files of a component, downloaded or not.
-
-        Args:
-            component: Its name in model_index.json.
-        """
+        """Return the names of the files of a component, downloaded or not."""
         if self.hub_names is not None:
             start = f"{component}/"
             return {name.removeprefix(start) for name in self.hub_names if name.startswith(start)}
@@ -121,25 +111,14 @@ class ModelSource:
         return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
-        """Return the files that the weights of a component are loaded from; none if it has no weights.
-
-        Args:
-            component: Its name in model_index.json.
-
-        Raises:
-            InvalidInputError: If it has only pickles or only other variants; see `core.weights.weight_files`.
-        """
+        """Return the files that the weights of a component are loaded from; none if it has no weights."""
         library, _ = self.component_classes[component]
         return weight_files(
             self.folder / component, library=library, variant=self.variant, names=self.file_names(component)
         )
 
     def weights_dtype(self) -> torch.dtype | None:
-        """Return the floating dtype that most of the transformers' stored weights have; None if no file tells.
-
-        Raises:
-            InvalidInputError: If the header of a weight file cannot be read.
-        """
+        """Return the floating dtype that most of the transformers' stored weights have; None if no file tells."""
         counts: dict[torch.dtype, int] = {}
         for name, tensor in self._headers().items():
             dtype = _HEADER_DTYPES.get(tensor.dtype)
@@ -148,11 +127,7 @@ class ModelSource:
         return max(counts, key=lambda dtype: counts[dtype]) if counts else None
 
     def storage(self) -> dict[str, int | float] | None:
-        """Return the bytes of the transformers as they are stored; None if their weights are not on this machine.
-
-        Returns:
-            `full_precision_bytes` (all of them in bf16), `quantized_bytes` (on disk) and their `ratio`.
-        """
+        """Return the transformers' bytes in bf16 and on disk, with their ratio; None if the weights are not here."""
         stored = sum(tensor.num_bytes for tensor in self._headers().values())
         if not stored:
             return None
@@ -169,11 +144,7 @@ class ModelSource:
         return sum(sizes) if sizes else None
 
     def stored_dtype(self) -> torch.dtype:
-        """Return the same of a complete model, float32 if no file tells; for a Hub id, this downloads its weights.
-
-        Raises:
-            InvalidInputError: If the download fails, or the header of a weight file cannot be read.
-        """
+        """Return the same of a complete model, float32 if no file tells; for a Hub id, this downloads its weights."""
         return self._downloaded.weights_dtype() or torch.float32
 
     @cached_property
@@ -183,28 +154,16 @@ class ModelSource:
         return replace(self, folder=self.hub.pipeline_folder(self.variant), hub_names=None)
 
     def complete_folder(self) -> Path:
-        """Return the folder with all its files; for a Hub id, this downloads those that the cache lacks.
-
-        Raises:
-            InvalidInputError: If the download fails.
-        """
+        """Return the folder with all its files; for a Hub id, this downloads those that the cache lacks."""
         return self.folder if self.hub is None else self.hub.complete_folder()
 
     def scheduler_config(self) -> dict[str, Any]:
-        """Return the contents of the scheduler's configuration, with its `_class_name`; empty if there is none.
-
-        Raises:
-            InvalidInputError: If the file is damaged.
-        """
+        """Return the contents of the scheduler's configuration, with its `_class_name`; empty if there is none."""
         path = self.folder / "scheduler" / "scheduler_config.json"
         return read_json(path, remedy=_REMEDY) if path.is_file() else {}
 
     def check_packages(self) -> None:
-        """Refuse a model with a component whose quantization method needs a package that is not installed.
-
-        Raises:
-            ResourceError: If there is one; names the component and the package.
-        """
+        """Refuse a model with a component whose quantization method needs a package that is not installed."""
         for component in self.component_classes:
             method = _quantization_method(self.folder / component / "config.json")
             package = PACKAGES.get(method or "")
@@ -215,11 +174,7 @@ class ModelSource:
                 )
 
     def meta_transformer(self, component: str = TRANSFORMERS[0]) -> nn.Module:
-        """Build a full-precision transformer on the meta device: all shapes, no memory.
-
-        Raises:
-            InvalidInputError: If the configuration does not fit the class.
-        """
+        """Build a full-precision transformer on the meta device: all shapes, no memory."""
         import diffusers
 
         stored = self.transformer_configs[component]
@@ -234,25 +189,13 @@ class ModelSource:
             ) from error
 
     def meta_transformers(self) -> dict[str, nn.Module]:
-        """Build all transformers on the meta device; by component.
-
-        Raises:
-            InvalidInputError: If a configuration does not fit its class.
-        """
+        """Build all transformers on the meta device; by component."""
         return {component: self.meta_transformer(component) for component in self.transformer_configs}
 
     def meta_pipeline(self, components: Mapping[str, nn.Module]) -> DiffusionPipeline:
-        """Build the pipeline with transformers and autoencoder on the meta device and without text encoders.
+        """Build the pipeline around transformers of `meta_transformers`, without weights and text encoders.
 
-        It knows the sizes of videos, and has no weights.
-
-        Args:
-            components: Its transformers, from `meta_transformers`.
-
-        Raises:
-            OSError: If a configuration is missing.
-            AttributeError: If diffusers lacks a class.
-            TypeError: If the pipeline cannot do without a component.
+        It knows the sizes of videos.
         """
         import diffusers
         import transformers
@@ -274,17 +217,7 @@ class ModelSource:
         return getattr(diffusers, index["_class_name"])(**parts, **components)
 
     def load_pipeline(self, *, dtype: torch.dtype | str | None = None, device: str = "cpu") -> DiffusionPipeline:
-        """Load the whole pipeline.
-
-        Args:
-            dtype: Compute dtype, or its name; None takes the dtype that the transformers are stored in.
-
-        Returns:
-            The pipeline, its progress bar switched off.
-
-        Raises:
-            InvalidInputError: If a file is missing or damaged, or the dtype is unknown.
-        """
+        """Load the whole pipeline in a dtype (None: as the transformers are stored), its progress bar off."""
         wanted = parse_dtype(dtype)
         self.check_packages()
         wanted = wanted or self.stored_dtype()
@@ -334,11 +267,7 @@ class ModelSource:
 
 
 def recommended_generation(folder: Path | None) -> dict[str, Any]:
-    """Return how the makers of a model generate, from the generation.json beside it, which the embedded models have.
-
-    Args:
-        folder: The pipeline's folder; None if there is none.
-    """
+    """Return how the makers of a model generate, from generation.json in its folder, which embedded models have."""
     path = None if folder is None else folder / "generation.json"
     return {} if path is None or not path.is_file() else read_json(path, remedy=_REMEDY)
 
@@ -353,14 +282,6 @@ def resolve_model(
             "organisation/name@revision" on the Hub; a resolved source is returned unchanged.
         variant: Variant of the weights to load, "fp16"; components without it are loaded without.
         needs_variant: Whether a model without the variant in any component is refused, or loaded without.
-
-    Returns:
-        The source; no weights have been read.
-
-    Raises:
-        InvalidInputError: If the name is unknown (the message has the nearest embedded names), the folder is not a
-            pipeline, a configuration file is missing or damaged, or the weights are not there in safetensors and in
-            that variant.
     """
     if isinstance(model, ModelSource):
         return model
@@ -393,11 +314,7 @@ def resolve_model(
 
 
 def check_full_precision(source: ModelSource) -> None:
-    """Refuse a model that is already quantized.
-
-    Raises:
-        InvalidInputError: If a transformer of it has a `quantization_config`.
-    """
+    """Refuse a model that is already quantized."""
     if source.is_quantized:
         method = (source.quantization or {}).get("quant_method", "another method")
         raise InvalidInputError(

@@ -27,13 +27,9 @@ _FILE = "synthetic.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class BlockList:
-    """One of the lists of blocks of a transformer.
+    """One of a transformer's lists of blocks: its attribute, the class's argument for `count`, and what blocks take.
 
-    Attributes:
-        name: Attribute of the transformer that holds it.
-        argument: The argument of the class that says how many.
-        inputs: How its blocks are called (`synthetic_blocks.BLOCK_INPUTS`).
-        sees: The tokens that its linears see, except the family's text linears.
+    `inputs` is a key of `synthetic_blocks.BLOCK_INPUTS`; `sees` does not apply to the family's text linears.
     """
 
     name: str
@@ -48,9 +44,7 @@ class SyntheticModel:
     """A published transformer by its dimensions.
 
     Attributes:
-        name: Its name, "cogvideox-5b".
-        transformer_class: Name of the diffusers class.
-        config: Arguments of the class.
+        config: Arguments of the diffusers class.
         block_lists: Its lists of blocks, in the order in which they run.
         tokens: N of a video of the recommended size.
         frames: Tokens of it along time.
@@ -89,11 +83,7 @@ class SyntheticModel:
         return int(self.config["attention_head_dim"])
 
     def meta_transformer(self, *, blocks: int | None = None) -> nn.Module:
-        """Build the transformer on the meta device: all shapes, no memory.
-
-        Args:
-            blocks: How many blocks each list is to have; None is as many as the model has.
-        """
+        """Build the transformer on the meta device, with `blocks` blocks in each list (None: as the model has)."""
         import diffusers
 
         config = dict(self.config)
@@ -103,11 +93,7 @@ class SyntheticModel:
             return getattr(diffusers, self.transformer_class)(**config)
 
     def rows(self, block_list: BlockList, linear: str, *, tokens: int) -> int:
-        """Return how many rows a linear sees of one sample.
-
-        Args:
-            linear: Its name inside the block.
-        """
+        """Return how many rows a linear, named inside its block, sees of one sample."""
         if linear in self.family.modulation:
             return 1
         if linear in self.family.text_linears:
@@ -121,14 +107,7 @@ def synthetic_names() -> tuple[str, ...]:
 
 
 def synthetic_model(name: str) -> SyntheticModel:
-    """Return a model by its name.
-
-    Args:
-        name: "synthetic:cogvideox-5b" or "cogvideox-5b".
-
-    Raises:
-        InvalidInputError: If there is no such model; the message has the nearest names.
-    """
+    """Return a model by its name, "synthetic:cogvideox-5b" or "cogvideox-5b"."""
     contents, key = _contents(), name.removeprefix(SYNTHETIC_PREFIX)
     if key not in contents:
         raise unknown_name("synthetic model", key, contents)
@@ -136,11 +115,7 @@ def synthetic_model(name: str) -> SyntheticModel:
     latent, patch, config = entry.pop("latent"), entry.pop("patch"), entry["config"]
     lists = tuple(
         BlockList(
-            name=one["name"],
-            count=config[one["count"]],
-            argument=one["count"],
-            inputs=one["inputs"],
-            sees=one["sees"],
+            name=one["name"], count=config[one["count"]], argument=one["count"], inputs=one["inputs"], sees=one["sees"]
         )
         for one in entry.pop("blocks")
     )

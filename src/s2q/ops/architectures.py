@@ -28,14 +28,11 @@ CARDS: dict[int, str] = {
 
 
 def nearest_architecture(capability: tuple[int, int]) -> int | None:
-    """Return the listed architecture whose tiles fit a GPU; None if none is known to.
+    """Return the listed architecture whose tiles fit a GPU of a compute capability; None if none is known to.
 
     A GPU that is not listed takes the tiles of its generation (the same major number, hence the same kinds of
     tensor-core instructions) with the least shared memory: 8.7 those of 8.6, 12.1 those of 12.0. Another generation,
     such as 11.0, has none.
-
-    Args:
-        capability: Compute capability of the GPU.
     """
     major, minor = capability
     if 10 * major + minor in SHARED_BYTES:

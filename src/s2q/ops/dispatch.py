@@ -47,12 +47,7 @@ _REFUSED: dict[tuple[object, ...], str] = {}
 
 
 class KernelUnavailableError(InvalidInputError):
-    """A Triton kernel cannot run for these tensors on this device.
-
-    Attributes:
-        reason: In a few words.
-        op: Its name; None where the kernel's module raised it.
-    """
+    """A Triton kernel cannot run for these tensors on this device, for a reason in a few words."""
 
     def __init__(self, reason: str, *, op: str | None = None) -> None:
         super().__init__(reason if op is None else f"{op}: backend 'triton' cannot run: {reason}; {_REMEDY}")
@@ -72,11 +67,7 @@ def is_interpreting() -> bool:
 
 
 def triton_obstacle(x: Tensor) -> str | None:
-    """Say in a few words why the Triton backend cannot take a tensor; None if it can.
-
-    Args:
-        x: Main input of an op.
-    """
+    """Say in a few words why the Triton backend cannot take an op's main input; None if it can."""
     if not has_triton():
         return "triton is not installed"
     if x.dtype not in DTYPES:
@@ -95,12 +86,7 @@ def triton_obstacle(x: Tensor) -> str | None:
 
 
 def backend_obstacle(backend: str, x: Tensor) -> str | None:
-    """Say in a few words why a backend cannot take a tensor; None if it can.
-
-    Args:
-        backend: "auto", "reference", "cpu" or "triton".
-        x: Main input of an op; an empty one on the device will do.
-    """
+    """Say in a few words why a backend cannot take an op's main input (an empty one will do); None if it can."""
     if backend == "cpu" and x.device.type != "cpu":
         return f"got a tensor on {x.device}; expected one on the CPU"
     return triton_obstacle(x) if backend == "triton" else None
@@ -109,13 +95,9 @@ def backend_obstacle(backend: str, x: Tensor) -> str | None:
 def triton_backend(package: str, name: str) -> Callable[..., Any]:
     """Make the backend "triton" of an op: checks whether it can run, then imports and calls it.
 
-    Args:
-        package: Of the op, "s2q.ops.<op>".
-        name: Of the function in the package's module `triton`; its first argument is the op's main input.
-
-    Returns:
-        A function of the same signature. It raises `KernelUnavailableError` if the kernel cannot run. Triton launches
-        on the current device: that of the tensor is current during the call.
+    `name` is the function in the module `triton` of the package "s2q.ops.<op>"; its first argument is the op's main
+    input, whose device is current during the call, since Triton launches there. The result raises
+    `KernelUnavailableError`.
     """
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -143,13 +125,7 @@ def _import_kernels(module: str) -> ModuleType:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Launch a Triton kernel on the current device.
-
-    Args:
-        kernel: Under `triton.jit`.
-        grid: Programs along each axis.
-        *arguments: Of the kernel; the first is a tensor.
-        **settings: Its compile-time constants, num_warps and num_stages.
+    """Launch a Triton kernel on the current device, with its arguments and compile-time constants.
 
     Raises:
         KernelUnavailableError: If it does not compile, asks for more than the GPU has, or Triton lacks a tool or the
@@ -183,12 +159,9 @@ def _first_line(error: Exception) -> str:
 
 
 def resolve_backend(backend: str, x: Tensor, backends: Collection[str]) -> str:
-    """Return the name of the backend that runs an op.
+    """Return the name of the backend that runs an op for its main input, of which an empty one will do.
 
-    Args:
-        backend: "auto", or a name in `backends`. "auto" is "triton" if x is on a GPU that it can serve,
-            "cpu" on the CPU where the op has it, and "reference" otherwise.
-        x: Main input of the op; an empty one on the device will do.
+    "auto" is "triton" on a GPU that it can serve, "cpu" on the CPU where the op has it, and "reference" otherwise.
 
     Raises:
         InvalidInputError: If there is no such backend, or it cannot take x.
@@ -217,16 +190,7 @@ def _automatic(x: Tensor, backends: Collection[str]) -> str:
 
 
 def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Pick the function that runs an op.
-
-    Args:
-        backend: See `resolve_backend`. With "auto", the reference runs where a kernel cannot.
-        x: Main input of the op.
-        backends: The op's functions by name.
-
-    Raises:
-        InvalidInputError: If there is no such backend, or it cannot take x.
-    """
+    """Pick the function that runs an op (`resolve_backend`). With "auto", the reference runs where a kernel cannot."""
     resolved = resolve_backend(backend, x, backends)
     if backend == "auto" and resolved == "triton":
         return _with_fallback(backends["triton"], backends["reference"])
@@ -254,9 +218,6 @@ def _card(device: torch.device) -> str:
 
 def architecture_of(x: Tensor) -> int:
     """Return the architecture whose tiles a tensor's GPU takes; the interpreter takes those of the first.
-
-    Args:
-        x: On a GPU, or anywhere when interpreting.
 
     Raises:
         KernelUnavailableError: If there are no tiles for the GPU.

@@ -28,14 +28,9 @@ def release() -> None:
 
 
 def take(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor whose memory is valid until the same use is taken again in this thread.
+    """Return an uninitialised contiguous tensor, valid until this thread takes the same use again.
 
-    Args:
-        use: What for; tensors of different uses never overlap.
-        dtype: Its dtype.
-
-    Returns:
-        A contiguous tensor on the CPU. What outlives the op must be copied out of it.
+    Tensors of different uses never overlap. What outlives the op must be copied out of it.
     """
     size = math.prod(shape) * dtype.itemsize
     buffer = _BUFFERS.by_use.get(use)

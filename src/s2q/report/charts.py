@@ -15,13 +15,9 @@ _LINE = 26
 
 
 def velocity_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
-    """Draw the relative velocity error of every denoising step, logarithmic, with its interval as a band.
+    """Draw the velocity error of every denoising step, logarithmic, with a band; empty without a positive value.
 
-    Args:
-        steps: Entries of `eval.json`'s `velocity.steps`: `step`, `timestep`, `mean`, `low`, `high`.
-
-    Returns:
-        An `<svg>` element; empty without a positive value.
+    The entries are those of `eval.json`'s `velocity.steps`: `step`, `timestep`, `mean`, `low`, `high`.
     """
     positive = [value for step in steps for value in (step["mean"], step["low"], step["high"]) if value and value > 0]
     if not positive:
@@ -57,13 +53,9 @@ def velocity_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def adherence_chart(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> Markup:
-    """Draw prompt adherence of both models on a scale from 0 to 100 %, with intervals.
+    """Draw prompt adherence of both models from 0 to 100 %, with intervals; empty without rows.
 
-    Args:
-        rows: Label, the student's and the reference's entry of `eval.json`'s `metrics` (`mean`, `low`, `high`).
-
-    Returns:
-        An `<svg>` element; empty without rows.
+    A row is a label, the student's and the reference's entry of `eval.json`'s `metrics`.
     """
     if not rows:
         return Markup("")
@@ -89,14 +81,9 @@ def adherence_chart(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, An
 
 
 def error_chart(groups: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]]]]) -> Markup:
-    """Draw the velocity error of several models, width by width, logarithmic, with intervals.
+    """Draw the velocity error of the models of each width, logarithmic, with intervals; empty without values.
 
-    Args:
-        groups: The heading of each width, with label and entry of `eval.json`'s `metrics` (`mean`, `low`, `high`) of
-            each of its models.
-
-    Returns:
-        An `<svg>` element; empty without a positive value.
+    A group is a heading with label and entry of `eval.json`'s `metrics` of each of its models.
     """
     entries = [entry for _, rows in groups for _, entry in rows]
     ends = [entry[end] for entry in entries for end in ("mean", "low", "high")]

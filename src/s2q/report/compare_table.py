@@ -33,13 +33,7 @@ SIMULATED = "simulated"
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A metric of an entry.
-
-    Attributes:
-        value: The mean, as text.
-        interval: Its interval, as text; a dash where there is none.
-        best: Whether it is the winner of its width.
-    """
+    """A metric of an entry as text: mean, interval (or a dash), and whether it is the best of its width."""
 
     metric: str
     value: str
@@ -49,14 +43,13 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """An entry of the table.
+    """An entry of the table, as text.
 
     Attributes:
-        tags: What is to be known of it at once: changes to its recipe, and `SIMULATED` if it cannot run on the integer
-            kernels.
-        storage: How many times smaller than in bfloat16, as text.
+        tags: Changes to its recipe, and `SIMULATED` if it cannot run on the integer kernels.
+        storage: How many times smaller than in bfloat16.
         cells: Its metrics, as many as there are columns.
-        seconds: Time of quantization, as text.
+        seconds: Time of quantization.
         error: Why it failed; empty if it did not.
     """
 
@@ -71,12 +64,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The entries of one width, best first, those that failed last.
-
-    Attributes:
-        width: "w4a6".
-        verdict: Who won what, in one sentence; empty where nothing is to be said.
-    """
+    """The entries of one width, best first, failed ones last; the verdict says who won what, if anything."""
 
     width: str
     rows: tuple[Row, ...]
@@ -84,11 +72,7 @@ class Group:
 
 
 def columns_of(result: Mapping[str, Any]) -> list[str]:
-    """Return the metrics of the table that were measured.
-
-    Args:
-        result: The content of `compare.json`.
-    """
+    """Return the metrics of the table that were measured."""
     return [
         name
         for name in COLUMNS
@@ -97,11 +81,7 @@ def columns_of(result: Mapping[str, Any]) -> list[str]:
 
 
 def groups_of(result: Mapping[str, Any]) -> list[Group]:
-    """Return the table, width by width.
-
-    Args:
-        result: The content of `compare.json`.
-    """
+    """Return the table of `compare.json`, width by width."""
     columns = columns_of(result)
     compared = {group["width"]: group for group in result["groups"]}
     widths = [*compared, *(entry["width"] for entry in result["entries"])]
@@ -134,11 +114,7 @@ def floor_cells(result: Mapping[str, Any]) -> list[Cell]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Return the comparison as a Markdown document.
-
-    Args:
-        result: The content of `compare.json`.
-    """
+    """Return the comparison as a Markdown document."""
     columns = columns_of(result)
     headings = ["recipe", "storage", *(HEADINGS[name] for name in columns), "quantized in"]
     lines = [f"# {title(result)}", "", sample(result) + ".", ""]
@@ -173,11 +149,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def definitions(result: Mapping[str, Any]) -> dict[str, str]:
-    """Return what every word of the comparison means: its own terms, then each metric.
-
-    Args:
-        result: The content of `compare.json`.
-    """
+    """Return what every word of the comparison means: its own terms, then each metric."""
     metrics = next((entry["metrics"] for entry in result["entries"] if entry["metrics"]), {})
     own = {"interval": result["settings"]["interval"], **result["definitions"]}
     return own | {

@@ -17,12 +17,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_value(name: str, value: float | None) -> str:
-    """Return a metric's value with as many digits as it deserves.
-
-    Args:
-        name: The metric's name; `_db` gives decibels, `_rms` levels of 0 to 255, adherence gives per cent.
-        value: Its value, or None where it does not apply.
-    """
+    """Return a metric's value with as many digits as it deserves, in dB, levels of 255 (`_rms`) or per cent."""
     if value is None:
         return "–"
     if name.endswith("_db"):

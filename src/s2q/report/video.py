@@ -32,30 +32,14 @@ _LABEL_SIZE = 14
 
 
 def enlarged(frames: np.ndarray, *, target: int = DISPLAY_PIXELS) -> np.ndarray:
-    """Repeat pixels by a whole factor until the longer side is about `target`; larger videos do not change.
-
-    Args:
-        frames: `[F, H, W, 3]`, uint8.
-        target: Wanted length of the longer side in pixels.
-
-    Returns:
-        `[F, k H, k W, 3]`, uint8, with the factor `k ≥ 1`.
-    """
+    """Repeat pixels of `[F, H, W, 3]` by a whole factor until the longer side is about `target`, if it is less."""
     _check(frames)
     factor = max(1, target // max(frames.shape[1:3]))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def reduced(frames: np.ndarray, *, longest: int) -> np.ndarray:
-    """Shrink a video until its longer side is at most `longest`, averaging pixels; smaller videos do not change.
-
-    Args:
-        frames: `[F, H, W, 3]`, uint8.
-        longest: Length of the longer side in pixels.
-
-    Returns:
-        `[F, h, w, 3]`, uint8.
-    """
+    """Shrink `[F, H, W, 3]` uint8 until its longer side is at most `longest`, averaging pixels."""
     _check(frames)
     height, width = frames.shape[1:3]
     scale = longest / max(height, width)
@@ -68,11 +52,7 @@ def reduced(frames: np.ndarray, *, longest: int) -> np.ndarray:
 def tiled(videos: Sequence[np.ndarray], *, columns: int) -> np.ndarray:
     """Put videos side by side, row by row, each on whole blocks of 16 pixels so that an encoder keeps them apart.
 
-    Args:
-        videos: At least one, all `[F, H, W, 3]`, uint8, of one shape.
-
-    Returns:
-        `[F, rows · ⌈H⌉₁₆, columns · ⌈W⌉₁₆, 3]`, uint8; video i begins at row `i // columns`, column `i % columns`.
+    From at least one `[F, H, W, 3]`, uint8, all of one shape, to `[F, rows · ⌈H⌉₁₆, columns · ⌈W⌉₁₆, 3]`.
     """
     for video in videos:
         _check(video)
@@ -87,16 +67,7 @@ def tiled(videos: Sequence[np.ndarray], *, columns: int) -> np.ndarray:
 
 
 def difference(frames: np.ndarray, reference: np.ndarray, *, gain: int = 4) -> np.ndarray:
-    """Return the absolute difference of two videos, amplified, for the eye.
-
-    Args:
-        frames: `[F, H, W, 3]`, uint8.
-        reference: The same shape and dtype.
-        gain: Factor of amplification.
-
-    Returns:
-        `[F, H, W, 3]`, uint8, saturated at 255.
-    """
+    """Return the absolute difference of two `[F, H, W, 3]` uint8 videos times `gain`, saturated at 255."""
     _check(frames)
     _check(reference)
     apart = np.abs(frames.astype(np.int16) - reference.astype(np.int16)) * gain
@@ -104,18 +75,10 @@ def difference(frames: np.ndarray, reference: np.ndarray, *, gain: int = 4) -> n
 
 
 def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND, matrix: str = BT709) -> bytes:
-    """Encode a video as H.264 (yuv420p, constant rate factor 12) in an mp4 container.
+    """Encode `[F, H, W, 3]`, uint8, as H.264 (yuv420p, constant rate factor 12) in an mp4 container.
 
-    Args:
-        frames: `[F, H, W, 3]`, uint8; an odd height or width is padded by repeating the last line.
-        fps: Frames per second.
-        matrix: Colour matrix, `BT709` to be looked at or `BT601` to be read by OpenCV.
-
-    Returns:
-        The file's bytes, the same for the same input and encoder.
-
-    Raises:
-        S2QError: The encoder failed.
+    An odd height or width is padded by repeating the last line. The colour matrix is `BT709` to be looked at, or
+    `BT601` to be read by OpenCV. The bytes are the same for the same input and encoder.
     """
     import imageio_ffmpeg
 
@@ -161,26 +124,12 @@ def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND, matrix: str 
 
 
 def write_mp4(path: Path, frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND) -> None:
-    """Encode a video, enlarged for display, and write it atomically.
-
-    Args:
-        path: The mp4 file.
-        frames: `[F, H, W, 3]`, uint8.
-        fps: Frames per second.
-    """
+    """Encode a video `[F, H, W, 3]`, uint8, enlarged for display, and write it atomically."""
     atomic_write_bytes(path, encode_mp4(enlarged(frames), fps=fps))
 
 
 def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], *, columns: int = 9) -> bytes:
-    """Draw videos as rows of frames.
-
-    Args:
-        rows: Label and frames `[F, H, W, 3]` uint8 of every row; at least one.
-        columns: How many frames to show at most; they are spread over the video, first and last included.
-
-    Returns:
-        A PNG file's bytes.
-    """
+    """Draw labelled videos `[F, H, W, 3]` uint8 as rows of a PNG, each of at most `columns` frames spread over it."""
     if not rows:
         raise InvalidInputError("contact sheet: got no video; expected at least one row")
     strips = [(label, _strip(frames, columns)) for label, frames in rows]

@@ -58,11 +58,7 @@ class AdaRound(Rounding):
             raise self.invalid(f"beta_end={self.beta_end} is above beta_start={self.beta_start}; lower it")
 
     def beta(self, progress: float) -> float | None:
-        """Return β, or None where there is no penalty.
-
-        Args:
-            progress: Share of the steps that were taken, 0 to 1.
-        """
+        """Return β at a share of the steps, 0 to 1, or None where there is no penalty."""
         if progress < self.warmup:
             return None
         left = 1 - (progress - self.warmup) / (1 - self.warmup)
@@ -70,17 +66,13 @@ class AdaRound(Rounding):
 
 
 class LearnedRounding(nn.Module):
-    """A weight whose rounding is learned; its scale is not.
+    """A weight [O, I] whose rounding is learned; its scale is not.
 
     Attributes:
         logits: Parameter fp32 [O, I], V.
         floor: Buffer int8 [O, I], the codes below W / Δ.
         scale: Buffer fp32 [O] or [O, G], Δ.
         soft: Whether the weight is that of h(V), which has a gradient, and not that of its decision.
-
-    Args:
-        weight: [O, I], W, any floating dtype; with the inverse of a transform folded in, where there is one.
-        scheme: PerChannel or PerGroup.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size.
@@ -127,21 +119,13 @@ class LearnedRounding(nn.Module):
 
 
 def roundings_of(module: nn.Module) -> list[LearnedRounding]:
-    """Return the learned roundings inside a module.
-
-    Args:
-        module: A student, say.
-    """
+    """Return the learned roundings inside a module, such as a student."""
     return [one for one in module.modules() if isinstance(one, LearnedRounding)]
 
 
 @contextmanager
 def soft_rounding(module: nn.Module) -> Iterator[None]:
-    """Have the roundings inside a module compute with h(V), to learn from it; with its decision again afterwards.
-
-    Args:
-        module: A student, say.
-    """
+    """Have the roundings inside a module compute with h(V), to learn from it; with its decision again afterwards."""
     roundings = roundings_of(module)
     for one in roundings:
         one.soft = True
@@ -153,26 +137,12 @@ def soft_rounding(module: nn.Module) -> Iterator[None]:
 
 
 def rounding_penalty(share: Tensor, beta: float) -> Tensor:
-    """Compute Σ (1 - |2h - 1|^β).
-
-    Args:
-        share: h, any shape, 0 to 1.
-        beta: β, above 1.
-
-    Returns:
-        Scalar, 0 where every h is 0 or 1; differentiable.
-    """
+    """Compute Σ (1 - |2h - 1|^β), h in [0, 1], β above 1: 0 where every h is 0 or 1; differentiable."""
     return (1 - (2 * share - 1).abs().pow(beta)).sum()
 
 
 def penalize(roundings: Sequence[LearnedRounding], progress: float, *, options: AdaRound) -> None:
-    """Add the gradient of the penalty to that of every V, one weight after another.
-
-    Args:
-        roundings: All that are learned together.
-        progress: Share of the steps that were taken.
-        options: λ and β.
-    """
+    """Add the gradient of the penalty to that of every V, one weight after another."""
     beta = options.beta(progress)
     if beta is None:
         return

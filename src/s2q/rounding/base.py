@@ -15,7 +15,6 @@ class Rounding(Options):
     """Base of the options of a rounding; a subclass is a frozen dataclass and is in `ROUNDINGS` under its method.
 
     Attributes:
-        method: Its name.
         needs_hessian: Whether it rounds by the Hessian of the linear's input, and so needs calibration samples.
         learned: Whether distillation learns the rounding (`LearnedRounding`).
     """
@@ -28,16 +27,10 @@ class Rounding(Options):
     def round(
         self, weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None, hessian: Tensor | None = None
     ) -> tuple[RoundedWeight, dict[str, Any]]:
-        """Round a weight: to nearest, where a subclass does nothing else.
+        """Round a weight [O, I]: to nearest, where a subclass does nothing else.
 
-        Args:
-            weight: [O, I], any floating dtype.
-            scheme: PerChannel or PerGroup.
-            clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to it.
-            hessian: [I, I] of the quantized input; None if the rounding does not need it.
-
-        Returns:
-            The rounded weight, and plain data for the report; empty if there is nothing to report.
+        The clip ratio in (0, 1] broadcasts to the scale; `hessian` is [I, I] of the quantized input, if it is needed.
+        Returns the rounded weight, and plain data for the report.
         """
         return round_rtn(weight, scheme, clip_ratio=clip_ratio), {}
 

@@ -109,16 +109,12 @@ def round_gptq(
         weight: [O, I], any floating dtype; computed in fp32, the factorization in fp64.
         scheme: PerChannel or PerGroup.
         hessian: [I, I] of the layer's input, transformed and quantized; see `HessianAccumulator`.
-        clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to it.
+        clip_ratio: Factor in (0, 1] on the scale, broadcasts to it.
         scale: fp32 [O] or [O, G] to use unchanged; None computes it from weight and clip ratio.
         options: None is the defaults.
 
-    Returns:
-        The rounded weight, on the weight's device, and the report.
-
     Raises:
-        InvalidInputError: If shapes do not fit, H or W contain NaN or infinite values, or both clip ratio and scale are
-            given.
+        InvalidInputError: If shapes do not fit, H or W are not finite, or both clip ratio and scale are given.
         S2QError: If no factorization succeeds and the options do not allow the fallback.
     """
     options = options or GPTQ()

@@ -12,15 +12,7 @@ from s2q.common.errors import InvalidInputError
 
 
 class HessianAccumulator:
-    """Sums 2 XᵀX in fp32, batch by batch; holds I² numbers and nothing of the inputs.
-
-    Attributes:
-        num_tokens: How many tokens have been added.
-
-    Args:
-        in_features: I.
-        device: Where the sum lives.
-    """
+    """Sums 2 XᵀX in fp32 over batches of `num_tokens` in all; holds I² numbers and nothing of the inputs."""
 
     def __init__(self, in_features: int, *, device: torch.device | str | None = None) -> None:
         self.num_tokens = 0
@@ -28,10 +20,7 @@ class HessianAccumulator:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            x: [..., I], floating: the input as the rounded layer will see it, that is transformed and quantized.
+        """Add a batch [..., I] of the input as the rounded layer will see it, that is transformed and quantized.
 
         Raises:
             InvalidInputError: If the shape does not fit, or a value is NaN or infinite; nothing has been added then.
@@ -49,25 +38,13 @@ class HessianAccumulator:
         self.num_tokens += len(rows)
 
     def hessian(self) -> Tensor:
-        """Return H, fp32 [I, I], symmetric.
-
-        Raises:
-            InvalidInputError: If nothing has been added.
-        """
+        """Return H, fp32 [I, I], symmetric; InvalidInputError if nothing has been added."""
         if self.num_tokens == 0:
             raise InvalidInputError("Hessian: no token was added; run the calibration samples through the layer first")
         return (self._sum + self._sum.t()) / 2
 
 
 def hessian_error(deviation: Tensor, hessian: Tensor) -> Tensor:
-    """Compute what a change of the weight costs, ½ · (Ŵ - W)_o H (Ŵ - W)_oᵀ of each output channel.
-
-    Args:
-        deviation: [O, I], Ŵ - W.
-        hessian: [I, I].
-
-    Returns:
-        fp64 [O].
-    """
+    """Compute the cost of a deviation [O, I], ½ · (Ŵ - W)_o H (Ŵ - W)_oᵀ of each output channel, fp64 [O]."""
     wide = deviation.double()
     return (wide @ hessian.double() * wide).sum(dim=1) / 2

@@ -10,15 +10,7 @@ from s2q.core.schemes import QuantScheme
 
 @torch.no_grad()
 def round_rtn(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> RoundedWeight:
-    """Round a weight to the nearest codes.
-
-    Args:
-        weight: [O, I], any floating dtype; computed in fp32.
-        scheme: PerChannel or PerGroup.
-        clip_ratio: Factor in (0, 1] on the scale: a float, or a tensor that broadcasts to it.
-
-    Returns:
-        codes int8 [O, I] and scale fp32 [O] or [O, G], on the weight's device.
+    """Round a weight [O, I] to the nearest codes, in fp32, on its device; the clip ratio broadcasts to the scale.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size.

@@ -76,14 +76,7 @@ class EmbeddedArchitecture(ABC):
 
     @abstractmethod
     def latents(self, vae: Any, videos: Tensor) -> Tensor:
-        """The latents of videos as the transformer sees them.
-
-        Args:
-            videos: [B, F, 3, H, W] in [0, 1].
-
-        Returns:
-            [B, C, f, h, w].
-        """
+        """The latents [B, C, f, h, w] of videos [B, F, 3, H, W] in [0, 1], as the transformer sees them."""
 
     @abstractmethod
     def decoded(self, vae: Any, latents: Tensor) -> Tensor:
@@ -95,15 +88,9 @@ class EmbeddedArchitecture(ABC):
 
     @abstractmethod
     def noised(self, clean: Tensor, noise: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One point of the noise schedule for each video.
+        """Noise latents [B, C, f, h, w] at a fraction [B] in [0, 1) of the way to pure (standard normal) noise.
 
-        Args:
-            clean: [B, C, f, h, w], latents without noise.
-            noise: Like `clean`, standard normal.
-            fraction: [B] in [0, 1), how far towards pure noise.
-
-        Returns:
-            The noised latents and what the transformer has to say of them, both like `clean`, and the timesteps [B].
+        Returns the noised latents, the transformer's target for them and the timesteps [B].
         """
 
     @abstractmethod

@@ -22,14 +22,9 @@ _NOISE_FLOOR = 0.2  # coverage below this is not counted as object
 
 
 def detect(frames: Tensor) -> SceneLabels:
-    """Name what a video shows.
+    """Name what a video shows, ``[F, 3, H, W]`` floating point in ``[0, 1]`` or ``[F, H, W, 3]`` uint8.
 
-    Args:
-        frames: ``[F, 3, H, W]`` floating point in ``[0, 1]``, or ``[F, H, W, 3]`` uint8.
-
-    Returns:
-        The labels; shape, colour and motion are ``None`` where no object stands out, and motion also where it is seen
-        in fewer than half of the frames.
+    Shape, colour and motion are ``None`` where no object is seen in at least half of the frames.
     """
     video = frames.permute(0, 3, 1, 2).float() / 255 if frames.dtype == torch.uint8 else frames.float()
     background = _background(video)

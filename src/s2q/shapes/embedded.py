@@ -15,12 +15,7 @@ from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.common.seeds import derive_seed
 from s2q.shapes.scenes import SceneLabels, caption, combinations, sample_scene
 
-EMBEDDED_NAMES: tuple[str, ...] = (
-    "shapes-cogvideox",
-    "shapes-cogvideox-outliers",
-    "shapes-wan",
-    "shapes-wan-outliers",
-)
+EMBEDDED_NAMES: tuple[str, ...] = ("shapes-cogvideox", "shapes-cogvideox-outliers", "shapes-wan", "shapes-wan-outliers")
 PROMPT_SPLITS: tuple[str, ...] = ("held-out", "calibration")
 _OUTLIERS_SUFFIX = "-outliers"
 FRAME_RATE = 8
@@ -28,26 +23,14 @@ FRAME_RATE = 8
 
 
 def embedded_folder(name: str) -> Path:
-    """The diffusers folder that holds the weights of an embedded model (a variant shares its base's folder).
-
-    Raises:
-        InvalidInputError: If there is no such model.
-    """
+    """The diffusers folder that holds the weights of an embedded model (a variant shares its base's folder)."""
     if name not in EMBEDDED_NAMES:
         raise unknown_name("embedded model", name, EMBEDDED_NAMES)
     return Path(str(files("s2q.shapes").joinpath("data", name.removesuffix(_OUTLIERS_SUFFIX))))
 
 
 def embedded_pipeline(name: str, *, dtype: torch.dtype) -> Any:
-    """Load an embedded model.
-
-    Args:
-        name: One of ``EMBEDDED_NAMES``.
-        dtype: Floating dtype of all weights; they are shipped in bfloat16.
-
-    Returns:
-        The pipeline on the CPU, its progress bar off.
-    """
+    """Load an embedded model (shipped in bfloat16) on the CPU in a floating dtype, its progress bar off."""
     from diffusers import DiffusionPipeline
 
     from s2q.shapes.outliers import add_outliers
@@ -66,15 +49,9 @@ def generation_defaults(name: str) -> dict[str, Any]:
 
 
 def embedded_prompts(name: str, *, split: str = "held-out", count: int | None = None) -> list[str]:
-    """Prompts for an embedded model, always the same ones in the same order.
+    """The first ``count`` prompts (default: all) of a split, always the same ones in the same order.
 
-    Args:
-        name: One of ``EMBEDDED_NAMES``.
-        split: ``held-out`` (combinations never trained on) or ``calibration`` (trained combinations).
-        count: How many; all of the split by default.
-
-    Raises:
-        InvalidInputError: Unknown model or split, or more prompts than the split has.
+    ``held-out`` has combinations that were never trained on, ``calibration`` trained combinations.
     """
     if name not in EMBEDDED_NAMES:
         raise unknown_name("embedded model", name, EMBEDDED_NAMES)

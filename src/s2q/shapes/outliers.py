@@ -25,17 +25,8 @@ def add_outliers(
 ) -> None:
     """Scale ``fraction`` of the channels up before each block linear and down in its weights, in place.
 
-    The second linear of a feed-forward is not changed, nor are the linears that read the text in Wan's
-    cross-attention.
-
-    Args:
-        transformer: Any floating dtype.
-        fraction: Share of the channels of each linear's input, at least one channel.
-        scale: A power of two.
-        seed: Which channels; different ones in every block, except those that follow Wan's timestep.
-
-    Raises:
-        ValueError: If ``scale`` is not a power of two, which would not be exact.
+    ``scale`` is a power of two. The seed picks other channels in every block, except those that follow Wan's timestep.
+    Unchanged are the second linear of a feed-forward and the linears that read the text in Wan's cross-attention.
     """
     if scale <= 0 or torch.frexp(torch.tensor(scale)).mantissa != 0.5:
         raise ValueError(f"scale={scale} is not a power of two, so the change would not be exact; use 16, 32 or 64")

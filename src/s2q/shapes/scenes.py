@@ -95,11 +95,7 @@ def all_combinations() -> list[SceneLabels]:
 
 
 def is_held_out(labels: SceneLabels) -> bool:
-    """Whether this combination is kept from training: one in five, by a Latin square over the indices.
-
-    For every shape, colour and motion exactly one background is held out, so the held-out split is balanced in each
-    label.
-    """
+    """Whether this combination is kept from training: one in five, by a Latin square, so balanced in each label."""
     index = (
         SHAPES.index(str(labels.shape))
         + list(COLOURS).index(str(labels.colour))
@@ -210,16 +206,10 @@ def vocabulary() -> list[str]:
 
 
 def shape_coverage(shape: str, *, x: Tensor, y: Tensor, radius: Tensor | float) -> Tensor:
-    """Fraction of each pixel that the shape covers, by its signed distance.
+    """Fraction of each pixel that the shape covers, in ``[0, 1]``, by its signed distance.
 
-    Args:
-        shape: One of ``SHAPES``.
-        x: Horizontal distance of the pixel centre from the centroid, in pixels.
-        y: Vertical distance, downwards, in pixels; broadcasts with ``x``.
-        radius: Radius of the circle of equal area, in pixels; broadcasts.
-
-    Returns:
-        Coverage in ``[0, 1]``, of the broadcast shape.
+    ``x`` and ``y`` are the distances of the pixel centre from the centroid (to the right, downwards), ``radius`` is
+    that of the circle of equal area; all in pixels, and they broadcast.
     """
     if shape == "circle":
         distance = torch.sqrt(x * x + y * y) - radius
@@ -233,11 +223,7 @@ def shape_coverage(shape: str, *, x: Tensor, y: Tensor, radius: Tensor | float) 
 
 
 def render(scene: Scene, *, num_frames: int = 9, size: int = 32) -> Tensor:
-    """Draw a scene.
-
-    Returns:
-        ``[F, 3, H, W]`` float32 in ``[0, 1]``, with ``H = W = size``.
-    """
+    """Draw a scene, ``[F, 3, H, W]`` float32 in ``[0, 1]``, with ``H = W = size``."""
     dx, dy = MOTIONS[str(scene.labels.motion)]
     frame = torch.arange(num_frames, dtype=torch.float32)
     centre_x = (scene.start_x + dx * scene.pixels_per_frame * frame)[:, None, None]
@@ -258,11 +244,7 @@ def render(scene: Scene, *, num_frames: int = 9, size: int = 32) -> Tensor:
 def sample_batch(
     labels: Sequence[SceneLabels], *, num_frames: int = 9, size: int = 32, generator: torch.Generator
 ) -> tuple[Tensor, list[str]]:
-    """Videos and captions for the given labels.
-
-    Returns:
-        ``[B, F, 3, H, W]`` float32 in ``[0, 1]`` and ``B`` captions.
-    """
+    """Draw videos ``[B, F, 3, H, W]``, float32 in ``[0, 1]``, of the given labels, with ``B`` captions."""
     scenes = [sample_scene(label, num_frames=num_frames, size=size, generator=generator) for label in labels]
     videos = torch.stack([render(scene, num_frames=num_frames, size=size) for scene in scenes])
     return videos, [caption(scene, generator=generator) for scene in scenes]

@@ -20,27 +20,14 @@ _NAMES = ("scale", "left", "right")
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """The parts of diag(scale) · (left ⊗ right); None is the identity.
-
-    Attributes:
-        scale: [I] or None.
-        left: [n1, n1] or None.
-        right: [n2, n2] or None.
-    """
+    """The parts of diag(scale [I]) · (left [n1, n1] ⊗ right [n2, n2]); None is the identity."""
 
     scale: Tensor | None = None
     left: Tensor | None = None
     right: Tensor | None = None
 
     def apply(self, x: Tensor) -> Tensor:
-        """Multiply rows by the matrix.
-
-        Args:
-            x: [..., I], floating.
-
-        Returns:
-            [..., I], dtype of x or of the factors, whichever is wider.
-        """
+        """Multiply rows x [..., I] by the matrix, in the wider dtype of x and the factors."""
         return scaled_kronecker(x, scale=self.scale, left=self.left, right=self.right)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -50,10 +37,7 @@ class Factors:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Factors":
-        """Read what `tensors` returned.
-
-        Args:
-            tensors: Parts by name; a missing one is the identity.
+        """Read what `tensors` returned; a missing part is the identity.
 
         Raises:
             InvalidInputError: If a name is unknown or a shape is impossible.
@@ -79,77 +63,36 @@ class Transform(nn.Module):
         self.in_features = in_features
 
     def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
-        """Return the factors of T, differentiable.
-
-        Args:
-            dtype: fp32 or fp64, in which to compute them.
-        """
+        """Return the factors of T, differentiable, computed in fp32 or fp64."""
         raise NotImplementedError
 
     def inverse_transpose(self, dtype: torch.dtype = torch.float64) -> Factors:
-        """Return the factors of T⁻ᵀ, differentiable.
-
-        Args:
-            dtype: fp32 or fp64, in which to compute them.
-        """
+        """Return the factors of T⁻ᵀ, differentiable, computed in fp32 or fp64."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the transform, x T.
-
-        Args:
-            x: [..., I], floating.
-
-        Returns:
-            [..., I], fp64 for an fp64 x, else fp32.
-        """
+        """Apply the transform, x T, to [..., I]; fp64 for an fp64 x, else fp32."""
         return self.factors(_compute_dtype(x)).apply(x.to(_compute_dtype(x)))
 
     def scaled(self, x: Tensor) -> Tensor:
-        """Apply the first half of the transform, x diag(v).
-
-        Args:
-            x: [..., I], floating.
-
-        Returns:
-            [..., I], fp64 for an fp64 x, else fp32.
-        """
+        """Apply the first half of the transform, x diag(v); as `forward`."""
         factors = self.factors(_compute_dtype(x))
         return Factors(scale=factors.scale).apply(x.to(_compute_dtype(x)))
 
     def rotated(self, x: Tensor) -> Tensor:
-        """Apply the second half of the transform, x (A ⊗ B).
-
-        Args:
-            x: [..., I], floating.
-
-        Returns:
-            [..., I], fp64 for an fp64 x, else fp32.
-        """
+        """Apply the second half of the transform, x (A ⊗ B); as `forward`."""
         factors = self.factors(_compute_dtype(x))
         return Factors(left=factors.left, right=factors.right).apply(x.to(_compute_dtype(x)))
 
     def unscaled(self, weight: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Put the inverse of the first half into a weight, W diag(1/v), so that it fits `scaled` inputs.
-
-        Args:
-            weight: [O, I], floating.
-            dtype: In which to compute, see `fold_inverse`.
-
-        Returns:
-            [O, I] in `dtype`, differentiable.
-        """
+        """Put the inverse of the first half into a weight, W diag(1/v), for `scaled` inputs; see `fold_inverse`."""
         return Factors(scale=self.inverse_transpose(dtype).scale).apply(weight.to(dtype))
 
     def fold_inverse(self, weight: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Put the inverse into a weight, W T⁻ᵀ, so that (x T) · (W T⁻ᵀ)ᵀ = x Wᵀ.
+        """Put the inverse into a weight [O, I], W T⁻ᵀ, differentiable, so that (x T) · (W T⁻ᵀ)ᵀ = x Wᵀ.
 
-        Args:
-            weight: [O, I], floating.
-            dtype: In which to compute; fp64 for the weight that is rounded in the end, fp32 does while training.
-
-        Returns:
-            [O, I] in `dtype`, differentiable.
+        It is computed and returned in `dtype`: fp64 for the weight that is rounded in the end, fp32 does while
+        training.
 
         Raises:
             InvalidInputError: If the weight has another number of in features.
@@ -163,19 +106,13 @@ class Transform(nn.Module):
 
     @torch.no_grad()
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return what is needed to apply the transform: fp32 `scale` [I], `left` [n1, n1], `right` [n2, n2].
-
-        Parts that are the identity are missing; the identity itself stores nothing.
-        """
+        """Return fp32 `scale` [I], `left` [n1, n1] and `right` [n2, n2], without those that are the identity."""
         tensors = self.factors(torch.float64).tensors()
         return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
 
 
 class FixedTransform(Transform):
-    """A transform that is not learned, from its factors; also how a stored one comes back.
-
-    Args:
-        factors: Of T; copied into fp64 buffers.
+    """A transform that is not learned, from factors, which are copied in fp64; also how a stored one comes back.
 
     Raises:
         InvalidInputError: If the factors do not fit I, are not finite, or are not invertible.
@@ -200,17 +137,11 @@ class FixedTransform(Transform):
 
     def _read(self, prefix: str, dtype: torch.dtype) -> Factors:
         buffers = dict(self.named_buffers(recurse=False))
-        return Factors(
-            **{name: buffers[prefix + name].to(dtype) for name in _NAMES if prefix + name in buffers},
-        )
+        return Factors(**{name: buffers[prefix + name].to(dtype) for name in _NAMES if prefix + name in buffers})
 
 
 def identity(in_features: int, *, seed: int = 0) -> FixedTransform:
-    """Return the transform that changes nothing.
-
-    Args:
-        seed: Not used; every rotation takes one.
-    """
+    """Return the transform that changes nothing; every rotation takes a seed."""
     return FixedTransform(in_features, Factors())
 
 

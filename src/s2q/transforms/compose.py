@@ -10,10 +10,6 @@ from s2q.transforms.base import Factors, Transform
 class Compose(Transform):
     """First a channel scale, then another transform (FlatQuant's order: the diagonal goes first).
 
-    Args:
-        first: A transform that is diagonal, such as `SmoothScale`.
-        second: Any transform of as many features.
-
     Raises:
         InvalidInputError: If the first is not diagonal or the sizes differ.
     """

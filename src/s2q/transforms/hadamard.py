@@ -26,27 +26,13 @@ from s2q.transforms.base import Factors, FixedTransform
 
 
 def hadamard_matrix(order: int) -> Tensor | None:
-    """Build a Hadamard matrix.
-
-    Args:
-        order: n, at least 1.
-
-    Returns:
-        fp64 [n, n] of ±1 with H Hᵀ = n I, or None if no construction here has this order.
-    """
+    """Build a Hadamard matrix, fp64 [n, n] of ±1 with H Hᵀ = n I; None if no construction here has this order."""
     construct = _construction(order)
     return None if construct is None else construct()
 
 
 def orthogonal_matrix(order: int) -> Tensor:
-    """Build a fixed orthogonal matrix with entries of even magnitude: Hadamard, or Hadamard ⊗ DCT.
-
-    Args:
-        order: n, at least 1.
-
-    Returns:
-        fp64 [n, n] with Q Qᵀ = I.
-    """
+    """Build a fixed orthogonal matrix, fp64 [n, n], with entries of even magnitude: Hadamard, or Hadamard ⊗ DCT."""
     for divisor in reversed(_divisors(order)):
         matrix = hadamard_matrix(divisor)
         if matrix is not None:
@@ -55,11 +41,7 @@ def orthogonal_matrix(order: int) -> Tensor:
 
 
 def best_factors(features: int) -> tuple[int, int]:
-    """Return n1 ≤ n2 with n1 · n2 = features and n1 as large as possible: 1920 gives (40, 48).
-
-    Args:
-        features: I, at least 1.
-    """
+    """Return n1 ≤ n2 with n1 · n2 = features and n1 as large as possible: 1920 gives (40, 48)."""
     n1 = max(divisor for divisor in _divisors(features) if divisor * divisor <= features)
     return n1, features // n1
 
@@ -67,11 +49,8 @@ def best_factors(features: int) -> tuple[int, int]:
 def hadamard(in_features: int, *, seed: int = 0) -> FixedTransform:
     """Build a fixed Hadamard rotation with random signs, T = diag(±1) · (Q₁ ⊗ Q₂), exactly orthogonal.
 
-    Where I has two factors that both have a Hadamard matrix, the most even such pair is taken and Q₁ ⊗ Q₂ is a
-    Hadamard matrix; else Q₁ and Q₂ are `orthogonal_matrix` of `best_factors`.
-
-    Returns:
-        The transform; nothing in it is learnable.
+    Where I has two factors that both have a Hadamard matrix, the most even such pair is taken and Q₁ ⊗ Q₂ is a Hadamard
+    matrix; else Q₁ and Q₂ are `orthogonal_matrix` of `best_factors`.
     """
     n1, n2 = _hadamard_factors(in_features)
     return FixedTransform(

@@ -44,15 +44,7 @@ STARTS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 class KroneckerTransform(Transform):
-    """T = P₁ ⊗ P₂, each factor U · diag(σ) · Vᵀ with U and V orthogonal.
-
-    Attributes:
-        left: P₁, order n1.
-        right: P₂, order n2.
-
-    Args:
-        start_left: [n1, n1], orthogonal; P₁ at the start.
-        start_right: [n2, n2], orthogonal; P₂ at the start.
+    """T = P₁ ⊗ P₂, each factor U · diag(σ) · Vᵀ with U and V orthogonal; at the start two given orthogonal matrices.
 
     Raises:
         InvalidInputError: If a start is not orthogonal.
@@ -65,11 +57,7 @@ class KroneckerTransform(Transform):
 
     @classmethod
     def build(cls, in_features: int, *, seed: int = 0, start: str = "hadamard") -> "KroneckerTransform":
-        """Make the transform for a number of features, split by `best_factors`.
-
-        Args:
-            seed: Of the random parts of the start.
-            start: One of `STARTS`.
+        """Make the transform for a number of features, split by `best_factors`; the start is one of `STARTS`.
 
         Raises:
             InvalidInputError: If there is no such start.
@@ -122,13 +110,9 @@ class _Factor(nn.Module):
 
 
 def cayley(free: Tensor, order: int) -> Tensor:
-    """Map free entries to orthogonal matrices, (I - A)(I + A)⁻¹.
+    """Map free entries to orthogonal matrices [..., n, n] of determinant 1, (I - A)(I + A)⁻¹.
 
-    Args:
-        free: [..., n(n - 1)/2], the entries of the skew-symmetric A above its diagonal, row by row.
-
-    Returns:
-        [..., n, n], orthogonal with determinant 1.
+    The entries [..., n(n - 1)/2] are those of the skew-symmetric A above its diagonal, row by row.
     """
     rows, columns = torch.triu_indices(order, order, offset=1, device=free.device).unbind(0)
     upper = free.new_zeros(*free.shape[:-1], order, order)

@@ -24,11 +24,7 @@ from s2q.common.errors import InvalidInputError
 
 
 def principal_directions(second_moment: Tensor, rank: int) -> Tensor:
-    """Return the directions along which an input is largest, in falling order.
-
-    Args:
-        second_moment: [I, I], E[xᵀ x], symmetric; its upper triangle is not read.
-        rank: r, 1 to I.
+    """Return the r directions along which an input is largest, in falling order, from E[xᵀ x], symmetric [I, I].
 
     Returns:
         fp64 [I, r], orthonormal columns; the largest entry of each is positive.
@@ -52,17 +48,9 @@ def principal_directions(second_moment: Tensor, rank: int) -> Tensor:
 
 
 def weight_directions(weights: Sequence[Tensor], rank: int) -> Tensor:
-    """Return the top right singular vectors of weights that read the same input, stacked.
+    """Return the top right singular vectors of weights [O, I] that read the same input, stacked.
 
-    Args:
-        weights: [O, I] each, floating; the number of out features may differ.
-        rank: r, 1 to I.
-
-    Returns:
-        fp64 [I, r], orthonormal columns, in falling order; the largest entry of each is positive.
-
-    Raises:
-        InvalidInputError: As `principal_directions` does.
+    Like `principal_directions`: fp64 [I, r], in falling order, the largest entry of each positive.
     """
     stacked = torch.cat([weight.double() for weight in weights])
     return principal_directions(stacked.t() @ stacked, rank)

@@ -25,46 +25,20 @@ from s2q.common.errors import InvalidInputError
 
 
 def largest_salience(input_amax: Tensor, weight_amax: Tensor) -> Tensor:
-    """Return the largest magnitude of each channel over all timesteps.
-
-    Args:
-        input_amax: [T, I], max|x_j| of each timestep.
-        weight_amax: Not read; see `spearman_salience`.
-
-    Returns:
-        [I].
-    """
+    """Return the largest magnitude [I] of each channel over all timesteps, from max|x_j| of each, [T, I]."""
     return input_amax.amax(dim=0)
 
 
 def spearman_salience(input_amax: Tensor, weight_amax: Tensor) -> Tensor:
-    """Return the mean over timesteps, weighted by `spearman_weights`.
-
-    Args:
-        input_amax: [T, I], max|x_j| of each timestep, ≥ 0.
-        weight_amax: [I], max|w_j| over every output channel of all linears that read the input, ≥ 0.
-
-    Returns:
-        fp64 [I].
-
-    Raises:
-        InvalidInputError: If shapes do not fit, or a value is NaN or infinite.
-    """
+    """Return the mean [I] in fp64 over timesteps, weighted by `spearman_weights`, which has the arguments."""
     return spearman_weights(input_amax, weight_amax) @ input_amax.double()
 
 
 def spearman_weights(input_amax: Tensor, weight_amax: Tensor) -> Tensor:
-    """Compute η.
+    """Compute η, fp64 [T], from max|x_j| [T, I] and max|w_j| [I] over all linears that read the input, both ≥ 0.
 
     Equal values share the mean of their ranks. Where all channels of one side are equal there is no order to agree
     with, and ρ counts as 0.
-
-    Args:
-        input_amax: [T, I], T ≥ 1.
-        weight_amax: [I].
-
-    Returns:
-        fp64 [T], positive, with the sum 1.
 
     Raises:
         InvalidInputError: If shapes do not fit, or a value is NaN or infinite.

@@ -21,22 +21,14 @@ _FLOOR = 1e-5  # of the largest weight maximum: a channel that no weight reads g
 
 
 def smooth_scale(input_amax: Tensor, weight_amax: Tensor, *, alpha: float = 0.5) -> Tensor:
-    """Compute SmoothQuant's s from the largest magnitudes of each channel.
+    """Compute SmoothQuant's s, fp64 [I], from the largest magnitudes [I] of each channel of input and weights.
 
-    A channel that is zero in all of the input gets the geometric mean of the others (nothing is known about it, and
-    the formula would multiply it by infinity); all channels zero gives ones. A weight maximum below 1e-5 of the largest
-    one counts as that, so that a channel which no weight reads is scaled away from x and s stays finite.
-
-    Args:
-        input_amax: [I], max|x_j| over the calibration tokens, ≥ 0.
-        weight_amax: [I], max|w_j| over every output channel of all linears that read the input, ≥ 0.
-        alpha: How much of the difficulty goes from the input to the weight, 0 to 1.
-
-    Returns:
-        fp64 [I], positive and finite.
+    A channel that is zero in all of the input gets the geometric mean of the others (nothing is known about it, and the
+    formula would multiply it by infinity); all channels zero gives ones. A weight maximum below 1e-5 of the largest one
+    counts as that, so that a channel which no weight reads is scaled away from x and s stays finite.
 
     Raises:
-        InvalidInputError: If shapes differ, a value is negative, NaN or infinite, or α is out of range.
+        InvalidInputError: If shapes differ, a value is negative, NaN or infinite, or α is not 0 to 1.
     """
     if not 0 <= alpha <= 1:
         raise InvalidInputError(f"smooth scale: alpha={alpha}; expected 0 to 1")
@@ -58,14 +50,7 @@ def smooth_scale(input_amax: Tensor, weight_amax: Tensor, *, alpha: float = 0.5)
 
 
 class SmoothScale(Transform):
-    """T = diag(1/s).
-
-    Attributes:
-        log_s: Parameter fp32 [I].
-
-    Args:
-        s: [I], positive; see `smooth_scale`.
-        learnable: Whether log s gets a gradient.
+    """T = diag(1/s) with the parameter log s, fp32 [I], learned or not.
 
     Raises:
         InvalidInputError: If s is not positive and finite.

@@ -28,16 +28,7 @@ def attention_colsum(
 ) -> Tensor:
     """Sum the attention that each key receives, over all queries and heads; see `reference.attention_colsum`.
 
-    Args:
-        query: [B, H, N, D], floating.
-        key: [B, H, M, D], same dtype.
-        mask: Broadcasts to [B, H, N, M]; boolean, True where a key may be seen, or added to the logits. Or None.
-        scale: Of the logits; None is 1 / √D.
-        chunk_size: Queries at a time; only the reference has a use for it.
-        backend: "reference", "triton", or "auto": Triton where it can run on a GPU.
-
-    Returns:
-        fp32 [B, M] (fp64 for fp64 input).
+    The backend is "reference", "triton", or "auto": Triton where it can run on a GPU.
 
     Raises:
         InvalidInputError: If shapes do not fit, or there is no such backend, or it cannot run here.

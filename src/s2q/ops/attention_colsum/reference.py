@@ -22,26 +22,19 @@ _MAX_CHUNK_BYTES = 1 << 30  # on a GPU, where the keys are read again for each c
 
 @torch.no_grad()
 def attention_colsum(
-    query: Tensor,
-    key: Tensor,
-    *,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    chunk_size: int | None = None,
+    query: Tensor, key: Tensor, *, mask: Tensor | None = None, scale: float | None = None, chunk_size: int | None = None
 ) -> Tensor:
     """Sum the attention that each key receives, over all queries and heads.
 
     Args:
         query: [B, H, N, D], floating, as attention sees it (after norm and rotary embedding).
         key: [B, H, M, D], same dtype.
-        mask: Broadcasts to [B, H, N, M], as in `scaled_dot_product_attention`: boolean, True where a key may be seen;
-            or floating, added to the logits. None hides nothing.
+        mask: Broadcasts to [B, H, N, M]: boolean, True where a key may be seen; or floating, added to the logits.
         scale: Of the logits; None is 1 / √D.
         chunk_size: C; None takes as many queries as make chunks of 32 MiB, on a GPU of up to 1 GiB by what is free.
 
     Returns:
-        fp32 [B, M] (fp64 for fp64 input), computed and summed in that dtype; without any masked query its sum over
-        keys is H · N.
+        fp32 [B, M] (fp64 for fp64 input), computed and summed so; without any masked query its sum over keys is H · N.
 
     Raises:
         InvalidInputError: If shapes do not fit or the chunk size is not positive.
@@ -65,11 +58,7 @@ def attention_colsum(
 
 
 def chunk_bytes(free_bytes: int) -> int:
-    """Return the bytes that the logits of a chunk may take on a GPU: a quarter of what is free, 32 MiB to 1 GiB.
-
-    Args:
-        free_bytes: Of the GPU's memory, including what PyTorch's allocator has and does not use.
-    """
+    """Return the bytes that the logits of a chunk may take on a GPU: a quarter of what is free, 32 MiB to 1 GiB."""
     return min(max(free_bytes // 4, _CHUNK_BYTES), _MAX_CHUNK_BYTES)
 
 
@@ -107,11 +96,7 @@ def _apply_mask(logits_HCM: Tensor, mask: Tensor) -> None:
 
 
 def check_shapes(query: Tensor, key: Tensor, mask: Tensor | None, chunk_size: int | None) -> None:
-    """Refuse arguments of `attention_colsum` that do not fit together.
-
-    Raises:
-        InvalidInputError: If shapes do not fit or the chunk size is not positive.
-    """
+    """Refuse arguments of `attention_colsum` that do not fit together."""
     if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise InvalidInputError(
             f"attention_colsum: got queries {list(query.shape)} and keys {list(key.shape)}; "

@@ -5,13 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ColsumTile:
-    """Tile of one step of the two kernels.
+    """Tile of one step of the two kernels: `side` queries and keys, D padded, and `num_stages` loads in flight.
 
-    Attributes:
-        side: Queries, and keys, in a tile.
-        head_dim: D, padded.
-        precision: Of the products; see `triton_math.matrix_product`.
-        num_stages: Loads in flight.
+    `precision` is that of the products; see `triton_math.matrix_product`.
     """
 
     side: int
@@ -45,13 +41,7 @@ memory where an architecture has 99."""
 
 
 def colsum_tile(head_dim: int, *, itemsize: int, has_pair_mask: bool, architecture: int) -> ColsumTile | None:
-    """Return the tile for heads of a size; None if they are too large.
-
-    Args:
-        itemsize: Bytes of an element of the queries.
-        has_pair_mask: Whether a mask differs from query to query.
-        architecture: A key of `TILES`.
-    """
+    """Return the tile for heads of a size; None if they are too large. A pair mask differs from query to query."""
     padded = max(16, 1 << (head_dim - 1).bit_length())
     for most, (side, num_warps) in TILES[architecture][itemsize, has_pair_mask].items():
         if padded <= most:

@@ -30,25 +30,12 @@ LENGTHS = ["queries", "keys", "mb", "mh"]
 
 @torch.no_grad()
 def attention_colsum(
-    query: Tensor,
-    key: Tensor,
-    *,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    chunk_size: int | None = None,
+    query: Tensor, key: Tensor, *, mask: Tensor | None = None, scale: float | None = None, chunk_size: int | None = None
 ) -> Tensor:
     """Sum the attention that each key receives, over all queries and heads; see `reference.attention_colsum`.
 
-    Args:
-        query: [B, H, N, D], fp32, fp16 or bf16; any strides. Halves are multiplied directly, fp32 as three
-            products of tf32 parts, or as one product of tf32 where D is above 64.
-        key: [B, H, M, D], same dtype.
-        mask: Broadcasts to [B, H, N, M]; boolean, or floating and added to the logits. Or None.
-        scale: Of the logits; None is 1 / √D.
-        chunk_size: Makes no difference here.
-
-    Returns:
-        fp32 [B, M].
+    Queries and keys are fp32, fp16 or bf16 with any strides. Halves are multiplied directly, fp32 as three products of
+    tf32 parts, or as one product of tf32 where D is above 64. The chunk size makes no difference.
 
     Raises:
         InvalidInputError: If shapes do not fit or the chunk size is not positive.
@@ -120,18 +107,7 @@ def _mask_logits(logits, mask, m, keys, MASK: tl.constexpr):
 
 
 @triton.jit
-def _load_mask(
-    ptr,
-    n_start,
-    m_start,
-    n,
-    m,
-    n_stride,
-    m_stride,
-    queries,
-    keys,
-    PAIR_MASK: tl.constexpr,
-):
+def _load_mask(ptr, n_start, m_start, n, m, n_stride, m_stride, queries, keys, PAIR_MASK: tl.constexpr):
     """Load a mask at n_start + n and m_start + m, which broadcast against each other; without PAIR_MASK at m only."""
     # Offsets inside a tile fit into 32 bits, which saves registers.
     ptr += tl.cast(n_start, tl.int64) * n_stride + tl.cast(m_start, tl.int64) * m_stride

@@ -17,15 +17,7 @@ __all__ = ["BACKENDS", "int_matmul"]
 def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int = 8, backend: str = "auto") -> Tensor:
     """Multiply codes, y = x · wᵀ, bit-equal to the product in int64; see `reference.int_matmul`.
 
-    Args:
-        x_codes: int8 [M, K], within x_bits.
-        w_codes: int8 [O, K], within w_bits.
-        x_bits: Width of the codes of x, at most 8; a promise that backends may use to be faster.
-        w_bits: Width of the codes of w, at most 8; likewise.
-        backend: "reference", "cpu", or "auto": the fastest that is exact on the device of x.
-
-    Returns:
-        int32 [M, O].
+    The backend is "reference", "cpu", or "auto": the fastest that is exact on the device of x.
 
     Raises:
         InvalidInputError: If there is no such backend.

@@ -48,17 +48,7 @@ def is_fast(*, x_bits: int, w_bits: int) -> bool:
 
 
 def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int = 8) -> Tensor:
-    """Multiply codes, bit-equal to the reference.
-
-    Args:
-        x_codes: int8 [M, K], within x_bits, on the CPU.
-        w_codes: int8 [O, K], within w_bits, on the CPU.
-        x_bits: Width of the codes of x.
-        w_bits: Width of the codes of w; the two decide how they are multiplied where there is no VNNI.
-
-    Returns:
-        int32 [M, O].
-    """
+    """Multiply codes on the CPU, bit-equal to the reference; the widths decide how, where there is no VNNI."""
     if adds_in_32_bits():
         return torch._int_mm(x_codes, w_codes.t())
     fits = x_codes.shape[1] << (x_bits + w_bits - 2) <= _FP32_EXACT  # in the fp32 that the sums come in
@@ -73,35 +63,20 @@ def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int
 
 
 def offset_codes(x_codes: Tensor, *, num_bits: int) -> Tensor:
-    """Return codes plus their zero point, uint8 [M, K]: those of `multiply_pairs`.
-
-    Args:
-        x_codes: int8 [M, K], within num_bits.
-    """
+    """Return codes [M, K] plus their zero point, uint8: those of `multiply_pairs`."""
     return (x_codes.view(torch.uint8) + (1 << (num_bits - 1))).contiguous()  # modulo 256
 
 
 def prepack(w_codes: Tensor) -> Tensor:
-    """Return the codes of a weight in the order in which oneDNN reads them, at the same size.
-
-    Args:
-        w_codes: int8 [O, K].
-    """
+    """Return the codes of a weight, int8 [O, K], in the order in which oneDNN reads them, at the same size."""
     packed: Tensor = torch.ops.onednn.qlinear_prepack(w_codes.contiguous(), None)  # it does not look at strides
     return packed
 
 
 def multiply_pairs(x_offset: Tensor, w_packed: Tensor, w_scale: Tensor, *, x_bits: int) -> Tensor:
-    """Multiply codes and scale the sums, (x · wᵀ) · Δ_w, each sum converted and multiplied in fp32; see `adds_pairs`.
+    """Multiply codes and scale the sums, (x · wᵀ) · Δ_w, fp32 [M, O], each sum converted first; see `adds_pairs`.
 
-    Args:
-        x_offset: uint8 [M, K], from `offset_codes`.
-        w_packed: From `prepack`, of codes [O, K].
-        w_scale: Δ_w, fp32 [O].
-        x_bits: Width of the codes of x.
-
-    Returns:
-        fp32 [M, O].
+    x is uint8 [M, K] from `offset_codes`, w comes from `prepack`, Δ_w is fp32 [O].
     """
     zeros = torch.zeros(len(w_scale), dtype=torch.int32, device="cpu")
     point = 1 << (x_bits - 1)

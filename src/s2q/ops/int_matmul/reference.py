@@ -14,16 +14,10 @@ _FP32_EXACT = 1 << 24
 
 
 def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int = 8) -> Tensor:
-    """Multiply codes, bit-equal to the product in int64.
+    """Multiply codes int8 [M, K] and int8 [O, K], bit-equal to the product in int64; int32 [M, O].
 
-    Args:
-        x_codes: int8 [M, K], within x_bits.
-        w_codes: int8 [O, K], within w_bits.
-        x_bits: Width of the codes of x, at most 8; fewer bits allow longer fp32 pieces (faster), not another result.
-        w_bits: Width of the codes of w, at most 8.
-
-    Returns:
-        int32 [M, O]. The sum must fit in int32, which it does up to K = 131071 at 8 bits each.
+    Fewer bits, at most 8 each, allow longer fp32 pieces (faster), not another result. The sum must fit in int32, which
+    it does up to K = 131071 at 8 bits each.
     """
     assert x_codes.dtype == w_codes.dtype == torch.int8, (x_codes.dtype, w_codes.dtype)
     piece = _FP32_EXACT >> (x_bits + w_bits - 2)

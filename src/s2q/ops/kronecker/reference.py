@@ -22,16 +22,10 @@ from s2q.common.torch_state import without_autocast
 def scaled_kronecker(
     x: Tensor, *, scale: Tensor | None = None, left: Tensor | None = None, right: Tensor | None = None
 ) -> Tensor:
-    """Multiply rows by diag(scale) · (left ⊗ right); differentiable towards everything.
+    """Multiply rows [..., I] by diag(scale [I]) · (left [n1, n1] ⊗ right [n2, n2]); differentiable in everything.
 
-    Args:
-        x: [..., I], floating.
-        scale: [I]; None is all ones.
-        left: [n1, n1]; None is the 1×1 identity if `right` is given.
-        right: [n2, n2]; None is the identity that makes n1 · n2 = I.
-
-    Returns:
-        [..., I] in the dtype that x and the factors promote to: fp32 for a bf16 x and fp32 factors.
+    None is the identity: of order 1 for `left` if `right` is given, for `right` the one that makes n1 · n2 = I. The
+    result has the dtype that x and the factors promote to: fp32 for a bf16 x and fp32 factors.
     """
     for factor in (scale, left, right):
         if factor is not None:

@@ -11,12 +11,9 @@ from s2q.core.qparams import ClipRatio, quantize, token_scale
 
 
 def quantize_per_token(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> tuple[Tensor, Tensor]:
-    """Quantize each token with a scale of its own, computed from it.
+    """Quantize each token of x [..., I] with a scale of its own, computed from it in fp32.
 
-    Args:
-        x: [..., I], any floating dtype; computed in fp32.
-        num_bits: N, 2 to 8.
-        clip_ratio: Factor in (0, 1] on the token's largest magnitude: a float, or a tensor that broadcasts to [..., 1].
+    The clip ratio in (0, 1] broadcasts to [..., 1].
 
     Returns:
         codes: int8 [..., I].

@@ -36,21 +36,8 @@ def rescaled_int_matmul(
 ) -> Tensor:
     """Multiply codes and rescale the sums; see `reference.rescaled_int_matmul`.
 
-    Args:
-        x_codes: int8 [M, K].
-        x_scale: fp32 [M, 1].
-        w_codes: int8 [O, K], or uint8 as packed by `core.packing`.
-        w_scale: fp32 [O], or [O, G], which only the reference multiplies.
-        bias: [O], floating, or None.
-        low_rank_input: c, fp32 [M, r], or None.
-        low_rank_weight: L, [O, r], floating; there is one where there is the other.
-        x_bits: Width of the codes of x, at most 8.
-        w_bits: Width of the codes of w, at most 8; decides how uint8 codes are packed.
-        out_dtype: Floating, of the result.
-        backend: "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU.
-
-    Returns:
-        [M, O] in out_dtype.
+    The backend is "reference" (alone for w_scale [O, G]), "cpu", "triton", or "auto": Triton where it can run on a GPU,
+    cpu on the CPU.
 
     Raises:
         InvalidInputError: If there is no such backend, or it cannot run here.

@@ -38,23 +38,10 @@ def rescaled_int_matmul(
     w_bits: int = 8,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Multiply codes and rescale the sums; see `reference.rescaled_int_matmul`.
+    """Multiply codes and rescale the sums; see `reference.rescaled_int_matmul`, which runs for w_scale [O, G].
 
-    Args:
-        x_codes: int8 [M, K].
-        x_scale: fp32 [M, 1].
-        w_codes: int8 [O, K], or uint8 [O, P]; these are unpacked piece by piece, and nothing is kept. Or [K, O] from
-            `int_matmul.cpu.prepack`, if `multiplies_pairs`.
-        w_scale: fp32 [O]; [O, G] is left to the reference.
-        bias: [O], floating, or None.
-        low_rank_input: c, fp32 [M, r], or None.
-        low_rank_weight: L, [O, r], floating; there is one where there is the other.
-        x_bits: Width of the codes of x.
-        w_bits: Width of the codes of w.
-        out_dtype: Floating, of the result.
-
-    Returns:
-        [M, O] in out_dtype.
+    Packed codes uint8 [O, P] are unpacked piece by piece, and nothing is kept. If `multiplies_pairs`, w may also be [K,
+    O] from `int_matmul.cpu.prepack`.
     """
     if w_scale.ndim != 1:
         return reference.rescaled_int_matmul(

@@ -41,10 +41,7 @@ def rescaled_int_matmul(
         low_rank_weight: L, [O, r], floating; there is one where there is the other.
         x_bits: Width of the codes of x, at most 8; a promise that backends may use to be faster.
         w_bits: Width of the codes of w, at most 8; likewise, and it decides how uint8 codes are packed.
-        out_dtype: Floating, of the result.
-
-    Returns:
-        [M, O] in out_dtype. The integer sums are exact (K ≤ 131071 at 8 bits each).
+        out_dtype: Of the result [M, O]. The integer sums are exact (K ≤ 131071 at 8 bits each).
 
     Raises:
         InvalidInputError: If packed codes do not have the width that K codes take.

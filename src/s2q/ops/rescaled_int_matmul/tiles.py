@@ -8,14 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulTile:
-    """Tile of one program.
-
-    Attributes:
-        rows: Of x (tokens) in a tile.
-        columns: Out features in a tile.
-        depth: In features that are loaded at a time.
-        num_stages: Loads in flight.
-    """
+    """Tile of one program: rows (tokens), columns (out features), depth (in features at a time), loads in flight."""
 
     rows: int
     columns: int
@@ -51,10 +44,5 @@ TILES: dict[int, tuple[tuple[int, MatmulTile], ...]] = {
 
 
 def matmul_tile(rows: int, depth: int, architecture: int) -> MatmulTile:
-    """Return the tile for a product.
-
-    Args:
-        depth: K; one that is no multiple of 16 is read byte by byte, which needs the registers of a large tile.
-        architecture: A key of `TILES`.
-    """
+    """Return the tile for a product of K = depth; K % 16 ≠ 0 is read byte by byte in a large tile's registers."""
     return next(tile for most, tile in TILES[architecture] if (rows if depth % 16 == 0 else min(rows, 64)) <= most)

@@ -17,13 +17,7 @@ from torch import Tensor
 from s2q.common.errors import InvalidInputError
 from s2q.core.packing import packed_width
 from s2q.ops.dispatch import architecture_of, launch
-from s2q.ops.rescaled_int_matmul.tiles import (
-    GROUP_ROWS,
-    UNPACK_BLOCK,
-    UNPACK_FROM_ROWS,
-    MatmulTile,
-    matmul_tile,
-)
+from s2q.ops.rescaled_int_matmul.tiles import GROUP_ROWS, UNPACK_BLOCK, UNPACK_FROM_ROWS, MatmulTile, matmul_tile
 from s2q.ops.triton_math import INTERPRETING, matrix_product
 
 
@@ -42,20 +36,7 @@ def rescaled_int_matmul(
 ) -> Tensor:
     """Multiply codes and rescale the sums; see `reference.rescaled_int_matmul`.
 
-    Args:
-        x_codes: int8 [M, K]; rows may be strided.
-        x_scale: fp32 [M, 1].
-        w_codes: int8 [O, K], or uint8 [O, P]; rows may be strided.
-        w_scale: fp32 [O].
-        bias: [O], floating, or None.
-        low_rank_input: c, fp32 [M, r], or None.
-        low_rank_weight: L, [O, r], floating; there is one where there is the other.
-        x_bits: Width of the codes of x; makes no difference here.
-        w_bits: Width of the codes of w; decides how uint8 codes are packed.
-        out_dtype: fp32, fp16 or bf16.
-
-    Returns:
-        [M, O] in out_dtype.
+    Rows of codes may be strided, w_scale is [O], the result is fp32, fp16 or bf16; x_bits makes no difference.
 
     Raises:
         InvalidInputError: If the shapes do not fit.
@@ -105,14 +86,7 @@ def rescaled_int_matmul(
 
 
 def unpack_nibbles(packed: Tensor, *, in_features: int) -> Tensor:
-    """Unpack codes of up to 4 bits; equal to `core.packing.unpack_codes`.
-
-    Args:
-        packed: uint8 [O, P].
-
-    Returns:
-        int8 [O, K], contiguous.
-    """
+    """Unpack codes of up to 4 bits, uint8 [O, P], to int8 [O, K]; equal to `core.packing.unpack_codes`."""
     columns, width = packed.shape
     packed = packed if packed.stride(1) == 1 else packed.contiguous()
     codes = torch.empty(columns, in_features, dtype=torch.int8, device=packed.device)
@@ -124,11 +98,7 @@ def unpack_nibbles(packed: Tensor, *, in_features: int) -> Tensor:
 
 
 def matmul_constants(tile: MatmulTile, *, depth: int, is_packed: bool) -> dict[str, int | bool]:
-    """Return the compile-time constants of `rescaled_matmul_kernel` that shape and tile decide.
-
-    Args:
-        is_packed: Whether w is packed, two codes a byte.
-    """
+    """Return the compile-time constants of `rescaled_matmul_kernel` that shape and tile decide."""
     return {
         "DEPTH": depth,
         "PACKED": is_packed,
@@ -140,11 +110,9 @@ def matmul_constants(tile: MatmulTile, *, depth: int, is_packed: bool) -> dict[s
 
 
 def branch_constants(low_rank_weight: Tensor | None, out_dtype: torch.dtype) -> dict[str, int | str]:
-    """Return the compile-time constants of `rescaled_matmul_kernel` for the low-rank branch; rank 0 is none.
+    """Return the constants of `rescaled_matmul_kernel` for the low-rank branch L [O, r]; rank 0 is none.
 
-    Args:
-        low_rank_weight: L, [O, r], or None.
-        out_dtype: Of the result: the coefficients of a bf16 model are bf16 numbers, and lose nothing as such.
+    The coefficients of a bf16 model are bf16 numbers, and lose nothing as such.
     """
     rank = 0 if low_rank_weight is None else low_rank_weight.shape[1]
     block = max(16, triton.next_power_of_2(rank))

@@ -20,26 +20,11 @@ __all__ = ["BACKENDS", "weight_only_matmul"]
 
 @without_autocast
 def weight_only_matmul(
-    x: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    w_bits: int = 8,
-    backend: str = "auto",
+    x: Tensor, w_codes: Tensor, w_scale: Tensor, *, bias: Tensor | None = None, w_bits: int = 8, backend: str = "auto"
 ) -> Tensor:
     """Multiply rows with the dequantized weight; see `reference.weight_only_matmul`.
 
-    Args:
-        x: [M, K], floating.
-        w_codes: int8 [O, K], or uint8 as packed by `core.packing`.
-        w_scale: fp32 [O], or [O, G].
-        bias: [O], floating, or None.
-        w_bits: Width of the codes, at most 8; decides how uint8 codes are packed.
-        backend: "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU.
-
-    Returns:
-        [M, O] in the dtype of x.
+    The backend is "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU.
 
     Raises:
         InvalidInputError: If there is no such backend, or it cannot run here.
@@ -49,14 +34,7 @@ def weight_only_matmul(
     return product
 
 
-def _run(
-    x: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    w_bits: int,
-    backend: str,
-) -> Tensor:
+def _run(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, w_bits: int, backend: str) -> Tensor:
     run: Callable[..., Tensor] = choose_backend(backend, x, BACKENDS)
     return run(x, w_codes, w_scale, bias=bias, w_bits=w_bits)
 
@@ -66,12 +44,5 @@ _traced = library.custom_op("s2q::weight_only_matmul", _run, mutates_args=())
 
 
 @_traced.register_fake
-def _shape(
-    x: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    w_bits: int,
-    backend: str,
-) -> Tensor:
+def _shape(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, w_bits: int, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], w_codes.shape[0])

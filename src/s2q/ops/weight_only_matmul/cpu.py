@@ -15,24 +15,11 @@ PIECE = 1 << 19
 
 
 def weight_only_matmul(
-    x: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    w_bits: int = 8,
+    x: Tensor, w_codes: Tensor, w_scale: Tensor, *, bias: Tensor | None = None, w_bits: int = 8
 ) -> Tensor:
     """Multiply rows with the dequantized weight; see `reference.weight_only_matmul`.
 
-    Args:
-        x: [M, K], floating.
-        w_codes: int8 [O, K], or uint8 [O, P].
-        w_scale: fp32 [O]; [O, G], and more than `FEW_ROWS` rows, are left to the reference.
-        bias: [O], floating, or None.
-        w_bits: Width of the codes.
-
-    Returns:
-        [M, O] in the dtype of x.
+    [O, G] scales, and more than `FEW_ROWS` rows, are left to the reference.
     """
     rows, depth = x.shape
     if rows > reference.FEW_ROWS or w_scale.ndim != 1 or x.dtype == torch.float64:

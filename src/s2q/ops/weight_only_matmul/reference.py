@@ -23,24 +23,13 @@ FEW_ROWS = 16
 
 
 def weight_only_matmul(
-    x: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    w_bits: int = 8,
+    x: Tensor, w_codes: Tensor, w_scale: Tensor, *, bias: Tensor | None = None, w_bits: int = 8
 ) -> Tensor:
-    """Multiply rows with the dequantized weight.
+    """Multiply rows x [M, K] with the dequantized weight; [M, O] in the dtype of x, to which the bias is rounded.
 
     Args:
-        x: [M, K], floating.
         w_codes: int8 [O, K], within w_bits; or uint8 [O, P], the same packed.
         w_scale: fp32 [O], one per output channel, or [O, G], one per group of in features.
-        bias: [O], floating, or None; rounded to the dtype of x.
-        w_bits: Width of the codes, at most 8.
-
-    Returns:
-        [M, O] in the dtype of x.
 
     Raises:
         InvalidInputError: If packed codes do not have the width that K codes take.

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class WeightOnlyTile:
-    """Tile of one program.
-
-    Attributes:
-        rows: Of x, at least as many as a call has.
-        columns: Out features.
-        width: Bytes of each row of w that are read at a time.
-        num_stages: Loads in flight.
-    """
+    """Tile of one program: rows (at least a call's), columns (out features), bytes of w at a time, loads in flight."""
 
     rows: int
     columns: int

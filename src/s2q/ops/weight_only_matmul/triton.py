@@ -19,24 +19,11 @@ from s2q.ops.weight_only_matmul.tiles import TILES, WeightOnlyTile
 
 
 def weight_only_matmul(
-    x: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    w_bits: int = 8,
+    x: Tensor, w_codes: Tensor, w_scale: Tensor, *, bias: Tensor | None = None, w_bits: int = 8
 ) -> Tensor:
-    """Multiply rows with the dequantized weight; see `reference.weight_only_matmul`.
+    """Multiply rows, fp32, fp16 or bf16, with the dequantized weight; see `reference.weight_only_matmul`.
 
-    Args:
-        x: [M, K], fp32, fp16 or bf16.
-        w_codes: int8 [O, K], or uint8 [O, P].
-        w_scale: fp32 [O]; [O, G], and more than `FEW_ROWS` rows, are left to the reference.
-        bias: [O], floating, or None.
-        w_bits: Width of the codes.
-
-    Returns:
-        [M, O] in the dtype of x.
+    [O, G] scales, and more than `FEW_ROWS` rows, are left to the reference.
     """
     rows, depth = x.shape
     columns = len(w_codes)
@@ -74,11 +61,7 @@ def weight_only_matmul(
 def weight_only_constants(
     tile: WeightOnlyTile, dtype: torch.dtype, *, depth: int, is_packed: bool
 ) -> dict[str, int | bool | str]:
-    """Return the compile-time constants of `weight_only_kernel` that its input and the tile decide.
-
-    Args:
-        is_packed: Whether w is packed, two codes a byte.
-    """
+    """Return the compile-time constants of `weight_only_kernel` that its input and the tile decide."""
     precision = "tf32x3" if dtype == torch.float32 else "native"
     sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "WIDTH": tile.width}
     return {"DEPTH": depth, "PACKED": is_packed, "PRECISION": precision, **sizes}

@@ -51,14 +51,7 @@ def reconstruction_quality(vae: Any, labels: Sequence[SceneLabels], *, seed: int
 
 
 def assemble(architecture: EmbeddedArchitecture, vae: Any, transformer_run: Path, out: Path, *, seed: int) -> Any:
-    """Write the diffusers folder in bfloat16; ``out`` is replaced.
-
-    Args:
-        vae: The autoencoder with normalised latents.
-        transformer_run: Training folder of transformer and text encoder.
-        out: Destination, a package-data folder.
-        seed: Of the initial weights, which are all replaced.
-    """
+    """Write the diffusers folder in bfloat16 with an autoencoder of normalised latents; ``out`` is replaced."""
     pipeline = build_pipeline(architecture, seed=seed)
     pipeline.register_modules(vae=vae)
     for part in ("transformer", "text_encoder"):

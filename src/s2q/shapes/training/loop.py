@@ -29,10 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """Settings of the training loop.
-
-    ``batch_size`` is of all processes together; ``muon`` gives hidden matrices to Muon and the rest to AdamW.
-    """
+    """Settings of training; ``batch_size`` is of all processes together, ``muon`` gives hidden matrices to Muon."""
 
     steps: int
     batch_size: int
@@ -85,10 +82,7 @@ def build_optimizers(modules: nn.Module, settings: TrainingSettings) -> list[tor
     if matrices:
         optimizers.append(
             torch.optim.Muon(
-                matrices,
-                lr=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
+                matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
         )
     return optimizers
@@ -97,17 +91,10 @@ def build_optimizers(modules: nn.Module, settings: TrainingSettings) -> list[tor
 def train(
     build_task: Callable[[], Task], settings: TrainingSettings, folder: Path, *, processes: int = 1, device: str = "cpu"
 ) -> None:
-    """Train until ``settings.steps``; resume from ``folder`` when it holds a checkpoint of the same settings.
+    """Train until ``settings.steps``; resume from ``folder`` if it has a checkpoint of the same settings.
 
-    Args:
-        build_task: Makes the task, in each process; must be picklable (a module-level function or a partial of one).
-        settings: The run's settings; a checkpoint of other settings is refused.
-        folder: Where ``state.safetensors``, ``ema.safetensors``, ``settings.json`` and ``log.jsonl`` go.
-        processes: Data-parallel processes on this machine, one thread each on a CPU.
-        device: ``cpu`` or ``cuda``.
-
-    Raises:
-        ValueError: If the folder's checkpoint was made with other settings.
+    ``build_task`` makes the task in each process, hence must be picklable. ``state.safetensors``, ``ema.safetensors``,
+    ``settings.json`` and ``log.jsonl`` go to ``folder``. On a CPU each of the data-parallel processes has one thread.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if processes == 1:

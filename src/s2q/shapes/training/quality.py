@@ -16,12 +16,7 @@ from s2q.shapes.training.assemble import LABEL_FIELDS
 
 @torch.no_grad()
 def sample(pipeline: Any, prompts: Sequence[str], *, seed: int, batch_size: int = 16, **settings: Any) -> Tensor:
-    """One video a prompt, ``[B, F, 3, H, W]`` in ``[0, 1]``; every video has a generator of its own.
-
-    Args:
-        pipeline: Of an embedded model.
-        **settings: Of the call: the model's own, `EmbeddedArchitecture.generation`.
-    """
+    """One video a prompt, ``[B, F, 3, H, W]`` in ``[0, 1]``; every video has a generator of its own."""
     pipeline.set_progress_bar_config(disable=True)
     videos = []
     for start in range(0, len(prompts), batch_size):

@@ -22,10 +22,7 @@ OBJECT_WEIGHT = 6.0
 def encode_pool(
     architecture: EmbeddedArchitecture, vae: Any, path: Path, *, count: int, seed: int, batch_size: int = 64
 ) -> None:
-    """Encode ``count`` random scenes of the training combinations, once, for all epochs.
-
-    Writes ``latents`` ``[count, C, f, h, w]`` float16 to ``path`` and the captions beside it as JSON.
-    """
+    """Encode ``count`` training scenes once: ``[count, C, f, h, w]`` float16, and the captions beside it as JSON."""
     labels = combinations(held_out=False)
     device = next(vae.parameters()).device
     latents, captions = [], []
@@ -44,16 +41,10 @@ def encode_pool(
 
 
 def object_weights(clean: Tensor) -> Tensor:
-    """Weights of the latent positions in the loss: 1 on the background, up to ``OBJECT_WEIGHT`` on the object, mean 1.
+    """Loss weights ``[B, 1, f, h, w]`` of clean latents ``[B, C, f, h, w]``: largest on the object, mean 1.
 
     The background fills most of a frame and is learned at once, so an unweighted loss says little about the shape. A
     position counts as object by its squared distance from the frame's median latent, relative to the largest one.
-
-    Args:
-        clean: ``[B, C, f, h, w]``, latents without noise.
-
-    Returns:
-        ``[B, 1, f, h, w]``.
     """
     median = clean.flatten(3).median(dim=-1).values[..., None, None]
     distance = (clean - median).square().sum(dim=1, keepdim=True)
@@ -66,11 +57,6 @@ class TransformerTask:
 
     A tenth of the captions is replaced by the empty one, for classifier-free guidance; a fifth begins with a capital
     and ends with a full stop, so that both spellings work.
-
-    Args:
-        pool: File of `encode_pool`.
-        seed: Of the initial weights.
-        start: Training folder of an earlier run whose averaged weights to start from instead.
     """
 
     def __init__(

@@ -41,25 +41,14 @@ class _Scenes:
 
 
 def reconstruction_loss(error: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """L1 + MSE + L1 of the spatial differences, since edges carry the shape.
-
-    Args:
-        error: [B, 3, F, H, W], of videos in [-1, 1].
-
-    Returns:
-        The loss, and the PSNR in dB for the log.
-    """
+    """L1 + MSE + L1 of the spatial differences (edges carry the shape) of errors [B, 3, F, H, W]; PSNR in dB to log."""
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     mse = error.square().mean()
     return error.abs().mean() + mse + edges, {"psnr_db": float(-10 * torch.log10(mse.detach() / 4))}
 
 
 class VAETask:
-    """Reconstruct scenes, with ``KL_WEIGHT`` times the KL divergence a latent value.
-
-    Args:
-        seed: Of the initial weights.
-    """
+    """Reconstruct scenes, with ``KL_WEIGHT`` times the KL divergence a latent value."""
 
     def __init__(self, *, seed: int = 0) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -84,11 +73,7 @@ class VAETask:
 
 
 class DecoderTask(VAETask):
-    """Train the decoder alone, on normalised latents, which do not change: the transformer can train on them.
-
-    Args:
-        start: Training folder of the autoencoder to start from.
-    """
+    """Train the decoder alone, on normalised latents, which do not change: the transformer can train on them."""
 
     def __init__(self, *, start: Path) -> None:
         super().__init__()
@@ -111,16 +96,11 @@ def normalised_vae(folder: Path) -> AutoencoderKLCogVideoX:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKLCogVideoX, *, mean: Tensor, spread: Tensor) -> None:
-    """Fold ``(latent - mean) / spread`` into the weights: the pipeline offers one factor for all channels.
+    """Fold ``(latent - mean) / spread``, both ``[C]``, into the weights: the pipeline has one factor for all channels.
 
-    The encoder's last convolution takes the shift and the scale, every layer of the decoder that reads latents
-    undoes them. The scale does not change reconstructions, nor does the shift except at the frame's border, where
-    the decoder's first convolution pads with zeros (which the decoder then learns anew).
-
-    Args:
-        vae: Changed in place.
-        mean: ``[C]``, mean of each latent channel.
-        spread: ``[C]``, standard deviation of each latent channel.
+    The encoder's last convolution takes the shift and the scale, every layer of the decoder that reads latents undoes
+    them. The scale does not change reconstructions, nor does the shift except at the frame's border, where the
+    decoder's first convolution pads with zeros (which the decoder then learns anew).
     """
     channels = len(spread)
     weight, bias = vae.encoder.conv_out.conv.weight, vae.encoder.conv_out.conv.bias
@@ -142,10 +122,6 @@ class TaughtVAETask:
     Both learn from the teacher's latents and neither waits for the other. Wan's blocks normalise every position over
     its channels, and from nothing they first unlearn what they read (PSNR 14.6 dB after 320 steps, where CogVideoX's
     had 20.8 after 300).
-
-    Args:
-        seed: Of the initial weights.
-        start: Training folder of an earlier run whose averaged weights to start from instead.
     """
 
     def __init__(
