@@ -159,7 +159,7 @@ def _first_line(error: Exception) -> str:
 
 
 def resolve_backend(backend: str, x: Tensor, backends: Collection[str]) -> str:
-    """Return the name of the backend that runs an op for its main input, of which an empty one will do.
+    """Return the name of the backend that runs an op for its main input; an empty tensor will do.
 
     "auto" is "triton" on a GPU that it can serve, "cpu" on the CPU where the op has it, and "reference" otherwise.
 
