@@ -54,10 +54,8 @@ class S2QConfig(QuantizationConfigMixin):
         schemes: Schemes by name, each as `LinearScheme.to_dict` writes it.
         recipe: Name of the recipe that made the checkpoint.
         compute_dtype: Dtype of the model when it was quantized, "bfloat16".
-        **fields: `quant_method`, `format_version` and, from version 2 on, `inputs` (layouts by name, each as
-            `InputPath.to_dict` writes it) and `layer_inputs` (the name of its layout for each linear that has one),
-            and from version 3 on `tokens` (as `TokenLayout.to_dict` writes it), as read from a file; anything else
-            is refused.
+        **fields: `quant_method`, `format_version`; from version 2 on `inputs` (`InputPath.to_dict` by name) and
+            `layer_inputs` (name by linear), from version 3 on `tokens` (`TokenLayout.to_dict`). Others are refused.
 
     Raises:
         InvalidInputError: If the format version is not ours, a field is unknown, or a layer names no scheme.
