@@ -130,10 +130,7 @@ def _extended(where: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Return changes to a recipe as a tuple.
-
-    Args:
-        overrides: The changes, each "key=value".
+    """Return overrides of a recipe as a tuple.
 
     Raises:
         InvalidInputError: If they are no list, one is not "key=value", or one undoes an earlier one.

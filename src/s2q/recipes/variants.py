@@ -20,21 +20,12 @@ SEPARATOR = "+"
 
 
 def remarked(description: str, remark: str) -> str:
-    """Return a recipe's description with what was changed in it.
-
-    Args:
-        description: One sentence or more.
-        remark: What was changed.
-    """
+    """Return a recipe's description with a remark on what was changed."""
     return f"{description.rstrip('.')}; {remark}."
 
 
 def with_variant(recipe: Recipe, variant: str) -> Recipe:
     """Return the recipe with a part added.
-
-    Args:
-        recipe: A recipe that calibrates.
-        variant: One of `VARIANTS`.
 
     Raises:
         InvalidInputError: If the recipe does not calibrate, or has the part already.

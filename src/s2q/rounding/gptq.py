@@ -127,25 +127,24 @@ def round_gptq(
     levels = levels_of(scheme, weight.shape[1], device=weight.device)
     nearest = quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
     rtn_rows = hessian_error(dequantize_weight(nearest, scale, levels=levels) - weight, hessian)
-    dead = int((hessian.diagonal() == 0).sum())
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor, dampening_frac, retries = _factorize(hessian[order][:, order], options.dampening_frac)
-    if factor is None:
-        return _fall_back(RoundedWeight(codes=nearest, scale=scale), rtn_rows, dead, options)
-    columns = _columns_scale(scale, weight.shape[1])[:, order]
-    codes = torch.empty_like(nearest)
-    codes[:, order] = _round_columns(weight[:, order], columns, factor, scheme=scheme, block_size=options.block_size)
-    rows = hessian_error(dequantize_weight(codes, scale, levels=levels) - weight, hessian)
-    worse = rows > rtn_rows
-    codes[worse] = nearest[worse]
+    factor, dampening_frac, retries = _factorize(hessian[order][:, order], options)
+    codes, rows, worse = nearest, rtn_rows, torch.ones_like(rtn_rows, dtype=torch.bool)
+    if factor is not None:
+        columns, size = _columns_scale(scale, weight.shape[1])[:, order], options.block_size
+        codes = torch.empty_like(nearest)
+        codes[:, order] = _round_columns(weight[:, order], columns, factor, scheme=scheme, block_size=size)
+        rows = hessian_error(dequantize_weight(codes, scale, levels=levels) - weight, hessian)
+        worse = rows > rtn_rows
+        codes[worse] = nearest[worse]
     report = GPTQReport(
         rtn_error=float(rtn_rows.sum()),
         error=float(torch.where(worse, rtn_rows, rows).sum()),
         dampening_frac=dampening_frac,
         retries=retries,
-        dead_columns=dead,
+        dead_columns=int((hessian.diagonal() == 0).sum()),
         rtn_rows=int(worse.sum()),
-        fallback=False,
+        fallback=factor is None,
     )
     return RoundedWeight(codes=codes, scale=scale), report
 
@@ -163,7 +162,7 @@ def _check(weight: Tensor, hessian: Tensor) -> None:
             )
 
 
-def _factorize(hessian: Tensor, dampening_frac: float) -> tuple[Tensor | None, float | None, int]:
+def _factorize(hessian: Tensor, options: GPTQ) -> tuple[Tensor | None, float | None, int]:
     """Find the upper triangular fp32 U with (H + dampening)⁻¹ = Uᵀ U; also the dampening used and the failed tries.
 
     With the order of rows and columns reversed, the lower Cholesky factor of H becomes an upper triangular R with
@@ -175,7 +174,7 @@ def _factorize(hessian: Tensor, dampening_frac: float) -> tuple[Tensor | None, f
     wide.diagonal()[dead] = 1
     mean = float(wide.diagonal()[~dead].mean()) if bool((~dead).any()) else 1.0
     for retry in range(_MAX_RETRIES + 1):
-        frac = dampening_frac
+        frac = options.dampening_frac
         if retry > 0:
             frac = max(10 * frac, _SMALLEST_RETRY) * 10 ** (retry - 1)
         reverse = wide.flip(0, 1)
@@ -189,7 +188,14 @@ def _factorize(hessian: Tensor, dampening_frac: float) -> tuple[Tensor | None, f
             if bool(upper.isfinite().all()):
                 return upper.float(), frac, retry
         logger.warning("gptq: the Hessian with dampening_frac=%g is not positive definite", frac)
-    return None, None, _MAX_RETRIES + 1
+    tries = _MAX_RETRIES + 1
+    if not options.allow_fallback:
+        raise S2QError(
+            f"gptq: the Hessian is not positive definite after {tries} tries with growing dampening; "
+            "use more calibration samples, a larger dampening_frac, or allow the fallback to rounding to nearest"
+        )
+    logger.warning("gptq: rounding to nearest instead, after %d failed factorizations", tries)
+    return None, None, tries
 
 
 def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, *, scheme: QuantScheme, block_size: int) -> Tensor:
@@ -217,24 +223,3 @@ def _columns_scale(scale: Tensor, in_features: int) -> Tensor:
     if scale.ndim == 1:
         return scale.unsqueeze(1).expand(-1, in_features)
     return scale.repeat_interleave(in_features // scale.shape[1], dim=1)
-
-
-def _fall_back(nearest: RoundedWeight, rtn_rows: Tensor, dead: int, options: GPTQ) -> tuple[RoundedWeight, GPTQReport]:
-    tries = _MAX_RETRIES + 1
-    if not options.allow_fallback:
-        raise S2QError(
-            f"gptq: the Hessian is not positive definite after {tries} tries with growing dampening; "
-            "use more calibration samples, a larger dampening_frac, or allow the fallback to rounding to nearest"
-        )
-    logger.warning("gptq: rounding to nearest instead, after %d failed factorizations", tries)
-    error = float(rtn_rows.sum())
-    report = GPTQReport(
-        rtn_error=error,
-        error=error,
-        dampening_frac=None,
-        retries=tries,
-        dead_columns=dead,
-        rtn_rows=len(rtn_rows),
-        fallback=True,
-    )
-    return nearest, report
