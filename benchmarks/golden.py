@@ -31,7 +31,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -78,20 +77,16 @@ PLAN_OPTIONS = ("--device", "cuda", "--device-memory", "24GB", "--memory-budget"
 EMBEDDED_SIZE = {"num_frames": 9, "height": 32, "width": 32}
 SHORT_TEXT = {"max_sequence_length": 16}
 TINY_SIZE = {"num_frames": 9, "height": 16, "width": 16}
-TINY_MODELS: dict[str, tuple[Any, dict[str, int], dict[str, int]]] = {  # pipeline, size of a video, other arguments
-    "tiny-cogvideox": (tiny.tiny_cogvideox_pipeline, TINY_SIZE, SHORT_TEXT),
-    "tiny-cogvideox-1.5": (
-        partial(tiny.tiny_cogvideox_pipeline, rotary=True, patch_size_t=2),
-        TINY_SIZE,
-        SHORT_TEXT,
-    ),
-    "tiny-hunyuanvideo": (tiny.tiny_hunyuanvideo_pipeline, TINY_SIZE, {}),
-    "tiny-hunyuanvideo-1.5": (tiny.tiny_hunyuanvideo15_pipeline, TINY_SIZE, {}),
-    "tiny-ltx": (tiny.tiny_ltx_pipeline, TINY_SIZE | {"height": 32, "width": 32}, {}),
-    "tiny-mochi": (tiny.tiny_mochi_pipeline, TINY_SIZE | {"num_frames": 13}, {}),
-    "tiny-wan": (tiny.tiny_wan_pipeline, TINY_SIZE, {}),
-    "tiny-wan-2.2-5b": (partial(tiny.tiny_wan_pipeline, expand_timesteps=True), TINY_SIZE, {}),
-    "tiny-wan-2.2-a14b": (partial(tiny.tiny_wan_pipeline, boundary_ratio=0.8), TINY_SIZE, {}),
+TINY_MODELS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # size of a video, other arguments
+    "tiny-cogvideox": (TINY_SIZE, SHORT_TEXT),
+    "tiny-cogvideox-1.5": (TINY_SIZE, SHORT_TEXT),
+    "tiny-hunyuanvideo": (TINY_SIZE, {}),
+    "tiny-hunyuanvideo-1.5": (TINY_SIZE, {}),
+    "tiny-ltx": (TINY_SIZE | {"height": 32, "width": 32}, {}),
+    "tiny-mochi": (TINY_SIZE | {"num_frames": 13}, {}),
+    "tiny-wan": (TINY_SIZE, {}),
+    "tiny-wan-2.2-5b": (TINY_SIZE, {}),
+    "tiny-wan-2.2-a14b": (TINY_SIZE, {}),
 }
 SETTINGS = {  # of groups that a recipe has
     "calibration": ("n_prompts=2", "steps=6", "samples=4"),
@@ -137,9 +132,11 @@ def compute_checkpoint(name: str, parts: tuple[str, ...]) -> dict[str, dict[str,
         folder = Path(temporary)
         source, size, call = model, EMBEDDED_SIZE, SHORT_TEXT if "cogvideox" in model else {}
         if model in TINY_MODELS:
-            build, size, call = TINY_MODELS[model]
+            size, call = TINY_MODELS[model]
             source = str(folder / model)
-            build().save_pretrained(source)
+            name = model.removeprefix("tiny-").replace("-", " ")
+            boundary_ratio = 0.8 if name == "wan 2.2 a14b" else None
+            tiny.tiny_pipeline(name, boundary_ratio=boundary_ratio).save_pretrained(source)
         prompts = folder / "prompts.txt"
         prompts.write_text("\n".join(PROMPTS) + "\n")
         settings = _settings(recipe, size)

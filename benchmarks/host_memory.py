@@ -21,7 +21,7 @@ from records import write_record
 from subprocesses import run_s2q
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from tiny import tiny_hunyuanvideo_pipeline
+from tiny import tiny_pipeline
 
 RESULT = Path(__file__).parent / "results" / "host-memory.json"
 RECIPE = "s2q-w4a6"
@@ -38,7 +38,7 @@ OVERRIDES = (
 
 def build(folder: Path) -> None:
     """Save the pipeline: tiny except its transformer."""
-    pipe = tiny_hunyuanvideo_pipeline(dtype=torch.bfloat16)
+    pipe = tiny_pipeline("hunyuanvideo", dtype=torch.bfloat16)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:

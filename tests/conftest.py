@@ -74,10 +74,10 @@ def emulated_half(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A folder with a random pipeline that takes captions of 96 characters."""
-    from tiny import tiny_cogvideox_pipeline
+    from tiny import tiny_pipeline
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     torch.manual_seed(0)
     config = dict(pipe.transformer.config) | {"max_text_seq_length": 96}
     pipe.register_modules(transformer=type(pipe.transformer).from_config(config).eval())

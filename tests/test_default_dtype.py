@@ -20,7 +20,7 @@ from s2q.generation.generate import generate
 from s2q.generation.load import load_pipeline
 from s2q.planning import plan
 from s2q.run.quantize import quantize
-from tiny import tiny_cogvideox_pipeline, tiny_wan_pipeline
+from tiny import tiny_pipeline
 
 PROMPTS = ["a red circle", "a blue square"]
 SMALL = [
@@ -36,8 +36,8 @@ def folders(tmp_path_factory):
     """A model of each dtype, and a checkpoint of the bf16 one made where bf16 has arithmetic."""
     root = tmp_path_factory.mktemp("models")
     for name in ("bfloat16", "float16", "float32"):
-        tiny_cogvideox_pipeline(dtype=getattr(torch, name)).save_pretrained(root / name)
-    tiny_wan_pipeline(dtype=torch.bfloat16).save_pretrained(root / "wan")
+        tiny_pipeline("cogvideox", dtype=getattr(torch, name)).save_pretrained(root / name)
+    tiny_pipeline("wan", dtype=torch.bfloat16).save_pretrained(root / "wan")
     quantize(root / "bfloat16", recipe="rtn-w4a6", out=root / "quantized")
     return root
 

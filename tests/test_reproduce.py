@@ -18,7 +18,7 @@ from s2q.cli import run as s2q
 from s2q.cli.app import app
 from s2q.evaluation.paper import FULL_PRECISION, METHOD, paper_tables
 from s2q.recipes.load import load_recipe, recipe_names
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 FAST = ["--steps", "2", "--num-frames", "9", "--height", "16", "--width", "16", "--device", "cpu"]
 SMALL = ["distillation.epochs=1", "calibration.steps=2", "calibration.n_prompts=1", "calibration.samples=2"]
@@ -29,7 +29,7 @@ SMALL_FLAGS = [part for change in SMALL for part in ("--set", change)]
 def inputs(tmp_path_factory):
     """Flags of a tiny model and its prompts."""
     folder = tmp_path_factory.mktemp("reproduce")
-    tiny_cogvideox_pipeline().save_pretrained(folder / "tiny")
+    tiny_pipeline("cogvideox").save_pretrained(folder / "tiny")
     (folder / "judged.txt").write_text("red\na square\nup/down\n")
     (folder / "calibration.txt").write_text("blue\n")
     prompts = ["--prompts", folder / "judged.txt", "--calibration-prompts", folder / "calibration.txt"]

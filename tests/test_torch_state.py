@@ -17,7 +17,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.recipes.load import load_recipe
 from states import STATES
-from tiny import tiny_wan_pipeline
+from tiny import tiny_pipeline
 
 SIZE = {"num_frames": 5, "height": 16, "width": 16}
 SETTINGS = {**SIZE, "num_inference_steps": 2}
@@ -44,7 +44,7 @@ def checkpoint_bytes(folder):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "wan"
-    tiny_wan_pipeline(num_layers=1).save_pretrained(folder)
+    tiny_pipeline("wan", num_layers=1).save_pretrained(folder)
     return folder
 
 

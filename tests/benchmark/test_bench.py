@@ -18,7 +18,7 @@ from s2q.models import block_linears, family_of, resolve_model
 from s2q.models.synthetic import synthetic_model
 from s2q.nn import PackedLinear, StudentLinear
 from s2q.recipes.load import load_recipe
-from tiny import run_transformer, tiny_cogvideox_pipeline, tiny_transformer
+from tiny import run_transformer, tiny_pipeline, tiny_transformer
 
 QUICK = TimingOptions(repeats=2, min_repeats=1, seconds=1.0, sample_milliseconds=0.0)
 TIMES = {"milliseconds", "milliseconds_quartiles", "bf16_milliseconds", "ratio_to_bf16", "bound_ratio", "rounds"}
@@ -52,7 +52,7 @@ def measured(case):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_cogvideox_pipeline(dtype=torch.bfloat16).save_pretrained(path)
+    tiny_pipeline("cogvideox", dtype=torch.bfloat16).save_pretrained(path)
     return path
 
 

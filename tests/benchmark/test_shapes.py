@@ -10,13 +10,13 @@ from s2q.benchmark.shapes import (
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.models import resolve_model
 from s2q.models.synthetic import synthetic_model, synthetic_names
-from tiny import tiny_cogvideox_image_pipeline, tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_cogvideox_pipeline().save_pretrained(path)
+    tiny_pipeline("cogvideox").save_pretrained(path)
     return path
 
 
@@ -75,7 +75,7 @@ def test_a_pipeline_whose_attention_does_not_see_the_text():
 
 
 def test_a_pipeline_that_does_not_tell(tmp_path):
-    tiny_cogvideox_image_pipeline().save_pretrained(tmp_path / "tiny")
+    tiny_pipeline("cogvideox image").save_pretrained(tmp_path / "tiny")
     with pytest.raises(UsageError, match="tiny: .* pass --tokens"):
         source_tokens(resolve_model(tmp_path / "tiny"))
 

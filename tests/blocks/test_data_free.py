@@ -13,7 +13,7 @@ from s2q.core.codebook import lloyd_max_levels
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe
 from s2q.run.quantize import quantize
-from tiny import run_pipeline, tiny_cogvideox_pipeline, tiny_wan_pipeline
+from tiny import run_pipeline, tiny_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 WIDTHS = ("w8a8", "w4a8", "w4a6", "w4a4")
@@ -22,7 +22,7 @@ SAMPLES = ["calibration.n_prompts=1", "calibration.steps=1", "calibration.sample
 
 
 def run(out, *, recipe="orbitquant-w4a4", overrides=(), pipe=None, **arguments):
-    pipe = tiny_cogvideox_pipeline(num_layers=1) if pipe is None else pipe
+    pipe = tiny_pipeline("cogvideox", num_layers=1) if pipe is None else pipe
     return quantize(pipe, recipe=recipe, out=out, overrides=overrides, **arguments)
 
 
@@ -41,7 +41,7 @@ def rounded(weight):
 
 
 def test_rows_are_rotated_and_go_to_the_nearest_levels(orbit):
-    full = tiny_cogvideox_pipeline(num_layers=1).transformer.transformer_blocks[0]
+    full = tiny_pipeline("cogvideox", num_layers=1).transformer.transformer_blocks[0]
     block = orbit.pipe.transformer.transformer_blocks[0]
     for name in (*SIBLINGS, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"):
         packed, weight = block.get_submodule(name), full.get_submodule(name).weight.detach().double()
@@ -113,7 +113,7 @@ def test_a_rotation_gives_the_same_codes_without_samples_as_with_them(tmp_path, 
 
 
 def test_another_family_without_modulation_linears(tmp_path):
-    run(tmp_path / "out", pipe=tiny_wan_pipeline())
+    run(tmp_path / "out", pipe=tiny_pipeline("wan"))
     assert inspect_checkpoint(tmp_path / "out", verify=True).simulated
 
 

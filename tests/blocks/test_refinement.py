@@ -9,7 +9,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe
 from s2q.run.quantize import quantize
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SMALL = ["calibration.steps=2", "calibration.samples=3", "calibration.n_prompts=2"]
@@ -20,7 +20,7 @@ def refined(out, *changes, recipe="s2q-plus-w4a4", epochs=3):
     distilled = [] if "distillation=null" in changes else ["distillation.epochs=1"]
     overrides = overriding([*SMALL, *distilled, f"refinement.epochs={epochs}"], changes)
     return quantize(
-        tiny_cogvideox_pipeline(num_layers=1), recipe=recipe, out=out, prompts=["a", "b"], overrides=overrides
+        tiny_pipeline("cogvideox", num_layers=1), recipe=recipe, out=out, prompts=["a", "b"], overrides=overrides
     )
 
 
@@ -40,7 +40,7 @@ def test_the_loss_falls_and_the_report_says_how(run):
 
 def test_codes_are_those_of_the_run_without_it(run, tmp_path):
     quantize(
-        tiny_cogvideox_pipeline(num_layers=1),
+        tiny_pipeline("cogvideox", num_layers=1),
         recipe="s2q-plus-w4a4",
         out=tmp_path / "without",
         prompts=["a", "b"],

@@ -7,7 +7,7 @@ from s2q.calibration.candidates import collect, prepare
 from s2q.calibration.teacher import load_teacher
 from s2q.common.run_folder import open_run_folder
 from s2q.recipes.load import load_recipe
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 STEPS = 2
 PROMPTS = ["red", "blue", "green"]
@@ -17,7 +17,7 @@ PROMPTS = ["red", "blue", "green"]
 def collecting(tmp_path, monkeypatch):
     """Collect some prompts in one run folder; returns the pools, the stays on the device, and the progress."""
     recipe = load_recipe("s2q-w4a6", overrides=[f"calibration.steps={STEPS}", "calibration.samples=1"])
-    teacher = load_teacher(tiny_cogvideox_pipeline(), recipe, dtype=None)
+    teacher = load_teacher(tiny_pipeline("cogvideox"), recipe, dtype=None)
     stays, original = [], collect_module.on_device
 
     def counted(modules, device, *, offload):

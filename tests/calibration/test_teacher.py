@@ -6,13 +6,13 @@ import torch
 from s2q.calibration.teacher import load_teacher
 from s2q.models import resolve_model
 from s2q.recipes.load import load_recipe
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_cogvideox_pipeline(dtype=torch.bfloat16).save_pretrained(path)
+    tiny_pipeline("cogvideox", dtype=torch.bfloat16).save_pretrained(path)
     return resolve_model(path)
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from s2q.run.quantize import quantize
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="package")
 def teacher():
-    return tiny_cogvideox_pipeline(dtype=torch.bfloat16)
+    return tiny_pipeline("cogvideox", dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="package")
@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory, teacher):
 def checkpoint_fp32(tmp_path_factory):
     """The tiny pipeline under rtn-w4a6, in fp32 throughout."""
     out = tmp_path_factory.mktemp("checkpoint") / "tiny-w4a6-fp32"
-    quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a6", out=out)
+    quantize(tiny_pipeline("cogvideox"), recipe="rtn-w4a6", out=out)
     return out
 
 

@@ -12,7 +12,7 @@ import s2q
 from s2q.common.components import has_adapter
 from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.nn import PackedLinear
-from tiny import run_transformer, tiny_cogvideox_pipeline
+from tiny import run_transformer, tiny_pipeline
 
 TARGETS = ["to_q", "to_k", "ff.net.2"]
 CODES = "packed codes cannot be merged"
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_was_saved_with_an_adapter_is_refused_in_one_line(copy
 
 
 def test_a_full_precision_model_that_was_saved_with_an_adapter_is_refused_before_any_compute(tmp_path):
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     pipe.transformer.add_adapter(lora())
     pipe.save_pretrained(tmp_path / "model")
     out = {"recipe": "rtn-w4a6", "out": tmp_path / "out"}

@@ -1,35 +1,15 @@
 """A quantized transformer has the dtype of the full-precision one, and so has what `dequantize()` makes of it."""
 
-import functools
-
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 from s2q.nn import PackedLinear
 from s2q.run.quantize import quantize
-from tiny import (
-    TINY_CALL,
-    tiny_cogvideox_pipeline,
-    tiny_hunyuanvideo15_pipeline,
-    tiny_hunyuanvideo_pipeline,
-    tiny_ltx_pipeline,
-    tiny_mochi_pipeline,
-    tiny_wan_pipeline,
-)
+from tiny import tiny_call, tiny_pipeline
+from tiny_families import TEXT_TO_VIDEO
 
-SMALL = {key: value for key, value in TINY_CALL.items() if key != "max_sequence_length"} | {"num_inference_steps": 1}
-TEXT = {"max_sequence_length": TINY_CALL["max_sequence_length"]}
-FAMILIES = {
-    "cogvideox": (tiny_cogvideox_pipeline, SMALL | TEXT),
-    "cogvideox15": (functools.partial(tiny_cogvideox_pipeline, rotary=True, patch_size_t=2), SMALL | TEXT),
-    "wan": (tiny_wan_pipeline, SMALL),
-    "wan22": (functools.partial(tiny_wan_pipeline, boundary_ratio=0.5), SMALL),
-    "hunyuanvideo": (tiny_hunyuanvideo_pipeline, SMALL),
-    "hunyuanvideo15": (tiny_hunyuanvideo15_pipeline, SMALL),
-    "ltx": (tiny_ltx_pipeline, SMALL | {"height": 32, "width": 32}),
-    "mochi": (tiny_mochi_pipeline, SMALL | {"num_frames": 7, "num_inference_steps": 2}),
-}
+FAMILIES = [name for name in TEXT_TO_VIDEO if name != "cogvideox rotary"]
 OUTER = {"blocks": [], "outer": ["outer.num_bits=8"]}
 
 
@@ -40,9 +20,8 @@ def models(tmp_path_factory):
 
     def make(family):
         if family not in made:
-            folder = tmp_path_factory.mktemp(family)
-            build, _ = FAMILIES[family]
-            build().save_pretrained(folder / "full")
+            folder = tmp_path_factory.mktemp("model")
+            tiny_pipeline(family).save_pretrained(folder / "full")
             for name, overrides in OUTER.items():
                 quantize(folder / "full", recipe="rtn-w4a6", out=folder / name, overrides=overrides)
             made[family] = folder
@@ -76,4 +55,4 @@ def test_the_dtype_is_that_of_full_precision_packed_and_dequantized(models, fami
     assert {name: one.dtype for name, one in pipe.transformer.named_parameters()} == wanted
     if dtype != torch.float16:  # which a CPU lacks operations for
         call = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
-        assert pipe(prompt="a", **FAMILIES[family][1], **call).frames.shape[0] == 1
+        assert pipe(prompt="a", **tiny_call(pipe), **call).frames.shape[0] == 1

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from s2q.run.quantize import quantize
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 TENSORS = "60aa344ec5b2b26a8e8a2b40b5f8af864799a2f0b109b20fe3e9171a411f4f67"
 CONFIG = "deb53de9b5e1b247c33dc03b7bb8e286082474fa0008fce842ef35add87c09f1"
@@ -17,7 +17,7 @@ CONFIG = "deb53de9b5e1b247c33dc03b7bb8e286082474fa0008fce842ef35add87c09f1"
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
     """Weights by integer arithmetic, exact in every dtype, so that no random generator decides the bytes."""
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     with torch.no_grad():
         for index, parameter in enumerate(pipe.transformer.parameters()):
             values = (torch.arange(parameter.numel()) * 37 + 11 * index) % 101 - 50
@@ -44,7 +44,7 @@ def test_configuration(golden):
 def test_a_row_by_hand(golden):
     """The first row of the first to_q: scale max / 7, codes round(w / scale) + 8, two a byte, low nibble first."""
     tensors = load_file(golden / "diffusion_pytorch_model.safetensors")
-    names = [name for name, _ in tiny_cogvideox_pipeline().transformer.named_parameters()]
+    names = [name for name, _ in tiny_pipeline("cogvideox").transformer.named_parameters()]
     name = "transformer_blocks.0.attn1.to_q"
     index = names.index(f"{name}.weight")
     values = [((position * 37 + 11 * index) % 101 - 50) / 64 for position in range(64)]

@@ -15,7 +15,7 @@ from s2q.checkpoint import load_pipeline
 from s2q.common.errors import S2QError
 from s2q.models import block_linears, family_of
 from s2q.nn import PackedLinear
-from tiny import run_pipeline, run_transformer, tiny_cogvideox_pipeline
+from tiny import run_pipeline, run_transformer, tiny_pipeline
 
 FP32 = {"dtype": torch.float32}
 BF16 = {"dtype": torch.bfloat16}
@@ -53,7 +53,7 @@ def assert_stored(transformer, stored):
 
 
 def test_differs_from_full_precision_but_not_wildly(expected):
-    full = run_transformer(tiny_cogvideox_pipeline().transformer)
+    full = run_transformer(tiny_pipeline("cogvideox").transformer)
     error = float((expected - full).square().sum() / full.square().sum())
     assert 1e-6 < error < 0.1
 
@@ -100,7 +100,7 @@ def test_same_video_as_the_pipeline_in_memory(checkpoint_fp32):
     from s2q.recipes.load import load_recipe
     from s2q.rounding import round_rtn
 
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     linears = block_linears(pipe.transformer, family_of(pipe.transformer))
     for plan in resolve(load_recipe("rtn-w4a6"), linears):
         linear = pipe.transformer.get_submodule(plan.name)
@@ -139,7 +139,7 @@ def test_every_block_linear_is_packed_and_nothing_else(checkpoint, teacher):
 
 
 def test_the_teacher_is_left_as_it_was(teacher):
-    fresh = tiny_cogvideox_pipeline(dtype=torch.bfloat16)
+    fresh = tiny_pipeline("cogvideox", dtype=torch.bfloat16)
     assert not any(isinstance(module, PackedLinear) for module in teacher.transformer.modules())
     assert "quantization_config" not in teacher.transformer.config
     for name, tensor in fresh.transformer.state_dict().items():
@@ -240,7 +240,7 @@ def test_quantizing_while_loading_is_refused(tmp_path):
     from s2q.checkpoint import S2QConfig
     from s2q.core.schemes import LinearScheme, PerChannel, QuantScheme
 
-    tiny_cogvideox_pipeline().transformer.save_pretrained(tmp_path)
+    tiny_pipeline("cogvideox").transformer.save_pretrained(tmp_path)
     scheme = LinearScheme(weight=QuantScheme(num_bits=4, granularity=PerChannel()), activation=None)
     config = S2QConfig.from_schemes({"transformer_blocks.0.attn1.to_q": scheme}, recipe="x", compute_dtype="float32")
     with pytest.raises(S2QError, match=r"does not quantize while loading: run s2q\.quantize"):

@@ -9,7 +9,7 @@ from s2q.checkpoint.model_card import front_matter, render_model_card
 from s2q.common.errors import InvalidInputError
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.recipes.load import load_recipe
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 STORAGE = {"full_precision_bytes": 4000, "quantized_bytes": 1000, "ratio": 4.0}
 
@@ -106,7 +106,7 @@ def test_the_licence_file_comes_along_and_the_path_does_not(tmp_path, checkpoint
     from s2q.run.quantize import quantize
 
     model = tmp_path / "model"
-    tiny_cogvideox_pipeline().save_pretrained(model)
+    tiny_pipeline("cogvideox").save_pretrained(model)
     (model / "LICENSE").write_text("theirs")
     quantize(model, recipe="rtn-w4a16", out=tmp_path / "out")
     assert (tmp_path / "out/LICENSE").read_text() == "theirs"
@@ -118,7 +118,7 @@ def test_the_licence_file_comes_along_and_the_path_does_not(tmp_path, checkpoint
 def test_a_pipeline_that_is_not_quantized_is_refused(tmp_path):
     records = CheckpointRecords(source="x", recipe={}, report={})
     with pytest.raises(InvalidInputError, match="is not quantized by s2q"):
-        save_checkpoint(tiny_cogvideox_pipeline(), tmp_path / "out", records=records)
+        save_checkpoint(tiny_pipeline("cogvideox"), tmp_path / "out", records=records)
     assert not list(tmp_path.iterdir())
 
 

@@ -29,7 +29,7 @@ def column_sums(query, key, mask=None):
 @pytest.mark.parametrize("rotary", [False, True])
 def test_joint_attention_of_a_real_block(rotary):
     """Against the attention map that is computed by hand from the block's own projections."""
-    transformer = tiny_transformer(rotary=rotary)
+    transformer = tiny_transformer("cogvideox rotary" if rotary else "cogvideox")
     inputs = transformer_inputs(batch=2)
     if rotary:
         angles = draw(3, 16)

@@ -11,30 +11,13 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 import s2q
-from s2q.generation.settings import prompt_token_limit
-from s2q.models import family_of
+from emulation import emulator
 from s2q.recipes.load import load_recipe
 from s2q.run.report import QuantizationReport
-from tiny import (
-    tiny_cogvideox_pipeline,
-    tiny_hunyuanvideo15_pipeline,
-    tiny_hunyuanvideo_pipeline,
-    tiny_ltx_pipeline,
-    tiny_mochi_pipeline,
-    tiny_wan_pipeline,
-)
+from tiny import tiny_call, tiny_pipeline, video_size
+from tiny_families import TEXT_TO_VIDEO
 
-MODELS = {
-    "cogvideox": lambda dtype: tiny_cogvideox_pipeline(rotary=True, num_layers=1, dtype=dtype),
-    "cogvideox 1.5": lambda dtype: tiny_cogvideox_pipeline(rotary=True, num_layers=1, patch_size_t=2, dtype=dtype),
-    "hunyuanvideo": lambda dtype: tiny_hunyuanvideo_pipeline(dtype=dtype),
-    "hunyuanvideo 1.5": lambda dtype: tiny_hunyuanvideo15_pipeline(dtype=dtype),
-    "ltx": lambda dtype: tiny_ltx_pipeline(dtype=dtype),
-    "mochi": lambda dtype: tiny_mochi_pipeline(dtype=dtype),
-    "wan": lambda dtype: tiny_wan_pipeline(num_layers=1, dtype=dtype),
-    "wan 2.2 5b": lambda dtype: tiny_wan_pipeline(num_layers=1, expand_timesteps=True, dtype=dtype),
-    "wan 2.2 a14b": lambda dtype: tiny_wan_pipeline(boundary_ratio=0.9, dtype=dtype),
-}
+MODELS = [name for name in TEXT_TO_VIDEO if name != "cogvideox rotary"]
 PROMPTS = ["red", "a blue square"]
 _QUICK = {
     "calibration.n_prompts": 1,
@@ -55,18 +38,10 @@ def _scratch():
 def model_folder(name, dtype=torch.float32):
     """A folder with a tiny pipeline; made once."""
     folder = Path(_scratch().name) / f"{name}-{dtype}".replace(" ", "-")
-    pipe = MODELS[name](dtype)
+    pipe = tiny_pipeline(name, num_layers=2 if name == "wan 2.2 a14b" else 1, dtype=dtype)
     pipe.save_pretrained(folder)
-    (folder / "generation.json").write_text(json.dumps({"num_inference_steps": 2, **sizes(pipe)}))
+    (folder / "generation.json").write_text(json.dumps({"num_inference_steps": 2, **video_size(pipe)}))
     return folder
-
-
-def sizes(pipe):
-    """Of a small video: 3 latent frames, 16 pixels a side or what the pipeline takes at least."""
-    from s2q.generation.settings import vae_factors
-
-    side = max(16, family_of(pipe.transformer).size_multiple)
-    return {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side}
 
 
 def quick(recipe, replaced=()):
@@ -131,11 +106,20 @@ def load(folder, device, *, dtype=torch.float32):
 
 def latents(pipe, **call):
     """Of one tiny video of a pipeline, wherever it computes; fp32 on the CPU."""
-    guided = family_of(pipe.transformer).guidance == "guider"
-    length = {} if guided else {"max_sequence_length": prompt_token_limit(pipe)}
+    arguments = {**tiny_call(pipe), "output_type": "latent", **call}
     generator = torch.Generator().manual_seed(0)
-    arguments = {**sizes(pipe), **length, "num_inference_steps": 2, "output_type": "latent", **call}
     return pipe("a red circle", generator=generator, **arguments).frames.float().cpu()
+
+
+def pairs(recipes, models):
+    """Every recipe on every model; on emulated GPUs, which are slow, on every second one, each model with others."""
+    step = 2 if emulator.is_installed() else 1
+    return [
+        (recipe, model)
+        for row, recipe in enumerate(recipes)
+        for column, model in enumerate(models)
+        if (row + column) % step == 0
+    ]
 
 
 def relative_error(result, expected):

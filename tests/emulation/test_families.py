@@ -13,8 +13,7 @@ def test_every_family_is_tested():
     assert {family.name for family in FAMILIES.values()} <= set(runs.MODELS)
 
 
-@pytest.mark.parametrize("model", runs.MODELS)
-@pytest.mark.parametrize("recipe", ["s2q-w4a6", "s2q-plus-w4a6"])
+@pytest.mark.parametrize(("recipe", "model"), runs.pairs(["s2q-w4a6", "s2q-plus-w4a6"], runs.MODELS))
 def test_a_gpu_gives_what_the_cpu_gives(recipe, model, device):
     runs.check_against_cpu(model, recipe, device)
 

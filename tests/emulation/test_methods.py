@@ -33,8 +33,7 @@ def test_every_method_is_tested():
     assert {name for name in recipe_names() if name.startswith("rtn-")} <= set(RECIPES)
 
 
-@pytest.mark.parametrize("model", ["cogvideox", "wan"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "model"), runs.pairs(RECIPES, ["cogvideox", "wan"]))
 def test_a_gpu_gives_what_the_cpu_gives(recipe, model, device):
     method = recipe.rpartition("-")[0]
     runs.check_against_cpu(model, recipe, device, overrides=OVERRIDES.get(method, ()))

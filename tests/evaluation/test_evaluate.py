@@ -13,7 +13,7 @@ from s2q.evaluation.evaluate import evaluate, judge_model, run_reference
 from s2q.evaluation.summary import summarise
 from s2q.evaluation.video_metrics import METRICS, selected_metrics
 from s2q.run.quantize import quantize
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 FAST = {"num_inference_steps": 2, "guidance_scale": 2.0}
 CAPTION = "a red circle moving left on a grey background"
@@ -21,7 +21,7 @@ CAPTION = "a red circle moving left on a grey background"
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     torch.manual_seed(0)
     config = dict(pipe.transformer.config) | {"max_text_seq_length": 64}
     pipe.register_modules(transformer=type(pipe.transformer).from_config(config).eval())
@@ -184,7 +184,7 @@ def test_bad_input(pipe, options, message):
 
 
 def test_a_damaged_student_is_refused_before_the_reference_runs(pipe, tmp_path, monkeypatch):
-    quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a6", out=tmp_path / "student")
+    quantize(tiny_pipeline("cogvideox"), recipe="rtn-w4a6", out=tmp_path / "student")
     (tmp_path / "student/model_index.json").open("a").write("\n")
     monkeypatch.setattr(pipe.transformer, "forward", None)
     with pytest.raises(InvalidInputError, match=r"model_index\.json: got \d+ bytes"):

@@ -7,12 +7,12 @@ from s2q.common.errors import S2QError
 from s2q.evaluation.velocity import velocity_errors
 from s2q.generation.settings import resolve_settings
 from s2q.generation.trajectory import record_trajectory
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["positions", "rotary"])
 def pipe(request):
-    return tiny_cogvideox_pipeline(rotary=request.param)
+    return tiny_pipeline("cogvideox rotary" if request.param else "cogvideox")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from s2q.core.schemes import PerChannel, QuantScheme
 from s2q.recipes.load import load_recipe
 from s2q.rounding import ROUNDINGS, Rounding, round_rtn
 from s2q.run.quantize import quantize
-from tiny import run_pipeline, tiny_cogvideox_pipeline
+from tiny import run_pipeline, tiny_pipeline
 
 W4 = QuantScheme(num_bits=4, granularity=PerChannel())
 
@@ -79,7 +79,7 @@ def test_messages_name_its_options(override, message):
 
 @pytest.mark.parametrize("recipe", ["rtn-w4a16", "smoothquant-w4a8"])
 def test_a_checkpoint_holds_its_weights_with_samples_and_without(tmp_path, recipe):
-    pipe = tiny_cogvideox_pipeline(num_layers=1)
+    pipe = tiny_pipeline("cogvideox", num_layers=1)
     small = ["calibration.n_prompts=1", "calibration.steps=1", "calibration.samples=1"]
     changes = ["rounding.method=mse", "transforms={}", *(small if recipe != "rtn-w4a16" else [])]
     quantize(pipe, recipe=recipe, out=tmp_path / "out", overrides=changes, prompts=["a red circle"])

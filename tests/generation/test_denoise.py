@@ -4,14 +4,14 @@ import torch
 from s2q.common.errors import S2QError
 from s2q.generation.denoise import denoise, initial_noise
 from s2q.generation.settings import resolve_settings
-from tiny import run_pipeline, tiny_cogvideox_pipeline
+from tiny import run_pipeline, tiny_pipeline
 
 SETTINGS = {"num_inference_steps": 3, "guidance_scale": 3.0}
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_cogvideox_pipeline(rotary=True)
+    return tiny_pipeline("cogvideox rotary")
 
 
 def test_a_video_does_not_depend_on_its_batch(pipe):
@@ -41,7 +41,7 @@ def test_equals_a_plain_pipeline_call(pipe):
 def test_noise_is_the_same_in_every_dtype(pipe):
     settings = resolve_settings(pipe)
     noise, _ = initial_noise(pipe, 3, settings)
-    half, _ = initial_noise(tiny_cogvideox_pipeline(dtype=torch.bfloat16), 3, settings)
+    half, _ = initial_noise(tiny_pipeline("cogvideox", dtype=torch.bfloat16), 3, settings)
     assert noise.dtype == half.dtype == torch.float32
     assert torch.equal(noise, half)
 
@@ -57,7 +57,7 @@ def test_steps_are_counted_and_the_progress_bar_is_left_as_it_was(pipe):
 
 
 def test_nan_is_an_error_that_names_the_video():
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     with torch.no_grad():
         pipe.transformer.proj_out.weight.fill_(float("nan"))
     with pytest.raises(S2QError, match="prompt 'a', seed 2"):

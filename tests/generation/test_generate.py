@@ -3,14 +3,14 @@ import torch
 
 from s2q.common.errors import InvalidInputError
 from s2q.generation.generate import generate
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 2.0}
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_cogvideox_pipeline()
+    return tiny_pipeline("cogvideox")
 
 
 def test_every_prompt_and_seed_in_order_whatever_the_batches(pipe):

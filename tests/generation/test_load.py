@@ -6,13 +6,13 @@ from s2q.generation.load import load_pipeline
 from s2q.models import resolve_model
 from s2q.nn import PackedLinear
 from s2q.run.quantize import quantize
-from tiny import run_pipeline, tiny_cogvideox_pipeline
+from tiny import run_pipeline, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    tiny_cogvideox_pipeline(dtype=torch.bfloat16).save_pretrained(root / "full")
+    tiny_pipeline("cogvideox", dtype=torch.bfloat16).save_pretrained(root / "full")
     quantize(root / "full", recipe="rtn-w4a6", out=root / "quantized")
     return root
 

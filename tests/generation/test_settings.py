@@ -2,12 +2,12 @@ import pytest
 
 from s2q.common.errors import InvalidInputError
 from s2q.generation.settings import check_prompts, resolve_settings, video_tokens
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_cogvideox_pipeline()
+    return tiny_pipeline("cogvideox")
 
 
 def test_sizes_default_to_the_transformer_and_requests_win_over_recommendations(pipe):

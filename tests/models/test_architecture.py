@@ -15,7 +15,7 @@ from s2q.generation.load import load_pipeline
 from s2q.models import resolve_model
 from s2q.models.architecture import architecture_of, check_comparable
 from s2q.run.quantize import quantize
-from tiny import tiny_cogvideox_pipeline, tiny_ltx_pipeline, tiny_wan_pipeline
+from tiny import tiny_pipeline
 
 SETTINGS = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 9}
 
@@ -25,12 +25,12 @@ def models(tmp_path_factory):
     """Full-precision pipelines, and of some a checkpoint."""
     root = tmp_path_factory.mktemp("models")
     pipes = {
-        "cogvideox": tiny_cogvideox_pipeline(),
-        "deeper": tiny_cogvideox_pipeline(num_layers=3),
-        "rotary": tiny_cogvideox_pipeline(rotary=True),
-        "wan": tiny_wan_pipeline(),
-        "wan-two": tiny_wan_pipeline(boundary_ratio=0.5),
-        "ltx": tiny_ltx_pipeline(),
+        "cogvideox": tiny_pipeline("cogvideox"),
+        "deeper": tiny_pipeline("cogvideox", num_layers=3),
+        "rotary": tiny_pipeline("cogvideox rotary"),
+        "wan": tiny_pipeline("wan"),
+        "wan-two": tiny_pipeline("wan 2.2 a14b", boundary_ratio=0.5),
+        "ltx": tiny_pipeline("ltx"),
     }
     for name, pipe in pipes.items():
         pipe.save_pretrained(root / name)

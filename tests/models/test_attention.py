@@ -13,7 +13,7 @@ from s2q.models.attention import (
     check_attention_backend,
     use_attention_registry,
 )
-from tiny import run_transformer, shrunken, tiny_cogvideox_pipeline, tiny_transformer
+from tiny import run_transformer, shrunken, tiny_pipeline, tiny_transformer
 
 
 def processors(transformer):
@@ -63,7 +63,7 @@ def test_backends_reach_every_attention(monkeypatch):
 
 
 def test_a_pipeline_is_loaded_with_a_backend(tmp_path):
-    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    tiny_pipeline("cogvideox").save_pretrained(tmp_path / "model")
     assert processors(load_pipeline(tmp_path / "model").transformer) == {DispatchedCogVideoXAttention}
     transformer = load_pipeline(tmp_path / "model", attention_backend="_native_math").transformer
     assert transformer.transformer_blocks[0].attn1.processor._attention_backend.value == "_native_math"

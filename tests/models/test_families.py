@@ -10,48 +10,29 @@ from s2q.calibration.stream import TeacherStream
 from s2q.checkpoint import read_config
 from s2q.distillation.token_importance import capture_column_sums
 from s2q.evaluation.evaluate import evaluate
-from s2q.generation.settings import prompt_token_limit, resolve_settings, vae_factors
+from s2q.generation.settings import resolve_settings
 from s2q.generation.trajectory import record_trajectory
 from s2q.models import FAMILIES, block_linears, block_names, family_of
 from s2q.nn import PackedLinear
 from s2q.planning import plan
-from tiny import (
-    tiny_cogvideox_pipeline,
-    tiny_hunyuanvideo15_pipeline,
-    tiny_hunyuanvideo_pipeline,
-    tiny_ltx_pipeline,
-    tiny_mochi_pipeline,
-    tiny_wan_pipeline,
-)
+from tiny import tiny_call, tiny_pipeline, video_size
+from tiny_families import TEXT_TO_VIDEO
 
-FAMILIES_UNDER_TEST = {
-    "cogvideox": lambda: tiny_cogvideox_pipeline(rotary=True),
-    "cogvideox 1.5": lambda: tiny_cogvideox_pipeline(rotary=True, patch_size_t=2),
-    "hunyuanvideo": tiny_hunyuanvideo_pipeline,
-    "hunyuanvideo 1.5": tiny_hunyuanvideo15_pipeline,
-    "ltx": tiny_ltx_pipeline,
-    "mochi": tiny_mochi_pipeline,
-    "wan": tiny_wan_pipeline,
-    "wan 2.2 5b": lambda: tiny_wan_pipeline(expand_timesteps=True),
-}
+# All but CogVideoX without rotary embeddings, which most other tests take, and a pipeline of two transformers
+# (test_two_transformers.py).
+FAMILIES_UNDER_TEST = [name for name in TEXT_TO_VIDEO if name not in ("cogvideox", "wan 2.2 a14b")]
 OF_IMAGES = {"attn2.add_k_proj", "attn2.add_v_proj"}  # which text to video has none of: test_image_to_video.py
 QUICK = ["calibration.samples=3", "calibration.steps=2", "distillation.epochs=1"]
 
 
-def sizes(pipe):
-    """Of a small video: 3 latent frames, 16 pixels a side or what the pipeline takes at least."""
-    side = max(16, family_of(pipe.transformer).size_multiple)
-    return {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side}
-
-
 @pytest.fixture(scope="module", params=FAMILIES_UNDER_TEST)
 def pipe(request):
-    return FAMILIES_UNDER_TEST[request.param]()
+    return tiny_pipeline(request.param)
 
 
 @pytest.fixture(scope="module")
 def trajectory(pipe):
-    settings = resolve_settings(pipe, requested={**sizes(pipe), "num_inference_steps": 3})
+    settings = resolve_settings(pipe, requested={**video_size(pipe), "num_inference_steps": 3})
     return record_trajectory(pipe, ["red", "a blue square"], seeds=[0, 1], settings=settings, decode=True)
 
 
@@ -125,7 +106,7 @@ def test_linears_of_a_group_read_the_same_numbers(pipe, stream):
 @torch.no_grad()
 def test_replaying_a_call_gives_its_recorded_output(pipe, trajectory):
     """Both branches of guidance in one call, whether the pipeline runs them so or not."""
-    assert trajectory.frames.shape == (2, *sizes(pipe).values(), 3)
+    assert trajectory.frames.shape == (2, *video_size(pipe).values(), 3)
     assert len(trajectory.calls) == 3
     for call in trajectory.calls:
         assert len(call.output) == 2 * trajectory.branches(call)
@@ -200,7 +181,7 @@ def test_token_importance_is_that_of_the_explicit_map(pipe, stream, monkeypatch)
 def test_from_plan_to_video(pipe, tmp_path):
     model, out = tmp_path / "model", tmp_path / "out"
     pipe.save_pretrained(model)
-    overrides = QUICK + [f"calibration.{name}={value}" for name, value in sizes(pipe).items()]
+    overrides = QUICK + [f"calibration.{name}={value}" for name, value in video_size(pipe).items()]
     planned = plan(str(model), recipe="s2q-w4a6", overrides=overrides)
     s2q.quantize(str(model), recipe="s2q-w4a6", out=out, prompts=["red", "a blue square"], overrides=overrides)
     assert set(read_config(out).layers) == {layer.name for layer in planned.layers}
@@ -208,12 +189,10 @@ def test_from_plan_to_video(pipe, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     state = loaded.transformer.state_dict().values()
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
-    guided = family_of(pipe.transformer).guidance == "guider"
-    length = {} if guided else {"max_sequence_length": prompt_token_limit(loaded)}
-    frames = loaded("red", **sizes(pipe), **length, num_inference_steps=2, output_type="pt").frames
-    assert frames.shape == (1, sizes(pipe)["num_frames"], 3, sizes(pipe)["height"], sizes(pipe)["width"])
+    frames = loaded("red", **tiny_call(loaded), output_type="pt").frames
+    assert frames.shape == (1, video_size(pipe)["num_frames"], 3, video_size(pipe)["height"], video_size(pipe)["width"])
     assert bool(frames.isfinite().all())
-    options = {**sizes(pipe), "num_inference_steps": 2}
+    options = {**video_size(pipe), "num_inference_steps": 2}
     result = evaluate(str(out), reference=str(model), prompts=["red", "a blue square"], seeds=[0], **options)
     assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.5
 
@@ -234,6 +213,6 @@ def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe,
     s2q.quantize(tmp_path / "model", recipe="rtn-w4a16", out=tmp_path / "blocks")
     pipes["blocks"] = DiffusionPipeline.from_pretrained(tmp_path / "blocks")
     for name, one in pipes.items():
-        settings = resolve_settings(one, requested={**sizes(one), "num_inference_steps": 2})
+        settings = resolve_settings(one, requested={**video_size(one), "num_inference_steps": 2})
         found[name] = record_trajectory(one, ["red"], seeds=[0], settings=settings).calls[0].output
     assert float((found["outer"] - found["blocks"]).norm() / found["blocks"].norm()) < 0.05

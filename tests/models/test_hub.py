@@ -17,7 +17,7 @@ from s2q.cli import run
 from s2q.common.errors import InvalidInputError
 from s2q.models import resolve_model
 from s2q.models.hub import HubId, parse_hub_id
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 OLD, NEW = "a" * 40, "b" * 40
 SETTINGS = ["--num-frames", "9", "--height", "16", "--width", "16", "--steps", "1"]
@@ -44,10 +44,12 @@ def cache(tmp_path_factory):
     """acme/full has two commits of other weights, the newer one with a variant; acme/packed was made from both."""
     root, cache = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("cache")
     for seed, (commit, refs) in enumerate({OLD: ["v1", "refs/pr/3"], NEW: ["main", "release/2.0"]}.items()):
-        tiny_cogvideox_pipeline(seed).save_pretrained(root / commit)
+        tiny_pipeline("cogvideox", seed).save_pretrained(root / commit)
         s2q.quantize(root / commit, recipe="rtn-w4a6", out=root / f"{commit}-packed")
         publish(cache, "acme/packed", root / f"{commit}-packed", commit, *refs)
-    tiny_cogvideox_pipeline(2, dtype=torch.float16).save_pretrained(root / NEW, variant="fp16", max_shard_size="15KB")
+    tiny_pipeline("cogvideox", 2, dtype=torch.float16).save_pretrained(
+        root / NEW, variant="fp16", max_shard_size="15KB"
+    )
     publish(cache, "acme/full", root / OLD, OLD, "v1", "refs/pr/3")
     publish(cache, "acme/full", root / NEW, NEW, "main", "release/2.0")
     return cache

@@ -13,14 +13,14 @@ from s2q.generation.denoise import denoise
 from s2q.generation.settings import resolve_settings
 from s2q.generation.trajectory import record_trajectory
 from s2q.recipes.load import load_recipe
-from tiny import tiny_hunyuanvideo15_pipeline
+from tiny import tiny_pipeline
 
 SIZES = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 2}
 
 
 @pytest.fixture
 def pipe():
-    return tiny_hunyuanvideo15_pipeline()
+    return tiny_pipeline("hunyuanvideo 1.5")
 
 
 def test_sizes_are_the_configuration_s_and_guidance_the_guider_s(pipe):

@@ -12,9 +12,8 @@ from s2q.common.errors import InvalidInputError
 from s2q.models import block_linears, family_of
 from s2q.nn import PackedLinear
 from s2q.planning import plan
-from tiny import tiny_cogvideox_image_pipeline, tiny_wan_image_pipeline
+from tiny import tiny_pipeline
 
-PIPELINES = {"cogvideox": tiny_cogvideox_image_pipeline, "wan": tiny_wan_image_pipeline}
 CALL = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 2}
 
 
@@ -31,10 +30,10 @@ def generated(pipe, colour="red", output_type="latent"):
     return pipe(picture(colour), "a square", **CALL, generator=generator, output_type=output_type).frames
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
+@pytest.fixture(scope="module", params=["cogvideox", "wan"])
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    PIPELINES[request.param]().save_pretrained(folder)
+    tiny_pipeline(f"{request.param} image").save_pretrained(folder)
     return folder
 
 
@@ -98,7 +97,7 @@ def test_linears_of_a_group_read_the_same_tensor_and_those_of_two_do_not(model):
 
 
 def test_wan_has_linears_for_the_tokens_of_an_image_in_its_cross_attention_alone():
-    transformer = tiny_wan_image_pipeline().transformer
+    transformer = tiny_pipeline("wan image").transformer
     listed = [one.name for one in block_linears(transformer, family_of(transformer))]
     found = [name for name in listed if "add_" in name]
     assert found == [f"blocks.{block}.attn2.add_{kind}_proj" for block in range(2) for kind in "kv"]

@@ -15,13 +15,13 @@ from s2q.common.loading_errors import PACKAGES, loading_error, missing_package
 from s2q.generation.load import check_model, load_pipeline
 from s2q.models import resolve_model, source
 from s2q.run.quantize import quantize
-from tiny import tiny_wan_pipeline
+from tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    tiny_wan_pipeline().save_pretrained(root / "full")
+    tiny_pipeline("wan").save_pretrained(root / "full")
     quantize(root / "full", recipe="rtn-w4a6", out=root / "packed")
     return root
 

@@ -7,13 +7,13 @@ import torch
 
 from s2q.common.errors import InvalidInputError
 from s2q.models import resolve_model
-from tiny import run_pipeline, tiny_cogvideox_pipeline, tiny_wan_pipeline
+from tiny import run_pipeline, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_cogvideox_pipeline(dtype=torch.bfloat16).save_pretrained(path)
+    tiny_pipeline("cogvideox", dtype=torch.bfloat16).save_pretrained(path)
     return path
 
 
@@ -23,7 +23,7 @@ def embedded(monkeypatch, folder):
     module = types.ModuleType("s2q.shapes.embedded")
     module.EMBEDDED_NAMES = ("shapes-cogvideox", "shapes-cogvideox-outliers")
     module.embedded_folder = lambda name: folder
-    module.embedded_pipeline = lambda name, *, dtype: tiny_cogvideox_pipeline(dtype=dtype)
+    module.embedded_pipeline = lambda name, *, dtype: tiny_pipeline("cogvideox", dtype=dtype)
     monkeypatch.setitem(sys.modules, "s2q.shapes.embedded", module)
 
 
@@ -168,7 +168,7 @@ def test_pickled_weights_are_never_loaded(copy):
 
 
 def test_a_second_transformer(tmp_path):
-    tiny_wan_pipeline(boundary_ratio=0.5, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    tiny_pipeline("wan 2.2 a14b", boundary_ratio=0.5, dtype=torch.bfloat16).save_pretrained(tmp_path)
     source = resolve_model(tmp_path)
     assert list(source.transformer_configs) == ["transformer", "transformer_2"]
     assert [len(source.meta_transformer(name).blocks) for name in source.transformer_configs] == [2, 1]

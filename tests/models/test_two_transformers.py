@@ -26,7 +26,7 @@ from s2q.nn import PackedLinear
 from s2q.planning import plan
 from s2q.run import quantize as run_module
 from s2q.run import runner
-from tiny import tiny_wan_image_pipeline, tiny_wan_pipeline
+from tiny import tiny_pipeline
 
 BOUNDARY = 0.7
 FIRST, SECOND = [999, 900, 750], [500]  # the timesteps of four steps
@@ -44,7 +44,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def two(**arguments):
-    return tiny_wan_pipeline(**{"boundary_ratio": BOUNDARY, **arguments})
+    return tiny_pipeline("wan 2.2 a14b", **{"boundary_ratio": BOUNDARY, **arguments})
 
 
 def calibrated(model, out, *overrides, **arguments):
@@ -133,7 +133,7 @@ def interrupted(state, limit, work):
 
 @pytest.mark.parametrize("overrides", [[], ["outer.num_bits=8"]], ids=["blocks", "outer"])
 def test_the_plan_lists_the_linears_of_both_and_the_bytes_on_disk(model, tmp_path, overrides):
-    alone = tiny_wan_pipeline()
+    alone = tiny_pipeline("wan")
     alone.save_pretrained(tmp_path / "alone")
     of_first = plan(tmp_path / "alone", recipe="rtn-w4a6", overrides=overrides)
     planned = plan(model, recipe="rtn-w4a6", overrides=overrides)
@@ -347,7 +347,7 @@ def test_eval_measures_every_step(model, run):
     assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.5
     assert [step["timestep"] for step in result["velocity"]["steps"]] == FIRST + SECOND
     assert min(step["mean"] for step in result["velocity"]["steps"]) > 0
-    alone = tiny_wan_pipeline()
+    alone = tiny_pipeline("wan")
     with pytest.raises(InvalidInputError, match="has transformer, the reference .* has transformer and transformer_2"):
         evaluate(alone, reference=str(model), prompts=PROMPTS, seeds=[0], **SETTINGS)
 
@@ -405,7 +405,7 @@ def test_the_card_counts_the_linears_of_both(model, tmp_path):
 
 
 def test_image_to_video_with_two_transformers(tmp_path):
-    one = tiny_wan_image_pipeline()
+    one = tiny_pipeline("wan image")
     parts = one.components | {"transformer_2": copy.deepcopy(one.transformer), "boundary_ratio": BOUNDARY}
     WanImageToVideoPipeline(**parts).save_pretrained(tmp_path / "model")
     planned = plan(tmp_path / "model", recipe="rtn-w4a6")

@@ -12,7 +12,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.models import resolve_model
 from s2q.planning import plan
 from s2q.run.quantize import quantize
-from tiny import tiny_cogvideox_pipeline, tiny_wan_pipeline
+from tiny import tiny_pipeline
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -33,7 +33,7 @@ def saved(tmp_path_factory):
         "pickles": (torch.float32, {"safe_serialization": False}),
     }
     for seed, (name, (dtype, options)) in enumerate(how.items()):
-        tiny_cogvideox_pipeline(seed, dtype=dtype).save_pretrained(root / name, **options)
+        tiny_pipeline("cogvideox", seed, dtype=dtype).save_pretrained(root / name, **options)
     return root
 
 
@@ -245,8 +245,8 @@ def test_a_file_without_a_suffix_is_named_where_diffusers_fails_on_it(saved, tmp
 
 
 def test_both_transformers_are_read_by_index_and_variant(tmp_path):
-    tiny_wan_pipeline(boundary_ratio=0.5).save_pretrained(tmp_path, max_shard_size="50KB")
-    half = tiny_wan_pipeline(1, boundary_ratio=0.5, dtype=torch.bfloat16)
+    tiny_pipeline("wan 2.2 a14b", boundary_ratio=0.5).save_pretrained(tmp_path, max_shard_size="50KB")
+    half = tiny_pipeline("wan 2.2 a14b", 1, boundary_ratio=0.5, dtype=torch.bfloat16)
     half.transformer_2.save_pretrained(tmp_path / "transformer_2", variant="bf16")
     assert resolve_model(tmp_path).weights_dtype() is torch.float32
     source = resolve_model(tmp_path, variant="bf16")

@@ -12,7 +12,7 @@ from s2q.core.schemes import LinearScheme, PerGroup, PerToken, QuantScheme
 from s2q.nn import PackedLinear, dequantized, packed, set_backend, share_inputs
 from s2q.rounding import round_rtn
 from s2q.run.quantize import quantize
-from tiny import run_transformer, tiny_cogvideox_pipeline
+from tiny import run_transformer, tiny_pipeline
 
 CALIBRATED = ["calibration.steps=1", "calibration.samples=1", "transforms.shift=mean", "transforms.low_rank=2"]
 
@@ -24,7 +24,7 @@ def transformer(tmp_path_factory):
 
     out = tmp_path_factory.mktemp("runtime") / "out"
     overrides = [*CALIBRATED, "transforms.scale=smooth", "transforms.rotation=kronecker", "clip.constant=0.9"]
-    quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a6", out=out, prompts=["a"], overrides=overrides)
+    quantize(tiny_pipeline("cogvideox"), recipe="rtn-w4a6", out=out, prompts=["a"], overrides=overrides)
     return load_pipeline(out).transformer
 
 

@@ -15,7 +15,7 @@ from s2q.nn import PackedLinear, StudentInput, StudentLinear, share_inputs
 from s2q.planning import plan
 from s2q.rounding import round_rtn
 from s2q.run.quantize import quantize
-from tiny import run_pipeline, tiny_cogvideox_pipeline
+from tiny import run_pipeline, tiny_pipeline
 
 GROUPED = ["activations.granularity=per_group", "activations.group_size=16"]
 
@@ -127,7 +127,7 @@ def test_widths_that_groups_do_not_divide_are_refused():
 
 
 def test_plan_checkpoint_and_report_say_so(tmp_path, caplog):
-    pipe = tiny_cogvideox_pipeline(num_layers=1)
+    pipe = tiny_pipeline("cogvideox", num_layers=1)
     report = quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out", overrides=GROUPED)
     assert report.simulated
     assert inspect_checkpoint(tmp_path / "out").simulated

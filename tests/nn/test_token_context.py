@@ -16,13 +16,7 @@ from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerToken, QuantSch
 from s2q.core.tokens import TokenGrid, TokenLayout, current_grid, token_grid
 from s2q.models import family_of, token_layout
 from s2q.nn import PackedLinear, follow_tokens, unfollow_tokens
-from tiny import (
-    TINY_CALL,
-    tiny_cogvideox_pipeline,
-    tiny_hunyuanvideo_pipeline,
-    tiny_ltx_pipeline,
-    tiny_wan_pipeline,
-)
+from tiny import TINY_CALL, tiny_pipeline
 
 ACTIVATION = QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True, delta=Delta(cube=(2, 2, 2)))
 SCHEME = LinearScheme(weight=QuantScheme(num_bits=4, granularity=PerChannel()), activation=ACTIVATION)
@@ -117,34 +111,34 @@ LARGER = {"num_inference_steps": 1, "num_frames": 9, "height": 64, "width": 32}
 
 
 @pytest.mark.parametrize(
-    ("build", "call", "sizes", "text", "linears"),
+    ("name", "call", "sizes", "text", "linears"),
     [
         (
-            tiny_cogvideox_pipeline,
+            "cogvideox",
             TINY_CALL,
             (3, 1, 1),
             "before",
             {"transformer_blocks.0.attn1.to_q": "joint", "transformer_blocks.1.ff.net.2": "joint"},
         ),
         (
-            tiny_wan_pipeline,
+            "wan",
             LARGER,
             (3, 4, 2),
             "apart",
             {"blocks.0.attn1.to_q": "video", "blocks.0.attn2.to_q": "video", "blocks.1.ffn.net.2": "video"},
         ),
         (
-            tiny_hunyuanvideo_pipeline,
+            "hunyuanvideo",
             LARGER,
             (3, 4, 2),
             "after",
             {"transformer_blocks.0.attn.to_q": "video", "single_transformer_blocks.0.proj_mlp": "joint"},
         ),
-        (tiny_ltx_pipeline, LARGER, (3, 8, 4), "apart", {"transformer_blocks.0.attn1.to_q": "video"}),
+        ("ltx", LARGER, (3, 8, 4), "apart", {"transformer_blocks.0.attn1.to_q": "video"}),
     ],
 )
-def test_the_grid_of_a_pipeline_and_what_its_linears_see(build, call, sizes, text, linears):
-    pipe = build()
+def test_the_grid_of_a_pipeline_and_what_its_linears_see(name, call, sizes, text, linears):
+    pipe = tiny_pipeline(name)
     layout = token_layout(pipe.transformer, family_of(pipe.transformer))
     heard = []
 

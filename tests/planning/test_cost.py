@@ -11,7 +11,7 @@ from s2q.planning.cost import block_shapes
 from s2q.planning.resolve import recipe_linears, resolve
 from s2q.planning.workload import workload_of_synthetic
 from s2q.recipes.load import load_recipe
-from tiny import tiny_cogvideox_pipeline, tiny_mochi_pipeline
+from tiny import tiny_pipeline
 
 RECIPE = load_recipe("s2q-w4a6")
 STEP = {"checkpointed": False, "itemsize": 4}
@@ -164,7 +164,7 @@ def test_the_embedded_model_is_planned_from_its_configuration():
 
 
 def test_activations_are_as_wide_as_the_video_where_the_text_is_narrower():
-    transformers = {"transformer": tiny_mochi_pipeline().transformer}
+    transformers = {"transformer": tiny_pipeline("mochi").transformer}
     workload = Workload(tokens=1000, frames=5, text_tokens=8, branches=2, rows=2, component_bytes=0)
     recipe = load_recipe("s2q-w4a6", overrides=["calibration.samples=1", "calibration.branches=conditional"])
     planned = plan_transformers(
@@ -185,7 +185,7 @@ def test_activations_are_as_wide_as_the_video_where_the_text_is_narrower():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_weights_that_the_process_holds_count_once(monkeypatch, device, recipe):
     monkeypatch.setattr(Machine, "process_bytes", 10**9)
-    transformers, others = {"transformer": tiny_cogvideox_pipeline().transformer}, 10**8
+    transformers, others = {"transformer": tiny_pipeline("cogvideox").transformer}, 10**8
     sizes, loaded = tensor_sizes(transformers), load_recipe(recipe)
     workload = Workload(tokens=12, frames=3, text_tokens=8, branches=2, rows=2, component_bytes=others)
     fresh, held = (
@@ -207,7 +207,7 @@ def test_weights_that_the_process_holds_count_once(monkeypatch, device, recipe):
 
 
 def test_sizes_of_the_recipe_count_and_are_checked(tmp_path):
-    tiny_cogvideox_pipeline().save_pretrained(tmp_path)
+    tiny_pipeline("cogvideox").save_pretrained(tmp_path)
     sizes = ["calibration.num_frames=9", "calibration.height=32", "calibration.width=16"]
     assert plan(tmp_path, recipe="s2q-w4a6", overrides=sizes).calibration.tokens == 3 * 2 * 1
     with pytest.raises(InvalidInputError, match="height"):

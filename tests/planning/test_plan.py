@@ -9,7 +9,7 @@ from s2q.models import ModelSource
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe, recipe_names
 from s2q.run.quantize import quantize
-from tiny import run_pipeline, tiny_cogvideox_pipeline
+from tiny import run_pipeline, tiny_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -17,7 +17,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_cogvideox_pipeline(dtype=torch.bfloat16).save_pretrained(path)
+    tiny_pipeline("cogvideox", dtype=torch.bfloat16).save_pretrained(path)
     return path
 
 
@@ -73,7 +73,7 @@ def test_bytes_with_rotary_and_learned_positions(tmp_path, learned):
 
     from s2q.checkpoint import load_pipeline
 
-    pipe = tiny_cogvideox_pipeline(rotary=True)
+    pipe = tiny_pipeline("cogvideox rotary")
     config = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
     config["use_learned_positional_embeddings"] = learned
     pipe.register_modules(transformer=CogVideoXTransformer3DModel(**config).eval())
@@ -86,7 +86,7 @@ def test_bytes_with_rotary_and_learned_positions(tmp_path, learned):
 
 
 def test_ratio_is_against_bf16_of_the_whole_transformer_whatever_the_dtype(folder):
-    parameters = sum(one.numel() for one in tiny_cogvideox_pipeline().transformer.parameters())
+    parameters = sum(one.numel() for one in tiny_pipeline("cogvideox").transformer.parameters())
     for dtype in ("bfloat16", "float32"):
         storage = plan(folder, recipe="rtn-w4a6", dtype=dtype).storage
         assert storage["full_precision_bytes"] == 2 * parameters

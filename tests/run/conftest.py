@@ -7,13 +7,13 @@ import torch
 
 from s2q.run import runner
 from s2q.run.quantize import quantize
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_cogvideox_pipeline(num_layers=3, dtype=torch.bfloat16).save_pretrained(path)
+    tiny_pipeline("cogvideox", num_layers=3, dtype=torch.bfloat16).save_pretrained(path)
     return path
 
 

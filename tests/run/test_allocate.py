@@ -20,7 +20,7 @@ from s2q.recipes.load import load_recipe
 from s2q.run import allocate as allocate_module
 from s2q.run.allocate import block_errors, chosen_schemes
 from s2q.run.quantize import quantize
-from tiny import run_pipeline, tiny_cogvideox_pipeline, tiny_transformer, transformer_inputs
+from tiny import run_pipeline, tiny_pipeline, tiny_transformer, transformer_inputs
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SMALL = ["calibration.n_prompts=1", "calibration.steps=2", "calibration.samples=2"]
@@ -39,7 +39,7 @@ def groups(budget, *, recipe="q-dit-w4a4"):
 
 
 def run(out, recipe, *, pipe=None, **arguments):
-    pipe = tiny_cogvideox_pipeline() if pipe is None else pipe
+    pipe = tiny_pipeline("cogvideox") if pipe is None else pipe
     report = quantize(pipe, recipe=recipe, out=out, prompts=["a"], **arguments)
     return report, json.loads((out / "s2q/allocation.json").read_text())
 
@@ -61,7 +61,7 @@ FOUR_BITS = WEIGHTS_OF_BLOCK * 4 + 32 * (4 * 64 + 256 + 64)
 @pytest.mark.parametrize("factor", [50, 1 / 50])
 def test_the_linear_that_needs_small_groups_gets_them(tmp_path, factor):
     """Half of the channels of an input are far larger or smaller than the others, their weights the other way round."""
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     block = pipe.transformer.transformer_blocks[1]
     with torch.no_grad():
         block.norm2.norm.weight[:32] *= factor
@@ -100,7 +100,7 @@ def all_linears():
 
 def test_the_sensitive_linear_gets_8_bits_and_the_checkpoint_has_them(tmp_path):
     """One weight of each of its rows is so large that 4 bits leave nothing of the others; its input is zero."""
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     block = pipe.transformer.transformer_blocks[0]
     with torch.no_grad():
         block.get_submodule(OUT).weight[:, 0] = 20
@@ -118,7 +118,7 @@ def test_the_sensitive_linear_gets_8_bits_and_the_checkpoint_has_them(tmp_path):
 
 @pytest.mark.parametrize(("recipe", "budget"), [("q-dit-w4a4", 4.8), ("vidit-q-mp-w4a6", 6)])
 def test_what_is_stored_keeps_the_budget_and_the_plan(tmp_path, recipe, budget):
-    tiny_cogvideox_pipeline(dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_pipeline("cogvideox", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     recipe = load_recipe(recipe, overrides=[*SMALL, f"allocation.budget={budget}"])
     planned = plan(tmp_path / "model", recipe=recipe)
     assert [stage.name for stage in planned.stages] == ["collect", "select", "allocate", "blocks", "assemble"]
@@ -215,7 +215,7 @@ def test_samples_are_as_many_as_asked_for_and_those_of_the_run(tmp_path, monkeyp
         return original(opened, *arguments)
 
     monkeypatch.setattr(allocate_module, "candidate_losses", counted)
-    pipe = tiny_cogvideox_pipeline(num_layers=1)
+    pipe = tiny_pipeline("cogvideox", num_layers=1)
     recipe = load_recipe(bits(6).resolved(), overrides=["allocation.samples=1"])
     run(tmp_path / "one", recipe, pipe=pipe)
     run(tmp_path / "all", bits(6), pipe=pipe)
@@ -255,7 +255,7 @@ def test_skipped_linears_take_no_part(tmp_path):
 def test_what_cannot_be_allocated_is_refused_before_compute(tmp_path, overrides, message):
     with pytest.raises(InvalidInputError, match=message):
         quantize(
-            tiny_cogvideox_pipeline(), recipe="q-dit-w4a4", out=tmp_path / "out", prompts=["a"], overrides=overrides
+            tiny_pipeline("cogvideox"), recipe="q-dit-w4a4", out=tmp_path / "out", prompts=["a"], overrides=overrides
         )
     assert not list(tmp_path.iterdir())
 
@@ -272,7 +272,7 @@ def test_the_remedy_for_a_small_budget_is_enough():
 def test_allocation_needs_prompts_and_widths_that_it_replaces(tmp_path):
     allocation = "allocation={what: weight_bits, candidates: [4, 8], budget: 6}"
     with pytest.raises(InvalidInputError, match="recipe rtn-w4a4 needs calibration prompts"):
-        quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a4", out=tmp_path / "out", overrides=[allocation])
+        quantize(tiny_pipeline("cogvideox"), recipe="rtn-w4a4", out=tmp_path / "out", overrides=[allocation])
     assert not list(tmp_path.iterdir())
     with pytest.raises(InvalidInputError, match=r"weights\.num_bits=3 is none of .*replace it"):
         load_recipe("rtn-w4a4", overrides=[allocation, "weights.num_bits=3"])

@@ -15,7 +15,7 @@ from s2q.planning import plan
 from s2q.recipes.load import load_recipe
 from s2q.rounding import GPTQ
 from s2q.run.quantize import quantize
-from tiny import run_pipeline, split_input, tiny_cogvideox_pipeline
+from tiny import run_pipeline, split_input, tiny_pipeline
 
 PARTS = {
     "smoothquant": ("smooth", "identity", "rtn", None),
@@ -41,7 +41,7 @@ def baseline(tmp_path_factory):
     def run(method):
         if method not in done:
             out = tmp_path_factory.mktemp(method) / "out"
-            pipe = tiny_cogvideox_pipeline(num_layers=1)
+            pipe = tiny_pipeline("cogvideox", num_layers=1)
             block = pipe.transformer.transformer_blocks[0]
             amax = torch.zeros(block.get_submodule(LINEAR).in_features)
             inputs = []
@@ -208,7 +208,7 @@ def test_brecq_rounds_each_weight_down_or_up_as_serves_the_block(baseline):
 
 def test_ptq4dit_balances_the_salience_of_timesteps(tmp_path):
     """Of two timesteps, each of one sample; the maxima of each are listened to, and weighted as coded here."""
-    pipe = tiny_cogvideox_pipeline(num_layers=1)
+    pipe = tiny_pipeline("cogvideox", num_layers=1)
     linear = pipe.transformer.transformer_blocks[0].get_submodule(LINEAR)
     calls = []
     linear.register_forward_pre_hook(lambda _module, args: calls.append(args[0].abs().amax(dim=1).double()))
@@ -285,7 +285,7 @@ def test_mixed_precision_is_viditq_with_an_allocation(width):
 
 def test_plans_of_all_of_them(tmp_path):
     """Each plans; bytes of the same bits differ by what the method stores."""
-    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    tiny_pipeline("cogvideox").save_pretrained(tmp_path / "model")
     sizes = {
         (method, width): plan(tmp_path / "model", recipe=f"{method}-{width}").storage["quantized_bytes"]
         for method in METHODS

@@ -21,7 +21,7 @@ from s2q.planning import Machine, Plan, plan
 from s2q.run import runner
 from s2q.run.quantize import quantize
 from s2q.run.report import QuantizationReport
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -50,7 +50,7 @@ def test_reported_errors_are_those_of_the_stored_weights(folder, tmp_path):
     from s2q.checkpoint import load_pipeline
 
     report = quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out")
-    full = tiny_cogvideox_pipeline(num_layers=3, dtype=torch.bfloat16).transformer.requires_grad_(False)
+    full = tiny_pipeline("cogvideox", num_layers=3, dtype=torch.bfloat16).transformer.requires_grad_(False)
     packed = load_pipeline(tmp_path / "out").transformer
     for block in report.blocks:
         noise = power = 0.0
@@ -231,7 +231,7 @@ def test_cuda_that_is_not_there(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["transformer_blocks.1.attn1.to_k.weight", "proj_out.bias"])
 def test_weights_that_are_not_finite_name_the_tensor(tmp_path, name, value):
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     with torch.no_grad():
         pipe.transformer.get_parameter(name).view(-1)[3] = value
     with pytest.raises(InvalidInputError, match=rf"{name} contains 1 NaN or infinite values"):
@@ -256,7 +256,7 @@ HUGE = [
 @pytest.mark.parametrize(("name", "value", "dtype"), HUGE)
 @pytest.mark.parametrize("recipe", ["rtn-w4a6", "s2q-w4a6"])
 def test_weights_that_overflow_name_the_tensor(tmp_path, name, value, dtype, recipe):
-    pipe = tiny_cogvideox_pipeline(num_layers=3, dtype=getattr(torch, dtype))
+    pipe = tiny_pipeline("cogvideox", num_layers=3, dtype=getattr(torch, dtype))
     with torch.no_grad():
         pipe.transformer.get_parameter(name).view(-1)[3] = value
     with pytest.raises(
@@ -267,7 +267,7 @@ def test_weights_that_overflow_name_the_tensor(tmp_path, name, value, dtype, rec
 
 
 def test_large_weights_that_do_not_overflow_are_quantized(tmp_path):
-    pipe = tiny_cogvideox_pipeline(num_layers=3)
+    pipe = tiny_pipeline("cogvideox", num_layers=3)
     with torch.no_grad():
         pipe.transformer.get_parameter("transformer_blocks.1.attn1.to_v.weight").view(-1)[3] = 1e6
     assert quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out").storage["ratio"] > 1
@@ -287,11 +287,11 @@ def test_adapters_and_offloaded_weights_are_refused(tmp_path):
     from accelerate import cpu_offload
     from peft import LoraConfig
 
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(InvalidInputError, match="its transformer has an adapter"):
         quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out")
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     cpu_offload(pipe.transformer, torch.device("cpu"))
     with pytest.raises(InvalidInputError, match="is offloaded; load the pipeline without offloading"):
         quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out")
@@ -299,7 +299,7 @@ def test_adapters_and_offloaded_weights_are_refused(tmp_path):
 
 def test_dtype_of_a_loaded_pipeline_must_be_the_one_asked_for(tmp_path):
     with pytest.raises(InvalidInputError, match=r"loaded in torch\.float32, dtype=torch\.bfloat16 asked for"):
-        quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a6", out=tmp_path / "out", dtype="bfloat16")
+        quantize(tiny_pipeline("cogvideox"), recipe="rtn-w4a6", out=tmp_path / "out", dtype="bfloat16")
 
 
 def test_a_pipeline_without_transformer(tmp_path):
@@ -321,14 +321,14 @@ def test_dry_run_returns_the_plan_and_touches_nothing(folder, tmp_path, monkeypa
     planned = quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", dry_run=True)
     assert isinstance(planned, Plan)
     assert planned == plan(folder, recipe="rtn-w4a6")
-    loaded = quantize(tiny_cogvideox_pipeline(num_layers=3, dtype=torch.bfloat16), recipe="rtn-w4a6", dry_run=True)
+    loaded = quantize(tiny_pipeline("cogvideox", num_layers=3, dtype=torch.bfloat16), recipe="rtn-w4a6", dry_run=True)
     assert (loaded.layers, loaded.storage) == (planned.layers, planned.storage)
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_a_loaded_pipeline_are_planned_once(folder, monkeypatch):
     monkeypatch.setattr(Machine, "process_bytes", 10**9)
-    pipe = tiny_cogvideox_pipeline(num_layers=3, dtype=torch.bfloat16)
+    pipe = tiny_pipeline("cogvideox", num_layers=3, dtype=torch.bfloat16)
     from_folder, loaded = (quantize(one, recipe="rtn-w4a6", dry_run=True) for one in (folder, pipe))
     weights = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values())
     assert from_folder.stages[0].peak_memory_bytes - loaded.stages[0].peak_memory_bytes == weights
@@ -344,7 +344,7 @@ def test_dry_run_refuses_what_the_run_would_refuse(folder, tmp_path):
 
 def test_a_loaded_variant_of_an_embedded_model_keeps_its_name():
     """The variants share a folder, which is therefore not what they are called after."""
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     pipe.register_to_config(_name_or_path="shapes-cogvideox-outliers")
     assert quantize(pipe, recipe="rtn-w4a6", dry_run=True).model == "shapes-cogvideox-outliers"
 
@@ -397,7 +397,7 @@ def test_out_of_memory(folder, tmp_path, monkeypatch):
 def test_a_zero_weight_survives(tmp_path):
     from s2q.checkpoint import load_pipeline
 
-    pipe = tiny_cogvideox_pipeline()
+    pipe = tiny_pipeline("cogvideox")
     with torch.no_grad():
         pipe.transformer.transformer_blocks[0].attn1.to_q.weight.zero_()
     report = quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out")

@@ -14,7 +14,7 @@ from s2q.planning import plan
 from s2q.recipes.load import load_recipe
 from s2q.run import runner
 from s2q.run.quantize import quantize
-from tiny import run_transformer, split_input, tiny_cogvideox_pipeline, tiny_wan_pipeline
+from tiny import run_transformer, split_input, tiny_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PROMPTS = ["a red circle", "a blue square"]
@@ -23,7 +23,7 @@ SMALL = ["calibration.steps=2", "calibration.samples=3", "distillation.epochs=2"
 
 
 def small(out, *, pipe=None, overrides=(), recipe="s2q-w4a6", prompts=PROMPTS, **arguments):
-    pipe = tiny_cogvideox_pipeline() if pipe is None else pipe
+    pipe = tiny_pipeline("cogvideox") if pipe is None else pipe
     return quantize(pipe, recipe=recipe, out=out, prompts=prompts, overrides=overriding(SMALL, overrides), **arguments)
 
 
@@ -47,7 +47,7 @@ def test_what_is_written_is_what_was_computed(run):
     out, report, _ = run
     pipe = load_pipeline(out)
     packed = run_transformer(pipe.transformer)
-    full = run_transformer(tiny_cogvideox_pipeline().transformer)
+    full = run_transformer(tiny_pipeline("cogvideox").transformer)
     assert float((packed - full).square().mean() / full.square().mean()) < 1e-2
     inspected = inspect_checkpoint(out, verify=True)
     assert inspected.verified
@@ -124,10 +124,10 @@ def files_of(out):
     return {name: content for name, content in files.items() if name not in timed}
 
 
-@pytest.mark.parametrize("build", [tiny_cogvideox_pipeline, tiny_wan_pipeline], ids=["cogvideox", "wan"])
+@pytest.mark.parametrize("model", ["cogvideox", "wan"])
 @pytest.mark.parametrize("recipe", ["s2q-w4a6", "rtn-w4a6"])
-def test_every_file_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path, interrupt, build, recipe):
-    build().save_pretrained(tmp_path / "model")
+def test_every_file_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path, interrupt, model, recipe):
+    tiny_pipeline(model).save_pretrained(tmp_path / "model")
     size = ["calibration.num_frames=9", "calibration.height=16", "calibration.width=16"]
     overrides = overriding(SMALL, size) if recipe == "s2q-w4a6" else []
     arguments = {"recipe": recipe, "prompts": PROMPTS, "overrides": overrides}
@@ -142,7 +142,7 @@ def test_every_file_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path, int
 
 
 def test_a_tokenizer_that_has_been_used_is_saved_as_a_fresh_one_and_left_as_it_was(tmp_path):
-    pipe, fresh = tiny_cogvideox_pipeline(), tiny_cogvideox_pipeline()
+    pipe, fresh = tiny_pipeline("cogvideox"), tiny_pipeline("cogvideox")
     pipe.tokenizer("a", padding="max_length", max_length=7, truncation=True)
     before = (pipe.tokenizer.backend_tokenizer.padding, pipe.tokenizer.backend_tokenizer.truncation)
     assert None not in before
@@ -227,7 +227,7 @@ def test_a_block_does_not_depend_on_the_others(run, tmp_path):
 def test_part_by_part(tmp_path, part):
     overrides = ["calibration.steps=2", "calibration.samples=1", *part]
     report = quantize(
-        tiny_cogvideox_pipeline(num_layers=1),
+        tiny_pipeline("cogvideox", num_layers=1),
         recipe="rtn-w4a6",
         out=tmp_path / "out",
         prompts=["a"],
@@ -305,7 +305,7 @@ def test_nan_names_block_and_sample(tmp_path, monkeypatch):
 
 
 def test_one_sample_and_a_constant_channel(tmp_path):
-    pipe = tiny_cogvideox_pipeline(num_layers=1)
+    pipe = tiny_pipeline("cogvideox", num_layers=1)
     with torch.no_grad():  # one channel of the input of q, k, v is the same for every token, another one zero
         for channel in (0, 1):
             pipe.transformer.transformer_blocks[0].norm1.norm.weight[channel] = 0
@@ -327,7 +327,7 @@ def test_a_shift_helps_where_inputs_are_off_centre_and_dequantizing_undoes_it(ru
 
 
 def test_a_low_rank_branch_takes_most_of_the_error_and_everything_about_it_is_stored(run, tmp_path):
-    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    tiny_pipeline("cogvideox").save_pretrained(tmp_path / "model")
     overrides = ["transforms.low_rank=2"]
     report = small(tmp_path / "out", overrides=overrides)
     assert all(new.loss["final"] < old.loss["final"] for new, old in zip(report.blocks, run[1].blocks, strict=True))
@@ -346,7 +346,7 @@ def test_a_low_rank_branch_takes_most_of_the_error_and_everything_about_it_is_st
 
 
 def test_plan_has_the_stages_and_the_bytes(run, tmp_path):
-    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    tiny_pipeline("cogvideox").save_pretrained(tmp_path / "model")
     planned = plan(tmp_path / "model", recipe="s2q-w4a6", dtype="float32")
     assert [stage.name for stage in planned.stages] == ["collect", "select", "blocks", "assemble"]
     assert planned.storage["quantized_bytes"] == run[1].storage["quantized_bytes"]
@@ -392,7 +392,7 @@ def test_a_block_can_be_calibrated_in_the_dtype_of_the_model(tmp_path):
     for precision in ("float32", "model"):
         report = small(
             tmp_path / precision,
-            pipe=tiny_cogvideox_pipeline(dtype=torch.bfloat16),
+            pipe=tiny_pipeline("cogvideox", dtype=torch.bfloat16),
             overrides=[f"calibration.precision={precision}"],
         )
         losses[precision] = [block.loss for block in report.blocks]

@@ -12,7 +12,7 @@ import torch
 
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.run.quantize import quantize
-from tiny import tiny_cogvideox_pipeline, tiny_wan_pipeline
+from tiny import tiny_pipeline
 
 FAST = ("calibration.steps=2", "calibration.samples=2", "calibration.n_prompts=2", "distillation.epochs=1")
 FAST += ("calibration.num_frames=5", "calibration.height=16", "calibration.width=16")
@@ -167,7 +167,7 @@ def test_other_weights_are_not_taken_over(folder, tmp_path, count_blocks, interr
     out = tmp_path / "out"
     with interrupt(after=2):
         quantize(folder, recipe="rtn-w4a6", out=out)
-    pipe = tiny_cogvideox_pipeline(num_layers=3, dtype=torch.bfloat16)
+    pipe = tiny_pipeline("cogvideox", num_layers=3, dtype=torch.bfloat16)
     with torch.no_grad():
         pipe.transformer.transformer_blocks[1].ff.net[2].weight[0, 0] += 1
     quantize(pipe, recipe="rtn-w4a6", out=out)
@@ -192,7 +192,7 @@ def test_a_damaged_result_is_computed_again(folder, tmp_path, count_blocks, inte
 
 def test_processes_with_a_small_memory_budget_give_the_bytes_of_one_process_without(tmp_path):
     model = tmp_path / "model"
-    tiny_wan_pipeline(boundary_ratio=0.9).save_pretrained(model)
+    tiny_pipeline("wan 2.2 a14b", boundary_ratio=0.9).save_pretrained(model)
     arguments = {
         "recipe": "s2q-w4a6",
         "prompts": ["a red circle", "a blue square"],
@@ -235,6 +235,6 @@ def test_processes_have_nothing_to_do_when_all_blocks_are_finished(folder, refer
 
 def test_processes_need_a_model_by_name(folder, tmp_path):
     with pytest.raises(UsageError, match=r"processes=2 and a loaded pipeline; pass the model's name"):
-        quantize(tiny_cogvideox_pipeline(), recipe="rtn-w4a6", out=tmp_path / "out", processes=2)
+        quantize(tiny_pipeline("cogvideox"), recipe="rtn-w4a6", out=tmp_path / "out", processes=2)
     with pytest.raises(InvalidInputError, match="processes: got 0; expected at least 1"):
         quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", processes=0)

@@ -11,7 +11,7 @@ from s2q.planning import plan_model, this_machine
 from s2q.recipes.load import load_recipe
 from s2q.run import time_estimate as measure
 from s2q.run.time_estimate import BlockSeconds, measured
-from tiny import tiny_cogvideox_pipeline, tiny_hunyuanvideo_pipeline, tiny_wan_pipeline
+from tiny import tiny_pipeline
 
 
 def test_the_parts_are_found_from_the_total_times_of_short_runs():
@@ -32,7 +32,7 @@ def test_noise_makes_no_part_negative():
 
 @pytest.mark.parametrize("recipe", ["s2q-w4a6", "rtn-w4a6", "vidit-q-mp-w4a6"])
 def test_every_stage_gets_its_seconds_and_nothing_is_left(tmp_path, recipe):
-    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    tiny_pipeline("cogvideox").save_pretrained(tmp_path / "model")
     overrides = ["calibration.steps=4", "calibration.n_prompts=2", "calibration.samples=8"]
     validated, source = load_recipe(recipe, overrides=overrides), resolve_model(tmp_path / "model")
     machine = this_machine("cpu")
@@ -51,7 +51,7 @@ def test_every_stage_gets_its_seconds_and_nothing_is_left(tmp_path, recipe):
 
 @pytest.mark.parametrize(("prompts", "count"), [(None, 3), (["red", "blue"], 2), (["red"] * 9, 3)])
 def test_collecting_takes_as_long_as_the_prompts_of_the_run(tmp_path, monkeypatch, prompts, count):
-    tiny_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    tiny_pipeline("cogvideox").save_pretrained(tmp_path / "model")
     overrides = ["calibration.steps=4", "calibration.n_prompts=3", "calibration.samples=8"]
     recipe, source = load_recipe("s2q-w4a6", overrides=overrides), resolve_model(tmp_path / "model")
     machine = this_machine("cpu")
@@ -65,7 +65,7 @@ def test_collecting_takes_as_long_as_the_prompts_of_the_run(tmp_path, monkeypatc
 
 def test_both_of_two_transformers_get_samples(tmp_path):
     """Of few steps the second one takes none, so that more have to be measured."""
-    tiny_wan_pipeline(boundary_ratio=0.7).save_pretrained(tmp_path / "model")
+    tiny_pipeline("wan 2.2 a14b", boundary_ratio=0.7).save_pretrained(tmp_path / "model")
     size = [f"calibration.{name}={value}" for name, value in (("num_frames", 9), ("height", 16), ("width", 16))]
     overrides = ["calibration.steps=4", "calibration.n_prompts=2", "calibration.samples=2", *size]
     validated, source = load_recipe("s2q-w4a6", overrides=overrides), resolve_model(tmp_path / "model")
@@ -77,12 +77,12 @@ def test_both_of_two_transformers_get_samples(tmp_path):
 @pytest.mark.parametrize(("boundary", "expected"), [(None, (1, 5)), (0.7, (3, 12))])
 def test_steps_in_which_every_transformer_is_called(boundary, expected):
     """Step i of n has noise s = 1 - i / n, shifted to 3 s / (1 + 2 s), which is below 0.7 for i > 0.5625 n."""
-    teacher = load_teacher(tiny_wan_pipeline(boundary_ratio=boundary), load_recipe("rtn-w4a6"), dtype=None)
+    teacher = load_teacher(tiny_pipeline("wan 2.2 a14b", boundary_ratio=boundary), load_recipe("rtn-w4a6"), dtype=None)
     assert tuple(measure._steps_with(teacher, calls) for calls in (1, 5)) == expected
 
 
 def test_a_transformer_that_is_hardly_called_is_not_measured():
-    teacher = load_teacher(tiny_wan_pipeline(boundary_ratio=1.0), load_recipe("rtn-w4a6"), dtype=None)
+    teacher = load_teacher(tiny_pipeline("wan 2.2 a14b", boundary_ratio=1.0), load_recipe("rtn-w4a6"), dtype=None)
     with pytest.raises(InvalidInputError, match="omit --measure"):
         measure._steps_with(teacher, 5)
 
@@ -90,8 +90,8 @@ def test_a_transformer_that_is_hardly_called_is_not_measured():
 def test_each_kind_of_block_counts_as_often_as_there_are_blocks_of_it():
     recipe = load_recipe("rtn-w4a6")
     for pipe, kinds in (
-        (tiny_cogvideox_pipeline(num_layers=3), [(0, 3)]),
-        (tiny_hunyuanvideo_pipeline(), [(0, 1), (1, 1)]),
+        (tiny_pipeline("cogvideox", num_layers=3), [(0, 3)]),
+        (tiny_pipeline("hunyuanvideo"), [(0, 1), (1, 1)]),
     ):
         (transformer,) = load_teacher(pipe, recipe, dtype=None).transformers
         assert measure._kinds(transformer) == kinds

@@ -22,22 +22,16 @@ from s2q.nn import PackedLinear, StudentLinear
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe
 from s2q.run.quantize import quantize
-from tiny import (
-    TINY_CALL,
-    tiny_cogvideox_pipeline,
-    tiny_hunyuanvideo_pipeline,
-    tiny_wan_pipeline,
-    transformer_inputs,
-)
+from tiny import TINY_CALL, tiny_pipeline, transformer_inputs
 
 WIDTHS = ("w8a8", "w4a8", "w4a6", "w4a4")
 LARGER = {"num_inference_steps": 2, "num_frames": 9, "height": 64, "width": 32}
 SIZES = [f"calibration.{key}={LARGER[key]}" for key in ("num_frames", "height", "width")]
 SMALL = ["calibration.n_prompts=1", "calibration.steps=2", "calibration.samples=2", "calibration.branches=conditional"]
 MODELS = {
-    "cogvideox": (tiny_cogvideox_pipeline, TINY_CALL, [], (3, 1, 1)),
-    "wan": (tiny_wan_pipeline, LARGER, SIZES, (3, 4, 2)),
-    "hunyuanvideo": (tiny_hunyuanvideo_pipeline, LARGER, SIZES, (3, 4, 2)),
+    "cogvideox": (TINY_CALL, [], (3, 1, 1)),
+    "wan": (LARGER, SIZES, (3, 4, 2)),
+    "hunyuanvideo": (LARGER, SIZES, (3, 4, 2)),
 }
 
 
@@ -71,9 +65,11 @@ def run(tmp_path_factory):
     def carry_out(model, recipe, *overrides):
         key = (model, recipe, overrides)
         if key not in done:
-            build, call, sizes, grid = MODELS[model]
+            call, sizes, grid = MODELS[model]
             out = tmp_path_factory.mktemp("run") / "out"
-            report = quantize(build(), recipe=recipe, out=out, prompts=["a"], overrides=[*SMALL, *sizes, *overrides])
+            report = quantize(
+                tiny_pipeline(model), recipe=recipe, out=out, prompts=["a"], overrides=[*SMALL, *sizes, *overrides]
+            )
             pipe = DiffusionPipeline.from_pretrained(out)
             pipe.set_progress_bar_config(disable=True)
             done[key] = SimpleNamespace(out=out, report=report, pipe=pipe, call=call, grid=grid)

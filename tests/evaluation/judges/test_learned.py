@@ -11,7 +11,7 @@ from s2q.evaluation.judges.evalcrafter import NEEDS, evalcrafter_scores
 from s2q.evaluation.judges.learned import learned_names
 from s2q.evaluation.video_metrics import METRICS, selected_metrics
 from s2q.generation.generate import generate
-from tiny import tiny_cogvideox_pipeline
+from tiny import tiny_pipeline
 from tiny_judges import save_tiny_clip, save_tiny_lpips
 
 FAST = {"num_inference_steps": 1, "guidance_scale": 2.0, "height": 32, "width": 32}
@@ -19,7 +19,7 @@ FAST = {"num_inference_steps": 1, "guidance_scale": 2.0, "height": 32, "width": 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_cogvideox_pipeline()
+    return tiny_pipeline("cogvideox")
 
 
 @pytest.fixture(scope="module")

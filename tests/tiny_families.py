@@ -1,0 +1,298 @@
+"""The tiny random pipelines that tests and golden figures use: one entry a family; a new family is a new entry.
+
+Hidden size 64 (4 heads of 16) everywhere; 9 frames of 16 x 16 pixels are a few dozen tokens.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import diffusers as d
+import torch
+import transformers as t
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+TEXT_LENGTH = 16
+"""`max_text_seq_length` of the tiny CogVideoX transformers, in tokens."""
+
+_HEADS = {"num_attention_heads": 4, "attention_head_dim": 16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyFamily:
+    """The parts of one tiny pipeline.
+
+    Attributes:
+        pipeline: Class of the pipeline.
+        transformer: Class of the transformer.
+        config: Of the transformer.
+        vae: Builds the autoencoder.
+        scheduler: Builds the scheduler.
+        texts: Builds tokenizers, encoders and other components by name, in the order of their random weights.
+        options: Of the pipeline, beside its components.
+        fresh_vae: Whether the autoencoder is drawn from the seed, not after the transformer.
+    """
+
+    pipeline: type[d.DiffusionPipeline]
+    transformer: type[torch.nn.Module]
+    config: Mapping[str, Any]
+    vae: Callable[[], torch.nn.Module]
+    scheduler: Callable[[], Any]
+    texts: Callable[[int], dict[str, Any]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fresh_vae: bool = False
+
+
+def tokenizer(words: Sequence[str] = ()) -> t.T5Tokenizer:
+    """A T5 tokenizer by character, except for the words given; ids 0, 1, 2 are padding, end of sequence, unknown."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(character, -3.0) for character in string.ascii_letters + string.digits + string.punctuation]
+    pieces += [(f"▁{word}", -1.0) for word in words]
+    return t.T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def text_encoder(seed: int) -> t.T5EncoderModel:
+    """A random two-layer T5 encoder of width 32."""
+    torch.manual_seed(seed)
+    config = t.T5Config(
+        vocab_size=128,
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=8,
+        tie_word_embeddings=False,
+    )
+    return t.T5EncoderModel(config)
+
+
+def _t5(seed: int) -> dict[str, Any]:
+    return {"tokenizer": tokenizer(), "text_encoder": text_encoder(seed)}
+
+
+def _umt5(_seed: int) -> dict[str, Any]:
+    config = t.UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    return {"tokenizer": tokenizer(), "text_encoder": t.UMT5EncoderModel(config)}
+
+
+def _umt5_and_clip_vision(seed: int) -> dict[str, Any]:
+    vision = t.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    return {
+        **_umt5(seed),
+        "image_encoder": t.CLIPVisionModel(vision),
+        "image_processor": t.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    }
+
+
+def _llama_and_clip(_seed: int) -> dict[str, Any]:
+    size = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4}
+    llama = t.LlamaConfig(**size, num_hidden_layers=3, max_position_embeddings=512)
+    clip = t.CLIPTextConfig(**size, num_hidden_layers=2, projection_dim=32, eos_token_id=1, bos_token_id=0)
+    # The pipeline drops the first 95 tokens, which have to belong to what it writes before a prompt: these are 106.
+    words = sorted({word for word in DEFAULT_PROMPT_TEMPLATE["template"].split() if len(word) > 3})
+    return {
+        "tokenizer": tokenizer(words),
+        "text_encoder": t.LlamaModel(llama),
+        "tokenizer_2": tokenizer(),
+        "text_encoder_2": t.CLIPTextModel(clip),
+    }
+
+
+def _qwen_and_byt5(seed: int) -> dict[str, Any]:
+    qwen = t.Qwen2_5_VLTextConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]},
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    messages = tokenizer()  # one token a character: what the pipeline drops is the beginning of its own message
+    messages.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return {
+        "tokenizer": messages,
+        "text_encoder": t.Qwen2_5_VLTextModel(qwen),
+        "tokenizer_2": t.ByT5Tokenizer(extra_ids=0),
+        "text_encoder_2": text_encoder(seed),
+        "guider": ClassifierFreeGuidance(guidance_scale=5.0),
+    }
+
+
+_COGVIDEOX = TinyFamily(
+    pipeline=d.CogVideoXPipeline,
+    transformer=d.CogVideoXTransformer3DModel,
+    config=_HEADS
+    | {
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 32,
+        "text_embed_dim": 32,
+        "num_layers": 2,
+        "sample_width": 2,
+        "sample_height": 2,
+        "sample_frames": 9,
+        "patch_size": 2,
+        "temporal_compression_ratio": 4,
+        "max_text_seq_length": TEXT_LENGTH,
+    },
+    vae=lambda: d.AutoencoderKLCogVideoX(  # 8x in space, 4x in time, 4 latent channels
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    ),
+    scheduler=d.CogVideoXDDIMScheduler,
+    texts=_t5,
+    fresh_vae=True,
+)
+_ROTARY = replace(_COGVIDEOX, config=_COGVIDEOX.config | {"use_rotary_positional_embeddings": True})
+
+_WAN = TinyFamily(
+    pipeline=d.WanPipeline,
+    transformer=d.WanTransformer3DModel,
+    config=_HEADS
+    | {
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 32,
+        "freq_dim": 32,
+        "ffn_dim": 96,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    },
+    vae=lambda: d.AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ),
+    scheduler=lambda: d.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ),
+    texts=_umt5,
+)
+
+FAMILIES = {
+    "cogvideox": _COGVIDEOX,
+    "cogvideox rotary": _ROTARY,
+    "cogvideox 1.5": replace(_ROTARY, config=_ROTARY.config | {"patch_size_t": 2, "patch_bias": False}),
+    "cogvideox image": replace(
+        _ROTARY, pipeline=d.CogVideoXImageToVideoPipeline, config=_ROTARY.config | {"in_channels": 8}
+    ),
+    "hunyuanvideo": TinyFamily(
+        pipeline=d.HunyuanVideoPipeline,
+        transformer=d.HunyuanVideoTransformer3DModel,
+        config=_HEADS  # a block with two streams, one with one
+        | {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_refiner_layers": 1,
+            "mlp_ratio": 2.0,
+            "patch_size": 2,
+            "patch_size_t": 1,
+            "text_embed_dim": 32,
+            "pooled_projection_dim": 32,
+            "rope_axes_dim": (4, 6, 6),
+        },
+        vae=lambda: d.AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+        ),
+        scheduler=lambda: d.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        texts=_llama_and_clip,
+    ),
+    "hunyuanvideo 1.5": TinyFamily(
+        pipeline=d.HunyuanVideo15Pipeline,
+        transformer=d.HunyuanVideo15Transformer3DModel,
+        config=_HEADS
+        | {
+            "in_channels": 9,  # 4 of the latent, 4 of an image, a mask
+            "out_channels": 4,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "mlp_ratio": 2.0,
+            "text_embed_dim": 32,
+            "text_embed_2_dim": 32,
+            "image_embed_dim": 32,
+            "rope_axes_dim": (4, 6, 6),
+        },
+        vae=lambda: d.AutoencoderKLHunyuanVideo15(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, spatial_compression_ratio=8
+        ),
+        scheduler=lambda: d.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        texts=_qwen_and_byt5,
+    ),
+    "ltx": TinyFamily(
+        pipeline=d.LTXPipeline,
+        transformer=d.LTXVideoTransformer3DModel,
+        config=_HEADS
+        | {"in_channels": 8, "out_channels": 8, "cross_attention_dim": 64, "num_layers": 2, "caption_channels": 32},
+        vae=lambda: d.AutoencoderKLLTXVideo(  # 4x in time, 8x in space
+            latent_channels=8,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            patch_size=2,
+            patch_size_t=1,
+        ),
+        scheduler=d.FlowMatchEulerDiscreteScheduler,
+        texts=_t5,
+    ),
+    "mochi": TinyFamily(
+        pipeline=d.MochiPipeline,
+        transformer=d.MochiTransformer3DModel,
+        config=_HEADS  # video 64 wide, text 32
+        | {
+            "num_layers": 2,
+            "pooled_projection_dim": 32,
+            "in_channels": 12,
+            "text_embed_dim": 32,
+            "time_embed_dim": 8,
+            "max_sequence_length": 256,
+        },
+        vae=lambda: d.AutoencoderKLMochi(  # 6x in time
+            latent_channels=12,
+            encoder_block_out_channels=(32, 32, 32, 32),
+            decoder_block_out_channels=(32, 32, 32, 32),
+            layers_per_block=(1, 1, 1, 1, 1),
+        ),
+        scheduler=lambda: d.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        texts=_t5,
+    ),
+    "wan": _WAN,
+    # Every token has a timestep of its own.
+    "wan 2.2 5b": replace(_WAN, options={"expand_timesteps": True}),
+    # A second transformer, of one block less, denoises the timesteps below the boundary.
+    "wan 2.2 a14b": replace(_WAN, options={"boundary_ratio": 0.9}),
+    # Latent, mask and tokens of CLIP reach the blocks.
+    "wan image": replace(
+        _WAN,
+        pipeline=d.WanImageToVideoPipeline,
+        config=_WAN.config | {"in_channels": 12, "image_dim": 32, "added_kv_proj_dim": 64},
+        texts=_umt5_and_clip_vision,
+    ),
+}
+TEXT_TO_VIDEO = tuple(name for name in FAMILIES if not name.endswith("image"))
