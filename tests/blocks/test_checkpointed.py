@@ -8,12 +8,12 @@ from torch import nn
 from s2q.blocks import distil as module
 from s2q.blocks.distil import checkpoint_parts
 from s2q.core.memo import memoization
-from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.nn import LearnableClip, StudentInput, StudentLinear
 from s2q.transforms import Compose, KroneckerTransform, SmoothScale
+from schemes import scheme
 
-ACTIVATION = QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True)
-SCHEME = LinearScheme(weight=QuantScheme(num_bits=4, granularity=PerChannel()), activation=ACTIVATION)
+SCHEME = scheme(4, 6)
+ACTIVATION = SCHEME.activation
 
 
 def student_input(features):

@@ -10,17 +10,14 @@ from torch import nn
 from s2q.blocks.students import ALPHAS, make_students
 from s2q.blocks.task import BlockTask, BlockWork
 from s2q.calibration.input_statistics import InputStatistics
-from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.models import FAMILIES, linears_of_block
 from s2q.planning.resolve import resolve
 from s2q.recipes.load import load_recipe
+from schemes import scheme
 
 GROUP = ("q", "k")
 FAMILY = FAMILIES["CogVideoXTransformer3DModel"]
-SCHEME = LinearScheme(
-    weight=QuantScheme(num_bits=4, granularity=PerChannel()),
-    activation=QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True),
-)
+SCHEME = scheme(4, 4)
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,14 @@ import pytest
 from s2q.checkpoint import FORMAT_VERSION, S2QConfig
 from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import InputPath
-from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerToken, QuantScheme
+from s2q.core.schemes import Delta, LinearScheme
 from s2q.core.tokens import TokenLayout
+from schemes import activations, scheme
 
-SCHEME = LinearScheme(weight=QuantScheme(num_bits=4, granularity=PerChannel()), activation=None)
+SCHEME = scheme(4, None)
 DELTA = LinearScheme(
     weight=SCHEME.weight,
-    activation=QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True, delta=Delta(cube=(2, 2, 2))),
+    activation=activations(4, delta=Delta(cube=(2, 2, 2))),
 )
 LAYOUT = InputPath(scale=True, left=4, right=8, activation_clip=True)
 

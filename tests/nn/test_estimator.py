@@ -8,17 +8,18 @@ from torch import nn
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize_input
-from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerToken, QuantScheme
+from s2q.core.schemes import Delta, LinearScheme
 from s2q.core.tokens import TokenGrid, token_grid
 from s2q.nn import Estimator, PackedLinear, StudentInput, StudentLinear, share_inputs
 from s2q.rounding import round_rtn
+from schemes import activations, weights
 
-W4 = QuantScheme(num_bits=4, granularity=PerChannel())
+W4 = weights(4)
 GRID = TokenGrid(frames=3, height=1, width=2, text_tokens=2, text="before")
 within_grid = token_grid(GRID)
 ACTIVATIONS = {
-    "integers": QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True),
-    "simulated": QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True, delta=Delta(cube=(2, 1, 1))),
+    "integers": activations(6),
+    "simulated": activations(6, delta=Delta(cube=(2, 1, 1))),
     "weight-only": None,
 }
 

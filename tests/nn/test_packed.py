@@ -8,17 +8,11 @@ from torch import nn
 
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.core.qparams import RoundedWeight, dequantize_weight
-from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme, weight_bytes
+from s2q.core.schemes import weight_bytes
 from s2q.nn import PackedLinear
 from s2q.ops.quantize_per_token import quantize_per_token
 from s2q.rounding import round_rtn
-
-
-def scheme(w_bits=4, a_bits=6, group_size=None):
-    granularity = PerChannel() if group_size is None else PerGroup(group_size=group_size)
-    activation = None if a_bits is None else QuantScheme(num_bits=a_bits, granularity=PerToken(), dynamic=True)
-    return LinearScheme(weight=QuantScheme(num_bits=w_bits, granularity=granularity), activation=activation)
-
+from schemes import scheme
 
 SCHEMES = [
     scheme(8, 8),
@@ -235,7 +229,9 @@ def test_no_gradient_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    "layer_scheme", [scheme(4, 6), scheme(4, 6, group_size=8), scheme(4, None)], ids=lambda s: s.name
+    "layer_scheme",
+    [scheme(4, 6), scheme(4, 6, group_size=8), scheme(4, None)],
+    ids=lambda s: s.name,
 )
 def test_the_gradient_goes_straight_through_the_rounding(layer_scheme):
     layer, _ = a_layer(layer_scheme)

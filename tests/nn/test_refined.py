@@ -5,15 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, StudentInput
 from s2q.rounding import round_rtn
-
-
-def scheme(*, group_size=None, a_bits=6):
-    granularity = PerChannel() if group_size is None else PerGroup(group_size=group_size)
-    activation = None if a_bits is None else QuantScheme(num_bits=a_bits, granularity=PerToken(), dynamic=True)
-    return LinearScheme(weight=QuantScheme(num_bits=4, granularity=granularity), activation=activation)
+from schemes import scheme
 
 
 def a_layer(layer_scheme, *, bias=True, rank=None, clip=True):
@@ -40,8 +34,8 @@ def a_layer(layer_scheme, *, bias=True, rank=None, clip=True):
 CASES = [
     (scheme(), {"rank": 4}),
     (scheme(group_size=8), {"bias": False}),
-    (scheme(a_bits=None), {"rank": 2}),
-    (scheme(a_bits=4), {"clip": False}),
+    (scheme(activation=None), {"rank": 2}),
+    (scheme(activation=4), {"clip": False}),
 ]
 X = torch.randn(6, 24, generator=torch.Generator().manual_seed(5))
 
@@ -75,7 +69,7 @@ def test_what_was_learned_is_in_the_packed_linear_and_its_codes_stand_still(laye
 
 
 def test_the_gradients_are_those_of_the_formula():
-    packed, source = a_layer(scheme(a_bits=None), rank=2)
+    packed, source = a_layer(scheme(activation=None), rank=2)
     refined = RefinedLinear(packed, source=source)
     refined(X).square().sum().backward()
     weight = packed.dequantized_weight(torch.float32)
@@ -93,7 +87,7 @@ def test_the_gradients_are_those_of_the_formula():
 
 
 def test_it_makes_up_for_an_error_of_scale_and_bias():
-    packed, source = a_layer(scheme(a_bits=None), clip=False)
+    packed, source = a_layer(scheme(activation=None), clip=False)
     wanted = F.linear(X, packed.dequantized_weight(torch.float32) * 1.1, packed.bias + 0.5)
     refined = nn.Sequential(RefinedLinear(packed, source=source))
     optimizer = torch.optim.Adam(refined.parameters(), lr=0.02)

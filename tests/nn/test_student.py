@@ -4,21 +4,16 @@ from torch import nn
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import dequantize, dequantize_weight
-from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
+from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.quantize_per_token import quantize_per_token
 from s2q.rounding import round_rtn
 from s2q.transforms import Compose, KroneckerTransform, SmoothScale, hadamard
+from schemes import activations, scheme
 from tiny import split_input
 
-ACTIVATION = QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True)
-
-
-def scheme(weight=4, activation=6, *, group_size=None):
-    granularity = PerChannel() if group_size is None else PerGroup(group_size=group_size)
-    quantized = None if activation is None else QuantScheme(num_bits=activation, granularity=PerToken(), dynamic=True)
-    return LinearScheme(weight=QuantScheme(num_bits=weight, granularity=granularity), activation=quantized)
+ACTIVATION = activations(6)
 
 
 SCHEMES = [scheme(), scheme(group_size=8), scheme(activation=None)]

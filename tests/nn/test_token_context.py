@@ -12,14 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.core.qparams import RoundedWeight, fake_quantize_input
-from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerToken, QuantScheme
+from s2q.core.schemes import Delta, LinearScheme
 from s2q.core.tokens import TokenGrid, TokenLayout, current_grid, token_grid
 from s2q.models import family_of, token_layout
 from s2q.nn import PackedLinear, follow_tokens, unfollow_tokens
+from schemes import activations, weights
 from tiny import TINY_CALL, tiny_pipeline
 
-ACTIVATION = QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True, delta=Delta(cube=(2, 2, 2)))
-SCHEME = LinearScheme(weight=QuantScheme(num_bits=4, granularity=PerChannel()), activation=ACTIVATION)
+ACTIVATION = activations(4, delta=Delta(cube=(2, 2, 2)))
+SCHEME = LinearScheme(weight=weights(4), activation=ACTIVATION)
 LAYOUT = TokenLayout(latents="channels first", patch=(1, 1, 1), text="before")
 
 

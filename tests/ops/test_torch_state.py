@@ -9,7 +9,7 @@ from s2q.common.torch_state import fresh_torch_state
 from s2q.core.cubes import cube_means
 from s2q.core.input_path import InputTensors
 from s2q.core.qparams import fake_quantize_input, weight_scale
-from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
+from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerGroup, QuantScheme
 from s2q.core.tokens import TokenGrid, token_grid
 from s2q.nn import Estimator, PackedLinear, set_backend
 from s2q.ops import activation_path as paths
@@ -20,6 +20,7 @@ from s2q.ops import weight_only_matmul as weights
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.quantize_per_token import quantize_per_token
 from s2q.rounding import round_rtn
+from schemes import activations
 from states import STATES
 
 
@@ -126,13 +127,13 @@ def test_ops_without_backends_give_the_same_bits(state):
 
 
 GRID = TokenGrid(frames=3, height=2, width=2)
-TOKENS = QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True)
+TOKENS = activations(6)
 ACTIVATIONS = {
     "integers": TOKENS,
     "weight-only": None,
-    "deltas": QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True, delta=Delta(cube=(2, 1, 1))),
-    "groups": QuantScheme(num_bits=6, granularity=PerGroup(group_size=24), dynamic=True),
-    "levels": QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True, levels="lloyd_max"),
+    "deltas": activations(6, delta=Delta(cube=(2, 1, 1))),
+    "groups": activations(6, group_size=24),
+    "levels": activations(4, levels="lloyd_max"),
 }
 
 

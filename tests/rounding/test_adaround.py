@@ -12,16 +12,17 @@ from s2q.blocks.distil import (
 )
 from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import dequantize_weight
-from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
+from s2q.core.schemes import LinearScheme, PerChannel, QuantScheme
 from s2q.distillation.options import Distillation
 from s2q.nn import LearnableClip, StudentInput, StudentLinear
 from s2q.rounding import AdaRound, LearnedRounding, penalize, round_rtn, roundings_of, soft_rounding
 from s2q.rounding.adaround import rounding_penalty
+from schemes import activations, weights
 from tiny import ListedSamples
 
-FOUR = QuantScheme(num_bits=4, granularity=PerChannel())
-GROUPED = QuantScheme(num_bits=4, granularity=PerGroup(group_size=8))
-TOKENS = QuantScheme(num_bits=8, granularity=PerToken(), dynamic=True)
+FOUR = weights(4)
+GROUPED = weights(4, group_size=8)
+TOKENS = activations(8)
 
 
 def draw(*shape, seed=0):

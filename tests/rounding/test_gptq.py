@@ -7,12 +7,13 @@ import torch
 from s2q.common.errors import InvalidInputError, S2QError
 from s2q.core.codebook import levels_of
 from s2q.core.qparams import dequantize_weight, weight_scale
-from s2q.core.schemes import PerChannel, PerGroup, QuantScheme
+from s2q.core.schemes import PerChannel, QuantScheme
 from s2q.rounding import GPTQ, HessianAccumulator, hessian_error, round_gptq, round_rtn
+from schemes import weights
 
-W4 = QuantScheme(num_bits=4, granularity=PerChannel())
-GROUPED = QuantScheme(num_bits=4, granularity=PerGroup(group_size=8))
-CODEBOOK = QuantScheme(num_bits=4, granularity=PerChannel(), levels="lloyd_max")
+W4 = weights(4)
+GROUPED = weights(4, group_size=8)
+CODEBOOK = weights(4, levels="lloyd_max")
 
 
 def draw(*shape, seed=0):
