@@ -178,6 +178,24 @@ def test_the_fastest_backend_runs_narrow_linears_dequantized(transformer, counte
     assert torch.equal(run_transformer(fastest), run_transformer(transformer))
 
 
+@pytest.mark.parametrize("change", ["codes", "weight_scale", "bias", "transform_scale", "data"])
+def test_the_fastest_backend_follows_changes_in_place(transformer, change):
+    layer = copy.deepcopy(transformer.transformer_blocks[0].attn1.to_q)
+    set_backend(layer, "fastest")
+    x = torch.randn(3, layer.in_features)
+    first = layer(x)
+    with torch.no_grad():
+        if change == "codes":
+            layer.weight.copy_(layer.packed_weight.flip(0))
+        elif change == "data":
+            layer.weight_scale.data = layer.weight_scale * 2
+        else:
+            getattr(layer, change).mul_(2)
+    expected = torch.nn.functional.linear(x, layer.effective_weight(x.dtype), layer.effective_bias(x.dtype))
+    assert not torch.equal(layer(x), first)
+    assert torch.equal(layer(x), expected)
+
+
 def test_the_fastest_backend_leaves_wide_linears_on_integers(transformer, counted, monkeypatch):
     monkeypatch.setattr(dequantized, "NARROW", 1)
     if not dequantized.cpu.is_fast(x_bits=6, w_bits=4):

@@ -309,7 +309,9 @@ class InputTensors(NamedTuple):
     @classmethod
     def of(cls, stored: Mapping[str, Any], path: InputPath) -> InputTensors:
         """Pick them from the tensors of a packed linear, by their stored names."""
-        steps = tuple((part, tuple(stored[name] for name in part.input_names)) for part in path.steps)
+        steps: tuple[tuple[InputPart, tuple[Tensor, ...]], ...] = ()
+        if path.steps:
+            steps = tuple((part, tuple(stored[name] for name in part.input_names)) for part in path.steps)
         return cls._make([*[stored.get(name) for name in BACKEND_TENSORS], path.deflates, steps])
 
 

@@ -62,7 +62,8 @@ class DequantizedCache:
 
     def __init__(self) -> None:
         self._kept: tuple[Tensor, Tensor | None] | None = None
-        self._kept_of: list[tuple[int, int]] = []
+        self._kept_of: list[Tensor] = []
+        self._kept_at: list[tuple[int, int, int]] = []
         self._prepacked: tuple[Tensor, int, Tensor] | None = None
 
     def of(self, layer: StoredLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -73,11 +74,12 @@ class DequantizedCache:
             dtype: Floating.
         """
         kept = self._kept
-        states = self._kept_of if torch.compiler.is_compiling() else _states(layer)
-        if kept is None or kept[0].dtype != dtype or self._kept_of != states:
+        tensors = [layer.packed_weight, *_plain_parameters(layer)]
+        states = self._kept_at if torch.compiler.is_compiling() else [_state(tensor) for tensor in tensors]
+        if kept is None or kept[0].dtype != dtype or self._kept_at != states:
             with _outside_inference_mode():
                 kept = layer.effective_weight(dtype), layer.effective_bias(dtype)
-            self._kept, self._kept_of = kept, states
+            self._kept, self._kept_of, self._kept_at = kept, tensors, states
         return kept
 
     def prepacked(self, layer: StoredLinear) -> Tensor:
@@ -101,17 +103,20 @@ class DequantizedCache:
 
     def release(self) -> None:
         """Drop all of them: the layer has changed, or memory is needed."""
-        self._kept, self._kept_of, self._prepacked = None, [], None
+        self._kept, self._prepacked, self._kept_of, self._kept_at = None, None, [], []
 
     def __getstate__(self) -> dict[str, object]:
         """Copies of a layer keep nothing."""
-        return {"_kept": None, "_kept_of": [], "_prepacked": None}
+        return vars(DequantizedCache())
 
 
-def _states(layer: StoredLinear) -> list[tuple[int, int]]:
-    """Address and version of each tensor of a layer: equal as long as none of them has changed."""
-    stored = [layer.packed_weight, *layer._parameters.values()]
-    return [(t.data_ptr(), _version(t)) for t in stored if t is not None and type(t) is not PackedCodes]
+def _plain_parameters(layer: StoredLinear) -> list[Tensor]:
+    return [tensor for tensor in layer._parameters.values() if tensor is not None and type(tensor) is not PackedCodes]
+
+
+def _state(tensor: Tensor) -> tuple[int, int, int]:
+    """Equal as long as a tensor that is alive has not changed."""
+    return id(tensor), tensor.data_ptr(), _version(tensor)
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,0 +1,105 @@
+"""The table of an input path's parts, and a part that is added to it: learned, stored, packed, on every backend."""
+
+import pytest
+import torch
+from torch import nn
+
+from s2q.core.input_path import BACKEND_TENSORS, PARTS, InputPart, InputPath, InputTensors, StoredTensor
+from s2q.core.qparams import fake_quantize_input
+from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
+from s2q.nn import PackedLinear, StudentInput, StudentLinear, share_inputs
+from s2q.rounding import round_rtn
+
+W4 = QuantScheme(num_bits=4, granularity=PerChannel())
+A6 = QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True)
+TOKEN_MEAN = InputPart(
+    tensors={
+        "row_sums": StoredTensor(
+            lambda i, o, size: (o, 1), of_linear=True, start=lambda weight: weight.sum(1, keepdim=True)
+        )
+    },
+    apply=lambda y: (y - y.mean(-1, keepdim=True), y.mean(-1, keepdim=True)),
+)
+COMPANDING = InputPart(
+    tensors={"exponent": StoredTensor(lambda i, o, size: (1,), start=lambda weight: torch.tensor([0.5]), learned=True)},
+    apply=lambda y, exponent: (y.sign() * y.abs() ** exponent, None),
+    restore=lambda quantized, exponent: quantized.sign() * quantized.abs() ** (1 / exponent),
+)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def student_of(path, *, basis=None):
+    linear = nn.Linear(24, 10)
+    linear.weight.data, linear.bias.data = draw(10, 24, seed=1), draw(10, seed=2)
+    source = StudentInput(A6, low_rank_basis=basis, steps=path.steps, weight=linear.weight)
+    return StudentLinear(linear, scheme=LinearScheme(weight=W4, activation=A6), source=source), linear
+
+
+def packed_of(student):
+    return PackedLinear.from_rounded(
+        round_rtn(student.folded_weight(), W4), bias=student.bias, scheme=student.scheme, inputs=student.stored()
+    )
+
+
+def test_the_fields_of_input_tensors_are_those_parts_of_the_table_that_backends_compute():
+    fields = dict(zip(BACKEND_TENSORS, InputTensors._fields, strict=False))
+    assert fields == {
+        "input_shift": "shift",
+        "transform_scale": "scale",
+        "transform_left": "left",
+        "transform_right": "right",
+        "low_rank_basis": "low_rank_basis",
+        "activation_clip": "clip_ratio",
+    }
+
+
+@pytest.mark.parametrize("basis", [None, torch.linalg.qr(draw(24, 2))[0].bfloat16().float()])
+def test_a_part_with_coefficients_is_stored_and_packed_linears_give_the_output_of_the_student(monkeypatch, basis):
+    monkeypatch.setitem(PARTS, "token_mean", TOKEN_MEAN)
+    path = InputPath(token_mean=True)
+    assert InputPath.from_dict(path.to_dict()) == path
+    assert "token_mean" not in InputPath().to_dict()
+    assert path.num_bytes(24, 10) == 40
+    student, linear = student_of(path, basis=basis)
+    packed = packed_of(student)
+    assert packed.layout == InputPath(token_mean=True, low_rank=None if basis is None else 2)
+    assert packed.row_sums.shape == (10, 1)
+    x = draw(5, 24) + 30
+    outputs = []
+    for backend in ("auto", "reference", "cpu"):
+        packed.backend = backend
+        outputs.append(packed(x))
+    for output in outputs:
+        torch.testing.assert_close(output, student(x), rtol=1e-2, atol=1e-2)
+    plain = PackedLinear.from_rounded(round_rtn(linear.weight, W4), bias=linear.bias, scheme=packed.scheme)
+    error, without = (float((layer(x) - linear(x)).detach().norm()) for layer in (packed, plain))
+    assert error < without / 5  # the mean of a token, 30 times its deviations, is not quantized
+
+
+def test_a_part_that_is_restored_makes_a_linear_simulated_and_is_learned(monkeypatch):
+    monkeypatch.setitem(PARTS, "companding", COMPANDING)
+    student, _ = student_of(InputPath(companding=True))
+    assert [name for name, parameter in student.named_parameters() if parameter.requires_grad] == [
+        "source.tensors.exponent"
+    ]
+    x = draw(5, 24)
+    student(x).square().sum().backward()
+    assert student.source.tensors["exponent"].grad.abs() > 0
+    packed = packed_of(student)
+    assert packed.simulated
+    expected = fake_quantize_input(x.sign() * x.abs().sqrt(), A6)
+    expected = expected.sign() * expected.square()
+    weight = packed.dequantized_weight(torch.float32)
+    torch.testing.assert_close(packed(x), nn.functional.linear(expected, weight, packed.bias))
+
+
+def test_linears_with_the_same_further_part_share_the_codes_of_their_input(monkeypatch):
+    monkeypatch.setitem(PARTS, "token_mean", TOKEN_MEAN)
+    student, _ = student_of(InputPath(token_mean=True))
+    model = nn.ModuleList([packed_of(student), packed_of(student)])
+    assert share_inputs(model) == 2
+    x = draw(5, 24)
+    assert torch.equal(model[0](x), model[1](x))
