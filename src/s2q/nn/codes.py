@@ -113,11 +113,7 @@ class PackedCodes(nn.Parameter):
 
 
 def refusal(owner: str) -> UsageError:
-    """Return the error for whoever would compute with codes.
-
-    Args:
-        owner: See `PackedCodes`.
-    """
+    """Return the error for computing with the codes of `owner` (see `PackedCodes`)."""
     return UsageError(
         f"{owner or 'a quantized linear'}: packed codes cannot be merged, fused, pruned, cast or computed with; call "
         "dequantize() on the transformer first, or attach a plain LoRA adapter and leave it unmerged"
@@ -125,11 +121,7 @@ def refusal(owner: str) -> UsageError:
 
 
 def reads_as_weight(caller: FrameType) -> bool:
-    """Tell whether code asks a weight for its dtype or shape first, and would fail later for no clear reason.
-
-    Args:
-        caller: The frame that reads the weight.
-    """
+    """Tell whether a frame asks a weight for its dtype or shape first, and would fail later for no clear reason."""
     package, function = str(caller.f_globals.get("__name__", "")), caller.f_code.co_name
     if package.partition(".")[0] == "peft":
         return function.endswith("_init") or package in ("peft.tuners.loha.layer", "peft.tuners.lokr.layer")

@@ -34,8 +34,6 @@ class Estimator(nn.Module):
         needs_grid: Whether it depends on where the video tokens of the call at hand are.
 
     Args:
-        in_features: I.
-        out_features: O.
         frames: F, or None.
         seed: Of α, which is uniform within 1 / √I.
     """
@@ -50,14 +48,7 @@ class Estimator(nn.Module):
         self.needs_grid = frames is not None
 
     def forward(self, quantized: Tensor) -> Tensor:
-        """Return the correction.
-
-        Args:
-            quantized: [..., N, I], floating.
-
-        Returns:
-            [..., N, O], dtype of the input.
-        """
+        """Return the correction [..., N, O] for a quantized input [..., N, I], in its dtype."""
         coefficients = scaled_by_frame((quantized.float() @ self.alpha).unsqueeze(-1), self.frames)
         return (coefficients * self.beta).to(quantized.dtype)
 
@@ -113,7 +104,7 @@ class StudentInput(nn.Module):
     Attributes:
         shift: Buffer [I], m, or None for zero.
         transform: T = diag(v) · R, or None for the identity.
-        low_rank_basis: Buffer [I, r], V, or None without a low-rank branch.
+        low_rank_basis: Buffer [I, r], V, directions of the shifted and scaled input that are not quantized, or None.
         low_rank_from: Out of what the branch is taken: "input", "weight" or "both".
         clip: Returns its ratio, a `LearnableClip` for example; None for 1.
         scheme: How the input is quantized; None only transforms it (weight-only).
@@ -123,13 +114,6 @@ class StudentInput(nn.Module):
         tensors: Those of their tensors that belong to the input, by stored name.
 
     Args:
-        scheme: See above.
-        shift: [I], or None.
-        transform: A module with the methods of `InputTransform`, or None.
-        low_rank_basis: [I, r], the directions of the shifted and scaled input that are not quantized, or None.
-        low_rank_from: See above.
-        clip: Returns one ratio, or None.
-        steps: See above.
         weight: That of one of the linears, [O, I], from which the tensors of `steps` start.
     """
 

@@ -61,13 +61,8 @@ class PackedLinear(StoredLinear):
         needs_grid: Whether it depends on where the video tokens of the call at hand are, see `follow_tokens`.
 
     Args:
-        in_features: I.
-        out_features: O.
-        bias: Whether there is a bias.
-        scheme: How weight and input are quantized.
-        layout: See above; None stores nothing for the input.
         dtype: Of the bias; None is torch's default dtype.
-        device: Where to put the (uninitialised) parameters; "meta" allocates nothing.
+        device: Of the uninitialised parameters; "meta" allocates nothing.
 
     Raises:
         InvalidInputError: If I is not a multiple of a group size, or the layout does not fit I.
@@ -103,7 +98,6 @@ class PackedLinear(StoredLinear):
         Args:
             rounded: codes int8 [O, I] and scale fp32 [O] or [O, G], of `scheme.weight`.
             bias: [O] or None; copied.
-            scheme: How weight and input are quantized.
             inputs: Tensors of the input by their names in the layer (see `layout`), fp32; the weight is that of the
                 transformed input, W T⁻ᵀ.
             deflates: Whether a low-rank branch is taken out of the input; if not, the weight is W T⁻ᵀ without it.
@@ -150,15 +144,9 @@ class PackedLinear(StoredLinear):
 
     @without_autocast
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
-        """Apply the layer.
+        """Apply the layer to an input [..., I], floating; returns [..., O] in its dtype.
 
         Towards the input, the gradient is that of a linear with `effective_weight`, straight through the rounding.
-
-        Args:
-            input: [..., I], floating.
-
-        Returns:
-            [..., O] in the dtype of the input.
 
         Raises:
             InvalidInputError: If the input is not floating, has another width, or is on another device.

@@ -34,7 +34,6 @@ class RefinedLinear(nn.Module):
         branch_change: Parameter [O, r], Λ, or None without a low-rank branch.
 
     Args:
-        packed: The linear.
         source: Of the student that it was packed from; its clip may be learnable, nothing else should be.
     """
 
@@ -83,14 +82,7 @@ class RefinedLinear(nn.Module):
         return self.packed.low_rank_weight.float() + self._branch_unit * self.branch_change
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
-        """Apply the layer.
-
-        Args:
-            input: [..., I], floating.
-
-        Returns:
-            [..., O], dtype of the input.
-        """
+        """Apply the layer to an input [..., I], floating; returns [..., O] in its dtype."""
         weight = memoize_step(self, "weight", self._weight)
         bias = self.bias()
         quantized, coefficients = self.source(input)

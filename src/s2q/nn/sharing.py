@@ -38,10 +38,6 @@ class SharedInput(Generic[_T]):
         """Return what `compute` returns for x, from an earlier reader where it was the same tensor, unchanged.
 
         Nothing is kept of inference tensors, which do not count their changes.
-
-        Args:
-            x: The input.
-            compute: Computes the result from x.
         """
         if torch.compiler.is_compiling():
             return self._get_traced(x, compute)
@@ -86,12 +82,7 @@ def share_inputs(model: nn.Module) -> int:
 
     Siblings are the packed linears of one parent module, such as to_q, to_k and to_v of an attention. Whether they do
     read the same tensor is seen at every call (`SharedInput`), so that a wrong guess costs nothing but a comparison.
-
-    Args:
-        model: A module with packed linears.
-
-    Returns:
-        How many linears share.
+    Returns how many linears share.
     """
     count = 0
     for parent in model.modules():

@@ -45,10 +45,7 @@ class StudentLinear(nn.Module):
 
     Args:
         linear: Full precision.
-        scheme: How weight and input are to be quantized.
-        source: Of the scheme's activation part.
         weight_clip: Broadcasts to the scale: (O,) per channel, (O, 1) per group.
-        estimator: See above.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size, the source quantizes by another scheme, or it
@@ -99,28 +96,16 @@ class StudentLinear(nn.Module):
         start: float = START,
         estimator: Estimator | None = None,
     ) -> Self:
-        """Make a student that learns a clipping ratio for each output channel.
-
-        Args:
-            linear: Full precision.
-            scheme: How weight and input are to be quantized.
-            source: Of the scheme's activation part.
-            start: Logit of the ratios at the start.
-            estimator: A correction of the output, or None.
-        """
+        """Make a student that learns a clipping ratio for each output channel, from the logit `start` on."""
         grouped = isinstance(scheme.weight.granularity, PerGroup)
         shape = (linear.out_features, 1) if grouped else (linear.out_features,)
         clip = LearnableClip(shape, start=start, device=linear.weight.device)
         return cls(linear, scheme=scheme, source=source, weight_clip=clip, estimator=estimator)
 
     def folded_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return W T⁻ᵀ, less a low-rank branch that is taken from the weight; it is what gets quantized.
+        """Return W T⁻ᵀ, less a low-rank branch that is taken from the weight, to be quantized.
 
-        Args:
-            dtype: In which to fold; fp64 for the final rounding, fp32 does while training.
-
-        Returns:
-            fp32 [O, I], differentiable.
+        It is fp32 [O, I], differentiable, and folded in `dtype`: fp64 for the final rounding, fp32 does while training.
         """
         transform, basis, weight = self.source.transform, self.source.low_rank_basis, self.weight
         if basis is not None and self.source.reduces_weights:
@@ -133,13 +118,8 @@ class StudentLinear(nn.Module):
     def low_rank_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return L = W diag(1/v) V, what the low-rank branch multiplies its coefficients by.
 
-        Where the branch is taken out of the weight, L is rounded as it is stored, so that what it loses stays there.
-
-        Args:
-            dtype: In which to compute; see `folded_weight`.
-
-        Returns:
-            fp32 [O, r], differentiable.
+        It is fp32 [O, r], differentiable, computed in `dtype`. Where the branch is taken out of the weight, L is
+        rounded to the stored dtype, so that the weight keeps what it loses.
         """
         basis, transform = self.source.low_rank_basis, self.source.transform
         assert basis is not None
@@ -154,14 +134,7 @@ class StudentLinear(nn.Module):
         return None if self.weight_clip is None else self.weight_clip()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
-        """Apply the layer.
-
-        Args:
-            input: [..., I], floating.
-
-        Returns:
-            [..., O], dtype of the input.
-        """
+        """Apply the layer to an input [..., I], floating; returns [..., O] in its dtype."""
         weight = memoize_step(self, "weight", self._weight)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         quantized, coefficients = self.source(input)

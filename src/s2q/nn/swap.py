@@ -9,9 +9,7 @@ def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the module called `name`, in place; it gets the training mode of the replaced one.
 
     Args:
-        root: The model.
         name: Dotted name below root, as `named_modules` gives it; children of a ModuleList count ("to_out.0").
-        new: The module to put there.
 
     Raises:
         InvalidInputError: If root has no such module.

@@ -19,23 +19,14 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 
 
 def follow_tokens(transformer: nn.Module, layout: TokenLayout) -> None:
-    """Let the layers of a transformer know the grid of every call, in place; a second time changes nothing.
-
-    Args:
-        transformer: A transformer, its layers packed.
-        layout: How it makes tokens of its arguments.
-    """
+    """Let the packed layers of a transformer know the grid of every call, in place; a second time changes nothing."""
     unfollow_tokens(transformer)
     transformer.register_forward_pre_hook(_Begin(transformer, layout), with_kwargs=True)
     transformer.register_forward_hook(_End(), always_call=True)
 
 
 def unfollow_tokens(transformer: nn.Module) -> None:
-    """Undo `follow_tokens`, in place.
-
-    Args:
-        transformer: A transformer; need not follow.
-    """
+    """Undo `follow_tokens`, in place, if it was called."""
     hooks = (
         transformer._forward_pre_hooks,
         transformer._forward_pre_hooks_with_kwargs,

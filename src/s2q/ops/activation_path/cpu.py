@@ -28,16 +28,7 @@ _MAGNITUDES = {
 
 
 def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Transform and quantize the input of a linear; see `reference.activation_path`.
-
-    Args:
-        x: [M, I], floating; fp64 is left to the reference.
-        path: Its tensors.
-        num_bits: N, 2 to 8.
-
-    Returns:
-        codes int8 [M, I], token scale fp32 [M, 1], coefficients fp32 [M, r] or None.
-    """
+    """Transform and quantize the input of a linear; see `reference.activation_path`, which fp64 is left to."""
     if x.dtype == torch.float64:
         return reference.activation_path(x, path, num_bits=num_bits)
     size = min(len(x), chunk_rows(x))
@@ -61,11 +52,7 @@ def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Te
 
 
 def chunk_rows(x: Tensor) -> int:
-    """Return how many rows of x are worked on at a time.
-
-    Args:
-        x: [M, I].
-    """
+    """Return how many rows of x [M, I] are worked on at a time."""
     return max(MIN_ROWS.get(x.dtype, 32), CHUNK_BYTES // max(1, x.shape[1] * x.element_size()))
 
 

@@ -54,9 +54,8 @@ def rotation_tile(n1: int, n2: int, *, precision: str, architecture: int) -> Rot
     """Return the tile for a grid of a token's features; None if it is too large for the kernel.
 
     Args:
-        n1: Rows of the grid.
-        n2: Columns.
-        precision: Of the products, one of `PRECISIONS`.
+        n1, n2: Rows and columns of the grid.
+        precision: One of `PRECISIONS`.
         architecture: A key of `TILES`.
     """
     rows, columns = padded(n1), padded(n2)
@@ -67,18 +66,10 @@ def rotation_tile(n1: int, n2: int, *, precision: str, architecture: int) -> Rot
 
 
 def row_block(features: int) -> tuple[int, int]:
-    """Return features at a time and warps for quantization without rotation.
-
-    Args:
-        features: I.
-    """
+    """Return features at a time and warps for quantization without rotation, of tokens with I `features`."""
     return min(2048, padded(features)), 4 if features <= 2048 else 8
 
 
 def padded(order: int) -> int:
-    """Return the next power of two that a product of matrices can have as a side.
-
-    Args:
-        order: At least 1.
-    """
+    """Return the next power of two that a product of matrices can have as a side."""
     return max(16, 1 << (order - 1).bit_length())

@@ -158,14 +158,7 @@ def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
 def rotation_constants(
     tile: RotationTile, grid: tuple[int, int], precision: str, sides: tuple[bool, bool]
 ) -> dict[str, int | bool | str]:
-    """Return the compile-time constants of `rotate_quantize_kernel` that a tile decides.
-
-    Args:
-        tile: See `tiles.rotation_tile`.
-        grid: n1 and n2.
-        precision: "tf32x3" or "bf16".
-        sides: Whether there is a left and a right factor.
-    """
+    """Return the compile-time constants of `rotate_quantize_kernel` for a grid (n1, n2) with these factors (sides)."""
     return {
         "N1": grid[0],
         "N2": grid[1],
