@@ -133,7 +133,7 @@ def quantize(
             pipeline, which is not changed.
         recipe: Name, file, contents, or a validated recipe.
         out: Folder to write; needed unless `dry_run`.
-        prompts: Calibration prompts, of which the first `calibration.n_prompts` are used; None takes those of an
+        prompts: Calibration prompts; the first `calibration.n_prompts` are used. None takes those of an
             embedded model. Recipes that do not calibrate use none.
         samples: Calibration samples; None leaves it to the recipe.
         overrides: Changes to the recipe, "key=value" each.
