@@ -8,7 +8,7 @@ import s2q
 from extending.skyreels_v2 import SKYREELS_V2
 from s2q.common.errors import InvalidInputError
 from s2q.models import FAMILIES
-from tiny import tiny_wan_pipeline
+from tiny import tiny_pipeline
 
 SETTINGS = [
     "calibration.n_prompts=1",
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
         num_layers=2,
         rope_max_seq_len=32,
     )
-    wan = {name: part for name, part in tiny_wan_pipeline().components.items() if name != "transformer_2"}
+    wan = {name: part for name, part in tiny_pipeline("wan").components.items() if name != "transformer_2"}
     path = tmp_path_factory.mktemp("skyreels")
     SkyReelsV2Pipeline(**wan | {"transformer": transformer.eval()}).save_pretrained(path)
     return path

@@ -9,7 +9,7 @@ from extending.token_mean import TOKEN_MEAN
 from s2q.core.input_path import PARTS
 from s2q.nn import PackedLinear, set_backend
 from s2q.planning.resolve import PLANNED_PARTS
-from tiny import run_pipeline, tiny_cogvideox_pipeline
+from tiny import run_pipeline, tiny_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def registered(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_cogvideox_pipeline().save_pretrained(path)
+    tiny_pipeline("cogvideox").save_pretrained(path)
     return path
 
 

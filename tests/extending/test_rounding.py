@@ -11,7 +11,7 @@ from s2q.core.qparams import dequantize_weight
 from s2q.core.schemes import PerChannel, PerGroup, QuantScheme
 from s2q.recipes import load_recipe
 from s2q.rounding import ROUNDINGS, round_rtn
-from tiny import run_pipeline, tiny_cogvideox_pipeline
+from tiny import run_pipeline, tiny_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_a_checkpoint_rounded_by_it_loads_and_generates(tmp_path, recipe):
     errors = {}
     for method in ("rtn", "mse"):
         report = s2q.quantize(
-            tiny_cogvideox_pipeline(),
+            tiny_pipeline("cogvideox"),
             recipe=recipe,
             prompts=["a red circle"],
             out=tmp_path / method,
