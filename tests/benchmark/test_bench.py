@@ -7,17 +7,24 @@ import pytest
 import torch
 
 from s2q.benchmark import bench, machine
-from s2q.benchmark.calibration_block import calibration_case, student_of
+from s2q.benchmark.calibration_block import (
+    calibration_case,
+    first_block,
+    first_optimization,
+    first_student,
+    synthetic_subject,
+)
 from s2q.benchmark.case import OPS, Case, Settings
-from s2q.benchmark.pipeline_steps import pack_uncalibrated, pipeline_step_case
+from s2q.benchmark.pipeline_steps import pack_randomly, pipeline_step_case
 from s2q.benchmark.results import IDENTITY, ResultsFile, identity
 from s2q.benchmark.steps import synthetic_step_case
+from s2q.benchmark.synthetic_blocks import synthetic_block
 from s2q.benchmark.timing import TimingOptions
 from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.models import block_linears, family_of, resolve_model
 from s2q.models.synthetic import synthetic_model
 from s2q.nn import PackedLinear, StudentLinear
-from s2q.recipes.load import load_recipe
+from s2q.recipes.load import load_recipe, recipe_names
 from tiny import run_transformer, tiny_pipeline, tiny_transformer
 
 QUICK = TimingOptions(repeats=2, min_repeats=1, seconds=1.0, sample_milliseconds=0.0)
@@ -159,39 +166,57 @@ def test_a_checkpoint_brings_its_own_linears(folder, tmp_path):
     assert fp32["storage_bytes"] == 2 * fp32["bf16_storage_bytes"] > packed["storage_bytes"]
 
 
-@pytest.mark.parametrize(("recipe", "limit"), [("rtn-w8a8", 0.05), ("s2q-plus-w4a6", 0.3)])
-def test_uncalibrated_packing_keeps_the_function(recipe, limit):
-    expected = run_transformer(tiny_transformer())
-    packed = pack_uncalibrated(tiny_transformer(), load_recipe(recipe))
+FIXED = [name for name in recipe_names() if name.endswith("-w4a6") and load_recipe(name).allocation is None]
+
+
+@pytest.mark.parametrize("recipe", FIXED)
+def test_random_packing_has_the_layers_of_the_recipe_and_finite_outputs(recipe):
+    packed = pack_randomly(tiny_transformer(), load_recipe(recipe), frames=3)
     linears = block_linears(packed, family_of(packed))
     assert all(isinstance(packed.get_submodule(one.name), PackedLinear) for one in linears)
-    assert float((run_transformer(packed) - expected).norm() / expected.norm()) < limit
+    assert bool(run_transformer(packed).isfinite().all())
 
 
 def test_calibrating_a_block(folder):
-    recipes = ("s2q-w4a6", "rtn-w4a6")
+    recipes = ("s2q-w4a6", "q-vdit-w4a6", "rtn-w4a6")
     for subject in (resolve_model(folder), resolve_model("shapes-wan"), small_model(), small_model("cogvideox-5b")):
         case = calibration_case(subject, settings(*recipes, generation={"num_frames": 9, "height": 32, "width": 32}))
-        (one,) = measured(case)
-        assert one["recipe"] == "s2q-w4a6", "rounding alone has no steps"
-        assert one["steps_per_block"] == 40 * 15
-        assert one["seconds_per_block"] == pytest.approx(600 * one["milliseconds"] / 1000)
-        assert one["blocks_of_model"] in (2, 3, 6)
+        entries = measured(case)
+        assert [one["recipe"] for one in entries] == ["s2q-w4a6", "q-vdit-w4a6"], "rounding alone has no steps"
+        for one in entries:
+            assert one["steps_per_block"] == 40 * 15
+            assert one["seconds_per_block"] == pytest.approx(600 * one["milliseconds"] / 1000)
+            assert one["blocks_of_model"] in (2, 3, 6)
 
 
-def test_students_stand_where_a_run_puts_them():
-    transformer = tiny_transformer()
-    block = transformer.transformer_blocks[0]
-    linears = {
-        one.name.removeprefix("transformer_blocks.0."): one
-        for one in block_linears(transformer, family_of(transformer))
-        if one.block == 0
-    }
-    student = student_of(block, linears, load_recipe("s2q-w4a6"))
-    found = {name for name, module in student.named_modules() if isinstance(module, StudentLinear)}
-    assert found == {name for name, one in linears.items() if one.role == "linear"}
-    assert any(parameter.requires_grad for parameter in student.parameters())
-    assert not any(isinstance(module, StudentLinear) for module in block.modules())
+@pytest.mark.parametrize(
+    ("recipe", "parts"),
+    [
+        ("s2q-w4a6", {"transform", "clip", "weight_clip"}),
+        ("s2q-plus-w4a6", {"transform", "clip", "weight_clip", "shift", "low_rank_basis"}),
+        ("q-vdit-w4a6", {"weight_clip", "estimator"}),
+        ("brecq-w4a6", {"clip", "rounding"}),
+    ],
+)
+def test_the_student_has_every_part_of_the_recipe_and_a_step_learns(recipe, parts):
+    model, recipe, generator = small_model(), load_recipe(recipe), torch.Generator().manual_seed(0)
+    block = synthetic_block(model, model.block_lists[0], generator=generator, dtype=torch.float32)
+    subject = synthetic_subject(model, model.block_lists[0], block, tokens=24, generator=generator)
+    with first_block(subject, recipe, device="cpu") as opened:
+        student = first_student(opened)
+        optimization = first_optimization(student, recipe)
+        before = [parameter.clone() for parameter in optimization.learnable]
+        for index in range(2):
+            assert float(optimization.step(opened.samples[index])) > 0
+        moved = [bool((one != other).any()) for one, other in zip(before, optimization.learnable, strict=True)]
+    students = {name: module for name, module in student.named_modules() if isinstance(module, StudentLinear)}
+    assert students.keys() == {linear.inner_name for linear in subject.linears if linear.role == "linear"}
+    for layer in students.values():
+        names = ("transform", "clip", "shift", "low_rank_basis")
+        present = {name for name in names if getattr(layer.source, name) is not None}
+        present |= {name for name in ("weight_clip", "estimator", "rounding") if getattr(layer, name) is not None}
+        assert present == parts
+    assert sum(moved) > 0.9 * len(moved)
 
 
 def test_running_resumes_and_goes_on_after_a_case_without_memory(tmp_path):
@@ -224,12 +249,11 @@ def test_running_resumes_and_goes_on_after_a_case_without_memory(tmp_path):
 
 def test_backends_that_cannot_run_are_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert bench.check_backends(None, "cpu") == ("auto",)
-    assert bench.check_backends(["reference", "auto"], "cpu") == ("auto", "reference")
+    assert bench._check_backends(["reference", "auto"], "cpu") == ("auto", "reference")
     with pytest.raises(ResourceError, match="'triton' cannot run here"):
-        bench.check_backends(["triton"], "cpu")
+        bench._check_backends(["triton"], "cpu")
     with pytest.raises(InvalidInputError, match="nearest names are triton"):
-        bench.check_backends(["tritom"], "cpu")
+        bench._check_backends(["tritom"], "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "say nothing" in machine.measuring_obstacle("triton", "cpu")
 

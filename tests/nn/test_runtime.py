@@ -87,7 +87,7 @@ def test_every_backend_gives_the_same_output(transformer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_embedded_pipeline_gives_the_same_latents_on_every_cpu_backend(dtype):
     """Small differences would not stay small: a code that lands on the other side of a boundary moves many others."""
-    from s2q.benchmark.pipeline_steps import pack_uncalibrated
+    from s2q.benchmark.pipeline_steps import pack_randomly
     from s2q.generation.defaults import generation_defaults
     from s2q.generation.denoise import denoise
     from s2q.generation.load import load_pipeline
@@ -95,7 +95,7 @@ def test_the_embedded_pipeline_gives_the_same_latents_on_every_cpu_backend(dtype
     from s2q.recipes.load import load_recipe
 
     pipe = load_pipeline("shapes-cogvideox", dtype=dtype)
-    pack_uncalibrated(pipe.transformer, load_recipe("s2q-plus-w4a6"))
+    pack_randomly(pipe.transformer, load_recipe("s2q-plus-w4a6"), frames=3)
     defaults = dict(generation_defaults("shapes-cogvideox"))
     settings = resolve_settings(pipe, requested={"num_inference_steps": 3}, defaults=defaults)
     latents = {}

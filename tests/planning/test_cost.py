@@ -147,7 +147,7 @@ def test_calibration_in_bf16_takes_less():
             "synthetic:wan-14b",
             recipe="s2q-w4a6",
             overrides=[f"calibration.precision={one}"],
-            machine=machine(80 * 10**9),
+            machine=machine(60 * 10**9),
         )
         for one in ("float32", "model")
     )

@@ -3,53 +3,74 @@
 A run takes `samples · epochs` such steps for each block of the model, so that its time is known from one. Against it
 stands a single bf16 forward pass of the same block on the same sample.
 
-The student is the block in fp32 with its linears replaced as a run replaces them; what it learns starts where a run
-starts it, without the smooth scale's statistics, which change nothing about the time. Column sums of attention are a
-measurement of their own.
+The block, its samples, its student and the step are those of a run (`s2q.blocks`): the stream carries the samples to
+the first block, whose targets, token weights and input statistics the recipe's students start from.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s2q.benchmark.case import (
-    Case,
-    Entry,
-    Settings,
-)
+from s2q.benchmark.case import Case, Entry, Settings
 from s2q.benchmark.machine import peak_memory
 from s2q.benchmark.micro import times_of
 from s2q.benchmark.results import identity
 from s2q.benchmark.steps import synthetic_tokens
-from s2q.benchmark.synthetic_blocks import block_inputs, synthetic_block
+from s2q.benchmark.synthetic_blocks import block_grid, block_inputs, synthetic_block
 from s2q.benchmark.timing import interleave, measures_of, stopwatch_for
-from s2q.calibration.stream import named_arguments
+from s2q.blocks.distil import Optimization
+from s2q.blocks.reconstruct import BlockStudents, block_students, rounding_penalty
+from s2q.blocks.task import BlockTask
+from s2q.calibration.samples import BlockSample
+from s2q.calibration.stream import TeacherStream, named_arguments
+from s2q.common.hooks import capture_calls
 from s2q.common.seeds import derive_seed
-from s2q.core.memo import memoization
-from s2q.core.schemes import LinearScheme
-from s2q.distillation.loss import weighted_token_loss
+from s2q.core.tokens import TokenLayout
 from s2q.generation.denoise import denoise
 from s2q.generation.load import load_pipeline
 from s2q.generation.settings import resolve_settings
-from s2q.models import ModelSource, block_linears, block_names, family_of, linears_of_block
-from s2q.models.family import BlockLinear
-from s2q.models.synthetic import SyntheticModel
-from s2q.nn import LearnableClip, StudentInput, StudentLinear, replace_module
+from s2q.models import Family, ModelSource, block_linears, block_names, family_of, linears_of_block
+from s2q.models.family import BlockLinear, token_layout
+from s2q.models.synthetic import BlockList, SyntheticModel
 from s2q.planning.resolve import resolve
 from s2q.recipes.schema import Recipe
-from s2q.rounding import AdaRound, LearnedRounding, penalize, roundings_of, soft_rounding
-from s2q.transforms import ROTATIONS, Compose, SmoothScale, Transform
 
 _OP = "calibration_block"
 _BF16 = "bf16"
 _PROMPT = "a red circle moving left on a grey background"
+_SAMPLES = 2
 
-Draw = Callable[[int], dict[str, Any]]
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The transformer whose first block is calibrated, and samples of it.
+
+    Attributes:
+        transformer: Full precision; one block of a synthetic model.
+        block_names: Names of its blocks, in the order in which they run.
+        linears: Those of the first block.
+        family: Of the model.
+        calls: Keyword arguments of the transformer for each sample.
+        tokens: How the transformer makes tokens of them.
+        blocks: Blocks of the whole model.
+    """
+
+    transformer: nn.Module
+    block_names: Sequence[str]
+    linears: Sequence[BlockLinear]
+    family: Family
+    calls: Sequence[Mapping[str, Any]]
+    tokens: TokenLayout
+    blocks: int
 
 
 def calibration_case(subject: SyntheticModel | ModelSource, settings: Settings) -> Case:
@@ -70,79 +91,191 @@ def calibration_case(subject: SyntheticModel | ModelSource, settings: Settings) 
 
     def measure(missing: Sequence[Entry]) -> list[Entry]:
         if isinstance(subject, SyntheticModel):
-            block, linears, fresh, blocks = _synthetic(subject, settings)
-        else:
-            block, linears, fresh, blocks = _of_pipeline(subject, settings)
-        return _measure(block, linears, fresh, missing, settings, blocks=blocks)
+            generator = torch.Generator(settings.device).manual_seed(derive_seed(settings.seed, _OP, subject.name))
+            block_list, tokens = subject.block_lists[0], synthetic_tokens(subject, settings)
+            block = synthetic_block(subject, block_list, generator=generator, dtype=torch.float32)
+            made = synthetic_subject(subject, block_list, block, tokens=tokens, generator=generator)
+            return _measure(made, missing, settings)
+        return _measure(_pipeline_subject(subject, settings), missing, settings)
 
     label = f"{_OP} {name}" + (f", {tokens} tokens" if synthetic else "")
     return Case(label=label, wanted=wanted, measure=measure)
 
 
-def student_of(block: nn.Module, linears: Mapping[str, BlockLinear], recipe: Recipe) -> nn.Module:
-    """Return a copy of a block with learnable students in place of the linears that a recipe quantizes.
+@contextmanager
+def first_block(subject: Subject, recipe: Recipe, *, device: str) -> Iterator[BlockStudents]:
+    """Open the first block as a run does, with the samples of the subject.
 
     Args:
-        block: Full precision, fp32.
-        linears: Its linears by their names inside it.
-        recipe: The recipe.
+        subject: The transformer.
+        recipe: A recipe that calibrates.
+        device: Where to compute.
+
+    Yields:
+        The block whose samples have been looked at.
     """
-    student = copy.deepcopy(block).requires_grad_(False)
-    for linear in resolve(recipe, list(linears.values())):
-        if linear.role == "linear":
-            module = student.get_submodule(linear.inner_name)
-            assert isinstance(module, nn.Linear)
-            replace_module(student, linear.inner_name, _student_linear(module, linear.scheme, recipe))
-    return student
+    frames = subject.tokens.grid(subject.calls[0]).frames if recipe.needs_grid else None
+    with TemporaryDirectory() as folder:
+        stream = TeacherStream(
+            subject.transformer,
+            subject.block_names,
+            calls=[lambda call=call: dict(call) for call in subject.calls],
+            names=[f"sample {index}" for index in range(len(subject.calls))],
+            steps=range(len(subject.calls)),
+            streams=subject.family.streams,
+            folder=Path(folder),
+            device=device,
+            tokens=subject.tokens if recipe.needs_grid else None,
+        )
+        task = BlockTask(
+            block=subject.transformer.get_submodule(subject.block_names[0]),
+            linears=tuple(resolve(recipe, subject.linears, frames=frames)),
+            recipe=recipe,
+            family=subject.family,
+            index=0,
+            seed=0,
+            device=device,
+            stream=stream,
+        )
+        with block_students(task) as opened:
+            yield opened
+        stream.close()
 
 
-def _student_linear(linear: nn.Linear, scheme: LinearScheme, recipe: Recipe) -> StudentLinear:
-    settings, device = recipe.transforms, linear.weight.device
-    parts: list[Transform] = []
-    if settings.scale != "none":
-        parts.append(SmoothScale(torch.ones(linear.in_features), learnable=settings.learn_scale))
-    if settings.rotation != "identity":
-        parts.append(ROTATIONS[settings.rotation](linear.in_features, seed=0))
-    transform = None if not parts else parts[0] if len(parts) == 1 else Compose(*parts)
-    clip = LearnableClip((1,), device=device) if recipe.clip.activations else None
-    source = StudentInput(scheme.activation, transform=None if transform is None else transform.to(device), clip=clip)
-    if recipe.clip.weights:
-        return StudentLinear.with_clip(linear, scheme=scheme, source=source)
-    student = StudentLinear(linear, scheme=scheme, source=source)
-    if recipe.rounding.learned:
-        student.rounding = LearnedRounding(student.folded_weight(), scheme.weight)
-    return student
+def first_student(opened: BlockStudents) -> nn.Module:
+    """Return the student as a run starts it, modulation rounded to nearest whatever the recipe says."""
+    return opened.student(opened.nearest(opened.modulation))
 
 
-def _measure(
+def first_optimization(student: nn.Module, recipe: Recipe) -> Optimization:
+    """Return what takes the steps of distillation as a run of this recipe does.
+
+    Args:
+        student: Of its first block.
+        recipe: A recipe that distils.
+    """
+    assert recipe.distillation is not None
+    return Optimization(
+        student,
+        options=recipe.distillation,
+        samples=recipe.calibration.samples,
+        temporal=recipe.loss.temporal,
+        penalty=rounding_penalty(student, recipe.rounding),
+    )
+
+
+def synthetic_subject(
+    model: SyntheticModel,
+    block_list: BlockList,
     block: nn.Module,
-    linears: Mapping[str, BlockLinear],
-    fresh: Draw,
-    missing: Sequence[Entry],
-    settings: Settings,
     *,
-    blocks: int,
-) -> list[Entry]:
-    half = copy.deepcopy(block).to(torch.bfloat16)
-    runs: dict[str, Callable[[Any], object]] = {_BF16: lambda data: _forward(half, data)}
+    tokens: int,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    samples: int = _SAMPLES,
+) -> Subject:
+    """Return a block of a published model and random samples of it.
+
+    Args:
+        model: The model.
+        block_list: Which of its lists the block is from.
+        block: The block, full precision.
+        tokens: Video tokens.
+        generator: Of the samples; its device is where they are.
+        dtype: Of the samples.
+        samples: How many.
+    """
+    grid = block_grid(model, tokens=tokens)
+    sizes = {"num_frames": grid.frames, "height": grid.height, "width": grid.width}
+    calls = [
+        block_inputs(model, block_list, tokens=tokens, generator=generator, dtype=dtype, batch=1) | sizes
+        for _ in range(samples)
+    ]
+    return Subject(
+        transformer=_BlockAlone(block),
+        block_names=[_BlockAlone.BLOCK],
+        linears=linears_of_block(block, f"{block_list.name}.0", model.family),
+        family=model.family,
+        calls=calls,
+        tokens=TokenLayout(latents="tokens", patch=(1, 1, 1), text=grid.text),
+        blocks=sum(one.count for one in model.block_lists),
+    )
+
+
+class _BlockAlone(nn.Module):
+    """A transformer that is one block: called with the arguments of the block, and with the sizes of the video."""
+
+    BLOCK = "block"
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *, num_frames: int, height: int, width: int, return_dict: bool, **inputs: Any) -> Any:
+        return self.block(**inputs)
+
+
+def _pipeline_subject(source: ModelSource, settings: Settings) -> Subject:
+    pipe = load_pipeline(source, dtype=torch.float32, device=settings.device)
+    if source.is_quantized:
+        pipe.transformer.dequantize()
+    transformer, family = pipe.transformer, family_of(pipe.transformer)
+    own = resolve_settings(pipe, requested={"num_inference_steps": _SAMPLES}, defaults=dict(settings.generation))
+    with capture_calls(transformer) as calls:
+        denoise(pipe, [_PROMPT], seeds=[settings.seed], settings=own, decode=False)
+    names = block_names(transformer, family)
+    return Subject(
+        transformer=transformer,
+        block_names=names,
+        linears=[linear for linear in block_linears(transformer, family) if linear.block == 0],
+        family=family,
+        calls=[_first_of_batch(named_arguments(transformer, *call)) for call in calls[:_SAMPLES]],
+        tokens=token_layout(transformer, family),
+        blocks=len(names),
+    )
+
+
+def _first_of_batch(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep one sample of a call: calibration takes one at a time."""
+    kept = {name: value[:1] if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    return {name: value for name, value in kept.items() if name != "return_dict"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contender:
+    """A recipe's step, and the samples that it takes."""
+
+    samples: Sequence[BlockSample]
+    step: Callable[[BlockSample], object]
+
+
+def _measure(subject: Subject, missing: Sequence[Entry], settings: Settings) -> list[Entry]:
     recipes = {recipe.name: recipe for recipe in settings.recipes}
-    for entry in missing:
-        runs[entry["recipe"]] = _optimisation_step(student_of(block, linears, recipes[entry["recipe"]]))
-    measures = measures_of(runs, stopwatch_for(settings.device), options=settings.options)
-    timings = interleave(measures, fresh=fresh, options=settings.options)
-    data = fresh(-1)
-    peaks = {name: peak_memory(lambda run=run: run(data), settings.device) for name, run in runs.items()}
+    half = copy.deepcopy(subject.transformer.get_submodule(subject.block_names[0])).to(torch.bfloat16)
+    with ExitStack() as stack:
+        contenders: dict[str, _Contender] = {}
+        for entry in missing:
+            recipe = recipes[entry["recipe"]]
+            opened = stack.enter_context(first_block(subject, recipe, device=settings.device))
+            optimization = first_optimization(first_student(opened), recipe)
+            samples = [opened.samples[index] for index in range(len(opened.samples))]
+            contenders[recipe.name] = _Contender(samples=samples, step=optimization.step)
+        inputs = next(iter(contenders.values())).samples
+        runs: dict[str, Callable[[int], object]] = {_BF16: lambda index: _forward(half, inputs[index].inputs)}
+        for name, contender in contenders.items():
+            runs[name] = lambda index, contender=contender: contender.step(contender.samples[index])
+        measures = measures_of(runs, stopwatch_for(settings.device), options=settings.options)
+        timings = interleave(measures, fresh=lambda round_: round_ % _SAMPLES, options=settings.options)
+        peaks = {name: peak_memory(lambda run=run: run(0), settings.device) for name, run in runs.items()}
     entries = []
     for entry in missing:
         recipe = recipes[entry["recipe"]]
-        assert recipe.distillation is not None
-        steps = recipe.calibration.samples * recipe.distillation.epochs
         times = times_of(timings[recipe.name], {_BF16: timings[_BF16]})
         details = {
             "bound_ratio": None,
-            "steps_per_block": steps,
-            "blocks_of_model": blocks,
-            "seconds_per_block": steps * times["milliseconds"] / 1000,
+            "steps_per_block": _steps(recipe),
+            "blocks_of_model": subject.blocks,
+            "seconds_per_block": _steps(recipe) * times["milliseconds"] / 1000,
             "peak_memory_bytes": peaks[recipe.name],
             "bf16_peak_memory_bytes": peaks[_BF16],
         }
@@ -150,80 +283,14 @@ def _measure(
     return entries
 
 
+def _steps(recipe: Recipe) -> int:
+    assert recipe.distillation is not None
+    return recipe.calibration.samples * recipe.distillation.epochs
+
+
 @torch.no_grad()
 def _forward(block: nn.Module, inputs: Mapping[str, Any]) -> object:
     return block(**_cast(inputs, torch.bfloat16))
-
-
-def _optimisation_step(student: nn.Module) -> Callable[[Any], object]:
-    learnable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learnable, lr=1e-6)
-
-    def run(inputs: Mapping[str, Any]) -> None:
-        with torch.enable_grad(), memoization(), soft_rounding(student):
-            outputs = student(**inputs)
-            streams: Iterable[Tensor] = outputs if isinstance(outputs, tuple) else (outputs,)
-            streams = tuple(streams)
-            loss = weighted_token_loss(streams, tuple(torch.zeros_like(one) for one in streams))
-            optimizer.zero_grad(set_to_none=True)
-            (loss / loss.detach()).backward()
-            penalize(roundings_of(student), 1.0, options=AdaRound())
-        optimizer.step()
-
-    return run
-
-
-def _synthetic(model: SyntheticModel, settings: Settings) -> tuple[nn.Module, dict[str, BlockLinear], Draw, int]:
-    block_list, tokens = model.block_lists[0], synthetic_tokens(model, settings)
-    generator = torch.Generator(settings.device).manual_seed(derive_seed(settings.seed, _OP, model.name))
-    block = synthetic_block(model, block_list, generator=generator, dtype=torch.float32)
-    prefix = f"{block_list.name}.0"
-    linears = {one.name.removeprefix(f"{prefix}."): one for one in linears_of_block(block, prefix, model.family)}
-
-    def fresh(_round: int) -> dict[str, Any]:
-        return block_inputs(model, block_list, tokens=tokens, generator=generator, dtype=torch.float32, batch=1)
-
-    return block, linears, fresh, sum(one.count for one in model.block_lists)
-
-
-def _of_pipeline(source: ModelSource, settings: Settings) -> tuple[nn.Module, dict[str, BlockLinear], Draw, int]:
-    pipe = load_pipeline(source, dtype=torch.float32, device=settings.device)
-    if source.is_quantized:
-        pipe.transformer.dequantize()
-    family = family_of(pipe.transformer)
-    names = block_names(pipe.transformer, family)
-    block = pipe.transformer.get_submodule(names[0])
-    own = resolve_settings(pipe, requested={"num_inference_steps": 1}, defaults=dict(settings.generation))
-    calls: list[dict[str, Any]] = []
-    handle = block.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(named_arguments(module, args, kwargs)), with_kwargs=True
-    )
-    try:
-        denoise(pipe, [_PROMPT], seeds=[0], settings=own, decode=False)
-    finally:
-        handle.remove()
-    captured = _first_sample(calls[0])
-    generator = torch.Generator(settings.device).manual_seed(derive_seed(settings.seed, _OP, source.name))
-
-    def fresh(_round: int) -> dict[str, Any]:
-        new = {
-            name: torch.randn(captured[name].shape, device=settings.device, generator=generator)
-            for name in family.streams
-        }
-        return captured | new
-
-    prefix = f"{names[0]}."
-    linears = {
-        one.name.removeprefix(prefix): one
-        for one in block_linears(pipe.transformer, family)
-        if one.name.startswith(prefix)
-    }
-    return copy.deepcopy(block), linears, fresh, len(names)
-
-
-def _first_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the first sample of a batch: calibration takes one at a time."""
-    return {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

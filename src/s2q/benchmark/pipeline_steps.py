@@ -1,8 +1,7 @@
 """One denoising step of a pipeline that can be run: its real loop in fp32, in bf16 and quantized, side by side.
 
-A full-precision pipeline is packed on the spot by each recipe, uncalibrated: transforms as they start, rounding to
-nearest. That costs quality but no time, and takes seconds. An s2q checkpoint keeps its
-packed linears, and the full-precision contenders use their dequantized weights.
+A full-precision pipeline gets the packed linears that each recipe plans, with random codes: the same time, but videos
+of noise. An s2q checkpoint keeps its packed linears, and the full-precision contenders use their dequantized weights.
 
 The time of a step is the mean over the steps of a short generation except the first, which follows the encoding of the
 prompt.
@@ -29,21 +28,23 @@ from s2q.benchmark.machine import full_precision, peak_memory, quantized_dtype
 from s2q.benchmark.micro import times_of
 from s2q.benchmark.results import identity
 from s2q.benchmark.shapes import source_tokens
+from s2q.benchmark.synthetic_blocks import random_packed_linear
 from s2q.benchmark.timing import Timing, interleave
+from s2q.calibration.teacher import TeacherTransformer
 from s2q.checkpoint import S2QConfig, read_config
+from s2q.common.components import TRANSFORMERS
 from s2q.common.hooks import capture_calls
-from s2q.core.input_path import PREFIX
 from s2q.generation.denoise import denoise
 from s2q.generation.load import load_pipeline
-from s2q.generation.settings import GenerationSettings, resolve_settings, video_tokens
+from s2q.generation.settings import GenerationSettings, resolve_settings, token_frames, video_tokens
 from s2q.models import ModelSource, block_linears, family_of
 from s2q.models.attention import attention_of
-from s2q.nn import PackedLinear, packed_dtypes, replace_module, set_backend, share_inputs
+from s2q.models.family import token_layout
+from s2q.nn import PackedLinear, replace_module, set_backend
 from s2q.nn.dequantized import FASTEST
 from s2q.planning.resolve import resolve
 from s2q.recipes.schema import Recipe
-from s2q.rounding import round_rtn
-from s2q.transforms import ROTATIONS
+from s2q.run.assemble import configure
 
 _OP = "denoising_step"
 _BF16, _FP32 = "bf16", "fp32"
@@ -80,37 +81,26 @@ def pipeline_step_case(source: ModelSource, settings: Settings) -> Case:
     return Case(label=f"{_OP} {source.name}", wanted=tuple(wanted), measure=measure)
 
 
-def pack_uncalibrated(transformer: nn.Module, recipe: Recipe) -> nn.Module:
-    """Replace the linears of a transformer by packed ones, in place: transforms as they start, rounding to nearest.
+def pack_randomly(transformer: nn.Module, recipe: Recipe, *, frames: int) -> nn.Module:
+    """Replace the linears of a transformer, in place, by packed linears of a recipe with random codes.
 
     Args:
         transformer: Full precision, of a supported family.
         recipe: Linears, bit widths and transforms.
+        frames: Token frames of a video.
 
     Returns:
-        The transformer.
+        The transformer, configured as a checkpoint's.
     """
-    for plan in resolve(recipe, block_linears(transformer, family_of(transformer))):
-        linear, layout = transformer.get_submodule(plan.name), plan.layout
-        weight, inputs = linear.weight.detach(), {}
-        if layout.left is not None or layout.right is not None:
-            rotation = ROTATIONS[recipe.transforms.rotation](plan.in_features, seed=0)
-            inputs = {PREFIX + name: tensor for name, tensor in rotation.state_tensors().items()}
-            weight = rotation.fold_inverse(weight.cpu()).detach()
-        shapes = layout.shapes(plan.in_features, plan.out_features)
-        for name in shapes.keys() - inputs.keys():
-            fill = 1.0 if name in (f"{PREFIX}scale", "activation_clip") else 0.0
-            inputs[name] = torch.full(shapes[name], fill, dtype=packed_dtypes()[name])
-        rounded = round_rtn(weight.float(), plan.scheme.weight)
-        layer = PackedLinear.from_rounded(
-            rounded,
-            bias=linear.bias,
-            scheme=plan.scheme,
-            inputs=inputs,
-            deflates=layout.deflates,
-        )
-        replace_module(transformer, plan.name, layer.to(linear.weight.device))
-    share_inputs(transformer)
+    family = family_of(transformer)
+    plans = resolve(recipe, block_linears(transformer, family), frames=frames)
+    tokens = token_layout(transformer, family)
+    teacher = TeacherTransformer(component=TRANSFORMERS[0], module=transformer, linears=tuple(plans), tokens=tokens)
+    generator = torch.Generator(transformer.device).manual_seed(0)
+    for plan in plans:
+        layer = random_packed_linear(plan, generator=generator, dtype=transformer.dtype)
+        replace_module(transformer, plan.name, layer)
+    configure(transformer, teacher, recipe.name)
     return transformer
 
 
@@ -122,11 +112,11 @@ def _measure(source: ModelSource, missing: Sequence[Entry], settings: Settings) 
     }
     full, dtype = list(pipes), quantized_dtype(device)
     packed_from = next(pipe for pipe in pipes.values() if pipe.transformer.dtype == dtype)
-    for entry in missing:
-        if _name_of(entry) not in pipes:
-            pipes[_name_of(entry)] = _pipeline_of(source, entry, packed_from, settings)
     first = pipes[_BF16]
     own = resolve_settings(first, requested={"num_inference_steps": _STEPS}, defaults=dict(settings.generation))
+    for entry in missing:
+        if _name_of(entry) not in pipes:
+            pipes[_name_of(entry)] = _pipeline_of(source, entry, packed_from, settings, frames=token_frames(first, own))
     attention = {_name_of(entry): entry["attention"] for entry in missing}
 
     def step_time(name: str, seed: int) -> float:
@@ -158,7 +148,7 @@ def _name_of(entry: Entry) -> str:
     return _FP32 if entry["scheme"] == _FP32 else f"{entry['scheme']} {entry['recipe']} {entry['backend']}"
 
 
-def _pipeline_of(source: ModelSource, entry: Entry, full: Any, settings: Settings) -> Any:
+def _pipeline_of(source: ModelSource, entry: Entry, full: Any, settings: Settings, *, frames: int) -> Any:
     if entry["scheme"] == _FP32:
         return _full_precision(source, torch.float32, settings.device)
     if source.is_quantized:
@@ -166,7 +156,7 @@ def _pipeline_of(source: ModelSource, entry: Entry, full: Any, settings: Setting
         return load_pipeline(source, dtype=dtype, device=settings.device, backend=entry["backend"])
     recipe = next(one for one in settings.recipes if one.name == entry["recipe"])
     pipe = copy.copy(full)  # shares the text encoder and the autoencoder
-    pipe.transformer = pack_uncalibrated(copy.deepcopy(full.transformer), recipe)
+    pipe.transformer = pack_randomly(copy.deepcopy(full.transformer), recipe, frames=frames)
     set_backend(pipe.transformer, entry["backend"])
     return pipe
 

@@ -36,7 +36,7 @@ from s2q.benchmark.machine import (
 )
 from s2q.benchmark.micro import baseline_of, times_of
 from s2q.benchmark.results import identity
-from s2q.benchmark.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
+from s2q.benchmark.synthetic_blocks import block_grid, block_inputs, random_packed_linear, synthetic_block
 from s2q.benchmark.timing import (
     Timing,
     interleave,
@@ -45,6 +45,7 @@ from s2q.benchmark.timing import (
 )
 from s2q.common.components import TRANSFORMERS
 from s2q.common.seeds import derive_seed
+from s2q.core.tokens import TokenGrid, token_grid
 from s2q.models import block_linears, linears_of_block
 from s2q.models.attention import attention_of
 from s2q.models.synthetic import BlockList, SyntheticModel
@@ -148,8 +149,9 @@ def _compete(
         drawn = block_inputs(model, block_list, tokens=tokens, generator=generator)
         return {dtype: {name: _cast(value, dtype) for name, value in drawn.items()} for dtype in set(dtypes.values())}
 
+    grid = block_grid(model, tokens=tokens)
     own = {name: None if name in full else settings.attention for name in stacks}
-    runs = {name: (lambda data, name=name: _run(stacks[name], data[dtypes[name]], own[name])) for name in stacks}
+    runs = {name: (lambda data, name=name: _run(stacks[name], data[dtypes[name]], own[name], grid)) for name in stacks}
     measures = measures_of(runs, stopwatch_for(device), options=settings.options)
     result = _ListResult(block_list, interleave(measures, fresh=fresh, options=settings.options), built)
     data = fresh(-1)
@@ -173,7 +175,7 @@ def _stack(
 ) -> list[nn.Module]:
     if recipe is None:
         return [synthetic_block(model, block_list, generator=generator, dtype=dtype) for _ in range(count)]
-    linears = resolve(recipe, block_linears(model.meta_transformer(), model.family))
+    linears = resolve(recipe, block_linears(model.meta_transformer(), model.family), frames=model.frames)
     plans = {linear.name: linear for linear in linears}
 
     def packed(place: int) -> nn.Module:
@@ -186,10 +188,10 @@ def _stack(
     return [packed(place) for place in range(count)]
 
 
-def _run(stack: Sequence[nn.Module], inputs: Mapping[str, Any], attention: str | None) -> object:
+def _run(stack: Sequence[nn.Module], inputs: Mapping[str, Any], attention: str | None, grid: TokenGrid) -> object:
     """Run blocks one after the other, each on the streams that the one before returned."""
     arguments = dict(inputs)
-    with attention_of(attention):
+    with attention_of(attention), token_grid(grid):
         for block in stack:
             output = block(**arguments)
             streams = output if isinstance(output, tuple) else (output,)
@@ -290,8 +292,7 @@ def _peak(measured: Sequence[_ListResult], name: str, storage: int) -> int | Non
 
 def _storage(model: SyntheticModel, recipe: Recipe) -> Mapping[str, Any]:
     transformers = {TRANSFORMERS[0]: model.meta_transformer()}
+    linears = resolve(recipe, recipe_linears(recipe, transformers), frames=model.frames)
     sizes = loaded_sizes(transformers, torch.bfloat16)
-    linears = resolve(recipe, recipe_linears(recipe, transformers))
-    return plan_transformers(
-        transformers, recipe, linears, model=model.label, sizes=sizes, dtype=torch.bfloat16
-    ).storage
+    planned = plan_transformers(transformers, recipe, linears, model=model.label, sizes=sizes, dtype=torch.bfloat16)
+    return planned.storage

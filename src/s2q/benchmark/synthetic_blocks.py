@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from s2q.core.packing import pack_codes
+from s2q.core.tokens import TokenGrid
 from s2q.models.attention import use_attention_registry
-from s2q.models.family import BlockLinear, linears_of_block
+from s2q.models.family import BlockLinear, linears_of_block, token_layout
 from s2q.models.synthetic import BlockList, SyntheticModel
 from s2q.nn import PackedLinear, replace_module, share_inputs
 from s2q.planning.resolve import LinearPlan
@@ -146,6 +147,24 @@ def block_inputs(
         "encoder_hidden_states": normal(samples, model.text_tokens, width),
     }
     return streams | BLOCK_INPUTS[block_list.inputs](model, samples, tokens, normal)
+
+
+def block_grid(model: SyntheticModel, *, tokens: int) -> TokenGrid:
+    """Return a grid of N video tokens with as many frames as the model has, or the next smaller divisor of N."""
+    frames = _divisor(tokens, most=model.frames)
+    height = _divisor(tokens // frames, most=math.isqrt(tokens // frames))
+    text = token_layout(model.meta_transformer(blocks=1), model.family).text
+    return TokenGrid(
+        frames=frames,
+        height=height,
+        width=tokens // frames // height,
+        text_tokens=0 if text == "apart" else model.text_tokens,
+        text=text,
+    )
+
+
+def _divisor(value: int, *, most: int) -> int:
+    return next(divisor for divisor in range(most, 0, -1) if value % divisor == 0)
 
 
 def _cogvideox_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:

@@ -78,6 +78,59 @@ def block_loss(block: nn.Module, samples: Samples, *, temporal: float = 0.0) -> 
     return math.fsum(torch.stack(losses).tolist()) / len(losses)
 
 
+class Optimization:
+    """The steps of a distillation: AdamW, its learning rates on a cosine.
+
+    Attributes:
+        learnable: The parameters that are learned.
+
+    Args:
+        student: See `distil`.
+        options: Epochs and learning rates.
+        samples: Their number; each is a step of every epoch.
+        temporal: Weight of the loss on the similarities of frames.
+        penalty: See `distil`.
+
+    Raises:
+        S2QError: If nothing is learnable.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        options: Distillation | Refinement,
+        samples: int,
+        temporal: float = 0.0,
+        penalty: Callable[[float], None] = lambda progress: None,
+    ) -> None:
+        groups = _learnable(student, options)
+        if not groups:
+            raise S2QError("distillation: the student has nothing to learn; expected a learnable transform or clip")
+        self.student, self.temporal, self.penalty = student, temporal, penalty
+        self.total = total = options.epochs * samples
+        self.learnable = [parameter for group in groups for parameter in group["params"]]
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _cosine(step, total))
+
+    def step(self, sample: BlockSample) -> Tensor:
+        """Learn from a sample; return its loss, on the device, so that nothing waits for it."""
+        loss = self.gradient(sample)
+        self.penalty(self._scheduler.last_epoch / self.total)
+        self._optimizer.step()
+        self._scheduler.step()
+        return loss
+
+    def gradient(self, sample: BlockSample) -> Tensor:
+        """Compute the gradient of a step, except that of the penalty; return the loss."""
+        with soft_rounding(self.student), memoization():
+            loss = _loss(self.student, sample, self.temporal)
+            value = loss.detach()
+            self._optimizer.zero_grad(set_to_none=True)
+            (loss / value.clamp_min(torch.finfo(value.dtype).tiny)).backward()
+        return value
+
+
 def distil(
     student: nn.Module,
     samples: Samples,
@@ -101,34 +154,20 @@ def distil(
             be small, beside a loss of 1.
         epoch_done: Called after each epoch.
 
-    Returns:
-        The report.
-
     Raises:
         S2QError: If the loss is not finite before the first step, or nothing is learnable.
     """
-    groups = _learnable(student, options)
-    if not groups:
-        raise S2QError("distillation: the student has nothing to learn; expected a learnable transform or clip")
-    learnable = [parameter for group in groups for parameter in group["params"]]
+    optimization = Optimization(student, options=options, samples=len(samples), temporal=temporal, penalty=penalty)
+    learnable = optimization.learnable
     initial = block_loss(student, samples, temporal=temporal)
     if not math.isfinite(initial):
         raise S2QError(f"distillation: the loss is {initial} before the first step; check the model's activations")
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    total = options.epochs * len(samples)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
     generator = torch.Generator().manual_seed(seed)
     best, best_loss, best_epoch, epoch = _snapshot(learnable), initial, 0, 0
     history = {"0": initial}
     for epoch in range(1, options.epochs + 1):
         order = torch.randperm(len(samples), generator=generator).tolist()
-        losses = []
-        with soft_rounding(student):
-            for sample in _ahead(samples, order):
-                losses.append(_gradient(student, sample, optimizer, temporal))
-                penalty(scheduler.last_epoch / total)
-                optimizer.step()
-                scheduler.step()
+        losses = [optimization.step(sample) for sample in _ahead(samples, order)]
         if not bool(torch.isfinite(torch.stack(losses)).all()):
             logger.warning("distillation: the loss is not finite in epoch %d; the best state before is kept", epoch)
             break
@@ -160,16 +199,6 @@ def evaluations(epochs: int) -> int:
 
 def _is_evaluated(epoch: int, epochs: int) -> bool:
     return epoch % max(1, epochs // _EVALUATIONS) == 0 or epoch == epochs
-
-
-def _gradient(student: nn.Module, sample: BlockSample, optimizer: torch.optim.Optimizer, temporal: float) -> Tensor:
-    """Compute the gradient for one step; return the loss, on the device, so that nothing waits for it."""
-    with memoization():
-        loss = _loss(student, sample, temporal)
-        value = loss.detach()
-        optimizer.zero_grad(set_to_none=True)
-        (loss / value.clamp_min(torch.finfo(value.dtype).tiny)).backward()
-    return value
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,6 +33,7 @@ from s2q.calibration.stream import TeacherStream
 from s2q.common.memory import to_device
 from s2q.common.seeds import derive_seed
 from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
+from s2q.planning.resolve import LinearPlan
 from s2q.rounding import AdaRound, Rounding, penalize, roundings_of
 
 
@@ -83,6 +84,32 @@ class BlockStudents:
     samples: BlockSamples
     statistics: Mapping[Group, InputStatistics]
 
+    @property
+    def modulation(self) -> list[LinearPlan]:
+        """The modulation linears, which have no students."""
+        return [linear for linear in self.work.task.linears if linear.role == "modulation"]
+
+    def nearest(self, linears: Iterable[LinearPlan]) -> dict[str, PackedLinear]:
+        """Return linears rounded to nearest, without an input path, by name inside the block."""
+        layers = {}
+        for linear in linears:
+            name = linear.inner_name
+            weight, bias = self.work.teacher.get_submodule(name).weight, self.work.task.block.get_submodule(name).bias
+            layers[name] = pack_nearest(weight, bias, linear.scheme)
+        return layers
+
+    def student(self, modulation: Mapping[str, PackedLinear]) -> nn.Module:
+        """Return the student as it starts; the statistics are released.
+
+        Args:
+            modulation: Packed modulation linears by name inside the block.
+        """
+        student = self.work.copy_with(modulation)
+        for group, statistics in self.statistics.items():
+            put_students(student, self.work, group, statistics)
+            statistics.release()
+        return student
+
 
 @contextmanager
 def block_students(task: BlockTask) -> Iterator[BlockStudents]:
@@ -119,22 +146,14 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     """The steps of a block after its targets are known."""
     work, samples = opened.work, opened.samples
     task, recipe = work.task, work.task.recipe
-    nearest = {}
-    for linear in task.linears:
-        name = linear.inner_name
-        weight, bias = work.teacher.get_submodule(name).weight, task.block.get_submodule(name).bias
-        nearest[name] = pack_nearest(weight, bias, linear.scheme)
+    nearest = opened.nearest(task.linears)
     measured = functools.partial(block_loss, samples=samples, temporal=recipe.loss.temporal)
     loss = {"rtn": measured(work.copy_with(nearest))}
-    of_modulation = [linear for linear in task.linears if linear.role == "modulation"]
-    modulation = {linear.inner_name: nearest[linear.inner_name] for linear in of_modulation}
+    modulation = {linear.inner_name: nearest[linear.inner_name] for linear in opened.modulation}
     reports: dict[str, dict[str, Any]] = {}
     if recipe.modulation_rounding.needs_hessian:
-        modulation, reports = pack_modulation(work, of_modulation, samples)
-    student = work.copy_with(modulation)
-    for group, statistics in opened.statistics.items():
-        put_students(student, work, group, statistics)
-        statistics.release()
+        modulation, reports = pack_modulation(work, opened.modulation, samples)
+    student = opened.student(modulation)
     loss["initial"] = measured(student)
     report = None
     if recipe.distillation is not None:
@@ -145,7 +164,7 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
                 options=recipe.distillation,
                 temporal=recipe.loss.temporal,
                 seed=derive_seed(task.block_seed, "order"),
-                penalty=_penalty(student, recipe.rounding),
+                penalty=rounding_penalty(student, recipe.rounding),
                 epoch_done=task.progress,
             )
         loss["distilled"] = report.loss
@@ -169,8 +188,8 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     )
 
 
-def _penalty(student: nn.Module, rounding: Rounding) -> Callable[[float], None]:
-    """The gradient of the rounding penalty, by the fraction of steps completed."""
+def rounding_penalty(student: nn.Module, rounding: Rounding) -> Callable[[float], None]:
+    """Return what adds the gradient of the rounding penalty, by the fraction of steps completed."""
     if not isinstance(rounding, AdaRound):
         return lambda progress: None
     return functools.partial(penalize, roundings_of(student), options=rounding)

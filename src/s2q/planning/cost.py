@@ -4,10 +4,10 @@ What a step of distillation holds is linear in the weights and in the values tha
 were fitted to the live memory of a step, traced on blocks without storage (`benchmarks/step_memory.py`), for the
 published sizes and up to 131,072 tokens:
 
-    as it is        33.5 Σ O·I + 22.4 Σ rows · (I + O)             an input that several linears share counts once
+    as it is        31.5 Σ O·I + 19.9 Σ rows · (I + O)             an input that several linears share counts once
     checkpointed     4   Σ O·I + max(37.5 max O·I, 56 piece · max O, 92 rows · d)              68 instead of 92 in bf16
 
-Where the rounding is learned, 33.5 is 20, and 17 Σ O·I are held all the time.
+Where the rounding is learned, 31.5 is 20, and 17 Σ O·I are held all the time.
 
 Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels.
 """
@@ -33,7 +33,7 @@ DEFAULT_MEMORY_BUDGET = 16 * 10**9
 """Most that activations of calibration take of the host's memory unless told otherwise."""
 
 _FP32 = torch.float32.itemsize
-_KEPT_PER_WEIGHT, _KEPT_PER_VALUE = 33.5, 22.4
+_KEPT_PER_WEIGHT, _KEPT_PER_VALUE = 31.5, 19.9
 _WEIGHT, _WEIGHT_AT_HAND, _VALUE_AT_HAND = 4, 37.5, 56
 _CHANNEL_AT_HAND = {4: 92, 2: 68}
 _LEARNED_PER_WEIGHT = 20

@@ -46,6 +46,18 @@ def _student(teacher: TeacherTransformer, folder: RunFolder, recipe: str) -> nn.
             replace_module(block, name, layer.to(block.get_submodule(name).weight.dtype))  # of its bias
     for name, layer in round_linears(teacher.module, teacher.linears_of(OUTSIDE)).items():
         replace_module(student, name, layer)
+    configure(student, teacher, recipe)
+    return student
+
+
+def configure(student: nn.Module, teacher: TeacherTransformer, recipe: str) -> None:
+    """Give a transformer with packed linears its quantization configuration and what it needs to run, in place.
+
+    Args:
+        student: The transformer.
+        teacher: The one whose plans its linears follow.
+        recipe: Name of the recipe.
+    """
     linears = {split_name(linear.name)[1]: linear for linear in teacher.linears}
     config = S2QConfig.from_schemes(
         {name: linear.scheme for name, linear in linears.items()},
@@ -55,4 +67,3 @@ def _student(teacher: TeacherTransformer, folder: RunFolder, recipe: str) -> nn.
         tokens=teacher.tokens if any(linear.needs_grid for linear in teacher.linears) else None,
     )
     attach_config(student, config)
-    return student
