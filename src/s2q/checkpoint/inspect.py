@@ -1,7 +1,5 @@
 """Contents of a checkpoint: quantized linears with scheme and bytes on disk, totals, hashes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -73,13 +71,21 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
     layers: tuple[LinearStorage, ...] = ()
     storage: dict[str, int | float] = {}
     try:
-        found = [
-            _transformer(folder, component, configs.get(component), variant=variant)
-            for component in stored_transformers(folder)
-        ]
-        layers = tuple(layer for one in found for layer in one.layers)
-        num_bytes, values = sum(one.num_bytes for one in found), sum(one.values for one in found)
-        storage = _storage(layers, quantized=num_bytes, values=values)
+        packed: tuple[LinearStorage, ...] = ()
+        num_bytes, values = 0, 0
+        for component in stored_transformers(folder):
+            tensors = read_headers(weight_files(folder / component, variant=variant))
+            linears, stored_values = _linears(component, read_transformer_config(folder, component))
+            num_bytes, values = num_bytes + sum(info.num_bytes for info in tensors.values()), values + stored_values
+            if component in configs:  # others are in full precision
+                packed += _layers(component, configs[component], linears=linears, tensors=tensors)
+        layers = packed
+        storage = {
+            "full_precision_bytes": values * BF16_BYTES,
+            "quantized_bytes": num_bytes,
+            "packed_bytes": sum(layer.bytes for layer in layers),
+            "ratio": values * BF16_BYTES / num_bytes,
+        }
     except InvalidInputError:
         if not problems:
             raise
@@ -100,30 +106,16 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Transformer:
-    """One transformer on disk: its quantized linears, its bytes, and its number of values."""
-
-    layers: tuple[LinearStorage, ...]
-    num_bytes: int
-    values: int
-
-
-def _transformer(folder: Path, component: str, config: S2QConfig | None, *, variant: str | None) -> _Transformer:
-    """Look into a transformer; one without a configuration is in full precision."""
-    tensors = read_headers(weight_files(folder / component, variant=variant))
-    linears, values = _linears(component, read_transformer_config(folder, component))
-    schemes = {} if config is None else config.layer_schemes()
-    layouts = {} if config is None else config.layer_layouts()
+def _layers(
+    component: str, config: S2QConfig, *, linears: Mapping[str, nn.Linear], tensors: Mapping[str, TensorInfo]
+) -> tuple[LinearStorage, ...]:
+    """The quantized linears of a transformer on disk, by full name."""
+    layouts = config.layer_layouts()
     layers = (
         _layer(name, scheme, layouts.get(name, InputPath()), linears=linears, tensors=tensors)
-        for name, scheme in schemes.items()
+        for name, scheme in config.layer_schemes().items()
     )
-    return _Transformer(
-        layers=tuple(replace(layer, name=full_name(component, layer.name)) for layer in layers),
-        num_bytes=sum(info.num_bytes for info in tensors.values()),
-        values=values,
-    )
+    return tuple(replace(layer, name=full_name(component, layer.name)) for layer in layers)
 
 
 def _linears(component: str, config: Mapping[str, Any]) -> tuple[dict[str, nn.Linear], int]:
@@ -175,12 +167,3 @@ def _layer(
     own = [*expected, "bias"]
     num_bytes = sum(tensors[f"{name}.{tensor}"].num_bytes for tensor in own if f"{name}.{tensor}" in tensors)
     return LinearStorage(name=name, shape=(out_features, in_features), scheme=scheme.name, bytes=num_bytes)
-
-
-def _storage(layers: tuple[LinearStorage, ...], *, quantized: int, values: int) -> dict[str, int | float]:
-    return {
-        "full_precision_bytes": values * BF16_BYTES,
-        "quantized_bytes": quantized,
-        "packed_bytes": sum(layer.bytes for layer in layers),
-        "ratio": values * BF16_BYTES / quantized,
-    }

@@ -3,8 +3,6 @@
 safetensors has no checksum: flipped bits in the payload, and some in the header, load silently. The hashes find them.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The model card (README.md) of a checkpoint: YAML front matter for the Hub, how to load it, what was measured."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path

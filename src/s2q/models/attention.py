@@ -6,8 +6,6 @@ the registry. CogVideoX's own processor does not; `DispatchedCogVideoXAttention`
 Shapes: `B` samples, `T` text tokens, `N` video tokens, `H` heads, `D` head dim.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

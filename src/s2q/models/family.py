@@ -4,8 +4,6 @@ Legend: `I/O` in/out features. Linears are found by the prefix of a block list a
 transformer have linears with the same names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -125,10 +123,11 @@ def block_names(transformer: nn.Module, family: Family) -> list[str]:
 
 def block_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
     """List every linear inside the transformer's blocks, block by block, in the order of the modules."""
-    found = []
-    for index, block_name in enumerate(block_names(transformer, family)):
-        found += linears_of_block(transformer.get_submodule(block_name), block_name, family, index=index)
-    return found
+    return [
+        linear
+        for index, name in enumerate(block_names(transformer, family))
+        for linear in linears_of_block(transformer.get_submodule(name), name, family, index=index)
+    ]
 
 
 def linears_of_block(block: nn.Module, block_name: str, family: Family, *, index: int = 0) -> list[BlockLinear]:

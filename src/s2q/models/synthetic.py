@@ -3,8 +3,6 @@
 Legend: `B` samples in a call, `N` video tokens, `T` text tokens, `D` head dim, `I/O` in/out features.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

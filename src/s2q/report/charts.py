@@ -1,7 +1,5 @@
 """Small charts as inline SVG, coloured by the page's style sheet so that they follow light and dark."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

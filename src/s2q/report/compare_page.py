@@ -4,8 +4,6 @@ The videos of a prompt are tiles of one mp4, and the page draws each tile into a
 entries stays synchronised.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,42 +106,35 @@ def _sized(frames: np.ndarray) -> np.ndarray:
 
 
 def _chart_groups(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
-    name = "velocity_relative_error"
-    by_label = {entry["label"]: entry["metrics"] for entry in result["entries"]}
-    found = []
-    for group in result["groups"]:
-        rows = [(label, by_label[label][name]) for label in group["ranking"] if name in by_label[label]]
-        rows = [row for row in rows if row[1]["mean"] is not None]
-        if rows:
-            found.append((group["width"], rows))
-    return found
+    errors = {entry["label"]: entry["metrics"].get("velocity_relative_error") for entry in result["entries"]}
+    charted = {label: error for label, error in errors.items() if error and error["mean"] is not None}
+    groups = [
+        (group["width"], [(label, charted[label]) for label in group["ranking"] if label in charted])
+        for group in result["groups"]
+    ]
+    return [(width, rows) for width, rows in groups if rows]
 
 
 def _differences(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    rows = []
-    for group in result["groups"]:
-        for one in group["differences"]:
-            ratio = one["kind"] == "ratio"
-            rows.append(
-                {
-                    "width": group["width"],
-                    "pair": f"{one['a']} against {one['b']}",
-                    "metric": formatting.title_of(one["metric"]),
-                    "estimate": _effect(one, "estimate", ratio),
-                    "interval": "–"
-                    if one["low"] is None
-                    else f"{_effect(one, 'low', ratio)} to {_effect(one, 'high', ratio)}",
-                    "p": "–" if one["p_holm"] is None else f"{one['p_holm']:.2g}",
-                }
-            )
-    return rows
+    return [
+        {
+            "width": group["width"],
+            "pair": f"{effect['a']} against {effect['b']}",
+            "metric": formatting.title_of(effect["metric"]),
+            "estimate": _effect(effect, "estimate"),
+            "interval": "–" if effect["low"] is None else f"{_effect(effect, 'low')} to {_effect(effect, 'high')}",
+            "p": "–" if effect["p_holm"] is None else f"{effect['p_holm']:.2g}",
+        }
+        for group in result["groups"]
+        for effect in group["differences"]
+    ]
 
 
-def _effect(one: Mapping[str, Any], end: str, ratio: bool) -> str:
-    value = one[end]
+def _effect(effect: Mapping[str, Any], end: str) -> str:
+    value = effect[end]
     if value is None:
         return "–"
-    if ratio:
+    if effect["kind"] == "ratio":
         return f"× {value:.3g}"
-    shown = formatting.format_value(one["metric"], value)
+    shown = formatting.format_value(effect["metric"], value)
     return shown if value < 0 else f"+{shown}"

@@ -1,23 +1,10 @@
 """The table of a comparison, as cells, as Markdown and as sentences that say who won what."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from s2q.report.formatting import format_interval, format_sample, format_value, title_of
-
-COLUMNS = (
-    "velocity_relative_error",
-    "psnr_frame_mean_db",
-    "ssim",
-    "flicker_rms",
-    "lpips",
-    "clip_score",
-    "adherence_all",
-)
-"""Metrics of the table, where they were measured."""
 
 HEADINGS = {
     "velocity_relative_error": "velocity error",
@@ -28,6 +15,8 @@ HEADINGS = {
     "clip_score": "CLIP score",
     "adherence_all": "adherence",
 }
+"""Metrics of the table, where they were measured."""
+
 SIMULATED = "simulated"
 
 
@@ -75,7 +64,7 @@ def columns_of(result: Mapping[str, Any]) -> list[str]:
     """Return the metrics of the table that were measured."""
     return [
         name
-        for name in COLUMNS
+        for name in HEADINGS
         if any((entry["metrics"].get(name) or {"mean": None})["mean"] is not None for entry in result["entries"])
     ]
 
@@ -85,15 +74,15 @@ def groups_of(result: Mapping[str, Any]) -> list[Group]:
     columns = columns_of(result)
     compared = {group["width"]: group for group in result["groups"]}
     widths = [*compared, *(entry["width"] for entry in result["entries"])]
-    found = []
+    groups = []
     for width in dict.fromkeys(widths):
         group = compared.get(width, {"ranking": [], "winners": {}})
         members = [entry for entry in result["entries"] if entry["width"] == width]
         ranking = group["ranking"]
         members.sort(key=lambda entry: ranking.index(entry["label"]) if entry["label"] in ranking else len(ranking))
         rows = tuple(_row(entry, columns, group["winners"]) for entry in members)
-        found.append(Group(width=width, rows=rows, verdict=_verdict(group, result)))
-    return found
+        groups.append(Group(width=width, rows=rows, verdict=_verdict(group, result)))
+    return groups
 
 
 def reference_cells(result: Mapping[str, Any]) -> list[Cell]:
@@ -135,12 +124,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines.append(_line(["full precision, another seed", "", *(_shown(cell) for cell in floor), ""]))
     verdicts = [f"- {group.verdict}" for group in groups_of(result) if group.verdict]
     if verdicts:
-        lines += [
-            "",
-            "Bold: the best of its width where it clearly beats every other entry; what that means stands below.",
-            "",
-            *verdicts,
-        ]
+        bold = "Bold: the best of its width where it clearly beats every other entry; what that means stands below."
+        lines += ["", bold, "", *verdicts]
     if failed:
         lines += ["", "Failed:", "", *failed]
     lines += ["", "How the figures are made:", ""]
@@ -151,10 +136,9 @@ def markdown(result: Mapping[str, Any]) -> str:
 def definitions(result: Mapping[str, Any]) -> dict[str, str]:
     """Return what every word of the comparison means: its own terms, then each metric."""
     metrics = next((entry["metrics"] for entry in result["entries"] if entry["metrics"]), {})
-    own = {"interval": result["settings"]["interval"], **result["definitions"]}
-    return own | {
-        title_of(name): entry["definition"] for name, entry in metrics.items() if not name.startswith("reference_")
-    }
+    measured = {title_of(name): entry for name, entry in metrics.items() if not name.startswith("reference_")}
+    terms = {"interval": result["settings"]["interval"], **result["definitions"]}
+    return terms | {metric: entry["definition"] for metric, entry in measured.items()}
 
 
 def title(result: Mapping[str, Any]) -> str:

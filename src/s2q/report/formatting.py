@@ -1,11 +1,8 @@
 """Numbers as people read them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
-_PERCENT = ("adherence",)
 
 
 def format_bytes(count: float) -> str:
@@ -24,7 +21,7 @@ def format_value(name: str, value: float | None) -> str:
         return f"{value:.1f} dB"
     if name.endswith("_rms"):
         return f"{value:.2f} levels"
-    if any(word in name for word in _PERCENT):
+    if "adherence" in name:
         return f"{value * 100:+.1f} %" if name.endswith("_change") else f"{value * 100:.1f} %"
     if value == 0 or abs(value) >= 0.01:
         return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
@@ -37,8 +34,7 @@ def format_interval(name: str, low: float | None, high: float | None) -> str:
         return "–"
     first, second = format_value(name, low), format_value(name, high)
     for unit in (" dB", " %", " levels"):
-        if first.endswith(unit):
-            first = first.removesuffix(unit)
+        first = first.removesuffix(unit)
     return f"{first} to {second}"
 
 

@@ -3,8 +3,6 @@
 Everything is inlined: style, script, charts (SVG), videos (mp4, base64) and the contact sheet (PNG, base64).
 """
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Mapping, Sequence

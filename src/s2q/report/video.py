@@ -6,8 +6,6 @@ halves the colour resolution, which costs nothing once every pixel is at least t
 Legend: `F` frames, `H`, `W` height and width in pixels.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import tempfile
@@ -99,15 +97,19 @@ def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND, matrix: str 
             ffmpeg_log_level="error",
             output_params=[
                 *("-crf", str(_QUALITY_CRF), "-preset", "medium", "-threads", "1", "-g", "1"),
+                *("-vf", f"scale=out_color_matrix={matrix}:out_range=tv", "-colorspace", matrix),
                 *(
-                    "-vf",
-                    f"scale=out_color_matrix={matrix}:out_range=tv",
-                    "-colorspace",
-                    matrix,
                     "-color_primaries",
                     "bt709",
+                    "-color_trc",
+                    "bt709",
+                    "-movflags",
+                    "+faststart",
+                    "-fflags",
+                    "+bitexact",
+                    "-flags:v",
+                    "+bitexact",
                 ),
-                *("-color_trc", "bt709", "-movflags", "+faststart", "-fflags", "+bitexact", "-flags:v", "+bitexact"),
             ],
         )
         try:

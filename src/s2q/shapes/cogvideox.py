@@ -6,19 +6,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from s2q.shapes.architecture import (
-    FRAME_SIZE,
-    HEAD_DIM,
-    HIDDEN_HEADS,
-    LATENT_CHANNELS,
-    LATENT_SIZE,
-    NUM_BLOCKS,
-    NUM_FRAMES,
-    TEXT_ENCODER,
-    TEXT_TOKENS,
-    TEXT_WIDTH,
-    EmbeddedArchitecture,
-)
+from s2q.shapes import architecture as shapes
+from s2q.shapes.architecture import EmbeddedArchitecture
 
 
 class ShapesCogVideoX(EmbeddedArchitecture):
@@ -33,7 +22,7 @@ class ShapesCogVideoX(EmbeddedArchitecture):
 
     def build_text_encoder(self, tokenizer: T5Tokenizer) -> T5EncoderModel:
         """A two-layer T5 encoder."""
-        return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **TEXT_ENCODER))
+        return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shapes.TEXT_ENCODER))
 
     def build_vae(self) -> AutoencoderKLCogVideoX:
         """A three-level causal 3D autoencoder, 1.9 million parameters."""
@@ -43,31 +32,31 @@ class ShapesCogVideoX(EmbeddedArchitecture):
             down_block_types=("CogVideoXDownBlock3D",) * 3,
             up_block_types=("CogVideoXUpBlock3D",) * 3,
             block_out_channels=(16, 32, 64),
-            latent_channels=LATENT_CHANNELS,
+            latent_channels=shapes.LATENT_CHANNELS,
             layers_per_block=1,
             norm_num_groups=8,
             temporal_compression_ratio=4,
-            sample_height=FRAME_SIZE,
-            sample_width=FRAME_SIZE,
+            sample_height=shapes.FRAME_SIZE,
+            sample_width=shapes.FRAME_SIZE,
             scaling_factor=1.0,
         )
 
     def build_transformer(self) -> CogVideoXTransformer3DModel:
         """Six blocks of width 192 (3 heads of 64), sine-cosine positions."""
         return CogVideoXTransformer3DModel(
-            num_attention_heads=HIDDEN_HEADS,
-            attention_head_dim=HEAD_DIM,
-            in_channels=LATENT_CHANNELS,
-            out_channels=LATENT_CHANNELS,
+            num_attention_heads=shapes.HIDDEN_HEADS,
+            attention_head_dim=shapes.HEAD_DIM,
+            in_channels=shapes.LATENT_CHANNELS,
+            out_channels=shapes.LATENT_CHANNELS,
             time_embed_dim=64,
-            text_embed_dim=TEXT_WIDTH,
-            num_layers=NUM_BLOCKS,
-            sample_width=LATENT_SIZE,
-            sample_height=LATENT_SIZE,
-            sample_frames=NUM_FRAMES,
+            text_embed_dim=shapes.TEXT_WIDTH,
+            num_layers=shapes.NUM_BLOCKS,
+            sample_width=shapes.LATENT_SIZE,
+            sample_height=shapes.LATENT_SIZE,
+            sample_frames=shapes.NUM_FRAMES,
             patch_size=1,
             temporal_compression_ratio=4,
-            max_text_seq_length=TEXT_TOKENS,
+            max_text_seq_length=shapes.TEXT_TOKENS,
         )
 
     def assemble(self, **parts: Any) -> CogVideoXPipeline:

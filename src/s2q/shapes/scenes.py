@@ -10,7 +10,7 @@ Legend of shapes: ``F`` frames, ``H`` height, ``W`` width; videos are ``[F, 3, H
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 
 import torch
@@ -125,12 +125,8 @@ def _extent(shape: str, radius: float) -> tuple[float, float, float]:
     if shape == "square":
         half = radius * math.sqrt(math.pi) / 2
         return half, half, half
-    side = _triangle_side(radius)
+    side = radius * math.sqrt(4 * math.pi / math.sqrt(3))
     return side / 2, side / math.sqrt(3), side / (2 * math.sqrt(3))
-
-
-def _triangle_side(radius: float) -> float:
-    return radius * math.sqrt(4 * math.pi / math.sqrt(3))
 
 
 def sample_scene(labels: SceneLabels, *, num_frames: int = 9, size: int = 32, generator: torch.Generator) -> Scene:
@@ -164,20 +160,8 @@ def sample_scene(labels: SceneLabels, *, num_frames: int = 9, size: int = 32, ge
 
 def caption(scene: Scene, *, generator: torch.Generator) -> str:
     """A caption of the scene in one of several phrasings; size and speed are named unless they are the middle ones."""
-    still = scene.labels.motion == "still"
-    phrase = _choice(_STILL_PHRASES if still else _MOVING_PHRASES, generator)
-    return _fill(phrase, scene.labels, size=_SIZE_WORDS[scene.size], speed=_SPEED_WORDS[scene.speed])
-
-
-def _fill(phrase: str, labels: SceneLabels, *, size: str, speed: str) -> str:
-    text = phrase.format(
-        size=size,
-        speed=speed,
-        colour=labels.colour,
-        shape=labels.shape,
-        motion=labels.motion,
-        background=labels.background,
-    )
+    phrase = _choice(_STILL_PHRASES if scene.labels.motion == "still" else _MOVING_PHRASES, generator)
+    text = phrase.format(size=_SIZE_WORDS[scene.size], speed=_SPEED_WORDS[scene.speed], **asdict(scene.labels))
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
@@ -188,10 +172,10 @@ def parse_caption(text: str) -> SceneLabels | None:
     SceneLabels(shape='circle', colour='red', motion='left', background='grey')
     """
     words = set(text.lower().replace(",", " ").replace(".", " ").split())
-    found = [[name for name in kind if name in words] for kind in (SHAPES, COLOURS, MOTIONS, BACKGROUNDS)]
-    if any(len(names) != 1 for names in found):
+    named = [[name for name in kind if name in words] for kind in (SHAPES, COLOURS, MOTIONS, BACKGROUNDS)]
+    if any(len(names) != 1 for names in named):
         return None
-    (shape,), (colour,), (motion,), (background,) = found
+    (shape,), (colour,), (motion,), (background,) = named
     return SceneLabels(shape=shape, colour=colour, motion=motion, background=background)
 
 
@@ -239,6 +223,13 @@ def render(scene: Scene, *, num_frames: int = 9, size: int = 32) -> Tensor:
     background = torch.tensor(scene.background_rgb)[:, None, None] + shade[None, :, None]
     colour = torch.tensor(scene.colour_rgb)[:, None, None]
     return (coverage * colour + (1 - coverage) * background).clamp(0, 1)
+
+
+def sample_training_batch(count: int, *, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Draw `sample_batch` of random combinations of the training split."""
+    labels = combinations(held_out=False)
+    picks = torch.randint(len(labels), (count,), generator=generator).tolist()
+    return sample_batch([labels[i] for i in picks], generator=generator)
 
 
 def sample_batch(

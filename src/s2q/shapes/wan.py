@@ -7,16 +7,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from s2q.shapes.architecture import (
-    HEAD_DIM,
-    HIDDEN_HEADS,
-    LATENT_CHANNELS,
-    NUM_BLOCKS,
-    TEXT_ENCODER,
-    TEXT_TOKENS,
-    TEXT_WIDTH,
-    EmbeddedArchitecture,
-)
+from s2q.shapes import architecture as shapes
+from s2q.shapes.architecture import EmbeddedArchitecture
 
 NUM_TRAIN_TIMESTEPS = 1000
 PIPELINE_TEXT_TOKENS = 512
@@ -35,18 +27,18 @@ class ShapesWan(EmbeddedArchitecture):
 
     def build_text_encoder(self, tokenizer: T5Tokenizer) -> UMT5EncoderModel:
         """A two-layer UMT5 encoder."""
-        return UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TEXT_ENCODER))
+        return UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **shapes.TEXT_ENCODER))
 
     def build_vae(self) -> AutoencoderKLWan:
         """A three-level causal 3D autoencoder, 1.9 million parameters."""
         return AutoencoderKLWan(
             base_dim=16,
-            z_dim=LATENT_CHANNELS,
+            z_dim=shapes.LATENT_CHANNELS,
             dim_mult=[1, 2, 4],
             num_res_blocks=1,
             temperal_downsample=[True, True],
-            latents_mean=[0.0] * LATENT_CHANNELS,
-            latents_std=[1.0] * LATENT_CHANNELS,
+            latents_mean=[0.0] * shapes.LATENT_CHANNELS,
+            latents_std=[1.0] * shapes.LATENT_CHANNELS,
             scale_factor_temporal=4,
             scale_factor_spatial=4,
         )
@@ -55,14 +47,14 @@ class ShapesWan(EmbeddedArchitecture):
         """Six blocks of width 192 (3 heads of 64)."""
         return WanTransformer3DModel(
             patch_size=(1, 1, 1),
-            num_attention_heads=HIDDEN_HEADS,
-            attention_head_dim=HEAD_DIM,
-            in_channels=LATENT_CHANNELS,
-            out_channels=LATENT_CHANNELS,
-            text_dim=TEXT_WIDTH,
+            num_attention_heads=shapes.HIDDEN_HEADS,
+            attention_head_dim=shapes.HEAD_DIM,
+            in_channels=shapes.LATENT_CHANNELS,
+            out_channels=shapes.LATENT_CHANNELS,
+            text_dim=shapes.TEXT_WIDTH,
             freq_dim=64,
-            ffn_dim=4 * HIDDEN_HEADS * HEAD_DIM,
-            num_layers=NUM_BLOCKS,
+            ffn_dim=4 * shapes.HIDDEN_HEADS * shapes.HEAD_DIM,
+            num_layers=shapes.NUM_BLOCKS,
             rope_max_seq_len=32,
         )
 
@@ -95,15 +87,15 @@ class ShapesWan(EmbeddedArchitecture):
     ) -> Tensor:
         """The encoder's last states, zeros behind the end of each text; padding is masked in the encoder alone."""
         encoded = tokenizer(
-            texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+            texts, padding="max_length", max_length=shapes.TEXT_TOKENS, truncation=True, return_tensors="pt"
         ).to(text_encoder.device)
         states = text_encoder(encoded.input_ids, encoded.attention_mask).last_hidden_state
         states = states * encoded.attention_mask[..., None]
-        return nn.functional.pad(states, (0, 0, 0, length - TEXT_TOKENS))
+        return nn.functional.pad(states, (0, 0, 0, length - shapes.TEXT_TOKENS))
 
     def text_length(self, draw: float) -> int:
         """Mostly 16 tokens, now and then what the pipeline pads to by itself."""
-        return PIPELINE_TEXT_TOKENS if draw < PIPELINE_TEXT_FRACTION else TEXT_TOKENS
+        return PIPELINE_TEXT_TOKENS if draw < PIPELINE_TEXT_FRACTION else shapes.TEXT_TOKENS
 
     def noised(self, clean: Tensor, noise: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The straight line from data to noise, its direction as target."""

@@ -82,17 +82,6 @@ _traced = library.custom_op("s2q::rescaled_int_matmul", _run, mutates_args=())
 
 
 @_traced.register_fake
-def _shape(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    low_rank_input: Tensor | None,
-    low_rank_weight: Tensor | None,
-    x_bits: int,
-    w_bits: int,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
+def _shape(x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, *others: Any) -> Tensor:
+    *_, out_dtype, _ = others
     return x_scale.new_empty(x_codes.shape[0], w_codes.shape[0], dtype=out_dtype)

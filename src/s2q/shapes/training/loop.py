@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -126,9 +126,8 @@ def _worker(
         )
     task = build_task()
     task.modules.to(device).train()
-    optimizers = build_optimizers(task.modules, settings)
-    ema = {name: p.detach().clone() for name, p in task.modules.named_parameters() if p.requires_grad}
-    first = _restore(task.modules, ema, optimizers, settings, folder)
+    run = _Run(task.modules, settings, folder, world)
+    first = run.restore()
     if first >= settings.steps:
         logger.info("%s: already trained for %d steps", folder.name, first)
     started, per_process = time.monotonic(), settings.batch_size // world
@@ -136,45 +135,80 @@ def _worker(
         generator = torch.Generator().manual_seed(derive_seed(settings.seed, "step", step, rank))
         loss, figures = task.loss(per_process, generator)
         loss.backward()
-        _step(task.modules, ema, optimizers, settings, step, world)
+        run.step(step)
         done = step + 1
         if rank == 0 and (done % settings.log_every == 0 or done == settings.steps):
             elapsed = time.monotonic() - started
             left = elapsed / (done - first) * (settings.steps - done)
             _log(folder, {"step": done, "loss": float(loss.detach()), **figures, "seconds": round(elapsed, 1)}, left)
         if rank == 0 and (done % settings.checkpoint_every == 0 or done == settings.steps):
-            _checkpoint(task.modules, ema, optimizers, settings, folder, done)
+            run.save(done)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def _step(
-    modules: nn.Module,
-    ema: dict[str, Tensor],
-    optimizers: list[torch.optim.Optimizer],
-    settings: TrainingSettings,
-    step: int,
-    world: int,
-) -> None:
-    parameters = [p for p in modules.parameters() if p.grad is not None]
-    if world > 1:
-        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        dist.all_reduce(flat)
-        flat /= world
-        for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = piece.view_as(p)
-    nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * learning_rate_factor(step, settings)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    decay = min(settings.ema_decay, (step + 1) / (step + 10))
-    with torch.no_grad():
-        for name, p in modules.named_parameters():
-            if name in ema:
-                ema[name].lerp_(p, 1 - decay)
+class _Run:
+    """What a training run changes: learned parameters by name, their averages, and the optimizers' state."""
+
+    def __init__(self, modules: nn.Module, settings: TrainingSettings, folder: Path, world: int) -> None:
+        self.modules, self.settings, self.folder, self.world = modules, settings, folder, world
+        self.optimizers = build_optimizers(modules, settings)
+        self.learned = {name: p for name, p in modules.named_parameters() if p.requires_grad}
+        self.ema = {name: p.detach().clone() for name, p in self.learned.items()}
+
+    def step(self, step: int) -> None:
+        parameters = [p for p in self.modules.parameters() if p.grad is not None]
+        if self.world > 1:
+            flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+            dist.all_reduce(flat)
+            flat /= self.world
+            for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                p.grad = piece.view_as(p)
+        nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * learning_rate_factor(step, self.settings)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(self.settings.ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, p in self.learned.items():
+                self.ema[name].lerp_(p, 1 - decay)
+
+    def save(self, step: int) -> None:
+        """One file for the whole state, so that it is never of two steps; the EMA beside it for use."""
+        state = {"step": torch.tensor(step)}
+        for name, p in self.learned.items():
+            state |= {f"weights.{name}": p, f"ema.{name}": self.ema[name]}
+        for i, optimizer in enumerate(self.optimizers):
+            for index, values in optimizer.state_dict()["state"].items():
+                state |= {f"optimizer.{i}.{index}.{key}": value for key, value in values.items()}
+        _save(state, self.folder / "state.safetensors")
+        _save(self.ema, self.folder / "ema.safetensors")
+        (self.folder / "settings.json").write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+
+    def restore(self) -> int:
+        """The number of steps that the folder's checkpoint has, taken over; 0 without one."""
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            return 0
+        saved, given = json.loads((self.folder / "settings.json").read_text()), asdict(self.settings)
+        if saved != given:
+            raise ValueError(f"{self.folder}: contains a run with settings {saved}, not {given}; use another folder")
+        tensors = load_file(path)
+        with torch.no_grad():
+            for name, p in self.learned.items():
+                p.copy_(tensors[f"weights.{name}"])
+                self.ema[name].copy_(tensors[f"ema.{name}"])
+        for i, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith(f"optimizer.{i}."):
+                    _, _, index, key = name.split(".", 3)
+                    state.setdefault(int(index), {})[key] = value
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return int(tensors["step"])
 
 
 def _log(folder: Path, entry: dict[str, float], seconds_left: float) -> None:
@@ -184,74 +218,19 @@ def _log(folder: Path, entry: dict[str, float], seconds_left: float) -> None:
     logger.info("%s step %d  %s  (%.0f min left)", folder.name, entry["step"], figures, seconds_left / 60)
 
 
-def _flat_state(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    return {
-        f"optimizer.{i}.{index}.{key}": value
-        for i, optimizer in enumerate(optimizers)
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
-
-
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     partial = path.with_suffix(".partial")
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, partial)
     os.replace(partial, path)
 
 
-def _checkpoint(
-    modules: nn.Module,
-    ema: dict[str, Tensor],
-    optimizers: list[torch.optim.Optimizer],
-    settings: TrainingSettings,
-    folder: Path,
-    step: int,
-) -> None:
-    """One file for the whole state, so that it is never of two steps; the EMA beside it for use."""
-    weights = {f"weights.{name}": p for name, p in modules.named_parameters() if p.requires_grad}
-    averages = {f"ema.{name}": p for name, p in ema.items()}
-    count = {"step": torch.tensor(step)}
-    _save({**weights, **averages, **_flat_state(optimizers), **count}, folder / "state.safetensors")
-    _save(ema, folder / "ema.safetensors")
-    (folder / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
-
-
-def _restore(
-    modules: nn.Module,
-    ema: dict[str, Tensor],
-    optimizers: list[torch.optim.Optimizer],
-    settings: TrainingSettings,
-    folder: Path,
-) -> int:
-    path = folder / "state.safetensors"
-    if not path.exists():
-        return 0
-    saved = json.loads((folder / "settings.json").read_text())
-    if saved != asdict(settings):
-        raise ValueError(f"{folder}: contains a run with settings {saved}, not {asdict(settings)}; use another folder")
-    tensors = load_file(path)
-    with torch.no_grad():
-        for name, p in modules.named_parameters():
-            if name in ema:
-                p.copy_(tensors[f"weights.{name}"])
-                ema[name].copy_(tensors[f"ema.{name}"])
-    for i, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith(f"optimizer.{i}."):
-                _, _, index, key = name.split(".", 3)
-                state.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(tensors["step"])
-
-
 def load_average(modules: nn.Module, path: Path, *, prefix: str) -> None:
     """Copy the averaged (EMA) weights of one part out of a training folder's ``ema.safetensors``."""
     tensors = {n.removeprefix(prefix): t for n, t in load_file(path).items() if n.startswith(prefix)}
-    own = dict(modules.named_parameters())
-    unknown = sorted(set(tensors) - set(own))
+    parameters = dict(modules.named_parameters())
+    unknown = sorted(set(tensors) - set(parameters))
     if unknown or not tensors:
         raise ValueError(f"{path}: holds {unknown[:3] or 'nothing'} under {prefix!r}, which the model does not have")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            parameters[name].copy_(tensor)

@@ -9,9 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from s2q.common.seeds import derive_seed
-from s2q.shapes.architecture import FRAME_SIZE, NUM_FRAMES, EmbeddedArchitecture, build_tokenizer
-from s2q.shapes.scenes import combinations, sample_batch
-from s2q.shapes.training.loop import load_average
+from s2q.shapes.architecture import EmbeddedArchitecture, build_tokenizer
+from s2q.shapes.scenes import sample_training_batch
 
 CAPTION_DROPOUT = 0.1
 CAPITALISED_FRACTION = 0.2
@@ -23,15 +22,11 @@ def encode_pool(
     architecture: EmbeddedArchitecture, vae: Any, path: Path, *, count: int, seed: int, batch_size: int = 64
 ) -> None:
     """Encode ``count`` training scenes once: ``[count, C, f, h, w]`` float16, and the captions beside it as JSON."""
-    labels = combinations(held_out=False)
     device = next(vae.parameters()).device
     latents, captions = [], []
     for start in range(0, count, batch_size):
         generator = torch.Generator().manual_seed(derive_seed(seed, "pool", start))
-        picks = torch.randint(len(labels), (min(batch_size, count - start),), generator=generator).tolist()
-        videos, texts = sample_batch(
-            [labels[i] for i in picks], num_frames=NUM_FRAMES, size=FRAME_SIZE, generator=generator
-        )
+        videos, texts = sample_training_batch(min(batch_size, count - start), generator=generator)
         with torch.autocast(device.type, torch.bfloat16):
             mean = architecture.latents(vae, videos.to(device))
         latents.append(mean.to("cpu", torch.float16))
@@ -59,9 +54,7 @@ class TransformerTask:
     and ends with a full stop, so that both spellings work.
     """
 
-    def __init__(
-        self, architecture: EmbeddedArchitecture, *, pool: Path, seed: int = 0, start: Path | None = None
-    ) -> None:
+    def __init__(self, architecture: EmbeddedArchitecture, *, pool: Path, seed: int = 0) -> None:
         self.architecture = architecture
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -69,8 +62,6 @@ class TransformerTask:
             text_encoder = architecture.build_text_encoder(self.tokenizer)
             transformer = architecture.build_transformer()
         self.modules = nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
-        if start is not None:
-            load_average(self.modules, start / "ema.safetensors", prefix="")
         self.text_encoder, self.transformer = text_encoder, transformer
         self.clean_latents = load_file(pool)["latents"]
         self.captions: list[str] = json.loads(pool.with_suffix(".json").read_text())

@@ -7,37 +7,15 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
-from s2q.shapes.architecture import (
-    FRAME_SIZE,
-    LATENT_CHANNELS,
-    LATENT_FRAMES,
-    LATENT_SIZE,
-    NUM_FRAMES,
-    EmbeddedArchitecture,
-)
+from s2q.shapes.architecture import LATENT_CHANNELS, LATENT_FRAMES, LATENT_SIZE, EmbeddedArchitecture
 from s2q.shapes.cogvideox import ShapesCogVideoX
-from s2q.shapes.scenes import combinations, sample_batch
+from s2q.shapes.scenes import combinations, sample_batch, sample_training_batch
 from s2q.shapes.training.loop import load_average
 
 KL_WEIGHT = 1e-4
 LATENT_NOISE = 0.05
 """Standard deviation of what is added to the latents that a taught decoder reads: generated ones are not exact."""
 _LATENT_SHAPE = (LATENT_CHANNELS, LATENT_FRAMES, LATENT_SIZE, LATENT_SIZE)
-
-
-class _Scenes:
-    """Random scenes of the training combinations."""
-
-    def __init__(self) -> None:
-        self.labels = combinations(held_out=False)
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Draw videos [B, F, 3, H, W] in [0, 1]."""
-        picks = torch.randint(len(self.labels), (batch_size,), generator=generator).tolist()
-        videos, _ = sample_batch(
-            [self.labels[i] for i in picks], num_frames=NUM_FRAMES, size=FRAME_SIZE, generator=generator
-        )
-        return videos
 
 
 def reconstruction_loss(error: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -55,11 +33,10 @@ class VAETask:
             torch.manual_seed(seed)
             self.vae = ShapesCogVideoX().build_vae()
         self.modules = nn.ModuleDict({"vae": self.vae})
-        self.scenes = _Scenes()
 
     def loss(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss of a fresh batch of scenes."""
-        videos = self.scenes.draw(batch_size, generator)
+        videos, _ = sample_training_batch(batch_size, generator=generator)
         device = next(self.vae.parameters()).device
         target = videos.transpose(1, 2).to(device) * 2 - 1
         with torch.autocast(device.type, torch.bfloat16):
@@ -131,23 +108,19 @@ class TaughtVAETask:
         teacher: Any,
         teacher_architecture: EmbeddedArchitecture,
         seed: int = 0,
-        start: Path | None = None,
     ) -> None:
         self.architecture, self.teacher_architecture = architecture, teacher_architecture
         self.teacher = teacher.requires_grad_(False).eval()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.vae = architecture.build_vae()
-        if start is not None:
-            load_average(self.vae, start / "ema.safetensors", prefix="vae.")
         self.modules = nn.ModuleDict({"vae": self.vae})
-        self.scenes = _Scenes()
 
     def loss(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss of a fresh batch of scenes: the latents' squared error and the reconstruction from the teacher's."""
         device = next(self.vae.parameters()).device
         self.teacher.to(device)
-        videos = self.scenes.draw(batch_size, generator).to(device)
+        videos = sample_training_batch(batch_size, generator=generator)[0].to(device)
         noise = LATENT_NOISE * torch.randn(batch_size, *_LATENT_SHAPE, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             wanted = self.teacher_architecture.latents(self.teacher, videos).float()
