@@ -93,3 +93,11 @@ def embedded_tiny(tiny_model, monkeypatch):
 
     monkeypatch.setattr(embedded, "embedded_folder", lambda name: tiny_model)
     return "shapes-cogvideox"
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    """Write empty videos: to start an encoder for each takes longer than all the rest."""
+    monkeypatch.setattr("s2q.report.compare_page.encode_mp4", lambda frames, fps: b"")
+    for module in ("s2q.comparison.pages", "s2q.report.video"):
+        monkeypatch.setattr(f"{module}.write_mp4", lambda path, frames, fps: path.write_bytes(b""))

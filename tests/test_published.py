@@ -54,17 +54,17 @@ def test_the_commands_of_the_papers_tables_are_understood():
     assert read[0].dry_run
 
 
-def test_synthetic_names_are_names():
+def test_published_models_name_the_synthetic_ones():
     named = {entry["synthetic"] for entry in published_models().values()} - {None}
     assert named == set(synthetic_names())
 
 
-def test_every_pipeline_is_tried():
+def test_every_published_pipeline_has_a_tiny_one():
     assert {entry["pipeline"] for entry in published_models().values()} == set(PIPELINES)
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_the_python_runs(pipeline, tmp_path, monkeypatch):
+def test_the_python_of_the_page_runs(pipeline, tmp_path, monkeypatch):
     """On a tiny pipeline of the class: smaller videos, in float32, without a GPU to move parts to."""
     pipe = tiny_pipeline(PIPELINES[pipeline])
     s2q.quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "checkpoint")

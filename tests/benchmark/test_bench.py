@@ -70,7 +70,7 @@ def small_model(name="cogvideox-2b"):
     return replace(model, config=dict(model.config) | small, block_lists=lists, text_tokens=6)
 
 
-def test_single_operations(folder):
+def test_single_operations_are_measured_for_each_recipe(folder):
     recipes = ("s2q-w4a6", "rtn-w4a16")
     cases = bench.make_cases(str(folder), OPS[:4], settings(*recipes))
     found = {}
@@ -177,7 +177,7 @@ def test_random_packing_has_the_layers_of_the_recipe_and_finite_outputs(recipe):
     assert bool(run_transformer(packed).isfinite().all())
 
 
-def test_calibrating_a_block(folder):
+def test_a_calibrated_block_takes_epochs_times_samples_steps(folder):
     recipes = ("s2q-w4a6", "q-vdit-w4a6", "rtn-w4a6")
     for subject in (resolve_model(folder), resolve_model("shapes-wan"), small_model(), small_model("cogvideox-5b")):
         case = calibration_case(subject, settings(*recipes, generation={"num_frames": 9, "height": 32, "width": 32}))
@@ -263,6 +263,6 @@ def test_recipes_of_one_name_are_refused(folder):
         bench.make_cases(str(folder), ("linear",), settings("s2q-w4a6", "s2q-w4a6"))
 
 
-def test_memory_of_a_call():
+def test_peak_memory_is_that_of_the_call():
     peak = machine.peak_memory(lambda: torch.ones(64 << 20, dtype=torch.uint8), "cpu")
     assert peak is None or 48 << 20 < peak < 256 << 20

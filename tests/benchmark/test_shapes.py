@@ -49,7 +49,7 @@ def test_a_shape_of_several_models_is_measured_once():
     assert len(attention_shapes(models, rows=256)) == 6
 
 
-def test_a_pipeline(folder):
+def test_shapes_of_a_pipeline_are_those_of_its_layers(folder):
     source = resolve_model(folder)
     assert source_tokens(source) == (3, 16)
     assert {one.shape for one in layer_shapes([source], rows=None)} == {(19, 64, 64), (19, 64, 256), (19, 256, 64)}
@@ -80,7 +80,7 @@ def test_a_pipeline_that_does_not_tell(tmp_path):
         source_tokens(resolve_model(tmp_path / "tiny"))
 
 
-def test_names():
+def test_subjects_are_found_by_name():
     assert resolve_subject("synthetic:wan-14b") == synthetic_model("wan-14b")
     with pytest.raises(InvalidInputError, match="unknown synthetic model"):
         resolve_subject("synthetic:wan")

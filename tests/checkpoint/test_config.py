@@ -30,7 +30,7 @@ def test_without_inputs_the_older_version_is_written_and_says_nothing_of_them():
     assert S2QConfig.from_dict(content).layer_layouts() == {}
 
 
-def test_inputs_come_back():
+def test_input_paths_survive_json():
     content = config(a=LAYOUT)
     assert content["format_version"] == 2
     again = S2QConfig.from_dict(content)
@@ -101,7 +101,7 @@ def test_an_estimator_is_in_a_layout_only_if_there_is_one():
             InputPath(**fields)
 
 
-def test_shapes_and_bytes():
+def test_an_input_path_has_these_shapes_and_bytes():
     assert LAYOUT.shapes(32, 16) == {
         "transform_scale": (32,),
         "transform_left": (4, 4),

@@ -66,7 +66,7 @@ def test_truncation_names_the_file(copy):
     assert len(report.problems) == 1
 
 
-def test_missing_and_added_files(copy):
+def test_missing_and_added_files_are_named(copy):
     (copy / "vae/config.json").unlink()
     shutil.copy(copy / WEIGHTS, copy / "transformer/other.safetensors")
     assert verify_manifest(copy) == [
@@ -91,13 +91,13 @@ def _listed(folder):
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"schema_version": 1}', '{"schema_version": 1, "files": {"a": 3}}']
 )
-def test_damaged_manifest(copy, content):
+def test_a_damaged_manifest_is_refused(copy, content):
     (copy / "s2q/manifest.json").write_text(content)
     with pytest.raises(InvalidInputError, match=r"manifest\.json: damaged"):
         load_pipeline(copy)
 
 
-def test_manifest_of_another_version(copy):
+def test_a_manifest_of_another_version_is_refused(copy):
     (copy / "s2q/manifest.json").write_text('{"schema_version": 9, "files": {}}')
     with pytest.raises(InvalidInputError, match="schema_version=9; expected 1"):
         load_pipeline(copy)
@@ -148,7 +148,7 @@ def test_a_checkpoint_saved_again_with_a_variant(copy, tmp_path):
 
 
 @pytest.mark.parametrize("version", [0, 4, "1", None, True])
-def test_unknown_format_version(copy, version):
+def test_an_unknown_format_version_is_refused(copy, version):
     edit_config(copy, lambda config: config.update(format_version=version))
     refused(copy, f"format_version={version!r}; this s2q reads versions 1 to 3")
     with pytest.raises(InvalidInputError, match="format_version"):
@@ -162,7 +162,7 @@ def test_unknown_key_in_the_configuration(copy):
     refused(copy, "unknown key in quantization_config 'layer': nearest names are layers")
 
 
-def test_unknown_compute_dtype(copy):
+def test_an_unknown_compute_dtype_is_refused(copy):
     edit_config(copy, lambda config: config.update(compute_dtype="int8"))
     refused(copy, "unknown compute_dtype in quantization_config 'int8'")
 
@@ -204,7 +204,7 @@ def test_wrong_width_of_packed_data(copy):
         inspect_checkpoint(copy)
 
 
-def test_wrong_number_of_scales(copy):
+def test_a_wrong_number_of_scales_is_refused(copy):
     def shorten(tensors):
         tensors[f"{LAYER}.weight_scale"] = tensors[f"{LAYER}.weight_scale"][:-1].contiguous()
 
@@ -213,7 +213,7 @@ def test_wrong_number_of_scales(copy):
 
 
 @pytest.mark.parametrize("tensor", ["weight", "weight_scale"])
-def test_wrong_dtype(copy, tensor):
+def test_a_tensor_of_another_dtype_is_refused(copy, tensor):
     def cast(tensors):
         tensors[f"{LAYER}.{tensor}"] = tensors[f"{LAYER}.{tensor}"].to(torch.float16)
 
@@ -228,7 +228,7 @@ def test_scales_that_are_not_positive_numbers(copy, value):
 
 
 @pytest.mark.parametrize("name", [f"{LAYER}.weight", f"{LAYER}.weight_scale", f"{LAYER}.bias", "proj_out.weight"])
-def test_missing_tensor(copy, name):
+def test_a_missing_tensor_is_refused(copy, name):
     edit_tensors(copy, lambda tensors: tensors.pop(name))
     refused(copy, f"checkpoint lacks 1 tensors, {name}")
 
@@ -245,7 +245,7 @@ def test_a_shard_that_lacks_what_the_index_promises(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]"])
-def test_damaged_transformer_config(copy, content):
+def test_a_damaged_transformer_config_is_refused(copy, content):
     (copy / "transformer/config.json").write_text(content)
     with pytest.raises(InvalidInputError, match=r"transformer/config\.json"):
         inspect_checkpoint(copy)

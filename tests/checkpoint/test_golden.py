@@ -28,7 +28,7 @@ def golden(tmp_path_factory):
     return out / "transformer"
 
 
-def test_tensors(golden):
+def test_tensors_have_the_recorded_hash(golden):
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(golden / "diffusion_pytorch_model.safetensors").items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -36,7 +36,7 @@ def test_tensors(golden):
     assert digest.hexdigest() == TENSORS
 
 
-def test_configuration(golden):
+def test_the_configuration_has_the_recorded_hash(golden):
     config = json.loads((golden / "config.json").read_text())["quantization_config"]
     assert hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest() == CONFIG
 

@@ -39,7 +39,7 @@ def test_verified_and_every_file_hashed(report, checkpoint):
         assert entry == {"bytes": (checkpoint / name).stat().st_size, "sha256": sha256_file(checkpoint / name)}
 
 
-def test_unverified_says_so(checkpoint):
+def test_an_unverified_checkpoint_is_reported_as_such(checkpoint):
     assert inspect_checkpoint(checkpoint).verified is None
 
 

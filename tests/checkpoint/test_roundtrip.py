@@ -59,7 +59,7 @@ def test_differs_from_full_precision_but_not_wildly(expected):
 
 
 @pytest.mark.parametrize("arguments", [FP32, BF16], ids=["fp32", "bf16"])
-def test_model(checkpoint, stored, expected, arguments):
+def test_a_loaded_transformer_has_the_stored_bytes_and_output(checkpoint, stored, expected, arguments):
     transformer = load(checkpoint, **arguments)
     assert transformer.dtype == arguments["dtype"]
     assert_stored(transformer, stored)
@@ -68,12 +68,12 @@ def test_model(checkpoint, stored, expected, arguments):
     assert error < (1e-9 if arguments is FP32 else 1e-3)
 
 
-def test_auto_model(checkpoint, expected):
+def test_auto_model_loads_the_same_output(checkpoint, expected):
     assert close(run_transformer(AutoModel.from_pretrained(str(checkpoint), subfolder="transformer", **FP32)), expected)
 
 
 @pytest.mark.parametrize("pipeline", [CogVideoXPipeline, DiffusionPipeline])
-def test_pipelines(checkpoint, expected, pipeline):
+def test_pipelines_load_the_same_output(checkpoint, expected, pipeline):
     pipe = pipeline.from_pretrained(checkpoint, **BF16)
     assert type(pipe) is CogVideoXPipeline
     assert torch.isfinite(run_pipeline(pipe)).all()
@@ -147,7 +147,7 @@ def test_the_teacher_is_left_as_it_was(teacher):
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
-def test_device_map(checkpoint, expected, device_map):
+def test_a_device_map_gives_the_same_output(checkpoint, expected, device_map):
     transformer = load(checkpoint, device_map=device_map, **FP32)
     assert transformer.hf_device_map
     assert close(run_transformer(transformer), expected)
@@ -171,14 +171,14 @@ def test_loading_leaves_no_trace_on_the_class(checkpoint):
     assert CogVideoXTransformer3DModel._keep_in_fp32_modules == before
 
 
-def test_model_cpu_offload(checkpoint):
+def test_model_cpu_offload_gives_the_same_output(checkpoint):
     wanted = run_pipeline(load_pipeline(checkpoint, dtype=torch.float32), output_type="latent")
     pipe = load_pipeline(checkpoint, dtype=torch.float32)
     pipe.enable_model_cpu_offload(device="cpu")
     assert close(run_pipeline(pipe, output_type="latent"), wanted)
 
 
-def test_sequential_cpu_offload(checkpoint, expected):
+def test_sequential_cpu_offload_gives_the_same_output(checkpoint, expected):
     from accelerate import cpu_offload
 
     transformer = load(checkpoint, **FP32)
@@ -189,19 +189,19 @@ def test_sequential_cpu_offload(checkpoint, expected):
 @pytest.mark.parametrize(
     "arguments", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
 )
-def test_group_offload(checkpoint, expected, arguments):
+def test_group_offload_gives_the_same_output(checkpoint, expected, arguments):
     transformer = load(checkpoint, **FP32)
     transformer.enable_group_offload(torch.device("cpu"), **arguments)
     assert close(run_transformer(transformer), expected)
 
 
-def test_deepcopy(checkpoint, stored, expected):
+def test_a_deepcopy_has_the_stored_bytes_and_output(checkpoint, stored, expected):
     clone = copy.deepcopy(load(checkpoint, **FP32))
     assert_stored(clone, stored)
     assert close(run_transformer(clone), expected)
 
 
-def test_save_again(checkpoint, stored, expected, tmp_path):
+def test_a_model_saved_again_has_the_same_bytes(checkpoint, stored, expected, tmp_path):
     load(checkpoint, **BF16).save_pretrained(tmp_path)
     assert close(run_transformer(CogVideoXTransformer3DModel.from_pretrained(tmp_path, **FP32)), expected)
     again = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
@@ -211,7 +211,7 @@ def test_save_again(checkpoint, stored, expected, tmp_path):
     assert config["quantization_config"] == first["quantization_config"]
 
 
-def test_shards(checkpoint, expected, tmp_path):
+def test_shards_load_the_same_output(checkpoint, expected, tmp_path):
     load(checkpoint, **BF16).save_pretrained(tmp_path, max_shard_size="16KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert close(run_transformer(CogVideoXTransformer3DModel.from_pretrained(tmp_path, **FP32)), expected)
@@ -247,7 +247,7 @@ def test_quantizing_while_loading_is_refused(tmp_path):
         CogVideoXTransformer3DModel.from_pretrained(tmp_path, quantization_config=config)
 
 
-def test_compiled_blocks(checkpoint, expected):
+def test_compiled_blocks_give_the_same_output(checkpoint, expected):
     transformer = load(checkpoint, **FP32)
     for block in transformer.transformer_blocks:
         block.compile(backend="eager")

@@ -62,7 +62,7 @@ def test_the_saved_recipe_is_the_resolved_one(checkpoint):
     assert load_recipe(checkpoint / "s2q/recipe.json") == load_recipe("rtn-w4a6")
 
 
-def test_front_matter(config, tmp_path):
+def test_the_front_matter_keeps_the_license_of_the_base_model(config, tmp_path):
     (tmp_path / "README.md").write_text(
         "---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE\ntags: [x]\n---\n"
     )

@@ -91,7 +91,7 @@ def test_samples_is_short_for_the_recipe_field(tiny_model, tmp_path, capsys):
     assert len(done["selection"]["calls"]) == 3
 
 
-def test_tables_for_people(tiny_model, checkpoint, capsys):
+def test_plan_and_inspect_print_tables(tiny_model, checkpoint, capsys):
     shown = output_of(capsys, ["plan", "-m", tiny_model]).out
     for expected in ("times smaller", "16 linears", "transformer_blocks.*.attn1.to_q", "w4a6", "w4a16"):
         assert expected in shown
@@ -197,7 +197,7 @@ def test_overwrite_spares_folders_of_something_else(checkpoint, tmp_path, capsys
         (["--prompts", "twice.txt"], "line 2 repeats the prompt of line 1"),
     ],
 )
-def test_bad_input_to_generate(checkpoint, tmp_path, monkeypatch, capsys, arguments, expected):
+def test_generate_refuses_bad_input(checkpoint, tmp_path, monkeypatch, capsys, arguments, expected):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     (tmp_path / "empty.txt").write_text("\n\n")
@@ -231,7 +231,7 @@ def test_eval_writes_the_file_and_shows_it(checkpoint, tiny_model, tmp_path, cap
     }
 
 
-def test_bad_input_to_eval(checkpoint, tiny_model, tmp_path, capsys):
+def test_eval_refuses_bad_input(checkpoint, tiny_model, tmp_path, capsys):
     base = ["eval", "-m", checkpoint, "-o", tmp_path / "e.json", "--device", "cpu"]
     assert "nearest names are psnr" in output_of(capsys, [*base, "--reference", tiny_model, "--metrics", "psrn"], 3).err
     assert "no prompts given" in output_of(capsys, [*base, "--reference", tiny_model], 3).err

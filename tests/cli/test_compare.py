@@ -47,7 +47,7 @@ def test_a_failed_entry_is_an_error_after_everything_else(embedded_tiny, tmp_pat
     assert (out / "index.html").is_file()
 
 
-def test_bad_input(embedded_tiny, tmp_path, capsys):
+def test_compare_refuses_bad_input(embedded_tiny, tmp_path, capsys):
     def refused(code, message, *arguments):
         assert run(["compare", *arguments, "-o", str(tmp_path / "out"), *FAST]) == code
         assert message in " ".join(capsys.readouterr().err.split())

@@ -4,7 +4,7 @@ from s2q.cli import run
 from s2q.engines import processes
 
 
-def test_the_whole_demo(embedded_tiny, tmp_path, capsys, monkeypatch):
+def test_the_demo_quantizes_evaluates_and_writes_its_page(embedded_tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(processes, "cpu_count", lambda: 1)  # others would not know of `embedded_tiny`
     out = tmp_path / "demo"
     assert run(["demo", "-o", str(out), "--short", "--no-open", "--json"]) == 0, capsys.readouterr().err
@@ -39,7 +39,7 @@ def test_the_whole_demo(embedded_tiny, tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-def test_bad_input_to_demo(embedded_tiny, tmp_path, capsys):
+def test_demo_refuses_bad_input(embedded_tiny, tmp_path, capsys):
     assert run(["demo", "-o", str(tmp_path / "a"), "-m", "CogVideoX-2B"]) == 3
     assert "shapes-cogvideox" in capsys.readouterr().err
     assert run(["demo", "-o", str(tmp_path / "a"), "-r", "rtn-w4a7"]) == 3

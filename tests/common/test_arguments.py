@@ -69,7 +69,7 @@ def test_devices_of_one_meaning_have_one_name(two_gpus, device, name):
         torch.device("meta"),
     ],
 )
-def test_what_is_no_device(two_gpus, device):
+def test_device_names_of_other_forms_are_refused(two_gpus, device):
     with pytest.raises(
         InvalidInputError, match="is (unknown|an Apple GPU, which is not supported); use cpu, cuda or cuda:N"
     ):
@@ -82,7 +82,7 @@ def test_a_gpu_that_is_not_there(two_gpus, device):
         device_name(device)
 
 
-def test_dtypes():
+def test_dtypes_are_parsed_and_others_refused():
     assert parse_dtype(None) is None
     assert parse_dtype("bfloat16") is parse_dtype("torch.bfloat16") is parse_dtype(torch.bfloat16) is torch.bfloat16
     assert dtype_name(torch.float32) == "float32"
@@ -117,7 +117,7 @@ NO_WHOLE_NUMBERS = [
 
 
 @pytest.mark.parametrize("value", [*NO_WHOLE_NUMBERS, -1, 2**63, 2**64, -(2**63), np.int64(-1), 10**100])
-def test_what_is_no_seed(value):
+def test_other_seeds_are_refused(value):
     for read in (seed_number, lambda one: seed_numbers([one]), lambda one: seed_numbers([3, one])):
         with pytest.raises(InvalidInputError, match="seed: got"):
             read(value)
@@ -130,7 +130,7 @@ def test_seeds_are_plain_ints(seed):
 
 
 @pytest.mark.parametrize("seeds", [[0, 1], (0, 1), range(2), np.arange(2), iter([0, 1]), [np.int64(0), 1]])
-def test_lists_of_seeds(seeds):
+def test_seeds_come_as_a_tuple(seeds):
     assert seed_numbers(seeds) == (0, 1)
 
 
@@ -207,7 +207,7 @@ def test_switches_are_true_or_false(value):
         (["a\udcff"], "prompt 1 of 1: .* character 2 is not Unicode text"),
     ],
 )
-def test_what_are_no_prompts(prompts, message):
+def test_other_prompts_are_refused(prompts, message):
     with pytest.raises(InvalidInputError, match=message):
         prompt_list(prompts)
 
@@ -218,7 +218,7 @@ def test_prompts_are_a_list_of_texts(prompts):
     assert all(type(text) is str for text in prompt_list(["a", np.str_("b")]))
 
 
-def test_lists_of_names():
+def test_lists_of_names_come_as_a_tuple_and_others_are_refused():
     assert name_list("metrics", ["psnr"]) == name_list("metrics", ("psnr",)) == ("psnr",)
     for names in ("psnr", None, {"psnr"}, [7], [None]):
         with pytest.raises(InvalidInputError, match="metrics: "):
@@ -228,24 +228,24 @@ def test_lists_of_names():
 @pytest.mark.parametrize(
     "path", [None, 7, True, b"out", "", "a\0b", "\udcff", Path("a\udcffb"), ["out"], "~nobody-of-this-name/x"]
 )
-def test_what_is_no_path(path):
+def test_other_paths_are_refused(path):
     with pytest.raises(InvalidInputError, match="out: "):
         path_argument("out", path)
 
 
-def test_paths(monkeypatch, tmp_path):
+def test_paths_expand_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert path_argument("out", "~/a") == path_argument("out", Path("~/a")) == tmp_path / "a"
     assert optional(path_argument, "out", None) is None
 
 
 @pytest.mark.parametrize("model", [None, 7, b"a", ["a"], {}, object(), int, "", "a\0", torch.nn.Linear(1, 1)])
-def test_what_is_no_model(model):
+def test_other_models_are_refused(model):
     with pytest.raises(InvalidInputError, match="model: "):
         model_argument("model", model)
 
 
-def test_models():
+def test_models_are_names_paths_or_pipelines():
     class Pipeline:
         transformer = None
 

@@ -23,7 +23,7 @@ def gpus(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["tpu9", "meta", "cuda:", "cuda:x", "cuda:-1", "CPU", ""])
-def test_unknown_names(device):
+def test_unknown_device_names_are_refused(device):
     with pytest.raises(InvalidInputError, match="is unknown; use cpu, cuda or cuda:N"):
         check_device(device)
 
@@ -45,7 +45,7 @@ def test_devices_that_are_not_supported_are_told_from_misspelt_ones(device, reas
     assert str(raised.value) == f"device={device!r} is {reason}; use cpu, cuda or cuda:N"
 
 
-def test_without_a_gpu(gpus):
+def test_cuda_without_a_gpu_is_refused(gpus):
     gpus(0)
     check_device("cpu")
     for device in ("cuda", "cuda:1"):
@@ -53,7 +53,7 @@ def test_without_a_gpu(gpus):
             check_device(device)
 
 
-def test_without_cuda(gpus):
+def test_cuda_with_a_cpu_build_is_refused(gpus):
     gpus(0, is_built=False)
     with pytest.raises(
         ResourceError, match=f"PyTorch {re.escape(torch.__version__)} is built for CPUs only; install a build for CUDA"
@@ -61,7 +61,7 @@ def test_without_cuda(gpus):
         check_device("cuda")
 
 
-def test_with_two_gpus(gpus):
+def test_two_gpus_are_accepted_and_a_third_refused(gpus):
     gpus(2)
     for device in ("cpu", "cuda", "cuda:0", "cuda:1", torch.device("cpu"), torch.device("cuda", 1)):
         check_device(device)

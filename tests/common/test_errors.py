@@ -164,7 +164,7 @@ def test_a_handled_lack_of_memory_is_not_told_again():
     assert not is_out_of_memory(error)
 
 
-def test_cyclic_causes_end():
+def test_cyclic_causes_do_not_loop():
     one, other = ValueError("a"), ValueError("b")
     one.__cause__, other.__cause__ = other, one
     assert not is_out_of_memory(one)

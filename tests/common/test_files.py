@@ -73,7 +73,7 @@ def test_sha256_of_files_longer_than_a_chunk(tmp_path, size):
     assert files.sha256_file(tmp_path / "a") == hashlib.sha256(data).hexdigest()
 
 
-def test_slugs():
+def test_slugs_are_short_lower_case_words():
     assert files.slug("A red Circle, moving LEFT!") == "a-red-circle-moving-left"
     assert files.slug("猫") == "video"
     assert len(files.slug("word " * 40)) <= 48

@@ -65,7 +65,7 @@ def test_trailing_bytes_are_found(path):
         read_header(path)
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InvalidInputError, match="cannot be read"):
         read_header(tmp_path / "none.safetensors")
 

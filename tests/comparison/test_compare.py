@@ -8,13 +8,13 @@ import torch
 
 from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.comparison import compare as comparing_run
-from s2q.comparison import pages
 from s2q.comparison import setup as comparing_setup
 from s2q.comparison import shards as comparing_shards
 from s2q.comparison.compare import compare
-from s2q.report import compare_page
 from s2q.run.quantize import quantize
 from tiny_judges import save_tiny_clip, save_tiny_lpips
+
+pytestmark = pytest.mark.usefixtures("no_encoding")
 
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 9}
 PROMPTS = tuple(f"scene {number}" for number in range(10))
@@ -25,13 +25,6 @@ def run(model, out, *, entries=RECIPES, prompts=PROMPTS, progress=None, **option
     return compare(
         entries, model=model, out=out, prompts=prompts, progress=progress, **{**SETTINGS, "seeds": [0], **options}
     )
-
-
-@pytest.fixture(autouse=True)
-def no_encoding(monkeypatch):
-    """Starting an encoder for every video takes longer than all the rest."""
-    monkeypatch.setattr(compare_page, "encode_mp4", lambda frames, fps: b"")
-    monkeypatch.setattr(pages, "write_mp4", lambda path, frames, fps: path.write_bytes(b""))
 
 
 def untimed(result):
@@ -48,7 +41,7 @@ def whole(tiny_model, tmp_path_factory):
     return run(tiny_model, out), out
 
 
-def test_everything_is_there(whole, tiny_model):
+def test_a_comparison_writes_its_files_and_results(whole, tiny_model):
     result, out = whole
     assert json.loads((out / "compare.json").read_text()) == result
     assert {path.name for path in out.iterdir()} == {

@@ -44,7 +44,7 @@ def test_names_patterns_and_all():
         (["missing.yaml"], "no such recipe file"),
     ],
 )
-def test_bad_names(given, message):
+def test_unknown_and_repeated_entries_are_refused(given, message):
     with pytest.raises(InvalidInputError, match=message):
         find_entries(given)
 

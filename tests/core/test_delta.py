@@ -27,7 +27,7 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_by_hand():
+def test_deltas_equal_an_example_by_hand():
     # Two tokens of two features in one cube: the mean [127, 4] has a step of 1 and stays; so do differences ±[7, 3.4].
     grid = TokenGrid(frames=1, height=1, width=2)
     x = torch.tensor([[[134.0, 7.4], [120.0, 0.6]]])

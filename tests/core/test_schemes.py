@@ -96,7 +96,7 @@ def test_incomplete_linear_scheme_is_refused(fields):
         LinearScheme.from_dict(fields)
 
 
-def test_names():
+def test_scheme_names_tell_widths_groups_and_levels():
     grouped = QuantScheme(num_bits=4, granularity=PerGroup(group_size=64))
     assert LinearScheme(weight=W4, activation=A6).name == "w4a6"
     assert LinearScheme(weight=W4, activation=None).name == "w4a16"

@@ -74,7 +74,7 @@ def test_half_precision_is_computed_in_fp32():
     torch.testing.assert_close(loss, weighted_token_loss([student.float()], [teacher.float()]))
 
 
-def test_split_weights():
+def test_split_weights_cuts_at_the_lengths_of_the_streams():
     weights = draw(2, 8)
     text, video = split_weights(weights, [3, 5])
     assert torch.equal(torch.cat([text, video], dim=1), weights)
@@ -95,6 +95,6 @@ def test_split_weights():
         ([draw(1, 2, 3)], [draw(1, 2, 3)], [draw(1, 3)], r"weights \[1, 3\]"),
     ],
 )
-def test_bad_input(student, teacher, weights, message):
+def test_shapes_that_do_not_fit_are_refused(student, teacher, weights, message):
     with pytest.raises(InvalidInputError, match=message):
         weighted_token_loss(student, teacher, weights=weights)

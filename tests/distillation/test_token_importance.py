@@ -164,6 +164,6 @@ def test_constant_sums_weight_every_token_alike():
         ([[1.0, 2.0]], {"lambda_min": float("nan")}, "lambda_min=nan"),
     ],
 )
-def test_bad_input(sums, options, message):
+def test_importance_refuses_bad_input(sums, options, message):
     with pytest.raises(InvalidInputError, match=message):
         token_weights(torch.tensor(sums), **options)

@@ -10,20 +10,10 @@ from safetensors.torch import load_file
 
 from emulation import emulator, runs
 from s2q.cli import run
-from s2q.comparison import pages
-from s2q.report import compare_page
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_encoding")]
 
 SIZES = ["--num-frames", "9", "--height", "16", "--width", "16", "--steps", "2"]
-
-
-@pytest.fixture(autouse=True)
-def no_encoding(monkeypatch):
-    """Starting an encoder for every video takes longer than all the rest."""
-    monkeypatch.setattr(compare_page, "encode_mp4", lambda frames, fps: b"")
-    monkeypatch.setattr(pages, "write_mp4", lambda path, frames, fps: path.write_bytes(b""))
-    monkeypatch.setattr("s2q.report.write_mp4", lambda path, frames, fps: path.write_bytes(b""))
 
 
 @pytest.fixture(scope="module")

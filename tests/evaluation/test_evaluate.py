@@ -38,7 +38,7 @@ def damaged(pipe):
     return student
 
 
-def test_the_reference_against_itself(pipe):
+def test_a_model_against_itself_has_no_error(pipe):
     result = evaluate(pipe, reference=pipe, prompts=["a", CAPTION], **FAST)
     text = json.dumps(result, allow_nan=False)
     assert json.loads(text) == result
@@ -178,7 +178,7 @@ def test_progress_reports_each_stage_from_its_first_step_on(pipe):
         ({"prompts": None}, "no prompts given"),
     ],
 )
-def test_bad_input(pipe, options, message):
+def test_evaluate_refuses_bad_input(pipe, options, message):
     with pytest.raises(InvalidInputError, match=message):
         evaluate(pipe, reference=pipe, **options)
 

@@ -35,7 +35,7 @@ def test_the_interval_is_reproducible_and_shrinks_with_more_prompts():
     assert large.high - large.low < (small.high - small.low) / 2
 
 
-def test_equal_values():
+def test_equal_values_have_an_interval_of_width_zero():
     same = {f"p{i}": [0.25, 0.25] for i in range(12)}
     estimate = clustered_mean(same)
     assert (estimate.low, estimate.mean, estimate.high) == (0.25, 0.25, 0.25)

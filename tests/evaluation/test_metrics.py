@@ -24,7 +24,7 @@ def random_frames(seed: int = 0, *, frames: int = 3, height: int = 16, width: in
     return torch.randint(0, 256, (frames, height, width, 3), generator=generator, dtype=torch.uint8)
 
 
-def test_identical_videos():
+def test_identical_videos_have_no_error():
     frames, latents = random_frames(), torch.randn(3, 4, 2, 2)
     assert latent_relative_l2(latents, latents) == 0.0
     assert latent_cosine(latents, latents) == pytest.approx(1.0)

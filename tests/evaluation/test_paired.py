@@ -24,7 +24,7 @@ def evaluation(values, *, metric="ssim"):
     return {"metrics": {metric: {"mean": mean}}, "videos": videos(values, metric=metric)}
 
 
-def test_holm_by_hand():
+def test_holm_equals_an_example_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 · 0.01, 2 · 0.03, then no smaller
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert holm([0.2]) == [0.2]

@@ -4,7 +4,7 @@ from s2q.evaluation.judges.vbench import PAPER_DIMENSIONS
 from s2q.evaluation.paper import FULL_PRECISION, METHOD, paper_model, paper_tables, published_scores
 
 
-def test_known_figures():
+def test_published_scores_are_those_of_the_paper():
     scores = published_scores("zai-org/CogVideoX-2b", "w4a6")
     assert scores[METHOD]["imaging_quality"] == 55.49
     assert scores[METHOD]["scene"] == 32.70

@@ -52,7 +52,7 @@ def test_a_damaged_report_names_the_file(checkpoint):
         embedded_source(checkpoint)
 
 
-def test_labels(tmp_path):
+def test_a_model_label_is_its_folder_source_or_class(tmp_path):
     assert model_label(tmp_path) == str(tmp_path)
     assert model_label(loaded_from("here")) == "here"
     assert model_label(object()) == "object"

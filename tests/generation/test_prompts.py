@@ -21,7 +21,7 @@ def test_reads_lines_without_blanks_and_comments(tmp_path):
         (b"caf\xe9", "not UTF-8 text"),
     ],
 )
-def test_bad_files(tmp_path, content, message):
+def test_files_that_are_no_prompt_lists_are_refused(tmp_path, content, message):
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
     with pytest.raises(InvalidInputError, match=message) as error:

@@ -73,7 +73,7 @@ def test_the_refused_frame_counts_really_come_back_longer(pipe, num_frames):
         ("a cat", "a list"),
     ],
 )
-def test_bad_prompts(pipe, prompts, message):
+def test_prompts_that_the_pipeline_cannot_take_are_refused(pipe, prompts, message):
     with pytest.raises(InvalidInputError, match=message):
         check_prompts(pipe, prompts)
 

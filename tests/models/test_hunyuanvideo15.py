@@ -15,7 +15,8 @@ from s2q.generation.trajectory import record_trajectory
 from s2q.recipes.load import load_recipe
 from tiny import tiny_pipeline
 
-SIZES = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 2}
+SIZE = {"num_frames": 9, "height": 16, "width": 16}
+SIZES = {**SIZE, "num_inference_steps": 2}
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def change_of(pipe, change):
     fingerprints = []
     for _ in range(2):
         teacher = load_teacher(pipe, recipe, dtype=None)
-        inputs = prepare(teacher, ["red"], replace(recipe.calibration, **SIZES), seed=0, inputs={})
+        inputs = prepare(teacher, ["red"], replace(recipe.calibration, **SIZE, steps=2), seed=0, inputs={})
         fingerprints.append(inputs.fingerprint)
         change()
     return fingerprints[0] != fingerprints[1]

@@ -34,7 +34,7 @@ def copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
 
 
-def test_folder(folder):
+def test_a_folder_is_resolved_to_its_pipeline(folder):
     source = resolve_model(folder)
     assert (source.name, source.kind, source.folder) == ("tiny", "folder", folder)
     assert source.transformer_class == "CogVideoXTransformer3DModel"
@@ -61,7 +61,7 @@ def test_load_pipeline_takes_the_stored_dtype_unless_told(folder):
     assert pipe.transformer.dtype == pipe.vae.dtype == pipe.text_encoder.dtype == torch.float32
 
 
-def test_embedded_name(embedded, folder):
+def test_an_embedded_name_is_resolved_to_its_folder(embedded, folder):
     source = resolve_model("shapes-cogvideox")
     assert (source.name, source.kind, source.folder) == ("shapes-cogvideox", "embedded", folder)
     pipe = source.load_pipeline(dtype=torch.float32)
@@ -106,14 +106,14 @@ def test_folder_that_is_no_pipeline(tmp_path):
         resolve_model(tmp_path)
 
 
-def test_file_instead_of_folder(tmp_path):
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"")
     with pytest.raises(InvalidInputError, match="is a file; expected the folder"):
         resolve_model(path)
 
 
-def test_pipeline_without_transformer(copy):
+def test_a_pipeline_without_transformer_is_refused(copy):
     index = json.loads((copy / "model_index.json").read_text())
     index["transformer"] = [None, None]
     (copy / "model_index.json").write_text(json.dumps(index))
@@ -129,7 +129,7 @@ def test_damaged_json_names_the_file(copy, name, content):
         resolve_model(copy)
 
 
-def test_missing_transformer_config(copy):
+def test_a_missing_transformer_config_is_refused(copy):
     (copy / "transformer/config.json").unlink()
     with pytest.raises(InvalidInputError, match=r"transformer/config\.json is missing"):
         resolve_model(copy)
@@ -167,7 +167,7 @@ def test_pickled_weights_are_never_loaded(copy):
         resolve_model(copy)
 
 
-def test_a_second_transformer(tmp_path):
+def test_a_second_transformer_is_found(tmp_path):
     tiny_pipeline("wan 2.2 a14b", boundary_ratio=0.5, dtype=torch.bfloat16).save_pretrained(tmp_path)
     source = resolve_model(tmp_path)
     assert list(source.transformer_configs) == ["transformer", "transformer_2"]

@@ -153,7 +153,7 @@ def test_what_a_model_keeps_in_fp32_stays_so():
     assert block.attn1.to_q.weight.dtype == torch.bfloat16
 
 
-def test_unknown_names():
+def test_unknown_synthetic_names_are_refused():
     with pytest.raises(
         InvalidInputError, match=r"unknown synthetic model 'cogvideo-5b': nearest names are cogvideox-5b"
     ):

@@ -27,7 +27,7 @@ def test_starts_at_sigmoid_of_four_and_stays_within_zero_and_one(shape):
 
 
 @pytest.mark.parametrize("start", [math.inf, math.nan])
-def test_bad_start(start):
+def test_a_start_that_is_not_finite_is_refused(start):
     with pytest.raises(InvalidInputError, match="finite"):
         LearnableClip(start=start)
 

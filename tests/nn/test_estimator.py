@@ -53,7 +53,7 @@ def factors_of(estimator, frames):
     return [1, 1, *(value for frame in frames for value in (estimator.frames[frame].item(),) * 2)]
 
 
-def test_by_hand():
+def test_the_estimator_equals_an_example_by_hand():
     estimator = Estimator(1, 1, frames=2, seed=0)
     with torch.no_grad():
         estimator.alpha.fill_(2)

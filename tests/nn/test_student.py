@@ -129,7 +129,7 @@ def test_half_precision():
     assert student.folded_weight().dtype == torch.float32
 
 
-def test_bad_schemes():
+def test_schemes_that_do_not_fit_are_refused():
     with pytest.raises(InvalidInputError, match="group_size=7"):
         StudentLinear(a_linear(), scheme=scheme(group_size=7), source=StudentInput(ACTIVATION))
     with pytest.raises(InvalidInputError, match="quantized as None"):

@@ -118,7 +118,7 @@ def test_nan_is_not_swallowed():
         ((1, 2, 4, 8), (1, 2, 4, 8), None, 0, "chunk_size=0"),
     ],
 )
-def test_bad_input(query, key, mask, chunk_size, message):
+def test_column_sums_refuse_bad_input(query, key, mask, chunk_size, message):
     mask = None if mask is None else torch.ones(mask, dtype=torch.bool)
     with pytest.raises(InvalidInputError, match=message):
         attention_colsum(torch.ones(query), torch.ones(key), mask=mask, chunk_size=chunk_size)

@@ -89,14 +89,14 @@ def test_a_nan_reaches_all_keys_of_its_sample_unless_it_is_hidden():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [65, 128, 130, 256])
 @pytest.mark.parametrize("masked", [False, True])
-def test_wide_heads(dtype, head_dim, masked):
+def test_wide_heads_equal_the_explicit_map(dtype, head_dim, masked):
     query, key = draw(1, 2, 70, head_dim).to(dtype), (draw(1, 2, 90, head_dim, seed=1) * 3).to(dtype)
     mask = draw(70, 90, seed=2) if masked else None
     sums = BACKENDS["triton"](query, key, mask=mask)  # the interpreter computes products of tf32 in fp32
     torch.testing.assert_close(sums.double(), explicit(query, key, mask), rtol=2e-5, atol=1e-6)
 
 
-def test_empty_inputs():
+def test_no_queries_give_sums_of_zero():
     assert torch.equal(BACKENDS["triton"](draw(2, 1, 0, 8), draw(2, 1, 5, 8)), torch.zeros(2, 5))
 
 

@@ -45,7 +45,7 @@ class OnGpu:
         ((13, 0), "compute capability 13.0, for which no tiles are known"),
     ],
 )
-def test_gpus(compiled, monkeypatch, capability, obstacle):
+def test_triton_runs_on_gpus_that_it_supports_and_the_reference_on_others(compiled, monkeypatch, capability, obstacle):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
     backends = {"reference": lambda x: "the reference", "triton": lambda x: "the kernel"}

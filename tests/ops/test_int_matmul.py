@@ -84,7 +84,7 @@ def test_meta_tensors_give_a_shape():
     assert (product.shape, product.dtype) == ((4, 3), torch.int32)
 
 
-def test_unknown_backend():
+def test_an_unknown_backend_is_refused():
     with pytest.raises(InvalidInputError, match="unknown backend 'cuda'"):
         int_matmul(codes(8, (1, 1), 0), codes(8, (1, 1), 0), backend="cuda")
 

@@ -43,6 +43,6 @@ def test_non_contiguous_rows_and_half_precision():
     torch.testing.assert_close(result, half.float() @ full)
 
 
-def test_gradients():
+def test_gradients_equal_finite_differences():
     parts = [part.requires_grad_() for part in (draw(3, 6), draw(6, seed=1), draw(2, 2, seed=2), draw(3, 3, seed=3))]
     assert torch.autograd.gradcheck(lambda x, v, a, b: scaled_kronecker(x, scale=v, left=a, right=b), parts)

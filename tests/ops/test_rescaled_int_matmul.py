@@ -57,7 +57,7 @@ def test_sums_are_those_of_int64(product, x_bits, w_bits, shape, packs):
 
 @pytest.mark.parametrize("depth", [1024, 1000])
 @pytest.mark.parametrize(("left", "right"), [(-128, -128), (-128, 127), (127, 127), (0, 127), (127, -8)])
-def test_extreme_codes(product, depth, left, right):
+def test_sums_of_extreme_codes_are_exact(product, depth, left, right):
     x, w = torch.full((2, depth), left, dtype=torch.int8), torch.full((3, depth), right, dtype=torch.int8)
     sums = product(x, torch.ones(2, 1), w, torch.ones(3), out_dtype=torch.float32)
     assert torch.equal(sums.long(), x.long() @ w.long().t())
@@ -69,7 +69,7 @@ def test_extreme_codes(product, depth, left, right):
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("rank", [None, 1, 4, 20])
 @pytest.mark.parametrize("rows", [1, 20, 80])
-def test_scales_bias_and_branch(product, has_bias, rank, rows):
+def test_scales_bias_and_branch_equal_the_double_product(product, has_bias, rank, rows):
     x, w = draw_codes(6, (rows, 96), 0), draw_codes(4, (50, 96), 1)
     scales = draw(rows, 1).exp(), draw(50, seed=1).exp() * 0.01
     bias = draw(50, seed=2).bfloat16() if has_bias else None
@@ -103,7 +103,7 @@ def test_strided_and_transposed_operands(product):
     torch.testing.assert_close(found.double(), exact(x, torch.ones(6, 1), w, torch.ones(9), addend=addend))
 
 
-def test_no_rows(product):
+def test_no_rows_give_an_empty_result(product):
     result = product(
         draw_codes(8, (0, 8), 0), torch.ones(0, 1), draw_codes(8, (3, 8), 1), torch.ones(3), out_dtype=torch.float16
     )

@@ -47,7 +47,7 @@ def test_equals_the_product_in_double_precision(backend, bits, rows, depth, monk
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(backend, dtype):
+def test_half_precision_is_rounded_once(backend, dtype):
     w, x, scale = codes(40, 64, 4), draw(2, 64).to(dtype), draw(40, seed=1).abs()
     exact = x.double() @ (w.double() * scale.double()[:, None]).t()
     found = weight_only_matmul(x, pack_codes(w, num_bits=4), scale, w_bits=4, backend=backend)
@@ -59,14 +59,14 @@ def test_half_precision(backend, dtype):
         torch.testing.assert_close(found.double(), exact, rtol=half * torch.finfo(dtype).eps, atol=1e-4)
 
 
-def test_strided_rows(backend):
+def test_strided_rows_equal_contiguous_ones(backend):
     x, w, scale = draw(6, 80)[::2, 8:72], codes(9, 64, 4), draw(9, seed=1).abs()
     packed = pack_codes(torch.cat([w, w]), num_bits=4)[:9]
     expected = BACKENDS["reference"](x.contiguous(), w, scale)
     torch.testing.assert_close(weight_only_matmul(x, packed, scale, w_bits=4, backend=backend), expected)
 
 
-def test_grouped_scales(backend):
+def test_grouped_scales_equal_the_double_product(backend):
     x, w, scale = draw(3, 24), codes(5, 24, 4), draw(5, 3).abs()
     exact = x.double() @ (w.double() * scale.double().repeat_interleave(8, dim=1)).t()
     found = weight_only_matmul(x, w, scale, backend=backend)

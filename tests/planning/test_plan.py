@@ -103,7 +103,7 @@ def test_every_block_linear_is_listed_untouched_ones_with_their_dtype(folder):
     }
 
 
-def test_known_figures():
+def test_cogvideox_2b_has_the_published_ratio():
     """CogVideoX-2B by its published configuration: 3.9 times smaller with the adaLN linears at 4 bits, 2.4 without."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -136,7 +136,7 @@ def test_a_transformer_is_built_once(folder, monkeypatch):
     assert built == ["transformer"]
 
 
-def test_plain_data(folder):
+def test_a_plan_is_json_data(folder):
     content = json.loads(json.dumps(plan(folder, recipe="rtn-w4a6").to_dict()))
     assert content.keys() == {
         *("schema_version", "model", "recipe", "storage", "stages", "layers", "simulated", "device", "calibration"),
@@ -158,7 +158,7 @@ def test_a_quantized_model_is_refused(folder, tmp_path):
         plan(tmp_path / "out", recipe="rtn-w4a6")
 
 
-def test_unsupported_class(folder, tmp_path):
+def test_an_unsupported_transformer_class_is_refused(folder, tmp_path):
     import shutil
 
     copy = shutil.copytree(folder, tmp_path / "copy")

@@ -84,7 +84,7 @@ def test_extending_goes_on_and_null_takes_a_group_away():
         ({"extends": "s2q-w4a6", "name": "mine", "rounding": {"metod": "rtn"}}, r"unknown key 'rounding\.metod'"),
     ],
 )
-def test_what_cannot_be_extended(content, message):
+def test_an_extension_without_name_base_or_known_keys_is_refused(content, message):
     with pytest.raises(InvalidInputError, match=message):
         load_recipe(content)
 
@@ -114,7 +114,7 @@ def test_an_override_makes_a_group_that_is_null():
     assert load_recipe("rtn-w4a16", overrides=["activations.num_bits=8"]).linear_scheme().name == "w4a8"
 
 
-def test_per_group_weights(linears):
+def test_group_sizes_reach_the_schemes(linears):
     recipe = load_recipe("rtn-w4a16", overrides=["weights.granularity=per_group", "weights.group_size=16"])
     schemes = schemes_of(recipe, linears)
     assert {schemes[one.name].name for one in linears if one.role == "linear"} == {"w4g16a16"}
@@ -127,7 +127,7 @@ def test_group_size_that_does_not_divide_names_the_linear_and_what_would_do(line
         schemes_of(recipe, linears)
 
 
-def test_skip_patterns(linears):
+def test_skipped_linears_are_not_quantized(linears):
     recipe = load_recipe("rtn-w4a6", overrides=["skip=['transformer_blocks.0.*', '*.ff.net.2']"])
     schemes = schemes_of(recipe, linears)
     assert set(schemes) == {
@@ -203,7 +203,7 @@ def test_invalid_values_say_what_would_be_valid(overrides, message):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_key():
+def test_a_missing_key_is_named():
     with pytest.raises(InvalidInputError, match="missing key 'weights'"):
         load_recipe({"name": "mine"})
 
@@ -216,7 +216,7 @@ def test_files_that_are_no_recipe(tmp_path, content):
         load_recipe(path)
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_recipe_file_is_refused(tmp_path):
     with pytest.raises(InvalidInputError, match="no such recipe file"):
         load_recipe(str(tmp_path / "none.yaml"))
 

@@ -37,7 +37,7 @@ def test_std_learns_clipping_ratios_where_there_is_no_scale():
     assert (groups["clip"].weights, groups["clip"].activations, groups["clip"].constant) == (True, True, None)
 
 
-def test_both_in_either_order():
+def test_variants_in_either_order_are_the_same_recipe():
     one, other = load_recipe("quarot-w4a6+sds+std"), load_recipe("quarot-w4a6+std+sds")
     assert one.description.endswith("; with +sds; with +std.")
     assert one == other.model_copy(update={"name": one.name, "description": one.description})

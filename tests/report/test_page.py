@@ -114,7 +114,7 @@ def test_sections_without_content_are_left_out():
     assert "too few prompts for intervals" in text
 
 
-def test_videos_are_needed():
+def test_a_page_without_videos_is_refused():
     with pytest.raises(InvalidInputError, match="no videos"):
         render_page(content(pairs=[]))
 
@@ -144,11 +144,11 @@ def test_charts_stay_inside_their_frame_and_are_labelled():
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_234_567, "1.23 MB"), (999_960, "1 MB"), (3.9e12, "3.9 TB")],
 )
-def test_bytes(count, text):
+def test_format_bytes_writes_the_text(count, text):
     assert format_bytes(count) == text
 
 
-def test_values():
+def test_format_value_writes_units_and_digits():
     assert format_value("psnr_pooled_db", 34.26) == "34.3 dB"
     assert format_value("adherence_all", 0.975) == "97.5 %"
     assert format_value("adherence_all_change", -0.025) == "-2.5 %"

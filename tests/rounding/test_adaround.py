@@ -74,7 +74,7 @@ def test_penalty_by_hand():
     assert float(rounding_penalty(share, 4.0)) == pytest.approx(2 * (1 - 1 / 16) + 1)
 
 
-def test_annealing():
+def test_beta_falls_from_20_to_2_after_the_warmup():
     options = AdaRound(warmup=0.2)
     assert options.beta(0.0) is options.beta(0.19) is None
     assert [options.beta(at) for at in (0.2, 0.6, 1.0)] == pytest.approx([20, 11, 2])
@@ -94,7 +94,7 @@ def test_the_penalty_is_a_mean_over_all_weights_that_are_learned_together():
         torch.testing.assert_close(one.logits.grad[inside], expected.detach()[inside], rtol=1e-4, atol=1e-8)
 
 
-def test_the_penalty_decides():
+def test_the_penalty_drives_every_rounding_to_0_or_1():
     rounding = LearnedRounding(draw(16, 32), FOUR)
     before = rounding.rounded().codes
     optimizer = torch.optim.AdamW(rounding.parameters(), lr=0.05, weight_decay=0.0, eps=1e-15)
@@ -186,11 +186,11 @@ def test_the_best_state_is_never_worse_than_the_nearest():
         ({"beta_end": 1.0}, "above 1"),
     ],
 )
-def test_bad_options(options, message):
+def test_adaround_refuses_bad_options(options, message):
     with pytest.raises(InvalidInputError, match=message):
         AdaRound(**options)
 
 
-def test_bad_groups():
+def test_adaround_refuses_groups_that_do_not_divide():
     with pytest.raises(InvalidInputError, match="group_size"):
         LearnedRounding(draw(4, 12), GROUPED)

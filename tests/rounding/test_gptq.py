@@ -229,7 +229,7 @@ def test_nothing_that_was_passed_in_changes():
         (torch.full((2, 4), torch.inf), torch.eye(4), "the weight contains NaN or infinite"),
     ],
 )
-def test_bad_input(weight, hessian, message):
+def test_gptq_refuses_bad_input(weight, hessian, message):
     with pytest.raises(InvalidInputError, match=message):
         round_gptq(weight, W4, hessian=hessian)
 
@@ -243,6 +243,6 @@ def test_bad_input(weight, hessian, message):
         ({"block_size": 0}, "block_size=0; expected at least 1"),
     ],
 )
-def test_bad_options(options, message):
+def test_gptq_refuses_bad_options(options, message):
     with pytest.raises(InvalidInputError, match=message):
         GPTQ(**options)

@@ -66,6 +66,6 @@ def test_clip_ratio_is_used_and_no_graph_is_kept():
     assert not rounded.scale.requires_grad
 
 
-def test_indivisible_group():
+def test_a_group_size_that_does_not_divide_is_refused():
     with pytest.raises(InvalidInputError, match="group_size=7"):
         round_rtn(a_weight(), QuantScheme(num_bits=4, granularity=PerGroup(group_size=7)))

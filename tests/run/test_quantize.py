@@ -26,7 +26,7 @@ from tiny import tiny_pipeline
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-def test_report(folder, tmp_path):
+def test_the_report_is_saved_and_progress_names_every_stage(folder, tmp_path):
     seen = []
     report = quantize(
         folder, recipe="rtn-w4a6", out=tmp_path / "out", prompts=["a", "b"], progress=lambda *step: seen.append(step)
@@ -145,7 +145,7 @@ def test_overwriting_a_checkpoint_never_deletes_an_edited_model_card(folder, tmp
     assert (out / "README.md").read_text() == "my words"
 
 
-def test_two_runs_at_once(folder, tmp_path):
+def test_a_second_run_into_one_folder_is_refused(folder, tmp_path):
     out = tmp_path / "out"
     with open_run_folder(out), pytest.raises(BusyError, match="out is being written by another run"):
         quantize(folder, recipe="rtn-w4a6", out=out)
@@ -154,7 +154,7 @@ def test_two_runs_at_once(folder, tmp_path):
     assert out.is_dir()
 
 
-def test_two_processes_at_once(tmp_path):
+def test_a_second_process_into_one_folder_is_refused(tmp_path):
     script = (
         "import sys; from pathlib import Path; from s2q.common.run_folder import open_run_folder\n"
         "with open_run_folder(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
@@ -171,7 +171,7 @@ def test_two_processes_at_once(tmp_path):
         run.clear()
 
 
-def test_existing_output(folder, tmp_path):
+def test_an_existing_output_is_kept_unless_overwritten(folder, tmp_path):
     out = tmp_path / "out"
     quantize(folder, recipe="rtn-w4a16", out=out)
     before = (out / WEIGHTS).read_bytes()
@@ -349,7 +349,7 @@ def test_a_loaded_variant_of_an_embedded_model_keeps_its_name():
     assert quantize(pipe, recipe="rtn-w4a6", dry_run=True).model == "shapes-cogvideox-outliers"
 
 
-def test_shards(folder, tmp_path):
+def test_a_sharded_checkpoint_has_the_reported_bytes(folder, tmp_path):
     from s2q.checkpoint import inspect_checkpoint, load_pipeline
 
     report = quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", max_shard_size="32KB")
@@ -362,7 +362,7 @@ def test_shards(folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ours", "theirs"])
-def test_a_full_disk(folder, tmp_path, monkeypatch, kind):
+def test_a_full_disk_is_one_error_and_the_run_resumes(folder, tmp_path, monkeypatch, kind):
     import errno
 
     from diffusers import DiffusionPipeline
@@ -384,7 +384,7 @@ def test_a_full_disk(folder, tmp_path, monkeypatch, kind):
     assert all(block.resumed for block in quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out").blocks)
 
 
-def test_out_of_memory(folder, tmp_path, monkeypatch):
+def test_lack_of_memory_is_one_line_with_a_remedy(folder, tmp_path, monkeypatch):
     def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore")
 

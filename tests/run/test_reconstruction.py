@@ -78,7 +78,7 @@ def test_casting_keeps_transforms_in_fp32_and_dequantizing_keeps_the_function(ru
     assert type(plain.transformer_blocks[0].attn1.to_q) is torch.nn.Linear
 
 
-def test_records(run):
+def test_a_run_records_selection_and_blocks(run):
     out, report, seen = run
     record = json.loads((out / "s2q/selection.json").read_text())
     assert len(record["candidates"]) == 4
@@ -224,7 +224,7 @@ def test_a_block_does_not_depend_on_the_others(run, tmp_path):
         ],
     ],
 )
-def test_part_by_part(tmp_path, part):
+def test_each_part_of_a_recipe_runs_alone(tmp_path, part):
     overrides = ["calibration.steps=2", "calibration.samples=1", *part]
     report = quantize(
         tiny_pipeline("cogvideox", num_layers=1),

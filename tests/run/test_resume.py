@@ -63,7 +63,7 @@ save.write_manifest = lambda staged: os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("killer", "resumed"), [(KILL_IN_BLOCK, 1), (KILL_BEFORE_MANIFEST, 3)])
-def test_kill_9(folder, tmp_path, reference, killer, resumed):
+def test_a_run_killed_by_sigkill_resumes_with_the_same_bytes(folder, tmp_path, reference, killer, resumed):
     out = tmp_path / "out"
     call = f"\nfrom s2q.run.quantize import quantize\nquantize({str(folder)!r}, recipe='rtn-w4a6', out={str(out)!r})"
     script = f"import os, signal\n{killer}{call}"

@@ -143,7 +143,7 @@ def test_without_the_grid_it_would_generate_something_else_and_refuses_to(run):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_checkpoint_with_estimators(run, model):
+def test_a_checkpoint_with_estimators_sees_the_grid(run, model):
     result = run(model, "q-vdit-w4a4", "distillation.epochs=2")
     assert not result.report.simulated
     inspected = inspect_checkpoint(result.out, verify=True)
@@ -224,7 +224,7 @@ def test_what_the_recipes_consist_of(width):
     assert not ours.needs_grid
 
 
-def test_plans(tmp_path):
+def test_a_plan_counts_the_bytes_of_estimators(tmp_path):
     """Bytes of an estimator: α, β and a scale for each frame, for every linear that sees video."""
     plain, estimated = (plan("shapes-cogvideox", recipe=name) for name in ("rtn-w4a4", "q-vdit-w4a4"))
     frames = estimated.calibration.frames

@@ -55,7 +55,7 @@ def test_half_precision_latents_are_scored_in_fp64():
     assert quantization_salience(latent, channel_dim=1) == quantization_salience(latent.double(), channel_dim=1)
 
 
-def test_min_max():
+def test_min_max_scales_to_0_and_1_and_equal_values_to_1():
     assert min_max([2.0, 4.0, 3.0]) == (0.0, 1.0, 0.5)
     assert min_max([5.0, 5.0]) == (1.0, 1.0)
     assert min_max([5.0]) == (1.0,)
@@ -93,7 +93,7 @@ def test_latents_that_are_not_finite_are_named(bad):
         score_trajectory(latents, [2, 1, 0], prompt=7, channel_dim=1)
 
 
-def test_bad_latents():
+def test_latents_of_other_counts_and_shapes_or_all_zero_are_refused():
     with pytest.raises(InvalidInputError, match="3 latents for 3 steps"):
         score_trajectory([draw(1, 2)] * 3, [2, 1, 0], prompt=0, channel_dim=1)
     with pytest.raises(InvalidInputError, match="expected the same"):
@@ -112,6 +112,6 @@ def test_bad_latents():
         ((candidate(quantization=-1.0),), "at least 0"),
     ],
 )
-def test_bad_pools(candidates, message):
+def test_empty_pools_duplicates_and_bad_scores_are_refused(candidates, message):
     with pytest.raises(InvalidInputError, match=message):
         CandidatePool(candidates=candidates)

@@ -140,7 +140,7 @@ def test_more_prompts_are_drawn_where_those_named_do_not_suffice():
     assert {one.prompt for one in chosen(few, atfp(few, 30, 0))} == {0, 1}
 
 
-def test_prompts_of_unequal_length():
+def test_prompts_of_unequal_length_give_what_they_have():
     full = a_pool(prompts=3, steps=10)
     pool = CandidatePool(candidates=tuple(one for one in full.candidates if one.prompt != 1 or one.step < 2))
     taken = Counter(one.prompt for one in chosen(pool, atfp(pool, 16, 0)))
@@ -149,6 +149,6 @@ def test_prompts_of_unequal_length():
 
 @pytest.mark.parametrize("name", SELECTIONS)
 @pytest.mark.parametrize(("count", "message"), [(21, "only 20 candidates"), (0, "samples=0"), (-3, "samples=-3")])
-def test_counts_that_cannot_be(name, count, message):
+def test_counts_below_1_or_above_the_candidates_are_refused(name, count, message):
     with pytest.raises(InvalidInputError, match=message):
         SELECTIONS[name](a_pool(prompts=2, steps=10), count, 0)

@@ -8,7 +8,7 @@ KNOWN = [1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 56, 60, 64, 68, 72,
 
 
 @pytest.mark.parametrize("order", KNOWN)
-def test_hadamard_matrices(order):
+def test_hadamard_matrices_are_orthogonal_signs(order):
     matrix = hadamard_matrix(order)
     assert set(matrix.unique().tolist()) <= {-1.0, 1.0}
     assert torch.equal(matrix @ matrix.t(), order * torch.eye(order, dtype=torch.float64))
@@ -31,7 +31,7 @@ def test_no_orthogonal_matrix_of_order_zero():
         orthogonal_matrix(0)
 
 
-def test_best_factors():
+def test_best_factors_are_the_nearest_to_a_square():
     cases = {1: (1, 1), 7: (1, 7), 192: (12, 16), 1920: (40, 48), 3072: (48, 64), 12288: (96, 128), 768: (24, 32)}
     assert {features: best_factors(features) for features in cases} == cases
 

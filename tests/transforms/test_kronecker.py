@@ -64,7 +64,7 @@ def test_learning_finds_a_transform_that_lowers_the_error():
     assert float(peak_to_rms().detach()) < 0.8 * before
 
 
-def test_bad_starts():
+def test_bad_starts_are_refused():
     with pytest.raises(InvalidInputError, match="unknown start"):
         KroneckerTransform.build(16, start="hadamar")
     with pytest.raises(InvalidInputError, match="not orthogonal"):

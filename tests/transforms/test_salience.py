@@ -24,7 +24,7 @@ def test_weights_against_scipy(ties):
     torch.testing.assert_close(spearman_weights(inputs, weight), expected / expected.sum(), rtol=1e-12, atol=0)
 
 
-def test_by_hand():
+def test_spearman_weights_equal_an_example_by_hand():
     """ρ = 1 - 6 Σ d² / (n (n² - 1)): 1 for the same order, -1 for the opposite one, ½ for one swap of neighbours."""
     weight = torch.tensor([1.0, 2.0, 3.0])
     inputs = torch.tensor([[4.0, 5.0, 6.0], [6.0, 5.0, 4.0], [2.0, 1.0, 9.0]])
@@ -69,6 +69,6 @@ def test_the_balance_gives_both_sides_the_geometric_mean():
         (torch.ones(2, 8), torch.full((8,), torch.inf), "NaN or infinite"),
     ],
 )
-def test_bad_input(inputs, weight, message):
+def test_salience_refuses_bad_input(inputs, weight, message):
     with pytest.raises(InvalidInputError, match=message):
         spearman_weights(inputs, weight)

@@ -33,7 +33,7 @@ def test_an_outlier_that_no_weight_reads_is_scaled_away():
 
 
 @pytest.mark.parametrize("zero", ["input", "weight", "both"])
-def test_all_zero(zero):
+def test_all_zero_weights_or_inputs_have_a_scale_of_1(zero):
     zeros, ones = torch.zeros(3), torch.ones(3)
     s = smooth_scale(ones if zero == "weight" else zeros, ones if zero == "input" else zeros)
     assert torch.equal(s, torch.ones(3, dtype=torch.float64))
@@ -57,7 +57,7 @@ def test_fixed_or_learned_in_log_space():
         ([1.0, 1.0], [1.0, 1.0], 1.5, "alpha=1.5"),
     ],
 )
-def test_bad_maxima(x_amax, w_amax, alpha, message):
+def test_smooth_scale_refuses_bad_maxima_shapes_and_alpha(x_amax, w_amax, alpha, message):
     with pytest.raises(InvalidInputError, match=message):
         smooth_scale(torch.tensor(x_amax), torch.tensor(w_amax), alpha=alpha)
 

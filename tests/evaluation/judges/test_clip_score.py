@@ -71,7 +71,7 @@ def test_one_frame_has_no_temporal_score_and_long_prompts_are_cut(folder):
     assert found == judge.measure("a very long prompt of many letters and more", frames(count=1))
 
 
-def test_bad_folders(tmp_path, folder):
+def test_folders_without_a_clip_model_are_refused(tmp_path, folder):
     with pytest.raises(InvalidInputError, match="not a folder with a CLIP model"):
         ClipJudge(tmp_path / "missing")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())

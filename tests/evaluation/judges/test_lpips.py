@@ -61,7 +61,7 @@ def by_hand(first, second, layers, cuts, weights):
     return total / len(first)
 
 
-def test_against_the_definition(stand_in):
+def test_lpips_equals_the_definition(stand_in):
     path, layers, cuts, weights = stand_in
     judge, x, y = Lpips(path), frames(0), frames(1)
     expected = by_hand(x, y, layers, cuts, weights)
@@ -79,7 +79,7 @@ def test_frames_that_the_network_shrinks_to_nothing_have_none(stand_in):
     assert judge(smallest, smallest) == 0.0
 
 
-def test_against_the_package(tmp_path):
+def test_lpips_equals_the_package(tmp_path):
     package = pytest.importorskip("lpips", reason="the package lpips is not installed")
     torch.manual_seed(0)
     theirs = package.LPIPS(net="alex", pnet_rand=True, verbose=False)
@@ -89,7 +89,7 @@ def test_against_the_package(tmp_path):
     assert Lpips(tmp_path / "lpips.pth")(x, y) == pytest.approx(float(theirs(*pair).mean()), rel=1e-4)
 
 
-def test_bad_files(tmp_path, stand_in):
+def test_files_that_are_no_lpips_weights_are_refused(tmp_path, stand_in):
     with pytest.raises(InvalidInputError, match="no such weight file"):
         Lpips(tmp_path / "missing.pth")
     (tmp_path / "text.pth").write_text("hello")

@@ -141,7 +141,7 @@ def test_more_videos_than_vbench_looks_at_are_refused(tmp_path):
         plan_vbench(options(tmp_path, dimensions=("scene",)), ["alley"], videos_a_prompt=6)
 
 
-def test_an_interpreter_without_vbench(tmp_path, monkeypatch):
+def test_an_interpreter_without_vbench_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_VBENCH", "import")
     with pytest.raises(InvalidInputError, match="cannot import vbench: ModuleNotFoundError.*docs/judging.md"):
         plan_vbench(options(tmp_path), ["a"], videos_a_prompt=1)
