@@ -66,7 +66,7 @@ def test_a_file_of_another_machine_is_not_mixed_with_this_one(tmp_path, there):
 def test_other_files_are_left_alone(tmp_path, text):
     path = tmp_path / "notes.json"
     path.write_text(text)
-    with pytest.raises(InvalidInputError, match="name another file"):
+    with pytest.raises(InvalidInputError, match="choose another file"):
         ResultsFile(path, **HERE, again=True)
     assert path.read_text() == text
 

@@ -231,7 +231,7 @@ def test_learned_judges_take_part(tiny_model, tmp_path):
     prompts = PROMPTS[:9]  # a shard and a part of one
     judges = {"lpips_weights": save_tiny_lpips(tmp_path / "lpips.pth"), "clip": save_tiny_clip(tmp_path / "clip")}
     wanted = {"entries": ["rtn-w4a4"], "prompts": prompts, "metrics": ("ssim", "lpips", "clip_score")}
-    wanted["settings"] = SETTINGS | {"height": 32, "width": 32}  # smaller ones have nothing left after LPIPS's layers
+    wanted |= {"height": 32, "width": 32}  # smaller ones have nothing left after LPIPS's layers
     result = run(tiny_model, tmp_path / "out", processes=2, **wanted, **judges)
     metrics = result["entries"][0]["metrics"]
     assert set(metrics) == {"ssim", "lpips", "clip_score", "reference_clip_score"}
@@ -241,7 +241,7 @@ def test_learned_judges_take_part(tiny_model, tmp_path):
         run(tiny_model, tmp_path / "out", **wanted)
     tensors = torch.load(judges["lpips_weights"])
     torch.save({name: tensor + 1 for name, tensor in tensors.items()}, judges["lpips_weights"])
-    with pytest.raises(InvalidInputError, match="a comparison that differs: judges lpips.weights was"):
+    with pytest.raises(InvalidInputError, match="contains a different comparison: judges lpips.weights was"):
         run(tiny_model, tmp_path / "out", **wanted, **judges)
     with pytest.raises(InvalidInputError, match="no such weight file"):
         run(tiny_model, tmp_path / "out", lpips_weights=tmp_path / "none.pth")
@@ -273,7 +273,7 @@ def test_nothing_is_overwritten(whole, tiny_model, tmp_path):
     changes = {
         "prompts were 10, are 9": {"prompts": PROMPTS[:9]},
         "prompts number 1 was 'scene 0', is 'else'": {"prompts": ("else", *PROMPTS[1:])},
-        "settings num_inference_steps was 2, is 3": {"settings": SETTINGS | {"num_inference_steps": 3}},
+        "settings num_inference_steps was 2, is 3": {"num_inference_steps": 3},
         "seed was 0, is 1": {"seed": 1},
         "entry rtn-w4a4: recipe.skip": {"overrides": ("skip=[transformer_blocks.0.*]",)},
         "contains a comparison; pass --overwrite": {"resume": False},
@@ -309,13 +309,13 @@ def test_bad_input_is_refused_before_any_compute(tiny_model, tmp_path, monkeypat
         (InvalidInputError, "nearest names are psnr", {"metrics": ("psrn",)}),
         (
             InvalidInputError,
-            "prompt 2 of 2 has 1[0-9][0-9] tokens, the transformer takes 96",
+            "prompt 2 of 2 has 1[0-9][0-9] tokens, but the transformer reads 96",
             {"prompts": ("a", "b" * 120)},
         ),
         (InvalidInputError, "'a' appears twice", {"prompts": ("a", "a")}),
-        (InvalidInputError, "height: got 17", {"settings": SETTINGS | {"height": 17}}),
-        (InvalidInputError, "s2q-w4a6 calibrate on prompts", {"entries": ["rtn-w4a6", "s2q-w4a6"]}),
-        (UsageError, "nothing here calibrates", {"calibration_prompts": ("a",)}),
+        (InvalidInputError, "height: got 17", {"height": 17}),
+        (InvalidInputError, "s2q-w4a6 need calibration prompts", {"entries": ["rtn-w4a6", "s2q-w4a6"]}),
+        (UsageError, "no recipe calibrates", {"calibration_prompts": ("a",)}),
         (
             InvalidInputError,
             "prompt 1 of 1 has 1[0-9][0-9] tokens",
