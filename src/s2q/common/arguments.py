@@ -25,16 +25,7 @@ DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.f
 
 
 def device_name(device: str | torch.device | int, *, check: bool = True) -> str:
-    """Return the name of a device: "cpu", "cuda" or "cuda:1".
-
-    Args:
-        device: Name, `torch.device`, or index of a GPU.
-        check: Whether this machine must have it.
-
-    Raises:
-        InvalidInputError: If it is none of these.
-        ResourceError: If there is no such GPU.
-    """
+    """Return the name of a device, "cpu", "cuda" or "cuda:1", which this machine must have unless `check` is off."""
     if isinstance(device, str | torch.device):
         name = "cpu" if isinstance(device, torch.device) and device.type == "cpu" else str(device)
     elif _is_whole(device):
@@ -50,14 +41,7 @@ def device_name(device: str | torch.device | int, *, check: bool = True) -> str:
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype that is meant by a dtype or its name ("bfloat16", "torch.bfloat16").
-
-    Returns:
-        One of `DTYPES`, or None.
-
-    Raises:
-        InvalidInputError: If it is no dtype to compute in.
-    """
+    """Return the one of `DTYPES` that a dtype or its name ("bfloat16", "torch.bfloat16") means; None for None."""
     if dtype is None:
         return None
     if not isinstance(dtype, str | torch.dtype):
@@ -74,11 +58,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def whole_number(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
-    """Return a whole number as an int: Python's or NumPy's, not a bool, not 1.0, not "1".
-
-    Raises:
-        InvalidInputError: If it is none, or out of range.
-    """
+    """Return a whole number as an int: Python's or NumPy's, not a bool, not 1.0, not "1"."""
     if not _is_whole(value):
         raise InvalidInputError(f"{name}: got {short_repr(value)}; expected a whole number")
     number = int(value)
@@ -90,11 +70,7 @@ def whole_number(name: str, value: Any, *, least: int | None = None, most: int |
 
 
 def finite_number(name: str, value: Any, *, least: float = 0.0) -> float:
-    """Return a finite number as a float: Python's or NumPy's, not a bool, not text.
-
-    Raises:
-        InvalidInputError: If it is none, or out of range.
-    """
+    """Return a finite number as a float: Python's or NumPy's, not a bool, not text."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < least:
         raise InvalidInputError(f"{name}: got {short_repr(value)}; expected a finite number, at least {least:g}")
     return float(value)
@@ -106,31 +82,19 @@ def optional(check: Callable[..., _T], name: str, value: Any, **limits: Any) -> 
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return a switch; "no" and 0 are refused, since Python takes the former for True.
-
-    Raises:
-        InvalidInputError: If it is neither True nor False.
-    """
+    """Return a switch; "no" and 0 are refused, since Python takes the former for True."""
     if not isinstance(value, bool):
         raise InvalidInputError(f"{name}: got {short_repr(value)}; expected True or False")
     return value
 
 
 def seed_number(seed: Any, *, name: str = "seed") -> int:
-    """Return a seed as an int from 0 to 2⁶³ − 1; see `whole_number`.
-
-    Raises:
-        InvalidInputError: If it is no whole number, or out of range.
-    """
+    """Return a seed as an int from 0 to 2⁶³ − 1; see `whole_number`."""
     return whole_number(name, seed, least=0, most=MAX_SEED)
 
 
 def seed_numbers(seeds: Iterable[Any]) -> tuple[int, ...]:
-    """Return the seeds of a list, a range or an array as ints.
-
-    Raises:
-        InvalidInputError: If it is no list, is empty, or a seed is out of range or repeated.
-    """
+    """Return the seeds of a list, a range or an array as ints."""
     if _is_whole(seeds):
         raise InvalidInputError(f"seeds: got {seeds}; pass a list of seeds, [{seeds}] or range({seeds})")
     numbers = tuple(seed_number(seed) for seed in _listed("seeds", seeds, of="seeds"))
@@ -142,14 +106,7 @@ def seed_numbers(seeds: Iterable[Any]) -> tuple[int, ...]:
 
 
 def prompt_list(prompts: Iterable[Any], *, name: str = "prompts", allow_none: bool = False) -> list[str]:
-    """Return prompts as a list of non-empty texts.
-
-    Args:
-        allow_none: Whether the list may be empty.
-
-    Raises:
-        InvalidInputError: If it is one string or no list, or a prompt is not text, empty, or not Unicode text.
-    """
+    """Return prompts as a list of non-empty texts; the list may be empty with `allow_none`."""
     texts = list(_listed(name, prompts, of="prompts"))
     if not (texts or allow_none):
         raise InvalidInputError(f"{name}: got none; pass at least one prompt")
@@ -164,11 +121,7 @@ def prompt_list(prompts: Iterable[Any], *, name: str = "prompts", allow_none: bo
 
 
 def name_list(name: str, values: Iterable[Any]) -> tuple[str, ...]:
-    """Return a list of names as a tuple of texts.
-
-    Raises:
-        InvalidInputError: If it is one string or no list, or a name is not text.
-    """
+    """Return a list of names as a tuple of texts."""
     names = tuple(_listed(name, values, of="names"))
     for value in names:
         if not isinstance(value, str):
@@ -177,11 +130,7 @@ def name_list(name: str, values: Iterable[Any]) -> tuple[str, ...]:
 
 
 def path_argument(name: str, path: Any) -> Path:
-    """Return a path of a file or folder, "~" expanded.
-
-    Raises:
-        InvalidInputError: If it is neither, is empty, or has characters that cannot be written into a report.
-    """
+    """Return a path of a file or folder, "~" expanded."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise InvalidInputError(f"{name}: got {short_repr(path)}; expected a path, as text or pathlib.Path")
     text = os.fspath(path)
@@ -195,22 +144,14 @@ def path_argument(name: str, path: Any) -> Path:
 
 
 def word(name: str, text: Any) -> str:
-    """Return a word of letters, digits, "_", "." and "-".
-
-    Raises:
-        InvalidInputError: If it is none.
-    """
+    """Return a word of letters, digits, "_", "." and "-"."""
     if not (isinstance(text, str) and re.fullmatch(r"[\w.-]+", text)):
         raise InvalidInputError(f"{name}: got {short_repr(text)}; expected a word, or None")
     return text
 
 
 def model_argument(name: str, model: Any) -> Any:
-    """Return a model that is given by name, folder or Hub id (a string or a Path), as a pipeline or a resolved source.
-
-    Raises:
-        InvalidInputError: If it is none of these.
-    """
+    """Return a model given by name, folder or Hub id (a string or a Path), as a pipeline or as a resolved source."""
     if isinstance(model, str | os.PathLike):
         path = path_argument(name, model)
         return model if isinstance(model, str) else path

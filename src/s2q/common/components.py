@@ -40,11 +40,7 @@ def adapter_tensor(names: Iterable[str]) -> str | None:
 
 
 def check_no_adapter(folder: Path, names: Iterable[str]) -> None:
-    """Refuse the weights of a transformer that was saved with an adapter attached, which no loader reads.
-
-    Raises:
-        InvalidInputError: If a tensor belongs to an adapter.
-    """
+    """Refuse the weights of a transformer that was saved with an adapter attached, which no loader reads."""
     if (adapted := adapter_tensor(names)) is not None:
         raise InvalidInputError(
             f"{folder}: was saved with an adapter attached (has {adapted}), which no loader reads; call fuse_lora() "

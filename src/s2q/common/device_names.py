@@ -19,9 +19,5 @@ def is_device_name(name: str) -> bool:
 
 
 def kind_of_device(name: str) -> str | None:
-    """Return what else a name means to PyTorch or to its users; None if it means nothing.
-
-    Args:
-        name: Of a device that s2q does not compute on.
-    """
+    """Return what a name that s2q does not compute on means to PyTorch or to its users; None if it means nothing."""
     return _OTHERS.get(name.partition(":")[0])

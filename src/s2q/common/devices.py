@@ -21,15 +21,7 @@ _STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def check_device(device: str | torch.device) -> None:
-    """Check that this machine and this build of PyTorch have a device.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N", or the `torch.device` of that name.
-
-    Raises:
-        InvalidInputError: If the name is none of these, "mps" or "xpu" for example.
-        ResourceError: If PyTorch is not built for CUDA, or there is no such GPU; names those that there are.
-    """
+    """Check that this machine and this build of PyTorch have a device, "cpu", "cuda" or "cuda:N"."""
     name = str(device)
     if not is_device_name(name):
         raise InvalidInputError(f"device={name!r} is {kind_of_device(name) or 'unknown'}; use cpu, cuda or cuda:N")
@@ -62,9 +54,6 @@ def default_dtype(stored: torch.dtype, device: str | torch.device) -> torch.dtyp
 
     A CPU without instructions for half precision multiplies it 4 to 13 times as slowly as fp32. The first choice of
     float32 is logged.
-
-    Args:
-        stored: What the model is stored in, or was quantized in.
     """
     if stored not in emulated_dtypes(device):
         return stored
@@ -88,11 +77,7 @@ def free_memory() -> None:
 
 
 def reset_peak_memory(device: str | torch.device) -> bool:
-    """Reset `peak_memory_bytes`, to measure one run and not the whole process.
-
-    Returns:
-        Whether it could be reset; on a CPU only Linux can.
-    """
+    """Reset `peak_memory_bytes`, to measure one run; return whether that was possible: on a CPU only Linux can."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True

@@ -87,15 +87,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_errors(doing: str, *, remedy: str) -> Iterator[None]:
-    """Raise every out-of-memory error as one line with exit code 4. Also a decorator.
-
-    Args:
-        doing: What was being done: "generating videos".
-        remedy: What takes less.
-
-    Raises:
-        ResourceError: If memory ran out, whatever error the library raised.
-    """
+    """Raise every out-of-memory error as one line with exit code 4. Also a decorator."""
     try:
         yield
     except ResourceError:
@@ -109,11 +101,7 @@ def memory_errors(doing: str, *, remedy: str) -> Iterator[None]:
 def nearest_names(name: str, options: Iterable[str], *, count: int = 3) -> list[str]:
     """Return up to `count` of the `options` that look most like `name`, best first; empty if none is close.
 
-    Args:
-        name: What was asked for; compared without regard to case, `_` and `-` being equal.
-
-    Returns:
-        Names out of `options`, unchanged.
+    Names are compared without regard to case, `_` and `-` being equal.
     """
     if len(name) > _MAX_COMPARED:
         return []
@@ -125,15 +113,7 @@ def nearest_names(name: str, options: Iterable[str], *, count: int = 3) -> list[
 
 
 def unknown_name(kind: str, name: object, options: Iterable[str]) -> InvalidInputError:
-    """Build (not raise) the error for a name that does not exist.
-
-    Args:
-        kind: What is being named, in the singular: "recipe", "embedded model".
-        name: What was asked for.
-
-    Returns:
-        An error whose message lists the nearest names, if any is near, and all of them.
-    """
+    """Build (not raise) the error for a name that does not exist; it lists the nearest names, and all of them."""
     known = sorted(options)
     near = nearest_names(name, known) if isinstance(name, str) else []
     hint = f"nearest names are {', '.join(near)}; " if near else ""
@@ -160,21 +140,13 @@ class _ShortRepr(reprlib.Repr):
 
 
 def short_repr(value: Any) -> str:
-    """Return the `repr` of a value for a message, at most 80 characters, computed without expanding the whole value.
-
-    Args:
-        value: Anything: strings of megabytes, structures that are deep or that refer to themselves.
-    """
+    """Return the `repr` of a value for a message, at most 80 characters, computed without expanding the whole value."""
     text = _ShortRepr().repr(value)
     return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 1] + "…"
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an exception's message, cut at 200 characters; its class name if it has none.
-
-    Args:
-        error: An exception of another library, to be quoted in a message of ours.
-    """
+    """Return the first line of an exception's message, cut at 200 characters; its class name if it has none."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__

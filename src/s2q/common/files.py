@@ -22,29 +22,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def canonical_json(obj: Any) -> str:
-    """Serialise to JSON that is the same for equal objects: sorted keys, indent 2, UTF-8, a final newline.
-
-    Args:
-        obj: Plain dicts with string keys, lists, strings, numbers, booleans, None.
-
-    Returns:
-        The text.
-
-    Raises:
-        ValueError: If a number is NaN or infinite: JSON has no such number, use None.
-    """
+    """Serialise to JSON that is the same for equal objects: sorted keys, indent 2, UTF-8, a final newline."""
     return json.dumps(obj, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
-    """Read a JSON object, strictly UTF-8.
-
-    Args:
-        remedy: What to do about a damaged one, to end the message with.
-
-    Raises:
-        InvalidInputError: If the file cannot be read, or is no JSON object.
-    """
+    """Read a JSON object, strictly UTF-8; the remedy ends the message about a damaged one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -55,11 +38,7 @@ def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
 
 
 def slug(text: str) -> str:
-    """Return a text as part of a file name: lower case, words joined by hyphens, at most 48 characters.
-
-    Returns:
-        Letters a to z, digits and hyphens; "video" if the text has none of the former.
-    """
+    """Return the letters a to z and digits of a text, joined by hyphens, at most 48 characters; "video" for none."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return words[:_SLUG_LENGTH].rstrip("-") or "video"
 
@@ -74,15 +53,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file at once, mode 0644, replacing what was there.
-
-    Args:
-        path: The file; its folder must exist.
-
-    Raises:
-        InvalidInputError: If the folder cannot be written.
-        ResourceError: If the disk is full; what was there is still there.
-    """
+    """Write a file at once, mode 0644, replacing what was there; its folder must exist."""
     path = Path(path)
     temporary: Path | None = None
     try:
@@ -104,21 +75,12 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file at once; see `atomic_write_bytes`.
-
-    Args:
-        path: The file; its folder must exist.
-    """
+    """Write a UTF-8 text file at once; see `atomic_write_bytes`."""
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def atomic_write_json(path: str | Path, obj: Any) -> None:
-    """Write canonical JSON at once; see `canonical_json` and `atomic_write_bytes`.
-
-    Args:
-        path: The file; its folder must exist.
-        obj: What to serialise; NaN and infinity are refused with ValueError.
-    """
+    """Write canonical JSON at once; NaN and infinity are refused with ValueError."""
     atomic_write_text(path, canonical_json(obj))
 
 
@@ -132,12 +94,7 @@ def fsync_path(path: Path) -> None:
 
 
 def write_error(error: OSError, path: Path) -> InvalidInputError | ResourceError:
-    """Build (not raise) the error for a path that cannot be written.
-
-    Args:
-        error: Why.
-        path: What was to be written.
-    """
+    """Build (not raise) the error for a path that cannot be written."""
     if error.errno in DISK_FULL:
         return DiskFullError(f"{path}: the disk is full; free some space or choose another place")
     reason = error.strerror or str(error)

@@ -21,14 +21,7 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One tensor in a safetensors header.
-
-    Attributes:
-        dtype: The format's name of the dtype: "U8", "F32", "BF16".
-        shape: Its shape.
-        num_bytes: Bytes of its payload.
-        start: Where in the file its payload starts.
-    """
+    """One tensor in a safetensors header: the format's name of its dtype ("BF16"), and its payload in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,14 +30,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read the header of one safetensors file.
-
-    Returns:
-        Every tensor by name.
-
-    Raises:
-        InvalidInputError: If the file is missing, damaged or truncated; names the file.
-    """
+    """Read the header of one safetensors file."""
     remedy = "download or save the model again"
     try:
         size = path.stat().st_size
@@ -58,47 +44,28 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path}: truncated or damaged, its header does not end within the file; {remedy}"
                 )
             header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
         payload = _LENGTH_BYTES + header_bytes
-        tensors = {name: _tensor_info(entry, payload) for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        tensors = {name: _tensor_info(entry, payload) for name, entry in header.items()}
+        expected = payload + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except OSError as error:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InvalidInputError(f"{path}: its safetensors header is damaged; {remedy}") from error
-    expected = payload + end
     if size != expected:
         raise InvalidInputError(f"{path}: truncated or altered, got {size} bytes, expected {expected}; {remedy}")
     return tensors
 
 
 def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:
-    """Read the headers of the files of one component.
-
-    Args:
-        paths: The files, as `weight_files` has them.
-
-    Returns:
-        Every tensor by name.
-
-    Raises:
-        InvalidInputError: If a file is missing, damaged or truncated; names the file.
-    """
-    tensors: dict[str, TensorInfo] = {}
-    for path in paths:
-        tensors.update(read_header(path))
-    return tensors
+    """Read the headers of the files of one component."""
+    return {name: tensor for path in paths for name, tensor in read_header(path).items()}
 
 
 def tensors_digest(path: Path) -> str:
-    """Hash the header of a file and the first bytes of each of its tensors.
+    """Hash the header of a file and the first bytes of each of its tensors; return 64 hexadecimal digits.
 
     Tells models of one kind apart that were trained differently, in a fraction of the time that reading them takes.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        InvalidInputError: If the file is missing, damaged or truncated; names the file.
     """
     tensors = read_header(path)
     digest = hashlib.sha256()

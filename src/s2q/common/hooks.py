@@ -1,7 +1,5 @@
 """Recording of module calls through hooks that are removed afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,14 +15,9 @@ class _ReachedError(Exception):
 def capture_calls(
     module: nn.Module, *, only_first: bool = False
 ) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Record positional and keyword arguments of the calls of a module.
+    """Yield a list that gets the positional and the keyword arguments of every call of a module.
 
-    Args:
-        module: Any module.
-        only_first: Whether to leave the context at the first call, before the module runs.
-
-    Yields:
-        A list that every call is added to.
+    With `only_first`, the context is left at the first call, before the module runs.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -44,11 +37,7 @@ def capture_calls(
 
 @contextmanager
 def capture_inputs(block: nn.Module, listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Tell listeners the inputs of modules.
-
-    Args:
-        listeners: By name of the module inside the block.
-    """
+    """Tell listeners the inputs of the modules of a block whose names they are under."""
     with ExitStack() as stack:
         for name, listener in listeners.items():
             handle = block.get_submodule(name).register_forward_pre_hook(

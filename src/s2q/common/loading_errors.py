@@ -4,13 +4,7 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-from s2q.common.errors import (
-    InvalidInputError,
-    ResourceError,
-    S2QError,
-    first_line,
-    is_out_of_memory,
-)
+from s2q.common.errors import InvalidInputError, ResourceError, S2QError, first_line, is_out_of_memory
 
 _PIP = re.compile(r"pip install (?:(?:-U|--upgrade) )?['\"]?([A-Za-z0-9][\w.-]*(?:\[[\w,-]+\])?)")
 _LIBRARY = re.compile(r"requires the (\w+) library")
@@ -32,14 +26,9 @@ PACKAGES = {
 
 
 def loading_error(folder: Path, error: Exception, *, remedy: str) -> S2QError:
-    """Build (not raise) the error for a pipeline that diffusers could not load.
+    """Build (not raise) the error for a pipeline that diffusers could not load; errors of s2q are unchanged.
 
-    Args:
-        error: What diffusers, transformers or safetensors raised.
-        remedy: What to do where the files are at fault.
-
-    Returns:
-        `ResourceError` where memory or a package is missing, else `InvalidInputError`; errors of s2q unchanged.
+    It is a `ResourceError` where memory or a package is missing; the remedy is for files that are at fault.
     """
     cause = first_line(error)
     if isinstance(error, S2QError):
@@ -65,14 +54,10 @@ def loading_error(folder: Path, error: Exception, *, remedy: str) -> S2QError:
 
 
 def missing_package(error: ImportError) -> str | None:
-    """Return the name by which pip installs what an import lacked; None if the error does not tell.
-
-    Args:
-        error: The error of a library.
-    """
+    """Return the name by which pip installs what an import lacked; None if the error does not tell."""
     text = str(error)
     found = _PIP.search(text) or _LIBRARY.search(text)
     if found is not None:
         return found[1]
-    name = getattr(error, "name", None)
-    return None if name is None else PACKAGES.get(str(name).partition(".")[0], str(name).partition(".")[0])
+    name = None if error.name is None else error.name.partition(".")[0]
+    return None if name is None else PACKAGES.get(name, name)

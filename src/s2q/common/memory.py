@@ -5,8 +5,6 @@ any time, since the file has it. What was read stays mapped until memory runs sh
 own; `page_out` gives it back at once.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import mmap
@@ -26,10 +24,7 @@ def page_out(tensors: Iterable[Tensor]) -> None:
     """Take the memory of tensors out of this process until they are read again; their values stay.
 
     Meant for tensors mapped from files; what lies in memory of its own would go to the swap space, if there is any.
-    Nothing happens where the kernel has no such call.
-
-    Args:
-        tensors: Tensors; those that are not on the CPU are left alone.
+    Nothing happens where the kernel has no such call, nor to tensors on a GPU.
     """
     advise = _madvise()
     if advise is None:
@@ -51,7 +46,6 @@ def on_device(modules: Iterable[nn.Module], device: str, *, offload: bool = Fals
     Args:
         modules: Modules whose direct parameters and buffers are meant, not those of their children
             (`module.modules()` for a whole one); they must not change meanwhile.
-        device: "cpu", "cuda", "cuda:1".
         offload: Whether to page out the originals of what is copied to another device.
     """
     target = torch.device(device)
@@ -86,11 +80,7 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def page_locked_bytes(size: int) -> int:
-    """Return what PyTorch's allocator of page-locked host memory takes for a tensor: the next power of two.
-
-    Args:
-        size: Bytes of the tensor.
-    """
+    """Return what PyTorch's allocator of page-locked host memory takes for a tensor: the next power of two."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
@@ -101,13 +91,7 @@ def release_page_locked() -> None:
 
 
 def to_device(value: Any, device: str, *, dtype: torch.dtype | None = None) -> Any:
-    """Return a value with every tensor in its (nested) plain containers on a device.
-
-    Args:
-        value: A tensor, a dict, tuple or list of values, or anything else, which is passed through.
-        device: "cpu", "cuda", "cuda:1".
-        dtype: What floating tensors become; None leaves them.
-    """
+    """Return a value with every tensor in its (nested) plain containers on a device, floating ones in a dtype."""
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=True)
     if isinstance(value, dict):
@@ -118,11 +102,7 @@ def to_device(value: Any, device: str, *, dtype: torch.dtype | None = None) -> A
 
 
 def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:
-    """Go through the parameters and buffers of modules.
-
-    Yields:
-        Tensors.
-    """
+    """Go through the parameters and buffers of modules."""
     for module in modules:
         yield from chain(module.parameters(), module.buffers())
 

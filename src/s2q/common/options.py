@@ -40,11 +40,7 @@ class Options:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            OptionError: If a value is out of range.
-        """
+        """Check the ranges."""
         for option in fields(self):  # type: ignore[arg-type]
             value = getattr(self, option.name)
             if value is not None and (problem := _problem(option, value)):
@@ -64,22 +60,14 @@ class Options:
 
 
 def expected_one_of(value: Any, choices: Iterable[str]) -> str:
-    """Return what was expected in place of a name that is not among the choices, with the nearest.
-
-    Args:
-        choices: The names.
-    """
+    """Return what was expected in place of a name that is not among the choices, with the nearest."""
     known = list(choices)
     near = nearest_names(value, known, count=1) if isinstance(value, str) else []
     return f"expected one of {', '.join(known)}{f'; the nearest is {near[0]}' if near else ''}"
 
 
 def expected_range(metadata: Mapping[str, Any]) -> str:
-    """Return what was expected in place of a number out of range: "expected at least 2, at most 8".
-
-    Args:
-        metadata: Of the option's field.
-    """
+    """Return what was expected in place of a number out of range: "expected at least 2, at most 8"."""
     return "expected " + ", ".join(
         f"{words} {metadata[kind]:g}" for kind, (_, words) in _BOUNDS.items() if kind in metadata
     )

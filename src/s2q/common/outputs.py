@@ -19,12 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from s2q.common.errors import BusyError, InvalidInputError, short_repr
-from s2q.common.files import (
-    DISK_FULL,
-    FILE_MODE,
-    fsync_path,
-    write_error,
-)
+from s2q.common.files import DISK_FULL, FILE_MODE, fsync_path, write_error
 
 DIRECTORY_MODE = 0o755
 LOCK = "lock"
@@ -36,12 +31,7 @@ Owned = Callable[[Path], Collection[str] | None]
 
 
 class OutputLock:
-    """The lock of one output, held by this process; get one through `output_lock`.
-
-    Attributes:
-        out: The output, an absolute path.
-        folder: The hidden folder beside it that holds the lock.
-    """
+    """The lock of one output, held by this process, in a hidden folder beside it; get one through `output_lock`."""
 
     def __init__(self, out: Path, folder: Path, descriptor: int) -> None:
         self.out = out
@@ -49,11 +39,7 @@ class OutputLock:
         self._descriptor = descriptor
 
     def temporary_path(self, kind: Literal["partial", "old"]) -> Path:
-        """Return a new hidden name beside the output; whoever takes the lock after a kill removes what has it.
-
-        Args:
-            kind: "partial" for a folder that is being written, "old" for one that is being replaced.
-        """
+        """Return a new hidden name beside the output; whoever takes the lock after a kill removes what has it."""
         path = self.out.with_name(f".{self.out.name}.{kind}-{secrets.token_hex(8)}")
         os.write(self._descriptor, f"{json.dumps(path.name)}\n".encode())
         os.fsync(self._descriptor)
@@ -97,18 +83,9 @@ def lock_folder(out: Path) -> Path:
 
 @contextlib.contextmanager
 def output_lock(out: str | Path) -> Iterator[OutputLock]:
-    """Hold the lock of an output, and remove what a killed owner of it left.
+    """Hold the lock of a file or folder that a command will write, and remove what a killed owner of it left.
 
-    Args:
-        out: The file or folder that a command will write; missing parents are created, and removed if nothing is
-            written.
-
-    Yields:
-        The lock.
-
-    Raises:
-        BusyError: If another process has it.
-        InvalidInputError: If the folder of the output cannot be written.
+    Missing parents are created, and removed if nothing is written.
     """
     out = _absolute(out)
     folder = lock_folder(out)
@@ -153,13 +130,8 @@ def check_output(out: str | Path, *, overwrite: bool, owned: Owned | None = None
     """Check, before any work, that the folder `out` may be written. Creates nothing.
 
     Args:
-        out: The folder that a command will write.
-        overwrite: Whether an existing one may be replaced.
         owned: What the command wrote into an existing folder. Only such a folder is replaced, and only if it has no
             other files: `--overwrite` never deletes a user's own. None: any folder may be replaced.
-
-    Raises:
-        InvalidInputError: If `out` exists and may not be replaced, or the folder that is to hold it cannot be written.
     """
     out = _absolute(out)
     if os.path.lexists(out):
@@ -177,11 +149,7 @@ def check_output(out: str | Path, *, overwrite: bool, owned: Owned | None = None
 
 
 def check_writable(out: str | Path) -> None:
-    """Check that the folder of a file or folder can be written. Creates nothing.
-
-    Raises:
-        InvalidInputError: If it cannot, or the name is not UTF-8, which no report could quote.
-    """
+    """Check that the folder of a file or folder can be written. Creates nothing."""
     out = _absolute(out)
     try:
         str(out).encode()
@@ -198,11 +166,9 @@ def check_writable(out: str | Path) -> None:
 
 
 def owned_matching(*patterns: str, record: str | None = None) -> Owned:
-    """Return an `Owned` of a command whose files have known names.
+    """Return an `Owned` of a command whose files have known names; every output has a `record`.
 
-    Args:
-        *patterns: Shell-style patterns of them, part by part: "videos/*.mp4"; a last part "**" matches all below.
-        record: A file that every output of the command has.
+    Patterns are shell-style, part by part: "videos/*.mp4"; a last part "**" matches all below.
     """
 
     def owned(folder: Path) -> set[str] | None:
@@ -221,14 +187,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def check_owned(out: Path, owned: Owned) -> None:
-    """Refuse to replace a folder that holds anything that a command did not write there; names the first files.
-
-    Args:
-        owned: What the command wrote.
-
-    Raises:
-        InvalidInputError: There is something else.
-    """
+    """Refuse to replace a folder that holds anything that a command did not write there; names the first files."""
     files = sorted(files_below(out))
     if not files:
         return
@@ -262,21 +221,8 @@ def staged_directory(
     """Give a temporary folder beside `out` that becomes `out` when the block ends without an exception.
 
     With `overwrite`, the old folder is moved aside and deleted only after the new one is in its place; if that fails,
-    it is put back. Files end with mode 0644, folders with 0755.
-
-    Args:
-        out: The folder to write; missing parents are created.
-        overwrite: Whether an existing one may be replaced.
-        owned: See `check_output`.
-        lock: The lock of `out`, where the caller holds it; None takes it for as long as the block runs.
-
-    Yields:
-        The temporary folder, empty, on the same file system.
-
-    Raises:
-        InvalidInputError: See `check_output`; raised before anything is created.
-        BusyError: If another process writes `out`, or `out` was created meanwhile.
-        ResourceError: If the disk is full.
+    it is put back. Files end with mode 0644, folders with 0755. A lock that the caller holds is used, else one is taken
+    for as long as the block runs.
     """
     out = _absolute(out)
     check_output(out, overwrite=overwrite, owned=owned)

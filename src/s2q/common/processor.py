@@ -66,11 +66,7 @@ def has_int8_dot() -> bool:
 
 
 def has_arithmetic(dtype: torch.dtype) -> bool:
-    """Tell whether the CPU multiplies a floating dtype itself; one that it emulates is several times slower than fp32.
-
-    Args:
-        dtype: Floating.
-    """
+    """Tell whether the CPU multiplies a floating dtype itself; one that it emulates is much slower than fp32."""
     if dtype == torch.bfloat16:
         return bool(features() & {"avx512_bf16", "amx_bf16", "bf16"})
     if dtype == torch.float16:

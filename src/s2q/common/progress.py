@@ -1,7 +1,5 @@
 """Progress of the stages of a command: the callback, a counter of steps, and the time that is left."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]

@@ -4,8 +4,6 @@ It is the folder of the output's lock, `.{name}.s2q-run` (`s2q.common.outputs`):
 the fingerprint of its inputs and the SHA-256 of its file, and the events. It goes when the checkpoint is in place.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
@@ -25,34 +23,20 @@ _EVENTS = "events.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
-    """A finished result.
-
-    Attributes:
-        tensors: Its tensors by name, on the CPU.
-        stats: What was measured while it was made; plain data.
-    """
+    """A finished result: tensors by name, on the CPU, and what was measured while it was made, plain data."""
 
     tensors: Mapping[str, Tensor]
     stats: Mapping[str, Any]
 
 
 class ArtefactFolder:
-    """Finished results in the run folder of one output, for whichever process of the run reads or writes them.
-
-    Attributes:
-        path: The folder.
-    """
+    """Finished results in the run folder of one output, for whichever process of the run reads or writes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def has(self, name: str, fingerprint: str) -> bool:
-        """Tell whether a result is there, was made from the same inputs, and is intact.
-
-        Args:
-            name: Name of the result, "block-003".
-            fingerprint: Hash of everything that it depends on.
-        """
+        """Tell whether a result ("block-003") is there, was made from the same inputs, and is intact."""
         record = self._record(name)
         if record is None or record.get("fingerprint") != fingerprint:
             return False
@@ -60,14 +44,7 @@ class ArtefactFolder:
         return path.is_file() and sha256_file(path) == record.get("sha256")
 
     def save(self, name: str, fingerprint: str, artefact: Artefact) -> None:
-        """Store a result atomically: it is there entirely, or not at all.
-
-        Args:
-            fingerprint: Hash of everything that it depends on.
-
-        Raises:
-            ResourceError: If the disk is full.
-        """
+        """Store a result atomically, with a hash of everything that it depends on."""
         path = self.path / f"{name}.safetensors"
         (self.path / f"{name}.json").unlink(missing_ok=True)
         tensors = {key: tensor.contiguous() for key, tensor in artefact.tensors.items()}
@@ -95,23 +72,14 @@ class ArtefactFolder:
 
 
 class RunFolder(ArtefactFolder):
-    """The run folder of one output, locked by this process; get one through `open_run_folder`.
-
-    Attributes:
-        lock: Its lock.
-    """
+    """The run folder of one output, locked by this process; get one through `open_run_folder`."""
 
     def __init__(self, lock: OutputLock) -> None:
         super().__init__(lock.folder)
         self.lock = lock
 
     def log(self, event: str, **fields: Any) -> None:
-        """Append an event to events.jsonl, with the time (UTC).
-
-        Args:
-            event: What happened: "run", "block", "assemble".
-            **fields: Plain data.
-        """
+        """Append an event ("run", "block", "assemble") to events.jsonl, with the time (UTC) and plain data."""
         record = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
         with (self.path / _EVENTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
@@ -138,18 +106,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def open_run_folder(out: Path) -> Iterator[RunFolder]:
-    """Create or reopen the run folder of an output and hold its lock.
-
-    Args:
-        out: The output that the run will write.
-
-    Yields:
-        The folder.
-
-    Raises:
-        BusyError: If another process has it.
-        InvalidInputError: If it cannot be created.
-    """
+    """Create or reopen the run folder of an output and hold its lock."""
     with output_lock(out) as lock:
         folder = RunFolder(lock)
         try:

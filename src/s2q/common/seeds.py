@@ -4,13 +4,9 @@ import hashlib
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:
-    """Derive an independent seed from a base seed and the names of what it is for.
+    """Derive an independent seed from a base seed and what it is for: `derive_seed(0, "prompt", 3)`.
 
-    Args:
-        *parts: What it is for: `derive_seed(0, "prompt", 3)`. A number and its decimal string are different parts.
-
-    Returns:
-        A whole number in [0, 2^63), the same on every machine; fits `torch.Generator.manual_seed`.
+    A number and its decimal string are different parts. The seed is in [0, 2^63), the same on every machine.
     """
     digest = hashlib.sha256()
     for part in (seed, *parts):

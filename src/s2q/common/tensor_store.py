@@ -1,7 +1,5 @@
 """Tensors that may exceed host memory: kept there up to a budget, then in files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,13 +30,9 @@ class HostMemory:
 
 
 class TensorStore:
-    """Tensors by index and name: in host memory as long as there is some, and on the disk from there on.
+    """Tensors by index and name: in host memory as long as there is some, then in files of a folder named after them.
 
-    Args:
-        folder: Where files go, named after `name`.
-        name: Prefix of the files.
-        memory: What it may take, shared with other stores.
-        pinned: Whether what stays in memory is page-locked, which copies to a GPU are faster from.
+    What stays in memory is page-locked if it is pinned: copies to a GPU are faster from there.
     """
 
     def __init__(self, folder: Path, name: str, *, memory: HostMemory, pinned: bool = False) -> None:

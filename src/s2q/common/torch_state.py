@@ -8,8 +8,6 @@ and device and bypass autocast, see `without_autocast`.
 The default dtype belongs to the process, everything else to the thread. While a verb runs, other threads see float32.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -40,11 +38,7 @@ def fresh_torch_state() -> Iterator[None]:
 
 
 def in_fresh_torch_state(verb: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Make a function run in `fresh_torch_state`.
-
-    Args:
-        verb: Any function that is not a generator.
-    """
+    """Make a function that is no generator run in `fresh_torch_state`."""
 
     @functools.wraps(verb)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -55,11 +49,7 @@ def in_fresh_torch_state(verb: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def without_autocast(operation: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Make a function compute in the dtypes that it names, within `torch.autocast` too.
-
-    Args:
-        operation: Any function that is not a generator; torch.compile may trace it.
-    """
+    """Make a function compute in the dtypes that it names, within `torch.autocast` too; torch.compile may trace it."""
 
     @functools.wraps(operation)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -31,19 +31,14 @@ _WEIGHTS = re.compile(
 def weight_files(
     folder: Path, *, library: str = "diffusers", variant: str | None = None, names: Collection[str] | None = None
 ) -> tuple[Path, ...]:
-    """Return the files that `from_pretrained` reads the weights of a component from.
+    """Return the files that `from_pretrained` reads the weights of a component from, in order.
 
     Args:
         library: Library of its class as model_index.json has it: "diffusers", "transformers", or another.
         names: Names of all its files, where not all have been downloaded; None lists the folder.
 
     Returns:
-        The files in order; they may be missing where all are (a folder of configurations). Empty if the folder holds no
-        weights at all.
-
-    Raises:
-        InvalidInputError: If it has only pickles or only other variants, its index is damaged, or some of the
-            shards that the index names are missing.
+        The files, which may be missing where all are (a folder of configurations); none without weights.
     """
     present = _names_in(folder) if names is None else set(names)
     used = variant if has_variant(present, variant) else None
