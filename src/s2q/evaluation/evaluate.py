@@ -6,27 +6,14 @@ and answers the recorded calls. Only one of the two models has to fit at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2q.common.arguments import (
-    device_name,
-    dtype_name,
-    flag,
-    model_argument,
-    name_list,
-    optional,
-    parse_dtype,
-    path_argument,
-    prompt_list,
-    seed_numbers,
-    whole_number,
-    word,
-)
+from s2q.common import arguments
 from s2q.common.components import transformers_of
 from s2q.common.devices import free_memory
 from s2q.common.errors import InvalidInputError, UsageError, memory_errors
@@ -42,14 +29,7 @@ from s2q.evaluation.summary import noise_pairs, summarise
 from s2q.evaluation.video_metrics import VELOCITY, judge_video, selected_metrics
 from s2q.generation.defaults import embedded_source, generation_defaults, model_label
 from s2q.generation.denoise import denoise
-from s2q.generation.generate import (
-    LESS_MEMORY,
-    Video,
-    batch_size_for,
-    batched,
-    settings_for,
-    videos_of,
-)
+from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched, settings_for, videos_of
 from s2q.generation.load import check_model, load_pipeline
 from s2q.generation.prompts import check_distinct
 from s2q.generation.settings import GenerationSettings, check_prompts, requested_settings
@@ -86,15 +66,8 @@ class EvaluationSettings:
 class ReferenceRun:
     """Videos and recorded calls of the full-precision model, with which any number of models is compared.
 
-    Attributes:
-        architecture: That of the reference, which models are checked against.
-        jobs: Prompt and seed of every video.
-        wanted: Metrics to compute.
-        videos: The videos in the order of the jobs.
-        recordings: Inputs and outputs of the transformers, batch by batch; None without velocity error.
-        timesteps: Timestep of every recorded step.
-        judges: Learned judges, for metrics among `wanted`.
-        floor: See `EvaluationResult`.
+    `jobs` are prompt and seed of every video, `wanted` the metrics to compute; `recordings` is None without velocity
+    error.
     """
 
     settings: EvaluationSettings
@@ -165,26 +138,26 @@ def evaluate(
             not made from the reference; before anything is generated.
         S2QError: A model produced NaN or infinite values.
     """
-    given_dtype = parse_dtype(dtype)
+    given_dtype, optional = arguments.parse_dtype(dtype), arguments.optional
     settings = EvaluationSettings(
-        metrics=name_list("metrics", metrics),
+        metrics=arguments.name_list("metrics", metrics),
         requested=requested_settings(
             num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
         ),
-        batch_size=optional(whole_number, "batch_size", batch_size, least=1),
-        device=device_name(device),
-        dtype=None if given_dtype is None else dtype_name(given_dtype),
-        variant=optional(word, "variant", variant),
-        verify=optional(flag, "verify", verify),
-        lpips_weights=optional(path_argument, "lpips_weights", lpips_weights),
-        clip=optional(path_argument, "clip", clip),
-        trajectory_bytes=whole_number("trajectory_bytes", trajectory_bytes, least=0),
+        batch_size=optional(arguments.whole_number, "batch_size", batch_size, least=1),
+        device=arguments.device_name(device),
+        dtype=None if given_dtype is None else arguments.dtype_name(given_dtype),
+        variant=optional(arguments.word, "variant", variant),
+        verify=optional(arguments.flag, "verify", verify),
+        lpips_weights=optional(arguments.path_argument, "lpips_weights", lpips_weights),
+        clip=optional(arguments.path_argument, "clip", clip),
+        trajectory_bytes=arguments.whole_number("trajectory_bytes", trajectory_bytes, least=0),
     )
-    processes = whole_number("processes", processes, least=1)
-    model, reference = model_argument("model", model), model_argument("reference", reference)
-    seeds, prompts = seed_numbers(seeds), None if prompts is None else prompt_list(prompts)
-    model, reference = _resolve_pair(model, reference, settings)
-    texts = default_prompts(reference) if prompts is None else prompts
+    processes = arguments.whole_number("processes", processes, least=1)
+    seeds, texts = arguments.seed_numbers(seeds), None if prompts is None else arguments.prompt_list(prompts)
+    given = arguments.model_argument("model", model), arguments.model_argument("reference", reference)
+    model, reference = _resolve_pair(*given, settings)
+    texts = default_prompts(reference) if texts is None else texts
     _check_request(texts, settings)
     if processes > 1:
         sets = _prompt_sets(model, reference, prompts=texts, seeds=seeds, settings=settings, processes=processes)
@@ -217,12 +190,7 @@ def _prompt_sets(
 
 
 def _resolve_pair(model: Any, reference: Any, settings: EvaluationSettings) -> tuple[Any, Any]:
-    """Return a model and its reference, resolved where they were given by name, if they can be compared.
-
-    Raises:
-        InvalidInputError: If one is unknown or damaged, or the model was not made from the reference.
-        ResourceError: If a package that a component needs is not installed.
-    """
+    """Return a model and its reference, resolved where they were given by name, if they can be compared."""
     reference, model = _resolved(reference, settings), _resolved(model, settings, needs_variant=False)
     for source in (reference, model):
         if isinstance(source, ModelSource):
@@ -245,12 +213,7 @@ def run_reference(
     video_done: VideoDone | None = None,
     progress: Progress | None = None,
 ) -> ReferenceRun:
-    """Generate the full-precision videos and record the calls of the transformer; see `evaluate`.
-
-    Args:
-        disk_share: Share of the free space for recorded trajectories.
-
-    """
+    """Generate the full-precision videos and record the calls of the transformer; see `evaluate`."""
     _check_request(prompts, settings)
     judges = open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device=settings.device)
     wanted = selected_metrics(settings.metrics, learned=judges.names)
@@ -264,7 +227,7 @@ def run_reference(
     videos: list[Video] = []
     recordings = Recordings(memory_bytes=settings.trajectory_bytes, disk_share=disk_share)
     timesteps: tuple[float, ...] = ()
-    for names, numbers in _batches(jobs, size):
+    for names, numbers in batched(jobs, size):
         if VELOCITY in wanted and recordings.has_room():
             result: Any = record_trajectory(
                 pipe, names, seeds=numbers, settings=generation, decode=True, step_done=tick
@@ -305,10 +268,6 @@ def judge_model(
 
     Returns:
         Scores of every video; `summarise` makes the content of `eval.json` of them.
-
-    Raises:
-        InvalidInputError: The settings do not fit the model, or it was not made from the reference.
-        S2QError: The model produced NaN or infinite values.
     """
     model = _resolved(model, run.settings, needs_variant=False)
     pipe = _open(model, run.settings, dtype=run.dtype)
@@ -319,7 +278,7 @@ def judge_model(
     replays = 0 if run.recordings is None else run.recordings.num_calls
     replay: Tick | None = None
     scores: list[VideoScores] = []
-    for index, (names, seeds) in enumerate(_batches(run.jobs, run.batch_size)):
+    for index, (names, seeds) in enumerate(batched(run.jobs, run.batch_size)):
         result = denoise(pipe, names, seeds=seeds, settings=generation, step_done=tick)
         trajectory = None if run.recordings is None else run.recordings[index]
         steps: list[list[float]] = [[] for _ in names]
@@ -337,7 +296,7 @@ def judge_model(
         videos=tuple(scores),
         floor=run.floor,
         settings=run.generation,
-        dtype=dtype_name(run.dtype),
+        dtype=arguments.dtype_name(run.dtype),
         timesteps=run.timesteps,
     )
 
@@ -352,14 +311,11 @@ def _check_request(prompts: Sequence[str], settings: EvaluationSettings) -> None
 def _measure_set(part: PromptSet, device: str, tell: Tell) -> MeasuredSet:
     """Measure some of the prompts, in a process of several."""
     videos: list[tuple[str, Video]] = []
-
-    def keep(label: str, video: Video) -> None:
-        videos.append((label, video))
+    video_done = (lambda label, video: videos.append((label, video))) if part.wants_videos else None
 
     def progress(stage: str, done: int, total: int) -> None:
         tell((part.prompts[0], stage, done, total))
 
-    video_done = keep if part.wants_videos else None
     run = run_reference(
         part.reference,
         prompts=part.prompts,
@@ -373,11 +329,7 @@ def _measure_set(part: PromptSet, device: str, tell: Tell) -> MeasuredSet:
 
 
 def default_prompts(reference: Any, *, count: int = 64) -> list[str]:
-    """Return held-out captions for an embedded model.
-
-    Raises:
-        InvalidInputError: The model is not an embedded one, so that there are no captions to fall back on.
-    """
+    """Return held-out captions for an embedded model."""
     from s2q.shapes.embedded import embedded_prompts
 
     source = embedded_source(reference)
@@ -410,8 +362,3 @@ def _handed_on(videos: list[Video], model: Any, video_done: VideoDone | None) ->
 
 def _counter(stage: str, jobs: _Jobs, size: int, settings: GenerationSettings, progress: Progress | None) -> Tick:
     return StageCounter(progress, stage, -(-len(jobs) // size) * settings.num_inference_steps)
-
-
-def _batches(jobs: _Jobs, size: int) -> Iterator[tuple[list[str], list[int]]]:
-    for batch in batched(jobs, size):
-        yield [prompt for prompt, _ in batch], [seed for _, seed in batch]

@@ -5,8 +5,6 @@ resamples whole prompts. Below `MIN_PROMPTS` prompts there is no interval, since
 than it knows.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import warnings
@@ -27,13 +25,7 @@ INTERVAL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over prompts and its interval.
-
-    Attributes:
-        mean: Mean over prompts of the mean over each prompt's videos.
-        low: Lower end of the 95 % interval; None where no interval is given.
-        high: Upper end of the 95 % interval; None where no interval is given.
-    """
+    """A mean over prompts of each prompt's mean, and the ends of its 95 % interval; None where there is no interval."""
 
     mean: float
     low: float | None
@@ -70,10 +62,11 @@ def clustered_mean(values: Mapping[str, Sequence[float]], *, proportion: bool = 
         if proportion and mean in (0.0, 1.0):
             return _exact_proportion(mean, len(means))
         return Estimate(mean=mean, low=mean, high=mean)
-    return Estimate(mean=mean, **_bootstrap(means, seed))
+    low, high = _bootstrap(means, seed)
+    return Estimate(mean=mean, low=low, high=high)
 
 
-def _bootstrap(means: np.ndarray, seed: int) -> dict[str, float]:
+def _bootstrap(means: np.ndarray, seed: int) -> tuple[float, float]:
     from scipy.stats import bootstrap
 
     for method in ("BCa", "percentile"):
@@ -90,7 +83,7 @@ def _bootstrap(means: np.ndarray, seed: int) -> dict[str, float]:
         low, high = (float(end) for end in result.confidence_interval)
         if np.isfinite(low) and np.isfinite(high):
             break
-    return {"low": low, "high": high}
+    return low, high
 
 
 def _exact_proportion(mean: float, count: int) -> Estimate:

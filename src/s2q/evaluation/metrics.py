@@ -7,8 +7,6 @@ Legend: `frames` `[F, H, W, 3]`, uint8, red, green, blue; final `latents` of any
 precision, of the same shape and dtype, else InvalidInputError is raised.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -52,14 +50,7 @@ VERSIONS: Mapping[str, int] = MappingProxyType(dict.fromkeys(DEFINITIONS, 1))
 
 
 def latent_relative_l2(latents: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the relative L2 distance between two latents.
-
-    Returns:
-        `‖latents − reference‖₂ / ‖reference‖₂`, dimensionless.
-
-    Raises:
-        InvalidInputError: The shapes differ or the reference is all zero.
-    """
+    """Return `‖latents − reference‖₂ / ‖reference‖₂`, dimensionless; the reference may not be all zero."""
     difference, base = _pair(latents, reference)
     norm = float(base.norm())
     if norm == 0.0:
@@ -109,7 +100,6 @@ def flicker_rms(frames: torch.Tensor, reference: torch.Tensor) -> float | None:
     Returns:
         `(1/(F−1)) Σ_t rms((x_{t+1} − y_{t+1}) − (x_t − y_t))` in levels of 0..255, with x the frames and y the
         reference's; None for videos of one frame.
-
 
     Example:
         An error of one level that comes and goes in every pixel:

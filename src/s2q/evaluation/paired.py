@@ -6,23 +6,15 @@ differences are those of logarithms. A metric has a winner only where the best m
 its group (`DEFINITIONS["winner"]`); all else is a tie.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from types import MappingProxyType
 from typing import Any
 
 from s2q.common.progress import Tick
-from s2q.evaluation.intervals import (
-    CONFIDENCE,
-    MIN_PROMPTS,
-    clustered_mean,
-    holm,
-    sign_flip_p_value,
-)
+from s2q.evaluation.intervals import CONFIDENCE, MIN_PROMPTS, clustered_mean, holm, sign_flip_p_value
 
 HIGHER_IS_BETTER: Mapping[str, bool] = MappingProxyType(
     {
@@ -81,16 +73,12 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """Difference of two models in one metric; see `DEFINITIONS`.
+    """Difference of two models in one metric, measured on `n_prompts`; see `DEFINITIONS`.
 
     Attributes:
         kind: "difference" (a − b) or "ratio" (a / b).
         estimate: The difference or ratio; None where a ratio is not defined.
-        low: Lower end of its interval; None where there is none.
-        high: Upper end of its interval; None where there is none.
-        p: p-value; None below 10 prompts.
-        p_holm: The same after Holm's correction.
-        n_prompts: Prompts on which both were measured.
+        low: Lower end of its interval, as `high` the upper one; None below 10 prompts, as `p` and `p_holm`.
     """
 
     metric: str
@@ -133,9 +121,9 @@ def paired_differences(
                 by_prompt.setdefault(video["prompt"], []).append(pair)
         if by_prompt:
             differences[name] = _difference(name, by_prompt)
-    tested = [name for name, one in differences.items() if one.p is not None]
-    for name, adjusted in zip(tested, holm([differences[name].p or 0.0 for name in tested]), strict=True):
-        differences[name] = PairedDifference(**asdict(differences[name]) | {"p_holm": adjusted})
+    tested = {name: difference.p for name, difference in differences.items() if difference.p is not None}
+    for name, adjusted in zip(tested, holm(list(tested.values())), strict=True):
+        differences[name] = replace(differences[name], p_holm=adjusted)
     return differences
 
 
@@ -170,10 +158,10 @@ def compare_group(evaluations: Mapping[str, Mapping[str, Any]], *, pair_done: Ti
 
 
 def _difference(name: str, by_prompt: Mapping[str, Sequence[tuple[float, float]]]) -> PairedDifference:
-    kind = "ratio" if name in RATIOS else "difference"
+    is_ratio = name in RATIOS
     nothing: dict[str, Any] = dict.fromkeys(("estimate", "low", "high", "p", "p_holm"))
-    nothing |= {"metric": name, "kind": kind, "n_prompts": len(by_prompt)}
-    if kind == "ratio":
+    nothing |= {"metric": name, "kind": "ratio" if is_ratio else "difference", "n_prompts": len(by_prompt)}
+    if is_ratio:
         if min(min(pair) for pairs in by_prompt.values() for pair in pairs) <= 0:
             return PairedDifference(**nothing)
         differences = {prompt: [math.log(a / b) for a, b in pairs] for prompt, pairs in by_prompt.items()}
@@ -181,7 +169,7 @@ def _difference(name: str, by_prompt: Mapping[str, Sequence[tuple[float, float]]
         differences = {prompt: [a - b for a, b in pairs] for prompt, pairs in by_prompt.items()}
     estimate = clustered_mean(differences)
     ends = {"estimate": estimate.mean, "low": estimate.low, "high": estimate.high}
-    if kind == "ratio":
+    if is_ratio:
         ends = {end: None if value is None else math.exp(value) for end, value in ends.items()}
     p = sign_flip_p_value([sum(group) / len(group) for group in differences.values()])
     return PairedDifference(**nothing | ends | {"p": p})

@@ -1,7 +1,5 @@
 """The paper's own figures (S²Q-VDiT, arXiv 2508.04016v3), from `data/paper.yaml`; none was measured by this project."""
 
-from __future__ import annotations
-
 import functools
 from importlib import resources
 from typing import Any
@@ -14,28 +12,21 @@ METHOD = "S²Q-VDiT"
 
 def paper_tables() -> dict[str, dict[str, Any]]:
     """Return the tables by name: `title`, `comparable`, `metrics`, `prompts`, `claims`, `values`; some `scores`."""
-    tables: dict[str, dict[str, Any]] = _content()["tables"]
-    return tables
+    return dict(_content()["tables"])
 
 
 def paper_model(model: str) -> str | None:
     """Return the paper's name of a model, None if it has no figures of it."""
-    for name, ids in _content()["models"].items():
-        if model.lower() in (one.lower() for one in ids):
-            return str(name)
-    return None
+    names = _content()["models"].items()
+    return next((str(name) for name, ids in names if model.lower() in map(str.lower, ids)), None)
 
 
 def published_scores(model: str, scheme: str) -> dict[str, dict[str, float]]:
-    """Return the scores of VBench and EvalCrafter that the paper reports.
-
-    Args:
-        scheme: What the linears are quantized to, "w4a6".
+    """Return the scores of VBench and EvalCrafter that the paper reports of a model quantized to a scheme, "w4a6".
 
     Returns:
         By method (`full precision`, `S²Q-VDiT`, the paper's baselines), the score by the name that `eval.json` has for
         it: per cent for VBench's dimensions, EvalCrafter's own units. Full precision has its scores under any scheme.
-        Empty if the paper has none.
     """
     name = paper_model(model)
     scores: dict[str, dict[str, float]] = {}

@@ -21,13 +21,7 @@ MeasuredSet = tuple[EvaluationResult, list[tuple[str, Video]]]
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """The share of a process.
-
-    Attributes:
-        settings: How to evaluate; the device is that of the process.
-        parts: Number of processes, which share the disk.
-        wants_videos: Whether the videos are returned, with the labels of their models.
-    """
+    """The share of a process; `parts` processes share the disk. Videos are returned with the labels of their models."""
 
     model: ModelSource
     reference: ModelSource
@@ -52,17 +46,10 @@ def measure_in_processes(
     video_done: Callable[[str, Video], None] | None,
     progress: Progress | None,
 ) -> EvaluationResult:
-    """Measure sets of prompts, one in each process.
+    """Measure sets of prompts, one in each process, and return what was measured on all, in their order.
 
     Args:
-        measure: Measures a set of prompts on a device; tells stage, finished steps and steps in all.
-        video_done: Called with the label of a model and each of its videos.
-
-    Returns:
-        What was measured on all prompts, in their order.
-
-    Raises:
-        S2QError: A process died, or a model produced NaN or infinite values.
+        measure: Measures a set of prompts on a device; tells first prompt, stage, finished steps and steps in all.
     """
     steps: dict[str, dict[str, tuple[int, int]]] = {}
 

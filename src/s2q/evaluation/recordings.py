@@ -26,14 +26,7 @@ DISK_SHARE = 0.5  # of the free space, at most
 
 @dataclass(frozen=True, kw_only=True)
 class _Spilled:
-    """A trajectory whose tensors are in a safetensors file; everything else is here.
-
-    Attributes:
-        path: The file; a tensor that several calls share is in it once.
-        trajectory: Without inputs and outputs.
-        leaves: The inputs and outputs of its calls, flat, each tensor as its name in the file.
-        structure: How they are nested.
-    """
+    """A trajectory whose tensors are in a file, each once; `leaves` are the inputs and outputs of its calls, flat."""
 
     path: Path
     trajectory: Trajectory
@@ -64,15 +57,7 @@ def _name(tensor: torch.Tensor) -> str:
 
 
 class Recordings:
-    """Trajectories of batches, in the order in which they were added.
-
-    Args:
-        memory_bytes: Memory for them; the rest goes to the disk.
-        disk_share: Share of the free space there that they may take.
-
-    Attributes:
-        num_calls: Recorded calls in all.
-    """
+    """Trajectories of batches, in the order in which they were added; what memory has no room for is on the disk."""
 
     def __init__(self, *, memory_bytes: int, disk_share: float = DISK_SHARE) -> None:
         self._disk_share = disk_share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from s2q.generation.settings import GenerationSettings
@@ -11,12 +11,7 @@ from s2q.generation.settings import GenerationSettings
 
 @dataclass(frozen=True, kw_only=True)
 class VideoScores:
-    """Everything measured on one video.
-
-    Attributes:
-        metrics: Value by metric name; None where it does not apply.
-        velocity_steps: Relative velocity error of every denoising step; empty where it was not measured.
-    """
+    """Everything measured on one video; a metric that does not apply is None, velocity that was not measured empty."""
 
     prompt: str
     seed: int
@@ -48,11 +43,7 @@ class EvaluationResult:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> EvaluationResult:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            TypeError: It has other fields.
-        """
+        """Read what `to_dict` wrote."""
         changed = {
             "videos": tuple(_judged(one) for one in fields["videos"]),
             "floor": tuple(_judged(one) for one in fields["floor"]),
@@ -63,22 +54,15 @@ class EvaluationResult:
 
 
 def merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
-    """Put together what was measured on several sets of prompts with the same model, reference and settings.
-
-    Args:
-        parts: At least one; their prompts are kept in this order.
-    """
+    """Put together what was measured on sets of prompts, at least one, with the same model, reference and settings."""
     first = parts[0]
     for part in parts[1:]:
         assert (part.model, part.reference) == (first.model, first.reference)
         assert (part.settings, part.dtype) == (first.settings, first.dtype)
-    return EvaluationResult(
-        model=first.model,
-        reference=first.reference,
+    return replace(
+        first,
         videos=tuple(video for part in parts for video in part.videos),
         floor=tuple(pair for part in parts for pair in part.floor),
-        settings=first.settings,
-        dtype=first.dtype,
         timesteps=next((part.timesteps for part in parts if part.timesteps), ()),
     )
 

@@ -45,11 +45,7 @@ def version_of(name: str) -> int:
 
 
 def summarise(measured: EvaluationResult) -> dict[str, Any]:
-    """Build the content of `eval.json`.
-
-    Returns:
-        A JSON-ready dict without NaN or infinity.
-    """
+    """Build the content of `eval.json`, JSON-ready, without NaN or infinity."""
     judged = measured.videos
     prompts = list(dict.fromkeys(video.prompt for video in judged))
     seeds = list(dict.fromkeys(video.seed for video in judged))
@@ -80,9 +76,6 @@ def noise_pairs(
     videos: Sequence[Video], *, learned: Mapping[str, metrics.FrameMetric] = MappingProxyType({})
 ) -> list[VideoScores]:
     """Compare each full-precision video with the same prompt's next seed: what another seed alone changes.
-
-    Args:
-        learned: Learned metrics of (frames, reference frames), beside the others.
 
     Returns:
         Fidelity metrics of each pair, under the later seed; none with a single seed a prompt.

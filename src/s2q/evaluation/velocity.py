@@ -8,8 +8,6 @@ never sees its own earlier errors, so the figure does not bifurcate as final vid
 Legend: `R` rows of a call (guidance branches times videos), `S` denoising steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,21 +26,12 @@ VERSION = 1
 
 @torch.no_grad()
 def velocity_errors(
-    students: Mapping[str, torch.nn.Module],
-    trajectory: Trajectory,
-    *,
-    step_done: Tick | None = None,
+    students: Mapping[str, torch.nn.Module], trajectory: Trajectory, *, step_done: Tick | None = None
 ) -> list[list[float]]:
-    """Measure the student's relative velocity error at every recorded step.
-
-    Args:
-        students: Transformers that take the teacher's inputs, by component; each answers the calls of its namesake.
+    """Measure the velocity error at every recorded step; each student answers the calls of its namesake component.
 
     Returns:
         For each video the list of its `S` relative squared errors, dimensionless.
-
-    Raises:
-        S2QError: The student's output is not finite.
     """
     errors: list[list[float]] = [[] for _ in trajectory.prompts]
     for step, call in enumerate(trajectory.calls):

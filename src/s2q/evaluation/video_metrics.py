@@ -1,7 +1,5 @@
 """The metrics of one video against the full-precision video of the same prompt and seed, and their names."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from s2q.common.errors import InvalidInputError, unknown_name
@@ -12,20 +10,11 @@ from s2q.evaluation.scores import VideoScores
 from s2q.generation.generate import Video
 
 VELOCITY = "velocity_relative_error"
-METRICS: tuple[str, ...] = (
-    *metrics.LATENT_METRICS,
-    *metrics.FRAME_METRICS,
-    *adherence.DEFINITIONS,
-    VELOCITY,
-)
+METRICS: tuple[str, ...] = (*metrics.LATENT_METRICS, *metrics.FRAME_METRICS, *adherence.DEFINITIONS, VELOCITY)
 
 
 def selected_metrics(names: Sequence[str], *, learned: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the metrics to compute: all without `names`, else each name, or all that start with it.
-
-    Raises:
-        InvalidInputError: A name is neither a metric nor the beginning of one up to an underscore, or lacks weights.
-    """
+    """Return the metrics to compute: all without `names`, else each name, or all that start with it."""
     known = (*METRICS, *learned)
     if not names:
         return known
@@ -41,20 +30,15 @@ def selected_metrics(names: Sequence[str], *, learned: Sequence[str] = ()) -> tu
 
 
 def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS) -> dict[str, float | None]:
-    """Measure one video against the reference's.
-
-    Args:
-        base: The full-precision video of the same prompt and seed.
-        names: Metrics out of `METRICS`; the velocity error, which no video shows, is left out.
+    """Measure a video against the full-precision one of the same prompt and seed; without the velocity error.
 
     Returns:
         Values by metric name; adherence of the reference under `reference_…`; None where a metric does not apply.
     """
     assert (video.prompt, video.seed) == (base.prompt, base.seed)
-    values: dict[str, float | None] = {}
-    for name, measure in metrics.LATENT_METRICS.items():
-        if name in names:
-            values[name] = measure(video.latents, base.latents)
+    values: dict[str, float | None] = {
+        name: measure(video.latents, base.latents) for name, measure in metrics.LATENT_METRICS.items() if name in names
+    }
     for name, measure in metrics.FRAME_METRICS.items():
         if name in names:
             values[name] = measure(video.frames, base.frames)
@@ -68,12 +52,7 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
 def judge_video(
     video: Video, base: Video, errors: Sequence[float], *, wanted: Sequence[str], judges: Judges
 ) -> VideoScores:
-    """Measure everything that is wanted of one video.
-
-    Args:
-        base: The full-precision video of the same prompt and seed.
-        errors: Velocity error of every denoising step; empty where it was not measured.
-    """
+    """Measure everything that is wanted of one video; `errors` are its velocity errors step by step."""
     values = compare_videos(video, base, names=wanted) | judges.measure(video, base, names=wanted)
     if VELOCITY in wanted:
         values[VELOCITY] = sum(errors) / len(errors) if errors else None

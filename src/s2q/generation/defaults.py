@@ -1,7 +1,5 @@
 """Names of models in reports, their embedded source, and their recommended generation settings."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,22 +19,13 @@ def model_label(model: Any) -> str:
 
 
 def generation_defaults(model: Any) -> dict[str, Any]:
-    """Return the generation settings recommended for a model.
-
-    Returns:
-        Fields of `GenerationSettings`; empty where nothing is recommended. A quantized folder has those of the model it
-        was made from.
-    """
+    """Return the fields of `GenerationSettings` recommended for a model, or for the one that it was made from."""
     source = embedded_source(model)
     return {} if source is None else dict(embedded.generation_defaults(source))
 
 
 def frame_rate_of(model: Any) -> int:
-    """Return the frames per second at which a model's videos move as they should.
-
-    Raises:
-        InvalidInputError: There is no such model, or its family is not known.
-    """
+    """Return the frames per second at which a model's videos move as they should."""
     if embedded_source(model) is not None:
         return embedded.FRAME_RATE
     named = isinstance(model, (str, Path, ModelSource))
@@ -46,9 +35,9 @@ def frame_rate_of(model: Any) -> int:
 def embedded_source(model: Any) -> str | None:
     """Return the embedded model that a model is or was made from, by name, folder or report; None if there is none."""
     folder = _folder_of(model)
-    for candidate in (model_label(model), _quantized_source(folder)):
+    for candidate in (model_label(model), _report(folder).get("source")):
         if candidate in embedded.EMBEDDED_NAMES:
-            return candidate
+            return str(candidate)
     for candidate in embedded.EMBEDDED_NAMES if folder.is_dir() else ():
         if folder.resolve() == Path(embedded.embedded_folder(candidate)).resolve():
             return candidate
@@ -64,11 +53,6 @@ def quantization_scheme(model: Any) -> str | None:
 
 def _folder_of(model: Any) -> Path:
     return model.folder if isinstance(model, ModelSource) else Path(model_label(model))
-
-
-def _quantized_source(folder: Path) -> str | None:
-    source = _report(folder).get("source")
-    return source if isinstance(source, str) else None
 
 
 def _report(folder: Path) -> dict[str, Any]:

@@ -7,8 +7,6 @@ called by hand with `generator=torch.Generator().manual_seed(seed)` starts from 
 Legend: `B` videos in the batch, `f` latent frames, `C` latent channels, `h`, `w` latent height and width, `F` frames.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,24 +17,17 @@ import torch
 from s2q.common.devices import overflow_remedy
 from s2q.common.errors import S2QError
 from s2q.common.progress import Tick
-from s2q.generation.settings import (
-    GenerationSettings,
-    latent_channels,
-    latent_frames,
-    prompt_token_limit,
-    vae_factors,
-)
+from s2q.generation.settings import GenerationSettings, latent_channels, latent_frames, prompt_token_limit, vae_factors
 from s2q.models import family_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingResult:
-    """The result of one batch.
+    """Final latents of one batch and its frames, on the CPU.
 
     Attributes:
-        latents: Final latents, float32, on the CPU, in the transformer's units: `[B, f, C, h, w]`, or what the family
-            has in its place (`initial_noise`).
-        frames: Decoded video, `[B, F, H, W, 3]`, uint8, on the CPU; None when decoding was not asked for.
+        latents: float32, in the transformer's units: `[B, f, C, h, w]`, or as the family has them (`initial_noise`).
+        frames: `[B, F, H, W, 3]`, uint8; None when decoding was not asked for.
     """
 
     latents: torch.Tensor
@@ -68,18 +59,7 @@ def denoise(
     decode: bool = True,
     step_done: Tick | None = None,
 ) -> DenoisingResult:
-    """Generate one batch of videos.
-
-    Args:
-        prompts: One prompt a video.
-        seeds: One seed a video.
-
-    Returns:
-        Latents and frames in the order of `prompts`.
-
-    Raises:
-        S2QError: The model produced NaN or infinite latents.
-    """
+    """Generate one batch of videos: latents and frames in the order of `prompts`."""
     assert len(prompts) == len(seeds)
     drawn = [initial_noise(pipe, seed, settings) for seed in seeds]
     noise = torch.cat([noise for noise, _ in drawn]).to(pipe.text_encoder.dtype)

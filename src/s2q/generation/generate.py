@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2q.common.arguments import (
-    model_argument,
-    optional,
-    prompt_list,
-    seed_numbers,
-    whole_number,
-    word,
-)
+from s2q.common.arguments import model_argument, optional, prompt_list, seed_numbers, whole_number, word
 from s2q.common.errors import InvalidInputError, memory_errors
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.torch_state import in_fresh_torch_state
@@ -48,12 +41,7 @@ LESS_MEMORY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """One generated video.
-
-    Attributes:
-        frames: Frames `[F, H, W, 3]`, uint8, on the CPU.
-        latents: Final latents `[f, C, h, w]`, float32, on the CPU.
-    """
+    """One generated video, on the CPU: frames `[F, H, W, 3]`, uint8; final latents `[f, C, h, w]`, float32."""
 
     prompt: str
     seed: int
@@ -106,8 +94,7 @@ def generate(
     requested = requested_settings(
         num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
     )
-    if batch_size is not None:
-        whole_number("batch_size", batch_size, least=1)
+    optional(whole_number, "batch_size", batch_size, least=1)
     pipe = model
     if isinstance(model, str | Path | ModelSource):
         model = resolve_model(model, variant=optional(word, "variant", variant))
@@ -120,8 +107,7 @@ def generate(
     size = batch_size or batch_size_for(pipe, resolved)
     tick = StageCounter(progress, "generate", -(-len(jobs) // size) * resolved.num_inference_steps)
     videos: list[Video] = []
-    for batch in batched(jobs, size):
-        names, numbers = [prompt for prompt, _ in batch], [seed for _, seed in batch]
+    for names, numbers in batched(jobs, size):
         result = denoise(pipe, names, seeds=numbers, settings=resolved, step_done=tick)
         videos += videos_of(names, numbers, result)
     return videos
@@ -135,11 +121,7 @@ def videos_of(prompts: Sequence[str], seeds: Sequence[int], result: DenoisingRes
 
 
 def settings_for(pipe: Any, requested: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> GenerationSettings:
-    """Return checked settings from what was asked for and what the model's makers recommend.
-
-    Raises:
-        InvalidInputError: A setting does not fit the model, or its pipeline needs more than prompts.
-    """
+    """Return checked settings from what was asked for and what the model's makers recommend."""
     if not takes_prompts_alone(pipe):
         raise InvalidInputError(
             f"{type(pipe).__name__}: s2q generates from prompts only, with "
@@ -153,7 +135,8 @@ def batch_size_for(pipe: Any, settings: GenerationSettings) -> int:
     return max(1, min(_MAX_BATCH, _BATCH_TOKENS // video_tokens(pipe, settings)))
 
 
-def batched(jobs: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Yield consecutive slices of at most `size` jobs."""
+def batched(jobs: Sequence[tuple[str, int]], size: int) -> Iterator[tuple[list[str], list[int]]]:
+    """Yield the prompts and the seeds of at most `size` jobs after another."""
     for start in range(0, len(jobs), size):
-        yield jobs[start : start + size]
+        batch = jobs[start : start + size]
+        yield [prompt for prompt, _ in batch], [seed for _, seed in batch]

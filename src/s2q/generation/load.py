@@ -9,15 +9,7 @@ import torch
 
 from s2q import checkpoint
 from s2q.checkpoint import CheckpointReport
-from s2q.common.arguments import (
-    device_name,
-    flag,
-    model_argument,
-    optional,
-    parse_dtype,
-    path_argument,
-    word,
-)
+from s2q.common.arguments import device_name, flag, model_argument, optional, parse_dtype, path_argument, word
 from s2q.common.components import transformers_of
 from s2q.common.devices import default_dtype
 from s2q.common.errors import memory_errors
@@ -94,12 +86,7 @@ def load_pipeline(
 
 
 def check_model(model: str | Path | ModelSource, *, verify: bool | None = None) -> None:
-    """Check what can be checked of a model without loading it, so that no work is done before it is refused.
-
-    Raises:
-        InvalidInputError: If the model is unknown, or is an s2q checkpoint that is damaged or altered.
-        ResourceError: If a package that one of its components needs is not installed.
-    """
+    """Check what can be checked of a model without loading it, so that no work is done before it is refused."""
     source = resolve_model(model)
     source.check_packages()
     if _is_ours(source):

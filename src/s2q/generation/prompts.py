@@ -4,8 +4,6 @@ A line ends at a line feed, a carriage return, or both. Other separators of Unic
 of a line (`str.splitlines` cuts at eight of them), are part of the prompt.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +15,7 @@ _MAX_BYTES = 1 << 26
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read a prompts file.
-
-    Returns:
-        The prompts, in order, without surrounding blanks.
-
-    Raises:
-        InvalidInputError: The file cannot be read as text, has no prompt, or has one twice (the message names both
-            lines).
-    """
+    """Read the prompts of a file, in order, without surrounding blanks."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -54,11 +44,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def check_distinct(prompts: Sequence[str]) -> None:
-    """Check that no prompt appears twice: videos are told apart by prompt and seed.
-
-    Raises:
-        InvalidInputError: A prompt is repeated.
-    """
+    """Check that no prompt appears twice: videos are told apart by prompt and seed."""
     seen: set[str] = set()
     for prompt in prompts:
         if prompt in seen:

@@ -6,8 +6,6 @@ latent frames in groups of two, and a group that is not the first one grows by `
 `f` (or `num_frames = 1`) comes back with the frames that were asked for.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,12 +19,9 @@ from s2q.models import family_of, token_patch
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """Settings of a generated video besides model, prompt and seed.
+    """Settings of a generated video besides model, prompt and seed; height and width in pixels.
 
-    Attributes:
-        height: Height of a frame in pixels.
-        width: Width of a frame in pixels.
-        guidance_scale: Weight of classifier-free guidance; at most 1 means one branch, without guidance.
+    `guidance_scale` is the weight of classifier-free guidance; at most 1 means one branch, without guidance.
     """
 
     num_frames: int
@@ -41,28 +36,13 @@ class GenerationSettings:
 
 
 def resolve_settings(
-    pipe: Any,
-    *,
-    requested: Mapping[str, Any] | None = None,
-    defaults: Mapping[str, Any] | None = None,
+    pipe: Any, *, requested: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> GenerationSettings:
     """Fill in and check the generation settings for a pipeline.
 
     A value comes from `requested`, else from `defaults` (what the model's makers recommend), else from the
     configuration of the transformer (sizes) and the pipeline's guider (guidance), else from the family's published
-    models. `None` counts as absent.
-
-    Args:
-        requested: Values that the user asked for, by field name of `GenerationSettings`.
-        defaults: Values recommended for the model, by the same names.
-
-    Returns:
-        The checked settings.
-
-    Raises:
-        InvalidInputError: A value does not fit the VAE, the transformer or the scheduler; or the
-            pipeline has a guider of another kind than classifier-free guidance over all steps, or leaves steps to a
-            transformer that it does not have.
+    models. `None` counts as absent. Values are by field name of `GenerationSettings`.
     """
     values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe) | _guider_defaults(pipe)
     asked = _checked(defaults or {}) | _checked(requested or {})
@@ -77,11 +57,7 @@ def resolve_settings(
 def requested_settings(
     *, num_frames: int | None, height: int | None, width: int | None, steps: int | None, guidance: float | None
 ) -> dict[str, Any]:
-    """Return the settings that are not None, by name; whether a model can take them is not checked.
-
-    Raises:
-        InvalidInputError: If a value is no number of its kind.
-    """
+    """Return the settings that are not None, by name; whether a model can take them is not checked."""
     sizes = {"num_frames": num_frames, "height": height, "width": width}
     return _checked({**sizes, "num_inference_steps": steps, "guidance_scale": guidance})
 
@@ -109,11 +85,7 @@ def prompt_token_limit(pipe: Any) -> int:
 
 
 def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
-    """Check that the pipeline can take every prompt whole.
-
-    Raises:
-        InvalidInputError: There is no prompt, or one is empty or longer than the transformer's text sequence.
-    """
+    """Check that the pipeline can take every prompt whole."""
     prompts = prompt_list(prompts)
     limit = prompt_token_limit(pipe)
     for index, prompt in enumerate(prompts, start=1):

@@ -4,8 +4,6 @@ Where there are two (Wan 2.2 A14B), the first takes the timesteps from `boundary
 timesteps on, and the second those below.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -14,14 +12,7 @@ from s2q.common.errors import InvalidInputError
 
 
 def steps_of_transformers(pipe: Any, num_inference_steps: int) -> dict[str, int]:
-    """Count the denoising steps of a generation that each transformer takes.
-
-    Returns:
-        Number of steps by component; 0 for a transformer that the pipeline never calls.
-
-    Raises:
-        InvalidInputError: If steps are left to a transformer that the pipeline does not have.
-    """
+    """Count the denoising steps that each transformer takes, by component; 0 for one that is never called."""
     first, second = TRANSFORMERS
     below, boundary = 0, pipe.config.get("boundary_ratio")
     if boundary is not None:

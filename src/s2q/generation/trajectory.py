@@ -12,8 +12,6 @@ Legend: `B` videos, `R` rows of a call, `f` latent frames, `C` latent channels, 
 text tokens, `E` text width.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -96,14 +94,9 @@ def record_trajectory(
     decode: bool = False,
     step_done: Tick | None = None,
 ) -> Trajectory:
-    """Generate one batch and record every call of the transformers.
+    """Generate one batch and record every call of the transformers, on the CPU.
 
-    Returns:
-        The trajectory; its tensors are on the CPU. The text embeddings and rotary tables are stored once for all calls.
-
-    Raises:
-        InvalidInputError: A prompt is empty or too long.
-        S2QError: The model produced NaN or infinite latents.
+    The text embeddings and rotary tables are stored once for all calls.
     """
     check_prompts(pipe, prompts)
     with recorded_calls(transformers_of(pipe)) as calls:
@@ -122,14 +115,9 @@ def record_trajectory(
 
 @contextmanager
 def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list[TransformerCall]]:
-    """Record every call of some transformers made inside the context.
+    """Yield a list that gets one `TransformerCall` for every call of the transformers, by component.
 
-    Args:
-        transformers: The modules to listen to, by component; calls must pass their tensors by keyword, as diffusers
-            pipelines do.
-
-    Yields:
-        The list that fills with one `TransformerCall` a call.
+    Calls must pass their tensors by keyword, as diffusers pipelines do.
     """
     calls: list[TransformerCall] = []
     shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -4,8 +4,6 @@ Only captions of the scene grammar say exactly what the detector can see, so a p
 no adherence, instead of a guessed one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -38,10 +36,7 @@ VERSION = 1
 
 
 def adherence(prompt: str, frames: torch.Tensor) -> dict[str, float | None]:
-    """Compare what a video shows with what its caption says.
-
-    Args:
-        frames: The video `[F, H, W, 3]`, uint8.
+    """Compare what a video shows (`[F, H, W, 3]`, uint8) with what its caption says.
 
     Returns:
         `adherence_shape`, `adherence_colour`, `adherence_direction`, `adherence_background` and `adherence_all`:

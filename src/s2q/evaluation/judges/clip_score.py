@@ -8,8 +8,6 @@ centre cropped, normalised) gives `clip_score` (Hessel et al. 2021, without thei
 Legend: `F` frames, `H`, `W` height and width in pixels, `S` side of CLIP's input, `E` size of its embeddings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -46,14 +44,7 @@ _FRAMES_AT_ONCE = 16
 
 
 class ClipJudge:
-    """A CLIP model of transformers, with its tokenizer.
-
-    Args:
-        folder: A folder of `CLIPModel.save_pretrained` with the tokenizer's files.
-
-    Raises:
-        InvalidInputError: The folder is missing, or is not one of a CLIP model and its tokenizer.
-    """
+    """A CLIP model of transformers, from a folder of `CLIPModel.save_pretrained` with the tokenizer's files."""
 
     def __init__(self, folder: Path, *, device: str = "cpu") -> None:
         from transformers import CLIPModel, CLIPTokenizer
@@ -73,15 +64,7 @@ class ClipJudge:
 
     @torch.no_grad()
     def measure(self, prompt: str, frames: torch.Tensor) -> dict[str, float | None]:
-        """Measure one video.
-
-        Args:
-            prompt: Its prompt; what is beyond CLIP's context is cut off.
-            frames: Its frames `[F, H, W, 3]`, uint8.
-
-        Returns:
-            Values by the names in `DEFINITIONS`.
-        """
+        """Return the scores of a video, `[F, H, W, 3]`, uint8; a prompt is cut off at the end of CLIP's context."""
         side = self._model.config.vision_config.image_size
         text = self._text(prompt)
         cosines = self._images(_as_clip_does(frames, side)) @ text

@@ -1,7 +1,5 @@
 """EvalCrafter's five figures (Liu et al. 2024) that the paper reports: which are there, and what the others need."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -25,11 +23,7 @@ NEEDS: Mapping[str, str] = MappingProxyType(
 def evalcrafter_scores(
     metrics: Mapping[str, Mapping[str, Any]], *, flow: Mapping[str, float] | None = None
 ) -> dict[str, Any] | None:
-    """Collect EvalCrafter's figures.
-
-    Args:
-        metrics: The `metrics` of `eval.json`.
-        flow: The flow score of `model` and `reference`, where it was computed.
+    """Collect EvalCrafter's figures from the metrics of `eval.json` and the flow score, where it was computed.
 
     Returns:
         Each figure of `model` and `reference`, and under `absent` what each of the others needs; None if there is none.

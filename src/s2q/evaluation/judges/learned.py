@@ -25,12 +25,7 @@ NEEDS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Judges:
-    """The learned judges of an evaluation.
-
-    Attributes:
-        lpips: The distance of (frames, reference frames); None without weights.
-        clip: The CLIP model; None without one.
-    """
+    """The learned judges of an evaluation; None without weights."""
 
     lpips: lpips.Lpips | None = None
     clip: clip_score.ClipJudge | None = None
@@ -41,24 +36,11 @@ class Judges:
         return learned_names(lpips=self.lpips is not None, clip=self.clip is not None)
 
     def frame_metrics(self, names: Sequence[str]) -> dict[str, FrameMetric]:
-        """Return those of (frames, reference frames).
-
-        Args:
-            names: Metrics that were asked for.
-        """
+        """Return those of (frames, reference frames) among the names."""
         return {LPIPS: self.lpips} if self.lpips is not None and LPIPS in names else {}
 
     def measure(self, video: Video, base: Video, *, names: Sequence[str]) -> dict[str, float | None]:
-        """Measure one video against the reference's.
-
-        Args:
-            video: The student's video.
-            base: The full-precision video of the same prompt and seed.
-            names: Metrics that were asked for; those without a judge are left out.
-
-        Returns:
-            Values by metric name; what CLIP says of the reference under `reference_…`.
-        """
+        """Measure a video against the full-precision one; what CLIP says of that is under `reference_…`."""
         values = {name: measure(video.frames, base.frames) for name, measure in self.frame_metrics(names).items()}
         if self.clip is not None and any(name in names for name in clip_score.DEFINITIONS):
             ours, theirs = (self.clip.measure(video.prompt, one.frames) for one in (video, base))
@@ -73,15 +55,7 @@ def learned_names(*, lpips: bool, clip: bool) -> tuple[str, ...]:
 
 
 def open_judges(*, lpips_weights: Path | None, clip: Path | None, device: str) -> Judges:
-    """Read the judges' weights.
-
-    Args:
-        lpips_weights: LPIPS's file, or None.
-        clip: CLIP's folder, or None.
-
-    Raises:
-        InvalidInputError: A file or folder is missing or holds something else.
-    """
+    """Read the judges' weights: LPIPS's file and CLIP's folder."""
     return Judges(
         lpips=None if lpips_weights is None else lpips.Lpips(lpips_weights, device=device),
         clip=None if clip is None else clip_score.ClipJudge(clip, device=device),

@@ -9,8 +9,6 @@ is needed here.
 Legend: `F` frames, `H`, `W` height and width in pixels, `C` channels of a layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +67,7 @@ _VGG16 = _Trunk(
 
 
 class Lpips:
-    """LPIPS with the weights of a file.
-
-    Args:
-        path: State dict of `lpips.LPIPS(net="alex")` or `net="vgg"`.
-
-    Raises:
-        InvalidInputError: The file is missing or holds something else.
-    """
+    """LPIPS with the weights of a file, the state dict of `lpips.LPIPS(net="alex")` or `net="vgg"`."""
 
     def __init__(self, path: Path, *, device: str = "cpu") -> None:
         tensors = read_state_dict(path)
@@ -89,14 +80,9 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, frames: torch.Tensor, reference: torch.Tensor) -> float | None:
-        """Return the distance of two videos, averaged over the frames.
+        """Return the distance of two videos `[F, H, W, 3]`, uint8, averaged over the frames, dimensionless.
 
-        Args:
-            frames: The student's frames `[F, H, W, 3]`, uint8.
-            reference: The full-precision frames, the same shape and dtype.
-
-        Returns:
-            The distance, dimensionless; None for frames below 32 pixels, which the network shrinks to nothing.
+        None for frames below 32 pixels, which the network shrinks to nothing.
         """
         if min(frames.shape[1:3]) < _MIN_PIXELS:
             return None

@@ -5,8 +5,6 @@ the names that `VBenchPlan.file_name` gives; `judge_videos` scores a folder of t
 VBench fetches weights by itself where they are not in its caches, unless HF_HUB_OFFLINE is set.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -47,8 +45,7 @@ class VBenchOptions:
     Attributes:
         python: An interpreter that can import vbench.
         folder: Folder for videos, logs and answers.
-        dimensions: What to judge, VBench's dimensions and `flow_score`; empty for those of the paper that the prompts
-            allow.
+        dimensions: VBench's dimensions and `flow_score`; empty for those of the paper that the prompts allow.
         cache: VBench's folder of weights; None leaves it to VBench (VBENCH_CACHE_DIR, else ~/.cache/vbench).
         frame_rate: Frames per second of the videos; VBench takes 8 a second of them to judge motion.
     """
@@ -82,24 +79,12 @@ class VBenchPlan:
     absent: Mapping[str, str]
 
     def file_name(self, prompt: str, index: int) -> str:
-        """Return the name of a video: VBench tells its own prompts by it, others are listed for it.
-
-        Args:
-            index: Which of the prompt's videos, from 0.
-        """
+        """Return the name of a prompt's video: VBench tells its own prompts by it, others are listed for it."""
         return f"{prompt if self.standard else f'{self.prompts.index(prompt):04d}'}-{index}.mp4"
 
 
 def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prompt: int) -> VBenchPlan:
-    """Ask the interpreter what it can judge of these prompts.
-
-    Returns:
-        The plan.
-
-    Raises:
-        InvalidInputError: The interpreter or the cache folder does not exist, has no vbench or lacks something that a
-            dimension needs, or a dimension is unknown or cannot be judged on these prompts.
-    """
+    """Ask the interpreter what it can judge of these prompts."""
     found = _ask(options)
     own: dict[str, set[str]] = {}
     for entry in found["prompts"]:
@@ -144,29 +129,14 @@ def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prom
 
 @dataclass(frozen=True, kw_only=True)
 class VBenchScores:
-    """VBench's scores of one model's videos.
-
-    Attributes:
-        scores: By dimension, as VBench gives it.
-        videos: By dimension, each video's result by file name, as VBench gives it.
-    """
+    """VBench's scores of one model by dimension, and of each of its videos by file name, as VBench gives them."""
 
     scores: Mapping[str, float]
     videos: Mapping[str, Mapping[str, float]]
 
 
 def judge_videos(plan: VBenchPlan, side: str) -> VBenchScores:
-    """Score the videos of one model.
-
-    Args:
-        side: "model" or "reference": the folder of its videos under the plan's folder.
-
-    Returns:
-        The scores, every dimension and every video.
-
-    Raises:
-        S2QError: VBench failed, or left out a dimension or a video, or gave a score that is not finite.
-    """
+    """Score every video of a side, "model" or "reference": the folder of its videos under the plan's folder."""
     folder = plan.options.folder
     files = {plan.file_name(prompt, index): prompt for prompt in plan.prompts for index in range(plan.videos_a_prompt)}
     request = {
@@ -176,7 +146,8 @@ def judge_videos(plan: VBenchPlan, side: str) -> VBenchScores:
         "device": plan.options.device,
     }
     answer = _run(plan.options, "judge", request, folder=folder / f"{side}-vbench")
-    found: dict[str, tuple[float, dict[str, float]]] = {}
+    scores: dict[str, float] = {}
+    by_video: dict[str, dict[str, float]] = {}
     for name, prompts in plan.judged.items():
         where = f"VBench, {name} of the {side}'s videos"
         if not isinstance(answer.get(name), list) or len(answer[name]) != 2:
@@ -190,19 +161,14 @@ def judge_videos(plan: VBenchPlan, side: str) -> VBenchScores:
         for subject, value in [("the score", float(score)), *results.items()]:
             if not math.isfinite(value):
                 raise S2QError(f"{where}: {subject} is {value}, not a number")
-        found[name] = (float(score), {file: results[file] for file in sorted(wanted)})
-    return VBenchScores(
-        scores={name: score for name, (score, _) in found.items()},
-        videos={name: videos for name, (_, videos) in found.items()},
-    )
+        scores[name], by_video[name] = float(score), {file: results[file] for file in sorted(wanted)}
+    return VBenchScores(scores=scores, videos=by_video)
 
 
 def vbench_section(plan: VBenchPlan, model: VBenchScores, reference: VBenchScores) -> dict[str, Any]:
     """Return what `eval.json` has under `vbench`.
 
-    Returns:
-        `version`, `mode`, `unit` (per cent, as the paper), `dimensions`, `absent`, `notes`, and `videos` (VBench's own
-        numbers for each).
+    The unit of `dimensions` is per cent, as the paper's; `videos` have VBench's own numbers.
     """
     names = [name for name in plan.judged if name != FLOW]
     dimensions = {
@@ -247,18 +213,15 @@ def flow_scores(model: VBenchScores, reference: VBenchScores) -> dict[str, float
 def _notes(plan: VBenchPlan, names: Sequence[str]) -> list[str]:
     if not plan.standard:
         return ["not VBench's prompts: the scores compare the two models with each other, with nobody else's"]
-    few = [f"{name} {len(plan.judged[name])} of {plan.own_prompts[name]}" for name in names if _is_short(plan, name)]
-    notes = [f"fewer prompts than VBench has, not comparable with published scores: {', '.join(few)}"] if few else []
+    counts = {name: (len(plan.judged[name]), plan.own_prompts[name]) for name in names}
+    short = ", ".join(f"{name} {judged} of {there}" for name, (judged, there) in counts.items() if judged < there)
+    notes = [f"fewer prompts than VBench has, not comparable with published scores: {short}"] if short else []
     if plan.videos_a_prompt < MAX_VIDEOS_A_PROMPT:
         notes.append(
             f"{plan.videos_a_prompt} of the {MAX_VIDEOS_A_PROMPT} videos a prompt that VBench's own tables rest on "
             "(the paper: 1)"
         )
     return notes
-
-
-def _is_short(plan: VBenchPlan, name: str) -> bool:
-    return len(plan.judged[name]) < plan.own_prompts[name]
 
 
 def _ask(options: VBenchOptions) -> dict[str, Any]:
@@ -303,10 +266,8 @@ def _run(options: VBenchOptions, task: str, request: Mapping[str, Any], *, folde
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
         )
     if done.returncode or not answer.is_file():
-        lines = [
-            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
-        said = " | ".join(lines[-_LOG_LINES:]) or "nothing"
+        lines = map(str.strip, log.read_text(encoding="utf-8", errors="replace").splitlines())
+        said = " | ".join(list(filter(None, lines))[-_LOG_LINES:]) or "nothing"
         raise S2QError(f"VBench failed (exit code {done.returncode}); {log} ends with: {said}")
     content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return content

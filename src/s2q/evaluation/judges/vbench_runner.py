@@ -20,13 +20,7 @@ _DOWNLOADERS = ("wget", "curl", "git", "unzip")
 
 
 def main(task, request_path, answer_path):
-    """Carry out a task.
-
-    Args:
-        task: "check" or "judge".
-        request_path: JSON file with the task's arguments.
-        answer_path: JSON file to write.
-    """
+    """Carry out a task: read its request, write its answer."""
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)
     if request["offline"]:

@@ -1,7 +1,5 @@
 """Weights of the models that judge: files the user has; nothing is downloaded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -10,14 +8,7 @@ from s2q.common.errors import InvalidInputError, first_line
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read tensors by name from a `.safetensors` file, or from one of `torch.save` that holds nothing but tensors.
-
-    Returns:
-        The tensors, on the CPU.
-
-    Raises:
-        InvalidInputError: There is no such file, or it holds something else.
-    """
+    """Read tensors by name from a `.safetensors` file, or from one of `torch.save` that holds nothing but tensors."""
     if not path.is_file():
         raise InvalidInputError(f"{path}: no such weight file; s2q does not download weights, pass the path of a copy")
     try:
