@@ -5,8 +5,6 @@ busy, 130 interrupted, 143 terminated. Results go to stdout, everything else to 
 a command needs it.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -14,12 +12,7 @@ from collections.abc import MutableMapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from s2q.common.errors import (
-    ResourceError,
-    S2QError,
-    first_line,
-    is_out_of_memory,
-)
+from s2q.common.errors import ResourceError, S2QError, first_line, is_out_of_memory
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables that say how the threads of a CPU wait for each other."""
@@ -37,9 +30,8 @@ class _Terminated(BaseException):
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     limit_spinning(os.environ)
-    sys.exit(run(arguments))
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
 def limit_spinning(environment: MutableMapping[str, str]) -> None:
@@ -53,14 +45,7 @@ def limit_spinning(environment: MutableMapping[str, str]) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: The arguments; `--debug` may stand anywhere among them.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command line; `--debug` may stand anywhere in it."""
     from s2q.cli import console
 
     debug = "--debug" in arguments
@@ -96,9 +81,7 @@ def _invoke(arguments: list[str]) -> int:
     from s2q.cli import console
     from s2q.cli.app import app
 
-    usage_error: type[Exception] = typer.BadParameter.__bases__[
-        0
-    ]  # typer brings its own copy of click, or uses click's
+    usage_error: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or that of typer's own copy of it
     try:
         result = typer.main.get_command(app).main(args=arguments or ["--help"], prog_name="s2q", standalone_mode=False)
     except typer.Exit as leave:

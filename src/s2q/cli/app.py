@@ -1,7 +1,5 @@
 """The commands in the order of their work; the surface is stable: a test compares it with a golden text."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`s2q bench`: measure what the results file lacks, show the whole file as one table."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,54 +17,41 @@ MeasuredModel = Annotated[
     typer.Option(
         "-m",
         "--model",
-        help="synthetic:NAME (random weights: cogvideox-2b, cogvideox-5b, hunyuanvideo, ltx-2b, "
-        "wan-1.3b, wan-14b), embedded name, folder or Hub id. Default: the layers of these six, and"
-        " the step of shapes-cogvideox.",
+        help="synthetic:NAME (random weights: cogvideox-2b, cogvideox-5b, hunyuanvideo, ltx-2b, wan-1.3b, wan-14b), "
+        "embedded name, folder or Hub id. Default: the layers of these six, and the step of shapes-cogvideox.",
         metavar="MODEL",
     ),
 ]
 Ops = Annotated[
     list[str] | None,
-    typer.Option(
+    options.names_option(
         "--ops",
         help="Comma-separated ops. Default: "
         "linear,activation_path,gemm,attention_colsum,denoising_step,calibration_block.",
-        metavar="NAMES",
-        callback=options.split_names,
     ),
 ]
 Recipes = Annotated[
     list[str] | None,
-    typer.Option(
-        "-r",
-        "--recipe",
-        help="Recipes, comma-separated or repeated. Default: s2q-w4a6,s2q-w4a4.",
-        metavar="RECIPE",
-        callback=options.split_names,
+    options.names_option(
+        "-r", "--recipe", help="Recipes, comma-separated or repeated. Default: s2q-w4a6,s2q-w4a4.", metavar="RECIPE"
     ),
 ]
 Backends = Annotated[
     list[str] | None,
-    typer.Option(
-        "--backend",
-        help="Comma-separated backends: auto,reference,cpu,triton,fastest. Default: auto.",
-        metavar="NAMES",
-        callback=options.split_names,
+    options.names_option(
+        "--backend", help="Comma-separated backends: auto,reference,cpu,triton,fastest. Default: auto."
     ),
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option(
-        "--tokens",
-        help="Rows of an op, video tokens of a block. Default: the model's; on a CPU 2048 and 1024.",
-        min=1,
-        metavar="N",
+    options.number_option(
+        "--tokens", help="Rows of an op, video tokens of a block. Default: the model's; on a CPU 2048 and 1024."
     ),
 ]
 Blocks = Annotated[
-    int, typer.Option("--blocks", help="Number of blocks of a synthetic model to build and time.", min=1, metavar="N")
+    int, options.number_option("--blocks", help="Number of blocks of a synthetic model to build and time.")
 ]
-Repeats = Annotated[int, typer.Option("--repeats", help="Maximum number of rounds.", min=1, metavar="N")]
+Repeats = Annotated[int, options.number_option("--repeats", help="Maximum number of rounds.")]
 Seconds = Annotated[
     float,
     typer.Option("--seconds", help="Start no new round after this time; at least three rounds.", min=0, metavar="X"),
@@ -169,8 +154,8 @@ def _result_table(results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _breakdown_table(steps: Sequence[Mapping[str, Any]]) -> Table:
-    parts = list(steps[0]["breakdown"])
-    parts = [name for name in ("gemm", "activation_path", "attention", "norms", "other") if name in parts]
+    names = ("gemm", "activation_path", "attention", "norms", "other")
+    parts = [name for name in names if name in steps[0]["breakdown"]]
     table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)
     table.add_column("", overflow="fold")
     table.add_column("recipe", no_wrap=True)

@@ -1,7 +1,5 @@
 """`s2q compare`: read its files, compare, show the table."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +17,7 @@ from s2q.report.formatting import format_sample
 Entries = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Recipe names, patterns such as s2q-*, recipe files, checkpoints.",
-        metavar="RECIPE_OR_CHECKPOINT",
+        help="Recipe names, patterns such as s2q-*, recipe files, checkpoints.", metavar="RECIPE_OR_CHECKPOINT"
     ),
 ]
 FullPrecisionModel = Annotated[
@@ -45,11 +42,7 @@ Recipes = Annotated[
 CompareFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="DIR")]
 CalibrationPrompts = Annotated[
     Path | None,
-    typer.Option(
-        "--calibration-prompts",
-        help="Calibration prompts: text file, one per line.",
-        metavar="FILE",
-    ),
+    typer.Option("--calibration-prompts", help="Calibration prompts: text file, one per line.", metavar="FILE"),
 ]
 RecipesOverrides = Annotated[
     list[str] | None,

@@ -4,8 +4,6 @@ On a terminal progress is a bar; elsewhere (a file, a pipe, a CI log) it is one 
 time that is left.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from s2q.cli import console, options, output
 from s2q.common.errors import InvalidInputError
-from s2q.common.files import atomic_write_bytes, atomic_write_json
+from s2q.common.files import atomic_write_bytes, atomic_write_json, slug
 from s2q.common.outputs import check_output, owned_matching, staged_directory
 from s2q.common.progress import Progress
 from s2q.common.records import DEMO_VERSION
@@ -66,10 +66,7 @@ def demo(
     console.quiet_libraries()
     check_output(out, overwrite=overwrite, owned=_owned)
     seconds: dict[str, float] = {}
-    with (
-        console.progress() as progress,
-        staged_directory(out, overwrite=overwrite, owned=_owned) as staged,
-    ):
+    with console.progress() as progress, staged_directory(out, overwrite=overwrite, owned=_owned) as staged:
         record = _make(
             staged,
             out,
@@ -239,7 +236,6 @@ def _bits(report: Mapping[str, Any]) -> str:
 
 
 def _write(staged: Path, content: Any, pairs: Sequence[Any]) -> None:
-    from s2q.common.files import slug
     from s2q.report.page import write_page
     from s2q.report.video import contact_sheet, write_mp4
 

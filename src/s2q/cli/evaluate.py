@@ -1,7 +1,5 @@
 """`s2q eval`: a model against full precision, with VBench beside if it is asked for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -23,16 +21,10 @@ VBenchPython = Annotated[
 ]
 VBenchDims = Annotated[
     list[str] | None,
-    typer.Option(
-        "--vbench-dims",
-        help="Comma-separated VBench dimensions. Default: the paper's eight.",
-        metavar="NAMES",
-        callback=options.split_names,
-    ),
+    options.names_option("--vbench-dims", help="Comma-separated VBench dimensions. Default: the paper's eight."),
 ]
 VBenchCache = Annotated[
-    Path | None,
-    typer.Option("--vbench-cache", help="VBench's weight cache. Default: VBench's default.", metavar="DIR"),
+    Path | None, typer.Option("--vbench-cache", help="VBench's weight cache. Default: VBench's default.", metavar="DIR")
 ]
 
 

@@ -1,7 +1,5 @@
 """`s2q generate`: videos, a contact sheet and a record of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -46,8 +44,7 @@ def generate(
     backend: Annotated[Backend, typer.Option("--backend", help="Backends of quantized linears.")] = Backend.AUTO,
     attention: options.AttentionBackend = None,
     fps: Annotated[
-        int | None,
-        typer.Option("--fps", help="Frame rate of the video files. Default: the model's.", min=1, metavar="N"),
+        int | None, options.number_option("--fps", help="Frame rate of the video files. Default: the model's.")
     ] = None,
     save_latents: Annotated[bool, typer.Option("--save-latents", help="Also write latents.safetensors.")] = False,
     device: options.Device = "auto",
@@ -99,21 +96,12 @@ def generate(
 
 
 def write_videos(
-    folder: Path,
-    videos: Sequence[Any],
-    *,
-    described: Mapping[str, Any],
-    save_latents: bool,
-    progress: Progress,
+    folder: Path, videos: Sequence[Any], *, described: Mapping[str, Any], save_latents: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Write videos, contact sheet and record into an empty folder.
+    """Write videos, contact sheet and `generation.json` into an empty folder; return the content of the latter.
 
     Args:
-        videos: `s2q.generation.generate.Video`s.
         described: `model`, `frame_rate` and `output`, as the record has them.
-
-    Returns:
-        The record, as in `generation.json`.
     """
     from s2q.evaluation.summary import versions
     from s2q.report.video import contact_sheet, write_mp4

@@ -1,7 +1,5 @@
 """`s2q eval` with VBench: the flags, the videos that it is given, and where its scores go."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,16 +30,10 @@ def vbench_plan(
 ) -> Any:
     """Check everything that VBench needs; its videos will go to the folder `OUT-vbench` beside OUT.
 
-    Args:
-        seeds: Videos of each prompt.
-        num_frames: Frames that were asked for; None for the model's own number, which is checked with the first video.
+    Without `num_frames`, the model's own number is checked with the first video.
 
     Returns:
         A `VBenchPlan`; None without `python`.
-
-    Raises:
-        UsageError: `dimensions` or `cache` without `python`.
-        InvalidInputError: See `plan_vbench`; too few frames; the folder exists and may not be replaced.
     """
     if python is None:
         for flag, value in (("--vbench-dims", dimensions), ("--vbench-cache", cache)):
@@ -96,19 +88,10 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
 
 
 def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
-    """Judge the videos that were kept.
-
-    Returns:
-        The same with `vbench`, and the flow score in `evalcrafter` if it was asked for.
-    """
+    """Judge the videos that were kept: the evaluation gets `vbench`, and the flow score if it was asked for."""
     from s2q.common.devices import free_memory
     from s2q.evaluation.judges.evalcrafter import evalcrafter_scores
-    from s2q.evaluation.judges.vbench import (
-        RECORD,
-        flow_scores,
-        judge_videos,
-        vbench_section,
-    )
+    from s2q.evaluation.judges.vbench import RECORD, flow_scores, judge_videos, vbench_section
 
     free_memory()  # the other process needs it
     progress("vbench", 0, 2)

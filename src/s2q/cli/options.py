@@ -1,9 +1,8 @@
 """Options that several commands share, and how their values are read; nothing heavy is imported before one is used."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,17 +21,21 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+number_option = partial(typer.Option, min=1, metavar="N")
+"""An option whose value is a whole number from 1 on."""
+
+
 def split_names(values: Sequence[str] | None) -> list[str]:
     """Return names that were given with commas, repeatedly, or both."""
     return [name.strip() for entry in values or () for name in entry.split(",") if name.strip()]
 
 
-def check_overrides(values: Sequence[str] | None) -> list[str]:
-    """Return `--set` values.
+names_option = partial(typer.Option, metavar="NAMES", callback=split_names)
+"""An option whose value are names, with commas."""
 
-    Raises:
-        InvalidInputError: One is not `key=value`.
-    """
+
+def check_overrides(values: Sequence[str] | None) -> list[str]:
+    """Return `--set` values."""
     for value in values or ():
         if "=" not in value.strip("="):
             raise InvalidInputError(f"--set {value}: expected key=value, for example weights.num_bits=8")
@@ -40,23 +43,14 @@ def check_overrides(values: Sequence[str] | None) -> list[str]:
 
 
 def check_device_name(name: str) -> None:
-    """Refuse what is no device; whether this machine has it is not looked at.
-
-    Raises:
-        UsageError: It is none of `auto`, `cpu`, `cuda` and `cuda:N`.
-    """
+    """Refuse what is no device; whether this machine has it is not looked at."""
     if name != "auto" and not is_device_name(name):
         kind = kind_of_device(name)
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N{f'; got {kind}' if kind else ''}")
 
 
 def resolve_device(name: str) -> str:
-    """Return the device to compute on; `auto` is a GPU if there is one.
-
-    Raises:
-        UsageError: See `check_device_name`.
-        ResourceError: There is no such GPU.
-    """
+    """Return the device to compute on; `auto` is a GPU if there is one."""
     check_device_name(name)
     if name == "cpu":
         return name
@@ -71,33 +65,21 @@ def resolve_device(name: str) -> str:
 
 
 def read_size(flag: str, text: str | None) -> int | None:
-    """Return the bytes of a size such as "24GB"; None where the flag was not given.
-
-    Raises:
-        InvalidInputError: It is no size.
-    """
+    """Return the bytes of a size such as "24GB"; None where the flag was not given."""
     from s2q.core.storage import parse_bytes
 
     return None if text is None else parse_bytes(text, option=flag)
 
 
 def read_prompt_file(path: Path | None) -> list[str] | None:
-    """Return the prompts of a file; None where none was given.
-
-    Raises:
-        InvalidInputError: See `s2q.generation.prompts.read_prompts`.
-    """
+    """Return the prompts of a file; None where none was given."""
     from s2q.generation.prompts import read_prompts
 
     return None if path is None else read_prompts(path)
 
 
 def check_file_output(path: Path, *, overwrite: bool) -> None:
-    """Check, before any work, that a file may be written.
-
-    Raises:
-        InvalidInputError: It exists and may not be replaced, it is a folder, or the folder above is not writable.
-    """
+    """Check, before any work, that a file may be written."""
     if path.is_dir():
         raise InvalidInputError(f"{path} is a folder; pass a file")
     check_writable(path) if overwrite and path.exists() else check_output(path, overwrite=False)
@@ -110,10 +92,7 @@ RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="Recipe name or 
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set",
-        help="Override a recipe field, e.g. weights.num_bits=8.",
-        metavar="K=V",
-        callback=check_overrides,
+        "--set", help="Override a recipe field, e.g. weights.num_bits=8.", metavar="K=V", callback=check_overrides
     ),
 ]
 Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt per line.", metavar="FILE")]
@@ -124,8 +103,7 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help="Compute dtype. Default: the stored one; float32 where a CPU emulates it."),
 ]
 Variant = Annotated[
-    str | None,
-    typer.Option("--variant", help="Weight variant, e.g. fp16. Default: none.", metavar="NAME"),
+    str | None, typer.Option("--variant", help="Weight variant, e.g. fp16. Default: none.", metavar="NAME")
 ]
 Verify = Annotated[
     bool | None,
@@ -143,8 +121,7 @@ MemoryBudget = Annotated[
     ),
 ]
 AttentionBackend = Annotated[
-    str | None,
-    typer.Option("--attention", help="Attention backend of diffusers. Default: PyTorch.", metavar="NAME"),
+    str | None, typer.Option("--attention", help="Attention backend of diffusers. Default: PyTorch.", metavar="NAME")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of the same kind.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
@@ -158,25 +135,14 @@ Guidance = Annotated[
     float | None, typer.Option("--guidance-scale", help="Guidance scale. Default: the model's.", metavar="X")
 ]
 
-Samples = Annotated[
-    int | None,
-    typer.Option("--samples", help="Number of calibration samples.", min=1, metavar="N"),
-]
+Samples = Annotated[int | None, number_option("--samples", help="Number of calibration samples.")]
 NumPrompts = Annotated[
-    int,
-    typer.Option(
-        "--num-prompts", help="Number of held-out captions, for embedded models without --prompts.", min=1, metavar="N"
-    ),
+    int, number_option("--num-prompts", help="Number of held-out captions, for embedded models without --prompts.")
 ]
-Seeds = Annotated[int, typer.Option("--seeds", help="Videos per prompt, with seeds 0 to N-1.", min=1, metavar="N")]
+Seeds = Annotated[int, number_option("--seeds", help="Videos per prompt, with seeds 0 to N-1.")]
 Metrics = Annotated[
     list[str] | None,
-    typer.Option(
-        "--metrics",
-        help="Comma-separated metrics or groups, e.g. psnr,ssim,velocity. Default: all.",
-        metavar="NAMES",
-        callback=split_names,
-    ),
+    names_option("--metrics", help="Comma-separated metrics or groups, e.g. psnr,ssim,velocity. Default: all."),
 ]
 LpipsWeights = Annotated[
     Path | None, typer.Option("--lpips-weights", help="Add LPIPS with these weights.", metavar="FILE")
@@ -186,11 +152,8 @@ ClipFolder = Annotated[
 ]
 Processes = Annotated[
     int,
-    typer.Option(
-        "--processes",
-        help="Number of processes: one thread each on a CPU, GPUs in turn with --device cuda.",
-        min=1,
-        metavar="N",
+    number_option(
+        "--processes", help="Number of processes: one thread each on a CPU, GPUs in turn with --device cuda."
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run.")]

@@ -1,7 +1,5 @@
 """Results on stdout: one JSON object for programs, tables for people."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,11 +108,7 @@ def show_inspection(report: Mapping[str, Any]) -> None:
 
 
 def show_evaluation(evaluation: Mapping[str, Any], *, scheme: str | None = None) -> None:
-    """Show an evaluation: every metric with its interval and, where there is one, the noise floor; VBench's scores.
-
-    Args:
-        scheme: What the model is quantized to, "w4a6", to show the paper's scores beside.
-    """
+    """Show an evaluation: metrics, intervals, noise floor, and VBench's scores with the paper's for the scheme."""
     out = Console()
     sample = format_sample(evaluation["n_prompts"], evaluation["n_seeds"])
     out.print(
@@ -156,15 +150,10 @@ def metric_table(evaluation: Mapping[str, Any], *, names: Sequence[str] = ()) ->
         if (names and name not in names) or name.startswith("reference_") or entry["mean"] is None:
             continue
         reference = metrics.get(f"reference_{name}", {"mean": None})["mean"]
-        rows.append(
-            (
-                title_of(name),
-                format_value(name, entry["mean"]),
-                format_interval(name, entry["low"], entry["high"]),
-                format_value(name, reference),
-                format_value(name, floor.get(name)),
-            )
+        mean, of_reference, another = (
+            format_value(name, value) for value in (entry["mean"], reference, floor.get(name))
         )
+        rows.append((title_of(name), mean, format_interval(name, entry["low"], entry["high"]), of_reference, another))
     headings = ("metric", "mean", "95 %\ninterval", "full\nprecision", "another\nseed")
     kept = [column for column in range(len(headings)) if column < 2 or any(row[column] != "–" for row in rows)]
     table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)

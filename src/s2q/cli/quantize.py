@@ -1,7 +1,5 @@
 """`s2q plan`, `s2q quantize` and `s2q inspect`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -24,8 +22,7 @@ def plan(
     ] = None,
     memory_budget: options.MemoryBudget = None,
     measure: Annotated[
-        bool,
-        typer.Option("--measure", help="Run a slice of the work on this device to estimate the time."),
+        bool, typer.Option("--measure", help="Run a slice of the work on this device to estimate the time.")
     ] = False,
     prompts: options.Prompts = None,
     as_json: options.AsJson = False,
@@ -41,10 +38,8 @@ def plan(
     else:  # of a machine that need not be here, a GPU unless the CPU is named
         options.check_device_name(device)
         device = "cuda" if device == "auto" else device
-    memory, budget = (
-        options.read_size("--device-memory", device_memory),
-        options.read_size("--memory-budget", memory_budget),
-    )
+    memory = options.read_size("--device-memory", device_memory)
+    budget = options.read_size("--memory-budget", memory_budget)
     if measure and (memory is not None or model.startswith(SYNTHETIC_PREFIX)):
         raise UsageError(
             "plan: --measure needs this device and the model's weights; omit --device-memory, and time "

@@ -1,7 +1,5 @@
 """A comparison from start to end: check, quantize, evaluate, merge. Every stage can be resumed."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,27 +7,8 @@ from typing import Any
 
 import torch
 
-from s2q.common.arguments import (
-    device_name,
-    dtype_name,
-    flag,
-    model_argument,
-    name_list,
-    optional,
-    parse_dtype,
-    path_argument,
-    prompt_list,
-    seed_number,
-    seed_numbers,
-    whole_number,
-    word,
-)
-from s2q.common.errors import (
-    BusyError,
-    DiskFullError,
-    InvalidInputError,
-    memory_errors,
-)
+from s2q.common import arguments
+from s2q.common.errors import BusyError, DiskFullError, InvalidInputError, memory_errors
 from s2q.common.files import atomic_write_json
 from s2q.common.outputs import output_lock
 from s2q.common.progress import Progress, silent
@@ -39,12 +18,7 @@ from s2q.comparison.entries import Entry
 from s2q.comparison.folder import RESULT, CompareFolder
 from s2q.comparison.pages import command_of, write_pages
 from s2q.comparison.results import build_result, entry_plan
-from s2q.comparison.setup import (
-    CompareSettings,
-    RunPlan,
-    Setup,
-    set_up,
-)
+from s2q.comparison.setup import CompareSettings, RunPlan, Setup, set_up
 from s2q.comparison.shards import evaluate_shards, failure_of, pending_shards, steps_of
 from s2q.generation.generate import LESS_MEMORY
 from s2q.generation.load import check_model
@@ -100,7 +74,6 @@ def compare(
         model: The full-precision reference: embedded name, folder or Hub id.
         out: Folder to write; an existing comparison is resumed, and entries may be added to it.
         prompts: Prompts to generate; None takes held-out captions of an embedded model.
-        num_prompts: How many captions, without `prompts`.
         calibration_prompts: Prompts for all recipes that calibrate; None takes those of an embedded model.
         overrides: Changes to the recipes, "key=value" each; those to `calibration` and `distillation` are made to the
             recipes that have them.
@@ -121,33 +94,34 @@ def compare(
         UsageError: There is nothing to compare, or nothing to calibrate on the calibration prompts.
         S2QError: The reference failed, or a process died; what is finished is kept.
     """
-    model, given_dtype = model_argument("model", model), parse_dtype(dtype)
+    model, given_dtype = arguments.model_argument("model", model), arguments.parse_dtype(dtype)
     if not isinstance(model, str | Path):
         raise InvalidInputError("compare: got a loaded pipeline; pass its name or folder, which every process loads")
+    flag, optional, prompt_list = arguments.flag, arguments.optional, arguments.prompt_list
     settings = CompareSettings(
-        entries=name_list("entries", entries),
+        entries=arguments.name_list("entries", entries),
         model=str(model),
-        out=path_argument("out", out),
+        out=arguments.path_argument("out", out),
         prompts=None if prompts is None else prompt_list(prompts),
-        num_prompts=whole_number("num_prompts", num_prompts, least=1),
-        seeds=seed_numbers(seeds),
-        calibration_prompts=None
-        if calibration_prompts is None
-        else prompt_list(calibration_prompts, name="calibration_prompts"),
-        seed=seed_number(seed),
-        samples=optional(whole_number, "samples", samples, least=1),
+        num_prompts=arguments.whole_number("num_prompts", num_prompts, least=1),
+        seeds=arguments.seed_numbers(seeds),
+        calibration_prompts=(
+            None if calibration_prompts is None else prompt_list(calibration_prompts, name="calibration_prompts")
+        ),
+        seed=arguments.seed_number(seed),
+        samples=optional(arguments.whole_number, "samples", samples, least=1),
         overrides=checked_overrides(overrides),
-        metrics=name_list("metrics", metrics),
-        lpips_weights=optional(path_argument, "lpips_weights", lpips_weights),
-        clip=optional(path_argument, "clip", clip),
+        metrics=arguments.name_list("metrics", metrics),
+        lpips_weights=optional(arguments.path_argument, "lpips_weights", lpips_weights),
+        clip=optional(arguments.path_argument, "clip", clip),
         requested=requested_settings(
             num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
         ),
-        device=device_name(device),
-        dtype=None if given_dtype is None else dtype_name(given_dtype),
-        variant=optional(word, "variant", variant),
+        device=arguments.device_name(device),
+        dtype=None if given_dtype is None else arguments.dtype_name(given_dtype),
+        variant=optional(arguments.word, "variant", variant),
         verify=optional(flag, "verify", verify),
-        processes=whole_number("processes", processes, least=1),
+        processes=arguments.whole_number("processes", processes, least=1),
         resume=flag("resume", resume),
         overwrite=flag("overwrite", overwrite),
         dry_run=flag("dry_run", dry_run),
@@ -194,14 +168,11 @@ def _quantize(folder: CompareFolder, setup: Setup, settings: CompareSettings, re
     todo = [entry for entry in setup.entries if entry.label in setup.planned and not _is_made(folder, entry)]
     failures: dict[str, str] = {}
     units = [_units(entry.recipe) for entry in todo if entry.recipe is not None]
-    done = 0
+    done, total = 0, sum(units)
     for entry, share in zip(todo, units, strict=True):
         assert entry.recipe is not None
-        before, total = done, sum(units)
 
-        def stage(
-            name: str, part: int, whole: int, before: int = before, share: int = share, total: int = total
-        ) -> None:
+        def stage(name: str, part: int, whole: int, before: int = done, share: int = share) -> None:
             if name == "blocks":
                 report("quantize", before + share * part // max(1, whole), total)
 
@@ -255,8 +226,9 @@ def _evaluate(
     progress: Progress,
 ) -> dict[str, str]:
     """Evaluate what is not evaluated yet; return why entries failed."""
-    labels = [entry.label for entry in setup.entries if entry.label not in failures]
-    shards = pending_shards(folder, plan, labels)
+    shards = pending_shards(folder, plan, [entry.label for entry in setup.entries if entry.label not in failures])
+    if not shards:
+        return {}
     total = sum(steps_of(plan, shard, setup.batch_size) for shard in shards)
     done = 0
 
@@ -269,8 +241,6 @@ def _evaluate(
         else:
             progress("evaluate", min(done, total - 1), total)
 
-    if not shards:
-        return {}
     progress("load", 0, 1)
     failed = evaluate_shards(
         folder, plan, shards, device=settings.device, processes=settings.processes, stepped=stepped

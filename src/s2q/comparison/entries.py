@@ -1,12 +1,10 @@
 """Entries of a comparison: built-in recipes, recipe files and checkpoints, checked before any compute."""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -45,13 +43,10 @@ _OPTIONAL_GROUPS: Mapping[str, Callable[[Recipe], bool]] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One thing to compare with full precision.
+    """A recipe with its changes, or a checkpoint, to compare with full precision.
 
     Attributes:
-        label: What it is called, also in file names; unique.
-        given: What it was given as.
-        recipe: The recipe with its changes; None for a checkpoint.
-        overrides: The changes that were made to it.
+        label: Its unique name, also in file names.
         width: Bits of weights and activations, "w4a6": entries of one width are ranked together.
     """
 
@@ -83,21 +78,13 @@ class Entry:
 def find_entries(
     given: Sequence[str], *, overrides: Sequence[str] = (), variant: str | None = None, verify: bool | None = None
 ) -> list[Entry]:
-    """Find everything that is to be compared.
+    """Find everything that is to be compared, in the order in which it was given.
 
     Args:
         given: Names and shell-style patterns of recipes of the package, `all`, recipe files, checkpoint folders, Hub
             ids of checkpoints, or embedded models.
         overrides: Changes to the recipes; those to a group that a recipe does without (`activations`, `calibration`,
             `distillation`, `refinement`) are not made to it.
-
-    Returns:
-        The entries in the order in which they were given.
-
-    Raises:
-        InvalidInputError: Nothing has such a name (the message has the nearest ones), something is named twice, or a
-            recipe or a checkpoint is not what it should be.
-        ResourceError: A package that a component of a checkpoint needs is not installed.
     """
     entries: list[Entry] = []
     used: set[str] = set()
@@ -131,12 +118,7 @@ def content_of(source: ModelSource) -> Any:
 
 
 def content_of_files(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
-    """Return what tells files apart from others of their names; see `content_of`.
-
-    Args:
-        folder: The folder that names are relative to.
-        files: Its files; those that are neither configurations nor weights do not count.
-    """
+    """Return what tells the configurations and weights of a folder apart from others of their names."""
     contents: dict[str, Any] = {}
     for path in sorted(files):
         name = path.relative_to(folder).as_posix()
@@ -209,7 +191,7 @@ def _with_distinct_labels(entries: Sequence[Entry]) -> list[Entry]:
         if label in labelled or label == FULL_PRECISION:
             other = labelled[label].given if label in labelled else "the reference"
             raise InvalidInputError(f"{entry.given} and {other} would both be labelled {label}; rename one of them")
-        labelled[label] = Entry(**{**vars(entry), "label": label})
+        labelled[label] = replace(entry, label=label)
     return list(labelled.values())
 
 

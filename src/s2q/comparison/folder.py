@@ -7,13 +7,12 @@ frames/LABEL/000.npz                frames of the videos that the page shows
 compare.json, compare.md, index.html, sheet.png, videos/
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,19 +21,8 @@ import numpy as np
 
 from s2q.checkpoint.manifest import MANIFEST, owned_files
 from s2q.common.errors import InvalidInputError
-from s2q.common.files import (
-    atomic_write_bytes,
-    atomic_write_json,
-    canonical_json,
-    sha256_file,
-)
-from s2q.common.outputs import (
-    Owned,
-    check_owned,
-    check_writable,
-    files_below,
-    owned_matching,
-)
+from s2q.common.files import atomic_write_bytes, atomic_write_json, canonical_json, sha256_file
+from s2q.common.outputs import Owned, check_owned, check_writable, files_below, owned_matching
 from s2q.common.records import COMPARISON_VERSION
 from s2q.comparison.setup import RunPlan
 from s2q.evaluation.scores import EvaluationResult
@@ -72,15 +60,7 @@ class CompareFolder:
         self.path = path
 
     def check(self, plan: RunPlan, *, resume: bool, overwrite: bool) -> None:
-        """Check that this comparison may be written here, before any work and again under the lock. Changes nothing.
-
-        Args:
-            resume: Whether finished parts may be kept.
-            overwrite: Whether a different comparison that is there may be replaced.
-
-        Raises:
-            InvalidInputError: There is something else, or a comparison that differs; says in what.
-        """
+        """Check that this comparison may be written here, before any work and again under the lock. Changes nothing."""
         if not self._is_used():
             check_writable(self.path / RUN)
             return
@@ -91,7 +71,8 @@ class CompareFolder:
         if overwrite:
             if not resume or self._change(plan) is not None:
                 self._check_not_inside(plan)
-                self._check_owned()
+                for name, owned in _OWNED.items():
+                    check_owned(self.path / name, owned)
             return
         if not resume:
             raise InvalidInputError(
@@ -107,9 +88,6 @@ class CompareFolder:
     def open(self, plan: RunPlan, *, resume: bool) -> RunPlan:
         """Write down what will be compared; a comparison that differs is removed.
 
-        Args:
-            resume: Whether to keep what is finished.
-
         Returns:
             The plan, with the entries of earlier runs that this one leaves out.
         """
@@ -123,7 +101,7 @@ class CompareFolder:
                     name: {label: one for label, one in there[name].items() if label in left_out} | getattr(plan, name)
                     for name in ("entries", "paths")
                 }
-                plan = RunPlan(**{**vars(plan), **joined})
+                plan = replace(plan, **joined)
         self.path.mkdir(parents=True, exist_ok=True)
         atomic_write_json(self.path / RUN, plan.to_dict())
         return plan
@@ -167,13 +145,7 @@ class CompareFolder:
             return None
 
     def save_frames(self, label: str, index: int, frames: np.ndarray) -> None:
-        """Store the frames of a video that the page shows.
-
-        Args:
-            label: The entry, or the label of the reference.
-            index: Index of the prompt.
-            frames: `[F, H, W, 3]`, uint8.
-        """
+        """Store the frames `[F, H, W, 3]`, uint8, of a prompt's video that the page shows."""
         path = self._frames(label, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
@@ -217,11 +189,6 @@ class CompareFolder:
                     f"{given} is part of the comparison in {self.path}, which --overwrite would remove; choose another "
                     "folder, or move it out first"
                 )
-
-    def _check_owned(self) -> None:
-        """Refuse to replace a comparison in whose folders the user has put files."""
-        for name, owned in _OWNED.items():
-            check_owned(self.path / name, owned)
 
     def _content(self) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.path / RUN).read_text(encoding="utf-8"))

@@ -1,7 +1,5 @@
 """Output for people: the table in Markdown, the page, the videos and the contact sheet."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +7,7 @@ from typing import Any
 from s2q.common.files import atomic_write_bytes, atomic_write_text, slug
 from s2q.common.progress import Progress
 from s2q.comparison.entries import FULL_PRECISION
-from s2q.comparison.folder import (
-    PAGE,
-    SHEET,
-    TABLE,
-    CompareFolder,
-)
+from s2q.comparison.folder import PAGE, SHEET, TABLE, CompareFolder
 from s2q.comparison.setup import CompareSettings, Setup
 from s2q.comparison.shards import SHOWN_PROMPTS
 from s2q.report import compare_table as comparison

@@ -1,7 +1,5 @@
 """From what is in the folder to `compare.json`: metrics of every entry, rankings, winners, paired differences."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
@@ -14,11 +12,7 @@ from s2q.common.progress import Progress, StageCounter
 from s2q.common.records import COMPARISON_VERSION
 from s2q.comparison.entries import Entry
 from s2q.comparison.folder import CompareFolder
-from s2q.comparison.setup import (
-    SHARD_PROMPTS,
-    RunPlan,
-    Setup,
-)
+from s2q.comparison.setup import SHARD_PROMPTS, RunPlan, Setup
 from s2q.evaluation.intervals import INTERVAL, MIN_PROMPTS
 from s2q.evaluation.paired import DEFINITIONS, HIGHER_IS_BETTER, compare_group
 from s2q.evaluation.scores import merge
@@ -32,32 +26,18 @@ _SIMULATED = "whether a linear of the entry has no integer kernel and is compute
 
 
 def build_result(
-    folder: CompareFolder,
-    plan: RunPlan,
-    setup: Setup,
-    failures: Mapping[str, str],
-    *,
-    progress: Progress,
+    folder: CompareFolder, plan: RunPlan, setup: Setup, failures: Mapping[str, str], *, progress: Progress
 ) -> dict[str, Any]:
-    """Put a comparison together; also writes the `eval.json` of every entry.
-
-    Args:
-        failures: Why entries failed, by label.
-
-    Returns:
-        The content of `compare.json`.
-    """
-    evaluations: dict[str, dict[str, Any]] = {}
-    for entry in setup.entries:
-        if entry.label not in failures:
-            evaluations[entry.label] = _evaluation(folder, plan, entry.label)
+    """Return the content of `compare.json`; also write the `eval.json` of every entry that has not failed."""
+    evaluations = {
+        entry.label: _evaluation(folder, plan, entry.label) for entry in setup.entries if entry.label not in failures
+    }
     described = {entry.label: _entry(folder, plan, setup, entry) for entry in setup.entries}
     for label, evaluation in evaluations.items():
         described[label]["metrics"] = evaluation["metrics"]
         described[label]["evaluation"] = folder.evaluation(label).relative_to(folder.path).as_posix()
     for label, why in failures.items():
         described[label]["error"] = why
-    groups = _groups(setup, evaluations, progress)
     any_evaluation = next(iter(evaluations.values()), None)
     return {
         "schema_version": COMPARISON_VERSION,
@@ -71,7 +51,7 @@ def build_result(
             "definition": "every recipe that calibrates takes its first n_prompts of these, with this seed",
         },
         "entries": list(described.values()),
-        "groups": groups,
+        "groups": _groups(setup, evaluations, progress),
         "reference_metrics": {} if any_evaluation is None else _of_reference(any_evaluation["metrics"]),
         "noise_floor": None if any_evaluation is None else any_evaluation["noise_floor"],
         "warning": _warning(len(plan.prompts)),
@@ -148,10 +128,7 @@ def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> 
 def _report(path: Path) -> dict[str, Any]:
     """The report of the run that made a checkpoint; nothing if there is none."""
     file = path / "s2q" / "report.json"
-    if not file.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """A comparison before any compute: its options, everything that can be checked, and what it will do."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +11,7 @@ from s2q.common.devices import emulated_dtypes
 from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.common.files import sha256_file
 from s2q.common.records import COMPARISON_VERSION
-from s2q.comparison.entries import (
-    Entry,
-    content_of,
-    content_of_files,
-    find_entries,
-)
+from s2q.comparison.entries import Entry, content_of, content_of_files, find_entries
 from s2q.evaluation.evaluate import default_prompts
 from s2q.evaluation.judges.learned import open_judges
 from s2q.evaluation.summary import version_of, versions
@@ -77,21 +70,15 @@ class RunPlan:
     """Everything that the results of a comparison depend on, as plain data; stored in compare_run.json.
 
     Attributes:
-        model: The reference as it was given.
-        content: What tells it apart from others.
-        seeds: Every prompt is generated with each.
-        settings: Generation settings by name, complete.
+        content: What tells the reference apart from others.
         metrics: Version of each metric to compute, by name.
         judges: Weights of learned judges by name, `lpips` and `clip`: their path, and what tells them apart.
         dtype: Compute dtype; None is the stored one, or float32 in place of an emulated one.
         device: "cpu" or "cuda".
         emulated: Dtypes that the device emulates.
-        calibration_prompts: What was given; None means the model's own.
-        versions: Versions of the packages that decide results.
+        calibration_prompts: None means the model's own.
         entries: What each entry's results depend on, by label.
-        paths: What checkpoints are loaded by, by label; no result depends on it.
-        variant: Variant of the weights; `content` and `entries` tell what is loaded.
-        verify: What is verified of checkpoints that were given; no result depends on it.
+        paths: What checkpoints are loaded by, by label; no result depends on it, nor on `variant` and `verify`.
     """
 
     model: str
@@ -126,20 +113,13 @@ class RunPlan:
 
     def shards(self) -> list[list[str]]:
         """Return the prompts, `SHARD_PROMPTS` at a time."""
-        return [
-            list(self.prompts[start : start + SHARD_PROMPTS]) for start in range(0, len(self.prompts), SHARD_PROMPTS)
-        ]
+        starts = range(0, len(self.prompts), SHARD_PROMPTS)
+        return [list(self.prompts[start : start + SHARD_PROMPTS]) for start in starts]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A comparison that has passed all checks.
-
-    Attributes:
-        planned: Plan of each recipe's quantization, by label.
-        obstacles: Why a recipe cannot take the model, by label.
-        batch_size: Videos computed at once.
-    """
+    """A comparison that has passed all checks; by label, plans of recipes and why others cannot take the model."""
 
     plan: RunPlan
     source: ModelSource
@@ -150,17 +130,11 @@ class Setup:
 
 
 def set_up(settings: CompareSettings) -> Setup:
-    """Find and check everything that a comparison needs, before any compute.
-
-    Raises:
-        InvalidInputError: Something is unknown, does not fit, or is too long; nothing has been written.
-        ResourceError: There is no such device.
-        UsageError: There is nothing to compare, or nothing to calibrate on the calibration prompts.
-    """
+    """Find and check everything that a comparison needs, before any compute."""
     if not settings.entries:
         raise UsageError("compare: got nothing to compare; name recipes (all, s2q-*) or checkpoint folders")
     weights = {"lpips": settings.lpips_weights, "clip": settings.clip}
-    learned = open_judges(lpips_weights=weights["lpips"], clip=weights["clip"], device="cpu").names
+    learned = open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device="cpu").names
     metrics = selected_metrics(settings.metrics, learned=learned)
     samples = () if settings.samples is None else (f"calibration.samples={settings.samples}",)
     entries = find_entries(

@@ -1,19 +1,12 @@
 """Evaluate shards: the reference generates the prompts of a shard once, then every entry that lacks it is judged."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from s2q.common.errors import (
-    DiskFullError,
-    S2QError,
-    first_line,
-    is_out_of_memory,
-)
+from s2q.common.errors import DiskFullError, S2QError, first_line, is_out_of_memory
 from s2q.common.progress import Tick
 from s2q.comparison.entries import FULL_PRECISION
 from s2q.comparison.folder import CompareFolder
@@ -31,36 +24,19 @@ SHOWN_PROMPTS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Work to do.
-
-    Attributes:
-        labels: The entries that lack it.
-    """
+    """Work to do: the prompts of an index for the entries that lack it."""
 
     index: int
     labels: tuple[str, ...]
 
 
 def evaluate_shards(
-    folder: CompareFolder,
-    plan: RunPlan,
-    shards: Sequence[Shard],
-    *,
-    device: str,
-    processes: int,
-    stepped: Tick,
+    folder: CompareFolder, plan: RunPlan, shards: Sequence[Shard], *, device: str, processes: int, stepped: Tick
 ) -> dict[str, str]:
     """Evaluate shards, in this process or in several that claim one after another; each result is stored at once.
 
-    Args:
-        device: Where to compute; several processes share the GPUs that "cuda" means.
-        stepped: Called after every step; one call at a time.
-
     Returns:
         Why entries failed, by label; later shards are evaluated without a failed entry.
-
-    Raises:
-        S2QError: The reference failed, or a process died; finished shards are kept.
     """
     failures: dict[str, str] = {}
 
@@ -90,14 +66,7 @@ def evaluate_shards(
 
 
 def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, device: str, tell: Tell) -> None:
-    """Evaluate entries on the prompts of a shard.
-
-    Args:
-        tell: Called with None after every step, and with the label of an entry that failed and why.
-
-    Raises:
-        S2QError: The reference failed.
-    """
+    """Evaluate entries on the prompts of a shard; tell None after every step, and label and reason of a failure."""
     settings = EvaluationSettings(
         metrics=tuple(plan.metrics),
         requested=plan.settings,
@@ -141,11 +110,7 @@ def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, device: s
 
 
 def failure_of(label: str, error: Exception, doing: str, *, device: str) -> str:
-    """Say why an entry failed, in one sentence; `--debug` shows the traceback of what nobody foresaw.
-
-    Args:
-        doing: What was being done to it, "evaluated".
-    """
+    """Say why an entry failed, in one sentence; `--debug` shows the traceback of what nobody foresaw."""
     if is_out_of_memory(error):
         why = f"out of memory on {device} while it was {doing}"
     elif isinstance(error, S2QError):

@@ -4,8 +4,6 @@ Other tools' widths are read off the `quantization_config` that diffusers loads 
 activations is "w4a16", whatever its 16 bits are. A method that is not known here is a group of its own, by its name.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,14 +19,7 @@ def recipe_width(recipe: Mapping[str, Any]) -> str:
 
 
 def foreign_width(config: Mapping[str, Any] | None) -> str:
-    """Return the width of a model that another tool quantized.
-
-    Args:
-        config: Its `quantization_config`; None for a model in full precision.
-
-    Returns:
-        The width, or the name of the method where the configuration does not tell.
-    """
+    """Return the width that a `quantization_config` of another tool tells, else the name of its method."""
     if config is None:
         return NOT_QUANTIZED
     method = str(config.get("quant_method", "unknown method"))
@@ -85,10 +76,6 @@ def _torchao(config: Mapping[str, Any]) -> str | None:
     return _named(weights, activations) if separator else _named(name, None)
 
 
-def _nunchaku(config: Mapping[str, Any]) -> str | None:
-    return _width(4, 4 if config.get("svdq_w4a4") else 16)
-
-
 def _bits_alone(config: Mapping[str, Any]) -> str | None:
     return _width(int(config["bits"]), int(config.get("act_bits") or 16))
 
@@ -99,7 +86,7 @@ _METHODS: Mapping[str, Callable[[Mapping[str, Any]], str | None]] = {
     "bitsandbytes": _bitsandbytes,
     "gptq": _bits_alone,
     "modelopt": _modelopt,
-    "nunchaku_lite": _nunchaku,
+    "nunchaku_lite": lambda config: _width(4, 4 if config.get("svdq_w4a4") else 16),
     "quanto": _quanto,
     "sdnq": _sdnq,
     "torchao": _torchao,
