@@ -10,8 +10,6 @@ Weights are rounded to nearest for this, behind the recipe's transforms as they 
 make of a candidate is not known here.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import math
@@ -48,13 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """The result of allocation.
-
-    Attributes:
-        linears: All linears of the run, with the schemes that they were given.
-        record: The content of allocation.json: what each could have had, at how many bytes and which error of its
-            block, and what it got.
-    """
+    """All linears of the run with the schemes that they were given, and the content of allocation.json."""
 
     linears: tuple[LinearPlan, ...]
     record: Mapping[str, Any]
@@ -74,14 +66,7 @@ def allocate(
     streams: Callable[[TeacherTransformer, CalibrationSets], TeacherStream],
     progress: Progress = silent,
 ) -> Allocation:
-    """Measure the candidates on every block that was not measured before, and choose.
-
-    Args:
-        folder: Where what was measured is kept.
-
-    Raises:
-        InvalidInputError: If the activations of a block contain NaN or infinite values.
-    """
+    """Measure the candidates on every block that the folder has no measurement of, and choose."""
     assert recipe.allocation is not None
     few = _some_of(selected, recipe.allocation.samples)
     errors: dict[Group, list[float]] = {}
@@ -99,12 +84,7 @@ def allocate(
 def chosen_schemes(
     recipe: Recipe, linears: Sequence[LinearPlan], errors: Mapping[Group, Sequence[float]]
 ) -> Allocation:
-    """Choose the candidates with the smallest sum of errors under the budget.
-
-    Args:
-        errors: Of the block with each candidate of the recipe that fits, in the order of `allocation_schemes`; by the
-            linears that get the same.
-    """
+    """Choose the candidates with the smallest sum of errors (see `block_errors`) under the budget."""
     group = recipe.allocation
     assert group is not None
     limit = allocation_bytes(recipe, [linear for unit in errors for linear in unit])
@@ -163,14 +143,9 @@ def block_errors(
     folder: RunFolder,
     selected: CalibrationSets,
 ) -> dict[Group, list[float]]:
-    """Return what each candidate does to one block, measured now or before.
+    """Return the errors of one block, in the order of `allocation_schemes`, by the linears that get the same.
 
-    Args:
-        stream: The stream of the samples; is moved to the block where it has to be measured.
-        folder: Where what was measured is kept.
-
-    Returns:
-        Errors in the order of `allocation_schemes`, by the linears that get the same.
+    They are kept in the folder. The stream is moved to the block where they have to be measured.
     """
     units = _units(recipe, input_groups(one.linears_of(index), one.family))
     if not units:
@@ -206,9 +181,6 @@ def candidate_losses(
 
     Args:
         unit: Those of them to quantize; inputs too where that is all of them and the candidates differ in it.
-
-    Returns:
-        Loss for each.
     """
     work = opened.work
     shared = {id(tensor): tensor for tensor in (*work.teacher.parameters(), *work.teacher.buffers())}

@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 def assemble(teacher: Teacher, folder: RunFolder, *, recipe: str) -> DiffusionPipeline:
     """Make a pipeline that shares everything with the teacher's but the packed linears.
 
-    Args:
-        teacher: The model in the dtype of the checkpoint; not changed.
-        folder: Where the artefacts of all blocks are.
-        recipe: Name of the recipe.
-
-    Returns:
-        The pipeline; its transformers have their quantization configurations.
+    The teacher is in the dtype of the checkpoint and not changed; the folder holds the artefacts of all blocks.
     """
     pipe = copy.copy(teacher.pipe)
     pipe.register_modules(**{one.component: _student(one, folder, recipe) for one in teacher.transformers})

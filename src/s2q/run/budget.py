@@ -12,8 +12,6 @@ other its first, for 4 and an error of 5.
 Legend: `u` unit (linears with one choice), `k` candidate.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -28,7 +26,6 @@ def choose(options: Sequence[Sequence[tuple[int, float]]], limit: int, *, steps:
     Args:
         options: Cost and error of each candidate, for each.
         limit: Most that the costs may add up to; at least what the cheapest candidates cost.
-        steps: Number of steps from which on they are coarser.
 
     Returns:
         Index of the candidate, for each.

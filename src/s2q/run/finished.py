@@ -1,7 +1,5 @@
 """A run that was killed after its checkpoint was in place and before its run folder was removed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -33,16 +31,7 @@ def request_hash(source: ModelSource, recipe: Recipe, prompts: Sequence[str] | N
 
 
 def finished_report(out: Path, request: str) -> QuantizationReport | None:
-    """Return the report of a killed run that had finished, and remove its run folder; None if there is none.
-
-    Args:
-        out: The checkpoint.
-        request: What `request_hash` returned for this run; the last one of the checkpoint's events is compared with it.
-
-    Raises:
-        BusyError: If another run writes the checkpoint.
-        InvalidInputError: If a file of it is damaged.
-    """
+    """Return the report of a killed run that had finished the same request (`request_hash`); remove its run folder."""
     if not (out.is_dir() and lock_folder(out).is_dir()):
         return None
     with open_run_folder(out) as folder:

@@ -18,37 +18,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from s2q import planning
 from s2q.calibration.calibration_set import CalibrationSets, select
-from s2q.calibration.candidates import (
-    branches_of,
-    calibration_prompts,
-    collect,
-    prepare,
-)
+from s2q.calibration.candidates import branches_of, calibration_prompts, collect, prepare
 from s2q.calibration.teacher import Teacher, load_teacher
 from s2q.checkpoint import CheckpointRecords, owned_files, save_checkpoint
-from s2q.common.arguments import (
-    device_name,
-    dtype_name,
-    flag,
-    model_argument,
-    optional,
-    parse_dtype,
-    path_argument,
-    prompt_list,
-    seed_number,
-    whole_number,
-    word,
-)
+from s2q.common import arguments
 from s2q.common.components import full_name, transformers_of
 from s2q.common.devices import peak_memory_bytes, reset_peak_memory
-from s2q.common.errors import (
-    DiskFullError,
-    ResourceError,
-    UsageError,
-    is_out_of_memory,
-    memory_errors,
-)
+from s2q.common.errors import DiskFullError, ResourceError, UsageError, is_out_of_memory, memory_errors
 from s2q.common.files import DISK_FULL
 from s2q.common.outputs import check_output
 from s2q.common.progress import Progress, StageCounter, silent
@@ -59,27 +37,13 @@ from s2q.common.versions import package_versions
 from s2q.core.storage import parse_bytes
 from s2q.engines.processes import most_on_one_device
 from s2q.models import ModelSource, resolve_model
-from s2q.planning import (
-    Machine,
-    Plan,
-    check_memory,
-    loaded_sizes,
-    plan_allocated,
-    plan_model,
-    plan_transformers,
-    tensor_sizes,
-    this_machine,
-)
+from s2q.planning import Machine, Plan, check_memory
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
 from s2q.run.allocate import Allocation, allocate
 from s2q.run.assemble import assemble
 from s2q.run.finished import finished_report, request_hash
-from s2q.run.report import (
-    BlockReport,
-    QuantizationReport,
-    log_block,
-)
+from s2q.run.report import BlockReport, QuantizationReport, log_block
 from s2q.run.runner import BlockJob, BlockRunner, quantize_in_processes
 
 if TYPE_CHECKING:
@@ -133,8 +97,8 @@ def quantize(
             pipeline, which is not changed.
         recipe: Name, file, contents, or a validated recipe.
         out: Folder to write; needed unless `dry_run`.
-        prompts: Calibration prompts; the first `calibration.n_prompts` are used. None takes those of an
-            embedded model. Recipes that do not calibrate use none.
+        prompts: Calibration prompts; the first `calibration.n_prompts` are used, by recipes that calibrate. None takes
+            those of an embedded model.
         samples: Calibration samples; None leaves it to the recipe.
         overrides: Changes to the recipe, "key=value" each.
         dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
@@ -155,24 +119,24 @@ def quantize(
         UsageError: If `out` is missing, or an option does not apply to the model or the recipe.
     """
     settings = _Settings(
-        seed=seed_number(seed),
-        device=device_name(device),
-        dtype=parse_dtype(dtype),
-        variant=optional(word, "variant", variant),
+        seed=arguments.seed_number(seed),
+        device=arguments.device_name(device),
+        dtype=arguments.parse_dtype(dtype),
+        variant=arguments.optional(arguments.word, "variant", variant),
         max_shard_size=parse_bytes(max_shard_size, option="max_shard_size"),
         memory_budget=None if memory_budget is None else parse_bytes(memory_budget, option="memory_budget"),
-        processes=whole_number("processes", processes, least=1),
-        resume=flag("resume", resume),
-        overwrite=flag("overwrite", overwrite),
+        processes=arguments.whole_number("processes", processes, least=1),
+        resume=arguments.flag("resume", resume),
+        overwrite=arguments.flag("overwrite", overwrite),
     )
-    model, target = model_argument("model", model), optional(path_argument, "out", out)
-    dry_run = flag("dry_run", dry_run)
-    prompts = None if prompts is None else prompt_list(prompts, allow_none=True)
+    model, target = arguments.model_argument("model", model), arguments.optional(arguments.path_argument, "out", out)
+    dry_run = arguments.flag("dry_run", dry_run)
+    prompts = None if prompts is None else arguments.prompt_list(prompts, allow_none=True)
     validated = _recipe(recipe, overrides, samples=samples)
     source = _source(model, settings)
-    machine = this_machine(settings.device, memory_budget=settings.memory_budget)
+    machine = planning.this_machine(settings.device, memory_budget=settings.memory_budget)
     # Bad input is refused before weights are read. A loaded pipeline is checked by load_teacher.
-    planned = None if source is None else plan_model(source, validated, dtype=settings.dtype, machine=machine)
+    planned = None if source is None else planning.plan_model(source, validated, dtype=settings.dtype, machine=machine)
     if target is not None:
         if source is not None and settings.resume and not (dry_run or settings.overwrite):
             finished = finished_report(target, _request(source, validated, prompts, settings))
@@ -199,7 +163,7 @@ def _recipe(
     validated = load_recipe(recipe, overrides=overrides)
     if samples is None:
         return validated
-    whole_number("samples", samples, least=1)
+    arguments.whole_number("samples", samples, least=1)
     if not validated.calibrates:
         raise UsageError(f"samples (--samples): recipe {validated.name} uses no calibration samples; remove it")
     return load_recipe(recipe, overrides=[*overrides, f"calibration.samples={samples}"])
@@ -232,11 +196,8 @@ class _Run:
         machine: Machine,
         source: ModelSource | None,
     ) -> None:
-        self.folder = folder
-        self.source = source
-        self.machine = machine
-        self.out = out
-        self.settings = settings
+        self.folder, self.out, self.settings = folder, out, settings
+        self.source, self.machine = source, machine
         self.progress = progress or silent
         self.started = time.perf_counter()
         reset_peak_memory(settings.device)
@@ -260,7 +221,7 @@ class _Run:
             files |= selection.files
         if recipe.allocation is not None and selection is not None:
             allocated = self._allocation(teacher, recipe, planned, selection)
-            planned = plan_allocated(planned, teacher.linears, allocated.linears)
+            planned = planning.plan_allocated(planned, teacher.linears, allocated.linears)
             teacher, files = teacher.with_linears(allocated.linears), files | allocated.files
         n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
         runner = self._runner(teacher, recipe, planned, selection)
@@ -292,7 +253,6 @@ class _Run:
         return report
 
     def _calibration(self, teacher: Teacher, recipe: Recipe, prompts: Sequence[str] | None) -> CalibrationSets:
-        """Collect candidates and select samples."""
         group = recipe.calibration
         used = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
         if prompts is not None and len(prompts) > len(used):
@@ -312,7 +272,6 @@ class _Run:
         return selected
 
     def _allocation(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: CalibrationSets) -> Allocation:
-        """Choose the schemes of linears one by one."""
         runner = self._runner(teacher, recipe, planned, selected)
         allocated = self._timed(
             "allocate",
@@ -324,11 +283,7 @@ class _Run:
 
     def _runner(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: CalibrationSets | None) -> BlockRunner:
         job = BlockJob(
-            recipe=recipe,
-            selected=selected,
-            cost=planned.calibration,
-            machine=self.machine,
-            seed=self.settings.seed,
+            recipe=recipe, selected=selected, cost=planned.calibration, machine=self.machine, seed=self.settings.seed
         )
         return BlockRunner(self.folder, teacher, job)
 
@@ -368,7 +323,7 @@ class _Run:
     def _assemble(self, teacher: Teacher, planned: Plan) -> DiffusionPipeline:
         self.progress("assemble", 0, 1)
         student = assemble(teacher, self.folder, recipe=planned.recipe)
-        packed = sum(tensor_sizes(transformers_of(student)).values())
+        packed = sum(planning.tensor_sizes(transformers_of(student)).values())
         assert packed == planned.storage["quantized_bytes"], (packed, planned.storage)
         return student
 
@@ -390,7 +345,7 @@ class _Run:
             output=self.out.name,
             seed=self.settings.seed,
             device=self.settings.device,
-            dtype=dtype_name(teacher.dtype),
+            dtype=arguments.dtype_name(teacher.dtype),
             n_prompts=n_prompts,
             selection=None if selection is None else selection.summary(),
             storage=planned.storage,
@@ -424,12 +379,15 @@ def _load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, settin
 def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
     transformers = transformers_of(teacher.pipe)
     widened = None if teacher.dtype == teacher.stored else teacher.dtype
-    return plan_transformers(
+    sizes = (
+        planning.tensor_sizes(transformers) if widened is None else planning.loaded_sizes(transformers, teacher.stored)
+    )
+    return planning.plan_transformers(
         transformers,
         recipe,
         teacher.linears,
         model=teacher.name,
-        sizes=tensor_sizes(transformers) if widened is None else loaded_sizes(transformers, teacher.stored),
+        sizes=sizes,
         dtype=teacher.stored,
         compute_dtype=widened,
         workload=teacher.workload,
@@ -448,9 +406,7 @@ def _resource_errors(out: Path, device: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise ResourceError(f"out of memory on {device}; free some, {kept}") from error
-        full = getattr(error, "errno", None) in DISK_FULL or (
-            isinstance(error, SafetensorError) and _FULL in str(error)
-        )
-        if full:
+        is_full = isinstance(error, SafetensorError) and _FULL in str(error)
+        if is_full or getattr(error, "errno", None) in DISK_FULL:
             raise DiskFullError(f"{out}: the disk is full; free some space, {kept}") from error
         raise

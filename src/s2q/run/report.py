@@ -16,16 +16,12 @@ class BlockReport:
 
     Attributes:
         index: Index of the block, over all block lists and transformers.
-        name: Full name of the block.
         weight_relative_error: ‖Ŵ − W‖² / ‖W‖² over the block's quantized weights; 0 if it has none.
         layers: The same for each of its quantized linears, by full name.
-        seconds: Time it took.
         peak_memory_bytes: Highest resident memory of the process (on a GPU: allocated there) in the run until then.
         resumed: Whether it is from an interrupted run; its figures are those of that run.
         loss: Mean loss over the calibration samples as `ReconstructedBlock` has it: `rtn`, `initial`, `distilled`,
             `final`; empty for recipes that do not calibrate.
-        distillation: How it went; None without.
-        refinement: Likewise.
         rounding: The report of GPTQ or of learned rounding by full name; empty without.
     """
 
@@ -47,14 +43,9 @@ class QuantizationReport:
     """Report of a run, stored as s2q/report.json in the checkpoint.
 
     Attributes:
-        schema_version: Version of this report.
-        source: Name of the model that was quantized.
         source_revision: Its commit, for a model on the Hub; else None.
         source_variant: Variant of its weights, "fp16"; None is none.
-        recipe: Name of the recipe.
         output: Name of the checkpoint's folder.
-        seed: Seed of the run.
-        device: Device of the run.
         dtype: Compute dtype of the model.
         n_prompts: Number of calibration prompts given; those that were used, for recipes that calibrate.
         selection: Which samples were taken and of how many candidates, for both transformers where there are two; None
@@ -66,11 +57,9 @@ class QuantizationReport:
         simulated: Whether some of them are computed in floating point, for want of an integer kernel.
         allocation: What was allocated to linears one by one, as in the plan; None for recipes that do not. What each of
             them could have had is in s2q/allocation.json.
-        blocks: What was done to each block.
         stages: Seconds and peak memory of each stage, in order.
         seconds: Time from the start until the checkpoint was ready to be written.
         peak_memory_bytes: Highest resident memory of the process (on a GPU: allocated there).
-        versions: Versions of what took part.
     """
 
     schema_version: int
@@ -100,21 +89,12 @@ class QuantizationReport:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> QuantizationReport:
-        """Return the report of a report.json.
-
-        Args:
-            content: What `to_dict` returned.
-        """
+        """Return the report of a report.json."""
         return cls(**{**content, "blocks": tuple(BlockReport(**block) for block in content["blocks"])})
 
 
 def log_block(report: BlockReport, *, total: int) -> None:
-    """Log what the run did to a block in one line.
-
-    Args:
-        report: The block.
-        total: Blocks in all.
-    """
+    """Log what the run did to a block in one line."""
     loss = ""
     if report.loss:
         loss = f"loss {report.loss['rtn']:.4g} (rounding) → {report.loss['final']:.4g}, "

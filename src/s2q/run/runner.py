@@ -4,8 +4,6 @@ Blocks do not depend on each other, so a block is the same wherever it is quanti
 into the run folder; the run then finds it there, as it finds what an interrupted run finished.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time
@@ -33,15 +31,7 @@ _SPILLED = "process-"
 
 @dataclass(frozen=True, kw_only=True)
 class BlockJob:
-    """Data shared by all blocks of a run.
-
-    Attributes:
-        recipe: The recipe.
-        selected: The calibration samples; None for recipes that need none.
-        cost: What calibrating a block takes; None for recipes that do not calibrate.
-        machine: Where to compute.
-        seed: Seed of the run.
-    """
+    """Data shared by all blocks of a run; `selected` and `cost` are None for recipes that do not calibrate."""
 
     recipe: Recipe
     selected: CalibrationSets | None
@@ -58,8 +48,7 @@ class BlockJob:
 class BlockRunner:
     """Quantizes blocks of a teacher, in the order in which they run, into a run folder.
 
-    Args:
-        spilled: Prefix of the files of activations that host memory has no room for.
+    Files of activations that host memory has no room for begin with `spilled`.
     """
 
     def __init__(self, folder: ArtefactFolder, teacher: Teacher, job: BlockJob, *, spilled: str = "") -> None:
@@ -86,11 +75,7 @@ class BlockRunner:
         return self.folder.has(transformer.artefact_name(index), fingerprint)
 
     def quantize(self, transformer: TeacherTransformer, index: int, *, unit_done: Tick) -> bool:
-        """Quantize a block, unless its result is in the run folder.
-
-        Returns:
-            Whether the result was there.
-        """
+        """Quantize a block, unless its result is in the run folder; return whether it was there."""
         started = time.perf_counter()
         task = replace(self._task(transformer, index, self._stream_of(transformer)), progress=unit_done)
         key, fingerprint = transformer.artefact_name(index), self._fingerprint(transformer, task)
@@ -129,25 +114,11 @@ class BlockRunner:
 
 
 def quantize_in_processes(
-    runner: BlockRunner,
-    source: ModelSource,
-    *,
-    dtype: torch.dtype | str | None,
-    processes: int,
-    progress: Progress,
+    runner: BlockRunner, source: ModelSource, *, dtype: torch.dtype | str | None, processes: int, progress: Progress
 ) -> set[str]:
-    """Quantize the blocks whose results are not in the run folder yet, in several processes.
+    """Quantize the blocks whose results are not in the run folder yet, in several processes; return their names.
 
-    Args:
-        dtype: Compute dtype; None takes the one of `load_teacher`.
-        processes: How many; they share the memory for activations, and the GPUs that "cuda" means.
-        progress: Called after each unit of a block.
-
-    Returns:
-        Names of the results that were made.
-
-    Raises:
-        S2QError: A process died; what is finished is kept.
+    The processes share the memory for activations, and the GPUs that "cuda" means.
     """
     teacher, job = runner.teacher, runner.job
     places = [(one, index) for one in teacher.transformers for index in range(len(one.block_names))]
@@ -163,13 +134,8 @@ def quantize_in_processes(
         progress("blocks", total - sum(left_units.values()), total)
 
     machine = replace(job.machine, memory_budget=job.machine.memory_budget // processes)
-    work = _BlockWork(
-        source=source,
-        dtype=dtype,
-        job=replace(job, machine=machine),
-        folder=runner.folder.path,
-        linears=teacher.linears,
-    )
+    job, folder = replace(job, machine=machine), runner.folder.path
+    work = _BlockWork(source=source, dtype=dtype, job=job, folder=folder, linears=teacher.linears)
     devices = devices_of(job.machine.device, min(processes, len(todo)))
     progress("blocks", total - sum(left_units.values()), total)
     try:
@@ -183,20 +149,16 @@ def quantize_in_processes(
     return {one.artefact_name(index) for one, index in left}
 
 
+@dataclass(kw_only=True)
 class _BlockWork:
     """Quantizes blocks of a run in another process, which loads the model once."""
 
-    def __init__(
-        self,
-        *,
-        source: ModelSource,
-        dtype: torch.dtype | str | None,
-        job: BlockJob,
-        folder: Path,
-        linears: list[LinearPlan],
-    ) -> None:
-        self.source, self.dtype, self.job, self.folder, self.linears = source, dtype, job, folder, linears
-        self._runner: BlockRunner | None = None
+    source: ModelSource
+    dtype: torch.dtype | str | None
+    job: BlockJob
+    folder: Path
+    linears: list[LinearPlan]
+    _runner: BlockRunner | None = None
 
     def __call__(self, place: tuple[str, int], device: str, tell: Tell) -> None:
         if self._runner is None:

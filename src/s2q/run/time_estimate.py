@@ -8,8 +8,6 @@ does, so that four short runs tell the parts:
 Legend: `S` samples, `E` epochs, n(E) how often distillation looks at all samples.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +19,7 @@ from s2q.blocks.distil import evaluations
 from s2q.blocks.quantize_block import quantize_block
 from s2q.blocks.task import BlockTask, block_task
 from s2q.calibration.calibration_set import CalibrationSets, select
-from s2q.calibration.candidates import (
-    branches_of,
-    calibration_prompts,
-    collect,
-    prepare,
-)
+from s2q.calibration.candidates import branches_of, calibration_prompts, collect, prepare
 from s2q.calibration.stream import TeacherStream, calibration_stream
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.errors import InvalidInputError
@@ -47,14 +40,7 @@ _PROMPT = "red"
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSeconds:
-    """Seconds of one kind of block; see the module.
-
-    Attributes:
-        fixed: Seconds whatever the samples.
-        once: Seconds a sample.
-        step: Seconds of a step of distillation.
-        evaluation: Seconds of looking at one sample without learning from it.
-    """
+    """Parts of the seconds of one kind of block; see the module."""
 
     fixed: float
     once: float
@@ -62,12 +48,7 @@ class BlockSeconds:
     evaluation: float = 0.0
 
     def total(self, samples: int, epochs: int) -> float:
-        """Return the seconds of a block.
-
-        Args:
-            samples: S.
-            epochs: E; 0 without distillation.
-        """
+        """Return the seconds of a block; without distillation, epochs are 0."""
         return self.fixed + samples * (self.once + epochs * self.step + evaluations(epochs) * self.evaluation)
 
 
@@ -83,14 +64,7 @@ def measured(
 ) -> Plan:
     """Return a plan with the seconds of its stages, measured on a slice of the run; assembling is not measured.
 
-    Args:
-        prompts: The first one is generated; None takes those of an embedded model, or any, as many as the recipe
-            needs.
-        dtype: Compute dtype; None takes the one of `load_teacher`.
-        progress: Called with a stage, and how much of it is done.
-
-    Raises:
-        InvalidInputError: If the run would refuse model or recipe, or a transformer is called too seldom.
+    The first prompt is generated; None takes those of an embedded model, or any, as many as the recipe needs.
     """
     teacher = load_teacher(source, recipe, dtype=dtype, device=machine.device)
     with tempfile.TemporaryDirectory() as scratch, open_run_folder(Path(scratch) / "measure") as folder:
@@ -259,9 +233,7 @@ def _block_seconds(
     epochs: int,
     checkpointed: bool,
 ) -> float:
-    distillation = recipe.distillation
-    if distillation is not None:
-        distillation = replace(distillation, epochs=epochs)
+    distillation = None if recipe.distillation is None else replace(recipe.distillation, epochs=epochs)
     changed = recipe.model_copy(update={"distillation": distillation})
     task = block_task(transformer, index, changed, seed=0, device=stream.device, stream=stream)
     return _seconds(replace(task, checkpointed=checkpointed))
