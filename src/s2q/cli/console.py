@@ -99,22 +99,21 @@ class _PlainProgress:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._started: dict[str, float] = {}
-        self._clocks: dict[str, StageClock] = {}
+        self._stages: dict[str, tuple[float, StageClock]] = {}
         self._ended: set[str] = set()
         self._last = -float("inf")
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = self._clock()
-        first = stage not in self._started
-        started = self._started.setdefault(stage, now)
-        left = self._clocks.setdefault(stage, StageClock(done)).seconds_left(done, total, now)
+        is_new = stage not in self._stages
+        started, clock = self._stages.setdefault(stage, (now, StageClock(done)))
+        left = clock.seconds_left(done, total, now)
         if done >= total > 0:
             if stage in self._ended:
                 return
             self._ended.add(stage)
             say(f"{stage}: {done}/{total}, {format_seconds(now - started)}")
-        elif first or now - self._last >= SECONDS_BETWEEN_LINES:
+        elif is_new or now - self._last >= SECONDS_BETWEEN_LINES:
             say(", ".join(filter(None, (f"{stage}: {done}/{total}", _left(left)))))
         else:
             return

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
 import time
 import webbrowser
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,18 +67,9 @@ def demo(
         overrides += tuple(f"{group}.epochs=1" for group in _LEARNING if getattr(validated, group) is not None)
     console.quiet_libraries()
     check_output(out, overwrite=overwrite, owned=_owned)
-    seconds: dict[str, float] = {}
     with console.progress() as progress, staged_directory(out, overwrite=overwrite, owned=_owned) as staged:
-        record = _make(
-            staged,
-            out,
-            model=model,
-            recipe=load_recipe(recipe, overrides=overrides),
-            overrides=overrides,
-            short=short,
-            progress=progress,
-            seconds=seconds,
-        )
+        changed = load_recipe(recipe, overrides=overrides)
+        record = _make(staged, out, model=model, recipe=changed, overrides=overrides, short=short, progress=progress)
     page = (out / PAGE).resolve()
     if as_json:
         output.emit_json(record)
@@ -104,7 +97,6 @@ def _make(
     overrides: Sequence[str],
     short: bool,
     progress: Progress,
-    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Do everything inside the staged folder; names in the results are those of the final one."""
     from s2q.engines.processes import cpu_count
@@ -112,7 +104,7 @@ def _make(
     from s2q.run.quantize import quantize
     from s2q.shapes.embedded import embedded_prompts
 
-    started = time.monotonic()
+    started, seconds = time.monotonic(), dict[str, float]()
     processes = min(cpu_count(), _MAX_PROCESSES)
     with _timed(seconds, "quantize"):
         report = quantize(model, recipe=recipe, out=staged / _CHECKPOINT, progress=progress, processes=processes)
@@ -228,11 +220,10 @@ def _page(
 
 def _bits(report: Mapping[str, Any]) -> str:
     """Return the scheme of most of the quantized bytes, for the title: "W4A6"."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for layer in report["layers"]:
-        rows, columns = layer["shape"]
-        sizes[layer["scheme"]] = sizes.get(layer["scheme"], 0) + rows * columns
-    return max(sizes, key=lambda scheme: sizes[scheme]).upper()
+        sizes[layer["scheme"]] += math.prod(layer["shape"])
+    return sizes.most_common(1)[0][0].upper()
 
 
 def _write(staged: Path, content: Any, pairs: Sequence[Any]) -> None:
@@ -267,9 +258,8 @@ def _show(record: Mapping[str, Any], page: Path) -> None:
     )
     out.print(output.metric_table(evaluation, names=_SHOWN))
     sample = format_sample(evaluation["n_prompts"], evaluation["n_seeds"])
-    out.print(
-        f"Held-out captions, {sample}; {console.format_seconds(record['seconds']['total'])} in all", highlight=False
-    )
+    total = console.format_seconds(record["seconds"]["total"])
+    out.print(f"Held-out captions, {sample}; {total} in all", highlight=False)
     out.print(Text.assemble("Report: ", (page.as_uri(), "bold cyan")), soft_wrap=True)
 
 

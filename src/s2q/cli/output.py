@@ -165,7 +165,7 @@ def metric_table(evaluation: Mapping[str, Any], *, names: Sequence[str] = ()) ->
 
 
 def _storage_line(storage: Mapping[str, Any]) -> Text:
-    before, after = format_bytes(storage["full_precision_bytes"]), format_bytes(storage["quantized_bytes"])
+    before, after = (format_bytes(storage[f"{side}_bytes"]) for side in ("full_precision", "quantized"))
     return Text.assemble(
         f"Transformer: {before} in bf16, {after} quantized, ", (f"{storage['ratio']:.2f} times smaller", "bold")
     )

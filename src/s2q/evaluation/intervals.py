@@ -33,7 +33,7 @@ class Estimate:
 
 
 def clustered_mean(values: Mapping[str, Sequence[float]], *, proportion: bool = False, seed: int = 0) -> Estimate:
-    """Average over prompts, with a bootstrap interval over prompts.
+    """Average over prompts, with a bootstrap interval over prompts; without one below 10 prompts.
 
     The interval is SciPy's bias-corrected and accelerated bootstrap of the prompts' means (Efron and Tibshirani 1993,
     chapter 14), 9,999 resamples. Where every prompt has the same mean, resampling sees no spread: a proportion that is
@@ -43,10 +43,6 @@ def clustered_mean(values: Mapping[str, Sequence[float]], *, proportion: bool = 
     Args:
         values: For each prompt the values of its videos; at least one prompt, at least one value each.
         proportion: Whether the values are 0 or 1.
-        seed: Seed of the resampling.
-
-    Returns:
-        The estimate; without an interval below 10 prompts.
 
     Example:
         >>> clustered_mean({"a": [1.0, 3.0], "b": [4.0]})
@@ -100,12 +96,7 @@ def sign_flip_p_value(differences: Sequence[float], *, seed: int = 0) -> float |
     sign patterns for few differences, 9,999 random ones beyond that (Fisher 1935, section 21; Phipson and Smyth 2010
     for the one that is added to a random count). The patterns are drawn once for all differences of a length.
 
-    Args:
-        differences: One for each prompt.
-        seed: Seed of the random sign patterns.
-
-    Returns:
-        The p-value; None below 10 differences.
+    The p-value is None below 10 differences, one for each prompt.
 
     Example:
         Ten differences of one sign: 2 of 1,024 patterns are as far from zero.
@@ -135,12 +126,7 @@ def _sign_patterns(count: int, seed: int) -> tuple[np.ndarray, int]:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for being several, so that the chance of any false rejection stays at the level (Holm 1979).
 
-    Args:
-        p_values: The p-values of one family, in any order.
-
-    Returns:
-        The adjusted ones in the same order: the k-th smallest of m times m − k + 1, never below the one before it, at
-        most 1.
+    The k-th smallest of m is multiplied by m − k + 1; it is at least the one before it and at most 1. The order stays.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])

@@ -101,14 +101,9 @@ class PairedDifference:
 def paired_differences(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
 ) -> dict[str, PairedDifference]:
-    """Compare two models in every metric that both have.
+    """Compare two models, a and b, in every metric that both have; p-values are corrected across the metrics.
 
-    Args:
-        first: `videos` of the `eval.json` of a: `prompt`, `seed` and `metrics` of each.
-        second: The same of b, of the same prompts and seeds.
-
-    Returns:
-        The differences by metric; the p-values are corrected across them.
+    Given are the `videos` of their `eval.json`, of the same prompts and seeds.
     """
     values_of_b = {(video["prompt"], video["seed"]): video["metrics"] for video in second}
     assert values_of_b.keys() == {(video["prompt"], video["seed"]) for video in first}
@@ -132,7 +127,6 @@ def compare_group(evaluations: Mapping[str, Mapping[str, Any]], *, pair_done: Ti
 
     Args:
         evaluations: Contents of `eval.json` by label, all of the same prompts, seeds and reference; at least one.
-        pair_done: Called after each pair; one takes some tenths of a second.
 
     Returns:
         `ranked_by`, `ranking` (labels, best first), `winners` (for each metric `best`, `winner` and `tied_with`) and

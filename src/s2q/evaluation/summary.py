@@ -75,11 +75,7 @@ def summarise(measured: EvaluationResult) -> dict[str, Any]:
 def noise_pairs(
     videos: Sequence[Video], *, learned: Mapping[str, metrics.FrameMetric] = MappingProxyType({})
 ) -> list[VideoScores]:
-    """Compare each full-precision video with the same prompt's next seed: what another seed alone changes.
-
-    Returns:
-        Fidelity metrics of each pair, under the later seed; none with a single seed a prompt.
-    """
+    """Compare each full-precision video with the same prompt's next seed, under which the metrics of the pair are."""
     by_prompt: dict[str, list[Video]] = {}
     for video in videos:
         by_prompt.setdefault(video.prompt, []).append(video)

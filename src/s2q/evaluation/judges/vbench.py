@@ -60,7 +60,7 @@ class VBenchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VBenchPlan:
-    """Dimensions that VBench scores, with their videos.
+    """Dimensions that VBench scores.
 
     Attributes:
         standard: Whether all prompts are VBench's own.

@@ -33,12 +33,9 @@ def main(task, request_path, answer_path):
 def check(request):
     """Say what VBench is there, and what keeps it from judging.
 
-    Args:
-        request: `dimensions` that may be judged, `local` (weights from VBench's cache folder), `folder` to work in.
-
-    Returns:
-        `error` if vbench cannot be imported; else `version`, `dimensions`, `custom` (those for prompts that are not
-        VBench's), `prompts` (VBench's, each with its dimensions) and `problems` (text by dimension).
+    The request has the `dimensions` that may be judged, `local` (weights from VBench's cache folder) and a `folder` to
+    work in. The answer is `error` if vbench cannot be imported; else `version`, `dimensions`, `custom` (those for
+    prompts that are not VBench's), `prompts` (VBench's, each with its dimensions) and `problems` (text by dimension).
     """
     try:
         import vbench
@@ -64,12 +61,9 @@ def check(request):
 def judge(request):
     """Score a folder of videos.
 
-    Args:
-        request: `videos` (folder), `prompts` (prompt by file; empty for VBench's own, which the file names say),
-            `dimensions`, `device`, `local`, `folder` to work in.
-
-    Returns:
-        For each dimension its score and a list of `video_path` and `video_results`, as VBench writes them.
+    The request has `videos` (folder), `prompts` (prompt by file; empty for VBench's own, which the file names say),
+    `dimensions`, `device`, `local` and a `folder` to work in. The answer is for each dimension its score and a list of
+    `video_path` and `video_results`, as VBench writes them.
     """
     import torch
     import vbench
