@@ -18,6 +18,7 @@ from tiny import tiny_call, tiny_pipeline, video_size
 from tiny_families import TEXT_TO_VIDEO
 
 MODELS = [name for name in TEXT_TO_VIDEO if name != "cogvideox rotary"]
+_WITH_ROTARY = {"cogvideox": "cogvideox rotary"}  # as in the 5B model
 PROMPTS = ["red", "a blue square"]
 _QUICK = {
     "calibration.n_prompts": 1,
@@ -38,7 +39,7 @@ def _scratch():
 def model_folder(name, dtype=torch.float32):
     """A folder with a tiny pipeline; made once."""
     folder = Path(_scratch().name) / f"{name}-{dtype}".replace(" ", "-")
-    pipe = tiny_pipeline(name, num_layers=2 if name == "wan 2.2 a14b" else 1, dtype=dtype)
+    pipe = tiny_pipeline(_WITH_ROTARY.get(name, name), num_layers=2 if name == "wan 2.2 a14b" else 1, dtype=dtype)
     pipe.save_pretrained(folder)
     (folder / "generation.json").write_text(json.dumps({"num_inference_steps": 2, **video_size(pipe)}))
     return folder
