@@ -35,7 +35,7 @@ def packed_linear():
         out_features=64,
         has_bias=True,
         scheme=scheme,
-        layout=InputPath(scale=True, left=8, right=8),
+        path=InputPath(scale=True, left=8, right=8),
     )
     return random_packed_linear(linear, generator=torch.Generator(), dtype=torch.float32)
 

@@ -14,12 +14,12 @@ DELTA = LinearScheme(
     weight=SCHEME.weight,
     activation=activations(4, delta=Delta(cube=(2, 2, 2))),
 )
-LAYOUT = InputPath(scale=True, left=4, right=8, activation_clip=True)
+PATH = InputPath(scale=True, left=4, right=8, activation_clip=True)
 
 
-def config(**layouts):
+def config(**paths):
     return S2QConfig.from_schemes(
-        dict.fromkeys("ab", SCHEME), recipe="mine", compute_dtype="bfloat16", layouts=layouts
+        dict.fromkeys("ab", SCHEME), recipe="mine", compute_dtype="bfloat16", paths=paths
     ).to_dict()
 
 
@@ -27,14 +27,14 @@ def test_without_inputs_the_older_version_is_written_and_says_nothing_of_them():
     content = config()
     assert content["format_version"] == 1
     assert not {"inputs", "layer_inputs"} & set(content)
-    assert S2QConfig.from_dict(content).layer_layouts() == {}
+    assert S2QConfig.from_dict(content).layer_paths() == {}
 
 
 def test_input_paths_survive_json():
-    content = config(a=LAYOUT)
+    content = config(a=PATH)
     assert content["format_version"] == 2
     again = S2QConfig.from_dict(content)
-    assert again.layer_layouts() == {"a": LAYOUT}
+    assert again.layer_paths() == {"a": PATH}
     assert again.to_dict() == content
 
 
@@ -59,7 +59,7 @@ def test_input_paths_survive_json():
 )
 def test_what_is_not_valid_is_refused(change, message):
     with pytest.raises(InvalidInputError, match=message):
-        S2QConfig.from_dict({**config(a=LAYOUT), **change})
+        S2QConfig.from_dict({**config(a=PATH), **change})
 
 
 def test_how_tokens_are_made_comes_back():
@@ -68,8 +68,8 @@ def test_how_tokens_are_made_comes_back():
     content = S2QConfig.from_schemes(schemes, recipe="mine", compute_dtype="bfloat16", tokens=tokens).to_dict()
     assert content["format_version"] == FORMAT_VERSION == 3
     again = S2QConfig.from_dict(json.loads(json.dumps(content)))
-    assert (again.token_layout(), again.layer_schemes(), again.layer_layouts()) == (tokens, schemes, {})
-    assert S2QConfig.from_dict(config(a=LAYOUT)).token_layout() is None
+    assert (again.token_layout(), again.layer_schemes(), again.layer_paths()) == (tokens, schemes, {})
+    assert S2QConfig.from_dict(config(a=PATH)).token_layout() is None
     for change, message in (
         ({"tokens": {**content["tokens"], "text": "left"}}, "unknown text of a token layout 'left'"),
         ({"tokens": {**content["tokens"], "grid": 1}}, "unknown key of a token layout 'grid'"),
@@ -79,22 +79,22 @@ def test_how_tokens_are_made_comes_back():
             S2QConfig.from_dict({**content, **change})
 
 
-@pytest.mark.parametrize(("scheme", "layout"), [("delta", {}), ("plain", {"estimator": True, "estimator_frames": 3})])
-def test_layers_that_have_to_know_where_tokens_lie_are_refused_without(scheme, layout):
-    layouts = {"a": InputPath(**layout)} if layout else {}
+@pytest.mark.parametrize(("scheme", "path"), [("delta", {}), ("plain", {"estimator": True, "estimator_frames": 3})])
+def test_layers_that_have_to_know_where_tokens_lie_are_refused_without(scheme, path):
+    paths = {"a": InputPath(**path)} if path else {}
     schemes = {"a": {"delta": DELTA, "plain": SCHEME}[scheme]}
     with pytest.raises(InvalidInputError, match="tokens is missing"):
-        S2QConfig.from_schemes(schemes, recipe="mine", compute_dtype="bfloat16", layouts=layouts)
+        S2QConfig.from_schemes(schemes, recipe="mine", compute_dtype="bfloat16", paths=paths)
 
 
 def test_an_estimator_is_in_a_layout_only_if_there_is_one():
-    assert "estimator" not in LAYOUT.to_dict()
-    layout = InputPath(estimator=True, estimator_frames=3)
-    assert InputPath.from_dict(layout.to_dict()) == layout
-    assert not layout.empty
+    assert "estimator" not in PATH.to_dict()
+    path = InputPath(estimator=True, estimator_frames=3)
+    assert InputPath.from_dict(path.to_dict()) == path
+    assert not path.empty
     shapes = {"estimator_input": (32,), "estimator_output": (16,), "estimator_frames": (3,)}
-    assert layout.shapes(32, 16) == shapes
-    assert layout.num_bytes(32, 16) == 4 * (32 + 16 + 3)
+    assert path.shapes(32, 16) == shapes
+    assert path.num_bytes(32, 16) == 4 * (32 + 16 + 3)
     assert InputPath(estimator=True).shapes(32, 16).keys() == {"estimator_input", "estimator_output"}
     for fields, message in (({"estimator_frames": 3}, "without estimator"), ({"estimator": 1}, "estimator=1")):
         with pytest.raises(InvalidInputError, match=message):
@@ -102,36 +102,36 @@ def test_an_estimator_is_in_a_layout_only_if_there_is_one():
 
 
 def test_an_input_path_has_these_shapes_and_bytes():
-    assert LAYOUT.shapes(32, 16) == {
+    assert PATH.shapes(32, 16) == {
         "transform_scale": (32,),
         "transform_left": (4, 4),
         "transform_right": (8, 8),
         "activation_clip": (1,),
     }
-    assert LAYOUT.num_bytes(32, 16) == 4 * (32 + 16 + 64 + 1)
+    assert PATH.num_bytes(32, 16) == 4 * (32 + 16 + 64 + 1)
     assert InputPath(shift=True).shapes(32, 16) == {"input_shift": (32,)}
     assert InputPath(shift=True).num_bytes(32, 16) == 4 * 32
     assert not InputPath(shift=True).empty
     assert InputPath().num_bytes(32, 16) == 0
-    for layout in (LAYOUT, InputPath(left=4)):
+    for path in (PATH, InputPath(left=4)):
         with pytest.raises(InvalidInputError, match="expected a product of 48"):
-            layout.shapes(48, 16)
+            path.shapes(48, 16)
 
 
 def test_a_low_rank_branch_is_stored_in_bfloat16():
-    layout = InputPath(low_rank=4)
-    assert not layout.empty
-    assert layout.shapes(32, 16) == {"low_rank_basis": (32, 4), "low_rank_weight": (16, 4)}
-    assert layout.num_bytes(32, 16) == 2 * 4 * (32 + 16)
+    path = InputPath(low_rank=4)
+    assert not path.empty
+    assert path.shapes(32, 16) == {"low_rank_basis": (32, 4), "low_rank_weight": (16, 4)}
+    assert path.num_bytes(32, 16) == 2 * 4 * (32 + 16)
     with pytest.raises(InvalidInputError, match="rank 4; expected at most 3 between 32 and 3 features"):
-        layout.shapes(32, 3)
+        path.shapes(32, 3)
 
 
 def test_a_branch_of_the_weight_needs_the_newest_version_and_others_do_not_say_that_they_deflate():
     branch = InputPath(low_rank=4, deflates=False)
-    content = config(a=LAYOUT, b=branch)
+    content = config(a=PATH, b=branch)
     assert content["format_version"] == FORMAT_VERSION == 3
     assert ["deflates" in one for one in content["inputs"].values()] == [False, True]
-    assert S2QConfig.from_dict(content).layer_layouts() == {"a": LAYOUT, "b": branch}
-    assert config(a=LAYOUT, b=InputPath(low_rank=4))["format_version"] == 2
+    assert S2QConfig.from_dict(content).layer_paths() == {"a": PATH, "b": branch}
+    assert config(a=PATH, b=InputPath(low_rank=4))["format_version"] == 2
     assert (branch.num_bytes(32, 16), branch.empty) == (InputPath(low_rank=4).num_bytes(32, 16), False)

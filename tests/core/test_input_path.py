@@ -65,7 +65,7 @@ def test_a_part_with_coefficients_is_stored_and_packed_linears_give_the_output_o
     assert path.num_bytes(24, 10) == 40
     student, linear = student_of(path, basis=basis)
     packed = packed_of(student)
-    assert packed.layout == InputPath(token_mean=True, low_rank=None if basis is None else 2)
+    assert packed.path == InputPath(token_mean=True, low_rank=None if basis is None else 2)
     assert packed.row_sums.shape == (10, 1)
     x = draw(5, 24) + 30
     outputs = []

@@ -46,7 +46,7 @@ def test_it_starts_as_the_packed_linear_and_comes_back_as_it(layer_scheme, parts
     refined = RefinedLinear(packed, source=source)
     torch.testing.assert_close(refined(X), packed(X), rtol=1e-4, atol=1e-4)
     again = refined.repacked()
-    assert again.layout == packed.layout
+    assert again.path == packed.path
     for name, tensor in packed.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 

@@ -65,11 +65,11 @@ def test_linears_with_other_transforms_do_not_share(transformer):
 
 def test_linears_whose_branches_are_taken_from_the_other_side_do_not_share(transformer):
     attention = transformer.transformer_blocks[0].attn1
-    kept = attention.to_k.layout
-    attention.to_k.layout = kept.replace(deflates=False)
+    kept = attention.to_k.path
+    attention.to_k.path = kept.replace(deflates=False)
     assert share_inputs(transformer) == 3 * len(transformer.transformer_blocks) - 1
     assert attention.to_k.shared_input is None
-    attention.to_k.layout = kept
+    attention.to_k.path = kept
     share_inputs(transformer)
 
 

@@ -152,8 +152,8 @@ def test_svdquant_takes_the_singular_vectors_of_the_smoothed_weights_out_of_them
     assert not torch.allclose(found, rounded(rest), rtol=0, atol=float(step.min()) / 2)  # GPTQ
     errors = run.report.blocks[0].rounding[f"transformer_blocks.0.{LINEAR}"]
     assert errors["error"] < errors["rtn_error"]
-    layout = run.packed.layout
-    assert (layout.low_rank, layout.deflates, layout.left, layout.right) == (rank, False, None, None)
+    path = run.packed.path
+    assert (path.low_rank, path.deflates, path.left, path.right) == (rank, False, None, None)
     assert torch.equal(stored, run.pipe.transformer.transformer_blocks[0].attn1.to_v.low_rank_basis.double())
 
 

@@ -155,8 +155,8 @@ def test_a_checkpoint_with_estimators_sees_the_grid(run, model):
     assert learned or model != "cogvideox"
     for name, layer in packed(result.pipe.transformer).items():
         inner = name.split(".", 2)[2]
-        assert layer.layout.estimator == (layer.scheme.activation is not None)
-        assert layer.layout.estimator_frames == (None if inner in (*family.text_linears, *family.modulation) else 3)
+        assert layer.path.estimator == (layer.scheme.activation is not None)
+        assert layer.path.estimator_frames == (None if inner in (*family.text_linears, *family.modulation) else 3)
         assert (name in grids) == layer.needs_grid
         if layer.needs_grid:
             assert grids[name].frames == 3

@@ -80,7 +80,7 @@ def random_packed_linear(
     """Build a packed linear with random codes; its output is about as large as its input.
 
     Args:
-        linear: Its dimensions, scheme and layout.
+        linear: Its dimensions, scheme and input path.
         generator: Of the codes; its device is where the layer is built.
         dtype: Of the bias.
     """
@@ -90,7 +90,7 @@ def random_packed_linear(
         linear.out_features,
         bias=linear.has_bias,
         scheme=linear.scheme,
-        layout=linear.layout,
+        path=linear.path,
         dtype=dtype,
         device=device,
     )
@@ -101,7 +101,7 @@ def random_packed_linear(
     if linear.has_bias:
         layer.bias.data.zero_()
     of_input = torch.Generator(device).manual_seed(0)  # equal in linears that read the same input: they share its codes
-    for name, shape_of in layer.layout.shapes(linear.in_features, linear.out_features).items():
+    for name, shape_of in layer.path.shapes(linear.in_features, linear.out_features).items():
         tensor = getattr(layer, name).data
         if name in ("transform_left", "transform_right"):
             tensor.copy_(orthogonal_matrix(shape_of[0]))

@@ -76,7 +76,7 @@ def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
     described = {
         "artefact_version": ARTEFACT_VERSION,
         "recipe": {key: value for key, value in method.items() if key not in ("name", "description", "skip")},
-        "linears": {linear.name: [linear.scheme.to_dict(), linear.layout.to_dict()] for linear in task.linears},
+        "linears": {linear.name: [linear.scheme.to_dict(), linear.path.to_dict()] for linear in task.linears},
         "seed": task.seed,
         "device": torch.device(task.device).type,
         "versions": package_versions(),
@@ -112,7 +112,7 @@ def from_artefact(artefact: Artefact, linears: Sequence[LinearPlan]) -> dict[str
             linear.out_features,
             bias=linear.has_bias,
             scheme=linear.scheme,
-            layout=linear.layout,
+            path=linear.path,
             device="meta",
         )
         layer.load_state_dict(tensors, assign=True)

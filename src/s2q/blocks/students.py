@@ -79,20 +79,20 @@ def _students(
     work: BlockWork, group: Group, statistics: InputStatistics | None, *, alpha: float
 ) -> list[StudentLinear]:
     recipe, seed, first = work.task.recipe, work.task.block_seed, group[0]
-    assert all(linear.layout == first.layout for linear in group), f"{first.name}: linears that share its input differ"
+    assert all(linear.path == first.path for linear in group), f"{first.name}: linears that share its input differ"
     modules = [work.teacher.get_submodule(linear.inner_name) for linear in group]
-    scheme, layout, weights = first.scheme, first.layout, [module.weight for module in modules]
+    scheme, path, weights = first.scheme, first.path, [module.weight for module in modules]
     shift = basis = amax = None
     if statistics is not None:
-        shift = statistics.mean() if layout.shift else None
+        shift = statistics.mean() if path.shift else None
         amax = statistics.amax(shift)
     seed_of_rotation = derive_seed(seed, "rotation", first.inner_name)
     transform = _transform(weights, recipe, amax=amax, alpha=alpha, seed=seed_of_rotation)
-    if statistics is not None and layout.low_rank is not None:
-        if layout.deflates:
-            basis = _input_basis(statistics, shift, transform, rank=layout.low_rank)
+    if statistics is not None and path.low_rank is not None:
+        if path.deflates:
+            basis = _input_basis(statistics, shift, transform, rank=path.low_rank)
         else:
-            basis = _weight_basis(weights, transform, rank=layout.low_rank)
+            basis = _weight_basis(weights, transform, rank=path.low_rank)
     source = StudentInput(
         scheme.activation,
         shift=shift,
@@ -100,17 +100,17 @@ def _students(
         low_rank_basis=basis,
         low_rank_from=recipe.transforms.low_rank_from,
         clip=_clip(scheme, recipe),
-        steps=layout.steps,
+        steps=path.steps,
         weight=weights[0],
     ).to(weights[0].device)
     layers = []
     for linear, module in zip(group, modules, strict=True):
         estimator = None
-        if layout.estimator:
+        if path.estimator:
             estimator = Estimator(
                 linear.in_features,
                 linear.out_features,
-                frames=layout.estimator_frames,
+                frames=path.estimator_frames,
                 seed=derive_seed(seed, "estimator", linear.inner_name),
             ).to(weights[0].device)
         if recipe.clip.weights:

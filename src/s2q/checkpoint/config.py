@@ -3,7 +3,7 @@
 In JSON, schemes are written once and layers name theirs, so that a model with hundreds of layers stays readable:
 `{"quant_method": "s2q", "format_version": 1, "schemes": {"w4a6": {...}}, "layers": {"blocks.0.to_q": "w4a6"}, ...}`.
 
-Version 2 adds the layers' input layouts in the same way: `"inputs": {"t0": {"scale": true, "left": 12, "right": 16,
+Version 2 adds the layers' input paths in the same way: `"inputs": {"t0": {"scale": true, "left": 12, "right": 16,
 "activation_clip": true}}, "layer_inputs": {"blocks.0.to_q": "t0"}`.
 
 Version 3 adds `"deflates": false` to an input, whose low-rank branch is taken from the weight, and how the transformer
@@ -102,7 +102,7 @@ class S2QConfig(QuantizationConfigMixin):
             self._set_inputs(fields.get("inputs"), fields.get("layer_inputs"))
         if "tokens" in fields:
             self.tokens = TokenLayout.from_dict(fields["tokens"]).to_dict()
-        elif any(one.needs_grid for one in (*self.layer_schemes().values(), *self.layer_layouts().values())):
+        elif any(one.needs_grid for one in (*self.layer_schemes().values(), *self.layer_paths().values())):
             raise InvalidInputError(
                 "quantization_config: tokens is missing, but a layer needs the positions of the video tokens; download "
                 "or save the model again"
@@ -113,13 +113,13 @@ class S2QConfig(QuantizationConfigMixin):
             raise InvalidInputError(
                 "quantization_config: inputs or layer_inputs is missing; download or save the model again"
             )
-        layouts = {name: InputPath.from_dict(layout) for name, layout in inputs.items()}
-        if self.format_version == _INPUT_VERSION and not all(one.deflates for one in layouts.values()):
+        paths = {name: InputPath.from_dict(path) for name, path in inputs.items()}
+        if self.format_version == _INPUT_VERSION and not all(one.deflates for one in paths.values()):
             raise InvalidInputError(
                 f"quantization_config: deflates=false in format_version={_INPUT_VERSION}; expected {FORMAT_VERSION}; "
                 "download or save the model again"
             )
-        self.inputs = {name: layout.to_dict() for name, layout in layouts.items()}
+        self.inputs = {name: path.to_dict() for name, path in paths.items()}
         for layer, name in layer_inputs.items():
             if layer not in self.layers:
                 raise unknown_name("layer in layer_inputs of quantization_config", str(layer), self.layers)
@@ -134,19 +134,19 @@ class S2QConfig(QuantizationConfigMixin):
         *,
         recipe: str,
         compute_dtype: str,
-        layouts: Mapping[str, InputPath] | None = None,
+        paths: Mapping[str, InputPath] | None = None,
         tokens: TokenLayout | None = None,
     ) -> S2QConfig:
-        """Build the configuration from scheme and input layout (where there is one) of each linear, by full name."""
+        """Build the configuration from scheme and input path (where there is one) of each linear, by full name."""
         extra: dict[str, Any] = {}
-        if layouts or tokens is not None:
-            layouts = layouts or {}
-            distinct = list(dict.fromkeys(layouts.values()))
+        if paths or tokens is not None:
+            paths = paths or {}
+            distinct = list(dict.fromkeys(paths.values()))
             newest = tokens is not None or not all(one.deflates for one in distinct)
             extra = {
                 "format_version": FORMAT_VERSION if newest else _INPUT_VERSION,
-                "inputs": {f"t{index}": layout.to_dict() for index, layout in enumerate(distinct)},
-                "layer_inputs": {layer: f"t{distinct.index(layout)}" for layer, layout in layouts.items()},
+                "inputs": {f"t{index}": path.to_dict() for index, path in enumerate(distinct)},
+                "layer_inputs": {layer: f"t{distinct.index(path)}" for layer, path in paths.items()},
             }
         if tokens is not None:
             extra["tokens"] = tokens.to_dict()
@@ -163,9 +163,9 @@ class S2QConfig(QuantizationConfigMixin):
         schemes = {name: LinearScheme.from_dict(scheme) for name, scheme in self.schemes.items()}
         return {layer: schemes[name] for layer, name in self.layers.items()}
 
-    def layer_layouts(self) -> dict[str, InputPath]:
-        """Return the input layouts by full name, of the quantized linears that have one."""
-        inputs = {name: InputPath.from_dict(layout) for name, layout in getattr(self, "inputs", {}).items()}
+    def layer_paths(self) -> dict[str, InputPath]:
+        """Return the input paths by full name, of the quantized linears that have one."""
+        inputs = {name: InputPath.from_dict(path) for name, path in getattr(self, "inputs", {}).items()}
         return {layer: inputs[name] for layer, name in getattr(self, "layer_inputs", {}).items()}
 
     def token_layout(self) -> TokenLayout | None:

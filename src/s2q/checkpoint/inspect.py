@@ -110,9 +110,9 @@ def _layers(
     component: str, config: S2QConfig, *, linears: Mapping[str, nn.Linear], tensors: Mapping[str, TensorInfo]
 ) -> tuple[LinearStorage, ...]:
     """The quantized linears of a transformer on disk, by full name."""
-    layouts = config.layer_layouts()
+    paths = config.layer_paths()
     layers = (
-        _layer(name, scheme, layouts.get(name, InputPath()), linears=linears, tensors=tensors)
+        _layer(name, scheme, paths.get(name, InputPath()), linears=linears, tensors=tensors)
         for name, scheme in config.layer_schemes().items()
     )
     return tuple(replace(layer, name=full_name(component, layer.name)) for layer in layers)
@@ -138,7 +138,7 @@ def _linears(component: str, config: Mapping[str, Any]) -> tuple[dict[str, nn.Li
 def _layer(
     name: str,
     scheme: LinearScheme,
-    layout: InputPath,
+    path: InputPath,
     *,
     linears: Mapping[str, nn.Linear],
     tensors: Mapping[str, TensorInfo],
@@ -153,7 +153,7 @@ def _layer(
     expected = {
         "weight": ("U8", (out_features, packed_width(scheme.weight.num_bits, in_features))),
         "weight_scale": ("F32", scale_shape),
-        **{own: (stored[own].dtype, shape) for own, shape in layout.shapes(in_features, out_features).items()},
+        **{own: (stored[own].dtype, shape) for own, shape in path.shapes(in_features, out_features).items()},
     }
     for tensor, (dtype, shape) in expected.items():
         info = tensors.get(f"{name}.{tensor}")

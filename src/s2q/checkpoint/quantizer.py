@@ -2,7 +2,7 @@
 
 The loader casts floating tensors to the model's dtype before it hands them over; packed codes and fp32 scales are
 therefore taken from the state dict, where they are still what the file has. Everything is checked on the way: diffusers
-only warns of missing tensors and knows nothing of the layers' layout.
+only warns of missing tensors and knows nothing of the layers' input paths.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class S2QQuantizer(DiffusersQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self._schemes = quantization_config.layer_schemes()
-        self._layouts = quantization_config.layer_layouts()
+        self._paths = quantization_config.layer_paths()
         self._tokens = quantization_config.token_layout()
         self._keep_in_fp32: tuple[list[str], list[str]] | None = None
         self._model = _Reference(None)
@@ -68,7 +68,7 @@ class S2QQuantizer(DiffusersQuantizer):
             layer, _, tensor = key.rpartition(".")
             if tensor == _SCALE and layer not in self._schemes:
                 raise InvalidInputError(f"{layer} is packed in the file but not in quantization_config; {_REMEDY}")
-            if tensor in stored_tensors() and layer not in self._layouts:
+            if tensor in stored_tensors() and layer not in self._paths:
                 raise InvalidInputError(f"{key} is in the file but not in quantization_config; {_REMEDY}")
         return loaded_keys
 
@@ -134,7 +134,7 @@ class S2QQuantizer(DiffusersQuantizer):
                 linear.out_features,
                 bias=linear.bias is not None,
                 scheme=scheme,
-                layout=self._layouts.get(layer),
+                path=self._paths.get(layer),
                 dtype=linear.weight.dtype,
                 device="meta",
             )

@@ -38,7 +38,7 @@ def float_branch(
         [M, r] and [O, r], r with the estimator's column, or None twice.
     """
     weights = None if coefficients is None else _branch_weight(layer)
-    if not layer.layout.estimator:
+    if not layer.path.estimator:
         return coefficients, weights
     assert layer.estimator_input is not None
     assert layer.estimator_output is not None
@@ -52,7 +52,7 @@ def float_branch(
 
 def _branch_weight(layer: StoredLinear) -> Tensor | None:
     """The columns that coefficients are multiplied by, [O, r]: those of the low-rank branch and then of other parts."""
-    steps = layer.layout.steps
+    steps = layer.path.steps
     if not steps:
         return layer.low_rank_weight
     names = [name for part in steps for name in part.linear_names]

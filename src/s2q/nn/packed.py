@@ -51,7 +51,7 @@ class PackedLinear(StoredLinear):
         weight_scale: fp32 [O] (PerChannel) or [O, G] (PerGroup).
         bias: [O] in the compute dtype, or None.
         scheme: How weight and input are quantized.
-        layout: Which parts its input path has (`core.input_path.PARTS` names their tensors); the tensors of others are
+        path: Which parts its input path has (`core.input_path.PARTS` names their tensors); the tensors of others are
             None.
         name: Its name in the model, for messages; empty if not set.
         backend: How integers are computed: "auto", a backend of the ops ("reference", "cpu", "triton"), or "fastest",
@@ -65,7 +65,7 @@ class PackedLinear(StoredLinear):
         device: Of the uninitialised parameters; "meta" allocates nothing.
 
     Raises:
-        InvalidInputError: If I is not a multiple of a group size, or the layout does not fit I.
+        InvalidInputError: If I is not a multiple of a group size, or the input path does not fit I.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class PackedLinear(StoredLinear):
         *,
         bias: bool,
         scheme: LinearScheme,
-        layout: InputPath | None = None,
+        path: InputPath | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias=bias, scheme=scheme, layout=layout, dtype=dtype, device=device)
+        super().__init__(in_features, out_features, bias=bias, scheme=scheme, path=path, dtype=dtype, device=device)
         self.kept = DequantizedCache()
 
     @classmethod
@@ -98,7 +98,7 @@ class PackedLinear(StoredLinear):
         Args:
             rounded: codes int8 [O, I] and scale fp32 [O] or [O, G], of `scheme.weight`.
             bias: [O] or None; copied.
-            inputs: Tensors of the input by their names in the layer (see `layout`), fp32; the weight is that of the
+            inputs: Tensors of the input by their names in the layer (see `path`), fp32; the weight is that of the
                 transformed input, W T⁻ᵀ.
             deflates: Whether a low-rank branch is taken out of the input; if not, the weight is W T⁻ᵀ without it.
             dtype: Of the bias; None keeps it.
@@ -116,7 +116,7 @@ class PackedLinear(StoredLinear):
             out_features,
             bias=bias is not None,
             scheme=scheme,
-            layout=InputPath.of_tensors(inputs, deflates=deflates),
+            path=InputPath.of_tensors(inputs, deflates=deflates),
             dtype=dtype,
             device="meta",
         )
@@ -133,7 +133,7 @@ class PackedLinear(StoredLinear):
                 raise InvalidInputError(f"bias: got {list(bias.shape)}; expected [{out_features}]")
             layer.bias = frozen(bias.detach().to(device=rounded.codes.device, dtype=dtype or bias.dtype, copy=True))
         dtypes = packed_dtypes()
-        for name, shape in layer.layout.shapes(in_features, out_features).items():
+        for name, shape in layer.path.shapes(in_features, out_features).items():
             tensor = inputs[name].detach().to(rounded.codes.device)
             if tuple(tensor.shape) != shape or tensor.dtype != dtypes[name]:
                 raise InvalidInputError(

@@ -100,9 +100,9 @@ class RefinedLinear(nn.Module):
 
     @torch.no_grad()
     def repacked(self) -> PackedLinear:
-        """Return the packed linear with what was learned; its codes, its layout and the dtype of its bias are kept."""
+        """Return the packed linear with what was learned; codes, input path and the dtype of the bias are kept."""
         packed = self.packed
-        inputs = {name: getattr(packed, name) for name in packed.layout.shapes(packed.in_features, packed.out_features)}
+        inputs = {name: getattr(packed, name) for name in packed.path.shapes(packed.in_features, packed.out_features)}
         if self.source.clip is not None:
             inputs["activation_clip"] = self.source.clip().reshape(1)
         branch = self.low_rank_weight()
@@ -113,6 +113,6 @@ class RefinedLinear(nn.Module):
             bias=self.bias(),
             scheme=packed.scheme,
             inputs=inputs,
-            deflates=packed.layout.deflates,
+            deflates=packed.path.deflates,
             dtype=None if packed.bias is None else packed.bias.dtype,
         )

@@ -106,7 +106,7 @@ def _groups(linears: list[StoredLinear]) -> list[list[StoredLinear]]:
     names = [name for name, tensor in stored_tensors().items() if not tensor.of_linear]
 
     def alike(first: StoredLinear, second: StoredLinear) -> bool:
-        same = all(getattr(first, name) == getattr(second, name) for name in ("in_features", "layout"))
+        same = all(getattr(first, name) == getattr(second, name) for name in ("in_features", "path"))
         tensors = ([linear._parameters.get(name) for name in names] for linear in (first, second))
         return same and first.scheme.activation == second.scheme.activation and same_tensors(*tensors)
 

@@ -53,7 +53,7 @@ class StoredLinear(nn.Linear):
         *,
         bias: bool,
         scheme: LinearScheme,
-        layout: InputPath | None = None,
+        path: InputPath | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -62,7 +62,7 @@ class StoredLinear(nn.Linear):
         self.out_features = out_features
         self.scheme = scheme
         self._name = ""
-        self.layout = layout or InputPath()
+        self.path = path or InputPath()
         width = packed_width(scheme.weight.num_bits, in_features)
         groups = num_groups(scheme.weight, in_features)
         if scheme.activation is not None:
@@ -74,14 +74,14 @@ class StoredLinear(nn.Linear):
         if bias:
             self.bias = frozen(torch.empty(out_features, dtype=dtype, device=device))
         dtypes = packed_dtypes()
-        shapes = self.layout.shapes(in_features, out_features)
+        shapes = self.path.shapes(in_features, out_features)
         for name in stored_tensors():
             shape = shapes.get(name)
             value = None if shape is None else frozen(torch.empty(shape, dtype=dtypes[name], device=device))
             self.register_parameter(name, value)
         self.backend = "auto"
-        self.simulated = scheme.simulated or any(part.restore is not None for part in self.layout.steps)
-        self.needs_grid = scheme.needs_grid or self.layout.needs_grid
+        self.simulated = scheme.simulated or any(part.restore is not None for part in self.path.steps)
+        self.needs_grid = scheme.needs_grid or self.path.needs_grid
         self.shared_input: Callable[[Tensor, Callable[[], QuantizedInput]], QuantizedInput] | None = None
 
     def codes(self) -> Tensor:
@@ -101,7 +101,7 @@ class StoredLinear(nn.Linear):
 
     def input_tensors(self) -> InputTensors:
         """Return the tensors that act on the input."""
-        return InputTensors.of(self._parameters, self.layout)
+        return InputTensors.of(self._parameters, self.path)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the dequantized weight [O, I] for the transformed input, rounded to `dtype`."""
@@ -124,14 +124,14 @@ class StoredLinear(nn.Linear):
         weight = self._dequantized()
         if self.estimator_input is not None and self.estimator_output is not None:
             weight = weight.addr(self.estimator_output, self.estimator_input)
-        if self.layout.transforms:
+        if self.path.transforms:
             left, right = (
                 None if factor is None else factor.t() for factor in (self.transform_left, self.transform_right)
             )
             weight = scaled_kronecker(weight, left=left, right=right)
         if self.low_rank_basis is not None and self.low_rank_weight is not None:
             basis, branch = self.low_rank_basis.float(), self.low_rank_weight.float()
-            weight = weight + (branch - weight @ basis if self.layout.deflates else branch) @ basis.t()
+            weight = weight + (branch - weight @ basis if self.path.deflates else branch) @ basis.t()
         if self.transform_scale is not None:
             weight = weight * self.transform_scale
         return weight.to(dtype)

@@ -378,7 +378,7 @@ def _planned_layer(linear: BlockLinear, *, sizes: Mapping[str, int], dtype: torc
     bias = sizes[f"{linear.name}.bias"] if linear.has_bias else 0
     if isinstance(linear, LinearPlan):
         name = linear.scheme.name
-        num_bytes = linear.weight_bytes + linear.layout.num_bytes(linear.in_features, linear.out_features)
+        num_bytes = linear.weight_bytes + linear.path.num_bytes(linear.in_features, linear.out_features)
     else:
         name, num_bytes = _DTYPE_SCHEMES.get(dtype, str(dtype)), sizes[f"{linear.name}.weight"]
     shape = (linear.out_features, linear.in_features)

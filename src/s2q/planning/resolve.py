@@ -26,11 +26,11 @@ class LinearPlan(BlockLinear):
 
     Attributes:
         scheme: How its weight and input are quantized; where schemes are allocated, the largest until they are.
-        layout: What is applied to its input.
+        path: What is applied to its input.
     """
 
     scheme: LinearScheme
-    layout: InputPath = InputPath()
+    path: InputPath = InputPath()
 
     @property
     def weight_bytes(self) -> int:
@@ -40,7 +40,7 @@ class LinearPlan(BlockLinear):
     @property
     def needs_grid(self) -> bool:
         """Whether it has to know where the video tokens lie."""
-        return self.scheme.needs_grid or self.layout.needs_grid
+        return self.scheme.needs_grid or self.path.needs_grid
 
 
 PLANNED_PARTS: dict[str, Callable[[Recipe, LinearPlan], bool | int | None]] = {
@@ -111,7 +111,7 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
         _check_groups(linear, scheme)
         plan = LinearPlan(**vars(linear), scheme=scheme)
         if linear.role == "linear":
-            plan = replace(plan, layout=_layout(recipe, plan, transforms(linear.in_features), frames))
+            plan = replace(plan, path=_input_path(recipe, plan, transforms(linear.in_features), frames))
         plans.append(plan)
     if not plans:
         raise InvalidInputError(
@@ -189,7 +189,7 @@ def _check_groups(linear: BlockLinear, scheme: LinearScheme) -> None:
         raise InvalidInputError(f"{linear.name}: {error}") from error
 
 
-def _layout(recipe: Recipe, plan: LinearPlan, transforms: InputPath, frames: int | None) -> InputPath:
+def _input_path(recipe: Recipe, plan: LinearPlan, transforms: InputPath, frames: int | None) -> InputPath:
     parts = {name: value_of(recipe, plan) for name, value_of in PLANNED_PARTS.items()}
     return transforms.replace(**parts, estimator_frames=None if plan.sees_text or not parts["estimator"] else frames)
 

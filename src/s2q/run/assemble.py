@@ -57,7 +57,7 @@ def configure(student: nn.Module, teacher: TeacherTransformer, recipe: str) -> N
         {name: linear.scheme for name, linear in linears.items()},
         recipe=recipe,
         compute_dtype=dtype_name(teacher.module.dtype),
-        layouts={name: linear.layout for name, linear in linears.items() if not linear.layout.empty},
+        paths={name: linear.path for name, linear in linears.items() if not linear.path.empty},
         tokens=teacher.tokens if any(linear.needs_grid for linear in teacher.linears) else None,
     )
     attach_config(student, config)
