@@ -4,8 +4,6 @@ All of it depends on the weights and the seed alone. The students are those of c
 with samples and without.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -11,8 +11,6 @@ compared is that of the weights as they would be rounded, so that the best state
 Legend: `B` samples, `N_k` tokens of stream k, `d` channels.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import math
@@ -64,13 +62,7 @@ class DistillationReport:
 
 @torch.no_grad()
 def block_loss(block: nn.Module, samples: Samples, *, temporal: float = 0.0) -> float:
-    """Compute the mean loss of a block over samples.
-
-    Args:
-        block: A student, or a block with packed linears.
-        samples: At least one.
-        temporal: Weight of the loss on the similarities of frames.
-    """
+    """Compute the mean loss of a block over samples."""
     losses = []
     with memoization():
         for sample in _ahead(samples, range(len(samples))):
@@ -85,11 +77,9 @@ class Optimization:
         learnable: The parameters that are learned.
 
     Args:
-        student: See `distil`.
         options: Epochs and learning rates.
         samples: Their number; each is a step of every epoch.
         temporal: Weight of the loss on the similarities of frames.
-        penalty: See `distil`.
 
     Raises:
         S2QError: If nothing is learnable.
@@ -146,16 +136,8 @@ def distil(
     Args:
         student: A block whose parameters that require gradients are those of transforms, clips, which are called
             `theta`, and learned rounding, which are called `logits`.
-        samples: At least one.
-        options: Epochs and learning rates.
-        temporal: Weight of the loss on the similarities of frames.
-        seed: Of the order of the samples.
         penalty: Called in each step with the share of the steps that were taken; adds the gradient of what else is to
             be small, beside a loss of 1.
-        epoch_done: Called after each epoch.
-
-    Raises:
-        S2QError: If the loss is not finite before the first step, or nothing is learnable.
     """
     optimization = Optimization(student, options=options, samples=len(samples), temporal=temporal, penalty=penalty)
     learnable = optimization.learnable
@@ -208,9 +190,6 @@ def checkpoint_parts(student: nn.Module) -> Iterator[None]:
     A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
     that treat every token by itself, wherever it lies, do so a piece of the sequence after another. The gradient is the
     same except for the order of its sums.
-
-    Args:
-        student: See `distil`.
     """
     from diffusers.models.attention import FeedForward
 

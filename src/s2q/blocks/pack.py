@@ -4,8 +4,6 @@ Modulation linears see one row a call, which depends on its timestep alone or ne
 of every timestep of the generation, not with those of the samples alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,15 +33,7 @@ def pack_nearest(weight: Tensor, bias: Tensor | None, scheme: LinearScheme) -> P
 
 @torch.no_grad()
 def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, groups: Sequence[Group]) -> Packed:
-    """Round and pack the students of a block as its recipe says.
-
-    Args:
-        student: The block with its students, which learn no more.
-        samples: What GPTQ takes its Hessians from.
-
-    Raises:
-        S2QError: If GPTQ fails and the recipe does not allow the fallback.
-    """
+    """Round and pack the students of a block as its recipe says."""
     rounding = work.task.recipe.rounding
     hessians: dict[str, HessianAccumulator] = {}
     if rounding.needs_hessian:
@@ -80,7 +70,6 @@ def pack_student(
     """Pack a student.
 
     Args:
-        layer: The student; learns no more.
         rounded: Its folded weight, rounded; None rounds it by a method that needs no samples, that of the recipe.
 
     Returns:
@@ -98,14 +87,7 @@ def pack_student(
 
 @torch.no_grad()
 def pack_modulation(work: BlockWork, linears: Sequence[LinearPlan], samples: BlockSamples) -> Packed:
-    """Round and pack modulation linears by a Hessian, that of their inputs at every timestep.
-
-    Args:
-        samples: Their stream has the inputs of every timestep.
-
-    Raises:
-        S2QError: If GPTQ fails and the recipe does not allow the fallback.
-    """
+    """Round and pack modulation linears by a Hessian, that of their inputs at every timestep."""
     hessians: dict[str, HessianAccumulator] = {}
     if linears:
         calls = (samples.cast(inputs) for inputs in samples.stream.timestep_inputs())

@@ -3,8 +3,6 @@
 Legend: `I/O` in/out features.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ recipe asks for the model's own dtype; the targets are what a copy of the block 
 The student contains the modulation linears of the checkpoint.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -59,12 +57,7 @@ class ReconstructedBlock:
 
 
 def reconstruct_block(task: BlockTask) -> ReconstructedBlock:
-    """Carry out a recipe that calibrates on one block.
-
-    Raises:
-        InvalidInputError: If the activations contain NaN or infinite values.
-        S2QError: If GPTQ fails and the recipe does not allow the fallback.
-    """
+    """Carry out a recipe that calibrates on one block."""
     with block_students(task) as opened:
         task.progress()
         return _carry_out(opened)
@@ -99,11 +92,7 @@ class BlockStudents:
         return layers
 
     def student(self, modulation: Mapping[str, PackedLinear]) -> nn.Module:
-        """Return the student as it starts; the statistics are released.
-
-        Args:
-            modulation: Packed modulation linears by name inside the block.
-        """
+        """Return the student as it starts; the statistics are released."""
         student = self.work.copy_with(modulation)
         for group, statistics in self.statistics.items():
             put_students(student, self.work, group, statistics)
@@ -113,11 +102,7 @@ class BlockStudents:
 
 @contextmanager
 def block_students(task: BlockTask) -> Iterator[BlockStudents]:
-    """Move the stream to a block and observe its samples; targets and token weights are deleted at the end.
-
-    Raises:
-        InvalidInputError: If the activations contain NaN or infinite values.
-    """
+    """Move the stream to a block and observe its samples; targets and token weights are deleted at the end."""
     stream, family = task.stream, task.family
     assert stream is not None, "a recipe that calibrates needs samples"
     teacher = copy.deepcopy(task.block).to(task.device).requires_grad_(False).eval()

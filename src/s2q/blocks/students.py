@@ -7,8 +7,6 @@ quantized, the low-rank branch added, as SVDQuant (Li et al., 2024) judges its o
 Legend: `I/O` in/out features.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

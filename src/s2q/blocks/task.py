@@ -1,7 +1,5 @@
 """One block to quantize: what decides the result, and what every step of it knows."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +22,8 @@ class BlockTask:
 
     Attributes:
         block: The full-precision block as it is stored; never changed.
-        linears: Its linears to quantize.
-        recipe: The recipe.
         family: Family of the model.
-        index: Index of the block.
         seed: Seed of the run; the block's own is derived from it and the index.
-        device: Where to compute.
         stream: The teacher's stream; is moved to the block. None for recipes that need no samples.
         checkpointed: Whether a step of distillation computes parts of the block again to hold less.
         progress: Called after each unit of calibration: an epoch, or what takes about as long.

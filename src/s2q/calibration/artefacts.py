@@ -108,7 +108,6 @@ def to_artefact(trajectory: Trajectory, *, channel_dim: int) -> Artefact:
     """Keep of a trajectory of one video what calibration needs: latents, timesteps, transformers, arguments.
 
     Args:
-        trajectory: Of one prompt.
         channel_dim: Which dimension of a latent [f, C, h, w] is C.
     """
     calls = trajectory.calls

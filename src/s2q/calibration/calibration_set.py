@@ -4,8 +4,6 @@ Each transformer has candidates of its own, the steps in which it is called, and
 the recipe says; scores are compared within them. `calibration.stream` carries them through its blocks.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,7 +26,6 @@ class CalibrationSet:
     """The samples on which the blocks of one transformer are calibrated.
 
     Attributes:
-        calls: The samples.
         timesteps: One conditional call for each timestep that the transformer sees, of one prompt after another.
         record: The content of selection.json: every candidate with its scores and whether it was taken.
     """
@@ -87,13 +84,7 @@ class CalibrationSets:
 def select(
     pools: Mapping[str, CandidatePool], inputs: CalibrationInputs, group: Calibration, *, branches: int
 ) -> CalibrationSets:
-    """Take samples for each transformer, as many as the recipe says of each.
-
-    Args:
-        pools: The candidates of each, by component.
-        inputs: What they were collected from.
-        branches: Guidance branches of a call.
-    """
+    """Take samples for each transformer, as many as the recipe says of each."""
     taken = {component: _taken_from(pool, inputs, group, branches=branches) for component, pool in pools.items()}
     return CalibrationSets(inputs=inputs, samples=taken)
 

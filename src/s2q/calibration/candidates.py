@@ -8,8 +8,6 @@ again.
 Legend: `R` guidance branches, `f` latent frames, `C` latent channels, `h`, `w` latent height and width.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,12 +73,7 @@ def calibration_prompts(
     """Return the prompts to calibrate on.
 
     Args:
-        model_name: Name of the model; the embedded ones have prompts of their own.
         prompts: What was given, if anything; the first `n_prompts` are taken.
-        recipe: Name of the recipe, for messages.
-
-    Raises:
-        InvalidInputError: If there are none.
     """
     if prompts is None:
         if model_name in embedded.EMBEDDED_NAMES:
@@ -97,16 +90,7 @@ def calibration_prompts(
 def prepare(
     teacher: Teacher, prompts: Sequence[str], group: Calibration, *, seed: int, inputs: Mapping[str, Any]
 ) -> CalibrationInputs:
-    """Check prompts and numbers against the model, before anything is generated.
-
-    Args:
-        prompts: See `calibration_prompts`.
-        inputs: What else decides the result: device, versions. Plain data.
-
-    Raises:
-        InvalidInputError: If the pipeline needs more than prompts, a prompt is too long or empty, or more samples are
-            asked for than there are candidates.
-    """
+    """Check prompts and numbers against the model, before anything is generated."""
     if not takes_prompts_alone(teacher.pipe):
         expected, found = teacher.family.pipeline_class, type(teacher.pipe).__name__
         raise InvalidInputError(
@@ -139,15 +123,8 @@ def collect(
 ) -> dict[str, CandidatePool]:
     """Generate what is not there yet and score every step.
 
-    Args:
-        inputs: See `prepare`.
-        folder: Where the candidates are kept.
-
     Returns:
         For each transformer that is quantized, by component, the steps in which it was called.
-
-    Raises:
-        S2QError: If the model generates NaN.
     """
     _generate(teacher, inputs, folder, device=device, progress=progress)
     channel_dim = teacher.family.latent_channel_dim
@@ -166,12 +143,7 @@ def collect(
 
 
 def branches_of(folder: RunFolder, inputs: CalibrationInputs) -> int:
-    """Return how many guidance branches the collected calls have.
-
-    Args:
-        folder: Where the candidates are kept.
-        inputs: What they were collected from.
-    """
+    """Return how many guidance branches the collected calls have."""
     return int(folder.stats(inputs.key(0))["branches"])
 
 

@@ -3,8 +3,6 @@
 Shapes: `I` in features, `T` timesteps.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,6 @@ class InputStatistics:
     """Mean of the channels of an input over the samples, their range in each timestep; second moments if asked for.
 
     Args:
-        in_features: I.
         device: Where it is computed.
         moments: Whether to sum up second moments.
         kept: How many rows of each call to keep, evenly spaced.

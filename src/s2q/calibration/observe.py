@@ -3,8 +3,6 @@
 Legend: `N_k` tokens of stream k.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -40,9 +38,7 @@ def observe(
     """Store targets and token weights of every sample; return what they say of the inputs of linears.
 
     Args:
-        samples: Its samples; targets are stored there.
         groups: Linears of the block that share an input.
-        check: Called with the outputs and the index of every sample.
 
     Returns:
         Statistics of the input of each group.

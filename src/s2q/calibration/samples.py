@@ -3,8 +3,6 @@
 Legend: `N_k` tokens of stream k, `d` channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol

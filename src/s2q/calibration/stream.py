@@ -7,8 +7,6 @@ pass. Since every block sees the teacher's stream, the inputs of a block do not 
 Tensors that host memory has no room for lie on the disk, in the run folder. Legend: `B` samples.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import itertools
@@ -96,11 +94,7 @@ class TeacherStream:
         return TensorStore(self.folder, f"{self.prefix}{name}", memory=self.memory, pinned=pinned)
 
     def advance(self, block: int) -> None:
-        """Go to the inputs of a block; backwards means from the start.
-
-        Raises:
-            InvalidInputError: If a block's activations contain NaN or infinite values (names block and sample).
-        """
+        """Go to the inputs of a block; backwards means from the start."""
         if self._position is None or block < self._position:
             self._start()
         assert self._position is not None
@@ -121,9 +115,6 @@ class TeacherStream:
 
         What is not conditioning, the streams, is that of the first sample throughout: it says nothing, and is there
         because a block is not called without it.
-
-        Yields:
-            Keyword arguments.
         """
         for conditioning in self._conditioning:
             yield self._renamed({**conditioning, **self._moving.get(0)})
@@ -203,10 +194,7 @@ def calibration_stream(
     """Make the stream that carries the samples of a transformer through its blocks.
 
     Args:
-        folder: Where the candidates are kept, and tensors go that memory has no room for.
-        recipe: The recipe; decides whether the conditioning of every timestep is needed.
         step_bytes: What a step of distillation holds.
-        spilled: Prefix of the files of tensors that memory has no room for.
     """
 
     def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:

@@ -160,11 +160,6 @@ def load_teacher(
         dtype: Compute dtype, in which the rest of the checkpoint is stored too; None takes the pipeline's, or the
             stored one, and calibrates in float32 where the device emulates that (`core.devices.default_dtype`).
         linears: What its linears were resolved to in another process; None resolves them.
-
-    Raises:
-        InvalidInputError: If the model is quantized, has adapters or weights elsewhere, is of an unsupported class, has
-            another dtype than the one asked for, does not fit the recipe, or holds values that are not finite (names
-            the tensor).
     """
     if isinstance(model, ModelSource):
         stored = parse_dtype(dtype) or model.stored_dtype()

@@ -12,8 +12,6 @@ L = (1 · 2 + ½ · 4 + 1 · 9) / 3 = 13/3.
 Legend: `B` samples, `N_k` tokens of stream k, `d` channels, `n` = Σ N_k.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal

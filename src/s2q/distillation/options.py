@@ -1,7 +1,5 @@
 """The options of learning on a block: AdamW, cosine schedule, one sample at a time (`s2q.blocks.distil`)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from s2q.common.options import Options

@@ -11,8 +11,6 @@ the student, R_i = [½, ½]. Each row has KL = 0.731 ln 1.462 + 0.269 ln 0.538 =
 Legend: `B` samples, `f` frames, `N` video tokens, `d` channels.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +24,6 @@ def temporal_loss(student: Tensor, teacher: Tensor, *, frames: int) -> Tensor:
     Args:
         student: The video stream of a block, [B, N, d], frame by frame; differentiable.
         teacher: The same of the full-precision block; no gradient goes there.
-        frames: f.
 
     Returns:
         fp32 scalar, the mean over the pairs of frames and the samples.

@@ -10,8 +10,6 @@ over. In joint attention the text tokens have a λ like the video tokens, in the
 Legend: `B` samples, `H` heads, `N` tokens, `D` head dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

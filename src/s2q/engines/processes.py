@@ -6,8 +6,6 @@ several needs the guard `if __name__ == "__main__":`, as with every use of `mult
 Example: dict(ProcessEngine(["cpu", "cpu"]).map(work, tasks)) has work(task, device, tell) by the index of each task.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import logging.handlers
@@ -75,14 +73,9 @@ class ProcessEngine:
         Args:
             work: A picklable callable, sent to each process once, so that it may keep a model from task to task.
                 Called with a task, the device of its process, and a function that sends a message to `on_message`.
-            tasks: The tasks, picklable; each is drawn when a process is free.
-            on_message: Called in this process, in the thread that draws results.
 
         Yields:
             Index and result of each task.
-
-        Raises:
-            S2QError: If a process dies. What a task raises is raised here; either way the other processes are killed.
         """
         context = _SpawnContext()
         messages, free_devices = context.SimpleQueue(), context.SimpleQueue()

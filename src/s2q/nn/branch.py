@@ -29,7 +29,6 @@ def float_branch(
     """Return coefficients and weights of everything that is multiplied in floating point.
 
     Args:
-        layer: The packed linear.
         coefficients: Of the low-rank branch and of parts with `apply`, [M, r], or None.
         project: Returns what the quantized input is times α [I, 1], as fp32 [M, 1].
         rows: The leading dimensions of the input; their product is M.

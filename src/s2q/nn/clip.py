@@ -51,7 +51,6 @@ class LearnableClip(nn.Module):
     Args:
         shape: () for an activation, (O,) for a weight per channel, (O, 1) for one per group: it broadcasts to the
             scale.
-        start: θ at the start.
         device: Where the parameter lives.
 
     Raises:

@@ -41,7 +41,6 @@ class PackedCodes(nn.Parameter):
     Args:
         data: uint8, not copied.
         requires_grad: False; there for libraries that make parameters of the class of another one.
-        owner: See above.
         plain: Ignored; likewise.
 
     Returns:

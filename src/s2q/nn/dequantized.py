@@ -1,7 +1,5 @@
 """Weights that linears keep from call to call: dequantized where full precision is faster, prepacked where small."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -67,12 +65,7 @@ class DequantizedCache:
         self._prepacked: tuple[Tensor, int, Tensor] | None = None
 
     def of(self, layer: StoredLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Return weight [O, I] and bias [O] or None; computed again for another dtype, or after a tensor has changed.
-
-        Args:
-            layer: Always the same one.
-            dtype: Floating.
-        """
+        """Return weight [O, I] and bias [O] or None; computed again for another dtype or once a tensor changed."""
         kept = self._kept
         tensors = [layer.packed_weight, *_plain_parameters(layer)]
         states = self._kept_at if torch.compiler.is_compiling() else [_state(tensor) for tensor in tensors]

@@ -204,7 +204,6 @@ def start_tensors(steps: Sequence[InputPart], weight: Tensor | None, *, of_linea
     """Return the tensors that parts with `apply` start from, by stored name: all of an input, the learned of a linear.
 
     Args:
-        steps: The parts.
         weight: Folded, [O, I]; None where there is no part.
         of_linear: Whether those of a linear or those of its input.
     """

@@ -5,8 +5,6 @@ it or the tensor is gone. A model that is called otherwise, one of the linears a
 computes what it would have computed without sharing.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar

@@ -4,8 +4,6 @@ A hook before the transformer's forward sets the grid of the call, one after it 
 block that is computed again in the backward pass gets the grid of the call that it belongs to.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

@@ -12,8 +12,6 @@ Where the rounding is learned, 31.5 is 20, and 17 Σ O·I are held all the time.
 Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,8 +64,6 @@ class Workload:
     Attributes:
         tokens: N of a video.
         frames: Tokens of it along time.
-        text_tokens: T.
-        branches: Guidance branches.
         rows: Samples in one call of the transformer: all branches, or one.
         component_bytes: Weights of the pipeline's other components, which generate the samples; None if unknown.
     """
@@ -134,7 +130,6 @@ class CalibrationCost:
     Attributes:
         tokens: N of a video.
         frames: Tokens of it along time.
-        text_tokens: T.
         samples: Calls of a block that it is calibrated on.
         step_bytes: What a step of distillation holds beside the block's weights.
         gradient_checkpointing: Whether a step computes parts of the block again to hold less.
@@ -179,7 +174,6 @@ class BlockShape:
         """Return what a step of distillation, or a pass without one, holds beside the block's weights.
 
         Args:
-            checkpointed: Whether parts are computed again in the backward pass.
             itemsize: Bytes of a value in the dtype of calibration.
         """
         widest = max((features * rows for features, rows in self.outputs), default=0)
@@ -248,13 +242,7 @@ class BlockShape:
 def block_shapes(
     transformers: Mapping[str, nn.Module], linears: Sequence[BlockLinear], workload: Workload
 ) -> list[BlockShape]:
-    """Return the dimensions of every block.
-
-    Args:
-        transformers: By component; may live on the meta device.
-        linears: Those that are quantized, by full name.
-        workload: Tokens of a sample.
-    """
+    """Return the dimensions of every block."""
     shapes = []
     for component, transformer in transformers.items():
         family = family_of(transformer)
@@ -268,8 +256,6 @@ def forward_bytes(shapes: Sequence[BlockShape], rows: int, itemsize: int) -> int
     """Return what a call of the transformer holds beside its weights.
 
     Args:
-        shapes: Of its blocks.
-        rows: Samples in the call.
         itemsize: Bytes of a value in the model's dtype.
     """
     widest = max((features * length for shape in shapes for features, length in shape.outputs), default=0)
@@ -282,10 +268,6 @@ def calibration_cost(
     """Return what calibrating the blocks takes, and how.
 
     Args:
-        shapes: Of every block.
-        recipe: A recipe that calibrates.
-        workload: Tokens of a sample.
-        machine: Where it is to run.
         itemsize: Bytes of a value in the model's dtype.
     """
     group = recipe.calibration
@@ -314,7 +296,6 @@ def activation_memory(machine: Machine, step_bytes: int) -> int:
     """Return the host memory that is left for inputs and targets: on a CPU, a step takes its part of the budget.
 
     Args:
-        machine: Where it is to run.
         step_bytes: What a step holds.
     """
     return max(0, machine.memory_budget - (step_bytes if machine.is_host else 0))

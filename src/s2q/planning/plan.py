@@ -3,8 +3,6 @@
 Everything is computed on the meta device. The bytes are those of the tensors in the safetensors files, exactly.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,7 +46,6 @@ class PlannedStage:
     """One stage of the run.
 
     Attributes:
-        name: Name of the stage.
         peak_memory_bytes: Most that the run has taken of the device's memory by the end of the stage; in host memory,
             the whole process counts. None if unknown.
         seconds: How long it takes; None if it was not measured.
@@ -65,7 +62,6 @@ class PlannedAllocation:
 
     Attributes:
         what: "group_size" or "weight_bits".
-        candidates: The values.
         budget: Bits that a weight takes at most, on the average, with its scales.
         linears: How many linears it is for.
         most_bytes: What their weights and scales may take together.
@@ -86,8 +82,6 @@ class Plan:
 
     Attributes:
         schema_version: Version of this report.
-        model: Name of the model.
-        recipe: Name of the recipe.
         storage: Bytes of the whole transformer, of both where there are two: `full_precision_bytes` (in bf16),
             `quantized_bytes` (on disk; before an allocation the most that its budget allows), `ratio`.
         stages: The stages in order.
@@ -212,16 +206,11 @@ def plan_transformers(
     """Plan a run on the transformers of a pipeline.
 
     Args:
-        transformers: The transformers by component; may live on the meta device.
         linears: What `resolve` makes of their linears.
         sizes: Bytes of each tensor of their state dicts as the checkpoint will store it, by full name.
         dtype: Dtype of their block linears there.
         compute_dtype: Dtype that they are loaded in for the run; None is the same.
-        workload: What calibration computes on; without it, the memory of stages that calibrate is not known.
         machine: Where the run is to be; None is the CPU of this machine.
-
-    Returns:
-        The plan.
     """
     quantized_linears = {linear.name: linear for linear in linears}
     layers = tuple(
@@ -330,9 +319,6 @@ def check_memory(planned: Plan, *, processes: int = 1) -> None:
 
     Args:
         processes: Processes that quantize blocks side by side on the device, each with what the plan says.
-
-    Raises:
-        ResourceError: If a stage needs more memory than the device has; says how much it needs.
     """
     device, there = planned.device["name"], planned.device["memory_bytes"]
     for stage in planned.stages:

@@ -1,7 +1,5 @@
 """From a recipe and the linears of a model to one `LinearPlan` a quantized linear, resolved once a run."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -60,14 +58,8 @@ PLANNED_PARTS: dict[str, Callable[[Recipe, LinearPlan], bool | int | None]] = {
 def recipe_linears(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> list[BlockLinear]:
     """List the linears that a recipe is about: those of the blocks, and the outer ones where it quantizes them.
 
-    Args:
-        transformers: Those of a pipeline, by component; may live on the meta device.
-
     Returns:
         The linears, one transformer after the other, by their names among those of all (`full_name`).
-
-    Raises:
-        InvalidInputError: If a class is not supported.
     """
     linears = []
     for component, transformer in transformers.items():
@@ -87,11 +79,6 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
 
     Returns:
         The plans, in the order of `linears`; linears that stay in full precision have none.
-
-    Raises:
-        InvalidInputError: If nothing is left to quantize, a pattern in `skip` matches no linear, a group size, or none
-            of those to be allocated, divides the in features of a linear (the message names it), or the budget of an
-            allocation is too small.
     """
     _check_skip(recipe, linears)
     schemes = {
@@ -124,11 +111,7 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
 
 
 def allocation_schemes(recipe: Recipe, linear: BlockLinear) -> dict[int, LinearScheme]:
-    """Return the schemes that a recipe may allocate to a linear, by candidate, smallest in bytes first.
-
-    Raises:
-        InvalidInputError: If no group size divides its in features; names the linear.
-    """
+    """Return the schemes that a recipe may allocate to a linear, by candidate, smallest in bytes first."""
     assert recipe.allocation is not None
     candidates, scheme = sorted(recipe.allocation.candidates), recipe.linear_scheme(of_text=linear.sees_text)
     if recipe.allocation.what == "weight_bits":
@@ -150,11 +133,7 @@ def allocation_schemes(recipe: Recipe, linear: BlockLinear) -> dict[int, LinearS
 
 
 def allocation_bytes(recipe: Recipe, linears: Sequence[BlockLinear]) -> int:
-    """Return how many bytes the weights and scales of linears that a recipe allocates to may take together.
-
-    Raises:
-        InvalidInputError: If the smallest candidates take more than the budget; says how much that is.
-    """
+    """Return how many bytes the weights and scales of linears that a recipe allocates to may take together."""
     assert recipe.allocation is not None
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     limit = math.floor(recipe.allocation.budget * weights / 8)

@@ -1,7 +1,5 @@
 """Number of calibration tokens, from a model's configuration alone or from a loaded pipeline."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -28,16 +26,7 @@ logger = logging.getLogger(__name__)
 def workload_of(
     pipe: Any, group: Calibration, *, recommended: Mapping[str, Any], component_bytes: int | None
 ) -> Workload | None:
-    """Return what calibration computes on; None for a pipeline that it does not run.
-
-    Args:
-        pipe: The pipeline; its parts may live on the meta device.
-        recommended: How the makers of the model generate.
-        component_bytes: See `Workload`.
-
-    Raises:
-        InvalidInputError: If the recipe's sizes do not fit the model.
-    """
+    """Return what calibration computes on; None for a pipeline that it does not run."""
     if not takes_prompts_alone(pipe):
         return None
     requested = group.sizes | {"num_inference_steps": group.steps}
@@ -57,14 +46,7 @@ def workload_of(
 def workload_of_source(
     source: ModelSource, group: Calibration, *, transformers: Mapping[str, nn.Module]
 ) -> Workload | None:
-    """Return the same of a model whose weights are not loaded; None if its pipeline cannot be built without them.
-
-    Args:
-        transformers: The model's, by component, on the meta device.
-
-    Raises:
-        InvalidInputError: If the recipe's sizes do not fit the model.
-    """
+    """Return the same of a model whose weights are not loaded; None if its pipeline cannot be built without them."""
     try:
         pipe = source.meta_pipeline(transformers)
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
@@ -76,14 +58,7 @@ def workload_of_source(
 
 
 def workload_of_synthetic(model: SyntheticModel, group: Calibration) -> Workload:
-    """Return the same of the dimensions of a published model, for videos of the recommended size.
-
-    Args:
-        model: The dimensions.
-
-    Raises:
-        InvalidInputError: If the recipe asks for another size.
-    """
+    """Return the same of the dimensions of a published model, for videos of the recommended size."""
     sizes = [name for name, size in group.sizes.items() if size is not None]
     if sizes:
         raise InvalidInputError(

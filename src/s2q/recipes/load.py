@@ -1,7 +1,5 @@
 """Find, read, override and validate recipes: YAML files of this package, or the user's own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -39,12 +37,6 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: S
         recipe: Name of a recipe of the package, "+sds" or "+std" after it if wanted (`VARIANTS`), path of a YAML file,
             contents of one, or a validated recipe.
         overrides: Changes, each "key=value" with a dotted key and a YAML value: "weights.num_bits=8", "skip=[a, b]".
-
-    Returns:
-        The recipe.
-
-    Raises:
-        InvalidInputError: If the recipe is unknown, not YAML, or not valid; names the key and the nearest valid one.
     """
     overrides = checked_overrides(overrides)
     if isinstance(recipe, str) and SEPARATOR in recipe and not _is_path(recipe):
@@ -130,11 +122,7 @@ def _extended(where: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Return overrides of a recipe as a tuple.
-
-    Raises:
-        InvalidInputError: If they are no list, one is not "key=value", or one undoes an earlier one.
-    """
+    """Return overrides of a recipe as a tuple."""
     if isinstance(overrides, str | bytes | Mapping) or not isinstance(overrides, Iterable):
         raise InvalidInputError(
             f'overrides: got {short_repr(overrides)}; pass a list, each "key=value": ["weights.num_bits=8"]'

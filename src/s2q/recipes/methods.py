@@ -5,8 +5,6 @@ in floating point. `widths` lists the widths of a method, each with what differs
 names a method whose groups are changed.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Mapping
@@ -52,14 +50,7 @@ def unknown_recipe(name: str) -> InvalidInputError:
 
 
 def recipe_content(name: str) -> dict[str, Any]:
-    """Return the content of a recipe of the package, not validated.
-
-    Args:
-        name: Method and width.
-
-    Raises:
-        InvalidInputError: If there is no such recipe; lists the nearest names, or the widths of the method.
-    """
+    """Return the content of a recipe of the package, not validated."""
     method, _, width = name.rpartition("-")
     if width not in methods().get(method, {}).get("widths", ()):
         raise unknown_recipe(name)
@@ -79,12 +70,7 @@ def recipe_content(name: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return content with changes: of a group that both have, the keys of the changes; everything else is replaced.
-
-    Args:
-        base: Content of a recipe.
-        changes: What replaces it.
-    """
+    """Return content with changes: of a group that both have, the keys of the changes; everything else is replaced."""
     result = dict(base)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)

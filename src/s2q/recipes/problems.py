@@ -1,7 +1,5 @@
 """Problems of a recipe, each in one line: the key, the value, what was expected, the nearest key."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
@@ -19,11 +17,7 @@ _OUT_OF_RANGE = ("greater_than_equal", "greater_than", "less_than_equal", "less_
 
 
 def explain(error: ValidationError) -> str:
-    """Return the first problem of a recipe; unknown keys come before missing ones.
-
-    Args:
-        error: What validating the recipe raised.
-    """
+    """Return the first problem of a recipe; unknown keys come before missing ones."""
     schema = dict(_schema())
     problems = error.errors(include_url=False)
     problem = min(problems, key=lambda one: one["type"] not in _UNKNOWN)

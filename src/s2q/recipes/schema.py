@@ -84,7 +84,6 @@ class Recipe(BaseModel):
     """A method: the parts of a quantization run and their settings.
 
     Attributes:
-        description: One sentence.
         weights: Of the block linears.
         activations: Of the block linears; None for weight-only.
         modulation: Weights of the adaLN linears, which are always weight-only; None leaves those linears untouched.

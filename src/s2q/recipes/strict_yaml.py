@@ -5,8 +5,6 @@ with the line: a key that is given twice, numbers with leading zeros, anchors an
 can expand to gigabytes), tags, further documents, nesting and size beyond what a recipe can need.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -32,14 +30,10 @@ def parse_yaml(text: str, *, where: str) -> Any:
     """Read a YAML document.
 
     Args:
-        text: The document.
         where: What it is, for messages: a path, "recipe mine".
 
     Returns:
         Dicts with string keys, lists, strings, numbers, booleans and None.
-
-    Raises:
-        InvalidInputError: If it is not YAML, or uses what is refused (see above); names the line.
     """
     if len(text) > MAX_BYTES:
         raise InvalidInputError(f"{where}: longer than {MAX_BYTES // 1024} KiB; a recipe has a few")

@@ -4,8 +4,6 @@
 needs something to learn: the method's own channel scale where it has one, else clipping ratios.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -25,11 +23,7 @@ def remarked(description: str, remark: str) -> str:
 
 
 def with_variant(recipe: Recipe, variant: str) -> Recipe:
-    """Return the recipe with a part added.
-
-    Raises:
-        InvalidInputError: If the recipe does not calibrate, or has the part already.
-    """
+    """Return the recipe with a part added."""
     if not recipe.calibrates:
         raise InvalidInputError(f"recipe {recipe.name}: {SEPARATOR}{variant} needs a recipe that calibrates")
     changes = VARIANTS[variant](recipe)

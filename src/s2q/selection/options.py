@@ -1,7 +1,5 @@
 """The options of calibration: what is generated, and which denoising steps of it become samples."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +17,6 @@ class Calibration(Options):
         num_frames: Frames of each; None takes the model's default. Fewer and smaller ones cost less.
         height: Height of a frame in pixels, likewise.
         width: Width of a frame in pixels, likewise.
-        samples: Candidates to take.
         selection: How they are taken; one of `SELECTIONS`.
         branches: Which guidance branch of a candidate is the sample: "alternate" takes the conditional and the
             unconditional one in turn, over the samples; "both" makes two samples of each.

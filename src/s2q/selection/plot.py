@@ -8,14 +8,7 @@ import numpy as np
 
 
 def selection_plot(record: Mapping[str, Any]) -> bytes:
-    """Draw the three scores over prompts × timesteps, the chosen candidates marked.
-
-    Args:
-        record: The content of selection.json.
-
-    Returns:
-        A PNG.
-    """
+    """Draw the three scores over prompts × timesteps, the chosen candidates marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -9,8 +9,6 @@ A candidate is one denoising step of one prompt. Scores are computed in fp64.
 Legend: `C` latent channels, `T` latent tokens (voxels), `P` candidates of the pool.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -42,9 +40,6 @@ class Candidate:
 @dataclass(frozen=True, kw_only=True)
 class CandidatePool:
     """All candidates of a run, in order of prompt and then of step.
-
-    Attributes:
-        candidates: P of them.
 
     Raises:
         InvalidInputError: If there is none, one appears twice, or a score is NaN, infinite or negative.
@@ -91,11 +86,7 @@ class CandidatePool:
         return tuple(diffusion * quantization for diffusion, quantization in pairs)
 
     def of_prompt(self, prompt: int) -> list[int]:
-        """Return the indices of a prompt's candidates, from the noisiest step on.
-
-        Args:
-            prompt: Index of the prompt.
-        """
+        """Return the indices of a prompt's candidates, from the noisiest step on."""
         own = [index for index, one in enumerate(self.candidates) if one.prompt == prompt]
         return sorted(own, key=lambda index: self.candidates[index].step)
 
@@ -149,9 +140,6 @@ def score_trajectory(
 
     Args:
         latents: x_T, …, x_0: the latent before each step, and the final one; one more than steps.
-        timesteps: The scheduler's timestep of each step.
-        prompt: Index of the prompt.
-        channel_dim: Which dimension of a latent the channels are.
 
     Returns:
         A candidate for each step, in order.
@@ -180,11 +168,7 @@ def score_trajectory(
 
 
 def min_max(values: Sequence[float]) -> tuple[float, ...]:
-    """Normalise scores over the pool to 0..1 (eq. 7); a constant score says nothing and becomes 1 everywhere.
-
-    Args:
-        values: The scores, finite.
-    """
+    """Normalise scores over the pool to 0..1 (eq. 7); a constant score says nothing and becomes 1 everywhere."""
     lowest, highest = min(values), max(values)
     if lowest == highest:
         return (1.0,) * len(values)

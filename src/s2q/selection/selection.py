@@ -18,8 +18,6 @@ than are wanted of it, in five prompts shifted against each other so that togeth
 drawn at random, and more of them than named where they do not have enough candidates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,11 +29,6 @@ from s2q.selection.scores import CandidatePool
 
 def sds(pool: CandidatePool, count: int, seed: int) -> list[int]:
     """Salient data selection: high in both saliences (eq. 8).
-
-    Args:
-        pool: The candidates.
-        count: How many to take.
-        seed: Not used; nothing is random.
 
     Returns:
         Indices in rising order.

@@ -32,7 +32,6 @@ def activation_path(
 
     Args:
         x: [M, I], floating.
-        path: Its tensors.
         num_bits: N, 2 to 8.
         backend: "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU.
 

@@ -26,7 +26,6 @@ def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Te
 
     Args:
         x: [M, I], floating.
-        path: Its tensors.
         num_bits: N, 2 to 8.
 
     Returns:
@@ -45,7 +44,6 @@ def transform_input(x: Tensor, path: InputTensors) -> tuple[Tensor, Tensor | Non
 
     Args:
         x: [..., I], floating.
-        path: Its tensors.
 
     Returns:
         y: [..., I]; the dtype of x where nothing is done to it and, if it is bf16, after a product; otherwise fp32.
@@ -60,7 +58,6 @@ def apply_steps(y: Tensor, path: InputTensors, coefficients: Tensor | None) -> t
 
     Args:
         y: [..., I], transformed.
-        path: Its tensors.
         coefficients: [..., r] or None.
     """
     columns = [] if coefficients is None else [coefficients]

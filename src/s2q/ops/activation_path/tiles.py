@@ -41,7 +41,6 @@ class RotationTile:
         rows: n1 padded, at least 16.
         columns: n2 padded, at least 16.
         tokens: That one program handles, so that it loads the factors once.
-        num_warps: Of a program.
     """
 
     rows: int

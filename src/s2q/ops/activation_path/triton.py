@@ -38,7 +38,6 @@ def activation_path(
 
     Args:
         x: [M, I], fp32, fp16 or bf16; rows may be strided.
-        path: Its tensors.
         num_bits: N, 2 to 8.
         precision: Of the rotation, "tf32x3" or "bf16"; None is "bf16" for bf16 x and "tf32x3" otherwise.
 
