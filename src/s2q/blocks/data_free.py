@@ -30,11 +30,7 @@ def fold_block(task: BlockTask) -> dict[str, PackedLinear]:
 
 @torch.no_grad()
 def round_linears(module: nn.Module, linears: Sequence[LinearPlan], *, device: str = "cpu") -> dict[str, PackedLinear]:
-    """Round linears of a block, or of a transformer outside its blocks, to nearest; nothing is applied to their input.
-
-    Returns:
-        Packed linear, on the CPU, by `inner_name`.
-    """
+    """Round linears of a block, or outside the blocks, to nearest, without an input path; return them by inner name."""
     layers: dict[str, PackedLinear] = {}
     for linear in linears:
         dense = module.get_submodule(linear.inner_name)

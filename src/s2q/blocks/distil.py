@@ -63,27 +63,13 @@ class DistillationReport:
 @torch.no_grad()
 def block_loss(block: nn.Module, samples: Samples, *, temporal: float = 0.0) -> float:
     """Compute the mean loss of a block over samples."""
-    losses = []
     with memoization():
-        for sample in _ahead(samples, range(len(samples))):
-            losses.append(_loss(block, sample, temporal))
+        losses = [_loss(block, sample, temporal) for sample in _ahead(samples, range(len(samples)))]
     return math.fsum(torch.stack(losses).tolist()) / len(losses)
 
 
 class Optimization:
-    """The steps of a distillation: AdamW, its learning rates on a cosine.
-
-    Attributes:
-        learnable: The parameters that are learned.
-
-    Args:
-        options: Epochs and learning rates.
-        samples: Their number; each is a step of every epoch.
-        temporal: Weight of the loss on the similarities of frames.
-
-    Raises:
-        S2QError: If nothing is learnable.
-    """
+    """The steps of a distillation, one for each sample in every epoch: AdamW, its learning rates on a cosine."""
 
     def __init__(
         self,
@@ -133,11 +119,9 @@ def distil(
 ) -> DistillationReport:
     """Optimise the learnable parts of a student, in place; it ends in the best state seen, the initial one included.
 
-    Args:
-        student: A block whose parameters that require gradients are those of transforms, clips, which are called
-            `theta`, and learned rounding, which are called `logits`.
-        penalty: Called in each step with the share of the steps that were taken; adds the gradient of what else is to
-            be small, beside a loss of 1.
+    What requires gradients is transforms, clips, called `theta`, and learned rounding, called `logits`. The penalty is
+    called in each step with the share of steps taken and adds the gradient of what else is to be small, beside a loss
+    of 1.
     """
     optimization = Optimization(student, options=options, samples=len(samples), temporal=temporal, penalty=penalty)
     learnable = optimization.learnable
@@ -171,11 +155,7 @@ def distil(
 
 
 def evaluations(epochs: int) -> int:
-    """Return how often `distil` looks at all samples without learning from them.
-
-    Args:
-        epochs: Passes over the samples; 0 without distillation.
-    """
+    """Return how often `distil` looks at all samples without learning from them."""
     return sum(_is_evaluated(epoch, epochs) for epoch in range(1, epochs + 1))
 
 

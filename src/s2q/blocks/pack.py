@@ -67,14 +67,7 @@ def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, gr
 def pack_student(
     layer: StudentLinear, work: BlockWork, linear: LinearPlan, *, rounded: RoundedWeight | None = None
 ) -> PackedLinear:
-    """Pack a student.
-
-    Args:
-        rounded: Its folded weight, rounded; None rounds it by a method that needs no samples, that of the recipe.
-
-    Returns:
-        The packed linear, where the student is.
-    """
+    """Pack a student; without its rounded folded weight, round it by the recipe's method, which needs no samples."""
     scheme = linear.scheme
     if rounded is None:
         rounding = work.task.recipe.rounding
@@ -91,7 +84,7 @@ def pack_modulation(work: BlockWork, linears: Sequence[LinearPlan], samples: Blo
     hessians: dict[str, HessianAccumulator] = {}
     if linears:
         calls = (samples.cast(inputs) for inputs in samples.stream.timestep_inputs())
-        hessians = _hessians(work, calls, {linear.inner_name: _as_it_is for linear in linears})
+        hessians = _hessians(work, calls, {linear.inner_name: lambda x: x for linear in linears})
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
     for linear in linears:
@@ -150,7 +143,3 @@ def _calls(samples: BlockSamples) -> Iterator[dict[str, Any]]:
 
 def _quantized_by(source: StudentInput) -> Callable[[Tensor], Tensor]:
     return lambda x: source(x).quantized
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x

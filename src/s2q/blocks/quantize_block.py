@@ -64,12 +64,7 @@ def quantize_block(task: BlockTask) -> BlockResult:
 
 
 def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
-    """Hash everything that the result of a block depends on.
-
-    Args:
-        task: The block (all its tensors) and the recipe; its index does not count.
-        **inputs: Whatever else counts, the samples above all. Plain data.
-    """
+    """Hash all that a block's result depends on: its tensors, the recipe, and `inputs`, plain data; not its index."""
     method = task.recipe.resolved()
     described = {
         "artefact_version": ARTEFACT_VERSION,
@@ -89,9 +84,8 @@ def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
 
 def to_artefact(result: BlockResult, **stats: Any) -> Artefact:
     """Turn a block's result, and further figures as `stats`, into tensors and plain data for the run folder."""
-    tensors = {
-        f"{name}.{key}": value for name, layer in result.layers.items() for key, value in layer.state_dict().items()
-    }
+    states = {name: layer.state_dict() for name, layer in result.layers.items()}
+    tensors = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
     stats = {"weight_relative_error": result.relative_error, "layers": dict(result.errors), **result.details, **stats}
     return Artefact(tensors=tensors, stats=stats)
 
@@ -100,19 +94,10 @@ def from_artefact(artefact: Artefact, linears: Sequence[LinearPlan]) -> dict[str
     """Build the packed linears of a block, by name inside it, from its artefact."""
     layers = {}
     for linear in linears:
-        tensors = {
-            key.removeprefix(f"{linear.name}."): value
-            for key, value in artefact.tensors.items()
-            if key.startswith(f"{linear.name}.")
-        }
-        layer = PackedLinear(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.has_bias,
-            scheme=linear.scheme,
-            path=linear.path,
-            device="meta",
-        )
+        prefix, sizes = f"{linear.name}.", (linear.in_features, linear.out_features)
+        layer = PackedLinear(*sizes, bias=linear.has_bias, scheme=linear.scheme, path=linear.path, device="meta")
+        stored = artefact.tensors.items()
+        tensors = {key.removeprefix(prefix): value for key, value in stored if key.startswith(prefix)}
         layer.load_state_dict(tensors, assign=True)
         layers[linear.inner_name] = layer.requires_grad_(False)
     return layers

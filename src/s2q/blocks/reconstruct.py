@@ -7,7 +7,7 @@ The student contains the modulation linears of the checkpoint.
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,19 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from s2q.blocks.distil import (
-    DistillationReport,
-    block_loss,
-    checkpoint_parts,
-    distil,
-)
+from s2q.blocks.distil import DistillationReport, block_loss, checkpoint_parts, distil
 from s2q.blocks.pack import pack_modulation, pack_nearest, pack_students
 from s2q.blocks.students import put_students
 from s2q.blocks.task import BlockTask, BlockWork, Group, input_groups
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.observe import observe
 from s2q.calibration.samples import BlockSamples
-from s2q.calibration.stream import TeacherStream
 from s2q.common.memory import to_device
 from s2q.common.seeds import derive_seed
 from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
@@ -115,16 +109,11 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     targets = stream.store("targets")
     samples = BlockSamples(stream, targets, family.streams, cast)
     work = BlockWork(task=task, teacher=teacher)
-    check = functools.partial(_check_outputs, stream, task.index)
     try:
-        statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family, check=check)
+        statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family, block=task.index)
         yield BlockStudents(work=work, samples=samples, statistics=statistics)
     finally:
         targets.clear()
-
-
-def _check_outputs(stream: TeacherStream, index: int, outputs: Sequence[torch.Tensor], sample: int) -> None:
-    stream.check(outputs, block=index, sample=sample)
 
 
 def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
@@ -181,10 +170,7 @@ def rounding_penalty(student: nn.Module, rounding: Rounding) -> Callable[[float]
 
 
 def _refine(
-    student: nn.Module,
-    packed: Mapping[str, PackedLinear],
-    samples: BlockSamples,
-    task: BlockTask,
+    student: nn.Module, packed: Mapping[str, PackedLinear], samples: BlockSamples, task: BlockTask
 ) -> tuple[dict[str, PackedLinear], DistillationReport]:
     """Learn what scales and corrects the codes of a block; the student is used up."""
     recipe = task.recipe
@@ -194,14 +180,13 @@ def _refine(
         replace_module(student, name, layer)
         if isinstance(layer.source.clip, LearnableClip):
             layer.source.clip.requires_grad_(True)
-    seed = derive_seed(task.seed, "refinement", task.index)
     with checkpoint_parts(student) if task.checkpointed else nullcontext():
         report = distil(
             student,
             samples,
             options=recipe.refinement,
             temporal=recipe.loss.temporal,
-            seed=seed,
+            seed=derive_seed(task.seed, "refinement", task.index),
             epoch_done=task.progress,
         )
     return {name: layer.repacked() for name, layer in layers.items()}, report

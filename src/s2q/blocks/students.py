@@ -40,11 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_students(work: BlockWork, group: Group, *, statistics: InputStatistics | None = None) -> list[StudentLinear]:
-    """Make the students of linears that share an input, in their order, where the teacher's linears are.
-
-    Args:
-        statistics: Of their input; None for recipes that need no samples.
-    """
+    """Make the students of linears that share an input, in their order, where the teacher's linears are."""
     alpha = work.task.recipe.transforms.alpha
     if alpha == SEARCH:
         assert statistics is not None

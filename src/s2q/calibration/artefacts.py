@@ -105,11 +105,7 @@ class Argument:
 
 
 def to_artefact(trajectory: Trajectory, *, channel_dim: int) -> Artefact:
-    """Keep of a trajectory of one video what calibration needs: latents, timesteps, transformers, arguments.
-
-    Args:
-        channel_dim: Which dimension of a latent [f, C, h, w] is C.
-    """
+    """Keep of a trajectory of one video what calibration needs; C is dimension `channel_dim` of a latent."""
     calls = trajectory.calls
     branches = trajectory.branches(calls[0])
     inputs = torch.stack([call.inputs[_HIDDEN][-1] for call in calls])

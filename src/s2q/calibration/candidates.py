@@ -25,12 +25,7 @@ from s2q.common.memory import on_device
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.run_folder import RunFolder
 from s2q.common.seeds import derive_seed
-from s2q.generation.settings import (
-    GenerationSettings,
-    check_prompts,
-    resolve_settings,
-    takes_prompts_alone,
-)
+from s2q.generation.settings import GenerationSettings, check_prompts, resolve_settings, takes_prompts_alone
 from s2q.generation.sharing import steps_of_transformers
 from s2q.generation.trajectory import record_trajectory
 from s2q.models.source import recommended_generation
@@ -70,11 +65,7 @@ class CalibrationInputs:
 def calibration_prompts(
     model_name: str, prompts: Sequence[str] | None, group: Calibration, *, recipe: str
 ) -> list[str]:
-    """Return the prompts to calibrate on.
-
-    Args:
-        prompts: What was given, if anything; the first `n_prompts` are taken.
-    """
+    """Return the prompts to calibrate on: the first `n_prompts` of those given, or the embedded model's own."""
     if prompts is None:
         if model_name in embedded.EMBEDDED_NAMES:
             return embedded.embedded_prompts(model_name, split="calibration", count=group.n_prompts)
@@ -114,12 +105,7 @@ def prepare(
 
 
 def collect(
-    teacher: Teacher,
-    inputs: CalibrationInputs,
-    folder: RunFolder,
-    *,
-    device: str,
-    progress: Progress,
+    teacher: Teacher, inputs: CalibrationInputs, folder: RunFolder, *, device: str, progress: Progress
 ) -> dict[str, CandidatePool]:
     """Generate what is not there yet and score every step.
 

@@ -4,12 +4,12 @@ Legend: `N_k` tokens of stream k.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.samples import BlockSamples
@@ -33,16 +33,9 @@ def observe(
     *,
     recipe: Recipe,
     family: Family,
-    check: Callable[[Sequence[Tensor], int], None],
+    block: int,
 ) -> dict[tuple[LinearPlan, ...], InputStatistics]:
-    """Store targets and token weights of every sample; return what they say of the inputs of linears.
-
-    Args:
-        groups: Linears of the block that share an input.
-
-    Returns:
-        Statistics of the input of each group.
-    """
+    """Store targets and token weights of every sample; return the statistics of the input of each group of linears."""
     loss, settings = recipe.loss, recipe.transforms
     moments = settings.low_rank > 0 and settings.low_rank_from != "weight"
     kept = -(-SEARCHED_ROWS // len(samples)) if settings.alpha == SEARCH else 0
@@ -62,7 +55,7 @@ def observe(
         ):
             outputs = teacher(**samples.inputs(index))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        check(outputs, index)
+        samples.stream.check(outputs, block=block, sample=index)
         stored = dict(zip(family.streams, outputs, strict=True))
         if captured is not None:
             lengths = [stored[name].shape[1] for name in family.joint_order]

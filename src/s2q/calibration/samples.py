@@ -45,15 +45,12 @@ class Samples(Protocol):
 
     def __len__(self) -> int:
         """Return how many there are."""
-        ...
 
     def read(self, index: int) -> BlockSample:
         """Return one of them, with its tensors in host memory."""
-        ...
 
     def to_device(self, sample: BlockSample) -> BlockSample:
         """Return what was read with its tensors on the device."""
-        ...
 
 
 class BlockSamples:

@@ -25,11 +25,7 @@ from s2q.calibration.teacher import Teacher, TeacherTransformer
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import InvalidInputError
 from s2q.common.hooks import capture_calls
-from s2q.common.memory import (
-    on_device,
-    release_page_locked,
-    to_device,
-)
+from s2q.common.memory import on_device, release_page_locked, to_device
 from s2q.common.run_folder import ArtefactFolder
 from s2q.common.tensor_store import HostMemory, TensorStore
 from s2q.core.tokens import TokenGrid, TokenLayout
@@ -191,11 +187,7 @@ def calibration_stream(
     step_bytes: int,
     spilled: str = "",
 ) -> TeacherStream:
-    """Make the stream that carries the samples of a transformer through its blocks.
-
-    Args:
-        step_bytes: What a step of distillation holds.
-    """
+    """Make the stream that carries the samples of a transformer through its blocks."""
 
     def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
         return lambda: call_inputs(folder.load(selected.inputs.key(call.prompt)), call)

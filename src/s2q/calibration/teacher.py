@@ -14,13 +14,7 @@ import torch
 from torch import nn
 
 from s2q.common.arguments import parse_dtype
-from s2q.common.components import (
-    TRANSFORMERS,
-    full_name,
-    has_adapter,
-    split_name,
-    transformers_of,
-)
+from s2q.common.components import TRANSFORMERS, full_name, has_adapter, split_name, transformers_of
 from s2q.common.devices import default_dtype
 from s2q.common.errors import InvalidInputError
 from s2q.common.memory import page_out, tensors_of

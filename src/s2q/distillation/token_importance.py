@@ -76,10 +76,7 @@ def capture_column_sums(attention: nn.Module) -> Iterator[CapturedSums]:
     def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
         listener.depth -= 1
 
-    handles = [
-        attention.register_forward_pre_hook(enter),
-        attention.register_forward_hook(leave, always_call=True),
-    ]
+    handles = [attention.register_forward_pre_hook(enter), attention.register_forward_hook(leave, always_call=True)]
     try:
         with listener:
             yield captured

@@ -63,27 +63,21 @@ class InputTransform(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x T."""
-        ...
 
     def scaled(self, x: Tensor) -> Tensor:
         """Return x diag(v)."""
-        ...
 
     def rotated(self, x: Tensor) -> Tensor:
         """Return x R."""
-        ...
 
     def fold_inverse(self, weight: Tensor, *, dtype: torch.dtype = ...) -> Tensor:
         """Return W T⁻ᵀ in `dtype`."""
-        ...
 
     def unscaled(self, weight: Tensor, *, dtype: torch.dtype = ...) -> Tensor:
         """Return W diag(1/v) in `dtype`."""
-        ...
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return what is stored of it: scale, left, right."""
-        ...
 
 
 class SplitInput(NamedTuple):

@@ -103,13 +103,10 @@ class StoredLinear(nn.Linear):
         """Return the tensors that act on the input."""
         return InputTensors.of(self._parameters, self.path)
 
-    def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dequantized weight [O, I] for the transformed input, rounded to `dtype`."""
-        return self._dequantized().to(dtype)
-
-    def _dequantized(self) -> Tensor:
         levels = levels_of(self.scheme.weight, self.in_features, device=self.weight_scale.device)
-        return dequantize_weight(self.codes(), self.weight_scale, levels=levels)
+        return dequantize_weight(self.codes(), self.weight_scale, levels=levels).to(dtype)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight for the untransformed input: a full-precision linear with it needs no transform or branch.
@@ -121,13 +118,12 @@ class StoredLinear(nn.Linear):
         Returns:
             [O, I], rounded to `dtype`.
         """
-        weight = self._dequantized()
+        weight = self.dequantized_weight()
         if self.estimator_input is not None and self.estimator_output is not None:
             weight = weight.addr(self.estimator_output, self.estimator_input)
         if self.path.transforms:
-            left, right = (
-                None if factor is None else factor.t() for factor in (self.transform_left, self.transform_right)
-            )
+            factors = (self.transform_left, self.transform_right)
+            left, right = (None if factor is None else factor.t() for factor in factors)
             weight = scaled_kronecker(weight, left=left, right=right)
         if self.low_rank_basis is not None and self.low_rank_weight is not None:
             basis, branch = self.low_rank_basis.float(), self.low_rank_weight.float()
@@ -181,15 +177,7 @@ class StoredLinear(nn.Linear):
         return f"{self._name or 'a quantized linear'} ({self.scheme.name})"
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter of a packed linear; refuse others, with which a weight would be computed.
-
-        Args:
-            name: "weight", "bias", or one of `packed_dtypes`.
-            param: The parameter; that of codes becomes `PackedCodes`.
-
-        Raises:
-            UsageError: If there is no such parameter, or codes are not uint8.
-        """
+        """Register "bias" or one of `packed_dtypes`; refuse (UsageError) others, with which a weight is computed."""
         if name != "bias" and name not in packed_dtypes():
             raise refusal(self._owner())
         if name == "weight" and param is not None:

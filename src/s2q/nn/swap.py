@@ -6,14 +6,7 @@ from s2q.common.errors import InvalidInputError
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the module called `name`, in place; it gets the training mode of the replaced one.
-
-    Args:
-        name: Dotted name below root, as `named_modules` gives it; children of a ModuleList count ("to_out.0").
-
-    Raises:
-        InvalidInputError: If root has no such module.
-    """
+    """Put `new` in the place of the module `name` ("to_out.0"), in place, in the training mode of the replaced one."""
     parent_name, _, child = name.rpartition(".")
     try:
         parent = root.get_submodule(parent_name)

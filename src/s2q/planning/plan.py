@@ -315,11 +315,7 @@ def _peaks(
 
 
 def check_memory(planned: Plan, *, processes: int = 1) -> None:
-    """Refuse a run that cannot fit, before it begins.
-
-    Args:
-        processes: Processes that quantize blocks side by side on the device, each with what the plan says.
-    """
+    """Refuse a run that cannot fit: so many processes quantize blocks side by side, each with what the plan says."""
     device, there = planned.device["name"], planned.device["memory_bytes"]
     for stage in planned.stages:
         sharing = processes if stage.name == "blocks" else 1
@@ -335,12 +331,7 @@ def check_memory(planned: Plan, *, processes: int = 1) -> None:
 
 
 def loaded_sizes(transformers: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, int]:
-    """Return the bytes of each tensor of the transformers' state dicts once they are loaded, by full name.
-
-    Args:
-        transformers: By component; may live on the meta device, in any dtype.
-        dtype: What they are loaded in; parts that their class keeps in fp32 are in fp32.
-    """
+    """Return the bytes of the tensors of state dicts once loaded in a dtype, or in fp32 where their class keeps that."""
     sizes = {}
     for component, transformer in transformers.items():
         kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())

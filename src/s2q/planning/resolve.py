@@ -56,11 +56,7 @@ PLANNED_PARTS: dict[str, Callable[[Recipe, LinearPlan], bool | int | None]] = {
 
 
 def recipe_linears(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> list[BlockLinear]:
-    """List the linears that a recipe is about: those of the blocks, and the outer ones where it quantizes them.
-
-    Returns:
-        The linears, one transformer after the other, by their names among those of all (`full_name`).
-    """
+    """List the linears that a recipe is about: those of the blocks, and the outer ones where it quantizes them."""
     linears = []
     for component, transformer in transformers.items():
         family = family_of(transformer)
@@ -71,15 +67,7 @@ def recipe_linears(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> lis
 
 
 def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | None = None) -> list[LinearPlan]:
-    """Plan every linear that a recipe quantizes.
-
-    Args:
-        linears: What `recipe_linears` lists.
-        frames: Token frames of what is calibrated on; None if that is not known.
-
-    Returns:
-        The plans, in the order of `linears`; linears that stay in full precision have none.
-    """
+    """Plan every one of `recipe_linears` that a recipe quantizes, in order; `frames` are token frames, if known."""
     _check_skip(recipe, linears)
     schemes = {
         "linear": recipe.linear_scheme(),
@@ -183,6 +171,5 @@ def _transforms(recipe: Recipe, in_features: int) -> InputPath:
 
 
 def _grouped(scheme: QuantScheme, size: int) -> QuantScheme:
-    return (
-        replace(scheme, granularity=PerGroup(group_size=size)) if isinstance(scheme.granularity, PerGroup) else scheme
-    )
+    grouped = isinstance(scheme.granularity, PerGroup)
+    return replace(scheme, granularity=PerGroup(group_size=size)) if grouped else scheme

@@ -44,11 +44,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: S
     if isinstance(recipe, Recipe):
         where, content = f"recipe {recipe.name}", recipe.resolved()
     elif isinstance(recipe, Mapping):
-        name = recipe.get("name", "(unnamed)")
-        where, content = (
-            f"recipe {name if isinstance(name, str) and len(name) <= MAX_NAME else short_repr(name)}",
-            dict(recipe),
-        )
+        name, content = recipe.get("name", "(unnamed)"), dict(recipe)
+        where = f"recipe {name if isinstance(name, str) and len(name) <= MAX_NAME else short_repr(name)}"
     elif isinstance(recipe, str | Path):
         where, content = _read(recipe)
     else:

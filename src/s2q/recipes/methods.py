@@ -27,20 +27,13 @@ def recipe_names() -> list[str]:
 @functools.cache
 def methods() -> Mapping[str, Mapping[str, Any]]:
     """Return the contents of the files by method."""
-    files = [
-        file for file in resources.files("s2q.recipes").joinpath("methods").iterdir() if file.name.endswith(_SUFFIX)
-    ]
-    return {
-        file.name.removesuffix(_SUFFIX): parse_yaml(file.read_text(encoding="utf-8"), where=file.name) for file in files
-    }
+    files = resources.files("s2q.recipes").joinpath("methods").iterdir()
+    texts = {file.name: file.read_text(encoding="utf-8") for file in files if file.name.endswith(_SUFFIX)}
+    return {name.removesuffix(_SUFFIX): parse_yaml(text, where=name) for name, text in texts.items()}
 
 
 def unknown_recipe(name: str) -> InvalidInputError:
-    """Build (not raise) the error for a recipe that the package does not have.
-
-    Args:
-        name: What was asked for; if its method exists, the error lists the widths of the method.
-    """
+    """Build (not raise) the error for a recipe that the package lacks; it lists the widths of the method, if there is one."""
     method = name.rpartition("-")[0]
     if name in methods():
         return InvalidInputError(f"unknown recipe {short_repr(name)}: a method without its width; add {_widths(name)}")

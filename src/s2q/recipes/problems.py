@@ -48,11 +48,7 @@ def explain(error: ValidationError) -> str:
 
 
 def nearest_keys(key: str) -> str:
-    """Return the keys nearest to one that does not exist: those beside it, else those of that name anywhere.
-
-    Args:
-        key: The key with its groups, "weights.nun_bits".
-    """
+    """Return the keys nearest to one that does not exist: those beside it, else those of that name anywhere."""
     group, _, name = key.rpartition(".")
     methods = [method for method, one in ROUNDINGS.items() if name in {option.name for option in _fields(one)}]
     if group == "rounding" and methods:

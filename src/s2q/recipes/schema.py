@@ -213,11 +213,7 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json")
 
     def linear_scheme(self, *, of_text: bool = False) -> LinearScheme:
-        """Return the scheme of the ordinary block linears.
-
-        Args:
-            of_text: Whether it is that of the ones that see text tokens alone.
-        """
+        """Return the scheme of the ordinary block linears, or of those that see text tokens alone."""
         activation = None if self.activations is None else self.activations.scheme(of_text=of_text)
         return LinearScheme(weight=self.weights.scheme(), activation=activation)
 

@@ -27,14 +27,7 @@ _ENDS = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
-    """Read a YAML document.
-
-    Args:
-        where: What it is, for messages: a path, "recipe mine".
-
-    Returns:
-        Dicts with string keys, lists, strings, numbers, booleans and None.
-    """
+    """Read a YAML document; `where` is what messages call it: a path, "recipe mine"."""
     if len(text) > MAX_BYTES:
         raise InvalidInputError(f"{where}: longer than {MAX_BYTES // 1024} KiB; a recipe has a few")
     try:

@@ -159,11 +159,8 @@ def score_trajectory(
             quantization = quantization_salience(latents[step], channel_dim=channel_dim)
         except InvalidInputError as error:
             raise InvalidInputError(f"prompt {prompt}, step {step}: {error}") from error
-        candidates.append(
-            Candidate(
-                prompt=prompt, step=step, timestep=float(timestep), diffusion=diffusion, quantization=quantization
-            )
-        )
+        scores = {"diffusion": diffusion, "quantization": quantization}
+        candidates.append(Candidate(prompt=prompt, step=step, timestep=float(timestep), **scores))
     return candidates
 
 

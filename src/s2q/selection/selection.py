@@ -28,14 +28,7 @@ from s2q.selection.scores import CandidatePool
 
 
 def sds(pool: CandidatePool, count: int, seed: int) -> list[int]:
-    """Salient data selection: high in both saliences (eq. 8).
-
-    Returns:
-        Indices in rising order.
-
-    Raises:
-        InvalidInputError: If there are fewer candidates than asked for, or none is asked for.
-    """
+    """Salient data selection: high in both saliences (eq. 8)."""
     return _highest(pool, count, pool.salience)
 
 

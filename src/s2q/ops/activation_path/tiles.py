@@ -13,20 +13,9 @@ _Grids = dict[str, tuple[tuple[int, int], ...]]
 _MMA: _Grids = {"bf16": ((32 * 32, 4), (64 * 64, 8)), "tf32x3": ((32 * 32, 4),)}  # both operands in registers
 _WGMMA: _Grids = {"bf16": ((64 * 64, 4), (128 * 128, 8)), "tf32x3": ((64 * 64, 4),)}  # one or both in shared memory
 # Sums in a memory of their own.
-_TCGEN05: _Grids = {
-    "bf16": ((64 * 64, 4), (128 * 128, 8)),
-    "tf32x3": ((32 * 32, 4), (64 * 64, 8)),
-}
+_TCGEN05: _Grids = {"bf16": ((64 * 64, 4), (128 * 128, 8)), "tf32x3": ((32 * 32, 4), (64 * 64, 8))}
 
-TILES: dict[int, _Grids] = {
-    80: _MMA,
-    86: _MMA,
-    89: _MMA,
-    90: _WGMMA,
-    100: _TCGEN05,
-    103: _TCGEN05,
-    120: _MMA,
-}
+TILES: dict[int, _Grids] = {80: _MMA, 86: _MMA, 89: _MMA, 90: _WGMMA, 100: _TCGEN05, 103: _TCGEN05, 120: _MMA}
 """By architecture and precision: pairs of the most elements of a token's padded [n1, n2] grid, which has to fit into
 registers, and warps of a program, ascending."""
 
