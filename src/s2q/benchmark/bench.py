@@ -1,7 +1,5 @@
 """The benchmark: list the cases, measure the missing ones, and write each result at once."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,23 +10,11 @@ import torch
 
 from s2q.benchmark import micro
 from s2q.benchmark.calibration_block import calibration_case
-from s2q.benchmark.case import (
-    BACKENDS,
-    OPS,
-    Case,
-    Settings,
-    check_recipes,
-)
+from s2q.benchmark.case import BACKENDS, OPS, Case, Settings, check_recipes
 from s2q.benchmark.machine import hardware, measuring_obstacle, versions
 from s2q.benchmark.pipeline_steps import pipeline_step_case
 from s2q.benchmark.results import ResultsFile
-from s2q.benchmark.shapes import (
-    Subject,
-    attention_shapes,
-    layer_shapes,
-    resolve_subject,
-    subject_rows,
-)
+from s2q.benchmark.shapes import attention_shapes, layer_shapes, resolve_subject, subject_rows
 from s2q.benchmark.steps import synthetic_step_case
 from s2q.benchmark.timing import TimingOptions
 from s2q.common.arguments import (
@@ -41,13 +27,7 @@ from s2q.common.arguments import (
     whole_number,
     word,
 )
-from s2q.common.errors import (
-    InvalidInputError,
-    ResourceError,
-    first_line,
-    is_out_of_memory,
-    unknown_name,
-)
+from s2q.common.errors import InvalidInputError, ResourceError, first_line, is_out_of_memory, unknown_name
 from s2q.common.outputs import output_lock
 from s2q.common.progress import Progress, silent
 from s2q.common.torch_state import in_fresh_torch_state
@@ -131,11 +111,7 @@ def bench(
 
 
 def check_names(kind: str, names: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
-    """Return names in the order of the options; all of them where none is given.
-
-    Raises:
-        InvalidInputError: If a name is unknown.
-    """
+    """Return names in the order of the options; all of them where none is given."""
     for name in names:
         if name not in options:
             raise unknown_name(kind, name, options)
@@ -157,9 +133,6 @@ def make_cases(model: str | None, ops: Sequence[str], settings: Settings, *, var
 
     Args:
         model: What to measure; None takes the shapes of all published models and the step of the embedded one.
-
-    Raises:
-        InvalidInputError: If there is no such model.
     """
     check_recipes(settings.recipes)
     names = [SYNTHETIC_PREFIX + name for name in synthetic_names()] if model is None else [model]
@@ -173,10 +146,12 @@ def make_cases(model: str | None, ops: Sequence[str], settings: Settings, *, var
             cases += micro.attention_cases(attention_shapes(subjects, rows=rows), settings)
         elif op in single:
             cases += micro.linear_cases(op, layer_shapes(subjects, rows=rows), settings)
-        elif op == "denoising_step":
-            cases.append(_step_case(whole, settings))
-        else:
+        elif op == "calibration_block":
             cases.append(calibration_case(whole, settings))
+        elif isinstance(whole, SyntheticModel):
+            cases.append(synthetic_step_case(whole, settings))
+        else:
+            cases.append(pipeline_step_case(whole, settings))
     return [case for case in cases if case.wanted]
 
 
@@ -188,14 +163,7 @@ def missing_cases(cases: Sequence[Case], results: ResultsFile) -> list[Case]:
 
 @in_fresh_torch_state
 def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress = silent) -> None:
-    """Measure; each case's results are written at once.
-
-    Args:
-        progress: Called with "bench", the cases done and the cases to do.
-
-    Raises:
-        ResourceError: If a case does not fit in memory; after all others have been measured.
-    """
+    """Measure; each case's results are written at once. Running out of memory is raised after all other cases."""
     failures: list[str] = []
     for done, case in enumerate(cases):
         progress("bench", done, len(cases))
@@ -213,9 +181,3 @@ def run_cases(cases: Sequence[Case], results: ResultsFile, *, progress: Progress
         progress("bench", len(cases), len(cases))
     if failures:
         raise ResourceError(f"{'; '.join(failures)}; use fewer tokens or omit this; the other results are written")
-
-
-def _step_case(subject: Subject, settings: Settings) -> Case:
-    if isinstance(subject, SyntheticModel):
-        return synthetic_step_case(subject, settings)
-    return pipeline_step_case(subject, settings)

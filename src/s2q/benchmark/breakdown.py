@@ -8,8 +8,6 @@ of the weight) is `gemm`. On a GPU the times are those of the kernels that an op
 The profiler slows short operators: only shares are taken from it, to be applied to the time measured without.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,13 +27,7 @@ _PREPARING = ((packed, "activation_path"), (packed, "transform_input"), (simulat
 
 
 def breakdown(call: Callable[[], object], model: nn.Module, *, device: str) -> dict[str, float]:
-    """Return what share of a call's time each of `CATEGORIES` takes; they add up to 1.
-
-    Args:
-        call: Runs the model.
-        model: What it runs; ranges are put into it for the time being.
-        device: Where it runs.
-    """
+    """Return what share of a call's time each of `CATEGORIES` takes; they add up to 1."""
     on_gpu = torch.device(device).type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with _ranges(model):

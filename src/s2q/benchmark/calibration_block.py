@@ -7,8 +7,6 @@ The block, its samples, its student and the step are those of a run (`s2q.blocks
 the first block, whose targets, token weights and input statistics the recipe's students start from.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -57,8 +55,6 @@ class Subject:
     Attributes:
         transformer: Full precision; one block of a synthetic model.
         block_names: Names of its blocks, in the order in which they run.
-        linears: Those of the first block.
-        family: Of the model.
         calls: Keyword arguments of the transformer for each sample.
         tokens: How the transformer makes tokens of them.
         blocks: Blocks of the whole model.
@@ -74,15 +70,10 @@ class Subject:
 
 
 def calibration_case(subject: SyntheticModel | ModelSource, settings: Settings) -> Case:
-    """Make the case of `calibration_block`; it has a result for each recipe that distils.
-
-    Args:
-        subject: The model; its first block is taken.
-        settings: What was asked for.
-    """
-    synthetic = isinstance(subject, SyntheticModel)
-    name = subject.label if isinstance(subject, SyntheticModel) else subject.name
-    tokens = synthetic_tokens(subject, settings) if isinstance(subject, SyntheticModel) else None
+    """Make the case of `calibration_block`; it has a result for each recipe that distils."""
+    name, tokens = subject.name, None
+    if isinstance(subject, SyntheticModel):
+        name, tokens = subject.label, synthetic_tokens(subject, settings)
     wanted = tuple(
         identity(op=_OP, scheme=recipe.linear_scheme().name, recipe=recipe.name, model=name, tokens=tokens)
         for recipe in settings.recipes
@@ -98,18 +89,13 @@ def calibration_case(subject: SyntheticModel | ModelSource, settings: Settings) 
             return _measure(made, missing, settings)
         return _measure(_pipeline_subject(subject, settings), missing, settings)
 
-    label = f"{_OP} {name}" + (f", {tokens} tokens" if synthetic else "")
+    label = f"{_OP} {name}" + ("" if tokens is None else f", {tokens} tokens")
     return Case(label=label, wanted=wanted, measure=measure)
 
 
 @contextmanager
 def first_block(subject: Subject, recipe: Recipe, *, device: str) -> Iterator[BlockStudents]:
     """Open the first block as a run does, with the samples of the subject.
-
-    Args:
-        subject: The transformer.
-        recipe: A recipe that calibrates.
-        device: Where to compute.
 
     Yields:
         The block whose samples have been looked at.
@@ -148,12 +134,7 @@ def first_student(opened: BlockStudents) -> nn.Module:
 
 
 def first_optimization(student: nn.Module, recipe: Recipe) -> Optimization:
-    """Return what takes the steps of distillation as a run of this recipe does.
-
-    Args:
-        student: Of its first block.
-        recipe: A recipe that distils.
-    """
+    """Return what takes the steps of distillation as a run of this recipe does."""
     assert recipe.distillation is not None
     return Optimization(
         student,
@@ -174,17 +155,7 @@ def synthetic_subject(
     dtype: torch.dtype = torch.float32,
     samples: int = _SAMPLES,
 ) -> Subject:
-    """Return a block of a published model and random samples of it.
-
-    Args:
-        model: The model.
-        block_list: Which of its lists the block is from.
-        block: The block, full precision.
-        tokens: Video tokens.
-        generator: Of the samples; its device is where they are.
-        dtype: Of the samples.
-        samples: How many.
-    """
+    """Return a block of a published model and random samples of it."""
     grid = block_grid(model, tokens=tokens)
     sizes = {"num_frames": grid.frames, "height": grid.height, "width": grid.width}
     calls = [

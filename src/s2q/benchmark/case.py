@@ -1,7 +1,5 @@
 """A benchmark case: one unit of work that gives one or more results."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,11 +60,7 @@ class Case:
 
 
 def check_recipes(recipes: Sequence[Recipe]) -> None:
-    """Refuse two recipes of one name: their results could not be told apart.
-
-    Raises:
-        InvalidInputError: If there are two.
-    """
+    """Refuse two recipes of one name: their results could not be told apart."""
     names = [recipe.name for recipe in recipes]
     for name in names:
         if names.count(name) > 1:

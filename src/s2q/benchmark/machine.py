@@ -1,7 +1,5 @@
 """The machine: what it is, which backends it has, how much memory a call takes, how fast it multiplies integers."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -15,12 +13,7 @@ import torch
 from torch import Tensor
 
 from s2q.common import processor
-from s2q.common.devices import (
-    default_dtype,
-    peak_memory_bytes,
-    reset_peak_memory,
-    resident_bytes,
-)
+from s2q.common.devices import default_dtype, peak_memory_bytes, reset_peak_memory, resident_bytes
 from s2q.common.versions import package_versions
 from s2q.ops import scratch
 from s2q.ops.dispatch import backend_obstacle, is_interpreting
@@ -31,9 +24,6 @@ PACKAGES = ("s2q", "torch", "triton", "diffusers", "transformers")
 
 def hardware(device: str) -> dict[str, Any]:
     """Describe what computes.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
 
     Returns:
         `device` ("cpu" or "cuda"), `processor`, `instruction_set` (and `limited_by`, what keeps it from more), `cores`,
@@ -65,42 +55,25 @@ def versions() -> dict[str, str | None]:
 
 
 def measuring_obstacle(backend: str, device: str) -> str | None:
-    """Say in a few words why a backend cannot be measured here; None if it can.
-
-    Args:
-        backend: "auto", "reference", "cpu", "triton" or "fastest".
-        device: "cpu", "cuda" or "cuda:N".
-    """
+    """Say in a few words why a backend cannot be measured here; None if it can."""
     if backend == "triton" and is_interpreting():
         return "TRITON_INTERPRET=1 runs kernels on the CPU, whose times say nothing"
     return backend_obstacle(backend, torch.empty(0, dtype=torch.bfloat16, device=device))
 
 
 def full_precision(device: str) -> dict[str, torch.dtype]:
-    """Return the full-precision contenders: bf16, and on a CPU fp32 too; the faster one is the baseline.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
-    """
+    """Return the full-precision contenders: bf16, and on a CPU fp32 too; the faster one is the baseline."""
     both = {"bf16": torch.bfloat16, "fp32": torch.float32}
     return both if torch.device(device).type == "cpu" else {"bf16": torch.bfloat16}
 
 
 def quantized_dtype(device: str) -> torch.dtype:
-    """Return the compute dtype of quantized contenders: that of a bf16 model (`core.devices.default_dtype`).
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
-    """
+    """Return the compute dtype of quantized contenders: that of a bf16 model (`core.devices.default_dtype`)."""
     return default_dtype(torch.bfloat16, device)
 
 
 def has_int8_gemm(device: str) -> bool:
-    """Tell whether a device has a fast plain int8 product, `int8_gemm`.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
-    """
+    """Tell whether a device has a fast plain int8 product, `int8_gemm`."""
     return torch.device(device).type == "cuda" or cpu.is_fast(x_bits=8, w_bits=4)
 
 
@@ -109,7 +82,6 @@ def int8_gemm(w_codes: Tensor, rows: int) -> Callable[[Tensor], object]:
 
     Args:
         w_codes: int8 [N, K], within 4 bits.
-        rows: M.
     """
     if w_codes.is_cuda or cpu.adds_in_32_bits():
         out = torch.empty(rows, len(w_codes), dtype=torch.int32, device=w_codes.device)
@@ -122,7 +94,6 @@ def peak_memory(call: Callable[[], object], device: str) -> int | None:
     """Return the highest memory during a call above that before it, in bytes; None where it cannot be measured.
 
     Args:
-        call: What to run, once.
         device: On a GPU memory is what PyTorch allocates there; on a CPU the resident set of the process (Linux only),
             which includes the scratch memory of libraries.
     """

@@ -13,9 +13,8 @@ CPU that emulates it. `bound_ratio` of `linear` and `gemm`: the baseline over th
 Legend: `M` rows, `K` in features, `N` out features; `H` heads, `D` head dim.
 """
 
-from __future__ import annotations
-
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,28 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2q.benchmark.case import (
-    Case,
-    Entry,
-    Settings,
-)
-from s2q.benchmark.machine import (
-    full_precision,
-    has_int8_gemm,
-    int8_gemm,
-    peak_memory,
-    quantized_dtype,
-)
+from s2q.benchmark.case import Case, Entry, Settings
+from s2q.benchmark.machine import full_precision, has_int8_gemm, int8_gemm, peak_memory, quantized_dtype
 from s2q.benchmark.results import identity
 from s2q.benchmark.shapes import AttentionShape, LayerShape
 from s2q.benchmark.synthetic_blocks import random_packed_linear
-from s2q.benchmark.timing import (
-    Run,
-    Timing,
-    interleave,
-    measures_of,
-    stopwatch_for,
-)
+from s2q.benchmark.timing import Run, Timing, interleave, measures_of, stopwatch_for
 from s2q.common.seeds import derive_seed
 from s2q.models.family import BlockLinear
 from s2q.nn import PackedLinear, set_backend, share_inputs
@@ -81,43 +64,24 @@ class _Contender:
 
 
 def resolved(op: str, entry: Mapping[str, Any], device: str) -> str:
-    """Return the backend that ran where "auto" was asked for.
-
-    Args:
-        op: The op.
-        entry: Of the result.
-        device: Where.
-    """
+    """Return the backend that ran where "auto" was asked for."""
     probe = torch.empty(0, dtype=torch.bfloat16, device=device)
     return resolve_backend(entry["backend"], probe, _TABLES[op])
 
 
 def chosen_backends(op: str, settings: Settings) -> list[str]:
-    """Return those backends of an op that were asked for.
-
-    Args:
-        op: The op.
-        settings: What was asked for.
-    """
+    """Return those backends of an op that were asked for."""
     return [name for name in ("auto", *_TABLES[op]) if name in settings.backends]
 
 
 def linear_cases(op: str, shapes: Sequence[LayerShape], settings: Settings) -> list[Case]:
-    """Make the cases of `linear`, `activation_path` or `gemm`: one a shape, and one for each q, k and v together.
-
-    Args:
-        op: Which.
-        shapes: The shapes.
-        settings: What was asked for.
-    """
+    """Make the cases of `linear`, `activation_path` or `gemm`: one a shape, and one for each q, k and v together."""
     backends = chosen_backends(op, settings)
     recipes = [recipe for recipe in settings.recipes if _applies(op, recipe)]
     cases = []
     alone = [(shape, 1) for shape in shapes]
-    together = [
-        (shape, 3) for shape in shapes if op == "linear" and any(name.endswith("to_k") for name in shape.layers)
-    ]
-    for shape, readers in (*alone, *together):
+    shared = [shape for shape in shapes if op == "linear" and any(name.endswith("to_k") for name in shape.layers)]
+    for shape, readers in (*alone, *((shape, 3) for shape in shared)):
         wanted = tuple(
             identity(
                 op=op,
@@ -140,12 +104,7 @@ def linear_cases(op: str, shapes: Sequence[LayerShape], settings: Settings) -> l
 
 
 def attention_cases(shapes: Sequence[AttentionShape], settings: Settings) -> list[Case]:
-    """Make the cases of `attention_colsum`, one a shape.
-
-    Args:
-        shapes: The shapes.
-        settings: What was asked for.
-    """
+    """Make the cases of `attention_colsum`, one a shape."""
     backends = chosen_backends("attention_colsum", settings)
     cases = []
     for shape in shapes:
@@ -235,9 +194,8 @@ def _compete(
     timings = interleave(measures, fresh=fresh, options=settings.options)
     data = fresh(-1)
     peaks = {name: peak_memory(lambda run=run: run(data), settings.device) for name, run in runs.items()}
-    return timings, {
-        name: None if peak is None else peak + contenders[name].storage_bytes for name, peak in peaks.items()
-    }
+    held = {name: None if peak is None else peak + contenders[name].storage_bytes for name, peak in peaks.items()}
+    return timings, held
 
 
 def _entry(
@@ -249,25 +207,18 @@ def _entry(
     full: Sequence[str],
 ) -> Entry:
     name = _name_of(wanted)
-    return (
-        wanted
-        | times_of(timings[name], {one: timings[one] for one in full})
-        | {
-            "peak_memory_bytes": peaks[name],
-            "bf16_peak_memory_bytes": peaks[_BF16],
-            "storage_bytes": contenders[name].storage_bytes,
-            "bf16_storage_bytes": contenders[_BF16].storage_bytes,
-        }
-    )
+    return {
+        **wanted,
+        **times_of(timings[name], {one: timings[one] for one in full}),
+        "peak_memory_bytes": peaks[name],
+        "bf16_peak_memory_bytes": peaks[_BF16],
+        "storage_bytes": contenders[name].storage_bytes,
+        "bf16_storage_bytes": contenders[_BF16].storage_bytes,
+    }
 
 
 def times_of(timing: Timing, full: Mapping[str, Timing]) -> Entry:
-    """Return the fields of a result that say how long it took.
-
-    Args:
-        timing: Of the contender.
-        full: Of full precision in the same rounds, by name ("bf16", "fp32").
-    """
+    """Return the fields of a result that say how long it took, and full precision ("bf16", "fp32") in its rounds."""
     baseline = baseline_of(full, list(full))
     against: Entry = {f"{name}_milliseconds": one.milliseconds for name, one in full.items()}
     against |= {f"ratio_to_{name}": timing.faster_than(one) for name, one in full.items()}
@@ -282,12 +233,7 @@ def times_of(timing: Timing, full: Mapping[str, Timing]) -> Entry:
 
 
 def baseline_of(timings: Mapping[str, Timing], full: Sequence[str]) -> str:
-    """Return the name of the fastest full precision.
-
-    Args:
-        timings: By name.
-        full: The names of full precision among them.
-    """
+    """Return the name of the fastest full precision."""
     return min(full, key=lambda name: timings[name].milliseconds)
 
 
@@ -372,16 +318,11 @@ def _only(layers: nn.ModuleList) -> PackedLinear:
 
 
 def _column_sums(backend: str) -> _Contender:
-    return _Contender(
-        run=lambda qkv: attention_colsum.attention_colsum(qkv[0], qkv[1], backend=backend), storage_bytes=0
-    )
+    run = functools.partial(attention_colsum.attention_colsum, backend=backend)
+    return _Contender(run=lambda qkv: run(qkv[0], qkv[1]), storage_bytes=0)
 
 
-_MAKERS: dict[str, Callable[..., _Contender]] = {
-    "linear": _linear,
-    "activation_path": _activation_path,
-    "gemm": _gemm,
-}
+_MAKERS: dict[str, Callable[..., _Contender]] = {"linear": _linear, "activation_path": _activation_path, "gemm": _gemm}
 
 
 def _applies(op: str, recipe: Recipe) -> bool:

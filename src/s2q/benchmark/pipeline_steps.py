@@ -7,8 +7,6 @@ The time of a step is the mean over the steps of a short generation except the f
 prompt.
 """
 
-from __future__ import annotations
-
 import copy
 import statistics
 import time
@@ -19,11 +17,7 @@ import torch
 from torch import nn
 
 from s2q.benchmark.breakdown import breakdown, in_milliseconds
-from s2q.benchmark.case import (
-    Case,
-    Entry,
-    Settings,
-)
+from s2q.benchmark.case import Case, Entry, Settings
 from s2q.benchmark.machine import full_precision, peak_memory, quantized_dtype
 from s2q.benchmark.micro import times_of
 from s2q.benchmark.results import identity
@@ -54,12 +48,7 @@ _PROMPT = "a red circle moving left on a grey background"
 
 
 def pipeline_step_case(source: ModelSource, settings: Settings) -> Case:
-    """Make the case of `denoising_step` on a pipeline; it has a result for fp32 and one for each recipe.
-
-    Args:
-        source: The pipeline.
-        settings: What was asked for; its `generation` are the settings of the videos.
-    """
+    """Make the case of `denoising_step` on a pipeline; it has a result for fp32 and one for each recipe."""
     tokens = source_tokens(source)[0]
     common = {"op": _OP, "model": source.name, "tokens": tokens}
     wanted = [identity(scheme=_FP32, backend="torch", **common)]
@@ -83,11 +72,6 @@ def pipeline_step_case(source: ModelSource, settings: Settings) -> Case:
 
 def pack_randomly(transformer: nn.Module, recipe: Recipe, *, frames: int) -> nn.Module:
     """Replace the linears of a transformer, in place, by packed linears of a recipe with random codes.
-
-    Args:
-        transformer: Full precision, of a supported family.
-        recipe: Linears, bit widths and transforms.
-        frames: Token frames of a video.
 
     Returns:
         The transformer, configured as a checkpoint's.

@@ -4,8 +4,6 @@ A file belongs to one machine and one set of versions. A result is known by `IDE
 measured again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,11 +26,7 @@ def identity(**fields: Any) -> dict[str, Any]:
 
 
 def place_of(hardware: Mapping[str, Any]) -> str:
-    """Return what computed, for people: the GPU, or the CPU, its instruction set and how many threads.
-
-    Args:
-        hardware: Of a results file; those of earlier versions do not name the instruction set.
-    """
+    """Return what computed, for people: the GPU, or the CPU, its instruction set and how many threads."""
     if "gpu" in hardware:
         return str(hardware["gpu"])
     capped = f" (capped by {hardware['limited_by']})" if hardware.get("limited_by") else ""
@@ -76,11 +70,7 @@ class ResultsFile:
         return key not in self._stale and any(_key(one) == key for one in self._content["results"])
 
     def add(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Put results in, replacing those of the same identity, and write the file.
-
-        Args:
-            results: JSON-ready; each has the fields of `IDENTITY`.
-        """
+        """Put results in, replacing those of the same identity, and write the file."""
         new = {_key(one): dict(one) for one in results}
         self._stale -= set(new)
         kept = [one for one in self._content["results"] if _key(one) not in new]

@@ -3,13 +3,11 @@
 Legend: `M` rows, `K` in features, `N` out features; `H` heads, `D` head dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from s2q.common.errors import UsageError
-from s2q.models import ModelSource, block_linears, family_of, linears_of_block
+from s2q.models import ModelSource, block_linears, family_of, linears_of_block, resolve_model
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_model
 from s2q.planning.workload import workload_of_source
 from s2q.selection.options import Calibration
@@ -30,12 +28,10 @@ class LayerShape:
     Attributes:
         shape: [M, K, N].
         layers: Where, "cogvideox-5b ff.net.2".
-        has_bias: Whether it has a bias.
     """
 
     shape: tuple[int, int, int]
     layers: tuple[str, ...]
-    has_bias: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +40,6 @@ class AttentionShape:
 
     Attributes:
         tokens: Queries, as many as keys.
-        heads: H.
-        head_dim: D.
-        models: In which models.
     """
 
     tokens: int
@@ -56,47 +49,25 @@ class AttentionShape:
 
 
 def resolve_subject(name: str, *, variant: str | None = None) -> Subject:
-    """Return what a name on the command line means.
-
-    Args:
-        name: "synthetic:cogvideox-5b", an embedded name, a folder or a Hub id.
-        variant: Variant of the weights; ignored for synthetic models.
-
-    Raises:
-        InvalidInputError: If there is no such model.
-    """
-    from s2q.models import resolve_model
-
+    """Return what a name means: "synthetic:cogvideox-5b", an embedded name, a folder or a Hub id."""
     return synthetic_model(name) if name.startswith(SYNTHETIC_PREFIX) else resolve_model(name, variant=variant)
 
 
 def layer_shapes(subjects: Sequence[Subject], *, rows: int | None) -> list[LayerShape]:
     """List the distinct shapes of the linears in blocks; adaLN linears and those of the text alone are left out.
 
-    Args:
-        subjects: The models.
-        rows: M of every linear; None takes the model's own.
-
-    Returns:
-        Shapes in the order in which they were found; one of several models names all of them.
+    Without `rows`, M is the model's own. A shape of several models names all of them.
     """
     found: dict[tuple[int, int, int], LayerShape] = {}
     for subject in subjects:
         for one in _largest_rows(_linears_of(subject, rows)):
-            before = found.get(one.shape)
-            layers = one.layers if before is None else tuple(dict.fromkeys((*before.layers, *one.layers)))
-            bias = one.has_bias or (before is not None and before.has_bias)
-            found[one.shape] = LayerShape(shape=one.shape, layers=layers, has_bias=bias)
+            before = found[one.shape].layers if one.shape in found else ()
+            found[one.shape] = LayerShape(shape=one.shape, layers=tuple(dict.fromkeys((*before, *one.layers))))
     return list(found.values())
 
 
 def attention_shapes(subjects: Sequence[Subject], *, rows: int | None) -> list[AttentionShape]:
-    """List the distinct self-attentions.
-
-    Args:
-        subjects: The models.
-        rows: Tokens of every attention; None takes the model's own.
-    """
+    """List the distinct self-attentions; without `rows`, of the model's own number of tokens."""
     found: dict[tuple[int, int, int], AttentionShape] = {}
     for subject in subjects:
         name, heads, head_dim, tokens = _attention_of(subject, rows)
@@ -110,7 +81,6 @@ def subject_rows(subjects: Sequence[Subject], *, tokens: int | None, device: str
     """Return how many rows ops are measured on; None for each model's own number.
 
     Args:
-        subjects: The models.
         tokens: What was asked for; None for a default.
         device: On a CPU the default is `CPU_ROWS` if a model has more than `MAX_CPU_ROWS`.
     """
@@ -120,14 +90,7 @@ def subject_rows(subjects: Sequence[Subject], *, tokens: int | None, device: str
 
 
 def source_tokens(source: ModelSource) -> tuple[int, int]:
-    """Return the video tokens and text tokens of the video that a pipeline's makers recommend.
-
-    Args:
-        source: The pipeline.
-
-    Raises:
-        UsageError: If its configuration does not tell.
-    """
+    """Return the video tokens and text tokens of the video that a pipeline's makers recommend."""
     workload = workload_of_source(source, Calibration(), transformers=source.meta_transformers())
     if workload is None:
         raise UsageError(f"{source.name}: its configuration does not define the number of video tokens; pass --tokens")
@@ -146,7 +109,7 @@ def _linears_of(subject: Subject, rows: int | None) -> list[LayerShape]:
                     continue
                 own = subject.rows(block_list, inner, tokens=subject.tokens) if rows is None else rows
                 shape = (own, linear.in_features, linear.out_features)
-                found.append(LayerShape(shape=shape, layers=(f"{subject.name} {inner}",), has_bias=linear.has_bias))
+                found.append(LayerShape(shape=shape, layers=(f"{subject.name} {inner}",)))
         return found
     own, family = _attention_of(subject, rows)[3], family_of(subject.transformer_class)
     for linear in block_linears(subject.meta_transformer(), family):
@@ -154,17 +117,16 @@ def _linears_of(subject: Subject, rows: int | None) -> list[LayerShape]:
         if linear.role == "modulation" or inner in family.text_linears:
             continue
         shape = (own, linear.in_features, linear.out_features)
-        found.append(LayerShape(shape=shape, layers=(f"{subject.name} {inner}",), has_bias=linear.has_bias))
+        found.append(LayerShape(shape=shape, layers=(f"{subject.name} {inner}",)))
     return found
 
 
 def _largest_rows(shapes: Sequence[LayerShape]) -> list[LayerShape]:
     """Give linears of a model that differ in rows alone, and little, the larger number."""
-    largest: dict[tuple[int, int], int] = {}
+    largest: dict[tuple[int, ...], int] = {}
     for one in shapes:
-        rows, *rest = one.shape
-        key = (rest[0], rest[1])
-        largest[key] = max(rows, largest.get(key, 0))
+        rows, *size = one.shape
+        largest[tuple(size)] = max(rows, largest.get(tuple(size), 0))
     return [replace(one, shape=(largest[one.shape[1:]], *one.shape[1:])) for one in shapes]
 
 

@@ -12,8 +12,6 @@ fp32) replaced by that of the plain int8 product of its shape; attention, norms 
 Legend: `M` rows, `K` in features, `N` out features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,27 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2q.benchmark.breakdown import breakdown, in_milliseconds
-from s2q.benchmark.case import (
-    Case,
-    Entry,
-    Settings,
-)
-from s2q.benchmark.machine import (
-    full_precision,
-    has_int8_gemm,
-    int8_gemm,
-    peak_memory,
-    quantized_dtype,
-)
+from s2q.benchmark.case import Case, Entry, Settings
+from s2q.benchmark.machine import full_precision, has_int8_gemm, int8_gemm, peak_memory, quantized_dtype
 from s2q.benchmark.micro import baseline_of, times_of
 from s2q.benchmark.results import identity
 from s2q.benchmark.synthetic_blocks import block_grid, block_inputs, random_packed_linear, synthetic_block
-from s2q.benchmark.timing import (
-    Timing,
-    interleave,
-    measures_of,
-    stopwatch_for,
-)
+from s2q.benchmark.timing import Timing, interleave, measures_of, stopwatch_for
 from s2q.common.components import TRANSFORMERS
 from s2q.common.seeds import derive_seed
 from s2q.core.tokens import TokenGrid, token_grid
@@ -68,12 +51,7 @@ def synthetic_tokens(model: SyntheticModel, settings: Settings) -> int:
 
 
 def synthetic_step_case(model: SyntheticModel, settings: Settings) -> Case:
-    """Make the case of `denoising_step` on a synthetic model; it has a result for each recipe.
-
-    Args:
-        model: The model.
-        settings: What was asked for.
-    """
+    """Make the case of `denoising_step` on a synthetic model; it has a result for each recipe."""
     tokens = synthetic_tokens(model, settings)
     wanted = tuple(
         identity(
@@ -200,11 +178,7 @@ def _run(stack: Sequence[nn.Module], inputs: Mapping[str, Any], attention: str |
 
 
 def _saved_by_int8(
-    model: SyntheticModel,
-    block_list: BlockList,
-    generator: torch.Generator,
-    settings: Settings,
-    dtype: torch.dtype,
+    model: SyntheticModel, block_list: BlockList, generator: torch.Generator, settings: Settings, dtype: torch.dtype
 ) -> float | None:
     """Milliseconds that int8 products would save in one block of a dtype; None where the machine has no fast one."""
     if not has_int8_gemm(settings.device):
@@ -247,9 +221,8 @@ def _step(model: SyntheticModel, measured: Sequence[_ListResult], name: str, set
     baseline, bound = baseline_of(full, list(full)), None
     saved = [one.saved.get(baseline) for one in measured]
     if None not in saved:
-        gain = sum(
-            model.calls * one.block_list.count * (part or 0.0) for one, part in zip(measured, saved, strict=True)
-        )
+        lists = zip(measured, saved, strict=True)
+        gain = sum(model.calls * one.block_list.count * (part or 0.0) for one, part in lists)
         bound = full[baseline].milliseconds / max(full[baseline].milliseconds - gain, 1e-9)
     storage = _storage(model, next(recipe for recipe in settings.recipes if recipe.name == name))
     return {

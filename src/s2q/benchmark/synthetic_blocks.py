@@ -6,8 +6,6 @@ precision), so that a full-precision copy of the whole model never exists.
 Legend: `B` samples in a call, `N` video tokens, `T` text tokens, `d` channels, `D` head dim, `I/O` in/out features.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,17 +36,9 @@ def synthetic_block(
     dtype: torch.dtype = torch.bfloat16,
     linear_of: LinearOf | None = None,
 ) -> nn.Module:
-    """Build one block with random weights.
+    """Build one block with random weights, in evaluation mode, where the generator is.
 
-    Args:
-        model: The model.
-        block_list: Which of its lists the block is from.
-        generator: Of the weights; its device is where the block is built.
-        dtype: Of what stays in full precision; parts that the model keeps in fp32 are in fp32.
-        linear_of: Makes the replacement of each linear; None leaves all of them.
-
-    Returns:
-        The block, in evaluation mode, without gradients.
+    What stays in full precision has the given dtype, or fp32 where the model keeps that.
     """
     transformer = model.meta_transformer(blocks=1)
     block: nn.Module = getattr(transformer, block_list.name)[0].to(dtype)
@@ -72,18 +62,9 @@ def synthetic_block(
 
 
 def random_packed_linear(
-    linear: LinearPlan,
-    *,
-    generator: torch.Generator,
-    dtype: torch.dtype = torch.bfloat16,
+    linear: LinearPlan, *, generator: torch.Generator, dtype: torch.dtype = torch.bfloat16
 ) -> PackedLinear:
-    """Build a packed linear with random codes; its output is about as large as its input.
-
-    Args:
-        linear: Its dimensions, scheme and input path.
-        generator: Of the codes; its device is where the layer is built.
-        dtype: Of the bias.
-    """
+    """Build a packed linear with random codes; its output is about as large as its input."""
     device, shape = generator.device, (linear.out_features, linear.in_features)
     layer = PackedLinear(
         linear.in_features,
@@ -126,10 +107,6 @@ def block_inputs(
     """Draw the arguments of a block's call.
 
     Args:
-        model: The model.
-        block_list: The list of the block.
-        tokens: N.
-        generator: Its device is where the tensors are.
         dtype: Of the two streams.
         batch: B; None is the model's own.
 

@@ -36,7 +36,6 @@ class TimingOptions:
     """Duration of a measurement.
 
     Attributes:
-        repeats: Rounds.
         min_repeats: Rounds that are run even if they take longer than `seconds`.
         seconds: No further round starts after this time.
         sample_milliseconds: What a sample should last at least; short calls are repeated.
@@ -78,11 +77,7 @@ class Timing:
         return low, high
 
     def faster_than(self, other: Timing) -> float:
-        """Return how many times faster this is than another contender of the same rounds: 2 is half the time.
-
-        Args:
-            other: Its samples.
-        """
+        """Return how many times faster this is than another contender of the same rounds: 2 is half the time."""
         return statistics.median(theirs / own for theirs, own in zip(other.samples, self.samples, strict=True))
 
 
@@ -96,10 +91,7 @@ def interleave(
     """Measure contenders in turn.
 
     Args:
-        contenders: How to measure each, by name; called once for warming up before the first round.
         fresh: Makes the data of a round from its number, -1 for the warm-up; not timed.
-        options: How long.
-        clock: Seconds, for the limit.
 
     Returns:
         The samples by name; all have the same number of rounds.
@@ -126,11 +118,6 @@ def measures_of(runs: Mapping[str, Run], stopwatch: Stopwatch, *, options: Timin
 
     The first call of each (the warm-up) runs once, to compile and to allocate, and once more to find how many calls
     make a sample.
-
-    Args:
-        runs: What to time, by name.
-        stopwatch: How.
-        options: Of the sample's length.
     """
     return {name: _Repeated(run, stopwatch, options.sample_milliseconds) for name, run in runs.items()}
 
@@ -160,11 +147,7 @@ def stopwatch_for(device: torch.device | str) -> Stopwatch:
 
 
 def host_stopwatch(clock: Callable[[], float] = time.perf_counter) -> Stopwatch:
-    """Return a stopwatch for what is done when it returns.
-
-    Args:
-        clock: Seconds.
-    """
+    """Return a stopwatch for what is done when it returns."""
 
     def stopwatch(call: Callable[[], object], times: int) -> float:
         started = clock()

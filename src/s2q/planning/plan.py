@@ -331,7 +331,7 @@ def check_memory(planned: Plan, *, processes: int = 1) -> None:
 
 
 def loaded_sizes(transformers: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, int]:
-    """Return the bytes of the tensors of state dicts once loaded in a dtype, or in fp32 where their class keeps that."""
+    """Return the bytes of the tensors of state dicts once loaded in a dtype, in fp32 where their class keeps it."""
     sizes = {}
     for component, transformer in transformers.items():
         kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())

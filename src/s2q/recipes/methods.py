@@ -33,7 +33,7 @@ def methods() -> Mapping[str, Mapping[str, Any]]:
 
 
 def unknown_recipe(name: str) -> InvalidInputError:
-    """Build (not raise) the error for a recipe that the package lacks; it lists the widths of the method, if there is one."""
+    """Build (not raise) the error for a recipe that the package lacks; it lists the widths of a known method."""
     method = name.rpartition("-")[0]
     if name in methods():
         return InvalidInputError(f"unknown recipe {short_repr(name)}: a method without its width; add {_widths(name)}")
