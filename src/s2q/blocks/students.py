@@ -121,36 +121,18 @@ def _transform(
     weights: Sequence[Tensor], recipe: Recipe, *, amax: Tensor | None, alpha: float, seed: int
 ) -> Transform | None:
     """The recipe's scale and rotation, on the device of the weights; `amax` [T, I] is None without samples."""
-    transform = _rotation(weights[0].shape[1], recipe, seed=seed)
-    if amax is not None:
-        transform = _scaled(transform, amax, weights, recipe, alpha=alpha)
-    return None if transform is None else transform.to(weights[0].device)
-
-
-def _rotation(in_features: int, recipe: Recipe, *, seed: int) -> Transform | None:
-    settings = recipe.transforms
-    if settings.rotation == "identity":
-        return None
+    settings, in_features = recipe.transforms, weights[0].shape[1]
+    transform: Transform | None = None
     if settings.rotation == "kronecker":
-        return KroneckerTransform.build(in_features, seed=seed, start=settings.start)
-    return ROTATIONS[settings.rotation](in_features, seed=seed)
-
-
-def _scaled(
-    rotation: Transform | None, amax: Tensor, weights: Sequence[Tensor], recipe: Recipe, *, alpha: float
-) -> Transform | None:
-    """Put the channel scale of the recipe, if it has one, before the rotation.
-
-    It is made from the largest magnitudes of the input in each timestep, [T, I].
-    """
-    settings = recipe.transforms
-    if settings.scale == "none":
-        return rotation
-    largest = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
-    salience = SALIENCES[settings.salience](amax.cpu(), largest.cpu())
-    s = smooth_scale(salience, largest.cpu(), alpha=alpha)
-    scale = SmoothScale(s, learnable=settings.learn_scale)
-    return scale if rotation is None else Compose(scale, rotation)
+        transform = KroneckerTransform.build(in_features, seed=seed, start=settings.start)
+    elif settings.rotation != "identity":
+        transform = ROTATIONS[settings.rotation](in_features, seed=seed)
+    if amax is not None and settings.scale != "none":
+        largest = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0).cpu()
+        salience = SALIENCES[settings.salience](amax.cpu(), largest)
+        scale = SmoothScale(smooth_scale(salience, largest, alpha=alpha), learnable=settings.learn_scale)
+        transform = scale if transform is None else Compose(scale, transform)
+    return None if transform is None else transform.to(weights[0].device)
 
 
 def _input_basis(
