@@ -1,13 +1,13 @@
 """Peak memory of a run, from dimensions alone.
 
-What a step of distillation holds is linear in the weights and in the values that go in and out of linears. The factors
-were fitted to the live memory of a step, traced on blocks without storage (`benchmarks/step_memory.py`), for the
-published sizes and up to 131,072 tokens:
+What a step of distillation holds is linear in the weights and in the values that go in and out of linears:
 
-    as it is        31.5 Σ O·I + 19.9 Σ rows · (I + O)             an input that several linears share counts once
-    checkpointed     4   Σ O·I + max(37.5 max O·I, 56 piece · max O, 92 rows · d)              68 instead of 92 in bf16
+    plain           weight · Σ O·I + value · Σ rows · (I + O)      an input that several linears share counts once
+    checkpointed    4 Σ O·I + max((weight + 10) max O·I, piece · max O · rows of a piece, channel · rows · d)
 
-Where the rounding is learned, 31.5 is 20, and 17 Σ O·I are held all the time.
+The four factors are sums over the parts of a recipe (`_STEP_BYTES`). They were fitted, with 5 % to spare, to the live
+memory of a step, traced on blocks without storage for the published sizes and up to 131,072 tokens
+(`benchmarks/step_memory.py`).
 
 Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels.
 """
@@ -15,7 +15,7 @@ Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels.
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import nn
@@ -31,10 +31,29 @@ DEFAULT_MEMORY_BUDGET = 16 * 10**9
 """Most that activations of calibration take of the host's memory unless told otherwise."""
 
 _FP32 = torch.float32.itemsize
-_KEPT_PER_WEIGHT, _KEPT_PER_VALUE = 31.5, 19.9
-_WEIGHT, _WEIGHT_AT_HAND, _VALUE_AT_HAND = 4, 37.5, 56
-_CHANNEL_AT_HAND = {4: 92, 2: 68}
-_LEARNED_PER_WEIGHT = 20
+_WEIGHT, _MORE_AT_HAND, _MORE_LEARNED_AT_HAND = 4, 10, 14
+
+
+@dataclass(frozen=True)
+class _StepBytes:
+    """Bytes that a step of distillation holds of a weight, a value, a value of a piece, and a value of a stream."""
+
+    weight: float = 0.0
+    value: float = 0.0
+    piece: float = 0.0
+    channel: float = 0.0
+
+    def __add__(self, other: _StepBytes) -> _StepBytes:
+        return _StepBytes(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+
+_STEP_BYTES = {  # by the bytes of a value in the dtype of calibration
+    "quantization": {4: _StepBytes(13.7, 14, 42, 76), 2: _StepBytes(19, 14, 42, 59)},
+    "transform": {4: _StepBytes(15.8, 6.5, 12.6, 12.6), 2: _StepBytes(16, 6.5, 12.6, 10.5)},
+    "low rank": {4: _StepBytes(8.4, 1.1, 5, 4.2), 2: _StepBytes(13.3, 1.1, 5, 4.2)},
+}
+_LEARNED_WEIGHT = 18
+"""In place of the factor of a weight where its rounding is learned, which fixes the transform."""
 _LEARNED_STATE = 17
 """Of learned rounding, for each weight: V, its best state and two moments of it in fp32, and a code."""
 ROUNDING_BYTES = 14
@@ -179,21 +198,21 @@ class BlockShape:
         widest = max((features * rows for features, rows in self.outputs), default=0)
         if not recipe.learns:
             return _WEIGHT * max(self.weights, default=0) + _FORWARD_VALUES * _FP32 * widest
-        learned = recipe.rounding.learned
-        state = _LEARNED_STATE * sum(self.weights) if learned else 0
+        factors, all_weights = _step_bytes(recipe, itemsize), sum(self.weights)
+        state = _LEARNED_STATE * all_weights if recipe.rounding.learned else 0
         if checkpointed:
             limit = sys.maxsize if recipe.needs_grid else PIECE  # what asks where tokens lie is not cut
             piece = max((features * min(rows, limit) for features, rows in self.outputs), default=0)
             channels, rows = self.streams
+            more = _MORE_LEARNED_AT_HAND if recipe.rounding.learned else _MORE_AT_HAND
             at_hand = max(
-                _WEIGHT_AT_HAND * max(self.weights, default=0),
-                _VALUE_AT_HAND * piece,
-                _CHANNEL_AT_HAND[itemsize] * channels * rows,
+                (factors.weight + more) * max(self.weights, default=0),
+                factors.piece * piece,
+                factors.channel * channels * rows,
             )
-            return int(state + _WEIGHT * sum(self.weights) + at_hand)
+            return int(state + _WEIGHT * all_weights + at_hand)
         values = sum(features * rows for features, rows in (*self.inputs, *self.outputs))
-        kept = (_LEARNED_PER_WEIGHT if learned else _KEPT_PER_WEIGHT) * sum(self.weights)
-        return int(state + kept + _KEPT_PER_VALUE * values)
+        return int(state + factors.weight * all_weights + factors.value * values)
 
     def rounding_bytes(self, recipe: Recipe) -> int:
         """Return what rounding the block's linears holds beside its weights."""
@@ -237,6 +256,17 @@ class BlockShape:
         features, rows = self.streams
         parts = (rows * features * itemsize, rows * features * (_FP32 if wide else itemsize), rows * _FP32)
         return sum(map(page_locked_bytes, parts)) if pinned else sum(parts)
+
+
+def _step_bytes(recipe: Recipe, itemsize: int) -> _StepBytes:
+    settings = recipe.transforms
+    parts = {
+        "quantization": True,
+        "transform": settings.scale != "none" or settings.rotation != "identity",
+        "low rank": bool(settings.low_rank),
+    }
+    factors = sum((_STEP_BYTES[part][itemsize] for part, has in parts.items() if has), start=_StepBytes())
+    return replace(factors, weight=_LEARNED_WEIGHT) if recipe.rounding.learned else factors
 
 
 def block_shapes(
