@@ -43,7 +43,7 @@ class _StepBytes:
     piece: float = 0.0
     channel: float = 0.0
 
-    def __add__(self, other: _StepBytes) -> _StepBytes:
+    def __add__(self, other: "_StepBytes") -> "_StepBytes":
         return _StepBytes(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
