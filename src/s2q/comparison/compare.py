@@ -1,5 +1,7 @@
 """A comparison from start to end: check, quantize, evaluate, merge. Every stage can be resumed."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,39 +67,26 @@ def compare(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compare recipes and checkpoints with full precision and with each other: same prompts, same noise, same budget.
-
-    Arguments that are not listed are those of `s2q.quantize` and `s2q.evaluate`.
+    """Compare recipes and checkpoints with full precision and each other; options as of `quantize` and `evaluate`.
 
     Args:
         entries: Recipes by name (`all` and patterns such as "s2q-*" too) or file, and checkpoint folders.
         model: The full-precision reference: embedded name, folder or Hub id.
         out: Folder to write; an existing comparison is resumed, and entries may be added to it.
         prompts: Prompts to generate; None takes held-out captions of an embedded model.
-        calibration_prompts: Prompts for all recipes that calibrate; None takes those of an embedded model.
-        overrides: Changes to the recipes, "key=value" each; those to `calibration` and `distillation` are made to the
-            recipes that have them.
-        device: Device; with several processes and "cuda", the GPUs take turns.
-        processes: Processes that share the prompts.
-        resume: Whether to keep what an interrupted run has finished.
-        overwrite: Whether an earlier, different comparison in the folder may be replaced.
+        overrides: Changes to the recipes; those to `calibration` and `distillation` are made where they apply.
 
     Returns:
-        The content of `compare.json`: entries with their metrics, rankings, winners and paired differences by width. An
-        entry that failed has an `error` and keeps nothing from the others. Of a dry run, what would be done.
+        The content of `compare.json`; an entry that failed has an `error`. Of a dry run, what would be done.
 
     Raises:
-        InvalidInputError: Something is unknown, does not fit or is too long, or `out` holds something else; nothing has
-            been computed or overwritten then.
-        BusyError: Another process writes the same folder.
-        ResourceError: There is no such device, or the disk is full.
-        UsageError: There is nothing to compare, or nothing to calibrate on the calibration prompts.
-        S2QError: The reference failed, or a process died; what is finished is kept.
+        InvalidInputError: Something is unknown, does not fit or is too long, or `out` holds something else.
+        BusyError, ResourceError, S2QError, UsageError: As of `s2q.quantize`.
     """
     model, given_dtype = arguments.model_argument("model", model), arguments.parse_dtype(dtype)
     if not isinstance(model, str | Path):
         raise InvalidInputError("compare: got a loaded pipeline; pass its name or folder, which every process loads")
-    flag, optional, prompt_list = arguments.flag, arguments.optional, arguments.prompt_list
+    optional, prompt_list = arguments.optional, arguments.prompt_list
     settings = CompareSettings(
         entries=arguments.name_list("entries", entries),
         model=str(model),
@@ -120,11 +109,11 @@ def compare(
         device=arguments.device_name(device),
         dtype=None if given_dtype is None else arguments.dtype_name(given_dtype),
         variant=optional(arguments.word, "variant", variant),
-        verify=optional(flag, "verify", verify),
+        verify=optional(arguments.flag, "verify", verify),
         processes=arguments.whole_number("processes", processes, least=1),
-        resume=flag("resume", resume),
-        overwrite=flag("overwrite", overwrite),
-        dry_run=flag("dry_run", dry_run),
+        resume=arguments.flag("resume", resume),
+        overwrite=arguments.flag("overwrite", overwrite),
+        dry_run=arguments.flag("dry_run", dry_run),
     )
     return _compare(settings, progress or silent)
 

@@ -99,18 +99,15 @@ def quantize(
         out: Folder to write; needed unless `dry_run`.
         prompts: Calibration prompts; the first `calibration.n_prompts` are used, by recipes that calibrate. None takes
             those of an embedded model.
-        samples: Calibration samples; None leaves it to the recipe.
         overrides: Changes to the recipe, "key=value" each.
         dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
-        memory_budget: Host memory for the activations of calibration, "16GB"; the rest is on the disk, in the run
-            folder. None takes half of the machine's memory, at most 16 GB.
+        memory_budget: Host memory for activations, "16GB"; the rest is on disk. None is half of it, at most 16 GB.
         processes: Several quantize blocks side by side, each with one thread on a CPU or with a GPU of its own, and
             load the model each: it is given by name, and a script needs `if __name__ == "__main__":`.
         resume: Whether to use what an interrupted run has finished.
-        dry_run: Whether to return the plan and compute nothing.
 
     Returns:
-        The report, or the plan of a dry run.
+        The report, or the plan of a dry run, which computes nothing.
 
     Raises:
         InvalidInputError: If the model, the recipe or the output will not do; nothing has been written then.
@@ -135,12 +132,10 @@ def quantize(
     validated = _recipe(recipe, overrides, samples=samples)
     source = _source(model, settings)
     machine = planning.this_machine(settings.device, memory_budget=settings.memory_budget)
-    # Bad input is refused before weights are read. A loaded pipeline is checked by load_teacher.
     planned = None if source is None else planning.plan_model(source, validated, dtype=settings.dtype, machine=machine)
     if target is not None:
         if source is not None and settings.resume and not (dry_run or settings.overwrite):
-            finished = finished_report(target, _request(source, validated, prompts, settings))
-            if finished is not None:
+            if finished := finished_report(target, _request(source, validated, prompts, settings)):
                 return finished
         check_output(target, overwrite=settings.overwrite, owned=owned_files)
     if validated.calibrates and source is not None:
