@@ -43,7 +43,7 @@ def test_a_recipe_is_validated_into_its_options():
         ("rounding.steps=1", "rounding.steps=1; expected at least 2, at most 100"),
         ("rounding.steps=many", "rounding.steps='many': input should be a valid integer"),
         ("rounding.step=4", r"unknown key 'rounding\.step'; nearest keys are rounding\.steps"),
-        ("rounding.penalty=4", "it is an option of rounding.method=adaround; remove it"),
+        ("rounding.penalty=4", "it is an option of rounding.method=adaround; set that method, or remove the key"),
         ("modulation.rounding=mse", "modulation.rounding='mse'; expected one of rtn, gptq"),
     ],
 )

@@ -171,7 +171,7 @@ def test_a_change_of_the_rounding_leaves_the_options_of_the_other_behind():
 
 
 def test_an_option_of_another_rounding_is_refused_with_that_rounding():
-    message = "unknown key 'rounding.penalty'; it is an option of rounding.method=adaround; remove it"
+    message = "unknown key 'rounding.penalty'; it is an option of rounding.method=adaround; set that method, or remove"
     with pytest.raises(InvalidInputError, match=message):
         load_recipe("s2q-w4a6", overrides=["rounding.penalty=5"])
 

@@ -201,7 +201,7 @@ def test_output_that_cannot_be_written(folder, tmp_path):
 
 def test_bad_input_leaves_nothing_behind(folder, tmp_path):
     bad = [
-        ({"recipe": "rtn-w4a7"}, InvalidInputError, "nearest names are"),
+        ({"recipe": "rtn-w4a7"}, InvalidInputError, "rtn has the widths"),
         (
             {"recipe": "rtn-w4a6", "overrides": ["weights.num_bits=9"]},
             InvalidInputError,

@@ -1,5 +1,7 @@
 """The benchmark: list the cases, measure the missing ones, and write each result at once."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
 from dataclasses import replace

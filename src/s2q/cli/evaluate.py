@@ -60,13 +60,10 @@ def evaluate(
     from s2q.cli import console, judges, output
     from s2q.evaluation.evaluate import default_prompts
     from s2q.evaluation.evaluate import evaluate as run
-    from s2q.evaluation.judges.learned import learned_names
-    from s2q.evaluation.video_metrics import selected_metrics
     from s2q.generation.defaults import frame_rate_of, quantization_scheme
     from s2q.models.source import check_full_precision, resolve_model
 
     console.quiet_libraries()
-    selected_metrics(metrics or (), learned=learned_names(lpips=bool(lpips_weights), clip=bool(clip)))
     ours, theirs = resolve_model(model, variant=variant, needs_variant=False), resolve_model(reference, variant=variant)
     check_full_precision(theirs)
     texts = options.read_prompt_file(prompts) or default_prompts(theirs, count=num_prompts)

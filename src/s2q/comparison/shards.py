@@ -13,6 +13,7 @@ from s2q.comparison.folder import CompareFolder
 from s2q.comparison.setup import SHARD_PROMPTS, RunPlan
 from s2q.engines.processes import ProcessEngine, Tell, devices_of
 from s2q.evaluation.evaluate import TRAJECTORY_BYTES, EvaluationSettings, judge_model, run_reference
+from s2q.evaluation.recordings import DISK_SHARE
 from s2q.evaluation.video_metrics import VELOCITY
 from s2q.generation.generate import Video
 
@@ -57,7 +58,7 @@ def evaluate_shards(
         for shard in remaining():
             evaluate_shard(folder, plan, shard, device, report)
         return failures
-    work = functools.partial(evaluate_shard, folder, plan)
+    work = functools.partial(evaluate_shard, folder, plan, disk_share=DISK_SHARE / workers)
     results = ProcessEngine(devices_of(device, workers)).map(work, remaining(), on_message=report)
     with contextlib.closing(results):
         for _ in results:
@@ -65,7 +66,9 @@ def evaluate_shards(
     return failures
 
 
-def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, device: str, tell: Tell) -> None:
+def evaluate_shard(
+    folder: CompareFolder, plan: RunPlan, shard: Shard, device: str, tell: Tell, *, disk_share: float = DISK_SHARE
+) -> None:
     """Evaluate entries on the prompts of a shard; tell None after every step, and label and reason of a failure."""
     settings = EvaluationSettings(
         metrics=tuple(plan.metrics),
@@ -96,6 +99,7 @@ def evaluate_shard(folder: CompareFolder, plan: RunPlan, shard: Shard, device: s
         settings=settings,
         video_done=functools.partial(keep, FULL_PRECISION),
         progress=progress,
+        disk_share=disk_share,
     )
     for label in shard.labels:
         try:

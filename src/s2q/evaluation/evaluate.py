@@ -183,9 +183,10 @@ def _prompt_sets(
             f"evaluate: got processes={processes} and a loaded pipeline; pass the names or folders of the models, "
             "which every process loads"
         )
+    parts = divide(prompts, processes)
     return [
-        PromptSet(model=model, reference=reference, prompts=part, seeds=seeds, settings=settings, parts=processes)
-        for part in divide(prompts, processes)
+        PromptSet(model=model, reference=reference, prompts=part, seeds=seeds, settings=settings, parts=len(parts))
+        for part in parts
     ]
 
 

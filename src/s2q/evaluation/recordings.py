@@ -36,7 +36,11 @@ class _Spilled:
     @classmethod
     def write(cls, trajectory: Trajectory, path: Path) -> _Spilled:
         leaves, structure = tree_flatten([(dict(call.inputs), call.output) for call in trajectory.calls])
-        tensors = {_name(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        tensors = {
+            _name(leaf): leaf.detach().clone(memory_format=torch.contiguous_format)
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor)
+        }
         safetensors.torch.save_file(tensors, path)
         calls = tuple(replace(call, inputs={}, output=call.output.new_empty(0)) for call in trajectory.calls)
         names = [_name(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2q.common.arguments import model_argument, optional, prompt_list, seed_numbers, whole_number, word
-from s2q.common.errors import InvalidInputError, memory_errors
+from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.generation.defaults import generation_defaults
@@ -96,7 +96,13 @@ def generate(
     )
     optional(whole_number, "batch_size", batch_size, least=1)
     pipe = model
-    if isinstance(model, str | Path | ModelSource):
+    if not isinstance(model, str | Path | ModelSource):
+        for name, value in {"dtype": dtype, "variant": variant, "verify": verify}.items():
+            if value is not None:
+                raise UsageError(f"generate: {name} is for models by name or folder; load the pipeline with it")
+        if backend != "auto" or attention_backend is not None:
+            raise UsageError("generate: backends are for models by name or folder; see s2q.load")
+    else:
         model = resolve_model(model, variant=optional(word, "variant", variant))
         pipe = load_pipeline(
             model, dtype=dtype, device=device, verify=verify, backend=backend, attention_backend=attention_backend

@@ -3,6 +3,8 @@
 Everything is computed on the meta device. The bytes are those of the tensors in the safetensors files, exactly.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -52,7 +52,7 @@ def nearest_keys(key: str) -> str:
     group, _, name = key.rpartition(".")
     methods = [method for method, one in ROUNDINGS.items() if name in {option.name for option in _fields(one)}]
     if group == "rounding" and methods:
-        return f"it is an option of rounding.method={' and '.join(methods)}; remove it"
+        return f"it is an option of rounding.method={' and '.join(methods)}; set that method, or remove the key"
     schema = dict(_schema())
     beside = _beside(f"{group}." if group else "", schema)
     known = [path for path, metadata in schema.items() if metadata is not None]

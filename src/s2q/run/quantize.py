@@ -38,7 +38,7 @@ from s2q.core.storage import parse_bytes
 from s2q.engines.processes import most_on_one_device
 from s2q.models import ModelSource, resolve_model
 from s2q.planning import Machine, Plan, check_memory
-from s2q.recipes.load import load_recipe
+from s2q.recipes.load import checked_overrides, load_recipe
 from s2q.recipes.schema import Recipe
 from s2q.run.allocate import Allocation, allocate
 from s2q.run.assemble import assemble
@@ -155,6 +155,7 @@ def quantize(
 def _recipe(
     recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str], *, samples: int | None
 ) -> Recipe:
+    overrides = checked_overrides(overrides)  # an iterator would be empty the second time
     validated = load_recipe(recipe, overrides=overrides)
     if samples is None:
         return validated

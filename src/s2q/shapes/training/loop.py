@@ -149,7 +149,7 @@ def _worker(
 
 
 class _Run:
-    """What a training run changes: learned parameters by name, their averages, and the optimizers' state."""
+    """State of a training run: learned parameters by name, their averages, and the optimizers."""
 
     def __init__(self, modules: nn.Module, settings: TrainingSettings, folder: Path, world: int) -> None:
         self.modules, self.settings, self.folder, self.world = modules, settings, folder, world
@@ -189,7 +189,7 @@ class _Run:
         (self.folder / "settings.json").write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
 
     def restore(self) -> int:
-        """The number of steps that the folder's checkpoint has, taken over; 0 without one."""
+        """Load the checkpoint of the folder and return its number of steps; 0 without one."""
         path = self.folder / "state.safetensors"
         if not path.exists():
             return 0
