@@ -68,7 +68,7 @@ def full_precision(device: str) -> dict[str, torch.dtype]:
 
 
 def quantized_dtype(device: str) -> torch.dtype:
-    """Return the compute dtype of quantized contenders: that of a bf16 model (`core.devices.default_dtype`)."""
+    """Return the compute dtype of quantized contenders: that of a bf16 model (`common.devices.default_dtype`)."""
     return default_dtype(torch.bfloat16, device)
 
 

@@ -152,7 +152,7 @@ def load_teacher(
 
     Args:
         dtype: Compute dtype, in which the rest of the checkpoint is stored too; None takes the pipeline's, or the
-            stored one, and calibrates in float32 where the device emulates that (`core.devices.default_dtype`).
+            stored one, and calibrates in float32 where the device emulates that (`common.devices.default_dtype`).
         linears: What its linears were resolved to in another process; None resolves them.
     """
     if isinstance(model, ModelSource):

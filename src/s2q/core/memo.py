@@ -40,7 +40,7 @@ _held: ContextVar[_Kept | None] = ContextVar("held", default=None)
 
 @contextmanager
 def memoization() -> Iterator[None]:
-    """Keep the results of `once` until the context ends; no parameter may change within it.
+    """Keep the results of `memoize_step` until the context ends; no parameter may change within it.
 
     A training step is a good context: its forward and backward pass. Results are kept with their graphs, so that a
     shared one gets the gradients of all of its readers.
@@ -74,8 +74,8 @@ def memoize_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T
 def checkpointed(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     """Call a function; what it computes on the way is computed again in the backward pass instead of being kept.
 
-    It must have no side effects and no random numbers. Results of parameters alone (`once`) are kept: they are shared
-    with calls outside and do not change.
+    It must have no side effects and no random numbers. Results of parameters alone (`memoize_step`) are kept: they are
+    shared with calls outside and do not change.
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)

@@ -41,7 +41,7 @@ def load_pipeline(
         model: Embedded name, pipeline folder or s2q checkpoint, Hub id ("organisation/name" or
             "organisation/name@revision"), or a resolved source.
         dtype: Compute dtype or its name; None takes the one that the transformers are stored in or were quantized in,
-            and float32 where that is one that the CPU emulates (`core.devices.default_dtype`).
+            and float32 where that is one that the CPU emulates (`common.devices.default_dtype`).
         variant: Variant of the weights, "fp16", as diffusers has it.
         device: Where to put the pipeline: "cpu", "cuda", "cuda:1", a `torch.device`, the index of a GPU.
         verify: Whether to compare the files of an s2q checkpoint with its manifest first: None does where there is a

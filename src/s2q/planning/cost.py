@@ -251,7 +251,7 @@ class BlockShape:
         Args:
             itemsize: Bytes of a value in the model's dtype.
             wide: Whether targets are in fp32.
-            pinned: Whether they are in page-locked host memory; see `core.placement.page_locked_bytes`.
+            pinned: Whether they are in page-locked host memory; see `common.memory.page_locked_bytes`.
         """
         features, rows = self.streams
         parts = (rows * features * itemsize, rows * features * (_FP32 if wide else itemsize), rows * _FP32)

@@ -192,7 +192,7 @@ def _factorize(hessian: Tensor, options: GPTQ) -> tuple[Tensor | None, float | N
     if not options.allow_fallback:
         raise S2QError(
             f"gptq: the Hessian is not positive definite after {tries} tries with growing dampening; "
-            "use more calibration samples, a larger dampening_frac, or allow the fallback to rounding to nearest"
+            "use more calibration samples, a larger dampening_frac, or rounding.allow_fallback=true (round to nearest)"
         )
     logger.warning("gptq: rounding to nearest instead, after %d failed factorizations", tries)
     return None, None, tries
