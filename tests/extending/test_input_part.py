@@ -25,16 +25,17 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w4a6", "s2q-w4a6"])
+@pytest.mark.parametrize("recipe", ["rtn-w4a6", "s2q-w4a6", "s2q-plus-w4a6"])
 def test_a_checkpoint_with_it_loads_and_generates(folder, tmp_path, recipe):
     small = ["n_prompts=1", "steps=2", "samples=2", "num_frames=9", "height=16", "width=16"]
     calibrated = [f"calibration.{setting}" for setting in small] + ["distillation.epochs=1"]
+    calibrated += ["refinement.epochs=1"] if recipe == "s2q-plus-w4a6" else []
     report = s2q.quantize(
         folder,
         recipe=recipe,
         prompts=["a red circle"],
         out=tmp_path / "out",
-        overrides=calibrated if recipe == "s2q-w4a6" else (),
+        overrides=() if recipe == "rtn-w4a6" else calibrated,
     )
     planned = {layer["name"]: layer["bytes"] for layer in report.layers}
     pipe = CogVideoXPipeline.from_pretrained(tmp_path / "out")

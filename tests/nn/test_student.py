@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from s2q.common.errors import InvalidInputError
+from s2q.core.input_path import InputPath
 from s2q.core.qparams import dequantize, dequantize_weight
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear
@@ -215,13 +216,14 @@ def test_a_low_rank_branch_of_the_weight_leaves_the_input_whole(layer_scheme, tr
     torch.testing.assert_close(source(x).quantized, whole(x).quantized, rtol=1e-5, atol=1e-5)
     stored = {} if transform is None else transform.state_tensors()
     branch = student.low_rank_weight().bfloat16()
+    inputs = {f"transform_{name}": value for name, value in stored.items()}
+    inputs |= {"low_rank_basis": basis.bfloat16(), "low_rank_weight": branch}
     packed = PackedLinear.from_rounded(
         round_rtn(student.folded_weight(), layer_scheme.weight),
         bias=student.bias,
         scheme=layer_scheme,
-        inputs={"low_rank_basis": basis.bfloat16(), "low_rank_weight": branch}
-        | {f"transform_{name}": value for name, value in stored.items()},
-        deflates=False,
+        inputs=inputs,
+        path=InputPath.of_tensors(inputs).replace(deflates=False),
     )
     torch.testing.assert_close(packed(x), student(x), rtol=1e-3, atol=1e-3)  # the student's branch is that stored
     rows = torch.eye(24)

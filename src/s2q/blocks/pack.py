@@ -73,9 +73,7 @@ def pack_student(
         rounding = work.task.recipe.rounding
         rounded, _ = rounding.round(layer.folded_weight(), scheme.weight, clip_ratio=layer.clip_ratio())
     bias = None if layer.bias is None else layer.bias.to(work.task.block.get_submodule(linear.inner_name).bias.dtype)
-    return PackedLinear.from_rounded(
-        rounded, bias=bias, scheme=scheme, inputs=layer.stored(), deflates=layer.source.deflates
-    )
+    return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=layer.stored(), path=linear.path)
 
 
 @torch.no_grad()

@@ -99,7 +99,11 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
         transformer_class=str(read_transformer_config(folder).get("_class_name", "")),
         storage=storage,
         layers=layers,
-        simulated=any(one.simulated for config in configs.values() for one in config.layer_schemes().values()),
+        simulated=any(
+            quantized.simulated
+            for config in configs.values()
+            for quantized in (*config.layer_schemes().values(), *config.layer_paths().values())
+        ),
         files=read_manifest(folder) if (folder / MANIFEST).is_file() else {},
         verified=not problems if verify else None,
         problems=problems,

@@ -24,6 +24,7 @@ Shapes: `M` tokens, `I/O` in/out features; `n1`, `n2` orders of the factors, n1 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -193,6 +194,9 @@ class InputPath:
     def __repr__(self) -> str:
         return f"InputPath({', '.join(f'{name}={value}' for name, value in self._values.items())})"
 
+    def __reduce__(self) -> tuple[Any, ...]:  # its steps hold functions, which need not be picklable
+        return functools.partial(InputPath, **self._values), ()
+
     def replace(self, **parts: bool | int | None) -> InputPath:
         """Return the path with other values of some parts."""
         return InputPath(**{**self._values, **parts})
@@ -211,6 +215,11 @@ class InputPath:
     def needs_grid(self) -> bool:
         """Whether a linear has to know where the video tokens lie."""
         return self.estimator_frames is not None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether a part is restored after quantization, which no integer kernel does."""
+        return any(part.restore is not None for part in self.steps)
 
     def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each stored tensor by name: `input_shift`, `transform_scale`, …, `activation_clip`.
@@ -244,12 +253,11 @@ class InputPath:
         return sum(_BYTES[stored[name].dtype] * math.prod(shape) for name, shape in shapes.items())
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], *, deflates: bool) -> InputPath:
-        """Return the path that stored tensors are of.
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> InputPath:
+        """Return the path that stored tensors are of; parts without tensors have their defaults.
 
         Args:
             tensors: By their names in a packed linear; the size of a part is the last dimension of its first tensor.
-            deflates: Whether a low-rank branch is taken out of the input.
 
         Raises:
             InvalidInputError: If no part has a tensor of such a name.
@@ -258,7 +266,7 @@ class InputPath:
         for name in tensors:
             if name not in known:
                 raise unknown_name("tensor of a packed linear", name, known)
-        parts: dict[str, bool | int | None] = {"deflates": deflates}
+        parts: dict[str, bool | int | None] = {}
         for name, part in PARTS.items():
             first = next((tensors[tensor] for tensor in part.tensors if tensor in tensors), None)
             if first is not None:

@@ -36,7 +36,7 @@ def float_branch(
     Returns:
         [M, r] and [O, r], r with the estimator's column, or None twice.
     """
-    weights = None if coefficients is None else _branch_weight(layer)
+    weights = None if coefficients is None else branch_weight(layer, layer.low_rank_weight)
     if not layer.path.estimator:
         return coefficients, weights
     assert layer.estimator_input is not None
@@ -49,14 +49,16 @@ def float_branch(
     return torch.cat([coefficients.float(), inputs], dim=1), torch.cat([weights.float(), output], dim=1)
 
 
-def _branch_weight(layer: StoredLinear) -> Tensor | None:
-    """The columns that coefficients are multiplied by, [O, r]: those of the low-rank branch and then of other parts."""
-    steps = layer.path.steps
-    if not steps:
-        return layer.low_rank_weight
-    names = [name for part in steps for name in part.linear_names]
-    weights = [getattr(layer, name) for name in ("low_rank_weight", *names)]
-    return torch.cat([weight.float() for weight in weights if weight is not None], dim=1)
+def branch_weight(layer: StoredLinear, low_rank_weight: Tensor | None) -> Tensor | None:
+    """Return what multiplies coefficients, [O, r]: columns of the low-rank branch, [O, k] or None, then of other parts.
+
+    It is None where there are none.
+    """
+    columns = [getattr(layer, name) for part in layer.path.steps for name in part.linear_names]
+    if not columns:
+        return low_rank_weight
+    columns = columns if low_rank_weight is None else [low_rank_weight, *columns]
+    return torch.cat([column.float() for column in columns], dim=1)
 
 
 def with_float_branch(

@@ -90,7 +90,7 @@ class PackedLinear(StoredLinear):
         bias: Tensor | None,
         scheme: LinearScheme,
         inputs: Mapping[str, Tensor] | None = None,
-        deflates: bool = True,
+        path: InputPath | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
         """Pack a rounded weight.
@@ -100,7 +100,8 @@ class PackedLinear(StoredLinear):
             bias: [O] or None; copied.
             inputs: Tensors of the input by their names in the layer (see `path`), fp32; the weight is that of the
                 transformed input, W T⁻ᵀ.
-            deflates: Whether a low-rank branch is taken out of the input; if not, the weight is W T⁻ᵀ without it.
+            path: Parts of the input path, whose tensors `inputs` are; None takes it from them. Where a low-rank branch
+                is not taken out of the input (`deflates`), the weight is W T⁻ᵀ without it.
             dtype: Of the bias; None keeps it.
 
         Returns:
@@ -116,7 +117,7 @@ class PackedLinear(StoredLinear):
             out_features,
             bias=bias is not None,
             scheme=scheme,
-            path=InputPath.of_tensors(inputs, deflates=deflates),
+            path=InputPath.of_tensors(inputs) if path is None else path,
             dtype=dtype,
             device="meta",
         )
@@ -133,7 +134,12 @@ class PackedLinear(StoredLinear):
                 raise InvalidInputError(f"bias: got {list(bias.shape)}; expected [{out_features}]")
             layer.bias = frozen(bias.detach().to(device=rounded.codes.device, dtype=dtype or bias.dtype, copy=True))
         dtypes = packed_dtypes()
-        for name, shape in layer.path.shapes(in_features, out_features).items():
+        shapes = layer.path.shapes(in_features, out_features)
+        if set(inputs) != set(shapes):
+            raise InvalidInputError(
+                f"tensors of the input: got {sorted(inputs)}; expected {sorted(shapes)} for {layer.path}"
+            )
+        for name, shape in shapes.items():
             tensor = inputs[name].detach().to(rounded.codes.device)
             if tuple(tensor.shape) != shape or tensor.dtype != dtypes[name]:
                 raise InvalidInputError(

@@ -4,6 +4,7 @@
 
 δ, β and Λ start at zero and are in units of what they change: δ is relative, σ is the root mean square of the rows'
 norms of the dequantized weight, τ that of the entries of L. The clip ratio of x is learned along, where there is one.
+Parts with `InputPart.apply` add their columns to c and L; these are not changed.
 What comes out has the tensors of the packed linear that went in, so that it is stored and run the same.
 
 Shapes: `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch.
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from s2q.core.codebook import levels_of
 from s2q.core.memo import checkpointed, memoize_step
 from s2q.core.qparams import RoundedWeight, dequantize_weight
+from s2q.nn.branch import branch_weight
 from s2q.nn.input_path import StudentInput
 from s2q.nn.packed import PackedLinear
 from s2q.nn.stored import packed_dtypes
@@ -87,7 +89,7 @@ class RefinedLinear(nn.Module):
         bias = self.bias()
         quantized, coefficients = self.source(input)
         output = F.linear(quantized, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
-        branch = self.low_rank_weight()
+        branch = branch_weight(self.packed, self.low_rank_weight())
         if coefficients is None or branch is None:
             return output
         return output + F.linear(coefficients, branch).to(output.dtype)
@@ -113,6 +115,6 @@ class RefinedLinear(nn.Module):
             bias=self.bias(),
             scheme=packed.scheme,
             inputs=inputs,
-            deflates=packed.path.deflates,
+            path=packed.path,
             dtype=None if packed.bias is None else packed.bias.dtype,
         )

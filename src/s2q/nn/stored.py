@@ -80,7 +80,7 @@ class StoredLinear(nn.Linear):
             value = None if shape is None else frozen(torch.empty(shape, dtype=dtypes[name], device=device))
             self.register_parameter(name, value)
         self.backend = "auto"
-        self.simulated = scheme.simulated or any(part.restore is not None for part in self.path.steps)
+        self.simulated = scheme.simulated or self.path.simulated
         self.needs_grid = scheme.needs_grid or self.path.needs_grid
         self.shared_input: Callable[[Tensor, Callable[[], QuantizedInput]], QuantizedInput] | None = None
 

@@ -253,7 +253,7 @@ def plan_transformers(
         storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
         stages=tuple(PlannedStage(name=name, peak_memory_bytes=peak, seconds=None) for name, peak in peaks.items()),
         layers=layers,
-        simulated=any(linear.scheme.simulated for linear in linears),
+        simulated=any(linear.simulated for linear in linears),
         device={"name": machine.device, "memory_bytes": machine.memory_bytes},
         calibration=cost,
         allocation=allocation,

@@ -36,6 +36,11 @@ class LinearPlan(BlockLinear):
         return weight_bytes(self.scheme.weight, self.out_features, self.in_features)
 
     @property
+    def simulated(self) -> bool:
+        """Whether it is computed in floating point, for want of an integer kernel."""
+        return self.scheme.simulated or self.path.simulated
+
+    @property
     def needs_grid(self) -> bool:
         """Whether it has to know where the video tokens lie."""
         return self.scheme.needs_grid or self.path.needs_grid
