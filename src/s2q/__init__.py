@@ -1,4 +1,4 @@
-"""s2q: 4-bit text-to-video diffusion transformers at the quality of full precision, for any diffusers pipeline.
+"""s2q: 4-bit quantization of text-to-video diffusion transformers in diffusers, close to full-precision quality.
 
     import s2q
     s2q.quantize("shapes-cogvideox", recipe="rtn-w4a6", out="shapes-w4a6")
