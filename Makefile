@@ -38,15 +38,19 @@ bench-cpu bench-gpu: $(READY)
 	@$(BENCH_RUN) --ops denoising_step,calibration_block --backend auto,fastest
 
 # Whole linears and the embedded step in one thread, with all instructions of this CPU and limited to AVX2 (as on a CPU
-# without VNNI and bf16). Takes minutes; always measures again.
+# without VNNI and bf16). Then a step of distillation of three recipes. Takes minutes; always measures again.
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
+KINDS := s2q-w4a8,s2q-w4a6,s2q-w4a4
+LEARN := s2q-w4a6,s2q-plus-w4a6,q-vdit-w4a6
 KINDS_RUN = OMP_NUM_THREADS=1 $(1) $(BIN)/s2q bench --device cpu --again --repeats 5 --seconds 4 \
-	-r s2q-w4a8,s2q-w4a6,s2q-w4a4 -o $(BENCH)/cpu-one-thread$(2).json --json
+	-o $(BENCH)/cpu-one-thread$(2).json --json -r
 bench-cpu-kinds: $(READY)
-	@$(call KINDS_RUN,,) --ops linear -m synthetic:cogvideox-5b > /dev/null
-	@$(call KINDS_RUN,,) --ops denoising_step --backend auto,fastest > /dev/null
-	@$(call KINDS_RUN,$(AVX2),-avx2) --ops linear -m synthetic:cogvideox-5b > /dev/null
-	@$(call KINDS_RUN,$(AVX2),-avx2) --ops denoising_step --backend auto,fastest > /dev/null
+	@$(call KINDS_RUN,,) $(KINDS) --ops linear -m synthetic:cogvideox-5b > /dev/null
+	@$(call KINDS_RUN,,) $(KINDS) --ops denoising_step --backend auto,fastest > /dev/null
+	@$(call KINDS_RUN,$(AVX2),-avx2) $(KINDS) --ops linear -m synthetic:cogvideox-5b > /dev/null
+	@$(call KINDS_RUN,$(AVX2),-avx2) $(KINDS) --ops denoising_step --backend auto,fastest > /dev/null
+	@$(call KINDS_RUN,,) $(LEARN) --ops calibration_block -m shapes-cogvideox > /dev/null
+	@$(call KINDS_RUN,,) $(LEARN) --ops calibration_block -m synthetic:cogvideox-2b > /dev/null
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -359,6 +359,28 @@ def steps_table(device: str) -> str:
     return "\n".join(lines)
 
 
+def calibration_table(device: str) -> str:
+    """A step of distillation of each recipe against that of the first, and a bf16 forward pass of the block."""
+    content, steps = _bench(f"{device}-one-thread", "calibration_block")
+    if not steps:
+        return "Not measured yet: `make bench-cpu-kinds`."
+    lines = table_head("model", ["recipe", "step", "relative", "bf16 forward passes", "peak memory"])
+    first: dict[str, float] = {}
+    for step in steps:
+        relative = step["milliseconds"] / first.setdefault(step["model"], step["milliseconds"])
+        cells = [
+            f"`{step['recipe']}`",
+            f"{step['milliseconds'] / 1000:.3g} s",
+            f"{relative:.2f}",
+            f"{1 / step['ratio_to_bf16']:.1f}",
+            f"{step['peak_memory_bytes'] / 1e6:.0f} MB",
+        ]
+        lines.append(table_row(_model_of(step), cells))
+    place = f"{place_of(content['hardware'])}, torch {content['versions']['torch']}"
+    lines += ["", f"{place}. Made by `make bench-cpu-kinds`."]
+    return "\n".join(lines)
+
+
 def parts_table(device: str) -> str:
     """Where the time of a denoising step goes, each part as a share of the bf16 step."""
     content, steps = _bench(device, "denoising_step")
@@ -390,7 +412,8 @@ def _shares(name: str, breakdown: dict, one: dict, parts: list[str]) -> list[str
 
 
 def _model_of(one: dict) -> str:
-    return f"{one['model'].removeprefix('synthetic:')}, {one['tokens']} tokens"
+    name = one["model"].removeprefix("synthetic:")
+    return name if one["tokens"] is None else f"{name}, {one['tokens']} tokens"
 
 
 def _short(layers: list[str]) -> str:
@@ -444,6 +467,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "demo": demo_table,
     "steps": steps_table,
     "parts": parts_table,
+    "calibration": calibration_table,
     "sizes": sizes_table,
     "cost": cost_table,
     "calls": calls_table,

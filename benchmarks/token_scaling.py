@@ -10,63 +10,34 @@ second must not be above 2; that of attention may be 4. Written to ``benchmarks/
 import argparse
 import json
 import statistics
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from environment import environment
-from torch import nn
 
-from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
-from s2q.distillation.loss import weighted_token_loss
-from s2q.nn import LearnableClip, StudentInput, StudentLinear, replace_module
+from s2q.benchmark.calibration_block import first_block, first_optimization, first_student, synthetic_subject
+from s2q.benchmark.synthetic_blocks import synthetic_block
+from s2q.models.synthetic import synthetic_model
 from s2q.ops.attention_colsum import attention_colsum
+from s2q.recipes.load import load_recipe
 from s2q.rounding import HessianAccumulator
-from s2q.transforms import Compose, KroneckerTransform, SmoothScale
 
 WIDTH, HEADS = 384, 6
 TEXT = 32
-LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+RECIPE = "s2q-w4a4"
 RESULT = Path(__file__).parent / "results" / "token-scaling.json"
 
 
-def student_of(block: nn.Module) -> nn.Module:
-    """Put learnable students in place of the block's linears, as a run does."""
-    activation = QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True)
-    scheme = LinearScheme(weight=QuantScheme(num_bits=4, granularity=PerChannel()), activation=activation)
-    for name in LINEARS:
-        linear = block.get_submodule(name)
-        features = linear.in_features
-        transform = Compose(SmoothScale(torch.ones(features)), KroneckerTransform.build(features))
-        source = StudentInput(activation, transform=transform, clip=LearnableClip((1,)))
-        replace_module(block, name, StudentLinear.with_clip(linear, scheme=scheme, source=source))
-    return block
-
-
-def inputs_of(tokens: int, seed: int) -> dict[str, torch.Tensor]:
-    """Random inputs of a block with that many video tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "hidden_states": torch.randn(1, tokens, WIDTH, generator=generator),
-        "encoder_hidden_states": torch.randn(1, TEXT, WIDTH, generator=generator),
-        "temb": torch.randn(1, WIDTH, generator=generator),
-    }
-
-
-def step(block: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-    """One step of distillation without the optimiser, whose work does not depend on tokens."""
-    targets = (torch.zeros_like(inputs["hidden_states"]), torch.zeros_like(inputs["encoder_hidden_states"]))
-    weighted_token_loss(block(**inputs), targets).backward()
-
-
-def hessian(inputs: dict[str, torch.Tensor]) -> None:
+def hessian(hidden: torch.Tensor) -> None:
     """The Hessian of one input."""
-    HessianAccumulator(WIDTH).add(inputs["hidden_states"])
+    HessianAccumulator(WIDTH).add(hidden)
 
 
-def importance(inputs: dict[str, torch.Tensor]) -> None:
+def importance(hidden: torch.Tensor) -> None:
     """Column sums of attention; quadratic, as attention is."""
-    heads = inputs["hidden_states"].reshape(1, -1, HEADS, WIDTH // HEADS).transpose(1, 2)
+    heads = hidden.reshape(1, -1, HEADS, WIDTH // HEADS).transpose(1, 2)
     attention_colsum(heads, heads)
 
 
@@ -88,27 +59,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    block = CogVideoXBlock(
-        dim=WIDTH, num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, time_embed_dim=WIDTH
-    )
-    student = student_of(block.requires_grad_(False))
-    sizes = (arguments.tokens, 2 * arguments.tokens)
-    works = {
-        "distillation step": lambda own: microseconds(lambda: step(student, own)),
-        "Hessian": lambda own: microseconds(lambda: hessian(own)),
-        "token importance": lambda own: microseconds(lambda: importance(own)),
-    }
+    sizes, recipe = (arguments.tokens, 2 * arguments.tokens), load_recipe(RECIPE)
+    model = synthetic_model("cogvideox-2b")
+    config = dict(model.config) | {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS}
+    model, generator = replace(model, config=config, text_tokens=TEXT), torch.Generator().manual_seed(0)
+    block = synthetic_block(model, model.block_lists[0], generator=generator, dtype=torch.float32)
+    works: dict[str, list] = {"distillation step": [], "Hessian": [], "token importance": []}
+    stack = ExitStack()
+    for tokens in sizes:
+        subject = synthetic_subject(
+            model, model.block_lists[0], block, tokens=tokens, generator=generator, samples=arguments.repeats + 1
+        )
+        opened = stack.enter_context(first_block(subject, recipe, device="cpu"))
+        optimization = first_optimization(first_student(opened), recipe)
+        samples = opened.samples
+        works["distillation step"].append(lambda at, o=optimization, s=samples: o.gradient(s[at]))
+        works["Hessian"].append(lambda at, s=samples: hessian(s[at].inputs["hidden_states"]))
+        works["token importance"].append(lambda at, s=samples: importance(s[at].inputs["hidden_states"]))
     ratios: dict[str, list[float]] = {}
     for repeat in range(arguments.repeats + 1):
-        inputs = [inputs_of(tokens, repeat) for tokens in sizes]
-        for name, work in works.items():
-            small, large = (work(own) for own in inputs)
+        for name, pair in works.items():
+            small, large = (microseconds(lambda work=work, at=repeat: work(at)) for work in pair)
             if repeat == 0:
                 continue  # the first is a warm-up
             for kind in ("attention", "rest"):
                 if name == "distillation step" or kind == "rest":
                     label = f"{name}, {kind}" if name == "distillation step" else name
                     ratios.setdefault(label, []).append(large[kind] / small[kind])
+    stack.close()
     medians = {name: statistics.median(values) for name, values in ratios.items()}
     content = {"tokens": sizes, "width": WIDTH, "ratio_of_doubling": medians, "samples": ratios, **environment()}
     RESULT.write_text(json.dumps(content, indent=1) + "\n")
