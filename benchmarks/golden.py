@@ -134,9 +134,9 @@ def compute_checkpoint(name: str, parts: tuple[str, ...]) -> dict[str, dict[str,
         if model in TINY_MODELS:
             size, call = TINY_MODELS[model]
             source = str(folder / model)
-            name = model.removeprefix("tiny-").replace("-", " ")
-            boundary_ratio = 0.8 if name == "wan 2.2 a14b" else None
-            tiny.tiny_pipeline(name, boundary_ratio=boundary_ratio).save_pretrained(source)
+            family = model.removeprefix("tiny-").replace("-", " ")
+            boundary_ratio = 0.8 if family == "wan 2.2 a14b" else None
+            tiny.tiny_pipeline(family, boundary_ratio=boundary_ratio).save_pretrained(source)
         prompts = folder / "prompts.txt"
         prompts.write_text("\n".join(PROMPTS) + "\n")
         settings = _settings(recipe, size)
@@ -286,7 +286,8 @@ def differences(recorded: Any, computed: Any, where: str = "") -> Iterator[str]:
             if key not in computed:
                 yield f"{path}: missing"
             elif key not in recorded:
-                yield f"{path}: new"
+                error = computed[key].get("error", "") if isinstance(computed[key], dict) else ""
+                yield f"{path}: new{error and f', {error}'}"
             else:
                 yield from differences(recorded[key], computed[key], path)
     elif isinstance(recorded, list) and isinstance(computed, list) and len(recorded) == len(computed):
