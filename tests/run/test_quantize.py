@@ -211,7 +211,7 @@ def test_bad_input_leaves_nothing_behind(folder, tmp_path):
         ({"recipe": "rtn-w4a6", "device": "tpu9"}, InvalidInputError, "device='tpu9'"),
         ({"recipe": "rtn-w4a6", "device": "mps"}, InvalidInputError, "device='mps' is an Apple GPU"),
         ({"recipe": "rtn-w4a6", "dtype": "float8"}, InvalidInputError, "unknown dtype 'float8'"),
-        ({"recipe": "rtn-w4a6", "dtypo": "float32"}, UsageError, "nearest names are dtype"),
+        ({"recipe": "rtn-w4a6", "dtypo": "float32"}, TypeError, "unexpected keyword argument 'dtypo'"),
     ]
     for arguments, error, message in bad:
         with pytest.raises(error, match=message):

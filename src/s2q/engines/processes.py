@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -108,9 +109,9 @@ class ProcessEngine:
                     for future in done:
                         yield running.pop(future), future.result()
             except BrokenProcessPool as error:
-                # the pool itself ends the others by SIGTERM
-                codes = (code for code in _kill(context.children) if code not in (0, -signal.SIGTERM))
-                raise S2QError(_obituary(next(codes, -signal.SIGTERM), output.read())) from error
+                code = _cause(context.children)
+                _kill(context.children)
+                raise S2QError(_obituary(code, output.read())) from error
             except BaseException:
                 _kill(context.children)
                 raise
@@ -131,15 +132,26 @@ class _SpawnContext(SpawnContext):
         return child
 
 
-def _kill(children: Sequence[BaseProcess]) -> list[int]:
-    """Kill the processes that live; return the exit codes of the others, or of all where none was dead."""
+def _cause(children: Sequence[BaseProcess]) -> int:
+    """Return the exit code that broke a pool; the pool ends its other processes by SIGTERM, and codes may come late."""
+    for _ in range(40):
+        codes = [child.exitcode for child in children if child.pid is not None]
+        causes = [code for code in codes if code not in (None, 0, -signal.SIGTERM)]
+        if causes:
+            return causes[0] or 0
+        if None not in codes:
+            break
+        time.sleep(0.05)
+    return -signal.SIGTERM
+
+
+def _kill(children: Sequence[BaseProcess]) -> None:
+    """Kill the processes that live."""
     started = [child for child in children if child.pid is not None]
-    codes = [child.exitcode for child in started if child.exitcode is not None]
     for child in started:
         child.kill()
     for child in started:
         child.join()
-    return codes or [child.exitcode or 0 for child in started]
 
 
 @dataclass(frozen=True)
