@@ -102,7 +102,7 @@ class S2QConfig(QuantizationConfigMixin):
             self._set_inputs(fields.get("inputs"), fields.get("layer_inputs"))
         if "tokens" in fields:
             self.tokens = TokenLayout.from_dict(fields["tokens"]).to_dict()
-        elif any(one.needs_grid for one in (*self.layer_schemes().values(), *self.layer_paths().values())):
+        elif any(part.needs_grid for part in (*self.layer_schemes().values(), *self.layer_paths().values())):
             raise InvalidInputError(
                 "quantization_config: tokens is missing, but a layer needs the positions of the video tokens; download "
                 "or save the model again"
@@ -114,7 +114,7 @@ class S2QConfig(QuantizationConfigMixin):
                 "quantization_config: inputs or layer_inputs is missing; download or save the model again"
             )
         paths = {name: InputPath.from_dict(path) for name, path in inputs.items()}
-        if self.format_version == _INPUT_VERSION and not all(one.deflates for one in paths.values()):
+        if self.format_version == _INPUT_VERSION and not all(path.deflates for path in paths.values()):
             raise InvalidInputError(
                 f"quantization_config: deflates=false in format_version={_INPUT_VERSION}; expected {FORMAT_VERSION}; "
                 "download or save the model again"
@@ -142,7 +142,7 @@ class S2QConfig(QuantizationConfigMixin):
         if paths or tokens is not None:
             paths = paths or {}
             distinct = list(dict.fromkeys(paths.values()))
-            newest = tokens is not None or not all(one.deflates for one in distinct)
+            newest = tokens is not None or not all(path.deflates for path in distinct)
             extra = {
                 "format_version": FORMAT_VERSION if newest else _INPUT_VERSION,
                 "inputs": {f"t{index}": path.to_dict() for index, path in enumerate(distinct)},

@@ -93,7 +93,7 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
     return CheckpointReport(
         schema_version=INSPECTION_VERSION,
         path=str(folder),
-        format_version=max(one.format_version for one in configs.values()),
+        format_version=max(config.format_version for config in configs.values()),
         recipe=config.recipe,
         compute_dtype=config.compute_dtype,
         transformer_class=str(read_transformer_config(folder).get("_class_name", "")),
@@ -157,7 +157,7 @@ def _layer(
     expected = {
         "weight": ("U8", (out_features, packed_width(scheme.weight.num_bits, in_features))),
         "weight_scale": ("F32", scale_shape),
-        **{own: (stored[own].dtype, shape) for own, shape in path.shapes(in_features, out_features).items()},
+        **{part: (stored[part].dtype, shape) for part, shape in path.shapes(in_features, out_features).items()},
     }
     for tensor, (dtype, shape) in expected.items():
         info = tensors.get(f"{name}.{tensor}")
@@ -168,6 +168,6 @@ def _layer(
                 f"{name}.{tensor}: got {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}; "
                 "download or quantize the model again"
             )
-    own = [*expected, "bias"]
-    num_bytes = sum(tensors[f"{name}.{tensor}"].num_bytes for tensor in own if f"{name}.{tensor}" in tensors)
+    names = (f"{name}.{tensor}" for tensor in (*expected, "bias"))
+    num_bytes = sum(tensors[tensor].num_bytes for tensor in names if tensor in tensors)
     return LinearStorage(name=name, shape=(out_features, in_features), scheme=scheme.name, bytes=num_bytes)

@@ -109,9 +109,9 @@ def _no_manifest(folder: Path) -> InvalidInputError:
 
 def _files(folder: Path) -> dict[str, Path]:
     """Every file below the folder but the manifest and hidden files and folders, by relative POSIX path."""
-    found = {}
+    files = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if path.is_file() and relative != MANIFEST and not any(part.startswith(".") for part in relative.parts):
-            found[relative.as_posix()] = path
-    return found
+            files[relative.as_posix()] = path
+    return files

@@ -98,8 +98,8 @@ def save_checkpoint(
 @contextlib.contextmanager
 def _unused_tokenizers(pipe: DiffusionPipeline) -> Iterator[None]:
     """Take the last call's padding and truncation out of tokenizers; else a resumed run saves other bytes."""
-    found = (getattr(part, "backend_tokenizer", None) for part in pipe.components.values())
-    used = [(one, one.padding, one.truncation) for one in found if one is not None]
+    parts = (getattr(component, "backend_tokenizer", None) for component in pipe.components.values())
+    used = [(tokenizer, tokenizer.padding, tokenizer.truncation) for tokenizer in parts if tokenizer is not None]
     for tokenizer, _, _ in used:
         tokenizer.no_padding()
         tokenizer.no_truncation()

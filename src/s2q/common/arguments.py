@@ -178,8 +178,8 @@ def _listed(name: str, values: Any, *, of: str) -> Sequence[Any]:
 
 
 def _check_unicode(name: str, text: str) -> None:
-    found = re.search("[\ud800-\udfff]", text)
-    if found is not None:
+    surrogate = re.search("[\ud800-\udfff]", text)
+    if surrogate is not None:
         raise InvalidInputError(
-            f"{name}: got {short_repr(text)}; character {found.start() + 1} is not Unicode text, write it in UTF-8"
+            f"{name}: got {short_repr(text)}; character {surrogate.start() + 1} is not Unicode text, write it in UTF-8"
         )

@@ -19,8 +19,8 @@ TRANSFORMERS = ("transformer", "transformer_2")
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     """Return the transformers that a pipeline has, by component."""
-    found = {component: getattr(pipe, component, None) for component in TRANSFORMERS}
-    return {component: part for component, part in found.items() if isinstance(part, nn.Module)}
+    parts = {component: getattr(pipe, component, None) for component in TRANSFORMERS}
+    return {component: part for component, part in parts.items() if isinstance(part, nn.Module)}
 
 
 ADAPTED = "base_layer"

@@ -109,6 +109,6 @@ def resident_bytes() -> int | None:
 
 def _resident(field: str) -> int | None:
     with contextlib.suppress(OSError):
-        if found := re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE):
-            return int(found[1]) * 1024
+        if match := re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE):
+            return int(match[1]) * 1024
     return None

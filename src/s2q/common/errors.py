@@ -74,14 +74,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     from them.
     """
     seen: set[int] = set()
-    one: BaseException | None = error
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        if isinstance(one, MemoryError) or getattr(one, "errno", None) == errno.ENOMEM:
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM:
             return True
-        if not isinstance(one, S2QError) and (type(one).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(str(one))):
+        is_named = type(cause).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(str(cause))
+        if is_named and not isinstance(cause, S2QError):
             return True
-        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return False
 
 

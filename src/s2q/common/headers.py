@@ -70,9 +70,10 @@ def tensors_digest(path: Path) -> str:
     tensors = read_header(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        for name, one in sorted(tensors.items()):
-            file.seek(one.start)
-            digest.update(f"{name} {one.dtype} {one.shape}\n".encode() + file.read(min(_SAMPLE_BYTES, one.num_bytes)))
+        for name, tensor in sorted(tensors.items()):
+            file.seek(tensor.start)
+            sample = file.read(min(_SAMPLE_BYTES, tensor.num_bytes))
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode() + sample)
     return digest.hexdigest()
 
 

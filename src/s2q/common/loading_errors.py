@@ -56,8 +56,8 @@ def loading_error(folder: Path, error: Exception, *, remedy: str) -> S2QError:
 def missing_package(error: ImportError) -> str | None:
     """Return the name by which pip installs what an import lacked; None if the error does not tell."""
     text = str(error)
-    found = _PIP.search(text) or _LIBRARY.search(text)
-    if found is not None:
-        return found[1]
+    match = _PIP.search(text) or _LIBRARY.search(text)
+    if match is not None:
+        return match[1]
     name = None if error.name is None else error.name.partition(".")[0]
     return None if name is None else PACKAGES.get(name, name)

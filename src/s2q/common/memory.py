@@ -54,20 +54,20 @@ def on_device(modules: Iterable[nn.Module], device: str, *, offload: bool = Fals
     try:
         for module in modules:
             slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for own in slots:
-                for name, tensor in own.items():
+            for slot in slots:
+                for name, tensor in slot.items():
                     if tensor is None or _is_on(tensor, target):
                         continue
                     if id(tensor) not in copies:
                         copies[id(tensor)] = _copy(tensor, target)
                         if offload:
                             page_out([tensor])
-                    before.append((own, name, tensor))
-                    own[name] = copies[id(tensor)]
+                    before.append((slot, name, tensor))
+                    slot[name] = copies[id(tensor)]
         yield
     finally:
-        for own, name, tensor in before:
-            own[name] = tensor
+        for slot, name, tensor in before:
+            slot[name] = tensor
 
 
 def _is_on(tensor: Tensor, device: torch.device) -> bool:
@@ -95,9 +95,9 @@ def to_device(value: Any, device: str, *, dtype: torch.dtype | None = None) -> A
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=True)
     if isinstance(value, dict):
-        return {key: to_device(one, device, dtype=dtype) for key, one in value.items()}
+        return {key: to_device(item, device, dtype=dtype) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(to_device(one, device, dtype=dtype) for one in value)
+        return type(value)(to_device(item, device, dtype=dtype) for item in value)
     return value
 
 

@@ -66,14 +66,14 @@ class OutputLock:
     def _listed(self) -> list[tuple[Path, str]]:
         """The temporary folders of this owner and of those before it, with their kinds."""
         size = os.fstat(self._descriptor).st_size
-        found = []
+        temporaries = []
         for line in os.pread(self._descriptor, size, 0).split(b"\n"):
             with contextlib.suppress(ValueError):  # a line cut short by a kill
                 name = str(json.loads(line))
                 match = re.fullmatch(rf"\.{re.escape(self.out.name)}\.(partial|old)-[0-9a-f]{{16}}", name)
                 if match is not None:
-                    found.append((self.out.with_name(match[0]), match[1]))
-        return found
+                    temporaries.append((self.out.with_name(match[0]), match[1]))
+        return temporaries
 
 
 def lock_folder(out: Path) -> Path:
@@ -170,11 +170,12 @@ def owned_matching(*patterns: str, record: str | None = None) -> Owned:
 
     Patterns are shell-style, part by part: "videos/*.mp4"; a last part "**" matches all below.
     """
+    known = (*patterns, record or "")
 
     def owned(folder: Path) -> set[str] | None:
         if record is not None and not (folder / record).is_file():
             return None
-        return {name for name in files_below(folder) if any(_matches(name, one) for one in (*patterns, record or ""))}
+        return {name for name in files_below(folder) if any(_matches(name, pattern) for pattern in known)}
 
     return owned
 

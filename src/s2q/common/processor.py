@@ -53,8 +53,8 @@ def features() -> frozenset[str]:
 
     Empty where neither PyTorch nor the system tells.
     """
-    found, cap = _detected(), _cap()
-    return found if cap is None else found & _ALLOWED.get(cap.partition("=")[2].lower(), found)
+    detected, cap = _detected(), _cap()
+    return detected if cap is None else detected & _ALLOWED.get(cap.partition("=")[2].lower(), detected)
 
 
 def has_int8_dot() -> bool:
@@ -76,13 +76,13 @@ def has_arithmetic(dtype: torch.dtype) -> bool:
 
 def instruction_set() -> str:
     """Return the name of what the CPU computes with here: "AVX-512 VNNI + bf16", "AVX2"."""
-    found = features()
+    usable = features()
     if not is_x86():
-        return " + ".join((platform.machine(), *sorted(found)))
-    base = "AVX-512" if "avx512" in found else "AVX2" if "avx2" in found else "SSE"
-    vnni = " VNNI" if found & {"avx512_vnni", "avx_vnni"} else ""
+        return " + ".join((platform.machine(), *sorted(usable)))
+    base = "AVX-512" if "avx512" in usable else "AVX2" if "avx2" in usable else "SSE"
+    vnni = " VNNI" if usable & {"avx512_vnni", "avx_vnni"} else ""
     halves = [name for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)) if has_arithmetic(dtype)]
-    return " + ".join((base + vnni, *(["AMX"] if "amx_int8" in found else []), *halves))
+    return " + ".join((base + vnni, *(["AMX"] if "amx_int8" in usable else []), *halves))
 
 
 def limited_by() -> str | None:
@@ -104,12 +104,21 @@ def _detected() -> frozenset[str]:
     return flags & frozenset(_X86) | frozenset({"avx512"} if complete else ())
 
 
+def model_name() -> str:
+    """Return what the system calls the CPU: "Intel(R) Xeon(R) Processor"."""
+    match = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), flags=re.MULTILINE)
+    return (match[1].strip() if match else platform.processor()) or "unknown"
+
+
 @functools.cache
 def _flags() -> frozenset[str]:
     ask = getattr(torch.cpu, "get_capabilities", None)
     if ask is not None:
         return frozenset(name for name, value in ask().items() if value is True)
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), flags=re.MULTILINE)
     return frozenset() if match is None else frozenset(match[1].split())
+
+
+def _cpuinfo() -> str:
+    info = Path("/proc/cpuinfo")
+    return info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""

@@ -55,7 +55,7 @@ class TensorStore:
             return dict(self._kept[index])
         content = safetensors.torch.load_file(self._path(index))
         # Mapped tensors are read from the disk when they are used; for a GPU that is to happen here, ahead of use.
-        return {name: one.clone() for name, one in content.items()} if self.pinned else dict(content)
+        return {name: tensor.clone() for name, tensor in content.items()} if self.pinned else dict(content)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -68,7 +68,8 @@ class TensorStore:
         self.memory.give_back(self._held_bytes(self._kept.pop(index, {})))
 
     def _held_bytes(self, tensors: Mapping[str, Tensor]) -> int:
-        return sum(page_locked_bytes(one.nbytes) if self.pinned else one.nbytes for one in tensors.values())
+        sizes = (tensor.nbytes for tensor in tensors.values())
+        return sum(page_locked_bytes(size) if self.pinned else size for size in sizes)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if not self.pinned:

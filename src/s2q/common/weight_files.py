@@ -40,7 +40,7 @@ def weight_files(
     Returns:
         The files, which may be missing where all are (a folder of configurations); none without weights.
     """
-    present = _names_in(folder) if names is None else set(names)
+    present = names_in(folder) if names is None else set(names)
     used = variant if has_variant(present, variant) else None
     entry = _entry(present, library, used)
     if entry is None:
@@ -65,11 +65,12 @@ def has_variant(names: Collection[str], variant: str | None) -> bool:
 
 def variants_in(names: Collection[str]) -> list[str]:
     """Return the variants that a component has safetensors weights of."""
-    found = (_WEIGHTS.fullmatch(name) for name in names)
-    return sorted({one["variant"] for one in found if one and one["variant"] and one["suffix"] == "safetensors"})
+    matches = [match for match in map(_WEIGHTS.fullmatch, names) if match and match["suffix"] == "safetensors"]
+    return sorted({match["variant"] for match in matches if match["variant"]})
 
 
-def _names_in(folder: Path) -> set[str]:
+def names_in(folder: Path) -> set[str]:
+    """Return the names of what is in a folder; none if it is missing."""
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
@@ -77,10 +78,11 @@ def _entry(names: Collection[str], library: str, variant: str | None) -> str | N
     """The name of the file that is opened first: a single file or an index."""
     infix = "" if variant is None else f".{variant}"
     candidates = []
-    for one in (library,) if library in _STEMS else _STEMS:  # classes of a pipeline's own module are of either library
-        index, single = f"{_STEMS[one]}.safetensors.index{infix}.json", f"{_STEMS[one]}{infix}.safetensors"
-        legacy = f"{_STEMS[one]}.safetensors{infix}.index.json"  # diffusers before 0.30
-        candidates += [single, index] if one == "transformers" else [index, legacy, single]
+    for loader in (library,) if library in _STEMS else _STEMS:  # a pipeline's own module may use either library
+        stem = _STEMS[loader]
+        index, single = f"{stem}.safetensors.index{infix}.json", f"{stem}{infix}.safetensors"
+        legacy = f"{stem}.safetensors{infix}.index.json"  # diffusers before 0.30
+        candidates += [single, index] if loader == "transformers" else [index, legacy, single]
     return next((name for name in candidates if name in names), None)
 
 
@@ -110,7 +112,7 @@ def _refuse_others(folder: Path, names: Collection[str], variant: str | None) ->
             f"{folder}: has only weights of variant {' and '.join(variants)}; pass {choice} "
             f'(variant="{variants[0]}" in Python)'
         )
-    pickles = sorted(name for name in names if (found := _WEIGHTS.fullmatch(name)) and found["suffix"] == "bin")
+    pickles = sorted(name for name in names if (match := _WEIGHTS.fullmatch(name)) and match["suffix"] == "bin")
     if pickles:
         raise InvalidInputError(
             f"{folder}: has only pickled weights ({pickles[0]}), which are not read because a pickle can run code; "

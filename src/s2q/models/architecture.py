@@ -62,14 +62,11 @@ def architecture_of(model: ModelSource | DiffusionPipeline, *, label: str) -> Ar
 
 def check_comparable(model: Architecture, reference: Architecture) -> None:
     """Check that a model was made from one of the reference's classes and dimensions."""
-    ours, theirs = model.transformers, reference.transformers
-    if ours.keys() != theirs.keys():
-        raise InvalidInputError(
-            f"{model.label} has {' and '.join(ours)}, the reference {reference.label} has {' and '.join(theirs)}; "
-            f"{_REMEDY}"
-        )
-    for component, config in ours.items():
-        base = theirs[component]
+    if model.transformers.keys() != reference.transformers.keys():
+        ours, theirs = (" and ".join(side.transformers) for side in (model, reference))
+        raise InvalidInputError(f"{model.label} has {ours}, the reference {reference.label} has {theirs}; {_REMEDY}")
+    for component, config in model.transformers.items():
+        base = reference.transformers[component]
         if config["_class_name"] != base["_class_name"]:
             raise InvalidInputError(
                 f"{model.label}: its {component} is a {config['_class_name']}, that of the reference {reference.label} "
@@ -82,11 +79,10 @@ def check_comparable(model: Architecture, reference: Architecture) -> None:
                 f"{base[key]}; {_REMEDY}"
             )
     for component in sorted(model.components.keys() | reference.components.keys()):
-        found = [one.components.get(component, "none") for one in (model, reference)]
-        if found[0] != found[1]:
+        ours, theirs = (side.components.get(component, "none") for side in (model, reference))
+        if ours != theirs:
             raise InvalidInputError(
-                f"{model.label}: its {component} is {found[0]}, that of the reference {reference.label} {found[1]}; "
-                f"{_REMEDY}"
+                f"{model.label}: its {component} is {ours}, that of the reference {reference.label} {theirs}; {_REMEDY}"
             )
 
 

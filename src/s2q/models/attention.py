@@ -47,8 +47,8 @@ class DispatchedCogVideoXAttention:
         key = key if attn.norm_k is None else attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (
-                torch.cat([one[:, :text], apply_rotary_emb(one[:, text:], image_rotary_emb, sequence_dim=1)], dim=1)
-                for one in (query, key)
+                torch.cat([heads[:, :text], apply_rotary_emb(heads[:, text:], image_rotary_emb, sequence_dim=1)], dim=1)
+                for heads in (query, key)
             )
         if attention_mask is not None:
             samples, tokens = joint.shape[:2]

@@ -133,16 +133,7 @@ def block_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
 def linears_of_block(block: nn.Module, block_name: str, family: Family, *, index: int = 0) -> list[BlockLinear]:
     """List the linears of one block, in the order of its modules; its name is "transformer_blocks.0", say."""
     return [
-        BlockLinear(
-            name=f"{block_name}.{name}",
-            inner_name=name,
-            block=index,
-            role="modulation" if name in family.modulation else "linear",
-            in_features=module.in_features,
-            out_features=module.out_features,
-            has_bias=module.bias is not None,
-            sees_text=name in family.text_linears,
-        )
+        _described(module, f"{block_name}.{name}", inner_name=name, family=family, block=index)
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
     ]
@@ -156,15 +147,21 @@ def outer_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
     blocks = tuple(f"{name}." for name in family.block_lists)
     kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
     return [
-        BlockLinear(
-            name=name,
-            inner_name=name,
-            block=OUTSIDE,
-            role="outer",
-            in_features=module.in_features,
-            out_features=module.out_features,
-            has_bias=module.bias is not None,
-        )
+        _described(module, name, inner_name=name, family=family, block=OUTSIDE)
         for name, module in transformer.named_modules()
         if isinstance(module, nn.Linear) and not name.startswith(blocks) and not kept & set(name.split("."))
     ]
+
+
+def _described(linear: nn.Linear, name: str, *, inner_name: str, family: Family, block: int) -> BlockLinear:
+    role: Role = "outer" if block == OUTSIDE else "modulation" if inner_name in family.modulation else "linear"
+    return BlockLinear(
+        name=name,
+        inner_name=inner_name,
+        block=block,
+        role=role,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        has_bias=linear.bias is not None,
+        sees_text=role == "linear" and inner_name in family.text_linears,
+    )

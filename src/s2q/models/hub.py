@@ -73,7 +73,7 @@ class HubId:
         from huggingface_hub.errors import RevisionNotFoundError
 
         cause = first_line(error)
-        if any(isinstance(one, RevisionNotFoundError) for one in (error, error.__cause__)):
+        if any(isinstance(raised, RevisionNotFoundError) for raised in (error, error.__cause__)):
             return InvalidInputError(
                 f"{self.repo}: has no revision {self.revision!r}; expected a branch, a tag or a commit, such as main"
             )
@@ -90,5 +90,5 @@ class HubId:
 
 def parse_hub_id(text: str) -> HubId | None:
     """Return the repository that "organisation/name" or "organisation/name@revision" names; None for other texts."""
-    found = _HUB_ID.fullmatch(text)
-    return None if found is None else HubId(found["repo"], found["revision"])
+    match = _HUB_ID.fullmatch(text)
+    return None if match is None else HubId(match["repo"], match["revision"])

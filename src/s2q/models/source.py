@@ -22,7 +22,7 @@ from s2q.common.files import read_json
 from s2q.common.headers import TensorInfo, read_headers
 from s2q.common.loading_errors import PACKAGES, loading_error
 from s2q.common.versions import is_installed
-from s2q.common.weight_files import has_variant, variants_in, weight_files
+from s2q.common.weight_files import has_variant, names_in, variants_in, weight_files
 from s2q.core.storage import BF16_BYTES
 from s2q.models.hub import HubId, parse_hub_id
 
@@ -107,8 +107,7 @@ class ModelSource:
         if self.hub_names is not None:
             start = f"{component}/"
             return {name.removeprefix(start) for name in self.hub_names if name.startswith(start)}
-        folder = self.folder / component
-        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        return names_in(self.folder / component)
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
         """Return the files that the weights of a component are loaded from; none if it has no weights."""
@@ -131,10 +130,8 @@ class ModelSource:
         stored = sum(tensor.num_bytes for tensor in self._headers().values())
         if not stored:
             return None
-        tensors = (
-            one for transformer in self.meta_transformers().values() for one in transformer.state_dict().values()
-        )
-        full = sum(tensor.numel() for tensor in tensors) * BF16_BYTES
+        states = (transformer.state_dict() for transformer in self.meta_transformers().values())
+        full = sum(tensor.numel() for state in states for tensor in state.values()) * BF16_BYTES
         return {"full_precision_bytes": full, "quantized_bytes": stored, "ratio": full / stored}
 
     def component_bytes(self) -> int | None:
@@ -164,9 +161,8 @@ class ModelSource:
 
     def check_packages(self) -> None:
         """Refuse a model with a component whose quantization method needs a package that is not installed."""
-        for component in self.component_classes:
-            method = _quantization_method(self.folder / component / "config.json")
-            package = PACKAGES.get(method or "")
+        for component, method in self._quantization_methods().items():
+            package = PACKAGES.get(method)
             if package is not None and not is_installed(package):
                 raise ResourceError(
                     f"{self.given}: its {component} is quantized by {method}, which needs a package that is not "
@@ -200,9 +196,8 @@ class ModelSource:
         import diffusers
         import transformers
 
-        index = read_json(self.folder / "model_index.json", remedy=_REMEDY)
         parts: dict[str, Any] = {}
-        for name, entry in index.items():
+        for name, entry in self.index.items():
             if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_") and name not in components:
                 parts[name] = None
                 if entry[0] == "transformers":
@@ -211,10 +206,10 @@ class ModelSource:
                         parts[name] = part_class.from_pretrained(self.folder / name)
                 if entry[0] == "diffusers" and name != "vae":
                     parts[name] = getattr(diffusers, entry[1]).from_pretrained(self.folder, subfolder=name)
-        vae_class = getattr(diffusers, index["vae"][1])
+        vae_class = getattr(diffusers, self.index["vae"][1])
         with torch.device("meta"):
             parts["vae"] = vae_class.from_config(vae_class.load_config(self.folder, subfolder="vae"))
-        return getattr(diffusers, index["_class_name"])(**parts, **components)
+        return getattr(diffusers, self.index["_class_name"])(**parts, **components)
 
     def load_pipeline(self, *, dtype: torch.dtype | str | None = None, device: str = "cpu") -> DiffusionPipeline:
         """Load the whole pipeline in a dtype (None: as the transformers are stored), its progress bar off."""
@@ -238,7 +233,8 @@ class ModelSource:
             tensors = read_headers(self.weight_files(component))  # a truncated file is named
             if component in TRANSFORMERS:
                 check_no_adapter(self.folder / component, tensors)
-        foreign = [f"{component} is quantized by {method}" for component, method in self._foreign_methods().items()]
+        methods = self._quantization_methods().items()
+        foreign = [f"{component} is quantized by {method}" for component, method in methods]
         remedy = f"{', '.join(foreign)}: see what that needs" if foreign else _REMEDY
         try:
             return DiffusionPipeline.from_pretrained(
@@ -257,7 +253,7 @@ class ModelSource:
         check_no_adapter(self.folder, tensors)
         return tensors
 
-    def _foreign_methods(self) -> dict[str, str]:
+    def _quantization_methods(self) -> dict[str, str]:
         """The quantization method of each component that has one."""
         methods = {
             component: _quantization_method(self.folder / component / "config.json")
@@ -355,7 +351,7 @@ def _with_variant(source: ModelSource, variant: str | None, *, needed: bool) -> 
     names = {component: source.file_names(component) for component in source.component_classes}
     if variant is not None and not any(has_variant(files, variant) for files in names.values()):
         if needed:
-            there = sorted({one for files in names.values() for one in variants_in(files)})
+            there = sorted({name for files in names.values() for name in variants_in(files)})
             known = f"there are weights of variant {', '.join(there)}" if there else "it has no variants; remove it"
             raise InvalidInputError(f"{source.given}: no weights of variant {variant!r}; {known}")
         variant = None

@@ -86,7 +86,7 @@ class SyntheticModel:
 
         config = dict(self.config)
         if blocks is not None:
-            config |= {one.argument: blocks for one in self.block_lists}
+            config |= {block_list.argument: blocks for block_list in self.block_lists}
         with torch.device("meta"):
             return getattr(diffusers, self.transformer_class)(**config)
 
@@ -113,9 +113,13 @@ def synthetic_model(name: str) -> SyntheticModel:
     latent, patch, config = entry.pop("latent"), entry.pop("patch"), entry["config"]
     lists = tuple(
         BlockList(
-            name=one["name"], count=config[one["count"]], argument=one["count"], inputs=one["inputs"], sees=one["sees"]
+            name=blocks["name"],
+            count=config[blocks["count"]],
+            argument=blocks["count"],
+            inputs=blocks["inputs"],
+            sees=blocks["sees"],
         )
-        for one in entry.pop("blocks")
+        for blocks in entry.pop("blocks")
     )
     sizes = [size // step for size, step in zip(latent, patch, strict=True)]
     return SyntheticModel(name=key, block_lists=lists, tokens=math.prod(sizes), frames=sizes[0], **entry)

@@ -13,10 +13,18 @@ import numpy as np
 from s2q.report import charts, formatting
 from s2q.report import compare_table as comparison
 from s2q.report.page import asset, data_url, environment
-from s2q.report.video import DISPLAY_PIXELS, contact_sheet, difference, encode_mp4, enlarged, reduced, tiled
+from s2q.report.video import (
+    DIFFERENCE_GAIN,
+    DISPLAY_PIXELS,
+    contact_sheet,
+    difference,
+    encode_mp4,
+    enlarged,
+    reduced,
+    tiled,
+)
 
 REFERENCE = "full precision"
-_DIFFERENCE_GAIN = 4
 _TILE_COLUMNS = 8
 _TILE_PIXELS = 384  # larger videos are reduced to this
 
@@ -55,7 +63,7 @@ def render_compare_page(
             players=[_player(scene, frame_rate) for scene in scenes],
             sheet="" if sheet is None else data_url("image/png", sheet),
             fps=frame_rate,
-            gain=_DIFFERENCE_GAIN,
+            gain=DIFFERENCE_GAIN,
             differences=_differences(result),
             definitions=comparison.definitions(result),
             command=command,
@@ -74,7 +82,7 @@ def scene_sheet(scenes: Sequence[Scene]) -> bytes:
 
 def _player(scene: Scene, frame_rate: int) -> dict[str, Any]:
     videos = {REFERENCE: scene.reference, **scene.entries}
-    apart = [difference(frames, scene.reference, gain=_DIFFERENCE_GAIN) for frames in scene.entries.values()]
+    apart = [difference(frames, scene.reference) for frames in scene.entries.values()]
     tiles = [_sized(frames) for frames in (*videos.values(), *apart)]
     columns = min(_TILE_COLUMNS, len(tiles))
     canvas = tiled(tiles, columns=columns)

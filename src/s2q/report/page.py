@@ -17,10 +17,9 @@ from markupsafe import Markup
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_text
 from s2q.report import charts, formatting
-from s2q.report.video import FRAMES_PER_SECOND, contact_sheet, difference, encode_mp4, enlarged
+from s2q.report.video import DIFFERENCE_GAIN, FRAMES_PER_SECOND, contact_sheet, difference, encode_mp4, enlarged
 
 _ADHERENCE = ("shape", "colour", "direction", "background", "all")
-_DIFFERENCE_GAIN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ def render_page(content: PageContent) -> str:
         cards=_cards(content),
         players=[_player(pair) for pair in content.pairs],
         fps=FRAMES_PER_SECOND,
-        gain=_DIFFERENCE_GAIN,
+        gain=DIFFERENCE_GAIN,
         sheet=_sheet(content.pairs),
         fidelity=_metric_rows(evaluation, adherence=False),
         adherence=_metric_rows(evaluation, adherence=True),
@@ -135,7 +134,7 @@ def _player(pair: PlayerPair) -> dict[str, Any]:
         "ratio": f"{pair.reference.shape[2]} / {pair.reference.shape[1]}",
         "reference": source(pair.reference),
         "student": source(pair.student),
-        "difference": source(difference(pair.student, pair.reference, gain=_DIFFERENCE_GAIN)),
+        "difference": source(difference(pair.student, pair.reference)),
         "metrics": shown,
         "reference_checks": _checks(values, "reference_"),
         "student_checks": _checks(values, ""),

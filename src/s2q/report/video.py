@@ -19,6 +19,7 @@ from s2q.common.errors import InvalidInputError, S2QError
 from s2q.common.files import atomic_write_bytes
 
 DISPLAY_PIXELS = 256
+DIFFERENCE_GAIN = 4
 FRAMES_PER_SECOND = 8
 BT709, BT601 = "bt709", "smpte170m"
 """Colour matrices by ffmpeg's names: browsers take what the file says, OpenCV takes every file for the second."""
@@ -64,7 +65,7 @@ def tiled(videos: Sequence[np.ndarray], *, columns: int) -> np.ndarray:
     return canvas
 
 
-def difference(frames: np.ndarray, reference: np.ndarray, *, gain: int = 4) -> np.ndarray:
+def difference(frames: np.ndarray, reference: np.ndarray, *, gain: int = DIFFERENCE_GAIN) -> np.ndarray:
     """Return the absolute difference of two `[F, H, W, 3]` uint8 videos times `gain`, saturated at 255."""
     _check(frames)
     _check(reference)
@@ -98,18 +99,8 @@ def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND, matrix: str 
             output_params=[
                 *("-crf", str(_QUALITY_CRF), "-preset", "medium", "-threads", "1", "-g", "1"),
                 *("-vf", f"scale=out_color_matrix={matrix}:out_range=tv", "-colorspace", matrix),
-                *(
-                    "-color_primaries",
-                    "bt709",
-                    "-color_trc",
-                    "bt709",
-                    "-movflags",
-                    "+faststart",
-                    "-fflags",
-                    "+bitexact",
-                    "-flags:v",
-                    "+bitexact",
-                ),
+                *("-color_primaries", "bt709", "-color_trc", "bt709", "-movflags", "+faststart"),
+                *("-fflags", "+bitexact", "-flags:v", "+bitexact"),
             ],
         )
         try:

@@ -74,9 +74,12 @@ class EmbeddedArchitecture(ABC):
     def assemble(self, **parts: Any) -> Any:
         """The pipeline of `tokenizer`, `text_encoder`, `vae` and `transformer`, with its scheduler."""
 
-    @abstractmethod
     def latents(self, vae: Any, videos: Tensor) -> Tensor:
-        """The latents [B, C, f, h, w] of videos [B, F, 3, H, W] in [0, 1], as the transformer sees them."""
+        """The latents [B, C, f, h, w] of videos [B, F, 3, H, W] in [0, 1], as the transformer sees them.
+
+        The mean of the posterior; the weights of the autoencoder normalise it.
+        """
+        return vae.encode(videos.transpose(1, 2) * 2 - 1).latent_dist.mean
 
     @abstractmethod
     def decoded(self, vae: Any, latents: Tensor) -> Tensor:

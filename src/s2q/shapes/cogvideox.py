@@ -67,10 +67,6 @@ class ShapesCogVideoX(EmbeddedArchitecture):
         """The decoded video of latents."""
         return vae.decode(latents).sample
 
-    def latents(self, vae: AutoencoderKLCogVideoX, videos: Tensor) -> Tensor:
-        """The mean of the posterior; what normalises it is in the weights."""
-        return vae.encode(videos.transpose(1, 2) * 2 - 1).latent_dist.mean
-
     def encode_text(
         self, text_encoder: T5EncoderModel, tokenizer: T5Tokenizer, texts: list[str], *, length: int
     ) -> Tensor:

@@ -46,8 +46,8 @@ def add_outliers(
             channels = pick()
             _multiply(block.norm2, channels, scale)
             _divide((block.attn2.to_q,), channels, scale)
-            for one in (block.attn1, block.attn2):
-                _scale_values(one, pick(), scale)
+            for attention_module in (block.attn1, block.attn2):
+                _scale_values(attention_module, pick(), scale)
     else:
         for block in transformer.transformer_blocks:
             picks = [pick() for _ in range(3)]

@@ -68,10 +68,6 @@ class ShapesWan(EmbeddedArchitecture):
         )
         return WanPipeline(scheduler=scheduler, **parts)
 
-    def latents(self, vae: AutoencoderKLWan, videos: Tensor) -> Tensor:
-        """The mean of the posterior; the configuration's mean and spread are 0 and 1."""
-        return vae.encode(videos.transpose(1, 2) * 2 - 1).latent_dist.mean
-
     def decoded(self, vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
         """Decoded video before the autoencoder's clamp, which would stop the gradient."""
         pieces: list[Tensor] = []

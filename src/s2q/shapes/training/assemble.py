@@ -11,12 +11,10 @@ from diffusers import AutoencoderKLCogVideoX
 
 from s2q.common.files import atomic_write_json, atomic_write_text
 from s2q.shapes.architecture import EmbeddedArchitecture, build_pipeline
-from s2q.shapes.detector import detect
 from s2q.shapes.scenes import SceneLabels, sample_batch
 from s2q.shapes.training.loop import load_average
+from s2q.shapes.training.quality import label_accuracy
 from s2q.shapes.training.vae import normalised_vae
-
-LABEL_FIELDS = ("shape", "colour", "motion", "background")
 
 
 def taught_vae(architecture: EmbeddedArchitecture, run: Path) -> Any:
@@ -42,12 +40,8 @@ def reconstruction_quality(vae: Any, labels: Sequence[SceneLabels], *, seed: int
         latent = vae.encode(batch.permute(0, 2, 1, 3, 4) * 2 - 1).latent_dist.mean
         output.append((vae.decode(latent).sample.permute(0, 2, 1, 3, 4) / 2 + 0.5).clamp(0, 1))
     rebuilt = torch.cat(output)
-    found = [detect(video) for video in rebuilt]
-    quality = {"psnr_db": float(-10 * torch.log10((rebuilt - videos).square().mean()))}
-    for field in LABEL_FIELDS:
-        hits = [getattr(a, field) == getattr(b, field) for a, b in zip(found, labels, strict=True)]
-        quality[field] = sum(hits) / len(hits)
-    return quality
+    psnr = float(-10 * torch.log10((rebuilt - videos).square().mean()))
+    return {"psnr_db": psnr, **label_accuracy(rebuilt, labels)}
 
 
 def assemble(architecture: EmbeddedArchitecture, vae: Any, transformer_run: Path, out: Path, *, seed: int) -> Any:

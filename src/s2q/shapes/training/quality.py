@@ -10,8 +10,9 @@ from torch import Tensor
 
 from s2q.shapes.architecture import TEXT_TOKENS
 from s2q.shapes.detector import detect
-from s2q.shapes.scenes import parse_caption
-from s2q.shapes.training.assemble import LABEL_FIELDS
+from s2q.shapes.scenes import SceneLabels, parse_caption
+
+LABEL_FIELDS = ("shape", "colour", "motion", "background")
 
 
 @torch.no_grad()
@@ -31,10 +32,14 @@ def sample(pipeline: Any, prompts: Sequence[str], *, seed: int, batch_size: int 
 
 def adherence(prompts: Sequence[str], videos: Tensor) -> dict[str, float]:
     """Share of the videos in which the detector finds what the prompt names, by label."""
-    wanted = [parse_caption(prompt) for prompt in prompts]
-    found = [detect(video) for video in videos]
+    return label_accuracy(videos, [parse_caption(prompt) for prompt in prompts])
+
+
+def label_accuracy(videos: Tensor, labels: Sequence[SceneLabels]) -> dict[str, float]:
+    """Share of the videos whose shape, colour, motion and background the detector names right, by label."""
+    detected = [detect(video) for video in videos]
     return {
-        field: sum(getattr(a, field) == getattr(b, field) for a, b in zip(found, wanted, strict=True)) / len(prompts)
+        field: sum(getattr(a, field) == getattr(b, field) for a, b in zip(detected, labels, strict=True)) / len(labels)
         for field in LABEL_FIELDS
     }
 

@@ -124,8 +124,8 @@ class TaughtVAETask:
         noise = LATENT_NOISE * torch.randn(batch_size, *_LATENT_SHAPE, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             wanted = self.teacher_architecture.latents(self.teacher, videos).float()
-            found = self.architecture.latents(self.vae, videos).float()
+            latents = self.architecture.latents(self.vae, videos).float()
             output = self.architecture.decoded(self.vae, wanted + noise).float()
-        latent_error = (found - wanted).square().mean()
+        latent_error = (latents - wanted).square().mean()
         loss, figures = reconstruction_loss(output - (videos.transpose(1, 2) * 2 - 1))
         return loss + latent_error, figures | {"latent_error": float(latent_error.detach())}
