@@ -38,6 +38,7 @@ PARTS = {"gemm", "activation_path", "attention", "norms", "other"}
 def settings(*recipes, **changes):
     names = recipes or ("s2q-w4a6",)
     base = {"device": "cpu", "backends": ("auto", "reference"), "options": QUICK, "tokens": 8}
+    base |= {"blocks": 1, "attention": None, "generation": {}}
     return Settings(**base | changes, recipes=tuple(load_recipe(name) for name in names))
 
 

@@ -159,7 +159,7 @@ def make_cases(model: str | None, ops: Sequence[str], settings: Settings, *, var
 
 def missing_cases(cases: Sequence[Case], results: ResultsFile) -> list[Case]:
     """Return what is left to measure: cases without the results that the file has."""
-    left = (replace(case, wanted=tuple(one for one in case.wanted if not results.has(one))) for case in cases)
+    left = [replace(case, wanted=tuple(entry for entry in case.wanted if not results.has(entry))) for case in cases]
     return [case for case in left if case.wanted]
 
 

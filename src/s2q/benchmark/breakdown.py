@@ -32,16 +32,15 @@ def breakdown(call: Callable[[], object], model: nn.Module, *, device: str) -> d
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with _ranges(model):
         call()  # what is done only once, such as compiling, is no part of it
-        with profile(activities=activities) as found:
+        with profile(activities=activities) as recorded:
             call()
             if on_gpu:
                 torch.cuda.synchronize(device)
     sums = dict.fromkeys(CATEGORIES, 0.0)
     kernels = 0.0
-    for event in found.events():
+    for event in recorded.events():
         if event.device_type == torch.autograd.DeviceType.CPU:
-            own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            sums[_category(event)] += own
+            sums[_category(event)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
         elif not _is_range(event):
             kernels += event.self_device_time_total
     sums["other"] += max(0.0, kernels - sum(sums.values()))  # kernels that the profiler could not assign

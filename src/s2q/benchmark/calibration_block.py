@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from s2q.benchmark.case import Case, Entry, Settings
 from s2q.benchmark.machine import peak_memory
 from s2q.benchmark.micro import times_of
+from s2q.benchmark.pipeline_steps import PROMPT, full_precision_pipeline
 from s2q.benchmark.results import identity
 from s2q.benchmark.steps import synthetic_tokens
 from s2q.benchmark.synthetic_blocks import block_grid, block_inputs, synthetic_block
@@ -34,7 +35,6 @@ from s2q.common.hooks import capture_calls
 from s2q.common.seeds import derive_seed
 from s2q.core.tokens import TokenLayout
 from s2q.generation.denoise import denoise
-from s2q.generation.load import load_pipeline
 from s2q.generation.settings import resolve_settings
 from s2q.models import Family, ModelSource, block_linears, block_names, family_of, linears_of_block
 from s2q.models.family import BlockLinear, token_layout
@@ -44,7 +44,6 @@ from s2q.recipes.schema import Recipe
 
 _OP = "calibration_block"
 _BF16 = "bf16"
-_PROMPT = "a red circle moving left on a grey background"
 _SAMPLES = 2
 
 
@@ -82,7 +81,7 @@ def calibration_case(subject: SyntheticModel | ModelSource, settings: Settings) 
 
     def measure(missing: Sequence[Entry]) -> list[Entry]:
         if isinstance(subject, SyntheticModel):
-            generator = torch.Generator(settings.device).manual_seed(derive_seed(settings.seed, _OP, subject.name))
+            generator = torch.Generator(settings.device).manual_seed(derive_seed(0, _OP, subject.name))
             block_list, tokens = subject.block_lists[0], synthetic_tokens(subject, settings)
             block = synthetic_block(subject, block_list, generator=generator, dtype=torch.float32)
             made = synthetic_subject(subject, block_list, block, tokens=tokens, generator=generator)
@@ -169,7 +168,7 @@ def synthetic_subject(
         family=model.family,
         calls=calls,
         tokens=TokenLayout(latents="tokens", patch=(1, 1, 1), text=grid.text),
-        blocks=sum(one.count for one in model.block_lists),
+        blocks=sum(blocks.count for blocks in model.block_lists),
     )
 
 
@@ -187,13 +186,11 @@ class _BlockAlone(nn.Module):
 
 
 def _pipeline_subject(source: ModelSource, settings: Settings) -> Subject:
-    pipe = load_pipeline(source, dtype=torch.float32, device=settings.device)
-    if source.is_quantized:
-        pipe.transformer.dequantize()
+    pipe = full_precision_pipeline(source, torch.float32, settings.device)
     transformer, family = pipe.transformer, family_of(pipe.transformer)
-    own = resolve_settings(pipe, requested={"num_inference_steps": _SAMPLES}, defaults=dict(settings.generation))
+    video = resolve_settings(pipe, requested={"num_inference_steps": _SAMPLES}, defaults=dict(settings.generation))
     with capture_calls(transformer) as calls:
-        denoise(pipe, [_PROMPT], seeds=[settings.seed], settings=own, decode=False)
+        denoise(pipe, [PROMPT], seeds=[0], settings=video, decode=False)
     names = block_names(transformer, family)
     return Subject(
         transformer=transformer,
@@ -268,4 +265,4 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     """Streams and embeddings in another dtype; angles of rotary embeddings, in tuples, stay in fp32."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
-    return {name: _cast(one, dtype) for name, one in value.items()} if isinstance(value, Mapping) else value
+    return {name: _cast(item, dtype) for name, item in value.items()} if isinstance(value, Mapping) else value

@@ -1,7 +1,7 @@
 """A benchmark case: one unit of work that gives one or more results."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from s2q.benchmark.timing import TimingOptions
@@ -30,18 +30,16 @@ class Settings:
         attention: Attention backend of the quantized contenders of a denoising step, as diffusers names it; the bf16
             one keeps PyTorch's own. None is PyTorch's own for all.
         generation: Settings of the videos of a pipeline.
-        seed: Of weights and data.
     """
 
     device: str
     backends: tuple[str, ...]
     recipes: tuple[Recipe, ...]
-    options: TimingOptions = TimingOptions()
-    tokens: int | None = None
-    blocks: int = 1
-    attention: str | None = None
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    options: TimingOptions
+    tokens: int | None
+    blocks: int
+    attention: str | None
+    generation: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,9 +28,9 @@ def hardware(device: str) -> dict[str, Any]:
         `threads`, `machine`; for a GPU also `gpu`, `capability`, `memory_bytes`.
     """
     kind = torch.device(device).type
-    found: dict[str, Any] = {
+    described: dict[str, Any] = {
         "device": kind,
-        "processor": _processor(),
+        "processor": processor.model_name(),
         "instruction_set": processor.instruction_set(),
         "limited_by": processor.limited_by(),
         "cores": os.cpu_count(),
@@ -41,12 +39,12 @@ def hardware(device: str) -> dict[str, Any]:
     }
     if kind == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        described |= {
             "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "memory_bytes": properties.total_memory,
         }
-    return found
+    return described
 
 
 def versions() -> dict[str, str | None]:
@@ -117,12 +115,3 @@ def _return_free_memory() -> None:
     """Give what malloc keeps back to the system: memory that is held already would not count as a call's."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    with contextlib.suppress(OSError):
-        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.MULTILINE)
-        if match is not None:
-            return match.group(1).strip()
-    return platform.processor() or "unknown"

@@ -132,7 +132,7 @@ def _measure_linear(op: str, shape: LayerShape, missing: Sequence[Entry], settin
         has_bias=True,
     )
     readers = missing[0]["readers"] or 1
-    generator = torch.Generator(settings.device).manual_seed(derive_seed(settings.seed, op, *shape.shape))
+    generator = torch.Generator(settings.device).manual_seed(derive_seed(0, op, *shape.shape))
     contenders: dict[str, _Contender] = {
         name: _together(_full_linear, readers, in_features, out_features, generator, dtype)
         for name, dtype in full_precision(settings.device).items()
@@ -149,7 +149,7 @@ def _measure_linear(op: str, shape: LayerShape, missing: Sequence[Entry], settin
         share_inputs(layers)
         contenders[_name_of(entry)] = _MAKERS[op](layers, entry["backend"], rows, generator)
 
-    kinds = {one.reads for one in contenders.values()}
+    kinds = {contender.reads for contender in contenders.values()}
 
     def fresh(_round: int) -> dict[Any, Tensor]:
         x = torch.randn(rows, in_features, dtype=torch.bfloat16, device=settings.device, generator=generator)
@@ -166,7 +166,7 @@ def _measure_linear(op: str, shape: LayerShape, missing: Sequence[Entry], settin
 
 
 def _measure_attention(shape: AttentionShape, missing: Sequence[Entry], settings: Settings) -> list[Entry]:
-    generator = torch.Generator(settings.device).manual_seed(derive_seed(settings.seed, "attention", shape.tokens))
+    generator = torch.Generator(settings.device).manual_seed(derive_seed(0, "attention", shape.tokens))
     size = (3, 1, shape.heads, shape.tokens, shape.head_dim)
 
     def fresh(_round: int) -> dict[Any, Tensor]:
@@ -189,7 +189,7 @@ def _measure_attention(shape: AttentionShape, missing: Sequence[Entry], settings
 def _compete(
     contenders: Mapping[str, _Contender], fresh: Callable[[int], Any], settings: Settings
 ) -> tuple[dict[str, Timing], dict[str, int | None]]:
-    runs = {name: (lambda data, one=one: one.run(data[one.reads])) for name, one in contenders.items()}
+    runs = {name: (lambda data, way=contender: way.run(data[way.reads])) for name, contender in contenders.items()}
     measures = measures_of(runs, stopwatch_for(settings.device), options=settings.options)
     timings = interleave(measures, fresh=fresh, options=settings.options)
     data = fresh(-1)
@@ -209,7 +209,7 @@ def _entry(
     name = _name_of(wanted)
     return {
         **wanted,
-        **times_of(timings[name], {one: timings[one] for one in full}),
+        **times_of(timings[name], {baseline: timings[baseline] for baseline in full}),
         "peak_memory_bytes": peaks[name],
         "bf16_peak_memory_bytes": peaks[_BF16],
         "storage_bytes": contenders[name].storage_bytes,
@@ -220,8 +220,8 @@ def _entry(
 def times_of(timing: Timing, full: Mapping[str, Timing]) -> Entry:
     """Return the fields of a result that say how long it took, and full precision ("bf16", "fp32") in its rounds."""
     baseline = baseline_of(full, list(full))
-    against: Entry = {f"{name}_milliseconds": one.milliseconds for name, one in full.items()}
-    against |= {f"ratio_to_{name}": timing.faster_than(one) for name, one in full.items()}
+    against: Entry = {f"{name}_milliseconds": other.milliseconds for name, other in full.items()}
+    against |= {f"ratio_to_{name}": timing.faster_than(other) for name, other in full.items()}
     return {
         "milliseconds": timing.milliseconds,
         "milliseconds_quartiles": list(timing.quartiles),
@@ -261,19 +261,22 @@ def _int8_product(shape: tuple[int, int, int], generator: torch.Generator) -> _C
 
 def _together(make: Callable[..., _Contender], count: int, *arguments: Any) -> _Contender:
     """As many contenders of a kind, one after the other on the same data."""
-    all_ = [make(*arguments) for _ in range(count)]
-    storage_bytes = sum(one.storage_bytes for one in all_)
-    return replace(all_[0], run=lambda data: [one.run(data) for one in all_], storage_bytes=storage_bytes)
+    contenders = [make(*arguments) for _ in range(count)]
+    return replace(
+        contenders[0],
+        run=lambda data: [contender.run(data) for contender in contenders],
+        storage_bytes=sum(contender.storage_bytes for contender in contenders),
+    )
 
 
-def _linear(layers: nn.ModuleList, backend: str, _rows: int, _generator: torch.Generator) -> _Contender:
+def _linear(layers: nn.ModuleList, backend: str, _rows: int, generator: torch.Generator) -> _Contender:
     set_backend(layers, backend)
-    reads = quantized_dtype(str(_generator.device))
+    reads = quantized_dtype(str(generator.device))
     stored = _bytes_of(*layers.parameters())
     return _Contender(run=lambda x: [layer(x) for layer in layers], storage_bytes=stored, reads=reads)
 
 
-def _activation_path(layers: nn.ModuleList, backend: str, _rows: int, _generator: torch.Generator) -> _Contender:
+def _activation_path(layers: nn.ModuleList, backend: str, _rows: int, generator: torch.Generator) -> _Contender:
     layer = _only(layers)
     activation = layer.scheme.activation
     assert activation is not None
@@ -284,7 +287,7 @@ def _activation_path(layers: nn.ModuleList, backend: str, _rows: int, _generator
     def run(x: Tensor) -> object:
         return activation_path.activation_path(x, path, num_bits=activation.num_bits, backend=backend)
 
-    return _Contender(run=run, storage_bytes=stored, reads=quantized_dtype(str(_generator.device)))
+    return _Contender(run=run, storage_bytes=stored, reads=quantized_dtype(str(generator.device)))
 
 
 def _gemm(layers: nn.ModuleList, backend: str, rows: int, generator: torch.Generator) -> _Contender:
@@ -342,4 +345,4 @@ def _random_codes(shape: tuple[int, int], bits: int, generator: torch.Generator)
 
 
 def _bytes_of(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

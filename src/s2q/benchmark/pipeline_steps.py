@@ -44,7 +44,7 @@ _OP = "denoising_step"
 _BF16, _FP32 = "bf16", "fp32"
 _BACKENDS = ("auto", FASTEST)
 _STEPS = 4
-_PROMPT = "a red circle moving left on a grey background"
+PROMPT = "a red circle moving left on a grey background"
 
 
 def pipeline_step_case(source: ModelSource, settings: Settings) -> Case:
@@ -92,39 +92,41 @@ def pack_randomly(transformer: nn.Module, recipe: Recipe, *, frames: int) -> nn.
 def _measure(source: ModelSource, missing: Sequence[Entry], settings: Settings) -> list[Entry]:
     device = settings.device
     pipes: dict[str, Any] = {
-        name: _full_precision(source, dtype, device) for name, dtype in full_precision(device).items()
+        name: full_precision_pipeline(source, dtype, device) for name, dtype in full_precision(device).items()
     }
     full, dtype = list(pipes), quantized_dtype(device)
     packed_from = next(pipe for pipe in pipes.values() if pipe.transformer.dtype == dtype)
     first = pipes[_BF16]
-    own = resolve_settings(first, requested={"num_inference_steps": _STEPS}, defaults=dict(settings.generation))
+    video = resolve_settings(first, requested={"num_inference_steps": _STEPS}, defaults=dict(settings.generation))
+    frames = token_frames(first, video)
     for entry in missing:
         if _name_of(entry) not in pipes:
-            pipes[_name_of(entry)] = _pipeline_of(source, entry, packed_from, settings, frames=token_frames(first, own))
+            pipes[_name_of(entry)] = _pipeline_of(source, entry, packed_from, settings, frames=frames)
     attention = {_name_of(entry): entry["attention"] for entry in missing}
 
     def step_time(name: str, seed: int) -> float:
         with attention_of(attention.get(name)):
-            return _step_time(pipes[name], own, seed, device)
+            return _step_time(pipes[name], video, seed, device)
 
     measures = {name: (lambda seed, name=name: step_time(name, seed)) for name in pipes}
     timings = interleave(measures, fresh=lambda round_: round_ + 1, options=settings.options)
     parts = {}
     for name, pipe in pipes.items():
         with attention_of(attention.get(name)):
-            parts[name] = _parts(pipe, own, timings[name], device)
+            parts[name] = _parts(pipe, video, timings[name], device)
     entries = []
     for entry in missing:
         name = _name_of(entry)
         details = {
-            "video_tokens": video_tokens(first, own),
+            "video_tokens": video_tokens(first, video),
             "bound_ratio": None,
             "bf16_breakdown": parts[_BF16]["breakdown"],
             "bf16_peak_memory_bytes": parts[_BF16]["peak_memory_bytes"],
             "bf16_storage_bytes": parts[_BF16]["storage_bytes"],
-            "settings": own.to_dict(),
+            "settings": video.to_dict(),
         }
-        entries.append(entry | times_of(timings[name], {one: timings[one] for one in full}) | parts[name] | details)
+        times = times_of(timings[name], {baseline: timings[baseline] for baseline in full})
+        entries.append(entry | times | parts[name] | details)
     return entries
 
 
@@ -134,18 +136,19 @@ def _name_of(entry: Entry) -> str:
 
 def _pipeline_of(source: ModelSource, entry: Entry, full: Any, settings: Settings, *, frames: int) -> Any:
     if entry["scheme"] == _FP32:
-        return _full_precision(source, torch.float32, settings.device)
+        return full_precision_pipeline(source, torch.float32, settings.device)
     if source.is_quantized:
         dtype = full.transformer.dtype
         return load_pipeline(source, dtype=dtype, device=settings.device, backend=entry["backend"])
-    recipe = next(one for one in settings.recipes if one.name == entry["recipe"])
+    recipe = next(recipe for recipe in settings.recipes if recipe.name == entry["recipe"])
     pipe = copy.copy(full)  # shares the text encoder and the autoencoder
     pipe.transformer = pack_randomly(copy.deepcopy(full.transformer), recipe, frames=frames)
     set_backend(pipe.transformer, entry["backend"])
     return pipe
 
 
-def _full_precision(source: ModelSource, dtype: torch.dtype, device: str) -> Any:
+def full_precision_pipeline(source: ModelSource, dtype: torch.dtype, device: str) -> Any:
+    """Load a pipeline, the packed linears of a checkpoint dequantized."""
     pipe = load_pipeline(source, dtype=dtype, device=device)
     if source.is_quantized:
         pipe.transformer.dequantize()
@@ -161,7 +164,7 @@ def _step_time(pipe: Any, settings: GenerationSettings, seed: int, device: str) 
             torch.cuda.synchronize(device)
         ends.append(time.perf_counter())
 
-    denoise(pipe, [_PROMPT], seeds=[seed], settings=settings, decode=False, step_done=step_done)
+    denoise(pipe, [PROMPT], seeds=[seed], settings=settings, decode=False, step_done=step_done)
     return statistics.mean(late - early for early, late in zip(ends, ends[1:], strict=False)) * 1000
 
 
@@ -169,9 +172,9 @@ def _parts(pipe: Any, settings: GenerationSettings, timing: Timing, device: str)
     """Breakdown, memory and storage of one pipeline's transformer."""
     call = _captured_call(pipe, settings)
     shares = breakdown(call, pipe.transformer, device=device)
-    storage = sum(tensor.numel() * tensor.element_size() for tensor in pipe.transformer.state_dict().values())
+    storage = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values())
     peak = peak_memory(call, device)
-    kept = sum(one.kept.num_bytes for one in pipe.transformer.modules() if isinstance(one, PackedLinear))
+    kept = sum(part.kept.num_bytes for part in pipe.transformer.modules() if isinstance(part, PackedLinear))
     return {
         "breakdown": in_milliseconds(shares, timing.milliseconds),
         "peak_memory_bytes": None if peak is None else peak + storage + kept,
@@ -182,7 +185,7 @@ def _parts(pipe: Any, settings: GenerationSettings, timing: Timing, device: str)
 def _captured_call(pipe: Any, settings: GenerationSettings) -> Callable[[], object]:
     """Return a function that repeats a call that the loop makes of the transformer."""
     with capture_calls(pipe.transformer) as calls:
-        denoise(pipe, [_PROMPT], seeds=[0], settings=settings, decode=False)
+        denoise(pipe, [PROMPT], seeds=[0], settings=settings, decode=False)
     args, kwargs = calls[-1]
     return lambda: pipe.transformer(*args, **kwargs)
 

@@ -67,13 +67,13 @@ class ResultsFile:
     def has(self, wanted: Mapping[str, Any]) -> bool:
         """Whether a result need not be measured."""
         key = _key(wanted)
-        return key not in self._stale and any(_key(one) == key for one in self._content["results"])
+        return key not in self._stale and any(_key(result) == key for result in self._content["results"])
 
     def add(self, results: Sequence[Mapping[str, Any]]) -> None:
         """Put results in, replacing those of the same identity, and write the file."""
-        new = {_key(one): dict(one) for one in results}
+        new = {_key(result): dict(result) for result in results}
         self._stale -= set(new)
-        kept = [one for one in self._content["results"] if _key(one) not in new]
+        kept = [result for result in self._content["results"] if _key(result) not in new]
         self._content["results"] = [*kept, *new.values()]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(self._path, self._content)
@@ -95,7 +95,7 @@ class ResultsFile:
             )
         self._content["results"] = list(content["results"])
         if again:
-            self._stale = {_key(one) for one in content["results"]}
+            self._stale = {_key(result) for result in content["results"]}
 
 
 def _key(entry: Mapping[str, Any]) -> str:

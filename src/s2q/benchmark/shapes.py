@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from s2q.common.errors import UsageError
-from s2q.models import ModelSource, block_linears, family_of, linears_of_block, resolve_model
+from s2q.models import ModelSource, block_linears, family_of, resolve_model
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_model
 from s2q.planning.workload import workload_of_source
 from s2q.selection.options import Calibration
@@ -58,23 +58,21 @@ def layer_shapes(subjects: Sequence[Subject], *, rows: int | None) -> list[Layer
 
     Without `rows`, M is the model's own. A shape of several models names all of them.
     """
-    found: dict[tuple[int, int, int], LayerShape] = {}
+    layers: dict[tuple[int, int, int], list[str]] = {}
     for subject in subjects:
-        for one in _largest_rows(_linears_of(subject, rows)):
-            before = found[one.shape].layers if one.shape in found else ()
-            found[one.shape] = LayerShape(shape=one.shape, layers=tuple(dict.fromkeys((*before, *one.layers))))
-    return list(found.values())
+        for layer in _largest_rows(_linears_of(subject, rows)):
+            layers.setdefault(layer.shape, []).extend(layer.layers)
+    return [LayerShape(shape=shape, layers=tuple(dict.fromkeys(names))) for shape, names in layers.items()]
 
 
 def attention_shapes(subjects: Sequence[Subject], *, rows: int | None) -> list[AttentionShape]:
     """List the distinct self-attentions; without `rows`, of the model's own number of tokens."""
-    found: dict[tuple[int, int, int], AttentionShape] = {}
+    models: dict[AttentionShape, tuple[str, ...]] = {}
     for subject in subjects:
-        name, heads, head_dim, tokens = _attention_of(subject, rows)
-        key = (tokens, heads, head_dim)
-        models = (*found[key].models, name) if key in found else (name,)
-        found[key] = AttentionShape(tokens=tokens, heads=heads, head_dim=head_dim, models=models)
-    return list(found.values())
+        shape = _attention_of(subject, rows)
+        key = replace(shape, models=())
+        models[key] = (*models.get(key, ()), *shape.models)
+    return [replace(shape, models=names) for shape, names in models.items()]
 
 
 def subject_rows(subjects: Sequence[Subject], *, tokens: int | None, device: str) -> int | None:
@@ -86,7 +84,7 @@ def subject_rows(subjects: Sequence[Subject], *, tokens: int | None, device: str
     """
     if tokens is not None or device != "cpu":
         return tokens
-    return CPU_ROWS if any(_attention_of(one, None)[3] > MAX_CPU_ROWS for one in subjects) else None
+    return CPU_ROWS if any(_attention_tokens(subject) > MAX_CPU_ROWS for subject in subjects) else None
 
 
 def source_tokens(source: ModelSource) -> tuple[int, int]:
@@ -98,46 +96,52 @@ def source_tokens(source: ModelSource) -> tuple[int, int]:
 
 
 def _linears_of(subject: Subject, rows: int | None) -> list[LayerShape]:
-    found = []
+    """The linears of a pipeline's blocks, or of one block of each list of a synthetic model."""
     if isinstance(subject, SyntheticModel):
-        transformer = subject.meta_transformer(blocks=1)
-        for block_list in subject.block_lists:
-            prefix = f"{block_list.name}.0"
-            for linear in linears_of_block(getattr(transformer, block_list.name)[0], prefix, subject.family):
-                inner = linear.name.removeprefix(f"{prefix}.")
-                if linear.role == "modulation" or inner in subject.family.text_linears:
-                    continue
-                own = subject.rows(block_list, inner, tokens=subject.tokens) if rows is None else rows
-                shape = (own, linear.in_features, linear.out_features)
-                found.append(LayerShape(shape=shape, layers=(f"{subject.name} {inner}",)))
-        return found
-    own, family = _attention_of(subject, rows)[3], family_of(subject.transformer_class)
-    for linear in block_linears(subject.meta_transformer(), family):
-        inner = linear.name.split(".", 2)[2]
-        if linear.role == "modulation" or inner in family.text_linears:
+        transformer, family = subject.meta_transformer(blocks=1), subject.family
+        lists = {block_list.name: block_list for block_list in subject.block_lists}
+    else:
+        transformer, family, lists = subject.meta_transformer(), family_of(subject.transformer_class), {}
+        rows = _attention_tokens(subject) if rows is None else rows
+    shapes = []
+    for linear in block_linears(transformer, family):
+        if linear.role == "modulation" or linear.sees_text:
             continue
-        shape = (own, linear.in_features, linear.out_features)
-        found.append(LayerShape(shape=shape, layers=(f"{subject.name} {inner}",)))
-    return found
+        seen = rows
+        if seen is None:
+            block_list = lists[linear.name.partition(".")[0]]
+            seen = subject.rows(block_list, linear.inner_name, tokens=subject.tokens)
+        shape = (seen, linear.in_features, linear.out_features)
+        shapes.append(LayerShape(shape=shape, layers=(f"{subject.name} {linear.inner_name}",)))
+    return shapes
 
 
-def _largest_rows(shapes: Sequence[LayerShape]) -> list[LayerShape]:
+def _largest_rows(layers: Sequence[LayerShape]) -> list[LayerShape]:
     """Give linears of a model that differ in rows alone, and little, the larger number."""
     largest: dict[tuple[int, ...], int] = {}
-    for one in shapes:
-        rows, *size = one.shape
+    for layer in layers:
+        rows, *size = layer.shape
         largest[tuple(size)] = max(rows, largest.get(tuple(size), 0))
-    return [replace(one, shape=(largest[one.shape[1:]], *one.shape[1:])) for one in shapes]
+    return [replace(layer, shape=(largest[layer.shape[1:]], *layer.shape[1:])) for layer in layers]
 
 
-def _attention_of(subject: Subject, rows: int | None) -> tuple[str, int, int, int]:
-    """Name, heads, head dim and tokens of a model's self-attention."""
+def _attention_of(subject: Subject, rows: int | None) -> AttentionShape:
+    """The self-attention of a model."""
     if isinstance(subject, SyntheticModel):
-        joint = any(one.sees == "joint" for one in subject.block_lists)
-        own = subject.tokens + (subject.text_tokens if joint else 0)
-        return subject.name, subject.heads, subject.head_dim, own if rows is None else rows
-    config = subject.transformer_config
-    if rows is None:
+        heads, head_dim = subject.heads, subject.head_dim
+    else:
+        config = subject.transformer_config
+        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    tokens = _attention_tokens(subject) if rows is None else rows
+    return AttentionShape(tokens=tokens, heads=heads, head_dim=head_dim, models=(subject.name,))
+
+
+def _attention_tokens(subject: Subject) -> int:
+    """The tokens of a self-attention: those of the video, and of the text where they are in one sequence."""
+    if isinstance(subject, SyntheticModel):
+        joint = any(block_list.sees == "joint" for block_list in subject.block_lists)
+        video, text = subject.tokens, subject.text_tokens
+    else:
+        joint = len(family_of(subject.transformer_class).joint_order) > 1
         video, text = source_tokens(subject)
-        rows = video + (text if len(family_of(subject.transformer_class).joint_order) > 1 else 0)
-    return subject.name, config["num_attention_heads"], config["attention_head_dim"], rows
+    return video + text if joint else video

@@ -71,7 +71,7 @@ def synthetic_step_case(model: SyntheticModel, settings: Settings) -> Case:
     def measure(missing: Sequence[Entry]) -> list[Entry]:
         names = {entry["recipe"] for entry in missing}
         recipes = [recipe for recipe in settings.recipes if recipe.name in names]
-        measured = [_measure_list(model, one, recipes, settings) for one in model.block_lists]
+        measured = [_measure_list(model, block_list, recipes, settings) for block_list in model.block_lists]
         return [entry | _step(model, measured, entry["recipe"], settings) for entry in missing]
 
     return Case(label=f"{_OP} {model.name}, {tokens} tokens", wanted=wanted, measure=measure)
@@ -98,7 +98,7 @@ def _measure_list(
     model: SyntheticModel, block_list: BlockList, recipes: Sequence[Recipe], settings: Settings
 ) -> _ListResult:
     generator = torch.Generator(settings.device)
-    generator.manual_seed(derive_seed(settings.seed, _OP, model.name, block_list.name))
+    generator.manual_seed(derive_seed(0, _OP, model.name, block_list.name))
     result = _compete(model, block_list, recipes, generator, settings)
     result.saved = {  # when the blocks are gone from memory
         name: _saved_by_int8(model, block_list, generator, settings, dtype)
@@ -128,8 +128,10 @@ def _compete(
         return {dtype: {name: _cast(value, dtype) for name, value in drawn.items()} for dtype in set(dtypes.values())}
 
     grid = block_grid(model, tokens=tokens)
-    own = {name: None if name in full else settings.attention for name in stacks}
-    runs = {name: (lambda data, name=name: _run(stacks[name], data[dtypes[name]], own[name], grid)) for name in stacks}
+    attention = {name: None if name in full else settings.attention for name in stacks}
+    runs = {
+        name: (lambda data, name=name: _run(stacks[name], data[dtypes[name]], attention[name], grid)) for name in stacks
+    }
     measures = measures_of(runs, stopwatch_for(device), options=settings.options)
     result = _ListResult(block_list, interleave(measures, fresh=fresh, options=settings.options), built)
     data = fresh(-1)
@@ -187,7 +189,7 @@ def _saved_by_int8(
     block = getattr(model.meta_transformer(blocks=1), block_list.name)[0]
     for linear in linears_of_block(block, "block", model.family):
         if linear.role == "linear":
-            rows = model.batch * model.rows(block_list, linear.name.removeprefix("block."), tokens=tokens)
+            rows = model.batch * model.rows(block_list, linear.inner_name, tokens=tokens)
             shape = (rows, linear.in_features, linear.out_features)
             counts[shape] = counts.get(shape, 0) + 1
     saved = 0.0
@@ -216,17 +218,16 @@ def _product_times(
 
 
 def _step(model: SyntheticModel, measured: Sequence[_ListResult], name: str, settings: Settings) -> Entry:
-    own = _whole(model, measured, name)
-    full = {one: _whole(model, measured, one) for one in full_precision(settings.device)}
+    full = {kind: _whole(model, measured, kind) for kind in full_precision(settings.device)}
     baseline, bound = baseline_of(full, list(full)), None
-    saved = [one.saved.get(baseline) for one in measured]
+    saved = [result.saved.get(baseline) for result in measured]
     if None not in saved:
         lists = zip(measured, saved, strict=True)
-        gain = sum(model.calls * one.block_list.count * (part or 0.0) for one, part in lists)
+        gain = sum(model.calls * result.block_list.count * (part or 0.0) for result, part in lists)
         bound = full[baseline].milliseconds / max(full[baseline].milliseconds - gain, 1e-9)
     storage = _storage(model, next(recipe for recipe in settings.recipes if recipe.name == name))
     return {
-        **times_of(own, full),
+        **times_of(_whole(model, measured, name), full),
         "bound_ratio": bound,
         "breakdown": _breakdown(model, measured, name),
         "bf16_breakdown": _breakdown(model, measured, _BF16),
@@ -241,24 +242,24 @@ def _step(model: SyntheticModel, measured: Sequence[_ListResult], name: str, set
 
 def _whole(model: SyntheticModel, measured: Sequence[_ListResult], name: str) -> Timing:
     """The step's time by round; lists were measured one after the other, in equally many rounds or fewer."""
-    by_list = [one.samples(name) for one in measured]
+    by_list = [result.samples(name) for result in measured]
     return Timing(samples=tuple(model.calls * sum(values) for values in zip(*by_list, strict=False)))
 
 
 def _breakdown(model: SyntheticModel, measured: Sequence[_ListResult], name: str) -> dict[str, float]:
     """The parts of the step's time, in milliseconds; their sum is the step's time."""
     whole = _whole(model, measured, name).milliseconds
-    weights = [Timing(samples=tuple(one.samples(name))).milliseconds for one in measured]
+    weights = [Timing(samples=tuple(result.samples(name))).milliseconds for result in measured]
     sums: dict[str, float] = {}
-    for one, weight in zip(measured, weights, strict=True):
-        for category, value in in_milliseconds(one.shares[name], whole * weight / sum(weights)).items():
+    for result, weight in zip(measured, weights, strict=True):
+        for category, value in in_milliseconds(result.shares[name], whole * weight / sum(weights)).items():
             sums[category] = sums.get(category, 0.0) + value
     return sums
 
 
 def _peak(measured: Sequence[_ListResult], name: str, storage: int) -> int | None:
     """The whole transformer's weights and the largest memory that running a block adds."""
-    peaks = [one.peaks[name] for one in measured]
+    peaks = [result.peaks[name] for result in measured]
     known = [peak for peak in peaks if peak is not None]
     return storage + max(known) if len(known) == len(peaks) else None
 

@@ -46,11 +46,10 @@ def synthetic_block(
     for name, parameter in list(block.named_parameters()):
         if kept & set(name.split(".")):
             parameter.data = parameter.data.float()
-    block_name = f"{block_list.name}.0"
-    for linear in linears_of_block(block, block_name, model.family):
-        own = None if linear_of is None else linear_of(linear)
-        if own is not None:
-            replace_module(block, linear.name.removeprefix(f"{block_name}."), own)
+    for linear in linears_of_block(block, f"{block_list.name}.0", model.family):
+        replacement = None if linear_of is None else linear_of(linear)
+        if replacement is not None:
+            replace_module(block, linear.inner_name, replacement)
     for module in block.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:

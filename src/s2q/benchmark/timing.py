@@ -41,9 +41,9 @@ class TimingOptions:
         sample_milliseconds: What a sample should last at least; short calls are repeated.
     """
 
-    repeats: int = 10
-    min_repeats: int = 3
-    seconds: float = 10.0
+    repeats: int
+    min_repeats: int
+    seconds: float
     sample_milliseconds: float = 5.0
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class Timing:
 
     def faster_than(self, other: Timing) -> float:
         """Return how many times faster this is than another contender of the same rounds: 2 is half the time."""
-        return statistics.median(theirs / own for theirs, own in zip(other.samples, self.samples, strict=True))
+        return statistics.median(theirs / ours for theirs, ours in zip(other.samples, self.samples, strict=True))
 
 
 def interleave(
