@@ -18,7 +18,8 @@ import torch
 from environment import environment
 from records import rounded_metrics, write_record
 
-from s2q.evaluation.evaluate import TRAJECTORY_BYTES, EvaluationSettings, judge_model, run_reference
+from s2q.evaluation.evaluate import judge_model, run_reference
+from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.summary import summarise
 from s2q.recipes.load import load_recipe, recipe_names
 from s2q.run.quantize import quantize
@@ -30,18 +31,7 @@ logger = logging.getLogger("embedded_quality")
 
 def measure(model: str, recipes: list[str], *, prompts: int, seeds: int, dtype: str) -> Iterator[tuple[str, dict]]:
     """Quantize and evaluate recipes; a record is `eval.json` with the run's cost and the environment added."""
-    settings = EvaluationSettings(
-        metrics=(),
-        requested={},
-        batch_size=None,
-        device="cpu",
-        dtype=dtype,
-        variant=None,
-        verify=None,
-        lpips_weights=None,
-        clip=None,
-        trajectory_bytes=TRAJECTORY_BYTES,
-    )
+    settings = EvaluationSettings(dtype=dtype)
     captions = embedded_prompts(model, split="held-out", count=prompts)
     reference = run_reference(model, prompts=captions, seeds=range(seeds), settings=settings)
     for recipe in recipes:

@@ -14,7 +14,8 @@ from records import rounded_metrics, write_record
 from reproduce.plan import Request, Run, bench_command, runs_of, shown, video_name
 from reproduce.specs import Table
 from s2q.common.files import atomic_write_bytes, atomic_write_json
-from s2q.evaluation.evaluate import TRAJECTORY_BYTES, EvaluationSettings, judge_model, run_reference
+from s2q.evaluation.evaluate import judge_model, run_reference
+from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.summary import summarise
 from s2q.generation.defaults import frame_rate_of
 from s2q.generation.generate import Video
@@ -92,18 +93,7 @@ def _judge(runs: Sequence[Run], prompts: Sequence[str], request: Request) -> Non
     """Judge several runs on a piece; full precision generates once for all of them."""
     folders = {str(run.checkpoint): run.videos for run in runs} | {request.model: request.full_precision_videos()}
     frame_rate = frame_rate_of(request.model)
-    settings = EvaluationSettings(
-        metrics=(),
-        requested=request.settings,
-        batch_size=None,
-        device=request.device,
-        dtype=request.dtype,
-        variant=None,
-        verify=None,
-        lpips_weights=None,
-        clip=None,
-        trajectory_bytes=TRAJECTORY_BYTES,
-    )
+    settings = EvaluationSettings(requested=request.settings, device=request.device, dtype=request.dtype)
 
     def keep(label: str, video: Video) -> None:
         _keep(folders[label], video, frame_rate)

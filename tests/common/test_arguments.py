@@ -209,13 +209,13 @@ def test_switches_are_true_or_false(value):
 )
 def test_other_prompts_are_refused(prompts, message):
     with pytest.raises(InvalidInputError, match=message):
-        prompt_list(prompts)
+        prompt_list("prompts", prompts)
 
 
 @pytest.mark.parametrize("prompts", [["a", "b"], ("a", "b"), iter(["a", "b"]), np.array(["a", "b"])])
 def test_prompts_are_a_list_of_texts(prompts):
-    assert prompt_list(prompts) == ["a", "b"]
-    assert all(type(text) is str for text in prompt_list(["a", np.str_("b")]))
+    assert prompt_list("prompts", prompts) == ["a", "b"]
+    assert all(type(text) is str for text in prompt_list("prompts", ["a", np.str_("b")]))
 
 
 def test_lists_of_names_come_as_a_tuple_and_others_are_refused():

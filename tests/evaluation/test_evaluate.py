@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evaluations import evaluation_settings
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.evaluation import recordings
 from s2q.evaluation.evaluate import evaluate, judge_model, run_reference
+from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.summary import summarise
 from s2q.evaluation.video_metrics import METRICS, selected_metrics
 from s2q.run.quantize import quantize
@@ -64,7 +64,7 @@ def test_several_models_share_a_reference_that_generates_once(pipe, damaged):
     def progress(stage, done, total):
         stages.append(stage)
 
-    settings = evaluation_settings(**FAST)
+    settings = EvaluationSettings(requested=FAST)
     run = run_reference(pipe, prompts=["a"], seeds=(0, 1), settings=settings, progress=progress)
     results = [summarise(judge_model(model, run, progress=progress)) for model in models()]
     assert results == [evaluate(model, reference=pipe, prompts=["a"], **FAST) for model in (damaged, pipe)]
@@ -227,6 +227,12 @@ def test_processes_measure_what_one_measures(pipe, damaged, tmp_path):
     assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
     ends = {stage: (done, total) for stage, done, total in stages}
     assert ends == dict.fromkeys(("full precision", "quantized", "velocity"), (12, 12))
+
+
+@pytest.mark.parametrize("option", [{"dtype": "float32"}, {"variant": "fp16"}, {"verify": True}])
+def test_options_of_loading_are_refused_with_two_loaded_pipelines(pipe, option):
+    with pytest.raises(UsageError, match=f"evaluate: {next(iter(option))} is for models by name or folder"):
+        evaluate(pipe, reference=pipe, prompts=["a"], **FAST, **option)
 
 
 def test_processes_need_models_by_name(pipe):

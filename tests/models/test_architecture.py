@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
-from evaluations import evaluation_settings
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError
 from s2q.comparison.compare import compare
 from s2q.evaluation.evaluate import evaluate, judge_model, run_reference
+from s2q.evaluation.settings import EvaluationSettings
 from s2q.generation.load import load_pipeline
 from s2q.models import resolve_model
 from s2q.models.architecture import architecture_of, check_comparable
@@ -100,7 +100,8 @@ def test_a_mismatch_is_invalid_input_of_the_command_line(models, tmp_path, capsy
 
 
 def test_each_model_of_several_is_checked_when_it_is_loaded(models):
-    reference = run_reference(models / "wan", prompts=["a"], seeds=(0,), settings=evaluation_settings(**SETTINGS))
+    settings = EvaluationSettings(requested=SETTINGS)
+    reference = run_reference(models / "wan", prompts=["a"], seeds=(0,), settings=settings)
     with pytest.raises(InvalidInputError, match="has transformer and transformer_2, the reference .* has transformer;"):
         judge_model(models / "wan-two-q", reference)
 

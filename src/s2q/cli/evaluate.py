@@ -1,6 +1,5 @@
 """`s2q eval`: a model against full precision, with VBench beside if it is asked for."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -61,11 +60,12 @@ def evaluate(
     from s2q.cli import console, judges, output
     from s2q.evaluation.evaluate import default_prompts
     from s2q.evaluation.evaluate import evaluate as run
+    from s2q.evaluation.video_metrics import selected_metrics
     from s2q.generation.defaults import frame_rate_of, quantization_scheme
     from s2q.models.source import check_full_precision, resolve_model
 
     console.quiet_libraries()
-    _check_metrics(metrics or (), lpips=lpips_weights is not None, clip=clip is not None)
+    selected_metrics(metrics or (), lpips=lpips_weights is not None, clip=clip is not None)  # refuses unknown ones
     ours, theirs = resolve_model(model, variant=variant, needs_variant=False), resolve_model(reference, variant=variant)
     check_full_precision(theirs)
     texts = options.read_prompt_file(prompts) or default_prompts(theirs, count=num_prompts)
@@ -108,10 +108,3 @@ def evaluate(
             atomic_write_json(out, result)
     output.emit_json(result) if as_json else output.show_evaluation(result, scheme=quantization_scheme(ours))
     console.say(f"written to {out}")
-
-
-def _check_metrics(names: Sequence[str], *, lpips: bool, clip: bool) -> None:
-    from s2q.evaluation.judges.learned import learned_names
-    from s2q.evaluation.video_metrics import selected_metrics
-
-    selected_metrics(names, learned=learned_names(lpips=lpips, clip=clip))

@@ -70,7 +70,7 @@ def generate(
     from s2q.models import resolve_model
 
     console.quiet_libraries()
-    texts = options.read_prompt_file(prompts) or prompt_list(prompt or ())
+    texts = options.read_prompt_file(prompts) or prompt_list("prompts", prompt or ())
     check_distinct(texts)
     source = resolve_model(model, variant=variant)
     with console.progress() as report, staged_directory(out, overwrite=overwrite, owned=_OWNED) as staged:

@@ -105,7 +105,7 @@ def seed_numbers(seeds: Iterable[Any]) -> tuple[int, ...]:
     return numbers
 
 
-def prompt_list(prompts: Iterable[Any], *, name: str = "prompts", allow_none: bool = False) -> list[str]:
+def prompt_list(name: str, prompts: Iterable[Any], *, allow_none: bool = False) -> list[str]:
     """Return prompts as a list of non-empty texts; the list may be empty with `allow_none`."""
     texts = list(_listed(name, prompts, of="prompts"))
     if not (texts or allow_none):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from s2q.common import arguments
+from s2q.common.arguments import optional
 from s2q.common.errors import BusyError, DiskFullError, InvalidInputError, memory_errors
 from s2q.common.files import atomic_write_json
 from s2q.common.outputs import output_lock
@@ -73,8 +74,12 @@ def compare(
         entries: Recipes by name (`all` and patterns such as "s2q-*" too) or file, and checkpoint folders.
         model: The full-precision reference: embedded name, folder or Hub id.
         out: Folder to write; an existing comparison is resumed, and entries may be added to it.
-        prompts: Prompts to generate; None takes held-out captions of an embedded model.
+        prompts: Prompts to generate; None takes `num_prompts` held-out captions of an embedded model.
+        calibration_prompts: Prompts for the recipes that calibrate; None takes those of an embedded model.
         overrides: Changes to the recipes; those to `calibration` and `distillation` are made where they apply.
+        device: Where to quantize and evaluate: "cpu", "cuda:1", or "cuda", whose GPUs `processes` take in turn.
+        resume: Whether to resume the comparison in `out`; False replaces it and needs `overwrite`.
+        overwrite: Whether a comparison in `out` that cannot be resumed may be replaced.
 
     Returns:
         The content of `compare.json`; an entry that failed has an `error`. Of a dry run, what would be done.
@@ -86,17 +91,14 @@ def compare(
     model, given_dtype = arguments.model_argument("model", model), arguments.parse_dtype(dtype)
     if not isinstance(model, str | Path):
         raise InvalidInputError("compare: got a loaded pipeline; pass its name or folder, which every process loads")
-    optional, prompt_list = arguments.optional, arguments.prompt_list
     settings = CompareSettings(
         entries=arguments.name_list("entries", entries),
         model=str(model),
         out=arguments.path_argument("out", out),
-        prompts=None if prompts is None else prompt_list(prompts),
+        prompts=optional(arguments.prompt_list, "prompts", prompts),
         num_prompts=arguments.whole_number("num_prompts", num_prompts, least=1),
         seeds=arguments.seed_numbers(seeds),
-        calibration_prompts=(
-            None if calibration_prompts is None else prompt_list(calibration_prompts, name="calibration_prompts")
-        ),
+        calibration_prompts=optional(arguments.prompt_list, "calibration_prompts", calibration_prompts),
         seed=arguments.seed_number(seed),
         samples=optional(arguments.whole_number, "samples", samples, least=1),
         overrides=checked_overrides(overrides),

@@ -134,8 +134,9 @@ def set_up(settings: CompareSettings) -> Setup:
     if not settings.entries:
         raise UsageError("compare: got nothing to compare; name recipes (all, s2q-*) or checkpoint folders")
     weights = {"lpips": settings.lpips_weights, "clip": settings.clip}
-    learned = open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device="cpu").names
-    metrics = selected_metrics(settings.metrics, learned=learned)
+    open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device="cpu")  # refuses what is none
+    lpips, clip = settings.lpips_weights is not None, settings.clip is not None
+    metrics = selected_metrics(settings.metrics, lpips=lpips, clip=clip)
     samples = () if settings.samples is None else (f"calibration.samples={settings.samples}",)
     entries = find_entries(
         settings.entries, overrides=(*settings.overrides, *samples), variant=settings.variant, verify=settings.verify

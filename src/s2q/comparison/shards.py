@@ -12,8 +12,9 @@ from s2q.comparison.entries import FULL_PRECISION
 from s2q.comparison.folder import CompareFolder
 from s2q.comparison.setup import SHARD_PROMPTS, RunPlan
 from s2q.engines.processes import ProcessEngine, Tell, devices_of
-from s2q.evaluation.evaluate import TRAJECTORY_BYTES, EvaluationSettings, judge_model, run_reference
+from s2q.evaluation.evaluate import judge_model, run_reference
 from s2q.evaluation.recordings import DISK_SHARE
+from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.video_metrics import VELOCITY
 from s2q.generation.generate import Video
 
@@ -73,14 +74,12 @@ def evaluate_shard(
     settings = EvaluationSettings(
         metrics=tuple(plan.metrics),
         requested=plan.settings,
-        batch_size=None,
         device=device,
         dtype=plan.dtype,
         variant=plan.variant,
         verify=plan.verify,
         lpips_weights=plan.judge("lpips"),
         clip=plan.judge("clip"),
-        trajectory_bytes=TRAJECTORY_BYTES,
     )
 
     def keep(label: str, _name: str, video: Video) -> None:

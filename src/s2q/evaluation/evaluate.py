@@ -6,7 +6,7 @@ and answers the recorded calls. Only one of the two models has to fit at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2q.common import arguments
+from s2q.common.arguments import optional
 from s2q.common.components import transformers_of
 from s2q.common.devices import free_memory
 from s2q.common.errors import InvalidInputError, UsageError, memory_errors
@@ -21,16 +22,17 @@ from s2q.common.progress import Progress, StageCounter, Tick
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.engines.processes import Tell
 from s2q.evaluation import velocity
-from s2q.evaluation.judges.learned import Judges, learned_names, open_judges
+from s2q.evaluation.judges.learned import Judges, open_judges
 from s2q.evaluation.parallel import MeasuredSet, PromptSet, divide, measure_in_processes
 from s2q.evaluation.recordings import DISK_SHARE, Recordings
 from s2q.evaluation.scores import EvaluationResult, VideoScores
-from s2q.evaluation.summary import noise_pairs, summarise
-from s2q.evaluation.video_metrics import VELOCITY, judge_video, selected_metrics
+from s2q.evaluation.settings import TRAJECTORY_BYTES, EvaluationSettings
+from s2q.evaluation.summary import summarise
+from s2q.evaluation.video_metrics import VELOCITY, judge_video, noise_pairs, selected_metrics
 from s2q.generation.defaults import embedded_source, generation_defaults, model_label
 from s2q.generation.denoise import denoise
 from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched, settings_for, videos_of
-from s2q.generation.load import check_model, load_pipeline
+from s2q.generation.load import check_model, load_pipeline, refuse_load_options
 from s2q.generation.prompts import check_distinct
 from s2q.generation.settings import GenerationSettings, check_prompts, requested_settings
 from s2q.generation.trajectory import record_trajectory
@@ -40,26 +42,9 @@ from s2q.models.architecture import Architecture, architecture_of, check_compara
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-TRAJECTORY_BYTES = 4 * 2**30
 _Jobs = tuple[tuple[str, int], ...]
 VideoDone = Callable[[str, Video], None]
 """Called with the label of a model (`model_label`) and each of its videos as it is generated."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """Checked arguments of `evaluate`, which documents them; `requested` are generation settings by name."""
-
-    metrics: tuple[str, ...]
-    requested: Mapping[str, Any]
-    batch_size: int | None
-    device: str
-    dtype: str | None
-    variant: str | None
-    verify: bool | None
-    lpips_weights: Path | None
-    clip: Path | None
-    trajectory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +112,7 @@ def evaluate(
         trajectory_bytes: Memory of a process for recorded trajectories; the rest goes to a temporary folder.
         processes: Processes that share the prompts; several need models given by name.
         video_done: Called with the label of a model and each of its videos as it is generated.
+        progress: Called after every denoising step with the stage, the steps done and the steps in all.
 
     Returns:
         The content of `eval.json`: `schema_version`, `model`, `reference`, `n_prompts`, `n_seeds`, `metrics`, `videos`,
@@ -136,9 +122,9 @@ def evaluate(
     Raises:
         InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take, or a model that was
             not made from the reference; before anything is generated.
+        UsageError: `dtype`, `variant` or `verify` with two loaded pipelines, `processes` with any.
         S2QError: A model produced NaN or infinite values.
     """
-    given_dtype, optional = arguments.parse_dtype(dtype), arguments.optional
     settings = EvaluationSettings(
         metrics=arguments.name_list("metrics", metrics),
         requested=requested_settings(
@@ -146,7 +132,7 @@ def evaluate(
         ),
         batch_size=optional(arguments.whole_number, "batch_size", batch_size, least=1),
         device=arguments.device_name(device),
-        dtype=None if given_dtype is None else arguments.dtype_name(given_dtype),
+        dtype=arguments.parse_dtype(dtype),
         variant=optional(arguments.word, "variant", variant),
         verify=optional(arguments.flag, "verify", verify),
         lpips_weights=optional(arguments.path_argument, "lpips_weights", lpips_weights),
@@ -154,9 +140,8 @@ def evaluate(
         trajectory_bytes=arguments.whole_number("trajectory_bytes", trajectory_bytes, least=0),
     )
     processes = arguments.whole_number("processes", processes, least=1)
-    seeds, texts = arguments.seed_numbers(seeds), None if prompts is None else arguments.prompt_list(prompts)
-    given = arguments.model_argument("model", model), arguments.model_argument("reference", reference)
-    model, reference = _resolve_pair(*given, settings)
+    seeds, texts = arguments.seed_numbers(seeds), optional(arguments.prompt_list, "prompts", prompts)
+    model, reference = _resolve_pair(model, reference, settings)
     texts = default_prompts(reference) if texts is None else texts
     _check_request(texts, settings)
     if processes > 1:
@@ -192,10 +177,13 @@ def _prompt_sets(
 
 def _resolve_pair(model: Any, reference: Any, settings: EvaluationSettings) -> tuple[Any, Any]:
     """Return a model and its reference, resolved where they were given by name, if they can be compared."""
+    model, reference = arguments.model_argument("model", model), arguments.model_argument("reference", reference)
     reference, model = _resolved(reference, settings), _resolved(model, settings, needs_variant=False)
-    for source in (reference, model):
-        if isinstance(source, ModelSource):
-            check_model(source, verify=settings.verify)
+    sources = [side for side in (reference, model) if isinstance(side, ModelSource)]
+    for source in sources:
+        check_model(source, verify=settings.verify)
+    if not sources:
+        refuse_load_options("evaluate", dtype=settings.dtype, variant=settings.variant, verify=settings.verify)
     ours, theirs = (architecture_of(side, label=model_label(side)) for side in (model, reference))
     check_comparable(ours, theirs)
     warn_of_scheduler(ours, theirs)
@@ -215,9 +203,8 @@ def run_reference(
     progress: Progress | None = None,
 ) -> ReferenceRun:
     """Generate the full-precision videos and record the calls of the transformer; see `evaluate`."""
-    _check_request(prompts, settings)
+    wanted = _check_request(prompts, settings)
     judges = open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device=settings.device)
-    wanted = selected_metrics(settings.metrics, learned=judges.names)
     jobs = tuple((prompt, seed) for prompt in prompts for seed in seeds)
     reference = _resolved(reference, settings)
     pipe = _open(reference, settings, dtype=settings.dtype)
@@ -252,7 +239,7 @@ def run_reference(
         recordings=recordings if VELOCITY in wanted else None,
         timesteps=timesteps,
         judges=judges,
-        floor=tuple(noise_pairs(videos, learned=judges.frame_metrics(wanted))),
+        floor=tuple(noise_pairs(videos, judges=judges, wanted=wanted)),
     )
     if pipe is not reference:
         del pipe
@@ -302,11 +289,12 @@ def judge_model(
     )
 
 
-def _check_request(prompts: Sequence[str], settings: EvaluationSettings) -> None:
-    """Check what needs no model."""
-    learned = learned_names(lpips=settings.lpips_weights is not None, clip=settings.clip is not None)
-    selected_metrics(settings.metrics, learned=learned)
+def _check_request(prompts: Sequence[str], settings: EvaluationSettings) -> tuple[str, ...]:
+    """Check what needs no model; return the metrics to compute."""
+    lpips, clip = settings.lpips_weights is not None, settings.clip is not None
+    wanted = selected_metrics(settings.metrics, lpips=lpips, clip=clip)
     check_distinct(prompts)
+    return wanted
 
 
 def _measure_set(part: PromptSet, device: str, tell: Tell) -> MeasuredSet:

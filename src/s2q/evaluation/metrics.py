@@ -1,4 +1,4 @@
-"""Fidelity of one video to another: latents and pixels. Pure functions; bigger dictionaries live in `evaluate`.
+"""Fidelity of one video to another: latents and pixels. Pure functions of tensors.
 
 Pixels are compared as uint8 frames before any video encoding: an mp4 at the usual quality costs 8 dB by itself. PSNR of
 identical videos is infinite, which JSON cannot hold, so that every PSNR is capped at `PSNR_CAP_DB`.
@@ -120,10 +120,7 @@ LATENT_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float]] = Ma
 )
 """Metrics of (latents, reference latents)."""
 
-FrameMetric = Callable[[torch.Tensor, torch.Tensor], float | None]
-"""A metric of (frames, reference frames); None where it does not apply."""
-
-FRAME_METRICS: Mapping[str, FrameMetric] = MappingProxyType(
+FRAME_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float | None]] = MappingProxyType(
     {
         "psnr_frame_mean_db": psnr_frame_mean_db,
         "psnr_pooled_db": psnr_pooled_db,
@@ -131,7 +128,7 @@ FRAME_METRICS: Mapping[str, FrameMetric] = MappingProxyType(
         "flicker_rms": flicker_rms,
     }
 )
-"""Metrics of (frames, reference frames)."""
+"""Metrics of (frames, reference frames); None where one does not apply."""
 
 
 def _pair(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from s2q.common.progress import Progress
 from s2q.engines.processes import ProcessEngine, Tell, devices_of
 from s2q.evaluation.scores import EvaluationResult, merge
+from s2q.evaluation.settings import EvaluationSettings
 from s2q.generation.generate import Video
 from s2q.models import ModelSource
-
-if TYPE_CHECKING:
-    from s2q.evaluation.evaluate import EvaluationSettings
 
 MeasuredSet = tuple[EvaluationResult, list[tuple[str, Video]]]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,9 +16,6 @@ from s2q.evaluation.judges import adherence
 from s2q.evaluation.judges import learned as learned_metrics
 from s2q.evaluation.judges.evalcrafter import evalcrafter_scores
 from s2q.evaluation.scores import EvaluationResult, VideoScores
-
-if TYPE_CHECKING:
-    from s2q.generation.generate import Video
 
 _REFERENCE = "reference_"
 _CHANGE = "adherence_all_change"
@@ -70,25 +66,6 @@ def summarise(measured: EvaluationResult) -> dict[str, Any]:
         "versions": versions(),
         **({} if evalcrafter is None else {"evalcrafter": evalcrafter}),
     }
-
-
-def noise_pairs(
-    videos: Sequence[Video], *, learned: Mapping[str, metrics.FrameMetric] = MappingProxyType({})
-) -> list[VideoScores]:
-    """Compare each full-precision video with the same prompt's next seed, under which the metrics of the pair are."""
-    by_prompt: dict[str, list[Video]] = {}
-    for video in videos:
-        by_prompt.setdefault(video.prompt, []).append(video)
-    pairs = []
-    for group in by_prompt.values():
-        for first, second in zip(group, group[1:], strict=False):
-            values: dict[str, float | None] = {
-                name: measure(second.latents, first.latents) for name, measure in metrics.LATENT_METRICS.items()
-            }
-            for name, measure in {**metrics.FRAME_METRICS, **learned}.items():
-                values[name] = measure(second.frames, first.frames)
-            pairs.append(VideoScores(prompt=second.prompt, seed=second.seed, metrics=values))
-    return pairs
 
 
 def _noise_floor(pairs: Sequence[VideoScores]) -> dict[str, Any] | None:

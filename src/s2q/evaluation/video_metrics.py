@@ -1,11 +1,12 @@
 """The metrics of one video against the full-precision video of the same prompt and seed, and their names."""
 
+import itertools
 from collections.abc import Sequence
 
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.evaluation import metrics
-from s2q.evaluation.judges import adherence
-from s2q.evaluation.judges.learned import NEEDS, Judges
+from s2q.evaluation.judges import adherence, clip_score
+from s2q.evaluation.judges.learned import LPIPS, NEEDS, Judges
 from s2q.evaluation.scores import VideoScores
 from s2q.generation.generate import Video
 
@@ -13,9 +14,12 @@ VELOCITY = "velocity_relative_error"
 METRICS: tuple[str, ...] = (*metrics.LATENT_METRICS, *metrics.FRAME_METRICS, *adherence.DEFINITIONS, VELOCITY)
 
 
-def selected_metrics(names: Sequence[str], *, learned: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the metrics to compute: all without `names`, else each name, or all that start with it."""
-    known = (*METRICS, *learned)
+def selected_metrics(names: Sequence[str], *, lpips: bool = False, clip: bool = False) -> tuple[str, ...]:
+    """Return the metrics to compute: all without `names`, else each name, or all that start with it.
+
+    Those of LPIPS and of CLIP are among them where their weights are given.
+    """
+    known = (*METRICS, *((LPIPS,) if lpips else ()), *(clip_score.DEFINITIONS if clip else ()))
     if not names:
         return known
     chosen: list[str] = []
@@ -36,16 +40,36 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
         Values by metric name; adherence of the reference under `reference_…`; None where a metric does not apply.
     """
     assert (video.prompt, video.seed) == (base.prompt, base.seed)
-    values: dict[str, float | None] = {
-        name: measure(video.latents, base.latents) for name, measure in metrics.LATENT_METRICS.items() if name in names
-    }
-    for name, measure in metrics.FRAME_METRICS.items():
-        if name in names:
-            values[name] = measure(video.frames, base.frames)
+    values = _distances(video, base, names=names)
     if any(name in adherence.DEFINITIONS for name in names):
         ours, theirs = (adherence.adherence(video.prompt, frames) for frames in (video.frames, base.frames))
         values |= {name: value for name, value in ours.items() if name in names}
         values |= {f"reference_{name}": value for name, value in theirs.items() if name in names}
+    return values
+
+
+def noise_pairs(videos: Sequence[Video], *, judges: Judges, wanted: Sequence[str]) -> list[VideoScores]:
+    """Compare each full-precision video with the same prompt's next seed, under which the metrics of the pair are."""
+    by_prompt: dict[str, list[Video]] = {}
+    for video in videos:
+        by_prompt.setdefault(video.prompt, []).append(video)
+    pairs = []
+    for group in by_prompt.values():
+        for first, second in itertools.pairwise(group):
+            values = _distances(second, first) | judges.distances(second, first, names=wanted)
+            pairs.append(VideoScores(prompt=second.prompt, seed=second.seed, metrics=values))
+    return pairs
+
+
+def _distances(video: Video, base: Video, *, names: Sequence[str] = METRICS) -> dict[str, float | None]:
+    """Distances of latents and frames; the two videos may differ in their seed."""
+    latents = metrics.LATENT_METRICS.items()
+    values: dict[str, float | None] = {
+        name: measure(video.latents, base.latents) for name, measure in latents if name in names
+    }
+    for name, measure in metrics.FRAME_METRICS.items():
+        if name in names:
+            values[name] = measure(video.frames, base.frames)
     return values
 
 

@@ -15,7 +15,7 @@ from s2q.common.progress import Progress, StageCounter
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.denoise import DenoisingResult, denoise
-from s2q.generation.load import load_pipeline
+from s2q.generation.load import load_pipeline, refuse_load_options
 from s2q.generation.settings import (
     GenerationSettings,
     check_prompts,
@@ -90,16 +90,15 @@ def generate(
             more than prompts.
         S2QError: The model produced NaN or infinite latents.
     """
-    model, prompts, seeds = model_argument("model", model), prompt_list(prompts), seed_numbers(seeds)
+    model, seeds = model_argument("model", model), seed_numbers(seeds)
+    prompts = prompt_list("prompts", prompts)
     requested = requested_settings(
         num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
     )
     optional(whole_number, "batch_size", batch_size, least=1)
     pipe = model
     if not isinstance(model, str | Path | ModelSource):
-        for name, value in {"dtype": dtype, "variant": variant, "verify": verify}.items():
-            if value is not None:
-                raise UsageError(f"generate: {name} is for models by name or folder; load the pipeline with it")
+        refuse_load_options("generate", dtype=dtype, variant=variant, verify=verify)
         if backend != "auto" or attention_backend is not None:
             raise UsageError("generate: backends are for models by name or folder; see s2q.load")
     else:

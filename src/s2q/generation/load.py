@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,7 +12,7 @@ from s2q.checkpoint import CheckpointReport
 from s2q.common.arguments import device_name, flag, model_argument, optional, parse_dtype, path_argument, word
 from s2q.common.components import transformers_of
 from s2q.common.devices import default_dtype
-from s2q.common.errors import memory_errors
+from s2q.common.errors import UsageError, memory_errors
 from s2q.common.loading_errors import LESS_MEMORY
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models import ModelSource, resolve_model
@@ -62,9 +62,7 @@ def load_pipeline(
 
     model, device, dtype = model_argument("model", model), device_name(device), parse_dtype(dtype)
     check_backend(backend)
-    variant = optional(word, "variant", variant)
-    if verify is not None:
-        flag("verify", verify)
+    variant, verify = optional(word, "variant", variant), optional(flag, "verify", verify)
     if attention_backend is not None:
         check_attention_backend(attention_backend)
     source = resolve_model(model, variant=variant)
@@ -83,6 +81,13 @@ def load_pipeline(
         if attention_backend is not None:
             transformer.set_attention_backend(attention_backend)
     return pipe
+
+
+def refuse_load_options(verb: str, *, dtype: Any, variant: str | None, verify: bool | None) -> None:
+    """Refuse options of loading where every model is a loaded pipeline; None is none."""
+    for name, value in {"dtype": dtype, "variant": variant, "verify": verify}.items():
+        if value is not None:
+            raise UsageError(f"{verb}: {name} is for models by name or folder; load the pipeline with it")
 
 
 def check_model(model: str | Path | ModelSource, *, verify: bool | None = None) -> None:

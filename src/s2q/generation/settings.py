@@ -72,7 +72,7 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def takes_prompts_alone(pipe: Any) -> bool:
     """Tell whether a pipeline is its family's text-to-video pipeline; others need an image or a video too."""
-    return family_of(pipe.transformer).pipeline_class in {one.__name__ for one in type(pipe).__mro__}
+    return family_of(pipe.transformer).pipeline_class in {base.__name__ for base in type(pipe).__mro__}
 
 
 def prompt_token_limit(pipe: Any) -> int:
@@ -86,7 +86,7 @@ def prompt_token_limit(pipe: Any) -> int:
 
 def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
     """Check that the pipeline can take every prompt whole."""
-    prompts = prompt_list(prompts)
+    prompts = prompt_list("prompts", prompts)
     limit = prompt_token_limit(pipe)
     for index, prompt in enumerate(prompts, start=1):
         count = len(pipe.tokenizer(prompt, truncation=False).input_ids)

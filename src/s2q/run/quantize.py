@@ -128,7 +128,7 @@ def quantize(
     )
     model, target = arguments.model_argument("model", model), arguments.optional(arguments.path_argument, "out", out)
     dry_run = arguments.flag("dry_run", dry_run)
-    prompts = None if prompts is None else arguments.prompt_list(prompts, allow_none=True)
+    prompts = arguments.optional(arguments.prompt_list, "prompts", prompts, allow_none=True)
     validated = _recipe(recipe, overrides, samples=samples)
     source = _source(model, settings)
     machine = planning.this_machine(settings.device, memory_budget=settings.memory_budget)

@@ -8,7 +8,6 @@ from s2q.common.errors import InvalidInputError
 from s2q.evaluation.evaluate import evaluate
 from s2q.evaluation.judges.clip_score import ClipJudge
 from s2q.evaluation.judges.evalcrafter import NEEDS, evalcrafter_scores
-from s2q.evaluation.judges.learned import learned_names
 from s2q.evaluation.video_metrics import METRICS, selected_metrics
 from s2q.generation.generate import generate
 from tiny import tiny_pipeline
@@ -68,12 +67,12 @@ def test_missing_weights_are_said_before_anything_is_generated(pipe, tmp_path, m
 
 
 def test_they_are_chosen_by_name():
-    learned = learned_names(lpips=True, clip=True)
-    assert selected_metrics((), learned=learned) == (*METRICS, *learned)
-    assert selected_metrics(("lpips", "ssim"), learned=learned) == ("ssim", "lpips")
-    assert selected_metrics(("clip",), learned=learned) == ("clip_score", "clip_temp")
+    learned = {"lpips": True, "clip": True}
+    assert selected_metrics((), **learned) == (*METRICS, "lpips", "clip_score", "clipsim", "clip_temp")
+    assert selected_metrics(("lpips", "ssim"), **learned) == ("ssim", "lpips")
+    assert selected_metrics(("clip",), **learned) == ("clip_score", "clip_temp")
     with pytest.raises(InvalidInputError, match="clipsim: needs --clip"):
-        selected_metrics(("clipsim",), learned=learned_names(lpips=True, clip=False))
+        selected_metrics(("clipsim",), lpips=True)
 
 
 def test_evalcrafters_figures_are_there_or_say_what_they_need():

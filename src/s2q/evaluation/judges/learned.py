@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from s2q.evaluation.judges import clip_score, lpips
 
 if TYPE_CHECKING:
-    from s2q.evaluation.metrics import FrameMetric
     from s2q.generation.generate import Video
 
 LPIPS = "lpips"
@@ -30,28 +29,18 @@ class Judges:
     lpips: lpips.Lpips | None = None
     clip: clip_score.ClipJudge | None = None
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Metrics that can be computed."""
-        return learned_names(lpips=self.lpips is not None, clip=self.clip is not None)
-
-    def frame_metrics(self, names: Sequence[str]) -> dict[str, FrameMetric]:
-        """Return those of (frames, reference frames) among the names."""
-        return {LPIPS: self.lpips} if self.lpips is not None and LPIPS in names else {}
+    def distances(self, video: Video, base: Video, *, names: Sequence[str]) -> dict[str, float | None]:
+        """Return the distance of LPIPS between two videos, if it is among the names."""
+        return {LPIPS: self.lpips(video.frames, base.frames)} if self.lpips is not None and LPIPS in names else {}
 
     def measure(self, video: Video, base: Video, *, names: Sequence[str]) -> dict[str, float | None]:
         """Measure a video against the full-precision one; what CLIP says of that is under `reference_…`."""
-        values = {name: measure(video.frames, base.frames) for name, measure in self.frame_metrics(names).items()}
+        values = self.distances(video, base, names=names)
         if self.clip is not None and any(name in names for name in clip_score.DEFINITIONS):
-            ours, theirs = (self.clip.measure(video.prompt, one.frames) for one in (video, base))
+            ours, theirs = (self.clip.measure(video.prompt, side.frames) for side in (video, base))
             values |= {name: value for name, value in ours.items() if name in names}
             values |= {f"reference_{name}": value for name, value in theirs.items() if name in names}
         return values
-
-
-def learned_names(*, lpips: bool, clip: bool) -> tuple[str, ...]:
-    """Return the metrics that can be computed with weights of LPIPS, of CLIP, or of both."""
-    return (*((LPIPS,) if lpips else ()), *(clip_score.DEFINITIONS if clip else ()))
 
 
 def open_judges(*, lpips_weights: Path | None, clip: Path | None, device: str) -> Judges:

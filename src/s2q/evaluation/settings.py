@@ -1,0 +1,26 @@
+"""Settings of an evaluation, checked; `evaluate` documents them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TRAJECTORY_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Settings that hold for every model and prompt; `requested` are generation settings by name."""
+
+    metrics: tuple[str, ...] = ()
+    requested: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+    device: str = "cpu"
+    dtype: torch.dtype | str | None = None
+    variant: str | None = None
+    verify: bool | None = None
+    lpips_weights: Path | None = None
+    clip: Path | None = None
+    trajectory_bytes: int = TRAJECTORY_BYTES
