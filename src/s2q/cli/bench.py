@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -111,26 +110,22 @@ def show_results(content: Mapping[str, Any]) -> None:
     from s2q.benchmark.results import place_of
 
     shown = output.wide_console()
-    results = sorted(content["results"], key=lambda one: OPS.index(one["op"]))
+    results = sorted(content["results"], key=lambda result: OPS.index(result["op"]))
     hardware = content["hardware"]
     shown.print(
         Text.assemble(("Benchmark ", "bold"), f"{place_of(hardware)}, torch {content['versions']['torch']}"),
         soft_wrap=True,
     )
     shown.print(_result_table(results))
-    steps = [one for one in results if one.get("breakdown")]
+    steps = [result for result in results if result.get("breakdown")]
     if steps:
         shown.print(Text("Where the time of a denoising step goes, ms", style="bold"))
         shown.print(_breakdown_table(steps))
 
 
 def _result_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)
-    table.add_column("", overflow="fold")
-    for name in ("recipe", "backend"):
-        table.add_column(name, no_wrap=True)
-    for name in ("ms", "baseline", "times", "bound", "memory", "storage"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("ms", "baseline", "times", "bound", "memory", "storage")
+    table = output.new_table(left=("recipe", "backend"), right=numbers, fold=True)
     last = None
     for result in results:
         if result["op"] != last:
@@ -156,11 +151,7 @@ def _result_table(results: Sequence[Mapping[str, Any]]) -> Table:
 def _breakdown_table(steps: Sequence[Mapping[str, Any]]) -> Table:
     names = ("gemm", "activation_path", "attention", "norms", "other")
     parts = [name for name in names if name in steps[0]["breakdown"]]
-    table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)
-    table.add_column("", overflow="fold")
-    table.add_column("recipe", no_wrap=True)
-    for part in parts:
-        table.add_column(part.replace("_", " "), justify="right", no_wrap=True)
+    table = output.new_table(left=["recipe"], right=[part.replace("_", " ") for part in parts], fold=True)
     previous = None
     for result in steps:
         if previous != _what(result):

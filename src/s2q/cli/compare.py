@@ -162,10 +162,8 @@ def show_comparison(result: Mapping[str, Any], *, page: Path) -> None:
 
 def _table(result: Mapping[str, Any]) -> Table:
     columns = comparison.columns_of(result)
-    table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for heading in ("storage", *(comparison.HEADINGS[name] for name in columns), "quantized in"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("storage", *(comparison.HEADINGS[name] for name in columns), "quantized in")
+    table = output.new_table(right=headings)
     table.add_row("full precision", "1.00×", *(_shown(cell) for cell in comparison.reference_cells(result)), "")
     for group in comparison.groups_of(result):
         table.add_row(Text(group.width, style="bold"))

@@ -1,7 +1,7 @@
 """Results on stdout: one JSON object for programs, tables for people."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -20,6 +20,17 @@ def wide_console() -> Console:
     """Return where to write a table of many columns: as wide as the terminal, and where there is none, wide enough."""
     shown = Console()
     return shown if shown.is_terminal else Console(width=_PLAIN_WIDTH)  # no line of a file or a log is broken
+
+
+def new_table(first: str = "", *, left: Iterable[str] = (), right: Iterable[str] = (), fold: bool = False) -> Table:
+    """Return a table without rows: its first column, then columns of text, then of numbers; `fold` breaks the first."""
+    table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)
+    table.add_column(first, overflow="fold" if fold else "ellipsis", no_wrap=not fold)
+    for heading in left:
+        table.add_column(heading, no_wrap=True)
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def emit_json(content: Mapping[str, Any]) -> None:
@@ -128,11 +139,9 @@ def judges_table(evaluation: Mapping[str, Any], *, scheme: str | None) -> Table:
     from s2q.evaluation.paper import FULL_PRECISION, METHOD, published_scores
 
     published = published_scores(evaluation["reference"], scheme or "")
-    table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)
-    headings = [f"VBench {evaluation['vbench']['version']}", "score", "full\nprecision"]
     columns = [method for method in (METHOD, FULL_PRECISION) if method in published]
-    for heading in (*headings, *(f"paper:\n{method}" for method in columns)):
-        table.add_column(heading, justify="right" if heading != headings[0] else "left", no_wrap=True)
+    headings = ("score", "full\nprecision", *(f"paper:\n{method}" for method in columns))
+    table = new_table(f"VBench {evaluation['vbench']['version']}", right=headings)
     scores = {name: entry for name, entry in evaluation.get("evalcrafter", {}).items() if name != "absent"}
     for name, entry in (evaluation["vbench"]["dimensions"] | scores).items():
         digits = ".4f" if name in scores else ".2f"
@@ -156,9 +165,7 @@ def metric_table(evaluation: Mapping[str, Any], *, names: Sequence[str] = ()) ->
         rows.append((title_of(name), mean, format_interval(name, entry["low"], entry["high"]), of_reference, another))
     headings = ("metric", "mean", "95 %\ninterval", "full\nprecision", "another\nseed")
     kept = [column for column in range(len(headings)) if column < 2 or any(row[column] != "–" for row in rows)]
-    table = Table(header_style="dim", box=box.SIMPLE, pad_edge=False)
-    for column in kept:
-        table.add_column(headings[column], justify="right" if column else "left", no_wrap=True)
+    table = new_table(headings[0], right=[headings[column] for column in kept[1:]])
     for row in rows:
         table.add_row(*(row[column] for column in kept))
     return table

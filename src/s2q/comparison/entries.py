@@ -18,7 +18,7 @@ from s2q.comparison.widths import foreign_width, recipe_width
 from s2q.generation.load import check_model
 from s2q.models import ModelSource, resolve_model
 from s2q.models.hub import parse_hub_id
-from s2q.recipes.load import load_recipe
+from s2q.recipes.load import FILE_SUFFIXES, load_recipe
 from s2q.recipes.methods import recipe_names, unknown_recipe
 from s2q.recipes.schema import Recipe
 from s2q.recipes.variants import SEPARATOR
@@ -28,7 +28,6 @@ ALL = "all"
 FULL_PRECISION = "full-precision"
 """Label of the reference; no entry may have it."""
 
-_FILE_SUFFIXES = (".yaml", ".yml", ".json")
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth")
 _OPTIONAL_GROUPS: Mapping[str, Callable[[Recipe], bool]] = MappingProxyType(
     {
@@ -87,15 +86,13 @@ def find_entries(
             `distillation`, `refinement`) are not made to it.
     """
     entries: list[Entry] = []
-    used: set[str] = set()
     for text, from_pattern in _expanded(given):
-        entry, made = _entry(text, overrides, variant=variant, verify=verify)
-        used |= set(made)
-        if any(one.given == text for one in entries):
+        if any(entry.given == text for entry in entries):
             if from_pattern:
                 continue
             raise InvalidInputError(f"{text} appears twice; pass it once")
-        entries.append(entry)
+        entries.append(_entry(text, overrides, variant=variant, verify=verify))
+    used = {override for entry in entries for override in entry.overrides}
     for override in overrides:
         if override not in used:
             raise InvalidInputError(f"override {override!r} changes none of the recipes; remove it")
@@ -151,18 +148,16 @@ def _expanded(given: Sequence[str]) -> list[tuple[str, bool]]:
     return [(text, from_pattern) for text, from_pattern in expanded if not (from_pattern and text in explicit)]
 
 
-def _entry(
-    text: str, overrides: Sequence[str], *, variant: str | None, verify: bool | None
-) -> tuple[Entry, Sequence[str]]:
+def _entry(text: str, overrides: Sequence[str], *, variant: str | None, verify: bool | None) -> Entry:
     path, names = Path(text).expanduser(), recipe_names()
-    is_file = text.endswith(_FILE_SUFFIXES) and not path.is_dir()
+    is_file = text.endswith(FILE_SUFFIXES) and not path.is_dir()
     if is_file or text.partition(SEPARATOR)[0] in names:
         plain = load_recipe(text)
-        made = [one for one in overrides if _is_for(plain, one)]
-        recipe = load_recipe(text, overrides=made)
+        changes = tuple(override for override in overrides if _is_for(plain, override))
+        recipe = load_recipe(text, overrides=changes)
         width = recipe_width(recipe.resolved())
         label = _as_file_name(recipe.name)
-        return Entry(label=label, given=text, recipe=recipe, overrides=tuple(made), source=None, width=width), made
+        return Entry(label=label, given=text, recipe=recipe, overrides=changes, source=None, width=width)
     if not (path.exists() or text in EMBEDDED_NAMES or parse_hub_id(text)):
         if "/" in text:
             raise InvalidInputError(f"{text}: no such checkpoint folder; built-in recipes: {', '.join(names)}")
@@ -170,7 +165,7 @@ def _entry(
     source = resolve_model(text, variant=variant, needs_variant=False)
     check_model(source, verify=verify)
     label = _as_file_name(path.resolve().name if source.kind == "folder" else text)
-    return Entry(label=label, given=text, recipe=None, overrides=(), source=source, width=_stored_width(source)), ()
+    return Entry(label=label, given=text, recipe=None, overrides=(), source=source, width=_stored_width(source))
 
 
 def _is_for(recipe: Recipe, override: str) -> bool:

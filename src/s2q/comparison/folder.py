@@ -95,13 +95,9 @@ class CompareFolder:
             if not resume or self._change(plan) is not None:
                 self._clear()
             else:
-                there = self._content()
-                left_out = there["entries"].keys() - plan.entries.keys()
-                joined = {
-                    name: {label: one for label, one in there[name].items() if label in left_out} | getattr(plan, name)
-                    for name in ("entries", "paths")
-                }
-                plan = replace(plan, **joined)
+                earlier = self._content()
+                paths = {label: path for label, path in earlier["paths"].items() if label not in plan.entries}
+                plan = replace(plan, entries={**earlier["entries"], **plan.entries}, paths={**paths, **plan.paths})
         self.path.mkdir(parents=True, exist_ok=True)
         atomic_write_json(self.path / RUN, plan.to_dict())
         return plan
@@ -168,13 +164,13 @@ class CompareFolder:
         it made may have taken hours.
         """
         try:
-            there = self._content()
-            entries = there["entries"]
+            earlier = self._content()
+            entries = earlier["entries"]
         except (OSError, ValueError, KeyError):
             return f"{RUN} cannot be read"
         for name, value in json.loads(canonical_json(plan.common())).items():
-            if there.get(name) != value:
-                return f"{name.replace('_', ' ')} {_difference(there.get(name), value)}"
+            if earlier.get(name) != value:
+                return f"{name.replace('_', ' ')} {_difference(earlier.get(name), value)}"
         for label, identity in json.loads(canonical_json(dict(plan.entries))).items():
             if "recipe" in entries.get(label, {}) and entries[label] != identity:
                 return f"entry {label}: {_difference(entries[label], identity)}"
@@ -211,15 +207,15 @@ class CompareFolder:
         return self.path / "frames" / label / f"{index:03d}.npz"
 
 
-def _difference(there: Any, here: Any, *, path: str = "") -> str:
+def _difference(before: Any, after: Any, *, path: str = "") -> str:
     """The first place where two values differ, in a few words."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for key in sorted(there.keys() | here.keys()):
-            if there.get(key) != here.get(key):
-                return _difference(there.get(key), here.get(key), path=f"{path}.{key}" if path else str(key))
-    if isinstance(there, list) and isinstance(here, list):
-        if len(there) != len(here):
-            return f"{path + ' ' if path else ''}were {len(there)}, are {len(here)}"
-        index = next(i for i, (one, other) in enumerate(zip(there, here, strict=True)) if one != other)
-        return f"number {index + 1} was {there[index]!r}, is {here[index]!r}"
-    return f"{path + ' ' if path else ''}was {there!r}, is {here!r}"
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                return _difference(before.get(key), after.get(key), path=f"{path}.{key}" if path else str(key))
+    if isinstance(before, list) and isinstance(after, list):
+        if len(before) != len(after):
+            return f"{path + ' ' if path else ''}were {len(before)}, are {len(after)}"
+        index = next(i for i, (first, second) in enumerate(zip(before, after, strict=True)) if first != second)
+        return f"number {index + 1} was {before[index]!r}, is {after[index]!r}"
+    return f"{path + ' ' if path else ''}was {before!r}, is {after!r}"

@@ -1,9 +1,7 @@
 """From what is in the folder to `compare.json`: metrics of every entry, rankings, winners, paired differences."""
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from s2q.common.errors import S2QError
@@ -17,7 +15,7 @@ from s2q.evaluation.intervals import INTERVAL, MIN_PROMPTS
 from s2q.evaluation.paired import DEFINITIONS, HIGHER_IS_BETTER, compare_group
 from s2q.evaluation.scores import merge
 from s2q.evaluation.summary import summarise, versions
-from s2q.generation.defaults import frame_rate_of
+from s2q.generation.defaults import frame_rate_of, quantization_report
 from s2q.models import resolve_model
 
 _SECONDS = "quantization time in seconds, interrupted runs included"
@@ -113,7 +111,7 @@ def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> 
     source = entry.source
     if source is None and folder.checkpoint(entry.label).is_dir():
         source = resolve_model(folder.checkpoint(entry.label))
-    report = {} if source is None else _report(source.folder)
+    report = {} if source is None else quantization_report(source.folder)
     described["simulated"] = bool(report.get("simulated", False))
     if report:
         selection = report.get("selection") or {}
@@ -123,12 +121,6 @@ def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> 
         described["calibration"] = {"n_prompts": report["n_prompts"], "samples": selection.get("samples")}
         described["storage"] = report["storage"]
     return described
-
-
-def _report(path: Path) -> dict[str, Any]:
-    """The report of the run that made a checkpoint; nothing if there is none."""
-    file = path / "s2q" / "report.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import numpy as np
 
 MIN_PROMPTS = 10
 CONFIDENCE = 0.95
-_RESAMPLES = 9999
+RESAMPLES = 9999
 INTERVAL = (
     f"mean over prompts of each prompt's mean over seeds; {CONFIDENCE * 100:g} % interval by bootstrap over prompts "
-    f"(BCa, {_RESAMPLES} resamples; exact binomial over prompts where every prompt scores 0 or every prompt 1); "
+    f"(BCa, {RESAMPLES} resamples; exact binomial over prompts where every prompt scores 0 or every prompt 1); "
     f"null below {MIN_PROMPTS} prompts"
 )
 
@@ -71,7 +71,7 @@ def _bootstrap(means: np.ndarray, seed: int) -> tuple[float, float]:
             result = bootstrap(
                 (means,),
                 np.mean,
-                n_resamples=_RESAMPLES,
+                n_resamples=RESAMPLES,
                 confidence_level=CONFIDENCE,
                 method=method,
                 rng=np.random.default_rng(seed),
@@ -117,9 +117,9 @@ def sign_flip_p_value(differences: Sequence[float], *, seed: int = 0) -> float |
 @functools.lru_cache(maxsize=4)
 def _sign_patterns(count: int, seed: int) -> tuple[np.ndarray, int]:
     """Sign patterns `[patterns, count]`, and what is added to the count of extreme ones."""
-    if 2**count <= _RESAMPLES:
+    if 2**count <= RESAMPLES:
         return np.array(list(itertools.product((1.0, -1.0), repeat=count))), 0
-    swapped = np.random.default_rng(seed).permuted(np.tile((0, 1), (_RESAMPLES, count, 1)), axis=-1)[..., 0]
+    swapped = np.random.default_rng(seed).permuted(np.tile((0, 1), (RESAMPLES, count, 1)), axis=-1)[..., 0]
     return 1.0 - 2.0 * swapped, 1
 
 

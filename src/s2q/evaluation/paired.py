@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from s2q.common.progress import Tick
-from s2q.evaluation.intervals import CONFIDENCE, MIN_PROMPTS, clustered_mean, holm, sign_flip_p_value
+from s2q.evaluation.intervals import CONFIDENCE, MIN_PROMPTS, RESAMPLES, clustered_mean, holm, sign_flip_p_value
 
 HIGHER_IS_BETTER: Mapping[str, bool] = MappingProxyType(
     {
@@ -49,7 +49,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
     {
         "difference": (
             "a minus b, paired by prompt and seed: mean over prompts of each prompt's mean over seeds; "
-            f"{CONFIDENCE * 100:g} % interval by bootstrap over prompts (BCa, 9999 resamples)"
+            f"{CONFIDENCE * 100:g} % interval by bootstrap over prompts (BCa, {RESAMPLES} resamples)"
         ),
         "ratio": (
             f"a divided by b, for {' and '.join(RATIOS)}: the exponential of the difference of logarithms, its "
@@ -57,7 +57,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
         ),
         "p": (
             "two-sided paired sign-flip permutation test of the prompts' mean differences (of logarithms for ratios); "
-            "all sign patterns where these are at most 9999, else 9999 random ones"
+            f"all sign patterns where these are at most {RESAMPLES}, else {RESAMPLES} random ones"
         ),
         "p_holm": "p after Holm's correction across the metrics of the pair; pairs are not corrected for each other",
         "winner": (
@@ -133,7 +133,7 @@ def compare_group(evaluations: Mapping[str, Mapping[str, Any]], *, pair_done: Ti
         `differences` (each pair in each metric, the better-ranked model as a), JSON-ready.
     """
     means = {label: _means(evaluation) for label, evaluation in evaluations.items()}
-    ranked_by = next((name for name in RANKED_BY if all(name in one for one in means.values())), None)
+    ranked_by = next((name for name in RANKED_BY if all(name in table for table in means.values())), None)
     ranking = list(means)
     if ranked_by is not None:
         ranking.sort(key=lambda label: _cost(ranked_by, means[label][ranked_by]))
@@ -146,7 +146,7 @@ def compare_group(evaluations: Mapping[str, Mapping[str, Any]], *, pair_done: Ti
         "ranking": ranking,
         "winners": _winners(ranking, means, pairs),
         "differences": [
-            {"a": a, "b": b, **asdict(one)} for (a, b), differences in pairs.items() for one in differences.values()
+            {"a": a, "b": b, **asdict(entry)} for (a, b), differences in pairs.items() for entry in differences.values()
         ],
     }
 
@@ -201,4 +201,4 @@ def _means(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _compared(*tables: Mapping[str, Any]) -> list[str]:
-    return [name for name in tables[0] if not name.startswith(_NOT_COMPARED) and all(name in one for one in tables)]
+    return [name for name in tables[0] if not name.startswith(_NOT_COMPARED) and all(name in table for table in tables)]

@@ -45,8 +45,8 @@ class EvaluationResult:
     def from_dict(cls, fields: Mapping[str, Any]) -> EvaluationResult:
         """Read what `to_dict` wrote."""
         changed = {
-            "videos": tuple(_judged(one) for one in fields["videos"]),
-            "floor": tuple(_judged(one) for one in fields["floor"]),
+            "videos": tuple(map(_video_scores, fields["videos"])),
+            "floor": tuple(map(_video_scores, fields["floor"])),
             "settings": GenerationSettings(**fields["settings"]),
             "timesteps": tuple(fields["timesteps"]),
         }
@@ -67,5 +67,5 @@ def merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
     )
 
 
-def _judged(fields: Mapping[str, Any]) -> VideoScores:
+def _video_scores(fields: Mapping[str, Any]) -> VideoScores:
     return VideoScores(**{**fields, "velocity_steps": tuple(fields["velocity_steps"])})

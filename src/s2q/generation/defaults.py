@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from s2q.checkpoint.save import REPORT
 from s2q.common.files import read_json
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.shapes import embedded
@@ -35,7 +36,7 @@ def frame_rate_of(model: Any) -> int:
 def embedded_source(model: Any) -> str | None:
     """Return the embedded model that a model is or was made from, by name, folder or report; None if there is none."""
     folder = _folder_of(model)
-    for candidate in (model_label(model), _report(folder).get("source")):
+    for candidate in (model_label(model), quantization_report(folder).get("source")):
         if candidate in embedded.EMBEDDED_NAMES:
             return str(candidate)
     for candidate in embedded.EMBEDDED_NAMES if folder.is_dir() else ():
@@ -46,7 +47,7 @@ def embedded_source(model: Any) -> str | None:
 
 def quantization_scheme(model: Any) -> str | None:
     """Return what most linears of a checkpoint are quantized to, "w4a6"; None for a model that is not a checkpoint."""
-    layers = _report(_folder_of(model)).get("layers", [])
+    layers = quantization_report(_folder_of(model)).get("layers", [])
     counts = Counter(layer["scheme"] for layer in layers)
     return counts.most_common(1)[0][0] if counts else None
 
@@ -55,6 +56,7 @@ def _folder_of(model: Any) -> Path:
     return model.folder if isinstance(model, ModelSource) else Path(model_label(model))
 
 
-def _report(folder: Path) -> dict[str, Any]:
-    path = folder / "s2q" / "report.json"
+def quantization_report(folder: Path) -> dict[str, Any]:
+    """Return the report of the run that made a checkpoint; empty if there is none."""
+    path = folder / REPORT
     return read_json(path, remedy="quantize the model again") if path.is_file() else {}

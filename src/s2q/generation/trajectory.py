@@ -6,7 +6,7 @@ guidance that would amplify them.
 
 Guidance runs both branches in one call, `[unconditional videos; conditional videos]` along the batch, so a call has
 `R = branches · B` rows, and video `b` owns the rows `b, B + b, …`. Where a pipeline runs them in two calls, the two are
-joined into such a one.
+merged into such a call.
 
 Legend: `B` videos, `R` rows of a call, `f` latent frames, `C` latent channels, `h`, `w` latent height and width, `N_t`
 text tokens, `E` text width.
@@ -107,7 +107,7 @@ def record_trajectory(
         prompts=tuple(prompts),
         seeds=tuple(seeds),
         settings=settings,
-        calls=tuple(_one_a_step(calls, pipe, settings)),
+        calls=tuple(_merge_branches(calls, pipe, settings)),
         latents=result.latents,
         frames=result.frames,
     )
@@ -143,13 +143,15 @@ def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list
         yield calls
 
 
-def _one_a_step(calls: Sequence[TransformerCall], pipe: Any, settings: GenerationSettings) -> Sequence[TransformerCall]:
-    """Join the two calls of each step where guidance takes two, the unconditional rows first."""
+def _merge_branches(
+    calls: Sequence[TransformerCall], pipe: Any, settings: GenerationSettings
+) -> Sequence[TransformerCall]:
+    """Merge the two calls of each step where guidance takes two, the unconditional rows first."""
     if family_of(pipe.transformer).guidance == "batched" or len(calls) == settings.num_inference_steps:
         return calls
     assert len(calls) == 2 * settings.num_inference_steps, (len(calls), settings)
     shared: dict[tuple[int, int], torch.Tensor] = {}
-    joined = []
+    merged = []
     for conditional, other in zip(calls[::2], calls[1::2], strict=True):
         assert (conditional.timestep, conditional.transformer) == (other.timestep, other.transformer)
         inputs = {}
@@ -162,8 +164,8 @@ def _one_a_step(calls: Sequence[TransformerCall], pipe: Any, settings: Generatio
             else:
                 inputs[name] = value
         output = torch.cat([other.output, conditional.output])
-        joined.append(replace(conditional, inputs=inputs, output=output))
-    return joined
+        merged.append(replace(conditional, inputs=inputs, output=output))
+    return merged
 
 
 def _to_cpu(value: Any, shared: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:

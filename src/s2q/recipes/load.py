@@ -15,7 +15,7 @@ from s2q.recipes.strict_yaml import MAX_BYTES, MAX_DEPTH, parse_yaml
 from s2q.recipes.variants import SEPARATOR, VARIANTS, remarked, with_variant
 from s2q.rounding import ROUNDINGS, RTN
 
-_FILE_SUFFIXES = (".yaml", ".yml", ".json")
+FILE_SUFFIXES = (".yaml", ".yml", ".json")
 _NOT_TAKEN_OVER = ("name", "description")
 _EXAMPLE = "weights.num_bits=8"
 _RETIRED = {
@@ -87,7 +87,7 @@ def _file_text(path: Path) -> str:
 
 def _is_path(recipe: str | Path) -> bool:
     text = str(recipe)
-    return isinstance(recipe, Path) or "/" in text or text.endswith(_FILE_SUFFIXES)
+    return isinstance(recipe, Path) or "/" in text or text.endswith(FILE_SUFFIXES)
 
 
 def _with_variants(name: str) -> Recipe:

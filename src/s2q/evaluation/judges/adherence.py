@@ -45,11 +45,11 @@ def adherence(prompt: str, frames: torch.Tensor) -> dict[str, float | None]:
     wanted = parse_caption(prompt)
     if wanted is None:
         return dict.fromkeys(DEFINITIONS)
-    found = detect(frames)
+    detected = detect(frames)
     scores: dict[str, float | None] = {}
     for name, field in FIELDS.items():
-        said = getattr(wanted, field)
-        scores[f"adherence_{name}"] = None if said is None else float(getattr(found, field) == said)
+        label = getattr(wanted, field)
+        scores[f"adherence_{name}"] = None if label is None else float(getattr(detected, field) == label)
     stated = [score for score in scores.values() if score is not None]
     scores["adherence_all"] = float(all(stated)) if len(stated) == len(FIELDS) else None
     return scores

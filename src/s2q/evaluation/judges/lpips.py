@@ -108,7 +108,7 @@ class Lpips:
     def _distances(self, first: list[torch.Tensor], second: list[torch.Tensor]) -> torch.Tensor:
         total = torch.zeros(len(first[0]), device=first[0].device)
         for stage, (x, y) in enumerate(zip(first, second, strict=True)):
-            x, y = (one / (one.norm(dim=1, keepdim=True) + 1e-10) for one in (x, y))
+            x, y = (side / (side.norm(dim=1, keepdim=True) + 1e-10) for side in (x, y))
             weighted = F.conv2d((x - y).square(), self._weights[f"lin{stage}.model.1.weight"])
             total = total + weighted.mean(dim=(1, 2, 3))
         return total
@@ -116,20 +116,20 @@ class Lpips:
 
 def _needed(tensors: Mapping[str, torch.Tensor], trunk: _Trunk, path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a trunk and its channel weights, checked for shape."""
-    found: dict[str, torch.Tensor] = {}
+    needed: dict[str, torch.Tensor] = {}
     channels = 3
     for stage, prefix in trunk.layers():
-        found |= {name: tensors[name] for name in (f"{prefix}.weight", f"{prefix}.bias") if name in tensors}
-        weight = found.get(f"{prefix}.weight")
-        if f"{prefix}.bias" not in found or weight is None or weight.ndim != 4 or weight.shape[1] != channels:
+        needed |= {name: tensors[name] for name in (f"{prefix}.weight", f"{prefix}.bias") if name in tensors}
+        weight = needed.get(f"{prefix}.weight")
+        if f"{prefix}.bias" not in needed or weight is None or weight.ndim != 4 or weight.shape[1] != channels:
             raise _not_lpips(path, f"no {prefix}.weight and .bias of a convolution of {channels} channels")
         channels = weight.shape[0]
         if prefix.endswith(f".{trunk.stages[stage][-1]}"):
             name = f"lin{stage}.model.1.weight"
             if name not in tensors or tensors[name].shape != (1, channels, 1, 1):
                 raise _not_lpips(path, f"no {name} of shape (1, {channels}, 1, 1)")
-            found[name] = tensors[name]
-    return found
+            needed[name] = tensors[name]
+    return needed
 
 
 def _not_lpips(path: Path, lack: str) -> InvalidInputError:

@@ -85,16 +85,16 @@ class VBenchPlan:
 
 def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prompt: int) -> VBenchPlan:
     """Ask the interpreter what it can judge of these prompts."""
-    found = _ask(options)
-    own: dict[str, set[str]] = {}
-    for entry in found["prompts"]:
-        own.setdefault(entry["prompt"], {FLOW}).update(entry["dimensions"])
-    standard = all(prompt in own for prompt in prompts)
+    answer = _ask(options)
+    dimensions_of: dict[str, set[str]] = {}
+    for entry in answer["prompts"]:
+        dimensions_of.setdefault(entry["prompt"], {FLOW}).update(entry["dimensions"])
+    standard = all(prompt in dimensions_of for prompt in prompts)
     judged: dict[str, tuple[str, ...]] = {}
     absent: dict[str, str] = {}
     for name in options.dimensions or PAPER_DIMENSIONS:
-        on = tuple(prompt for prompt in prompts if not standard or name in own[prompt])
-        if not standard and name not in (*found["custom"], FLOW):
+        on = tuple(prompt for prompt in prompts if not standard or name in dimensions_of[prompt])
+        if not standard and name not in (*answer["custom"], FLOW):
             absent[name] = _OWN_PROMPTS
         elif not on:
             absent[name] = _NO_PROMPT
@@ -107,9 +107,9 @@ def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prom
         ]
         raise InvalidInputError(f"--vbench-dims {'; '.join(refused)}")
     for name in judged:
-        if name in found["problems"]:
+        if name in answer["problems"]:
             raise InvalidInputError(
-                f"--vbench-dims {name}: {options.python} cannot score it: {found['problems'][name]}"
+                f"--vbench-dims {name}: {options.python} cannot score it: {answer['problems'][name]}"
             )
     if standard and videos_a_prompt > MAX_VIDEOS_A_PROMPT:
         raise InvalidInputError(
@@ -117,12 +117,12 @@ def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prom
         )
     return VBenchPlan(
         options=options,
-        version=found["version"],
+        version=answer["version"],
         standard=standard,
         prompts=tuple(prompts),
         videos_a_prompt=videos_a_prompt,
         judged=judged,
-        own_prompts={name: sum(name in dimensions for dimensions in own.values()) for name in judged},
+        own_prompts={name: sum(name in dimensions for dimensions in dimensions_of.values()) for name in judged},
         absent=absent,
     )
 
@@ -153,7 +153,7 @@ def judge_videos(plan: VBenchPlan, side: str) -> VBenchScores:
         if not isinstance(answer.get(name), list) or len(answer[name]) != 2:
             raise S2QError(f"{where}: not in its results; see {folder / f'{side}-vbench'}")
         score, videos = answer[name]
-        results = {Path(one["video_path"]).name: float(one["video_results"]) for one in videos}
+        results = {Path(video["video_path"]).name: float(video["video_results"]) for video in videos}
         wanted = {file for file, prompt in files.items() if prompt in prompts}
         missing = sorted(wanted - results.keys())
         if missing:
@@ -187,8 +187,8 @@ def vbench_section(plan: VBenchPlan, model: VBenchScores, reference: VBenchScore
             file = plan.file_name(prompt, index)
             sides = {"model": model.videos, "reference": reference.videos}
             results = {
-                side: {name: group[file] for name, group in found.items() if file in group}
-                for side, found in sides.items()
+                side: {name: scores[file] for name, scores in by_name.items() if file in scores}
+                for side, by_name in sides.items()
             }
             videos.append({"prompt": prompt, "index": index, "file": file} | results)
     return {
@@ -214,7 +214,7 @@ def _notes(plan: VBenchPlan, names: Sequence[str]) -> list[str]:
     if not plan.standard:
         return ["not VBench's prompts: the scores compare the two models with each other, with nobody else's"]
     counts = {name: (len(plan.judged[name]), plan.own_prompts[name]) for name in names}
-    short = ", ".join(f"{name} {judged} of {there}" for name, (judged, there) in counts.items() if judged < there)
+    short = ", ".join(f"{name} {judged} of {total}" for name, (judged, total) in counts.items() if judged < total)
     notes = [f"fewer prompts than VBench has, not comparable with published scores: {short}"] if short else []
     if plan.videos_a_prompt < MAX_VIDEOS_A_PROMPT:
         notes.append(
@@ -232,16 +232,16 @@ def _ask(options: VBenchOptions) -> dict[str, Any]:
         raise InvalidInputError(f"--vbench-cache {options.cache}: no such folder")
     asked = options.dimensions or PAPER_DIMENSIONS
     with tempfile.TemporaryDirectory(prefix="s2q-vbench-") as folder:
-        found = _run(options, "check", {"dimensions": asked}, folder=Path(folder))
-    if "error" in found:
+        answer = _run(options, "check", {"dimensions": asked}, folder=Path(folder))
+    if "error" in answer:
         raise InvalidInputError(
-            f"--vbench-python {options.python}: cannot import vbench: {found['error']}; see docs/judging.md to install "
-            "it there"
+            f"--vbench-python {options.python}: cannot import vbench: {answer['error']}; see docs/judging.md to "
+            "install it there"
         )
     for name in asked:
-        if name not in (*found["dimensions"], FLOW):
-            raise unknown_name("VBench dimension", name, (*found["dimensions"], FLOW))
-    return found
+        if name not in (*answer["dimensions"], FLOW):
+            raise unknown_name("VBench dimension", name, (*answer["dimensions"], FLOW))
+    return answer
 
 
 def _run(options: VBenchOptions, task: str, request: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _run(options: VBenchOptions, task: str, request: Mapping[str, Any], *, folde
         )
     if done.returncode or not answer.is_file():
         lines = map(str.strip, log.read_text(encoding="utf-8", errors="replace").splitlines())
-        said = " | ".join(list(filter(None, lines))[-_LOG_LINES:]) or "nothing"
-        raise S2QError(f"VBench failed (exit code {done.returncode}); {log} ends with: {said}")
+        last_lines = " | ".join(list(filter(None, lines))[-_LOG_LINES:]) or "nothing"
+        raise S2QError(f"VBench failed (exit code {done.returncode}); {log} ends with: {last_lines}")
     content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return content

@@ -43,7 +43,7 @@ def check(request):
         info_path = _full_info(vbench)
         judge_of_all = vbench.VBench("cpu", info_path, request["folder"])
     except Exception as error:
-        return {"error": _said(error)}
+        return {"error": _text_of(error)}
     with open(info_path, encoding="utf-8") as file:
         info = json.load(file)
     dimensions = judge_of_all.build_full_dimension_list()
@@ -53,7 +53,7 @@ def check(request):
         "version": _version(),
         "dimensions": dimensions,
         "custom": [name for name in dimensions if _takes_custom(judge_of_all, name)],
-        "prompts": [{"prompt": one["prompt_en"], "dimensions": one["dimension"]} for one in info],
+        "prompts": [{"prompt": entry["prompt_en"], "dimensions": entry["dimension"]} for entry in info],
         "problems": {name: problem for name, problem in problems.items() if problem},
     }
 
@@ -101,8 +101,8 @@ def _flow(folder, device, local):
         path = os.path.join(folder, name)
         reader, frames = cv2.VideoCapture(path), []
         while True:
-            there, frame = reader.read()
-            if not there:
+            is_read, frame = reader.read()
+            if not is_read:
                 break
             levels = torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)).permute(2, 0, 1)
             frames.append(levels.float()[None].to(device))
@@ -124,7 +124,7 @@ def _problem(name, local):
 
         init_submodules([needed], local=local)
     except Exception as error:
-        return _said(error)
+        return _text_of(error)
     return None
 
 
@@ -163,7 +163,7 @@ def _version():
         return "unknown"
 
 
-def _said(error):
+def _text_of(error):
     return traceback.format_exception_only(type(error), error)[-1].strip()
 
 
