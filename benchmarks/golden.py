@@ -228,8 +228,8 @@ def _command(*arguments: str) -> str:
 
 def machine() -> dict[str, Any]:
     """Return what the bytes of tensors and outputs depend on."""
-    found = environment()
-    hardware, versions = dict(found["hardware"]), dict(found["versions"])  # type: ignore[call-overload]
+    recorded = environment()
+    hardware, versions = recorded["hardware"], recorded["versions"]
     return {
         "processor": hardware["processor"],
         "instruction_set": hardware["instruction_set"],
@@ -304,7 +304,10 @@ def record(file: Path, names: dict[str, list[str]], *, processes: int) -> int:
         content = {part: content[part] for part in PORTABLE if part in content}
     computed = measure(names, processes=processes)
     errors = [
-        f"{part}: {name}: {one['error']}" for part in computed for name, one in computed[part].items() if "error" in one
+        f"{part}: {name}: {case['error']}"
+        for part, cases in computed.items()
+        for name, case in cases.items()
+        if "error" in case
     ]
     if errors:
         _say("\n".join(["nothing recorded:", *errors]))
@@ -321,13 +324,15 @@ def check(file: Path, parts: list[str], patterns: list[str], *, processes: int, 
     if recorded["machine"] != machine():
         _say(f"recorded on another machine, only recipes and plans are compared: {recorded['machine']}, {machine()}")
         parts = [part for part in parts if part in PORTABLE]
-    here = {part: {name: one for name, one in recorded[part].items() if is_selected(name, patterns)} for part in parts}
+    here = {
+        part: {name: case for name, case in recorded[part].items() if is_selected(name, patterns)} for part in parts
+    }
     if not any(here.values()):
         _say(f"nothing selected; parts {','.join(parts)}, names {' '.join(patterns)}")
         return 2
     computed = measure({part: list(figures) for part, figures in here.items()}, processes=processes)
     for part, figures in here.items():
-        computed[part] = {name: one for name, one in computed[part].items() if name in figures or "error" in one}
+        computed[part] = {name: case for name, case in computed[part].items() if name in figures or "error" in case}
     lines = list(differences(here, computed))
     for line in itertools.islice(lines, most):
         print(line)

@@ -69,18 +69,9 @@ def main() -> None:
         if not (model / "model_index.json").exists():
             build(model)
         prompts.write_text("red\n")
-        changes = [part for one in OVERRIDES for part in ("--set", one)]
-        common = [
-            "-m",
-            str(model),
-            "-r",
-            RECIPE,
-            "--memory-budget",
-            arguments.memory_budget,
-            "--device",
-            "cpu",
-            *changes,
-        ]
+        changes = [part for override in OVERRIDES for part in ("--set", override)]
+        common = ["-m", str(model), "-r", RECIPE, "--memory-budget", arguments.memory_budget, "--device", "cpu"]
+        common += changes
         planned = json.loads(run_s2q("plan", *common, "--json"))
         report = json.loads(
             run_s2q("quantize", *common, "-o", str(out), "--prompts", str(prompts), "--overwrite", "--json")

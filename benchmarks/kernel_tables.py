@@ -14,20 +14,20 @@ def kernels_table(_which: str) -> str:
     """The largest figures of each kind of kernel on each architecture."""
     content = json.loads(RESULTS.read_text())
     groups: dict[tuple[str, int], list[dict]] = {}
-    for one in content["results"]:
-        groups.setdefault((one["group"], one["arch"]), []).append(one)
+    for variant in content["results"]:
+        groups.setdefault((variant["group"], variant["arch"]), []).append(variant)
     head = ["architecture", "variants", "registers", "spills, bytes", "shared, KiB", "instructions"]
     lines = table_head("kernel", head)
     kinds = list(dict.fromkeys(group for group, _ in groups))
     for group, arch in sorted(groups, key=lambda pair: (kinds.index(pair[0]), pair[1])):
-        found = groups[group, arch]
+        variants = groups[group, arch]
         cells = [
             str(arch),
-            str(len(found)),
-            str(max(one["registers"] for one in found)),
-            str(max(one["spills"] for one in found)),
-            f"{max(one['shared'] for one in found) / 1024:.1f} of {SHARED_BYTES[arch] // 1024}",
-            ", ".join(sorted({instruction for one in found for instruction in one["instructions"]})),
+            str(len(variants)),
+            str(max(variant["registers"] for variant in variants)),
+            str(max(variant["spills"] for variant in variants)),
+            f"{max(variant['shared'] for variant in variants) / 1024:.1f} of {SHARED_BYTES[arch] // 1024}",
+            ", ".join(sorted({instruction for variant in variants for instruction in variant["instructions"]})),
         ]
         lines.append(table_row(group, cells))
     versions = content["versions"]

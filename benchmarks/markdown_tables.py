@@ -1,7 +1,9 @@
-"""Rows and cells of Markdown tables."""
+"""Rows and cells of Markdown tables, and the means that they show."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from s2q.evaluation.intervals import clustered_mean
 
 
 def table_head(first: str, names: Sequence[str]) -> list[str]:
@@ -25,3 +27,21 @@ def interval(metric: Mapping[str, Any], form: str, *, scale: float = 1.0) -> str
     ends = ("mean",) if metric["low"] is None else ("mean", "low", "high")
     mean, *around = (format(metric[end] * scale, form).rstrip(".") for end in ends)
     return f"{mean} [{', '.join(around)}]" if around else mean
+
+
+def mean_by_prompt(videos: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any] | None:
+    """Return `mean`, `low` and `high` of a metric over the prompts of videos; None where none has it.
+
+    Args:
+        videos: Each with its `prompt` and `metrics`, as in `eval.json`.
+        metric: Its name.
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for video in videos:
+        value = video["metrics"].get(metric)
+        if value is not None:
+            by_prompt.setdefault(video["prompt"], []).append(value)
+    if not by_prompt:
+        return None
+    estimate = clustered_mean(by_prompt, proportion="adherence" in metric)
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}

@@ -13,9 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from markdown_tables import interval, table_head, table_row
+from markdown_tables import interval, mean_by_prompt, table_head, table_row
 
-from s2q.evaluation.intervals import clustered_mean
 from s2q.evaluation.paired import HIGHER_IS_BETTER, PairedDifference, paired_differences
 from s2q.recipes.load import load_recipe
 
@@ -43,7 +42,10 @@ def field_table(width: str) -> str:
         width: One of `WIDTHS`.
     """
     by_model = {model: _shared(model, width) for model in FIELD_MODELS}
-    errors = {model: {name: _mean_error(one) for name, one in found.items()} for model, found in by_model.items()}
+    errors = {
+        model: {name: _mean_error(evaluation) for name, evaluation in evaluations.items()}
+        for model, evaluations in by_model.items()
+    }
     names = sorted(errors[FIELD_MODELS[0]], key=errors[FIELD_MODELS[0]].__getitem__)
     lines = table_head(f"W{width[1]}A{width[3]}, velocity error, %", [f"`{model}`" for model in FIELD_MODELS])
     for name in names:
@@ -64,37 +66,32 @@ def _mark(name: str) -> str:
 
 def _evaluations(model: str, width: str) -> dict[str, dict[str, Any]]:
     """Evaluations by recipe, their means those of the videos that all have."""
-    return {name: _with_means(one) for name, one in _shared(model, width).items()}
+    return {name: _with_means(evaluation) for name, evaluation in _shared(model, width).items()}
 
 
 def _shared(model: str, width: str) -> dict[str, dict[str, Any]]:
     """Evaluations by recipe, their videos those that all have."""
     if not any((RESULTS / "methods" / model).glob(f"*-{width}.json")):
         return {}
-    found = {}
+    evaluations = {}
     for folder in ("quality", "methods"):
         for path in sorted((RESULTS / folder / model).glob(f"*-{width}.json")):
-            found.setdefault(path.stem, json.loads(path.read_text()))
+            evaluations.setdefault(path.stem, json.loads(path.read_text()))
     shared = set.intersection(
-        *({(video["prompt"], video["seed"]) for video in one["videos"]} for one in found.values())
+        *({(video["prompt"], video["seed"]) for video in record["videos"]} for record in evaluations.values())
     )
     return {
-        name: one | {"videos": [video for video in one["videos"] if (video["prompt"], video["seed"]) in shared]}
-        for name, one in found.items()
+        name: record | {"videos": [video for video in record["videos"] if (video["prompt"], video["seed"]) in shared]}
+        for name, record in evaluations.items()
     }
 
 
 def _with_means(evaluation: dict[str, Any]) -> dict[str, Any]:
     means = dict(evaluation["metrics"])
     for name in SHOWN:
-        by_prompt: dict[str, list[float]] = {}
-        for video in evaluation["videos"]:
-            value = video["metrics"].get(name)
-            if value is not None:
-                by_prompt.setdefault(video["prompt"], []).append(value)
-        if by_prompt:
-            estimate = clustered_mean(by_prompt, proportion=name.startswith("adherence") and "change" not in name)
-            means[name] = means[name] | {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+        estimate = mean_by_prompt(evaluation["videos"], name)
+        if estimate is not None:
+            means[name] = means[name] | estimate
     return evaluation | {"metrics": means}
 
 
@@ -111,10 +108,9 @@ def _width_table(width: str, evaluations: dict[str, dict[str, Any]]) -> str:
     head = ["storage", HEAD[0], "ratio to best", *HEAD[1:]]
     lines = table_head(f"W{width[1]}A{width[3]}", head)
     for name in ranking:
-        one = evaluations[name]
-        cells = _cells(one)
+        cells = _cells(evaluations[name])
         times = "" if name == best else _times(against(best, name)["velocity_relative_error"])
-        storage = f"{one['storage']['ratio']:.2f}×"
+        storage = f"{evaluations[name]['storage']['ratio']:.2f}×"
         lines.append(table_row(f"`{name}`{_mark(name)}", [storage, cells[0], times, *cells[1:]]))
     lines += ["", f"{_sample(evaluations[best])} {_verdict(evaluations, against)}"]
     return "\n".join(lines)
@@ -130,13 +126,13 @@ def parts_added_table(model: str) -> str:
     folder = RESULTS / "methods" / model
     for base in sorted({path.stem.partition("+")[0] for path in folder.glob("*+*.json")}):
         names = (base, *(f"{base}+{parts}" for parts in ("sds", "std", "sds+std")))
-        ones = {name: json.loads(path.read_text()) for name in names if (path := folder / f"{name}.json").exists()}
-        for name, one in ones.items():
-            cells = _cells(one)
-            change = paired_differences(one["videos"], ones[base]["videos"])["velocity_relative_error"]
+        records = {name: json.loads(path.read_text()) for name in names if (path := folder / f"{name}.json").exists()}
+        for name, record in records.items():
+            cells = _cells(record)
+            change = paired_differences(record["videos"], records[base]["videos"])["velocity_relative_error"]
             times = "" if name == base else f"{change.estimate:.2f} [{change.low:.2f}, {change.high:.2f}]"
             lines.append(table_row(f"`{name}`", [cells[0], times, *cells[1:]]))
-    return "\n".join([*lines, "", _sample(one)])
+    return "\n".join([*lines, "", _sample(record)])
 
 
 def _cells(evaluation: dict[str, Any]) -> list[str]:

@@ -7,13 +7,13 @@ along its own denoising trajectory, both guidance branches.
 """
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from environment import environment
 from matplotlib import pyplot as plt
+from records import write_record
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -190,8 +190,7 @@ def main() -> None:
     arguments = parser.parse_args()
     plt.switch_backend("Agg")
     result = observe(arguments.model, num_prompts=arguments.prompts)
-    path = RESULTS / f"observations-{arguments.model}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(RESULTS / f"observations-{arguments.model}.json", result)
     plot(result, arguments.plots)
 
 

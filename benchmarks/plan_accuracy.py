@@ -61,9 +61,9 @@ def main() -> None:
         for recipe in arguments.recipe or RECIPES:
             results.append(compare(model, recipe))
             print(model, recipe, *(_line(row) for row in results[-1]["stages"]), sep="\n  ", flush=True)
-    again = {(one["model"], one["recipe"]) for one in results}
+    again = {(run["model"], run["recipe"]) for run in results}
     before = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else []
-    kept = [one for one in before if (one["model"], one["recipe"]) not in again]
+    kept = [run for run in before if (run["model"], run["recipe"]) not in again]
     write_record(RESULT, {"schema_version": 1, **environment(), "runs": kept + results})
 
 

@@ -30,7 +30,7 @@ def published_name(model: str) -> str | None:
         model: A Hub id, or anything else that names a model.
     """
     for name, entry in published_models().items():
-        if model.lower() in {one.lower() for one in (entry["hub"], *entry["also"])}:
+        if model.lower() in {hub_id.lower() for hub_id in (entry["hub"], *entry["also"])}:
             return name
     return None
 
@@ -77,8 +77,8 @@ def sizes_table(recipe: str) -> str:
         else:
             storage = plan_of(entry["synthetic"], recipe).storage
             outer = plan_of(entry["synthetic"], recipe, "outer.num_bits=8").storage
-            sizes = [storage["full_precision_bytes"] / GIB, storage["quantized_bytes"] / GIB]
-            cells += [f"{size:.2f}" for size in sizes] + [f"{one['ratio']:.2f}" for one in (storage, outer)]
+            figures = [storage["full_precision_bytes"] / GIB, storage["quantized_bytes"] / GIB]
+            cells += [f"{figure:.2f}" for figure in (*figures, storage["ratio"], outer["ratio"])]
         lines.append(table_row(entry["title"], cells))
     return "\n".join(lines)
 
@@ -94,15 +94,15 @@ def cost_table(recipe: str) -> str:
     lines = table_head("model", heads)
     figures = paper_tables()["samples"]["values"]
     for name, entry in published_models().items():
-        own = [""] * 4
+        planned = [""] * 4
         if entry["synthetic"] is not None:
             plans = [plan_of(entry["synthetic"], recipe, memory=size) for size in GPUS]
             cost = plans[-1].calibration
             step = f"{cost.step_bytes / 1e9:.1f} GB{', checkpointed' if cost.gradient_checkpointing else ''}"
-            own = [*map(planned_peak, plans), step, f"{cost.activation_bytes / 1e9:.0f} GB"]
+            planned = [*map(planned_peak, plans), step, f"{cost.activation_bytes / 1e9:.0f} GB"]
         hours, memory = figures.get(name, {}).get("40 samples", (None, None))
         theirs = ["" if memory is None else f"{memory:.2f} GB", "" if hours is None else f"{hours:.2f} h"]
-        lines.append(table_row(entry["title"], own + theirs))
+        lines.append(table_row(entry["title"], planned + theirs))
     return "\n".join(lines)
 
 

@@ -31,6 +31,9 @@ def rounded_metrics(videos: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
         videos: Each with its `metrics`, which may be None.
     """
     return [
-        {**video, "metrics": {name: None if one is None else rounded(one) for name, one in video["metrics"].items()}}
+        {
+            **video,
+            "metrics": {name: None if value is None else rounded(value) for name, value in video["metrics"].items()},
+        }
         for video in videos
     ]

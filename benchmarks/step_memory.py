@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from s2q.benchmark.calibration_block import first_block, first_optimization, first_student, synthetic_subject
 from s2q.blocks.distil import checkpoint_parts
+from s2q.common.arguments import dtype_name
 from s2q.common.components import TRANSFORMERS
 from s2q.models.family import block_linears
 from s2q.models.synthetic import BlockList, SyntheticModel, synthetic_model
@@ -212,7 +213,7 @@ def main() -> None:
         for case in cases(recipe):
             traced, planned = traced_bytes(case), planned_bytes(case)
             row = {"recipe": recipe.name, "model": case.model.name, "blocks": case.block_list.name}
-            row |= {"tokens": case.tokens, "dtype": str(case.dtype).removeprefix("torch.")}
+            row |= {"tokens": case.tokens, "dtype": dtype_name(case.dtype)}
             rows.append(row | {"checkpointed": case.recompute, "traced_bytes": traced, "planned_bytes": planned})
             print(*rows[-1].values(), f"planned {planned / traced:.2f} of it", flush=True)
     write_record(RESULT, {"schema_version": 1, **environment(), "rows": rows})

@@ -10,9 +10,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from judging import evalcrafter_table, metrics_table, paper_table
 from kernel_tables import kernels_table
@@ -20,9 +19,17 @@ from markdown_tables import interval, table_head, table_row
 from methods import field_table, methods_table, parts_added_table
 from published import calls_table, commands_of, cost_table, python_of, sizes_table
 from reproduce.beside import overview_table
+from speed_tables import (
+    calibration_table,
+    demo_table,
+    kinds_table,
+    linear_table,
+    parts_table,
+    steps_table,
+    threads_table,
+)
 from variants import GROUPS, Variant
 
-from s2q.benchmark.results import place_of
 from s2q.evaluation.intervals import clustered_mean
 from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
 
@@ -37,51 +44,12 @@ PAGES = (
     "docs/judging.md",
     "docs/decisions.md",
 )
-ORDER = (
-    "rtn-w8a8",
-    "smoothquant-w8a8",
-    "ptq4dit-w8a8",
-    "brecq-w8a8",
-    "quarot-w8a8",
-    "vidit-q-w8a8",
-    "svdquant-w8a8",
-    "q-dit-w8a8",
-    "rtn-w4a16",
-    "rtn-w4a8",
-    "smoothquant-w4a8",
-    "ptq4dit-w4a8",
-    "brecq-w4a8",
-    "quarot-w4a8",
-    "vidit-q-w4a8",
-    "svdquant-w4a8",
-    "vidit-q-mp-w4a8",
-    "q-dit-w4a8",
-    "s2q-w4a8",
-    "rtn-w4a6",
-    "smoothquant-w4a6",
-    "ptq4dit-w4a6",
-    "brecq-w4a6",
-    "quarot-w4a6",
-    "vidit-q-w4a6",
-    "svdquant-w4a6",
-    "vidit-q-mp-w4a6",
-    "q-dit-w4a6",
-    "s2q-w4a6",
-    "s2q-plus-w4a6",
-    "rtn-w4a4",
-    "smoothquant-w4a4",
-    "ptq4dit-w4a4",
-    "brecq-w4a4",
-    "quarot-w4a4",
-    "vidit-q-w4a4",
-    "svdquant-w4a4",
-    "vidit-q-mp-w4a4",
-    "q-dit-w4a4",
-    "s2q-w4a4",
-    "s2q-plus-w4a4",
-    "s2q-w3a6",
+WIDTHS = ("w8a8", "w4a16", "w4a8", "w4a6", "w4a4", "w3a6")
+METHODS = (
+    *("rtn", "smoothquant", "ptq4dit", "brecq", "quarot", "vidit-q", "svdquant", "vidit-q-mp", "q-dit"),
+    *("s2q", "s2q-plus"),
 )
-KINDS_RECIPES = ("s2q-w4a8", "s2q-w4a6", "s2q-w4a4")
+ORDER = [f"{method}-{width}" for width in WIDTHS for method in METHODS]
 LABELS = ("shape", "colour", "direction", "background")
 
 
@@ -190,16 +158,16 @@ def ablation_table(group: str, model: str) -> str:
     head = ["velocity error", "min, max over seeds", f"ratio to {base.label.removeprefix('+ ')}", "seeds"]
     lines = table_head("variant", head)
     for variant in GROUPS[group]:
-        own = runs[variant.name]
-        if not own:
+        seeds = runs[variant.name]
+        if not seeds:
             continue
-        errors = [run["velocity_relative_error"] for run in own]
+        errors = [run["velocity_relative_error"] for run in seeds]
         spread = f"{min(errors):.5f}, {max(errors):.5f}" if len(errors) > 1 else ""
         cells = [
             f"{sum(errors) / len(errors):.5f}",
             spread,
-            _ratio(own, runs[base.name]),
-            str(len(own)),
+            _ratio(seeds, runs[base.name]),
+            str(len(seeds)),
         ]
         lines.append(table_row(variant.label, cells))
     first = runs[base.name][0]
@@ -226,204 +194,6 @@ def _ratio(runs: list[dict], base: list[dict]) -> str:
     if estimate.low is None or estimate.high is None:
         return f"{math.exp(estimate.mean):.3f}"
     return f"{math.exp(estimate.mean):.3f} [{math.exp(estimate.low):.3f}, {math.exp(estimate.high):.3f}]"
-
-
-def _bench(device: str, op: str) -> tuple[dict, list[dict]]:
-    """The results file of a kind of device, and its results of one op."""
-    path = RESULTS / "bench" / f"{device}.json"
-    content = json.loads(path.read_text()) if path.exists() else {"results": []}
-    return content, [one for one in content["results"] if one["op"] == op]
-
-
-def _measured_on(content: dict, device: str) -> str:
-    place = place_of(content["hardware"])
-    return f"{place}, torch {content['versions']['torch']}; made by `make bench-{device}`."
-
-
-def linear_table(device: str) -> str:
-    """Times faster than bf16 of a whole quantized linear, shape by shape, and what its activation path adds."""
-    content, linears = _bench(device, "linear")
-    if not linears:
-        return f"Not measured yet: `make bench-{device}`."
-    paths = {(tuple(one["shape"]), one["recipe"]): one for one in _bench(device, "activation_path")[1]}
-    recipes = list(dict.fromkeys(one["recipe"] for one in linears))
-    head = ["layer", "int8 product only", *(f"`{name}`" for name in recipes), f"activation path, `{recipes[0]}`"]
-    lines = table_head("M × K × N", head)
-    rows: dict[tuple, dict[str, dict]] = {}
-    for one in linears:
-        rows.setdefault((tuple(one["shape"]), one["readers"]), {})[one["recipe"]] = one
-    for (shape, readers), found in rows.items():
-        first = next(iter(found.values()))
-        path = paths.get((shape, recipes[0]))
-        cells = [
-            _short(first["layers"]),
-            _times(first["bound_ratio"]),
-            *(_times(found[name]["ratio_to_bf16"]) if name in found else "" for name in recipes),
-            "" if path is None or readers else f"{100 / path['ratio_to_bf16']:.0f} %",
-        ]
-        lines.append(
-            table_row(" × ".join(map(str, shape)) + (f", {readers} sharing an input" if readers else ""), cells)
-        )
-    lines += [
-        "",
-        "Speedup over bf16 `F.linear` on the same data in the same rounds (medians over rounds). 3 sharing an input: "
-        "q, k and v, whose input is quantized once. Last column: time of the activation path relative to bf16 "
-        "`F.linear`. " + _measured_on(content, device),
-    ]
-    return "\n".join(lines)
-
-
-def demo_table(device: str) -> str:
-    """Seconds of the demo with all instructions of a CPU and with AVX2 alone."""
-    content = json.loads((RESULTS / "demo-seconds.json").read_text())
-    lines = table_head("instructions", ["quantize, s", "evaluate, s", "total, s"])
-    for row in content["rows"]:
-        lines.append(
-            table_row(row["instructions"], [f"{row['seconds'][n]:.0f}" for n in ("quantize", "evaluate", "total")])
-        )
-    return "\n".join([*lines, "", _place_and_command(content, device)])
-
-
-def _place_and_command(content: Mapping[str, Any], device: str) -> str:
-    hardware, versions = content["hardware"], content["versions"]
-    return (
-        f"On a {device.upper()}: {hardware['processor']}, {hardware['cores']} cores, {hardware['instruction_set']}, "
-        f"torch {versions['torch']}. Made by `{content['command']}`."
-    )
-
-
-def threads_table(device: str) -> str:
-    """A step of the embedded model beside other processes, with threads that spin and threads that sleep."""
-    content = json.loads((RESULTS / "waiting-threads.json").read_text())
-    lines = table_head("other processes", ["threads", "full precision, ms a step", f"`{content['recipe']}`, ms a step"])
-    for row in content["rows"]:
-        cells = [row["way"], *(f"{row[name]:.3g}" for name in ("full_precision_ms", "quantized_ms"))]
-        lines.append(table_row(str(row["others"]), cells))
-    lines += ["", f"`{content['model']}`. {_place_and_command(content, device)}"]
-    return "\n".join(lines)
-
-
-def kinds_table(device: str) -> str:
-    """Whole linears and the embedded step against fp32 and bf16, on CPUs of two kinds."""
-    lines = table_head("instruction set", ["operation", "fp32 ms", "bf16 ms", "`s2q-w4a8`", "`s2q-w4a6`", "`s2q-w4a4`"])
-    places = []
-    for kind in (f"{device}-one-thread", f"{device}-one-thread-avx2"):
-        content, linears = _bench(kind, "linear")
-        rows: dict[tuple, dict[str, dict]] = {}
-        for one in (*linears, *_bench(kind, "denoising_step")[1]):
-            if one["backend"] == "auto":
-                name = " × ".join(map(str, one["shape"])) if one["shape"] else f"step of {one['model']}"
-                rows.setdefault((name, one["readers"]), {})[one["recipe"]] = one
-        for (name, readers), found in rows.items():
-            first = next(iter(found.values()))
-            cells = [
-                name + (f", {readers} sharing an input" if readers else ""),
-                *(f"{first[f'{full}_milliseconds']:.3g}" for full in ("fp32", "bf16")),
-                *(_times(found[recipe]["ratio_to_baseline"]) if recipe in found else "" for recipe in KINDS_RECIPES),
-            ]
-            lines.append(table_row(content["hardware"]["instruction_set"], cells))
-        if rows:
-            places.append(place_of(content["hardware"]))
-    if not places:
-        return "Not measured yet: `make bench-cpu-kinds`."
-    lines += [
-        "",
-        f"Recipes: speedup over the faster of fp32 and bf16. {'; '.join(places)}. Made by `make bench-cpu-kinds`.",
-    ]
-    return "\n".join(lines)
-
-
-def steps_table(device: str) -> str:
-    """Denoising steps: times faster than bf16, memory and storage against it."""
-    content, steps = _bench(device, "denoising_step")
-    if not steps:
-        return f"Not measured yet: `make bench-{device}`."
-    head = ["configuration", "speedup", "bound", "storage", "peak memory"]
-    lines = table_head("model", head)
-    for one in steps:
-        peaks = one["peak_memory_bytes"], one["bf16_peak_memory_bytes"]
-        cells = [
-            _contender(one),
-            _times(one["ratio_to_bf16"]),
-            _times(one["bound_ratio"]),
-            f"{one['bf16_storage_bytes'] / one['storage_bytes']:.2f}×",
-            "" if None in peaks else f"{peaks[1] / peaks[0]:.2f}×",
-        ]
-        lines.append(table_row(_model_of(one), cells))
-    lines += [
-        "",
-        "Speedup over bf16. Bound: speedup if each linear took the time of a plain int8 product and nothing else "
-        "changed. Storage, peak memory: reduction relative to bf16. Published dimensions: one block of each list is "
-        "timed and its time is multiplied by the number of blocks. " + _measured_on(content, device),
-    ]
-    return "\n".join(lines)
-
-
-def calibration_table(device: str) -> str:
-    """A step of distillation of each recipe against that of the first, and a bf16 forward pass of the block."""
-    content, steps = _bench(f"{device}-one-thread", "calibration_block")
-    if not steps:
-        return "Not measured yet: `make bench-cpu-kinds`."
-    lines = table_head("model", ["recipe", "step", "relative", "bf16 forward passes", "peak memory"])
-    first: dict[str, float] = {}
-    for step in steps:
-        relative = step["milliseconds"] / first.setdefault(step["model"], step["milliseconds"])
-        cells = [
-            f"`{step['recipe']}`",
-            f"{step['milliseconds'] / 1000:.3g} s",
-            f"{relative:.2f}",
-            f"{1 / step['ratio_to_bf16']:.1f}",
-            f"{step['peak_memory_bytes'] / 1e6:.0f} MB",
-        ]
-        lines.append(table_row(_model_of(step), cells))
-    place = f"{place_of(content['hardware'])}, torch {content['versions']['torch']}"
-    lines += ["", f"{place}. Made by `make bench-cpu-kinds`."]
-    return "\n".join(lines)
-
-
-def parts_table(device: str) -> str:
-    """Where the time of a denoising step goes, each part as a share of the bf16 step."""
-    content, steps = _bench(device, "denoising_step")
-    if not steps:
-        return f"Not measured yet: `make bench-{device}`."
-    parts = list(steps[0]["breakdown"])
-    head = ["configuration", *(name.replace("_", " ") for name in parts), "sum"]
-    lines = table_head("model", head)
-    before = None
-    for one in steps:
-        if before != one["model"]:
-            lines.append(table_row(_model_of(one), _shares("bf16", one["bf16_breakdown"], one, parts)))
-            before = one["model"]
-        lines.append(table_row("", _shares(_contender(one), one["breakdown"], one, parts)))
-    lines += ["", "Percent of the bf16 step, timed in the same rounds. " + _measured_on(content, device)]
-    return "\n".join(lines)
-
-
-def _contender(one: dict) -> str:
-    """What ran, and how if that is not the default."""
-    name = f"`{one['recipe']}`" if one["recipe"] else one["scheme"]
-    return f"{name}, `--backend fastest`" if one["backend"] == "fastest" else name
-
-
-def _shares(name: str, breakdown: dict, one: dict, parts: list[str]) -> list[str]:
-    whole = one["bf16_milliseconds"]
-    values = [100 * breakdown[part] / whole for part in parts]
-    return [name, *(f"{value:.0f}" for value in (*values, sum(values)))]
-
-
-def _model_of(one: dict) -> str:
-    name = one["model"].removeprefix("synthetic:")
-    return name if one["tokens"] is None else f"{name}, {one['tokens']} tokens"
-
-
-def _short(layers: list[str]) -> str:
-    """Layers by model: "cogvideox-5b to_q and 3 more"."""
-    first = layers[0].split(" ", 1)
-    return f"{first[0]} `{first[1]}`" + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def _base(group: str, model: str) -> Variant:

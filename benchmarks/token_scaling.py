@@ -8,7 +8,6 @@ second must not be above 2; that of attention may be 4. Written to ``benchmarks/
 """
 
 import argparse
-import json
 import statistics
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 from environment import environment
+from records import write_record
 
 from s2q.benchmark.calibration_block import first_block, first_optimization, first_student, synthetic_subject
 from s2q.benchmark.synthetic_blocks import synthetic_block
@@ -89,7 +89,7 @@ def main() -> None:
     stack.close()
     medians = {name: statistics.median(values) for name, values in ratios.items()}
     content = {"tokens": sizes, "width": WIDTH, "ratio_of_doubling": medians, "samples": ratios, **environment()}
-    RESULT.write_text(json.dumps(content, indent=1) + "\n")
+    write_record(RESULT, content)
     for name, value in medians.items():
         print(f"{name}: {value:.2f} times")
 

@@ -90,8 +90,8 @@ class Variant:
 def _code_of(kernel: object) -> str:
     """The statements of the functions under `triton.jit` of a kernel's module and of what all kernels share."""
     modules = (inspect.getmodule(kernel.fn), triton_math)
-    functions = [one for module in modules for one in vars(module).values() if isinstance(one, triton.JITFunction)]
-    trees = [ast.parse(one.src).body[0] for one in functions]
+    values = [value for module in modules for value in vars(module).values()]
+    trees = [ast.parse(value.src).body[0] for value in values if isinstance(value, triton.JITFunction)]
     for tree in trees:
         if ast.get_docstring(tree) is not None:
             del tree.body[0]
@@ -230,11 +230,11 @@ def weight_only_variants(arch: int) -> Iterator[Variant]:
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         for packed, depth in ((True, 512), (True, 77), (False, 512)):
             constants = weight_only_matmul.weight_only_constants(tile, dtype, depth=depth, is_packed=packed)
-            own = {"x_ptr": f"*{short}", "bias_ptr": f"*{short}", "out_ptr": f"*{short}"}
+            pointer_types = {"x_ptr": f"*{short}", "bias_ptr": f"*{short}", "out_ptr": f"*{short}"}
             yield Variant(
                 name=f"weight only {'w4' if packed else 'w8'} {short} K={depth}",
                 kernel=weight_only_matmul.weight_only_kernel,
-                types=types | own | {"w_ptr": "*u8" if packed else "*i8"},
+                types=types | pointer_types | {"w_ptr": "*u8" if packed else "*i8"},
                 constants=constants | {"HAS_BIAS": True, "INTERPRET": False},
                 aligned=(*pointers, "columns", "x_stride", "w_stride") if depth % 32 == 0 else pointers,
                 options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
@@ -264,14 +264,15 @@ def compile_variant(variant: Variant, arch: int, folder: Path) -> dict[str, obje
         return entry | {"error": str(error).strip().splitlines()[0][:120], "problems": ["does not compile"]}
     registers, spilled = resources(compiled.asm["cubin"], folder)
     shared = compiled.metadata.shared
-    found = {" ".join(filter(None, match)) for match in INSTRUCTION.findall(compiled.asm["ptx"])}
+    instructions = {" ".join(filter(None, match)) for match in INSTRUCTION.findall(compiled.asm["ptx"])}
     problems = {
         "spills": spilled > SPILL_LIMIT,
         "too much shared memory": shared > SHARED_BYTES[nearest_architecture(divmod(arch, 10))],
-        "no tensor-core instruction": variant.needs is not None and not any(variant.needs in one for one in found),
+        "no tensor-core instruction": variant.needs is not None
+        and not any(variant.needs in instruction for instruction in instructions),
     }
-    entry |= {"registers": registers, "spills": spilled, "shared": shared, "instructions": sorted(found)}
-    return entry | {"problems": [name for name, is_one in problems.items() if is_one]}
+    entry |= {"registers": registers, "spills": spilled, "shared": shared, "instructions": sorted(instructions)}
+    return entry | {"problems": [name for name, is_there in problems.items() if is_there]}
 
 
 def line_of(entry: dict[str, object]) -> str:
@@ -291,8 +292,8 @@ def resources(cubin: bytes, folder: Path) -> tuple[int, int]:
     file.write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     printed = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
-    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed.stdout)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+    sizes = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed.stdout)}
+    return sizes["REG"], sizes["STACK"] + sizes["LOCAL"]
 
 
 def main() -> int:

@@ -67,7 +67,7 @@ def main() -> None:
         s2q.quantize(MODEL, recipe=RECIPE, out=checkpoint)
         for others in OTHERS:
             for way, variables in WAYS.items():
-                full, quantized = (milliseconds_a_step(one, variables, others) for one in (MODEL, checkpoint))
+                full, quantized = (milliseconds_a_step(model, variables, others) for model in (MODEL, checkpoint))
                 rows.append({"others": others, "way": way, "full_precision_ms": full, "quantized_ms": quantized})
                 print(json.dumps(rows[-1]), flush=True)
     write_record(RESULT, {"schema_version": 1, "model": MODEL, "recipe": RECIPE, **environment(), "rows": rows})

@@ -4,14 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markdown_tables import interval, table_head, table_row
+from markdown_tables import interval, mean_by_prompt, table_head, table_row
 from published import GIB, published_models, published_name
 
 from reproduce.plan import Request, Run, runs_of
 from reproduce.run import timed_model
 from reproduce.specs import FULL_PRECISION, NO_RECIPE, TABLES, Row, Table
 from s2q.common.files import atomic_write_json, atomic_write_text
-from s2q.evaluation.intervals import clustered_mean
 from s2q.planning import plan
 
 SCHEMA_VERSION = 1
@@ -155,7 +154,7 @@ def _recipe(row: Mapping[str, Any]) -> str:
         return ""
     if row["status"] == NO_RECIPE:
         return NO_RECIPE
-    return f"`{row['variant']['recipe']}`" + "".join(f" `{one}`" for one in row["variant"]["overrides"])
+    return f"`{row['variant']['recipe']}`" + "".join(f" `{override}`" for override in row["variant"]["overrides"])
 
 
 def _notes(content: Mapping[str, Any]) -> list[str]:
@@ -170,7 +169,7 @@ def _notes(content: Mapping[str, Any]) -> list[str]:
         notes.append(f"Not run, because the package has no recipe of theirs yet: {', '.join(lacking)}.")
     if content["changes"]:
         notes.append(
-            f"Recipes changed by {', '.join(f'`{one}`' for one in content['changes'])}: not the paper's setting."
+            f"Recipes changed by {', '.join(f'`{change}`' for change in content['changes'])}: not the paper's setting."
         )
     if content["settings"]:
         settings = ", ".join(f"{name} {value}" for name, value in content["settings"].items())
@@ -201,38 +200,26 @@ def _quality(table: Table, request: Request) -> dict[str, dict[str, Any]]:
     by_row: dict[str, list[Run]] = {}
     for run in runs_of(table, request):
         by_row.setdefault(_key(run.row), []).append(run)
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for key, runs in by_row.items():
         by_run = [_videos(run) for run in runs]
         videos = [video for group in by_run for video in group]
         if not videos:
             continue
-        means: dict[str, Any] = {name: estimate for name in _QUALITY if (estimate := _estimate(videos, name))}
-        found[key] = means | _costs(runs) | {"prompts": len({video["prompt"] for video in videos})}
-        reference = _estimate(videos, "reference_adherence_all")
+        means: dict[str, Any] = {name: estimate for name in _QUALITY if (estimate := mean_by_prompt(videos, name))}
+        rows[key] = means | _costs(runs) | {"prompts": len({video["prompt"] for video in videos})}
+        reference = mean_by_prompt(videos, "reference_adherence_all")
         if reference:
-            found.setdefault(FULL_PRECISION, {"adherence_all": reference})
+            rows.setdefault(FULL_PRECISION, {"adherence_all": reference})
         if len(runs) > 1:
-            errors = [one for group in by_run if (one := _estimate(group, "velocity_relative_error"))]
-            found[key]["velocity_error_by_run"] = [one["mean"] for one in errors]
-    return found
+            errors = [error for group in by_run if (error := mean_by_prompt(group, "velocity_relative_error"))]
+            rows[key]["velocity_error_by_run"] = [error["mean"] for error in errors]
+    return rows
 
 
 def _videos(run: Run) -> list[dict[str, Any]]:
     records = [run.record(prompts) for prompts in run.request.pieces()]
     return [video for path in records if path.exists() for video in json.loads(path.read_text())["videos"]]
-
-
-def _estimate(videos: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | None:
-    by_prompt: dict[str, list[float]] = {}
-    for video in videos:
-        value = video["metrics"].get(name)
-        if value is not None:
-            by_prompt.setdefault(video["prompt"], []).append(value)
-    if not by_prompt:
-        return None
-    estimate = clustered_mean(by_prompt, proportion="adherence" in name)
-    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
 
 
 def _costs(runs: Sequence[Run]) -> dict[str, Any]:
@@ -254,27 +241,27 @@ def _speed(table: Table, request: Request) -> dict[str, dict[str, Any]]:
     model = timed_model(request.model)
     path = request.out / "bench.json"
     steps = json.loads(path.read_text())["results"] if path.exists() else []
-    timed = {one["recipe"]: one for one in steps if one["model"] == model and one["recipe"]}
-    found: dict[str, dict[str, Any]] = {}
+    timed = {step["recipe"]: step for step in steps if step["model"] == model and step["recipe"]}
+    rows: dict[str, dict[str, Any]] = {}
     for row in table.rows:
         if row.variant is None or row.variant.recipe not in timed:
             continue
-        one = timed[row.variant.recipe]
+        step = timed[row.variant.recipe]
         storage = plan(model, recipe=row.variant.recipe, overrides=request.changes, dtype=request.dtype).storage
-        found[_key(row)] = {
+        rows[_key(row)] = {
             "storage_gb": storage["quantized_bytes"] / GIB,
-            "step_memory_gb": _gib(one["peak_memory_bytes"]),
-            "step_ms": one["milliseconds"],
-            "times_faster": one["ratio_to_bf16"],
-            "tokens": one["tokens"],
+            "step_memory_gb": _gib(step["peak_memory_bytes"]),
+            "step_ms": step["milliseconds"],
+            "times_faster": step["ratio_to_bf16"],
+            "tokens": step["tokens"],
         }
-        found[FULL_PRECISION] = {
+        rows[FULL_PRECISION] = {
             "storage_gb": storage["full_precision_bytes"] / GIB,
-            "step_memory_gb": _gib(one["bf16_peak_memory_bytes"]),
-            "step_ms": one["bf16_milliseconds"],
+            "step_memory_gb": _gib(step["bf16_peak_memory_bytes"]),
+            "step_ms": step["bf16_milliseconds"],
             "times_faster": 1.0,
         }
-    return found
+    return rows
 
 
 def _gib(value: float | None) -> float | None:

@@ -67,8 +67,8 @@ class Table:
         Args:
             model: Name of the published model, "cogvideox-2b"; None if it is none.
         """
-        found: dict[str, list[float | None]] = self.paper["values"].get(model, {})
-        return found
+        values: dict[str, list[float | None]] = self.paper["values"].get(model, {})
+        return values
 
 
 def row_overrides(variant: Variant, changes: Sequence[str]) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ def row_overrides(variant: Variant, changes: Sequence[str]) -> tuple[str, ...]:
     recipe = load_recipe(variant.recipe, overrides=variant.overrides)
     left_out = [] if recipe.distillation else ["distillation."]
     left_out += [] if recipe.calibrates else ["calibration."]
-    return (*(one for one in changes if not one.startswith(tuple(left_out))), *variant.overrides)
+    return (*(change for change in changes if not change.startswith(tuple(left_out))), *variant.overrides)
 
 
 def check_changes(table: Table, changes: Sequence[str]) -> None:
@@ -96,10 +96,10 @@ def check_changes(table: Table, changes: Sequence[str]) -> None:
     Raises:
         InvalidInputError: If a row sets the key itself.
     """
-    own = {override.partition("=")[0] for row in table.rows if row.variant for override in row.variant.overrides}
+    keys = {override.partition("=")[0] for row in table.rows if row.variant for override in row.variant.overrides}
     for change in changes:
         key = change.partition("=")[0]
-        if any(f"{key}.".startswith(f"{one}.") or f"{one}.".startswith(f"{key}.") for one in own):
+        if any(f"{key}.".startswith(f"{set_}.") or f"{set_}.".startswith(f"{key}.") for set_ in keys):
             raise InvalidInputError(f"--set {change}: the rows of {table.name} differ in {key}; leave it out")
 
 

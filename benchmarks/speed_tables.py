@@ -1,0 +1,211 @@
+"""Tables of what `s2q bench` and the scripts of this folder have timed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from markdown_tables import table_head, table_row
+
+from s2q.benchmark.results import place_of
+
+RESULTS = Path(__file__).parent / "results"
+KINDS_RECIPES = ("s2q-w4a8", "s2q-w4a6", "s2q-w4a4")
+
+
+def _bench(device: str, op: str) -> tuple[dict, list[dict]]:
+    """The results file of a kind of device, and its results of one op."""
+    path = RESULTS / "bench" / f"{device}.json"
+    content = json.loads(path.read_text()) if path.exists() else {"results": []}
+    return content, [result for result in content["results"] if result["op"] == op]
+
+
+def _measured_on(content: dict, device: str) -> str:
+    place = place_of(content["hardware"])
+    return f"{place}, torch {content['versions']['torch']}; made by `make bench-{device}`."
+
+
+def linear_table(device: str) -> str:
+    """Times faster than bf16 of a whole quantized linear, shape by shape, and what its activation path adds."""
+    content, linears = _bench(device, "linear")
+    if not linears:
+        return f"Not measured yet: `make bench-{device}`."
+    paths = {(tuple(path["shape"]), path["recipe"]): path for path in _bench(device, "activation_path")[1]}
+    recipes = list(dict.fromkeys(linear["recipe"] for linear in linears))
+    head = ["layer", "int8 product only", *(f"`{name}`" for name in recipes), f"activation path, `{recipes[0]}`"]
+    lines = table_head("M × K × N", head)
+    rows: dict[tuple, dict[str, dict]] = {}
+    for linear in linears:
+        rows.setdefault((tuple(linear["shape"]), linear["readers"]), {})[linear["recipe"]] = linear
+    for (shape, readers), by_recipe in rows.items():
+        first = next(iter(by_recipe.values()))
+        path = paths.get((shape, recipes[0]))
+        cells = [
+            _short(first["layers"]),
+            _times(first["bound_ratio"]),
+            *(_times(by_recipe[name]["ratio_to_bf16"]) if name in by_recipe else "" for name in recipes),
+            "" if path is None or readers else f"{100 / path['ratio_to_bf16']:.0f} %",
+        ]
+        lines.append(
+            table_row(" × ".join(map(str, shape)) + (f", {readers} sharing an input" if readers else ""), cells)
+        )
+    lines += [
+        "",
+        "Speedup over bf16 `F.linear` on the same data in the same rounds (medians over rounds). 3 sharing an input: "
+        "q, k and v, whose input is quantized once. Last column: time of the activation path relative to bf16 "
+        "`F.linear`. " + _measured_on(content, device),
+    ]
+    return "\n".join(lines)
+
+
+def demo_table(device: str) -> str:
+    """Seconds of the demo with all instructions of a CPU and with AVX2 alone."""
+    content = json.loads((RESULTS / "demo-seconds.json").read_text())
+    lines = table_head("instructions", ["quantize, s", "evaluate, s", "total, s"])
+    for row in content["rows"]:
+        lines.append(
+            table_row(row["instructions"], [f"{row['seconds'][n]:.0f}" for n in ("quantize", "evaluate", "total")])
+        )
+    return "\n".join([*lines, "", _place_and_command(content, device)])
+
+
+def _place_and_command(content: Mapping[str, Any], device: str) -> str:
+    hardware, versions = content["hardware"], content["versions"]
+    return (
+        f"On a {device.upper()}: {hardware['processor']}, {hardware['cores']} cores, {hardware['instruction_set']}, "
+        f"torch {versions['torch']}. Made by `{content['command']}`."
+    )
+
+
+def threads_table(device: str) -> str:
+    """A step of the embedded model beside other processes, with threads that spin and threads that sleep."""
+    content = json.loads((RESULTS / "waiting-threads.json").read_text())
+    lines = table_head("other processes", ["threads", "full precision, ms a step", f"`{content['recipe']}`, ms a step"])
+    for row in content["rows"]:
+        cells = [row["way"], *(f"{row[name]:.3g}" for name in ("full_precision_ms", "quantized_ms"))]
+        lines.append(table_row(str(row["others"]), cells))
+    lines += ["", f"`{content['model']}`. {_place_and_command(content, device)}"]
+    return "\n".join(lines)
+
+
+def kinds_table(device: str) -> str:
+    """Whole linears and the embedded step against fp32 and bf16, on CPUs of two kinds."""
+    lines = table_head("instruction set", ["operation", "fp32 ms", "bf16 ms", "`s2q-w4a8`", "`s2q-w4a6`", "`s2q-w4a4`"])
+    places = []
+    for kind in (f"{device}-one-thread", f"{device}-one-thread-avx2"):
+        content, linears = _bench(kind, "linear")
+        rows: dict[tuple, dict[str, dict]] = {}
+        for result in (*linears, *_bench(kind, "denoising_step")[1]):
+            if result["backend"] == "auto":
+                operation = " × ".join(map(str, result["shape"] or ())) or f"step of {result['model']}"
+                rows.setdefault((operation, result["readers"]), {})[result["recipe"]] = result
+        for (operation, readers), by_recipe in rows.items():
+            first = next(iter(by_recipe.values()))
+            cells = [
+                operation + (f", {readers} sharing an input" if readers else ""),
+                *(f"{first[f'{full}_milliseconds']:.3g}" for full in ("fp32", "bf16")),
+                *(_times(by_recipe[name]["ratio_to_baseline"]) if name in by_recipe else "" for name in KINDS_RECIPES),
+            ]
+            lines.append(table_row(content["hardware"]["instruction_set"], cells))
+        if rows:
+            places.append(place_of(content["hardware"]))
+    if not places:
+        return "Not measured yet: `make bench-cpu-kinds`."
+    lines += [
+        "",
+        f"Recipes: speedup over the faster of fp32 and bf16. {'; '.join(places)}. Made by `make bench-cpu-kinds`.",
+    ]
+    return "\n".join(lines)
+
+
+def steps_table(device: str) -> str:
+    """Denoising steps: times faster than bf16, memory and storage against it."""
+    content, steps = _bench(device, "denoising_step")
+    if not steps:
+        return f"Not measured yet: `make bench-{device}`."
+    head = ["configuration", "speedup", "bound", "storage", "peak memory"]
+    lines = table_head("model", head)
+    for step in steps:
+        peaks = step["peak_memory_bytes"], step["bf16_peak_memory_bytes"]
+        cells = [
+            _contender(step),
+            _times(step["ratio_to_bf16"]),
+            _times(step["bound_ratio"]),
+            f"{step['bf16_storage_bytes'] / step['storage_bytes']:.2f}×",
+            "" if None in peaks else f"{peaks[1] / peaks[0]:.2f}×",
+        ]
+        lines.append(table_row(_model_of(step), cells))
+    lines += [
+        "",
+        "Speedup over bf16. Bound: speedup if each linear took the time of a plain int8 product and nothing else "
+        "changed. Storage, peak memory: reduction relative to bf16. Published dimensions: one block of each list is "
+        "timed and its time is multiplied by the number of blocks. " + _measured_on(content, device),
+    ]
+    return "\n".join(lines)
+
+
+def calibration_table(device: str) -> str:
+    """A step of distillation of each recipe against that of the first, and a bf16 forward pass of the block."""
+    content, steps = _bench(f"{device}-one-thread", "calibration_block")
+    if not steps:
+        return "Not measured yet: `make bench-cpu-kinds`."
+    lines = table_head("model", ["recipe", "step", "relative", "bf16 forward passes", "peak memory"])
+    first: dict[str, float] = {}
+    for step in steps:
+        relative = step["milliseconds"] / first.setdefault(step["model"], step["milliseconds"])
+        cells = [
+            f"`{step['recipe']}`",
+            f"{step['milliseconds'] / 1000:.3g} s",
+            f"{relative:.2f}",
+            f"{1 / step['ratio_to_bf16']:.1f}",
+            f"{step['peak_memory_bytes'] / 1e6:.0f} MB",
+        ]
+        lines.append(table_row(_model_of(step), cells))
+    place = f"{place_of(content['hardware'])}, torch {content['versions']['torch']}"
+    lines += ["", f"{place}. Made by `make bench-cpu-kinds`."]
+    return "\n".join(lines)
+
+
+def parts_table(device: str) -> str:
+    """Where the time of a denoising step goes, each part as a share of the bf16 step."""
+    content, steps = _bench(device, "denoising_step")
+    if not steps:
+        return f"Not measured yet: `make bench-{device}`."
+    parts = list(steps[0]["breakdown"])
+    head = ["configuration", *(name.replace("_", " ") for name in parts), "sum"]
+    lines = table_head("model", head)
+    before = None
+    for step in steps:
+        if before != step["model"]:
+            lines.append(table_row(_model_of(step), _shares("bf16", step["bf16_breakdown"], step, parts)))
+            before = step["model"]
+        lines.append(table_row("", _shares(_contender(step), step["breakdown"], step, parts)))
+    lines += ["", "Percent of the bf16 step, timed in the same rounds. " + _measured_on(content, device)]
+    return "\n".join(lines)
+
+
+def _contender(step: dict) -> str:
+    """What ran, and how if that is not the default."""
+    name = f"`{step['recipe']}`" if step["recipe"] else step["scheme"]
+    return f"{name}, `--backend fastest`" if step["backend"] == "fastest" else name
+
+
+def _shares(name: str, breakdown: dict, step: dict, parts: list[str]) -> list[str]:
+    whole = step["bf16_milliseconds"]
+    values = [100 * breakdown[part] / whole for part in parts]
+    return [name, *(f"{value:.0f}" for value in (*values, sum(values)))]
+
+
+def _model_of(step: dict) -> str:
+    name = step["model"].removeprefix("synthetic:")
+    return name if step["tokens"] is None else f"{name}, {step['tokens']} tokens"
+
+
+def _short(layers: list[str]) -> str:
+    """Layers by model: "cogvideox-5b to_q and 3 more"."""
+    first = layers[0].split(" ", 1)
+    return f"{first[0]} `{first[1]}`" + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
