@@ -111,6 +111,20 @@ def test_processes_end_when_their_parent_is_killed():
     assert ends(pid)
 
 
+def test_work_that_a_process_cannot_load_is_named():
+    code = (
+        "from s2q.engines.processes import ProcessEngine\n"
+        "class Mine:\n"
+        "    def __call__(self, task, device, tell): ...\n"
+        "if __name__ == '__main__':\n"
+        "    list(ProcessEngine(['cpu', 'cpu']).map(Mine(), 'ab'))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    message = ran.stderr.splitlines()[-1]
+    assert "a process cannot load its work (Can't get attribute 'Mine' on <module '__main__'" in message
+    assert message.endswith("define it in a module that can be imported, not in a notebook, or use one process")
+
+
 def test_gpus_take_turns(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices_of("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]

@@ -7,6 +7,7 @@ Example: dict(ProcessEngine(["cpu", "cpu"]).map(work, tasks)) has work(task, dev
 """
 
 import contextlib
+import functools
 import logging
 import logging.handlers
 import multiprocessing
@@ -24,11 +25,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import torch
 
-from s2q.common.errors import S2QError
+from s2q.common.errors import S2QError, first_line
 
 Tell = Callable[[Any], None]
 """Called in a process with a message for the caller; any picklable value."""
@@ -89,7 +91,7 @@ class ProcessEngine:
                 len(self.devices),
                 mp_context=context,
                 initializer=_start,
-                initargs=(work, free_devices, messages, output.name, _LOGGER.getEffectiveLevel()),
+                initargs=(_SealedWork(work), free_devices, messages, output.name, _LOGGER.getEffectiveLevel()),
             )
             try:
                 while True:
@@ -154,11 +156,32 @@ def _kill(children: Sequence[BaseProcess]) -> None:
         child.join()
 
 
+class _SealedWork:
+    """Work on the way to a process, which opens it with its first task: there an error reaches the caller."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _SealedWork, (bytes(ForkingPickler.dumps(self.content)),)
+
+    @functools.cached_property
+    def opened(self) -> Callable[[Any, str, Tell], Any]:
+        try:
+            work: Callable[[Any, str, Tell], Any] = ForkingPickler.loads(self.content)
+        except (AttributeError, ImportError) as error:
+            raise S2QError(
+                f"a process cannot load its work ({first_line(error)}); define it in a module that can be imported, "
+                "not in a notebook, or use one process"
+            ) from error
+        return work
+
+
 @dataclass(frozen=True)
 class _Worker:
-    """A spawned process: its task, its device and its message channel."""
+    """A spawned process: its work, its device and its message channel."""
 
-    work: Callable[[Any, str, Tell], Any]
+    work: _SealedWork
     device: str
     tell: Tell
 
@@ -175,9 +198,7 @@ class _LogSender(logging.handlers.QueueHandler):
         self.tell(record)
 
 
-def _start(
-    work: Callable[[Any, str, Tell], Any], free_devices: Any, messages: Any, output: str, log_level: int
-) -> None:
+def _start(work: _SealedWork, free_devices: Any, messages: Any, output: str, log_level: int) -> None:
     """Prepare a spawned process: device, threads, output, logs, and its end with that of the parent."""
     global _worker  # noqa: PLW0603
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
@@ -210,7 +231,7 @@ def _end_with(parent: BaseProcess) -> None:
 
 def _call(task: Any) -> Any:
     assert _worker is not None
-    return _worker.work(task, _worker.device, _worker.tell)
+    return _worker.work.opened(task, _worker.device, _worker.tell)
 
 
 def _obituary(code: int, output: str) -> str:
