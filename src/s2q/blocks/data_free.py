@@ -23,7 +23,8 @@ def fold_block(task: BlockTask) -> dict[str, PackedLinear]:
     layers: dict[str, PackedLinear] = {}
     for group in input_groups(task.linears, task.family):
         for linear, student in zip(group, make_students(work, group), strict=True):
-            layers[linear.inner_name] = pack_student(student.to(task.device), work, linear).to("cpu")
+            layer, _ = pack_student(student.to(task.device), work, linear)
+            layers[linear.inner_name] = layer.to("cpu")
     modulation = [linear for linear in task.linears if linear.role == "modulation"]
     return layers | round_linears(task.block, modulation, device=task.device)
 

@@ -174,7 +174,7 @@ def checkpoint_parts(student: nn.Module) -> Iterator[None]:
     from diffusers.models.attention import FeedForward
 
     linears = StudentLinear | RefinedLinear
-    parts = [one for one in student.children() if any(isinstance(inner, linears) for inner in one.modules())]
+    parts = [child for child in student.children() if any(isinstance(inner, linears) for inner in child.modules())]
     layers = [inner for inner in student.modules() if isinstance(inner, linears | StudentInput)]
     try:
         for layer in layers:
@@ -217,13 +217,13 @@ def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
 
 
 def _loss(block: nn.Module, sample: BlockSample, temporal: float) -> Tensor:
-    found = _streams(block, sample)
-    loss = weighted_token_loss(found, sample.outputs, weights=sample.weights)
+    outputs = _streams(block, sample)
+    loss = weighted_token_loss(outputs, sample.outputs, weights=sample.weights)
     if temporal == 0:
         return loss
     assert sample.grid is not None
     video, channels = sample.video, sample.outputs[sample.video].shape[-1]
-    return loss + temporal * channels * temporal_loss(found[video], sample.outputs[video], frames=sample.grid.frames)
+    return loss + temporal * channels * temporal_loss(outputs[video], sample.outputs[video], frames=sample.grid.frames)
 
 
 def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:
@@ -234,14 +234,13 @@ def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:
 
 def _learnable(student: nn.Module, options: Distillation | Refinement) -> list[dict[str, Any]]:
     """The parameters that learn, by learning rate, as an optimizer takes them."""
-    found = {id(one): (name.rpartition(".")[2], one) for name, one in student.named_parameters() if one.requires_grad}
-    special: dict[str, dict[str, Any]] = {"theta": {"lr": options.clip_lr}}
+    groups: dict[str, dict[str, Any]] = {"": {"lr": options.lr}, "theta": {"lr": options.clip_lr}}
     if isinstance(options, Distillation):
-        special["logits"] = {"lr": options.rounding_lr, "eps": _ROUNDING_EPS}
-    others = [one for name, one in found.values() if name not in special]
-    groups = [{"params": others, "lr": options.lr}]
-    groups += [{"params": [one for name, one in found.values() if name == key]} | special[key] for key in special]
-    return [group for group in groups if group["params"]]
+        groups["logits"] = {"lr": options.rounding_lr, "eps": _ROUNDING_EPS}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            groups.get(name.rpartition(".")[2], groups[""]).setdefault("params", []).append(parameter)
+    return [group for group in groups.values() if "params" in group]
 
 
 def _snapshot(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import token_grid
 from s2q.nn import PackedLinear, StudentInput, StudentLinear
 from s2q.planning.resolve import LinearPlan
-from s2q.rounding import HessianAccumulator, LearnedRounding, Rounding, round_rtn
+from s2q.rounding import HessianAccumulator, Rounding, round_rtn
 
 Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
 """Packed linears and the reports of their rounding, both by name inside the block."""
@@ -34,46 +34,37 @@ def pack_nearest(weight: Tensor, bias: Tensor | None, scheme: LinearScheme) -> P
 @torch.no_grad()
 def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, groups: Sequence[Group]) -> Packed:
     """Round and pack the students of a block as its recipe says."""
-    rounding = work.task.recipe.rounding
     hessians: dict[str, HessianAccumulator] = {}
-    if rounding.needs_hessian:
+    if work.task.recipe.rounding.needs_hessian:
         firsts = [group[0].inner_name for group in groups]
         sources = {name: _quantized_by(student.get_submodule(name).source) for name in firsts}
         hessians = _hessians(work, _calls(samples), sources)
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
     for group in groups:
+        hessian = hessians.get(group[0].inner_name)
         for linear in group:
-            name = linear.inner_name
-            layer, rounded = student.get_submodule(name), None
-            if rounding.needs_hessian:
-                hessian = hessians[group[0].inner_name]
-                rounded, reports[name] = _by_hessian(
-                    rounding, linear, layer.folded_weight(), hessian, clip_ratio=layer.clip_ratio()
-                )
-            elif layer.rounding is not None:
-                nearest = round_rtn(layer.folded_weight(), linear.scheme.weight)
-                rounded, reports[name] = _learned(layer.rounding, nearest=nearest)
-            else:
-                rounded, report = rounding.round(
-                    layer.folded_weight(), linear.scheme.weight, clip_ratio=layer.clip_ratio()
-                )
-                reports |= {name: report} if report else {}
-            packed[name] = pack_student(layer, work, linear, rounded=rounded)
+            layer = student.get_submodule(linear.inner_name)
+            packed[linear.inner_name], report = pack_student(layer, work, linear, hessian=hessian)
+            reports |= {linear.inner_name: report} if report else {}
     return packed, reports
 
 
 @torch.no_grad()
 def pack_student(
-    layer: StudentLinear, work: BlockWork, linear: LinearPlan, *, rounded: RoundedWeight | None = None
-) -> PackedLinear:
-    """Pack a student; without its rounded folded weight, round it by the recipe's method, which needs no samples."""
-    scheme = linear.scheme
-    if rounded is None:
+    layer: StudentLinear, work: BlockWork, linear: LinearPlan, *, hessian: HessianAccumulator | None = None
+) -> tuple[PackedLinear, dict[str, Any]]:
+    """Round and pack a student: as was learned, or by the recipe's method, which may need a Hessian; with a report."""
+    scheme, weight = linear.scheme, layer.folded_weight()
+    if layer.rounding is None:
         rounding = work.task.recipe.rounding
-        rounded, _ = rounding.round(layer.folded_weight(), scheme.weight, clip_ratio=layer.clip_ratio())
+        rounded, report = _round(rounding, linear, weight, clip_ratio=layer.clip_ratio(), hessian=hessian)
+    else:
+        rounded = layer.rounding.rounded()
+        changed = float((rounded.codes != round_rtn(weight, scheme.weight).codes).double().mean())
+        report = {"changed": changed, "undecided": layer.rounding.undecided()}  # shares of all codes
     bias = None if layer.bias is None else layer.bias.to(work.task.block.get_submodule(linear.inner_name).bias.dtype)
-    return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=layer.stored(), path=linear.path)
+    return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=layer.stored(), path=linear.path), report
 
 
 @torch.no_grad()
@@ -88,48 +79,42 @@ def pack_modulation(work: BlockWork, linears: Sequence[LinearPlan], samples: Blo
     for linear in linears:
         name, rounding = linear.inner_name, work.task.recipe.modulation_rounding
         weight = work.teacher.get_submodule(name).weight
-        rounded, reports[name] = _by_hessian(rounding, linear, weight, hessians[name])
+        rounded, reports[name] = _round(rounding, linear, weight, hessian=hessians[name])
         bias = work.task.block.get_submodule(name).bias
         packed[name] = PackedLinear.from_rounded(rounded, bias=bias, scheme=linear.scheme)
     return packed, reports
 
 
-def _by_hessian(
+def _round(
     rounding: Rounding,
     linear: LinearPlan,
     weight: Tensor,
-    hessian: HessianAccumulator,
     *,
     clip_ratio: Tensor | None = None,
+    hessian: HessianAccumulator | None = None,
 ) -> tuple[RoundedWeight, dict[str, Any]]:
     try:
-        return rounding.round(weight, linear.scheme.weight, clip_ratio=clip_ratio, hessian=hessian.hessian())
+        summed = None if hessian is None else hessian.hessian()
+        return rounding.round(weight, linear.scheme.weight, clip_ratio=clip_ratio, hessian=summed)
     except S2QError as error:
         raise type(error)(f"{linear.name}: {error}") from error
-
-
-def _learned(rounding: LearnedRounding, *, nearest: RoundedWeight) -> tuple[RoundedWeight, dict[str, Any]]:
-    """The rounded weight, and the shares of codes that are not the nearest, and of undecided ones."""
-    rounded = rounding.rounded()
-    changed = float((rounded.codes != nearest.codes).double().mean())
-    return rounded, {"changed": changed, "undecided": rounding.undecided()}
 
 
 def _hessians(
     work: BlockWork, calls: Iterable[Mapping[str, Any]], sources: Mapping[str, Callable[[Tensor], Tensor]]
 ) -> dict[str, HessianAccumulator]:
     """Hessians of the inputs of linears, by name, as their sources pass them on."""
-    found: dict[str, HessianAccumulator] = {}
+    hessians: dict[str, HessianAccumulator] = {}
 
     def listen(name: str, source: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
         layer = work.teacher.get_submodule(name)
-        found[name] = HessianAccumulator(layer.in_features, device=layer.weight.device)
-        return lambda x: found[name].add(source(x))
+        hessians[name] = HessianAccumulator(layer.in_features, device=layer.weight.device)
+        return lambda x: hessians[name].add(source(x))
 
-    with memoization(), capture_inputs(work.teacher, {name: listen(name, one) for name, one in sources.items()}):
+    with memoization(), capture_inputs(work.teacher, {name: listen(name, source) for name, source in sources.items()}):
         for inputs in calls:
             work.teacher(**inputs)
-    return found
+    return hessians
 
 
 def _calls(samples: BlockSamples) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,6 @@
 Legend: `I/O` in/out features.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from s2q.blocks.data_free import fold_block
 from s2q.blocks.reconstruct import reconstruct_block
 from s2q.blocks.task import BlockTask
-from s2q.common.files import canonical_json
+from s2q.common.fingerprint import fingerprint
 from s2q.common.run_folder import Artefact
 from s2q.common.versions import package_versions
 from s2q.nn import PackedLinear
@@ -75,11 +74,7 @@ def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
         "versions": package_versions(),
         **inputs,
     }
-    digest = hashlib.sha256(canonical_json(described).encode())
-    for name, tensor in task.block.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return fingerprint(described, [task.block])
 
 
 def to_artefact(result: BlockResult, **stats: Any) -> Artefact:

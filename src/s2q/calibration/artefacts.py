@@ -58,10 +58,10 @@ class Argument:
         """Join the values of all steps; raises InvalidInputError if they differ and have no row for a sample."""
         first = values[0]
         if isinstance(first, tuple) and isinstance(first[0], Tensor):
-            return cls(content=tuple(one.clone() for one in first))
+            return cls(content=tuple(part.clone() for part in first))
         if not isinstance(first, Tensor):
             return cls(content=first)
-        fixed = all(one is first or torch.equal(one, first) for one in values)
+        fixed = all(value is first or torch.equal(value, first) for value in values)
         per_branch = first.ndim > 0 and first.shape[0] == branches
         if not fixed and not per_branch:
             raise InvalidInputError(f"calibration: argument {name} changes between steps and has no row per sample")

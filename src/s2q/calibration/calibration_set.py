@@ -4,7 +4,6 @@ Each transformer has candidates of its own, the steps in which it is called, and
 the recipe says; scores are compared within them. `calibration.stream` carries them through its blocks.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from s2q.calibration.artefacts import CalibrationCall
 from s2q.calibration.candidates import CalibrationInputs
 from s2q.common.components import full_name
 from s2q.common.files import canonical_json
+from s2q.common.fingerprint import fingerprint
 from s2q.common.records import SELECTION_VERSION
 from s2q.common.seeds import derive_seed
 from s2q.selection.options import Calibration
@@ -50,34 +50,33 @@ class CalibrationSets:
     def fingerprint(self, component: str) -> str:
         """Hash what the blocks of a transformer are calibrated on: candidates of all prompts, and which were taken."""
         prompts = [self.inputs.prompt_fingerprint(prompt) for prompt in range(len(self.inputs.prompts))]
-        content = {"prompts": prompts, "calls": [asdict(call) for call in self.samples[component].calls]}
-        return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+        return fingerprint({"prompts": prompts, "calls": [asdict(call) for call in self.samples[component].calls]})
 
     @property
     def count(self) -> int:
         """Number of samples, over all transformers."""
-        return sum(len(one.calls) for one in self.samples.values())
+        return sum(len(samples.calls) for samples in self.samples.values())
 
     @property
     def files(self) -> dict[str, bytes]:
         """The files of s2q/ that show the selection, by name."""
-        found = {}
-        for component, one in self.samples.items():
-            found[full_name(component, "selection.json")] = canonical_json(dict(one.record)).encode()
-            found[full_name(component, "selection.png")] = selection_plot(one.record)
-        return found
+        files = {}
+        for component, samples in self.samples.items():
+            files[full_name(component, "selection.json")] = canonical_json(dict(samples.record)).encode()
+            files[full_name(component, "selection.png")] = selection_plot(samples.record)
+        return files
 
     def summary(self) -> dict[str, Any]:
         """Return what the report says: of all transformers together, calls of a second one by full name."""
-        records = [one.record for one in self.samples.values()]
+        records = [samples.record for samples in self.samples.values()]
         calls = {
-            component: [f"{call.prompt}/{call.step}/{call.branch}" for call in one.calls]
-            for component, one in self.samples.items()
+            component: [f"{call.prompt}/{call.step}/{call.branch}" for call in samples.calls]
+            for component, samples in self.samples.items()
         }
         return {key: records[0][key] for key in ("selection", "branches", "settings")} | {
             "samples": sum(record["samples"] for record in records),
             "candidates": sum(len(record["candidates"]) for record in records),
-            "calls": [full_name(component, call) for component, own in calls.items() for call in own],
+            "calls": [full_name(component, call) for component, names in calls.items() for call in names],
         }
 
 
@@ -93,13 +92,13 @@ def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: Calibrati
     chosen = SELECTIONS[group.selection](pool, group.samples, derive_seed(inputs.seed, "selection"))
     calls = []
     for position, index in enumerate(chosen):
-        one = pool.candidates[index]
+        candidate = pool.candidates[index]
         rows = {
             "alternate": [(branches - 1 - position) % branches],
             "conditional": [branches - 1],
             "both": list(range(branches)),
         }[group.branches]
-        calls += [CalibrationCall(prompt=one.prompt, step=one.step, branch=row) for row in rows]
+        calls += [CalibrationCall(prompt=candidate.prompt, step=candidate.step, branch=row) for row in rows]
     taken = set(chosen)
     scores = zip(pool.diffusion_salience, pool.quantization_salience, pool.salience, strict=True)
     record = {
@@ -112,21 +111,21 @@ def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: Calibrati
         "samples": len(chosen),
         "candidates": [
             {
-                "prompt": one.prompt,
-                "step": one.step,
-                "timestep": one.timestep,
-                "diffusion": one.diffusion,
-                "quantization": one.quantization,
+                "prompt": candidate.prompt,
+                "step": candidate.step,
+                "timestep": candidate.timestep,
+                "diffusion": candidate.diffusion,
+                "quantization": candidate.quantization,
                 "diffusion_salience": diffusion,
                 "quantization_salience": quantization,
                 "salience": salience,
                 "selected": index in taken,
             }
-            for index, (one, (diffusion, quantization, salience)) in enumerate(
+            for index, (candidate, (diffusion, quantization, salience)) in enumerate(
                 zip(pool.candidates, scores, strict=True)
             )
         ],
     }
-    steps = enumerate(sorted({one.step for one in pool.candidates}))
+    steps = enumerate(sorted({candidate.step for candidate in pool.candidates}))
     timesteps = [CalibrationCall(prompt=index % len(inputs.prompts), step=step, branch=-1) for index, step in steps]
     return CalibrationSet(calls=tuple(calls), timesteps=tuple(timesteps), record=record)

@@ -63,8 +63,8 @@ def observe(
             left_out = sum(lengths) - sums.shape[1]  # text at the end that a prompt does not fill gets no attention
             assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == "encoder_hidden_states"), left_out
             weights = token_weights(F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
-            own = dict(zip(family.joint_order, split_weights(weights, lengths), strict=True))
+            by_stream = dict(zip(family.joint_order, split_weights(weights, lengths), strict=True))
             for name, output in zip(family.streams, outputs, strict=True):
-                stored[f"weights.{name}"] = own.get(name, torch.ones_like(output[..., 0]))
+                stored[f"weights.{name}"] = by_stream.get(name, torch.ones_like(output[..., 0]))
         samples.targets.put(index, stored)
     return statistics

@@ -19,18 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from s2q.calibration.artefacts import CalibrationCall, call_inputs
-from s2q.calibration.calibration_set import CalibrationSets
-from s2q.calibration.teacher import Teacher, TeacherTransformer
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import InvalidInputError
 from s2q.common.hooks import capture_calls
 from s2q.common.memory import on_device, release_page_locked, to_device
-from s2q.common.run_folder import ArtefactFolder
 from s2q.common.tensor_store import HostMemory, TensorStore
 from s2q.core.tokens import TokenGrid, TokenLayout
-from s2q.planning import Machine, activation_memory
-from s2q.recipes.schema import Recipe
 
 
 class TeacherStream:
@@ -176,42 +170,6 @@ class TeacherStream:
         self.page_out(block)
 
 
-def calibration_stream(
-    teacher: Teacher,
-    transformer: TeacherTransformer,
-    selected: CalibrationSets,
-    folder: ArtefactFolder,
-    *,
-    recipe: Recipe,
-    machine: Machine,
-    step_bytes: int,
-    spilled: str = "",
-) -> TeacherStream:
-    """Make the stream that carries the samples of a transformer through its blocks."""
-
-    def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
-        return lambda: call_inputs(folder.load(selected.inputs.key(call.prompt)), call)
-
-    samples = selected.samples[transformer.component]
-    timesteps = samples.timesteps if recipe.modulation_rounding.needs_hessian and transformer.family.modulation else ()
-    return TeacherStream(
-        transformer.module,
-        transformer.block_names,
-        calls=[builder(call) for call in samples.calls],
-        names=[call.name for call in samples.calls],
-        steps=[call.step for call in samples.calls],
-        timesteps=[builder(call) for call in timesteps],
-        streams=transformer.family.streams,
-        folder=folder.path,
-        device=machine.device,
-        memory=HostMemory(activation_memory(machine, step_bytes)),
-        page_out=teacher.page_out,
-        component=transformer.component,
-        tokens=transformer.tokens,
-        prefix=spilled,
-    )
-
-
 class _Distinct:
     """Arguments of many calls with every tensor held once, however many calls have it: rotary tables, texts."""
 
@@ -222,17 +180,17 @@ class _Distinct:
 
     def __call__(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         place = itertools.count()
-        found: dict[str, Any] = tree_map(lambda value: self._one(next(place), value), dict(arguments))
-        return found
+        result: dict[str, Any] = tree_map(lambda value: self._held_once(next(place), value), dict(arguments))
+        return result
 
-    def _one(self, place: int, value: Any) -> Any:
+    def _held_once(self, place: int, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         held = self._held.setdefault((place, value.shape, value.dtype), [])
-        for one in held:
-            starts = (tensor.reshape(-1)[: self._PROBE] for tensor in (one, value))
-            if torch.equal(*starts) and torch.equal(one, value):
-                return one
+        for tensor in held:
+            starts = (values.reshape(-1)[: self._PROBE] for values in (tensor, value))
+            if torch.equal(*starts) and torch.equal(tensor, value):
+                return tensor
         held.append(value)
         return value
 
@@ -255,7 +213,9 @@ def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, A
 def _parameters(block_class: type[nn.Module]) -> tuple[str, ...]:
     """Names of the arguments of a class of blocks, in order."""
     _self, *parameters = inspect.signature(block_class.forward).parameters.values()
-    return tuple(one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(
+        parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    )
 
 
 def named_arguments(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

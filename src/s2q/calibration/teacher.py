@@ -102,7 +102,10 @@ class Teacher:
 
     def with_linears(self, linears: Sequence[LinearPlan]) -> Teacher:
         """Return the teacher with other plans for its linears."""
-        transformers = tuple(replace(one, linears=_of_component(linears, one.component)) for one in self.transformers)
+        transformers = tuple(
+            replace(transformer, linears=_of_component(linears, transformer.component))
+            for transformer in self.transformers
+        )
         return replace(self, transformers=transformers)
 
     @property
@@ -123,7 +126,7 @@ class Teacher:
     @property
     def block_count(self) -> int:
         """Number of blocks, over all quantized transformers."""
-        return sum(len(one.block_names) for one in self.transformers)
+        return sum(len(transformer.block_names) for transformer in self.transformers)
 
     def page_out(self, module: nn.Module) -> None:
         """Let the weights of a part leave host memory until they are read again."""
@@ -135,8 +138,10 @@ class Teacher:
         if self.source is None or self.dtype == self.stored:
             return self
         pipe = self.source.load_pipeline(dtype=self.stored)
-        found = transformers_of(pipe)
-        transformers = tuple(replace(one, module=found[one.component]) for one in self.transformers)
+        loaded = transformers_of(pipe)
+        transformers = tuple(
+            replace(transformer, module=loaded[transformer.component]) for transformer in self.transformers
+        )
         return replace(self, pipe=pipe, transformers=transformers, dtype=self.stored)
 
 
@@ -163,12 +168,12 @@ def load_teacher(
     else:
         pipe, source, stored = model, None, None
         name, folder = _origin(pipe)
-    found = transformers_of(pipe)
-    if TRANSFORMERS[0] not in found:
+    modules = transformers_of(pipe)
+    if TRANSFORMERS[0] not in modules:
         raise InvalidInputError(f"{type(pipe).__name__} has no transformer; expected a text-to-video pipeline with one")
-    first = found[TRANSFORMERS[0]].dtype
+    first = modules[TRANSFORMERS[0]].dtype
     mapped = isinstance(model, ModelSource) and model.weights_dtype() == first  # what is converted is no longer a file
-    for component, transformer in found.items():
+    for component, transformer in modules.items():
         _check_state(name, component, transformer, wanted=parse_dtype(dtype))
         if transformer.dtype != first:
             raise InvalidInputError(
@@ -179,7 +184,7 @@ def load_teacher(
     workload = _workload(pipe, folder, recipe)
     frames = None if workload is None else workload.frames
     if linears is None:
-        linears = resolve(recipe, recipe_linears(recipe, found), frames=frames)
+        linears = resolve(recipe, recipe_linears(recipe, modules), frames=frames)
     transformers = (
         TeacherTransformer(
             component=component,
@@ -187,13 +192,13 @@ def load_teacher(
             linears=_of_component(linears, component),
             tokens=token_layout(transformer, family_of(transformer)) if recipe.needs_grid else None,
         )
-        for component, transformer in found.items()
+        for component, transformer in modules.items()
     )
     return Teacher(
         pipe=pipe,
         name=name,
         folder=folder,
-        transformers=tuple(one for one in transformers if one.linears),
+        transformers=tuple(transformer for transformer in transformers if transformer.linears),
         dtype=first,
         stored=stored or first,
         workload=workload,

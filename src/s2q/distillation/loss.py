@@ -70,9 +70,9 @@ def weighted_token_loss(
         )
     total = torch.zeros((), dtype=torch.float32, device=student[0].device)
     tokens = 0
-    for index, (found, wanted) in enumerate(zip(student, teacher, strict=True)):
-        _check_stream(index, found, wanted, None if weights is None else weights[index])
-        squared = (found.float() - wanted.detach().float()).square().sum(dim=-1)
+    for index, (output, target) in enumerate(zip(student, teacher, strict=True)):
+        _check_stream(index, output, target, None if weights is None else weights[index])
+        squared = (output.float() - target.detach().float()).square().sum(dim=-1)
         if weights is not None:
             squared = squared * weights[index].to(squared)
         total = total + squared.sum()

@@ -36,8 +36,8 @@ def temporal_loss(student: Tensor, teacher: Tensor, *, frames: int) -> Tensor:
             f"temporal loss: got {list(student.shape)} and {list(teacher.shape)} of {frames} frames; expected "
             "[B, N, d] twice, N a multiple of the frames"
         )
-    found, wanted = _log_relations(student, frames), _log_relations(teacher.detach(), frames)
-    return F.kl_div(found, wanted, reduction="none", log_target=True).mean().float()
+    student_R, teacher_R = _log_relations(student, frames), _log_relations(teacher.detach(), frames)
+    return F.kl_div(student_R, teacher_R, reduction="none", log_target=True).mean().float()
 
 
 def _log_relations(video: Tensor, frames: int) -> Tensor:

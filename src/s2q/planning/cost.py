@@ -44,7 +44,7 @@ class _StepBytes:
     channel: float = 0.0
 
     def __add__(self, other: "_StepBytes") -> "_StepBytes":
-        return _StepBytes(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+        return _StepBytes(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 _STEP_BYTES = {  # by the bytes of a value in the dtype of calibration
@@ -302,13 +302,13 @@ def calibration_cost(
     """
     group = recipe.calibration
     wide = group.precision == "float32"
-    own = _FP32 if wide else itemsize
+    computed = _FP32 if wide else itemsize
     samples = group.samples * (workload.branches if group.branches == "both" else 1)
     on_host = machine.is_host
-    whole = max(shape.peak_bytes(recipe, checkpointed=False, itemsize=own, on_host=on_host) for shape in shapes)
+    whole = max(shape.peak_bytes(recipe, checkpointed=False, itemsize=computed, on_host=on_host) for shape in shapes)
     limit = machine.step_limit
     checkpointed = recipe.learns and limit is not None and whole > limit
-    step = max(shape.step_bytes(recipe, checkpointed=checkpointed, itemsize=own) for shape in shapes)
+    step = max(shape.step_bytes(recipe, checkpointed=checkpointed, itemsize=computed) for shape in shapes)
     activations = samples * max(shape.sample_bytes(itemsize, wide=wide, pinned=not on_host) for shape in shapes)
     return CalibrationCost(
         tokens=workload.tokens,

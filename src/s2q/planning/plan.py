@@ -224,7 +224,8 @@ def plan_transformers(
     loaded = sizes if compute_dtype == dtype else loaded_sizes(transformers, compute_dtype)
     now = sum(loaded.values())
     quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
-    full = sum(tensor.numel() for one in transformers.values() for tensor in one.state_dict().values()) * BF16_BYTES
+    states = [transformer.state_dict() for transformer in transformers.values()]
+    full = sum(tensor.numel() for state in states for tensor in state.values()) * BF16_BYTES
     allocation = None
     if recipe.allocation is not None:
         allocated = [linear for linear in linears if linear.role == "linear"]

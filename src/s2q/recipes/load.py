@@ -173,7 +173,7 @@ def _without_retired(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
         used = {option.name for option in fields(ROUNDINGS[method])}  # type: ignore[arg-type]
         if "max_retries" in rounding and "allow_fallback" not in used:  # every old recipe says either
             rounding.pop("allow_fallback", None)
-        for option in [option for one in ROUNDINGS.values() for option in fields(one)]:  # type: ignore[arg-type]
+        for option in [option for options in ROUNDINGS.values() for option in fields(options)]:  # type: ignore[arg-type]
             if option.name not in used and rounding.get(option.name) == option.default:
                 rounding.pop(option.name, None)
     for (group, key), constant in _RETIRED.items():

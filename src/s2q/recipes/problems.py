@@ -20,7 +20,7 @@ def explain(error: ValidationError) -> str:
     """Return the first problem of a recipe; unknown keys come before missing ones."""
     schema = dict(_schema())
     problems = error.errors(include_url=False)
-    problem = min(problems, key=lambda one: one["type"] not in _UNKNOWN)
+    problem = min(problems, key=lambda candidate: candidate["type"] not in _UNKNOWN)
     key = _key(problem["loc"], schema)
     kind, given, got = problem["type"], problem["input"], short_repr(problem["input"])
     if kind in _UNKNOWN:
@@ -40,7 +40,7 @@ def explain(error: ValidationError) -> str:
     if kind in ("dataclass_type", "model_type"):
         inside = ", ".join(name.rpartition(".")[2] for name in _beside(f"{key}.", schema))
         return f"{key}={got}: expected a group of keys ({inside}), or null where the recipe can do without"
-    messages = [one["msg"][0].lower() + one["msg"][1:] for one in problems if _key(one["loc"], schema) == key]
+    messages = [same["msg"][0].lower() + same["msg"][1:] for same in problems if _key(same["loc"], schema) == key]
     remedy = "; write true or false" if kind == "bool_type" else ""
     if kind == "int_type" and isinstance(given, float) and given.is_integer():
         remedy = f"; write {int(given)}"
@@ -50,7 +50,7 @@ def explain(error: ValidationError) -> str:
 def nearest_keys(key: str) -> str:
     """Return the keys nearest to one that does not exist: those beside it, else those of that name anywhere."""
     group, _, name = key.rpartition(".")
-    methods = [method for method, one in ROUNDINGS.items() if name in {option.name for option in _fields(one)}]
+    methods = [method for method, options in ROUNDINGS.items() if name in {option.name for option in _fields(options)}]
     if group == "rounding" and methods:
         return f"it is an option of rounding.method={' and '.join(methods)}; set that method, or remove the key"
     schema = dict(_schema())

@@ -14,7 +14,7 @@ import copy
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,11 +28,11 @@ from s2q.blocks.task import Group, block_task, input_groups
 from s2q.calibration.calibration_set import CalibrationSet, CalibrationSets
 from s2q.calibration.samples import BlockSamples
 from s2q.calibration.stream import TeacherStream
-from s2q.calibration.teacher import Teacher, TeacherTransformer
+from s2q.calibration.teacher import TeacherTransformer
 from s2q.common.files import canonical_json
 from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.records import ALLOCATION_VERSION
-from s2q.common.run_folder import Artefact, RunFolder
+from s2q.common.run_folder import Artefact, ArtefactFolder
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
 from s2q.distillation.loss import weighted_token_loss
@@ -40,6 +40,7 @@ from s2q.nn import replace_module
 from s2q.planning.resolve import LinearPlan, allocation_bytes, allocation_schemes
 from s2q.recipes.schema import Recipe
 from s2q.run.budget import choose
+from s2q.run.runner import BlockRunner
 
 logger = logging.getLogger(__name__)
 
@@ -57,25 +58,18 @@ class Allocation:
         return {"allocation.json": canonical_json(dict(self.record)).encode()}
 
 
-def allocate(
-    teacher: Teacher,
-    recipe: Recipe,
-    selected: CalibrationSets,
-    folder: RunFolder,
-    *,
-    streams: Callable[[TeacherTransformer, CalibrationSets], TeacherStream],
-    progress: Progress = silent,
-) -> Allocation:
+def allocate(runner: BlockRunner, selected: CalibrationSets, *, progress: Progress = silent) -> Allocation:
     """Measure the candidates on every block that the folder has no measurement of, and choose."""
+    teacher, recipe, folder = runner.teacher, runner.job.recipe, runner.folder
     assert recipe.allocation is not None
-    few = _some_of(selected, recipe.allocation.samples)
+    samples = _some_of(selected, recipe.allocation.samples)
     errors: dict[Group, list[float]] = {}
     block_done = StageCounter(progress, "allocate", teacher.block_count)
-    for one in teacher.transformers:
-        stream = streams(one, few)
-        for index in range(len(one.block_names)):
-            errors |= block_errors(one, recipe, index, stream=stream, folder=folder, selected=few)
-            teacher.page_out(one.module.get_submodule(one.block_names[index]))
+    for transformer in teacher.transformers:
+        stream = runner.stream(transformer, samples)
+        for index in range(len(transformer.block_names)):
+            errors |= block_errors(transformer, recipe, index, stream=stream, folder=folder, selected=samples)
+            teacher.page_out(transformer.module.get_submodule(transformer.block_names[index]))
             block_done()
         stream.close()
     return chosen_schemes(recipe, teacher.linears, errors)
@@ -126,33 +120,33 @@ def _some_of(selected: CalibrationSets, count: int) -> CalibrationSets:
     """As many of the samples of each transformer, at random."""
 
     def some(component: str) -> CalibrationSet:
-        one = selected.samples[component]
+        samples = selected.samples[component]
         generator = torch.Generator().manual_seed(derive_seed(selected.inputs.seed, "allocation", component))
-        order = torch.randperm(len(one.calls), generator=generator)[:count].tolist()
-        return replace(one, calls=tuple(one.calls[index] for index in sorted(order)), timesteps=())
+        order = torch.randperm(len(samples.calls), generator=generator)[:count].tolist()
+        return replace(samples, calls=tuple(samples.calls[index] for index in sorted(order)), timesteps=())
 
     return replace(selected, samples={component: some(component) for component in selected.samples})
 
 
 def block_errors(
-    one: TeacherTransformer,
+    transformer: TeacherTransformer,
     recipe: Recipe,
     index: int,
     *,
     stream: TeacherStream,
-    folder: RunFolder,
+    folder: ArtefactFolder,
     selected: CalibrationSets,
 ) -> dict[Group, list[float]]:
     """Return the errors of one block, in the order of `allocation_schemes`, by the linears that get the same.
 
     They are kept in the folder. The stream is moved to the block where they have to be measured.
     """
-    units = _units(recipe, input_groups(one.linears_of(index), one.family))
+    units = _units(recipe, input_groups(transformer.linears_of(index), transformer.family))
     if not units:
         return {}
-    key = f"allocation-{one.artefact_name(index)}"
-    task = block_task(one, index, recipe, seed=selected.inputs.seed, device=stream.device, stream=stream)
-    fingerprint = block_fingerprint(task, stage="allocate", samples=selected.fingerprint(one.component))
+    key = f"allocation-{transformer.artefact_name(index)}"
+    task = block_task(transformer, index, recipe, seed=selected.inputs.seed, device=stream.device, stream=stream)
+    fingerprint = block_fingerprint(task, stage="allocate", samples=selected.fingerprint(transformer.component))
     if not folder.has(key, fingerprint):
         with block_students(task) as opened:
             power, tensors = _power(opened.samples), {}
@@ -199,9 +193,9 @@ def candidate_losses(
 
 def _power(samples: BlockSamples) -> float:
     """The loss of a block that returns zero."""
-    found = []
+    losses = []
     for index in range(len(samples)):
-        one = samples[index]
-        nothing = [torch.zeros_like(output) for output in one.outputs]
-        found.append(float(weighted_token_loss(nothing, one.outputs, weights=one.weights)))
-    return math.fsum(found) / len(found)
+        sample = samples[index]
+        nothing = [torch.zeros_like(output) for output in sample.outputs]
+        losses.append(float(weighted_token_loss(nothing, sample.outputs, weights=sample.weights)))
+    return math.fsum(losses) / len(losses)

@@ -27,7 +27,9 @@ def assemble(teacher: Teacher, folder: RunFolder, *, recipe: str) -> DiffusionPi
     The teacher is in the dtype of the checkpoint and not changed; the folder holds the artefacts of all blocks.
     """
     pipe = copy.copy(teacher.pipe)
-    pipe.register_modules(**{one.component: _student(one, folder, recipe) for one in teacher.transformers})
+    pipe.register_modules(
+        **{transformer.component: _student(transformer, folder, recipe) for transformer in teacher.transformers}
+    )
     return pipe
 
 

@@ -30,21 +30,21 @@ def choose(options: Sequence[Sequence[tuple[int, float]]], limit: int, *, steps:
     Returns:
         Index of the candidate, for each.
     """
-    cheapest = [min(cost for cost, _ in own) for own in options]
+    cheapest = [min(cost for cost, _ in candidates) for candidates in options]
     left = limit - sum(cheapest)
     assert left >= 0, (limit, sum(cheapest))
-    extras = [[cost - least for cost, _ in own] for own, least in zip(options, cheapest, strict=True)]
-    divisor = math.gcd(*(extra for own in extras for extra in own)) or 1
+    extras = [[cost - least for cost, _ in candidates] for candidates, least in zip(options, cheapest, strict=True)]
+    divisor = math.gcd(*(extra for costs in extras for extra in costs)) or 1
     step = max(divisor, -(-left // steps))
     best = torch.zeros(left // step + 1, dtype=torch.float64)  # smallest error by how many steps may be spent
     chosen = []
-    for own, costs in zip(options, extras, strict=True):
+    for candidates, costs in zip(options, extras, strict=True):
         reached, index = torch.full_like(best, math.inf), torch.zeros(len(best), dtype=torch.int16)
-        for candidate in sorted(range(len(own)), key=lambda one: costs[one]):
+        for candidate in sorted(range(len(candidates)), key=costs.__getitem__):
             spent = -(-costs[candidate] // step)
             if spent >= len(best):
                 continue
-            sums = best[: len(best) - spent] + own[candidate][1]
+            sums = best[: len(best) - spent] + candidates[candidate][1]
             better = sums < reached[spent:]
             reached[spent:][better] = sums[better]
             index[spent:][better] = candidate

@@ -1,13 +1,12 @@
 """A run that was killed after its checkpoint was in place and before its run folder was removed."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from s2q.checkpoint import check_intact
 from s2q.checkpoint.save import EVENTS, REPORT
-from s2q.common.files import canonical_json
+from s2q.common.fingerprint import fingerprint
 from s2q.common.outputs import lock_folder
 from s2q.common.run_folder import open_run_folder, read_events
 from s2q.common.versions import package_versions
@@ -27,7 +26,7 @@ def request_hash(source: ModelSource, recipe: Recipe, prompts: Sequence[str] | N
         "options": dict(options),
         "versions": package_versions(),
     }
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return fingerprint(content)
 
 
 def finished_report(out: Path, request: str) -> QuantizationReport | None:

@@ -269,10 +269,7 @@ class _Run:
 
     def _allocation(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: CalibrationSets) -> Allocation:
         runner = self._runner(teacher, recipe, planned, selected)
-        allocated = self._timed(
-            "allocate",
-            lambda: allocate(teacher, recipe, selected, self.folder, streams=runner.stream, progress=self.progress),
-        )
+        allocated = self._timed("allocate", lambda: allocate(runner, selected, progress=self.progress))
         record = allocated.record
         self.folder.log("allocate", **{key: record[key] for key in ("what", "most_bytes", "bytes", "linears")})
         return allocated

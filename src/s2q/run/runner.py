@@ -7,22 +7,26 @@ into the run folder; the run then finds it there, as it finds what an interrupte
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from s2q.blocks.quantize_block import block_fingerprint, quantize_block, to_artefact
 from s2q.blocks.task import BlockTask, block_task
+from s2q.calibration.artefacts import CalibrationCall, call_inputs
 from s2q.calibration.calibration_set import CalibrationSets
-from s2q.calibration.stream import TeacherStream, calibration_stream
+from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.devices import peak_memory_bytes
 from s2q.common.progress import Progress, Tick
 from s2q.common.run_folder import ArtefactFolder
+from s2q.common.tensor_store import HostMemory
 from s2q.engines.processes import ProcessEngine, Tell, devices_of
 from s2q.models import ModelSource
-from s2q.planning import CalibrationCost, Machine
+from s2q.planning import CalibrationCost, Machine, activation_memory
 from s2q.planning.resolve import LinearPlan
 from s2q.recipes.schema import Recipe
 
@@ -57,16 +61,28 @@ class BlockRunner:
 
     def stream(self, transformer: TeacherTransformer, selected: CalibrationSets) -> TeacherStream:
         """Make the stream that carries samples through the blocks of a transformer."""
-        assert self.job.cost is not None
-        return calibration_stream(
-            self.teacher,
-            transformer,
-            selected,
-            self.folder,
-            recipe=self.job.recipe,
-            machine=self.job.machine,
-            step_bytes=self.job.cost.step_bytes,
-            spilled=self.spilled,
+        job, family, samples = self.job, transformer.family, selected.samples[transformer.component]
+        assert job.cost is not None
+
+        def builder(call: CalibrationCall) -> Callable[[], dict[str, Any]]:
+            return lambda: call_inputs(self.folder.load(selected.inputs.key(call.prompt)), call)
+
+        timesteps = samples.timesteps if job.recipe.modulation_rounding.needs_hessian and family.modulation else ()
+        return TeacherStream(
+            transformer.module,
+            transformer.block_names,
+            calls=[builder(call) for call in samples.calls],
+            names=[call.name for call in samples.calls],
+            steps=[call.step for call in samples.calls],
+            timesteps=[builder(call) for call in timesteps],
+            streams=family.streams,
+            folder=self.folder.path,
+            device=job.machine.device,
+            memory=HostMemory(activation_memory(job.machine, job.cost.step_bytes)),
+            page_out=self.teacher.page_out,
+            component=transformer.component,
+            tokens=transformer.tokens,
+            prefix=self.spilled,
         )
 
     def is_finished(self, transformer: TeacherTransformer, index: int) -> bool:
@@ -121,12 +137,16 @@ def quantize_in_processes(
     The processes share the memory for activations, and the GPUs that "cuda" means.
     """
     teacher, job = runner.teacher, runner.job
-    places = [(one, index) for one in teacher.transformers for index in range(len(one.block_names))]
-    left = [(one, index) for one, index in places if not runner.is_finished(one, index)]
-    todo = [(one.component, index) for one, index in left]
+    left = [
+        (transformer, index)
+        for transformer in teacher.transformers
+        for index in range(len(transformer.block_names))
+        if not runner.is_finished(transformer, index)
+    ]
+    todo = [(transformer.component, index) for transformer, index in left]
     if not todo:
         return set()
-    total = job.units * len(places)
+    total = job.units * teacher.block_count
     left_units = dict.fromkeys(todo, job.units)
 
     def unit_done(place: tuple[str, int]) -> None:
@@ -146,7 +166,7 @@ def quantize_in_processes(
     finally:
         for spilled in runner.folder.path.glob(f"{_SPILLED}*"):
             spilled.unlink(missing_ok=True)
-    return {one.artefact_name(index) for one, index in left}
+    return {transformer.artefact_name(index) for transformer, index in left}
 
 
 @dataclass(kw_only=True)
@@ -164,8 +184,8 @@ class _BlockWork:
         if self._runner is None:
             self._runner = self._load(device)
         component, index = place
-        transformer = next(one for one in self._runner.teacher.transformers if one.component == component)
-        self._runner.quantize(transformer, index, unit_done=lambda: tell(place))
+        transformers = {transformer.component: transformer for transformer in self._runner.teacher.transformers}
+        self._runner.quantize(transformers[component], index, unit_done=lambda: tell(place))
 
     def _load(self, device: str) -> BlockRunner:
         job = replace(self.job, machine=replace(self.job.machine, device=device))

@@ -20,16 +20,16 @@ from s2q.blocks.quantize_block import quantize_block
 from s2q.blocks.task import BlockTask, block_task
 from s2q.calibration.calibration_set import CalibrationSets, select
 from s2q.calibration.candidates import branches_of, calibration_prompts, collect, prepare
-from s2q.calibration.stream import TeacherStream, calibration_stream
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.errors import InvalidInputError
 from s2q.common.progress import Progress, StageCounter, silent
-from s2q.common.run_folder import RunFolder, open_run_folder
+from s2q.common.run_folder import open_run_folder
 from s2q.generation.sharing import steps_of_transformers
 from s2q.models import ModelSource
 from s2q.planning import Machine, Plan
 from s2q.recipes.schema import Recipe
 from s2q.run.allocate import block_errors
+from s2q.run.runner import BlockJob, BlockRunner
 from s2q.selection.scores import CandidatePool
 
 _CALLS = (1, 5)
@@ -71,37 +71,30 @@ def measured(
         if recipe.calibrates:
             any_prompts = None if source.kind == "embedded" else [_PROMPT] * recipe.calibration.n_prompts
             texts = prompts or any_prompts
-            seconds = _calibrating(teacher, recipe, planned, folder, texts, machine=machine, progress=progress)
+            job = BlockJob(recipe=recipe, selected=None, cost=planned.calibration, machine=machine, seed=0)
+            seconds = _calibrating(BlockRunner(folder, teacher, job), texts, progress)
         else:
-            seconds = {"blocks": _rounding(teacher, recipe, machine, progress)}
+            seconds = {"blocks": _rounding(teacher, recipe, machine.device, progress)}
     stages = [replace(stage, seconds=seconds.get(stage.name)) for stage in planned.stages]
     return replace(planned, stages=tuple(stages))
 
 
-def _calibrating(
-    teacher: Teacher,
-    recipe: Recipe,
-    planned: Plan,
-    folder: RunFolder,
-    prompts: Sequence[str] | None,
-    *,
-    machine: Machine,
-    progress: Progress,
-) -> dict[str, float]:
+def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: Progress) -> dict[str, float]:
+    teacher, recipe, device = runner.teacher, runner.job.recipe, runner.job.machine.device
     group = recipe.calibration
     wanted = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
-    few = replace(group, n_prompts=1, samples=1)
-    number = prepare(teacher, wanted[:1], few, seed=0, inputs={}).settings.num_inference_steps
+    shortest = replace(group, n_prompts=1, samples=1)
+    number = prepare(teacher, wanted[:1], shortest, seed=0, inputs={}).settings.num_inference_steps
     short, long = (_steps_with(teacher, calls) for calls in _CALLS)
     taken: list[float] = []
     for seed, steps in enumerate((short, short, long)):  # the first one warms up
-        inputs = prepare(teacher, wanted[:1], replace(few, steps=steps), seed=seed, inputs={})
+        inputs = prepare(teacher, wanted[:1], replace(shortest, steps=steps), seed=seed, inputs={})
         started = time.perf_counter()
-        pools = collect(teacher, inputs, folder, device=machine.device, progress=progress)
+        pools = collect(teacher, inputs, runner.folder, device=device, progress=progress)
         taken.append(time.perf_counter() - started)
     step = max(0.0, (taken[2] - taken[1]) / (long - short))
     video = max(0.0, taken[1] - step * short) + step * number
-    branches = branches_of(folder, inputs)
+    branches = branches_of(runner.folder, inputs)
     slices = {
         samples: select(pools, inputs, replace(group, samples=samples), branches=branches)
         for samples in (_SAMPLES, _MORE_SAMPLES)
@@ -110,14 +103,12 @@ def _calibrating(
     started = time.perf_counter()
     select(whole, inputs, group, branches=branches)
     selecting = time.perf_counter() - started
-    allocates = {}
-    if recipe.allocation is not None:
-        allocates["allocate"] = _allocating(teacher, recipe, planned, folder, slices[_SAMPLES], machine=machine)
+    allocates = {} if recipe.allocation is None else {"allocate": _allocating(runner, slices[_SAMPLES])}
     return {
         "collect": len(wanted) * video,
         "select": selecting,
         **allocates,
-        "blocks": _blocks(teacher, recipe, planned, folder, slices, machine=machine, progress=progress),
+        "blocks": _blocks(runner, slices, progress),
     }
 
 
@@ -126,7 +117,7 @@ def _steps_with(teacher: Teacher, calls: int) -> int:
     limit = int(teacher.pipe.scheduler.config.num_train_timesteps)
     for steps in range(calls, limit + 1):
         shared = steps_of_transformers(teacher.pipe, steps)
-        if all(shared[one.component] >= calls for one in teacher.transformers):
+        if all(shared[transformer.component] >= calls for transformer in teacher.transformers):
             return steps
     raise InvalidInputError(
         f"{teacher.name}: a transformer is called fewer than {calls} times in {limit} steps, too rarely to measure it; "
@@ -151,100 +142,73 @@ def _whole_pools(
     }
 
 
-def _allocating(
-    teacher: Teacher, recipe: Recipe, planned: Plan, folder: RunFolder, few: CalibrationSets, *, machine: Machine
-) -> float:
-    cost, group = planned.calibration, recipe.allocation
+def _allocating(runner: BlockRunner, selected: CalibrationSets) -> float:
+    cost, group = runner.job.cost, runner.job.recipe.allocation
     assert cost is not None
     assert group is not None
     total = 0.0
-    for one in teacher.transformers:
-        for first, count in _kinds(one):
-            stream = calibration_stream(
-                teacher, one, few, folder, recipe=recipe, machine=machine, step_bytes=cost.step_bytes
-            )
-            stream.advance(first)
-            started = time.perf_counter()
-            block_errors(one, recipe, first, stream=stream, folder=folder, selected=few)
-            each = (time.perf_counter() - started) / len(few.samples[one.component].calls)
-            stream.close()
-            total += count * each * min(group.samples, cost.samples)
+    for transformer, first, count in _kinds(runner.teacher):
+        stream = runner.stream(transformer, selected)
+        stream.advance(first)
+        started = time.perf_counter()
+        block_errors(transformer, runner.job.recipe, first, stream=stream, folder=runner.folder, selected=selected)
+        each = (time.perf_counter() - started) / len(selected.samples[transformer.component].calls)
+        stream.close()
+        total += count * each * min(group.samples, cost.samples)
     return total
 
 
-def _blocks(
-    teacher: Teacher,
-    recipe: Recipe,
-    planned: Plan,
-    folder: RunFolder,
-    slices: Mapping[int, CalibrationSets],
-    *,
-    machine: Machine,
-    progress: Progress,
-) -> float:
-    cost = planned.calibration
+def _blocks(runner: BlockRunner, slices: Mapping[int, CalibrationSets], progress: Progress) -> float:
+    cost, distillation = runner.job.cost, runner.job.recipe.distillation
     assert cost is not None
-    epochs = 0 if recipe.distillation is None else recipe.distillation.epochs
-    cases = [(_SAMPLES, one) for one in (_EPOCHS if epochs else (0,))] + [(_MORE_SAMPLES, _EPOCHS[0] if epochs else 0)]
-    kinds = [(one, *kind) for one in teacher.transformers for kind in _kinds(one)]
+    start, *longer = (0,) if distillation is None else _EPOCHS
+    cases = [(_SAMPLES, start), *((_SAMPLES, epochs) for epochs in longer), (_MORE_SAMPLES, start)]
+    kinds = _kinds(runner.teacher)
     total = 0.0
     case_done = StageCounter(progress, "blocks", len(kinds) * len(cases))
-    for one, first, count in kinds:
+    for transformer, first, count in kinds:
         taken = {}
-        for samples, number in cases:
-            stream = calibration_stream(
-                teacher, one, slices[samples], folder, recipe=recipe, machine=machine, step_bytes=cost.step_bytes
-            )
+        for samples, epochs in cases:
+            stream = runner.stream(transformer, slices[samples])
             stream.advance(first)
-            taken[samples, number] = _block_seconds(
-                one, recipe, stream, first, epochs=number, checkpointed=cost.gradient_checkpointing
-            )
+            changed = None if distillation is None else replace(distillation, epochs=epochs)
+            recipe = runner.job.recipe.model_copy(update={"distillation": changed})
+            task = block_task(transformer, first, recipe, seed=0, device=stream.device, stream=stream)
+            taken[samples, epochs] = _seconds(replace(task, checkpointed=cost.gradient_checkpointing))
             stream.close()
             case_done()
-        calls = len(slices[_SAMPLES].samples[one.component].calls) // _SAMPLES  # of a candidate: one or both branches
-        total += count * _parts(taken, distils=epochs > 0).total(cost.samples // calls, epochs)
+        calls = (
+            len(slices[_SAMPLES].samples[transformer.component].calls) // _SAMPLES
+        )  # a candidate: 1 or both branches
+        parts = _parts(taken, distils=distillation is not None)
+        total += count * parts.total(cost.samples // calls, 0 if distillation is None else distillation.epochs)
     return total
 
 
 def _parts(taken: dict[tuple[int, int], float], *, distils: bool) -> BlockSeconds:
     """Solve for the parts; what noise makes negative is 0."""
-    few, more = _SAMPLES, _MORE_SAMPLES
+    fewer, more = _SAMPLES, _MORE_SAMPLES
     start = _EPOCHS[0] if distils else 0
-    each = max(0.0, (taken[more, start] - taken[few, start]) / (more - few))
-    fixed = max(0.0, taken[few, start] - few * each)
+    each = max(0.0, (taken[more, start] - taken[fewer, start]) / (more - fewer))
+    fixed = max(0.0, taken[fewer, start] - fewer * each)
     if not distils:
         return BlockSeconds(fixed=fixed, once=each)
     short, long = _EPOCHS[1:]
     looks = {number: evaluations(number) for number in _EPOCHS}
     assert looks[short] == looks[long]
-    step = max(0.0, (taken[few, long] - taken[few, short]) / (few * (long - short)))
-    rest = (taken[few, short] - taken[few, start]) / few - (short - start) * step
+    step = max(0.0, (taken[fewer, long] - taken[fewer, short]) / (fewer * (long - short)))
+    rest = (taken[fewer, short] - taken[fewer, start]) / fewer - (short - start) * step
     evaluation = max(0.0, rest / (looks[short] - looks[start]))
     once = max(0.0, each - start * step - looks[start] * evaluation)
     return BlockSeconds(fixed=fixed, once=once, step=step, evaluation=evaluation)
 
 
-def _block_seconds(
-    transformer: TeacherTransformer,
-    recipe: Recipe,
-    stream: TeacherStream,
-    index: int,
-    *,
-    epochs: int,
-    checkpointed: bool,
-) -> float:
-    distillation = None if recipe.distillation is None else replace(recipe.distillation, epochs=epochs)
-    changed = recipe.model_copy(update={"distillation": distillation})
-    task = block_task(transformer, index, changed, seed=0, device=stream.device, stream=stream)
-    return _seconds(replace(task, checkpointed=checkpointed))
-
-
-def _rounding(teacher: Teacher, recipe: Recipe, machine: Machine, progress: Progress) -> float:
-    kinds = [(one, *kind) for one in teacher.transformers for kind in _kinds(one)]
+def _rounding(teacher: Teacher, recipe: Recipe, device: str, progress: Progress) -> float:
+    kinds = _kinds(teacher)
     total = 0.0
     block_done = StageCounter(progress, "blocks", len(kinds))
-    for one, first, count in kinds:
-        total += count * _seconds(block_task(one, first, recipe, seed=0, device=machine.device, stream=None))
+    for transformer, first, count in kinds:
+        total += count * _seconds(block_task(transformer, first, recipe, seed=0, device=device, stream=None))
         block_done()
     return total
 
@@ -255,7 +219,10 @@ def _seconds(task: BlockTask) -> float:
     return time.perf_counter() - started
 
 
-def _kinds(transformer: TeacherTransformer) -> list[tuple[int, int]]:
-    """The index of the first block of each class, and how many there are of it."""
-    classes = [type(transformer.module.get_submodule(name)) for name in transformer.block_names]
-    return [(classes.index(one), classes.count(one)) for one in dict.fromkeys(classes)]
+def _kinds(teacher: Teacher) -> list[tuple[TeacherTransformer, int, int]]:
+    """The index of the first block of each class of a transformer, and how many blocks there are of it."""
+    kinds = []
+    for transformer in teacher.transformers:
+        classes = [type(transformer.module.get_submodule(name)) for name in transformer.block_names]
+        kinds += [(transformer, classes.index(kind), classes.count(kind)) for kind in dict.fromkeys(classes)]
+    return kinds

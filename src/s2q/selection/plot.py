@@ -13,7 +13,7 @@ def selection_plot(record: Mapping[str, Any]) -> bytes:
     from matplotlib.figure import Figure
 
     rows = len(record["prompts"])
-    columns = 1 + max(one["step"] for one in record["candidates"])
+    columns = 1 + max(candidate["step"] for candidate in record["candidates"])
     figure = Figure(figsize=(min(16.0, 3 + 0.2 * columns), 1.5 + 3 * (0.6 + 0.16 * rows)), layout="constrained")
     FigureCanvasAgg(figure)
     titles = {
@@ -22,11 +22,11 @@ def selection_plot(record: Mapping[str, Any]) -> bytes:
         "salience": "their product",
     }
     axes = figure.subplots(len(titles), 1, squeeze=False, sharex=True)[:, 0]
-    chosen = [(one["step"], one["prompt"]) for one in record["candidates"] if one["selected"]]
+    chosen = [(candidate["step"], candidate["prompt"]) for candidate in record["candidates"] if candidate["selected"]]
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         grid = np.full((rows, columns), np.nan)
-        for one in record["candidates"]:
-            grid[one["prompt"], one["step"]] = one[key]
+        for candidate in record["candidates"]:
+            grid[candidate["prompt"], candidate["step"]] = candidate[key]
         image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1)
         axis.scatter(*zip(*chosen, strict=True), s=14, facecolors="none", edgecolors="red", linewidths=1)
         axis.set_title(title, fontsize=9, loc="left")

@@ -52,12 +52,12 @@ class CandidatePool:
         if not self.candidates:
             raise InvalidInputError("candidate pool: it is empty; calibration needs at least one prompt and one step")
         seen = set()
-        for one in self.candidates:
-            where = f"candidate pool: prompt {one.prompt}, step {one.step}"
-            if (one.prompt, one.step) in seen:
+        for candidate in self.candidates:
+            where = f"candidate pool: prompt {candidate.prompt}, step {candidate.step}"
+            if (candidate.prompt, candidate.step) in seen:
                 raise InvalidInputError(f"{where} appears twice")
-            seen.add((one.prompt, one.step))
-            for name, score in (("diffusion", one.diffusion), ("quantization", one.quantization)):
+            seen.add((candidate.prompt, candidate.step))
+            for name, score in (("diffusion", candidate.diffusion), ("quantization", candidate.quantization)):
                 if not 0 <= score < float("inf"):
                     raise InvalidInputError(f"{where}: its {name} salience is {score}; expected finite, at least 0")
 
@@ -67,17 +67,17 @@ class CandidatePool:
     @property
     def prompts(self) -> tuple[int, ...]:
         """The prompts that have candidates, in rising order."""
-        return tuple(sorted({one.prompt for one in self.candidates}))
+        return tuple(sorted({candidate.prompt for candidate in self.candidates}))
 
     @property
     def diffusion_salience(self) -> tuple[float, ...]:
         """C̃_diff of each candidate, 0 to 1 (eq. 7)."""
-        return min_max([one.diffusion for one in self.candidates])
+        return min_max([candidate.diffusion for candidate in self.candidates])
 
     @property
     def quantization_salience(self) -> tuple[float, ...]:
         """C̃_quant of each candidate, 0 to 1 (eq. 7)."""
-        return min_max([one.quantization for one in self.candidates])
+        return min_max([candidate.quantization for candidate in self.candidates])
 
     @property
     def salience(self) -> tuple[float, ...]:
@@ -87,8 +87,8 @@ class CandidatePool:
 
     def of_prompt(self, prompt: int) -> list[int]:
         """Return the indices of a prompt's candidates, from the noisiest step on."""
-        own = [index for index, one in enumerate(self.candidates) if one.prompt == prompt]
-        return sorted(own, key=lambda index: self.candidates[index].step)
+        indices = [index for index, candidate in enumerate(self.candidates) if candidate.prompt == prompt]
+        return sorted(indices, key=lambda index: self.candidates[index].step)
 
 
 def diffusion_salience(before: Tensor, after: Tensor) -> float:

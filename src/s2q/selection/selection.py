@@ -69,7 +69,7 @@ def coverage(pool: CandidatePool, count: int, seed: int) -> list[int]:
 
 Selection = Callable[[CandidatePool, int, int], list[int]]
 
-SELECTIONS: dict[str, Selection] = {one.__name__: one for one in (sds, ds, qs, atop, atfp, rtfp, coverage)}
+SELECTIONS: dict[str, Selection] = {rule.__name__: rule for rule in (sds, ds, qs, atop, atfp, rtfp, coverage)}
 """The selections by name."""
 
 
@@ -107,9 +107,11 @@ def _drawn_prompts(pool: CandidatePool, count: int, *, at_least: int, seed: int)
 def _all_timesteps(pool: CandidatePool, count: int, prompts: Sequence[int]) -> list[int]:
     steps = [pool.of_prompt(prompt) for prompt in prompts]
     chosen: list[int] = []
-    for rank, (own, quota) in enumerate(zip(steps, _quotas([len(own) for own in steps], count), strict=True)):
+    for rank, (indices, quota) in enumerate(
+        zip(steps, _quotas([len(indices) for indices in steps], count), strict=True)
+    ):
         shift = (rank + 0.5) / len(prompts)
-        chosen += [own[int((position + shift) * len(own) / quota)] for position in range(quota)]
+        chosen += [indices[int((position + shift) * len(indices) / quota)] for position in range(quota)]
     assert len(set(chosen)) == count, (len(set(chosen)), count)
     return sorted(chosen)
 
