@@ -176,6 +176,14 @@ def test_an_option_of_another_rounding_is_refused_with_that_rounding():
         load_recipe("s2q-w4a6", overrides=["rounding.penalty=5"])
 
 
+@pytest.mark.parametrize(
+    "override", ["rounding.block_size=128", "rounding.block_size=64", "rounding={method: rtn, block_size: 128}"]
+)
+def test_an_override_of_another_rounding_is_refused_whatever_its_value(override):
+    with pytest.raises(InvalidInputError, match=r"unknown key 'rounding.block_size'; .* rounding.method=gptq"):
+        load_recipe("rtn-w4a6", overrides=[override])
+
+
 def test_modulation_shares_the_options_of_a_rounding_of_its_method():
     recipe = load_recipe("s2q-w4a6", overrides=["rounding.dampening_frac=0.05"])
     assert recipe.modulation_rounding is recipe.rounding

@@ -9,7 +9,8 @@ The four factors are sums over the parts of a recipe (`_STEP_BYTES`). They were 
 memory of a step, traced on blocks without storage for the published sizes and up to 131,072 tokens
 (`benchmarks/step_memory.py`).
 
-Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels.
+Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels; `itemsize` bytes of a value in the dtype
+of calibration, in functions below `BlockShape` in the model's dtype.
 """
 
 import os
@@ -117,11 +118,7 @@ class Machine:
         return lifetime_peak_bytes() if self.is_host else 0
 
     def added_bytes(self, weights: int) -> int:
-        """Return what weights of the model add to `process_bytes`.
-
-        Args:
-            weights: Their bytes.
-        """
+        """Return what so many bytes of the model's weights add to `process_bytes`."""
         return 0 if self.is_host and self.holds_weights else weights
 
     @property
@@ -190,11 +187,7 @@ class BlockShape:
     streams: tuple[int, int]
 
     def step_bytes(self, recipe: Recipe, *, checkpointed: bool, itemsize: int) -> int:
-        """Return what a step of distillation, or a pass without one, holds beside the block's weights.
-
-        Args:
-            itemsize: Bytes of a value in the dtype of calibration.
-        """
+        """Return what a step of distillation, or a pass without one, holds beside the block's weights."""
         widest = max((features * rows for features, rows in self.outputs), default=0)
         if not recipe.learns:
             return _WEIGHT * max(self.weights, default=0) + _FORWARD_VALUES * _FP32 * widest
@@ -235,7 +228,6 @@ class BlockShape:
 
         Args:
             checkpointed: Whether parts are computed again in the backward pass.
-            itemsize: Bytes of a weight in the dtype of calibration.
             on_host: Whether the device is the CPU, whose samples are counted with the activations.
         """
         weights = self.parameters * itemsize
@@ -283,11 +275,7 @@ def block_shapes(
 
 
 def forward_bytes(shapes: Sequence[BlockShape], rows: int, itemsize: int) -> int:
-    """Return what a call of the transformer holds beside its weights.
-
-    Args:
-        itemsize: Bytes of a value in the model's dtype.
-    """
+    """Return what a call of the transformer holds beside its weights."""
     widest = max((features * length for shape in shapes for features, length in shape.outputs), default=0)
     return _FORWARD_VALUES * rows * widest * itemsize
 
@@ -295,11 +283,7 @@ def forward_bytes(shapes: Sequence[BlockShape], rows: int, itemsize: int) -> int
 def calibration_cost(
     shapes: Sequence[BlockShape], recipe: Recipe, *, workload: Workload, machine: Machine, itemsize: int
 ) -> CalibrationCost:
-    """Return what calibrating the blocks takes, and how.
-
-    Args:
-        itemsize: Bytes of a value in the model's dtype.
-    """
+    """Return what calibrating the blocks takes, and how."""
     group = recipe.calibration
     wide = group.precision == "float32"
     computed = _FP32 if wide else itemsize
@@ -323,11 +307,7 @@ def calibration_cost(
 
 
 def activation_memory(machine: Machine, step_bytes: int) -> int:
-    """Return the host memory that is left for inputs and targets: on a CPU, a step takes its part of the budget.
-
-    Args:
-        step_bytes: What a step holds.
-    """
+    """Return the host memory that is left for inputs and targets: on a CPU, a step takes its part of the budget."""
     return max(0, machine.memory_budget - (step_bytes if machine.is_host else 0))
 
 

@@ -1,6 +1,6 @@
 """Find, read, override and validate recipes: YAML files of this package, or the user's own."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,11 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: S
             f"recipe: got {short_repr(recipe)}; expected a name, the path of a YAML file, a mapping or a Recipe"
         )
     content = _extended(where, content)
-    for override in overrides:
-        _apply(content, override)
+    overridden = {_apply(content, override) for override in overrides}
     if overrides and isinstance(content.get("description"), str):
         content["description"] = remarked(content["description"], f"changed: {', '.join(overrides)}")
     try:
-        return Recipe.model_validate(_without_retired(where, content))
+        return Recipe.model_validate(_without_retired(where, content, overridden=overridden))
     except ValidationError as error:
         raise InvalidInputError(f"{where}: {explain(error)}") from error
 
@@ -143,7 +142,8 @@ def checked_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
     return overrides
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _apply(content: dict[str, Any], override: str) -> str:
+    """Change the content of a recipe by an override; return the dotted key."""
     where = f"override {short_repr(override)}"
     key, _, value = override.partition("=")
     path = (key := key.strip()).split(".")
@@ -159,23 +159,26 @@ def _apply(content: dict[str, Any], override: str) -> None:
             raise InvalidInputError(f"{where}: {short_repr(part)} is not a group of keys; {nearest_keys(key)}")
         group[part] = group = dict(inner)
     group[path[-1]] = parsed
+    return key
 
 
-def _without_retired(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
+def _without_retired(where: str, content: Mapping[str, Any], *, overridden: Collection[str]) -> dict[str, Any]:
     """Leave out keys of earlier recipes, and of other roundings, that say what holds without them.
 
-    Recipes of old checkpoints have them, and so does a recipe whose rounding is changed to another method.
+    Recipes of old checkpoints have them, and so does a recipe whose rounding is changed to another method. Overridden
+    keys stay, so that those of another rounding are refused.
     """
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in content.items()}
     rounding = result.get("rounding")
     method = rounding.get("method", RTN.method) if isinstance(rounding, dict) else None
-    if isinstance(rounding, dict) and isinstance(method, str) and method in ROUNDINGS:
+    if isinstance(rounding, dict) and isinstance(method, str) and method in ROUNDINGS and "rounding" not in overridden:
         used = {option.name for option in fields(ROUNDINGS[method])}  # type: ignore[arg-type]
-        if "max_retries" in rounding and "allow_fallback" not in used:  # every old recipe says either
-            rounding.pop("allow_fallback", None)
+        is_old = "max_retries" in rounding  # every old recipe has this and either value of allow_fallback
         for option in [option for options in ROUNDINGS.values() for option in fields(options)]:  # type: ignore[arg-type]
-            if option.name not in used and rounding.get(option.name) == option.default:
-                rounding.pop(option.name, None)
+            name = option.name
+            is_default = rounding.get(name) == option.default or (is_old and name == "allow_fallback")
+            if is_default and name not in used and f"rounding.{name}" not in overridden:
+                rounding.pop(name, None)
     for (group, key), constant in _RETIRED.items():
         options = result.get(group)
         if isinstance(options, dict) and key in options and (value := options.pop(key)) != constant:
