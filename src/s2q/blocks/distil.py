@@ -168,8 +168,8 @@ def checkpoint_parts(student: nn.Module) -> Iterator[None]:
     """Have the parts of a student (attention, feed-forward) and its quantized weights computed again in each backward.
 
     A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
-    that treat every token by itself, wherever it lies, do so a piece of the sequence after another. The gradient is the
-    same except for the order of its sums.
+    that treat every token by itself do so a piece of the sequence after another. The gradient is the same except for
+    the order of its sums.
     """
     from diffusers.models.attention import FeedForward
 

@@ -59,7 +59,7 @@ def reconstruct_block(task: BlockTask) -> ReconstructedBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStudents:
-    """A block whose samples have been looked at.
+    """A block with its observed samples, ready to be quantized.
 
     Attributes:
         work: The block and the recipe.

@@ -23,7 +23,7 @@ class BlockSample:
         inputs: Keyword arguments of the call.
         outputs: What the full-precision block returns, [1, N_k, d] for each stream.
         weights: λ, [1, N_k] for each stream; None weights every token with 1.
-        grid: Where the video tokens lie; None if nothing asks.
+        grid: Positions of the video tokens; None if nothing needs them.
         video: Which of the streams is the video.
     """
 

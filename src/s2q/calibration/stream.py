@@ -4,7 +4,7 @@ Only one block's inputs exist at a time. They are those of the first block, foun
 gets there, and go through one block after another from then on; a block that was calibrated before (resumed) costs one
 pass. Since every block sees the teacher's stream, the inputs of a block do not depend on what became of the others.
 
-Tensors that host memory has no room for lie on the disk, in the run folder. Legend: `B` samples.
+Tensors that host memory has no room for are on the disk, in the run folder. Legend: `B` samples.
 """
 
 import functools
@@ -41,7 +41,7 @@ class TeacherStream:
         memory: Host memory for the inputs of one block and what else is kept for it; None does not limit it.
         page_out: Called with a block that will not be read for a while.
         component: Which transformer of the pipeline it is, for messages.
-        tokens: How the transformer makes tokens of its arguments; None if nobody asks where they lie.
+        tokens: How the transformer makes tokens of its arguments; None if nothing needs their positions.
         prefix: Of the names of files, where several streams share the folder.
     """
 
@@ -97,7 +97,7 @@ class TeacherStream:
         return self._renamed({**self._fixed[sample], **self._moving.get(sample)})
 
     def grid(self, sample: int) -> TokenGrid | None:
-        """Return where the video tokens of a sample lie; None if nobody asks."""
+        """Return the positions of the video tokens of a sample; None if nothing needs them."""
         return None if self.tokens is None else self._grids[sample]
 
     def timestep_inputs(self) -> Iterator[dict[str, Any]]:
@@ -145,7 +145,7 @@ class TeacherStream:
         self._position = 0
 
     def _split(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Part what goes through the blocks from what all of them are given."""
+        """Separate the streams from the arguments that are the same for all blocks."""
         missing = [name for name in self.streams if name not in arguments]
         assert not missing, f"blocks are called without {missing}"
         fixed = {name: value for name, value in arguments.items() if name not in self.streams}

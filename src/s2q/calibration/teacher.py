@@ -40,7 +40,7 @@ class TeacherTransformer:
         component: Its name in the pipeline.
         module: The transformer; never changed.
         linears: Its linears that the recipe quantizes.
-        tokens: How it makes tokens of its arguments; None if the recipe does not ask where they lie.
+        tokens: How it makes tokens of its arguments; None if the recipe does not need their positions.
     """
 
     component: str

@@ -26,7 +26,7 @@ _CONSTANT = 1e-5  # spread of S, relative to its largest value, below which it i
 
 
 class CapturedSums:
-    """The column sums of the attention calls that were heard.
+    """The column sums of the captured attention calls.
 
     Attributes:
         calls: fp32 [B, N] of each call, in order.
@@ -39,7 +39,7 @@ class CapturedSums:
         """Return the sums of all calls as one batch, fp32 [ΣB, N]; models that attend sample by sample call often.
 
         Raises:
-            InvalidInputError: If no call was heard, or the calls have different numbers of tokens.
+            InvalidInputError: If no call was captured, or the calls have different numbers of tokens.
         """
         if not self.calls:
             raise InvalidInputError(
@@ -62,7 +62,7 @@ def capture_column_sums(attention: nn.Module) -> Iterator[CapturedSums]:
         attention: The module whose attention says what matters, `block.attn1` for example.
 
     Yields:
-        What has been heard so far.
+        What has been captured so far.
 
     Raises:
         InvalidInputError: From the call itself, if it asks for causal attention or dropout.
@@ -120,7 +120,7 @@ def token_weights(sums: Tensor, *, lambda_min: float = 0.5, lambda_max: float = 
 
 
 class _Listener(TorchFunctionMode):
-    """Hears `F.scaled_dot_product_attention` while the module of interest is running."""
+    """Captures `F.scaled_dot_product_attention` while the module of interest is running."""
 
     def __init__(self, captured: CapturedSums) -> None:
         super().__init__()
@@ -132,10 +132,10 @@ class _Listener(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.depth > 0 and func is F.scaled_dot_product_attention:
-            self._hear(*args, **kwargs)
+            self._capture(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _hear(
+    def _capture(
         self,
         query: Tensor,
         key: Tensor,

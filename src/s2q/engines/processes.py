@@ -201,7 +201,7 @@ class _LogSender(logging.handlers.QueueHandler):
 def _start(work: _SealedWork, free_devices: Any, messages: Any, output: str, log_level: int) -> None:
     """Prepare a spawned process: device, threads, output, logs, and its end with that of the parent."""
     global _worker  # noqa: PLW0603
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its children
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

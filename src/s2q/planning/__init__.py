@@ -3,8 +3,6 @@
 from s2q.planning.cost import DEFAULT_MEMORY_BUDGET, CalibrationCost, Machine, Workload, activation_memory, this_machine
 from s2q.planning.plan import (
     Plan,
-    PlannedAllocation,
-    PlannedStage,
     check_memory,
     loaded_sizes,
     plan,
@@ -19,8 +17,6 @@ __all__ = [
     "CalibrationCost",
     "Machine",
     "Plan",
-    "PlannedAllocation",
-    "PlannedStage",
     "Workload",
     "activation_memory",
     "check_memory",

@@ -150,7 +150,7 @@ class CalibrationCost:
         step_bytes: What a step of distillation holds beside the block's weights.
         gradient_checkpointing: Whether a step computes parts of the block again to hold less.
         activation_bytes: Inputs and targets of the block at hand, over all samples; host memory or disk.
-        disk_bytes: How much of it lies on the disk.
+        disk_bytes: The part of them that is on the disk.
     """
 
     tokens: int
@@ -194,7 +194,7 @@ class BlockShape:
         factors, all_weights = _step_bytes(recipe, itemsize), sum(self.weights)
         state = _LEARNED_STATE * all_weights if recipe.rounding.learned else 0
         if checkpointed:
-            limit = sys.maxsize if recipe.needs_grid else PIECE  # what asks where tokens lie is not cut
+            limit = sys.maxsize if recipe.needs_grid else PIECE  # what needs the positions of tokens is not cut
             piece = max((features * min(rows, limit) for features, rows in self.outputs), default=0)
             channels, rows = self.streams
             more = _MORE_LEARNED_AT_HAND if recipe.rounding.learned else _MORE_AT_HAND

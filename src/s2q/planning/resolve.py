@@ -42,7 +42,7 @@ class LinearPlan(BlockLinear):
 
     @property
     def needs_grid(self) -> bool:
-        """Whether it has to know where the video tokens lie."""
+        """Whether it needs the positions of the video tokens."""
         return self.scheme.needs_grid or self.path.needs_grid
 
 

@@ -204,7 +204,7 @@ class Recipe(BaseModel):
 
     @property
     def needs_grid(self) -> bool:
-        """Whether the run has to know where the video tokens lie."""
+        """Whether the run needs the positions of the video tokens."""
         delta = self.activations is not None and self.activations.delta is not None
         return delta or self.transforms.estimator or self.loss.temporal > 0
 

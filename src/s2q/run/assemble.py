@@ -47,13 +47,7 @@ def _student(teacher: TeacherTransformer, folder: RunFolder, recipe: str) -> nn.
 
 
 def configure(student: nn.Module, teacher: TeacherTransformer, recipe: str) -> None:
-    """Give a transformer with packed linears its quantization configuration and what it needs to run, in place.
-
-    Args:
-        student: The transformer.
-        teacher: The one whose plans its linears follow.
-        recipe: Name of the recipe.
-    """
+    """Give a transformer with packed linears its quantization configuration, by the plans of a teacher, in place."""
     linears = {split_name(linear.name)[1]: linear for linear in teacher.linears}
     config = S2QConfig.from_schemes(
         {name: linear.scheme for name, linear in linears.items()},

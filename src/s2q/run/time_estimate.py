@@ -128,7 +128,7 @@ def _steps_with(teacher: Teacher, calls: int) -> int:
 def _whole_pools(
     teacher: Teacher, pools: Mapping[str, CandidatePool], *, prompts: int, steps: int
 ) -> dict[str, CandidatePool]:
-    """Pools as large as those of the run, of the candidates that there are over and over."""
+    """Pools as large as those of the run, of repeated candidates."""
     shared = steps_of_transformers(teacher.pipe, steps)
     return {
         component: CandidatePool(
