@@ -32,7 +32,7 @@ from s2q.core.tokens import TokenGrid, token_grid
 from s2q.models import block_linears, linears_of_block
 from s2q.models.attention import attention_of
 from s2q.models.synthetic import BlockList, SyntheticModel
-from s2q.planning import loaded_sizes, plan_transformers
+from s2q.planning import plan_transformers, tensor_sizes
 from s2q.planning.resolve import recipe_linears, resolve
 from s2q.recipes.schema import Recipe
 
@@ -267,6 +267,6 @@ def _peak(measured: Sequence[_ListResult], name: str, storage: int) -> int | Non
 def _storage(model: SyntheticModel, recipe: Recipe) -> Mapping[str, Any]:
     transformers = {TRANSFORMERS[0]: model.meta_transformer()}
     linears = resolve(recipe, recipe_linears(recipe, transformers), frames=model.frames)
-    sizes = loaded_sizes(transformers, torch.bfloat16)
+    sizes = tensor_sizes(transformers, torch.bfloat16)
     planned = plan_transformers(transformers, recipe, linears, model=model.label, sizes=sizes, dtype=torch.bfloat16)
     return planned.storage

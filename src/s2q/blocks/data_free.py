@@ -4,16 +4,12 @@ All of it depends on the weights and the seed alone. The students are those of c
 with samples and without.
 """
 
-from collections.abc import Sequence
-
 import torch
-from torch import nn
 
 from s2q.blocks.pack import pack_nearest, pack_student
 from s2q.blocks.students import make_students
 from s2q.blocks.task import BlockTask, BlockWork, input_groups
 from s2q.nn import PackedLinear
-from s2q.planning.resolve import LinearPlan
 
 
 @torch.no_grad()
@@ -26,14 +22,5 @@ def fold_block(task: BlockTask) -> dict[str, PackedLinear]:
             layer, _ = pack_student(student.to(task.device), work, linear)
             layers[linear.inner_name] = layer.to("cpu")
     modulation = [linear for linear in task.linears if linear.role == "modulation"]
-    return layers | round_linears(task.block, modulation, device=task.device)
-
-
-@torch.no_grad()
-def round_linears(module: nn.Module, linears: Sequence[LinearPlan], *, device: str = "cpu") -> dict[str, PackedLinear]:
-    """Round linears of a block, or outside the blocks, to nearest, without an input path; return them by inner name."""
-    layers: dict[str, PackedLinear] = {}
-    for linear in linears:
-        dense = module.get_submodule(linear.inner_name)
-        layers[linear.inner_name] = pack_nearest(dense.weight.to(device), dense.bias, linear.scheme).to("cpu")
-    return layers
+    rounded = pack_nearest(task.block, modulation, device=task.device)
+    return layers | {name: layer.to("cpu") for name, layer in rounded.items()}

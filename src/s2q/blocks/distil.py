@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2q.calibration.samples import BlockSample, Samples
+from s2q.calibration.samples import BlockSample, BlockSamples
 from s2q.common.errors import S2QError
 from s2q.common.progress import Tick
 from s2q.core.memo import PIECE, checkpointed, memoization
@@ -61,7 +61,7 @@ class DistillationReport:
 
 
 @torch.no_grad()
-def block_loss(block: nn.Module, samples: Samples, *, temporal: float = 0.0) -> float:
+def block_loss(block: nn.Module, samples: BlockSamples, *, temporal: float = 0.0) -> float:
     """Compute the mean loss of a block over samples."""
     with memoization():
         losses = [_loss(block, sample, temporal) for sample in _ahead(samples, range(len(samples)))]
@@ -109,7 +109,7 @@ class Optimization:
 
 def distil(
     student: nn.Module,
-    samples: Samples,
+    samples: BlockSamples,
     *,
     options: Distillation | Refinement,
     temporal: float = 0.0,
@@ -198,7 +198,7 @@ def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _ahead(samples: Samples, order: Iterable[int]) -> Iterator[BlockSample]:
+def _ahead(samples: BlockSamples, order: Iterable[int]) -> Iterator[BlockSample]:
     """Go through samples; for a GPU, the next one is read into host memory while one is worked on.
 
     The device holds one sample at a time. On a CPU a second thread that computes would only take cores from the first.

@@ -16,7 +16,6 @@ from s2q.common.errors import S2QError
 from s2q.common.hooks import capture_inputs
 from s2q.core.memo import memoization
 from s2q.core.qparams import RoundedWeight
-from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import token_grid
 from s2q.nn import PackedLinear, StudentInput, StudentLinear
 from s2q.planning.resolve import LinearPlan
@@ -26,9 +25,15 @@ Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
 """Packed linears and the reports of their rounding, both by name inside the block."""
 
 
-def pack_nearest(weight: Tensor, bias: Tensor | None, scheme: LinearScheme) -> PackedLinear:
-    """Round a weight, [O, I] and floating, to nearest, and pack it; nothing is applied to its input."""
-    return PackedLinear.from_rounded(round_rtn(weight, scheme.weight), bias=bias, scheme=scheme)
+@torch.no_grad()
+def pack_nearest(module: nn.Module, linears: Iterable[LinearPlan], *, device: str) -> dict[str, PackedLinear]:
+    """Round linears of a module to nearest, without an input path; return them, packed, by name inside the module."""
+    layers: dict[str, PackedLinear] = {}
+    for linear in linears:
+        dense = module.get_submodule(linear.inner_name)
+        rounded = round_rtn(dense.weight.to(device), linear.scheme.weight)
+        layers[linear.inner_name] = PackedLinear.from_rounded(rounded, bias=dense.bias, scheme=linear.scheme)
+    return layers
 
 
 @torch.no_grad()

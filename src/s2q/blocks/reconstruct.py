@@ -78,12 +78,7 @@ class BlockStudents:
 
     def nearest(self, linears: Iterable[LinearPlan]) -> dict[str, PackedLinear]:
         """Return linears rounded to nearest, without an input path, by name inside the block."""
-        layers = {}
-        for linear in linears:
-            name = linear.inner_name
-            weight, bias = self.work.teacher.get_submodule(name).weight, self.work.task.block.get_submodule(name).bias
-            layers[name] = pack_nearest(weight, bias, linear.scheme)
-        return layers
+        return pack_nearest(self.work.task.block, linears, device=self.work.task.device)
 
     def student(self, modulation: Mapping[str, PackedLinear]) -> nn.Module:
         """Return the student as it starts; the statistics are released."""

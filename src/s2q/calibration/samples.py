@@ -5,7 +5,7 @@ Legend: `N_k` tokens of stream k, `d` channels.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -32,25 +32,6 @@ class BlockSample:
     weights: tuple[Tensor, ...] | None = None
     grid: TokenGrid | None = None
     video: int = 0
-
-
-class Samples(Protocol):
-    """Samples by index, from memory or from a disk.
-
-    Attributes:
-        device: Where a block is called with them, "cpu", "cuda", "cuda:1".
-    """
-
-    device: str
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-
-    def read(self, index: int) -> BlockSample:
-        """Return one of them, with its tensors in host memory."""
-
-    def to_device(self, sample: BlockSample) -> BlockSample:
-        """Return what was read with its tensors on the device."""
 
 
 class BlockSamples:

@@ -4,7 +4,6 @@ from s2q.planning.cost import DEFAULT_MEMORY_BUDGET, CalibrationCost, Machine, W
 from s2q.planning.plan import (
     Plan,
     check_memory,
-    loaded_sizes,
     plan,
     plan_allocated,
     plan_model,
@@ -20,7 +19,6 @@ __all__ = [
     "Workload",
     "activation_memory",
     "check_memory",
-    "loaded_sizes",
     "plan",
     "plan_allocated",
     "plan_model",

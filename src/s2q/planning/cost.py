@@ -57,9 +57,9 @@ _LEARNED_WEIGHT = 18
 """In place of the factor of a weight where its rounding is learned, which fixes the transform."""
 _LEARNED_STATE = 17
 """Of learned rounding, for each weight: V, its best state and two moments of it in fp32, and a code."""
-ROUNDING_BYTES = 14
+_ROUNDING_BYTES = 14
 """Bytes that rounding to nearest holds for each weight of the linear at hand, at most: fp32 temporaries and codes."""
-FOLDING_BYTES = 33
+_FOLDING_BYTES = 33
 """The same where a rotation is folded into it first: four copies in fp64."""
 _GPTQ_BYTES = 30
 """The same of GPTQ: the weight in fp64 and fp32, errors, codes."""
@@ -211,7 +211,7 @@ class BlockShape:
         """Return what rounding the block's linears holds beside its weights."""
         largest = max(self.weights, default=0)
         if not recipe.rounding.needs_hessian:
-            return (ROUNDING_BYTES if recipe.transforms.rotation == "identity" else FOLDING_BYTES) * largest
+            return nearest_bytes(recipe) * largest
         squares = [features**2 for features, _ in self.inputs]
         return _FP32 * sum(squares) + _FACTORIZATION_BYTES * max(squares, default=0) + _GPTQ_BYTES * largest
 
@@ -248,6 +248,11 @@ class BlockShape:
         features, rows = self.streams
         parts = (rows * features * itemsize, rows * features * (_FP32 if wide else itemsize), rows * _FP32)
         return sum(map(page_locked_bytes, parts)) if pinned else sum(parts)
+
+
+def nearest_bytes(recipe: Recipe) -> int:
+    """Return what rounding to nearest holds for each weight of the linear at hand."""
+    return _ROUNDING_BYTES if recipe.transforms.rotation == "identity" else _FOLDING_BYTES
 
 
 def _step_bytes(recipe: Recipe, itemsize: int) -> _StepBytes:

@@ -24,8 +24,6 @@ from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
 from s2q.models.source import check_full_precision
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
 from s2q.planning.cost import (
-    FOLDING_BYTES,
-    ROUNDING_BYTES,
     BlockShape,
     CalibrationCost,
     Machine,
@@ -33,6 +31,7 @@ from s2q.planning.cost import (
     block_shapes,
     calibration_cost,
     forward_bytes,
+    nearest_bytes,
     this_machine,
 )
 from s2q.planning.resolve import LinearPlan, allocation_bytes, recipe_linears, resolve
@@ -185,7 +184,7 @@ def plan_model(
         recipe,
         resolve(recipe, linears, frames=None if workload is None else workload.frames),
         model=name,
-        sizes=loaded_sizes(transformers, stored),
+        sizes=tensor_sizes(transformers, stored),
         dtype=stored,
         compute_dtype=default_dtype(stored, machine.device) if dtype is None and recipe.calibrates else None,
         workload=workload,
@@ -221,7 +220,7 @@ def plan_transformers(
     )
     inside = {f"{layer.name}.{tensor}" for layer in layers for tensor in ("weight", "bias")}
     compute_dtype = compute_dtype or dtype
-    loaded = sizes if compute_dtype == dtype else loaded_sizes(transformers, compute_dtype)
+    loaded = sizes if compute_dtype == dtype else tensor_sizes(transformers, compute_dtype)
     now = sum(loaded.values())
     quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
     states = [transformer.state_dict() for transformer in transformers.values()]
@@ -298,8 +297,7 @@ def _peaks(
     largest = max(layer.shape[0] * layer.shape[1] for layer in layers)
     packed = max(layer.bytes for layer in layers)
     if not recipe.calibrates:
-        work = ROUNDING_BYTES if recipe.transforms.rotation == "identity" else FOLDING_BYTES
-        blocks = base + (machine.added_bytes(now) if machine.is_host else 0) + work * largest
+        blocks = base + (machine.added_bytes(now) if machine.is_host else 0) + nearest_bytes(recipe) * largest
         return {"blocks": blocks, "assemble": (blocks if machine.is_host else 0) + packed}
     allocates = () if recipe.allocation is None else ("allocate",)
     names = ("collect", "select", *allocates, "blocks", "assemble")
@@ -333,25 +331,20 @@ def check_memory(planned: Plan, *, processes: int = 1) -> None:
             )
 
 
-def loaded_sizes(transformers: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, int]:
-    """Return the bytes of the tensors of state dicts once loaded in a dtype, in fp32 where their class keeps it."""
+def tensor_sizes(transformers: Mapping[str, nn.Module], dtype: torch.dtype | None = None) -> dict[str, int]:
+    """Return the bytes of each tensor of state dicts, by full name.
+
+    With a dtype, those of the tensors once loaded in it, in fp32 where their class keeps that.
+    """
     sizes = {}
     for component, transformer in transformers.items():
         kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
         for name, tensor in transformer.state_dict().items():
-            wide = torch.float32 if kept & set(name.split(".")) else dtype
-            itemsize = wide.itemsize if tensor.is_floating_point() else tensor.itemsize
+            itemsize = tensor.itemsize
+            if dtype is not None and tensor.is_floating_point():
+                itemsize = (torch.float32 if kept & set(name.split(".")) else dtype).itemsize
             sizes[full_name(component, name)] = tensor.numel() * itemsize
     return sizes
-
-
-def tensor_sizes(transformers: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Return the bytes of each tensor of loaded transformers' state dicts, by full name."""
-    return {
-        full_name(component, name): tensor.numel() * tensor.element_size()
-        for component, transformer in transformers.items()
-        for name, tensor in transformer.state_dict().items()
-    }
 
 
 def _planned_layer(linear: BlockLinear, *, sizes: Mapping[str, int], dtype: torch.dtype) -> LinearStorage:

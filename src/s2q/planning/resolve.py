@@ -77,8 +77,8 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
     schemes = {
         "linear": recipe.linear_scheme(),
         "text": recipe.linear_scheme(of_text=True),
-        "modulation": recipe.modulation_scheme(),
-        "outer": recipe.outer_scheme(),
+        "modulation": recipe.modulation and LinearScheme(weight=recipe.modulation.scheme(), activation=None),
+        "outer": recipe.outer and LinearScheme(weight=recipe.outer.scheme(), activation=None),
     }
     transforms = functools.cache(functools.partial(_transforms, recipe))
     plans = []

@@ -216,11 +216,3 @@ class Recipe(BaseModel):
         """Return the scheme of the ordinary block linears, or of those that see text tokens alone."""
         activation = None if self.activations is None else self.activations.scheme(of_text=of_text)
         return LinearScheme(weight=self.weights.scheme(), activation=activation)
-
-    def modulation_scheme(self) -> LinearScheme | None:
-        """Return the scheme of the adaLN linears, or None if they stay untouched."""
-        return None if self.modulation is None else LinearScheme(weight=self.modulation.scheme(), activation=None)
-
-    def outer_scheme(self) -> LinearScheme | None:
-        """Return the scheme of the linears outside the blocks, or None if they stay untouched."""
-        return None if self.outer is None else LinearScheme(weight=self.outer.scheme(), activation=None)

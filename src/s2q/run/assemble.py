@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from s2q.blocks.data_free import round_linears
+from s2q.blocks.pack import pack_nearest
 from s2q.blocks.quantize_block import from_artefact
 from s2q.calibration.teacher import Teacher, TeacherTransformer
 from s2q.checkpoint import S2QConfig, attach_config
@@ -40,7 +40,7 @@ def _student(teacher: TeacherTransformer, folder: RunFolder, recipe: str) -> nn.
         block, artefact = student.get_submodule(block_name), folder.load(teacher.artefact_name(index))
         for name, layer in from_artefact(artefact, teacher.linears_of(index)).items():
             replace_module(block, name, layer.to(block.get_submodule(name).weight.dtype))  # of its bias
-    for name, layer in round_linears(teacher.module, teacher.linears_of(OUTSIDE)).items():
+    for name, layer in pack_nearest(teacher.module, teacher.linears_of(OUTSIDE), device="cpu").items():
         replace_module(student, name, layer)
     configure(student, teacher, recipe)
     return student

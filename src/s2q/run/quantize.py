@@ -371,15 +371,12 @@ def _request(source: ModelSource, recipe: Recipe, prompts: Sequence[str] | None,
 def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
     transformers = transformers_of(teacher.pipe)
     widened = None if teacher.dtype == teacher.stored else teacher.dtype
-    sizes = (
-        planning.tensor_sizes(transformers) if widened is None else planning.loaded_sizes(transformers, teacher.stored)
-    )
     return planning.plan_transformers(
         transformers,
         recipe,
         teacher.linears,
         model=teacher.name,
-        sizes=sizes,
+        sizes=planning.tensor_sizes(transformers, None if widened is None else teacher.stored),
         dtype=teacher.stored,
         compute_dtype=widened,
         workload=teacher.workload,
