@@ -5,9 +5,9 @@ What a step of distillation holds is linear in the weights and in the values tha
     plain           weight · Σ O·I + value · Σ rows · (I + O)      an input that several linears share counts once
     checkpointed    4 Σ O·I + max((weight + 10) max O·I, piece · max O · rows of a piece, channel · rows · d)
 
-The four factors are sums over the parts of a recipe (`_STEP_BYTES`). They were fitted, with 5 % to spare, to the live
-memory of a step, traced on blocks without storage for the published sizes and up to 131,072 tokens
-(`benchmarks/step_memory.py`).
+The four factors are sums over the parts of a recipe (`_STEP_BYTES`). They were fitted to the live memory of a step,
+traced on blocks without storage for the published sizes and up to 131,072 tokens (`benchmarks/step_memory.py`): what is
+planned is 0.83 to 1.30 of it.
 
 Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels; `itemsize` bytes of a value in the dtype
 of calibration, in functions below `BlockShape` in the model's dtype.
