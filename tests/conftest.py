@@ -5,6 +5,7 @@ S2Q_EMULATED_GPUS=1 there are two emulated GPUs, see tests/emulation/README.md.
 """
 
 import functools
+import gc
 import json
 import os
 
@@ -28,6 +29,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 GENERATION = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32, "num_frames": 9}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What libraries and test modules keep is no garbage: without it, collections take a tenth of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

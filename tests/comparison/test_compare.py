@@ -257,7 +257,7 @@ def test_a_reference_that_fails_in_a_process_is_the_error_of_the_comparison(whol
     )
     checkpoints = [str(whole[1] / "checkpoints" / name) for name in RECIPES]
     with pytest.raises(S2QError, match="NaN or infinite latents"):
-        run(damaged, tmp_path / "out", entries=checkpoints, processes=2)
+        run(damaged, tmp_path / "out", entries=checkpoints, prompts=PROMPTS[:1], processes=2)
 
 
 def test_nothing_is_overwritten(whole, tiny_model, tmp_path):

@@ -15,15 +15,6 @@ def pytest_runtest_setup(item):
         pytest.skip("looks at the emulator; this GPU is real")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _frozen():
-    """What libraries keep is no garbage: collections are ten times as fast without it."""
-    import s2q.run  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def quick_kernels(request, monkeypatch):
     """On an emulated GPU, the references in the place of Triton's interpreter, which takes minutes a block."""

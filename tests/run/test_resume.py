@@ -4,8 +4,6 @@ import json
 import os
 import pkgutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -46,60 +44,56 @@ def test_a_run_killed_while_writing_leaves_nothing_that_loads_and_goes_on(folder
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-KILL_IN_BLOCK = """
-from s2q.run import runner
-original, done = runner.quantize_block, []
-def quantize_block(*args, **kwargs):
-    if done:
-        os.kill(os.getpid(), signal.SIGKILL)
-    done.append(1)
-    return original(*args, **kwargs)
-runner.quantize_block = quantize_block
-"""
-KILL_BEFORE_MANIFEST = """
-from s2q.checkpoint import save
-save.write_manifest = lambda staged: os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.parametrize(("killer", "resumed"), [(KILL_IN_BLOCK, 1), (KILL_BEFORE_MANIFEST, 3)])
-def test_a_run_killed_by_sigkill_resumes_with_the_same_bytes(folder, tmp_path, reference, killer, resumed):
-    out = tmp_path / "out"
-    call = f"\nfrom s2q.run.quantize import quantize\nquantize({str(folder)!r}, recipe='rtn-w4a6', out={str(out)!r})"
-    script = f"import os, signal\n{killer}{call}"
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert not out.exists()
-    report = quantize(folder, recipe="rtn-w4a6", out=out)
-    assert sum(block.resumed for block in report.blocks) == resumed
-    assert (out / WEIGHTS).read_bytes() == reference
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def dies(function, *, before):
-    """A function that ends the process as a `kill -9` would: before the n-th call, or after the first for None."""
+    """A function that kills its process: before the n-th call, or after the first for None."""
     calls = []
 
     def dying(*args, **kwargs):
         calls.append(args)
         if before is not None and len(calls) > before:
-            os._exit(9)
-        function(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
         if before is None:
-            os._exit(9)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
     return dying
 
 
-def in_a_process_that_dies(work):
-    """Run something in a copy of this process."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+@pytest.fixture
+def run_until_killed(monkeypatch):
+    """Run something in a copy of this process that is killed at a call of a function; see `dies`."""
+
+    def run(work, name, *, before):
+        owner, attribute = name.rsplit(".", 1)
+        function = getattr(pkgutil.resolve_name(owner), attribute)
+        child = os.fork()
+        if child == 0:
+            try:
+                monkeypatch.setattr(name, dies(function, before=before))
+                work()
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "resumed"),
+    [("s2q.run.runner.quantize_block", 1, 1), ("s2q.checkpoint.save.write_manifest", 0, 3)],
+    ids=["in the second block", "before the manifest"],
+)
+def test_a_run_killed_by_sigkill_resumes_with_the_same_bytes(
+    folder, tmp_path, reference, run_until_killed, name, before, resumed
+):
+    out = tmp_path / "out"
+    run_until_killed(lambda: quantize(folder, recipe="rtn-w4a6", out=out), name, before=before)
+    assert not out.exists()
+    report = quantize(folder, recipe="rtn-w4a6", out=out)
+    assert sum(block.resumed for block in report.blocks) == resumed
+    assert (out / WEIGHTS).read_bytes() == reference
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 FINISHED = {
@@ -112,17 +106,10 @@ FINISHED = {
 
 @pytest.mark.parametrize("moment", FINISHED)
 def test_a_run_killed_when_its_checkpoint_was_in_place_is_finished_by_the_same_command(
-    folder, tmp_path, reference, monkeypatch, count_blocks, moment
+    folder, tmp_path, reference, run_until_killed, count_blocks, moment
 ):
     out, (name, before) = tmp_path / "out", FINISHED[moment]
-    owner, attribute = name.rsplit(".", 1)
-    function = getattr(pkgutil.resolve_name(owner), attribute)
-
-    def work():
-        monkeypatch.setattr(name, dies(function, before=before))
-        quantize(folder, recipe="rtn-w4a6", out=out)
-
-    in_a_process_that_dies(work)
+    run_until_killed(lambda: quantize(folder, recipe="rtn-w4a6", out=out), name, before=before)
     assert (out / WEIGHTS).read_bytes() == reference
     assert (tmp_path / ".out.s2q-run").is_dir()
     with pytest.raises(InvalidInputError, match="exists; pass --overwrite"):
