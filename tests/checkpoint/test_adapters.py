@@ -15,7 +15,6 @@ from s2q.nn import PackedLinear
 from tiny import run_transformer, tiny_pipeline
 
 TARGETS = ["to_q", "to_k", "ff.net.2"]
-CODES = "packed codes cannot be merged"
 
 
 def load(checkpoint):

@@ -6,25 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from extending.token_mean import TOKEN_MEAN
 from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import BACKEND_TENSORS, PARTS, InputPart, InputPath, InputTensors, StoredTensor
 from s2q.core.qparams import fake_quantize_input
-from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
+from s2q.core.schemes import LinearScheme
 from s2q.nn import PackedLinear, RefinedLinear, StudentInput, StudentLinear, share_inputs
 from s2q.planning.plan import plan
 from s2q.planning.resolve import PLANNED_PARTS
 from s2q.rounding import round_rtn
+from schemes import activations, weights
 
-W4 = QuantScheme(num_bits=4, granularity=PerChannel())
-A6 = QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True)
-TOKEN_MEAN = InputPart(
-    tensors={
-        "row_sums": StoredTensor(
-            lambda i, o, size: (o, 1), of_linear=True, start=lambda weight: weight.sum(1, keepdim=True)
-        )
-    },
-    apply=lambda y: (y - y.mean(-1, keepdim=True), y.mean(-1, keepdim=True)),
-)
+W4, A6 = weights(4), activations(6)
 COMPANDING = InputPart(
     tensors={"exponent": StoredTensor(lambda i, o, size: (1,), start=lambda weight: torch.tensor([0.5]), learned=True)},
     apply=lambda y, exponent: (y.sign() * y.abs() ** exponent, None),

@@ -5,6 +5,7 @@ import torch
 from diffusers import SkyReelsV2Pipeline, SkyReelsV2Transformer3DModel
 
 import s2q
+import tiny_families
 from extending.skyreels_v2 import SKYREELS_V2
 from s2q.common.errors import InvalidInputError
 from s2q.models import FAMILIES
@@ -24,17 +25,7 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
-    transformer = SkyReelsV2Transformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=96,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+    transformer = SkyReelsV2Transformer3DModel(**tiny_families.FAMILIES["wan"].config)
     wan = {name: part for name, part in tiny_pipeline("wan").components.items() if name != "transformer_2"}
     path = tmp_path_factory.mktemp("skyreels")
     SkyReelsV2Pipeline(**wan | {"transformer": transformer.eval()}).save_pretrained(path)
