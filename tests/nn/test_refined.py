@@ -19,7 +19,8 @@ def a_layer(layer_scheme, *, bias=True, rank=None, clip=True):
         basis = torch.linalg.qr(torch.randn(24, rank, generator=generator))[0].bfloat16()
         inputs |= {"low_rank_basis": basis, "low_rank_weight": torch.randn(10, rank, generator=generator).bfloat16()}
     if clip and layer_scheme.activation is not None:
-        module = LearnableClip((1,), start=2.0)
+        module = LearnableClip((1,))
+        nn.init.constant_(module.theta, 2.0)
         inputs["activation_clip"] = module().detach()
     packed = PackedLinear.from_rounded(
         round_rtn(weight, layer_scheme.weight),

@@ -196,6 +196,24 @@ def test_the_fastest_backend_follows_changes_in_place(transformer, change):
     assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("offload", ["data", "parameter", "to"])
+def test_the_fastest_backend_keeps_nothing_of_an_offloaded_layer(transformer, offload):
+    layer = copy.deepcopy(transformer.transformer_blocks[0].attn1.to_q)
+    set_backend(layer, "fastest")
+    x = torch.randn(3, layer.in_features)
+    expected = layer(x)
+    assert layer.kept.num_bytes
+    codes = layer.packed_weight.clone()
+    if offload == "data":
+        layer.weight.data = codes
+    elif offload == "parameter":
+        layer._parameters["weight"] = torch.nn.Parameter(codes, requires_grad=False)
+    else:
+        layer.to("cpu")
+    assert not layer.kept.num_bytes
+    assert torch.equal(layer(x), expected)
+
+
 def test_the_fastest_backend_leaves_wide_linears_on_integers(transformer, counted, monkeypatch):
     monkeypatch.setattr(dequantized, "NARROW", 1)
     if not dequantized.cpu.is_fast(x_bits=6, w_bits=4):

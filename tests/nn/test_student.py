@@ -72,7 +72,9 @@ def test_many_bits_come_close_to_full_precision():
 @pytest.mark.parametrize("layer_scheme", SCHEMES, ids=lambda s: s.name)
 def test_equals_what_will_run_with_its_codes(layer_scheme):
     linear, x = a_linear(), draw(5, 24)
-    clip = None if layer_scheme.activation is None else LearnableClip(start=1.0)
+    clip = None if layer_scheme.activation is None else LearnableClip()
+    if clip is not None:
+        nn.init.constant_(clip.theta, 1.0)
     source = StudentInput(layer_scheme.activation, transform=a_transform(), clip=clip)
     student = StudentLinear.with_clip(linear, scheme=layer_scheme, source=source)
     rounded = round_rtn(student.folded_weight(), layer_scheme.weight, clip_ratio=student.clip_ratio())

@@ -71,22 +71,20 @@ def memoize_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T
     return kept.latest[id(owner)][2]  # type: ignore[no-any-return]
 
 
-def checkpointed(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-    """Call a function; what it computes on the way is computed again in the backward pass instead of being kept.
+def checkpointed(function: Callable[..., _T], *args: Any, enabled: bool = True) -> _T:
+    """Call a function; if enabled, what it computes on the way is computed again in the backward pass instead of kept.
 
     It must have no side effects and no random numbers. Results of parameters alone (`memoize_step`) are kept: they are
     shared with calls outside and do not change.
     """
-    if not torch.is_grad_enabled():
-        return function(*args, **kwargs)
+    if not enabled or not torch.is_grad_enabled():
+        return function(*args)
     kept, call = _held.get(), carried_call()
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return _called_again(kept, call), _called_again(kept, call)
 
-    result: _T = checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs
-    )
+    result: _T = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     return result
 
 

@@ -8,17 +8,14 @@ output channel, activations one per linear input (per token scales, one ratio fo
 Shapes: `O` out features.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from s2q.common.errors import InvalidInputError
 from s2q.common.options import Options
 
-START = 4.0
-"""θ at the start."""
+_START = 4.0  # θ₀
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +48,11 @@ class LearnableClip(nn.Module):
     Args:
         shape: () for an activation, (O,) for a weight per channel, (O, 1) for one per group: it broadcasts to the
             scale.
-        device: Where the parameter lives.
-
-    Raises:
-        InvalidInputError: If the start is not finite.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...] = (), *, start: float = START, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...] = (), *, device: torch.device | str | None = None) -> None:
         super().__init__()
-        if not math.isfinite(start):
-            raise InvalidInputError(f"clip ratio: got a start of {start}; expected a finite number, usually {START}")
-        self.theta = nn.Parameter(torch.full(shape, start, dtype=torch.float32, device=device))
+        self.theta = nn.Parameter(torch.full(shape, _START, dtype=torch.float32, device=device))
 
     def forward(self) -> Tensor:
         """Return the ratios, fp32, of the shape given; differentiable."""

@@ -148,9 +148,9 @@ def _copied_to_numpy(codes: PackedCodes, **options: Any) -> Any:
 
 def _owner(args: Iterable[Any]) -> str:
     """The owner of the first codes among the arguments."""
-    for one in args:
-        if isinstance(one, PackedCodes):
-            return one.owner
-        if isinstance(one, list | tuple) and (owner := _owner(one)):
+    for argument in args:
+        if isinstance(argument, PackedCodes):
+            return argument.owner
+        if isinstance(argument, list | tuple) and (owner := _owner(argument)):
             return owner
     return ""

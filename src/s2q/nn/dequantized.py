@@ -1,20 +1,22 @@
 """Weights that linears keep from call to call: dequantized where full precision is faster, prepacked where small."""
 
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from s2q.nn.codes import PackedCodes
 from s2q.nn.stored import StoredLinear
 from s2q.ops.int_matmul import cpu
+
+_T = TypeVar("_T")
 
 FASTEST = "fastest"
 """The backend that leaves integers where they are slower."""
 
 NARROW = 1024
 """Features in or out below which a CPU is faster in full precision (docs/speed.md)."""
-
 
 PREPACKED_CODES = 1 << 18
 """Codes of a weight up to which it is kept as a CPU without VNNI multiplies it, a byte each.
@@ -59,64 +61,75 @@ class DequantizedCache:
     """Other forms of a layer's weight; copies of a layer begin without them."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Tensor, Tensor | None] | None = None
-        self._kept_of: list[Tensor] = []
-        self._kept_at: list[tuple[int, int, int]] = []
-        self._prepacked: tuple[Tensor, int, Tensor] | None = None
+        self._dequantized: _Derived[tuple[Tensor, Tensor | None]] = _Derived()
+        self._prepacked: _Derived[Tensor] = _Derived()
 
     def of(self, layer: StoredLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Return weight [O, I] and bias [O] or None; computed again for another dtype or once a tensor changed."""
-        kept = self._kept
-        tensors = [layer.packed_weight, *_plain_parameters(layer)]
-        states = self._kept_at if torch.compiler.is_compiling() else [_state(tensor) for tensor in tensors]
-        if kept is None or kept[0].dtype != dtype or self._kept_at != states:
-            with _outside_inference_mode():
-                kept = layer.effective_weight(dtype), layer.effective_bias(dtype)
-            self._kept, self._kept_of, self._kept_at = kept, tensors, states
-        return kept
+        """Return weight [O, I] and bias [O] or None, in a dtype.
+
+        An offloaded layer keeps nothing while it is away, and dequantizes again when it is back.
+        """
+        others = [tensor for name, tensor in layer._parameters.items() if tensor is not None and name != "weight"]
+        return self._dequantized.get(
+            dtype, [layer.packed_weight, *others], lambda: (layer.effective_weight(dtype), layer.effective_bias(dtype))
+        )
 
     def prepacked(self, layer: StoredLinear) -> Tensor:
-        """Return the codes [I, O] as oneDNN reads them; prepacked again after the packed ones change.
-
-        Args:
-            layer: Always the same one; it `keeps_prepacked`.
-        """
-        weight, kept = layer.packed_weight, self._prepacked
-        version = _version(weight)
-        if kept is None or kept[0] is not weight or kept[1] != version:
-            with _outside_inference_mode():
-                kept = self._prepacked = weight, version, cpu.prepack(layer.codes())
-        return kept[2]
+        """Return the codes [I, O] of a layer that `keeps_prepacked`, as oneDNN reads them."""
+        return self._prepacked.get(None, [layer.packed_weight], lambda: cpu.prepack(layer.codes()))
 
     @property
     def num_bytes(self) -> int:
         """Bytes that are kept."""
-        prepacked = 0 if self._prepacked is None else self._prepacked[2].numel()
-        return prepacked + sum(tensor.nbytes for tensor in self._kept or () if tensor is not None)
+        prepacked, dequantized = self._prepacked.value, self._dequantized.value
+        num_bytes = 0 if prepacked is None else prepacked.numel()
+        return num_bytes + sum(tensor.nbytes for tensor in dequantized or () if tensor is not None)
 
     def release(self) -> None:
         """Drop all of them: the layer has changed, or memory is needed."""
-        self._kept, self._prepacked, self._kept_of, self._kept_at = None, None, [], []
+        self._dequantized.release()
+        self._prepacked.release()
 
     def __getstate__(self) -> dict[str, object]:
         """Copies of a layer keep nothing."""
         return vars(DequantizedCache())
 
 
-def _plain_parameters(layer: StoredLinear) -> list[Tensor]:
-    return [tensor for tensor in layer._parameters.values() if tensor is not None and type(tensor) is not PackedCodes]
+class _Derived(Generic[_T]):
+    """A value computed from tensors: computed again once one of them has changed, dropped as soon as one is gone.
+
+    Moving a layer, by whatever means, replaces the tensor of its codes, so no memory is pinned where it has left.
+    """
+
+    def __init__(self) -> None:
+        self.value: _T | None = None
+        self._key: object = None
+        self._states: list[tuple[int, int, int]] = []
+        self._sources: list[weakref.ref[Tensor]] = []
+
+    def get(self, key: object, sources: list[Tensor], compute: Callable[[], _T]) -> _T:
+        """Return what `compute` returned for this key and these sources, unchanged since, or returns now."""
+        if torch.compiler.is_compiling():  # has no addresses, versions and weak references
+            if self.value is None or self._key != key:
+                self.value, self._key = compute(), key
+            return self.value
+        states = _states(sources)
+        if self.value is None or self._key != key or self._states != states:
+            self.release()
+            with torch.inference_mode(False):  # tensors of that mode cannot be used outside of it
+                self.value = compute()
+            self._key, self._states = key, states
+            self._sources = [weakref.ref(tensor, self.release) for tensor in sources]
+        return self.value
+
+    def release(self, _gone: object = None) -> None:
+        """Drop the value."""
+        self.value, self._states, self._sources = None, [], []
 
 
-def _state(tensor: Tensor) -> tuple[int, int, int]:
-    """Equal as long as a tensor that is alive has not changed."""
-    return id(tensor), tensor.data_ptr(), _version(tensor)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
-
-
-def _outside_inference_mode() -> AbstractContextManager[object]:
-    """Leave inference mode, whose tensors cannot be used outside of it; compilers cannot ask for the mode."""
-    inferring = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    return torch.inference_mode(False) if inferring else nullcontext()
+def _states(tensors: list[Tensor]) -> list[tuple[int, int, int]]:
+    """Equal as long as tensors that are alive have not changed, or are those of inference mode."""
+    try:
+        return [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
+    except RuntimeError:  # tensors of inference mode do not count their changes
+        return [(id(tensor), tensor.data_ptr(), 0) for tensor in tensors]

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from s2q.core.input_path import PREFIX, InputPart, InputTensors
 from s2q.core.memo import checkpointed, memoize_for
-from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import QuantScheme
-from s2q.core.tokens import current_grid
 from s2q.nn.branch import scaled_by_frame
+from s2q.nn.simulated import simulate_quantization
 from s2q.nn.stored import packed_dtypes
 from s2q.ops.activation_path.reference import apply_steps
 
@@ -150,7 +149,7 @@ class StudentInput(nn.Module):
 
     def forward(self, x: Tensor) -> SplitInput:
         """Transform and fake-quantize x [..., I]; the linears of one call share the result within `memoization`."""
-        return memoize_for(self, x, lambda: checkpointed(self._split, x) if self.recomputes else self._split(x))
+        return memoize_for(self, x, lambda: checkpointed(self._split, x, enabled=self.recomputes))
 
     def _split(self, x: Tensor) -> SplitInput:
         centred = x if self.shift is None else x - self.shift
@@ -162,22 +161,13 @@ class StudentInput(nn.Module):
             coefficients = scaled @ self.low_rank_basis
             rest = scaled - coefficients @ self.low_rank_basis.t() if self.deflates else scaled
             transformed = rest if self.transform is None else self.transform.rotated(rest)
-        path = self.further_tensors()
+        path = InputTensors(
+            clip_ratio=None if self.clip is None else self.clip(),
+            steps=tuple((part, tuple(self.tensors[name] for name in part.input_names)) for part in self.steps),
+        )
         if path.steps:
             transformed, coefficients = apply_steps(transformed, path, coefficients)
-        if self.scheme is not None:
-            ratio = None if self.clip is None else self.clip()
-            grid = current_grid() if self.needs_grid else None
-            transformed = fake_quantize_input(transformed, self.scheme, clip_ratio=ratio, grid=grid)
-        for part, tensors in reversed(path.steps):
-            transformed = transformed if part.restore is None else part.restore(transformed, *tensors)
-        return SplitInput(transformed.to(x.dtype), coefficients)
-
-    def further_tensors(self) -> InputTensors:
-        """Return the parts that no backend computes, with their tensors as learned."""
-        return InputTensors(
-            steps=tuple((part, tuple(self.tensors[name] for name in part.input_names)) for part in self.steps)
-        )
+        return SplitInput(simulate_quantization(transformed, self.scheme, path).to(x.dtype), coefficients)
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ class RefinedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Apply the layer to an input [..., I], floating; returns [..., O] in its dtype."""
-        weight = memoize_step(self, "weight", self._weight)
+        weight = memoize_step(self, "weight", lambda: checkpointed(self._scaled_weight, enabled=self.recomputes))
         bias = self.bias()
         quantized, coefficients = self.source(input)
         output = F.linear(quantized, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
@@ -93,9 +93,6 @@ class RefinedLinear(nn.Module):
         if coefficients is None or branch is None:
             return output
         return output + F.linear(coefficients, branch).to(output.dtype)
-
-    def _weight(self) -> Tensor:
-        return checkpointed(self._scaled_weight) if self.recomputes else self._scaled_weight()
 
     def _scaled_weight(self) -> Tensor:
         return dequantize_weight(self.units, self.weight_scale())

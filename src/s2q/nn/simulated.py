@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2q.common.log import log_once
+from s2q.core.input_path import InputTensors
 from s2q.core.qparams import fake_quantize_input
+from s2q.core.schemes import QuantScheme
 from s2q.core.tokens import current_grid
 from s2q.nn.branch import with_float_branch
 from s2q.nn.stored import StoredLinear
@@ -25,15 +27,23 @@ def simulated_product(layer: StoredLinear, x: Tensor) -> Tensor:
     warn_slow(layer.scheme.name, "are simulated in floating point")
     path = layer.input_tensors()
     transformed, coefficients = transform_input(x, path)
-    quantized = transformed.float()
-    if layer.scheme.activation is not None:
-        grid = current_grid() if layer.scheme.needs_grid else None
-        quantized = fake_quantize_input(quantized, layer.scheme.activation, clip_ratio=path.clip_ratio, grid=grid)
-    for part, tensors in reversed(path.steps):
-        quantized = quantized if part.restore is None else part.restore(quantized, *tensors)
+    quantized = simulate_quantization(transformed.float(), layer.scheme.activation, path)
     bias = None if layer.bias is None else layer.bias.float()
     output = F.linear(quantized, layer.dequantized_weight(torch.float32), bias).reshape(-1, layer.out_features)
     return with_float_branch(layer, output, coefficients, quantized, x.shape[:-1]).to(x.dtype)
+
+
+def simulate_quantization(y: Tensor, scheme: QuantScheme | None, path: InputTensors) -> Tensor:
+    """Fake-quantize a transformed input y [..., I], trainable, and undo the parts of its path that are restored.
+
+    Without a scheme y is not quantized.
+    """
+    if scheme is not None:
+        grid = None if scheme.delta is None else current_grid()
+        y = fake_quantize_input(y, scheme, clip_ratio=path.clip_ratio, grid=grid)
+    for part, tensors in reversed(path.steps):
+        y = y if part.restore is None else part.restore(y, *tensors)
+    return y
 
 
 def warn_slow(scheme: str, how: str) -> None:

@@ -226,9 +226,9 @@ class StoredLinear(nn.Linear):
     ) -> None:
         self._changes()
         for name, dtype in packed_dtypes().items():
-            found = state_dict.get(prefix + name)
-            if found is not None and found.dtype != dtype:  # copying would convert it silently
-                error_msgs.append(f"{prefix}{name}: got {found.dtype}; expected {dtype}, packed as {self.scheme.name}")
+            tensor = state_dict.get(prefix + name)
+            if tensor is not None and tensor.dtype != dtype:  # copying would convert it silently
+                error_msgs.append(f"{prefix}{name}: got {tensor.dtype}; expected {dtype}, packed as {self.scheme.name}")
                 return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -22,9 +22,9 @@ from s2q.core.codebook import levels_of
 from s2q.core.memo import checkpointed, memoize_step
 from s2q.core.qparams import fake_quantize_weight, weight_scale
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
-from s2q.nn.clip import START, LearnableClip
+from s2q.nn.clip import LearnableClip
 from s2q.nn.input_path import Estimator, StudentInput, start_tensors
-from s2q.nn.stored import packed_dtypes
+from s2q.nn.stored import StoredLinear, packed_dtypes
 
 
 class StudentLinear(nn.Module):
@@ -93,13 +93,12 @@ class StudentLinear(nn.Module):
         *,
         scheme: LinearScheme,
         source: StudentInput,
-        start: float = START,
         estimator: Estimator | None = None,
     ) -> Self:
-        """Make a student that learns a clipping ratio for each output channel, from the logit `start` on."""
+        """Make a student that learns a clipping ratio for each output channel."""
         grouped = isinstance(scheme.weight.granularity, PerGroup)
         shape = (linear.out_features, 1) if grouped else (linear.out_features,)
-        clip = LearnableClip(shape, start=start, device=linear.weight.device)
+        clip = LearnableClip(shape, device=linear.weight.device)
         return cls(linear, scheme=scheme, source=source, weight_clip=clip, estimator=estimator)
 
     def folded_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -135,7 +134,7 @@ class StudentLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Apply the layer to an input [..., I], floating; returns [..., O] in its dtype."""
-        weight = memoize_step(self, "weight", self._weight)
+        weight = memoize_step(self, "weight", lambda: checkpointed(self._quantized_weight, enabled=self.recomputes))
         bias = None if self.bias is None else self.bias.to(input.dtype)
         quantized, coefficients = self.source(input)
         output = F.linear(quantized, weight.to(input.dtype), bias)
@@ -173,9 +172,6 @@ class StudentLinear(nn.Module):
                 tensors[name] = self.tensors[name] if learned else start(self.folded_weight(dtype=dtype))
         return tensors
 
-    def _weight(self) -> Tensor:
-        return checkpointed(self._quantized_weight) if self.recomputes else self._quantized_weight()
-
     def _quantized_weight(self) -> Tensor:
         if self.rounding is not None:
             return self.rounding()  # type: ignore[no-any-return]
@@ -184,7 +180,4 @@ class StudentLinear(nn.Module):
         levels = levels_of(self.scheme.weight, self.in_features, device=weight.device)
         return fake_quantize_weight(weight, scale, num_bits=self.scheme.weight.num_bits, levels=levels)
 
-    def extra_repr(self) -> str:
-        """Return what `print` shows of the layer."""
-        has_bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, {self.scheme.name}"
+    extra_repr = StoredLinear.extra_repr

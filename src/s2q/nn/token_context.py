@@ -31,9 +31,9 @@ def unfollow_tokens(transformer: nn.Module) -> None:
         transformer._forward_hooks,
         transformer._forward_hooks_always_called,
     )
-    for key in [key for one in hooks for key, hook in one.items() if isinstance(hook, _Begin | _End)]:
-        for one in hooks:
-            one.pop(key, None)
+    for key in [key for by_key in hooks for key, hook in by_key.items() if isinstance(hook, _Begin | _End)]:
+        for by_key in hooks:
+            by_key.pop(key, None)
     for module in transformer.modules():
         function = module.__dict__.get(_CHECKPOINT)
         if isinstance(function, _Checkpoint):
