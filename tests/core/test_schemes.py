@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.packing import pack_codes
+from s2q.core.packing import pack_codes, weight_bytes
 from s2q.core.schemes import (
     LinearScheme,
     PerChannel,
@@ -13,7 +13,6 @@ from s2q.core.schemes import (
     PerToken,
     QuantScheme,
     num_groups,
-    weight_bytes,
 )
 
 W4 = QuantScheme(num_bits=4, granularity=PerChannel())

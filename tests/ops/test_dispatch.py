@@ -9,7 +9,7 @@ import torch
 from s2q.common.errors import InvalidInputError
 from s2q.common.log import log_once
 from s2q.ops import activation_path, attention_colsum, dispatch, rescaled_int_matmul, weight_only_matmul
-from s2q.ops.architectures import CARDS, SHARED_BYTES, nearest_architecture
+from s2q.ops.architectures import SHARED_BYTES, nearest_architecture
 
 
 def test_packages_import_without_triton():
@@ -61,7 +61,7 @@ OPS = (activation_path, attention_colsum, rescaled_int_matmul, weight_only_matmu
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_tiles_for_every_architecture(op):
     tiles = importlib.import_module(f"{op.__name__}.tiles")
-    assert set(tiles.TILES) == set(SHARED_BYTES) == set(CARDS)
+    assert set(tiles.TILES) == set(SHARED_BYTES)
 
 
 @pytest.mark.parametrize(

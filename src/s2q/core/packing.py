@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.schemes import MAX_BITS, MIN_BITS
+from s2q.core.schemes import MAX_BITS, MIN_BITS, QuantScheme, num_groups
 
 _NIBBLE_ZERO = 8
+_SCALE_BYTES = 4  # scales are stored in fp32
 
 
 def packed_width(num_bits: int, in_features: int) -> int:
@@ -27,6 +28,14 @@ def packed_width(num_bits: int, in_features: int) -> int:
     if not MIN_BITS <= num_bits <= MAX_BITS:
         raise InvalidInputError(f"num_bits={num_bits}; expected a whole number from {MIN_BITS} to {MAX_BITS}")
     return (in_features + 1) // 2 if num_bits <= 4 else in_features
+
+
+def weight_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> int:
+    """Return the exact bytes of a packed weight with its fp32 scales, as stored (bias not counted).
+
+    Example: 4 bits per channel, O = 2, I = 5: 2·3 packed + 2·4 of scales = 14.
+    """
+    return out_features * (packed_width(scheme.num_bits, in_features) + num_groups(scheme, in_features) * _SCALE_BYTES)
 
 
 def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:

@@ -153,8 +153,10 @@ def fake_quantize_input(
         return _fake_quantize_tokens(x, scheme, clip_ratio)
     before, video, after = torch.split(x, [offset, grid.tokens, x.shape[-2] - offset - grid.tokens], dim=-2)
     video = _fake_quantize_deltas(video, scheme, clip_ratio, grid)
-    text = [_fake_quantize_tokens(one, scheme, clip_ratio) if one.numel() else one for one in (before, after)]
-    return torch.cat([text[0], video, text[1]], dim=-2)
+    before, after = (
+        _fake_quantize_tokens(text, scheme, clip_ratio) if text.numel() else text for text in (before, after)
+    )
+    return torch.cat([before, video, after], dim=-2)
 
 
 def _fake_quantize_deltas(video: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio, grid: TokenGrid) -> Tensor:

@@ -11,11 +11,10 @@ from typing import Any, Literal
 
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.common.options import Options
-from s2q.core.tokens import is_triple
+from s2q.core.tokens import is_triple, is_whole
 
 MIN_BITS = 2
 MAX_BITS = 8
-SCALE_BYTES = 4  # scales are stored in fp32
 UNIFORM = "uniform"
 LEVELS = (UNIFORM, "lloyd_max")
 _BITS = {"ge": MIN_BITS, "le": MAX_BITS}
@@ -34,7 +33,7 @@ class PerGroup:
 
     def __post_init__(self) -> None:
         """Refuse anything but a positive whole number."""
-        if not _is_int(self.group_size) or self.group_size < 1:
+        if not is_whole(self.group_size) or self.group_size < 1:
             raise InvalidInputError(f"PerGroup: group_size={self.group_size!r}; expected a whole number of at least 1")
 
 
@@ -301,15 +300,6 @@ def num_groups(scheme: QuantScheme, in_features: int) -> int:
     return in_features // group_size
 
 
-def weight_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> int:
-    """Return the exact bytes of a packed weight with its fp32 scales, as stored (bias not counted).
-
-    Example: 4 bits per channel, O = 2, I = 5: 2·3 packed + 2·4 of scales = 14.
-    """
-    row = (in_features + 1) // 2 if scheme.num_bits <= 4 else in_features
-    return out_features * (row + num_groups(scheme, in_features) * SCALE_BYTES)
-
-
 def _check_keys(what: str, fields: object, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
     if not isinstance(fields, Mapping):
         raise InvalidInputError(f"{what}: got {type(fields).__name__}; expected a mapping with {', '.join(required)}")
@@ -334,9 +324,5 @@ def _delta_name(delta: Delta) -> str:
 
 
 def _check_bits(name: str, value: object) -> None:
-    if not (isinstance(value, int) and _is_int(value) and MIN_BITS <= value <= MAX_BITS):
+    if not (is_whole(value) and MIN_BITS <= value <= MAX_BITS):
         raise InvalidInputError(f"{name}={value!r}; expected a whole number, {MIN_BITS} to {MAX_BITS}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

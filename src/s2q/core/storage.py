@@ -40,8 +40,8 @@ def parse_bytes(size: int | str, *, option: str) -> int:
     """
     if isinstance(size, bool) or not isinstance(size, str | Integral):
         raise InvalidInputError(f"{option}: got {short_repr(size)}; expected a size such as 16GB or 24GiB")
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]I?B|)", str(size).strip().upper())
-    num_bytes = 0 if found is None else int(float(found[1]) * _UNITS[found[2]])
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]I?B|)", str(size).strip().upper())
+    num_bytes = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
     if num_bytes <= 0:
         raise InvalidInputError(f"{option}: got {short_repr(str(size))}; expected a size such as 16GB or 24GiB")
     return num_bytes

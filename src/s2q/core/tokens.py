@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 
@@ -195,5 +195,9 @@ class TokenLayout:
 
 def is_triple(value: Any) -> bool:
     """Tell whether something is a tuple of three positive whole numbers."""
-    whole = isinstance(value, tuple) and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
-    return whole and len(value) == 3 and min(value) >= 1
+    return isinstance(value, tuple) and len(value) == 3 and all(is_whole(size) and size >= 1 for size in value)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Tell whether something is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)

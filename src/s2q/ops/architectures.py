@@ -15,17 +15,6 @@ SHARED_BYTES: dict[int, int] = {
 }
 """Shared memory that one program may have, by architecture."""
 
-CARDS: dict[int, str] = {
-    80: "A100, A30",
-    86: "RTX 30, A10, A40, RTX A6000",
-    89: "RTX 40, L4, L40S",
-    90: "H100, H200, GH200",
-    100: "B200, GB200",
-    103: "B300, GB300",
-    120: "RTX 50, RTX PRO Blackwell",
-}
-"""Some GPUs of each architecture."""
-
 
 def nearest_architecture(capability: tuple[int, int]) -> int | None:
     """Return the listed architecture whose tiles fit a GPU of a compute capability; None if none is known to.

@@ -12,7 +12,8 @@ from torch import nn
 from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError, nearest_names
 from s2q.core.input_path import InputPath
-from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups, weight_bytes
+from s2q.core.packing import weight_bytes
+from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.models import BlockLinear, block_linears, family_of, outer_linears
 from s2q.recipes.schema import Recipe
 from s2q.transforms import ROTATIONS

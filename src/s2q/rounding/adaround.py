@@ -120,20 +120,20 @@ class LearnedRounding(nn.Module):
 
 def roundings_of(module: nn.Module) -> list[LearnedRounding]:
     """Return the learned roundings inside a module, such as a student."""
-    return [one for one in module.modules() if isinstance(one, LearnedRounding)]
+    return [child for child in module.modules() if isinstance(child, LearnedRounding)]
 
 
 @contextmanager
 def soft_rounding(module: nn.Module) -> Iterator[None]:
     """Have the roundings inside a module compute with h(V), to learn from it; with its decision again afterwards."""
     roundings = roundings_of(module)
-    for one in roundings:
-        one.soft = True
+    for rounding in roundings:
+        rounding.soft = True
     try:
         yield
     finally:
-        for one in roundings:
-            one.soft = False
+        for rounding in roundings:
+            rounding.soft = False
 
 
 def rounding_penalty(share: Tensor, beta: float) -> Tensor:
@@ -146,6 +146,6 @@ def penalize(roundings: Sequence[LearnedRounding], progress: float, *, options: 
     beta = options.beta(progress)
     if beta is None:
         return
-    count = sum(one.logits.numel() for one in roundings)
-    for one in roundings:
-        (options.penalty / count * rounding_penalty(one.share(), beta)).backward()  # type: ignore[no-untyped-call]
+    count = sum(rounding.logits.numel() for rounding in roundings)
+    for rounding in roundings:
+        (options.penalty / count * rounding_penalty(rounding.share(), beta)).backward()  # type: ignore[no-untyped-call]

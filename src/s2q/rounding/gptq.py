@@ -209,9 +209,9 @@ def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, *, scheme: Qua
         errors_OK = torch.zeros_like(weight[:, start:stop])
         for column in range(start, stop):
             value = weight[:, column]
-            own_scale = scale[:, column]
-            codes[:, column] = quantize(value, own_scale, num_bits=scheme.num_bits, levels=levels)
-            error = (value - dequantize(codes[:, column], own_scale, levels=levels)) / factor[column, column]
+            column_scale = scale[:, column]
+            codes[:, column] = quantize(value, column_scale, num_bits=scheme.num_bits, levels=levels)
+            error = (value - dequantize(codes[:, column], column_scale, levels=levels)) / factor[column, column]
             weight[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)
             errors_OK[:, column - start] = error
         weight[:, stop:].addmm_(errors_OK, factor[start:stop, stop:], alpha=-1)

@@ -40,7 +40,7 @@ def _joined(first: Factors, second: Factors) -> Factors:
     return Factors(scale=_product(first.scale, second.scale), left=second.left, right=second.right)
 
 
-def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return one * other
+def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first * second

@@ -85,9 +85,9 @@ def _construction(order: int) -> Callable[[], Tensor] | None:
         return partial(_paley_one, order - 1)
     if order // 2 % 4 == 2 and _is_prime(order // 2 - 1):
         return partial(_paley_two, order // 2 - 1)
-    for one in _divisors(order):
-        if 1 < one <= order // one and _construction(one) and _construction(order // one):
-            return partial(_product, one, order // one)
+    for n1 in _divisors(order):
+        if 1 < n1 <= order // n1 and _construction(n1) and _construction(order // n1):
+            return partial(_product, n1, order // n1)
     return None
 
 
@@ -95,11 +95,11 @@ def _smallest(order: int) -> Tensor:
     return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)[:order, :order]
 
 
-def _product(one: int, other: int) -> Tensor:
-    first, second = hadamard_matrix(one), hadamard_matrix(other)
-    assert first is not None, one
-    assert second is not None, other
-    return torch.kron(first, second)
+def _product(n1: int, n2: int) -> Tensor:
+    left, right = hadamard_matrix(n1), hadamard_matrix(n2)
+    assert left is not None, n1
+    assert right is not None, n2
+    return torch.kron(left, right)
 
 
 def _paley_one(q: int) -> Tensor:
@@ -115,9 +115,9 @@ def _paley_two(q: int) -> Tensor:
     conference = torch.zeros(q + 1, q + 1, dtype=torch.float64)
     conference[0, 1:], conference[1:, 0] = 1, 1
     conference[1:, 1:] = _jacobsthal(q)
-    one = _smallest(2)
-    zero = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-    return torch.kron(conference, one) + torch.kron(torch.eye(q + 1, dtype=torch.float64), zero)
+    for_ones = _smallest(2)
+    for_zeros = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    return torch.kron(conference, for_ones) + torch.kron(torch.eye(q + 1, dtype=torch.float64), for_zeros)
 
 
 def _jacobsthal(q: int) -> Tensor:

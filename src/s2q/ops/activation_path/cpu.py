@@ -67,7 +67,7 @@ class _Transform:
         n1 = 1 if path.left is None else path.left.shape[0]
         self.grid = n1, features // n1 if path.right is None else path.right.shape[0]
         self.wide = take("activation_path wide", (rows, features), torch.float32)
-        self.first, self.second = (take(f"activation_path {one}", (rows, features), dtype) for one in (1, 2))
+        self.first, self.second = (take(f"activation_path {use}", (rows, features), dtype) for use in ("1", "2"))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self._shifted_and_scaled(x)

@@ -84,8 +84,8 @@ def _rows_of(mask: Tensor, sample: int, start: int, stop: int) -> Tensor:
     """Cut out of a mask what belongs to one sample and a range of queries; broadcasts to [H, C, M]."""
     while mask.ndim < 4:
         mask = mask.unsqueeze(0)
-    own = mask[sample if mask.shape[0] > 1 else 0]
-    return own[:, start:stop] if own.shape[1] > 1 else own
+    mask = mask[sample if mask.shape[0] > 1 else 0]
+    return mask[:, start:stop] if mask.shape[1] > 1 else mask
 
 
 def _apply_mask(logits_HCM: Tensor, mask: Tensor) -> None:
@@ -107,7 +107,7 @@ def check_shapes(query: Tensor, key: Tensor, mask: Tensor | None, chunk_size: in
     if mask is not None:
         full = (*query.shape[:3], key.shape[2])
         sizes = zip(reversed(mask.shape), reversed(full), strict=False)
-        if mask.ndim > 4 or any(own not in (1, wanted) for own, wanted in sizes):
+        if mask.ndim > 4 or any(size not in (1, wanted) for size, wanted in sizes):
             raise InvalidInputError(
                 f"attention_colsum: got a mask of shape {list(mask.shape)}; expected it to broadcast to {list(full)}"
             )

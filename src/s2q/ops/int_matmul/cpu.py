@@ -23,8 +23,6 @@ from s2q.ops.int_matmul import reference
 _PAIR_BITS = 15
 """Bits of two codes together up to which a pair of products fits in 16 bits."""
 
-_FP32_EXACT = 1 << 24
-
 
 def adds_in_32_bits() -> bool:
     """Whether `torch._int_mm` is fast and exact for all codes."""
@@ -51,7 +49,7 @@ def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int
     """Multiply codes on the CPU, bit-equal to the reference; the widths decide how, where there is no VNNI."""
     if adds_in_32_bits():
         return torch._int_mm(x_codes, w_codes.t())
-    fits = x_codes.shape[1] << (x_bits + w_bits - 2) <= _FP32_EXACT  # in the fp32 that the sums come in
+    fits = x_codes.shape[1] <= reference.exact_terms(x_bits=x_bits, w_bits=w_bits)  # the sums come in fp32
     if not fits or not adds_pairs(x_bits=x_bits, w_bits=w_bits):
         return reference.int_matmul(x_codes, w_codes, x_bits=x_bits, w_bits=w_bits)
     if not x_codes.numel() or not w_codes.numel():

@@ -10,8 +10,6 @@ Shapes: `M` rows (tokens), `K` in features, `O` out features.
 import torch
 from torch import Tensor
 
-_FP32_EXACT = 1 << 24
-
 
 def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int = 8) -> Tensor:
     """Multiply codes int8 [M, K] and int8 [O, K], bit-equal to the product in int64; int32 [M, O].
@@ -20,7 +18,7 @@ def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int
     it does up to K = 131071 at 8 bits each.
     """
     assert x_codes.dtype == w_codes.dtype == torch.int8, (x_codes.dtype, w_codes.dtype)
-    piece = _FP32_EXACT >> (x_bits + w_bits - 2)
+    piece = exact_terms(x_bits=x_bits, w_bits=w_bits)
     in_features = x_codes.shape[1]
     if in_features <= piece:
         return _fp32_matmul(x_codes, w_codes)
@@ -28,6 +26,11 @@ def int_matmul(x_codes: Tensor, w_codes: Tensor, *, x_bits: int = 8, w_bits: int
     for start in range(piece, in_features, piece):
         total += _fp32_matmul(x_codes[:, start : start + piece], w_codes[:, start : start + piece])
     return total
+
+
+def exact_terms(*, x_bits: int, w_bits: int) -> int:
+    """Return how many products of codes of these widths fp32 adds exactly."""
+    return (1 << 24) >> (x_bits + w_bits - 2)
 
 
 def _fp32_matmul(x_codes: Tensor, w_codes: Tensor) -> Tensor:

@@ -66,28 +66,28 @@ def rescaled_int_matmul(
     width = columns if w_codes.is_mkldnn else _even_share(columns, COLUMNS)
     for left in range(0, columns, width):
         wide = slice(left, min(left + width, columns))
-        w_own = w_codes if w_codes.is_mkldnn else _prepared(w_codes[wide], x_codes, w_bits=w_bits, pairs=pairs)
+        w_piece = w_codes if w_codes.is_mkldnn else _prepared(w_codes[wide], x_codes, w_bits=w_bits, pairs=pairs)
         for start in range(0, len(x_codes), ROWS):
-            x_own = x_codes[start : start + ROWS]
+            x_piece = x_codes[start : start + ROWS]
             if pairs:
-                sums = cpu.multiply_pairs(x_own, w_own, w_scale[wide], x_bits=x_bits)
+                sums = cpu.multiply_pairs(x_piece, w_piece, w_scale[wide], x_bits=x_bits)
             else:
-                sums = _products(x_own, w_own, x_bits=x_bits, w_bits=w_bits)
+                sums = _products(x_piece, w_piece, x_bits=x_bits, w_bits=w_bits)
             step = max(EPILOGUE_ROWS, EPILOGUE_ROWS * COLUMNS // max(1, sums.shape[1]))
-            for first in range(0, len(x_own), step):
-                own = sums[first : first + step]
-                part = slice(start + first, start + first + len(own))
+            for first in range(0, len(x_piece), step):
+                total = sums[first : first + step]
+                part = slice(start + first, start + first + len(total))
                 if not pairs:
-                    own = take("rescaled sums", tuple(own.shape), torch.float32).copy_(own).mul_(w_scale[wide])
-                target = out[part, wide] if out_dtype == torch.float32 and branch is None else own
+                    total = take("rescaled sums", tuple(total.shape), torch.float32).copy_(total).mul_(w_scale[wide])
+                target = out[part, wide] if out_dtype == torch.float32 and branch is None else total
                 if offset is None:
-                    torch.mul(own, x_scale[part], out=target)
+                    torch.mul(total, x_scale[part], out=target)
                 else:  # as in the reference: equal bits
-                    torch.addcmul(offset[wide], own, x_scale[part], out=target)
+                    torch.addcmul(offset[wide], total, x_scale[part], out=target)
                 if low_rank_input is not None and branch is not None:
-                    own.addmm_(low_rank_input[part], branch[wide].t())
-                if target is own:
-                    out[part, wide] = own
+                    total.addmm_(low_rank_input[part], branch[wide].t())
+                if target is total:
+                    out[part, wide] = total
     return out
 
 

@@ -35,7 +35,7 @@ def weight_only_matmul(
     if out.numel() == 0:
         return out
     w_codes = w_codes if is_packed else w_codes.view(torch.int8)
-    x, w_codes = (one if one.stride(1) == 1 else one.contiguous() for one in (x, w_codes))
+    x, w_codes = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (x, w_codes))
     tile = TILES[architecture_of(x)]
     launch(
         weight_only_kernel,
