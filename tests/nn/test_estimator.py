@@ -156,7 +156,7 @@ def test_the_effective_weight_has_the_correction_of_a_frame_with_scale_1():
         round_rtn(noise(6, 24), W4), bias=noise(6), scheme=scheme, inputs=stored(estimator, transform_left=rotation)
     )
     x = noise(3, 24, seed=1)
-    weight, bias = layer.effective_weight(torch.float32), layer.effective_bias(torch.float32)
+    weight, bias = layer.effective_parameters(torch.float32)
     torch.testing.assert_close(layer(x), x @ weight.t() + bias, rtol=0, atol=1e-4)
     again = copy.deepcopy(layer)
     again.load_state_dict(layer.state_dict())

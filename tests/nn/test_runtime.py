@@ -191,7 +191,7 @@ def test_the_fastest_backend_follows_changes_in_place(transformer, change):
             layer.weight_scale.data = layer.weight_scale * 2
         else:
             getattr(layer, change).mul_(2)
-    expected = torch.nn.functional.linear(x, layer.effective_weight(x.dtype), layer.effective_bias(x.dtype))
+    expected = torch.nn.functional.linear(x, *layer.effective_parameters(x.dtype))
     assert not torch.equal(layer(x), first)
     assert torch.equal(layer(x), expected)
 

@@ -158,7 +158,8 @@ def test_a_shift_moves_the_input_and_its_product_into_the_bias(layer_scheme):
     )
     exact = linear(x)
     assert (student(x) - exact).square().mean() < 0.5 * (unshifted(x) - exact).square().mean()
-    mean = packed.effective_weight(torch.float32) @ shift + packed.effective_bias(torch.float32)
+    weight, bias = packed.effective_parameters(torch.float32)
+    mean = weight @ shift + bias
     torch.testing.assert_close(mean, linear(shift), rtol=1e-4, atol=1e-4)  # exact at the mean, however coarse the codes
 
 

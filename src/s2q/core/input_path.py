@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -291,6 +291,14 @@ class InputPath:
         return cls(**content)
 
 
+Steps = tuple[tuple[InputPart, tuple["Tensor", ...]], ...]
+
+
+def with_tensors(parts: Sequence[InputPart], stored: Mapping[str, Any]) -> Steps:
+    """Return parts with `apply`, each with those of the stored tensors that belong to the input."""
+    return tuple((part, tuple(stored[name] for name in part.input_names)) for part in parts)
+
+
 class InputTensors(NamedTuple):
     """The tensors of an input path that act before and during quantization: an argument of the ops.
 
@@ -312,14 +320,12 @@ class InputTensors(NamedTuple):
     low_rank_basis: Tensor | None = None
     clip_ratio: Tensor | None = None
     deflates: bool = True
-    steps: tuple[tuple[InputPart, tuple[Tensor, ...]], ...] = ()
+    steps: Steps = ()
 
     @classmethod
     def of(cls, stored: Mapping[str, Any], path: InputPath) -> InputTensors:
         """Pick them from the tensors of a packed linear, by their stored names."""
-        steps: tuple[tuple[InputPart, tuple[Tensor, ...]], ...] = ()
-        if path.steps:
-            steps = tuple((part, tuple(stored[name] for name in part.input_names)) for part in path.steps)
+        steps = path.steps and with_tensors(path.steps, stored)
         return cls._make([*[stored.get(name) for name in BACKEND_TENSORS], path.deflates, steps])
 
 

@@ -70,9 +70,8 @@ class DequantizedCache:
         An offloaded layer keeps nothing while it is away, and dequantizes again when it is back.
         """
         others = [tensor for name, tensor in layer._parameters.items() if tensor is not None and name != "weight"]
-        return self._dequantized.get(
-            dtype, [layer.packed_weight, *others], lambda: (layer.effective_weight(dtype), layer.effective_bias(dtype))
-        )
+        sources = [layer.packed_weight, *others]
+        return self._dequantized.get(dtype, sources, lambda: layer.effective_parameters(dtype))
 
     def prepacked(self, layer: StoredLinear) -> Tensor:
         """Return the codes [I, O] of a layer that `keeps_prepacked`, as oneDNN reads them."""

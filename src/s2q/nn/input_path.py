@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from s2q.core.input_path import PREFIX, InputPart, InputTensors
+from s2q.core.input_path import PREFIX, InputPart, InputTensors, with_tensors
 from s2q.core.memo import checkpointed, memoize_for
 from s2q.core.schemes import QuantScheme
 from s2q.nn.branch import scaled_by_frame
@@ -161,10 +161,8 @@ class StudentInput(nn.Module):
             coefficients = scaled @ self.low_rank_basis
             rest = scaled - coefficients @ self.low_rank_basis.t() if self.deflates else scaled
             transformed = rest if self.transform is None else self.transform.rotated(rest)
-        path = InputTensors(
-            clip_ratio=None if self.clip is None else self.clip(),
-            steps=tuple((part, tuple(self.tensors[name] for name in part.input_names)) for part in self.steps),
-        )
+        ratio = None if self.clip is None else self.clip()
+        path = InputTensors(clip_ratio=ratio, steps=with_tensors(self.steps, dict(self.tensors)))
         if path.steps:
             transformed, coefficients = apply_steps(transformed, path, coefficients)
         return SplitInput(simulate_quantization(transformed, self.scheme, path).to(x.dtype), coefficients)

@@ -132,17 +132,19 @@ class StoredLinear(nn.Linear):
             weight = weight * self.transform_scale
         return weight.to(dtype)
 
-    def effective_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the bias that belongs to `effective_weight`, b - Ŵ Tᵀ shift: [O] rounded to `dtype`, or None."""
-        if self.bias is None or self.input_shift is None:
-            return None if self.bias is None else self.bias.to(dtype)
-        return (self.bias.float() - self.effective_weight(torch.float32) @ self.input_shift).to(dtype)
+    def effective_parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return `effective_weight` and the bias that belongs to it, b - Ŵ Tᵀ shift: [O] in `dtype`, or None."""
+        weight = self.effective_weight(torch.float32)
+        bias: Tensor | None = self.bias
+        if bias is not None and self.input_shift is not None:
+            bias = bias.float() - weight @ self.input_shift
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def dequantized_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """Return the full-precision linear of `effective_weight` and `effective_bias`."""
+        """Return the full-precision linear of `effective_parameters`."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
-        bias = self.effective_bias(dtype)
-        linear.weight = frozen(self.effective_weight(dtype))
+        weight, bias = self.effective_parameters(dtype)
+        linear.weight = frozen(weight)
         linear.register_parameter("bias", None if bias is None else frozen(bias))
         return linear
 

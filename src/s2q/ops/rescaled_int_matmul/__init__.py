@@ -36,8 +36,8 @@ def rescaled_int_matmul(
 ) -> Tensor:
     """Multiply codes and rescale the sums; see `reference.rescaled_int_matmul`.
 
-    The backend is "reference" (alone for w_scale [O, G]), "cpu", "triton", or "auto": Triton where it can run on a GPU,
-    cpu on the CPU.
+    The backend is "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU. With a
+    w_scale [O, G], "auto" and "cpu" run the reference, and "triton" refuses.
 
     Raises:
         InvalidInputError: If there is no such backend, or it cannot run here.
@@ -60,9 +60,10 @@ def _run(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    if w_scale.ndim != 1 and backend == "auto":
-        backend = "reference"
-    product: Tensor = choose_backend(backend, x_codes, BACKENDS)(
+    run = choose_backend(backend, x_codes, BACKENDS)
+    if w_scale.ndim != 1 and backend in ("auto", "cpu"):
+        run = reference.rescaled_int_matmul
+    product: Tensor = run(
         x_codes,
         x_scale,
         w_codes,

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from s2q.core.packing import unpack_codes
 from s2q.ops.int_matmul import cpu, int_matmul
-from s2q.ops.rescaled_int_matmul import reference
 from s2q.ops.scratch import take
 
 ROWS, COLUMNS = 2048, 2048
@@ -38,24 +37,11 @@ def rescaled_int_matmul(
     w_bits: int = 8,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Multiply codes and rescale the sums; see `reference.rescaled_int_matmul`, which runs for w_scale [O, G].
+    """Multiply codes and rescale the sums, with w_scale [O]; see `reference.rescaled_int_matmul`.
 
     Packed codes uint8 [O, P] are unpacked piece by piece, and nothing is kept. If `multiplies_pairs`, w may also be [K,
     O] from `int_matmul.cpu.prepack`.
     """
-    if w_scale.ndim != 1:
-        return reference.rescaled_int_matmul(
-            x_codes,
-            x_scale,
-            w_codes,
-            w_scale,
-            bias=bias,
-            low_rank_input=low_rank_input,
-            low_rank_weight=low_rank_weight,
-            x_bits=x_bits,
-            w_bits=w_bits,
-            out_dtype=out_dtype,
-        )
     columns = w_scale.shape[0]
     out = torch.empty(x_codes.shape[0], columns, dtype=out_dtype, device="cpu")
     branch = None if low_rank_weight is None else low_rank_weight.float()
