@@ -1,6 +1,6 @@
 """`s2q generate`: videos, a contact sheet and a record of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,26 +90,24 @@ def generate(
             attention_backend=attention,
             progress=report,
         )
-        described = {"model": model, "frame_rate": fps or frame_rate_of(source), "output": str(out)}
-        record = write_videos(staged, videos, described=described, save_latents=save_latents, progress=report)
+        rate = fps or frame_rate_of(source)
+        record = _write(staged, videos, frame_rate=rate, save_latents=save_latents, progress=report)
+        record |= {"model": model, "output": str(out)}
+        atomic_write_json(staged / GENERATION_RECORD, record)
     output.emit_json(record) if as_json else console.say(f"{out}: {len(videos)} videos and sheet.png")
 
 
-def write_videos(
-    folder: Path, videos: Sequence[Any], *, described: Mapping[str, Any], save_latents: bool, progress: Progress
+def _write(
+    folder: Path, videos: Sequence[Any], *, frame_rate: int, save_latents: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Write videos, contact sheet and `generation.json` into an empty folder; return the content of the latter.
-
-    Args:
-        described: `model`, `frame_rate` and `output`, as the record has them.
-    """
+    """Write videos and contact sheet into an empty folder; return their record for `generation.json`."""
     from s2q.evaluation.summary import versions
     from s2q.report.video import contact_sheet, write_mp4
 
     entries = []
     for index, video in enumerate(videos):
         stem = f"{index:03d}-{slug(video.prompt)}"
-        write_mp4(folder / f"{stem}.mp4", video.frames.numpy(), fps=described["frame_rate"])
+        write_mp4(folder / f"{stem}.mp4", video.frames.numpy(), fps=frame_rate)
         entries.append({"prompt": video.prompt, "seed": video.seed, "file": f"{stem}.mp4"})
         progress("write", index + 1, len(videos))
     sheet = contact_sheet([(video.prompt, video.frames.numpy()) for video in videos])
@@ -119,16 +117,14 @@ def write_videos(
 
         tensors = {Path(entry["file"]).stem: video.latents for entry, video in zip(entries, videos, strict=True)}
         atomic_write_bytes(folder / "latents.safetensors", safetensors.torch.save(tensors))
-    record = {
+    return {
         "schema_version": GENERATION_VERSION,
-        **described,
+        "frame_rate": frame_rate,
         "sheet": "sheet.png",
         "latents": "latents.safetensors" if save_latents else None,
         "videos": entries,
         "versions": versions(),
     }
-    atomic_write_json(folder / GENERATION_RECORD, record)
-    return record
 
 
 def _check_backend(name: str, device: str) -> None:

@@ -23,7 +23,7 @@ from s2q.common.torch_state import in_fresh_torch_state
 from s2q.engines.processes import Tell
 from s2q.evaluation import velocity
 from s2q.evaluation.judges.learned import Judges, open_judges
-from s2q.evaluation.parallel import MeasuredSet, PromptSet, divide, measure_in_processes
+from s2q.evaluation.parallel import MeasuredSet, PromptSet, measure_in_processes
 from s2q.evaluation.recordings import DISK_SHARE, Recordings
 from s2q.evaluation.scores import EvaluationResult, VideoScores
 from s2q.evaluation.settings import TRAJECTORY_BYTES, EvaluationSettings
@@ -141,47 +141,30 @@ def evaluate(
     )
     processes = arguments.whole_number("processes", processes, least=1)
     seeds, texts = arguments.seed_numbers(seeds), optional(arguments.prompt_list, "prompts", prompts)
-    model, reference = _resolve_pair(model, reference, settings)
+    model, reference = _resolve_pair(model, reference, settings, processes)
     texts = default_prompts(reference) if texts is None else texts
     _check_request(texts, settings)
     if processes > 1:
-        sets = _prompt_sets(model, reference, prompts=texts, seeds=seeds, settings=settings, processes=processes)
-        return summarise(measure_in_processes(_measure_set, sets, video_done=video_done, progress=progress))
+        whole = PromptSet(model=model, reference=reference, prompts=tuple(texts), seeds=seeds, settings=settings)
+        return summarise(measure_in_processes(_measure_set, whole, processes, video_done=video_done, progress=progress))
     run = run_reference(
         reference, prompts=texts, seeds=seeds, settings=settings, video_done=video_done, progress=progress
     )
     return summarise(judge_model(model, run, video_done=video_done, progress=progress))
 
 
-def _prompt_sets(
-    model: Any,
-    reference: Any,
-    *,
-    prompts: Sequence[str],
-    seeds: tuple[int, ...],
-    settings: EvaluationSettings,
-    processes: int,
-) -> list[PromptSet]:
-    """Share the prompts among processes."""
-    if not isinstance(model, ModelSource) or not isinstance(reference, ModelSource):
-        raise UsageError(
-            f"evaluate: got processes={processes} and a loaded pipeline; pass the names or folders of the models, "
-            "which every process loads"
-        )
-    parts = divide(prompts, processes)
-    return [
-        PromptSet(model=model, reference=reference, prompts=part, seeds=seeds, settings=settings, parts=len(parts))
-        for part in parts
-    ]
-
-
-def _resolve_pair(model: Any, reference: Any, settings: EvaluationSettings) -> tuple[Any, Any]:
+def _resolve_pair(model: Any, reference: Any, settings: EvaluationSettings, processes: int) -> tuple[Any, Any]:
     """Return a model and its reference, resolved where they were given by name, if they can be compared."""
     model, reference = arguments.model_argument("model", model), arguments.model_argument("reference", reference)
     reference, model = _resolved(reference, settings), _resolved(model, settings, needs_variant=False)
     sources = [side for side in (reference, model) if isinstance(side, ModelSource)]
     for source in sources:
         check_model(source, verify=settings.verify)
+    if processes > 1 and len(sources) < 2:
+        raise UsageError(
+            f"evaluate: got processes={processes} and a loaded pipeline; pass the names or folders of the models, "
+            "which every process loads"
+        )
     if not sources:
         refuse_load_options("evaluate", dtype=settings.dtype, variant=settings.variant, verify=settings.verify)
     ours, theirs = (architecture_of(side, label=model_label(side)) for side in (model, reference))
@@ -226,7 +209,7 @@ def run_reference(
             result = denoise(pipe, names, seeds=numbers, settings=generation, step_done=tick)
             if VELOCITY in wanted:
                 recordings.skip()
-        videos += _handed_on(videos_of(names, numbers, result), reference, video_done)
+        videos += _report_videos(videos_of(names, numbers, result), reference, video_done)
     run = ReferenceRun(
         settings=settings,
         architecture=architecture_of(pipe, label=model_label(reference)),
@@ -273,7 +256,8 @@ def judge_model(
         if trajectory is not None:
             replay = replay or StageCounter(progress, "velocity", replays)
             steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
-        for video, errors in zip(_handed_on(videos_of(names, seeds, result), model, video_done), steps, strict=True):
+        videos = _report_videos(videos_of(names, seeds, result), model, video_done)
+        for video, errors in zip(videos, steps, strict=True):
             scores.append(judge_video(video, run.videos[len(scores)], errors, wanted=run.wanted, judges=run.judges))
     if pipe is not model:
         del pipe
@@ -342,7 +326,7 @@ def _open(model: Any, settings: EvaluationSettings, *, dtype: torch.dtype | str 
     return load_pipeline(model, dtype=dtype, device=settings.device, verify=settings.verify)
 
 
-def _handed_on(videos: list[Video], model: Any, video_done: VideoDone | None) -> list[Video]:
+def _report_videos(videos: list[Video], model: Any, video_done: VideoDone | None) -> list[Video]:
     if video_done is not None:
         for video in videos:
             video_done(model_label(model), video)

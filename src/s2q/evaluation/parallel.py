@@ -18,14 +18,14 @@ MeasuredSet = tuple[EvaluationResult, list[tuple[str, Video]]]
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """The share of a process; `parts` processes share the disk. Videos are returned with the labels of their models."""
+    """Prompts of a process; `parts` processes share the disk. Videos are returned with the labels of their models."""
 
     model: ModelSource
     reference: ModelSource
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: EvaluationSettings
-    parts: int
+    parts: int = 1
     wants_videos: bool = False
 
 
@@ -38,16 +38,20 @@ def divide(prompts: Sequence[str], parts: int) -> list[tuple[str, ...]]:
 
 def measure_in_processes(
     measure: Callable[[PromptSet, str, Tell], MeasuredSet],
-    sets: Sequence[PromptSet],
+    whole: PromptSet,
+    processes: int,
     *,
     video_done: Callable[[str, Video], None] | None,
     progress: Progress | None,
 ) -> EvaluationResult:
-    """Measure sets of prompts, one in each process, and return what was measured on all, in their order.
+    """Measure a set of prompts in shares, one in each process; return what was measured on all, in their order.
 
     Args:
         measure: Measures a set of prompts on a device; tells first prompt, stage, finished steps and steps in all.
     """
+    shares = divide(whole.prompts, processes)
+    wants_videos = video_done is not None
+    sets = [replace(whole, prompts=share, parts=len(shares), wants_videos=wants_videos) for share in shares]
     steps: dict[str, dict[str, tuple[int, int]]] = {}
 
     def report(message: tuple[str, str, int, int]) -> None:
@@ -58,9 +62,8 @@ def measure_in_processes(
         if progress is not None:
             progress(stage, sum(done for done, _ in counts), sum(total for _, total in counts) + waiting)
 
-    tasks = [replace(part, wants_videos=video_done is not None) for part in sets]
-    devices = devices_of(sets[0].settings.device, len(sets))
-    with contextlib.closing(ProcessEngine(devices).map(measure, tasks, on_message=report)) as results:
+    devices = devices_of(whole.settings.device, len(sets))
+    with contextlib.closing(ProcessEngine(devices).map(measure, sets, on_message=report)) as results:
         measured = dict(results)
     ordered = [measured[index] for index in range(len(sets))]
     if video_done is not None:

@@ -37,7 +37,7 @@ def velocity_errors(
     for step, call in enumerate(trajectory.calls):
         student = students[call.transformer]
         device, dtype = next(student.parameters()).device, student.dtype
-        inputs = {name: _moved(value, device, dtype) for name, value in call.inputs.items()}
+        inputs = {name: _to_device(value, device, dtype) for name, value in call.inputs.items()}
         output = student(**inputs, return_dict=False)[0].cpu()
         for video, steps in enumerate(errors):
             rows = trajectory.rows_of(call, video)
@@ -55,9 +55,9 @@ def velocity_errors(
     return errors
 
 
-def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def _to_device(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, tuple):  # rotary tables stay float32, as the pipeline passes them
-        return tuple(_moved(item, device, torch.float32) for item in value)
+        return tuple(_to_device(item, device, torch.float32) for item in value)
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)

@@ -102,7 +102,7 @@ def _call_arguments(
     arguments = settings.to_dict()
     if family_of(pipe.transformer).guidance == "guider":
         weight = arguments.pop("guidance_scale")
-        with _guided_by(pipe.guider, weight), _heard_steps(pipe.scheduler, after_step):
+        with _guided_by(pipe.guider, weight), _observe_steps(pipe.scheduler, after_step):
             yield arguments
         return
 
@@ -142,16 +142,16 @@ def _guided_by(guider: Any, weight: float) -> Iterator[None]:
 
 
 @contextmanager
-def _heard_steps(scheduler: Any, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
+def _observe_steps(scheduler: Any, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Tell a listener the latents that each step of a scheduler returns."""
     step = scheduler.step
 
-    def listening(*args: Any, **kwargs: Any) -> Any:
+    def observed_step(*args: Any, **kwargs: Any) -> Any:
         output = step(*args, **kwargs)
         listener(output[0])
         return output
 
-    scheduler.step = listening
+    scheduler.step = observed_step
     try:
         yield
     finally:

@@ -95,7 +95,7 @@ def generate(
     requested = requested_settings(
         num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
     )
-    optional(whole_number, "batch_size", batch_size, least=1)
+    batch_size = optional(whole_number, "batch_size", batch_size, least=1)
     pipe = model
     if not isinstance(model, str | Path | ModelSource):
         refuse_load_options("generate", dtype=dtype, variant=variant, verify=verify)
