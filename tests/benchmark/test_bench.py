@@ -178,6 +178,13 @@ def test_random_packing_has_the_layers_of_the_recipe_and_finite_outputs(recipe):
     assert bool(run_transformer(packed).isfinite().all())
 
 
+def test_random_packing_has_the_outer_linears_that_a_recipe_quantizes():
+    recipe = load_recipe("rtn-w4a6", overrides=["outer.num_bits=8"])
+    packed = pack_randomly(tiny_transformer(), recipe, frames=3)
+    assert isinstance(packed.proj_out, PackedLinear)
+    assert bool(run_transformer(packed).isfinite().all())
+
+
 def test_a_calibrated_block_takes_epochs_times_samples_steps(folder):
     recipes = ("s2q-w4a6", "q-vdit-w4a6", "rtn-w4a6")
     for subject in (resolve_model(folder), resolve_model("shapes-wan"), small_model(), small_model("cogvideox-5b")):

@@ -31,12 +31,12 @@ from s2q.common.hooks import capture_calls
 from s2q.generation.denoise import denoise
 from s2q.generation.load import load_pipeline
 from s2q.generation.settings import GenerationSettings, resolve_settings, token_frames, video_tokens
-from s2q.models import ModelSource, block_linears, family_of
+from s2q.models import ModelSource, family_of
 from s2q.models.attention import attention_of
 from s2q.models.family import token_layout
 from s2q.nn import PackedLinear, replace_module, set_backend
 from s2q.nn.dequantized import FASTEST
-from s2q.planning.resolve import resolve
+from s2q.planning.resolve import recipe_linears, resolve
 from s2q.recipes.schema import Recipe
 from s2q.run.assemble import configure
 
@@ -76,9 +76,8 @@ def pack_randomly(transformer: nn.Module, recipe: Recipe, *, frames: int) -> nn.
     Returns:
         The transformer, configured as a checkpoint's.
     """
-    family = family_of(transformer)
-    plans = resolve(recipe, block_linears(transformer, family), frames=frames)
-    tokens = token_layout(transformer, family)
+    plans = resolve(recipe, recipe_linears(recipe, {TRANSFORMERS[0]: transformer}), frames=frames)
+    tokens = token_layout(transformer, family_of(transformer))
     teacher = TeacherTransformer(component=TRANSFORMERS[0], module=transformer, linears=tuple(plans), tokens=tokens)
     generator = torch.Generator(transformer.device).manual_seed(0)
     for plan in plans:

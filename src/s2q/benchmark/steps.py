@@ -29,18 +29,20 @@ from s2q.benchmark.timing import Timing, interleave, measures_of, stopwatch_for
 from s2q.common.components import TRANSFORMERS
 from s2q.common.seeds import derive_seed
 from s2q.core.tokens import TokenGrid, token_grid
-from s2q.models import block_linears, linears_of_block
+from s2q.models import BlockLinear, linears_of_block
 from s2q.models.attention import attention_of
 from s2q.models.synthetic import BlockList, SyntheticModel
 from s2q.planning import plan_transformers, tensor_sizes
-from s2q.planning.resolve import recipe_linears, resolve
-from s2q.recipes.schema import Recipe
+from s2q.planning.resolve import LinearPlan, recipe_linears, resolve
 
 CPU_TOKENS = 1024
 """Video tokens of a block on a CPU, unless told otherwise."""
 
 _BF16, _FP32 = "bf16", "fp32"
 _OP = "denoising_step"
+
+Plans = Mapping[str, Sequence[LinearPlan]]
+"""The planned linears of each recipe, by its name."""
 
 
 def synthetic_tokens(model: SyntheticModel, settings: Settings) -> int:
@@ -71,8 +73,21 @@ def synthetic_step_case(model: SyntheticModel, settings: Settings) -> Case:
     def measure(missing: Sequence[Entry]) -> list[Entry]:
         names = {entry["recipe"] for entry in missing}
         recipes = [recipe for recipe in settings.recipes if recipe.name in names]
-        measured = [_measure_list(model, block_list, recipes, settings) for block_list in model.block_lists]
-        return [entry | _step(model, measured, entry["recipe"], settings) for entry in missing]
+        transformers = {TRANSFORMERS[0]: model.meta_transformer()}
+        sizes = tensor_sizes(transformers, torch.bfloat16)
+        plans: dict[str, Sequence[LinearPlan]] = {}
+        storage = {}
+        for recipe in recipes:
+            linears = resolve(recipe, recipe_linears(recipe, transformers), frames=model.frames)
+            planned = plan_transformers(
+                transformers, recipe, linears, model=model.label, sizes=sizes, dtype=torch.bfloat16
+            )
+            plans[recipe.name], storage[recipe.name] = linears, planned.storage
+        measured = [_measure_list(model, block_list, plans, settings) for block_list in model.block_lists]
+        return [
+            entry | _step(model, measured, entry["recipe"], settings, storage=storage[entry["recipe"]])
+            for entry in missing
+        ]
 
     return Case(label=f"{_OP} {model.name}, {tokens} tokens", wanted=wanted, measure=measure)
 
@@ -94,12 +109,10 @@ class _ListResult:
 
 
 @torch.no_grad()
-def _measure_list(
-    model: SyntheticModel, block_list: BlockList, recipes: Sequence[Recipe], settings: Settings
-) -> _ListResult:
+def _measure_list(model: SyntheticModel, block_list: BlockList, plans: Plans, settings: Settings) -> _ListResult:
     generator = torch.Generator(settings.device)
     generator.manual_seed(derive_seed(0, _OP, model.name, block_list.name))
-    result = _compete(model, block_list, recipes, generator, settings)
+    result = _compete(model, block_list, plans, generator, settings)
     result.saved = {  # when the blocks are gone from memory
         name: _saved_by_int8(model, block_list, generator, settings, dtype)
         for name, dtype in full_precision(settings.device).items()
@@ -109,19 +122,15 @@ def _measure_list(
 
 
 def _compete(
-    model: SyntheticModel,
-    block_list: BlockList,
-    recipes: Sequence[Recipe],
-    generator: torch.Generator,
-    settings: Settings,
+    model: SyntheticModel, block_list: BlockList, plans: Plans, generator: torch.Generator, settings: Settings
 ) -> _ListResult:
     tokens, device = synthetic_tokens(model, settings), settings.device
     built = min(settings.blocks, block_list.count)
     full = full_precision(device)
-    dtypes = full | {recipe.name: quantized_dtype(device) for recipe in recipes}
-    stacks = {name: _stack(model, block_list, None, built, generator, dtype) for name, dtype in full.items()}
-    for recipe in recipes:
-        stacks[recipe.name] = _stack(model, block_list, recipe, built, generator, dtypes[recipe.name])
+    dtypes = full | {name: quantized_dtype(device) for name in plans}
+    stacks = {
+        name: _stack(model, block_list, plans.get(name), built, generator, dtype) for name, dtype in dtypes.items()
+    }
 
     def fresh(_round: int) -> dict[torch.dtype, dict[str, Any]]:
         drawn = block_inputs(model, block_list, tokens=tokens, generator=generator)
@@ -148,19 +157,18 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def _stack(
     model: SyntheticModel,
     block_list: BlockList,
-    recipe: Recipe | None,
+    linears: Sequence[LinearPlan] | None,
     count: int,
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> list[nn.Module]:
-    if recipe is None:
+    if linears is None:
         return [synthetic_block(model, block_list, generator=generator, dtype=dtype) for _ in range(count)]
-    linears = resolve(recipe, block_linears(model.meta_transformer(), model.family), frames=model.frames)
     plans = {linear.name: linear for linear in linears}
 
     def packed(place: int) -> nn.Module:
-        def linear_of(linear: Any) -> nn.Module | None:
-            name = linear.name.replace(f"{block_list.name}.0.", f"{block_list.name}.{place}.", 1)
+        def linear_of(linear: BlockLinear) -> nn.Module | None:
+            name = f"{block_list.name}.{place}.{linear.inner_name}"
             return random_packed_linear(plans[name], generator=generator, dtype=dtype) if name in plans else None
 
         return synthetic_block(model, block_list, generator=generator, dtype=dtype, linear_of=linear_of)
@@ -217,7 +225,14 @@ def _product_times(
     return interleave(measures, fresh=fresh, options=settings.options)
 
 
-def _step(model: SyntheticModel, measured: Sequence[_ListResult], name: str, settings: Settings) -> Entry:
+def _step(
+    model: SyntheticModel,
+    measured: Sequence[_ListResult],
+    name: str,
+    settings: Settings,
+    *,
+    storage: Mapping[str, int | float],
+) -> Entry:
     full = {kind: _whole(model, measured, kind) for kind in full_precision(settings.device)}
     baseline, bound = baseline_of(full, list(full)), None
     saved = [result.saved.get(baseline) for result in measured]
@@ -225,7 +240,6 @@ def _step(model: SyntheticModel, measured: Sequence[_ListResult], name: str, set
         lists = zip(measured, saved, strict=True)
         gain = sum(model.calls * result.block_list.count * (part or 0.0) for result, part in lists)
         bound = full[baseline].milliseconds / max(full[baseline].milliseconds - gain, 1e-9)
-    storage = _storage(model, next(recipe for recipe in settings.recipes if recipe.name == name))
     return {
         **times_of(_whole(model, measured, name), full),
         "bound_ratio": bound,
@@ -262,11 +276,3 @@ def _peak(measured: Sequence[_ListResult], name: str, storage: int) -> int | Non
     peaks = [result.peaks[name] for result in measured]
     known = [peak for peak in peaks if peak is not None]
     return storage + max(known) if len(known) == len(peaks) else None
-
-
-def _storage(model: SyntheticModel, recipe: Recipe) -> Mapping[str, Any]:
-    transformers = {TRANSFORMERS[0]: model.meta_transformer()}
-    linears = resolve(recipe, recipe_linears(recipe, transformers), frames=model.frames)
-    sizes = tensor_sizes(transformers, torch.bfloat16)
-    planned = plan_transformers(transformers, recipe, linears, model=model.label, sizes=sizes, dtype=torch.bfloat16)
-    return planned.storage

@@ -8,7 +8,6 @@ exponential moving average (EMA) and the optimisers' state.
 import json
 import logging
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,9 +18,10 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from s2q.common.files import atomic_write_bytes
 from s2q.common.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -219,9 +219,7 @@ def _log(folder: Path, entry: dict[str, float], seconds_left: float) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, partial)
-    os.replace(partial, path)
+    atomic_write_bytes(path, save({name: t.detach().contiguous().cpu() for name, t in tensors.items()}))
 
 
 def load_average(modules: nn.Module, path: Path, *, prefix: str) -> None:
