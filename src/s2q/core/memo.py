@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from s2q.core.tokens import carried_call
 
 _T = TypeVar("_T")
+_Results = dict[tuple[int, Hashable], tuple[object, Any]]
 
 PIECE = 8192
 """Tokens that a part without attention computes again at a time."""
@@ -30,7 +31,7 @@ class _Kept:
     Within a function that is called again in the backward pass, subjects are those of that call.
     """
 
-    results: dict[tuple[int, Hashable], tuple[object, Any]] = field(default_factory=dict)
+    results: _Results = field(default_factory=dict)
     latest: dict[int, tuple[object, object, Any]] = field(default_factory=dict)
     called_again: bool = False
 
@@ -80,9 +81,10 @@ def checkpointed(function: Callable[..., _T], *args: Any, enabled: bool = True) 
     if not enabled or not torch.is_grad_enabled():
         return function(*args)
     kept, call = _held.get(), carried_call()
+    results = None if kept is None else kept.results
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return _called_again(kept, call), _called_again(kept, call)
+        return _called_again(results, call), _called_again(results, call)
 
     result: _T = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     return result
@@ -97,17 +99,13 @@ def _holding(kept: _Kept | None) -> Iterator[None]:
         _held.reset(token)
 
 
-def _called_again(kept: _Kept | None, call: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
+@contextmanager
+def _called_again(results: _Results | None, call: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """The same results and token grid for a call and its repetition, which may run in a thread of the backward pass.
 
-    Until then the context refers to `kept.results` alone, not to the latest results of the call that it is made in.
+    Until then the context refers to results of parameters alone, not to the latest of the call that it is made in.
     """
-    return _within(None if kept is None else _Kept(results=kept.results, called_again=True), call)
-
-
-@contextmanager
-def _within(kept: _Kept | None, call: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    with _holding(kept), call():
+    with _holding(None if results is None else _Kept(results=results, called_again=True)), call():
         yield
 
 

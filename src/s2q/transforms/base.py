@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.core.memo import memoize_step
-from s2q.ops.kronecker import scaled_kronecker
+from s2q.ops.kronecker import factor_orders, scaled_kronecker
 
 _NAMES = ("scale", "left", "right")
 
@@ -150,8 +150,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _check_sizes(in_features: int, factors: Factors) -> None:
-    n1 = 1 if factors.left is None else factors.left.shape[0]
-    n2 = in_features // n1 if factors.right is None else factors.right.shape[0]
+    n1, n2 = factor_orders(in_features, factors.left, factors.right)
     if n1 * n2 != in_features:
         raise InvalidInputError(f"transform: factors of order {n1} and {n2}; expected n1 · n2 = {in_features}")
     if factors.scale is not None and factors.scale.shape[0] != in_features:

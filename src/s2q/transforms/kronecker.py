@@ -74,7 +74,8 @@ class KroneckerTransform(Transform):
 
     def inverse_transpose(self, dtype: torch.dtype = torch.float64) -> Factors:
         """Return the factors of T⁻ᵀ; see `Transform.inverse_transpose`."""
-        return Factors(left=self.left.inverse_transpose(dtype), right=self.right.inverse_transpose(dtype))
+        left, right = (factor.matrix(dtype, inverse_transpose=True) for factor in (self.left, self.right))
+        return Factors(left=left, right=right)
 
 
 class _Factor(nn.Module):
@@ -95,13 +96,10 @@ class _Factor(nn.Module):
         self.skew_v = nn.Parameter(torch.zeros(free, device=value.device))
         self.log_sigma = nn.Parameter(torch.zeros(order, device=value.device))
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
+    def matrix(self, dtype: torch.dtype, *, inverse_transpose: bool = False) -> Tensor:
         u, v = memoize_step(self, dtype, lambda: self._orthogonal(dtype))
-        return (u * self.log_sigma.to(dtype).exp()) @ v.t()
-
-    def inverse_transpose(self, dtype: torch.dtype) -> Tensor:
-        u, v = memoize_step(self, dtype, lambda: self._orthogonal(dtype))
-        return (u * (-self.log_sigma.to(dtype)).exp()) @ v.t()
+        log_sigma = self.log_sigma.to(dtype)
+        return (u * (-log_sigma if inverse_transpose else log_sigma).exp()) @ v.t()
 
     def _orthogonal(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         order = self.log_sigma.shape[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 from s2q.core.input_path import InputTensors
 from s2q.core.qparams import code_range, token_scale_from_amax
 from s2q.ops.activation_path import reference
+from s2q.ops.kronecker import factor_orders
 from s2q.ops.scratch import take
 
 CHUNK_BYTES = 2 << 20
@@ -64,8 +65,7 @@ class _Transform:
         self.shift, self.scale, self.deflates = path.shift, path.scale, path.deflates
         factors = (path.left, path.right, path.low_rank_basis)
         self.left, self.right, self.basis = (None if factor is None else factor.to(dtype) for factor in factors)
-        n1 = 1 if path.left is None else path.left.shape[0]
-        self.grid = n1, features // n1 if path.right is None else path.right.shape[0]
+        self.grid = factor_orders(features, path.left, path.right)
         self.wide = take("activation_path wide", (rows, features), torch.float32)
         self.first, self.second = (take(f"activation_path {use}", (rows, features), dtype) for use in ("1", "2"))
 

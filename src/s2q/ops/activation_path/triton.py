@@ -25,6 +25,7 @@ from s2q.core.input_path import InputTensors
 from s2q.ops.activation_path.reference import low_rank_coefficients, split_low_rank, transform_input
 from s2q.ops.activation_path.tiles import PRECISIONS, RotationTile, rotation_tile, row_block
 from s2q.ops.dispatch import architecture_of, launch
+from s2q.ops.kronecker import factor_orders
 from s2q.ops.triton_math import INTERPRETING, magnitude_bits, matrix_product, quantization_scale, quantize
 
 PIECE_ROWS = 4096
@@ -73,7 +74,16 @@ def activation_path(
         if coefficients is not None and part is not None:
             coefficients[piece_rows] = part
         piece_clip = clip if clip is None or len(clip) == 1 else clip[piece_rows]
-        _run(piece, (shift, scale), rotation, piece_clip, num_bits, (codes[piece_rows], token_scale[piece_rows]))
+        _run(
+            piece,
+            rotation,
+            shift=shift,
+            scale=scale,
+            clip=piece_clip,
+            num_bits=num_bits,
+            codes=codes[piece_rows],
+            token_scale=token_scale[piece_rows],
+        )
     return codes, token_scale, coefficients
 
 
@@ -83,8 +93,7 @@ class _Rotation:
     def __init__(self, x: Tensor, left: Tensor | None, right: Tensor | None, precision: str) -> None:
         if x.ndim != 2:
             raise InvalidInputError(f"activation_path: got x of shape {list(x.shape)}; expected [tokens, features]")
-        n1 = 1 if left is None else left.shape[0]
-        n2 = x.shape[1] // n1 if right is None else right.shape[0]
+        n1, n2 = factor_orders(x.shape[1], left, right)
         if n1 * n2 != x.shape[1]:
             raise InvalidInputError(f"activation_path: got factors of order {n1} and {n2} for {x.shape[1]} features")
         self.left, self.right, self.precision = left, right, precision
@@ -114,27 +123,30 @@ def _clip_of(clip_ratio: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _run(
     x: Tensor,
-    shift_scale: tuple[Tensor | None, Tensor | None],
     rotation: _Rotation,
+    *,
+    shift: Tensor | None,
+    scale: Tensor | None,
     clip: Tensor | None,
     num_bits: int,
-    out: tuple[Tensor, Tensor],
+    codes: Tensor,
+    token_scale: Tensor,
 ) -> None:
     """Launch the kernel that fits; writes codes [M, I] and token scales [M, 1]."""
     rows, features = x.shape
     if features == 0:
-        out[1].fill_(1)
+        token_scale.fill_(1)
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     constants: dict[str, int | bool | str] = {
-        "HAS_SHIFT": shift_scale[0] is not None,
-        "HAS_SCALE": shift_scale[1] is not None,
+        "HAS_SHIFT": shift is not None,
+        "HAS_SCALE": scale is not None,
         "HAS_CLIP": clip is not None,
         "QMAX": 2 ** (num_bits - 1) - 1,
     }
-    vectors = [_or(vector, x) for vector in shift_scale]
+    vectors = [_or(vector, x) for vector in (shift, scale)]
     clip_stride = 0 if clip is None or len(clip) == 1 else 1
-    tail = (_or(clip, x), *out)
+    tail = (_or(clip, x), codes, token_scale)
     tile = rotation.tile
     if tile is None:
         block, num_warps = row_block(features)

@@ -35,8 +35,7 @@ def scaled_kronecker(
     if left is None and right is None:
         return x
     features = x.shape[-1]
-    n1 = 1 if left is None else left.shape[0]
-    n2 = features // n1 if right is None else right.shape[0]
+    n1, n2 = factor_orders(features, left, right)
     assert n1 * n2 == features, (n1, n2, features)
     grid = x.reshape(*x.shape[:-1], n1, n2)
     if right is not None:
@@ -44,3 +43,9 @@ def scaled_kronecker(
     if left is not None:
         grid = left.to(grid.dtype).t() @ grid
     return grid.reshape(*grid.shape[:-2], features)
+
+
+def factor_orders(features: int, left: Tensor | None, right: Tensor | None) -> tuple[int, int]:
+    """Return n1 and n2 of factors (None: the identity); their product is I where they fit."""
+    n1 = 1 if left is None else left.shape[0]
+    return n1, features // n1 if right is None else right.shape[0]
