@@ -197,6 +197,13 @@ def test_a_calibrated_block_takes_epochs_times_samples_steps(folder):
             assert one["blocks_of_model"] in (2, 3, 6)
 
 
+def test_a_recipe_may_skip_linears_of_other_blocks_than_the_calibrated_one(folder):
+    recipe = load_recipe("s2q-w4a6", overrides=["skip=['transformer_blocks.1.*']"])
+    size = {"num_frames": 9, "height": 32, "width": 32}
+    case = calibration_case(resolve_model(folder), replace(settings(generation=size), recipes=(recipe,)))
+    assert len(measured(case)) == 1
+
+
 @pytest.mark.parametrize(
     ("recipe", "parts"),
     [

@@ -36,7 +36,15 @@ from s2q.common.seeds import derive_seed
 from s2q.core.tokens import TokenLayout
 from s2q.generation.denoise import denoise
 from s2q.generation.settings import resolve_settings
-from s2q.models import Family, ModelSource, block_linears, block_names, family_of, linears_of_block
+from s2q.models import (
+    Family,
+    ModelSource,
+    block_linears,
+    block_names,
+    family_of,
+    linears_of_block,
+    outer_linears,
+)
 from s2q.models.family import BlockLinear, token_layout
 from s2q.models.synthetic import BlockList, SyntheticModel
 from s2q.planning.resolve import resolve
@@ -54,6 +62,7 @@ class Subject:
     Attributes:
         transformer: Full precision; one block of a synthetic model.
         block_names: Names of its blocks, in the order in which they run.
+        linears: Those that a recipe may name; at least those of the first block.
         calls: Keyword arguments of the transformer for each sample.
         tokens: How the transformer makes tokens of them.
         blocks: Blocks of the whole model.
@@ -114,7 +123,7 @@ def first_block(subject: Subject, recipe: Recipe, *, device: str) -> Iterator[Bl
         )
         task = BlockTask(
             block=subject.transformer.get_submodule(subject.block_names[0]),
-            linears=tuple(resolve(recipe, subject.linears, frames=frames)),
+            linears=tuple(plan for plan in resolve(recipe, subject.linears, frames=frames) if plan.block == 0),
             recipe=recipe,
             family=subject.family,
             index=0,
@@ -195,7 +204,7 @@ def _pipeline_subject(source: ModelSource, settings: Settings) -> Subject:
     return Subject(
         transformer=transformer,
         block_names=names,
-        linears=[linear for linear in block_linears(transformer, family) if linear.block == 0],
+        linears=[*block_linears(transformer, family), *outer_linears(transformer, family)],
         family=family,
         calls=[_first_of_batch(named_arguments(transformer, *call)) for call in calls[:_SAMPLES]],
         tokens=token_layout(transformer, family),
