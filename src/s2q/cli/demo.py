@@ -264,7 +264,7 @@ def _show(record: Mapping[str, Any], page: Path) -> None:
 
 
 def _has_screen() -> bool:
-    """Tell whether a browser window can open; without one, Python would start a text browser in the terminal."""
+    """Whether a browser window can open; without one, Python would start a text browser in the terminal."""
     return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 

@@ -226,7 +226,7 @@ def _evaluate(
     def stepped() -> None:
         nonlocal done
         done += 1
-        if done == 1:  # from here on, the time that is left can be told
+        if done == 1:  # the remaining time is estimated from here on
             progress("load", 1, 1)
             progress("evaluate", 0, total)
         else:

@@ -174,7 +174,7 @@ def _is_for(recipe: Recipe, override: str) -> bool:
 
 
 def _with_distinct_labels(entries: Sequence[Entry]) -> list[Entry]:
-    """Tell checkpoints of one name apart by the folders that hold them."""
+    """Label checkpoints of one name by their parent folders."""
     counts: dict[str, int] = {FULL_PRECISION: 1}
     for entry in entries:
         counts[entry.label] = counts.get(entry.label, 0) + 1

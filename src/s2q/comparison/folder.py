@@ -160,7 +160,7 @@ class CompareFolder:
     def _change(self, plan: RunPlan) -> str | None:
         """The first difference between a comparison and that of the folder.
 
-        Entries may be added and left out. A checkpoint may have changed: it is evaluated again. A recipe may not: what
+        Entries may be added and removed. A checkpoint may have changed: it is evaluated again. A recipe may not: what
         it made may have taken hours.
         """
         try:
@@ -177,7 +177,7 @@ class CompareFolder:
         return None
 
     def _check_not_inside(self, plan: RunPlan) -> None:
-        """Refuse to replace a comparison that holds the model or a checkpoint of the one that replaces it."""
+        """Refuse to replace a comparison that contains the model or a checkpoint of the one that replaces it."""
         for given in (plan.model, *plan.paths.values()):
             path = Path(given).expanduser().resolve()
             if any(path.is_relative_to((self.path / name).resolve()) for name in _OWNED):

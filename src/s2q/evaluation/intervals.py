@@ -126,7 +126,7 @@ def _sign_patterns(count: int, seed: int) -> tuple[np.ndarray, int]:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for being several, so that the chance of any false rejection stays at the level (Holm 1979).
 
-    The k-th smallest of m is multiplied by m − k + 1; it is at least the one before it and at most 1. The order stays.
+    The k-th smallest of m is multiplied by m − k + 1; it is at least the one before it, at most 1. The order is kept.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,32 +13,36 @@ from s2q.common.records import EVALUATION_VERSION
 from s2q.common.versions import package_versions
 from s2q.evaluation import metrics, velocity
 from s2q.evaluation.intervals import INTERVAL, clustered_mean
-from s2q.evaluation.judges import adherence
-from s2q.evaluation.judges import learned as learned_metrics
+from s2q.evaluation.judges import adherence, learned
 from s2q.evaluation.judges.evalcrafter import evalcrafter_scores
 from s2q.evaluation.scores import EvaluationResult, VideoScores
 
 _REFERENCE = "reference_"
 _CHANGE = "adherence_all_change"
+_DEFINITIONS = {
+    **metrics.DEFINITIONS,
+    **adherence.DEFINITIONS,
+    **learned.DEFINITIONS,
+    "velocity_relative_error": velocity.DEFINITION,
+    _CHANGE: "adherence_all minus reference_adherence_all, video by video",
+}
+_VERSIONS = {
+    **metrics.VERSIONS,
+    **dict.fromkeys((*adherence.DEFINITIONS, _CHANGE), adherence.VERSION),
+    **learned.VERSIONS,
+    "velocity_relative_error": velocity.VERSION,
+}
 
 
 def definition_of(name: str) -> str:
-    """Return what a metric of `eval.json` means, in one sentence."""
-    if name == "velocity_relative_error":
-        return velocity.DEFINITION
-    if name == _CHANGE:
-        return "adherence_all minus reference_adherence_all, video by video"
-    if name.startswith(_REFERENCE):
-        return definition_of(name.removeprefix(_REFERENCE)) + "; of the full-precision reference's videos"
-    return {**metrics.DEFINITIONS, **adherence.DEFINITIONS, **learned_metrics.DEFINITIONS}[name]
+    """Return the definition of a metric of `eval.json`, in one sentence."""
+    definition = _DEFINITIONS[name.removeprefix(_REFERENCE)]
+    return definition + "; of the full-precision reference's videos" if name.startswith(_REFERENCE) else definition
 
 
 def version_of(name: str) -> int:
     """Return the version of a metric's definition: values of different versions are not compared."""
-    name = name.removeprefix(_REFERENCE)
-    if name == "velocity_relative_error":
-        return velocity.VERSION
-    return {**metrics.VERSIONS, **learned_metrics.VERSIONS}.get(name, adherence.VERSION)
+    return _VERSIONS[name.removeprefix(_REFERENCE)]
 
 
 def summarise(measured: EvaluationResult) -> dict[str, Any]:
@@ -111,12 +116,10 @@ def _estimate(name: str, judged: Sequence[VideoScores], tables: Sequence[Mapping
         value = table[name]
         if value is not None:
             by_prompt.setdefault(video.prompt, []).append(value)
-    entry: dict[str, Any] = {"mean": None, "low": None, "high": None, "definition": definition_of(name)}
-    entry["version"] = version_of(name)
+    entry: dict[str, Any] = {"mean": None, "low": None, "high": None}
     if by_prompt:
-        estimate = clustered_mean(by_prompt, proportion="adherence" in name and name != _CHANGE)
-        entry |= {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-    return entry
+        entry = asdict(clustered_mean(by_prompt, proportion="adherence" in name and name != _CHANGE))
+    return entry | {"definition": definition_of(name), "version": version_of(name)}
 
 
 def _velocity_by_step(videos: Sequence[VideoScores], timesteps: Sequence[float]) -> dict[str, Any] | None:
@@ -128,8 +131,5 @@ def _velocity_by_step(videos: Sequence[VideoScores], timesteps: Sequence[float])
         by_prompt: dict[str, list[float]] = {}
         for video in recorded:
             by_prompt.setdefault(video.prompt, []).append(video.velocity_steps[index])
-        estimate = clustered_mean(by_prompt)
-        steps.append(
-            {"step": index, "timestep": timestep, "mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-        )
+        steps.append({"step": index, "timestep": timestep, **asdict(clustered_mean(by_prompt))})
     return {"definition": velocity.DEFINITION, "n_videos": len(recorded), "steps": steps}

@@ -38,7 +38,7 @@ def initial_noise(pipe: Any, seed: int, settings: GenerationSettings) -> tuple[t
     """Draw the initial noise of one video.
 
     Returns:
-        Noise of one video as the family holds it, `[1, f, C, h, w]`, `[1, C, f, h, w]` or `[1, f · h · w, C]`; float32,
+        Noise of one video in the family's layout, `[1, f, C, h, w]`, `[1, C, f, h, w]` or `[1, f · h · w, C]`; float32,
         standard normal, on the CPU; and the generator it came from, for the draws of a stochastic scheduler.
     """
     spatial, layout = vae_factors(pipe)[1], family_of(pipe.transformer).latents
@@ -98,7 +98,7 @@ def denoise(
 def _call_arguments(
     pipe: Any, settings: GenerationSettings, after_step: Callable[[torch.Tensor], None]
 ) -> Iterator[dict[str, Any]]:
-    """Arguments of a pipeline's call that say how to generate, and have `after_step` told the latents of each step."""
+    """Arguments of a pipeline's call from the settings; they pass the latents of each step to `after_step`."""
     arguments = settings.to_dict()
     if family_of(pipe.transformer).guidance == "guider":
         weight = arguments.pop("guidance_scale")
@@ -143,7 +143,7 @@ def _guided_by(guider: Any, weight: float) -> Iterator[None]:
 
 @contextmanager
 def _observe_steps(scheduler: Any, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Tell a listener the latents that each step of a scheduler returns."""
+    """Pass the latents that each step of a scheduler returns to a listener."""
     step = scheduler.step
 
     def observed_step(*args: Any, **kwargs: Any) -> Any:

@@ -71,7 +71,7 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def takes_prompts_alone(pipe: Any) -> bool:
-    """Tell whether a pipeline is its family's text-to-video pipeline; others need an image or a video too."""
+    """Whether a pipeline is its family's text-to-video pipeline; others need an image or a video too."""
     return family_of(pipe.transformer).pipeline_class in {base.__name__ for base in type(pipe).__mro__}
 
 
@@ -104,7 +104,7 @@ def video_tokens(pipe: Any, settings: GenerationSettings) -> int:
 
 
 def token_frames(pipe: Any, settings: GenerationSettings) -> int:
-    """Return how many of them lie along time."""
+    """Return the number of tokens along time of one video."""
     return latent_frames(pipe, settings) // patch_sizes(pipe)[0]
 
 

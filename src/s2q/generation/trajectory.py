@@ -71,7 +71,7 @@ class Trajectory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held by the recorded latents and predictions."""
+        """Bytes of the recorded latents and predictions."""
         return sum(call.num_bytes for call in self.calls)
 
     def branches(self, call: TransformerCall) -> int:
@@ -175,6 +175,6 @@ def _to_cpu(value: Any, shared: dict[int, tuple[torch.Tensor, torch.Tensor]]) ->
     if not isinstance(value, torch.Tensor):
         return value
     if id(value) not in shared:
-        # the original is held too, so that its id stays taken
+        # keeps the original, so its id is not reused
         shared[id(value)] = (value, value.detach().to("cpu", copy=True))
     return shared[id(value)][1]

@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from s2q.evaluation.judges import clip_score, lpips
-
-if TYPE_CHECKING:
-    from s2q.generation.generate import Video
+from s2q.generation.generate import Video
 
 LPIPS = "lpips"
 DEFINITIONS: Mapping[str, str] = MappingProxyType({LPIPS: lpips.DEFINITION, **clip_score.DEFINITIONS})
