@@ -34,7 +34,6 @@ def mean_by_prompt(videos: Iterable[Mapping[str, Any]], metric: str) -> dict[str
 
     Args:
         videos: Each with its `prompt` and `metrics`, as in `eval.json`.
-        metric: Its name.
     """
     by_prompt: dict[str, list[float]] = {}
     for video in videos:

@@ -26,11 +26,7 @@ HEAD = ("velocity error, %", "PSNR dB", "adherence")
 
 
 def methods_table(model: str) -> str:
-    """Methods of each width, best first, and where one of them is clearly the best.
-
-    Args:
-        model: An embedded model.
-    """
+    """Methods of each width, best first, and where one of them is clearly the best."""
     parts = [part for width in WIDTHS if (part := _width_table(width, _evaluations(model, width)))]
     return "\n\n".join(parts)
 
@@ -117,11 +113,7 @@ def _width_table(width: str, evaluations: dict[str, dict[str, Any]]) -> str:
 
 
 def parts_added_table(model: str) -> str:
-    """Methods with salient samples, sparse token distillation or both, each beside itself without (table 8).
-
-    Args:
-        model: An embedded model.
-    """
+    """Methods with salient samples, sparse token distillation or both, each beside itself without (table 8)."""
     lines = table_head("", [HEAD[0], "ratio to base method", *HEAD[1:]])
     folder = RESULTS / "methods" / model
     for base in sorted({path.stem.partition("+")[0] for path in folder.glob("*+*.json")}):

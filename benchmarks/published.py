@@ -24,11 +24,7 @@ def published_models() -> dict[str, dict[str, Any]]:
 
 
 def published_name(model: str) -> str | None:
-    """Return the name of the published model that a Hub id means, None if it means none.
-
-    Args:
-        model: A Hub id, or anything else that names a model.
-    """
+    """Return the name of the published model that a Hub id means, None if it means none."""
     for name, entry in published_models().items():
         if model.lower() in {hub_id.lower() for hub_id in (entry["hub"], *entry["also"])}:
             return name
@@ -56,11 +52,7 @@ def plan_of(synthetic: str, recipe: str, *overrides: str, memory: int = GPUS[-1]
 
 
 def sizes_table(recipe: str) -> str:
-    """Storage of published transformers under a recipe, by `s2q plan`.
-
-    Args:
-        recipe: Its name.
-    """
+    """Storage of published transformers under a recipe, by `s2q plan`."""
     head = [
         "Hub id",
         "licence of the weights",
@@ -84,11 +76,7 @@ def sizes_table(recipe: str) -> str:
 
 
 def cost_table(recipe: str) -> str:
-    """What quantizing a published model takes: memory as planned, and what the paper took.
-
-    Args:
-        recipe: Its name.
-    """
+    """What quantizing a published model takes: memory as planned, and what the paper took."""
     gpus = [f"peak on {size // 10**9} GB" for size in GPUS]
     heads = [*gpus, "distillation step", "block inputs and targets", "paper: memory", "paper: time"]
     lines = table_head("model", heads)

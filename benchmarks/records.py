@@ -9,12 +9,7 @@ from s2q.common.files import atomic_write_text
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a results file; a reader sees the old one or the new one, never half of it.
-
-    Args:
-        path: The file; missing folders are made.
-        record: JSON-ready.
-    """
+    """Write a results file; a reader sees the old one or the new one, never half of it. Missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, json.dumps(record, separators=(",", ":")) + "\n")
 

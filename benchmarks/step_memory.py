@@ -55,11 +55,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor that is there already.
-
-        Args:
-            tensor: Counted once, however many views it has.
-        """
+        """Count a tensor that is there already, once however many views it has."""
         storage = tensor.untyped_storage()
         if storage not in self._seen:
             self._seen.add(storage)

@@ -7,9 +7,6 @@ import sys
 def run_s2q(*arguments: str) -> str:
     """Run a command of s2q; return what it prints.
 
-    Args:
-        *arguments: The command and its options.
-
     Raises:
         subprocess.CalledProcessError: If it fails.
     """

@@ -50,12 +50,7 @@ _COMPARABLE = {
 
 
 def contents(table: Table, request: Request) -> dict[str, Any]:
-    """Return everything that is known of a table.
-
-    Args:
-        table: The table.
-        request: What was asked for.
-    """
+    """Return everything that is known of a table."""
     name = published_name(request.model)
     values = table.paper_values(name)
     measured = _speed(table, request) if table.kind == "speed" else _quality(table, request)
@@ -84,12 +79,7 @@ def contents(table: Table, request: Request) -> dict[str, Any]:
 
 
 def write(table: Table, request: Request) -> str:
-    """Write a table's files and return the page.
-
-    Args:
-        table: The table.
-        request: What was asked for.
-    """
+    """Write a table's files and return the page."""
     content = contents(table, request)
     folder = request.out / "tables"
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,11 +102,7 @@ def overview_table(_: str) -> str:
 
 
 def page_of(content: Mapping[str, Any]) -> str:
-    """Return a table as a Markdown page.
-
-    Args:
-        content: What `contents` returned.
-    """
+    """Return the `contents` of a table as a Markdown page."""
     paper = content["paper"]
     shown = _SPEED if any("step_ms" in row["ours"] for row in content["rows"]) else _QUALITY | _COST
     ours = {name: form for name, form in shown.items() if any(row["ours"].get(name) for row in content["rows"])}

@@ -86,7 +86,6 @@ class Run:
     Attributes:
         row: The row; it has a recipe.
         seed: Seed of the run.
-        request: What was asked for.
     """
 
     row: Row
@@ -113,11 +112,7 @@ class Run:
         return self.request.out / "videos" / f"{self.key}-{self.request.judging}"
 
     def record(self, prompts: Sequence[str]) -> Path:
-        """Return the results file of a piece.
-
-        Args:
-            prompts: The piece.
-        """
+        """Return the results file of a piece."""
         name = _hash(self.request.judging, list(prompts), self.request.seeds)
         return self.request.out / "evals" / self.key / f"{name}.json"
 
@@ -153,12 +148,7 @@ class Run:
 
 
 def runs_of(table: Table, request: Request) -> list[Run]:
-    """Return what is quantized for a table: each row with a recipe, with every seed.
-
-    Args:
-        table: The table.
-        request: What was asked for.
-    """
+    """Return what is quantized for a table: each row with a recipe, with every seed."""
     rows = [row for row in table.rows if row.runs]
     return [Run(row=row, seed=seed, request=request) for seed in range(table.runs) for row in rows]
 
@@ -167,8 +157,6 @@ def bench_command(names: Sequence[str], request: Request, *, model: str) -> list
     """Return the arguments of `s2q` that time denoising steps.
 
     Args:
-        names: The recipes.
-        request: What was asked for.
         model: What is timed, "synthetic:cogvideox-5b".
     """
     file = str(request.out / "bench.json")
@@ -182,12 +170,7 @@ def shown(command: Sequence[str]) -> str:
 
 
 def video_name(prompt: str, seed: int) -> str:
-    """Return the file name that VBench expects of a video, or a safe one where a prompt cannot be a name.
-
-    Args:
-        prompt: Its prompt.
-        seed: Its seed.
-    """
+    """Return the file name that VBench expects of a video, or a safe one where a prompt cannot be a name."""
     if _FILE_NAME.fullmatch(prompt):
         return f"{prompt}-{seed}.mp4"
     return f"{slug(prompt)}-{_hash(prompt)}-{seed}.mp4"

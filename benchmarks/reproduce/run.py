@@ -25,12 +25,7 @@ logger = logging.getLogger("reproduce")
 
 
 def commands(table: Table, request: Request) -> list[str]:
-    """Return what a run would do, as lines for a shell; what is there already is left out.
-
-    Args:
-        table: The table.
-        request: What was asked for.
-    """
+    """Return what a run would do, as lines for a shell; what is there already is left out."""
     if table.kind == "speed":
         return [shown(bench_command(recipes_of(table), request, model=timed_model(request.model)))]
     lines = []
@@ -44,10 +39,6 @@ def commands(table: Table, request: Request) -> list[str]:
 
 def carry_out(table: Table, request: Request) -> None:
     """Make what a table lacks.
-
-    Args:
-        table: The table.
-        request: What was asked for.
 
     Raises:
         SystemExit: If a command fails, with its exit code; run again then.

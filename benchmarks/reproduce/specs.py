@@ -77,7 +77,6 @@ def row_overrides(variant: Variant, changes: Sequence[str]) -> tuple[str, ...]:
     Changes of `distillation` and `calibration` are for rows that distil and calibrate.
 
     Args:
-        variant: The row's.
         changes: "key=value" each, for all rows.
     """
     recipe = load_recipe(variant.recipe, overrides=variant.overrides)
@@ -90,7 +89,6 @@ def check_changes(table: Table, changes: Sequence[str]) -> None:
     """Refuse changes of what tells the rows of a table apart.
 
     Args:
-        table: The table.
         changes: "key=value" each, for all rows.
 
     Raises:
@@ -176,7 +174,6 @@ def chosen_rows(table: Table, only: Sequence[str]) -> Table:
     """Return a table with the rows that were asked for.
 
     Args:
-        table: The table.
         only: Names of variants; empty for all of them. Full precision stays.
 
     Raises:
