@@ -21,10 +21,7 @@ class Settings:
     """Settings shared by all measurements of a run.
 
     Attributes:
-        device: "cpu", "cuda" or "cuda:N".
         backends: Those of `BACKENDS` to measure.
-        recipes: What is quantized how.
-        options: How long to measure.
         tokens: Rows of an op, video tokens of a block; None for a default.
         blocks: Blocks of each list to time in a denoising step.
         attention: Attention backend of the quantized contenders of a denoising step, as diffusers names it; the bf16
@@ -44,13 +41,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One unit of work.
-
-    Attributes:
-        label: What is measured, for people.
-        wanted: Identities of the results that it gives.
-        measure: Measures those of them that it is passed.
-    """
+    """One unit of work; `measure` takes the identities of results, all of `wanted` or some."""
 
     label: str
     wanted: tuple[Entry, ...]

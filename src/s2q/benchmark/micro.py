@@ -50,13 +50,7 @@ _TABLES: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Contender:
-    """One way to compute an op.
-
-    Attributes:
-        run: Computes it from the data of a round.
-        storage_bytes: Bytes of its weights.
-        reads: Dtype of the x that it reads, or width of the codes that it reads in place of x.
-    """
+    """One way to compute an op; `reads` is the dtype of its x, or the width of the codes that it reads in its place."""
 
     run: Run
     storage_bytes: int

@@ -23,12 +23,7 @@ Subject = SyntheticModel | ModelSource
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """A linear that occurs in blocks.
-
-    Attributes:
-        shape: [M, K, N].
-        layers: Where, "cogvideox-5b ff.net.2".
-    """
+    """A linear of shape [M, K, N], and the layers that have it: "cogvideox-5b ff.net.2"."""
 
     shape: tuple[int, int, int]
     layers: tuple[str, ...]
@@ -36,11 +31,7 @@ class LayerShape:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """The attention of a block.
-
-    Attributes:
-        tokens: Queries, as many as keys.
-    """
+    """The attention of a block, whose tokens are queries and keys."""
 
     tokens: int
     heads: int

@@ -55,11 +55,7 @@ class TimingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """The samples of one contender, one a round.
-
-    Attributes:
-        samples: Milliseconds of a call, by round.
-    """
+    """The samples of one contender: milliseconds of a call, by round."""
 
     samples: tuple[float, ...]
 

@@ -26,7 +26,6 @@ def render_model_card(
 
     Args:
         *configs: The quantization configurations of the checkpoint's transformers.
-        pipeline_class: Name of the diffusers pipeline class.
         source: Hub id, embedded name or folder for `base_model`; the pipeline class (from memory) stays out of it.
         report: The run's report; needs `storage`, and may have `metrics` as in eval.json, which make the table.
         revision: Commit of the original on the Hub, which the text links to; None if it is not there.

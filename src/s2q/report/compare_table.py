@@ -38,7 +38,6 @@ class Row:
         tags: Changes to its recipe, and `SIMULATED` if it cannot run on the integer kernels.
         storage: How many times smaller than in bfloat16.
         cells: Its metrics, as many as there are columns.
-        seconds: Time of quantization.
         error: Why it failed; empty if it did not.
     """
 
