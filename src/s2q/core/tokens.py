@@ -160,7 +160,8 @@ class TokenLayout:
                 f"transformer: called with latents {list(shape)} and sizes {list(sizes)}, which do not define frames, "
                 f"rows and columns (expected latents {self.latents}), as this recipe requires"
             )
-        frames, height, width = (int(size) // step for size, step in zip(sizes, self._steps, strict=True))
+        patch = (1, 1, 1) if self.latents == "tokens" else self.patch
+        frames, height, width = (int(size) // step for size, step in zip(sizes, patch, strict=True))
         text = getattr(arguments.get("encoder_hidden_states"), "shape", (0, 0))[1]
         return TokenGrid(
             frames=frames,
@@ -169,10 +170,6 @@ class TokenLayout:
             text_tokens=0 if self.text == "apart" else int(text),
             text=self.text,
         )
-
-    @property
-    def _steps(self) -> tuple[int, int, int]:
-        return (1, 1, 1) if self.latents == "tokens" else self.patch
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -88,12 +88,7 @@ class StudentLinear(nn.Module):
 
     @classmethod
     def with_clip(
-        cls,
-        linear: nn.Linear,
-        *,
-        scheme: LinearScheme,
-        source: StudentInput,
-        estimator: Estimator | None = None,
+        cls, linear: nn.Linear, *, scheme: LinearScheme, source: StudentInput, estimator: Estimator | None = None
     ) -> Self:
         """Make a student that learns a clipping ratio for each output channel."""
         grouped = isinstance(scheme.weight.granularity, PerGroup)
