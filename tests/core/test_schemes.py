@@ -19,13 +19,6 @@ W4 = QuantScheme(num_bits=4, granularity=PerChannel())
 A6 = QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True)
 
 
-@pytest.mark.parametrize("num_bits", range(2, 9))
-def test_range_holds_two_to_the_n_codes_around_zero(num_bits):
-    scheme = QuantScheme(num_bits=num_bits, granularity=PerChannel())
-    assert scheme.qmax - scheme.qmin + 1 == 2**num_bits
-    assert scheme.qmin == -scheme.qmax - 1
-
-
 @pytest.mark.parametrize("num_bits", [1, 9, 0, -4, 4.0, "4", None, True])
 def test_other_widths_are_refused(num_bits):
     with pytest.raises(InvalidInputError, match="num_bits"):

@@ -6,7 +6,7 @@ import torch
 
 from s2q.common.errors import InvalidInputError, S2QError
 from s2q.core.codebook import levels_of
-from s2q.core.qparams import dequantize_weight, weight_scale
+from s2q.core.qparams import code_range, dequantize_weight, weight_scale
 from s2q.core.schemes import PerChannel, QuantScheme
 from s2q.rounding import GPTQ, HessianAccumulator, hessian_error, round_gptq, round_rtn
 from schemes import weights
@@ -46,8 +46,9 @@ def test_never_worse_than_rtn_and_mostly_much_better(scheme):
         rtn = round_rtn(weight, scheme)
         assert torch.equal(rounded.scale, rtn.scale)
         assert rounded.codes.dtype == torch.int8
-        assert rounded.codes.min() >= scheme.qmin
-        assert rounded.codes.max() <= scheme.qmax
+        lowest, highest = code_range(scheme.num_bits)
+        assert rounded.codes.min() >= lowest
+        assert rounded.codes.max() <= highest
         assert report.error == pytest.approx(error_of(rounded, weight, hessian, scheme=scheme))
         assert report.rtn_error == pytest.approx(error_of(rtn, weight, hessian, scheme=scheme))
         assert report.error <= report.rtn_error

@@ -3,7 +3,7 @@ import torch
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
-from s2q.core.qparams import dequantize_weight, weight_scale
+from s2q.core.qparams import code_range, dequantize_weight, weight_scale
 from s2q.core.schemes import PerChannel, PerGroup, QuantScheme
 from s2q.rounding import ROUNDINGS, RoundedWeight, round_rtn
 
@@ -35,7 +35,7 @@ def test_no_other_codes_are_nearer(granularity, num_bits, dtype, kind):
     assert (rounded.codes.dtype, rounded.scale.dtype) == (torch.int8, torch.float32)
     error = (dequantize_weight(rounded.codes, rounded.scale, levels=levels) - weight.float()).abs()
     for step in (-1, 1):
-        neighbour = (rounded.codes.int() + step).clamp(scheme.qmin, scheme.qmax).to(torch.int8)
+        neighbour = (rounded.codes.int() + step).clamp(*code_range(num_bits)).to(torch.int8)
         other = (dequantize_weight(neighbour, rounded.scale, levels=levels) - weight.float()).abs()
         assert (error <= other + 1e-6).all()
 

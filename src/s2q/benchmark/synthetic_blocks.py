@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.core.packing import pack_codes
+from s2q.core.qparams import code_range
 from s2q.core.tokens import TokenGrid
 from s2q.models.attention import use_attention_registry
 from s2q.models.family import BlockLinear, linears_of_block, token_layout
@@ -75,9 +76,10 @@ def random_packed_linear(
         device=device,
     )
     weight = linear.scheme.weight
-    codes = torch.randint(weight.qmin, weight.qmax + 1, shape, dtype=torch.int8, device=device, generator=generator)
+    lowest, highest = code_range(weight.num_bits)
+    codes = torch.randint(lowest, highest + 1, shape, dtype=torch.int8, device=device, generator=generator)
     layer.weight.data.copy_(pack_codes(codes, num_bits=weight.num_bits))
-    layer.weight_scale.data.fill_(math.sqrt(3 / linear.in_features) / weight.qmax)
+    layer.weight_scale.data.fill_(math.sqrt(3 / linear.in_features) / highest)
     if linear.has_bias:
         layer.bias.data.zero_()
     of_input = torch.Generator(device).manual_seed(0)  # equal in linears that read the same input: they share its codes

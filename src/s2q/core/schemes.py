@@ -112,16 +112,6 @@ class QuantScheme:
         if self.delta is not None and not (isinstance(self.delta, Delta) and self.dynamic):
             raise InvalidInputError(f"delta={self.delta!r}; expected a Delta in a dynamic scheme, or None")
 
-    @property
-    def qmin(self) -> int:
-        """The smallest code, -2^(N-1)."""
-        return -(1 << (self.num_bits - 1))
-
-    @property
-    def qmax(self) -> int:
-        """The largest code, 2^(N-1) - 1."""
-        return (1 << (self.num_bits - 1)) - 1
-
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict for JSON; `group_size`, `levels` and `delta` are there only where they are not usual."""
         fields: dict[str, Any] = {"num_bits": self.num_bits, "granularity": _GRANULARITY_NAMES[type(self.granularity)]}
