@@ -104,11 +104,7 @@ def prepare(
 def collect(
     teacher: Teacher, inputs: CalibrationInputs, folder: ArtefactFolder, *, device: str, progress: Progress
 ) -> dict[str, CandidatePool]:
-    """Generate what is not there yet and score every step.
-
-    Returns:
-        For each transformer that is quantized, by component, the steps in which it was called.
-    """
+    """Generate what is not there yet; return the scored steps of each quantized transformer, by component."""
     _generate(teacher, inputs, folder, device=device, progress=progress)
     channel_dim = teacher.family.latent_channel_dim
     by_component: dict[str, list[Candidate]] = {transformer.component: [] for transformer in teacher.transformers}

@@ -49,15 +49,12 @@ class Loss(Options):
 def weighted_token_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], *, weights: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """Compute eq. 10 over all streams that a block returns.
+    """Compute eq. 10 over all streams that a block returns, in fp32; return a scalar.
 
     Args:
         student: θ_q, [B, N_k, d] for each stream; differentiable.
         teacher: θ_f, the same shapes; no gradient goes there.
         weights: λ, [B, N_k] for each stream; None weights every token with 1.
-
-    Returns:
-        fp32 scalar, computed in fp32.
 
     Raises:
         InvalidInputError: If the streams differ in number or shape, or there is none.
@@ -81,14 +78,7 @@ def weighted_token_loss(
 
 
 def split_weights(weights: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
-    """Cut the weights of a joint sequence into those of its streams.
-
-    Args:
-        weights: [B, n].
-        lengths: N_k of the streams, in the order in which the attention joins them.
-
-    Returns:
-        [B, N_k] for each stream.
+    """Cut the weights of a joint sequence, [B, n], into those of its streams, [B, N_k], in the order of their lengths.
 
     Raises:
         InvalidInputError: If the lengths do not add up to n.

@@ -19,14 +19,11 @@ from s2q.common.errors import InvalidInputError
 
 
 def temporal_loss(student: Tensor, teacher: Tensor, *, frames: int) -> Tensor:
-    """Compute how far the similarities of a student's frames are from those of the teacher's.
+    """Compute how far the similarities of a student's frames are from those of the teacher's, fp32 scalar.
 
     Args:
         student: The video stream of a block, [B, N, d], frame by frame; differentiable.
         teacher: The same of the full-precision block; no gradient goes there.
-
-    Returns:
-        fp32 scalar, the mean over the pairs of frames and the samples.
 
     Raises:
         InvalidInputError: If the shapes differ, or N is not a multiple of f.

@@ -86,18 +86,10 @@ def capture_column_sums(attention: nn.Module) -> Iterator[CapturedSums]:
 
 
 def token_weights(sums: Tensor, *, lambda_min: float = 0.5, lambda_max: float = 1.0) -> Tensor:
-    """Turn column sums into loss weights, each sample by itself (eq. 11).
+    """Turn column sums S, [B, N], into loss weights, fp32 [B, N] in [λ_min, λ_max], each sample by itself (eq. 11).
 
     A sample whose S is constant (to within rounding, 1e-5 of its largest value) gives no reason to prefer a token; all
     of its weights are λ_max, which is the unweighted loss where λ_max = 1. A sample of one token is such a case.
-
-    Args:
-        sums: [B, N], S.
-        lambda_min: Weight of the token that receives the least attention, 0 to `lambda_max`.
-        lambda_max: Weight of the token that receives the most.
-
-    Returns:
-        fp32 [B, N] in [λ_min, λ_max].
 
     Raises:
         InvalidInputError: If S is not [B, N] with at least one token, contains NaN or infinite values, or the range is

@@ -92,14 +92,11 @@ class CandidatePool:
 
 
 def diffusion_salience(before: Tensor, after: Tensor) -> float:
-    """Compute C_diff, how much a denoising step changes the latent (eq. 3).
+    """Compute C_diff, how much a denoising step changes the latent (eq. 3); 0 for a latent of zeros that stays zero.
 
     Args:
         before: x_t, any shape: the latent that the step starts from.
         after: x_{t-1}, the same shape: what it makes of it.
-
-    Returns:
-        The ratio, at least 0. A latent of zeros that stays zero gives 0.
 
     Raises:
         InvalidInputError: If the shapes differ, a value is NaN or infinite, or x_t is zero and x_{t-1} is not.
@@ -114,16 +111,13 @@ def diffusion_salience(before: Tensor, after: Tensor) -> float:
 
 
 def quantization_salience(latent: Tensor, *, channel_dim: int) -> float:
-    """Compute C_quant, the spectral norm of the Levenberg-Marquardt Hessian (eq. 6).
+    """Compute C_quant, the spectral norm of the Levenberg-Marquardt Hessian x_tᵀ x_t (eq. 6).
 
     Only a C × C matrix is formed, whatever the number of tokens.
 
     Args:
         latent: x_t; every dimension but the channels' counts tokens (voxels).
         channel_dim: Which dimension the channels are.
-
-    Returns:
-        The largest eigenvalue of x_tᵀ x_t, at least 0.
 
     Raises:
         InvalidInputError: If a value is NaN or infinite.
@@ -136,13 +130,10 @@ def quantization_salience(latent: Tensor, *, channel_dim: int) -> float:
 def score_trajectory(
     latents: Sequence[Tensor], timesteps: Iterable[float], *, prompt: int, channel_dim: int
 ) -> list[Candidate]:
-    """Score every step of one video.
+    """Score every step of one video; return a candidate for each, in order.
 
     Args:
         latents: x_T, …, x_0: the latent before each step, and the final one; one more than steps.
-
-    Returns:
-        A candidate for each step, in order.
 
     Raises:
         InvalidInputError: If the numbers do not fit, or a latent contains NaN or infinite values (with its place).
