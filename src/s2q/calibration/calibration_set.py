@@ -69,14 +69,15 @@ class CalibrationSets:
     def summary(self) -> dict[str, Any]:
         """Return what the report says: of all transformers together, calls of a second one by full name."""
         records = [samples.record for samples in self.samples.values()]
-        calls = {
-            component: [f"{call.prompt}/{call.step}/{call.branch}" for call in samples.calls]
+        calls = [
+            full_name(component, f"{call.prompt}/{call.step}/{call.branch}")
             for component, samples in self.samples.items()
-        }
+            for call in samples.calls
+        ]
         return {key: records[0][key] for key in ("selection", "branches", "settings")} | {
             "samples": sum(record["samples"] for record in records),
             "candidates": sum(len(record["candidates"]) for record in records),
-            "calls": [full_name(component, call) for component, names in calls.items() for call in names],
+            "calls": calls,
         }
 
 
@@ -111,11 +112,7 @@ def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: Calibrati
         "samples": len(chosen),
         "candidates": [
             {
-                "prompt": candidate.prompt,
-                "step": candidate.step,
-                "timestep": candidate.timestep,
-                "diffusion": candidate.diffusion,
-                "quantization": candidate.quantization,
+                **asdict(candidate),
                 "diffusion_salience": diffusion,
                 "quantization_salience": quantization,
                 "salience": salience,

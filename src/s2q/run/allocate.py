@@ -82,20 +82,22 @@ def chosen_schemes(
     group = recipe.allocation
     assert group is not None
     limit = allocation_bytes(recipe, [linear for unit in errors for linear in unit])
-    schemes = [allocation_schemes(recipe, unit[0]) for unit in errors]
-    options = [
-        [(_weight_bytes(unit, scheme), loss) for scheme, loss in zip(candidates.values(), losses, strict=True)]
-        for (unit, losses), candidates in zip(errors.items(), schemes, strict=True)
-    ]
-    taken = choose(options, limit)
-    given, rows = {}, []
-    for unit, by_value, option, index in zip(errors, schemes, options, taken, strict=True):
-        candidates = [
-            {"value": value, "bytes": size, "error": loss} for value, (size, loss) in zip(by_value, option, strict=True)
+    candidates = [
+        [
+            (value, scheme, _weight_bytes(unit, scheme), error)
+            for (value, scheme), error in zip(allocation_schemes(recipe, unit[0]).items(), losses, strict=True)
         ]
+        for unit, losses in errors.items()
+    ]
+    taken = choose([[(size, error) for _, _, size, error in options] for options in candidates], limit)
+    given, rows, spent = {}, [], 0
+    for unit, options, index in zip(errors, candidates, taken, strict=True):
         names = [linear.name for linear in unit]
-        rows.append({"linears": names, "given": candidates[index]["value"], "candidates": candidates})
-        given |= dict.fromkeys(names, list(by_value.values())[index])
+        chosen, scheme, num_bytes, _ = options[index]
+        given |= dict.fromkeys(names, scheme)
+        spent += num_bytes
+        listed = [{"value": value, "bytes": size, "error": error} for value, _, size, error in options]
+        rows.append({"linears": names, "given": chosen, "candidates": listed})
     counts = Counter(row["given"] for row in rows for _ in row["linears"])
     summary = ", ".join(f"{value} to {count}" for value, count in sorted(counts.items()))
     logger.info("allocated %s: %s linears", group.what, summary)
@@ -104,7 +106,7 @@ def chosen_schemes(
         "what": group.what,
         "budget": group.budget,
         "most_bytes": limit,
-        "bytes": sum(option[index][0] for option, index in zip(options, taken, strict=True)),
+        "bytes": spent,
         "linears": {str(value): count for value, count in sorted(counts.items())},
         "units": rows,
     }
