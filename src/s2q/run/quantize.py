@@ -141,9 +141,7 @@ def quantize(
     if validated.calibrates and source is not None:
         calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
     if dry_run:
-        return planned or _plan_loaded(
-            load_teacher(model, validated, dtype=settings.dtype, device=settings.device), validated, machine
-        )
+        return planned or _plan_loaded(_load_teacher(model, validated, settings), validated, machine)
     if planned is not None:
         check_memory(planned, processes=most_on_one_device(settings.device, settings.processes))
     if target is None:
@@ -207,8 +205,7 @@ class _Run:
         if not self.settings.resume:
             self.folder.clear()
         self.progress("load", 0, 1)
-        dtype, device = self.settings.dtype, self.settings.device
-        teacher = self._timed("load", lambda: load_teacher(model, recipe, dtype=dtype, device=device))
+        teacher = self._timed("load", lambda: _load_teacher(model, recipe, self.settings))
         self.progress("load", 1, 1)
         planned = _plan_loaded(teacher, recipe, self.machine)
         check_memory(planned, processes=most_on_one_device(self.settings.device, self.settings.processes))
@@ -366,6 +363,10 @@ class _Run:
 def _request(source: ModelSource, recipe: Recipe, prompts: Sequence[str] | None, settings: _Settings) -> str:
     names = ("seed", "device", "dtype", "variant", "max_shard_size")
     return request_hash(source, recipe, prompts, {name: str(getattr(settings, name)) for name in names})
+
+
+def _load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, settings: _Settings) -> Teacher:
+    return load_teacher(model, recipe, dtype=settings.dtype, device=settings.device)
 
 
 def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
