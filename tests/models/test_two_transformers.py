@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 import s2q
 from overrides import overriding
-from s2q.calibration import stream as stream_module
 from s2q.checkpoint import inspect_checkpoint, read_config
 from s2q.cli.output import show_plan
 from s2q.common.errors import InvalidInputError
@@ -79,7 +78,7 @@ class Spy:
 
     def __init__(self, patch):
         self.pipe, self.heard = None, []
-        save, stream, spy = run_module.save_checkpoint, stream_module.TeacherStream, self
+        save, stream, spy = run_module.save_checkpoint, runner.TeacherStream, self
 
         class Stream(stream):
             def __init__(self, *args, calls, timesteps, component, **arguments):
@@ -96,7 +95,7 @@ class Spy:
             save(pipe, *args, **arguments)
 
         patch.setattr(run_module, "save_checkpoint", kept)
-        patch.setattr(stream_module, "TeacherStream", Stream)
+        patch.setattr(runner, "TeacherStream", Stream)
 
 
 @pytest.fixture(scope="module")
