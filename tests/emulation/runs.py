@@ -95,7 +95,8 @@ def quantize(model, recipe, device, *, dtype=torch.float32, overrides=()):
 @functools.cache
 def on_cpu(model, recipe, dtype=torch.float32, overrides=()):
     """The same run on the CPU, once for all devices."""
-    return quantize(model, recipe, "cpu", dtype=dtype, overrides=overrides)
+    with emulator.paused():
+        return quantize(model, recipe, "cpu", dtype=dtype, overrides=overrides)
 
 
 def load(folder, device, *, dtype=torch.float32):
@@ -161,8 +162,9 @@ def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=(
             tolerance = max(tolerance, HALVES)
         wanted = expected.losses[block, stage]
         assert abs(loss / wanted - 1) <= tolerance, f"{block}: {stage} loss {loss}; on the CPU {wanted}"
-    pipe = load(found.folder, "cpu", dtype=dtype)
-    on_host = latents(pipe, **call)
+    with emulator.paused():
+        pipe = load(found.folder, "cpu", dtype=dtype)
+        on_host = latents(pipe, **call)
     tolerance = DIGITS if dtype == torch.float32 else HALVES
     error = relative_error(latents(pipe.to(device), **call), on_host)
     assert error <= tolerance, f"latents of one checkpoint on {device} and the CPU differ by {error}"

@@ -22,13 +22,22 @@ GPU cannot show is in tests/emulation/README.md.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 from emulation.emulator.guard import DEVICES, GuardUnavailableError
 
-__all__ = ["DEVICES", "ENVIRONMENT_VARIABLE", "install_if_possible", "is_installed", "obstacle", "use_references"]
+__all__ = [
+    "DEVICES",
+    "ENVIRONMENT_VARIABLE",
+    "install_if_possible",
+    "is_installed",
+    "obstacle",
+    "paused",
+    "use_references",
+]
 
 ENVIRONMENT_VARIABLE = "S2Q_EMULATED_GPUS"
 """The tests run on emulated GPUs where it is 1."""
@@ -44,6 +53,18 @@ def is_installed() -> bool:
 def obstacle() -> str | None:
     """Say why GPUs are not emulated here although that was asked for; None if they are, or it was not."""
     return _state.get("obstacle")
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Plain PyTorch for a while in this thread, for what computes on the CPU."""
+    if not is_installed():
+        yield
+        return
+    from emulation.emulator import tensor
+
+    with tensor.without_modes():
+        yield
 
 
 def install_if_possible() -> None:

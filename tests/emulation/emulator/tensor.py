@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import overrides
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -343,6 +344,14 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
 def no_emulation() -> Iterator[None]:
     """Plain PyTorch for a while."""
     with _python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Plain PyTorch in this thread, in which contexts such as `torch.device("meta")` still work."""
+    with _python_dispatch._disable_current_modes(), overrides._pop_mode_temporarily() as mode:
+        assert isinstance(mode, _Functions)
         yield
 
 
