@@ -99,15 +99,18 @@ def quantize(
         out: Folder to write; needed unless `dry_run`.
         prompts: Calibration prompts; the first `calibration.n_prompts` are used, by recipes that calibrate. None takes
             those of an embedded model.
+        samples: Calibration samples; None leaves it to the recipe.
         overrides: Changes to the recipe, "key=value" each.
         dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
-        memory_budget: Host memory for activations, "16GB"; the rest is on disk. None is half of it, at most 16 GB.
+        memory_budget: Host memory for the activations of calibration, "16GB"; the rest is on disk, in the run folder.
+            None takes half of the host's memory, at most 16 GB.
         processes: Several quantize blocks side by side, each with one thread on a CPU or with a GPU of its own, and
             load the model each: it is given by name, and a script needs `if __name__ == "__main__":`.
         resume: Whether to use what an interrupted run has finished.
+        dry_run: Whether to return the plan and compute nothing.
 
     Returns:
-        The report, or the plan of a dry run, which computes nothing.
+        The report, or the plan of a dry run.
 
     Raises:
         InvalidInputError: If the model, the recipe or the output will not do; nothing has been written then.
@@ -130,6 +133,20 @@ def quantize(
     dry_run = arguments.flag("dry_run", dry_run)
     prompts = arguments.optional(arguments.prompt_list, "prompts", prompts, allow_none=True)
     validated = _recipe(recipe, overrides, samples=samples)
+    return _quantize(model, validated, prompts, target, settings, dry_run=dry_run, progress=progress)
+
+
+def _quantize(
+    model: str | Path | ModelSource | DiffusionPipeline,
+    validated: Recipe,
+    prompts: Sequence[str] | None,
+    target: Path | None,
+    settings: _Settings,
+    *,
+    dry_run: bool,
+    progress: Progress | None,
+) -> QuantizationReport | Plan:
+    """Check everything that can be checked before weights are read, then plan or run."""
     source = _source(model, settings)
     machine = planning.this_machine(settings.device, memory_budget=settings.memory_budget)
     planned = None if source is None else planning.plan_model(source, validated, dtype=settings.dtype, machine=machine)
