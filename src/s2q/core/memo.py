@@ -5,6 +5,7 @@ inverse. Within `memoization` such results are kept; outside, nothing is. Where 
 the inputs of a function alone until the backward pass, which then calls it again (gradient checkpointing).
 """
 
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -72,21 +73,22 @@ def memoize_for(owner: object, subject: object, compute: Callable[[], _T]) -> _T
     return kept.latest[id(owner)][2]  # type: ignore[no-any-return]
 
 
-def checkpointed(function: Callable[..., _T], *args: Any, enabled: bool = True) -> _T:
+def checkpointed(function: Callable[..., _T], *args: Any, enabled: bool = True, **kwargs: Any) -> _T:
     """Call a function; if enabled, what it computes on the way is computed again in the backward pass instead of kept.
 
     It must have no side effects and no random numbers. Results of parameters alone (`memoize_step`) are kept: they are
     shared with calls outside and do not change.
     """
     if not enabled or not torch.is_grad_enabled():
-        return function(*args)
+        return function(*args, **kwargs)
     kept, call = _held.get(), carried_call()
     results = None if kept is None else kept.results
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return _called_again(results, call), _called_again(results, call)
 
-    result: _T = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    bound = functools.partial(function, **kwargs)
+    result: _T = checkpoint(bound, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     return result
 
 
