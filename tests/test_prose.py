@@ -27,7 +27,7 @@ REFUSED = {
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "gpu-queue.md", *(ROOT / "docs").glob("*.md")]
 )
-MODULES = sorted((ROOT / "src" / "s2q").rglob("*.py"))
+MODULES = sorted([*(ROOT / "src" / "s2q").rglob("*.py"), *(ROOT / "training").rglob("*.py")])
 SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
 TEMPLATES = sorted((ROOT / "src" / "s2q").rglob("*.j2"))
 

@@ -9,6 +9,7 @@ import pytest
 import s2q
 
 ROOT = Path(s2q.__file__).parent
+TRAINING = Path(__file__).parents[1] / "training"
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 
@@ -65,7 +66,11 @@ def reads_or_writes_pickles(tree):
 
 @pytest.fixture(scope="module")
 def trees():
-    return {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
+    return {
+        module_name(path, root): ast.parse(path.read_text(encoding="utf-8"))
+        for root in (ROOT, TRAINING)
+        for path in sorted(root.rglob("*.py"))
+    }
 
 
 def test_no_module_reads_or_writes_pickles(trees):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from s2q.shapes.detector import detect
-from s2q.shapes.scenes import all_combinations, sample_batch
+from s2q.shapes.scenes import all_combinations
+from training.videos import sample_batch
 
 FIELDS = ("shape", "colour", "motion", "background")
 

@@ -17,7 +17,7 @@ from s2q.shapes.embedded import (
 )
 from s2q.shapes.outliers import add_outliers
 from s2q.shapes.scenes import is_held_out, parse_caption
-from s2q.shapes.training.quality import adherence, sample
+from training.quality import adherence, sample
 
 MODEL, STRESS, WAN, WAN_STRESS = EMBEDDED_NAMES
 TRAINED = (MODEL, WAN)

@@ -15,12 +15,10 @@ from s2q.shapes.scenes import (
     caption,
     combinations,
     parse_caption,
-    render,
-    sample_batch,
     sample_scene,
     shape_coverage,
-    vocabulary,
 )
+from training.videos import render, sample_batch, vocabulary
 
 
 def test_every_caption_names_its_labels_with_known_words():

@@ -9,15 +9,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from s2q.common.seeds import derive_seed
-from s2q.shapes.architecture import build_pipeline, build_tokenizer
-from s2q.shapes.cogvideox import ShapesCogVideoX
 from s2q.shapes.embedded import embedded_folder
-from s2q.shapes.scenes import combinations, sample_batch
-from s2q.shapes.training.assemble import write_card
-from s2q.shapes.training.loop import TrainingSettings, build_optimizers, learning_rate_factor, load_average, train
-from s2q.shapes.training.transformer import TransformerTask, encode_pool
-from s2q.shapes.training.vae import TaughtVAETask, VAETask, normalise_latents
-from s2q.shapes.wan import PIPELINE_TEXT_TOKENS, ShapesWan
+from s2q.shapes.scenes import combinations
+from training.architecture import build_pipeline, build_tokenizer
+from training.assemble import write_card
+from training.cogvideox import ShapesCogVideoX
+from training.loop import TrainingSettings, build_optimizers, learning_rate_factor, load_average, train
+from training.transformer import TransformerTask, encode_pool
+from training.vae import TaughtVAETask, VAETask, normalise_latents
+from training.videos import sample_batch
+from training.wan import PIPELINE_TEXT_TOKENS, ShapesWan
 
 COGVIDEOX, WAN = ShapesCogVideoX(), ShapesWan()
 

@@ -1,1 +1,1 @@
-"""The embedded reference models: procedural captioned videos, an analytic detector, trainers, shipped weights."""
+"""The embedded reference models: scenes and their captions, an analytic detector, shipped weights."""

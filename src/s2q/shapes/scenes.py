@@ -1,10 +1,6 @@
-"""Captioned videos of one moving shape, generated procedurally.
+"""Procedural scenes of one moving shape, and their captions; ``training.videos`` of the repository draws them.
 
-A scene is drawn with analytic signed distances, so that edges are anti-aliased and positions are sub-pixel. Every
-random choice comes from the ``torch.Generator`` that is handed in: the same generator state gives the same scene,
-caption and pixels.
-
-Legend of shapes: ``F`` frames, ``H`` height, ``W`` width; videos are ``[F, 3, H, W]`` in ``[0, 1]``.
+The same state of the ``torch.Generator`` gives the same scene and caption.
 """
 
 import math
@@ -44,15 +40,15 @@ SIZES: dict[str, tuple[float, float]] = {"small": (5.4, 6.0), "medium": (6.3, 6.
 SPEEDS: dict[str, tuple[float, float]] = {"slow": (0.60, 0.75), "normal": (0.95, 1.10), "fast": (1.30, 1.50)}
 """Pixels a frame, at 32x32."""
 
-_SIZE_WORDS = {"small": "small ", "medium": "", "big": "big "}
-_SPEED_WORDS = {"slow": " slowly", "normal": "", "fast": " quickly"}
-_MOVING_PHRASES = (
+SIZE_WORDS = {"small": "small ", "medium": "", "big": "big "}
+SPEED_WORDS = {"slow": " slowly", "normal": "", "fast": " quickly"}
+MOVING_PHRASES = (
     "a {size}{colour} {shape} moving {motion}{speed} on a {background} background",
     "a {size}{colour} {shape} moves{speed} {motion} over a {background} background",
     "the {size}{colour} {shape} slides{speed} {motion}, {background} background",
     "on a {background} background a {size}{colour} {shape} drifts{speed} {motion}",
 )
-_STILL_PHRASES = (
+STILL_PHRASES = (
     "a {size}{colour} {shape} standing still on a {background} background",
     "a {size}{colour} {shape} stays still over a {background} background",
     "the {size}{colour} {shape} is still, {background} background",
@@ -160,8 +156,8 @@ def sample_scene(labels: SceneLabels, *, num_frames: int = 9, size: int = 32, ge
 
 def caption(scene: Scene, *, generator: torch.Generator) -> str:
     """A caption of the scene in one of several phrasings; size and speed are named unless they are the middle ones."""
-    phrase = _choice(_STILL_PHRASES if scene.labels.motion == "still" else _MOVING_PHRASES, generator)
-    text = phrase.format(size=_SIZE_WORDS[scene.size], speed=_SPEED_WORDS[scene.speed], **asdict(scene.labels))
+    phrase = _choice(STILL_PHRASES if scene.labels.motion == "still" else MOVING_PHRASES, generator)
+    text = phrase.format(size=SIZE_WORDS[scene.size], speed=SPEED_WORDS[scene.speed], **asdict(scene.labels))
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
@@ -179,16 +175,6 @@ def parse_caption(text: str) -> SceneLabels | None:
     return SceneLabels(shape=shape, colour=colour, motion=motion, background=background)
 
 
-def vocabulary() -> list[str]:
-    """Every word that a caption can contain, sorted."""
-    phrases = " ".join(_MOVING_PHRASES + _STILL_PHRASES)
-    for field in ("size", "speed", "colour", "shape", "motion", "background"):
-        phrases = phrases.replace("{" + field + "}", " ")
-    phrases += " ".join(("", *_SIZE_WORDS.values(), *_SPEED_WORDS.values()))
-    words = phrases.replace(",", " ").split()
-    return sorted({*words, "an", *SHAPES, *COLOURS, *MOTIONS, *BACKGROUNDS})
-
-
 def shape_coverage(shape: str, *, x: Tensor, y: Tensor, radius: Tensor | float) -> Tensor:
     """Fraction of each pixel that the shape covers, in ``[0, 1]``, by its signed distance.
 
@@ -204,38 +190,3 @@ def shape_coverage(shape: str, *, x: Tensor, y: Tensor, radius: Tensor | float) 
         slanted = x.abs() * (math.sqrt(3) / 2) - y * 0.5  # the two slanted sides, folded onto one by symmetry
         distance = torch.maximum(slanted, y + torch.zeros_like(x)) - inradius
     return (0.5 - distance).clamp(0, 1)
-
-
-def render(scene: Scene, *, num_frames: int = 9, size: int = 32) -> Tensor:
-    """Draw a scene, ``[F, 3, H, W]`` float32 in ``[0, 1]``, with ``H = W = size``."""
-    dx, dy = MOTIONS[str(scene.labels.motion)]
-    frame = torch.arange(num_frames, dtype=torch.float32)
-    centre_x = (scene.start_x + dx * scene.pixels_per_frame * frame)[:, None, None]
-    centre_y = (scene.start_y + dy * scene.pixels_per_frame * frame)[:, None, None]
-    pixel = torch.arange(size, dtype=torch.float32) + 0.5
-    coverage = shape_coverage(
-        str(scene.labels.shape),
-        x=pixel[None, None, :] - centre_x,
-        y=pixel[None, :, None] - centre_y,
-        radius=scene.radius,
-    )[:, None]
-    shade = scene.background_slope * (pixel / size * 2 - 1)
-    background = torch.tensor(scene.background_rgb)[:, None, None] + shade[None, :, None]
-    colour = torch.tensor(scene.colour_rgb)[:, None, None]
-    return (coverage * colour + (1 - coverage) * background).clamp(0, 1)
-
-
-def sample_training_batch(count: int, *, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-    """Draw `sample_batch` of random combinations of the training split."""
-    labels = combinations(held_out=False)
-    picks = torch.randint(len(labels), (count,), generator=generator).tolist()
-    return sample_batch([labels[i] for i in picks], generator=generator)
-
-
-def sample_batch(
-    labels: Sequence[SceneLabels], *, num_frames: int = 9, size: int = 32, generator: torch.Generator
-) -> tuple[Tensor, list[str]]:
-    """Draw videos ``[B, F, 3, H, W]``, float32 in ``[0, 1]``, of the given labels, with ``B`` captions."""
-    scenes = [sample_scene(label, num_frames=num_frames, size=size, generator=generator) for label in labels]
-    videos = torch.stack([render(scene, num_frames=num_frames, size=size) for scene in scenes])
-    return videos, [caption(scene, generator=generator) for scene in scenes]

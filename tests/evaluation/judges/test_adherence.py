@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from s2q.evaluation.judges.adherence import DEFINITIONS, adherence
-from s2q.shapes.scenes import SceneLabels, render, sample_scene
+from s2q.shapes.scenes import SceneLabels, sample_scene
+from training.videos import render
 
 RED_LEFT = SceneLabels(shape="circle", colour="red", motion="left", background="grey")
 CAPTION = "a red circle moving left on a grey background"

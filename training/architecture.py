@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, T5Tokenizer
 
-from s2q.shapes.scenes import vocabulary
+from training.videos import vocabulary
 
 NUM_FRAMES, FRAME_SIZE = 9, 32
 LATENT_CHANNELS, LATENT_FRAMES, LATENT_SIZE = 16, 3, 8

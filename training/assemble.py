@@ -10,11 +10,12 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from s2q.common.files import atomic_write_json, atomic_write_text
-from s2q.shapes.architecture import EmbeddedArchitecture, build_pipeline
-from s2q.shapes.scenes import SceneLabels, sample_batch
-from s2q.shapes.training.loop import load_average
-from s2q.shapes.training.quality import label_accuracy
-from s2q.shapes.training.vae import normalised_vae
+from s2q.shapes.scenes import SceneLabels
+from training.architecture import EmbeddedArchitecture, build_pipeline
+from training.loop import load_average
+from training.quality import label_accuracy
+from training.vae import normalised_vae
+from training.videos import sample_batch
 
 
 def taught_vae(architecture: EmbeddedArchitecture, run: Path) -> Any:
@@ -103,7 +104,7 @@ def write_card(architecture: EmbeddedArchitecture, out: Path, facts: dict[str, A
         "|---|---|",
         *(f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in facts.items()),
         "",
-        f"Rebuild with `python -m s2q.shapes.training {architecture.name} --work DIR --out DIR`.",
+        f"Rebuild in a clone of the repository: `python -m training {architecture.name} --work DIR --out DIR`.",
         "",
     ]
     atomic_write_text(out / "README.md", "\n".join(lines))

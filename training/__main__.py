@@ -1,4 +1,4 @@
-"""``python -m s2q.shapes.training MODEL --work DIR --out DIR``: train an embedded model from nothing.
+"""``python -m training MODEL --work DIR --out DIR``: train an embedded model from nothing.
 
 Stages: autoencoder → decoder alone (not where the latents are another model's) → latents of the training scenes →
 transformer with text encoder → assembled folder with training card. Each stage resumes from its last checkpoint; a
@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from s2q.shapes.architecture import EmbeddedArchitecture
-from s2q.shapes.cogvideox import ShapesCogVideoX
 from s2q.shapes.embedded import embedded_pipeline, embedded_prompts
 from s2q.shapes.scenes import combinations
-from s2q.shapes.training.assemble import (
+from training.architecture import EmbeddedArchitecture
+from training.assemble import (
     assemble,
     finished_vae,
     plot_losses,
@@ -28,13 +27,14 @@ from s2q.shapes.training.assemble import (
     taught_vae,
     write_card,
 )
-from s2q.shapes.training.loop import TrainingSettings, train
-from s2q.shapes.training.quality import adherence, sample, write_sheet
-from s2q.shapes.training.transformer import TransformerTask, encode_pool
-from s2q.shapes.training.vae import DecoderTask, TaughtVAETask, VAETask
-from s2q.shapes.wan import ShapesWan
+from training.cogvideox import ShapesCogVideoX
+from training.loop import TrainingSettings, train
+from training.quality import adherence, sample, write_sheet
+from training.transformer import TransformerTask, encode_pool
+from training.vae import DecoderTask, TaughtVAETask, VAETask
+from training.wan import ShapesWan
 
-logger = logging.getLogger("s2q.shapes.training")
+logger = logging.getLogger("training")
 
 ARCHITECTURES: dict[str, type[EmbeddedArchitecture]] = {cls.name: cls for cls in (ShapesCogVideoX, ShapesWan)}
 POOL_SIZE = 32_768

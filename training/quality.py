@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from s2q.shapes.architecture import TEXT_TOKENS
 from s2q.shapes.detector import detect
 from s2q.shapes.scenes import SceneLabels, parse_caption
+from training.architecture import TEXT_TOKENS
 
 LABEL_FIELDS = ("shape", "colour", "motion", "background")
 

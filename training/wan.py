@@ -7,8 +7,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from s2q.shapes import architecture as shapes
-from s2q.shapes.architecture import EmbeddedArchitecture
+from training import architecture as shapes
+from training.architecture import EmbeddedArchitecture
 
 NUM_TRAIN_TIMESTEPS = 1000
 PIPELINE_TEXT_TOKENS = 512

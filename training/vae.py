@@ -7,10 +7,11 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
-from s2q.shapes.architecture import LATENT_CHANNELS, LATENT_FRAMES, LATENT_SIZE, EmbeddedArchitecture
-from s2q.shapes.cogvideox import ShapesCogVideoX
-from s2q.shapes.scenes import combinations, sample_batch, sample_training_batch
-from s2q.shapes.training.loop import load_average
+from s2q.shapes.scenes import combinations
+from training.architecture import LATENT_CHANNELS, LATENT_FRAMES, LATENT_SIZE, EmbeddedArchitecture
+from training.cogvideox import ShapesCogVideoX
+from training.loop import load_average
+from training.videos import sample_batch, sample_training_batch
 
 KL_WEIGHT = 1e-4
 LATENT_NOISE = 0.05

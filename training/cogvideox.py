@@ -6,8 +6,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from s2q.shapes import architecture as shapes
-from s2q.shapes.architecture import EmbeddedArchitecture
+from training import architecture as shapes
+from training.architecture import EmbeddedArchitecture
 
 
 class ShapesCogVideoX(EmbeddedArchitecture):

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from s2q.common.seeds import derive_seed
-from s2q.shapes.architecture import EmbeddedArchitecture, build_tokenizer
-from s2q.shapes.scenes import sample_training_batch
+from training.architecture import EmbeddedArchitecture, build_tokenizer
+from training.videos import sample_training_batch
 
 CAPTION_DROPOUT = 0.1
 CAPITALISED_FRACTION = 0.2
