@@ -1,8 +1,6 @@
 """The command line is stable: `surface.txt` is what was promised. Change it only together with docs and changelog."""
 
-import enum
 import inspect
-import types
 import typing
 from pathlib import Path
 
@@ -32,12 +30,12 @@ def flags_of(description) -> list[str]:
 
 
 def kind_of(plain) -> str:
-    if isinstance(plain, types.UnionType):
+    if type(None) in typing.get_args(plain):
         plain = next(option for option in typing.get_args(plain) if option is not type(None))
     if typing.get_origin(plain) is list:
         return "TEXT, repeatable"
-    if issubclass(plain, enum.Enum):
-        return "|".join(option.value for option in plain)
+    if typing.get_origin(plain) is typing.Literal:
+        return "|".join(typing.get_args(plain))
     return {bool: "flag", int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT"}[plain]
 
 

@@ -38,8 +38,5 @@ def _root(
     """4-bit quantization of text-to-video diffusion transformers, for any diffusers pipeline."""
 
 
-for command in (demo, plan, quantize, generate):
-    app.command()(command)
-app.command("eval")(evaluate)
-for command in (compare, bench, inspect):
-    app.command()(command)
+for command in (demo, plan, quantize, generate, evaluate, compare, bench, inspect):
+    app.command("eval" if command is evaluate else None)(command)

@@ -13,12 +13,9 @@ from s2q.report.formatting import format_bytes
 
 MeasuredModel = Annotated[
     str | None,
-    typer.Option(
-        "-m",
-        "--model",
+    options.model_option(
         help="synthetic:NAME (random weights: cogvideox-2b, cogvideox-5b, hunyuanvideo, ltx-2b, wan-1.3b, wan-14b), "
-        "embedded name, folder or Hub id. Default: the layers of these six, and the step of shapes-cogvideox.",
-        metavar="MODEL",
+        "embedded name, folder or Hub id. Default: the layers of these six, and the step of shapes-cogvideox."
     ),
 ]
 Ops = Annotated[
@@ -31,8 +28,8 @@ Ops = Annotated[
 ]
 Recipes = Annotated[
     list[str] | None,
-    options.names_option(
-        "-r", "--recipe", help="Recipes, comma-separated or repeated. Default: s2q-w4a6,s2q-w4a4.", metavar="RECIPE"
+    options.recipe_option(
+        help="Recipes, comma-separated or repeated. Default: s2q-w4a6,s2q-w4a4.", callback=options.split_names
     ),
 ]
 Backends = Annotated[

@@ -21,23 +21,11 @@ Entries = Annotated[
     ),
 ]
 FullPrecisionModel = Annotated[
-    str,
-    typer.Option(
-        "-m",
-        "--model",
-        help="The full-precision model: embedded name, diffusers folder or Hub id (@revision).",
-        metavar="MODEL",
-    ),
+    str, options.model_option(help="The full-precision model: embedded name, diffusers folder or Hub id (@revision).")
 ]
 Recipes = Annotated[
     list[str] | None,
-    typer.Option(
-        "-r",
-        "--recipe",
-        "--recipes",
-        help="Recipes, comma-separated or repeated; all for every recipe.",
-        metavar="RECIPE",
-    ),
+    options.recipe_option("--recipes", help="Recipes, comma-separated or repeated; all for every recipe."),
 ]
 CompareFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="DIR")]
 CalibrationPrompts = Annotated[
@@ -45,13 +33,7 @@ CalibrationPrompts = Annotated[
     typer.Option("--calibration-prompts", help="Calibration prompts: text file, one per line.", metavar="FILE"),
 ]
 RecipesOverrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Override a field of the recipes, e.g. distillation.epochs=5.",
-        metavar="K=V",
-        callback=options.check_overrides,
-    ),
+    list[str] | None, options.set_option(help="Override a field of the recipes, e.g. distillation.epochs=5.")
 ]
 OverwriteComparison = Annotated[bool, typer.Option("--overwrite", help="Replace a comparison that cannot be resumed.")]
 

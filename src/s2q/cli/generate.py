@@ -1,9 +1,8 @@
 """`s2q generate`: videos, a contact sheet and a record of them."""
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,14 +17,7 @@ GENERATION_RECORD = "generation.json"
 _OWNED = owned_matching("[0-9][0-9][0-9]*-*.mp4", "sheet.png", "latents.safetensors", record=GENERATION_RECORD)
 
 
-class Backend(StrEnum):
-    """Backends of quantized linears."""
-
-    AUTO = "auto"
-    REFERENCE = "reference"
-    CPU = "cpu"
-    TRITON = "triton"
-    FASTEST = "fastest"
+Backend = Literal["auto", "reference", "cpu", "triton", "fastest"]
 
 
 def generate(
@@ -41,7 +33,7 @@ def generate(
     steps: options.Steps = None,
     guidance_scale: options.Guidance = None,
     seed: options.Seed = 0,
-    backend: Annotated[Backend, typer.Option("--backend", help="Backends of quantized linears.")] = Backend.AUTO,
+    backend: Annotated[Backend, typer.Option("--backend", help="Backends of quantized linears.")] = "auto",
     attention: options.AttentionBackend = None,
     fps: Annotated[
         int | None, options.number_option("--fps", help="Frame rate of the video files. Default: the model's.")

@@ -1,10 +1,9 @@
 """Options that several commands share, and how their values are read; nothing heavy is imported before one is used."""
 
 from collections.abc import Sequence
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,15 +11,8 @@ from s2q.common.device_names import is_device_name, kind_of_device
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.common.outputs import check_output, check_writable
 
-
-class Dtype(StrEnum):
-    """Compute dtypes."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
+model_option = partial(typer.Option, "-m", "--model", metavar="MODEL")
+recipe_option = partial(typer.Option, "-r", "--recipe", metavar="RECIPE")
 number_option = partial(typer.Option, min=1, metavar="N")
 """An option whose value is a whole number from 1 on."""
 
@@ -40,6 +32,9 @@ def check_overrides(values: Sequence[str] | None) -> list[str]:
         if "=" not in value.strip("="):
             raise InvalidInputError(f"--set {value}: expected key=value, for example weights.num_bits=8")
     return list(values or ())
+
+
+set_option = partial(typer.Option, "--set", metavar="K=V", callback=check_overrides)
 
 
 def check_device_name(name: str) -> None:
@@ -85,21 +80,14 @@ def check_file_output(path: Path, *, overwrite: bool) -> None:
     check_writable(path) if overwrite and path.exists() else check_output(path, overwrite=False)
 
 
-Model = Annotated[
-    str, typer.Option("-m", "--model", help="Embedded name, diffusers folder or Hub id (@revision).", metavar="MODEL")
-]
-RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="Recipe name or YAML file.", metavar="RECIPE")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="Override a recipe field, e.g. weights.num_bits=8.", metavar="K=V", callback=check_overrides
-    ),
-]
+Model = Annotated[str, model_option(help="Embedded name, diffusers folder or Hub id (@revision).")]
+RecipeName = Annotated[str, recipe_option(help="Recipe name or YAML file.")]
+Overrides = Annotated[list[str] | None, set_option(help="Override a recipe field, e.g. weights.num_bits=8.")]
 Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt per line.", metavar="FILE")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="S")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="D")]
 DtypeOption = Annotated[
-    Dtype | None,
+    Literal["bfloat16", "float16", "float32"] | None,
     typer.Option("--dtype", help="Compute dtype. Default: the stored one; float32 where a CPU emulates it."),
 ]
 Variant = Annotated[
