@@ -2,11 +2,10 @@
 
 from markdown_tables import table_head, table_row
 
-from s2q.evaluation import metrics, velocity
-from s2q.evaluation.judges import adherence, learned
+from s2q.evaluation.definitions import definition_of, metric_table
 from s2q.evaluation.judges.evalcrafter import NEEDS
 from s2q.evaluation.paper import paper_tables
-from s2q.evaluation.video_metrics import VELOCITY
+from s2q.evaluation.video_metrics import METRICS
 from s2q.report.formatting import title_of
 
 
@@ -16,13 +15,10 @@ def metrics_table(kind: str) -> str:
     Args:
         kind: "built-in", or "learned" for those that need weights.
     """
-    definitions = learned.DEFINITIONS if kind == "learned" else metrics.DEFINITIONS
-    rows = [
-        (name, f"{text}; needs `{learned.NEEDS[name]}`" if kind == "learned" else text)
-        for name, text in definitions.items()
-    ]
-    if kind != "learned":
-        rows += [*adherence.DEFINITIONS.items(), (VELOCITY, velocity.DEFINITION)]
+    metrics = metric_table()
+    names = [name for name in metrics if "needs" in metrics[name]] if kind == "learned" else METRICS
+    needs = {name: f"; needs `{metrics[name]['needs']}`" if kind == "learned" else "" for name in names}
+    rows = [(name, definition_of(name) + needs[name]) for name in names]
     lines = table_head("metric", ["in `eval.json`", "what it is"])
     return "\n".join([*lines, *(table_row(title_of(name), [f"`{name}`", text]) for name, text in rows)])
 

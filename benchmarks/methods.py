@@ -15,7 +15,8 @@ from typing import Any
 
 from markdown_tables import interval, mean_by_prompt, table_head, table_row
 
-from s2q.evaluation.paired import HIGHER_IS_BETTER, PairedDifference, paired_differences
+from s2q.evaluation.definitions import directions
+from s2q.evaluation.paired import PairedDifference, paired_differences
 from s2q.recipes.load import load_recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -149,7 +150,7 @@ def _verdict(
     """Say who wins, by the rule of `s2q compare`: whoever is clearly better than every other."""
     said = []
     for metric, title in (("velocity_relative_error", "Velocity error"), ("psnr_frame_mean_db", "PSNR")):
-        choose, larger = (max, "a") if HIGHER_IS_BETTER[metric] else (min, "b")
+        choose, larger = (max, "a") if directions()[metric] else (min, "b")
         best = choose(evaluations, key=lambda name, metric=metric: _mean(evaluations[name], metric))
         tied = [name for name in evaluations if name != best and against(best, name)[metric].larger() != larger]
         if tied:

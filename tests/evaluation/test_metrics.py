@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
+from s2q.evaluation.definitions import definition_of, metric_table, statistics_definitions
+from s2q.evaluation.intervals import CONFIDENCE, MIN_PROMPTS, RESAMPLES
+from s2q.evaluation.judges.clip_score import CLIP_METRICS
+from s2q.evaluation.judges.learned import LPIPS
 from s2q.evaluation.metrics import (
-    DEFINITIONS,
     FRAME_METRICS,
-    LATENT_METRICS,
     PSNR_CAP_DB,
-    VERSIONS,
+    SSIM_SIGMA,
+    SSIM_WINDOW,
     flicker_rms,
     latent_cosine,
     latent_relative_l2,
@@ -17,6 +20,8 @@ from s2q.evaluation.metrics import (
     psnr_pooled_db,
     ssim,
 )
+from s2q.evaluation.paired import RANKED_BY, RATIOS, SIGNIFICANCE
+from s2q.evaluation.video_metrics import METRICS
 
 
 def random_frames(seed: int = 0, *, frames: int = 3, height: int = 16, width: int = 24) -> torch.Tensor:
@@ -33,7 +38,23 @@ def test_identical_videos_have_no_error():
 
 
 def test_every_metric_is_defined():
-    assert set(DEFINITIONS) == set(VERSIONS) == {*LATENT_METRICS, *FRAME_METRICS}
+    assert {*METRICS, LPIPS, *CLIP_METRICS, "adherence_all_change"} == set(metric_table())
+    for name in ("psnr_frame_mean_db", "psnr_pooled_db"):
+        assert f"capped at {PSNR_CAP_DB:g} dB" in definition_of(name)
+    assert f"{SSIM_WINDOW} pixels" in definition_of("ssim")
+    assert f"sigma {SSIM_SIGMA}" in definition_of("ssim")
+    assert definition_of("reference_ssim") == definition_of("ssim") + "; of the full-precision reference's videos"
+
+
+def test_the_statistics_are_defined_by_what_computes_them():
+    definitions = statistics_definitions()
+    for text in (f"{CONFIDENCE * 100:g} % interval", f"BCa, {RESAMPLES} resamples"):
+        assert text in definitions["difference"]
+    assert f"for {' and '.join(RATIOS)}:" in definitions["ratio"]
+    assert f"at most {RESAMPLES}, else {RESAMPLES} random" in definitions["p"]
+    assert f"p_holm is below {SIGNIFICANCE:g};" in definitions["winner"]
+    assert f"below {MIN_PROMPTS} prompts" in definitions["winner"]
+    assert definitions["ranking"].endswith(", ".join(RANKED_BY))
 
 
 def test_latent_metrics_against_known_values():

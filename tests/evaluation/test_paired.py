@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from s2q.evaluation.definitions import directions
 from s2q.evaluation.intervals import holm, sign_flip_p_value
-from s2q.evaluation.paired import HIGHER_IS_BETTER, compare_group, paired_differences
+from s2q.evaluation.paired import compare_group, paired_differences
 from s2q.evaluation.video_metrics import METRICS
 
 
@@ -162,4 +163,4 @@ def test_no_winner_below_ten_prompts_or_among_equals_or_without_a_direction():
 
 
 def test_every_metric_has_a_direction():
-    assert set(METRICS) <= set(HIGHER_IS_BETTER)
+    assert set(METRICS) <= set(directions())

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from s2q.checkpoint import QUANT_METHOD, inspect_checkpoint
@@ -29,14 +28,12 @@ FULL_PRECISION = "full-precision"
 """Label of the reference; no entry may have it."""
 
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth")
-_OPTIONAL_GROUPS: Mapping[str, Callable[[Recipe], bool]] = MappingProxyType(
-    {
-        "activations": lambda recipe: recipe.activations is not None,
-        "calibration": lambda recipe: recipe.calibrates,
-        "distillation": lambda recipe: recipe.distillation is not None,
-        "refinement": lambda recipe: recipe.refinement is not None,
-    }
-)
+_OPTIONAL_GROUPS: Mapping[str, Callable[[Recipe], bool]] = {
+    "activations": lambda recipe: recipe.activations is not None,
+    "calibration": lambda recipe: recipe.calibrates,
+    "distillation": lambda recipe: recipe.distillation is not None,
+    "refinement": lambda recipe: recipe.refinement is not None,
+}
 """Groups of a recipe whose changes are meant for the recipes that have them: another would become another method."""
 
 

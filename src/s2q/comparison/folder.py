@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,14 +41,12 @@ def _checkpoint_files(folder: Path) -> set[str]:
     return names
 
 
-_OWNED: Mapping[str, Owned] = MappingProxyType(
-    {
-        "checkpoints": _checkpoint_files,
-        "evaluations": owned_matching("*/*.json"),
-        "frames": owned_matching("*/*.npz"),
-        "videos": owned_matching("*/*.mp4"),
-    }
-)
+_OWNED: Mapping[str, Owned] = {
+    "checkpoints": _checkpoint_files,
+    "evaluations": owned_matching("*/*.json"),
+    "frames": owned_matching("*/*.npz"),
+    "videos": owned_matching("*/*.mp4"),
+}
 """The folders of a comparison, and what it wrote into each."""
 
 

@@ -11,16 +11,13 @@ from s2q.common.records import COMPARISON_VERSION
 from s2q.comparison.entries import Entry
 from s2q.comparison.folder import CompareFolder
 from s2q.comparison.setup import SHARD_PROMPTS, RunPlan, Setup
+from s2q.evaluation.definitions import directions, statistics_definitions
 from s2q.evaluation.intervals import INTERVAL, MIN_PROMPTS
-from s2q.evaluation.paired import DEFINITIONS, HIGHER_IS_BETTER, compare_group
+from s2q.evaluation.paired import compare_group
 from s2q.evaluation.scores import merge
 from s2q.evaluation.summary import summarise, versions
 from s2q.generation.defaults import frame_rate_of, quantization_report
 from s2q.models import resolve_model
-
-_SECONDS = "quantization time in seconds, interrupted runs included"
-_STORAGE = "bytes of the whole transformer in bfloat16 and as stored; ratio of the two"
-_SIMULATED = "whether a linear of the entry has no integer kernel and is computed in floating point"
 
 
 def build_result(
@@ -62,8 +59,8 @@ def build_result(
             "frame_rate": frame_rate_of(setup.source),
             "interval": INTERVAL,
         },
-        "definitions": {**DEFINITIONS, "seconds": _SECONDS, "storage": _STORAGE, "simulated": _SIMULATED},
-        "higher_is_better": {name: HIGHER_IS_BETTER.get(name) for name in plan.metrics},
+        "definitions": statistics_definitions(),
+        "higher_is_better": {name: directions().get(name) for name in plan.metrics},
         "versions": versions(),
     }
 

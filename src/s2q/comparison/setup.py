@@ -12,9 +12,10 @@ from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.common.files import sha256_file
 from s2q.common.records import COMPARISON_VERSION
 from s2q.comparison.entries import Entry, content_of, content_of_files, find_entries
+from s2q.evaluation.definitions import version_of
 from s2q.evaluation.evaluate import default_prompts
 from s2q.evaluation.judges.learned import open_judges
-from s2q.evaluation.summary import version_of, versions
+from s2q.evaluation.summary import versions
 from s2q.evaluation.video_metrics import selected_metrics
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.generate import batch_size_for, settings_for

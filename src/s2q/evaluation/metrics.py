@@ -9,7 +9,6 @@ precision, of the same shape and dtype, else InvalidInputError is raised.
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -20,33 +19,6 @@ PSNR_CAP_DB = 100.0
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 _LUMA = (0.299, 0.587, 0.114)
-
-DEFINITIONS: Mapping[str, str] = MappingProxyType(
-    {
-        "latent_relative_l2": "‖z_q − z_fp‖₂ / ‖z_fp‖₂ of the final latents of one video, float32; 0 is identical",
-        "latent_cosine": "cosine between the final latents of one video, flattened, float32; 1 is identical",
-        "psnr_frame_mean_db": (
-            "peak signal-to-noise ratio in dB (peak 255) of each uint8 RGB frame before encoding, averaged over the "
-            f"frames; each frame capped at {PSNR_CAP_DB:g} dB"
-        ),
-        "psnr_pooled_db": (
-            "peak signal-to-noise ratio in dB (peak 255) of the squared error pooled over all uint8 RGB frames of the "
-            f"video; capped at {PSNR_CAP_DB:g} dB"
-        ),
-        "ssim": (
-            f"structural similarity of the luma (0.299 R + 0.587 G + 0.114 B) of uint8 frames: Gaussian window of "
-            f"{SSIM_WINDOW} pixels (the largest odd size that fits, for smaller frames), sigma {SSIM_SIGMA}, "
-            "K1 = 0.01, K2 = 0.03, range 255, windows inside the frame only; mean over windows and frames"
-        ),
-        "flicker_rms": (
-            "change of the error from frame to frame, in levels of 0 to 255: root mean square over pixels and channels "
-            "of (x_t+1 − y_t+1) − (x_t − y_t), x the video's and y full precision's uint8 RGB frames before encoding, "
-            "averaged over consecutive frames; 0 for an error that stays the same; none for videos of one frame"
-        ),
-    }
-)
-VERSIONS: Mapping[str, int] = MappingProxyType(dict.fromkeys(DEFINITIONS, 1))
-"""Goes up when a metric's value for the same videos changes: values of different versions are not compared."""
 
 
 def latent_relative_l2(latents: torch.Tensor, reference: torch.Tensor) -> float:
@@ -115,19 +87,18 @@ def flicker_rms(frames: torch.Tensor, reference: torch.Tensor) -> float | None:
     return float(changes.square().flatten(1).mean(dim=1).sqrt().mean())
 
 
-LATENT_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float]] = MappingProxyType(
-    {"latent_relative_l2": latent_relative_l2, "latent_cosine": latent_cosine}
-)
+LATENT_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
+    "latent_relative_l2": latent_relative_l2,
+    "latent_cosine": latent_cosine,
+}
 """Metrics of (latents, reference latents)."""
 
-FRAME_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float | None]] = MappingProxyType(
-    {
-        "psnr_frame_mean_db": psnr_frame_mean_db,
-        "psnr_pooled_db": psnr_pooled_db,
-        "ssim": ssim,
-        "flicker_rms": flicker_rms,
-    }
-)
+FRAME_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float | None]] = {
+    "psnr_frame_mean_db": psnr_frame_mean_db,
+    "psnr_pooled_db": psnr_pooled_db,
+    "ssim": ssim,
+    "flicker_rms": flicker_rms,
+}
 """Metrics of (frames, reference frames); None where one does not apply."""
 
 

@@ -3,40 +3,18 @@
 All models generate from the same prompts and the same noise, so that what they share cancels in differences video by
 video. Values whose size varies by orders of magnitude (velocity error, relative L2) are compared by their ratio: the
 differences are those of logarithms. A metric has a winner only where the best model clearly beats every other one of
-its group (`DEFINITIONS["winner"]`); all else is a tie.
+its group (`winner` in `data/metrics.yaml`); all else is a tie.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from types import MappingProxyType
 from typing import Any
 
 from s2q.common.progress import Tick
-from s2q.evaluation.intervals import CONFIDENCE, MIN_PROMPTS, RESAMPLES, clustered_mean, holm, sign_flip_p_value
-
-HIGHER_IS_BETTER: Mapping[str, bool] = MappingProxyType(
-    {
-        "velocity_relative_error": False,
-        "latent_relative_l2": False,
-        "latent_cosine": True,
-        "psnr_frame_mean_db": True,
-        "psnr_pooled_db": True,
-        "ssim": True,
-        "flicker_rms": False,
-        "lpips": False,
-        "clip_score": True,
-        "clipsim": True,
-        "clip_temp": True,
-        "adherence_shape": True,
-        "adherence_colour": True,
-        "adherence_direction": True,
-        "adherence_background": True,
-        "adherence_all": True,
-    }
-)
-"""Direction of each metric; a metric that is not here has no winner."""
+from s2q.evaluation.definitions import directions
+from s2q.evaluation.intervals import clustered_mean, holm, sign_flip_p_value
 
 RANKED_BY = ("velocity_relative_error", "latent_relative_l2", "psnr_frame_mean_db", "ssim")
 """Ranking metrics: the first of these that was measured."""
@@ -45,35 +23,10 @@ RATIOS = ("velocity_relative_error", "latent_relative_l2")
 SIGNIFICANCE = 0.05
 _NOT_COMPARED = ("reference_", "adherence_all_change")
 
-DEFINITIONS: Mapping[str, str] = MappingProxyType(
-    {
-        "difference": (
-            "a minus b, paired by prompt and seed: mean over prompts of each prompt's mean over seeds; "
-            f"{CONFIDENCE * 100:g} % interval by bootstrap over prompts (BCa, {RESAMPLES} resamples)"
-        ),
-        "ratio": (
-            f"a divided by b, for {' and '.join(RATIOS)}: the exponential of the difference of logarithms, its "
-            "interval likewise; null where a value is 0"
-        ),
-        "p": (
-            "two-sided paired sign-flip permutation test of the prompts' mean differences (of logarithms for ratios); "
-            f"all sign patterns where these are at most {RESAMPLES}, else {RESAMPLES} random ones"
-        ),
-        "p_holm": "p after Holm's correction across the metrics of the pair; pairs are not corrected for each other",
-        "winner": (
-            "within a width, of one metric: the entry with the best mean, if against every other entry of the width "
-            "the interval of the paired difference excludes zero (of a ratio: one) on its side and p_holm is below "
-            f"{SIGNIFICANCE:g}; else the best is tied with those against which it does not. No winner below "
-            f"{MIN_PROMPTS} prompts, nor for a metric without a known direction"
-        ),
-        "ranking": f"within a width, by the mean of the first measured of {', '.join(RANKED_BY)}",
-    }
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """Difference of two models in one metric, measured on `n_prompts`; see `DEFINITIONS`.
+    """Difference of two models in one metric, measured on `n_prompts`; see `data/metrics.yaml`.
 
     Attributes:
         kind: "difference" (a − b) or "ratio" (a / b).
@@ -175,7 +128,7 @@ def _winners(
     pairs: Mapping[tuple[str, str], Mapping[str, PairedDifference]],
 ) -> dict[str, dict[str, Any]]:
     winners: dict[str, dict[str, Any]] = {}
-    for name in HIGHER_IS_BETTER:
+    for name in directions():
         labels = [label for label in ranking if name in means[label]]
         if len(labels) < 2:
             continue
@@ -188,11 +141,11 @@ def _winners(
 def _beats(best: str, other: str, name: str, pairs: Mapping[tuple[str, str], Mapping[str, PairedDifference]]) -> bool:
     is_first = (best, other) in pairs
     difference = pairs[(best, other) if is_first else (other, best)][name]
-    return difference.larger() == ("a" if is_first == HIGHER_IS_BETTER[name] else "b")
+    return difference.larger() == ("a" if is_first == directions()[name] else "b")
 
 
 def _cost(name: str, mean: float) -> float:
-    return -mean if HIGHER_IS_BETTER[name] else mean
+    return -mean if directions()[name] else mean
 
 
 def _means(evaluation: Mapping[str, Any]) -> dict[str, float]:

@@ -1,10 +1,8 @@
 """The paper's own figures (S²Q-VDiT, arXiv 2508.04016v3), from `data/paper.yaml`; none was measured by this project."""
 
-import functools
-from importlib import resources
 from typing import Any
 
-import yaml
+from s2q.evaluation.definitions import read_data
 
 FULL_PRECISION = "full precision"
 METHOD = "S²Q-VDiT"
@@ -12,12 +10,12 @@ METHOD = "S²Q-VDiT"
 
 def paper_tables() -> dict[str, dict[str, Any]]:
     """Return the tables by name: `title`, `comparable`, `metrics`, `prompts`, `claims`, `values`; some `scores`."""
-    return dict(_content()["tables"])
+    return dict(read_data("paper.yaml")["tables"])
 
 
 def paper_model(model: str) -> str | None:
     """Return the paper's name of a model, None if it has no figures of it."""
-    names = _content()["models"].items()
+    names = read_data("paper.yaml")["models"].items()
     return next((str(name) for name, ids in names if model.lower() in map(str.lower, ids)), None)
 
 
@@ -35,10 +33,3 @@ def published_scores(model: str, scheme: str) -> dict[str, dict[str, float]]:
             if method == FULL_PRECISION or table["scheme"] == scheme:
                 scores.setdefault(method, {}).update(zip(table["scores"], values, strict=True))
     return scores
-
-
-@functools.cache
-def _content() -> dict[str, Any]:
-    text = resources.files("s2q.evaluation").joinpath("data", "paper.yaml").read_text(encoding="utf-8")
-    content: dict[str, Any] = yaml.safe_load(text)
-    return content

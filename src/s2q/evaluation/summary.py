@@ -11,38 +11,14 @@ import torch
 
 from s2q.common.records import EVALUATION_VERSION
 from s2q.common.versions import package_versions
-from s2q.evaluation import metrics, velocity
+from s2q.evaluation.definitions import definition_of, version_of
 from s2q.evaluation.intervals import INTERVAL, clustered_mean
-from s2q.evaluation.judges import adherence, learned
 from s2q.evaluation.judges.evalcrafter import evalcrafter_scores
 from s2q.evaluation.scores import EvaluationResult, VideoScores
+from s2q.evaluation.video_metrics import VELOCITY
 
 _REFERENCE = "reference_"
 _CHANGE = "adherence_all_change"
-_DEFINITIONS = {
-    **metrics.DEFINITIONS,
-    **adherence.DEFINITIONS,
-    **learned.DEFINITIONS,
-    "velocity_relative_error": velocity.DEFINITION,
-    _CHANGE: "adherence_all minus reference_adherence_all, video by video",
-}
-_VERSIONS = {
-    **metrics.VERSIONS,
-    **dict.fromkeys((*adherence.DEFINITIONS, _CHANGE), adherence.VERSION),
-    **learned.VERSIONS,
-    "velocity_relative_error": velocity.VERSION,
-}
-
-
-def definition_of(name: str) -> str:
-    """Return the definition of a metric of `eval.json`, in one sentence."""
-    definition = _DEFINITIONS[name.removeprefix(_REFERENCE)]
-    return definition + "; of the full-precision reference's videos" if name.startswith(_REFERENCE) else definition
-
-
-def version_of(name: str) -> int:
-    """Return the version of a metric's definition: values of different versions are not compared."""
-    return _VERSIONS[name.removeprefix(_REFERENCE)]
 
 
 def summarise(measured: EvaluationResult) -> dict[str, Any]:
@@ -132,4 +108,4 @@ def _velocity_by_step(videos: Sequence[VideoScores], timesteps: Sequence[float])
         for video in recorded:
             by_prompt.setdefault(video.prompt, []).append(video.velocity_steps[index])
         steps.append({"step": index, "timestep": timestep, **asdict(clustered_mean(by_prompt))})
-    return {"definition": velocity.DEFINITION, "n_videos": len(recorded), "steps": steps}
+    return {"definition": definition_of(VELOCITY), "n_videos": len(recorded), "steps": steps}

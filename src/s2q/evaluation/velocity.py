@@ -17,12 +17,6 @@ from s2q.common.errors import S2QError
 from s2q.common.progress import Tick
 from s2q.generation.trajectory import Trajectory
 
-DEFINITION = (
-    "‖v_q − v_fp‖² / ‖v_fp‖² of the transformer's output (both guidance branches) on the inputs recorded along the "
-    "full-precision trajectory; mean over the denoising steps of one video"
-)
-VERSION = 1
-
 
 @torch.no_grad()
 def velocity_errors(

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.evaluation import metrics
-from s2q.evaluation.judges import adherence, clip_score
-from s2q.evaluation.judges.learned import LPIPS, NEEDS, Judges
+from s2q.evaluation.definitions import metric_table
+from s2q.evaluation.judges.adherence import ADHERENCE, adherence
+from s2q.evaluation.judges.clip_score import CLIP_METRICS
+from s2q.evaluation.judges.learned import LPIPS, Judges
 from s2q.evaluation.scores import VideoScores
 from s2q.generation.generate import Video
 
 VELOCITY = "velocity_relative_error"
-METRICS: tuple[str, ...] = (*metrics.LATENT_METRICS, *metrics.FRAME_METRICS, *adherence.DEFINITIONS, VELOCITY)
+METRICS: tuple[str, ...] = (*metrics.LATENT_METRICS, *metrics.FRAME_METRICS, *ADHERENCE, VELOCITY)
 
 
 def selected_metrics(names: Sequence[str], *, lpips: bool = False, clip: bool = False) -> tuple[str, ...]:
@@ -19,14 +21,15 @@ def selected_metrics(names: Sequence[str], *, lpips: bool = False, clip: bool = 
 
     Those of LPIPS and of CLIP are among them where their weights are given.
     """
-    known = (*METRICS, *((LPIPS,) if lpips else ()), *(clip_score.DEFINITIONS if clip else ()))
+    known = (*METRICS, *((LPIPS,) if lpips else ()), *(CLIP_METRICS if clip else ()))
     if not names:
         return known
     chosen: list[str] = []
     for name in names:
         matches = [metric for metric in known if metric == name or metric.startswith(name + "_")]
-        if not matches and name in NEEDS:
-            raise InvalidInputError(f"metric {name}: needs {NEEDS[name]}; s2q neither ships nor downloads its weights")
+        needs = metric_table().get(name, {}).get("needs")
+        if not matches and needs:
+            raise InvalidInputError(f"metric {name}: needs {needs}; s2q neither ships nor downloads its weights")
         if not matches:
             raise unknown_name("metric", name, (*known, "latent", "psnr", "adherence", "velocity"))
         chosen += matches
@@ -41,8 +44,8 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
     """
     assert (video.prompt, video.seed) == (base.prompt, base.seed)
     values = _distances(video, base, names=names)
-    if any(name in adherence.DEFINITIONS for name in names):
-        ours, theirs = (adherence.adherence(video.prompt, frames) for frames in (video.frames, base.frames))
+    if any(name in ADHERENCE for name in names):
+        ours, theirs = (adherence(video.prompt, frames) for frames in (video.frames, base.frames))
         values |= {name: value for name, value in ours.items() if name in names}
         values |= {f"reference_{name}": value for name, value in theirs.items() if name in names}
     return values

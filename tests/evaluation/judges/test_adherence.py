@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from s2q.evaluation.judges.adherence import DEFINITIONS, adherence
+from s2q.evaluation.judges.adherence import ADHERENCE, adherence
 from s2q.shapes.scenes import SceneLabels, sample_scene
 from training.videos import render
 
@@ -16,7 +16,7 @@ def frames_of(labels: SceneLabels) -> torch.Tensor:
 
 def test_a_faithful_video_scores_everywhere():
     scores = adherence(CAPTION, frames_of(RED_LEFT))
-    assert set(scores) == set(DEFINITIONS)
+    assert set(scores) == set(ADHERENCE)
     assert set(scores.values()) == {1.0}
 
 

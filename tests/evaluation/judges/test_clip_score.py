@@ -4,12 +4,7 @@ import torch.nn.functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from s2q.common.errors import InvalidInputError
-from s2q.evaluation.judges.clip_score import (
-    DEFINITIONS,
-    VERSIONS,
-    ClipJudge,
-    _as_clip_does,
-)
+from s2q.evaluation.judges.clip_score import CLIP_METRICS, ClipJudge, _as_clip_does
 from tiny_judges import CONTEXT, SIDE, save_tiny_clip
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -39,7 +34,7 @@ def model_cosines(folder, prompt, pixels):
 def test_scores_are_those_of_the_models_own_output(folder):
     video, prompt = frames(), "a cat"
     found = ClipJudge(folder).measure(prompt, video)
-    assert set(found) == set(DEFINITIONS) == set(VERSIONS)
+    assert set(found) == set(CLIP_METRICS)
     levels = video.permute(0, 3, 1, 2).float()
     cosines, _ = model_cosines(folder, prompt, (levels / 255 - MEAN) / STD)
     assert found["clip_score"] == pytest.approx(100 * float(cosines.clamp(min=0).mean()), abs=1e-4)

@@ -5,34 +5,21 @@ no adherence, instead of a guessed one.
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 
 from s2q.shapes.detector import detect
 from s2q.shapes.scenes import parse_caption
 
-FIELDS: Mapping[str, str] = MappingProxyType(
-    {"shape": "shape", "colour": "colour", "direction": "motion", "background": "background"}
-)
-"""Metric suffix to field of the scene labels."""
+FIELDS: Mapping[str, str] = {
+    "adherence_shape": "shape",
+    "adherence_colour": "colour",
+    "adherence_direction": "motion",
+    "adherence_background": "background",
+}
+"""Metric to field of the scene labels."""
 
-DEFINITIONS: Mapping[str, str] = MappingProxyType(
-    {
-        f"adherence_{name}": (
-            f"share of videos whose {name} the analytic detector finds to be the caption's; captions of the scene "
-            "grammar only"
-        )
-        for name in FIELDS
-    }
-    | {
-        "adherence_all": (
-            "share of videos whose shape, colour, direction and background the analytic detector all finds to be the "
-            "caption's; captions of the scene grammar only"
-        )
-    }
-)
-VERSION = 1
+ADHERENCE = (*FIELDS, "adherence_all")
 
 
 def adherence(prompt: str, frames: torch.Tensor) -> dict[str, float | None]:
@@ -44,12 +31,12 @@ def adherence(prompt: str, frames: torch.Tensor) -> dict[str, float | None]:
     """
     wanted = parse_caption(prompt)
     if wanted is None:
-        return dict.fromkeys(DEFINITIONS)
+        return dict.fromkeys(ADHERENCE)
     detected = detect(frames)
     scores: dict[str, float | None] = {}
     for name, field in FIELDS.items():
         label = getattr(wanted, field)
-        scores[f"adherence_{name}"] = None if label is None else float(getattr(detected, field) == label)
+        scores[name] = None if label is None else float(getattr(detected, field) == label)
     stated = [score for score in scores.values() if score is not None]
     scores["adherence_all"] = float(all(stated)) if len(stated) == len(FIELDS) else None
     return scores

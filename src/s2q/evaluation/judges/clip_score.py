@@ -10,7 +10,6 @@ Legend: `F` frames, `H`, `W` height and width in pixels, `S` side of CLIP's inpu
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,24 +19,7 @@ from PIL import Image
 
 from s2q.common.errors import InvalidInputError, first_line
 
-DEFINITIONS: Mapping[str, str] = MappingProxyType(
-    {
-        "clip_score": (
-            "100 · max(cos(text, frame), 0) of CLIP's embeddings of the prompt and of each uint8 frame before encoding "
-            "with CLIP's own preprocessing; mean over the frames; CLIP from the folder that was given"
-        ),
-        "clipsim": (
-            "CLIPSIM as EvalCrafter's scripts compute it: cos(text, frame), the frame squeezed to CLIP's square input "
-            "(bilinear) with levels 0 to 255, not normalised; mean over the frames; comparable with EvalCrafter's "
-            "figures for CLIP ViT-B/32 only"
-        ),
-        "clip_temp": (
-            "CLIP-Temp as EvalCrafter's scripts compute it: cosine between the embeddings of consecutive frames, "
-            "preprocessed as for clipsim; mean over the pairs; none for videos of one frame"
-        ),
-    }
-)
-VERSIONS: Mapping[str, int] = MappingProxyType(dict.fromkeys(DEFINITIONS, 1))
+CLIP_METRICS = ("clip_score", "clipsim", "clip_temp")
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _FRAMES_AT_ONCE = 16

@@ -1,22 +1,19 @@
 """EvalCrafter's five figures (Liu et al. 2024) that the paper reports: which are there, and what the others need."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 _DOVER = (
     "needs DOVER, which is a repository and weights of its own; run EvalCrafter's VQA script on the videos that "
     "--vbench-python keeps"
 )
-NEEDS: Mapping[str, str] = MappingProxyType(
-    {
-        "clipsim": "needs a CLIP model: --clip FOLDER",
-        "clip_temp": "needs a CLIP model: --clip FOLDER, and more than one frame",
-        "vqa_a": _DOVER,
-        "vqa_t": _DOVER,
-        "flow_score": "needs RAFT, which VBench brings: --vbench-python PYTHON with flow_score among --vbench-dims",
-    }
-)
+NEEDS: Mapping[str, str] = {
+    "clipsim": "needs a CLIP model: --clip FOLDER",
+    "clip_temp": "needs a CLIP model: --clip FOLDER, and more than one frame",
+    "vqa_a": _DOVER,
+    "vqa_t": _DOVER,
+    "flow_score": "needs RAFT, which VBench brings: --vbench-python PYTHON with flow_score among --vbench-dims",
+}
 """The five, and what each cannot be computed without."""
 
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from s2q.evaluation.judges import clip_score, lpips
 from s2q.generation.generate import Video
 
 LPIPS = "lpips"
-DEFINITIONS: Mapping[str, str] = MappingProxyType({LPIPS: lpips.DEFINITION, **clip_score.DEFINITIONS})
-VERSIONS: Mapping[str, int] = MappingProxyType({LPIPS: lpips.VERSION, **clip_score.VERSIONS})
-NEEDS: Mapping[str, str] = MappingProxyType(
-    {LPIPS: "--lpips-weights FILE", **dict.fromkeys(clip_score.DEFINITIONS, "--clip FOLDER")}
-)
-"""Metric to what it cannot be computed without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +26,7 @@ class Judges:
     def measure(self, video: Video, base: Video, *, names: Sequence[str]) -> dict[str, float | None]:
         """Measure a video against the full-precision one; what CLIP says of that is under `reference_…`."""
         values = self.distances(video, base, names=names)
-        if self.clip is not None and any(name in names for name in clip_score.DEFINITIONS):
+        if self.clip is not None and any(name in names for name in clip_score.CLIP_METRICS):
             ours, theirs = (self.clip.measure(video.prompt, side.frames) for side in (video, base))
             values |= {name: value for name, value in ours.items() if name in names}
             values |= {f"reference_{name}": value for name, value in theirs.items() if name in names}

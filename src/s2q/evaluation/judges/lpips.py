@@ -19,11 +19,6 @@ import torch.nn.functional as F
 from s2q.common.errors import InvalidInputError
 from s2q.evaluation.judges.weights import read_state_dict
 
-DEFINITION = (
-    "LPIPS, version 0.1 (Zhang et al. 2018), of each uint8 RGB frame before encoding at its own size, averaged over "
-    "the frames; 0 is identical; trunk and weights as in the file that was given; none for frames below 32 pixels"
-)
-VERSION = 1
 _MIN_PIXELS = 32
 _FRAMES_AT_ONCE = 8
 _SHIFT = (-0.030, -0.088, -0.188)
