@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO_DIR ?= s2q-demo
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-emulated test-gpu bench-cpu bench-cpu-kinds bench-gpu lint format clean
+.PHONY: demo test test-emulated test-faults test-gpu bench-cpu bench-cpu-kinds bench-gpu lint format clean
 
 demo: $(READY)
 	$(BIN)/s2q demo -o $(DEMO_DIR) --overwrite
@@ -20,6 +20,10 @@ test: $(READY)
 # The GPU path on two emulated GPUs; see tests/emulation/README.md.
 test-emulated: $(READY)
 	S2Q_EMULATED_GPUS=1 $(PYTEST) -m gpu tests/emulation
+
+# The long form of the fault suite, about an hour; writes its counts to benchmarks/results/reliability.json.
+test-faults: $(READY)
+	$(PYTEST) -m faults
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

@@ -1,0 +1,86 @@
+"""A process that has imported everything and forks a copy of itself for each command of s2q.
+
+It reads a request a line and answers each with a line, both JSON: {"start": {...}} gives {"pid": 1}, {"wait": 1} the
+exit code. A copy is the leader of a session, so whatever it leaves behind can be found.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+READY = "ready"
+
+
+def preload(settings: dict) -> None:
+    """Import all that commands import, by running them once; no thread may be left, since a fork copies one."""
+    import tqdm
+
+    from s2q.calibration import calibration_set
+    from s2q.cli import run
+    from s2q.common import devices
+    from s2q.shapes import embedded
+
+    tqdm.tqdm.monitor_interval = 0  # no thread
+    calibration_set.selection_plot = lambda record: b"\x89PNG not drawn in tests"
+    devices.has_arithmetic = lambda dtype: True
+    embedded.embedded_folder = lambda name: Path(settings["model"])
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, arguments in enumerate(settings["commands"]):
+            code = run([*arguments, "-o", str(Path(scratch) / str(number))])
+            assert code == 0, (arguments, code)
+    threads = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    assert len(threads) == 1, threads
+
+
+def serve(request: dict) -> dict:
+    """Answer a request."""
+    if "start" in request:
+        return {"pid": _start(**request["start"])}
+    _, status = os.waitpid(request["wait"], 0)
+    return {"code": os.waitstatus_to_exitcode(status)}
+
+
+def _start(arguments: list[str], output: str, event: int | None, error: int, log: str | None) -> int:
+    """Run a command in a copy of this process."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 1)  # a terminal controls the session
+        os.dup2(1, 2)
+        sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115
+        code = _run(arguments, event=event, error=error, log=log)
+        sys.stdout.flush()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run(arguments: list[str], *, event: int | None, error: int, log: str | None) -> int:
+    from faults.layer import Fault, FileLayer
+    from s2q.cli import console, run
+
+    console.stderr = console.Console(stderr=True, soft_wrap=True)
+    if log is not None or event is not None:
+        append, write = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), os.write
+        FileLayer(Fault(event, error), lambda line: write(append, f"{line}\n".encode())).install()
+    return run(arguments)
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the output of commands is no answer
+    preload(json.loads(sys.argv[1]))
+    print(READY, file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

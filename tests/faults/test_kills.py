@@ -1,0 +1,76 @@
+"""kill -9 at random times and at every event of the file layer: the same command resumes, with the same bytes."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from reliability import record
+
+from faults.commands import hashes
+
+
+def spread(events, count):
+    """Numbers of events, one at random in each of as many equal parts."""
+    generator = random.Random(18)
+    return [generator.randrange(events * part // count, events * (part + 1) // count) for part in range(count)]
+
+
+def check_resumed(commands, arguments, folder, expected):
+    """The same command again gives the checkpoint of an undisturbed run, and nothing else is left in its folder."""
+    outcome = commands.run([*arguments, folder / "out"])
+    assert outcome.code == 0, outcome.output
+    assert hashes(folder / "out") == expected
+    assert [path.name for path in folder.iterdir()] == ["out"]
+
+
+def kill_at_event(commands, arguments, folder, event, expected):
+    outcome = commands.run([*arguments, folder / "out"], event=event)
+    assert outcome.code == -signal.SIGKILL, outcome
+    check_resumed(commands, arguments, folder, expected)
+
+
+def kill_after(commands, arguments, folder, seconds, expected):
+    """Return whether the run had not ended by itself."""
+    pid = commands.start([*arguments, folder / "out"])
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    code = commands.wait(pid)
+    if code == 0:
+        return False
+    assert code == -signal.SIGKILL
+    check_resumed(commands, arguments, folder, expected)
+    return True
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_a_run_killed_at_a_write_or_rename_resumes_with_the_same_bytes(
+    commands, quantize_tiny, undisturbed, tmp_path, part
+):
+    events, expected = undisturbed
+    kill_at_event(commands, quantize_tiny, tmp_path, spread(len(events), 10)[part], expected)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_a_run_killed_at_any_time_resumes_with_the_same_bytes(commands, quantize_tiny, undisturbed, tmp_path, seconds):
+    kill_after(commands, quantize_tiny, tmp_path, seconds, undisturbed[1])
+
+
+@pytest.mark.faults
+def test_300_kills_resume_with_the_same_bytes(commands, quantize_tiny, undisturbed, tmp_path):
+    """A kill at every event, and kills at random times until there are 300."""
+    events, expected = undisturbed
+    for event in range(len(events)):
+        (tmp_path / f"event-{event}").mkdir()
+        kill_at_event(commands, quantize_tiny, tmp_path / f"event-{event}", event, expected)
+    started = time.monotonic()
+    commands.run([*quantize_tiny, tmp_path / "timed"])
+    duration, generator, timed, ended = time.monotonic() - started, random.Random(18), 0, 0
+    while len(events) + timed < max(300, len(events) + 50):
+        folder = tmp_path / f"time-{timed + ended}"
+        folder.mkdir()
+        killed = kill_after(commands, quantize_tiny, folder, generator.uniform(0, duration), expected)
+        timed, ended = timed + killed, ended + (not killed)
+    counts = {"at_each_event": len(events), "at_random_times": timed, "equal_sha256": len(events) + timed}
+    record("kills of one process", counts)
