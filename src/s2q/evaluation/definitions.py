@@ -1,4 +1,4 @@
-"""What each metric is, from `data/metrics.yaml`: definition, version, direction, and what a learned one needs."""
+"""The metrics as `data/metrics.yaml` defines them: text, version, direction, and what a learned one needs."""
 
 import functools
 from importlib import resources
