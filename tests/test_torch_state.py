@@ -25,7 +25,7 @@ MEASURED = Settings(
     device="cpu",
     backends=("auto",),
     recipes=(load_recipe("s2q-w4a6"),),
-    options=TimingOptions(repeats=1, min_repeats=1, seconds=0.1, sample_milliseconds=0.0),
+    options=TimingOptions(repeats=1, seconds=0.1, sample_milliseconds=0.0),
     tokens=8,
     blocks=1,
     attention=None,

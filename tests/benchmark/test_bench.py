@@ -27,7 +27,7 @@ from s2q.nn import PackedLinear, StudentLinear
 from s2q.recipes.load import load_recipe, recipe_names
 from tiny import run_transformer, tiny_pipeline, tiny_transformer
 
-QUICK = TimingOptions(repeats=2, min_repeats=1, seconds=1.0, sample_milliseconds=0.0)
+QUICK = TimingOptions(repeats=2, seconds=1.0, sample_milliseconds=0.0)
 TIMES = {"milliseconds", "milliseconds_quartiles", "bf16_milliseconds", "ratio_to_bf16", "bound_ratio", "rounds"}
 BASELINE = {"baseline", "ratio_to_baseline"}
 MEMORY = {"peak_memory_bytes", "bf16_peak_memory_bytes"}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2q.benchmark.breakdown import CATEGORIES, breakdown, in_milliseconds
+from s2q.benchmark.breakdown import CATEGORIES, breakdown
 from s2q.benchmark.synthetic_blocks import random_packed_linear
 from s2q.core.input_path import InputPath
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
@@ -62,7 +62,3 @@ def test_a_model_of_one_part():
     shares = breakdown(lambda: norm(torch.zeros(4, 64)), norm, device="cpu")
     assert shares["gemm"] == shares["attention"] == shares["activation_path"] == 0.0
     assert shares["norms"] > shares["other"] >= 0.0
-
-
-def test_shares_are_applied_to_a_time():
-    assert in_milliseconds({"gemm": 0.75, "other": 0.25}, 8.0) == {"gemm": 6.0, "other": 2.0}

@@ -3,9 +3,9 @@ import pytest
 from s2q.benchmark.timing import (
     Timing,
     TimingOptions,
-    host_stopwatch,
     interleave,
     measures_of,
+    stopwatch_for,
 )
 
 
@@ -32,7 +32,7 @@ def test_contenders_run_in_turn_on_the_same_data_each_round_in_another_order():
     timings = interleave(
         {name: contender(name) for name in "abc"},
         fresh=lambda round_: f"data {round_}",
-        options=TimingOptions(repeats=4, min_repeats=3, seconds=10.0),
+        options=TimingOptions(repeats=4, seconds=10.0),
     )
     assert log[:3] == [("a", "data -1"), ("b", "data -1"), ("c", "data -1")], "the warm-up"
     rounds = ["".join(name for name, _ in log[start : start + 3]) for start in range(3, 15, 3)]
@@ -49,7 +49,7 @@ def test_the_time_limit_counts_from_the_least_number_of_rounds_on():
             clock.now += 2.0
             return 1.0
 
-        options = TimingOptions(repeats=10, min_repeats=3, seconds=seconds)
+        options = TimingOptions(repeats=10, seconds=seconds)
         timings = interleave({"a": measure}, fresh=lambda _round: None, options=options, clock=clock)
         return len(timings["a"].samples)
 
@@ -69,8 +69,8 @@ def test_short_calls_are_repeated_until_a_sample_is_long_enough():
         return run
 
     runs = {"short": run_for("short", 0.5), "long": run_for("long", 20.0)}
-    options = TimingOptions(repeats=2, min_repeats=2, seconds=10.0, sample_milliseconds=5.0)
-    measures = measures_of(runs, host_stopwatch(clock), options=options)
+    options = TimingOptions(repeats=2, seconds=10.0, sample_milliseconds=5.0)
+    measures = measures_of(runs, stopwatch_for("cpu", clock), options=options)
     timings = interleave(measures, fresh=lambda _round: None, options=options, clock=clock)
     assert timings["short"].milliseconds == pytest.approx(0.5)
     assert timings["long"].milliseconds == pytest.approx(20.0)

@@ -21,6 +21,7 @@ from s2q.benchmark.steps import synthetic_step_case
 from s2q.benchmark.timing import TimingOptions
 from s2q.common.arguments import (
     device_name,
+    finite_number,
     flag,
     model_argument,
     name_list,
@@ -94,7 +95,7 @@ def bench(
         device=device,
         backends=_check_backends(name_list("backends", backends), device),
         recipes=tuple(load_recipe(recipe) for recipe in name_list("recipes", recipes)),
-        options=TimingOptions(repeats=repeats, min_repeats=min(3, repeats), seconds=seconds),
+        options=TimingOptions(repeats=repeats, seconds=finite_number("seconds", seconds)),
         tokens=optional(whole_number, "tokens", tokens, least=1),
         blocks=whole_number("blocks", blocks, least=1),
         attention=attention_backend,

@@ -9,8 +9,9 @@ The profiler slows short operators: only shares are taken from it, to be applied
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -48,11 +49,6 @@ def breakdown(call: Callable[[], object], model: nn.Module, *, device: str) -> d
     return {name: value / total if total else 0.0 for name, value in sums.items()}
 
 
-def in_milliseconds(shares: Mapping[str, float], milliseconds: float) -> dict[str, float]:
-    """Apply shares to a time."""
-    return {name: share * milliseconds for name, share in shares.items()}
-
-
 def _category(event: Any) -> str:
     """The category of the innermost range around an operator, or of the attention that it is part of."""
     while event is not None:
@@ -72,15 +68,13 @@ def _is_range(event: Any) -> bool:
 @contextlib.contextmanager
 def _ranges(model: nn.Module) -> Iterator[None]:
     """Put named ranges around linears, norms, and the functions that prepare the input of a packed linear."""
+    parts = [(module, "forward", _category_of(module)) for module in model.modules()]
+    parts += [(module, name, "activation_path") for module, name in _PREPARING]
     with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            category = _category_of(module)
+        for owner, name, category in parts:
             if category is not None:
-                stack.enter_context(_range_around(module, category))
-        for module, name in _PREPARING:
-            function = getattr(module, name)
-            setattr(module, name, _in_range(function, "activation_path"))
-            stack.callback(setattr, module, name, function)
+                in_range = record_function(_PREFIX + category)(getattr(owner, name))
+                stack.enter_context(patch.object(owner, name, in_range))
         yield
 
 
@@ -88,30 +82,3 @@ def _category_of(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return "gemm"
     return "norms" if "Norm" in type(module).__name__ else None
-
-
-@contextlib.contextmanager
-def _range_around(module: nn.Module, category: str) -> Iterator[None]:
-    open_: list[Any] = []
-
-    def before(_module: nn.Module, _args: Any) -> None:
-        open_.append(record_function(_PREFIX + category))
-        open_[-1].__enter__()
-
-    def after(_module: nn.Module, _args: Any, _output: Any) -> None:
-        open_.pop().__exit__(None, None, None)
-
-    handles = (module.register_forward_pre_hook(before), module.register_forward_hook(after))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _in_range(function: Callable[..., Any], category: str) -> Callable[..., Any]:
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with record_function(_PREFIX + category):
-            return function(*args, **kwargs)
-
-    return wrapped

@@ -8,6 +8,7 @@ the first block, whose targets, token weights and input statistics the recipe's 
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,16 +21,15 @@ from torch import Tensor, nn
 
 from s2q.benchmark.case import Case, Entry, Settings
 from s2q.benchmark.machine import peak_memory
-from s2q.benchmark.micro import times_of
+from s2q.benchmark.micro import BF16, result_of
 from s2q.benchmark.pipeline_steps import PROMPT, full_precision_pipeline
 from s2q.benchmark.results import identity
 from s2q.benchmark.steps import synthetic_tokens
 from s2q.benchmark.synthetic_blocks import block_grid, block_inputs, synthetic_block
-from s2q.benchmark.timing import interleave, measures_of, stopwatch_for
+from s2q.benchmark.timing import compete
 from s2q.blocks.distil import Optimization
 from s2q.blocks.reconstruct import BlockStudents, block_students, rounding_penalty
 from s2q.blocks.task import BlockTask
-from s2q.calibration.samples import BlockSample
 from s2q.calibration.stream import TeacherStream, named_arguments
 from s2q.common.hooks import capture_calls
 from s2q.common.seeds import derive_seed
@@ -51,7 +51,6 @@ from s2q.planning.resolve import resolve
 from s2q.recipes.schema import Recipe
 
 _OP = "calibration_block"
-_BF16 = "bf16"
 _SAMPLES = 2
 
 
@@ -88,17 +87,8 @@ def calibration_case(subject: SyntheticModel | ModelSource, settings: Settings) 
         if recipe.distillation is not None
     )
 
-    def measure(missing: Sequence[Entry]) -> list[Entry]:
-        if isinstance(subject, SyntheticModel):
-            generator = torch.Generator(settings.device).manual_seed(derive_seed(0, _OP, subject.name))
-            block_list, tokens = subject.block_lists[0], synthetic_tokens(subject, settings)
-            block = synthetic_block(subject, block_list, generator=generator, dtype=torch.float32)
-            made = synthetic_subject(subject, block_list, block, tokens=tokens, generator=generator)
-            return _measure(made, missing, settings)
-        return _measure(_pipeline_subject(subject, settings), missing, settings)
-
     label = f"{_OP} {name}" + ("" if tokens is None else f", {tokens} tokens")
-    return Case(label=label, wanted=wanted, measure=measure)
+    return Case(label=label, wanted=wanted, measure=functools.partial(_measure, subject, settings))
 
 
 @contextmanager
@@ -214,55 +204,46 @@ def _pipeline_subject(source: ModelSource, settings: Settings) -> Subject:
 
 def _first_of_batch(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Keep one sample of a call: calibration takes one at a time."""
-    kept = {name: value[:1] if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    return {name: value for name, value in kept.items() if name != "return_dict"}
+    return {
+        name: value[:1] if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+        if name != "return_dict"
+    }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Contender:
-    """A recipe's step, and the samples that it takes."""
-
-    samples: Sequence[BlockSample]
-    step: Callable[[BlockSample], object]
-
-
-def _measure(subject: Subject, missing: Sequence[Entry], settings: Settings) -> list[Entry]:
-    recipes = {recipe.name: recipe for recipe in settings.recipes}
+def _measure(model: SyntheticModel | ModelSource, settings: Settings, missing: Sequence[Entry]) -> list[Entry]:
+    if isinstance(model, SyntheticModel):
+        generator = torch.Generator(settings.device).manual_seed(derive_seed(0, _OP, model.name))
+        block_list, tokens = model.block_lists[0], synthetic_tokens(model, settings)
+        block = synthetic_block(model, block_list, generator=generator, dtype=torch.float32)
+        subject = synthetic_subject(model, block_list, block, tokens=tokens, generator=generator)
+    else:
+        subject = _pipeline_subject(model, settings)
+    device, recipes = settings.device, {recipe.name: recipe for recipe in settings.recipes}
     half = copy.deepcopy(subject.transformer.get_submodule(subject.block_names[0])).to(torch.bfloat16)
+    runs: dict[str, Callable[[int], object]] = {}
     with ExitStack() as stack:
-        contenders: dict[str, _Contender] = {}
         for entry in missing:
             recipe = recipes[entry["recipe"]]
-            opened = stack.enter_context(first_block(subject, recipe, device=settings.device))
-            optimization = first_optimization(first_student(opened), recipe)
+            opened = stack.enter_context(first_block(subject, recipe, device=device))
+            step = first_optimization(first_student(opened), recipe).step
             samples = [opened.samples[index] for index in range(len(opened.samples))]
-            contenders[recipe.name] = _Contender(samples=samples, step=optimization.step)
-        inputs = next(iter(contenders.values())).samples
-        runs: dict[str, Callable[[int], object]] = {_BF16: lambda index: _forward(half, inputs[index].inputs)}
-        for name, contender in contenders.items():
-            runs[name] = lambda index, contender=contender: contender.step(contender.samples[index])
-        measures = measures_of(runs, stopwatch_for(settings.device), options=settings.options)
-        timings = interleave(measures, fresh=lambda round_: round_ % _SAMPLES, options=settings.options)
-        peaks = {name: peak_memory(lambda run=run: run(0), settings.device) for name, run in runs.items()}
-    entries = []
+            runs.setdefault(BF16, lambda index, samples=samples: _forward(half, samples[index].inputs))
+            runs[recipe.name] = lambda index, step=step, samples=samples: step(samples[index])
+        timings = compete(runs, fresh=lambda round_: round_ % _SAMPLES, device=device, options=settings.options)
+        peaks = {name: {"peak_memory_bytes": peak_memory(lambda run=run: run(0), device)} for name, run in runs.items()}
+    full, entries = {BF16: timings[BF16]}, []
     for entry in missing:
-        recipe = recipes[entry["recipe"]]
-        times = times_of(timings[recipe.name], {_BF16: timings[_BF16]})
+        name, recipe = entry["recipe"], recipes[entry["recipe"]]
+        steps = recipe.calibration.samples * recipe.distillation.epochs
         details = {
             "bound_ratio": None,
-            "steps_per_block": _steps(recipe),
+            "steps_per_block": steps,
             "blocks_of_model": subject.blocks,
-            "seconds_per_block": _steps(recipe) * times["milliseconds"] / 1000,
-            "peak_memory_bytes": peaks[recipe.name],
-            "bf16_peak_memory_bytes": peaks[_BF16],
+            "seconds_per_block": steps * timings[name].milliseconds / 1000,
         }
-        entries.append(entry | times | details)
+        entries.append(result_of(entry, timings[name], full, peaks[name], peaks[BF16]) | details)
     return entries
-
-
-def _steps(recipe: Recipe) -> int:
-    assert recipe.distillation is not None
-    return recipe.calibration.samples * recipe.distillation.epochs
 
 
 @torch.no_grad()

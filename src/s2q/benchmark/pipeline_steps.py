@@ -8,6 +8,7 @@ prompt.
 """
 
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from s2q.benchmark.breakdown import breakdown, in_milliseconds
+from s2q.benchmark.breakdown import breakdown
 from s2q.benchmark.case import Case, Entry, Settings
 from s2q.benchmark.machine import full_precision, peak_memory, quantized_dtype
-from s2q.benchmark.micro import times_of
+from s2q.benchmark.micro import BF16, result_of
 from s2q.benchmark.results import identity
 from s2q.benchmark.shapes import source_tokens
 from s2q.benchmark.synthetic_blocks import random_packed_linear
@@ -41,7 +42,7 @@ from s2q.recipes.schema import Recipe
 from s2q.run.assemble import configure
 
 _OP = "denoising_step"
-_BF16, _FP32 = "bf16", "fp32"
+_FP32 = "fp32"
 _BACKENDS = ("auto", FASTEST)
 _STEPS = 4
 PROMPT = "a red circle moving left on a grey background"
@@ -64,9 +65,7 @@ def pipeline_step_case(source: ModelSource, settings: Settings) -> Case:
         if backend in settings.backends
     ]
 
-    def measure(missing: Sequence[Entry]) -> list[Entry]:
-        return _measure(source, missing, settings)
-
+    measure = functools.partial(_measure, source, settings)
     return Case(label=f"{_OP} {source.name}", wanted=tuple(wanted), measure=measure)
 
 
@@ -88,14 +87,14 @@ def pack_randomly(transformer: nn.Module, recipe: Recipe, *, frames: int) -> nn.
 
 
 @torch.no_grad()
-def _measure(source: ModelSource, missing: Sequence[Entry], settings: Settings) -> list[Entry]:
+def _measure(source: ModelSource, settings: Settings, missing: Sequence[Entry]) -> list[Entry]:
     device = settings.device
     pipes: dict[str, Any] = {
         name: full_precision_pipeline(source, dtype, device) for name, dtype in full_precision(device).items()
     }
     full, dtype = list(pipes), quantized_dtype(device)
     packed_from = next(pipe for pipe in pipes.values() if pipe.transformer.dtype == dtype)
-    first = pipes[_BF16]
+    first = pipes[BF16]
     video = resolve_settings(first, requested={"num_inference_steps": _STEPS}, defaults=dict(settings.generation))
     frames = token_frames(first, video)
     for entry in missing:
@@ -113,20 +112,12 @@ def _measure(source: ModelSource, missing: Sequence[Entry], settings: Settings) 
     for name, pipe in pipes.items():
         with attention_of(attention.get(name)):
             parts[name] = _parts(pipe, video, timings[name], device)
-    entries = []
-    for entry in missing:
-        name = _name_of(entry)
-        details = {
-            "video_tokens": video_tokens(first, video),
-            "bound_ratio": None,
-            "bf16_breakdown": parts[_BF16]["breakdown"],
-            "bf16_peak_memory_bytes": parts[_BF16]["peak_memory_bytes"],
-            "bf16_storage_bytes": parts[_BF16]["storage_bytes"],
-            "settings": video.to_dict(),
-        }
-        times = times_of(timings[name], {baseline: timings[baseline] for baseline in full})
-        entries.append(entry | times | parts[name] | details)
-    return entries
+    details = {"video_tokens": video_tokens(first, video), "bound_ratio": None, "settings": video.to_dict()}
+    against = {name: timings[name] for name in full}
+    return [
+        result_of(entry, timings[name], against, parts[name], parts[BF16]) | details
+        for entry, name in zip(missing, map(_name_of, missing), strict=True)
+    ]
 
 
 def _name_of(entry: Entry) -> str:
@@ -175,7 +166,7 @@ def _parts(pipe: Any, settings: GenerationSettings, timing: Timing, device: str)
     peak = peak_memory(call, device)
     kept = sum(part.kept.num_bytes for part in pipe.transformer.modules() if isinstance(part, PackedLinear))
     return {
-        "breakdown": in_milliseconds(shares, timing.milliseconds),
+        "breakdown": {name: share * timing.milliseconds for name, share in shares.items()},
         "peak_memory_bytes": None if peak is None else peak + storage + kept,
         "storage_bytes": storage,
     }

@@ -12,20 +12,22 @@ fp32) replaced by that of the plain int8 product of its shape; attention, norms 
 Legend: `M` rows, `K` in features, `N` out features.
 """
 
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from s2q.benchmark.breakdown import breakdown, in_milliseconds
+from s2q.benchmark.breakdown import breakdown
 from s2q.benchmark.case import Case, Entry, Settings
-from s2q.benchmark.machine import full_precision, has_int8_gemm, int8_gemm, peak_memory, quantized_dtype
-from s2q.benchmark.micro import baseline_of, times_of
+from s2q.benchmark.machine import full_precision, has_int8_gemm, peak_memory, quantized_dtype
+from s2q.benchmark.micro import BF16, INT8, fastest, full_linear, int8_product, result_of, round_data, runs_of
 from s2q.benchmark.results import identity
 from s2q.benchmark.synthetic_blocks import block_grid, block_inputs, random_packed_linear, synthetic_block
-from s2q.benchmark.timing import Timing, interleave, measures_of, stopwatch_for
+from s2q.benchmark.timing import Timing, compete
 from s2q.common.components import TRANSFORMERS
 from s2q.common.seeds import derive_seed
 from s2q.core.tokens import TokenGrid, token_grid
@@ -38,7 +40,6 @@ from s2q.planning.resolve import LinearPlan, recipe_linears, resolve
 CPU_TOKENS = 1024
 """Video tokens of a block on a CPU, unless told otherwise."""
 
-_BF16, _FP32 = "bf16", "fp32"
 _OP = "denoising_step"
 
 Plans = Mapping[str, Sequence[LinearPlan]]
@@ -70,66 +71,87 @@ def synthetic_step_case(model: SyntheticModel, settings: Settings) -> Case:
         if "auto" in settings.backends
     )
 
-    def measure(missing: Sequence[Entry]) -> list[Entry]:
-        names = {entry["recipe"] for entry in missing}
-        recipes = [recipe for recipe in settings.recipes if recipe.name in names]
-        transformers = {TRANSFORMERS[0]: model.meta_transformer()}
-        sizes = tensor_sizes(transformers, torch.bfloat16)
-        plans: dict[str, Sequence[LinearPlan]] = {}
-        storage = {}
-        for recipe in recipes:
+    measure = functools.partial(_measure, model, settings)
+    return Case(label=f"{_OP} {model.name}, {tokens} tokens", wanted=wanted, measure=measure)
+
+
+def _measure(model: SyntheticModel, settings: Settings, missing: Sequence[Entry]) -> list[Entry]:
+    names = {entry["recipe"] for entry in missing}
+    transformers = {TRANSFORMERS[0]: model.meta_transformer()}
+    sizes = tensor_sizes(transformers, torch.bfloat16)
+    plans: dict[str, Sequence[LinearPlan]] = {}
+    storage: dict[str, int] = {}
+    for recipe in settings.recipes:
+        if recipe.name in names:
             linears = resolve(recipe, recipe_linears(recipe, transformers), frames=model.frames)
             planned = plan_transformers(
                 transformers, recipe, linears, model=model.label, sizes=sizes, dtype=torch.bfloat16
             )
-            plans[recipe.name], storage[recipe.name] = linears, planned.storage
-        measured = [_measure_list(model, block_list, plans, settings) for block_list in model.block_lists]
-        return [
-            entry | _step(model, measured, entry["recipe"], settings, storage=storage[entry["recipe"]])
-            for entry in missing
-        ]
+            plans[recipe.name], storage[recipe.name] = linears, planned.storage["quantized_bytes"]
+            storage[BF16] = planned.storage["full_precision_bytes"]
+    measured = [_measure_list(model, block_list, plans, settings) for block_list in model.block_lists]
+    whole = {name: _whole(measured, name) for name in measured[0].milliseconds}
+    parts = {name: _parts(measured, name, whole[name], size) for name, size in storage.items()}
+    full = {name: whole[name] for name in full_precision(settings.device)}
+    baseline = fastest(full)
+    saved = [result.saved.get(baseline) for result in measured]
+    bound = None
+    if None not in saved:
+        bound = full[baseline].milliseconds / max(full[baseline].milliseconds - sum(saved), 1e-9)
+    return [
+        result_of(entry, whole[entry["recipe"]], full, parts[entry["recipe"]], parts[BF16])
+        | {"bound_ratio": bound, "text_tokens": model.text_tokens, "batch": model.batch}
+        for entry in missing
+    ]
 
-    return Case(label=f"{_OP} {model.name}, {tokens} tokens", wanted=wanted, measure=measure)
 
-
+@dataclass(frozen=True, kw_only=True)
 class _ListResult:
-    """Measurements of the blocks of one list; contenders are full precision and names of recipes."""
+    """Measurements of the blocks of one list, by contender: full precision or the name of a recipe.
 
-    def __init__(self, block_list: BlockList, timings: Mapping[str, Timing], built: int) -> None:
-        self.block_list, self.built = block_list, built
-        self._timings = timings
-        self.shares: dict[str, dict[str, float]] = {}
-        self.peaks: dict[str, int | None] = {}
-        self.saved: dict[str, float | None] = {}
-        self.baseline = baseline_of(timings, [name for name in (_BF16, _FP32) if name in timings])
+    Attributes:
+        milliseconds: All blocks of the list in a denoising step, by round.
+        saved: Milliseconds of a denoising step that int8 products would save the faster full precision.
+    """
 
-    def samples(self, name: str) -> list[float]:
-        """Milliseconds of all blocks of the list, by round."""
-        return [value * self.block_list.count / self.built for value in self._timings[name].samples]
+    milliseconds: Mapping[str, Timing]
+    shares: Mapping[str, Mapping[str, float]]
+    peaks: Mapping[str, int | None]
+    saved: Mapping[str, float | None]
 
 
 @torch.no_grad()
 def _measure_list(model: SyntheticModel, block_list: BlockList, plans: Plans, settings: Settings) -> _ListResult:
     generator = torch.Generator(settings.device)
     generator.manual_seed(derive_seed(0, _OP, model.name, block_list.name))
-    result = _compete(model, block_list, plans, generator, settings)
-    result.saved = {  # when the blocks are gone from memory
-        name: _saved_by_int8(model, block_list, generator, settings, dtype)
-        for name, dtype in full_precision(settings.device).items()
-        if name == result.baseline
-    }
-    return result
+    calls, built = model.calls * block_list.count, min(settings.blocks, block_list.count)
+    timings, shares, peaks = _compete(model, block_list, plans, generator, settings, built=built)
+    full = full_precision(settings.device)
+    baseline = fastest({name: timings[name] for name in full})
+    saved = _saved_by_int8(model, block_list, generator, settings, full[baseline])  # blocks are gone from memory
+    return _ListResult(
+        milliseconds={name: timing.times(calls / built) for name, timing in timings.items()},
+        shares=shares,
+        peaks=peaks,
+        saved={baseline: None if saved is None else calls * saved},
+    )
 
 
 def _compete(
-    model: SyntheticModel, block_list: BlockList, plans: Plans, generator: torch.Generator, settings: Settings
-) -> _ListResult:
+    model: SyntheticModel,
+    block_list: BlockList,
+    plans: Plans,
+    generator: torch.Generator,
+    settings: Settings,
+    *,
+    built: int,
+) -> tuple[dict[str, Timing], dict[str, dict[str, float]], dict[str, int | None]]:
+    """Time, shares and peak memory of a few blocks of each contender, called once."""
     tokens, device = synthetic_tokens(model, settings), settings.device
-    built = min(settings.blocks, block_list.count)
     full = full_precision(device)
     dtypes = full | {name: quantized_dtype(device) for name in plans}
     stacks = {
-        name: _stack(model, block_list, plans.get(name), built, generator, dtype) for name, dtype in dtypes.items()
+        name: _stack(model, block_list, plans.get(name, ()), built, generator, dtype) for name, dtype in dtypes.items()
     }
 
     def fresh(_round: int) -> dict[torch.dtype, dict[str, Any]]:
@@ -141,13 +163,13 @@ def _compete(
     runs = {
         name: (lambda data, name=name: _run(stacks[name], data[dtypes[name]], attention[name], grid)) for name in stacks
     }
-    measures = measures_of(runs, stopwatch_for(device), options=settings.options)
-    result = _ListResult(block_list, interleave(measures, fresh=fresh, options=settings.options), built)
-    data = fresh(-1)
+    timings = compete(runs, fresh=fresh, device=device, options=settings.options)
+    shares, peaks, data = {}, {}, fresh(-1)
     for name, run in runs.items():
-        result.peaks[name] = peak_memory(lambda run=run: run(data), device)
-        result.shares[name] = breakdown(lambda run=run: run(data), nn.ModuleList(stacks[name]), device=device)
-    return result
+        call = functools.partial(run, data)
+        peaks[name] = peak_memory(call, device)
+        shares[name] = breakdown(call, nn.ModuleList(stacks[name]), device=device)
+    return timings, shares, peaks
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -157,23 +179,19 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def _stack(
     model: SyntheticModel,
     block_list: BlockList,
-    linears: Sequence[LinearPlan] | None,
+    linears: Sequence[LinearPlan],
     count: int,
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> list[nn.Module]:
-    if linears is None:
-        return [synthetic_block(model, block_list, generator=generator, dtype=dtype) for _ in range(count)]
     plans = {linear.name: linear for linear in linears}
 
-    def packed(place: int) -> nn.Module:
-        def linear_of(linear: BlockLinear) -> nn.Module | None:
-            name = f"{block_list.name}.{place}.{linear.inner_name}"
-            return random_packed_linear(plans[name], generator=generator, dtype=dtype) if name in plans else None
+    def packed(place: int, linear: BlockLinear) -> nn.Module | None:
+        plan = plans.get(f"{block_list.name}.{place}.{linear.inner_name}")
+        return None if plan is None else random_packed_linear(plan, generator=generator, dtype=dtype)
 
-        return synthetic_block(model, block_list, generator=generator, dtype=dtype, linear_of=linear_of)
-
-    return [packed(place) for place in range(count)]
+    makers = [functools.partial(packed, place) for place in range(count)]
+    return [synthetic_block(model, block_list, generator=generator, dtype=dtype, linear_of=make) for make in makers]
 
 
 def _run(stack: Sequence[nn.Module], inputs: Mapping[str, Any], attention: str | None, grid: TokenGrid) -> object:
@@ -193,86 +211,41 @@ def _saved_by_int8(
     """Milliseconds that int8 products would save in one block of a dtype; None where the machine has no fast one."""
     if not has_int8_gemm(settings.device):
         return None
-    tokens, counts = synthetic_tokens(model, settings), dict[tuple[int, int, int], int]()
+    tokens, counts = synthetic_tokens(model, settings), Counter[tuple[int, int, int]]()
     block = getattr(model.meta_transformer(blocks=1), block_list.name)[0]
     for linear in linears_of_block(block, "block", model.family):
         if linear.role == "linear":
             rows = model.batch * model.rows(block_list, linear.inner_name, tokens=tokens)
-            shape = (rows, linear.in_features, linear.out_features)
-            counts[shape] = counts.get(shape, 0) + 1
+            counts[rows, linear.in_features, linear.out_features] += 1
     saved = 0.0
     for shape, count in counts.items():
-        times = _product_times(shape, generator, settings, dtype)
-        saved += count * (times["full"].milliseconds - times["int8"].milliseconds)
+        rows, in_features, out_features = shape
+        products = {
+            BF16: full_linear(in_features, out_features, generator, dtype),
+            INT8: int8_product(shape, generator),
+        }
+        fresh = round_data(products, rows, in_features, generator)
+        times = compete(runs_of(products), fresh=fresh, device=settings.device, options=settings.options)
+        saved += count * (times[BF16].milliseconds - times[INT8].milliseconds)
     return saved
 
 
-def _product_times(
-    shape: tuple[int, int, int], generator: torch.Generator, settings: Settings, dtype: torch.dtype
-) -> dict[str, Timing]:
-    rows, in_features, out_features = shape
-    device = generator.device
-    weight = torch.randn(out_features, in_features, dtype=dtype, device=device, generator=generator)
-    codes = torch.randint(-8, 8, weight.shape, dtype=torch.int8, device=device, generator=generator)
-    gemm = int8_gemm(codes, rows)
-
-    def fresh(_round: int) -> tuple[Any, Any]:
-        x = torch.randn(rows, in_features, dtype=dtype, device=device, generator=generator)
-        return x, torch.randint(-128, 128, x.shape, dtype=torch.int8, device=device, generator=generator)
-
-    runs = {"full": lambda data: F.linear(data[0], weight), "int8": lambda data: gemm(data[1])}
-    measures = measures_of(runs, stopwatch_for(device), options=settings.options)
-    return interleave(measures, fresh=fresh, options=settings.options)
-
-
-def _step(
-    model: SyntheticModel,
-    measured: Sequence[_ListResult],
-    name: str,
-    settings: Settings,
-    *,
-    storage: Mapping[str, int | float],
-) -> Entry:
-    full = {kind: _whole(model, measured, kind) for kind in full_precision(settings.device)}
-    baseline, bound = baseline_of(full, list(full)), None
-    saved = [result.saved.get(baseline) for result in measured]
-    if None not in saved:
-        lists = zip(measured, saved, strict=True)
-        gain = sum(model.calls * result.block_list.count * (part or 0.0) for result, part in lists)
-        bound = full[baseline].milliseconds / max(full[baseline].milliseconds - gain, 1e-9)
-    return {
-        **times_of(_whole(model, measured, name), full),
-        "bound_ratio": bound,
-        "breakdown": _breakdown(model, measured, name),
-        "bf16_breakdown": _breakdown(model, measured, _BF16),
-        "peak_memory_bytes": _peak(measured, name, storage["quantized_bytes"]),
-        "bf16_peak_memory_bytes": _peak(measured, _BF16, storage["full_precision_bytes"]),
-        "storage_bytes": storage["quantized_bytes"],
-        "bf16_storage_bytes": storage["full_precision_bytes"],
-        "text_tokens": model.text_tokens,
-        "batch": model.batch,
-    }
-
-
-def _whole(model: SyntheticModel, measured: Sequence[_ListResult], name: str) -> Timing:
+def _whole(measured: Sequence[_ListResult], name: str) -> Timing:
     """The step's time by round; lists were measured one after the other, in equally many rounds or fewer."""
-    by_list = [result.samples(name) for result in measured]
-    return Timing(samples=tuple(model.calls * sum(values) for values in zip(*by_list, strict=False)))
+    by_list = [result.milliseconds[name].samples for result in measured]
+    return Timing(samples=tuple(map(sum, zip(*by_list, strict=False))))
 
 
-def _breakdown(model: SyntheticModel, measured: Sequence[_ListResult], name: str) -> dict[str, float]:
-    """The parts of the step's time, in milliseconds; their sum is the step's time."""
-    whole = _whole(model, measured, name).milliseconds
-    weights = [Timing(samples=tuple(result.samples(name))).milliseconds for result in measured]
-    sums: dict[str, float] = {}
+def _parts(measured: Sequence[_ListResult], name: str, whole: Timing, storage: int) -> Entry:
+    """The parts of the step's time in milliseconds, whose sum is that time, and its memory.
+
+    The peak is the whole transformer's weights and the largest memory that running a block adds.
+    """
+    weights = [result.milliseconds[name].milliseconds for result in measured]
+    parts: Counter[str] = Counter()
     for result, weight in zip(measured, weights, strict=True):
-        for category, value in in_milliseconds(result.shares[name], whole * weight / sum(weights)).items():
-            sums[category] = sums.get(category, 0.0) + value
-    return sums
-
-
-def _peak(measured: Sequence[_ListResult], name: str, storage: int) -> int | None:
-    """The whole transformer's weights and the largest memory that running a block adds."""
+        part = whole.milliseconds * weight / sum(weights)
+        parts.update({category: share * part for category, share in result.shares[name].items()})
     peaks = [result.peaks[name] for result in measured]
-    known = [peak for peak in peaks if peak is not None]
-    return storage + max(known) if len(known) == len(peaks) else None
+    peak = None if None in peaks else storage + max(peaks)
+    return {"breakdown": dict(parts), "peak_memory_bytes": peak, "storage_bytes": storage}

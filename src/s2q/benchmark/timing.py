@@ -8,6 +8,7 @@ Calls shorter than a few milliseconds are repeated inside a sample until it is t
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -16,8 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from s2q.common.arguments import finite_number, whole_number
 
 Run = Callable[[Any], object]
 """A contender: computes something from the data of a round."""
@@ -29,6 +28,8 @@ Stopwatch = Callable[[Callable[[], object], int], float]
 """Runs a function so many times and returns the milliseconds of one call."""
 
 _MAX_CALLS = 200
+_MIN_ROUNDS = 3
+"""Rounds that are run even if they take longer than `TimingOptions.seconds`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +37,13 @@ class TimingOptions:
     """Duration of a measurement.
 
     Attributes:
-        min_repeats: Rounds that are run even if they take longer than `seconds`.
-        seconds: No further round starts after this time.
+        seconds: No further round starts after this time, from the fourth on.
         sample_milliseconds: What a sample should last at least; short calls are repeated.
     """
 
     repeats: int
-    min_repeats: int
     seconds: float
     sample_milliseconds: float = 5.0
-
-    def __post_init__(self) -> None:
-        whole_number("repeats", self.repeats, least=1)
-        whole_number("min_repeats", self.min_repeats, least=1)
-        finite_number("seconds", self.seconds)
-        finite_number("sample_milliseconds", self.sample_milliseconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +64,10 @@ class Timing:
             return self.samples[0], self.samples[0]
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return low, high
+
+    def times(self, factor: float) -> Timing:
+        """Return the samples of so many calls."""
+        return Timing(samples=tuple(factor * sample for sample in self.samples))
 
     def faster_than(self, other: Timing) -> float:
         """Return how many times faster this is than another contender of the same rounds: 2 is half the time."""
@@ -98,8 +95,8 @@ def interleave(
     names = list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
     started = clock()
-    for round_ in range(max(options.repeats, 1)):
-        if round_ >= options.min_repeats and clock() - started >= options.seconds:
+    for round_ in range(options.repeats):
+        if round_ >= _MIN_ROUNDS and clock() - started >= options.seconds:
             break
         del data  # before the next is made
         data = fresh(round_)
@@ -115,47 +112,30 @@ def measures_of(runs: Mapping[str, Run], stopwatch: Stopwatch, *, options: Timin
     The first call of each (the warm-up) runs once, to compile and to allocate, and once more to find how many calls
     make a sample.
     """
-    return {name: _Repeated(run, stopwatch, options.sample_milliseconds) for name, run in runs.items()}
+    calls: dict[str, int] = {}
+
+    def measure(name: str, data: Any) -> float:
+        call = functools.partial(runs[name], data)
+        if name in calls:
+            return stopwatch(call, calls[name])
+        call()
+        once, wanted = stopwatch(call, 1), options.sample_milliseconds
+        calls[name] = _MAX_CALLS if once <= 0 else min(_MAX_CALLS, max(1, math.ceil(wanted / once)))
+        return once
+
+    return {name: functools.partial(measure, name) for name in runs}
 
 
-class _Repeated:
-    """Measures one function, so often that a sample is long enough."""
-
-    def __init__(self, run: Run, stopwatch: Stopwatch, wanted: float) -> None:
-        self._run, self._stopwatch, self._wanted = run, stopwatch, wanted
-        self._calls: int | None = None
-
-    def __call__(self, data: Any) -> float:
-        def call() -> object:
-            return self._run(data)
-
-        if self._calls is None:
-            call()
-            once = self._stopwatch(call, 1)
-            self._calls = _MAX_CALLS if once <= 0 else min(_MAX_CALLS, max(1, math.ceil(self._wanted / once)))
-            return once
-        return self._stopwatch(call, self._calls)
-
-
-def stopwatch_for(device: torch.device | str) -> Stopwatch:
+def stopwatch_for(device: torch.device | str, clock: Callable[[], float] = time.perf_counter) -> Stopwatch:
     """Return how to time a call on a device: by events of the GPU, by the clock elsewhere."""
-    return _cuda_stopwatch(torch.device(device)) if torch.device(device).type == "cuda" else host_stopwatch()
 
-
-def host_stopwatch(clock: Callable[[], float] = time.perf_counter) -> Stopwatch:
-    """Return a stopwatch for what is done when it returns."""
-
-    def stopwatch(call: Callable[[], object], times: int) -> float:
+    def host(call: Callable[[], object], times: int) -> float:
         started = clock()
         for _ in range(times):
             call()
         return (clock() - started) * 1000 / times
 
-    return stopwatch
-
-
-def _cuda_stopwatch(device: torch.device) -> Stopwatch:
-    def stopwatch(call: Callable[[], object], times: int) -> float:
+    def cuda(call: Callable[[], object], times: int) -> float:
         with torch.cuda.device(device):
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(device)
@@ -166,4 +146,11 @@ def _cuda_stopwatch(device: torch.device) -> Stopwatch:
             torch.cuda.synchronize(device)
             return float(first.elapsed_time(last)) / times
 
-    return stopwatch
+    return cuda if torch.device(device).type == "cuda" else host
+
+
+def compete(
+    runs: Mapping[str, Run], *, fresh: Callable[[int], Any], device: torch.device | str, options: TimingOptions
+) -> dict[str, Timing]:
+    """Measure functions of the data that `fresh` makes, in turn, as `interleave` does."""
+    return interleave(measures_of(runs, stopwatch_for(device), options=options), fresh=fresh, options=options)

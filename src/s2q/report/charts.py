@@ -1,7 +1,7 @@
 """Small charts as inline SVG, coloured by the page's style sheet so that they follow light and dark."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -17,7 +17,7 @@ def velocity_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
 
     The entries are those of `eval.json`'s `velocity.steps`: `step`, `timestep`, `mean`, `low`, `high`.
     """
-    positive = [value for step in steps for value in (step["mean"], step["low"], step["high"]) if value and value > 0]
+    positive = _positive(steps)
     if not positive:
         return Markup("")
     low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
@@ -44,9 +44,9 @@ def velocity_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
             f'<circle class="dot" cx="{x(i):.1f}" cy="{y(step["mean"]):.1f}" r="3"><title>{tip}</title></circle>'
         )
         if i % stride == 0 and (len(steps) - 1 - i >= stride or i == 0) or i == len(steps) - 1:
-            parts.append(_text(x(i), _HEIGHT - _BOTTOM + 18, str(i + 1), "middle"))
-    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "denoising step, from noise to video", "middle"))
-    label = f"Relative velocity error per denoising step, from {_plain(steps[0])} to {_plain(steps[-1])}"
+            parts.append(_text(x(i), _HEIGHT - _BOTTOM + 18, str(i + 1)))
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "denoising step, from noise to video"))
+    label = f"Relative velocity error per denoising step, from {steps[0]['mean']:.2e} to {steps[-1]['mean']:.2e}"
     return _svg(label, _HEIGHT, parts)
 
 
@@ -66,15 +66,17 @@ def adherence_chart(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, An
     parts = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
         parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP - 6}" y2="{height - 24}"/>')
-        parts.append(_text(x(tick), height - 8, f"{tick:.0%}".replace("%", " %"), "middle"))
+        parts.append(_text(x(tick), height - 8, f"{tick * 100:g} %"))
     for index, (label, ours, theirs) in enumerate(rows):
         middle = _TOP + _ROW * index + _ROW / 2 - 4
         parts.append(_text(left - 12, middle + 4, label, "end"))
-        for entry, offset, kind, who in (
-            (theirs, -7, "reference", "full precision"),
-            (ours, 7, "student", "quantized"),
+        for entry, y, kind, who in (
+            (theirs, middle - 7, "reference", "full precision"),
+            (ours, middle + 7, "student", "quantized"),
         ):
-            parts += _whisker(entry, x, middle + offset, kind, f"{label}, {who}")
+            if entry["mean"] is not None:
+                values = [f"{100 * value:.1f}" for value in _ends(entry)]
+                parts += _mark(entry, x, y, kind, f"{label}, {who}: {_interval(values, unit=' %')}")
     return _svg("Prompt adherence of full precision and of the quantized model", height, parts)
 
 
@@ -83,9 +85,7 @@ def error_chart(groups: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any
 
     A group is a heading with label and entry of `eval.json`'s `metrics` of each of its models.
     """
-    entries = [entry for _, rows in groups for _, entry in rows]
-    ends = [entry[end] for entry in entries for end in ("mean", "low", "high")]
-    positive = [value for value in ends if value and value > 0]
+    positive = _positive(entry for _, rows in groups for _, entry in rows)
     if not positive:
         return Markup("")
     low, high = math.log10(min(positive)), math.log10(max(positive))
@@ -99,8 +99,8 @@ def error_chart(groups: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any
     parts = []
     for tick in _log_ticks(low, high):
         parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP}" y2="{height - 44:g}"/>')
-        parts.append(_text(x(tick), height - 26, f"{tick:g}", "middle"))
-    parts.append(_text((left + _WIDTH - _RIGHT) / 2, height - 6, "relative velocity error; lower is better", "middle"))
+        parts.append(_text(x(tick), height - 26, f"{tick:g}"))
+    parts.append(_text((left + _WIDTH - _RIGHT) / 2, height - 6, "relative velocity error; lower is better"))
     y = float(_TOP)
     for heading, rows in groups:
         parts.append(f'<text class="heading" x="0" y="{y + 17:.1f}">{escape(heading)}</text>')
@@ -112,17 +112,10 @@ def error_chart(groups: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any
 
 
 def _error_row(label: str, entry: Mapping[str, Any], x: Any, y: float, left: float) -> list[str]:
-    parts = [_text(left - 12, y + 5, label, "end")]
-    tip, end = f"{label}: {entry['mean']:.3g}", entry["mean"]
-    if entry["low"] is not None:
-        tip += f" ({entry['low']:.3g} to {entry['high']:.3g})"
-        end = entry["high"]
-        parts.append(
-            f'<line class="whisker student" x1="{x(entry["low"]):.1f}" x2="{x(end):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-    mark = f'<circle class="mark student" cx="{x(entry["mean"]):.1f}" cy="{y:.1f}" r="5">'
-    value = f'<text class="value" x="{x(end) + 10:.1f}" y="{y + 5:.1f}">{entry["mean"]:.2g}</text>'
-    return [*parts, f"{mark}<title>{escape(tip)}</title></circle>", value]
+    values = _ends(entry)
+    mark = _mark(entry, x, y, "student", f"{label}: {_interval([f'{value:.3g}' for value in values])}")
+    value = f'<text class="value" x="{x(values[-1]) + 10:.1f}" y="{y + 5:.1f}">{entry["mean"]:.2g}</text>'
+    return [_text(left - 12, y + 5, label, "end"), *mark, value]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -136,37 +129,40 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return inside
 
 
-def _whisker(entry: Mapping[str, Any], x: Any, y: float, kind: str, label: str) -> list[str]:
-    if entry["mean"] is None:
-        return []
-    parts = []
-    tip = f"{label}: {entry['mean'] * 100:.1f} %"
-    if entry["low"] is not None:
-        tip += f" ({entry['low'] * 100:.1f} to {entry['high'] * 100:.1f} %)"
-        parts.append(
-            f'<line class="whisker {kind}" x1="{x(entry["low"]):.1f}" x2="{x(entry["high"]):.1f}" y1="{y}" y2="{y}"/>'
-        )
-    parts.append(
-        f'<circle class="mark {kind}" cx="{x(entry["mean"]):.1f}" cy="{y}" r="5"><title>{escape(tip)}</title></circle>'
-    )
-    return parts
+def _positive(entries: Iterable[Mapping[str, Any]]) -> list[float]:
+    return [value for entry in entries for value in _ends(entry) if value and value > 0]
+
+
+def _ends(entry: Mapping[str, Any]) -> list[float]:
+    """The mean, and the ends of its interval where it has one."""
+    return [entry[name] for name in ("mean", "low", "high") if entry[name] is not None]
+
+
+def _interval(values: Sequence[str], *, unit: str = "") -> str:
+    mean, *ends = values
+    return f"{mean}{unit}" + (f" ({' to '.join(ends)}{unit})" if ends else "")
+
+
+def _mark(entry: Mapping[str, Any], x: Any, y: float, kind: str, tip: str) -> list[str]:
+    """A dot at the mean, on a line over the interval where there is one."""
+    mean, *ends = map(x, _ends(entry))
+    dot = f'<circle class="mark {kind}" cx="{mean:.1f}" cy="{y:.1f}" r="5"><title>{escape(tip)}</title></circle>'
+    if not ends:
+        return [dot]
+    return [f'<line class="whisker {kind}" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>', dot]
 
 
 def _decade(exponent: int, y: float) -> str:
     shown = str(exponent).replace("-", "−")
-    label = f'10<tspan dy="-5" font-size="11">{shown}</tspan>'
     return (
         f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{_LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+        f'<text x="{_LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">'
+        f'10<tspan dy="-5" font-size="11">{shown}</tspan></text>'
     )
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _plain(step: Mapping[str, Any]) -> str:
-    return f"{step['mean']:.2e}"
 
 
 def _svg(label: str, height: float, parts: Sequence[str]) -> Markup:
