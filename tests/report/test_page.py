@@ -7,7 +7,7 @@ from pages import Outline, metric
 from s2q.common.errors import InvalidInputError
 from s2q.report.charts import adherence_chart, velocity_chart
 from s2q.report.formatting import format_bytes, format_cell, format_interval, format_value
-from s2q.report.page import PageContent, PlayerPair, render_page, write_page
+from s2q.report.page import PageContent, PlayerPair, render_page
 
 
 def evaluation(**changes):
@@ -117,11 +117,6 @@ def test_sections_without_content_are_left_out():
 def test_a_page_without_videos_is_refused():
     with pytest.raises(InvalidInputError, match="no videos"):
         render_page(content(pairs=[]))
-
-
-def test_the_page_is_written(tmp_path):
-    write_page(tmp_path / "report.html", content())
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_page(content())
 
 
 def test_charts_stay_inside_their_frame_and_are_labelled():

@@ -3,11 +3,11 @@
 Legend: `M` rows, `K` in features, `N` out features; `H` heads, `D` head dim.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from s2q.common.errors import UsageError
-from s2q.models import ModelSource, block_linears, family_of, resolve_model
+from s2q.models import BlockLinear, ModelSource, block_linears, family_of, resolve_model
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_model
 from s2q.planning.workload import workload_of_source
 from s2q.selection.options import Calibration
@@ -51,19 +51,32 @@ def layer_shapes(subjects: Sequence[Subject], *, rows: int | None) -> list[Layer
     """
     layers: dict[tuple[int, int, int], list[str]] = {}
     for subject in subjects:
-        for layer in _largest_rows(_linears_of(subject, rows)):
-            layers.setdefault(layer.shape, []).extend(layer.layers)
+        linears = list(_linears_of(subject, rows))
+        largest: dict[tuple[int, int], int] = {}  # of linears that differ in rows alone, and little
+        for seen, linear in linears:
+            size = (linear.in_features, linear.out_features)
+            largest[size] = max(seen, largest.get(size, 0))
+        for _, linear in linears:
+            size = (linear.in_features, linear.out_features)
+            layers.setdefault((largest[size], *size), []).append(f"{subject.name} {linear.inner_name}")
     return [LayerShape(shape=shape, layers=tuple(dict.fromkeys(names))) for shape, names in layers.items()]
 
 
 def attention_shapes(subjects: Sequence[Subject], *, rows: int | None) -> list[AttentionShape]:
     """List the distinct self-attentions; without `rows`, of the model's own number of tokens."""
-    models: dict[AttentionShape, tuple[str, ...]] = {}
+    models: dict[tuple[int, int, int], list[str]] = {}
     for subject in subjects:
-        shape = _attention_of(subject, rows)
-        key = replace(shape, models=())
-        models[key] = (*models.get(key, ()), *shape.models)
-    return [replace(shape, models=names) for shape, names in models.items()]
+        if isinstance(subject, SyntheticModel):
+            heads, head_dim = subject.heads, subject.head_dim
+        else:
+            config = subject.transformer_config
+            heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+        tokens = _attention_tokens(subject) if rows is None else rows
+        models.setdefault((tokens, heads, head_dim), []).append(subject.name)
+    return [
+        AttentionShape(tokens=tokens, heads=heads, head_dim=head_dim, models=tuple(names))
+        for (tokens, heads, head_dim), names in models.items()
+    ]
 
 
 def subject_rows(subjects: Sequence[Subject], *, tokens: int | None, device: str) -> int | None:
@@ -86,45 +99,21 @@ def source_tokens(source: ModelSource) -> tuple[int, int]:
     return workload.tokens, workload.text_tokens
 
 
-def _linears_of(subject: Subject, rows: int | None) -> list[LayerShape]:
-    """The linears of a pipeline's blocks, or of one block of each list of a synthetic model."""
+def _linears_of(subject: Subject, rows: int | None) -> Iterator[tuple[int, BlockLinear]]:
+    """The linears of a pipeline's blocks, or of one block of each list of a synthetic model, each with its rows."""
     if isinstance(subject, SyntheticModel):
         transformer, family = subject.meta_transformer(blocks=1), subject.family
         lists = {block_list.name: block_list for block_list in subject.block_lists}
     else:
         transformer, family, lists = subject.meta_transformer(), family_of(subject.transformer_class), {}
         rows = _attention_tokens(subject) if rows is None else rows
-    shapes = []
     for linear in block_linears(transformer, family):
-        if linear.role == "modulation" or linear.sees_text:
-            continue
-        seen = rows
-        if seen is None:
-            block_list = lists[linear.name.partition(".")[0]]
-            seen = subject.rows(block_list, linear.inner_name, tokens=subject.tokens)
-        shape = (seen, linear.in_features, linear.out_features)
-        shapes.append(LayerShape(shape=shape, layers=(f"{subject.name} {linear.inner_name}",)))
-    return shapes
-
-
-def _largest_rows(layers: Sequence[LayerShape]) -> list[LayerShape]:
-    """Give linears of a model that differ in rows alone, and little, the larger number."""
-    largest: dict[tuple[int, ...], int] = {}
-    for layer in layers:
-        rows, *size = layer.shape
-        largest[tuple(size)] = max(rows, largest.get(tuple(size), 0))
-    return [replace(layer, shape=(largest[layer.shape[1:]], *layer.shape[1:])) for layer in layers]
-
-
-def _attention_of(subject: Subject, rows: int | None) -> AttentionShape:
-    """The self-attention of a model."""
-    if isinstance(subject, SyntheticModel):
-        heads, head_dim = subject.heads, subject.head_dim
-    else:
-        config = subject.transformer_config
-        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
-    tokens = _attention_tokens(subject) if rows is None else rows
-    return AttentionShape(tokens=tokens, heads=heads, head_dim=head_dim, models=(subject.name,))
+        if linear.role != "modulation" and not linear.sees_text:
+            seen = rows
+            if seen is None:
+                block_list = lists[linear.name.partition(".")[0]]
+                seen = subject.rows(block_list, linear.inner_name, tokens=subject.tokens)
+            yield seen, linear
 
 
 def _attention_tokens(subject: Subject) -> int:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from s2q.cli import console, options, output
 from s2q.common.errors import InvalidInputError
-from s2q.common.files import atomic_write_bytes, atomic_write_json, slug
+from s2q.common.files import atomic_write_bytes, atomic_write_json, atomic_write_text, slug
 from s2q.common.outputs import check_output, owned_matching, staged_directory
 from s2q.common.progress import Progress
 from s2q.common.records import DEMO_VERSION
@@ -227,20 +227,18 @@ def _bits(report: Mapping[str, Any]) -> str:
 
 
 def _write(staged: Path, content: Any, pairs: Sequence[Any]) -> None:
-    from s2q.report.page import write_page
-    from s2q.report.video import contact_sheet, write_mp4
+    from s2q.report.page import pair_sheet, render_page
+    from s2q.report.video import write_mp4
 
     folder = staged / "videos"
     folder.mkdir()
-    rows = []
     for index, pair in enumerate(pairs):
         stem = f"{index:03d}-{slug(pair.prompt)}"
         write_mp4(folder / f"{stem}-full-precision.mp4", pair.reference)
         write_mp4(folder / f"{stem}-quantized.mp4", pair.student)
-        rows += [(f"full precision: {pair.prompt}", pair.reference), ("quantized", pair.student)]
-    atomic_write_bytes(staged / "sheet.png", contact_sheet(rows))
+    atomic_write_bytes(staged / "sheet.png", pair_sheet(pairs))
     atomic_write_json(staged / "eval.json", dict(content.evaluation))
-    write_page(staged / PAGE, content)
+    atomic_write_text(staged / PAGE, render_page(content))
 
 
 def _show(record: Mapping[str, Any], page: Path) -> None:

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from s2q.report import charts, formatting
-from s2q.report import compare_table as comparison
-from s2q.report.page import asset, data_url, environment
+from s2q.report import charts, compare_table, formatting
+from s2q.report.page import asset, data_url, environment, player_facts
 from s2q.report.video import (
     DIFFERENCE_GAIN,
-    DISPLAY_PIXELS,
     contact_sheet,
     difference,
     encode_mp4,
@@ -43,29 +41,23 @@ def render_compare_page(
     result: Mapping[str, Any], scenes: Sequence[Scene], *, sheet: bytes | None, command: str
 ) -> str:
     """Render `compare.json`, scenes, their contact sheet (PNG) and command as HTML without outside URLs."""
-    columns = comparison.columns_of(result)
-    groups = comparison.groups_of(result)
     frame_rate = result["settings"]["frame_rate"]
     return (
         environment()
         .get_template("compare.html.j2")
         .render(
             result=result,
+            table=compare_table,
             style=asset("page.css") + asset("compare.css"),
             script=asset("page.js"),
-            title=comparison.title(result),
-            sample=comparison.sample(result),
-            headings=[comparison.HEADINGS[name] for name in columns],
-            reference=comparison.reference_cells(result),
-            floor=comparison.floor_cells(result),
-            groups=groups,
+            headings=[compare_table.HEADINGS[name] for name in compare_table.columns_of(result)],
             chart=charts.error_chart(_chart_groups(result)),
             players=[_player(scene, frame_rate) for scene in scenes],
             sheet="" if sheet is None else data_url("image/png", sheet),
             fps=frame_rate,
             gain=DIFFERENCE_GAIN,
-            differences=_differences(result),
-            definitions=comparison.definitions(result),
+            differences=[(group["width"], effect) for group in result["groups"] for effect in group["differences"]],
+            format_effect=_format_effect,
             command=command,
         )
     )
@@ -83,7 +75,7 @@ def scene_sheet(scenes: Sequence[Scene]) -> bytes:
 def _player(scene: Scene, frame_rate: int) -> dict[str, Any]:
     videos = {REFERENCE: scene.reference, **scene.entries}
     apart = [difference(frames, scene.reference) for frames in scene.entries.values()]
-    tiles = [_sized(frames) for frames in (*videos.values(), *apart)]
+    tiles = [enlarged(reduced(frames, longest=_TILE_PIXELS)) for frames in (*videos.values(), *apart)]
     columns = min(_TILE_COLUMNS, len(tiles))
     canvas = tiled(tiles, columns=columns)
     height, width = tiles[0].shape[1:3]
@@ -92,13 +84,7 @@ def _player(scene: Scene, frame_rate: int) -> dict[str, Any]:
     def corner(index: int) -> str:
         return f"{index % columns * wide} {index // columns * tall}"
 
-    frames, original_height, original_width = scene.reference.shape[:3]
-    return {
-        "prompt": scene.prompt,
-        "seed": scene.seed,
-        "num_frames": frames,
-        "size": f"{original_width} × {original_height}",
-        "pixelated": max(original_height, original_width) <= DISPLAY_PIXELS // 2,
+    return player_facts(scene.prompt, scene.seed, scene.reference) | {
         "width": width,
         "height": height,
         "source": data_url("video/mp4", encode_mp4(canvas, fps=frame_rate)),
@@ -107,10 +93,6 @@ def _player(scene: Scene, frame_rate: int) -> dict[str, Any]:
             for index, label in enumerate(videos)
         ],
     }
-
-
-def _sized(frames: np.ndarray) -> np.ndarray:
-    return enlarged(reduced(frames, longest=_TILE_PIXELS))
 
 
 def _chart_groups(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
@@ -123,22 +105,7 @@ def _chart_groups(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, 
     return [(width, rows) for width, rows in groups if rows]
 
 
-def _differences(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [
-        {
-            "width": group["width"],
-            "pair": f"{effect['a']} against {effect['b']}",
-            "metric": formatting.title_of(effect["metric"]),
-            "estimate": _effect(effect, "estimate"),
-            "interval": "–" if effect["low"] is None else f"{_effect(effect, 'low')} to {_effect(effect, 'high')}",
-            "p": "–" if effect["p_holm"] is None else f"{effect['p_holm']:.2g}",
-        }
-        for group in result["groups"]
-        for effect in group["differences"]
-    ]
-
-
-def _effect(effect: Mapping[str, Any], end: str) -> str:
+def _format_effect(effect: Mapping[str, Any], end: str) -> str:
     value = effect[end]
     if value is None:
         return "–"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from s2q.report.formatting import format_interval, format_sample, format_value, title_of
+from s2q.report.formatting import NOTHING, format_interval, format_sample, format_value, title_of
 
 HEADINGS = {
     "velocity_relative_error": "velocity error",
@@ -64,7 +64,7 @@ def columns_of(result: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name in HEADINGS
-        if any((entry["metrics"].get(name) or {"mean": None})["mean"] is not None for entry in result["entries"])
+        if any((entry["metrics"].get(name) or NOTHING)["mean"] is not None for entry in result["entries"])
     ]
 
 
@@ -86,19 +86,15 @@ def groups_of(result: Mapping[str, Any]) -> list[Group]:
 
 def reference_cells(result: Mapping[str, Any]) -> list[Cell]:
     """Return what was measured on the full-precision videos themselves, as cells of the table."""
-    metrics = result["reference_metrics"]
-    return [_cell(name, metrics.get(name), best=False) for name in columns_of(result)]
+    return [_cell(name, result["reference_metrics"].get(name)) for name in columns_of(result)]
 
 
 def floor_cells(result: Mapping[str, Any]) -> list[Cell]:
     """Return what another seed alone changes, as cells of the table; none without a noise floor."""
-    floor = result["noise_floor"]
-    if floor is None:
+    if result["noise_floor"] is None:
         return []
-    return [
-        Cell(metric=name, value=format_value(name, floor["metrics"].get(name)), interval="–", best=False)
-        for name in columns_of(result)
-    ]
+    values = result["noise_floor"]["metrics"]
+    return [_cell(name, {**NOTHING, "mean": values.get(name)}) for name in columns_of(result)]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -109,8 +105,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     if result["warning"]:
         lines += [f"**{result['warning']}.**", ""]
     lines += [_line(headings), _line(["---"] * len(headings))]
-    base = reference_cells(result)
-    lines.append(_line(["full precision", "1.00×", *(_shown(cell) for cell in base), ""]))
+    lines.append(_line(["full precision", "1.00×", *map(_shown, reference_cells(result)), ""]))
     failed = []
     for group in groups_of(result):
         lines.append(_line([f"*{group.width}*", *[""] * (len(headings) - 1)]))
@@ -173,14 +168,10 @@ def _row(entry: Mapping[str, Any], columns: Sequence[str], winners: Mapping[str,
     )
 
 
-def _cell(name: str, entry: Mapping[str, Any] | None, *, best: bool) -> Cell:
-    entry = entry or {"mean": None, "low": None, "high": None}
-    return Cell(
-        metric=name,
-        value=format_value(name, entry["mean"]),
-        interval=format_interval(name, entry["low"], entry["high"]),
-        best=best,
-    )
+def _cell(name: str, entry: Mapping[str, Any] | None, *, best: bool = False) -> Cell:
+    entry = entry or NOTHING
+    interval = format_interval(name, entry["low"], entry["high"])
+    return Cell(metric=name, value=format_value(name, entry["mean"]), interval=interval, best=best)
 
 
 def _verdict(group: Mapping[str, Any], result: Mapping[str, Any]) -> str:

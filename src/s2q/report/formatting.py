@@ -2,6 +2,9 @@
 
 from typing import Any
 
+NOTHING = {"mean": None, "low": None, "high": None}
+"""The entry of a metric that was not measured."""
+
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 

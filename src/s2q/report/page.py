@@ -8,16 +8,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from s2q.common.errors import InvalidInputError
-from s2q.common.files import atomic_write_text
 from s2q.report import charts, formatting
-from s2q.report.video import DIFFERENCE_GAIN, FRAMES_PER_SECOND, contact_sheet, difference, encode_mp4, enlarged
+from s2q.report.video import (
+    DIFFERENCE_GAIN,
+    DISPLAY_PIXELS,
+    FRAMES_PER_SECOND,
+    contact_sheet,
+    difference,
+    encode_mp4,
+    enlarged,
+)
 
 _ADHERENCE = ("shape", "colour", "direction", "background", "all")
 
@@ -56,9 +62,12 @@ class PageContent:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def write_page(path: Path, content: PageContent) -> None:
-    """Render the page and write it atomically."""
-    atomic_write_text(path, render_page(content))
+def pair_sheet(pairs: Sequence[PlayerPair]) -> bytes:
+    """Draw the frames of all pairs as rows of a PNG, full precision above quantized."""
+    rows = []
+    for pair in pairs:
+        rows += [(f"full precision: {pair.prompt}", pair.reference), ("quantized", pair.student)]
+    return contact_sheet(rows)
 
 
 def render_page(content: PageContent) -> str:
@@ -67,18 +76,23 @@ def render_page(content: PageContent) -> str:
         raise InvalidInputError("report page: got no videos; expected at least one pair")
     evaluation = content.evaluation
     velocity = evaluation.get("velocity")
+    floor = (evaluation.get("noise_floor") or {}).get("metrics", {})
+    measured = {name: entry for name, entry in evaluation["metrics"].items() if entry["mean"] is not None}
+    scores = {name: entry for name, entry in measured.items() if not name.startswith("reference_")}
     template = environment().get_template("page.html.j2")
     return template.render(
         content=content,
         style=asset("page.css"),
         script=asset("page.js"),
-        cards=_cards(content),
+        cards=_cards(content, floor),
+        floor=floor,
+        nothing=formatting.NOTHING,
         players=[_player(pair) for pair in content.pairs],
         fps=FRAMES_PER_SECOND,
         gain=DIFFERENCE_GAIN,
-        sheet=_sheet(content.pairs),
-        fidelity=_metric_rows(evaluation, adherence=False),
-        adherence=_metric_rows(evaluation, adherence=True),
+        sheet=data_url("image/png", pair_sheet(content.pairs)),
+        fidelity={name: entry for name, entry in scores.items() if "adherence" not in name},
+        adherence={name: entry for name, entry in scores.items() if "adherence" in name},
         velocity_chart=charts.velocity_chart(velocity["steps"]) if velocity else "",
         adherence_chart=charts.adherence_chart(_adherence_rows(evaluation)),
         recipe=json.dumps(content.recipe, indent=2, ensure_ascii=False) if content.recipe else "",
@@ -98,6 +112,8 @@ def environment() -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": formatting.format_bytes, "cell": formatting.format_cell}
+    for function in (formatting.format_interval, formatting.format_value, formatting.title_of):
+        environment.globals[function.__name__] = function
     return environment
 
 
@@ -111,33 +127,26 @@ def data_url(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
+def player_facts(prompt: str, seed: int, frames: np.ndarray) -> dict[str, Any]:
+    """Return the facts of videos that are shown together, of frames `[F, H, W, 3]`."""
+    num_frames, height, width = frames.shape[:3]
+    facts = {"prompt": prompt, "seed": seed, "num_frames": num_frames, "size": f"{width} × {height}"}
+    return facts | {"pixelated": max(height, width) <= DISPLAY_PIXELS // 2}
+
+
 def _player(pair: PlayerPair) -> dict[str, Any]:
     def source(frames: np.ndarray) -> str:
         return data_url("video/mp4", encode_mp4(enlarged(frames)))
 
-    values = pair.metrics
-    shown = [
-        {"label": label, "value": formatting.format_value(name, values[name])}
-        for name, label in (
-            ("psnr_frame_mean_db", "PSNR"),
-            ("ssim", "SSIM"),
-            ("velocity_relative_error", "velocity error"),
-        )
-        if values.get(name) is not None
-    ]
-    return {
-        "prompt": pair.prompt,
-        "seed": pair.seed,
-        "num_frames": len(pair.reference),
-        "pixelated": max(pair.reference.shape[1:3]) <= 128,
-        "size": f"{pair.reference.shape[2]} × {pair.reference.shape[1]}",
-        "ratio": f"{pair.reference.shape[2]} / {pair.reference.shape[1]}",
+    height, width = pair.reference.shape[1:3]
+    return player_facts(pair.prompt, pair.seed, pair.reference) | {
+        "ratio": f"{width} / {height}",
         "reference": source(pair.reference),
         "student": source(pair.student),
         "difference": source(difference(pair.student, pair.reference)),
-        "metrics": shown,
-        "reference_checks": _checks(values, "reference_"),
-        "student_checks": _checks(values, ""),
+        "metrics": pair.metrics,
+        "reference_checks": _checks(pair.metrics, "reference_"),
+        "student_checks": _checks(pair.metrics, ""),
     }
 
 
@@ -146,30 +155,20 @@ def _checks(values: Mapping[str, float | None], prefix: str) -> list[dict[str, A
     return [{"name": name, "right": value == 1.0} for name, value in names if value is not None]
 
 
-def _sheet(pairs: Sequence[PlayerPair]) -> str:
-    rows = [
-        row
-        for pair in pairs
-        for row in ((f"full precision: {pair.prompt}", pair.reference), ("quantized", pair.student))
-    ]
-    return data_url("image/png", contact_sheet(rows))
-
-
-def _cards(content: PageContent) -> list[dict[str, str]]:
+def _cards(content: PageContent, floor: Mapping[str, float | None]) -> list[dict[str, str]]:
     metrics = content.evaluation["metrics"]
     cards = []
     if content.storage:
         before, after = content.storage["full_precision_bytes"], content.storage["quantized_bytes"]
         note = f"{formatting.format_bytes(before)} → {formatting.format_bytes(after)}, transformer"
         cards.append({"label": "Storage", "value": f"{content.storage['ratio']:.2f}× smaller", "note": note})
-    floor = content.evaluation.get("noise_floor")
     for name, label in (("psnr_frame_mean_db", "PSNR"), ("velocity_relative_error", "Velocity error")):
         entry = metrics.get(name)
         if not entry or entry["mean"] is None:
             continue
         note = "against full precision, same noise"
-        if name in (floor or {}).get("metrics", {}):
-            note = f"another seed alone: {formatting.format_value(name, floor['metrics'][name])}"
+        if name in floor:
+            note = f"another seed alone: {formatting.format_value(name, floor[name])}"
         elif name == "velocity_relative_error":
             note = "of one transformer call, squared norm; 0 is exact"
         cards.append({"label": label, "value": formatting.format_value(name, entry["mean"]), "note": note})
@@ -182,35 +181,12 @@ def _cards(content: PageContent) -> list[dict[str, str]]:
     return cards
 
 
-def _metric_rows(evaluation: Mapping[str, Any], *, adherence: bool) -> list[dict[str, Any]]:
-    metrics = evaluation["metrics"]
-    floor = (evaluation.get("noise_floor") or {}).get("metrics", {})
-    rows = []
-    for name, entry in metrics.items():
-        if ("adherence" in name) != adherence or name.startswith("reference_") or entry["mean"] is None:
-            continue
-        base = metrics.get(f"reference_{name}", {"mean": None, "low": None, "high": None})
-        rows.append(
-            {
-                "name": name,
-                "title": formatting.title_of(name),
-                "mean": formatting.format_value(name, entry["mean"]),
-                "interval": formatting.format_interval(name, entry["low"], entry["high"]),
-                "reference": formatting.format_value(name, base["mean"]),
-                "reference_interval": formatting.format_interval(name, base["low"], base["high"]),
-                "floor": formatting.format_value(name, floor.get(name)),
-                "definition": entry["definition"],
-            }
-        )
-    return rows
-
-
 def _adherence_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     metrics = evaluation["metrics"]
     return [
         ("all four" if name == "all" else name, metrics[f"adherence_{name}"], metrics[f"reference_adherence_{name}"])
         for name in _ADHERENCE
-        if (metrics.get(f"adherence_{name}") or {"mean": None})["mean"] is not None
+        if (metrics.get(f"adherence_{name}") or formatting.NOTHING)["mean"] is not None
     ]
 
 
