@@ -3,7 +3,7 @@
 from markdown_tables import table_head, table_row
 
 from s2q.evaluation.definitions import definition_of, metric_table
-from s2q.evaluation.judges.evalcrafter import NEEDS
+from s2q.evaluation.judges.evalcrafter import evalcrafter_needs
 from s2q.evaluation.paper import paper_tables
 from s2q.evaluation.video_metrics import METRICS
 from s2q.report.formatting import title_of
@@ -26,7 +26,8 @@ def metrics_table(kind: str) -> str:
 def evalcrafter_table(_: str) -> str:
     """EvalCrafter's five figures, and what each needs."""
     lines = table_head("figure", ["in `eval.json`", "what it needs"])
-    rows = [table_row(title_of(name), [f"`{name}`", need.removeprefix("needs ")]) for name, need in NEEDS.items()]
+    needs = {name: need.removeprefix("needs ") for name, need in evalcrafter_needs().items()}
+    rows = [table_row(title_of(name), [f"`{name}`", need]) for name, need in needs.items()]
     return "\n".join([*lines, *rows])
 
 

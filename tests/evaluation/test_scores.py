@@ -37,7 +37,7 @@ def part(first, count, **changes):
 def test_files_hold_it_exactly():
     one = part(0, 2)
     assert EvaluationResult.from_dict(json.loads(canonical_json(one.to_dict()))) == one
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="other"):
         EvaluationResult.from_dict(one.to_dict() | {"other": 1})
 
 

@@ -87,15 +87,14 @@ def _invoke(arguments: list[str]) -> int:
     except typer.Exit as leave:
         result = leave.exit_code
     except typer.Abort:
-        console.say_error("interrupted")
-        return EXIT_INTERRUPTED
+        raise KeyboardInterrupt from None
     except usage_error as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "s2q"
         console.say_error(f"{error.format_message()} (see {where} --help)")  # type: ignore[attr-defined]
         return 2
     if result == EXIT_INTERRUPTED:  # typer's answer to Ctrl-C
-        console.say_error("interrupted")
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
 
 

@@ -13,7 +13,6 @@ from s2q.cli.quantize import inspect, plan, quantize
 
 app = typer.Typer(
     name="s2q",
-    help="4-bit quantization of text-to-video diffusion transformers, for any diffusers pipeline.",
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

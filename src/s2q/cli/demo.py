@@ -27,6 +27,7 @@ from s2q.common.records import DEMO_VERSION
 from s2q.report.formatting import format_bytes, format_sample
 
 if TYPE_CHECKING:
+    from s2q.generation.generate import Video
     from s2q.recipes.schema import Recipe
 
 RECORD = "demo.json"
@@ -108,7 +109,12 @@ def _make(
     processes = min(cpu_count(), _MAX_PROCESSES)
     with _timed(seconds, "quantize"):
         report = quantize(model, recipe=recipe, out=staged / _CHECKPOINT, progress=progress, processes=processes)
-    videos = _Videos()
+    videos: dict[str, dict[str, Video]] = {}
+
+    def keep(label: str, video: Video) -> None:
+        if video.seed == _SEED:
+            videos.setdefault(label, {})[video.prompt] = video
+
     with _timed(seconds, "evaluate"):
         evaluation = evaluate(
             staged / _CHECKPOINT,
@@ -117,12 +123,12 @@ def _make(
             seeds=(_SEED,) if short else (_SEED, _SEED + 1),
             num_inference_steps=8 if short else None,
             processes=processes,
-            video_done=videos.keep,
+            video_done=keep,
             progress=progress,
         )
     evaluation |= {"model": str(out / _CHECKPOINT), "reference": model}
     with _timed(seconds, "write"):
-        pairs = videos.pairs(model)
+        pairs = _pairs(videos, model)
         content = _page(report.to_dict(), recipe, overrides, evaluation, pairs, out=out, seconds=seconds)
         _write(staged, content, pairs)
     record = {
@@ -140,39 +146,28 @@ def _make(
     return record
 
 
-class _Videos:
-    """The videos of an evaluation that the page shows."""
+def _pairs(videos: Mapping[str, Mapping[str, Video]], reference: str) -> list[Any]:
+    """Return pairs of full-precision and quantized videos; those in which something moves come first."""
+    from s2q.evaluation.video_metrics import compare_videos
+    from s2q.report.page import PlayerPair
+    from s2q.shapes.scenes import parse_caption
 
-    def __init__(self) -> None:
-        self._by_label: dict[str, dict[str, Any]] = {}
+    def is_still(prompt: str) -> bool:
+        labels = parse_caption(prompt)
+        return labels is not None and labels.motion == "still"
 
-    def keep(self, label: str, video: Any) -> None:
-        """Keep a video of the first seed, under the label of its model."""
-        if video.seed == _SEED:
-            self._by_label.setdefault(label, {})[video.prompt] = video
-
-    def pairs(self, reference: str) -> list[Any]:
-        """Return pairs of full-precision and quantized videos; those in which something moves come first."""
-        from s2q.evaluation.video_metrics import compare_videos
-        from s2q.report.page import PlayerPair
-        from s2q.shapes.scenes import parse_caption
-
-        def is_still(prompt: str) -> bool:
-            labels = parse_caption(prompt)
-            return labels is not None and labels.motion == "still"
-
-        theirs = self._by_label.pop(reference)
-        (ours,) = self._by_label.values()
-        return [
-            PlayerPair(
-                prompt=prompt,
-                seed=_SEED,
-                reference=theirs[prompt].frames.numpy(),
-                student=ours[prompt].frames.numpy(),
-                metrics=compare_videos(ours[prompt], theirs[prompt]),
-            )
-            for prompt in sorted(theirs, key=is_still)[:_SHOWN_PROMPTS]
-        ]
+    theirs = videos[reference]
+    (ours,) = (by_prompt for label, by_prompt in videos.items() if label != reference)
+    return [
+        PlayerPair(
+            prompt=prompt,
+            seed=_SEED,
+            reference=theirs[prompt].frames.numpy(),
+            student=ours[prompt].frames.numpy(),
+            metrics=compare_videos(ours[prompt], theirs[prompt]),
+        )
+        for prompt in sorted(theirs, key=is_still)[:_SHOWN_PROMPTS]
+    ]
 
 
 def _page(

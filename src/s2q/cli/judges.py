@@ -6,11 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from s2q.cli import console
+from s2q.common.devices import free_memory
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.common.files import atomic_write_bytes, atomic_write_json
 from s2q.common.outputs import check_output, owned_matching
 from s2q.common.progress import Progress
 from s2q.common.records import VBENCH_VERSION
+from s2q.evaluation.judges.evalcrafter import evalcrafter_scores
+from s2q.evaluation.judges.vbench import (
+    MIN_FRAMES,
+    RECORD,
+    VBenchOptions,
+    VBenchPlan,
+    flow_scores,
+    judge_videos,
+    plan_vbench,
+    vbench_section,
+)
+from s2q.report.video import BT601, encode_mp4
 
 _WRITTEN = ("model/*.mp4", "reference/*.mp4", "*-vbench/**")
 
@@ -27,21 +40,16 @@ def vbench_plan(
     dimensions: Sequence[str],
     cache: Path | None,
     overwrite: bool,
-) -> Any:
+) -> VBenchPlan | None:
     """Check everything that VBench needs; its videos will go to the folder `OUT-vbench` beside OUT.
 
-    Without `num_frames`, the model's own number is checked with the first video.
-
-    Returns:
-        A `VBenchPlan`; None without `python`.
+    Without `num_frames`, the model's own number is checked with the first video; there is no plan without `python`.
     """
     if python is None:
         for flag, value in (("--vbench-dims", dimensions), ("--vbench-cache", cache)):
             if value:
                 raise UsageError(f"{flag}: needs --vbench-python, an interpreter with VBench")
         return None
-    from s2q.evaluation.judges.vbench import RECORD, VBenchOptions, plan_vbench
-
     if num_frames is not None:
         _check_frames(num_frames)
     folder = out.with_name(f"{out.stem}-vbench")
@@ -60,13 +68,10 @@ def vbench_plan(
     return plan
 
 
-def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
+def keep_for(plan: VBenchPlan | None) -> Callable[[str, Any], None] | None:
     """Return what writes each video where VBench will look for it: full precision's come first, then the model's."""
     if plan is None:
         return None
-    from s2q.evaluation.judges.vbench import RECORD
-    from s2q.report.video import BT601, encode_mp4
-
     total, rate = len(plan.prompts) * plan.videos_a_prompt, plan.options.frame_rate
     written = 0
 
@@ -87,12 +92,8 @@ def keep_for(plan: Any) -> Callable[[str, Any], None] | None:
     return keep
 
 
-def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
+def with_vbench(plan: VBenchPlan, evaluation: Mapping[str, Any], *, progress: Progress) -> dict[str, Any]:
     """Judge the videos that were kept: the evaluation gets `vbench`, and the flow score if it was asked for."""
-    from s2q.common.devices import free_memory
-    from s2q.evaluation.judges.evalcrafter import evalcrafter_scores
-    from s2q.evaluation.judges.vbench import RECORD, flow_scores, judge_videos, vbench_section
-
     free_memory()  # the other process needs it
     progress("vbench", 0, 2)
     reference = judge_videos(plan, "reference")
@@ -106,7 +107,5 @@ def with_vbench(plan: Any, evaluation: Mapping[str, Any], *, progress: Progress)
 
 
 def _check_frames(count: int) -> None:
-    from s2q.evaluation.judges.vbench import MIN_FRAMES
-
     if count < MIN_FRAMES:
         raise InvalidInputError(f"VBench needs videos of at least {MIN_FRAMES} frames, got {count}; raise --num-frames")

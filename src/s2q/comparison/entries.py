@@ -3,7 +3,7 @@
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,7 @@ FULL_PRECISION = "full-precision"
 """Label of the reference; no entry may have it."""
 
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth")
-_OPTIONAL_GROUPS: Mapping[str, Callable[[Recipe], bool]] = {
-    "activations": lambda recipe: recipe.activations is not None,
-    "calibration": lambda recipe: recipe.calibrates,
-    "distillation": lambda recipe: recipe.distillation is not None,
-    "refinement": lambda recipe: recipe.refinement is not None,
-}
+_OPTIONAL_GROUPS = ("activations", "distillation", "refinement")
 """Groups of a recipe whose changes are meant for the recipes that have them: another would become another method."""
 
 
@@ -166,8 +161,10 @@ def _entry(text: str, overrides: Sequence[str], *, variant: str | None, verify: 
 
 
 def _is_for(recipe: Recipe, override: str) -> bool:
-    has_group = _OPTIONAL_GROUPS.get(override.partition("=")[0].strip().split(".")[0])
-    return has_group is None or has_group(recipe)
+    group = override.partition("=")[0].strip().split(".")[0]
+    if group == "calibration":
+        return recipe.calibrates
+    return group not in _OPTIONAL_GROUPS or getattr(recipe, group) is not None
 
 
 def _with_distinct_labels(entries: Sequence[Entry]) -> list[Entry]:

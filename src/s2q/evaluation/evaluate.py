@@ -51,8 +51,8 @@ VideoDone = Callable[[str, Video], None]
 class ReferenceRun:
     """Videos and recorded calls of the full-precision model, with which any number of models is compared.
 
-    `jobs` are prompt and seed of every video, `wanted` the metrics to compute; `recordings` is None without velocity
-    error.
+    `jobs` are prompt and seed of every video, `wanted` the metrics to compute; there are no `recordings` without
+    velocity error.
     """
 
     settings: EvaluationSettings
@@ -63,8 +63,7 @@ class ReferenceRun:
     dtype: torch.dtype
     batch_size: int
     videos: tuple[Video, ...]
-    recordings: Recordings | None
-    timesteps: tuple[float, ...]
+    recordings: Recordings
     judges: Judges
     floor: tuple[VideoScores, ...]
 
@@ -197,13 +196,11 @@ def run_reference(
     tick = _counter("full precision", jobs, size, generation, progress)
     videos: list[Video] = []
     recordings = Recordings(memory_bytes=settings.trajectory_bytes, disk_share=disk_share)
-    timesteps: tuple[float, ...] = ()
     for names, numbers in batched(jobs, size):
         if VELOCITY in wanted and recordings.has_room():
             result: Any = record_trajectory(
                 pipe, names, seeds=numbers, settings=generation, decode=True, step_done=tick
             )
-            timesteps = tuple(call.timestep for call in result.calls)
             recordings.add(result)
         else:
             result = denoise(pipe, names, seeds=numbers, settings=generation, step_done=tick)
@@ -219,8 +216,7 @@ def run_reference(
         dtype=pipe.transformer.dtype,
         batch_size=size,
         videos=tuple(videos),
-        recordings=recordings if VELOCITY in wanted else None,
-        timesteps=timesteps,
+        recordings=recordings,
         judges=judges,
         floor=tuple(noise_pairs(videos, judges=judges, wanted=wanted)),
     )
@@ -246,15 +242,14 @@ def judge_model(
     generation = settings_for(pipe, run.generation.to_dict(), defaults={})
     check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in run.jobs)))
     tick = _counter("quantized", run.jobs, run.batch_size, generation, progress)
-    replays = 0 if run.recordings is None else run.recordings.num_calls
     replay: Tick | None = None
     scores: list[VideoScores] = []
     for index, (names, seeds) in enumerate(batched(run.jobs, run.batch_size)):
         result = denoise(pipe, names, seeds=seeds, settings=generation, step_done=tick)
-        trajectory = None if run.recordings is None else run.recordings[index]
+        trajectory = run.recordings[index]
         steps: list[list[float]] = [[] for _ in names]
         if trajectory is not None:
-            replay = replay or StageCounter(progress, "velocity", replays)
+            replay = replay or StageCounter(progress, "velocity", run.recordings.num_calls)
             steps = velocity.velocity_errors(transformers_of(pipe), trajectory, step_done=replay)
         videos = _report_videos(videos_of(names, seeds, result), model, video_done)
         for video, errors in zip(videos, steps, strict=True):
@@ -269,7 +264,7 @@ def judge_model(
         floor=run.floor,
         settings=run.generation,
         dtype=arguments.dtype_name(run.dtype),
-        timesteps=run.timesteps,
+        timesteps=run.recordings.timesteps,
     )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from s2q.generation.trajectory import Trajectory
 
@@ -26,38 +27,39 @@ DISK_SHARE = 0.5  # of the free space, at most
 
 @dataclass(frozen=True, kw_only=True)
 class _Spilled:
-    """A trajectory whose tensors are in a file, each once; `leaves` are the inputs and outputs of its calls, flat."""
+    """A trajectory whose tensors are in a file, each once; its calls have their names in place of them."""
 
     path: Path
     trajectory: Trajectory
-    leaves: list[Any]
-    structure: TreeSpec
 
     @classmethod
     def write(cls, trajectory: Trajectory, path: Path) -> _Spilled:
-        leaves, structure = tree_flatten([(dict(call.inputs), call.output) for call in trajectory.calls])
-        tensors = {
-            _name(leaf): leaf.detach().clone(memory_format=torch.contiguous_format)
-            for leaf in leaves
-            if isinstance(leaf, torch.Tensor)
-        }
+        tensors: dict[str, torch.Tensor] = {}
+
+        def name_of(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            name = f"tensor-{id(leaf)}"
+            if name not in tensors:
+                tensors[name] = leaf.detach().clone(memory_format=torch.contiguous_format)
+            return name
+
+        spilled = cls(path=path, trajectory=_mapped(trajectory, name_of))
         safetensors.torch.save_file(tensors, path)
-        calls = tuple(replace(call, inputs={}, output=call.output.new_empty(0)) for call in trajectory.calls)
-        names = [_name(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        return cls(path=path, trajectory=replace(trajectory, calls=calls), leaves=names, structure=structure)
+        return spilled
 
     def read(self) -> Trajectory:
         tensors = safetensors.torch.load_file(self.path)
-        leaves = [tensors[leaf] if isinstance(leaf, str) and leaf in tensors else leaf for leaf in self.leaves]
-        calls = zip(self.trajectory.calls, tree_unflatten(leaves, self.structure), strict=True)
-        return replace(
-            self.trajectory,
-            calls=tuple(replace(call, inputs=inputs, output=output) for call, (inputs, output) in calls),
-        )
+        return _mapped(self.trajectory, lambda leaf: tensors.get(leaf, leaf) if isinstance(leaf, str) else leaf)
 
 
-def _name(tensor: torch.Tensor) -> str:
-    return f"tensor-{id(tensor)}"
+def _mapped(trajectory: Trajectory, function: Callable[[Any], Any]) -> Trajectory:
+    """Apply a function to every input and output of the calls."""
+    calls = [
+        replace(call, inputs=tree_map(function, dict(call.inputs)), output=function(call.output))
+        for call in trajectory.calls
+    ]
+    return replace(trajectory, calls=tuple(calls))
 
 
 class Recordings:
@@ -66,6 +68,7 @@ class Recordings:
     def __init__(self, *, memory_bytes: int, disk_share: float = DISK_SHARE) -> None:
         self._disk_share = disk_share
         self.num_calls = 0
+        self.timesteps: tuple[float, ...] = ()
         self._memory_bytes = memory_bytes
         self._disk_bytes: int | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -79,6 +82,7 @@ class Recordings:
         """Keep the trajectory of the next batch, without its frames."""
         trajectory = replace(trajectory, frames=None)
         self.num_calls += len(trajectory.calls)
+        self.timesteps = tuple(call.timestep for call in trajectory.calls)
         if self._memory_bytes > 0:
             self._memory_bytes -= trajectory.num_bytes
             self._batches.append(trajectory)
@@ -102,7 +106,7 @@ class Recordings:
 
     def __getitem__(self, batch: int) -> Trajectory | None:
         """Return the trajectory of a batch; None if it was not recorded."""
-        recorded = self._batches[batch]
+        recorded = self._batches[batch] if batch < len(self._batches) else None
         return recorded.read() if isinstance(recorded, _Spilled) else recorded
 
     def _disk_left(self) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter
+
 from s2q.generation.settings import GenerationSettings
 
 
@@ -37,6 +39,8 @@ class EvaluationResult:
     dtype: str
     timesteps: tuple[float, ...]
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, from which `from_dict` makes an equal object."""
         return asdict(self)
@@ -44,13 +48,7 @@ class EvaluationResult:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> EvaluationResult:
         """Read what `to_dict` wrote."""
-        changed = {
-            "videos": tuple(map(_video_scores, fields["videos"])),
-            "floor": tuple(map(_video_scores, fields["floor"])),
-            "settings": GenerationSettings(**fields["settings"]),
-            "timesteps": tuple(fields["timesteps"]),
-        }
-        return cls(**{**fields, **changed})
+        return TypeAdapter(cls).validate_python(fields)
 
 
 def merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
@@ -65,7 +63,3 @@ def merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
         floor=tuple(pair for part in parts for pair in part.floor),
         timesteps=next((part.timesteps for part in parts if part.timesteps), ()),
     )
-
-
-def _video_scores(fields: Mapping[str, Any]) -> VideoScores:
-    return VideoScores(**{**fields, "velocity_steps": tuple(fields["velocity_steps"])})

@@ -87,15 +87,19 @@ def _with_change(values: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 def _estimate(name: str, judged: Sequence[VideoScores], tables: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
-    by_prompt: dict[str, list[float]] = {}
-    for video, table in zip(judged, tables, strict=True):
-        value = table[name]
-        if value is not None:
-            by_prompt.setdefault(video.prompt, []).append(value)
+    by_prompt = _by_prompt(judged, [table[name] for table in tables])
     entry: dict[str, Any] = {"mean": None, "low": None, "high": None}
     if by_prompt:
         entry = asdict(clustered_mean(by_prompt, proportion="adherence" in name and name != _CHANGE))
     return entry | {"definition": definition_of(name), "version": version_of(name)}
+
+
+def _by_prompt(videos: Sequence[VideoScores], values: Sequence[float | None]) -> dict[str, list[float]]:
+    by_prompt: dict[str, list[float]] = {}
+    for video, value in zip(videos, values, strict=True):
+        if value is not None:
+            by_prompt.setdefault(video.prompt, []).append(value)
+    return by_prompt
 
 
 def _velocity_by_step(videos: Sequence[VideoScores], timesteps: Sequence[float]) -> dict[str, Any] | None:
@@ -104,8 +108,6 @@ def _velocity_by_step(videos: Sequence[VideoScores], timesteps: Sequence[float])
         return None
     steps = []
     for index, timestep in enumerate(timesteps):
-        by_prompt: dict[str, list[float]] = {}
-        for video in recorded:
-            by_prompt.setdefault(video.prompt, []).append(video.velocity_steps[index])
+        by_prompt = _by_prompt(recorded, [video.velocity_steps[index] for video in recorded])
         steps.append({"step": index, "timestep": timestep, **asdict(clustered_mean(by_prompt))})
     return {"definition": definition_of(VELOCITY), "n_videos": len(recorded), "steps": steps}

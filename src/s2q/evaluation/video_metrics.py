@@ -8,7 +8,7 @@ from s2q.evaluation import metrics
 from s2q.evaluation.definitions import metric_table
 from s2q.evaluation.judges.adherence import ADHERENCE, adherence
 from s2q.evaluation.judges.clip_score import CLIP_METRICS
-from s2q.evaluation.judges.learned import LPIPS, Judges
+from s2q.evaluation.judges.learned import LPIPS, Judges, measure_both
 from s2q.evaluation.scores import VideoScores
 from s2q.generation.generate import Video
 
@@ -45,9 +45,7 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
     assert (video.prompt, video.seed) == (base.prompt, base.seed)
     values = _distances(video, base, names=names)
     if any(name in ADHERENCE for name in names):
-        ours, theirs = (adherence(video.prompt, frames) for frames in (video.frames, base.frames))
-        values |= {name: value for name, value in ours.items() if name in names}
-        values |= {f"reference_{name}": value for name, value in theirs.items() if name in names}
+        values |= measure_both(adherence, video, base, names=names)
     return values
 
 
@@ -66,14 +64,11 @@ def noise_pairs(videos: Sequence[Video], *, judges: Judges, wanted: Sequence[str
 
 def _distances(video: Video, base: Video, *, names: Sequence[str] = METRICS) -> dict[str, float | None]:
     """Distances of latents and frames; the two videos may differ in their seed."""
-    latents = metrics.LATENT_METRICS.items()
-    values: dict[str, float | None] = {
-        name: measure(video.latents, base.latents) for name, measure in latents if name in names
+    latents, frames = metrics.LATENT_METRICS, metrics.FRAME_METRICS
+    return {
+        **{name: measure(video.latents, base.latents) for name, measure in latents.items() if name in names},
+        **{name: measure(video.frames, base.frames) for name, measure in frames.items() if name in names},
     }
-    for name, measure in metrics.FRAME_METRICS.items():
-        if name in names:
-            values[name] = measure(video.frames, base.frames)
-    return values
 
 
 def judge_video(

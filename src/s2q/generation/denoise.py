@@ -7,8 +7,8 @@ called by hand with `generator=torch.Generator().manual_seed(seed)` starts from 
 Legend: `B` videos in the batch, `f` latent frames, `C` latent channels, `h`, `w` latent height and width, `F` frames.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,19 +70,14 @@ def denoise(
         if step_done is not None:
             step_done()
 
-    quiet = dict(getattr(pipe, "_progress_bar_config", {}) or {})
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        with _call_arguments(pipe, settings, after_step) as arguments, _decodable(pipe):
-            output = pipe(
-                prompt=list(prompts),
-                latents=noise,
-                generator=[generator for _, generator in drawn],
-                output_type="pt" if decode else "latent",
-                **arguments,
-            )
-    finally:
-        pipe.set_progress_bar_config(**quiet)
+    with ExitStack() as stack:
+        output = pipe(
+            prompt=list(prompts),
+            latents=noise,
+            generator=[generator for _, generator in drawn],
+            output_type="pt" if decode else "latent",
+            **_prepared(pipe, settings, after_step, stack),
+        )
     latents = last["latents"].float().cpu()
     for prompt, seed, video in zip(prompts, seeds, latents, strict=True):
         if not torch.isfinite(video).all():
@@ -94,68 +89,44 @@ def denoise(
     return DenoisingResult(latents=latents, frames=frames)
 
 
-@contextmanager
-def _call_arguments(
-    pipe: Any, settings: GenerationSettings, after_step: Callable[[torch.Tensor], None]
-) -> Iterator[dict[str, Any]]:
-    """Arguments of a pipeline's call from the settings; they pass the latents of each step to `after_step`."""
-    arguments = settings.to_dict()
-    if family_of(pipe.transformer).guidance == "guider":
-        weight = arguments.pop("guidance_scale")
-        with _guided_by(pipe.guider, weight), _observe_steps(pipe.scheduler, after_step):
-            yield arguments
-        return
+def _prepared(
+    pipe: Any, settings: GenerationSettings, after_step: Callable[[torch.Tensor], None], stack: ExitStack
+) -> dict[str, Any]:
+    """Prepare a pipeline for one call, until the stack is closed; return arguments of the call.
+
+    The call passes the latents of each step to `after_step`. A VAE that cannot decode several videos at once decodes
+    them one by one, and a guider has the weight of the settings; at most 1 is one branch.
+    """
+    family, vae, arguments = family_of(pipe.transformer), pipe.vae, settings.to_dict()
+    stack.callback(pipe.set_progress_bar_config, **(getattr(pipe, "_progress_bar_config", None) or {}))
+    pipe.set_progress_bar_config(disable=True)
+    if not (family.decodes_batches or vae.use_slicing):
+        vae.enable_slicing()
+        stack.callback(vae.disable_slicing)
+    if family.guidance == "guider":
+        guider, scheduler = pipe.guider, pipe.scheduler
+        stack.callback(vars(guider).update, dict(vars(guider)))
+        guider.guidance_scale = arguments.pop("guidance_scale")
+        if guider.guidance_scale > 1:
+            guider.enable()
+        else:
+            guider.disable()
+        step = scheduler.step
+
+        def observed_step(*args: Any, **kwargs: Any) -> Any:
+            output = step(*args, **kwargs)
+            after_step(output[0])
+            return output
+
+        scheduler.step = observed_step
+        stack.callback(delattr, scheduler, "step")
+        return arguments
 
     def callback(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         after_step(tensors["latents"])
         return {}
 
-    yield arguments | {"max_sequence_length": prompt_token_limit(pipe), "callback_on_step_end": callback}
-
-
-@contextmanager
-def _decodable(pipe: Any) -> Iterator[None]:
-    """Have a VAE that cannot decode several videos at once decode them one by one."""
-    if family_of(pipe.transformer).decodes_batches or pipe.vae.use_slicing:
-        yield
-        return
-    pipe.vae.enable_slicing()
-    try:
-        yield
-    finally:
-        pipe.vae.disable_slicing()
-
-
-@contextmanager
-def _guided_by(guider: Any, weight: float) -> Iterator[None]:
-    """Have a guider of classifier-free guidance use a weight for a while; at most 1 is one branch."""
-    before = dict(vars(guider))
-    guider.guidance_scale = weight
-    if weight > 1:
-        guider.enable()
-    else:
-        guider.disable()
-    try:
-        yield
-    finally:
-        vars(guider).update(before)
-
-
-@contextmanager
-def _observe_steps(scheduler: Any, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Pass the latents that each step of a scheduler returns to a listener."""
-    step = scheduler.step
-
-    def observed_step(*args: Any, **kwargs: Any) -> Any:
-        output = step(*args, **kwargs)
-        listener(output[0])
-        return output
-
-    scheduler.step = observed_step
-    try:
-        yield
-    finally:
-        del scheduler.step
+    return arguments | {"max_sequence_length": prompt_token_limit(pipe), "callback_on_step_end": callback}
 
 
 def _to_uint8(frames: torch.Tensor) -> torch.Tensor:

@@ -108,9 +108,6 @@ def inspect_model(model: str | Path, *, variant: str | None = None, verify: bool
         variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
         verify: Whether to hash every file and compare with the manifest.
 
-    Returns:
-        The report; see `s2q.checkpoint.inspect_checkpoint`.
-
     Raises:
         InvalidInputError: If there is no such checkpoint, it is not of s2q, or it is damaged.
     """

@@ -22,7 +22,7 @@ import torch
 
 from s2q.common.components import TRANSFORMERS, transformers_of
 from s2q.common.progress import Tick
-from s2q.generation.denoise import DenoisingResult, denoise
+from s2q.generation.denoise import denoise
 from s2q.generation.settings import GenerationSettings, check_prompts
 from s2q.models import family_of
 
@@ -63,8 +63,6 @@ class Trajectory:
     """
 
     prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    settings: GenerationSettings
     calls: tuple[TransformerCall, ...]
     latents: torch.Tensor
     frames: torch.Tensor | None = None
@@ -100,13 +98,9 @@ def record_trajectory(
     """
     check_prompts(pipe, prompts)
     with recorded_calls(transformers_of(pipe)) as calls:
-        result: DenoisingResult = denoise(
-            pipe, prompts, seeds=seeds, settings=settings, decode=decode, step_done=step_done
-        )
+        result = denoise(pipe, prompts, seeds=seeds, settings=settings, decode=decode, step_done=step_done)
     return Trajectory(
         prompts=tuple(prompts),
-        seeds=tuple(seeds),
-        settings=settings,
         calls=tuple(_merge_branches(calls, pipe, settings)),
         latents=result.latents,
         frames=result.frames,

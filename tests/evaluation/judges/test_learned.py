@@ -7,7 +7,7 @@ import pytest
 from s2q.common.errors import InvalidInputError
 from s2q.evaluation.evaluate import evaluate
 from s2q.evaluation.judges.clip_score import ClipJudge
-from s2q.evaluation.judges.evalcrafter import NEEDS, evalcrafter_scores
+from s2q.evaluation.judges.evalcrafter import evalcrafter_needs, evalcrafter_scores
 from s2q.evaluation.video_metrics import METRICS, selected_metrics
 from s2q.generation.generate import generate
 from tiny import tiny_pipeline
@@ -80,6 +80,6 @@ def test_evalcrafters_figures_are_there_or_say_what_they_need():
     scores = evalcrafter_scores(metrics, flow={"model": 1.0, "reference": 2.0})
     assert scores["clipsim"] == {"model": 0.2, "reference": 0.3}
     assert scores["flow_score"] == {"model": 1.0, "reference": 2.0}
-    assert set(scores) | set(scores["absent"]) == {*NEEDS, "absent"}
+    assert set(scores) | set(scores["absent"]) == {*evalcrafter_needs(), "absent"}
     assert "DOVER" in scores["absent"]["vqa_a"]
     assert evalcrafter_scores({}) is None

@@ -3,18 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-_DOVER = (
-    "needs DOVER, which is a repository and weights of its own; run EvalCrafter's VQA script on the videos that "
-    "--vbench-python keeps"
-)
-NEEDS: Mapping[str, str] = {
-    "clipsim": "needs a CLIP model: --clip FOLDER",
-    "clip_temp": "needs a CLIP model: --clip FOLDER, and more than one frame",
-    "vqa_a": _DOVER,
-    "vqa_t": _DOVER,
-    "flow_score": "needs RAFT, which VBench brings: --vbench-python PYTHON with flow_score among --vbench-dims",
-}
-"""The five, and what each cannot be computed without."""
+from s2q.evaluation.definitions import read_data
+
+
+def evalcrafter_needs() -> dict[str, str]:
+    """Return the five figures by name, and what each cannot be computed without."""
+    return dict(read_data("metrics.yaml")["evalcrafter"])
 
 
 def evalcrafter_scores(
@@ -34,4 +28,4 @@ def evalcrafter_scores(
         scores["flow_score"] = dict(flow)
     if not scores:
         return None
-    return scores | {"absent": {name: need for name, need in NEEDS.items() if name not in scores}}
+    return scores | {"absent": {name: need for name, need in evalcrafter_needs().items() if name not in scores}}

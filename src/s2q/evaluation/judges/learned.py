@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from s2q.evaluation.judges import clip_score, lpips
 from s2q.generation.generate import Video
@@ -27,10 +29,17 @@ class Judges:
         """Measure a video against the full-precision one; what CLIP says of that is under `reference_…`."""
         values = self.distances(video, base, names=names)
         if self.clip is not None and any(name in names for name in clip_score.CLIP_METRICS):
-            ours, theirs = (self.clip.measure(video.prompt, side.frames) for side in (video, base))
-            values |= {name: value for name, value in ours.items() if name in names}
-            values |= {f"reference_{name}": value for name, value in theirs.items() if name in names}
+            values |= measure_both(self.clip.measure, video, base, names=names)
         return values
+
+
+def measure_both(
+    measure: Callable[[str, torch.Tensor], dict[str, float | None]], video: Video, base: Video, *, names: Sequence[str]
+) -> dict[str, float | None]:
+    """Measure a video and the full-precision one, each by itself; what is of that one is under `reference_…`."""
+    ours, theirs = (measure(side.prompt, side.frames) for side in (video, base))
+    values = ours | {f"reference_{name}": value for name, value in theirs.items()}
+    return {name: value for name, value in values.items() if name.removeprefix("reference_") in names}
 
 
 def open_judges(*, lpips_weights: Path | None, clip: Path | None, device: str) -> Judges:

@@ -4,7 +4,7 @@
 
 with x̂_l the activations of layer l of AlexNet or VGG-16, the channels of each position scaled to length 1, and w_l
 learned. The file is the state dict of the `lpips` package's model, trunk included; neither that package nor torchvision
-is needed here.
+is needed here, and nothing is downloaded.
 
 Legend: `F` frames, `H`, `W` height and width in pixels, `C` channels of a layer.
 """
@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from s2q.common.errors import InvalidInputError
-from s2q.evaluation.judges.weights import read_state_dict
+from s2q.common.errors import InvalidInputError, first_line
 
 _MIN_PIXELS = 32
 _FRAMES_AT_ONCE = 8
@@ -36,7 +35,6 @@ class _Trunk:
         first: Stride and padding of the first convolution; the others keep the size.
     """
 
-    name: str
     stages: tuple[tuple[int, ...], ...]
     pooled: frozenset[int]
     pool: int
@@ -49,11 +47,8 @@ class _Trunk:
                 yield stage, f"net.slice{stage + 1}.{index}"
 
 
-_ALEXNET = _Trunk(
-    name="AlexNet", stages=((0,), (3,), (6,), (8,), (10,)), pooled=frozenset({1, 2}), pool=3, first=(4, 2)
-)
+_ALEXNET = _Trunk(stages=((0,), (3,), (6,), (8,), (10,)), pooled=frozenset({1, 2}), pool=3, first=(4, 2))
 _VGG16 = _Trunk(
-    name="VGG-16",
     stages=((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)),
     pooled=frozenset({1, 2, 3, 4}),
     pool=2,
@@ -65,7 +60,7 @@ class Lpips:
     """LPIPS with the weights of a file, the state dict of `lpips.LPIPS(net="alex")` or `net="vgg"`."""
 
     def __init__(self, path: Path, *, device: str = "cpu") -> None:
-        tensors = read_state_dict(path)
+        tensors = _state_dict(path)
         first = tensors.get("net.slice1.0.weight")
         self._trunk = _ALEXNET if first is not None and first.shape[-1] == 11 else _VGG16
         self._weights = {
@@ -107,6 +102,24 @@ class Lpips:
             weighted = F.conv2d((x - y).square(), self._weights[f"lin{stage}.model.1.weight"])
             total = total + weighted.mean(dim=(1, 2, 3))
         return total
+
+
+def _state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read tensors by name from a `.safetensors` file, or from one of `torch.save` that holds nothing but tensors."""
+    if not path.is_file():
+        raise InvalidInputError(f"{path}: no such weight file; s2q does not download weights, pass the path of a copy")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format fails in its own way, and torch.load in many
+        raise InvalidInputError(f"{path}: cannot be read as weights: {first_line(error)}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise InvalidInputError(f"{path}: expected a state dict, tensors by name; got {type(content).__name__}")
+    return content
 
 
 def _needed(tensors: Mapping[str, torch.Tensor], trunk: _Trunk, path: Path) -> dict[str, torch.Tensor]:

@@ -19,17 +19,8 @@ from typing import Any
 from s2q.common.errors import InvalidInputError, S2QError, unknown_name
 from s2q.common.files import atomic_write_bytes, atomic_write_json
 from s2q.evaluation.judges.vbench_runner import FLOW
+from s2q.evaluation.paper import paper_tables
 
-PAPER_DIMENSIONS = (
-    "imaging_quality",
-    "aesthetic_quality",
-    "motion_smoothness",
-    "dynamic_degree",
-    "background_consistency",
-    "subject_consistency",
-    "scene",
-    "overall_consistency",
-)
 MAX_VIDEOS_A_PROMPT = 5
 MIN_FRAMES = 3
 RECORD = "vbench.json"
@@ -83,6 +74,11 @@ class VBenchPlan:
         return f"{prompt if self.standard else f'{self.prompts.index(prompt):04d}'}-{index}.mp4"
 
 
+def paper_dimensions() -> tuple[str, ...]:
+    """Return the dimensions of VBench that the paper reports."""
+    return tuple(paper_tables()["vbench-w4a6"]["scores"])
+
+
 def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prompt: int) -> VBenchPlan:
     """Ask the interpreter what it can judge of these prompts."""
     answer = _ask(options)
@@ -92,7 +88,7 @@ def plan_vbench(options: VBenchOptions, prompts: Sequence[str], *, videos_a_prom
     standard = all(prompt in dimensions_of for prompt in prompts)
     judged: dict[str, tuple[str, ...]] = {}
     absent: dict[str, str] = {}
-    for name in options.dimensions or PAPER_DIMENSIONS:
+    for name in options.dimensions or paper_dimensions():
         on = tuple(prompt for prompt in prompts if not standard or name in dimensions_of[prompt])
         if not standard and name not in (*answer["custom"], FLOW):
             absent[name] = _OWN_PROMPTS
@@ -230,7 +226,7 @@ def _ask(options: VBenchOptions) -> dict[str, Any]:
         raise InvalidInputError(f"--vbench-python {options.python}: no such program; pass an interpreter")
     if options.cache is not None and not options.cache.is_dir():
         raise InvalidInputError(f"--vbench-cache {options.cache}: no such folder")
-    asked = options.dimensions or PAPER_DIMENSIONS
+    asked = options.dimensions or paper_dimensions()
     with tempfile.TemporaryDirectory(prefix="s2q-vbench-") as folder:
         answer = _run(options, "check", {"dimensions": asked}, folder=Path(folder))
     if "error" in answer:
