@@ -10,7 +10,8 @@ from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.quantize_per_token import quantize_per_token
 from s2q.rounding import round_rtn
-from s2q.transforms import Compose, KroneckerTransform, SmoothScale, hadamard
+from s2q.transforms import Compose, KroneckerTransform, SmoothScale
+from s2q.transforms.hadamard import hadamard
 from schemes import activations, scheme
 from tiny import split_input
 
@@ -263,7 +264,7 @@ def test_a_branch_of_both_sides_leaves_the_smaller_weight_and_changes_nothing_el
     torch.testing.assert_close(both.source(x).quantized, one.source(x).quantized)
     residual = transform.unscaled(linear.weight).detach()
     residual = residual - residual @ basis.double() @ basis.double().t()
-    quantized = transform.inverse_transpose(torch.float64)
+    quantized = transform.factors(torch.float64, inverse_transpose=True)
     expected = scaled_kronecker(residual, left=quantized.left, right=quantized.right)
     torch.testing.assert_close(both.folded_weight().double(), expected, rtol=0, atol=5e-3)  # bf16
     assert both.folded_weight().square().sum() < one.folded_weight().square().sum()

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
-from s2q.transforms import best_factors, hadamard, hadamard_matrix, orthogonal_matrix
+from s2q.transforms.hadamard import best_factors, hadamard, hadamard_matrix, orthogonal_matrix
 
 KNOWN = [1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 56, 60, 64, 68, 72, 76, 80, 84, 88, 96, 112, 128, 144]
 

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
-from s2q.transforms import STARTS, KroneckerTransform
-from s2q.transforms.kronecker import cayley
+from s2q.transforms.kronecker import STARTS, KroneckerTransform, cayley
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 8])

@@ -5,8 +5,8 @@ import torch
 from scipy.stats import spearmanr
 
 from s2q.common.errors import InvalidInputError
-from s2q.transforms import SALIENCES, smooth_scale, spearman_weights
-from s2q.transforms.salience import spearman_salience
+from s2q.transforms import SALIENCES, smooth_scale
+from s2q.transforms.salience import spearman_salience, spearman_weights
 
 
 def draw(*shape, seed=0):

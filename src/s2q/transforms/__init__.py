@@ -8,35 +8,26 @@ share one transform object. Between the two halves a low-rank branch may take a 
 input or of the weight.
 """
 
-from s2q.transforms.base import Factors, FixedTransform, Transform, identity
+from s2q.transforms.base import Transform
 from s2q.transforms.compose import Compose
-from s2q.transforms.hadamard import best_factors, hadamard, hadamard_matrix, orthogonal_matrix
-from s2q.transforms.kronecker import STARTS, KroneckerTransform
+from s2q.transforms.hadamard import orthogonal_matrix
+from s2q.transforms.kronecker import KroneckerTransform
 from s2q.transforms.low_rank import principal_directions, weight_directions
-from s2q.transforms.options import SEARCH, Transforms
-from s2q.transforms.rotations import ROTATIONS
-from s2q.transforms.salience import SALIENCES, spearman_weights
+from s2q.transforms.options import ROTATIONS, SEARCH, Transforms
+from s2q.transforms.salience import SALIENCES
 from s2q.transforms.smooth_scale import SmoothScale, smooth_scale
 
 __all__ = [
     "ROTATIONS",
     "SALIENCES",
     "SEARCH",
-    "STARTS",
     "Compose",
-    "Factors",
-    "FixedTransform",
     "KroneckerTransform",
     "SmoothScale",
     "Transform",
     "Transforms",
-    "best_factors",
-    "hadamard",
-    "hadamard_matrix",
-    "identity",
     "orthogonal_matrix",
     "principal_directions",
     "smooth_scale",
-    "spearman_weights",
     "weight_directions",
 ]

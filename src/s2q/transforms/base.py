@@ -5,13 +5,12 @@
 Shapes: `I` in features, `O` out features, `n1`·`n2` = I.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.common.errors import InvalidInputError
 from s2q.core.memo import memoize_step
 from s2q.ops.kronecker import factor_orders, scaled_kronecker
 
@@ -35,25 +34,9 @@ class Factors:
         parts = zip(_NAMES, (self.scale, self.left, self.right), strict=True)
         return {name: part.detach() for name, part in parts if part is not None}
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Factors":
-        """Read what `tensors` returned; a missing part is the identity.
-
-        Raises:
-            InvalidInputError: If a name is unknown or a shape is impossible.
-        """
-        for name, tensor in tensors.items():
-            if name not in _NAMES:
-                raise unknown_name("part of a transform", name, _NAMES)
-            ndim = 1 if name == "scale" else 2
-            if tensor.ndim != ndim or (ndim == 2 and tensor.shape[0] != tensor.shape[1]):
-                expected = "[I]" if ndim == 1 else "[n, n]"
-                raise InvalidInputError(f"transform {name}: got shape {list(tensor.shape)}; expected {expected}")
-        return cls(**tensors)
-
 
 class Transform(nn.Module):
-    """An invertible linear map of a linear's input; subclasses give its factors and those of its inverse transpose.
+    """An invertible linear map T of a linear's input; subclasses give its factors and those of T⁻ᵀ.
 
     What is learnable is a parameter, what is fixed is a buffer.
     """
@@ -62,12 +45,8 @@ class Transform(nn.Module):
         super().__init__()
         self.in_features = in_features
 
-    def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
-        """Return the factors of T, differentiable, computed in fp32 or fp64."""
-        raise NotImplementedError
-
-    def inverse_transpose(self, dtype: torch.dtype = torch.float64) -> Factors:
-        """Return the factors of T⁻ᵀ, differentiable, computed in fp32 or fp64."""
+    def factors(self, dtype: torch.dtype, *, inverse_transpose: bool = False) -> Factors:
+        """Return the factors of T, or of T⁻ᵀ, differentiable, computed in fp32 or fp64."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +65,7 @@ class Transform(nn.Module):
 
     def unscaled(self, weight: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """Put the inverse of the first half into a weight, W diag(1/v), for `scaled` inputs; see `fold_inverse`."""
-        return Factors(scale=self.inverse_transpose(dtype).scale).apply(weight.to(dtype))
+        return Factors(scale=self.factors(dtype, inverse_transpose=True).scale).apply(weight.to(dtype))
 
     def fold_inverse(self, weight: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """Put the inverse into a weight [O, I], W T⁻ᵀ, differentiable, so that (x T) · (W T⁻ᵀ)ᵀ = x Wᵀ.
@@ -101,7 +80,7 @@ class Transform(nn.Module):
             raise InvalidInputError(
                 f"{type(self).__name__}: got a weight with in_features={weight.shape[-1]}; expected {self.in_features}"
             )
-        inverse = memoize_step(self, ("inverse", dtype), lambda: self.inverse_transpose(dtype))
+        inverse = memoize_step(self, ("inverse", dtype), lambda: self.factors(dtype, inverse_transpose=True))
         return inverse.apply(weight.to(dtype))
 
     @torch.no_grad()
@@ -112,7 +91,7 @@ class Transform(nn.Module):
 
 
 class FixedTransform(Transform):
-    """A transform that is not learned, from factors, which are copied in fp64; also how a stored one comes back.
+    """A transform that is not learned, from factors, which are copied in fp64.
 
     Raises:
         InvalidInputError: If the factors do not fit I, are not finite, or are not invertible.
@@ -120,23 +99,15 @@ class FixedTransform(Transform):
 
     def __init__(self, in_features: int, factors: Factors) -> None:
         super().__init__(in_features)
-        checked = Factors.from_tensors(factors.tensors())
-        _check_sizes(in_features, checked)
-        for name, tensor in checked.tensors().items():
+        _check_shapes(in_features, factors)
+        for name, tensor in factors.tensors().items():
             value = tensor.double()
             self.register_buffer(name, value.clone())
             self.register_buffer(f"inverse_{name}", _inverse_transpose(name, value))
 
-    def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
-        """Return the factors of T; see `Transform.factors`."""
-        return self._read("", dtype)
-
-    def inverse_transpose(self, dtype: torch.dtype = torch.float64) -> Factors:
-        """Return the factors of T⁻ᵀ; see `Transform.inverse_transpose`."""
-        return self._read("inverse_", dtype)
-
-    def _read(self, prefix: str, dtype: torch.dtype) -> Factors:
-        buffers = dict(self.named_buffers(recurse=False))
+    def factors(self, dtype: torch.dtype, *, inverse_transpose: bool = False) -> Factors:
+        """Return the factors of T or T⁻ᵀ; see `Transform.factors`."""
+        prefix, buffers = "inverse_" if inverse_transpose else "", dict(self.named_buffers(recurse=False))
         return Factors(**{name: buffers[prefix + name].to(dtype) for name in _NAMES if prefix + name in buffers})
 
 
@@ -149,7 +120,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _check_sizes(in_features: int, factors: Factors) -> None:
+def _check_shapes(in_features: int, factors: Factors) -> None:
+    for name, tensor in factors.tensors().items():
+        ndim, expected = (1, "[I]") if name == "scale" else (2, "[n, n]")
+        if tensor.ndim != ndim or tensor.shape[0] != tensor.shape[-1]:
+            raise InvalidInputError(f"transform {name}: got shape {list(tensor.shape)}; expected {expected}")
     n1, n2 = factor_orders(in_features, factors.left, factors.right)
     if n1 * n2 != in_features:
         raise InvalidInputError(f"transform: factors of order {n1} and {n2}; expected n1 · n2 = {in_features}")

@@ -27,17 +27,10 @@ class Compose(Transform):
         self.first = first
         self.second = second
 
-    def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
-        """Return the factors of T; see `Transform.factors`."""
-        return _joined(self.first.factors(dtype), self.second.factors(dtype))
-
-    def inverse_transpose(self, dtype: torch.dtype = torch.float64) -> Factors:
-        """Return the factors of T⁻ᵀ; see `Transform.inverse_transpose`."""
-        return _joined(self.first.inverse_transpose(dtype), self.second.inverse_transpose(dtype))
-
-
-def _joined(first: Factors, second: Factors) -> Factors:
-    return Factors(scale=_product(first.scale, second.scale), left=second.left, right=second.right)
+    def factors(self, dtype: torch.dtype, *, inverse_transpose: bool = False) -> Factors:
+        """Return the factors of T or T⁻ᵀ; see `Transform.factors`."""
+        first, second = (part.factors(dtype, inverse_transpose=inverse_transpose) for part in (self.first, self.second))
+        return Factors(scale=_product(first.scale, second.scale), left=second.left, right=second.right)
 
 
 def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -44,11 +44,7 @@ STARTS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 class KroneckerTransform(Transform):
-    """T = P₁ ⊗ P₂, each factor U · diag(σ) · Vᵀ with U and V orthogonal; at the start two given orthogonal matrices.
-
-    Raises:
-        InvalidInputError: If a start is not orthogonal.
-    """
+    """T = P₁ ⊗ P₂, at the start two given matrices; InvalidInputError if one of them is not orthogonal."""
 
     def __init__(self, start_left: Tensor, start_right: Tensor) -> None:
         super().__init__(start_left.shape[0] * start_right.shape[0])
@@ -57,24 +53,16 @@ class KroneckerTransform(Transform):
 
     @classmethod
     def build(cls, in_features: int, *, seed: int = 0, start: str = "hadamard") -> "KroneckerTransform":
-        """Make the transform for a number of features, split by `best_factors`; the start is one of `STARTS`.
-
-        Raises:
-            InvalidInputError: If there is no such start.
-        """
+        """Make the transform for a number of features, split by `best_factors`; the start is one of `STARTS`."""
         if start not in STARTS:
             raise unknown_name("start of a Kronecker transform", start, STARTS)
         n1, n2 = best_factors(in_features)
         make = STARTS[start]
         return cls(make(n1, seed), make(n2, seed + 1))
 
-    def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
-        """Return the factors of T; see `Transform.factors`."""
-        return Factors(left=self.left.matrix(dtype), right=self.right.matrix(dtype))
-
-    def inverse_transpose(self, dtype: torch.dtype = torch.float64) -> Factors:
-        """Return the factors of T⁻ᵀ; see `Transform.inverse_transpose`."""
-        left, right = (factor.matrix(dtype, inverse_transpose=True) for factor in (self.left, self.right))
+    def factors(self, dtype: torch.dtype, *, inverse_transpose: bool = False) -> Factors:
+        """Return the factors of T or T⁻ᵀ; see `Transform.factors`."""
+        left, right = (factor.matrix(dtype, inverse_transpose=inverse_transpose) for factor in (self.left, self.right))
         return Factors(left=left, right=right)
 
 
@@ -96,7 +84,7 @@ class _Factor(nn.Module):
         self.skew_v = nn.Parameter(torch.zeros(free, device=value.device))
         self.log_sigma = nn.Parameter(torch.zeros(order, device=value.device))
 
-    def matrix(self, dtype: torch.dtype, *, inverse_transpose: bool = False) -> Tensor:
+    def matrix(self, dtype: torch.dtype, *, inverse_transpose: bool) -> Tensor:
         u, v = memoize_step(self, dtype, lambda: self._orthogonal(dtype))
         log_sigma = self.log_sigma.to(dtype)
         return (u * (-log_sigma if inverse_transpose else log_sigma).exp()) @ v.t()

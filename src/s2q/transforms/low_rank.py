@@ -24,10 +24,9 @@ from s2q.common.errors import InvalidInputError
 
 
 def principal_directions(second_moment: Tensor, rank: int) -> Tensor:
-    """Return the r directions along which an input is largest, in falling order, from E[xᵀ x], symmetric [I, I].
+    """Return the r directions along which an input is largest, orthonormal fp64 [I, r], from E[xᵀ x], symmetric [I, I].
 
-    Returns:
-        fp64 [I, r], orthonormal columns; the largest entry of each is positive.
+    They are in falling order; the largest entry of each is positive.
 
     Raises:
         InvalidInputError: If the matrix is not square, contains NaN or infinite values, or the rank is out of range.

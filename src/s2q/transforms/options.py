@@ -1,13 +1,22 @@
 """The options of the input path: a shift, a channel scale, a rotation, a low-rank branch and an estimator."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from s2q.common.errors import short_repr
 from s2q.common.options import Options
-from s2q.transforms.kronecker import STARTS
-from s2q.transforms.rotations import ROTATIONS
+from s2q.transforms.base import Transform, identity
+from s2q.transforms.hadamard import hadamard
+from s2q.transforms.kronecker import STARTS, KroneckerTransform
 from s2q.transforms.salience import SALIENCES
+
+ROTATIONS: dict[str, Callable[..., Transform]] = {
+    "identity": identity,
+    "hadamard": hadamard,
+    "kronecker": KroneckerTransform.build,
+}
+"""Rotations that may follow the channel scale, by name; each is called as `rotation(in_features, seed=seed)`."""
 
 SEARCH = "search"
 

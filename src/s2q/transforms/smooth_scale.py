@@ -50,11 +50,7 @@ def smooth_scale(input_amax: Tensor, weight_amax: Tensor, *, alpha: float = 0.5)
 
 
 class SmoothScale(Transform):
-    """T = diag(1/s) with the parameter log s, fp32 [I], learned or not.
-
-    Raises:
-        InvalidInputError: If s is not positive and finite.
-    """
+    """T = diag(1/s) with the parameter log s, fp32 [I]; InvalidInputError if s is not positive and finite."""
 
     def __init__(self, s: Tensor, *, learnable: bool = True) -> None:
         super().__init__(s.shape[0])
@@ -62,10 +58,7 @@ class SmoothScale(Transform):
             raise InvalidInputError("SmoothScale: expected s [I], positive and finite; got another shape or values")
         self.log_s = nn.Parameter(s.detach().double().log().float(), requires_grad=learnable)
 
-    def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
-        """Return the factors of T; see `Transform.factors`."""
-        return Factors(scale=(-self.log_s.to(dtype)).exp())
-
-    def inverse_transpose(self, dtype: torch.dtype = torch.float64) -> Factors:
-        """Return the factors of T⁻ᵀ; see `Transform.inverse_transpose`."""
-        return Factors(scale=self.log_s.to(dtype).exp())
+    def factors(self, dtype: torch.dtype, *, inverse_transpose: bool = False) -> Factors:
+        """Return the factors of T or T⁻ᵀ; see `Transform.factors`."""
+        log_s = self.log_s.to(dtype)
+        return Factors(scale=(log_s if inverse_transpose else -log_s).exp())
