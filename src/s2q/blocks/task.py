@@ -89,5 +89,6 @@ Group = tuple[LinearPlan, ...]
 def input_groups(linears: Sequence[LinearPlan], family: Family) -> list[Group]:
     """Group the linears of a block, except modulation, by shared input; a linear that shares none is a group alone."""
     inside = {linear.inner_name: linear for linear in linears if linear.role == "linear"}
-    groups = [tuple(inside.pop(name) for name in names if name in inside) for names in family.shared_inputs]
-    return [group for group in (*groups, *((linear,) for linear in inside.values())) if group]
+    sharing = {name: names for names in family.shared_inputs for name in names}
+    groups = dict.fromkeys(sharing.get(name, (name,)) for name in inside)
+    return [tuple(inside[name] for name in names if name in inside) for names in groups]

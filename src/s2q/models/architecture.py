@@ -68,22 +68,16 @@ def check_comparable(model: Architecture, reference: Architecture) -> None:
     for component, config in model.transformers.items():
         base = reference.transformers[component]
         if config["_class_name"] != base["_class_name"]:
-            raise InvalidInputError(
-                f"{model.label}: its {component} is a {config['_class_name']}, that of the reference {reference.label} "
-                f"a {base['_class_name']}; {_REMEDY}"
+            raise _incomparable(
+                model, reference, component, f"is a {config['_class_name']}", f"a {base['_class_name']}"
             )
         key = _difference(config, base)
         if key is not None:
-            raise InvalidInputError(
-                f"{model.label}: its {component} has {key}={config[key]}, that of the reference {reference.label} "
-                f"{base[key]}; {_REMEDY}"
-            )
+            raise _incomparable(model, reference, component, f"has {key}={config[key]}", base[key])
     for component in sorted(model.components.keys() | reference.components.keys()):
         ours, theirs = (side.components.get(component, "none") for side in (model, reference))
         if ours != theirs:
-            raise InvalidInputError(
-                f"{model.label}: its {component} is {ours}, that of the reference {reference.label} {theirs}; {_REMEDY}"
-            )
+            raise _incomparable(model, reference, component, f"is {ours}", theirs)
 
 
 def warn_of_scheduler(model: Architecture, reference: Architecture) -> None:
@@ -95,6 +89,13 @@ def warn_of_scheduler(model: Architecture, reference: Architecture) -> None:
             "%s: its scheduler has %s=%s, that of the reference %s %s; the video metrics include the effect of both",
             *(model.label, key.strip("_"), ours.get(key), reference.label, theirs.get(key)),
         )
+
+
+def _incomparable(
+    model: Architecture, reference: Architecture, component: str, ours: str, theirs: object
+) -> InvalidInputError:
+    whose = f"that of the reference {reference.label}"
+    return InvalidInputError(f"{model.label}: its {component} {ours}, {whose} {theirs}; {_REMEDY}")
 
 
 def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:

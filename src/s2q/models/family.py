@@ -27,7 +27,8 @@ class Family:
         pipeline_class: Name of the text-to-video pipeline that calibration runs.
         block_lists: Attributes of the transformer that hold its blocks, in the order in which they run.
         modulation: Linears of a block, relative to it, that see one row a sample (adaLN): weight-only.
-        shared_inputs: Groups of linears of a block that read the same tensor, hence may share a transform.
+        shared_inputs: Groups of linears of a block that read the same tensor, hence share a transform; the others read
+            one of their own.
         text_linears: Linears of a block that see text tokens alone.
         attention: The module of a block whose attention says which tokens matter.
         streams: Keyword arguments of a block that it returns anew, in the order in which it returns them.

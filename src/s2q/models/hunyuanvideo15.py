@@ -13,16 +13,7 @@ HUNYUANVIDEO15 = Family(
     pipeline_class="HunyuanVideo15Pipeline",
     block_lists=("transformer_blocks",),
     modulation=("norm1.linear", "norm1_context.linear"),
-    shared_inputs=(
-        ("attn.to_q", "attn.to_k", "attn.to_v"),
-        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-        ("attn.to_out.0",),
-        ("attn.to_add_out",),
-        ("ff.net.0.proj",),
-        ("ff.net.2",),
-        ("ff_context.net.0.proj",),
-        ("ff_context.net.2",),
-    ),
+    shared_inputs=(("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
     text_linears=(
         "attn.add_q_proj",
         "attn.add_k_proj",

@@ -15,12 +15,6 @@ MOCHI = Family(
     shared_inputs=(
         ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
         ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),
-        ("attn1.to_out.0",),
-        ("attn1.to_add_out",),
-        ("ff.net.0.proj",),
-        ("ff.net.2",),
-        ("ff_context.net.0.proj",),
-        ("ff_context.net.2",),
     ),
     text_linears=(
         "attn1.add_q_proj",

@@ -75,11 +75,7 @@ class ModelSource:
     @property
     def component_classes(self) -> dict[str, tuple[str, str]]:
         """Library and class of each component that the pipeline has, as model_index.json names them."""
-        return {
-            name: (str(entry[0]), str(entry[1]))
-            for name, entry in self.index.items()
-            if isinstance(entry, list) and len(entry) == 2 and all(entry) and name == Path(name).name
-        }
+        return _component_classes(self.index)
 
     @property
     def transformer_config(self) -> Mapping[str, Any]:
@@ -336,7 +332,8 @@ def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "
             f"{folder} is not a diffusers pipeline: it has no model_index.json; pass the pipeline's folder"
         )
     index = read_json(index_path, remedy=_REMEDY)
-    classes = {component: class_name for component in TRANSFORMERS if (class_name := _class_in(index, component))}
+    known = _component_classes(index)
+    classes = {component: known[component][1] for component in TRANSFORMERS if component in known}
     if TRANSFORMERS[0] not in classes:
         raise InvalidInputError(
             f"{index_path}: {index.get('_class_name', 'this pipeline')} has no transformer; "
@@ -375,10 +372,13 @@ def _quantization_method(path: Path) -> str | None:
     return None if method is None else str(method)
 
 
-def _class_in(index: Mapping[str, Any], component: str) -> str | None:
-    """The class of a component, which model_index.json has as [library, class]; None if the pipeline has none."""
-    entry = index.get(component)
-    return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
+def _component_classes(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Library and class of each component that a pipeline has."""
+    return {
+        name: (str(entry[0]), str(entry[1]))
+        for name, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and all(entry) and name == Path(name).name
+    }
 
 
 def _component_config(folder: Path, component: str, class_name: str) -> dict[str, Any]:

@@ -20,8 +20,6 @@ from s2q.models.family import Family
 SYNTHETIC_PREFIX = "synthetic:"
 """Prefix of synthetic models on the command line."""
 
-_FILE = "synthetic.yaml"
-
 
 @dataclass(frozen=True, kw_only=True)
 class BlockList:
@@ -112,13 +110,7 @@ def synthetic_model(name: str) -> SyntheticModel:
     entry = dict(contents[key])
     latent, patch, config = entry.pop("latent"), entry.pop("patch"), entry["config"]
     lists = tuple(
-        BlockList(
-            name=blocks["name"],
-            count=config[blocks["count"]],
-            argument=blocks["count"],
-            inputs=blocks["inputs"],
-            sees=blocks["sees"],
-        )
+        BlockList(**blocks | {"count": config[blocks["count"]], "argument": blocks["count"]})
         for blocks in entry.pop("blocks")
     )
     sizes = [size // step for size, step in zip(latent, patch, strict=True)]
@@ -126,6 +118,6 @@ def synthetic_model(name: str) -> SyntheticModel:
 
 
 def _contents() -> dict[str, Any]:
-    text = resources.files("s2q.models").joinpath(_FILE).read_text(encoding="utf-8")
+    text = resources.files("s2q.models").joinpath("synthetic.yaml").read_text(encoding="utf-8")
     contents: dict[str, Any] = yaml.safe_load(text)
     return contents

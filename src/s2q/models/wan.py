@@ -15,13 +15,8 @@ WAN = Family(
     modulation=(),
     shared_inputs=(
         ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-        ("attn1.to_out.0",),
-        ("attn2.to_q",),
         ("attn2.to_k", "attn2.to_v"),
         ("attn2.add_k_proj", "attn2.add_v_proj"),
-        ("attn2.to_out.0",),
-        ("ffn.net.0.proj",),
-        ("ffn.net.2",),
     ),
     text_linears=("attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj"),
     attention="attn1",
