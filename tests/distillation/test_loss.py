@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
-from s2q.distillation.loss import split_weights, weighted_token_loss
+from s2q.distillation.loss import weighted_token_loss
 
 
 def draw(*shape, seed=0):
@@ -72,15 +72,6 @@ def test_half_precision_is_computed_in_fp32():
     loss = weighted_token_loss([student], [teacher])
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, weighted_token_loss([student.float()], [teacher.float()]))
-
-
-def test_split_weights_cuts_at_the_lengths_of_the_streams():
-    weights = draw(2, 8)
-    text, video = split_weights(weights, [3, 5])
-    assert torch.equal(torch.cat([text, video], dim=1), weights)
-    assert text.shape == (2, 3)
-    with pytest.raises(InvalidInputError, match="8 tokens; expected 9"):
-        split_weights(weights, [4, 5])
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def test_error_bound_of_the_nearest_plane(seed):
     """Without clamping, each e_i is at most Δ/2 / U_ii, and the damped error is the sum of the e_i²."""
     weight, x = draw(6, 12, seed=seed), correlated(40, 12, seed=seed)
     hessian, scheme = hessian_of(x), QuantScheme(num_bits=8, granularity=PerChannel())
-    scale = torch.full((6,), 0.2)  # 8 bits reach 25: nothing is clamped
-    rounded, _ = round_gptq(weight, scheme, hessian=hessian, scale=scale)
+    ratio = 0.2 / weight_scale(weight, scheme)  # scales of 0.2, and 8 bits reach 25: nothing is clamped
+    rounded, _ = round_gptq(weight, scheme, hessian=hessian, clip_ratio=ratio)
     order = hessian.diagonal().argsort(descending=True)
     damped = hessian.double() + 0.01 * hessian.diagonal().mean().double() * torch.eye(12)
     in_order = damped[order][:, order]
@@ -125,11 +125,11 @@ def test_dead_columns_are_rounded_to_nearest_and_do_not_disturb_the_others():
     x, weight = correlated(60, 16), draw(8, 16)
     x[:, [3, 11]] = 0
     hessian, alive = hessian_of(x), [column for column in range(16) if column not in (3, 11)]
-    scale = weight_scale(weight, W4)
-    rounded, report = round_gptq(weight, W4, hessian=hessian, scale=scale)
+    weight[:, [3, 11]] /= 10  # so that the scales are those of the others
+    rounded, report = round_gptq(weight, W4, hessian=hessian)
     assert report.dead_columns == 2
     assert torch.equal(rounded.codes[:, [3, 11]], round_rtn(weight, W4).codes[:, [3, 11]])
-    alone, _ = round_gptq(weight[:, alive], W4, hessian=hessian[alive][:, alive], scale=scale)
+    alone, _ = round_gptq(weight[:, alive], W4, hessian=hessian[alive][:, alive])
     assert torch.equal(rounded.codes[:, alive], alone.codes)
 
 
@@ -170,16 +170,12 @@ def test_a_zero_weight_and_a_constant_channel():
     assert (rounded.codes[2] == 7).all()
 
 
-def test_clip_ratio_and_given_scale():
+def test_clip_ratio_is_that_of_the_scale():
     weight, hessian = draw(5, 24), hessian_of(correlated(60, 24))
     ratio = torch.linspace(0.5, 1, 5)
     clipped, _ = round_gptq(weight, W4, hessian=hessian, clip_ratio=ratio)
-    scale = weight_scale(weight, W4, clip_ratio=ratio)
-    given, _ = round_gptq(weight, W4, hessian=hessian, scale=scale)
-    assert torch.equal(clipped.scale, scale)
-    assert torch.equal(clipped.codes, given.codes)
-    with pytest.raises(InvalidInputError, match="a scale and a clip ratio"):
-        round_gptq(weight, W4, hessian=hessian, scale=scale, clip_ratio=ratio)
+    assert torch.equal(clipped.scale, weight_scale(weight, W4, clip_ratio=ratio))
+    assert clipped.codes.min() == -8
 
 
 @pytest.mark.parametrize("dampening_frac", [0.0, 0.01])

@@ -217,19 +217,15 @@ def _ahead(samples: BlockSamples, order: Iterable[int]) -> Iterator[BlockSample]
 
 
 def _loss(block: nn.Module, sample: BlockSample, temporal: float) -> Tensor:
-    outputs = _streams(block, sample)
+    with token_grid(sample.grid):
+        output = block(**sample.inputs)
+    outputs = output if isinstance(output, tuple) else (output,)
     loss = weighted_token_loss(outputs, sample.outputs, weights=sample.weights)
     if temporal == 0:
         return loss
     assert sample.grid is not None
     video, channels = sample.video, sample.outputs[sample.video].shape[-1]
     return loss + temporal * channels * temporal_loss(outputs[video], sample.outputs[video], frames=sample.grid.frames)
-
-
-def _streams(block: nn.Module, sample: BlockSample) -> Sequence[Tensor]:
-    with token_grid(sample.grid):
-        output = block(**sample.inputs)
-    return output if isinstance(output, tuple) else (output,)
 
 
 def _learnable(student: nn.Module, options: Distillation | Refinement) -> list[dict[str, Any]]:

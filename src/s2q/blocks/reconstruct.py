@@ -24,6 +24,7 @@ from s2q.calibration.observe import observe
 from s2q.calibration.samples import BlockSamples
 from s2q.common.memory import to_device
 from s2q.common.seeds import derive_seed
+from s2q.distillation.options import Distillation, Refinement
 from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
 from s2q.planning.resolve import LinearPlan
 from s2q.rounding import AdaRound, Rounding, penalize, roundings_of
@@ -102,10 +103,10 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     stream.advance(task.index)
     groups = input_groups(task.linears, family)
     targets = stream.store("targets")
-    samples = BlockSamples(stream, targets, family.streams, cast)
+    samples = BlockSamples(stream, targets, cast)
     work = BlockWork(task=task, teacher=teacher)
     try:
-        statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family, block=task.index)
+        statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family)
         yield BlockStudents(work=work, samples=samples, statistics=statistics)
     finally:
         targets.clear()
@@ -126,16 +127,8 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     loss["initial"] = measured(student)
     report = None
     if recipe.distillation is not None:
-        with checkpoint_parts(student) if task.checkpointed else nullcontext():
-            report = distil(
-                student,
-                samples,
-                options=recipe.distillation,
-                temporal=recipe.loss.temporal,
-                seed=derive_seed(task.block_seed, "order"),
-                penalty=rounding_penalty(student, recipe.rounding),
-                epoch_done=task.progress,
-            )
+        seed, penalty = derive_seed(task.block_seed, "order"), rounding_penalty(student, recipe.rounding)
+        report = _learn(student, samples, task, recipe.distillation, seed=seed, penalty=penalty)
         loss["distilled"] = report.loss
     student.requires_grad_(False)
     packed, rounding = pack_students(student, work, samples, list(opened.statistics))
@@ -157,6 +150,23 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     )
 
 
+def _learn(
+    student: nn.Module,
+    samples: BlockSamples,
+    task: BlockTask,
+    options: Distillation | Refinement,
+    *,
+    seed: int,
+    penalty: Callable[[float], None] = lambda progress: None,
+) -> DistillationReport:
+    """Distil a student; its parts are computed again in the backward pass where the task says so."""
+    temporal = task.recipe.loss.temporal
+    with checkpoint_parts(student) if task.checkpointed else nullcontext():
+        return distil(
+            student, samples, options=options, temporal=temporal, seed=seed, penalty=penalty, epoch_done=task.progress
+        )
+
+
 def rounding_penalty(student: nn.Module, rounding: Rounding) -> Callable[[float], None]:
     """Return what adds the gradient of the rounding penalty, by the fraction of steps completed."""
     if not isinstance(rounding, AdaRound):
@@ -168,20 +178,12 @@ def _refine(
     student: nn.Module, packed: Mapping[str, PackedLinear], samples: BlockSamples, task: BlockTask
 ) -> tuple[dict[str, PackedLinear], DistillationReport]:
     """Learn what scales and corrects the codes of a block; the student is used up."""
-    recipe = task.recipe
-    assert recipe.refinement is not None
+    options = task.recipe.refinement
+    assert options is not None
     layers = {name: RefinedLinear(layer, source=student.get_submodule(name).source) for name, layer in packed.items()}
     for name, layer in layers.items():
         replace_module(student, name, layer)
         if isinstance(layer.source.clip, LearnableClip):
             layer.source.clip.requires_grad_(True)
-    with checkpoint_parts(student) if task.checkpointed else nullcontext():
-        report = distil(
-            student,
-            samples,
-            options=recipe.refinement,
-            temporal=recipe.loss.temporal,
-            seed=derive_seed(task.seed, "refinement", task.index),
-            epoch_done=task.progress,
-        )
+    report = _learn(student, samples, task, options, seed=derive_seed(task.seed, "refinement", task.index))
     return {name: layer.repacked() for name, layer in layers.items()}, report

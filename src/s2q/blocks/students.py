@@ -101,16 +101,13 @@ def _students(
     for linear, module in zip(group, modules, strict=True):
         estimator = None
         if path.estimator:
-            estimator = Estimator(
-                linear.in_features,
-                linear.out_features,
-                frames=path.estimator_frames,
-                seed=derive_seed(seed, "estimator", linear.inner_name),
-            ).to(weights[0].device)
-        if recipe.clip.weights:
-            layer = StudentLinear.with_clip(module, scheme=linear.scheme, source=source, estimator=estimator)
-        else:
-            layer = StudentLinear(module, scheme=linear.scheme, source=source, estimator=estimator)
+            sizes, own_seed = (
+                (linear.in_features, linear.out_features),
+                derive_seed(seed, "estimator", linear.inner_name),
+            )
+            estimator = Estimator(*sizes, frames=path.estimator_frames, seed=own_seed).to(weights[0].device)
+        make = StudentLinear.with_clip if recipe.clip.weights else StudentLinear
+        layer = make(module, scheme=linear.scheme, source=source, estimator=estimator)
         if recipe.rounding.learned:
             layer.rounding = LearnedRounding(layer.folded_weight(), linear.scheme.weight)
         layers.append(layer)

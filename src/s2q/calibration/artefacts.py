@@ -77,7 +77,7 @@ class Argument:
         """Return its tensors by their names in the artefact."""
         if isinstance(self.content, Tensor):
             return {f"arguments.{name}": self.content}
-        return dict(zip(self._part_names(name, self.parts), self.content, strict=True)) if self.parts else {}
+        return {f"arguments.{name}.{part}": self.content[part] for part in range(self.parts)}
 
     @property
     def parts(self) -> int:
@@ -96,12 +96,8 @@ class Argument:
         if "value" in record:
             return cls(content=record["value"])
         if record["parts"]:
-            return cls(content=tuple(tensors[part] for part in cls._part_names(name, record["parts"])))
+            return cls(content=tuple(tensors[f"arguments.{name}.{part}"] for part in range(record["parts"])))
         return cls(content=tensors[f"arguments.{name}"], per_step=record["per_step"], per_branch=record["per_branch"])
-
-    @staticmethod
-    def _part_names(name: str, parts: int) -> list[str]:
-        return [f"arguments.{name}.{part}" for part in range(parts)]
 
 
 def to_artefact(trajectory: Trajectory, *, channel_dim: int) -> Artefact:

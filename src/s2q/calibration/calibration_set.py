@@ -100,8 +100,7 @@ def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: Calibrati
             "both": list(range(branches)),
         }[group.branches]
         calls += [CalibrationCall(prompt=candidate.prompt, step=candidate.step, branch=row) for row in rows]
-    taken = set(chosen)
-    scores = zip(pool.diffusion_salience, pool.quantization_salience, pool.salience, strict=True)
+    scores = zip(pool.candidates, pool.diffusion_salience, pool.quantization_salience, pool.salience, strict=True)
     record = {
         "schema_version": SELECTION_VERSION,
         "selection": group.selection,
@@ -116,11 +115,9 @@ def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: Calibrati
                 "diffusion_salience": diffusion,
                 "quantization_salience": quantization,
                 "salience": salience,
-                "selected": index in taken,
+                "selected": index in chosen,
             }
-            for index, (candidate, (diffusion, quantization, salience)) in enumerate(
-                zip(pool.candidates, scores, strict=True)
-            )
+            for index, (candidate, diffusion, quantization, salience) in enumerate(scores)
         ],
     }
     steps = enumerate(sorted({candidate.step for candidate in pool.candidates}))

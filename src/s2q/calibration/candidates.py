@@ -8,6 +8,7 @@ again.
 Legend: `R` guidance branches, `f` latent frames, `C` latent channels, `h`, `w` latent height and width.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ def prepare(
         "configs": [dict(part.config) for part in _parts(teacher.pipe, "scheduler", "guider")],
         **inputs,
     }
-    digest = fingerprint(_plain(described), _parts_to_hash(teacher))
+    digest = fingerprint(json.loads(json.dumps(described, default=str)), _parts_to_hash(teacher))
     return CalibrationInputs(prompts=tuple(prompts), settings=settings, fingerprint=digest, seed=seed)
 
 
@@ -177,11 +178,3 @@ def _parts_to_hash(teacher: Teacher) -> Iterator[nn.Module]:
     for part in (*encoders, *transformers_of(teacher.pipe).values()):
         yield part
         teacher.page_out(part)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -14,7 +14,6 @@ from torch import nn
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.samples import BlockSamples
 from s2q.common.hooks import capture_inputs
-from s2q.distillation.loss import split_weights
 from s2q.distillation.token_importance import capture_column_sums, token_weights
 from s2q.models import Family
 from s2q.planning.resolve import LinearPlan
@@ -33,7 +32,6 @@ def observe(
     *,
     recipe: Recipe,
     family: Family,
-    block: int,
 ) -> dict[tuple[LinearPlan, ...], InputStatistics]:
     """Store targets and token weights of every sample; return the statistics of the input of each group of linears."""
     loss, settings = recipe.loss, recipe.transforms
@@ -55,7 +53,7 @@ def observe(
         ):
             outputs = teacher(**samples.inputs(index))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        samples.stream.check(outputs, block=block, sample=index)
+        samples.stream.check(outputs, sample=index)
         stored = dict(zip(family.streams, outputs, strict=True))
         if captured is not None:
             lengths = [stored[name].shape[1] for name in family.joint_order]
@@ -63,7 +61,7 @@ def observe(
             left_out = sum(lengths) - sums.shape[1]  # text at the end that a prompt does not fill gets no attention
             assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == "encoder_hidden_states"), left_out
             weights = token_weights(F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
-            by_stream = dict(zip(family.joint_order, split_weights(weights, lengths), strict=True))
+            by_stream = dict(zip(family.joint_order, weights.split(lengths, dim=1), strict=True))
             for name, output in zip(family.streams, outputs, strict=True):
                 stored[f"weights.{name}"] = by_stream.get(name, torch.ones_like(output[..., 0]))
         samples.targets.put(index, stored)

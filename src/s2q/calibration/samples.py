@@ -3,7 +3,7 @@
 Legend: `N_k` tokens of stream k, `d` channels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,25 +37,20 @@ class BlockSample:
 class BlockSamples:
     """The samples of a block: inputs from the stream, targets and weights from a store; on the device.
 
-    Args:
-        stream: Where inputs come from.
-        targets: Where outputs and token weights are kept.
-        streams: Names of the streams that the block returns.
-        cast: Brings a tensor to the device, in the dtype of calibration.
+    `cast` brings what has tensors to the device, in the dtype of calibration.
     """
 
-    def __init__(
-        self, stream: TeacherStream, targets: TensorStore, streams: Sequence[str], cast: Callable[[Any], Any]
-    ) -> None:
-        self.stream, self.targets, self.streams, self.cast = stream, targets, streams, cast
-        self.device = stream.device
+    def __init__(self, stream: TeacherStream, targets: TensorStore, cast: Callable[[Any], Any]) -> None:
+        self.stream, self.targets, self.cast = stream, targets, cast
+        self.device, self.streams = stream.device, stream.streams
 
     def __len__(self) -> int:
         return len(self.stream)
 
     def inputs(self, index: int) -> dict[str, Any]:
         """Return the keyword arguments of a call of the block."""
-        return {name: self.cast(value) for name, value in self.stream.inputs(index).items()}
+        inputs: dict[str, Any] = self.cast(self.stream.inputs(index))
+        return inputs
 
     def read(self, index: int) -> BlockSample:
         """Return a sample as it is stored, in host memory."""
@@ -73,7 +68,7 @@ class BlockSamples:
         """Return a sample on the device, its inputs in the dtype of calibration."""
         return replace(
             sample,
-            inputs={name: self.cast(value) for name, value in sample.inputs.items()},
+            inputs=self.cast(sample.inputs),
             outputs=to_device(sample.outputs, self.device),
             weights=to_device(sample.weights, self.device),
         )

@@ -89,7 +89,7 @@ class TeacherStream:
             self._start()
         assert self._position is not None
         while self._position < block:
-            self._pass(self._position)
+            self._pass()
             self._position += 1
 
     def inputs(self, sample: int) -> dict[str, Any]:
@@ -109,11 +109,12 @@ class TeacherStream:
         for conditioning in self._conditioning:
             yield self._renamed({**conditioning, **self._moving.get(0)})
 
-    def check(self, outputs: Sequence[Tensor], *, block: int, sample: int) -> None:
-        """Refuse NaN and infinite values in what a block returns."""
+    def check(self, outputs: Sequence[Tensor], *, sample: int) -> None:
+        """Refuse NaN and infinite values in what the block at hand returns."""
+        assert self._position is not None
         for name, output in zip(self.streams, outputs, strict=True):
             if not bool(torch.isfinite(output).all()):
-                block_name = full_name(self.component, self.block_names[block])
+                block_name = full_name(self.component, self.block_names[self._position])
                 raise InvalidInputError(
                     f"{block_name}: its {name} for {self.names[sample]} contain NaN or infinite values; "
                     "check the model, or use another dtype (float16 overflows where bfloat16 does not)"
@@ -159,13 +160,14 @@ class TeacherStream:
         return {names.get(name, name): value for name, value in arguments.items()}
 
     @torch.no_grad()
-    def _pass(self, index: int) -> None:
-        block = self.transformer.get_submodule(self.block_names[index])
+    def _pass(self) -> None:
+        assert self._position is not None
+        block = self.transformer.get_submodule(self.block_names[self._position])
         with on_device(block.modules(), self.device):
             for sample in range(len(self)):
                 outputs = block(**to_device(self.inputs(sample), self.device))
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-                self.check(outputs, block=index, sample=sample)
+                self.check(outputs, sample=sample)
                 self._moving.put(sample, dict(zip(self.streams, outputs, strict=True)))
         self.page_out(block)
 

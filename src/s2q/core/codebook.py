@@ -38,9 +38,6 @@ def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | s
     """Return the levels of the codes of a weight or an activation in units of its scale, fp32 [2^N], rising.
 
     None for uniform levels, where a code is its level. The dimension d is I, or the group size.
-
-    Raises:
-        InvalidInputError: If I is not a multiple of the group size, or fewer than two values share a scale.
     """
     if scheme.levels == UNIFORM:
         return None
@@ -81,10 +78,7 @@ def _bucketize(values: Tensor, bounds: Tensor) -> Tensor:
 def lloyd_max_levels(num_bits: int, dimension: int) -> tuple[float, ...]:
     """Compute the 2^N levels of least squared error for √d times a coordinate of a random point of the unit sphere.
 
-    They are symmetric; 0 is not among them.
-
-    Raises:
-        InvalidInputError: If d is below 2.
+    They are symmetric; 0 is not among them. InvalidInputError if d is below 2: one value to a scale.
     """
     if dimension < 2:
         raise InvalidInputError(

@@ -66,8 +66,7 @@ class InputPart:
 
     Attributes:
         tensors: What is stored for it, by name.
-        is_sized: Whether its value is a size, a whole number from 1, or None without it; otherwise a flag.
-        default: The value of a path that does not name it.
+        default: The value of a path that does not name it: a flag, or None where the value is a size, from 1.
         needs: The part without which it must have its default.
         always_written: Whether JSON has it at its default too, as all versions of checkpoints know it.
         apply: Takes y [..., I], transformed, and the tensors of the part that belong to the input; returns what is
@@ -78,12 +77,16 @@ class InputPart:
     """
 
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
-    is_sized: bool = False
     default: bool | None = False
     needs: str | None = None
     always_written: bool = False
     apply: Callable[..., tuple[Tensor, Tensor | None]] | None = None
     restore: Callable[..., Tensor] | None = None
+
+    @property
+    def is_sized(self) -> bool:
+        """Whether its value is a size or None, not a flag."""
+        return self.default is None
 
     @property
     def input_names(self) -> list[str]:
@@ -100,23 +103,16 @@ PARTS: dict[str, InputPart] = {
     "shift": InputPart(tensors={"input_shift": StoredTensor(lambda i, o, size: (i,))}, always_written=True),
     "scale": InputPart(tensors={f"{PREFIX}scale": StoredTensor(lambda i, o, size: (i,))}, always_written=True),
     "left": InputPart(
-        tensors={f"{PREFIX}left": StoredTensor(lambda i, o, n1: (n1, n1))},
-        is_sized=True,
-        default=None,
-        always_written=True,
+        tensors={f"{PREFIX}left": StoredTensor(lambda i, o, n1: (n1, n1))}, default=None, always_written=True
     ),
     "right": InputPart(
-        tensors={f"{PREFIX}right": StoredTensor(lambda i, o, n2: (n2, n2))},
-        is_sized=True,
-        default=None,
-        always_written=True,
+        tensors={f"{PREFIX}right": StoredTensor(lambda i, o, n2: (n2, n2))}, default=None, always_written=True
     ),
     "low_rank": InputPart(
         tensors={
             "low_rank_basis": StoredTensor(lambda i, o, rank: (i, rank), "BF16"),
             "low_rank_weight": StoredTensor(lambda i, o, rank: (o, rank), "BF16", of_linear=True),
         },
-        is_sized=True,
         default=None,
         always_written=True,
     ),
@@ -132,7 +128,6 @@ PARTS: dict[str, InputPart] = {
     ),
     "estimator_frames": InputPart(
         tensors={"estimator_frames": StoredTensor(lambda i, o, frames: (frames,), of_linear=True)},
-        is_sized=True,
         default=None,
         needs="estimator",
     ),
@@ -254,13 +249,9 @@ class InputPath:
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> InputPath:
-        """Return the path that stored tensors are of; parts without tensors have their defaults.
+        """Return the path of tensors by their names in a packed linear; parts without tensors have their defaults.
 
-        Args:
-            tensors: By their names in a packed linear; the size of a part is the last dimension of its first tensor.
-
-        Raises:
-            InvalidInputError: If no part has a tensor of such a name.
+        The size of a part is the last dimension of its first tensor. InvalidInputError if no part has such a tensor.
         """
         known = stored_tensors()
         for name in tensors:
@@ -281,11 +272,7 @@ class InputPath:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> InputPath:
-        """Read what `to_dict` wrote; missing parts have their defaults.
-
-        Raises:
-            InvalidInputError: If a part is unknown or not valid.
-        """
+        """Read what `to_dict` wrote; missing parts have their defaults; see `InputPath` for what is refused."""
         if not isinstance(content, Mapping):
             raise InvalidInputError(f"input path: got {type(content).__name__}; expected a mapping")
         return cls(**content)

@@ -20,11 +20,7 @@ _SCALE_BYTES = 4  # scales are stored in fp32
 
 
 def packed_width(num_bits: int, in_features: int) -> int:
-    """Return P, the bytes of a packed row: ⌈I / 2⌉ up to 4 bits, I above.
-
-    Raises:
-        InvalidInputError: If num_bits is not 2 to 8.
-    """
+    """Return P, the bytes of a packed row: ⌈I / 2⌉ up to 4 bits, I above; InvalidInputError if N is not 2 to 8."""
     if not MIN_BITS <= num_bits <= MAX_BITS:
         raise InvalidInputError(f"num_bits={num_bits}; expected a whole number from {MIN_BITS} to {MAX_BITS}")
     return (in_features + 1) // 2 if num_bits <= 4 else in_features

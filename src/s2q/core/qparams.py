@@ -51,9 +51,6 @@ def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio =
     """Compute the static scale of a weight [O, I], fp32 [O] (PerChannel) or [O, G] (PerGroup).
 
     The clip ratio in (0, 1] broadcasts to it. 0 where all values are 0 and the levels are not uniform.
-
-    Raises:
-        InvalidInputError: If I is not a multiple of the group size, or the granularity is PerToken.
     """
     match scheme.granularity:
         case PerChannel():
@@ -143,12 +140,8 @@ def fake_quantize_input(
         scheme: Dynamic, PerToken or PerGroup.
         clip_ratio: Factor in (0, 1] on the scale, broadcasts to [..., 1]. Means are not clipped.
         grid: Where the video tokens lie among N.
-
-    Raises:
-        InvalidInputError: If I is not a multiple of the group size.
     """
-    known = scheme.delta is not None and grid is not None and x.ndim > 2
-    offset = grid.offset(x.shape[-2]) if known and grid is not None else None
+    offset = None if scheme.delta is None or grid is None or x.ndim == 2 else grid.offset(x.shape[-2])
     if offset is None or grid is None:
         return _fake_quantize_tokens(x, scheme, clip_ratio)
     before, video, after = torch.split(x, [offset, grid.tokens, x.shape[-2] - offset - grid.tokens], dim=-2)

@@ -35,8 +35,7 @@ _UNITS = _DECIMAL | _BINARY
 def parse_bytes(size: int | str, *, option: str) -> int:
     """Return the bytes that a size means, in either case: 16GB is 16 · 10⁹, 16GiB is 16 · 2³⁰; an int is bytes.
 
-    Raises:
-        InvalidInputError: If it is no size, or not above zero; `option` is what it was given for.
+    InvalidInputError if it is no size, or not above zero; `option` is what it was given for.
     """
     if isinstance(size, bool) or not isinstance(size, str | Integral):
         raise InvalidInputError(f"{option}: got {short_repr(size)}; expected a size such as 16GB or 24GiB")

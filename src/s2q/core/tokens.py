@@ -141,11 +141,7 @@ class TokenLayout:
             raise InvalidInputError(f"token layout: patch={self.patch!r}; expected three whole numbers from 1")
 
     def grid(self, arguments: Mapping[str, Any]) -> TokenGrid:
-        """Return the grid of a call of the transformer.
-
-        Raises:
-            InvalidInputError: If the arguments do not say how many frames, rows and columns there are.
-        """
+        """Return the grid of a call of the transformer; InvalidInputError if the arguments do not define it."""
         latents = arguments.get("hidden_states")
         shape = tuple(getattr(latents, "shape", ()))
         sizes: tuple[Any, ...] = ()

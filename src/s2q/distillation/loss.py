@@ -77,19 +77,6 @@ def weighted_token_loss(
     return total / tokens
 
 
-def split_weights(weights: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
-    """Cut the weights of a joint sequence, [B, n], into those of its streams, [B, N_k], in the order of their lengths.
-
-    Raises:
-        InvalidInputError: If the lengths do not add up to n.
-    """
-    if sum(lengths) != weights.shape[1]:
-        raise InvalidInputError(
-            f"token weights: got {weights.shape[1]} tokens; expected {sum(lengths)}, the sum of {list(lengths)}"
-        )
-    return tuple(torch.split(weights, list(lengths), dim=1))
-
-
 def _check_stream(index: int, student: Tensor, teacher: Tensor, weights: Tensor | None) -> None:
     if student.shape != teacher.shape or student.ndim != 3 or student.numel() == 0:
         raise InvalidInputError(

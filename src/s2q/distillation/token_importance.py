@@ -25,22 +25,21 @@ from s2q.ops.attention_colsum import attention_colsum
 _CONSTANT = 1e-5  # spread of S, relative to its largest value, below which it is rounding noise
 
 
-class CapturedSums:
-    """The column sums of the captured attention calls.
+class CapturedSums(TorchFunctionMode):
+    """Captures column sums of `F.scaled_dot_product_attention` while the module of interest is running.
 
     Attributes:
         calls: fp32 [B, N] of each call, in order.
+        depth: Calls of the module that are running; 0 outside.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.calls: list[Tensor] = []
+        self.depth = 0
 
     def joined(self) -> Tensor:
-        """Return the sums of all calls as one batch, fp32 [ΣB, N]; models that attend sample by sample call often.
-
-        Raises:
-            InvalidInputError: If no call was captured, or the calls have different numbers of tokens.
-        """
+        """Return the sums of all calls as one batch, fp32 [ΣB, N]; models that attend sample by sample call often."""
         if not self.calls:
             raise InvalidInputError(
                 "token importance: no self-attention was captured; the attention module must have run inside the "
@@ -50,74 +49,6 @@ class CapturedSums:
         if len(lengths) > 1:
             raise InvalidInputError(f"token importance: captured attention over {lengths} tokens; expected one length")
         return torch.cat(self.calls)
-
-
-@contextmanager
-def capture_column_sums(attention: nn.Module) -> Iterator[CapturedSums]:
-    """Listen to the attention calls inside one module.
-
-    Outputs do not change. The N × N map is not formed; see `s2q.ops.attention_colsum`.
-
-    Args:
-        attention: The module whose attention says what matters, `block.attn1` for example.
-
-    Yields:
-        What has been captured so far.
-
-    Raises:
-        InvalidInputError: From the call itself, if it asks for causal attention or dropout.
-    """
-    captured = CapturedSums()
-    listener = _Listener(captured)
-
-    def enter(_module: nn.Module, _args: Any) -> None:
-        listener.depth += 1
-
-    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        listener.depth -= 1
-
-    handles = [attention.register_forward_pre_hook(enter), attention.register_forward_hook(leave, always_call=True)]
-    try:
-        with listener:
-            yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def token_weights(sums: Tensor, *, lambda_min: float = 0.5, lambda_max: float = 1.0) -> Tensor:
-    """Turn column sums S, [B, N], into loss weights, fp32 [B, N] in [λ_min, λ_max], each sample by itself (eq. 11).
-
-    A sample whose S is constant (to within rounding, 1e-5 of its largest value) gives no reason to prefer a token; all
-    of its weights are λ_max, which is the unweighted loss where λ_max = 1. A sample of one token is such a case.
-
-    Raises:
-        InvalidInputError: If S is not [B, N] with at least one token, contains NaN or infinite values, or the range is
-            not 0 ≤ λ_min ≤ λ_max, 0 < λ_max.
-    """
-    if not 0 <= lambda_min <= lambda_max < float("inf") or lambda_max == 0:
-        raise InvalidInputError(
-            f"token weights: got lambda_min={lambda_min}, lambda_max={lambda_max}; expected 0 <= min <= max, 0 < max"
-        )
-    if sums.ndim != 2 or sums.shape[1] == 0:
-        raise InvalidInputError(f"token weights: got sums of shape {list(sums.shape)}; expected [B, N]")
-    if not bool(sums.isfinite().all()):
-        raise InvalidInputError("token weights: the sums contain NaN or infinite values; check the model's activations")
-    values = sums.double()
-    lowest, highest = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
-    spread = highest - lowest
-    constant = spread <= _CONSTANT * highest.abs()
-    position = torch.where(constant, 1.0, (values - lowest) / torch.where(constant, 1.0, spread))
-    return (lambda_min + (lambda_max - lambda_min) * position).clamp(lambda_min, lambda_max).float()
-
-
-class _Listener(TorchFunctionMode):
-    """Captures `F.scaled_dot_product_attention` while the module of interest is running."""
-
-    def __init__(self, captured: CapturedSums) -> None:
-        super().__init__()
-        self.captured = captured
-        self.depth = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -148,4 +79,54 @@ class _Listener(TorchFunctionMode):
             )
         if enable_gqa:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        self.captured.calls.append(attention_colsum(query.detach(), key.detach(), mask=attn_mask, scale=scale))
+        self.calls.append(attention_colsum(query.detach(), key.detach(), mask=attn_mask, scale=scale))
+
+
+@contextmanager
+def capture_column_sums(attention: nn.Module) -> Iterator[CapturedSums]:
+    """Listen to the attention calls inside one module, `block.attn1` for example; yield what has been captured.
+
+    Outputs do not change. The N × N map is not formed; see `s2q.ops.attention_colsum`. The call itself raises
+    InvalidInputError if it asks for causal attention or dropout.
+    """
+    captured = CapturedSums()
+
+    def enter(_module: nn.Module, _args: Any) -> None:
+        captured.depth += 1
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        captured.depth -= 1
+
+    handles = [attention.register_forward_pre_hook(enter), attention.register_forward_hook(leave, always_call=True)]
+    try:
+        with captured:
+            yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def token_weights(sums: Tensor, *, lambda_min: float = 0.5, lambda_max: float = 1.0) -> Tensor:
+    """Turn column sums S, [B, N], into loss weights, fp32 [B, N] in [λ_min, λ_max], each sample by itself (eq. 11).
+
+    A sample whose S is constant (to within rounding, 1e-5 of its largest value) gives no reason to prefer a token; all
+    of its weights are λ_max, which is the unweighted loss where λ_max = 1. A sample of one token is such a case.
+
+    Raises:
+        InvalidInputError: If S is not [B, N] with at least one token, contains NaN or infinite values, or the range is
+            not 0 ≤ λ_min ≤ λ_max, 0 < λ_max.
+    """
+    if not 0 <= lambda_min <= lambda_max < float("inf") or lambda_max == 0:
+        raise InvalidInputError(
+            f"token weights: got lambda_min={lambda_min}, lambda_max={lambda_max}; expected 0 <= min <= max, 0 < max"
+        )
+    if sums.ndim != 2 or sums.shape[1] == 0:
+        raise InvalidInputError(f"token weights: got sums of shape {list(sums.shape)}; expected [B, N]")
+    if not bool(sums.isfinite().all()):
+        raise InvalidInputError("token weights: the sums contain NaN or infinite values; check the model's activations")
+    values = sums.double()
+    lowest, highest = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
+    spread = highest - lowest
+    constant = spread <= _CONSTANT * highest.abs()
+    position = torch.where(constant, 1.0, (values - lowest) / torch.where(constant, 1.0, spread))
+    return (lambda_min + (lambda_max - lambda_min) * position).clamp(lambda_min, lambda_max).float()

@@ -73,9 +73,6 @@ class LearnedRounding(nn.Module):
         floor: Buffer int8 [O, I], the codes below W / Δ.
         scale: Buffer fp32 [O] or [O, G], Δ.
         soft: Whether the weight is that of h(V), which has a gradient, and not that of its decision.
-
-    Raises:
-        InvalidInputError: If I is not a multiple of the group size.
     """
 
     floor: Tensor

@@ -100,7 +100,6 @@ def round_gptq(
     *,
     hessian: Tensor,
     clip_ratio: ClipRatio = None,
-    scale: Tensor | None = None,
     options: GPTQ | None = None,
 ) -> tuple[RoundedWeight, GPTQReport]:
     """Round a weight so that the error of the layer's output is small, not that of the weight.
@@ -110,20 +109,16 @@ def round_gptq(
         scheme: PerChannel or PerGroup.
         hessian: [I, I] of the layer's input, transformed and quantized; see `HessianAccumulator`.
         clip_ratio: Factor in (0, 1] on the scale, broadcasts to it.
-        scale: fp32 [O] or [O, G] to use unchanged; None computes it from weight and clip ratio.
         options: None is the defaults.
 
     Raises:
-        InvalidInputError: If shapes do not fit, H or W are not finite, or both clip ratio and scale are given.
+        InvalidInputError: If shapes do not fit, or H or W are not finite.
         S2QError: If no factorization succeeds and the options do not allow the fallback.
     """
     options = options or GPTQ()
     weight, hessian = weight.float(), hessian.to(device=weight.device, dtype=torch.float32)
     _check(weight, hessian)
-    if scale is None:
-        scale = weight_scale(weight, scheme, clip_ratio=clip_ratio)
-    elif clip_ratio is not None:
-        raise InvalidInputError("gptq: got a scale and a clip ratio; expected only one of them")
+    scale = weight_scale(weight, scheme, clip_ratio=clip_ratio)
     levels = levels_of(scheme, weight.shape[1], device=weight.device)
     nearest = quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
     rtn_rows = hessian_error(dequantize_weight(nearest, scale, levels=levels) - weight, hessian)

@@ -10,11 +10,7 @@ from s2q.core.schemes import QuantScheme
 
 @torch.no_grad()
 def round_rtn(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> RoundedWeight:
-    """Round a weight [O, I] to the nearest codes, in fp32, on its device; the clip ratio broadcasts to the scale.
-
-    Raises:
-        InvalidInputError: If I is not a multiple of the group size.
-    """
+    """Round a weight [O, I] to the nearest codes, in fp32, on its device; the clip ratio broadcasts to the scale."""
     scale = weight_scale(weight, scheme, clip_ratio=clip_ratio)
     levels = levels_of(scheme, weight.shape[1], device=weight.device)
     codes = quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
