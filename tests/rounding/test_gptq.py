@@ -8,7 +8,9 @@ from s2q.common.errors import InvalidInputError, S2QError
 from s2q.core.codebook import levels_of
 from s2q.core.qparams import code_range, dequantize_weight, weight_scale
 from s2q.core.schemes import PerChannel, QuantScheme
-from s2q.rounding import GPTQ, HessianAccumulator, hessian_error, round_gptq, round_rtn
+from s2q.rounding import round_rtn
+from s2q.rounding.gptq import GPTQ, round_gptq
+from s2q.rounding.hessian import HessianAccumulator, hessian_error
 from schemes import weights
 
 W4 = weights(4)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
-from s2q.rounding import HessianAccumulator, hessian_error
+from s2q.rounding.hessian import HessianAccumulator, hessian_error
 
 
 def draw(*shape, seed=0):

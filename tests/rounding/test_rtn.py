@@ -3,9 +3,9 @@ import torch
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
-from s2q.core.qparams import code_range, dequantize_weight, weight_scale
+from s2q.core.qparams import RoundedWeight, code_range, dequantize_weight, weight_scale
 from s2q.core.schemes import PerChannel, PerGroup, QuantScheme
-from s2q.rounding import ROUNDINGS, RoundedWeight, round_rtn
+from s2q.rounding import ROUNDINGS, round_rtn
 
 GRANULARITIES = [PerChannel(), PerGroup(group_size=8), PerGroup(group_size=24)]
 

@@ -22,7 +22,6 @@ class BlockTask:
 
     Attributes:
         block: The full-precision block as it is stored; never changed.
-        family: Family of the model.
         seed: Seed of the run; the block's own is derived from it and the index.
         stream: The teacher's stream; is moved to the block. None for recipes that need no samples.
         checkpointed: Whether a step of distillation computes parts of the block again to hold less.

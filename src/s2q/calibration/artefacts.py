@@ -21,12 +21,9 @@ _HIDDEN = "hidden_states"
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationCall:
-    """One call of the transformer with one sample, to be built when it is needed.
+    """One call of the transformer with one sample, to be built when it is needed: prompt, step and branch by index.
 
-    Attributes:
-        prompt: Index of the prompt.
-        step: Index of the denoising step.
-        branch: Row of the guidance branch; the last, which is -1 too, is the conditional one.
+    The last branch of guidance, which is -1 too, is the conditional one.
     """
 
     prompt: int
@@ -35,7 +32,7 @@ class CalibrationCall:
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """Name of the call in messages."""
         return f"prompt {self.prompt}, step {self.step}, branch {self.branch}"
 
 

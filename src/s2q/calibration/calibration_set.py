@@ -37,12 +37,7 @@ class CalibrationSet:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSets:
-    """The calibration sets of all transformers.
-
-    Attributes:
-        inputs: What the candidates were collected from.
-        samples: Those of each transformer, by component.
-    """
+    """The calibration sets of all transformers, by component, and what their candidates were collected from."""
 
     inputs: CalibrationInputs
     samples: Mapping[str, CalibrationSet]

@@ -37,14 +37,7 @@ _VERSION = 5
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationInputs:
-    """Inputs of the collection of candidates, checked against the model.
-
-    Attributes:
-        prompts: The prompts that are used.
-        settings: How they are generated.
-        fingerprint: Hash of everything else that the result depends on: model, seed, versions.
-        seed: Seed of the run.
-    """
+    """Inputs of the collection of candidates, checked against the model; `fingerprint` is of model, seed, versions."""
 
     prompts: tuple[str, ...]
     settings: GenerationSettings
@@ -52,13 +45,12 @@ class CalibrationInputs:
     seed: int
 
     def key(self, prompt: int) -> str:
-        """Return the name of the artefact of a prompt, by its index."""
+        """Return the name of the artefact of a prompt."""
         return f"candidates-{prompt:03d}"
 
     def prompt_fingerprint(self, prompt: int) -> str:
-        """Return the fingerprint of the artefact of a prompt, by its index."""
-        described = [self.fingerprint, self.prompts[prompt], prompt, self.settings.to_dict(), self.seed]
-        return fingerprint(described)
+        """Return the fingerprint of the artefact of a prompt."""
+        return fingerprint([self.fingerprint, self.prompts[prompt], prompt, self.settings.to_dict(), self.seed])
 
 
 def calibration_prompts(

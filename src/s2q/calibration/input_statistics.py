@@ -12,10 +12,7 @@ from s2q.rounding import HessianAccumulator
 class InputStatistics:
     """Mean of the channels of an input over the samples, their range in each timestep; second moments if asked for.
 
-    Args:
-        device: Where it is computed.
-        moments: Whether to sum up second moments.
-        kept: How many rows of each call to keep, evenly spaced.
+    `kept` is the number of rows of each call to keep, evenly spaced.
     """
 
     def __init__(self, in_features: int, device: torch.device, *, moments: bool, kept: int = 0) -> None:
@@ -30,10 +27,8 @@ class InputStatistics:
         """Take in the input of one call, [..., I], in a timestep."""
         rows = x.reshape(-1, x.shape[-1])
         low, high = rows.amin(dim=0), rows.amax(dim=0)
-        if timestep in self.ranges:
-            before = self.ranges[timestep]
-            low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
-        self.ranges[timestep] = low, high
+        lowest, highest = self.ranges.get(timestep, (low, high))
+        self.ranges[timestep] = torch.minimum(low, lowest), torch.maximum(high, highest)
         self.total += rows.sum(dim=0, dtype=torch.float32)  # in the dtype of bf16 rows, the sum would lose the mean
         self.count += len(rows)
         if self.products is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import InvalidInputError
@@ -182,12 +182,12 @@ class _Distinct:
 
     def __call__(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         place = itertools.count()
-        result: dict[str, Any] = tree_map(lambda value: self._held_once(next(place), value), dict(arguments))
+        result: dict[str, Any] = tree_map_only(
+            Tensor, lambda value: self._held_once(next(place), value), dict(arguments)
+        )
         return result
 
-    def _held_once(self, place: int, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    def _held_once(self, place: int, value: Tensor) -> Tensor:
         held = self._held.setdefault((place, value.shape, value.dtype), [])
         for tensor in held:
             starts = (values.reshape(-1)[: self._PROBE] for values in (tensor, value))

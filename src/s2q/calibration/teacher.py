@@ -37,7 +37,6 @@ class TeacherTransformer:
     """One full-precision transformer and what the recipe wants of it.
 
     Attributes:
-        component: Its name in the pipeline.
         module: The transformer; never changed.
         linears: Its linears that the recipe quantizes.
         tokens: How it makes tokens of its arguments; None if the recipe does not need their positions.
@@ -73,7 +72,6 @@ class Teacher:
 
     Attributes:
         pipe: The pipeline; never changed.
-        name: What to call the model.
         folder: Where it was loaded from; None if that is not known.
         transformers: Those that the recipe quantizes, in the order of the pipeline.
         dtype: Compute dtype of the transformers.

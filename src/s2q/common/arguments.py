@@ -69,10 +69,10 @@ def whole_number(name: str, value: Any, *, least: int | None = None, most: int |
     return number
 
 
-def finite_number(name: str, value: Any, *, least: float = 0.0) -> float:
-    """Return a finite number as a float: Python's or NumPy's, not a bool, not text."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < least:
-        raise InvalidInputError(f"{name}: got {short_repr(value)}; expected a finite number, at least {least:g}")
+def finite_number(name: str, value: Any) -> float:
+    """Return a finite number from 0 as a float: Python's or NumPy's, not a bool, not text."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        raise InvalidInputError(f"{name}: got {short_repr(value)}; expected a finite number, at least 0")
     return float(value)
 
 
@@ -88,9 +88,9 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def seed_number(seed: Any, *, name: str = "seed") -> int:
+def seed_number(seed: Any) -> int:
     """Return a seed as an int from 0 to 2⁶³ − 1; see `whole_number`."""
-    return whole_number(name, seed, least=0, most=MAX_SEED)
+    return whole_number("seed", seed, least=0, most=MAX_SEED)
 
 
 def seed_numbers(seeds: Iterable[Any]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 _MADV_PAGEOUT = 21  # linux/mman.h, since 5.4; the contents stay, whatever they are backed by
 
@@ -92,13 +93,11 @@ def release_page_locked() -> None:
 
 def to_device(value: Any, device: str, *, dtype: torch.dtype | None = None) -> Any:
     """Return a value with every tensor in its (nested) plain containers on a device, floating ones in a dtype."""
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(item, device, dtype=dtype) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(to_device(item, device, dtype=dtype) for item in value)
-    return value
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+    return tree_map_only(Tensor, moved, value)
 
 
 def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:

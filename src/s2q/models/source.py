@@ -275,12 +275,12 @@ def resolve_model(
         variant: Variant of the weights to load, "fp16"; components without it are loaded without.
         needs_variant: Whether a model without the variant in any component is refused, or loaded without.
     """
+    from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_folder
+
     if isinstance(model, ModelSource):
         return model
     text = str(model)
-    if isinstance(model, str) and "/" not in text and text in _embedded_names():
-        from s2q.shapes.embedded import embedded_folder
-
+    if isinstance(model, str) and "/" not in text and text in EMBEDDED_NAMES:
         source = _source_in(Path(embedded_folder(text)), name=text, kind="embedded")
         return _with_variant(source, variant, needed=needs_variant)
     path = Path(model).expanduser()
@@ -302,7 +302,7 @@ def resolve_model(
         raise InvalidInputError(
             f"{path} does not exist; expected a diffusers pipeline folder, a Hub id or an embedded model"
         )
-    raise unknown_name("model", text, _embedded_names())
+    raise unknown_name("model", text, EMBEDDED_NAMES)
 
 
 def check_full_precision(source: ModelSource) -> None:
@@ -312,12 +312,6 @@ def check_full_precision(source: ModelSource) -> None:
         raise InvalidInputError(
             f"{source.name}: its transformer is already quantized (by {method}); pass the full-precision model"
         )
-
-
-def _embedded_names() -> tuple[str, ...]:
-    from s2q.shapes.embedded import EMBEDDED_NAMES
-
-    return EMBEDDED_NAMES
 
 
 def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "hub"]) -> ModelSource:

@@ -141,11 +141,9 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationCost:
-    """Cost of block calibration.
+    """Cost of block calibration, and the sizes that it was computed for (`Workload`).
 
     Attributes:
-        tokens: N of a video.
-        frames: Tokens of it along time.
         samples: Calls of a block that it is calibrated on.
         step_bytes: What a step of distillation holds beside the block's weights.
         gradient_checkpointing: Whether a step computes parts of the block again to hold less.
@@ -224,12 +222,7 @@ class BlockShape:
         return summed + _BASIS_BYTES * max(squares, default=0)
 
     def peak_bytes(self, recipe: Recipe, *, checkpointed: bool, itemsize: int, on_host: bool) -> int:
-        """Return what the device holds at most while a block is calibrated.
-
-        Args:
-            checkpointed: Whether parts are computed again in the backward pass.
-            on_host: Whether the device is the CPU, whose samples are counted with the activations.
-        """
+        """Return what the device holds at most while a block is calibrated; a CPU's samples count as activations."""
         weights = self.parameters * itemsize
         step = self.step_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize)
         if not on_host:
@@ -238,12 +231,9 @@ class BlockShape:
         return int(weights + _PACKED_COPIES * self.parameters) + work
 
     def sample_bytes(self, itemsize: int, *, wide: bool, pinned: bool = False) -> int:
-        """Return the bytes of inputs, targets and token weights of one sample.
+        """Return the bytes of one sample: its inputs in the model's dtype, targets (in fp32 if wide), token weights.
 
-        Args:
-            itemsize: Bytes of a value in the model's dtype.
-            wide: Whether targets are in fp32.
-            pinned: Whether they are in page-locked host memory; see `common.memory.page_locked_bytes`.
+        Pinned ones are in page-locked host memory; see `common.memory.page_locked_bytes`.
         """
         features, rows = self.streams
         parts = (rows * features * itemsize, rows * features * (_FP32 if wide else itemsize), rows * _FP32)
@@ -319,10 +309,8 @@ def activation_memory(machine: Machine, step_bytes: int) -> int:
 def this_machine(device: str, *, memory_bytes: int | None = None, memory_budget: int | None = None) -> Machine:
     """Describe the machine at hand, or one like it.
 
-    Args:
-        device: "cpu", "cuda", "cuda:1".
-        memory_bytes: Memory to plan for; None takes that of the device if it is here.
-        memory_budget: Host memory for activations; None takes half of the host's, at most 16 GB.
+    The memory to plan for is that of the device if it is here, unless given; the budget is half of the host's memory,
+    at most 16 GB.
     """
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     on_host = torch.device(device).type == "cpu"

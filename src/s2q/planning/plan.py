@@ -59,11 +59,9 @@ class PlannedStage:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedAllocation:
-    """Allocation that a run will make per linear.
+    """Allocation that a run will make per linear, as the recipe asks for it (`AllocationOptions`).
 
     Attributes:
-        what: "group_size" or "weight_bits".
-        budget: Bits that a weight takes at most, on the average, with its scales.
         linears: How many linears it is for.
         most_bytes: What their weights and scales may take together.
         bytes: What they do take; None until the run has allocated.
@@ -82,10 +80,8 @@ class Plan:
     """The plan of a run.
 
     Attributes:
-        schema_version: Version of this report.
         storage: Bytes of the whole transformer, of both where there are two: `full_precision_bytes` (in bf16),
             `quantized_bytes` (on disk; before an allocation the most that its budget allows), `ratio`.
-        stages: The stages in order.
         layers: Every linear of the blocks in order; names of those in a second transformer begin with "transformer_2.".
             What will be allocated in the run is "≤ w8a4", with the bytes of the largest candidate.
         simulated: Whether some of them will be computed in floating point, for want of an integer kernel.
@@ -134,9 +130,6 @@ def plan(
         memory_budget: Host memory for the activations of calibration; see `s2q.quantize`.
         dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
         variant: Variant of the weights, "fp16".
-
-    Returns:
-        Layers, storage, memory and stages of the run.
 
     Raises:
         InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is already quantized.

@@ -3,11 +3,10 @@
 What is learned with the output of a block is a module meanwhile: `LearnedRounding`.
 """
 
-from s2q.core.qparams import RoundedWeight
 from s2q.rounding.adaround import AdaRound, LearnedRounding, penalize, roundings_of, soft_rounding
 from s2q.rounding.base import RTN, Rounding
-from s2q.rounding.gptq import GPTQ, GPTQReport, round_gptq
-from s2q.rounding.hessian import HessianAccumulator, hessian_error
+from s2q.rounding.gptq import GPTQ
+from s2q.rounding.hessian import HessianAccumulator
 from s2q.rounding.rtn import round_rtn
 
 ROUNDINGS: dict[str, type[Rounding]] = {"rtn": RTN, "gptq": GPTQ, "adaround": AdaRound}
@@ -17,14 +16,10 @@ __all__ = [
     "ROUNDINGS",
     "RTN",
     "AdaRound",
-    "GPTQReport",
     "HessianAccumulator",
     "LearnedRounding",
-    "RoundedWeight",
     "Rounding",
-    "hessian_error",
     "penalize",
-    "round_gptq",
     "round_rtn",
     "roundings_of",
     "soft_rounding",

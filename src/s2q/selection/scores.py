@@ -20,15 +20,7 @@ from s2q.common.errors import InvalidInputError
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One denoising step of one prompt, scored.
-
-    Attributes:
-        prompt: Index of the prompt.
-        step: Index of the step, 0 is pure noise.
-        timestep: The scheduler's timestep.
-        diffusion: C_diff.
-        quantization: C_quant.
-    """
+    """One denoising step of one prompt, both by index (step 0 is pure noise), with its C_diff and C_quant."""
 
     prompt: int
     step: int
@@ -92,11 +84,9 @@ class CandidatePool:
 
 
 def diffusion_salience(before: Tensor, after: Tensor) -> float:
-    """Compute C_diff, how much a denoising step changes the latent (eq. 3); 0 for a latent of zeros that stays zero.
+    """Compute C_diff, how much a denoising step changes the latent (eq. 3), from x_t to x_{t-1} of the same shape.
 
-    Args:
-        before: x_t, any shape: the latent that the step starts from.
-        after: x_{t-1}, the same shape: what it makes of it.
+    It is 0 for a latent of zeros that stays zero.
 
     Raises:
         InvalidInputError: If the shapes differ, a value is NaN or infinite, or x_t is zero and x_{t-1} is not.
@@ -113,14 +103,8 @@ def diffusion_salience(before: Tensor, after: Tensor) -> float:
 def quantization_salience(latent: Tensor, *, channel_dim: int) -> float:
     """Compute C_quant, the spectral norm of the Levenberg-Marquardt Hessian x_tᵀ x_t (eq. 6).
 
-    Only a C × C matrix is formed, whatever the number of tokens.
-
-    Args:
-        latent: x_t; every dimension but the channels' counts tokens (voxels).
-        channel_dim: Which dimension the channels are.
-
-    Raises:
-        InvalidInputError: If a value is NaN or infinite.
+    Every dimension of x_t but that of the channels counts tokens (voxels). Only a C × C matrix is formed, whatever
+    their number. InvalidInputError if a value is NaN or infinite.
     """
     tokens_TC = _finite(latent).movedim(channel_dim, -1).flatten(0, -2)
     gram_CC = tokens_TC.t() @ tokens_TC
@@ -132,11 +116,8 @@ def score_trajectory(
 ) -> list[Candidate]:
     """Score every step of one video; return a candidate for each, in order.
 
-    Args:
-        latents: x_T, …, x_0: the latent before each step, and the final one; one more than steps.
-
-    Raises:
-        InvalidInputError: If the numbers do not fit, or a latent contains NaN or infinite values (with its place).
+    The latents are x_T, …, x_0, that before each step and the final one. InvalidInputError if there is not one more
+    than steps, or one contains NaN or infinite values (with its place).
     """
     steps = list(timesteps)
     if len(latents) != len(steps) + 1:
