@@ -8,7 +8,8 @@ import yaml
 from markdown_tables import table_head, table_row
 
 from s2q.evaluation.paper import paper_tables
-from s2q.planning import DEFAULT_MEMORY_BUDGET, plan
+from s2q.planning import plan
+from s2q.planning.cost import DEFAULT_MEMORY_BUDGET
 
 GIB = 2**30
 GPUS = (24 * 10**9, 80 * 10**9)

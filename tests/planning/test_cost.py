@@ -6,8 +6,8 @@ from step_memory import Case, planned_bytes, traced_bytes
 
 from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.models.synthetic import synthetic_model
-from s2q.planning import Machine, Workload, check_memory, plan_model, plan_transformers, tensor_sizes, this_machine
-from s2q.planning.cost import block_shapes
+from s2q.planning import Machine, check_memory, plan_model, plan_transformers, tensor_sizes, this_machine
+from s2q.planning.cost import Workload, block_shapes
 from s2q.planning.resolve import recipe_linears, resolve
 from s2q.planning.workload import workload_of_synthetic
 from s2q.recipes.load import load_recipe

@@ -3,7 +3,7 @@
 import pytest
 from diffusers import CogVideoXPipeline
 
-from s2q.planning import Workload
+from s2q.planning.cost import Workload
 from s2q.planning.workload import workload_of
 from s2q.selection.options import Calibration
 from tiny import tiny_pipeline

@@ -83,10 +83,8 @@ def _students(
     seed_of_rotation = derive_seed(seed, "rotation", first.inner_name)
     transform = _transform(weights, recipe, amax=amax, alpha=alpha, seed=seed_of_rotation)
     if statistics is not None and path.low_rank is not None:
-        if path.deflates:
-            basis = _input_basis(statistics, shift, transform, rank=path.low_rank)
-        else:
-            basis = _weight_basis(weights, transform, rank=path.low_rank)
+        moment = statistics.second_moment(shift) if path.deflates else None
+        basis = _basis(weights, transform, rank=path.low_rank, moment=moment)
     source = StudentInput(
         scheme.activation,
         shift=shift,
@@ -132,25 +130,18 @@ def _transform(
     return None if transform is None else transform.to(weights[0].device)
 
 
-def _input_basis(
-    statistics: InputStatistics, shift: Tensor | None, transform: Transform | None, *, rank: int
-) -> Tensor:
-    """The directions of the shifted and scaled input that go through the low-rank branch, [I, r]."""
-    moment = statistics.second_moment(shift)
-    if transform is not None:
-        moment = transform.scaled(transform.scaled(moment).t())
-    return _as_stored(principal_directions(moment.detach(), rank))
+def _basis(weights: Sequence[Tensor], transform: Transform | None, *, rank: int, moment: Tensor | None) -> Tensor:
+    """The directions that go through the low-rank branch, [I, r]: of the input with this second moment, or of weights.
 
-
-def _weight_basis(weights: Sequence[Tensor], transform: Transform | None, *, rank: int) -> Tensor:
-    """The directions of the scaled weights that go through the low-rank branch, [I, r]."""
-    if transform is not None:
-        weights = [transform.unscaled(weight) for weight in weights]
-    return _as_stored(weight_directions([weight.detach() for weight in weights], rank))
-
-
-def _as_stored(basis: Tensor) -> Tensor:
-    return basis.to(packed_dtypes()["low_rank_basis"]).float()
+    Both are scaled. Their precision is that of a checkpoint.
+    """
+    if moment is not None:
+        scaled = moment if transform is None else transform.scaled(transform.scaled(moment).t())
+        directions = principal_directions(scaled.detach(), rank)
+    else:
+        unscaled = weights if transform is None else [transform.unscaled(weight) for weight in weights]
+        directions = weight_directions([weight.detach() for weight in unscaled], rank)
+    return directions.to(packed_dtypes()["low_rank_basis"]).float()
 
 
 def _clip(scheme: LinearScheme, recipe: Recipe) -> nn.Module | None:

@@ -20,7 +20,8 @@ def cube_means(video: Tensor, cube: tuple[int, int, int]) -> Tensor:
         padding = [0, 0] * (-1 - dim) + [0, -size % side]
         padded = F.pad(total, padding)
         total = padded.reshape(*padded.shape[:dim], -1, side, *padded.shape[dim + 1 :]).sum(dim=dim)
-        total = total / _sides(size, side, total).view(-1, *[1] * (-1 - dim))
+        tokens = (size - torch.arange(0, size, side, device=total.device, dtype=total.dtype)).clamp(max=side)
+        total = total / tokens.view(-1, *[1] * (-1 - dim))
     return total
 
 
@@ -29,9 +30,3 @@ def spread(means: Tensor, cube: tuple[int, int, int], sizes: tuple[int, int, int
     for dim, side, size in zip((-4, -3, -2), cube, sizes, strict=True):
         means = means.repeat_interleave(side, dim=dim).narrow(dim, 0, size)
     return means
-
-
-def _sides(size: int, side: int, like: Tensor) -> Tensor:
-    """Tokens of each cube along a dimension: `side`, and the remainder in the last one."""
-    starts = torch.arange(0, size, side, device=like.device, dtype=like.dtype)
-    return (size - starts).clamp(max=side)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +25,6 @@ class HubId:
 
     def __str__(self) -> str:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
-
-    def setup_folder(self) -> Path:
-        """Return a cached snapshot that has at least the configuration files."""
-        return self._snapshot(_SETUP_PATTERNS)
-
-    def complete_folder(self) -> Path:
-        """Return a cached snapshot with all files; see `setup_folder`."""
-        return self._snapshot(None)
 
     def pipeline_folder(self, variant: str | None) -> Path:
         """Return a cached snapshot with the files, and only those, that the pipeline loads."""
@@ -59,11 +50,13 @@ class HubId:
         """Return the same repository at the commit of a snapshot, after which huggingface_hub names its folder."""
         return HubId(self.repo, snapshot.name) if _COMMIT.fullmatch(snapshot.name) else self
 
-    def _snapshot(self, patterns: Sequence[str] | None) -> Path:
+    def snapshot(self, *, complete: bool) -> Path:
+        """Return a cached snapshot, with all files or with at least those of the configuration."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
+            patterns = None if complete else _SETUP_PATTERNS
             return Path(snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise self._error(error) from error

@@ -148,7 +148,7 @@ class ModelSource:
 
     def complete_folder(self) -> Path:
         """Return the folder with all its files; for a Hub id, this downloads those that the cache lacks."""
-        return self.folder if self.hub is None else self.hub.complete_folder()
+        return self.folder if self.hub is None else self.hub.snapshot(complete=True)
 
     def scheduler_config(self) -> dict[str, Any]:
         """Return the contents of the scheduler's configuration, with its `_class_name`; empty if there is none."""
@@ -294,7 +294,7 @@ def resolve_model(
         )
     hub = parse_hub_id(text) if isinstance(model, str) else None
     if hub is not None:
-        folder = hub.setup_folder()
+        folder = hub.snapshot(complete=False)
         hub = hub.at(folder)
         source = replace(_source_in(folder, name=hub.repo, kind="hub"), given=text, hub=hub, hub_names=hub.file_names())
         return _with_variant(source, variant, needed=needs_variant)

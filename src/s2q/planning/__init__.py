@@ -1,22 +1,12 @@
 """Plan of a run before any compute: layers, bytes, memory of each stage, and stages that do not fit."""
 
-from s2q.planning.cost import DEFAULT_MEMORY_BUDGET, CalibrationCost, Machine, Workload, activation_memory, this_machine
-from s2q.planning.plan import (
-    Plan,
-    check_memory,
-    plan,
-    plan_allocated,
-    plan_model,
-    plan_transformers,
-    tensor_sizes,
-)
+from s2q.planning.cost import CalibrationCost, Machine, activation_memory, this_machine
+from s2q.planning.plan import Plan, check_memory, plan, plan_allocated, plan_model, plan_transformers, tensor_sizes
 
 __all__ = [
-    "DEFAULT_MEMORY_BUDGET",
     "CalibrationCost",
     "Machine",
     "Plan",
-    "Workload",
     "activation_memory",
     "check_memory",
     "plan",

@@ -67,7 +67,8 @@ class _Reader:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise self._refused(event, f"nested deeper than {MAX_DEPTH} levels; a recipe has at most four")
-        value = self._mapping(path) if isinstance(event, yaml.MappingStartEvent) else self._sequence(path)
+        is_mapping = isinstance(event, yaml.MappingStartEvent)
+        value = self._mapping(path) if is_mapping else [self._value(item, path) for item in self._items()]
         self._depth -= 1
         return value
 
@@ -84,9 +85,6 @@ class _Reader:
             self._value(event, path)  # refuses anchors and tags
             content[name], lines[name] = self._value(next(self._events), full), line
         return content
-
-    def _sequence(self, path: str) -> list[Any]:
-        return [self._value(event, path) for event in self._items()]
 
     def _items(self) -> Iterator[yaml.Event]:
         for event in self._events:

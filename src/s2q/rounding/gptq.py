@@ -126,7 +126,8 @@ def round_gptq(
     factor, dampening_frac, retries = _factorize(hessian[order][:, order], options)
     codes, rows, worse = nearest, rtn_rows, torch.ones_like(rtn_rows, dtype=torch.bool)
     if factor is not None:
-        columns, size = _columns_scale(scale, weight.shape[1])[:, order], options.block_size
+        groups, size = scale.view(len(scale), -1), options.block_size  # [O, G], or [O, 1] per channel
+        columns = groups.repeat_interleave(weight.shape[1] // groups.shape[1], dim=1)[:, order]
         codes = torch.empty_like(nearest)
         codes[:, order] = _round_columns(weight[:, order], columns, factor, scheme=scheme, block_size=size)
         rows = hessian_error(dequantize_weight(codes, scale, levels=levels) - weight, hessian)
@@ -194,7 +195,7 @@ def _factorize(hessian: Tensor, options: GPTQ) -> tuple[Tensor | None, float | N
 
 
 def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, *, scheme: QuantScheme, block_size: int) -> Tensor:
-    """Carry out GPTQ on columns in their order; weight and scale [O, I] (scale may be [O, 1]), factor U [I, I]."""
+    """Carry out GPTQ on columns in their order; weight and scale [O, I], factor U [I, I]."""
     weight = weight.clone()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     in_features = weight.shape[1]
@@ -211,10 +212,3 @@ def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, *, scheme: Qua
             errors_OK[:, column - start] = error
         weight[:, stop:].addmm_(errors_OK, factor[start:stop, stop:], alpha=-1)
     return codes
-
-
-def _columns_scale(scale: Tensor, in_features: int) -> Tensor:
-    """Expand [O] or [O, G] to per-weight scales, [O, I]."""
-    if scale.ndim == 1:
-        return scale.unsqueeze(1).expand(-1, in_features)
-    return scale.repeat_interleave(in_features // scale.shape[1], dim=1)
