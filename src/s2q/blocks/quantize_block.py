@@ -1,7 +1,4 @@
-"""One block: from its full-precision weights to packed linears, a function of block, recipe and samples alone.
-
-Legend: `I/O` in/out features.
-"""
+"""One block: from its full-precision weights to packed linears, a function of block, recipe and samples alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

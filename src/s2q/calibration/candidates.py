@@ -4,8 +4,6 @@ For each prompt the full-precision pipeline runs once; kept are the latent befor
 timesteps, which transformer was called, and what else it was given (text embedding of both guidance branches, rotary
 tables): a function of model, prompt and seed, stored under its fingerprint, so that a killed run does not generate
 again.
-
-Legend: `R` guidance branches, `f` latent frames, `C` latent channels, `h`, `w` latent height and width.
 """
 
 import json
@@ -98,10 +96,26 @@ def collect(
     teacher: Teacher, inputs: CalibrationInputs, folder: ArtefactFolder, *, device: str, progress: Progress
 ) -> dict[str, CandidatePool]:
     """Generate what is not there yet; return the scored steps of each quantized transformer, by component."""
-    _generate(teacher, inputs, folder, device=device, progress=progress)
-    channel_dim = teacher.family.latent_channel_dim
+    channel_dim, count, steps = (
+        teacher.family.latent_channel_dim,
+        len(inputs.prompts),
+        inputs.settings.num_inference_steps,
+    )
+    missing = [index for index in range(count) if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
+    step_done = StageCounter(progress, "collect", count * steps, done=(count - len(missing)) * steps)
+    with on_device(teacher.modules if missing else (), device, offload=teacher.mapped):
+        for index in missing:
+            trajectory = record_trajectory(
+                teacher.pipe,
+                [inputs.prompts[index]],
+                seeds=[derive_seed(inputs.seed, "prompt", index)],
+                settings=inputs.settings,
+                step_done=step_done,
+            )
+            artefact = to_artefact(trajectory, channel_dim=channel_dim)
+            folder.save(inputs.key(index), inputs.prompt_fingerprint(index), artefact)
     by_component: dict[str, list[Candidate]] = {transformer.component: [] for transformer in teacher.transformers}
-    for index in range(len(inputs.prompts)):
+    for index in range(count):
         artefact = folder.load(inputs.key(index))
         latents = list(artefact.tensors["latents"].unbind(0))
         timesteps = artefact.tensors["timesteps"].tolist()
@@ -117,26 +131,6 @@ def collect(
 def branches_of(folder: ArtefactFolder, inputs: CalibrationInputs) -> int:
     """Return how many guidance branches the collected calls have."""
     return int(folder.stats(inputs.key(0))["branches"])
-
-
-def _generate(
-    teacher: Teacher, inputs: CalibrationInputs, folder: ArtefactFolder, *, device: str, progress: Progress
-) -> None:
-    """Record and store the prompts that are not there yet, all in one stay of the pipeline on the device."""
-    count, steps = len(inputs.prompts), inputs.settings.num_inference_steps
-    missing = [index for index in range(count) if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
-    step_done = StageCounter(progress, "collect", count * steps, done=(count - len(missing)) * steps)
-    with on_device(teacher.modules if missing else (), device, offload=teacher.mapped):
-        for index in missing:
-            trajectory = record_trajectory(
-                teacher.pipe,
-                [inputs.prompts[index]],
-                seeds=[derive_seed(inputs.seed, "prompt", index)],
-                settings=inputs.settings,
-                step_done=step_done,
-            )
-            artefact = to_artefact(trajectory, channel_dim=teacher.family.latent_channel_dim)
-            folder.save(inputs.key(index), inputs.prompt_fingerprint(index), artefact)
 
 
 def _check_candidates(teacher: Teacher, group: Calibration, *, prompts: int, steps: int) -> None:

@@ -1,7 +1,4 @@
-"""Observations of a block on its samples: targets, token weights, statistics of the inputs of its linears.
-
-Legend: `N_k` tokens of stream k.
-"""
+"""Observations of a block on its samples: targets, token weights, statistics of the inputs of its linears."""
 
 import functools
 from collections.abc import Sequence

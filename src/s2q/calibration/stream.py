@@ -4,7 +4,7 @@ Only one block's inputs exist at a time. They are those of the first block, foun
 gets there, and go through one block after another from then on; a block that was calibrated before (resumed) costs one
 pass. Since every block sees the teacher's stream, the inputs of a block do not depend on what became of the others.
 
-Tensors that host memory has no room for are on the disk, in the run folder. Legend: `B` samples.
+Tensors that host memory has no room for are on the disk, in the run folder.
 """
 
 import functools
@@ -31,7 +31,6 @@ class TeacherStream:
     """The inputs of one block after another, for every sample.
 
     Args:
-        block_names: Names of its blocks in it, in the order in which they run.
         calls: A function for each sample that returns the transformer's keyword arguments.
         names: What messages call the samples.
         steps: Index of the denoising step that each sample is of.

@@ -37,15 +37,8 @@ def fresh_torch_state() -> Iterator[None]:
         yield
 
 
-def in_fresh_torch_state(verb: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Make a function that is no generator run in `fresh_torch_state`."""
-
-    @functools.wraps(verb)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with fresh_torch_state():
-            return verb(*args, **kwargs)
-
-    return run
+in_fresh_torch_state = fresh_torch_state()
+"""Decorator of functions that are no generators: each call runs in `fresh_torch_state`."""
 
 
 def without_autocast(operation: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -45,7 +45,6 @@ class PerToken:
 Granularity = PerChannel | PerGroup | PerToken
 
 _UNGROUPED: dict[str, PerChannel | PerToken] = {"per_channel": PerChannel(), "per_token": PerToken()}
-GRANULARITIES = (*_UNGROUPED, "per_group")
 _GRANULARITY_NAMES: dict[type, str] = {type(kind): name for name, kind in _UNGROUPED.items()} | {PerGroup: "per_group"}
 
 
@@ -134,8 +133,8 @@ class QuantScheme:
             optional=("group_size", "dynamic", "levels", "delta"),
         )
         name = fields["granularity"]
-        if not isinstance(name, str) or name not in GRANULARITIES:
-            raise unknown_name("granularity", str(name), GRANULARITIES)
+        if name not in _GRANULARITY_NAMES.values():
+            raise unknown_name("granularity", str(name), _GRANULARITY_NAMES.values())
         granularity: Granularity
         if name == "per_group":
             if "group_size" not in fields:

@@ -1,7 +1,7 @@
 """Description of a model family, and the list of a transformer's block linears.
 
-Legend: `I/O` in/out features. Linears are found by the prefix of a block list and never by name alone: other parts of a
-transformer have linears with the same names.
+Linears are found by the prefix of a block list and never by name alone: other parts of a transformer have linears with
+the same names.
 """
 
 from collections.abc import Mapping

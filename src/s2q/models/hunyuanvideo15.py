@@ -6,6 +6,7 @@ are the first ones that the transformer sees; those of an image and of a mask fo
 """
 
 from s2q.models.family import Family
+from s2q.models.hunyuanvideo import HUNYUANVIDEO
 
 HUNYUANVIDEO15 = Family(
     name="hunyuanvideo 1.5",
@@ -13,15 +14,8 @@ HUNYUANVIDEO15 = Family(
     pipeline_class="HunyuanVideo15Pipeline",
     block_lists=("transformer_blocks",),
     modulation=("norm1.linear", "norm1_context.linear"),
-    shared_inputs=(("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-    text_linears=(
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-    ),
+    shared_inputs=HUNYUANVIDEO.shared_inputs,
+    text_linears=HUNYUANVIDEO.text_linears,
     attention="attn",
     streams=("hidden_states", "encoder_hidden_states"),
     joint_order=("hidden_states", "encoder_hidden_states"),

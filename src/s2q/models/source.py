@@ -250,12 +250,14 @@ class ModelSource:
         return tensors
 
     def _quantization_methods(self) -> dict[str, str]:
-        """The quantization method of each component that has one."""
-        methods = {
-            component: _quantization_method(self.folder / component / "config.json")
-            for component in self.component_classes
-        }
-        return {component: method for component, method in methods.items() if method is not None}
+        """The `quant_method` in the config.json of each component that has one."""
+        methods = {}
+        for component in self.component_classes:
+            path = self.folder / component / "config.json"
+            config = read_json(path, remedy=_REMEDY).get("quantization_config") if path.is_file() else None
+            if isinstance(config, Mapping) and config.get("quant_method") is not None:
+                methods[component] = str(config["quant_method"])
+        return methods
 
 
 def recommended_generation(folder: Path | None) -> dict[str, Any]:
@@ -357,13 +359,6 @@ def _with_variant(source: ModelSource, variant: str | None, *, needed: bool) -> 
     for component in names:
         chosen.weight_files(component)
     return chosen
-
-
-def _quantization_method(path: Path) -> str | None:
-    """The `quant_method` that a component's config.json has; None if there is none."""
-    config = read_json(path, remedy=_REMEDY).get("quantization_config") if path.is_file() else None
-    method = config.get("quant_method") if isinstance(config, Mapping) else None
-    return None if method is None else str(method)
 
 
 def _component_classes(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

@@ -101,7 +101,6 @@ class Machine:
     """The machine that a run is planned for.
 
     Attributes:
-        device: "cpu", "cuda", "cuda:1".
         memory_bytes: Memory of the device; None does not limit it.
         memory_budget: Host memory for activations of calibration.
         holds_weights: Whether this process has read the model's weights into memory of its own, where they stay.
