@@ -159,7 +159,7 @@ def _learn(
     seed: int,
     penalty: Callable[[float], None] = lambda progress: None,
 ) -> DistillationReport:
-    """Distil a student; its parts are computed again in the backward pass where the task says so."""
+    """Distil a student; its parts are computed again in the backward pass of a checkpointed task."""
     temporal = task.recipe.loss.temporal
     with checkpoint_parts(student) if task.checkpointed else nullcontext():
         return distil(
