@@ -132,11 +132,7 @@ def _check_backends(names: Sequence[str], device: str) -> tuple[str, ...]:
 
 @in_fresh_torch_state
 def make_cases(model: str | None, ops: Sequence[str], settings: Settings, *, variant: str | None = None) -> list[Case]:
-    """List what is to be measured.
-
-    Args:
-        model: What to measure; None takes the shapes of all published models and the step of the embedded one.
-    """
+    """List what is to be measured; `model` as `bench` takes it."""
     check_recipes(settings.recipes)
     names = [SYNTHETIC_PREFIX + name for name in synthetic_names()] if model is None else [model]
     subjects = [resolve_subject(name, variant=variant) for name in names]

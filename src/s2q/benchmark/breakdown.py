@@ -42,7 +42,7 @@ def breakdown(call: Callable[[], object], model: nn.Module, *, device: str) -> d
     for event in recorded.events():
         if event.device_type == torch.autograd.DeviceType.CPU:
             sums[_category(event)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        elif not _is_range(event):
+        elif not (event.is_user_annotation or event.name.startswith(_PREFIX)):
             kernels += event.self_device_time_total
     sums["other"] += max(0.0, kernels - sum(sums.values()))  # kernels that the profiler could not assign
     total = sum(sums.values())
@@ -58,11 +58,6 @@ def _category(event: Any) -> str:
             return "attention"
         event = event.cpu_parent
     return "other"
-
-
-def _is_range(event: Any) -> bool:
-    """Whether an event of the GPU's timeline is a named range and no kernel."""
-    return bool(getattr(event, "is_user_annotation", False)) or event.name.startswith(_PREFIX)
 
 
 @contextlib.contextmanager

@@ -93,11 +93,7 @@ def calibration_case(subject: SyntheticModel | ModelSource, settings: Settings) 
 
 @contextmanager
 def first_block(subject: Subject, recipe: Recipe, *, device: str) -> Iterator[BlockStudents]:
-    """Open the first block as a run does, with the samples of the subject.
-
-    Yields:
-        The block whose samples have been looked at.
-    """
+    """Open the first block as a run does, and look at the samples of the subject."""
     frames = subject.tokens.grid(subject.calls[0]).frames if recipe.needs_grid else None
     with TemporaryDirectory() as folder:
         stream = TeacherStream(

@@ -61,8 +61,8 @@ def linear_cases(op: str, shapes: Sequence[LayerShape], settings: Settings) -> l
     recipes = [recipe for recipe in settings.recipes if _applies(op, recipe)]
     cases = []
     alone = [(shape, 1) for shape in shapes]
-    shared = [shape for shape in shapes if op == "linear" and any(name.endswith("to_k") for name in shape.layers)]
-    for shape, readers in (*alone, *((shape, 3) for shape in shared)):
+    shared = [(shape, 3) for shape in shapes if op == "linear" and any(name.endswith("to_k") for name in shape.layers)]
+    for shape, readers in alone + shared:
         wanted = tuple(
             identity(
                 op=op,
@@ -123,7 +123,7 @@ def _measure_linear(op: str, shape: LayerShape, settings: Settings, missing: Seq
         packed = [random_packed_linear(plan, generator=generator, dtype=dtype) for _ in range(readers)]
         layers = nn.ModuleList(packed)
         share_inputs(layers)
-        contenders[_name_of(entry)] = _MAKERS[op](layers, entry["backend"], rows, generator, dtype)
+        contenders[_name_of(entry)] = _quantized(op, layers, entry["backend"], rows, generator, dtype)
     fresh = round_data(contenders, rows, in_features, generator)
     return _results(op, contenders, fresh, settings, missing, layers=list(shape.layers))
 
@@ -238,49 +238,35 @@ def int8_product(shape: tuple[int, int, int], generator: torch.Generator, *, rea
     return Contender(run=lambda x: [product(x) for product in products], storage_bytes=_bytes_of(*weights), reads=8)
 
 
-def _linear(
-    layers: nn.ModuleList, backend: str, _rows: int, _generator: torch.Generator, dtype: torch.dtype
+def _quantized(
+    op: str, layers: nn.ModuleList, backend: str, rows: int, generator: torch.Generator, dtype: torch.dtype
 ) -> Contender:
-    set_backend(layers, backend)
-    stored = _bytes_of(*layers.parameters())
-    return Contender(run=lambda x: [layer(x) for layer in layers], storage_bytes=stored, reads=dtype)
-
-
-def _activation_path(
-    layers: nn.ModuleList, backend: str, _rows: int, _generator: torch.Generator, dtype: torch.dtype
-) -> Contender:
-    (layer,) = layers
-    path = layer.input_tensors()
-    parts = (path.shift, path.scale, path.left, path.right, path.low_rank_basis)
-    run = functools.partial(
-        activation_path.activation_path, path=path, num_bits=layer.scheme.activation.num_bits, backend=backend
-    )
-    return Contender(run=run, storage_bytes=_bytes_of(*(part for part in parts if part is not None)), reads=dtype)
-
-
-def _gemm(layers: nn.ModuleList, backend: str, rows: int, generator: torch.Generator, dtype: torch.dtype) -> Contender:
+    """Make an op of packed linears; all but `linear` have one."""
+    if op == "linear":
+        set_backend(layers, backend)
+        stored = _bytes_of(*layers.parameters())
+        return Contender(run=lambda x: [layer(x) for layer in layers], storage_bytes=stored, reads=dtype)
     (layer,) = layers
     bits = layer.scheme.activation.num_bits
-    scale = torch.rand(rows, 1, device=generator.device, generator=generator)
-    weight = layer.product_codes()
-
-    def run(codes: Tensor) -> object:
-        return rescaled_int_matmul.rescaled_int_matmul(
-            codes,
-            scale,
-            weight,
-            layer.weight_scale,
-            bias=layer.bias,
-            x_bits=bits,
-            w_bits=layer.scheme.weight.num_bits,
-            out_dtype=dtype,
-            backend=backend,
-        )
-
-    return Contender(run=run, storage_bytes=_bytes_of(weight, layer.weight_scale, layer.bias), reads=bits)
-
-
-_MAKERS: dict[str, Callable[..., Contender]] = {"linear": _linear, "activation_path": _activation_path, "gemm": _gemm}
+    if op == "activation_path":
+        path = layer.input_tensors()
+        parts = (path.shift, path.scale, path.left, path.right, path.low_rank_basis)
+        stored = _bytes_of(*(part for part in parts if part is not None))
+        run = functools.partial(activation_path.activation_path, path=path, num_bits=bits, backend=backend)
+        return Contender(run=run, storage_bytes=stored, reads=dtype)
+    run = functools.partial(
+        rescaled_int_matmul.rescaled_int_matmul,
+        x_scale=torch.rand(rows, 1, device=generator.device, generator=generator),
+        w_codes=layer.product_codes(),
+        w_scale=layer.weight_scale,
+        bias=layer.bias,
+        x_bits=bits,
+        w_bits=layer.scheme.weight.num_bits,
+        out_dtype=dtype,
+        backend=backend,
+    )
+    stored = _bytes_of(run.keywords["w_codes"], layer.weight_scale, layer.bias)
+    return Contender(run=run, storage_bytes=stored, reads=bits)
 
 
 def _applies(op: str, recipe: Recipe) -> bool:

@@ -11,7 +11,7 @@ import copy
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from s2q.benchmark.shapes import source_tokens
 from s2q.benchmark.synthetic_blocks import random_packed_linear
 from s2q.benchmark.timing import Timing, interleave
 from s2q.calibration.teacher import TeacherTransformer
-from s2q.checkpoint import S2QConfig, read_config
+from s2q.checkpoint import read_config
 from s2q.common.components import TRANSFORMERS
 from s2q.common.hooks import capture_calls
 from s2q.generation.denoise import denoise
@@ -55,7 +55,8 @@ def pipeline_step_case(source: ModelSource, settings: Settings) -> Case:
     wanted = [identity(scheme=_FP32, backend="torch", **common)]
     if source.is_quantized:
         config = read_config(source.complete_folder())
-        quantized = [(_main_scheme(config), config.recipe)]
+        main_scheme = statistics.mode(scheme.name for scheme in config.layer_schemes().values())
+        quantized = [(main_scheme, config.recipe)]
     else:
         quantized = [(recipe.linear_scheme().name, recipe.name) for recipe in settings.recipes]
     wanted += [
@@ -70,11 +71,7 @@ def pipeline_step_case(source: ModelSource, settings: Settings) -> Case:
 
 
 def pack_randomly(transformer: nn.Module, recipe: Recipe, *, frames: int) -> nn.Module:
-    """Replace the linears of a transformer, in place, by packed linears of a recipe with random codes.
-
-    Returns:
-        The transformer, configured as a checkpoint's.
-    """
+    """Replace a transformer's linears by packed ones of a recipe, with random codes; return it, as a checkpoint's."""
     plans = resolve(recipe, recipe_linears(recipe, {TRANSFORMERS[0]: transformer}), frames=frames)
     tokens = token_layout(transformer, family_of(transformer))
     teacher = TeacherTransformer(component=TRANSFORMERS[0], module=transformer, linears=tuple(plans), tokens=tokens)
@@ -160,7 +157,10 @@ def _step_time(pipe: Any, settings: GenerationSettings, seed: int, device: str) 
 
 def _parts(pipe: Any, settings: GenerationSettings, timing: Timing, device: str) -> dict[str, Any]:
     """Breakdown, memory and storage of one pipeline's transformer."""
-    call = _captured_call(pipe, settings)
+    with capture_calls(pipe.transformer) as calls:
+        denoise(pipe, [PROMPT], seeds=[0], settings=settings, decode=False)
+    args, kwargs = calls[-1]
+    call = functools.partial(pipe.transformer, *args, **kwargs)
     shares = breakdown(call, pipe.transformer, device=device)
     storage = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values())
     peak = peak_memory(call, device)
@@ -170,17 +170,3 @@ def _parts(pipe: Any, settings: GenerationSettings, timing: Timing, device: str)
         "peak_memory_bytes": None if peak is None else peak + storage + kept,
         "storage_bytes": storage,
     }
-
-
-def _captured_call(pipe: Any, settings: GenerationSettings) -> Callable[[], object]:
-    """Return a function that repeats a call that the loop makes of the transformer."""
-    with capture_calls(pipe.transformer) as calls:
-        denoise(pipe, [PROMPT], seeds=[0], settings=settings, decode=False)
-    args, kwargs = calls[-1]
-    return lambda: pipe.transformer(*args, **kwargs)
-
-
-def _main_scheme(config: S2QConfig) -> str:
-    """The scheme of most linears."""
-    names = [scheme.name for scheme in config.layer_schemes().values()]
-    return max(set(names), key=names.count)

@@ -55,7 +55,7 @@ class ResultsFile:
             "versions": dict(versions),
             "results": [],
         }
-        self._stale: set[str] = set()
+        self._done: set[str] = set()
         if path.exists():
             self._take_over(_read(path), again=again)
 
@@ -66,13 +66,12 @@ class ResultsFile:
 
     def has(self, wanted: Mapping[str, Any]) -> bool:
         """Whether a result need not be measured."""
-        key = _key(wanted)
-        return key not in self._stale and any(_key(result) == key for result in self._content["results"])
+        return _key(wanted) in self._done
 
     def add(self, results: Sequence[Mapping[str, Any]]) -> None:
         """Put results in, replacing those of the same identity, and write the file."""
         new = {_key(result): dict(result) for result in results}
-        self._stale -= set(new)
+        self._done |= set(new)
         kept = [result for result in self._content["results"] if _key(result) not in new]
         self._content["results"] = [*kept, *new.values()]
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,8 +93,8 @@ class ResultsFile:
                 f"{_REMEDY}"
             )
         self._content["results"] = list(content["results"])
-        if again:
-            self._stale = {_key(result) for result in content["results"]}
+        if not again:
+            self._done = {_key(result) for result in content["results"]}
 
 
 def _key(entry: Mapping[str, Any]) -> str:

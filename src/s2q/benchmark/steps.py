@@ -124,30 +124,24 @@ class _ListResult:
 def _measure_list(model: SyntheticModel, block_list: BlockList, plans: Plans, settings: Settings) -> _ListResult:
     generator = torch.Generator(settings.device)
     generator.manual_seed(derive_seed(0, _OP, model.name, block_list.name))
-    calls, built = model.calls * block_list.count, min(settings.blocks, block_list.count)
-    timings, shares, peaks = _compete(model, block_list, plans, generator, settings, built=built)
+    timings, shares, peaks = _compete(model, block_list, plans, generator, settings)
     full = full_precision(settings.device)
     baseline = fastest({name: timings[name] for name in full})
     saved = _saved_by_int8(model, block_list, generator, settings, full[baseline])  # blocks are gone from memory
     return _ListResult(
-        milliseconds={name: timing.times(calls / built) for name, timing in timings.items()},
+        milliseconds=timings,
         shares=shares,
         peaks=peaks,
-        saved={baseline: None if saved is None else calls * saved},
+        saved={baseline: None if saved is None else model.calls * block_list.count * saved},
     )
 
 
 def _compete(
-    model: SyntheticModel,
-    block_list: BlockList,
-    plans: Plans,
-    generator: torch.Generator,
-    settings: Settings,
-    *,
-    built: int,
+    model: SyntheticModel, block_list: BlockList, plans: Plans, generator: torch.Generator, settings: Settings
 ) -> tuple[dict[str, Timing], dict[str, dict[str, float]], dict[str, int | None]]:
-    """Time, shares and peak memory of a few blocks of each contender, called once."""
+    """By contender, the time of all blocks of the list in a step, and shares and peak memory of a call of a few."""
     tokens, device = synthetic_tokens(model, settings), settings.device
+    built = min(settings.blocks, block_list.count)
     full = full_precision(device)
     dtypes = full | {name: quantized_dtype(device) for name in plans}
     stacks = {
@@ -164,6 +158,7 @@ def _compete(
         name: (lambda data, name=name: _run(stacks[name], data[dtypes[name]], attention[name], grid)) for name in stacks
     }
     timings = compete(runs, fresh=fresh, device=device, options=settings.options)
+    timings = {name: timing.times(model.calls * block_list.count / built) for name, timing in timings.items()}
     shares, peaks, data = {}, {}, fresh(-1)
     for name, run in runs.items():
         call = functools.partial(run, data)

@@ -81,13 +81,10 @@ def interleave(
     options: TimingOptions,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Timing]:
-    """Measure contenders in turn.
+    """Measure contenders in turn, in equally many rounds.
 
     Args:
         fresh: Makes the data of a round from its number, -1 for the warm-up; not timed.
-
-    Returns:
-        The samples by name; all have the same number of rounds.
     """
     data = fresh(-1)
     for measure in contenders.values():

@@ -25,7 +25,8 @@ from s2q.report.video import (
     enlarged,
 )
 
-_ADHERENCE = ("shape", "colour", "direction", "background", "all")
+_CHECKS = ("shape", "colour", "direction", "background")
+_ADHERENCE = {**{name: name for name in _CHECKS}, "all": "all four"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +75,17 @@ def render_page(content: PageContent) -> str:
     """Render the page as HTML without URLs that point outside the file."""
     if not content.pairs:
         raise InvalidInputError("report page: got no videos; expected at least one pair")
-    evaluation = content.evaluation
+    evaluation, metrics = content.evaluation, content.evaluation["metrics"]
     velocity = evaluation.get("velocity")
     floor = (evaluation.get("noise_floor") or {}).get("metrics", {})
-    measured = {name: entry for name, entry in evaluation["metrics"].items() if entry["mean"] is not None}
+    measured = {name: entry for name, entry in metrics.items() if entry["mean"] is not None}
     scores = {name: entry for name, entry in measured.items() if not name.startswith("reference_")}
     template = environment().get_template("page.html.j2")
     return template.render(
         content=content,
         style=asset("page.css"),
         script=asset("page.js"),
-        cards=_cards(content, floor),
+        cards=_cards(content, measured, floor),
         floor=floor,
         nothing=formatting.NOTHING,
         players=[_player(pair) for pair in content.pairs],
@@ -94,7 +95,13 @@ def render_page(content: PageContent) -> str:
         fidelity={name: entry for name, entry in scores.items() if "adherence" not in name},
         adherence={name: entry for name, entry in scores.items() if "adherence" in name},
         velocity_chart=charts.velocity_chart(velocity["steps"]) if velocity else "",
-        adherence_chart=charts.adherence_chart(_adherence_rows(evaluation)),
+        adherence_chart=charts.adherence_chart(
+            [
+                (label, scores[f"adherence_{name}"], metrics[f"reference_adherence_{name}"])
+                for name, label in _ADHERENCE.items()
+                if f"adherence_{name}" in scores
+            ]
+        ),
         recipe=json.dumps(content.recipe, indent=2, ensure_ascii=False) if content.recipe else "",
         sample=_sample(evaluation),
     )
@@ -151,43 +158,32 @@ def _player(pair: PlayerPair) -> dict[str, Any]:
 
 
 def _checks(values: Mapping[str, float | None], prefix: str) -> list[dict[str, Any]]:
-    names = [(name, values.get(f"{prefix}adherence_{name}")) for name in _ADHERENCE[:-1]]
+    names = [(name, values.get(f"{prefix}adherence_{name}")) for name in _CHECKS]
     return [{"name": name, "right": value == 1.0} for name, value in names if value is not None]
 
 
-def _cards(content: PageContent, floor: Mapping[str, float | None]) -> list[dict[str, str]]:
-    metrics = content.evaluation["metrics"]
+def _cards(
+    content: PageContent, measured: Mapping[str, Any], floor: Mapping[str, float | None]
+) -> list[tuple[str, str, str]]:
+    """Label, value and note of each key figure."""
     cards = []
     if content.storage:
         before, after = content.storage["full_precision_bytes"], content.storage["quantized_bytes"]
         note = f"{formatting.format_bytes(before)} → {formatting.format_bytes(after)}, transformer"
-        cards.append({"label": "Storage", "value": f"{content.storage['ratio']:.2f}× smaller", "note": note})
-    for name, label in (("psnr_frame_mean_db", "PSNR"), ("velocity_relative_error", "Velocity error")):
-        entry = metrics.get(name)
-        if not entry or entry["mean"] is None:
-            continue
-        note = "against full precision, same noise"
-        if name in floor:
-            note = f"another seed alone: {formatting.format_value(name, floor[name])}"
-        elif name == "velocity_relative_error":
-            note = "of one transformer call, squared norm; 0 is exact"
-        cards.append({"label": label, "value": formatting.format_value(name, entry["mean"]), "note": note})
-    entry, base = metrics.get("adherence_all"), metrics.get("reference_adherence_all")
-    if entry and base and entry["mean"] is not None:
+        cards.append(("Storage", f"{content.storage['ratio']:.2f}× smaller", note))
+    for name, label, note in (
+        ("psnr_frame_mean_db", "PSNR", "against full precision, same noise"),
+        ("velocity_relative_error", "Velocity error", "of one transformer call, squared norm; 0 is exact"),
+    ):
+        if name in measured:
+            another = f"another seed alone: {formatting.format_value(name, floor[name])}" if name in floor else note
+            cards.append((label, formatting.format_value(name, measured[name]["mean"]), another))
+    base = content.evaluation["metrics"].get("reference_adherence_all")
+    if base and "adherence_all" in measured:
         note = f"full precision: {formatting.format_value('adherence', base['mean'])}; all four properties right"
-        cards.append(
-            {"label": "Prompt adherence", "value": formatting.format_value("adherence", entry["mean"]), "note": note}
-        )
+        value = formatting.format_value("adherence", measured["adherence_all"]["mean"])
+        cards.append(("Prompt adherence", value, note))
     return cards
-
-
-def _adherence_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    metrics = evaluation["metrics"]
-    return [
-        ("all four" if name == "all" else name, metrics[f"adherence_{name}"], metrics[f"reference_adherence_{name}"])
-        for name in _ADHERENCE
-        if (metrics.get(f"adherence_{name}") or formatting.NOTHING)["mean"] is not None
-    ]
 
 
 def _sample(evaluation: Mapping[str, Any]) -> str:
