@@ -23,7 +23,7 @@ def failures():
         first, second = (fill.split() * 2)[:2]
         x, w = _codes(first, rows, inner, x_bits, generator), _codes(second, columns, inner, w_bits, generator)
         expected = x.long() @ w.long().t()
-        found = int_matmul(x, w, x_bits=x_bits, w_bits=w_bits, backend="cpu").long()
+        found = int_matmul(x, w, x_bits=x_bits, w_bits=w_bits).long()
         scale, token_scale = (torch.rand(size, generator=generator) + 0.1 for size in (columns, rows))
         arguments = {"x_bits": x_bits, "w_bits": w_bits, "out_dtype": torch.float32, "backend": "cpu"}
         packed = pack_codes(w, num_bits=w_bits)

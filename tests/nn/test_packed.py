@@ -8,9 +8,8 @@ from torch import nn
 
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.core.packing import weight_bytes
-from s2q.core.qparams import RoundedWeight, dequantize_weight
+from s2q.core.qparams import RoundedWeight, dequantize_weight, quantize_per_token
 from s2q.nn import PackedLinear
-from s2q.ops.quantize_per_token import quantize_per_token
 from s2q.rounding import round_rtn
 from schemes import scheme
 

@@ -4,11 +4,10 @@ from torch import nn
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import InputPath
-from s2q.core.qparams import dequantize, dequantize_weight
+from s2q.core.qparams import dequantize, dequantize_weight, quantize_per_token
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear
 from s2q.ops.kronecker import scaled_kronecker
-from s2q.ops.quantize_per_token import quantize_per_token
 from s2q.rounding import round_rtn
 from s2q.transforms import Compose, KroneckerTransform, SmoothScale
 from s2q.transforms.hadamard import hadamard

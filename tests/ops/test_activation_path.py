@@ -6,9 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import InputTensors
+from s2q.core.qparams import quantize_per_token
 from s2q.ops.activation_path import BACKENDS, activation_path, transform_input
 from s2q.ops.kronecker import scaled_kronecker
-from s2q.ops.quantize_per_token import quantize_per_token
 
 
 def draw(*shape, seed=0):

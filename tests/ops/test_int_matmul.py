@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from extreme_products import failures
-from s2q.common.errors import InvalidInputError
 from s2q.common.processor import is_x86
-from s2q.ops.int_matmul import BACKENDS, cpu, int_matmul
+from s2q.ops.int_matmul import cpu, int_matmul, reference
 
-USABLE = list(BACKENDS)
+EXACT = pytest.mark.parametrize("multiply", [int_matmul, reference.int_matmul, cpu.int_matmul])
 
 
 @pytest.fixture(params=["native", "pairs", "fp32"], autouse=True)
@@ -35,46 +34,45 @@ def exact(x, w):
     return x.long() @ w.long().t()
 
 
-@pytest.mark.parametrize("backend", ["auto", *USABLE])
+@EXACT
 @pytest.mark.parametrize(("x_bits", "w_bits"), [(8, 8), (8, 7), (7, 8), (6, 8), (8, 4), (6, 4), (4, 4), (2, 2)])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (33, 64, 17), (3, 1025, 2), (4, 5000, 3)])
-def test_bit_equal_to_int64(backend, x_bits, w_bits, shape):
+def test_bit_equal_to_int64(multiply, x_bits, w_bits, shape):
     rows, inner, columns = shape
     x, w = codes(x_bits, (rows, inner), 0), codes(w_bits, (columns, inner), 1)
-    product = int_matmul(x, w, x_bits=x_bits, w_bits=w_bits, backend=backend)
+    product = multiply(x, w, x_bits=x_bits, w_bits=w_bits)
     assert product.dtype == torch.int32
     assert torch.equal(product.long(), exact(x, w))
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@EXACT
 @pytest.mark.parametrize("inner", [1023, 1024, 1025, 4097, 131071])
 @pytest.mark.parametrize(("left", "right"), [(-128, -128), (-128, 127), (127, 127)])
-def test_the_largest_sums_are_exact(backend, inner, left, right):
+def test_the_largest_sums_are_exact(multiply, inner, left, right):
     x, w = torch.full((2, inner), left, dtype=torch.int8), torch.full((3, inner), right, dtype=torch.int8)
     x[1, 0] += 1 if left < 0 else -1  # an odd sum: the first that a rounded fp32 could not hold
-    assert torch.equal(int_matmul(x, w, backend=backend).long(), exact(x, w))
+    assert torch.equal(multiply(x, w).long(), exact(x, w))
 
 
-@pytest.mark.parametrize("backend", USABLE)
-def test_narrow_codes_at_their_extremes_over_long_rows(backend):
+@EXACT
+def test_narrow_codes_at_their_extremes_over_long_rows(multiply):
     x, w = torch.full((1, 70001), -32, dtype=torch.int8), torch.full((1, 70001), -8, dtype=torch.int8)
     x[0, 0] = 31
     w[0, 0] = 7
-    assert torch.equal(int_matmul(x, w, x_bits=6, w_bits=4, backend=backend).long(), exact(x, w))
+    assert torch.equal(multiply(x, w, x_bits=6, w_bits=4).long(), exact(x, w))
 
 
-@pytest.mark.parametrize("backend", USABLE)
-def test_no_rows_and_non_contiguous_operands(backend):
-    assert int_matmul(codes(8, (0, 8), 0), codes(8, (3, 8), 1), backend=backend).shape == (0, 3)
+@EXACT
+def test_no_rows_and_non_contiguous_operands(multiply):
+    assert multiply(codes(8, (0, 8), 0), codes(8, (3, 8), 1)).shape == (0, 3)
     x, w = codes(8, (12, 9), 2).t(), codes(8, (5, 24), 3)[:, ::2]
-    assert torch.equal(int_matmul(x, w, backend=backend).long(), exact(x, w))
+    assert torch.equal(multiply(x, w).long(), exact(x, w))
 
 
-@pytest.mark.parametrize("backend", USABLE)
-def test_autocast_does_not_round_the_sums(backend):
+def test_autocast_does_not_round_the_sums():
     x, w = codes(8, (4, 512), 4), codes(8, (6, 512), 5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(int_matmul(x, w, backend=backend).long(), exact(x, w))
+        assert torch.equal(int_matmul(x, w).long(), exact(x, w))
 
 
 def test_meta_tensors_give_a_shape():
@@ -82,11 +80,6 @@ def test_meta_tensors_give_a_shape():
         torch.empty(4, 8, dtype=torch.int8, device="meta"), torch.empty(3, 8, dtype=torch.int8, device="meta")
     )
     assert (product.shape, product.dtype) == ((4, 3), torch.int32)
-
-
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(InvalidInputError, match="unknown backend 'cuda'"):
-        int_matmul(codes(8, (1, 1), 0), codes(8, (1, 1), 0), backend="cuda")
 
 
 def test_products_at_the_extremes_of_their_codes_are_exact(instructions):

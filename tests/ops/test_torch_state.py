@@ -9,17 +9,16 @@ import torch
 from s2q.common.torch_state import fresh_torch_state
 from s2q.core.cubes import cube_means
 from s2q.core.input_path import InputTensors
-from s2q.core.qparams import fake_quantize_input, weight_scale
+from s2q.core.qparams import fake_quantize_input, quantize_per_token, weight_scale
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerGroup, QuantScheme
 from s2q.core.tokens import TokenGrid, token_grid
 from s2q.nn import Estimator, PackedLinear, set_backend
 from s2q.ops import activation_path as paths
 from s2q.ops import attention_colsum as sums
-from s2q.ops import int_matmul as integers
 from s2q.ops import rescaled_int_matmul as products
 from s2q.ops import weight_only_matmul as weights
+from s2q.ops.int_matmul import int_matmul
 from s2q.ops.kronecker import scaled_kronecker
-from s2q.ops.quantize_per_token import quantize_per_token
 from s2q.rounding import round_rtn
 from schemes import activations
 from states import STATES
@@ -60,7 +59,6 @@ OPS = {
     ),
     "attention_colsum": (sums, lambda b: sums.attention_colsum(Q, K, mask=MASK, backend=b)),
     "attention_colsum, bf16": (sums, lambda b: sums.attention_colsum(Q.bfloat16(), K.bfloat16(), backend=b)),
-    "int_matmul": (integers, lambda b: integers.int_matmul(XQ, WQ, **BITS, backend=b)),
     "rescaled_int_matmul": (
         products,
         lambda b: products.rescaled_int_matmul(XQ, SX, WQ, SW, **REST, **BITS, out_dtype=torch.float32, backend=b),
@@ -122,6 +120,7 @@ def test_ops_without_backends_give_the_same_bits(state):
     def results():
         return (
             scaled_kronecker(X, **{name: PARTS[name] for name in ("scale", "left", "right")}),
+            int_matmul(XQ, WQ, **BITS),
             *quantize_per_token(X, num_bits=6, clip_ratio=0.9),
             *paths.transform_input(X, InputTensors(**PARTS, **BRANCH)),
         )

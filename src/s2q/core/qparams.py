@@ -84,6 +84,17 @@ def quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None =
     return (x.float() / scale).round_().clamp_(*code_range(num_bits)).to(torch.int8)
 
 
+def quantize_per_token(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> tuple[Tensor, Tensor]:
+    """Quantize each token of x [..., I] with a dynamic scale, see `token_scale`.
+
+    Returns:
+        codes: int8 [..., I].
+        scale: fp32 [..., 1], never 0; an all-zero token has scale 1 and codes 0. A token with a NaN has scale NaN.
+    """
+    scale = token_scale(x, num_bits=num_bits, clip_ratio=clip_ratio)
+    return quantize(x, scale, num_bits=num_bits), scale
+
+
 def code_range(num_bits: int) -> tuple[int, int]:
     """Return the smallest and the largest code, -2^(N-1) and 2^(N-1) - 1."""
     return -_qmax(num_bits) - 1, _qmax(num_bits)

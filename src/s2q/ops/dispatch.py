@@ -17,14 +17,18 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from s2q.common.errors import InvalidInputError, S2QError, unknown_name
 from s2q.common.log import log_once
+from s2q.common.torch_state import without_autocast
 from s2q.ops.architectures import nearest_architecture
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,25 @@ def has_triton() -> bool:
 def is_interpreting() -> bool:
     """Whether Triton was asked to run kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def opaque_op(name: str, shape: Callable[..., _T]) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+    """Make an op of a function: it bypasses autocast, and torch.compile does not look inside.
+
+    `shape` takes the same arguments and returns uninitialised results.
+    """
+
+    def decorate(run: Callable[_P, _T]) -> Callable[_P, _T]:
+        traced = library.custom_op(f"s2q::{name}", run, mutates_args=())
+        traced.register_fake(shape)
+
+        @functools.wraps(run)
+        def choose(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            return (traced if torch.compiler.is_compiling() else run)(*args, **kwargs)
+
+        return without_autocast(choose)
+
+    return decorate
 
 
 def triton_obstacle(x: Tensor) -> str | None:

@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from s2q.common.torch_state import without_autocast
 from s2q.core.input_path import BACKEND_TENSORS, InputTensors
 from s2q.ops.activation_path import cpu, reference
-from s2q.ops.dispatch import choose_backend, triton_backend
+from s2q.ops.dispatch import choose_backend, opaque_op, triton_backend
 
 BACKENDS: dict[str, Callable[..., Any]] = {
     "reference": reference.activation_path,
@@ -22,7 +21,23 @@ transform_input = reference.transform_input
 __all__ = ["BACKENDS", "activation_path", "transform_input"]
 
 
-@without_autocast
+def _shapes(x: Tensor, tensors: Sequence[Any], deflates: bool, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    basis = InputTensors._make([*tensors, deflates, ()]).low_rank_basis
+    codes, token_scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    rank = 0 if basis is None else basis.shape[1]
+    return codes, token_scale, x.new_empty(x.shape[0], rank, dtype=torch.float32)
+
+
+@opaque_op("activation_path", _shapes)
+def _run(
+    x: Tensor, tensors: Sequence[Tensor | None], deflates: bool, num_bits: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a backend, for parts that have fields in `InputTensors`; without a basis the coefficients are [M, 0]."""
+    path = InputTensors._make([*tensors, deflates, ()])
+    codes, token_scale, coefficients = choose_backend(backend, x, BACKENDS)(x, path, num_bits=num_bits)
+    return codes, token_scale, token_scale.new_empty(len(x), 0) if coefficients is None else coefficients
+
+
 def activation_path(
     x: Tensor, path: InputTensors, *, num_bits: int, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -46,29 +61,6 @@ def activation_path(
         clip = InputTensors(clip_ratio=path.clip_ratio)
         codes, token_scale, _ = activation_path(y, clip, num_bits=num_bits, backend=backend)
         return codes, token_scale, coefficients
-    if not torch.compiler.is_compiling():
-        codes, token_scale, coefficients = choose_backend(backend, x, BACKENDS)(x, path, num_bits=num_bits)
-        return codes, token_scale, coefficients
-    tensors = path[: len(BACKEND_TENSORS)]
-    codes, token_scale, coefficients = _traced(x, tensors, path.deflates, num_bits, backend)
+    tensors: tuple[Any, ...] = path[: len(BACKEND_TENSORS)]
+    codes, token_scale, coefficients = _run(x, tensors, path.deflates, num_bits, backend)
     return codes, token_scale, None if path.low_rank_basis is None else coefficients
-
-
-@library.custom_op("s2q::activation_path", mutates_args=())
-def _traced(
-    x: Tensor, tensors: Sequence[Tensor | None], deflates: bool, num_bits: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for torch.compile, which does not look inside; without a basis the coefficients are [M, 0]."""
-    path = InputTensors._make([*tensors, deflates, ()])
-    codes, token_scale, coefficients = choose_backend(backend, x, BACKENDS)(x, path, num_bits=num_bits)
-    return codes, token_scale, token_scale.new_empty(len(x), 0) if coefficients is None else coefficients
-
-
-@_traced.register_fake
-def _shapes(
-    x: Tensor, tensors: Sequence[Tensor | None], deflates: bool, num_bits: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    basis = InputTensors._make([*tensors, deflates, ()]).low_rank_basis
-    codes, token_scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
-    rank = 0 if basis is None else basis.shape[1]
-    return codes, token_scale, x.new_empty(x.shape[0], rank, dtype=torch.float32)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from s2q.common.torch_state import without_autocast
 from s2q.core.input_path import InputTensors
+from s2q.core.qparams import quantize_per_token
 from s2q.ops.kronecker import scaled_kronecker
-from s2q.ops.quantize_per_token import quantize_per_token
 
 
 def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Tensor, Tensor, Tensor | None]:

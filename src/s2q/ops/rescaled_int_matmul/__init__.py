@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from s2q.common.torch_state import without_autocast
-from s2q.ops.dispatch import choose_backend, triton_backend
+from s2q.ops.dispatch import choose_backend, opaque_op, triton_backend
 from s2q.ops.rescaled_int_matmul import cpu, reference
 
 BACKENDS: dict[str, Callable[..., Any]] = {
@@ -19,16 +18,22 @@ BACKENDS: dict[str, Callable[..., Any]] = {
 __all__ = ["BACKENDS", "rescaled_int_matmul"]
 
 
-@without_autocast
+def _shape(
+    x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, *_: Any, out_dtype: torch.dtype, **_options: Any
+) -> Tensor:
+    return x_scale.new_empty(x_codes.shape[0], w_codes.shape[0], dtype=out_dtype)
+
+
+@opaque_op("rescaled_int_matmul", _shape)
 def rescaled_int_matmul(
     x_codes: Tensor,
     x_scale: Tensor,
     w_codes: Tensor,
     w_scale: Tensor,
-    *,
     bias: Tensor | None = None,
     low_rank_input: Tensor | None = None,
     low_rank_weight: Tensor | None = None,
+    *,
     x_bits: int = 8,
     w_bits: int = 8,
     out_dtype: torch.dtype,
@@ -42,24 +47,6 @@ def rescaled_int_matmul(
     Raises:
         InvalidInputError: If there is no such backend, or it cannot run here.
     """
-    run = _traced if torch.compiler.is_compiling() else _run
-    branch = low_rank_input, low_rank_weight
-    return run(x_codes, x_scale, w_codes, w_scale, bias, *branch, x_bits, w_bits, out_dtype, backend)
-
-
-def _run(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    low_rank_input: Tensor | None,
-    low_rank_weight: Tensor | None,
-    x_bits: int,
-    w_bits: int,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
     run = choose_backend(backend, x_codes, BACKENDS)
     if w_scale.ndim != 1 and backend in ("auto", "cpu"):
         run = reference.rescaled_int_matmul
@@ -76,13 +63,3 @@ def _run(
         out_dtype=out_dtype,
     )
     return product
-
-
-_traced = library.custom_op("s2q::rescaled_int_matmul", _run, mutates_args=())
-"""The same for torch.compile, which does not look inside."""
-
-
-@_traced.register_fake
-def _shape(x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, *others: Any) -> Tensor:
-    *_, out_dtype, _ = others
-    return x_scale.new_empty(x_codes.shape[0], w_codes.shape[0], dtype=out_dtype)

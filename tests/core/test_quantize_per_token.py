@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from s2q.ops.quantize_per_token import quantize_per_token
+from s2q.core.qparams import quantize_per_token
 
 
 @pytest.mark.parametrize("num_bits", range(2, 9))
