@@ -98,6 +98,14 @@ def _code_of(kernel: object) -> str:
     return "\n".join(ast.unparse(tree) for tree in trees)
 
 
+def _options(tile: dict[str, object]) -> dict[str, int]:
+    return {name: value for name, value in tile.items() if name.startswith("num_")}
+
+
+def _sizes(tile: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in tile.items() if not name.startswith("num_")}
+
+
 def matmul_variants(arch: int) -> Iterator[Variant]:
     types = {"x_ptr": "*i8", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*bf16"}
     types |= {"branch_x_ptr": "*fp32", "branch_w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32", "columns": "i32"}
@@ -107,27 +115,28 @@ def matmul_variants(arch: int) -> Iterator[Variant]:
     weight, bf16, fp16 = torch.empty(8, 32), torch.bfloat16, torch.float16
     for most, tile in matmul_tiles.TILES[arch]:
         # Below 64 rows a warp group's instruction would be half empty: Triton takes the older one.
-        needs = "wgmma s8" if arch == 90 and tile.rows >= 64 else "mma.sync s8"
+        needs = "wgmma s8" if arch == 90 and tile["ROWS"] >= 64 else "mma.sync s8"
         for packed in (False, True) if most < matmul_tiles.UNPACK_FROM_ROWS else (False,):
-            odd = {16: (), 64: () if packed else (77,), 128: (192,)}[tile.rows]
+            odd = {16: (), 64: () if packed else (77,), 128: (192,)}[tile["ROWS"]]
             cases = [(3072, None, bf16), (3072, weight, bf16), *((depth, None, bf16) for depth in odd)]
             for depth, branch, dtype in [*cases, *([] if packed else [(3072, weight, fp16)])]:
-                name = f"{'w4' if packed else 'w8'} {tile.rows}x{tile.columns}x{tile.depth} K={depth}"
+                name = f"{'w4' if packed else 'w8'} {tile['ROWS']}x{tile['COLUMNS']}x{tile['BLOCK']} K={depth}"
                 short = "bf16" if dtype == bf16 else "fp16"
                 yield Variant(
                     name=f"matmul {name}" + ("" if branch is None else f" branch {short}"),
                     kernel=rescaled_int_matmul.rescaled_matmul_kernel,
                     types=types
                     | {"w_ptr": "*u8" if packed else "*i8", "out_ptr": f"*{short}", "bias_ptr": f"*{short}"},
-                    constants={"HAS_BIAS": True, "INTERPRET": False}
-                    | rescaled_int_matmul.matmul_constants(tile, depth=depth, is_packed=packed)
+                    constants={"HAS_BIAS": True, "INTERPRET": False, "DEPTH": depth, "PACKED": packed}
+                    | {"GROUP": matmul_tiles.GROUP_ROWS}
+                    | _sizes(tile)
                     | rescaled_int_matmul.branch_constants(branch, dtype),
                     aligned=aligned if depth % 16 == 0 else pointers,
-                    options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-                    group="int8 product, few rows" if tile.rows == 16 else "int8 product",
+                    options=_options(tile),
+                    group="int8 product, few rows" if tile["ROWS"] == 16 else "int8 product",
                     needs=needs,
                     is_quick=(branch is not None and dtype == bf16)
-                    and (tile.rows == 128 or (packed and tile.rows == 16)),
+                    and (tile["ROWS"] == 128 or (packed and tile["ROWS"] == 16)),
                 )
     yield Variant(
         name="unpack",
@@ -170,10 +179,10 @@ def activation_variants(arch: int) -> Iterator[Variant]:
                     kernel=activation_path.rotate_quantize_kernel,
                     types=types | {"x_ptr": f"*{dtype}"},
                     constants=parts
-                    | activation_path.rotation_constants(tile, grid, precision, sides)
+                    | activation_path.rotation_constants(_sizes(tile), grid, precision, sides)
                     | {"INTERPRET": False},
                     aligned=(*pointers, "x_stride"),
-                    options={"num_warps": tile.num_warps, "num_stages": 1},
+                    options=_options(tile),
                     group=f"rotate and quantize {'bf16' if dtype == 'bf16' else 'fp32, fp16'}",
                     needs="tf32" if precision == "tf32x3" else "f16",
                     is_quick=grid == widest and sides[1] and dtype != "fp16",
@@ -214,9 +223,9 @@ def colsum_variants(arch: int) -> Iterator[Variant]:
                     name=f"{kernel.__name__.removesuffix('_kernel')} {dtype} D={head_dim}{mask}",
                     kernel=kernel,
                     types=types | {"query_ptr": f"*{dtype}", "key_ptr": f"*{dtype}", "mask_ptr": mask_type},
-                    constants=constants | attention_colsum.colsum_constants(tile) | {"INTERPRET": False},
+                    constants=constants | _sizes(tile),
                     aligned=aligned,
-                    options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+                    options=_options(tile),
                     group=f"column sums {'fp32' if dtype == 'fp32' else 'bf16, fp16'}",
                     needs="tf32" if dtype == "fp32" else "f16",
                     is_quick=mask == pair and head_dim == 128,
@@ -229,15 +238,15 @@ def weight_only_variants(arch: int) -> Iterator[Variant]:
     tile = weight_only_tiles.TILES[arch]
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         for packed, depth in ((True, 512), (True, 77), (False, 512)):
-            constants = weight_only_matmul.weight_only_constants(tile, dtype, depth=depth, is_packed=packed)
+            constants = {"DEPTH": depth, "PACKED": packed, "PRECISION": weight_only_matmul.product_precision(dtype)}
             pointer_types = {"x_ptr": f"*{short}", "bias_ptr": f"*{short}", "out_ptr": f"*{short}"}
             yield Variant(
                 name=f"weight only {'w4' if packed else 'w8'} {short} K={depth}",
                 kernel=weight_only_matmul.weight_only_kernel,
                 types=types | pointer_types | {"w_ptr": "*u8" if packed else "*i8"},
-                constants=constants | {"HAS_BIAS": True, "INTERPRET": False},
+                constants=constants | _sizes(tile) | {"HAS_BIAS": True, "INTERPRET": False},
                 aligned=(*pointers, "columns", "x_stride", "w_stride") if depth % 32 == 0 else pointers,
-                options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+                options=_options(tile),
                 group="weight-only product",
                 needs="tf32" if short == "fp32" else "f16",
                 is_quick=packed and depth == 512 and short != "fp16",

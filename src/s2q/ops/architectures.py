@@ -4,6 +4,12 @@ An architecture is 10 · major + minor of the compute capability. Every op has a
 architecture; `benchmarks/triton_aot.py` compiles what they list, without a GPU.
 """
 
+from typing import Any
+
+Tile = dict[str, Any]
+"""Of a kernel: sizes by the names of its compile-time constants, and the options `num_warps` and `num_stages` (loads in
+flight) of its launch."""
+
 SHARED_BYTES: dict[int, int] = {
     80: 163 * 1024,
     86: 99 * 1024,

@@ -1,6 +1,6 @@
 """Tiles of the kernels of this op. UNTUNED: chosen on paper and compiled without spills, never timed."""
 
-from dataclasses import dataclass
+from s2q.ops.architectures import Tile
 
 MAX_ORDER = 128
 """Of a factor inside the kernel; with larger ones the rotation runs outside of it."""
@@ -20,36 +20,16 @@ TILES: dict[int, _Grids] = {80: _MMA, 86: _MMA, 89: _MMA, 90: _WGMMA, 100: _TCGE
 registers, and warps of a program, ascending."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RotationTile:
-    """A token's grid with both sides padded to powers of two, and how it is worked on.
+def rotation_tile(n1: int, n2: int, *, precision: str, architecture: int) -> Tile | None:
+    """Return the tile for a token's grid [n1, n2] of features; None if it is too large for the kernel.
 
-    Programs have one stage: with more, the compiler keeps the x of several tokens in shared memory.
-
-    Attributes:
-        rows: n1 padded, at least 16.
-        columns: n2 padded, at least 16.
-        tokens: That one program handles, so that it loads the factors once.
-    """
-
-    rows: int
-    columns: int
-    tokens: int
-    num_warps: int
-
-
-def rotation_tile(n1: int, n2: int, *, precision: str, architecture: int) -> RotationTile | None:
-    """Return the tile for a grid of a token's features; None if it is too large for the kernel.
-
-    Args:
-        n1, n2: Rows and columns of the grid.
-        precision: One of `PRECISIONS`.
-        architecture: A key of `TILES`.
+    It has the sides padded and the tokens of a program, which loads the factors once. Programs have one stage: with
+    more, the compiler keeps the x of several tokens in shared memory.
     """
     rows, columns = padded(n1), padded(n2)
     for most, num_warps in TILES[architecture][precision]:
         if rows * columns <= most and max(n1, n2) <= MAX_ORDER:
-            return RotationTile(rows=rows, columns=columns, tokens=8, num_warps=num_warps)
+            return {"ROWS": rows, "COLUMNS": columns, "TOKENS": 8, "num_warps": num_warps, "num_stages": 1}
     return None
 
 

@@ -15,6 +15,8 @@ first, `PIECE_ROWS` tokens at a time.
 Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,8 @@ from torch import Tensor
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.core.input_path import InputTensors
 from s2q.ops.activation_path.reference import low_rank_coefficients, split_low_rank, transform_input
-from s2q.ops.activation_path.tiles import PRECISIONS, RotationTile, rotation_tile, row_block
+from s2q.ops.activation_path.tiles import PRECISIONS, rotation_tile, row_block
+from s2q.ops.architectures import Tile
 from s2q.ops.dispatch import architecture_of, launch
 from s2q.ops.kronecker import factor_orders
 from s2q.ops.triton_math import INTERPRETING, magnitude_bits, matrix_product, quantization_scale, quantize
@@ -55,57 +58,36 @@ def activation_path(
     codes = torch.empty(rows, features, dtype=torch.int8, device=x.device)
     token_scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     clip = _clip_of(path.clip_ratio, x)
-    rotation = _Rotation(x, path.left, path.right, precision)
+    rotation = _rotation_of(x, path, precision)
+    is_outside = rotation is None and (path.left is not None or path.right is not None)
     coefficients = None
     if path.low_rank_basis is not None:
         coefficients = torch.empty(rows, path.low_rank_basis.shape[1], dtype=torch.float32, device=x.device)
-    step = PIECE_ROWS if rotation.is_outside or path.low_rank_basis is not None else max(rows, 1)
+    step = PIECE_ROWS if is_outside or path.low_rank_basis is not None else max(rows, 1)
     for start in range(0, rows, step):
-        piece_rows = slice(start, start + step)
-        piece, shift, scale, part = x[piece_rows], path.shift, path.scale, None
-        if rotation.is_outside:
-            piece, part = transform_input(piece, path)
-            shift = scale = None
-        elif path.low_rank_basis is not None and path.deflates:
-            piece, part = split_low_rank(piece, path)
-            shift = scale = None
-        elif path.low_rank_basis is not None:
-            part = low_rank_coefficients(piece, path)
-        if coefficients is not None and part is not None:
-            coefficients[piece_rows] = part
-        piece_clip = clip if clip is None or len(clip) == 1 else clip[piece_rows]
-        _run(
-            piece,
-            rotation,
-            shift=shift,
-            scale=scale,
-            clip=piece_clip,
-            num_bits=num_bits,
-            codes=codes[piece_rows],
-            token_scale=token_scale[piece_rows],
-        )
+        part = slice(start, start + step)
+        piece, rest = x[part], path._replace(clip_ratio=clip if clip is None or len(clip) == 1 else clip[part])
+        if is_outside or (path.low_rank_basis is not None and path.deflates):
+            piece, found = transform_input(piece, path) if is_outside else split_low_rank(piece, path)
+            rest = rest._replace(shift=None, scale=None)
+        else:
+            found = None if path.low_rank_basis is None else low_rank_coefficients(piece, path)
+        if coefficients is not None and found is not None:
+            coefficients[part] = found
+        _run(piece, rest, rotation, num_bits=num_bits, codes=codes[part], token_scale=token_scale[part])
     return codes, token_scale, coefficients
 
 
-class _Rotation:
-    """The factors of a rotation and the tile that does it; without a tile there is nothing to do inside the kernel."""
-
-    def __init__(self, x: Tensor, left: Tensor | None, right: Tensor | None, precision: str) -> None:
-        if x.ndim != 2:
-            raise InvalidInputError(f"activation_path: got x of shape {list(x.shape)}; expected [tokens, features]")
-        n1, n2 = factor_orders(x.shape[1], left, right)
-        if n1 * n2 != x.shape[1]:
-            raise InvalidInputError(f"activation_path: got factors of order {n1} and {n2} for {x.shape[1]} features")
-        self.left, self.right, self.precision = left, right, precision
-        self.grid = n1, n2
-        rotates = left is not None or right is not None
-        architecture = architecture_of(x)
-        self.tile = rotation_tile(n1, n2, precision=precision, architecture=architecture) if rotates else None
-        self.is_outside = rotates and self.tile is None
-
-    def constants(self, tile: RotationTile) -> dict[str, int | bool | str]:
-        """Return the compile-time constants of the kernel."""
-        return rotation_constants(tile, self.grid, self.precision, (self.left is not None, self.right is not None))
+def _rotation_of(x: Tensor, path: InputTensors, precision: str) -> dict[str, Any] | None:
+    """Return the constants of `rotate_quantize_kernel`; None where it has nothing to do, or no tile for the grid."""
+    if x.ndim != 2:
+        raise InvalidInputError(f"activation_path: got x of shape {list(x.shape)}; expected [tokens, features]")
+    n1, n2 = factor_orders(x.shape[1], path.left, path.right)
+    if n1 * n2 != x.shape[1]:
+        raise InvalidInputError(f"activation_path: got factors of order {n1} and {n2} for {x.shape[1]} features")
+    sides = path.left is not None, path.right is not None
+    tile = rotation_tile(n1, n2, precision=precision, architecture=architecture_of(x)) if any(sides) else None
+    return None if tile is None else rotation_constants(tile, (n1, n2), precision, sides)
 
 
 def _clip_of(clip_ratio: Tensor | None, x: Tensor) -> Tensor | None:
@@ -123,11 +105,9 @@ def _clip_of(clip_ratio: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _run(
     x: Tensor,
-    rotation: _Rotation,
+    path: InputTensors,
+    rotation: dict[str, Any] | None,
     *,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    clip: Tensor | None,
     num_bits: int,
     codes: Tensor,
     token_scale: Tensor,
@@ -138,27 +118,25 @@ def _run(
         token_scale.fill_(1)
         return
     x = x if x.stride(1) == 1 else x.contiguous()
-    constants: dict[str, int | bool | str] = {
-        "HAS_SHIFT": shift is not None,
-        "HAS_SCALE": scale is not None,
+    clip = path.clip_ratio
+    constants: dict[str, Any] = {
+        "HAS_SHIFT": path.shift is not None,
+        "HAS_SCALE": path.scale is not None,
         "HAS_CLIP": clip is not None,
         "QMAX": 2 ** (num_bits - 1) - 1,
     }
-    vectors = [_or(vector, x) for vector in (shift, scale)]
+    vectors = [_or(vector, x) for vector in (path.shift, path.scale)]
     clip_stride = 0 if clip is None or len(clip) == 1 else 1
     tail = (_or(clip, x), codes, token_scale)
-    tile = rotation.tile
-    if tile is None:
+    if rotation is None:
         block, num_warps = row_block(features)
         constants |= {"FEATURES": features, "BLOCK": block}
         launch(quantize_kernel, (rows,), x, *vectors, *tail, x.stride(0), clip_stride, **constants, num_warps=num_warps)
         return
-    factors = [_or(factor, x) for factor in (rotation.left, rotation.right)]
-    constants |= rotation.constants(tile) | {"INTERPRET": INTERPRETING}
-    programs = triton.cdiv(rows, tile.tokens)
-    options = {"num_warps": tile.num_warps, "num_stages": 1}
+    factors = [_or(factor, x) for factor in (path.left, path.right)]
+    constants |= rotation | {"INTERPRET": INTERPRETING}
     arguments = (x, *vectors, *factors, *tail, rows, x.stride(0), clip_stride)
-    launch(rotate_quantize_kernel, (programs,), *arguments, **constants, **options)
+    launch(rotate_quantize_kernel, (triton.cdiv(rows, rotation["TOKENS"]),), *arguments, **constants)
 
 
 def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
@@ -167,19 +145,10 @@ def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
 
 
 def rotation_constants(
-    tile: RotationTile, grid: tuple[int, int], precision: str, sides: tuple[bool, bool]
-) -> dict[str, int | bool | str]:
-    """Return the compile-time constants of `rotate_quantize_kernel` for a grid (n1, n2) with these factors (sides)."""
-    return {
-        "N1": grid[0],
-        "N2": grid[1],
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "TOKENS": tile.tokens,
-        "PRECISION": precision,
-        "HAS_LEFT": sides[0],
-        "HAS_RIGHT": sides[1],
-    }
+    tile: Tile, grid: tuple[int, int], precision: str, sides: tuple[bool, bool]
+) -> dict[str, int | str]:
+    """Return the tile and constants of `rotate_quantize_kernel` for a grid (n1, n2) with these factors (sides)."""
+    return tile | {"N1": grid[0], "N2": grid[1], "PRECISION": precision, "HAS_LEFT": sides[0], "HAS_RIGHT": sides[1]}
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2q.ops.attention_colsum import reference
-from s2q.ops.attention_colsum.tiles import ColsumTile, colsum_tile
+from s2q.ops.attention_colsum.tiles import colsum_tile
 from s2q.ops.dispatch import KernelUnavailableError, architecture_of, launch
 from s2q.ops.triton_math import INTERPRETING, matrix_product
 
@@ -60,24 +60,12 @@ def attention_colsum(
     # Triton 3.6 interprets loops over an argument only with old versions of NumPy, loops over a constant with all.
     lengths = [tl.constexpr(length) if INTERPRETING else length for length in (queries, keys)]
     numbers = (heads, *lengths, factor, *query.stride(), *key.stride(), *mask_strides)
-    shape = {"HEAD_DIM": head_dim, "MASK": kind, "PAIR_MASK": is_pair_mask}
-    settings = shape | colsum_constants(tile) | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    grid = (triton.cdiv(queries, tile.side), samples * heads)
+    settings = tile | {"HEAD_DIM": head_dim, "MASK": kind, "PAIR_MASK": is_pair_mask, "INTERPRET": INTERPRETING}
+    grid = (triton.cdiv(queries, tile["TILE_N"]), samples * heads)
     launch(log_sum_kernel, grid, *inputs, lse_BHN, *numbers, **settings)
-    grid = (triton.cdiv(keys, tile.side), samples * heads)
+    grid = (triton.cdiv(keys, tile["TILE_M"]), samples * heads)
     launch(column_sum_kernel, grid, *inputs, lse_BHN, sums_BHM, *numbers, **settings)
     return sums_BHM.sum(dim=1)
-
-
-def colsum_constants(tile: ColsumTile) -> dict[str, int | bool | str]:
-    """Return the compile-time constants of both kernels that the tile decides."""
-    return {
-        "TILE_N": tile.side,
-        "TILE_M": tile.side,
-        "TILE_D": tile.head_dim,
-        "PRECISION": tile.precision,
-        "INTERPRET": INTERPRETING,
-    }
 
 
 def _expand_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, Tensor | None]:

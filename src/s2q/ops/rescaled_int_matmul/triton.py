@@ -17,7 +17,7 @@ from torch import Tensor
 from s2q.common.errors import InvalidInputError
 from s2q.core.packing import packed_width
 from s2q.ops.dispatch import architecture_of, launch
-from s2q.ops.rescaled_int_matmul.tiles import GROUP_ROWS, UNPACK_BLOCK, UNPACK_FROM_ROWS, MatmulTile, matmul_tile
+from s2q.ops.rescaled_int_matmul.tiles import GROUP_ROWS, UNPACK_BLOCK, UNPACK_FROM_ROWS, matmul_tile
 from s2q.ops.triton_math import INTERPRETING, matrix_product
 
 
@@ -59,7 +59,7 @@ def rescaled_int_matmul(
         w_codes = w_codes.view(torch.int8)
     x_codes, w_codes = (codes if codes.stride(1) == 1 else codes.contiguous() for codes in (x_codes, w_codes))
     tile = matmul_tile(rows, depth, architecture_of(x_codes))
-    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    programs = triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(columns, tile["COLUMNS"])
     launch(
         rescaled_matmul_kernel,
         (programs,),
@@ -76,11 +76,12 @@ def rescaled_int_matmul(
         x_codes.stride(0),
         w_codes.stride(0),
         HAS_BIAS=bias is not None,
-        **matmul_constants(tile, depth=depth, is_packed=is_packed),
+        DEPTH=depth,
+        PACKED=is_packed,
+        GROUP=GROUP_ROWS,
         **branch_constants(low_rank_weight, out_dtype),
         INTERPRET=INTERPRETING,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile,
     )
     return out
 
@@ -95,18 +96,6 @@ def unpack_nibbles(packed: Tensor, *, in_features: int) -> Tensor:
         constants = {"DEPTH": in_features, "BLOCK": UNPACK_BLOCK}
         launch(unpack_kernel, grid, packed, codes, packed.stride(0), **constants, num_warps=4)
     return codes
-
-
-def matmul_constants(tile: MatmulTile, *, depth: int, is_packed: bool) -> dict[str, int | bool]:
-    """Return the compile-time constants of `rescaled_matmul_kernel` that shape and tile decide."""
-    return {
-        "DEPTH": depth,
-        "PACKED": is_packed,
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "BLOCK": tile.depth,
-        "GROUP": GROUP_ROWS,
-    }
 
 
 def branch_constants(low_rank_weight: Tensor | None, out_dtype: torch.dtype) -> dict[str, int | str]:

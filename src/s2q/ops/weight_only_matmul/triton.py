@@ -15,7 +15,7 @@ from s2q.core.packing import packed_width
 from s2q.ops.dispatch import architecture_of, launch
 from s2q.ops.triton_math import INTERPRETING, matrix_product
 from s2q.ops.weight_only_matmul import reference
-from s2q.ops.weight_only_matmul.tiles import TILES, WeightOnlyTile
+from s2q.ops.weight_only_matmul.tiles import TILES
 
 
 def weight_only_matmul(
@@ -39,7 +39,7 @@ def weight_only_matmul(
     tile = TILES[architecture_of(x)]
     launch(
         weight_only_kernel,
-        (triton.cdiv(columns, tile.columns),),
+        (triton.cdiv(columns, tile["COLUMNS"]),),
         x,
         w_codes,
         w_scale.float().contiguous(),
@@ -50,21 +50,18 @@ def weight_only_matmul(
         x.stride(0),
         w_codes.stride(0),
         HAS_BIAS=bias is not None,
-        **weight_only_constants(tile, x.dtype, depth=depth, is_packed=is_packed),
+        DEPTH=depth,
+        PACKED=is_packed,
+        PRECISION=product_precision(x.dtype),
         INTERPRET=INTERPRETING,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile,
     )
     return out
 
 
-def weight_only_constants(
-    tile: WeightOnlyTile, dtype: torch.dtype, *, depth: int, is_packed: bool
-) -> dict[str, int | bool | str]:
-    """Return the compile-time constants of `weight_only_kernel` that its input and the tile decide."""
-    precision = "tf32x3" if dtype == torch.float32 else "native"
-    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "WIDTH": tile.width}
-    return {"DEPTH": depth, "PACKED": is_packed, "PRECISION": precision, **sizes}
+def product_precision(dtype: torch.dtype) -> str:
+    """Return the precision of `weight_only_kernel` for the dtype of x."""
+    return "tf32x3" if dtype == torch.float32 else "native"
 
 
 @triton.jit(do_not_specialize=["rows"])
