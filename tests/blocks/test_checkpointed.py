@@ -29,7 +29,7 @@ class Attention(nn.Module):
         source = student_input(width)
         for name in ("to_q", "to_k", "to_v"):
             linear = nn.Linear(width, width)
-            self.add_module(name, StudentLinear.with_clip(linear, scheme=SCHEME, source=source))
+            self.add_module(name, StudentLinear(linear, learns_clip=True, scheme=SCHEME, source=source))
 
     def forward(self, x):
         heads = [layer(x)[:, None] for layer in (self.to_q, self.to_k, self.to_v)]
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.ff = OwnFeedForward(width, mult=2)
         for place, name in ((self.ff.net[0], "proj"), (self.ff.net, "2")):
             linear = place.get_submodule(name)
-            student = StudentLinear.with_clip(linear, scheme=SCHEME, source=student_input(linear.in_features))
+            student = StudentLinear(linear, learns_clip=True, scheme=SCHEME, source=student_input(linear.in_features))
             place.__setattr__(name, student) if name == "proj" else place.__setitem__(int(name), student)
 
     def forward(self, x):

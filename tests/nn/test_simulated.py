@@ -108,7 +108,7 @@ def test_codebooks_on_both_sides_equal_the_definition_in_double():
 def test_a_codebook_on_one_side_and_its_student(weight, activation):
     layer_scheme = codebooks(weight=weight, activation=activation)
     linear = nn.Linear(24, 6)
-    student = StudentLinear.with_clip(linear, scheme=layer_scheme, source=StudentInput(layer_scheme.activation))
+    student = StudentLinear(linear, learns_clip=True, scheme=layer_scheme, source=StudentInput(layer_scheme.activation))
     rounded = round_rtn(linear.weight, layer_scheme.weight, clip_ratio=student.clip_ratio())
     packed = PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=layer_scheme)
     x = torch.randn(7, 24, generator=torch.Generator().manual_seed(1), requires_grad=True)

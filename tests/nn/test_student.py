@@ -76,7 +76,7 @@ def test_equals_what_will_run_with_its_codes(layer_scheme):
     if clip is not None:
         nn.init.constant_(clip.theta, 1.0)
     source = StudentInput(layer_scheme.activation, transform=a_transform(), clip=clip)
-    student = StudentLinear.with_clip(linear, scheme=layer_scheme, source=source)
+    student = StudentLinear(linear, learns_clip=True, scheme=layer_scheme, source=source)
     rounded = round_rtn(student.folded_weight(), layer_scheme.weight, clip_ratio=student.clip_ratio())
     inner = source.transform(x)
     if layer_scheme.activation is not None:
@@ -96,7 +96,9 @@ def test_with_many_bits_the_transform_changes_nothing():
 def test_what_is_trained_is_the_transform_and_the_clips():
     source = StudentInput(ACTIVATION, transform=a_transform(), clip=LearnableClip())
     linear = a_linear()
-    students = nn.ModuleList([StudentLinear.with_clip(linear, scheme=scheme(), source=source) for _ in range(3)])
+    students = nn.ModuleList(
+        [StudentLinear(linear, learns_clip=True, scheme=scheme(), source=source) for _ in range(3)]
+    )
     names = [name.split(".", 1)[1] for name, _ in students.named_parameters()]
     assert len(names) == len(set(names)) + 2  # the shared input counts once, a weight clip for each of the three
     students[0](draw(5, 24)).square().sum().backward()
@@ -111,7 +113,7 @@ def test_distillation_in_small_lowers_the_error():
     x[:, 5] *= 30
     layer_scheme = scheme(4, 4)
     source = StudentInput(layer_scheme.activation, transform=KroneckerTransform.build(24), clip=LearnableClip())
-    student = StudentLinear.with_clip(linear, scheme=layer_scheme, source=source)
+    student = StudentLinear(linear, learns_clip=True, scheme=layer_scheme, source=source)
     target = linear(x).detach()
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3, weight_decay=0)
     losses = []
@@ -125,8 +127,11 @@ def test_distillation_in_small_lowers_the_error():
 
 
 def test_half_precision():
-    student = StudentLinear.with_clip(
-        a_linear().bfloat16(), scheme=scheme(), source=StudentInput(ACTIVATION, transform=hadamard(24))
+    student = StudentLinear(
+        a_linear().bfloat16(),
+        learns_clip=True,
+        scheme=scheme(),
+        source=StudentInput(ACTIVATION, transform=hadamard(24)),
     )
     assert student(draw(3, 24).bfloat16()).dtype == torch.bfloat16
     assert student.folded_weight().dtype == torch.float32

@@ -186,7 +186,7 @@ def test_the_gradient_of_a_checkpointed_block_is_the_same_where_tokens_have_plac
     block = torch.nn.ModuleDict({"ff": FeedForward(8, mult=2)})
     for place, name in ((block.ff.net[0], "proj"), (block.ff.net, "2")):
         linear = place.get_submodule(name)
-        student = StudentLinear.with_clip(linear, scheme=scheme, source=StudentInput(scheme.activation))
+        student = StudentLinear(linear, learns_clip=True, scheme=scheme, source=StudentInput(scheme.activation))
         setattr(place, name, student)
     x, found = torch.randn(1, 24, 8), []
     piece, module.PIECE = module.PIECE, 7

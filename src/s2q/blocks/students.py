@@ -99,13 +99,11 @@ def _students(
     for linear, module in zip(group, modules, strict=True):
         estimator = None
         if path.estimator:
-            sizes, own_seed = (
-                (linear.in_features, linear.out_features),
-                derive_seed(seed, "estimator", linear.inner_name),
-            )
-            estimator = Estimator(*sizes, frames=path.estimator_frames, seed=own_seed).to(weights[0].device)
-        make = StudentLinear.with_clip if recipe.clip.weights else StudentLinear
-        layer = make(module, scheme=linear.scheme, source=source, estimator=estimator)
+            own_seed, frames = derive_seed(seed, "estimator", linear.inner_name), path.estimator_frames
+            estimator = Estimator(linear.in_features, linear.out_features, frames=frames, seed=own_seed)
+            estimator = estimator.to(weights[0].device)
+        learns_clip = recipe.clip.weights
+        layer = StudentLinear(module, scheme=linear.scheme, source=source, learns_clip=learns_clip, estimator=estimator)
         if recipe.rounding.learned:
             layer.rounding = LearnedRounding(layer.folded_weight(), linear.scheme.weight)
         layers.append(layer)

@@ -1,16 +1,18 @@
 """Weights that linears keep from call to call: dequantized where full precision is faster, prepacked where small."""
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from s2q.nn.stored import StoredLinear
 from s2q.ops.int_matmul import cpu
 
-_T = TypeVar("_T")
+if TYPE_CHECKING:
+    from s2q.nn.stored import StoredLinear
 
 FASTEST = "fastest"
 """The backend that leaves integers where they are slower."""
@@ -47,7 +49,7 @@ def integer_backend(layer: StoredLinear) -> str:
 
 
 def keeps_prepacked(layer: StoredLinear) -> bool:
-    """Tell whether a layer whose input is quantized keeps its codes prepacked (`DequantizedCache.prepacked`)."""
+    """Tell whether a layer whose input is quantized keeps its codes prepacked (`WeightCache.prepacked`)."""
     weight, activation = layer.scheme.weight, layer.scheme.activation
     if layer.in_features * layer.out_features > PREPACKED_CODES or torch.compiler.is_compiling():
         return False
@@ -57,73 +59,57 @@ def keeps_prepacked(layer: StoredLinear) -> bool:
     return cpu.multiplies_pairs(x_bits=activation.num_bits, w_bits=weight.num_bits)
 
 
-class DequantizedCache:
-    """Other forms of a layer's weight; copies of a layer begin without them."""
+class WeightCache:
+    """Another form of a layer's weight: computed again once a tensor that it comes from has changed; copies are empty.
 
-    def __init__(self) -> None:
-        self._dequantized: _Derived[tuple[Tensor, Tensor | None]] = _Derived()
-        self._prepacked: _Derived[Tensor] = _Derived()
-
-    def of(self, layer: StoredLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Return weight [O, I] and bias [O] or None, in a dtype.
-
-        An offloaded layer keeps nothing while it is away, and dequantizes again when it is back.
-        """
-        others = [tensor for name, tensor in layer._parameters.items() if tensor is not None and name != "weight"]
-        sources = [layer.packed_weight, *others]
-        return self._dequantized.get(dtype, sources, lambda: layer.effective_parameters(dtype))
-
-    def prepacked(self, layer: StoredLinear) -> Tensor:
-        """Return the codes [I, O] of a layer that `keeps_prepacked`, as oneDNN reads them."""
-        return self._prepacked.get(None, [layer.packed_weight], lambda: cpu.prepack(layer.codes()))
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that are kept."""
-        prepacked, dequantized = self._prepacked.value, self._dequantized.value
-        num_bytes = 0 if prepacked is None else prepacked.numel()
-        return num_bytes + sum(tensor.nbytes for tensor in dequantized or () if tensor is not None)
-
-    def release(self) -> None:
-        """Drop all of them: the layer has changed, or memory is needed."""
-        self._dequantized.release()
-        self._prepacked.release()
-
-    def __getstate__(self) -> dict[str, object]:
-        """Copies of a layer keep nothing."""
-        return vars(DequantizedCache())
-
-
-class _Derived(Generic[_T]):
-    """A value computed from tensors: computed again once one of them has changed, dropped as soon as one is gone.
-
-    Moving a layer, by whatever means, replaces the tensor of its codes, so no memory is pinned where it has left.
+    It is dropped as soon as one of those tensors is gone: moving a layer, by whatever means, replaces the tensor of its
+    codes, so no memory is pinned where it has left.
     """
 
     def __init__(self) -> None:
-        self.value: _T | None = None
+        self._value: tuple[Any, ...] | None = None
         self._key: object = None
         self._states: list[tuple[int, int, int]] = []
         self._sources: list[weakref.ref[Tensor]] = []
 
-    def get(self, key: object, sources: list[Tensor], compute: Callable[[], _T]) -> _T:
+    def dequantized(self, layer: StoredLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return weight [O, I] and bias [O] or None, in a dtype."""
+        others = [tensor for name, tensor in layer._parameters.items() if tensor is not None and name != "weight"]
+        weight, bias = self._get(dtype, [layer.packed_weight, *others], lambda: layer.effective_parameters(dtype))
+        return weight, bias
+
+    def prepacked(self, layer: StoredLinear) -> Tensor:
+        """Return the codes [I, O] of a layer that `keeps_prepacked`, as oneDNN reads them."""
+        (codes,) = self._get("prepacked", [layer.packed_weight], lambda: (cpu.prepack(layer.codes()),))
+        return codes  # type: ignore[no-any-return]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are kept."""
+        tensors = [tensor for tensor in self._value or () if tensor is not None]
+        return sum(tensor.numel() if tensor.is_mkldnn else tensor.nbytes for tensor in tensors)
+
+    def _get(self, key: object, sources: list[Tensor], compute: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """Return what `compute` returned for this key and these sources, unchanged since, or returns now."""
         if torch.compiler.is_compiling():  # has no addresses, versions and weak references
-            if self.value is None or self._key != key:
-                self.value, self._key = compute(), key
-            return self.value
+            if self._value is None or self._key != key:
+                self._value, self._key = compute(), key
+            return self._value
         states = _states(sources)
-        if self.value is None or self._key != key or self._states != states:
+        if self._value is None or self._key != key or self._states != states:
             self.release()
             with torch.inference_mode(False):  # tensors of that mode cannot be used outside of it
-                self.value = compute()
+                self._value = compute()
             self._key, self._states = key, states
             self._sources = [weakref.ref(tensor, self.release) for tensor in sources]
-        return self.value
+        return self._value
 
     def release(self, _gone: object = None) -> None:
-        """Drop the value."""
-        self.value, self._states, self._sources = None, [], []
+        """Drop it: the layer has changed, or memory is needed."""
+        self._value, self._states, self._sources = None, [], []
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(WeightCache())
 
 
 def _states(tensors: list[Tensor]) -> list[tuple[int, int, int]]:

@@ -28,7 +28,7 @@ from s2q.core.packing import pack_codes
 from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import LinearScheme
 from s2q.nn.branch import float_branch, with_float_branch
-from s2q.nn.dequantized import DequantizedCache, integer_backend, keeps_prepacked, runs_dequantized
+from s2q.nn.dequantized import integer_backend, keeps_prepacked, runs_dequantized
 from s2q.nn.simulated import simulated_product, warn_slow
 from s2q.nn.stored import QuantizedInput, StoredLinear, frozen, packed_dtypes
 from s2q.ops.activation_path import activation_path, transform_input
@@ -67,20 +67,6 @@ class PackedLinear(StoredLinear):
     Raises:
         InvalidInputError: If I is not a multiple of a group size, or the input path does not fit I.
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        scheme: LinearScheme,
-        path: InputPath | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias, scheme=scheme, path=path, dtype=dtype, device=device)
-        self.kept = DequantizedCache()
 
     @classmethod
     def from_rounded(
@@ -159,7 +145,7 @@ class PackedLinear(StoredLinear):
         """
         self._check_input(input)
         if runs_dequantized(self):
-            return F.linear(input, *self.kept.of(self, input.dtype))
+            return F.linear(input, *self.kept.dequantized(self, input.dtype))
         if torch.is_grad_enabled() and input.requires_grad:
             output_MO: Tensor = _StraightThrough.apply(input, self)  # type: ignore[no-untyped-call]
         else:
@@ -224,9 +210,6 @@ class PackedLinear(StoredLinear):
             backend=integer_backend(self),
         )
         return with_float_branch(self, output_MO, coefficients, transformed, input.shape[:-1]).to(input.dtype)
-
-    def _changes(self) -> None:
-        self.kept.release()
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -17,6 +17,7 @@ from s2q.core.packing import packed_width, unpack_codes
 from s2q.core.qparams import dequantize_weight
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.nn.codes import PackedCodes, reads_as_weight, refusal
+from s2q.nn.dequantized import WeightCache
 from s2q.ops.kronecker import scaled_kronecker
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -80,6 +81,7 @@ class StoredLinear(nn.Linear):
             value = None if shape is None else frozen(torch.empty(shape, dtype=dtypes[name], device=device))
             self.register_parameter(name, value)
         self.backend = "auto"
+        self.kept = WeightCache()
         self.simulated = scheme.simulated or self.path.simulated
         self.needs_grid = scheme.needs_grid or self.path.needs_grid
         self.shared_input: Callable[[Tensor, Callable[[], QuantizedInput]], QuantizedInput] | None = None
@@ -148,9 +150,6 @@ class StoredLinear(nn.Linear):
         linear.register_parameter("bias", None if bias is None else frozen(bias))
         return linear
 
-    def _changes(self) -> None:
-        """Called before parameters change."""
-
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""
         has_bias = self.bias is not None
@@ -211,7 +210,7 @@ class StoredLinear(nn.Linear):
                 )
             return moved
 
-        self._changes()
+        self.kept.release()
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self._guard_codes()
         return self
@@ -226,7 +225,7 @@ class StoredLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._changes()
+        self.kept.release()
         for name, dtype in packed_dtypes().items():
             tensor = state_dict.get(prefix + name)
             if tensor is not None and tensor.dtype != dtype:  # copying would convert it silently

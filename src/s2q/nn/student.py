@@ -11,8 +11,6 @@ trained is in the parameters: of the transform, of the clips and of the estimato
 Shapes: `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch.
 """
 
-from typing import Self
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +35,7 @@ class StudentLinear(nn.Module):
         source: Transform and quantization of the input, shared by the linears that read it.
         recomputes: Whether the backward pass computes the quantized weight again, which takes less memory than keeping
             the way to it.
-        weight_clip: Ratio of each output channel, or None for 1.
+        weight_clip: Ratio of each output channel, (O,) per channel and (O, 1) per group, or None for 1.
         estimator: Returns a correction of the output for the quantized input, or None.
         tensors: Learned tensors of parts with `InputPart.apply` that are this linear's own, by stored name.
         rounding: Returns the quantized weight, [O, I], if its rounding is learned and transform and clip are
@@ -45,7 +43,7 @@ class StudentLinear(nn.Module):
 
     Args:
         linear: Full precision.
-        weight_clip: Broadcasts to the scale: (O,) per channel, (O, 1) per group.
+        learns_clip: Whether it has a `weight_clip`.
 
     Raises:
         InvalidInputError: If I is not a multiple of the group size, the source quantizes by another scheme, or it
@@ -61,7 +59,7 @@ class StudentLinear(nn.Module):
         *,
         scheme: LinearScheme,
         source: StudentInput,
-        weight_clip: LearnableClip | None = None,
+        learns_clip: bool = False,
         estimator: Estimator | None = None,
     ) -> None:
         super().__init__()
@@ -74,7 +72,11 @@ class StudentLinear(nn.Module):
         self.scheme = scheme
         self.source = source
         self.recomputes = False
-        self.weight_clip = weight_clip
+        self.weight_clip: LearnableClip | None = None
+        if learns_clip:
+            grouped = isinstance(scheme.weight.granularity, PerGroup)
+            shape = (linear.out_features, 1) if grouped else (linear.out_features,)
+            self.weight_clip = LearnableClip(shape, device=linear.weight.device)
         self.estimator = estimator
         self.rounding: nn.Module | None = None
         self.register_buffer("weight", linear.weight.detach(), persistent=False)
@@ -85,16 +87,6 @@ class StudentLinear(nn.Module):
             bias = bias.float() + linear.weight.detach().float() @ source.shift
         self.register_buffer("bias", bias, persistent=False)
         self.tensors = start_tensors(source.steps, self.folded_weight() if source.steps else None, of_linear=True)
-
-    @classmethod
-    def with_clip(
-        cls, linear: nn.Linear, *, scheme: LinearScheme, source: StudentInput, estimator: Estimator | None = None
-    ) -> Self:
-        """Make a student that learns a clipping ratio for each output channel."""
-        grouped = isinstance(scheme.weight.granularity, PerGroup)
-        shape = (linear.out_features, 1) if grouped else (linear.out_features,)
-        clip = LearnableClip(shape, device=linear.weight.device)
-        return cls(linear, scheme=scheme, source=source, weight_clip=clip, estimator=estimator)
 
     def folded_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return W T⁻ᵀ, less a low-rank branch that is taken from the weight, to be quantized.

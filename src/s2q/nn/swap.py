@@ -7,13 +7,11 @@ from s2q.common.errors import InvalidInputError
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the module `name` ("to_out.0"), in place, in the training mode of the replaced one."""
-    parent_name, _, child = name.rpartition(".")
     try:
-        parent = root.get_submodule(parent_name)
-        old = parent.get_submodule(child)
+        old = root.get_submodule(name)
     except AttributeError as error:
         raise InvalidInputError(f"{type(root).__name__} has no module {name!r}: {error}") from error
-    if not child:
+    if old is root:
         raise InvalidInputError("replace_module: got an empty name; a module cannot replace the root itself")
     new.train(old.training)
-    setattr(parent, child, new)
+    root.set_submodule(name, new)

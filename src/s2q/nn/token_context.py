@@ -20,7 +20,7 @@ def follow_tokens(transformer: nn.Module, layout: TokenLayout) -> None:
     """Let the packed layers of a transformer know the grid of every call, in place; a second time changes nothing."""
     unfollow_tokens(transformer)
     transformer.register_forward_pre_hook(_Begin(transformer, layout), with_kwargs=True)
-    transformer.register_forward_hook(_End(), always_call=True)
+    transformer.register_forward_hook(_end, always_call=True)
 
 
 def unfollow_tokens(transformer: nn.Module) -> None:
@@ -31,7 +31,7 @@ def unfollow_tokens(transformer: nn.Module) -> None:
         transformer._forward_hooks,
         transformer._forward_hooks_always_called,
     )
-    for key in [key for by_key in hooks for key, hook in by_key.items() if isinstance(hook, _Begin | _End)]:
+    for key in [key for by_key in hooks for key, hook in by_key.items() if hook is _end or isinstance(hook, _Begin)]:
         for by_key in hooks:
             by_key.pop(key, None)
     for module in transformer.modules():
@@ -57,11 +57,8 @@ class _Begin:
             _carry_grids(transformer)
 
 
-class _End:
-    """The hook after a call."""
-
-    def __call__(self, _transformer: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        end_call()
+def _end(_transformer: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    end_call()
 
 
 def _carry_grids(transformer: nn.Module) -> None:
@@ -81,13 +78,10 @@ class _Checkpoint:
         self.checkpoint = checkpoint
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(_InCall(block), *args, **kwargs)
+        call = carried_call()
 
+        def in_call(*args: Any, **kwargs: Any) -> Any:
+            with call():
+                return block(*args, **kwargs)
 
-class _InCall:
-    def __init__(self, block: Callable[..., Any]) -> None:
-        self.block, self.call = block, carried_call()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.call():
-            return self.block(*args, **kwargs)
+        return self.checkpoint(in_call, *args, **kwargs)
