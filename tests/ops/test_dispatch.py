@@ -96,7 +96,7 @@ def test_a_rocm_gpu_is_refused(compiled, monkeypatch):
 
 
 def test_a_cpu_tensor_is_refused_in_one_line(compiled):
-    run = dispatch.triton_backend("s2q.ops.activation_path", "activation_path")
+    run = dispatch.triton_backend("activation_path")
     with pytest.raises(InvalidInputError) as raised:
         run(torch.zeros(1, 4), num_bits=4)
     assert str(raised.value) == (
@@ -107,7 +107,7 @@ def test_a_cpu_tensor_is_refused_in_one_line(compiled):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
-    run = dispatch.triton_backend("s2q.ops.activation_path", "activation_path")
+    run = dispatch.triton_backend("activation_path")
     with pytest.raises(InvalidInputError, match="triton is not installed; use backend='reference'"):
         run(torch.zeros(1, 4), num_bits=4)
     assert dispatch.choose_backend("auto", OnGpu(), {"reference": 1, "triton": 2}) == 1

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2q.core.tokens import TokenGrid, current_grid
+from s2q.core.tokens import current_grid
 from s2q.nn.stored import StoredLinear
 
 
@@ -90,15 +90,12 @@ def scaled_by_frame(coefficients: Tensor, frames: Tensor | None) -> Tensor:
     grid = None if frames is None else current_grid()
     if frames is None or grid is None or coefficients.ndim < 3:
         return coefficients
-    factors = _factors(frames, grid, coefficients.shape[-2])
-    return coefficients if factors is None else coefficients * factors.unsqueeze(-1)
-
-
-def _factors(frames: Tensor, grid: TokenGrid, length: int) -> Tensor | None:
+    length = coefficients.shape[-2]
     offset = grid.offset(length)
     if offset is None:
-        return None
+        return coefficients
     if len(frames) != grid.frames:
         frames = F.interpolate(frames.view(1, 1, -1), size=grid.frames, mode="linear", align_corners=True).view(-1)
     of_video = frames.repeat_interleave(grid.height * grid.width)
-    return F.pad(of_video, (offset, length - offset - grid.tokens), value=1.0)
+    factors = F.pad(of_video, (offset, length - offset - grid.tokens), value=1.0)
+    return coefficients * factors.unsqueeze(-1)

@@ -50,13 +50,13 @@ def integer_backend(layer: StoredLinear) -> str:
 
 def keeps_prepacked(layer: StoredLinear) -> bool:
     """Tell whether a layer whose input is quantized keeps its codes prepacked (`WeightCache.prepacked`)."""
-    weight, activation = layer.scheme.weight, layer.scheme.activation
+    activation = layer.scheme.activation
     if layer.in_features * layer.out_features > PREPACKED_CODES or torch.compiler.is_compiling():
         return False
     on_cpu = layer.weight_scale.device.type == "cpu" and integer_backend(layer) in ("auto", "cpu")
     if not on_cpu or layer.weight_scale.ndim != 1 or activation is None:
         return False
-    return cpu.multiplies_pairs(x_bits=activation.num_bits, w_bits=weight.num_bits)
+    return cpu.multiplies_pairs(x_bits=activation.num_bits, w_bits=layer.scheme.weight.num_bits)
 
 
 class WeightCache:

@@ -2,13 +2,10 @@
 
     y = (codes_x · codes_wᵀ) · Δ_x · Δ_w + b        integers inside, fp32 for the scales, then the dtype of x
 
-Weight-only schemes (no activation part) multiply x by the dequantized weight instead, and simulated ones (inputs in
-groups, or as differences from local means; levels that are not uniform) the dequantized x by the dequantized
-weight. Before that, a shift may be subtracted from x, whose product with the weight is in the bias; x may
-pass through a transform T = diag(v) · (A ⊗ B), whose inverse is in the weight; a few directions V of x diag(v) may be
-taken out before A ⊗ B and multiplied in floating point, y + (x diag(v) V) Lᵀ, or be multiplied so and be taken out of
-the weight; and the scale of x may be multiplied by a clip ratio. A learned estimator may add a correction of rank one
-to the output (`nn.branch`), as one more column of that branch.
+Weight-only schemes (no activation part) multiply x by the dequantized weight instead, and simulated ones
+(`nn.simulated`) the dequantized x by the dequantized weight. Before that, x takes its path (`core.input_path`): the
+product of its shift with the weight is in the bias, and the inverse of its transform T = diag(v) · (A ⊗ B) in the
+weight. What the path leaves in floating point is added to y (`nn.branch`).
 
 Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch, `P` packed bytes
 of a row (`core.packing`).

@@ -43,7 +43,7 @@ class RefinedLinear(nn.Module):
         super().__init__()
         self.source = source
         self.recomputes = False
-        self._packed = (packed,)  # not a submodule: its parameters are not this one's
+        vars(self)["packed"] = packed  # not a submodule: its parameters are not this one's
         ones = torch.ones_like(packed.weight_scale)
         levels = levels_of(packed.scheme.weight, packed.in_features, device=ones.device)
         self.register_buffer("units", dequantize_weight(packed.codes(), ones, levels=levels), persistent=False)
@@ -60,12 +60,8 @@ class RefinedLinear(nn.Module):
             self.branch_change = nn.Parameter(torch.zeros_like(branch))
             self._branch_unit = float(branch.square().mean().sqrt())
 
+    packed: PackedLinear
     units: Tensor
-
-    @property
-    def packed(self) -> PackedLinear:
-        """The packed linear before refinement."""
-        return self._packed[0]
 
     def weight_scale(self) -> Tensor:
         """Return the scale of the weight as learned, fp32 [O] or [O, G]."""

@@ -25,12 +25,11 @@ class SharedInput(Generic[_T]):
         readers: How many linears there are.
     """
 
-    _kept: tuple[weakref.ref[Tensor], int, _T] | None
-    _traced: tuple[Tensor, _T] | None
-
     def __init__(self, readers: int) -> None:
         self.readers = readers
-        self._kept, self._traced, self._left = None, None, 0
+        self._kept: tuple[weakref.ref[Tensor], int, _T] | None = None
+        self._traced: tuple[Tensor, _T] | None = None
+        self._left = 0
 
     def __call__(self, x: Tensor, compute: Callable[[], _T]) -> _T:
         """Return what `compute` returns for x, from an earlier reader where it was the same tensor, unchanged.
@@ -84,7 +83,8 @@ def share_inputs(model: nn.Module) -> int:
     """
     count = 0
     for parent in model.modules():
-        siblings = [child for child in parent.children() if isinstance(child, StoredLinear) and _on_integers(child)]
+        linears = [child for child in parent.children() if isinstance(child, StoredLinear)]
+        siblings = [linear for linear in linears if linear.scheme.activation is not None and not linear.simulated]
         for linear in siblings:
             linear.shared_input = None
         for group in _groups(siblings):
@@ -93,10 +93,6 @@ def share_inputs(model: nn.Module) -> int:
                 linear.shared_input = shared
             count += len(group)
     return count
-
-
-def _on_integers(linear: StoredLinear) -> bool:
-    return linear.scheme.activation is not None and not linear.simulated
 
 
 def _groups(linears: list[StoredLinear]) -> list[list[StoredLinear]]:

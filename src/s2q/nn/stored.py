@@ -195,8 +195,7 @@ class StoredLinear(nn.Linear):
             self.register_parameter("weight", self._parameters["weight"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        present = (self._parameters[name] for name in packed_dtypes() if name in self._parameters)
-        stored = {id(parameter) for parameter in present if parameter is not None}
+        stored = {id(self._parameters.get(name)) for name in packed_dtypes()}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             tensor = tensor.plain if isinstance(tensor, PackedCodes) else tensor

@@ -115,12 +115,11 @@ def backend_obstacle(backend: str, x: Tensor) -> str | None:
     return triton_obstacle(x) if backend == "triton" else None
 
 
-def triton_backend(package: str, name: str) -> Callable[..., Any]:
+def triton_backend(name: str) -> Callable[..., Any]:
     """Make the backend "triton" of an op: checks whether it can run, then imports and calls it.
 
-    `name` is the function in the module `triton` of the package "s2q.ops.<op>"; its first argument is the op's main
-    input, whose device is current during the call, since Triton launches there. The result raises
-    `KernelUnavailableError`.
+    It is the function "s2q.ops.<name>.triton.<name>", whose first argument is the op's main input; the device of that
+    is current during the call, since Triton launches there. The result raises `KernelUnavailableError`.
     """
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +127,7 @@ def triton_backend(package: str, name: str) -> Callable[..., Any]:
         if obstacle is not None:
             raise KernelUnavailableError(obstacle, op=name)
         try:
-            implementation = getattr(_import_kernels(f"{package}.triton"), name)
+            implementation = getattr(_import_kernels(f"s2q.ops.{name}.triton"), name)
             with torch.cuda.device(x.device if x.is_cuda else -1):
                 return implementation(x, *args, **kwargs)
         except KernelUnavailableError as error:
@@ -212,7 +211,7 @@ def _automatic(x: Tensor, backends: Collection[str]) -> str:
     return chosen
 
 
-def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[..., _T]]) -> Callable[..., _T]:
     """Pick the function that runs an op (`resolve_backend`). With "auto", the reference runs where a kernel cannot."""
     resolved = resolve_backend(backend, x, backends)
     if backend == "auto" and resolved == "triton":
@@ -220,8 +219,8 @@ def choose_backend(backend: str, x: Tensor, backends: Mapping[str, Callable[...,
     return backends[resolved]
 
 
-def _with_fallback(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _with_fallback(kernel: Callable[..., _T], reference: Callable[..., _T]) -> Callable[..., _T]:
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> _T:
         try:
             return kernel(x, *args, **kwargs)
         except KernelUnavailableError as error:

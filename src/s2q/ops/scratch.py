@@ -13,18 +13,13 @@ import threading
 import torch
 from torch import Tensor
 
-
-class _Buffers(threading.local):
-    def __init__(self) -> None:
-        self.by_use: dict[str, Tensor] = {}
-
-
-_BUFFERS = _Buffers()
+_BUFFERS = threading.local()
+"""Its attributes are one thread's: buffers by use."""
 
 
 def release() -> None:
     """Let go of what this thread keeps; the next call of an op gets fresh memory."""
-    _BUFFERS.by_use.clear()
+    vars(_BUFFERS).clear()
 
 
 def take(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -33,8 +28,9 @@ def take(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     Tensors of different uses never overlap. What outlives the op must be copied out of it.
     """
     size = math.prod(shape) * dtype.itemsize
-    buffer = _BUFFERS.by_use.get(use)
+    buffers: dict[str, Tensor] = vars(_BUFFERS)
+    buffer = buffers.get(use)
     if buffer is None or len(buffer) < size:
         with torch.inference_mode(False):  # what is made in that mode could not be written outside of it
-            buffer = _BUFFERS.by_use[use] = torch.empty(size, dtype=torch.uint8, device="cpu")
+            buffer = buffers[use] = torch.empty(size, dtype=torch.uint8, device="cpu")
     return buffer[:size].view(dtype).view(shape)

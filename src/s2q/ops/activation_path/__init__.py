@@ -10,10 +10,10 @@ from s2q.core.input_path import BACKEND_TENSORS, InputTensors
 from s2q.ops.activation_path import cpu, reference
 from s2q.ops.dispatch import choose_backend, opaque_op, triton_backend
 
-BACKENDS: dict[str, Callable[..., Any]] = {
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor | None]]] = {
     "reference": reference.activation_path,
     "cpu": cpu.activation_path,
-    "triton": triton_backend("s2q.ops.activation_path", "activation_path"),
+    "triton": triton_backend("activation_path"),
 }
 
 transform_input = reference.transform_input
@@ -45,13 +45,7 @@ def activation_path(
 
     Backends compute the parts that have fields in `InputTensors`; where there are others, torch transforms.
 
-    Args:
-        x: [M, I], floating.
-        num_bits: N, 2 to 8.
-        backend: "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU.
-
-    Returns:
-        codes int8 [M, I], token scale fp32 [M, 1], coefficients fp32 [M, r] or None.
+    The backend is "reference", "cpu", "triton", or "auto": Triton where it can run on a GPU, cpu on the CPU.
 
     Raises:
         InvalidInputError: If there is no such backend, or it cannot run here.

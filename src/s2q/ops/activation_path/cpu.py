@@ -32,7 +32,7 @@ def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Te
     """Transform and quantize the input of a linear; see `reference.activation_path`, which fp64 is left to."""
     if x.dtype == torch.float64:
         return reference.activation_path(x, path, num_bits=num_bits)
-    size = min(len(x), chunk_rows(x))
+    size = min(len(x), max(MIN_ROWS.get(x.dtype, 32), CHUNK_BYTES // max(1, x.shape[1] * x.element_size())))
     transform = _Transform(x, size, path)
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     token_scales = torch.empty(len(x), 1, dtype=torch.float32, device="cpu")
@@ -52,11 +52,6 @@ def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Te
     return codes, token_scales, coefficients
 
 
-def chunk_rows(x: Tensor) -> int:
-    """Return how many rows of x [M, I] are worked on at a time."""
-    return max(MIN_ROWS.get(x.dtype, 32), CHUNK_BYTES // max(1, x.shape[1] * x.element_size()))
-
-
 class _Transform:
     """`reference.transform_input` of chunks of at most so many rows; the next chunk overwrites the result of one."""
 
@@ -70,7 +65,10 @@ class _Transform:
         self.first, self.second = (take(f"activation_path {use}", (rows, features), dtype) for use in ("1", "2"))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = self._shifted_and_scaled(x)
+        if self.shift is not None:
+            x = _in_fp32(torch.sub, x, self.shift, out=self.wide)
+        if self.scale is not None:
+            x = _in_fp32(torch.mul, x, self.scale, out=self.wide)
         if self.basis is None and self.left is None and self.right is None:
             return x, None
         first, second = self.first[: len(x)], self.second[: len(x)]
@@ -91,13 +89,6 @@ class _Transform:
             left = self.left.t().expand(len(x), n1, n1)
             y = torch.bmm(left, y.view(-1, n1, n2), out=free.view(-1, n1, n2))
         return y.view(x.shape), coefficients
-
-    def _shifted_and_scaled(self, x: Tensor) -> Tensor:
-        if self.shift is not None:
-            x = _in_fp32(torch.sub, x, self.shift, out=self.wide)
-        if self.scale is not None:
-            x = _in_fp32(torch.mul, x, self.scale, out=self.wide)
-        return x
 
 
 def _in_fp32(operation: Callable[..., Tensor], x: Tensor, other: Tensor, *, out: Tensor) -> Tensor:

@@ -42,11 +42,7 @@ def activation_path(
 
     Args:
         x: [M, I], fp32, fp16 or bf16; rows may be strided.
-        num_bits: N, 2 to 8.
         precision: Of the rotation, "tf32x3" or "bf16"; None is "bf16" for bf16 x and "tf32x3" otherwise.
-
-    Returns:
-        codes int8 [M, I], token scale fp32 [M, 1], coefficients fp32 [M, r] or None.
 
     Raises:
         InvalidInputError: If there is no such precision or the shapes do not fit.

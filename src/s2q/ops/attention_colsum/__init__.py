@@ -10,7 +10,7 @@ from s2q.ops.dispatch import choose_backend, triton_backend
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.attention_colsum,
-    "triton": triton_backend("s2q.ops.attention_colsum", "attention_colsum"),
+    "triton": triton_backend("attention_colsum"),
 }
 
 __all__ = ["BACKENDS", "attention_colsum"]
@@ -34,5 +34,4 @@ def attention_colsum(
         InvalidInputError: If shapes do not fit, or there is no such backend, or it cannot run here.
     """
     run = choose_backend(backend, query, BACKENDS)
-    sums: Tensor = run(query, key, mask=mask, scale=scale, chunk_size=chunk_size)
-    return sums
+    return run(query, key, mask=mask, scale=scale, chunk_size=chunk_size)

@@ -52,7 +52,7 @@ def attention_colsum(
             query_HCD = query[sample, :, start : start + size].to(dtype) * factor
             logits_HCM = query_HCD @ key_HDM
             if mask is not None:
-                _apply_mask(logits_HCM, _rows_of(mask, sample, start, start + size))
+                _apply_mask(logits_HCM, mask, sample, start)
             sums_BM[sample] += _chunk_sums(logits_HCM)
     return sums_BM
 
@@ -75,20 +75,16 @@ def _chunk_sums(logits_HCM: Tensor) -> Tensor:
     highest.masked_fill_(highest == -torch.inf, 0)  # a fully masked row: exp(-inf - 0) = 0 everywhere
     weights_HCM = logits_HCM.sub_(highest).exp_()
     total_HC1 = weights_HCM.sum(dim=-1, keepdim=True)
-    share_HC1 = torch.where(total_HC1 > 0, 1 / total_HC1, torch.zeros_like(total_HC1))
-    share_HC1 = torch.where(total_HC1.isnan(), total_HC1, share_HC1)  # NaN in, NaN out
+    share_HC1 = (1 / total_HC1).masked_fill_(total_HC1 == 0, 0)  # NaN in, NaN out
     return (share_HC1.transpose(1, 2) @ weights_HCM).sum(dim=(0, 1))
 
 
-def _rows_of(mask: Tensor, sample: int, start: int, stop: int) -> Tensor:
-    """Cut out of a mask what belongs to one sample and a range of queries; broadcasts to [H, C, M]."""
-    while mask.ndim < 4:
-        mask = mask.unsqueeze(0)
+def _apply_mask(logits_HCM: Tensor, mask: Tensor, sample: int, start: int) -> None:
+    """Apply what a mask has for one sample and the queries of a chunk."""
+    mask = mask[(None,) * (4 - mask.ndim)]
     mask = mask[sample if mask.shape[0] > 1 else 0]
-    return mask[:, start:stop] if mask.shape[1] > 1 else mask
-
-
-def _apply_mask(logits_HCM: Tensor, mask: Tensor) -> None:
+    if mask.shape[1] > 1:
+        mask = mask[:, start : start + logits_HCM.shape[1]]
     if mask.dtype == torch.bool:
         logits_HCM.masked_fill_(~mask, -torch.inf)
     else:

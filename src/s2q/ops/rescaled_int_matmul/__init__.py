@@ -9,10 +9,10 @@ from torch import Tensor
 from s2q.ops.dispatch import choose_backend, opaque_op, triton_backend
 from s2q.ops.rescaled_int_matmul import cpu, reference
 
-BACKENDS: dict[str, Callable[..., Any]] = {
+BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.rescaled_int_matmul,
     "cpu": cpu.rescaled_int_matmul,
-    "triton": triton_backend("s2q.ops.rescaled_int_matmul", "rescaled_int_matmul"),
+    "triton": triton_backend("rescaled_int_matmul"),
 }
 
 __all__ = ["BACKENDS", "rescaled_int_matmul"]
@@ -50,7 +50,7 @@ def rescaled_int_matmul(
     run = choose_backend(backend, x_codes, BACKENDS)
     if w_scale.ndim != 1 and backend in ("auto", "cpu"):
         run = reference.rescaled_int_matmul
-    product: Tensor = run(
+    return run(
         x_codes,
         x_scale,
         w_codes,
@@ -62,4 +62,3 @@ def rescaled_int_matmul(
         w_bits=w_bits,
         out_dtype=out_dtype,
     )
-    return product

@@ -7,6 +7,8 @@ bring their weight prepacked (`nn.dequantized`).
 Shapes: `M` tokens, `K` in features, `O` out features, `P` packed bytes of a row (`core.packing`).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,8 @@ def rescaled_int_matmul(
     pairs = cpu.multiplies_pairs(x_bits=x_bits, w_bits=w_bits)
     if pairs:
         x_codes = cpu.offset_codes(x_codes, num_bits=x_bits)
-    width = columns if w_codes.is_mkldnn else _even_share(columns, COLUMNS)
+    pieces = max(1, math.ceil(columns / COLUMNS))
+    width = columns if w_codes.is_mkldnn else math.ceil(columns / pieces)  # as few pieces as can be, of even width
     for left in range(0, columns, width):
         wide = slice(left, min(left + width, columns))
         w_piece = w_codes if w_codes.is_mkldnn else _prepared(w_codes[wide], x_codes, w_bits=w_bits, pairs=pairs)
@@ -82,12 +85,6 @@ def _prepared(w_codes: Tensor, x_codes: Tensor, *, w_bits: int, pairs: bool) -> 
     if w_codes.dtype == torch.uint8:
         w_codes = _unpacked(w_codes, num_bits=w_bits, in_features=x_codes.shape[1])
     return cpu.prepack(w_codes) if pairs else w_codes
-
-
-def _even_share(total: int, most: int) -> int:
-    """Return the size of a piece when a total is cut into as few even pieces as there can be."""
-    pieces = max(1, -(-total // most))
-    return -(-total // pieces)
 
 
 def _unpacked(packed: Tensor, *, num_bits: int, in_features: int) -> Tensor:

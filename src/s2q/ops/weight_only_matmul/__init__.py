@@ -11,7 +11,7 @@ from s2q.ops.weight_only_matmul import cpu, reference
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.weight_only_matmul,
     "cpu": cpu.weight_only_matmul,
-    "triton": triton_backend("s2q.ops.weight_only_matmul", "weight_only_matmul"),
+    "triton": triton_backend("weight_only_matmul"),
 }
 
 __all__ = ["BACKENDS", "weight_only_matmul"]
@@ -32,5 +32,4 @@ def weight_only_matmul(
     Raises:
         InvalidInputError: If there is no such backend, or it cannot run here.
     """
-    run: Callable[..., Tensor] = choose_backend(backend, x, BACKENDS)
-    return run(x, w_codes, w_scale, bias=bias, w_bits=w_bits)
+    return choose_backend(backend, x, BACKENDS)(x, w_codes, w_scale, bias=bias, w_bits=w_bits)

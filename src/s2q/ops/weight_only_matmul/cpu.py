@@ -4,10 +4,8 @@ Shapes: `M` rows, `K` in features, `O` out features, `P` packed bytes of a row (
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from s2q.core.packing import unpack_codes
 from s2q.ops.weight_only_matmul import reference
 
 PIECE = 1 << 19
@@ -24,16 +22,10 @@ def weight_only_matmul(
     rows, depth = x.shape
     if rows > reference.FEW_ROWS or w_scale.ndim != 1 or x.dtype == torch.float64:
         return reference.weight_only_matmul(x, w_codes, w_scale, bias=bias, w_bits=w_bits)
-    wide, columns = x.float(), len(w_codes)
-    out = torch.empty(rows, columns, dtype=x.dtype, device="cpu")
+    out = torch.empty(rows, len(w_codes), dtype=x.dtype, device="cpu")
     step = max(1, PIECE // max(1, depth))
-    for start in range(0, columns, step):
+    for start in range(0, len(w_codes), step):
         part = slice(start, start + step)
-        codes = w_codes[part]
-        if codes.dtype == torch.uint8:
-            codes = unpack_codes(codes, num_bits=w_bits, in_features=depth)
-        total = F.linear(wide, codes.float()).mul_(w_scale[part])
-        if bias is not None:
-            total.add_(bias[part])
-        out[:, part] = total
+        bias_part = None if bias is None else bias[part]
+        out[:, part] = reference.weight_only_matmul(x, w_codes[part], w_scale[part], bias=bias_part, w_bits=w_bits)
     return out
