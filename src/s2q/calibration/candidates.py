@@ -96,11 +96,8 @@ def collect(
     teacher: Teacher, inputs: CalibrationInputs, folder: ArtefactFolder, *, device: str, progress: Progress
 ) -> dict[str, CandidatePool]:
     """Generate what is not there yet; return the scored steps of each quantized transformer, by component."""
-    channel_dim, count, steps = (
-        teacher.family.latent_channel_dim,
-        len(inputs.prompts),
-        inputs.settings.num_inference_steps,
-    )
+    count, steps = len(inputs.prompts), inputs.settings.num_inference_steps
+    channel_dim = teacher.family.latent_channel_dim
     missing = [index for index in range(count) if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
     step_done = StageCounter(progress, "collect", count * steps, done=(count - len(missing)) * steps)
     with on_device(teacher.modules if missing else (), device, offload=teacher.mapped):
