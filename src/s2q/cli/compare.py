@@ -27,10 +27,9 @@ Recipes = Annotated[
     list[str] | None,
     options.recipe_option("--recipes", help="Recipes, comma-separated or repeated; all for every recipe."),
 ]
-CompareFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="DIR")]
+CompareFolder = Annotated[Path, options.folder_option("-o", "--output", help="Folder to write.")]
 CalibrationPrompts = Annotated[
-    Path | None,
-    typer.Option("--calibration-prompts", help="Calibration prompts: text file, one per line.", metavar="FILE"),
+    Path | None, options.file_option("--calibration-prompts", help="Calibration prompts: text file, one per line.")
 ]
 RecipesOverrides = Annotated[
     list[str] | None, options.set_option(help="Override a field of the recipes, e.g. distillation.epochs=5.")

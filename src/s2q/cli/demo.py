@@ -44,7 +44,7 @@ _LEARNING = ("distillation", "refinement")
 
 
 def demo(
-    out: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="DIR")] = Path("s2q-demo"),
+    out: Annotated[Path, options.folder_option("-o", "--output", help="Folder to write.")] = Path("s2q-demo"),
     model: options.Model = "shapes-cogvideox",
     recipe: options.RecipeName = "s2q-w4a6",
     short: Annotated[

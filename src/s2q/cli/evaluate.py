@@ -10,7 +10,7 @@ from s2q.common.files import atomic_write_json
 from s2q.common.outputs import output_lock
 
 Reference = Annotated[str, typer.Option("--reference", help="The full-precision model.", metavar="MODEL")]
-EvalFile = Annotated[Path, typer.Option("-o", "--output", help="JSON file to write.", metavar="FILE")]
+EvalFile = Annotated[Path, options.file_option("-o", "--output", help="JSON file to write.")]
 VBenchPython = Annotated[
     str | None,
     typer.Option(
@@ -24,7 +24,7 @@ VBenchDims = Annotated[
     options.names_option("--vbench-dims", help="Comma-separated VBench dimensions. Default: the paper's eight."),
 ]
 VBenchCache = Annotated[
-    Path | None, typer.Option("--vbench-cache", help="VBench's weight cache. Default: VBench's default.", metavar="DIR")
+    Path | None, options.folder_option("--vbench-cache", help="VBench's weight cache. Default: VBench's default.")
 ]
 
 

@@ -13,6 +13,9 @@ from s2q.common.outputs import check_output, check_writable
 
 model_option = partial(typer.Option, "-m", "--model", metavar="MODEL")
 recipe_option = partial(typer.Option, "-r", "--recipe", metavar="RECIPE")
+file_option = partial(typer.Option, metavar="FILE")
+folder_option = partial(typer.Option, metavar="DIR")
+name_option = partial(typer.Option, metavar="NAME")
 number_option = partial(typer.Option, min=1, metavar="N")
 """An option whose value is a whole number from 1 on."""
 
@@ -83,16 +86,14 @@ def check_file_output(path: Path, *, overwrite: bool) -> None:
 Model = Annotated[str, model_option(help="Embedded name, diffusers folder or Hub id (@revision).")]
 RecipeName = Annotated[str, recipe_option(help="Recipe name or YAML file.")]
 Overrides = Annotated[list[str] | None, set_option(help="Override a recipe field, e.g. weights.num_bits=8.")]
-Prompts = Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt per line.", metavar="FILE")]
+Prompts = Annotated[Path | None, file_option("--prompts", help="Text file, one prompt per line.")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="S")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="D")]
 DtypeOption = Annotated[
     Literal["bfloat16", "float16", "float32"] | None,
     typer.Option("--dtype", help="Compute dtype. Default: the stored one; float32 where a CPU emulates it."),
 ]
-Variant = Annotated[
-    str | None, typer.Option("--variant", help="Weight variant, e.g. fp16. Default: none.", metavar="NAME")
-]
+Variant = Annotated[str | None, name_option("--variant", help="Weight variant, e.g. fp16. Default: none.")]
 Verify = Annotated[
     bool | None,
     typer.Option(
@@ -109,7 +110,7 @@ MemoryBudget = Annotated[
     ),
 ]
 AttentionBackend = Annotated[
-    str | None, typer.Option("--attention", help="Attention backend of diffusers. Default: PyTorch.", metavar="NAME")
+    str | None, name_option("--attention", help="Attention backend of diffusers. Default: PyTorch.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of the same kind.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
@@ -132,12 +133,8 @@ Metrics = Annotated[
     list[str] | None,
     names_option("--metrics", help="Comma-separated metrics or groups, e.g. psnr,ssim,velocity. Default: all."),
 ]
-LpipsWeights = Annotated[
-    Path | None, typer.Option("--lpips-weights", help="Add LPIPS with these weights.", metavar="FILE")
-]
-ClipFolder = Annotated[
-    Path | None, typer.Option("--clip", help="Add CLIP scores with the CLIP model in this folder.", metavar="DIR")
-]
+LpipsWeights = Annotated[Path | None, file_option("--lpips-weights", help="Add LPIPS with these weights.")]
+ClipFolder = Annotated[Path | None, folder_option("--clip", help="Add CLIP scores with the CLIP model in this folder.")]
 Processes = Annotated[
     int,
     number_option(

@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,9 +170,7 @@ def _is_for(recipe: Recipe, override: str) -> bool:
 
 def _with_distinct_labels(entries: Sequence[Entry]) -> list[Entry]:
     """Label checkpoints of one name by their parent folders."""
-    counts: dict[str, int] = {FULL_PRECISION: 1}
-    for entry in entries:
-        counts[entry.label] = counts.get(entry.label, 0) + 1
+    counts = Counter([FULL_PRECISION, *(entry.label for entry in entries)])
     labelled: dict[str, Entry] = {}
     for entry in entries:
         label = entry.label
@@ -195,8 +194,7 @@ def _stored_width(source: ModelSource) -> str:
     recipe = source.complete_folder() / "s2q" / "recipe.json"
     if recipe.is_file():
         return recipe_width(json.loads(recipe.read_text(encoding="utf-8")))
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for layer in inspect_checkpoint(source.complete_folder(), variant=source.variant).layers:
-        name = re.sub(r"g\d+", "", layer.scheme)
-        sizes[name] = sizes.get(name, 0) + layer.shape[0] * layer.shape[1]
-    return max(sizes, key=lambda name: sizes[name])
+        sizes[re.sub(r"g\d+", "", layer.scheme)] += layer.shape[0] * layer.shape[1]
+    return sizes.most_common(1)[0][0]

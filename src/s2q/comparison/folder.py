@@ -65,18 +65,17 @@ class CompareFolder:
             raise InvalidInputError(
                 f"{self.path} exists and was not written by this command (no {RUN} in it); choose another folder"
             )
+        change = self._change(plan)
         if overwrite:
-            if not resume or self._change(plan) is not None:
+            if not resume or change is not None:
                 self._check_not_inside(plan)
                 for name, owned in _OWNED.items():
                     check_owned(self.path / name, owned)
-            return
-        if not resume:
+        elif not resume:
             raise InvalidInputError(
                 f"{self.path} contains a comparison; pass --overwrite to replace it, or choose another folder"
             )
-        change = self._change(plan)
-        if change is not None:
+        elif change is not None:
             raise InvalidInputError(
                 f"{self.path} contains a different comparison: {change}; repeat its command to resume it, pass "
                 "--overwrite to replace it, or choose another folder"

@@ -11,7 +11,7 @@ from s2q.common.records import COMPARISON_VERSION
 from s2q.comparison.entries import Entry
 from s2q.comparison.folder import CompareFolder
 from s2q.comparison.setup import SHARD_PROMPTS, RunPlan, Setup
-from s2q.evaluation.definitions import directions, statistics_definitions
+from s2q.evaluation.definitions import REFERENCE, directions, statistics_definitions
 from s2q.evaluation.intervals import INTERVAL, MIN_PROMPTS
 from s2q.evaluation.paired import compare_group
 from s2q.evaluation.scores import merge
@@ -34,6 +34,8 @@ def build_result(
     for label, why in failures.items():
         described[label]["error"] = why
     any_evaluation = next(iter(evaluations.values()), None)
+    metrics = {} if any_evaluation is None else any_evaluation["metrics"]
+    few = f"{len(plan.prompts)} prompts are too few for statistics: no intervals, no p-values and no winner below"
     return {
         "schema_version": COMPARISON_VERSION,
         "model": plan.model,
@@ -47,9 +49,11 @@ def build_result(
         },
         "entries": list(described.values()),
         "groups": _groups(setup, evaluations, progress),
-        "reference_metrics": {} if any_evaluation is None else _of_reference(any_evaluation["metrics"]),
+        "reference_metrics": {
+            name.removeprefix(REFERENCE): entry for name, entry in metrics.items() if name.startswith(REFERENCE)
+        },
         "noise_floor": None if any_evaluation is None else any_evaluation["noise_floor"],
-        "warning": _warning(len(plan.prompts)),
+        "warning": None if len(plan.prompts) >= MIN_PROMPTS else f"{few} {MIN_PROMPTS}",
         "settings": {
             **plan.settings,
             "seeds": list(plan.seeds),
@@ -121,24 +125,15 @@ def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> 
 
 
 def _evaluation(folder: CompareFolder, plan: RunPlan, label: str) -> dict[str, Any]:
-    parts = []
-    for index in range(len(plan.shards())):
-        part = folder.load_shard(plan, label, index)
-        if part is None:
-            raise S2QError(
-                f"{folder.evaluation(label).parent}: part {index} of the evaluation is missing; run the same command "
-                "again"
-            )
-        parts.append(part)
-    evaluation = summarise(merge(parts))
+    parts = [folder.load_shard(plan, label, index) for index in range(len(plan.shards()))]
+    if None in parts:
+        raise S2QError(
+            f"{folder.evaluation(label).parent}: part {parts.index(None)} of the evaluation is missing; run the same "
+            "command again"
+        )
+    evaluation = summarise(merge([part for part in parts if part is not None]))
     atomic_write_json(folder.evaluation(label), evaluation)
     return evaluation
-
-
-def _of_reference(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics of the full-precision videos."""
-    prefix = "reference_"
-    return {name.removeprefix(prefix): entry for name, entry in metrics.items() if name.startswith(prefix)}
 
 
 def _by_bits(width: str) -> tuple[bool, tuple[int, ...], str]:
@@ -147,11 +142,3 @@ def _by_bits(width: str) -> tuple[bool, tuple[int, ...], str]:
     if not (separator and weights.isdigit() and activations.isdigit()):
         return (True, (), width)
     return (False, (-int(weights), -int(activations)), width)
-
-
-def _warning(n_prompts: int) -> str | None:
-    if n_prompts >= MIN_PROMPTS:
-        return None
-    return (
-        f"{n_prompts} prompts are too few for statistics: no intervals, no p-values and no winner below {MIN_PROMPTS}"
-    )

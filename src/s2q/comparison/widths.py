@@ -57,10 +57,6 @@ def _sdnq(config: Mapping[str, Any]) -> str | None:
     return _named(config.get("weights_dtype"), product)
 
 
-def _quanto(config: Mapping[str, Any]) -> str | None:
-    return _named(config.get("weights_dtype") or config.get("weights"), config.get("activations"))
-
-
 def _modelopt(config: Mapping[str, Any]) -> str | None:
     weights, _, activations = str(config["quant_type"]).partition("_")
     return _named(weights, None if config.get("weight_only") else activations)
@@ -87,7 +83,7 @@ _METHODS: Mapping[str, Callable[[Mapping[str, Any]], str | None]] = {
     "gptq": _bits_alone,
     "modelopt": _modelopt,
     "nunchaku_lite": lambda config: _width(4, 4 if config.get("svdq_w4a4") else 16),
-    "quanto": _quanto,
+    "quanto": lambda config: _named(config.get("weights_dtype") or config.get("weights"), config.get("activations")),
     "sdnq": _sdnq,
     "torchao": _torchao,
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-_REFERENCE = "reference_"
+REFERENCE = "reference_"
 
 
 @functools.cache
@@ -34,10 +34,10 @@ def directions() -> dict[str, bool]:
 
 def definition_of(name: str) -> str:
     """Return the definition of a metric of `eval.json`, in one sentence."""
-    definition: str = metric_table()[name.removeprefix(_REFERENCE)]["definition"]
-    return definition + "; of the full-precision reference's videos" if name.startswith(_REFERENCE) else definition
+    definition: str = metric_table()[name.removeprefix(REFERENCE)]["definition"]
+    return definition + "; of the full-precision reference's videos" if name.startswith(REFERENCE) else definition
 
 
 def version_of(name: str) -> int:
     """Return the version of a metric's definition: values of different versions are not compared."""
-    return int(metric_table()[name.removeprefix(_REFERENCE)]["version"])
+    return int(metric_table()[name.removeprefix(REFERENCE)]["version"])

@@ -42,7 +42,6 @@ from s2q.models.architecture import Architecture, architecture_of, check_compara
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_Jobs = tuple[tuple[str, int], ...]
 VideoDone = Callable[[str, Video], None]
 """Called with the label of a model (`model_label`) and each of its videos as it is generated."""
 
@@ -51,13 +50,11 @@ VideoDone = Callable[[str, Video], None]
 class ReferenceRun:
     """Videos and recorded calls of the full-precision model, with which any number of models is compared.
 
-    `jobs` are prompt and seed of every video, `wanted` the metrics to compute; there are no `recordings` without
-    velocity error.
+    `wanted` are the metrics to compute; there are no `recordings` without velocity error.
     """
 
     settings: EvaluationSettings
     architecture: Architecture
-    jobs: _Jobs
     wanted: tuple[str, ...]
     generation: GenerationSettings
     dtype: torch.dtype
@@ -187,13 +184,13 @@ def run_reference(
     """Generate the full-precision videos and record the calls of the transformer; see `evaluate`."""
     wanted = _check_request(prompts, settings)
     judges = open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device=settings.device)
-    jobs = tuple((prompt, seed) for prompt in prompts for seed in seeds)
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     reference = _resolved(reference, settings)
     pipe = _open(reference, settings, dtype=settings.dtype)
     generation = settings_for(pipe, settings.requested, defaults=generation_defaults(reference))
     check_prompts(pipe, prompts)
     size = settings.batch_size or batch_size_for(pipe, generation)
-    tick = _counter("full precision", jobs, size, generation, progress)
+    tick = _counter("full precision", len(jobs), size, generation, progress)
     videos: list[Video] = []
     recordings = Recordings(memory_bytes=settings.trajectory_bytes, disk_share=disk_share)
     for names, numbers in batched(jobs, size):
@@ -210,7 +207,6 @@ def run_reference(
     run = ReferenceRun(
         settings=settings,
         architecture=architecture_of(pipe, label=model_label(reference)),
-        jobs=jobs,
         wanted=wanted,
         generation=generation,
         dtype=pipe.transformer.dtype,
@@ -231,20 +227,17 @@ def run_reference(
 def judge_model(
     model: Any, run: ReferenceRun, *, video_done: VideoDone | None = None, progress: Progress | None = None
 ) -> EvaluationResult:
-    """Generate with a model what its reference generated, and measure every video.
-
-    Returns:
-        Scores of every video; `summarise` makes the content of `eval.json` of them.
-    """
+    """Generate with a model what its reference generated, and score every video for `summarise`."""
     model = _resolved(model, run.settings, needs_variant=False)
     pipe = _open(model, run.settings, dtype=run.dtype)
     check_comparable(architecture_of(pipe, label=model_label(model)), run.architecture)
     generation = settings_for(pipe, run.generation.to_dict(), defaults={})
-    check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in run.jobs)))
-    tick = _counter("quantized", run.jobs, run.batch_size, generation, progress)
+    jobs = [(video.prompt, video.seed) for video in run.videos]
+    check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in jobs)))
+    tick = _counter("quantized", len(jobs), run.batch_size, generation, progress)
     replay: Tick | None = None
     scores: list[VideoScores] = []
-    for index, (names, seeds) in enumerate(batched(run.jobs, run.batch_size)):
+    for index, (names, seeds) in enumerate(batched(jobs, run.batch_size)):
         result = denoise(pipe, names, seeds=seeds, settings=generation, step_done=tick)
         trajectory = run.recordings[index]
         steps: list[list[float]] = [[] for _ in names]
@@ -328,5 +321,5 @@ def _report_videos(videos: list[Video], model: Any, video_done: VideoDone | None
     return videos
 
 
-def _counter(stage: str, jobs: _Jobs, size: int, settings: GenerationSettings, progress: Progress | None) -> Tick:
-    return StageCounter(progress, stage, -(-len(jobs) // size) * settings.num_inference_steps)
+def _counter(stage: str, count: int, size: int, settings: GenerationSettings, progress: Progress | None) -> Tick:
+    return StageCounter(progress, stage, -(-count // size) * settings.num_inference_steps)

@@ -36,12 +36,12 @@ class PairedDifference:
 
     metric: str
     kind: str
-    estimate: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    p_holm: float | None
     n_prompts: int
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
 
     def larger(self) -> str | None:
         """Return whose values are clearly larger, "a" or "b"; None where that is open."""
@@ -106,20 +106,18 @@ def compare_group(evaluations: Mapping[str, Mapping[str, Any]], *, pair_done: Ti
 
 def _difference(name: str, by_prompt: Mapping[str, Sequence[tuple[float, float]]]) -> PairedDifference:
     is_ratio = name in RATIOS
-    nothing: dict[str, Any] = dict.fromkeys(("estimate", "low", "high", "p", "p_holm"))
-    nothing |= {"metric": name, "kind": "ratio" if is_ratio else "difference", "n_prompts": len(by_prompt)}
-    if is_ratio:
-        if min(min(pair) for pairs in by_prompt.values() for pair in pairs) <= 0:
-            return PairedDifference(**nothing)
-        differences = {prompt: [math.log(a / b) for a, b in pairs] for prompt, pairs in by_prompt.items()}
-    else:
-        differences = {prompt: [a - b for a, b in pairs] for prompt, pairs in by_prompt.items()}
+    undefined = PairedDifference(metric=name, kind="ratio" if is_ratio else "difference", n_prompts=len(by_prompt))
+    if is_ratio and min(min(pair) for pairs in by_prompt.values() for pair in pairs) <= 0:
+        return undefined
+    differences = {
+        prompt: [math.log(a / b) if is_ratio else a - b for a, b in pairs] for prompt, pairs in by_prompt.items()
+    }
     estimate = clustered_mean(differences)
-    ends = {"estimate": estimate.mean, "low": estimate.low, "high": estimate.high}
+    ends: dict[str, Any] = {"estimate": estimate.mean, "low": estimate.low, "high": estimate.high}
     if is_ratio:
         ends = {end: None if value is None else math.exp(value) for end, value in ends.items()}
     p = sign_flip_p_value([sum(group) / len(group) for group in differences.values()])
-    return PairedDifference(**nothing | ends | {"p": p})
+    return replace(undefined, **ends, p=p)
 
 
 def _winners(

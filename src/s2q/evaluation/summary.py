@@ -11,13 +11,12 @@ import torch
 
 from s2q.common.records import EVALUATION_VERSION
 from s2q.common.versions import package_versions
-from s2q.evaluation.definitions import definition_of, version_of
+from s2q.evaluation.definitions import REFERENCE, definition_of, version_of
 from s2q.evaluation.intervals import INTERVAL, clustered_mean
 from s2q.evaluation.judges.evalcrafter import evalcrafter_scores
 from s2q.evaluation.scores import EvaluationResult, VideoScores
 from s2q.evaluation.video_metrics import VELOCITY
 
-_REFERENCE = "reference_"
 _CHANGE = "adherence_all_change"
 
 
@@ -76,11 +75,11 @@ def _with_change(values: Mapping[str, float | None]) -> dict[str, float | None]:
     """Add the paired change in adherence and put each reference's value after its own."""
     table: dict[str, float | None] = {}
     for name, value in values.items():
-        if name.startswith(_REFERENCE):
+        if name.startswith(REFERENCE):
             continue
         table[name] = value
-        if _REFERENCE + name in values:
-            base = table[_REFERENCE + name] = values[_REFERENCE + name]
+        if REFERENCE + name in values:
+            base = table[REFERENCE + name] = values[REFERENCE + name]
             if name == "adherence_all":
                 table[_CHANGE] = None if value is None or base is None else value - base
     return table

@@ -20,7 +20,7 @@ from s2q.generation.trajectory import Trajectory
 
 @torch.no_grad()
 def velocity_errors(
-    students: Mapping[str, torch.nn.Module], trajectory: Trajectory, *, step_done: Tick | None = None
+    students: Mapping[str, torch.nn.Module], trajectory: Trajectory, *, step_done: Tick = lambda: None
 ) -> list[list[float]]:
     """Measure the velocity error at every recorded step; each student answers the calls of its namesake component.
 
@@ -44,8 +44,7 @@ def velocity_errors(
                     "bfloat16"
                 )
             steps.append(error)
-        if step_done is not None:
-            step_done()
+        step_done()
     return errors
 
 

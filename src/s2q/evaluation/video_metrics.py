@@ -51,11 +51,8 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
 
 def noise_pairs(videos: Sequence[Video], *, judges: Judges, wanted: Sequence[str]) -> list[VideoScores]:
     """Compare each full-precision video with the same prompt's next seed, under which the metrics of the pair are."""
-    by_prompt: dict[str, list[Video]] = {}
-    for video in videos:
-        by_prompt.setdefault(video.prompt, []).append(video)
     pairs = []
-    for group in by_prompt.values():
+    for _, group in itertools.groupby(videos, key=lambda video: video.prompt):
         for first, second in itertools.pairwise(group):
             values = _distances(second, first) | judges.distances(second, first, names=wanted)
             pairs.append(VideoScores(prompt=second.prompt, seed=second.seed, metrics=values))

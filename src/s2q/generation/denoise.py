@@ -57,7 +57,7 @@ def denoise(
     seeds: Sequence[int],
     settings: GenerationSettings,
     decode: bool = True,
-    step_done: Tick | None = None,
+    step_done: Tick = lambda: None,
 ) -> DenoisingResult:
     """Generate one batch of videos: latents and frames in the order of `prompts`."""
     assert len(prompts) == len(seeds)
@@ -67,8 +67,7 @@ def denoise(
 
     def after_step(latents: torch.Tensor) -> None:
         last["latents"] = latents
-        if step_done is not None:
-            step_done()
+        step_done()
 
     with ExitStack() as stack:
         output = pipe(

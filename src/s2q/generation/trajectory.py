@@ -45,12 +45,6 @@ class TransformerCall:
     output: torch.Tensor
     transformer: str = TRANSFORMERS[0]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensors that belong to this call alone (text embeddings are shared between calls)."""
-        latents = self.inputs["hidden_states"]
-        return latents.nbytes + self.output.nbytes
-
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
@@ -69,8 +63,8 @@ class Trajectory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the recorded latents and predictions."""
-        return sum(call.num_bytes for call in self.calls)
+        """Bytes of the recorded latents and predictions; text embeddings are shared between calls."""
+        return sum(call.inputs["hidden_states"].nbytes + call.output.nbytes for call in self.calls)
 
     def branches(self, call: TransformerCall) -> int:
         """Return how many guidance branches the call runs: 2 with classifier-free guidance, else 1."""
@@ -90,7 +84,7 @@ def record_trajectory(
     seeds: Sequence[int],
     settings: GenerationSettings,
     decode: bool = False,
-    step_done: Tick | None = None,
+    step_done: Tick = lambda: None,
 ) -> Trajectory:
     """Generate one batch and record every call of the transformers, on the CPU.
 
