@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import math
@@ -77,3 +78,36 @@ def test_slugs_are_short_lower_case_words():
     assert files.slug("A red Circle, moving LEFT!") == "a-red-circle-moving-left"
     assert files.slug("猫") == "video"
     assert len(files.slug("word " * 40)) <= 48
+
+
+FULL = "I/O error: No space left on device (os error 28)"
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ResourceError, "out: the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/cache/x"), ResourceError, "/cache/x: the disk is full"),
+        (RuntimeError(FULL), ResourceError, "out: the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system", "x"), InvalidInputError, "x cannot be written: Read-only"),
+        (PermissionError(errno.EACCES, "Permission denied", "{out}/x"), InvalidInputError, "out/x cannot be written"),
+        (PermissionError(errno.EACCES, "denied", "{out}/../.out.s2q-run/x"), InvalidInputError, "cannot be written"),
+        (PermissionError(errno.EACCES, "Permission denied", "/elsewhere/model"), PermissionError, "elsewhere"),
+        (PermissionError(errno.EACCES, "Permission denied", "{out}-model"), PermissionError, "model"),
+        (OSError(errno.EIO, "Input/output error"), OSError, "Input/output"),
+        (ValueError("a defect"), ValueError, "a defect"),
+    ],
+)
+def test_failed_writes_are_one_clear_error_and_other_errors_pass(tmp_path, error, raised, message):
+    if isinstance(error, OSError) and error.filename:
+        error.filename = error.filename.format(out=tmp_path / "out")
+    with pytest.raises(raised, match=message), files.write_errors(tmp_path / "out"):
+        raise error
+
+
+def test_a_failed_write_is_recognised_by_its_cause(tmp_path):
+    with pytest.raises(ResourceError, match="the disk is full"), files.write_errors(tmp_path):
+        try:
+            raise DISK_FULL
+        except OSError as error:
+            raise ValueError("cannot save") from error

@@ -329,3 +329,34 @@ def test_names_that_are_not_utf_8_are_refused_before_any_work(tmp_path, name):
     with pytest.raises(InvalidInputError, match="not UTF-8"):
         check_output(tmp_path / name, overwrite=False)
     assert names(tmp_path) == []
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_owner(tmp_path):
+    for name in (".out.json.abcdefgh.partial", ".out.json2.abcdefgh.partial", "out.json.partial"):
+        (tmp_path / name).touch()
+    with output_lock(tmp_path / "out.json"):
+        pass
+    assert names(tmp_path) == [".out.json2.abcdefgh.partial", "out.json.partial"]
+
+
+def test_what_a_killed_run_left_goes_even_if_the_next_one_is_refused(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with output_lock(out) as lock:
+        lock.temporary_path("partial").mkdir()
+    assert len(names(tmp_path)) == 3
+    with pytest.raises(InvalidInputError, match="exists; pass --overwrite"):
+        check_output(out, overwrite=False)
+    assert names(tmp_path) == ["out"]
+
+
+def test_files_that_a_killed_writer_left_are_its_commands(tmp_path):
+    out = tmp_path / "out"
+    (out / "videos").mkdir(parents=True)
+    for name in ("record.json", "videos/.a.mp4.abcdefgh.partial"):
+        (out / name).touch()
+    owned = owned_matching("videos/*.mp4", record="record.json")
+    check_output(out, overwrite=True, owned=owned)
+    (out / "videos" / ".a.txt.abcdefgh.partial").touch()
+    with pytest.raises(InvalidInputError, match="did not write"):
+        check_output(out, overwrite=True, owned=owned)

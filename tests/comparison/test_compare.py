@@ -241,7 +241,7 @@ def test_learned_judges_take_part(tiny_model, tmp_path):
         run(tiny_model, tmp_path / "out", **wanted)
     tensors = torch.load(judges["lpips_weights"])
     torch.save({name: tensor + 1 for name, tensor in tensors.items()}, judges["lpips_weights"])
-    with pytest.raises(InvalidInputError, match="contains a different comparison: judges lpips.weights was"):
+    with pytest.raises(InvalidInputError, match="contains a different comparison: judges: lpips.weights "):
         run(tiny_model, tmp_path / "out", **wanted, **judges)
     with pytest.raises(InvalidInputError, match="no such weight file"):
         run(tiny_model, tmp_path / "out", lpips_weights=tmp_path / "none.pth")
@@ -271,11 +271,11 @@ def test_nothing_is_overwritten(whole, tiny_model, tmp_path):
     _, out = whole
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     changes = {
-        "prompts were 10, are 9": {"prompts": PROMPTS[:9]},
-        "prompts number 1 was 'scene 0', is 'else'": {"prompts": ("else", *PROMPTS[1:])},
-        "settings num_inference_steps was 2, is 3": {"num_inference_steps": 3},
-        "seed was 0, is 1": {"seed": 1},
-        "entry rtn-w4a4: recipe.skip": {"overrides": ("skip=[transformer_blocks.0.*]",)},
+        "prompts differ (10 → 9)": {"prompts": PROMPTS[:9]},
+        "prompts differ (number 1: 'scene 0' → 'else')": {"prompts": ("else", *PROMPTS[1:])},
+        "settings: num_inference_steps 2 → 3": {"num_inference_steps": 3},
+        "seed 0 → 1": {"seed": 1},
+        "entry rtn-w4a4: recipe.skip differ": {"overrides": ("skip=[transformer_blocks.0.*]",)},
         "contains a comparison; pass --overwrite": {"resume": False},
     }
     for message, changed in changes.items():

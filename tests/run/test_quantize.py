@@ -389,7 +389,7 @@ def test_lack_of_memory_is_one_line_with_a_remedy(folder, tmp_path, monkeypatch)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore")
 
     monkeypatch.setattr(runner, "quantize_block", exhausted)
-    with pytest.raises(ResourceError, match="out of memory on cpu") as caught:
+    with pytest.raises(ResourceError, match="out of memory while quantizing on cpu") as caught:
         quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out")
     assert "\n" not in str(caught.value)
 

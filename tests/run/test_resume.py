@@ -150,6 +150,42 @@ def test_results_of_other_inputs_are_not_taken_over(folder, tmp_path, count_bloc
     assert len(count_blocks["computed"]) == computed
 
 
+def test_a_resumed_run_names_the_inputs_that_changed(folder, tmp_path, interrupt, monkeypatch, caplog):
+    versions = {"python": "3.11.7", "torch": "2.12.0"}
+    monkeypatch.setattr("s2q.run.finished.package_versions", lambda: versions)
+    out = tmp_path / "out"
+    with interrupt(after=2):
+        quantize(folder, recipe="rtn-w4a6", out=out)
+    with interrupt(after=0):
+        quantize(folder, recipe="rtn-w4a6", out=out)
+    assert caplog.messages == [], "the same inputs"
+    versions["torch"] = "2.13.0"
+    changed = {"overrides": ["weights.num_bits=8"], "seed": 1, "prompts": ["a red circle"], "dtype": "float32"}
+    quantize(folder, recipe="rtn-w4a6", out=out, **changed)
+    (message,) = (
+        message for message in caplog.messages if "inputs differ from those of the interrupted run" in message
+    )
+    for difference in ("recipe: weights.num_bits 4 → 8", "seed 0 → 1", "torch 2.12.0 → 2.13.0", "prompts differ"):
+        assert difference in message
+    assert "dtype None → torch.float32" in message
+    assert message.endswith("; what depends on them is computed again")
+
+
+def test_what_killed_writers_left_is_removed_at_the_next_start(folder, tmp_path, interrupt, monkeypatch):
+    out = tmp_path / "out"
+    with interrupt(after=1):
+        quantize(folder, recipe="rtn-w4a6", out=out)
+    run = tmp_path / ".out.s2q-run"
+    left = ["process-17-stream-0000.safetensors", "targets-0003.safetensors", ".block-001.json.abcdefgh.partial"]
+    for name in left:
+        (run / name).write_bytes(b"half")
+    with interrupt(after=1):
+        quantize(folder, recipe="rtn-w4a6", out=out)
+    kept = ["block-000", "block-001"]
+    artefacts = [f"{name}.{suffix}" for name in kept for suffix in ("json", "safetensors")]
+    assert sorted(path.name for path in run.iterdir()) == [*artefacts, "events.jsonl", "inputs.json", "lock"]
+
+
 def test_other_weights_are_not_taken_over(folder, tmp_path, count_blocks, interrupt):
     out = tmp_path / "out"
     with interrupt(after=2):

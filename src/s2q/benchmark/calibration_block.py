@@ -12,8 +12,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,6 +31,7 @@ from s2q.blocks.task import BlockTask
 from s2q.calibration.stream import TeacherStream, named_arguments
 from s2q.common.hooks import capture_calls
 from s2q.common.seeds import derive_seed
+from s2q.common.temporaries import scratch_folder
 from s2q.core.tokens import TokenLayout
 from s2q.generation.denoise import denoise
 from s2q.generation.settings import resolve_settings
@@ -95,7 +94,7 @@ def calibration_case(subject: SyntheticModel | ModelSource, settings: Settings) 
 def first_block(subject: Subject, recipe: Recipe, *, device: str) -> Iterator[BlockStudents]:
     """Open the first block as a run does, and look at the samples of the subject."""
     frames = subject.tokens.grid(subject.calls[0]).frames if recipe.needs_grid else None
-    with TemporaryDirectory() as folder:
+    with scratch_folder("bench") as folder:
         stream = TeacherStream(
             subject.transformer,
             subject.block_names,
@@ -103,7 +102,7 @@ def first_block(subject: Subject, recipe: Recipe, *, device: str) -> Iterator[Bl
             names=[f"sample {index}" for index in range(len(subject.calls))],
             steps=range(len(subject.calls)),
             streams=subject.family.streams,
-            folder=Path(folder),
+            folder=folder,
             device=device,
             tokens=subject.tokens if recipe.needs_grid else None,
         )

@@ -8,11 +8,15 @@ a command needs it.
 import os
 import signal
 import sys
+import threading
 from collections.abc import MutableMapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from s2q.common.errors import ResourceError, S2QError, first_line, is_out_of_memory
+from s2q.common.files import failed_write, write_error
+from s2q.common.interrupts import ENDINGS
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables that say how the threads of a CPU wait for each other."""
@@ -21,11 +25,14 @@ SPINS = "20000"
 """Spins of a waiting thread before it sleeps."""
 
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived; unwinds so that temporary files are removed."""
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM arrived; unwinds so that temporary files are removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted" if number == signal.SIGINT else "terminated")
+        self.exit_code = 128 + number
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -46,19 +53,17 @@ def limit_spinning(environment: MutableMapping[str, str]) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; `--debug` may stand anywhere in it."""
-    from s2q.cli import console
-
     debug = "--debug" in arguments
-    console.configure_logging(debug=debug)
-    previous = _catch_terminate()
+    previous = _catch_signals()
     try:
+        from s2q.cli import console
+
+        console.configure_logging(debug=debug)
         return _invoke([argument for argument in arguments if argument != "--debug"])
-    except KeyboardInterrupt:
-        console.say_error("interrupted")
-        return EXIT_INTERRUPTED
-    except _Terminated:
-        console.say_error("terminated")
-        return EXIT_TERMINATED
+    except KeyboardInterrupt as interrupt:
+        return _fail(interrupt, "interrupted", EXIT_INTERRUPTED, debug=debug)
+    except _Stopped as stopped:
+        return _fail(stopped, str(stopped), stopped.exit_code, debug=debug)
     except BrokenPipeError:  # the reader of stdout has gone; nothing more may be written there, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -66,13 +71,16 @@ def run(arguments: Sequence[str]) -> int:
         if is_out_of_memory(error) and not isinstance(error, ResourceError):
             message = f"out of memory ({first_line(error)}); free some, or use a smaller model or smaller videos"
             return _fail(error, message, ResourceError.exit_code, debug=debug)
+        write = failed_write(error)
+        if write is not None:
+            error = write_error(write, Path(write.filename or "standard output"))
         if isinstance(error, S2QError):
             return _fail(error, str(error), error.exit_code, debug=debug)
         hint = "" if debug else "; this is a defect of s2q, --debug shows where"
         return _fail(error, f"{type(error).__name__}: {error}{hint}", 1, debug=debug)
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -98,10 +106,10 @@ def _invoke(arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _fail(error: Exception, message: str, code: int, *, debug: bool) -> int:
+def _fail(error: BaseException, message: str, code: int, *, debug: bool) -> int:
     from s2q.cli import console
 
-    console.say_error(" ".join(message.split()))
+    console.say_error(" ".join("; ".join([message, *getattr(error, "__notes__", ())]).split()))
     if debug:
         import traceback
 
@@ -109,13 +117,13 @@ def _fail(error: Exception, message: str, code: int, *, debug: bool) -> int:
     return code
 
 
-def _catch_terminate() -> Any:
-    """Let SIGTERM unwind the stack; return the handler it replaces, None where signals are somebody else's."""
+def _catch_signals() -> dict[int, Any]:
+    """Let SIGINT and SIGTERM unwind the stack; return the handlers replaced, none where signals are somebody else's."""
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise _Terminated
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise _Stopped(number)
 
-    try:
-        return signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        return None
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, stop) for number in ENDINGS if signal.getsignal(number) == defaults[number]}

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from s2q.cli import console, options, output
+from s2q.common.interrupts import resumable
 from s2q.report.formatting import format_bytes
 
 MeasuredModel = Annotated[
@@ -79,7 +80,7 @@ def bench(
 
     console.quiet_libraries()
     before = out.read_bytes() if out.exists() else None
-    with console.progress() as report:
+    with resumable(out), console.progress() as report:
         content = run(
             model,
             out=out,

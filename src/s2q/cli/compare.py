@@ -11,6 +11,7 @@ from rich.text import Text
 
 from s2q.cli import console, options, output
 from s2q.common.errors import S2QError
+from s2q.common.interrupts import resumable
 from s2q.report import compare_table as comparison
 from s2q.report.formatting import format_sample
 
@@ -69,9 +70,10 @@ def compare(
 ) -> None:
     """Compare recipes and checkpoints with full precision and each other."""
     from s2q.comparison.compare import compare as run
+    from s2q.comparison.folder import RUN
 
     console.quiet_libraries()
-    with console.progress() as report:
+    with resumable(out / RUN), console.progress() as report:
         result = run(
             _split_entries([*(entries or ()), *(recipes or ())]),
             model=model,

@@ -7,6 +7,8 @@ import typer
 
 from s2q.cli import options
 from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.interrupts import resumable
+from s2q.common.outputs import lock_folder
 
 
 def plan(
@@ -99,7 +101,7 @@ def quantize(
     from s2q.run.quantize import quantize as run
 
     console.quiet_libraries()
-    with console.progress() as report:
+    with resumable(lock_folder(out)), console.progress() as report:
         result = run(
             model,
             recipe=recipe,

@@ -66,6 +66,16 @@ _NO_MEMORY = re.compile(
 )
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Iterate over an exception and those that it was raised from."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error, or one that it was raised from, means out of memory.
 
@@ -73,16 +83,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     memory"), OSError (ENOMEM, of `mmap` as well), SafetensorError, or ImportError, and raise errors about damaged files
     from them.
     """
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    for cause in causes(error):
         if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM:
             return True
         is_named = type(cause).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(str(cause))
         if is_named and not isinstance(cause, S2QError):
             return True
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return False
 
 

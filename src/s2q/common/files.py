@@ -4,21 +4,29 @@ A file: temporary file beside it, fsync, rename, fsync of the folder. A failure 
 temporary. Folders are in `s2q.common.outputs`.
 """
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from s2q.common.errors import DiskFullError, InvalidInputError, ResourceError, first_line
+from s2q.common.errors import DiskFullError, InvalidInputError, ResourceError, S2QError, causes, first_line
 
 FILE_MODE = 0o644
 _CHUNK_BYTES = 1 << 20
 _SLUG_LENGTH = 48
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+PARTIAL = ".partial"
+"""Ends the hidden name of a file while it is written."""
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ONLY_WRITES = (*_DISK_FULL, errno.EROFS, errno.EFBIG)
+_NAMED = {os.strerror(number): number for number in _ONLY_WRITES}  # by libraries and programs without `errno`
 
 
 def canonical_json(obj: Any) -> str:
@@ -53,18 +61,23 @@ def sha256_file(path: str | Path) -> str:
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file at once, mode 0644, replacing what was there; its folder must exist."""
+    """Write a file at once, mode 0644, replacing what was there; its folder must exist.
+
+    The temporary file is locked, as `s2q.common.temporaries` expects.
+    """
     path = Path(path)
     temporary: Path | None = None
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             file.write(data)
             file.flush()
             os.fchmod(file.fileno(), FILE_MODE)
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
         temporary = None
         fsync_path(path.parent)
     except OSError as error:
@@ -95,7 +108,46 @@ def fsync_path(path: Path) -> None:
 
 def write_error(error: OSError, path: Path) -> InvalidInputError | ResourceError:
     """Build (not raise) the error for a path that cannot be written."""
-    if error.errno in DISK_FULL:
+    if error.errno in _DISK_FULL:
         return DiskFullError(f"{path}: the disk is full; free some space or choose another place")
     reason = error.strerror or str(error)
     return InvalidInputError(f"{path} cannot be written: {reason}; check the folder and its permissions")
+
+
+def failed_write(error: BaseException, output: Path | None = None) -> OSError | None:
+    """Return the failed write that an exception means; None if it means something else.
+
+    A full or read-only disk is one whatever was written, any other error only of a file of the output. Libraries that
+    are not written in Python name the error in their text.
+    """
+    for cause in causes(error):
+        if isinstance(cause, S2QError):
+            continue
+        if isinstance(cause, OSError) and (cause.errno in _ONLY_WRITES or _is_of(cause.filename, output)):
+            return cause
+        for text, number in _NAMED.items():
+            if text in str(cause):
+                return OSError(number, text)
+    return None
+
+
+def _is_of(name: object, output: Path | None) -> bool:
+    """Whether a file is an output, is in it, or is in a hidden file or folder that belongs to it and is beside it."""
+    if output is None or not isinstance(name, str | os.PathLike):
+        return False
+    inside = os.path.relpath(os.path.abspath(name), output.parent).split(os.sep)[0]
+    return inside == output.name or inside.startswith(f".{output.name}.")
+
+
+@contextlib.contextmanager
+def write_errors(output: Path) -> Iterator[None]:
+    """Raise every failed write (`failed_write`) as one line that names the file, or else the output."""
+    try:
+        yield
+    except S2QError:
+        raise
+    except Exception as error:
+        cause = failed_write(error, output)
+        if cause is None:
+            raise
+        raise write_error(cause, Path(cause.filename or output)) from error

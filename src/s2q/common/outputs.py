@@ -2,12 +2,14 @@
 
 The lock of an output `x` is a file in the hidden folder `.x.s2q-run` beside it. It lists the temporary folders that its
 owner makes (`.x.partial-…` while the output is written, `.x.old-…` while one replaces another), so that the next owner
-of the same output removes what a killed one left, and nothing else.
+of the same output removes what a killed one left, and nothing else. It also removes what killed writers left of `x` and
+of files in the hidden folder (`.y.….partial`).
 """
 
 import contextlib
 import fcntl
 import fnmatch
+import glob
 import json
 import os
 import re
@@ -18,8 +20,10 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
-from s2q.common.errors import BusyError, InvalidInputError, short_repr
-from s2q.common.files import DISK_FULL, FILE_MODE, fsync_path, write_error
+from s2q.common.errors import BusyError, InvalidInputError, S2QError, short_repr
+from s2q.common.files import FILE_MODE, PARTIAL, fsync_path, write_error, write_errors
+from s2q.common.interrupts import finish_first
+from s2q.common.temporaries import remove_abandoned
 
 DIRECTORY_MODE = 0o755
 LOCK = "lock"
@@ -46,7 +50,9 @@ class OutputLock:
         return path
 
     def clean(self) -> None:
-        """Remove the temporary folders of owners that died; an output that one had moved aside is put back."""
+        """Remove the temporaries of owners and writers that died; an output that one had moved aside is put back."""
+        remove_abandoned(self.out.parent.glob(f".{glob.escape(self.out.name)}.*{PARTIAL}"))
+        remove_abandoned(self.folder.glob(f".*{PARTIAL}"))
         for path, kind in reversed(self._listed()):
             if kind == "old" and path.is_dir() and not os.path.lexists(self.out):
                 os.rename(path, self.out)
@@ -85,7 +91,7 @@ def lock_folder(out: Path) -> Path:
 def output_lock(out: str | Path) -> Iterator[OutputLock]:
     """Hold the lock of a file or folder that a command will write, and remove what a killed owner of it left.
 
-    Missing parents are created, and removed if nothing is written.
+    Missing parents are created, and removed if nothing is written. Failed writes are raised as `write_errors` does.
     """
     out = _absolute(out)
     folder = lock_folder(out)
@@ -95,8 +101,9 @@ def output_lock(out: str | Path) -> Iterator[OutputLock]:
     except OSError as error:
         raise write_error(error, out) from error
     try:
-        lock.clean()
-        yield lock
+        with write_errors(out):
+            lock.clean()
+            yield lock
     finally:
         lock.release()
         with contextlib.suppress(OSError):  # not empty
@@ -127,13 +134,16 @@ def _lock(folder: Path, out: Path) -> int:
 
 
 def check_output(out: str | Path, *, overwrite: bool, owned: Owned | None = None) -> None:
-    """Check, before any work, that the folder `out` may be written. Creates nothing.
+    """Check, before any work, that the folder `out` may be written. Creates nothing; removes what killed runs left.
 
     Args:
         owned: What the command wrote into an existing folder. Only such a folder is replaced, and only if it has no
             other files: `--overwrite` never deletes a user's own. None: any folder may be replaced.
     """
     out = _absolute(out)
+    if lock_folder(out).is_dir():
+        with contextlib.suppress(S2QError), output_lock(out):  # held by a run at work, or by this one
+            pass
     if os.path.lexists(out):
         if not overwrite:
             raise InvalidInputError(f"{out} exists; pass --overwrite to replace it, or choose another name")
@@ -171,11 +181,13 @@ def owned_matching(*patterns: str, record: str | None = None) -> Owned:
     Patterns are shell-style, part by part: "videos/*.mp4"; a last part "**" matches all below.
     """
     known = (*patterns, record or "")
+    temporary = re.compile(rf"\.([^/]+)\.[^./]+{re.escape(PARTIAL)}$")  # of a killed writer
 
     def owned(folder: Path) -> set[str] | None:
         if record is not None and not (folder / record).is_file():
             return None
-        return {name for name in files_below(folder) if any(_matches(name, pattern) for pattern in known)}
+        files = {name: temporary.sub(r"\1", name) for name in files_below(folder)}
+        return {name for name, final in files.items() if any(_matches(final, pattern) for pattern in known)}
 
     return owned
 
@@ -229,20 +241,14 @@ def staged_directory(
     check_output(out, overwrite=overwrite, owned=owned)
     with contextlib.nullcontext(lock) if lock is not None else output_lock(out) as held:
         check_output(out, overwrite=overwrite, owned=owned)  # the owner before may have been here meanwhile
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staged = held.temporary_path("partial")
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            staged = held.temporary_path("partial")
             staged.mkdir(mode=0o700)
-        except OSError as error:
-            raise write_error(error, out) from error
-        try:
             yield staged
             _settle(staged)
-            _put_in_place(staged, held, overwrite=overwrite)
-        except OSError as error:
-            if error.errno in DISK_FULL:
-                raise write_error(error, out) from error
-            raise
+            with finish_first():
+                _put_in_place(staged, held, overwrite=overwrite)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 

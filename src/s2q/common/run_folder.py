@@ -1,7 +1,8 @@
 """The folder in which a run keeps what it has finished, for a killed run to resume from.
 
 It is the folder of the output's lock, `.{name}.s2q-run` (`s2q.common.outputs`): the results of the blocks, each with
-the fingerprint of its inputs and the SHA-256 of its file, and the events. It goes when the checkpoint is in place.
+the fingerprint of its inputs and the SHA-256 of its file, the inputs of the run, and the events. It goes when the
+checkpoint is in place.
 """
 
 import contextlib
@@ -15,10 +16,13 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from s2q.common.files import atomic_write_bytes, atomic_write_json, sha256_file
+from s2q.common.differences import differences
+from s2q.common.files import atomic_write_bytes, atomic_write_json, canonical_json, sha256_file
+from s2q.common.interrupts import finish_first
 from s2q.common.outputs import LOCK, OutputLock, output_lock
 
 _EVENTS = "events.jsonl"
+_INPUTS = "inputs.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +50,12 @@ class ArtefactFolder:
     def save(self, name: str, fingerprint: str, artefact: Artefact) -> None:
         """Store a result atomically, with a hash of everything that it depends on."""
         path = self.path / f"{name}.safetensors"
-        (self.path / f"{name}.json").unlink(missing_ok=True)
-        tensors = {key: tensor.contiguous() for key, tensor in artefact.tensors.items()}
-        atomic_write_bytes(path, safetensors.torch.save(tensors))
-        record = {"fingerprint": fingerprint, "sha256": sha256_file(path), "stats": dict(artefact.stats)}
-        atomic_write_json(self.path / f"{name}.json", record)
+        content = safetensors.torch.save({key: tensor.contiguous() for key, tensor in artefact.tensors.items()})
+        with finish_first():
+            (self.path / f"{name}.json").unlink(missing_ok=True)
+            atomic_write_bytes(path, content)
+            record = {"fingerprint": fingerprint, "sha256": sha256_file(path), "stats": dict(artefact.stats)}
+            atomic_write_json(self.path / f"{name}.json", record)
 
     def load(self, name: str) -> Artefact:
         """Read a result that `has` has confirmed."""
@@ -64,11 +69,7 @@ class ArtefactFolder:
         return dict(record["stats"])
 
     def _record(self, name: str) -> dict[str, Any] | None:
-        try:
-            record = json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return record if isinstance(record, dict) else None
+        return _read(self.path / f"{name}.json")
 
 
 class RunFolder(ArtefactFolder):
@@ -84,6 +85,13 @@ class RunFolder(ArtefactFolder):
         with (self.path / _EVENTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
 
+    def replace_inputs(self, inputs: Mapping[str, Any]) -> list[str]:
+        """Store what the results of a run depend on; return how it differs from what an interrupted run stored."""
+        path = self.path / _INPUTS
+        before = _read(path)
+        atomic_write_json(path, dict(inputs))
+        return [] if before is None else list(differences(before, json.loads(canonical_json(dict(inputs)))))
+
     def events(self) -> list[dict[str, Any]]:
         """Return the events of this run and of the interrupted ones before it, in order."""
         return read_events(self.path / _EVENTS)
@@ -93,6 +101,15 @@ class RunFolder(ArtefactFolder):
         for path in self.path.iterdir():
             if path.name != LOCK:
                 path.unlink()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a record; None if it is not there or damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -106,9 +123,12 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def open_run_folder(out: Path) -> Iterator[RunFolder]:
-    """Create or reopen the run folder of an output and hold its lock."""
+    """Create or reopen the run folder of an output and hold its lock; spilled tensors of a killed run are removed."""
     with output_lock(out) as lock:
         folder = RunFolder(lock)
+        for path in folder.path.glob("*.safetensors"):
+            if not path.with_suffix(".json").exists():  # no artefact
+                path.unlink()
         try:
             yield folder
         except BaseException:

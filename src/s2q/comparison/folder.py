@@ -9,6 +9,7 @@ compare.json, compare.md, index.html, sheet.png, videos/
 
 import hashlib
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 
 from s2q.checkpoint.manifest import MANIFEST, owned_files
+from s2q.common.differences import differences
 from s2q.common.errors import InvalidInputError
-from s2q.common.files import atomic_write_bytes, atomic_write_json, canonical_json, sha256_file
+from s2q.common.files import PARTIAL, atomic_write_bytes, atomic_write_json, canonical_json, sha256_file
 from s2q.common.outputs import Owned, check_owned, check_writable, files_below, owned_matching
 from s2q.common.records import COMPARISON_VERSION
+from s2q.common.temporaries import remove_abandoned
 from s2q.comparison.setup import RunPlan
 from s2q.evaluation.scores import EvaluationResult
 
@@ -95,6 +98,7 @@ class CompareFolder:
                 paths = {label: path for label, path in earlier["paths"].items() if label not in plan.entries}
                 plan = replace(plan, entries={**earlier["entries"], **plan.entries}, paths={**paths, **plan.paths})
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(self.path.rglob(f".*{PARTIAL}"))
         atomic_write_json(self.path / RUN, plan.to_dict())
         return plan
 
@@ -164,13 +168,12 @@ class CompareFolder:
             entries = earlier["entries"]
         except (OSError, ValueError, KeyError):
             return f"{RUN} cannot be read"
-        for name, value in json.loads(canonical_json(plan.common())).items():
-            if earlier.get(name) != value:
-                return f"{name.replace('_', ' ')} {_difference(earlier.get(name), value)}"
-        for label, identity in json.loads(canonical_json(dict(plan.entries))).items():
-            if "recipe" in entries.get(label, {}) and entries[label] != identity:
-                return f"entry {label}: {_difference(entries[label], identity)}"
-        return None
+        common, identities = (json.loads(canonical_json(dict(part))) for part in (plan.common(), plan.entries))
+        changes = [differences({name: earlier.get(name) for name in common}, common)]
+        for label, identity in identities.items():
+            if "recipe" in entries.get(label, {}):
+                changes.append(differences({f"entry {label}": entries[label]}, {f"entry {label}": identity}))
+        return next(itertools.chain(*changes), None)
 
     def _check_not_inside(self, plan: RunPlan) -> None:
         """Refuse to replace a comparison that contains the model or a checkpoint of the one that replaces it."""
@@ -201,17 +204,3 @@ class CompareFolder:
 
     def _frames(self, label: str, index: int) -> Path:
         return self.path / "frames" / label / f"{index:03d}.npz"
-
-
-def _difference(before: Any, after: Any, *, path: str = "") -> str:
-    """The first place where two values differ, in a few words."""
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                return _difference(before.get(key), after.get(key), path=f"{path}.{key}" if path else str(key))
-    if isinstance(before, list) and isinstance(after, list):
-        if len(before) != len(after):
-            return f"{path + ' ' if path else ''}were {len(before)}, are {len(after)}"
-        index = next(i for i, (first, second) in enumerate(zip(before, after, strict=True)) if first != second)
-        return f"number {index + 1} was {before[index]!r}, is {after[index]!r}"
-    return f"{path + ' ' if path else ''}was {before!r}, is {after!r}"

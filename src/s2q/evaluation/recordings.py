@@ -6,6 +6,7 @@ HunyuanVideo at 129×720×1280 1.4 GiB.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import tempfile
@@ -18,6 +19,8 @@ import safetensors.torch
 import torch
 from torch.utils._pytree import tree_map
 
+from s2q.common.files import write_errors
+from s2q.common.temporaries import scratch_folder
 from s2q.generation.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,8 @@ class _Spilled:
             return name
 
         spilled = cls(path=path, trajectory=_mapped(trajectory, name_of))
-        safetensors.torch.save_file(tensors, path)
+        with write_errors(path):
+            safetensors.torch.save_file(tensors, path)
         return spilled
 
     def read(self) -> Trajectory:
@@ -71,7 +75,8 @@ class Recordings:
         self.timesteps: tuple[float, ...] = ()
         self._memory_bytes = memory_bytes
         self._disk_bytes: int | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch = contextlib.ExitStack()
+        self._folder: Path | None = None
         self._batches: list[Trajectory | _Spilled | None] = []
 
     def has_room(self) -> bool:
@@ -89,8 +94,8 @@ class Recordings:
             return
         self._disk_bytes = self._disk_left() - trajectory.num_bytes
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="s2q-trajectories-")
-        path = Path(self._folder.name) / f"{len(self._batches)}.safetensors"
+            self._folder = self._scratch.enter_context(scratch_folder("trajectories"))
+        path = self._folder / f"{len(self._batches)}.safetensors"
         self._batches.append(_Spilled.write(trajectory, path))
 
     def skip(self) -> None:

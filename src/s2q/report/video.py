@@ -8,7 +8,6 @@ Legend: `F` frames, `H`, `W` height and width in pixels.
 
 import io
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from s2q.common.errors import InvalidInputError, S2QError
-from s2q.common.files import atomic_write_bytes
+from s2q.common.files import atomic_write_bytes, failed_write
+from s2q.common.temporaries import scratch_folder
 
 DISPLAY_PIXELS = 256
 DIFFERENCE_GAIN = 4
@@ -84,8 +84,8 @@ def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND, matrix: str 
     _check(frames)
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     height, width = frames.shape[1:3]
-    with tempfile.TemporaryDirectory(prefix="s2q-video-") as folder:
-        path = Path(folder) / "video.mp4"
+    with scratch_folder("video") as folder:
+        path = folder / "video.mp4"
         writer = imageio_ffmpeg.write_frames(
             str(path),
             (width, height),
@@ -110,6 +110,8 @@ def encode_mp4(frames: np.ndarray, *, fps: int = FRAMES_PER_SECOND, matrix: str 
             writer.close()
             data = path.read_bytes()
         except OSError as error:
+            if failed_write(error) is not None:
+                raise
             raise S2QError(f"encoding a {width}x{height} video failed: {error}") from error
     if not data:
         raise S2QError(f"encoding a {width}x{height} video gave an empty file")

@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 
 from s2q import planning
 from s2q.calibration.calibration_set import CalibrationSets, select
@@ -26,8 +25,8 @@ from s2q.checkpoint import CheckpointRecords, owned_files, save_checkpoint
 from s2q.common import arguments
 from s2q.common.components import full_name, transformers_of
 from s2q.common.devices import peak_memory_bytes, reset_peak_memory
-from s2q.common.errors import DiskFullError, ResourceError, UsageError, is_out_of_memory, memory_errors
-from s2q.common.files import DISK_FULL
+from s2q.common.errors import UsageError, memory_errors
+from s2q.common.fingerprint import fingerprint
 from s2q.common.outputs import check_output
 from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.records import REPORT_VERSION
@@ -42,7 +41,7 @@ from s2q.recipes.load import checked_overrides, load_recipe
 from s2q.recipes.schema import Recipe
 from s2q.run.allocate import Allocation, allocate
 from s2q.run.assemble import assemble
-from s2q.run.finished import finished_report, request_hash
+from s2q.run.finished import finished_report, run_inputs
 from s2q.run.report import BlockReport, QuantizationReport, log_block
 from s2q.run.runner import BlockJob, BlockRunner, quantize_in_processes
 
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FULL = "No space left on device"  # SafetensorError has no errno
+_MAX_CHANGES = 8
 _T = TypeVar("_T")
 
 
@@ -152,7 +151,7 @@ def _quantize(
     planned = None if source is None else planning.plan_model(source, validated, dtype=settings.dtype, machine=machine)
     if target is not None:
         if source is not None and settings.resume and not (dry_run or settings.overwrite):
-            if finished := finished_report(target, _request(source, validated, prompts, settings)):
+            if finished := finished_report(target, fingerprint(_inputs(source, validated, prompts, settings))):
                 return finished
         check_output(target, overwrite=settings.overwrite, owned=owned_files)
     if validated.calibrates and source is not None:
@@ -163,7 +162,7 @@ def _quantize(
         check_memory(planned, processes=most_on_one_device(settings.device, settings.processes))
     if target is None:
         raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or use a dry run")
-    with _resource_errors(target, settings.device), open_run_folder(target) as folder:
+    with open_run_folder(target) as folder, memory_errors(f"quantizing on {settings.device}", remedy="free some"):
         check_output(target, overwrite=settings.overwrite, owned=owned_files)  # a killed run may have put it back
         run = _Run(folder, target, settings, progress, machine=machine, source=source)
         return run.carry_out(source or model, validated, prompts)
@@ -226,7 +225,16 @@ class _Run:
         self.progress("load", 1, 1)
         planned = _plan_loaded(teacher, recipe, self.machine)
         check_memory(planned, processes=most_on_one_device(self.settings.device, self.settings.processes))
-        request = _request(model, recipe, prompts, self.settings) if isinstance(model, ModelSource) else None
+        named = model if isinstance(model, ModelSource) else teacher.name
+        inputs = _inputs(named, recipe, prompts, self.settings)
+        request = fingerprint(inputs) if isinstance(model, ModelSource) else None
+        if changes := self.folder.replace_inputs(inputs):
+            logger.warning(
+                "%s: inputs differ from those of the interrupted run: %s%s; what depends on them is computed again",
+                self.out,
+                "; ".join(changes[:_MAX_CHANGES]),
+                f" (and {len(changes) - _MAX_CHANGES} more)" if len(changes) > _MAX_CHANGES else "",
+            )
         self.folder.log("run", source=teacher.name, recipe=recipe.name, seed=self.settings.seed, request=request)
         selection, files = None, {}
         if recipe.calibrates:
@@ -377,9 +385,11 @@ class _Run:
         return result
 
 
-def _request(source: ModelSource, recipe: Recipe, prompts: Sequence[str] | None, settings: _Settings) -> str:
-    names = ("seed", "device", "dtype", "variant", "max_shard_size")
-    return request_hash(source, recipe, prompts, {name: str(getattr(settings, name)) for name in names})
+def _inputs(
+    model: ModelSource | str, recipe: Recipe, prompts: Sequence[str] | None, settings: _Settings
+) -> dict[str, Any]:
+    options = {name: str(getattr(settings, name)) for name in ("seed", "dtype", "variant", "max_shard_size")}
+    return run_inputs(model, recipe, prompts, {**options, "device": torch.device(settings.device).type})
 
 
 def _load_teacher(model: ModelSource | DiffusionPipeline, recipe: Recipe, settings: _Settings) -> Teacher:
@@ -400,20 +410,3 @@ def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
         workload=teacher.workload,
         machine=replace(machine, holds_weights=not teacher.mapped),
     )
-
-
-@contextlib.contextmanager
-def _resource_errors(out: Path, device: str) -> Iterator[None]:
-    """Say in one line what ran out; what is finished stays for the next attempt."""
-    kept = "run again then: finished blocks are kept"
-    try:
-        yield
-    except ResourceError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise ResourceError(f"out of memory on {device}; free some, {kept}") from error
-        is_full = isinstance(error, SafetensorError) and _FULL in str(error)
-        if is_full or getattr(error, "errno", None) in DISK_FULL:
-            raise DiskFullError(f"{out}: the disk is full; free some space, {kept}") from error
-        raise

@@ -8,11 +8,9 @@ does, so that four short runs tell the parts:
 Legend: `S` samples, `E` epochs, n(E) how often distillation looks at all samples.
 """
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from s2q.blocks.distil import evaluations
@@ -24,6 +22,7 @@ from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.errors import InvalidInputError
 from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.run_folder import open_run_folder
+from s2q.common.temporaries import scratch_folder
 from s2q.generation.sharing import steps_of_transformers
 from s2q.models import ModelSource
 from s2q.planning import Machine, Plan
@@ -67,7 +66,7 @@ def measured(
     The first prompt is generated; None takes those of an embedded model, or any, as many as the recipe needs.
     """
     teacher = load_teacher(source, recipe, dtype=dtype, device=machine.device)
-    with tempfile.TemporaryDirectory() as scratch, open_run_folder(Path(scratch) / "measure") as folder:
+    with scratch_folder("measure") as scratch, open_run_folder(scratch / "measure") as folder:
         if recipe.calibrates:
             any_prompts = None if source.kind == "embedded" else [_PROMPT] * recipe.calibration.n_prompts
             texts = prompts or any_prompts

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from s2q.common.errors import InvalidInputError, S2QError, unknown_name
 from s2q.common.files import atomic_write_bytes, atomic_write_json
+from s2q.common.temporaries import scratch_folder
 from s2q.evaluation.judges.vbench_runner import FLOW
 from s2q.evaluation.paper import paper_tables
 
@@ -227,8 +227,8 @@ def _ask(options: VBenchOptions) -> dict[str, Any]:
     if options.cache is not None and not options.cache.is_dir():
         raise InvalidInputError(f"--vbench-cache {options.cache}: no such folder")
     asked = options.dimensions or paper_dimensions()
-    with tempfile.TemporaryDirectory(prefix="s2q-vbench-") as folder:
-        answer = _run(options, "check", {"dimensions": asked}, folder=Path(folder))
+    with scratch_folder("vbench") as folder:
+        answer = _run(options, "check", {"dimensions": asked}, folder=folder)
     if "error" in answer:
         raise InvalidInputError(
             f"--vbench-python {options.python}: cannot import vbench: {answer['error']}; see docs/judging.md to "
