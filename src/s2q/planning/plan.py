@@ -131,6 +131,9 @@ def plan(
         dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
         variant: Variant of the weights, "fp16".
 
+    Returns:
+        Layers, storage, memory and stages of the run.
+
     Raises:
         InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is already quantized.
         ResourceError: If the device is not there.
