@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,12 @@ WORKERS = "--processes"
 """The option of `s2q quantize` that asks for several processes."""
 
 TESTS = Path(__file__).parents[1]
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TERM": "xterm-256color",
+}
 TIMED = ("s2q/report.json", "s2q/events.jsonl", "s2q/manifest.json", "README.md")
 """Files of a checkpoint that contain times; `s2q inspect --verify` checks the manifest."""
 
@@ -43,7 +49,9 @@ class Commands:
             stderr=(folder / "server.txt").open("wb"),
             text=True,
         )
-        assert self._answer() == READY, (folder / "server.txt").read_text()
+        answer = self._answer()
+        assert READY in answer, (folder / "server.txt").read_text()
+        self.mounts = bool(json.loads(answer)["mounts"])
 
     def close(self) -> None:
         """End the server."""
@@ -57,6 +65,7 @@ class Commands:
         *,
         event: int | None = None,
         error: int = 0,
+        number: int = signal.SIGKILL,
         log: Path | None = None,
         output: Path | None = None,
     ) -> int:
@@ -67,6 +76,7 @@ class Commands:
             "output": str(output or self._output()),
             "event": event,
             "error": error,
+            "number": int(number),
             "log": None if log is None else str(log),
         }
         return int(self._ask({"start": request})["pid"])
@@ -74,6 +84,11 @@ class Commands:
     def wait(self, pid: int) -> int:
         """Return the exit code of a command, when it ends."""
         return int(self._ask({"wait": pid})["code"])
+
+    def mount(self, folder: Path, *, size: int, flags: int = 0) -> Path:
+        """Mount a disk of so many KiB for commands; return where this process sees it."""
+        assert self._ask({"mount": [str(folder), size, flags]})["mounted"]
+        return Path(f"/proc/{self._server.pid}/root{folder}")
 
     def run(self, arguments: Sequence[str], **fault: object) -> Outcome:
         """Run a command to its end."""

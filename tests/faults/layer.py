@@ -29,11 +29,13 @@ class Fault:
 
     Attributes:
         event: None disturbs nothing: events are counted.
-        error: The error of this event and of every later one that needs room or a writable disk; 0 kills the process.
+        error: The error of this event and of every later one that needs room or a writable disk; 0 sends a signal.
+        number: The signal; SIGKILL interrupts a write in the middle.
     """
 
     event: int | None = None
     error: int = 0
+    number: int = signal.SIGKILL
 
 
 class FileLayer:
@@ -62,8 +64,11 @@ class FileLayer:
         if event is None or number < event:
             return
         if self.fault.error == 0:
-            torn()
-            os.kill(os.getpid(), signal.SIGKILL)
+            if self.fault.number == signal.SIGKILL:
+                torn()
+            if number == event:
+                os.kill(os.getpid(), self.fault.number)
+            return
         if kind in _REMOVALS and self.fault.error in (errno.ENOSPC, errno.EDQUOT):
             return  # makes room
         if number == event:
