@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 class _ReachedError(Exception):
@@ -33,6 +35,33 @@ def capture_calls(
         pass
     finally:
         handle.remove()
+
+
+class _NotFiniteError(Exception):
+    """A module returned NaN or infinite values; its name."""
+
+
+def first_not_finite(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> str | None:
+    """Run until a module within the named ones returns NaN or infinite values; return its full name, or None."""
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            tensor = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+            if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise _NotFiniteError(name)
+
+        return hook
+
+    with ExitStack() as stack:
+        for prefix, module in modules.items():
+            for name, inner in module.named_modules():
+                full = ".".join(part for part in (prefix, name) if part)
+                stack.callback(inner.register_forward_hook(look(full)).remove)
+        try:
+            run()
+        except _NotFiniteError as error:
+            return str(error)
+    return None
 
 
 @contextmanager

@@ -7,16 +7,20 @@ called by hand with `generator=torch.Generator().manual_seed(seed)` starts from 
 Legend: `B` videos in the batch, `f` latent frames, `C` latent channels, `h`, `w` latent height and width, `F` frames.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from s2q.common.devices import overflow_remedy
 from s2q.common.errors import S2QError
+from s2q.common.hooks import first_not_finite
 from s2q.common.progress import Tick
+from s2q.generation.exclusive import exclusive
 from s2q.generation.settings import GenerationSettings, latent_channels, latent_frames, prompt_token_limit, vae_factors
 from s2q.models import family_of
 
@@ -59,8 +63,38 @@ def denoise(
     decode: bool = True,
     step_done: Tick = lambda: None,
 ) -> DenoisingResult:
-    """Generate one batch of videos: latents and frames in the order of `prompts`."""
+    """Generate one batch of videos: latents and frames in the order of `prompts`; other threads wait for the pipeline.
+
+    Raises:
+        S2QError: If latents or frames are NaN or infinite, with the layer that is so first.
+    """
     assert len(prompts) == len(seeds)
+    with exclusive(pipe):
+        run = functools.partial(_run, pipe, prompts, seeds=seeds, settings=settings, decode=decode)
+        latents, decoded = run(step_done)
+        for kind, values in (("latents", latents), ("frames", decoded)):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                videos = zip(prompts, seeds, values, strict=True)
+                prompt, seed = next((text, seed) for text, seed, video in videos if not bool(video.isfinite().all()))
+                modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+                layer = first_not_finite(modules, run)
+                raise S2QError(
+                    f"the model produced NaN or infinite {kind} for prompt {prompt!r}, seed {seed}"
+                    f"{'' if layer is None else f', first in {layer}'}; {overflow_remedy(pipe.text_encoder.dtype)}"
+                )
+    return DenoisingResult(latents=latents, frames=None if decoded is None else _to_uint8(decoded))
+
+
+def _run(
+    pipe: Any,
+    prompts: Sequence[str],
+    step_done: Tick | None = None,
+    *,
+    seeds: Sequence[int],
+    settings: GenerationSettings,
+    decode: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Call a pipeline; return the final latents, float32 on the CPU, and the frames `[B, F, 3, H, W]` in 0..1."""
     drawn = [initial_noise(pipe, seed, settings) for seed in seeds]
     noise = torch.cat([noise for noise, _ in drawn]).to(pipe.text_encoder.dtype)
     last: dict[str, torch.Tensor] = {}
@@ -77,15 +111,7 @@ def denoise(
             output_type="pt" if decode else "latent",
             **_prepared(pipe, settings, after_step, stack),
         )
-    latents = last["latents"].float().cpu()
-    for prompt, seed, video in zip(prompts, seeds, latents, strict=True):
-        if not torch.isfinite(video).all():
-            raise S2QError(
-                f"the model produced NaN or infinite latents for prompt {prompt!r}, seed {seed}; "
-                f"{overflow_remedy(pipe.text_encoder.dtype)}"
-            )
-    frames = _to_uint8(output.frames) if decode else None
-    return DenoisingResult(latents=latents, frames=frames)
+    return last["latents"].float().cpu(), output.frames if decode else None
 
 
 def _prepared(

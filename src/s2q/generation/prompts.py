@@ -4,6 +4,7 @@ A line ends at a line feed, a carriage return, or both. Other separators of Unic
 of a line (`str.splitlines` cuts at eight of them), are part of the prompt.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,15 @@ from pathlib import Path
 from s2q.common.errors import InvalidInputError, short_repr
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
-_MAX_BYTES = 1 << 26
+_MAX_BYTES, _PIECE_BYTES = 1 << 26, 1 << 20
 
 
 def read_prompts(path: Path) -> list[str]:
     """Read the prompts of a file, in order, without surrounding blanks."""
     try:
         with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
+            pieces = iter(lambda: file.read(_PIECE_BYTES), b"")  # `read(n)` allocates n bytes for a short file too
+            content = b"".join(itertools.islice(pieces, _MAX_BYTES // _PIECE_BYTES + 1))
         if len(content) > _MAX_BYTES:
             raise InvalidInputError(f"{path}: longer than {_MAX_BYTES >> 20} MiB; expected one prompt per line")
         text = content.decode("utf-8-sig")

@@ -13,6 +13,7 @@ from typing import Any
 
 from s2q.common.arguments import finite_number, prompt_list, whole_number
 from s2q.common.errors import InvalidInputError, short_repr
+from s2q.generation.exclusive import exclusive
 from s2q.generation.sharing import steps_of_transformers
 from s2q.models import family_of, token_patch
 
@@ -88,8 +89,9 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
     """Check that the pipeline can take every prompt whole."""
     prompts = prompt_list("prompts", prompts)
     limit = prompt_token_limit(pipe)
-    for index, prompt in enumerate(prompts, start=1):
-        count = len(pipe.tokenizer(prompt, truncation=False).input_ids)
+    with exclusive(pipe):
+        counts = [len(pipe.tokenizer(prompt, truncation=False).input_ids) for prompt in prompts]
+    for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True), start=1):
         if count > limit:
             raise InvalidInputError(
                 f"prompt {index} of {len(prompts)} has {count} tokens, but the transformer reads {limit}; "

@@ -23,6 +23,7 @@ import torch
 from s2q.common.components import TRANSFORMERS, transformers_of
 from s2q.common.progress import Tick
 from s2q.generation.denoise import denoise
+from s2q.generation.exclusive import exclusive
 from s2q.generation.settings import GenerationSettings, check_prompts
 from s2q.models import family_of
 
@@ -91,7 +92,7 @@ def record_trajectory(
     The text embeddings and rotary tables are stored once for all calls.
     """
     check_prompts(pipe, prompts)
-    with recorded_calls(transformers_of(pipe)) as calls:
+    with exclusive(pipe), recorded_calls(transformers_of(pipe)) as calls:
         result = denoise(pipe, prompts, seeds=seeds, settings=settings, decode=decode, step_done=step_done)
     return Trajectory(
         prompts=tuple(prompts),

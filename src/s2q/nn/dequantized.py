@@ -63,14 +63,11 @@ class WeightCache:
     """Another form of a layer's weight: computed again once a tensor that it comes from has changed; copies are empty.
 
     It is dropped as soon as one of those tensors is gone: moving a layer, by whatever means, replaces the tensor of its
-    codes, so no memory is pinned where it has left.
+    codes, so no memory is pinned where it has left. Threads may compute it twice; each gets that of its sources.
     """
 
     def __init__(self) -> None:
-        self._value: tuple[Any, ...] | None = None
-        self._key: object = None
-        self._states: list[tuple[int, int, int]] = []
-        self._sources: list[weakref.ref[Tensor]] = []
+        self._kept: tuple[tuple[Any, ...], object, list[tuple[int, int, int]], list[weakref.ref[Tensor]]] | None = None
 
     def dequantized(self, layer: StoredLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Return weight [O, I] and bias [O] or None, in a dtype."""
@@ -86,27 +83,28 @@ class WeightCache:
     @property
     def num_bytes(self) -> int:
         """Bytes that are kept."""
-        tensors = [tensor for tensor in self._value or () if tensor is not None]
+        kept = self._kept
+        tensors = [tensor for tensor in (() if kept is None else kept[0]) if tensor is not None]
         return sum(tensor.numel() if tensor.is_mkldnn else tensor.nbytes for tensor in tensors)
 
     def _get(self, key: object, sources: list[Tensor], compute: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """Return what `compute` returned for this key and these sources, unchanged since, or returns now."""
+        kept = self._kept
         if torch.compiler.is_compiling():  # has no addresses, versions and weak references
-            if self._value is None or self._key != key:
-                self._value, self._key = compute(), key
-            return self._value
+            if kept is None or kept[1] != key:
+                kept = self._kept = (compute(), key, [], [])
+            return kept[0]
         states = _states(sources)
-        if self._value is None or self._key != key or self._states != states:
-            self.release()
+        if kept is None or kept[1:3] != (key, states):
+            self._kept = None
             with torch.inference_mode(False):  # tensors of that mode cannot be used outside of it
-                self._value = compute()
-            self._key, self._states = key, states
-            self._sources = [weakref.ref(tensor, self.release) for tensor in sources]
-        return self._value
+                value = compute()
+            kept = self._kept = (value, key, states, [weakref.ref(tensor, self.release) for tensor in sources])
+        return kept[0]
 
     def release(self, _gone: object = None) -> None:
         """Drop it: the layer has changed, or memory is needed."""
-        self._value, self._states, self._sources = None, [], []
+        self._kept = None
 
     def __getstate__(self) -> dict[str, object]:
         return vars(WeightCache())
