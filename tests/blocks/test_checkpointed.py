@@ -5,7 +5,6 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import nn
 
-from s2q.blocks import distil as module
 from s2q.blocks.distil import checkpoint_parts
 from s2q.core.memo import memoization
 from s2q.nn import LearnableClip, StudentInput, StudentLinear
@@ -95,12 +94,11 @@ def test_the_gradient_is_the_same_and_less_is_kept(block):
     assert all(torch.equal(a, b) for a, b in zip(plain, after, strict=True))
 
 
-def test_a_feed_forward_goes_through_a_long_sequence_in_pieces(block, monkeypatch):
+def test_a_feed_forward_goes_through_a_long_sequence_in_pieces(block):
     x, lengths = torch.randn(1, 50, 16), []
     plain, _ = gradients(block, x)
-    monkeypatch.setattr(module, "PIECE", 16)
     block.ff.net[0].register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
-    with checkpoint_parts(block):
+    with checkpoint_parts(block, piece=16):
         pieces, _ = gradients(block, x)
     assert lengths[:4] == [16, 16, 16, 2]
     assert len(lengths) == 8  # forward, and again in the backward pass

@@ -107,6 +107,7 @@ NO_MEMORY = (
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("can't start new thread"),
+    RuntimeError("could not create a primitive"),
     OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
     SafetensorError("Error while deserializing header: Cannot allocate memory (os error 12)"),
     ImportError("libfoo.so: failed to map segment from shared object: cannot allocate memory"),

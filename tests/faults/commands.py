@@ -68,8 +68,12 @@ class Commands:
         number: int = signal.SIGKILL,
         log: Path | None = None,
         output: Path | None = None,
+        memory: int | None = None,
     ) -> int:
-        """Start a command with a fault of `faults.layer`; return its process, the leader of a session."""
+        """Start a command with a fault of `faults.layer`; return its process, the leader of a session.
+
+        `memory` is how many bytes of address space (RLIMIT_AS) it gets beyond those that it starts with.
+        """
         self.started += 1
         request = {
             "arguments": [str(argument) for argument in arguments],
@@ -78,6 +82,7 @@ class Commands:
             "error": error,
             "number": int(number),
             "log": None if log is None else str(log),
+            "memory": memory,
         }
         return int(self._ask({"start": request})["pid"])
 

@@ -8,6 +8,7 @@ can be found.
 import ctypes
 import json
 import os
+import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -69,7 +70,15 @@ def serve(request: dict) -> dict:
     return {"code": os.waitstatus_to_exitcode(status)}
 
 
-def _start(arguments: list[str], output: str, event: int | None, error: int, number: int, log: str | None) -> int:
+def _start(
+    arguments: list[str],
+    output: str,
+    event: int | None,
+    error: int,
+    number: int,
+    log: str | None,
+    memory: int | None,
+) -> int:
     """Run a command in a copy of this process."""
     pid = os.fork()
     if pid:
@@ -81,6 +90,10 @@ def _start(arguments: list[str], output: str, event: int | None, error: int, num
         os.dup2(os.open(output, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), 1)  # a terminal controls the session
         os.dup2(1, 2)
         sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115
+        if memory is not None:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            size = pages * resource.getpagesize() + memory
+            resource.setrlimit(resource.RLIMIT_AS, (size, size))
         code = _run(arguments, event, error, number, log=log)
         sys.stdout.flush()
     finally:

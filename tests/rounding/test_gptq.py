@@ -54,7 +54,7 @@ def test_never_worse_than_rtn_and_mostly_much_better(scheme):
         assert report.error == pytest.approx(error_of(rounded, weight, hessian, scheme=scheme))
         assert report.rtn_error == pytest.approx(error_of(rtn, weight, hessian, scheme=scheme))
         assert report.error <= report.rtn_error
-        assert (report.retries, report.dampening_frac, report.fallback) == (0, 0.01, False)
+        assert (report.retries, report.dampening_frac, report.fallback) == (0, 0.01, None)
         ratios.append(report.error / report.rtn_error)
     assert sorted(ratios)[len(ratios) // 2] < 0.7
 
@@ -201,7 +201,20 @@ def test_the_fallback_happens_only_where_it_is_allowed_and_is_reported():
         round_gptq(weight, W4, hessian=hopeless, options=GPTQ(allow_fallback=False))
     rounded, report = round_gptq(weight, W4, hessian=hopeless)
     assert torch.equal(rounded.codes, round_rtn(weight, W4).codes)
-    assert (report.fallback, report.retries, report.dampening_frac) == (True, 5, None)
+    assert (report.fallback, report.retries) == ("no positive definite Hessian in 5 tries", 5)
+    assert report.dampening_frac is None
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_hessian_that_is_not_finite_rounds_to_nearest_only_where_it_is_allowed(bad):
+    weight, hessian = draw(5, 8), hessian_of(correlated(40, 8))
+    hessian[2, 3] = hessian[3, 2] = bad
+    with pytest.raises(S2QError, match=r"Hessian contains NaN or infinite values.*rounding\.allow_fallback=true"):
+        round_gptq(weight, W4, hessian=hessian, options=GPTQ(allow_fallback=False))
+    rounded, report = round_gptq(weight, W4, hessian=hessian)
+    assert torch.equal(rounded.codes, round_rtn(weight, W4).codes)
+    assert report.fallback == "the Hessian contains NaN or infinite values"
+    assert (report.error, report.rtn_error, report.rtn_rows) == (None, None, 5)
 
 
 def test_half_precision_weights_and_no_graph():
@@ -224,7 +237,6 @@ def test_nothing_that_was_passed_in_changes():
     ("weight", "hessian", "message"),
     [
         (torch.ones(2, 4), torch.eye(5), r"expected \[4, 4\]"),
-        (torch.ones(2, 4), torch.full((4, 4), torch.nan), "the Hessian contains NaN"),
         (torch.full((2, 4), torch.inf), torch.eye(4), "the weight contains NaN or infinite"),
     ],
 )

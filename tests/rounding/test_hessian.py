@@ -36,16 +36,13 @@ def test_hessian_error_is_the_squared_error_of_the_output():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_values_that_are_not_finite_are_refused_and_leave_no_trace(bad):
+def test_values_that_are_not_finite_show_in_the_hessian(bad):
     accumulator = HessianAccumulator(4)
-    accumulator.add(draw(5, 4))
-    before = accumulator.hessian()
     x = draw(5, 4)
     x[2, 1] = bad
-    with pytest.raises(InvalidInputError, match="1 of 5 tokens"):
-        accumulator.add(x)
-    assert torch.equal(accumulator.hessian(), before)
-    assert accumulator.num_tokens == 5
+    accumulator.add(x)
+    accumulator.add(draw(5, 4))
+    assert not torch.isfinite(accumulator.hessian()[1]).any()
 
 
 def test_wrong_width_and_no_tokens():

@@ -164,17 +164,23 @@ def _is_evaluated(epoch: int, epochs: int) -> bool:
 
 
 @contextmanager
-def checkpoint_parts(student: nn.Module) -> Iterator[None]:
+def checkpoint_parts(student: nn.Module, *, piece: int = PIECE, enabled: bool = True) -> Iterator[None]:
     """Have the parts of a student (attention, feed-forward) and its quantized weights computed again in each backward.
 
     A step then keeps the inputs of the parts and the inside of one at a time, for about a third more compute. Parts
-    that treat every token by itself do so a piece of the sequence after another. The gradient is the same except for
-    the order of its sums.
+    that treat every token by itself do so for `piece` tokens at a time. Only the order of the gradient's sums changes.
     """
+    if not enabled:
+        yield
+        return
     from diffusers.models.attention import FeedForward
 
     linears = StudentLinear | RefinedLinear
-    parts = [child for child in student.children() if any(isinstance(inner, linears) for inner in child.modules())]
+    parts = [
+        child
+        for child in student.children()
+        if isinstance(child, FeedForward) or any(isinstance(inner, linears) for inner in child.modules())
+    ]
     layers = [inner for inner in student.modules() if isinstance(inner, linears | StudentInput)]
     try:
         for layer in layers:
@@ -182,7 +188,8 @@ def checkpoint_parts(student: nn.Module) -> Iterator[None]:
         for part in parts:
             pointwise = isinstance(part, linears | FeedForward)
             pointwise = pointwise and not any(getattr(inner, "needs_grid", False) for inner in part.modules())
-            part.forward = functools.partial(_in_pieces if pointwise else checkpointed, part.forward)
+            recomputed = functools.partial(_in_pieces, piece=piece) if pointwise else checkpointed
+            part.forward = functools.partial(recomputed, part.forward)
         yield
     finally:
         for layer in layers:
@@ -191,9 +198,9 @@ def checkpoint_parts(student: nn.Module) -> Iterator[None]:
             del part.forward
 
 
-def _in_pieces(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+def _in_pieces(forward: Callable[..., Tensor], x: Tensor, *, piece: int) -> Tensor:
     """Apply a part to pieces of a sequence, [B, N, d]; each is computed again in the backward pass by itself."""
-    pieces = x.split(PIECE, dim=1) if x.ndim == 3 else [x]
+    pieces = x.split(piece, dim=1) if x.ndim == 3 else [x]
     outputs = [checkpointed(forward, piece) for piece in pieces]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 

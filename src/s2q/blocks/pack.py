@@ -4,6 +4,7 @@ Modulation linears see one row a call, which depends on its timestep alone or ne
 of every timestep of the generation, not with those of the samples alone.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from s2q.blocks.task import BlockWork, Group
 from s2q.calibration.samples import BlockSamples
-from s2q.common.errors import S2QError
+from s2q.common.errors import located
 from s2q.common.hooks import capture_inputs
 from s2q.core.memo import memoization
 from s2q.core.qparams import RoundedWeight
@@ -20,6 +21,8 @@ from s2q.core.tokens import token_grid
 from s2q.nn import PackedLinear, StudentInput, StudentLinear
 from s2q.planning.resolve import LinearPlan
 from s2q.rounding import HessianAccumulator, Rounding, round_rtn
+
+logger = logging.getLogger(__name__)
 
 Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
 """Packed linears and the reports of their rounding, both by name inside the block."""
@@ -98,11 +101,12 @@ def _round(
     clip_ratio: Tensor | None = None,
     hessian: HessianAccumulator | None = None,
 ) -> tuple[RoundedWeight, dict[str, Any]]:
-    try:
+    with located(linear.name):
         summed = None if hessian is None else hessian.hessian()
-        return rounding.round(weight, linear.scheme.weight, clip_ratio=clip_ratio, hessian=summed)
-    except S2QError as error:
-        raise type(error)(f"{linear.name}: {error}") from error
+        rounded, report = rounding.round(weight, linear.scheme.weight, clip_ratio=clip_ratio, hessian=summed)
+    if report.get("fallback"):
+        logger.warning("%s: rounded to nearest: %s", linear.name, report["fallback"])
+    return rounded, report
 
 
 def _hessians(

@@ -7,8 +7,9 @@ The student contains the modulation linears of the checkpoint.
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from s2q.blocks.task import BlockTask, BlockWork, Group, input_groups
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.observe import observe
 from s2q.calibration.samples import BlockSamples
+from s2q.common.errors import S2QError
 from s2q.common.memory import to_device
 from s2q.common.seeds import derive_seed
 from s2q.distillation.options import Distillation, Refinement
@@ -117,7 +119,7 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     work, samples = opened.work, opened.samples
     task, recipe = work.task, work.task.recipe
     nearest = opened.nearest(task.linears)
-    measured = functools.partial(block_loss, samples=samples, temporal=recipe.loss.temporal)
+    measured = functools.partial(_finite_loss, samples=samples, task=task)
     loss = {"rtn": measured(work.copy_with(nearest))}
     modulation = {linear.inner_name: nearest[linear.inner_name] for linear in opened.modulation}
     reports: dict[str, dict[str, Any]] = {}
@@ -150,6 +152,15 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     )
 
 
+def _finite_loss(block: nn.Module, samples: BlockSamples, task: BlockTask) -> float:
+    """The loss of a block, refused where it is not a number that a report can have."""
+    with checkpoint_parts(block, piece=task.piece, enabled=task.checkpointed):
+        loss = block_loss(block, samples, temporal=task.recipe.loss.temporal)
+    if not math.isfinite(loss):
+        raise S2QError(f"its loss is {loss}: the squares of what it returns overflow; check the model's activations")
+    return loss
+
+
 def _learn(
     student: nn.Module,
     samples: BlockSamples,
@@ -161,7 +172,7 @@ def _learn(
 ) -> DistillationReport:
     """Distil a student; its parts are computed again in the backward pass of a checkpointed task."""
     temporal = task.recipe.loss.temporal
-    with checkpoint_parts(student) if task.checkpointed else nullcontext():
+    with checkpoint_parts(student, piece=task.piece, enabled=task.checkpointed):
         return distil(
             student, samples, options=options, temporal=temporal, seed=seed, penalty=penalty, epoch_done=task.progress
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from s2q.blocks.task import BlockWork, Group
 from s2q.calibration.input_statistics import InputStatistics
+from s2q.common.errors import located
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
 from s2q.nn import Estimator, LearnableClip, StudentInput, StudentLinear, packed_dtypes, replace_module
@@ -42,11 +43,12 @@ logger = logging.getLogger(__name__)
 def make_students(work: BlockWork, group: Group, *, statistics: InputStatistics | None = None) -> list[StudentLinear]:
     """Make the students of linears that share an input, in their order, where the teacher's linears are."""
     alpha = work.task.recipe.transforms.alpha
-    if alpha == SEARCH:
-        assert statistics is not None
-        alpha = _best_alpha(work, group, statistics)
-        logger.debug("%s: alpha=%.1f", group[0].name, alpha)
-    return _students(work, group, statistics, alpha=float(alpha))
+    with located(group[0].name):
+        if alpha == SEARCH:
+            assert statistics is not None
+            alpha = _best_alpha(work, group, statistics)
+            logger.debug("%s: alpha=%.1f", group[0].name, alpha)
+        return _students(work, group, statistics, alpha=float(alpha))
 
 
 def put_students(block: nn.Module, work: BlockWork, group: Group, statistics: InputStatistics) -> None:

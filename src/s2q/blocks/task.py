@@ -10,6 +10,7 @@ from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import TeacherTransformer
 from s2q.common.progress import Tick
 from s2q.common.seeds import derive_seed
+from s2q.core.memo import PIECE
 from s2q.models import Family
 from s2q.nn import replace_module
 from s2q.planning.resolve import LinearPlan
@@ -25,6 +26,7 @@ class BlockTask:
         seed: Seed of the run; the block's own is derived from it and the index.
         stream: The teacher's stream; is moved to the block. None for recipes that need no samples.
         checkpointed: Whether a step of distillation computes parts of the block again to hold less.
+        piece: Tokens that parts without attention then compute at a time.
         progress: Called after each unit of calibration: an epoch, or what takes about as long.
     """
 
@@ -37,7 +39,14 @@ class BlockTask:
     device: str = "cpu"
     stream: TeacherStream | None = None
     checkpointed: bool = False
+    piece: int = PIECE
     progress: Tick = lambda: None
+
+    @property
+    def name(self) -> str:
+        """Full name of the block; empty where it has no linear to quantize."""
+        linear = next(iter(self.linears), None)
+        return "" if linear is None else linear.name.removesuffix(f".{linear.inner_name}")
 
     @property
     def block_seed(self) -> int:

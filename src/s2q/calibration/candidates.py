@@ -16,7 +16,7 @@ from torch import nn
 from s2q.calibration.artefacts import to_artefact
 from s2q.calibration.teacher import Teacher
 from s2q.common.components import full_name, transformers_of
-from s2q.common.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError, memory_errors
 from s2q.common.fingerprint import fingerprint
 from s2q.common.memory import on_device
 from s2q.common.progress import Progress, StageCounter
@@ -26,6 +26,7 @@ from s2q.generation.settings import GenerationSettings, check_prompts, resolve_s
 from s2q.generation.sharing import steps_of_transformers
 from s2q.generation.trajectory import record_trajectory
 from s2q.models.source import recommended_generation
+from s2q.planning import LESS_MEMORY
 from s2q.selection.options import Calibration
 from s2q.selection.scores import Candidate, CandidatePool, score_trajectory
 from s2q.shapes import embedded
@@ -100,7 +101,9 @@ def collect(
     channel_dim = teacher.family.latent_channel_dim
     missing = [index for index in range(count) if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
     step_done = StageCounter(progress, "collect", count * steps, done=(count - len(missing)) * steps)
-    with on_device(teacher.modules if missing else (), device, offload=teacher.mapped):
+    modules = teacher.modules if missing else ()
+    no_memory = memory_errors(f"collecting candidates on {device}", remedy=LESS_MEMORY)
+    with no_memory, on_device(modules, device, offload=teacher.mapped):
         for index in missing:
             trajectory = record_trajectory(
                 teacher.pipe,

@@ -44,13 +44,14 @@ def observe(
         }
         weighted = loss.weighting == "attention"
         attention = teacher.get_submodule(family.attention)
+        call = functools.partial(teacher, **samples.inputs(index))
         with (
             capture_inputs(teacher, listeners),
             capture_column_sums(attention) if weighted else nullcontext() as captured,
         ):
-            outputs = teacher(**samples.inputs(index))
+            outputs = call()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        samples.stream.check(outputs, sample=index)
+        samples.stream.check(outputs, sample=index, module=teacher, run=call)
         stored = dict(zip(family.streams, outputs, strict=True))
         if captured is not None:
             lengths = [stored[name].shape[1] for name in family.joint_order]

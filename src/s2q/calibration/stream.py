@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_map_only
 
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import InvalidInputError
-from s2q.common.hooks import capture_calls
+from s2q.common.hooks import capture_calls, first_not_finite
 from s2q.common.memory import on_device, release_page_locked, to_device
+from s2q.common.progress import Tick
 from s2q.common.tensor_store import HostMemory, TensorStore
 from s2q.core.tokens import TokenGrid, TokenLayout
 
@@ -84,12 +85,16 @@ class TeacherStream:
 
     def advance(self, block: int) -> None:
         """Go to the inputs of a block; backwards means from the start."""
-        if self._position is None or block < self._position:
-            self._start()
-        assert self._position is not None
-        while self._position < block:
-            self._pass()
-            self._position += 1
+        try:
+            if self._position is None or block < self._position:
+                self._start()
+            assert self._position is not None
+            while self._position < block:
+                self._pass()
+                self._position += 1
+        except BaseException:
+            self._position = None  # some samples are moved, others are not
+            raise
 
     def inputs(self, sample: int) -> dict[str, Any]:
         """Return the keyword arguments that the block at hand is called with."""
@@ -108,14 +113,16 @@ class TeacherStream:
         for conditioning in self._conditioning:
             yield self._renamed({**conditioning, **self._moving.get(0)})
 
-    def check(self, outputs: Sequence[Tensor], *, sample: int) -> None:
-        """Refuse NaN and infinite values in what the block at hand returns."""
+    def check(self, outputs: Sequence[Tensor], *, sample: int, module: nn.Module, run: Tick) -> None:
+        """Refuse NaN and infinite values in what the block at hand returns; `run` calls it again to find the layer."""
         assert self._position is not None
         for name, output in zip(self.streams, outputs, strict=True):
             if not bool(torch.isfinite(output).all()):
                 block_name = full_name(self.component, self.block_names[self._position])
+                first = first_not_finite({block_name: module}, run)
+                where = "" if first is None else f", first in {first}"
                 raise InvalidInputError(
-                    f"{block_name}: its {name} for {self.names[sample]} contain NaN or infinite values; "
+                    f"{block_name}: its {name} for {self.names[sample]} contain NaN or infinite values{where}; "
                     "check the model, or use another dtype (float16 overflows where bfloat16 does not)"
                 )
 
@@ -164,9 +171,10 @@ class TeacherStream:
         block = self.transformer.get_submodule(self.block_names[self._position])
         with on_device(block.modules(), self.device):
             for sample in range(len(self)):
-                outputs = block(**to_device(self.inputs(sample), self.device))
+                call = functools.partial(block, **to_device(self.inputs(sample), self.device))
+                outputs = call()
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-                self.check(outputs, sample=sample)
+                self.check(outputs, sample=sample, module=block, run=call)
                 self._moving.put(sample, dict(zip(self.streams, outputs, strict=True)))
         self.page_out(block)
 

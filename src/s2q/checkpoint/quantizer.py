@@ -20,6 +20,7 @@ from s2q.checkpoint.config import QuantMethod, S2QConfig
 from s2q.common.components import ADAPTED, adapter_tensor, has_adapter
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.core.input_path import stored_tensors
+from s2q.core.schemes import UNIFORM
 from s2q.nn import PackedLinear, follow_tokens, packed_dtypes, replace_module, share_inputs, unfollow_tokens
 
 QUANT_METHOD: str = QuantMethod.S2Q.value
@@ -110,8 +111,10 @@ class S2QQuantizer(DiffusersQuantizer):
         expected = packed_dtypes()[tensor]
         if value.dtype != expected:
             raise InvalidInputError(f"{param_name}: got dtype {value.dtype}, expected {expected}; {_REMEDY}")
-        if tensor == _SCALE and not bool((torch.isfinite(value) & (value > 0)).all()):
-            raise InvalidInputError(f"{param_name}: contains scales that are not positive and finite; {_REMEDY}")
+        if tensor == _SCALE:
+            zeros = self._schemes[layer].weight.levels != UNIFORM  # there, the scale of a channel of zeros is 0
+            if not bool((torch.isfinite(value) & ((value >= 0) if zeros else (value > 0))).all()):
+                raise InvalidInputError(f"{param_name}: contains scales that are not positive and finite; {_REMEDY}")
         if tensor in stored_tensors() and not bool(torch.isfinite(value).all()):
             raise InvalidInputError(f"{param_name}: contains NaN or infinite values; {_REMEDY}")
         if tensor == _CLIP and not bool(((value > 0) & (value <= 1)).all()):

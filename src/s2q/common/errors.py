@@ -61,7 +61,8 @@ class BusyError(S2QError):
 
 _NO_MEMORY = re.compile(
     r"out of memory|cannot allocate memory|can't allocate memory|not enough memory|std::bad_alloc|os error 12\b"
-    r"|failed to map segment|ALLOC_FAILED|can't start new thread|out_of_memory",
+    r"|failed to map segment|ALLOC_FAILED|can't start new thread|out_of_memory"
+    r"|could not create a primitive$",  # oneDNN; where it has none for the operation, "primitive descriptor"
     re.IGNORECASE,
 )
 
@@ -103,6 +104,17 @@ def memory_errors(doing: str, *, remedy: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise ResourceError(f"out of memory while {doing}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Begin the messages of errors with the name of a layer or a block, unless they begin with it."""
+    try:
+        yield
+    except S2QError as error:
+        if str(error).startswith(where):
+            raise
+        raise type(error)(f"{where}: {error}") from error
 
 
 def nearest_names(name: str, options: Iterable[str], *, count: int = 3) -> list[str]:

@@ -1,9 +1,19 @@
 """Plan of a run before any compute: layers, bytes, memory of each stage, and stages that do not fit."""
 
 from s2q.planning.cost import CalibrationCost, Machine, activation_memory, this_machine
-from s2q.planning.plan import Plan, check_memory, plan, plan_allocated, plan_model, plan_transformers, tensor_sizes
+from s2q.planning.plan import (
+    LESS_MEMORY,
+    Plan,
+    check_memory,
+    plan,
+    plan_allocated,
+    plan_model,
+    plan_transformers,
+    tensor_sizes,
+)
 
 __all__ = [
+    "LESS_MEMORY",
     "CalibrationCost",
     "Machine",
     "Plan",

@@ -39,6 +39,12 @@ from s2q.planning.workload import workload_of_source, workload_of_synthetic
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
 
+LESS_MEMORY = (
+    "calibrate on smaller videos (calibration.num_frames, calibration.height, calibration.width of the recipe) or in "
+    "the model's dtype (calibration.precision=model), or use a larger device"
+)
+"""Remedy for lack of memory while calibrating."""
+
 _DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -322,8 +328,7 @@ def check_memory(planned: Plan, *, processes: int = 1) -> None:
             remedy = "take fewer processes (--processes), " if sharing > 1 else ""
             raise ResourceError(
                 f"{planned.model}: stage {stage.name}{in_processes} needs about {needed / 1e9:.1f} GB on {device}, "
-                f"which has {there / 1e9:.1f} GB; {remedy}calibrate on smaller videos (calibration.num_frames, "
-                "calibration.height, calibration.width of the recipe), or use a larger device"
+                f"which has {there / 1e9:.1f} GB; {remedy}{LESS_MEMORY}"
             )
 
 

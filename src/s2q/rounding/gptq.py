@@ -51,7 +51,7 @@ class GPTQ(Rounding):
     Attributes:
         dampening_frac: What is added to the diagonal of H, as a fraction of its mean.
         block_size: Columns of a block.
-        allow_fallback: Whether a weight is rounded to nearest if no factorization of its H succeeds.
+        allow_fallback: Whether a weight is rounded to nearest if its H is not finite or no factorization succeeds.
     """
 
     needs_hessian: ClassVar[bool] = True
@@ -75,22 +75,22 @@ class GPTQReport:
     """Result of GPTQ on one weight.
 
     Attributes:
-        rtn_error: ½ · tr(ΔW H ΔWᵀ) of rounding to nearest with the same scales.
+        rtn_error: ½ · tr(ΔW H ΔWᵀ) of rounding to nearest with the same scales; None where H is not finite.
         error: The same of the result, at most `rtn_error`.
         dampening_frac: The one that the factorization succeeded with; None where it never did.
         retries: How many factorizations failed before.
         dead_columns: Columns whose input was zero in all of calibration.
         rtn_rows: Output channels that rounding to nearest served better.
-        fallback: Whether the whole weight was rounded to nearest because no factorization succeeded.
+        fallback: Why the whole weight was rounded to nearest; None if it was not.
     """
 
-    rtn_error: float
-    error: float
+    rtn_error: float | None
+    error: float | None
     dampening_frac: float | None
     retries: int
     dead_columns: int
     rtn_rows: int
-    fallback: bool
+    fallback: str | None
 
 
 @torch.no_grad()
@@ -112,8 +112,8 @@ def round_gptq(
         options: None is the defaults.
 
     Raises:
-        InvalidInputError: If shapes do not fit, or H or W are not finite.
-        S2QError: If no factorization succeeds and the options do not allow the fallback.
+        InvalidInputError: If shapes do not fit, or W is not finite.
+        S2QError: If H is not finite or no factorization succeeds, and the options do not allow the fallback.
     """
     options = options or GPTQ()
     weight, hessian = weight.float(), hessian.to(device=weight.device, dtype=torch.float32)
@@ -121,6 +121,8 @@ def round_gptq(
     scale = weight_scale(weight, scheme, clip_ratio=clip_ratio)
     levels = levels_of(scheme, weight.shape[1], device=weight.device)
     nearest = quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
+    if not bool(hessian.isfinite().all()):
+        return RoundedWeight(codes=nearest, scale=scale), _not_finite(hessian, options, rows=len(weight))
     rtn_rows = hessian_error(dequantize_weight(nearest, scale, levels=levels) - weight, hessian)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     factor, dampening_frac, retries = _factorize(hessian[order][:, order], options)
@@ -140,9 +142,28 @@ def round_gptq(
         retries=retries,
         dead_columns=int((hessian.diagonal() == 0).sum()),
         rtn_rows=int(worse.sum()),
-        fallback=factor is None,
+        fallback=None if factor is not None else f"no positive definite Hessian in {retries} tries",
     )
     return RoundedWeight(codes=codes, scale=scale), report
+
+
+def _not_finite(hessian: Tensor, options: GPTQ, *, rows: int) -> GPTQReport:
+    """The report of rounding to nearest where the Hessian contains NaN or infinite values."""
+    reason = "the Hessian contains NaN or infinite values"
+    if not options.allow_fallback:
+        raise S2QError(
+            f"gptq: {reason}: its input does, or its squares overflow float32; check the model's activations, or use "
+            "rounding.allow_fallback=true (round to nearest)"
+        )
+    return GPTQReport(
+        rtn_error=None,
+        error=None,
+        dampening_frac=None,
+        retries=0,
+        dead_columns=int((hessian.diagonal() == 0).sum()),
+        rtn_rows=rows,
+        fallback=reason,
+    )
 
 
 def _check(weight: Tensor, hessian: Tensor) -> None:
@@ -151,11 +172,8 @@ def _check(weight: Tensor, hessian: Tensor) -> None:
         raise InvalidInputError(
             f"gptq: got a Hessian of shape {list(hessian.shape)}; expected [{in_features}, {in_features}]"
         )
-    for name, tensor in (("weight", weight), ("Hessian", hessian)):
-        if not bool(tensor.isfinite().all()):
-            raise InvalidInputError(
-                f"gptq: the {name} contains NaN or infinite values; check model and calibration data"
-            )
+    if not bool(weight.isfinite().all()):
+        raise InvalidInputError("gptq: the weight contains NaN or infinite values; check the model")
 
 
 def _factorize(hessian: Tensor, options: GPTQ) -> tuple[Tensor | None, float | None, int]:
@@ -183,14 +201,13 @@ def _factorize(hessian: Tensor, options: GPTQ) -> tuple[Tensor | None, float | N
             )
             if bool(upper.isfinite().all()):
                 return upper.float(), frac, retry
-        logger.warning("gptq: the Hessian with dampening_frac=%g is not positive definite", frac)
+        logger.debug("gptq: the Hessian with dampening_frac=%g is not positive definite", frac)
     tries = _MAX_RETRIES + 1
     if not options.allow_fallback:
         raise S2QError(
             f"gptq: the Hessian is not positive definite after {tries} tries with growing dampening; "
             "use more calibration samples, a larger dampening_frac, or rounding.allow_fallback=true (round to nearest)"
         )
-    logger.warning("gptq: rounding to nearest instead, after %d failed factorizations", tries)
     return None, None, tries
 
 

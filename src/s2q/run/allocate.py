@@ -29,6 +29,7 @@ from s2q.calibration.calibration_set import CalibrationSet, CalibrationSets
 from s2q.calibration.samples import BlockSamples
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import TeacherTransformer
+from s2q.common.errors import S2QError, located, memory_errors
 from s2q.common.files import canonical_json
 from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.records import ALLOCATION_VERSION
@@ -37,6 +38,7 @@ from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
 from s2q.distillation.loss import weighted_token_loss
 from s2q.nn import replace_module
+from s2q.planning import LESS_MEMORY
 from s2q.planning.resolve import LinearPlan, allocation_bytes, allocation_schemes
 from s2q.recipes.schema import Recipe
 from s2q.run.budget import choose
@@ -150,12 +152,15 @@ def block_errors(
     task = block_task(transformer, index, recipe, seed=selected.inputs.seed, device=stream.device, stream=stream)
     fingerprint = block_fingerprint(task, stage="allocate", samples=selected.fingerprint(transformer.component))
     if not folder.has(key, fingerprint):
-        with block_students(task) as opened:
-            power, tensors = _power(opened.samples), {}
+        doing = f"measuring candidates of {task.name} on {stream.device}"
+        with memory_errors(doing, remedy=LESS_MEMORY), located(task.name), block_students(task) as opened:
+            power, tensors = _power(opened.samples) or 1.0, {}
             for unit, group in units.items():
                 losses = candidate_losses(opened, group, unit, allocation_schemes(recipe, unit[0]))
-                errors = [loss / power for loss in losses]
-                tensors[unit[0].inner_name] = torch.tensor(errors, dtype=torch.float64)
+                errors = torch.tensor(losses, dtype=torch.float64) / power
+                if not bool(torch.isfinite(errors).all()):
+                    raise S2QError(f"{unit[0].name}: a candidate's loss is not finite; check the activations")
+                tensors[unit[0].inner_name] = errors
         folder.save(key, fingerprint, Artefact(tensors=tensors, stats={}))
     measured = folder.load(key).tensors
     return {unit: measured[unit[0].inner_name].tolist() for unit in units}

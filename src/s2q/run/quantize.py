@@ -379,7 +379,9 @@ class _Run:
 
     def _timed(self, stage: str, work: Callable[[], _T]) -> _T:
         started = time.perf_counter()
-        result = work()
+        remedy = "free some, and run again: finished blocks are kept"
+        with memory_errors(f"quantizing on {self.settings.device}, stage {stage}", remedy=remedy):
+            result = work()
         peak = peak_memory_bytes(self.settings.device)
         self.stages.append({"name": stage, "seconds": time.perf_counter() - started, "peak_memory_bytes": peak})
         return result

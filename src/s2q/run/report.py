@@ -23,6 +23,8 @@ class BlockReport:
         loss: Mean loss over the calibration samples as `ReconstructedBlock` has it: `rtn`, `initial`, `distilled`,
             `final`; empty for recipes that do not calibrate.
         rounding: The report of GPTQ or of learned rounding by full name; empty without.
+        memory_retry: Reason and settings of the second attempt, where the memory did not suffice for the first; None
+            where it did.
     """
 
     index: int
@@ -36,6 +38,7 @@ class BlockReport:
     distillation: Mapping[str, Any] | None = None
     refinement: Mapping[str, Any] | None = None
     rounding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    memory_retry: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
