@@ -64,9 +64,9 @@ class FileLayer:
         if event is None or number < event:
             return
         if self.fault.error == 0:
-            if self.fault.number == signal.SIGKILL:
-                torn()
             if number == event:
+                if self.fault.number == signal.SIGKILL:
+                    torn()
                 os.kill(os.getpid(), self.fault.number)
             return
         if kind in _REMOVALS and self.fault.error in (errno.ENOSPC, errno.EDQUOT):
@@ -102,7 +102,7 @@ class FileLayer:
 
     def _opening(self, function: Callable[..., int]) -> Callable[..., int]:
         def open_descriptor(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
-            if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR) and path != os.devnull:
+            if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR) and not os.fspath(path).startswith(("/dev/", "/proc/")):
                 self.step("open", path)
             return function(path, flags, *args, **kwargs)
 
@@ -118,7 +118,8 @@ class FileLayer:
                 return super().write(view) or 0
 
         def open_file(file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
-            if not set(mode) & set("wax+") or file == os.devnull or (isinstance(file, int) and not _is_file(file)):
+            is_file = _is_file(file) if isinstance(file, int) else not os.fspath(file).startswith(("/dev/", "/proc/"))
+            if not set(mode) & set("wax+") or not is_file:
                 return function(file, mode, buffering, *args, **kwargs)
             if not isinstance(file, int):
                 self.step("open", file)
