@@ -104,3 +104,15 @@ def test_a_cycle_through_a_function_is_noticed_and_one_for_types_is_not():
     first = ast.parse("from s2q import b")
     assert set(import_cycle({"s2q.a": first, "s2q.b": ast.parse(back)})) == {"s2q.a", "s2q.b"}
     assert import_cycle({"s2q.a": first, "s2q.b": ast.parse(types)}) is None
+
+
+def test_durations_are_of_a_clock_that_is_never_set(trees):
+    """The time of day is written into events and nothing else."""
+    clocks = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
+    callers = {
+        name
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in clocks
+    }
+    assert callers == {"s2q.common.run_folder"}

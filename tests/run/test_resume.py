@@ -1,9 +1,11 @@
 """Runs that were killed, resumed, or shared by processes: the same bytes as those of an undisturbed run."""
 
+import datetime
 import json
 import os
 import pkgutil
 import signal
+import time
 
 import pytest
 import torch
@@ -184,6 +186,33 @@ def test_what_killed_writers_left_is_removed_at_the_next_start(folder, tmp_path,
     kept = ["block-000", "block-001"]
     artefacts = [f"{name}.{suffix}" for name in kept for suffix in ("json", "safetensors")]
     assert sorted(path.name for path in run.iterdir()) == [*artefacts, "events.jsonl", "inputs.json", "lock"]
+
+
+class BackwardClock(datetime.datetime):
+    """A clock that is set back a day at every look."""
+
+    days = 0
+
+    @classmethod
+    def now(cls, tz=None):
+        cls.days += 1
+        return datetime.datetime(2026, 11, 28, tzinfo=tz) - datetime.timedelta(days=cls.days)
+
+
+def test_a_clock_that_is_set_back_changes_no_byte_and_no_duration(folder, tmp_path, reference, interrupt, monkeypatch):
+    monkeypatch.setattr("s2q.common.run_folder.datetime", BackwardClock)
+    monkeypatch.setattr(time, "time", lambda: -1000.0 * BackwardClock.days)
+    out = tmp_path / "out"
+    with interrupt(after=1):
+        quantize(folder, recipe="rtn-w4a6", out=out)
+    report = quantize(folder, recipe="rtn-w4a6", out=out)
+    assert [block.resumed for block in report.blocks] == [True, False, False]
+    assert (out / WEIGHTS).read_bytes() == reference
+    assert report.seconds > 0
+    assert all(stage["seconds"] > 0 for stage in report.stages)
+    events = [json.loads(line) for line in (out / "s2q/events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["run", "block", "run", "block", "block", "block", "assemble"]
+    assert [event["time"] for event in events] == sorted((event["time"] for event in events), reverse=True)
 
 
 def test_other_weights_are_not_taken_over(folder, tmp_path, count_blocks, interrupt):
