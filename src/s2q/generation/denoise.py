@@ -88,7 +88,7 @@ def denoise(
 def _run(
     pipe: Any,
     prompts: Sequence[str],
-    step_done: Tick | None = None,
+    step_done: Tick = lambda: None,
     *,
     seeds: Sequence[int],
     settings: GenerationSettings,
