@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.server import READY
+from s2q.cli import options
 
-WORKERS = "--processes"
+WORKERS = "--workers" if hasattr(options, "Workers") else "--processes"
 """The option of `s2q quantize` that asks for several processes."""
 
 TESTS = Path(__file__).parents[1]
