@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+import s2q
 from emulation import emulator, runs
+from s2q.blocks import distil
 from s2q.cli import run
+from s2q.common.errors import ResourceError
 from s2q.common.log import log_once
 from s2q.ops import dispatch
 
@@ -81,3 +84,28 @@ def test_float16_that_overflows_is_told_with_the_way_out(device, tmp_path, capsy
 @pytest.mark.emulated
 def test_two_gpus_are_emulated():
     assert torch.cuda.device_count() == emulator.DEVICES
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_block_without_device_memory_is_tried_once_more_and_leaves_nothing(
+    failures, device, tmp_path, monkeypatch, caplog
+):
+    step, calls = distil.Optimization.step, []
+
+    def failing(optimization, sample):
+        calls.append(sample)
+        if len(calls) <= failures:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(optimization, sample)
+
+    monkeypatch.setattr(distil.Optimization, "step", failing)
+    model, overrides = runs.model_folder("cogvideox"), runs.quick("s2q-w4a6")
+    arguments = {"recipe": "s2q-w4a6", "prompts": ["red"], "overrides": overrides, "device": device}
+    if failures == 1:
+        report = s2q.quantize(model, out=tmp_path / "out", **arguments)
+        assert report.blocks[0].memory_retry["piece"] == 1024
+    else:
+        with pytest.raises(ResourceError, match=rf"transformer_blocks\.0 on {device} .*calibration\.num_frames"):
+            s2q.quantize(model, out=tmp_path / "out", **arguments)
+    calls.clear()
+    assert f"transformer_blocks.0: out of memory on {device}" in caplog.text

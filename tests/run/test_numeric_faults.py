@@ -9,22 +9,18 @@ import re
 
 import pytest
 import torch
+from reliability import record
 
 from s2q.checkpoint import load_pipeline
 from s2q.common.errors import S2QError
 from s2q.recipes.load import load_recipe
-from s2q.recipes.methods import methods
+from s2q.recipes.methods import methods, recipe_names
 from s2q.run.quantize import quantize
 from tiny import run_transformer, tiny_pipeline
 
 METHODS = sorted(methods())
 SMALL = ["calibration.n_prompts=1", "calibration.steps=1", "calibration.samples=1"]
-GROUPS = [
-    "weights.group_size=16",
-    "activations.group_size=16",
-    "allocation.candidates=[16,32]",
-    "allocation.budget=5.1",
-]
+GROUPS = ["weights.group_size=16", "activations.group_size=16", "allocation.candidates=[16,32]"]
 BLOCK = "transformer_blocks.0"
 FIRST, LAST = f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2"
 
@@ -38,7 +34,9 @@ def overrides_of(recipe):
         changes.append("distillation.epochs=1")
     if recipe.refinement is not None:
         changes.append("refinement.epochs=1")
-    return changes + (GROUPS if recipe.name.startswith("q-dit") else [])
+    if recipe.name.startswith("q-dit"):
+        changes += [*GROUPS, f"allocation.budget={recipe.weights.num_bits + 1.1}"]
+    return changes
 
 
 def run(pipe, method, out, *changes):
@@ -181,3 +179,47 @@ def test_frames_that_are_not_finite_name_the_layer_of_the_vae(pipe):
     pipe.vae.decoder.conv_out.register_forward_hook(lambda _module, _args, output: (output[0] * torch.nan, output[1]))
     with pytest.raises(S2QError, match=r"NaN or infinite frames for prompt 'b', seed 3, first in vae.decoder.conv_out"):
         generate(pipe, prompts=["b"], seeds=[3], num_frames=9, height=16, width=16, num_inference_steps=1)
+
+
+def zeros(block):
+    block.ff.net[0].proj.weight.zero_()
+    block.ff.net[0].proj.bias.zero_()
+
+
+def constants(block):
+    for norm in (block.norm1, block.norm2):
+        norm.linear.weight.zero_()
+
+
+def nan(block):
+    block.ff.net[2].register_forward_hook(lambda _module, _args, output: output * torch.nan)
+
+
+FAULTS = {"zeros": zeros, "constants": constants, "overflow": overflow, "nan": nan}
+
+
+@pytest.mark.faults
+def test_every_width_of_every_method_ends_with_finite_values_or_a_name(tmp_path):
+    counts = {fault: {"runs": 0, "finite": 0, "with_fallback": 0, "stopped_with_layer": 0} for fault in FAULTS}
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        for fault, spoil in FAULTS.items():
+            if fault == "nan" and not recipe.calibrates:
+                continue
+            pipe, out = tiny_pipeline("cogvideox", num_layers=1), tmp_path / f"{name}-{fault}"
+            with torch.no_grad():
+                spoil(pipe.transformer.transformer_blocks[0])
+            counts[fault]["runs"] += 1
+            try:
+                prompts = ["a"] if recipe.calibrates else None
+                report = quantize(pipe, recipe=name, out=out, prompts=prompts, overrides=overrides_of(recipe))
+            except S2QError as error:
+                if BLOCK not in str(error) or fault in ("zeros", "constants"):
+                    raise
+                counts[fault]["stopped_with_layer"] += 1
+                continue
+            check_output(out, report)
+            counts[fault]["finite"] += 1
+            counts[fault]["with_fallback"] += any(one.get("fallback") for one in report.blocks[0].rounding.values())
+    assert all(count["finite"] + count["stopped_with_layer"] == count["runs"] for count in counts.values())
+    record("numeric", counts)

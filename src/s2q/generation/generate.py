@@ -73,7 +73,7 @@ def generate(
     """Generate one video for every prompt and seed.
 
     A video depends on its prompt, its seed, the settings and the model; the batch it is computed in changes it by
-    floating-point rounding only.
+    floating-point rounding only. Threads may call it with one pipeline: they take turns.
 
     Args:
         model: A pipeline, the name or folder of one, or a resolved source. `device`, `dtype`, `variant`, `verify` and
