@@ -7,6 +7,7 @@ can be found.
 
 import ctypes
 import json
+import multiprocessing
 import os
 import resource
 import sys
@@ -78,8 +79,11 @@ def _start(
     number: int,
     log: str | None,
     memory: int | None,
+    forks: bool,
 ) -> int:
-    """Run a command in a copy of this process."""
+    """Run a command in a copy of this process; `forks` makes its workers copies too, which import nothing."""
+    from s2q.engines import processes
+
     pid = os.fork()
     if pid:
         return pid
@@ -94,6 +98,8 @@ def _start(
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             size = pages * resource.getpagesize() + memory
             resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        if forks:
+            processes.SpawnProcess = multiprocessing.context.ForkProcess
         code = _run(arguments, event, error, number, log=log)
         sys.stdout.flush()
     finally:

@@ -59,6 +59,12 @@ def disturb(commands, arguments, name, folder, event, error):
 COMMANDS = ["generate", "eval", "compare", "bench"]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_ends_with_one_line_on_a_full_disk(commands, writing, tmp_path, command):
+    arguments, name = writing[command]
+    disturb(commands, arguments, name, tmp_path, 6, errno.ENOSPC)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_ends_with_one_line_on_a_full_disk_and_cleans_after_a_kill(commands, writing, tmp_path, command):

@@ -1,14 +1,17 @@
 """kill -9 at random times and at every event of the file layer: the same command resumes, with the same bytes."""
 
+import contextlib
 import os
 import random
 import signal
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from reliability import record
 
-from faults.commands import hashes
+from faults.commands import WORKERS, hashes, orphans, session_of, stat_of
 
 
 def spread(events, count):
@@ -74,3 +77,68 @@ def test_300_kills_resume_with_the_same_bytes(commands, quantize_tiny, undisturb
         timed, ended = timed + killed, ended + (not killed)
     counts = {"at_each_event": len(events), "at_random_times": timed, "equal_sha256": len(events) + timed}
     record("kills of one process", counts)
+
+
+def two_workers(arguments):
+    return [*arguments[:-1], WORKERS, "2", "-o"]
+
+
+def workers_of(pid):
+    """The workers of a command."""
+    workers = []
+    for child in session_of(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            is_child = stat_of(child)[1] == str(pid)
+            if is_child and b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                workers.append(child)
+    return workers
+
+
+def kill_of_two(commands, arguments, folder, seconds, target, expected):
+    """Kill a command with two workers, or a worker of it, some seconds after the first worker is there.
+
+    Return how it ended: "resumed" by the same command, "continued" by another worker, or None if nothing was killed.
+    """
+    pid = commands.start([*arguments, folder / "out"], forks=True)
+    while not (workers := workers_of(pid)):
+        time.sleep(0.01)
+    time.sleep(seconds)
+    workers = workers_of(pid)
+    victim = pid if target == "command" else workers[-1] if workers else None
+    if victim is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+    code = commands.wait(pid)
+    assert orphans(pid) == []
+    if code == 0:
+        assert hashes(folder / "out") == expected
+        assert [path.name for path in folder.iterdir()] == ["out"]
+        return "continued" if victim not in (None, pid) else None
+    if target == "worker":  # a worker that cannot start ends the run
+        assert code in (1, 4), commands.printed()
+        assert "a worker was ended by signal SIGKILL" in commands.printed()
+    check_resumed(commands, arguments, folder, expected)
+    return "resumed"
+
+
+@pytest.mark.faults
+def test_kills_of_a_run_with_two_workers_and_of_its_workers_give_the_same_bytes(
+    commands, quantize_tiny, undisturbed, tmp_path
+):
+    arguments, expected = two_workers(quantize_tiny), undisturbed[1]
+    (tmp_path / "timed").mkdir()
+    started = time.monotonic()
+    assert commands.run([*arguments, tmp_path / "timed" / "out"], forks=True).code == 0
+    duration, generator = time.monotonic() - started, random.Random(18)
+    counts = Counter()
+    for attempt in range(100):
+        target = ("command", "worker")[attempt % 2]
+        folder = tmp_path / f"{attempt}"
+        folder.mkdir()
+        seconds = generator.uniform(0, 0.7 * duration)
+        ended = kill_of_two(commands, arguments, folder, seconds, target, expected)
+        counts[f"{target} killed: {ended}"] += ended is not None
+        if counts.total() == 30:
+            break
+    assert counts["worker killed: continued"] >= 10
+    record("kills with two workers", {**counts, "equal_sha256": counts.total(), "no_process_left": counts.total()})

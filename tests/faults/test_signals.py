@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from reliability import record
 
-from faults.commands import WORKERS, hashes, orphans
-from faults.test_kills import check_resumed, spread
+from faults.commands import hashes, orphans
+from faults.test_kills import check_resumed, spread, two_workers
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -61,13 +61,13 @@ def check_ended(code, shown, number, run_folder):
     assert "Traceback" not in shown
 
 
-def signal_on_terminal(commands, arguments, folder, number, seconds):
+def signal_on_terminal(commands, arguments, folder, number, seconds, *, forks=False):
     """Send a signal to a run on a terminal, Ctrl-C for SIGINT, some seconds after it has shown something.
 
     Return whether it had not ended by itself.
     """
     terminal = Terminal()
-    pid = commands.start([*arguments, folder / "out"], output=Path(terminal.name))
+    pid = commands.start([*arguments, folder / "out"], output=Path(terminal.name), forks=forks)
     while not terminal.shown:
         time.sleep(0.01)
     time.sleep(seconds)
@@ -107,10 +107,6 @@ def test_a_signal_to_a_run_on_a_terminal_shows_the_cursor(commands, quantize_tin
     check_resumed(commands, quantize_tiny, tmp_path, undisturbed[1])
 
 
-def two_workers(arguments):
-    return [*arguments[:-1], WORKERS, "2", "-o"]
-
-
 @pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 3.0), (signal.SIGTERM, 9.0)], ids=["INT", "TERM"])
 def test_a_signal_to_a_run_with_two_workers_leaves_no_process(
     commands, quantize_tiny, undisturbed, tmp_path, number, seconds
@@ -125,14 +121,14 @@ def test_signals_at_50_random_moments_with_two_workers(commands, quantize_tiny, 
     arguments = two_workers(quantize_tiny)
     (tmp_path / "timed").mkdir()
     started = time.monotonic()
-    assert commands.run([*arguments, tmp_path / "timed" / "out"]).code == 0
+    assert commands.run([*arguments, tmp_path / "timed" / "out"], forks=True).code == 0
     duration, generator, counts, ended = time.monotonic() - started, random.Random(18), dict.fromkeys(CODES, 0), 0
     assert hashes(tmp_path / "timed" / "out") == expected
     while sum(counts.values()) < 50:
         number = min(counts, key=counts.get)
         folder = tmp_path / f"signal-{sum(counts.values()) + ended}"
         folder.mkdir()
-        if signal_on_terminal(commands, arguments, folder, number, generator.uniform(0, duration)):
+        if signal_on_terminal(commands, arguments, folder, number, generator.uniform(0, duration), forks=True):
             counts[number] += 1
             check_resumed(commands, quantize_tiny, folder, expected)
         else:
