@@ -70,10 +70,11 @@ def test_a_command_ends_with_one_line_on_a_full_disk(commands, writing, tmp_path
 def test_every_command_ends_with_one_line_on_a_full_disk_and_cleans_after_a_kill(commands, writing, tmp_path, command):
     arguments, name = writing[command]
     events = commands.events([*arguments, tmp_path / name])
+    chosen = range(0, len(events), 1 + len(events) // 60)  # a comparison takes seconds
     for error in (errno.ENOSPC, 0):
-        for event in range(len(events)):
+        for event in chosen:
             folder = tmp_path / f"{error}-{event}"
             folder.mkdir()
             disturb(commands, arguments, name, folder, event, error)
             shutil.rmtree(folder)
-    record(f"faults of s2q {command}", {"events": len(events), "full_disk": len(events), "kills": len(events)})
+    record(f"faults of s2q {command}", {"events": len(events), "full_disk": len(chosen), "kills": len(chosen)})

@@ -75,6 +75,7 @@ def test_300_kills_resume_with_the_same_bytes(commands, quantize_tiny, undisturb
         folder.mkdir()
         killed = kill_after(commands, quantize_tiny, folder, generator.uniform(0, duration), expected)
         timed, ended = timed + killed, ended + (not killed)
+        duration *= 1 if killed else 0.8  # a machine with other work had measured a long one
     counts = {"at_each_event": len(events), "at_random_times": timed, "equal_sha256": len(events) + timed}
     record("kills of one process", counts)
 
@@ -135,9 +136,11 @@ def test_kills_of_a_run_with_two_workers_and_of_its_workers_give_the_same_bytes(
         target = ("command", "worker")[attempt % 2]
         folder = tmp_path / f"{attempt}"
         folder.mkdir()
-        seconds = generator.uniform(0, 0.7 * duration)
-        ended = kill_of_two(commands, arguments, folder, seconds, target, expected)
-        counts[f"{target} killed: {ended}"] += ended is not None
+        ended = kill_of_two(commands, arguments, folder, generator.uniform(0, duration), target, expected)
+        if ended is None:
+            duration *= 0.8  # a machine with other work had measured a long one
+        else:
+            counts[f"{target} killed: {ended}"] += 1
         if counts.total() == 30:
             break
     assert counts["worker killed: continued"] >= 10

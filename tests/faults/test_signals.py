@@ -132,7 +132,7 @@ def test_signals_at_50_random_moments_with_two_workers(commands, quantize_tiny, 
             counts[number] += 1
             check_resumed(commands, quantize_tiny, folder, expected)
         else:
-            ended += 1
+            ended, duration = ended + 1, 0.8 * duration  # a machine with other work had measured a long one
     signals = {number.name: count for number, count in counts.items()}
     right = {"exit_code": 50, "no_process_left": 50, "cursor_shown": 50, "resumed_with_equal_sha256": 50}
     record("signals with two workers", {"signals": signals, **right, "ended_before_the_signal": ended})
