@@ -51,7 +51,7 @@ def test_links_are_not_followed(tmp_path):
 def test_a_scratch_folder_goes_at_the_end_and_after_an_error(temporary):
     with pytest.raises(KeyError), scratch_folder("video") as folder:
         assert names(temporary) == [folder.name]
-        assert folder.name.startswith("s2q-video-")
+        assert folder.name.startswith("s2q-scratch-video-")
         raise KeyError
     assert names(temporary) == []
 
@@ -64,10 +64,14 @@ def test_the_next_scratch_folder_of_a_kind_removes_those_of_killed_processes_onl
 
     kill_within(killed)
     (left,) = temporary.iterdir()
+    (temporary / "s2q-video-of-an-earlier-version").mkdir()
     with scratch_folder("trajectories") as other:
         assert left.exists()
         with scratch_folder("video") as folder, scratch_folder("video") as second:
-            assert sorted(temporary.iterdir()) == sorted([other, folder, second])
+            assert {path.name for path in temporary.iterdir()} == {
+                "s2q-video-of-an-earlier-version",
+                *(path.name for path in (other, folder, second)),
+            }
 
 
 def test_a_file_is_locked_while_it_is_written(tmp_path, monkeypatch):

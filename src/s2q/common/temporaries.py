@@ -33,12 +33,13 @@ def locked(path: Path) -> Iterator[None]:
 def scratch_folder(kind: str) -> Iterator[Path]:
     """Give an empty folder in the place for temporary files; what killed processes left of the kind is removed first.
 
-    It gets its final name when it is locked, so no process takes it for abandoned.
+    It gets its final name when it is locked, so no process takes it for abandoned. Earlier versions locked nothing, and
+    had other names.
     """
     root = Path(tempfile.gettempdir())
-    remove_abandoned(root.glob(f"s2q-{kind}-*"))
+    remove_abandoned(root.glob(f"s2q-scratch-{kind}-*"))
     with write_errors(root):
-        unlocked = Path(tempfile.mkdtemp(prefix=f".s2q-{kind}-"))
+        unlocked = Path(tempfile.mkdtemp(prefix=f".s2q-scratch-{kind}-"))
         with locked(unlocked):
             folder = unlocked.rename(root / unlocked.name[1:])
             try:
