@@ -142,20 +142,20 @@ def test_a_second_run_on_the_same_folder_is_busy_and_the_first_one_ends(commands
 
 
 @pytest.mark.faults
-def test_a_disk_that_fills_at_every_event_and_at_every_size_is_refused_and_resumable(
+def test_a_disk_that_fills_at_every_file_and_at_every_size_is_refused_and_resumable(
     commands, quantize_tiny, rounded, undisturbed, tmp_path
 ):
-    """A full disk at every event, a read-only one at every fourth; a replaced checkpoint with a kill at every event."""
+    """A file has five events: every third one has each file of a run, its opening or its content or its rename."""
     events, expected = undisturbed
     counts = {}
-    for error, step in ((errno.ENOSPC, 1), (errno.EROFS, 4)):
+    for error, step in ((errno.ENOSPC, 3), (errno.EROFS, 12)):
         chosen, resumed = range(0, len(events), step), 0
         for event in chosen:
             folder = tmp_path / f"{error}-{event}"
             folder.mkdir()
             resumed += fail_at_event(commands, quantize_tiny, folder, event, error, expected)
         counts[errno.errorcode[error]] = {"events": len(chosen), "refused_and_resumed": resumed}
-    for name, error, step in (("SIGKILL", 0, 1), ("ENOSPC", errno.ENOSPC, 4)):
+    for name, error, step in (("SIGKILL", 0, 3), ("ENOSPC", errno.ENOSPC, 12)):
         chosen = range(0, len(rounded[2]), step)
         for event in chosen:
             folder = tmp_path / f"replace-{error}-{event}"
@@ -169,6 +169,6 @@ def test_a_disk_that_fills_at_every_event_and_at_every_size_is_refused_and_resum
             folder.mkdir()
             if not fill_disk(commands, quantize_tiny, folder, size, expected):
                 break
-            size, filled = size + 40, filled + 1
-        counts["tmpfs"] = {"sizes": filled, "step_kib": 40, "enough_kib": size}
+            size, filled = size + 64, filled + 1
+        counts["tmpfs"] = {"sizes": filled, "step_kib": 64, "enough_kib": size}
     record("disk", counts)
