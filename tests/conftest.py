@@ -75,6 +75,17 @@ def quick_runs():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_core():
+    """Workers that a test does not ask for are not started: importing libraries takes longer than a tiny run."""
+    from s2q.engines import options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "cpu_count", lambda: 1)
+        patch.setattr(options, "gpu_count", lambda: 1)
+        yield
+
+
 @pytest.fixture
 def emulated_half(monkeypatch):
     """The CPU has no arithmetic of half precision."""

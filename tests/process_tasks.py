@@ -11,13 +11,13 @@ import torch
 from s2q.common.errors import InvalidInputError
 
 
-def describe(task, device, tell):
-    tell(("started", task))
+def describe(task, worker):
+    worker.tell(("started", task))
     logging.getLogger("s2q.tasks").warning("task %s", task)
-    return task, device, torch.get_num_threads(), os.getpid()
+    return task, worker.device, torch.get_num_threads(), os.getpid()
 
 
-def end(task, device, tell):
+def end(task, worker):
     """Each way in which a task can end a process or itself."""
     if task == "exit":
         sys.stderr.write("it broke\n")
@@ -29,15 +29,41 @@ def end(task, device, tell):
         raise InvalidInputError("the reference cannot")
     if task == "defect":
         raise ZeroDivisionError("by zero")
-    tell(os.getpid())
+    worker.tell(os.getpid())
     time.sleep(600)
 
 
-def end_or_wait(task, device, tell):
+def end_or_wait(task, worker):
     if task == "wait":
         time.sleep(2)
         return "waited"
-    end(task, device, tell)
+    end(task, worker)
+
+
+def end_once(task, worker):
+    """Kill the process of a task with a file, the first time."""
+    file, task = task
+    if file is not None and not file.exists():
+        file.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task, os.getpid()
+
+
+def kept(task, worker):
+    return worker.keep("loaded", lambda: os.urandom(4)), os.getpid()
+
+
+class Closing:
+    """Work that says when it is closed."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __call__(self, task, worker):
+        return self.file.exists()
+
+    def close(self):
+        self.file.touch()
 
 
 class Counter:
@@ -46,6 +72,6 @@ class Counter:
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, task, device, tell):
+    def __call__(self, task, worker):
         self.calls += 1
         return self.calls

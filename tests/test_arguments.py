@@ -32,6 +32,10 @@ PROMPTS = ("a cat", b"a", 7, {"a"}, {"a": 1}, ["a", ""], ["a", None], [7], [b"a"
 PATHS = (7, True, b"out", "", "a\0b", "\udcff", ["out"])
 MODELS = (None, 7, b"a", [MODEL], {}, object(), "", "a\0b", "\udcff")
 NUMBERS = (True, 0, -1, 1.5, "2", math.nan, math.inf, [1])
+WORKERS = tuple(number for number in NUMBERS if number != "2") + ("many", "2", None)
+DEVICE_LISTS = ("cpu", [], [7], ["gpu"], ["cuda:99"], 7)
+ENGINES = (None, 7, "rays", "dask")
+WORDS = (7, True, b"auto", ["auto"])
 SWITCHES = (None, 0, 1, "no", "true")
 OVERRIDES = ("weights.num_bits=8", {"weights.num_bits": 8}, 7, [7], ["weights.num_bits"], None)
 RECIPES = (None, 7, b"rtn-w4a6", ["rtn-w4a6"], "rtn-w4a7", "", {}, {"name": 7})
@@ -60,7 +64,10 @@ CASES = {
         "samples": NUMBERS,
         "max_shard_size": SIZES,
         "memory_budget": [size for size in SIZES if size is not None],
-        "processes": NUMBERS,
+        "workers": WORKERS,
+        "devices": DEVICE_LISTS,
+        "engine": ENGINES,
+        "ray_address": WORDS,
     },
     "generate": {
         "variant": VARIANTS,
@@ -74,6 +81,10 @@ CASES = {
         "verify": [0, 1, "no"],
         "backend": BACKENDS,
         "attention_backend": BACKENDS,
+        "workers": WORKERS,
+        "devices": DEVICE_LISTS,
+        "engine": ENGINES,
+        "ray_address": WORDS,
     },
     "evaluate": {
         "variant": VARIANTS,
@@ -88,7 +99,10 @@ CASES = {
         "dtype": DTYPES,
         "lpips_weights": PATHS,
         "clip": PATHS,
-        "processes": NUMBERS,
+        "workers": WORKERS,
+        "devices": DEVICE_LISTS,
+        "engine": ENGINES,
+        "ray_address": WORDS,
         "trajectory_bytes": [number for number in NUMBERS if number not in (0, True) or number is True],
     },
     "compare": {
@@ -100,7 +114,10 @@ CASES = {
         "calibration_prompts": PROMPTS,
         "num_prompts": NUMBERS,
         "seeds": [*([seed] for seed in SEEDS), 2, "0", None, [], {0}, [0, 0]],
-        "processes": NUMBERS,
+        "workers": WORKERS,
+        "devices": DEVICE_LISTS,
+        "engine": ENGINES,
+        "ray_address": WORDS,
         "samples": NUMBERS,
         "seed": SEEDS,
         "verify": [0, 1, "no"],

@@ -1,11 +1,11 @@
 import json
 
 from s2q.cli import run
-from s2q.engines import processes
+from s2q.engines import options
 
 
 def test_the_demo_quantizes_evaluates_and_writes_its_page(embedded_tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(processes, "cpu_count", lambda: 1)  # others would not know of `embedded_tiny`
+    monkeypatch.setattr(options, "cpu_count", lambda: 1)  # others would not know of `embedded_tiny`
     out = tmp_path / "demo"
     assert run(["demo", "-o", str(out), "--short", "--no-open", "--json"]) == 0, capsys.readouterr().err
     record = json.loads(capsys.readouterr().out)

@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(whole, tiny_model, tmp_path):
 
 def test_two_processes_give_the_same(whole, tiny_model, tmp_path):
     calls = []
-    result = run(tiny_model, tmp_path / "two", processes=2, progress=lambda *call: calls.append(call))
+    result = run(tiny_model, tmp_path / "two", workers=2, progress=lambda *call: calls.append(call))
     assert untimed(result) == untimed(whole[0])
     steps = [(done, total) for stage, done, total in calls if stage == "evaluate"]
     assert steps[0][0] == 0
@@ -232,7 +232,7 @@ def test_learned_judges_take_part(tiny_model, tmp_path):
     judges = {"lpips_weights": save_tiny_lpips(tmp_path / "lpips.pth"), "clip": save_tiny_clip(tmp_path / "clip")}
     wanted = {"entries": ["rtn-w4a4"], "prompts": prompts, "metrics": ("ssim", "lpips", "clip_score")}
     wanted |= {"height": 32, "width": 32}  # smaller ones have nothing left after LPIPS's layers
-    result = run(tiny_model, tmp_path / "out", processes=2, **wanted, **judges)
+    result = run(tiny_model, tmp_path / "out", workers=2, **wanted, **judges)
     metrics = result["entries"][0]["metrics"]
     assert set(metrics) == {"ssim", "lpips", "clip_score", "reference_clip_score"}
     assert metrics["lpips"]["mean"] > 0
@@ -257,7 +257,7 @@ def test_a_reference_that_fails_in_a_process_is_the_error_of_the_comparison(whol
     )
     checkpoints = [str(whole[1] / "checkpoints" / name) for name in RECIPES]
     with pytest.raises(S2QError, match="NaN or infinite latents"):
-        run(damaged, tmp_path / "out", entries=checkpoints, prompts=PROMPTS[:1], processes=2)
+        run(damaged, tmp_path / "out", entries=checkpoints, prompts=PROMPTS[:1], workers=2)
 
 
 def test_nothing_is_overwritten(whole, tiny_model, tmp_path):
@@ -305,7 +305,7 @@ def test_bad_input_is_refused_before_any_compute(tiny_model, tmp_path, monkeypat
     monkeypatch.setattr(comparing_run, "output_lock", None)
     cases = [
         (UsageError, "got nothing to compare", {"entries": []}),
-        (InvalidInputError, "processes: got 0; expected at least 1", {"processes": 0}),
+        (InvalidInputError, "workers: got 0; expected at least 1", {"workers": 0}),
         (InvalidInputError, "nearest names are psnr", {"metrics": ("psrn",)}),
         (
             InvalidInputError,

@@ -74,7 +74,7 @@ def test_processes_of_compare_share_the_gpus(prompts, tmp_path, monkeypatch):
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
     many = tmp_path / "prompts.txt"
     many.write_text("".join(f"scene {number}\n" for number in range(6)))
-    found = compare(tmp_path / "cuda", "cuda", many, "--processes", 2)
+    found = compare(tmp_path / "cuda", "cuda", many, "--workers", 2)
     assert found == pytest.approx(compare(tmp_path / "cpu", "cpu", many), rel=0.1)
 
 

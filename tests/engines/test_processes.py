@@ -1,4 +1,5 @@
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -9,14 +10,10 @@ import pytest
 import torch
 
 import process_tasks
-from s2q.common.errors import InvalidInputError, S2QError
-from s2q.engines import processes
-from s2q.engines.processes import (
-    ProcessEngine,
-    cpu_count,
-    devices_of,
-    most_on_one_device,
-)
+from s2q.common.errors import InvalidInputError, ResourceError, S2QError
+from s2q.engines import workers
+from s2q.engines.engine import ATTEMPTS, InProcessEngine, Retry, fixed_threads
+from s2q.engines.processes import ProcessEngine
 
 
 def lives(pid):
@@ -34,15 +31,33 @@ def ends(pid):
     return not lives(pid)
 
 
-def test_results_messages_and_logs_come_from_every_task(caplog):
+@pytest.fixture(scope="module")
+def two_workers():
+    with contextlib.closing(ProcessEngine(["cpu", "cpu"])) as engine:
+        yield engine
+
+
+@contextlib.contextmanager
+def process_engine(*devices):
+    with contextlib.closing(ProcessEngine(devices or ["cpu"])) as engine:
+        yield engine
+
+
+def test_results_messages_and_logs_come_from_every_task(two_workers, caplog):
     messages = []
-    found = dict(ProcessEngine(["cpu", "cpu"]).map(process_tasks.describe, "abcde", on_message=messages.append))
+    found = dict(two_workers.map(process_tasks.describe, "abcde", on_message=messages.append))
     assert [found[index][0] for index in range(5)] == list("abcde")
     assert sorted(messages) == [("started", letter) for letter in "abcde"]
     assert sorted(caplog.messages) == [f"task {letter}" for letter in "abcde"]
     assert {(device, threads) for _, device, threads, _ in found.values()} == {("cpu", 1)}
     assert os.getpid() not in {pid for *_, pid in found.values()}
-    assert all(ends(pid) for *_, pid in found.values())
+
+
+def test_closing_an_engine_ends_its_processes():
+    with process_engine("cpu") as engine:
+        ((_, (*_, pid)),) = engine.map(process_tasks.describe, "a")
+        assert lives(pid)
+    assert ends(pid)
 
 
 def test_tasks_are_drawn_when_a_process_is_free():
@@ -53,28 +68,41 @@ def test_tasks_are_drawn_when_a_process_is_free():
             drawn.append(letter)
             yield letter
 
-    results = ProcessEngine(["cpu"]).map(process_tasks.describe, tasks())
-    assert next(results)[1][0] == "a"
-    assert drawn == ["a"]
-    assert [result[0] for _, result in results] == ["b", "c"]
+    with process_engine("cpu") as engine:
+        results = engine.map(process_tasks.describe, tasks())
+        assert next(results)[1][0] == "a"
+        assert drawn == ["a"]
+        assert [result[0] for _, result in results] == ["b", "c"]
 
 
 @pytest.mark.parametrize(
     ("task", "error", "message"),
     [
-        ("exit", S2QError, r"a process was ended with exit code 3 \(it broke\); run the same command again"),
-        ("kill", S2QError, "was ended by signal SIGKILL, often for lack of memory"),
+        (
+            "exit",
+            ResourceError,
+            rf"a worker was ended with exit code 3 \(it broke\), {ATTEMPTS} times in the same task",
+        ),
         ("raise", InvalidInputError, "the reference cannot"),
         ("defect", ZeroDivisionError, "by zero"),
     ],
 )
 def test_a_task_that_fails_ends_all_processes(task, error, message):
     pids = []
-
-    with pytest.raises(error, match=message):
-        for _ in ProcessEngine(["cpu", "cpu"]).map(process_tasks.end, ["sleep", task], on_message=pids.append):
+    with process_engine("cpu", "cpu") as engine, pytest.raises(error, match=message):
+        for _ in engine.map(process_tasks.end, ["sleep", task], on_message=pids.append):
             pass
     assert all(ends(pid) for pid in pids)
+
+
+def test_the_task_of_a_dead_worker_is_given_to_another_and_recorded(tmp_path, caplog):
+    tasks = [(None, "a"), (tmp_path / "killed", "b"), (None, "c")]
+    with process_engine("cpu", "cpu") as engine:
+        results = dict(engine.map(process_tasks.end_once, tasks))
+        assert [results[index][0] for index in range(3)] == ["a", "b", "c"]
+        assert engine.retries == [Retry(task=1, cause="a worker was ended by signal SIGKILL, often for lack of memory")]
+        assert "its task is given to another worker" in caplog.text
+        assert len(dict(engine.map(process_tasks.describe, "abc"))) == 3, "the engine has all its workers again"
 
 
 def test_closing_the_generator_ends_the_processes():
@@ -87,21 +115,17 @@ def test_closing_the_generator_ends_the_processes():
         pids.append(pid)
         raise EnoughError
 
-    with (
-        pytest.raises(EnoughError),
-        contextlib.closing(ProcessEngine(["cpu"]).map(process_tasks.end, ["sleep"], on_message=stop)) as results,
-    ):
-        next(results)
+    with process_engine("cpu") as engine, pytest.raises(EnoughError):
+        next(engine.map(process_tasks.end, ["sleep"], on_message=stop))
     assert ends(pids[0])
 
 
-def test_processes_end_when_their_parent_is_killed():
+def test_processes_end_when_their_parent_is_killed_and_a_script_needs_no_guard():
     code = (
         "import sys; sys.path.insert(0, 'tests'); import process_tasks\n"
         "from s2q.engines.processes import ProcessEngine\n"
-        "if __name__ == '__main__':\n"
-        "    say = lambda pid: print(pid, flush=True)\n"
-        "    list(ProcessEngine(['cpu']).map(process_tasks.end, ['sleep'], on_message=say))\n"
+        "say = lambda pid: print(pid, flush=True)\n"
+        "list(ProcessEngine(['cpu']).map(process_tasks.end, ['sleep'], on_message=say))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
@@ -111,52 +135,71 @@ def test_processes_end_when_their_parent_is_killed():
     assert ends(pid)
 
 
-def test_work_that_a_process_cannot_load_is_named():
-    code = (
-        "from s2q.engines.processes import ProcessEngine\n"
-        "class Mine:\n"
-        "    def __call__(self, task, device, tell): ...\n"
-        "if __name__ == '__main__':\n"
-        "    list(ProcessEngine(['cpu', 'cpu']).map(Mine(), 'ab'))\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    message = ran.stderr.splitlines()[-1]
-    assert "a process cannot load its work (Can't get attribute 'Mine' on <module '__main__'" in message
-    assert message.endswith("define it in a module that can be imported, not in a notebook, or use one process")
+def test_work_that_a_process_cannot_load_is_named(monkeypatch):
+    class Mine:
+        def __call__(self, task, worker): ...
 
-
-def test_gpus_take_turns(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices_of("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
-    assert devices_of("cuda:1", 2) == ["cuda:1", "cuda:1"]
-    assert devices_of("cpu", 2) == ["cpu", "cpu"]
-    assert [most_on_one_device(device, 3) for device in ("cuda", "cuda:1", "cpu")] == [2, 3, 3]
-
-
-def test_cpu_count_is_what_this_process_may_use():
-    assert cpu_count() == len(os.sched_getaffinity(0))
+    Mine.__qualname__ = "Mine"
+    monkeypatch.setattr(process_tasks, "Mine", Mine, raising=False)
+    Mine.__module__ = "process_tasks"
+    message = r"a worker cannot load its work \(.*'Mine'.*define it in a module that can be imported.*or use one worker"
+    with process_engine("cpu") as engine, pytest.raises(S2QError, match=message):
+        list(engine.map(Mine(), "a"))
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", ["one thread"]), ("cuda:1", ["cuda:1"])])
-def test_a_process_makes_its_device_the_current_one(monkeypatch, device, expected):
+def test_a_worker_makes_its_device_the_current_one(monkeypatch, device, expected):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: chosen.append("one thread"))
-    processes._use(device)
+    monkeypatch.setattr(workers, "LOGGER", logging.Logger("none"))
+    workers.prepare(device, lambda message: None, logging.INFO)
     assert chosen == expected
 
 
 def test_a_process_that_dies_ends_the_run_of_its_own_thread_only():
     def run(tasks):
-        return [result for _, result in ProcessEngine(["cpu"]).map(process_tasks.end_or_wait, tasks)]
+        with process_engine("cpu") as engine:
+            return [result for _, result in engine.map(process_tasks.end_or_wait, tasks)]
 
     with ThreadPoolExecutor(2) as threads:
         lasting, broken = (threads.submit(run, tasks) for tasks in (["wait", "wait"], ["kill"]))
-        with pytest.raises(S2QError, match="SIGKILL"):
+        with pytest.raises(ResourceError, match="SIGKILL"):
             broken.result()
         assert lasting.result() == ["waited", "waited"]
 
 
-def test_work_is_sent_to_a_process_once():
-    counts = ProcessEngine(["cpu"]).map(process_tasks.Counter(), "abc")
-    assert [count for _, count in counts] == [1, 2, 3]
+def test_work_is_sent_once_and_what_it_keeps_outlives_it(two_workers):
+    counts = [count for _, count in two_workers.map(process_tasks.Counter(), "abcde")]
+    assert max(counts) >= 3, "one of two workers counts three of five tasks"
+    first, second = (dict(two_workers.map(process_tasks.kept, "abcd")).values() for _ in range(2))
+    by_process = {pid: value for value, pid in first}
+    assert all(by_process.get(pid, value) == value for value, pid in second)
+
+
+@pytest.mark.parametrize("where", ["here", "processes"])
+def test_work_is_closed_before_other_work_takes_its_place(where, tmp_path, two_workers):
+    engine = two_workers if where == "processes" else InProcessEngine("cpu")
+    assert not any(closed for _, closed in engine.map(process_tasks.Closing(tmp_path / "closed"), "abcd"))
+    list(engine.map(process_tasks.Counter(), "abcd"))
+    assert (tmp_path / "closed").exists()
+
+
+def test_this_process_uses_what_is_offered():
+    engine = InProcessEngine("cpu")
+    engine.offer("loaded", "the model")
+    assert dict(engine.map(process_tasks.kept, "ab")) == {0: ("the model", os.getpid()), 1: ("the model", os.getpid())}
+    engine.close()
+    assert next(engine.map(process_tasks.kept, "a"))[1][0] != "the model"
+
+
+def test_one_thread_is_used_on_a_cpu_and_the_callers_number_restored():
+    torch.set_num_threads(2)
+    try:
+        with fixed_threads("cpu"):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with fixed_threads("cuda"):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

@@ -211,14 +211,14 @@ def test_processes_measure_what_one_measures(pipe, damaged, tmp_path):
         model.save_pretrained(tmp_path / name)
     models = {"model": str(tmp_path / "student"), "reference": str(tmp_path / "teacher")}
     found, kept, stages = [], [], []
-    for processes in (1, 2):
+    for workers in (1, 2):
         videos = {}
 
         def keep(label, video, videos=videos):
             videos[label, video.prompt, video.seed] = video.frames
 
-        options = dict(FAST, batch_size=1, processes=processes, video_done=keep)
-        progress = (lambda *step: stages.append(step)) if processes == 2 else None
+        options = dict(FAST, batch_size=1, workers=workers, video_done=keep)
+        progress = (lambda *step: stages.append(step)) if workers == 2 else None
         found.append(evaluate(**models, prompts=["a", "b", CAPTION], seeds=[0, 4], **options, progress=progress))
         kept.append(videos)
     assert found[0] == found[1]
@@ -236,6 +236,6 @@ def test_options_of_loading_are_refused_with_two_loaded_pipelines(pipe, option):
 
 
 def test_processes_need_models_by_name(pipe):
-    options = dict(FAST, processes=2)
-    with pytest.raises(UsageError, match="processes=2 and a loaded pipeline; pass the names or folders"):
+    options = dict(FAST, workers=2)
+    with pytest.raises(UsageError, match="workers=2 and a loaded pipeline; pass the name or folder"):
         evaluate(pipe, reference=pipe, prompts=["a"], **options)

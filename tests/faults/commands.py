@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.server import READY
-from s2q.cli import options
 
-WORKERS = "--workers" if hasattr(options, "Workers") else "--processes"
-"""The option of `s2q quantize` that asks for several processes."""
+WORKERS = "--workers"
+"""The option of `s2q quantize` that asks for several workers."""
 
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = {

@@ -253,7 +253,7 @@ def test_processes_with_a_small_memory_budget_give_the_bytes_of_one_process_with
     seen = []
     quantize(model, out=tmp_path / "one", **arguments)
     progress = lambda *step: seen.append(step)  # noqa: E731
-    report = quantize(model, out=tmp_path / "two", processes=2, memory_budget="1KB", progress=progress, **arguments)
+    report = quantize(model, out=tmp_path / "two", workers=2, memory_budget="1KB", progress=progress, **arguments)
     for component in ("transformer", "transformer_2"):
         file = f"{component}/diffusion_pytorch_model.safetensors"
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
@@ -268,7 +268,7 @@ def test_processes_with_a_small_memory_budget_give_the_bytes_of_one_process_with
 def test_processes_resume_what_is_finished(folder, reference, tmp_path, count_blocks, interrupt):
     with interrupt(after=2):
         quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out")
-    report = quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", processes=2)
+    report = quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", workers=2)
     assert [block.resumed for block in report.blocks] == [True, True, False]
     assert count_blocks["computed"] == [], "the last block is another process's"
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == reference
@@ -280,13 +280,13 @@ def test_processes_have_nothing_to_do_when_all_blocks_are_finished(folder, refer
         patch.setattr("s2q.checkpoint.save.write_manifest", lambda staged: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             quantize(folder, recipe="rtn-w4a6", out=out)
-    report = quantize(folder, recipe="rtn-w4a6", out=out, processes=2)
+    report = quantize(folder, recipe="rtn-w4a6", out=out, workers=2)
     assert all(block.resumed for block in report.blocks)
     assert (out / WEIGHTS).read_bytes() == reference
 
 
 def test_processes_need_a_model_by_name(folder, tmp_path):
-    with pytest.raises(UsageError, match=r"processes=2 and a loaded pipeline; pass the model's name"):
-        quantize(tiny_pipeline("cogvideox"), recipe="rtn-w4a6", out=tmp_path / "out", processes=2)
-    with pytest.raises(InvalidInputError, match="processes: got 0; expected at least 1"):
-        quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", processes=0)
+    with pytest.raises(UsageError, match=r"workers=2 and a loaded pipeline; pass the name or folder"):
+        quantize(tiny_pipeline("cogvideox"), recipe="rtn-w4a6", out=tmp_path / "out", workers=2)
+    with pytest.raises(InvalidInputError, match="workers: got 0; expected at least 1"):
+        quantize(folder, recipe="rtn-w4a6", out=tmp_path / "out", workers=0)

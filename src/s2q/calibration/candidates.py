@@ -16,10 +16,9 @@ from torch import nn
 from s2q.calibration.artefacts import to_artefact
 from s2q.calibration.teacher import Teacher
 from s2q.common.components import full_name, transformers_of
-from s2q.common.errors import InvalidInputError, memory_errors
+from s2q.common.errors import InvalidInputError
 from s2q.common.fingerprint import fingerprint
-from s2q.common.memory import on_device
-from s2q.common.progress import Progress, StageCounter
+from s2q.common.progress import Tick
 from s2q.common.run_folder import ArtefactFolder
 from s2q.common.seeds import derive_seed
 from s2q.generation.settings import GenerationSettings, check_prompts, resolve_settings, takes_prompts_alone
@@ -93,27 +92,30 @@ def prepare(
     return CalibrationInputs(prompts=tuple(prompts), settings=settings, fingerprint=digest, seed=seed)
 
 
-def collect(
-    teacher: Teacher, inputs: CalibrationInputs, folder: ArtefactFolder, *, device: str, progress: Progress
-) -> dict[str, CandidatePool]:
-    """Generate what is not there yet; return the scored steps of each quantized transformer, by component."""
-    count, steps = len(inputs.prompts), inputs.settings.num_inference_steps
-    channel_dim = teacher.family.latent_channel_dim
-    missing = [index for index in range(count) if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
-    step_done = StageCounter(progress, "collect", count * steps, done=(count - len(missing)) * steps)
-    modules = teacher.modules if missing else ()
-    no_memory = memory_errors(f"collecting candidates on {device}", remedy=LESS_MEMORY)
-    with no_memory, on_device(modules, device, offload=teacher.mapped):
-        for index in missing:
-            trajectory = record_trajectory(
-                teacher.pipe,
-                [inputs.prompts[index]],
-                seeds=[derive_seed(inputs.seed, "prompt", index)],
-                settings=inputs.settings,
-                step_done=step_done,
-            )
-            artefact = to_artefact(trajectory, channel_dim=channel_dim)
-            folder.save(inputs.key(index), inputs.prompt_fingerprint(index), artefact)
+def missing_prompts(inputs: CalibrationInputs, folder: ArtefactFolder) -> list[int]:
+    """Return the indices of the prompts whose calls are not in the folder yet."""
+    prompts = range(len(inputs.prompts))
+    return [index for index in prompts if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
+
+
+def record_prompt(
+    teacher: Teacher, inputs: CalibrationInputs, folder: ArtefactFolder, prompt: int, *, step_done: Tick
+) -> None:
+    """Generate from a prompt, by its index, on the device where the teacher's modules are; store the calls."""
+    trajectory = record_trajectory(
+        teacher.pipe,
+        [inputs.prompts[prompt]],
+        seeds=[derive_seed(inputs.seed, "prompt", prompt)],
+        settings=inputs.settings,
+        step_done=step_done,
+    )
+    artefact = to_artefact(trajectory, channel_dim=teacher.family.latent_channel_dim)
+    folder.save(inputs.key(prompt), inputs.prompt_fingerprint(prompt), artefact)
+
+
+def score_candidates(teacher: Teacher, inputs: CalibrationInputs, folder: ArtefactFolder) -> dict[str, CandidatePool]:
+    """Return the scored steps of each quantized transformer, by component, once all prompts are recorded."""
+    channel_dim, count = teacher.family.latent_channel_dim, len(inputs.prompts)
     by_component: dict[str, list[Candidate]] = {transformer.component: [] for transformer in teacher.transformers}
     for index in range(count):
         artefact = folder.load(inputs.key(index))
@@ -123,8 +125,6 @@ def collect(
         for component, candidates in by_component.items():
             called = zip(scored, artefact.stats["transformers"], strict=True)
             candidates += [candidate for candidate, transformer in called if transformer == component]
-    for part in teacher.parts:
-        teacher.page_out(part)
     return {component: CandidatePool(candidates=tuple(candidates)) for component, candidates in by_component.items()}
 
 

@@ -35,7 +35,6 @@ PAGE = "report.html"
 _CHECKPOINT = "checkpoint"
 _WRITTEN = (PAGE, "sheet.png", "eval.json", "videos/*-full-precision.mp4", "videos/*-quantized.mp4")
 _SHOWN_PROMPTS = 4
-_MAX_PROCESSES = 8
 _SEED = 0
 _LOSSES = {"rtn": "rounding to nearest", "initial": "before training", "final": "as packed"}
 _SHOWN = ("psnr_frame_mean_db", "ssim", "velocity_relative_error", "adherence_all")
@@ -100,15 +99,13 @@ def _make(
     progress: Progress,
 ) -> dict[str, Any]:
     """Do everything inside the staged folder; names in the results are those of the final one."""
-    from s2q.engines.processes import cpu_count
     from s2q.evaluation.evaluate import evaluate
     from s2q.run.quantize import quantize
     from s2q.shapes.embedded import embedded_prompts
 
     started, seconds = time.monotonic(), dict[str, float]()
-    processes = min(cpu_count(), _MAX_PROCESSES)
     with _timed(seconds, "quantize"):
-        report = quantize(model, recipe=recipe, out=staged / _CHECKPOINT, progress=progress, processes=processes)
+        report = quantize(model, recipe=recipe, out=staged / _CHECKPOINT, progress=progress)
     videos: dict[str, dict[str, Video]] = {}
 
     def keep(label: str, video: Video) -> None:
@@ -122,7 +119,6 @@ def _make(
             prompts=embedded_prompts(model, split="held-out", count=4 if short else 16),
             seeds=(_SEED,) if short else (_SEED, _SEED + 1),
             num_inference_steps=8 if short else None,
-            processes=processes,
             video_done=keep,
             progress=progress,
         )

@@ -50,7 +50,10 @@ def evaluate(
     dtype: options.DtypeOption = None,
     variant: options.Variant = None,
     verify: options.Verify = None,
-    processes: options.Processes = 1,
+    workers: options.Workers = "auto",
+    devices: options.Devices = None,
+    engine: options.EngineName = "processes",
+    ray_address: options.RayAddress = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -98,7 +101,10 @@ def evaluate(
             device=device,
             dtype=dtype,
             verify=verify,
-            processes=processes,
+            workers=workers,
+            devices=devices or None,
+            engine=engine,
+            ray_address=ray_address,
             video_done=judges.keep_for(planned),
             progress=report,
         )

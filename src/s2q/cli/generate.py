@@ -43,6 +43,10 @@ def generate(
     dtype: options.DtypeOption = None,
     variant: options.Variant = None,
     verify: options.Verify = None,
+    workers: options.GenerationWorkers = "auto",
+    devices: options.Devices = None,
+    engine: options.EngineName = "processes",
+    ray_address: options.RayAddress = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -80,6 +84,10 @@ def generate(
             verify=verify,
             backend=backend,
             attention_backend=attention,
+            workers=workers,
+            devices=devices or None,
+            engine=engine,
+            ray_address=ray_address,
             progress=report,
         )
         rate = fps or frame_rate_of(source)

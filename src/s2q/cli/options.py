@@ -40,6 +40,13 @@ def check_overrides(values: Sequence[str] | None) -> list[str]:
 set_option = partial(typer.Option, "--set", metavar="K=V", callback=check_overrides)
 
 
+def read_workers(value: str | int) -> str | int:
+    """Return a number of workers, or "auto"."""
+    if value == "auto" or (str(value).isdecimal() and int(value) >= 1):
+        return value if value == "auto" else int(value)
+    raise UsageError(f"--workers {value}: expected auto, or a whole number from 1 on")
+
+
 def check_device_name(name: str) -> None:
     """Refuse what is no device; whether this machine has it is not looked at."""
     if name != "auto" and not is_device_name(name):
@@ -135,11 +142,31 @@ Metrics = Annotated[
 ]
 LpipsWeights = Annotated[Path | None, file_option("--lpips-weights", help="Add LPIPS with these weights.")]
 ClipFolder = Annotated[Path | None, folder_option("--clip", help="Add CLIP scores with the CLIP model in this folder.")]
-Processes = Annotated[
-    int,
-    number_option(
-        "--processes", help="Number of processes: one thread each on a CPU, GPUs in turn with --device cuda."
+Workers = Annotated[
+    str,
+    typer.Option(
+        "--workers",
+        help="Number of workers, one thread each on a CPU. auto: every visible GPU, or all cores.",
+        metavar="N",
+        callback=read_workers,
     ),
+]
+GenerationWorkers = Annotated[
+    str,
+    typer.Option(
+        "--workers",
+        help="Number of workers, one thread each on a CPU. auto: every visible GPU, or this process.",
+        metavar="N",
+        callback=read_workers,
+    ),
+]
+Devices = Annotated[
+    list[str] | None, names_option("--devices", help="Devices that workers take in turn, e.g. cuda:0,cuda:2.")
+]
+EngineName = Annotated[Literal["processes", "ray"], typer.Option("--engine", help="Where workers run.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray-address", help="Ray cluster to join. Default: Ray on this machine.", metavar="HOST:PORT"),
 ]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan, without computing.")]

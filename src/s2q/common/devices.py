@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import os
 import re
 import resource
 import sys
@@ -67,6 +68,18 @@ def overflow_remedy(dtype: torch.dtype) -> str:
     if dtype == torch.float16:
         return "float16 overflows above 65,504; use --dtype bfloat16 (dtype=)"
     return "check the model and its dtype"
+
+
+def host_memory_bytes() -> int:
+    """Return the memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_memory_bytes(device: str | torch.device) -> int | None:
+    """Return the memory of a device, the machine's for a CPU; None if the device is not here."""
+    if torch.device(device).type == "cpu":
+        return host_memory_bytes()
+    return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else None
 
 
 def free_memory() -> None:

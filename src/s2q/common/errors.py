@@ -164,7 +164,7 @@ def short_repr(value: Any) -> str:
     return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 1] + "…"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, cut at 200 characters; its class name if it has none."""
     lines = str(error).strip().splitlines()
     if not lines:

@@ -23,8 +23,9 @@ from s2q.comparison.pages import command_of, write_pages
 from s2q.comparison.results import build_result, entry_plan
 from s2q.comparison.setup import CompareSettings, RunPlan, Setup, set_up
 from s2q.comparison.shards import evaluate_shards, failure_of, pending_shards, steps_of
+from s2q.engines.options import AUTO, workers_argument
 from s2q.generation.generate import LESS_MEMORY
-from s2q.generation.load import check_model
+from s2q.generation.load import check_model, models_that_fit
 from s2q.generation.settings import requested_settings
 from s2q.recipes.load import checked_overrides, load_recipe
 from s2q.recipes.schema import Recipe
@@ -62,7 +63,10 @@ def compare(
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
     verify: bool | None = None,
-    processes: int = 1,
+    workers: int | str = AUTO,
+    devices: Sequence[str] | None = None,
+    engine: str = "processes",
+    ray_address: str | None = None,
     resume: bool = True,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -77,7 +81,8 @@ def compare(
         prompts: Prompts to generate; None takes `num_prompts` held-out captions of an embedded model.
         calibration_prompts: Prompts for the recipes that calibrate; None takes those of an embedded model.
         overrides: Changes to the recipes; those to `calibration` and `distillation` are made where they apply.
-        device: Where to quantize and evaluate: "cpu", "cuda:1", or "cuda", whose GPUs `processes` take in turn.
+        workers: Number of workers that quantize blocks and evaluate prompts, or "auto", as for `quantize`; also
+            `devices`, `engine` and `ray_address`.
         resume: Whether to resume the comparison in `out`; False replaces it and needs `overwrite`.
         overwrite: Whether a comparison in `out` that cannot be resumed may be replaced.
 
@@ -108,11 +113,12 @@ def compare(
         requested=requested_settings(
             num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
         ),
-        device=arguments.device_name(device),
         dtype=None if given_dtype is None else arguments.dtype_name(given_dtype),
         variant=optional(arguments.word, "variant", variant),
         verify=optional(arguments.flag, "verify", verify),
-        processes=arguments.whole_number("processes", processes, least=1),
+        workers=workers_argument(
+            workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address
+        ),
         resume=arguments.flag("resume", resume),
         overwrite=arguments.flag("overwrite", overwrite),
         dry_run=arguments.flag("dry_run", dry_run),
@@ -157,6 +163,7 @@ def _dry(setup: Setup) -> dict[str, Any]:
 def _quantize(folder: CompareFolder, setup: Setup, settings: CompareSettings, report: Progress) -> dict[str, str]:
     """Quantize with every recipe that has no checkpoint here; return why recipes failed."""
     todo = [entry for entry in setup.entries if entry.label in setup.planned and not _is_made(folder, entry)]
+    workers = settings.workers
     failures: dict[str, str] = {}
     units = [_units(entry.recipe) for entry in todo if entry.recipe is not None]
     done, total = 0, sum(units)
@@ -175,7 +182,11 @@ def _quantize(folder: CompareFolder, setup: Setup, settings: CompareSettings, re
                 prompts=setup.plan.calibration_prompts if entry.recipe.calibrates else None,
                 progress=stage,
                 seed=settings.seed,
-                device=settings.device,
+                workers=AUTO if workers.count is None else workers.count,
+                devices=None if workers.engine == "ray" else workers.devices,
+                device=workers.device,
+                engine=workers.engine,
+                ray_address=workers.ray_address,
                 dtype=settings.dtype,
                 variant=settings.variant,
                 resume=settings.resume,
@@ -220,6 +231,8 @@ def _evaluate(
     shards = pending_shards(folder, plan, [entry.label for entry in setup.entries if entry.label not in failures])
     if not shards:
         return {}
+    workers = settings.workers
+    most = models_that_fit((setup.source,), workers.device) if workers.is_cpu else None
     total = sum(steps_of(plan, shard, setup.batch_size) for shard in shards)
     done = 0
 
@@ -233,8 +246,6 @@ def _evaluate(
             progress("evaluate", min(done, total - 1), total)
 
     progress("load", 0, 1)
-    failed = evaluate_shards(
-        folder, plan, shards, device=settings.device, processes=settings.processes, stepped=stepped
-    )
+    failed = evaluate_shards(folder, plan, shards, where=workers, most=most, stepped=stepped)
     progress("evaluate", total, total)
     return failed

@@ -12,6 +12,7 @@ from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.common.files import sha256_file
 from s2q.common.records import COMPARISON_VERSION
 from s2q.comparison.entries import Entry, content_of, content_of_files, find_entries
+from s2q.engines.options import Workers
 from s2q.evaluation.definitions import version_of
 from s2q.evaluation.evaluate import default_prompts
 from s2q.evaluation.judges.learned import open_judges
@@ -32,7 +33,7 @@ from s2q.shapes.embedded import EMBEDDED_NAMES
 logger = logging.getLogger(__name__)
 
 SHARD_PROMPTS = 8
-"""Prompts that are evaluated together; results do not depend on how many processes share the shards."""
+"""Prompts that are evaluated together; results do not depend on how many workers share the shards."""
 
 _NOT_COMMON = ("entries", "paths", "variant", "verify")
 _PACKAGES = ("s2q", "torch", "diffusers", "transformers")
@@ -56,14 +57,18 @@ class CompareSettings:
     lpips_weights: Path | None
     clip: Path | None
     requested: Mapping[str, Any]
-    device: str
     dtype: str | None
     variant: str | None
     verify: bool | None
-    processes: int
+    workers: Workers
     resume: bool
     overwrite: bool
     dry_run: bool
+
+    @property
+    def device(self) -> str:
+        """The device of this process."""
+        return self.workers.device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from s2q.common.progress import Tick
 from s2q.comparison.entries import FULL_PRECISION
 from s2q.comparison.folder import CompareFolder
 from s2q.comparison.setup import SHARD_PROMPTS, RunPlan
-from s2q.engines.processes import ProcessEngine, Tell, devices_of
+from s2q.engines.engine import Worker, fixed_threads
+from s2q.engines.options import Workers
 from s2q.evaluation.evaluate import judge_model, run_reference
 from s2q.evaluation.recordings import DISK_SHARE
 from s2q.evaluation.settings import EvaluationSettings
@@ -33,9 +34,11 @@ class Shard:
 
 
 def evaluate_shards(
-    folder: CompareFolder, plan: RunPlan, shards: Sequence[Shard], *, device: str, processes: int, stepped: Tick
+    folder: CompareFolder, plan: RunPlan, shards: Sequence[Shard], *, where: Workers, most: int | None, stepped: Tick
 ) -> dict[str, str]:
-    """Evaluate shards, in this process or in several that claim one after another; each result is stored at once.
+    """Evaluate shards, which workers claim one after another; each result is stored at once.
+
+    `most` limits a number of workers that the user left open.
 
     Returns:
         Why entries failed, by label; later shards are evaluated without a failed entry.
@@ -54,23 +57,23 @@ def evaluate_shards(
             if labels:
                 yield replace(shard, labels=labels)
 
-    workers = min(processes, len(shards))
-    if workers == 1:
-        for shard in remaining():
-            evaluate_shard(folder, plan, shard, device, report)
-        return failures
-    work = functools.partial(evaluate_shard, folder, plan, disk_share=DISK_SHARE / workers)
-    results = ProcessEngine(devices_of(device, workers)).map(work, remaining(), on_message=report)
-    with contextlib.closing(results):
+    count = where.planned(len(shards), most=most)
+    work = functools.partial(evaluate_shard, folder, plan, disk_share=DISK_SHARE / count)
+    with (
+        fixed_threads(where.device),
+        contextlib.closing(where.open(count, modules=(__name__,), shared=folder.path)) as engine,
+        contextlib.closing(engine.map(work, remaining(), on_message=report)) as results,
+    ):
         for _ in results:
             pass
     return failures
 
 
 def evaluate_shard(
-    folder: CompareFolder, plan: RunPlan, shard: Shard, device: str, tell: Tell, *, disk_share: float = DISK_SHARE
+    folder: CompareFolder, plan: RunPlan, shard: Shard, worker: Worker, *, disk_share: float = DISK_SHARE
 ) -> None:
     """Evaluate entries on the prompts of a shard; tell None after every step, and label and reason of a failure."""
+    device, tell = worker.device, worker.tell
     settings = EvaluationSettings(
         metrics=tuple(plan.metrics),
         requested=plan.settings,

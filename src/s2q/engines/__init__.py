@@ -1,1 +1,1 @@
-"""Engines that run independent tasks."""
+"""Engines, which run independent tasks: in this process, in processes of this machine, or on a Ray cluster."""

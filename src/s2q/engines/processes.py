@@ -1,124 +1,51 @@
-"""Independent tasks in several processes: one device a process, one thread a process on a CPU.
+"""Workers in processes of this machine: one device each.
 
-Tasks are claimed one at a time, so no process waits for a slower one. Processes are spawned: a script that asks for
-several needs the guard `if __name__ == "__main__":`, as with every use of `multiprocessing`.
-
-Example: dict(ProcessEngine(["cpu", "cpu"]).map(work, tasks)) has work(task, device, tell) by the index of each task.
+Processes are spawned, each by an executor of its own, so that the death of one leaves the others at work. They do not
+import the caller's script, which therefore needs no `if __name__ == "__main__":`.
 """
 
 import contextlib
-import functools
 import logging
-import logging.handlers
 import multiprocessing
 import os
-import queue
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import types
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import ForkingPickler
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
+from s2q.common.errors import S2QError
+from s2q.engines.engine import REMEDY, LostWorkerError, WorkerEngine
+from s2q.engines.workers import LOGGER, SealedWork, WorkerLoop, prepare, warm_up
 
-from s2q.common.errors import S2QError, first_line
-
-Tell = Callable[[Any], None]
-"""Called in a process with a message for the caller; any picklable value."""
-
-_POLL_SECONDS = 0.1
-_LOGGER = logging.getLogger("s2q")
-_Task = TypeVar("_Task")
-_Result = TypeVar("_Result")
+logger = logging.getLogger(__name__)
 
 
-def devices_of(device: str, count: int) -> list[str]:
-    """Return the device of each of several processes: GPUs take turns if "cuda" names no particular one."""
-    if device != "cuda":
-        return [device] * count
-    return [f"cuda:{index % torch.cuda.device_count()}" for index in range(count)]
+class ProcessEngine(WorkerEngine):
+    """Runs tasks in spawned processes, one for each entry of `devices`; they import `modules` as they start."""
 
+    def __init__(self, devices: Sequence[str], *, modules: Sequence[str] = ()) -> None:
+        self._output = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed with the engine
+            "r", prefix="s2q-processes-", encoding="utf-8", errors="replace"
+        )
+        super().__init__(devices, [_ProcessSlot(device, self._output, modules) for device in devices])
 
-def most_on_one_device(device: str, count: int) -> int:
-    """Return how many of several processes share a device at most."""
-    return max(Counter(devices_of(device, count)).values())
+    def seal(self, work: Any) -> SealedWork:
+        """Return work that is pickled once for all processes."""
+        return SealedWork(work)
 
-
-def cpu_count() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class ProcessEngine:
-    """Runs tasks in spawned processes."""
-
-    def __init__(self, devices: Sequence[str]) -> None:
-        self.devices = devices
-
-    def map(
-        self,
-        work: Callable[[_Task, str, Tell], _Result],
-        tasks: Iterable[_Task],
-        *,
-        on_message: Callable[[Any], None] = lambda message: None,
-    ) -> Iterator[tuple[int, _Result]]:
-        """Like `concurrent.futures.Executor.map`, with tasks drawn one at a time and results in the order they end.
-
-        Args:
-            work: A picklable callable, sent to each process once, so that it may keep a model from task to task.
-                Called with a task, the device of its process, and a function that sends a message to `on_message`.
-
-        Yields:
-            Index and result of each task.
-        """
-        context = _SpawnContext()
-        messages, free_devices = context.SimpleQueue(), context.SimpleQueue()
-        for device in self.devices:
-            free_devices.put(device)
-        upcoming = enumerate(tasks)
-        running: dict[Future[_Result], int] = {}
-        with tempfile.NamedTemporaryFile("r", prefix="s2q-processes-", encoding="utf-8", errors="replace") as output:
-            pool = ProcessPoolExecutor(
-                len(self.devices),
-                mp_context=context,
-                initializer=_start,
-                initargs=(_SealedWork(work), free_devices, messages, output.name, _LOGGER.getEffectiveLevel()),
-            )
-            try:
-                while True:
-                    while len(running) < len(self.devices) and (drawn := next(upcoming, None)) is not None:
-                        running[pool.submit(_call, drawn[1])] = drawn[0]
-                    if not running:
-                        break
-                    done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-                    while not messages.empty():
-                        message = messages.get()
-                        if isinstance(message, logging.LogRecord):
-                            logging.getLogger(message.name).handle(message)
-                        else:
-                            on_message(message)
-                    if any(child.exitcode for child in context.children):  # unseen by a pool that waited for others
-                        raise BrokenProcessPool
-                    for future in done:
-                        yield running.pop(future), future.result()
-            except BrokenProcessPool as error:
-                code = _cause(context.children)
-                _kill(context.children)
-                raise S2QError(_obituary(code, output.read())) from error
-            except BaseException:
-                _kill(context.children)
-                raise
-            finally:
-                pool.shutdown(cancel_futures=True)
+    def close(self) -> None:
+        """End the processes."""
+        super().close()
+        self._output.close()
 
 
 class _SpawnContext(SpawnContext):
@@ -134,73 +61,101 @@ class _SpawnContext(SpawnContext):
         return child
 
 
-def _cause(children: Sequence[BaseProcess]) -> int:
-    """Return the exit code that broke a pool; the pool ends its other processes by SIGTERM, and codes may come late."""
+class _ProcessSlot:
+    def __init__(self, device: str, output: Any, modules: Sequence[str]) -> None:
+        self.device, self.output, self.modules = device, output, modules
+        self._has_started = False
+
+    def start(self) -> Future[Any]:
+        self.context = _SpawnContext()
+        self._messages, sender = self.context.Pipe(duplex=False)
+        self._token = 0
+        self._pool = ProcessPoolExecutor(
+            1,
+            mp_context=self.context,
+            initializer=_start,
+            initargs=(self.device, sender, self.output.name, LOGGER.getEffectiveLevel()),
+        )
+        with _without_script():
+            started = self._pool.submit(warm_up, self.modules)
+        sender.close()
+        return self._watched(started, is_start=True)
+
+    def submit(self, work: SealedWork, token: int, task: Any) -> Future[Any]:
+        sealed = work if token != self._token else None
+        self._token = token
+        return self._watched(self._pool.submit(_call, sealed, token, task))
+
+    def messages(self) -> Iterator[Any]:
+        with contextlib.suppress(EOFError, OSError):  # cut off by the death of the process
+            while self._messages.poll():
+                yield self._messages.recv()
+
+    def kill(self) -> None:
+        children = [child for child in self.context.children if child.pid is not None]
+        for child in children:
+            child.kill()
+        for child in children:
+            child.join()
+        self._pool.shutdown(cancel_futures=True)
+        self._messages.close()
+
+    def _watched(self, future: Future[Any], *, is_start: bool = False) -> Future[Any]:
+        """Return a future that raises LostWorkerError where the process died; one that cannot start ends the run."""
+        watched: Future[Any] = Future()
+
+        def settle(done: Future[Any]) -> None:
+            if done.cancelled():
+                watched.cancel()
+                return
+            error = done.exception()
+            if isinstance(error, BrokenProcessPool):
+                text = _obituary(_exit_code(self.context.children), self._printed())
+                error = S2QError(f"{text}; {REMEDY}") if is_start else LostWorkerError(text)
+            if error is None:
+                watched.set_result(done.result())
+            else:
+                watched.set_exception(error)
+
+        future.add_done_callback(settle)
+        return watched
+
+    def _printed(self) -> str:
+        with (
+            contextlib.suppress(OSError, ValueError),
+            open(self.output.name, encoding="utf-8", errors="replace") as file,
+        ):
+            return file.read()
+        return ""
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """Hide the caller's script from `multiprocessing`, which would have a new process import it."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+def _exit_code(children: Sequence[BaseProcess]) -> int:
+    """Return the exit code of the process that broke a pool, which may come late."""
+    child = children[-1]
     for _ in range(40):
-        codes = [child.exitcode for child in children if child.pid is not None]
-        causes = [code for code in codes if code not in (None, 0, -signal.SIGTERM)]
-        if causes:
-            return causes[0] or 0
-        if None not in codes:
-            break
+        if child.exitcode is not None:
+            return child.exitcode
         time.sleep(0.05)
     return -signal.SIGTERM
 
 
-def _kill(children: Sequence[BaseProcess]) -> None:
-    """Kill the processes that live."""
-    started = [child for child in children if child.pid is not None]
-    for child in started:
-        child.kill()
-    for child in started:
-        child.join()
+_loop: WorkerLoop | None = None  # of a spawned process, set once; always None in the process that spawned it
 
 
-class _SealedWork:
-    """Work on the way to a process, which opens it with its first task: there an error reaches the caller."""
-
-    def __init__(self, content: Any) -> None:
-        self.content = content
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _SealedWork, (bytes(ForkingPickler.dumps(self.content)),)
-
-    @functools.cached_property
-    def opened(self) -> Callable[[Any, str, Tell], Any]:
-        try:
-            work: Callable[[Any, str, Tell], Any] = ForkingPickler.loads(self.content)
-        except (AttributeError, ImportError) as error:
-            raise S2QError(
-                f"a process cannot load its work ({first_line(error)}); define it in a module that can be imported, "
-                "not in a notebook, or use one process"
-            ) from error
-        return work
-
-
-@dataclass(frozen=True)
-class _Worker:
-    """A spawned process: its work, its device and its message channel."""
-
-    work: _SealedWork
-    device: str
-    tell: Tell
-
-
-_worker: _Worker | None = None  # of a spawned process, set once; always None in the process that spawned it
-
-
-class _LogSender(logging.handlers.QueueHandler):
-    def __init__(self, tell: Tell) -> None:
-        super().__init__(queue.SimpleQueue())
-        self.tell = tell
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        self.tell(record)
-
-
-def _start(work: _SealedWork, free_devices: Any, messages: Any, output: str, log_level: int) -> None:
+def _start(device: str, sender: Connection, output: str, log_level: int) -> None:
     """Prepare a spawned process: device, threads, output, logs, and its end with that of the parent."""
-    global _worker  # noqa: PLW0603
+    global _loop  # noqa: PLW0603
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its children
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -209,18 +164,14 @@ def _start(work: _SealedWork, free_devices: Any, messages: Any, output: str, log
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or none
             os.dup2(descriptor, stream.fileno())
-    _LOGGER.addHandler(_LogSender(messages.put))
-    _LOGGER.setLevel(log_level)
-    _LOGGER.propagate = False
-    _worker = _Worker(work, free_devices.get(), messages.put)
-    _use(_worker.device)
+    lock = threading.Lock()
 
+    def tell(message: Any) -> None:
+        with lock:
+            sender.send(message)
 
-def _use(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)  # kernels of other libraries ask for it
-    else:
-        torch.set_num_threads(1)
+    prepare(device, tell, log_level)
+    _loop = WorkerLoop(device, tell)
 
 
 def _end_with(parent: BaseProcess) -> None:
@@ -229,9 +180,9 @@ def _end_with(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _call(task: Any) -> Any:
-    assert _worker is not None
-    return _worker.work.opened(task, _worker.device, _worker.tell)
+def _call(sealed: SealedWork | None, token: int, task: Any) -> Any:
+    assert _loop is not None
+    return _loop.run(sealed, token, task)
 
 
 def _obituary(code: int, output: str) -> str:
@@ -242,7 +193,4 @@ def _obituary(code: int, output: str) -> str:
         how += ", often for lack of memory" if code == -signal.SIGKILL else ""
     else:
         how = f"with exit code {code}" + (f" ({line})" if line else "")
-    return (
-        f"a process was ended {how}; run the same command again, with fewer --processes if memory is short: finished "
-        "work is kept"
-    )
+    return f"a worker was ended {how}"

@@ -7,6 +7,7 @@ and answers the recorded calls. Only one of the two models has to fit at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,14 @@ from s2q.common import arguments
 from s2q.common.arguments import optional
 from s2q.common.components import transformers_of
 from s2q.common.devices import free_memory
-from s2q.common.errors import InvalidInputError, UsageError, memory_errors
-from s2q.common.progress import Progress, StageCounter, Tick
+from s2q.common.errors import InvalidInputError, memory_errors
+from s2q.common.progress import Progress, StageCounter, Tick, silent
 from s2q.common.torch_state import in_fresh_torch_state
-from s2q.engines.processes import Tell
+from s2q.engines.engine import Worker, fixed_threads
+from s2q.engines.options import AUTO, Workers, workers_argument
 from s2q.evaluation import velocity
 from s2q.evaluation.judges.learned import Judges, open_judges
-from s2q.evaluation.parallel import MeasuredSet, PromptSet, measure_in_processes
+from s2q.evaluation.parallel import MeasuredShard, Shard, measure_shards, shards_of
 from s2q.evaluation.recordings import DISK_SHARE, Recordings
 from s2q.evaluation.scores import EvaluationResult, VideoScores
 from s2q.evaluation.settings import TRAJECTORY_BYTES, EvaluationSettings
@@ -32,7 +34,7 @@ from s2q.evaluation.video_metrics import VELOCITY, judge_video, noise_pairs, sel
 from s2q.generation.defaults import embedded_source, generation_defaults, model_label
 from s2q.generation.denoise import denoise
 from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched, settings_for, videos_of
-from s2q.generation.load import check_model, load_pipeline, refuse_load_options
+from s2q.generation.load import check_model, load_pipeline, models_that_fit, refuse_load_options
 from s2q.generation.prompts import check_distinct
 from s2q.generation.settings import GenerationSettings, check_prompts, requested_settings
 from s2q.generation.trajectory import record_trajectory
@@ -87,7 +89,10 @@ def evaluate(
     variant: str | None = None,
     verify: bool | None = None,
     trajectory_bytes: int = TRAJECTORY_BYTES,
-    processes: int = 1,
+    workers: int | str = AUTO,
+    devices: Sequence[str] | None = None,
+    engine: str = "processes",
+    ray_address: str | None = None,
     video_done: VideoDone | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -105,8 +110,9 @@ def evaluate(
         batch_size: Videos per batch; None chooses by the number of video tokens.
         variant: Variant of the weights, "fp16"; the reference must have it, and a judged model that has it is loaded
             in it too.
-        trajectory_bytes: Memory of a process for recorded trajectories; the rest goes to a temporary folder.
-        processes: Processes that share the prompts; several need models given by name.
+        trajectory_bytes: Memory of a worker for recorded trajectories; the rest goes to a temporary folder.
+        workers: Number of workers that share the prompts, two at a time, or "auto", as for `s2q.quantize`; also
+            `devices`, `engine` and `ray_address`. Loaded pipelines are evaluated in this process.
         video_done: Called with the label of a model and each of its videos as it is generated.
         progress: Called after every denoising step with the stage, the steps done and the steps in all.
 
@@ -118,7 +124,7 @@ def evaluate(
     Raises:
         InvalidInputError: Unknown metric, bad prompts or seeds, settings that a model cannot take, or a model that was
             not made from the reference; before anything is generated.
-        UsageError: `dtype`, `variant` or `verify` with two loaded pipelines, `processes` with any.
+        UsageError: `dtype`, `variant` or `verify` with two loaded pipelines, several workers with any.
         S2QError: A model produced NaN or infinite values.
     """
     settings = EvaluationSettings(
@@ -127,7 +133,6 @@ def evaluate(
             num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
         ),
         batch_size=optional(arguments.whole_number, "batch_size", batch_size, least=1),
-        device=arguments.device_name(device),
         dtype=arguments.parse_dtype(dtype),
         variant=optional(arguments.word, "variant", variant),
         verify=optional(arguments.flag, "verify", verify),
@@ -135,32 +140,60 @@ def evaluate(
         clip=optional(arguments.path_argument, "clip", clip),
         trajectory_bytes=arguments.whole_number("trajectory_bytes", trajectory_bytes, least=0),
     )
-    processes = arguments.whole_number("processes", processes, least=1)
+    where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
+    settings = replace(settings, device=where.device)
     seeds, texts = arguments.seed_numbers(seeds), optional(arguments.prompt_list, "prompts", prompts)
-    model, reference = _resolve_pair(model, reference, settings, processes)
+    model, reference = _resolve_pair(model, reference, settings, where)
     texts = default_prompts(reference) if texts is None else texts
     _check_request(texts, settings)
-    if processes > 1:
-        whole = PromptSet(model=model, reference=reference, prompts=tuple(texts), seeds=seeds, settings=settings)
-        return summarise(measure_in_processes(_measure_set, whole, processes, video_done=video_done, progress=progress))
+    if isinstance(model, ModelSource) and isinstance(reference, ModelSource):
+        return summarise(
+            _evaluate_shards(
+                model, reference, texts, seeds, settings, where, video_done=video_done, progress=progress or silent
+            )
+        )
     run = run_reference(
         reference, prompts=texts, seeds=seeds, settings=settings, video_done=video_done, progress=progress
     )
     return summarise(judge_model(model, run, video_done=video_done, progress=progress))
 
 
-def _resolve_pair(model: Any, reference: Any, settings: EvaluationSettings, processes: int) -> tuple[Any, Any]:
+def _evaluate_shards(
+    model: ModelSource,
+    reference: ModelSource,
+    prompts: Sequence[str],
+    seeds: tuple[int, ...],
+    settings: EvaluationSettings,
+    where: Workers,
+    *,
+    video_done: VideoDone | None,
+    progress: Progress,
+) -> EvaluationResult:
+    """Evaluate models by name, in as many workers as the memory has room for unless the user has said how many."""
+    shards, room = shards_of(prompts), models_that_fit((model, reference), where.device)
+    count = where.planned(len(shards), most=room if where.is_cpu else None)
+    work = _ShardWork(
+        model=model,
+        reference=reference,
+        seeds=seeds,
+        settings=settings,
+        workers=count,
+        keeps=room is not None and room >= where.on_one_device(count),
+        wants_videos=video_done is not None,
+    )
+    with fixed_threads(where.device), closing(where.open(count, modules=(__name__,))) as engine:
+        return measure_shards(engine, work, shards, video_done=video_done, progress=progress)
+
+
+def _resolve_pair(model: Any, reference: Any, settings: EvaluationSettings, workers: Workers) -> tuple[Any, Any]:
     """Return a model and its reference, resolved where they were given by name, if they can be compared."""
     model, reference = arguments.model_argument("model", model), arguments.model_argument("reference", reference)
     reference, model = _resolved(reference, settings), _resolved(model, settings, needs_variant=False)
     sources = [side for side in (reference, model) if isinstance(side, ModelSource)]
     for source in sources:
         check_model(source, verify=settings.verify)
-    if processes > 1 and len(sources) < 2:
-        raise UsageError(
-            f"evaluate: got processes={processes} and a loaded pipeline; pass the names or folders of the models, "
-            "which every process loads"
-        )
+    if len(sources) < 2:
+        workers.check_alone("evaluate")
     if not sources:
         refuse_load_options("evaluate", dtype=settings.dtype, variant=settings.variant, verify=settings.verify)
     ours, theirs = (architecture_of(side, label=model_label(side)) for side in (model, reference))
@@ -174,6 +207,7 @@ def _resolve_pair(model: Any, reference: Any, settings: EvaluationSettings, proc
 def run_reference(
     reference: Any,
     *,
+    pipe: DiffusionPipeline | None = None,
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: EvaluationSettings,
@@ -181,12 +215,16 @@ def run_reference(
     video_done: VideoDone | None = None,
     progress: Progress | None = None,
 ) -> ReferenceRun:
-    """Generate the full-precision videos and record the calls of the transformer; see `evaluate`."""
+    """Generate the full-precision videos and record the calls of the transformer; see `evaluate`.
+
+    Args:
+        pipe: The pipeline of a reference by name, if it is loaded already; it stays so.
+    """
     wanted = _check_request(prompts, settings)
     judges = open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device=settings.device)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     reference = _resolved(reference, settings)
-    pipe = _open(reference, settings, dtype=settings.dtype)
+    opened, pipe = pipe, pipe or _open(reference, settings, dtype=settings.dtype)
     generation = settings_for(pipe, settings.requested, defaults=generation_defaults(reference))
     check_prompts(pipe, prompts)
     size = settings.batch_size or batch_size_for(pipe, generation)
@@ -216,7 +254,7 @@ def run_reference(
         judges=judges,
         floor=tuple(noise_pairs(videos, judges=judges, wanted=wanted)),
     )
-    if pipe is not reference:
+    if pipe not in (reference, opened):
         del pipe
         free_memory()
     return run
@@ -225,11 +263,16 @@ def run_reference(
 @memory_errors("evaluating a model", remedy=LESS_MEMORY)
 @in_fresh_torch_state
 def judge_model(
-    model: Any, run: ReferenceRun, *, video_done: VideoDone | None = None, progress: Progress | None = None
+    model: Any,
+    run: ReferenceRun,
+    *,
+    pipe: DiffusionPipeline | None = None,
+    video_done: VideoDone | None = None,
+    progress: Progress | None = None,
 ) -> EvaluationResult:
     """Generate with a model what its reference generated, and score every video for `summarise`."""
     model = _resolved(model, run.settings, needs_variant=False)
-    pipe = _open(model, run.settings, dtype=run.dtype)
+    opened, pipe = pipe, pipe or _open(model, run.settings, dtype=run.dtype)
     check_comparable(architecture_of(pipe, label=model_label(model)), run.architecture)
     generation = settings_for(pipe, run.generation.to_dict(), defaults={})
     jobs = [(video.prompt, video.seed) for video in run.videos]
@@ -247,7 +290,7 @@ def judge_model(
         videos = _report_videos(videos_of(names, seeds, result), model, video_done)
         for video, errors in zip(videos, steps, strict=True):
             scores.append(judge_video(video, run.videos[len(scores)], errors, wanted=run.wanted, judges=run.judges))
-    if pipe is not model:
+    if pipe not in (model, opened):
         del pipe
         free_memory()  # the next model takes its place
     return EvaluationResult(
@@ -269,24 +312,48 @@ def _check_request(prompts: Sequence[str], settings: EvaluationSettings) -> tupl
     return wanted
 
 
-def _measure_set(part: PromptSet, device: str, tell: Tell) -> MeasuredSet:
-    """Measure some of the prompts, in a process of several."""
-    videos: list[tuple[str, Video]] = []
-    video_done = (lambda label, video: videos.append((label, video))) if part.wants_videos else None
+@dataclass(frozen=True, kw_only=True)
+class _ShardWork:
+    """Measures shards of prompts.
 
-    def progress(stage: str, done: int, total: int) -> None:
-        tell((part.prompts[0], stage, done, total))
+    Attributes:
+        workers: Number of workers that share the disk.
+        keeps: Whether both models stay loaded from shard to shard; else only one is loaded at a time.
+        wants_videos: Whether videos are returned, with the labels of their models.
+    """
 
-    run = run_reference(
-        part.reference,
-        prompts=part.prompts,
-        seeds=part.seeds,
-        settings=replace(part.settings, device=device),
-        disk_share=DISK_SHARE / part.parts,
-        video_done=video_done,
-        progress=progress,
-    )
-    return judge_model(part.model, run, video_done=video_done, progress=progress), videos
+    model: ModelSource
+    reference: ModelSource
+    seeds: tuple[int, ...]
+    settings: EvaluationSettings
+    workers: int
+    keeps: bool
+    wants_videos: bool
+
+    def __call__(self, prompts: Shard, worker: Worker) -> MeasuredShard:
+        """Measure prompts; see `measure_shards`."""
+        videos: list[tuple[str, Video]] = []
+        video_done = (lambda label, video: videos.append((label, video))) if self.wants_videos else None
+        settings = replace(self.settings, device=worker.device)
+
+        def progress(stage: str, done: int, total: int) -> None:
+            worker.tell((prompts[0], stage, done, total))
+
+        def kept(name: str, source: ModelSource, dtype: torch.dtype | str | None) -> Any:
+            return worker.keep(name, lambda: _open(source, settings, dtype=dtype)) if self.keeps else None
+
+        run = run_reference(
+            self.reference,
+            pipe=kept("reference", self.reference, settings.dtype),
+            prompts=prompts,
+            seeds=self.seeds,
+            settings=settings,
+            disk_share=DISK_SHARE / self.workers,
+            video_done=video_done,
+            progress=progress,
+        )
+        pipe = kept("model", self.model, run.dtype)
+        return judge_model(self.model, run, pipe=pipe, video_done=video_done, progress=progress), videos
 
 
 def default_prompts(reference: Any, *, count: int = 64) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from s2q.common.arguments import model_argument, optional, prompt_list, seed_num
 from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.torch_state import in_fresh_torch_state
+from s2q.engines.engine import Engine, InProcessEngine, Worker, fixed_threads
+from s2q.engines.options import AUTO, Workers, workers_argument
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.denoise import DenoisingResult, denoise
 from s2q.generation.load import load_pipeline, refuse_load_options
@@ -68,6 +71,10 @@ def generate(
     verify: bool | None = None,
     backend: str = "auto",
     attention_backend: str | None = None,
+    workers: int | str = AUTO,
+    devices: Sequence[str] | None = None,
+    engine: str = "processes",
+    ray_address: str | None = None,
     progress: Progress | None = None,
 ) -> list[Video]:
     """Generate one video for every prompt and seed.
@@ -81,6 +88,11 @@ def generate(
         seeds: Every prompt is generated with every seed.
         num_frames: None takes the model's own, as for `height`, `width`, `num_inference_steps` and `guidance_scale`.
         batch_size: Videos per batch; by default as many as hold 4,096 video tokens together, 1 to 16.
+        workers: Number of workers, which load the model each and take batches in turn, in one thread on a CPU; "auto"
+            takes every visible GPU, or this process with all its threads.
+        devices: Devices that workers take in turn, such as ["cuda:0", "cuda:2"]; replaces `device`.
+        engine: "processes" of this machine, or "ray".
+        ray_address: Address of a Ray cluster, "HOST:PORT" or "auto"; None starts Ray on this machine.
 
     Returns:
         The videos, prompt by prompt, each prompt's in the order of the seeds.
@@ -96,26 +108,100 @@ def generate(
         num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
     )
     batch_size = optional(whole_number, "batch_size", batch_size, least=1)
-    pipe = model
-    if not isinstance(model, str | Path | ModelSource):
-        refuse_load_options("generate", dtype=dtype, variant=variant, verify=verify)
-        if backend != "auto" or attention_backend is not None:
-            raise UsageError("generate: backends are for models by name or folder; see s2q.load")
-    else:
-        model = resolve_model(model, variant=optional(word, "variant", variant))
-        pipe = load_pipeline(
-            model, dtype=dtype, device=device, verify=verify, backend=backend, attention_backend=attention_backend
+    where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
+    work = _BatchWork(dtype=dtype, verify=verify, backend=backend, attention_backend=attention_backend)
+    if isinstance(model, str | Path | ModelSource):
+        source = resolve_model(model, variant=optional(word, "variant", variant))
+        return _generate_named(work, source, prompts, seeds, requested, batch_size, where, progress)
+    refuse_load_options("generate", dtype=dtype, variant=variant, verify=verify)
+    if backend != "auto" or attention_backend is not None:
+        raise UsageError("generate: backends are for models by name or folder; see s2q.load")
+    where.check_alone("generate")
+    resolved, batches = _batches(model, generation_defaults(model), prompts, seeds, requested, batch_size)
+    engine_here = InProcessEngine(where.device)
+    engine_here.offer(_PIPE, model)
+    return _generate(engine_here, replace(work, settings=resolved), batches, progress)
+
+
+def _generate_named(
+    work: _BatchWork,
+    source: ModelSource,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    requested: Mapping[str, Any],
+    batch_size: int | None,
+    where: Workers,
+    progress: Progress | None,
+) -> list[Video]:
+    """Generate with a model by name; its batches are the same for any number of workers."""
+    most = 1 if where.is_cpu else None
+    alone = where.planned(len(prompts) * len(seeds), most=most) == 1
+    pipe = work.load(source, where.device) if alone else source.meta_pipeline(source.meta_transformers())
+    defaults = generation_defaults(source)
+    resolved, batches = _batches(pipe, defaults, prompts, seeds, requested, batch_size)
+    count = 1 if alone else where.planned(len(batches), most=most)
+    threads = nullcontext() if where.count is None else fixed_threads(where.device)
+    with threads, closing(where.open(count, modules=(__name__,))) as engine:
+        if alone:
+            engine.offer(_PIPE, pipe)
+        return _generate(engine, replace(work, source=source, settings=resolved), batches, progress)
+
+
+_PIPE = "pipe"
+_Batch = tuple[list[str], list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BatchWork:
+    """Generates batches of videos; a worker loads the pipeline once. `settings` are None until they are resolved."""
+
+    source: ModelSource | None = None
+    settings: GenerationSettings | None = None
+    dtype: torch.dtype | str | None
+    verify: bool | None
+    backend: str
+    attention_backend: str | None
+
+    def __call__(self, batch: _Batch, worker: Worker) -> list[Video]:
+        """Generate a batch, its prompts and seeds; tells None after each step."""
+        assert self.settings is not None
+        pipe = worker.keep(_PIPE, lambda: self.load(self.source, worker.device))
+        result = denoise(pipe, batch[0], seeds=batch[1], settings=self.settings, step_done=lambda: worker.tell(None))
+        return videos_of(*batch, result)
+
+    def load(self, source: ModelSource | None, device: str) -> DiffusionPipeline:
+        """Load the pipeline."""
+        assert source is not None, "a loaded pipeline is offered to the engine"
+        return load_pipeline(
+            source,
+            dtype=self.dtype,
+            device=device,
+            verify=self.verify,
+            backend=self.backend,
+            attention_backend=self.attention_backend,
         )
-    resolved = settings_for(pipe, requested, defaults=generation_defaults(model))
+
+
+def _batches(
+    pipe: Any,
+    defaults: Mapping[str, Any],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    requested: Mapping[str, Any],
+    batch_size: int | None,
+) -> tuple[GenerationSettings, list[_Batch]]:
+    resolved = settings_for(pipe, requested, defaults=defaults)
     check_prompts(pipe, prompts)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    size = batch_size or batch_size_for(pipe, resolved)
-    tick = StageCounter(progress, "generate", -(-len(jobs) // size) * resolved.num_inference_steps)
-    videos: list[Video] = []
-    for names, numbers in batched(jobs, size):
-        result = denoise(pipe, names, seeds=numbers, settings=resolved, step_done=tick)
-        videos += videos_of(names, numbers, result)
-    return videos
+    return resolved, list(batched(jobs, batch_size or batch_size_for(pipe, resolved)))
+
+
+def _generate(engine: Engine, work: _BatchWork, batches: Sequence[_Batch], progress: Progress | None) -> list[Video]:
+    assert work.settings is not None
+    tick = StageCounter(progress, "generate", len(batches) * work.settings.num_inference_steps)
+    with closing(engine.map(work, batches, on_message=lambda _: tick())) as results:
+        videos = dict(results)
+    return [video for index in range(len(batches)) for video in videos[index]]
 
 
 def videos_of(prompts: Sequence[str], seeds: Sequence[int], result: DenoisingResult | Trajectory) -> list[Video]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from s2q import checkpoint
 from s2q.checkpoint import CheckpointReport
 from s2q.common.arguments import device_name, flag, model_argument, optional, parse_dtype, path_argument, word
 from s2q.common.components import transformers_of
-from s2q.common.devices import default_dtype
+from s2q.common.devices import default_dtype, device_memory_bytes
 from s2q.common.errors import UsageError, memory_errors
 from s2q.common.loading_errors import LESS_MEMORY
 from s2q.common.torch_state import in_fresh_torch_state
@@ -117,3 +118,9 @@ def inspect_model(model: str | Path, *, variant: str | None = None, verify: bool
 
 def _is_ours(source: ModelSource) -> bool:
     return (source.quantization or {}).get("quant_method") == checkpoint.QUANT_METHOD
+
+
+def models_that_fit(sources: Sequence[ModelSource], device: str) -> int | None:
+    """Return how many times the weights of models fit into half of a device's memory; None if that is not known."""
+    memory, weights = device_memory_bytes(device), sum(source.weight_bytes() for source in sources)
+    return None if memory is None or not weights else max(1, memory // (2 * weights))

@@ -136,6 +136,10 @@ class ModelSource:
         sizes = [path.stat().st_size for component in others for path in self.weight_files(component) if path.is_file()]
         return sum(sizes) if sizes else None
 
+    def weight_bytes(self) -> int:
+        """Return the bytes of all stored weights that are here."""
+        return sum(tensor.num_bytes for tensor in self._headers().values()) + (self.component_bytes() or 0)
+
     def stored_dtype(self) -> torch.dtype:
         """Return the same of a complete model, float32 if no file tells; for a Hub id, this downloads its weights."""
         return self._downloaded.weights_dtype() or torch.float32

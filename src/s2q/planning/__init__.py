@@ -10,6 +10,7 @@ from s2q.planning.plan import (
     plan_model,
     plan_transformers,
     tensor_sizes,
+    workers_that_fit,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "plan_transformers",
     "tensor_sizes",
     "this_machine",
+    "workers_that_fit",
 ]

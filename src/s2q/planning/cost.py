@@ -13,7 +13,6 @@ Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels; 
 of calibration, in functions below `BlockShape` in the model's dtype.
 """
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from s2q.common.components import split_name
-from s2q.common.devices import lifetime_peak_bytes
+from s2q.common.devices import device_memory_bytes, host_memory_bytes, lifetime_peak_bytes
 from s2q.common.memory import page_locked_bytes
 from s2q.core.memo import PIECE
 from s2q.models import BlockLinear, Family, block_names, family_of
@@ -311,16 +310,11 @@ def this_machine(device: str, *, memory_bytes: int | None = None, memory_budget:
     The memory to plan for is that of the device if it is here, unless given; the budget is half of the host's memory,
     at most 16 GB.
     """
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    on_host = torch.device(device).type == "cpu"
-    if memory_bytes is None and on_host:
-        memory_bytes = host
-    if memory_bytes is None and torch.cuda.is_available():
-        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    half = host_memory_bytes() // 2
     return Machine(
         device=device,
-        memory_bytes=memory_bytes,
-        memory_budget=min(DEFAULT_MEMORY_BUDGET, host // 2) if memory_budget is None else memory_budget,
+        memory_bytes=device_memory_bytes(device) if memory_bytes is None else memory_bytes,
+        memory_budget=min(DEFAULT_MEMORY_BUDGET, half) if memory_budget is None else memory_budget,
     )
 
 

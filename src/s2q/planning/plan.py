@@ -317,19 +317,28 @@ def _peaks(
     return {name: collect if name in ("collect", "select") else blocks for name in names}
 
 
-def check_memory(planned: Plan, *, processes: int = 1) -> None:
-    """Refuse a run that cannot fit: so many processes quantize blocks side by side, each with what the plan says."""
+def check_memory(planned: Plan, *, workers: int = 1) -> None:
+    """Refuse a run that cannot fit: so many workers on one device quantize blocks, each with what the plan says."""
     device, there = planned.device["name"], planned.device["memory_bytes"]
     for stage in planned.stages:
-        sharing = processes if stage.name == "blocks" else 1
+        sharing = workers if stage.name == "blocks" else 1
         needed = None if stage.peak_memory_bytes is None else sharing * stage.peak_memory_bytes
         if needed is not None and isinstance(there, int) and needed > there:
-            in_processes = f" in {sharing} processes" if sharing > 1 else ""
-            remedy = "take fewer processes (--processes), " if sharing > 1 else ""
+            side_by_side = f" in {sharing} workers" if sharing > 1 else ""
+            remedy = "take fewer (--workers), " if sharing > 1 else ""
             raise ResourceError(
-                f"{planned.model}: stage {stage.name}{in_processes} needs about {needed / 1e9:.1f} GB on {device}, "
+                f"{planned.model}: stage {stage.name}{side_by_side} needs about {needed / 1e9:.1f} GB on {device}, "
                 f"which has {there / 1e9:.1f} GB; {remedy}{LESS_MEMORY}"
             )
+
+
+def workers_that_fit(planned: Plan) -> int | None:
+    """Return how many workers can quantize blocks on the device side by side; None if that is not known."""
+    peaks = [stage.peak_memory_bytes for stage in planned.stages if stage.name == "blocks"]
+    there = planned.device["memory_bytes"]
+    if not isinstance(there, int) or not peaks or peaks[0] is None:
+        return None
+    return max(1, there // peaks[0])
 
 
 def tensor_sizes(transformers: Mapping[str, nn.Module], dtype: torch.dtype | None = None) -> dict[str, int]:

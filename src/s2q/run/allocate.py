@@ -15,6 +15,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,12 +38,14 @@ from s2q.common.run_folder import Artefact, ArtefactFolder
 from s2q.common.seeds import derive_seed
 from s2q.core.schemes import LinearScheme
 from s2q.distillation.loss import weighted_token_loss
+from s2q.engines.engine import Engine, Worker
 from s2q.nn import replace_module
 from s2q.planning import LESS_MEMORY
 from s2q.planning.resolve import LinearPlan, allocation_bytes, allocation_schemes
 from s2q.recipes.schema import Recipe
 from s2q.run.budget import choose
 from s2q.run.runner import BlockRunner
+from s2q.run.work import Place, RunnerWork, TeacherSource
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +63,37 @@ class Allocation:
         return {"allocation.json": canonical_json(dict(self.record)).encode()}
 
 
-def allocate(runner: BlockRunner, selected: CalibrationSets, *, progress: Progress = silent) -> Allocation:
+class AllocationWork(RunnerWork):
+    """Measures the candidates of blocks, on the samples of the job."""
+
+    def __call__(self, place: Place, worker: Worker) -> None:
+        """Measure a block, unless its measurements are in the run folder."""
+        runner = self.runner(worker)
+        transformer = self.transformer(place[0])
+        stream, selected = runner.stream_of(transformer), runner.job.selected
+        assert stream is not None
+        assert selected is not None
+        block_errors(transformer, runner.job.recipe, place[1], stream=stream, folder=runner.folder, selected=selected)
+        runner.teacher.page_out(transformer.module.get_submodule(transformer.block_names[place[1]]))
+
+
+def allocate(runner: BlockRunner, engine: Engine, source: TeacherSource, *, progress: Progress = silent) -> Allocation:
     """Measure the candidates on every block that the folder has no measurement of, and choose."""
-    teacher, recipe, folder = runner.teacher, runner.job.recipe, runner.folder
+    teacher, recipe, selected = runner.teacher, runner.job.recipe, runner.job.selected
     assert recipe.allocation is not None
+    assert selected is not None
     samples = _some_of(selected, recipe.allocation.samples)
+    places = [(part.component, index) for part in teacher.transformers for index in range(len(part.block_names))]
+    block_done = StageCounter(progress, "allocate", len(places))
+    work = AllocationWork(teacher=source, job=replace(runner.job, selected=samples), folder=runner.folder.path)
+    with closing(engine.map(work, places)) as results:
+        for _ in results:
+            block_done()
     errors: dict[Group, list[float]] = {}
-    block_done = StageCounter(progress, "allocate", teacher.block_count)
     for transformer in teacher.transformers:
         stream = runner.stream(transformer, samples)
         for index in range(len(transformer.block_names)):
-            errors |= block_errors(transformer, recipe, index, stream=stream, folder=folder, selected=samples)
-            teacher.page_out(transformer.module.get_submodule(transformer.block_names[index]))
-            block_done()
-        stream.close()
+            errors |= block_errors(transformer, recipe, index, stream=stream, folder=runner.folder, selected=samples)
     return chosen_schemes(recipe, teacher.linears, errors)
 
 

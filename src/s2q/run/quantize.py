@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,37 +21,48 @@ import torch
 
 from s2q import planning
 from s2q.calibration.calibration_set import CalibrationSets, select
-from s2q.calibration.candidates import branches_of, calibration_prompts, collect, prepare
+from s2q.calibration.candidates import (
+    CalibrationInputs,
+    branches_of,
+    calibration_prompts,
+    prepare,
+    score_candidates,
+)
 from s2q.calibration.teacher import Teacher, load_teacher
 from s2q.checkpoint import CheckpointRecords, owned_files, save_checkpoint
 from s2q.common import arguments
 from s2q.common.components import full_name, transformers_of
 from s2q.common.devices import peak_memory_bytes, reset_peak_memory
-from s2q.common.errors import UsageError, memory_errors
+from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.fingerprint import fingerprint
 from s2q.common.outputs import check_output
-from s2q.common.progress import Progress, StageCounter, silent
+from s2q.common.progress import Progress, silent
 from s2q.common.records import REPORT_VERSION
 from s2q.common.run_folder import RunFolder, open_run_folder
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.common.versions import package_versions
 from s2q.core.storage import parse_bytes
-from s2q.engines.processes import most_on_one_device
+from s2q.engines.engine import Engine, fixed_threads
+from s2q.engines.options import AUTO, Workers, workers_argument
 from s2q.models import ModelSource, resolve_model
-from s2q.planning import Machine, Plan, check_memory
+from s2q.planning import Machine, Plan, check_memory, workers_that_fit
 from s2q.recipes.load import checked_overrides, load_recipe
 from s2q.recipes.schema import Recipe
 from s2q.run.allocate import Allocation, allocate
 from s2q.run.assemble import assemble
 from s2q.run.finished import finished_report, run_inputs
 from s2q.run.report import BlockReport, QuantizationReport, log_block
-from s2q.run.runner import BlockJob, BlockRunner, quantize_in_processes
+from s2q.run.runner import BlockJob, BlockRunner
+from s2q.run.work import SPILLED, TEACHER, BlockWork, Place, TeacherSource, record_prompts
+from s2q.selection.scores import CandidatePool
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
+_BLOCK = re.compile(r"(.+?\.\d+)\.")
+_WORKER_MODULES = ("s2q.run.work",)
 _MAX_CHANGES = 8
 _T = TypeVar("_T")
 
@@ -57,14 +70,18 @@ _T = TypeVar("_T")
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
     seed: int
-    device: str
     dtype: torch.dtype | None
     variant: str | None
     max_shard_size: int
     memory_budget: int | None
-    processes: int
+    workers: Workers
     resume: bool
     overwrite: bool
+
+    @property
+    def device(self) -> str:
+        """The device of this process."""
+        return self.workers.device
 
 
 @memory_errors("planning", remedy="free some")
@@ -83,7 +100,10 @@ def quantize(
     variant: str | None = None,
     max_shard_size: int | str = "10GB",
     memory_budget: int | str | None = None,
-    processes: int = 1,
+    workers: int | str = AUTO,
+    devices: Sequence[str] | None = None,
+    engine: str = "processes",
+    ray_address: str | None = None,
     resume: bool = True,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -103,8 +123,12 @@ def quantize(
         dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
         memory_budget: Host memory for the activations of calibration, "16GB"; the rest is on disk, in the run folder.
             None takes half of the host's memory, at most 16 GB.
-        processes: Several quantize blocks side by side, each with one thread on a CPU or with a GPU of its own, and
-            load the model each: it is given by name, and a script needs `if __name__ == "__main__":`.
+        workers: Number of workers, which record prompts and quantize blocks side by side and load the model each, or
+            "auto": every visible GPU, or a process for each core of a CPU, as far as memory allows. Each computes in
+            one thread on a CPU. A loaded pipeline is quantized in this process.
+        devices: Devices that workers take in turn, such as ["cuda:0", "cuda:2"]; replaces `device`.
+        engine: "processes" of this machine, or "ray".
+        ray_address: Address of a Ray cluster, "HOST:PORT" or "auto"; None starts Ray on this machine.
         resume: Whether to use what an interrupted run has finished.
         dry_run: Whether to return the plan and compute nothing.
 
@@ -119,12 +143,13 @@ def quantize(
     """
     settings = _Settings(
         seed=arguments.seed_number(seed),
-        device=arguments.device_name(device),
         dtype=arguments.parse_dtype(dtype),
         variant=arguments.optional(arguments.word, "variant", variant),
         max_shard_size=parse_bytes(max_shard_size, option="max_shard_size"),
         memory_budget=None if memory_budget is None else parse_bytes(memory_budget, option="memory_budget"),
-        processes=arguments.whole_number("processes", processes, least=1),
+        workers=workers_argument(
+            workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address
+        ),
         resume=arguments.flag("resume", resume),
         overwrite=arguments.flag("overwrite", overwrite),
     )
@@ -158,14 +183,24 @@ def _quantize(
         calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
     if dry_run:
         return planned or _plan_loaded(_load_teacher(model, validated, settings), validated, machine)
+    workers = 1 if planned is None else _worker_count(planned, validated, settings.workers)
     if planned is not None:
-        check_memory(planned, processes=most_on_one_device(settings.device, settings.processes))
+        check_memory(planned, workers=settings.workers.on_one_device(workers))
     if target is None:
         raise UsageError("quantize: no output given; pass out=FOLDER (-o FOLDER), or use a dry run")
     with open_run_folder(target) as folder, memory_errors(f"quantizing on {settings.device}", remedy="free some"):
         check_output(target, overwrite=settings.overwrite, owned=owned_files)  # a killed run may have put it back
-        run = _Run(folder, target, settings, progress, machine=machine, source=source)
-        return run.carry_out(source or model, validated, prompts)
+        threads = nullcontext() if source is None else fixed_threads(settings.device)
+        with threads, closing(settings.workers.open(workers, modules=_WORKER_MODULES, shared=folder.path)) as engine:
+            run = _Run(folder, target, settings, progress, machine=machine, source=source, engine=engine)
+            return run.carry_out(source or model, validated, prompts)
+
+
+def _worker_count(planned: Plan, recipe: Recipe, workers: Workers) -> int:
+    """Number of workers of a run; by default only as many as fit, and one where blocks take no calibration."""
+    blocks = len({match[1] for layer in planned.layers if (match := _BLOCK.match(layer.name))})
+    most = workers_that_fit(planned) if recipe.calibrates else 1
+    return workers.planned(blocks, most=most)
 
 
 def _recipe(
@@ -187,11 +222,7 @@ def _source(model: Any, settings: _Settings) -> ModelSource | None:
         return resolve_model(model, variant=settings.variant)
     if settings.variant is not None:
         raise UsageError("quantize: variant is for models by name or folder; load the pipeline with variant=")
-    if settings.processes > 1:
-        raise UsageError(
-            f"quantize: got processes={settings.processes} and a loaded pipeline; pass the model's name or folder, "
-            "which every process loads"
-        )
+    settings.workers.check_alone("quantize")
     return None
 
 
@@ -207,9 +238,10 @@ class _Run:
         *,
         machine: Machine,
         source: ModelSource | None,
+        engine: Engine,
     ) -> None:
         self.folder, self.out, self.settings = folder, out, settings
-        self.source, self.machine = source, machine
+        self.source, self.machine, self.engine = source, machine, engine
         self.progress = progress or silent
         self.started = time.perf_counter()
         reset_peak_memory(settings.device)
@@ -224,7 +256,8 @@ class _Run:
         teacher = self._timed("load", lambda: _load_teacher(model, recipe, self.settings))
         self.progress("load", 1, 1)
         planned = _plan_loaded(teacher, recipe, self.machine)
-        check_memory(planned, processes=most_on_one_device(self.settings.device, self.settings.processes))
+        check_memory(planned, workers=self.settings.workers.on_one_device(len(self.engine.devices)))
+        self.engine.offer(TEACHER, teacher)
         named = model if isinstance(model, ModelSource) else teacher.name
         inputs = _inputs(named, recipe, prompts, self.settings)
         request = fingerprint(inputs) if isinstance(model, ModelSource) else None
@@ -280,10 +313,7 @@ class _Run:
             logger.info("calibrating on the first %d of %d prompts", len(used), len(prompts))
         described = {"device": torch.device(self.settings.device).type, "versions": package_versions()}
         inputs = prepare(teacher, used, group, seed=self.settings.seed, inputs=described)
-        pools = self._timed(
-            "collect",
-            lambda: collect(teacher, inputs, self.folder, device=self.settings.device, progress=self.progress),
-        )
+        pools = self._timed("collect", lambda: self._candidates(teacher, recipe, inputs))
         self.folder.log("collect", candidates=sum(map(len, pools.values())), prompts=len(inputs.prompts))
         self.progress("select", 0, 1)
         branches = branches_of(self.folder, inputs)
@@ -292,51 +322,85 @@ class _Run:
         self.progress("select", 1, 1)
         return selected
 
+    def _candidates(self, teacher: Teacher, recipe: Recipe, inputs: CalibrationInputs) -> dict[str, CandidatePool]:
+        """The scored steps of all prompts, of which those that are not in the folder are recorded first."""
+        record_prompts(self.engine, self._source(teacher, recipe), inputs, self.folder, progress=self.progress)
+        pools = score_candidates(teacher, inputs, self.folder)
+        for part in teacher.parts:
+            teacher.page_out(part)
+        return pools
+
     def _allocation(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: CalibrationSets) -> Allocation:
-        runner = self._runner(teacher, recipe, planned, selected)
-        allocated = self._timed("allocate", lambda: allocate(runner, selected, progress=self.progress))
+        runner, source = self._runner(teacher, recipe, planned, selected), self._source(teacher, recipe)
+        allocated = self._timed("allocate", lambda: allocate(runner, self.engine, source, progress=self.progress))
         record = allocated.record
         self.folder.log("allocate", **{key: record[key] for key in ("what", "most_bytes", "bytes", "linears")})
         return allocated
 
+    def _source(self, teacher: Teacher, recipe: Recipe) -> TeacherSource:
+        return TeacherSource(source=self.source, recipe=recipe, dtype=self.settings.dtype, linears=teacher.linears)
+
     def _runner(self, teacher: Teacher, recipe: Recipe, planned: Plan, selected: CalibrationSets | None) -> BlockRunner:
+        sharing = self.settings.workers.on_one_machine(len(self.engine.devices))
+        machine = replace(self.machine, memory_budget=self.machine.memory_budget // sharing)
         job = BlockJob(
-            recipe=recipe, selected=selected, cost=planned.calibration, machine=self.machine, seed=self.settings.seed
+            recipe=recipe, selected=selected, cost=planned.calibration, machine=machine, seed=self.settings.seed
         )
         return BlockRunner(self.folder, teacher, job)
 
     def _blocks(self, runner: BlockRunner) -> list[BlockReport]:
-        """Quantize the blocks that are left, one transformer after the other, in other processes first if asked."""
+        """Quantize the blocks whose results are not in the run folder."""
         teacher, units = runner.teacher, runner.job.units
-        total, made = teacher.block_count, set[str]()
-        alone = self.source is None or self.settings.processes == 1
-        if self.source is not None and not alone:
-            made = quantize_in_processes(
-                runner,
-                self.source,
-                dtype=self.settings.dtype,
-                processes=self.settings.processes,
-                progress=self.progress,
-            )
-        reports: list[BlockReport] = []
-        with contextlib.closing(runner):  # also after an error
-            for transformer in teacher.transformers:
-                for index, name in enumerate(transformer.block_names):
-                    key = transformer.artefact_name(index)
-                    progress = self.progress if alone else silent
-                    unit_done = StageCounter(progress, "blocks", total * units, done=len(reports) * units)
-                    is_there = runner.quantize(transformer, index, unit_done=unit_done)
-                    report = BlockReport(
-                        index=len(reports),
-                        name=full_name(transformer.component, name),
-                        resumed=is_there and key not in made,
-                        **self.folder.stats(key),
-                    )
-                    self.folder.log("block", **asdict(report))
-                    log_block(report, total=total)
-                    reports.append(report)
-        self.progress("blocks", total * units, total * units)
-        return reports
+        expected: dict[Place, str] = {}
+        left: dict[Place, int] = {}
+        reports: dict[Place, BlockReport] = {}
+
+        def report(place: Place, *, resumed: bool) -> None:
+            reports[place] = self._report_block(runner, place, index=list(expected).index(place), resumed=resumed)
+
+        def show_progress() -> None:
+            self.progress("blocks", len(expected) * units - sum(left.values()), len(expected) * units)
+
+        def unit_done(place: Place) -> None:
+            left[place] = max(0, left[place] - 1)
+            show_progress()
+
+        for transformer in teacher.transformers:
+            for index, name in enumerate(transformer.block_names):
+                place = transformer.component, index
+                expected[place] = runner.fingerprint(transformer, index)
+                teacher.page_out(transformer.module.get_submodule(name))
+                if self.folder.has(transformer.artefact_name(index), expected[place]):
+                    report(place, resumed=True)
+                else:
+                    left[place] = units
+        show_progress()
+        work = BlockWork(teacher=self._source(teacher, runner.job.recipe), job=runner.job, folder=self.folder.path)
+        places = list(left)
+        try:
+            with closing(self.engine.map(work, places, on_message=unit_done)) as results:
+                for index, fingerprint in results:
+                    place = places[index]
+                    if fingerprint != expected[place]:
+                        raise InvalidInputError(
+                            f"{teacher.name}: a worker computed block {place[1]} of {place[0]} from other weights or "
+                            "versions than this process has; make the model the same on all machines"
+                        )
+                    left[place] = 0
+                    show_progress()
+                    report(place, resumed=False)
+        finally:
+            for spilled in self.folder.path.glob(f"{SPILLED}*"):
+                spilled.unlink(missing_ok=True)
+        return [reports[place] for place in expected]
+
+    def _report_block(self, runner: BlockRunner, place: Place, *, index: int, resumed: bool) -> BlockReport:
+        (transformer,) = (part for part in runner.teacher.transformers if part.component == place[0])
+        name, key = transformer.block_names[place[1]], transformer.artefact_name(place[1])
+        report = BlockReport(index=index, name=full_name(place[0], name), resumed=resumed, **self.folder.stats(key))
+        self.folder.log("block", **asdict(report))
+        log_block(report, total=runner.teacher.block_count)
+        return report
 
     def _assemble(self, teacher: Teacher, planned: Plan) -> DiffusionPipeline:
         self.progress("assemble", 0, 1)
@@ -374,6 +438,7 @@ class _Run:
             stages=tuple(self.stages),
             seconds=time.perf_counter() - self.started,
             peak_memory_bytes=peak_memory_bytes(self.settings.device),
+            retries=tuple(asdict(retry) for retry in self.engine.retries),
             versions=package_versions(),
         )
 

@@ -1,36 +1,25 @@
-"""Quantizing the blocks of a teacher into its run folder, one by one, in this process or in several.
+"""Quantizing the blocks of a teacher into its run folder, one by one.
 
-Blocks do not depend on each other, so a block is the same wherever it is quantized. Processes write what they finish
-into the run folder; the run then finds it there, as it finds what an interrupted run finished.
+Blocks do not depend on each other, so a block is the same wherever it is quantized.
 """
 
-import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from s2q.blocks.quantize_block import block_fingerprint, quantize_block, to_artefact
 from s2q.blocks.task import BlockTask, block_task
 from s2q.calibration.artefacts import CalibrationCall, call_inputs
 from s2q.calibration.calibration_set import CalibrationSets
 from s2q.calibration.stream import TeacherStream
-from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
+from s2q.calibration.teacher import Teacher, TeacherTransformer
 from s2q.common.devices import peak_memory_bytes
-from s2q.common.progress import Progress, Tick
+from s2q.common.progress import Tick
 from s2q.common.run_folder import ArtefactFolder
 from s2q.common.tensor_store import HostMemory
-from s2q.engines.processes import ProcessEngine, Tell, devices_of
-from s2q.models import ModelSource
 from s2q.planning import CalibrationCost, Machine, activation_memory
-from s2q.planning.resolve import LinearPlan
 from s2q.recipes.schema import Recipe
-
-_SPILLED = "process-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +74,21 @@ class BlockRunner:
             prefix=self.spilled,
         )
 
-    def is_finished(self, transformer: TeacherTransformer, index: int) -> bool:
-        """Tell whether the result of a block is in the run folder."""
-        fingerprint = self._fingerprint(transformer, self._task(transformer, index, None))
-        return self.folder.has(transformer.artefact_name(index), fingerprint)
+    def fingerprint(self, transformer: TeacherTransformer, index: int) -> str:
+        """Hash all that the result of a block depends on."""
+        return self._fingerprint(transformer, self._task(transformer, index, None))
 
-    def quantize(self, transformer: TeacherTransformer, index: int, *, unit_done: Tick) -> bool:
-        """Quantize a block, unless its result is in the run folder; return whether it was there."""
+    def quantize(self, transformer: TeacherTransformer, index: int, *, unit_done: Tick) -> str:
+        """Quantize a block into the run folder; return the fingerprint of the result."""
         started = time.perf_counter()
-        task = replace(self._task(transformer, index, self._stream_of(transformer)), progress=unit_done)
-        key, fingerprint = transformer.artefact_name(index), self._fingerprint(transformer, task)
-        is_there = self.folder.has(key, fingerprint)
-        if not is_there:
-            result = quantize_block(task)
-            seconds, peak = time.perf_counter() - started, peak_memory_bytes(self.job.machine.device)
-            self.folder.save(key, fingerprint, to_artefact(result, seconds=seconds, peak_memory_bytes=peak))
+        task = replace(self._task(transformer, index, self.stream_of(transformer)), progress=unit_done)
+        fingerprint = self._fingerprint(transformer, task)
+        result = quantize_block(task)
+        seconds, peak = time.perf_counter() - started, peak_memory_bytes(self.job.machine.device)
+        artefact = to_artefact(result, seconds=seconds, peak_memory_bytes=peak)
+        self.folder.save(transformer.artefact_name(index), fingerprint, artefact)
         self.teacher.page_out(task.block)
-        return is_there
+        return fingerprint
 
     def close(self) -> None:
         """Remove activations from the disk; they are of no use later."""
@@ -109,8 +96,8 @@ class BlockRunner:
             self._stream[1].close()
             self._stream = None
 
-    def _stream_of(self, transformer: TeacherTransformer) -> TeacherStream | None:
-        """The stream of the transformer at hand, None without samples."""
+    def stream_of(self, transformer: TeacherTransformer) -> TeacherStream | None:
+        """Return the stream of the transformer at hand, None without samples; one is kept at a time."""
         if self.job.selected is None:
             return None
         if self._stream is None or self._stream[0] != transformer.component:
@@ -127,67 +114,3 @@ class BlockRunner:
         selected = self.job.selected
         samples = None if selected is None else selected.fingerprint(transformer.component)
         return block_fingerprint(task, samples=samples)
-
-
-def quantize_in_processes(
-    runner: BlockRunner, source: ModelSource, *, dtype: torch.dtype | str | None, processes: int, progress: Progress
-) -> set[str]:
-    """Quantize the blocks whose results are not in the run folder yet, in several processes; return their names.
-
-    The processes share the memory for activations, and the GPUs that "cuda" means.
-    """
-    teacher, job = runner.teacher, runner.job
-    left = [
-        (transformer, index)
-        for transformer in teacher.transformers
-        for index in range(len(transformer.block_names))
-        if not runner.is_finished(transformer, index)
-    ]
-    todo = [(transformer.component, index) for transformer, index in left]
-    if not todo:
-        return set()
-    total = job.units * teacher.block_count
-    left_units = dict.fromkeys(todo, job.units)
-
-    def unit_done(place: tuple[str, int]) -> None:
-        left_units[place] = max(0, left_units[place] - 1)
-        progress("blocks", total - sum(left_units.values()), total)
-
-    machine = replace(job.machine, memory_budget=job.machine.memory_budget // processes)
-    job, folder = replace(job, machine=machine), runner.folder.path
-    work = _BlockWork(source=source, dtype=dtype, job=job, folder=folder, linears=teacher.linears)
-    devices = devices_of(job.machine.device, min(processes, len(todo)))
-    progress("blocks", total - sum(left_units.values()), total)
-    try:
-        with contextlib.closing(ProcessEngine(devices).map(work, todo, on_message=unit_done)) as results:
-            for index, _ in results:
-                left_units[todo[index]] = 0
-                progress("blocks", total - sum(left_units.values()), total)
-    finally:
-        for spilled in runner.folder.path.glob(f"{_SPILLED}*"):
-            spilled.unlink(missing_ok=True)
-    return {transformer.artefact_name(index) for transformer, index in left}
-
-
-@dataclass(kw_only=True)
-class _BlockWork:
-    """Quantizes blocks of a run in another process, which loads the model once."""
-
-    source: ModelSource
-    dtype: torch.dtype | str | None
-    job: BlockJob
-    folder: Path
-    linears: list[LinearPlan]
-    _runner: BlockRunner | None = None
-
-    def __call__(self, place: tuple[str, int], device: str, tell: Tell) -> None:
-        if self._runner is None:
-            self._runner = self._load(device)
-        component, index = place
-        transformers = {transformer.component: transformer for transformer in self._runner.teacher.transformers}
-        self._runner.quantize(transformers[component], index, unit_done=lambda: tell(place))
-
-    def _load(self, device: str) -> BlockRunner:
-        job = replace(self.job, machine=replace(self.job.machine, device=device))
-        teacher = load_teacher(self.source, job.recipe, dtype=self.dtype, device=device, linears=self.linears)
-        return BlockRunner(ArtefactFolder(self.folder), teacher, job, spilled=f"{_SPILLED}{os.getpid()}-")

@@ -17,9 +17,10 @@ from s2q.blocks.distil import evaluations
 from s2q.blocks.quantize_block import quantize_block
 from s2q.blocks.task import BlockTask, block_task
 from s2q.calibration.calibration_set import CalibrationSets, select
-from s2q.calibration.candidates import branches_of, calibration_prompts, collect, prepare
+from s2q.calibration.candidates import branches_of, calibration_prompts, prepare, record_prompt, score_candidates
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.errors import InvalidInputError
+from s2q.common.memory import on_device
 from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.run_folder import open_run_folder
 from s2q.common.temporaries import scratch_folder
@@ -89,7 +90,10 @@ def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: P
     for seed, steps in enumerate((short, short, long)):  # the first one warms up
         inputs = prepare(teacher, wanted[:1], replace(shortest, steps=steps), seed=seed, inputs={})
         started = time.perf_counter()
-        pools = collect(teacher, inputs, runner.folder, device=device, progress=progress)
+        step_done = StageCounter(progress, "collect", steps)
+        with on_device(teacher.modules, device, offload=teacher.mapped):
+            record_prompt(teacher, inputs, runner.folder, 0, step_done=step_done)
+        pools = score_candidates(teacher, inputs, runner.folder)
         taken.append(time.perf_counter() - started)
     step = max(0.0, (taken[2] - taken[1]) / (long - short))
     video = max(0.0, taken[1] - step * short) + step * number

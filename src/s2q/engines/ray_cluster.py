@@ -1,0 +1,241 @@
+"""Workers on a Ray cluster: actors that take one GPU each, or one core where the device is the CPU.
+
+The run folder and the model's files must be on storage that all nodes mount; workers check it as they start. A worker
+that dies with its node is started again wherever the cluster has room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+from s2q.common.errors import InvalidInputError, ResourceError, S2QError, UsageError, first_line
+from s2q.common.versions import is_installed, package_versions
+from s2q.engines.engine import LostWorkerError, WorkerEngine
+from s2q.engines.workers import LOGGER, SealedWork, WorkerLoop, prepare, warm_up
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 5.0
+_MESSAGE_SECONDS = 1.0
+
+
+def connect(address: str | None) -> None:
+    """Join a Ray cluster ("HOST:PORT", "auto"), or start Ray on this machine for None.
+
+    Raises:
+        UsageError: If Ray is not installed.
+        ResourceError: If nothing answers at the address.
+    """
+    if not is_installed("ray"):
+        raise UsageError("--engine ray: Ray is not installed; pip install 's2q[ray]', or use --engine processes")
+    import ray
+
+    if ray.is_initialized():
+        return
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ResourceError(
+                f"--ray-address {address}: no Ray cluster answers ({error.strerror or error}); start one with "
+                "`ray start --head`, or omit the address to use this machine"
+            ) from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ResourceError(
+            f"--ray-address {address}: cannot be joined ({' '.join(str(error).split())[:200]}); check the address"
+        ) from error
+
+
+def capacity(device: str) -> int:
+    """Return how many workers the connected cluster has room for."""
+    import ray
+
+    return int(ray.cluster_resources().get(_resource(device), 0))
+
+
+def workers_per_node(device: str) -> int:
+    """Return the most workers that one node of the connected cluster has room for."""
+    import ray
+
+    return max(int(node["Resources"].get(_resource(device), 0)) for node in ray.nodes() if node["Alive"])
+
+
+def _resource(device: str) -> str:
+    return "CPU" if device == "cpu" else "GPU"
+
+
+class RayEngine(WorkerEngine):
+    """Runs tasks in actors of the connected cluster, `workers` of them; `shared` is a folder that all must see."""
+
+    def __init__(self, device: str, workers: int, *, modules: Sequence[str] = (), shared: Path | None = None) -> None:
+        import ray
+
+        cpus, gpus = (1, 0) if device == "cpu" else (0, 1)
+        actor = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={"messages": 1})(_Actor)
+        options = {"device": device, "modules": tuple(modules), "shared": None if shared is None else str(shared)}
+        super().__init__([device] * workers, [_RaySlot(actor, options) for _ in range(workers)])
+
+    def seal(self, work: Any) -> Any:
+        """Put work into the object store, from which every node reads it once."""
+        import ray
+
+        return ray.put(SealedWork(work))
+
+
+class _RaySlot:
+    def __init__(self, actor: Any, options: dict[str, Any]) -> None:
+        self._actor, self._options = actor, options
+        self._handle: Any = None
+
+    def start(self) -> Future[Any]:
+        self._handle = self._actor.remote(log_level=LOGGER.getEffectiveLevel(), **self._options)
+        self._token = 0
+        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._listen(self._handle)
+        return self._watched(self._handle.ready.remote(), open_result=self._checked)
+
+    def submit(self, work: Any, token: int, task: Any) -> Future[Any]:
+        sealed = work if token != self._token else None
+        self._token = token
+        return self._watched(self._handle.run.remote(sealed, token, task), open_result=self._opened)
+
+    def messages(self) -> Iterator[Any]:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield self._arrived.get_nowait()
+
+    def kill(self) -> None:
+        import ray
+
+        if self._handle is not None and ray.is_initialized():
+            ray.kill(self._handle)
+
+    def _listen(self, handle: Any) -> None:
+        """Ask for messages, and again when they have come, until the worker is gone."""
+
+        def arrived(done: Future[Any]) -> None:
+            if done.cancelled() or done.exception() is not None:
+                return
+            for message in done.result():
+                self._arrived.put(message)
+            if handle is self._handle:
+                self._listen(handle)
+
+        handle.messages.remote().future().add_done_callback(arrived)
+
+    def _watched(self, reference: Any, *, open_result: Callable[[Any], Any]) -> Future[Any]:
+        """Return the future of a call that raises LostWorkerError where the worker or its node died."""
+        watched: Future[Any] = Future()
+
+        def settle(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is not None:
+                watched.set_exception(LostWorkerError(f"a worker of the Ray cluster was lost ({first_line(error)})"))
+                return
+            try:
+                watched.set_result(open_result(done.result()))
+            except Exception as refused:
+                watched.set_exception(refused)
+
+        reference.future().add_done_callback(settle)
+        return watched
+
+    def _checked(self, start: _Start) -> None:
+        """Refuse a worker of other versions, and one that does not see the run folder."""
+        ours = package_versions()
+        differing = [name for name, version in ours.items() if start.versions.get(name) != version]
+        if differing:
+            theirs = ", ".join(f"{name} {start.versions.get(name)} (here {ours[name]})" for name in differing)
+            raise InvalidInputError(
+                f"Ray node {start.node} has other versions: {theirs}; results depend on them, install the same on all "
+                "nodes"
+            )
+        if not start.sees:
+            raise InvalidInputError(
+                f"Ray node {start.node} does not see {self._options['shared']}; put the output on storage that all "
+                "nodes mount at the same place"
+            )
+
+    def _opened(self, outcome: _Outcome) -> Any:
+        for message in outcome.messages:
+            self._arrived.put(message)
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """The end of a task, with the messages that were not fetched before it."""
+
+    result: Any = None
+    error: Exception | None = None
+    messages: Sequence[Any] = ()
+
+
+class _Actor:
+    """A worker in the cluster."""
+
+    def __init__(self, device: str, modules: Sequence[str], shared: str | None, log_level: int) -> None:
+        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._device, self._modules, self._shared, self._log_level = device, modules, shared, log_level
+        self._loop = WorkerLoop(device, self._messages.put)
+
+    def ready(self) -> _Start:
+        """Import what tasks need; return what the caller checks before it sends any."""
+        versions = warm_up(self._modules)
+        return _Start(
+            node=socket.gethostname(), versions=versions, sees=not self._shared or Path(self._shared).is_dir()
+        )
+
+    def run(self, sealed: Any, token: int, task: Any) -> _Outcome:
+        """Return the outcome of a task."""
+        prepare(self._device, self._messages.put, self._log_level)  # threads are a setting of the thread that computes
+        try:
+            result = self._loop.run(sealed, token, task)
+        except Exception as error:
+            return _Outcome(error=_sendable(error), messages=self._waiting())
+        return _Outcome(result=result, messages=self._waiting())
+
+    def messages(self) -> list[Any]:
+        """Wait for messages, a second at most."""
+        with contextlib.suppress(queue.Empty):
+            return [self._messages.get(timeout=_MESSAGE_SECONDS), *self._waiting()]
+        return []
+
+    def _waiting(self) -> list[Any]:
+        waiting: list[Any] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting.append(self._messages.get_nowait())
+        return waiting
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """A worker that has started: its node, its versions, and whether it sees the shared folder."""
+
+    node: str
+    versions: Mapping[str, str | None]
+    sees: bool
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error that can be pickled, without its causes."""
+    try:
+        ForkingPickler.loads(ForkingPickler.dumps(error))
+    except Exception:
+        return S2QError(f"{type(error).__name__}: {error}")
+    return error

@@ -1,0 +1,127 @@
+"""The work of a run that its engine distributes: recording prompts, measuring candidates, quantizing blocks.
+
+A worker loads the model once and reads what tasks share (recorded calls, the measurements of an allocation) from the
+run folder, into which it writes what it finishes. In this process the loaded model is used.
+"""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from s2q.calibration.candidates import CalibrationInputs, missing_prompts, record_prompt
+from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
+from s2q.common.memory import on_device
+from s2q.common.progress import Progress, StageCounter
+from s2q.common.run_folder import ArtefactFolder
+from s2q.engines.engine import Engine, Worker
+from s2q.models import ModelSource
+from s2q.planning.resolve import LinearPlan
+from s2q.recipes.schema import Recipe
+from s2q.run.runner import BlockJob, BlockRunner
+
+TEACHER = "teacher"
+"""What workers keep the loaded model as."""
+
+SPILLED = "process-"
+"""Start of the names of files with activations that a worker's memory has no room for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSource:
+    """Where a worker gets the full-precision model from; `source` is None for a pipeline that was given loaded."""
+
+    source: ModelSource | None
+    recipe: Recipe
+    dtype: torch.dtype | str | None
+    linears: list[LinearPlan]
+
+    def on(self, worker: Worker) -> Teacher:
+        """Return the teacher of a worker."""
+        return worker.keep(TEACHER, lambda: self._load(worker.device)).with_linears(self.linears)
+
+    def _load(self, device: str) -> Teacher:
+        assert self.source is not None, "a loaded pipeline is offered to the engine"
+        return load_teacher(self.source, self.recipe, dtype=self.dtype, device=device, linears=self.linears)
+
+
+@dataclass(kw_only=True)
+class PromptWork:
+    """Records the prompts of a calibration, all in one stay of the pipeline on the device."""
+
+    teacher: TeacherSource
+    inputs: CalibrationInputs
+    folder: Path
+    _stay: ExitStack | None = None
+
+    def __call__(self, prompt: int, worker: Worker) -> None:
+        """Record a prompt, by its index; tells None after each step."""
+        teacher = self.teacher.on(worker)
+        if self._stay is None:
+            self._stay = ExitStack()
+            self._stay.enter_context(on_device(teacher.modules, worker.device, offload=teacher.mapped))
+        folder = ArtefactFolder(self.folder)
+        record_prompt(teacher, self.inputs, folder, prompt, step_done=lambda: worker.tell(None))
+
+    def close(self) -> None:
+        """Take the pipeline from the device."""
+        if self._stay is not None:
+            self._stay.close()
+
+
+def record_prompts(
+    engine: Engine, source: TeacherSource, inputs: CalibrationInputs, folder: ArtefactFolder, *, progress: Progress
+) -> None:
+    """Record the prompts whose calls are not in the folder."""
+    missing, steps, count = missing_prompts(inputs, folder), inputs.settings.num_inference_steps, len(inputs.prompts)
+    step_done = StageCounter(progress, "collect", count * steps, done=(count - len(missing)) * steps)
+    work = PromptWork(teacher=source, inputs=inputs, folder=folder.path)
+    with closing(engine.map(work, missing, on_message=lambda _: step_done())) as results:
+        for _ in results:
+            pass
+
+
+Place = tuple[str, int]
+"""A block: the component of its transformer, and its index there."""
+
+
+@dataclass(kw_only=True)
+class RunnerWork:
+    """Work on blocks, with a runner of its own in each worker."""
+
+    teacher: TeacherSource
+    job: BlockJob
+    folder: Path
+    _runner: BlockRunner | None = None
+
+    def runner(self, worker: Worker) -> BlockRunner:
+        """Return the runner of a worker."""
+        if self._runner is None:
+            job = replace(self.job, machine=replace(self.job.machine, device=worker.device))
+            spilled = f"{SPILLED}{secrets.token_hex(4)}-"
+            self._runner = BlockRunner(ArtefactFolder(self.folder), self.teacher.on(worker), job, spilled=spilled)
+        return self._runner
+
+    def transformer(self, component: str) -> TeacherTransformer:
+        """Return a transformer of the teacher."""
+        assert self._runner is not None
+        by_component = {transformer.component: transformer for transformer in self._runner.teacher.transformers}
+        return by_component[component]
+
+    def close(self) -> None:
+        """Remove activations from the disk."""
+        if self._runner is not None:
+            self._runner.close()
+
+
+class BlockWork(RunnerWork):
+    """Quantizes blocks."""
+
+    def __call__(self, place: Place, worker: Worker) -> str:
+        """Quantize a block; tells its place after each unit, returns the fingerprint of the result."""
+        runner = self.runner(worker)
+        return runner.quantize(self.transformer(place[0]), place[1], unit_done=lambda: worker.tell(place))
