@@ -1,0 +1,134 @@
+"""Engines and runs on a Ray cluster of two nodes on this machine; Ray's own start takes some seconds, once."""
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+import process_tasks
+from s2q.common.errors import InvalidInputError
+from s2q.engines import ray_cluster
+from s2q.engines.options import workers_argument
+from s2q.run.quantize import quantize
+from tiny import tiny_pipeline
+
+ray = pytest.importorskip("ray")
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+SMALL = ("calibration.n_prompts=2", "calibration.samples=2", "calibration.steps=2", "distillation.epochs=1")
+PROMPTS = ["a red circle", "a blue square"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without cores, so that workers are on the two other nodes."""
+    from ray.cluster_utils import Cluster
+
+    here = Path(__file__).parents[1]
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), before])
+    os.environ["RAY_DEDUP_LOGS"] = "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    cluster.wait_for_nodes()
+    yield cluster, nodes
+    ray.shutdown()
+    cluster.shutdown()
+    os.environ["PYTHONPATH"] = before
+
+
+def joined(cluster, workers="auto"):
+    return workers_argument(workers=workers, devices=None, device="cpu", engine="ray", ray_address=cluster[0].address)
+
+
+@pytest.fixture(scope="module")
+def engine(cluster):
+    where = joined(cluster)
+    assert where.planned(9) == 4
+    assert where.on_one_machine(3) == 2
+    with contextlib.closing(where.open(2)) as engine:
+        yield engine
+
+
+def test_results_messages_and_logs_come_from_every_task(engine, caplog):
+    messages = []
+    found = dict(engine.map(process_tasks.describe, "abcde", on_message=messages.append))
+    assert [found[index][0] for index in range(5)] == list("abcde")
+    assert sorted(messages) == [("started", letter) for letter in "abcde"]
+    assert sorted(caplog.messages) == [f"task {letter}" for letter in "abcde"]
+    assert {(device, threads) for _, device, threads, _ in found.values()} == {("cpu", 1)}
+    assert os.getpid() not in {pid for *_, pid in found.values()}
+
+
+def test_the_task_of_a_dead_worker_is_given_to_another_and_recorded(engine, tmp_path):
+    tasks = [(None, "a"), (tmp_path / "killed", "b"), (None, "c")]
+    results = dict(engine.map(process_tasks.end_once, tasks))
+    assert [results[index][0] for index in range(3)] == ["a", "b", "c"]
+    assert [retry.task for retry in engine.retries] == [1]
+    assert engine.retries[0].cause.startswith("a worker of the Ray cluster was lost (")
+    assert len(engine.retries[0].cause) < 300
+
+
+def test_the_error_of_a_task_is_that_of_the_run(cluster):
+    with contextlib.closing(joined(cluster).open(1)) as engine:
+        with pytest.raises(InvalidInputError, match=r"^the reference cannot$"):
+            list(engine.map(process_tasks.end, ["raise"]))
+
+
+def test_a_node_that_does_not_see_the_run_folder_is_refused(cluster, tmp_path):
+    message = "does not see .*elsewhere; put the output on storage that all nodes mount"
+    with contextlib.closing(joined(cluster).open(1, shared=tmp_path / "elsewhere")) as engine:
+        with pytest.raises(InvalidInputError, match=message):
+            list(engine.map(process_tasks.describe, "a"))
+
+
+def test_a_node_with_other_versions_is_refused(cluster, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "package_versions", lambda: {"s2q": "9.9", "torch": "1.0"})
+    with contextlib.closing(joined(cluster).open(1)) as engine:
+        with pytest.raises(
+            InvalidInputError, match=r"has other versions: s2q 0\.\S+ \(here 9\.9\), torch .*install the"
+        ):
+            list(engine.map(process_tasks.describe, "a"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "model"
+    tiny_pipeline("cogvideox").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "out"
+    quantize(model, recipe="s2q-w4a6", out=out, prompts=PROMPTS, overrides=SMALL)
+    return (out / WEIGHTS).read_bytes()
+
+
+def test_a_run_whose_node_is_killed_gives_the_bytes_of_an_undisturbed_run(cluster, model, undisturbed, tmp_path):
+    """Last, since it takes a node away; another takes its place, as in a cluster that scales."""
+    started = threading.Event()
+
+    def progress(stage, done, total):
+        if stage == "blocks" and done > 0 and not started.is_set():
+            started.set()
+            cluster[0].remove_node(cluster[1][0], allow_graceful=False)
+            cluster[0].add_node(num_cpus=2)
+
+    report = quantize(
+        model,
+        recipe="s2q-w4a6",
+        out=tmp_path / "out",
+        prompts=PROMPTS,
+        overrides=SMALL,
+        engine="ray",
+        workers=2,
+        ray_address=cluster[0].address,
+        progress=progress,
+    )
+    assert started.is_set()
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == undisturbed
+    assert report.retries, "the block of the killed node was given to another worker"
+    assert not list(tmp_path.glob(".*"))
