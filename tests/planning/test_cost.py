@@ -143,11 +143,11 @@ def test_too_little_memory_is_refused_with_what_it_takes():
     check_memory(plan("synthetic:hunyuanvideo", recipe="s2q-w4a6", machine=machine(None)))
 
 
-def test_processes_need_memory_each():
+def test_workers_need_memory_each():
     planned = plan("synthetic:cogvideox-2b", recipe="s2q-w4a6", machine=machine(64 * 10**9, device="cpu"))
     check_memory(planned)
-    with pytest.raises(ResourceError, match=r"stage blocks in 8 processes needs about .*; take fewer processes"):
-        check_memory(planned, processes=8)
+    with pytest.raises(ResourceError, match=r"stage blocks in 8 workers needs about .*; take fewer \(--workers\)"):
+        check_memory(planned, workers=8)
 
 
 def test_calibration_in_bf16_takes_less():

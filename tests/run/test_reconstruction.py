@@ -157,7 +157,7 @@ def test_a_killed_run_leaves_no_activations_on_the_disk(tmp_path, monkeypatch):
 
     def killing(task):
         if computed:
-            assert list((tmp_path / ".out.s2q-run").glob("stream-*.safetensors"))
+            assert list((tmp_path / ".out.s2q-run").glob("process-*-stream-*.safetensors"))
             raise KeyboardInterrupt
         computed.append(1)
         return original(task)
@@ -360,7 +360,7 @@ def test_activations_beyond_the_budget_go_to_the_disk_and_change_nothing(run, tm
 
     def put(self, index, tensors):
         original(self, index, tensors)
-        spilled.update(path.name.partition("-")[0] for path in self.folder.glob("*-0*.safetensors"))
+        spilled.update(path.name.split("-")[2] for path in self.folder.glob("process-*-0*.safetensors"))
 
     monkeypatch.setattr(TensorStore, "put", put)
     small(tmp_path / "out", memory_budget=1)

@@ -26,7 +26,7 @@ _ADDRESS = re.compile(r"auto|[^\s:]\S*:\d+")
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Where tasks run.
+    """Workers of a run: how many, on which devices, in which engine.
 
     Attributes:
         devices: Names of the devices, of one kind, that workers take in turn; "cuda" is the current GPU.

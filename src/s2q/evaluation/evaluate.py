@@ -146,6 +146,7 @@ def evaluate(
     model, reference = _resolve_pair(model, reference, settings, where)
     texts = default_prompts(reference) if texts is None else texts
     _check_request(texts, settings)
+    open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device="cpu")  # refuses what is none
     if isinstance(model, ModelSource) and isinstance(reference, ModelSource):
         return summarise(
             _evaluate_shards(

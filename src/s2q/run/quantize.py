@@ -7,7 +7,6 @@ is therefore resumed with a bit-identical result. The output appears at its plac
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import time
@@ -323,7 +322,7 @@ class _Run:
         return selected
 
     def _candidates(self, teacher: Teacher, recipe: Recipe, inputs: CalibrationInputs) -> dict[str, CandidatePool]:
-        """The scored steps of all prompts, of which those that are not in the folder are recorded first."""
+        """The scored steps of all prompts; prompts that are not in the folder are recorded first."""
         record_prompts(self.engine, self._source(teacher, recipe), inputs, self.folder, progress=self.progress)
         pools = score_candidates(teacher, inputs, self.folder)
         for part in teacher.parts:

@@ -25,7 +25,7 @@ from s2q.recipes.schema import Recipe
 from s2q.run.runner import BlockJob, BlockRunner
 
 TEACHER = "teacher"
-"""What workers keep the loaded model as."""
+"""Name under which workers keep the loaded model."""
 
 SPILLED = "process-"
 """Start of the names of files with activations that a worker's memory has no room for."""
@@ -33,7 +33,7 @@ SPILLED = "process-"
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSource:
-    """Where a worker gets the full-precision model from; `source` is None for a pipeline that was given loaded."""
+    """The full-precision model as workers load it; `source` is None for a pipeline that was given loaded."""
 
     source: ModelSource | None
     recipe: Recipe

@@ -2,11 +2,13 @@
 
 import pytest
 
-from s2q.calibration import candidates as collect_module
-from s2q.calibration.candidates import collect, prepare
+from s2q.calibration.candidates import prepare, score_candidates
 from s2q.calibration.teacher import load_teacher
 from s2q.common.run_folder import open_run_folder
+from s2q.engines.engine import InProcessEngine
 from s2q.recipes.load import load_recipe
+from s2q.run import work
+from s2q.run.work import TEACHER, TeacherSource, record_prompts
 from tiny import tiny_pipeline
 
 STEPS = 2
@@ -18,22 +20,25 @@ def collecting(tmp_path, monkeypatch):
     """Collect some prompts in one run folder; returns the pools, the stays on the device, and the progress."""
     recipe = load_recipe("s2q-w4a6", overrides=[f"calibration.steps={STEPS}", "calibration.samples=1"])
     teacher = load_teacher(tiny_pipeline("cogvideox"), recipe, dtype=None)
-    stays, original = [], collect_module.on_device
+    stays, original = [], work.on_device
 
     def counted(modules, device, *, offload):
         modules = list(modules)
         stays.append((len(modules), device))
         return original(modules, device, offload=offload)
 
-    monkeypatch.setattr(collect_module, "on_device", counted)
+    monkeypatch.setattr(work, "on_device", counted)
     with open_run_folder(tmp_path / "out") as folder:
 
         def collected(prompts):
             stays.clear()
             seen = []
             inputs = prepare(teacher, prompts, recipe.calibration, seed=0, inputs={})
-            pools = collect(teacher, inputs, folder, device="cpu", progress=lambda *step: seen.append(step))
-            return pools, [one for one in stays if one[0]], seen
+            engine = InProcessEngine("cpu")
+            engine.offer(TEACHER, teacher)
+            source = TeacherSource(source=None, recipe=recipe, dtype=None, linears=teacher.linears)
+            record_prompts(engine, source, inputs, folder, progress=lambda *step: seen.append(step))
+            return score_candidates(teacher, inputs, folder), [one for one in stays if one[0]], seen
 
         yield collected
 
