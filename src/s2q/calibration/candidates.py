@@ -25,7 +25,6 @@ from s2q.generation.settings import GenerationSettings, check_prompts, resolve_s
 from s2q.generation.sharing import steps_of_transformers
 from s2q.generation.trajectory import record_trajectory
 from s2q.models.source import recommended_generation
-from s2q.planning import LESS_MEMORY
 from s2q.selection.options import Calibration
 from s2q.selection.scores import Candidate, CandidatePool, score_trajectory
 from s2q.shapes import embedded

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """A worker as its tasks see it: its device, its channel to the caller, and what earlier tasks left for later ones."""
+    """A worker as its tasks see it: its device, its channel to the caller, and what tasks keep for later ones."""
 
     device: str
     tell: Tell

@@ -15,11 +15,13 @@ import torch
 
 from s2q.calibration.candidates import CalibrationInputs, missing_prompts, record_prompt
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
+from s2q.common.errors import memory_errors
 from s2q.common.memory import on_device
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.run_folder import ArtefactFolder
 from s2q.engines.engine import Engine, Worker
 from s2q.models import ModelSource
+from s2q.planning import LESS_MEMORY
 from s2q.planning.resolve import LinearPlan
 from s2q.recipes.schema import Recipe
 from s2q.run.runner import BlockJob, BlockRunner
@@ -60,12 +62,12 @@ class PromptWork:
 
     def __call__(self, prompt: int, worker: Worker) -> None:
         """Record a prompt, by its index; tells None after each step."""
-        teacher = self.teacher.on(worker)
-        if self._stay is None:
-            self._stay = ExitStack()
-            self._stay.enter_context(on_device(teacher.modules, worker.device, offload=teacher.mapped))
-        folder = ArtefactFolder(self.folder)
-        record_prompt(teacher, self.inputs, folder, prompt, step_done=lambda: worker.tell(None))
+        teacher, folder = self.teacher.on(worker), ArtefactFolder(self.folder)
+        with memory_errors(f"collecting candidates on {worker.device}", remedy=LESS_MEMORY):
+            if self._stay is None:
+                self._stay = ExitStack()
+                self._stay.enter_context(on_device(teacher.modules, worker.device, offload=teacher.mapped))
+            record_prompt(teacher, self.inputs, folder, prompt, step_done=lambda: worker.tell(None))
 
     def close(self) -> None:
         """Take the pipeline from the device."""
