@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -75,4 +76,51 @@ def test_damaged_headers_are_one_clear_error(tmp_path, header):
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(InvalidInputError, match="damaged"):
+        read_header(path)
+
+
+ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 10**5,
+        '{"a":' * 10**5,
+        '{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "x": {}}',
+        *(
+            json.dumps({"x": {**ONE, **changes}})
+            for changes in (
+                {"shape": [-2]},
+                {"shape": [2.0]},
+                {"shape": [True, 2]},
+                {"shape": [2**62, 4]},
+                {"shape": [3]},
+                {"dtype": "F64"},
+                {"dtype": None},
+                {"data_offsets": [8, 0]},
+                {"data_offsets": [-8, 0]},
+                {"data_offsets": [4, 12]},
+                {"data_offsets": [0, 2**63]},
+                {"data_offsets": [0, 8, 8]},
+            )
+        ),
+        json.dumps({"x": ONE, "y": ONE}),
+        json.dumps({"x": ONE, "y": {**ONE, "data_offsets": [9, 17]}}),
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, header):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(InvalidInputError, match=r"x\.safetensors: .*(damaged|truncated or altered)"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("length", [2**25 + 1, 2**63, 2**64 - 1])
+def test_a_header_that_is_too_long_is_not_read(tmp_path, length):
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(2**26)
+    with pytest.raises(InvalidInputError, match="does not end within the file or is longer than 32 MiB"):
         read_header(path)

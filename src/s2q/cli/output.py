@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from s2q.common.errors import printable
 from s2q.common.files import canonical_json
 from s2q.report.formatting import format_bytes, format_interval, format_sample, format_value, title_of
 
@@ -98,7 +99,7 @@ def show_inspection(report: Mapping[str, Any]) -> None:
     out.print(
         Text.assemble(
             ("Checkpoint ", "bold"),
-            f"{report['path']}: {report['transformer_class']}, recipe {report['recipe']}, "
+            printable(f"{report['path']}: {report['transformer_class']}, recipe {report['recipe']}, "),
             f"format {report['format_version']}, {report['compute_dtype']}",
         ),
         soft_wrap=True,
@@ -115,7 +116,7 @@ def show_inspection(report: Mapping[str, Any]) -> None:
         out.print(Text(f"{len(report['files'])} files verified: every SHA-256 matches the manifest", style="green"))
     else:
         for problem in report["problems"]:
-            out.print(Text(problem, style="red"), soft_wrap=True)
+            out.print(Text(printable(problem), style="red"), soft_wrap=True)
 
 
 def show_evaluation(evaluation: Mapping[str, Any], *, scheme: str | None = None) -> None:

@@ -57,6 +57,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+MAX_PROMPT = 1 << 15
+"""Characters of a prompt; text encoders read some hundred tokens."""
+
+
 def whole_number(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
     """Return a whole number as an int: Python's or NumPy's, not a bool, not 1.0, not "1"."""
     if not _is_whole(value):
@@ -116,6 +120,10 @@ def prompt_list(name: str, prompts: Iterable[Any], *, allow_none: bool = False) 
             raise InvalidInputError(f"{where}: got {short_repr(text)}; expected text")
         if not text.strip():
             raise InvalidInputError(f"{where} is empty; describe the video")
+        if len(text) > MAX_PROMPT:
+            raise InvalidInputError(
+                f"{where} has {len(text)} characters; expected at most {MAX_PROMPT}: {short_repr(text)}"
+            )
         _check_unicode(where, text)
     return [str(text) for text in texts]
 

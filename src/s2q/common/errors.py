@@ -11,6 +11,7 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _MAX_QUOTED = 200
 _MAX_VALUE = 80
 _MAX_MESSAGE = 4000
@@ -18,16 +19,21 @@ _MAX_COMPARED = 100
 _MAX_DIGITS = 4000  # beyond this many, Python refuses to write an int
 
 
+def printable(text: str) -> str:
+    """Return a text with escapes for what controls a terminal or the direction of writing; line feeds stay."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
 class S2QError(Exception):
     """Base of every error that the project raises on purpose; ends a command with exit code 1.
 
-    A message is at most 4,000 characters long, whatever it quotes.
+    A message is at most 4,000 characters long and has no control characters, whatever it quotes.
     """
 
     exit_code: int = 1
 
     def __init__(self, message: object = "") -> None:
-        text = str(message)
+        text = printable(str(message)[: _MAX_MESSAGE + 1])
         super().__init__(text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "…")
 
 

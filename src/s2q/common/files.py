@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from s2q.common.errors import DiskFullError, InvalidInputError, ResourceError, S
 
 FILE_MODE = 0o644
 _CHUNK_BYTES = 1 << 20
+_MAX_JSON_BYTES = 1 << 27
 _SLUG_LENGTH = 48
 PARTIAL = ".partial"
 """Ends the hidden name of a file while it is written."""
@@ -37,12 +39,28 @@ def canonical_json(obj: Any) -> str:
 def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
     """Read a JSON object, strictly UTF-8; the remedy ends the message about a damaged one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_limited(path, _MAX_JSON_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path}: cannot be read as JSON ({first_line(error)}); {remedy}") from error
     if not isinstance(content, dict):
         raise InvalidInputError(f"{path}: got a JSON {type(content).__name__}; expected an object; {remedy}")
     return content
+
+
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file; OSError if it is longer, or a pipe or a device, which may have no end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"longer than {max_bytes >> 20} MiB")
+    return content
+
+
+def is_plain_name(name: object) -> bool:
+    """Tell whether something is the name of a file or a folder, which cannot lead out of the folder that it is in."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def slug(text: str) -> str:

@@ -4,19 +4,23 @@ A file is: 8 bytes of header length (little endian), the header (JSON), the payl
 header, so that a truncated file is found without reading it. Source: the safetensors format description.
 """
 
+import errno
 import hashlib
 import json
+import math
+import stat
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2q.common.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError, short_repr
 
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 1 << 25
 _SAMPLE_BYTES = 4096
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "F16": 16, "BF16": 16, "I32": 32, "F32": 32, "I64": 64, "F64": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +34,13 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read the header of one safetensors file."""
+    """Read the header of one safetensors file; what it says of each tensor is checked."""
     remedy = "download or save the model again"
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        size = status.st_size
         with path.open("rb") as file:
             prefix = file.read(_LENGTH_BYTES)
             if len(prefix) < _LENGTH_BYTES:
@@ -41,19 +48,27 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
                 raise InvalidInputError(
-                    f"{path}: truncated or damaged, its header does not end within the file; {remedy}"
+                    f"{path}: truncated or damaged, its header does not end within the file or is longer than "
+                    f"{_MAX_HEADER_BYTES >> 20} MiB; {remedy}"
                 )
-            header = json.loads(file.read(header_bytes))
+            header = json.loads(file.read(header_bytes), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         payload = _LENGTH_BYTES + header_bytes
         tensors = {name: _tensor_info(entry, payload) for name, entry in header.items()}
-        expected = payload + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except OSError as error:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidInputError(f"{path}: its safetensors header is damaged; {remedy}") from error
-    if size != expected:
-        raise InvalidInputError(f"{path}: truncated or altered, got {size} bytes, expected {expected}; {remedy}")
+    end = payload
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if tensor.start != end:
+            raise InvalidInputError(
+                f"{path}: its header is damaged, {short_repr(name)} begins at byte {tensor.start}, expected {end}; "
+                f"{remedy}"
+            )
+        end += tensor.num_bytes
+    if size != end:
+        raise InvalidInputError(f"{path}: truncated or altered, got {size} bytes, expected {end}; {remedy}")
     return tensors
 
 
@@ -78,6 +93,20 @@ def tensors_digest(path: Path) -> str:
 
 
 def _tensor_info(entry: dict[str, Any], payload: int) -> TensorInfo:
-    start, end = entry["data_offsets"]
-    shape = tuple(int(n) for n in entry["shape"])
-    return TensorInfo(dtype=str(entry["dtype"]), shape=shape, num_bytes=end - start, start=payload + start)
+    (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
+    if not all(type(size) is int and size >= 0 for size in (start, end, *shape)):
+        raise ValueError("sizes are whole numbers from 0")
+    if not isinstance(dtype, str):
+        raise TypeError("a dtype is text")
+    bits = _BITS.get(dtype)  # the dtypes of other models are read by safetensors itself
+    if end < start or (bits is not None and 8 * (end - start) != bits * math.prod(shape)):
+        raise ValueError("the bytes of a tensor are not those of its shape")
+    return TensorInfo(dtype=dtype, shape=shape, num_bytes=end - start, start=payload + start)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys must differ: which of two tensors of a name counts is up to the reader."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key is given twice")
+    return content

@@ -10,13 +10,13 @@ and of an index the shards that it names. Other weight files beside them, left b
 are not read. With a variant, a component that has no file of it is loaded without one.
 """
 
-import json
 import logging
 import re
 from collections.abc import Collection
 from pathlib import Path
 
-from s2q.common.errors import InvalidInputError, first_line
+from s2q.common.errors import InvalidInputError
+from s2q.common.files import is_plain_name, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +88,10 @@ def _entry(names: Collection[str], library: str, variant: str | None) -> str | N
 
 def _shards(index: Path) -> list[str]:
     remedy = "download or save the model again"
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        plain = [name for name in shards if Path(name).name == name]
-    except OSError as error:
-        raise InvalidInputError(f"{index}: cannot be read ({error.strerror or error}); {remedy}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidInputError(f"{index}: not an index of weight files ({first_line(error)}); {remedy}") from error
-    if not shards or plain != shards:
+    files = read_json(index, remedy=remedy).get("weight_map")
+    names = list(files.values()) if isinstance(files, dict) else []
+    shards = sorted({name for name in names if isinstance(name, str)})
+    if not shards or len(names) != sum(is_plain_name(name) for name in names):
         raise InvalidInputError(f"{index}: expected names of files beside it in weight_map; {remedy}")
     return shards
 

@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.common.errors import InvalidInputError, short_repr, unknown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,9 +161,11 @@ class InputPath:
             if name not in PARTS:
                 raise unknown_name("key of an input path", name, PARTS)
             if not PARTS[name].is_sized and not isinstance(value, bool):
-                raise InvalidInputError(f"input path: {name}={value!r}; expected true or false")
+                raise InvalidInputError(f"input path: {name}={short_repr(value)}; expected true or false")
             if PARTS[name].is_sized and value is not None and (type(value) is not int or value < 1):
-                raise InvalidInputError(f"input path: {name}={value!r}; expected a whole number from 1, or null")
+                raise InvalidInputError(
+                    f"input path: {name}={short_repr(value)}; expected a whole number from 1, or null"
+                )
         values = {name: parts.get(name, part.default) for name, part in PARTS.items()}
         vars(self).update(values)  # read in every call of a linear
         self._values = {name: value for name, value in values.items() if value != PARTS[name].default}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.common.errors import InvalidInputError, short_repr, unknown_name
 from s2q.common.options import Options
 from s2q.core.tokens import is_triple, is_whole
 
@@ -34,7 +34,9 @@ class PerGroup:
     def __post_init__(self) -> None:
         """Refuse anything but a positive whole number."""
         if not is_whole(self.group_size) or self.group_size < 1:
-            raise InvalidInputError(f"PerGroup: group_size={self.group_size!r}; expected a whole number of at least 1")
+            raise InvalidInputError(
+                f"PerGroup: group_size={short_repr(self.group_size)}; expected a whole number of at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Delta(Options):
         """Check both fields."""
         super().__post_init__()
         if not is_triple(self.cube):
-            raise self.invalid(f"cube={self.cube!r}; expected three whole numbers from 1")
+            raise self.invalid(f"cube={short_repr(self.cube)}; expected three whole numbers from 1")
         _check_bits("mean_bits", self.mean_bits)
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,14 +104,14 @@ class QuantScheme:
         _check_bits("num_bits", self.num_bits)
         if type(self.granularity) not in _GRANULARITY_NAMES:
             raise InvalidInputError(
-                f"granularity={self.granularity!r}; expected an instance of PerChannel, PerGroup or PerToken"
+                f"granularity={short_repr(self.granularity)}; expected an instance of PerChannel, PerGroup or PerToken"
             )
         if not isinstance(self.dynamic, bool):
-            raise InvalidInputError(f"dynamic={self.dynamic!r}; expected true or false")
+            raise InvalidInputError(f"dynamic={short_repr(self.dynamic)}; expected true or false")
         if self.levels not in LEVELS:
             raise unknown_name("levels", str(self.levels), LEVELS)
         if self.delta is not None and not (isinstance(self.delta, Delta) and self.dynamic):
-            raise InvalidInputError(f"delta={self.delta!r}; expected a Delta in a dynamic scheme, or None")
+            raise InvalidInputError(f"delta={short_repr(self.delta)}; expected a Delta in a dynamic scheme, or None")
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict for JSON; `group_size`, `levels` and `delta` are there only where they are not usual."""
@@ -314,4 +316,4 @@ def _delta_name(delta: Delta) -> str:
 
 def _check_bits(name: str, value: object) -> None:
     if not (is_whole(value) and MIN_BITS <= value <= MAX_BITS):
-        raise InvalidInputError(f"{name}={value!r}; expected a whole number, {MIN_BITS} to {MAX_BITS}")
+        raise InvalidInputError(f"{name}={short_repr(value)}; expected a whole number, {MIN_BITS} to {MAX_BITS}")

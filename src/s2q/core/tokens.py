@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 
-from s2q.common.errors import InvalidInputError, UsageError, unknown_name
+from s2q.common.errors import InvalidInputError, UsageError, short_repr, unknown_name
 
 LATENTS = ("frames first", "channels first", "tokens")
 TEXT = ("before", "after", "apart")
@@ -138,7 +138,9 @@ class TokenLayout:
             if getattr(self, name) not in options:
                 raise unknown_name(f"{name} of a token layout", str(getattr(self, name)), options)
         if not is_triple(self.patch):
-            raise InvalidInputError(f"token layout: patch={self.patch!r}; expected three whole numbers from 1")
+            raise InvalidInputError(
+                f"token layout: patch={short_repr(self.patch)}; expected three whole numbers from 1"
+            )
 
     def grid(self, arguments: Mapping[str, Any]) -> TokenGrid:
         """Return the grid of a call of the transformer; InvalidInputError if the arguments do not define it."""
@@ -176,7 +178,9 @@ class TokenLayout:
         """Read what `to_dict` wrote; InvalidInputError if a field is missing, unknown or not valid."""
         names = [field.name for field in fields(cls)]
         if not isinstance(content, Mapping) or set(names) - set(content):
-            raise InvalidInputError(f"token layout: got {content!r}; expected a mapping with {', '.join(names)}")
+            raise InvalidInputError(
+                f"token layout: got {short_repr(content)}; expected a mapping with {', '.join(names)}"
+            )
         for name in content:
             if name not in names:
                 raise unknown_name("key of a token layout", str(name), names)

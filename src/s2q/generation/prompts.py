@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from s2q.common.arguments import MAX_PROMPT
 from s2q.common.errors import InvalidInputError, short_repr
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
@@ -35,6 +36,10 @@ def read_prompts(path: Path) -> list[str]:
         prompt = line.strip()
         if not prompt or prompt.startswith("#"):
             continue
+        if len(prompt) > MAX_PROMPT:
+            raise InvalidInputError(
+                f"{path}: line {number} has {len(prompt)} characters; expected a prompt of at most {MAX_PROMPT}"
+            )
         if prompt in seen:
             raise InvalidInputError(
                 f"{path}: line {number} repeats the prompt of line {seen[prompt]}: {short_repr(prompt)}; remove one"
