@@ -9,6 +9,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 import s2q
+from s2q.checkpoint import write_manifest
 from s2q.common.components import has_adapter
 from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.nn import PackedLinear
@@ -191,6 +192,7 @@ def test_a_checkpoint_that_was_saved_with_an_adapter_is_refused_in_one_line(copy
         stored[f"{name}.base_layer.{tensor}"] = stored.pop(f"{name}.{tensor}")
     stored["transformer_blocks.0.attn1.to_q.lora_A.default.weight"] = torch.zeros(2, 64)
     save_file(stored, path, metadata={"format": "pt"})
+    write_manifest(copy)
     for open_it in (CogVideoXPipeline.from_pretrained, lambda folder: s2q.load(folder, verify=False)):
         with pytest.raises(InvalidInputError, match=r"to_q\..*saved with an adapter attached.*unload_lora_weights"):
             open_it(copy)

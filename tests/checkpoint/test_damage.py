@@ -8,7 +8,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from s2q.checkpoint import inspect_checkpoint, load_pipeline, verify_manifest
+from s2q.checkpoint import inspect_checkpoint, load_pipeline, verify_manifest, write_manifest
 from s2q.common.errors import InvalidInputError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -19,6 +19,7 @@ def edit_tensors(folder, change):
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_manifest(folder)  # as whoever gives the file to others can
 
 
 def edit_config(folder, change):
@@ -26,6 +27,7 @@ def edit_config(folder, change):
     config = json.loads(path.read_text())
     change(config["quantization_config"])
     path.write_text(json.dumps(config))
+    write_manifest(folder)
 
 
 def load(folder):
@@ -57,7 +59,7 @@ def test_one_flipped_bit_anywhere_names_the_file(copy, name):
 
 def test_truncation_names_the_file(copy):
     (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-1])
-    with pytest.raises(InvalidInputError, match=rf"{WEIGHTS}: got \d+ bytes, expected \d+; truncated"):
+    with pytest.raises(InvalidInputError, match=rf"{WEIGHTS}: got \d+ bytes, expected \d+ of the manifest; truncated"):
         load_pipeline(copy)
     with pytest.raises(InvalidInputError, match=rf"{WEIGHTS}: truncated"):
         inspect_checkpoint(copy)
@@ -79,7 +81,7 @@ def test_the_model_card_may_be_edited_and_hidden_files_added(copy):
     (copy / "README.md").write_text("mine now")
     (copy / ".gitattributes").write_text("* text")
     assert verify_manifest(copy) == [
-        "README.md: got 8 bytes, expected " + str(_listed(copy)) + "; truncated or altered"
+        "README.md: got 8 bytes, expected " + str(_listed(copy)) + " of the manifest; truncated or altered"
     ]
     load_pipeline(copy)
 
@@ -93,7 +95,7 @@ def _listed(folder):
 )
 def test_a_damaged_manifest_is_refused(copy, content):
     (copy / "s2q/manifest.json").write_text(content)
-    with pytest.raises(InvalidInputError, match=r"manifest\.json: damaged"):
+    with pytest.raises(InvalidInputError, match=r"manifest\.json: (damaged|cannot be read as JSON|got a JSON list)"):
         load_pipeline(copy)
 
 

@@ -153,7 +153,7 @@ def test_config_that_does_not_fit_its_class(copy):
     path = copy / "transformer/config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "num_layers": "many"}))
-    with pytest.raises(InvalidInputError, match="does not describe a CogVideoXTransformer3DModel"):
+    with pytest.raises(InvalidInputError, match="is no configuration of CogVideoXTransformer3DModel"):
         resolve_model(copy).meta_transformer()
 
 

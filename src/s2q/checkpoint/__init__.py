@@ -6,12 +6,13 @@ Importing this package registers the quantizer with diffusers; `import s2q` sees
 from s2q.checkpoint.config import FORMAT_VERSION, S2QConfig
 from s2q.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from s2q.checkpoint.load import load_pipeline, read_config, read_configs
-from s2q.checkpoint.manifest import check_intact, owned_files, verify_manifest, write_manifest
+from s2q.checkpoint.manifest import MANIFEST, check_intact, owned_files, verify_manifest, write_manifest
 from s2q.checkpoint.quantizer import QUANT_METHOD, S2QQuantizer, attach_config, register
 from s2q.checkpoint.save import CheckpointRecords, save_checkpoint
 
 __all__ = [
     "FORMAT_VERSION",
+    "MANIFEST",
     "QUANT_METHOD",
     "CheckpointRecords",
     "CheckpointReport",

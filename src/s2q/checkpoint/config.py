@@ -20,7 +20,7 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.common.errors import InvalidInputError, short_repr, unknown_name
 from s2q.core.input_path import InputPath
 from s2q.core.schemes import LinearScheme
 from s2q.core.tokens import TokenLayout
@@ -37,6 +37,7 @@ _KEYS_OF = {
     FORMAT_VERSION: (*_KEYS, *_INPUT_KEYS, "tokens"),
 }
 
+_MAX_RECIPE = 1000  # a name with the names of variants
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -67,17 +68,17 @@ class S2QConfig(QuantizationConfigMixin):
         layers: Mapping[str, str] | None = None,
         schemes: Mapping[str, Mapping[str, Any]] | None = None,
         recipe: str = "",
-        compute_dtype: str = "float32",
+        compute_dtype: str = "",
         **fields: Any,
     ) -> None:
         method = fields.pop("quant_method", QuantMethod.S2Q)
         if method != QuantMethod.S2Q:
-            raise InvalidInputError(f"quantization_config: quant_method={method!r}; expected 's2q'")
+            raise InvalidInputError(f"quantization_config: quant_method={short_repr(method)}; expected 's2q'")
         version = fields.pop("format_version", _PLAIN_VERSION)
-        if isinstance(version, bool) or version not in _KEYS_OF:
+        if type(version) is not int or version not in _KEYS_OF:
             raise InvalidInputError(
-                f"quantization_config: format_version={version!r}; this s2q reads versions {_PLAIN_VERSION} to "
-                f"{FORMAT_VERSION}; upgrade s2q, or quantize the model again with this one"
+                f"quantization_config: format_version={short_repr(version)}; this s2q reads versions {_PLAIN_VERSION} "
+                f"to {FORMAT_VERSION}; upgrade s2q, or quantize the model again with this one"
             )
         known = _KEYS_OF[version]
         for field in fields:
@@ -88,15 +89,20 @@ class S2QConfig(QuantizationConfigMixin):
                 "quantization_config: layers or schemes is missing; download or save the model again"
             )
         if compute_dtype not in COMPUTE_DTYPES:
-            raise unknown_name("compute_dtype in quantization_config", str(compute_dtype), COMPUTE_DTYPES)
+            raise unknown_name("compute_dtype in quantization_config", compute_dtype, COMPUTE_DTYPES)
+        if not isinstance(recipe, str) or len(recipe) > _MAX_RECIPE:
+            raise InvalidInputError(f"quantization_config: recipe={short_repr(recipe)}; expected the name of a recipe")
         self.quant_method = QuantMethod.S2Q
         self.format_version = version
         self.recipe = recipe
         self.compute_dtype = compute_dtype
-        self.schemes = {name: LinearScheme.from_dict(scheme).to_dict() for name, scheme in schemes.items()}
+        try:
+            self.schemes = {name: LinearScheme.from_dict(scheme).to_dict() for name, scheme in schemes.items()}
+        except InvalidInputError as error:
+            raise InvalidInputError(f"quantization_config: {error}") from error
         for layer, scheme in layers.items():
-            if scheme not in self.schemes:
-                raise unknown_name(f"scheme of {layer} in quantization_config", str(scheme), self.schemes)
+            if not isinstance(scheme, str) or scheme not in self.schemes:
+                raise unknown_name(f"scheme of {layer} in quantization_config", scheme, self.schemes)
         self.layers = dict(layers)
         if version != _PLAIN_VERSION:
             self._set_inputs(fields.get("inputs"), fields.get("layer_inputs"))
@@ -113,7 +119,10 @@ class S2QConfig(QuantizationConfigMixin):
             raise InvalidInputError(
                 "quantization_config: inputs or layer_inputs is missing; download or save the model again"
             )
-        paths = {name: InputPath.from_dict(path) for name, path in inputs.items()}
+        try:
+            paths = {name: InputPath.from_dict(path) for name, path in inputs.items()}
+        except InvalidInputError as error:
+            raise InvalidInputError(f"quantization_config: {error}") from error
         if self.format_version == _INPUT_VERSION and not all(path.deflates for path in paths.values()):
             raise InvalidInputError(
                 f"quantization_config: deflates=false in format_version={_INPUT_VERSION}; expected {FORMAT_VERSION}; "
@@ -122,9 +131,9 @@ class S2QConfig(QuantizationConfigMixin):
         self.inputs = {name: path.to_dict() for name, path in paths.items()}
         for layer, name in layer_inputs.items():
             if layer not in self.layers:
-                raise unknown_name("layer in layer_inputs of quantization_config", str(layer), self.layers)
-            if name not in self.inputs:
-                raise unknown_name(f"input of {layer} in quantization_config", str(name), self.inputs)
+                raise unknown_name("layer in layer_inputs of quantization_config", layer, self.layers)
+            if not isinstance(name, str) or name not in self.inputs:
+                raise unknown_name(f"input of {layer} in quantization_config", name, self.inputs)
         self.layer_inputs = dict(layer_inputs)
 
     @classmethod

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from s2q.checkpoint.config import S2QConfig
@@ -14,6 +13,7 @@ from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
 from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError
 from s2q.common.headers import TensorInfo, read_headers
+from s2q.common.meta import meta_model
 from s2q.common.records import INSPECTION_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.common.weight_files import weight_files
@@ -75,7 +75,9 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
         num_bytes, values = 0, 0
         for component in stored_transformers(folder):
             tensors = read_headers(weight_files(folder / component, variant=variant))
-            linears, stored_values = _linears(component, read_transformer_config(folder, component))
+            linears, stored_values = _linears(
+                component, read_transformer_config(folder, component), max_tensors=len(tensors)
+            )
             num_bytes, values = num_bytes + sum(info.num_bytes for info in tensors.values()), values + stored_values
             if component in configs:  # others are in full precision
                 packed += _layers(component, configs[component], linears=linears, tensors=tensors)
@@ -122,19 +124,19 @@ def _layers(
     return tuple(replace(layer, name=full_name(component, layer.name)) for layer in layers)
 
 
-def _linears(component: str, config: Mapping[str, Any]) -> tuple[dict[str, nn.Linear], int]:
+def _linears(component: str, config: Mapping[str, Any], *, max_tensors: int) -> tuple[dict[str, nn.Linear], int]:
     """The linears of a full-precision transformer, without memory, and its number of stored values."""
     import diffusers
 
     class_name = str(config.get("_class_name"))
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        with torch.device("meta"):
-            transformer = getattr(diffusers, class_name).from_config(plain)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInputError(
-            f"{component}/config.json does not describe a {class_name}; download it again"
-        ) from error
+    transformer = meta_model(
+        lambda: getattr(diffusers, class_name).from_config(plain),
+        path=Path(component) / "config.json",
+        name=class_name,
+        max_tensors=max_tensors,
+        remedy="download it again",
+    )
     linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     return linears, sum(tensor.numel() for tensor in transformer.state_dict().values())
 

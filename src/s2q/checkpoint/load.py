@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2q.checkpoint.config import QuantMethod, S2QConfig
-from s2q.checkpoint.manifest import check_intact
+from s2q.checkpoint.load_components import REMEDY, load_components
+from s2q.checkpoint.manifest import check_intact, intact
 from s2q.checkpoint.quantizer import register
 from s2q.common.components import TRANSFORMERS
-from s2q.common.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError, short_repr
 from s2q.common.files import read_json
+from s2q.common.foreign_code import check_folder
 from s2q.common.loading_errors import loading_error
 from s2q.common.torch_state import in_fresh_torch_state
 
@@ -46,11 +48,17 @@ def load_pipeline(
     folder = Path(path)
     config, *_ = read_configs(folder).values()
     check_intact(folder, verify=verify)
-    try:
-        compute_dtype = dtype or getattr(torch, config.compute_dtype)
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=compute_dtype, variant=variant, use_safetensors=True)
-    except Exception as error:
-        raise loading_error(folder, error, remedy="download or quantize the model again") from error
+    index = read_json(folder / "model_index.json", remedy=REMEDY)
+    check_folder(folder, index)
+    compute_dtype = dtype or getattr(torch, config.compute_dtype)
+    with intact():
+        components = load_components(folder, index, dtype=compute_dtype, variant=variant)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(
+                folder, dtype=compute_dtype, variant=variant, use_safetensors=True, **components
+            )
+        except Exception as error:
+            raise loading_error(folder, error, remedy=REMEDY) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -60,14 +68,13 @@ def read_config(folder: Path, component: str = TRANSFORMERS[0]) -> S2QConfig:
     config = read_transformer_config(folder, component).get("quantization_config")
     if _method(config) != QuantMethod.S2Q.value:
         raise _not_ours(folder, config)
+    path = folder / component / "config.json"
     try:
         return S2QConfig.from_dict(dict(config))
-    except TypeError as error:
-        raise InvalidInputError(
-            f"{folder}: damaged quantization_config ({error}); download the checkpoint again"
-        ) from error
+    except (TypeError, AttributeError) as error:
+        raise InvalidInputError(f"{path}: damaged quantization_config ({error}); {REMEDY}") from error
     except InvalidInputError as error:
-        raise InvalidInputError(f"{folder}: {error}") from error
+        raise InvalidInputError(f"{path}: {error}") from error
 
 
 def read_configs(folder: Path) -> dict[str, S2QConfig]:
@@ -95,7 +102,7 @@ def read_transformer_config(folder: Path, component: str = TRANSFORMERS[0]) -> d
         raise InvalidInputError(
             f"{folder} is not an s2q checkpoint: it has no {component}/config.json; pass its folder"
         )
-    return read_json(path, remedy="download the checkpoint again")
+    return read_json(path, remedy=REMEDY)
 
 
 def _method(config: Any) -> Any:
@@ -103,4 +110,6 @@ def _method(config: Any) -> Any:
 
 
 def _not_ours(folder: Path, config: Any) -> InvalidInputError:
-    return InvalidInputError(f"{folder} is not an s2q checkpoint: quant_method is {_method(config)!r}, expected 's2q'")
+    return InvalidInputError(
+        f"{folder} is not an s2q checkpoint: quant_method is {short_repr(_method(config))}, expected 's2q'"
+    )

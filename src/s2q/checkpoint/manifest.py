@@ -3,13 +3,17 @@
 safetensors has no checksum: flipped bits in the payload, and some in the header, load silently. The hashes find them.
 """
 
-import json
+import contextlib
 import logging
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from s2q.common.errors import InvalidInputError
-from s2q.common.files import atomic_write_json, sha256_file
+from s2q.common.errors import InvalidInputError, short_repr
+from s2q.common.files import atomic_write_json, read_json, sha256_file
 from s2q.common.log import log_once
 from s2q.common.records import MANIFEST_VERSION
 
@@ -17,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = Path("s2q/manifest.json")
 CARD = "README.md"
+_INDEX = "model_index.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
+_INTACT: ContextVar[bool] = ContextVar("intact", default=False)
 
 
 def write_manifest(folder: Path) -> None:
@@ -30,16 +37,19 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Return `{"bytes": ..., "sha256": ...}` of each file in the manifest, by POSIX path relative to the folder."""
     path = folder / MANIFEST
     remedy = "download the checkpoint again"
+    content = read_json(path, remedy=remedy)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         version, files = content["schema_version"], content["files"]
         entries = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files.items()}
-    except OSError as error:
-        raise InvalidInputError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for entry in entries.values():
+            if type(entry["bytes"]) is not int or entry["bytes"] < 0 or not _SHA256.fullmatch(entry["sha256"]):
+                raise TypeError("no size or no hash")
+    except (KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(f"{path}: damaged, not a manifest; {remedy}") from error
-    if version != MANIFEST_VERSION:
-        raise InvalidInputError(f"{path}: schema_version={version!r}; expected {MANIFEST_VERSION}; upgrade s2q")
+    if type(version) is not int or version != MANIFEST_VERSION:
+        raise InvalidInputError(
+            f"{path}: schema_version={short_repr(version)}; expected {MANIFEST_VERSION}; upgrade s2q"
+        )
     return entries
 
 
@@ -57,24 +67,66 @@ def verify_manifest(folder: Path) -> list[str]:
     """Compare every file with the manifest; return one line a problem, beginning with the file's relative path.
 
     Files at the top and hidden ones may come on top of what the manifest lists; inside the components' folders nothing
-    may.
+    may. Nothing is read that is not a regular file, or that a link has outside of the folder (the Hub's cache has all
+    files of a model as links to its own).
     """
-    if not (folder / MANIFEST).exists():
+    if not _is_there(folder / MANIFEST):
         raise _no_manifest(folder)
     listed = read_manifest(folder)
     present = _files(folder)
-    problems = []
+    strange = _strange_files(folder)
+    problems = [f"{name}: {what}" for name, what in strange.items()]
     for name, entry in listed.items():
-        path = present.get(name)
-        if path is None:
-            problems.append(f"{name}: missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{name}: got {path.stat().st_size} bytes, expected {entry['bytes']}; truncated or altered")
-        elif sha256_file(path) != entry["sha256"]:
-            problems.append(f"{name}: its SHA-256 differs from the manifest; altered")
-    extra = [name for name in present if name not in listed and "/" in name]
-    problems += [f"{name}: not in the manifest; added later" for name in extra]
+        if name not in strange and (problem := _problem(present.get(name), entry)):
+            problems.append(f"{name}: {problem}")
+    extra = [name for name in present if name not in listed and ("/" in name or name == _INDEX)]
+    problems += [f"{name}: not in the manifest; added later" for name in extra if name not in strange]
     return sorted(problems)
+
+
+def _problem(path: Path | None, entry: Mapping[str, Any]) -> str | None:
+    """Compare a file with its entry in the manifest; return the difference."""
+    if path is None or not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"got {size} bytes, expected {entry['bytes']} of the manifest; truncated or altered"
+    if sha256_file(path) != entry["sha256"]:
+        return "its SHA-256 differs from the manifest; altered"
+    return None
+
+
+def check_component(files: Collection[str | Path]) -> None:
+    """Refuse weight files of a component that differ from the manifest of their checkpoint, or its configuration.
+
+    For loaders that read one component after another. Without a manifest, and inside `intact`, nothing is checked.
+    """
+    paths = [Path(file) for file in files]
+    component = paths[0].parent
+    folder = component.parent
+    if _INTACT.get() or not _is_there(folder / MANIFEST):
+        return
+    listed = read_manifest(folder)
+    paths += [path for path in component.glob("*.json") if path not in paths]
+    for path in paths:
+        name = f"{component.name}/{path.name}"
+        entry = listed.get(name)
+        problem = "not in the manifest; added later" if entry is None else _problem(path, entry)
+        if problem:
+            raise InvalidInputError(
+                f"{folder}: {name}: {problem}; download or quantize the model again, or remove {MANIFEST} if you "
+                "changed it yourself"
+            )
+
+
+@contextlib.contextmanager
+def intact() -> Iterator[None]:
+    """Within it, `check_component` checks nothing: the whole checkpoint was checked, or is not to be."""
+    token = _INTACT.set(True)
+    try:
+        yield
+    finally:
+        _INTACT.reset(token)
 
 
 def check_intact(folder: Path, *, verify: bool | None = None) -> None:
@@ -85,7 +137,7 @@ def check_intact(folder: Path, *, verify: bool | None = None) -> None:
     """
     if verify is False:
         return
-    if not (folder / MANIFEST).exists():
+    if not _is_there(folder / MANIFEST):
         if verify:
             raise _no_manifest(folder)
         message = f"{folder}: has no {MANIFEST}, as diffusers saves it, so its files are not verified"
@@ -107,11 +159,31 @@ def _no_manifest(folder: Path) -> InvalidInputError:
     )
 
 
+def _is_there(path: Path) -> bool:
+    return os.path.lexists(path)  # a link to nowhere is a damaged manifest, not a missing one
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """Every file below the folder but the manifest and hidden files and folders, by relative POSIX path."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and relative != MANIFEST and not any(part.startswith(".") for part in relative.parts):
-            files[relative.as_posix()] = path
-    return files
+    return {name: path for name, path in _entries(folder).items() if path.is_file() and name != MANIFEST.as_posix()}
+
+
+def _strange_files(folder: Path) -> dict[str, str]:
+    """Return the entries of a folder that are pipes, devices, or links that lead out of it, each with what it is."""
+    root = folder.resolve()
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    strange = {}
+    for name, path in _entries(folder).items():
+        if path.is_symlink() and not any(path.resolve().is_relative_to(inside) for inside in roots):
+            strange[name] = "a link that leads out of the folder"
+        elif not path.is_file() and not path.is_dir():
+            strange[name] = "neither a file nor a folder"
+    return strange
+
+
+def _entries(folder: Path) -> dict[str, Path]:
+    """Everything below the folder except what is hidden, by relative POSIX path; links are not followed."""
+    entries = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    return {
+        name.as_posix(): path for name, path in entries.items() if not any(part.startswith(".") for part in name.parts)
+    }

@@ -17,17 +17,17 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from s2q.checkpoint.config import QuantMethod, S2QConfig
+from s2q.checkpoint.manifest import check_component
+from s2q.checkpoint.values import check_finite, value_problem
 from s2q.common.components import ADAPTED, adapter_tensor, has_adapter
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.core.input_path import stored_tensors
-from s2q.core.schemes import UNIFORM
 from s2q.nn import PackedLinear, follow_tokens, packed_dtypes, replace_module, share_inputs, unfollow_tokens
 
 QUANT_METHOD: str = QuantMethod.S2Q.value
 """Value of `quantization_config.quant_method` in s2q checkpoints."""
 
 _SCALE = "weight_scale"
-_CLIP = "activation_clip"
 _REMEDY = "download the checkpoint again, or quantize the model again"
 _NOT_OFFLOADED = "nothing was changed, load it without offloading"
 
@@ -59,7 +59,14 @@ class S2QQuantizer(DiffusersQuantizer):
         """Accept every device, dtype and device map."""
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Refuse a file with an adapter, or with packed layers that the configuration does not know."""
+        """Refuse files that are altered or pickled, with an adapter, or with layers that are not configured.
+
+        This is the first that diffusers tells a quantizer of the files; the manifest is that of their checkpoint.
+        """
+        for file in checkpoint_files:
+            if not str(file).endswith(".safetensors"):
+                raise InvalidInputError(f"{file}: pickled weights, which can run code and are not read; {_REMEDY}")
+        check_component(checkpoint_files)
         if (adapted := adapter_tensor(loaded_keys)) is not None:
             raise InvalidInputError(
                 f"{adapted}: the checkpoint was saved with an adapter attached; save it again after "
@@ -111,20 +118,29 @@ class S2QQuantizer(DiffusersQuantizer):
         expected = packed_dtypes()[tensor]
         if value.dtype != expected:
             raise InvalidInputError(f"{param_name}: got dtype {value.dtype}, expected {expected}; {_REMEDY}")
-        if tensor == _SCALE:
-            zeros = self._schemes[layer].weight.levels != UNIFORM  # there, the scale of a channel of zeros is 0
-            if not bool((torch.isfinite(value) & ((value >= 0) if zeros else (value > 0))).all()):
-                raise InvalidInputError(f"{param_name}: contains scales that are not positive and finite; {_REMEDY}")
-        if tensor in stored_tensors() and not bool(torch.isfinite(value).all()):
-            raise InvalidInputError(f"{param_name}: contains NaN or infinite values; {_REMEDY}")
-        if tensor == _CLIP and not bool(((value > 0) & (value <= 1)).all()):
-            raise InvalidInputError(f"{param_name}: contains a ratio outside (0, 1]; {_REMEDY}")
+        linear = model.get_submodule(layer)
+        if problem := value_problem(tensor, value, self._schemes[layer], in_features=linear.in_features):
+            raise InvalidInputError(f"{param_name}: {problem}; {_REMEDY}")
         parameter = nn.Parameter(value.to(target_device), requires_grad=False)
-        setattr(model.get_submodule(layer), tensor, parameter)
+        setattr(linear, tensor, parameter)
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
+        self.pack(model)
+        # A tensor that goes to the disk (device_map, offload_folder) does not pass through create_quantized_param. The
+        # loader's own list of what to keep in fp32 covers that path; it is put back as it was after the loading.
+        if keep_in_fp32_modules is not None:
+            added = [
+                name
+                for name, dtype in packed_dtypes().items()
+                if dtype == torch.float32 and name not in keep_in_fp32_modules
+            ]
+            keep_in_fp32_modules.extend(added)
+            self._keep_in_fp32 = (keep_in_fp32_modules, added)
+
+    def pack(self, model: nn.Module) -> None:
+        """Replace the quantized linears of a model, in place, by packed ones without values."""
         modules = dict(model.named_modules())
         for layer, scheme in self._schemes.items():
             linear = modules.get(layer)
@@ -142,16 +158,6 @@ class S2QQuantizer(DiffusersQuantizer):
                 device="meta",
             )
             replace_module(model, layer, packed)
-        # A tensor that goes to the disk (device_map, offload_folder) does not pass through create_quantized_param. The
-        # loader's own list of what to keep in fp32 covers that path; it is put back as it was after the loading.
-        if keep_in_fp32_modules is not None:
-            added = [
-                name
-                for name, dtype in packed_dtypes().items()
-                if dtype == torch.float32 and name not in keep_in_fp32_modules
-            ]
-            keep_in_fp32_modules.extend(added)
-            self._keep_in_fp32 = (keep_in_fp32_modules, added)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._keep_in_fp32 is not None:
@@ -164,6 +170,7 @@ class S2QQuantizer(DiffusersQuantizer):
             if left:
                 first = ", ".join(left[:3])
                 raise InvalidInputError(f"checkpoint lacks {len(left)} tensors, {first} among them; {_REMEDY}")
+        check_finite(model, remedy=_REMEDY)
         self.prepare(model)
         return model
 

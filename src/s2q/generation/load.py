@@ -71,6 +71,7 @@ def load_pipeline(
         wanted = dtype or default_dtype(getattr(torch, config.compute_dtype), device)
         pipe = checkpoint.load_pipeline(folder, dtype=wanted, variant=source.variant, device=device, verify=verify)
     else:
+        _check_leftover_manifest(source.folder, verify=verify)
         wanted = dtype or default_dtype(source.stored_dtype(), device)
         pipe = source.load_pipeline(dtype=wanted, device=device)
     for transformer in transformers_of(pipe).values():
@@ -96,6 +97,8 @@ def check_model(model: str | Path | ModelSource, *, verify: bool | None = None) 
         folder = source.complete_folder()
         checkpoint.read_configs(folder)
         checkpoint.check_intact(folder, verify=verify)
+    else:
+        _check_leftover_manifest(source.folder, verify=verify)
 
 
 def inspect_model(model: str | Path, *, variant: str | None = None, verify: bool = False) -> CheckpointReport:
@@ -124,3 +127,9 @@ def models_that_fit(sources: Sequence[ModelSource], device: str) -> int | None:
     """Return how many times the weights of models fit into half of a device's memory; None if that is not known."""
     memory, weights = device_memory_bytes(device), sum(source.weight_bytes() for source in sources)
     return None if memory is None or not weights else max(1, memory // (2 * weights))
+
+
+def _check_leftover_manifest(folder: Path, *, verify: bool | None) -> None:
+    """Check a folder that is no checkpoint, but has a manifest: its configuration may have been altered."""
+    if (folder / checkpoint.MANIFEST).exists():
+        checkpoint.check_intact(folder, verify=verify)

@@ -17,10 +17,12 @@ import torch
 
 from s2q.common.arguments import parse_dtype
 from s2q.common.components import TRANSFORMERS, check_no_adapter
-from s2q.common.errors import InvalidInputError, ResourceError, first_line, unknown_name
+from s2q.common.errors import InvalidInputError, ResourceError, unknown_name
 from s2q.common.files import read_json
+from s2q.common.foreign_code import check_folder, check_index
 from s2q.common.headers import TensorInfo, read_headers
 from s2q.common.loading_errors import PACKAGES, loading_error
+from s2q.common.meta import check_tensors, meta_model
 from s2q.common.versions import is_installed
 from s2q.common.weight_files import has_variant, names_in, variants_in, weight_files
 from s2q.core.storage import BF16_BYTES
@@ -175,14 +177,12 @@ class ModelSource:
 
         stored = self.transformer_configs[component]
         config = {key: value for key, value in stored.items() if key != "quantization_config"}
-        try:
-            with torch.device("meta"):
-                return getattr(diffusers, config["_class_name"]).from_config(config)
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise InvalidInputError(
-                f"{self.folder / component / 'config.json'}: does not describe a {config['_class_name']} "
-                f"({first_line(error)}); download or save the model again"
-            ) from error
+        return meta_model(
+            lambda: getattr(diffusers, config["_class_name"]).from_config(config),
+            path=self.folder / component / "config.json",
+            name=config["_class_name"],
+            remedy=_REMEDY,
+        )
 
     def meta_transformers(self) -> dict[str, nn.Module]:
         """Build all transformers on the meta device; by component."""
@@ -196,6 +196,7 @@ class ModelSource:
         import diffusers
         import transformers
 
+        check_folder(self.folder, self.index)
         parts: dict[str, Any] = {}
         for name, entry in self.index.items():
             if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_") and name not in components:
@@ -229,10 +230,14 @@ class ModelSource:
     def _load(self, dtype: torch.dtype) -> DiffusionPipeline:
         from diffusers import DiffusionPipeline
 
+        check_folder(self.folder, self.index)
         for component in self.component_classes:
             tensors = read_headers(self.weight_files(component))  # a truncated file is named
             if component in TRANSFORMERS:
                 check_no_adapter(self.folder / component, tensors)
+            if component in self.transformer_configs and not self.is_quantized:
+                expected = self.meta_transformer(component).state_dict()
+                check_tensors(tensors, expected, folder=self.folder / component, remedy=_REMEDY)
         methods = self._quantization_methods().items()
         foreign = [f"{component} is quantized by {method}" for component, method in methods]
         remedy = f"{', '.join(foreign)}: see what that needs" if foreign else _REMEDY
@@ -332,6 +337,7 @@ def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "
             f"{folder} is not a diffusers pipeline: it has no model_index.json; pass the pipeline's folder"
         )
     index = read_json(index_path, remedy=_REMEDY)
+    check_index(index_path, index)
     known = _component_classes(index)
     classes = {component: known[component][1] for component in TRANSFORMERS if component in known}
     if TRANSFORMERS[0] not in classes:
