@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -20,9 +19,11 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from s2q.common.errors import S2QError
+from s2q.common.temporaries import scratch_folder
 from s2q.engines.engine import REMEDY, LostWorkerError, WorkerEngine
 from s2q.engines.workers import LOGGER, SealedWork, WorkerLoop, prepare, warm_up
 
@@ -33,10 +34,10 @@ class ProcessEngine(WorkerEngine):
     """Runs tasks in spawned processes, one for each entry of `devices`; they import `modules` as they start."""
 
     def __init__(self, devices: Sequence[str], *, modules: Sequence[str] = ()) -> None:
-        self._output = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed with the engine
-            "r", prefix="s2q-processes-", encoding="utf-8", errors="replace"
-        )
-        super().__init__(devices, [_ProcessSlot(device, self._output, modules) for device in devices])
+        self._scratch = contextlib.ExitStack()
+        output = self._scratch.enter_context(scratch_folder("processes")) / "output.txt"
+        output.touch()
+        super().__init__(devices, [_ProcessSlot(device, output, modules) for device in devices])
 
     def seal(self, work: Any) -> SealedWork:
         """Return work that is pickled once for all processes."""
@@ -45,7 +46,7 @@ class ProcessEngine(WorkerEngine):
     def close(self) -> None:
         """End the processes."""
         super().close()
-        self._output.close()
+        self._scratch.close()
 
 
 class _SpawnContext(SpawnContext):
@@ -62,7 +63,7 @@ class _SpawnContext(SpawnContext):
 
 
 class _ProcessSlot:
-    def __init__(self, device: str, output: Any, modules: Sequence[str]) -> None:
+    def __init__(self, device: str, output: Path, modules: Sequence[str]) -> None:
         self.device, self.output, self.modules = device, output, modules
         self._has_started = False
 
@@ -74,7 +75,7 @@ class _ProcessSlot:
             1,
             mp_context=self.context,
             initializer=_start,
-            initargs=(self.device, sender, self.output.name, LOGGER.getEffectiveLevel()),
+            initargs=(self.device, sender, str(self.output), LOGGER.getEffectiveLevel()),
         )
         with _without_script():
             started = self._pool.submit(warm_up, self.modules)
@@ -84,7 +85,12 @@ class _ProcessSlot:
     def submit(self, work: SealedWork, token: int, task: Any) -> Future[Any]:
         sealed = work if token != self._token else None
         self._token = token
-        return self._watched(self._pool.submit(_call, sealed, token, task))
+        try:
+            submitted = self._pool.submit(_call, sealed, token, task)
+        except BrokenProcessPool as error:  # the process died while it waited for a task
+            submitted = Future()
+            submitted.set_exception(error)
+        return self._watched(submitted)
 
     def messages(self) -> Iterator[Any]:
         with contextlib.suppress(EOFError, OSError):  # cut off by the death of the process
@@ -121,11 +127,8 @@ class _ProcessSlot:
         return watched
 
     def _printed(self) -> str:
-        with (
-            contextlib.suppress(OSError, ValueError),
-            open(self.output.name, encoding="utf-8", errors="replace") as file,
-        ):
-            return file.read()
+        with contextlib.suppress(OSError):
+            return self.output.read_text(encoding="utf-8", errors="replace")
         return ""
 
 
