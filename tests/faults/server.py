@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -90,6 +91,7 @@ def _start(
     code = 99
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for commands in the background
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(os.open(output, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), 1)  # a terminal controls the session
         os.dup2(1, 2)
