@@ -1,6 +1,7 @@
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -103,6 +104,20 @@ def test_the_task_of_a_dead_worker_is_given_to_another_and_recorded(tmp_path, ca
         assert engine.retries == [Retry(task=1, cause="a worker was ended by signal SIGKILL, often for lack of memory")]
         assert "its task is given to another worker" in caplog.text
         assert len(dict(engine.map(process_tasks.describe, "abc"))) == 3, "the engine has all its workers again"
+
+
+def test_a_worker_that_dies_while_it_waits_is_replaced(caplog):
+    with contextlib.closing(ProcessEngine(["cpu"])) as engine:
+        ((_, (_, _, _, pid)),) = engine.map(process_tasks.describe, "a")
+        os.kill(pid, signal.SIGKILL)
+        assert ends(pid)
+        time.sleep(0.5)  # the pool notices
+        ((index, (task, _, _, other)),) = engine.map(process_tasks.describe, "b")
+    assert (index, task) == (0, "b")
+    assert other != pid
+    assert [retry.cause for retry in engine.retries] == [
+        "a worker was ended by signal SIGKILL, often for lack of memory"
+    ]
 
 
 def test_closing_the_generator_ends_the_processes():
