@@ -19,6 +19,7 @@ from markdown_tables import interval, table_head, table_row
 from methods import field_table, methods_table, parts_added_table
 from published import calls_table, commands_of, cost_table, python_of, sizes_table
 from reproduce.beside import overview_table
+from scaling_tables import limits_table, speedup_table
 from speed_tables import (
     calibration_table,
     demo_table,
@@ -42,6 +43,7 @@ PAGES = (
     "docs/speed.md",
     "docs/real-models.md",
     "docs/judging.md",
+    "docs/scale-out.md",
     "docs/decisions.md",
 )
 WIDTHS = ("w8a8", "w4a16", "w4a8", "w4a6", "w4a4", "w3a6")
@@ -238,6 +240,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "steps": steps_table,
     "parts": parts_table,
     "calibration": calibration_table,
+    "scaling": speedup_table,
+    "scaling-limits": limits_table,
     "sizes": sizes_table,
     "cost": cost_table,
     "calls": calls_table,
