@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 READY = "ready"
@@ -51,6 +52,7 @@ def preload(settings: dict) -> None:
     from s2q.shapes import embedded
 
     tqdm.tqdm.monitor_interval = 0  # no thread
+    tqdm.tqdm.set_lock(threading.RLock())  # copies would share its own, which a killed one does not give back
     calibration_set.selection_plot = lambda record: b"\x89PNG not drawn in tests"
     devices.has_arithmetic = lambda dtype: True
     embedded.embedded_folder = lambda name: Path(settings["model"])

@@ -141,7 +141,7 @@ def test_kills_of_a_run_with_two_workers_and_of_its_workers_give_the_same_bytes(
             duration *= 0.8  # a machine with other work had measured a long one
         else:
             counts[f"{target} killed: {ended}"] += 1
-        if counts.total() == 30:
+        if counts.total() == 20:
             break
-    assert counts["worker killed: continued"] >= 10
+    assert counts["worker killed: continued"] >= 5
     record("kills with two workers", {**counts, "equal_sha256": counts.total(), "no_process_left": counts.total()})
