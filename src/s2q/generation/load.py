@@ -109,6 +109,9 @@ def inspect_model(model: str | Path, *, variant: str | None = None, verify: bool
         variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
         verify: Whether to hash every file and compare with the manifest.
 
+    Returns:
+        Layers, bytes, files and what differs from the manifest.
+
     Raises:
         InvalidInputError: If there is no such checkpoint, it is not of s2q, or it is damaged.
     """
