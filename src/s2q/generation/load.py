@@ -36,7 +36,7 @@ def load_pipeline(
     backend: str = "auto",
     attention_backend: str | None = None,
 ) -> DiffusionPipeline:
-    """Load a pipeline; its progress bar is switched off.
+    """Load a pipeline.
 
     Args:
         model: Embedded name, pipeline folder or s2q checkpoint, Hub id ("organisation/name" or
@@ -51,6 +51,9 @@ def load_pipeline(
             `s2q.nn.set_backend`.
         attention_backend: What computes attention, as diffusers names it ("native", "flash", "sage" and so on); None
             leaves PyTorch's own. `set_attention_backend` of a transformer changes it later.
+
+    Returns:
+        The pipeline, its progress bar switched off.
 
     Raises:
         InvalidInputError: If the model is unknown, damaged or altered, or the device, dtype or a backend is unknown.
