@@ -146,6 +146,7 @@ class WorkerEngine:
         self.retries: list[Retry] = []
         self._slots = slots
         self._works = 0
+        self._lost_at_start = 0
         self._starting = {slot.start(): slot for slot in slots}
 
     def map(
@@ -166,10 +167,10 @@ class WorkerEngine:
                     return
                 done, _ = wait([*running, *self._starting], timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
                 self._pass_on(on_message)
+                self.check(waits=not running)
                 for future in done:
                     if future in self._starting:
-                        future.result()
-                        idle.append(self._starting.pop(future))
+                        idle += self._started(future)
                         continue
                     slot, index, task = running.pop(future)
                     try:
@@ -189,6 +190,9 @@ class WorkerEngine:
     def offer(self, name: str, value: Any) -> None:
         """See `Engine.offer`."""
 
+    def check(self, *, waits: bool) -> None:
+        """Look after the workers, some times a second; `waits` is whether all of them are still starting."""
+
     def seal(self, work: Any) -> Any:
         """Return work in the form in which it is sent."""
         return work
@@ -197,6 +201,20 @@ class WorkerEngine:
         """End the workers."""
         for slot in self._slots:
             slot.kill()
+
+    def _started(self, future: Future[Any]) -> list[Slot]:
+        """Return the worker that has started; one that was lost meanwhile is started again."""
+        slot = self._starting.pop(future)
+        try:
+            future.result()
+        except LostWorkerError as error:
+            self._lost_at_start += 1
+            if self._lost_at_start >= ATTEMPTS * len(self._slots):
+                raise ResourceError(f"{error}, {self._lost_at_start} times while workers started; {REMEDY}") from error
+            logger.warning("%s while it started; another one is started", error)
+            self._starting[slot.start()] = slot
+            return []
+        return [slot]
 
     def _record(self, index: int, error: LostWorkerError, *, times: int) -> None:
         if times >= ATTEMPTS:

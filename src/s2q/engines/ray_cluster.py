@@ -10,6 +10,7 @@ import contextlib
 import logging
 import queue
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 5.0
 _MESSAGE_SECONDS = 1.0
+_CHECK_SECONDS = 2.0
+_HEAD_SECONDS = 10.0
+_ROOM_SECONDS = 30.0
 
 
 def connect(address: str | None) -> None:
@@ -41,21 +45,26 @@ def connect(address: str | None) -> None:
 
     if ray.is_initialized():
         return
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        try:
-            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-        except OSError as error:
-            raise ResourceError(
-                f"--ray-address {address}: no Ray cluster answers ({error.strerror or error}); start one with "
-                "`ray start --head`, or omit the address to use this machine"
-            ) from error
+    if address not in (None, "auto") and not _answers(address):
+        raise ResourceError(
+            f"--ray-address {address}: no Ray cluster answers; start one with `ray start --head`, or omit the address "
+            "to use this machine"
+        )
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ResourceError(
             f"--ray-address {address}: cannot be joined ({' '.join(str(error).split())[:200]}); check the address"
         ) from error
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens at an address, HOST:PORT."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    with contextlib.suppress(OSError):
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        return True
+    return False
 
 
 def capacity(device: str) -> int:
@@ -85,7 +94,35 @@ class RayEngine(WorkerEngine):
         cpus, gpus = (1, 0) if device == "cpu" else (0, 1)
         actor = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={"messages": 1})(_Actor)
         options = {"device": device, "modules": tuple(modules), "shared": None if shared is None else str(shared)}
+        self._head, self._resource = ray.get_runtime_context().gcs_address, _resource(device)
+        self._next_check = self._last_answer = self._waits_since = time.monotonic()
+        self._is_gone = False
         super().__init__([device] * workers, [_RaySlot(actor, options) for _ in range(workers)])
+
+    def check(self, *, waits: bool) -> None:
+        """Raise ResourceError where the head is gone; say so where the cluster has no room for a worker."""
+        now = time.monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + _CHECK_SECONDS
+        if _answers(self._head):
+            self._last_answer = now
+        elif now - self._last_answer > _HEAD_SECONDS:
+            self._is_gone = True
+            raise ResourceError(
+                f"the head of the Ray cluster at {self._head} does not answer any more; run the same command again "
+                "when there is a cluster: finished work is kept"
+            )
+        if not waits:
+            self._waits_since = now
+        elif now - self._waits_since > _ROOM_SECONDS:
+            self._waits_since = now
+            logger.warning("waiting for the Ray cluster to have room for a worker (one %s each)", self._resource)
+
+    def close(self) -> None:
+        """End the workers, except where the head is gone: what it started ends with it."""
+        if not self._is_gone:
+            super().close()
 
     def seal(self, work: Any) -> Any:
         """Put work into the object store, from which every node reads it once."""
