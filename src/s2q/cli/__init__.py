@@ -38,7 +38,12 @@ class _Stopped(BaseException):
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     limit_spinning(os.environ)
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    code = run(sys.argv[1:] if argv is None else argv)
+    if "ray" in sys.modules:
+        from s2q.engines.ray_cluster import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def limit_spinning(environment: MutableMapping[str, str]) -> None:
