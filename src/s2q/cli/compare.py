@@ -117,8 +117,7 @@ def compare(
         show_comparison(result, page=(out / "index.html").resolve())
     failed = [entry for entry in result["entries"] if entry["error"]]
     if failed:
-        first = failed[0]
-        raise S2QError(f"{len(failed)} of {len(result['entries'])} failed: {first['label']}: {first['error']}")
+        raise S2QError(f"{len(failed)} of {len(result['entries'])} failed: {failed[0]['label']}: {failed[0]['error']}")
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:

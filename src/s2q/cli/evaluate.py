@@ -1,13 +1,14 @@
 """`s2q eval`: a model against full precision, with VBench beside if it is asked for."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from s2q.cli import options
 from s2q.common.files import atomic_write_json
 from s2q.common.outputs import output_lock
+from s2q.common.progress import Progress
 
 Reference = Annotated[str, typer.Option("--reference", help="The full-precision model.", metavar="MODEL")]
 EvalFile = Annotated[Path, options.file_option("-o", "--output", help="JSON file to write.")]
@@ -61,17 +62,14 @@ def evaluate(
     options.check_file_output(out, overwrite=overwrite)
     device = options.resolve_device(device)
     from s2q.cli import console, judges, output
-    from s2q.evaluation.evaluate import default_prompts
-    from s2q.evaluation.evaluate import evaluate as run
+    from s2q.evaluation import evaluate as evaluation
     from s2q.evaluation.video_metrics import selected_metrics
     from s2q.generation.defaults import frame_rate_of, quantization_scheme
-    from s2q.models.source import check_full_precision, resolve_model
 
     console.quiet_libraries()
     selected_metrics(metrics or (), lpips=lpips_weights is not None, clip=clip is not None)  # refuses unknown ones
-    ours, theirs = resolve_model(model, variant=variant, needs_variant=False), resolve_model(reference, variant=variant)
-    check_full_precision(theirs)
-    texts = options.read_prompt_file(prompts) or default_prompts(theirs, count=num_prompts)
+    ours, theirs = _sides(model, reference, variant)
+    texts = options.read_prompt_file(prompts) or evaluation.default_prompts(theirs, count=num_prompts)
     planned = judges.vbench_plan(
         out,
         texts,
@@ -85,7 +83,7 @@ def evaluate(
         overwrite=overwrite,
     )
     with console.progress() as report, output_lock(out):
-        result = run(
+        result = evaluation.evaluate(
             ours,
             reference=theirs,
             prompts=texts,
@@ -108,9 +106,26 @@ def evaluate(
             video_done=judges.keep_for(planned),
             progress=report,
         )
-        atomic_write_json(out, result)
-        if planned is not None:
-            result = judges.with_vbench(planned, result, progress=report)
-            atomic_write_json(out, result)
+        result = _written(out, result, planned, report)
     output.emit_json(result) if as_json else output.show_evaluation(result, scheme=quantization_scheme(ours))
     console.say(f"written to {out}")
+
+
+def _written(out: Path, result: dict[str, Any], planned: Any, progress: Progress) -> dict[str, Any]:
+    """Write a result, and again with VBench's scores where they were asked for; return what was written last."""
+    from s2q.cli import judges
+
+    atomic_write_json(out, result)
+    if planned is not None:
+        result = judges.with_vbench(planned, result, progress=progress)
+        atomic_write_json(out, result)
+    return result
+
+
+def _sides(model: str, reference: str, variant: str | None) -> tuple[Any, Any]:
+    """Resolve the judged model and its reference, which must be full precision."""
+    from s2q.models.source import check_full_precision, resolve_model
+
+    ours, theirs = resolve_model(model, variant=variant, needs_variant=False), resolve_model(reference, variant=variant)
+    check_full_precision(theirs)
+    return ours, theirs

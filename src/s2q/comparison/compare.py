@@ -77,25 +77,21 @@ def compare(
     Args:
         entries: Recipes by name (`all` and patterns such as "s2q-*" too) or file, and checkpoint folders.
         model: The full-precision reference: embedded name, folder or Hub id.
-        out: Folder to write; an existing comparison is resumed, and entries may be added to it.
+        out: Folder to write; a comparison there is resumed, and may get more entries.
         prompts: Prompts to generate; None takes `num_prompts` held-out captions of an embedded model.
-        calibration_prompts: Prompts for the recipes that calibrate; None takes those of an embedded model.
         overrides: Changes to the recipes; those to `calibration` and `distillation` are made where they apply.
-        workers: Number of workers that quantize blocks and evaluate prompts, or "auto", as for `quantize`; also
-            `devices`, `engine` and `ray_address`.
+        workers: Number of workers, which quantize blocks and evaluate prompts; as for `quantize`, with what follows it.
         resume: Whether to resume the comparison in `out`; False replaces it and needs `overwrite`.
         overwrite: Whether a comparison in `out` that cannot be resumed may be replaced.
 
     Returns:
-        The content of `compare.json`; an entry that failed has an `error`. Of a dry run, what would be done.
-
-    Raises:
-        InvalidInputError: Something is unknown, does not fit or is too long, or `out` holds something else.
-        BusyError, ResourceError, S2QError, UsageError: As of `s2q.quantize`.
+        The content of `compare.json`; an entry that failed has an `error`. Of a dry run, what would be done. Raises as
+        `s2q.quantize` does.
     """
     model, given_dtype = arguments.model_argument("model", model), arguments.parse_dtype(dtype)
     if not isinstance(model, str | Path):
         raise InvalidInputError("compare: got a loaded pipeline; pass its name or folder, which every process loads")
+    where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
     settings = CompareSettings(
         entries=arguments.name_list("entries", entries),
         model=str(model),
@@ -116,9 +112,7 @@ def compare(
         dtype=None if given_dtype is None else arguments.dtype_name(given_dtype),
         variant=optional(arguments.word, "variant", variant),
         verify=optional(arguments.flag, "verify", verify),
-        workers=workers_argument(
-            workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address
-        ),
+        workers=where,
         resume=arguments.flag("resume", resume),
         overwrite=arguments.flag("overwrite", overwrite),
         dry_run=arguments.flag("dry_run", dry_run),

@@ -116,7 +116,7 @@ class RayEngine(WorkerEngine):
         super().__init__([device] * workers, [_RaySlot(actor, options) for _ in range(workers)])
 
     def check(self, *, waits: bool) -> None:
-        """Raise ResourceError where the head is gone; say so where the cluster has no room for a worker."""
+        """Raise ResourceError where the head is gone; log a warning while the cluster has no room for a worker."""
         now = time.monotonic()
         if now < self._next_check:
             return

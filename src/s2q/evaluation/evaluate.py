@@ -143,20 +143,34 @@ def evaluate(
     where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
     settings = replace(settings, device=where.device)
     seeds, texts = arguments.seed_numbers(seeds), optional(arguments.prompt_list, "prompts", prompts)
+    result = _evaluate(model, reference, texts, seeds, settings, where, video_done=video_done, progress=progress)
+    return summarise(result)
+
+
+def _evaluate(
+    model: Any,
+    reference: Any,
+    texts: list[str] | None,
+    seeds: tuple[int, ...],
+    settings: EvaluationSettings,
+    where: Workers,
+    *,
+    video_done: VideoDone | None,
+    progress: Progress | None,
+) -> EvaluationResult:
+    """Check everything that can be checked before weights are read, then evaluate."""
     model, reference = _resolve_pair(model, reference, settings, where)
     texts = default_prompts(reference) if texts is None else texts
     _check_request(texts, settings)
     open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device="cpu")  # refuses what is none
     if isinstance(model, ModelSource) and isinstance(reference, ModelSource):
-        return summarise(
-            _evaluate_shards(
-                model, reference, texts, seeds, settings, where, video_done=video_done, progress=progress or silent
-            )
+        return _evaluate_shards(
+            model, reference, texts, seeds, settings, where, video_done=video_done, progress=progress or silent
         )
     run = run_reference(
         reference, prompts=texts, seeds=seeds, settings=settings, video_done=video_done, progress=progress
     )
-    return summarise(judge_model(model, run, video_done=video_done, progress=progress))
+    return judge_model(model, run, video_done=video_done, progress=progress)
 
 
 def _evaluate_shards(
