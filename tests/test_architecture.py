@@ -30,6 +30,15 @@ def test_every_package_is_in_exactly_one_layer():
     assert sorted(name for layer in layers_of_docs() for name in layer) == packages
 
 
+def test_the_walk_of_a_latent_has_at_most_26_files_each_once():
+    text = (ROOT / "docs/architecture.md").read_text()
+    section = text.partition("## One latent")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| `([a-z_/]+\.py)` \|", section, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
+    assert len({file for _, file in rows}) == len(rows) <= 26
+    assert {"run/work.py", "engines/engine.py"} < {file for _, file in rows}
+
+
 def test_files_named_on_the_page_exist():
     text = (ROOT / "docs/architecture.md").read_text()
     named = re.findall(r"`([a-z_/]+/[a-z_0-9]+\.py)`", text)
