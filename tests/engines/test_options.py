@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 
 from s2q.common.errors import InvalidInputError, ResourceError, UsageError
 from s2q.engines import options
 from s2q.engines.engine import InProcessEngine
 from s2q.engines.options import Workers, workers_argument
+from s2q.run.quantize import _worker_count
 
 
 def parsed(*, workers="auto", devices=None, device="cpu", engine="processes", ray_address=None):
@@ -24,6 +27,16 @@ def test_auto_takes_all_cores_of_a_cpu_and_all_gpus(monkeypatch, gpus):
     assert parsed(device="cuda").devices == ("cuda:0", "cuda:1", "cuda:2")
     assert parsed(device="cuda").planned(9) == 3
     assert parsed(device="cuda:1").planned(9) == 1
+
+
+def test_each_gpu_has_a_worker_where_the_memory_of_a_gpu_has_room_for_only_one():
+    layers = [SimpleNamespace(name=f"transformer.blocks.{index}.to_q") for index in range(30)]
+    blocks = SimpleNamespace(name="blocks", peak_memory_bytes=20)
+    planned = SimpleNamespace(layers=layers, stages=[blocks], device={"memory_bytes": 24})
+    gpus = Workers(devices=("cuda:0", "cuda:1"))
+    assert _worker_count(planned, SimpleNamespace(calibrates=True), gpus) == 2
+    assert _worker_count(planned, SimpleNamespace(calibrates=True), Workers()) == 1
+    assert _worker_count(planned, SimpleNamespace(calibrates=False), gpus) == 1
 
 
 def test_a_number_of_workers_is_kept_up_to_the_number_of_tasks(caplog):
@@ -54,6 +67,7 @@ def test_one_worker_is_this_process():
         ({"devices": ["cpu", "cuda:0"]}, (InvalidInputError, ResourceError), "cpu, cuda:0|cuda:0"),
         ({"devices": ["cuda:7"]}, ResourceError, "cuda:7"),
         ({"devices": ["cpu"], "engine": "ray"}, UsageError, "Ray assigns GPUs itself"),
+        ({"engine": "ray", "ray_address": "ray://host:10001"}, InvalidInputError, "expected HOST:PORT or auto"),
         ({"ray_address": "host:1"}, UsageError, "add --engine ray, or remove it"),
         ({"engine": "ray", "ray_address": "127.0.0.1:9"}, ResourceError, "127.0.0.1:9: no Ray cluster answers"),
     ],

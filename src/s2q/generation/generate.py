@@ -92,7 +92,7 @@ def generate(
             takes every visible GPU, or this process with all its threads.
         devices: Devices that workers take in turn, such as ["cuda:0", "cuda:2"]; replaces `device`.
         engine: "processes" of this machine, or "ray".
-        ray_address: Address of a Ray cluster, "HOST:PORT" or "auto"; None starts Ray on this machine.
+        ray_address: Address of a Ray cluster, "HOST:PORT" or "auto"; None takes `RAY_ADDRESS`, or starts Ray here.
 
     Returns:
         The videos, prompt by prompt, each prompt's in the order of the seeds.
@@ -135,7 +135,7 @@ def _generate_named(
 ) -> list[Video]:
     """Generate with a model by name; its batches are the same for any number of workers."""
     most = 1 if where.is_cpu else None
-    alone = where.planned(len(prompts) * len(seeds), most=most) == 1
+    alone = where.engine == "processes" and where.planned(len(prompts) * len(seeds), most=most) == 1
     pipe = work.load(source, where.device) if alone else source.meta_pipeline(source.meta_transformers())
     defaults = generation_defaults(source)
     resolved, batches = _batches(pipe, defaults, prompts, seeds, requested, batch_size)

@@ -127,7 +127,7 @@ def quantize(
             one thread on a CPU. A loaded pipeline is quantized in this process.
         devices: Devices that workers take in turn, such as ["cuda:0", "cuda:2"]; replaces `device`.
         engine: "processes" of this machine, or "ray".
-        ray_address: Address of a Ray cluster, "HOST:PORT" or "auto"; None starts Ray on this machine.
+        ray_address: Address of a Ray cluster, "HOST:PORT" or "auto"; None takes `RAY_ADDRESS`, or starts Ray here.
         resume: Whether to use what an interrupted run has finished.
         dry_run: Whether to return the plan and compute nothing.
 
@@ -196,10 +196,10 @@ def _quantize(
 
 
 def _worker_count(planned: Plan, recipe: Recipe, workers: Workers) -> int:
-    """Number of workers of a run; by default only as many as fit, and one where blocks take no calibration."""
+    """Number of workers of a run: by default one for each GPU, or as many as fit the host; one without calibration."""
     blocks = len({match[1] for layer in planned.layers if (match := _BLOCK.match(layer.name))})
-    most = workers_that_fit(planned) if recipe.calibrates else 1
-    return workers.planned(blocks, most=most)
+    room = workers_that_fit(planned) if workers.is_cpu else None  # GPUs have a worker each
+    return workers.planned(blocks, most=room if recipe.calibrates else 1)
 
 
 def _recipe(
