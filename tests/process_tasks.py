@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import struct
 import sys
 import time
 
@@ -38,6 +39,27 @@ def end_or_wait(task, worker):
         time.sleep(2)
         return "waited"
     end(task, worker)
+
+
+def cut_off_once(task, worker):
+    """Kill the process in the middle of sending a result of a megabyte, the first time."""
+    if not task.exists():
+        task.touch()
+        frame = sys._getframe()
+        while "result_queue" not in frame.f_locals:
+            frame = frame.f_back
+        os.write(frame.f_locals["result_queue"]._writer.fileno(), struct.pack("!i", 1_000_000) + b"start")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "whole"
+
+
+def wait_for(task, worker):
+    """Tell that the task runs, and end when the caller has heard of it."""
+    worker.tell("runs")
+    deadline = time.monotonic() + 60
+    while not task.exists():
+        assert time.monotonic() < deadline, "the caller has no message"
+        time.sleep(0.02)
 
 
 def end_once(task, worker):

@@ -69,7 +69,7 @@ def test_one_worker_is_this_process():
         ({"devices": ["cpu"], "engine": "ray"}, UsageError, "Ray assigns GPUs itself"),
         ({"engine": "ray", "ray_address": "ray://host:10001"}, InvalidInputError, "expected HOST:PORT or auto"),
         ({"ray_address": "host:1"}, UsageError, "add --engine ray, or remove it"),
-        ({"engine": "ray", "ray_address": "127.0.0.1:9"}, ResourceError, "127.0.0.1:9: no Ray cluster answers"),
+        ({"engine": "ray", "ray_address": "127.0.0.1:9"}, ResourceError, "127.0.0.1:9: nothing answers"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(arguments, error, message):

@@ -1,19 +1,21 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 import process_tasks
 from s2q.common.errors import InvalidInputError, ResourceError, S2QError
-from s2q.engines import workers
-from s2q.engines.engine import ATTEMPTS, InProcessEngine, Retry, fixed_threads
+from s2q.engines import processes, workers
+from s2q.engines.engine import ATTEMPTS, InProcessEngine, Retry, WorkerEngine, fixed_threads
 from s2q.engines.processes import ProcessEngine
 
 
@@ -118,6 +120,74 @@ def test_a_worker_that_dies_while_it_waits_is_replaced(caplog):
     assert [retry.cause for retry in engine.retries] == [
         "a worker was ended by signal SIGKILL, often for lack of memory"
     ]
+
+
+def test_a_worker_that_dies_as_it_starts_is_started_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "dies_once.py").write_text(
+        "import os, pathlib, signal\n"
+        "mark = pathlib.Path(__file__).with_name('died')\n"
+        "if not mark.exists():\n"
+        "    mark.touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with contextlib.closing(ProcessEngine(["cpu"], modules=["dies_once"])) as engine:
+        ((_, (task, *_)),) = engine.map(process_tasks.describe, "a")
+    assert task == "a"
+    assert "by signal SIGKILL, often for lack of memory while it started; another one is started" in caplog.text
+    assert engine.retries == [], "no task was lost"
+
+
+def test_a_result_cut_off_by_the_death_of_its_worker_is_computed_again(tmp_path):
+    with process_engine("cpu") as engine:
+        assert list(engine.map(process_tasks.cut_off_once, [tmp_path / "cut off"])) == [(0, "whole")]
+    assert [retry.task for retry in engine.retries] == [0]
+
+
+def test_workers_are_deaf_to_interrupts_from_their_first_moment(two_workers):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with processes._as_worker():
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "a process inherits it"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    for _, (*_, pid) in two_workers.map(process_tasks.describe, "ab"):
+        status = Path(f"/proc/{pid}/status").read_text()
+        blocked = int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16)
+        assert blocked >> (signal.SIGINT - 1) & 1
+
+
+def test_an_error_that_cannot_be_pickled_is_sent_as_text(monkeypatch):
+    class OddError(Exception):
+        def __init__(self, first, second):
+            super().__init__(f"{first} and {second}")
+
+    class Loop:
+        def run(self, sealed, token, task):
+            raise OddError("this", "that")
+
+    monkeypatch.setattr(processes, "_loop", Loop())
+    with pytest.raises(S2QError, match="^OddError: this and that$") as caught:
+        processes._call(None, 0, "a")
+    assert isinstance(caught.value.__cause__, OddError)
+    assert type(workers.sendable(InvalidInputError("as it is"))) is InvalidInputError
+
+
+def test_workers_that_started_end_when_another_cannot_start():
+    class Slot:
+        alive = False
+
+        def start(self):
+            if started:
+                raise OSError("too many open files")
+            started.append(self)
+            self.alive = True
+
+        def kill(self):
+            self.alive = False
+
+    started = []
+    with pytest.raises(OSError, match="too many open files"):
+        WorkerEngine(["cpu", "cpu"], [Slot(), Slot()])
+    assert [slot.alive for slot in started] == [False]
 
 
 def test_closing_the_generator_ends_the_processes():

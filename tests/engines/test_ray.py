@@ -2,15 +2,17 @@
 
 import contextlib
 import os
+import socket
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 import process_tasks
-from s2q.common.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.engines import ray_cluster
-from s2q.engines.options import workers_argument
+from s2q.engines.options import Workers, workers_argument
 from s2q.run.quantize import quantize
 from tiny import tiny_pipeline
 
@@ -60,6 +62,32 @@ def test_results_messages_and_logs_come_from_every_task(engine, caplog):
     assert sorted(caplog.messages) == [f"task {letter}" for letter in "abcde"]
     assert {(device, threads) for _, device, threads, _ in found.values()} == {("cpu", 1)}
     assert os.getpid() not in {pid for *_, pid in found.values()}
+
+
+def test_messages_arrive_while_a_task_runs(engine, tmp_path):
+    task = tmp_path / "told"
+    assert list(engine.map(process_tasks.wait_for, [task], on_message=lambda message: task.touch())) == [(0, None)]
+
+
+def test_a_worker_of_a_numbered_gpu_takes_the_one_that_ray_assigns(engine, monkeypatch):
+    monkeypatch.setattr(ray_cluster._RaySlot, "start", lambda slot: Future())
+    assert ray_cluster.RayEngine("cuda:1", 2).devices == ["cuda", "cuda"]
+
+
+def test_a_cluster_without_room_is_refused(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    assert Workers(engine="ray").planned(9) == 4
+    with pytest.raises(ResourceError, match="no node of the cluster has a GPU; give --workers N if nodes join later"):
+        Workers(engine="ray", devices=("cuda",)).planned(9)
+    assert Workers(engine="ray", devices=("cuda",), count=3).planned(9) == 3
+
+
+def test_an_address_where_something_else_answers_is_refused_in_time(monkeypatch):
+    monkeypatch.setattr(ray_cluster, "_ANSWER_SECONDS", 3.0)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with pytest.raises(ResourceError, match="no Ray cluster answers; start one with `ray start --head`"):
+            ray_cluster.connect(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_the_task_of_a_dead_worker_is_given_to_another_and_recorded(engine, tmp_path):

@@ -119,14 +119,14 @@ class InProcessEngine:
 
 
 class LostWorkerError(ResourceError):
-    """A worker died while it worked on a task; the text says how it ended."""
+    """A worker died; the text says how it ended."""
 
 
 class Slot(Protocol):
     """The place of one worker of a `WorkerEngine`."""
 
     def start(self) -> Future[Any]:
-        """Start a worker, in place of the one before; the future ends when it takes tasks."""
+        """Start a worker, in place of the one before; the future ends when it takes tasks, or with LostWorkerError."""
 
     def submit(self, work: Any, token: int, task: Any) -> Future[Any]:
         """Give a task to the worker; raises LostWorkerError in the future if it dies. A token names a work."""
@@ -147,7 +147,13 @@ class WorkerEngine:
         self._slots = slots
         self._works = 0
         self._lost_at_start = 0
-        self._starting = {slot.start(): slot for slot in slots}
+        self._starting: dict[Future[Any], Slot] = {}
+        try:
+            for slot in slots:
+                self._starting[slot.start()] = slot
+        except BaseException:
+            self.close()
+            raise
 
     def map(
         self, work: Work[_Task, _Result], tasks: Iterable[_Task], *, on_message: Tell = lambda message: None

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 ENGINES = ("processes", "ray")
-_ADDRESS = re.compile(r"auto|[^\s:]\S*:\d+")
+_ADDRESS = re.compile(r"auto|(?!ray://)[^\s:]\S*:\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Workers:
         devices: Names of the devices, of one kind, that workers take in turn; "cuda" is the current GPU.
         count: Number of workers; None takes every visible GPU, or a process for each core of a CPU.
         engine: "processes" (of this machine; this process where one worker is enough) or "ray".
-        ray_address: Address of the cluster; None starts Ray on this machine.
+        ray_address: Address of the cluster; None takes that of RAY_ADDRESS, or starts Ray on this machine.
     """
 
     devices: tuple[str, ...] = ("cpu",)

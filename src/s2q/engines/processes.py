@@ -7,6 +7,7 @@ import the caller's script, which therefore needs no `if __name__ == "__main__":
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ from typing import Any
 from s2q.common.errors import S2QError
 from s2q.common.temporaries import scratch_folder
 from s2q.engines.engine import REMEDY, LostWorkerError, WorkerEngine
-from s2q.engines.workers import LOGGER, SealedWork, WorkerLoop, prepare, warm_up
+from s2q.engines.workers import LOGGER, SealedWork, WorkerLoop, prepare, sendable, warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class _SpawnContext(SpawnContext):
 class _ProcessSlot:
     def __init__(self, device: str, output: Path, modules: Sequence[str]) -> None:
         self.device, self.output, self.modules = device, output, modules
-        self._has_started = False
+        self._pool: ProcessPoolExecutor | None = None
 
     def start(self) -> Future[Any]:
         self.context = _SpawnContext()
@@ -77,14 +78,18 @@ class _ProcessSlot:
             initializer=_start,
             initargs=(self.device, sender, str(self.output), LOGGER.getEffectiveLevel()),
         )
-        with _without_script():
+        with _as_worker():
             started = self._pool.submit(warm_up, self.modules)
         sender.close()
+        # only the process can write results: the end of one that dies while it writes is then seen
+        results: Any = self._pool._result_queue
+        results._writer.close()
         return self._watched(started, is_start=True)
 
     def submit(self, work: SealedWork, token: int, task: Any) -> Future[Any]:
         sealed = work if token != self._token else None
         self._token = token
+        assert self._pool is not None
         try:
             submitted = self._pool.submit(_call, sealed, token, task)
         except BrokenProcessPool as error:  # the process died while it waited for a task
@@ -98,6 +103,8 @@ class _ProcessSlot:
                 yield self._messages.recv()
 
     def kill(self) -> None:
+        if self._pool is None:
+            return
         children = [child for child in self.context.children if child.pid is not None]
         for child in children:
             child.kill()
@@ -107,7 +114,7 @@ class _ProcessSlot:
         self._messages.close()
 
     def _watched(self, future: Future[Any], *, is_start: bool = False) -> Future[Any]:
-        """Return a future that raises LostWorkerError where the process died; one that cannot start ends the run."""
+        """Return a future that raises LostWorkerError where the process died; one that fails to start ends the run."""
         watched: Future[Any] = Future()
 
         def settle(done: Future[Any]) -> None:
@@ -116,8 +123,9 @@ class _ProcessSlot:
                 return
             error = done.exception()
             if isinstance(error, BrokenProcessPool):
-                text = _obituary(_exit_code(self.context.children), self._printed())
-                error = S2QError(f"{text}; {REMEDY}") if is_start else LostWorkerError(text)
+                code = _exit_code(self.context.children)
+                text = _obituary(code, self._printed())
+                error = S2QError(f"{text}; {REMEDY}") if is_start and code >= 0 else LostWorkerError(text)
             if error is None:
                 watched.set_result(done.result())
             else:
@@ -132,15 +140,22 @@ class _ProcessSlot:
         return ""
 
 
+_SPAWNING = threading.Lock()
+
+
 @contextlib.contextmanager
-def _without_script() -> Iterator[None]:
-    """Hide the caller's script from `multiprocessing`, which would have a new process import it."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
+def _as_worker() -> Iterator[None]:
+    """Spawn a process that neither imports the caller's script nor gets Ctrl-C, not even while it starts."""
+    with _SPAWNING:
+        multiprocessing.resource_tracker.ensure_running()  # changes the mask of signals when it starts
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _exit_code(children: Sequence[BaseProcess]) -> int:
@@ -165,7 +180,7 @@ def _start(device: str, sender: Connection, output: str, log_level: int) -> None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or none
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
             os.dup2(descriptor, stream.fileno())
     lock = threading.Lock()
 
@@ -185,14 +200,21 @@ def _end_with(parent: BaseProcess) -> None:
 
 def _call(sealed: SealedWork | None, token: int, task: Any) -> Any:
     assert _loop is not None
-    return _loop.run(sealed, token, task)
+    try:
+        return _loop.run(sealed, token, task)
+    except Exception as error:
+        sent = sendable(error)
+        if sent is error:
+            raise
+        raise sent from error
 
 
 def _obituary(code: int, output: str) -> str:
     """Say how a process ended, by its exit code (negative for a signal) and what all processes printed."""
     line = output.strip().rpartition("\n")[2].strip()
     if code < 0:
-        how = f"by signal {signal.Signals(-code).name}"
+        names = {signum.value: signum.name for signum in signal.Signals}
+        how = f"by signal {names.get(-code, -code)}"
         how += ", often for lack of memory" if code == -signal.SIGKILL else ""
     else:
         how = f"with exit code {code}" + (f" ({line})" if line else "")

@@ -11,36 +11,40 @@ import logging
 import os
 import queue
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from s2q.common.errors import InvalidInputError, ResourceError, S2QError, UsageError, first_line
 from s2q.common.versions import is_installed, package_versions
 from s2q.engines.engine import LostWorkerError, WorkerEngine
-from s2q.engines.workers import LOGGER, SealedWork, WorkerLoop, prepare, warm_up
+from s2q.engines.workers import LOGGER, SealedWork, WorkerLoop, prepare, sendable, warm_up
 
 logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 30.0
 _MESSAGE_SECONDS = 1.0
 _CHECK_SECONDS = 2.0
 _HEAD_SECONDS = 10.0
 _ROOM_SECONDS = 30.0
+_MESSAGES = "messages"
 
 
 def connect(address: str | None) -> None:
-    """Join a Ray cluster ("HOST:PORT", "auto"), or start Ray on this machine for None.
+    """Join a Ray cluster ("HOST:PORT", "auto"); for None that of RAY_ADDRESS, or start Ray on this machine.
 
     Raises:
         UsageError: If Ray is not installed.
-        ResourceError: If nothing answers at the address.
+        ResourceError: If no cluster answers at the address.
     """
     if not is_installed("ray"):
         raise UsageError("--engine ray: Ray is not installed; pip install 's2q[ray]', or use --engine processes")
@@ -48,23 +52,35 @@ def connect(address: str | None) -> None:
 
     if ray.is_initialized():
         return
-    if address not in (None, "auto") and not _answers(address):
-        raise ResourceError(
-            f"--ray-address {address}: no Ray cluster answers; start one with `ray start --head`, or omit the address "
-            "to use this machine"
-        )
+    joined = address or os.environ.get("RAY_ADDRESS") or "local"
+    if joined != "local":
+        _check_answers(joined)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        ray.init(address=joined, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ResourceError(
-            f"--ray-address {address}: cannot be joined ({' '.join(str(error).split())[:200]}); check the address"
-        ) from error
+        why = " ".join(str(error).split())[:200]
+        if joined == "local":
+            raise ResourceError(f"--engine ray: Ray cannot be started ({why}); use --engine processes") from error
+        raise ResourceError(f"--ray-address {joined}: cannot be joined ({why}); check the address") from error
+
+
+def _check_answers(address: str) -> None:
+    """Ask a cluster for its status, in a process that can be ended: `ray.init` waits minutes for one that is gone."""
+    remedy = "start one with `ray start --head`, or omit the address to use this machine"
+    if address != "auto" and not _answers(address):
+        raise ResourceError(f"--ray-address {address}: nothing answers; {remedy}")
+    where = [] if address == "auto" else ["--address", address]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", *where]
+    try:
+        subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_ANSWER_SECONDS)
+    except subprocess.SubprocessError as error:
+        raise ResourceError(f"--ray-address {address}: no Ray cluster answers; {remedy}") from error
 
 
 def _answers(address: str) -> bool:
     """Whether something listens at an address, HOST:PORT."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    with contextlib.suppress(OSError):
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError, ValueError):
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
         return True
     return False
@@ -84,10 +100,15 @@ def leave(code: int) -> None:
 
 
 def capacity(device: str) -> int:
-    """Return how many workers the connected cluster has room for."""
+    """Return how many workers the connected cluster has room for; raises ResourceError for none."""
     import ray
 
-    return int(ray.cluster_resources().get(_resource(device), 0))
+    count = int(ray.cluster_resources().get(_resource(device), 0))
+    if count == 0:
+        raise ResourceError(
+            f"--engine ray: no node of the cluster has a {_resource(device)}; give --workers N if nodes join later"
+        )
+    return count
 
 
 def workers_per_node(device: str) -> int:
@@ -107,11 +128,13 @@ class RayEngine(WorkerEngine):
     def __init__(self, device: str, workers: int, *, modules: Sequence[str] = (), shared: Path | None = None) -> None:
         import ray
 
+        device = torch.device(device).type  # Ray shows a worker the GPU that it assigns, and no other
         cpus, gpus = (1, 0) if device == "cpu" else (0, 1)
-        actor = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={"messages": 1})(_Actor)
+        actor = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={_MESSAGES: 1})(_Actor)
         options = {"device": device, "modules": tuple(modules), "shared": None if shared is None else str(shared)}
         self._head, self._resource = ray.get_runtime_context().gcs_address, _resource(device)
-        self._next_check = self._last_answer = self._waits_since = time.monotonic()
+        self._next_check = self._waits_since = time.monotonic()
+        self._silent_since: float | None = None
         self._is_gone = False
         super().__init__([device] * workers, [_RaySlot(actor, options) for _ in range(workers)])
 
@@ -122,8 +145,10 @@ class RayEngine(WorkerEngine):
             return
         self._next_check = now + _CHECK_SECONDS
         if _answers(self._head):
-            self._last_answer = now
-        elif now - self._last_answer > _HEAD_SECONDS:
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = now
+        elif now - self._silent_since > _HEAD_SECONDS:
             self._is_gone = True
             raise ResourceError(
                 f"the head of the Ray cluster at {self._head} does not answer any more; run the same command again "
@@ -186,14 +211,21 @@ class _RaySlot:
             if handle is self._handle:
                 self._listen(handle)
 
-        handle.messages.remote().future().add_done_callback(arrived)
+        handle.messages.options(concurrency_group=_MESSAGES).remote().future().add_done_callback(arrived)
 
     def _watched(self, reference: Any, *, open_result: Callable[[Any], Any]) -> Future[Any]:
         """Return the future of a call that raises LostWorkerError where the worker or its node died."""
+        from ray.exceptions import RayTaskError
+
         watched: Future[Any] = Future()
 
         def settle(done: Future[Any]) -> None:
             error = done.exception()
+            if isinstance(error, RayTaskError):  # of the worker itself; errors of tasks are in their outcomes
+                cause = error.cause
+                text = f"a worker of the Ray cluster failed ({type(cause).__name__}: {first_line(cause)})"
+                watched.set_exception(S2QError(f"{text}; install the same packages on all nodes"))
+                return
             if error is not None:
                 watched.set_exception(LostWorkerError(f"a worker of the Ray cluster was lost ({first_line(error)})"))
                 return
@@ -259,7 +291,7 @@ class _Actor:
         try:
             result = self._loop.run(sealed, token, task)
         except Exception as error:
-            return _Outcome(error=_sendable(error), messages=self._waiting())
+            return _Outcome(error=sendable(error), messages=self._waiting())
         return _Outcome(result=result, messages=self._waiting())
 
     def messages(self) -> list[Any]:
@@ -283,12 +315,3 @@ class _Start:
     node: str
     versions: Mapping[str, str | None]
     sees: bool
-
-
-def _sendable(error: Exception) -> Exception:
-    """Return an error that can be pickled, without its causes."""
-    try:
-        ForkingPickler.loads(ForkingPickler.dumps(error))
-    except Exception:
-        return S2QError(f"{type(error).__name__}: {error}")
-    return error

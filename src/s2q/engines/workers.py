@@ -84,6 +84,15 @@ def prepare(device: str, tell: Tell, log_level: int) -> None:
         torch.set_num_threads(1)
 
 
+def sendable(error: Exception) -> Exception:
+    """Return an error that can be pickled, without its causes."""
+    try:
+        ForkingPickler.loads(ForkingPickler.dumps(error))
+    except Exception:
+        return S2QError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def warm_up(modules: Sequence[str]) -> dict[str, str | None]:
     """Import what tasks will need; return the versions of this worker's packages."""
     for module in modules:
