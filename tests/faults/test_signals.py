@@ -103,7 +103,7 @@ def test_a_signal_at_an_event_ends_the_run_with_its_exit_code_and_it_resumes(
 
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_a_signal_to_a_run_on_a_terminal_shows_the_cursor(commands, quantize_tiny, undisturbed, tmp_path, number):
-    assert signal_on_terminal(commands, quantize_tiny, tmp_path, number, 0.3)
+    assert signal_on_terminal(commands, quantize_tiny, tmp_path, number, 0)
     check_resumed(commands, quantize_tiny, tmp_path, undisturbed[1])
 
 
