@@ -8,6 +8,7 @@ import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from s2q.common.errors import InvalidInputError
 
@@ -71,8 +72,23 @@ def end_once(task, worker):
     return task, os.getpid()
 
 
+def lock_of_progress_bars(task, worker):
+    return type(tqdm.get_lock()).__name__
+
+
 def kept(task, worker):
     return worker.keep("loaded", lambda: os.urandom(4)), os.getpid()
+
+
+class BrokenActor:
+    """A worker of a Ray node that lacks packages."""
+
+    def __init__(self, **options):
+        raise ModuleNotFoundError("No module named 'diffusers'")
+
+    def ready(self): ...
+
+    def messages(self): ...
 
 
 class Closing:

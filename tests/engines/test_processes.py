@@ -155,6 +155,10 @@ def test_workers_are_deaf_to_interrupts_from_their_first_moment(two_workers):
         assert blocked >> (signal.SIGINT - 1) & 1
 
 
+def test_progress_bars_of_workers_make_no_semaphore_that_outlives_them(two_workers):
+    assert {name for _, name in two_workers.map(process_tasks.lock_of_progress_bars, "ab")} == {"RLock"}
+
+
 def test_an_error_that_cannot_be_pickled_is_sent_as_text(monkeypatch):
     class OddError(Exception):
         def __init__(self, first, second):

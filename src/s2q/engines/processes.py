@@ -23,6 +23,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from s2q.common.errors import S2QError
 from s2q.common.temporaries import scratch_folder
 from s2q.engines.engine import REMEDY, LostWorkerError, WorkerEngine
@@ -182,6 +184,7 @@ def _start(device: str, sender: Connection, output: str, log_level: int) -> None
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
             os.dup2(descriptor, stream.fileno())
+    tqdm.set_lock(threading.RLock())  # instead of a semaphore, which the end of the process would leave behind
     lock = threading.Lock()
 
     def tell(message: Any) -> None:
