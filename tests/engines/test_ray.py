@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import process_tasks
-from s2q.common.errors import InvalidInputError, ResourceError
+from s2q.common.errors import InvalidInputError, ResourceError, S2QError
 from s2q.engines import ray_cluster
 from s2q.engines.options import Workers, workers_argument
 from s2q.run.quantize import quantize
@@ -72,6 +72,13 @@ def test_messages_arrive_while_a_task_runs(engine, tmp_path):
 def test_a_worker_of_a_numbered_gpu_takes_the_one_that_ray_assigns(engine, monkeypatch):
     monkeypatch.setattr(ray_cluster._RaySlot, "start", lambda slot: Future())
     assert ray_cluster.RayEngine("cuda:1", 2).devices == ["cuda", "cuda"]
+
+
+def test_a_node_without_packages_is_named_and_not_tried_again(engine, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "_Actor", process_tasks.BrokenActor)
+    message = r"a worker of the Ray cluster failed \(ModuleNotFoundError: No module named 'diffusers'\); check that"
+    with contextlib.closing(ray_cluster.RayEngine("cpu", 1)) as broken, pytest.raises(S2QError, match=message):
+        list(broken.map(process_tasks.describe, "a"))
 
 
 def test_a_cluster_without_room_is_refused(monkeypatch):

@@ -31,7 +31,7 @@ from s2q.engines.workers import LOGGER, SealedWork, WorkerLoop, prepare, sendabl
 logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 5.0
-_ANSWER_SECONDS = 30.0
+_ANSWER_SECONDS = 60.0
 _MESSAGE_SECONDS = 1.0
 _CHECK_SECONDS = 2.0
 _HEAD_SECONDS = 10.0
@@ -120,6 +120,14 @@ def workers_per_node(device: str) -> int:
 
 def _resource(device: str) -> str:
     return "CPU" if device == "cpu" else "GPU"
+
+
+def _defect(error: BaseException | None) -> str:
+    """Return the last line of an error of a worker's own code, which would come again; "" where it was lost."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    is_raised = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
+    return str(error).strip().rpartition("\n")[2].strip() if is_raised else ""
 
 
 class RayEngine(WorkerEngine):
@@ -215,16 +223,16 @@ class _RaySlot:
 
     def _watched(self, reference: Any, *, open_result: Callable[[Any], Any]) -> Future[Any]:
         """Return the future of a call that raises LostWorkerError where the worker or its node died."""
-        from ray.exceptions import RayTaskError
-
         watched: Future[Any] = Future()
 
         def settle(done: Future[Any]) -> None:
             error = done.exception()
-            if isinstance(error, RayTaskError):  # of the worker itself; errors of tasks are in their outcomes
-                cause = error.cause
-                text = f"a worker of the Ray cluster failed ({type(cause).__name__}: {first_line(cause)})"
-                watched.set_exception(S2QError(f"{text}; install the same packages on all nodes"))
+            if defect := _defect(error):
+                watched.set_exception(
+                    S2QError(
+                        f"a worker of the Ray cluster failed ({defect}); check that all nodes have the same packages"
+                    )
+                )
                 return
             if error is not None:
                 watched.set_exception(LostWorkerError(f"a worker of the Ray cluster was lost ({first_line(error)})"))

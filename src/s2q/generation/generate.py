@@ -135,7 +135,8 @@ def _generate_named(
 ) -> list[Video]:
     """Generate with a model by name; its batches are the same for any number of workers."""
     most = 1 if where.is_cpu else None
-    alone = where.engine == "processes" and where.planned(len(prompts) * len(seeds), most=most) == 1
+    wanted = where.count or where.planned(len(prompts) * len(seeds), most=most)
+    alone = where.engine == "processes" and wanted == 1
     pipe = work.load(source, where.device) if alone else source.meta_pipeline(source.meta_transformers())
     defaults = generation_defaults(source)
     resolved, batches = _batches(pipe, defaults, prompts, seeds, requested, batch_size)
