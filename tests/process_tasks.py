@@ -76,6 +76,10 @@ def lock_of_progress_bars(task, worker):
     return type(tqdm.get_lock()).__name__
 
 
+def exists_here(task, worker):
+    return os.path.exists(task)
+
+
 def kept(task, worker):
     return worker.keep("loaded", lambda: os.urandom(4)), os.getpid()
 

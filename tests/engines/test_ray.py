@@ -119,6 +119,13 @@ def test_a_node_that_does_not_see_the_run_folder_is_refused(cluster, tmp_path):
             list(engine.map(process_tasks.describe, "a"))
 
 
+def test_relative_paths_mean_the_same_in_workers(cluster, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with contextlib.closing(joined(cluster).open(1, shared=Path("out"))) as engine:
+        assert list(engine.map(process_tasks.exists_here, ["out", "elsewhere"])) == [(0, True), (1, False)]
+
+
 def test_a_node_with_other_versions_is_refused(cluster, monkeypatch):
     monkeypatch.setattr(ray_cluster, "package_versions", lambda: {"s2q": "9.9", "torch": "1.0"})
     with contextlib.closing(joined(cluster).open(1)) as engine:

@@ -140,6 +140,7 @@ class RayEngine(WorkerEngine):
         cpus, gpus = (1, 0) if device == "cpu" else (0, 1)
         actor = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={_MESSAGES: 1})(_Actor)
         options = {"device": device, "modules": tuple(modules), "shared": None if shared is None else str(shared)}
+        options["current"] = os.getcwd()
         self._head, self._resource = ray.get_runtime_context().gcs_address, _resource(device)
         self._next_check = self._waits_since = time.monotonic()
         self._silent_since: float | None = None
@@ -281,7 +282,9 @@ class _Outcome:
 class _Actor:
     """A worker in the cluster."""
 
-    def __init__(self, device: str, modules: Sequence[str], shared: str | None, log_level: int) -> None:
+    def __init__(self, device: str, modules: Sequence[str], shared: str | None, current: str, log_level: int) -> None:
+        with contextlib.suppress(OSError):  # paths relative to the caller's folder mean the same here, if it is shared
+            os.chdir(current)
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._device, self._modules, self._shared, self._log_level = device, modules, shared, log_level
         self._loop = WorkerLoop(device, self._messages.put)
