@@ -3,7 +3,7 @@
 import pytest
 from reliability import record
 
-from faults.commands import hashes
+from faults.commands import WORKERS, hashes
 
 LARGER = {
     "calibration.num_frames=9": "calibration.num_frames=33",
@@ -73,7 +73,7 @@ def test_generate_without_memory_says_what_to_make_smaller(commands, model, tmp_
 @pytest.mark.usefixtures("defaults")
 def test_eval_without_memory_says_what_to_make_smaller(commands, model, tmp_path):
     arguments = ["eval", "-m", model, "--reference", model, "--prompts", model.parent / "prompts.txt", *VIDEO]
-    outcome = commands.run([*arguments, "-o", tmp_path / "eval.json"], memory=2 << 20)
+    outcome = commands.run([*arguments, WORKERS, "1", "-o", tmp_path / "eval.json"], memory=2 << 20)
     assert outcome.code == 4, outcome.output
     assert "out of memory while evaluating" in last_error(outcome)
 

@@ -49,10 +49,11 @@ def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
 
 def read_limited(path: Path, max_bytes: int) -> bytes:
     """Read a regular file; OSError if it is longer, or a pipe or a device, which may have no end."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    described = path.stat()
+    if not stat.S_ISREG(described.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
     with path.open("rb") as file:
-        content = file.read(max_bytes + 1)
+        content = file.read(min(described.st_size, max_bytes) + 1)  # allocates as much at once
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"longer than {max_bytes >> 20} MiB")
     return content
