@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from overrides import overriding
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
+from s2q.checkpoint.manifest import write_manifest
 from s2q.common.errors import InvalidInputError
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe
@@ -444,6 +445,7 @@ def test_damaged_transforms_are_refused(run, tmp_path, tensor, change, message):
     if change is not None:
         tensors[name] = change(value)
     save_file(tensors, tmp_path / "copy" / WEIGHTS, metadata={"format": "pt"})
+    write_manifest(tmp_path / "copy")  # as who damages a checkpoint on purpose does
     with pytest.raises(InvalidInputError, match=message.format(name=name.replace(".", r"\."))):
         CogVideoXPipeline.from_pretrained(tmp_path / "copy")
     with pytest.raises(InvalidInputError, match=re.escape(WEIGHTS)):
@@ -456,5 +458,6 @@ def test_a_layout_that_the_file_does_not_have_is_refused(run, tmp_path):
     config = json.loads(path.read_text())
     config["quantization_config"]["layer_inputs"].pop(TRANSFORMED)
     path.write_text(json.dumps(config))
+    write_manifest(tmp_path / "copy")
     with pytest.raises(InvalidInputError, match=TRANSFORMED.replace(".", r"\.")):
         CogVideoXPipeline.from_pretrained(tmp_path / "copy")

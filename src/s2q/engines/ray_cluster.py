@@ -138,7 +138,8 @@ class RayEngine(WorkerEngine):
 
         device = torch.device(device).type  # Ray shows a worker the GPU that it assigns, and no other
         cpus, gpus = (1, 0) if device == "cpu" else (0, 1)
-        actor = ray.remote(num_cpus=cpus, num_gpus=gpus, concurrency_groups={_MESSAGES: 1})(_Actor)
+        resources = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}  # memory is that of a node
+        actor = ray.remote(concurrency_groups={_MESSAGES: 1}, **resources)(_Actor)
         options = {"device": device, "modules": tuple(modules), "shared": None if shared is None else str(shared)}
         options["current"] = os.getcwd()
         self._head, self._resource = ray.get_runtime_context().gcs_address, _resource(device)
