@@ -172,7 +172,7 @@ def test_an_error_that_cannot_be_pickled_is_sent_as_text(monkeypatch):
     with pytest.raises(S2QError, match="^OddError: this and that$") as caught:
         processes._call(None, 0, "a")
     assert isinstance(caught.value.__cause__, OddError)
-    assert type(workers.sendable(InvalidInputError("as it is"))) is InvalidInputError
+    assert type(workers.sendable(InvalidInputError("refused"))) is InvalidInputError
 
 
 def test_workers_that_started_end_when_another_cannot_start():

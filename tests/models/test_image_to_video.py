@@ -90,7 +90,7 @@ def test_linears_of_a_group_read_the_same_tensor_and_those_of_two_do_not(model):
     generated(pipe)
     listed = block_linears(pipe.transformer, family)
     readers = {}
-    for name in {one.name.split(".", 2)[2] for one in listed if one.role == "linear"}:
+    for name in {linear.name.split(".", 2)[2] for linear in listed if linear.role == "linear"}:
         readers.setdefault(id(heard[name]), set()).add(name)
     shared = {frozenset(names) for names in readers.values() if len(names) > 1}
     assert shared == {frozenset(names) for names in family.shared_inputs}

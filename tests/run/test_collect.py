@@ -38,7 +38,11 @@ def collecting(tmp_path, monkeypatch):
             engine.offer(TEACHER, teacher)
             source = TeacherSource(source=None, recipe=recipe, dtype=None, linears=teacher.linears)
             record_prompts(engine, source, inputs, folder, progress=lambda *step: seen.append(step))
-            return score_candidates(teacher, inputs, folder), [one for one in stays if one[0]], seen
+            return (
+                score_candidates(teacher, inputs, folder),
+                [(count, device) for count, device in stays if count],
+                seen,
+            )
 
         yield collected
 
@@ -49,7 +53,9 @@ def test_all_prompts_are_generated_in_one_stay_on_the_device(collecting):
     total = len(PROMPTS) * STEPS
     assert seen == [("collect", done, total) for done in range(total + 1)]
     candidates = pools["transformer"].candidates
-    assert [(one.prompt, one.step) for one in candidates] == [(p, s) for p in range(len(PROMPTS)) for s in range(STEPS)]
+    assert [(candidate.prompt, candidate.step) for candidate in candidates] == [
+        (p, s) for p in range(len(PROMPTS)) for s in range(STEPS)
+    ]
 
 
 def test_only_what_is_missing_is_generated(collecting):

@@ -220,6 +220,7 @@ def test_every_width_of_every_method_ends_with_finite_values_or_a_name(tmp_path)
                 continue
             check_output(out, report)
             counts[fault]["finite"] += 1
-            counts[fault]["with_fallback"] += any(one.get("fallback") for one in report.blocks[0].rounding.values())
+            rounding = report.blocks[0].rounding.values()
+            counts[fault]["with_fallback"] += any(layer.get("fallback") for layer in rounding)
     assert all(count["finite"] + count["stopped_with_layer"] == count["runs"] for count in counts.values())
     record("numeric", counts)

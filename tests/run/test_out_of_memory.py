@@ -137,7 +137,7 @@ def test_the_second_failure_names_the_block_and_what_to_set_and_the_run_resumes(
     for remedy in ("calibration.num_frames", "calibration.precision=model", "larger device"):
         assert remedy in str(raised.value)
     report = run(tmp_path / "out")
-    assert [one.resumed for one in report.blocks] == [index < block for index in range(2)]
+    assert [reported.resumed for reported in report.blocks] == [index < block for index in range(2)]
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == undisturbed
 
 

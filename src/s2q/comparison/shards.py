@@ -96,6 +96,7 @@ def evaluate_shard(
 
     run = run_reference(
         plan.model,
+        judges=worker.keep("judges", settings.open_judges),
         prompts=plan.shards()[shard.index],
         seeds=plan.seeds,
         settings=settings,

@@ -162,7 +162,6 @@ def _evaluate(
     model, reference = _resolve_pair(model, reference, settings, where)
     texts = default_prompts(reference) if texts is None else texts
     _check_request(texts, settings)
-    open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device="cpu")  # refuses what is none
     if isinstance(model, ModelSource) and isinstance(reference, ModelSource):
         return _evaluate_shards(
             model, reference, texts, seeds, settings, where, video_done=video_done, progress=progress or silent
@@ -185,6 +184,7 @@ def _evaluate_shards(
     progress: Progress,
 ) -> EvaluationResult:
     """Evaluate models by name, in as many workers as the memory has room for unless the user has said how many."""
+    open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device="cpu")  # refuses what is none
     shards, room = shards_of(prompts), models_that_fit((model, reference), where.device)
     count = where.planned(len(shards), most=room if where.is_cpu else None)
     work = _ShardWork(
@@ -223,6 +223,7 @@ def run_reference(
     reference: Any,
     *,
     pipe: DiffusionPipeline | None = None,
+    judges: Judges | None = None,
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: EvaluationSettings,
@@ -234,9 +235,10 @@ def run_reference(
 
     Args:
         pipe: The pipeline of a reference by name, if it is loaded already; it stays so.
+        judges: The learned judges of the settings, if they are loaded already.
     """
     wanted = _check_request(prompts, settings)
-    judges = open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device=settings.device)
+    judges = judges or settings.open_judges()
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     reference = _resolved(reference, settings)
     opened, pipe = pipe, pipe or _open(reference, settings, dtype=settings.dtype)
@@ -360,6 +362,7 @@ class _ShardWork:
         run = run_reference(
             self.reference,
             pipe=kept("reference", self.reference, settings.dtype),
+            judges=worker.keep("judges", settings.open_judges),
             prompts=prompts,
             seeds=self.seeds,
             settings=settings,

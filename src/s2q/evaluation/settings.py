@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from s2q.evaluation.judges.learned import Judges, open_judges
+
 TRAJECTORY_BYTES = 4 * 2**30
 
 
@@ -24,3 +26,7 @@ class EvaluationSettings:
     lpips_weights: Path | None = None
     clip: Path | None = None
     trajectory_bytes: int = TRAJECTORY_BYTES
+
+    def open_judges(self) -> Judges:
+        """Read the weights of the learned judges onto the device."""
+        return open_judges(lpips_weights=self.lpips_weights, clip=self.clip, device=self.device)
