@@ -16,7 +16,7 @@ from s2q.recipes.load import recipe_names
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STUBS = {
-    "scontrol": '[ "$1 $2 $3" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"',
+    "scontrol": '[ "$1 $2 $3" = "show hostnames node[1-2]" ] && printf "node1\\n" && sleep 0.2 && printf "node2\\n"',
     "srun": 'while [[ "$1" == --* ]]; do shift; done; "$@"',
     "ray": 'echo "ray: $*" >&2; while [ "$1" != -- ]; do shift; done; shift; "$@"',
     "s2q": 'printf "%s\\0" "$@"',
