@@ -161,13 +161,19 @@ def test_a_run_whose_node_is_killed_gives_the_bytes_of_another_run(cluster, mode
     """Last, since it takes a node away. Its worker stands still before, so that it dies in the middle of a block."""
     timers = []
 
+    def kill(node, pids):
+        cluster[0].remove_node(node, allow_graceful=False)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def progress(stage, done, total):
         if stage == "blocks" and done == 0:
             node, pids = next((node, actors_of(node)) for node in cluster[1] if actors_of(node))
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
-            timers.append(threading.Timer(2.0, cluster[0].remove_node, [node], {"allow_graceful": False}))
-            timers[-1].start()
+            timers.append(threading.Timer(2.0, kill, [node, pids]))
+            timers[0].start()
 
     report = quantize(
         model,
