@@ -94,3 +94,11 @@ def test_bars_show_the_time_left_from_the_first_step_on(clock):
 )
 def test_durations_are_written_with_units(seconds, text):
     assert console.format_seconds(seconds) == text
+
+
+def test_an_error_shows_the_cursor_on_a_terminal_and_nowhere_else(monkeypatch):
+    for terminal, start in ((True, "\x1b[?25h"), (False, "error: terminated")):
+        shown = io.StringIO()
+        monkeypatch.setattr(console, "stderr", Console(file=shown, force_terminal=terminal))
+        console.say_error("terminated")
+        assert shown.getvalue().startswith(start)

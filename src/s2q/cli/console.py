@@ -30,7 +30,8 @@ def say(message: str) -> None:
 
 
 def say_error(message: str) -> None:
-    """Write an error in one line to stderr."""
+    """Write an error in one line to stderr; show the cursor, which a signal can leave hidden as a bar appears."""
+    stderr.show_cursor()
     stderr.print(Text.assemble(("error:", "bold red"), " ", message), highlight=False)
 
 
