@@ -7,6 +7,8 @@ S2Q_EMULATED_GPUS=1 there are two emulated GPUs, see tests/emulation/README.md.
 import functools
 import gc
 import json
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
 
 import pytest
@@ -83,6 +85,32 @@ def one_core():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(options, "cpu_count", lambda: 1)
         patch.setattr(options, "gpu_count", lambda: 1)
+        yield
+
+
+class ForkedContext(multiprocessing.context.ForkServerContext):
+    """As `processes._SpawnContext`, with processes forked from a server that has imported the libraries."""
+
+    def __init__(self):
+        self.children = []
+
+    def Process(self, *args, **kwargs):  # noqa: N802
+        child = multiprocessing.context.ForkServerProcess(*args, **kwargs)
+        self.children.append(child)
+        return child
+
+
+@pytest.fixture(scope="module")
+def forked_workers():
+    """Workers start at once; imports take seconds otherwise. Those of tests/engines and tests/faults are spawned."""
+    from s2q.engines import processes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)
+        multiprocessing.forkserver.set_forkserver_preload(["worker_imports"])
+        multiprocessing.forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "_SpawnContext", ForkedContext)
         yield
 
 

@@ -14,7 +14,7 @@ from s2q.comparison.compare import compare
 from s2q.run.quantize import quantize
 from tiny_judges import save_tiny_clip, save_tiny_lpips
 
-pytestmark = pytest.mark.usefixtures("no_encoding")
+pytestmark = pytest.mark.usefixtures("no_encoding", "forked_workers")
 
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 9}
 PROMPTS = tuple(f"scene {number}" for number in range(10))

@@ -206,6 +206,7 @@ def test_videos_can_be_kept(pipe, damaged):
     assert not torch.equal(kept[0][1].latents, kept[2][1].latents)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_processes_measure_what_one_measures(pipe, damaged, tmp_path):
     for name, model in (("student", damaged), ("teacher", pipe)):
         model.save_pretrained(tmp_path / name)

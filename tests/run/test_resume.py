@@ -14,6 +14,8 @@ from s2q.common.errors import InvalidInputError, UsageError
 from s2q.run.quantize import quantize
 from tiny import tiny_pipeline
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 FAST = ("calibration.steps=2", "calibration.samples=2", "calibration.n_prompts=2", "distillation.epochs=1")
 FAST += ("calibration.num_frames=5", "calibration.height=16", "calibration.width=16")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

@@ -17,7 +17,6 @@ Shapes: `T` timesteps, `I` in features.
 from collections.abc import Callable
 
 import numpy as np
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -57,7 +56,9 @@ def spearman_weights(input_amax: Tensor, weight_amax: Tensor) -> Tensor:
 def _spearman(first: np.ndarray, second: np.ndarray) -> float:
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
-    return float(scipy.stats.spearmanr(first, second).statistic)
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(first, second).statistic)
 
 
 SALIENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"max": largest_salience, "spearman": spearman_salience}
