@@ -8,6 +8,8 @@ from s2q.engines.engine import InProcessEngine
 from s2q.engines.options import Workers, workers_argument
 from s2q.run.quantize import _worker_count
 
+CPU_COUNT = options.cpu_count  # the suite replaces it
+
 
 def parsed(*, workers="auto", devices=None, device="cpu", engine="processes", ray_address=None):
     return workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
@@ -95,3 +97,27 @@ def test_a_loaded_pipeline_is_refused_with_several_workers():
     with pytest.raises(UsageError, match="eval: got engine='ray' and a loaded pipeline"):
         Workers(engine="ray").check_alone("eval")
     parsed().check_alone("quantize")
+
+
+def test_a_loaded_pipeline_is_refused_with_several_named_devices(gpus):
+    with pytest.raises(UsageError, match="generate: got devices=cuda:0,cuda:2 and a loaded pipeline"):
+        parsed(devices=["cuda:0", "cuda:2"]).check_alone("generate")
+    parsed(devices=["cuda:2"]).check_alone("generate")
+    parsed(device="cuda").check_alone("generate")
+
+
+@pytest.mark.parametrize(
+    ("quotas", "cores"),
+    [({}, 3), ({"": "max 100000"}, 3), ({"a/b": "150000 100000"}, 1), ({"": "200000 100000", "a/b": "max 100000"}, 2)],
+)
+def test_a_cpu_quota_of_any_control_group_limits_the_cores(monkeypatch, tmp_path, quotas, cores):
+    (tmp_path / "groups/a/b").mkdir(parents=True)
+    for group, quota in quotas.items():
+        (tmp_path / "groups" / group / "cpu.max").write_text(f"{quota}\n")
+    (tmp_path / "membership").write_text("0::/a/b\n")
+    read = options._cpu_quota
+    monkeypatch.setattr(options, "_cpu_quota", lambda *_: read(tmp_path / "groups", tmp_path / "membership"))
+    monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    assert CPU_COUNT() == cores
+    (tmp_path / "membership").write_text("1:cpu:/\n")
+    assert CPU_COUNT() == 3

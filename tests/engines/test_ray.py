@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import process_tasks
-from s2q.common.errors import InvalidInputError, ResourceError, S2QError
+from s2q.common.errors import InvalidInputError, ResourceError, S2QError, UsageError
 from s2q.engines import ray_cluster
 from s2q.engines.options import Workers, workers_argument
 from s2q.run.quantize import quantize
@@ -96,6 +96,13 @@ def test_an_address_where_something_else_answers_is_refused_in_time(monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as server:
         with pytest.raises(ResourceError, match="no Ray cluster answers; start one with `ray start --head`"):
             ray_cluster.connect(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_a_second_cluster_in_a_program_is_refused(cluster):
+    ray_cluster.connect(cluster[0].address)
+    ray_cluster.connect("auto")
+    with pytest.raises(UsageError, match=r"--ray-address 127.0.0.2:1: this program has joined \S+; use one cluster"):
+        ray_cluster.connect("127.0.0.2:1")
 
 
 def test_the_task_of_a_dead_worker_is_given_to_another_and_recorded(engine, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -30,12 +32,14 @@ class Workers:
 
     Attributes:
         devices: Names of the devices, of one kind, that workers take in turn; "cuda" is the current GPU.
+        are_named: Whether the user named the devices.
         count: Number of workers; None takes every visible GPU, or a process for each core of a CPU.
         engine: "processes" (of this machine; this process where one worker is enough) or "ray".
         ray_address: Address of the cluster; None takes that of RAY_ADDRESS, or starts Ray on this machine.
     """
 
     devices: tuple[str, ...] = ("cpu",)
+    are_named: bool = False
     count: int | None = None
     engine: str = "processes"
     ray_address: str | None = None
@@ -51,12 +55,16 @@ class Workers:
         return self.device == "cpu"
 
     def check_alone(self, verb: str) -> None:
-        """Refuse several workers and Ray for a loaded pipeline, which stays in this process."""
-        given = f"workers={self.count}" if (self.count or 1) > 1 else f"engine={self.engine!r}"
-        if given != "engine='processes'":
+        """Refuse several workers, several named devices and Ray for a loaded pipeline, which stays in this process."""
+        given = [
+            *([f"workers={self.count}"] if (self.count or 1) > 1 else []),
+            *([f"devices={','.join(self.devices)}"] if self.are_named and len(self.devices) > 1 else []),
+            *([f"engine={self.engine!r}"] if self.engine != "processes" else []),
+        ]
+        if given:
             raise UsageError(
-                f"{verb}: got {given} and a loaded pipeline; pass the name or folder of the model, which every worker "
-                "loads"
+                f"{verb}: got {given[0]} and a loaded pipeline; pass the name or folder of the model, which every "
+                "worker loads"
             )
 
     def planned(self, tasks: int, *, most: int | None = None) -> int:
@@ -137,7 +145,7 @@ def workers_argument(
         connect(ray_address)
     elif devices is None and names == ("cuda",) and count != 1 and gpu_count() > 1:
         names = tuple(f"cuda:{index}" for index in range(gpu_count()))
-    return Workers(devices=names, count=count, engine=engine, ray_address=ray_address)
+    return Workers(devices=names, are_named=devices is not None, count=count, engine=engine, ray_address=ray_address)
 
 
 def _device_names(devices: Sequence[str] | None, device: str | torch.device | int) -> tuple[str, ...]:
@@ -160,5 +168,22 @@ def gpu_count() -> int:
 
 
 def cpu_count() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPU cores that this process may use: its affinity, and the quota of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cores, _cpu_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))))
+
+
+def _cpu_quota(root: Path, membership: Path) -> float:
+    """Return the least CPU quota, in cores, of this process's control group (version 2) and those above it."""
+    try:
+        line = next(line for line in membership.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return math.inf
+    least, folder = math.inf, root / line.removeprefix("0::").lstrip("/")
+    for group in (folder, *folder.parents):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = (group / "cpu.max").read_text().split()
+            least = min(least, float(quota) / float(period))
+        if group == root:
+            break
+    return least

@@ -43,7 +43,7 @@ def connect(address: str | None) -> None:
     """Join a Ray cluster ("HOST:PORT", "auto"); for None that of RAY_ADDRESS, or start Ray on this machine.
 
     Raises:
-        UsageError: If Ray is not installed.
+        UsageError: If Ray is not installed, or this program has joined another cluster.
         ResourceError: If no cluster answers at the address.
     """
     if not is_installed("ray"):
@@ -51,6 +51,9 @@ def connect(address: str | None) -> None:
     import ray
 
     if ray.is_initialized():
+        joined = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto") and not _are_same(address, joined):
+            raise UsageError(f"--ray-address {address}: this program has joined {joined}; use one cluster a program")
         return
     joined = address or os.environ.get("RAY_ADDRESS") or "local"
     if joined != "local":
@@ -62,6 +65,14 @@ def connect(address: str | None) -> None:
         if joined == "local":
             raise ResourceError(f"--engine ray: Ray cannot be started ({why}); use --engine processes") from error
         raise ResourceError(f"--ray-address {joined}: cannot be joined ({why}); check the address") from error
+
+
+def _are_same(address: str, other: str) -> bool:
+    """Whether two addresses, HOST:PORT, have the same port and the same numbers for their hosts."""
+    places = [address.rpartition(":")[::2] for address in (address, other)]
+    with contextlib.suppress(OSError):
+        places = [(socket.gethostbyname(host), port) for host, port in places]
+    return places[0] == places[1]
 
 
 def _check_answers(address: str) -> None:
