@@ -37,6 +37,7 @@ from s2q.ops.activation_path.tiles import rotation_tile, row_block
 from s2q.ops.architectures import SHARED_BYTES, nearest_architecture
 from s2q.ops.attention_colsum import triton as attention_colsum
 from s2q.ops.attention_colsum.tiles import colsum_tile
+from s2q.ops.level_values import triton as level_values
 from s2q.ops.rescaled_int_matmul import tiles as matmul_tiles
 from s2q.ops.rescaled_int_matmul import triton as rescaled_int_matmul
 from s2q.ops.weight_only_matmul import tiles as weight_only_tiles
@@ -150,6 +151,21 @@ def matmul_variants(arch: int) -> Iterator[Variant]:
     )
 
 
+def value_variants(arch: int) -> Iterator[Variant]:
+    pointers = ("packed_ptr", "levels_ptr", "group_scale_ptr", "values_ptr")
+    for groups in (0, 192):
+        yield Variant(
+            name="level values" + (f" in {groups} groups" if groups else ""),
+            kernel=level_values.level_values_kernel,
+            types=dict.fromkeys(pointers, "*i8") | {"packed_ptr": "*u8", "packed_stride": "i32"},
+            constants=level_values.value_constants(3072, groups),
+            aligned=(*pointers, "packed_stride"),
+            options={"num_warps": 4},
+            group="unpack weights",
+            is_quick=groups > 0,
+        )
+
+
 def activation_variants(arch: int) -> Iterator[Variant]:
     pointers = ("x_ptr", "shift_ptr", "scale_ptr", "left_ptr", "right_ptr", "clip_ptr", "codes_ptr", "token_scale_ptr")
     types = dict.fromkeys(pointers, "*fp32") | {"codes_ptr": "*i8", "rows": "i32"}
@@ -255,7 +271,7 @@ def weight_only_variants(arch: int) -> Iterator[Variant]:
 
 def variants_of(arch: int) -> Iterator[Variant]:
     """Everything that is compiled with the tiles of an architecture."""
-    for variants in (matmul_variants, activation_variants, weight_only_variants, colsum_variants):
+    for variants in (matmul_variants, value_variants, activation_variants, weight_only_variants, colsum_variants):
         yield from variants(arch)
 
 

@@ -261,7 +261,7 @@ def _quantized(
         w_scale=layer.weight_scale,
         bias=layer.bias,
         x_bits=bits,
-        w_bits=layer.scheme.weight.num_bits,
+        w_bits=layer.scheme.weight.product_bits,
         out_dtype=dtype,
         backend=backend,
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2q.core.codebook import MAX_LEVEL
 from s2q.core.packing import pack_codes
 from s2q.core.qparams import code_range
 from s2q.core.tokens import TokenGrid
@@ -79,7 +80,9 @@ def random_packed_linear(
     lowest, highest = code_range(weight.num_bits)
     codes = torch.randint(lowest, highest + 1, shape, dtype=torch.int8, device=device, generator=generator)
     layer.weight.data.copy_(pack_codes(codes, num_bits=weight.num_bits))
-    layer.weight_scale.data.fill_(math.sqrt(3 / linear.in_features) / highest)
+    layer.weight_scale.data.fill_(math.sqrt(3 / linear.in_features) / code_range(weight.product_bits)[1])
+    if layer.weight_group_scale is not None:
+        layer.weight_group_scale.data.fill_(MAX_LEVEL)
     if linear.has_bias:
         layer.bias.data.zero_()
     of_input = torch.Generator(device).manual_seed(0)  # equal in linears that read the same input: they share its codes

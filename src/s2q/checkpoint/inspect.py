@@ -153,12 +153,13 @@ def _layer(
     if linear is None:
         raise InvalidInputError(f"{name} is in quantization_config, but the transformer has no such linear")
     out_features, in_features = linear.out_features, linear.in_features
-    per_group = isinstance(scheme.weight.granularity, PerGroup)
-    scale_shape = (out_features, num_groups(scheme.weight, in_features)) if per_group else (out_features,)
-    stored = stored_tensors()
+    weight, stored = scheme.weight, stored_tensors()
+    grouped = (out_features, num_groups(weight, in_features))
+    per_group = isinstance(weight.granularity, PerGroup) and not weight.has_table
     expected = {
-        "weight": ("U8", (out_features, packed_width(scheme.weight.num_bits, in_features))),
-        "weight_scale": ("F32", scale_shape),
+        "weight": ("U8", (out_features, packed_width(weight.num_bits, in_features))),
+        "weight_scale": ("F32", grouped if per_group else (out_features,)),
+        **({"weight_group_scale": ("I8", grouped)} if weight.has_table else {}),
         **{part: (stored[part].dtype, shape) for part, shape in path.shapes(in_features, out_features).items()},
     }
     for tensor, (dtype, shape) in expected.items():

@@ -14,6 +14,16 @@ halfway between levels (Max, "Quantizing for Minimum Distortion", 1960; Lloyd, "
 So d and the number of bits alone say which codebook to use (OrbitQuant, Lee et al., arXiv 2607.02461, section 3.2).
 
 Example, d large: ±0.7979 for 1 bit; ±0.4528 and ±1.5104 for 2 bits.
+
+Integer kernels multiply levels that are whole numbers of 8 bits. "lloyd_max_int8" rounds a codebook to them, its
+outermost level to 127. "table" has a scale [O] of each row in fp32 and one of each group in 8 bits with a sign, s [O,
+G], and what is multiplied is
+
+    v = ⌊(l · s + 64) / 128⌋,    w = Δ · v
+
+Its levels `TABLE_LEVELS` are not symmetric: the sign of s turns a group's longer tail to their longer side.
+
+Example: l = 127 with s = 127 is v = 126, with s = -64 it is v = -63.
 """
 
 from functools import cache
@@ -24,9 +34,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.schemes import UNIFORM, QuantScheme, num_groups
+from s2q.core.schemes import LLOYD_MAX_INT8, TABLE, UNIFORM, QuantScheme, num_groups
 
 _Array = NDArray[np.float64]
+
+TABLE_LEVELS = (-113, -85, -68, -53, -40, -27, -15, -3, 9, 22, 36, 51, 67, 85, 107, 127)
+"""Levels of least squared error for groups of 16 values of a normal distribution whose s is searched as in
+`s2q.rounding.table`: Lloyd's iteration over both."""
+
+MAX_LEVEL = 127
+"""Largest magnitude of an int8 level, and of s."""
+
+_TABLE_SHIFT = 7  # v = l · s / 2^7
+
+_NIBBLES, _NIBBLE_ZERO = 16, 8  # of packed codes, `core.packing`
 
 _MANY_VALUES = 2**14  # below, making the table of cells takes longer than it saves
 
@@ -37,12 +58,41 @@ _TOLERANCE = 1e-9  # of the last step; the method is Newton's, so what is left a
 def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | str | None = None) -> Tensor | None:
     """Return the levels of the codes of a weight or an activation in units of its scale, fp32 [2^N], rising.
 
-    None for uniform levels, where a code is its level. The dimension d is I, or the group size.
+    None for uniform levels, where a code is its level. The dimension d is I, or the group size. Levels of int8 values
+    are whole numbers; those of the table are in units of Δ · s / 128.
     """
     if scheme.levels == UNIFORM:
         return None
+    if scheme.levels == TABLE:
+        return torch.tensor(TABLE_LEVELS, dtype=torch.float32, device=device)
     levels = lloyd_max_levels(scheme.num_bits, in_features // num_groups(scheme, in_features))
+    if scheme.levels == LLOYD_MAX_INT8:
+        levels = tuple(round(level / levels[-1] * MAX_LEVEL) for level in levels)
     return torch.tensor(levels, dtype=torch.float32, device=device)
+
+
+def level_unit(scheme: QuantScheme, in_features: int) -> float:
+    """Return the size of one unit of `levels_of`, Lloyd-Max, in root mean squares of what is quantized."""
+    if scheme.levels != LLOYD_MAX_INT8:
+        return 1.0
+    return lloyd_max_levels(scheme.num_bits, in_features // num_groups(scheme, in_features))[-1] / MAX_LEVEL
+
+
+def nibble_levels(scheme: QuantScheme, in_features: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Return the int8 levels of packed codes by their nibble, int8 [16]; 0 where no code of N bits has the nibble."""
+    assert scheme.has_int8_levels, scheme
+    levels = levels_of(scheme, in_features, device=device)
+    assert levels is not None
+    first = _NIBBLE_ZERO - len(levels) // 2
+    nibbles = torch.zeros(_NIBBLES, dtype=torch.int8, device=device)
+    nibbles[first : first + len(levels)] = levels.to(torch.int8)
+    return nibbles
+
+
+def scaled_levels(levels: Tensor, group_scale: Tensor) -> Tensor:
+    """Return v = ⌊(l · s + 64) / 128⌋, int16, of whole levels and scales of at most 127, which broadcast."""
+    half = 1 << (_TABLE_SHIFT - 1)
+    return (levels.to(torch.int16) * group_scale.to(torch.int16)).add_(half).bitwise_right_shift_(_TABLE_SHIFT)
 
 
 def nearest_level(ratio: Tensor, levels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.core.schemes import MAX_BITS, MIN_BITS, QuantScheme, num_groups
 
 _NIBBLE_ZERO = 8
-_SCALE_BYTES = 4  # scales are stored in fp32
+_SCALE_BYTES = 4  # scales are stored in fp32, those of groups of a table in a byte
 
 
 def packed_width(num_bits: int, in_features: int) -> int:
@@ -27,11 +27,14 @@ def packed_width(num_bits: int, in_features: int) -> int:
 
 
 def weight_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> int:
-    """Return the exact bytes of a packed weight with its fp32 scales, as stored (bias not counted).
+    """Return the exact bytes of a packed weight with its scales, as stored (bias not counted).
 
-    Example: 4 bits per channel, O = 2, I = 5: 2·3 packed + 2·4 of scales = 14.
+    Example: 4 bits per channel, O = 2, I = 5: 2·3 packed + 2·4 of scales = 14. Example, "table", 4 bits in groups of
+    16, O = 2, I = 32: 2·16 packed + 2·2 of group scales + 2·4 of scales = 44.
     """
-    return out_features * (packed_width(scheme.num_bits, in_features) + num_groups(scheme, in_features) * _SCALE_BYTES)
+    groups = num_groups(scheme, in_features)
+    scales = _SCALE_BYTES + groups if scheme.has_table else _SCALE_BYTES * groups
+    return out_features * (packed_width(scheme.num_bits, in_features) + scales)
 
 
 def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.codebook import levels_of, nearest_level
+from s2q.core.codebook import level_unit, levels_of, nearest_level
 from s2q.core.cubes import cube_means, spread
 from s2q.core.schemes import UNIFORM, PerChannel, PerGroup, QuantScheme, num_groups
 from s2q.core.tokens import TokenGrid
@@ -31,10 +31,14 @@ ClipRatio = float | Tensor | None
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedWeight:
-    """A rounded weight: codes int8 [O, I], and scale fp32 [O] (per channel) or [O, G] (per group)."""
+    """A rounded weight: codes int8 [O, I], and scale fp32 [O] (per channel) or [O, G] (per group).
+
+    With a table, scale is [O] and `group_scale` int8 [O, G] (`core.codebook`); None without.
+    """
 
     codes: Tensor
     scale: Tensor
+    group_scale: Tensor | None = None
 
 
 def scale_from_amax(amax: Tensor, *, num_bits: int) -> Tensor:
@@ -50,8 +54,10 @@ def scale_from_amax(amax: Tensor, *, num_bits: int) -> Tensor:
 def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> Tensor:
     """Compute the static scale of a weight [O, I], fp32 [O] (PerChannel) or [O, G] (PerGroup).
 
-    The clip ratio in (0, 1] broadcasts to it. 0 where all values are 0 and the levels are not uniform.
+    The clip ratio in (0, 1] broadcasts to it. 0 where all values are 0 and the levels are not uniform. The two scales
+    of a table come from `s2q.rounding.table`.
     """
+    assert not scheme.has_table, scheme
     match scheme.granularity:
         case PerChannel():
             values = weight
@@ -60,7 +66,10 @@ def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio =
         case _:
             raise InvalidInputError(f"weight scheme {scheme}; expected PerChannel or PerGroup")
     uniform = scheme.levels == UNIFORM
-    size = values.float().abs().amax(dim=-1) if uniform else _root_mean_square(values).squeeze(-1)
+    if uniform:
+        size = values.float().abs().amax(dim=-1)
+    else:
+        size = _root_mean_square(values).squeeze(-1) * level_unit(scheme, weight.shape[1])
     if clip_ratio is not None:
         size = size * clip_ratio
     return scale_from_amax(size, num_bits=scheme.num_bits) if uniform else size
@@ -179,7 +188,8 @@ def _fake_quantize_tokens(x: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio)
     if levels is None:
         scale = token_scale(grouped, num_bits=scheme.num_bits, clip_ratio=clip_ratio)
     else:
-        scale = _root_mean_square(grouped) * (1.0 if clip_ratio is None else clip_ratio)
+        unit = level_unit(scheme, x.shape[-1])
+        scale = _root_mean_square(grouped) * (unit if clip_ratio is None else clip_ratio * unit)
     return fake_quantize(grouped, scale, num_bits=scheme.num_bits, levels=levels).reshape(x.shape)
 
 

@@ -1,8 +1,9 @@
 """Quantization schemes: number of bits, granularity, levels. Frozen value objects without tensors.
 
 Every quantizer of the project is symmetric: codes in [-2^(N-1), 2^(N-1) - 1], no zero point. A code represents itself
-times the scale (S²Q-VDiT, eq. 1) or, with levels that are not uniform, for an entry of a codebook times the scale
-(`core.codebook`). Shapes: `O` out features, `I` in features, `G` groups.
+times the scale (S²Q-VDiT, eq. 1) or, with levels that are not uniform, an entry of a codebook times the scale
+(`core.codebook`). Levels that are int8 values run on the integer kernels: a look-up turns codes into values of 8 bits.
+Shapes: `O` out features, `I` in features, `G` groups.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,13 @@ from s2q.core.tokens import is_triple, is_whole
 MIN_BITS = 2
 MAX_BITS = 8
 UNIFORM = "uniform"
-LEVELS = (UNIFORM, "lloyd_max")
+LLOYD_MAX_INT8 = "lloyd_max_int8"
+TABLE = "table"
+LEVELS = (UNIFORM, "lloyd_max", LLOYD_MAX_INT8, TABLE)
+INT8_LEVELS = (LLOYD_MAX_INT8, TABLE)
+"""Levels that are whole numbers of 8 bits."""
+MAX_LOOKED_UP_BITS = 4
+"""Width of the codes of such levels: two a byte, at most."""
 _BITS = {"ge": MIN_BITS, "le": MAX_BITS}
 
 
@@ -89,7 +96,9 @@ class QuantScheme:
         num_bits: Width of a code, 2 to 8.
         granularity: Which values share a scale.
         dynamic: Whether the scale is computed from the tensor at run time (activations) or stored (weights).
-        levels: "uniform", scaled by the largest magnitude; "lloyd_max" of `core.codebook`, by the root mean square.
+        levels: "uniform", scaled by the largest magnitude; those of `core.codebook`: "lloyd_max", by the root mean
+            square, "lloyd_max_int8", the same as int8 values, and "table", int8 values for weights in groups that have
+            signed 8-bit scales.
         delta: Split of video tokens into cube mean and difference; None for whole tokens. For activations.
     """
 
@@ -110,8 +119,33 @@ class QuantScheme:
             raise InvalidInputError(f"dynamic={short_repr(self.dynamic)}; expected true or false")
         if self.levels not in LEVELS:
             raise unknown_name("levels", str(self.levels), LEVELS)
+        if self.has_int8_levels and self.num_bits > MAX_LOOKED_UP_BITS:
+            raise InvalidInputError(
+                f"levels={self.levels} with num_bits={self.num_bits}; expected at most {MAX_LOOKED_UP_BITS}, or "
+                f"levels={UNIFORM}"
+            )
+        if self.has_table and (self.dynamic or self.num_bits != 4 or not isinstance(self.granularity, PerGroup)):
+            raise InvalidInputError(
+                f"levels={TABLE} with num_bits={self.num_bits}, {_GRANULARITY_NAMES[type(self.granularity)]}; expected "
+                "weights of 4 bits in groups: num_bits=4, granularity=per_group, group_size=16"
+            )
         if self.delta is not None and not (isinstance(self.delta, Delta) and self.dynamic):
             raise InvalidInputError(f"delta={short_repr(self.delta)}; expected a Delta in a dynamic scheme, or None")
+
+    @property
+    def has_int8_levels(self) -> bool:
+        """Whether a code represents a whole number of 8 bits, which is not the code."""
+        return self.levels in INT8_LEVELS
+
+    @property
+    def has_table(self) -> bool:
+        """Whether it has the levels and the two scales of "table"."""
+        return self.levels == TABLE
+
+    @property
+    def product_bits(self) -> int:
+        """Width of what integer kernels multiply: the codes, or the int8 values of their levels."""
+        return MAX_BITS if self.has_int8_levels else self.num_bits
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict for JSON; `group_size`, `levels` and `delta` are there only where they are not usual."""
@@ -182,6 +216,7 @@ class LinearScheme:
     def name(self) -> str:
         """Short name: "w4a6", "w4a16" for weight-only, "w4g64a6g64" with groups of 64, "w4ca4c" with codebooks.
 
+        "w4ia8" has codebooks of int8 values, "w4tg16a8" the table with groups of 16.
         "w4a4d222" has differences from the means of cubes of 2 x 2 x 2 tokens, "w4a4d222m6" with means of 6 bits.
         """
         activation = "16" if self.activation is None else _short_name(self.activation)
@@ -191,10 +226,11 @@ class LinearScheme:
     def simulated(self) -> bool:
         """Whether no integer kernel takes this scheme, so that it is computed in floating point, slower than none."""
         activation = self.activation
-        if activation is None:
-            return self.weight.levels != UNIFORM
+        by_kernels = self.weight.levels in (UNIFORM, *INT8_LEVELS)
+        if activation is None or not by_kernels:
+            return not by_kernels
         plain = activation.delta is None and isinstance(activation.granularity, PerToken)
-        return not plain or {self.weight.levels, activation.levels} != {UNIFORM}
+        return not plain or activation.levels != UNIFORM
 
     @property
     def needs_grid(self) -> bool:
@@ -228,7 +264,9 @@ class SchemeOptions(Options):
         granularity: Which values share a scale.
         group_size: Input channels of a group; with `per_group` only.
         levels: "uniform", or "lloyd_max", a codebook for values of a normal distribution, as a rotation makes them (see
-            `s2q.core.codebook`); no integer kernel takes it, so it is simulated in floating point.
+            `s2q.core.codebook`); no integer kernel takes it, so it is simulated in floating point. "lloyd_max_int8"
+            rounds that codebook to int8 values, which the kernels multiply. "table", for weights in groups, has 16 int8
+            levels that are not symmetric and an 8-bit scale with a sign for each group.
     """
 
     num_bits: int = field(metadata=_BITS)
@@ -304,7 +342,7 @@ def _check_keys(what: str, fields: object, *, required: tuple[str, ...], optiona
 
 def _short_name(scheme: QuantScheme) -> str:
     group = f"g{scheme.granularity.group_size}" if isinstance(scheme.granularity, PerGroup) else ""
-    codebook = "" if scheme.levels == UNIFORM else "c"
+    codebook = {UNIFORM: "", LLOYD_MAX_INT8: "i", TABLE: "t"}.get(scheme.levels, "c")
     return f"{scheme.num_bits}{codebook}{group}{'' if scheme.delta is None else _delta_name(scheme.delta)}"
 
 

@@ -40,7 +40,7 @@ def runs_dequantized(layer: StoredLinear) -> bool:
         return layer.simulated
     narrow = min(layer.in_features, layer.out_features) < NARROW
     x_bits = 8 if layer.scheme.activation is None else layer.scheme.activation.num_bits
-    return layer.simulated or narrow or not cpu.is_fast(x_bits=x_bits, w_bits=layer.scheme.weight.num_bits)
+    return layer.simulated or narrow or not cpu.is_fast(x_bits=x_bits, w_bits=layer.scheme.weight.product_bits)
 
 
 def integer_backend(layer: StoredLinear) -> str:
@@ -56,7 +56,7 @@ def keeps_prepacked(layer: StoredLinear) -> bool:
     on_cpu = layer.weight_scale.device.type == "cpu" and integer_backend(layer) in ("auto", "cpu")
     if not on_cpu or layer.weight_scale.ndim != 1 or activation is None:
         return False
-    return cpu.multiplies_pairs(x_bits=activation.num_bits, w_bits=layer.scheme.weight.num_bits)
+    return cpu.multiplies_pairs(x_bits=activation.num_bits, w_bits=layer.scheme.weight.product_bits)
 
 
 class WeightCache:
@@ -76,8 +76,11 @@ class WeightCache:
         return weight, bias
 
     def prepacked(self, layer: StoredLinear) -> Tensor:
-        """Return the codes [I, O] of a layer that `keeps_prepacked`, as oneDNN reads them."""
-        (codes,) = self._get("prepacked", [layer.packed_weight], lambda: (cpu.prepack(layer.codes()),))
+        """Return the codes [I, O] of a layer that `keeps_prepacked`, or their values, as oneDNN reads them."""
+        scale, by_level = layer.weight_group_scale, layer.scheme.weight.has_int8_levels
+        sources = [layer.packed_weight, *([] if scale is None else [scale])]
+        multiplied = layer.product_codes if by_level else layer.codes
+        (codes,) = self._get("prepacked", sources, lambda: (cpu.prepack(multiplied()),))
         return codes  # type: ignore[no-any-return]
 
     @property

@@ -45,7 +45,8 @@ class PackedLinear(StoredLinear):
 
     Attributes:
         weight: `PackedCodes` uint8 [O, P].
-        weight_scale: fp32 [O] (PerChannel) or [O, G] (PerGroup).
+        weight_scale: fp32 [O] (PerChannel, or a table) or [O, G] (PerGroup).
+        weight_group_scale: int8 [O, G] of a table; None without.
         bias: [O] in the compute dtype, or None.
         scheme: How weight and input are quantized.
         path: Which parts its input path has (`core.input_path.PARTS` names their tensors); the tensors of others are
@@ -79,7 +80,7 @@ class PackedLinear(StoredLinear):
         """Pack a rounded weight.
 
         Args:
-            rounded: codes int8 [O, I] and scale fp32 [O] or [O, G], of `scheme.weight`.
+            rounded: codes int8 [O, I] and scales of `scheme.weight`.
             bias: [O] or None; copied.
             inputs: Tensors of the input by their names in the layer (see `path`), fp32; the weight is that of the
                 transformed input, W T⁻ᵀ.
@@ -110,6 +111,15 @@ class PackedLinear(StoredLinear):
                 f"weight scale: got {rounded.scale.dtype} {list(rounded.scale.shape)}; "
                 f"expected torch.float32 {list(expected)} for {scheme.name}"
             )
+        if layer.weight_group_scale is not None:
+            grouped = rounded.group_scale
+            if grouped is None or grouped.shape != layer.weight_group_scale.shape or grouped.dtype != torch.int8:
+                got = "none" if grouped is None else f"{grouped.dtype} {list(grouped.shape)}"
+                raise InvalidInputError(
+                    f"weight group scale: got {got}; expected torch.int8 {list(layer.weight_group_scale.shape)} for "
+                    f"{scheme.name}"
+                )
+            layer.weight_group_scale = frozen(grouped.detach().clone())
         layer.weight = frozen(pack_codes(rounded.codes, num_bits=scheme.weight.num_bits))
         layer.weight_scale = frozen(rounded.scale.detach().clone())
         if bias is not None:
@@ -182,7 +192,7 @@ class PackedLinear(StoredLinear):
             low_rank_input=branch_input,
             low_rank_weight=branch_weight,
             x_bits=activation.num_bits,
-            w_bits=self.scheme.weight.num_bits,
+            w_bits=self.scheme.weight.product_bits,
             out_dtype=input.dtype,
             backend=integer_backend(self),
         )
@@ -203,7 +213,7 @@ class PackedLinear(StoredLinear):
             self.product_codes(),
             self.weight_scale,
             bias=self.bias,
-            w_bits=self.scheme.weight.num_bits,
+            w_bits=self.scheme.weight.product_bits,
             backend=integer_backend(self),
         )
         return with_float_branch(self, output_MO, coefficients, transformed, input.shape[:-1]).to(input.dtype)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2q.core.codebook import levels_of
 from s2q.core.memo import checkpointed, memoize_step
 from s2q.core.qparams import RoundedWeight, dequantize_weight
 from s2q.nn.branch import branch_weight
@@ -44,9 +43,7 @@ class RefinedLinear(nn.Module):
         self.source = source
         self.recomputes = False
         vars(self)["packed"] = packed  # not a submodule: its parameters are not this one's
-        ones = torch.ones_like(packed.weight_scale)
-        levels = levels_of(packed.scheme.weight, packed.in_features, device=ones.device)
-        self.register_buffer("units", dequantize_weight(packed.codes(), ones, levels=levels), persistent=False)
+        self.register_buffer("units", packed.unit_weight(), persistent=False)
         self.scale_change = nn.Parameter(torch.zeros_like(packed.weight_scale))
         self.bias_change: nn.Parameter | None = None
         self.branch_change: nn.Parameter | None = None
@@ -104,7 +101,7 @@ class RefinedLinear(nn.Module):
         if branch is not None:
             inputs["low_rank_weight"] = branch.to(packed_dtypes()["low_rank_weight"])
         return PackedLinear.from_rounded(
-            RoundedWeight(codes=packed.codes(), scale=self.weight_scale()),
+            RoundedWeight(codes=packed.codes(), scale=self.weight_scale(), group_scale=packed.weight_group_scale),
             bias=self.bias(),
             scheme=packed.scheme,
             inputs=inputs,

@@ -5,20 +5,22 @@ Shapes: `I` in features, `O` out features, `G` groups, `P` packed bytes of a row
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from s2q.common.errors import UsageError
-from s2q.core.codebook import levels_of
+from s2q.core.codebook import levels_of, nibble_levels
 from s2q.core.input_path import InputPath, InputTensors, stored_tensors
 from s2q.core.packing import packed_width, unpack_codes
 from s2q.core.qparams import dequantize_weight
-from s2q.core.schemes import LinearScheme, PerGroup, num_groups
+from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
 from s2q.nn.codes import PackedCodes, reads_as_weight, refusal
-from s2q.nn.dequantized import WeightCache
+from s2q.nn.dequantized import WeightCache, integer_backend
 from s2q.ops.kronecker import scaled_kronecker
+from s2q.ops.level_values import level_values
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
@@ -29,13 +31,14 @@ QuantizedInput = tuple[Tensor, Tensor, Tensor | None]
 def packed_dtypes() -> dict[str, torch.dtype]:
     """Return the dtype of every tensor of a packed linear except its bias; `.to(dtype)` and the like keep it."""
     of_input = {name: _DTYPES[tensor.dtype] for name, tensor in stored_tensors().items()}
-    return {"weight": torch.uint8, "weight_scale": torch.float32, **of_input}
+    return {"weight": torch.uint8, "weight_scale": torch.float32, "weight_group_scale": torch.int8, **of_input}
 
 
 class StoredLinear(nn.Linear):
     """The parameters of a packed linear and its dequantized weight; see `PackedLinear`."""
 
     weight_scale: nn.Parameter
+    weight_group_scale: nn.Parameter | None
     input_shift: nn.Parameter | None
     transform_scale: nn.Parameter | None
     transform_left: nn.Parameter | None
@@ -68,9 +71,14 @@ class StoredLinear(nn.Linear):
         groups = num_groups(scheme.weight, in_features)
         if scheme.activation is not None:
             num_groups(scheme.activation, in_features)
-        scale_shape = (out_features, groups) if isinstance(scheme.weight.granularity, PerGroup) else (out_features,)
+        grouped, group_scale = (out_features, groups), None
+        if scheme.weight.has_table:
+            group_scale = frozen(torch.empty(grouped, dtype=torch.int8, device=device))
+        per_group = isinstance(scheme.weight.granularity, PerGroup) and group_scale is None
         self.register_parameter("weight", frozen(torch.empty(out_features, width, dtype=torch.uint8, device=device)))
-        self.weight_scale = frozen(torch.empty(scale_shape, dtype=torch.float32, device=device))
+        scale = torch.empty(grouped if per_group else (out_features,), dtype=torch.float32, device=device)
+        self.weight_scale = frozen(scale)
+        self.register_parameter("weight_group_scale", group_scale)
         self.register_parameter("bias", None)
         if bias:
             self.bias = frozen(torch.empty(out_features, dtype=dtype, device=device))
@@ -97,18 +105,32 @@ class StoredLinear(nn.Linear):
         return getattr(codes, "plain", codes)  # type: ignore[return-value]
 
     def product_codes(self) -> Tensor:
-        """Return the codes as `rescaled_int_matmul` takes them: uint8 [O, P] up to 4 bits, int8 [O, I] above."""
-        packed = self.packed_weight
+        """Return what is multiplied by integers, as `rescaled_int_matmul` takes it.
+
+        Codes, uint8 [O, P] up to 4 bits, int8 [O, I] above; or the values of int8 levels, int8 [O, I].
+        """
+        packed, scheme = self.packed_weight, self.scheme.weight
+        if scheme.has_int8_levels:
+            levels = _nibble_levels(scheme, self.in_features, packed.device)
+            backend = integer_backend(self)
+            return level_values(levels, packed, self.weight_group_scale, in_features=self.in_features, backend=backend)
         return packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8)
 
     def input_tensors(self) -> InputTensors:
         """Return the tensors that act on the input."""
         return InputTensors.of(self._parameters, self.path)
 
+    def unit_weight(self) -> Tensor:
+        """Return the dequantized weight [O, I] in units of `weight_scale`, fp32."""
+        scheme = self.scheme.weight
+        if scheme.has_int8_levels:
+            return self.product_codes().float()
+        levels = levels_of(scheme, self.in_features, device=self.weight_scale.device)
+        return dequantize_weight(self.codes(), torch.ones_like(self.weight_scale), levels=levels)
+
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dequantized weight [O, I] for the transformed input, rounded to `dtype`."""
-        levels = levels_of(self.scheme.weight, self.in_features, device=self.weight_scale.device)
-        return dequantize_weight(self.codes(), self.weight_scale, levels=levels).to(dtype)
+        return dequantize_weight(self.unit_weight(), self.weight_scale).to(dtype)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight for the untransformed input: a full-precision linear with it needs no transform or branch.
@@ -233,6 +255,13 @@ class StoredLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+@cache
+def _nibble_levels(scheme: QuantScheme, in_features: int, device: torch.device) -> Tensor:
+    """`nibble_levels`, once for all layers of a device; of inference mode nowhere."""
+    with torch.inference_mode(False):
+        return nibble_levels(scheme, in_features, device=device)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

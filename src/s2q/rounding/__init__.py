@@ -8,6 +8,7 @@ from s2q.rounding.base import RTN, Rounding
 from s2q.rounding.gptq import GPTQ
 from s2q.rounding.hessian import HessianAccumulator
 from s2q.rounding.rtn import round_rtn
+from s2q.rounding.table import round_table
 
 ROUNDINGS: dict[str, type[Rounding]] = {"rtn": RTN, "gptq": GPTQ, "adaround": AdaRound}
 
@@ -21,6 +22,7 @@ __all__ = [
     "Rounding",
     "penalize",
     "round_rtn",
+    "round_table",
     "roundings_of",
     "soft_rounding",
 ]

@@ -1,0 +1,50 @@
+"""Values of packed codes on the CPU: two codes a look-up, in pieces whose intermediate results stay in the caches.
+
+The table of bytes has the levels of both nibbles, of 16 bits each where groups have scales: doubled, so that the upper
+byte of 2 · l · s + 128 is ⌊(l · s + 64) / 128⌋.
+
+Shapes: `O` out features, `K` in features, `G` groups, `P` packed bytes of a row (`core.packing`).
+"""
+
+import torch
+from torch import Tensor
+
+from s2q.ops.level_values import reference
+from s2q.ops.scratch import take
+
+PIECE = 1 << 19
+"""Codes that are looked up at a time."""
+
+_BYTES = 256
+
+
+def level_values(levels: Tensor, packed: Tensor, group_scale: Tensor | None = None, *, in_features: int) -> Tensor:
+    """Look up the levels of packed codes; see `reference.level_values`, to which an odd K is left."""
+    rows, width = packed.shape
+    if in_features % 2 or in_features != 2 * width or not packed.numel():
+        return reference.level_values(levels, packed, group_scale, in_features=in_features)
+    table = _byte_table(levels, scaled=group_scale is not None)
+    out = torch.empty(rows, in_features, dtype=torch.int8, device="cpu")
+    step = max(1, PIECE // in_features)
+    for start in range(0, rows, step):
+        part = packed[start : start + step]
+        index = take("level_values index", (part.numel(),), torch.int32).copy_(part.reshape(-1))
+        if group_scale is None:
+            torch.index_select(table, 0, index, out=out[start : start + step].view(table.dtype).view(-1))
+            continue
+        wide = take("level_values wide", (part.numel(),), table.dtype)
+        torch.index_select(table, 0, index, out=wide)
+        scale = group_scale[start : start + step].to(torch.int16)
+        products = wide.view(torch.int16).view(*scale.shape, -1)
+        products.mul_(scale.unsqueeze(2)).add_(1 << 7)
+        out[start : start + step] = wide.view(torch.int8).view(len(part), in_features, 2)[:, :, 1]  # little-endian
+    return out
+
+
+def _byte_table(levels: Tensor, *, scaled: bool) -> Tensor:
+    """The levels of both nibbles of each byte, the low one first: int16 [256] of two int8, int32 [256] of two int16."""
+    byte = torch.arange(_BYTES, device="cpu")
+    pairs = torch.stack([levels[byte & 15], levels[byte >> 4]], dim=1)
+    if scaled:
+        return (pairs.to(torch.int16) * 2).view(torch.int32).flatten()
+    return pairs.view(torch.int16).flatten()

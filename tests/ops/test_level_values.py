@@ -1,0 +1,98 @@
+"""Values of packed codes: every backend against the definition, number by number."""
+
+import pytest
+import torch
+
+from s2q.common.errors import InvalidInputError
+from s2q.core.codebook import TABLE_LEVELS, nibble_levels
+from s2q.core.packing import pack_codes
+from s2q.core.schemes import PerChannel, PerGroup, QuantScheme
+from s2q.ops.level_values import BACKENDS, cpu, level_values
+
+TABLE = torch.tensor(TABLE_LEVELS, dtype=torch.int8)
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def backend(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+def drawn(rows, columns, groups=None):
+    generator = torch.Generator().manual_seed(rows + columns)
+    codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8, generator=generator)
+    scale = None
+    if groups is not None:
+        scale = torch.randint(-127, 128, (rows, groups), dtype=torch.int8, generator=generator)
+        scale[0, 0], scale[-1, -1] = 127, 0
+    return codes, scale
+
+
+def defined(codes, scale):
+    values = []
+    for row in range(codes.shape[0]):
+        for column in range(codes.shape[1]):
+            level = TABLE_LEVELS[int(codes[row, column]) + 8]
+            if scale is not None:
+                level = (level * int(scale[row, column * scale.shape[1] // codes.shape[1]]) + 64) // 128
+            values.append(level)
+    return torch.tensor(values, dtype=torch.int8).reshape(codes.shape)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "groups"),
+    [(3, 32, None), (5, 21, None), (3, 32, 2), (7, 96, 6), (4, 30, 2), (2, 33, 3), (1, 2080, 130)],
+)
+def test_every_backend_returns_the_definition(backend, rows, columns, groups, monkeypatch):
+    monkeypatch.setattr(cpu, "PIECE", 2 * columns)
+    codes, scale = drawn(rows, columns, groups)
+    packed = pack_codes(codes, num_bits=4)
+    found = level_values(TABLE, packed, scale, in_features=columns, backend=backend)
+    assert torch.equal(found, defined(codes, scale))
+
+
+def test_the_example_of_the_docstring(backend):
+    levels = torch.tensor([0, 10, -20, *[0] * 13], dtype=torch.int8)
+    packed = torch.tensor([[0x21]], dtype=torch.uint8)
+    assert level_values(levels, packed, in_features=2, backend=backend).tolist() == [[10, -20]]
+    scale = torch.tensor([[64]], dtype=torch.int8)
+    assert level_values(levels, packed, scale, in_features=2, backend=backend).tolist() == [[5, -10]]
+
+
+def test_the_largest_products_fit_in_eight_bits(backend):
+    codes = torch.tensor([[7, -8]], dtype=torch.int8)
+    for scale, expected in ((127, [126, -112]), (-127, [-126, 112])):
+        scales = torch.tensor([[scale]], dtype=torch.int8)
+        found = level_values(TABLE, pack_codes(codes, num_bits=4), scales, in_features=2, backend=backend)
+        assert found.tolist() == [expected]
+
+
+def test_strided_rows_and_no_rows_are_taken(backend):
+    codes, _ = drawn(6, 64)
+    packed = pack_codes(codes, num_bits=4)
+    found = level_values(TABLE, packed[::2], in_features=64, backend=backend)
+    assert torch.equal(found, defined(codes[::2], None))
+    assert level_values(TABLE, packed[:0], in_features=64, backend=backend).shape == (0, 64)
+
+
+def test_codes_of_another_width_are_refused(backend):
+    with pytest.raises(InvalidInputError, match=r"codes.*expected"):
+        level_values(TABLE, pack_codes(drawn(2, 30)[0], num_bits=4), in_features=32, backend=backend)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_nibbles_of_fewer_bits_find_their_levels(bits):
+    scheme = QuantScheme(num_bits=bits, granularity=PerChannel(), levels="lloyd_max_int8")
+    levels = nibble_levels(scheme, 64)
+    codes = torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=torch.int8).unsqueeze(0)
+    values = BACKENDS["cpu"](levels, pack_codes(codes, num_bits=bits), in_features=codes.shape[1])
+    assert values[0, -1] == 127
+    assert values[0, 0] == -127
+    assert torch.equal(values, -values.flip(1))
+    assert bool((values.diff() > 0).all())
+
+
+def test_a_table_of_groups_has_the_levels_of_its_module():
+    scheme = QuantScheme(num_bits=4, granularity=PerGroup(group_size=16), levels="table")
+    assert torch.equal(nibble_levels(scheme, 64), TABLE)

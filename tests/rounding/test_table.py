@@ -1,0 +1,127 @@
+"""Rounding to a table: nearest for its scales, better than a maximum on a level, and what is multiplied."""
+
+import pytest
+import torch
+
+from s2q.common.errors import InvalidInputError
+from s2q.core.codebook import TABLE_LEVELS, scaled_levels
+from s2q.core.packing import weight_bytes
+from s2q.core.qparams import RoundedWeight
+from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
+from s2q.nn import PackedLinear
+from s2q.ops.int_matmul import cpu
+from s2q.rounding import round_rtn, round_table
+
+TABLE = QuantScheme(num_bits=4, granularity=PerGroup(group_size=16), levels="table")
+A8 = QuantScheme(num_bits=8, granularity=PerToken(), dynamic=True)
+
+
+def weight(rows=24, columns=64, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def values(rounded):
+    levels = torch.tensor(TABLE_LEVELS)[rounded.codes.int() + 8].view(*rounded.group_scale.shape, -1)
+    return scaled_levels(levels, rounded.group_scale.unsqueeze(2)).flatten(1)
+
+
+def test_an_exact_weight_comes_back():
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(2, 2)
+    scales = torch.tensor([[127, -90], [-127, 60]], dtype=torch.int8)
+    exact = values(RoundedWeight(codes=codes, scale=torch.ones(2), group_scale=scales)).float() * 0.25
+    rounded = round_table(exact, TABLE)
+    assert torch.equal(values(rounded).float() * rounded.scale.unsqueeze(1), exact)
+
+
+def error_of(scheme, w):
+    layer = PackedLinear.from_rounded(
+        round_rtn(w, scheme), bias=None, scheme=LinearScheme(weight=scheme, activation=None)
+    )
+    return float((layer.dequantized_weight() - w).square().mean())
+
+
+def test_its_error_is_that_of_the_docstring():
+    w = weight(128, 512)
+    uniform = QuantScheme(num_bits=4, granularity=PerGroup(group_size=16))
+    assert error_of(TABLE, w) == pytest.approx(0.0041, rel=0.02)
+    assert error_of(TABLE, w) < 0.6 * error_of(uniform, w)
+
+
+def test_each_code_is_the_nearest_level_of_its_scale():
+    w = weight()
+    rounded = round_table(w, TABLE)
+    ratio = (w / rounded.scale.unsqueeze(1)).view(24, 4, 16, 1)
+    scaled = torch.tensor(TABLE_LEVELS) * rounded.group_scale.view(24, 4, 1, 1).float() / 128
+    nearest = (ratio - scaled).abs().argmin(dim=-1).flatten(1) - 8
+    assert torch.equal(nearest.to(torch.int8), rounded.codes)
+
+
+def test_rows_and_groups_of_zeros_stay_zeros():
+    w = weight()
+    w[3], w[5, 16:32] = 0, 0
+    layer = PackedLinear.from_rounded(
+        round_table(w, TABLE), bias=None, scheme=LinearScheme(weight=TABLE, activation=None)
+    )
+    dequantized = layer.dequantized_weight()
+    assert not dequantized[3].any()
+    assert not dequantized[5, 16:32].any()
+
+
+def test_pieces_of_rows_change_nothing(monkeypatch):
+    whole = round_table(weight(), TABLE)
+    monkeypatch.setattr("s2q.rounding.table._PIECE", 100)
+    pieces = round_table(weight(), TABLE)
+    assert all(torch.equal(getattr(whole, name), getattr(pieces, name)) for name in ("codes", "scale", "group_scale"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("levels", ["table", "lloyd_max_int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_multiplies_the_values_in_integers(backend, levels, dtype):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    granularity = PerGroup(group_size=16) if levels == "table" else PerChannel()
+    scheme = LinearScheme(weight=QuantScheme(num_bits=4, granularity=granularity, levels=levels), activation=A8)
+    assert not scheme.simulated
+    w, bias = weight(), weight(1, 24)[0]
+    layer = PackedLinear.from_rounded(round_rtn(w, scheme.weight), bias=bias, scheme=scheme)
+    layer.backend = backend
+    x = weight(9, 64, seed=1).to(dtype)
+    scale = x.float().abs().amax(dim=1, keepdim=True) / 127
+    codes = (x.float() / scale).round().double()
+    whole = layer.product_codes().double()
+    assert torch.equal(layer.dequantized_weight().double(), (whole.float() * layer.weight_scale.unsqueeze(1)).double())
+    expected = (codes @ whole.t()) * scale.double() * layer.weight_scale.double() + bias.double()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.05}
+    torch.testing.assert_close(layer(x).double(), expected.to(dtype).double(), **tolerance)
+
+
+def test_a_small_linear_keeps_values_prepacked_where_pairs_are_multiplied(monkeypatch):
+    scheme = LinearScheme(weight=TABLE, activation=QuantScheme(num_bits=6, granularity=PerToken(), dynamic=True))
+    layer = PackedLinear.from_rounded(round_rtn(weight(), TABLE), bias=None, scheme=scheme)
+    x = weight(9, 64, seed=1)
+    expected = layer(x)
+    monkeypatch.setattr(cpu, "adds_in_32_bits", lambda: False)
+    if cpu.adds_pairs(x_bits=6, w_bits=8):
+        torch.testing.assert_close(layer(x), expected)
+        assert layer.kept.num_bytes == 24 * 64
+        layer.weight_group_scale.neg_()
+        assert not torch.allclose(layer(x), expected)
+
+
+def test_stored_bytes_are_those_of_the_tensors():
+    layer = PackedLinear.from_rounded(
+        round_rtn(weight(), TABLE), bias=None, scheme=LinearScheme(weight=TABLE, activation=A8)
+    )
+    assert sum(tensor.nbytes for tensor in layer.state_dict().values()) == weight_bytes(TABLE, 24, 64)
+    assert layer.scheme.name == "w4tg16a8"
+
+
+@pytest.mark.parametrize(
+    "group_scale", [None, torch.zeros(24, 2, dtype=torch.int8), torch.zeros(24, 4)], ids=["none", "shape", "dtype"]
+)
+def test_group_scales_that_do_not_fit_are_refused(group_scale):
+    rounded = round_rtn(weight(), TABLE)
+    wrong = RoundedWeight(codes=rounded.codes, scale=rounded.scale, group_scale=group_scale)
+    with pytest.raises(InvalidInputError, match=r"weight group scale: got .*; expected torch.int8 \[24, 4\]"):
+        PackedLinear.from_rounded(wrong, bias=None, scheme=LinearScheme(weight=TABLE, activation=A8))
