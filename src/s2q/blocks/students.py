@@ -29,6 +29,8 @@ from s2q.transforms import (
     KroneckerTransform,
     SmoothScale,
     Transform,
+    Transforms,
+    column_scale,
     principal_directions,
     smooth_scale,
     weight_directions,
@@ -122,12 +124,23 @@ def _transform(
         transform = KroneckerTransform.build(in_features, seed=seed, start=settings.start)
     elif settings.rotation != "identity":
         transform = ROTATIONS[settings.rotation](in_features, seed=seed)
-    if amax is not None and settings.scale != "none":
-        largest = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0).cpu()
-        salience = SALIENCES[settings.salience](amax.cpu(), largest)
-        scale = SmoothScale(smooth_scale(salience, largest, alpha=alpha), learnable=settings.learn_scale)
+    s = _channel_scale(weights, settings, amax=amax, alpha=alpha)
+    if s is not None:
+        scale = SmoothScale(s, learnable=settings.learn_scale)
         transform = scale if transform is None else Compose(scale, transform)
     return None if transform is None else transform.to(weights[0].device)
+
+
+def _channel_scale(
+    weights: Sequence[Tensor], settings: Transforms, *, amax: Tensor | None, alpha: float
+) -> Tensor | None:
+    """The s of the recipe's channel scale, fp64 [I], on the CPU; None without one."""
+    if settings.scale == "columns":
+        return column_scale([weight.detach() for weight in weights]).cpu()
+    if amax is None or settings.scale == "none":
+        return None
+    largest = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0).cpu()
+    return smooth_scale(SALIENCES[settings.salience](amax.cpu(), largest), largest, alpha=alpha)
 
 
 def _basis(weights: Sequence[Tensor], transform: Transform | None, *, rank: int, moment: Tensor | None) -> Tensor:

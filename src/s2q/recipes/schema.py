@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 
 from s2q.common.errors import short_repr
 from s2q.common.options import Options, expected_one_of
-from s2q.core.schemes import MAX_BITS, MIN_BITS, UNIFORM, ActivationOptions, LinearScheme, WeightOptions
+from s2q.core.schemes import MAX_BITS, MIN_BITS, TABLE, UNIFORM, ActivationOptions, LinearScheme, WeightOptions
 from s2q.distillation.loss import Loss
 from s2q.distillation.options import Distillation, Refinement
 from s2q.nn import Clip
@@ -147,6 +147,21 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _table_fits(self) -> Recipe:
+        roundings = {"rounding": self.rounding} if self.weights.levels == TABLE else {}
+        if self.modulation is not None and self.modulation.levels == TABLE:
+            roundings["modulation.rounding"] = self.modulation_rounding
+        for key, rounding in roundings.items():
+            if rounding.method != RTN.method:
+                raise ValueError(
+                    f"{key}={rounding.method} does not support levels={TABLE}, whose scales are searched weight by "
+                    f"weight; set it to {RTN.method}, or the levels to {UNIFORM}"
+                )
+        if self.weights.levels == TABLE and self.distillation is not None:
+            raise ValueError(f"distillation does not support weights.levels={TABLE}; set distillation=null")
+        return self
+
+    @model_validator(mode="after")
     def _allocation_fits(self) -> Recipe:
         if self.allocation is None:
             return self
@@ -180,9 +195,9 @@ class Recipe(BaseModel):
 
     @property
     def calibrates(self) -> bool:
-        """Whether a part of the recipe needs samples: not a fixed rotation, a constant clip or rounding to nearest."""
+        """Whether a part of the recipe needs samples; fixed rotations, column scales, rounding to nearest do not."""
         settings = self.transforms
-        measures = settings.shift != "none" or settings.scale != "none" or settings.low_rank > 0
+        measures = settings.shift != "none" or settings.scale == "smooth" or settings.low_rank > 0
         by_hessian = self.rounding.needs_hessian or self.modulation_rounding.needs_hessian
         return measures or self.learns or by_hessian or self.allocation is not None
 

@@ -9,6 +9,7 @@ input or of the weight.
 """
 
 from s2q.transforms.base import Transform
+from s2q.transforms.column_scale import column_scale
 from s2q.transforms.compose import Compose
 from s2q.transforms.hadamard import orthogonal_matrix
 from s2q.transforms.kronecker import KroneckerTransform
@@ -26,6 +27,7 @@ __all__ = [
     "SmoothScale",
     "Transform",
     "Transforms",
+    "column_scale",
     "orthogonal_matrix",
     "principal_directions",
     "smooth_scale",

@@ -30,7 +30,8 @@ class Transforms(Options):
     Attributes:
         shift: "mean" subtracts the mean of each channel over the calibration samples; the biases of the linears make up
             for it, so inputs of linears without a bias are not shifted.
-        scale: "smooth" for SmoothQuant's scale.
+        scale: "smooth" for SmoothQuant's scale; "columns" for that of weights alone (`s2q.transforms.column_scale`),
+            which needs no samples.
         alpha: How much of the outliers goes from the input to the weight; "search" takes for each input of linears the
             value of a grid whose quantized outputs are nearest to the exact ones (`s2q.blocks.students`).
         salience: What the scale takes for the size of an input's channels; one of `SALIENCES`: the largest magnitude
@@ -48,7 +49,7 @@ class Transforms(Options):
     """
 
     shift: Literal["none", "mean"] = "none"
-    scale: Literal["none", "smooth"] = "none"
+    scale: Literal["none", "smooth", "columns"] = "none"
     alpha: float | str = 0.5
     salience: str = field(default="max", metadata={"choices": SALIENCES})
     learn_scale: bool = True
@@ -63,9 +64,9 @@ class Transforms(Options):
         super().__post_init__()
         if self.alpha != SEARCH and (isinstance(self.alpha, str) or not 0 <= self.alpha <= 1):
             raise self.invalid(f"alpha={short_repr(self.alpha)}; expected 0 to 1, or {SEARCH}")
-        if self.alpha == SEARCH and self.scale == "none":
+        if self.alpha == SEARCH and self.scale != "smooth":
             raise self.invalid("alpha=search needs a scale; set transforms.scale=smooth")
-        if self.salience != "max" and self.scale == "none":
+        if self.salience != "max" and self.scale != "smooth":
             raise self.invalid(f"salience={self.salience} needs a scale; set transforms.scale=smooth")
         if self.low_rank_from != "input" and self.low_rank == 0:
             raise self.invalid(f"low_rank_from={self.low_rank_from} needs a branch; set transforms.low_rank=32")

@@ -1,0 +1,63 @@
+"""The data-free recipe with a table: no samples, integer kernels, and the same from outlier channels."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from s2q.checkpoint import inspect_checkpoint, load_pipeline
+from s2q.common.errors import InvalidInputError, UsageError
+from s2q.planning import plan
+from s2q.recipes.load import load_recipe
+from s2q.run.quantize import quantize
+from tiny import run_pipeline, tiny_pipeline
+
+NAMES = ["table-w4a8", "table-w4a16"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_needs_no_samples_and_no_simulation(name):
+    recipe = load_recipe(name)
+    assert not recipe.calibrates
+    planned = plan("shapes-cogvideox", recipe=recipe)
+    assert (planned.calibration, planned.simulated) == (None, False)
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "wan"])
+def test_a_checkpoint_loads_and_gives_what_its_weights_give(tmp_path, family):
+    pipe = tiny_pipeline(family)
+    report = quantize(pipe, recipe="table-w4a8", out=tmp_path / "out")
+    assert (
+        inspect_checkpoint(tmp_path / "out", verify=True).storage["quantized_bytes"]
+        == (report.storage["quantized_bytes"])
+    )
+    loaded = load_pipeline(tmp_path / "out")
+    stored = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
+    groups = [name for name in stored if name.endswith("weight_group_scale")]
+    assert groups
+    assert all(stored[name].dtype == torch.int8 for name in groups)
+    found, full = run_pipeline(loaded), run_pipeline(pipe)
+    assert float((found - full).norm() / full.norm()) < 0.2
+    assert max(report.blocks[0].layers.values()) < 0.008
+
+
+def test_samples_are_refused_as_it_does_not_calibrate(tmp_path):
+    with pytest.raises(UsageError, match=r"table-w4a8 uses no calibration samples; remove it"):
+        quantize(tiny_pipeline("cogvideox"), recipe="table-w4a8", samples=4, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rounding.method=gptq"], "rounding=gptq does not support levels=table"),
+        (["modulation.rounding=gptq"], r"modulation\.rounding=gptq does not support levels=table"),
+        (["distillation.epochs=1"], "distillation does not support"),
+        (["weights.num_bits=5"], "expected at most 4"),
+        (["weights.num_bits=3"], "expected weights of 4 bits in groups"),
+        (["activations.levels=table"], "levels=table with num_bits=8; expected at most 4"),
+    ],
+)
+def test_what_a_table_does_not_go_with_is_refused_in_a_line(overrides, message):
+    with pytest.raises(InvalidInputError, match=message) as error:
+        recipe = load_recipe("table-w4a8", overrides=overrides)
+        recipe.linear_scheme()
+    assert "\n" not in str(error.value).strip()
