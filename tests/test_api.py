@@ -27,7 +27,7 @@ def run(code: str) -> str:
 
 
 def test_every_verb_is_there_and_documented():
-    assert set(s2q.__all__) == {*VERBS, "__version__"}
+    assert set(s2q.__all__) == {*VERBS, "Config", "__version__"}
     assert set(VERBS) <= set(dir(s2q))
     for name in VERBS:
         verb = getattr(s2q, name)

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from s2q.generation.load import load_pipeline as load
     from s2q.planning import plan
     from s2q.run.quantize import quantize
+    from s2q.run.while_loading import Config
 
-__all__ = ["__version__", "bench", "compare", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
+__all__ = ["Config", "__version__", "bench", "compare", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
 
 _LAZY = {
+    "Config": ("s2q.run.while_loading", "Config"),
     "bench": ("s2q.benchmark.bench", "bench"),
     "compare": ("s2q.comparison.compare", "compare"),
     "evaluate": ("s2q.evaluation.evaluate", "evaluate"),

@@ -12,15 +12,22 @@ from s2q.blocks.task import BlockTask, BlockWork, input_groups
 from s2q.nn import PackedLinear
 
 
-@torch.no_grad()
 def fold_block(task: BlockTask) -> dict[str, PackedLinear]:
     """Carry out a recipe that needs no samples; return packed linears, on the CPU, by name inside the block."""
+    return {name: layer.to("cpu") for name, layer in folded(task).items()}
+
+
+@torch.no_grad()
+def folded(task: BlockTask) -> dict[str, PackedLinear]:
+    """Fold and round the linears of a task, which may be some of a block's: all that read an input, or none of them.
+
+    Returns:
+        Packed linears on the task's device, by name inside the block.
+    """
     work = BlockWork(task=task, teacher=task.block)
     layers: dict[str, PackedLinear] = {}
     for group in input_groups(task.linears, task.family):
         for linear, student in zip(group, make_students(work, group), strict=True):
-            layer, _ = pack_student(student.to(task.device), work, linear)
-            layers[linear.inner_name] = layer.to("cpu")
+            layers[linear.inner_name], _ = pack_student(student.to(task.device), work, linear)
     modulation = [linear for linear in task.linears if linear.role == "modulation"]
-    rounded = pack_nearest(task.block, modulation, device=task.device)
-    return layers | {name: layer.to("cpu") for name, layer in rounded.items()}
+    return layers | pack_nearest(task.block, modulation, device=task.device)

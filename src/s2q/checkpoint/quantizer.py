@@ -45,8 +45,8 @@ class S2QQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: S2QConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
             raise InvalidInputError(
-                "quantization_config of s2q given for a full-precision model; s2q does not quantize while loading: "
-                "run s2q.quantize (or `s2q quantize`) and load the result"
+                "quantization_config of an s2q checkpoint given for a full-precision model; run s2q.quantize (or `s2q "
+                'quantize`) and load the result, or pass s2q.Config("table-w4a8") to quantize while loading'
             )
         super().__init__(quantization_config, **kwargs)
         self._schemes = quantization_config.layer_schemes()

@@ -178,6 +178,8 @@ def _quantize(
             if finished := finished_report(target, fingerprint(_inputs(source, validated, prompts, settings))):
                 return finished
         check_output(target, overwrite=settings.overwrite, owned=owned_files)
+    if not validated.calibrates and prompts is not None:
+        logger.warning("prompts (--prompts): recipe %s needs no calibration, they are ignored", validated.name)
     if validated.calibrates and source is not None:
         calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
     if dry_run:

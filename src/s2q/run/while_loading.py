@@ -1,0 +1,216 @@
+"""Quantizing while loading: `from_pretrained(…, quantization_config=s2q.Config("table-w4a8"))`.
+
+For recipes that need no samples. Linears that read one input are quantized as soon as their weights have been read, and
+the weights are dropped: never is more in memory than the packed model, a file of weights and one such group. A
+transformer equals what `s2q.quantize` gives, number by number, and is saved and loaded as that is. Text encoders of
+transformers are quantized weight-only, with the levels and groups of the recipe's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto as diffusers_auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from s2q.blocks.data_free import folded
+from s2q.blocks.pack import pack_nearest
+from s2q.blocks.task import BlockTask, input_groups
+from s2q.checkpoint import S2QConfig, S2QQuantizer
+from s2q.common import arguments
+from s2q.common.arguments import dtype_name
+from s2q.common.components import TRANSFORMERS
+from s2q.common.errors import InvalidInputError
+from s2q.common.torch_state import in_fresh_torch_state
+from s2q.models import OUTSIDE, block_names, family_of, token_layout
+from s2q.nn import replace_module
+from s2q.planning.resolve import LinearPlan, recipe_linears, resolve
+from s2q.recipes.load import checked_overrides, load_recipe, recipe_names
+from s2q.recipes.schema import Recipe
+from s2q.run import text_encoders
+
+
+class QuantMethod(StrEnum):
+    """Name of a `Config` among the quantizers of diffusers and transformers; no checkpoint has it."""
+
+    RECIPE = "s2q_recipe"
+
+
+class Config(PipelineQuantizationConfig, QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of `from_pretrained`, for a pipeline, a transformer or a text encoder.
+
+    Attributes:
+        recipe: The validated recipe.
+        seed: Of rotations, as in `s2q.quantize`.
+        components_to_quantize: Components of a pipeline; None for its transformers and text encoders.
+
+    Args:
+        recipe: Name, file or content of a recipe that needs no samples.
+        overrides: Changes of its fields, "transforms.rotation=identity".
+        components: Names of components of a pipeline, "transformer", "text_encoder".
+
+    Raises:
+        InvalidInputError: If there is no such recipe, it is not valid, or it calibrates.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Path | Mapping[str, Any] | Recipe,
+        *,
+        overrides: Sequence[str] = (),
+        components: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.recipe = load_recipe(recipe, overrides=checked_overrides(overrides))
+        if self.recipe.calibrates:
+            free = ", ".join(name for name in recipe_names() if not load_recipe(name).calibrates)
+            raise InvalidInputError(
+                f"Config: recipe {self.recipe.name} calibrates, so it cannot quantize while loading; run s2q.quantize "
+                f"and load the result, or use one of {free}"
+            )
+        self.seed = arguments.whole_number("seed", seed, least=0)
+        self.quant_method = QuantMethod.RECIPE
+        self.quant_backend, self.quant_kwargs, self.quant_mapping = None, {}, None
+        self.components_to_quantize = (
+            None if components is None else list(arguments.name_list("components", components))
+        )
+        self.is_granular, self.config_mapping = False, {}
+        _register()
+
+    def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Config | None:
+        """Return the configuration of a component of a pipeline: itself, or None where it is not quantized."""
+        name = module_name or ""
+        if self.components_to_quantize is not None:
+            return self if name in self.components_to_quantize else None
+        return self if name in TRANSFORMERS or name.startswith(text_encoders.PREFIX) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what identifies it, for logs; a saved transformer has an `S2QConfig` instead."""
+        return {"quant_method": self.quant_method.value, "recipe": self.recipe.name, "seed": self.seed}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the same as `to_dict`."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"Config({self.recipe.name!r})"
+
+
+class RecipeQuantizer(S2QQuantizer):
+    """Quantizes a transformer as its weights come in; afterwards it is the quantizer of an s2q checkpoint."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Config, **kwargs: Any) -> None:
+        DiffusersQuantizer.__init__(self, quantization_config, **kwargs)
+        self._source = quantization_config
+        self._pending: dict[str, _Group] = {}
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Files are read one after the other, so that their weights are not in memory together."""
+        return False
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Accept the files of any model."""
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        family, recipe = family_of(model), self._source.recipe
+        self._plans = resolve(recipe, recipe_linears(recipe, {TRANSFORMERS[0]: model}))
+        names = block_names(model, family)
+        groups: list[_Group] = []
+        for index, name in enumerate(names):
+            linears = [plan for plan in self._plans if plan.block == index]
+            sharing = input_groups(linears, family)
+            for group in (*sharing, *((plan,) for plan in linears if plan.role == "modulation")):
+                groups.append(_Group(self._source, model, group, block=name))
+        groups += [_Group(self._source, model, (plan,)) for plan in self._plans if plan.block == OUTSIDE]
+        self._pending = {name: group for group in groups for name in group.missing}
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
+    ) -> bool:
+        """Tell whether a tensor is the weight or the bias of a linear that is quantized."""
+        return param_name in self._pending
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str,
+        state_dict: Mapping[str, Tensor],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep a weight or bias until its group is complete, then quantize that."""
+        self._pending.pop(param_name).add(param_name, param_value.to(target_device))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        layout = token_layout(model, family_of(model)) if any(plan.needs_grid for plan in self._plans) else None
+        config = S2QConfig.from_schemes(
+            {plan.name: plan.scheme for plan in self._plans},
+            recipe=self._source.recipe.name,
+            compute_dtype=dtype_name(model.dtype),
+            paths={plan.name: plan.path for plan in self._plans if not plan.path.empty},
+            tokens=layout,
+        )
+        S2QQuantizer.__init__(self, config, pre_quantized=True)
+        model.register_to_config(quantization_config=config)
+        model.quantization_method = config.quant_method
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+class _Group:
+    """Linears that are quantized together, and the names of their tensors that are still to come."""
+
+    def __init__(
+        self, config: Config, model: nn.Module, linears: tuple[LinearPlan, ...], *, block: str | None = None
+    ) -> None:
+        self.config, self.model, self.linears, self.block = config, model, linears, block
+        self.missing = {f"{linear.name}.weight" for linear in linears}
+        self.missing |= {f"{linear.name}.bias" for linear in linears if linear.has_bias}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Put a tensor into its linear; quantize when all are there."""
+        layer, _, tensor = name.rpartition(".")
+        setattr(self.model.get_submodule(layer), tensor, nn.Parameter(value, requires_grad=False))
+        self.missing.discard(name)
+        if self.missing:
+            return
+        for inner_name, packed in self._packed(str(value.device)).items():
+            replace_module(self._module, inner_name, packed)
+
+    @property
+    def _module(self) -> nn.Module:
+        return self.model if self.block is None else self.model.get_submodule(self.block)
+
+    @in_fresh_torch_state
+    def _packed(self, device: str) -> Mapping[str, nn.Module]:
+        if self.block is None:
+            return pack_nearest(self._module, self.linears, device=device)
+        task = BlockTask(
+            block=self._module,
+            linears=self.linears,
+            recipe=self.config.recipe,
+            family=family_of(self.model),
+            index=self.linears[0].block,
+            seed=self.config.seed,
+            device=device,
+        )
+        return folded(task)
+
+
+def _register() -> None:
+    """Make `from_pretrained` of diffusers and transformers know `Config`; idempotent."""
+    diffusers_auto.AUTO_QUANTIZER_MAPPING[QuantMethod.RECIPE.value] = RecipeQuantizer
+    diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.RECIPE.value] = Config
+    text_encoders.register(QuantMethod.RECIPE.value, Config)

@@ -1,0 +1,131 @@
+"""Quantizing while loading: equal to a run, streamed, saved as a checkpoint, and text encoders."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, DiffusionPipeline
+from torch import nn
+
+import s2q
+from s2q.checkpoint import S2QConfig
+from s2q.common.errors import InvalidInputError, UsageError
+from s2q.nn import PackedLinear
+from s2q.run import while_loading
+from s2q.run.text_encoders import EncoderLinear
+from tiny import run_pipeline, tiny_pipeline
+
+
+def packed(module):
+    return [name for name, part in module.named_modules() if isinstance(part, PackedLinear)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder of a full-precision pipeline, its checkpoint by a run, and the pipeline quantized while loading."""
+    folder = tmp_path_factory.mktemp("loading")
+    pipe = tiny_pipeline("cogvideox", dtype=torch.bfloat16)
+    pipe.save_pretrained(folder / "full", max_shard_size="20KB")
+    s2q.quantize(folder / "full", recipe="table-w4a8", out=folder / "run")
+    loaded = CogVideoXPipeline.from_pretrained(
+        folder / "full", quantization_config=s2q.Config("table-w4a8"), dtype=torch.bfloat16
+    )
+    loaded.set_progress_bar_config(disable=True)
+    return SimpleNamespace(full=folder / "full", run=folder / "run", loaded=loaded, pipe=pipe)
+
+
+def test_a_transformer_equals_that_of_a_run(model):
+    run = CogVideoXTransformer3DModel.from_pretrained(model.run / "transformer", dtype=torch.bfloat16)
+    ours, theirs = model.loaded.transformer.state_dict(), run.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert isinstance(model.loaded.transformer.config.quantization_config, S2QConfig)
+
+
+def test_it_is_saved_and_loaded_as_a_checkpoint(model, tmp_path):
+    transformer = model.loaded.transformer
+    transformer.save_pretrained(tmp_path)
+    again = CogVideoXTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert again.config.quantization_config.to_dict() == transformer.config.quantization_config.to_dict()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in transformer.state_dict().items())
+    assert not packed(again.dequantize())
+
+
+def test_a_text_encoder_is_packed_and_close_to_full_precision(model):
+    encoder = model.loaded.text_encoder
+    modules = model.pipe.text_encoder.named_modules()
+    linears = [name for name, part in modules if isinstance(part, nn.Linear) and part.in_features % 16 == 0]
+    assert linears
+    assert packed(encoder) == [f"{name}.packed" for name in linears]
+    assert all(encoder.get_submodule(name).packed.scheme.name == "w4tg16a16" for name in linears)
+    ids = torch.arange(1, 9).unsqueeze(0)
+    full, found = (one(ids)[0].float() for one in (model.pipe.text_encoder, encoder))
+    assert 0 < float((found - full).norm() / full.norm()) < 0.2
+
+
+def test_the_pipeline_generates(model):
+    found, full = run_pipeline(model.loaded), run_pipeline(model.pipe)
+    assert bool(torch.isfinite(found).all())
+    assert float((found.float() - full.float()).norm() / full.float().norm()) < 0.3
+
+
+def test_linears_are_quantized_before_the_others_have_been_read(model, monkeypatch):
+    largest, count, waiting, add = 0, 0, set(), while_loading._Group.add
+
+    def counted(group, name, value):
+        nonlocal largest, count
+        count += 1
+        waiting.add(name)
+        largest = max(largest, len(waiting))
+        add(group, name, value)
+        if not group.missing:
+            waiting.difference_update(f"{one.name}.{part}" for one in group.linears for part in ("weight", "bias"))
+
+    monkeypatch.setattr(while_loading._Group, "add", counted)
+    CogVideoXTransformer3DModel.from_pretrained(
+        model.full / "transformer", quantization_config=s2q.Config("table-w4a8")
+    )
+    assert not waiting
+    assert largest < count / 3
+
+
+def test_components_and_overrides_are_those_that_were_asked_for(model):
+    config = s2q.Config("rtn-w4a8", overrides=["outer.num_bits=8"], components=["transformer"], seed=3)
+    pipe = DiffusionPipeline.from_pretrained(model.full, quantization_config=config)
+    assert packed(pipe.transformer)
+    assert not packed(pipe.text_encoder)
+    assert "proj_out" in packed(pipe.transformer)
+    assert not isinstance(pipe.vae, EncoderLinear)
+
+
+def test_a_text_encoder_is_not_saved(model, tmp_path):
+    with pytest.raises(UsageError, match="a text encoder that was quantized while loading is not saved"):
+        model.loaded.text_encoder.save_pretrained(tmp_path)
+
+
+def test_a_recipe_that_calibrates_is_refused_in_a_line():
+    with pytest.raises(InvalidInputError, match=r"recipe s2q-w4a6 calibrates.*run s2q\.quantize.*table-w4a8") as error:
+        s2q.Config("s2q-w4a6")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipe": "tabel-w4a8"}, "table-w4a8"),
+        ({"recipe": "table-w4a8", "seed": -1}, "seed"),
+        ({"recipe": "table-w4a8", "components": "transformer"}, "components"),
+        ({"recipe": "table-w4a8", "overrides": ["weights.group_sise=16"]}, "group_size"),
+    ],
+)
+def test_arguments_are_checked_before_a_file_is_read(arguments, message):
+    with pytest.raises(InvalidInputError, match=message):
+        s2q.Config(**arguments)
+
+
+def test_a_checkpoint_keeps_its_own_recipe(model):
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        transformer = CogVideoXTransformer3DModel.from_pretrained(
+            model.run / "transformer", quantization_config=s2q.Config("rtn-w4a8"), dtype=torch.bfloat16
+        )
+    assert transformer.config.quantization_config.recipe == "table-w4a8"
