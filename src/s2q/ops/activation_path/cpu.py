@@ -1,5 +1,7 @@
 """The activation path on the CPU: the reference's arithmetic in chunks of rows, in buffers that stay in the caches.
 
+What is not a product takes one pass before them and one after them where a C compiler is (`ops.fused`).
+
 Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank.
 """
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from s2q.core.input_path import InputTensors
 from s2q.core.qparams import code_range, token_scale_from_amax
 from s2q.ops.activation_path import reference
+from s2q.ops.fused import DTYPES, passes
 from s2q.ops.kronecker import factor_orders
 from s2q.ops.scratch import take
 
@@ -36,7 +39,7 @@ def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Te
     transform = _Transform(x, size, path)
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     token_scales = torch.empty(len(x), 1, dtype=torch.float32, device="cpu")
-    coefficients, clip = None, path.clip_ratio
+    coefficients, clip, fused = None, path.clip_ratio, passes()
     if path.low_rank_basis is not None:
         coefficients = torch.empty(len(x), path.low_rank_basis.shape[1], dtype=torch.float32, device="cpu")
     lowest, highest = code_range(num_bits)
@@ -44,9 +47,12 @@ def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Te
         chunk = slice(start, start + size)
         y, chunk_coefficients = transform(x[chunk])
         chunk_clip = clip[chunk] if clip is not None and clip.ndim > 0 and len(clip) == len(x) else clip
-        scales = token_scale_from_amax(_amax(y), num_bits=num_bits, clip_ratio=chunk_clip)
-        token_scales[chunk] = scales
-        codes[chunk] = _in_fp32(torch.div, y, scales, out=transform.wide).round_().clamp_(lowest, highest)
+        if fused is not None and y.dtype in DTYPES and y.is_contiguous():
+            fused.quantize(y, chunk_clip, num_bits=num_bits, codes=codes[chunk], scale=token_scales[chunk])
+        else:
+            scales = token_scale_from_amax(_amax(y), num_bits=num_bits, clip_ratio=chunk_clip)
+            token_scales[chunk] = scales
+            codes[chunk] = _in_fp32(torch.div, y, scales, out=transform.wide).round_().clamp_(lowest, highest)
         if coefficients is not None and chunk_coefficients is not None:
             coefficients[chunk] = chunk_coefficients
     return codes, token_scales, coefficients
@@ -60,18 +66,26 @@ class _Transform:
         self.shift, self.scale, self.deflates = path.shift, path.scale, path.deflates
         factors = (path.left, path.right, path.low_rank_basis)
         self.left, self.right, self.basis = (None if factor is None else factor.to(dtype) for factor in factors)
+        # A transposed view takes a third longer to multiply by.
+        self.left = None if self.left is None else self.left.t().contiguous()
+        rounds = path.left is not None or path.right is not None or (path.low_rank_basis is not None and path.deflates)
+        scales = path.shift is not None or path.scale is not None
+        self.fused = passes() if rounds and scales and x.dtype == torch.bfloat16 and x.stride(1) == 1 else None
         self.grid = factor_orders(features, path.left, path.right)
         self.wide = take("activation_path wide", (rows, features), torch.float32)
         self.first, self.second = (take(f"activation_path {use}", (rows, features), dtype) for use in ("1", "2"))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.shift is not None:
-            x = _in_fp32(torch.sub, x, self.shift, out=self.wide)
-        if self.scale is not None:
-            x = _in_fp32(torch.mul, x, self.scale, out=self.wide)
+        first, second = self.first[: len(x)], self.second[: len(x)]
+        if self.fused is not None:
+            x = self.fused.scale(x, self.shift, self.scale, out=first)
+        else:
+            if self.shift is not None:
+                x = _in_fp32(torch.sub, x, self.shift, out=self.wide)
+            if self.scale is not None:
+                x = _in_fp32(torch.mul, x, self.scale, out=self.wide)
         if self.basis is None and self.left is None and self.right is None:
             return x, None
-        first, second = self.first[: len(x)], self.second[: len(x)]
         coefficients = None
         y = x if x.dtype == first.dtype and x.is_contiguous() and self.basis is None else first.copy_(x)
         if self.basis is not None:
@@ -86,8 +100,7 @@ class _Transform:
         else:
             free = second
         if self.left is not None:
-            left = self.left.t().expand(len(x), n1, n1)
-            y = torch.bmm(left, y.view(-1, n1, n2), out=free.view(-1, n1, n2))
+            y = torch.bmm(self.left.expand(len(x), n1, n1), y.view(-1, n1, n2), out=free.view(-1, n1, n2))
         return y.view(x.shape), coefficients
 
 

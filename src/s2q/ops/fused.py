@@ -1,0 +1,212 @@
+"""Elementwise passes on the CPU, fused into one each where there is a C compiler (`fused.c`), with PyTorch's bits.
+
+PyTorch takes three to seven operations for scaling, quantization, unpacking and rescaling each, and every one reads and
+writes all its data. The compiler runs once, in less than a second. The library is cached in $XDG_CACHE_HOME/s2q or
+~/.cache/s2q, by a hash of source, flags and processor, and runs in PyTorch's OpenMP threads. Where there is no
+compiler, or a result differs from PyTorch's in a bit, `passes` returns None and callers use PyTorch's operations.
+S2Q_FUSED=0 in the environment has the same effect.
+
+Shapes: `M` tokens, `I` in features, `O` out features, `P` packed bytes of a row.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from s2q.common.processor import features, is_x86
+from s2q.core.packing import pack_codes
+from s2q.core.qparams import quantize_per_token
+
+SOURCE = Path(__file__).with_name("fused.c")
+VARIABLE = "S2Q_FUSED"
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+DTYPES = tuple(_NAMES)
+"""That are quantized, and rescaled to."""
+
+_SECONDS = 60
+
+logger = logging.getLogger(__name__)
+
+
+class Passes:
+    """The functions of the library; tensors are contiguous on the CPU unless it says otherwise.
+
+    Args:
+        library: `fused.c`, loaded.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def scale(self, x: Tensor, shift: Tensor | None, scale: Tensor | None, *, out: Tensor) -> Tensor:
+        """Write (x - shift) · scale, rounded once, to `out`; both bf16 [M, I], rows of x may be strided."""
+        shift = _vector(shift, x.shape[1], 0.0)
+        scale = _vector(scale, x.shape[1], 1.0)
+        self._call("scale_bf16", x, x.stride(0), shift, scale, out, *x.shape)
+        return out
+
+    def quantize(self, y: Tensor, clip: Tensor | None, *, num_bits: int, codes: Tensor, scale: Tensor) -> None:
+        """Quantize tokens y [M, I], bf16 or fp32; see `core.qparams.quantize_per_token`.
+
+        Args:
+            clip: Of one element or M, or None.
+            codes: Written, int8 [M, I].
+            scale: Written, fp32 [M, 1].
+        """
+        clip = _vector(None if clip is None else clip.reshape(-1), 1, 1.0)
+        qmax = ctypes.c_float(2 ** (num_bits - 1) - 1)
+        self._call(f"quantize_{_NAMES[y.dtype]}", y, clip, int(len(clip) > 1), qmax, codes, scale, *y.shape)
+
+    def rescale(self, sums: Tensor, w_scale: Tensor, x_scale: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+        """Write sums · w_scale · x_scale + bias, int32 [M, O], to `out`, bf16 or fp32 [M, O], rows may be strided."""
+        vectors = _vector(w_scale, len(w_scale), 0.0), _vector(x_scale.reshape(-1), len(sums), 0.0)
+        bias = _vector(bias, sums.shape[1], -0.0)  # which changes nothing, not even the sign of zero
+        self._call(f"rescale_{_NAMES[out.dtype]}", sums, *vectors, bias, out, out.stride(0), *sums.shape)
+
+    def unpack(self, packed: Tensor, *, out: Tensor) -> None:
+        """Unpack codes of up to 4 bits, uint8 [O, P], to int8 [O, 2P]; see `core.packing.unpack_codes`."""
+        self._call("unpack", packed, out, *packed.shape)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        """Call a function: tensors are pointers, whole numbers int64."""
+        converted = [
+            ctypes.c_void_p(value.data_ptr())
+            if isinstance(value, Tensor)
+            else ctypes.c_int64(value)
+            if isinstance(value, int)
+            else value
+            for value in arguments
+        ]
+        getattr(self._library, f"s2q_{name}")(*converted)
+
+
+def _vector(value: Tensor | None, length: int, missing: float) -> Tensor:
+    """Return a vector as contiguous fp32, or one of a constant."""
+    return torch.full((length,), missing, device="cpu") if value is None else value.float().contiguous()
+
+
+@functools.cache
+def passes() -> Passes | None:
+    """Return the compiled passes; None where they cannot be compiled or differ from PyTorch's operations."""
+    reason = _obstacle()
+    if reason is None:
+        try:
+            found = Passes(_library())
+            if _equals_torch(found):
+                return found
+            reason = "their bits differ from PyTorch's here"
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+    logger.debug("elementwise passes run in PyTorch, not fused: %s", reason)
+    return None
+
+
+def _obstacle() -> str | None:
+    if os.environ.get(VARIABLE) == "0":
+        return f"{VARIABLE}=0"
+    if sys.platform != "linux":
+        return f"not supported on {sys.platform}"
+    return None if _compiler() else "no C compiler"
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
+
+
+def _flags() -> list[str]:
+    """Flags of the compiler, without instructions that PyTorch may not use here (`common.processor`)."""
+    if not is_x86():
+        return [*_FLAGS, "-mcpu=native"]
+    return [*_FLAGS, "-march=native", *(["-mprefer-vector-width=512"] if "avx512" in features() else ["-mno-avx512f"])]
+
+
+def _library() -> ctypes.CDLL:
+    """Load the library from the cache, or compile it: into the cache if that is this user's alone, else for once."""
+    compiler, flags = _compiler(), _flags()
+    assert compiler is not None
+    parts = (SOURCE.read_bytes(), repr((flags, os.path.realpath(compiler), platform.machine(), _processor())).encode())
+    name = f"fused-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s2q"
+    with contextlib.suppress(OSError, RuntimeError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_private(folder):
+            if not (folder / name).exists():
+                with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                    os.replace(_compile(compiler, flags, Path(temporary)), folder / name)
+            if _is_private(folder / name):
+                return ctypes.CDLL(str(folder / name))
+    with tempfile.TemporaryDirectory() as temporary:
+        return ctypes.CDLL(str(_compile(compiler, flags, Path(temporary))))
+
+
+def _is_private(path: Path) -> bool:
+    """Whether only this user, or root, can have written it."""
+    status = path.stat()
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & 0o022
+
+
+def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
+    """Compile in two steps, so that OpenMP is the one that PyTorch has loaded and no other."""
+    compiled, library = folder / "fused.o", folder / "fused.so"
+    for command in (
+        [compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],
+        [compiler, "-shared", "-nostdlib", str(compiled), "-o", str(library)],
+    ):
+        subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+    return library
+
+
+def _processor() -> str:
+    """Return the processor's model and instructions, which `-march=native` depends on."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
+    return platform.processor()
+
+
+@torch.no_grad()
+def _equals_torch(passes: Passes) -> bool:
+    """Compare every function with PyTorch's operations, bit for bit, on numbers with ties, zeros and many sizes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
+
+    rows, columns = 5, 131
+    x, vectors, clip = draw(rows, columns), draw(2, columns), draw(rows, 1).sigmoid()
+    x[0], x[1, ::2] = 0, x[1, ::2].round()
+    half = x.bfloat16()
+    checks = [
+        torch.equal(
+            passes.scale(half, *vectors, out=half.clone()), ((half.float() - vectors[0]) * vectors[1]).bfloat16()
+        )
+    ]
+    for y in (x, half):
+        codes, scale = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1)
+        passes.quantize(y, clip, num_bits=4, codes=codes, scale=scale)
+        expected = quantize_per_token(y, num_bits=4, clip_ratio=clip)
+        checks += [torch.equal(codes, expected[0]), torch.equal(scale, expected[1])]
+    sums = torch.randint(-(1 << 22), 1 << 22, (rows, columns), dtype=torch.int32, generator=generator)
+    for dtype in _NAMES:
+        for bias in (vectors[1] * 1e6, None):
+            out, total = torch.empty(rows, columns, dtype=dtype), sums.float() * vectors[0]
+            passes.rescale(sums, vectors[0], clip, bias, out=out)
+            expected_out = total * clip if bias is None else torch.addcmul(bias, total, clip)
+            checks.append(torch.equal(out, expected_out.to(dtype)))
+    w = torch.randint(-8, 8, (rows, 2 * columns), dtype=torch.int8, generator=generator)
+    unpacked = torch.empty_like(w)
+    passes.unpack(pack_codes(w, num_bits=4), out=unpacked)
+    return all(checks) and torch.equal(unpacked, w)
