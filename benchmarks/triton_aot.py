@@ -40,6 +40,7 @@ from s2q.ops.attention_colsum.tiles import colsum_tile
 from s2q.ops.level_values import triton as level_values
 from s2q.ops.rescaled_int_matmul import tiles as matmul_tiles
 from s2q.ops.rescaled_int_matmul import triton as rescaled_int_matmul
+from s2q.ops.token_levels import triton as token_levels
 from s2q.ops.weight_only_matmul import tiles as weight_only_tiles
 from s2q.ops.weight_only_matmul import triton as weight_only_matmul
 
@@ -166,6 +167,23 @@ def value_variants(arch: int) -> Iterator[Variant]:
         )
 
 
+def token_level_variants(arch: int) -> Iterator[Variant]:
+    pointers = ("x_ptr", "bounds_ptr", "levels_ptr", "clip_ptr", "values_ptr", "token_scale_ptr")
+    types = dict.fromkeys(pointers, "*fp32") | {"values_ptr": "*i8", "unit": "fp32"}
+    types |= {"x_stride": "i32", "clip_stride": "i32"}
+    for dtype, features in (("bf16", 3072), ("fp32", 12288)):
+        yield Variant(
+            name=f"token levels {dtype} {features}",
+            kernel=token_levels.token_levels_kernel,
+            types=types | {"x_ptr": f"*{dtype}"},
+            constants=token_levels.level_constants(features, 16),
+            aligned=(*pointers, "x_stride"),
+            options={"num_warps": 4},
+            group="quantize",
+            is_quick=dtype == "bf16",
+        )
+
+
 def activation_variants(arch: int) -> Iterator[Variant]:
     pointers = ("x_ptr", "shift_ptr", "scale_ptr", "left_ptr", "right_ptr", "clip_ptr", "codes_ptr", "token_scale_ptr")
     types = dict.fromkeys(pointers, "*fp32") | {"codes_ptr": "*i8", "rows": "i32"}
@@ -271,7 +289,14 @@ def weight_only_variants(arch: int) -> Iterator[Variant]:
 
 def variants_of(arch: int) -> Iterator[Variant]:
     """Everything that is compiled with the tiles of an architecture."""
-    for variants in (matmul_variants, value_variants, activation_variants, weight_only_variants, colsum_variants):
+    for variants in (
+        matmul_variants,
+        value_variants,
+        token_level_variants,
+        activation_variants,
+        weight_only_variants,
+        colsum_variants,
+    ):
         yield from variants(arch)
 
 

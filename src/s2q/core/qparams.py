@@ -86,6 +86,14 @@ def token_scale_from_amax(amax: Tensor, *, num_bits: int, clip_ratio: ClipRatio 
     return scale_from_amax(amax if clip_ratio is None else amax * clip_ratio, num_bits=num_bits)
 
 
+def token_scale_of_levels(x: Tensor, *, unit: float, clip_ratio: ClipRatio = None) -> Tensor:
+    """Compute the dynamic scale of each token of x [..., I] for levels, fp32 [..., 1], by its root mean square.
+
+    `unit` is that of the levels (`core.codebook.level_unit`). 0 where all of a token is 0.
+    """
+    return _root_mean_square(x) * (unit if clip_ratio is None else clip_ratio * unit)
+
+
 def quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:
     """Round x to int8 codes (eq. 1), or to those of the nearest levels, fp32 [2^N]; the scale broadcasts to x."""
     if levels is not None:
@@ -188,8 +196,7 @@ def _fake_quantize_tokens(x: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio)
     if levels is None:
         scale = token_scale(grouped, num_bits=scheme.num_bits, clip_ratio=clip_ratio)
     else:
-        unit = level_unit(scheme, x.shape[-1])
-        scale = _root_mean_square(grouped) * (unit if clip_ratio is None else clip_ratio * unit)
+        scale = token_scale_of_levels(grouped, unit=level_unit(scheme, x.shape[-1]), clip_ratio=clip_ratio)
     return fake_quantize(grouped, scale, num_bits=scheme.num_bits, levels=levels).reshape(x.shape)
 
 

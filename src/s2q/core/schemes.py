@@ -226,11 +226,11 @@ class LinearScheme:
     def simulated(self) -> bool:
         """Whether no integer kernel takes this scheme, so that it is computed in floating point, slower than none."""
         activation = self.activation
-        by_kernels = self.weight.levels in (UNIFORM, *INT8_LEVELS)
-        if activation is None or not by_kernels:
-            return not by_kernels
+        whole = (UNIFORM, *INT8_LEVELS)
+        if activation is None or self.weight.levels not in whole:
+            return self.weight.levels not in whole
         plain = activation.delta is None and isinstance(activation.granularity, PerToken)
-        return not plain or activation.levels != UNIFORM
+        return not plain or activation.levels not in whole
 
     @property
     def needs_grid(self) -> bool:
@@ -265,8 +265,8 @@ class SchemeOptions(Options):
         group_size: Input channels of a group; with `per_group` only.
         levels: "uniform", or "lloyd_max", a codebook for values of a normal distribution, as a rotation makes them (see
             `s2q.core.codebook`); no integer kernel takes it, so it is simulated in floating point. "lloyd_max_int8"
-            rounds that codebook to int8 values, which the kernels multiply. "table", for weights in groups, has 16 int8
-            levels that are not symmetric and an 8-bit scale with a sign for each group.
+            rounds that codebook to int8 values, which the kernels multiply, of weights and of inputs. "table", for
+            weights in groups, has 16 int8 levels that are not symmetric and an 8-bit scale with a sign for each group.
     """
 
     num_bits: int = field(metadata=_BITS)

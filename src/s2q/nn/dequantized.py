@@ -39,7 +39,7 @@ def runs_dequantized(layer: StoredLinear) -> bool:
     if layer.weight_scale.device.type != "cpu":
         return layer.simulated
     narrow = min(layer.in_features, layer.out_features) < NARROW
-    x_bits = 8 if layer.scheme.activation is None else layer.scheme.activation.num_bits
+    x_bits = 8 if layer.scheme.activation is None else layer.scheme.activation.product_bits
     return layer.simulated or narrow or not cpu.is_fast(x_bits=x_bits, w_bits=layer.scheme.weight.product_bits)
 
 
@@ -56,7 +56,7 @@ def keeps_prepacked(layer: StoredLinear) -> bool:
     on_cpu = layer.weight_scale.device.type == "cpu" and integer_backend(layer) in ("auto", "cpu")
     if not on_cpu or layer.weight_scale.ndim != 1 or activation is None:
         return False
-    return cpu.multiplies_pairs(x_bits=activation.num_bits, w_bits=layer.scheme.weight.product_bits)
+    return cpu.multiplies_pairs(x_bits=activation.product_bits, w_bits=layer.scheme.weight.product_bits)
 
 
 class WeightCache:

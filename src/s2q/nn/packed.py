@@ -27,9 +27,10 @@ from s2q.core.schemes import LinearScheme
 from s2q.nn.branch import float_branch, with_float_branch
 from s2q.nn.dequantized import integer_backend, keeps_prepacked, runs_dequantized
 from s2q.nn.simulated import simulated_product, warn_slow
-from s2q.nn.stored import QuantizedInput, StoredLinear, frozen, packed_dtypes
+from s2q.nn.stored import QuantizedInput, StoredLinear, frozen, packed_dtypes, token_levels_of
 from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
+from s2q.ops.token_levels import token_levels
 from s2q.ops.weight_only_matmul import weight_only_matmul
 
 _PIECE = 4096  # tokens
@@ -191,20 +192,22 @@ class PackedLinear(StoredLinear):
             bias=self.bias,
             low_rank_input=branch_input,
             low_rank_weight=branch_weight,
-            x_bits=activation.num_bits,
+            x_bits=activation.product_bits,
             w_bits=self.scheme.weight.product_bits,
             out_dtype=input.dtype,
             backend=integer_backend(self),
         )
 
     def _quantized(self, input: Tensor) -> QuantizedInput:  # noqa: A002
-        assert self.scheme.activation is not None
-        return activation_path(
-            input.reshape(-1, self.in_features),
-            self.input_tensors(),
-            num_bits=self.scheme.activation.num_bits,
-            backend=integer_backend(self),
-        )
+        scheme, rows, path = self.scheme.activation, input.reshape(-1, self.in_features), self.input_tensors()
+        assert scheme is not None
+        if not scheme.has_int8_levels:
+            return activation_path(rows, path, num_bits=scheme.num_bits, backend=integer_backend(self))
+        transformed, coefficients = transform_input(rows, path)
+        levels, unit = token_levels_of(scheme, self.in_features, rows.device)
+        return *token_levels(
+            transformed, levels, path.clip_ratio, unit=unit, backend=integer_backend(self)
+        ), coefficients
 
     def _weight_only(self, input: Tensor) -> Tensor:  # noqa: A002
         transformed, coefficients = transform_input(input, self.input_tensors())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.common.errors import UsageError
-from s2q.core.codebook import levels_of, nibble_levels
+from s2q.core.codebook import level_unit, levels_of, nibble_levels
 from s2q.core.input_path import InputPath, InputTensors, stored_tensors
 from s2q.core.packing import packed_width, unpack_codes
 from s2q.core.qparams import dequantize_weight
@@ -262,6 +262,15 @@ def _nibble_levels(scheme: QuantScheme, in_features: int, device: torch.device) 
     """`nibble_levels`, once for all layers of a device; of inference mode nowhere."""
     with torch.inference_mode(False):
         return nibble_levels(scheme, in_features, device=device)
+
+
+@cache
+def token_levels_of(scheme: QuantScheme, in_features: int, device: torch.device) -> tuple[Tensor, float]:
+    """Return the int8 levels of an input as fp32 [2^N], once for all layers of a device, and their unit."""
+    with torch.inference_mode(False):
+        levels = levels_of(scheme, in_features, device=device)
+    assert levels is not None
+    return levels, level_unit(scheme, in_features)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
