@@ -115,3 +115,78 @@ void s2q_unpack(const uint8_t *packed, int8_t *codes, int64_t rows, int64_t colu
     PARALLEL
     for (int64_t i = 0; i < rows; i++) unpack_row(packed + i * columns, codes + 2 * i * columns, columns);
 }
+
+/* The same bytes to the int8 levels of their nibbles, with a scale for each of `groups` of a row: ops.level_values. GCC
+   makes one instruction of the look-up of 16 nibbles. */
+#if defined(__GNUC__) && !defined(__clang__)
+typedef int8_t v16 __attribute__((vector_size(16)));
+
+static inline int64_t look_up_16(const uint8_t *packed, const int8_t *scaled, int8_t *values, int64_t columns) {
+    const v16 pairs = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    v16 table;
+    memcpy(&table, scaled, 16);
+    int64_t j = 0;
+    for (; j + 8 <= columns; j += 8) {
+        v16 bytes = {0};
+        memcpy(&bytes, packed + j, 8);
+        v16 low = __builtin_shuffle(table, bytes & 15), high = __builtin_shuffle(table, (bytes >> 4) & 15);
+        low = __builtin_shuffle(low, high, pairs);
+        memcpy(values + 2 * j, &low, 16);
+    }
+    return j;
+}
+#else
+static inline int64_t look_up_16(const uint8_t *packed, const int8_t *scaled, int8_t *values, int64_t columns) {
+    return 0;
+}
+#endif
+
+static void values_row(const uint8_t *restrict packed, const int8_t *restrict levels, const int8_t *restrict scale,
+                       int64_t groups, int8_t *restrict values, int64_t columns) {
+    int64_t size = columns / groups;
+    for (int64_t g = 0; g < groups; g++, packed += size, values += 2 * size) {
+        int8_t scaled[16];
+        for (int64_t k = 0; k < 16; k++) scaled[k] = (int8_t)((int16_t)(levels[k] * scale[g] + 64) >> 7);
+        for (int64_t j = look_up_16(packed, scaled, values, size); j < size; j++) {
+            values[2 * j] = scaled[packed[j] & 15];
+            values[2 * j + 1] = scaled[packed[j] >> 4];
+        }
+    }
+}
+
+void s2q_values(const uint8_t *packed, const int8_t *levels, const int8_t *scale, int64_t groups, int8_t *values,
+                int64_t rows, int64_t columns) {
+    PARALLEL
+    for (int64_t i = 0; i < rows; i++)
+        values_row(packed + i * columns, levels, scale + i * groups, groups, values + 2 * i * columns, columns);
+}
+
+/* Tokens y [M, I] to the nearest of `count` levels over their scales, which are given: ops.token_levels. */
+#define NEAREST_BLOCK 256 /* values that stay in the first cache while their levels are searched */
+#define NEAREST(TYPE)                                                                                                  \
+    static void nearest_row_##TYPE(const TYPE *restrict y, float scale, const float *restrict bounds,                  \
+                                   const float *restrict levels, int64_t count, int8_t *restrict values,               \
+                                   int64_t columns) {                                                                  \
+        float ratio[NEAREST_BLOCK], value[NEAREST_BLOCK];                                                              \
+        for (int64_t first = 0; first < columns; first += NEAREST_BLOCK) {                                             \
+            int64_t size = columns - first < NEAREST_BLOCK ? columns - first : NEAREST_BLOCK;                          \
+            for (int64_t j = 0; j < size; j++) ratio[j] = wide_##TYPE(y[first + j]) / scale;                           \
+            for (int64_t j = 0; j < size; j++) value[j] = levels[0];                                                   \
+            for (int64_t k = 1; k < count; k++) {                                                                      \
+                float bound = bounds[k - 1], step = levels[k] - levels[k - 1];                                         \
+                for (int64_t j = 0; j < size; j++) value[j] += ratio[j] > bound ? step : 0.0f;                         \
+            }                                                                                                          \
+            for (int64_t j = 0; j < size; j++) values[first + j] = (int8_t)(int32_t)value[j];                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    void s2q_nearest_##TYPE(const TYPE *y, int64_t y_stride, const float *scale, const float *bounds,                  \
+                            const float *levels, int64_t count, int8_t *values, int64_t rows, int64_t columns) {       \
+        PARALLEL                                                                                                       \
+        for (int64_t i = 0; i < rows; i++)                                                                             \
+            nearest_row_##TYPE(y + i * y_stride, scale[i] == 0 ? 1 : scale[i], bounds, levels, count,                  \
+                               values + i * columns, columns);                                                         \
+    }
+
+NEAREST(bf16)
+NEAREST(f32)

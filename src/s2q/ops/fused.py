@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from s2q.common.processor import features, is_x86
-from s2q.core.packing import pack_codes
+from s2q.core.codebook import nearest_level, scaled_levels
+from s2q.core.packing import pack_codes, unpack_codes
 from s2q.core.qparams import quantize_per_token
 
 SOURCE = Path(__file__).with_name("fused.c")
@@ -37,6 +38,8 @@ DTYPES = tuple(_NAMES)
 """That are quantized, and rescaled to."""
 
 _SECONDS = 60
+
+_LEVELS = 16
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,19 @@ class Passes:
     def unpack(self, packed: Tensor, *, out: Tensor) -> None:
         """Unpack codes of up to 4 bits, uint8 [O, P], to int8 [O, 2P]; see `core.packing.unpack_codes`."""
         self._call("unpack", packed, out, *packed.shape)
+
+    def values(self, packed: Tensor, levels: Tensor, group_scale: Tensor, *, out: Tensor) -> None:
+        """Look up the levels of packed codes, int8 [O, 2P], scaled by group of whole bytes; see `ops.level_values`."""
+        self._call("values", packed, levels, group_scale, group_scale.shape[1], out, *packed.shape)
+
+    def nearest(self, y: Tensor, scale: Tensor, levels: Tensor, *, out: Tensor) -> None:
+        """Write the levels, fp32 [2^N], that are nearest to tokens y over their scales [M, 1]; see `ops.token_levels`.
+
+        y is bf16 or fp32 [M, I], rows may be strided; out is int8.
+        """
+        bounds = (levels[1:] + levels[:-1]) / 2
+        name = f"nearest_{_NAMES[y.dtype]}"
+        self._call(name, y, y.stride(0), scale, bounds, levels, len(levels), out, *y.shape)
 
     def _call(self, name: str, *arguments: object) -> None:
         """Call a function: tensors are pointers, whole numbers int64."""
@@ -208,5 +224,23 @@ def _equals_torch(passes: Passes) -> bool:
             checks.append(torch.equal(out, expected_out.to(dtype)))
     w = torch.randint(-8, 8, (rows, 2 * columns), dtype=torch.int8, generator=generator)
     unpacked = torch.empty_like(w)
-    passes.unpack(pack_codes(w, num_bits=4), out=unpacked)
-    return all(checks) and torch.equal(unpacked, w)
+    packed = pack_codes(w, num_bits=4)
+    passes.unpack(packed, out=unpacked)
+    return all(checks) and torch.equal(unpacked, w) and _levels_equal_torch(passes, packed, x)
+
+
+def _levels_equal_torch(passes: Passes, packed: Tensor, x: Tensor) -> bool:
+    """The same for the passes of levels."""
+    levels = torch.tensor([-127, *range(-91, 92, 13), 127], dtype=torch.int8)[:_LEVELS]
+    scale = torch.tensor([[127], [-127], [0], [64], [-3]], dtype=torch.int8)
+    codes = unpack_codes(packed, num_bits=4, in_features=2 * packed.shape[1])
+    values = torch.empty_like(codes)
+    passes.values(packed, levels, scale, out=values)
+    checks = [torch.equal(values, scaled_levels(levels[codes.int() + _LEVELS // 2], scale).to(torch.int8))]
+    wide, scales = levels.float(), x.abs().amax(dim=1, keepdim=True) / 100
+    for y in (x, x.bfloat16()):
+        found = torch.empty(y.shape, dtype=torch.int8)
+        passes.nearest(y, scales, wide, out=found)
+        expected = wide[nearest_level(y.float() / torch.where(scales == 0, 1.0, scales), wide)]
+        checks.append(torch.equal(found, expected.to(torch.int8)))
+    return all(checks)

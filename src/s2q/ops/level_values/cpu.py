@@ -1,4 +1,4 @@
-"""Values of packed codes on the CPU: two codes a look-up, in pieces whose intermediate results stay in the caches.
+"""Values of packed codes on the CPU: compiled (`ops.fused`), or two codes a look-up in pieces that stay in the caches.
 
 The table of bytes has the levels of both nibbles, of 16 bits each where groups have scales: doubled, so that the upper
 byte of 2 · l · s + 128 is ⌊(l · s + 64) / 128⌋.
@@ -9,6 +9,7 @@ Shapes: `O` out features, `K` in features, `G` groups, `P` packed bytes of a row
 import torch
 from torch import Tensor
 
+from s2q.ops.fused import passes
 from s2q.ops.level_values import reference
 from s2q.ops.scratch import take
 
@@ -23,6 +24,13 @@ def level_values(levels: Tensor, packed: Tensor, group_scale: Tensor | None = No
     rows, width = packed.shape
     if in_features % 2 or in_features != 2 * width or not packed.numel():
         return reference.level_values(levels, packed, group_scale, in_features=in_features)
+    fused = passes()
+    if fused is not None and group_scale is not None and (in_features // group_scale.shape[1]) % 2 == 0:
+        values = torch.empty(rows, in_features, dtype=torch.int8, device="cpu")
+        fused.values(
+            packed if packed.stride(1) == 1 else packed.contiguous(), levels, group_scale.contiguous(), out=values
+        )
+        return values
     table = _byte_table(levels, scaled=group_scale is not None)
     out = torch.empty(rows, in_features, dtype=torch.int8, device="cpu")
     step = max(1, PIECE // in_features)
