@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.codebook import TABLE_LEVELS, scaled_levels
+from s2q.core.codebook import TABLES, scaled_levels, table_and_scale
 from s2q.core.packing import weight_bytes
 from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
@@ -21,13 +21,14 @@ def weight(rows=24, columns=64, seed=0):
 
 
 def values(rounded):
-    levels = torch.tensor(TABLE_LEVELS)[rounded.codes.int() + 8].view(*rounded.group_scale.shape, -1)
-    return scaled_levels(levels, rounded.group_scale.unsqueeze(2)).flatten(1)
+    table, scale = table_and_scale(rounded.group_scale.unsqueeze(2))
+    codes = rounded.codes.int().view(*rounded.group_scale.shape, -1) + 8
+    return scaled_levels(torch.tensor(TABLES).flatten()[codes + 16 * table.int()], scale).flatten(1)
 
 
 def test_an_exact_weight_comes_back():
     codes = torch.arange(-8, 8, dtype=torch.int8).repeat(2, 2)
-    scales = torch.tensor([[127, -90], [-127, 60]], dtype=torch.int8)
+    scales = torch.tensor([[31 * 4 + 1, -20 * 4], [-31 * 4 + 2, 15 * 4 + 3]], dtype=torch.int8)
     exact = values(RoundedWeight(codes=codes, scale=torch.ones(2), group_scale=scales)).float() * 0.25
     rounded = round_table(exact, TABLE)
     assert torch.equal(values(rounded).float() * rounded.scale.unsqueeze(1), exact)
@@ -43,15 +44,16 @@ def error_of(scheme, w):
 def test_its_error_is_that_of_the_docstring():
     w = weight(128, 512)
     uniform = QuantScheme(num_bits=4, granularity=PerGroup(group_size=16))
-    assert error_of(TABLE, w) == pytest.approx(0.0041, rel=0.02)
-    assert error_of(TABLE, w) < 0.6 * error_of(uniform, w)
+    assert error_of(TABLE, w) == pytest.approx(0.0035, rel=0.03)
+    assert error_of(TABLE, w) < 0.5 * error_of(uniform, w)
 
 
 def test_each_code_is_the_nearest_level_of_its_scale():
     w = weight()
     rounded = round_table(w, TABLE)
     ratio = (w / rounded.scale.unsqueeze(1)).view(24, 4, 16, 1)
-    scaled = torch.tensor(TABLE_LEVELS) * rounded.group_scale.view(24, 4, 1, 1).float() / 128
+    table, scale = table_and_scale(rounded.group_scale)
+    scaled = torch.tensor(TABLES)[table.int()].view(24, 4, 1, 16) * scale.view(24, 4, 1, 1).float() / 32
     nearest = (ratio - scaled).abs().argmin(dim=-1).flatten(1) - 8
     assert torch.equal(nearest.to(torch.int8), rounded.codes)
 

@@ -17,8 +17,6 @@ def value_problem(tensor: str, value: Tensor, scheme: LinearScheme, *, in_featur
         zeros = scheme.weight.levels != UNIFORM  # there, a channel of zeros has a scale of 0
         if not bool((torch.isfinite(value) & ((value >= 0) if zeros else (value > 0))).all()):
             return "contains scales that are not positive and finite"
-    if tensor == "weight_group_scale":
-        return "contains -128, expected scales of at most 127" if bool((value == -128).any()) else None
     if not bool(torch.isfinite(value).all()):
         return "contains NaN or infinite values"
     if tensor == "weight_scale":  # the sum of a row of the largest codes; a product by activations is larger still

@@ -16,14 +16,15 @@ So d and the number of bits alone say which codebook to use (OrbitQuant, Lee et 
 Example, d large: ±0.7979 for 1 bit; ±0.4528 and ±1.5104 for 2 bits.
 
 Integer kernels multiply levels that are whole numbers of 8 bits. "lloyd_max_int8" rounds a codebook to them, its
-outermost level to 127. "table" has a scale [O] of each row in fp32 and one of each group in 8 bits with a sign, s [O,
-G], and what is multiplied is
+outermost level to 127. "table" has a scale Δ [O] of each row in fp32 and one byte g [O, G] of each group: its lowest
+two bits name one of four tables, and the others are a scale s = g >> 2 with a sign, -32 to 31. What is multiplied is
 
-    v = ⌊(l · s + 64) / 128⌋,    w = Δ · v
+    v = ⌊(l · s + 16) / 32⌋,    w = Δ · v
 
-Its levels `TABLE_LEVELS` are not symmetric: the sign of s turns a group's longer tail to their longer side.
+The levels l of `TABLES` are not symmetric: the sign of s turns a group's longer tail to their longer side. The four
+differ in how close to the ends their levels are.
 
-Example: l = 127 with s = 127 is v = 126, with s = -64 it is v = -63.
+Example: l = 127 with s = 31 is v = 123, with s = -16 it is v = -63.
 """
 
 from functools import cache
@@ -34,18 +35,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.schemes import LLOYD_MAX_INT8, TABLE, UNIFORM, QuantScheme, num_groups
+from s2q.core.schemes import LLOYD_MAX_INT8, UNIFORM, QuantScheme, num_groups
 
 _Array = NDArray[np.float64]
 
-TABLE_LEVELS = (-113, -85, -68, -53, -40, -27, -15, -3, 9, 22, 36, 51, 67, 85, 107, 127)
-"""Levels of least squared error for groups of 16 values of a normal distribution whose s is searched as in
-`s2q.rounding.table`: Lloyd's iteration over both."""
+TABLES = (
+    (-115, -81, -67, -51, -38, -26, -15, -4, 8, 20, 35, 51, 64, 79, 108, 127),
+    (-110, -84, -69, -55, -42, -28, -16, -3, 8, 19, 31, 45, 62, 89, 107, 127),
+    (-114, -91, -70, -55, -42, -30, -18, -5, 10, 26, 41, 56, 70, 84, 106, 127),
+    (-111, -92, -62, -48, -36, -23, -11, 1, 13, 24, 36, 50, 67, 85, 104, 127),
+)
+"""Levels of least squared error for groups of 16 values of a normal distribution whose table and s are searched as in
+`s2q.rounding.table`: Lloyd's iteration over all of them."""
 
 MAX_LEVEL = 127
-"""Largest magnitude of an int8 level, and of s."""
+"""Largest magnitude of an int8 level."""
 
-_TABLE_SHIFT = 7  # v = l · s / 2^7
+TABLE_BITS, SCALE_BITS = 2, 5
+"""Of a group's byte: those that name the table, and the shift that a scale is followed by."""
 
 _NIBBLES, _NIBBLE_ZERO = 16, 8  # of packed codes, `core.packing`
 
@@ -59,12 +66,11 @@ def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | s
     """Return the levels of the codes of a weight or an activation in units of its scale, fp32 [2^N], rising.
 
     None for uniform levels, where a code is its level. The dimension d is I, or the group size. Levels of int8 values
-    are whole numbers; those of the table are in units of Δ · s / 128.
+    are whole numbers.
     """
     if scheme.levels == UNIFORM:
         return None
-    if scheme.levels == TABLE:
-        return torch.tensor(TABLE_LEVELS, dtype=torch.float32, device=device)
+    assert not scheme.has_table, scheme
     levels = lloyd_max_levels(scheme.num_bits, in_features // num_groups(scheme, in_features))
     if scheme.levels == LLOYD_MAX_INT8:
         levels = tuple(round(level / levels[-1] * MAX_LEVEL) for level in levels)
@@ -79,20 +85,30 @@ def level_unit(scheme: QuantScheme, in_features: int) -> float:
 
 
 def nibble_levels(scheme: QuantScheme, in_features: int, *, device: torch.device | str | None = None) -> Tensor:
-    """Return the int8 levels of packed codes by their nibble, int8 [16]; 0 where no code of N bits has the nibble."""
-    assert scheme.has_int8_levels, scheme
+    """Return the int8 levels of packed codes by their nibble, int8 [16]; 0 where no code of N bits has the nibble.
+
+    With a table [64], those of the four tables one after the other.
+    """
+    if scheme.has_table:
+        return torch.tensor(TABLES, dtype=torch.int8, device=device).flatten()
     levels = levels_of(scheme, in_features, device=device)
     assert levels is not None
+    assert scheme.has_int8_levels, scheme
     first = _NIBBLE_ZERO - len(levels) // 2
     nibbles = torch.zeros(_NIBBLES, dtype=torch.int8, device=device)
     nibbles[first : first + len(levels)] = levels.to(torch.int8)
     return nibbles
 
 
-def scaled_levels(levels: Tensor, group_scale: Tensor) -> Tensor:
-    """Return v = ⌊(l · s + 64) / 128⌋, int16, of whole levels and scales of at most 127, which broadcast."""
-    half = 1 << (_TABLE_SHIFT - 1)
-    return (levels.to(torch.int16) * group_scale.to(torch.int16)).add_(half).bitwise_right_shift_(_TABLE_SHIFT)
+def table_and_scale(group_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of the table, 0 to 3, and the scale s of each group's byte g, int8."""
+    return group_scale & ((1 << TABLE_BITS) - 1), group_scale >> TABLE_BITS
+
+
+def scaled_levels(levels: Tensor, scale: Tensor) -> Tensor:
+    """Return v = ⌊(l · s + 16) / 32⌋, int16, of whole levels and scales, which broadcast."""
+    half = 1 << (SCALE_BITS - 1)
+    return (levels.to(torch.int16) * scale.to(torch.int16)).add_(half).bitwise_right_shift_(SCALE_BITS)
 
 
 def nearest_level(ratio: Tensor, levels: Tensor) -> Tensor:

@@ -97,8 +97,8 @@ class QuantScheme:
         granularity: Which values share a scale.
         dynamic: Whether the scale is computed from the tensor at run time (activations) or stored (weights).
         levels: "uniform", scaled by the largest magnitude; those of `core.codebook`: "lloyd_max", by the root mean
-            square, "lloyd_max_int8", the same as int8 values, and "table", int8 values for weights in groups that have
-            signed 8-bit scales.
+            square, "lloyd_max_int8", the same as int8 values, and "table", int8 values for weights in groups, each
+            with a byte for one of four tables and a signed scale.
         delta: Split of video tokens into cube mean and difference; None for whole tokens. For activations.
     """
 
@@ -266,7 +266,7 @@ class SchemeOptions(Options):
         levels: "uniform", or "lloyd_max", a codebook for values of a normal distribution, as a rotation makes them (see
             `s2q.core.codebook`); no integer kernel takes it, so it is simulated in floating point. "lloyd_max_int8"
             rounds that codebook to int8 values, which the kernels multiply, of weights and of inputs. "table", for
-            weights in groups, has 16 int8 levels that are not symmetric and an 8-bit scale with a sign for each group.
+            weights in groups, has 16 int8 levels of one of four tables and a signed scale for each group, in a byte.
     """
 
     num_bits: int = field(metadata=_BITS)

@@ -116,7 +116,8 @@ void s2q_unpack(const uint8_t *packed, int8_t *codes, int64_t rows, int64_t colu
     for (int64_t i = 0; i < rows; i++) unpack_row(packed + i * columns, codes + 2 * i * columns, columns);
 }
 
-/* The same bytes to the int8 levels of their nibbles, with a scale for each of `groups` of a row: ops.level_values. GCC
+/* The same bytes to the int8 levels of their nibbles, with a byte (table and scale) for each of `groups` of
+   a row: ops.level_values. GCC
    makes one instruction of the look-up of 16 nibbles. */
 #if defined(__GNUC__) && !defined(__clang__)
 typedef int8_t v16 __attribute__((vector_size(16)));
@@ -146,7 +147,9 @@ static void values_row(const uint8_t *restrict packed, const int8_t *restrict le
     int64_t size = columns / groups;
     for (int64_t g = 0; g < groups; g++, packed += size, values += 2 * size) {
         int8_t scaled[16];
-        for (int64_t k = 0; k < 16; k++) scaled[k] = (int8_t)((int16_t)(levels[k] * scale[g] + 64) >> 7);
+        const int8_t *table = levels + 16 * (scale[g] & 3);
+        int16_t factor = (int16_t)(scale[g] >> 2);
+        for (int64_t k = 0; k < 16; k++) scaled[k] = (int8_t)((int16_t)(table[k] * factor + 16) >> 5);
         for (int64_t j = look_up_16(packed, scaled, values, size); j < size; j++) {
             values[2 * j] = scaled[packed[j] & 15];
             values[2 * j + 1] = scaled[packed[j] >> 4];

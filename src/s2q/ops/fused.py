@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from s2q.common.processor import features, is_x86
-from s2q.core.codebook import nearest_level, scaled_levels
+from s2q.core.codebook import nearest_level, scaled_levels, table_and_scale
 from s2q.core.packing import pack_codes, unpack_codes
 from s2q.core.qparams import quantize_per_token
 
@@ -38,8 +38,6 @@ DTYPES = tuple(_NAMES)
 """That are quantized, and rescaled to."""
 
 _SECONDS = 60
-
-_LEVELS = 16
 
 logger = logging.getLogger(__name__)
 
@@ -231,12 +229,14 @@ def _equals_torch(passes: Passes) -> bool:
 
 def _levels_equal_torch(passes: Passes, packed: Tensor, x: Tensor) -> bool:
     """The same for the passes of levels."""
-    levels = torch.tensor([-127, *range(-91, 92, 13), 127], dtype=torch.int8)[:_LEVELS]
-    scale = torch.tensor([[127], [-127], [0], [64], [-3]], dtype=torch.int8)
+    levels = torch.arange(-128, 128, 4).remainder(113).sub(50).to(torch.int8)  # four tables
+    group_scale = torch.tensor([[127], [-128], [0], [66], [-3]], dtype=torch.int8)
     codes = unpack_codes(packed, num_bits=4, in_features=2 * packed.shape[1])
-    values = torch.empty_like(codes)
-    passes.values(packed, levels, scale, out=values)
-    checks = [torch.equal(values, scaled_levels(levels[codes.int() + _LEVELS // 2], scale).to(torch.int8))]
+    values, (table, scale) = torch.empty_like(codes), table_and_scale(group_scale)
+    passes.values(packed, levels, group_scale, out=values)
+    looked_up = levels[codes.int() + 8 + 16 * table.int()]
+    checks = [torch.equal(values, scaled_levels(looked_up, scale).to(torch.int8))]
+    levels = torch.arange(-127, 128, 17, dtype=torch.int8)
     wide, scales = levels.float(), x.abs().amax(dim=1, keepdim=True) / 100
     for y in (x, x.bfloat16()):
         found = torch.empty(y.shape, dtype=torch.int8)

@@ -1,6 +1,6 @@
 """Values of packed codes on a GPU: one read of codes and scales, one write of values.
 
-The 16 levels are read from the first-level cache. Products read the values as any int8 weight.
+The levels are read from the first-level cache. Products read the values as any int8 weight.
 
 Shapes: `O` out features, `K` in features, `G` groups, `P` packed bytes of a row (`core.packing`).
 """
@@ -63,12 +63,13 @@ def level_values_kernel(
     start = tl.program_id(1) * BLOCK
     bytes_at = start + tl.arange(0, BLOCK)
     packed = tl.load(packed_ptr + row * packed_stride + bytes_at, mask=bytes_at < (DEPTH + 1) // 2, other=0)
-    low = tl.load(levels_ptr + (packed & 15).to(tl.int32))
-    high = tl.load(levels_ptr + (packed >> 4).to(tl.int32))
-    values = tl.reshape(tl.join(low, high), (2 * BLOCK,))
+    nibbles = tl.reshape(tl.join(packed & 15, packed >> 4), (2 * BLOCK,)).to(tl.int32)
     values_at = 2 * start + tl.arange(0, 2 * BLOCK)
     if GROUPS > 0:
         group = values_at // (DEPTH // GROUPS)
-        scale = tl.load(group_scale_ptr + row * GROUPS + group, mask=values_at < DEPTH, other=0)
-        values = ((values.to(tl.int32) * scale.to(tl.int32) + 64) >> 7).to(tl.int8)
+        byte = tl.load(group_scale_ptr + row * GROUPS + group, mask=values_at < DEPTH, other=0).to(tl.int32)
+        levels = tl.load(levels_ptr + nibbles + 16 * (byte & 3)).to(tl.int32)
+        values = ((levels * (byte >> 2) + 16) >> 5).to(tl.int8)
+    else:
+        values = tl.load(levels_ptr + nibbles)
     tl.store(values_ptr + row * DEPTH + values_at, values, mask=values_at < DEPTH)
