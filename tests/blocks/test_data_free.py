@@ -57,6 +57,24 @@ def test_rows_are_rotated_and_go_to_the_nearest_levels(orbit):
         assert float((packed.effective_weight(torch.float64) - weight).norm() / weight.norm()) < 0.12
 
 
+def test_wide_inputs_are_rotated_in_blocks_and_others_as_a_whole(tmp_path):
+    pipe = tiny_pipeline("cogvideox", num_layers=1)
+    run(tmp_path / "out", recipe="rtn-w8a8", overrides=["transforms.rotation=hadamard", "transforms.block_size=30"])
+    loaded = load_pipeline(tmp_path / "out")
+    packed = loaded.transformer.transformer_blocks[0].get_submodule("ff.net.2")
+    assert (packed.transform_left, packed.path.right) == (None, packed.transform_right.shape[0])
+    assert packed.in_features % packed.path.right == 0
+    assert 8 <= packed.path.right <= 30
+    assert loaded.transformer.transformer_blocks[0].attn1.to_q.transform_left is not None
+    exact, found = run_pipeline(pipe), run_pipeline(loaded)
+    assert float((found - exact).norm() / exact.norm()) < 0.05
+
+
+def test_blocks_without_a_rotation_are_refused(tmp_path):
+    with pytest.raises(InvalidInputError, match="block_size=8 needs a rotation; set transforms.rotation=kronecker"):
+        run(tmp_path / "out", recipe="rtn-w8a8", overrides=["transforms.block_size=8"])
+
+
 def test_q_k_and_v_share_a_rotation_and_others_have_their_own(orbit):
     block = orbit.pipe.transformer.transformer_blocks[0]
     signs = [block.get_submodule(name).transform_scale for name in (*SIBLINGS, "attn1.to_out.0")]

@@ -113,7 +113,8 @@ def test_an_input_path_has_these_shapes_and_bytes():
     assert InputPath(shift=True).num_bytes(32, 16) == 4 * 32
     assert not InputPath(shift=True).empty
     assert InputPath().num_bytes(32, 16) == 0
-    for path in (PATH, InputPath(left=4)):
+    assert InputPath(right=16).shapes(48, 16) == {"transform_right": (16, 16)}  # three blocks
+    for path in (PATH, InputPath(left=4), InputPath(right=32)):
         with pytest.raises(InvalidInputError, match="expected a product of 48"):
             path.shapes(48, 16)
 

@@ -31,6 +31,7 @@ def test_missing_parts_are_the_identity():
     torch.testing.assert_close(scaled_kronecker(x, left=factor), x @ torch.kron(factor, eye))
     whole = draw(6, 6, seed=3)
     torch.testing.assert_close(scaled_kronecker(x, right=whole), x @ whole)
+    torch.testing.assert_close(scaled_kronecker(x, right=factor), x @ torch.kron(eye, factor))
 
 
 def test_non_contiguous_rows_and_half_precision():

@@ -34,6 +34,8 @@ TRANSFORMS = {
     "hadamard": lambda: hadamard(FEATURES, seed=3),
     "fixed": lambda: FixedTransform(FEATURES, Factors(left=draw(4, 4), right=draw(6, 6), scale=draw(24) ** 2 + 1)),
     **{f"kronecker {name}": lambda name=name: KroneckerTransform.build(FEATURES, start=name) for name in STARTS},
+    "hadamard in blocks": lambda: hadamard(FEATURES, seed=3, block_size=8),
+    "kronecker in blocks": lambda: KroneckerTransform.build(FEATURES, seed=3, block_size=7),
     "scale, hadamard": lambda: Compose(a_scale(), hadamard(FEATURES, seed=1)),
     "scale, kronecker": lambda: Compose(a_scale(), KroneckerTransform.build(FEATURES, seed=1)),
     "scale, scale, identity": lambda: Compose(Compose(a_scale(), a_scale()), identity(FEATURES)),
@@ -107,6 +109,14 @@ def test_rotations_are_made_by_name_and_seed(name):
     assert torch.equal(one(eye), same(eye))
     assert torch.equal(one(eye), other(eye)) is (name == "identity")
     torch.testing.assert_close(one(eye) @ one(eye).t(), eye)
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_a_rotation_in_blocks_mixes_the_channels_of_a_block_alone(name):
+    matrix = ROTATIONS[name](40, seed=1, block_size=9)(torch.eye(40, dtype=torch.float64))
+    outside = torch.kron(torch.eye(5), torch.ones(8, 8)) == 0  # 8 is the largest divisor of 40 up to 9
+    assert not bool(matrix[outside].any())
+    torch.testing.assert_close(matrix @ matrix.t(), torch.eye(40, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -118,12 +118,13 @@ def _transform(
     weights: Sequence[Tensor], recipe: Recipe, *, amax: Tensor | None, alpha: float, seed: int
 ) -> Transform | None:
     """The recipe's scale and rotation, on the device of the weights; `amax` [T, I] is None without samples."""
-    settings, in_features = recipe.transforms, weights[0].shape[1]
+    settings, (out_features, in_features) = recipe.transforms, weights[0].shape
+    block_size = settings.rotation_block(in_features, out_features)
     transform: Transform | None = None
     if settings.rotation == "kronecker":
-        transform = KroneckerTransform.build(in_features, seed=seed, start=settings.start)
+        transform = KroneckerTransform.build(in_features, seed=seed, start=settings.start, block_size=block_size)
     elif settings.rotation != "identity":
-        transform = ROTATIONS[settings.rotation](in_features, seed=seed)
+        transform = ROTATIONS[settings.rotation](in_features, seed=seed, block_size=block_size)
     s = _channel_scale(weights, settings, amax=amax, alpha=alpha)
     if s is not None:
         scale = SmoothScale(s, learnable=settings.learn_scale)

@@ -225,10 +225,9 @@ class InputPath:
             InvalidInputError: If n1 · n2 is not I, or the rank is above I or O.
         """
         if self.left is not None or self.right is not None:
-            n1 = self.left or in_features // (self.right or 1)
-            n2 = self.right or in_features // n1
-            alone = self.left is None or self.right is None
-            if n1 * n2 != in_features or (alone and in_features not in (self.left, self.right)):
+            n1 = self.left or in_features // self.right
+            n2 = self.right or 1
+            if n1 * n2 != in_features:
                 raise InvalidInputError(
                     f"input path: factors of order {self.left} and {self.right}; expected a product of {in_features}"
                 )
@@ -294,7 +293,7 @@ class InputTensors(NamedTuple):
     Attributes:
         shift: [I], fp32, subtracted first.
         scale: v, [I], fp32.
-        left: A, [n1, n1], fp32; None is the 1×1 identity if `right` is given.
+        left: A, [n1, n1], fp32; None is the identity that makes n1 · n2 = I.
         right: B, [n2, n2], fp32; None is the identity that makes n1 · n2 = I.
         low_rank_basis: V, [I, r], floating, with orthonormal columns.
         clip_ratio: Factor in (0, 1] on a token's largest magnitude; broadcasts to [M, 1], fp32.

@@ -24,8 +24,8 @@ def scaled_kronecker(
 ) -> Tensor:
     """Multiply rows [..., I] by diag(scale [I]) · (left [n1, n1] ⊗ right [n2, n2]); differentiable in everything.
 
-    None is the identity: of order 1 for `left` if `right` is given, for `right` the one that makes n1 · n2 = I. The
-    result has the dtype that x and the factors promote to: fp32 for a bf16 x and fp32 factors.
+    None is the identity of the order that makes n1 · n2 = I: without `left`, each n2 channels in turn are a block of
+    their own. The result has the dtype that x and the factors promote to: fp32 for a bf16 x and fp32 factors.
     """
     for factor in (scale, left, right):
         if factor is not None:
@@ -47,5 +47,8 @@ def scaled_kronecker(
 
 def factor_orders(features: int, left: Tensor | None, right: Tensor | None) -> tuple[int, int]:
     """Return n1 and n2 of factors (None: the identity); their product is I where they fit."""
-    n1 = 1 if left is None else left.shape[0]
+    if left is None:
+        n2 = features if right is None else right.shape[0]
+        return features // n2, n2
+    n1 = left.shape[0]
     return n1, features // n1 if right is None else right.shape[0]

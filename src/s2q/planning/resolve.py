@@ -92,7 +92,8 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
         _check_groups(linear, scheme)
         plan = LinearPlan(**vars(linear), scheme=scheme)
         if linear.role == "linear":
-            plan = replace(plan, path=_input_path(recipe, plan, transforms(linear.in_features), frames))
+            block_size = recipe.transforms.rotation_block(linear.in_features, linear.out_features)
+            plan = replace(plan, path=_input_path(recipe, plan, transforms(linear.in_features, block_size), frames))
         plans.append(plan)
     if not plans:
         raise InvalidInputError(
@@ -167,10 +168,11 @@ def _input_path(recipe: Recipe, plan: LinearPlan, transforms: InputPath, frames:
     return transforms.replace(**parts, estimator_frames=None if plan.sees_text or not parts["estimator"] else frames)
 
 
-def _transforms(recipe: Recipe, in_features: int) -> InputPath:
+def _transforms(recipe: Recipe, in_features: int, block_size: int | None) -> InputPath:
     """The parts that the recipe's scale and rotation have, known by building one."""
     with torch.device("cpu"):
-        tensors = ROTATIONS[recipe.transforms.rotation](in_features, seed=0).state_tensors()
+        rotation = ROTATIONS[recipe.transforms.rotation](in_features, seed=0, block_size=block_size)
+        tensors = rotation.state_tensors()
     orders = {name: tensor.shape[0] for name, tensor in tensors.items() if name != "scale"}
     scale = "scale" in tensors or recipe.transforms.scale != "none"
     return InputPath(scale=scale, left=orders.get("left"), right=orders.get("right"))

@@ -111,8 +111,8 @@ class FixedTransform(Transform):
         return Factors(**{name: buffers[prefix + name].to(dtype) for name in _NAMES if prefix + name in buffers})
 
 
-def identity(in_features: int, *, seed: int = 0) -> FixedTransform:
-    """Return the transform that changes nothing; every rotation takes a seed."""
+def identity(in_features: int, *, seed: int = 0, block_size: int | None = None) -> FixedTransform:
+    """Return the transform that changes nothing; every rotation takes a seed and a block size."""
     return FixedTransform(in_features, Factors())
 
 

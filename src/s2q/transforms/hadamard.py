@@ -46,17 +46,25 @@ def best_factors(features: int) -> tuple[int, int]:
     return n1, features // n1
 
 
-def hadamard(in_features: int, *, seed: int = 0) -> FixedTransform:
+def block_order(features: int, block_size: int) -> int:
+    """Return n2, the largest divisor of the features up to a block size: 7680 and 128 give 128."""
+    return max(divisor for divisor in _divisors(features) if divisor <= block_size)
+
+
+def hadamard(in_features: int, *, seed: int = 0, block_size: int | None = None) -> FixedTransform:
     """Build a fixed Hadamard rotation with random signs, T = diag(±1) · (Q₁ ⊗ Q₂), exactly orthogonal.
 
     Where I has two factors that both have a Hadamard matrix, the most even such pair is taken and Q₁ ⊗ Q₂ is a Hadamard
-    matrix; else Q₁ and Q₂ are `orthogonal_matrix` of `best_factors`.
+    matrix; else Q₁ and Q₂ are `orthogonal_matrix` of `best_factors`. With a block size Q₁ is the identity and Q₂ has
+    `block_order`.
     """
+    signs = random_signs(in_features, seed)
+    if block_size is not None:
+        return FixedTransform(
+            in_features, Factors(scale=signs, right=orthogonal_matrix(block_order(in_features, block_size)))
+        )
     n1, n2 = _hadamard_factors(in_features)
-    return FixedTransform(
-        in_features,
-        Factors(scale=random_signs(in_features, seed), left=orthogonal_matrix(n1), right=orthogonal_matrix(n2)),
-    )
+    return FixedTransform(in_features, Factors(scale=signs, left=orthogonal_matrix(n1), right=orthogonal_matrix(n2)))
 
 
 def random_signs(count: int, seed: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.core.memo import memoize_step
 from s2q.transforms.base import Factors, Transform
-from s2q.transforms.hadamard import best_factors, orthogonal_matrix, random_signs
+from s2q.transforms.hadamard import best_factors, block_order, orthogonal_matrix, random_signs
 
 
 def _hadamard_start(order: int, seed: int) -> Tensor:
@@ -44,25 +44,42 @@ STARTS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 class KroneckerTransform(Transform):
-    """T = P₁ ⊗ P₂, at the start two given matrices; InvalidInputError if one of them is not orthogonal."""
+    """T = P₁ ⊗ P₂, at the start two given matrices; InvalidInputError if one of them is not orthogonal.
 
-    def __init__(self, start_left: Tensor, start_right: Tensor) -> None:
-        super().__init__(start_left.shape[0] * start_right.shape[0])
-        self.left = _Factor(start_left)
+    Args:
+        start_left: [n1, n1], or n1 for P₁ = 1, which is not learned.
+        start_right: [n2, n2].
+    """
+
+    def __init__(self, start_left: Tensor | int, start_right: Tensor) -> None:
+        blocks = start_left if isinstance(start_left, int) else start_left.shape[0]
+        super().__init__(blocks * start_right.shape[0])
+        self.left = None if isinstance(start_left, int) else _Factor(start_left)
         self.right = _Factor(start_right)
 
     @classmethod
-    def build(cls, in_features: int, *, seed: int = 0, start: str = "hadamard") -> "KroneckerTransform":
-        """Make the transform for a number of features, split by `best_factors`; the start is one of `STARTS`."""
+    def build(
+        cls, in_features: int, *, seed: int = 0, start: str = "hadamard", block_size: int | None = None
+    ) -> "KroneckerTransform":
+        """Make the transform for a number of features, split by `best_factors`; the start is one of `STARTS`.
+
+        With a block size P₁ = 1 and P₂ has `block_order`.
+        """
         if start not in STARTS:
             raise unknown_name("start of a Kronecker transform", start, STARTS)
-        n1, n2 = best_factors(in_features)
         make = STARTS[start]
+        if block_size is not None:
+            n2 = block_order(in_features, block_size)
+            return cls(in_features // n2, make(n2, seed + 1))
+        n1, n2 = best_factors(in_features)
         return cls(make(n1, seed), make(n2, seed + 1))
 
     def factors(self, dtype: torch.dtype, *, inverse_transpose: bool = False) -> Factors:
         """Return the factors of T or T⁻ᵀ; see `Transform.factors`."""
-        left, right = (factor.matrix(dtype, inverse_transpose=inverse_transpose) for factor in (self.left, self.right))
+        left, right = (
+            None if factor is None else factor.matrix(dtype, inverse_transpose=inverse_transpose)
+            for factor in (self.left, self.right)
+        )
         return Factors(left=left, right=right)
 
 
