@@ -50,6 +50,8 @@ SPILL_LIMIT = 64
 INSTRUCTION = re.compile(
     r"(wgmma|mma\.sync)[\w.:]*?\.(?:s32|f32)\.(s8|bf16|f16|tf32)\.|(tcgen05)\.mma[\w.:]*?kind::(\w+)"
 )
+SIDES = {(True, True): "", (True, False): " left only", (False, True): " right only"}
+"""Factors of a rotation, and how a variant with them is called."""
 GRIDS = ((12, 16), (24, 32), (48, 64), (96, 128))
 """n1 and n2 of the models' widths: 192, 768, 3072 (1920 = 40 · 48 pads to the same), 12288."""
 
@@ -207,9 +209,9 @@ def activation_variants(arch: int) -> Iterator[Variant]:
         for grid, tile in tiles.items():
             if tile is None or (dtype == "fp16" and grid != widest):
                 continue
-            for sides in ((True, True), (True, False)) if grid == widest else ((True, True),):
+            for sides in SIDES if grid == widest else ((True, True),):
                 yield Variant(
-                    name=f"rotate {precision} x {dtype} {grid[0]}x{grid[1]}{'' if sides[1] else ' left only'}",
+                    name=f"rotate {precision} x {dtype} {grid[0]}x{grid[1]}{SIDES[sides]}",
                     kernel=activation_path.rotate_quantize_kernel,
                     types=types | {"x_ptr": f"*{dtype}"},
                     constants=parts
@@ -219,8 +221,28 @@ def activation_variants(arch: int) -> Iterator[Variant]:
                     options=_options(tile),
                     group=f"rotate and quantize {'bf16' if dtype == 'bf16' else 'fp32, fp16'}",
                     needs="tf32" if precision == "tf32x3" else "f16",
-                    is_quick=grid == widest and sides[1] and dtype != "fp16",
+                    is_quick=grid == widest and sides == (True, True) and dtype != "fp16",
                 )
+    for dtype, deflates in (("bf16", True), ("bf16", False), ("fp32", True)):
+        of_torch = torch.bfloat16 if dtype == "bf16" else torch.float32
+        constants = activation_path.low_rank_constants(3072, 32, of_torch, deflates=deflates)
+        low_rank_types = {
+            "x_ptr": f"*{dtype}",
+            "rest_ptr": f"*{dtype}",
+            "basis_ptr": "*bf16",
+            "coefficients_ptr": "*fp32",
+        }
+        yield Variant(
+            name=f"low rank {dtype} 3072{'' if deflates else ' of the weight'}",
+            kernel=activation_path.low_rank_kernel,
+            types=types | low_rank_types,
+            constants={"HAS_SHIFT": True, "HAS_SCALE": True, "INTERPRET": False} | _sizes(constants),
+            aligned=(*pointers, "x_stride", "basis_ptr", "coefficients_ptr", "rest_ptr"),
+            options=_options(constants),
+            group="low-rank branch",
+            needs="f16" if dtype == "bf16" else "tf32",
+            is_quick=deflates,
+        )
 
 
 def colsum_variants(arch: int) -> Iterator[Variant]:

@@ -216,6 +216,24 @@ class TestTriton:
         torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-5)
         self.assert_close(found, expected)
 
+    @pytest.mark.parametrize("deflates", [False, True])
+    @pytest.mark.parametrize(("features", "rank"), [(192, 20), (200, 1), (77, 70)])
+    def test_low_rank_branch_of_bf16_in_a_kernel_is_off_by_its_rounding(self, features, rank, deflates):
+        parts = {**vectors(features), "low_rank_basis": orthonormal(features, rank).bfloat16(), "deflates": deflates}
+        found, expected = self.both(draw(19, 2 * features).bfloat16()[:, :features], num_bits=8, **parts)
+        assert (found[2] - expected[2]).norm() < 1e-2 * expected[2].norm()
+        values = [codes.double() * scale for codes, scale, _ in (found, expected)]
+        # The interpreter truncates the coefficients, which leaves that much more or less of them in the rest.
+        left = (found[2] - expected[2]).norm() if deflates else 0
+        assert (values[0] - values[1]).norm() < left + 2e-2 * values[1].norm()
+
+    def test_a_low_rank_branch_that_does_not_fit_in_registers(self):
+        with pytest.raises(InvalidInputError, match=r"rank 300; expected at most 256; use backend='reference'"):
+            self.both(draw(3, 320), num_bits=8, low_rank_basis=orthonormal(320, 300))
+
+    def test_a_rotation_in_blocks(self):
+        self.assert_close(*self.both(draw(9, 192), num_bits=8, right=orthonormal(16, 16), **vectors(192)))
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("branch", [None, True, False])
     def test_outside_the_kernel_rows_are_prepared_in_pieces(self, dtype, branch, monkeypatch):

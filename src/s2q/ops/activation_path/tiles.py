@@ -20,6 +20,20 @@ TILES: dict[int, _Grids] = {80: _MMA, 86: _MMA, 89: _MMA, 90: _WGMMA, 100: _TCGE
 registers, and warps of a program, ascending."""
 
 
+MAX_RANK = 256
+"""Of a low-rank branch inside the kernel, whose sums are in registers."""
+
+
+def low_rank_tile(rank: int) -> Tile | None:
+    """Return the tile of the low-rank branch for a rank, a power of two from 16; None if it is too large.
+
+    Tokens side by side are as few as tensor cores take: most of the work is to read them, in many programs.
+    """
+    if rank > MAX_RANK:
+        return None
+    return {"TOKENS": 16, "BLOCK": 128 if rank <= 64 else 64, "num_warps": 4, "num_stages": 2}
+
+
 def rotation_tile(n1: int, n2: int, *, precision: str, architecture: int) -> Tile | None:
     """Return the tile for a token's grid [n1, n2] of features; None if it is too large for the kernel.
 

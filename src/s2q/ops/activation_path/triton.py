@@ -1,16 +1,22 @@
 """The path of an activation into an integer product, fused: one read of x, one write of codes and scales.
 
-A program takes a few tokens one after the other. A token's features are a grid X [n1, n2], padded to powers of two
-with zeros, and y = (Aᵀ · X) · B are two products on tensor cores; the grid never leaves the registers until its codes
-do. Without factors a token is read twice, for its maximum and for its codes; the second read hits the cache.
+A program takes a few tokens one after the other and loads the next one while it computes. A token's features are a grid
+X [n1, n2], padded to powers of two with zeros, and y = (Aᵀ · X) · B are two products on tensor cores; the grid never
+leaves the registers until its codes do. Without factors a token is read twice, for its maximum and for its codes; the
+second read hits the cache.
+
+The low-rank branch has a kernel of its own, which runs first: c = x₁ · V and, where the branch is taken out of the
+input, x₁ - c · Vᵀ, which the second kernel reads in place of x. A program takes tokens side by side there, because V is
+larger than a token. For each bf16 value, 7 bytes are read and written (x, the rest twice, the code), or 9 where the
+second read of x misses the cache; without a branch 3.
 
 Precision. Without factors every step is the reference's IEEE arithmetic: equal bits. With factors the sums have
 another order, so a value near a rounding boundary may land on the other side (the code next to it):
 - "tf32x3" (for fp32 and fp16 input): fp32 in three products of tf32 parts, which keep 21 bits of the 24.
 - "bf16" (for bf16 input): the scaled input, both factors and Aᵀ · X are rounded to bf16, as the reference rounds them;
   the result, which the reference rounds too, is not.
-The low-rank branch, and the rotation of grids that are too large for a program (see `tiles`), are computed by torch
-first, `PIECE_ROWS` tokens at a time.
+The rotation of grids that are too large for a program (see `tiles`) is computed by torch first, `PIECE_ROWS` tokens at
+a time.
 
 Shapes: `M` tokens, `I` features, `n1`, `n2` orders of A (left) and B (right), `r` rank.
 """
@@ -24,15 +30,18 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.core.input_path import InputTensors
-from s2q.ops.activation_path.reference import low_rank_coefficients, split_low_rank, transform_input
-from s2q.ops.activation_path.tiles import PRECISIONS, rotation_tile, row_block
+from s2q.ops.activation_path.reference import product_dtype, transform_input
+from s2q.ops.activation_path.tiles import MAX_RANK, PRECISIONS, low_rank_tile, rotation_tile, row_block
 from s2q.ops.architectures import Tile
-from s2q.ops.dispatch import architecture_of, launch
+from s2q.ops.dispatch import KernelUnavailableError, architecture_of, launch
 from s2q.ops.kronecker import factor_orders
 from s2q.ops.triton_math import INTERPRETING, magnitude_bits, matrix_product, quantization_scale, quantize
 
 PIECE_ROWS = 4096
-"""Tokens at a time where torch prepares them: bounds its fp32 copies of x to 4,096 · I · 4 bytes each."""
+"""Tokens at a time where torch prepares them: bounds its fp32 copies of x to 4,096 · I · 4 bytes each.
+
+Where the branch is taken out of the input inside of a kernel it is twice that, in the dtype of products.
+"""
 
 
 def activation_path(
@@ -59,19 +68,51 @@ def activation_path(
     coefficients = None
     if path.low_rank_basis is not None:
         coefficients = torch.empty(rows, path.low_rank_basis.shape[1], dtype=torch.float32, device=x.device)
-    step = PIECE_ROWS if is_outside or path.low_rank_basis is not None else max(rows, 1)
+    copies = path.low_rank_basis is not None and path.deflates
+    step = PIECE_ROWS if is_outside else 2 * PIECE_ROWS if copies else max(rows, 1)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         piece, rest = x[part], path._replace(clip_ratio=clip if clip is None or len(clip) == 1 else clip[part])
-        if is_outside or (path.low_rank_basis is not None and path.deflates):
-            piece, found = transform_input(piece, path) if is_outside else split_low_rank(piece, path)
+        if coefficients is not None:
+            remainder = _split_low_rank(piece, path, coefficients=coefficients[part])
+            if remainder is not None:
+                piece, rest = remainder, rest._replace(shift=None, scale=None)
+        if is_outside:
+            piece, _ = transform_input(piece, rest._replace(low_rank_basis=None))
             rest = rest._replace(shift=None, scale=None)
-        else:
-            found = None if path.low_rank_basis is None else low_rank_coefficients(piece, path)
-        if coefficients is not None and found is not None:
-            coefficients[part] = found
         _run(piece, rest, rotation, num_bits=num_bits, codes=codes[part], token_scale=token_scale[part])
     return codes, token_scale, coefficients
+
+
+def _split_low_rank(x: Tensor, path: InputTensors, *, coefficients: Tensor) -> Tensor | None:
+    """Write c [M, r] of x [M, I]; return x₁ - c · Vᵀ in the dtype of products where the branch is taken out of x."""
+    assert path.low_rank_basis is not None
+    rows, features = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    basis = path.low_rank_basis.contiguous()
+    rest = torch.empty(x.shape, dtype=product_dtype(x), device=x.device) if path.deflates else None
+    constants = low_rank_constants(features, basis.shape[1], x.dtype, deflates=path.deflates)
+    constants |= {"HAS_SHIFT": path.shift is not None, "HAS_SCALE": path.scale is not None, "INTERPRET": INTERPRETING}
+    vectors = [_or(vector, x) for vector in (path.shift, path.scale)]
+    grid = (triton.cdiv(rows, constants["TOKENS"]),)
+    target = coefficients if rest is None else rest
+    launch(low_rank_kernel, grid, x, *vectors, basis, coefficients, target, rows, x.stride(0), **constants)
+    return rest
+
+
+def low_rank_constants(features: int, rank: int, dtype: torch.dtype, *, deflates: bool) -> dict[str, Any]:
+    """Return the tile and constants of `low_rank_kernel` for inputs [M, I] of a dtype.
+
+    Raises:
+        KernelUnavailableError: If the sums of so many directions do not fit in the registers of a program.
+    """
+    block = max(16, triton.next_power_of_2(rank))
+    tile = low_rank_tile(block)
+    if tile is None:
+        raise KernelUnavailableError(f"got a low-rank branch of rank {rank}; expected at most {MAX_RANK}")
+    precision = "bf16" if dtype == torch.bfloat16 else "tf32x3"
+    constants = {"FEATURES": features, "RANK": rank, "RANK_BLOCK": block, "DEFLATES": deflates}
+    return tile | constants | {"PRECISION": precision}
 
 
 def _rotation_of(x: Tensor, path: InputTensors, precision: str) -> dict[str, Any] | None:
@@ -148,16 +189,66 @@ def rotation_constants(
 
 
 @triton.jit
-def _load_scaled(
-    x_ptr, shift_ptr, scale_ptr, offsets, x_valid, valid, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr
-):
-    """Return (x - shift) · scale in fp32, 0 outside of `valid`."""
-    x = tl.load(x_ptr + offsets, mask=x_valid, other=0.0).to(tl.float32)
+def _scaled(x, shift_ptr, scale_ptr, offsets, valid, HAS_SHIFT: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """Return (x - shift) · scale in fp32, for x of the features at `offsets`, 0 outside of `valid`."""
+    x = x.to(tl.float32)
     if HAS_SHIFT:
         x = x - tl.load(shift_ptr + offsets, mask=valid, other=0.0)
     if HAS_SCALE:
         x = x * tl.load(scale_ptr + offsets, mask=valid, other=0.0)
     return x
+
+
+@triton.jit(do_not_specialize=["rows"])
+def low_rank_kernel(
+    x_ptr,
+    shift_ptr,
+    scale_ptr,
+    basis_ptr,
+    coefficients_ptr,
+    rest_ptr,
+    rows,
+    x_stride,
+    FEATURES: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    DEFLATES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Project TOKENS scaled tokens on the basis, BLOCK features at a time; with DEFLATES subtract what it spans."""
+    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    present = row < rows
+    rank = tl.arange(0, RANK_BLOCK)[None, :]
+    sums = tl.zeros((TOKENS, RANK_BLOCK), dtype=tl.float32)
+    for start in range(0, FEATURES, BLOCK):
+        feature = start + tl.arange(0, BLOCK)
+        valid = feature < FEATURES
+        x = tl.load(x_ptr + row * x_stride + feature[None, :], mask=present & valid[None, :], other=0.0)
+        x = _scaled(x, shift_ptr, scale_ptr, feature[None, :], valid[None, :], HAS_SHIFT, HAS_SCALE)
+        inside = valid[:, None] & (rank < RANK)
+        basis = tl.load(basis_ptr + feature[:, None] * RANK + rank, mask=inside, other=0.0).to(tl.float32)
+        sums += matrix_product(x, basis, PRECISION, INTERPRET)
+    if PRECISION == "bf16":  # as a product of bf16 matrices gives it
+        sums = sums.to(tl.bfloat16).to(tl.float32)
+    tl.store(coefficients_ptr + row * RANK + rank, sums, mask=present & (rank < RANK))
+    if DEFLATES:
+        for start in range(0, FEATURES, BLOCK):
+            feature = start + tl.arange(0, BLOCK)
+            valid = feature < FEATURES
+            x = tl.load(x_ptr + row * x_stride + feature[None, :], mask=present & valid[None, :], other=0.0)
+            x = _scaled(x, shift_ptr, scale_ptr, feature[None, :], valid[None, :], HAS_SHIFT, HAS_SCALE)
+            if PRECISION == "bf16":
+                x = x.to(tl.bfloat16).to(tl.float32)
+            inside = valid[:, None] & (rank < RANK)
+            basis = tl.load(basis_ptr + feature[:, None] * RANK + rank, mask=inside, other=0.0).to(tl.float32)
+            rest = x - matrix_product(sums, tl.trans(basis), PRECISION, INTERPRET)
+            rest_at = rest_ptr + row * FEATURES + feature[None, :]
+            tl.store(rest_at, rest.to(rest_ptr.dtype.element_ty), mask=present & valid[None, :])
 
 
 @triton.jit
@@ -184,7 +275,8 @@ def quantize_kernel(
     for start in range(0, FEATURES, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         valid = offsets < FEATURES
-        x = _load_scaled(x_ptr, shift_ptr, scale_ptr, offsets, valid, valid, HAS_SHIFT, HAS_SCALE)
+        x = tl.load(x_ptr + offsets, mask=valid, other=0.0)
+        x = _scaled(x, shift_ptr, scale_ptr, offsets, valid, HAS_SHIFT, HAS_SCALE)
         highest = tl.maximum(highest, magnitude_bits(x))
     clip = 1.0
     if HAS_CLIP:
@@ -194,7 +286,8 @@ def quantize_kernel(
     for start in range(0, FEATURES, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         valid = offsets < FEATURES
-        x = _load_scaled(x_ptr, shift_ptr, scale_ptr, offsets, valid, valid, HAS_SHIFT, HAS_SCALE)
+        x = tl.load(x_ptr + offsets, mask=valid, other=0.0)
+        x = _scaled(x, shift_ptr, scale_ptr, offsets, valid, HAS_SHIFT, HAS_SCALE)
         tl.store(codes_ptr + row * FEATURES + offsets, quantize(x, scale, QMAX), mask=valid)
 
 
@@ -225,7 +318,7 @@ def rotate_quantize_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Rotate and quantize TOKENS tokens, one after the other."""
+    """Rotate and quantize TOKENS tokens, one after the other; the next one is loaded meanwhile."""
     r1 = tl.arange(0, ROWS)
     r2 = tl.arange(0, COLUMNS)
     valid = (r1 < N1)[:, None] & (r2 < N2)[None, :]
@@ -241,12 +334,13 @@ def rotate_quantize_kernel(
         if PRECISION == "bf16":
             right = right.to(tl.bfloat16)
     first = tl.program_id(0).to(tl.int64) * TOKENS
+    following = tl.load(x_ptr + first * x_stride + offsets, mask=valid & (first < rows), other=0.0)
     for token in range(TOKENS):
         row = first + token
         present = row < rows
-        y = _load_scaled(
-            x_ptr + row * x_stride, shift_ptr, scale_ptr, offsets, valid & present, valid, HAS_SHIFT, HAS_SCALE
-        )
+        y = _scaled(following, shift_ptr, scale_ptr, offsets, valid, HAS_SHIFT, HAS_SCALE)
+        is_there = (row + 1 < rows) & (token + 1 < TOKENS)
+        following = tl.load(x_ptr + (row + 1) * x_stride + offsets, mask=valid & is_there, other=0.0)
         if HAS_LEFT:
             y = matrix_product(left, y, PRECISION, INTERPRET)
         if HAS_RIGHT:
