@@ -89,6 +89,20 @@ def test_linears_are_quantized_before_the_others_have_been_read(model, monkeypat
     assert largest < count / 3
 
 
+def test_a_linear_that_stays_on_the_disk_is_refused(model, monkeypatch):
+    kept = "transformer_blocks.0.ff.net.2.weight"
+    decide = while_loading.RecipeQuantizer.check_if_quantized_param
+
+    def without(quantizer, part, value, name, state, **rest):
+        return name != kept and decide(quantizer, part, value, name, state, **rest)
+
+    monkeypatch.setattr(while_loading.RecipeQuantizer, "check_if_quantized_param", without)
+    with pytest.raises(InvalidInputError, match=rf"1 tensors were not read into memory, {kept}.*run s2q\.quantize"):
+        CogVideoXTransformer3DModel.from_pretrained(
+            model.full / "transformer", quantization_config=s2q.Config("table-w4a8")
+        )
+
+
 def test_components_and_overrides_are_those_that_were_asked_for(model):
     config = s2q.Config("rtn-w4a8", overrides=["outer.num_bits=8"], components=["transformer"], seed=3)
     pipe = DiffusionPipeline.from_pretrained(model.full, quantization_config=config)

@@ -155,6 +155,12 @@ class RecipeQuantizer(S2QQuantizer):
         self._pending.pop(param_name).add(param_name, param_value.to(target_device))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._pending:
+            first = ", ".join(sorted(self._pending)[:3])
+            raise InvalidInputError(
+                f"Config: {len(self._pending)} tensors were not read into memory, {first} among them; linears that are "
+                "left on the disk (device_map) are not quantized while loading: run s2q.quantize and load the result"
+            )
         layout = token_layout(model, family_of(model)) if any(plan.needs_grid for plan in self._plans) else None
         config = S2QConfig.from_schemes(
             {plan.name: plan.scheme for plan in self._plans},
