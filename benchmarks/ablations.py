@@ -20,7 +20,8 @@ from records import rounded, write_record
 from variants import GROUPS, Variant
 
 from s2q.common.components import transformers_of
-from s2q.evaluation.velocity import DEFINITION, velocity_errors
+from s2q.evaluation.definitions import definition_of
+from s2q.evaluation.velocity import velocity_errors
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.load import load_pipeline
 from s2q.generation.settings import resolve_settings
@@ -64,7 +65,7 @@ def measure(model: str, variant: Variant, *, seed: int, trajectories: list[Traje
         "label": variant.label,
         "recipe": recipe.resolved(),
         "seed": seed,
-        "definition": DEFINITION,
+        "definition": definition_of("velocity_relative_error"),
         "velocity_relative_error": mean,
         "videos": videos,
         "storage": dict(report.storage),

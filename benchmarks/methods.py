@@ -17,7 +17,7 @@ from markdown_tables import interval, mean_by_prompt, table_head, table_row
 
 from s2q.evaluation.definitions import directions
 from s2q.evaluation.paired import PairedDifference, paired_differences
-from s2q.recipes.load import load_recipe
+from s2q.recipes.load import load_recipe, recipe_names
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = ("w4a4", "w4a6", "w4a8", "w8a8")
@@ -55,6 +55,16 @@ def field_table(width: str) -> str:
 
 def _mean_error(evaluation: dict[str, Any]) -> float:
     return fmean(video["metrics"]["velocity_relative_error"] for video in evaluation["videos"])
+
+
+def measured_errors() -> dict[str, dict[str, float]]:
+    """Mean velocity error of each recipe by embedded model, to three digits: `s2q/planning/measured.yaml`."""
+    errors: dict[str, dict[str, float]] = {}
+    for model in FIELD_MODELS:
+        for width in WIDTHS:
+            for name, evaluation in _shared(model, width).items():
+                errors.setdefault(name, {})[model] = float(f"{_mean_error(evaluation):.3g}")
+    return {name: errors[name] for name in sorted(errors) if name in recipe_names()}
 
 
 def _mark(name: str) -> str:

@@ -10,8 +10,10 @@ from markdown_tables import table_head, table_row
 from s2q.evaluation.paper import paper_tables
 from s2q.planning import plan
 from s2q.planning.cost import DEFAULT_MEMORY_BUDGET
+from s2q.planning.gpus import gpu
 
 GIB = 2**30
+TIMED = ("h100", "a100", "4090")
 GPUS = (24 * 10**9, 80 * 10**9)
 """Memory in bytes of the GPUs that runs are planned for."""
 
@@ -93,6 +95,42 @@ def cost_table(recipe: str) -> str:
         theirs = ["" if memory is None else f"{memory:.2f} GB", "" if hours is None else f"{hours:.2f} h"]
         lines.append(table_row(entry["title"], planned + theirs))
     return "\n".join(lines)
+
+
+def time_table(recipe: str) -> str:
+    """Counted work of a run and estimated GPU hours, as the recipe calibrates and in the model's dtype."""
+    heads = ["calibrated in", "FLOP", "elementwise bytes", *(gpu(name).title for name in TIMED), "paper, A800"]
+    lines = table_head("model", heads)
+    figures = paper_tables()["samples"]["values"]
+    for name, entry in published_models().items():
+        if entry["synthetic"] is None:
+            continue
+        hours, _ = figures.get(name, {}).get("40 samples", (None, None))
+        for precision in ("float32", "model"):
+            plans = [_on_gpu(entry["synthetic"], recipe, precision, device) for device in TIMED]
+            stages = plans[0].stages
+            cells = ["fp32" if precision == "float32" else "bf16"]
+            cells += [f"{sum(getattr(stage, key) or 0 for stage in stages):.1e}" for key in ("flop", "traffic_bytes")]
+            cells += [_hours(planned) for planned in plans]
+            lines.append(table_row(entry["title"], [*cells, "" if hours is None else f"{hours:.2f} h"]))
+    return "\n".join(lines)
+
+
+@functools.cache
+def _on_gpu(synthetic: str, recipe: str, precision: str, device: str) -> Any:
+    overrides = [f"calibration.precision={precision}"]
+    budget = DEFAULT_MEMORY_BUDGET
+    return plan(f"synthetic:{synthetic}", recipe=recipe, overrides=overrides, device=device, memory_budget=budget)
+
+
+def _hours(planned: Any) -> str:
+    """Minutes or hours with their range; a dash where it does not fit."""
+    if max(stage.peak_memory_bytes for stage in planned.stages) > planned.device["memory_bytes"]:
+        return "does not fit"
+    low, middle, high = (getattr(planned.estimate, key) for key in ("low", "gpu_hours", "high"))
+    if middle < 2:
+        return f"{60 * middle:.0f} min ({60 * low:.0f}–{60 * high:.0f})"
+    return f"{middle:.1f} h ({low:.1f}–{high:.1f})" if middle < 100 else f"{middle:.0f} h ({low:.0f}–{high:.0f})"
 
 
 def calls_table(_: str) -> str:

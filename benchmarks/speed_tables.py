@@ -144,6 +144,24 @@ def steps_table(device: str) -> str:
     return "\n".join(lines)
 
 
+def step_estimates_table(_: str) -> str:
+    """Estimated and measured time of a step of distillation on a CPU."""
+    result = json.loads((RESULTS / "step-estimates.json").read_text())
+    lines = table_head("model", ["recipe", "FLOP", "estimated", "measured", "estimated / measured"])
+    for step in result["steps"]:
+        cells = [f"`{step['recipe']}`", f"{step['flop']:.2e}"]
+        cells += [f"{step[f'{kind}_seconds']:.2f} s" for kind in ("estimated", "measured")]
+        name = step["model"].removeprefix("synthetic:")
+        lines.append(table_row(f"{name}, {step['tokens']:,} tokens", [*cells, f"{step['ratio']:.2f}"]))
+    rates, hardware = result["rates"], result["hardware"]
+    lines += [
+        "",
+        f"{hardware['processor']}: {rates['fp32_flops'] / 1e9:.0f} GFLOP/s, {rates['bandwidth'] / 1e9:.0f} GB/s, "
+        f"{1e6 * rates['launch_seconds']:.1f} µs an operation. Made by `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def calibration_table(device: str) -> str:
     """A step of distillation of each recipe against that of the first, and a bf16 forward pass of the block."""
     content, steps = _bench(f"{device}-one-thread", "calibration_block")

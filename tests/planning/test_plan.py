@@ -140,10 +140,12 @@ def test_a_plan_is_json_data(folder):
     content = json.loads(json.dumps(plan(folder, recipe="rtn-w4a6").to_dict()))
     assert content.keys() == {
         *("schema_version", "model", "recipe", "storage", "stages", "layers", "simulated", "device", "calibration"),
-        "allocation",
+        *("allocation", "estimate"),
     }
     assert content["storage"].keys() == {"full_precision_bytes", "quantized_bytes", "ratio"}
-    assert [stage.keys() for stage in content["stages"]] == [{"name", "peak_memory_bytes", "seconds"}] * 2
+    assert [stage.keys() for stage in content["stages"]] == [
+        {"name", "peak_memory_bytes", "seconds", "flop", "traffic_bytes"}
+    ] * 2
     assert content["layers"][0] == {
         "name": "transformer_blocks.0.norm1.linear",
         "shape": [384, 32],

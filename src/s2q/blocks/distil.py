@@ -29,7 +29,7 @@ from s2q.common.progress import Tick
 from s2q.core.memo import PIECE, checkpointed, memoization
 from s2q.core.tokens import token_grid
 from s2q.distillation.loss import weighted_token_loss
-from s2q.distillation.options import Distillation, Refinement
+from s2q.distillation.options import Distillation, Refinement, is_evaluated
 from s2q.distillation.temporal import temporal_loss
 from s2q.nn import RefinedLinear, StudentInput, StudentLinear
 from s2q.rounding import soft_rounding
@@ -37,7 +37,6 @@ from s2q.rounding import soft_rounding
 logger = logging.getLogger(__name__)
 
 _LAST_RATE = 1e-3  # of the learning rate, at the end of the cosine
-_EVALUATIONS = 5
 _ROUNDING_EPS = 1e-15  # far below a gradient that is shared by all weights of a block
 
 
@@ -137,7 +136,7 @@ def distil(
         if not bool(torch.isfinite(torch.stack(losses)).all()):
             logger.warning("distillation: the loss is not finite in epoch %d; the best state before is kept", epoch)
             break
-        if _is_evaluated(epoch, options.epochs):
+        if is_evaluated(epoch, options.epochs):
             loss = block_loss(student, samples, temporal=temporal)
             if not math.isfinite(loss):
                 logger.warning("distillation: the loss is not finite after epoch %d; the best state is kept", epoch)
@@ -152,15 +151,6 @@ def distil(
     return DistillationReport(
         initial_loss=initial, loss=best_loss, best_epoch=best_epoch, epochs=epoch, history=history
     )
-
-
-def evaluations(epochs: int) -> int:
-    """Return how often `distil` looks at all samples without learning from them."""
-    return sum(_is_evaluated(epoch, epochs) for epoch in range(1, epochs + 1))
-
-
-def _is_evaluated(epoch: int, epochs: int) -> bool:
-    return epoch % max(1, epochs // _EVALUATIONS) == 0 or epoch == epochs
 
 
 @contextmanager

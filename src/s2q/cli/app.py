@@ -9,7 +9,8 @@ from s2q.cli.compare import compare
 from s2q.cli.demo import demo
 from s2q.cli.evaluate import evaluate
 from s2q.cli.generate import generate
-from s2q.cli.quantize import inspect, plan, quantize
+from s2q.cli.plan import plan
+from s2q.cli.quantize import inspect, quantize
 
 app = typer.Typer(
     name="s2q",

@@ -47,16 +47,17 @@ def read_workers(value: str | int) -> str | int:
     raise UsageError(f"--workers {value}: expected auto, or a whole number from 1 on")
 
 
-def check_device_name(name: str) -> None:
-    """Refuse what is no device; whether this machine has it is not looked at."""
+def check_device_name(name: str, *, others: Sequence[str] = ()) -> None:
+    """Refuse what is no device; whether this machine has it is not looked at. `others` are expected too."""
     if name != "auto" and not is_device_name(name):
         kind = kind_of_device(name)
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N{f'; got {kind}' if kind else ''}")
+        named = f", or one of {', '.join(others)}" if others else ""
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N{named}{f'; got {kind}' if kind else ''}")
 
 
-def resolve_device(name: str) -> str:
-    """Return the device to compute on; `auto` is a GPU if there is one."""
-    check_device_name(name)
+def resolve_device(name: str, *, others: Sequence[str] = ()) -> str:
+    """Return the device to compute on; `auto` is a GPU if there is one; see `check_device_name`."""
+    check_device_name(name, others=others)
     if name == "cpu":
         return name
     import torch

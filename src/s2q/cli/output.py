@@ -15,6 +15,10 @@ from s2q.report.formatting import format_bytes, format_interval, format_sample, 
 
 _MAX_LAYER_ROWS = 16
 _PLAIN_WIDTH = 160
+_ESTIMATED = (
+    "Estimated, not measured: counted FLOP and bytes over the peak rates of the {source}, times assumed efficiencies; "
+    "text encoder, autoencoder and files are not counted"
+)
 
 
 def wide_console() -> Console:
@@ -55,7 +59,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         stages.add_row(
             stage["name"],
             format_bytes(memory) if memory is not None else "unknown",
-            f"{seconds:.0f} s" if seconds is not None else "unknown",
+            "unknown" if seconds is None else _duration(seconds),
         )
     out.print(stages)
     for line in _plan_notes(plan):
@@ -63,9 +67,60 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     _show_layers(out, plan)
 
 
+def show_recipes(comparison: Mapping[str, Any]) -> None:
+    """Show recipes beside each other: size, memory, estimated time, measured errors."""
+    rows = comparison["recipes"]
+    models = list(dict.fromkeys(model for row in rows for model in row["velocity_relative_error"]))
+    timed = next((row["estimate"] for row in rows if row.get("estimate")), None)
+    headings = ["bytes", "reduction", "peak memory", *(["GPU hours", "range"] if timed else [])]
+    table = new_table("recipe", right=[*headings, *(f"error, %\n{_broken(model)}" for model in models)])
+    for row in rows:
+        if "refused" in row:
+            continue
+        storage, peak, time = row["storage"], row["peak_memory_bytes"], row["estimate"]
+        cells = [format_bytes(storage["quantized_bytes"]), f"{storage['ratio']:.2f}"]
+        cells.append("unknown" if peak is None else format_bytes(peak))
+        if timed:
+            cells += (
+                ["–", "–"] if time is None else [f"{time['gpu_hours']:.2f}", f"{time['low']:.2f}–{time['high']:.2f}"]
+            )
+        errors = (row["velocity_relative_error"].get(model) for model in models)
+        table.add_row(row["recipe"], *cells, *("–" if error is None else f"{100 * error:.3g}" for error in errors))
+    out = wide_console()
+    out.print(table)
+    out.print("error: velocity error, measured on embedded models; of another model it ranks recipes", soft_wrap=True)
+    if timed:
+        out.print(_ESTIMATED.format(**timed), soft_wrap=True)
+    for row in rows:
+        if "refused" in row:
+            out.print(f"{row['recipe']} does not fit: {row['refused']}", soft_wrap=True)
+
+
+def _broken(model: str) -> str:
+    """The name of an embedded model in short lines, for a heading."""
+    return model.removeprefix("shapes-").replace("-", "\n")
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
 def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
-    """Notes on the memory of calibration, and on stages that do not fit."""
+    """Notes on time, on the memory of calibration, and on stages that do not fit."""
     device, cost, notes = plan["device"], plan["calibration"], []
+    if (time := plan["estimate"]) is not None:
+        flop = sum(stage["flop"] or 0 for stage in plan["stages"])
+        notes.append(
+            f"{_duration(3600 * time['gpu_hours'])} on one {time['title']}, {time['gpu_hours']:.2f} GPU hours "
+            f"({time['low']:.2f} to {time['high']:.2f}), for {flop:.2g} FLOP"
+        )
+        notes.append(_ESTIMATED.format(**time))
     if cost is not None:
         where = f", {format_bytes(cost['disk_bytes'])} of it on the disk" if cost["disk_bytes"] else ""
         step = format_bytes(cost["step_bytes"]) + (", checkpointed" if cost["gradient_checkpointing"] else "")

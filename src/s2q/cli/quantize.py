@@ -1,4 +1,4 @@
-"""`s2q plan`, `s2q quantize` and `s2q inspect`."""
+"""`s2q quantize` and `s2q inspect`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,76 +6,9 @@ from typing import Annotated
 import typer
 
 from s2q.cli import options
-from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.errors import InvalidInputError
 from s2q.common.interrupts import resumable
 from s2q.common.outputs import lock_folder
-
-
-def plan(
-    model: options.Model,
-    recipe: options.RecipeName = "s2q-w4a6",
-    overrides: options.Overrides = None,
-    dtype: options.DtypeOption = None,
-    variant: options.Variant = None,
-    device: options.Device = "auto",
-    device_memory: Annotated[
-        str | None,
-        typer.Option("--device-memory", help="Plan for a device with this much memory, e.g. 24GB.", metavar="SIZE"),
-    ] = None,
-    memory_budget: options.MemoryBudget = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Run a slice of the work on this device to estimate the time.")
-    ] = False,
-    prompts: options.Prompts = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Show layers, bits, storage and memory before any compute."""
-    from s2q.cli import console, output
-    from s2q.models.synthetic import SYNTHETIC_PREFIX
-    from s2q.planning import plan as make_plan
-
-    console.quiet_libraries()
-    if device_memory is None:
-        device = options.resolve_device(device)
-    else:  # of a machine that need not be here, a GPU unless the CPU is named
-        options.check_device_name(device)
-        device = "cuda" if device == "auto" else device
-    memory = options.read_size("--device-memory", device_memory)
-    budget = options.read_size("--memory-budget", memory_budget)
-    if measure and (memory is not None or model.startswith(SYNTHETIC_PREFIX)):
-        raise UsageError(
-            "plan: --measure needs this device and the model's weights; omit --device-memory, and time "
-            "synthetic models with s2q bench --ops calibration_block"
-        )
-    planned = make_plan(
-        model,
-        recipe=recipe,
-        overrides=overrides or (),
-        device=device,
-        device_memory=memory,
-        memory_budget=budget,
-        dtype=dtype,
-        variant=variant,
-    )
-    if measure:
-        from s2q.models import resolve_model
-        from s2q.planning import check_memory, this_machine
-        from s2q.recipes.load import load_recipe
-        from s2q.run.time_estimate import measured
-
-        check_memory(planned)
-        with console.progress() as report:
-            planned = measured(
-                planned,
-                resolve_model(model, variant=variant),
-                load_recipe(recipe, overrides=overrides or ()),
-                machine=this_machine(device, memory_budget=budget),
-                prompts=options.read_prompt_file(prompts),
-                dtype=dtype,
-                progress=report,
-            )
-    result = planned.to_dict()
-    output.emit_json(result) if as_json else output.show_plan(result)
 
 
 def quantize(

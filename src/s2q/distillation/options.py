@@ -4,6 +4,18 @@ from dataclasses import dataclass, field
 
 from s2q.common.options import Options
 
+_EVALUATIONS = 5
+
+
+def evaluations(epochs: int) -> int:
+    """Return how often learning looks at all samples without learning from them, after the first step."""
+    return sum(is_evaluated(epoch, epochs) for epoch in range(1, epochs + 1))
+
+
+def is_evaluated(epoch: int, epochs: int) -> bool:
+    """Tell whether it does so after an epoch, counted from 1."""
+    return epoch % max(1, epochs // _EVALUATIONS) == 0 or epoch == epochs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement(Options):

@@ -1,6 +1,8 @@
 """Plan of a run before any compute: layers, bytes, memory of each stage, and stages that do not fit."""
 
+from s2q.planning.comparison import compare_recipes
 from s2q.planning.cost import CalibrationCost, Machine, activation_memory, this_machine
+from s2q.planning.gpus import gpus
 from s2q.planning.plan import (
     LESS_MEMORY,
     Plan,
@@ -20,6 +22,8 @@ __all__ = [
     "Plan",
     "activation_memory",
     "check_memory",
+    "compare_recipes",
+    "gpus",
     "plan",
     "plan_allocated",
     "plan_model",

@@ -23,6 +23,7 @@ from torch import nn
 from s2q.common.components import split_name
 from s2q.common.devices import device_memory_bytes, host_memory_bytes, lifetime_peak_bytes
 from s2q.common.memory import page_locked_bytes
+from s2q.core.input_path import InputPath
 from s2q.core.memo import PIECE
 from s2q.models import BlockLinear, Family, block_names, family_of
 from s2q.recipes.schema import Recipe
@@ -84,6 +85,7 @@ class Workload:
         tokens: N of a video.
         frames: Tokens of it along time.
         rows: Samples in one call of the transformer: all branches, or one.
+        steps: Denoising steps of a video.
         component_bytes: Weights of the pipeline's other components, which generate the samples; None if unknown.
     """
 
@@ -93,6 +95,7 @@ class Workload:
     branches: int
     rows: int
     component_bytes: int | None
+    steps: int = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +177,10 @@ class BlockShape:
         inputs: I and rows of each group of them that shares an input.
         outputs: O and rows of each of them.
         streams: Channels of the video that it returns, and rows in all streams.
+        rotations: n1 + n2 of the rotation of each group's input; 0 without.
+        ranks: Rank of the low-rank branch of each group's input; 0 without.
+        attention: Rows of queries and of keys, and channels of all heads, of each attention.
+        modulated: Whether modulation linears are quantized.
     """
 
     parameters: int
@@ -181,6 +188,10 @@ class BlockShape:
     inputs: tuple[tuple[int, int], ...]
     outputs: tuple[tuple[int, int], ...]
     streams: tuple[int, int]
+    rotations: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
+    attention: tuple[tuple[int, int, int], ...] = ()
+    modulated: bool = False
 
     def step_bytes(self, recipe: Recipe, *, checkpointed: bool, itemsize: int) -> int:
         """Return what a step of distillation, or a pass without one, holds beside the block's weights."""
@@ -319,19 +330,36 @@ def this_machine(device: str, *, memory_bytes: int | None = None, memory_budget:
 
 
 def _block_shape(block: nn.Module, family: Family, linears: Sequence[BlockLinear], workload: Workload) -> BlockShape:
+    modulated = any(linear.role == "modulation" for linear in linears)
     linears = [linear for linear in linears if linear.role == "linear"]
     shared = {name: group[0] for group in family.shared_inputs for name in group}
 
     def rows(linear: BlockLinear) -> int:
         return workload.text_tokens if linear.sees_text else workload.tokens + workload.text_tokens
 
-    first = {shared.get(linear.inner_name, linear.inner_name): (linear.in_features, rows(linear)) for linear in linears}
+    first = {shared.get(linear.inner_name, linear.inner_name): linear for linear in linears}
+    paths = [getattr(linear, "path", InputPath()) for linear in first.values()]
     channels = min((linear.in_features for linear in linears if not linear.sees_text), default=0)
     total = workload.tokens + (workload.text_tokens if len(family.streams) > 1 else 0)
     return BlockShape(
         parameters=sum(parameter.numel() for parameter in block.parameters()),
         weights=tuple(linear.in_features * linear.out_features for linear in linears),
-        inputs=tuple(first.values()),
+        inputs=tuple((linear.in_features, rows(linear)) for linear in first.values()),
         outputs=tuple((linear.out_features, rows(linear)) for linear in linears),
         streams=(channels, total),
+        rotations=tuple((path.left or 0) + (path.right or 0) for path in paths),
+        ranks=tuple(path.low_rank or 0 for path in paths),
+        attention=_attention(block, family, workload),
+        modulated=modulated,
     )
+
+
+def _attention(block: nn.Module, family: Family, workload: Workload) -> tuple[tuple[int, int, int], ...]:
+    """Queries, keys and channels of each attention of a block: joint with the text, of the video, or cross."""
+    own = workload.tokens + (workload.text_tokens if len(family.joint_order) > 1 else 0)
+    attentions = []
+    for name, module in block.named_modules():
+        if name.endswith(".to_q") and isinstance(module, nn.Linear):
+            keys = workload.text_tokens if name.removesuffix("q") + "k" in family.text_linears else own
+            attentions.append((own, keys, module.out_features))
+    return tuple(attentions)

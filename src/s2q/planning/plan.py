@@ -5,6 +5,7 @@ Everything is computed on the meta device. The bytes are those of the tensors in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from s2q.common.arguments import device_name, model_argument, optional, parse_dtype, word
 from s2q.common.components import TRANSFORMERS, full_name
+from s2q.common.device_names import is_device_name, kind_of_device
 from s2q.common.devices import default_dtype
 from s2q.common.errors import ResourceError, memory_errors
 from s2q.common.records import PLAN_VERSION
@@ -34,6 +36,9 @@ from s2q.planning.cost import (
     nearest_bytes,
     this_machine,
 )
+from s2q.planning.estimate import TimeEstimate, stage_work, time_estimate
+from s2q.planning.flop import Work
+from s2q.planning.gpus import Rates, gpu
 from s2q.planning.resolve import LinearPlan, allocation_bytes, recipe_linears, resolve
 from s2q.planning.workload import workload_of_source, workload_of_synthetic
 from s2q.recipes.load import load_recipe
@@ -55,12 +60,16 @@ class PlannedStage:
     Attributes:
         peak_memory_bytes: Most that the run has taken of the device's memory by the end of the stage; in host memory,
             the whole process counts. None if unknown.
-        seconds: How long it takes; None if it was not measured.
+        seconds: How long it takes, measured on a slice of the run or estimated for a GPU; None if it is neither.
+        flop: FLOP that it takes, counted; None if they are not.
+        traffic_bytes: Bytes that its elementwise operations move, likewise.
     """
 
     name: str
     peak_memory_bytes: int | None
     seconds: float | None
+    flop: float | None = None
+    traffic_bytes: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +103,7 @@ class Plan:
         device: Where the run is planned for, and its memory in bytes, None if that is not known.
         calibration: What calibrating blocks takes; None for recipes that do not calibrate, or if it is not known.
         allocation: What the run allocates; None for recipes that do not.
+        estimate: Its time, if it is planned for a GPU by name; None otherwise.
     """
 
     schema_version: int
@@ -106,6 +116,7 @@ class Plan:
     device: Mapping[str, str | int | None]
     calibration: CalibrationCost | None
     allocation: PlannedAllocation | None
+    estimate: TimeEstimate | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -132,6 +143,7 @@ def plan(
             published model without its weights, "synthetic:cogvideox-5b".
         recipe: Name, file, contents, or a validated recipe.
         overrides: Changes to the recipe, "key=value" each.
+        device: "cpu", "cuda", "cuda:N"; or the name of a GPU that need not be here, "h100", whose time is estimated.
         device_memory: Memory of a device that need not be here, "24GB"; None takes that of this machine's.
         memory_budget: Host memory for the activations of calibration; see `s2q.quantize`.
         dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
@@ -141,9 +153,14 @@ def plan(
         Layers, storage, memory and stages of the run.
 
     Raises:
-        InvalidInputError: If the model or recipe is unknown, does not fit the other, or the model is already quantized.
+        InvalidInputError: If the model, recipe or device is unknown, model and recipe do not fit, or the model is
+            already quantized.
         ResourceError: If the device is not there.
     """
+    rates = None
+    if isinstance(device, str) and not is_device_name(device) and kind_of_device(device) is None:
+        rates = gpu(device)
+        device, device_memory = "cuda", rates.memory_bytes if device_memory is None else device_memory
     memory = None if device_memory is None else parse_bytes(device_memory, option="device_memory")
     machine = this_machine(
         device_name(device, check=memory is None),
@@ -151,7 +168,7 @@ def plan(
         memory_budget=None if memory_budget is None else parse_bytes(memory_budget, option="memory_budget"),
     )
     validated = load_recipe(recipe, overrides=overrides)
-    return plan_model(model, validated, machine=machine, dtype=dtype, variant=variant)
+    return plan_model(model, validated, machine=machine, dtype=dtype, variant=variant, rates=rates)
 
 
 @in_fresh_torch_state
@@ -162,6 +179,7 @@ def plan_model(
     machine: Machine,
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
+    rates: Rates | None = None,
 ) -> Plan:
     """Plan a run on a machine that is already described; see `plan`."""
     model, dtype, variant = model_argument("model", model), parse_dtype(dtype), optional(word, "variant", variant)
@@ -169,7 +187,7 @@ def plan_model(
     if isinstance(model, str) and model.startswith(SYNTHETIC_PREFIX):
         synthetic = synthetic_model(model)
         name, stored = synthetic.label, dtype or torch.bfloat16
-        transformers = {TRANSFORMERS[0]: synthetic.meta_transformer()}
+        transformers = {TRANSFORMERS[0]: _synthetic_transformer(synthetic.name)}
         workload = workload_of_synthetic(synthetic, recipe.calibration) if recipe.calibrates else None
     else:
         source = resolve_model(model, variant=variant)
@@ -191,7 +209,14 @@ def plan_model(
         compute_dtype=default_dtype(stored, machine.device) if dtype is None and recipe.calibrates else None,
         workload=workload,
         machine=machine,
+        rates=rates,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _synthetic_transformer(name: str) -> nn.Module:
+    """On the meta device; a comparison of recipes plans one again and again."""
+    return synthetic_model(name).meta_transformer()
 
 
 def plan_transformers(
@@ -205,6 +230,7 @@ def plan_transformers(
     compute_dtype: torch.dtype | None = None,
     workload: Workload | None = None,
     machine: Machine | None = None,
+    rates: Rates | None = None,
 ) -> Plan:
     """Plan a run on the transformers of a pipeline.
 
@@ -214,6 +240,7 @@ def plan_transformers(
         dtype: Dtype of their block linears there.
         compute_dtype: Dtype that they are loaded in for the run; None is the same.
         machine: Where the run is to be; None is the CPU of this machine.
+        rates: Of the GPU that its time is estimated for; None estimates none.
     """
     quantized_linears = {linear.name: linear for linear in linears}
     layers = tuple(
@@ -247,18 +274,22 @@ def plan_transformers(
     if recipe.calibrates and workload is not None:
         shapes = block_shapes(transformers, linears, workload)
         cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, itemsize=compute_dtype.itemsize)
+    work = stage_work(
+        recipe, linears, shapes, cost, workload=workload, dtype=compute_dtype, transformers=len(transformers)
+    )
     peaks = _peaks(recipe, shapes, cost, layers, workload=workload, machine=machine, dtype=compute_dtype, now=now)
     return Plan(
         schema_version=PLAN_VERSION,
         model=model,
         recipe=recipe.name,
         storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
-        stages=tuple(PlannedStage(name=name, peak_memory_bytes=peak, seconds=None) for name, peak in peaks.items()),
+        stages=tuple(_stage(name, peak, work.get(name), rates) for name, peak in peaks.items()),
         layers=layers,
         simulated=any(linear.simulated for linear in linears),
-        device={"name": machine.device, "memory_bytes": machine.memory_bytes},
+        device={"name": machine.device if rates is None else rates.name, "memory_bytes": machine.memory_bytes},
         calibration=cost,
         allocation=allocation,
+        estimate=None if rates is None or not work else time_estimate(work, rates),
     )
 
 
@@ -281,6 +312,13 @@ def plan_allocated(planned: Plan, before: Sequence[LinearPlan], after: Sequence[
         storage={"full_precision_bytes": full, "quantized_bytes": quantized, "ratio": full / quantized},
         allocation=replace(planned.allocation, bytes=taken),
     )
+
+
+def _stage(name: str, peak: int | None, work: Work | None, rates: Rates | None) -> PlannedStage:
+    if work is None:
+        return PlannedStage(name=name, peak_memory_bytes=peak, seconds=None)
+    seconds = None if rates is None else rates.seconds(work)
+    return PlannedStage(name=name, peak_memory_bytes=peak, seconds=seconds, flop=work.flop, traffic_bytes=work.traffic)
 
 
 def _peaks(

@@ -40,6 +40,7 @@ def workload_of(
         branches=branches,
         rows=branches if family_of(pipe.transformer).guidance == "batched" else 1,
         component_bytes=component_bytes,
+        steps=settings.num_inference_steps,
     )
 
 
@@ -72,4 +73,5 @@ def workload_of_synthetic(model: SyntheticModel, group: Calibration) -> Workload
         branches=model.batch * model.calls,
         rows=model.batch,
         component_bytes=None,
+        steps=group.steps or int(model.family.defaults["num_inference_steps"]),
     )

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from s2q.blocks.distil import evaluations
 from s2q.blocks.quantize_block import quantize_block
 from s2q.blocks.task import BlockTask, block_task
 from s2q.calibration.calibration_set import CalibrationSets, select
@@ -24,6 +23,7 @@ from s2q.common.memory import on_device
 from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.run_folder import open_run_folder
 from s2q.common.temporaries import scratch_folder
+from s2q.distillation.options import evaluations
 from s2q.generation.sharing import steps_of_transformers
 from s2q.models import ModelSource
 from s2q.planning import Machine, Plan

@@ -1,0 +1,213 @@
+"""FLOP and bytes of each stage of a run, counted from dimensions alone.
+
+A step of distillation takes the products of a forward pass three times (the gradient of inputs and of the quantized
+weights), attention three and a half times (fused kernels compute the scores again), a checkpointed one another forward
+pass. Around the products, quantization and transforms move every value and every weight of the linears a number of
+times. What samples are carried through, observed, judged and rounded by are passes without gradients.
+
+Not counted: text encoder, autoencoder, reading and writing of files.
+
+Legend: `I/O` in/out features, `S` samples, `E` epochs, `r` rank, `n1`, `n2` orders of a rotation's factors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+
+import torch
+
+from s2q.planning.cost import BlockShape, Workload
+from s2q.recipes.schema import Recipe
+
+_FP32 = 4
+_BACKWARD, _ATTENTION_BACKWARD = 2.0, 2.5
+"""FLOP of a backward pass for each of the forward pass."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Elementwise operations of a pass through a block, as counted (`benchmarks/step_counts.py`).
+
+    Attributes:
+        value: Bytes for each value of a linear's input or output, beside those in the dtype of calibration.
+        typed: Values read or written in that dtype, likewise.
+        weight: Bytes for each weight of a linear.
+        launches: Operations for each linear.
+    """
+
+    value: float = 0.0
+    typed: float = 0.0
+    weight: float = 0.0
+    launches: float = 0.0
+
+    def __add__(self, other: "_Pass") -> "_Pass":
+        return _Pass(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+
+_PLAIN = _Pass(typed=2.4, launches=7)
+_STUDENT, _STUDENT_BRANCH = _Pass(value=24, typed=2.4, launches=72), _Pass(value=15.5, launches=47)
+_STEP, _STEP_BRANCH = _Pass(value=102, typed=7, weight=247, launches=241), _Pass(value=25, weight=112, launches=76)
+_COLUMN_LAUNCHES = 12
+"""Operations of GPTQ for each column of a weight."""
+_EIGEN_FLOP = 9.0
+"""FLOP of the eigenvectors of a symmetric matrix, for each I³."""
+_FOLDING_PASSES = 30.0
+"""Times that a weight is read or written in fp32 where it is only rounded."""
+
+RATES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}
+"""The rate at which products of a dtype are computed, by name in `gpus.yaml`."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counted work.
+
+    Attributes:
+        products: FLOP of dense products by the name of their rate, "bf16".
+        attention: FLOP of attention, likewise.
+        traffic: Bytes that elementwise operations read and write.
+        transfer: Bytes from the host to the device.
+        launches: Operations.
+    """
+
+    products: Mapping[str, float] = field(default_factory=dict)
+    attention: Mapping[str, float] = field(default_factory=dict)
+    traffic: float = 0.0
+    transfer: float = 0.0
+    launches: float = 0.0
+
+    @property
+    def flop(self) -> float:
+        """All FLOP."""
+        return sum(self.products.values()) + sum(self.attention.values())
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            _sum(self.products, other.products),
+            _sum(self.attention, other.attention),
+            self.traffic + other.traffic,
+            self.transfer + other.transfer,
+            self.launches + other.launches,
+        )
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(
+            {name: times * flop for name, flop in self.products.items()},
+            {name: times * flop for name, flop in self.attention.items()},
+            times * self.traffic,
+            times * self.transfer,
+            times * self.launches,
+        )
+
+
+def _sum(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in dict.fromkeys((*first, *second))}
+
+
+def forward_work(shape: BlockShape, dtype: torch.dtype, *, quantized: bool = False) -> Work:
+    """Count a pass of one sample through a block without gradients; with quantized linears, also what they add."""
+    rate = RATES[dtype]
+    flop = sum(2.0 * weight * rows for weight, (_, rows) in zip(shape.weights, shape.outputs, strict=True))
+    counted = _PLAIN
+    if quantized:
+        counted = _STUDENT + _STUDENT_BRANCH if any(shape.ranks) else _STUDENT
+        for (features, rows), orders, rank in zip(shape.inputs, shape.rotations, shape.ranks, strict=True):
+            flop += 2.0 * features * rows * (orders + 2 * rank)
+    attention = sum(4.0 * queries * keys * width for queries, keys, width in shape.attention)
+    return Work({rate: flop}, {rate: attention}, *_moved(shape, counted, dtype))
+
+
+def _moved(shape: BlockShape, counted: _Pass, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Traffic, no transfer, and launches of a pass."""
+    values = sum(features * rows for features, rows in (*shape.inputs, *shape.outputs))
+    traffic = values * (counted.value + counted.typed * dtype.itemsize) + counted.weight * sum(shape.weights)
+    return traffic, 0.0, counted.launches * len(shape.weights)
+
+
+def step_work(shape: BlockShape, dtype: torch.dtype, *, checkpointed: bool) -> Work:
+    """Count a step of distillation or refinement on one sample."""
+    forward = forward_work(shape, dtype, quantized=True)
+    again = 1.0 if checkpointed else 0.0
+    rate = RATES[dtype]
+    orders = sum(shape.rotations) / max(1, len(shape.rotations))
+    folding = 2.0 * orders * sum(shape.weights) * (1 + _BACKWARD)
+    products = {rate: forward.products[rate] * (1 + _BACKWARD + again)}
+    traffic, _, launches = _moved(shape, _STEP + _STEP_BRANCH if any(shape.ranks) else _STEP, dtype)
+    return Work(
+        _sum(products, {"fp32": folding}),
+        {rate: forward.attention[rate] * (1 + _ATTENTION_BACKWARD + again)},
+        traffic + again * forward.traffic,
+        shape.sample_bytes(dtype.itemsize, wide=dtype == torch.float32),
+        launches + again * forward.launches,
+    )
+
+
+def block_work(
+    shape: BlockShape,
+    recipe: Recipe,
+    *,
+    workload: Workload,
+    dtype: torch.dtype,
+    samples: int,
+    checkpointed: bool,
+    epochs: Sequence[tuple[int, int]],
+) -> Work:
+    """Count the calibration of a block.
+
+    Args:
+        dtype: Of the model; blocks are calibrated in fp32 or in it, as the recipe says.
+        samples: S, calls of the block.
+        epochs: Epochs of distillation and of refinement, each with the number of times that it looks at all samples.
+    """
+    computed = torch.float32 if recipe.calibration.precision == "float32" else dtype
+    plain, quantized = forward_work(shape, computed), forward_work(shape, computed, quantized=True)
+    step = step_work(shape, computed, checkpointed=checkpointed)
+    sample = Work(transfer=shape.sample_bytes(computed.itemsize, wide=computed == torch.float32))
+    judged = 3 + sum(1 + looks for _, looks in epochs) + len(epochs)  # rounded to nearest, initial, final; and between
+    total = forward_work(shape, dtype) * samples  # to the next block
+    total += (plain + sample) * samples + (quantized + sample) * (samples * judged)
+    total += step * (samples * sum(count for count, _ in epochs))
+    if recipe.loss.weighting == "attention":
+        total += Work(attention=plain.attention, launches=2) * samples
+    if recipe.rounding.needs_hessian:
+        total += (plain + sample) * samples + _hessian_work(shape, samples) + _gptq_work(shape)
+    if recipe.modulation_rounding.needs_hessian and shape.modulated:
+        total += plain * workload.steps
+    if recipe.transforms.low_rank:
+        total += _basis_work(shape, samples)
+    return total
+
+
+def collecting_work(
+    shapes: Sequence[BlockShape], recipe: Recipe, *, workload: Workload, dtype: torch.dtype, transformers: int
+) -> Work:
+    """Count the generation of candidates: each denoising step calls one of the transformers."""
+    once = sum((forward_work(shape, dtype) for shape in shapes), start=Work()) * (workload.branches / transformers)
+    return once * (recipe.calibration.n_prompts * workload.steps)
+
+
+def folding_work(weights: int, *, orders: int) -> Work:
+    """Count rounding without samples: a rotation is folded in fp64 where there is one."""
+    return Work({"fp64": 2.0 * orders * weights}, traffic=_FOLDING_PASSES * _FP32 * weights)
+
+
+def _hessian_work(shape: BlockShape, samples: int) -> Work:
+    flop = samples * sum(2.0 * rows * features**2 for features, rows in shape.inputs)
+    return Work({"fp32": flop})
+
+
+def _gptq_work(shape: BlockShape) -> Work:
+    """A factorization of the Hessian, fp64, for each linear; then its columns."""
+    columns = [weight // outer for weight, (outer, _) in zip(shape.weights, shape.outputs, strict=True)]
+    return Work(
+        {
+            "fp64": sum(4 / 3 * inner**3 for inner in columns),
+            "fp32": sum(float(weight * inner) for weight, inner in zip(shape.weights, columns, strict=True)),
+        },
+        launches=_COLUMN_LAUNCHES * sum(columns),
+    )
+
+
+def _basis_work(shape: BlockShape, samples: int) -> Work:
+    return _hessian_work(shape, samples) + Work(
+        {"fp64": sum(_EIGEN_FLOP * features**3 for features, _ in shape.inputs)}
+    )
