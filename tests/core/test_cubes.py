@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from s2q.core.cubes import cube_means, spread
+from s2q.core.cubes import QuantizedMeans, cube_means, cube_rows, spread
 
 
 def test_means_by_hand_with_a_smaller_cube_at_the_edge():
@@ -31,3 +31,24 @@ def test_means_against_loops(cube):
         expected[own] = video[own].double().mean(dim=(1, 2, 3), keepdim=True).float()
     torch.testing.assert_close(spread(cube_means(video, cube), cube, sizes), expected, rtol=0, atol=1e-6)
     assert cube_means(video.bfloat16(), cube).dtype == torch.float32
+
+
+@pytest.mark.parametrize("cube", [(2, 2, 2), (1, 1, 1), (3, 2, 5)])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (4, 0), (0, 3)])
+def test_rows_pick_the_mean_of_each_tokens_cube_and_zero_for_other_tokens(cube, before, after):
+    sizes = (5, 3, 4)
+    video = torch.randn(2, *sizes, 6, generator=torch.Generator().manual_seed(0))
+    means = cube_means(video, cube).reshape(-1, 6)
+    rows = cube_rows(sizes, cube, before=before, after=after, samples=2, device="cpu")
+    found = torch.cat([means, torch.zeros(1, 6)]).index_select(0, rows).view(2, before + 60 + after, 6)
+    expected = spread(cube_means(video, cube), cube, sizes).reshape(2, 60, 6)
+    assert torch.equal(found[:, before : before + 60], expected)
+    assert int(found[:, :before].count_nonzero() + found[:, before + 60 :].count_nonzero()) == 0
+
+
+def test_the_difference_from_a_mean_by_hand():
+    # The cube of the first two tokens has the mean [4, -2]; the third token is in none.
+    codes = torch.tensor([[2, -1], [0, 0]], dtype=torch.int8)
+    means = QuantizedMeans(codes, torch.tensor([[2.0], [1.0]]), torch.tensor([0, 0, 1], dtype=torch.int32))
+    y = torch.tensor([[5.0, -2.0], [3.0, 1.0], [7.0, 7.0]])
+    assert means.difference(y).tolist() == [[1, 0], [-1, 3], [7, 7]]

@@ -111,7 +111,7 @@ def test_names_and_json():
     for name, activation in names.items():
         linear = LinearScheme(weight=weight, activation=activation)
         assert linear.name == name
-        assert linear.simulated
+        assert linear.simulated == (activation.granularity != PerToken())
         assert linear.needs_grid
         assert LinearScheme.from_dict(json.loads(json.dumps(linear.to_dict()))) == linear
     assert "delta" not in whole().to_dict()

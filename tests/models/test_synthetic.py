@@ -3,6 +3,7 @@ import torch
 
 from s2q.benchmark.synthetic_blocks import block_inputs, random_packed_linear, synthetic_block
 from s2q.common.errors import InvalidInputError
+from s2q.core.tokens import token_grid
 from s2q.models import block_linears, linears_of_block
 from s2q.models.synthetic import synthetic_model, synthetic_names
 from s2q.nn import PackedLinear
@@ -118,7 +119,7 @@ def test_packed_blocks_run(name, recipe):
         linears = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
         assert linears
         assert all(isinstance(module, PackedLinear) for module in linears)
-        with torch.no_grad():
+        with torch.no_grad(), token_grid(None):
             output = block(**inputs)
         output = output[0] if isinstance(output, tuple) else output
         assert output.shape == inputs["hidden_states"].shape

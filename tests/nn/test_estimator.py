@@ -19,7 +19,8 @@ GRID = TokenGrid(frames=3, height=1, width=2, text_tokens=2, text="before")
 within_grid = token_grid(GRID)
 ACTIVATIONS = {
     "integers": activations(6),
-    "simulated": activations(6, delta=Delta(cube=(2, 1, 1))),
+    "deltas": activations(6, delta=Delta(cube=(2, 1, 1))),
+    "simulated": activations(6, group_size=8),
     "weight-only": None,
 }
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
+from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
 from s2q.core.packing import pack_codes
 from s2q.ops.activation_path import BACKENDS as PATHS
-from s2q.ops.activation_path import activation_path
+from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.activation_path import cpu as path_cpu
 from s2q.ops.int_matmul import cpu as int_cpu
 from s2q.ops.rescaled_int_matmul import BACKENDS as PRODUCTS
@@ -129,6 +130,26 @@ def test_the_activation_path_is_that_of_the_reference(monkeypatch, dtype, rows, 
     assert (found[2] is None) == ("basis" not in parts)
     if found[2] is not None:
         torch.testing.assert_close(found[2], exact[2], rtol=max(last_bit, 1e-4), atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [{}, {"scale": draw(24).abs()}, {"left": draw(4, 4), "right": draw(6, 6)}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_of_cubes_are_subtracted_before_the_scale(monkeypatch, parts, dtype):
+    monkeypatch.setattr(path_cpu, "CHUNK_BYTES", 40 * 24 * dtype.itemsize)
+    monkeypatch.setattr(path_cpu, "MIN_ROWS", {})
+    x, path = draw(101, 24).to(dtype), InputTensors(clip_ratio=torch.tensor([0.9]), **parts)
+    rows = torch.arange(101, dtype=torch.int32) // 10
+    means = QuantizedMeans(codes(11, 24, 8), draw(11, 1).abs() / 50, rows)
+    kept = x.clone()
+    exact, found = (PATHS[backend](x, path, num_bits=4, means=means) for backend in ("reference", "cpu"))
+    assert torch.equal(x, kept)
+    assert (found[0].int() - exact[0].int()).abs().sum() <= 1e-3 * x.numel()
+    torch.testing.assert_close(found[1], exact[1], rtol=1e-5, atol=0)
+    whole = transform_input(x, path)[0].double()
+    rest = means.codes.double() * means.scale.double()
+    rest = whole - rest.index_select(0, rows)
+    restored = exact[0].double() * exact[1].double()
+    assert float((restored - rest).square().mean() / rest.square().mean()) < 0.05  # 4 bits of the difference
 
 
 def test_a_backend_that_cannot_run_names_the_reference():

@@ -26,9 +26,10 @@ from s2q.benchmark.case import Case, Entry, Settings
 from s2q.benchmark.machine import full_precision, has_int8_gemm, int8_gemm, peak_memory, quantized_dtype
 from s2q.benchmark.results import identity
 from s2q.benchmark.shapes import AttentionShape, LayerShape
-from s2q.benchmark.synthetic_blocks import random_packed_linear
+from s2q.benchmark.synthetic_blocks import random_packed_linear, video_grid
 from s2q.benchmark.timing import Run, Timing, compete
 from s2q.common.seeds import derive_seed
+from s2q.core.tokens import token_grid
 from s2q.models.family import BlockLinear
 from s2q.nn import set_backend, share_inputs
 from s2q.ops import activation_path, attention_colsum, rescaled_int_matmul
@@ -37,6 +38,9 @@ from s2q.planning.resolve import resolve
 from s2q.recipes.schema import Recipe
 
 BF16, INT8 = "bf16", "int8"
+
+FRAMES = 13
+"""Latent frames, at most, that the rows of a linear are the tokens of; CogVideoX has as many."""
 
 _TABLES: Mapping[str, Mapping[str, Any]] = {
     "linear": rescaled_int_matmul.BACKENDS,
@@ -245,7 +249,13 @@ def _quantized(
     if op == "linear":
         set_backend(layers, backend)
         stored = _bytes_of(*layers.parameters())
-        return Contender(run=lambda x: [layer(x) for layer in layers], storage_bytes=stored, reads=dtype)
+        grid = video_grid(rows, frames=FRAMES)
+
+        def run_layers(x: Tensor) -> list[Tensor]:
+            with token_grid(grid):
+                return [layer(x.unsqueeze(0)) for layer in layers]
+
+        return Contender(run=run_layers, storage_bytes=stored, reads=dtype)
     (layer,) = layers
     bits = layer.scheme.activation.num_bits
     if op == "activation_path":
@@ -276,6 +286,7 @@ def _applies(op: str, recipe: Recipe) -> bool:
     return (
         recipe.activations is not None
         and not recipe.linear_scheme().simulated
+        and recipe.activations.delta is None  # its means have a path and a product of their own
         and (op != "gemm" or recipe.weights.group_size is None)
     )
 

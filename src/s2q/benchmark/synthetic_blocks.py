@@ -8,6 +8,7 @@ Legend: `B` samples in a call, `N` video tokens, `T` text tokens, `d` channels, 
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -132,16 +133,16 @@ def block_inputs(
 
 def block_grid(model: SyntheticModel, *, tokens: int) -> TokenGrid:
     """Return a grid of N video tokens with as many frames as the model has, or the next smaller divisor of N."""
-    frames = _divisor(tokens, most=model.frames)
-    height = _divisor(tokens // frames, most=math.isqrt(tokens // frames))
     text = token_layout(model.meta_transformer(blocks=1), model.family).text
-    return TokenGrid(
-        frames=frames,
-        height=height,
-        width=tokens // frames // height,
-        text_tokens=0 if text == "apart" else model.text_tokens,
-        text=text,
-    )
+    grid = video_grid(tokens, frames=model.frames)
+    return replace(grid, text_tokens=0 if text == "apart" else model.text_tokens, text=text)
+
+
+def video_grid(tokens: int, *, frames: int) -> TokenGrid:
+    """Return a grid of N video tokens without text, of so many frames, or the next smaller divisor of N."""
+    frames = _divisor(tokens, most=frames)
+    height = _divisor(tokens // frames, most=math.isqrt(tokens // frames))
+    return TokenGrid(frames=frames, height=height, width=tokens // frames // height)
 
 
 def _divisor(value: int, *, most: int) -> int:

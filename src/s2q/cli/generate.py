@@ -17,7 +17,7 @@ GENERATION_RECORD = "generation.json"
 _OWNED = owned_matching("[0-9][0-9][0-9]*-*.mp4", "sheet.png", "latents.safetensors", record=GENERATION_RECORD)
 
 
-Backend = Literal["auto", "reference", "cpu", "triton", "fastest"]
+Backend = Literal["auto", "reference", "cpu", "triton", "fastest", "fp4"]
 
 
 def generate(

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
+from s2q.core.fp4 import E2M1_LEVELS
 from s2q.core.schemes import LLOYD_MAX_INT8, UNIFORM, QuantScheme, num_groups
 
 _Array = NDArray[np.float64]
@@ -66,11 +67,13 @@ def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | s
     """Return the levels of the codes of a weight or an activation in units of its scale, fp32 [2^N], rising.
 
     None for uniform levels, where a code is its level. The dimension d is I, or the group size. Levels of int8 values
-    are whole numbers.
+    are whole numbers. The formats of `core.fp4` have those of E2M1.
     """
     if scheme.levels == UNIFORM:
         return None
     assert not scheme.has_table, scheme
+    if scheme.is_fp4:
+        return torch.tensor(E2M1_LEVELS, dtype=torch.float32, device=device)
     levels = lloyd_max_levels(scheme.num_bits, in_features // num_groups(scheme, in_features))
     if scheme.levels == LLOYD_MAX_INT8:
         levels = tuple(round(level / levels[-1] * MAX_LEVEL) for level in levels)

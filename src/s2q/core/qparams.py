@@ -3,9 +3,9 @@
     x_int = clamp(round(x / Δ), -2^(N-1), 2^(N-1) - 1),    Δ = clip_ratio · max|x| / (2^(N-1) - 1)
 
 Rounding is half to even. With levels l that are not uniform (`core.codebook`), x_int is the code whose level is nearest
-to x / Δ and represents l · Δ, and Δ = clip_ratio · √(mean x²). All of it is computed in fp32 whatever the input's
-dtype, and everything that takes floating point input is differentiable (straight-through for the rounding), towards the
-clip ratio as well.
+to x / Δ and represents l · Δ, and Δ = clip_ratio · √(mean x²), or that of `core.fp4`. All of it is computed in fp32
+whatever the input's dtype, and everything that takes floating point input is differentiable (straight-through for the
+rounding), towards the clip ratio as well.
 
 Example, N = 4: x = [1.4, -0.7, 0.2] has max 1.4, so Δ = 0.2 and the codes are [7, -4, 1] (-3.5 goes to the even -4).
 
@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import level_unit, levels_of, nearest_level
 from s2q.core.cubes import cube_means, spread
+from s2q.core.fp4 import block_scale
 from s2q.core.schemes import UNIFORM, PerChannel, PerGroup, QuantScheme, num_groups
 from s2q.core.tokens import TokenGrid
 
@@ -65,14 +67,16 @@ def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio =
             values = _grouped(weight, num_groups(scheme, weight.shape[1]))
         case _:
             raise InvalidInputError(f"weight scheme {scheme}; expected PerChannel or PerGroup")
-    uniform = scheme.levels == UNIFORM
-    if uniform:
+    by_amax = scheme.levels == UNIFORM or scheme.is_fp4
+    if by_amax:
         size = values.float().abs().amax(dim=-1)
     else:
         size = _root_mean_square(values).squeeze(-1) * level_unit(scheme, weight.shape[1])
     if clip_ratio is not None:
         size = size * clip_ratio
-    return scale_from_amax(size, num_bits=scheme.num_bits) if uniform else size
+    if scheme.is_fp4:
+        return block_scale(size, scheme)
+    return scale_from_amax(size, num_bits=scheme.num_bits) if by_amax else size
 
 
 def token_scale(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
@@ -160,8 +164,9 @@ def fake_quantize_input(
 ) -> Tensor:
     """Quantize and dequantize the input of a linear at once, trainable, each token by itself; see `fake_quantize`.
 
-    With `scheme.delta`, a video token is the quantized mean of its cube plus its quantized difference from that. The
-    tokens of text, and all tokens if the grid is unknown or not that of x, are quantized without differences.
+    With `scheme.delta`, a video token is the quantized mean of its cube plus its quantized difference from that; the
+    gradient passes through the difference alone. The tokens of text, and all tokens if the grid is unknown or not that
+    of x, are quantized without differences.
 
     Args:
         x: [..., I], floating; [..., N, I] where there is a grid.
@@ -172,28 +177,28 @@ def fake_quantize_input(
     offset = None if scheme.delta is None or grid is None or x.ndim == 2 else grid.offset(x.shape[-2])
     if offset is None or grid is None:
         return _fake_quantize_tokens(x, scheme, clip_ratio)
-    before, video, after = torch.split(x, [offset, grid.tokens, x.shape[-2] - offset - grid.tokens], dim=-2)
-    video = _fake_quantize_deltas(video, scheme, clip_ratio, grid)
-    before, after = (
-        _fake_quantize_tokens(text, scheme, clip_ratio) if text.numel() else text for text in (before, after)
-    )
-    return torch.cat([before, video, after], dim=-2)
+    means = _quantized_means(x, scheme, grid, offset)
+    return (means + _fake_quantize_tokens(x - means, scheme, clip_ratio)).to(x.dtype)
 
 
-def _fake_quantize_deltas(video: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio, grid: TokenGrid) -> Tensor:
+@torch.no_grad()
+def _quantized_means(x: Tensor, scheme: QuantScheme, grid: TokenGrid, offset: int) -> Tensor:
+    """The dequantized mean of each token's cube, fp32 [..., N, I]; 0 for text."""
     delta, sizes = scheme.delta, (grid.frames, grid.height, grid.width)
     assert delta is not None
-    tokens = video.reshape(*video.shape[:-2], *sizes, video.shape[-1])
-    means = cube_means(tokens, delta.cube)
+    video = x.narrow(-2, offset, grid.tokens)
+    means = cube_means(video.reshape(*x.shape[:-2], *sizes, x.shape[-1]), delta.cube)
     means = fake_quantize(means, token_scale(means, num_bits=delta.mean_bits), num_bits=delta.mean_bits)
-    means = spread(means, delta.cube, sizes)
-    return (means + _fake_quantize_tokens(tokens - means, scheme, clip_ratio)).to(video.dtype).reshape(video.shape)
+    return F.pad(spread(means, delta.cube, sizes).flatten(-4, -2), (0, 0, offset, x.shape[-2] - offset - grid.tokens))
 
 
 def _fake_quantize_tokens(x: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio) -> Tensor:
     grouped = x.reshape(*x.shape[:-1], num_groups(scheme, x.shape[-1]), -1)
     levels = levels_of(scheme, x.shape[-1], device=x.device)
-    if levels is None:
+    if scheme.is_fp4:
+        amax = grouped.abs().amax(dim=-1) * (1.0 if clip_ratio is None else clip_ratio)
+        scale = block_scale(amax, scheme).unsqueeze(-1)
+    elif levels is None:
         scale = token_scale(grouped, num_bits=scheme.num_bits, clip_ratio=clip_ratio)
     else:
         scale = token_scale_of_levels(grouped, unit=level_unit(scheme, x.shape[-1]), clip_ratio=clip_ratio)

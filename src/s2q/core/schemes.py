@@ -19,7 +19,10 @@ MAX_BITS = 8
 UNIFORM = "uniform"
 LLOYD_MAX_INT8 = "lloyd_max_int8"
 TABLE = "table"
-LEVELS = (UNIFORM, "lloyd_max", LLOYD_MAX_INT8, TABLE)
+NVFP4, MXFP4 = "nvfp4", "mxfp4"
+FP4_GROUPS = {NVFP4: 16, MXFP4: 32}
+"""Group size of the block formats of 4-bit floating point (`core.fp4`)."""
+LEVELS = (UNIFORM, "lloyd_max", LLOYD_MAX_INT8, TABLE, *FP4_GROUPS)
 INT8_LEVELS = (LLOYD_MAX_INT8, TABLE)
 """Levels that are whole numbers of 8 bits."""
 MAX_LOOKED_UP_BITS = 4
@@ -98,7 +101,7 @@ class QuantScheme:
         dynamic: Whether the scale is computed from the tensor at run time (activations) or stored (weights).
         levels: "uniform", scaled by the largest magnitude; those of `core.codebook`: "lloyd_max", by the root mean
             square, "lloyd_max_int8", the same as int8 values, and "table", int8 values for weights in groups, each
-            with a byte for one of four tables and a signed scale.
+            with a byte for one of four tables and a signed scale; "nvfp4" or "mxfp4" of `core.fp4`.
         delta: Split of video tokens into cube mean and difference; None for whole tokens. For activations.
     """
 
@@ -119,6 +122,11 @@ class QuantScheme:
             raise InvalidInputError(f"dynamic={short_repr(self.dynamic)}; expected true or false")
         if self.levels not in LEVELS:
             raise unknown_name("levels", str(self.levels), LEVELS)
+        if self.is_fp4 and (self.num_bits, self.granularity) != (4, PerGroup(group_size=FP4_GROUPS[self.levels])):
+            raise InvalidInputError(
+                f"levels={self.levels} with num_bits={self.num_bits} and {self.granularity}; expected num_bits=4, "
+                f"granularity=per_group and group_size={FP4_GROUPS[self.levels]}"
+            )
         if self.has_int8_levels and self.num_bits > MAX_LOOKED_UP_BITS:
             raise InvalidInputError(
                 f"levels={self.levels} with num_bits={self.num_bits}; expected at most {MAX_LOOKED_UP_BITS}, or "
@@ -146,6 +154,16 @@ class QuantScheme:
     def product_bits(self) -> int:
         """Width of what integer kernels multiply: the codes, or the int8 values of their levels."""
         return MAX_BITS if self.has_int8_levels else self.num_bits
+
+    @property
+    def is_fp4(self) -> bool:
+        """Whether it is a block format of 4-bit floating point (`core.fp4`)."""
+        return self.levels in FP4_GROUPS
+
+    @property
+    def widest(self) -> int:
+        """Width of the widest values that integer kernels multiply: those of means or of differences."""
+        return self.product_bits if self.delta is None else max(self.product_bits, self.delta.mean_bits)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict for JSON; `group_size`, `levels` and `delta` are there only where they are not usual."""
@@ -229,8 +247,7 @@ class LinearScheme:
         whole = (UNIFORM, *INT8_LEVELS)
         if activation is None or self.weight.levels not in whole:
             return self.weight.levels not in whole
-        plain = activation.delta is None and isinstance(activation.granularity, PerToken)
-        return not plain or activation.levels not in whole
+        return isinstance(activation.granularity, PerGroup) or activation.levels not in whole
 
     @property
     def needs_grid(self) -> bool:
@@ -267,6 +284,7 @@ class SchemeOptions(Options):
             `s2q.core.codebook`); no integer kernel takes it, so it is simulated in floating point. "lloyd_max_int8"
             rounds that codebook to int8 values, which the kernels multiply, of weights and of inputs. "table", for
             weights in groups, has 16 int8 levels of one of four tables and a signed scale for each group, in a byte.
+            "nvfp4" and "mxfp4" are 4-bit floating point in groups of 16 and 32 (see `s2q.core.fp4`), simulated.
     """
 
     num_bits: int = field(metadata=_BITS)
@@ -301,7 +319,7 @@ class ActivationOptions(SchemeOptions):
 
     Attributes:
         delta: How a video token is split into the mean of its cube and the difference from it; None quantizes tokens
-            whole. No integer kernel takes it, nor groups, so both are simulated in floating point.
+            whole. No integer kernel takes groups, which are simulated in floating point.
     """
 
     granularity: Literal["per_token", "per_group"] = "per_token"
@@ -342,7 +360,7 @@ def _check_keys(what: str, fields: object, *, required: tuple[str, ...], optiona
 
 def _short_name(scheme: QuantScheme) -> str:
     group = f"g{scheme.granularity.group_size}" if isinstance(scheme.granularity, PerGroup) else ""
-    codebook = {UNIFORM: "", LLOYD_MAX_INT8: "i", TABLE: "t"}.get(scheme.levels, "c")
+    codebook = {UNIFORM: "", LLOYD_MAX_INT8: "i", TABLE: "t", NVFP4: "nv", MXFP4: "mx"}.get(scheme.levels, "c")
     return f"{scheme.num_bits}{codebook}{group}{'' if scheme.delta is None else _delta_name(scheme.delta)}"
 
 

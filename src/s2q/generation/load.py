@@ -47,8 +47,8 @@ def load_pipeline(
         device: Where to put the pipeline: "cpu", "cuda", "cuda:1", a `torch.device`, the index of a GPU.
         verify: Whether to compare the files of an s2q checkpoint with its manifest first: None does where there is a
             manifest and warns where there is none, True refuses a checkpoint without, False does not.
-        backend: How its packed linears are computed: "auto", "reference", "cpu", "triton" or "fastest"; see
-            `s2q.nn.set_backend`.
+        backend: How its packed linears are computed: "auto", "reference", "cpu", "triton", "fastest" or "fp4";
+            see `s2q.nn.set_backend`.
         attention_backend: What computes attention, as diffusers names it ("native", "flash", "sage" and so on); None
             leaves PyTorch's own. `set_attention_backend` of a transformer changes it later.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from s2q.ops.dispatch import FP4
 from s2q.ops.int_matmul import cpu
 
 if TYPE_CHECKING:
@@ -39,13 +40,13 @@ def runs_dequantized(layer: StoredLinear) -> bool:
     if layer.weight_scale.device.type != "cpu":
         return layer.simulated
     narrow = min(layer.in_features, layer.out_features) < NARROW
-    x_bits = 8 if layer.scheme.activation is None else layer.scheme.activation.product_bits
+    x_bits = 8 if layer.scheme.activation is None else layer.scheme.activation.widest
     return layer.simulated or narrow or not cpu.is_fast(x_bits=x_bits, w_bits=layer.scheme.weight.product_bits)
 
 
 def integer_backend(layer: StoredLinear) -> str:
-    """Return the backend of a layer's integer operations, which know nothing of "fastest"."""
-    return "auto" if layer.backend == FASTEST else layer.backend
+    """Return the backend of a layer's integer operations, which know nothing of "fastest" and "fp4"."""
+    return "auto" if layer.backend in (FASTEST, FP4) else layer.backend
 
 
 def keeps_prepacked(layer: StoredLinear) -> bool:
@@ -56,7 +57,7 @@ def keeps_prepacked(layer: StoredLinear) -> bool:
     on_cpu = layer.weight_scale.device.type == "cpu" and integer_backend(layer) in ("auto", "cpu")
     if not on_cpu or layer.weight_scale.ndim != 1 or activation is None:
         return False
-    return cpu.multiplies_pairs(x_bits=activation.product_bits, w_bits=layer.scheme.weight.product_bits)
+    return cpu.multiplies_pairs(x_bits=activation.widest, w_bits=layer.scheme.weight.product_bits)
 
 
 class WeightCache:

@@ -2,6 +2,7 @@
 
     y = (codes_x · codes_wᵀ) · Δ_x · Δ_w + b        integers inside, fp32 for the scales, then the dtype of x
 
+With deltas (`core.cubes`), codes_x are those of the differences, and the product of each cube's mean is added.
 Weight-only schemes (no activation part) multiply x by the dequantized weight instead, and simulated ones
 (`nn.simulated`) the dequantized x by the dequantized weight. Before that, x takes its path (`core.input_path`): the
 product of its shift with the weight is in the bias, and the inverse of its transform T = diag(v) · (A ⊗ B) in the
@@ -11,6 +12,7 @@ Shapes: `M` tokens, `I` in features, `O` out features, `G` groups, `r` rank of t
 of a row (`core.packing`).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -20,20 +22,22 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.torch_state import without_autocast
+from s2q.core.cubes import QuantizedMeans, cube_means, cube_rows
 from s2q.core.input_path import InputPath
 from s2q.core.packing import pack_codes
 from s2q.core.qparams import RoundedWeight
-from s2q.core.schemes import LinearScheme
+from s2q.core.schemes import Delta, LinearScheme, QuantScheme
+from s2q.core.tokens import current_grid
 from s2q.nn.branch import float_branch, with_float_branch
 from s2q.nn.dequantized import integer_backend, keeps_prepacked, runs_dequantized
+from s2q.nn.fp4 import fp4_product, has_fp4
 from s2q.nn.simulated import simulated_product, warn_slow
 from s2q.nn.stored import QuantizedInput, StoredLinear, frozen, packed_dtypes, token_levels_of
 from s2q.ops.activation_path import activation_path, transform_input
+from s2q.ops.dispatch import FP4
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
 from s2q.ops.token_levels import token_levels
 from s2q.ops.weight_only_matmul import weight_only_matmul
-
-_PIECE = 4096  # tokens
 
 
 class PackedLinear(StoredLinear):
@@ -54,7 +58,8 @@ class PackedLinear(StoredLinear):
             None.
         name: Its name in the model, for messages; empty if not set.
         backend: How integers are computed: "auto", a backend of the ops ("reference", "cpu", "triton"), or "fastest",
-            which is "auto" except for layers that are slower on integers than in full precision (`nn.dequantized`).
+            which is "auto" except for layers that are slower on integers than in full precision (`nn.dequantized`);
+            "fp4" for NVFP4 on tensor cores (`nn.fp4`).
         simulated: Whether no integer kernel takes its scheme or its input path.
         shared_input: Returns the codes of an input, computed once for the linears that read it (`nn.sharing`), or None.
         needs_grid: Whether it depends on where the video tokens of the call at hand are, see `follow_tokens`.
@@ -171,6 +176,8 @@ class PackedLinear(StoredLinear):
 
     def _product(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         activation = self.scheme.activation
+        if self.backend == FP4 and has_fp4(self.scheme):
+            return fp4_product(self, input)
         if self.simulated:
             return simulated_product(self, input)
         if activation is None:
@@ -178,36 +185,65 @@ class PackedLinear(StoredLinear):
         if self.weight_scale.ndim == 2:
             warn_slow(self.scheme.name, "multiply group after group of their weights")
         if self.shared_input is None:
-            codes_MI, scale_M1, coefficients = self._quantized(input)
+            quantized = self._quantized(input, activation)
         else:
-            codes_MI, scale_M1, coefficients = self.shared_input(input, lambda: self._quantized(input))
-        branch_input, branch_weight = float_branch(
-            self, coefficients, lambda alpha: scale_M1 * _product_in_pieces(codes_MI, alpha), input.shape[:-1]
+            quantized = self.shared_input(input, lambda: self._quantized(input, activation))
+        branch_input, branch_weight = float_branch(self, quantized.coefficients, quantized.project, input.shape[:-1])
+        multiply = functools.partial(
+            rescaled_int_matmul,
+            w_codes=self.kept.prepacked(self) if keeps_prepacked(self) else self.product_codes(),
+            w_scale=self.weight_scale,
+            w_bits=self.scheme.weight.product_bits,
+            backend=integer_backend(self),
         )
-        return rescaled_int_matmul(
-            codes_MI,
-            scale_M1,
-            self.kept.prepacked(self) if keeps_prepacked(self) else self.product_codes(),
-            self.weight_scale,
+        means, of_means = quantized.means, None
+        if means is not None:
+            assert activation.delta is not None
+            of_means = multiply(means.codes, means.scale, x_bits=activation.delta.mean_bits, out_dtype=torch.float32)
+        return multiply(
+            quantized.codes,
+            quantized.scale,
             bias=self.bias,
             low_rank_input=branch_input,
             low_rank_weight=branch_weight,
+            shared_output=of_means,
+            shared_rows=None if means is None else means.rows,
             x_bits=activation.product_bits,
-            w_bits=self.scheme.weight.product_bits,
             out_dtype=input.dtype,
-            backend=integer_backend(self),
         )
 
-    def _quantized(self, input: Tensor) -> QuantizedInput:  # noqa: A002
-        scheme, rows, path = self.scheme.activation, input.reshape(-1, self.in_features), self.input_tensors()
-        assert scheme is not None
-        if not scheme.has_int8_levels:
-            return activation_path(rows, path, num_bits=scheme.num_bits, backend=integer_backend(self))
+    def _quantized(self, input: Tensor, activation: QuantScheme) -> QuantizedInput:  # noqa: A002
+        means = None if activation.delta is None else self._quantized_means(input, activation.delta)
+        rows, path, backend = input.reshape(-1, self.in_features), self.input_tensors(), integer_backend(self)
+        if not activation.has_int8_levels:
+            quantized = activation_path(rows, path, num_bits=activation.num_bits, means=means, backend=backend)
+            return QuantizedInput(*quantized, means)
         transformed, coefficients = transform_input(rows, path)
-        levels, unit = token_levels_of(scheme, self.in_features, rows.device)
-        return *token_levels(
-            transformed, levels, path.clip_ratio, unit=unit, backend=integer_backend(self)
-        ), coefficients
+        if means is not None:
+            transformed = means.difference(transformed)
+        levels, unit = token_levels_of(activation, self.in_features, rows.device)
+        codes, scale = token_levels(transformed, levels, path.clip_ratio, unit=unit, backend=backend)
+        return QuantizedInput(codes, scale, coefficients, means)
+
+    def _quantized_means(self, input: Tensor, delta: Delta) -> QuantizedMeans | None:  # noqa: A002
+        """The means of the cubes of an input [..., N, I], on its path; None where it is unknown where they lie.
+
+        The path is linear, so that of a mean is the mean of the paths, except in parts with `apply`, where it differs
+        by what the differences make up for.
+        """
+        grid = current_grid()
+        offset = None if grid is None or input.ndim == 2 else grid.offset(input.shape[-2])
+        if grid is None or offset is None:
+            return None
+        sizes = (grid.frames, grid.height, grid.width)
+        video = input.narrow(-2, offset, grid.tokens).reshape(-1, *sizes, self.in_features)
+        means = cube_means(video, delta.cube).to(input.dtype).reshape(-1, self.in_features)
+        path = self.input_tensors()._replace(clip_ratio=None)
+        codes, scale, _ = activation_path(means, path, num_bits=delta.mean_bits, backend=integer_backend(self))
+        after = input.shape[-2] - offset - grid.tokens
+        rows = cube_rows(sizes, delta.cube, before=offset, after=after, samples=len(video), device=input.device)
+        codes, scale = F.pad(codes, (0, 0, 0, 1)), F.pad(scale, (0, 0, 0, 1), value=1.0)
+        return QuantizedMeans(codes, scale, rows)
 
     def _weight_only(self, input: Tensor) -> Tensor:  # noqa: A002
         transformed, coefficients = transform_input(input, self.input_tensors())
@@ -237,8 +273,3 @@ class _StraightThrough(torch.autograd.Function):
         (gradient,) = gradients
         towards_x = gradient @ layer.effective_weight(gradient.dtype)
         return towards_x.reshape(ctx.shape), None
-
-
-def _product_in_pieces(codes: Tensor, vector: Tensor) -> Tensor:
-    """Codes int8 [M, I] times fp32 [I, 1], [M, 1], without all of them in fp32 at once."""
-    return torch.cat([piece.float() @ vector for piece in torch.split(codes, _PIECE)])

@@ -30,7 +30,7 @@ class RefinedLinear(nn.Module):
         source: Transform and quantization of the input, shared by the linears that read it.
         units: Buffer [O, I], the levels of the codes in units of their scale.
         recomputes: Whether the backward pass computes the scaled weight again, which takes less memory than keeping it.
-        scale_change: Parameter of the shape of the weight's scale, δ.
+        scale_change: Parameter of the shape of the weight's scale, δ; one a row where scales are 8-bit floating point.
         bias_change: Parameter [O], β, or None without a bias.
         branch_change: Parameter [O, r], Λ, or None without a low-rank branch.
 
@@ -44,7 +44,8 @@ class RefinedLinear(nn.Module):
         self.recomputes = False
         vars(self)["packed"] = packed  # not a submodule: its parameters are not this one's
         self.register_buffer("units", packed.unit_weight(), persistent=False)
-        self.scale_change = nn.Parameter(torch.zeros_like(packed.weight_scale))
+        scale = packed.weight_scale[:, :1] if packed.scheme.weight.is_fp4 else packed.weight_scale
+        self.scale_change = nn.Parameter(torch.zeros_like(scale))
         self.bias_change: nn.Parameter | None = None
         self.branch_change: nn.Parameter | None = None
         weight = packed.dequantized_weight(torch.float32)

@@ -6,13 +6,14 @@ Shapes: `I` in features, `O` out features, `G` groups, `P` packed bytes of a row
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from s2q.common.errors import UsageError
 from s2q.core.codebook import level_unit, levels_of, nibble_levels
+from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputPath, InputTensors, stored_tensors
 from s2q.core.packing import packed_width, unpack_codes
 from s2q.core.qparams import dequantize_weight
@@ -22,10 +23,32 @@ from s2q.nn.dequantized import WeightCache, integer_backend
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.level_values import level_values
 
+_PIECE = 4096  # tokens
+
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
-QuantizedInput = tuple[Tensor, Tensor, Tensor | None]
-"""Codes int8 [M, I], scale fp32 [M, 1] and coefficients of the low-rank branch fp32 [M, r] of an input."""
+
+class QuantizedInput(NamedTuple):
+    """An input as integer products take it.
+
+    Attributes:
+        codes: int8 [M, I].
+        scale: fp32 [M, 1].
+        coefficients: Of the low-rank branch, fp32 [M, r], or None without one.
+        means: What is subtracted from tokens before they are quantized, or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    coefficients: Tensor | None
+    means: QuantizedMeans | None
+
+    def project(self, vector: Tensor) -> Tensor:
+        """Multiply the dequantized input by fp32 [I, 1]; returns [M, 1]."""
+        product = self.scale * _product_in_pieces(self.codes, vector)
+        if self.means is None:
+            return product
+        return product + self.means.spread_products(self.means.scale * _product_in_pieces(self.means.codes, vector))
 
 
 def packed_dtypes() -> dict[str, torch.dtype]:
@@ -271,6 +294,11 @@ def token_levels_of(scheme: QuantScheme, in_features: int, device: torch.device)
         levels = levels_of(scheme, in_features, device=device)
     assert levels is not None
     return levels, level_unit(scheme, in_features)
+
+
+def _product_in_pieces(codes: Tensor, vector: Tensor) -> Tensor:
+    """Codes int8 [M, I] times fp32 [I, 1], [M, 1], without all of them in fp32 at once."""
+    return torch.cat([piece.float() @ vector for piece in torch.split(codes, _PIECE)])
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

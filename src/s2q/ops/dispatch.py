@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 MIN_CAPABILITY = (8, 0)
 """Of the GPU: the first with int8 and bf16 tensor cores that Triton serves."""
 
+FP4, FP4_CAPABILITY = "fp4", (10, 0)
+"""The backend of NVFP4 products (`nn.fp4`), and the GPUs that have them."""
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 """That the kernels read as their main input. fp64 is left to the references."""
 
@@ -112,7 +115,19 @@ def backend_obstacle(backend: str, x: Tensor) -> str | None:
     """Say in a few words why a backend cannot take an op's main input (an empty one will do); None if it can."""
     if backend == "cpu" and x.device.type != "cpu":
         return f"got a tensor on {x.device}; expected one on the CPU"
+    if backend == FP4:
+        return fp4_obstacle(x.device)
     return triton_obstacle(x) if backend == "triton" else None
+
+
+def fp4_obstacle(device: torch.device) -> str | None:
+    """Say in a few words why a device has no products of NVFP4 blocks; None if it has."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"got a tensor on {device}; expected an NVIDIA GPU of compute capability 10.0 or newer"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP4_CAPABILITY:
+        return f"got a GPU of compute capability {'.'.join(map(str, capability))}; expected 10.0 or newer"
+    return None
 
 
 def triton_backend(name: str) -> Callable[..., Any]:

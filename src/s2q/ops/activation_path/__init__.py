@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import BACKEND_TENSORS, InputTensors
 from s2q.ops.activation_path import cpu, reference
 from s2q.ops.dispatch import choose_backend, opaque_op, triton_backend
@@ -30,16 +31,16 @@ def _shapes(x: Tensor, tensors: Sequence[Any], deflates: bool, *_: Any) -> tuple
 
 @opaque_op("activation_path", _shapes)
 def _run(
-    x: Tensor, tensors: Sequence[Tensor | None], deflates: bool, num_bits: int, backend: str
+    x: Tensor, tensors: Sequence[Tensor | None], deflates: bool, num_bits: int, backend: str, means: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a backend, for parts that have fields in `InputTensors`; without a basis the coefficients are [M, 0]."""
-    path = InputTensors._make([*tensors, deflates, ()])
-    codes, token_scale, coefficients = choose_backend(backend, x, BACKENDS)(x, path, num_bits=num_bits)
+    path, of_cubes = InputTensors._make([*tensors, deflates, ()]), QuantizedMeans._make(means) if means else None
+    codes, token_scale, coefficients = choose_backend(backend, x, BACKENDS)(x, path, num_bits=num_bits, means=of_cubes)
     return codes, token_scale, token_scale.new_empty(len(x), 0) if coefficients is None else coefficients
 
 
 def activation_path(
-    x: Tensor, path: InputTensors, *, num_bits: int, backend: str = "auto"
+    x: Tensor, path: InputTensors, *, num_bits: int, means: QuantizedMeans | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Transform and quantize the input of a linear; see `reference.activation_path`.
 
@@ -53,8 +54,8 @@ def activation_path(
     if path.steps:
         y, coefficients = transform_input(x, path)
         clip = InputTensors(clip_ratio=path.clip_ratio)
-        codes, token_scale, _ = activation_path(y, clip, num_bits=num_bits, backend=backend)
+        codes, token_scale, _ = activation_path(y, clip, num_bits=num_bits, means=means, backend=backend)
         return codes, token_scale, coefficients
     tensors: tuple[Any, ...] = path[: len(BACKEND_TENSORS)]
-    codes, token_scale, coefficients = _run(x, tensors, path.deflates, num_bits, backend)
+    codes, token_scale, coefficients = _run(x, tensors, path.deflates, num_bits, backend, means or ())
     return codes, token_scale, None if path.low_rank_basis is None else coefficients

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
 from s2q.core.qparams import code_range, token_scale_from_amax
 from s2q.ops.activation_path import reference
@@ -31,10 +32,12 @@ _MAGNITUDES = {
 """Integers of a dtype's width, and all their bits but the sign: magnitudes are in order there, NaN above all."""
 
 
-def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def activation_path(
+    x: Tensor, path: InputTensors, *, num_bits: int, means: QuantizedMeans | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Transform and quantize the input of a linear; see `reference.activation_path`, which fp64 is left to."""
     if x.dtype == torch.float64:
-        return reference.activation_path(x, path, num_bits=num_bits)
+        return reference.activation_path(x, path, num_bits=num_bits, means=means)
     size = min(len(x), max(MIN_ROWS.get(x.dtype, 32), CHUNK_BYTES // max(1, x.shape[1] * x.element_size())))
     transform = _Transform(x, size, path)
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
@@ -43,9 +46,14 @@ def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Te
     if path.low_rank_basis is not None:
         coefficients = torch.empty(len(x), path.low_rank_basis.shape[1], dtype=torch.float32, device="cpu")
     lowest, highest = code_range(num_bits)
+    dequantized = None if means is None else means.codes.float().mul_(means.scale)
     for start in range(0, len(x), max(1, size)):
         chunk = slice(start, start + size)
         y, chunk_coefficients = transform(x[chunk])
+        if means is not None and dequantized is not None:
+            mean = take("activation_path means", (len(y), y.shape[1]), torch.float32)
+            torch.index_select(dequantized, 0, means.rows[chunk], out=mean)
+            y = _in_fp32(torch.sub, y, mean, out=transform.wide)
         chunk_clip = clip[chunk] if clip is not None and clip.ndim > 0 and len(clip) == len(x) else clip
         if fused is not None and y.dtype in DTYPES and y.is_contiguous():
             fused.quantize(y, chunk_clip, num_bits=num_bits, codes=codes[chunk], scale=token_scales[chunk])

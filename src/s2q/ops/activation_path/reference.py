@@ -2,6 +2,8 @@
 
     x₁ = (x - shift) ⊙ v,    c = x₁ · V,    y = (x₁ - c · Vᵀ) · (A ⊗ B),    codes, Δ = quantize_per_token(y)
 
+With means (`core.cubes`), a token's codes are those of y less the dequantized mean of its cube.
+
 Each part may be missing; further ones (`InputPart.apply`) act on y. The coefficients c belong to the low-rank branch,
 which multiplies them in floating point; where it is taken from the weight, x₁ is not deflated: y = x₁ · (A ⊗ B).
 
@@ -16,17 +18,21 @@ import torch
 from torch import Tensor
 
 from s2q.common.torch_state import without_autocast
+from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
 from s2q.core.qparams import quantize_per_token
 from s2q.ops.kronecker import scaled_kronecker
 
 
-def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def activation_path(
+    x: Tensor, path: InputTensors, *, num_bits: int, means: QuantizedMeans | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Transform and quantize the input of a linear.
 
     Args:
         x: [M, I], floating.
         num_bits: N, 2 to 8.
+        means: Of the cubes of the tokens, to be subtracted from y; None for zero.
 
     Returns:
         codes: int8 [M, I].
@@ -34,6 +40,8 @@ def activation_path(x: Tensor, path: InputTensors, *, num_bits: int) -> tuple[Te
         coefficients: c, fp32 [M, r]; None without a basis.
     """
     transformed, coefficients = transform_input(x, path)
+    if means is not None:
+        transformed = means.difference(transformed)
     codes, token_scale = quantize_per_token(transformed, num_bits=num_bits, clip_ratio=path.clip_ratio)
     return codes, token_scale, coefficients
 

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
 from s2q.ops.activation_path.reference import product_dtype, transform_input
 from s2q.ops.activation_path.tiles import MAX_RANK, PRECISIONS, low_rank_tile, rotation_tile, row_block
@@ -45,7 +46,12 @@ Where the branch is taken out of the input inside of a kernel it is twice that, 
 
 
 def activation_path(
-    x: Tensor, path: InputTensors, *, num_bits: int, precision: str | None = None
+    x: Tensor,
+    path: InputTensors,
+    *,
+    num_bits: int,
+    means: QuantizedMeans | None = None,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Transform and quantize the input of a linear; see `reference.activation_path`.
 
@@ -55,7 +61,10 @@ def activation_path(
 
     Raises:
         InvalidInputError: If there is no such precision or the shapes do not fit.
+        KernelUnavailableError: With means.
     """
+    if means is not None:
+        raise KernelUnavailableError("no kernel subtracts the means of cubes")
     precision = precision or ("bf16" if x.dtype == torch.bfloat16 else "tf32x3")
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)

@@ -1,4 +1,4 @@
-"""Integer product of two matrices of codes, with the scales, bias and low-rank branch of a quantized linear."""
+"""Integer product of two matrices of codes, with the scales, bias and additions of a quantized linear."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +33,8 @@ def rescaled_int_matmul(
     bias: Tensor | None = None,
     low_rank_input: Tensor | None = None,
     low_rank_weight: Tensor | None = None,
+    shared_output: Tensor | None = None,
+    shared_rows: Tensor | None = None,
     *,
     x_bits: int = 8,
     w_bits: int = 8,
@@ -58,6 +60,8 @@ def rescaled_int_matmul(
         bias=bias,
         low_rank_input=low_rank_input,
         low_rank_weight=low_rank_weight,
+        shared_output=shared_output,
+        shared_rows=shared_rows,
         x_bits=x_bits,
         w_bits=w_bits,
         out_dtype=out_dtype,

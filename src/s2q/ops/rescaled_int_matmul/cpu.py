@@ -37,6 +37,8 @@ def rescaled_int_matmul(
     bias: Tensor | None = None,
     low_rank_input: Tensor | None = None,
     low_rank_weight: Tensor | None = None,
+    shared_output: Tensor | None = None,
+    shared_rows: Tensor | None = None,
     x_bits: int = 8,
     w_bits: int = 8,
     out_dtype: torch.dtype,
@@ -69,13 +71,15 @@ def rescaled_int_matmul(
                 total = sums[first : first + step]
                 part = slice(start + first, start + first + len(total))
                 scales = None if pairs else w_scale[wide], x_scale[part], None if offset is None else offset[wide]
-                if branch is None:
+                if branch is None and shared_output is None:
                     _rescale(total, *scales, out=out[part, wide])
                     continue
                 wider = take("rescaled sums", tuple(total.shape), torch.float32)
                 _rescale(total, *scales, out=wider)
-                if low_rank_input is not None:
+                if low_rank_input is not None and branch is not None:
                     wider.addmm_(low_rank_input[part], branch[wide].t())
+                if shared_output is not None and shared_rows is not None:
+                    wider += shared_output[:, wide].index_select(0, shared_rows[part])
                 out[part, wide] = wider
     return out
 

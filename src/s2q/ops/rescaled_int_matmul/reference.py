@@ -1,12 +1,14 @@
 """Rescaled integer product, the specification.
 
-    y = (codes_x · codes_wᵀ) · Δ_w · Δ_x + b + c · Lᵀ        int32 inside, then fp32, then rounded once to the dtype
+    y = (codes_x · codes_wᵀ) · Δ_w · Δ_x + b + c · Lᵀ + s        int32 inside, then fp32, then rounded once to the dtype
 
-c · Lᵀ is what a low-rank branch beside the integers contributes.
+c · Lᵀ is what a low-rank branch beside the integers contributes, s what several tokens share: the product of the mean
+of their cube (`core.cubes`).
 
 Example: codes_x = [[2, 3]], Δ_x = [[0.5]], codes_w = [[4, -1]], Δ_w = [0.25], b = [1]: the sum is 5, y = [[1.625]].
 
-Shapes: `M` tokens, `K` in features, `O` out features, `G` groups, `r` rank, `P` packed bytes of a row (`core.packing`).
+Shapes: `M` tokens, `K` in features, `O` out features, `G` groups, `r` rank, `C` cubes, `P` packed bytes of a row
+(`core.packing`).
 """
 
 import torch
@@ -25,6 +27,8 @@ def rescaled_int_matmul(
     bias: Tensor | None = None,
     low_rank_input: Tensor | None = None,
     low_rank_weight: Tensor | None = None,
+    shared_output: Tensor | None = None,
+    shared_rows: Tensor | None = None,
     x_bits: int = 8,
     w_bits: int = 8,
     out_dtype: torch.dtype,
@@ -39,6 +43,8 @@ def rescaled_int_matmul(
         bias: [O], floating, added in fp32.
         low_rank_input: c, fp32 [M, r], or None.
         low_rank_weight: L, [O, r], floating; there is one where there is the other.
+        shared_output: S, fp32 [C, O], or None.
+        shared_rows: int32 [M], the row of S that is added to each token; there is one where there is the other.
         x_bits: Width of the codes of x, at most 8; a promise that backends may use to be faster.
         w_bits: Width of the codes of w, at most 8; likewise, and it decides how uint8 codes are packed.
         out_dtype: Of the result [M, O]. The integer sums are exact (K ≤ 131071 at 8 bits each).
@@ -56,6 +62,8 @@ def rescaled_int_matmul(
     total = total.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), total, x_scale, out=total)
     if low_rank_input is not None and low_rank_weight is not None:
         total.addmm_(low_rank_input, low_rank_weight.float().t())
+    if shared_output is not None and shared_rows is not None:
+        total += shared_output.index_select(0, shared_rows)
     return total.to(out_dtype)
 
 

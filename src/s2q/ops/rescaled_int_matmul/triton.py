@@ -16,7 +16,7 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.packing import packed_width
-from s2q.ops.dispatch import architecture_of, launch
+from s2q.ops.dispatch import KernelUnavailableError, architecture_of, launch
 from s2q.ops.rescaled_int_matmul.tiles import GROUP_ROWS, UNPACK_BLOCK, UNPACK_FROM_ROWS, matmul_tile
 from s2q.ops.triton_math import INTERPRETING, matrix_product
 
@@ -30,6 +30,8 @@ def rescaled_int_matmul(
     bias: Tensor | None = None,
     low_rank_input: Tensor | None = None,
     low_rank_weight: Tensor | None = None,
+    shared_output: Tensor | None = None,
+    shared_rows: Tensor | None = None,
     x_bits: int = 8,
     w_bits: int = 8,
     out_dtype: torch.dtype,
@@ -40,7 +42,10 @@ def rescaled_int_matmul(
 
     Raises:
         InvalidInputError: If the shapes do not fit.
+        KernelUnavailableError: With a shared output.
     """
+    if shared_output is not None:
+        raise KernelUnavailableError("no kernel adds what the tokens of a cube share")
     rows, depth = x_codes.shape
     columns = w_codes.shape[0]
     is_packed = w_codes.dtype == torch.uint8 and w_bits <= 4
