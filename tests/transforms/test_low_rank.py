@@ -54,3 +54,21 @@ def test_fewer_rows_than_the_rank_leave_nothing():
     torch.testing.assert_close(weight.double() @ found @ found.t(), weight.double())
     with pytest.raises(InvalidInputError, match="NaN or infinite"):
         weight_directions([torch.full((2, 4), float("nan"))], 1)
+
+
+def test_the_iterated_directions_of_a_wide_input_leave_no_more_than_the_exact_ones(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.linalg.qr(torch.randn(96, 96, generator=generator, dtype=torch.float64)).Q
+    rows = torch.randn(500, 96, generator=generator, dtype=torch.float64) * torch.arange(1, 97) ** -0.5 @ mixing
+    moment = rows.t() @ rows / 500
+    exact = principal_directions(moment, 6)
+    monkeypatch.setattr("s2q.transforms.low_rank._ITERATED", 64)
+    monkeypatch.setattr(
+        "torch.linalg.eigh", lambda matrix, eigh=torch.linalg.eigh: eigh(matrix) if len(matrix) < 20 else 1 / 0
+    )
+    iterated = principal_directions(moment, 6)
+    torch.testing.assert_close(iterated.t() @ iterated, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-10)
+    left = [float(moment.trace() - (v.t() @ moment @ v).trace()) for v in (iterated, exact)]
+    assert left[0] == pytest.approx(left[1], rel=1e-5)
+    assert torch.equal(iterated, principal_directions(moment, 6))
+    assert not torch.isnan(principal_directions(torch.zeros(96, 96), 6)).any()

@@ -9,6 +9,9 @@ in high precision); with V the top right singular vectors of W, what is left of 
 2024). With orthonormal V both may be left out at once, (u - u V Vᵀ) (W - W V Vᵀ)ᵀ = (u - u V Vᵀ) Wᵀ: the error of
 each side then meets the smaller other side.
 
+Of a wide input only the largest directions are computed, by subspace iteration (Halko, Martinsson and Tropp, 2011,
+algorithm 4.4) on twice as many, from a fixed start: I² r products each time instead of the I³ of all directions.
+
 Example: rows [3, 1] and [3, -1] have the second moments [[9, 0], [0, 1]]; the first direction is [1, 0], and [0, 1] and
 [0, -1] are left.
 
@@ -21,6 +24,9 @@ import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
+
+_ITERATED = 1024  # features above which directions are iterated: up to there all of them take less than a second
+_MOST_ITERATIONS, _TOLERANCE = 50, 1e-7
 
 
 def principal_directions(second_moment: Tensor, rank: int) -> Tensor:
@@ -40,10 +46,31 @@ def principal_directions(second_moment: Tensor, rank: int) -> Tensor:
         raise InvalidInputError(
             "low rank: second moments contain NaN or infinite values; check the model's activations"
         )
-    directions = torch.linalg.eigh(second_moment.double()).eigenvectors[:, -rank:].flip(1)
+    wide = second_moment.double()
+    iterated = features > _ITERATED and 2 * rank < features // 2
+    directions = _subspace(wide, rank) if iterated else torch.linalg.eigh(wide).eigenvectors[:, -rank:].flip(1)
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
     signed: Tensor = directions * largest.sign()
     return signed
+
+
+def _subspace(matrix: Tensor, rank: int) -> Tensor:
+    """Directions of the largest eigenvalues of a symmetric, positive semi-definite matrix, fp64 [I, r].
+
+    It ends once their sum, tr(Vᵀ M V), grows by less than `_TOLERANCE` of itself.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(matrix), 2 * rank, generator=generator, dtype=matrix.dtype)
+    basis, captured = torch.linalg.qr(matrix @ start.to(matrix.device)).Q, 0.0
+    for _ in range(_MOST_ITERATIONS):
+        image = matrix @ basis
+        values, vectors = torch.linalg.eigh(basis.t() @ image)
+        before, captured = captured, float(values[-rank:].sum())
+        if captured - before <= _TOLERANCE * captured:
+            break
+        basis = torch.linalg.qr(image).Q
+    directions: Tensor = (basis @ vectors[:, -rank:]).flip(1)
+    return directions
 
 
 def weight_directions(weights: Sequence[Tensor], rank: int) -> Tensor:
