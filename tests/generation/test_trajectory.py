@@ -57,3 +57,17 @@ def test_bad_prompts_are_refused_before_the_model_runs(pipe):
     settings = resolve_settings(pipe, requested={"num_inference_steps": 2})
     with pytest.raises(InvalidInputError, match="empty"):
         record_trajectory(pipe, [" "], seeds=[0], settings=settings)
+
+
+def test_the_first_steps_are_those_of_the_whole_generation(pipe):
+    settings = resolve_settings(pipe, requested={"num_inference_steps": 4})
+    whole, done = record_trajectory(pipe, ["red"], seeds=[0], settings=settings), []
+    part = record_trajectory(pipe, ["red"], seeds=[0], settings=settings, steps=2, step_done=lambda: done.append(0))
+    assert (len(part.calls), len(done)) == (2, 2)
+    for call, same in zip(part.calls, whole.calls, strict=False):
+        assert torch.equal(call.inputs["hidden_states"], same.inputs["hidden_states"])
+    rows = whole.rows_of(whole.calls[2], 0)
+    channels = part.latents.shape[2]
+    after = whole.calls[2].inputs["hidden_states"][rows[-1:], :, :channels]
+    assert torch.equal(part.latents, after.float())
+    assert len(record_trajectory(pipe, ["red"], seeds=[0], settings=settings).calls) == 4

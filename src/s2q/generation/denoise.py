@@ -8,6 +8,7 @@ Legend: `B` videos in the batch, `f` latent frames, `C` latent channels, `h`, `w
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -61,16 +62,19 @@ def denoise(
     seeds: Sequence[int],
     settings: GenerationSettings,
     decode: bool = True,
+    steps: int | None = None,
     step_done: Tick = lambda: None,
 ) -> DenoisingResult:
     """Generate one batch of videos: latents and frames in the order of `prompts`; other threads wait for the pipeline.
+
+    After so many `steps` of those of the settings it ends, with the latents there.
 
     Raises:
         S2QError: If latents or frames are NaN or infinite, with the layer that is so first.
     """
     assert len(prompts) == len(seeds)
     with exclusive(pipe):
-        run = functools.partial(_run, pipe, prompts, seeds=seeds, settings=settings, decode=decode)
+        run = functools.partial(_run, pipe, prompts, seeds=seeds, settings=settings, decode=decode, steps=steps)
         latents, decoded = run(step_done)
         for kind, values in (("latents", latents), ("frames", decoded)):
             if values is not None and not bool(torch.isfinite(values).all()):
@@ -93,14 +97,17 @@ def _run(
     seeds: Sequence[int],
     settings: GenerationSettings,
     decode: bool,
+    steps: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Call a pipeline; return the final latents, float32 on the CPU, and the frames `[B, F, 3, H, W]` in 0..1."""
     drawn = [initial_noise(pipe, seed, settings) for seed in seeds]
     noise = torch.cat([noise for noise, _ in drawn]).to(pipe.text_encoder.dtype)
     last: dict[str, torch.Tensor] = {}
+    left = itertools.count(-1 if steps is None else steps - 1, -1)
 
     def after_step(latents: torch.Tensor) -> None:
         last["latents"] = latents
+        pipe._interrupt = next(left) == 0  # what a pipeline asks before each step, and resets in the next call
         step_done()
 
     with ExitStack() as stack:

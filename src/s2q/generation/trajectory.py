@@ -85,18 +85,19 @@ def record_trajectory(
     seeds: Sequence[int],
     settings: GenerationSettings,
     decode: bool = False,
+    steps: int | None = None,
     step_done: Tick = lambda: None,
 ) -> Trajectory:
-    """Generate one batch and record every call of the transformers, on the CPU.
+    """Generate one batch and record every call of the transformers, on the CPU; of the first `steps` if that is given.
 
     The text embeddings and rotary tables are stored once for all calls.
     """
     check_prompts(pipe, prompts)
     with exclusive(pipe), recorded_calls(transformers_of(pipe)) as calls:
-        result = denoise(pipe, prompts, seeds=seeds, settings=settings, decode=decode, step_done=step_done)
+        result = denoise(pipe, prompts, seeds=seeds, settings=settings, decode=decode, steps=steps, step_done=step_done)
     return Trajectory(
         prompts=tuple(prompts),
-        calls=tuple(_merge_branches(calls, pipe, settings)),
+        calls=tuple(_merge_branches(calls, pipe, steps=steps or settings.num_inference_steps)),
         latents=result.latents,
         frames=result.frames,
     )
@@ -132,13 +133,11 @@ def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list
         yield calls
 
 
-def _merge_branches(
-    calls: Sequence[TransformerCall], pipe: Any, settings: GenerationSettings
-) -> Sequence[TransformerCall]:
+def _merge_branches(calls: Sequence[TransformerCall], pipe: Any, *, steps: int) -> Sequence[TransformerCall]:
     """Merge the two calls of each step where guidance takes two, the unconditional rows first."""
-    if family_of(pipe.transformer).guidance == "batched" or len(calls) == settings.num_inference_steps:
+    if family_of(pipe.transformer).guidance == "batched" or len(calls) == steps:
         return calls
-    assert len(calls) == 2 * settings.num_inference_steps, (len(calls), settings)
+    assert len(calls) == 2 * steps, (len(calls), steps)
     shared: dict[tuple[int, int], torch.Tensor] = {}
     merged = []
     for conditional, other in zip(calls[::2], calls[1::2], strict=True):
