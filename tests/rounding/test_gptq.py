@@ -9,7 +9,8 @@ from s2q.core.codebook import levels_of
 from s2q.core.qparams import code_range, dequantize_weight, weight_scale
 from s2q.core.schemes import PerChannel, QuantScheme
 from s2q.rounding import round_rtn
-from s2q.rounding.gptq import GPTQ, round_gptq
+from s2q.rounding.gptq import GPTQ
+from s2q.rounding.gptq import round_gptq as round_group
 from s2q.rounding.hessian import HessianAccumulator, hessian_error
 from schemes import weights
 
@@ -26,6 +27,11 @@ def correlated(tokens, features, *, seed=0):
     """Inputs whose channels depend on each other and differ in size, as those of real layers do."""
     mixing = draw(features, features, seed=seed + 1000) * torch.linspace(2, 0.1, features)[:, None]
     return draw(tokens, features, seed=seed) @ mixing
+
+
+def round_gptq(weight, scheme, *, clip_ratio=None, **options):
+    (result,) = round_group([weight], scheme, clip_ratios=[clip_ratio], **options)
+    return result
 
 
 def hessian_of(x):
@@ -257,3 +263,22 @@ def test_gptq_refuses_bad_input(weight, hessian, message):
 def test_gptq_refuses_bad_options(options, message):
     with pytest.raises(InvalidInputError, match=message):
         GPTQ(**options)
+
+
+@pytest.mark.parametrize("scheme", [W4, GROUPED, CODEBOOK])
+def test_weights_of_one_input_share_the_factorization_and_are_rounded_as_alone(scheme, monkeypatch):
+    hessian, weights = hessian_of(correlated(60, 24)), [draw(rows, 24, seed=rows) for rows in (5, 12, 7)]
+    ratios = [None, torch.tensor(0.8), torch.tensor(0.9)]
+    alone = [
+        round_gptq(weight, scheme, hessian=hessian, clip_ratio=ratio)
+        for weight, ratio in zip(weights, ratios, strict=True)
+    ]
+    factorize, calls = torch.linalg.cholesky_ex, []
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: calls.append(0) or factorize(matrix))
+    for (rounded, report), (expected, of_expected) in zip(
+        round_group(weights, scheme, hessian=hessian, clip_ratios=ratios), alone, strict=True
+    ):
+        assert torch.equal(rounded.codes, expected.codes)
+        assert torch.equal(rounded.scale, expected.scale)
+        assert report == of_expected
+    assert len(calls) == 1

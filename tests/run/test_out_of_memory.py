@@ -38,7 +38,7 @@ STEPS = {
     "a sample": (samples.BlockSamples, "read"),
     "a step": (distil.Optimization, "step"),
     "the gradient": (distil.Optimization, "gradient"),
-    "a Hessian": (gptq.GPTQ, "round"),
+    "a Hessian": (gptq.GPTQ, "round_group"),
 }
 
 
@@ -134,7 +134,7 @@ def test_the_second_failure_names_the_block_and_what_to_set_and_the_run_resumes(
     assert attempts.count(block) == faults.count == 2
     assert raised.value.exit_code == 4
     assert f"transformer_blocks.{block} on cpu" in str(raised.value)
-    for remedy in ("calibration.num_frames", "calibration.precision=model", "larger device"):
+    for remedy in ("calibration.num_frames", "calibration.precision=bfloat16", "larger device"):
         assert remedy in str(raised.value)
     report = run(tmp_path / "out")
     assert [reported.resumed for reported in report.blocks] == [index < block for index in range(2)]

@@ -6,7 +6,7 @@ with samples and without.
 
 import torch
 
-from s2q.blocks.pack import pack_nearest, pack_student
+from s2q.blocks.pack import pack_group, pack_nearest
 from s2q.blocks.students import make_students
 from s2q.blocks.task import BlockTask, BlockWork, input_groups
 from s2q.nn import PackedLinear
@@ -28,6 +28,7 @@ def folded(task: BlockTask) -> dict[str, PackedLinear]:
     layers: dict[str, PackedLinear] = {}
     for group in input_groups(task.linears, task.family):
         for linear, student in zip(group, make_students(work, group), strict=True):
-            layers[linear.inner_name], _ = pack_student(student.to(task.device), work, linear)
+            packed, _ = pack_group([student.to(task.device)], work, (linear,))
+            layers |= packed
     modulation = [linear for linear in task.linears if linear.role == "modulation"]
     return layers | pack_nearest(task.block, modulation, device=task.device)

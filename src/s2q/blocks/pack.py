@@ -18,7 +18,7 @@ from s2q.common.hooks import capture_inputs
 from s2q.core.memo import memoization
 from s2q.core.qparams import RoundedWeight
 from s2q.core.tokens import token_grid
-from s2q.nn import PackedLinear, StudentInput, StudentLinear
+from s2q.nn import PackedLinear, StudentInput, StudentLinear, StudentRows
 from s2q.planning.resolve import LinearPlan
 from s2q.rounding import HessianAccumulator, Rounding, round_rtn
 
@@ -50,29 +50,53 @@ def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, gr
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, dict[str, Any]] = {}
     for group in groups:
-        hessian = hessians.get(group[0].inner_name)
-        for linear in group:
-            layer = student.get_submodule(linear.inner_name)
-            packed[linear.inner_name], report = pack_student(layer, work, linear, hessian=hessian)
-            reports |= {linear.inner_name: report} if report else {}
+        layers = [student.get_submodule(linear.inner_name) for linear in group]
+        for linears in _by_scheme(group):
+            inside = [layers[group.index(linear)] for linear in linears]
+            with memoization():
+                added, more = pack_group(inside, work, linears, hessian=hessians.get(group[0].inner_name))
+            packed, reports = packed | added, reports | more
     return packed, reports
 
 
 @torch.no_grad()
-def pack_student(
-    layer: StudentLinear, work: BlockWork, linear: LinearPlan, *, hessian: HessianAccumulator | None = None
-) -> tuple[PackedLinear, dict[str, Any]]:
-    """Round and pack a student: as was learned, or by the recipe's method, which may need a Hessian; with a report."""
-    scheme, weight = linear.scheme, layer.folded_weight()
-    if layer.rounding is None:
-        rounding = work.task.recipe.rounding
-        rounded, report = _round(rounding, linear, weight, clip_ratio=layer.clip_ratio(), hessian=hessian)
+def pack_group(
+    layers: Sequence[StudentLinear | StudentRows],
+    work: BlockWork,
+    linears: Group,
+    *,
+    hessian: HessianAccumulator | None = None,
+) -> Packed:
+    """Round and pack students of one input and scheme: as was learned, or by the recipe's method, with its reports."""
+    scheme, weights = linears[0].scheme.weight, [layer.folded_weight() for layer in layers]
+    learned = [layer.rounding for layer in layers if isinstance(layer, StudentLinear) and layer.rounding is not None]
+    if not learned:
+        rounding, ratios = work.task.recipe.rounding, [layer.clip_ratio() for layer in layers]
+        results = _round(rounding, linears, weights, clip_ratios=ratios, hessian=hessian)
     else:
-        rounded = layer.rounding.rounded()
-        changed = float((rounded.codes != round_rtn(weight, scheme.weight).codes).double().mean())
-        report = {"changed": changed, "undecided": layer.rounding.undecided()}  # shares of all codes
-    bias = None if layer.bias is None else layer.bias.to(work.task.block.get_submodule(linear.inner_name).bias.dtype)
-    return PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=layer.stored(), path=linear.path), report
+        results = []
+        for weight, layer in zip(weights, learned, strict=True):
+            rounded = layer.rounded()
+            changed = float((rounded.codes != round_rtn(weight, scheme).codes).double().mean())
+            results.append((rounded, {"changed": changed, "undecided": layer.undecided()}))  # shares of all codes
+    packed = {}
+    for linear, layer, (rounded, _) in zip(linears, layers, results, strict=True):
+        bias = layer.bias
+        if bias is not None:
+            bias = bias.to(work.task.block.get_submodule(linear.inner_name).bias.dtype)
+        packed[linear.inner_name] = PackedLinear.from_rounded(
+            rounded, bias=bias, scheme=linear.scheme, inputs=layer.stored(), path=linear.path
+        )
+    reports = zip(linears, (report for _, report in results), strict=True)
+    return packed, {linear.inner_name: report for linear, report in reports if report}
+
+
+def _by_scheme(group: Group) -> list[Group]:
+    """Split linears that share an input by their schemes, which allocation may have changed."""
+    return [
+        tuple(linear for linear in group if linear.scheme == scheme)
+        for scheme in dict.fromkeys(linear.scheme for linear in group)
+    ]
 
 
 @torch.no_grad()
@@ -87,7 +111,7 @@ def pack_modulation(work: BlockWork, linears: Sequence[LinearPlan], samples: Blo
     for linear in linears:
         name, rounding = linear.inner_name, work.task.recipe.modulation_rounding
         weight = work.teacher.get_submodule(name).weight
-        rounded, reports[name] = _round(rounding, linear, weight, hessian=hessians[name])
+        ((rounded, reports[name]),) = _round(rounding, (linear,), [weight], clip_ratios=[None], hessian=hessians[name])
         bias = work.task.block.get_submodule(name).bias
         packed[name] = PackedLinear.from_rounded(rounded, bias=bias, scheme=linear.scheme)
     return packed, reports
@@ -95,18 +119,19 @@ def pack_modulation(work: BlockWork, linears: Sequence[LinearPlan], samples: Blo
 
 def _round(
     rounding: Rounding,
-    linear: LinearPlan,
-    weight: Tensor,
+    linears: Group,
+    weights: Sequence[Tensor],
     *,
-    clip_ratio: Tensor | None = None,
-    hessian: HessianAccumulator | None = None,
-) -> tuple[RoundedWeight, dict[str, Any]]:
-    with located(linear.name):
+    clip_ratios: Sequence[Tensor | None],
+    hessian: HessianAccumulator | None,
+) -> list[tuple[RoundedWeight, dict[str, Any]]]:
+    with located(", ".join(linear.name for linear in linears)):
         summed = None if hessian is None else hessian.hessian()
-        rounded, report = rounding.round(weight, linear.scheme.weight, clip_ratio=clip_ratio, hessian=summed)
-    if report.get("fallback"):
-        logger.warning("%s: rounded to nearest: %s", linear.name, report["fallback"])
-    return rounded, report
+        results = rounding.round_group(weights, linears[0].scheme.weight, clip_ratios=clip_ratios, hessian=summed)
+    for linear, (_, report) in zip(linears, results, strict=True):
+        if report.get("fallback"):
+            logger.warning("%s: rounded to nearest: %s", linear.name, report["fallback"])
+    return results
 
 
 def _hessians(

@@ -1,5 +1,6 @@
 """Interface of a rounding: its options, and a function from a folded weight to codes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +34,18 @@ class Rounding(Options):
         Returns the rounded weight, and plain data for the report.
         """
         return round_rtn(weight, scheme, clip_ratio=clip_ratio), {}
+
+    def round_group(
+        self,
+        weights: Sequence[Tensor],
+        scheme: QuantScheme,
+        *,
+        clip_ratios: Sequence[ClipRatio],
+        hessian: Tensor | None = None,
+    ) -> list[tuple[RoundedWeight, dict[str, Any]]]:
+        """Round weights that read one input, each with its clip ratio: by `round`, unless a subclass shares work."""
+        pairs = zip(weights, clip_ratios, strict=True)
+        return [self.round(weight, scheme, clip_ratio=ratio, hessian=hessian) for weight, ratio in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)

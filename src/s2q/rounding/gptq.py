@@ -17,6 +17,7 @@ Shapes: `I/O` in/out features, `G` groups, `K` columns of a block.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -24,11 +25,11 @@ import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError, S2QError
-from s2q.core.codebook import levels_of
+from s2q.core.codebook import levels_of, nearest_level
 from s2q.core.qparams import (
     ClipRatio,
     RoundedWeight,
-    dequantize,
+    code_range,
     dequantize_weight,
     quantize,
     quantize_weight,
@@ -61,13 +62,18 @@ class GPTQ(Rounding):
     block_size: int = field(default=128, metadata={"ge": 1})
     allow_fallback: bool = True
 
-    def round(
-        self, weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None, hessian: Tensor | None = None
-    ) -> tuple[RoundedWeight, dict[str, Any]]:
-        """Round a weight by `round_gptq`; see `Rounding.round`."""
+    def round_group(
+        self,
+        weights: Sequence[Tensor],
+        scheme: QuantScheme,
+        *,
+        clip_ratios: Sequence[ClipRatio],
+        hessian: Tensor | None = None,
+    ) -> list[tuple[RoundedWeight, dict[str, Any]]]:
+        """Round weights by `round_gptq`; see `Rounding.round_group`."""
         assert hessian is not None
-        rounded, report = round_gptq(weight, scheme, hessian=hessian, clip_ratio=clip_ratio, options=self)
-        return rounded, asdict(report)
+        rounded = round_gptq(weights, scheme, hessian=hessian, clip_ratios=clip_ratios, options=self)
+        return [(weight, asdict(report)) for weight, report in rounded]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +101,22 @@ class GPTQReport:
 
 @torch.no_grad()
 def round_gptq(
-    weight: Tensor,
+    weights: Sequence[Tensor],
     scheme: QuantScheme,
     *,
     hessian: Tensor,
-    clip_ratio: ClipRatio = None,
+    clip_ratios: Sequence[ClipRatio] | None = None,
     options: GPTQ | None = None,
-) -> tuple[RoundedWeight, GPTQReport]:
-    """Round a weight so that the error of the layer's output is small, not that of the weight.
+) -> list[tuple[RoundedWeight, GPTQReport]]:
+    """Round weights that read one input, so that the errors of the layers' outputs are small, not those of the weights.
+
+    Their rows are independent: they share the factorization and the pass over the columns.
 
     Args:
-        weight: [O, I], any floating dtype; computed in fp32, the factorization in fp64.
+        weights: [O, I] each, any floating dtype; computed in fp32, the factorization in fp64.
         scheme: PerChannel or PerGroup.
-        hessian: [I, I] of the layer's input, transformed and quantized; see `HessianAccumulator`.
-        clip_ratio: Factor in (0, 1] on the scale, broadcasts to it.
+        hessian: [I, I] of the layers' input, transformed and quantized; see `HessianAccumulator`.
+        clip_ratios: Factors in (0, 1] on the scale of each, broadcast to it.
         options: None is the defaults.
 
     Raises:
@@ -116,34 +124,64 @@ def round_gptq(
         S2QError: If H is not finite or no factorization succeeds, and the options do not allow the fallback.
     """
     options = options or GPTQ()
-    weight, hessian = weight.float(), hessian.to(device=weight.device, dtype=torch.float32)
-    _check(weight, hessian)
-    scale = weight_scale(weight, scheme, clip_ratio=clip_ratio)
-    levels = levels_of(scheme, weight.shape[1], device=weight.device)
-    nearest = quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
+    weights = [weight.float() for weight in weights]
+    hessian = hessian.to(device=weights[0].device, dtype=torch.float32)
+    for weight in weights:
+        _check(weight, hessian)
+    ratios = [None] * len(weights) if clip_ratios is None else clip_ratios
+    scales = [weight_scale(weight, scheme, clip_ratio=ratio) for weight, ratio in zip(weights, ratios, strict=True)]
     if not bool(hessian.isfinite().all()):
-        return RoundedWeight(codes=nearest, scale=scale), _not_finite(hessian, options, rows=len(weight))
-    rtn_rows = hessian_error(dequantize_weight(nearest, scale, levels=levels) - weight, hessian)
+        return [
+            (_nearest(weight, scale, scheme), _not_finite(hessian, options, rows=len(weight)))
+            for weight, scale in zip(weights, scales, strict=True)
+        ]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     factor, dampening_frac, retries = _factorize(hessian[order][:, order], options)
-    codes, rows, worse = nearest, rtn_rows, torch.ones_like(rtn_rows, dtype=torch.bool)
+    codes: list[Tensor | None] = [None] * len(weights)
     if factor is not None:
-        groups, size = scale.view(len(scale), -1), options.block_size  # [O, G], or [O, 1] per channel
-        columns = groups.repeat_interleave(weight.shape[1] // groups.shape[1], dim=1)[:, order]
-        codes = torch.empty_like(nearest)
-        codes[:, order] = _round_columns(weight[:, order], columns, factor, scheme=scheme, block_size=size)
-        rows = hessian_error(dequantize_weight(codes, scale, levels=levels) - weight, hessian)
+        rounded = _round_columns(torch.cat(weights), torch.cat(scales), factor, order, scheme=scheme, options=options)
+        codes = list(torch.split(rounded, [len(weight) for weight in weights]))
+    results = []
+    for weight, scale, rounded_codes in zip(weights, scales, codes, strict=True):
+        kept, errors = _better_rows(weight, scale, rounded_codes, scheme, hessian)
+        report = GPTQReport(
+            **errors,
+            dampening_frac=dampening_frac,
+            retries=retries,
+            dead_columns=int((hessian.diagonal() == 0).sum()),
+            fallback=None if factor is not None else f"no positive definite Hessian in {retries} tries",
+        )
+        results.append((kept, report))
+    return results
+
+
+def _nearest(weight: Tensor, scale: Tensor, scheme: QuantScheme) -> RoundedWeight:
+    levels = levels_of(scheme, weight.shape[1], device=weight.device)
+    codes = quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
+    return RoundedWeight(codes=codes, scale=scale)
+
+
+def _better_rows(
+    weight: Tensor, scale: Tensor, codes: Tensor | None, scheme: QuantScheme, hessian: Tensor
+) -> tuple[RoundedWeight, dict[str, Any]]:
+    """Return the better of GPTQ's codes, if there are any, and the nearest ones, row by row; and the errors."""
+    levels, nearest = levels_of(scheme, weight.shape[1], device=weight.device), _nearest(weight, scale, scheme)
+
+    def errors(codes: Tensor) -> Tensor:
+        return hessian_error(dequantize_weight(codes, scale, levels=levels) - weight, hessian)
+
+    rtn_rows = errors(nearest.codes)
+    if codes is None:
+        rows, worse, codes = rtn_rows, torch.ones_like(rtn_rows, dtype=torch.bool), nearest.codes
+    else:
+        rows = errors(codes)
         worse = rows > rtn_rows
-        codes[worse] = nearest[worse]
-    report = GPTQReport(
-        rtn_error=float(rtn_rows.sum()),
-        error=float(torch.where(worse, rtn_rows, rows).sum()),
-        dampening_frac=dampening_frac,
-        retries=retries,
-        dead_columns=int((hessian.diagonal() == 0).sum()),
-        rtn_rows=int(worse.sum()),
-        fallback=None if factor is not None else f"no positive definite Hessian in {retries} tries",
-    )
+        codes = torch.where(worse[:, None], nearest.codes, codes)
+    report = {
+        "rtn_error": float(rtn_rows.sum()),
+        "error": float(torch.where(worse, rtn_rows, rows).sum()),
+        "rtn_rows": int(worse.sum()),
+    }
     return RoundedWeight(codes=codes, scale=scale), report
 
 
@@ -211,21 +249,34 @@ def _factorize(hessian: Tensor, options: GPTQ) -> tuple[Tensor | None, float | N
     return None, None, tries
 
 
-def _round_columns(weight: Tensor, scale: Tensor, factor: Tensor, *, scheme: QuantScheme, block_size: int) -> Tensor:
-    """Carry out GPTQ on columns in their order; weight and scale [O, I], factor U [I, I]."""
-    weight = weight.clone()
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    in_features = weight.shape[1]
-    levels = levels_of(scheme, in_features, device=weight.device)
-    for start in range(0, in_features, block_size):
-        stop = min(start + block_size, in_features)
-        errors_OK = torch.zeros_like(weight[:, start:stop])
-        for column in range(start, stop):
-            value = weight[:, column]
-            column_scale = scale[:, column]
-            codes[:, column] = quantize(value, column_scale, num_bits=scheme.num_bits, levels=levels)
-            error = (value - dequantize(codes[:, column], column_scale, levels=levels)) / factor[column, column]
-            weight[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)
-            errors_OK[:, column - start] = error
-        weight[:, stop:].addmm_(errors_OK, factor[start:stop, stop:], alpha=-1)
-    return codes
+def _round_columns(
+    weight: Tensor, scale: Tensor, factor: Tensor, order: Tensor, *, scheme: QuantScheme, options: GPTQ
+) -> Tensor:
+    """Carry out GPTQ on the columns of weight [O, I] in an order [I]; factor U [I, I]; scale [O] or [O, G].
+
+    Columns are rows of memory meanwhile, and each takes five operations: on a GPU their number is what takes time. What
+    `ahead` multiplies is (w - q), U_ij / U_ii instead of U_ij and e = (w - q) / U_ii.
+    """
+    rest, groups = weight.t()[order], scale.view(len(scale), -1).t()  # [I, O], and [G, O] or [1, O]
+    scales = groups[order.div(len(order) // len(groups), rounding_mode="floor")]
+    divisors = torch.where(scales == 0, 1, scales)
+    codes = torch.empty(rest.shape, dtype=torch.int8, device=weight.device)
+    levels = levels_of(scheme, len(order), device=weight.device)
+    for start in range(0, len(order), options.block_size):
+        stop = min(start + options.block_size, len(order))
+        block, ahead = rest[start:stop], factor[start:stop] / factor.diagonal()[start:stop, None]
+        units, errors = torch.empty_like(block), torch.empty_like(block)
+        for column in range(stop - start):
+            value = units[column]
+            torch.div(block[column], divisors[start + column], out=value)
+            if levels is None:
+                value.round_().clamp_(*code_range(scheme.num_bits))
+            else:
+                value.copy_(levels[nearest_level(value, levels).long()])
+            torch.addcmul(block[column], value, scales[start + column], value=-1, out=errors[column])
+            block[column + 1 :].addr_(ahead[column, start + column + 1 : stop], errors[column], alpha=-1)
+        codes[start:stop] = quantize(units, units.new_ones(()), num_bits=scheme.num_bits, levels=levels)
+        rest[stop:].addmm_(ahead[:, stop:].t(), errors, alpha=-1)
+    result = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    result[:, order] = codes.t()
+    return result
