@@ -14,7 +14,7 @@ from s2q.benchmark.machine import hardware, versions
 from s2q.benchmark.results import ResultsFile
 from s2q.benchmark.timing import TimingOptions
 from s2q.common.errors import InvalidInputError
-from s2q.common.torch_state import in_fresh_torch_state
+from s2q.common.torch_state import in_fresh_torch_state, tf32_products
 from s2q.recipes.load import load_recipe
 from states import STATES
 from tiny import tiny_pipeline
@@ -154,3 +154,18 @@ def test_a_verb_that_fails_gives_the_state_back(tmp_path):
         assert torch.get_default_dtype() == torch.float16
         assert torch.get_default_device().type == "meta"
         assert not torch.is_grad_enabled()
+
+
+def test_tf32_products_are_a_gpus_and_end_with_the_last_context():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with tf32_products("cpu"):
+        assert matmul.fp32_precision == before
+    outer, inner = tf32_products("cuda:0"), tf32_products("cuda:1")
+    outer.__enter__()
+    inner.__enter__()
+    assert (matmul.fp32_precision, matmul.allow_tf32) == ("tf32", True)
+    outer.__exit__(None, None, None)
+    assert matmul.fp32_precision == "tf32"
+    inner.__exit__(None, None, None)
+    assert (matmul.fp32_precision, matmul.allow_tf32) == (before, False)

@@ -3,8 +3,10 @@
 import pytest
 from diffusers import CogVideoXPipeline
 
+from s2q.common.errors import InvalidInputError
+from s2q.planning import plan
 from s2q.planning.cost import Workload
-from s2q.planning.workload import workload_of
+from s2q.planning.workload import calibration_settings, workload_of
 from s2q.selection.options import Calibration
 from tiny import tiny_pipeline
 
@@ -34,3 +36,26 @@ def test_branches_that_are_called_one_by_one():
 
 def test_a_pipeline_that_calibration_does_not_run():
     assert workload(tiny_pipeline("cogvideox image")) is None
+
+
+@pytest.mark.parametrize(
+    ("most", "frames", "side"), [(10**6, 33, 32), (36, 33, 32), (35, 25, 32), (12, 9, 32), (11, 9, 16)]
+)
+def test_max_tokens_takes_frames_and_then_their_size(most, frames, side):
+    pipe, sizes = tiny_pipeline("cogvideox rotary"), {"num_frames": 33, "height": 32, "width": 32}
+    settings = calibration_settings(pipe, Calibration(**sizes, max_tokens=most), recommended={})
+    assert (settings.num_frames, settings.height, settings.width) == (frames, side, side)
+    found = workload_of(pipe, Calibration(**sizes, max_tokens=most), recommended={}, component_bytes=0)
+    assert found.tokens <= most
+
+
+def test_max_tokens_below_the_smallest_video_are_refused():
+    with pytest.raises(InvalidInputError, match=r"calibration.max_tokens=2: the smallest video has 3 tokens; use more"):
+        calibration_settings(tiny_pipeline("cogvideox rotary"), Calibration(**SIZES, max_tokens=2), recommended={})
+
+
+def test_max_tokens_of_published_dimensions():
+    planned = plan("synthetic:hunyuanvideo", recipe="s2q-w4a6", overrides=["calibration.max_tokens=20000"])
+    assert planned.calibration.tokens == 5 * 3600
+    with pytest.raises(InvalidInputError, match="two frames of .* have 7200 tokens"):
+        plan("synthetic:hunyuanvideo", recipe="s2q-w4a6", overrides=["calibration.max_tokens=7199"])

@@ -1,20 +1,20 @@
 """One block with calibration: token importance, initial transforms, distillation, rounding, packing.
 
 Everything is computed from the block's weights and the inputs that the teacher's stream gives it, in fp32 unless the
-recipe asks for the model's own dtype; the targets are what a copy of the block in that dtype makes of these inputs.
-The student contains the modulation linears of the checkpoint.
+recipe asks for another dtype; the targets are what a copy of the block in that dtype makes of these inputs. On a GPU,
+fp32 products are in TF32, except those of rounding. The student contains the modulation linears of the checkpoint.
 """
 
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from s2q.blocks.distil import DistillationReport, block_loss, checkpoint_parts, distil
 from s2q.blocks.pack import pack_modulation, pack_nearest, pack_students
@@ -24,12 +24,14 @@ from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.observe import observe
 from s2q.calibration.samples import BlockSamples
 from s2q.common.errors import S2QError
-from s2q.common.memory import to_device
+from s2q.common.memory import kept_memory, to_device
 from s2q.common.seeds import derive_seed
+from s2q.common.torch_state import tf32_products
 from s2q.distillation.options import Distillation, Refinement
 from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, replace_module
 from s2q.planning.resolve import LinearPlan
 from s2q.rounding import AdaRound, Rounding, penalize, roundings_of
+from s2q.transforms import batch_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +86,16 @@ class BlockStudents:
         return pack_nearest(self.work.task.block, linears, device=self.work.task.device)
 
     def student(self, modulation: Mapping[str, PackedLinear]) -> nn.Module:
-        """Return the student as it starts; the statistics are released."""
-        student = self.work.copy_with(modulation)
+        """Return the student as it starts; the statistics are released.
+
+        Its modulation linears do not learn: they are dequantized once.
+        """
+        dtype = next(self.work.teacher.parameters()).dtype
+        student = self.work.copy_with({name: layer.dequantized_linear(dtype) for name, layer in modulation.items()})
         for group, statistics in self.statistics.items():
             put_students(student, self.work, group, statistics)
             statistics.release()
+        batch_factors(student)
         return student
 
 
@@ -98,20 +105,38 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     stream, family = task.stream, task.family
     assert stream is not None, "a recipe that calibrates needs samples"
     teacher = copy.deepcopy(task.block).to(task.device).requires_grad_(False).eval()
-    wide = task.recipe.calibration.precision == "float32"
-    cast = functools.partial(to_device, device=task.device, dtype=torch.float32 if wide else None)
-    if wide:
-        teacher = teacher.float()
+    dtype = None
+    if task.recipe.calibration.precision != "model":
+        dtype = task.recipe.calibration.dtype(next(teacher.parameters()).dtype, task.device)
+        _convert(teacher, dtype, kept=getattr(stream.transformer, "_keep_in_fp32_modules", None) or ())
+    cast = functools.partial(_on_device, device=task.device, dtype=dtype)
     stream.advance(task.index)
     groups = input_groups(task.linears, family)
     targets = stream.store("targets")
     samples = BlockSamples(stream, targets, cast)
     work = BlockWork(task=task, teacher=teacher)
     try:
-        statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family)
+        with tf32_products(task.device):
+            statistics = observe(teacher, samples, groups, recipe=task.recipe, family=family)
         yield BlockStudents(work=work, samples=samples, statistics=statistics)
     finally:
         targets.clear()
+
+
+def _convert(block: nn.Module, dtype: torch.dtype, *, kept: Sequence[str]) -> None:
+    """Bring the parameters of a block to a dtype, in place; those of parts named in `kept` to fp32."""
+    for name, parameter in block.named_parameters():
+        wide = not set(kept).isdisjoint(name.split("."))
+        parameter.data = parameter.data.to(torch.float32 if wide else dtype)
+
+
+def _on_device(arguments: Mapping[str, Any], *, device: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return arguments of a block on a device, in a dtype if one is given; angles of rotary embeddings are in fp32."""
+    angles = None if dtype is None else torch.float32
+    return {
+        name: to_device(value, device, dtype=dtype if isinstance(value, Tensor) else angles)
+        for name, value in arguments.items()
+    }
 
 
 def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
@@ -130,7 +155,8 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
     report = None
     if recipe.distillation is not None:
         seed, penalty = derive_seed(task.block_seed, "order"), rounding_penalty(student, recipe.rounding)
-        report = _learn(student, samples, task, recipe.distillation, seed=seed, penalty=penalty)
+        learn = functools.partial(_learn, seed=seed, initial=loss["initial"], penalty=penalty)
+        report = learn(student, samples, task, recipe.distillation)
         loss["distilled"] = report.loss
     student.requires_grad_(False)
     packed, rounding = pack_students(student, work, samples, list(opened.statistics))
@@ -154,7 +180,7 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
 
 def _finite_loss(block: nn.Module, samples: BlockSamples, task: BlockTask) -> float:
     """The loss of a block, refused where it is not a number that a report can have."""
-    with checkpoint_parts(block, piece=task.piece, enabled=task.checkpointed):
+    with tf32_products(task.device), checkpoint_parts(block, piece=task.piece, enabled=task.checkpointed):
         loss = block_loss(block, samples, temporal=task.recipe.loss.temporal)
     if not math.isfinite(loss):
         raise S2QError(f"its loss is {loss}: the squares of what it returns overflow; check the model's activations")
@@ -168,13 +194,22 @@ def _learn(
     options: Distillation | Refinement,
     *,
     seed: int,
+    initial: float | None = None,
     penalty: Callable[[float], None] = lambda progress: None,
 ) -> DistillationReport:
     """Distil a student; its parts are computed again in the backward pass of a checkpointed task."""
     temporal = task.recipe.loss.temporal
-    with checkpoint_parts(student, piece=task.piece, enabled=task.checkpointed):
+    parts = checkpoint_parts(student, piece=task.piece, enabled=task.checkpointed)
+    with tf32_products(task.device), kept_memory(), parts:
         return distil(
-            student, samples, options=options, temporal=temporal, seed=seed, penalty=penalty, epoch_done=task.progress
+            student,
+            samples,
+            options=options,
+            temporal=temporal,
+            seed=seed,
+            initial=initial,
+            penalty=penalty,
+            epoch_done=task.progress,
         )
 
 

@@ -4,7 +4,7 @@ Each transformer has candidates of its own, the steps in which it is called, and
 the recipe says; scores are compared within them. `calibration.stream` carries them through its blocks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class CalibrationSet:
 
     Attributes:
         timesteps: One conditional call for each timestep that the transformer sees, of one prompt after another.
-        record: The content of selection.json: every candidate with its scores and whether it was taken.
+        record: The content of selection.json: every recorded candidate with its scores and whether it was taken.
     """
 
     calls: tuple[CalibrationCall, ...]
@@ -80,12 +80,20 @@ def select(
     pools: Mapping[str, CandidatePool], inputs: CalibrationInputs, group: Calibration, *, branches: int
 ) -> CalibrationSets:
     """Take samples for each transformer, as many as the recipe says of each."""
-    taken = {component: _taken_from(pool, inputs, group, branches=branches) for component, pool in pools.items()}
+    taken = {}
+    for component, pool in pools.items():
+        if inputs.chosen is None:
+            chosen = SELECTIONS[group.selection](pool, group.samples, derive_seed(inputs.seed, "selection"))
+        else:
+            places = [(candidate.prompt, candidate.step) for candidate in pool.candidates]
+            chosen = [index for index, place in enumerate(places) if place in inputs.chosen[component]]
+        taken[component] = _taken_from(pool, chosen, inputs, group, branches=branches)
     return CalibrationSets(inputs=inputs, samples=taken)
 
 
-def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: Calibration, *, branches: int) -> CalibrationSet:
-    chosen = SELECTIONS[group.selection](pool, group.samples, derive_seed(inputs.seed, "selection"))
+def _taken_from(
+    pool: CandidatePool, chosen: Sequence[int], inputs: CalibrationInputs, group: Calibration, *, branches: int
+) -> CalibrationSet:
     calls = []
     for position, index in enumerate(chosen):
         candidate = pool.candidates[index]
@@ -115,6 +123,8 @@ def _taken_from(pool: CandidatePool, inputs: CalibrationInputs, group: Calibrati
             for index, (candidate, diffusion, quantization, salience) in enumerate(scores)
         ],
     }
-    steps = enumerate(sorted({candidate.step for candidate in pool.candidates}))
-    timesteps = [CalibrationCall(prompt=index % len(inputs.prompts), step=step, branch=-1) for index, step in steps]
+    timesteps = []
+    for index, step in enumerate(sorted({candidate.step for candidate in pool.candidates})):
+        prompts = [prompt for prompt, recorded in enumerate(inputs.steps) if recorded > step]
+        timesteps.append(CalibrationCall(prompt=prompts[index % len(prompts)], step=step, branch=-1))
     return CalibrationSet(calls=tuple(calls), timesteps=tuple(timesteps), record=record)

@@ -1,6 +1,7 @@
 """Collecting: the denoising steps of a few prompts, scored.
 
-For each prompt the full-precision pipeline runs once; kept are the latent before each step and the last one, the
+For each prompt the full-precision pipeline runs once, up to the last step that a selection without scores takes of it,
+or to the end; kept are the latent before each step and the last one, the
 timesteps, which transformer was called, and what else it was given (text embedding of both guidance branches, rotary
 tables): a function of model, prompt and seed, stored under its fingerprint, so that a killed run does not generate
 again.
@@ -21,25 +22,40 @@ from s2q.common.fingerprint import fingerprint
 from s2q.common.progress import Tick
 from s2q.common.run_folder import ArtefactFolder
 from s2q.common.seeds import derive_seed
-from s2q.generation.settings import GenerationSettings, check_prompts, resolve_settings, takes_prompts_alone
+from s2q.generation.settings import GenerationSettings, check_prompts, takes_prompts_alone
 from s2q.generation.sharing import steps_of_transformers
 from s2q.generation.trajectory import record_trajectory
 from s2q.models.source import recommended_generation
+from s2q.planning.workload import calibration_settings
 from s2q.selection.options import Calibration
 from s2q.selection.scores import Candidate, CandidatePool, score_trajectory
+from s2q.selection.selection import SELECTIONS, UNSCORED
 from s2q.shapes import embedded
 
-_VERSION = 5
+_VERSION = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationInputs:
-    """Inputs of the collection of candidates, checked against the model; `fingerprint` is of model, seed, versions."""
+    """Inputs of the collection of candidates, checked against the model.
+
+    Attributes:
+        fingerprint: Of model, seed and versions.
+        steps: Denoising steps to record of each prompt; 0 for a prompt that is not generated.
+        chosen: Prompt and step of each sample, by component; None where the selection needs scores.
+    """
 
     prompts: tuple[str, ...]
     settings: GenerationSettings
     fingerprint: str
     seed: int
+    steps: tuple[int, ...]
+    chosen: Mapping[str, frozenset[tuple[int, int]]] | None = None
+
+    @property
+    def recorded(self) -> list[int]:
+        """The indices of the prompts that are generated."""
+        return [prompt for prompt, steps in enumerate(self.steps) if steps]
 
     def key(self, prompt: int) -> str:
         """Return the name of the artefact of a prompt."""
@@ -47,7 +63,8 @@ class CalibrationInputs:
 
     def prompt_fingerprint(self, prompt: int) -> str:
         """Return the fingerprint of the artefact of a prompt."""
-        return fingerprint([self.fingerprint, self.prompts[prompt], prompt, self.settings.to_dict(), self.seed])
+        parts = [self.fingerprint, self.prompts[prompt], prompt, self.settings.to_dict(), self.seed, self.steps[prompt]]
+        return fingerprint(parts)
 
 
 def calibration_prompts(
@@ -77,8 +94,7 @@ def prepare(
             f"save the transformer in a {expected}"
         )
     check_prompts(teacher.pipe, prompts)
-    requested = group.sizes | {"num_inference_steps": group.steps}
-    settings = resolve_settings(teacher.pipe, requested=requested, defaults=recommended_generation(teacher.folder))
+    settings = calibration_settings(teacher.pipe, group, recommended=recommended_generation(teacher.folder))
     _check_candidates(teacher, group, prompts=len(prompts), steps=settings.num_inference_steps)
     config = {key: value for key, value in teacher.pipe.config.items() if not key.startswith("_")}
     described = {
@@ -88,13 +104,54 @@ def prepare(
         **inputs,
     }
     digest = fingerprint(json.loads(json.dumps(described, default=str)), _parts_to_hash(teacher))
-    return CalibrationInputs(prompts=tuple(prompts), settings=settings, fingerprint=digest, seed=seed)
+    number = settings.num_inference_steps
+    chosen = chosen_steps(teacher, group, prompts=len(prompts), steps=number, seed=seed)
+    return CalibrationInputs(
+        prompts=tuple(prompts),
+        settings=settings,
+        fingerprint=digest,
+        seed=seed,
+        steps=recorded_steps(chosen, prompts=len(prompts), steps=number),
+        chosen=chosen,
+    )
+
+
+def chosen_steps(
+    teacher: Teacher, group: Calibration, *, prompts: int, steps: int, seed: int
+) -> dict[str, frozenset[tuple[int, int]]] | None:
+    """Return prompt and step of each sample, by component; None where the selection needs scores."""
+    if group.selection not in UNSCORED:
+        return None
+    chosen, first = {}, 0
+    for component, called in steps_of_transformers(teacher.pipe, steps).items():
+        places = [(prompt, first + step) for prompt in range(prompts) for step in range(called)]
+        first += called
+        if component in {transformer.component for transformer in teacher.transformers}:
+            unscored = {"timestep": 0.0, "diffusion": 0.0, "quantization": 0.0}
+            pool = CandidatePool(candidates=tuple(Candidate(prompt=p, step=s, **unscored) for p, s in places))
+            taken = SELECTIONS[group.selection](pool, group.samples, derive_seed(seed, "selection"))
+            chosen[component] = frozenset(places[index] for index in taken)
+    return chosen
+
+
+def recorded_steps(
+    chosen: Mapping[str, frozenset[tuple[int, int]]] | None, *, prompts: int, steps: int
+) -> tuple[int, ...]:
+    """Return how many steps of each prompt are recorded: up to its last sample, of all where samples are unknown.
+
+    The prompt with the latest sample is generated to its end: modulation linears are calibrated on every timestep.
+    """
+    if chosen is None:
+        return (steps,) * prompts
+    taken = frozenset[tuple[int, int]]().union(*chosen.values())
+    recorded = [max((step + 1 for place, step in taken if place == prompt), default=0) for prompt in range(prompts)]
+    recorded[recorded.index(max(recorded))] = steps
+    return tuple(recorded)
 
 
 def missing_prompts(inputs: CalibrationInputs, folder: ArtefactFolder) -> list[int]:
     """Return the indices of the prompts whose calls are not in the folder yet."""
-    prompts = range(len(inputs.prompts))
-    return [index for index in prompts if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
+    return [index for index in inputs.recorded if not folder.has(inputs.key(index), inputs.prompt_fingerprint(index))]
 
 
 def record_prompt(
@@ -106,6 +163,7 @@ def record_prompt(
         [inputs.prompts[prompt]],
         seeds=[derive_seed(inputs.seed, "prompt", prompt)],
         settings=inputs.settings,
+        steps=inputs.steps[prompt],
         step_done=step_done,
     )
     artefact = to_artefact(trajectory, channel_dim=teacher.family.latent_channel_dim)
@@ -113,10 +171,10 @@ def record_prompt(
 
 
 def score_candidates(teacher: Teacher, inputs: CalibrationInputs, folder: ArtefactFolder) -> dict[str, CandidatePool]:
-    """Return the scored steps of each quantized transformer, by component, once all prompts are recorded."""
-    channel_dim, count = teacher.family.latent_channel_dim, len(inputs.prompts)
+    """Return the scored steps of each quantized transformer, by component, once the prompts are recorded."""
+    channel_dim = teacher.family.latent_channel_dim
     by_component: dict[str, list[Candidate]] = {transformer.component: [] for transformer in teacher.transformers}
-    for index in range(count):
+    for index in inputs.recorded:
         artefact = folder.load(inputs.key(index))
         latents = list(artefact.tensors["latents"].unbind(0))
         timesteps = artefact.tensors["timesteps"].tolist()
@@ -129,7 +187,7 @@ def score_candidates(teacher: Teacher, inputs: CalibrationInputs, folder: Artefa
 
 def branches_of(folder: ArtefactFolder, inputs: CalibrationInputs) -> int:
     """Return how many guidance branches the collected calls have."""
-    return int(folder.stats(inputs.key(0))["branches"])
+    return int(folder.stats(inputs.key(inputs.recorded[0]))["branches"])
 
 
 def _check_candidates(teacher: Teacher, group: Calibration, *, prompts: int, steps: int) -> None:

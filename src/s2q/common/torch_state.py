@@ -12,7 +12,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -58,26 +58,43 @@ def _without(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-class _Float32ByDefault:
-    """A context that any number of threads may be in: the first one saves the default dtype, the last restores it."""
+@contextmanager
+def tf32_products(device: str | torch.device) -> Iterator[None]:
+    """Have a GPU multiply fp32 matrices in TF32, with ten bits of mantissa, until the context ends."""
+    with _TF32 if torch.device(device).type == "cuda" else nullcontext():
+        yield
 
-    def __init__(self) -> None:
+
+class _ProcessWide(Generic[_T]):
+    """A value of the process for any number of contexts: the first one saves what was there, the last restores it."""
+
+    def __init__(self, value: _T, *, read: Callable[[], _T], write: Callable[[_T], object]) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._saved = torch.float32
+        self._value = self._saved = value
+        self._read, self._write = read, write
 
     def __enter__(self) -> None:
         with self._lock:
             if self._users == 0:
-                self._saved = torch.get_default_dtype()
-                torch.set_default_dtype(torch.float32)
+                self._saved = self._read()
+                self._write(self._value)
             self._users += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                torch.set_default_dtype(self._saved)
+                self._write(self._saved)
 
 
-_DEFAULT_DTYPE = _Float32ByDefault()
+_DEFAULT_DTYPE = _ProcessWide(torch.float32, read=torch.get_default_dtype, write=torch.set_default_dtype)
+
+
+def _set_matmul_precision(value: str) -> None:
+    """Set both switches of fp32 products on GPUs: PyTorch refuses to read the older one where they differ."""
+    torch.backends.cuda.matmul.allow_tf32 = value == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = value
+
+
+_TF32 = _ProcessWide("tf32", read=lambda: torch.backends.cuda.matmul.fp32_precision, write=_set_matmul_precision)

@@ -8,7 +8,7 @@ latent frames in groups of two, and a group that is not the first one grows by `
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from s2q.common.arguments import finite_number, prompt_list, whole_number
@@ -53,6 +53,29 @@ def resolve_settings(
     _check_frame_size(pipe, settings)
     _check_positions(pipe, settings)
     return settings
+
+
+def within_tokens(pipe: Any, settings: GenerationSettings, max_tokens: int) -> GenerationSettings:
+    """Return settings of a video with at most so many tokens: of fewer frames, and of smaller ones if two are too many.
+
+    Raises:
+        InvalidInputError: If the smallest video of the model has more.
+    """
+    stride = _frame_stride(pipe)
+    while video_tokens(pipe, settings) > max_tokens and settings.num_frames > stride + 1:
+        settings = replace(settings, num_frames=(settings.num_frames - 2) // stride * stride + 1)
+    step, sides = _side_step(pipe), (settings.height, settings.width)
+    smaller, eighths = settings, 8
+    while video_tokens(pipe, smaller) > max_tokens and eighths > 1:
+        eighths -= 1
+        height, width = (max(step, side * eighths // 8 // step * step) for side in sides)
+        smaller = replace(settings, height=height, width=width)
+    if (tokens := video_tokens(pipe, smaller)) > max_tokens:
+        raise InvalidInputError(
+            f"calibration.max_tokens={max_tokens}: the smallest video has {tokens} tokens; use more"
+        )
+    _check_frame_size(pipe, smaller)
+    return smaller
 
 
 def requested_settings(
@@ -187,12 +210,22 @@ def _check_frames(pipe: Any, num_frames: int) -> None:
         raise InvalidInputError(
             f"num_frames: got {num_frames}; the transformer has learned positions for {config.sample_frames} only"
         )
-    stride = vae_factors(pipe)[0] * int(getattr(pipe.vae, "num_latent_frames_batch_size", 1))
+    stride = _frame_stride(pipe)
     if (num_frames - 1) % stride:
         lower = (num_frames - 1) // stride * stride + 1
         raise InvalidInputError(
             f"num_frames: got {num_frames}; this VAE decodes {stride} n + 1 frames: use {lower} or {lower + stride}"
         )
+
+
+def _frame_stride(pipe: Any) -> int:
+    """The k of the numbers of frames that a VAE decodes, k n + 1."""
+    return vae_factors(pipe)[0] * int(getattr(pipe.vae, "num_latent_frames_batch_size", 1))
+
+
+def _side_step(pipe: Any) -> int:
+    """Height and width are multiples of it: of a token, and of what the pipeline itself asks for."""
+    return math.lcm(_size_step(pipe), family_of(pipe.transformer).size_multiple)
 
 
 def _check_positions(pipe: Any, settings: GenerationSettings) -> None:
@@ -213,8 +246,7 @@ def _check_positions(pipe: Any, settings: GenerationSettings) -> None:
 
 def _check_frame_size(pipe: Any, settings: GenerationSettings) -> None:
     config = pipe.transformer.config
-    spatial, step = vae_factors(pipe)[1], _size_step(pipe)
-    step = math.lcm(step, family_of(pipe.transformer).size_multiple)  # of the pipeline itself
+    spatial, step = vae_factors(pipe)[1], _side_step(pipe)
     for name, value in (("height", settings.height), ("width", settings.width)):
         trained = getattr(config, f"sample_{name}", 0) * spatial
         if getattr(config, "use_learned_positional_embeddings", False) and value != trained:

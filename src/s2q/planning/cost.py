@@ -3,11 +3,11 @@
 What a step of distillation holds is linear in the weights and in the values that go in and out of linears:
 
     plain           weight · Σ O·I + value · Σ rows · (I + O)      an input that several linears share counts once
-    checkpointed    4 Σ O·I + max((weight + 10) max O·I, piece · max O · rows of a piece, channel · rows · d)
+    checkpointed    4 Σ O·I + max((weight + 14) max O·I, piece · max O · rows of a piece, channel · rows · d)
 
 The four factors are sums over the parts of a recipe (`_STEP_BYTES`). They were fitted to the live memory of a step,
 traced on blocks without storage for the published sizes and up to 131,072 tokens (`benchmarks/step_memory.py`): what is
-planned is 0.83 to 1.30 of it.
+planned is 0.8 to 1.35 of it.
 
 Legend: `I/O` in/out features, `N` video tokens, `T` text tokens, `d` channels; `itemsize` bytes of a value in the dtype
 of calibration, in functions below `BlockShape` in the model's dtype.
@@ -32,7 +32,7 @@ DEFAULT_MEMORY_BUDGET = 16 * 10**9
 """Most that activations of calibration take of the host's memory unless told otherwise."""
 
 _FP32 = torch.float32.itemsize
-_WEIGHT, _MORE_AT_HAND, _MORE_LEARNED_AT_HAND = 4, 10, 14
+_WEIGHT, _MORE_AT_HAND = 4, 14
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class _StepBytes:
 
 
 _STEP_BYTES = {  # by the bytes of a value in the dtype of calibration
-    "quantization": {4: _StepBytes(13.7, 14, 42, 76), 2: _StepBytes(19, 14, 42, 59)},
-    "transform": {4: _StepBytes(15.8, 6.5, 12.6, 12.6), 2: _StepBytes(16, 6.5, 12.6, 10.5)},
-    "low rank": {4: _StepBytes(8.4, 1.1, 5, 4.2), 2: _StepBytes(13.3, 1.1, 5, 4.2)},
+    "quantization": {4: _StepBytes(7.5, 11, 42, 72), 2: _StepBytes(11.7, 10.8, 42, 54)},
+    "transform": {4: _StepBytes(8.4, 4.6, 12.6, 12.6), 2: _StepBytes(9.5, 3.2, 12.6, 10.5)},
+    "low rank": {4: _StepBytes(5.6, 2.7, 5, 4.2), 2: _StepBytes(8.6, 1.3, 5, 4.2)},
 }
 _LEARNED_WEIGHT = 18
 """In place of the factor of a weight where its rounding is learned, which fixes the transform."""
@@ -204,9 +204,8 @@ class BlockShape:
             limit = sys.maxsize if recipe.needs_grid else PIECE  # what needs the positions of tokens is not cut
             piece = max((features * min(rows, limit) for features, rows in self.outputs), default=0)
             channels, rows = self.streams
-            more = _MORE_LEARNED_AT_HAND if recipe.rounding.learned else _MORE_AT_HAND
             at_hand = max(
-                (factors.weight + more) * max(self.weights, default=0),
+                (factors.weight + _MORE_AT_HAND) * max(self.weights, default=0),
                 factors.piece * piece,
                 factors.channel * channels * rows,
             )
@@ -235,17 +234,17 @@ class BlockShape:
         weights = self.parameters * itemsize
         step = self.step_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize)
         if not on_host:
-            step += self.sample_bytes(itemsize, wide=itemsize == _FP32)
+            step += self.sample_bytes(itemsize, target_itemsize=itemsize)
         work = max(step, weights, self.rounding_bytes(recipe), self.basis_bytes(recipe))
         return int(weights + _PACKED_COPIES * self.parameters) + work
 
-    def sample_bytes(self, itemsize: int, *, wide: bool, pinned: bool = False) -> int:
-        """Return the bytes of one sample: its inputs in the model's dtype, targets (in fp32 if wide), token weights.
+    def sample_bytes(self, itemsize: int, *, target_itemsize: int, pinned: bool = False) -> int:
+        """Return the bytes of one sample: its inputs in the model's dtype, targets in that of calibration, weights.
 
         Pinned ones are in page-locked host memory; see `common.memory.page_locked_bytes`.
         """
         features, rows = self.streams
-        parts = (rows * features * itemsize, rows * features * (_FP32 if wide else itemsize), rows * _FP32)
+        parts = (rows * features * itemsize, rows * features * target_itemsize, rows * _FP32)
         return sum(map(page_locked_bytes, parts)) if pinned else sum(parts)
 
 
@@ -285,19 +284,20 @@ def forward_bytes(shapes: Sequence[BlockShape], rows: int, itemsize: int) -> int
 
 
 def calibration_cost(
-    shapes: Sequence[BlockShape], recipe: Recipe, *, workload: Workload, machine: Machine, itemsize: int
+    shapes: Sequence[BlockShape], recipe: Recipe, *, workload: Workload, machine: Machine, dtype: torch.dtype
 ) -> CalibrationCost:
-    """Return what calibrating the blocks takes, and how."""
+    """Return what calibrating the blocks of a model in a dtype takes, and how."""
     group = recipe.calibration
-    wide = group.precision == "float32"
-    computed = _FP32 if wide else itemsize
+    computed = group.dtype(dtype, machine.device).itemsize
     samples = group.samples * (workload.branches if group.branches == "both" else 1)
     on_host = machine.is_host
     whole = max(shape.peak_bytes(recipe, checkpointed=False, itemsize=computed, on_host=on_host) for shape in shapes)
     limit = machine.step_limit
     checkpointed = recipe.learns and limit is not None and whole > limit
     step = max(shape.step_bytes(recipe, checkpointed=checkpointed, itemsize=computed) for shape in shapes)
-    activations = samples * max(shape.sample_bytes(itemsize, wide=wide, pinned=not on_host) for shape in shapes)
+    activations = samples * max(
+        shape.sample_bytes(dtype.itemsize, target_itemsize=computed, pinned=not on_host) for shape in shapes
+    )
     return CalibrationCost(
         tokens=workload.tokens,
         frames=workload.frames,

@@ -46,7 +46,7 @@ from s2q.recipes.schema import Recipe
 
 LESS_MEMORY = (
     "calibrate on smaller videos (calibration.num_frames, calibration.height, calibration.width of the recipe) or in "
-    "the model's dtype (calibration.precision=model), or use a larger device"
+    "bf16 (calibration.precision=bfloat16), or use a larger device"
 )
 """Remedy for lack of memory while calibrating."""
 
@@ -273,7 +273,7 @@ def plan_transformers(
     shapes, cost = [], None
     if recipe.calibrates and workload is not None:
         shapes = block_shapes(transformers, linears, workload)
-        cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, itemsize=compute_dtype.itemsize)
+        cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, dtype=compute_dtype)
     work = stage_work(
         recipe, linears, shapes, cost, workload=workload, dtype=compute_dtype, transformers=len(transformers)
     )
@@ -345,7 +345,7 @@ def _peaks(
         return dict.fromkeys(names)
     forward = forward_bytes(shapes, workload.rows, dtype.itemsize)
     collect = base + machine.added_bytes(now + (workload.component_bytes or 0)) + forward
-    itemsize = torch.float32.itemsize if recipe.calibration.precision == "float32" else dtype.itemsize
+    itemsize = recipe.calibration.dtype(dtype, machine.device).itemsize
     checkpointed = cost.gradient_checkpointing
     work = max(
         shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize, on_host=machine.is_host)

@@ -8,11 +8,13 @@ from torch import nn
 
 from s2q.common.errors import InvalidInputError
 from s2q.generation.settings import (
+    GenerationSettings,
     prompt_token_limit,
     resolve_settings,
     takes_prompts_alone,
     token_frames,
     video_tokens,
+    within_tokens,
 )
 from s2q.models import ModelSource, family_of
 from s2q.models.source import recommended_generation
@@ -23,14 +25,20 @@ from s2q.selection.options import Calibration
 logger = logging.getLogger(__name__)
 
 
+def calibration_settings(pipe: Any, group: Calibration, *, recommended: Mapping[str, Any]) -> GenerationSettings:
+    """Return the settings of the videos of calibration."""
+    requested = group.sizes | {"num_inference_steps": group.steps}
+    settings = resolve_settings(pipe, requested=requested, defaults=dict(recommended))
+    return settings if group.max_tokens is None else within_tokens(pipe, settings, group.max_tokens)
+
+
 def workload_of(
     pipe: Any, group: Calibration, *, recommended: Mapping[str, Any], component_bytes: int | None
 ) -> Workload | None:
     """Return what calibration computes on; None for a pipeline that it does not run."""
     if not takes_prompts_alone(pipe):
         return None
-    requested = group.sizes | {"num_inference_steps": group.steps}
-    settings = resolve_settings(pipe, requested=requested, defaults=dict(recommended))
+    settings = calibration_settings(pipe, group, recommended=recommended)
     guided = settings.guidance_scale > 1 and not getattr(pipe.transformer.config, "guidance_embeds", False)
     branches = 2 if guided else 1
     return Workload(
@@ -66,9 +74,17 @@ def workload_of_synthetic(model: SyntheticModel, group: Calibration) -> Workload
             f"{model.label}: has no pipeline to fit {', '.join(sizes)} to; plan with the recommended size, or plan the "
             "model's own folder"
         )
+    frames, of_frame = model.frames, model.tokens // model.frames
+    if group.max_tokens is not None and group.max_tokens < model.tokens:
+        frames = max(2, group.max_tokens // of_frame)
+        if frames * of_frame > group.max_tokens:
+            raise InvalidInputError(
+                f"calibration.max_tokens={group.max_tokens}: two frames of {model.label} have {2 * of_frame} tokens; "
+                "use more, or plan the model's own folder, which fits the size of frames"
+            )
     return Workload(
-        tokens=model.tokens,
-        frames=model.frames,
+        tokens=frames * of_frame,
+        frames=frames,
         text_tokens=model.text_tokens,
         branches=model.batch * model.calls,
         rows=model.batch,

@@ -16,7 +16,15 @@ from typing import Any
 from s2q.blocks.quantize_block import quantize_block
 from s2q.blocks.task import BlockTask, block_task
 from s2q.calibration.calibration_set import CalibrationSets, select
-from s2q.calibration.candidates import branches_of, calibration_prompts, prepare, record_prompt, score_candidates
+from s2q.calibration.candidates import (
+    branches_of,
+    calibration_prompts,
+    chosen_steps,
+    prepare,
+    record_prompt,
+    recorded_steps,
+    score_candidates,
+)
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.errors import InvalidInputError
 from s2q.common.memory import on_device
@@ -83,7 +91,7 @@ def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: P
     teacher, recipe, device = runner.teacher, runner.job.recipe, runner.job.machine.device
     group = recipe.calibration
     wanted = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
-    shortest = replace(group, n_prompts=1, samples=1)
+    shortest = replace(group, n_prompts=1, samples=1, selection="sds")  # which records every step
     number = prepare(teacher, wanted[:1], shortest, seed=0, inputs={}).settings.num_inference_steps
     short, long = (_steps_with(teacher, calls) for calls in _CALLS)
     taken: list[float] = []
@@ -96,7 +104,9 @@ def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: P
         pools = score_candidates(teacher, inputs, runner.folder)
         taken.append(time.perf_counter() - started)
     step = max(0.0, (taken[2] - taken[1]) / (long - short))
-    video = max(0.0, taken[1] - step * short) + step * number
+    chosen = chosen_steps(teacher, group, prompts=len(wanted), steps=number, seed=0)
+    recorded = recorded_steps(chosen, prompts=len(wanted), steps=number)
+    videos = max(0.0, taken[1] - step * short) * sum(map(bool, recorded)) + step * sum(recorded)
     branches = branches_of(runner.folder, inputs)
     slices = {
         samples: select(pools, inputs, replace(group, samples=samples), branches=branches)
@@ -104,11 +114,11 @@ def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: P
     }
     whole = _whole_pools(teacher, pools, prompts=len(wanted), steps=number)
     started = time.perf_counter()
-    select(whole, inputs, group, branches=branches)
+    select(whole, replace(inputs, steps=(number,) * len(wanted)), group, branches=branches)
     selecting = time.perf_counter() - started
     allocates = {} if recipe.allocation is None else {"allocate": _allocating(runner, slices[_SAMPLES])}
     return {
-        "collect": len(wanted) * video,
+        "collect": videos,
         "select": selecting,
         **allocates,
         "blocks": _blocks(runner, slices, progress),

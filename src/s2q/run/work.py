@@ -79,8 +79,9 @@ def record_prompts(
     engine: Engine, source: TeacherSource, inputs: CalibrationInputs, folder: ArtefactFolder, *, progress: Progress
 ) -> None:
     """Record the prompts whose calls are not in the folder."""
-    missing, steps, count = missing_prompts(inputs, folder), inputs.settings.num_inference_steps, len(inputs.prompts)
-    step_done = StageCounter(progress, "collect", count * steps, done=(count - len(missing)) * steps)
+    missing, total = missing_prompts(inputs, folder), sum(inputs.steps)
+    done = total - sum(inputs.steps[prompt] for prompt in missing)
+    step_done = StageCounter(progress, "collect", total, done=done)
     work = PromptWork(teacher=source, inputs=inputs, folder=folder.path)
     with closing(engine.map(work, missing, on_message=lambda _: step_done())) as results:
         for _ in results:

@@ -72,6 +72,9 @@ Selection = Callable[[CandidatePool, int, int], list[int]]
 SELECTIONS: dict[str, Selection] = {rule.__name__: rule for rule in (sds, ds, qs, atop, atfp, rtfp, coverage)}
 """The selections by name."""
 
+UNSCORED = frozenset({"atop", "atfp", "rtfp", "coverage"})
+"""Those that read no scores: they are known before anything is generated."""
+
 
 def _check_count(pool: CandidatePool, count: int) -> None:
     if count < 1:
