@@ -14,7 +14,6 @@ from s2q.core.qparams import (
     fake_quantize_weight,
     quantize,
     quantize_weight,
-    round_ste,
     scale_from_amax,
     token_scale,
     weight_scale,
@@ -148,13 +147,38 @@ def test_token_scale_takes_a_clip_ratio():
     torch.testing.assert_close(token_scale(x, num_bits=6, clip_ratio=0.8), token_scale(x, num_bits=6) * 0.8)
 
 
-def test_round_ste_rounds_half_to_even_and_passes_the_gradient():
-    x = torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.4, math.inf], requires_grad=True)
-    y = round_ste(x)
-    assert y.tolist() == [-2, 0, 0, 2, 2, math.inf]
-    weights = torch.arange(6.0)
-    (y[:5] * weights[:5]).sum().backward()
-    assert torch.equal(x.grad[:5], weights[:5])
+def test_fake_quantize_rounds_half_to_even():
+    x = torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.4, math.inf])
+    assert fake_quantize(x, torch.tensor(1.0), num_bits=4).tolist() == [-2, 0, 0, 2, 2, 7]
+
+
+def composed(x, scale, *, num_bits):
+    """`fake_quantize` of autograd's own operations."""
+    ratio = x / scale
+    codes = ratio + (ratio.round() - ratio).detach()
+    return codes.clamp(*code_range(num_bits)) * scale
+
+
+@pytest.mark.parametrize("num_bits", [2, 4, 8])
+def test_gradients_of_a_dynamic_scale_equal_those_of_single_operations(num_bits):
+    x = torch.randn(5, 3, 12, generator=torch.Generator().manual_seed(4))
+    x[0, 0] = 0
+    x[1, 0, :2] = torch.tensor([9.0, -9.0])  # two largest magnitudes
+    ratio, upstream = torch.full((1,), 0.7), torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    results = []
+    for one_by_one in (False, True):
+        inputs = [value.clone().requires_grad_() for value in (x, ratio)]
+        if one_by_one:
+            amax = inputs[0].abs().amax(dim=-1, keepdim=True)
+            scale = scale_from_amax(amax * inputs[1], num_bits=num_bits)
+            values = composed(inputs[0], scale, num_bits=num_bits)
+        else:
+            scale = token_scale(inputs[0], num_bits=num_bits, clip_ratio=inputs[1])
+            values = fake_quantize(inputs[0], scale, num_bits=num_bits)
+        (values * upstream).sum().backward()
+        results.append([values.detach(), *(value.grad for value in inputs)])
+    for fused, single in zip(*results, strict=True):
+        torch.testing.assert_close(fused, single, rtol=1e-5, atol=1e-5)
 
 
 def test_fake_quantize_gradient_towards_x_is_one_inside_and_zero_outside():

@@ -4,9 +4,10 @@ from torch import nn
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import InputPath
+from s2q.core.memo import memoization
 from s2q.core.qparams import dequantize, dequantize_weight, quantize_per_token
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
-from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear
+from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear, StudentRows
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.rounding import round_rtn
 from s2q.transforms import Compose, KroneckerTransform, SmoothScale
@@ -276,3 +277,32 @@ def test_a_branch_of_both_sides_leaves_the_smaller_weight_and_changes_nothing_el
     split = StudentInput(None, transform=transform, low_rank_basis=basis, low_rank_from="both")(rows)
     product = split.quantized @ both.folded_weight().t() + split.coefficients @ both.low_rank_weight().t()
     torch.testing.assert_close(product, linear.weight.t(), rtol=0, atol=3e-3)
+
+
+@pytest.mark.parametrize("rank", [None, 3], ids=["plain", "branch"])
+@pytest.mark.parametrize("layer_scheme", SCHEMES)
+def test_linears_of_one_input_as_rows_of_one_student_are_those_students(layer_scheme, rank):
+    linears, x = [a_linear(seed=seed) for seed in range(3)], draw(2, 5, 24)
+    results = []
+    for joint in (False, True):
+        basis = None if rank is None else torch.linalg.qr(draw(24, rank, seed=7)).Q
+        source = StudentInput(
+            layer_scheme.activation, transform=a_transform(), low_rank_basis=basis, low_rank_from="both"
+        )
+        shared = {"scheme": layer_scheme, "source": source, "learns_clip": True}
+        students = StudentRows.of(linears, **shared) if joint else [StudentLinear(one, **shared) for one in linears]
+        with memoization():
+            outputs = [student(x) for student in students]
+            sum((output.square() * draw(*output.shape, seed=9)).sum() for output in outputs).backward()
+            folded = [student.folded_weight().detach() for student in students]
+            stored = [student.stored() for student in students]
+        ratios = [student.clip_ratio().detach() for student in students]
+        clips = {
+            id(part): part for student in students for part in student.modules() if isinstance(part, LearnableClip)
+        }
+        gradients = [parameter.grad for parameter in source.parameters()]
+        gradients.append(torch.cat([clip.theta.grad for clip in clips.values()]))
+        biases = [student.bias for student in students]
+        results.append([[output.detach() for output in outputs], folded, ratios, gradients, biases, stored])
+    for single, joint in zip(*results, strict=True):
+        torch.testing.assert_close(joint, single, rtol=1e-4, atol=1e-4)

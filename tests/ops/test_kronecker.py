@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -44,6 +46,13 @@ def test_non_contiguous_rows_and_half_precision():
     torch.testing.assert_close(result, half.float() @ full)
 
 
-def test_gradients_equal_finite_differences():
-    parts = [part.requires_grad_() for part in (draw(3, 6), draw(6, seed=1), draw(2, 2, seed=2), draw(3, 3, seed=3))]
-    assert torch.autograd.gradcheck(lambda x, v, a, b: scaled_kronecker(x, scale=v, left=a, right=b), parts)
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)))
+def test_gradients_equal_finite_differences(wanted, monkeypatch):
+    monkeypatch.setattr("s2q.ops.kronecker._ROWS", 2)  # of three
+    parts = [draw(3, 6), draw(6, seed=1), draw(2, 2, seed=2), draw(3, 3, seed=3)]
+    parts = [part.requires_grad_(learned) for part, learned in zip(parts, wanted, strict=True)]
+    for given in (parts, [parts[0], None, parts[2], None], [parts[0], parts[1], None, draw(6, 6, seed=4)]):
+        if any(part is not None and part.requires_grad for part in given):
+            assert torch.autograd.gradcheck(
+                lambda x, v, a, b: scaled_kronecker(x, scale=v, left=a, right=b), given, check_undefined_grad=False
+            )

@@ -161,7 +161,7 @@ def test_calibration_in_bf16_takes_less():
         for one in ("float32", "model")
     )
     assert half.calibration.activation_bytes < 0.7 * wide.calibration.activation_bytes
-    assert half.calibration.step_bytes < 0.85 * wide.calibration.step_bytes
+    assert half.calibration.step_bytes < wide.calibration.step_bytes  # transforms are in fp32 in both
 
 
 def test_the_embedded_model_is_planned_from_its_configuration():

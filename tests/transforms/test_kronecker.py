@@ -68,3 +68,14 @@ def test_bad_starts_are_refused():
         KroneckerTransform.build(16, start="hadamar")
     with pytest.raises(InvalidInputError, match="not orthogonal"):
         KroneckerTransform(torch.ones(2, 2), torch.eye(2))
+
+
+def test_gradients_of_both_directions_equal_finite_differences():
+    transform = KroneckerTransform.build(6, seed=1).double()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    parameters = list(transform.parameters())
+    assert torch.autograd.gradcheck(lambda *_: (transform(x), transform.fold_inverse(x)), parameters)

@@ -85,7 +85,7 @@ class Optimization:
         self.student, self.temporal, self.penalty = student, temporal, penalty
         self.total = total = options.epochs * samples
         self.learnable = [parameter for group in groups for parameter in group["params"]]
-        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _cosine(step, total))
 
     def step(self, sample: BlockSample) -> Tensor:
@@ -113,6 +113,7 @@ def distil(
     options: Distillation | Refinement,
     temporal: float = 0.0,
     seed: int,
+    initial: float | None = None,
     penalty: Callable[[float], None] = lambda progress: None,
     epoch_done: Tick = lambda: None,
 ) -> DistillationReport:
@@ -120,11 +121,11 @@ def distil(
 
     What requires gradients is transforms, clips, called `theta`, and learned rounding, called `logits`. The penalty is
     called in each step with the share of steps taken and adds the gradient of what else is to be small, beside a loss
-    of 1.
+    of 1. The loss of the initial state is computed unless it is given.
     """
     optimization = Optimization(student, options=options, samples=len(samples), temporal=temporal, penalty=penalty)
     learnable = optimization.learnable
-    initial = block_loss(student, samples, temporal=temporal)
+    initial = block_loss(student, samples, temporal=temporal) if initial is None else initial
     if not math.isfinite(initial):
         raise S2QError(f"distillation: the loss is {initial} before the first step; check the model's activations")
     generator = torch.Generator().manual_seed(seed)

@@ -107,7 +107,7 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     teacher = copy.deepcopy(task.block).to(task.device).requires_grad_(False).eval()
     dtype = None
     if task.recipe.calibration.precision != "model":
-        dtype = task.recipe.calibration.dtype(next(teacher.parameters()).dtype, task.device)
+        dtype = task.recipe.calibration.dtype(next(teacher.parameters()).dtype)
         _convert(teacher, dtype, kept=getattr(stream.transformer, "_keep_in_fp32_modules", None) or ())
     cast = functools.partial(_on_device, device=task.device, dtype=dtype)
     stream.advance(task.index)

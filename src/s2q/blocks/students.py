@@ -17,8 +17,17 @@ from s2q.blocks.task import BlockWork, Group
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.common.errors import located
 from s2q.common.seeds import derive_seed
+from s2q.core.memo import memoization
 from s2q.core.schemes import LinearScheme
-from s2q.nn import Estimator, LearnableClip, StudentInput, StudentLinear, packed_dtypes, replace_module
+from s2q.nn import (
+    Estimator,
+    LearnableClip,
+    StudentInput,
+    StudentLinear,
+    StudentRows,
+    packed_dtypes,
+    replace_module,
+)
 from s2q.recipes.schema import Recipe
 from s2q.rounding import LearnedRounding
 from s2q.transforms import (
@@ -42,7 +51,9 @@ ALPHAS = tuple(step / 10 for step in range(11))
 logger = logging.getLogger(__name__)
 
 
-def make_students(work: BlockWork, group: Group, *, statistics: InputStatistics | None = None) -> list[StudentLinear]:
+def make_students(
+    work: BlockWork, group: Group, *, statistics: InputStatistics | None = None
+) -> list[StudentLinear | StudentRows]:
     """Make the students of linears that share an input, in their order, where the teacher's linears are."""
     alpha = work.task.recipe.transforms.alpha
     with located(group[0].name):
@@ -67,15 +78,17 @@ def _best_alpha(work: BlockWork, group: Group, statistics: InputStatistics) -> f
     errors = {}
     for alpha in ALPHAS:
         layers = _students(work, group, statistics, alpha=alpha)
+        with memoization():
+            outputs = [layer(rows) for layer in layers]
         errors[alpha] = sum(
-            float((layer(rows) - output).double().square().sum()) for layer, output in zip(layers, exact, strict=True)
+            float((output - wanted).double().square().sum()) for output, wanted in zip(outputs, exact, strict=True)
         )
     return min(errors, key=errors.__getitem__)
 
 
 def _students(
     work: BlockWork, group: Group, statistics: InputStatistics | None, *, alpha: float
-) -> list[StudentLinear]:
+) -> list[StudentLinear | StudentRows]:
     recipe, seed, first = work.task.recipe, work.task.block_seed, group[0]
     assert all(linear.path == first.path for linear in group), f"{first.name}: linears that share its input differ"
     modules = [work.teacher.get_submodule(linear.inner_name) for linear in group]
@@ -99,19 +112,28 @@ def _students(
         steps=path.steps,
         weight=weights[0],
     ).to(weights[0].device)
-    layers = []
+    learns_clip = recipe.clip.weights
+    if recipe.distillation is not None and _is_joint(group, recipe):
+        return [*StudentRows.of(modules, scheme=scheme, source=source, learns_clip=learns_clip)]
+    layers: list[StudentLinear | StudentRows] = []
     for linear, module in zip(group, modules, strict=True):
         estimator = None
         if path.estimator:
             own_seed, frames = derive_seed(seed, "estimator", linear.inner_name), path.estimator_frames
             estimator = Estimator(linear.in_features, linear.out_features, frames=frames, seed=own_seed)
             estimator = estimator.to(weights[0].device)
-        learns_clip = recipe.clip.weights
         layer = StudentLinear(module, scheme=linear.scheme, source=source, learns_clip=learns_clip, estimator=estimator)
         if recipe.rounding.learned:
             layer.rounding = LearnedRounding(layer.folded_weight(), linear.scheme.weight)
         layers.append(layer)
     return layers
+
+
+def _is_joint(group: Group, recipe: Recipe) -> bool:
+    """Whether nothing of linears that share an input is of one of them alone, except rows of weight, bias and clip."""
+    first = group[0]
+    alike = all((linear.scheme, linear.has_bias) == (first.scheme, first.has_bias) for linear in group)
+    return len(group) > 1 and alike and not (first.path.estimator or first.path.steps or recipe.rounding.learned)
 
 
 def _transform(

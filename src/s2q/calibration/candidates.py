@@ -27,9 +27,9 @@ from s2q.generation.sharing import steps_of_transformers
 from s2q.generation.trajectory import record_trajectory
 from s2q.models.source import recommended_generation
 from s2q.planning.workload import calibration_settings
+from s2q.selection.known import known_samples, recorded_steps
 from s2q.selection.options import Calibration
 from s2q.selection.scores import Candidate, CandidatePool, score_trajectory
-from s2q.selection.selection import SELECTIONS, UNSCORED
 from s2q.shapes import embedded
 
 _VERSION = 6
@@ -119,34 +119,11 @@ def prepare(
 def chosen_steps(
     teacher: Teacher, group: Calibration, *, prompts: int, steps: int, seed: int
 ) -> dict[str, frozenset[tuple[int, int]]] | None:
-    """Return prompt and step of each sample, by component; None where the selection needs scores."""
-    if group.selection not in UNSCORED:
+    """Return prompt and step of each sample of the quantized transformers; see `known_samples`."""
+    known = known_samples(group, steps_of_transformers(teacher.pipe, steps), prompts=prompts, seed=seed)
+    if known is None:
         return None
-    chosen, first = {}, 0
-    for component, called in steps_of_transformers(teacher.pipe, steps).items():
-        places = [(prompt, first + step) for prompt in range(prompts) for step in range(called)]
-        first += called
-        if component in {transformer.component for transformer in teacher.transformers}:
-            unscored = {"timestep": 0.0, "diffusion": 0.0, "quantization": 0.0}
-            pool = CandidatePool(candidates=tuple(Candidate(prompt=p, step=s, **unscored) for p, s in places))
-            taken = SELECTIONS[group.selection](pool, group.samples, derive_seed(seed, "selection"))
-            chosen[component] = frozenset(places[index] for index in taken)
-    return chosen
-
-
-def recorded_steps(
-    chosen: Mapping[str, frozenset[tuple[int, int]]] | None, *, prompts: int, steps: int
-) -> tuple[int, ...]:
-    """Return how many steps of each prompt are recorded: up to its last sample, of all where samples are unknown.
-
-    The prompt with the latest sample is generated to its end: modulation linears are calibrated on every timestep.
-    """
-    if chosen is None:
-        return (steps,) * prompts
-    taken = frozenset[tuple[int, int]]().union(*chosen.values())
-    recorded = [max((step + 1 for place, step in taken if place == prompt), default=0) for prompt in range(prompts)]
-    recorded[recorded.index(max(recorded))] = steps
-    return tuple(recorded)
+    return {transformer.component: known[transformer.component] for transformer in teacher.transformers}
 
 
 def missing_prompts(inputs: CalibrationInputs, folder: ArtefactFolder) -> list[int]:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 _MADV_PAGEOUT = 21  # linux/mman.h, since 5.4; the contents stay, whatever they are backed by
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+_DEFAULT_THRESHOLD, _KEPT, _LARGEST_KEPT = 128 << 10, 256 << 20, 32 << 20
 
 
 def page_out(tensors: Iterable[Tensor]) -> None:
@@ -27,7 +29,7 @@ def page_out(tensors: Iterable[Tensor]) -> None:
     Meant for tensors mapped from files; what lies in memory of its own would go to the swap space, if there is any.
     Nothing happens where the kernel has no such call, nor to tensors on a GPU.
     """
-    advise = _madvise()
+    advise = _library_function("madvise")
     if advise is None:
         return
     for tensor in tensors:
@@ -91,6 +93,26 @@ def release_page_locked() -> None:
         torch._C._host_emptyCache()
 
 
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Have the allocator of glibc keep freed host memory, up to 256 MiB, for what is allocated next.
+
+    Otherwise it returns large blocks to the system and requests them again in the next step, at a page fault for each
+    4 KiB of every tensor. Other allocators are not affected.
+    """
+    mallopt = _library_function("mallopt")
+    if mallopt is None:
+        yield
+        return
+    mallopt(_TRIM_THRESHOLD, _KEPT)
+    mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+    try:
+        yield
+    finally:
+        mallopt(_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
+        mallopt(_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
+
+
 def to_device(value: Any, device: str, *, dtype: torch.dtype | None = None) -> Any:
     """Return a value with every tensor in its (nested) plain containers on a device, floating ones in a dtype."""
 
@@ -107,10 +129,11 @@ def tensors_of(*modules: nn.Module) -> Iterator[Tensor]:
 
 
 @functools.cache
-def _madvise() -> Callable[[ctypes.c_void_p, ctypes.c_size_t, int], int] | None:
+def _library_function(name: str) -> Callable[..., int] | None:
+    """A function of the C library of Linux, None where there is none."""
     if not sys.platform.startswith("linux"):
         return None
-    function = getattr(ctypes.CDLL(None), "madvise", None)
+    function = getattr(ctypes.CDLL(None), name, None)
     if function is not None:
         function.restype = ctypes.c_int
     return function

@@ -69,7 +69,7 @@ def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio =
             raise InvalidInputError(f"weight scheme {scheme}; expected PerChannel or PerGroup")
     by_amax = scheme.levels == UNIFORM or scheme.is_fp4
     if by_amax:
-        size = values.float().abs().amax(dim=-1)
+        size = _largest_magnitude(values.float()).squeeze(-1)
     else:
         size = _root_mean_square(values).squeeze(-1) * level_unit(scheme, weight.shape[1])
     if clip_ratio is not None:
@@ -81,7 +81,7 @@ def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio =
 
 def token_scale(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
     """Compute the dynamic scale of each token, fp32 [..., 1], of x [..., I]; the clip ratio in (0, 1] broadcasts."""
-    return token_scale_from_amax(x.abs().amax(dim=-1, keepdim=True), num_bits=num_bits, clip_ratio=clip_ratio)
+    return token_scale_from_amax(_largest_magnitude(x), num_bits=num_bits, clip_ratio=clip_ratio)
 
 
 def token_scale_from_amax(amax: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
@@ -139,12 +139,6 @@ def dequantize_weight(codes: Tensor, scale: Tensor, *, levels: Tensor | None = N
     return dequantize(grouped, spread, levels=levels).reshape(codes.shape)
 
 
-def round_ste(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes as if nothing had happened (straight-through estimator)."""
-    rounded: Tensor = _RoundSTE.apply(x)  # type: ignore[no-untyped-call]
-    return rounded
-
-
 def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:
     """Quantize and dequantize at once, trainable; shape and dtype of x, to which the fp32 scale broadcasts.
 
@@ -155,8 +149,8 @@ def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | N
     if levels is not None:
         nearest: Tensor = _LevelSTE.apply(_over(x, scale).clamp(levels[0], levels[-1]), levels)  # type: ignore[no-untyped-call]
         return (nearest * scale).to(x.dtype)
-    codes = round_ste(x.float() / scale).clamp(*code_range(num_bits))
-    return (codes * scale).to(x.dtype)
+    values: Tensor = _UniformSTE.apply(x.float(), scale, num_bits)  # type: ignore[no-untyped-call]
+    return values.to(x.dtype)
 
 
 def fake_quantize_input(
@@ -222,14 +216,49 @@ def align_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return weight, scale.unsqueeze(1)
 
 
-class _RoundSTE(torch.autograd.Function):
+class _UniformSTE(torch.autograd.Function):
+    """`fake_quantize` with uniform levels; x and scale are kept for the backward pass, which rounds once more.
+
+    Masks are floating-point factors: a CPU compares and selects several times as slowly as it multiplies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, num_bits: int) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.num_bits = num_bits
+        return (x / scale).round_().clamp_(*code_range(num_bits)).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (x, scale), (grad,) = ctx.saved_tensors, grad_outputs
+        ratio = x / scale
+        rounded = ratio.round()
+        codes = rounded.clamp(*code_range(ctx.num_bits))
+        clamped = rounded.sub_(codes).abs_().clamp_(max=1)  # 1 where a code is clamped, else 0
+        grad_x = torch.addcmul(grad, grad, clamped, value=-1)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
+        slope = codes.sub_(ratio).addcmul_(ratio, clamped)
+        return grad_x, slope.mul_(grad).sum_to_size(scale.shape), None
+
+
+class _AbsMax(torch.autograd.Function):
+    """max|x| over the last dimension, [..., 1]; the gradient is shared evenly by all values of that magnitude."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.round(x)
+        amax: Tensor = x.abs().amax(dim=-1, keepdim=True)
+        ctx.save_for_backward(x, amax)
+        return amax
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return grad_outputs[0]
+        x, amax = ctx.saved_tensors
+        share = x / torch.where(amax == 0, torch.ones_like(amax), amax)
+        largest = share.abs().floor_()  # 1 at the largest magnitude, else 0
+        count: Tensor = largest.sum(dim=-1, keepdim=True).clamp_(min=1)
+        gradient: Tensor = largest.mul_(share).mul_(grad_outputs[0] / count)
+        return gradient
 
 
 class _LevelSTE(torch.autograd.Function):
@@ -245,6 +274,14 @@ class _LevelSTE(torch.autograd.Function):
 def _over(x: Tensor, scale: Tensor) -> Tensor:
     """Divide by the scale; where that is 0, all of x is 0 and stays so."""
     return x.float() / torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _largest_magnitude(values: Tensor) -> Tensor:
+    """max|x| of the last dimension, [..., 1], differentiable."""
+    if torch.is_grad_enabled() and values.requires_grad:
+        largest: Tensor = _AbsMax.apply(values)  # type: ignore[no-untyped-call]
+        return largest
+    return values.abs().amax(dim=-1, keepdim=True)
 
 
 def _root_mean_square(values: Tensor) -> Tensor:

@@ -11,13 +11,17 @@ trained is in the parameters: of the transform, of the clips and of the estimato
 Shapes: `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
-from s2q.core.memo import checkpointed, memoize_step
+from s2q.core.input_path import stored_tensors
+from s2q.core.memo import checkpointed, memoize_for, memoize_step
 from s2q.core.qparams import fake_quantize_weight, weight_scale
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.nn.clip import LearnableClip
@@ -168,3 +172,63 @@ class StudentLinear(nn.Module):
         return fake_quantize_weight(weight, scale, num_bits=self.scheme.weight.num_bits, levels=levels)
 
     extra_repr = StoredLinear.extra_repr
+
+
+class StudentRows(nn.Module):
+    """One of several linears that read the same input and are one student: rows of its weight.
+
+    They have one transformed weight, one product and one fake quantization, in place of one each. Where the linears
+    are called with the same tensor within `memoization`, the student is called once.
+
+    Attributes:
+        joint: The student, [ΣO, I].
+        rows: Those of this linear.
+    """
+
+    def __init__(self, joint: StudentLinear, rows: slice) -> None:
+        super().__init__()
+        self.joint, self.rows = joint, rows
+
+    @classmethod
+    def of(
+        cls, linears: Sequence[nn.Linear], *, scheme: LinearScheme, source: StudentInput, learns_clip: bool
+    ) -> "list[StudentRows]":
+        """Return the students of linears that read one input; all of them have a bias, or none has."""
+        first, sizes = linears[0], [linear.out_features for linear in linears]
+        stacked = nn.Linear(first.in_features, sum(sizes), bias=first.bias is not None, device="meta")
+        stacked.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
+        if first.bias is not None:
+            stacked.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+        joint = StudentLinear(stacked, scheme=scheme, source=source, learns_clip=learns_clip)
+        ends = itertools.accumulate(sizes, initial=0)
+        return [cls(joint, slice(start, end)) for start, end in itertools.pairwise(ends)]
+
+    @property
+    def source(self) -> StudentInput:
+        """Transform and quantization of the input."""
+        return self.joint.source
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias [O] or None; see `StudentLinear`."""
+        return None if self.joint.bias is None else self.joint.bias[self.rows]
+
+    def folded_weight(self) -> Tensor:
+        """Return the weight to be quantized, fp32 [O, I]; see `StudentLinear.folded_weight`."""
+        return memoize_step(self.joint, "folded", self.joint.folded_weight)[self.rows]
+
+    def clip_ratio(self) -> Tensor | None:
+        """Return the weight's clipping ratios, fp32 [O] or [O, 1], or None for 1."""
+        ratio = self.joint.clip_ratio()
+        return None if ratio is None else ratio[self.rows]
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return what a packed linear stores beside codes, scale and bias, by name."""
+        known = stored_tensors()
+        tensors = memoize_step(self.joint, "stored", self.joint.stored)
+        return {name: value[self.rows] if known[name].of_linear else value for name, value in tensors.items()}
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
+        """Apply the layer to an input [..., I], floating; returns [..., O] in its dtype."""
+        output: Tensor = memoize_for(self.joint, input, lambda: self.joint(input))
+        return output[..., self.rows]

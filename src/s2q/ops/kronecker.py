@@ -12,10 +12,14 @@ Shapes: `I` features, `n1`, `n2` orders of the two factors; every leading dimens
 channels of a weight).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from s2q.common.torch_state import without_autocast
+
+_ROWS = 4096
 
 
 @without_autocast
@@ -30,19 +34,69 @@ def scaled_kronecker(
     for factor in (scale, left, right):
         if factor is not None:
             x = x.to(torch.promote_types(x.dtype, factor.dtype))
-    if scale is not None:
-        x = x * scale
+    if scale is None and left is None and right is None:
+        return x
+    n1, n2 = factor_orders(x.shape[-1], left, right)
+    assert n1 * n2 == x.shape[-1], (n1, n2, x.shape)
+    scale, left, right = (None if factor is None else factor.to(x.dtype) for factor in (scale, left, right))
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (x, scale, left, right)):
+        result: Tensor = _ScaledKronecker.apply(x, scale, left, right)  # type: ignore[no-untyped-call]
+        return result
+    half = _times_right(x, scale, left, right)
+    return (half if left is None else left.t() @ half).reshape(x.shape)
+
+
+def _times_right(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """(x ⊙ v) B as [..., n1, n2], or [..., I] without a rotation."""
+    x = x if scale is None else x * scale
     if left is None and right is None:
         return x
-    features = x.shape[-1]
-    n1, n2 = factor_orders(features, left, right)
-    assert n1 * n2 == features, (n1, n2, features)
-    grid = x.reshape(*x.shape[:-1], n1, n2)
-    if right is not None:
-        grid = grid @ right.to(grid.dtype)
-    if left is not None:
-        grid = left.to(grid.dtype).t() @ grid
-    return grid.reshape(*grid.shape[:-2], features)
+    grid = x.reshape(*x.shape[:-1], *factor_orders(x.shape[-1], left, right))
+    return grid if right is None else grid @ right
+
+
+class _ScaledKronecker(torch.autograd.Function):
+    """`scaled_kronecker` with a backward pass that keeps x and (x ⊙ v) B alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor | None) -> Tensor:
+        half = _times_right(x, scale, left, right)
+        ctx.save_for_backward(x, scale, left, right, None if left is None else half)
+        return (half if left is None else left.t() @ half).reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, left, right, half = ctx.saved_tensors
+        grad, gradients = grad_outputs[0], dict.fromkeys(("x", "scale", "left", "right"))
+        wanted = dict(zip(gradients, ctx.needs_input_grad, strict=True))
+        grid = factor_orders(x.shape[-1], left, right)
+        if left is not None:
+            grad = grad.reshape(-1, *grid)
+            if wanted["left"]:
+                gradients["left"] = _summed_products(half.reshape(-1, *grid), grad)
+            grad = left @ grad
+        if right is not None:
+            grad = grad.reshape(-1, grid[1])
+            if wanted["right"]:
+                scaled = x if scale is None else x * scale
+                gradients["right"] = scaled.reshape(-1, grid[1]).t() @ grad
+            if wanted["x"] or wanted["scale"]:
+                grad = grad @ right.t()
+        grad = grad.reshape(x.shape)
+        if wanted["scale"]:
+            gradients["scale"] = (grad * x).reshape(-1, x.shape[-1]).sum(dim=0)
+        if wanted["x"]:
+            gradients["x"] = grad if scale is None else grad * scale
+        return tuple(gradients.values())
+
+
+def _summed_products(half: Tensor, grad: Tensor) -> Tensor:
+    """Σ_m half_m grad_mᵀ of [M, n1, n2] twice, [n1, n1]; products are made for `_ROWS` of the M at a time."""
+    pieces = zip(torch.split(half, _ROWS), torch.split(grad, _ROWS), strict=True)
+    total = half.new_zeros(half.shape[1], half.shape[1])
+    for left, right in pieces:
+        total += (left @ right.transpose(1, 2)).sum(dim=0)
+    return total
 
 
 def factor_orders(features: int, left: Tensor | None, right: Tensor | None) -> tuple[int, int]:

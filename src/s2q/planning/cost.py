@@ -288,7 +288,7 @@ def calibration_cost(
 ) -> CalibrationCost:
     """Return what calibrating the blocks of a model in a dtype takes, and how."""
     group = recipe.calibration
-    computed = group.dtype(dtype, machine.device).itemsize
+    computed = group.dtype(dtype).itemsize
     samples = group.samples * (workload.branches if group.branches == "both" else 1)
     on_host = machine.is_host
     whole = max(shape.peak_bytes(recipe, checkpointed=False, itemsize=computed, on_host=on_host) for shape in shapes)

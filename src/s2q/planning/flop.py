@@ -17,6 +17,7 @@ import torch
 
 from s2q.planning.cost import BlockShape, Workload
 from s2q.recipes.schema import Recipe
+from s2q.selection.known import known_samples, recorded_steps
 
 _FP32 = 4
 _BACKWARD, _ATTENTION_BACKWARD = 2.0, 2.5
@@ -136,7 +137,7 @@ def step_work(shape: BlockShape, dtype: torch.dtype, *, checkpointed: bool) -> W
         _sum(products, {"fp32": folding}),
         {rate: forward.attention[rate] * (1 + _ATTENTION_BACKWARD + again)},
         traffic + again * forward.traffic,
-        shape.sample_bytes(dtype.itemsize, wide=dtype == torch.float32),
+        shape.sample_bytes(dtype.itemsize, target_itemsize=dtype.itemsize),
         launches + again * forward.launches,
     )
 
@@ -154,14 +155,14 @@ def block_work(
     """Count the calibration of a block.
 
     Args:
-        dtype: Of the model; blocks are calibrated in fp32 or in it, as the recipe says.
+        dtype: Of the model; blocks are calibrated in that of the recipe.
         samples: S, calls of the block.
         epochs: Epochs of distillation and of refinement, each with the number of times that it looks at all samples.
     """
-    computed = torch.float32 if recipe.calibration.precision == "float32" else dtype
+    computed = recipe.calibration.dtype(dtype)
     plain, quantized = forward_work(shape, computed), forward_work(shape, computed, quantized=True)
     step = step_work(shape, computed, checkpointed=checkpointed)
-    sample = Work(transfer=shape.sample_bytes(computed.itemsize, wide=computed == torch.float32))
+    sample = Work(transfer=shape.sample_bytes(computed.itemsize, target_itemsize=computed.itemsize))
     judged = 3 + sum(1 + looks for _, looks in epochs) + len(epochs)  # rounded to nearest, initial, final; and between
     total = forward_work(shape, dtype) * samples  # to the next block
     total += (plain + sample) * samples + (quantized + sample) * (samples * judged)
@@ -182,7 +183,9 @@ def collecting_work(
 ) -> Work:
     """Count the generation of candidates: each denoising step calls one of the transformers."""
     once = sum((forward_work(shape, dtype) for shape in shapes), start=Work()) * (workload.branches / transformers)
-    return once * (recipe.calibration.n_prompts * workload.steps)
+    prompts, steps = recipe.calibration.n_prompts, workload.steps
+    chosen = known_samples(recipe.calibration, {"": steps}, prompts=prompts, seed=0)
+    return once * sum(recorded_steps(chosen, prompts=prompts, steps=steps))
 
 
 def folding_work(weights: int, *, orders: int) -> Work:

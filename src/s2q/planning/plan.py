@@ -345,7 +345,7 @@ def _peaks(
         return dict.fromkeys(names)
     forward = forward_bytes(shapes, workload.rows, dtype.itemsize)
     collect = base + machine.added_bytes(now + (workload.component_bytes or 0)) + forward
-    itemsize = recipe.calibration.dtype(dtype, machine.device).itemsize
+    itemsize = recipe.calibration.dtype(dtype).itemsize
     checkpointed = cost.gradient_checkpointing
     work = max(
         shape.peak_bytes(recipe, checkpointed=checkpointed, itemsize=itemsize, on_host=machine.is_host)

@@ -22,7 +22,6 @@ from s2q.calibration.candidates import (
     chosen_steps,
     prepare,
     record_prompt,
-    recorded_steps,
     score_candidates,
 )
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
@@ -38,6 +37,7 @@ from s2q.planning import Machine, Plan
 from s2q.recipes.schema import Recipe
 from s2q.run.allocate import block_errors
 from s2q.run.runner import BlockJob, BlockRunner
+from s2q.selection.known import recorded_steps
 from s2q.selection.scores import CandidatePool
 
 _CALLS = (1, 5)

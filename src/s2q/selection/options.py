@@ -39,8 +39,8 @@ class Calibration(Options):
     branches: Literal["alternate", "conditional", "both"] = "alternate"
     precision: Literal["float32", "bfloat16", "model"] = "float32"
 
-    def dtype(self, model: torch.dtype, device: str) -> torch.dtype:
-        """Return the dtype that blocks are calibrated in on a device, from that of the model."""
+    def dtype(self, model: torch.dtype) -> torch.dtype:
+        """Return the dtype that blocks are calibrated in, from that of the model."""
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "model": model}[self.precision]
 
     @property

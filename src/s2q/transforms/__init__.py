@@ -12,7 +12,7 @@ from s2q.transforms.base import Transform
 from s2q.transforms.column_scale import column_scale
 from s2q.transforms.compose import Compose
 from s2q.transforms.hadamard import orthogonal_matrix
-from s2q.transforms.kronecker import KroneckerTransform
+from s2q.transforms.kronecker import KroneckerTransform, batch_factors
 from s2q.transforms.low_rank import principal_directions, weight_directions
 from s2q.transforms.options import ROTATIONS, SEARCH, Transforms
 from s2q.transforms.salience import SALIENCES
@@ -27,6 +27,7 @@ __all__ = [
     "SmoothScale",
     "Transform",
     "Transforms",
+    "batch_factors",
     "column_scale",
     "orthogonal_matrix",
     "principal_directions",

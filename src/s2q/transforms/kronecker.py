@@ -9,7 +9,8 @@ of P.
 Shapes: `I` in features, `n1`·`n2` = I, `n` order of one factor; a skew matrix has n(n - 1)/2 free entries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,16 +78,20 @@ class KroneckerTransform(Transform):
     def factors(self, dtype: torch.dtype, *, inverse_transpose: bool = False) -> Factors:
         """Return the factors of T or T⁻ᵀ; see `Transform.factors`."""
         left, right = (
-            None if factor is None else factor.matrix(dtype, inverse_transpose=inverse_transpose)
-            for factor in (self.left, self.right)
+            None if factor is None else factor.matrices(dtype)[inverse_transpose] for factor in (self.left, self.right)
         )
         return Factors(left=left, right=right)
 
 
 class _Factor(nn.Module):
-    """P = U · diag(σ) · Vᵀ; parameters fp32 `skew_u`, `skew_v` [n(n - 1)/2] and `log_sigma` [n], zero at the start."""
+    """P = U · diag(σ) · Vᵀ; parameters fp32 `skew_u`, `skew_v` [n(n - 1)/2] and `log_sigma` [n], zero at the start.
+
+    `batch` has the factors of its order that are computed together, itself among them.
+    """
 
     start: Tensor
+    upper: Tensor
+    batch: list["_Factor"]
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -96,20 +101,61 @@ class _Factor(nn.Module):
         if not float(deviation) < 1e-6:
             raise InvalidInputError(f"Kronecker factor of order {order}: its start is not orthogonal")
         self.register_buffer("start", value)
+        self.register_buffer("upper", _upper(order, value.device), persistent=False)
         free = order * (order - 1) // 2
         self.skew_u = nn.Parameter(torch.zeros(free, device=value.device))
         self.skew_v = nn.Parameter(torch.zeros(free, device=value.device))
         self.log_sigma = nn.Parameter(torch.zeros(order, device=value.device))
+        vars(self)["batch"] = [self]  # not submodules: the parameters of the others are not this one's
 
-    def matrix(self, dtype: torch.dtype, *, inverse_transpose: bool) -> Tensor:
-        u, v = memoize_step(self, dtype, lambda: self._orthogonal(dtype))
-        log_sigma = self.log_sigma.to(dtype)
-        return (u * (-log_sigma if inverse_transpose else log_sigma).exp()) @ v.t()
+    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return P and P⁻ᵀ."""
+        pairs = memoize_step(self.batch, dtype, lambda: _matrices(self.batch, dtype))
+        return pairs[self.batch.index(self)]
 
-    def _orthogonal(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        order = self.log_sigma.shape[0]
-        u, v = cayley(torch.stack([self.skew_u, self.skew_v]).to(dtype), order).unbind(0)
-        return self.start.to(dtype) @ u, v
+
+def batch_factors(module: nn.Module) -> None:
+    """Have the factors of equal order inside a module compute their matrices together, in a step of memoization."""
+    by_order: dict[int, list[_Factor]] = {}
+    for factor in module.modules():
+        if isinstance(factor, _Factor):
+            vars(factor)["batch"] = by_order.setdefault(len(factor.start), [])
+            factor.batch.append(factor)
+
+
+def _matrices(batch: Sequence[_Factor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    skew = torch.stack([part for factor in batch for part in (factor.skew_u, factor.skew_v)]).to(dtype)
+    sigma = torch.stack([factor.log_sigma for factor in batch]).to(dtype)
+    start = torch.stack([factor.start for factor in batch]).to(dtype)
+    stacked: tuple[Tensor, Tensor] = _FactorPairs.apply(skew, sigma, start, batch[0].upper)  # type: ignore[no-untyped-call]
+    return list(zip(*(part.unbind(0) for part in stacked), strict=True))
+
+
+class _FactorPairs(torch.autograd.Function):
+    """P and P⁻ᵀ of several factors: few operations on small matrices, whose number is what takes time.
+
+    With M = (I + A)⁻¹, cayley(A) = 2 M - I, and the gradient G of it gives -2 Mᵀ G Mᵀ towards A.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, skew: Tensor, log_sigma: Tensor, start: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        rotations, inverse = _cayley(skew, upper, start.shape[-1])
+        rotations, sigma = rotations.view(len(start), 2, *start.shape[1:]), log_sigma.exp().unsqueeze(1)
+        u, v = start @ rotations[:, 0], rotations[:, 1]
+        ctx.save_for_backward(inverse, u, v, sigma, start, upper)
+        return (u * sigma) @ v.mT, (u / sigma) @ v.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        inverse, u, v, sigma, start, upper = ctx.saved_tensors
+        grad, grad_inverse = grad_outputs
+        grad_v, grad_v_inverse = grad @ v, grad_inverse @ v
+        grad_u = start.mT @ (grad_v * sigma + grad_v_inverse / sigma)
+        rotations = torch.stack([grad_u, (grad.mT @ u) * sigma + (grad_inverse.mT @ u) / sigma], dim=1).flatten(0, 1)
+        skew = inverse.mT @ rotations @ inverse.mT
+        free = (2 * (skew.mT - skew)).flatten(1).index_select(1, upper)
+        grad_sigma = (u * grad_v).sum(dim=1) * sigma[:, 0] - (u * grad_v_inverse).sum(dim=1) / sigma[:, 0]
+        return free, grad_sigma, None, None
 
 
 def cayley(free: Tensor, order: int) -> Tensor:
@@ -117,10 +163,19 @@ def cayley(free: Tensor, order: int) -> Tensor:
 
     The entries [..., n(n - 1)/2] are those of the skew-symmetric A above its diagonal, row by row.
     """
-    rows, columns = torch.triu_indices(order, order, offset=1, device=free.device).unbind(0)
-    upper = free.new_zeros(*free.shape[:-1], order, order)
-    upper[..., rows, columns] = free
-    skew = upper - upper.transpose(-1, -2)
+    return _cayley(free, _upper(order, free.device), order)[0]
+
+
+def _cayley(free: Tensor, upper: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """Return 2 M - I and M = (I + A)⁻¹; I + A is invertible for every skew-symmetric A."""
+    skew = free.new_zeros(*free.shape[:-1], order * order).index_add(-1, upper, free)
+    skew = skew.view(*free.shape[:-1], order, order)
     eye = torch.eye(order, dtype=free.dtype, device=free.device)
-    rotation: Tensor = torch.linalg.solve(eye + skew, eye - skew)  # the two commute: their order does not matter
-    return rotation
+    inverse: Tensor = torch.linalg.inv_ex(eye + (skew - skew.mT)).inverse
+    return 2 * inverse - eye, inverse
+
+
+def _upper(order: int, device: torch.device) -> Tensor:
+    """Places above the diagonal of a flattened [n, n], row by row."""
+    rows, columns = torch.triu_indices(order, order, offset=1, device=device).unbind(0)
+    return rows * order + columns
