@@ -2,7 +2,8 @@
 
 Prints a table: kernel, architecture, registers, bytes of spills, shared memory, tensor-core instructions. Exits with 1
 if a kernel does not compile, spills more than a few registers, takes more shared memory than the GPU has, or does its
-products without the tensor cores. With --out it writes what docs/speed.md shows (every kernel, every architecture).
+products without the tensor cores. With --out it writes what docs/speed.md shows (every kernel, every architecture);
+kernels that the file has, unchanged and compiled by the same versions, are not compiled again.
 
     python benchmarks/triton_aot.py [--arch 90] [--only matmul] [--quick [EVERY]] [--keys] [--json] [--out FILE]
 """
@@ -113,8 +114,9 @@ def _sizes(tile: dict[str, object]) -> dict[str, object]:
 def matmul_variants(arch: int) -> Iterator[Variant]:
     types = {"x_ptr": "*i8", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*bf16"}
     types |= {"branch_x_ptr": "*fp32", "branch_w_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32", "columns": "i32"}
-    types |= {"x_stride": "i32", "w_stride": "i32"}
+    types |= {"x_stride": "i32", "w_stride": "i32", "shared_ptr": "*fp32", "shared_rows_ptr": "*i32"}
     pointers = ("x_ptr", "w_ptr", "x_scale_ptr", "w_scale_ptr", "bias_ptr", "branch_x_ptr", "branch_w_ptr", "out_ptr")
+    pointers += ("shared_ptr", "shared_rows_ptr")
     aligned = (*pointers, "columns", "x_stride", "w_stride")
     weight, bf16, fp16 = torch.empty(8, 32), torch.bfloat16, torch.float16
     for most, tile in matmul_tiles.TILES[arch]:
@@ -122,24 +124,26 @@ def matmul_variants(arch: int) -> Iterator[Variant]:
         needs = "wgmma s8" if arch == 90 and tile["ROWS"] >= 64 else "mma.sync s8"
         for packed in (False, True) if most < matmul_tiles.UNPACK_FROM_ROWS else (False,):
             odd = {16: (), 64: () if packed else (77,), 128: (192,)}[tile["ROWS"]]
-            cases = [(3072, None, bf16), (3072, weight, bf16), *((depth, None, bf16) for depth in odd)]
-            for depth, branch, dtype in [*cases, *([] if packed else [(3072, weight, fp16)])]:
+            cases = [(3072, None, bf16, False), (3072, weight, bf16, False)]
+            cases += [(depth, None, bf16, False) for depth in odd]
+            cases += [] if packed else [(3072, weight, fp16, False), (3072, weight, bf16, True)]
+            for depth, branch, dtype, shared in cases:
                 name = f"{'w4' if packed else 'w8'} {tile['ROWS']}x{tile['COLUMNS']}x{tile['BLOCK']} K={depth}"
                 short = "bf16" if dtype == bf16 else "fp16"
                 yield Variant(
-                    name=f"matmul {name}" + ("" if branch is None else f" branch {short}"),
+                    name=f"matmul {name}" + ("" if branch is None else f" branch {short}") + " shared" * shared,
                     kernel=rescaled_int_matmul.rescaled_matmul_kernel,
                     types=types
                     | {"w_ptr": "*u8" if packed else "*i8", "out_ptr": f"*{short}", "bias_ptr": f"*{short}"},
-                    constants={"HAS_BIAS": True, "INTERPRET": False, "DEPTH": depth, "PACKED": packed}
-                    | {"GROUP": matmul_tiles.GROUP_ROWS}
+                    constants={"HAS_BIAS": True, "HAS_SHARED": shared, "INTERPRET": False}
+                    | {"DEPTH": depth, "PACKED": packed, "GROUP": matmul_tiles.GROUP_ROWS}
                     | _sizes(tile)
                     | rescaled_int_matmul.branch_constants(branch, dtype),
                     aligned=aligned if depth % 16 == 0 else pointers,
                     options=_options(tile),
                     group="int8 product, few rows" if tile["ROWS"] == 16 else "int8 product",
                     needs=needs,
-                    is_quick=(branch is not None and dtype == bf16)
+                    is_quick=(branch is not None and dtype == bf16 and (shared or packed))
                     and (tile["ROWS"] == 128 or (packed and tile["ROWS"] == 16)),
                 )
     yield Variant(
@@ -190,18 +194,26 @@ def activation_variants(arch: int) -> Iterator[Variant]:
     pointers = ("x_ptr", "shift_ptr", "scale_ptr", "left_ptr", "right_ptr", "clip_ptr", "codes_ptr", "token_scale_ptr")
     types = dict.fromkeys(pointers, "*fp32") | {"codes_ptr": "*i8", "rows": "i32"}
     types |= {"x_stride": "i32", "clip_stride": "i32"}
-    parts = {"HAS_SHIFT": True, "HAS_SCALE": True, "HAS_CLIP": True, "QMAX": 31}
-    for dtype, features in (("fp16", 1920), ("fp32", 3072), ("bf16", 12288)):
+    types |= {"mean_codes_ptr": "*i8", "mean_scale_ptr": "*fp32", "cubes_ptr": "*i32"}
+    pointers += ("mean_codes_ptr", "mean_scale_ptr", "cubes_ptr")
+    parts = {"HAS_SHIFT": True, "HAS_SCALE": True, "HAS_CLIP": True, "HAS_MEANS": False, "QMAX": 31}
+    means = parts | {"HAS_MEANS": True}
+    for dtype, features, given in (
+        ("fp16", 1920, parts),
+        ("fp32", 3072, parts),
+        ("bf16", 12288, parts),
+        ("bf16", 12288, means),
+    ):
         block, num_warps = row_block(features)
         yield Variant(
-            name=f"quantize {dtype} {features}",
+            name=f"quantize {dtype} {features}" + " means" * given["HAS_MEANS"],
             kernel=activation_path.quantize_kernel,
             types=types | {"x_ptr": f"*{dtype}"},
-            constants=parts | {"FEATURES": features, "BLOCK": block},
+            constants=given | {"FEATURES": features, "BLOCK": block},
             aligned=(*pointers, "x_stride"),
             options={"num_warps": num_warps},
             group="quantize",
-            is_quick=dtype == "bf16",
+            is_quick=given["HAS_MEANS"],
         )
     for precision, dtype in (("bf16", "bf16"), ("tf32x3", "fp32"), ("tf32x3", "fp16")):
         tiles = {grid: rotation_tile(*grid, precision=precision, architecture=arch) for grid in GRIDS}
@@ -209,19 +221,22 @@ def activation_variants(arch: int) -> Iterator[Variant]:
         for grid, tile in tiles.items():
             if tile is None or (dtype == "fp16" and grid != widest):
                 continue
-            for sides in SIDES if grid == widest else ((True, True),):
+            cases = [(sides, parts) for sides in (SIDES if grid == widest else ((True, True),))]
+            cases += [((True, True), means)] if grid == widest else []
+            for sides, given in cases:
+                name = f"rotate {precision} x {dtype} {grid[0]}x{grid[1]}{SIDES[sides]}"
                 yield Variant(
-                    name=f"rotate {precision} x {dtype} {grid[0]}x{grid[1]}{SIDES[sides]}",
+                    name=name + " means" * given["HAS_MEANS"],
                     kernel=activation_path.rotate_quantize_kernel,
                     types=types | {"x_ptr": f"*{dtype}"},
-                    constants=parts
+                    constants=given
                     | activation_path.rotation_constants(_sizes(tile), grid, precision, sides)
                     | {"INTERPRET": False},
                     aligned=(*pointers, "x_stride"),
                     options=_options(tile),
                     group=f"rotate and quantize {'bf16' if dtype == 'bf16' else 'fp32, fp16'}",
                     needs="tf32" if precision == "tf32x3" else "f16",
-                    is_quick=grid == widest and sides == (True, True) and dtype != "fp16",
+                    is_quick=given["HAS_MEANS"] and dtype != "fp16",
                 )
     for dtype, deflates in (("bf16", True), ("bf16", False), ("fp32", True)):
         of_torch = torch.bfloat16 if dtype == "bf16" else torch.float32
@@ -400,17 +415,28 @@ def main() -> int:
     entries = []
     with tempfile.TemporaryDirectory() as folder:
         triton.knobs.cache.dir = folder
+        about = environment()
+        about["versions"] |= {"triton": triton.__version__, "ptxas": _ptxas_versions()}
+        stored = _stored(arguments.out, about["versions"])
         for variant, arch in wanted:
-            entries.append(compile_variant(variant, arch, Path(folder)))
+            kept = stored.get((variant.name, arch, variant.key()))
+            entries.append(kept or compile_variant(variant, arch, Path(folder)))
             if not arguments.json:
                 print(line_of(entries[-1]), flush=True)
     if arguments.json:
         print(json.dumps(entries))
     if arguments.out:
-        about = environment()
-        about["versions"] |= {"triton": triton.__version__, "ptxas": _ptxas_versions()}
         write_record(arguments.out, about | {"results": entries})
     return int(any(entry["problems"] for entry in entries))
+
+
+def _stored(path: Path | None, versions: dict[str, object]) -> dict[tuple[str, int, str], dict[str, object]]:
+    """Return the results of a file, by name, architecture and key; none of other versions of Triton."""
+    if path is None or not path.is_file():
+        return {}
+    content = json.loads(path.read_text())
+    same = all(content["versions"][name] == versions[name] for name in ("triton", "ptxas"))
+    return {(one["kernel"], one["arch"], one["key"]): one for one in content["results"]} if same else {}
 
 
 def _ptxas_versions() -> list[str]:

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2q.common.errors import InvalidInputError
+from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
 from s2q.core.qparams import quantize_per_token
 from s2q.ops.activation_path import BACKENDS, activation_path, transform_input
@@ -233,6 +234,25 @@ class TestTriton:
 
     def test_a_rotation_in_blocks(self):
         self.assert_close(*self.both(draw(9, 192), num_bits=8, right=orthonormal(16, 16), **vectors(192)))
+
+    @pytest.mark.parametrize("rotates", [None, (12, 16), (3, 160)])
+    @pytest.mark.parametrize("branch", [False, True])
+    def test_means_of_cubes_are_subtracted(self, rotates, branch, monkeypatch):
+        from s2q.ops.activation_path import triton
+
+        monkeypatch.setattr(triton, "PIECE_ROWS", 4)
+        n1, n2 = rotates or (12, 16)
+        parts = {"left": orthonormal(n1, n1), "right": orthonormal(n2, n2)} if rotates else {}
+        parts |= {"low_rank_basis": orthonormal(n1 * n2, 3)} if branch else {}
+        codes = (draw(4, n1 * n2, seed=5) * 20).to(torch.int8)
+        means = QuantizedMeans(codes, draw(4, 1, seed=6).abs() / 20, torch.arange(10, dtype=torch.int32) // 3)
+        path = InputTensors(**parts, **vectors(n1 * n2), clip_ratio=torch.tensor([0.8]))
+        found, expected, without = (
+            BACKENDS[backend](draw(10, n1 * n2), path, num_bits=4, means=given)
+            for backend, given in (("triton", means), ("reference", means), ("reference", None))
+        )
+        self.assert_close(found, expected)
+        assert not torch.equal(expected[0], without[0])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("branch", [None, True, False])

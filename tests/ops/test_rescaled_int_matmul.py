@@ -93,8 +93,7 @@ def test_scales_bias_and_branch_equal_the_double_product(product, has_bias, rank
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("branches", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_rows_of_a_shared_output_are_added(backend, dtype, branches):
+def test_rows_of_a_shared_output_are_added(product, dtype, branches):
     x, w, x_scale, w_scale = draw_codes(4, (30, 96), 0), draw_codes(4, (50, 96), 1), draw(30, 1).exp(), draw(50).exp()
     shared, rows = draw(7, 50, seed=3) * 100, torch.randint(0, 7, (30,), dtype=torch.int32)
     branch = {"low_rank_input": draw(30, 3), "low_rank_weight": draw(50, 3)} if branches else {}
@@ -103,7 +102,7 @@ def test_rows_of_a_shared_output_are_added(backend, dtype, branches):
         addend += branch["low_rank_input"].double() @ branch["low_rank_weight"].double().t()
     options = {"x_bits": 4, "w_bits": 4, "shared_output": shared, "shared_rows": rows, **branch, "out_dtype": dtype}
     expected = exact(x, x_scale, w, w_scale, draw(50), addend)
-    found = BACKENDS[backend](x, x_scale, w, w_scale, bias=draw(50), **options)
+    found = product(x, x_scale, w, w_scale, bias=draw(50), **options)
     tolerance = {"rtol": 2**-7, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-3}
     torch.testing.assert_close(found.double(), expected, **tolerance)
 

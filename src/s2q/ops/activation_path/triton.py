@@ -10,8 +10,9 @@ input, x₁ - c · Vᵀ, which the second kernel reads in place of x. A program 
 larger than a token. For each bf16 value, 7 bytes are read and written (x, the rest twice, the code), or 9 where the
 second read of x misses the cache; without a branch 3.
 
-Precision. Without factors every step is the reference's IEEE arithmetic: equal bits. With factors the sums have
-another order, so a value near a rounding boundary may land on the other side (the code next to it):
+Precision. Without factors every step is the reference's IEEE arithmetic: equal bits, except that the scaling of a mean
+may be fused with its subtraction. With factors the sums have another order, so a value near a rounding boundary may
+land on the other side (the code next to it):
 - "tf32x3" (for fp32 and fp16 input): fp32 in three products of tf32 parts, which keep 21 bits of the 24.
 - "bf16" (for bf16 input): the scaled input, both factors and Aᵀ · X are rounded to bf16, as the reference rounds them;
   the result, which the reference rounds too, is not.
@@ -61,10 +62,7 @@ def activation_path(
 
     Raises:
         InvalidInputError: If there is no such precision or the shapes do not fit.
-        KernelUnavailableError: With means.
     """
-    if means is not None:
-        raise KernelUnavailableError("no kernel subtracts the means of cubes")
     precision = precision or ("bf16" if x.dtype == torch.bfloat16 else "tf32x3")
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
@@ -89,7 +87,9 @@ def activation_path(
         if is_outside:
             piece, _ = transform_input(piece, rest._replace(low_rank_basis=None))
             rest = rest._replace(shift=None, scale=None)
-        _run(piece, rest, rotation, num_bits=num_bits, codes=codes[part], token_scale=token_scale[part])
+        of_cubes = means if means is None else means._replace(rows=means.rows[part])
+        outputs = codes[part], token_scale[part]
+        _run(piece, rest, rotation, of_cubes, *outputs, num_bits=num_bits)
     return codes, token_scale, coefficients
 
 
@@ -153,10 +153,11 @@ def _run(
     x: Tensor,
     path: InputTensors,
     rotation: dict[str, Any] | None,
-    *,
-    num_bits: int,
+    means: QuantizedMeans | None,
     codes: Tensor,
     token_scale: Tensor,
+    *,
+    num_bits: int,
 ) -> None:
     """Launch the kernel that fits; writes codes [M, I] and token scales [M, 1]."""
     rows, features = x.shape
@@ -169,11 +170,13 @@ def _run(
         "HAS_SHIFT": path.shift is not None,
         "HAS_SCALE": path.scale is not None,
         "HAS_CLIP": clip is not None,
+        "HAS_MEANS": means is not None,
         "QMAX": 2 ** (num_bits - 1) - 1,
     }
     vectors = [_or(vector, x) for vector in (path.shift, path.scale)]
     clip_stride = 0 if clip is None or len(clip) == 1 else 1
-    tail = (_or(clip, x), codes, token_scale)
+    of_cubes = (x, x, x) if means is None else [tensor.contiguous() for tensor in means]
+    tail = (_or(clip, x), *of_cubes, codes, token_scale)
     if rotation is None:
         block, num_warps = row_block(features)
         constants |= {"FEATURES": features, "BLOCK": block}
@@ -261,11 +264,21 @@ def low_rank_kernel(
 
 
 @triton.jit
+def _less_mean(y, codes_ptr, scale_ptr, cube, offsets, valid, FEATURES: tl.constexpr):
+    """Return y less the dequantized mean of a cube."""
+    codes = tl.load(codes_ptr + cube.to(tl.int64) * FEATURES + offsets, mask=valid, other=0)
+    return y - codes.to(tl.float32) * tl.load(scale_ptr + cube)
+
+
+@triton.jit
 def quantize_kernel(
     x_ptr,
     shift_ptr,
     scale_ptr,
     clip_ptr,
+    mean_codes_ptr,
+    mean_scale_ptr,
+    cubes_ptr,
     codes_ptr,
     token_scale_ptr,
     x_stride,
@@ -274,18 +287,23 @@ def quantize_kernel(
     HAS_SHIFT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
     QMAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Quantize one token without a rotation, BLOCK features at a time."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
+    if HAS_MEANS:
+        cube = tl.load(cubes_ptr + row)
     highest = tl.zeros((BLOCK,), dtype=tl.int32)
     for start in range(0, FEATURES, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         valid = offsets < FEATURES
         x = tl.load(x_ptr + offsets, mask=valid, other=0.0)
         x = _scaled(x, shift_ptr, scale_ptr, offsets, valid, HAS_SHIFT, HAS_SCALE)
+        if HAS_MEANS:
+            x = _less_mean(x, mean_codes_ptr, mean_scale_ptr, cube, offsets, valid, FEATURES)
         highest = tl.maximum(highest, magnitude_bits(x))
     clip = 1.0
     if HAS_CLIP:
@@ -297,6 +315,8 @@ def quantize_kernel(
         valid = offsets < FEATURES
         x = tl.load(x_ptr + offsets, mask=valid, other=0.0)
         x = _scaled(x, shift_ptr, scale_ptr, offsets, valid, HAS_SHIFT, HAS_SCALE)
+        if HAS_MEANS:
+            x = _less_mean(x, mean_codes_ptr, mean_scale_ptr, cube, offsets, valid, FEATURES)
         tl.store(codes_ptr + row * FEATURES + offsets, quantize(x, scale, QMAX), mask=valid)
 
 
@@ -308,6 +328,9 @@ def rotate_quantize_kernel(
     left_ptr,
     right_ptr,
     clip_ptr,
+    mean_codes_ptr,
+    mean_scale_ptr,
+    cubes_ptr,
     codes_ptr,
     token_scale_ptr,
     rows,
@@ -323,6 +346,7 @@ def rotate_quantize_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
     QMAX: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -354,6 +378,9 @@ def rotate_quantize_kernel(
             y = matrix_product(left, y, PRECISION, INTERPRET)
         if HAS_RIGHT:
             y = matrix_product(y, right, PRECISION, INTERPRET)
+        if HAS_MEANS:
+            cube = tl.load(cubes_ptr + row, mask=present, other=0)
+            y = _less_mean(y, mean_codes_ptr, mean_scale_ptr, cube, offsets, valid, N1 * N2)
         # One reduction over both axes: Triton 3.7 does not compile one after the other for sm_100.
         highest = tl.max(tl.where(valid, magnitude_bits(y), 0))
         clip = 1.0

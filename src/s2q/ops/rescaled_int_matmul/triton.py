@@ -16,7 +16,7 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.packing import packed_width
-from s2q.ops.dispatch import KernelUnavailableError, architecture_of, launch
+from s2q.ops.dispatch import architecture_of, launch
 from s2q.ops.rescaled_int_matmul.tiles import GROUP_ROWS, UNPACK_BLOCK, UNPACK_FROM_ROWS, matmul_tile
 from s2q.ops.triton_math import INTERPRETING, matrix_product
 
@@ -42,10 +42,7 @@ def rescaled_int_matmul(
 
     Raises:
         InvalidInputError: If the shapes do not fit.
-        KernelUnavailableError: With a shared output.
     """
-    if shared_output is not None:
-        raise KernelUnavailableError("no kernel adds what the tokens of a cube share")
     rows, depth = x_codes.shape
     columns = w_codes.shape[0]
     is_packed = w_codes.dtype == torch.uint8 and w_bits <= 4
@@ -75,12 +72,15 @@ def rescaled_int_matmul(
         out if bias is None else bias.contiguous(),
         out if low_rank_input is None else low_rank_input.contiguous(),
         out if low_rank_weight is None else low_rank_weight.contiguous(),
+        out if shared_output is None else shared_output.contiguous(),
+        out if shared_rows is None else shared_rows.contiguous(),
         out,
         rows,
         columns,
         x_codes.stride(0),
         w_codes.stride(0),
         HAS_BIAS=bias is not None,
+        HAS_SHARED=shared_output is not None,
         DEPTH=depth,
         PACKED=is_packed,
         GROUP=GROUP_ROWS,
@@ -152,6 +152,8 @@ def rescaled_matmul_kernel(
     bias_ptr,
     branch_x_ptr,
     branch_w_ptr,
+    shared_ptr,
+    shared_rows_ptr,
     out_ptr,
     rows,
     columns,
@@ -160,6 +162,7 @@ def rescaled_matmul_kernel(
     DEPTH: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -203,5 +206,8 @@ def rescaled_matmul_kernel(
         branch_x = tl.load(branch_x_ptr + x_row[:, None] * RANK + rank, mask=rank < RANK, other=0.0)
         branch_w = tl.load(branch_w_ptr + w_row[:, None] * RANK + rank, mask=rank < RANK, other=0.0).to(tl.float32)
         total += matrix_product(branch_x, tl.trans(branch_w), PRECISION, INTERPRET)
+    if HAS_SHARED:
+        shared_row = tl.load(shared_rows_ptr + x_row).to(tl.int64)
+        total += tl.load(shared_ptr + shared_row[:, None] * columns + w_row[None, :])
     out_at = row_at.to(tl.int64)[:, None] * columns + column_at[None, :]
     tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=valid)
