@@ -28,6 +28,10 @@ Recipes = Annotated[
     list[str] | None,
     options.recipe_option("--recipes", help="Recipes, comma-separated or repeated; all for every recipe."),
 ]
+Peers = Annotated[
+    list[str] | None,
+    options.names_option("--peers", help="Other tools that quantize the model too: names; all for the installed ones."),
+]
 CompareFolder = Annotated[Path, options.folder_option("-o", "--output", help="Folder to write.")]
 CalibrationPrompts = Annotated[
     Path | None, options.file_option("--calibration-prompts", help="Calibration prompts: text file, one per line.")
@@ -42,6 +46,7 @@ def compare(
     entries: Entries = None,
     model: FullPrecisionModel = "shapes-cogvideox",
     recipes: Recipes = None,
+    peers: Peers = None,
     out: CompareFolder = Path("s2q-compare"),
     prompts: options.Prompts = None,
     num_prompts: options.NumPrompts = 32,
@@ -81,6 +86,7 @@ def compare(
             _split_entries([*(entries or ()), *(recipes or ())]),
             model=model,
             out=out,
+            peers=peers or (),
             prompts=options.read_prompt_file(prompts),
             num_prompts=num_prompts,
             seeds=range(seeds),

@@ -20,6 +20,7 @@ from s2q.common.torch_state import in_fresh_torch_state
 from s2q.comparison.entries import Entry
 from s2q.comparison.folder import RESULT, CompareFolder
 from s2q.comparison.pages import command_of, write_pages
+from s2q.comparison.peers import cost_of_peer
 from s2q.comparison.results import build_result, entry_plan
 from s2q.comparison.setup import CompareSettings, RunPlan, Setup, set_up
 from s2q.comparison.shards import evaluate_shards, failure_of, pending_shards, steps_of
@@ -40,10 +41,11 @@ _TRAINING_UNITS = 2  # collecting and rounding, beside the epochs
 @memory_errors("comparing", remedy=LESS_MEMORY)
 @in_fresh_torch_state
 def compare(
-    entries: Sequence[str],
+    entries: Sequence[str] = (),
     *,
     model: str | Path,
     out: str | Path,
+    peers: Sequence[str] = (),
     prompts: Sequence[str] | None = None,
     num_prompts: int = 32,
     seeds: Sequence[int] = (0, 1),
@@ -77,6 +79,8 @@ def compare(
     Args:
         entries: Recipes by name (`all` and patterns such as "s2q-*" too) or file, and checkpoint folders.
         model: The full-precision reference: embedded name, folder or Hub id.
+        peers: Other tools that quantize the model with their own code: names out of `comparison.peers.PEERS`, or
+            ["all"] for the installed ones.
         out: Folder to write; a comparison there is resumed, and may get more entries.
         prompts: Prompts to generate; None takes `num_prompts` held-out captions of an embedded model.
         overrides: Changes to the recipes; those to `calibration` and `distillation` are made where they apply.
@@ -94,6 +98,7 @@ def compare(
     where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
     settings = CompareSettings(
         entries=arguments.name_list("entries", entries),
+        peers=arguments.name_list("peers", peers),
         model=str(model),
         out=arguments.path_argument("out", out),
         prompts=optional(arguments.prompt_list, "prompts", prompts),
@@ -133,6 +138,7 @@ def _compare(settings: CompareSettings, progress: Progress) -> dict[str, Any]:
         plan = folder.open(setup.plan, resume=settings.resume)
         failures = dict(setup.obstacles)
         failures |= _quantize(folder, setup, settings, progress)
+        failures |= _ask_peers(folder, setup, settings)
         failures |= _evaluate(folder, plan, setup, settings, failures=failures, progress=progress)
         result = build_result(folder, plan, setup, failures, progress=progress)
         atomic_write_json(settings.out / RESULT, result)
@@ -192,6 +198,22 @@ def _quantize(folder: CompareFolder, setup: Setup, settings: CompareSettings, re
             failures[entry.label] = failure_of(entry.label, error, "quantized", device=settings.device)
         done += share
         report("quantize", done, total)
+    return failures
+
+
+def _ask_peers(folder: CompareFolder, setup: Setup, settings: CompareSettings) -> dict[str, str]:
+    """Let every peer quantize the model for its seconds and bytes, if that is not known; return why peers failed."""
+    failures: dict[str, str] = {}
+    for entry in setup.entries:
+        if entry.peer is None or folder.load_cost(entry.label, entry.identity()) is not None:
+            continue
+        try:
+            cost = cost_of_peer(entry.peer, setup.source, device=settings.device)
+            folder.save_cost(entry.label, entry.identity(), cost)
+        except DiskFullError:
+            raise
+        except Exception as error:  # whatever it is, the others go on
+            failures[entry.label] = failure_of(entry.label, error, "quantized", device=settings.device)
     return failures
 
 

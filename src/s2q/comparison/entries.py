@@ -1,4 +1,4 @@
-"""Entries of a comparison: built-in recipes, recipe files and checkpoints, checked before any compute."""
+"""Entries of a comparison: built-in recipes, recipe files, checkpoints and peers, checked before any compute."""
 
 import fnmatch
 import json
@@ -14,6 +14,7 @@ from s2q.checkpoint.manifest import MANIFEST
 from s2q.common.errors import InvalidInputError, nearest_names
 from s2q.common.files import sha256_file
 from s2q.common.headers import tensors_digest
+from s2q.comparison.peers import Peer, find_peers
 from s2q.comparison.widths import foreign_width, recipe_width
 from s2q.generation.load import check_model
 from s2q.models import ModelSource, resolve_model
@@ -35,7 +36,7 @@ _OPTIONAL_GROUPS = ("activations", "distillation", "refinement")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A recipe with its changes, or a checkpoint, to compare with full precision.
+    """A recipe with its changes, a checkpoint, or another tool, to compare with full precision.
 
     Attributes:
         label: Its unique name, also in file names.
@@ -48,33 +49,44 @@ class Entry:
     overrides: tuple[str, ...]
     source: ModelSource | None
     width: str
+    peer: Peer | None = None
 
     @property
     def description(self) -> str:
         """One sentence for people."""
+        if self.peer is not None:
+            return f"{self.peer.package} {self.peer.version}: {self.peer.does}"
         return self.recipe.description if self.recipe is not None else f"checkpoint {self.given}"
 
     @property
     def path(self) -> str | None:
-        """Absolute path or Hub id of the checkpoint; None for a recipe."""
+        """Absolute path or Hub id of the checkpoint; None for a recipe or a peer."""
         return None if self.source is None else self.source.pinned
 
     def identity(self) -> dict[str, Any]:
         """Return what its results depend on, as plain data: the recipe, or what the checkpoint holds."""
         if self.recipe is not None:
             return {"recipe": {key: value for key, value in self.recipe.resolved().items() if key != "description"}}
+        if self.peer is not None:
+            return {"peer": {"name": self.peer.name, "version": self.peer.version, "does": self.peer.does}}
         assert self.source is not None
         return {"checkpoint": content_of(self.source)}
 
 
 def find_entries(
-    given: Sequence[str], *, overrides: Sequence[str] = (), variant: str | None = None, verify: bool | None = None
+    given: Sequence[str],
+    *,
+    peers: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    variant: str | None = None,
+    verify: bool | None = None,
 ) -> list[Entry]:
     """Find everything that is to be compared, in the order in which it was given.
 
     Args:
         given: Names and shell-style patterns of recipes of the package, `all`, recipe files, checkpoint folders, Hub
             ids of checkpoints, or embedded models.
+        peers: Names of peers, or `all` for the installed ones; they come last.
         overrides: Changes to the recipes; those to a group that a recipe does without (`activations`, `calibration`,
             `distillation`, `refinement`) are not made to it.
     """
@@ -89,7 +101,7 @@ def find_entries(
     for override in overrides:
         if override not in used:
             raise InvalidInputError(f"override {override!r} changes none of the recipes; remove it")
-    return _with_distinct_labels(entries)
+    return _with_distinct_labels([*entries, *map(_peer_entry, find_peers(peers))])
 
 
 def content_of(source: ModelSource) -> Any:
@@ -159,6 +171,11 @@ def _entry(text: str, overrides: Sequence[str], *, variant: str | None, verify: 
     check_model(source, verify=verify)
     label = _as_file_name(path.resolve().name if source.kind == "folder" else text)
     return Entry(label=label, given=text, recipe=None, overrides=(), source=source, width=_stored_width(source))
+
+
+def _peer_entry(peer: Peer) -> Entry:
+    given = peer.name
+    return Entry(label=peer.label, given=given, recipe=None, overrides=(), source=None, width=peer.width, peer=peer)
 
 
 def _is_for(recipe: Recipe, override: str) -> bool:

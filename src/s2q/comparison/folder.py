@@ -3,6 +3,7 @@
 compare_run.json                    what every result depends on
 checkpoints/LABEL/                  quantized models
 evaluations/LABEL/shard-000.json    what was measured, prompts by prompts; eval.json puts them together
+evaluations/LABEL/peer.json         seconds and bytes of another tool, which quantizes in memory
 frames/LABEL/000.npz                frames of the videos that the page shows
 compare.json, compare.md, index.html, sheet.png, videos/
 """
@@ -31,6 +32,7 @@ from s2q.evaluation.scores import EvaluationResult
 
 RUN = "compare_run.json"
 RESULT = "compare.json"
+COST = "peer.json"
 TABLE = "compare.md"
 PAGE = "index.html"
 SHEET = "sheet.png"
@@ -117,7 +119,7 @@ class CompareFolder:
     def shard_fingerprint(self, plan: RunPlan, label: str, index: int) -> str:
         """Return a hash of everything that a shard of an entry depends on."""
         entry = plan.entries[label]
-        made = None if label in plan.paths else sha256_file(self.checkpoint(label) / MANIFEST)
+        made = sha256_file(self.checkpoint(label) / MANIFEST) if "recipe" in entry else None
         depends = {**plan.common(), "prompts": plan.shards()[index], "entry": entry, "made": made}
         return hashlib.sha256(canonical_json(depends).encode()).hexdigest()
 
@@ -139,6 +141,20 @@ class CompareFolder:
             return EvaluationResult.from_dict(content["measured"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def save_cost(self, label: str, identity: Mapping[str, Any], cost: Mapping[str, Any]) -> None:
+        """Store the seconds and bytes of a peer."""
+        path = self.evaluation(label).with_name(COST)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path, {**identity, **cost})
+
+    def load_cost(self, label: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the seconds and bytes of a peer; None if they are not there, or are another version's."""
+        try:
+            content: dict[str, Any] = json.loads(self.evaluation(label).with_name(COST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return content if {name: content.get(name) for name in identity} == identity else None
 
     def save_frames(self, label: str, index: int, frames: np.ndarray) -> None:
         """Store the frames `[F, H, W, 3]`, uint8, of a prompt's video that the page shows."""

@@ -49,7 +49,9 @@ def _scenes(folder: CompareFolder, result: Mapping[str, Any]) -> list[Scene]:
 
 def command_of(setup: Setup, settings: CompareSettings) -> str:
     """Return the command that makes a comparison."""
-    words: list[Any] = ["s2q", "compare", *(entry.given for entry in setup.entries), "-m", setup.plan.model]
+    words: list[Any] = ["s2q", "compare", *(entry.given for entry in setup.entries if entry.peer is None)]
+    peers = ",".join(entry.given for entry in setup.entries if entry.peer is not None)
+    words += [*(["--peers", peers] if peers else []), "-m", setup.plan.model]
     words += ["--num-prompts", settings.num_prompts] if settings.prompts is None else ["--prompts", "FILE"]
     words += ["--seeds", len(settings.seeds)]
     if settings.calibration_prompts is not None:

@@ -88,6 +88,7 @@ def entry_plan(setup: Setup, entry: Entry) -> dict[str, Any]:
         "label": entry.label,
         "recipe": None if entry.recipe is None else entry.recipe.name,
         "checkpoint": None if entry.source is None else entry.given,
+        "peer": None if entry.peer is None else entry.peer.name,
         "description": entry.description,
         "overrides": list(entry.overrides),
         "width": entry.width,
@@ -109,6 +110,9 @@ def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> 
     described |= {"simulated": False, "seconds": None, "calibration": None, "metrics": {}, "evaluation": None}
     if entry.label in setup.obstacles:
         return described
+    if entry.peer is not None:
+        cost = folder.load_cost(entry.label, entry.identity()) or {}
+        return described | {name: cost.get(name) for name in ("seconds", "storage")}
     source = entry.source
     if source is None and folder.checkpoint(entry.label).is_dir():
         source = resolve_model(folder.checkpoint(entry.label))

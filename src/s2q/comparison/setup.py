@@ -44,6 +44,7 @@ class CompareSettings:
     """Checked arguments of `compare`, which documents them; `requested` are generation settings by name."""
 
     entries: tuple[str, ...]
+    peers: tuple[str, ...]
     model: str
     out: Path
     prompts: list[str] | None
@@ -137,15 +138,19 @@ class Setup:
 
 def set_up(settings: CompareSettings) -> Setup:
     """Find and check everything that a comparison needs, before any compute."""
-    if not settings.entries:
-        raise UsageError("compare: got nothing to compare; name recipes (all, s2q-*) or checkpoint folders")
+    if not (settings.entries or settings.peers):
+        raise UsageError("compare: got nothing to compare; name recipes (all, s2q-*), checkpoint folders or --peers")
     weights = {"lpips": settings.lpips_weights, "clip": settings.clip}
     open_judges(lpips_weights=settings.lpips_weights, clip=settings.clip, device="cpu")  # refuses what is none
     lpips, clip = settings.lpips_weights is not None, settings.clip is not None
     metrics = selected_metrics(settings.metrics, lpips=lpips, clip=clip)
     samples = () if settings.samples is None else (f"calibration.samples={settings.samples}",)
     entries = find_entries(
-        settings.entries, overrides=(*settings.overrides, *samples), variant=settings.variant, verify=settings.verify
+        settings.entries,
+        peers=settings.peers,
+        overrides=(*settings.overrides, *samples),
+        variant=settings.variant,
+        verify=settings.verify,
     )
     source = resolve_model(settings.model, variant=settings.variant)
     check_full_precision(source)

@@ -1,23 +1,31 @@
 """Evaluate shards: the reference generates the prompts of a shard once, then every entry that lacks it is judged."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from s2q.common.errors import DiskFullError, S2QError, first_line, is_out_of_memory
 from s2q.common.progress import Tick
 from s2q.comparison.entries import FULL_PRECISION
 from s2q.comparison.folder import CompareFolder
+from s2q.comparison.peers import PEERS, load_with_peer
 from s2q.comparison.setup import SHARD_PROMPTS, RunPlan
 from s2q.engines.engine import Worker, fixed_threads
 from s2q.engines.options import Workers
-from s2q.evaluation.evaluate import judge_model, run_reference
+from s2q.evaluation.evaluate import ReferenceRun, judge_model, run_reference
 from s2q.evaluation.recordings import DISK_SHARE
 from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.video_metrics import VELOCITY
 from s2q.generation.generate import Video
+from s2q.models import resolve_model
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +114,26 @@ def evaluate_shard(
     )
     for label in shard.labels:
         try:
-            model = folder.model_of(plan, label)
-            scores = judge_model(model, run, video_done=functools.partial(keep, label), progress=progress)
+            model, pipe = _opened(folder, plan, label, run, device)
+            scores = judge_model(model, run, pipe=pipe, video_done=functools.partial(keep, label), progress=progress)
+            pipe = None  # the next model takes its place
         except DiskFullError:
             raise
         except Exception as error:  # whatever it is, the others go on
             tell((label, failure_of(label, error, "evaluated", device=device)))
         else:
             folder.save_shard(plan, label, shard.index, replace(scores, model=label))
+
+
+def _opened(
+    folder: CompareFolder, plan: RunPlan, label: str, run: ReferenceRun, device: str
+) -> tuple[Any, DiffusionPipeline | None]:
+    """The model of an entry; of a peer, which stores none, also the pipeline that it has quantized."""
+    peer = plan.entries[label].get("peer")
+    if peer is None:
+        return folder.model_of(plan, label), None
+    source = resolve_model(plan.model, variant=plan.variant)
+    return source, load_with_peer(PEERS[peer["name"]], source, dtype=run.dtype, device=device)
 
 
 def failure_of(label: str, error: Exception, doing: str, *, device: str) -> str:

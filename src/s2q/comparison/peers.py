@@ -1,0 +1,274 @@
+"""Other tools as entries of a comparison: each quantizes the block linears of a transformer by its own public code.
+
+Nothing of theirs is part of s2q: a tool that is installed is asked, in memory, on the device of the model. What
+diffusers quantizes at loading is loaded so; for the others, the weights of the linears are replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from s2q.common.components import transformers_of
+from s2q.common.errors import InvalidInputError, ResourceError, nearest_names
+from s2q.common.versions import is_installed, package_versions
+from s2q.core.storage import BF16_BYTES
+from s2q.generation.load import load_pipeline
+from s2q.models import ModelSource, family_of
+from s2q.models.family import block_linears
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ALL_PEERS = "all"
+_ROTATIONS = (256, 64, 16)
+"""Group sizes of comfy-kitchen's rotation, the one that it prefers first."""
+
+Quantize = Callable[[Callable[..., nn.Module], Sequence[str]], nn.Module]
+"""Of what loads a transformer, with options of `from_pretrained`, and the names of its block linears: the quantized
+transformer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Another tool at one setting.
+
+    Attributes:
+        name: What it is asked for by, "torchao-w4a8".
+        package: The distribution that has to be installed, as pip names it.
+        width: Bits of weights and activations, "w4a8".
+        does: What it does to a linear, in a few words.
+        quantize: Quantizes a transformer.
+    """
+
+    name: str
+    package: str
+    width: str
+    does: str
+    quantize: Quantize
+
+    @property
+    def version(self) -> str:
+        """The installed version."""
+        return str(package_versions((self.package,))[self.package])
+
+    @property
+    def label(self) -> str:
+        """Name with version, as results are labelled."""
+        return f"{self.name}-{self.version}"
+
+
+def find_peers(names: Sequence[str]) -> list[Peer]:
+    """Return peers by name, or every installed one for `all`.
+
+    Raises:
+        InvalidInputError: An unknown name.
+        ResourceError: A peer, or for `all` every peer, is not installed.
+    """
+    if list(names) == [ALL_PEERS]:
+        found = [peer for peer in PEERS.values() if is_installed(peer.package)]
+        if not found:
+            packages = " ".join(dict.fromkeys(peer.package for peer in PEERS.values()))
+            raise ResourceError(f"--peers all: no peer is installed; pip install one or more of {packages}")
+        return found
+    for name in names:
+        if name not in PEERS:
+            near = ", ".join(nearest_names(name, list(PEERS)) or PEERS)
+            raise InvalidInputError(f"--peers: no peer {name!r}: nearest: {near}; all: {', '.join(PEERS)}")
+        if not is_installed(PEERS[name].package):
+            package = PEERS[name].package
+            raise ResourceError(f"--peers: {name} needs a package that is not installed; pip install {package}")
+    return [PEERS[name] for name in dict.fromkeys(names)]
+
+
+def load_with_peer(
+    peer: Peer, source: ModelSource, *, dtype: torch.dtype | str | None = None, device: str = "cpu"
+) -> DiffusionPipeline:
+    """Load a full-precision model, the linears of its transformers' blocks quantized by a peer."""
+    pipe = load_pipeline(source, dtype=dtype, device=device)
+    for component, transformer in transformers_of(pipe).items():
+        compute = next(transformer.parameters()).dtype
+        setattr(pipe, component, _quantized(peer, source, component, dtype=compute, device=device))
+    return pipe
+
+
+def cost_of_peer(peer: Peer, source: ModelSource, *, device: str = "cpu") -> dict[str, Any]:
+    """Let a peer quantize the transformers in the dtype in which they are stored.
+
+    Returns:
+        `seconds`, reading the weights included, and `storage`: the bytes in bf16 and of what the peer keeps, `ratio`.
+    """
+    full = stored = 0
+    seconds = 0.0
+    for component, plain in source.meta_transformers().items():
+        before = {name: tensor.shape for name, tensor in plain.state_dict().items()}
+        start = time.perf_counter()
+        quantized = _quantized(peer, source, component, dtype=source.stored_dtype(), device=device)
+        seconds += time.perf_counter() - start
+        full += sum(shape.numel() for shape in before.values()) * BF16_BYTES
+        stored += _stored_bytes(quantized, before)
+    storage = {"full_precision_bytes": full, "quantized_bytes": stored, "ratio": full / stored}
+    return {"seconds": seconds, "storage": storage}
+
+
+def _quantized(peer: Peer, source: ModelSource, component: str, *, dtype: torch.dtype, device: str) -> nn.Module:
+    plain = source.meta_transformer(component)
+    names = [linear.name for linear in block_linears(plain, family_of(type(plain).__name__))]
+    transformer = partial(
+        type(plain).from_pretrained,  # type: ignore[attr-defined]
+        source.complete_folder(),
+        subfolder=component,
+        variant=source.variant,
+        torch_dtype=dtype,
+    )
+    quantized: nn.Module = peer.quantize(transformer, names).to(device).eval()
+    return quantized
+
+
+def _stored_bytes(quantized: nn.Module, before: Mapping[str, torch.Size]) -> int:
+    """The bytes of what a peer stores; what it left as it was counts in bf16."""
+    total = 0
+    for name, tensor in quantized.state_dict().items():
+        if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.shape == before.get(name):
+            total += tensor.numel() * BF16_BYTES
+        elif isinstance(tensor, torch.Tensor):
+            total += _bytes_of(tensor)
+    return total
+
+
+def _bytes_of(tensor: Any) -> int:
+    """The bytes of a tensor, of a tensor subclass those of the tensors inside."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes_of(getattr(tensor, name)) for name in names)
+    return int(tensor.numel() * tensor.element_size())
+
+
+def _by_diffusers(
+    config: Callable[[list[str]], Any], load: Callable[..., nn.Module], names: Sequence[str]
+) -> nn.Module:
+    """Load with a `quantization_config`, made of the names of all linears that it has to leave alone."""
+    linears = [name for name, module in load().named_modules() if isinstance(module, nn.Linear)]
+    return load(quantization_config=config([name for name in linears if name not in set(names)]))
+
+
+def _sdnq(kept: list[str], **options: Any) -> Any:
+    from diffusers import SDNQConfig
+
+    os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")  # compiling takes minutes and changes no result
+    beginnings = [f".{name}." for name in kept]  # of the names of weights, which it marks by a point
+    return SDNQConfig(modules_to_not_convert=beginnings, add_skip_keys=False, minimum_allowed_numel=0, **options)
+
+
+def _torchao(kept: list[str], *, bits: int) -> Any:
+    from diffusers import TorchAoConfig
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8DynamicActivationIntxWeightConfig,
+    )
+
+    kind = (
+        Int8DynamicActivationInt8WeightConfig()
+        if bits == 8
+        else Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4)
+    )
+    return TorchAoConfig(kind, modules_to_not_convert=kept)
+
+
+def _by_linear(
+    replace: Callable[[nn.Linear], nn.Module], load: Callable[..., nn.Module], names: Sequence[str]
+) -> nn.Module:
+    """Replace one linear after another."""
+    transformer = load()
+    for name in names:
+        transformer.set_submodule(name, replace(transformer.get_submodule(name)))  # type: ignore[arg-type]
+    return transformer
+
+
+def _bitsandbytes(linear: nn.Linear, *, bits: int) -> nn.Module:
+    import bitsandbytes as bnb
+
+    shape, bias, device = (linear.in_features, linear.out_features), linear.bias is not None, linear.weight.device
+    if bits == 4:
+        made = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=linear.weight.dtype, quant_type="nf4")
+        made.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=made)
+    else:
+        made = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=6.0)
+        made.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    made.bias = linear.bias
+    quantized: nn.Module = made.to(device)
+    return quantized
+
+
+def _gguf(linear: nn.Linear, *, kind: str) -> nn.Module:
+    import gguf
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    number = gguf.GGMLQuantizationType[kind]
+    data = torch.from_numpy(gguf.quants.quantize(linear.weight.detach().float().cpu().numpy(), number))
+    dtype = linear.weight.dtype
+    made = GGUFLinear(linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype)
+    made.weight, made.bias = GGUFParameter(data, quant_type=number), linear.bias
+    return made
+
+
+def _comfy(linear: nn.Linear, *, layout: str, **options: Any) -> nn.Module:
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    group = next((size for size in _ROTATIONS if linear.in_features % size == 0), None)
+    if group is None:
+        raise InvalidInputError(f"comfy-kitchen: no rotation divides a width of {linear.in_features}; leave it out")
+    weight = QuantizedTensor.from_float(linear.weight.data, layout, convrot_groupsize=group, **options)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _quanto(load: Callable[..., nn.Module], names: Sequence[str], *, bits: int) -> nn.Module:
+    from optimum.quanto import freeze, qint4, qint8, quantize
+
+    transformer = load()
+    quantize(transformer, weights=qint4 if bits == 4 else qint8, include=list(names))
+    freeze(transformer)
+    return transformer
+
+
+def _diffusers(config: Callable[..., Any], **options: Any) -> Quantize:
+    return partial(_by_diffusers, partial(config, **options))
+
+
+def _linears(replace: Callable[..., nn.Module], **options: Any) -> Quantize:
+    return partial(_by_linear, partial(replace, **options))
+
+
+_SVD = {"use_svd": True, "use_hadamard": True, "use_quantized_matmul": True}
+_SDNQ, _TORCHAO, _BITSANDBYTES, _QUANTO = "sdnq", "torchao", "bitsandbytes", "optimum-quanto"
+_GGUF, _COMFY = "gguf", "comfy-kitchen"
+_ROW, _ASYMMETRIC, _INT4 = "TensorWiseINT8Layout", "AsymW4A8Int8Layout", "TensorCoreConvRotW4A4Layout"
+_TABLE: tuple[tuple[str, str, str, Quantize], ...] = (
+    ("sdnq-w8a8", _SDNQ, "int8, int8 products", _diffusers(_sdnq, weights_dtype="int8", use_quantized_matmul=True)),
+    ("sdnq-w4a16", _SDNQ, "uint4 in groups", _diffusers(_sdnq, weights_dtype="uint4")),
+    ("sdnq-w4a8", _SDNQ, "uint4, SVD branch, Hadamard", _diffusers(_sdnq, weights_dtype="uint4", **_SVD)),
+    ("torchao-w8a8", _TORCHAO, "int8 a row, int8 a token", _diffusers(_torchao, bits=8)),
+    ("torchao-w4a8", _TORCHAO, "int4 in groups of 32, int8 a token", _diffusers(_torchao, bits=4)),
+    ("bitsandbytes-w8a8", _BITSANDBYTES, "LLM.int8, threshold 6", _linears(_bitsandbytes, bits=8)),
+    ("bitsandbytes-w4a16", _BITSANDBYTES, "NF4 in groups of 64", _linears(_bitsandbytes, bits=4)),
+    ("quanto-w8a16", _QUANTO, "qint8 a row", partial(_quanto, bits=8)),
+    ("quanto-w4a16", _QUANTO, "qint4 in groups", partial(_quanto, bits=4)),
+    ("gguf-w8a16", _GGUF, "Q8_0", _linears(_gguf, kind="Q8_0")),
+    ("gguf-w4a16", _GGUF, "Q4_0", _linears(_gguf, kind="Q4_0")),
+    ("comfy-w8a8", _COMFY, "int8 a row, ConvRot", _linears(_comfy, layout=_ROW, per_channel=True, convrot=True)),
+    ("comfy-w4a8", _COMFY, "16 levels in groups of 16, ConvRot", _linears(_comfy, layout=_ASYMMETRIC)),
+    ("comfy-w4a4", _COMFY, "int4 a row, ConvRot", _linears(_comfy, layout=_INT4)),
+)
+PEERS: Mapping[str, Peer] = {
+    name: Peer(name=name, package=package, width=name.rpartition("-")[2], does=does, quantize=quantize)
+    for name, package, does, quantize in _TABLE
+}
+"""The peers by name, at the settings that each recommends."""

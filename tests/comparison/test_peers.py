@@ -1,0 +1,111 @@
+"""Other tools in a comparison: found by name, asked once, ranked among their width, measured by their bytes."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from s2q.cli import run
+from s2q.common.errors import InvalidInputError, ResourceError
+from s2q.comparison import compare as compare_module
+from s2q.comparison import pages, peers
+from s2q.comparison.compare import compare
+from s2q.comparison.peers import PEERS, Peer, cost_of_peer, find_peers, load_with_peer
+from s2q.models import family_of, resolve_model
+from s2q.models.family import block_linears
+from s2q.report import compare_page
+
+SETTINGS = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 9}
+
+
+class Rounded(nn.Linear):
+    """A linear of another tool: int8 codes and a scale a row in place of the weight."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+        self.register_buffer("scale", scale)
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.weight.to(inputs.dtype) * self.scale.to(inputs.dtype), self.bias)
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """A tool of the table, whose package is always there."""
+    monkeypatch.setattr(compare_page, "encode_mp4", lambda frames, fps: b"")
+    monkeypatch.setattr(pages, "write_mp4", lambda path, frames, fps: path.write_bytes(b""))
+    quantize = partial(peers._by_linear, Rounded)
+    peer = Peer(name="tool-w8a16", package="torch", width="w8a16", does="int8 a row", quantize=quantize)
+    monkeypatch.setattr(peers, "PEERS", {"tool-w8a16": peer})
+    monkeypatch.setattr("s2q.comparison.shards.PEERS", {"tool-w8a16": peer})
+    return peer
+
+
+def test_the_name_tells_the_width_of_every_peer():
+    assert all(peer.name.endswith(f"-{peer.width}") for peer in PEERS.values())
+
+
+def test_only_the_linears_of_the_blocks_change_and_their_bytes_are_counted(tool, tiny_model):
+    source = resolve_model(tiny_model)
+    transformer = load_with_peer(tool, source).transformer
+    linears = block_linears(source.meta_transformer(), family_of(source.transformer_class))
+    changed = {name for name, module in transformer.named_modules() if isinstance(module, Rounded)}
+    assert changed == {linear.name for linear in linears}
+    storage = cost_of_peer(tool, source)["storage"]
+    saved = sum(linear.in_features * linear.out_features for linear in linears)  # a byte of two
+    scales = sum(linear.out_features for linear in linears) * source.stored_dtype().itemsize
+    assert storage["quantized_bytes"] == storage["full_precision_bytes"] - saved + scales
+
+
+def test_a_peer_is_ranked_among_its_width_and_is_asked_for_its_cost_once(tool, tiny_model, tmp_path, monkeypatch):
+    arguments = {"model": tiny_model, "out": tmp_path / "out", "prompts": ["a"], "seeds": [0], **SETTINGS}
+    arguments |= {"peers": ["all"], "metrics": ["psnr", "velocity"]}
+    result = compare(["rtn-w8a8"], **arguments)
+    entry = result["entries"][1]
+    assert (entry["label"], entry["width"], entry["error"]) == (f"tool-w8a16-{torch.__version__}", "w8a16", None)
+    assert (entry["peer"], entry["storage"]["ratio"] > 1.2, entry["seconds"] > 0) == ("tool-w8a16", True, True)
+    assert 0 < entry["metrics"]["velocity_relative_error"]["mean"] < 1e-3
+    assert {group["width"]: group["ranking"] for group in result["groups"]}["w8a16"] == [entry["label"]]
+    assert "--peers tool-w8a16" in (tmp_path / "out/index.html").read_text()
+    monkeypatch.setattr(compare_module, "cost_of_peer", None)
+    assert compare(["rtn-w8a8"], **arguments)["entries"][1] == entry
+
+
+def test_a_peer_that_fails_does_not_stop_the_others(tool, tiny_model, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("no kernel")
+
+    broken = Peer(name="bad-w4a8", package="torch", width="w4a8", does="", quantize=refuse)
+    monkeypatch.setattr(peers, "PEERS", {"bad-w4a8": broken, tool.name: tool})
+    arguments = {"model": tiny_model, "out": tmp_path / "out", "prompts": ["a"], "seeds": [0], **SETTINGS}
+    bad, good = compare(peers=["all"], metrics=["psnr"], **arguments)["entries"]
+    assert bad["error"] == "ValueError while it was quantized: no kernel"
+    assert good["error"] is None
+
+
+def test_an_unknown_peer_names_the_nearest():
+    with pytest.raises(InvalidInputError, match="no peer 'torchao-w8': nearest: torchao-w8a8"):
+        find_peers(["torchao-w8"])
+
+
+def test_a_missing_package_is_one_line(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "is_installed", lambda package: False)
+    words = ["compare", "--peers", "sdnq-w4a8", "-m", str(tiny_model), "-o", str(tmp_path / "out")]
+    assert run(words) == ResourceError.exit_code
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith("--peers: sdnq-w4a8 needs a package that is not installed; pip install sdnq")
+    with pytest.raises(ResourceError, match="no peer is installed; pip install one or more of sdnq torchao"):
+        find_peers(["all"])
+
+
+@pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+def test_an_installed_peer_quantizes_a_model(peer, tiny_model):
+    pytest.importorskip(
+        {"optimum-quanto": "optimum.quanto", "comfy-kitchen": "comfy_kitchen"}.get(peer.package, peer.package)
+    )
+    storage = cost_of_peer(peer, resolve_model(tiny_model))["storage"]
+    assert storage["quantized_bytes"] < storage["full_precision_bytes"]
