@@ -40,7 +40,7 @@ def field_table(width: str) -> str:
     """
     by_model = {model: _shared(model, width) for model in FIELD_MODELS}
     errors = {
-        model: {name: _mean_error(evaluation) for name, evaluation in evaluations.items()}
+        model: {name: mean_error(evaluation) for name, evaluation in evaluations.items()}
         for model, evaluations in by_model.items()
     }
     names = sorted(errors[FIELD_MODELS[0]], key=errors[FIELD_MODELS[0]].__getitem__)
@@ -53,7 +53,8 @@ def field_table(width: str) -> str:
     return "\n".join([*lines, "", _sample(by_model[FIELD_MODELS[0]][names[0]])])
 
 
-def _mean_error(evaluation: dict[str, Any]) -> float:
+def mean_error(evaluation: Mapping[str, Any]) -> float:
+    """Return the mean velocity error over the videos of an evaluation."""
     return fmean(video["metrics"]["velocity_relative_error"] for video in evaluation["videos"])
 
 
@@ -63,7 +64,7 @@ def measured_errors() -> dict[str, dict[str, float]]:
     for model in FIELD_MODELS:
         for width in WIDTHS:
             for name, evaluation in _shared(model, width).items():
-                errors.setdefault(name, {})[model] = float(f"{_mean_error(evaluation):.3g}")
+                errors.setdefault(name, {})[model] = float(f"{mean_error(evaluation):.3g}")
     return {name: errors[name] for name in sorted(errors) if name in recipe_names()}
 
 
@@ -84,6 +85,13 @@ def _shared(model: str, width: str) -> dict[str, dict[str, Any]]:
     for folder in ("quality", "methods"):
         for path in sorted((RESULTS / folder / model).glob(f"*-{width}.json")):
             evaluations.setdefault(path.stem, json.loads(path.read_text()))
+    return with_shared_videos(evaluations)
+
+
+def with_shared_videos(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return evaluations with the videos, by prompt and seed, that all of them have."""
+    if not evaluations:
+        return {}
     shared = set.intersection(
         *({(video["prompt"], video["seed"]) for video in record["videos"]} for record in evaluations.values())
     )

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from figures import FIGURE, figure
 from judging import evalcrafter_table, metrics_table, paper_table
 from kernel_tables import kernels_table
 from markdown_tables import interval, table_head, table_row
 from methods import field_table, measured_errors, methods_table, parts_added_table
+from peer_tables import peers_table
 from published import calls_table, commands_of, cost_table, python_of, sizes_table, time_table
 from reproduce.beside import overview_table
 from scaling_tables import limits_table, speedup_table
@@ -230,6 +232,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "quality": quality_table,
     "methods": methods_table,
     "field": field_table,
+    "peers": peers_table,
     "parts-added": parts_added_table,
     "adherence": adherence_table,
     "attention": attention_table,
@@ -293,6 +296,11 @@ def main() -> int:
             stale.append(page)
             if not arguments.check:
                 path.write_text(new)
+    drawn = figure()
+    if not FIGURE.exists() or FIGURE.read_text() != drawn:
+        stale.append(f"docs/images/{FIGURE.name}")
+        if not arguments.check:
+            FIGURE.write_text(drawn)
     if arguments.check and stale:
         print(f"out of date: {', '.join(stale)}; run python benchmarks/tables.py", file=sys.stderr)
     return int(arguments.check and bool(stale))

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import figures
 import pytest
 import tables
 import torch
@@ -16,6 +17,10 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 def test_tables_are_those_of_the_results_files(page):
     text = page.read_text()
     assert tables.filled(text) == text, f"{page.name} is out of date; run python benchmarks/tables.py"
+
+
+def test_the_figure_is_that_of_the_results_files():
+    assert figures.FIGURE.read_text() == figures.figure(), "out of date; run python benchmarks/tables.py"
 
 
 def test_every_marked_table_is_on_a_listed_page():

@@ -20,6 +20,7 @@ def entry(label, velocity, **changes):
         "label": label,
         "recipe": label,
         "checkpoint": None,
+        "peer": None,
         "description": "What <it> is.",
         "width": "w4a6",
         "storage": {"full_precision_bytes": 400, "quantized_bytes": 100, "ratio": 4.0},
@@ -134,6 +135,7 @@ def test_the_page_is_one_well_formed_file():
     assert "bad<1>" in page.text
     assert "What &lt;it&gt; is." in text
     assert page.text.count("simulated") == 1
+    assert "good: 0.1 % in 0.205 min" in text
     assert page.text.count("clip.constant=0.9") == 1
     assert "cannot" in page.text
     assert "× 0.125" in page.text

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from s2q.report import charts, compare_table, formatting
+from s2q.report.cost_chart import OURS, PEER, Point, cost_chart
 from s2q.report.page import asset, data_url, environment, player_facts
 from s2q.report.video import (
     DIFFERENCE_GAIN,
@@ -52,6 +53,7 @@ def render_compare_page(
             script=asset("page.js"),
             headings=[compare_table.HEADINGS[name] for name in compare_table.columns_of(result)],
             chart=charts.error_chart(_chart_groups(result)),
+            costs=cost_chart(_cost_panels(result)),
             players=[_player(scene, frame_rate) for scene in scenes],
             sheet="" if sheet is None else data_url("image/png", sheet),
             fps=frame_rate,
@@ -103,6 +105,26 @@ def _chart_groups(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, 
         for group in result["groups"]
     ]
     return [(width, rows) for width, rows in groups if rows]
+
+
+def _cost_panels(result: Mapping[str, Any]) -> list[tuple[str, list[Point]]]:
+    entries = {entry["label"]: entry for entry in result["entries"]}
+    return [
+        (
+            width,
+            [
+                Point(
+                    label=label,
+                    seconds=entries[label]["seconds"],
+                    error=error["mean"],
+                    kind=PEER if entries[label]["peer"] else OURS,
+                )
+                for label, error in rows
+                if entries[label]["seconds"]
+            ],
+        )
+        for width, rows in _chart_groups(result)
+    ]
 
 
 def _format_effect(effect: Mapping[str, Any], end: str) -> str:
