@@ -103,9 +103,9 @@ def test_a_missing_package_is_one_line(tiny_model, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
-def test_an_installed_peer_quantizes_a_model(peer, tiny_model):
+def test_an_installed_peer_quantizes_a_model(peer):
     pytest.importorskip(
         {"optimum-quanto": "optimum.quanto", "comfy-kitchen": "comfy_kitchen"}.get(peer.package, peer.package)
     )
-    storage = cost_of_peer(peer, resolve_model(tiny_model))["storage"]
+    storage = cost_of_peer(peer, resolve_model("shapes-cogvideox"))["storage"]  # tiny widths have no groups of 64
     assert storage["quantized_bytes"] < storage["full_precision_bytes"]
