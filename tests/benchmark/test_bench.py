@@ -23,7 +23,7 @@ from s2q.benchmark.timing import TimingOptions
 from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.models import block_linears, family_of, resolve_model
 from s2q.models.synthetic import synthetic_model
-from s2q.nn import PackedLinear, StudentLinear
+from s2q.nn import PackedLinear, StudentLinear, StudentRows
 from s2q.recipes.load import load_recipe, recipe_names
 from tiny import run_transformer, tiny_pipeline, tiny_transformer
 
@@ -224,9 +224,11 @@ def test_the_student_has_every_part_of_the_recipe_and_a_step_learns(recipe, part
         for index in range(2):
             assert float(optimization.step(opened.samples[index])) > 0
         moved = [bool((one != other).any()) for one, other in zip(before, optimization.learnable, strict=True)]
-    students = {name: module for name, module in student.named_modules() if isinstance(module, StudentLinear)}
-    assert students.keys() == {linear.inner_name for linear in subject.linears if linear.role == "linear"}
+    linears = [linear.inner_name for linear in subject.linears if linear.role == "linear"]
+    students = {name: student.get_submodule(name) for name in linears}
+    assert all(isinstance(layer, StudentLinear | StudentRows) for layer in students.values())
     for layer in students.values():
+        layer = getattr(layer, "joint", layer)  # q, k and v have one
         names = ("transform", "clip", "shift", "low_rank_basis")
         present = {name for name in names if getattr(layer.source, name) is not None}
         present |= {name for name in ("weight_clip", "estimator", "rounding") if getattr(layer, name) is not None}

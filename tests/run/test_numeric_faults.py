@@ -25,6 +25,12 @@ BLOCK = "transformer_blocks.0"
 FIRST, LAST = f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2"
 
 
+def name_of(method):
+    """The recipe of a method at W4A4, or at its first width."""
+    widths = methods()[method]["widths"]
+    return f"{method}-{'w4a4' if 'w4a4' in widths else next(iter(widths))}"
+
+
 def overrides_of(recipe):
     """Changes that make a recipe quick: one sample of one step, and groups that divide 64 channels."""
     changes = list(SMALL) if recipe.calibrates else []
@@ -40,14 +46,14 @@ def overrides_of(recipe):
 
 
 def run(pipe, method, out, *changes):
-    recipe = load_recipe(f"{method}-w4a4")
+    recipe = load_recipe(name_of(method))
     overrides = [*overrides_of(recipe), *changes]
     prompts = ["a"] if recipe.calibrates else None
-    return quantize(pipe, recipe=f"{method}-w4a4", out=out, prompts=prompts, overrides=overrides)
+    return quantize(pipe, recipe=name_of(method), out=out, prompts=prompts, overrides=overrides)
 
 
 def uses_gptq(method):
-    return load_recipe(f"{method}-w4a4").rounding.method == "gptq"
+    return load_recipe(name_of(method)).rounding.method == "gptq"
 
 
 @pytest.fixture
@@ -80,7 +86,7 @@ def test_channels_and_linears_of_zeros_stay_zero(method, pipe, block, tmp_path):
     block.ff.net[0].proj.bias.zero_()  # what ff.net.2 reads is zero
     report = run(pipe, method, tmp_path / "out")
     packed = check_output(tmp_path / "out", report)
-    recipe = load_recipe(f"{method}-w4a4")
+    recipe = load_recipe(name_of(method))
     learned = 1e-3 if recipe.refinement is not None or recipe.transforms.estimator else 0  # corrections of the output
     assert packed.attn1.to_q.effective_weight(torch.float32)[:3].abs().max() <= learned
     assert packed.ff.net[0].proj.effective_weight(torch.float32).abs().max() <= learned
@@ -146,7 +152,7 @@ def test_overflow_falls_back_and_stops_with_the_layer_where_that_is_not_allowed(
         run(pipe, method, tmp_path / "other", "rounding.allow_fallback=false")
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if load_recipe(f"{method}-w4a4").calibrates])
+@pytest.mark.parametrize("method", [method for method in METHODS if load_recipe(name_of(method)).calibrates])
 def test_a_loss_that_overflows_names_the_block(method, pipe, block, tmp_path):
     block.ff.net[0].proj.weight.mul_(1e20)
     block.ff.net[2].weight.mul_(3)
@@ -155,7 +161,7 @@ def test_a_loss_that_overflows_names_the_block(method, pipe, block, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("method", [method for method in METHODS if load_recipe(f"{method}-w4a4").calibrates])
+@pytest.mark.parametrize("method", [method for method in METHODS if load_recipe(name_of(method)).calibrates])
 def test_values_that_are_not_finite_name_the_layer_that_returns_them_first(method, bad, pipe, block, tmp_path):
     block.ff.net[2].register_forward_hook(lambda _module, _args, output: output * bad)
     with pytest.raises(S2QError, match=rf"NaN or infinite latents for prompt 'a'.*first in transformer\.{LAST};"):
@@ -163,7 +169,7 @@ def test_values_that_are_not_finite_name_the_layer_that_returns_them_first(metho
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if load_recipe(f"{method}-w4a4").calibrates])
+@pytest.mark.parametrize("method", [method for method in METHODS if load_recipe(name_of(method)).calibrates])
 def test_values_that_reach_no_latent_name_the_layer_too(method, pipe, block, tmp_path):
     def spoil(_module, _args, output):  # a text token; those are dropped after the last block
         output[:, 0, 0] = torch.nan

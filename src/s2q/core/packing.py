@@ -59,6 +59,16 @@ def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:
     return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
 
 
+def check_packed(packed: Tensor, *, num_bits: int, in_features: int) -> None:
+    """Raise InvalidInputError if packed is not a uint8 matrix of the width that I codes of N bits take."""
+    width = packed_width(num_bits, in_features)
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != width:
+        raise InvalidInputError(
+            f"packed codes: got {packed.dtype} {list(packed.shape)}; expected uint8 [out, {width}] for {in_features} "
+            f"codes of {num_bits} bits; the data is damaged or belongs to another scheme"
+        )
+
+
 def unpack_codes(packed: Tensor, *, num_bits: int, in_features: int, out: Tensor | None = None) -> Tensor:
     """Undo `pack_codes`: uint8 [O, P] becomes int8 [O, I], in `out`, int8 [O, 2P], if there is one.
 
@@ -67,12 +77,7 @@ def unpack_codes(packed: Tensor, *, num_bits: int, in_features: int, out: Tensor
     Raises:
         InvalidInputError: If packed is not a uint8 matrix of the width that I codes of N bits take.
     """
-    width = packed_width(num_bits, in_features)
-    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != width:
-        raise InvalidInputError(
-            f"packed codes: got {packed.dtype} {list(packed.shape)}; expected uint8 [out, {width}] for {in_features} "
-            f"codes of {num_bits} bits; the data is damaged or belongs to another scheme"
-        )
+    check_packed(packed, num_bits=num_bits, in_features=in_features)
     if num_bits > 4:
         return packed.view(torch.int8)
     # Spread each byte over the two bytes of an int16 (the low nibble first, as memory is little-endian).

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from s2q.common.processor import features, is_x86
+from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.codebook import nearest_level, scaled_levels, table_and_scale
 from s2q.core.packing import pack_codes, unpack_codes
 from s2q.core.qparams import quantize_per_token
@@ -109,7 +110,11 @@ class Passes:
 
 def _vector(value: Tensor | None, length: int, missing: float) -> Tensor:
     """Return a vector as contiguous fp32, or one of a constant."""
-    return torch.full((length,), missing, device="cpu") if value is None else value.float().contiguous()
+    return (
+        torch.full((length,), missing, dtype=torch.float32, device="cpu")
+        if value is None
+        else value.float().contiguous()
+    )
 
 
 @functools.cache
@@ -191,6 +196,7 @@ def _processor() -> str:
     return platform.processor()
 
 
+@in_fresh_torch_state
 @torch.no_grad()
 def _equals_torch(passes: Passes) -> bool:
     """Compare every function with PyTorch's operations, bit for bit, on numbers with ties, zeros and many sizes."""

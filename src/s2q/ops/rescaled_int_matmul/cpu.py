@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from s2q.core.packing import unpack_codes
+from s2q.core.packing import check_packed, unpack_codes
 from s2q.ops.fused import DTYPES, passes
 from s2q.ops.int_matmul import cpu, int_matmul
 from s2q.ops.scratch import take
@@ -113,6 +113,7 @@ def _unpacked(packed: Tensor, *, num_bits: int, in_features: int) -> Tensor:
     """`unpack_codes` into the same buffer every time, in pieces whose intermediate results stay in the caches."""
     if num_bits > 4:  # nothing to unpack
         return unpack_codes(packed, num_bits=num_bits, in_features=in_features)
+    check_packed(packed, num_bits=num_bits, in_features=in_features)
     codes, fused = take("codes", (len(packed), 2 * packed.shape[1]), torch.int8), passes()
     if fused is not None:
         fused.unpack(packed.contiguous(), out=codes)
