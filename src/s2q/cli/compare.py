@@ -121,9 +121,13 @@ def compare(
         show_plan(result)
     else:
         show_comparison(result, page=(out / "index.html").resolve())
-    failed = [entry for entry in result["entries"] if entry["error"]]
+    _raise_failed(result["entries"])
+
+
+def _raise_failed(entries: Sequence[Mapping[str, Any]]) -> None:
+    failed = [entry for entry in entries if entry["error"]]
     if failed:
-        raise S2QError(f"{len(failed)} of {len(result['entries'])} failed: {failed[0]['label']}: {failed[0]['error']}")
+        raise S2QError(f"{len(failed)} of {len(entries)} failed: {failed[0]['label']}: {failed[0]['error']}")
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:

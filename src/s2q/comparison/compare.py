@@ -79,18 +79,15 @@ def compare(
     Args:
         entries: Recipes by name (`all` and patterns such as "s2q-*" too) or file, and checkpoint folders.
         model: The full-precision reference: embedded name, folder or Hub id.
-        peers: Other tools that quantize the model with their own code: names out of `comparison.peers.PEERS`, or
-            ["all"] for the installed ones.
+        peers: Other tools, by their names in `comparison.peers.PEERS`; ["all"] for the installed ones.
         out: Folder to write; a comparison there is resumed, and may get more entries.
         prompts: Prompts to generate; None takes `num_prompts` held-out captions of an embedded model.
         overrides: Changes to the recipes; those to `calibration` and `distillation` are made where they apply.
-        workers: Number of workers, which quantize blocks and evaluate prompts; as for `quantize`, with what follows it.
         resume: Whether to resume the comparison in `out`; False replaces it and needs `overwrite`.
         overwrite: Whether a comparison in `out` that cannot be resumed may be replaced.
 
     Returns:
-        The content of `compare.json`; an entry that failed has an `error`. Of a dry run, what would be done. Raises as
-        `s2q.quantize` does.
+        The content of `compare.json`, with the `error` of what failed; of a dry run, the plan. Raises as `quantize`.
     """
     model, given_dtype = arguments.model_argument("model", model), arguments.parse_dtype(dtype)
     if not isinstance(model, str | Path):
