@@ -44,8 +44,8 @@ MEASURED_ON = "synthetic:cogvideox-2b"
 TRANSFORMERS = {"wan-2.2-a14b": ("wan-14b", 2)}
 """Published pipelines with several transformers of one size."""
 SIZES = tuple(sorted({*synthetic_names(), *TRANSFORMERS}))
-LOSSES = 4
-"""Evaluations of all samples besides those of distillation: rounded to nearest, twice at the start, at the end. Each is
+LOSSES = 3
+"""Evaluations of all samples besides those of distillation: rounded to nearest, at the start, at the end. Each is
 counted as one pass per sample, its lower bound."""
 MODEL = "model"
 RESULTS = Path(__file__).parent / "results"

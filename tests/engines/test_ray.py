@@ -98,9 +98,12 @@ def test_an_address_where_something_else_answers_is_refused_in_time(monkeypatch)
             ray_cluster.connect(f"127.0.0.1:{server.getsockname()[1]}")
 
 
-def test_a_second_cluster_in_a_program_is_refused(cluster):
+def test_a_second_cluster_in_a_program_is_refused(cluster, monkeypatch):
     ray_cluster.connect(cluster[0].address)
     ray_cluster.connect("auto")
+    with monkeypatch.context() as patch:  # Ray turns localhost into the address of the node
+        patch.setattr(ray_cluster, "_are_same", lambda address, other: False)
+        ray_cluster.connect(cluster[0].address)
     with pytest.raises(UsageError, match=r"--ray-address 127.0.0.2:1: this program has joined \S+; use one cluster"):
         ray_cluster.connect("127.0.0.2:1")
 

@@ -1,5 +1,7 @@
 """The product of NVFP4 weights and inputs: what the GPU reads, and its refusals elsewhere. No GPU here runs it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,9 +9,9 @@ from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
 from s2q.core.fp4 import E2M1_LEVELS
 from s2q.core.qparams import dequantize_weight
-from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme
+from s2q.core.schemes import Delta, LinearScheme, PerGroup, QuantScheme
 from s2q.nn import PackedLinear, set_backend
-from s2q.nn.fp4 import encode, fp4_product, quantize_blocks, split_scale, swizzled
+from s2q.nn.fp4 import encode, fp4_product, has_fp4, quantize_blocks, split_scale, swizzled
 from s2q.rounding import round_rtn
 from schemes import scheme
 
@@ -83,6 +85,13 @@ def test_it_is_refused_without_the_hardware_and_without_nvfp4():
     with pytest.raises(InvalidInputError, match="no linear of the model has levels=nvfp4"):
         set_backend(integers, "fp4")
     set_backend(torch.nn.ModuleList([integers, linear]), "fp4")  # those that have it alone
+
+
+def test_differences_from_means_are_not_left_to_the_product():
+    differences = replace(NVFP4.activation, delta=Delta(cube=(2, 1, 1)))
+    linear = PackedLinear(96, 48, bias=False, scheme=replace(NVFP4, activation=differences))
+    assert has_fp4(layer())
+    assert not has_fp4(linear)
 
 
 def test_older_gpus_are_named_by_their_capability(monkeypatch):

@@ -82,6 +82,15 @@ def test_strided_rows_and_no_rows_are_taken(backend):
     assert level_values(FIRST, packed[:0], in_features=64, backend=backend).shape == (0, 64)
 
 
+def test_parts_of_wider_rows_are_taken(backend):
+    codes, scale = drawn(6, 64, 4)
+    wider = torch.cat([pack_codes(codes, num_bits=4)] * 2, dim=1)
+    scales = torch.cat([scale] * 2, dim=1)
+    for packed, part in ((wider[:, :32], scales[:, :4]), (wider[::2, 32:], scales[::2, 4:])):
+        found = level_values(ALL, packed, part, in_features=64, backend=backend)
+        assert torch.equal(found, defined(codes[:: 6 // len(packed)], scale[:: 6 // len(packed)]))
+
+
 def test_codes_of_another_width_are_refused(backend):
     with pytest.raises(InvalidInputError, match=r"codes.*expected"):
         level_values(FIRST, pack_codes(drawn(2, 30)[0], num_bits=4), in_features=32, backend=backend)

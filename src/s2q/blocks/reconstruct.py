@@ -24,7 +24,7 @@ from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.observe import observe
 from s2q.calibration.samples import BlockSamples
 from s2q.common.errors import S2QError
-from s2q.common.memory import kept_memory, to_device
+from s2q.common.memory import keep_freed_memory, to_device
 from s2q.common.seeds import derive_seed
 from s2q.common.torch_state import tf32_products
 from s2q.distillation.options import Distillation, Refinement
@@ -200,7 +200,8 @@ def _learn(
     """Distil a student; its parts are computed again in the backward pass of a checkpointed task."""
     temporal = task.recipe.loss.temporal
     parts = checkpoint_parts(student, piece=task.piece, enabled=task.checkpointed)
-    with tf32_products(task.device), kept_memory(), parts:
+    keep_freed_memory()
+    with tf32_products(task.device), parts:
         return distil(
             student,
             samples,

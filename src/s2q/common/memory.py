@@ -8,6 +8,7 @@ own; `page_out` gives it back at once.
 import ctypes
 import functools
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 _MADV_PAGEOUT = 21  # linux/mman.h, since 5.4; the contents stay, whatever they are backed by
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
-_DEFAULT_THRESHOLD, _KEPT, _LARGEST_KEPT = 128 << 10, 256 << 20, 32 << 20
+_KEPT, _LARGEST_KEPT = 256 << 20, 32 << 20
 
 
 def page_out(tensors: Iterable[Tensor]) -> None:
@@ -93,24 +94,17 @@ def release_page_locked() -> None:
         torch._C._host_emptyCache()
 
 
-@contextmanager
-def kept_memory() -> Iterator[None]:
+def keep_freed_memory() -> None:
     """Have the allocator of glibc keep freed host memory, up to 256 MiB, for what is allocated next.
 
     Otherwise it returns large blocks to the system and requests them again in the next step, at a page fault for each
-    4 KiB of every tensor. Other allocators are not affected.
+    4 KiB of every tensor. It stays so until the process ends. A MALLOC_ variable in the environment, and another
+    allocator, are respected.
     """
     mallopt = _library_function("mallopt")
-    if mallopt is None:
-        yield
-        return
-    mallopt(_TRIM_THRESHOLD, _KEPT)
-    mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
-    try:
-        yield
-    finally:
-        mallopt(_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
-        mallopt(_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(_TRIM_THRESHOLD, _KEPT)
+        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
 
 
 def to_device(value: Any, device: str, *, dtype: torch.dtype | None = None) -> Any:

@@ -31,9 +31,9 @@ ALL_PEERS = "all"
 _ROTATIONS = (256, 64, 16)
 """Group sizes of comfy-kitchen's rotation, the one that it prefers first."""
 
-Quantize = Callable[[Callable[..., nn.Module], Sequence[str]], nn.Module]
-"""Of what loads a transformer, with options of `from_pretrained`, and the names of its block linears: the quantized
-transformer."""
+Quantize = Callable[[Callable[..., nn.Module], Sequence[str], Sequence[str]], nn.Module]
+"""Of what loads a transformer onto its device, with options of `from_pretrained`, the names of its block linears and of
+its other linears: the quantized transformer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,15 +121,16 @@ def cost_of_peer(peer: Peer, source: ModelSource, *, device: str = "cpu") -> dic
 def _quantized(peer: Peer, source: ModelSource, component: str, *, dtype: torch.dtype, device: str) -> nn.Module:
     plain = source.meta_transformer(component)
     names = [linear.name for linear in block_linears(plain, family_of(type(plain).__name__))]
-    transformer = partial(
-        type(plain).from_pretrained,  # type: ignore[attr-defined]
-        source.complete_folder(),
-        subfolder=component,
-        variant=source.variant,
-        torch_dtype=dtype,
-    )
-    quantized: nn.Module = peer.quantize(transformer, names).to(device).eval()
-    return quantized
+    linears = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]
+    others = [name for name in linears if name not in set(names)]
+
+    def load(**options: Any) -> nn.Module:
+        transformer: nn.Module = type(plain).from_pretrained(  # type: ignore[attr-defined]
+            source.complete_folder(), subfolder=component, variant=source.variant, torch_dtype=dtype, **options
+        )
+        return transformer.to(device)
+
+    return peer.quantize(load, names, others).eval()
 
 
 def _stored_bytes(quantized: nn.Module, before: Mapping[str, torch.Size]) -> int:
@@ -152,11 +153,10 @@ def _bytes_of(tensor: Any) -> int:
 
 
 def _by_diffusers(
-    config: Callable[[list[str]], Any], load: Callable[..., nn.Module], names: Sequence[str]
+    config: Callable[[list[str]], Any], load: Callable[..., nn.Module], _names: Sequence[str], others: Sequence[str]
 ) -> nn.Module:
     """Load with a `quantization_config`, made of the names of all linears that it has to leave alone."""
-    linears = [name for name, module in load().named_modules() if isinstance(module, nn.Linear)]
-    return load(quantization_config=config([name for name in linears if name not in set(names)]))
+    return load(quantization_config=config(list(others)))
 
 
 def _sdnq(kept: list[str], **options: Any) -> Any:
@@ -183,7 +183,10 @@ def _torchao(kept: list[str], *, bits: int) -> Any:
 
 
 def _by_linear(
-    replace: Callable[[nn.Linear], nn.Module], load: Callable[..., nn.Module], names: Sequence[str]
+    replace: Callable[[nn.Linear], nn.Module],
+    load: Callable[..., nn.Module],
+    names: Sequence[str],
+    _others: Sequence[str],
 ) -> nn.Module:
     """Replace one linear after another."""
     transformer = load()
@@ -230,7 +233,7 @@ def _comfy(linear: nn.Linear, *, layout: str, **options: Any) -> nn.Module:
     return linear
 
 
-def _quanto(load: Callable[..., nn.Module], names: Sequence[str], *, bits: int) -> nn.Module:
+def _quanto(load: Callable[..., nn.Module], names: Sequence[str], _others: Sequence[str], *, bits: int) -> nn.Module:
     from optimum.quanto import freeze, qint4, qint8, quantize
 
     transformer = load()
@@ -255,17 +258,17 @@ _TABLE: tuple[tuple[str, str, str, Quantize], ...] = (
     ("sdnq-w8a8", _SDNQ, "int8, int8 products", _diffusers(_sdnq, weights_dtype="int8", use_quantized_matmul=True)),
     ("sdnq-w4a16", _SDNQ, "uint4 in groups", _diffusers(_sdnq, weights_dtype="uint4")),
     ("sdnq-w4a8", _SDNQ, "uint4, SVD branch, Hadamard", _diffusers(_sdnq, weights_dtype="uint4", **_SVD)),
-    ("torchao-w8a8", _TORCHAO, "int8 a row, int8 a token", _diffusers(_torchao, bits=8)),
-    ("torchao-w4a8", _TORCHAO, "int4 in groups of 32, int8 a token", _diffusers(_torchao, bits=4)),
+    ("torchao-w8a8", _TORCHAO, "int8 per channel, int8 per token", _diffusers(_torchao, bits=8)),
+    ("torchao-w4a8", _TORCHAO, "int4 in groups of 32, int8 per token", _diffusers(_torchao, bits=4)),
     ("bitsandbytes-w8a8", _BITSANDBYTES, "LLM.int8, threshold 6", _linears(_bitsandbytes, bits=8)),
     ("bitsandbytes-w4a16", _BITSANDBYTES, "NF4 in groups of 64", _linears(_bitsandbytes, bits=4)),
-    ("quanto-w8a16", _QUANTO, "qint8 a row", partial(_quanto, bits=8)),
+    ("quanto-w8a16", _QUANTO, "qint8 per channel", partial(_quanto, bits=8)),
     ("quanto-w4a16", _QUANTO, "qint4 in groups", partial(_quanto, bits=4)),
     ("gguf-w8a16", _GGUF, "Q8_0", _linears(_gguf, kind="Q8_0")),
     ("gguf-w4a16", _GGUF, "Q4_0", _linears(_gguf, kind="Q4_0")),
-    ("comfy-w8a8", _COMFY, "int8 a row, ConvRot", _linears(_comfy, layout=_ROW, per_channel=True, convrot=True)),
+    ("comfy-w8a8", _COMFY, "int8 per channel, ConvRot", _linears(_comfy, layout=_ROW, per_channel=True, convrot=True)),
     ("comfy-w4a8", _COMFY, "16 levels in groups of 16, ConvRot", _linears(_comfy, layout=_ASYMMETRIC)),
-    ("comfy-w4a4", _COMFY, "int4 a row, ConvRot", _linears(_comfy, layout=_INT4)),
+    ("comfy-w4a4", _COMFY, "int4 per channel, ConvRot", _linears(_comfy, layout=_INT4)),
 )
 PEERS: Mapping[str, Peer] = {
     name: Peer(name=name, package=package, width=name.rpartition("-")[2], does=does, quantize=quantize)

@@ -243,7 +243,7 @@ def _plans(
             result = quantize(
                 source,
                 recipe=entry.recipe,
-                prompts=settings.calibration_prompts,
+                prompts=settings.calibration_prompts if entry.recipe.calibrates else None,
                 dry_run=True,
                 device=settings.device,
                 dtype=settings.dtype,

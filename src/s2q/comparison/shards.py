@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from s2q.common.devices import free_memory
 from s2q.common.errors import DiskFullError, S2QError, first_line, is_out_of_memory
 from s2q.common.progress import Tick
 from s2q.comparison.entries import FULL_PRECISION
@@ -116,13 +117,15 @@ def evaluate_shard(
         try:
             model, pipe = _opened(folder, plan, label, run, device)
             scores = judge_model(model, run, pipe=pipe, video_done=functools.partial(keep, label), progress=progress)
-            pipe = None  # the next model takes its place
         except DiskFullError:
             raise
         except Exception as error:  # whatever it is, the others go on
             tell((label, failure_of(label, error, "evaluated", device=device)))
         else:
             folder.save_shard(plan, label, shard.index, replace(scores, model=label))
+        finally:
+            pipe = None  # the next model takes its place
+            free_memory()
 
 
 def _opened(

@@ -37,6 +37,7 @@ _CHECK_SECONDS = 2.0
 _HEAD_SECONDS = 10.0
 _ROOM_SECONDS = 30.0
 _MESSAGES = "messages"
+_JOINED: list[str] = []  # the address by which this program has joined its cluster: Ray knows it by another
 
 
 def connect(address: str | None) -> None:
@@ -52,7 +53,7 @@ def connect(address: str | None) -> None:
 
     if ray.is_initialized():
         joined = ray.get_runtime_context().gcs_address
-        if address not in (None, "auto") and not _are_same(address, joined):
+        if address not in (None, "auto", *_JOINED) and not _are_same(address, joined):
             raise UsageError(f"--ray-address {address}: this program has joined {joined}; use one cluster a program")
         return
     joined = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -65,6 +66,7 @@ def connect(address: str | None) -> None:
         if joined == "local":
             raise ResourceError(f"--engine ray: Ray cannot be started ({why}); use --engine processes") from error
         raise ResourceError(f"--ray-address {joined}: cannot be joined ({why}); check the address") from error
+    _JOINED[:] = [joined]
 
 
 def _are_same(address: str, other: str) -> bool:

@@ -16,7 +16,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
 from s2q.core.fp4 import LARGEST_SCALE, block_scale
 from s2q.core.qparams import quantize_weight
-from s2q.core.schemes import FP4_GROUPS, NVFP4, LinearScheme, QuantScheme
+from s2q.core.schemes import FP4_GROUPS, NVFP4, QuantScheme
 from s2q.nn.branch import with_float_branch
 from s2q.nn.stored import StoredLinear
 from s2q.ops.activation_path import transform_input
@@ -26,9 +26,15 @@ _TILE_ROWS, _TILE_GROUPS = 128, 4
 _ALIGNED = 32  # of I, and 16 of O: what torch._scaled_mm takes
 
 
-def has_fp4(scheme: LinearScheme) -> bool:
-    """Tell whether weights and inputs are NVFP4; the other linears of a model run as with the backend "auto"."""
-    return scheme.activation is not None and scheme.weight.levels == scheme.activation.levels == NVFP4
+def has_fp4(layer: StoredLinear) -> bool:
+    """Tell whether weights and inputs are NVFP4, and nothing else is done to inputs than the product does.
+
+    The other linears of a model run as with the backend "auto".
+    """
+    weight, activation, path = layer.scheme.weight, layer.scheme.activation, layer.path
+    if activation is None or activation.delta is not None or path.estimator or path.simulated:
+        return False
+    return weight.levels == activation.levels == NVFP4
 
 
 def fp4_product(layer: StoredLinear, x: Tensor) -> Tensor:

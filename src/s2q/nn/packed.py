@@ -176,7 +176,7 @@ class PackedLinear(StoredLinear):
 
     def _product(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         activation = self.scheme.activation
-        if self.backend == FP4 and has_fp4(self.scheme):
+        if self.backend == FP4 and has_fp4(self):
             return fp4_product(self, input)
         if self.simulated:
             return simulated_product(self, input)

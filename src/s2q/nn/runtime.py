@@ -29,7 +29,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
     """
     check_backend(backend)
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    if backend == FP4 and linears and not any(has_fp4(linear.scheme) for linear in linears):
+    if backend == FP4 and linears and not any(has_fp4(linear) for linear in linears):
         raise InvalidInputError(
             "backend 'fp4': no linear of the model has levels=nvfp4 of weights and activations; use backend='auto'"
         )

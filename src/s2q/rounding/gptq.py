@@ -62,6 +62,12 @@ class GPTQ(Rounding):
     block_size: int = field(default=128, metadata={"ge": 1})
     allow_fallback: bool = True
 
+    def round(
+        self, weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None, hessian: Tensor | None = None
+    ) -> tuple[RoundedWeight, dict[str, Any]]:
+        """Round one weight; see `Rounding.round`."""
+        return self.round_group([weight], scheme, clip_ratios=[clip_ratio], hessian=hessian)[0]
+
     def round_group(
         self,
         weights: Sequence[Tensor],

@@ -67,10 +67,11 @@ def _subspace(matrix: Tensor, rank: int) -> Tensor:
         values, vectors = torch.linalg.eigh(basis.t() @ image)
         before, captured = captured, float(values[-rank:].sum())
         if captured - before <= _TOLERANCE * captured:
-            break
+            directions: Tensor = (basis @ vectors[:, -rank:]).flip(1)
+            return directions
         basis = torch.linalg.qr(image).Q
-    directions: Tensor = (basis @ vectors[:, -rank:]).flip(1)
-    return directions
+    exact: Tensor = torch.linalg.eigh(matrix).eigenvectors[:, -rank:].flip(1)  # eigenvalues are too close to each other
+    return exact
 
 
 def weight_directions(weights: Sequence[Tensor], rank: int) -> Tensor:

@@ -29,9 +29,7 @@ def level_values(levels: Tensor, packed: Tensor, group_scale: Tensor | None = No
     fused = passes()
     if fused is not None and group_scale is not None:
         values = torch.empty(rows, in_features, dtype=torch.int8, device="cpu")
-        fused.values(
-            packed if packed.stride(1) == 1 else packed.contiguous(), levels, group_scale.contiguous(), out=values
-        )
+        fused.values(packed.contiguous(), levels.contiguous(), group_scale.contiguous(), out=values)
         return values
     table = _byte_table(levels, scaled=group_scale is not None)
     out = torch.empty(rows, in_features, dtype=torch.int8, device="cpu")
