@@ -13,7 +13,8 @@ METHODS = sorted({name.rpartition("-")[0] for name in recipe_names()})
 RECIPES = [
     *(name for name in recipe_names() if name.startswith("rtn-")),
     "s2q-w3a6",
-    *(f"{method}-w4a4" for method in METHODS if method != "rtn"),
+    *(f"{method}-w4a4" for method in METHODS if method not in ("rtn", "table")),
+    "table-w4a8",
 ]
 
 pytestmark = pytest.mark.gpu
