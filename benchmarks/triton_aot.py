@@ -436,7 +436,7 @@ def _stored(path: Path | None, versions: dict[str, object]) -> dict[tuple[str, i
         return {}
     content = json.loads(path.read_text())
     same = all(content["versions"][name] == versions[name] for name in ("triton", "ptxas"))
-    return {(one["kernel"], one["arch"], one["key"]): one for one in content["results"]} if same else {}
+    return {(entry["kernel"], entry["arch"], entry["key"]): entry for entry in content["results"]} if same else {}
 
 
 def _ptxas_versions() -> list[str]:

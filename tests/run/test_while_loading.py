@@ -59,8 +59,8 @@ def test_a_text_encoder_is_packed_and_close_to_full_precision(model):
     assert packed(encoder) == [f"{name}.packed" for name in linears]
     assert all(encoder.get_submodule(name).packed.scheme.name == "w4tg16a16" for name in linears)
     ids = torch.arange(1, 9).unsqueeze(0)
-    full, found = (one(ids)[0].float() for one in (model.pipe.text_encoder, encoder))
-    assert 0 < float((found - full).norm() / full.norm()) < 0.2
+    full, quantized = (part(ids)[0].float() for part in (model.pipe.text_encoder, encoder))
+    assert 0 < float((quantized - full).norm() / full.norm()) < 0.2
 
 
 def test_the_pipeline_generates(model):
@@ -79,7 +79,9 @@ def test_linears_are_quantized_before_the_others_have_been_read(model, monkeypat
         largest = max(largest, len(waiting))
         add(group, name, value)
         if not group.missing:
-            waiting.difference_update(f"{one.name}.{part}" for one in group.linears for part in ("weight", "bias"))
+            waiting.difference_update(
+                f"{linear.name}.{part}" for linear in group.linears for part in ("weight", "bias")
+            )
 
     monkeypatch.setattr(while_loading._Group, "add", counted)
     CogVideoXTransformer3DModel.from_pretrained(

@@ -15,7 +15,8 @@ of calibration, in functions below `BlockShape` in the model's dtype.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import nn
@@ -35,17 +36,21 @@ _FP32 = torch.float32.itemsize
 _WEIGHT, _MORE_AT_HAND = 4, 14
 
 
+class Figures:
+    """A dataclass of numbers that are added field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        return replace(self, **{name: value + getattr(other, name) for name, value in vars(self).items()})  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class _StepBytes:
+class _StepBytes(Figures):
     """Bytes that a step of distillation holds of a weight, a value, a value of a piece, and a value of a stream."""
 
     weight: float = 0.0
     value: float = 0.0
     piece: float = 0.0
     channel: float = 0.0
-
-    def __add__(self, other: "_StepBytes") -> "_StepBytes":
-        return _StepBytes(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 _STEP_BYTES = {  # by the bytes of a value in the dtype of calibration

@@ -11,11 +11,11 @@ Legend: `I/O` in/out features, `S` samples, `E` epochs, `r` rank, `n1`, `n2` ord
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 
-from s2q.planning.cost import BlockShape, Workload
+from s2q.planning.cost import BlockShape, Figures, Workload
 from s2q.recipes.schema import Recipe
 from s2q.selection.known import known_samples, recorded_steps
 
@@ -25,7 +25,7 @@ _BACKWARD, _ATTENTION_BACKWARD = 2.0, 2.5
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _Pass(Figures):
     """Elementwise operations of a pass through a block, as counted (`benchmarks/step_counts.py`).
 
     Attributes:
@@ -39,9 +39,6 @@ class _Pass:
     typed: float = 0.0
     weight: float = 0.0
     launches: float = 0.0
-
-    def __add__(self, other: "_Pass") -> "_Pass":
-        return _Pass(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 _PLAIN = _Pass(typed=2.4, launches=7)

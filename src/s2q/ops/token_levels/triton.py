@@ -24,7 +24,11 @@ def token_levels(x: Tensor, levels: Tensor, clip_ratio: Tensor | None = None, *,
     scales = torch.zeros(rows, 1, dtype=torch.float32, device=x.device)
     if values.numel():
         x = x if x.stride(1) == 1 else x.contiguous()
-        clip = torch.ones(1, device=x.device) if clip_ratio is None else clip_ratio.float().reshape(-1).contiguous()
+        clip = (
+            torch.ones(1, dtype=torch.float32, device=x.device)
+            if clip_ratio is None
+            else clip_ratio.float().reshape(-1).contiguous()
+        )
         launch(
             token_levels_kernel,
             (rows,),
