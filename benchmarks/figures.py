@@ -1,7 +1,4 @@
-"""The figures of the docs that are drawn from `benchmarks/results`: error against minutes of quantization.
-
-python benchmarks/figures.py [--check]
-"""
+"""Figures of the docs that `python benchmarks/tables.py` draws from results: error against minutes of quantization."""
 
 from pathlib import Path
 
@@ -29,7 +26,7 @@ text{font:12px ui-sans-serif,system-ui,-apple-system,"Segoe UI",Helvetica,Arial,
 def points(model: str, width: str) -> list[Point]:
     """What was measured at a width; beside eight-bit activations, also what leaves them in sixteen bits."""
     widths = (width, f"{width[:3]}16") if width.endswith("a8") else (width,)
-    records = {name: record for each in widths for name, record in records_of(model, each).items()}
+    records = {name: record for bits in widths for name, record in records_of(model, bits).items()}
     return [
         Point(
             label=name.rpartition("-")[0],

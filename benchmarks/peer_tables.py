@@ -36,22 +36,24 @@ def records_of(model: str, width: str) -> dict[str, dict[str, Any]]:
 def peers_table(model: str) -> str:
     """Peers and recipes of each width, the least error first, with bytes and seconds; ratios are to the first."""
     lines = table_head("", ["made by", "storage", "quantized in", "velocity error, %", "ratio to best", "PSNR dB"])
-    samples = set()
+    samples, commands = set(), set()
     for width in _WIDTHS:
-        every = records_of(model, width)
-        chosen = {name: each for name, each in every.items() if "width" in each or name.startswith(_SHOWN)}
+        records = records_of(model, width)
+        chosen = {name: entry for name, entry in records.items() if "width" in entry or name.startswith(_SHOWN)}
         if not any("width" in record for record in chosen.values()):
             continue
         shared = with_shared_videos(chosen)
         ranking = sorted(shared, key=lambda name: mean_error(shared[name]))
+        commands |= {record["command"] for record in chosen.values() if "width" in record}
         lines.append(table_row(f"**W{width[1]}A{width[3:]}**", [""] * 6))
         lines += [_row(name, shared[name], shared[ranking[0]]) for name in ranking]
         videos = shared[ranking[0]]["videos"]
         samples.add((len({video["prompt"] for video in videos}), len({video["seed"] for video in videos})))
     if not samples:
         return f"Not measured yet: `python benchmarks/peers.py -m {model}`."
-    said = ", ".join(f"{prompts} prompts × {seeds} seed{'s' * (seeds > 1)}" for prompts, seeds in sorted(samples))
-    return "\n".join([*lines, "", f"{said}, float32, block linears. Made by `python benchmarks/peers.py -m {model}`."])
+    sample = ", ".join(f"{prompts} prompts × {seeds} seed{'s' * (seeds > 1)}" for prompts, seeds in sorted(samples))
+    made_by = " and ".join(f"`{command}`" for command in sorted(commands))
+    return "\n".join([*lines, "", f"{sample}, float32, block linears. Made by {made_by}."])
 
 
 def _row(name: str, record: dict[str, Any], best: dict[str, Any]) -> str:

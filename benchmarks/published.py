@@ -106,7 +106,7 @@ def time_table(recipe: str) -> str:
         if entry["synthetic"] is None:
             continue
         hours, _ = figures.get(name, {}).get("40 samples", (None, None))
-        for precision in ("float32", "model"):
+        for precision in ("float32", "bfloat16"):
             plans = [_on_gpu(entry["synthetic"], recipe, precision, device) for device in TIMED]
             stages = plans[0].stages
             cells = ["fp32" if precision == "float32" else "bf16"]

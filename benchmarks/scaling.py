@@ -23,7 +23,7 @@ from unittest import mock
 from environment import environment
 from records import rounded, write_record
 
-from s2q.distillation.options import is_evaluated
+from s2q.distillation.options import evaluations
 from s2q.engines import engine as engines
 from s2q.engines.engine import Engine, InProcessEngine, Worker, WorkerEngine
 from s2q.models.family import linears_of_block
@@ -290,8 +290,7 @@ def costs_of_size(
     listed = []
     for blocks in model.block_lists:
         share = operations[blocks.name] / whole
-        evaluations = sum(is_evaluated(epoch, epochs) for epoch in range(1, epochs + 1))
-        learned = epochs * step + evaluations + LOSSES
+        learned = epochs * step + evaluations(epochs) + LOSSES
         listed += [Block(quantize=share * samples * learned, stream=share * samples)] * blocks.count
     return Costs(
         prompts=(float(STEPS * model.batch * model.calls),) * prompts,

@@ -63,20 +63,20 @@ def counted(run: Callable[[], object]) -> tuple[int, int]:
 def count(recipe_name: str) -> dict[str, dict[str, float]]:
     """Count one recipe: launches for each linear, bytes for each weight and for each value, of every kind of pass."""
     recipe, source = load_recipe(recipe_name), resolve_model("shapes-cogvideox")
-    sizes, found = [], {"plain": [], "student": [], "step": []}
+    sizes, counts = [], {"plain": [], "student": [], "step": []}
     for frames in FRAMES:
         subject = _pipeline_subject(source, SimpleNamespace(device="cpu", generation={"num_frames": frames}))
         linears = [linear for linear in resolve(recipe, subject.linears) if linear.block == 0]
         with first_block(subject, recipe, device="cpu") as opened:
             sample, samples = opened.samples[0], opened.samples
             with torch.no_grad():
-                found["plain"].append(counted(partial(opened.work.teacher, **sample.inputs)))
+                counts["plain"].append(counted(partial(opened.work.teacher, **sample.inputs)))
             text = sample.inputs["encoder_hidden_states"].shape[1]
             optimization = first_optimization(first_student(opened), recipe)
             optimization.step(sample)
             per_pass = counted(partial(block_loss, optimization.student, samples))
-            found["student"].append(tuple(figure / len(samples) for figure in per_pass))
-            found["step"].append(counted(partial(optimization.step, sample)))
+            counts["student"].append(tuple(figure / len(samples) for figure in per_pass))
+            counts["step"].append(counted(partial(optimization.step, sample)))
         tokens = sample.inputs["hidden_states"].shape[1]
         workload = Workload(tokens=tokens, frames=1, text_tokens=text, branches=1, rows=1, component_bytes=None)
         shape = block_shapes({"transformer": subject.transformer}, linears, workload)[0]
@@ -84,7 +84,7 @@ def count(recipe_name: str) -> dict[str, dict[str, float]]:
         sizes.append((sum(shape.weights), values, len(shape.weights)))
     matrix = torch.tensor([[weights, values] for weights, values, _ in sizes], dtype=torch.float64)
     result = {}
-    for kind, figures in found.items():
+    for kind, figures in counts.items():
         traffic = torch.tensor([[moved] for _, moved in figures], dtype=torch.float64)
         weight, value = torch.linalg.lstsq(matrix, traffic).solution.flatten().tolist()
         launches = figures[0][0] / sizes[0][2]

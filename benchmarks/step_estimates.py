@@ -3,9 +3,8 @@
     python benchmarks/step_estimates.py
 
 The CPU's rates are measured first: an fp32 product, a pass over memory, a small operation. The formulas are those of
-`planning.flop`, with the efficiency of 1 that measured rates have. One thread, fp32, medians of CPU time, in
-which other processes do not count. Written to
-``benchmarks/results/step-estimates.json``.
+`planning.flop`, with the efficiency of 1 that measured rates have. One thread, fp32, CPU time of a call
+after one to warm up, in which other processes do not count. Written to ``benchmarks/results/step-estimates.json``.
 """
 
 import time

@@ -3,7 +3,7 @@
     python benchmarks/workers.py --rounds 2
     python benchmarks/workers.py --before FOLDER      # also an earlier checkout, one process with all threads
 
-Written to results/workers.json: seconds of each command, and the SHA-256 of the weights, which are equal.
+Written to results/workers.json: seconds of each command, and whether the weights are equal.
 """
 
 import argparse
@@ -62,7 +62,6 @@ def main() -> None:
     hashes = {entry["sha256"] for name, entries in runs.items() if "--workers" in name for entry in entries}
     result = {
         **environment(),
-        "command": f"python benchmarks/workers.py --rounds {arguments.rounds}",
         "date": datetime.now(UTC).date().isoformat(),
         "model": arguments.model,
         "recipe": arguments.recipe,

@@ -56,7 +56,7 @@ def test_samples_are_refused_as_it_does_not_calibrate(tmp_path):
         (["activations.levels=table"], "levels=table with num_bits=8; expected at most 4"),
     ],
 )
-def test_what_a_table_does_not_go_with_is_refused_in_a_line(overrides, message):
+def test_options_that_a_table_does_not_support_are_refused_in_a_line(overrides, message):
     with pytest.raises(InvalidInputError, match=message) as error:
         recipe = load_recipe("table-w4a8", overrides=overrides)
         recipe.linear_scheme()

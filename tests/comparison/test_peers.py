@@ -88,7 +88,7 @@ def test_a_peer_that_fails_does_not_stop_the_others(tool, tiny_model, tmp_path, 
 
 
 def test_an_unknown_peer_names_the_nearest():
-    with pytest.raises(InvalidInputError, match="no peer 'torchao-w8': nearest: torchao-w8a8"):
+    with pytest.raises(InvalidInputError, match="unknown peer 'torchao-w8': nearest names are torchao-w8a8"):
         find_peers(["torchao-w8"])
 
 
@@ -104,6 +104,7 @@ def test_a_missing_package_is_one_line(tiny_model, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
 def test_an_installed_peer_quantizes_a_model(peer):
+    """Runs where peers are installed; the project installs none."""
     pytest.importorskip(
         {"optimum-quanto": "optimum.quanto", "comfy-kitchen": "comfy_kitchen"}.get(peer.package, peer.package)
     )

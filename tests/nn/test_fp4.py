@@ -44,7 +44,7 @@ def test_codes_are_encoded_as_e2m1():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 4), (130, 6)])
-def test_scales_lie_in_tiles_of_128_rows_by_4_groups(shape):
+def test_scales_are_in_tiles_of_128_rows_by_4_groups(shape):
     scale = (torch.arange(shape[0] * shape[1]) % 251).to(torch.uint8).reshape(shape).view(torch.float8_e4m3fn)
     found = swizzled(scale).view(torch.uint8)
     wide = -(-shape[1] // 4)

@@ -104,11 +104,12 @@ def test_a_small_linear_keeps_values_prepacked_where_pairs_are_multiplied(monkey
     x = weight(9, 64, seed=1)
     expected = layer(x)
     monkeypatch.setattr(cpu, "adds_in_32_bits", lambda: False)
-    if cpu.adds_pairs(x_bits=6, w_bits=8):
-        torch.testing.assert_close(layer(x), expected)
-        assert layer.kept.num_bytes == 24 * 64
-        layer.weight_group_scale.neg_()
-        assert not torch.allclose(layer(x), expected)
+    if not cpu.adds_pairs(x_bits=6, w_bits=8):
+        pytest.skip("oneDNN multiplies no pairs on this CPU")
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.kept.num_bytes == 24 * 64
+    layer.weight_group_scale.neg_()
+    assert not torch.allclose(layer(x), expected)
 
 
 def test_stored_bytes_are_those_of_the_tensors():

@@ -98,8 +98,8 @@ def keep_freed_memory() -> None:
     """Have the allocator of glibc keep freed host memory, up to 256 MiB, for what is allocated next.
 
     Otherwise it returns large blocks to the system and requests them again in the next step, at a page fault for each
-    4 KiB of every tensor. It stays so until the process ends. A MALLOC_ variable in the environment, and another
-    allocator, are respected.
+    4 KiB of every tensor. The setting is kept until the process ends. A MALLOC_ variable in the environment and
+    another allocator are respected.
     """
     mallopt = _library_function("mallopt")
     if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from s2q.common.components import transformers_of
-from s2q.common.errors import InvalidInputError, ResourceError, nearest_names
+from s2q.common.devices import free_memory
+from s2q.common.errors import InvalidInputError, ResourceError, unknown_name
 from s2q.common.versions import is_installed, package_versions
 from s2q.core.storage import BF16_BYTES
 from s2q.generation.load import load_pipeline
@@ -41,7 +42,7 @@ class Peer:
     """Another tool at one setting.
 
     Attributes:
-        name: What it is asked for by, "torchao-w4a8".
+        name: Its name on the command line, "torchao-w4a8".
         package: The distribution that has to be installed, as pip names it.
         width: Bits of weights and activations, "w4a8".
         does: What it does to a linear, in a few words.
@@ -72,7 +73,7 @@ def find_peers(names: Sequence[str]) -> list[Peer]:
         InvalidInputError: An unknown name.
         ResourceError: A peer, or for `all` every peer, is not installed.
     """
-    if list(names) == [ALL_PEERS]:
+    if ALL_PEERS in names:
         found = [peer for peer in PEERS.values() if is_installed(peer.package)]
         if not found:
             packages = " ".join(dict.fromkeys(peer.package for peer in PEERS.values()))
@@ -80,8 +81,7 @@ def find_peers(names: Sequence[str]) -> list[Peer]:
         return found
     for name in names:
         if name not in PEERS:
-            near = ", ".join(nearest_names(name, list(PEERS)) or PEERS)
-            raise InvalidInputError(f"--peers: no peer {name!r}: nearest: {near}; all: {', '.join(PEERS)}")
+            raise unknown_name("peer", name, PEERS)
         if not is_installed(PEERS[name].package):
             package = PEERS[name].package
             raise ResourceError(f"--peers: {name} needs a package that is not installed; pip install {package}")
@@ -95,6 +95,9 @@ def load_with_peer(
     pipe = load_pipeline(source, dtype=dtype, device=device)
     for component, transformer in transformers_of(pipe).items():
         compute = next(transformer.parameters()).dtype
+        setattr(pipe, component, None)  # its memory is for the peer's
+        del transformer
+        free_memory()
         setattr(pipe, component, _quantized(peer, source, component, dtype=compute, device=device))
     return pipe
 
@@ -122,7 +125,7 @@ def _quantized(peer: Peer, source: ModelSource, component: str, *, dtype: torch.
     plain = source.meta_transformer(component)
     names = [linear.name for linear in block_linears(plain, family_of(type(plain).__name__))]
     linears = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]
-    others = [name for name in linears if name not in set(names)]
+    others = sorted(set(linears) - set(names))
 
     def load(**options: Any) -> nn.Module:
         transformer: nn.Module = type(plain).from_pretrained(  # type: ignore[attr-defined]
@@ -134,7 +137,7 @@ def _quantized(peer: Peer, source: ModelSource, component: str, *, dtype: torch.
 
 
 def _stored_bytes(quantized: nn.Module, before: Mapping[str, torch.Size]) -> int:
-    """The bytes of what a peer stores; what it left as it was counts in bf16."""
+    """The bytes of what a peer stores; unchanged tensors count in bf16."""
     total = 0
     for name, tensor in quantized.state_dict().items():
         if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.shape == before.get(name):
@@ -155,7 +158,7 @@ def _bytes_of(tensor: Any) -> int:
 def _by_diffusers(
     config: Callable[[list[str]], Any], load: Callable[..., nn.Module], _names: Sequence[str], others: Sequence[str]
 ) -> nn.Module:
-    """Load with a `quantization_config`, made of the names of all linears that it has to leave alone."""
+    """Load with a `quantization_config`, made of the names of all linears that it has to skip."""
     return load(quantization_config=config(list(others)))
 
 
@@ -227,7 +230,9 @@ def _comfy(linear: nn.Linear, *, layout: str, **options: Any) -> nn.Module:
 
     group = next((size for size in _ROTATIONS if linear.in_features % size == 0), None)
     if group is None:
-        raise InvalidInputError(f"comfy-kitchen: no rotation divides a width of {linear.in_features}; leave it out")
+        raise InvalidInputError(
+            f"comfy-kitchen: no rotation divides a width of {linear.in_features}; remove it from --peers"
+        )
     weight = QuantizedTensor.from_float(linear.weight.data, layout, convrot_groupsize=group, **options)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear

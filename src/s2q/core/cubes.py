@@ -50,7 +50,7 @@ def cube_rows(
     samples: int,
     device: torch.device | str,
 ) -> Tensor:
-    """Return the number of each token's cube, int32 [B · N], where `before` and `after` the video lie other tokens.
+    """Return the number of each token's cube, int32 [B · N]; `before` and `after` count the tokens around the video.
 
     Cubes are numbered in the order of `cube_means`, sample by sample; other tokens have the number C.
     """

@@ -243,11 +243,9 @@ class LinearScheme:
     @property
     def simulated(self) -> bool:
         """Whether no integer kernel takes this scheme, so that it is computed in floating point, slower than none."""
-        activation = self.activation
-        whole = (UNIFORM, *INT8_LEVELS)
-        if activation is None or self.weight.levels not in whole:
-            return self.weight.levels not in whole
-        return isinstance(activation.granularity, PerGroup) or activation.levels not in whole
+        schemes = [scheme for scheme in (self.weight, self.activation) if scheme is not None]
+        grouped = self.activation is not None and isinstance(self.activation.granularity, PerGroup)
+        return grouped or any(scheme.levels not in (UNIFORM, *INT8_LEVELS) for scheme in schemes)
 
     @property
     def needs_grid(self) -> bool:

@@ -13,7 +13,7 @@ def evaluations(epochs: int) -> int:
 
 
 def is_evaluated(epoch: int, epochs: int) -> bool:
-    """Tell whether it does so after an epoch, counted from 1."""
+    """Return whether all samples are looked at after an epoch, counted from 1."""
     return epoch % max(1, epochs // _EVALUATIONS) == 0 or epoch == epochs
 
 

@@ -226,7 +226,7 @@ class PackedLinear(StoredLinear):
         return QuantizedInput(codes, scale, coefficients, means)
 
     def _quantized_means(self, input: Tensor, delta: Delta) -> QuantizedMeans | None:  # noqa: A002
-        """The means of the cubes of an input [..., N, I], on its path; None where it is unknown where they lie.
+        """The means of the cubes of an input [..., N, I], on its path; None if the token grid is unknown.
 
         The path is linear, so that of a mean is the mean of the paths, except in parts with `apply`, where it differs
         by what the differences make up for.

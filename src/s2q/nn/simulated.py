@@ -1,7 +1,7 @@
 """The integer product of packed linears simulated in fp32, for schemes and input paths without a kernel.
 
-Simulated are inputs in groups, levels that are not uniform, and input paths with a part that is restored after
-quantization (`InputPart.restore`).
+Simulated are inputs in groups, levels that are neither uniform nor int8, and input paths with a part that is restored
+after quantization (`InputPart.restore`).
 """
 
 import logging

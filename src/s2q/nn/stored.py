@@ -148,12 +148,16 @@ class StoredLinear(nn.Linear):
         scheme = self.scheme.weight
         if scheme.has_int8_levels:
             return self.product_codes().float()
-        levels = levels_of(scheme, self.in_features, device=self.weight_scale.device)
-        return dequantize_weight(self.codes(), torch.ones_like(self.weight_scale), levels=levels)
+        codes, levels = self.codes(), levels_of(scheme, self.in_features, device=self.weight_scale.device)
+        return codes.float() if levels is None else levels[codes.int() + len(levels) // 2]
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dequantized weight [O, I] for the transformed input, rounded to `dtype`."""
-        return dequantize_weight(self.unit_weight(), self.weight_scale).to(dtype)
+        scheme = self.scheme.weight
+        if scheme.has_int8_levels:
+            return dequantize_weight(self.product_codes(), self.weight_scale).to(dtype)
+        levels = levels_of(scheme, self.in_features, device=self.weight_scale.device)
+        return dequantize_weight(self.codes(), self.weight_scale, levels=levels).to(dtype)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight for the untransformed input: a full-precision linear with it needs no transform or branch.
@@ -282,7 +286,7 @@ class StoredLinear(nn.Linear):
 
 @cache
 def _nibble_levels(scheme: QuantScheme, in_features: int, device: torch.device) -> Tensor:
-    """`nibble_levels`, once for all layers of a device; of inference mode nowhere."""
+    """`nibble_levels`, once for all layers of a device; never a tensor of inference mode."""
     with torch.inference_mode(False):
         return nibble_levels(scheme, in_features, device=device)
 

@@ -116,9 +116,8 @@ void s2q_unpack(const uint8_t *packed, int8_t *codes, int64_t rows, int64_t colu
     for (int64_t i = 0; i < rows; i++) unpack_row(packed + i * columns, codes + 2 * i * columns, columns);
 }
 
-/* The same bytes to the int8 levels of their nibbles, with a byte (table and scale) for each of `groups` of
-   a row: ops.level_values. GCC
-   makes one instruction of the look-up of 16 nibbles. */
+/* The same bytes to the int8 levels of their nibbles, with a byte (table and scale) for each of `groups` of a row:
+   ops.level_values. GCC makes one instruction of the look-up of 16 nibbles. */
 #if defined(__GNUC__) && !defined(__clang__)
 typedef int8_t v16 __attribute__((vector_size(16)));
 

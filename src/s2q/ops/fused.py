@@ -36,7 +36,7 @@ VARIABLE = "S2Q_FUSED"
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 DTYPES = tuple(_NAMES)
-"""That are quantized, and rescaled to."""
+"""Dtypes that `quantize` reads and `rescale` writes."""
 
 _SECONDS = 60
 
@@ -178,7 +178,7 @@ def _is_private(path: Path) -> bool:
 
 
 def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
-    """Compile in two steps, so that OpenMP is the one that PyTorch has loaded and no other."""
+    """Compile in two steps, to use the OpenMP that PyTorch has loaded, and no other."""
     compiled, library = folder / "fused.o", folder / "fused.so"
     for command in (
         [compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],

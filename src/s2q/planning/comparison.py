@@ -43,9 +43,10 @@ def compare_recipes(
     """
     if not (isinstance(model, ModelSource) or str(model).startswith(SYNTHETIC_PREFIX)):
         model = resolve_model(model, variant=variant)
+    measured = {} if overrides else measured_errors()  # of unchanged recipes
     rows, fits = [], False
     for recipe, validated in [(name, load_recipe(name, overrides=overrides)) for name in recipes]:
-        row: dict[str, Any] = {"recipe": recipe, "velocity_relative_error": measured_errors().get(recipe, {})}
+        row: dict[str, Any] = {"recipe": recipe, "velocity_relative_error": measured.get(recipe, {})}
         try:
             planned = plan(
                 model,

@@ -11,7 +11,7 @@ Legend: `I/O` in/out features, `S` samples, `E` epochs, `r` rank, `n1`, `n2` ord
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -44,8 +44,8 @@ class _Pass(Figures):
 _PLAIN = _Pass(typed=2.4, launches=7)
 _STUDENT, _STUDENT_BRANCH = _Pass(value=24, typed=2.4, launches=72), _Pass(value=15.5, launches=47)
 _STEP, _STEP_BRANCH = _Pass(value=102, typed=7, weight=247, launches=241), _Pass(value=25, weight=112, launches=76)
-_COLUMN_LAUNCHES = 12
-"""Operations of GPTQ for each column of a weight."""
+_COLUMN_LAUNCHES = 5
+"""Operations of GPTQ for each column of the weights that read an input."""
 _EIGEN_FLOP = 9.0
 """FLOP of the eigenvectors of a symmetric matrix, for each I³."""
 _FOLDING_PASSES = 30.0
@@ -157,8 +157,9 @@ def block_work(
         epochs: Epochs of distillation and of refinement, each with the number of times that it looks at all samples.
     """
     computed = recipe.calibration.dtype(dtype)
-    plain, quantized = forward_work(shape, computed), forward_work(shape, computed, quantized=True)
-    step = step_work(shape, computed, checkpointed=checkpointed)
+    plain = _in_tf32(forward_work(shape, computed))
+    quantized = _in_tf32(forward_work(shape, computed, quantized=True))
+    step = _in_tf32(step_work(shape, computed, checkpointed=checkpointed))
     sample = Work(transfer=shape.sample_bytes(computed.itemsize, target_itemsize=computed.itemsize))
     judged = 3 + sum(1 + looks for _, looks in epochs) + len(epochs)  # rounded to nearest, initial, final; and between
     total = forward_work(shape, dtype) * samples  # to the next block
@@ -173,6 +174,11 @@ def block_work(
     if recipe.transforms.low_rank:
         total += _basis_work(shape, samples)
     return total
+
+
+def _in_tf32(work: Work) -> Work:
+    """Return work whose fp32 products run in TF32, as blocks are observed and distilled on a GPU."""
+    return replace(work, products={"tf32" if rate == "fp32" else rate: flop for rate, flop in work.products.items()})
 
 
 def collecting_work(
@@ -196,14 +202,12 @@ def _hessian_work(shape: BlockShape, samples: int) -> Work:
 
 
 def _gptq_work(shape: BlockShape) -> Work:
-    """A factorization of the Hessian, fp64, for each linear; then its columns."""
-    columns = [weight // outer for weight, (outer, _) in zip(shape.weights, shape.outputs, strict=True)]
+    """A factorization of the Hessian, fp64, for each input; then the columns of the weights that read it."""
+    inputs = [features for features, _ in shape.inputs]
+    rounded = (weight * (weight // outer) for weight, (outer, _) in zip(shape.weights, shape.outputs, strict=True))
     return Work(
-        {
-            "fp64": sum(4 / 3 * inner**3 for inner in columns),
-            "fp32": sum(float(weight * inner) for weight, inner in zip(shape.weights, columns, strict=True)),
-        },
-        launches=_COLUMN_LAUNCHES * sum(columns),
+        {"fp64": sum(4 / 3 * features**3 for features in inputs), "fp32": float(sum(rounded))},
+        launches=_COLUMN_LAUNCHES * sum(inputs),
     )
 
 

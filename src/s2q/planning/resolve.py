@@ -89,7 +89,7 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
             continue
         if recipe.allocation is not None and linear.role == "linear":
             *_, scheme = allocation_schemes(recipe, linear).values()
-        _check_groups(linear, scheme)
+        check_groups(linear, scheme)
         plan = LinearPlan(**vars(linear), scheme=scheme)
         if linear.role == "linear":
             block_size = recipe.transforms.rotation_block(linear.in_features, linear.out_features)
@@ -154,7 +154,8 @@ def _check_skip(recipe: Recipe, linears: Sequence[BlockLinear]) -> None:
             raise InvalidInputError(f"recipe {recipe.name}: skip pattern {pattern!r} matches none of the linears{hint}")
 
 
-def _check_groups(linear: BlockLinear, scheme: LinearScheme) -> None:
+def check_groups(linear: BlockLinear, scheme: LinearScheme) -> None:
+    """Raise InvalidInputError, with the name of the linear, if its groups do not divide the in features."""
     try:
         for side in (scheme.weight, scheme.activation):
             if side is not None:

@@ -114,7 +114,7 @@ def round_gptq(
     clip_ratios: Sequence[ClipRatio] | None = None,
     options: GPTQ | None = None,
 ) -> list[tuple[RoundedWeight, GPTQReport]]:
-    """Round weights that read one input, so that the errors of the layers' outputs are small, not those of the weights.
+    """Round weights that read one input to make the errors of the layers' outputs small, not those of the weights.
 
     Their rows are independent: they share the factorization and the pass over the columns.
 
@@ -147,14 +147,14 @@ def round_gptq(
     if factor is not None:
         rounded = _round_columns(torch.cat(weights), torch.cat(scales), factor, order, scheme=scheme, options=options)
         codes = list(torch.split(rounded, [len(weight) for weight in weights]))
-    results = []
+    results, dead_columns = [], int((hessian.diagonal() == 0).sum())
     for weight, scale, rounded_codes in zip(weights, scales, codes, strict=True):
         kept, errors = _better_rows(weight, scale, rounded_codes, scheme, hessian)
         report = GPTQReport(
             **errors,
             dampening_frac=dampening_frac,
             retries=retries,
-            dead_columns=int((hessian.diagonal() == 0).sum()),
+            dead_columns=dead_columns,
             fallback=None if factor is not None else f"no positive definite Hessian in {retries} tries",
         )
         results.append((kept, report))

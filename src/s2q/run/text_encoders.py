@@ -21,7 +21,7 @@ from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.schemes import LinearScheme
 from s2q.models import OUTSIDE
 from s2q.nn import PackedLinear, replace_module
-from s2q.planning.resolve import LinearPlan
+from s2q.planning.resolve import LinearPlan, check_groups
 
 PREFIX = "text_encoder"
 """Of the names of a pipeline's text encoders."""
@@ -71,12 +71,18 @@ class EncoderQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if type(module) is not nn.Linear or any(name == key or name.startswith(f"{key}.") for key in kept):
                 continue
+            plan = _plan(name, module, scheme)
             try:
-                plan = _plan(name, module, scheme)
+                check_groups(plan, scheme)
             except InvalidInputError as error:
-                logger.warning("%s stays in full precision: %s", name, error)
+                logger.warning("%s; it stays in full precision", error)
                 continue
             self.plans[f"{name}.weight"] = plan
+        if not self.plans:
+            raise InvalidInputError(
+                f"Config: recipe {self.quantization_config.recipe.name} fits none of the linears of the text encoder; "
+                "change weights.group_size, or name other components"
+            )
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Tell whether a parameter is the weight of a linear that is quantized."""
@@ -150,7 +156,7 @@ def register(method: str, config: type) -> None:
 
 
 def _plan(name: str, linear: nn.Linear, scheme: LinearScheme) -> LinearPlan:
-    plan = LinearPlan(
+    return LinearPlan(
         name=name,
         inner_name=name,
         block=OUTSIDE,
@@ -160,5 +166,3 @@ def _plan(name: str, linear: nn.Linear, scheme: LinearScheme) -> LinearPlan:
         has_bias=linear.bias is not None,
         scheme=scheme,
     )
-    assert plan.weight_bytes > 0  # raises where no group divides the in features
-    return plan

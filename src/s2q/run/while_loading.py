@@ -27,7 +27,7 @@ from s2q.checkpoint import S2QConfig, S2QQuantizer
 from s2q.common import arguments
 from s2q.common.arguments import dtype_name
 from s2q.common.components import TRANSFORMERS
-from s2q.common.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models import OUTSIDE, block_names, family_of, token_layout
 from s2q.nn import replace_module
@@ -81,6 +81,9 @@ class Config(PipelineQuantizationConfig, QuantizationConfigMixin):  # type: igno
         self.components_to_quantize = (
             None if components is None else list(arguments.name_list("components", components))
         )
+        for name in self.components_to_quantize or ():
+            if name not in TRANSFORMERS and not name.startswith(text_encoders.PREFIX):
+                raise unknown_name("component", name, (*TRANSFORMERS, text_encoders.PREFIX))
         self.is_granular, self.config_mapping = False, {}
         _register()
 
@@ -115,7 +118,7 @@ class RecipeQuantizer(S2QQuantizer):
 
     @property
     def supports_parallel_loading(self) -> bool:
-        """Files are read one after the other, so that their weights are not in memory together."""
+        """Read files one after the other, to have the weights of one in memory."""
         return False
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:

@@ -28,7 +28,9 @@ def column_scale(weights: Sequence[Tensor]) -> Tensor:
     Raises:
         InvalidInputError: If a weight contains NaN or infinite values.
     """
-    norms: Tensor = torch.stack([torch.linalg.vector_norm(weight.double(), dim=0) for weight in weights]).norm(dim=0)
+    norms: Tensor = torch.stack(
+        [torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64) for weight in weights]
+    ).norm(dim=0)
     if not bool(norms.isfinite().all()):
         raise InvalidInputError("column scale: the weights contain NaN or infinite values; check the model")
     largest = norms.max()

@@ -60,7 +60,7 @@ def _subspace(matrix: Tensor, rank: int) -> Tensor:
     It ends once their sum, tr(Vᵀ M V), grows by less than `_TOLERANCE` of itself.
     """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(matrix), 2 * rank, generator=generator, dtype=matrix.dtype)
+    start = torch.randn(len(matrix), 2 * rank, generator=generator, dtype=matrix.dtype, device="cpu")
     basis, captured = torch.linalg.qr(matrix @ start.to(matrix.device)).Q, 0.0
     for _ in range(_MOST_ITERATIONS):
         image = matrix @ basis

@@ -79,11 +79,11 @@ def apply_steps(y: Tensor, path: InputTensors, coefficients: Tensor | None) -> t
 def _transformed(x: Tensor, path: InputTensors) -> tuple[Tensor, Tensor | None]:
     if path.low_rank_basis is not None and not path.deflates:
         y, _ = _transformed(x, path._replace(low_rank_basis=None))
-        return y, low_rank_coefficients(x, path)
+        return y, _low_rank_coefficients(x, path)
     if path.left is None and path.right is None and path.low_rank_basis is None:
         return scaled_kronecker(x if path.shift is None else x.float() - path.shift, scale=path.scale), None
     dtype = product_dtype(x)
-    x, coefficients = split_low_rank(x, path)
+    x, coefficients = _split_low_rank(x, path)
     left, right = (None if factor is None else factor.to(dtype) for factor in (path.left, path.right))
     return scaled_kronecker(x, left=left, right=right), coefficients
 
@@ -93,7 +93,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, torch.float32)
 
 
-def split_low_rank(x: Tensor, path: InputTensors) -> tuple[Tensor, Tensor | None]:
+def _split_low_rank(x: Tensor, path: InputTensors) -> tuple[Tensor, Tensor | None]:
     """Shift and scale x [..., I] and subtract what the low-rank basis spans.
 
     Returns:
@@ -110,8 +110,8 @@ def split_low_rank(x: Tensor, path: InputTensors) -> tuple[Tensor, Tensor | None
     return rest.reshape(scaled.shape), coefficients.float().reshape(*scaled.shape[:-1], basis.shape[1])
 
 
-def low_rank_coefficients(x: Tensor, path: InputTensors) -> Tensor:
+def _low_rank_coefficients(x: Tensor, path: InputTensors) -> Tensor:
     """Shift and scale x [..., I] and return its coefficients in the low-rank basis, fp32 [..., r]."""
     assert path.low_rank_basis is not None
-    scaled, _ = split_low_rank(x, path._replace(low_rank_basis=None))
+    scaled, _ = _split_low_rank(x, path._replace(low_rank_basis=None))
     return (scaled @ path.low_rank_basis.to(scaled.dtype)).float()

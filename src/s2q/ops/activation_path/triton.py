@@ -88,8 +88,7 @@ def activation_path(
             piece, _ = transform_input(piece, rest._replace(low_rank_basis=None))
             rest = rest._replace(shift=None, scale=None)
         of_cubes = means if means is None else means._replace(rows=means.rows[part])
-        outputs = codes[part], token_scale[part]
-        _run(piece, rest, rotation, of_cubes, *outputs, num_bits=num_bits)
+        _run(piece, rest, rotation, of_cubes, codes[part], token_scale[part], num_bits=num_bits)
     return codes, token_scale, coefficients
 
 

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2q.common.errors import InvalidInputError
-from s2q.core.packing import packed_width
+from s2q.core.packing import check_packed
 from s2q.ops.dispatch import launch
 
 BLOCK = 1024
@@ -23,8 +22,7 @@ _NIBBLE_BITS = 4
 def level_values(levels: Tensor, packed: Tensor, group_scale: Tensor | None = None, *, in_features: int) -> Tensor:
     """Look up the levels of packed codes; see `reference.level_values`."""
     rows, width = packed.shape
-    if width != packed_width(_NIBBLE_BITS, in_features):
-        raise InvalidInputError(f"level_values: got codes {list(packed.shape)}; expected [O, {(in_features + 1) // 2}]")
+    check_packed(packed, num_bits=_NIBBLE_BITS, in_features=in_features)
     packed = packed if packed.stride(1) == 1 else packed.contiguous()
     values = torch.empty(rows, in_features, dtype=torch.int8, device=packed.device)
     if values.numel():
@@ -43,7 +41,7 @@ def level_values(levels: Tensor, packed: Tensor, group_scale: Tensor | None = No
 
 
 def value_constants(in_features: int, groups: int) -> dict[str, int]:
-    """Return the constants of `level_values_kernel`; no groups are none with a scale."""
+    """Return the constants of `level_values_kernel`; 0 groups: without scales."""
     return {"DEPTH": in_features, "GROUPS": groups, "BLOCK": BLOCK}
 
 

@@ -1,7 +1,7 @@
 """Tokens in int8 levels on a GPU: one program a token, which reads it twice, for its scale and for its values.
 
 The value is the first level and a step for each boundary that x / Δ is above; there are 15 of 4 bits at most. The sum
-of squares has another order than the reference's, so that a value near a boundary may be that of the level beside it.
+of squares has another order than the reference's, so a value near a boundary may be that of the level beside it.
 
 Shapes: `M` tokens, `I` features.
 """
