@@ -3,22 +3,23 @@
 from pathlib import Path
 
 from methods import WIDTHS, mean_error, with_shared_videos
-from peer_tables import OWN, records_of
+from peer_tables import records_of
 
-from s2q.report.cost_chart import OURS, PEER, RECIPE, Point, cost_chart
+from s2q.recipes.methods import is_rival
+from s2q.report.cost_chart import OURS, PEER, RIVAL, Point, cost_chart
 
 FIGURE = Path(__file__).parents[1] / "docs/images/error-against-minutes.svg"
 MODEL = "shapes-wan"
 STYLE = """
 text{font:12px ui-sans-serif,system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;fill:#59636e}
 .heading{font-size:15px;font-weight:600;fill:#1f2328}.grid{stroke:#d1d9e0}.leader{stroke:#8c959f;stroke-width:.7}
-.front{fill:none;stroke:#8c959f;stroke-width:1.4;stroke-dasharray:5 4}.recipe{fill:#6e7781}
-.ours{fill:#0969da}.peer{fill:#bc4c00}.label{paint-order:stroke;stroke:#fff;stroke-width:3px}.label.recipe{fill:#59636e}.label.ours{font-weight:600}
-.point.hollow{fill:#fff;stroke-width:1.8}.point.peer.hollow{stroke:#bc4c00}.point.recipe.hollow{stroke:#6e7781}
+.front{fill:none;stroke:#8c959f;stroke-width:1.4;stroke-dasharray:5 4}.rival{fill:#6e7781}
+.ours{fill:#0969da}.peer{fill:#bc4c00}.label{paint-order:stroke;stroke:#fff;stroke-width:3px}.label.rival{fill:#59636e}.label.ours{font-weight:600}
+.point.hollow{fill:#fff;stroke-width:1.8}.point.peer.hollow{stroke:#bc4c00}.point.rival.hollow{stroke:#6e7781}
 .point.ours.hollow{stroke:#0969da}
-@media (prefers-color-scheme:dark){text,.label.recipe{fill:#9198a1}.heading{fill:#e6edf3}.grid{stroke:#3d444d}
-.recipe{fill:#848d97}.ours,.label.ours{fill:#4493f8}.peer,.label.peer{fill:#f0883e}
-.label{stroke:#0d1117}.point.hollow{fill:#0d1117}.point.peer.hollow{stroke:#f0883e}.point.recipe.hollow{stroke:#848d97}
+@media (prefers-color-scheme:dark){text,.label.rival{fill:#9198a1}.heading{fill:#e6edf3}.grid{stroke:#3d444d}
+.rival{fill:#848d97}.ours,.label.ours{fill:#4493f8}.peer,.label.peer{fill:#f0883e}
+.label{stroke:#0d1117}.point.hollow{fill:#0d1117}.point.peer.hollow{stroke:#f0883e}.point.rival.hollow{stroke:#848d97}
 .point.ours.hollow{stroke:#4493f8}.leader,.front{stroke:#656c76}}
 """
 
@@ -32,7 +33,7 @@ def points(model: str, width: str) -> list[Point]:
             label=name.rpartition("-")[0],
             seconds=record["quantize_seconds"],
             error=mean_error(record),
-            kind=PEER if "width" in record else OURS if name.startswith(OWN) else RECIPE,
+            kind=PEER if "width" in record else RIVAL if is_rival(name) else OURS,
             hollow=name.endswith("a16"),
         )
         for name, record in with_shared_videos(records).items()

@@ -14,12 +14,9 @@ from markdown_tables import interval, mean_by_prompt, table_head, table_row
 from methods import mean_error, with_shared_videos
 
 from s2q.evaluation.paired import paired_differences
+from s2q.recipes.methods import is_rival
 
 RESULTS = Path(__file__).parent / "results"
-OWN = ("s2q", "table")
-"""How the names of this package's own recipes begin."""
-
-_SHOWN = (*OWN, "rtn")
 _WIDTHS = ("w8a8", "w8a16", "w4a16", "w4a8", "w4a4")
 
 
@@ -39,7 +36,11 @@ def peers_table(model: str) -> str:
     samples, commands = set(), set()
     for width in _WIDTHS:
         records = records_of(model, width)
-        chosen = {name: entry for name, entry in records.items() if "width" in entry or name.startswith(_SHOWN)}
+        chosen = {
+            name: entry
+            for name, entry in records.items()
+            if "width" in entry or name.startswith("rtn-") or not is_rival(name)
+        }
         if not any("width" in record for record in chosen.values()):
             continue
         shared = with_shared_videos(chosen)

@@ -54,6 +54,14 @@ def test_max_tokens_below_the_smallest_video_are_refused():
         calibration_settings(tiny_pipeline("cogvideox rotary"), Calibration(**SIZES, max_tokens=2), recommended={})
 
 
+def test_max_tokens_of_a_model_that_takes_one_size_are_refused():
+    pipe = tiny_pipeline("cogvideox rotary")
+    pipe.transformer.register_to_config(use_learned_positional_embeddings=True, sample_frames=17)
+    pipe.transformer.register_to_config(sample_height=16 // 8, sample_width=16 // 8)
+    with pytest.raises(InvalidInputError, match=r"calibration.max_tokens=4: num_frames.*learned positions for 17 only"):
+        calibration_settings(pipe, Calibration(**SIZES | {"num_frames": 17}, max_tokens=4), recommended={})
+
+
 def test_max_tokens_of_published_dimensions():
     planned = plan("synthetic:hunyuanvideo", recipe="s2q-w4a6", overrides=["calibration.max_tokens=20000"])
     assert planned.calibration.tokens == 5 * 3600

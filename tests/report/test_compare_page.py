@@ -181,3 +181,15 @@ def test_large_videos_are_averaged_and_small_ones_kept():
     assert small.shape == (1, 2, 4, 3)
     assert (small == 50).all()
     assert reduced(frames, longest=8) is frames
+
+
+def test_recipes_of_other_methods_are_marked_apart_from_those_of_the_package():
+    names = ["svdquant-w4a6", "s2q-w4a6", "mine"]
+    entries = [entry(name, 0.001 * (place + 1)) for place, name in enumerate(names)]
+    group = {"width": "w4a6", "ranking": names, "winners": {}, "differences": []}
+    page = render_compare_page(result(entries=entries, groups=[group]), scenes(3), sheet=None, command="s2q")
+    marks = {
+        name: len(re.findall(rf'class="point {name}">(?:(?!</g>).)*<title>', page))
+        for name in ("rival", "ours", "peer")
+    }
+    assert marks == {"rival": 1, "ours": 2, "peer": 0}

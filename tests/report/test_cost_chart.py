@@ -3,13 +3,13 @@
 import itertools
 import re
 
-from s2q.report.cost_chart import OURS, PEER, RECIPE, Point, cost_chart
+from s2q.report.cost_chart import OURS, PEER, RIVAL, Point, cost_chart
 
 POINTS = [
-    Point(label=f"method-{i}", seconds=0.5 * 3**i, error=0.05 / 2 ** (i % 3), kind=(OURS, RECIPE, PEER)[i % 3])
+    Point(label=f"method-{i}", seconds=0.5 * 3**i, error=0.05 / 2 ** (i % 3), kind=(OURS, RIVAL, PEER)[i % 3])
     for i in range(7)
 ]
-CLOSE = [Point(label=f"close-{i}", seconds=20 + i, error=0.02 + i / 1000, kind=RECIPE) for i in range(6)]
+CLOSE = [Point(label=f"close-{i}", seconds=20 + i, error=0.02 + i / 1000, kind=RIVAL) for i in range(6)]
 LABEL = re.compile(r'<text class="label [a-z ]+" x="([\d.]+)" y="([\d.]+)" text-anchor="start">([^<]+)<')
 
 

@@ -114,6 +114,19 @@ def test_components_and_overrides_are_those_that_were_asked_for(model):
     assert not isinstance(pipe.vae, EncoderLinear)
 
 
+def test_a_pattern_of_skip_names_a_linear_of_either_transformer(tmp_path):
+    pipe = tiny_pipeline("wan", boundary_ratio=0.9)
+    pipe.save_pretrained(tmp_path)
+    skipped = ["blocks.0.attn1.to_q", "transformer_2.blocks.0.ffn.net.2"]
+    config = s2q.Config("rtn-w4a8", overrides=[f"skip={skipped}"])
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, quantization_config=config)
+    first, second = packed(loaded.transformer), packed(loaded.transformer_2)
+    assert "blocks.0.attn1.to_q" not in first
+    assert "blocks.0.ffn.net.2" in first
+    assert "blocks.0.attn1.to_q" in second
+    assert "blocks.0.ffn.net.2" not in second
+
+
 def test_a_text_encoder_is_not_saved(model, tmp_path):
     with pytest.raises(UsageError, match="a text encoder that was quantized while loading is not saved"):
         model.loaded.text_encoder.save_pretrained(tmp_path)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2q.common.fp32_modules import convert, kept_in_fp32
 from s2q.core.codebook import MAX_LEVEL
 from s2q.core.packing import pack_codes
 from s2q.core.qparams import code_range
@@ -45,10 +46,7 @@ def synthetic_block(
     """
     transformer = model.meta_transformer(blocks=1)
     block: nn.Module = getattr(transformer, block_list.name)[0].to(dtype)
-    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in list(block.named_parameters()):
-        if kept & set(name.split(".")):
-            parameter.data = parameter.data.float()
+    convert(block, dtype, kept=kept_in_fp32(transformer))
     for linear in linears_of_block(block, f"{block_list.name}.0", model.family):
         replacement = None if linear_of is None else linear_of(linear)
         if replacement is not None:

@@ -8,7 +8,7 @@ fp32 products are in TF32, except those of rounding. The student contains the mo
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.observe import observe
 from s2q.calibration.samples import BlockSamples
 from s2q.common.errors import S2QError
+from s2q.common.fp32_modules import convert, kept_in_fp32
 from s2q.common.memory import keep_freed_memory, to_device
 from s2q.common.seeds import derive_seed
 from s2q.common.torch_state import tf32_products
@@ -108,7 +109,7 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
     dtype = None
     if task.recipe.calibration.precision != "model":
         dtype = task.recipe.calibration.dtype(next(teacher.parameters()).dtype)
-        _convert(teacher, dtype, kept=getattr(stream.transformer, "_keep_in_fp32_modules", None) or ())
+        convert(teacher, dtype, kept=kept_in_fp32(stream.transformer))
     cast = functools.partial(_on_device, device=task.device, dtype=dtype)
     stream.advance(task.index)
     groups = input_groups(task.linears, family)
@@ -121,13 +122,6 @@ def block_students(task: BlockTask) -> Iterator[BlockStudents]:
         yield BlockStudents(work=work, samples=samples, statistics=statistics)
     finally:
         targets.clear()
-
-
-def _convert(block: nn.Module, dtype: torch.dtype, *, kept: Sequence[str]) -> None:
-    """Bring the parameters of a block to a dtype, in place; those of parts named in `kept` to fp32."""
-    for name, parameter in block.named_parameters():
-        wide = not set(kept).isdisjoint(name.split("."))
-        parameter.data = parameter.data.to(torch.float32 if wide else dtype)
 
 
 def _on_device(arguments: Mapping[str, Any], *, device: str, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from s2q.checkpoint.manifest import check_component
 from s2q.checkpoint.values import check_finite, value_problem
 from s2q.common.components import ADAPTED, adapter_tensor, has_adapter
 from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.core.input_path import stored_tensors
 from s2q.nn import PackedLinear, follow_tokens, packed_dtypes, replace_module, share_inputs, unfollow_tokens
 
@@ -181,7 +182,7 @@ class S2QQuantizer(DiffusersQuantizer):
             model.get_submodule(layer).name = layer  # type: ignore[assignment]
         floating = [name for name, dtype in packed_dtypes().items() if dtype.is_floating_point]
         # diffusers takes the first floating parameter that is not named here for the dtype of the model.
-        model._keep_in_fp32_modules = [*(type(model)._keep_in_fp32_modules or ()), *floating]  # type: ignore[attr-defined, assignment]
+        model._keep_in_fp32_modules = [*kept_in_fp32(type(model)), *floating]  # type: ignore[assignment]
         if not hasattr(model, "peft_config"):  # diffusers would take an adapter that was refused for attached
             model.peft_config = {}  # type: ignore[assignment]
         share_inputs(model)
@@ -191,13 +192,12 @@ class S2QQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: nn.Module) -> nn.Module:
         if any(_is_group_offloaded(module) for module in model.modules()):
             raise UsageError(f"{type(model).__name__}: dequantize() of an offloaded model; {_NOT_OFFLOADED}")
-        kept = tuple(type(model)._keep_in_fp32_modules or ())  # type: ignore[attr-defined]
+        kept = kept_in_fp32(type(model))
         # Nothing is changed before everything has been computed.
         linears = {}
         for layer in self._schemes:
             name, packed = _below_adapters(model, layer)
-            in_fp32 = any(part in kept for part in layer.split("."))
-            linears[name] = packed.dequantized_linear(torch.float32 if in_fp32 else model.dtype)
+            linears[name] = packed.dequantized_linear(torch.float32 if is_within(layer, kept) else model.dtype)
         for name, linear in linears.items():
             replace_module(model, name, linear)
         unfollow_tokens(model)

@@ -82,6 +82,7 @@ def compare(
         peers: Other tools, by their names in `comparison.peers.PEERS`; ["all"] for the installed ones.
         out: Folder to write; a comparison there is resumed, and may get more entries.
         prompts: Prompts to generate; None takes `num_prompts` held-out captions of an embedded model.
+        workers: Processes; their count, or "auto" for one a device, on a CPU one a core.
         overrides: Changes to the recipes; those to `calibration` and `distillation` are made where they apply.
         resume: Whether to resume the comparison in `out`; False replaces it and needs `overwrite`.
         overwrite: Whether a comparison in `out` that cannot be resumed may be replaced.

@@ -1,6 +1,5 @@
 """Entries of a comparison: built-in recipes, recipe files, checkpoints and peers, checked before any compute."""
 
-import fnmatch
 import json
 import re
 from collections import Counter
@@ -11,7 +10,7 @@ from typing import Any
 
 from s2q.checkpoint import QUANT_METHOD, inspect_checkpoint
 from s2q.checkpoint.manifest import MANIFEST
-from s2q.common.errors import InvalidInputError, nearest_names
+from s2q.common.errors import InvalidInputError
 from s2q.common.files import sha256_file
 from s2q.common.headers import tensors_digest
 from s2q.comparison.peers import Peer, find_peers
@@ -20,12 +19,11 @@ from s2q.generation.load import check_model
 from s2q.models import ModelSource, resolve_model
 from s2q.models.hub import parse_hub_id
 from s2q.recipes.load import FILE_SUFFIXES, load_recipe
-from s2q.recipes.methods import recipe_names, unknown_recipe
+from s2q.recipes.methods import matching_recipes, recipe_names, unknown_recipe
 from s2q.recipes.schema import Recipe
 from s2q.recipes.variants import SEPARATOR
 from s2q.shapes.embedded import EMBEDDED_NAMES
 
-ALL = "all"
 FULL_PRECISION = "full-precision"
 """Label of the reference; no entry may have it."""
 
@@ -135,20 +133,10 @@ def content_of_files(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
 
 def _expanded(given: Sequence[str]) -> list[tuple[str, bool]]:
     """Every name, and whether it matched a pattern."""
-    names = recipe_names()
     expanded: list[tuple[str, bool]] = []
     for text in given:
-        if text == ALL:
-            expanded += [(name, True) for name in names]
-        elif re.search(r"[*?\[]", text) and not Path(text).exists():
-            matches = fnmatch.filter(names, text)
-            if not matches:
-                near = nearest_names(re.sub(r"[*?\[\]]", "", text), names)
-                hint = f"nearest names are {', '.join(near)}; " if near else ""
-                raise InvalidInputError(f"no recipe matches {text!r}: {hint}all: {', '.join(names)}")
-            expanded += [(name, True) for name in matches]
-        else:
-            expanded.append((text, False))
+        names = None if Path(text).exists() else matching_recipes(text)
+        expanded += [(text, False)] if names is None else [(name, True) for name in names]
     explicit = {text for text, from_pattern in expanded if not from_pattern}
     return [(text, from_pattern) for text, from_pattern in expanded if not (from_pattern and text in explicit)]
 

@@ -49,9 +49,7 @@ def resolve_settings(
     asked = _checked(defaults or {}) | _checked(requested or {})
     settings = GenerationSettings(**_checked(values | asked))
     _check_steps(pipe, settings.num_inference_steps)
-    _check_frames(pipe, settings.num_frames)
-    _check_frame_size(pipe, settings)
-    _check_positions(pipe, settings)
+    _check_video(pipe, settings)
     return settings
 
 
@@ -74,7 +72,10 @@ def within_tokens(pipe: Any, settings: GenerationSettings, max_tokens: int) -> G
         raise InvalidInputError(
             f"calibration.max_tokens={max_tokens}: the smallest video has {tokens} tokens; use more"
         )
-    _check_frame_size(pipe, smaller)
+    try:
+        _check_video(pipe, smaller)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"calibration.max_tokens={max_tokens}: {error}") from None
     return smaller
 
 
@@ -202,6 +203,12 @@ def vae_factors(pipe: Any) -> tuple[int, int]:
 
 def _size_step(pipe: Any) -> int:
     return vae_factors(pipe)[1] * patch_sizes(pipe)[1]
+
+
+def _check_video(pipe: Any, settings: GenerationSettings) -> None:
+    _check_frames(pipe, settings.num_frames)
+    _check_frame_size(pipe, settings)
+    _check_positions(pipe, settings)
 
 
 def _check_frames(pipe: Any, num_frames: int) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import nn
 
 from s2q.common.errors import InvalidInputError
+from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.core.tokens import TokenLayout
 
 Role = Literal["linear", "modulation", "outer"]
@@ -146,11 +147,11 @@ def outer_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
     Parts that the class keeps in fp32 are not listed: what keeps its precision on purpose is not quantized.
     """
     blocks = tuple(f"{name}." for name in family.block_lists)
-    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    kept = kept_in_fp32(transformer)
     return [
         _described(module, name, inner_name=name, family=family, block=OUTSIDE)
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(blocks) and not kept & set(name.split("."))
+        if isinstance(module, nn.Linear) and not name.startswith(blocks) and not is_within(name, kept)
     ]
 
 

@@ -19,6 +19,7 @@ from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.device_names import is_device_name, kind_of_device
 from s2q.common.devices import default_dtype
 from s2q.common.errors import ResourceError, memory_errors
+from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.common.records import PLAN_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.storage import BF16_BYTES, LinearStorage, parse_bytes
@@ -386,11 +387,11 @@ def tensor_sizes(transformers: Mapping[str, nn.Module], dtype: torch.dtype | Non
     """
     sizes = {}
     for component, transformer in transformers.items():
-        kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+        kept = kept_in_fp32(transformer)
         for name, tensor in transformer.state_dict().items():
             itemsize = tensor.itemsize
             if dtype is not None and tensor.is_floating_point():
-                itemsize = (torch.float32 if kept & set(name.split(".")) else dtype).itemsize
+                itemsize = (torch.float32 if is_within(name, kept) else dtype).itemsize
             sizes[full_name(component, name)] = tensor.numel() * itemsize
     return sizes
 

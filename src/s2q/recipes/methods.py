@@ -5,23 +5,45 @@ in floating point. `widths` lists the widths of a method, each with what differs
 names a method whose groups are changed.
 """
 
+import fnmatch
 import functools
 import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from s2q.common.errors import InvalidInputError, short_repr, unknown_name
+from s2q.common.errors import InvalidInputError, nearest_names, short_repr, unknown_name
 from s2q.recipes.strict_yaml import parse_yaml
 
+ALL = "all"
 _SUFFIX = ".yaml"
 _WIDTH = re.compile(r"w(\d+)a(\d+)")
 _UNQUANTIZED = 16
+_ORIGINAL = ("s2q", "s2q-plus", "table")  # the paper's method and what this package adds; the others are rivals
 
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that come with the package, sorted."""
     return sorted(f"{method}-{width}" for method, content in methods().items() for width in content["widths"])
+
+
+def matching_recipes(text: str) -> list[str] | None:
+    """Return the recipes of the package for "all" or a pattern such as "s2q-*"; None for a plain name.
+
+    Raises:
+        InvalidInputError: If a pattern matches none.
+    """
+    names = recipe_names()
+    if text == ALL:
+        return names
+    if not re.search(r"[*?\[]", text):
+        return None
+    matches = fnmatch.filter(names, text)
+    if not matches:
+        near = nearest_names(re.sub(r"[*?\[\]]", "", text), names)
+        hint = f"nearest names are {', '.join(near)}; " if near else ""
+        raise InvalidInputError(f"no recipe matches {text!r}: {hint}all: {', '.join(names)}")
+    return matches
 
 
 @functools.cache
@@ -30,6 +52,12 @@ def methods() -> Mapping[str, Mapping[str, Any]]:
     files = resources.files("s2q.recipes").joinpath("methods").iterdir()
     texts = {file.name: file.read_text(encoding="utf-8") for file in files if file.name.endswith(_SUFFIX)}
     return {name.removesuffix(_SUFFIX): parse_yaml(text, where=name) for name, text in texts.items()}
+
+
+def is_rival(name: str) -> bool:
+    """Whether a name is that of a recipe of the package for somebody else's method."""
+    method = name.rpartition("-")[0]
+    return method in methods() and method not in _ORIGINAL
 
 
 def unknown_recipe(name: str) -> InvalidInputError:

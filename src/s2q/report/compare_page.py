@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from s2q.recipes.methods import is_rival
 from s2q.report import charts, compare_table, formatting
-from s2q.report.cost_chart import OURS, PEER, Point, cost_chart
+from s2q.report.cost_chart import OURS, PEER, RIVAL, Point, cost_chart
 from s2q.report.page import asset, data_url, environment, player_facts
 from s2q.report.video import (
     DIFFERENCE_GAIN,
@@ -117,7 +118,7 @@ def _cost_panels(result: Mapping[str, Any]) -> list[tuple[str, list[Point]]]:
                     label=label,
                     seconds=entries[label]["seconds"],
                     error=error["mean"],
-                    kind=PEER if entries[label]["peer"] else OURS,
+                    kind=_kind(entries[label]),
                 )
                 for label, error in rows
                 if entries[label]["seconds"]
@@ -125,6 +126,10 @@ def _cost_panels(result: Mapping[str, Any]) -> list[tuple[str, list[Point]]]:
         )
         for width, rows in _chart_groups(result)
     ]
+
+
+def _kind(entry: Mapping[str, Any]) -> str:
+    return PEER if entry["peer"] else RIVAL if is_rival(entry["recipe"] or "") else OURS
 
 
 def _format_effect(effect: Mapping[str, Any], end: str) -> str:

@@ -10,12 +10,12 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-OURS, RECIPE, PEER = "ours", "recipe", "peer"
-"""Kinds of a point: a recipe of this package's own, another method's, another tool."""
+OURS, RIVAL, PEER = "ours", "rival", "peer"
+"""Kinds of a point: what s2q adds, a recipe of another method, another tool."""
 
 _MEANINGS = {
-    OURS: "recipes of s2q",
-    RECIPE: "other methods",
+    OURS: "s2q",
+    RIVAL: "other methods",
     PEER: "other tools",
 }
 
@@ -110,7 +110,7 @@ def _legend(points: Sequence[Point], down: float) -> str:
     kinds = {point.kind for point in points}
     meanings = [(kind, False, text) for kind, text in _MEANINGS.items() if kind in kinds]
     if any(point.hollow for point in points):
-        meanings.append((PEER if PEER in kinds else RECIPE, True, "16-bit activations"))
+        meanings.append((PEER if PEER in kinds else RIVAL, True, "16-bit activations"))
     parts, across = [], float(_LEFT)
     for kind, hollow, text in meanings:
         point = Point(label="", seconds=0, error=0, kind=kind, hollow=hollow)

@@ -8,8 +8,11 @@ transformers are quantized weight-only, with the levels and groups of the recipe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from s2q.blocks.task import BlockTask, input_groups
 from s2q.checkpoint import S2QConfig, S2QQuantizer
 from s2q.common import arguments
 from s2q.common.arguments import dtype_name
-from s2q.common.components import TRANSFORMERS
+from s2q.common.components import TRANSFORMERS, split_name
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models import OUTSIDE, block_names, family_of, token_layout
@@ -50,6 +53,7 @@ class Config(PipelineQuantizationConfig, QuantizationConfigMixin):  # type: igno
         recipe: The validated recipe.
         seed: Of rotations, as in `s2q.quantize`.
         components_to_quantize: Components of a pipeline; None for its transformers and text encoders.
+        component: The one that it is for, which a pipeline sets.
 
     Args:
         recipe: Name, file or content of a recipe that needs no samples.
@@ -84,15 +88,20 @@ class Config(PipelineQuantizationConfig, QuantizationConfigMixin):  # type: igno
         for name in self.components_to_quantize or ():
             if name not in TRANSFORMERS and not name.startswith(text_encoders.PREFIX):
                 raise unknown_name("component", name, (*TRANSFORMERS, text_encoders.PREFIX))
+        self.component = TRANSFORMERS[0]
         self.is_granular, self.config_mapping = False, {}
         _register()
 
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Config | None:
-        """Return the configuration of a component of a pipeline: itself, or None where it is not quantized."""
-        name = module_name or ""
-        if self.components_to_quantize is not None:
-            return self if name in self.components_to_quantize else None
-        return self if name in TRANSFORMERS or name.startswith(text_encoders.PREFIX) else None
+        """Return the configuration of a component of a pipeline, which knows its name; None if it is not quantized."""
+        name, chosen = module_name or "", self.components_to_quantize
+        if chosen is None:
+            chosen = [*TRANSFORMERS, *([name] if name.startswith(text_encoders.PREFIX) else [])]
+        if name not in chosen:
+            return None
+        resolved = copy.copy(self)
+        resolved.component = name
+        return resolved
 
     def to_dict(self) -> dict[str, Any]:
         """Return what identifies it, for logs; a saved transformer has an `S2QConfig` instead."""
@@ -126,8 +135,8 @@ class RecipeQuantizer(S2QQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        family, recipe = family_of(model), self._source.recipe
-        self._plans = resolve(recipe, recipe_linears(recipe, {TRANSFORMERS[0]: model}))
+        family = family_of(model)
+        self._plans = _plans(self._source.recipe, model, component=self._source.component)
         names = block_names(model, family)
         groups: list[_Group] = []
         for index, name in enumerate(names):
@@ -176,6 +185,18 @@ class RecipeQuantizer(S2QQuantizer):
         model.register_to_config(quantization_config=config)
         model.quantization_method = config.quant_method
         return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def _plans(recipe: Recipe, model: nn.Module, *, component: str) -> list[LinearPlan]:
+    """Plan one transformer, with names in it; patterns of `skip` that name another one are not about it."""
+    linears = recipe_linears(recipe, {component: model})
+    skip = [
+        pattern
+        for pattern in recipe.skip
+        if split_name(pattern)[0] == component or any(fnmatchcase(linear.name, pattern) for linear in linears)
+    ]
+    plans = resolve(recipe.model_copy(update={"skip": tuple(skip)}), linears)
+    return [replace(plan, name=split_name(plan.name)[1]) for plan in plans]
 
 
 class _Group:
