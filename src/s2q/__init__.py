@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from s2q.benchmark.bench import bench
     from s2q.comparison.compare import compare
     from s2q.evaluation.evaluate import evaluate
+    from s2q.exports.export import export
     from s2q.generation.generate import generate
     from s2q.generation.load import inspect_model as inspect
     from s2q.generation.load import load_pipeline as load
@@ -28,13 +29,26 @@ if TYPE_CHECKING:
     from s2q.run.quantize import quantize
     from s2q.run.while_loading import Config
 
-__all__ = ["Config", "__version__", "bench", "compare", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
+__all__ = [
+    "Config",
+    "__version__",
+    "bench",
+    "compare",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "load",
+    "plan",
+    "quantize",
+]
 
 _LAZY = {
     "Config": ("s2q.run.while_loading", "Config"),
     "bench": ("s2q.benchmark.bench", "bench"),
     "compare": ("s2q.comparison.compare", "compare"),
     "evaluate": ("s2q.evaluation.evaluate", "evaluate"),
+    "export": ("s2q.exports.export", "export"),
     "generate": ("s2q.generation.generate", "generate"),
     "inspect": ("s2q.generation.load", "inspect_model"),
     "load": ("s2q.generation.load", "load_pipeline"),

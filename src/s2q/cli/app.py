@@ -8,6 +8,7 @@ from s2q.cli.bench import bench
 from s2q.cli.compare import compare
 from s2q.cli.demo import demo
 from s2q.cli.evaluate import evaluate
+from s2q.cli.export import export
 from s2q.cli.generate import generate
 from s2q.cli.plan import plan
 from s2q.cli.quantize import inspect, quantize
@@ -38,5 +39,5 @@ def _root(
     """4-bit quantization of text-to-video diffusion transformers, for any diffusers pipeline."""
 
 
-for command in (demo, plan, quantize, generate, evaluate, compare, bench, inspect):
+for command in (demo, plan, quantize, generate, evaluate, compare, bench, inspect, export):
     app.command("eval" if command is evaluate else None)(command)

@@ -5,6 +5,7 @@ BENCH_VERSION = 1  # what `s2q bench` writes
 COMPARISON_VERSION = 1  # the files of `s2q compare`
 DEMO_VERSION = 1  # demo.json
 EVALUATION_VERSION = 1  # eval.json
+EXPORT_VERSION = 1  # what `s2q export --json` prints
 GENERATION_VERSION = 1  # what `s2q generate` writes
 INSPECTION_VERSION = 1  # what `s2q inspect` prints
 MANIFEST_VERSION = 1  # s2q/manifest.json

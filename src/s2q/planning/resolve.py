@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from s2q.common.components import full_name
-from s2q.common.errors import InvalidInputError, nearest_names
+from s2q.common.errors import InvalidInputError, located, nearest_names
 from s2q.core.input_path import InputPath
 from s2q.core.packing import weight_bytes
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
@@ -93,7 +93,9 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
         plan = LinearPlan(**vars(linear), scheme=scheme)
         if linear.role == "linear":
             block_size = recipe.transforms.rotation_block(linear.in_features, linear.out_features)
-            plan = replace(plan, path=_input_path(recipe, plan, transforms(linear.in_features, block_size), frames))
+            with located(linear.name):
+                parts = transforms(linear.in_features, block_size)
+            plan = replace(plan, path=_input_path(recipe, plan, parts, frames))
         plans.append(plan)
     if not plans:
         raise InvalidInputError(

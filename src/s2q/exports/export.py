@@ -1,0 +1,225 @@
+"""`s2q export`: a checkpoint as files that another program runs, refused where they cannot hold all of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2q import checkpoint
+from s2q.checkpoint.manifest import intact
+from s2q.common.arguments import flag, model_argument, optional, path_argument, word
+from s2q.common.errors import InvalidInputError, memory_errors, unknown_name
+from s2q.common.outputs import check_output, staged_directory
+from s2q.common.progress import Progress, silent
+from s2q.common.records import EXPORT_VERSION
+from s2q.common.torch_state import in_fresh_torch_state
+from s2q.core.storage import BF16_BYTES, parse_bytes
+from s2q.exports.folder import copy_components, read_tensors, write_card, write_transformer
+from s2q.exports.target import LinearForm, Target, check_rotation, check_storable, linear_forms
+from s2q.exports.targets import TARGETS
+from s2q.exports.verify import verify_written
+from s2q.models import ModelSource, resolve_model
+from s2q.nn import PackedLinear
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_REMEDY = "download or quantize the model again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """An export, as returned by `s2q.export`.
+
+    Attributes:
+        target: Its name.
+        checkpoint: Name of what was exported.
+        recipe: The recipe of the checkpoint.
+        output: Name of the folder or file.
+        loading: How it is loaded.
+        linears: Number of quantized linears in each format of the target.
+        storage: The transformers' bytes in bf16 and as exported, and their `ratio`.
+        largest_difference: Of a weight as its readers dequantize it from s2q's, relative to the largest magnitude of
+            the linear.
+        rounding: Where that comes from.
+    """
+
+    schema_version: int
+    target: str
+    checkpoint: str
+    recipe: str
+    output: str
+    loading: str
+    linears: Mapping[str, int]
+    storage: Mapping[str, int | float]
+    largest_difference: float
+    rounding: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+@memory_errors("exporting a checkpoint", remedy="free some, or export where there is more")
+@in_fresh_torch_state
+def export(
+    model: str | Path,
+    *,
+    to: str,
+    out: str | Path,
+    variant: str | None = None,
+    verify: bool | None = None,
+    max_shard_size: int | str = "10GB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a checkpoint in the format of another program, and compare what was written with the checkpoint.
+
+    Nothing is left out: what the format cannot store of a linear is refused before anything is written.
+
+    Args:
+        model: The checkpoint's folder, or its Hub id, "organisation/name" or "organisation/name@revision".
+        to: A name of `s2q.exports.targets.TARGETS`.
+        out: Folder or file to write.
+        variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
+        verify: Whether to compare the checkpoint's files with its manifest first: None does where there is a manifest
+            and warns where there is none, True refuses a checkpoint without, False does not.
+        max_shard_size: Size at which the weight files of a folder are split, "5GB".
+        overwrite: Whether to replace an existing output of the same kind.
+        progress: Called with the stage, what is done and the total.
+
+    Returns:
+        Formats, bytes, and the largest difference that was found.
+
+    Raises:
+        InvalidInputError: If there is no such checkpoint, the target cannot store a part of it, or `out` exists.
+        S2QError: If what was written differs from the checkpoint; nothing is left then.
+    """
+    target, out = _target(to), path_argument("out", out)
+    verify, overwrite = optional(flag, "verify", verify), flag("overwrite", overwrite)
+    shard_size = parse_bytes(max_shard_size, option="max_shard_size")
+    source = resolve_model(model_argument("model", model), variant=optional(word, "variant", variant))
+    if (source.quantization or {}).get("quant_method") != checkpoint.QUANT_METHOD:
+        raise InvalidInputError(f"{source.given} is not an s2q checkpoint; quantize the model first, with s2q quantize")
+    job = _Job(source, target, progress or silent)
+    check_output(out, overwrite=overwrite, owned=checkpoint.owned_files)
+    checkpoint.check_intact(job.folder, verify=verify)
+    with staged_directory(out, overwrite=overwrite, owned=checkpoint.owned_files) as staged:
+        job.write_folder(staged, max_shard_size=shard_size)
+    return job.report(out)
+
+
+def _target(name: str) -> Target:
+    if not isinstance(name, str) or name not in TARGETS:
+        raise unknown_name("target", name, TARGETS)
+    return TARGETS[name]
+
+
+class _Job:
+    """One export: the forms of its linears are checked at once, its transformers loaded and written in turn."""
+
+    def __init__(self, source: ModelSource, target: Target, progress: Progress) -> None:
+        self.source, self.target, self.progress = source, target, progress
+        self.folder = source.complete_folder()
+        self.configs = checkpoint.read_configs(self.folder)
+        self.forms: dict[str, list[LinearForm]] = {}
+        self.full_bytes = self.written_bytes = 0
+        self.difference = 0.0
+        for component, config in self.configs.items():
+            plain = source.meta_transformer(component)
+            self.forms[component] = linear_forms(plain, config)
+            check_storable(target, self.forms[component])
+            self.full_bytes += sum(tensor.numel() for tensor in plain.state_dict().values()) * BF16_BYTES
+
+    def write_folder(self, staged: Path, *, max_shard_size: int) -> None:
+        """Write a pipeline folder and compare it."""
+        copy_components(self.folder, staged, without=self.configs, remedy=_REMEDY)
+        for index, (component, forms) in enumerate(self.forms.items()):
+            self.progress("export", index, len(self.forms))
+            model = self.load(component)
+            tensors = self.tensors(model, forms)
+            config = self.plain_config(component)
+            quantization = self.target.config(model, forms)
+            if quantization is not None:
+                config["quantization_config"] = quantization
+            write_transformer(staged / component, tensors, config, max_shard_size=max_shard_size)
+            self.compare(read_tensors(staged / component), tensors, model, forms)
+        write_card(self.folder, staged, self.card())
+        checkpoint.write_manifest(staged)
+        self.progress("export", len(self.forms), len(self.forms))
+
+    def load(self, component: str) -> nn.Module:
+        """Load a transformer of the checkpoint, in its compute dtype, on the CPU."""
+        import diffusers
+        import torch
+
+        config = self.configs[component]
+        model_class = getattr(diffusers, self.source.transformer_configs[component]["_class_name"])
+        with intact():
+            model: nn.Module = model_class.from_pretrained(
+                self.folder,
+                subfolder=component,
+                dtype=getattr(torch, config.compute_dtype),
+                variant=self.source.variant,
+                use_safetensors=True,
+            )
+        return model.eval()
+
+    def tensors(self, model: nn.Module, forms: Sequence[LinearForm]) -> dict[str, Tensor]:
+        """Return everything that is stored of a transformer, by full name."""
+        names = {form.name for form in forms}
+        stored = model.state_dict().items()
+        tensors = {name: tensor for name, tensor in stored if name.rpartition(".")[0] not in names}
+        for form in forms:
+            layer = model.get_submodule(form.name)
+            assert isinstance(layer, PackedLinear), form.name
+            check_rotation(layer, form, self.target)
+            encoded = self.target.encode(layer, form)
+            tensors |= {f"{form.name}.{name}": tensor.detach().contiguous() for name, tensor in encoded.items()}
+        return tensors
+
+    def compare(
+        self, read: Mapping[str, Tensor], written: Mapping[str, Tensor], model: nn.Module, forms: Sequence[LinearForm]
+    ) -> None:
+        """Compare what was read back with what was written, and both with the model."""
+        self.difference = max(self.difference, verify_written(read, written, model, forms, self.target))
+        self.written_bytes += sum(tensor.nbytes for tensor in read.values())
+
+    def plain_config(self, component: str) -> dict[str, Any]:
+        """Return the configuration of a transformer, without quantization."""
+        stored = self.source.transformer_configs[component].items()
+        return {key: value for key, value in stored if key != "quantization_config"}
+
+    def card(self) -> str:
+        """Return the text of a model card."""
+        config, *_ = self.configs.values()
+        return (
+            f"# {self.source.name}, for {self.target.name}\n\n"
+            f"Quantized with s2q, recipe `{config.recipe}`, and exported by `s2q export --to {self.target.name}`:\n"
+            f"{self.target.does}.\n\n"
+            f"Load it with `{self.target.loading}`.\n"
+        )
+
+    def report(self, out: Path) -> ExportReport:
+        """Return the report of the export."""
+        forms = [form for forms in self.forms.values() for form in forms]
+        config, *_ = self.configs.values()
+        return ExportReport(
+            schema_version=EXPORT_VERSION,
+            target=self.target.name,
+            checkpoint=self.source.name,
+            recipe=config.recipe,
+            output=out.name,
+            loading=self.target.loading,
+            linears=dict(Counter(self.target.kind(form) for form in forms)),
+            storage={
+                "full_precision_bytes": self.full_bytes,
+                "quantized_bytes": self.written_bytes,
+                "ratio": self.full_bytes / self.written_bytes,
+            },
+            largest_difference=self.difference,
+            rounding=self.target.rounding,
+        )

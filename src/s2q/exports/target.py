@@ -1,0 +1,166 @@
+"""A target of an export: what its format stores of a linear, and how its files are written and read.
+
+What a format cannot store is refused before anything is written, with the linear, the part and the recipe that fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from s2q.checkpoint import S2QConfig
+from s2q.common.errors import InvalidInputError
+from s2q.core.input_path import PARTS, InputPath
+from s2q.core.schemes import UNIFORM, LinearScheme, PerGroup
+from s2q.nn import PackedLinear
+from s2q.transforms.convrot import convrot_matrix
+
+_PART_NAMES = {
+    "shift": "the shift of its input",
+    "scale": "the channel scale of its input, or the signs of its rotation",
+    "left": "its Kronecker rotation",
+    "right": "its rotation",
+    "low_rank": "its low-rank branch",
+    "deflates": "a low-rank branch that is removed from the weight",
+    "activation_clip": "the clip of its activations",
+    "estimator": "its estimator",
+    "estimator_frames": "the frame scales of its estimator",
+}
+
+Tensors = Mapping[str, Tensor]
+"""Stored tensors of a linear by the last part of their names; the first dimension of each is that of out features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearForm:
+    """A quantized linear of a checkpoint, as its configuration describes it; `dtype` is that of the model's compute."""
+
+    name: str
+    in_features: int
+    out_features: int
+    scheme: LinearScheme
+    path: InputPath
+    dtype: torch.dtype
+
+    @property
+    def rotation(self) -> int | None:
+        """The order of its rotation in blocks of channels; None without one."""
+        return self.path.right  # type: ignore[no-any-return]
+
+    @property
+    def group_size(self) -> int | None:
+        """Input channels that share a scale of the weight; None for all."""
+        granularity = self.scheme.weight.granularity
+        return granularity.group_size if isinstance(granularity, PerGroup) else None
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Width of its quantized input; None where that is not quantized."""
+        return None if self.scheme.activation is None else self.scheme.activation.num_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A program, or a format that several programs read.
+
+    Attributes:
+        name: As `--to` takes it.
+        output: Whether it is a pipeline folder or one file of the transformer.
+        suffix: Of the file; empty for folders.
+        does: What is written, in a few words.
+        loading: How the output is loaded, a line of code or the name of a program.
+        recipes: Recipes whose checkpoints it stores.
+        parts: Parts of an input path (`core.input_path.PARTS`) that it stores.
+        obstacle: What else it cannot store of a linear, or None.
+        encode: The tensors that it stores of a linear.
+        decode: The weight [O, I] for the unrotated input that a reader computes from the tensors, fp32.
+        tolerance: How far that may be from s2q's, relative to its largest magnitude.
+        rounding: What the tolerance is for, in a few words.
+        stores_codes: Whether it stores codes: rotations have to be those of `s2q.transforms.convrot`, levels uniform.
+        kind: Name of the format that a linear gets.
+        config: For folders: the `quantization_config` of a transformer whose quantized linears these are, or None.
+    """
+
+    name: str
+    output: Literal["folder", "file"]
+    does: str
+    loading: str
+    recipes: tuple[str, ...]
+    parts: Collection[str]
+    obstacle: Callable[[LinearForm], str | None]
+    encode: Callable[[PackedLinear, LinearForm], dict[str, Tensor]]
+    decode: Callable[[Tensors, LinearForm], Tensor]
+    kind: Callable[[LinearForm], str]
+    tolerance: float
+    rounding: str
+    suffix: str = ""
+    stores_codes: bool = True
+    config: Callable[[nn.Module, Sequence[LinearForm]], dict[str, Any] | None] = lambda model, forms: None
+
+
+def linear_forms(model: nn.Module, config: S2QConfig) -> list[LinearForm]:
+    """Describe the quantized linears of a transformer, which may be on the meta device."""
+    forms, paths = [], config.layer_paths()
+    for name, scheme in config.layer_schemes().items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), name
+        forms.append(
+            LinearForm(
+                name=name,
+                in_features=linear.in_features,
+                out_features=linear.out_features,
+                scheme=scheme,
+                path=paths.get(name, InputPath()),
+                dtype=getattr(torch, config.compute_dtype),
+            )
+        )
+    return forms
+
+
+def check_storable(target: Target, forms: Collection[LinearForm]) -> None:
+    """Refuse linears with a part that a target cannot store; the error names the first, and the recipes that fit."""
+    for form in forms:
+        obstacle = missing_part(target, form)
+        if obstacle is not None:
+            raise _refusal(target, form, obstacle)
+
+
+def missing_part(target: Target, form: LinearForm) -> str | None:
+    """Return what a target cannot store of a linear, in words; None if it stores everything."""
+    for name, part in PARTS.items():
+        if getattr(form.path, name) != part.default and name not in target.parts:
+            return _PART_NAMES.get(name, f"the part {name} of its input path")
+    if not target.stores_codes:
+        return target.obstacle(form)
+    if form.path.low_rank is not None and form.path.deflates:
+        return "a low-rank branch that is removed from the input"
+    activation = form.scheme.activation
+    for side, scheme in {"weights": form.scheme.weight, "activations": activation}.items():
+        if scheme is not None and scheme.levels != UNIFORM:
+            return f"the levels {scheme.levels} of its {side}"
+    if activation is not None and activation.delta is not None:
+        return "differences of its tokens"
+    if activation is not None and isinstance(activation.granularity, PerGroup):
+        return "groups of its activations"
+    return target.obstacle(form)
+
+
+def check_rotation(layer: PackedLinear, form: LinearForm, target: Target) -> None:
+    """Refuse a rotation in blocks that is not the matrix which the target's readers apply."""
+    if not target.stores_codes or form.rotation is None:
+        return
+    assert layer.transform_right is not None
+    expected = convrot_matrix(form.rotation).to(layer.transform_right)
+    if not torch.equal(layer.transform_right, expected):
+        raise _refusal(target, form, "its rotation, whose matrix is not ConvRot's")
+
+
+def _refusal(target: Target, form: LinearForm, obstacle: str) -> InvalidInputError:
+    remedy = f"quantize the model with {' or '.join(target.recipes)}"
+    if target.stores_codes:
+        remedy += ", or export to diffusers"
+    return InvalidInputError(f"{form.name}: {target.name} cannot store {obstacle}; {remedy}")
