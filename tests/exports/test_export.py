@@ -150,7 +150,7 @@ def test_sdnq_bytes_are_codes_plus_8_the_first_in_the_low_nibble():
     assert pack_codes(torch.tensor([[-8, 7, 0, -1]], dtype=torch.int8), num_bits=4).tolist() == [[0xF0, 0x78]]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["diffusers", "sdnq"])
 def test_an_export_that_differs_from_the_checkpoint_is_discarded(made, target, tmp_path, monkeypatch):
     encode = TARGETS[target].encode
 

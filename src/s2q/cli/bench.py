@@ -10,6 +10,7 @@ from rich.text import Text
 
 from s2q.cli import console, options, output
 from s2q.common.interrupts import resumable
+from s2q.common.outputs import check_file_output
 from s2q.report.formatting import format_bytes
 
 MeasuredModel = Annotated[
@@ -74,7 +75,7 @@ def bench(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure speed and memory against bf16: operations, denoising steps, calibration."""
-    options.check_file_output(out, overwrite=True)
+    check_file_output(out, overwrite=True)
     from s2q.benchmark.bench import DEFAULT_RECIPES
     from s2q.benchmark.bench import bench as run
 

@@ -7,7 +7,7 @@ import typer
 
 from s2q.cli import options
 from s2q.common.files import atomic_write_json
-from s2q.common.outputs import output_lock
+from s2q.common.outputs import check_file_output, output_lock
 from s2q.common.progress import Progress
 
 Reference = Annotated[str, typer.Option("--reference", help="The full-precision model.", metavar="MODEL")]
@@ -59,7 +59,7 @@ def evaluate(
     as_json: options.AsJson = False,
 ) -> None:
     """Evaluate a model against full precision."""
-    options.check_file_output(out, overwrite=overwrite)
+    check_file_output(out, overwrite=overwrite)
     device = options.resolve_device(device)
     from s2q.cli import console, judges, output
     from s2q.evaluation import evaluate as evaluation

@@ -7,7 +7,7 @@ import typer
 
 from s2q.cli import options
 
-Target = Literal["diffusers", "sdnq"]
+Target = Literal["diffusers", "sdnq", "comfyui", "gguf"]
 
 
 def export(

@@ -9,7 +9,6 @@ import typer
 
 from s2q.common.device_names import is_device_name, kind_of_device
 from s2q.common.errors import InvalidInputError, UsageError
-from s2q.common.outputs import check_output, check_writable
 
 model_option = partial(typer.Option, "-m", "--model", metavar="MODEL")
 recipe_option = partial(typer.Option, "-r", "--recipe", metavar="RECIPE")
@@ -82,13 +81,6 @@ def read_prompt_file(path: Path | None) -> list[str] | None:
     from s2q.generation.prompts import read_prompts
 
     return None if path is None else read_prompts(path)
-
-
-def check_file_output(path: Path, *, overwrite: bool) -> None:
-    """Check, before any work, that a file may be written."""
-    if path.is_dir():
-        raise InvalidInputError(f"{path} is a folder; pass a file")
-    check_writable(path) if overwrite and path.exists() else check_output(path, overwrite=False)
 
 
 Model = Annotated[str, model_option(help="Embedded name, diffusers folder or Hub id (@revision).")]

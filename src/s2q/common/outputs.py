@@ -253,6 +253,33 @@ def staged_directory(
             shutil.rmtree(staged, ignore_errors=True)
 
 
+def check_file_output(path: Path, *, overwrite: bool) -> None:
+    """Check, before any work, that a file may be written."""
+    if path.is_dir():
+        raise InvalidInputError(f"{path} is a folder; pass a file")
+    check_writable(path) if overwrite and path.exists() else check_output(path, overwrite=False)
+
+
+@contextlib.contextmanager
+def staged_file(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give the path of a file in a temporary folder that becomes `out` when the block ends without an exception."""
+    out = _absolute(out)
+    check_file_output(out, overwrite=overwrite)
+    with output_lock(out) as held:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staged = held.temporary_path("partial")
+        try:
+            staged.mkdir(mode=0o700)
+            yield staged / out.name
+            _settle(staged)
+            check_file_output(out, overwrite=overwrite)  # somebody may have been here meanwhile
+            with finish_first():
+                os.replace(staged / out.name, out)
+                fsync_path(out.parent)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
 def _put_in_place(staged: Path, lock: OutputLock, *, overwrite: bool) -> None:
     out = lock.out
     old: Path | None = None

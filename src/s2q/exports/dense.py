@@ -26,7 +26,6 @@ def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
 
 DENSE = Target(
     name="diffusers",
-    output="folder",
     does="full-precision weights, a plain diffusers folder",
     loading="DiffusionPipeline.from_pretrained(OUT)",
     recipes=("any recipe except q-vdit-*",),

@@ -8,24 +8,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from s2q import checkpoint
 from s2q.checkpoint.manifest import intact
 from s2q.common.arguments import flag, model_argument, optional, path_argument, word
-from s2q.common.errors import InvalidInputError, memory_errors, unknown_name
-from s2q.common.outputs import check_output, staged_directory
+from s2q.common.errors import InvalidInputError, S2QError, UsageError, memory_errors, unknown_name
+from s2q.common.outputs import check_file_output, check_output, staged_directory, staged_file
 from s2q.common.progress import Progress, silent
 from s2q.common.records import EXPORT_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.storage import BF16_BYTES, parse_bytes
 from s2q.exports.folder import copy_components, read_tensors, write_card, write_transformer
-from s2q.exports.target import LinearForm, Target, check_rotation, check_storable, linear_forms
+from s2q.exports.layout import Layout, from_original, layout_of
+from s2q.exports.target import FileFormat, LinearForm, Target, check_rotation, check_storable, linear_forms
 from s2q.exports.targets import TARGETS
 from s2q.exports.verify import verify_written
 from s2q.models import ModelSource, resolve_model
 from s2q.nn import PackedLinear
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 _REMEDY = "download or quantize the model again"
 
@@ -104,11 +107,20 @@ def export(
     source = resolve_model(model_argument("model", model), variant=optional(word, "variant", variant))
     if (source.quantization or {}).get("quant_method") != checkpoint.QUANT_METHOD:
         raise InvalidInputError(f"{source.given} is not an s2q checkpoint; quantize the model first, with s2q quantize")
+    if target.file is not None and out.suffix != target.file.suffix:
+        raise UsageError(f"out: got {out}; {target.name} writes a file, whose name ends in {target.file.suffix}")
     job = _Job(source, target, progress or silent)
-    check_output(out, overwrite=overwrite, owned=checkpoint.owned_files)
+    if target.file is None:
+        check_output(out, overwrite=overwrite, owned=checkpoint.owned_files)
+    else:
+        check_file_output(out, overwrite=overwrite)
     checkpoint.check_intact(job.folder, verify=verify)
-    with staged_directory(out, overwrite=overwrite, owned=checkpoint.owned_files) as staged:
-        job.write_folder(staged, max_shard_size=shard_size)
+    if target.file is None:
+        with staged_directory(out, overwrite=overwrite, owned=checkpoint.owned_files) as folder:
+            job.write_folder(folder, max_shard_size=shard_size)
+    else:
+        with staged_file(out, overwrite=overwrite) as path:
+            job.write_file(path, target.file)
     return job.report(out)
 
 
@@ -128,10 +140,17 @@ class _Job:
         self.forms: dict[str, list[LinearForm]] = {}
         self.full_bytes = self.written_bytes = 0
         self.difference = 0.0
+        if target.file is not None and len(source.transformer_configs) > 1:
+            raise InvalidInputError(
+                f"{source.given}: has two transformers, {target.name} writes a file of one; export to sdnq or diffusers"
+            )
         for component, config in self.configs.items():
             plain = source.meta_transformer(component)
             self.forms[component] = linear_forms(plain, config)
             check_storable(target, self.forms[component])
+            if target.file is not None:
+                self.layout = layout_of(plain, target.name)
+                self.marks = _marks(plain, self.forms[component], self.layout, target)
             self.full_bytes += sum(tensor.numel() for tensor in plain.state_dict().values()) * BF16_BYTES
 
     def write_folder(self, staged: Path, *, max_shard_size: int) -> None:
@@ -150,6 +169,27 @@ class _Job:
         write_card(self.folder, staged, self.card())
         checkpoint.write_manifest(staged)
         self.progress("export", len(self.forms), len(self.forms))
+
+    def write_file(self, path: Path, file: FileFormat) -> None:
+        """Write the transformer into one file and compare it, converted back by diffusers."""
+        ((component, forms),) = self.forms.items()
+        self.progress("export", 0, 1)
+        model = self.load(component)
+        linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        quantized = {form.name for form in forms}
+        tensors = {
+            name: tensor
+            if name.rpartition(".")[0] in quantized and not name.endswith(".bias")
+            else file.plain(tensor, is_weight=name in linears).contiguous()
+            for name, tensor in self.tensors(model, forms).items()
+        }
+        file.write(path, self.layout.to_original(tensors), self.marks, self.layout.architecture)
+        read, read_marks = file.read(path)
+        if read_marks != self.marks:
+            raise S2QError(f"{path.name}: the formats of its linears were read back otherwise; nothing was exported")
+        read = from_original(type(model).__name__, read, suffixes=file.suffixes)
+        self.compare(read, tensors, model, forms)
+        self.progress("export", 1, 1)
 
     def load(self, component: str) -> nn.Module:
         """Load a transformer of the checkpoint, in its compute dtype, on the CPU."""
@@ -223,3 +263,18 @@ class _Job:
             largest_difference=self.difference,
             rounding=self.target.rounding,
         )
+
+
+def _marks(model: nn.Module, forms: Sequence[LinearForm], layout: Layout, target: Target) -> dict[str, str]:
+    """Return the marks of quantized linears by their original names; refuse a fused one whose parts differ."""
+    assert target.file is not None
+    described = {form.name: target.file.mark(form) for form in forms}
+    marks: dict[str, str] = {}
+    for name in (name for name, module in model.named_modules() if isinstance(module, nn.Linear)):
+        original, mark = layout.linear_name(name), described.get(name, "")
+        if marks.setdefault(original, mark) != mark:
+            raise InvalidInputError(
+                f"{name}: {target.name} stores it as a part of {original}, whose other parts have another format; "
+                "quantize them alike, or export to sdnq or diffusers"
+            )
+    return {name: mark for name, mark in marks.items() if mark}

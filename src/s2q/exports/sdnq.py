@@ -139,7 +139,6 @@ def kind(form: LinearForm) -> str:
 
 SDNQ = Target(
     name="sdnq",
-    output="folder",
     does="4- or 8-bit weights that diffusers loads with the package sdnq",
     loading="DiffusionPipeline.from_pretrained(OUT), with the package sdnq installed",
     recipes=("s2q-export-w4a8", "s2q-export-branch-w4a8", "s2q-export-w8a8"),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +65,32 @@ class LinearForm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileFormat:
+    """The format of a file with one transformer, in the original layout (`s2q.exports.layout`).
+
+    Attributes:
+        suffix: Of the file's name.
+        mark: What a reader is told of a quantized linear, as text.
+        plain: What is stored of a tensor of no quantized linear; `is_weight` where it is that of a linear.
+        write: Takes the path, tensors, marks by the name of the linear, and the architecture of the layout.
+        read: Returns the tensors and marks of a written file.
+        suffixes: Last parts of the names of tensors that a linear has beside weight and bias.
+    """
+
+    suffix: str
+    mark: Callable[[LinearForm], str]
+    plain: Callable[..., Tensor]
+    write: Callable[[Path, Mapping[str, Tensor], Mapping[str, str], str], None]
+    read: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
+    suffixes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """A program, or a format that several programs read.
 
     Attributes:
         name: As `--to` takes it.
-        output: Whether it is a pipeline folder or one file of the transformer.
-        suffix: Of the file; empty for folders.
         does: What is written, in a few words.
         loading: How the output is loaded, a line of code or the name of a program.
         recipes: Recipes whose checkpoints it stores.
@@ -82,11 +102,11 @@ class Target:
         rounding: What the tolerance is for, in a few words.
         stores_codes: Whether it stores codes: rotations have to be those of `s2q.transforms.convrot`, levels uniform.
         kind: Name of the format that a linear gets.
+        file: How one file of the transformer is written; None where the output is a pipeline folder.
         config: For folders: the `quantization_config` of a transformer whose quantized linears these are, or None.
     """
 
     name: str
-    output: Literal["folder", "file"]
     does: str
     loading: str
     recipes: tuple[str, ...]
@@ -97,8 +117,8 @@ class Target:
     kind: Callable[[LinearForm], str]
     tolerance: float
     rounding: str
-    suffix: str = ""
     stores_codes: bool = True
+    file: FileFormat | None = None
     config: Callable[[nn.Module, Sequence[LinearForm]], dict[str, Any] | None] = lambda model, forms: None
 
 

@@ -1,0 +1,139 @@
+"""ComfyUI's quantized safetensors (comfy-kitchen 0.2.40): one file, published names, a JSON mark for each linear.
+
+- 4-bit weights, 8-bit inputs: `asym_w4a8_int8`, `weight` int8 [O, I/2], codes + 8, with `weight_s_channel` [O] and
+  `weight_s_rel` fp32 [O, 1], ones: all of a row is one group;
+- 4-bit weights, 4-bit inputs: `convrot_w4a4`, `weight` int8 [O, I/2], two's complement, and `weight_scale` [O];
+- 8-bit weights, 8-bit inputs: `int8_tensorwise`, `weight` int8 [O, I] and `weight_scale` [O, 1];
+- inputs that are not quantized: the same with `full_precision_matrix_mult`; codes of 4 bits take a byte.
+
+The even input channel is in the low nibble. Formats of 4 bits always rotate. No format has a branch or a channel scale.
+
+Shapes: `O/I` out/in features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from s2q.core.packing import unpack_codes
+from s2q.core.qparams import dequantize_weight
+from s2q.exports.target import FileFormat, LinearForm, Target, Tensors
+from s2q.nn import PackedLinear
+from s2q.ops.kronecker import scaled_kronecker
+from s2q.transforms.convrot import convrot_matrix
+
+_W4A8, _W4A4, _INT8 = "asym_w4a8_int8", "convrot_w4a4", "int8_tensorwise"
+_ORDERS = {_W4A8: (4, 16, 64, 256), _W4A4: (16, 64, 256), _INT8: (4, 16, 64, 256)}
+_MULTIPLE = {_W4A8: 16, _W4A4: 64, _INT8: 1}
+_TWOS_COMPLEMENT = 0x88  # the bit that tells codes + 8 from two's complement, of both nibbles
+_MARK = "comfy_quant"
+
+
+def _obstacle(form: LinearForm) -> str | None:
+    bits, kind, rotation = form.activation_bits, _kind(form), form.rotation
+    if bits not in (None, 4, 8) or (bits == 4 and form.scheme.weight.num_bits > 4):
+        return f"activations of {bits} bits beside weights of {form.scheme.weight.num_bits}"
+    if form.group_size is not None:
+        return f"groups of {form.group_size} of weights, but a scale for each row"
+    if rotation is None and kind != _INT8:
+        return f"unrotated inputs: {kind} always rotates"
+    if rotation is not None and rotation not in _ORDERS[kind]:
+        return f"a rotation in blocks of {rotation} channels, but {', '.join(map(str, _ORDERS[kind]))}"
+    if form.in_features % _MULTIPLE[kind]:
+        return f"{form.in_features} input channels, no multiple of {_MULTIPLE[kind]}, as {kind}"
+    return None
+
+
+def _kind(form: LinearForm) -> str:
+    if form.activation_bits is None or form.scheme.weight.num_bits > 4:
+        return _INT8
+    return _W4A4 if form.activation_bits == 4 else _W4A8
+
+
+def mark(form: LinearForm) -> str:
+    """Return the JSON that tells ComfyUI the format of a linear."""
+    content: dict[str, Any] = {"format": _kind(form)}
+    if _kind(form) == _W4A8:
+        content["group_size"] = form.in_features
+    if _kind(form) == _INT8:
+        content["convrot"] = form.rotation is not None
+    if form.rotation is not None:
+        content["convrot_groupsize"] = form.rotation
+    if form.activation_bits is None:
+        content["full_precision_matrix_mult"] = True
+    return json.dumps(content)
+
+
+def _encode(layer: PackedLinear, form: LinearForm) -> dict[str, Tensor]:
+    kind, scale = _kind(form), layer.weight_scale
+    if kind == _W4A8:
+        weight = {"weight": layer.packed_weight.view(torch.int8), "weight_s_channel": scale}
+        weight["weight_s_rel"] = torch.ones_like(scale).unsqueeze(1)
+    elif kind == _W4A4:
+        weight = {"weight": (layer.packed_weight ^ _TWOS_COMPLEMENT).view(torch.int8), "weight_scale": scale}
+    else:
+        weight = {"weight": layer.codes(), "weight_scale": scale.unsqueeze(1)}
+    return weight if layer.bias is None else weight | {"bias": layer.bias}
+
+
+def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
+    kind, codes = _kind(form), tensors["weight"]
+    scale = tensors["weight_s_channel" if kind == _W4A8 else "weight_scale"].flatten()
+    if kind != _INT8:
+        packed = codes.view(torch.uint8)
+        packed = packed ^ _TWOS_COMPLEMENT if kind == _W4A4 else packed
+        codes = unpack_codes(packed, num_bits=4, in_features=form.in_features)
+    if kind == _W4A8:
+        codes = (codes * tensors["weight_s_rel"]).round().to(torch.int8)
+    weight = dequantize_weight(codes, scale)
+    if form.rotation is None:
+        return weight
+    return scaled_kronecker(weight, right=convrot_matrix(form.rotation).float())
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], architecture: str) -> None:
+    """Write tensors and marks."""
+    written = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    for name, text in marks.items():
+        written[f"{name}.{_MARK}"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    save_file(written, path)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `write` wrote."""
+    end = f".{_MARK}"
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    marks = {name: tensors.pop(name) for name in list(tensors) if name.endswith(end)}
+    return tensors, {name.removesuffix(end): bytes(mark.tolist()).decode() for name, mark in marks.items()}
+
+
+COMFYUI = Target(
+    name="comfyui",
+    does="a file of the transformer with ConvRot weights of 4 or 8 bits, under the names of the published checkpoints",
+    loading="ComfyUI's Load Diffusion Model",
+    recipes=("s2q-export-w4a8", "s2q-export-w8a8", "s2q-export-w4a4"),
+    parts=frozenset({"right"}),
+    obstacle=_obstacle,
+    encode=_encode,
+    decode=_decode,
+    kind=_kind,
+    tolerance=1e-5,
+    rounding="fp32 sums in another order",
+    file=FileFormat(
+        suffix=".safetensors",
+        mark=mark,
+        plain=lambda tensor, is_weight: tensor,
+        write=write,
+        read=read,
+        suffixes=("weight_scale", "weight_s_rel", "weight_s_channel"),
+    ),
+)

@@ -1,0 +1,220 @@
+"""The names and the fused linears of the published checkpoints, which single-file programs read.
+
+diffusers converts such checkpoints to its own names; a layout is that conversion run backwards. `check_layout` runs
+diffusers' converter on what a layout gives: all names, and the order of all rows, have to come back.
+
+A rule is a pattern and what replaces it, in a name of diffusers. "#i" after the name of a linear marks piece i of a
+fused one, "#swap" one whose halves are exchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2q.common.errors import InvalidInputError
+
+_MARK = re.compile(r"#(\d+|swap)")
+_SWAP = "#swap"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The original layout of a transformer class.
+
+    Attributes:
+        architecture: `general.architecture` of its GGUF files.
+        rules: Patterns of regular expressions and replacements, applied in order.
+    """
+
+    architecture: str
+    rules: tuple[tuple[str, str], ...]
+
+    def original_name(self, name: str) -> str:
+        """Return the original name of a parameter, with its mark if it is a piece."""
+        for pattern, replacement in self.rules:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def linear_name(self, name: str) -> str:
+        """Return the original name of a linear, without a mark."""
+        return _MARK.sub("", self.original_name(f"{name}.weight")).removesuffix(".weight")
+
+    def to_original(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rename tensors whose first dimension is that of out features, and join the pieces of fused linears."""
+        pieces: dict[str, list[tuple[str, Tensor]]] = {}
+        for name, tensor in tensors.items():
+            marked = self.original_name(name)
+            pieces.setdefault(_MARK.sub("", marked), []).append((marked, tensor))
+        return {name: _joined(parts) for name, parts in pieces.items()}
+
+
+def _joined(parts: list[tuple[str, Tensor]]) -> Tensor:
+    if len(parts) == 1:
+        marked, tensor = parts[0]
+        return torch.cat(tensor.chunk(2)[::-1]) if _SWAP in marked else tensor
+    return torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
+
+
+def layout_of(model: nn.Module, target: str) -> Layout:
+    """Return the layout of a transformer's class, after `check_layout`."""
+    name = type(model).__name__
+    if name not in LAYOUTS:
+        raise InvalidInputError(
+            f"{target}: diffusers does not know the original names of {name}, only of {', '.join(LAYOUTS)}; export to "
+            "sdnq or diffusers"
+        )
+    check_layout(model, LAYOUTS[name])
+    return LAYOUTS[name]
+
+
+def check_layout(model: nn.Module, layout: Layout) -> None:
+    """Have diffusers convert the numbered rows of a transformer, maybe on the meta device, back from the layout.
+
+    Raises:
+        InvalidInputError: If a name or a row does not come back, as for sizes that the converter does not expect.
+    """
+    count, rows = 0, {}
+    for name, tensor in model.state_dict().items():
+        rows[name] = torch.arange(count, count + tensor.shape[0], device="cpu")
+        count += tensor.shape[0]
+    original = layout.to_original(rows)
+    try:
+        back = from_original(type(model).__name__, original)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise _not_invertible(model, str(error)) from error
+    if back.keys() != rows.keys():
+        raise _not_invertible(model, sorted(back.keys() ^ rows.keys())[0])
+    for name, tensor in rows.items():
+        if not torch.equal(back[name], tensor):
+            raise _not_invertible(model, name)
+
+
+def _not_invertible(model: nn.Module, what: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"{type(model).__name__}: diffusers does not convert its original layout back ({what}), which depends on its "
+        "sizes; export to sdnq or diffusers"
+    )
+
+
+def from_original(
+    class_name: str, tensors: Mapping[str, Tensor], *, suffixes: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Convert tensors of the original layout by diffusers' own converter.
+
+    Args:
+        class_name: Of the transformer.
+        suffixes: Last parts of names of tensors that a linear has beside its weight and bias; the converter sees them
+            as weights.
+    """
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    convert: Callable[..., dict[str, Any]] = SINGLE_FILE_LOADABLE_CLASSES[class_name]["checkpoint_mapping_fn"]
+    plain = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in suffixes}
+    converted: dict[str, Tensor] = dict(convert(checkpoint=plain))
+    for suffix in suffixes:
+        end = f".{suffix}"
+        named = {f"{name.removesuffix(end)}.weight": tensor for name, tensor in tensors.items() if name.endswith(end)}
+        for name, tensor in convert(checkpoint=named).items():
+            converted[f"{name.removesuffix('.weight')}{end}"] = tensor
+    return converted
+
+
+_LINEARS = (("linear_1", "0"), ("linear_2", "2"))
+_WAN = Layout(
+    architecture="wan",
+    rules=(
+        *((rf"^condition_embedder\.time_embedder\.{name}\.", f"time_embedding.{index}.") for name, index in _LINEARS),
+        *((rf"^condition_embedder\.text_embedder\.{name}\.", f"text_embedding.{index}.") for name, index in _LINEARS),
+        (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+        (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+        (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+        (r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+        (r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+        (r"^scale_shift_table$", "head.modulation"),
+        (r"\.scale_shift_table$", ".modulation"),
+        (r"^proj_out\.", "head.head."),
+        (r"\.attn1\.", ".self_attn."),
+        (r"\.attn2\.", ".cross_attn."),
+        (r"\.to_out\.0\.", ".o."),
+        (r"\.to_([qkv])\.", r".\1."),
+        (r"\.add_([kv])_proj\.", r".\1_img."),
+        (r"\.norm_added_k\.", ".norm_k_img."),
+        (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+        (r"\.ffn\.net\.2\.", ".ffn.2."),
+        (r"\.norm2\.", ".norm_between."),
+        (r"\.norm3\.", ".norm2."),
+        (r"\.norm_between\.", ".norm3."),
+    ),
+)
+_LTX = Layout(
+    architecture="ltxv",
+    rules=(
+        (r"^proj_in\.", "patchify_proj."),
+        (r"^time_embed\.", "adaln_single."),
+        (r"\.norm_([qk])\.", r".\1_norm."),
+    ),
+)
+_DOUBLE, _SINGLE = r"^transformer_blocks\.(\d+)\.", r"^single_transformer_blocks\.(\d+)\."
+_REFINER, _ORIGINAL_REFINER = (
+    r"^context_embedder\.token_refiner\.refiner_blocks\.(\d+)\.",
+    r"txt_in.individual_token_refiner.blocks.\1.",
+)
+_HUNYUAN = Layout(
+    architecture="hyvid",
+    rules=(
+        *((_DOUBLE + rf"attn\.to_{part}\.", rf"double_blocks.\1.img_attn_qkv#{i}.") for i, part in enumerate("qkv")),
+        *(
+            (_DOUBLE + rf"attn\.add_{part}_proj\.", rf"double_blocks.\1.txt_attn_qkv#{i}.")
+            for i, part in enumerate("qkv")
+        ),
+        (_DOUBLE + r"attn\.norm_([qk])\.", r"double_blocks.\1.img_attn_\2_norm."),
+        (_DOUBLE + r"attn\.norm_added_([qk])\.", r"double_blocks.\1.txt_attn_\2_norm."),
+        (_DOUBLE + r"attn\.to_out\.0\.", r"double_blocks.\1.img_attn_proj."),
+        (_DOUBLE + r"attn\.to_add_out\.", r"double_blocks.\1.txt_attn_proj."),
+        (_DOUBLE + r"norm1\.linear\.", r"double_blocks.\1.img_mod.linear."),
+        (_DOUBLE + r"norm1_context\.linear\.", r"double_blocks.\1.txt_mod.linear."),
+        (_DOUBLE + r"ff\.net\.0\.proj\.", r"double_blocks.\1.img_mlp.fc1."),
+        (_DOUBLE + r"ff\.net\.2\.", r"double_blocks.\1.img_mlp.fc2."),
+        (_DOUBLE + r"ff_context\.net\.0\.proj\.", r"double_blocks.\1.txt_mlp.fc1."),
+        (_DOUBLE + r"ff_context\.net\.2\.", r"double_blocks.\1.txt_mlp.fc2."),
+        *((_SINGLE + rf"attn\.to_{part}\.", rf"single_blocks.\1.linear1#{i}.") for i, part in enumerate("qkv")),
+        (_SINGLE + r"proj_mlp\.", r"single_blocks.\1.linear1#3."),
+        (_SINGLE + r"attn\.norm_([qk])\.", r"single_blocks.\1.\2_norm."),
+        (_SINGLE + r"norm\.linear\.", r"single_blocks.\1.modulation.linear."),
+        (_SINGLE + r"proj_out\.", r"single_blocks.\1.linear2."),
+        *(
+            (_REFINER + rf"attn\.to_{part}\.", rf"{_ORIGINAL_REFINER}self_attn_qkv#{i}.")
+            for i, part in enumerate("qkv")
+        ),
+        (_REFINER + r"attn\.to_out\.0\.", rf"{_ORIGINAL_REFINER}self_attn_proj."),
+        (_REFINER + r"norm_out\.linear\.", rf"{_ORIGINAL_REFINER}adaLN_modulation.1."),
+        (_REFINER + r"ff\.net\.0\.proj\.", rf"{_ORIGINAL_REFINER}mlp.fc1."),
+        (_REFINER + r"ff\.net\.2\.", rf"{_ORIGINAL_REFINER}mlp.fc2."),
+        (_REFINER, _ORIGINAL_REFINER),
+        (r"^context_embedder\.proj_in\.", "txt_in.input_embedder."),
+        *(
+            (rf"^context_embedder\.time_text_embed\.timestep_embedder\.{name}\.", f"txt_in.t_embedder.mlp.{i}.")
+            for name, i in _LINEARS
+        ),
+        (r"^context_embedder\.time_text_embed\.text_embedder\.", "txt_in.c_embedder."),
+        (r"^x_embedder\.", "img_in."),
+        *((rf"^time_text_embed\.timestep_embedder\.{name}\.", f"time_in.mlp.{i}.") for name, i in _LINEARS),
+        *((rf"^time_text_embed\.guidance_embedder\.{name}\.", f"guidance_in.mlp.{i}.") for name, i in _LINEARS),
+        (r"^time_text_embed\.text_embedder\.linear_1\.", "vector_in.in_layer."),
+        (r"^time_text_embed\.text_embedder\.linear_2\.", "vector_in.out_layer."),
+        (r"^norm_out\.linear\.", f"final_layer.adaLN_modulation.1{_SWAP}."),
+        (r"^proj_out\.", "final_layer.linear."),
+    ),
+)
+LAYOUTS: Mapping[str, Layout] = {
+    "WanTransformer3DModel": _WAN,
+    "HunyuanVideoTransformer3DModel": _HUNYUAN,
+    "LTXVideoTransformer3DModel": _LTX,
+}
+"""By transformer class."""
