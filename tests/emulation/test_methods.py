@@ -10,11 +10,11 @@ from emulation import runs
 from s2q.recipes.load import recipe_names
 
 METHODS = sorted({name.rpartition("-")[0] for name in recipe_names()})
+WIDTHS = {"table": "w4a8", "s2q-export-branch": "w4a8"}
 RECIPES = [
     *(name for name in recipe_names() if name.startswith("rtn-")),
     "s2q-w3a6",
-    *(f"{method}-w4a4" for method in METHODS if method not in ("rtn", "table")),
-    "table-w4a8",
+    *(f"{method}-{WIDTHS.get(method, 'w4a4')}" for method in METHODS if method != "rtn"),
 ]
 
 pytestmark = pytest.mark.gpu
