@@ -1,5 +1,7 @@
 """The data-free recipe with a table: no samples, integer kernels, and the same from outlier channels."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,6 +12,18 @@ from s2q.planning import plan
 from s2q.recipes.load import load_recipe
 from s2q.run.quantize import quantize
 from tiny import run_pipeline, tiny_pipeline
+
+
+def adaln_rows(transformer, timestep):
+    """What its adaLN linears read at a timestep, heard in a call of the transformer."""
+    rows, linear = [], transformer.transformer_blocks[0].norm1.linear
+    handle = linear.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0]))
+    latents, text = torch.zeros(1, 2, 4, 4, 4), torch.zeros(1, 16, 32)
+    with torch.no_grad():
+        transformer(latents, text, timestep)
+    handle.remove()
+    return rows[0]
+
 
 NAMES = ["table-w4a8", "table-w4a16"]
 
@@ -49,7 +63,10 @@ def test_samples_are_refused_as_it_does_not_calibrate(tmp_path):
     ("overrides", "message"),
     [
         (["rounding.method=gptq"], "rounding=gptq does not support levels=table"),
-        (["modulation.rounding=gptq"], r"modulation\.rounding=gptq does not support levels=table"),
+        (
+            ["modulation.correct_bias=false", "modulation.rounding=gptq"],
+            r"modulation\.rounding=gptq does not support levels=table",
+        ),
         (["distillation.epochs=1"], "distillation does not support"),
         (["weights.num_bits=5"], "expected at most 4"),
         (["weights.num_bits=3"], "expected weights of 4 bits in groups"),
@@ -61,3 +78,23 @@ def test_options_that_a_table_does_not_support_are_refused_in_a_line(overrides, 
         recipe = load_recipe("table-w4a8", overrides=overrides)
         recipe.linear_scheme()
     assert "\n" not in str(error.value).strip()
+
+
+def test_biases_of_adaln_linears_are_corrected_at_their_mean_input(tmp_path):
+    pipe = tiny_pipeline("cogvideox", num_layers=1)
+    full = copy.deepcopy(pipe.transformer)
+    rows = torch.cat([adaln_rows(full, torch.tensor([float(step)])) for step in range(0, 1000, 10)])
+    name = "transformer_blocks.0.norm1.linear"
+    dense, errors = full.get_submodule(name), {}
+    for corrected in (True, False):
+        out = tmp_path / str(corrected)
+        quantize(pipe, recipe="table-w4a8", out=out, overrides=[f"modulation.correct_bias={str(corrected).lower()}"])
+        packed = load_pipeline(out).transformer.get_submodule(name)
+        errors[corrected] = packed(rows) - dense(rows)
+    assert float(errors[True].mean(dim=0).norm()) < 1e-3 * float(errors[False].mean(dim=0).norm())
+    assert float(errors[True].norm()) < 0.7 * float(errors[False].norm())
+
+
+def test_gptq_and_a_corrected_bias_exclude_each_other():
+    with pytest.raises(InvalidInputError, match=r"modulation.*correct_bias=true with rounding=gptq; use rtn"):
+        load_recipe("s2q-w4a6", overrides=["modulation.correct_bias=true"])

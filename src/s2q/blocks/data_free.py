@@ -31,4 +31,4 @@ def folded(task: BlockTask) -> dict[str, PackedLinear]:
             packed, _ = pack_group([student.to(task.device)], work, (linear,))
             layers |= packed
     modulation = [linear for linear in task.linears if linear.role == "modulation"]
-    return layers | pack_nearest(task.block, modulation, device=task.device)
+    return layers | pack_nearest(task.block, modulation, device=task.device, mean_input=task.mean_row)

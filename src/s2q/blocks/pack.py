@@ -29,13 +29,22 @@ Packed = tuple[dict[str, PackedLinear], dict[str, dict[str, Any]]]
 
 
 @torch.no_grad()
-def pack_nearest(module: nn.Module, linears: Iterable[LinearPlan], *, device: str) -> dict[str, PackedLinear]:
-    """Round linears of a module to nearest, without an input path; return them, packed, by name inside the module."""
+def pack_nearest(
+    module: nn.Module, linears: Iterable[LinearPlan], *, device: str, mean_input: Tensor | None = None
+) -> dict[str, PackedLinear]:
+    """Round linears of a module to nearest, without an input path; return them, packed, by name inside the module.
+
+    A mean input, [in_features], corrects their biases: at it, outputs are those of full precision (Nagel et al. 2019).
+    """
     layers: dict[str, PackedLinear] = {}
     for linear in linears:
         dense = module.get_submodule(linear.inner_name)
         rounded = round_rtn(dense.weight.to(device), linear.scheme.weight)
-        layers[linear.inner_name] = PackedLinear.from_rounded(rounded, bias=dense.bias, scheme=linear.scheme)
+        packed = PackedLinear.from_rounded(rounded, bias=dense.bias, scheme=linear.scheme)
+        if mean_input is not None and packed.bias is not None:
+            error = dense.weight.to(device, torch.float32) - packed.dequantized_weight(torch.float32)
+            packed.bias.copy_(packed.bias.float() + error @ mean_input.to(device))
+        layers[linear.inner_name] = packed
     return layers
 
 

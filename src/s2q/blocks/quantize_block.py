@@ -142,6 +142,7 @@ def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
         "recipe": {key: value for key, value in method.items() if key not in ("name", "description", "skip")},
         "linears": {linear.name: [linear.scheme.to_dict(), linear.path.to_dict()] for linear in task.linears},
         "seed": task.seed,
+        "mean_row": None if task.mean_row is None else task.mean_row.tolist(),
         "device": torch.device(task.device).type,
         "versions": package_versions(),
         **inputs,

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from s2q.calibration.stream import TeacherStream
 from s2q.calibration.teacher import TeacherTransformer
@@ -12,6 +12,7 @@ from s2q.common.progress import Tick
 from s2q.common.seeds import derive_seed
 from s2q.core.memo import PIECE
 from s2q.models import Family
+from s2q.models.timesteps import mean_timestep_row
 from s2q.nn import replace_module
 from s2q.planning.resolve import LinearPlan
 from s2q.recipes.schema import Recipe
@@ -27,6 +28,7 @@ class BlockTask:
         stream: The teacher's stream; is moved to the block. None for recipes that need no samples.
         checkpointed: Whether a step of distillation computes parts of the block again to hold less.
         piece: Tokens that parts without attention then compute at a time.
+        mean_row: Mean input of the modulation linears [in_features], which corrects their biases; None for none.
         progress: Called after each unit of calibration: an epoch, or what takes about as long.
     """
 
@@ -40,6 +42,7 @@ class BlockTask:
     stream: TeacherStream | None = None
     checkpointed: bool = False
     piece: int = PIECE
+    mean_row: Tensor | None = None
     progress: Tick = lambda: None
 
     @property
@@ -87,6 +90,7 @@ def block_task(
         seed=seed,
         device=device,
         stream=stream,
+        mean_row=mean_timestep_row(transformer.module) if recipe.corrects_biases else None,
     )
 
 

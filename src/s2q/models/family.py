@@ -4,11 +4,11 @@ Linears are found by the prefix of a block list and never by name alone: other p
 the same names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.fp32_modules import is_within, kept_in_fp32
@@ -44,6 +44,8 @@ class Family:
         text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
         defaults: `GenerationSettings` of the published models; sizes in a transformer's configuration come first.
         frame_rate: Frames per second of the videos on the models' pages (docs/real-models.md); a variant may differ.
+        timestep_rows: What the modulation linears read at timesteps [T], if it depends on nothing else: from the
+            transformer, its weights loaded, [T, in_features] in float32 on the CPU.
         decodes_batches: Whether the VAE can decode several videos at once; one that cannot is given them one by one.
     """
 
@@ -64,6 +66,7 @@ class Family:
     defaults: Mapping[str, int | float]
     frame_rate: int
     decodes_batches: bool = True
+    timestep_rows: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     @property
     def latent_channel_dim(self) -> int:

@@ -31,9 +31,12 @@ class ModulationOptions(WeightOptions):
     Attributes:
         rounding: "rtn", or one of `ROUNDINGS` with a Hessian, "gptq", which takes it from the inputs at every timestep;
             its options are those of the recipe's `rounding`, if that has the same method.
+        correct_bias: Whether biases take what rounding to nearest changes of the output at the mean input, which is
+            known without samples where adaLN reads the timestep alone (CogVideoX); elsewhere they stay.
     """
 
     rounding: str = "rtn"
+    correct_bias: bool = False
 
     def __post_init__(self) -> None:
         """Check the name of the rounding."""
@@ -41,6 +44,8 @@ class ModulationOptions(WeightOptions):
         names = [name for name, rounding in ROUNDINGS.items() if name == RTN.method or rounding.needs_hessian]
         if self.rounding not in names:
             raise self.invalid(f"rounding={short_repr(self.rounding)}; {expected_one_of(self.rounding, names)}")
+        if self.correct_bias and self.rounding != RTN.method:
+            raise self.invalid(f"correct_bias=true with rounding={self.rounding}; use {RTN.method}, or omit it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +205,11 @@ class Recipe(BaseModel):
         measures = settings.shift != "none" or settings.scale == "smooth" or settings.low_rank > 0
         by_hessian = self.rounding.needs_hessian or self.modulation_rounding.needs_hessian
         return measures or self.learns or by_hessian or self.allocation is not None
+
+    @property
+    def corrects_biases(self) -> bool:
+        """Whether biases of modulation linears are corrected where the model says what these read."""
+        return self.modulation is not None and self.modulation.correct_bias
 
     @property
     def modulation_rounding(self) -> Rounding:

@@ -1,7 +1,8 @@
 """Quantizing while loading: `from_pretrained(…, quantization_config=s2q.Config("table-w4a8"))`.
 
 For recipes that need no samples. Linears that read one input are quantized as soon as their weights have been read, and
-the weights are dropped: never is more in memory than the packed model, a file of weights and one such group. A
+the weights are dropped: never is more in memory than the packed model, a file of weights, one such group, and the
+linears outside the blocks. These are quantized last, as the mean input of adaLN linears is computed with them. A
 transformer equals what `s2q.quantize` gives, number by number, and is saved and loaded as that is. Text encoders of
 transformers are quantized weight-only, with the levels and groups of the recipe's weights.
 """
@@ -33,6 +34,7 @@ from s2q.common.components import TRANSFORMERS, split_name
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models import OUTSIDE, block_names, family_of, token_layout
+from s2q.models.timesteps import mean_timestep_row
 from s2q.nn import replace_module
 from s2q.planning.resolve import LinearPlan, recipe_linears, resolve
 from s2q.recipes.load import checked_overrides, load_recipe, recipe_names
@@ -124,6 +126,8 @@ class RecipeQuantizer(S2QQuantizer):
         DiffusersQuantizer.__init__(self, quantization_config, **kwargs)
         self._source = quantization_config
         self._pending: dict[str, _Group] = {}
+        self._complete: list[_Group] = []  # that are quantized when everything has been read
+        self._unread: set[str] = set()  # parameters outside the blocks
 
     @property
     def supports_parallel_loading(self) -> bool:
@@ -146,11 +150,14 @@ class RecipeQuantizer(S2QQuantizer):
                 groups.append(_Group(self._source, model, group, block=name))
         groups += [_Group(self._source, model, (plan,)) for plan in self._plans if plan.block == OUTSIDE]
         self._pending = {name: group for group in groups for name in group.missing}
+        inside = tuple(f"{name}." for name in names)
+        self._unread = {name for name, _ in model.named_parameters() if not name.startswith(inside)}
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
     ) -> bool:
-        """Tell whether a tensor is the weight or the bias of a linear that is quantized."""
+        """Tell whether a tensor is part of a linear that is quantized; called for each as it is read."""
+        self._unread.discard(param_name)
         return param_name in self._pending
 
     def create_quantized_param(
@@ -163,8 +170,12 @@ class RecipeQuantizer(S2QQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep a weight or bias until its group is complete, then quantize that."""
-        self._pending.pop(param_name).add(param_name, param_value.to(target_device))
+        """Keep a weight or bias until its group is complete, then quantize that, or all at the end."""
+        group = self._pending.pop(param_name)
+        group.add(param_name, param_value.to(target_device))
+        if not group.missing:
+            waits = group.block is None or (group.corrected and self._unread)
+            self._complete.append(group) if waits else group.quantize()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._pending:
@@ -173,6 +184,9 @@ class RecipeQuantizer(S2QQuantizer):
                 f"Config: {len(self._pending)} tensors were not read into memory, {first} among them; linears that are "
                 "left on the disk (device_map) are not quantized while loading: run s2q.quantize and load the result"
             )
+        for group in sorted(self._complete, key=lambda group: group.block is None):  # embeddings after what reads them
+            group.quantize()
+        self._complete = []
         layout = token_layout(model, family_of(model)) if any(plan.needs_grid for plan in self._plans) else None
         config = S2QConfig.from_schemes(
             {plan.name: plan.scheme for plan in self._plans},
@@ -208,15 +222,24 @@ class _Group:
         self.config, self.model, self.linears, self.block = config, model, linears, block
         self.missing = {f"{linear.name}.weight" for linear in linears}
         self.missing |= {f"{linear.name}.bias" for linear in linears if linear.has_bias}
+        self._device = "cpu"
 
     def add(self, name: str, value: Tensor) -> None:
-        """Put a tensor into its linear; quantize when all are there."""
+        """Put a tensor into its linear."""
         layer, _, tensor = name.rpartition(".")
         setattr(self.model.get_submodule(layer), tensor, nn.Parameter(value, requires_grad=False))
         self.missing.discard(name)
-        if self.missing:
-            return
-        for inner_name, packed in self._packed(str(value.device)).items():
+        self._device = str(value.device)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether its biases are corrected at the mean input of adaLN linears."""
+        known = family_of(self.model).timestep_rows is not None
+        return known and self.config.recipe.corrects_biases and self.linears[0].role == "modulation"
+
+    def quantize(self) -> None:
+        """Replace its linears, whose tensors are all there, by packed ones."""
+        for inner_name, packed in self._packed(self._device).items():
             replace_module(self._module, inner_name, packed)
 
     @property
@@ -235,6 +258,7 @@ class _Group:
             index=self.linears[0].block,
             seed=self.config.seed,
             device=device,
+            mean_row=mean_timestep_row(self.model) if self.corrected else None,
         )
         return folded(task)
 
