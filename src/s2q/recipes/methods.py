@@ -19,7 +19,7 @@ ALL = "all"
 _SUFFIX = ".yaml"
 _WIDTH = re.compile(r"w(\d+)a(\d+)")
 _UNQUANTIZED = 16
-_ORIGINAL = ("s2q", "s2q-plus", "table")  # the paper's method and what this package adds; the others are rivals
+_ORIGINAL = ("s2q-", "table-")  # the paper's method and what this package adds; the others are rivals
 
 
 def recipe_names() -> list[str]:
@@ -57,7 +57,7 @@ def methods() -> Mapping[str, Mapping[str, Any]]:
 def is_rival(name: str) -> bool:
     """Whether a name is that of a recipe of the package for somebody else's method."""
     method = name.rpartition("-")[0]
-    return method in methods() and method not in _ORIGINAL
+    return method in methods() and not name.startswith(_ORIGINAL)
 
 
 def unknown_recipe(name: str) -> InvalidInputError:
