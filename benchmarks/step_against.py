@@ -25,6 +25,7 @@ def serve(model: str, name: str) -> None:
 
     from s2q.benchmark.calibration_block import _pipeline_subject, first_block, first_optimization, first_student
     from s2q.benchmark.case import Settings
+    from s2q.generation.defaults import generation_defaults
     from s2q.models.source import resolve_model
     from s2q.recipes.load import load_recipe
 
@@ -38,7 +39,7 @@ def serve(model: str, name: str) -> None:
         tokens=None,
         blocks=1,
         attention=None,
-        generation={},
+        generation=generation_defaults(model),
     )
     with first_block(_pipeline_subject(resolve_model(model), settings), recipe, device="cpu") as opened:
         optimization = first_optimization(first_student(opened), recipe)

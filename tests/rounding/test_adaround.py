@@ -44,7 +44,7 @@ def test_start_by_hand():
 def test_it_starts_as_the_weight_itself_and_decides_for_the_nearest(scheme):
     weight = draw(12, 24)
     rounding = LearnedRounding(weight, scheme)
-    with soft_rounding(rounding):
+    with soft_rounding([rounding]):
         torch.testing.assert_close(rounding(), weight, rtol=0, atol=1e-6)
     nearest = round_rtn(weight, scheme)
     assert torch.equal(rounding.rounded().codes, nearest.codes)

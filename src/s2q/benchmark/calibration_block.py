@@ -30,6 +30,7 @@ from s2q.blocks.reconstruct import BlockStudents, block_students, rounding_penal
 from s2q.blocks.task import BlockTask
 from s2q.calibration.stream import TeacherStream, named_arguments
 from s2q.common.hooks import capture_calls
+from s2q.common.memory import keep_freed_memory
 from s2q.common.seeds import derive_seed
 from s2q.common.temporaries import scratch_folder
 from s2q.core.tokens import TokenLayout
@@ -93,6 +94,7 @@ def calibration_case(subject: SyntheticModel | ModelSource, settings: Settings) 
 @contextmanager
 def first_block(subject: Subject, recipe: Recipe, *, device: str) -> Iterator[BlockStudents]:
     """Open the first block as a run does, and look at the samples of the subject."""
+    keep_freed_memory()
     frames = subject.tokens.grid(subject.calls[0]).frames if recipe.needs_grid else None
     with scratch_folder("bench") as folder:
         stream = TeacherStream(

@@ -32,7 +32,7 @@ from s2q.distillation.loss import weighted_token_loss
 from s2q.distillation.options import Distillation, Refinement, is_evaluated
 from s2q.distillation.temporal import temporal_loss
 from s2q.nn import RefinedLinear, StudentInput, StudentLinear
-from s2q.rounding import soft_rounding
+from s2q.rounding import roundings_of, soft_rounding
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class Optimization:
             raise S2QError("distillation: the student has nothing to learn; expected a learnable transform or clip")
         self.student, self.temporal, self.penalty = student, temporal, penalty
         self.total = total = options.epochs * samples
+        self._roundings = roundings_of(student)
         self.learnable = [parameter for group in groups for parameter in group["params"]]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _cosine(step, total))
@@ -98,7 +99,7 @@ class Optimization:
 
     def gradient(self, sample: BlockSample) -> Tensor:
         """Compute the gradient of a step, except that of the penalty; return the loss."""
-        with soft_rounding(self.student), memoization():
+        with soft_rounding(self._roundings), memoization():
             loss = _loss(self.student, sample, self.temporal)
             value = loss.detach()
             self._optimizer.zero_grad(set_to_none=True)

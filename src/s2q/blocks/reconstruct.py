@@ -25,7 +25,7 @@ from s2q.calibration.observe import observe
 from s2q.calibration.samples import BlockSamples
 from s2q.common.errors import S2QError
 from s2q.common.fp32_modules import convert, kept_in_fp32
-from s2q.common.memory import keep_freed_memory, to_device
+from s2q.common.memory import to_device
 from s2q.common.seeds import derive_seed
 from s2q.common.torch_state import tf32_products
 from s2q.distillation.options import Distillation, Refinement
@@ -194,7 +194,6 @@ def _learn(
     """Distil a student; its parts are computed again in the backward pass of a checkpointed task."""
     temporal = task.recipe.loss.temporal
     parts = checkpoint_parts(student, piece=task.piece, enabled=task.checkpointed)
-    keep_freed_memory()
     with tf32_products(task.device), parts:
         return distil(
             student,

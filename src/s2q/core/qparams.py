@@ -15,7 +15,7 @@ Shapes: `O` out features, `I` in features, `G` groups. A weight's scale is [O] (
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,13 @@ from s2q.core.schemes import UNIFORM, PerChannel, PerGroup, QuantScheme, num_gro
 from s2q.core.tokens import TokenGrid
 
 ClipRatio = float | Tensor | None
+
+
+class RowQuantizer(Protocol):
+    """Interface of `fake_quantize_rows`."""
+
+    def __call__(self, x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
+        """Quantize and dequantize rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +160,18 @@ def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | N
     return values.to(x.dtype)
 
 
+def fake_quantize_rows(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
+    """Quantize and dequantize each row of x [..., n] by its own `token_scale`, trainable; see `fake_quantize`."""
+    return fake_quantize(x, token_scale(x, num_bits=num_bits, clip_ratio=clip_ratio), num_bits=num_bits)
+
+
 def fake_quantize_input(
-    x: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None, grid: TokenGrid | None = None
+    x: Tensor,
+    scheme: QuantScheme,
+    *,
+    clip_ratio: ClipRatio = None,
+    grid: TokenGrid | None = None,
+    rows: RowQuantizer = fake_quantize_rows,
 ) -> Tensor:
     """Quantize and dequantize the input of a linear at once, trainable, each token by itself; see `fake_quantize`.
 
@@ -167,33 +184,34 @@ def fake_quantize_input(
         scheme: Dynamic, PerToken or PerGroup.
         clip_ratio: Factor in (0, 1] on the scale, broadcasts to [..., 1]. Means are not clipped.
         grid: Where the video tokens lie among N.
+        rows: Quantizes with uniform levels, as `fake_quantize_rows` does.
     """
     offset = None if scheme.delta is None or grid is None or x.ndim == 2 else grid.offset(x.shape[-2])
     if offset is None or grid is None:
-        return _fake_quantize_tokens(x, scheme, clip_ratio)
-    means = _quantized_means(x, scheme, grid, offset)
-    return (means + _fake_quantize_tokens(x - means, scheme, clip_ratio)).to(x.dtype)
+        return _fake_quantize_tokens(x, scheme, clip_ratio, rows)
+    means = _quantized_means(x, scheme, grid, offset, rows)
+    return (means + _fake_quantize_tokens(x - means, scheme, clip_ratio, rows)).to(x.dtype)
 
 
 @torch.no_grad()
-def _quantized_means(x: Tensor, scheme: QuantScheme, grid: TokenGrid, offset: int) -> Tensor:
+def _quantized_means(x: Tensor, scheme: QuantScheme, grid: TokenGrid, offset: int, rows: RowQuantizer) -> Tensor:
     """The dequantized mean of each token's cube, fp32 [..., N, I]; 0 for text."""
     delta, sizes = scheme.delta, (grid.frames, grid.height, grid.width)
     assert delta is not None
     video = x.narrow(-2, offset, grid.tokens)
     means = cube_means(video.reshape(*x.shape[:-2], *sizes, x.shape[-1]), delta.cube)
-    means = fake_quantize(means, token_scale(means, num_bits=delta.mean_bits), num_bits=delta.mean_bits)
+    means = rows(means, num_bits=delta.mean_bits)
     return F.pad(spread(means, delta.cube, sizes).flatten(-4, -2), (0, 0, offset, x.shape[-2] - offset - grid.tokens))
 
 
-def _fake_quantize_tokens(x: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio) -> Tensor:
+def _fake_quantize_tokens(x: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio, rows: RowQuantizer) -> Tensor:
     grouped = x.reshape(*x.shape[:-1], num_groups(scheme, x.shape[-1]), -1)
+    if scheme.levels == UNIFORM:
+        return rows(grouped, num_bits=scheme.num_bits, clip_ratio=clip_ratio).reshape(x.shape)
     levels = levels_of(scheme, x.shape[-1], device=x.device)
     if scheme.is_fp4:
         amax = grouped.abs().amax(dim=-1) * (1.0 if clip_ratio is None else clip_ratio)
         scale = block_scale(amax, scheme).unsqueeze(-1)
-    elif levels is None:
-        scale = token_scale(grouped, num_bits=scheme.num_bits, clip_ratio=clip_ratio)
     else:
         scale = token_scale_of_levels(grouped, unit=level_unit(scheme, x.shape[-1]), clip_ratio=clip_ratio)
     return fake_quantize(grouped, scale, num_bits=scheme.num_bits, levels=levels).reshape(x.shape)

@@ -18,6 +18,7 @@ from s2q.core.tokens import current_grid
 from s2q.nn.branch import with_float_branch
 from s2q.nn.stored import StoredLinear
 from s2q.ops.activation_path import transform_input
+from s2q.ops.fake_quantize import fake_quantize_rows
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def simulate_quantization(y: Tensor, scheme: QuantScheme | None, path: InputTens
     """
     if scheme is not None:
         grid = None if scheme.delta is None else current_grid()
-        y = fake_quantize_input(y, scheme, clip_ratio=path.clip_ratio, grid=grid)
+        y = fake_quantize_input(y, scheme, clip_ratio=path.clip_ratio, grid=grid, rows=fake_quantize_rows)
     for part, tensors in reversed(path.steps):
         y = y if part.restore is None else part.restore(y, *tensors)
     return y

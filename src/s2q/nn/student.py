@@ -11,7 +11,6 @@ trained is in the parameters: of the transform, of the clips and of the estimato
 Shapes: `I` in features, `O` out features, `G` groups, `r` rank of the low-rank branch.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -23,10 +22,11 @@ from s2q.core.codebook import levels_of
 from s2q.core.input_path import stored_tensors
 from s2q.core.memo import checkpointed, memoize_for, memoize_step
 from s2q.core.qparams import fake_quantize_weight, weight_scale
-from s2q.core.schemes import LinearScheme, PerGroup, num_groups
+from s2q.core.schemes import UNIFORM, LinearScheme, PerGroup, num_groups
 from s2q.nn.clip import LearnableClip
 from s2q.nn.input_path import Estimator, StudentInput, start_tensors
 from s2q.nn.stored import StoredLinear, packed_dtypes
+from s2q.ops.fake_quantize import fake_quantize_rows
 
 
 class StudentLinear(nn.Module):
@@ -166,10 +166,14 @@ class StudentLinear(nn.Module):
     def _quantized_weight(self) -> Tensor:
         if self.rounding is not None:
             return self.rounding()  # type: ignore[no-any-return]
-        weight = self.folded_weight(dtype=torch.float32)
-        scale = weight_scale(weight, self.scheme.weight, clip_ratio=self.clip_ratio())
-        levels = levels_of(self.scheme.weight, self.in_features, device=weight.device)
-        return fake_quantize_weight(weight, scale, num_bits=self.scheme.weight.num_bits, levels=levels)
+        weight, scheme = self.folded_weight(dtype=torch.float32), self.scheme.weight
+        if scheme.levels == UNIFORM:
+            rows, ratio = weight.view(len(weight), num_groups(scheme, self.in_features), -1), self.clip_ratio()
+            ratio = None if ratio is None else ratio.view(-1, 1, 1)
+            return fake_quantize_rows(rows, num_bits=scheme.num_bits, clip_ratio=ratio).flatten(1)
+        scale = weight_scale(weight, scheme, clip_ratio=self.clip_ratio())
+        levels = levels_of(scheme, self.in_features, device=weight.device)
+        return fake_quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)
 
     extra_repr = StoredLinear.extra_repr
 
@@ -182,12 +186,15 @@ class StudentRows(nn.Module):
 
     Attributes:
         joint: The student, [ΣO, I].
-        rows: Those of this linear.
+        sizes: O of each linear.
+        index: Of this linear among them.
     """
 
-    def __init__(self, joint: StudentLinear, rows: slice) -> None:
+    def __init__(self, joint: StudentLinear, sizes: Sequence[int], index: int) -> None:
         super().__init__()
-        self.joint, self.rows = joint, rows
+        self.joint, self.sizes, self.index = joint, sizes, index
+        end = sum(sizes[: index + 1])
+        self.rows = slice(end - sizes[index], end)
 
     @classmethod
     def of(
@@ -200,8 +207,7 @@ class StudentRows(nn.Module):
         if first.bias is not None:
             stacked.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
         joint = StudentLinear(stacked, scheme=scheme, source=source, learns_clip=learns_clip)
-        ends = itertools.accumulate(sizes, initial=0)
-        return [cls(joint, slice(start, end)) for start, end in itertools.pairwise(ends)]
+        return [cls(joint, sizes, index) for index in range(len(sizes))]
 
     @property
     def source(self) -> StudentInput:
@@ -230,5 +236,8 @@ class StudentRows(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Apply the layer to an input [..., I], floating; returns [..., O] in its dtype."""
-        output: Tensor = memoize_for(self.joint, input, lambda: self.joint(input))
-        return output[..., self.rows]
+        # Not views of one tensor for autograd: an attention may write rotated queries in place.
+        outputs: Sequence[Tensor] = memoize_for(
+            self.joint, input, lambda: torch.unsafe_split_with_sizes(self.joint(input), self.sizes, dim=-1)
+        )
+        return outputs[self.index]

@@ -85,6 +85,74 @@ void s2q_scale_bf16(const bf16 *x, int64_t x_stride, const float *shift, const f
 QUANTIZE(bf16)
 QUANTIZE(f32)
 
+/* Fake quantization of rows x [M, I] by their largest magnitudes, and its gradients: ops.fake_quantize, which sums
+   `slope` [M, I] by row into `sums` [M] between the two passes. */
+static float largest_magnitude(const float *restrict x, int64_t columns) {
+    uint32_t highest = 0;
+    for (int64_t j = 0; j < columns; j++) highest = magnitude_f32(x[j]) > highest ? magnitude_f32(x[j]) : highest;
+    float amax;
+    memcpy(&amax, &highest, 4);
+    return amax;
+}
+
+static void fake_row(const float *restrict x, float scale, float qmax, float *restrict out, int64_t columns) {
+    for (int64_t j = 0; j < columns; j++) {
+        float code = rintf(x[j] / scale);
+        code = code > qmax ? qmax : code;
+        code = code < -qmax - 1 ? -qmax - 1 : code;
+        out[j] = code * scale;
+    }
+}
+
+void s2q_fake_quantize(const float *x, const float *clip, int64_t clip_stride, float qmax, float *out, float *amax,
+                       float *scale, int64_t rows, int64_t columns) {
+    PARALLEL
+    for (int64_t i = 0; i < rows; i++) {
+        amax[i] = largest_magnitude(x + i * columns, columns);
+        scale[i] = amax[i] * clip[i * clip_stride] / qmax;
+        scale[i] = scale[i] == 0 ? 1 : scale[i];
+        fake_row(x + i * columns, scale[i], qmax, out + i * columns, columns);
+    }
+}
+
+static void fake_row_gradient(const float *restrict x, const float *restrict grad, float scale, float qmax,
+                              float *restrict grad_x, float *restrict slope, int64_t columns) {
+    for (int64_t j = 0; j < columns; j++) {
+        float ratio = x[j] / scale, rounded = rintf(ratio), code = rounded;
+        code = code > qmax ? qmax : code;
+        code = code < -qmax - 1 ? -qmax - 1 : code;
+        float clamped = rounded == code ? 0.0f : 1.0f;
+        grad_x[j] = grad[j] - grad[j] * clamped;
+        slope[j] = (code - ratio + ratio * clamped) * grad[j];
+    }
+}
+
+void s2q_fake_quantize_gradient(const float *x, const float *grad, const float *scale, float qmax, float *grad_x,
+                                float *slope, int64_t rows, int64_t columns) {
+    PARALLEL
+    for (int64_t i = 0; i < rows; i++)
+        fake_row_gradient(x + i * columns, grad + i * columns, scale[i], qmax, grad_x + i * columns,
+                          slope + i * columns, columns);
+}
+
+/* The gradient of the largest magnitude is shared by all values of that magnitude. */
+static void add_to_largest(const float *restrict x, float amax, float grad, float *restrict grad_x, int64_t columns) {
+    int32_t count = 0;
+    for (int64_t j = 0; j < columns; j++) count += fabsf(x[j]) == amax;
+    float share = grad / (count ? (float)count : 1.0f);
+    for (int64_t j = 0; j < columns; j++) grad_x[j] += x[j] == amax ? share : x[j] == -amax ? -share : 0.0f;
+}
+
+void s2q_scale_gradient(const float *x, const float *amax, const float *sums, const float *clip, int64_t clip_stride,
+                        float qmax, float *grad_x, float *grad_clip, int64_t rows, int64_t columns) {
+    PARALLEL
+    for (int64_t i = 0; i < rows; i++) {
+        float ratio = clip[i * clip_stride], grad = amax[i] * ratio / qmax == 0 ? 0 : sums[i] / qmax;
+        grad_clip[i] = grad * amax[i];
+        if (amax[i] != 0) add_to_largest(x + i * columns, amax[i], grad * ratio, grad_x + i * columns, columns);
+    }
+}
+
 /* sums * w_scale, then times x_scale plus the bias in one rounding: sums [M, O] to out, whose rows are out_stride apart. */
 #define RESCALE(TYPE)                                                                                                  \
     static void rescale_row_##TYPE(const int32_t *restrict sums, const float *restrict w_scale, float x_scale,         \

@@ -29,7 +29,7 @@ from s2q.common.processor import features, is_x86
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.codebook import nearest_level, scaled_levels, table_and_scale
 from s2q.core.packing import pack_codes, unpack_codes
-from s2q.core.qparams import quantize_per_token
+from s2q.core.qparams import code_range, fake_quantize, quantize_per_token, token_scale
 
 SOURCE = Path(__file__).with_name("fused.c")
 VARIABLE = "S2Q_FUSED"
@@ -69,8 +69,30 @@ class Passes:
             scale: Written, fp32 [M, 1].
         """
         clip = _vector(None if clip is None else clip.reshape(-1), 1, 1.0)
-        qmax = ctypes.c_float(2 ** (num_bits - 1) - 1)
-        self._call(f"quantize_{_NAMES[y.dtype]}", y, clip, int(len(clip) > 1), qmax, codes, scale, *y.shape)
+        name = f"quantize_{_NAMES[y.dtype]}"
+        self._call(name, y, clip, int(len(clip) > 1), _qmax(num_bits), codes, scale, *y.shape)
+
+    def fake_quantize(
+        self, x: Tensor, clip: Tensor, *, num_bits: int, out: Tensor, amax: Tensor, scale: Tensor
+    ) -> None:
+        """Write x [M, I], fake-quantized by row, to `out`, and the largest magnitudes and scales [M]; all fp32.
+
+        `clip` has one element or M; see `ops.fake_quantize`.
+        """
+        self._call("fake_quantize", x, clip, int(len(clip) > 1), _qmax(num_bits), out, amax, scale, *x.shape)
+
+    def fake_quantize_gradient(
+        self, x: Tensor, grad: Tensor, scale: Tensor, *, num_bits: int, grad_x: Tensor, slope: Tensor
+    ) -> None:
+        """Write the gradient of `fake_quantize` towards x, and the terms of that towards the scale [M], x's shape."""
+        self._call("fake_quantize_gradient", x, grad, scale, _qmax(num_bits), grad_x, slope, *x.shape)
+
+    def scale_gradient(
+        self, x: Tensor, amax: Tensor, sums: Tensor, clip: Tensor, *, num_bits: int, grad_x: Tensor, grad_clip: Tensor
+    ) -> None:
+        """Add the gradient that reaches x through its scales, `sums` [M], to `grad_x`; write `grad_clip` [M]."""
+        tensors = (clip, int(len(clip) > 1), _qmax(num_bits), grad_x, grad_clip)
+        self._call("scale_gradient", x, amax, sums, *tensors, *x.shape)
 
     def rescale(self, sums: Tensor, w_scale: Tensor, x_scale: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
         """Write sums · w_scale · x_scale + bias, int32 [M, O], to `out`, bf16 or fp32 [M, O], rows may be strided."""
@@ -106,6 +128,10 @@ class Passes:
             for value in arguments
         ]
         getattr(self._library, f"s2q_{name}")(*converted)
+
+
+def _qmax(num_bits: int) -> ctypes.c_float:
+    return ctypes.c_float(code_range(num_bits)[1])
 
 
 def _vector(value: Tensor | None, length: int, missing: float) -> Tensor:
@@ -230,7 +256,12 @@ def _equals_torch(passes: Passes) -> bool:
     unpacked = torch.empty_like(w)
     packed = pack_codes(w, num_bits=4)
     passes.unpack(packed, out=unpacked)
-    return all(checks) and torch.equal(unpacked, w) and _levels_equal_torch(passes, packed, x)
+    return (
+        all(checks)
+        and torch.equal(unpacked, w)
+        and _levels_equal_torch(passes, packed, x)
+        and _gradients_equal_torch(passes, x, clip)
+    )
 
 
 def _levels_equal_torch(passes: Passes, packed: Tensor, x: Tensor) -> bool:
@@ -250,3 +281,23 @@ def _levels_equal_torch(passes: Passes, packed: Tensor, x: Tensor) -> bool:
         expected = wide[nearest_level(y.float() / torch.where(scales == 0, 1.0, scales), wide)]
         checks.append(torch.equal(found, expected.to(torch.int8)))
     return all(checks)
+
+
+@torch.enable_grad()
+def _gradients_equal_torch(passes: Passes, x: Tensor, clip: Tensor) -> bool:
+    """The same for fake quantization; its sums are PyTorch's."""
+    inputs, num_bits = (x.clone().requires_grad_(), clip.clone().requires_grad_()), 4
+    grad = x.roll(1, dims=0).contiguous()
+    values = fake_quantize(
+        inputs[0], token_scale(inputs[0], num_bits=num_bits, clip_ratio=inputs[1]), num_bits=num_bits
+    )
+    expected = torch.autograd.grad(values, inputs, grad)
+    out, grad_x, slope = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    amax, scale, grad_clip = torch.empty(3, len(x))
+    ratio = clip.flatten()
+    passes.fake_quantize(x, ratio, num_bits=num_bits, out=out, amax=amax, scale=scale)
+    passes.fake_quantize_gradient(x, grad, scale, num_bits=num_bits, grad_x=grad_x, slope=slope)
+    sums = slope.sum(dim=1)
+    passes.scale_gradient(x, amax, sums, ratio, num_bits=num_bits, grad_x=grad_x, grad_clip=grad_clip)
+    found = (out, grad_x, grad_clip.unsqueeze(1))
+    return all(torch.equal(one, other) for one, other in zip(found, (values, *expected), strict=True))

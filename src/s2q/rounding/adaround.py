@@ -121,9 +121,8 @@ def roundings_of(module: nn.Module) -> list[LearnedRounding]:
 
 
 @contextmanager
-def soft_rounding(module: nn.Module) -> Iterator[None]:
-    """Have the roundings inside a module compute with h(V), to learn from it; with its decision again afterwards."""
-    roundings = roundings_of(module)
+def soft_rounding(roundings: Sequence[LearnedRounding]) -> Iterator[None]:
+    """Have roundings compute with h(V), to learn from it; with its decision again afterwards."""
     for rounding in roundings:
         rounding.soft = True
     try:

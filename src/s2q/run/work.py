@@ -16,7 +16,7 @@ import torch
 from s2q.calibration.candidates import CalibrationInputs, missing_prompts, record_prompt
 from s2q.calibration.teacher import Teacher, TeacherTransformer, load_teacher
 from s2q.common.errors import memory_errors
-from s2q.common.memory import on_device
+from s2q.common.memory import keep_freed_memory, on_device
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.run_folder import ArtefactFolder
 from s2q.engines.engine import Engine, Worker
@@ -104,6 +104,7 @@ class RunnerWork:
     def runner(self, worker: Worker) -> BlockRunner:
         """Return the runner of a worker."""
         if self._runner is None:
+            keep_freed_memory()
             job = replace(self.job, machine=replace(self.job.machine, device=worker.device))
             spilled = f"{SPILLED}{secrets.token_hex(4)}-"
             self._runner = BlockRunner(ArtefactFolder(self.folder), self.teacher.on(worker), job, spilled=spilled)

@@ -1,0 +1,85 @@
+"""Trainable quantization of rows: the compiled passes have the bits of the specification, values and gradients."""
+
+import pytest
+import torch
+
+from s2q.core import qparams
+from s2q.ops import fused
+from s2q.ops.fake_quantize import fake_quantize_rows
+
+
+@pytest.fixture(autouse=True)
+def _compiled():
+    if fused.passes() is None:
+        pytest.skip("no compiled passes here")
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def learned(quantizer, x, clip, upstream, num_bits):
+    """The values and the gradients towards x and the clip ratio."""
+    inputs = [x.clone().requires_grad_()] + ([] if clip is None else [clip.clone().requires_grad_()])
+    values = quantizer(inputs[0], num_bits=num_bits, clip_ratio=None if clip is None else inputs[1])
+    return [values.detach(), *torch.autograd.grad(values, inputs, upstream)]
+
+
+CLIPS = {
+    "none": lambda shape: None,
+    "shared": lambda shape: torch.tensor([0.7]),
+    "per row": lambda shape: torch.rand(*shape[:-1], 1, generator=torch.Generator().manual_seed(1)),
+    "per channel of groups": lambda shape: torch.linspace(0.4, 1, shape[0]).view(-1, *[1] * (len(shape) - 1)),
+}
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("shape", [(9, 33), (1, 40, 1, 192), (6, 5, 16), (3, 1)])
+@pytest.mark.parametrize("num_bits", [2, 6])
+def test_values_and_gradients_have_the_bits_of_the_specification(shape, clip, num_bits):
+    x, upstream = draw(*shape) * draw(*shape, seed=2).exp(), draw(*shape, seed=3)
+    rows = x.view(-1, shape[-1])
+    rows[0], rows[1] = 0, rows[1].sign()  # a row of zeros, and one of largest magnitudes alone
+    ratio = CLIPS[clip](shape)
+    results = [
+        learned(quantizer, x, ratio, upstream, num_bits)
+        for quantizer in (fake_quantize_rows, qparams.fake_quantize_rows)
+    ]
+    for compiled, specified in zip(*results, strict=True):
+        assert torch.equal(compiled, specified)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    x, upstream, before = draw(70, 600), draw(70, 600, seed=3), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(learned(fake_quantize_rows, x, torch.tensor([0.7]), upstream, 6)[:2])
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_strided_rows_and_gradients():
+    x, upstream = draw(8, 60)[:, ::2], draw(30, 8, seed=3).t()
+    results = [learned(q, x, None, upstream, 4) for q in (fake_quantize_rows, qparams.fake_quantize_rows)]
+    for compiled, specified in zip(*results, strict=True):
+        assert torch.equal(compiled, specified)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_left_to_the_specification(dtype):
+    x = draw(4, 12).to(dtype)
+    found = fake_quantize_rows(x, num_bits=4)
+    assert found.dtype == dtype
+    assert torch.equal(found, qparams.fake_quantize_rows(x, num_bits=4))
+
+
+def test_a_row_with_a_nan_is_nan():
+    x = draw(3, 8)
+    x[1, 2] = torch.nan
+    found = fake_quantize_rows(x, num_bits=4)
+    assert bool(found[1].isnan().all())
+    assert bool(found[::2].isfinite().all())
