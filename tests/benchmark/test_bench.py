@@ -269,6 +269,8 @@ def test_backends_that_cannot_run_are_refused(monkeypatch):
     assert bench._check_backends(["reference", "auto"], "cpu") == ("auto", "reference")
     with pytest.raises(ResourceError, match="'triton' cannot run here"):
         bench._check_backends(["triton"], "cpu")
+    with pytest.raises(ResourceError, match=r"'fp4' cannot run here: .*compute capability 10.0 or newer; remove it"):
+        bench._check_backends(["fp4"], "cpu")
     with pytest.raises(InvalidInputError, match="nearest names are triton"):
         bench._check_backends(["tritom"], "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

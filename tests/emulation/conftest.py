@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emulation import emulator
-from s2q.nn import stored
+from s2q.core import codebook
 
 
 def pytest_runtest_setup(item):
@@ -47,6 +47,6 @@ def _left_as_it_was(device):
 
 def _allocated():
     gc.collect()  # modules with hooks are in cycles
-    for constant in (stored._nibble_levels, stored.token_levels_of):  # of all layers of a device, some bytes
+    for constant in (codebook.levels_of, codebook.nibble_levels):  # of all layers of a device, some bytes
         constant.cache_clear()
     return [torch.cuda.memory_allocated(index) for index in range(torch.cuda.device_count())]

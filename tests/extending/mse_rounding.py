@@ -5,6 +5,7 @@
 Shapes: `O/I` out/in features, `G` groups.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,9 +32,20 @@ class MSE(Rounding):
 
     @torch.no_grad()
     def round(
-        self, weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None, hessian: Tensor | None = None
+        self,
+        weights: Sequence[Tensor],
+        scheme: QuantScheme,
+        *,
+        clip_ratios: Sequence[ClipRatio],
+        hessian: Tensor | None = None,
+    ) -> list[tuple[RoundedWeight, dict[str, Any]]]:
+        """Round weights [O, I] that read one input, with the best ratio of each scale."""
+        pairs = zip(weights, clip_ratios, strict=True)
+        return [self._rounded(weight, scheme, clip_ratio) for weight, clip_ratio in pairs]
+
+    def _rounded(
+        self, weight: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio
     ) -> tuple[RoundedWeight, dict[str, Any]]:
-        """Round [O, I] with the best ratio of each scale."""
         best, report = None, {}
         for step in range(self.steps):
             ratio = 1 - step / (self.steps - 1) * (1 - self.lowest)

@@ -23,7 +23,7 @@ def registered(monkeypatch):
 def test_the_error_is_at_most_that_of_rounding_to_nearest(granularity):
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0)) ** 3
     scheme = QuantScheme(num_bits=4, granularity=granularity)
-    rounded, report = MSE().round(weight, scheme)
+    ((rounded, report),) = MSE().round([weight], scheme, clip_ratios=[None])
     nearest = round_rtn(weight, scheme)
     error = (dequantize_weight(rounded.codes, rounded.scale) - weight).square().sum()
     assert error < (dequantize_weight(nearest.codes, nearest.scale) - weight).square().sum()

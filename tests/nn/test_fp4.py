@@ -124,5 +124,10 @@ def test_the_arguments_of_the_product(monkeypatch):
     linear, x = layer(), noise(2, 5, 96, seed=1)
     found = fp4_product(linear, x).reshape(2, 5, 48)
     assert float((found - linear(x)).norm() / linear(x).norm()) < 5e-3  # of bf16
+    assert linear.kept.num_bytes >= linear.weight.nbytes
+    assert torch.equal(fp4_product(linear, x).reshape(2, 5, 48), found)
+    linear.weight_scale.data = linear.weight_scale * 2
+    doubled = fp4_product(linear, x).reshape(2, 5, 48) - linear.bias
+    torch.testing.assert_close(doubled, 2 * (found - linear.bias), rtol=1e-5, atol=1e-5)  # not those kept before
     with pytest.raises(InvalidInputError, match="expected in features in multiples of 32 and out features of 16"):
         fp4_product(layer(out_features=50), x)

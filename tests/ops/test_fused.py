@@ -51,7 +51,10 @@ def test_scaling_rounds_once(passes, columns, threads):
         for parts in ((shift, scale), (None, scale), (shift, None)):
             expected = (x.float() - (0 if parts[0] is None else parts[0])) * (1 if parts[1] is None else parts[1])
             out = torch.empty(70, columns, dtype=torch.bfloat16)
-            assert torch.equal(passes.scale(x, *parts, out=out), expected.bfloat16())
+            vectors = [
+                fused.vector(part, columns, missing=missing) for part, missing in zip(parts, (0, 1), strict=True)
+            ]
+            assert torch.equal(passes.scale(x, *vectors, out=out), expected.bfloat16())
     finally:
         torch.set_num_threads(before)
 
@@ -64,7 +67,7 @@ def test_quantization_is_that_of_the_reference(passes, dtype, num_bits, clip):
     y[3], y[4, 5], y[5, 5], y[6] = 0, torch.nan, torch.inf, (y[6] * 4).round() / 8  # ties
     y[7] *= 1e-38
     codes, scale = torch.empty(40, 333, dtype=torch.int8), torch.empty(40, 1)
-    passes.quantize(y, clip, num_bits=num_bits, codes=codes, scale=scale)
+    passes.quantize(y, fused.vector(clip, 1, missing=1), num_bits=num_bits, codes=codes, scale=scale)
     expected = quantize_per_token(y, num_bits=num_bits, clip_ratio=clip)
     torch.testing.assert_close(scale, expected[1], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(codes, expected[0])
@@ -78,7 +81,7 @@ def test_unpacking_and_rescaling_odd_sizes(passes):
     sums = torch.randint(-(1 << 28), 1 << 28, (40, 33), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     w_scale, x_scale, bias = draw(33), draw(40, 1, seed=1), draw(33, seed=2) * 1e7
     wide = torch.zeros(40, 50, dtype=torch.bfloat16)
-    passes.rescale(sums, w_scale, x_scale, bias, out=wide[:, 5:38])
+    passes.rescale(sums, w_scale, x_scale.flatten(), bias, out=wide[:, 5:38])
     assert torch.equal(wide[:, 5:38], torch.addcmul(bias, sums.float() * w_scale, x_scale).bfloat16())
     assert not bool(wide[:, :5].any() or wide[:, 38:].any())
 

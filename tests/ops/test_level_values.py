@@ -13,13 +13,6 @@ ALL = torch.tensor(TABLES, dtype=torch.int8).flatten()
 FIRST = ALL[:16]
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
 def drawn(rows, columns, groups=None):
     generator = torch.Generator().manual_seed(rows + columns)
     codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8, generator=generator)

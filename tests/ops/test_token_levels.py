@@ -13,13 +13,6 @@ from s2q.rounding import round_rtn
 SCHEME = QuantScheme(num_bits=4, granularity=PerToken(), dynamic=True, levels="lloyd_max_int8")
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

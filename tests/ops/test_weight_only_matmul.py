@@ -16,13 +16,6 @@ def codes(rows, columns, bits, *, seed=0):
     return torch.randint(-limit, limit, (rows, columns), dtype=torch.int8, generator=generator)
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
 def test_the_example_of_the_docstring(backend):
     w, scale = torch.tensor([[4, -1]], dtype=torch.int8), torch.tensor([0.25])
     y = weight_only_matmul(torch.tensor([[2.0, 1.0]]), w, scale, bias=torch.ones(1), backend=backend)

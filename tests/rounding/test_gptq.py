@@ -10,7 +10,7 @@ from s2q.core.qparams import code_range, dequantize_weight, weight_scale
 from s2q.core.schemes import PerChannel, QuantScheme
 from s2q.rounding import round_rtn
 from s2q.rounding.gptq import GPTQ
-from s2q.rounding.gptq import round_gptq as round_group
+from s2q.rounding.gptq import round_gptq as round_weights
 from s2q.rounding.hessian import HessianAccumulator, hessian_error
 from schemes import weights
 
@@ -30,7 +30,7 @@ def correlated(tokens, features, *, seed=0):
 
 
 def round_gptq(weight, scheme, *, clip_ratio=None, **options):
-    (result,) = round_group([weight], scheme, clip_ratios=[clip_ratio], **options)
+    (result,) = round_weights([weight], scheme, clip_ratios=[clip_ratio], **options)
     return result
 
 
@@ -276,7 +276,7 @@ def test_weights_of_one_input_share_the_factorization_and_are_rounded_as_alone(s
     factorize, calls = torch.linalg.cholesky_ex, []
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: calls.append(0) or factorize(matrix))
     for (rounded, report), (expected, of_expected) in zip(
-        round_group(weights, scheme, hessian=hessian, clip_ratios=ratios), alone, strict=True
+        round_weights(weights, scheme, hessian=hessian, clip_ratios=ratios), alone, strict=True
     ):
         assert torch.equal(rounded.codes, expected.codes)
         assert torch.equal(rounded.scale, expected.scale)

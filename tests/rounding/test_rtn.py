@@ -15,8 +15,9 @@ def a_weight(dtype=torch.float32):
 
 
 def test_rtn_is_offered_by_name():
-    rounded, report = ROUNDINGS["rtn"]().round(a_weight(), QuantScheme(num_bits=4, granularity=PerChannel()))
-    expected = round_rtn(a_weight(), QuantScheme(num_bits=4, granularity=PerChannel()))
+    scheme = QuantScheme(num_bits=4, granularity=PerChannel())
+    ((rounded, report),) = ROUNDINGS["rtn"]().round([a_weight()], scheme, clip_ratios=[None])
+    expected = round_rtn(a_weight(), scheme)
     assert torch.equal(rounded.codes, expected.codes)
     assert torch.equal(rounded.scale, expected.scale)
     assert report == {}

@@ -38,7 +38,7 @@ STEPS = {
     "a sample": (samples.BlockSamples, "read"),
     "a step": (distil.Optimization, "step"),
     "the gradient": (distil.Optimization, "gradient"),
-    "a Hessian": (gptq.GPTQ, "round_group"),
+    "a Hessian": (gptq.GPTQ, "round"),
 }
 
 

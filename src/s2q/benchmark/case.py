@@ -6,12 +6,14 @@ from typing import Any
 
 from s2q.benchmark.timing import TimingOptions
 from s2q.common.errors import InvalidInputError
+from s2q.nn.dequantized import FASTEST
+from s2q.ops.dispatch import FP4
 from s2q.recipes.schema import Recipe
 
 OPS = ("linear", "activation_path", "gemm", "attention_colsum", "denoising_step", "calibration_block")
 """The ops of the benchmark, in execution order."""
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "fastest")
+BACKENDS = ("auto", "reference", "cpu", "triton", FASTEST, FP4)
 
 Entry = dict[str, Any]
 

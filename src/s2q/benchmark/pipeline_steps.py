@@ -37,13 +37,14 @@ from s2q.models.attention import attention_of
 from s2q.models.family import token_layout
 from s2q.nn import PackedLinear, replace_module, set_backend
 from s2q.nn.dequantized import FASTEST
+from s2q.ops.dispatch import FP4
 from s2q.planning.resolve import recipe_linears, resolve
 from s2q.recipes.schema import Recipe
 from s2q.run.assemble import configure
 
 _OP = "denoising_step"
 _FP32 = "fp32"
-_BACKENDS = ("auto", FASTEST)
+_BACKENDS = ("auto", FASTEST, FP4)
 _STEPS = 4
 PROMPT = "a red circle moving left on a grey background"
 

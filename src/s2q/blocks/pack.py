@@ -136,7 +136,7 @@ def _round(
 ) -> list[tuple[RoundedWeight, dict[str, Any]]]:
     with located(", ".join(linear.name for linear in linears)):
         summed = None if hessian is None else hessian.hessian()
-        results = rounding.round_group(weights, linears[0].scheme.weight, clip_ratios=clip_ratios, hessian=summed)
+        results = rounding.round(weights, linears[0].scheme.weight, clip_ratios=clip_ratios, hessian=summed)
     for linear, (_, report) in zip(linears, results, strict=True):
         if report.get("fallback"):
             logger.warning("%s: rounded to nearest: %s", linear.name, report["fallback"])

@@ -37,7 +37,7 @@ Recipes = Annotated[
 Backends = Annotated[
     list[str] | None,
     options.names_option(
-        "--backend", help="Comma-separated backends: auto,reference,cpu,triton,fastest. Default: auto."
+        "--backend", help="Comma-separated backends: auto,reference,cpu,triton,fastest,fp4. Default: auto."
     ),
 ]
 Tokens = Annotated[

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.fp4 import E2M1_LEVELS
+from s2q.core.packing import NIBBLE_ZERO, NIBBLES
 from s2q.core.schemes import LLOYD_MAX_INT8, UNIFORM, QuantScheme, num_groups
 
 _Array = NDArray[np.float64]
@@ -55,29 +56,29 @@ MAX_LEVEL = 127
 TABLE_BITS, SCALE_BITS = 2, 5
 """Of a group's byte: those that name the table, and the shift that a scale is followed by."""
 
-_NIBBLES, _NIBBLE_ZERO = 16, 8  # of packed codes, `core.packing`
-
 _MANY_VALUES = 2**14  # below, making the table of cells takes longer than it saves
 
 _MAX_STEPS = 50
 _TOLERANCE = 1e-9  # of the last step; the method is Newton's, so what is left after it is rounding
 
 
-def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | str | None = None) -> Tensor | None:
+@cache
+def levels_of(scheme: QuantScheme, in_features: int, *, device: torch.device | str = "cpu") -> Tensor | None:
     """Return the levels of the codes of a weight or an activation in units of its scale, fp32 [2^N], rising.
 
     None for uniform levels, where a code is its level. The dimension d is I, or the group size. Levels of int8 values
-    are whole numbers. The formats of `core.fp4` have those of E2M1.
+    are whole numbers. The formats of `core.fp4` have those of E2M1. All callers of a device share one tensor.
     """
     if scheme.levels == UNIFORM:
         return None
     assert not scheme.has_table, scheme
-    if scheme.is_fp4:
-        return torch.tensor(E2M1_LEVELS, dtype=torch.float32, device=device)
-    levels = lloyd_max_levels(scheme.num_bits, in_features // num_groups(scheme, in_features))
+    levels: tuple[float, ...] = E2M1_LEVELS
+    if not scheme.is_fp4:
+        levels = lloyd_max_levels(scheme.num_bits, in_features // num_groups(scheme, in_features))
     if scheme.levels == LLOYD_MAX_INT8:
         levels = tuple(round(level / levels[-1] * MAX_LEVEL) for level in levels)
-    return torch.tensor(levels, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):  # tensors of that mode cannot be used outside of it
+        return torch.tensor(levels, dtype=torch.float32, device=device)
 
 
 def level_unit(scheme: QuantScheme, in_features: int) -> float:
@@ -87,20 +88,22 @@ def level_unit(scheme: QuantScheme, in_features: int) -> float:
     return lloyd_max_levels(scheme.num_bits, in_features // num_groups(scheme, in_features))[-1] / MAX_LEVEL
 
 
-def nibble_levels(scheme: QuantScheme, in_features: int, *, device: torch.device | str | None = None) -> Tensor:
+@cache
+def nibble_levels(scheme: QuantScheme, in_features: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Return the int8 levels of packed codes by their nibble, int8 [16]; 0 where no code of N bits has the nibble.
 
-    With a table [64], those of the four tables one after the other.
+    With a table [64], those of the four tables one after the other. All callers of a device share one tensor.
     """
-    if scheme.has_table:
-        return torch.tensor(TABLES, dtype=torch.int8, device=device).flatten()
-    levels = levels_of(scheme, in_features, device=device)
-    assert levels is not None
-    assert scheme.has_int8_levels, scheme
-    first = _NIBBLE_ZERO - len(levels) // 2
-    nibbles = torch.zeros(_NIBBLES, dtype=torch.int8, device=device)
-    nibbles[first : first + len(levels)] = levels.to(torch.int8)
-    return nibbles
+    with torch.inference_mode(False):
+        if scheme.has_table:
+            return torch.tensor(TABLES, dtype=torch.int8, device=device).flatten()
+        levels = levels_of(scheme, in_features, device=device)
+        assert levels is not None
+        assert scheme.has_int8_levels, scheme
+        first = NIBBLE_ZERO - len(levels) // 2
+        nibbles = torch.zeros(NIBBLES, dtype=torch.int8, device=device)
+        nibbles[first : first + len(levels)] = levels.to(torch.int8)
+        return nibbles
 
 
 def table_and_scale(group_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,10 @@ from torch import Tensor
 from s2q.common.errors import InvalidInputError
 from s2q.core.schemes import MAX_BITS, MIN_BITS, QuantScheme, num_groups
 
-_NIBBLE_ZERO = 8
+NIBBLE_BITS, NIBBLES = 4, 16
+NIBBLE_ZERO = 8
+"""The nibble of code 0."""
+
 _SCALE_BYTES = 4  # scales are stored in fp32, those of groups of a table in a byte
 
 
@@ -53,7 +56,7 @@ def pack_codes(codes: Tensor, *, num_bits: int) -> Tensor:
             raise InvalidInputError(f"codes: found {low}..{high}; {num_bits} bits represent {-limit}..{limit - 1}")
     if num_bits > 4:
         return codes.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    nibbles = codes.new_full((codes.shape[0], 2 * width), _NIBBLE_ZERO)
+    nibbles = codes.new_full((codes.shape[0], 2 * width), NIBBLE_ZERO)
     nibbles[:, : codes.shape[1]] += codes
     unsigned = nibbles.view(torch.uint8)
     return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
@@ -83,5 +86,5 @@ def unpack_codes(packed: Tensor, *, num_bits: int, in_features: int, out: Tensor
     # Spread each byte over the two bytes of an int16 (the low nibble first, as memory is little-endian).
     wide = packed.contiguous().to(torch.int16) if out is None else out.view(torch.int16).copy_(packed)
     wide.bitwise_or_(wide << 4).bitwise_and_(0x0F0F)
-    codes: Tensor = wide.view(torch.int8).sub_(_NIBBLE_ZERO)
+    codes: Tensor = wide.view(torch.int8).sub_(NIBBLE_ZERO)
     return codes[:, :in_features]

@@ -105,6 +105,12 @@ def token_scale_of_levels(x: Tensor, *, unit: float, clip_ratio: ClipRatio = Non
     return _root_mean_square(x) * (unit if clip_ratio is None else clip_ratio * unit)
 
 
+def group_scale(grouped: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> Tensor:
+    """Compute the dynamic scale of each group of x [..., G, I / G], fp32 [..., G], in a format of `core.fp4`."""
+    amax = grouped.abs().amax(dim=-1)
+    return block_scale(amax if clip_ratio is None else amax * clip_ratio, scheme)
+
+
 def quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:
     """Round x to int8 codes (eq. 1), or to those of the nearest levels, fp32 [2^N]; the scale broadcasts to x."""
     if levels is not None:
@@ -210,8 +216,7 @@ def _fake_quantize_tokens(x: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio,
         return rows(grouped, num_bits=scheme.num_bits, clip_ratio=clip_ratio).reshape(x.shape)
     levels = levels_of(scheme, x.shape[-1], device=x.device)
     if scheme.is_fp4:
-        amax = grouped.abs().amax(dim=-1) * (1.0 if clip_ratio is None else clip_ratio)
-        scale = block_scale(amax, scheme).unsqueeze(-1)
+        scale = group_scale(grouped, scheme, clip_ratio=clip_ratio).unsqueeze(-1)
     else:
         scale = token_scale_of_levels(grouped, unit=level_unit(scheme, x.shape[-1]), clip_ratio=clip_ratio)
     return fake_quantize(grouped, scale, num_bits=scheme.num_bits, levels=levels).reshape(x.shape)

@@ -84,6 +84,10 @@ class WeightCache:
         (codes,) = self._get("prepacked", sources, lambda: (cpu.prepack(multiplied()),))
         return codes  # type: ignore[no-any-return]
 
+    def form(self, layer: StoredLinear, key: str, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return another form of a layer's codes and scales, which `compute` makes; `key` names it."""
+        return self._get(key, [layer.packed_weight, layer.weight_scale], compute)
+
     @property
     def num_bytes(self) -> int:
         """Bytes that are kept."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
-from s2q.core.fp4 import LARGEST_SCALE, block_scale
-from s2q.core.qparams import quantize_weight
+from s2q.core.fp4 import LARGEST_SCALE
+from s2q.core.qparams import group_scale, quantize_weight
 from s2q.core.schemes import FP4_GROUPS, NVFP4, QuantScheme
 from s2q.nn.branch import with_float_branch
 from s2q.nn.stored import StoredLinear
@@ -55,13 +55,13 @@ def fp4_product(layer: StoredLinear, x: Tensor) -> Tensor:
     y, coefficients = transform_input(x, layer.input_tensors())
     clip = layer.activation_clip
     codes, scale = quantize_blocks(y.reshape(-1, layer.in_features), activation, clip_ratio=clip)
-    x_scale, x_row = split_scale(scale)
-    w_scale, w_row = split_scale(layer.weight_scale)
+    x_blocks, x_scale, x_row = blocks(codes, scale)
+    w_blocks, w_scale, w_row = layer.kept.form(layer, "blocks", lambda: blocks(layer.codes(), layer.weight_scale))
     product = torch._scaled_mm(
-        encode(codes).view(torch.float4_e2m1fn_x2),
-        encode(layer.codes()).view(torch.float4_e2m1fn_x2).t(),
-        swizzled(x_scale),
-        swizzled(w_scale),
+        x_blocks.view(torch.float4_e2m1fn_x2),
+        w_blocks.view(torch.float4_e2m1fn_x2).t(),
+        x_scale,
+        w_scale,
         out_dtype=torch.bfloat16,
     )
     output = product.float() * x_row * w_row.squeeze(1)
@@ -72,10 +72,15 @@ def fp4_product(layer: StoredLinear, x: Tensor) -> Tensor:
 
 def quantize_blocks(x: Tensor, scheme: QuantScheme, *, clip_ratio: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize tokens [M, I] in groups; returns codes int8 [M, I] and s · Δ, fp32 [M, G]."""
-    amax = x.reshape(len(x), -1, FP4_GROUPS[NVFP4]).abs().amax(dim=-1)
-    scale = block_scale(amax if clip_ratio is None else amax * clip_ratio, scheme)
+    scale = group_scale(x.reshape(len(x), -1, FP4_GROUPS[NVFP4]), scheme, clip_ratio=clip_ratio)
     levels = levels_of(scheme, x.shape[-1], device=x.device)
     return quantize_weight(x, scale, num_bits=scheme.num_bits, levels=levels), scale
+
+
+def blocks(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes [R, I] and scales [R, G] as the product takes them: levels, scales in tiles, Δ fp32 [R, 1]."""
+    of_groups, row = split_scale(scale)
+    return encode(codes), swizzled(of_groups), row
 
 
 def split_scale(scale: Tensor) -> tuple[Tensor, Tensor]:

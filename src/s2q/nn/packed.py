@@ -22,6 +22,7 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.torch_state import without_autocast
+from s2q.core.codebook import level_unit, levels_of
 from s2q.core.cubes import QuantizedMeans, cube_means, cube_rows
 from s2q.core.input_path import InputPath
 from s2q.core.packing import pack_codes
@@ -32,7 +33,7 @@ from s2q.nn.branch import float_branch, with_float_branch
 from s2q.nn.dequantized import integer_backend, keeps_prepacked, runs_dequantized
 from s2q.nn.fp4 import fp4_product, has_fp4
 from s2q.nn.simulated import simulated_product, warn_slow
-from s2q.nn.stored import QuantizedInput, StoredLinear, frozen, packed_dtypes, token_levels_of
+from s2q.nn.stored import QuantizedInput, StoredLinear, frozen, packed_dtypes
 from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.dispatch import FP4
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
@@ -214,14 +215,16 @@ class PackedLinear(StoredLinear):
 
     def _quantized(self, input: Tensor, activation: QuantScheme) -> QuantizedInput:  # noqa: A002
         means = None if activation.delta is None else self._quantized_means(input, activation.delta)
-        rows, path, backend = input.reshape(-1, self.in_features), self.input_tensors(), integer_backend(self)
+        path, backend, size = self.input_tensors(), integer_backend(self), self.in_features
+        rows = input.reshape(-1, size)
         if not activation.has_int8_levels:
             quantized = activation_path(rows, path, num_bits=activation.num_bits, means=means, backend=backend)
             return QuantizedInput(*quantized, means)
         transformed, coefficients = transform_input(rows, path)
         if means is not None:
             transformed = means.difference(transformed)
-        levels, unit = token_levels_of(activation, self.in_features, rows.device)
+        levels, unit = levels_of(activation, size, device=rows.device), level_unit(activation, size)
+        assert levels is not None
         codes, scale = token_levels(transformed, levels, path.clip_ratio, unit=unit, backend=backend)
         return QuantizedInput(codes, scale, coefficients, means)
 

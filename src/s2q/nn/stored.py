@@ -5,19 +5,18 @@ Shapes: `I` in features, `O` out features, `G` groups, `P` packed bytes of a row
 
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from s2q.common.errors import UsageError
-from s2q.core.codebook import level_unit, levels_of, nibble_levels
+from s2q.core.codebook import levels_of, nibble_levels
 from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputPath, InputTensors, stored_tensors
 from s2q.core.packing import packed_width, unpack_codes
 from s2q.core.qparams import dequantize_weight
-from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
+from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.nn.codes import PackedCodes, reads_as_weight, refusal
 from s2q.nn.dequantized import WeightCache, integer_backend
 from s2q.ops.kronecker import scaled_kronecker
@@ -134,7 +133,7 @@ class StoredLinear(nn.Linear):
         """
         packed, scheme = self.packed_weight, self.scheme.weight
         if scheme.has_int8_levels:
-            levels = _nibble_levels(scheme, self.in_features, packed.device)
+            levels = nibble_levels(scheme, self.in_features, device=packed.device)
             backend = integer_backend(self)
             return level_values(levels, packed, self.weight_group_scale, in_features=self.in_features, backend=backend)
         return packed if self.scheme.weight.num_bits <= 4 else packed.view(torch.int8)
@@ -282,22 +281,6 @@ class StoredLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-
-@cache
-def _nibble_levels(scheme: QuantScheme, in_features: int, device: torch.device) -> Tensor:
-    """`nibble_levels`, once for all layers of a device; never a tensor of inference mode."""
-    with torch.inference_mode(False):
-        return nibble_levels(scheme, in_features, device=device)
-
-
-@cache
-def token_levels_of(scheme: QuantScheme, in_features: int, device: torch.device) -> tuple[Tensor, float]:
-    """Return the int8 levels of an input as fp32 [2^N], once for all layers of a device, and their unit."""
-    with torch.inference_mode(False):
-        levels = levels_of(scheme, in_features, device=device)
-    assert levels is not None
-    return levels, level_unit(scheme, in_features)
 
 
 def _product_in_pieces(codes: Tensor, vector: Tensor) -> Tensor:

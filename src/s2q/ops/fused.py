@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class Passes:
-    """The functions of the library; tensors are contiguous on the CPU unless it says otherwise.
+    """The functions of the library; tensors are contiguous on the CPU, and vectors fp32, unless it says otherwise.
 
     Args:
         library: `fused.c`, loaded.
@@ -53,22 +53,19 @@ class Passes:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def scale(self, x: Tensor, shift: Tensor | None, scale: Tensor | None, *, out: Tensor) -> Tensor:
+    def scale(self, x: Tensor, shift: Tensor, scale: Tensor, *, out: Tensor) -> Tensor:
         """Write (x - shift) · scale, rounded once, to `out`; both bf16 [M, I], rows of x may be strided."""
-        shift = _vector(shift, x.shape[1], 0.0)
-        scale = _vector(scale, x.shape[1], 1.0)
         self._call("scale_bf16", x, x.stride(0), shift, scale, out, *x.shape)
         return out
 
-    def quantize(self, y: Tensor, clip: Tensor | None, *, num_bits: int, codes: Tensor, scale: Tensor) -> None:
+    def quantize(self, y: Tensor, clip: Tensor, *, num_bits: int, codes: Tensor, scale: Tensor) -> None:
         """Quantize tokens y [M, I], bf16 or fp32; see `core.qparams.quantize_per_token`.
 
         Args:
-            clip: Of one element or M, or None.
+            clip: [1] or [M].
             codes: Written, int8 [M, I].
             scale: Written, fp32 [M, 1].
         """
-        clip = _vector(None if clip is None else clip.reshape(-1), 1, 1.0)
         name = f"quantize_{_NAMES[y.dtype]}"
         self._call(name, y, clip, int(len(clip) > 1), _qmax(num_bits), codes, scale, *y.shape)
 
@@ -94,11 +91,12 @@ class Passes:
         tensors = (clip, int(len(clip) > 1), _qmax(num_bits), grad_x, grad_clip)
         self._call("scale_gradient", x, amax, sums, *tensors, *x.shape)
 
-    def rescale(self, sums: Tensor, w_scale: Tensor, x_scale: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
-        """Write sums · w_scale · x_scale + bias, int32 [M, O], to `out`, bf16 or fp32 [M, O], rows may be strided."""
-        vectors = _vector(w_scale, len(w_scale), 0.0), _vector(x_scale.reshape(-1), len(sums), 0.0)
-        bias = _vector(bias, sums.shape[1], -0.0)  # which changes nothing, not even the sign of zero
-        self._call(f"rescale_{_NAMES[out.dtype]}", sums, *vectors, bias, out, out.stride(0), *sums.shape)
+    def rescale(self, sums: Tensor, w_scale: Tensor, x_scale: Tensor, bias: Tensor, *, out: Tensor) -> None:
+        """Write sums · w_scale · x_scale + bias, int32 [M, O], to `out`, bf16 or fp32 [M, O], rows may be strided.
+
+        A bias of -0 changes nothing, not even the sign of zero.
+        """
+        self._call(f"rescale_{_NAMES[out.dtype]}", sums, w_scale, x_scale, bias, out, out.stride(0), *sums.shape)
 
     def unpack(self, packed: Tensor, *, out: Tensor) -> None:
         """Unpack codes of up to 4 bits, uint8 [O, P], to int8 [O, 2P]; see `core.packing.unpack_codes`."""
@@ -108,12 +106,11 @@ class Passes:
         """Look up the levels of packed codes, int8 [O, 2P], scaled by group of whole bytes; see `ops.level_values`."""
         self._call("values", packed, levels, group_scale, group_scale.shape[1], out, *packed.shape)
 
-    def nearest(self, y: Tensor, scale: Tensor, levels: Tensor, *, out: Tensor) -> None:
+    def nearest(self, y: Tensor, scale: Tensor, levels: Tensor, bounds: Tensor, *, out: Tensor) -> None:
         """Write the levels, fp32 [2^N], that are nearest to tokens y over their scales [M, 1]; see `ops.token_levels`.
 
-        y is bf16 or fp32 [M, I], rows may be strided; out is int8.
+        y is bf16 or fp32 [M, I], rows may be strided; out is int8. Bounds are halfway between levels.
         """
-        bounds = (levels[1:] + levels[:-1]) / 2
         name = f"nearest_{_NAMES[y.dtype]}"
         self._call(name, y, y.stride(0), scale, bounds, levels, len(levels), out, *y.shape)
 
@@ -134,13 +131,11 @@ def _qmax(num_bits: int) -> ctypes.c_float:
     return ctypes.c_float(code_range(num_bits)[1])
 
 
-def _vector(value: Tensor | None, length: int, missing: float) -> Tensor:
-    """Return a vector as contiguous fp32, or one of a constant."""
-    return (
-        torch.full((length,), missing, dtype=torch.float32, device="cpu")
-        if value is None
-        else value.float().contiguous()
-    )
+def vector(value: Tensor | None, length: int, *, missing: float) -> Tensor:
+    """Return a vector as the passes read it, contiguous fp32, or one of a constant: made once for all chunks."""
+    if value is None:
+        return torch.full((length,), missing, dtype=torch.float32, device="cpu")
+    return value.reshape(-1).float().contiguous()
 
 
 @functools.cache
@@ -242,14 +237,14 @@ def _equals_torch(passes: Passes) -> bool:
     ]
     for y in (x, half):
         codes, scale = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1)
-        passes.quantize(y, clip, num_bits=4, codes=codes, scale=scale)
+        passes.quantize(y, clip.flatten(), num_bits=4, codes=codes, scale=scale)
         expected = quantize_per_token(y, num_bits=4, clip_ratio=clip)
         checks += [torch.equal(codes, expected[0]), torch.equal(scale, expected[1])]
     sums = torch.randint(-(1 << 22), 1 << 22, (rows, columns), dtype=torch.int32, generator=generator)
     for dtype in _NAMES:
         for bias in (vectors[1] * 1e6, None):
             out, total = torch.empty(rows, columns, dtype=dtype), sums.float() * vectors[0]
-            passes.rescale(sums, vectors[0], clip, bias, out=out)
+            passes.rescale(sums, vectors[0], clip, vector(bias, columns, missing=-0.0), out=out)
             expected_out = total * clip if bias is None else torch.addcmul(bias, total, clip)
             checks.append(torch.equal(out, expected_out.to(dtype)))
     w = torch.randint(-8, 8, (rows, 2 * columns), dtype=torch.int8, generator=generator)
@@ -277,7 +272,7 @@ def _levels_equal_torch(passes: Passes, packed: Tensor, x: Tensor) -> bool:
     wide, scales = levels.float(), x.abs().amax(dim=1, keepdim=True) / 100
     for y in (x, x.bfloat16()):
         found = torch.empty(y.shape, dtype=torch.int8)
-        passes.nearest(y, scales, wide, out=found)
+        passes.nearest(y, scales, wide, (wide[1:] + wide[:-1]) / 2, out=found)
         expected = wide[nearest_level(y.float() / torch.where(scales == 0, 1.0, scales), wide)]
         checks.append(torch.equal(found, expected.to(torch.int8)))
     return all(checks)

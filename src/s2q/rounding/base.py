@@ -1,4 +1,4 @@
-"""Interface of a rounding: its options, and a function from a folded weight to codes."""
+"""Interface of a rounding: its options, and a function from folded weights to codes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,16 +26,6 @@ class Rounding(Options):
     method: str
 
     def round(
-        self, weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None, hessian: Tensor | None = None
-    ) -> tuple[RoundedWeight, dict[str, Any]]:
-        """Round a weight [O, I]: to nearest, where a subclass does nothing else.
-
-        The clip ratio in (0, 1] broadcasts to the scale; `hessian` is [I, I] of the quantized input, if it is needed.
-        Returns the rounded weight, and plain data for the report.
-        """
-        return round_rtn(weight, scheme, clip_ratio=clip_ratio), {}
-
-    def round_group(
         self,
         weights: Sequence[Tensor],
         scheme: QuantScheme,
@@ -43,9 +33,13 @@ class Rounding(Options):
         clip_ratios: Sequence[ClipRatio],
         hessian: Tensor | None = None,
     ) -> list[tuple[RoundedWeight, dict[str, Any]]]:
-        """Round weights that read one input, each with its clip ratio: by `round`, unless a subclass shares work."""
+        """Round weights [O, I] that read one input: to nearest, where a subclass does nothing else.
+
+        A clip ratio in (0, 1] broadcasts to the scale; `hessian` is [I, I] of the quantized input, if it is needed.
+        Returns each rounded weight, and plain data for the report.
+        """
         pairs = zip(weights, clip_ratios, strict=True)
-        return [self.round(weight, scheme, clip_ratio=ratio, hessian=hessian) for weight, ratio in pairs]
+        return [(round_rtn(weight, scheme, clip_ratio=ratio), {}) for weight, ratio in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)

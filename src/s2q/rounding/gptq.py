@@ -63,12 +63,6 @@ class GPTQ(Rounding):
     allow_fallback: bool = True
 
     def round(
-        self, weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None, hessian: Tensor | None = None
-    ) -> tuple[RoundedWeight, dict[str, Any]]:
-        """Round one weight; see `Rounding.round`."""
-        return self.round_group([weight], scheme, clip_ratios=[clip_ratio], hessian=hessian)[0]
-
-    def round_group(
         self,
         weights: Sequence[Tensor],
         scheme: QuantScheme,
@@ -76,7 +70,7 @@ class GPTQ(Rounding):
         clip_ratios: Sequence[ClipRatio],
         hessian: Tensor | None = None,
     ) -> list[tuple[RoundedWeight, dict[str, Any]]]:
-        """Round weights by `round_gptq`; see `Rounding.round_group`."""
+        """Round weights by `round_gptq`; see `Rounding.round`."""
         assert hessian is not None
         rounded = round_gptq(weights, scheme, hessian=hessian, clip_ratios=clip_ratios, options=self)
         return [(weight, asdict(report)) for weight, report in rounded]

@@ -14,7 +14,7 @@ from s2q.core.cubes import QuantizedMeans
 from s2q.core.input_path import InputTensors
 from s2q.core.qparams import code_range, token_scale_from_amax
 from s2q.ops.activation_path import reference
-from s2q.ops.fused import DTYPES, passes
+from s2q.ops.fused import DTYPES, passes, vector
 from s2q.ops.kronecker import factor_orders
 from s2q.ops.scratch import take
 
@@ -46,6 +46,7 @@ def activation_path(
     if path.low_rank_basis is not None:
         coefficients = torch.empty(len(x), path.low_rank_basis.shape[1], dtype=torch.float32, device="cpu")
     lowest, highest = code_range(num_bits)
+    ratios = None if fused is None else vector(clip, 1, missing=1.0)
     dequantized = None if means is None else means.codes.float().mul_(means.scale)
     for start in range(0, len(x), max(1, size)):
         chunk = slice(start, start + size)
@@ -55,8 +56,9 @@ def activation_path(
             torch.index_select(dequantized, 0, means.rows[chunk], out=mean)
             y = _in_fp32(torch.sub, y, mean, out=transform.wide)
         chunk_clip = clip[chunk] if clip is not None and clip.ndim > 0 and len(clip) == len(x) else clip
-        if fused is not None and y.dtype in DTYPES and y.is_contiguous():
-            fused.quantize(y, chunk_clip, num_bits=num_bits, codes=codes[chunk], scale=token_scales[chunk])
+        if fused is not None and ratios is not None and y.dtype in DTYPES and y.is_contiguous():
+            chunk_ratios = ratios[chunk] if len(ratios) > 1 else ratios
+            fused.quantize(y, chunk_ratios, num_bits=num_bits, codes=codes[chunk], scale=token_scales[chunk])
         else:
             scales = token_scale_from_amax(_amax(y), num_bits=num_bits, clip_ratio=chunk_clip)
             token_scales[chunk] = scales
@@ -79,13 +81,16 @@ class _Transform:
         rounds = path.left is not None or path.right is not None or (path.low_rank_basis is not None and path.deflates)
         scales = path.shift is not None or path.scale is not None
         self.fused = passes() if rounds and scales and x.dtype == torch.bfloat16 and x.stride(1) == 1 else None
+        if self.fused is not None:
+            self.shift = vector(path.shift, features, missing=0.0)
+            self.scale = vector(path.scale, features, missing=1.0)
         self.grid = factor_orders(features, path.left, path.right)
         self.wide = take("activation_path wide", (rows, features), torch.float32)
         self.first, self.second = (take(f"activation_path {use}", (rows, features), dtype) for use in ("1", "2"))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         first, second = self.first[: len(x)], self.second[: len(x)]
-        if self.fused is not None:
+        if self.fused is not None and self.shift is not None and self.scale is not None:
             x = self.fused.scale(x, self.shift, self.scale, out=first)
         else:
             if self.shift is not None:

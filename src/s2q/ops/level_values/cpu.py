@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from s2q.core.codebook import table_and_scale
+from s2q.core.packing import NIBBLES
 from s2q.ops.fused import passes
 from s2q.ops.level_values import reference
 from s2q.ops.scratch import take
@@ -17,7 +18,7 @@ from s2q.ops.scratch import take
 PIECE = 1 << 19
 """Codes that are looked up at a time."""
 
-_BYTES, _NIBBLES = 256, 16
+_BYTES = 256
 
 
 def level_values(levels: Tensor, packed: Tensor, group_scale: Tensor | None = None, *, in_features: int) -> Tensor:
@@ -56,7 +57,7 @@ def _byte_table(levels: Tensor, *, scaled: bool) -> Tensor:
     Scaled: int32 [1024] of two int16, the bytes of one table after those of the other.
     """
     byte = torch.arange(_BYTES, device="cpu")
-    tables = levels.view(-1, _NIBBLES)
+    tables = levels.view(-1, NIBBLES)
     pairs = torch.stack([tables[:, byte & 15], tables[:, byte >> 4]], dim=2)
     if scaled:
         return (pairs.to(torch.int16) * 8).view(torch.int32).flatten()

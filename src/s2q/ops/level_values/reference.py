@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from s2q.core.codebook import scaled_levels, table_and_scale
-from s2q.core.packing import unpack_codes
-
-_NIBBLE_BITS, _NIBBLE_ZERO, _NIBBLES = 4, 8, 16
+from s2q.core.packing import NIBBLE_BITS, NIBBLE_ZERO, NIBBLES, unpack_codes
 
 
 def level_values(levels: Tensor, packed: Tensor, group_scale: Tensor | None = None, *, in_features: int) -> Tensor:
@@ -32,10 +30,10 @@ def level_values(levels: Tensor, packed: Tensor, group_scale: Tensor | None = No
     Raises:
         InvalidInputError: If the packed codes do not have the width that K codes take.
     """
-    codes = unpack_codes(packed, num_bits=_NIBBLE_BITS, in_features=in_features)
-    nibbles = codes.int() + _NIBBLE_ZERO
+    codes = unpack_codes(packed, num_bits=NIBBLE_BITS, in_features=in_features)
+    nibbles = codes.int() + NIBBLE_ZERO
     if group_scale is None:
         return levels[nibbles]
     table, scale = table_and_scale(group_scale.unsqueeze(2))
-    grouped = nibbles.reshape(*group_scale.shape, -1) + table.int() * _NIBBLES
+    grouped = nibbles.reshape(*group_scale.shape, -1) + table.int() * NIBBLES
     return scaled_levels(levels[grouped], scale).to(torch.int8).reshape(codes.shape)

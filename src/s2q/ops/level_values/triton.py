@@ -10,19 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2q.core.packing import check_packed
+from s2q.core.packing import NIBBLE_BITS, check_packed
 from s2q.ops.dispatch import launch
 
 BLOCK = 1024
 """Bytes that a program looks up. UNTUNED."""
 
-_NIBBLE_BITS = 4
-
 
 def level_values(levels: Tensor, packed: Tensor, group_scale: Tensor | None = None, *, in_features: int) -> Tensor:
     """Look up the levels of packed codes; see `reference.level_values`."""
     rows, width = packed.shape
-    check_packed(packed, num_bits=_NIBBLE_BITS, in_features=in_features)
+    check_packed(packed, num_bits=NIBBLE_BITS, in_features=in_features)
     packed = packed if packed.stride(1) == 1 else packed.contiguous()
     values = torch.empty(rows, in_features, dtype=torch.int8, device=packed.device)
     if values.numel():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s2q.core.packing import check_packed, unpack_codes
-from s2q.ops.fused import DTYPES, passes
+from s2q.ops.fused import DTYPES, Passes, passes, vector
 from s2q.ops.int_matmul import cpu, int_matmul
 from s2q.ops.scratch import take
 
@@ -52,7 +52,11 @@ def rescaled_int_matmul(
     out = torch.empty(x_codes.shape[0], columns, dtype=out_dtype, device="cpu")
     branch = None if low_rank_weight is None else low_rank_weight.float()
     offset = None if bias is None else bias.float()
-    pairs = cpu.multiplies_pairs(x_bits=x_bits, w_bits=w_bits)
+    pairs, direct = cpu.multiplies_pairs(x_bits=x_bits, w_bits=w_bits), branch is None and shared_output is None
+    fused = None if pairs or (direct and out_dtype not in DTYPES) else passes()
+    if fused is not None:  # -0 changes nothing, not even the sign of zero
+        offset, x_scale = vector(bias, columns, missing=-0.0), vector(x_scale, len(x_codes), missing=1.0)
+        w_scale = vector(w_scale, columns, missing=1.0)
     if pairs:
         x_codes = cpu.offset_codes(x_codes, num_bits=x_bits)
     pieces = max(1, math.ceil(columns / COLUMNS))
@@ -71,11 +75,11 @@ def rescaled_int_matmul(
                 total = sums[first : first + step]
                 part = slice(start + first, start + first + len(total))
                 scales = None if pairs else w_scale[wide], x_scale[part], None if offset is None else offset[wide]
-                if branch is None and shared_output is None:
-                    _rescale(total, *scales, out=out[part, wide])
+                if direct:
+                    _rescale(total, *scales, out=out[part, wide], fused=fused)
                     continue
                 wider = take("rescaled sums", tuple(total.shape), torch.float32)
-                _rescale(total, *scales, out=wider)
+                _rescale(total, *scales, out=wider, fused=fused)
                 if low_rank_input is not None and branch is not None:
                     wider.addmm_(low_rank_input[part], branch[wide].t())
                 if shared_output is not None and shared_rows is not None:
@@ -84,10 +88,17 @@ def rescaled_int_matmul(
     return out
 
 
-def _rescale(sums: Tensor, w_scale: Tensor | None, x_scale: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+def _rescale(
+    sums: Tensor,
+    w_scale: Tensor | None,
+    x_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    out: Tensor,
+    fused: Passes | None,
+) -> None:
     """Write int32 sums [M, O], or fp32 ones that have their w_scale (None), rescaled as the reference does to `out`."""
-    fused = passes()
-    if fused is not None and w_scale is not None and out.dtype in DTYPES:
+    if fused is not None and w_scale is not None and bias is not None:
         fused.rescale(sums, w_scale, x_scale, bias, out=out)
         return
     total = sums

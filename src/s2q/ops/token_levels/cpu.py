@@ -18,6 +18,7 @@ def token_levels(x: Tensor, levels: Tensor, clip_ratio: Tensor | None = None, *,
     scales = torch.empty(len(x), 1, dtype=torch.float32, device="cpu")
     step = max(1, CHUNK // max(1, x.shape[1]))
     per_row = clip_ratio is not None and clip_ratio.ndim > 0 and len(clip_ratio) == len(x)
+    bounds = (levels[1:] + levels[:-1]) / 2
     for start in range(0, len(x), step):
         part = slice(start, start + step)
         ratio = clip_ratio[part] if per_row and clip_ratio is not None else clip_ratio
@@ -25,5 +26,5 @@ def token_levels(x: Tensor, levels: Tensor, clip_ratio: Tensor | None = None, *,
             values[part], scales[part] = reference.token_levels(x[part], levels, ratio, unit=unit)
             continue
         scales[part] = token_scale_of_levels(x[part], unit=unit, clip_ratio=ratio)
-        fused.nearest(x[part], scales[part], levels, out=values[part])
+        fused.nearest(x[part], scales[part], levels, bounds, out=values[part])
     return values, scales
