@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from s2q.ops import fused, kronecker
 from s2q.ops.kronecker import scaled_kronecker
 
 
@@ -56,3 +57,42 @@ def test_gradients_equal_finite_differences(wanted, monkeypatch):
             assert torch.autograd.gradcheck(
                 lambda x, v, a, b: scaled_kronecker(x, scale=v, left=a, right=b), given, check_undefined_grad=False
             )
+
+
+@pytest.fixture
+def multiplies():
+    if fused.passes() is None or not fused.passes().multiplies:
+        pytest.skip("no compiled products here")
+
+
+def products(parts, upstream):
+    """The product and its gradients, and the product without a gradient."""
+    parts = [None if part is None else part.float().clone().requires_grad_() for part in parts]
+    x, scale, left, right = parts
+    with torch.no_grad():
+        plain = scaled_kronecker(x, scale=scale, left=left, right=right)
+    product = scaled_kronecker(x, scale=scale, left=left, right=right)
+    learned = [part for part in parts if part is not None]
+    return [plain, product.detach(), *torch.autograd.grad(product, learned, upstream.float())]
+
+
+@pytest.mark.parametrize(("n1", "n2"), [(12, 16), (24, 32), (13, 33), (64, 48)])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_products_have_the_bits_of_the_operations(n1, n2, scaled, threads, multiplies, monkeypatch):
+    size, before = n1 * n2, torch.get_num_threads()
+    parts = [draw(3, 7, size), draw(size, seed=1) if scaled else None, draw(n1, n1, seed=2), draw(n2, n2, seed=3).t()]
+    upstream = draw(3, 7, size, seed=4)
+    try:
+        torch.set_num_threads(threads)
+        compiled = products(parts, upstream)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(kronecker, "passes", lambda: None)
+    for found, expected in zip(compiled, products(parts, upstream), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_products_of_other_bits_are_left_to_pytorch(multiplies, monkeypatch):
+    monkeypatch.setattr(fused.Passes, "kronecker", lambda *arguments, half, out: (half.zero_(), out.zero_()))
+    assert not fused._products_equal_torch(fused.passes())

@@ -38,6 +38,9 @@ _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 DTYPES = tuple(_NAMES)
 """Dtypes that `quantize` reads and `rescale` writes."""
 
+ORDERS = range(12, 65)
+"""Orders of factors that `kronecker` takes: BLAS sums smaller products otherwise, and larger ones leave the caches."""
+
 _SECONDS = 60
 
 logger = logging.getLogger(__name__)
@@ -46,12 +49,16 @@ logger = logging.getLogger(__name__)
 class Passes:
     """The functions of the library; tensors are contiguous on the CPU, and vectors fp32, unless it says otherwise.
 
+    Attributes:
+        multiplies: Whether there are products (with AVX-512), whose bits are those of PyTorch's BLAS.
+
     Args:
         library: `fused.c`, loaded.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self.multiplies = hasattr(library, "s2q_kronecker") and _products_equal_torch(self)
 
     def scale(self, x: Tensor, shift: Tensor, scale: Tensor, *, out: Tensor) -> Tensor:
         """Write (x - shift) · scale, rounded once, to `out`; both bf16 [M, I], rows of x may be strided."""
@@ -90,6 +97,21 @@ class Passes:
         """Add the gradient that reaches x through its scales, `sums` [M], to `grad_x`; write `grad_clip` [M]."""
         tensors = (clip, int(len(clip) > 1), _qmax(num_bits), grad_x, grad_clip)
         self._call("scale_gradient", x, amax, sums, *tensors, *x.shape)
+
+    def kronecker(self, x: Tensor, scale: Tensor, left: Tensor, right: Tensor, *, half: Tensor, out: Tensor) -> None:
+        """Write (x ⊙ scale) (1 ⊗ right) to `half` and that by (left ⊗ 1) to `out`, all fp32 [M, I]; see `ORDERS`."""
+        orders = len(left), len(right)
+        self._call("kronecker", x, scale, left, right, half, out, *orders, *x.shape)
+
+    def kronecker_gradient(
+        self, x: Tensor, scale: Tensor, left: Tensor, right: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (left ⊗ 1) grad, x ⊙ scale, the gradient towards x, and the terms of that of scale; all [M, I]."""
+        rotated, scaled, grad_x, of_scale = (torch.empty_like(x) for _ in range(4))
+        written = rotated, scaled, grad_x, of_scale
+        transposed, orders = right.t().contiguous(), (len(left), len(right))
+        self._call("kronecker_gradient", x, scale, left, transposed, grad, *written, *orders, *x.shape)
+        return written
 
     def rescale(self, sums: Tensor, w_scale: Tensor, x_scale: Tensor, bias: Tensor, *, out: Tensor) -> None:
         """Write sums · w_scale · x_scale + bias, int32 [M, O], to `out`, bf16 or fp32 [M, O], rows may be strided.
@@ -296,3 +318,24 @@ def _gradients_equal_torch(passes: Passes, x: Tensor, clip: Tensor) -> bool:
     passes.scale_gradient(x, amax, sums, ratio, num_bits=num_bits, grad_x=grad_x, grad_clip=grad_clip)
     found = (out, grad_x, grad_clip.unsqueeze(1))
     return all(torch.equal(one, other) for one, other in zip(found, (values, *expected), strict=True))
+
+
+@in_fresh_torch_state
+@torch.no_grad()
+def _products_equal_torch(passes: Passes) -> bool:
+    """Compare the Kronecker products with PyTorch's, bit for bit, on orders with and without a rest."""
+    generator = torch.Generator().manual_seed(0)
+    for n1, n2 in ((12, 12), (12, 16), (24, 32), (33, 49)):
+        x, grad = torch.randn(2, 5, n1 * n2, generator=generator)
+        scale, left, right = (torch.randn(size, generator=generator) for size in ((n1 * n2,), (n1, n1), (n2, n2)))
+        half, out, scaled = torch.empty_like(x), torch.empty_like(x), (x * scale).view(-1, n1, n2)
+        passes.kronecker(x, scale, left, right, half=half, out=out)
+        found = passes.kronecker_gradient(x, scale, left, right, grad)
+        rotated = left @ grad.view(-1, n1, n2)
+        back = (rotated.reshape(-1, n2) @ right.t()).view(x.shape)
+        expected = (scaled @ right, left.t() @ (scaled @ right), rotated, scaled, back * scale, back * x)
+        if not all(
+            torch.equal(one.view_as(other), other) for one, other in zip((half, out, *found), expected, strict=True)
+        ):
+            return False
+    return True

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from s2q.common.torch_state import without_autocast
+from s2q.ops.fused import ORDERS, Passes, passes, vector
 
 _ROWS = 4096
 
@@ -42,8 +43,30 @@ def scaled_kronecker(
     if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (x, scale, left, right)):
         result: Tensor = _ScaledKronecker.apply(x, scale, left, right)  # type: ignore[no-untyped-call]
         return result
-    half = _times_right(x, scale, left, right)
-    return (half if left is None else left.t() @ half).reshape(x.shape)
+    return _product(x, scale, left, right)[1]
+
+
+def _product(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(x ⊙ v) (1 ⊗ B) as [..., n1, n2], or [..., I] without a rotation; and the whole product, [..., I]."""
+    compiled = _compiled(x, left, right)
+    if compiled is None or left is None or right is None:
+        half = _times_right(x, scale, left, right)
+        return half, (half if left is None else left.t() @ half).reshape(x.shape)
+    rows, orders = x.reshape(-1, x.shape[-1]).contiguous(), (len(left), len(right))
+    half, out = torch.empty_like(rows), torch.empty_like(rows)
+    factors = left.contiguous(), right.contiguous()
+    compiled.kronecker(rows, vector(scale, rows.shape[1], missing=1.0), *factors, half=half, out=out)
+    return half.view(*x.shape[:-1], *orders), out.view(x.shape)
+
+
+def _compiled(x: Tensor, left: Tensor | None, right: Tensor | None) -> Passes | None:
+    """The compiled passes where they take the product, else None."""
+    if left is None or right is None or len(left) not in ORDERS or len(right) not in ORDERS:
+        return None
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    compiled = passes()
+    return compiled if compiled is not None and compiled.multiplies else None
 
 
 def _times_right(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -60,9 +83,9 @@ class _ScaledKronecker(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor | None) -> Tensor:
-        half = _times_right(x, scale, left, right)
+        half, out = _product(x, scale, left, right)
         ctx.save_for_backward(x, scale, left, right, None if left is None else half)
-        return (half if left is None else left.t() @ half).reshape(x.shape)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,6 +93,19 @@ class _ScaledKronecker(torch.autograd.Function):
         grad, gradients = grad_outputs[0], dict.fromkeys(("x", "scale", "left", "right"))
         wanted = dict(zip(gradients, ctx.needs_input_grad, strict=True))
         grid = factor_orders(x.shape[-1], left, right)
+        compiled = _compiled(x, left, right)
+        if compiled is not None:
+            rows, grad = x.reshape(-1, x.shape[-1]).contiguous(), grad.reshape(-1, x.shape[-1]).contiguous()
+            scales, factors = vector(scale, x.shape[-1], missing=1.0), (left.contiguous(), right.contiguous())
+            rotated, scaled, grad_x, of_scale = compiled.kronecker_gradient(rows, scales, *factors, grad)
+            if wanted["left"]:
+                gradients["left"] = _summed_products(half.reshape(-1, *grid), grad.view(-1, *grid))
+            if wanted["right"]:
+                gradients["right"] = scaled.view(-1, grid[1]).t() @ rotated.view(-1, grid[1])
+            if wanted["scale"]:
+                gradients["scale"] = of_scale.sum(dim=0)
+            gradients["x"] = grad_x.view(x.shape) if wanted["x"] else None
+            return tuple(gradients.values())
         if left is not None:
             grad = grad.reshape(-1, *grid)
             if wanted["left"]:
