@@ -100,7 +100,7 @@ class Passes:
 
     def kronecker(self, x: Tensor, scale: Tensor, left: Tensor, right: Tensor, *, half: Tensor, out: Tensor) -> None:
         """Write (x ⊙ scale) (1 ⊗ right) to `half` and that by (left ⊗ 1) to `out`, all fp32 [M, I]; see `ORDERS`."""
-        orders = len(left), len(right)
+        orders = left.shape[0], right.shape[0]
         self._call("kronecker", x, scale, left, right, half, out, *orders, *x.shape)
 
     def kronecker_gradient(
@@ -109,7 +109,7 @@ class Passes:
         """Return (left ⊗ 1) grad, x ⊙ scale, the gradient towards x, and the terms of that of scale; all [M, I]."""
         rotated, scaled, grad_x, of_scale = (torch.empty_like(x) for _ in range(4))
         written = rotated, scaled, grad_x, of_scale
-        transposed, orders = right.t().contiguous(), (len(left), len(right))
+        transposed, orders = right.t().contiguous(), (left.shape[0], right.shape[0])
         self._call("kronecker_gradient", x, scale, left, transposed, grad, *written, *orders, *x.shape)
         return written
 
@@ -136,21 +136,17 @@ class Passes:
         name = f"nearest_{_NAMES[y.dtype]}"
         self._call(name, y, y.stride(0), scale, bounds, levels, len(levels), out, *y.shape)
 
-    def _call(self, name: str, *arguments: object) -> None:
-        """Call a function: tensors are pointers, whole numbers int64."""
-        converted = [
-            ctypes.c_void_p(value.data_ptr())
-            if isinstance(value, Tensor)
-            else ctypes.c_int64(value)
-            if isinstance(value, int)
-            else value
-            for value in arguments
-        ]
-        getattr(self._library, f"s2q_{name}")(*converted)
+    def _call(self, name: str, *arguments: Tensor | int | float) -> None:
+        """Call a function: tensors are pointers, whole numbers int64, others fp32; each always gets the same kinds."""
+        function = getattr(self._library, f"s2q_{name}")
+        if function.argtypes is None:
+            kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+            function.argtypes = [kinds.get(type(value), ctypes.c_void_p) for value in arguments]
+        function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments])
 
 
-def _qmax(num_bits: int) -> ctypes.c_float:
-    return ctypes.c_float(code_range(num_bits)[1])
+def _qmax(num_bits: int) -> float:
+    return float(code_range(num_bits)[1])
 
 
 def vector(value: Tensor | None, length: int, *, missing: float) -> Tensor:

@@ -52,7 +52,7 @@ def _product(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor
     if compiled is None or left is None or right is None:
         half = _times_right(x, scale, left, right)
         return half, (half if left is None else left.t() @ half).reshape(x.shape)
-    rows, orders = x.reshape(-1, x.shape[-1]).contiguous(), (len(left), len(right))
+    rows, orders = x.reshape(-1, x.shape[-1]).contiguous(), (left.shape[0], right.shape[0])
     half, out = torch.empty_like(rows), torch.empty_like(rows)
     factors = left.contiguous(), right.contiguous()
     compiled.kronecker(rows, vector(scale, rows.shape[1], missing=1.0), *factors, half=half, out=out)
@@ -61,7 +61,7 @@ def _product(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor
 
 def _compiled(x: Tensor, left: Tensor | None, right: Tensor | None) -> Passes | None:
     """The compiled passes where they take the product, else None."""
-    if left is None or right is None or len(left) not in ORDERS or len(right) not in ORDERS:
+    if left is None or right is None or left.shape[0] not in ORDERS or right.shape[0] not in ORDERS:
         return None
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return None
