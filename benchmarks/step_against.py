@@ -113,7 +113,9 @@ def main() -> None:
     for result in results:
         print(f"{result['model']} {result['recipe']}: {result['milliseconds']} ms, ratio {result['ratio']:.2f}")
     before = subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip()
-    write_record(arguments.out, {"before": before, "results": results} | environment())
+    record = {"before": before, "results": results} | environment()
+    record["command"] = record["command"].replace(str(arguments.before), "FOLDER").split(" --out ")[0]
+    write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

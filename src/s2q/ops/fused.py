@@ -1,10 +1,11 @@
 """Elementwise passes on the CPU, fused into one each where there is a C compiler (`fused.c`), with PyTorch's bits.
 
-PyTorch takes three to seven operations for scaling, quantization, unpacking and rescaling each, and every one reads and
-writes all its data. The compiler runs once, in less than a second. The library is cached in $XDG_CACHE_HOME/s2q or
-~/.cache/s2q, by a hash of source, flags and processor, and runs in PyTorch's OpenMP threads. Where there is no
-compiler, or a result differs from PyTorch's in a bit, `passes` returns None and callers use PyTorch's operations.
-S2Q_FUSED=0 in the environment has the same effect.
+PyTorch takes three to seven operations for scaling, quantization, unpacking and rescaling each, many more for trainable
+quantization, and every one reads and writes all its data. Kronecker products with AVX-512 are passes as well. The
+compiler runs once, for about a second. The library is cached in $XDG_CACHE_HOME/s2q or ~/.cache/s2q, by a hash of
+source, flags and processor, and runs in PyTorch's OpenMP threads. Where there is no compiler, or a result differs from
+PyTorch's in a bit, `passes` returns None and callers use PyTorch's operations. S2Q_FUSED=0 in the environment has the
+same effect.
 
 Shapes: `M` tokens, `I` in features, `O` out features, `P` packed bytes of a row.
 """
