@@ -161,3 +161,16 @@ def test_a_cap_on_instructions_is_kept(monkeypatch):
     monkeypatch.setattr(fused, "is_x86", lambda: True)
     monkeypatch.setattr(fused, "features", lambda: frozenset({"avx2"}))
     assert "-mno-avx512f" in fused._flags()
+
+
+def test_the_check_saves_nothing_for_the_backward_pass_of_its_caller(passes):
+    def refuse(tensor):
+        raise AssertionError("a tensor of the check was saved by the caller")
+
+    with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+        assert fused._equals_torch(passes)
+
+
+def test_the_check_runs_in_inference_mode(passes):
+    with torch.inference_mode():
+        assert fused._equals_torch(passes)

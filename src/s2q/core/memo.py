@@ -58,7 +58,7 @@ def memoize_step(owner: object, key: Hashable, compute: Callable[[], _T]) -> _T:
         return compute()
     place = (id(owner), key)
     if place not in kept.results:
-        with _saved_as_usual() if kept.called_again else nullcontext():
+        with saved_as_usual() if kept.called_again else nullcontext():
             kept.results[place] = (owner, compute())
     return kept.results[place][1]  # type: ignore[no-any-return]
 
@@ -111,8 +111,8 @@ def _called_again(results: _Results | None, call: Callable[[], AbstractContextMa
         yield
 
 
-def _saved_as_usual() -> AbstractContextManager[None]:
-    """Keep what the backward pass needs, although the surrounding call does not."""
+def saved_as_usual() -> AbstractContextManager[None]:
+    """Keep what the backward pass needs, whatever the surrounding call does with saved tensors."""
 
     def same(tensor: Tensor) -> Tensor:
         return tensor

@@ -29,8 +29,9 @@ from torch import Tensor
 from s2q.common.processor import features, is_x86
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.codebook import nearest_level, scaled_levels, table_and_scale
+from s2q.core.memo import saved_as_usual
 from s2q.core.packing import pack_codes, unpack_codes
-from s2q.core.qparams import code_range, fake_quantize, quantize_per_token, token_scale
+from s2q.core.qparams import code_range, fake_quantize_rows, quantize_per_token
 
 SOURCE = Path(__file__).with_name("fused.c")
 VARIABLE = "S2Q_FUSED"
@@ -302,10 +303,9 @@ def _gradients_equal_torch(passes: Passes, x: Tensor, clip: Tensor) -> bool:
     """The same for fake quantization; its sums are PyTorch's."""
     inputs, num_bits = (x.clone().requires_grad_(), clip.clone().requires_grad_()), 4
     grad = x.roll(1, dims=0).contiguous()
-    values = fake_quantize(
-        inputs[0], token_scale(inputs[0], num_bits=num_bits, clip_ratio=inputs[1]), num_bits=num_bits
-    )
-    expected = torch.autograd.grad(values, inputs, grad)
+    with saved_as_usual():  # the first call may be in a function that is called again in the backward pass
+        values = fake_quantize_rows(inputs[0], num_bits=num_bits, clip_ratio=inputs[1])
+        expected = torch.autograd.grad(values, inputs, grad)
     out, grad_x, slope = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
     amax, scale, grad_clip = torch.empty(3, len(x))
     ratio = clip.flatten()
