@@ -33,6 +33,7 @@ BENCH := benchmarks/results/bench
 BENCH_OPS := linear activation_path gemm attention_colsum
 BENCH_MODELS := cogvideox-2b cogvideox-5b hunyuanvideo ltx-2b wan-1.3b wan-14b
 bench-cpu: BENCH_RUN = $(BIN)/s2q bench --device cpu --seconds 6 -r s2q-w4a6,s2q-plus-w4a6 -o $(BENCH)/cpu.json
+bench-gpu: BENCH_OPS += int8_attention
 bench-gpu: BENCH_RUN = $(BIN)/s2q bench --device cuda -r s2q-w4a6,s2q-w4a4,s2q-plus-w4a6 -o $(BENCH)/gpu.json
 bench-cpu bench-gpu: $(READY)
 	@for op in $(BENCH_OPS); do $(BENCH_RUN) --ops $$op --json > /dev/null || exit; done

@@ -227,6 +227,22 @@ def _anchor(heading: str) -> str:
     return f"[{heading}](#{slug})"
 
 
+def int8_attention_table(recipe: str) -> str:
+    """Velocity error of int8 attention on the embedded models, by itself and beside the linears of a recipe."""
+    head = ["attention", "without smoothing", f"linears (`{recipe}`)", "both", "added by attention"]
+    lines = table_head("model", head)
+    for model in MODELS:
+        path = RESULTS / "attention" / f"{model}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            names = ("attention", "attention, keys with their mean", recipe, f"{recipe}, attention")
+            errors = [result["velocity_relative_error"][name] for name in names]
+            share = interval(result["added"], ".1f", scale=100 / errors[2])
+            lines.append(table_row(f"`{model}`", [*(f"{error:.6f}" for error in errors), f"{share} %"]))
+            note = f"{result['prompts']} held-out prompts, float32"
+    return "\n".join([*lines, "", f"{note}. Made by `python benchmarks/attention_error.py -m MODEL`."])
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "index": index_table,
     "quality": quality_table,
@@ -236,6 +252,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "parts-added": parts_added_table,
     "adherence": adherence_table,
     "attention": attention_table,
+    "int8-attention": int8_attention_table,
     "outliers": outlier_table,
     "kernels": kernels_table,
     "linear": linear_table,

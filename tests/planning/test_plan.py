@@ -140,7 +140,7 @@ def test_a_plan_is_json_data(folder):
     content = json.loads(json.dumps(plan(folder, recipe="rtn-w4a6").to_dict()))
     assert content.keys() == {
         *("schema_version", "model", "recipe", "storage", "stages", "layers", "simulated", "device", "calibration"),
-        *("allocation", "estimate"),
+        *("allocation", "attention", "estimate"),
     }
     assert content["storage"].keys() == {"full_precision_bytes", "quantized_bytes", "ratio"}
     assert [stage.keys() for stage in content["stages"]] == [

@@ -15,6 +15,7 @@ from s2q.rounding import GPTQ, RTN, AdaRound
 
 COMPLETE = {
     "name": "complete",
+    "attention": {"num_bits": 8},
     "weights": {"num_bits": 4},
     "activations": {"num_bits": 4, "delta": {}},
     "outer": {"num_bits": 8},

@@ -137,12 +137,12 @@ def make_cases(model: str | None, ops: Sequence[str], settings: Settings, *, var
     names = [SYNTHETIC_PREFIX + name for name in synthetic_names()] if model is None else [model]
     subjects = [resolve_subject(name, variant=variant) for name in names]
     whole = resolve_subject(DEFAULT_MODEL) if model is None else subjects[0]
-    single = [op for op in ops if op in OPS[:4]]
+    single = [op for op in ops if op in OPS[:5]]
     rows = subject_rows(subjects, tokens=settings.tokens, device=settings.device) if single else None
     cases: list[Case] = []
     for op in ops:
-        if op == "attention_colsum":
-            cases += micro.attention_cases(attention_shapes(subjects, rows=rows), settings)
+        if op in micro.ATTENTION:
+            cases += micro.attention_cases(op, attention_shapes(subjects, rows=rows), settings)
         elif op in single:
             cases += micro.linear_cases(op, layer_shapes(subjects, rows=rows), settings)
         elif op == "calibration_block":

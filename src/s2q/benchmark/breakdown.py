@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from s2q.nn import packed, simulated
+from s2q.nn import attention, packed, simulated
 
 CATEGORIES = ("gemm", "activation_path", "attention", "norms", "other")
 
@@ -65,6 +65,7 @@ def _ranges(model: nn.Module) -> Iterator[None]:
     """Put named ranges around linears, norms, and the functions that prepare the input of a packed linear."""
     parts = [(module, "forward", _category_of(module)) for module in model.modules()]
     parts += [(module, name, "activation_path") for module, name in _PREPARING]
+    parts.append((attention, "int8_attention", "attention"))
     with contextlib.ExitStack() as stack:
         for owner, name, category in parts:
             if category is not None:

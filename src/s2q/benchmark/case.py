@@ -10,7 +10,7 @@ from s2q.nn.dequantized import FASTEST
 from s2q.ops.dispatch import FP4
 from s2q.recipes.schema import Recipe
 
-OPS = ("linear", "activation_path", "gemm", "attention_colsum", "denoising_step", "calibration_block")
+OPS = ("linear", "activation_path", "gemm", "attention_colsum", "int8_attention", "denoising_step", "calibration_block")
 """The ops of the benchmark, in execution order."""
 
 BACKENDS = ("auto", "reference", "cpu", "triton", FASTEST, FP4)

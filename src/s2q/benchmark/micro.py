@@ -6,6 +6,7 @@
 | `activation_path` | transform and quantization of its input | the same `F.linear`: what it adds to the layer |
 | `gemm` | packed weight, integer product, scales, bias | the same `F.linear` |
 | `attention_colsum` | column sums of attention | bf16 scaled dot product attention |
+| `int8_attention`, on a GPU | attention with int8 queries and keys | the same |
 
 `F.linear` runs in bf16, on a CPU in fp32 too; the faster is the baseline. Quantized layers run in bf16, or in fp32 on a
 CPU that emulates it. `bound_ratio` of `linear` and `gemm`: the baseline over the plain int8 product of the same shape.
@@ -32,7 +33,7 @@ from s2q.common.seeds import derive_seed
 from s2q.core.tokens import token_grid
 from s2q.models.family import BlockLinear
 from s2q.nn import set_backend, share_inputs
-from s2q.ops import activation_path, attention_colsum, rescaled_int_matmul
+from s2q.ops import activation_path, attention_colsum, int8_attention, rescaled_int_matmul
 from s2q.ops.dispatch import resolve_backend
 from s2q.planning.resolve import resolve
 from s2q.recipes.schema import Recipe
@@ -47,8 +48,15 @@ _TABLES: Mapping[str, Mapping[str, Any]] = {
     "activation_path": activation_path.BACKENDS,
     "gemm": rescaled_int_matmul.BACKENDS,
     "attention_colsum": attention_colsum.BACKENDS,
+    "int8_attention": int8_attention.BACKENDS,
 }
 """The backends of what is measured; a packed linear has those of the product."""
+
+ATTENTION: Mapping[str, Callable[..., Callable[[Tensor], Tensor]]] = {
+    "attention_colsum": lambda backend: lambda qkv: attention_colsum.attention_colsum(*qkv[:2], backend=backend),
+    "int8_attention": lambda backend: lambda qkv: int8_attention.int8_attention(*qkv, backend=backend),
+}
+"""The ops of attention, by backend functions of queries, keys and values [3, B, H, N, D]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +93,15 @@ def linear_cases(op: str, shapes: Sequence[LayerShape], settings: Settings) -> l
     return cases
 
 
-def attention_cases(shapes: Sequence[AttentionShape], settings: Settings) -> list[Case]:
-    """Make the cases of `attention_colsum`, one a shape."""
-    op, cases = "attention_colsum", []
+def attention_cases(op: str, shapes: Sequence[AttentionShape], settings: Settings) -> list[Case]:
+    """Make the cases of an op of `ATTENTION`, one a shape; the CPU has no kernel for int8 attention."""
+    if op == "int8_attention" and settings.device == "cpu":
+        return []
+    cases = []
     for shape in shapes:
         full = [shape.tokens, shape.heads * shape.head_dim, shape.tokens]
         wanted = tuple(identity(op=op, scheme=BF16, backend=backend, shape=full) for backend in _backends(op, settings))
-        measure = functools.partial(_measure_attention, shape, settings)
+        measure = functools.partial(_measure_attention, op, shape, settings)
         cases.append(Case(label=f"{op} {shape.tokens} × {full[1]}", wanted=wanted, measure=measure))
     return cases
 
@@ -132,7 +142,7 @@ def _measure_linear(op: str, shape: LayerShape, settings: Settings, missing: Seq
     return _results(op, contenders, fresh, settings, missing, layers=list(shape.layers))
 
 
-def _measure_attention(shape: AttentionShape, settings: Settings, missing: Sequence[Entry]) -> list[Entry]:
+def _measure_attention(op: str, shape: AttentionShape, settings: Settings, missing: Sequence[Entry]) -> list[Entry]:
     generator = torch.Generator(settings.device).manual_seed(derive_seed(0, "attention", shape.tokens))
     size = (3, 1, shape.heads, shape.tokens, shape.head_dim)
 
@@ -141,10 +151,9 @@ def _measure_attention(shape: AttentionShape, settings: Settings, missing: Seque
 
     contenders = {BF16: Contender(run=lambda qkv: F.scaled_dot_product_attention(*qkv), storage_bytes=0)}
     for entry in missing:
-        sums = functools.partial(attention_colsum.attention_colsum, backend=entry["backend"])
-        contenders[_name_of(entry)] = Contender(run=lambda qkv, sums=sums: sums(qkv[0], qkv[1]), storage_bytes=0)
+        contenders[_name_of(entry)] = Contender(run=ATTENTION[op](entry["backend"]), storage_bytes=0)
     layers = [f"{model} attention" for model in shape.models]
-    return _results("attention_colsum", contenders, fresh, settings, missing, layers=layers, heads=shape.heads)
+    return _results(op, contenders, fresh, settings, missing, layers=layers, heads=shape.heads)
 
 
 @torch.no_grad()

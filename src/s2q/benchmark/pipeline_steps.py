@@ -38,7 +38,7 @@ from s2q.models.family import token_layout
 from s2q.nn import PackedLinear, replace_module, set_backend
 from s2q.nn.dequantized import FASTEST
 from s2q.ops.dispatch import FP4
-from s2q.planning.resolve import recipe_linears, resolve
+from s2q.planning.resolve import quantized_attention, recipe_linears, resolve
 from s2q.recipes.schema import Recipe
 from s2q.run.assemble import configure
 
@@ -75,7 +75,13 @@ def pack_randomly(transformer: nn.Module, recipe: Recipe, *, frames: int) -> nn.
     """Replace a transformer's linears by packed ones of a recipe, with random codes; return it, as a checkpoint's."""
     plans = resolve(recipe, recipe_linears(recipe, {TRANSFORMERS[0]: transformer}), frames=frames)
     tokens = token_layout(transformer, family_of(transformer))
-    teacher = TeacherTransformer(component=TRANSFORMERS[0], module=transformer, linears=tuple(plans), tokens=tokens)
+    teacher = TeacherTransformer(
+        component=TRANSFORMERS[0],
+        module=transformer,
+        linears=tuple(plans),
+        tokens=tokens,
+        attention=quantized_attention(recipe, transformer),
+    )
     generator = torch.Generator(transformer.device).manual_seed(0)
     for plan in plans:
         layer = random_packed_linear(plan, generator=generator, dtype=transformer.dtype)

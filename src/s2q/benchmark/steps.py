@@ -34,16 +34,26 @@ from s2q.core.tokens import TokenGrid, token_grid
 from s2q.models import BlockLinear, linears_of_block
 from s2q.models.attention import attention_of
 from s2q.models.synthetic import BlockList, SyntheticModel
+from s2q.nn import quantize_attention
 from s2q.planning import plan_transformers, tensor_sizes
-from s2q.planning.resolve import LinearPlan, recipe_linears, resolve
+from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
 
 CPU_TOKENS = 1024
 """Video tokens of a block on a CPU, unless told otherwise."""
 
 _OP = "denoising_step"
 
-Plans = Mapping[str, Sequence[LinearPlan]]
-"""The planned linears of each recipe, by its name."""
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """Linears and attention modules (by name) that a recipe quantizes; none in full precision."""
+
+    linears: Sequence[LinearPlan] = ()
+    attention: Sequence[str] = ()
+
+
+Plans = Mapping[str, Quantized]
+"""Quantized parts by the name of a recipe."""
 
 
 def synthetic_tokens(model: SyntheticModel, settings: Settings) -> int:
@@ -79,7 +89,7 @@ def _measure(model: SyntheticModel, settings: Settings, missing: Sequence[Entry]
     names = {entry["recipe"] for entry in missing}
     transformers = {TRANSFORMERS[0]: model.meta_transformer()}
     sizes = tensor_sizes(transformers, torch.bfloat16)
-    plans: dict[str, Sequence[LinearPlan]] = {}
+    plans: dict[str, Quantized] = {}
     storage: dict[str, int] = {}
     for recipe in settings.recipes:
         if recipe.name in names:
@@ -87,7 +97,9 @@ def _measure(model: SyntheticModel, settings: Settings, missing: Sequence[Entry]
             planned = plan_transformers(
                 transformers, recipe, linears, model=model.label, sizes=sizes, dtype=torch.bfloat16
             )
-            plans[recipe.name], storage[recipe.name] = linears, planned.storage["quantized_bytes"]
+            attention = quantized_attention(recipe, transformers[TRANSFORMERS[0]])
+            plans[recipe.name] = Quantized(linears=linears, attention=attention)
+            storage[recipe.name] = planned.storage["quantized_bytes"]
             storage[BF16] = planned.storage["full_precision_bytes"]
     measured = [_measure_list(model, block_list, plans, settings) for block_list in model.block_lists]
     whole = {name: _whole(measured, name) for name in measured[0].milliseconds}
@@ -145,7 +157,8 @@ def _compete(
     full = full_precision(device)
     dtypes = full | {name: quantized_dtype(device) for name in plans}
     stacks = {
-        name: _stack(model, block_list, plans.get(name, ()), built, generator, dtype) for name, dtype in dtypes.items()
+        name: _stack(model, block_list, plans.get(name, Quantized()), built, generator, dtype)
+        for name, dtype in dtypes.items()
     }
 
     def fresh(_round: int) -> dict[torch.dtype, dict[str, Any]]:
@@ -174,19 +187,23 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def _stack(
     model: SyntheticModel,
     block_list: BlockList,
-    linears: Sequence[LinearPlan],
+    quantized: Quantized,
     count: int,
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> list[nn.Module]:
-    plans = {linear.name: linear for linear in linears}
+    plans = {linear.name: linear for linear in quantized.linears}
 
     def packed(place: int, linear: BlockLinear) -> nn.Module | None:
         plan = plans.get(f"{block_list.name}.{place}.{linear.inner_name}")
         return None if plan is None else random_packed_linear(plan, generator=generator, dtype=dtype)
 
     makers = [functools.partial(packed, place) for place in range(count)]
-    return [synthetic_block(model, block_list, generator=generator, dtype=dtype, linear_of=make) for make in makers]
+    blocks = [synthetic_block(model, block_list, generator=generator, dtype=dtype, linear_of=make) for make in makers]
+    for place, block in enumerate(blocks):
+        if f"{block_list.name}.{place}.{model.family.attention}" in quantized.attention:
+            quantize_attention(block, [model.family.attention])
+    return blocks
 
 
 def _run(stack: Sequence[nn.Module], inputs: Mapping[str, Any], attention: str | None, grid: TokenGrid) -> object:

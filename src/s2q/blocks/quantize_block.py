@@ -136,10 +136,10 @@ def _check_finite(name: str, layer: PackedLinear, *, error: float) -> None:
 
 def block_fingerprint(task: BlockTask, **inputs: Any) -> str:
     """Hash all that a block's result depends on: its tensors, the recipe, and `inputs`, plain data; not its index."""
-    method = task.recipe.resolved()
+    method, elsewhere = task.recipe.resolved(), ("name", "description", "skip", "attention")
     described = {
         "artefact_version": ARTEFACT_VERSION,
-        "recipe": {key: value for key, value in method.items() if key not in ("name", "description", "skip")},
+        "recipe": {key: value for key, value in method.items() if key not in elsewhere},
         "linears": {linear.name: [linear.scheme.to_dict(), linear.path.to_dict()] for linear in task.linears},
         "seed": task.seed,
         "mean_row": None if task.mean_row is None else task.mean_row.tolist(),

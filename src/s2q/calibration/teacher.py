@@ -23,7 +23,7 @@ from s2q.models import Family, ModelSource, block_names, family_of, token_layout
 from s2q.models.hub import parse_hub_id
 from s2q.models.source import recommended_generation
 from s2q.planning.cost import Workload
-from s2q.planning.resolve import LinearPlan, recipe_linears, resolve
+from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
 from s2q.planning.workload import workload_of
 from s2q.recipes.schema import Recipe
 from s2q.shapes import embedded
@@ -40,12 +40,14 @@ class TeacherTransformer:
         module: The transformer; never changed.
         linears: Its linears that the recipe quantizes.
         tokens: How it makes tokens of its arguments; None if the recipe does not need their positions.
+        attention: Names of its attention modules that the recipe quantizes.
     """
 
     component: str
     module: nn.Module
     linears: tuple[LinearPlan, ...]
     tokens: TokenLayout | None = None
+    attention: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -189,6 +191,7 @@ def load_teacher(
             module=transformer,
             linears=_of_component(linears, component),
             tokens=token_layout(transformer, family_of(transformer)) if recipe.needs_grid else None,
+            attention=quantized_attention(recipe, transformer, component=component),
         )
         for component, transformer in modules.items()
     )

@@ -9,12 +9,13 @@ Version 2 adds the layers' input paths in the same way: `"inputs": {"t0": {"scal
 Version 3 adds `"deflates": false` to an input, whose low-rank branch is taken from the weight, and how the transformer
 makes tokens of its arguments, for layers that have to know where those of the video lie:
 `"tokens": {"latents": "channels first", "patch": [1, 2, 2], "text": "apart"}`. A checkpoint is written as the oldest
-version that has what it needs.
+version that has what it needs. `"attention": {"num_bits": 8, "modules": ["blocks.0.attn1", ...]}`, of version 3 too,
+names the attention modules that run with quantized queries and keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -22,7 +23,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from s2q.common.errors import InvalidInputError, short_repr, unknown_name
 from s2q.core.input_path import InputPath
-from s2q.core.schemes import LinearScheme
+from s2q.core.schemes import ATTENTION_BITS, LinearScheme
 from s2q.core.tokens import TokenLayout
 
 FORMAT_VERSION = 3
@@ -34,7 +35,7 @@ _INPUT_KEYS = ("inputs", "layer_inputs")
 _KEYS_OF = {
     _PLAIN_VERSION: _KEYS,
     _INPUT_VERSION: (*_KEYS, *_INPUT_KEYS),
-    FORMAT_VERSION: (*_KEYS, *_INPUT_KEYS, "tokens"),
+    FORMAT_VERSION: (*_KEYS, *_INPUT_KEYS, "tokens", "attention"),
 }
 
 _MAX_RECIPE = 1000  # a name with the names of variants
@@ -56,7 +57,8 @@ class S2QConfig(QuantizationConfigMixin):
         recipe: Name of the recipe that made the checkpoint.
         compute_dtype: Dtype of the model when it was quantized, "bfloat16".
         **fields: `quant_method`, `format_version`; from version 2 on `inputs` (`InputPath.to_dict` by name) and
-            `layer_inputs` (name by linear), from version 3 on `tokens` (`TokenLayout.to_dict`). Others are refused.
+            `layer_inputs` (name by linear), from version 3 on `tokens` (`TokenLayout.to_dict`) and
+            `attention`. Others are refused.
 
     Raises:
         InvalidInputError: If the format version is not ours, a field is unknown, or a layer names no scheme.
@@ -114,6 +116,9 @@ class S2QConfig(QuantizationConfigMixin):
                 "or save the model again"
             )
 
+        if "attention" in fields:
+            self.attention = _checked_attention(fields["attention"])
+
     def _set_inputs(self, inputs: Any, layer_inputs: Any) -> None:
         if not isinstance(inputs, Mapping) or not isinstance(layer_inputs, Mapping):
             raise InvalidInputError(
@@ -145,13 +150,17 @@ class S2QConfig(QuantizationConfigMixin):
         compute_dtype: str,
         paths: Mapping[str, InputPath] | None = None,
         tokens: TokenLayout | None = None,
+        attention: Sequence[str] = (),
     ) -> S2QConfig:
-        """Build the configuration from scheme and input path (where there is one) of each linear, by full name."""
+        """Build the configuration from scheme and input path (where there is one) of each linear, by full name.
+
+        `attention` has the names of the attention modules that are quantized.
+        """
         extra: dict[str, Any] = {}
-        if paths or tokens is not None:
+        if paths or tokens is not None or attention:
             paths = paths or {}
             distinct = list(dict.fromkeys(paths.values()))
-            newest = tokens is not None or not all(path.deflates for path in distinct)
+            newest = tokens is not None or bool(attention) or not all(path.deflates for path in distinct)
             extra = {
                 "format_version": FORMAT_VERSION if newest else _INPUT_VERSION,
                 "inputs": {f"t{index}": path.to_dict() for index, path in enumerate(distinct)},
@@ -159,6 +168,8 @@ class S2QConfig(QuantizationConfigMixin):
             }
         if tokens is not None:
             extra["tokens"] = tokens.to_dict()
+        if attention:
+            extra["attention"] = {"num_bits": ATTENTION_BITS, "modules": list(attention)}
         return cls(
             layers={layer: scheme.name for layer, scheme in schemes.items()},
             schemes={scheme.name: scheme.to_dict() for scheme in schemes.values()},
@@ -181,6 +192,23 @@ class S2QConfig(QuantizationConfigMixin):
         """Return how the transformer makes tokens of its arguments, if a linear has to know where they lie."""
         return TokenLayout.from_dict(self.tokens) if hasattr(self, "tokens") else None
 
+    def attention_modules(self) -> tuple[str, ...]:
+        """Return the names of the attention modules that run with quantized queries and keys."""
+        return tuple(self.attention["modules"]) if hasattr(self, "attention") else ()
+
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the same as `to_dict`; diffusers' `__repr__` asks for it."""
         return self.to_dict()
+
+
+def _checked_attention(given: Any) -> dict[str, Any]:
+    problem = None
+    if not isinstance(given, Mapping) or given.keys() != {"num_bits", "modules"}:
+        problem = f"attention={short_repr(given)}; expected num_bits and modules"
+    elif given["num_bits"] != ATTENTION_BITS:
+        problem = f"attention.num_bits={short_repr(given['num_bits'])}; expected {ATTENTION_BITS}"
+    elif not isinstance(given["modules"], list) or not all(isinstance(name, str) for name in given["modules"]):
+        problem = f"attention.modules={short_repr(given['modules'])}; expected a list of names"
+    if problem is not None:
+        raise InvalidInputError(f"quantization_config: {problem}; download or save the model again")
+    return dict(given)

@@ -35,6 +35,7 @@ class CheckpointReport:
             `packed_bytes` in quantized linears), and their `ratio`.
         layers: Every quantized linear; names of those in a second transformer begin with "transformer_2.".
         simulated: Whether some of them are computed in floating point, for want of an integer kernel.
+        attention: Names of the attention modules that run with int8 queries and keys.
         files: Bytes and SHA-256 by relative path, as the manifest has them; empty if there is no manifest.
         verified: Whether every file equals the manifest; None if that was not asked for.
         problems: What differs, one line each, beginning with the file.
@@ -49,6 +50,7 @@ class CheckpointReport:
     storage: Mapping[str, int | float]
     layers: tuple[LinearStorage, ...]
     simulated: bool
+    attention: tuple[str, ...]
     files: Mapping[str, Mapping[str, Any]]
     verified: bool | None
     problems: tuple[str, ...]
@@ -105,6 +107,9 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
             quantized.simulated
             for config in configs.values()
             for quantized in (*config.layer_schemes().values(), *config.layer_paths().values())
+        ),
+        attention=tuple(
+            full_name(component, name) for component, config in configs.items() for name in config.attention_modules()
         ),
         files=read_manifest(folder) if (folder / MANIFEST).is_file() else {},
         verified=not problems if verify else None,

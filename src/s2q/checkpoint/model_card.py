@@ -51,6 +51,7 @@ def render_model_card(
         homepage=HOMEPAGE,
         layers=schemes.total(),
         schemes=dict(schemes),
+        attention=sum(len(config.attention_modules()) for config in configs),
         storage=report["storage"],
         pipeline_class=pipeline_class,
         compute_dtype=configs[0].compute_dtype,

@@ -23,7 +23,16 @@ from s2q.common.components import ADAPTED, adapter_tensor, has_adapter
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.core.input_path import stored_tensors
-from s2q.nn import PackedLinear, follow_tokens, packed_dtypes, replace_module, share_inputs, unfollow_tokens
+from s2q.nn import (
+    PackedLinear,
+    follow_tokens,
+    packed_dtypes,
+    quantize_attention,
+    replace_module,
+    restore_attention,
+    share_inputs,
+    unfollow_tokens,
+)
 
 QUANT_METHOD: str = QuantMethod.S2Q.value
 """Value of `quantization_config.quant_method` in s2q checkpoints."""
@@ -53,6 +62,7 @@ class S2QQuantizer(DiffusersQuantizer):
         self._schemes = quantization_config.layer_schemes()
         self._paths = quantization_config.layer_paths()
         self._tokens = quantization_config.token_layout()
+        self._attention = quantization_config.attention_modules()
         self._keep_in_fp32: tuple[list[str], list[str]] | None = None
         self._model = _Reference(None)
 
@@ -159,6 +169,11 @@ class S2QQuantizer(DiffusersQuantizer):
                 device="meta",
             )
             replace_module(model, layer, packed)
+        for name in self._attention:
+            if name not in modules:
+                raise InvalidInputError(
+                    f"{name} is in quantization_config, but {type(model).__name__} has no such attention; {_REMEDY}"
+                )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._keep_in_fp32 is not None:
@@ -188,6 +203,7 @@ class S2QQuantizer(DiffusersQuantizer):
         share_inputs(model)
         if self._tokens is not None:
             follow_tokens(model, self._tokens)
+        quantize_attention(model, self._attention)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         if any(_is_group_offloaded(module) for module in model.modules()):
@@ -201,6 +217,7 @@ class S2QQuantizer(DiffusersQuantizer):
         for name, linear in linears.items():
             replace_module(model, name, linear)
         unfollow_tokens(model)
+        restore_attention(model)
         model.__dict__.pop("_keep_in_fp32_modules", None)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = FrozenDict(config)

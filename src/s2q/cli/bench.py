@@ -25,7 +25,7 @@ Ops = Annotated[
     options.names_option(
         "--ops",
         help="Comma-separated ops. Default: "
-        "linear,activation_path,gemm,attention_colsum,denoising_step,calibration_block.",
+        "linear,activation_path,gemm,attention_colsum,int8_attention,denoising_step,calibration_block.",
     ),
 ]
 Recipes = Annotated[

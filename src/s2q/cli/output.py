@@ -136,6 +136,11 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
             f"{values}, within {allocation['budget']:g} bits per weight; the total is the upper bound, and each linear "
             "shows its largest candidate"
         )
+    if (attention := plan["attention"]) is not None:
+        share = ""
+        if attention["flop"]:
+            share = f", {attention['quantized_flop']:.2g} of the {attention['flop']:.2g} FLOP of attention in a call"
+        notes.append(_attention_line(attention["modules"]) + share)
     there = device["memory_bytes"]
     for stage in plan["stages"]:
         needed = stage["peak_memory_bytes"]
@@ -163,6 +168,8 @@ def show_inspection(report: Mapping[str, Any]) -> None:
         out.print(_storage_line(report["storage"]))
     if report["layers"]:
         _show_layers(out, report)
+    if report["attention"]:
+        out.print(_attention_line(len(report["attention"])))
     if not report["files"]:
         out.print("no manifest: nothing to verify")
     elif report["verified"] is None:
@@ -232,6 +239,10 @@ def _storage_line(storage: Mapping[str, Any]) -> Text:
     return Text.assemble(
         f"Transformer: {before} in bf16, {after} quantized, ", (f"{storage['ratio']:.2f} times smaller", "bold")
     )
+
+
+def _attention_line(modules: int) -> str:
+    return f"Attention: int8 queries and keys in {modules} modules"
 
 
 def _show_layers(out: Console, report: Mapping[str, Any]) -> None:

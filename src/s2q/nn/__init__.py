@@ -1,5 +1,6 @@
 """Quantized linears, packed and trainable, and putting them into a model."""
 
+from s2q.nn.attention import quantize_attention, restore_attention
 from s2q.nn.clip import Clip, LearnableClip
 from s2q.nn.input_path import Estimator, InputTransform, SplitInput, StudentInput
 from s2q.nn.packed import PackedLinear
@@ -24,7 +25,9 @@ __all__ = [
     "StudentRows",
     "follow_tokens",
     "packed_dtypes",
+    "quantize_attention",
     "replace_module",
+    "restore_attention",
     "set_backend",
     "share_inputs",
     "unfollow_tokens",

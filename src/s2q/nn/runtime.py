@@ -1,10 +1,11 @@
-"""The backend of the packed linears of a model."""
+"""The backend of the packed linears and the int8 attention of a model."""
 
 import logging
 
 from torch import nn
 
 from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.nn.attention import attention_modes
 from s2q.nn.dequantized import FASTEST, runs_dequantized
 from s2q.nn.fp4 import has_fp4
 from s2q.nn.packed import PackedLinear
@@ -15,13 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Choose how the packed linears of a model are computed.
+    """Choose how the packed linears and the int8 attention of a model are computed.
 
     Args:
         model: Anything with packed linears, a transformer for example; may have none.
         backend: "auto", "reference", "cpu", "triton", "fastest" (`nn.dequantized`: other results than those that were
-            judged, closer to full precision, and memory for what is dequantized) or "fp4" (`nn.fp4`: for linears whose
-            weights and inputs are NVFP4; the others run as with "auto").
+            judged, closer to full precision, and memory for what is dequantized; attention without a kernel runs in
+            full precision) or "fp4" (`nn.fp4`: for linears whose weights and inputs are NVFP4; the others run as with
+            "auto").
 
     Raises:
         InvalidInputError: If there is no such backend, or no linear for "fp4". Whether it can run is found at the first
@@ -36,6 +38,8 @@ def set_backend(model: nn.Module, backend: str) -> None:
     for linear in linears:
         linear.backend = backend
         linear.kept.release()
+    for mode in attention_modes(model):
+        mode.backend = backend
     dequantized = sum(runs_dequantized(linear) for linear in linears)
     if dequantized:
         logger.info("backend 'fastest': %d of %d quantized linears run dequantized", dequantized, len(linears))

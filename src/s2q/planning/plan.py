@@ -18,7 +18,7 @@ from s2q.common.arguments import device_name, model_argument, optional, parse_dt
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.device_names import is_device_name, kind_of_device
 from s2q.common.devices import default_dtype
-from s2q.common.errors import ResourceError, memory_errors
+from s2q.common.errors import InvalidInputError, ResourceError, memory_errors
 from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.common.records import PLAN_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
@@ -40,7 +40,7 @@ from s2q.planning.cost import (
 from s2q.planning.estimate import TimeEstimate, stage_work, time_estimate
 from s2q.planning.flop import Work
 from s2q.planning.gpus import Rates, gpu
-from s2q.planning.resolve import LinearPlan, allocation_bytes, recipe_linears, resolve
+from s2q.planning.resolve import LinearPlan, allocation_bytes, quantized_attention, recipe_linears, resolve
 from s2q.planning.workload import workload_of_source, workload_of_synthetic
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
@@ -92,6 +92,23 @@ class PlannedAllocation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedAttention:
+    """Attention that the checkpoint will compute with quantized queries and keys; blocks are calibrated without.
+
+    Attributes:
+        modules: How many attention modules.
+        quantized_flop: Of a call of all transformers for the calibration videos, at the rate of these bits: products of
+            queries and keys. None for recipes that do not calibrate.
+        flop: Of all attention in such a call, likewise.
+    """
+
+    num_bits: int
+    modules: int
+    quantized_flop: float | None
+    flop: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The plan of a run.
 
@@ -104,6 +121,7 @@ class Plan:
         device: Where the run is planned for, and its memory in bytes, None if that is not known.
         calibration: What calibrating blocks takes; None for recipes that do not calibrate, or if it is not known.
         allocation: What the run allocates; None for recipes that do not.
+        attention: What the recipe quantizes of the attention; None if nothing.
         estimate: Its time, if it is planned for a GPU by name; None otherwise.
     """
 
@@ -117,6 +135,7 @@ class Plan:
     device: Mapping[str, str | int | None]
     calibration: CalibrationCost | None
     allocation: PlannedAllocation | None
+    attention: PlannedAttention | None = None
     estimate: TimeEstimate | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -290,8 +309,33 @@ def plan_transformers(
         device={"name": machine.device if rates is None else rates.name, "memory_bytes": machine.memory_bytes},
         calibration=cost,
         allocation=allocation,
+        attention=_planned_attention(transformers, recipe, shapes, workload),
         estimate=None if rates is None or not work else time_estimate(work, rates),
     )
+
+
+def _planned_attention(
+    transformers: Mapping[str, nn.Module], recipe: Recipe, shapes: Sequence[BlockShape], workload: Workload | None
+) -> PlannedAttention | None:
+    if recipe.attention is None or not recipe.attention.is_quantized:
+        return None
+    names = [
+        full_name(component, name)
+        for component, transformer in transformers.items()
+        for name in quantized_attention(recipe, transformer, component=component)
+    ]
+    if not names:
+        raise InvalidInputError(
+            f"recipe {recipe.name}: attention.num_bits={recipe.attention.num_bits}: no attention is left to quantize; "
+            f"skip is {list(recipe.skip)}, remove a pattern, or set attention=null"
+        )
+    quantized = flop = None
+    if workload is not None and shapes:
+        sizes = [size for shape in shapes for size in shape.attention]
+        flop = workload.rows * sum(4.0 * queries * keys * width for queries, keys, width in sizes)
+        alike = [2.0 * queries * keys * width for queries, keys, width in sizes if queries == keys]
+        quantized = workload.rows * sum(alike) * len(names) / len(alike)
+    return PlannedAttention(num_bits=recipe.attention.num_bits, modules=len(names), quantized_flop=quantized, flop=flop)
 
 
 def plan_allocated(planned: Plan, before: Sequence[LinearPlan], after: Sequence[LinearPlan]) -> Plan:

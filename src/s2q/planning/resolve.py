@@ -9,12 +9,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from s2q.common.components import full_name
+from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import InvalidInputError, located, nearest_names
 from s2q.core.input_path import InputPath
 from s2q.core.packing import weight_bytes
 from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme, num_groups
-from s2q.models import BlockLinear, block_linears, family_of, outer_linears
+from s2q.models import BlockLinear, block_linears, block_names, family_of, outer_linears
+from s2q.ops.int8_attention import MAX_HEAD_DIM
 from s2q.recipes.schema import Recipe
 from s2q.transforms import ROTATIONS
 
@@ -85,7 +86,7 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
     plans = []
     for linear in linears:
         scheme = schemes["text" if linear.sees_text else linear.role]
-        if scheme is None or any(fnmatchcase(linear.name, pattern) for pattern in recipe.skip):
+        if scheme is None or _is_skipped(recipe, linear.name):
             continue
         if recipe.allocation is not None and linear.role == "linear":
             *_, scheme = allocation_schemes(recipe, linear).values()
@@ -105,6 +106,27 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
     if recipe.allocation is not None and (allocated := [plan for plan in plans if plan.role == "linear"]):
         allocation_bytes(recipe, allocated)
     return plans
+
+
+def quantized_attention(recipe: Recipe, transformer: nn.Module, *, component: str = TRANSFORMERS[0]) -> tuple[str, ...]:
+    """Return the names of the attention modules of a transformer that a recipe quantizes: one a block, less `skip`.
+
+    Raises:
+        InvalidInputError: If the recipe quantizes attention, and the transformer's heads are too wide.
+    """
+    if recipe.attention is None or not recipe.attention.is_quantized:
+        return ()
+    family = family_of(transformer)
+    names = [f"{block}.{family.attention}" for block in block_names(transformer, family)]
+    modules = [transformer.get_submodule(name) for name in names]
+    head_dim = max(module.to_q.out_features // module.heads for module in modules)
+    if head_dim > MAX_HEAD_DIM:
+        raise InvalidInputError(
+            f"recipe {recipe.name}: attention.num_bits={recipe.attention.num_bits}: the heads of "
+            f"{type(transformer).__name__} have {head_dim} features; expected at most {MAX_HEAD_DIM}; set "
+            "attention=null"
+        )
+    return tuple(name for name in names if not _is_skipped(recipe, full_name(component, name)))
 
 
 def allocation_schemes(recipe: Recipe, linear: BlockLinear) -> dict[int, LinearScheme]:
@@ -145,6 +167,10 @@ def allocation_bytes(recipe: Recipe, linears: Sequence[BlockLinear]) -> int:
             f"candidates of its {len(linears)} linears take {needed} with their scales; set it to at least that"
         )
     return limit
+
+
+def _is_skipped(recipe: Recipe, name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in recipe.skip)
 
 
 def _check_skip(recipe: Recipe, linears: Sequence[BlockLinear]) -> None:

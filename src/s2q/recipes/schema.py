@@ -13,7 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 
 from s2q.common.errors import short_repr
 from s2q.common.options import Options, expected_one_of
-from s2q.core.schemes import MAX_BITS, MIN_BITS, TABLE, UNIFORM, ActivationOptions, LinearScheme, WeightOptions
+from s2q.core.schemes import (
+    MAX_BITS,
+    MIN_BITS,
+    TABLE,
+    UNIFORM,
+    ActivationOptions,
+    AttentionOptions,
+    LinearScheme,
+    WeightOptions,
+)
 from s2q.distillation.loss import Loss
 from s2q.distillation.options import Distillation, Refinement
 from s2q.nn import Clip
@@ -94,10 +103,12 @@ class Recipe(BaseModel):
         modulation: Weights of the adaLN linears, which are always weight-only; None leaves those linears untouched.
         outer: Weights of the linears outside the blocks (text projection, token refiner, timestep embedding, output),
             weight-only and rounded to nearest; None leaves those linears untouched.
+        attention: Of the blocks, in the checkpoint; blocks are calibrated with full precision. None quantizes nothing.
         distillation: None learns nothing.
         refinement: None learns nothing after rounding.
         allocation: None gives all block linears what `weights` and `activations` say.
-        skip: Shell-style patterns of full names of linears to leave untouched, "transformer_blocks.0.*".
+        skip: Shell-style patterns of full names of linears to leave untouched, "transformer_blocks.0.*"; attention
+            modules whose names match are left too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -108,6 +119,7 @@ class Recipe(BaseModel):
     activations: ActivationOptions | None = None
     modulation: ModulationOptions | None = ModulationOptions(num_bits=4)
     outer: WeightOptions | None = None
+    attention: AttentionOptions | None = None
     calibration: Calibration = Calibration()
     transforms: Transforms = Transforms()
     clip: Clip = Clip()

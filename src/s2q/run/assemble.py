@@ -54,6 +54,7 @@ def configure(student: nn.Module, teacher: TeacherTransformer, recipe: str) -> N
         recipe=recipe,
         compute_dtype=dtype_name(teacher.module.dtype),
         paths={name: linear.path for name, linear in linears.items() if not linear.path.empty},
+        attention=teacher.attention,
         tokens=teacher.tokens if any(linear.needs_grid for linear in teacher.linears) else None,
     )
     attach_config(student, config)

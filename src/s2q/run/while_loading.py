@@ -36,7 +36,7 @@ from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models import OUTSIDE, block_names, family_of, token_layout
 from s2q.models.timesteps import mean_timestep_row
 from s2q.nn import replace_module
-from s2q.planning.resolve import LinearPlan, recipe_linears, resolve
+from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
 from s2q.recipes.load import checked_overrides, load_recipe, recipe_names
 from s2q.recipes.schema import Recipe
 from s2q.run import text_encoders
@@ -141,6 +141,7 @@ class RecipeQuantizer(S2QQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         family = family_of(model)
         self._plans = _plans(self._source.recipe, model, component=self._source.component)
+        self._attention = quantized_attention(self._source.recipe, model, component=self._source.component)
         names = block_names(model, family)
         groups: list[_Group] = []
         for index, name in enumerate(names):
@@ -194,6 +195,7 @@ class RecipeQuantizer(S2QQuantizer):
             compute_dtype=dtype_name(model.dtype),
             paths={plan.name: plan.path for plan in self._plans if not plan.path.empty},
             tokens=layout,
+            attention=self._attention,
         )
         S2QQuantizer.__init__(self, config, pre_quantized=True)
         model.register_to_config(quantization_config=config)

@@ -39,7 +39,8 @@ def attention_colsum(
     Raises:
         InvalidInputError: If shapes do not fit or the chunk size is not positive.
     """
-    check_shapes(query, key, mask, chunk_size)
+    check_shapes(query, key, mask, op="attention_colsum")
+    check_chunk(chunk_size)
     samples, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -91,19 +92,22 @@ def _apply_mask(logits_HCM: Tensor, mask: Tensor, sample: int, start: int) -> No
         logits_HCM.add_(mask)
 
 
-def check_shapes(query: Tensor, key: Tensor, mask: Tensor | None, chunk_size: int | None) -> None:
-    """Refuse arguments of `attention_colsum` that do not fit together."""
+def check_shapes(query: Tensor, key: Tensor, mask: Tensor | None, *, op: str) -> None:
+    """Refuse queries, keys and a mask that do not fit together."""
     if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise InvalidInputError(
-            f"attention_colsum: got queries {list(query.shape)} and keys {list(key.shape)}; "
-            "expected [B, H, N, D] and [B, H, M, D]"
+            f"{op}: got queries {list(query.shape)} and keys {list(key.shape)}; expected [B, H, N, D] and [B, H, M, D]"
         )
-    if chunk_size is not None and chunk_size < 1:
-        raise InvalidInputError(f"attention_colsum: got chunk_size={chunk_size}; expected at least 1")
     if mask is not None:
         full = (*query.shape[:3], key.shape[2])
         sizes = zip(reversed(mask.shape), reversed(full), strict=False)
         if mask.ndim > 4 or any(size not in (1, wanted) for size, wanted in sizes):
             raise InvalidInputError(
-                f"attention_colsum: got a mask of shape {list(mask.shape)}; expected it to broadcast to {list(full)}"
+                f"{op}: got a mask of shape {list(mask.shape)}; expected it to broadcast to {list(full)}"
             )
+
+
+def check_chunk(chunk_size: int | None) -> None:
+    """Refuse chunks of no queries."""
+    if chunk_size is not None and chunk_size < 1:
+        raise InvalidInputError(f"attention_colsum: got chunk_size={chunk_size}; expected at least 1")

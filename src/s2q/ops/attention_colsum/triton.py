@@ -41,7 +41,8 @@ def attention_colsum(
         InvalidInputError: If shapes do not fit or the chunk size is not positive.
         KernelUnavailableError: If D is above 256.
     """
-    reference.check_shapes(query, key, mask, chunk_size)
+    reference.check_shapes(query, key, mask, op="attention_colsum")
+    reference.check_chunk(chunk_size)
     samples, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     kind, mask_BHNM = _expand_mask(mask, (samples, heads, queries, keys))
