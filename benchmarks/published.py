@@ -7,12 +7,17 @@ from typing import Any
 import yaml
 from markdown_tables import table_head, table_row
 
+from s2q.core.packing import packed_width
 from s2q.evaluation.paper import paper_tables
+from s2q.models.synthetic import synthetic_model
 from s2q.planning import plan
 from s2q.planning.cost import DEFAULT_MEMORY_BUDGET
 from s2q.planning.gpus import gpu
+from s2q.planning.resolve import recipe_linears, resolve
+from s2q.recipes.load import load_recipe
 
 GIB = 2**30
+PLUS = "s2q-plus-w4a6"
 TIMED = ("h100", "a100", "4090")
 GPUS = (24 * 10**9, 80 * 10**9)
 """Memory in bytes of the GPUs that runs are planned for."""
@@ -62,20 +67,53 @@ def sizes_table(recipe: str) -> str:
         "bf16 GiB",
         f"`{recipe}` GiB",
         "reduction",
-        "reduction with 8-bit `outer`",
+        "`outer=null`",
+        "`s2q-plus-w4a6`",
     ]
     lines = table_head("model", head)
     for entry in published_models().values():
         cells = [f"`{entry['hub']}`", entry["licence"] or "see model page"]
         if entry["synthetic"] is None:
-            cells += ["run `s2q plan`", "", "", ""]
+            cells += ["run `s2q plan`", *[""] * 4]
         else:
             storage = plan_of(entry["synthetic"], recipe).storage
-            outer = plan_of(entry["synthetic"], recipe, "outer.num_bits=8").storage
+            outer, plus = (plan_of(entry["synthetic"], *given).storage for given in ((recipe, "outer=null"), (PLUS,)))
             figures = [storage["full_precision_bytes"] / GIB, storage["quantized_bytes"] / GIB]
-            cells += [f"{figure:.2f}" for figure in (*figures, storage["ratio"], outer["ratio"])]
+            cells += [f"{figure:.2f}" for figure in (*figures, storage["ratio"], outer["ratio"], plus["ratio"])]
         lines.append(table_row(entry["title"], cells))
     return "\n".join(lines)
+
+
+def bytes_table(recipe: str) -> str:
+    """What the bytes of a quantized transformer are for."""
+    lines = table_head("model", ["recipe", "codes", "scales, transforms, biases", "low-rank branch", "outer", "rest"])
+    for entry in published_models().values():
+        for name in (recipe, PLUS) if entry["synthetic"] else ():
+            shares = _shares(entry["synthetic"], name)
+            lines.append(table_row(entry["title"], [f"`{name}`", *(f"{100 * share:.1f} %" for share in shares)]))
+    return "\n".join(lines)
+
+
+def _shares(synthetic: str, recipe: str) -> list[float]:
+    model, validated = synthetic_model(synthetic), load_recipe(recipe)
+    planned = plan_of(synthetic, recipe)
+    total, layers = planned.storage["quantized_bytes"], {layer.name: layer.bytes for layer in planned.layers}
+    linears = recipe_linears(validated, {"transformer": model.meta_transformer()})
+    codes = branch = outer = inside = 0
+    for linear in resolve(validated, linears, frames=model.frames):
+        size = layers[linear.name]
+        if linear.role == "outer":
+            outer += size
+            continue
+        inside += size
+        codes += linear.out_features * packed_width(linear.scheme.weight.num_bits, linear.in_features)
+        rank = linear.path.replace(low_rank=None, deflates=True) if linear.path.low_rank else linear.path
+        branch += sum(
+            sign * path.num_bytes(linear.in_features, linear.out_features)
+            for sign, path in ((1, linear.path), (-1, rank))
+        )
+    parts = (codes, inside - codes - branch, branch, outer, total - inside - outer)
+    return [part / total for part in parts]
 
 
 def cost_table(recipe: str) -> str:

@@ -19,7 +19,7 @@ from kernel_tables import kernels_table
 from markdown_tables import interval, table_head, table_row
 from methods import field_table, measured_errors, methods_table, parts_added_table
 from peer_tables import peers_table
-from published import calls_table, commands_of, cost_table, python_of, sizes_table, time_table
+from published import bytes_table, calls_table, commands_of, cost_table, python_of, sizes_table, time_table
 from reproduce.beside import overview_table
 from scaling_tables import limits_table, speedup_table
 from speed_tables import (
@@ -32,6 +32,7 @@ from speed_tables import (
     steps_table,
     threads_table,
 )
+from storage_error import storage_error_table
 from variants import GROUPS, Variant
 
 from s2q.evaluation.intervals import clustered_mean
@@ -266,6 +267,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "scaling": speedup_table,
     "scaling-limits": limits_table,
     "sizes": sizes_table,
+    "storage-error": storage_error_table,
+    "bytes": bytes_table,
     "cost": cost_table,
     "time": time_table,
     "calls": calls_table,

@@ -23,16 +23,16 @@ def config(**paths):
     ).to_dict()
 
 
-def test_without_inputs_the_older_version_is_written_and_says_nothing_of_them():
+def test_without_inputs_nothing_is_said_of_them():
     content = config()
-    assert content["format_version"] == 1
+    assert content["format_version"] == FORMAT_VERSION == 4
     assert not {"inputs", "layer_inputs"} & set(content)
     assert S2QConfig.from_dict(content).layer_paths() == {}
 
 
 def test_input_paths_survive_json():
     content = config(a=PATH)
-    assert content["format_version"] == 2
+    assert content["format_version"] == 4
     again = S2QConfig.from_dict(content)
     assert again.layer_paths() == {"a": PATH}
     assert again.to_dict() == content
@@ -41,7 +41,7 @@ def test_input_paths_survive_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 4}, "format_version=4; this s2q reads versions 1 to 3"),
+        ({"format_version": 5}, "format_version=5; this s2q reads versions 1 to 4"),
         ({"format_version": 3, "tokens": {}}, "token layout: got {}; expected a mapping with latents, patch, text"),
         ({"format_version": True}, "format_version=True"),
         ({"format_version": 1}, "unknown key in quantization_config 'inputs'"),
@@ -52,7 +52,10 @@ def test_input_paths_survive_json():
         ({"inputs": {"t0": {"scale": 1}}}, "scale=1"),
         ({"inputs": {"t0": {"low_rank": 2, "deflates": 0}}}, "deflates=0; expected true or false"),
         ({"inputs": {"t0": {"deflates": False}}}, "deflates=false without low_rank"),
-        ({"inputs": {"t0": {"low_rank": 2, "deflates": False}}}, "deflates=false in format_version=2; expected 3"),
+        (
+            {"format_version": 2, "inputs": {"t0": {"low_rank": 2, "deflates": False}}},
+            "deflates=false in format_version=2; expected 3",
+        ),
         ({"layer_inputs": {"c": "t0"}}, "unknown layer in layer_inputs"),
         ({"layer_inputs": {"a": "t1"}}, "unknown input of a"),
     ],
@@ -66,7 +69,6 @@ def test_how_tokens_are_made_comes_back():
     tokens = TokenLayout(latents="channels first", patch=(1, 2, 2), text="after")
     schemes = dict.fromkeys("ab", DELTA)
     content = S2QConfig.from_schemes(schemes, recipe="mine", compute_dtype="bfloat16", tokens=tokens).to_dict()
-    assert content["format_version"] == FORMAT_VERSION == 3
     again = S2QConfig.from_dict(json.loads(json.dumps(content)))
     assert (again.token_layout(), again.layer_schemes(), again.layer_paths()) == (tokens, schemes, {})
     assert S2QConfig.from_dict(config(a=PATH)).token_layout() is None
@@ -108,9 +110,9 @@ def test_an_input_path_has_these_shapes_and_bytes():
         "transform_right": (8, 8),
         "activation_clip": (1,),
     }
-    assert PATH.num_bytes(32, 16) == 4 * (32 + 16 + 64 + 1)
+    assert PATH.num_bytes(32, 16) == 2 * (32 + 16 + 64) + 4
     assert InputPath(shift=True).shapes(32, 16) == {"input_shift": (32,)}
-    assert InputPath(shift=True).num_bytes(32, 16) == 4 * 32
+    assert InputPath(shift=True).num_bytes(32, 16) == 2 * 32
     assert not InputPath(shift=True).empty
     assert InputPath().num_bytes(32, 16) == 0
     assert InputPath(right=16).shapes(48, 16) == {"transform_right": (16, 16)}  # three blocks
@@ -119,20 +121,18 @@ def test_an_input_path_has_these_shapes_and_bytes():
             path.shapes(48, 16)
 
 
-def test_a_low_rank_branch_is_stored_in_bfloat16():
+def test_a_low_rank_branch_has_a_basis_in_float8_and_a_weight_in_bfloat16():
     path = InputPath(low_rank=4)
     assert not path.empty
     assert path.shapes(32, 16) == {"low_rank_basis": (32, 4), "low_rank_weight": (16, 4)}
-    assert path.num_bytes(32, 16) == 2 * 4 * (32 + 16)
+    assert path.num_bytes(32, 16) == 4 * (32 + 2 * 16)
     with pytest.raises(InvalidInputError, match="rank 4; expected at most 3 between 32 and 3 features"):
         path.shapes(32, 3)
 
 
-def test_a_branch_of_the_weight_needs_the_newest_version_and_others_do_not_say_that_they_deflate():
+def test_only_a_branch_of_the_weight_says_that_it_does_not_deflate():
     branch = InputPath(low_rank=4, deflates=False)
     content = config(a=PATH, b=branch)
-    assert content["format_version"] == FORMAT_VERSION == 3
     assert ["deflates" in one for one in content["inputs"].values()] == [False, True]
     assert S2QConfig.from_dict(content).layer_paths() == {"a": PATH, "b": branch}
-    assert config(a=PATH, b=InputPath(low_rank=4))["format_version"] == 2
     assert (branch.num_bytes(32, 16), branch.empty) == (InputPath(low_rank=4).num_bytes(32, 16), False)

@@ -149,10 +149,10 @@ def test_a_checkpoint_saved_again_with_a_variant(copy, tmp_path):
         inspect_checkpoint(tmp_path / "again")
 
 
-@pytest.mark.parametrize("version", [0, 4, "1", None, True])
+@pytest.mark.parametrize("version", [0, 5, "1", None, True])
 def test_an_unknown_format_version_is_refused(copy, version):
     edit_config(copy, lambda config: config.update(format_version=version))
-    refused(copy, f"format_version={version!r}; this s2q reads versions 1 to 3")
+    refused(copy, f"format_version={version!r}; this s2q reads versions 1 to 4")
     with pytest.raises(InvalidInputError, match="format_version"):
         load_pipeline(copy, verify=False)
     with pytest.raises(InvalidInputError, match="format_version"):

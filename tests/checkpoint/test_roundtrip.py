@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from diffusers import AutoModel, CogVideoXPipeline, CogVideoXTransformer3DModel, DiffusionPipeline
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from s2q.checkpoint import load_pipeline
+from s2q.checkpoint import MANIFEST, inspect_checkpoint, load_pipeline
 from s2q.common.errors import S2QError
-from s2q.models import block_linears, family_of
+from s2q.models import block_linears, family_of, outer_linears
 from s2q.nn import PackedLinear
+from s2q.run.quantize import quantize
 from tiny import run_pipeline, run_transformer, tiny_pipeline
 
 FP32 = {"dtype": torch.float32}
@@ -36,6 +38,12 @@ def stored(checkpoint):
     return load_file(checkpoint / "transformer/diffusion_pytorch_model.safetensors")
 
 
+def listed(transformer):
+    """The linears that a recipe quantizes: those of the blocks and outside."""
+    family = family_of(transformer)
+    return [*block_linears(transformer, family), *outer_linears(transformer, family)]
+
+
 def close(got, wanted):
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     return True
@@ -44,12 +52,63 @@ def close(got, wanted):
 def assert_stored(transformer, stored):
     """Codes and scales are bit for bit what the file has, whatever the dtype of the rest."""
     packed = {name: one for name, one in transformer.named_modules() if isinstance(one, PackedLinear)}
-    assert len(packed) == 16
+    assert len(packed) == 20
     for name, layer in packed.items():
         assert layer.weight.dtype == torch.uint8
         assert layer.weight_scale.dtype == torch.float32
         assert torch.equal(layer.weight, stored[f"{name}.weight"])
-        assert torch.equal(layer.weight_scale, stored[f"{name}.weight_scale"])
+        assert torch.equal(layer.weight_scale, stored[f"{name}.weight_scale"].float())
+
+
+def test_a_checkpoint_of_an_older_version_has_scales_in_fp32_and_keeps_them(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "old") / "transformer"
+    (folder.parent / MANIFEST).unlink()
+    path, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    tensors = load_file(path)
+    wide = {name: 1.001 * value.float() for name, value in tensors.items() if name.endswith("weight_scale")}
+    save_file(tensors | wide, path, metadata={"format": "pt"})
+    content = json.loads(config.read_text())
+    content["quantization_config"]["format_version"] = 1
+    config.write_text(json.dumps(content))
+    inspected = inspect_checkpoint(folder.parent)
+    assert inspected.format_version == 1
+    assert inspected.storage["quantized_bytes"] == sum(one.nbytes for one in (tensors | wide).values())
+    transformer = load(folder.parent)
+    transformer.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / path.name)
+    for name, value in wide.items():
+        assert torch.equal(transformer.get_submodule(name.rpartition(".")[0]).weight_scale, value)
+        assert torch.equal(again[name], value)
+    content["quantization_config"]["format_version"] = 4
+    config.write_text(json.dumps(content))
+    with pytest.raises(S2QError, match="got dtype torch.float32, expected torch.bfloat16"):
+        load(folder.parent)
+
+
+def test_a_checkpoint_of_version_3_has_transforms_in_fp32_and_keeps_them(tmp_path):
+    pipe = tiny_pipeline("cogvideox", num_layers=1)
+    quantize(pipe, recipe="orbitquant-w4a4", out=tmp_path / "old")
+    folder = tmp_path / "old/transformer"
+    path, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    tensors = load_file(path)
+    wide = {name: value.float() for name, value in tensors.items() if value.dtype == torch.bfloat16}
+    assert {name.rpartition(".")[2] for name in wide} == {
+        "weight_scale",
+        "transform_scale",
+        "transform_left",
+        "transform_right",
+    }
+    wide = {name: value if name.endswith("scale") else 1.001 * value for name, value in wide.items()}
+    save_file(tensors | wide, path, metadata={"format": "pt"})
+    content = json.loads(config.read_text())
+    content["quantization_config"]["format_version"] = 3
+    config.write_text(json.dumps(content))
+    (tmp_path / "old" / MANIFEST).unlink()
+    assert inspect_checkpoint(tmp_path / "old").format_version == 3
+    transformer = load(tmp_path / "old")
+    for name, value in wide.items():
+        assert torch.equal(transformer.get_parameter(name), value), name
+    assert torch.isfinite(run_transformer(transformer)).all()
 
 
 def test_differs_from_full_precision_but_not_wildly(expected):
@@ -96,13 +155,13 @@ def test_own_loader_takes_the_dtype_of_the_run(checkpoint):
 def test_same_video_as_the_pipeline_in_memory(checkpoint_fp32):
     """Save and load changes nothing: the latents are those of the pipeline that was packed in memory."""
     from s2q.nn import replace_module
-    from s2q.planning.resolve import resolve
+    from s2q.planning.resolve import recipe_linears, resolve
     from s2q.recipes.load import load_recipe
     from s2q.rounding import round_rtn
 
     pipe = tiny_pipeline("cogvideox")
-    linears = block_linears(pipe.transformer, family_of(pipe.transformer))
-    for plan in resolve(load_recipe("rtn-w4a6"), linears):
+    recipe = load_recipe("rtn-w4a6")
+    for plan in resolve(recipe, recipe_linears(recipe, {"transformer": pipe.transformer})):
         linear = pipe.transformer.get_submodule(plan.name)
         rounded = round_rtn(linear.weight, plan.scheme.weight)
         packed = PackedLinear.from_rounded(rounded, bias=linear.bias, scheme=plan.scheme)
@@ -118,7 +177,7 @@ def test_everything_else_is_stored_bit_for_bit(checkpoint, teacher, component):
     model = getattr(teacher, component)
     replaced = set()
     if component == "transformer":
-        replaced = {f"{one.name}.weight" for one in block_linears(model, family_of(model))}
+        replaced = {f"{one.name}.weight" for one in listed(model)}
     stored = load_file(checkpoint / component / "diffusion_pytorch_model.safetensors")
     state = model.state_dict()
     assert stored.keys() - state.keys() == {f"{name}_scale" for name in replaced}
@@ -128,14 +187,16 @@ def test_everything_else_is_stored_bit_for_bit(checkpoint, teacher, component):
         assert torch.equal(stored[name], state[name]), name
 
 
-def test_every_block_linear_is_packed_and_nothing_else(checkpoint, teacher):
+def test_every_listed_linear_is_packed_and_nothing_else(checkpoint, teacher):
     transformer = load(checkpoint, **BF16)
     packed = [name for name, module in transformer.named_modules() if isinstance(module, PackedLinear)]
-    assert packed == [one.name for one in block_linears(teacher.transformer, family_of(teacher.transformer))]
+    assert set(packed) == {one.name for one in listed(teacher.transformer)}
     schemes = {name: transformer.get_submodule(name).scheme.name for name in packed}
     modulation = {name for name in packed if "norm1.linear" in name or "norm2.linear" in name}
     assert {schemes[name] for name in modulation} == {"w4a16"}
-    assert {schemes[name] for name in packed if name not in modulation} == {"w4a6"}
+    inside = {name for name in packed if name.startswith("transformer_blocks.")}
+    assert {schemes[name] for name in inside - modulation} == {"w4a6"}
+    assert {schemes[name] for name in packed if name not in inside} == {"w8a16"}
 
 
 def test_the_teacher_is_left_as_it_was(teacher):

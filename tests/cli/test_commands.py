@@ -93,7 +93,7 @@ def test_samples_is_short_for_the_recipe_field(tiny_model, tmp_path, capsys):
 
 def test_plan_and_inspect_print_tables(tiny_model, checkpoint, capsys):
     shown = output_of(capsys, ["plan", "-m", tiny_model]).out
-    for expected in ("times smaller", "16 linears", "transformer_blocks.*.attn1.to_q", "w4a6", "w4a16"):
+    for expected in ("times smaller", "20 linears", "transformer_blocks.*.attn1.to_q", "w4a6", "w4a16"):
         assert expected in shown
     shown = output_of(capsys, ["inspect", checkpoint, "--verify"]).out
     assert "every SHA-256 matches" in shown

@@ -11,6 +11,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import BACKEND_TENSORS, PARTS, InputPart, InputPath, InputTensors, StoredTensor
 from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import LinearScheme
+from s2q.core.stored_form import stored_values
 from s2q.nn import PackedLinear, RefinedLinear, StudentInput, StudentLinear, share_inputs
 from s2q.planning.plan import plan
 from s2q.planning.resolve import PLANNED_PARTS
@@ -62,7 +63,7 @@ def test_the_fields_of_input_tensors_are_those_parts_of_the_table_that_backends_
     }
 
 
-BASES = [None, torch.linalg.qr(draw(24, 2))[0].bfloat16().float()]
+BASES = [None, stored_values("low_rank_basis", torch.linalg.qr(draw(24, 2))[0]).float()]
 
 
 @pytest.mark.parametrize("basis", BASES)

@@ -17,7 +17,7 @@ from s2q.exports.layout import LAYOUTS, check_layout
 from s2q.exports.target import linear_forms
 from s2q.exports.targets import TARGETS
 
-GROUPS = ("weights={num_bits: 4, granularity: per_group, group_size: 32}",)
+GROUPS = ("weights={num_bits: 4, granularity: per_group, group_size: 32}", "outer=null")
 MODELS = {
     "wan": (diffusers.WanTransformer3DModel, {"num_layers": 1, "added_kv_proj_dim": 5120, "image_dim": 1280}),
     "hunyuanvideo": (diffusers.HunyuanVideoTransformer3DModel, {"num_layers": 1, "num_single_layers": 1}),

@@ -66,6 +66,23 @@ def latents(pipe):
     return pipe("red", **SETTINGS, generator=generator, output_type="latent").frames
 
 
+def same_tensors(first, second):
+    """Require the same parameters and buffers, bit for bit."""
+    tensors = [{**dict(one.named_parameters()), **dict(one.named_buffers())} for one in (first, second)]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        assert tensor.dtype == tensors[1][name].dtype, name
+        assert torch.equal(tensor, tensors[1][name]), name
+
+
+def in_new_memory(pipe):
+    """Move the tensors of the transformers from the pages of files into memory that torch aligns, in place."""
+    for name in COMPONENTS:
+        for tensor in (*getattr(pipe, name).parameters(), *getattr(pipe, name).buffers()):
+            tensor.data = tensor.data.clone()
+    return pipe
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
@@ -228,11 +245,13 @@ def test_what_is_written_generates_what_was_computed(run):
     assert {layer.name: layer.bytes for layer in inspect_checkpoint(out, verify=True).layers} == planned
     loaded = DiffusionPipeline.from_pretrained(out)
     for name in COMPONENTS:
+        same_tensors(getattr(loaded, name), getattr(spy.pipe, name))
         packed = {inner for inner, one in getattr(loaded, name).named_modules() if isinstance(one, PackedLinear)}
         assert packed == set(read_config(out, name).layers)
     assert len(planned) == len(read_config(out).layers) + len(read_config(out, "transformer_2").layers)
     found, full = latents(loaded), latents(two())
-    assert torch.equal(found, latents(spy.pipe))
+    # products of one row depend on where in memory a weight begins, which a file decides
+    assert torch.equal(latents(in_new_memory(loaded)), latents(in_new_memory(spy.pipe)))
     assert 0 < float((found - full).norm() / full.norm()) < 0.1
     mixed = two()
     mixed.register_modules(transformer=loaded.transformer)
@@ -299,7 +318,7 @@ def test_a_transformer_that_is_never_called_cannot_be_calibrated(tmp_path, bound
     assert not list(tmp_path.iterdir())
     assert f"skip=['{skip}']" in str(caught.value)
     report = calibrated(pipe, out, f"skip=['{skip}']")
-    assert {layer["scheme"] for layer in report.layers if layer["scheme"] != "w4a6"} == {"fp32"}
+    assert {layer["scheme"] for layer in report.layers} == {"w4a6", "w8a16", "fp32"}
     s2q.quantize(pipe, recipe="rtn-w4a6", out=out, overwrite=True)
 
 
@@ -400,7 +419,9 @@ def test_the_card_counts_the_linears_of_both(model, tmp_path):
     report = s2q.quantize(model, recipe="rtn-w4a6", out=tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     assert f"| Quantized linears | {len(report.layers)} |" in card
-    assert f"w4a6 ({len(report.layers)})" in card
+    schemes = [layer["scheme"] for layer in report.layers]
+    assert f"w4a6 ({schemes.count('w4a6')})" in card
+    assert f"w8a16 ({schemes.count('w8a16')})" in card
 
 
 def test_image_to_video_with_two_transformers(tmp_path):

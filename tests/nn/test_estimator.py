@@ -9,6 +9,7 @@ from torch import nn
 from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import Delta, LinearScheme
+from s2q.core.stored_form import stored_values
 from s2q.core.tokens import TokenGrid, token_grid
 from s2q.nn import Estimator, PackedLinear, StudentInput, StudentLinear, share_inputs
 from s2q.rounding import round_rtn
@@ -95,7 +96,7 @@ def test_a_packed_linear_adds_it_to_the_product(kind, low_rank):
     rounded, bias, estimator = round_rtn(noise(6, 24, seed=3), W4), noise(6, seed=4), learned()
     branch = {}
     if low_rank:
-        basis = torch.linalg.qr(noise(24, 2, seed=5))[0].bfloat16()
+        basis = stored_values("low_rank_basis", torch.linalg.qr(noise(24, 2, seed=5))[0])
         branch = {"low_rank_basis": basis, "low_rank_weight": noise(6, 2, seed=6).bfloat16()}
     plain = PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=branch)
     layer = PackedLinear.from_rounded(rounded, bias=bias, scheme=scheme, inputs=stored(estimator, **branch))

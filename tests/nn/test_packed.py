@@ -9,6 +9,7 @@ from torch import nn
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.core.packing import weight_bytes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, quantize_per_token
+from s2q.core.stored_form import file_dtypes
 from s2q.nn import PackedLinear
 from s2q.rounding import round_rtn
 from schemes import scheme
@@ -99,7 +100,7 @@ def test_an_all_zero_token_gives_the_bias():
 @pytest.mark.parametrize("layer_scheme", SCHEMES, ids=lambda s: s.name)
 def test_stored_bytes_are_the_planned_ones(layer_scheme):
     layer, _ = a_layer(layer_scheme, bias=False)
-    stored = sum(parameter.nbytes for parameter in layer.parameters())
+    stored = sum(tensor.nbytes for tensor in layer.state_dict().values())
     assert stored == weight_bytes(layer_scheme.weight, 10, 24)
     assert not list(layer.buffers())
     before = {name: id(value) for name, value in vars(layer).items()}
@@ -132,6 +133,39 @@ def test_state_dict_round_trip_through_the_meta_device(layer_scheme):
     assert torch.equal(copied(x), layer(x))
 
 
+PARTS = {
+    "input_shift": inputs(24, seed=1),
+    "transform_scale": 1 + inputs(24, seed=2).abs(),
+    "transform_left": inputs(4, 4, seed=3),
+    "transform_right": inputs(6, 6, seed=4),
+    "low_rank_basis": torch.linalg.qr(inputs(24, 2, seed=5))[0].bfloat16(),
+    "low_rank_weight": inputs(10, 2, seed=6).bfloat16(),
+    "activation_clip": torch.tensor([0.9001]),
+}
+
+
+@pytest.mark.parametrize("layer_scheme", [scheme(4, 6), scheme(4, 6, group_size=8)], ids=lambda s: s.name)
+@pytest.mark.parametrize("wide", [False, True], ids=["version 4", "version 3"])
+def test_every_tensor_comes_back_from_a_file_bit_for_bit(layer_scheme, wide):
+    rounded = round_rtn(inputs(10, 24, seed=8), layer_scheme.weight)
+    layer = PackedLinear.from_rounded(rounded, bias=inputs(10, seed=9), scheme=layer_scheme, inputs=PARTS)
+    layer.wide = wide
+    if wide:  # what files before version 4 have is not rounded
+        for name in ("weight_scale", "input_shift", "transform_scale", "transform_left", "transform_right"):
+            layer.get_parameter(name).data.mul_(1.001)
+    state = layer.state_dict()
+    assert {name: tensor.dtype for name, tensor in state.items() if name != "bias"} == {
+        name: dtype for name, dtype in file_dtypes(wide=wide).items() if name in state
+    }
+    again = PackedLinear(
+        24, 10, bias=True, scheme=layer_scheme, path=layer.path, dtype=torch.float32, device="meta", wide=wide
+    )
+    again.load_state_dict(state, assign=True)
+    for name, tensor in layer.named_parameters():
+        assert torch.equal(again.get_parameter(name), tensor), name
+    assert torch.equal(again(inputs(5, 24)), layer(inputs(5, 24)))
+
+
 def test_shapes_and_dtypes_of_a_layer_on_the_meta_device():
     layer = PackedLinear(24, 10, bias=True, scheme=scheme(4, 6, group_size=8), dtype=torch.bfloat16, device="meta")
     found = {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
@@ -154,10 +188,10 @@ def test_loading_a_floating_point_weight_is_refused():
     assert torch.equal(layer.weight, before)
 
 
-def test_loading_half_precision_scales_is_refused():
+def test_loading_scales_of_another_dtype_is_refused():
     layer, _ = a_layer(scheme(4, 6))
-    state = layer.state_dict() | {"weight_scale": layer.weight_scale.bfloat16()}
-    with pytest.raises(RuntimeError, match="weight_scale: got torch.bfloat16"):
+    state = layer.state_dict() | {"weight_scale": layer.weight_scale.half()}
+    with pytest.raises(RuntimeError, match="weight_scale: got torch.float16"):
         layer.load_state_dict(state)
 
 

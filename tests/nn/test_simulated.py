@@ -42,7 +42,7 @@ def test_a_group_of_a_token_has_a_scale_of_its_own():
 def test_equals_the_definition_in_double_behind_a_transform_and_a_clip(bits):
     generator = torch.Generator().manual_seed(bits)
     weight, bias = torch.randn(6, 24, generator=generator), torch.randn(6, generator=generator)
-    rotation = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64))[0].float()
+    rotation = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64))[0].bfloat16().float()
     ratio = torch.tensor([0.9])
     rounded = round_rtn(weight, scheme(8).weight)
     layer = PackedLinear.from_rounded(
@@ -79,9 +79,10 @@ def codebooks(*, weight="lloyd_max", activation="lloyd_max"):
     )
 
 
-def nearest(values, levels):
-    """What the levels make of rows in double, by search."""
+def nearest(values, levels, *, stored=False):
+    """What the levels make of rows in double, by search; the scale in bfloat16 if `stored`."""
     scale = values.square().mean(dim=-1, keepdim=True).sqrt()
+    scale = scale.bfloat16().double() if stored else scale
     table = torch.tensor(levels, dtype=torch.float64)
     return table[((values / scale)[..., None] - table).abs().argmin(dim=-1)] * scale
 
@@ -93,10 +94,10 @@ def test_codebooks_on_both_sides_equal_the_definition_in_double():
     layer = PackedLinear.from_rounded(rounded, bias=bias, scheme=codebooks())
     levels = lloyd_max_levels(4, 24)
     torch.testing.assert_close(
-        layer.dequantized_weight(torch.float64), nearest(weight.double(), levels), rtol=1e-6, atol=0
+        layer.dequantized_weight(torch.float64), nearest(weight.double(), levels, stored=True), rtol=1e-6, atol=0
     )
     x = torch.randn(50, 24, generator=generator)
-    expected = nearest(x.double(), levels) @ nearest(weight.double(), levels).t() + bias.double()
+    expected = nearest(x.double(), levels) @ nearest(weight.double(), levels, stored=True).t() + bias.double()
     torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=1e-4)
     assert layer.weight.shape == (6, 12)
     assert torch.equal(layer(torch.zeros(2, 24)), bias.expand(2, 6))

@@ -7,6 +7,7 @@ from s2q.core.input_path import InputPath
 from s2q.core.memo import memoization
 from s2q.core.qparams import dequantize, dequantize_weight, quantize_per_token
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
+from s2q.core.stored_form import stored_values
 from s2q.nn import LearnableClip, PackedLinear, StudentInput, StudentLinear, StudentRows
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.rounding import round_rtn
@@ -32,6 +33,14 @@ def a_linear(*, bias=True, seed=0):
 
 def a_transform():
     return Compose(SmoothScale(draw(24).abs() + 0.5), KroneckerTransform.build(24, seed=1))
+
+
+def a_stored_transform():
+    return a_transform().rounded()
+
+
+def a_stored_basis(directions):
+    return stored_values("low_rank_basis", directions).float()
 
 
 @pytest.mark.parametrize(
@@ -148,8 +157,8 @@ def test_schemes_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("layer_scheme", SCHEMES, ids=lambda s: s.name)
 def test_a_shift_moves_the_input_and_its_product_into_the_bias(layer_scheme):
     linear, x = a_linear(), draw(50, 24) + 5 * draw(24, seed=1)
-    shift = x.mean(0)
-    source = StudentInput(layer_scheme.activation, shift=shift, transform=a_transform())
+    shift = stored_values("input_shift", x.mean(0))
+    source = StudentInput(layer_scheme.activation, shift=shift, transform=a_stored_transform())
     student = StudentLinear(linear, scheme=layer_scheme, source=source)
     packed = PackedLinear.from_rounded(
         round_rtn(student.folded_weight(), layer_scheme.weight),
@@ -175,13 +184,13 @@ def test_a_shift_needs_a_bias():
 
 
 @pytest.mark.parametrize("layer_scheme", SCHEMES, ids=lambda s: s.name)
-@pytest.mark.parametrize("transform", [None, a_transform()], ids=["no transform", "transform"])
+@pytest.mark.parametrize("transform", [None, a_stored_transform()], ids=["no transform", "transform"])
 def test_a_low_rank_branch_takes_directions_out_of_what_is_quantized(layer_scheme, transform):
     linear = a_linear()
     strong, weak = draw(60, 2, seed=1) @ draw(2, 24, seed=2), draw(60, 24, seed=3)
     x = 10 * strong + weak
     scaled = x if transform is None else transform.scaled(x)
-    basis = torch.linalg.svd(scaled)[2][:2].t().bfloat16().float()
+    basis = a_stored_basis(torch.linalg.svd(scaled)[2][:2].t())
     source = StudentInput(layer_scheme.activation, transform=transform, low_rank_basis=basis)
     student = StudentLinear(linear, scheme=layer_scheme, source=source)
     quantized, coefficients = source(x)
@@ -212,13 +221,13 @@ def test_a_low_rank_branch_takes_directions_out_of_what_is_quantized(layer_schem
 
 
 @pytest.mark.parametrize("layer_scheme", SCHEMES, ids=lambda s: s.name)
-@pytest.mark.parametrize("transform", [None, a_transform()], ids=["no transform", "transform"])
+@pytest.mark.parametrize("transform", [None, a_stored_transform()], ids=["no transform", "transform"])
 def test_a_low_rank_branch_of_the_weight_leaves_the_input_whole(layer_scheme, transform):
     linear, x = a_linear(), draw(60, 24)
     with torch.no_grad():
         linear.weight += 3 * draw(10, 1, seed=4) @ draw(1, 24, seed=5)
     scaled = linear.weight if transform is None else transform.unscaled(linear.weight).float()
-    basis = torch.linalg.svd(scaled.detach())[2][:2].t().bfloat16().float()
+    basis = a_stored_basis(torch.linalg.svd(scaled.detach())[2][:2].t())
     source = StudentInput(layer_scheme.activation, transform=transform, low_rank_basis=basis, low_rank_from="weight")
     student = StudentLinear(linear, scheme=layer_scheme, source=source)
     whole = StudentInput(layer_scheme.activation, transform=transform)
@@ -258,7 +267,7 @@ def test_the_scale_before_a_branch_of_the_weight_learns():
 
 def test_a_branch_of_both_sides_leaves_the_smaller_weight_and_changes_nothing_else():
     linear, x, transform = a_linear(), 10 * draw(60, 2, seed=1) @ draw(2, 24, seed=2) + draw(60, 24), a_transform()
-    basis = torch.linalg.svd(transform.scaled(x).detach())[2][:2].t().bfloat16().float()
+    basis = a_stored_basis(torch.linalg.svd(transform.scaled(x).detach())[2][:2].t())
 
     def student(side):
         source = StudentInput(ACTIVATION, transform=transform, low_rank_basis=basis, low_rank_from=side)
@@ -268,6 +277,8 @@ def test_a_branch_of_both_sides_leaves_the_smaller_weight_and_changes_nothing_el
     assert both.source.deflates
     torch.testing.assert_close(both.source(x).quantized, one.source(x).quantized)
     residual = transform.unscaled(linear.weight).detach()
+    gram = basis.double().t() @ basis.double()
+    assert (gram - torch.eye(2)).abs().max() > 1e-3  # as it is stored, it is not orthonormal
     residual = residual - residual @ basis.double() @ basis.double().t()
     quantized = transform.factors(torch.float64, inverse_transpose=True)
     expected = scaled_kronecker(residual, left=quantized.left, right=quantized.right)

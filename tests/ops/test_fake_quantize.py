@@ -18,10 +18,11 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def learned(quantizer, x, clip, upstream, num_bits):
+def learned(quantizer, x, clip, upstream, num_bits, of_weight=False):
     """The values and the gradients towards x and the clip ratio."""
     inputs = [x.clone().requires_grad_()] + ([] if clip is None else [clip.clone().requires_grad_()])
-    values = quantizer(inputs[0], num_bits=num_bits, clip_ratio=None if clip is None else inputs[1])
+    ratio = None if clip is None else inputs[1]
+    values = quantizer(inputs[0], num_bits=num_bits, clip_ratio=ratio, of_weight=of_weight)
     return [values.detach(), *torch.autograd.grad(values, inputs, upstream)]
 
 
@@ -35,14 +36,14 @@ CLIPS = {
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("shape", [(9, 33), (1, 40, 1, 192), (6, 5, 16), (3, 1)])
-@pytest.mark.parametrize("num_bits", [2, 6])
-def test_values_and_gradients_have_the_bits_of_the_specification(shape, clip, num_bits):
+@pytest.mark.parametrize(("num_bits", "of_weight"), [(2, False), (6, False), (4, True)])
+def test_values_and_gradients_have_the_bits_of_the_specification(shape, clip, num_bits, of_weight):
     x, upstream = draw(*shape) * draw(*shape, seed=2).exp(), draw(*shape, seed=3)
     rows = x.view(-1, shape[-1])
     rows[0], rows[1] = 0, rows[1].sign()  # a row of zeros, and one of largest magnitudes alone
     ratio = CLIPS[clip](shape)
     results = [
-        learned(quantizer, x, ratio, upstream, num_bits)
+        learned(quantizer, x, ratio, upstream, num_bits, of_weight)
         for quantizer in (fake_quantize_rows, qparams.fake_quantize_rows)
     ]
     for compiled, specified in zip(*results, strict=True):

@@ -165,7 +165,7 @@ def test_a_method_has_a_file_and_a_width_is_a_suffix():
     recipe = load_recipe("s2q-w3a6")
     assert (recipe.weights.num_bits, recipe.activations.num_bits, recipe.modulation.num_bits) == (3, 6, 4)
     assert load_recipe("rtn-w4a16").activations is None
-    assert load_recipe("q-dit-w8a8").allocation.budget == 8.25
+    assert load_recipe("q-dit-w8a8").allocation.budget == 8.125
     assert load_recipe("quarot-w4a8").clip.constant is None
 
 

@@ -45,7 +45,8 @@ def test_it_starts_as_the_weight_itself_and_decides_for_the_nearest(scheme):
     weight = draw(12, 24)
     rounding = LearnedRounding(weight, scheme)
     with soft_rounding([rounding]):
-        torch.testing.assert_close(rounding(), weight, rtol=0, atol=1e-6)
+        clamped = weight.abs().amax() * 2**-8  # where rounding the scale to bfloat16 made the range a little smaller
+        torch.testing.assert_close(rounding(), weight, rtol=0, atol=float(clamped))
     nearest = round_rtn(weight, scheme)
     assert torch.equal(rounding.rounded().codes, nearest.codes)
     assert torch.equal(rounding.rounded().scale, nearest.scale)

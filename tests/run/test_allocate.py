@@ -53,9 +53,9 @@ def budget_for(extra, *, least, layers=2):
     return (8 * extra / layers + least) / WEIGHTS_OF_BLOCK
 
 
-GROUPS_OF_64 = WEIGHTS_OF_BLOCK * (4 + 32 / 64)
-FOUR_BITS = WEIGHTS_OF_BLOCK * 4 + 32 * (4 * 64 + 256 + 64)
-"""Bits of a block: codes, and one scale in fp32 for each output channel."""
+GROUPS_OF_64 = WEIGHTS_OF_BLOCK * (4 + 16 / 64)
+FOUR_BITS = WEIGHTS_OF_BLOCK * 4 + 16 * (4 * 64 + 256 + 64)
+"""Bits of a block: codes, and one scale in bf16 for each output channel."""
 
 
 @pytest.mark.parametrize("factor", [50, 1 / 50])
@@ -66,22 +66,22 @@ def test_the_linear_that_needs_small_groups_gets_them(tmp_path, factor):
     with torch.no_grad():
         block.norm2.norm.weight[:32] *= factor
         block.get_submodule(PROJ).weight[:, :32] /= factor
-    recipe = groups(budget_for(256 * 4, least=GROUPS_OF_64))
+    recipe = groups(budget_for(256 * 2, least=GROUPS_OF_64))
     report, record = run(tmp_path / "out", recipe, pipe=pipe)
     name = f"transformer_blocks.1.{PROJ}"
     assert {linear for linear, size in given(record).items() if size == 32} == {name}
     (unit,) = (one for one in record["units"] if one["linears"] == [name])
     coarse, fine = unit["candidates"]
-    assert (coarse["value"], fine["value"], fine["bytes"] - coarse["bytes"]) == (64, 32, 256 * 4)
+    assert (coarse["value"], fine["value"], fine["bytes"] - coarse["bytes"]) == (64, 32, 256 * 2)
     assert fine["error"] < coarse["error"] / 4
     schemes = {layer["name"]: layer["scheme"] for layer in report.layers}
     assert schemes.pop(name) == "w4g32a4g32"
-    assert set(schemes.values()) == {"w4g64a4g64", "w4a16"}
+    assert set(schemes.values()) == {"w4g64a4g64", "w4a16", "w8a16"}
     assert report.simulated
 
 
 def test_where_small_groups_bring_nothing_none_are_taken():
-    recipe = groups(5)
+    recipe = groups(4.5)
     linears = resolve(recipe, all_linears())
     units = [(linear,) for linear in linears if linear.role == "linear"]
     equal = chosen_schemes(recipe, linears, {unit: [1.0, 1.0] for unit in units})
@@ -89,7 +89,7 @@ def test_where_small_groups_bring_nothing_none_are_taken():
     better = chosen_schemes(recipe, linears, {unit: [1.0, 0.5] for unit in units})
     assert {linear.scheme.name for linear in better.linears} == {"w4g32a4g32", "w4a16"}
     assert set(given(better.record).values()) == {32}
-    assert better.record["bytes"] == better.record["most_bytes"]  # 5 bits a weight are groups of 32
+    assert better.record["bytes"] == better.record["most_bytes"]  # 4.5 bits a weight are groups of 32
 
 
 def all_linears():
@@ -116,7 +116,7 @@ def test_the_sensitive_linear_gets_8_bits_and_the_checkpoint_has_them(tmp_path):
     assert torch.isfinite(run_pipeline(loaded)).all()
 
 
-@pytest.mark.parametrize(("recipe", "budget"), [("q-dit-w4a4", 4.8), ("vidit-q-mp-w4a6", 6)])
+@pytest.mark.parametrize(("recipe", "budget"), [("q-dit-w4a4", 4.4), ("vidit-q-mp-w4a6", 6)])
 def test_what_is_stored_keeps_the_budget_and_the_plan(tmp_path, recipe, budget):
     tiny_pipeline("cogvideox", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     recipe = load_recipe(recipe, overrides=[*SMALL, f"allocation.budget={budget}"])
@@ -144,7 +144,7 @@ def test_what_is_stored_keeps_the_budget_and_the_plan(tmp_path, recipe, budget):
         assert (after["scheme"] == before.scheme) == (before.name not in own)
 
 
-@pytest.mark.parametrize("recipe", [groups(4.8), bits(6)], ids=["group_size", "weight_bits"])
+@pytest.mark.parametrize("recipe", [groups(4.4), bits(6)], ids=["group_size", "weight_bits"])
 def test_a_killed_run_goes_on_with_the_same_allocation(tmp_path, monkeypatch, recipe):
     _, whole = run(tmp_path / "whole", recipe)
     original, measured = allocate_module.candidate_losses, []
@@ -190,7 +190,7 @@ def test_an_error_is_that_of_the_block_with_that_linear_rounded(tmp_path, name):
     block = transformer.transformer_blocks[1]
     rounded = copy.deepcopy(block)
     weight = block.get_submodule(name).weight
-    step = weight.abs().amax(dim=1, keepdim=True) / 7
+    step = (weight.abs().amax(dim=1, keepdim=True) / 7).bfloat16().float()
     rounded.get_submodule(name).weight.copy_((weight / step).round() * step)
     seen = []
     block.register_forward_hook(lambda _block, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True)
@@ -239,8 +239,8 @@ def test_skipped_linears_take_no_part(tmp_path):
             r"\[96, 128, 192\]; add 64",
         ),
         (
-            ["allocation.budget=4.4"],
-            r"budget=4.4 bits per weight, but the smallest candidates of its 12 linears take 4\.\d+ .*to at least that",
+            ["allocation.budget=4.2"],
+            r"budget=4.2 bits per weight, but the smallest candidates of its 12 linears take 4\.\d+ .*to at least that",
         ),
         (["allocation.candidates=[128]"], "expected at least two different whole numbers above 0"),
         (["allocation.candidates=[0, 128]"], "expected at least two different whole numbers above 0"),

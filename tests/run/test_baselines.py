@@ -86,8 +86,8 @@ def rotation(packed):
 
 
 def rounded(weight):
-    """4 bits, one step an output channel."""
-    step = weight.abs().amax(dim=1, keepdim=True) / 7
+    """4 bits, one step an output channel, a bfloat16 number."""
+    step = (weight.abs().amax(dim=1, keepdim=True) / 7).bfloat16().double()
     return (weight / step).round() * step
 
 
@@ -99,15 +99,15 @@ def assert_rounded(packed, weight):
 
 def assert_hadamard(matrix):
     order = matrix.shape[0]
-    torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, order**-0.5), rtol=1e-5, atol=0)
-    torch.testing.assert_close(matrix @ matrix.t(), torch.eye(order, dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, order**-0.5), rtol=2**-8, atol=0)
+    torch.testing.assert_close(matrix @ matrix.t(), torch.eye(order, dtype=torch.float64), rtol=0, atol=2**-7)
 
 
 def test_smoothquant_divides_the_input_by_s_and_rounds_the_weight_times_s(baseline):
     run = baseline("smoothquant")
     s = smoothing(run)
     assert float(s.max() / s.min()) > 1.5
-    torch.testing.assert_close(run.packed.transform_scale.double(), 1 / s, rtol=1e-4, atol=0)
+    torch.testing.assert_close(run.packed.transform_scale.double(), 1 / s, rtol=2**-8, atol=0)
     assert run.packed.transform_left is None
     assert_rounded(run.packed, run.weights[0] / run.packed.transform_scale.double())
 
@@ -118,9 +118,9 @@ def test_quarot_rotates_clips_and_rounds_by_gptq(baseline):
     assert set(signs.tolist()) == {-1.0, 1.0}
     assert_hadamard(matrix)
     assert float(run.packed.activation_clip) == pytest.approx(0.9)
-    weight = (run.weights[0] * signs) @ matrix
+    weight = (run.weights[0] * signs) @ torch.linalg.inv(matrix).t()
     step = weight.abs().amax(dim=1) / 7
-    torch.testing.assert_close(run.packed.weight_scale.double(), step, rtol=1e-5, atol=0)
+    torch.testing.assert_close(run.packed.weight_scale.double(), step, rtol=2**-7, atol=0)
     packed = run.packed.dequantized_weight(torch.float32).double()
     assert not torch.allclose(packed, rounded(weight), rtol=0, atol=float(step.min()) / 2)
     errors = run.report.blocks[0].rounding[f"transformer_blocks.0.{LINEAR}"]
@@ -130,11 +130,11 @@ def test_quarot_rotates_clips_and_rounds_by_gptq(baseline):
 def test_viditq_scales_then_rotates_and_rounds_to_nearest(baseline):
     run = baseline("vidit-q")
     scale, matrix = run.packed.transform_scale.double(), rotation(run.packed)
-    torch.testing.assert_close(scale.abs(), 1 / smoothing(run), rtol=1e-4, atol=0)
+    torch.testing.assert_close(scale.abs(), 1 / smoothing(run), rtol=2**-8, atol=0)
     assert bool((scale < 0).any())
     assert_hadamard(matrix)
     assert run.packed.activation_clip is None
-    assert_rounded(run.packed, (run.weights[0] / scale) @ matrix)
+    assert_rounded(run.packed, (run.weights[0] / scale) @ torch.linalg.inv(matrix).t())
 
 
 def test_svdquant_takes_the_singular_vectors_of_the_smoothed_weights_out_of_them(baseline):
@@ -142,11 +142,11 @@ def test_svdquant_takes_the_singular_vectors_of_the_smoothed_weights_out_of_them
     s, rank = 1 / run.packed.transform_scale.double(), 64 // 12
     smoothed, right = branch_of_weights(run, s, rank)
     stored, left = run.packed.low_rank_basis.double(), run.packed.low_rank_weight.double()
-    torch.testing.assert_close((right.t() @ stored).abs(), torch.eye(rank).double(), rtol=0, atol=5e-3)  # bf16
+    torch.testing.assert_close((right.t() @ stored).abs(), torch.eye(rank).double(), rtol=0, atol=0.05)  # float8
     torch.testing.assert_close(left @ right.t().matmul(stored).t(), smoothed[0] @ right, rtol=0.02, atol=0.02)
     rest = smoothed[0] - left @ stored.t()
     step = rest.abs().amax(dim=1) / 7
-    torch.testing.assert_close(run.packed.weight_scale.double(), step, rtol=1e-5, atol=0)
+    torch.testing.assert_close(run.packed.weight_scale.double(), step, rtol=2**-7, atol=0)
     assert float(step.mean()) < 0.95 * float(smoothed[0].abs().amax(dim=1).mean()) / 7
     found = run.packed.dequantized_weight(torch.float32).double()
     assert not torch.allclose(found, rounded(rest), rtol=0, atol=float(step.min()) / 2)  # GPTQ
@@ -171,16 +171,16 @@ def test_svdquant_smooths_by_the_alpha_whose_quantized_outputs_are_nearest(basel
         exact = [x @ weight.t() for weight in run.weights]
         errors.append(sum(float((a - b).square().sum()) for a, b in zip(outputs, exact, strict=True)))
         scales.append(1 / s)
-    found = [torch.allclose(scale, run.packed.transform_scale.double(), rtol=1e-4, atol=0) for scale in scales]
+    found = [torch.allclose(scale, run.packed.transform_scale.double(), rtol=2**-8, atol=0) for scale in scales]
     assert sum(found) == 1
-    assert errors[found.index(True)] < 1.02 * min(errors)
+    assert errors[found.index(True)] < 1.05 * min(errors)
     assert max(errors) > 1.1 * min(errors)
 
 
 def test_svdquant_gives_the_same_bits_on_the_cpu_backend(baseline):
     """Its checkpoint is of the newest format version, says what it is, and runs alike on both backends."""
     run = baseline("svdquant")
-    assert inspect_checkpoint(run.out).format_version == 3
+    assert inspect_checkpoint(run.out).format_version == 4
     x = run.inputs.float()
     outputs = {}
     for backend in ("reference", "cpu"):
@@ -221,7 +221,7 @@ def test_ptq4dit_balances_the_salience_of_timesteps(tmp_path):
     weight = torch.cat([block.get_submodule(name).weight.detach() for name in SIBLINGS]).abs().amax(dim=0).double()
     shares = [math.exp(-spearmanr(one, weight.numpy()).statistic) for one in timesteps]
     salience = sum(share * torch.from_numpy(one) for share, one in zip(shares, timesteps, strict=True)) / sum(shares)
-    torch.testing.assert_close(packed.transform_scale.double(), (weight / salience).sqrt(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(packed.transform_scale.double(), (weight / salience).sqrt(), rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -246,7 +246,8 @@ def test_what_a_recipe_consists_of(method, width):
     assert (transforms.alpha, transforms.low_rank) == (("search", 32) if svd else (0.5, 0))
     assert transforms.low_rank_from == ("weight" if svd else "input")
     assert transforms.salience == ("spearman" if method == "ptq4dit" else "max")
-    assert (transforms.shift, recipe.refinement, recipe.outer) == ("none", None, None)
+    assert (transforms.shift, recipe.refinement) == ("none", None)
+    assert (recipe.outer is None) == (width == "w8a8")
     assert (recipe.distillation is not None) == recipe.clip.activations == (method in LEARNED)
     assert (recipe.loss.weighting, recipe.clip.weights) == ("uniform", False)
     assert recipe.linear_scheme().name == width
@@ -271,7 +272,7 @@ def test_what_qdit_consists_of(width):
     assert (recipe.clip.constant, recipe.distillation, recipe.modulation.num_bits) == (None, None, bits)
     assert recipe.linear_scheme().name == f"w{bits}g128a{width[-1]}g128"
     assert recipe.linear_scheme().simulated
-    assert (recipe.allocation.what, recipe.allocation.budget) == ("group_size", bits + 32 / 128)
+    assert (recipe.allocation.what, recipe.allocation.budget) == ("group_size", bits + 16 / 128)
 
 
 @pytest.mark.parametrize("width", WIDTHS[1:])

@@ -52,7 +52,7 @@ def test_what_is_written_is_what_was_computed(run):
     assert float((packed - full).square().mean() / full.square().mean()) < 1e-2
     inspected = inspect_checkpoint(out, verify=True)
     assert inspected.verified
-    assert inspected.format_version == 2
+    assert inspected.format_version == 4
     assert inspected.storage["quantized_bytes"] == report.storage["quantized_bytes"]
     planned = {layer["name"]: layer["bytes"] for layer in report.layers}
     assert {layer.name: layer.bytes for layer in inspected.layers} == planned
@@ -432,7 +432,7 @@ TRANSFORMED = "transformer_blocks.1.ff.net.2"
         ("activation_clip", None, "lacks 1 tensors, {name}"),
         ("transform_left", lambda t: t[:-1].contiguous(), r"{name}: got shape \["),
         ("transform_scale", lambda t: t[:-1].contiguous(), r"{name}: got shape \[255\], expected \[256\]"),
-        ("transform_right", lambda t: t.half(), r"{name}: got dtype torch\.float16, expected torch\.float32"),
+        ("transform_right", lambda t: t.half(), r"{name}: got dtype torch\.float16, expected torch\.bfloat16"),
         ("transform_scale", lambda t: t * float("nan"), "{name}: contains"),
         ("activation_clip", lambda t: t * 0, "{name}: contains"),
     ],

@@ -110,7 +110,7 @@ def test_components_and_overrides_are_those_that_were_asked_for(model):
     pipe = DiffusionPipeline.from_pretrained(model.full, quantization_config=config)
     assert packed(pipe.transformer)
     assert not packed(pipe.text_encoder)
-    assert "proj_out" in packed(pipe.transformer)
+    assert "patch_embed.text_proj" in packed(pipe.transformer)
     assert not isinstance(pipe.vae, EncoderLinear)
 
 

@@ -125,7 +125,7 @@ def _quantized(task: BlockTask) -> BlockResult:
 
 def _check_finite(name: str, layer: PackedLinear, *, error: float) -> None:
     """Refuse a packed linear that would return NaN or infinite values for any input."""
-    for key, tensor in layer.state_dict().items():
+    for key, tensor in layer.named_parameters():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise S2QError(
                 f"{name}: its {key} contains NaN or infinite values; check the model's weights and activations"

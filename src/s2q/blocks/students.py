@@ -19,13 +19,13 @@ from s2q.common.errors import located
 from s2q.common.seeds import derive_seed
 from s2q.core.memo import memoization
 from s2q.core.schemes import LinearScheme
+from s2q.core.stored_form import stored_values
 from s2q.nn import (
     Estimator,
     LearnableClip,
     StudentInput,
     StudentLinear,
     StudentRows,
-    packed_dtypes,
     replace_module,
 )
 from s2q.recipes.schema import Recipe
@@ -95,10 +95,12 @@ def _students(
     scheme, path, weights = first.scheme, first.path, [module.weight for module in modules]
     shift = basis = amax = None
     if statistics is not None:
-        shift = statistics.mean() if path.shift else None
+        shift = stored_values("input_shift", statistics.mean()) if path.shift else None
         amax = statistics.amax(shift)
     seed_of_rotation = derive_seed(seed, "rotation", first.inner_name)
     transform = _transform(weights, recipe, amax=amax, alpha=alpha, seed=seed_of_rotation)
+    if transform is not None and (recipe.distillation is None or recipe.rounding.learned):
+        transform = transform.rounded()
     if statistics is not None and path.low_rank is not None:
         moment = statistics.second_moment(shift) if path.deflates else None
         basis = _basis(weights, transform, rank=path.low_rank, moment=moment)
@@ -177,7 +179,7 @@ def _basis(weights: Sequence[Tensor], transform: Transform | None, *, rank: int,
     else:
         unscaled = weights if transform is None else [transform.unscaled(weight) for weight in weights]
         directions = weight_directions([weight.detach() for weight in unscaled], rank)
-    return directions.to(packed_dtypes()["low_rank_basis"]).float()
+    return stored_values("low_rank_basis", directions).float()
 
 
 def _clip(scheme: LinearScheme, recipe: Recipe) -> nn.Module | None:

@@ -57,10 +57,11 @@ class InputStatistics:
         return torch.stack([torch.maximum(high - centre, centre - low) for low, high in ordered])
 
     def second_moment(self, shift: Tensor | None) -> Tensor:
-        """Return E[xᵀ x] once the shift, which is the mean if there is one, is subtracted; fp64 [I, I]."""
+        """Return E[xᵀ x] once the shift, the mean or near it, is subtracted; fp64 [I, I]."""
         assert self.products is not None
         moment = self.products.hessian().double() / (2 * self.count)
         if shift is None:
             return moment
         mean = self.total / self.count
-        return moment - torch.outer(mean, mean)
+        left = mean - shift
+        return moment - torch.outer(mean, mean) + torch.outer(left, left)

@@ -8,9 +8,11 @@ Version 2 adds the layers' input paths in the same way: `"inputs": {"t0": {"scal
 
 Version 3 adds `"deflates": false` to an input, whose low-rank branch is taken from the weight, and how the transformer
 makes tokens of its arguments, for layers that have to know where those of the video lie:
-`"tokens": {"latents": "channels first", "patch": [1, 2, 2], "text": "apart"}`. A checkpoint is written as the oldest
-version that has what it needs. `"attention": {"num_bits": 8, "modules": ["blocks.0.attn1", ...]}`, of version 3 too,
-names the attention modules that run with quantized queries and keys.
+`"tokens": {"latents": "channels first", "patch": [1, 2, 2], "text": "apart"}`. `"attention": {"num_bits": 8, "modules":
+["blocks.0.attn1", ...]}`, of version 3 too, names the attention modules that run with quantized queries and keys.
+
+Version 4 has the same keys, all of them optional. Scales, shifts and transforms are in bfloat16 instead of fp32, bases
+of low-rank branches in float8 instead of bfloat16 (`core.stored_form`). It is the one that is written.
 """
 
 from __future__ import annotations
@@ -26,15 +28,16 @@ from s2q.core.input_path import InputPath
 from s2q.core.schemes import ATTENTION_BITS, LinearScheme
 from s2q.core.tokens import TokenLayout
 
-FORMAT_VERSION = 3
-"""The newest version that this package writes; the oldest that suffices is written, and all are read."""
+FORMAT_VERSION = 4
+"""The version that this package writes; older ones are read too."""
 
-_PLAIN_VERSION, _INPUT_VERSION = 1, 2
+_PLAIN_VERSION, _INPUT_VERSION, _TOKENS_VERSION = 1, 2, 3
 _KEYS = ("layers", "schemes", "recipe", "compute_dtype")
 _INPUT_KEYS = ("inputs", "layer_inputs")
 _KEYS_OF = {
     _PLAIN_VERSION: _KEYS,
     _INPUT_VERSION: (*_KEYS, *_INPUT_KEYS),
+    _TOKENS_VERSION: (*_KEYS, *_INPUT_KEYS, "tokens", "attention"),
     FORMAT_VERSION: (*_KEYS, *_INPUT_KEYS, "tokens", "attention"),
 }
 
@@ -106,7 +109,7 @@ class S2QConfig(QuantizationConfigMixin):
             if not isinstance(scheme, str) or scheme not in self.schemes:
                 raise unknown_name(f"scheme of {layer} in quantization_config", scheme, self.schemes)
         self.layers = dict(layers)
-        if version != _PLAIN_VERSION:
+        if version in (_INPUT_VERSION, _TOKENS_VERSION) or any(key in fields for key in _INPUT_KEYS):
             self._set_inputs(fields.get("inputs"), fields.get("layer_inputs"))
         if "tokens" in fields:
             self.tokens = TokenLayout.from_dict(fields["tokens"]).to_dict()
@@ -130,7 +133,7 @@ class S2QConfig(QuantizationConfigMixin):
             raise InvalidInputError(f"quantization_config: {error}") from error
         if self.format_version == _INPUT_VERSION and not all(path.deflates for path in paths.values()):
             raise InvalidInputError(
-                f"quantization_config: deflates=false in format_version={_INPUT_VERSION}; expected {FORMAT_VERSION}; "
+                f"quantization_config: deflates=false in format_version={_INPUT_VERSION}; expected {_TOKENS_VERSION}; "
                 "download or save the model again"
             )
         self.inputs = {name: path.to_dict() for name, path in paths.items()}
@@ -156,13 +159,10 @@ class S2QConfig(QuantizationConfigMixin):
 
         `attention` has the names of the attention modules that are quantized.
         """
-        extra: dict[str, Any] = {}
-        if paths or tokens is not None or attention:
-            paths = paths or {}
+        extra: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        if paths:
             distinct = list(dict.fromkeys(paths.values()))
-            newest = tokens is not None or bool(attention) or not all(path.deflates for path in distinct)
-            extra = {
-                "format_version": FORMAT_VERSION if newest else _INPUT_VERSION,
+            extra |= {
                 "inputs": {f"t{index}": path.to_dict() for index, path in enumerate(distinct)},
                 "layer_inputs": {layer: f"t{distinct.index(path)}" for layer, path in paths.items()},
             }
@@ -187,6 +187,11 @@ class S2QConfig(QuantizationConfigMixin):
         """Return the input paths by full name, of the quantized linears that have one."""
         inputs = {name: InputPath.from_dict(path) for name, path in getattr(self, "inputs", {}).items()}
         return {layer: inputs[name] for layer, name in getattr(self, "layer_inputs", {}).items()}
+
+    @property
+    def wide(self) -> bool:
+        """Whether scales, shifts and transforms are in fp32."""
+        return self.format_version < FORMAT_VERSION
 
     def token_layout(self) -> TokenLayout | None:
         """Return how the transformer makes tokens of its arguments, if a linear has to know where they lie."""

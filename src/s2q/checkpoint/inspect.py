@@ -123,7 +123,7 @@ def _layers(
     """The quantized linears of a transformer on disk, by full name."""
     paths = config.layer_paths()
     layers = (
-        _layer(name, scheme, paths.get(name, InputPath()), linears=linears, tensors=tensors)
+        _layer(name, scheme, paths.get(name, InputPath()), linears=linears, tensors=tensors, wide=config.wide)
         for name, scheme in config.layer_schemes().items()
     )
     return tuple(replace(layer, name=full_name(component, layer.name)) for layer in layers)
@@ -153,19 +153,21 @@ def _layer(
     *,
     linears: Mapping[str, nn.Linear],
     tensors: Mapping[str, TensorInfo],
+    wide: bool,
 ) -> LinearStorage:
     linear = linears.get(name)
     if linear is None:
         raise InvalidInputError(f"{name} is in quantization_config, but the transformer has no such linear")
     out_features, in_features = linear.out_features, linear.in_features
-    weight, stored = scheme.weight, stored_tensors()
+    weight = scheme.weight
     grouped = (out_features, num_groups(weight, in_features))
     per_group = isinstance(weight.granularity, PerGroup) and not weight.has_table
+    dtypes = {part: tensor.dtype if wide else tensor.file_dtype for part, tensor in stored_tensors().items()}
     expected = {
         "weight": ("U8", (out_features, packed_width(weight.num_bits, in_features))),
-        "weight_scale": ("F32", grouped if per_group else (out_features,)),
+        "weight_scale": ("F32" if wide else "BF16", grouped if per_group else (out_features,)),
         **({"weight_group_scale": ("I8", grouped)} if weight.has_table else {}),
-        **{part: (stored[part].dtype, shape) for part, shape in path.shapes(in_features, out_features).items()},
+        **{part: (dtypes[part], shape) for part, shape in path.shapes(in_features, out_features).items()},
     }
     for tensor, (dtype, shape) in expected.items():
         info = tensors.get(f"{name}.{tensor}")

@@ -1,6 +1,6 @@
 """The quantizer that diffusers' loader calls, so that plain `from_pretrained` gives a transformer with packed linears.
 
-The loader casts floating tensors to the model's dtype before it hands them over; packed codes and fp32 scales are
+The loader casts floating tensors to the model's dtype before it hands them over; packed codes and scales are
 therefore taken from the state dict, where they are still what the file has. Everything is checked on the way: diffusers
 only warns of missing tensors and knows nothing of the layers' input paths.
 """
@@ -23,10 +23,10 @@ from s2q.common.components import ADAPTED, adapter_tensor, has_adapter
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.core.input_path import stored_tensors
+from s2q.core.stored_form import file_dtypes, from_file, packed_dtypes
 from s2q.nn import (
     PackedLinear,
     follow_tokens,
-    packed_dtypes,
     quantize_attention,
     replace_module,
     restore_attention,
@@ -62,6 +62,7 @@ class S2QQuantizer(DiffusersQuantizer):
         self._schemes = quantization_config.layer_schemes()
         self._paths = quantization_config.layer_paths()
         self._tokens = quantization_config.token_layout()
+        self._wide = quantization_config.wide
         self._attention = quantization_config.attention_modules()
         self._keep_in_fp32: tuple[list[str], list[str]] | None = None
         self._model = _Reference(None)
@@ -123,13 +124,13 @@ class S2QQuantizer(DiffusersQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put a packed tensor into its layer, as the file has it."""
+        """Put a packed tensor into its layer, with the values that the file has."""
         layer, _, tensor = param_name.rpartition(".")
         value = state_dict[param_name]
-        expected = packed_dtypes()[tensor]
+        expected = file_dtypes(wide=self._wide)[tensor]
         if value.dtype != expected:
             raise InvalidInputError(f"{param_name}: got dtype {value.dtype}, expected {expected}; {_REMEDY}")
-        linear = model.get_submodule(layer)
+        linear, value = model.get_submodule(layer), from_file(value, packed_dtypes()[tensor])
         if problem := value_problem(tensor, value, self._schemes[layer], in_features=linear.in_features):
             raise InvalidInputError(f"{param_name}: {problem}; {_REMEDY}")
         parameter = nn.Parameter(value.to(target_device), requires_grad=False)
@@ -167,6 +168,7 @@ class S2QQuantizer(DiffusersQuantizer):
                 path=self._paths.get(layer),
                 dtype=linear.weight.dtype,
                 device="meta",
+                wide=self._wide,
             )
             replace_module(model, layer, packed)
         for name in self._attention:

@@ -20,7 +20,19 @@ from s2q.common.errors import InvalidInputError, short_repr
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 1 << 25
 _SAMPLE_BYTES = 4096
-_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "F16": 16, "BF16": 16, "I32": 32, "F32": 32, "I64": 64, "F64": 64}
+_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "F32": 32,
+    "I64": 64,
+    "F64": 64,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

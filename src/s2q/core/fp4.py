@@ -7,7 +7,8 @@
 | nvfp4 | 16 | E4M3, nearest to max|group| / (6 Δ) | fp32, max|row| / (6 · 448), of a weight's row or a token |
 | mxfp4 | 32 | a power of two, 2^(⌊log2 max|group|⌋ - 2) | 1 |
 
-NVIDIA's NVFP4 has one Δ for a tensor; one for a row takes the same product, since it scales a row of the result. MXFP4
+NVIDIA's NVFP4 has one Δ for a tensor; one for a row takes the same product, since it scales a row of the result. The Δ
+of a weight is rounded to four significant bits, so that bfloat16, in which s · Δ is stored, has it exactly. MXFP4
 is that of the OCP Microscaling Formats specification 1.0, whose values above 6 s become 6 s.
 
 Example, mxfp4: the largest magnitude of a group is 7, so s = 2^(2 - 2) = 1; 7 becomes 6, 2.6 becomes 3, 0.2 becomes 0.
@@ -30,6 +31,19 @@ LARGEST_SCALE = 448.0
 
 _LARGEST, _EXPONENT = 6.0, 2  # of E2M1
 _EXPONENTS = (-127, 127)  # of a scale that is a power of two
+
+
+def exact_in_bf16(amax: Tensor) -> Tensor:
+    """Move the largest magnitude of each row, fp32 [..., G], so that Δ of NVFP4 has four significant bits.
+
+    As s has four too, bfloat16 has s · Δ exactly, and s is still known from it. The gradient passes straight through.
+    """
+    amax = amax.float()
+    row = amax.detach().amax(dim=-1, keepdim=True)
+    mantissa, exponent = torch.frexp(row / (_LARGEST * LARGEST_SCALE))
+    largest = torch.ldexp((mantissa * 16).round() / 16, exponent) * (_LARGEST * LARGEST_SCALE)
+    moved: Tensor = _Rounded.apply(amax, torch.where(amax == row, largest, torch.minimum(amax, largest)))  # type: ignore[no-untyped-call]
+    return moved
 
 
 def block_scale(amax: Tensor, scheme: QuantScheme) -> Tensor:

@@ -36,7 +36,7 @@ from s2q.common.errors import InvalidInputError, short_repr, unknown_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BYTES = {"F32": 4, "BF16": 2}
+_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
 PREFIX = "transform_"
 """Of the tensors that a transform of `s2q.transforms` names itself: scale, left, right."""
 
@@ -48,6 +48,7 @@ class StoredTensor:
     Attributes:
         shape: From I, O and the size of the part.
         dtype: As safetensors calls it.
+        file_dtype: The same of files: a narrower one has the values, which are rounded to it (`core.storage`).
         of_linear: Whether each linear has its own; linears that read the same input share the others.
         start: For parts with `apply`: its value from the weight [O, I], the folded one where it is `of_linear`.
         learned: Whether it starts there and is learned; otherwise it follows the weight.
@@ -55,9 +56,14 @@ class StoredTensor:
 
     shape: Callable[[int, int, int], tuple[int, ...]]
     dtype: str = "F32"
+    file_dtype: str = ""
     of_linear: bool = False
     start: Callable[[Tensor], Tensor] | None = None
     learned: bool = False
+
+    def __post_init__(self) -> None:
+        """Default to one dtype."""
+        object.__setattr__(self, "file_dtype", self.file_dtype or self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,17 +106,25 @@ class InputPart:
 
 
 PARTS: dict[str, InputPart] = {
-    "shift": InputPart(tensors={"input_shift": StoredTensor(lambda i, o, size: (i,))}, always_written=True),
-    "scale": InputPart(tensors={f"{PREFIX}scale": StoredTensor(lambda i, o, size: (i,))}, always_written=True),
+    "shift": InputPart(
+        tensors={"input_shift": StoredTensor(lambda i, o, size: (i,), file_dtype="BF16")}, always_written=True
+    ),
+    "scale": InputPart(
+        tensors={f"{PREFIX}scale": StoredTensor(lambda i, o, size: (i,), file_dtype="BF16")}, always_written=True
+    ),
     "left": InputPart(
-        tensors={f"{PREFIX}left": StoredTensor(lambda i, o, n1: (n1, n1))}, default=None, always_written=True
+        tensors={f"{PREFIX}left": StoredTensor(lambda i, o, n1: (n1, n1), file_dtype="BF16")},
+        default=None,
+        always_written=True,
     ),
     "right": InputPart(
-        tensors={f"{PREFIX}right": StoredTensor(lambda i, o, n2: (n2, n2))}, default=None, always_written=True
+        tensors={f"{PREFIX}right": StoredTensor(lambda i, o, n2: (n2, n2), file_dtype="BF16")},
+        default=None,
+        always_written=True,
     ),
     "low_rank": InputPart(
         tensors={
-            "low_rank_basis": StoredTensor(lambda i, o, rank: (i, rank), "BF16"),
+            "low_rank_basis": StoredTensor(lambda i, o, rank: (i, rank), "BF16", file_dtype="F8_E4M3"),
             "low_rank_weight": StoredTensor(lambda i, o, rank: (o, rank), "BF16", of_linear=True),
         },
         default=None,
@@ -243,10 +257,10 @@ class InputPath:
         }
 
     def num_bytes(self, in_features: int, out_features: int) -> int:
-        """Return the bytes of the stored tensors."""
+        """Return the bytes of the stored tensors, in files."""
         stored = stored_tensors()
         shapes = self.shapes(in_features, out_features)
-        return sum(_BYTES[stored[name].dtype] * math.prod(shape) for name, shape in shapes.items())
+        return sum(_BYTES[stored[name].file_dtype] * math.prod(shape) for name, shape in shapes.items())
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> InputPath:

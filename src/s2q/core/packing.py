@@ -19,7 +19,7 @@ NIBBLE_BITS, NIBBLES = 4, 16
 NIBBLE_ZERO = 8
 """The nibble of code 0."""
 
-_SCALE_BYTES = 4  # scales are stored in fp32, those of groups of a table in a byte
+_SCALE_BYTES = 2  # scales are stored in bf16, those of groups of a table in a byte
 
 
 def packed_width(num_bits: int, in_features: int) -> int:
@@ -30,10 +30,10 @@ def packed_width(num_bits: int, in_features: int) -> int:
 
 
 def weight_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> int:
-    """Return the exact bytes of a packed weight with its scales, as stored (bias not counted).
+    """Return the exact bytes of a packed weight with its bf16 scales, as stored (bias not counted).
 
-    Example: 4 bits per channel, O = 2, I = 5: 2·3 packed + 2·4 of scales = 14. Example, "table", 4 bits in groups of
-    16, O = 2, I = 32: 2·16 packed + 2·2 of group scales + 2·4 of scales = 44.
+    Example: 4 bits per channel, O = 2, I = 5: 2·3 packed + 2·2 of scales = 10. Example, "table", 4 bits in groups of
+    16, O = 2, I = 32: 2·16 packed + 2·2 of group scales + 2·2 of scales = 40.
     """
     groups = num_groups(scheme, in_features)
     scales = _SCALE_BYTES + groups if scheme.has_table else _SCALE_BYTES * groups

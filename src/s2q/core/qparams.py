@@ -24,8 +24,9 @@ from torch import Tensor
 from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import level_unit, levels_of, nearest_level
 from s2q.core.cubes import cube_means, spread
-from s2q.core.fp4 import block_scale
-from s2q.core.schemes import UNIFORM, PerChannel, PerGroup, QuantScheme, num_groups
+from s2q.core.fp4 import block_scale, exact_in_bf16
+from s2q.core.schemes import NVFP4, UNIFORM, PerChannel, PerGroup, QuantScheme, num_groups
+from s2q.core.stored_form import stored_values
 from s2q.core.tokens import TokenGrid
 
 ClipRatio = float | Tensor | None
@@ -63,8 +64,8 @@ def scale_from_amax(amax: Tensor, *, num_bits: int) -> Tensor:
 def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> Tensor:
     """Compute the static scale of a weight [O, I], fp32 [O] (PerChannel) or [O, G] (PerGroup).
 
-    The clip ratio in (0, 1] broadcasts to it. 0 where all values are 0 and the levels are not uniform. The two scales
-    of a table come from `s2q.rounding.table`.
+    It is rounded as it is stored, before there are codes. The clip ratio in (0, 1] broadcasts to it. 0 where all
+    values are 0 and the levels are not uniform. The two scales of a table come from `s2q.rounding.table`.
     """
     assert not scheme.has_table, scheme
     match scheme.granularity:
@@ -82,8 +83,15 @@ def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio =
     if clip_ratio is not None:
         size = size * clip_ratio
     if scheme.is_fp4:
-        return block_scale(size, scheme)
-    return scale_from_amax(size, num_bits=scheme.num_bits) if by_amax else size
+        return block_scale(exact_in_bf16(size) if scheme.levels == NVFP4 else size, scheme)
+    scale = scale_from_amax(size, num_bits=scheme.num_bits) if by_amax else size
+    return _stored(scale)
+
+
+def _stored(scale: Tensor) -> Tensor:
+    """Round the scale of a weight as it is stored; where it underflows it is 1, as in fp32."""
+    stored = stored_values("weight_scale", scale)
+    return torch.where((stored == 0) & (scale != 0), 1.0, stored)
 
 
 def token_scale(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
@@ -166,9 +174,13 @@ def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | N
     return values.to(x.dtype)
 
 
-def fake_quantize_rows(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
-    """Quantize and dequantize each row of x [..., n] by its own `token_scale`, trainable; see `fake_quantize`."""
-    return fake_quantize(x, token_scale(x, num_bits=num_bits, clip_ratio=clip_ratio), num_bits=num_bits)
+def fake_quantize_rows(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None, of_weight: bool = False) -> Tensor:
+    """Quantize and dequantize each row of x [..., n] by its own `token_scale`, trainable; see `fake_quantize`.
+
+    The scales of a weight are rounded as they are stored.
+    """
+    scale = token_scale(x, num_bits=num_bits, clip_ratio=clip_ratio)
+    return fake_quantize(x, _stored(scale) if of_weight else scale, num_bits=num_bits)
 
 
 def fake_quantize_input(

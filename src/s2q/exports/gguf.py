@@ -3,7 +3,7 @@
     w = d · q        q in -8 … 7 (Q4_0) or -128 … 127 (Q8_0), d fp16, for each 32 input channels
 
 A block of Q4_0 is d and 16 bytes, byte j with q[j] + 8 in its low nibble and q[j + 16] + 8 in its high one; of Q8_0, d
-and 32 int8. The codes are those of the checkpoint, its fp32 scales are rounded to fp16. Weights of other linears keep
+and 32 int8. The codes are those of the checkpoint, its scales are rounded to fp16. Weights of other linears keep
 bf16; everything else is fp32, which all readers take.
 
 A file: "GGUF", version 3, counts, key-value pairs, then name, shape (fastest dimension first), type and offset of every

@@ -44,6 +44,7 @@ class Family:
         text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
         defaults: `GenerationSettings` of the published models; sizes in a transformer's configuration come first.
         frame_rate: Frames per second of the videos on the models' pages (docs/real-models.md); a variant may differ.
+        latent_linears: Linears outside the blocks that read or return latents: small, and never quantized.
         timestep_rows: What the modulation linears read at timesteps [T], if it depends on nothing else: from the
             transformer, its weights loaded, [T, in_features] in float32 on the CPU.
         decodes_batches: Whether the VAE can decode several videos at once; one that cannot is given them one by one.
@@ -66,6 +67,7 @@ class Family:
     defaults: Mapping[str, int | float]
     frame_rate: int
     decodes_batches: bool = True
+    latent_linears: tuple[str, ...] = ("patch_embed.proj", "proj_in", "proj_out")
     timestep_rows: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     @property
@@ -145,16 +147,20 @@ def linears_of_block(block: nn.Module, block_name: str, family: Family, *, index
 
 
 def outer_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
-    """List the linears outside the blocks: text projection, token refiner, timestep embedding, output.
+    """List the linears outside the blocks: text projection, token refiner, timestep embedding, output modulation.
 
-    Parts that the class keeps in fp32 are not listed: what keeps its precision on purpose is not quantized.
+    Those that read or return latents are not listed, nor are parts that the class keeps in fp32: what keeps its
+    precision on purpose is not quantized.
     """
     blocks = tuple(f"{name}." for name in family.block_lists)
     kept = kept_in_fp32(transformer)
     return [
         _described(module, name, inner_name=name, family=family, block=OUTSIDE)
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(blocks) and not is_within(name, kept)
+        if isinstance(module, nn.Linear)
+        and not name.startswith(blocks)
+        and name not in family.latent_linears
+        and not is_within(name, kept)
     ]
 
 

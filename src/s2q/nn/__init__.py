@@ -7,7 +7,6 @@ from s2q.nn.packed import PackedLinear
 from s2q.nn.refined import RefinedLinear
 from s2q.nn.runtime import set_backend
 from s2q.nn.sharing import share_inputs
-from s2q.nn.stored import packed_dtypes
 from s2q.nn.student import StudentLinear, StudentRows
 from s2q.nn.swap import replace_module
 from s2q.nn.token_context import follow_tokens, unfollow_tokens
@@ -24,7 +23,6 @@ __all__ = [
     "StudentLinear",
     "StudentRows",
     "follow_tokens",
-    "packed_dtypes",
     "quantize_attention",
     "replace_module",
     "restore_attention",

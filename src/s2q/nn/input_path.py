@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from s2q.core.input_path import PREFIX, InputPart, InputTensors, with_tensors
 from s2q.core.memo import checkpointed, memoize_for
 from s2q.core.schemes import QuantScheme
+from s2q.core.stored_form import stored_values
 from s2q.nn.branch import scaled_by_frame
 from s2q.nn.simulated import simulate_quantization
-from s2q.nn.stored import packed_dtypes
 from s2q.ops.activation_path.reference import apply_steps
 
 
@@ -176,10 +176,10 @@ class StudentInput(nn.Module):
         if self.transform is not None:
             tensors |= {PREFIX + name: value for name, value in self.transform.state_tensors().items()}
         if self.low_rank_basis is not None:
-            tensors["low_rank_basis"] = self.low_rank_basis.to(packed_dtypes()["low_rank_basis"])
+            tensors["low_rank_basis"] = stored_values("low_rank_basis", self.low_rank_basis)
         if self.clip is not None:
             tensors["activation_clip"] = self.clip().detach().reshape(1).clone()
-        return tensors | {name: tensor.to(packed_dtypes()[name]) for name, tensor in self.tensors.items()}
+        return tensors | {name: stored_values(name, tensor) for name, tensor in self.tensors.items()}
 
 
 def start_tensors(steps: Sequence[InputPart], weight: Tensor | None, *, of_linear: bool) -> nn.ParameterDict:

@@ -28,12 +28,13 @@ from s2q.core.input_path import InputPath
 from s2q.core.packing import pack_codes
 from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import Delta, LinearScheme, QuantScheme
+from s2q.core.stored_form import packed_dtypes, stored_values
 from s2q.core.tokens import current_grid
 from s2q.nn.branch import float_branch, with_float_branch
 from s2q.nn.dequantized import integer_backend, keeps_prepacked, runs_dequantized
 from s2q.nn.fp4 import fp4_product, has_fp4
 from s2q.nn.simulated import simulated_product, warn_slow
-from s2q.nn.stored import QuantizedInput, StoredLinear, frozen, packed_dtypes
+from s2q.nn.stored import QuantizedInput, StoredLinear, frozen
 from s2q.ops.activation_path import activation_path, transform_input
 from s2q.ops.dispatch import FP4
 from s2q.ops.rescaled_int_matmul import rescaled_int_matmul
@@ -58,6 +59,8 @@ class PackedLinear(StoredLinear):
         path: Which parts its input path has (`core.input_path.PARTS` names their tensors); the tensors of others are
             None.
         name: Its name in the model, for messages; empty if not set.
+        wide: Whether a file has scales and transforms in fp32, as before format version 4; else in bfloat16, to which
+            their values are rounded.
         backend: How integers are computed: "auto", a backend of the ops ("reference", "cpu", "triton"), or "fastest",
             which is "auto" except for layers that are slower on integers than in full precision (`nn.dequantized`);
             "fp4" for NVFP4 on tensor cores (`nn.fp4`).
@@ -67,6 +70,7 @@ class PackedLinear(StoredLinear):
 
     Args:
         dtype: Of the bias; None is torch's default dtype.
+        wide: See above.
         device: Of the uninitialised parameters; "meta" allocates nothing.
 
     Raises:
@@ -87,7 +91,7 @@ class PackedLinear(StoredLinear):
         """Pack a rounded weight.
 
         Args:
-            rounded: codes int8 [O, I] and scales of `scheme.weight`.
+            rounded: codes int8 [O, I] and scales of `scheme.weight`, the fp32 ones rounded to bfloat16.
             bias: [O] or None; copied.
             inputs: Tensors of the input by their names in the layer (see `path`), fp32; the weight is that of the
                 transformed input, W T⁻ᵀ.
@@ -128,7 +132,7 @@ class PackedLinear(StoredLinear):
                 )
             layer.weight_group_scale = frozen(grouped.detach().clone())
         layer.weight = frozen(pack_codes(rounded.codes, num_bits=scheme.weight.num_bits))
-        layer.weight_scale = frozen(rounded.scale.detach().clone())
+        layer.weight_scale = frozen(stored_values("weight_scale", rounded.scale.detach()))
         if bias is not None:
             if bias.shape != (out_features,):
                 raise InvalidInputError(f"bias: got {list(bias.shape)}; expected [{out_features}]")
@@ -145,7 +149,7 @@ class PackedLinear(StoredLinear):
                 raise InvalidInputError(
                     f"{name}: got {tensor.dtype} {list(tensor.shape)}; expected {dtypes[name]} {list(shape)}"
                 )
-            setattr(layer, name, frozen(tensor.clone()))
+            setattr(layer, name, frozen(stored_values(name, tensor).clone()))
         return layer
 
     @without_autocast

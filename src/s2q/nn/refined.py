@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from s2q.core.memo import checkpointed, memoize_step
 from s2q.core.qparams import RoundedWeight, dequantize_weight
+from s2q.core.stored_form import stored_values
 from s2q.nn.branch import branch_weight
 from s2q.nn.input_path import StudentInput
 from s2q.nn.packed import PackedLinear
-from s2q.nn.stored import packed_dtypes
 
 
 class RefinedLinear(nn.Module):
@@ -62,7 +62,7 @@ class RefinedLinear(nn.Module):
     units: Tensor
 
     def weight_scale(self) -> Tensor:
-        """Return the scale of the weight as learned, fp32 [O] or [O, G]."""
+        """Return the scale of the weight as learned, not yet rounded, fp32 [O] or [O, G]."""
         return self.packed.weight_scale * self.scale_change.exp()
 
     def bias(self) -> Tensor | None:
@@ -100,7 +100,7 @@ class RefinedLinear(nn.Module):
             inputs["activation_clip"] = self.source.clip().reshape(1)
         branch = self.low_rank_weight()
         if branch is not None:
-            inputs["low_rank_weight"] = branch.to(packed_dtypes()["low_rank_weight"])
+            inputs["low_rank_weight"] = stored_values("low_rank_weight", branch)
         return PackedLinear.from_rounded(
             RoundedWeight(codes=packed.codes(), scale=self.weight_scale(), group_scale=packed.weight_group_scale),
             bias=self.bias(),

@@ -17,14 +17,13 @@ from s2q.core.input_path import InputPath, InputTensors, stored_tensors
 from s2q.core.packing import packed_width, unpack_codes
 from s2q.core.qparams import dequantize_weight
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
+from s2q.core.stored_form import file_dtypes, from_file, packed_dtypes, to_file
 from s2q.nn.codes import PackedCodes, reads_as_weight, refusal
 from s2q.nn.dequantized import WeightCache, integer_backend
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.ops.level_values import level_values
 
 _PIECE = 4096  # tokens
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 class QuantizedInput(NamedTuple):
@@ -48,12 +47,6 @@ class QuantizedInput(NamedTuple):
         if self.means is None:
             return product
         return product + self.means.spread_products(self.means.scale * _product_in_pieces(self.means.codes, vector))
-
-
-def packed_dtypes() -> dict[str, torch.dtype]:
-    """Return the dtype of every tensor of a packed linear except its bias; `.to(dtype)` and the like keep it."""
-    of_input = {name: _DTYPES[tensor.dtype] for name, tensor in stored_tensors().items()}
-    return {"weight": torch.uint8, "weight_scale": torch.float32, "weight_group_scale": torch.int8, **of_input}
 
 
 class StoredLinear(nn.Linear):
@@ -82,6 +75,7 @@ class StoredLinear(nn.Linear):
         path: InputPath | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        wide: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate a floating point weight
         self.in_features = in_features
@@ -89,6 +83,7 @@ class StoredLinear(nn.Linear):
         self.scheme = scheme
         self._name = ""
         self.path = path or InputPath()
+        self.wide = wide
         width = packed_width(scheme.weight.num_bits, in_features)
         groups = num_groups(scheme.weight, in_features)
         if scheme.activation is not None:
@@ -262,6 +257,14 @@ class StoredLinear(nn.Linear):
         self._guard_codes()
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if keep_vars:
+            return
+        for name, dtype in file_dtypes(wide=self.wide).items():
+            if prefix + name in destination:
+                destination[prefix + name] = to_file(destination[prefix + name], dtype)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -273,11 +276,14 @@ class StoredLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         self.kept.release()
+        narrow = file_dtypes(wide=self.wide)
         for name, dtype in packed_dtypes().items():
             tensor = state_dict.get(prefix + name)
-            if tensor is not None and tensor.dtype != dtype:  # copying would convert it silently
+            if tensor is not None and tensor.dtype not in (dtype, narrow[name]):  # copying would convert it silently
                 error_msgs.append(f"{prefix}{name}: got {tensor.dtype}; expected {dtype}, packed as {self.scheme.name}")
                 return
+            if tensor is not None and tensor.dtype != dtype:
+                state_dict = {**state_dict, prefix + name: from_file(tensor, dtype)}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

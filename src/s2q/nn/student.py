@@ -23,9 +23,10 @@ from s2q.core.input_path import stored_tensors
 from s2q.core.memo import checkpointed, memoize_for, memoize_step
 from s2q.core.qparams import fake_quantize_weight, weight_scale
 from s2q.core.schemes import UNIFORM, LinearScheme, PerGroup, num_groups
+from s2q.core.stored_form import stored_values
 from s2q.nn.clip import LearnableClip
 from s2q.nn.input_path import Estimator, StudentInput, start_tensors
-from s2q.nn.stored import StoredLinear, packed_dtypes
+from s2q.nn.stored import StoredLinear
 from s2q.ops.fake_quantize import fake_quantize_rows
 
 
@@ -99,25 +100,34 @@ class StudentLinear(nn.Module):
         """
         transform, basis, weight = self.source.transform, self.source.low_rank_basis, self.weight
         if basis is not None and self.source.reduces_weights:
-            branch = self.low_rank_weight(dtype=dtype).to(dtype) @ basis.to(dtype).t()
+            branch = self._removed(dtype) @ basis.to(dtype).t()
             weight = weight.to(dtype) - (branch if transform is None else transform.scaled(branch))
         if transform is None:
             return weight.float()
         return transform.fold_inverse(weight, dtype=dtype).float()
 
     def low_rank_weight(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return L = W diag(1/v) V, what the low-rank branch multiplies its coefficients by.
+        """Return L, what the low-rank branch multiplies its coefficients by; fp32 [O, r], differentiable.
 
-        It is fp32 [O, r], differentiable, computed in `dtype`. Where the branch is taken out of the weight, L is
-        rounded to the stored dtype, so that the weight keeps what it loses.
+        It is U = W diag(1/v) V. Where the branch is taken out of the weight, U is rounded to the stored dtype, so that
+        the weight keeps what it loses; where it is taken out of the input too, L = U + U (1 - Vᵀ V), which makes up for
+        what V, as it is rounded, lacks to be orthonormal. It is computed in `dtype`.
         """
+        product = self._removed(dtype)
+        if self.source.reduces_weights and self.source.deflates:
+            basis = self.source.low_rank_basis
+            assert basis is not None
+            basis = basis.to(dtype)
+            product = 2 * product - product @ (basis.t() @ basis)
+        return product.float()
+
+    def _removed(self, dtype: torch.dtype) -> Tensor:
+        """U = W diag(1/v) V, [O, r], rounded as it is stored where it is taken out of the weight."""
         basis, transform = self.source.low_rank_basis, self.source.transform
         assert basis is not None
         weight = self.weight.to(dtype) if transform is None else transform.unscaled(self.weight, dtype=dtype)
         product = weight @ basis.to(dtype)
-        if self.source.reduces_weights:
-            product = product.to(packed_dtypes()["low_rank_weight"])
-        return product.float()
+        return stored_values("low_rank_weight", product).to(dtype) if self.source.reduces_weights else product
 
     def clip_ratio(self) -> Tensor | None:
         """Return the weight's clipping ratios, fp32 [O] or [O, 1], or None for 1."""
@@ -147,10 +157,10 @@ class StudentLinear(nn.Module):
         """Return what a packed linear stores beside codes, scale and bias, by name."""
         tensors = self.source.stored()
         if self.source.low_rank_basis is not None:
-            tensors["low_rank_weight"] = self.low_rank_weight().to(packed_dtypes()["low_rank_weight"])
+            tensors["low_rank_weight"] = stored_values("low_rank_weight", self.low_rank_weight())
         if self.estimator is not None:
             tensors |= self.estimator.stored()
-        return tensors | {name: tensor.to(packed_dtypes()[name]) for name, tensor in self._step_tensors().items()}
+        return tensors | {name: stored_values(name, tensor) for name, tensor in self._step_tensors().items()}
 
     def _step_tensors(self, *, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """This linear's own tensors of parts with `apply`, fp32, by stored name."""
@@ -170,7 +180,7 @@ class StudentLinear(nn.Module):
         if scheme.levels == UNIFORM:
             rows, ratio = weight.view(len(weight), num_groups(scheme, self.in_features), -1), self.clip_ratio()
             ratio = None if ratio is None else ratio.view(-1, 1, 1)
-            return fake_quantize_rows(rows, num_bits=scheme.num_bits, clip_ratio=ratio).flatten(1)
+            return fake_quantize_rows(rows, num_bits=scheme.num_bits, clip_ratio=ratio, of_weight=True).flatten(1)
         scale = weight_scale(weight, scheme, clip_ratio=self.clip_ratio())
         levels = levels_of(scheme, self.in_features, device=weight.device)
         return fake_quantize_weight(weight, scale, num_bits=scheme.num_bits, levels=levels)

@@ -86,7 +86,12 @@ QUANTIZE(bf16)
 QUANTIZE(f32)
 
 /* Fake quantization of rows x [M, I] by their largest magnitudes, and its gradients: ops.fake_quantize, which sums
-   `slope` [M, I] by row into `sums` [M] between the two passes. */
+   `slope` [M, I] by row into `sums` [M] between the two passes. The scales of a weight are rounded to bf16. */
+static float row_scale(float amax, float clip, float qmax, int64_t of_weight) {
+    float scale = amax * clip / qmax;
+    return of_weight ? wide_bf16(narrow_bf16(scale)) : scale;
+}
+
 static float largest_magnitude(const float *restrict x, int64_t columns) {
     uint32_t highest = 0;
     for (int64_t j = 0; j < columns; j++) highest = magnitude_f32(x[j]) > highest ? magnitude_f32(x[j]) : highest;
@@ -104,12 +109,12 @@ static void fake_row(const float *restrict x, float scale, float qmax, float *re
     }
 }
 
-void s2q_fake_quantize(const float *x, const float *clip, int64_t clip_stride, float qmax, float *out, float *amax,
-                       float *scale, int64_t rows, int64_t columns) {
+void s2q_fake_quantize(const float *x, const float *clip, int64_t clip_stride, float qmax, int64_t of_weight, float *out,
+                       float *amax, float *scale, int64_t rows, int64_t columns) {
     PARALLEL
     for (int64_t i = 0; i < rows; i++) {
         amax[i] = largest_magnitude(x + i * columns, columns);
-        scale[i] = amax[i] * clip[i * clip_stride] / qmax;
+        scale[i] = row_scale(amax[i], clip[i * clip_stride], qmax, of_weight);
         scale[i] = scale[i] == 0 ? 1 : scale[i];
         fake_row(x + i * columns, scale[i], qmax, out + i * columns, columns);
     }
@@ -144,10 +149,11 @@ static void add_to_largest(const float *restrict x, float amax, float grad, floa
 }
 
 void s2q_scale_gradient(const float *x, const float *amax, const float *sums, const float *clip, int64_t clip_stride,
-                        float qmax, float *grad_x, float *grad_clip, int64_t rows, int64_t columns) {
+                        float qmax, int64_t of_weight, float *grad_x, float *grad_clip, int64_t rows, int64_t columns) {
     PARALLEL
     for (int64_t i = 0; i < rows; i++) {
-        float ratio = clip[i * clip_stride], grad = amax[i] * ratio / qmax == 0 ? 0 : sums[i] / qmax;
+        float ratio = clip[i * clip_stride];
+        float grad = row_scale(amax[i], ratio, qmax, of_weight) == 0 ? 0 : sums[i] / qmax;
         grad_clip[i] = grad * amax[i];
         if (amax[i] != 0) add_to_largest(x + i * columns, amax[i], grad * ratio, grad_x + i * columns, columns);
     }

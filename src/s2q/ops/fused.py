@@ -79,13 +79,14 @@ class Passes:
         self._call(name, y, clip, int(len(clip) > 1), _qmax(num_bits), codes, scale, *y.shape)
 
     def fake_quantize(
-        self, x: Tensor, clip: Tensor, *, num_bits: int, out: Tensor, amax: Tensor, scale: Tensor
+        self, x: Tensor, clip: Tensor, *, num_bits: int, of_weight: bool, out: Tensor, amax: Tensor, scale: Tensor
     ) -> None:
         """Write x [M, I], fake-quantized by row, to `out`, and the largest magnitudes and scales [M]; all fp32.
 
-        `clip` has one element or M; see `ops.fake_quantize`.
+        `clip` has one element or M; the scales of a weight are rounded to bfloat16; see `ops.fake_quantize`.
         """
-        self._call("fake_quantize", x, clip, int(len(clip) > 1), _qmax(num_bits), out, amax, scale, *x.shape)
+        options = int(len(clip) > 1), _qmax(num_bits), int(of_weight)
+        self._call("fake_quantize", x, clip, *options, out, amax, scale, *x.shape)
 
     def fake_quantize_gradient(
         self, x: Tensor, grad: Tensor, scale: Tensor, *, num_bits: int, grad_x: Tensor, slope: Tensor
@@ -94,11 +95,20 @@ class Passes:
         self._call("fake_quantize_gradient", x, grad, scale, _qmax(num_bits), grad_x, slope, *x.shape)
 
     def scale_gradient(
-        self, x: Tensor, amax: Tensor, sums: Tensor, clip: Tensor, *, num_bits: int, grad_x: Tensor, grad_clip: Tensor
+        self,
+        x: Tensor,
+        amax: Tensor,
+        sums: Tensor,
+        clip: Tensor,
+        *,
+        num_bits: int,
+        of_weight: bool,
+        grad_x: Tensor,
+        grad_clip: Tensor,
     ) -> None:
         """Add the gradient that reaches x through its scales, `sums` [M], to `grad_x`; write `grad_clip` [M]."""
-        tensors = (clip, int(len(clip) > 1), _qmax(num_bits), grad_x, grad_clip)
-        self._call("scale_gradient", x, amax, sums, *tensors, *x.shape)
+        options = int(len(clip) > 1), _qmax(num_bits), int(of_weight)
+        self._call("scale_gradient", x, amax, sums, clip, *options, grad_x, grad_clip, *x.shape)
 
     def kronecker(self, x: Tensor, scale: Tensor, left: Tensor, right: Tensor, *, half: Tensor, out: Tensor) -> None:
         """Write (x ⊙ scale) (1 ⊗ right) to `half` and that by (left ⊗ 1) to `out`, all fp32 [M, I]; see `ORDERS`."""
@@ -275,7 +285,7 @@ def _equals_torch(passes: Passes) -> bool:
         all(checks)
         and torch.equal(unpacked, w)
         and _levels_equal_torch(passes, packed, x)
-        and _gradients_equal_torch(passes, x, clip)
+        and all(_gradients_equal_torch(passes, x, clip, of_weight=of_weight) for of_weight in (False, True))
     )
 
 
@@ -299,20 +309,21 @@ def _levels_equal_torch(passes: Passes, packed: Tensor, x: Tensor) -> bool:
 
 
 @torch.enable_grad()
-def _gradients_equal_torch(passes: Passes, x: Tensor, clip: Tensor) -> bool:
+def _gradients_equal_torch(passes: Passes, x: Tensor, clip: Tensor, *, of_weight: bool) -> bool:
     """The same for fake quantization; its sums are PyTorch's."""
     inputs, num_bits = (x.clone().requires_grad_(), clip.clone().requires_grad_()), 4
     grad = x.roll(1, dims=0).contiguous()
     with saved_as_usual():  # the first call may be in a function that is called again in the backward pass
-        values = fake_quantize_rows(inputs[0], num_bits=num_bits, clip_ratio=inputs[1])
+        values = fake_quantize_rows(inputs[0], num_bits=num_bits, clip_ratio=inputs[1], of_weight=of_weight)
         expected = torch.autograd.grad(values, inputs, grad)
     out, grad_x, slope = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
     amax, scale, grad_clip = torch.empty(3, len(x))
     ratio = clip.flatten()
-    passes.fake_quantize(x, ratio, num_bits=num_bits, out=out, amax=amax, scale=scale)
+    options = {"num_bits": num_bits, "of_weight": of_weight}
+    passes.fake_quantize(x, ratio, **options, out=out, amax=amax, scale=scale)
     passes.fake_quantize_gradient(x, grad, scale, num_bits=num_bits, grad_x=grad_x, slope=slope)
     sums = slope.sum(dim=1)
-    passes.scale_gradient(x, amax, sums, ratio, num_bits=num_bits, grad_x=grad_x, grad_clip=grad_clip)
+    passes.scale_gradient(x, amax, sums, ratio, **options, grad_x=grad_x, grad_clip=grad_clip)
     found = (out, grad_x, grad_clip.unsqueeze(1))
     return all(torch.equal(one, other) for one, other in zip(found, (values, *expected), strict=True))
 

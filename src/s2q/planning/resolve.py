@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from s2q.common.components import TRANSFORMERS, full_name
+from s2q.common.components import TRANSFORMERS, full_name, split_name
 from s2q.common.errors import InvalidInputError, located, nearest_names
 from s2q.core.input_path import InputPath
 from s2q.core.packing import weight_bytes
@@ -74,7 +74,10 @@ def recipe_linears(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> lis
 
 
 def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | None = None) -> list[LinearPlan]:
-    """Plan every one of `recipe_linears` that a recipe quantizes, in order; `frames` are token frames, if known."""
+    """Plan every one of `recipe_linears` that a recipe quantizes, in order; `frames` are token frames, if known.
+
+    A transformer whose blocks are left untouched is left untouched outside them too.
+    """
     _check_skip(recipe, linears)
     schemes = {
         "linear": recipe.linear_scheme(),
@@ -98,6 +101,8 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
                 parts = transforms(linear.in_features, block_size)
             plan = replace(plan, path=_input_path(recipe, plan, parts, frames))
         plans.append(plan)
+    in_blocks = {split_name(plan.name)[0] for plan in plans if plan.role != "outer"}
+    plans = [plan for plan in plans if split_name(plan.name)[0] in in_blocks]
     if not plans:
         raise InvalidInputError(
             f"recipe {recipe.name}: none of the {len(linears)} linears is left to quantize; "

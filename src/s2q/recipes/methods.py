@@ -1,8 +1,9 @@
 """The recipes of the package: `methods/` has one YAML a method, and "s2q-w4a6" is the method s2q at the width w4a6.
 
-The width w4a6 sets 4 bits for the weights of block and adaLN linears and 6 bits for activations; a16 leaves activations
-in floating point. `widths` lists the widths of a method, each with what differs there, if anything does. `extends`
-names a method whose groups are changed.
+The width w4a6 sets 4 bits for the weights of block and adaLN linears, 8 for those outside the blocks unless the method
+has `outer` (w8a8 leaves them alone), and 6 bits for activations; a16 leaves activations in floating point. `widths`
+lists the widths of a method, each with what differs there, if anything does. `extends` names a method whose groups are
+changed.
 """
 
 import fnmatch
@@ -18,7 +19,7 @@ from s2q.recipes.strict_yaml import parse_yaml
 ALL = "all"
 _SUFFIX = ".yaml"
 _WIDTH = re.compile(r"w(\d+)a(\d+)")
-_UNQUANTIZED = 16
+_UNQUANTIZED, _OUTER_BITS = 16, 8
 _ORIGINAL = ("s2q-", "table-")  # the paper's method and what this package adds; the others are rivals
 
 
@@ -83,7 +84,8 @@ def recipe_content(name: str) -> dict[str, Any]:
         "activations": None if activations == _UNQUANTIZED else {"num_bits": activations},
         "modulation": {"num_bits": weights},
     }
-    content = merge(merge(_method_content(method), sides), methods()[method]["widths"][width] or {})
+    outer = {"outer": {"num_bits": _OUTER_BITS} if weights < _OUTER_BITS else None}
+    content = merge(merge(merge(outer, _method_content(method)), sides), methods()[method]["widths"][width] or {})
     description = content.pop("description")
     for side, number in (("weights", weights), ("activations", activations)):
         description = description.replace(f"{{{side}}}", str(number))

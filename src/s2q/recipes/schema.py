@@ -101,8 +101,9 @@ class Recipe(BaseModel):
         weights: Of the block linears.
         activations: Of the block linears; None for weight-only.
         modulation: Weights of the adaLN linears, which are always weight-only; None leaves those linears untouched.
-        outer: Weights of the linears outside the blocks (text projection, token refiner, timestep embedding, output),
-            weight-only and rounded to nearest; None leaves those linears untouched.
+        outer: Weights of the linears outside the blocks (text projection, token refiner, timestep embedding), except
+            those that read or return latents; weight-only, rounded to nearest. None leaves those linears untouched, as
+            skipping all linears of the blocks does.
         attention: Of the blocks, in the checkpoint; blocks are calibrated with full precision. None quantizes nothing.
         distillation: None learns nothing.
         refinement: None learns nothing after rounding.

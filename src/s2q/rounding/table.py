@@ -18,6 +18,7 @@ from torch import Tensor
 from s2q.core.codebook import MAX_LEVEL, TABLE_BITS, TABLES, nearest_level, scaled_levels
 from s2q.core.qparams import ClipRatio, RoundedWeight
 from s2q.core.schemes import QuantScheme, num_groups
+from s2q.core.stored_form import stored_values
 
 RATIOS = (1.0, -1.12, 0.96, 1.16, 1.04)
 """Scales that are tried, over the one that puts the largest value of a group on the level 127; in the order of what
@@ -40,7 +41,8 @@ def round_table(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = 
     groups = num_groups(scheme, weight.shape[1])
     tables = torch.tensor(TABLES, dtype=torch.float32, device=weight.device)
     scale = weight.float().abs().amax(dim=1) / _LARGEST_VALUE
-    scale = torch.where(scale == 0, 1.0, scale if clip_ratio is None else scale * clip_ratio)
+    scale = stored_values("weight_scale", scale if clip_ratio is None else scale * clip_ratio)
+    scale = torch.where(scale == 0, 1.0, scale)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     group_scale = torch.empty(len(weight), groups, dtype=torch.int8, device=weight.device)
     step = max(1, _PIECE // max(1, weight.shape[1]))
