@@ -76,22 +76,31 @@ def _beyond(width: str) -> list[Variant]:
         ("low-rank", "+ low-rank branch", (branch,)),
         ("n-prompts-40", "+ 40 prompts, coverage", ("calibration.n_prompts=40", "calibration.selection=coverage")),
     ]
-    plus = f"s2q-plus-{width}"
+    plus, whole = f"s2q-plus-{width}", "activations.delta=null"
+    last = [Variant(name=plus, label=f"+ refinement = `{plus}`", recipe=plus)]
+    if width == "w4a4":
+        last = [
+            Variant(name=f"{plus}-whole", label="+ refinement", recipe=plus, overrides=(whole,)),
+            Variant(name=plus, label=f"+ differences from local means = `{plus}`", recipe=plus),
+        ]
     return [
         *(
             Variant(name=f"{recipe}-{n}".rstrip("-"), label=label, recipe=recipe, overrides=tuple(o))
             for n, label, o in rows
         ),
         Variant(
-            name=f"{plus}-without-2", label="+ all of them", recipe=plus, overrides=(from_input, "refinement=null")
+            name=f"{plus}-without-2",
+            label="+ all of them",
+            recipe=plus,
+            overrides=(from_input, "refinement=null", whole),
         ),
         Variant(
             name=f"{plus}-without-1",
             label="+ the branch taken from the weight too",
             recipe=plus,
-            overrides=("refinement=null",),
+            overrides=("refinement=null", whole),
         ),
-        Variant(name=plus, label=f"+ refinement = `{plus}`", recipe=plus),
+        *last,
     ]
 
 
@@ -106,4 +115,13 @@ GROUPS: dict[str, list[Variant]] = {
     "lambda-min": _sweep("s2q-w4a4", "loss.lambda_min", [0, 0.2, 0.5, 0.8, 1], default=0.5),
     "samples": _sweep("s2q-w4a4", "calibration.samples", [20, 40, 80], default=40),
     "epochs": _sweep("s2q-w4a4", "distillation.epochs", [2, 5, 15, 30], default=15),
+    "precision": [
+        Variant(
+            name=f"s2q-w4a6-precision-{precision}",
+            label=f"`calibration.precision={precision}`",
+            recipe="s2q-w4a6",
+            overrides=(f"calibration.precision={precision}",),
+        )
+        for precision in ("float32", "bfloat16")
+    ],
 }
