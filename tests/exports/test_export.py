@@ -80,6 +80,14 @@ def test_the_part_is_named(recipe, target, part, transformer):
         check_storable(TARGETS[target], forms_of(recipe, transformer))
 
 
+@pytest.mark.parametrize("target", ["sdnq", "diffusers"])
+def test_int8_attention_is_refused(made, tmp_path, target):
+    checkpoint = made("cogvideox", CONVROT, "attention.num_bits=8")
+    with pytest.raises(InvalidInputError, match=r"attn1: .* cannot store its int8 attention; .*attention\.num_bits=16"):
+        s2q.export(checkpoint, to=target, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_recipes_that_are_named_exist():
     for target in TARGETS.values():
         assert set(target.recipes) <= set(recipe_names()) or not target.stores_codes

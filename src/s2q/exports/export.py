@@ -146,6 +146,11 @@ class _Job:
             )
         for component, config in self.configs.items():
             plain = source.meta_transformer(component)
+            if modules := config.attention_modules():
+                raise InvalidInputError(
+                    f"{modules[0]}: {target.name} cannot store its int8 attention; quantize the model with "
+                    "attention.num_bits=16"
+                )
             self.forms[component] = linear_forms(plain, config)
             check_storable(target, self.forms[component])
             if target.file is not None:

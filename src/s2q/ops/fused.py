@@ -319,11 +319,11 @@ def _gradients_equal_torch(passes: Passes, x: Tensor, clip: Tensor, *, of_weight
     out, grad_x, slope = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
     amax, scale, grad_clip = torch.empty(3, len(x))
     ratio = clip.flatten()
-    options = {"num_bits": num_bits, "of_weight": of_weight}
-    passes.fake_quantize(x, ratio, **options, out=out, amax=amax, scale=scale)
+    passes.fake_quantize(x, ratio, num_bits=num_bits, of_weight=of_weight, out=out, amax=amax, scale=scale)
     passes.fake_quantize_gradient(x, grad, scale, num_bits=num_bits, grad_x=grad_x, slope=slope)
     sums = slope.sum(dim=1)
-    passes.scale_gradient(x, amax, sums, ratio, **options, grad_x=grad_x, grad_clip=grad_clip)
+    of_scale = {"grad_x": grad_x, "grad_clip": grad_clip}
+    passes.scale_gradient(x, amax, sums, ratio, num_bits=num_bits, of_weight=of_weight, **of_scale)
     found = (out, grad_x, grad_clip.unsqueeze(1))
     return all(torch.equal(one, other) for one, other in zip(found, (values, *expected), strict=True))
 
