@@ -84,8 +84,7 @@ def compare(
         prompts: Prompts to generate; None takes `num_prompts` held-out captions of an embedded model.
         workers: Processes; their count, or "auto" for one a device, on a CPU one a core.
         overrides: Changes to the recipes; those to `calibration` and `distillation` are made where they apply.
-        resume: Whether to resume the comparison in `out`; False replaces it and needs `overwrite`.
-        overwrite: Whether a comparison in `out` that cannot be resumed may be replaced.
+        resume: Whether to resume the comparison in `out`; False replaces it and needs `overwrite`, which allows that.
 
     Returns:
         The content of `compare.json`, with the `error` of what failed; of a dry run, the plan. Raises as `quantize`.
