@@ -12,12 +12,14 @@ from diffusers import AutoModel, CogVideoXPipeline, CogVideoXTransformer3DModel,
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from s2q.checkpoint import MANIFEST, inspect_checkpoint, load_pipeline
-from s2q.common.errors import S2QError
+from s2q.checkpoint import MANIFEST, S2QConfig, S2QQuantizer, inspect_checkpoint, load_pipeline
+from s2q.common.errors import InvalidInputError, S2QError
+from s2q.core.input_path import InputPath
 from s2q.models import block_linears, family_of, outer_linears
 from s2q.nn import PackedLinear
 from s2q.run.quantize import quantize
-from tiny import run_pipeline, run_transformer, tiny_pipeline
+from schemes import scheme
+from tiny import run_pipeline, run_transformer, tiny_pipeline, tiny_transformer
 
 FP32 = {"dtype": torch.float32}
 BF16 = {"dtype": torch.bfloat16}
@@ -224,6 +226,18 @@ def test_device_map_disk_keeps_the_scales_exact(checkpoint, tmp_path, arguments)
     assert all(layer.weight.is_meta for layer in on_disk)
     output = run_transformer(transformer, dtype=arguments["dtype"])
     assert close(output, run_transformer(load(checkpoint, **arguments), dtype=arguments["dtype"]))
+
+
+def test_device_map_disk_refuses_a_low_rank_branch(tmp_path):
+    with torch.device("meta"):
+        model = tiny_transformer()
+    layers = {"transformer_blocks.0.ff.net.2": InputPath(low_rank=2)}
+    config = S2QConfig.from_schemes(
+        dict.fromkeys(layers, scheme(4, 6)), recipe="own", compute_dtype="float32", paths=layers
+    )
+    device_map = {"transformer_blocks.0": "disk", "": "cpu"}
+    with pytest.raises(InvalidInputError, match=r"ff\.net\.2: has a low-rank branch, .* use enable_group_offload"):
+        S2QQuantizer(config)._process_model_before_weight_loading(model, device_map=device_map)
 
 
 def test_loading_leaves_no_trace_on_the_class(checkpoint):

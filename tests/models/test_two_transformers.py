@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import s2q
 from overrides import overriding
-from s2q.checkpoint import inspect_checkpoint, read_config
+from s2q.checkpoint import file_tensors, inspect_checkpoint, read_config
 from s2q.cli.output import show_plan
 from s2q.common.errors import InvalidInputError
 from s2q.evaluation.evaluate import evaluate
@@ -53,7 +53,7 @@ def calibrated(model, out, *overrides, **arguments):
 
 
 def state_bytes(transformer):
-    return sum(tensor.numel() * tensor.element_size() for tensor in transformer.state_dict().values())
+    return sum(tensor.nbytes for tensor in file_tensors(transformer).values())
 
 
 def weights(folder):

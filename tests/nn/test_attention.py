@@ -89,6 +89,21 @@ def test_a_call_that_fails_leaves_nothing_behind(model):
     assert torch.equal(plain(X), F.scaled_dot_product_attention(X, X, X.flip(-1)))
 
 
+class Interrupted(Attention):
+    def forward(self, query, key=None, **options):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_call_leaves_full_precision_outside_its_module(model):
+    broken = nn.ModuleDict({"attn": Interrupted()})
+    quantize_attention(broken, ["attn"])
+    with pytest.raises(KeyboardInterrupt):
+        broken["attn"](X)
+    assert torch.equal(plain(X), F.scaled_dot_product_attention(X, X, X.flip(-1)))
+    assert torch.equal(model["attn"](X), int8_attention(X, X, X.flip(-1)))
+    assert torch.equal(model["other"](X), plain(X))
+
+
 def test_copies_are_quantized_and_restoring_undoes_it_once_and_for_all(model):
     quantize_attention(model, ["attn"])
     again = copy.deepcopy(model)

@@ -1,6 +1,7 @@
 import copy
 import io
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import nn
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.core.packing import weight_bytes
 from s2q.core.qparams import RoundedWeight, dequantize_weight, quantize_per_token
-from s2q.core.stored_form import file_dtypes
+from s2q.core.stored_form import file_dtypes, file_form, from_file, packed_dtypes
 from s2q.nn import PackedLinear
 from s2q.rounding import round_rtn
 from schemes import scheme
@@ -100,7 +101,7 @@ def test_an_all_zero_token_gives_the_bias():
 @pytest.mark.parametrize("layer_scheme", SCHEMES, ids=lambda s: s.name)
 def test_stored_bytes_are_the_planned_ones(layer_scheme):
     layer, _ = a_layer(layer_scheme, bias=False)
-    stored = sum(tensor.nbytes for tensor in layer.state_dict().values())
+    stored = sum(tensor.nbytes for tensor in file_form(layer.state_dict()).values())
     assert stored == weight_bytes(layer_scheme.weight, 10, 24)
     assert not list(layer.buffers())
     before = {name: id(value) for name, value in vars(layer).items()}
@@ -153,14 +154,15 @@ def test_every_tensor_comes_back_from_a_file_bit_for_bit(layer_scheme, wide):
     if wide:  # what files before version 4 have is not rounded
         for name in ("weight_scale", "input_shift", "transform_scale", "transform_left", "transform_right"):
             layer.get_parameter(name).data.mul_(1.001)
-    state = layer.state_dict()
+    state = file_form(layer.state_dict(), wide=wide)
     assert {name: tensor.dtype for name, tensor in state.items() if name != "bias"} == {
         name: dtype for name, dtype in file_dtypes(wide=wide).items() if name in state
     }
     again = PackedLinear(
         24, 10, bias=True, scheme=layer_scheme, path=layer.path, dtype=torch.float32, device="meta", wide=wide
     )
-    again.load_state_dict(state, assign=True)
+    read = {name: from_file(tensor, packed_dtypes().get(name, tensor.dtype)) for name, tensor in state.items()}
+    again.load_state_dict(read, assign=True)
     for name, tensor in layer.named_parameters():
         assert torch.equal(again.get_parameter(name), tensor), name
     assert torch.equal(again(inputs(5, 24)), layer(inputs(5, 24)))
@@ -368,3 +370,19 @@ def test_from_rounded_does_not_share_memory():
 def test_repr_names_the_scheme():
     layer, _ = a_layer(scheme(4, 6, group_size=8))
     assert repr(layer) == "PackedLinear(in_features=24, out_features=10, bias=True, w4g8a6)"
+
+
+def test_offloading_keeps_the_values_of_every_tensor():
+    layer_scheme = scheme(4, 6)
+    rounded = round_rtn(inputs(10, 24, seed=8), layer_scheme.weight)
+    layer = PackedLinear.from_rounded(rounded, bias=inputs(10, seed=9), scheme=layer_scheme, inputs=PARTS)
+    expected, model = layer(inputs(5, 24)), nn.Sequential(layer)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert torch.equal(model(inputs(5, 24)), expected)
+
+
+def test_values_that_are_not_rounded_as_stored_are_refused():
+    layer, _ = a_layer(scheme(4, 6))
+    state = layer.state_dict() | {"weight_scale": layer.weight_scale * 1.001}
+    with pytest.raises(RuntimeError, match="weight_scale: got values that are not rounded as format version 4"):
+        layer.load_state_dict(state)

@@ -50,6 +50,21 @@ def test_values_and_gradients_have_the_bits_of_the_specification(shape, clip, nu
         assert torch.equal(compiled, specified)
 
 
+def test_rows_that_are_not_contiguous_have_the_same_bits():
+    x, upstream = draw(300, 64).t(), draw(64, 300, seed=3)
+    results = [
+        learned(quantizer, x, torch.tensor([0.7]), upstream, 6)
+        for quantizer in (fake_quantize_rows, qparams.fake_quantize_rows)
+    ]
+    for compiled, specified in zip(*results, strict=True):
+        assert torch.equal(compiled, specified)
+
+
+def test_torch_compile_traces_it_without_a_break():
+    quantized = torch.compile(lambda x: fake_quantize_rows(x, num_bits=4), backend="eager", fullgraph=True)
+    assert torch.equal(quantized(draw(4, 16)), fake_quantize_rows(draw(4, 16), num_bits=4))
+
+
 def test_the_number_of_threads_changes_no_bit():
     x, upstream, before = draw(70, 600), draw(70, 600, seed=3), torch.get_num_threads()
     results = []

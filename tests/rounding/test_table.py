@@ -8,6 +8,7 @@ from s2q.core.codebook import TABLES, scaled_levels, table_and_scale
 from s2q.core.packing import weight_bytes
 from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
+from s2q.core.stored_form import file_form
 from s2q.nn import PackedLinear
 from s2q.ops.int_matmul import cpu
 from s2q.rounding import round_rtn, round_table
@@ -116,7 +117,7 @@ def test_stored_bytes_are_those_of_the_tensors():
     layer = PackedLinear.from_rounded(
         round_rtn(weight(), TABLE), bias=None, scheme=LinearScheme(weight=TABLE, activation=A8)
     )
-    assert sum(tensor.nbytes for tensor in layer.state_dict().values()) == weight_bytes(TABLE, 24, 64)
+    assert sum(tensor.nbytes for tensor in file_form(layer.state_dict()).values()) == weight_bytes(TABLE, 24, 64)
     assert layer.scheme.name == "w4tg16a8"
 
 

@@ -7,7 +7,7 @@ from s2q.checkpoint.config import FORMAT_VERSION, S2QConfig
 from s2q.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from s2q.checkpoint.load import load_pipeline, read_config, read_configs
 from s2q.checkpoint.manifest import MANIFEST, check_intact, owned_files, verify_manifest, write_manifest
-from s2q.checkpoint.quantizer import QUANT_METHOD, S2QQuantizer, attach_config, register
+from s2q.checkpoint.quantizer import QUANT_METHOD, S2QQuantizer, attach_config, file_tensors, register
 from s2q.checkpoint.save import CheckpointRecords, save_checkpoint
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "S2QQuantizer",
     "attach_config",
     "check_intact",
+    "file_tensors",
     "inspect_checkpoint",
     "load_pipeline",
     "owned_files",

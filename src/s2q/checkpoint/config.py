@@ -8,11 +8,12 @@ Version 2 adds the layers' input paths in the same way: `"inputs": {"t0": {"scal
 
 Version 3 adds `"deflates": false` to an input, whose low-rank branch is taken from the weight, and how the transformer
 makes tokens of its arguments, for layers that have to know where those of the video lie:
-`"tokens": {"latents": "channels first", "patch": [1, 2, 2], "text": "apart"}`. `"attention": {"num_bits": 8, "modules":
-["blocks.0.attn1", ...]}`, of version 3 too, names the attention modules that run with quantized queries and keys.
+`"tokens": {"latents": "channels first", "patch": [1, 2, 2], "text": "apart"}`.
 
-Version 4 has the same keys, all of them optional. Scales, shifts and transforms are in bfloat16 instead of fp32, bases
-of low-rank branches in float8 instead of bfloat16 (`core.stored_form`). It is the one that is written.
+Version 4 has the same keys, all of them optional, and those of attention modules that run with quantized queries and
+keys: `"attention": {"num_bits": 8, "modules": ["blocks.0.attn1", ...]}`. Scales, shifts and transforms are in bfloat16
+instead of fp32, bases of low-rank branches in float8 instead of bfloat16 (`core.stored_form`). It is the one that is
+written.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _INPUT_KEYS = ("inputs", "layer_inputs")
 _KEYS_OF = {
     _PLAIN_VERSION: _KEYS,
     _INPUT_VERSION: (*_KEYS, *_INPUT_KEYS),
-    _TOKENS_VERSION: (*_KEYS, *_INPUT_KEYS, "tokens", "attention"),
+    _TOKENS_VERSION: (*_KEYS, *_INPUT_KEYS, "tokens"),
     FORMAT_VERSION: (*_KEYS, *_INPUT_KEYS, "tokens", "attention"),
 }
 

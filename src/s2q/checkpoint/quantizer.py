@@ -23,7 +23,7 @@ from s2q.common.components import ADAPTED, adapter_tensor, has_adapter
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.core.input_path import stored_tensors
-from s2q.core.stored_form import file_dtypes, from_file, packed_dtypes
+from s2q.core.stored_form import file_dtypes, file_form, from_file, packed_dtypes
 from s2q.nn import (
     PackedLinear,
     follow_tokens,
@@ -137,9 +137,14 @@ class S2QQuantizer(DiffusersQuantizer):
         setattr(linear, tensor, parameter)
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+        self,
+        model: nn.Module,
+        device_map: Mapping[str, Any] | None = None,
+        keep_in_fp32_modules: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         self.pack(model)
+        self._check_places(device_map or {})
         # A tensor that goes to the disk (device_map, offload_folder) does not pass through create_quantized_param. The
         # loader's own list of what to keep in fp32 covers that path; it is put back as it was after the loading.
         if keep_in_fp32_modules is not None:
@@ -150,6 +155,13 @@ class S2QQuantizer(DiffusersQuantizer):
             ]
             keep_in_fp32_modules.extend(added)
             self._keep_in_fp32 = (keep_in_fp32_modules, added)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the tensors that `save_pretrained` writes: those of packed linears as files have them."""
+        packed = {name: tensor for name, tensor in state_dict.items() if name.rpartition(".")[0] in self._schemes}
+        return state_dict | file_form(packed, wide=self._wide), {}
 
     def pack(self, model: nn.Module) -> None:
         """Replace the quantized linears of a model, in place, by packed ones without values."""
@@ -175,6 +187,18 @@ class S2QQuantizer(DiffusersQuantizer):
             if name not in modules:
                 raise InvalidInputError(
                     f"{name} is in quantization_config, but {type(model).__name__} has no such attention; {_REMEDY}"
+                )
+
+    def _check_places(self, device_map: Mapping[str, Any]) -> None:
+        """Refuse to leave a low-rank branch on the disk: the loader casts its basis there, which is not its value."""
+        if self._wide or not isinstance(device_map, Mapping):
+            return
+        below = tuple(f"{name}." if name else "" for name, place in device_map.items() if place == "disk")
+        for layer, path in self._paths.items():
+            if path.low_rank is not None and f"{layer}.".startswith(below):
+                raise InvalidInputError(
+                    f"{layer}: has a low-rank branch, which device_map cannot leave on the disk; use "
+                    "enable_group_offload with offload_to_disk_path, or enable_model_cpu_offload"
                 )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -261,6 +285,15 @@ def attach_config(transformer: nn.Module, config: S2QConfig) -> None:
     transformer.is_quantized = True
     transformer.quantization_method = config.quant_method
     transformer.hf_quantizer = quantizer
+
+
+def file_tensors(transformer: nn.Module) -> dict[str, Tensor]:
+    """Return what `save_pretrained` of a transformer writes, by name."""
+    tensors, quantizer = transformer.state_dict(), getattr(transformer, "hf_quantizer", None)
+    if quantizer is None:
+        return tensors
+    written: dict[str, Tensor] = quantizer.get_state_dict_and_metadata(tensors)[0]
+    return written
 
 
 def _is_group_offloaded(module: nn.Module) -> bool:

@@ -179,6 +179,7 @@ def fake_quantize_rows(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None
 
     The scales of a weight are rounded as they are stored.
     """
+    x = x.contiguous()  # sums of gradients are in the order of memory
     scale = token_scale(x, num_bits=num_bits, clip_ratio=clip_ratio)
     return fake_quantize(x, _stored(scale) if of_weight else scale, num_bits=num_bits)
 

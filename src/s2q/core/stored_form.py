@@ -7,6 +7,8 @@ codes on a scale, a folded weight on a transform, a Hessian on a shift. Writing 
 changes no bit.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,8 @@ def file_dtypes(*, wide: bool = False) -> dict[str, torch.dtype]:
 def stored_values(name: str, value: Tensor) -> Tensor:
     """Round a tensor of a packed linear, by its name there, to what files have.
 
-    The gradient passes as if the value were not rounded. Values beyond the range of the file's dtype become infinite.
+    The gradient passes as if the value were not rounded. Values beyond the range of bfloat16 become infinite; those of
+    a basis, whose columns are orthonormal, are in range.
 
     Returns:
         The values in the dtype of the layer, of the shape given; the argument itself where nothing is rounded.
@@ -44,6 +47,15 @@ def stored_values(name: str, value: Tensor) -> Tensor:
     if not value.requires_grad:
         return rounded
     return (value + (rounded.to(value.dtype) - value.detach())).to(dtype)  # exact: the two are within a factor of two
+
+
+def file_form(tensors: Mapping[str, Tensor], *, wide: bool = False) -> dict[str, Tensor]:
+    """Return tensors of packed linears, whose names end in those in a linear, as files have them; a bias as it is."""
+    dtypes, parts = file_dtypes(wide=wide), {name: name.rpartition(".")[2] for name in tensors}
+    return {
+        name: to_file(tensor, dtypes[parts[name]]) if parts[name] in dtypes else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def to_file(value: Tensor, dtype: torch.dtype) -> Tensor:

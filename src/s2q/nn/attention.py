@@ -11,7 +11,9 @@ Legend: `B` samples, `H` heads, `N` queries, `M` keys, `D` head dim.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,12 +35,14 @@ class _Int8Attention(TorchFunctionMode):
 
     Attributes:
         backend: As `set_backend` takes it; those that the op does not have are "auto".
-        reached: Whether the module has called `F.scaled_dot_product_attention` since it was entered.
+        reached: Whether the module has ever called `F.scaled_dot_product_attention`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.backend, self.reached = "auto", True
+        self.backend = "auto"
+        self.reached = False
+        self.frame: FrameType | None = None  # of the call that it was entered for
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -64,6 +68,10 @@ class _Int8Attention(TorchFunctionMode):
     ) -> Tensor:
         if not torch.compiler.is_compiling():
             self.reached = True
+            if not self.is_running():
+                return F.scaled_dot_product_attention(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                )
         if query.shape[-2] == key.shape[-2] and not self._runs_plain(query):
             obstacle = "dropout" if dropout_p else "a causal mask" if is_causal else _obstacle(query, key, value)
             if obstacle is None:
@@ -75,6 +83,15 @@ class _Int8Attention(TorchFunctionMode):
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
+    def is_running(self) -> bool:
+        """Whether the call that it was entered for runs; an interrupt (Ctrl-C) ends that without the hook after it."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        if frame is None:
+            self.frame = None  # with the tensors of that call
+        return frame is not None
+
     def _runs_plain(self, query: Tensor) -> bool:
         """Whether backend "fastest" is to run in full precision, since there is no kernel."""
         return self.backend == FASTEST and (not query.is_cuda or backend_obstacle("triton", query) is not None)
@@ -84,6 +101,8 @@ def _obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Say in a few words why the op does not take a call; None if it does."""
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "a call that needs gradients"
+    if not query.dtype == key.dtype == value.dtype:
+        return "queries, keys and values of different dtypes"
     if query.ndim != 4 or not query.shape == key.shape == value.shape:
         return "queries, keys and values of different shapes"
     return f"heads of {query.shape[-1]} features" if query.shape[-1] > MAX_HEAD_DIM else None
@@ -97,7 +116,8 @@ class _Enter:
 
     def __call__(self, _module: nn.Module, _args: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.mode.reached = False
+            _leave_interrupted()
+            self.mode.frame = sys._getframe(1)
         self.mode.__enter__()  # type: ignore[no-untyped-call]
 
 
@@ -112,6 +132,7 @@ class _Leave:
             self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         elif _get_current_function_mode() is self.mode:  # type: ignore[no-untyped-call]  # else an earlier hook failed
             self.mode.__exit__(None, None, None)
+            self.mode.frame = None
             if not self.mode.reached and output is not None:
                 log_once(
                     logger,
@@ -119,6 +140,12 @@ class _Leave:
                     "int8 attention has no effect: the attention backend of diffusers that is set does not call "
                     "F.scaled_dot_product_attention; call reset_attention_backend() of the transformer",
                 )
+
+
+def _leave_interrupted() -> None:
+    """Take modes off the stack whose calls were interrupted."""
+    while isinstance(mode := _get_current_function_mode(), _Int8Attention) and not mode.is_running():  # type: ignore[no-untyped-call]
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 def quantize_attention(model: nn.Module, names: Iterable[str]) -> None:

@@ -62,8 +62,8 @@ class RefinedLinear(nn.Module):
     units: Tensor
 
     def weight_scale(self) -> Tensor:
-        """Return the scale of the weight as learned, not yet rounded, fp32 [O] or [O, G]."""
-        return self.packed.weight_scale * self.scale_change.exp()
+        """Return the scale of the weight as learned, rounded as it is stored, fp32 [O] or [O, G]."""
+        return stored_values("weight_scale", self.packed.weight_scale * self.scale_change.exp())
 
     def bias(self) -> Tensor | None:
         """Return the bias as learned, fp32 [O], or None if there is none."""
@@ -72,10 +72,11 @@ class RefinedLinear(nn.Module):
         return self.packed.bias.float() + self._bias_unit * self.bias_change
 
     def low_rank_weight(self) -> Tensor | None:
-        """Return what the low-rank branch multiplies its coefficients by, fp32 [O, r], or None without one."""
+        """Return the weight of the branch as learned, rounded as it is stored, fp32 [O, r]; None without one."""
         if self.packed.low_rank_weight is None or self.branch_change is None:
             return None
-        return self.packed.low_rank_weight.float() + self._branch_unit * self.branch_change
+        learned = self.packed.low_rank_weight.float() + self._branch_unit * self.branch_change
+        return stored_values("low_rank_weight", learned).float()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Apply the layer to an input [..., I], floating; returns [..., O] in its dtype."""

@@ -17,7 +17,7 @@ from s2q.core.input_path import InputPath, InputTensors, stored_tensors
 from s2q.core.packing import packed_width, unpack_codes
 from s2q.core.qparams import dequantize_weight
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
-from s2q.core.stored_form import file_dtypes, from_file, packed_dtypes, to_file
+from s2q.core.stored_form import packed_dtypes, stored_values
 from s2q.nn.codes import PackedCodes, reads_as_weight, refusal
 from s2q.nn.dequantized import WeightCache, integer_backend
 from s2q.ops.kronecker import scaled_kronecker
@@ -229,7 +229,7 @@ class StoredLinear(nn.Linear):
         super().register_parameter(name, param)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({"wide": True} | state)  # type: ignore[no-untyped-call]
         self._guard_codes()
 
     def _guard_codes(self) -> None:
@@ -257,14 +257,6 @@ class StoredLinear(nn.Linear):
         self._guard_codes()
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if keep_vars:
-            return
-        for name, dtype in file_dtypes(wide=self.wide).items():
-            if prefix + name in destination:
-                destination[prefix + name] = to_file(destination[prefix + name], dtype)
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -276,14 +268,19 @@ class StoredLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         self.kept.release()
-        narrow = file_dtypes(wide=self.wide)
         for name, dtype in packed_dtypes().items():
             tensor = state_dict.get(prefix + name)
-            if tensor is not None and tensor.dtype not in (dtype, narrow[name]):  # copying would convert it silently
+            if tensor is None:
+                continue
+            if tensor.dtype != dtype:  # copying would convert it silently
                 error_msgs.append(f"{prefix}{name}: got {tensor.dtype}; expected {dtype}, packed as {self.scheme.name}")
                 return
-            if tensor is not None and tensor.dtype != dtype:
-                state_dict = {**state_dict, prefix + name: from_file(tensor, dtype)}
+            if not (self.wide or tensor.is_meta or torch.equal(stored_values(name, tensor), tensor)):
+                error_msgs.append(
+                    f"{prefix}{name}: got values that are not rounded as format version 4 stores them; load the "
+                    "checkpoint that they are from"
+                )
+                return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -25,7 +25,8 @@ def fake_quantize_rows(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None
     The clip ratio in (0, 1] broadcasts to [..., 1]. The scales of a weight are rounded as they are stored. Gradients
     towards x and the ratio are those of `core.qparams`.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and passes() is not None:
+    is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if is_plain and passes() is not None:
         if not isinstance(clip_ratio, Tensor):
             clip_ratio = torch.full((1,), 1.0 if clip_ratio is None else clip_ratio, dtype=torch.float32, device="cpu")
         values: Tensor = _FakeQuantizeRows.apply(x, clip_ratio, num_bits, of_weight)  # type: ignore[no-untyped-call]

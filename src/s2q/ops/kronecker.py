@@ -88,6 +88,7 @@ class _ScaledKronecker(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, left, right, half = ctx.saved_tensors
         grad, gradients = grad_outputs[0], dict.fromkeys(("x", "scale", "left", "right"))

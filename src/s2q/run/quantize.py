@@ -28,7 +28,7 @@ from s2q.calibration.candidates import (
     score_candidates,
 )
 from s2q.calibration.teacher import Teacher, load_teacher
-from s2q.checkpoint import CheckpointRecords, owned_files, save_checkpoint
+from s2q.checkpoint import CheckpointRecords, file_tensors, owned_files, save_checkpoint
 from s2q.common import arguments
 from s2q.common.components import full_name, transformers_of
 from s2q.common.devices import peak_memory_bytes, reset_peak_memory
@@ -406,7 +406,8 @@ class _Run:
     def _assemble(self, teacher: Teacher, planned: Plan) -> DiffusionPipeline:
         self.progress("assemble", 0, 1)
         student = assemble(teacher, self.folder, recipe=planned.recipe)
-        packed = sum(planning.tensor_sizes(transformers_of(student)).values())
+        written = (file_tensors(transformer).values() for transformer in transformers_of(student).values())
+        packed = sum(tensor.nbytes for tensors in written for tensor in tensors)
         assert packed == planned.storage["quantized_bytes"], (packed, planned.storage)
         return student
 
