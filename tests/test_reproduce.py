@@ -189,7 +189,7 @@ def test_speed_is_of_the_models_dimensions(capsys, tmp_path):
     (tmp_path / "bench.json").write_text(json.dumps({"results": [result]}))
     page = page_of(contents(TABLES["efficiency"], Request(model=arguments[2], out=tmp_path, prompts=[])))
     assert "| full precision |  | 10.375 | 2.000 | 5 | 1.00 | 10.375 | 15.801 | 259.2 |" in page
-    assert "| 2.647 | 1.000 | 4 | 1.25 | 2.633 | 10.145 | 203.2 |" in page
+    assert "| 2.619 | 1.000 | 4 | 1.25 | 2.633 | 10.145 | 203.2 |" in page
 
 
 @pytest.mark.parametrize(

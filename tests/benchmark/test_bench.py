@@ -181,7 +181,7 @@ def test_random_packing_has_the_layers_of_the_recipe_and_finite_outputs(recipe):
 def test_random_packing_has_the_outer_linears_that_a_recipe_quantizes():
     recipe = load_recipe("rtn-w4a6", overrides=["outer.num_bits=8"])
     packed = pack_randomly(tiny_transformer(), recipe, frames=3)
-    assert isinstance(packed.proj_out, PackedLinear)
+    assert isinstance(packed.patch_embed.text_proj, PackedLinear)
     assert bool(run_transformer(packed).isfinite().all())
 
 

@@ -18,7 +18,7 @@ def folders(tmp_path_factory):
 
 
 def test_full_precision_and_quantized_alike(folders):
-    for name, packed in (("full", 0), ("quantized", 16)):
+    for name, packed in (("full", 0), ("quantized", 20)):
         for model in (folders / name, str(folders / name), resolve_model(folders / name)):
             pipe = load_pipeline(model)
             assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16

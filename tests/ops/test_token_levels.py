@@ -66,7 +66,7 @@ def test_a_linear_of_them_runs_on_integers_and_equals_fake_quantization(backend,
     )
     layer.backend = backend
     x = draw(2, 5, 64)
-    quantized = fake_quantize_input(x @ rotation, SCHEME, clip_ratio=torch.tensor([0.9]))
+    quantized = fake_quantize_input(x @ layer.transform_left, SCHEME, clip_ratio=torch.tensor([0.9]))
     expected = quantized @ layer.dequantized_weight().t() + layer.bias
     found = layer(x)
     assert float((found - expected).norm() / expected.norm()) < (0.01 if backend == "triton" else 1e-5)
