@@ -14,9 +14,12 @@ _MMA = {
     (4, True): {64: (32, 8, 2), 128: (32, 8, 2)},
 }
 
-TILES: dict[int, dict[tuple[int, bool], dict[int, tuple[int, int, int]]]] = dict.fromkeys(
-    (80, 86, 89, 90, 100, 103, 120), _MMA
-)
+_SMALL = _MMA | {(2, False): {64: (128, 4, 3), 128: (64, 8, 3)}, (2, True): {64: (32, 8, 2), 128: (32, 8, 2)}}
+
+TILES: dict[int, dict[tuple[int, bool], dict[int, tuple[int, int, int]]]] = {
+    **dict.fromkeys((80, 86, 89, 90, 100, 103), _MMA),
+    120: _SMALL,
+}
 """By architecture, bytes of an element, and whether a mask differs from query to query, so that a whole tile of it is
 read: by the most of D padded, queries of a tile, warps of a program and loads in flight."""
 
