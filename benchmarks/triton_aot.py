@@ -38,6 +38,9 @@ from s2q.ops.activation_path.tiles import rotation_tile, row_block
 from s2q.ops.architectures import SHARED_BYTES, nearest_architecture
 from s2q.ops.attention_colsum import triton as attention_colsum
 from s2q.ops.attention_colsum.tiles import colsum_tile
+from s2q.ops.int8_attention import triton as int8_attention
+from s2q.ops.int8_attention.reference import KEY_BLOCK, QUERY_BLOCK
+from s2q.ops.int8_attention.tiles import attention_tile
 from s2q.ops.level_values import triton as level_values
 from s2q.ops.rescaled_int_matmul import tiles as matmul_tiles
 from s2q.ops.rescaled_int_matmul import triton as rescaled_int_matmul
@@ -260,21 +263,23 @@ def activation_variants(arch: int) -> Iterator[Variant]:
         )
 
 
+MASKS = {  # kind, whether it differs from query to query, and type
+    "": (0, False, "*bf16"),
+    " boolean, per key": (1, False, "*u8"),
+    " boolean, per pair": (1, True, "*u8"),
+    " additive, per pair": (2, True, "*bf16"),
+}
+
+
 def colsum_variants(arch: int) -> Iterator[Variant]:
     numbers = [*(f"q{axis}" for axis in "bhnd"), *(f"k{axis}" for axis in "bhmd"), *(f"m{axis}" for axis in "bhnm")]
     # The innermost strides are 1, which Triton makes constants of; those of a mask may be anything.
     types = {"query_ptr": "*bf16", "key_ptr": "*bf16", "lse_ptr": "*fp32", "sums_ptr": "*fp32"}
     types |= {"factor": "fp32"} | dict.fromkeys(["heads", "queries", "keys", *numbers], "i32")
     aligned = ("query_ptr", "key_ptr", "lse_ptr", "sums_ptr", "qb", "qh", "qn", "kb", "kh", "km")
-    masks = {
-        "": (0, False, "*bf16"),
-        " boolean, per key": (1, False, "*u8"),
-        " boolean, per pair": (1, True, "*u8"),
-        " additive, per pair": (2, True, "*bf16"),
-    }
     pair = " additive, per pair"
     for dtype, head_dim, kinds in (
-        ("bf16", 64, list(masks)),
+        ("bf16", 64, list(MASKS)),
         ("fp16", 64, [""]),
         ("bf16", 128, ["", pair]),
         ("bf16", 256, ["", pair]),
@@ -283,7 +288,7 @@ def colsum_variants(arch: int) -> Iterator[Variant]:
         ("fp32", 256, ["", pair]),
     ):
         for mask in kinds:
-            kind, is_pair_mask, mask_type = masks[mask]
+            kind, is_pair_mask, mask_type = MASKS[mask]
             itemsize = 4 if dtype == "fp32" else 2
             tile = colsum_tile(head_dim, itemsize=itemsize, has_pair_mask=is_pair_mask, architecture=arch)
             assert tile is not None
@@ -301,6 +306,58 @@ def colsum_variants(arch: int) -> Iterator[Variant]:
                     needs="tf32" if dtype == "fp32" else "f16",
                     is_quick=mask == pair and head_dim == 128,
                 )
+
+
+def int8_attention_variants(arch: int) -> Iterator[Variant]:
+    codes = {"query_ptr": "*i8", "key_ptr": "*i8", "query_scale_ptr": "*fp32", "key_scale_ptr": "*fp32"}
+    numbers = [*(f"v{axis}" for axis in "bhmd"), *(f"o{axis}" for axis in "bhnd"), *(f"m{axis}" for axis in "bhnm")]
+    types = codes | {"factor": "fp32"} | dict.fromkeys(["heads", "queries", "keys", *numbers], "i32")
+    aligned = (*codes, "value_ptr", "out_ptr", "vb", "vh", "vm", "ob", "oh", "on")
+    pair = " additive, per pair"
+    for dtype, head_dim, kinds in (
+        ("bf16", 64, list(MASKS)),
+        ("fp16", 64, [""]),
+        ("bf16", 128, list(MASKS)),
+        ("fp32", 64, ["", pair]),
+        ("fp32", 128, ["", pair]),
+    ):
+        for mask in kinds:
+            kind, is_pair_mask, mask_type = MASKS[mask]
+            itemsize = 4 if dtype == "fp32" else 2
+            tile = attention_tile(head_dim, itemsize=itemsize, has_pair_mask=is_pair_mask, architecture=arch)
+            assert tile is not None
+            constants = int8_attention.attention_constants(head_dim, kind, is_pair_mask) | {"INTERPRET": False}
+            yield Variant(
+                name=f"int8 attention {dtype} D={head_dim}{mask}",
+                kernel=int8_attention.int8_attention_kernel,
+                types=types | {"value_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "mask_ptr": mask_type},
+                constants=constants | {"vd": 1, "od": 1} | _sizes(tile),
+                aligned=aligned,
+                options=_options(tile),
+                group=f"int8 attention {'fp32' if dtype == 'fp32' else 'bf16, fp16'}",
+                needs="s8",
+                is_quick=mask == pair and head_dim == 128,
+            )
+    strides = dict.fromkeys(("heads", "tokens", "xb", "xh", "xn"), "i32")
+    for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
+        for size in (QUERY_BLOCK, KEY_BLOCK):
+            constants = {
+                "HAS_MEAN": size == KEY_BLOCK,
+                "HEAD_DIM": head_dim,
+                "BLOCK": size,
+                "TILE_D": head_dim,
+                "xd": 1,
+            }
+            yield Variant(
+                name=f"quantize {'queries' if size == QUERY_BLOCK else 'keys'} {dtype} D={head_dim}",
+                kernel=int8_attention.quantize_block_kernel,
+                types=strides | {"x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "codes_ptr": "*i8", "scale_ptr": "*fp32"},
+                constants=constants,
+                aligned=("x_ptr", "mean_ptr", "codes_ptr", "scale_ptr", "xb", "xh", "xn"),
+                options={"num_warps": int8_attention.QUANTIZE_WARPS},
+                group="quantize",
+                is_quick=dtype == "fp32",
+            )
 
 
 def weight_only_variants(arch: int) -> Iterator[Variant]:
@@ -333,6 +390,7 @@ def variants_of(arch: int) -> Iterator[Variant]:
         activation_variants,
         weight_only_variants,
         colsum_variants,
+        int8_attention_variants,
     ):
         yield from variants(arch)
 

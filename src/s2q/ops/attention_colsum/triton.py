@@ -45,7 +45,7 @@ def attention_colsum(
     reference.check_chunk(chunk_size)
     samples, heads, queries, head_dim = query.shape
     keys = key.shape[2]
-    kind, mask_BHNM = _expand_mask(mask, (samples, heads, queries, keys))
+    kind, mask_BHNM = expand_mask(mask, (samples, heads, queries, keys))
     is_pair_mask = mask_BHNM is not None and mask_BHNM.stride(2) != 0
     itemsize, architecture = query.dtype.itemsize, architecture_of(query)
     tile = colsum_tile(head_dim, itemsize=itemsize, has_pair_mask=is_pair_mask, architecture=architecture)
@@ -69,7 +69,7 @@ def attention_colsum(
     return sums_BHM.sum(dim=1)
 
 
-def _expand_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, Tensor | None]:
+def expand_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, Tensor | None]:
     """Return the kind of a mask and a view of it with all four axes, those that it lacks with stride 0."""
     if mask is None:
         return NO_MASK, None
@@ -78,7 +78,7 @@ def _expand_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple
 
 
 @triton.jit
-def _load_tile(ptr, at, limit, stride, d_stride, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr):
+def load_tile(ptr, at, limit, stride, d_stride, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr):
     """Rows `at` of queries or keys [n, TILE_D], 0 beyond the edges."""
     d = tl.arange(0, TILE_D)
     valid = (at < limit)[:, None] & (d < HEAD_DIM)[None, :]
@@ -86,7 +86,7 @@ def _load_tile(ptr, at, limit, stride, d_stride, HEAD_DIM: tl.constexpr, TILE_D:
 
 
 @triton.jit
-def _mask_logits(logits, mask, m, keys, MASK: tl.constexpr):
+def mask_logits(logits, mask, m, keys, MASK: tl.constexpr):
     """Apply a mask that broadcasts to the logits; those of keys m beyond the edge become -inf."""
     if MASK == 1:
         logits = tl.where(mask != 0, logits, float("-inf"))
@@ -96,7 +96,7 @@ def _mask_logits(logits, mask, m, keys, MASK: tl.constexpr):
 
 
 @triton.jit
-def _load_mask(ptr, n_start, m_start, n, m, n_stride, m_stride, queries, keys, PAIR_MASK: tl.constexpr):
+def load_mask(ptr, n_start, m_start, n, m, n_stride, m_stride, queries, keys, PAIR_MASK: tl.constexpr):
     """Load a mask at n_start + n and m_start + m, which broadcast against each other; without PAIR_MASK at m only."""
     # Offsets inside a tile fit into 32 bits, which saves registers.
     ptr += tl.cast(n_start, tl.int64) * n_stride + tl.cast(m_start, tl.int64) * m_stride
@@ -144,21 +144,21 @@ def log_sum_kernel(
     sample, head = pair // heads, pair % heads
     n_start, n_tile, m_tile = tl.program_id(0) * TILE_N, tl.arange(0, TILE_N), tl.arange(0, TILE_M)
     n = n_start + n_tile
-    query = _load_tile(query_ptr + sample * qb + head * qh, n, queries, qn, qd, HEAD_DIM, TILE_D)
+    query = load_tile(query_ptr + sample * qb + head * qh, n, queries, qn, qd, HEAD_DIM, TILE_D)
     key_ptr += sample * kb + head * kh
     mask_ptr += sample * mb + head * mh
     highest = tl.full((TILE_N,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_N,), tl.float32)
     for start in range(0, keys, TILE_M):
         m = start + m_tile
-        key = _load_tile(key_ptr, m, keys, km, kd, HEAD_DIM, TILE_D)
+        key = load_tile(key_ptr, m, keys, km, kd, HEAD_DIM, TILE_D)
         logits = matrix_product(query, tl.trans(key), PRECISION, INTERPRET) * factor
         mask = 0
         if MASK != 0:
-            mask = _load_mask(
+            mask = load_mask(
                 mask_ptr, n_start, start, n_tile[:, None], m_tile[None, :], mn, mm, queries, keys, PAIR_MASK
             )
-        logits = _mask_logits(logits, mask, m[None, :], keys, MASK)
+        logits = mask_logits(logits, mask, m[None, :], keys, MASK)
         raised = tl.maximum(highest, tl.max(logits, axis=1))
         pivot = tl.where(raised == float("-inf"), 0.0, raised)  # -inf - -inf is NaN
         total = total * tl.exp2(highest - pivot) + tl.sum(tl.exp2(logits - pivot[:, None]), axis=1)
@@ -204,21 +204,21 @@ def column_sum_kernel(
     sample, head = pair // heads, pair % heads
     m_start, n_tile, m_tile = tl.program_id(0) * TILE_M, tl.arange(0, TILE_N), tl.arange(0, TILE_M)
     m = m_start + m_tile
-    key = _load_tile(key_ptr + sample * kb + head * kh, m, keys, km, kd, HEAD_DIM, TILE_D)
+    key = load_tile(key_ptr + sample * kb + head * kh, m, keys, km, kd, HEAD_DIM, TILE_D)
     query_ptr += sample * qb + head * qh
     mask_ptr += sample * mb + head * mh
     sums = tl.zeros((TILE_M,), tl.float32)
     for start in range(0, queries, TILE_N):
         n = start + n_tile
-        query = _load_tile(query_ptr, n, queries, qn, qd, HEAD_DIM, TILE_D)
+        query = load_tile(query_ptr, n, queries, qn, qd, HEAD_DIM, TILE_D)
         lse = tl.load(lse_ptr + pair * queries + n, mask=n < queries, other=float("inf"))
         logits = matrix_product(key, tl.trans(query), PRECISION, INTERPRET) * factor
         mask = 0
         if MASK != 0:
-            mask = _load_mask(
+            mask = load_mask(
                 mask_ptr, start, m_start, n_tile[None, :], m_tile[:, None], mn, mm, queries, keys, PAIR_MASK
             )
-        logits = _mask_logits(logits, mask, m[:, None], keys, MASK)
+        logits = mask_logits(logits, mask, m[:, None], keys, MASK)
         # A share is at most 1, but the two passes add in different orders: huge logits may differ by more than 0.
         share = tl.minimum(logits - lse[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
         sums += tl.sum(tl.exp2(share), axis=1)

@@ -12,10 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2q.ops.attention_colsum.triton import _expand_mask as expand_mask
-from s2q.ops.attention_colsum.triton import _load_mask as load_mask
-from s2q.ops.attention_colsum.triton import _load_tile as load_tile
-from s2q.ops.attention_colsum.triton import _mask_logits as mask_logits
+from s2q.ops.attention_colsum.triton import expand_mask, load_mask, load_tile, mask_logits
 from s2q.ops.dispatch import KernelUnavailableError, architecture_of, launch
 from s2q.ops.int8_attention import reference
 from s2q.ops.int8_attention.reference import KEY_BLOCK, LOG2_E, QUERY_BLOCK
