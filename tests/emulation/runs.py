@@ -138,9 +138,9 @@ LEARNED = 0.5
 HALVES = 0.15
 """Of the losses before training where the model is fp16 or bf16, and so are the inputs of its blocks;
 and of what two devices generate then."""
-OF_BASES = 3e-6
-"""Losses of tiny blocks that float8 bases of branches decide: two devices find bases of one space that differ by a
-rotation, which rounds otherwise."""
+SMALL = 5e-5
+"""Losses of tiny blocks with a branch. Two devices find bases of one space that differ by a rotation, which float8 rounds
+otherwise."""
 DIGITS = 0.02
 """Of the latents that two devices generate from one checkpoint: usually 1e-6; a single code of a 6-bit input that is
 rounded the other way moves those of a model of three tokens by half a percent."""
@@ -164,8 +164,8 @@ def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=(
         if dtype != torch.float32:
             tolerance = max(tolerance, HALVES)
         wanted = expected.losses[block, stage]
-        if load_recipe(recipe).transforms.low_rank and max(loss, wanted) < OF_BASES:
-            continue
+        if load_recipe(recipe).transforms.low_rank and max(loss, wanted) < SMALL:
+            tolerance = 1.0  # at this size float8 bases of branches decide
         assert abs(loss / wanted - 1) <= tolerance, f"{block}: {stage} loss {loss}; on the CPU {wanted}"
     with emulator.paused():
         pipe = load(found.folder, "cpu", dtype=dtype)
