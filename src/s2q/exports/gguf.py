@@ -3,8 +3,9 @@
     w = d · q        q in -8 … 7 (Q4_0) or -128 … 127 (Q8_0), d fp16, for each 32 input channels
 
 A block of Q4_0 is d and 16 bytes, byte j with q[j] + 8 in its low nibble and q[j + 16] + 8 in its high one; of Q8_0, d
-and 32 int8. The codes are those of the checkpoint, its scales are rounded to fp16. Weights of other linears keep
-bf16; everything else is fp32, which all readers take.
+and 32 int8. The codes are those of the checkpoint. Its scales are bf16 values, which fp16 has exactly down to 2⁻¹⁷;
+fp32 ones of older checkpoints are rounded. Weights of other linears keep bf16; everything else is fp32, which all
+readers take.
 
 A file: "GGUF", version 3, counts, key-value pairs, then name, shape (fastest dimension first), type and offset of every
 tensor, then the data, each tensor on a multiple of 32 bytes.
@@ -167,6 +168,6 @@ GGUF = Target(
     decode=_decode,
     kind=_kind,
     tolerance=_HALF_SCALE,
-    rounding="scales are rounded to fp16",
+    rounding="scales are stored in fp16",
     file=FileFormat(suffix=".gguf", mark=_kind, plain=_plain, write=write, read=read),
 )
