@@ -14,6 +14,7 @@ from s2q.checkpoint import S2QConfig, verify_manifest
 from s2q.cli import export as command
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError, S2QError
+from s2q.core.input_path import InputPath
 from s2q.exports import export as module
 from s2q.exports.target import check_rotation, check_storable, linear_forms, missing_part
 from s2q.exports.targets import TARGETS
@@ -107,6 +108,16 @@ def test_another_rotation_of_the_same_order_is_refused(made):
     layer.transform_right = torch.nn.Parameter(layer.transform_right.flip(0), requires_grad=False)
     with pytest.raises(InvalidInputError, match=f"{form.name}: sdnq cannot store its rotation, whose matrix"):
         check_rotation(layer, form, TARGETS["sdnq"])
+
+
+def test_blocks_whose_order_is_no_power_of_4_are_refused_by_name(transformer):
+    form = next(form for form in forms_of(CONVROT, transformer) if form.rotation)
+    for order in (8, 32, 128):
+        for target in ("sdnq", "comfyui"):
+            with pytest.raises(
+                InvalidInputError, match=f"{form.name}: {target} cannot store a rotation in blocks of {order}"
+            ):
+                check_storable(TARGETS[target], [replace(form, path=InputPath(right=order))])
 
 
 def test_a_dense_export_is_the_dequantized_model_without_s2q(made, tmp_path):

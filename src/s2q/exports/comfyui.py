@@ -19,19 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from s2q.core.packing import unpack_codes
 from s2q.core.qparams import dequantize_weight
-from s2q.exports.target import FileFormat, LinearForm, Target, Tensors
+from s2q.exports.target import FileFormat, LinearForm, Target, Tensors, unrotated
 from s2q.nn import PackedLinear
-from s2q.ops.kronecker import scaled_kronecker
-from s2q.transforms.convrot import convrot_matrix
+from s2q.transforms.convrot import ORDERS
 
 _W4A8, _W4A4, _INT8 = "asym_w4a8_int8", "convrot_w4a4", "int8_tensorwise"
-_ORDERS = {_W4A8: (4, 16, 64, 256), _W4A4: (16, 64, 256), _INT8: (4, 16, 64, 256)}
+_ORDERS = {_W4A8: ORDERS, _W4A4: ORDERS[1:], _INT8: ORDERS}
 _MULTIPLE = {_W4A8: 16, _W4A4: 64, _INT8: 1}
 _TWOS_COMPLEMENT = 0x88  # the bit that tells codes + 8 from two's complement, of both nibbles
 _MARK = "comfy_quant"
@@ -93,10 +91,7 @@ def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
         codes = unpack_codes(packed, num_bits=4, in_features=form.in_features)
     if kind == _W4A8:
         codes = (codes * tensors["weight_s_rel"]).round().to(torch.int8)
-    weight = dequantize_weight(codes, scale)
-    if form.rotation is None:
-        return weight
-    return scaled_kronecker(weight, right=convrot_matrix(form.rotation).float())
+    return unrotated(dequantize_weight(codes, scale), form)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], architecture: str) -> None:
@@ -110,8 +105,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], a
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what `write` wrote."""
     end = f".{_MARK}"
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    tensors = load_file(path)
     marks = {name: tensors.pop(name) for name in list(tensors) if name.endswith(end)}
     return tensors, {name.removesuffix(end): bytes(mark.tolist()).decode() for name, mark in marks.items()}
 

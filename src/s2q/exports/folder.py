@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from s2q.checkpoint.manifest import CARD
@@ -44,8 +44,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of a transformer that was written."""
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        tensors |= load_file(path)
     return tensors
 
 

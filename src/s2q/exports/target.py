@@ -18,7 +18,8 @@ from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import PARTS, InputPath
 from s2q.core.schemes import UNIFORM, LinearScheme, PerGroup
 from s2q.nn import PackedLinear
-from s2q.transforms.convrot import convrot_matrix
+from s2q.ops.kronecker import scaled_kronecker
+from s2q.transforms.convrot import regular_hadamard
 
 _PART_NAMES = {
     "shift": "the shift of its input",
@@ -174,9 +175,16 @@ def check_rotation(layer: PackedLinear, form: LinearForm, target: Target) -> Non
     if not target.stores_codes or form.rotation is None:
         return
     assert layer.transform_right is not None
-    expected = convrot_matrix(form.rotation).to(layer.transform_right)
+    expected = regular_hadamard(form.rotation).to(layer.transform_right)
     if not torch.equal(layer.transform_right, expected):
         raise _refusal(target, form, "its rotation, whose matrix is not ConvRot's")
+
+
+def unrotated(rows: Tensor, form: LinearForm) -> Tensor:
+    """Return rows [..., I] times ConvRot's rotation of a linear, which is its own inverse, in fp32."""
+    if form.rotation is None:
+        return rows
+    return scaled_kronecker(rows, right=regular_hadamard(form.rotation).float())
 
 
 def _refusal(target: Target, form: LinearForm, obstacle: str) -> InvalidInputError:
