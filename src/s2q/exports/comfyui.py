@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from s2q.core.packing import unpack_codes
 from s2q.core.qparams import dequantize_weight
-from s2q.exports.target import FileFormat, LinearForm, Target, Tensors, unrotated
+from s2q.exports.target import WRITER, FileFormat, LinearForm, Target, Tensors, unrotated
 from s2q.nn import PackedLinear
 from s2q.transforms.convrot import ORDERS
 
@@ -33,6 +34,7 @@ _ORDERS = {_W4A8: ORDERS, _W4A4: ORDERS[1:], _INT8: ORDERS}
 _MULTIPLE = {_W4A8: 16, _W4A4: 64, _INT8: 1}
 _TWOS_COMPLEMENT = 0x88  # the bit that tells codes + 8 from two's complement, of both nibbles
 _MARK = "comfy_quant"
+_METADATA = {"quantized_by": WRITER}
 
 
 def _obstacle(form: LinearForm) -> str | None:
@@ -99,7 +101,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], a
     written = {name: tensor.contiguous() for name, tensor in tensors.items()}
     for name, text in marks.items():
         written[f"{name}.{_MARK}"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    save_file(written, path)
+    save_file(written, path, metadata=_METADATA)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -108,6 +110,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = load_file(path)
     marks = {name: tensors.pop(name) for name in list(tensors) if name.endswith(end)}
     return tensors, {name.removesuffix(end): bytes(mark.tolist()).decode() for name, mark in marks.items()}
+
+
+def wrote(path: Path) -> bool:
+    """Tell whether a file is one that `write` wrote."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).items() >= _METADATA.items()
+    except (OSError, SafetensorError):
+        return False
 
 
 COMFYUI = Target(
@@ -128,6 +139,7 @@ COMFYUI = Target(
         plain=lambda tensor, is_weight: tensor,
         write=write,
         read=read,
+        wrote=wrote,
         suffixes=("weight_scale", "weight_s_rel", "weight_s_channel"),
     ),
 )

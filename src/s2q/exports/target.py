@@ -33,6 +33,9 @@ _PART_NAMES = {
     "estimator_frames": "the frame scales of its estimator",
 }
 
+WRITER = "s2q export"
+"""What a written file says it was quantized by, under a key of its format."""
+
 Tensors = Mapping[str, Tensor]
 """Stored tensors of a linear by the last part of their names; the first dimension of each is that of out features."""
 
@@ -75,6 +78,7 @@ class FileFormat:
         plain: What is stored of a tensor of no quantized linear; `is_weight` where it is that of a linear.
         write: Takes the path, tensors, marks by the name of the linear, and the architecture of the layout.
         read: Returns the tensors and marks of a written file.
+        wrote: Whether a file is one that `write` wrote.
         suffixes: Last parts of the names of tensors that a linear has beside weight and bias.
     """
 
@@ -83,6 +87,7 @@ class FileFormat:
     plain: Callable[..., Tensor]
     write: Callable[[Path, Mapping[str, Tensor], Mapping[str, str], str], None]
     read: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
+    wrote: Callable[[Path], bool]
     suffixes: tuple[str, ...] = ()
 
 
