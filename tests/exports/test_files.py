@@ -55,6 +55,25 @@ def test_a_layout_that_loses_a_name_is_refused():
         check_layout(model, LAYOUTS["HunyuanVideoTransformer3DModel"])
 
 
+def test_comfyui_gets_the_linear_that_tells_it_the_width_of_ltx_texts_unquantized_or_in_8_bits():
+    model_class, config = MODELS["ltx"]
+    with torch.device("meta"):
+        model = model_class(**config)
+    layout, target = LAYOUTS[model_class.__name__], TARGETS["comfyui"]
+
+    def marks(recipe, *names):
+        schemes = {f"transformer_blocks.0.attn2.{name}": load_recipe(recipe).linear_scheme() for name in names}
+        made = S2QConfig.from_schemes(schemes, recipe=recipe, compute_dtype="float32")
+        return _marks(model, linear_forms(model, made), layout, target)
+
+    with pytest.raises(
+        InvalidInputError, match=r"attn2.to_k: .*width of the text.*skip=\['transformer_blocks.0.attn2.to_k'\]"
+    ):
+        marks("convrot-w4a8", "to_q", "to_k")
+    assert len(marks("convrot-w8a8", "to_q", "to_k")) == 2
+    assert len(marks("convrot-w4a8", "to_q", "to_v")) == 2
+
+
 def packed_linears(checkpoint):
     transformer = s2q.load(checkpoint, dtype="float32", backend="reference").transformer
     names = transformer.config.quantization_config.layers

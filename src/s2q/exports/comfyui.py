@@ -30,9 +30,11 @@ from s2q.nn import PackedLinear
 from s2q.transforms.convrot import ORDERS
 
 _W4A8, _W4A4, _INT8 = "asym_w4a8_int8", "convrot_w4a4", "int8_tensorwise"
-_ORDERS = {_W4A8: ORDERS, _W4A4: ORDERS[1:], _INT8: ORDERS}
+_SMALLEST_ORDER = {_W4A8: 4, _W4A4: 16, _INT8: 4}
 _MULTIPLE = {_W4A8: 16, _W4A4: 64, _INT8: 1}
 _TWOS_COMPLEMENT = 0x88  # the bit that tells codes + 8 from two's complement, of both nibbles
+_MEASURED = {"ltxv": "transformer_blocks.0.attn2.to_k"}
+"""By architecture, the linear from the shape of whose weight ComfyUI takes how wide its input is."""
 _MARK = "comfy_quant"
 _METADATA = {"quantized_by": WRITER}
 
@@ -45,10 +47,23 @@ def _obstacle(form: LinearForm) -> str | None:
         return f"groups of {form.group_size} of weights, but a scale for each row"
     if rotation is None and kind != _INT8:
         return f"unrotated inputs: {kind} always rotates"
-    if rotation is not None and rotation not in _ORDERS[kind]:
-        return f"a rotation in blocks of {rotation} channels, but {', '.join(map(str, _ORDERS[kind]))}"
+    if rotation is not None and rotation not in ORDERS:
+        return f"a rotation in blocks of {rotation} channels, but of {', '.join(map(str, ORDERS))}"
+    return None
+
+
+def _unfit_width(form: LinearForm) -> str | None:
+    kind = _kind(form)
     if form.in_features % _MULTIPLE[kind]:
         return f"{form.in_features} input channels, no multiple of {_MULTIPLE[kind]}, as {kind}"
+    if form.rotation is not None and form.rotation < _SMALLEST_ORDER[kind]:
+        return f"a rotation in blocks of {form.rotation} channels as {kind}, but of {_SMALLEST_ORDER[kind]} or more"
+    return None
+
+
+def _misread(form: LinearForm, name: str, architecture: str) -> str | None:
+    if name == _MEASURED.get(architecture) and _kind(form) != _INT8:
+        return "its weights in 4 bits, two to a byte: its reader takes the width of the text from their shape"
     return None
 
 
@@ -128,10 +143,11 @@ COMFYUI = Target(
     recipes=("s2q-export-w4a8", "s2q-export-w8a8", "s2q-export-w4a4"),
     parts=frozenset({"right"}),
     obstacle=_obstacle,
+    unfit_width=_unfit_width,
     encode=_encode,
     decode=_decode,
     kind=_kind,
-    tolerance=1e-5,
+    tolerance=lambda form: 1e-5,
     rounding="fp32 sums in another order",
     file=FileFormat(
         suffix=".safetensors",
@@ -140,6 +156,7 @@ COMFYUI = Target(
         write=write,
         read=read,
         wrote=wrote,
+        misread=_misread,
         suffixes=("weight_scale", "weight_s_rel", "weight_s_channel"),
     ),
 )

@@ -30,7 +30,15 @@ from s2q.exports.folder import (
     write_transformer,
 )
 from s2q.exports.layout import Layout, from_original, layout_of
-from s2q.exports.target import FileFormat, LinearForm, Target, check_rotation, check_storable, linear_forms
+from s2q.exports.target import (
+    FileFormat,
+    LinearForm,
+    Target,
+    check_rotation,
+    check_storable,
+    linear_forms,
+    stored_unquantized,
+)
 from s2q.exports.targets import TARGETS
 from s2q.exports.verify import verify_written
 from s2q.models import ModelSource, resolve_model
@@ -52,8 +60,8 @@ class ExportReport:
         loading: How it is loaded.
         linears: Number of quantized linears in each format of the target.
         storage: The transformers' bytes in bf16 and as exported, and their `ratio`.
-        largest_difference: Of a weight as its readers dequantize it from s2q's, relative to the largest magnitude of
-            the linear.
+        largest_difference: Of a weight as its readers dequantize it, or of a bias, from s2q's, relative to the largest
+            magnitude of it.
         rounding: Where that comes from.
     """
 
@@ -162,7 +170,7 @@ class _Job:
                     "attention.num_bits=16"
                 )
             self.forms[component] = linear_forms(plain, config)
-            check_storable(target, self.forms[component])
+            check_storable(target, self.forms[component], recipe=config.recipe)
             if target.file is not None:
                 self.layout = layout_of(plain, target.name)
                 self.marks = _marks(plain, self.forms[component], self.layout, target)
@@ -174,7 +182,7 @@ class _Job:
         for index, (component, forms) in enumerate(self.forms.items()):
             self.progress("export", index, len(self.forms))
             model = self.load(component)
-            tensors = self.tensors(model, forms)
+            tensors = self.tensors(component, model)
             config = self.plain_config(component)
             quantization = self.target.config(model, forms)
             if quantization is not None:
@@ -198,7 +206,7 @@ class _Job:
             name: tensor
             if name.rpartition(".")[0] in quantized and not name.endswith(".bias")
             else file.plain(tensor, is_weight=name in linears).contiguous()
-            for name, tensor in self.tensors(model, forms).items()
+            for name, tensor in self.tensors(component, model).items()
         }
         file.write(path, self.layout.to_original(tensors), self.marks, self.layout.architecture)
         read, read_marks = file.read(path)
@@ -225,15 +233,16 @@ class _Job:
             )
         return model.eval()
 
-    def tensors(self, model: nn.Module, forms: Sequence[LinearForm]) -> dict[str, Tensor]:
+    def tensors(self, component: str, model: nn.Module) -> dict[str, Tensor]:
         """Return everything that is stored of a transformer, by full name."""
+        forms, recipe = self.forms[component], self.configs[component].recipe
         names = {form.name for form in forms}
         stored = model.state_dict().items()
         tensors = {name: tensor for name, tensor in stored if name.rpartition(".")[0] not in names}
         for form in forms:
             layer = model.get_submodule(form.name)
             assert isinstance(layer, PackedLinear), form.name
-            check_rotation(layer, form, self.target)
+            check_rotation(layer, form, self.target, recipe=recipe)
             encoded = self.target.encode(layer, form)
             tensors |= {f"{form.name}.{name}": tensor.detach().contiguous() for name, tensor in encoded.items()}
         return tensors
@@ -286,6 +295,10 @@ def _marks(model: nn.Module, forms: Sequence[LinearForm], layout: Layout, target
     """Return the marks of quantized linears by their original names; refuse a fused one whose parts differ."""
     assert target.file is not None
     described = {form.name: target.file.mark(form) for form in forms}
+    for form in forms:
+        misread = target.file.misread(form, layout.linear_name(form.name), layout.architecture)
+        if misread is not None:
+            raise stored_unquantized(target, form, misread, skip=[form.name])
     marks: dict[str, str] = {}
     for name in (name for name, module in model.named_modules() if isinstance(module, nn.Linear)):
         original, mark = layout.linear_name(name), described.get(name, "")

@@ -45,7 +45,7 @@ def check_components(source: ModelSource, folder: Path, *, without: Mapping[str,
 def copy_components(source: ModelSource, folder: Path, staged: Path, *, without: Mapping[str, Any]) -> None:
     """Copy the components of a pipeline folder, except some, and its licence; weights get names without a variant."""
     for pattern in _TOP:
-        for path in sorted(folder.glob(pattern)):
+        for path in sorted(path for path in folder.glob(pattern) if path.is_file()):
             shutil.copyfile(path, staged / path.name)
     for component, (library, _) in source.component_classes.items():
         if component not in without and (folder / component).is_dir():

@@ -187,7 +187,7 @@ GGUF = Target(
     encode=_encode,
     decode=_decode,
     kind=_kind,
-    tolerance=_HALF_SCALE,
+    tolerance=lambda form: _HALF_SCALE,
     rounding="scales are stored in fp16",
     file=FileFormat(suffix=".gguf", mark=_kind, plain=_plain, write=write, read=read, wrote=wrote),
 )

@@ -40,14 +40,16 @@ def _obstacle(form: LinearForm) -> str | None:
         return f"activations of {bits} bits, but of 8 or unquantized"
     if rotation is not None and rotation not in ORDERS:
         return f"a rotation in blocks of {rotation} channels"
+    if bits is not None and form.group_size is not None:
+        return "groups of weights beside quantized activations, which its readers round again"
+    return None
+
+
+def _unfit_width(form: LinearForm) -> str | None:
     if form.in_features % 2 and form.scheme.weight.num_bits <= 4:
         return f"an odd number of input channels, {form.in_features}, in 4 bits"
-    if bits is None:
-        return None
-    if form.group_size is not None:
-        return "groups of weights beside quantized activations, which its readers round again"
     sides = (form.in_features, form.out_features)
-    if min(sides) < _LEAST or any(side % _MULTIPLE for side in sides):
+    if form.activation_bits is not None and (min(sides) < _LEAST or any(side % _MULTIPLE for side in sides)):
         return (
             f"quantized activations of a linear of {sides[0]} x {sides[1]} features, which its readers do not quantize"
         )
@@ -136,10 +138,11 @@ SDNQ = Target(
     recipes=("s2q-export-w4a8", "s2q-export-branch-w4a8", "s2q-export-w8a8"),
     parts=frozenset({"right", "low_rank", "deflates"}),
     obstacle=_obstacle,
+    unfit_width=_unfit_width,
     encode=_encode,
     decode=_decode,
     kind=kind,
-    tolerance=1e-5,
+    tolerance=lambda form: 1e-5,
     rounding="fp32 sums in another order",
     config=config,
 )
