@@ -8,6 +8,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.comparison.entries import content_of, find_entries
 from s2q.models import resolve_model
 from s2q.recipes.load import recipe_names
+from s2q.recipes.methods import matching_recipes
 from s2q.run.quantize import quantize
 
 
@@ -47,6 +48,16 @@ def test_names_patterns_and_all():
 def test_unknown_and_repeated_entries_are_refused(given, message):
     with pytest.raises(InvalidInputError, match=message):
         find_entries(given)
+
+
+def test_all_is_no_path_and_a_path_is_no_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("all").write_text("")
+    Path("runs[1]").mkdir()
+    Path("runs[1]/mine.yaml").write_text("extends: rtn-w4a6\nname: mine\n")
+    assert labels("all") == recipe_names()
+    assert labels("runs[1]/mine.yaml") == ["mine"]
+    assert matching_recipes("runs[1]/mine.yaml") is None
 
 
 def test_a_recipe_file_is_called_by_its_name(tmp_path):

@@ -90,6 +90,8 @@ def test_a_peer_that_fails_does_not_stop_the_others(tool, tiny_model, tmp_path, 
 def test_an_unknown_peer_names_the_nearest():
     with pytest.raises(InvalidInputError, match="unknown peer 'torchao-w8': nearest names are torchao-w8a8"):
         find_peers(["torchao-w8"])
+    with pytest.raises(InvalidInputError, match="unknown peer 'typo'"):
+        find_peers(["all", "typo"])
 
 
 def test_a_missing_package_is_one_line(tiny_model, tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from s2q.checkpoint import S2QConfig, verify_manifest
 from s2q.cli import export as command
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError, S2QError
+from s2q.core.input_path import InputPath
 from s2q.exports import export as module
 from s2q.exports.target import check_rotation, check_storable, linear_forms, missing_part
 from s2q.exports.targets import TARGETS
@@ -52,13 +53,13 @@ def forms_of(recipe, transformer):
 def test_every_recipe_is_stored_or_refused_with_one_that_fits(recipe, target, transformer):
     forms = forms_of(recipe, transformer)
     if recipe in target.recipes:
-        check_storable(target, forms)
+        check_storable(target, forms, recipe="")
         return
     if any(missing_part(target, form) for form in forms):
         with pytest.raises(
             InvalidInputError, match=rf"{target.name} cannot store .*; quantize the model with (s2q-|any)"
         ):
-            check_storable(target, forms)
+            check_storable(target, forms, recipe="")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,39 @@ def test_every_recipe_is_stored_or_refused_with_one_that_fits(recipe, target, tr
 )
 def test_the_part_is_named(recipe, target, part, transformer):
     with pytest.raises(InvalidInputError, match=part):
-        check_storable(TARGETS[target], forms_of(recipe, transformer))
+        check_storable(TARGETS[target], forms_of(recipe, transformer), recipe=recipe)
+
+
+def test_the_remedy_is_another_recipe_than_that_which_failed(transformer):
+    forms = [replace(form, path=InputPath(scale=True)) for form in forms_of(CONVROT, transformer)]
+    remedy = "; quantize the model with s2q-export-branch-w4a8 or s2q-export-w8a8, or export to diffusers$"
+    with pytest.raises(InvalidInputError, match=remedy):
+        check_storable(TARGETS["sdnq"], forms, recipe="s2q-export-w4a8")
+    with pytest.raises(InvalidInputError, match="; export to diffusers$"):
+        check_storable(TARGETS["gguf"], forms, recipe="s2q-export-w4a16")
+
+
+@pytest.mark.parametrize("target", ["comfyui", "sdnq"])
+def test_linears_of_widths_that_do_not_fit_are_to_be_skipped(transformer, target):
+    forms = forms_of(CONVROT, transformer)
+    wide = [replace(form, in_features=form.in_features + 4) if "ff.net.2" in form.name else form for form in forms]
+    first = next(form.name for form in forms if "ff.net.2" in form.name)
+    remedy = r"quantize the model with skip=\['transformer_blocks\.\*\.ff\.net\.2'\], or export to diffusers$"
+    with pytest.raises(InvalidInputError, match=rf"^{first}: {target} cannot store .*; {remedy}"):
+        check_storable(TARGETS[target], wide, recipe=CONVROT)
+
+
+def test_biases_are_compared_within_what_the_dtype_rounds(made, tmp_path, monkeypatch):
+    encode = TARGETS["diffusers"].encode
+
+    def damaged(layer, form):
+        return encode(layer, form) | {"bias": layer.bias * (1 + 1e-5)}
+
+    monkeypatch.setattr(module, "TARGETS", {"diffusers": replace(TARGETS["diffusers"], encode=damaged)})
+    with pytest.raises(
+        S2QError, match=r"its bias differs by .*e-0[56] .*expected at most 6\.0e-08; nothing was exported"
+    ):
+        s2q.export(made("cogvideox", CONVROT), to="diffusers", out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("target", ["sdnq", "diffusers"])
@@ -103,10 +136,20 @@ def test_another_rotation_of_the_same_order_is_refused(made):
     forms = linear_forms(model, model.config.quantization_config)
     form = next(form for form in forms if form.rotation)
     layer = model.get_submodule(form.name)
-    check_rotation(layer, form, TARGETS["sdnq"])
+    check_rotation(layer, form, TARGETS["sdnq"], recipe=CONVROT)
     layer.transform_right = torch.nn.Parameter(layer.transform_right.flip(0), requires_grad=False)
     with pytest.raises(InvalidInputError, match=f"{form.name}: sdnq cannot store its rotation, whose matrix"):
-        check_rotation(layer, form, TARGETS["sdnq"])
+        check_rotation(layer, form, TARGETS["sdnq"], recipe=CONVROT)
+
+
+def test_blocks_whose_order_is_no_power_of_4_are_refused_by_name(transformer):
+    form = next(form for form in forms_of(CONVROT, transformer) if form.rotation)
+    for order in (8, 32, 128):
+        for target in ("sdnq", "comfyui"):
+            with pytest.raises(
+                InvalidInputError, match=f"{form.name}: {target} cannot store a rotation in blocks of {order}"
+            ):
+                check_storable(TARGETS[target], [replace(form, path=InputPath(right=order))], recipe=CONVROT)
 
 
 def test_a_dense_export_is_the_dequantized_model_without_s2q(made, tmp_path):

@@ -74,7 +74,7 @@ def verify_manifest(folder: Path) -> list[str]:
         raise _no_manifest(folder)
     listed = read_manifest(folder)
     present = _files(folder)
-    strange = _strange_files(folder)
+    strange = strange_files(folder)
     problems = [f"{name}: {what}" for name, what in strange.items()]
     for name, entry in listed.items():
         if name not in strange and (problem := _problem(present.get(name), entry)):
@@ -168,7 +168,7 @@ def _files(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in _entries(folder).items() if path.is_file() and name != MANIFEST.as_posix()}
 
 
-def _strange_files(folder: Path) -> dict[str, str]:
+def strange_files(folder: Path) -> dict[str, str]:
     """Return the entries of a folder that are pipes, devices, or links that lead out of it, each with what it is."""
     root = folder.resolve()
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]

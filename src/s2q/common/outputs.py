@@ -158,6 +158,14 @@ def check_output(out: str | Path, *, overwrite: bool, owned: Owned | None = None
     check_writable(out)
 
 
+def check_apart(out: str | Path, source: Path, *, given: str) -> None:
+    """Refuse an output that is the folder `source`, which a command reads, or in it, or around it."""
+    ours, theirs = Path(out).resolve(), source.resolve()
+    if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+        where = "is" if ours == theirs else "is inside of" if ours.is_relative_to(theirs) else "contains"
+        raise InvalidInputError(f"{out}: {where} {given}, from which it is made; choose a name outside of that")
+
+
 def check_writable(out: str | Path) -> None:
     """Check that the folder of a file or folder can be written. Creates nothing."""
     out = _absolute(out)
@@ -253,18 +261,26 @@ def staged_directory(
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def check_file_output(path: Path, *, overwrite: bool) -> None:
-    """Check, before any work, that a file may be written."""
+def check_file_output(path: Path, *, overwrite: bool, owned: Callable[[Path], bool] | None = None) -> None:
+    """Check, before any work, that a file may be written.
+
+    Args:
+        owned: Whether the command wrote an existing file; only such a file is replaced. None: any file may be.
+    """
     if path.is_dir():
         raise InvalidInputError(f"{path} is a folder; pass a file")
+    if overwrite and owned is not None and path.exists() and not owned(path):
+        raise InvalidInputError(
+            f"{path} exists and was not written by this command; it is not replaced, choose another name"
+        )
     check_writable(path) if overwrite and path.exists() else check_output(path, overwrite=False)
 
 
 @contextlib.contextmanager
-def staged_file(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
+def staged_file(out: str | Path, *, overwrite: bool, owned: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Give the path of a file in a temporary folder that becomes `out` when the block ends without an exception."""
     out = _absolute(out)
-    check_file_output(out, overwrite=overwrite)
+    check_file_output(out, overwrite=overwrite, owned=owned)
     with output_lock(out) as held:
         out.parent.mkdir(parents=True, exist_ok=True)
         staged = held.temporary_path("partial")
@@ -272,7 +288,7 @@ def staged_file(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
             staged.mkdir(mode=0o700)
             yield staged / out.name
             _settle(staged)
-            check_file_output(out, overwrite=overwrite)  # somebody may have been here meanwhile
+            check_file_output(out, overwrite=overwrite, owned=owned)  # somebody may have been here meanwhile
             with finish_first():
                 os.replace(staged / out.name, out)
                 fsync_path(out.parent)

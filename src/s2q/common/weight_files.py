@@ -12,11 +12,12 @@ are not read. With a variant, a component that has no file of it is loaded witho
 
 import logging
 import re
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from s2q.common.errors import InvalidInputError
-from s2q.common.files import is_plain_name, read_json
+from s2q.common.files import atomic_write_json, is_plain_name, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ _WEIGHTS = re.compile(
     rf"(?:diffusion_pytorch_model|pytorch_model|model)(?:{_SHARD})?"
     rf"(?:\.(?P<variant>[^.]+?)(?:{_SHARD})?)?\.(?P<suffix>safetensors|bin)"
 )
+
+_INDEX = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)\.(?:safetensors|bin)(?:\.[^.]+)*\.json")
 
 
 def weight_files(
@@ -56,6 +59,36 @@ def weight_files(
     if ignored:
         logger.debug("%s: %s is loaded; ignored: %s", folder, entry, ", ".join(ignored))
     return tuple(folder / name for name in files)
+
+
+def copy_component(source: Path, target: Path, *, library: str, variant: str | None) -> None:
+    """Copy the folder of a component without hidden files: of its weights those that are loaded, variants unnamed."""
+    present = names_in(source)
+    weights = {path.name for path in weight_files(source, library=library, variant=variant)}
+    entry = _entry(present, library, variant if has_variant(present, variant) else None)
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        is_top = Path(folder) == source
+        return [name for name in names if name.startswith(".") or (is_top and _is_weights(name))]
+
+    shutil.copytree(source, target, copy_function=shutil.copyfile, ignore=left_out)
+    for name in weights:
+        shutil.copyfile(source / name, target / _without_variant(name))
+    if entry is not None and entry not in weights:
+        index = read_json(source / entry, remedy="download or save the model again")
+        index["weight_map"] = {tensor: _without_variant(name) for tensor, name in index["weight_map"].items()}
+        atomic_write_json(target / f"{entry.partition('.')[0]}.safetensors.index.json", index)
+
+
+def _is_weights(name: str) -> bool:
+    return _WEIGHTS.fullmatch(name) is not None or _INDEX.fullmatch(name) is not None
+
+
+def _without_variant(name: str) -> str:
+    match = _WEIGHTS.fullmatch(name)
+    if match is None or match["variant"] is None:
+        return name
+    return name[: match.start("variant") - 1] + name[match.end("variant") :]
 
 
 def has_variant(names: Collection[str], variant: str | None) -> bool:

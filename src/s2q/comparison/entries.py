@@ -135,7 +135,7 @@ def _expanded(given: Sequence[str]) -> list[tuple[str, bool]]:
     """Every name, and whether it matched a pattern."""
     expanded: list[tuple[str, bool]] = []
     for text in given:
-        names = None if Path(text).exists() else matching_recipes(text)
+        names = matching_recipes(text)
         expanded += [(text, False)] if names is None else [(name, True) for name in names]
     explicit = {text for text, from_pattern in expanded if not from_pattern}
     return [(text, from_pattern) for text, from_pattern in expanded if not (from_pattern and text in explicit)]

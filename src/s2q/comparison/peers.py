@@ -73,19 +73,20 @@ def find_peers(names: Sequence[str]) -> list[Peer]:
         InvalidInputError: An unknown name.
         ResourceError: A peer, or for `all` every peer, is not installed.
     """
-    if ALL_PEERS in names:
-        found = [peer for peer in PEERS.values() if is_installed(peer.package)]
-        if not found:
-            packages = " ".join(dict.fromkeys(peer.package for peer in PEERS.values()))
-            raise ResourceError(f"--peers all: no peer is installed; pip install one or more of {packages}")
-        return found
-    for name in names:
+    named = [name for name in dict.fromkeys(names) if name != ALL_PEERS]
+    for name in named:
         if name not in PEERS:
             raise unknown_name("peer", name, PEERS)
         if not is_installed(PEERS[name].package):
             package = PEERS[name].package
             raise ResourceError(f"--peers: {name} needs a package that is not installed; pip install {package}")
-    return [PEERS[name] for name in dict.fromkeys(names)]
+    if ALL_PEERS not in names:
+        return [PEERS[name] for name in named]
+    installed = [peer for peer in PEERS.values() if is_installed(peer.package)]
+    if not installed:
+        packages = " ".join(dict.fromkeys(peer.package for peer in PEERS.values()))
+        raise ResourceError(f"--peers all: no peer is installed; pip install one or more of {packages}")
+    return installed
 
 
 def load_with_peer(

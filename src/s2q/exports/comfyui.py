@@ -19,22 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from s2q.core.packing import unpack_codes
 from s2q.core.qparams import dequantize_weight
-from s2q.exports.target import FileFormat, LinearForm, Target, Tensors
+from s2q.exports.target import WRITER, FileFormat, LinearForm, Target, Tensors, unrotated
 from s2q.nn import PackedLinear
-from s2q.ops.kronecker import scaled_kronecker
-from s2q.transforms.convrot import convrot_matrix
+from s2q.transforms.convrot import ORDERS
 
 _W4A8, _W4A4, _INT8 = "asym_w4a8_int8", "convrot_w4a4", "int8_tensorwise"
-_ORDERS = {_W4A8: (4, 16, 64, 256), _W4A4: (16, 64, 256), _INT8: (4, 16, 64, 256)}
+_SMALLEST_ORDER = {_W4A8: 4, _W4A4: 16, _INT8: 4}
 _MULTIPLE = {_W4A8: 16, _W4A4: 64, _INT8: 1}
 _TWOS_COMPLEMENT = 0x88  # the bit that tells codes + 8 from two's complement, of both nibbles
+_MEASURED = {"ltxv": "transformer_blocks.0.attn2.to_k"}
+"""By architecture, the linear from the shape of whose weight ComfyUI takes how wide its input is."""
 _MARK = "comfy_quant"
+_METADATA = {"quantized_by": WRITER}
 
 
 def _obstacle(form: LinearForm) -> str | None:
@@ -45,10 +47,23 @@ def _obstacle(form: LinearForm) -> str | None:
         return f"groups of {form.group_size} of weights, but a scale for each row"
     if rotation is None and kind != _INT8:
         return f"unrotated inputs: {kind} always rotates"
-    if rotation is not None and rotation not in _ORDERS[kind]:
-        return f"a rotation in blocks of {rotation} channels, but {', '.join(map(str, _ORDERS[kind]))}"
+    if rotation is not None and rotation not in ORDERS:
+        return f"a rotation in blocks of {rotation} channels, but of {', '.join(map(str, ORDERS))}"
+    return None
+
+
+def _unfit_width(form: LinearForm) -> str | None:
+    kind = _kind(form)
     if form.in_features % _MULTIPLE[kind]:
         return f"{form.in_features} input channels, no multiple of {_MULTIPLE[kind]}, as {kind}"
+    if form.rotation is not None and form.rotation < _SMALLEST_ORDER[kind]:
+        return f"a rotation in blocks of {form.rotation} channels as {kind}, but of {_SMALLEST_ORDER[kind]} or more"
+    return None
+
+
+def _misread(form: LinearForm, name: str, architecture: str) -> str | None:
+    if name == _MEASURED.get(architecture) and _kind(form) != _INT8:
+        return "its weights in 4 bits, two to a byte: its reader takes the width of the text from their shape"
     return None
 
 
@@ -93,10 +108,7 @@ def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
         codes = unpack_codes(packed, num_bits=4, in_features=form.in_features)
     if kind == _W4A8:
         codes = (codes * tensors["weight_s_rel"]).round().to(torch.int8)
-    weight = dequantize_weight(codes, scale)
-    if form.rotation is None:
-        return weight
-    return scaled_kronecker(weight, right=convrot_matrix(form.rotation).float())
+    return unrotated(dequantize_weight(codes, scale), form)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], architecture: str) -> None:
@@ -104,16 +116,24 @@ def write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], a
     written = {name: tensor.contiguous() for name, tensor in tensors.items()}
     for name, text in marks.items():
         written[f"{name}.{_MARK}"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    save_file(written, path)
+    save_file(written, path, metadata=_METADATA)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what `write` wrote."""
     end = f".{_MARK}"
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    tensors = load_file(path)
     marks = {name: tensors.pop(name) for name in list(tensors) if name.endswith(end)}
     return tensors, {name.removesuffix(end): bytes(mark.tolist()).decode() for name, mark in marks.items()}
+
+
+def wrote(path: Path) -> bool:
+    """Tell whether a file is one that `write` wrote."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).items() >= _METADATA.items()
+    except (OSError, SafetensorError):
+        return False
 
 
 COMFYUI = Target(
@@ -123,10 +143,11 @@ COMFYUI = Target(
     recipes=("s2q-export-w4a8", "s2q-export-w8a8", "s2q-export-w4a4"),
     parts=frozenset({"right"}),
     obstacle=_obstacle,
+    unfit_width=_unfit_width,
     encode=_encode,
     decode=_decode,
     kind=_kind,
-    tolerance=1e-5,
+    tolerance=lambda form: 1e-5,
     rounding="fp32 sums in another order",
     file=FileFormat(
         suffix=".safetensors",
@@ -134,6 +155,8 @@ COMFYUI = Target(
         plain=lambda tensor, is_weight: tensor,
         write=write,
         read=read,
+        wrote=wrote,
+        misread=_misread,
         suffixes=("weight_scale", "weight_s_rel", "weight_s_channel"),
     ),
 )

@@ -4,6 +4,7 @@ Transforms and branches are multiplied into the weight; activations are not quan
 and every program which reads its models, loads without s2q.
 """
 
+import torch
 from torch import Tensor
 
 from s2q.core.input_path import PARTS
@@ -34,7 +35,7 @@ DENSE = Target(
     encode=_encode,
     decode=_decode,
     kind=lambda form: "full precision",
-    tolerance=2**-8,
+    tolerance=lambda form: torch.finfo(form.dtype).eps / 2,
     rounding="weights are rounded to the compute dtype",
     stores_codes=False,
 )

@@ -14,14 +14,31 @@ from s2q import checkpoint
 from s2q.checkpoint.manifest import intact
 from s2q.common.arguments import flag, model_argument, optional, path_argument, word
 from s2q.common.errors import InvalidInputError, S2QError, UsageError, memory_errors, unknown_name
-from s2q.common.outputs import check_file_output, check_output, staged_directory, staged_file
+from s2q.common.files import atomic_write_json
+from s2q.common.outputs import check_apart, check_file_output, check_output, staged_directory, staged_file
 from s2q.common.progress import Progress, silent
 from s2q.common.records import EXPORT_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.storage import BF16_BYTES, parse_bytes
-from s2q.exports.folder import copy_components, read_tensors, write_card, write_transformer
+from s2q.exports.folder import (
+    RECORD,
+    check_components,
+    copy_components,
+    exported_files,
+    read_tensors,
+    write_card,
+    write_transformer,
+)
 from s2q.exports.layout import Layout, from_original, layout_of
-from s2q.exports.target import FileFormat, LinearForm, Target, check_rotation, check_storable, linear_forms
+from s2q.exports.target import (
+    FileFormat,
+    LinearForm,
+    Target,
+    check_rotation,
+    check_storable,
+    linear_forms,
+    stored_unquantized,
+)
 from s2q.exports.targets import TARGETS
 from s2q.exports.verify import verify_written
 from s2q.models import ModelSource, resolve_model
@@ -29,8 +46,6 @@ from s2q.nn import PackedLinear
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_REMEDY = "download or quantize the model again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +60,8 @@ class ExportReport:
         loading: How it is loaded.
         linears: Number of quantized linears in each format of the target.
         storage: The transformers' bytes in bf16 and as exported, and their `ratio`.
-        largest_difference: Of a weight as its readers dequantize it from s2q's, relative to the largest magnitude of
-            the linear.
+        largest_difference: Of a weight as its readers dequantize it, or of a bias, from s2q's, relative to the largest
+            magnitude of it.
         rounding: Where that comes from.
     """
 
@@ -110,18 +125,19 @@ def export(
     if target.file is not None and out.suffix != target.file.suffix:
         raise UsageError(f"out: got {out}; {target.name} writes a file, whose name ends in {target.file.suffix}")
     job = _Job(source, target, progress or silent)
+    check_apart(out, job.folder, given=f"the checkpoint {source.given}")
     if target.file is None:
-        check_output(out, overwrite=overwrite, owned=checkpoint.owned_files)
+        check_output(out, overwrite=overwrite, owned=exported_files)
     else:
-        check_file_output(out, overwrite=overwrite)
+        check_file_output(out, overwrite=overwrite, owned=target.file.wrote)
     checkpoint.check_intact(job.folder, verify=verify)
     if target.file is None:
-        with staged_directory(out, overwrite=overwrite, owned=checkpoint.owned_files) as folder:
-            job.write_folder(folder, max_shard_size=shard_size)
+        with staged_directory(out, overwrite=overwrite, owned=exported_files) as folder:
+            job.write_folder(folder, name=out.name, max_shard_size=shard_size)
     else:
-        with staged_file(out, overwrite=overwrite) as path:
+        with staged_file(out, overwrite=overwrite, owned=target.file.wrote) as path:
             job.write_file(path, target.file)
-    return job.report(out)
+    return job.report(out.name)
 
 
 def _target(name: str) -> Target:
@@ -144,6 +160,8 @@ class _Job:
             raise InvalidInputError(
                 f"{source.given}: has two transformers, {target.name} writes a file of one; export to sdnq or diffusers"
             )
+        if target.file is None:
+            check_components(source, self.folder, without=self.configs)
         for component, config in self.configs.items():
             plain = source.meta_transformer(component)
             if modules := config.attention_modules():
@@ -152,19 +170,19 @@ class _Job:
                     "attention.num_bits=16"
                 )
             self.forms[component] = linear_forms(plain, config)
-            check_storable(target, self.forms[component])
+            check_storable(target, self.forms[component], recipe=config.recipe)
             if target.file is not None:
                 self.layout = layout_of(plain, target.name)
                 self.marks = _marks(plain, self.forms[component], self.layout, target)
             self.full_bytes += sum(tensor.numel() for tensor in plain.state_dict().values()) * BF16_BYTES
 
-    def write_folder(self, staged: Path, *, max_shard_size: int) -> None:
-        """Write a pipeline folder and compare it."""
-        copy_components(self.folder, staged, without=self.configs, remedy=_REMEDY)
+    def write_folder(self, staged: Path, *, name: str, max_shard_size: int) -> None:
+        """Write a pipeline folder, which will have a name, and compare it."""
+        copy_components(self.source, self.folder, staged, without=self.configs)
         for index, (component, forms) in enumerate(self.forms.items()):
             self.progress("export", index, len(self.forms))
             model = self.load(component)
-            tensors = self.tensors(model, forms)
+            tensors = self.tensors(component, model)
             config = self.plain_config(component)
             quantization = self.target.config(model, forms)
             if quantization is not None:
@@ -172,6 +190,8 @@ class _Job:
             write_transformer(staged / component, tensors, config, max_shard_size=max_shard_size)
             self.compare(read_tensors(staged / component), tensors, model, forms)
         write_card(self.folder, staged, self.card())
+        (staged / RECORD).parent.mkdir(exist_ok=True)
+        atomic_write_json(staged / RECORD, self.report(name).to_dict())
         checkpoint.write_manifest(staged)
         self.progress("export", len(self.forms), len(self.forms))
 
@@ -186,7 +206,7 @@ class _Job:
             name: tensor
             if name.rpartition(".")[0] in quantized and not name.endswith(".bias")
             else file.plain(tensor, is_weight=name in linears).contiguous()
-            for name, tensor in self.tensors(model, forms).items()
+            for name, tensor in self.tensors(component, model).items()
         }
         file.write(path, self.layout.to_original(tensors), self.marks, self.layout.architecture)
         read, read_marks = file.read(path)
@@ -213,15 +233,16 @@ class _Job:
             )
         return model.eval()
 
-    def tensors(self, model: nn.Module, forms: Sequence[LinearForm]) -> dict[str, Tensor]:
+    def tensors(self, component: str, model: nn.Module) -> dict[str, Tensor]:
         """Return everything that is stored of a transformer, by full name."""
+        forms, recipe = self.forms[component], self.configs[component].recipe
         names = {form.name for form in forms}
         stored = model.state_dict().items()
         tensors = {name: tensor for name, tensor in stored if name.rpartition(".")[0] not in names}
         for form in forms:
             layer = model.get_submodule(form.name)
             assert isinstance(layer, PackedLinear), form.name
-            check_rotation(layer, form, self.target)
+            check_rotation(layer, form, self.target, recipe=recipe)
             encoded = self.target.encode(layer, form)
             tensors |= {f"{form.name}.{name}": tensor.detach().contiguous() for name, tensor in encoded.items()}
         return tensors
@@ -248,8 +269,8 @@ class _Job:
             f"Load it with `{self.target.loading}`.\n"
         )
 
-    def report(self, out: Path) -> ExportReport:
-        """Return the report of the export."""
+    def report(self, output: str) -> ExportReport:
+        """Return the report of the export to a folder or file of a name."""
         forms = [form for forms in self.forms.values() for form in forms]
         config, *_ = self.configs.values()
         return ExportReport(
@@ -257,7 +278,7 @@ class _Job:
             target=self.target.name,
             checkpoint=self.source.name,
             recipe=config.recipe,
-            output=out.name,
+            output=output,
             loading=self.target.loading,
             linears=dict(Counter(self.target.kind(form) for form in forms)),
             storage={
@@ -274,6 +295,10 @@ def _marks(model: nn.Module, forms: Sequence[LinearForm], layout: Layout, target
     """Return the marks of quantized linears by their original names; refuse a fused one whose parts differ."""
     assert target.file is not None
     described = {form.name: target.file.mark(form) for form in forms}
+    for form in forms:
+        misread = target.file.misread(form, layout.linear_name(form.name), layout.architecture)
+        if misread is not None:
+            raise stored_unquantized(target, form, misread, skip=[form.name])
     marks: dict[str, str] = {}
     for name in (name for name, module in model.named_modules() if isinstance(module, nn.Linear)):
         original, mark = layout.linear_name(name), described.get(name, "")

@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from s2q.checkpoint.manifest import CARD
-from s2q.common.files import atomic_write_json, atomic_write_text, read_json
-from s2q.common.weight_files import weight_files
+from s2q.checkpoint.manifest import CARD, MANIFEST, owned_files, strange_files
+from s2q.common.errors import InvalidInputError
+from s2q.common.files import atomic_write_json, atomic_write_text
+from s2q.common.weight_files import copy_component, weight_files
+from s2q.models import ModelSource
+
+RECORD = MANIFEST.with_name("export.json")
+"""Of an export, the report; other folders are not replaced."""
 
 _PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 _TOP = ("model_index.json", "generation.json", "LICENSE*")
-_MARK = "---\n"
+_FRONT_MATTER = re.compile(r"\A---$.*?^---$", re.DOTALL | re.MULTILINE)
 
 
-def copy_components(source: Path, staged: Path, *, without: Mapping[str, Any], remedy: str) -> None:
-    """Copy the components of a pipeline folder, except some, and its licence; links are followed."""
+def exported_files(folder: Path) -> set[str] | None:
+    """Return the files of a folder that an export wrote, by relative POSIX path; None for another folder."""
+    return owned_files(folder) if (folder / RECORD).is_file() else None
+
+
+def check_components(source: ModelSource, folder: Path, *, without: Mapping[str, Any]) -> None:
+    """Refuse what `copy_components` would copy from outside of the folder, or from something that is no file."""
+    copied = source.component_classes.keys() - without.keys()
+    for name, what in strange_files(folder).items():
+        top = name.partition("/")[0]
+        if top in copied or any(fnmatch.fnmatchcase(name, pattern) for pattern in (*_TOP, CARD)):
+            raise InvalidInputError(
+                f"{folder / name}: {what}, which is not copied; put the file itself there, or remove it"
+            )
+
+
+def copy_components(source: ModelSource, folder: Path, staged: Path, *, without: Mapping[str, Any]) -> None:
+    """Copy the components of a pipeline folder, except some, and its licence; weights get names without a variant."""
     for pattern in _TOP:
-        for path in sorted(source.glob(pattern)):
+        for path in sorted(path for path in folder.glob(pattern) if path.is_file()):
             shutil.copyfile(path, staged / path.name)
-    for component in read_json(source / "model_index.json", remedy=remedy):
-        if component not in without and (source / component).is_dir():
-            shutil.copytree(source / component, staged / component, copy_function=shutil.copyfile)
+    for component, (library, _) in source.component_classes.items():
+        if component not in without and (folder / component).is_dir():
+            copy_component(folder / component, staged / component, library=library, variant=source.variant)
 
 
 def write_transformer(
@@ -44,14 +67,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of a transformer that was written."""
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        tensors |= load_file(path)
     return tensors
 
 
 def write_card(source: Path, staged: Path, text: str) -> None:
     """Write a model card with the front matter of the checkpoint's card, where it has one."""
     card = source / CARD
-    content = card.read_text(encoding="utf-8") if card.is_file() else ""
-    front = content[: content.index(_MARK, len(_MARK)) + len(_MARK)] if content.startswith(_MARK) else ""
-    atomic_write_text(staged / CARD, f"{front}\n{text}" if front else text)
+    front = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    atomic_write_text(staged / CARD, text if front is None else f"{front[0]}\n\n{text}")

@@ -3,8 +3,9 @@
     w = d · q        q in -8 … 7 (Q4_0) or -128 … 127 (Q8_0), d fp16, for each 32 input channels
 
 A block of Q4_0 is d and 16 bytes, byte j with q[j] + 8 in its low nibble and q[j + 16] + 8 in its high one; of Q8_0, d
-and 32 int8. The codes are those of the checkpoint, its scales are rounded to fp16. Weights of other linears keep
-bf16; everything else is fp32, which all readers take.
+and 32 int8. The codes are those of the checkpoint. Its scales are bf16 values, which fp16 has exactly down to 2⁻¹⁷;
+fp32 ones of older checkpoints are rounded. Weights of other linears keep bf16; everything else is fp32, which all
+readers take.
 
 A file: "GGUF", version 3, counts, key-value pairs, then name, shape (fastest dimension first), type and offset of every
 tensor, then the data, each tensor on a multiple of 32 bytes.
@@ -24,11 +25,12 @@ import torch
 from torch import Tensor
 
 from s2q.core.qparams import dequantize_weight
-from s2q.exports.target import FileFormat, LinearForm, Target, Tensors
+from s2q.exports.target import WRITER, FileFormat, LinearForm, Target, Tensors
 from s2q.nn import PackedLinear
 
 _GROUP, _ALIGNMENT, _VERSION = 32, 32, 3
 _MAGIC = b"GGUF"
+_WRITER_KEY = "general.quantized_by"
 _UINT32, _STRING = 4, 8
 _TYPES = {"Q4_0": 2, "Q8_0": 8}
 _PLAIN = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
@@ -79,8 +81,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], a
     """Write tensors; `marks` are the types of quantized weights, uint8 [O, bytes], by the names of their linears."""
     weights = {f"{name}.weight": kind for name, kind in marks.items()}
     with path.open("wb") as file:
-        file.write(_MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), 2))
-        for key, value in (("general.architecture", architecture), ("general.quantization_version", 2)):
+        pairs = {"general.architecture": architecture, _WRITER_KEY: WRITER, "general.quantization_version": 2}
+        file.write(_MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(pairs)))
+        for key, value in pairs.items():
             number = isinstance(value, int)
             file.write(_text(key) + struct.pack("<I", _UINT32 if number else _STRING))
             file.write(struct.pack("<I", value) if number else _text(str(value)))
@@ -107,12 +110,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     names = {number: name for name, number in _TYPES.items()}
     tensors, marks = {}, {}
     with path.open("rb") as file:
-        assert file.read(4) == _MAGIC, path
-        _, count, pairs = _unpack(file, "<IQQ")
-        for _ in range(pairs):
-            _read_text(file)
-            (kind,) = _unpack(file, "<I")
-            _unpack(file, "<I") if kind == _UINT32 else _read_text(file)
+        count, _ = _header(file)
         described = list(_descriptions(file, count))
         start = _padded(file.tell())
         for name, shape, kind, offset in described:
@@ -124,6 +122,29 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             else:
                 tensors[name] = _values(file, shape, _FROM_TYPE[kind])
     return tensors, marks
+
+
+def wrote(path: Path) -> bool:
+    """Tell whether a file is one that `write` wrote."""
+    try:
+        with path.open("rb") as file:
+            return _header(file)[1].get(_WRITER_KEY) == WRITER
+    except (OSError, ValueError, OverflowError, struct.error):
+        return False
+
+
+def _header(file: BinaryIO) -> tuple[int, dict[str, str | int]]:
+    """Read the number of tensors and the pairs; ValueError for a kind of value that `write` does not write."""
+    if file.read(len(_MAGIC)) != _MAGIC:
+        raise ValueError("no GGUF file")
+    _, count, number = _unpack(file, "<IQQ")
+    pairs: dict[str, str | int] = {}
+    for _ in range(number):
+        key, (kind,) = _read_text(file), _unpack(file, "<I")
+        if kind not in (_UINT32, _STRING):
+            raise ValueError(f"{key}: a value of type {kind}")
+        pairs[key] = _unpack(file, "<I")[0] if kind == _UINT32 else _read_text(file)
+    return count, pairs
 
 
 def _descriptions(file: BinaryIO, count: int) -> Iterator[tuple[str, list[int], int, int]]:
@@ -166,7 +187,7 @@ GGUF = Target(
     encode=_encode,
     decode=_decode,
     kind=_kind,
-    tolerance=_HALF_SCALE,
-    rounding="scales are rounded to fp16",
-    file=FileFormat(suffix=".gguf", mark=_kind, plain=_plain, write=write, read=read),
+    tolerance=lambda form: _HALF_SCALE,
+    rounding="scales are stored in fp16",
+    file=FileFormat(suffix=".gguf", mark=_kind, plain=_plain, write=write, read=read, wrote=wrote),
 )

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 
 from s2q.core.packing import unpack_codes
 from s2q.core.qparams import dequantize_weight
-from s2q.exports.target import LinearForm, Target, Tensors
+from s2q.exports.target import LinearForm, Target, Tensors, unrotated
 from s2q.nn import PackedLinear
-from s2q.ops.kronecker import scaled_kronecker
-from s2q.transforms.convrot import LARGEST_ORDER, SMALLEST_ORDER, convrot_matrix
+from s2q.transforms.convrot import ORDERS
 
 FORMAT_VERSION = "0.2.8"
 """Of the package that this was compared with."""
@@ -39,16 +38,18 @@ def _obstacle(form: LinearForm) -> str | None:
     bits, rotation = form.activation_bits, form.rotation
     if bits not in (None, 8):
         return f"activations of {bits} bits, but of 8 or unquantized"
-    if rotation is not None and not (rotation & (rotation - 1) == 0 and SMALLEST_ORDER <= rotation <= LARGEST_ORDER):
+    if rotation is not None and rotation not in ORDERS:
         return f"a rotation in blocks of {rotation} channels"
+    if bits is not None and form.group_size is not None:
+        return "groups of weights beside quantized activations, which its readers round again"
+    return None
+
+
+def _unfit_width(form: LinearForm) -> str | None:
     if form.in_features % 2 and form.scheme.weight.num_bits <= 4:
         return f"an odd number of input channels, {form.in_features}, in 4 bits"
-    if bits is None:
-        return None
-    if form.group_size is not None:
-        return "groups of weights beside quantized activations, which its readers round again"
     sides = (form.in_features, form.out_features)
-    if min(sides) < _LEAST or any(side % _MULTIPLE for side in sides):
+    if form.activation_bits is not None and (min(sides) < _LEAST or any(side % _MULTIPLE for side in sides)):
         return (
             f"quantized activations of a linear of {sides[0]} x {sides[1]} features, which its readers do not quantize"
         )
@@ -67,7 +68,7 @@ def _encode(layer: PackedLinear, form: LinearForm) -> dict[str, Tensor]:
         if form.group_size is not None:
             tensors["weight"] = layer.codes().reshape(form.out_features, -1, form.group_size)
     if layer.low_rank_basis is not None and layer.low_rank_weight is not None:
-        up, down = layer.low_rank_weight.float(), _rotated(layer.low_rank_basis.float().t(), form)
+        up, down = layer.low_rank_weight.float(), unrotated(layer.low_rank_basis.float().t(), form)
         tensors |= {"svd_up": up.t() if transposed else up, "svd_down": down.t() if transposed else down}
     if layer.bias is not None:
         tensors["bias"] = layer.bias
@@ -86,14 +87,7 @@ def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
     if "svd_up" in tensors:
         up, down = tensors["svd_up"], tensors["svd_down"]
         weight = weight + (up.t() @ down.t() if transposed else up @ down)
-    return _rotated(weight, form)
-
-
-def _rotated(rows: Tensor, form: LinearForm) -> Tensor:
-    """Rows [..., I] times the rotation, which is its own inverse, in fp32."""
-    if form.rotation is None:
-        return rows
-    return scaled_kronecker(rows, right=convrot_matrix(form.rotation).float())
+    return unrotated(weight, form)
 
 
 def config(model: nn.Module, forms: Sequence[LinearForm]) -> dict[str, Any]:
@@ -126,7 +120,7 @@ def _options(form: LinearForm) -> dict[str, Any]:
         "group_size": form.group_size or -1,
         "use_quantized_matmul": form.activation_bits is not None,
         "use_hadamard": form.rotation is not None,
-        "hadamard_group_size": form.rotation or LARGEST_ORDER,
+        "hadamard_group_size": form.rotation or ORDERS[-1],
         "use_svd": form.path.low_rank is not None,
         "svd_rank": form.path.low_rank or 32,
     }
@@ -144,10 +138,11 @@ SDNQ = Target(
     recipes=("s2q-export-w4a8", "s2q-export-branch-w4a8", "s2q-export-w8a8"),
     parts=frozenset({"right", "low_rank", "deflates"}),
     obstacle=_obstacle,
+    unfit_width=_unfit_width,
     encode=_encode,
     decode=_decode,
     kind=kind,
-    tolerance=1e-5,
+    tolerance=lambda form: 1e-5,
     rounding="fp32 sums in another order",
     config=config,
 )

@@ -5,6 +5,7 @@ What a format cannot store is refused before anything is written, with the linea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import PARTS, InputPath
 from s2q.core.schemes import UNIFORM, LinearScheme, PerGroup
 from s2q.nn import PackedLinear
-from s2q.transforms.convrot import convrot_matrix
+from s2q.ops.kronecker import scaled_kronecker
+from s2q.transforms.convrot import regular_hadamard
 
 _PART_NAMES = {
     "shift": "the shift of its input",
@@ -31,6 +33,9 @@ _PART_NAMES = {
     "estimator": "its estimator",
     "estimator_frames": "the frame scales of its estimator",
 }
+
+WRITER = "s2q export"
+"""Name under which files say who quantized them."""
 
 Tensors = Mapping[str, Tensor]
 """Stored tensors of a linear by the last part of their names; the first dimension of each is that of out features."""
@@ -74,6 +79,9 @@ class FileFormat:
         plain: What is stored of a tensor of no quantized linear; `is_weight` where it is that of a linear.
         write: Takes the path, tensors, marks by the name of the linear, and the architecture of the layout.
         read: Returns the tensors and marks of a written file.
+        wrote: Whether a file is one that `write` wrote.
+        misread: What its readers would get wrong of a linear, by its original name, in a file of an architecture, or
+            None; such a linear may be left unquantized.
         suffixes: Last parts of the names of tensors that a linear has beside weight and bias.
     """
 
@@ -82,6 +90,8 @@ class FileFormat:
     plain: Callable[..., Tensor]
     write: Callable[[Path, Mapping[str, Tensor], Mapping[str, str], str], None]
     read: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
+    wrote: Callable[[Path], bool]
+    misread: Callable[[LinearForm, str, str], str | None] = lambda form, name, architecture: None
     suffixes: tuple[str, ...] = ()
 
 
@@ -96,9 +106,10 @@ class Target:
         recipes: Recipes whose checkpoints it stores.
         parts: Parts of an input path (`core.input_path.PARTS`) that it stores.
         obstacle: What else it cannot store of a linear, or None.
+        unfit_width: What of the width of a linear it cannot store, or None; such a linear may be left unquantized.
         encode: The tensors that it stores of a linear.
         decode: The weight [O, I] for the unrotated input that a reader computes from the tensors, fp32.
-        tolerance: How far that may be from s2q's, relative to its largest magnitude.
+        tolerance: How far weight and bias of a linear may be from s2q's, relative to their largest magnitudes.
         rounding: What the tolerance is for, in a few words.
         stores_codes: Whether it stores codes: rotations have to be those of `s2q.transforms.convrot`, levels uniform.
         kind: Name of the format that a linear gets.
@@ -115,9 +126,10 @@ class Target:
     encode: Callable[[PackedLinear, LinearForm], dict[str, Tensor]]
     decode: Callable[[Tensors, LinearForm], Tensor]
     kind: Callable[[LinearForm], str]
-    tolerance: float
+    tolerance: Callable[[LinearForm], float]
     rounding: str
     stores_codes: bool = True
+    unfit_width: Callable[[LinearForm], str | None] = lambda form: None
     file: FileFormat | None = None
     config: Callable[[nn.Module, Sequence[LinearForm]], dict[str, Any] | None] = lambda model, forms: None
 
@@ -141,12 +153,28 @@ def linear_forms(model: nn.Module, config: S2QConfig) -> list[LinearForm]:
     return forms
 
 
-def check_storable(target: Target, forms: Collection[LinearForm]) -> None:
-    """Refuse linears with a part that a target cannot store; the error names the first, and the recipes that fit."""
+def check_storable(target: Target, forms: Collection[LinearForm], *, recipe: str) -> None:
+    """Refuse linears that a target cannot store; the error names the first, and what to do.
+
+    That is to take another recipe than that of the checkpoint, or to leave linears of such widths unquantized.
+    """
     for form in forms:
-        obstacle = missing_part(target, form)
-        if obstacle is not None:
-            raise _refusal(target, form, obstacle)
+        if (obstacle := missing_part(target, form)) is not None:
+            raise _refusal(target, form, obstacle, recipe=recipe)
+    unfit = [form for form in forms if target.unfit_width(form) is not None]
+    if unfit:
+        in_any_block = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", form.name, count=1) for form in unfit)
+        raise stored_unquantized(target, unfit[0], target.unfit_width(unfit[0]), skip=list(in_any_block))
+
+
+def stored_unquantized(
+    target: Target, form: LinearForm, obstacle: str | None, *, skip: Sequence[str]
+) -> InvalidInputError:
+    """Build (not raise) the error for a linear that a target stores unquantized only."""
+    return InvalidInputError(
+        f"{form.name}: {target.name} cannot store {obstacle}; quantize the model with skip={list(skip)}, or export to "
+        "diffusers"
+    )
 
 
 def missing_part(target: Target, form: LinearForm) -> str | None:
@@ -169,18 +197,26 @@ def missing_part(target: Target, form: LinearForm) -> str | None:
     return target.obstacle(form)
 
 
-def check_rotation(layer: PackedLinear, form: LinearForm, target: Target) -> None:
+def check_rotation(layer: PackedLinear, form: LinearForm, target: Target, *, recipe: str) -> None:
     """Refuse a rotation in blocks that is not the matrix which the target's readers apply."""
     if not target.stores_codes or form.rotation is None:
         return
     assert layer.transform_right is not None
-    expected = convrot_matrix(form.rotation).to(layer.transform_right)
+    expected = regular_hadamard(form.rotation).to(layer.transform_right)
     if not torch.equal(layer.transform_right, expected):
-        raise _refusal(target, form, "its rotation, whose matrix is not ConvRot's")
+        raise _refusal(target, form, "its rotation, whose matrix is not ConvRot's", recipe=recipe)
 
 
-def _refusal(target: Target, form: LinearForm, obstacle: str) -> InvalidInputError:
-    remedy = f"quantize the model with {' or '.join(target.recipes)}"
+def unrotated(rows: Tensor, form: LinearForm) -> Tensor:
+    """Return rows [..., I] times ConvRot's rotation of a linear, which is its own inverse, in fp32."""
+    if form.rotation is None:
+        return rows
+    return scaled_kronecker(rows, right=regular_hadamard(form.rotation).float())
+
+
+def _refusal(target: Target, form: LinearForm, obstacle: str, *, recipe: str) -> InvalidInputError:
+    others = [name for name in target.recipes if name != recipe]
+    remedies = [f"quantize the model with {' or '.join(others)}"] if others else []
     if target.stores_codes:
-        remedy += ", or export to diffusers"
-    return InvalidInputError(f"{form.name}: {target.name} cannot store {obstacle}; {remedy}")
+        remedies.append("export to diffusers")
+    return InvalidInputError(f"{form.name}: {target.name} cannot store {obstacle}; {', or '.join(remedies)}")

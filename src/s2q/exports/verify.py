@@ -19,10 +19,11 @@ def verify_written(
     """Compare tensors read from an export with those of the checkpoint's transformer.
 
     Returns:
-        The largest difference of a dequantized weight, relative to the largest magnitude of its linear.
+        The largest difference of a dequantized weight or a bias, relative to its largest magnitude.
 
     Raises:
-        S2QError: If a tensor is missing, added or changed, or a weight differs by more than the target's tolerance.
+        S2QError: If a tensor is missing, added or changed, or a weight or bias differs by more than the
+            tolerance of the target. A loaded checkpoint has no NaN.
     """
     if read.keys() != written.keys():
         first = sorted(read.keys() ^ written.keys())[0]
@@ -36,12 +37,21 @@ def verify_written(
 def _difference(read: Mapping[str, Tensor], model: nn.Module, form: LinearForm, target: Target) -> float:
     prefix = f"{form.name}."
     tensors = {name.removeprefix(prefix): tensor for name, tensor in read.items() if name.startswith(prefix)}
-    expected = model.get_submodule(form.name).effective_weight(torch.float32)  # type: ignore[operator]
+    weight, bias = model.get_submodule(form.name).effective_parameters(torch.float32)  # type: ignore[operator]
+    if (bias is None) != ("bias" not in tensors):
+        raise S2QError(f"{form.name}: its bias is in the written file or in the checkpoint alone; nothing was exported")
+    differences = {"weight": _relative(target.decode(tensors, form), weight)}
+    if bias is not None:
+        differences["bias"] = _relative(tensors["bias"].float(), bias)
+    for name, difference in differences.items():
+        if not difference <= target.tolerance(form):
+            raise S2QError(
+                f"{form.name}: as {target.name} reads it, its {name} differs by {difference:.1e} of its largest "
+                f"magnitude; expected at most {target.tolerance(form):.1e}; nothing was exported"
+            )
+    return max(differences.values())
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
     largest = float(expected.abs().max())
-    difference = float((target.decode(tensors, form) - expected).abs().max()) / (largest or 1.0)
-    if not difference <= target.tolerance:
-        raise S2QError(
-            f"{form.name}: as {target.name} reads it, its weight differs by {difference:.1e} of its largest magnitude; "
-            f"expected at most {target.tolerance:.1e}; nothing was exported"
-        )
-    return difference
+    return float((value - expected).abs().max()) / (largest or 1.0)

@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from s2q.common.errors import InvalidInputError, nearest_names, short_repr, unknown_name
@@ -29,7 +30,7 @@ def recipe_names() -> list[str]:
 
 
 def matching_recipes(text: str) -> list[str] | None:
-    """Return the recipes of the package for "all" or a pattern such as "s2q-*"; None for a plain name.
+    """Return the recipes of the package for "all" or a pattern such as "s2q-*"; None for a plain name or a path.
 
     Raises:
         InvalidInputError: If a pattern matches none.
@@ -37,7 +38,7 @@ def matching_recipes(text: str) -> list[str] | None:
     names = recipe_names()
     if text == ALL:
         return names
-    if not re.search(r"[*?\[]", text):
+    if not re.search(r"[*?\[]", text) or Path(text).exists():
         return None
     matches = fnmatch.filter(names, text)
     if not matches:

@@ -6,25 +6,23 @@ P is the exchange matrix. Every row of H₄ has one -1, so all rows of H have th
 has no row of ones, into which a channel mean would gather. H is symmetric, H H = 1, and its entries ±2^-k are exact in
 every floating dtype.
 
-The order is the largest that divides the width: powers of 4 up to 256 for "convrot"; for "convrot_pow2", SDNQ's choice,
-powers of 2 up to 256, with Sylvester's matrix where that is no power of 4 (1920: 64 in the one, 128 in the other).
+The order is the largest power of 4, up to 256, that divides the width: 64 for 1920. SDNQ's own quantizer takes powers
+of 2 (128 for 1920), whose entries are not exact in bfloat16, as a checkpoint stores them; its readers take either.
 
 Example: x = [1, 0, 0, 0] becomes [0.5, 0.5, 0.5, -0.5].
 
 Shapes: `I` features.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.transforms.base import Factors, FixedTransform
-from s2q.transforms.hadamard import hadamard_matrix
 
-LARGEST_ORDER, SMALLEST_ORDER = 256, 4
 _BASE = 4
+ORDERS = (4, 16, 64, 256)
+"""Channels of a block."""
 
 
 def regular_hadamard(order: int) -> Tensor:
@@ -37,43 +35,23 @@ def regular_hadamard(order: int) -> Tensor:
     return matrix
 
 
-def convrot_order(features: int, *, base: int = _BASE, block_size: int | None = None) -> int:
-    """Return the largest power of `base` up to 256, or up to a smaller block size, that divides the features.
+def convrot_order(features: int, *, block_size: int | None = None) -> int:
+    """Return the largest of `ORDERS`, or of those up to a block size, that divides the features.
 
     Raises:
-        InvalidInputError: If that is below 4.
+        InvalidInputError: If none does.
     """
-    limit = min(LARGEST_ORDER, block_size or LARGEST_ORDER)
-    order = 1
-    while order * base <= limit and features % (order * base) == 0:
-        order *= base
-    if order < SMALLEST_ORDER:
+    orders = [order for order in ORDERS if features % order == 0 and (block_size is None or order <= block_size)]
+    if not orders:
         given = "" if block_size is None else f" and block_size={block_size}"
         raise InvalidInputError(
-            f"convrot: in_features={features}{given}; expected a multiple of {SMALLEST_ORDER}; use rotation=hadamard, "
+            f"convrot: in_features={features}{given}; expected a multiple of {ORDERS[0]}; use rotation=hadamard, "
             "or add the linear to skip"
         )
-    return order
-
-
-def convrot_matrix(order: int) -> Tensor:
-    """Return the matrix of an order, fp64 [n, n]: regular for powers of 4, Sylvester's for other powers of 2."""
-    if order.bit_length() % 2:
-        return regular_hadamard(order)
-    matrix = hadamard_matrix(order)
-    assert matrix is not None, order
-    return matrix / math.sqrt(order)
+    return orders[-1]
 
 
 def convrot(in_features: int, *, seed: int = 0, block_size: int | None = None) -> FixedTransform:
-    """Build the rotation with orders of powers of 4; the seed changes nothing, since there are no signs to draw."""
-    return _rotation(in_features, convrot_order(in_features, block_size=block_size))
-
-
-def convrot_pow2(in_features: int, *, seed: int = 0, block_size: int | None = None) -> FixedTransform:
-    """Build the rotation with orders of powers of 2; see `convrot`."""
-    return _rotation(in_features, convrot_order(in_features, base=2, block_size=block_size))
-
-
-def _rotation(in_features: int, order: int) -> FixedTransform:
-    return FixedTransform(in_features, Factors(right=convrot_matrix(order)))
+    """Build the rotation; the seed changes nothing, since there are no signs to draw."""
+    order = convrot_order(in_features, block_size=block_size)
+    return FixedTransform(in_features, Factors(right=regular_hadamard(order)))

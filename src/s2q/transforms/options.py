@@ -7,7 +7,7 @@ from typing import Literal
 from s2q.common.errors import short_repr
 from s2q.common.options import Options
 from s2q.transforms.base import Transform, identity
-from s2q.transforms.convrot import convrot, convrot_pow2
+from s2q.transforms.convrot import convrot
 from s2q.transforms.hadamard import hadamard
 from s2q.transforms.kronecker import STARTS, KroneckerTransform
 from s2q.transforms.salience import SALIENCES
@@ -17,7 +17,6 @@ ROTATIONS: dict[str, Callable[..., Transform]] = {
     "hadamard": hadamard,
     "kronecker": KroneckerTransform.build,
     "convrot": convrot,
-    "convrot_pow2": convrot_pow2,
 }
 """Rotations that may follow the channel scale, by name; each is called as `rotation(in_features, seed=seed,
 block_size=None)`."""
@@ -41,8 +40,8 @@ class Transforms(Options):
         salience: What the scale takes for the size of an input's channels; one of `SALIENCES`: the largest magnitude
             over all timesteps, or PTQ4DiT's weighted mean over timesteps.
         learn_scale: Whether distillation learns the scale.
-        rotation: One of `ROTATIONS`; "kronecker" is learned if there is distillation; "convrot" and "convrot_pow2" act
-            in blocks of at most 256 channels, without signs, as ComfyUI and SDNQ rotate (`s2q.transforms.convrot`).
+        rotation: One of `ROTATIONS`; "kronecker" is learned if there is distillation; "convrot" acts in
+            blocks of at most 256 channels, without signs, as ComfyUI and SDNQ rotate (`s2q.transforms.convrot`).
         start: Where a Kronecker rotation starts; one of `STARTS`.
         block_size: Channels of a block within which the rotation acts, at most, in linears with at least twice as many
             in as out features (the second of a feed-forward); 0 rotates all channels together. Blocks halve the time
