@@ -139,8 +139,8 @@ HALVES = 0.15
 """Of the losses before training where the model is fp16 or bf16, and so are the inputs of its blocks;
 and of what two devices generate then."""
 SMALL = 5e-5
-"""Losses of tiny blocks with a branch. Two devices find bases of one space that differ by a rotation, which float8 rounds
-otherwise."""
+"""Losses of tiny blocks with a branch. Two devices find bases of one space that differ by a rotation, which float8
+rounds otherwise."""
 DIGITS = 0.02
 """Of the latents that two devices generate from one checkpoint: usually 1e-6; a single code of a 6-bit input that is
 rounded the other way moves those of a model of three tokens by half a percent."""
