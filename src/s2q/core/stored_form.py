@@ -50,7 +50,7 @@ def stored_values(name: str, value: Tensor) -> Tensor:
 
 
 def file_form(tensors: Mapping[str, Tensor], *, wide: bool = False) -> dict[str, Tensor]:
-    """Return tensors of packed linears, whose names end in those in a linear, as files have them; a bias as it is."""
+    """Return tensors of packed linears, whose names end in those in a linear, as files have them; a bias unchanged."""
     dtypes, parts = file_dtypes(wide=wide), {name: name.rpartition(".")[2] for name in tensors}
     return {
         name: to_file(tensor, dtypes[parts[name]]) if parts[name] in dtypes else tensor
