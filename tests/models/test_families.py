@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 
 import s2q
 from s2q.calibration.stream import TeacherStream
-from s2q.checkpoint import read_config
+from s2q.checkpoint import file_tensors, read_config
 from s2q.distillation.token_importance import capture_column_sums
 from s2q.evaluation.evaluate import evaluate
 from s2q.generation.settings import resolve_settings
@@ -187,7 +187,7 @@ def test_from_plan_to_video(pipe, tmp_path):
     assert set(read_config(out).layers) == {layer.name for layer in planned.layers}
     loaded = DiffusionPipeline.from_pretrained(out)
     loaded.set_progress_bar_config(disable=True)
-    state = loaded.transformer.state_dict().values()
+    state = file_tensors(loaded.transformer).values()
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
     frames = loaded("red", **tiny_call(loaded), output_type="pt").frames
     assert frames.shape == (1, video_size(pipe)["num_frames"], 3, video_size(pipe)["height"], video_size(pipe)["width"])
@@ -208,7 +208,7 @@ def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe,
     kept = set(getattr(loaded.transformer, "_keep_in_fp32_modules", None) or ())
     latent = set(family_of(loaded.transformer).latent_linears)
     assert linears - packed == {name for name in linears if name in latent or kept & set(name.split("."))}
-    state = loaded.transformer.state_dict().values()
+    state = file_tensors(loaded.transformer).values()
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
     pipes, found = {"outer": loaded}, {}
     s2q.quantize(tmp_path / "model", recipe="rtn-w4a16", overrides=["outer=null"], out=tmp_path / "blocks")

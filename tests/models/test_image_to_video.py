@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import s2q
-from s2q.checkpoint import read_config
+from s2q.checkpoint import file_tensors, read_config
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError
 from s2q.models import block_linears, family_of
@@ -46,7 +46,7 @@ def test_from_plan_to_video(model, tmp_path, overrides):
     assert type(loaded) is type(original)
     packed = {name for name, one in loaded.transformer.named_modules() if isinstance(one, PackedLinear)}
     assert packed == set(read_config(tmp_path / "out").layers) == {layer.name for layer in planned.layers}
-    state = loaded.transformer.state_dict().values()
+    state = file_tensors(loaded.transformer).values()
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
     frames = generated(loaded, output_type="pt")
     assert frames.shape == (1, 9, 3, 16, 16)
