@@ -22,6 +22,9 @@ from s2q.common.errors import InvalidInputError
 _MARK = re.compile(r"#(\d+|swap)")
 _SWAP = "#swap"
 
+Rules = tuple[tuple[str, str], ...]
+"""Patterns of regular expressions and their replacements, applied in order."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -29,11 +32,11 @@ class Layout:
 
     Attributes:
         architecture: `general.architecture` of its GGUF files.
-        rules: Patterns of regular expressions and replacements, applied in order.
+        rules: Of all names.
     """
 
     architecture: str
-    rules: tuple[tuple[str, str], ...]
+    rules: Rules
 
     def original_name(self, name: str) -> str:
         """Return the original name of a parameter, with its mark if it is a piece."""
@@ -125,12 +128,21 @@ def from_original(
     return converted
 
 
-_LINEARS = (("linear_1", "0"), ("linear_2", "2"))
+def _pair(pattern: str, replacement: str) -> Rules:
+    """Rules of the two linears of an embedding."""
+    return tuple((rf"{pattern}\.linear_{number}\.", f"{replacement}.{index}.") for number, index in ((1, 0), (2, 2)))
+
+
+def _fused(pattern: str, replacement: str) -> Rules:
+    """Rules of q, k and v as the pieces of one linear; "{}" in the pattern is the letter."""
+    return tuple((rf"{pattern.format(part)}\.", f"{replacement}#{piece}.") for piece, part in enumerate("qkv"))
+
+
 _WAN = Layout(
     architecture="wan",
     rules=(
-        *((rf"^condition_embedder\.time_embedder\.{name}\.", f"time_embedding.{index}.") for name, index in _LINEARS),
-        *((rf"^condition_embedder\.text_embedder\.{name}\.", f"text_embedding.{index}.") for name, index in _LINEARS),
+        *_pair(r"^condition_embedder\.time_embedder", "time_embedding"),
+        *_pair(r"^condition_embedder\.text_embedder", "text_embedding"),
         (r"^condition_embedder\.time_proj\.", "time_projection.1."),
         (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
         (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
@@ -168,11 +180,8 @@ _REFINER, _ORIGINAL_REFINER = (
 _HUNYUAN = Layout(
     architecture="hyvid",
     rules=(
-        *((_DOUBLE + rf"attn\.to_{part}\.", rf"double_blocks.\1.img_attn_qkv#{i}.") for i, part in enumerate("qkv")),
-        *(
-            (_DOUBLE + rf"attn\.add_{part}_proj\.", rf"double_blocks.\1.txt_attn_qkv#{i}.")
-            for i, part in enumerate("qkv")
-        ),
+        *_fused(_DOUBLE + r"attn\.to_{}", r"double_blocks.\1.img_attn_qkv"),
+        *_fused(_DOUBLE + r"attn\.add_{}_proj", r"double_blocks.\1.txt_attn_qkv"),
         (_DOUBLE + r"attn\.norm_([qk])\.", r"double_blocks.\1.img_attn_\2_norm."),
         (_DOUBLE + r"attn\.norm_added_([qk])\.", r"double_blocks.\1.txt_attn_\2_norm."),
         (_DOUBLE + r"attn\.to_out\.0\.", r"double_blocks.\1.img_attn_proj."),
@@ -183,29 +192,23 @@ _HUNYUAN = Layout(
         (_DOUBLE + r"ff\.net\.2\.", r"double_blocks.\1.img_mlp.fc2."),
         (_DOUBLE + r"ff_context\.net\.0\.proj\.", r"double_blocks.\1.txt_mlp.fc1."),
         (_DOUBLE + r"ff_context\.net\.2\.", r"double_blocks.\1.txt_mlp.fc2."),
-        *((_SINGLE + rf"attn\.to_{part}\.", rf"single_blocks.\1.linear1#{i}.") for i, part in enumerate("qkv")),
+        *_fused(_SINGLE + r"attn\.to_{}", r"single_blocks.\1.linear1"),
         (_SINGLE + r"proj_mlp\.", r"single_blocks.\1.linear1#3."),
         (_SINGLE + r"attn\.norm_([qk])\.", r"single_blocks.\1.\2_norm."),
         (_SINGLE + r"norm\.linear\.", r"single_blocks.\1.modulation.linear."),
         (_SINGLE + r"proj_out\.", r"single_blocks.\1.linear2."),
-        *(
-            (_REFINER + rf"attn\.to_{part}\.", rf"{_ORIGINAL_REFINER}self_attn_qkv#{i}.")
-            for i, part in enumerate("qkv")
-        ),
+        *_fused(_REFINER + r"attn\.to_{}", f"{_ORIGINAL_REFINER}self_attn_qkv"),
         (_REFINER + r"attn\.to_out\.0\.", rf"{_ORIGINAL_REFINER}self_attn_proj."),
         (_REFINER + r"norm_out\.linear\.", rf"{_ORIGINAL_REFINER}adaLN_modulation.1."),
         (_REFINER + r"ff\.net\.0\.proj\.", rf"{_ORIGINAL_REFINER}mlp.fc1."),
         (_REFINER + r"ff\.net\.2\.", rf"{_ORIGINAL_REFINER}mlp.fc2."),
         (_REFINER, _ORIGINAL_REFINER),
         (r"^context_embedder\.proj_in\.", "txt_in.input_embedder."),
-        *(
-            (rf"^context_embedder\.time_text_embed\.timestep_embedder\.{name}\.", f"txt_in.t_embedder.mlp.{i}.")
-            for name, i in _LINEARS
-        ),
+        *_pair(r"^context_embedder\.time_text_embed\.timestep_embedder", "txt_in.t_embedder.mlp"),
         (r"^context_embedder\.time_text_embed\.text_embedder\.", "txt_in.c_embedder."),
         (r"^x_embedder\.", "img_in."),
-        *((rf"^time_text_embed\.timestep_embedder\.{name}\.", f"time_in.mlp.{i}.") for name, i in _LINEARS),
-        *((rf"^time_text_embed\.guidance_embedder\.{name}\.", f"guidance_in.mlp.{i}.") for name, i in _LINEARS),
+        *_pair(r"^time_text_embed\.timestep_embedder", "time_in.mlp"),
+        *_pair(r"^time_text_embed\.guidance_embedder", "guidance_in.mlp"),
         (r"^time_text_embed\.text_embedder\.linear_1\.", "vector_in.in_layer."),
         (r"^time_text_embed\.text_embedder\.linear_2\.", "vector_in.out_layer."),
         (r"^norm_out\.linear\.", f"final_layer.adaLN_modulation.1{_SWAP}."),
