@@ -13,7 +13,7 @@ from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
 from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError
 from s2q.common.headers import TensorInfo, read_headers
-from s2q.common.meta import meta_model
+from s2q.common.meta import meta_model, plain_config
 from s2q.common.records import INSPECTION_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.common.weight_files import weight_files
@@ -134,7 +134,7 @@ def _linears(component: str, config: Mapping[str, Any], *, max_tensors: int) -> 
     import diffusers
 
     class_name = str(config.get("_class_name"))
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = plain_config(config)
     transformer = meta_model(
         lambda: getattr(diffusers, class_name).from_config(plain),
         path=Path(component) / "config.json",

@@ -20,6 +20,11 @@ _SPARE_CALLS = 10_000
 _MAX_BUFFER_BYTES = 1 << 32  # of positional embeddings and the like, which files do not have
 
 
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a model without that of its quantization."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
 def meta_model(
     build: Callable[[], nn.Module], *, path: Path, name: str, max_tensors: int = _MAX_TENSORS, remedy: str
 ) -> nn.Module:

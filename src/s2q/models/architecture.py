@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from s2q.common.components import transformers_of
 from s2q.common.errors import InvalidInputError
+from s2q.common.meta import plain_config
 from s2q.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -106,6 +107,5 @@ def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | Non
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as config.json would have it, with lists for tuples."""
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
-    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(plain_config(config), default=str))
     return plain

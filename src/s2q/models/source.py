@@ -22,7 +22,7 @@ from s2q.common.files import read_json
 from s2q.common.foreign_code import check_folder, check_index
 from s2q.common.headers import TensorInfo, read_headers
 from s2q.common.loading_errors import PACKAGES, loading_error
-from s2q.common.meta import check_tensors, meta_model
+from s2q.common.meta import check_tensors, meta_model, plain_config
 from s2q.common.versions import is_installed
 from s2q.common.weight_files import has_variant, names_in, variants_in, weight_files
 from s2q.core.storage import BF16_BYTES
@@ -100,6 +100,16 @@ class ModelSource:
         """Whether a transformer is stored quantized (by any method)."""
         return any(config.get("quantization_config") is not None for config in self.transformer_configs.values())
 
+    def plain_config(self, component: str) -> dict[str, Any]:
+        """Return the configuration of a transformer as in full precision."""
+        return plain_config(self.transformer_configs[component])
+
+    def transformer_type(self, component: str) -> Any:
+        """Return the class of a transformer, of diffusers."""
+        import diffusers
+
+        return getattr(diffusers, self.transformer_configs[component]["_class_name"])
+
     def file_names(self, component: str) -> set[str]:
         """Return the names of the files of a component, downloaded or not."""
         if self.hub_names is not None:
@@ -173,12 +183,9 @@ class ModelSource:
 
     def meta_transformer(self, component: str = TRANSFORMERS[0]) -> nn.Module:
         """Build a full-precision transformer on the meta device: all shapes, no memory."""
-        import diffusers
-
-        stored = self.transformer_configs[component]
-        config = {key: value for key, value in stored.items() if key != "quantization_config"}
+        config = self.plain_config(component)
         return meta_model(
-            lambda: getattr(diffusers, config["_class_name"]).from_config(config),
+            lambda: self.transformer_type(component).from_config(config),
             path=self.folder / component / "config.json",
             name=config["_class_name"],
             remedy=_REMEDY,
