@@ -13,7 +13,6 @@ import s2q
 from s2q.checkpoint import S2QConfig
 from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.core.input_path import InputPath
-from s2q.exports import gguf
 from s2q.exports.export import _marks
 from s2q.exports.layout import LAYOUTS, check_layout
 from s2q.exports.target import LinearForm, linear_forms
@@ -160,8 +159,9 @@ def test_ggufs_are_read_as_they_were_written(tmp_path):
         "c.weight": torch.randn(3, 5).bfloat16(),
         "d": torch.randn(7),
     }
-    gguf.write(tmp_path / "x.gguf", tensors, {"a": "Q4_0"}, "wan")
-    read, marks = gguf.read(tmp_path / "x.gguf")
+    file = TARGETS["gguf"].file
+    file.write(tmp_path / "x.gguf", tensors, {"a": "Q4_0"}, "wan")
+    read, marks = file.read(tmp_path / "x.gguf")
     assert marks == {"a": "Q4_0"}
     assert list(read) == list(tensors)
     assert all(read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) for name, tensor in tensors.items())

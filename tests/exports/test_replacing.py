@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 import s2q
 from s2q.common.errors import InvalidInputError
-from s2q.exports import gguf
 from s2q.exports.export import ExportReport
 from s2q.exports.folder import write_card
 from s2q.exports.targets import TARGETS
@@ -56,6 +55,14 @@ def test_another_checkpoint_is_not_replaced(made, checkpoint):
     s2q.load(checkpoint)
 
 
+def test_quantize_does_not_replace_an_export(made, tiny_model, tmp_path):
+    s2q.export(made("cogvideox", RECIPE), to="diffusers", out=tmp_path / "out")
+    before = (tmp_path / "out/s2q/manifest.json").read_bytes()
+    with pytest.raises(InvalidInputError, match="was not written by this command"):
+        s2q.quantize(tiny_model, recipe="rtn-w4a8", out=tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/s2q/manifest.json").read_bytes() == before
+
+
 def test_the_record_of_a_folder_is_the_report(made, tmp_path):
     report = s2q.export(made("cogvideox", RECIPE), to="diffusers", out=tmp_path / "out")
     assert ExportReport(**json.loads((tmp_path / "out/s2q/export.json").read_text())) == report
@@ -82,7 +89,7 @@ def test_files_tell_who_wrote_them(tmp_path):
     assert not TARGETS["comfyui"].file.wrote(tmp_path / "theirs")
     ours = (tmp_path / "gguf").read_bytes()
     (tmp_path / "theirs").write_bytes(ours.replace(b"s2q export", b"llama.cpp!"))
-    assert not gguf.wrote(tmp_path / "theirs")
+    assert not TARGETS["gguf"].file.wrote(tmp_path / "theirs")
 
 
 def test_components_that_lead_out_of_the_folder_are_not_copied(checkpoint, tmp_path):

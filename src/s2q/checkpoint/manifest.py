@@ -20,6 +20,7 @@ from s2q.common.records import MANIFEST_VERSION
 logger = logging.getLogger(__name__)
 
 MANIFEST = Path("s2q/manifest.json")
+EXPORT_RECORD = MANIFEST.with_name("export.json")
 CARD = "README.md"
 _INDEX = "model_index.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -54,6 +55,11 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def owned_files(folder: Path) -> set[str] | None:
+    """Return `listed_files` of a folder that is a checkpoint; None for another folder, also for an export."""
+    return None if (folder / EXPORT_RECORD).is_file() else listed_files(folder)
+
+
+def listed_files(folder: Path) -> set[str] | None:
     """Return the relative POSIX paths of the files that s2q wrote, without a model card; None without a manifest."""
     if not (folder / MANIFEST).is_file():
         return None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RECORDS = Path("s2q")
 REPORT = RECORDS / "report.json"
 EVENTS = RECORDS / "events.jsonl"
+LICENCE = "LICENSE*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,8 @@ def save_checkpoint(
             pipe.save_pretrained(staged, max_shard_size=max_shard_size)
         for path in (staged / "model_index.json", *staged.glob("*/config.json")):
             _clean_config(path)
-        _copy_licence(records.base_folder, staged)
+        if records.base_folder is not None:
+            copy_top_files(records.base_folder, staged, LICENCE)
         card = render_model_card(
             *configs,
             pipeline_class=type(pipe).__name__,
@@ -127,8 +129,8 @@ def _clean_config(path: Path) -> None:
     atomic_write_json(path, config)
 
 
-def _copy_licence(base_folder: Path | None, staged: Path) -> None:
-    if base_folder is not None:
-        for path in sorted(base_folder.glob("LICENSE*")):
-            if path.is_file():
-                shutil.copyfile(path, staged / path.name)
+def copy_top_files(source: Path, target: Path, *patterns: str) -> None:
+    """Copy files at the top of a folder whose names match shell-style patterns."""
+    for pattern in patterns:
+        for path in sorted(path for path in source.glob(pattern) if path.is_file()):
+            shutil.copyfile(path, target / path.name)

@@ -73,8 +73,7 @@ def _kind(form: LinearForm) -> str:
     return _W4A4 if form.activation_bits == 4 else _W4A8
 
 
-def mark(form: LinearForm) -> str:
-    """Return the JSON that tells ComfyUI the format of a linear."""
+def _mark(form: LinearForm) -> str:
     content: dict[str, Any] = {"format": _kind(form)}
     if _kind(form) == _W4A8:
         content["group_size"] = form.in_features
@@ -90,13 +89,11 @@ def mark(form: LinearForm) -> str:
 def _encode(layer: PackedLinear, form: LinearForm) -> dict[str, Tensor]:
     kind, scale = _kind(form), layer.weight_scale
     if kind == _W4A8:
-        weight = {"weight": layer.packed_weight.view(torch.int8), "weight_s_channel": scale}
-        weight["weight_s_rel"] = torch.ones_like(scale).unsqueeze(1)
-    elif kind == _W4A4:
-        weight = {"weight": (layer.packed_weight ^ _TWOS_COMPLEMENT).view(torch.int8), "weight_scale": scale}
-    else:
-        weight = {"weight": layer.codes(), "weight_scale": scale.unsqueeze(1)}
-    return weight if layer.bias is None else weight | {"bias": layer.bias}
+        relative = torch.ones_like(scale).unsqueeze(1)
+        return {"weight": layer.packed_weight.view(torch.int8), "weight_s_channel": scale, "weight_s_rel": relative}
+    if kind == _W4A4:
+        return {"weight": (layer.packed_weight ^ _TWOS_COMPLEMENT).view(torch.int8), "weight_scale": scale}
+    return {"weight": layer.codes(), "weight_scale": scale.unsqueeze(1)}
 
 
 def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
@@ -111,24 +108,21 @@ def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
     return unrotated(dequantize_weight(codes, scale), form)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], architecture: str) -> None:
-    """Write tensors and marks."""
-    written = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    for name, text in marks.items():
-        written[f"{name}.{_MARK}"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    save_file(written, path, metadata=_METADATA)
+def _write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], architecture: str) -> None:
+    texts = {
+        f"{name}.{_MARK}": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in marks.items()
+    }
+    save_file({**tensors, **texts}, path, metadata=_METADATA)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what `write` wrote."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     end = f".{_MARK}"
     tensors = load_file(path)
     marks = {name: tensors.pop(name) for name in list(tensors) if name.endswith(end)}
     return tensors, {name.removesuffix(end): bytes(mark.tolist()).decode() for name, mark in marks.items()}
 
 
-def wrote(path: Path) -> bool:
-    """Tell whether a file is one that `write` wrote."""
+def _wrote(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).items() >= _METADATA.items()
@@ -147,15 +141,13 @@ COMFYUI = Target(
     encode=_encode,
     decode=_decode,
     kind=_kind,
-    tolerance=lambda form: 1e-5,
-    rounding="fp32 sums in another order",
     file=FileFormat(
         suffix=".safetensors",
-        mark=mark,
+        mark=_mark,
         plain=lambda tensor, is_weight: tensor,
-        write=write,
-        read=read,
-        wrote=wrote,
+        write=_write,
+        read=_read,
+        wrote=_wrote,
         misread=_misread,
         suffixes=("weight_scale", "weight_s_rel", "weight_s_channel"),
     ),

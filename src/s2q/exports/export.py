@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from s2q import checkpoint
-from s2q.checkpoint.manifest import intact
+from s2q.checkpoint.manifest import EXPORT_RECORD, intact
 from s2q.common.arguments import flag, model_argument, optional, path_argument, word
 from s2q.common.errors import InvalidInputError, S2QError, UsageError, memory_errors, unknown_name
 from s2q.common.files import atomic_write_json
@@ -21,7 +22,6 @@ from s2q.common.records import EXPORT_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.storage import BF16_BYTES, parse_bytes
 from s2q.exports.folder import (
-    RECORD,
     check_components,
     copy_components,
     exported_files,
@@ -36,6 +36,7 @@ from s2q.exports.target import (
     Target,
     check_rotation,
     check_storable,
+    encoded,
     linear_forms,
     stored_unquantized,
 )
@@ -43,9 +44,6 @@ from s2q.exports.targets import TARGETS
 from s2q.exports.verify import verify_written
 from s2q.models import ModelSource, resolve_model
 from s2q.nn import PackedLinear
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +127,7 @@ def export(
     if target.file is None:
         check_output(out, overwrite=overwrite, owned=exported_files)
     else:
+        layout, marks = job.original_names()
         check_file_output(out, overwrite=overwrite, owned=target.file.wrote)
     checkpoint.check_intact(job.folder, verify=verify)
     if target.file is None:
@@ -136,7 +135,7 @@ def export(
             job.write_folder(folder, name=out.name, max_shard_size=shard_size)
     else:
         with staged_file(out, overwrite=overwrite, owned=target.file.wrote) as path:
-            job.write_file(path, target.file)
+            job.write_file(path, target.file, layout, marks)
     return job.report(out.name)
 
 
@@ -171,31 +170,38 @@ class _Job:
                 )
             self.forms[component] = linear_forms(plain, config)
             check_storable(target, self.forms[component], recipe=config.recipe)
-            if target.file is not None:
-                self.layout = layout_of(plain, target.name)
-                self.marks = _marks(plain, self.forms[component], self.layout, target)
             self.full_bytes += sum(tensor.numel() for tensor in plain.state_dict().values()) * BF16_BYTES
 
     def write_folder(self, staged: Path, *, name: str, max_shard_size: int) -> None:
         """Write a pipeline folder, which will have a name, and compare it."""
         copy_components(self.source, self.folder, staged, without=self.configs)
-        for index, (component, forms) in enumerate(self.forms.items()):
+        for index, component in enumerate(self.forms):
             self.progress("export", index, len(self.forms))
-            model = self.load(component)
-            tensors = self.tensors(component, model)
-            config = self.plain_config(component)
-            quantization = self.target.config(model, forms)
-            if quantization is not None:
-                config["quantization_config"] = quantization
-            write_transformer(staged / component, tensors, config, max_shard_size=max_shard_size)
-            self.compare(read_tensors(staged / component), tensors, model, forms)
+            self.write_component(component, staged / component, max_shard_size=max_shard_size)
         write_card(self.folder, staged, self.card())
-        (staged / RECORD).parent.mkdir(exist_ok=True)
-        atomic_write_json(staged / RECORD, self.report(name).to_dict())
+        (staged / EXPORT_RECORD).parent.mkdir(exist_ok=True)
+        atomic_write_json(staged / EXPORT_RECORD, self.report(name).to_dict())
         checkpoint.write_manifest(staged)
         self.progress("export", len(self.forms), len(self.forms))
 
-    def write_file(self, path: Path, file: FileFormat) -> None:
+    def write_component(self, component: str, staged: Path, *, max_shard_size: int) -> None:
+        """Write and compare one transformer, and drop it."""
+        model, forms, config = self.load(component), self.forms[component], self.source.plain_config(component)
+        tensors = self.tensors(component, model)
+        quantization = self.target.config(model, forms)
+        if quantization is not None:
+            config["quantization_config"] = quantization
+        write_transformer(staged, tensors, config, max_shard_size=max_shard_size)
+        self.compare(read_tensors(staged), tensors, model, forms)
+
+    def original_names(self) -> tuple[Layout, dict[str, str]]:
+        """Return the layout of the only transformer and the marks of its linears; refuse what a file cannot hold."""
+        ((component, forms),) = self.forms.items()
+        plain = self.source.meta_transformer(component)
+        layout = layout_of(plain, self.target.name)
+        return layout, _marks(plain, forms, layout, self.target)
+
+    def write_file(self, path: Path, file: FileFormat, layout: Layout, marks: Mapping[str, str]) -> None:
         """Write the transformer into one file and compare it, converted back by diffusers."""
         ((component, forms),) = self.forms.items()
         self.progress("export", 0, 1)
@@ -205,12 +211,12 @@ class _Job:
         tensors = {
             name: tensor
             if name.rpartition(".")[0] in quantized and not name.endswith(".bias")
-            else file.plain(tensor, is_weight=name in linears).contiguous()
+            else file.plain(tensor, is_weight=name in linears)
             for name, tensor in self.tensors(component, model).items()
         }
-        file.write(path, self.layout.to_original(tensors), self.marks, self.layout.architecture)
+        file.write(path, layout.to_original(tensors), marks, layout.architecture)
         read, read_marks = file.read(path)
-        if read_marks != self.marks:
+        if read_marks != marks:
             raise S2QError(f"{path.name}: the formats of its linears were read back otherwise; nothing was exported")
         read = from_original(type(model).__name__, read, suffixes=file.suffixes)
         self.compare(read, tensors, model, forms)
@@ -218,16 +224,11 @@ class _Job:
 
     def load(self, component: str) -> nn.Module:
         """Load a transformer of the checkpoint, in its compute dtype, on the CPU."""
-        import diffusers
-        import torch
-
-        config = self.configs[component]
-        model_class = getattr(diffusers, self.source.transformer_configs[component]["_class_name"])
         with intact():
-            model: nn.Module = model_class.from_pretrained(
+            model: nn.Module = self.source.transformer_type(component).from_pretrained(
                 self.folder,
                 subfolder=component,
-                dtype=getattr(torch, config.compute_dtype),
+                dtype=getattr(torch, self.configs[component].compute_dtype),
                 variant=self.source.variant,
                 use_safetensors=True,
             )
@@ -243,9 +244,8 @@ class _Job:
             layer = model.get_submodule(form.name)
             assert isinstance(layer, PackedLinear), form.name
             check_rotation(layer, form, self.target, recipe=recipe)
-            encoded = self.target.encode(layer, form)
-            tensors |= {f"{form.name}.{name}": tensor.detach().contiguous() for name, tensor in encoded.items()}
-        return tensors
+            tensors |= {f"{form.name}.{name}": tensor for name, tensor in encoded(self.target, layer, form).items()}
+        return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
     def compare(
         self, read: Mapping[str, Tensor], written: Mapping[str, Tensor], model: nn.Module, forms: Sequence[LinearForm]
@@ -253,11 +253,6 @@ class _Job:
         """Compare what was read back with what was written, and both with the model."""
         self.difference = max(self.difference, verify_written(read, written, model, forms, self.target))
         self.written_bytes += sum(tensor.nbytes for tensor in read.values())
-
-    def plain_config(self, component: str) -> dict[str, Any]:
-        """Return the configuration of a transformer, without quantization."""
-        stored = self.source.transformer_configs[component].items()
-        return {key: value for key, value in stored if key != "quantization_config"}
 
     def card(self) -> str:
         """Return the text of a model card."""

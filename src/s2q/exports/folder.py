@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,21 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from s2q.checkpoint.manifest import CARD, MANIFEST, owned_files, strange_files
+from s2q.checkpoint.manifest import CARD, EXPORT_RECORD, listed_files, strange_files
+from s2q.checkpoint.save import LICENCE, copy_top_files
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_json, atomic_write_text
 from s2q.common.weight_files import copy_component, weight_files
 from s2q.models import ModelSource
 
-RECORD = MANIFEST.with_name("export.json")
-"""Of an export, the report; other folders are not replaced."""
-
 _PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
-_TOP = ("model_index.json", "generation.json", "LICENSE*")
+_TOP = ("model_index.json", "generation.json", LICENCE)
 _FRONT_MATTER = re.compile(r"\A---$.*?^---$", re.DOTALL | re.MULTILINE)
 
 
 def exported_files(folder: Path) -> set[str] | None:
     """Return the files of a folder that an export wrote, by relative POSIX path; None for another folder."""
-    return owned_files(folder) if (folder / RECORD).is_file() else None
+    return listed_files(folder) if (folder / EXPORT_RECORD).is_file() else None
 
 
 def check_components(source: ModelSource, folder: Path, *, without: Mapping[str, Any]) -> None:
@@ -44,9 +41,7 @@ def check_components(source: ModelSource, folder: Path, *, without: Mapping[str,
 
 def copy_components(source: ModelSource, folder: Path, staged: Path, *, without: Mapping[str, Any]) -> None:
     """Copy the components of a pipeline folder, except some, and its licence; weights get names without a variant."""
-    for pattern in _TOP:
-        for path in sorted(path for path in folder.glob(pattern) if path.is_file()):
-            shutil.copyfile(path, staged / path.name)
+    copy_top_files(folder, staged, *_TOP)
     for component, (library, _) in source.component_classes.items():
         if component not in without and (folder / component).is_dir():
             copy_component(folder / component, staged / component, library=library, variant=source.variant)

@@ -58,8 +58,7 @@ def _encode(layer: PackedLinear, form: LinearForm) -> dict[str, Tensor]:
         nibbles = (blocks.to(torch.int16) + 8).to(torch.uint8)
         blocks = nibbles[..., : _GROUP // 2] | (nibbles[..., _GROUP // 2 :] << 4)
     scale = layer.weight_scale.half().unsqueeze(-1).contiguous().view(torch.uint8)
-    tensors = {"weight": torch.cat([scale, blocks.contiguous().view(torch.uint8)], dim=-1).flatten(1)}
-    return tensors if layer.bias is None else tensors | {"bias": layer.bias}
+    return {"weight": torch.cat([scale, blocks.contiguous().view(torch.uint8)], dim=-1).flatten(1)}
 
 
 def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
@@ -77,7 +76,7 @@ def _plain(tensor: Tensor, *, is_weight: bool) -> Tensor:
     return tensor if is_weight and tensor.dtype == torch.bfloat16 else tensor.float()
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], architecture: str) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], architecture: str) -> None:
     """Write tensors; `marks` are the types of quantized weights, uint8 [O, bytes], by the names of their linears."""
     weights = {f"{name}.weight": kind for name, kind in marks.items()}
     with path.open("wb") as file:
@@ -94,7 +93,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], a
             offset += _padded(tensor.nbytes)
         file.write(b"\0" * (_padded(file.tell()) - file.tell()))
         for tensor in tensors.values():
-            data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+            data = tensor.flatten().view(torch.uint8).numpy()
             file.write(data.data)
             file.write(b"\0" * (_padded(tensor.nbytes) - tensor.nbytes))
 
@@ -105,27 +104,25 @@ def _shape_and_type(tensor: Tensor, kind: str | None) -> tuple[list[int], int]:
     return [tensor.shape[0], tensor.shape[1] // _BLOCK_BYTES[kind] * _GROUP], _TYPES[kind]
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what `write` wrote: tensors, and types by the names of quantized linears."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `_write` wrote: tensors, and types by the names of quantized linears."""
     names = {number: name for name, number in _TYPES.items()}
     tensors, marks = {}, {}
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)  # not in memory
     with path.open("rb") as file:
         count, _ = _header(file)
         described = list(_descriptions(file, count))
         start = _padded(file.tell())
         for name, shape, kind, offset in described:
-            file.seek(start + offset)
+            data, dtype = mapped[start + offset :], _FROM_TYPE.get(kind, torch.uint8)
             if kind in names:
-                columns = shape[1] // _GROUP * _BLOCK_BYTES[names[kind]]
                 marks[name.removesuffix(".weight")] = names[kind]
-                tensors[name] = _values(file, [shape[0], columns], torch.uint8)
-            else:
-                tensors[name] = _values(file, shape, _FROM_TYPE[kind])
+                shape[1] = shape[1] // _GROUP * _BLOCK_BYTES[names[kind]]
+            tensors[name] = data[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
     return tensors, marks
 
 
-def wrote(path: Path) -> bool:
-    """Tell whether a file is one that `write` wrote."""
+def _wrote(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return _header(file)[1].get(_WRITER_KEY) == WRITER
@@ -134,7 +131,7 @@ def wrote(path: Path) -> bool:
 
 
 def _header(file: BinaryIO) -> tuple[int, dict[str, str | int]]:
-    """Read the number of tensors and the pairs; ValueError for a kind of value that `write` does not write."""
+    """Read the number of tensors and the pairs; ValueError for a kind of value that `_write` does not write."""
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("no GGUF file")
     _, count, number = _unpack(file, "<IQQ")
@@ -154,11 +151,6 @@ def _descriptions(file: BinaryIO, count: int) -> Iterator[tuple[str, list[int], 
         shape = list(reversed(_unpack(file, f"<{ndim}Q")))
         kind, offset = _unpack(file, "<IQ")
         yield name, shape, kind, offset
-
-
-def _values(file: BinaryIO, shape: list[int], dtype: torch.dtype) -> Tensor:
-    data = bytearray(file.read(math.prod(shape) * dtype.itemsize))
-    return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
 def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
@@ -189,5 +181,5 @@ GGUF = Target(
     kind=_kind,
     tolerance=lambda form: _HALF_SCALE,
     rounding="scales are stored in fp16",
-    file=FileFormat(suffix=".gguf", mark=_kind, plain=_plain, write=write, read=read, wrote=wrote),
+    file=FileFormat(suffix=".gguf", mark=_kind, plain=_plain, write=_write, read=_read, wrote=_wrote),
 )

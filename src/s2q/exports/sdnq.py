@@ -28,7 +28,7 @@ from s2q.exports.target import LinearForm, Target, Tensors, unrotated
 from s2q.nn import PackedLinear
 from s2q.transforms.convrot import ORDERS
 
-FORMAT_VERSION = "0.2.8"
+_FORMAT_VERSION = "0.2.8"
 """Of the package that this was compared with."""
 
 _MULTIPLE, _LEAST = 16, 32  # in and out features of a product of integers; a reader computes others without quantizing
@@ -70,9 +70,7 @@ def _encode(layer: PackedLinear, form: LinearForm) -> dict[str, Tensor]:
     if layer.low_rank_basis is not None and layer.low_rank_weight is not None:
         up, down = layer.low_rank_weight.float(), unrotated(layer.low_rank_basis.float().t(), form)
         tensors |= {"svd_up": up.t() if transposed else up, "svd_down": down.t() if transposed else down}
-    if layer.bias is not None:
-        tensors["bias"] = layer.bias
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return tensors
 
 
 def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
@@ -90,8 +88,7 @@ def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
     return unrotated(weight, form)
 
 
-def config(model: nn.Module, forms: Sequence[LinearForm]) -> dict[str, Any]:
-    """Return the `quantization_config` of a transformer whose quantized linears these are."""
+def _config(model: nn.Module, forms: Sequence[LinearForm]) -> dict[str, Any]:
     quantized = {form.name for form in forms}
     options = {form.name: _options(form) for form in forms}
     usual = dict(Counter(tuple(option.items()) for option in options.values()).most_common(1)[0][0])
@@ -99,7 +96,7 @@ def config(model: nn.Module, forms: Sequence[LinearForm]) -> dict[str, Any]:
     kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in quantized]
     return {
         "quant_method": "sdnq",
-        "sdnq_version": FORMAT_VERSION,
+        "sdnq_version": _FORMAT_VERSION,
         **usual,
         "is_integer": True,
         "is_unsigned": False,
@@ -116,7 +113,7 @@ def config(model: nn.Module, forms: Sequence[LinearForm]) -> dict[str, Any]:
 
 def _options(form: LinearForm) -> dict[str, Any]:
     return {
-        "weights_dtype": kind(form),
+        "weights_dtype": _kind(form),
         "group_size": form.group_size or -1,
         "use_quantized_matmul": form.activation_bits is not None,
         "use_hadamard": form.rotation is not None,
@@ -126,8 +123,7 @@ def _options(form: LinearForm) -> dict[str, Any]:
     }
 
 
-def kind(form: LinearForm) -> str:
-    """Return SDNQ's name of the dtype of a weight."""
+def _kind(form: LinearForm) -> str:
     return "int4" if form.scheme.weight.num_bits <= 4 else "int8"
 
 
@@ -141,8 +137,6 @@ SDNQ = Target(
     unfit_width=_unfit_width,
     encode=_encode,
     decode=_decode,
-    kind=kind,
-    tolerance=lambda form: 1e-5,
-    rounding="fp32 sums in another order",
-    config=config,
+    kind=_kind,
+    config=_config,
 )

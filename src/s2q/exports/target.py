@@ -107,7 +107,7 @@ class Target:
         parts: Parts of an input path (`core.input_path.PARTS`) that it stores.
         obstacle: What else it cannot store of a linear, or None.
         unfit_width: What of the width of a linear it cannot store, or None; such a linear may be left unquantized.
-        encode: The tensors that it stores of a linear.
+        encode: The tensors that it stores of a linear; without a bias, its own is stored where it has one.
         decode: The weight [O, I] for the unrotated input that a reader computes from the tensors, fp32.
         tolerance: How far weight and bias of a linear may be from s2q's, relative to their largest magnitudes.
         rounding: What the tolerance is for, in a few words.
@@ -126,12 +126,18 @@ class Target:
     encode: Callable[[PackedLinear, LinearForm], dict[str, Tensor]]
     decode: Callable[[Tensors, LinearForm], Tensor]
     kind: Callable[[LinearForm], str]
-    tolerance: Callable[[LinearForm], float]
-    rounding: str
+    tolerance: Callable[[LinearForm], float] = lambda form: 1e-5
+    rounding: str = "fp32 sums in another order"
     stores_codes: bool = True
     unfit_width: Callable[[LinearForm], str | None] = lambda form: None
     file: FileFormat | None = None
     config: Callable[[nn.Module, Sequence[LinearForm]], dict[str, Any] | None] = lambda model, forms: None
+
+
+def encoded(target: Target, layer: PackedLinear, form: LinearForm) -> dict[str, Tensor]:
+    """Return all that a target stores of a linear."""
+    tensors = target.encode(layer, form)
+    return tensors if layer.bias is None or "bias" in tensors else tensors | {"bias": layer.bias}
 
 
 def linear_forms(model: nn.Module, config: S2QConfig) -> list[LinearForm]:

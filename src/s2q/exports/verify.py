@@ -31,12 +31,14 @@ def verify_written(
     for name, tensor in written.items():
         if read[name].dtype != tensor.dtype or not torch.equal(read[name], tensor):
             raise S2QError(f"{name}: was read back with other values; nothing was exported, check the disk")
-    return max((_difference(read, model, form, target) for form in forms), default=0.0)
+    stored: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in read.items():
+        module, _, last = name.rpartition(".")
+        stored.setdefault(module, {})[last] = tensor
+    return max((_difference(stored[form.name], model, form, target) for form in forms), default=0.0)
 
 
-def _difference(read: Mapping[str, Tensor], model: nn.Module, form: LinearForm, target: Target) -> float:
-    prefix = f"{form.name}."
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in read.items() if name.startswith(prefix)}
+def _difference(tensors: Mapping[str, Tensor], model: nn.Module, form: LinearForm, target: Target) -> float:
     weight, bias = model.get_submodule(form.name).effective_parameters(torch.float32)  # type: ignore[operator]
     if (bias is None) != ("bias" not in tensors):
         raise S2QError(f"{form.name}: its bias is in the written file or in the checkpoint alone; nothing was exported")
