@@ -32,7 +32,6 @@ from speed_tables import (
     steps_table,
     threads_table,
 )
-from storage_error import storage_error_table
 from variants import GROUPS, Variant
 
 from s2q.evaluation.intervals import clustered_mean
@@ -267,7 +266,6 @@ TABLES: dict[str, Callable[[str], str]] = {
     "scaling": speedup_table,
     "scaling-limits": limits_table,
     "sizes": sizes_table,
-    "storage-error": storage_error_table,
     "bytes": bytes_table,
     "cost": cost_table,
     "time": time_table,
