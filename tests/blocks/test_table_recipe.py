@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from s2q.calibration import teacher
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.planning import plan
@@ -20,7 +21,7 @@ def adaln_rows(transformer, timestep):
     handle = linear.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0]))
     latents, text = torch.zeros(1, 2, 4, 4, 4), torch.zeros(1, 16, 32)
     with torch.no_grad():
-        transformer(latents, text, timestep)
+        transformer(latents, text, timestep, ofs=torch.full((1,), 2.0))
     handle.remove()
     return rows[0]
 
@@ -80,8 +81,12 @@ def test_options_that_a_table_does_not_support_are_refused_in_a_line(overrides, 
     assert "\n" not in str(error.value).strip()
 
 
-def test_biases_of_adaln_linears_are_corrected_at_their_mean_input(tmp_path):
+@pytest.mark.parametrize("ofs", [False, True])
+def test_biases_of_adaln_linears_are_corrected_at_their_mean_input(tmp_path, ofs):
     pipe = tiny_pipeline("cogvideox", num_layers=1)
+    if ofs:  # as CogVideoX 1.5 image-to-video
+        config = pipe.transformer.config
+        pipe.transformer = type(pipe.transformer)(**config | {"ofs_embed_dim": config["time_embed_dim"]}).eval()
     full = copy.deepcopy(pipe.transformer)
     rows = torch.cat([adaln_rows(full, torch.tensor([float(step)])) for step in range(0, 1000, 10)])
     name = "transformer_blocks.0.norm1.linear"
@@ -93,6 +98,13 @@ def test_biases_of_adaln_linears_are_corrected_at_their_mean_input(tmp_path):
         errors[corrected] = packed(rows) - dense(rows)
     assert float(errors[True].mean(dim=0).norm()) < 1e-3 * float(errors[False].mean(dim=0).norm())
     assert float(errors[True].norm()) < 0.7 * float(errors[False].norm())
+
+
+def test_the_mean_input_is_computed_once_by_the_run_and_once_by_its_worker(tmp_path, monkeypatch):
+    calls, mean_row = [], teacher.mean_timestep_row
+    monkeypatch.setattr(teacher, "mean_timestep_row", lambda module: calls.append(module) or mean_row(module))
+    quantize(tiny_pipeline("cogvideox", num_layers=4), recipe="table-w4a8", out=tmp_path / "out")
+    assert len(calls) == 2
 
 
 def test_gptq_and_a_corrected_bias_exclude_each_other():

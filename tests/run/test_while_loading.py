@@ -1,10 +1,12 @@
 """Quantizing while loading: equal to a run, streamed, saved as a checkpoint, and text encoders."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, DiffusionPipeline
+from safetensors.torch import save_file
 from torch import nn
 
 import s2q
@@ -40,6 +42,33 @@ def test_a_transformer_equals_that_of_a_run(model):
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert isinstance(model.loaded.transformer.config.quantization_config, S2QConfig)
+
+
+def write_shards(transformer, folder, *, last):
+    """Save a transformer in two files, the second of which has the tensors of some of its modules."""
+    transformer.save_config(folder)
+    names, weight_map = ("model-1.safetensors", "model-2.safetensors"), {}
+    for index, file in enumerate(names):
+        state = {
+            name: value for name, value in transformer.state_dict().items() if name.startswith(last) == bool(index)
+        }
+        save_file(state, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(state, file)
+    content = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
+
+
+@pytest.mark.parametrize("overrides", [[], ["outer=null"], ["modulation.correct_bias=false"]])
+def test_biases_are_corrected_wherever_the_embeddings_of_timesteps_are(tmp_path, overrides):
+    pipe = tiny_pipeline("cogvideox", dtype=torch.bfloat16)
+    write_shards(pipe.transformer, tmp_path, last="time_embedding.")
+    s2q.quantize(pipe, recipe="table-w4a8", overrides=overrides, out=tmp_path / "run")
+    run = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "run/transformer", dtype=torch.bfloat16).state_dict()
+    ours = CogVideoXTransformer3DModel.from_pretrained(
+        tmp_path, quantization_config=s2q.Config("table-w4a8", overrides=overrides), dtype=torch.bfloat16
+    ).state_dict()
+    assert ours.keys() == run.keys()
+    assert [name for name in ours if not torch.equal(ours[name], run[name])] == []
 
 
 def test_it_is_saved_and_loaded_as_a_checkpoint(model, tmp_path):
@@ -105,6 +134,15 @@ def test_a_linear_that_stays_on_the_disk_is_refused(model, monkeypatch):
         )
 
 
+def test_embeddings_of_timesteps_that_stay_on_the_disk_are_refused(model, monkeypatch):
+    kept = "time_embedding.linear_2.bias"
+    monkeypatch.setattr(while_loading.RecipeQuantizer, "_unread_embeddings", lambda quantizer, model: [kept])
+    with pytest.raises(InvalidInputError, match=rf"1 tensors were not read into memory, {kept} among them"):
+        CogVideoXTransformer3DModel.from_pretrained(
+            model.full / "transformer", quantization_config=s2q.Config("table-w4a8")
+        )
+
+
 def test_components_and_overrides_are_those_that_were_asked_for(model):
     config = s2q.Config("rtn-w4a8", overrides=["outer.num_bits=8"], components=["transformer"], seed=3)
     pipe = DiffusionPipeline.from_pretrained(model.full, quantization_config=config)
@@ -127,6 +165,12 @@ def test_a_pattern_of_skip_names_a_linear_of_either_transformer(tmp_path):
     assert "blocks.0.ffn.net.2" not in second
 
 
+def test_a_text_encoder_without_a_linear_that_the_recipe_fits_is_refused(model):
+    config = s2q.Config("table-w4a8", overrides=["weights.group_size=256"], components=["text_encoder"])
+    with pytest.raises(InvalidInputError, match=r"recipe table-w4a8 fits none of the linears of the text encoder; cha"):
+        DiffusionPipeline.from_pretrained(model.full, quantization_config=config)
+
+
 def test_a_text_encoder_is_not_saved(model, tmp_path):
     with pytest.raises(UsageError, match="a text encoder that was quantized while loading is not saved"):
         model.loaded.text_encoder.save_pretrained(tmp_path)
@@ -144,6 +188,7 @@ def test_a_recipe_that_calibrates_is_refused_in_a_line():
         ({"recipe": "tabel-w4a8"}, "table-w4a8"),
         ({"recipe": "table-w4a8", "seed": -1}, "seed"),
         ({"recipe": "table-w4a8", "components": "transformer"}, "components"),
+        ({"recipe": "table-w4a8", "components": ["vae"]}, r"unknown component 'vae'.*text_encoder"),
         ({"recipe": "table-w4a8", "overrides": ["weights.group_sise=16"]}, "group_size"),
     ],
 )

@@ -12,7 +12,6 @@ from s2q.common.progress import Tick
 from s2q.common.seeds import derive_seed
 from s2q.core.memo import PIECE
 from s2q.models import Family
-from s2q.models.timesteps import mean_timestep_row
 from s2q.nn import replace_module
 from s2q.planning.resolve import LinearPlan
 from s2q.recipes.schema import Recipe
@@ -90,7 +89,7 @@ def block_task(
         seed=seed,
         device=device,
         stream=stream,
-        mean_row=mean_timestep_row(transformer.module) if recipe.corrects_biases else None,
+        mean_row=transformer.mean_row if recipe.corrects_biases else None,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from s2q.common.arguments import parse_dtype
 from s2q.common.components import TRANSFORMERS, full_name, has_adapter, split_name, transformers_of
@@ -22,6 +22,7 @@ from s2q.core.tokens import TokenLayout
 from s2q.models import Family, ModelSource, block_names, family_of, token_layout
 from s2q.models.hub import parse_hub_id
 from s2q.models.source import recommended_generation
+from s2q.models.timesteps import mean_timestep_row
 from s2q.planning.cost import Workload
 from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
 from s2q.planning.workload import workload_of
@@ -58,6 +59,11 @@ class TeacherTransformer:
     def block_names(self) -> list[str]:
         """Names of its blocks in it, in the order in which they run."""
         return block_names(self.module, self.family)
+
+    @cached_property
+    def mean_row(self) -> Tensor | None:
+        """Mean input of its modulation linears [in_features]; see `mean_timestep_row`."""
+        return mean_timestep_row(self.module)
 
     def linears_of(self, block: int) -> tuple[LinearPlan, ...]:
         """Return the linears of a block by its index; `OUTSIDE` for those outside the blocks."""

@@ -4,11 +4,11 @@ Linears are found by the prefix of a block list and never by name alone: other p
 the same names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.fp32_modules import is_within, kept_in_fp32
@@ -45,8 +45,9 @@ class Family:
         defaults: `GenerationSettings` of the published models; sizes in a transformer's configuration come first.
         frame_rate: Frames per second of the videos on the models' pages (docs/real-models.md); a variant may differ.
         latent_linears: Linears outside the blocks that read or return latents: small, and never quantized.
-        timestep_rows: What the modulation linears read at timesteps [T], if it depends on nothing else: from the
-            transformer, its weights loaded, [T, in_features] in float32 on the CPU.
+        timestep_embeddings: What the modulation linears read, if that depends on timesteps alone: SiLU of the sum of
+            these embeddings, each the names of a projection and of the module that reads it, and the constant that is
+            embedded, or None for the timestep. A transformer may lack some.
         decodes_batches: Whether the VAE can decode several videos at once; one that cannot is given them one by one.
     """
 
@@ -68,7 +69,7 @@ class Family:
     frame_rate: int
     decodes_batches: bool = True
     latent_linears: tuple[str, ...] = ("patch_embed.proj", "proj_in", "proj_out")
-    timestep_rows: Callable[[nn.Module, Tensor], Tensor] | None = None
+    timestep_embeddings: tuple[tuple[str, str, float | None], ...] = ()
 
     @property
     def latent_channel_dim(self) -> int:

@@ -1,10 +1,10 @@
 """Quantizing while loading: `from_pretrained(…, quantization_config=s2q.Config("table-w4a8"))`.
 
 For recipes that need no samples. Linears that read one input are quantized as soon as their weights have been read, and
-the weights are dropped: never is more in memory than the packed model, a file of weights, one such group, and the
-linears outside the blocks. These are quantized last, as the mean input of adaLN linears is computed with them. A
-transformer equals what `s2q.quantize` gives, number by number, and is saved and loaded as that is. Text encoders of
-transformers are quantized weight-only, with the levels and groups of the recipe's weights.
+the weights are dropped: never is more in memory than the packed model, a file of weights, and one such group. Where the
+recipe corrects biases, adaLN linears and those outside the blocks wait for the embeddings of timesteps, which give the
+mean input of adaLN linears. A transformer equals what `s2q.quantize` gives, number by number, and is saved and loaded
+as that is. Text encoders of transformers are quantized weight-only, with the levels and groups of the recipe's weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from s2q.common.components import TRANSFORMERS, split_name
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models import OUTSIDE, block_names, family_of, token_layout
-from s2q.models.timesteps import mean_timestep_row
+from s2q.models.timesteps import mean_timestep_row, timestep_parameters
 from s2q.nn import replace_module
 from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
 from s2q.recipes.load import checked_overrides, load_recipe, recipe_names
@@ -126,8 +126,7 @@ class RecipeQuantizer(S2QQuantizer):
         DiffusersQuantizer.__init__(self, quantization_config, **kwargs)
         self._source = quantization_config
         self._pending: dict[str, _Group] = {}
-        self._complete: list[_Group] = []  # that are quantized when everything has been read
-        self._unread: set[str] = set()  # parameters outside the blocks
+        self._waiting: list[_Group] = []  # for the mean input of adaLN linears
 
     @property
     def supports_parallel_loading(self) -> bool:
@@ -139,26 +138,24 @@ class RecipeQuantizer(S2QQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        family = family_of(model)
-        self._plans = _plans(self._source.recipe, model, component=self._source.component)
-        self._attention = quantized_attention(self._source.recipe, model, component=self._source.component)
-        names = block_names(model, family)
+        recipe, component, family = self._source.recipe, self._source.component, family_of(model)
+        self._plans = _plans(recipe, model, component=component)
+        self._attention = quantized_attention(recipe, model, component=component)
+        self._embeddings = timestep_parameters(model) if recipe.corrects_biases else []
+        self._mean_row: Tensor | None = None
         groups: list[_Group] = []
-        for index, name in enumerate(names):
+        for index, name in enumerate(block_names(model, family)):
             linears = [plan for plan in self._plans if plan.block == index]
             sharing = input_groups(linears, family)
             for group in (*sharing, *((plan,) for plan in linears if plan.role == "modulation")):
-                groups.append(_Group(self._source, model, group, block=name))
-        groups += [_Group(self._source, model, (plan,)) for plan in self._plans if plan.block == OUTSIDE]
+                groups.append(_Group(model, group, block=name))
+        groups += [_Group(model, (plan,)) for plan in self._plans if plan.block == OUTSIDE]
         self._pending = {name: group for group in groups for name in group.missing}
-        inside = tuple(f"{name}." for name in names)
-        self._unread = {name for name, _ in model.named_parameters() if not name.startswith(inside)}
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
     ) -> bool:
         """Tell whether a tensor is part of a linear that is quantized; called for each as it is read."""
-        self._unread.discard(param_name)
         return param_name in self._pending
 
     def create_quantized_param(
@@ -171,23 +168,39 @@ class RecipeQuantizer(S2QQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep a weight or bias until its group is complete, then quantize that, or all at the end."""
+        """Keep a weight or bias until its group is complete, then quantize that, and what waits for nothing more."""
         group = self._pending.pop(param_name)
         group.add(param_name, param_value.to(target_device))
         if not group.missing:
-            waits = group.block is None or (group.corrected and self._unread)
-            self._complete.append(group) if waits else group.quantize()
+            self._waiting.append(group)
+            self._quantize_complete(model)
+
+    @in_fresh_torch_state
+    def _quantize_complete(self, model: nn.Module) -> None:
+        """Quantize complete groups, except those that need, or are part of, embeddings that have not been read."""
+        waits = self._mean_row is None and bool(self._embeddings)
+        if waits and not self._unread_embeddings(model):
+            self._mean_row, waits = mean_timestep_row(model), False
+        complete = [group for group in self._waiting if not waits or group.role == "linear"]
+        self._waiting = [group for group in self._waiting if group not in complete]
+        for group in complete:
+            group.quantize(self._source, mean_row=self._mean_row)
+
+    def _unread_embeddings(self, model: nn.Module) -> list[str]:
+        """Parameters of the embeddings of timesteps that have not been read; until the mean row is computed."""
+        return [name for name in self._embeddings if model.get_parameter(name).is_meta]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if self._pending:
-            first = ", ".join(sorted(self._pending)[:3])
+        unread = set(self._pending)
+        if self._waiting:
+            unread.update(self._unread_embeddings(model))
+        if unread:
+            first = ", ".join(sorted(unread)[:3])
             raise InvalidInputError(
-                f"Config: {len(self._pending)} tensors were not read into memory, {first} among them; linears that are "
-                "left on the disk (device_map) are not quantized while loading: run s2q.quantize and load the result"
+                f"Config: {len(unread)} tensors were not read into memory, {first} among them; linears that are left "
+                "on the disk (device_map) are not quantized while loading: run s2q.quantize and load the result"
             )
-        for group in sorted(self._complete, key=lambda group: group.block is None):  # embeddings after what reads them
-            group.quantize()
-        self._complete = []
+        self._quantize_complete(model)
         layout = token_layout(model, family_of(model)) if any(plan.needs_grid for plan in self._plans) else None
         config = S2QConfig.from_schemes(
             {plan.name: plan.scheme for plan in self._plans},
@@ -218,49 +231,36 @@ def _plans(recipe: Recipe, model: nn.Module, *, component: str) -> list[LinearPl
 class _Group:
     """Linears that are quantized together, and the names of their tensors that are still to come."""
 
-    def __init__(
-        self, config: Config, model: nn.Module, linears: tuple[LinearPlan, ...], *, block: str | None = None
-    ) -> None:
-        self.config, self.model, self.linears, self.block = config, model, linears, block
+    def __init__(self, model: nn.Module, linears: tuple[LinearPlan, ...], *, block: str | None = None) -> None:
+        self.linears, self.role = linears, linears[0].role
+        self.model, self.module = model, model if block is None else model.get_submodule(block)
         self.missing = {f"{linear.name}.weight" for linear in linears}
         self.missing |= {f"{linear.name}.bias" for linear in linears if linear.has_bias}
-        self._device = "cpu"
 
     def add(self, name: str, value: Tensor) -> None:
         """Put a tensor into its linear."""
         layer, _, tensor = name.rpartition(".")
         setattr(self.model.get_submodule(layer), tensor, nn.Parameter(value, requires_grad=False))
         self.missing.discard(name)
-        self._device = str(value.device)
 
-    @property
-    def corrected(self) -> bool:
-        """Whether its biases are corrected at the mean input of adaLN linears."""
-        known = family_of(self.model).timestep_rows is not None
-        return known and self.config.recipe.corrects_biases and self.linears[0].role == "modulation"
+    def quantize(self, config: Config, *, mean_row: Tensor | None) -> None:
+        """Replace its linears, whose tensors are all there, by packed ones; see `BlockTask` for the mean row."""
+        for inner_name, packed in self._packed(config, mean_row).items():
+            replace_module(self.module, inner_name, packed)
 
-    def quantize(self) -> None:
-        """Replace its linears, whose tensors are all there, by packed ones."""
-        for inner_name, packed in self._packed(self._device).items():
-            replace_module(self._module, inner_name, packed)
-
-    @property
-    def _module(self) -> nn.Module:
-        return self.model if self.block is None else self.model.get_submodule(self.block)
-
-    @in_fresh_torch_state
-    def _packed(self, device: str) -> Mapping[str, nn.Module]:
-        if self.block is None:
-            return pack_nearest(self._module, self.linears, device=device)
+    def _packed(self, config: Config, mean_row: Tensor | None) -> Mapping[str, nn.Module]:
+        device = str(self.module.get_submodule(self.linears[0].inner_name).weight.device)
+        if self.role == "outer":
+            return pack_nearest(self.module, self.linears, device=device)
         task = BlockTask(
-            block=self._module,
+            block=self.module,
             linears=self.linears,
-            recipe=self.config.recipe,
+            recipe=config.recipe,
             family=family_of(self.model),
             index=self.linears[0].block,
-            seed=self.config.seed,
+            seed=config.seed,
             device=device,
-            mean_row=mean_timestep_row(self.model) if self.corrected else None,
+            mean_row=mean_row,
         )
         return folded(task)
 
