@@ -12,15 +12,16 @@ from s2q.checkpoint.load import read_configs, read_transformer_config, stored_tr
 from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
 from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError
-from s2q.common.headers import TensorInfo, read_headers
+from s2q.common.headers import DTYPES, TensorInfo, read_headers
 from s2q.common.meta import meta_model, plain_config
 from s2q.common.records import INSPECTION_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.common.weight_files import weight_files
-from s2q.core.input_path import InputPath, stored_tensors
+from s2q.core.input_path import InputPath
 from s2q.core.packing import packed_width
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
 from s2q.core.storage import BF16_BYTES, LinearStorage
+from s2q.core.stored_form import file_dtypes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,15 +163,15 @@ def _layer(
     weight = scheme.weight
     grouped = (out_features, num_groups(weight, in_features))
     per_group = isinstance(weight.granularity, PerGroup) and not weight.has_table
-    dtypes = {part: tensor.dtype if wide else tensor.file_dtype for part, tensor in stored_tensors().items()}
-    expected = {
-        "weight": ("U8", (out_features, packed_width(weight.num_bits, in_features))),
-        "weight_scale": ("F32" if wide else "BF16", grouped if per_group else (out_features,)),
-        **({"weight_group_scale": ("I8", grouped)} if weight.has_table else {}),
-        **{part: (dtypes[part], shape) for part, shape in path.shapes(in_features, out_features).items()},
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight": (out_features, packed_width(weight.num_bits, in_features)),
+        "weight_scale": grouped if per_group else (out_features,),
+        **({"weight_group_scale": grouped} if weight.has_table else {}),
+        **path.shapes(in_features, out_features),
     }
-    for tensor, (dtype, shape) in expected.items():
-        info = tensors.get(f"{name}.{tensor}")
+    dtypes, names_of = file_dtypes(wide=wide), {dtype: text for text, dtype in DTYPES.items()}
+    for tensor, shape in shapes.items():
+        info, dtype = tensors.get(f"{name}.{tensor}"), names_of[dtypes[tensor]]
         if info is None:
             raise InvalidInputError(f"{name}.{tensor} is missing from the checkpoint; download it again")
         if (info.dtype, info.shape) != (dtype, shape):
@@ -178,6 +179,6 @@ def _layer(
                 f"{name}.{tensor}: got {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}; "
                 "download or quantize the model again"
             )
-    names = (f"{name}.{tensor}" for tensor in (*expected, "bias"))
+    names = (f"{name}.{tensor}" for tensor in (*shapes, "bias"))
     num_bytes = sum(tensors[tensor].num_bytes for tensor in names if tensor in tensors)
     return LinearStorage(name=name, shape=(out_features, in_features), scheme=scheme.name, bytes=num_bytes)

@@ -180,7 +180,6 @@ class S2QQuantizer(DiffusersQuantizer):
                 path=self._paths.get(layer),
                 dtype=linear.weight.dtype,
                 device="meta",
-                wide=self._wide,
             )
             replace_module(model, layer, packed)
         for name in self._attention:

@@ -15,24 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from s2q.common.errors import InvalidInputError, short_repr
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 1 << 25
 _SAMPLE_BYTES = 4096
-_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "I16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "F32": 32,
-    "I64": 64,
-    "F64": 64,
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "F64": torch.float64,
 }
+"""By the format's names; their `itemsize` is the width of a value in a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +113,8 @@ def _tensor_info(entry: dict[str, Any], payload: int) -> TensorInfo:
         raise ValueError("sizes are whole numbers from 0")
     if not isinstance(dtype, str):
         raise TypeError("a dtype is text")
-    bits = _BITS.get(dtype)  # the dtypes of other models are read by safetensors itself
-    if end < start or (bits is not None and 8 * (end - start) != bits * math.prod(shape)):
+    known = DTYPES.get(dtype)  # the dtypes of other models are read by safetensors itself
+    if end < start or (known is not None and end - start != known.itemsize * math.prod(shape)):
         raise ValueError("the bytes of a tensor are not those of its shape")
     return TensorInfo(dtype=dtype, shape=shape, num_bytes=end - start, start=payload + start)
 

@@ -29,14 +29,15 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from s2q.common.errors import InvalidInputError, short_repr, unknown_name
+from s2q.common.headers import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
 PREFIX = "transform_"
 """Of the tensors that a transform of `s2q.transforms` names itself: scale, left, right."""
 
@@ -48,7 +49,7 @@ class StoredTensor:
     Attributes:
         shape: From I, O and the size of the part.
         dtype: As safetensors calls it.
-        file_dtype: The same of files: a narrower one has the values, which are rounded to it (`core.storage`).
+        file_dtype: The same of files: a narrower one has the values, which are rounded to it (`core.stored_form`).
         of_linear: Whether each linear has its own; linears that read the same input share the others.
         start: For parts with `apply`: its value from the weight [O, I], the folded one where it is `of_linear`.
         learned: Whether it starts there and is learned; otherwise it follows the weight.
@@ -66,9 +67,9 @@ class StoredTensor:
         object.__setattr__(self, "file_dtype", self.file_dtype or self.dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class InputPart:
-    """A part of an input path.
+    """A part of an input path; equal to itself only, and hashable, so that what follows from parts can be cached.
 
     Attributes:
         tensors: What is stored for it, by name.
@@ -149,9 +150,14 @@ PARTS: dict[str, InputPart] = {
 """By name in `quantization_config`; the order is that of JSON and of a packed linear's parameters."""
 
 
-def stored_tensors() -> dict[str, StoredTensor]:
+def stored_tensors() -> Mapping[str, StoredTensor]:
     """Return every tensor that a part may store, by name."""
-    return {name: tensor for part in PARTS.values() for name, tensor in part.tensors.items()}
+    return _tensors_of(tuple(PARTS.values()))
+
+
+@functools.lru_cache(maxsize=2)  # parts may be added at any time
+def _tensors_of(parts: tuple[InputPart, ...]) -> Mapping[str, StoredTensor]:
+    return MappingProxyType({name: tensor for part in parts for name, tensor in part.tensors.items()})
 
 
 class InputPath:
@@ -260,7 +266,7 @@ class InputPath:
         """Return the bytes of the stored tensors, in files."""
         stored = stored_tensors()
         shapes = self.shapes(in_features, out_features)
-        return sum(_BYTES[stored[name].file_dtype] * math.prod(shape) for name, shape in shapes.items())
+        return sum(DTYPES[stored[name].file_dtype].itemsize * math.prod(shape) for name, shape in shapes.items())
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> InputPath:

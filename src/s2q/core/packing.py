@@ -14,12 +14,11 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.schemes import MAX_BITS, MIN_BITS, QuantScheme, num_groups
+from s2q.core.stored_form import file_dtypes
 
 NIBBLE_BITS, NIBBLES = 4, 16
 NIBBLE_ZERO = 8
 """The nibble of code 0."""
-
-_SCALE_BYTES = 2  # scales are stored in bf16, those of groups of a table in a byte
 
 
 def packed_width(num_bits: int, in_features: int) -> int:
@@ -35,8 +34,10 @@ def weight_bytes(scheme: QuantScheme, out_features: int, in_features: int) -> in
     Example: 4 bits per channel, O = 2, I = 5: 2·3 packed + 2·2 of scales = 10. Example, "table", 4 bits in groups of
     16, O = 2, I = 32: 2·16 packed + 2·2 of group scales + 2·2 of scales = 40.
     """
-    groups = num_groups(scheme, in_features)
-    scales = _SCALE_BYTES + groups if scheme.has_table else _SCALE_BYTES * groups
+    groups, dtypes = num_groups(scheme, in_features), file_dtypes()
+    scales = dtypes["weight_scale"].itemsize * (1 if scheme.has_table else groups)
+    if scheme.has_table:
+        scales += dtypes["weight_group_scale"].itemsize * groups
     return out_features * (packed_width(scheme.num_bits, in_features) + scales)
 
 

@@ -7,30 +7,46 @@ codes on a scale, a folded weight on a transform, a Hessian on a shift. Writing 
 changes no bit.
 """
 
+import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from s2q.core.input_path import stored_tensors
+from s2q.common.errors import InvalidInputError
+from s2q.common.headers import DTYPES
+from s2q.core.input_path import PARTS, InputPart
 
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST_UNIT = 256  # entries are at most 1, and float8 ends at 448
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": FLOAT8}
+_OF_WEIGHT = {
+    "weight": (torch.uint8, torch.uint8),
+    "weight_scale": (torch.float32, torch.bfloat16),
+    "weight_group_scale": (torch.int8, torch.int8),
+}
+"""Dtypes in a layer and in files."""
 
 
-def packed_dtypes() -> dict[str, torch.dtype]:
+def packed_dtypes() -> Mapping[str, torch.dtype]:
     """Return the dtype of every tensor of a packed linear except its bias; `.to(dtype)` and the like keep it."""
-    of_input = {name: _DTYPES[tensor.dtype] for name, tensor in stored_tensors().items()}
-    return {"weight": torch.uint8, "weight_scale": torch.float32, "weight_group_scale": torch.int8, **of_input}
+    return _dtypes(tuple(PARTS.values()))[0]
 
 
-def file_dtypes(*, wide: bool = False) -> dict[str, torch.dtype]:
+def file_dtypes(*, wide: bool = False) -> Mapping[str, torch.dtype]:
     """Return the dtype of the same tensors in files; `wide` returns those of files before format version 4."""
-    if wide:
-        return packed_dtypes()
-    of_input = {name: _DTYPES[tensor.file_dtype] for name, tensor in stored_tensors().items()}
-    return packed_dtypes() | {"weight_scale": torch.bfloat16, **of_input}
+    return packed_dtypes() if wide else _dtypes(tuple(PARTS.values()))[1]
+
+
+@functools.lru_cache(maxsize=2)  # parts may be added at any time
+def _dtypes(parts: tuple[InputPart, ...]) -> tuple[Mapping[str, torch.dtype], Mapping[str, torch.dtype]]:
+    """The dtypes in layers and those in files."""
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    of_input = {name: (DTYPES[tensor.dtype], DTYPES[tensor.file_dtype]) for name, tensor in tensors.items()}
+    packed, written = (
+        MappingProxyType({name: pair[place] for name, pair in (_OF_WEIGHT | of_input).items()}) for place in (0, 1)
+    )
+    return packed, written
 
 
 def stored_values(name: str, value: Tensor) -> Tensor:
@@ -43,6 +59,8 @@ def stored_values(name: str, value: Tensor) -> Tensor:
         The values in the dtype of the layer, of the shape given; the argument itself where nothing is rounded.
     """
     file_dtype, dtype = file_dtypes()[name], packed_dtypes()[name]
+    if file_dtype == dtype:
+        return value.to(dtype)
     rounded = from_file(to_file(value.detach(), file_dtype), dtype)
     if not value.requires_grad:
         return rounded
@@ -50,12 +68,25 @@ def stored_values(name: str, value: Tensor) -> Tensor:
 
 
 def file_form(tensors: Mapping[str, Tensor], *, wide: bool = False) -> dict[str, Tensor]:
-    """Return tensors of packed linears, whose names end in those in a linear, as files have them; a bias unchanged."""
-    dtypes, parts = file_dtypes(wide=wide), {name: name.rpartition(".")[2] for name in tensors}
-    return {
-        name: to_file(tensor, dtypes[parts[name]]) if parts[name] in dtypes else tensor
-        for name, tensor in tensors.items()
-    }
+    """Return tensors of packed linears, whose names end in those in a linear, as files have them; a bias unchanged.
+
+    Raises:
+        InvalidInputError: If a file would have other values than a tensor.
+    """
+    dtypes, written = file_dtypes(wide=wide), dict(tensors)
+    for name, tensor in tensors.items():
+        part = name.rpartition(".")[2]
+        if part not in dtypes:
+            continue
+        written[name] = to_file(tensor, dtypes[part])
+        if dtypes[part] == packed_dtypes()[part] or tensor.is_meta:
+            continue
+        if not torch.equal(from_file(written[name], tensor.dtype), tensor):
+            raise InvalidInputError(
+                f"{name}: got values that {dtypes[part]}, in which files have them, would change; expected values "
+                f"rounded to it; set it to stored_values({part!r}, ...), or quantize the model again"
+            )
+    return written
 
 
 def to_file(value: Tensor, dtype: torch.dtype) -> Tensor:

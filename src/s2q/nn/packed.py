@@ -59,8 +59,6 @@ class PackedLinear(StoredLinear):
         path: Which parts its input path has (`core.input_path.PARTS` names their tensors); the tensors of others are
             None.
         name: Its name in the model, for messages; empty if not set.
-        wide: Whether a file has scales and transforms in fp32, as before format version 4; else in bfloat16, to which
-            their values are rounded.
         backend: How integers are computed: "auto", a backend of the ops ("reference", "cpu", "triton"), or "fastest",
             which is "auto" except for layers that are slower on integers than in full precision (`nn.dequantized`);
             "fp4" for NVFP4 on tensor cores (`nn.fp4`).
@@ -70,7 +68,6 @@ class PackedLinear(StoredLinear):
 
     Args:
         dtype: Of the bias; None is torch's default dtype.
-        wide: See above.
         device: Of the uninitialised parameters; "meta" allocates nothing.
 
     Raises:

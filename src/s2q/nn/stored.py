@@ -17,7 +17,7 @@ from s2q.core.input_path import InputPath, InputTensors, stored_tensors
 from s2q.core.packing import packed_width, unpack_codes
 from s2q.core.qparams import dequantize_weight
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
-from s2q.core.stored_form import packed_dtypes, stored_values
+from s2q.core.stored_form import packed_dtypes
 from s2q.nn.codes import PackedCodes, reads_as_weight, refusal
 from s2q.nn.dequantized import WeightCache, integer_backend
 from s2q.ops.kronecker import scaled_kronecker
@@ -75,7 +75,6 @@ class StoredLinear(nn.Linear):
         path: InputPath | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        wide: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate a floating point weight
         self.in_features = in_features
@@ -83,7 +82,6 @@ class StoredLinear(nn.Linear):
         self.scheme = scheme
         self._name = ""
         self.path = path or InputPath()
-        self.wide = wide
         width = packed_width(scheme.weight.num_bits, in_features)
         groups = num_groups(scheme.weight, in_features)
         if scheme.activation is not None:
@@ -229,7 +227,7 @@ class StoredLinear(nn.Linear):
         super().register_parameter(name, param)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"wide": True} | state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._guard_codes()
 
     def _guard_codes(self) -> None:
@@ -274,12 +272,6 @@ class StoredLinear(nn.Linear):
                 continue
             if tensor.dtype != dtype:  # copying would convert it silently
                 error_msgs.append(f"{prefix}{name}: got {tensor.dtype}; expected {dtype}, packed as {self.scheme.name}")
-                return
-            if not (self.wide or tensor.is_meta or torch.equal(stored_values(name, tensor), tensor)):
-                error_msgs.append(
-                    f"{prefix}{name}: got values that are not rounded as format version 4 stores them; load the "
-                    "checkpoint that they are from"
-                )
                 return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
