@@ -137,19 +137,19 @@ class StoredLinear(nn.Linear):
 
     def unit_weight(self) -> Tensor:
         """Return the dequantized weight [O, I] in units of `weight_scale`, fp32."""
-        scheme = self.scheme.weight
-        if scheme.has_int8_levels:
-            return self.product_codes().float()
-        codes, levels = self.codes(), levels_of(scheme, self.in_features, device=self.weight_scale.device)
+        codes, levels = self._values()
         return codes.float() if levels is None else levels[codes.int() + len(levels) // 2]
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dequantized weight [O, I] for the transformed input, rounded to `dtype`."""
-        scheme = self.scheme.weight
-        if scheme.has_int8_levels:
-            return dequantize_weight(self.product_codes(), self.weight_scale).to(dtype)
-        levels = levels_of(scheme, self.in_features, device=self.weight_scale.device)
-        return dequantize_weight(self.codes(), self.weight_scale, levels=levels).to(dtype)
+        codes, levels = self._values()
+        return dequantize_weight(codes, self.weight_scale, levels=levels).to(dtype)
+
+    def _values(self) -> tuple[Tensor, Tensor | None]:
+        """Codes int8 [O, I] and their levels, or None where codes (or the values of int8 levels) are in units of Δ."""
+        if self.scheme.weight.has_int8_levels:
+            return self.product_codes(), None
+        return self.codes(), levels_of(self.scheme.weight, self.in_features, device=self.weight_scale.device)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight for the untransformed input: a full-precision linear with it needs no transform or branch.
