@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from s2q.core.schemes import LinearScheme, PerGroup, QuantScheme
 from s2q.core.stored_form import stored_values
 from s2q.nn import LearnableClip, PackedLinear, RefinedLinear, StudentInput
+from s2q.nn.fp4 import split_scale
 from s2q.rounding import round_rtn
 from schemes import scheme
 
@@ -68,6 +70,28 @@ def test_what_was_learned_is_in_the_packed_linear_and_its_codes_stand_still(laye
     expected = set(packed.state_dict()) - {"weight", "low_rank_basis"}
     assert changed == expected
     assert [tensor.dtype for tensor in again.parameters()] == [tensor.dtype for tensor in packed.parameters()]
+
+
+def test_group_scales_of_nvfp4_are_known_from_what_was_learned():
+    """s · Δ is stored; Δ is found again from the largest product of a row, which is 448 Δ."""
+    grouping = QuantScheme(num_bits=4, granularity=PerGroup(group_size=16), levels="nvfp4")
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    layer_scheme = LinearScheme(weight=grouping, activation=None)
+    packed = PackedLinear.from_rounded(round_rtn(weight, grouping), bias=None, scheme=layer_scheme)
+    refined = RefinedLinear(packed, source=StudentInput(None))
+    assert torch.equal(refined.repacked().weight_scale, packed.weight_scale)
+    with torch.no_grad():
+        refined.scale_change.add_(0.3 * torch.randn(64, 1, generator=torch.Generator().manual_seed(1)))
+    again = refined.repacked()
+    (before, row_before), (of_groups, row) = split_scale(packed.weight_scale), split_scale(again.weight_scale)
+    assert torch.equal(of_groups.float(), before.float())
+    assert torch.equal(of_groups.float() * row, again.weight_scale)
+    assert int((row != row_before).sum()) > 48
+    torch.testing.assert_close(row, row_before * refined.scale_change.exp(), rtol=2**-4, atol=0)
+    refined.weight_scale().sum().backward()
+    expected = (refined.scale_change.detach().exp() * packed.weight_scale).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(refined.scale_change.grad, expected)
 
 
 def test_the_gradients_are_those_of_the_formula():

@@ -40,10 +40,16 @@ def exact_in_bf16(amax: Tensor) -> Tensor:
     """
     amax = amax.float()
     row = amax.detach().amax(dim=-1, keepdim=True)
-    mantissa, exponent = torch.frexp(row / (_LARGEST * LARGEST_SCALE))
-    largest = torch.ldexp((mantissa * 16).round() / 16, exponent) * (_LARGEST * LARGEST_SCALE)
+    largest = round_row_scale(row / (_LARGEST * LARGEST_SCALE)) * (_LARGEST * LARGEST_SCALE)
     moved: Tensor = _Rounded.apply(amax, torch.where(amax == row, largest, torch.minimum(amax, largest)))  # type: ignore[no-untyped-call]
     return moved
+
+
+def round_row_scale(row: Tensor) -> Tensor:
+    """Round Δ of NVFP4, fp32 of any shape, to four significant bits; the gradient passes straight through."""
+    mantissa, exponent = torch.frexp(row.detach())
+    rounded: Tensor = _Rounded.apply(row, torch.ldexp((mantissa * 16).round() / 16, exponent))  # type: ignore[no-untyped-call]
+    return rounded
 
 
 def block_scale(amax: Tensor, scheme: QuantScheme) -> Tensor:

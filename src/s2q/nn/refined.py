@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2q.core.fp4 import round_row_scale
 from s2q.core.memo import checkpointed, memoize_step
 from s2q.core.qparams import RoundedWeight, dequantize_weight
+from s2q.core.schemes import NVFP4
 from s2q.core.stored_form import stored_values
 from s2q.nn.branch import branch_weight
+from s2q.nn.fp4 import split_scale
 from s2q.nn.input_path import StudentInput
 from s2q.nn.packed import PackedLinear
 
@@ -62,8 +65,15 @@ class RefinedLinear(nn.Module):
     units: Tensor
 
     def weight_scale(self) -> Tensor:
-        """Return the scale of the weight as learned, rounded as it is stored, fp32 [O] or [O, G]."""
-        return stored_values("weight_scale", self.packed.weight_scale * self.scale_change.exp())
+        """Return the scale of the weight as learned, rounded as it is stored, fp32 [O] or [O, G].
+
+        Of NVFP4, Δ is rounded to four significant bits, so that the scales of groups are still known from the product.
+        """
+        scale, change = self.packed.weight_scale, self.scale_change.exp()
+        if self.packed.scheme.weight.levels != NVFP4:
+            return stored_values("weight_scale", scale * change)
+        of_groups, row = split_scale(scale)
+        return stored_values("weight_scale", of_groups.float() * round_row_scale(row * change))
 
     def bias(self) -> Tensor | None:
         """Return the bias as learned, fp32 [O], or None if there is none."""
