@@ -51,19 +51,22 @@ def activation_path(
     for start in range(0, len(x), max(1, size)):
         chunk = slice(start, start + size)
         y, chunk_coefficients = transform(x[chunk])
-        if means is not None and dequantized is not None:
+        if means is not None:
+            assert dequantized is not None
             mean = take("activation_path means", (len(y), y.shape[1]), torch.float32)
             torch.index_select(dequantized, 0, means.rows[chunk], out=mean)
             y = _in_fp32(torch.sub, y, mean, out=transform.wide)
         chunk_clip = clip[chunk] if clip is not None and clip.ndim > 0 and len(clip) == len(x) else clip
-        if fused is not None and ratios is not None and y.dtype in DTYPES and y.is_contiguous():
+        if fused is not None and y.dtype in DTYPES and y.is_contiguous():
+            assert ratios is not None
             chunk_ratios = ratios[chunk] if len(ratios) > 1 else ratios
             fused.quantize(y, chunk_ratios, num_bits=num_bits, codes=codes[chunk], scale=token_scales[chunk])
         else:
             scales = token_scale_from_amax(_amax(y), num_bits=num_bits, clip_ratio=chunk_clip)
             token_scales[chunk] = scales
             codes[chunk] = _in_fp32(torch.div, y, scales, out=transform.wide).round_().clamp_(lowest, highest)
-        if coefficients is not None and chunk_coefficients is not None:
+        if coefficients is not None:
+            assert chunk_coefficients is not None
             coefficients[chunk] = chunk_coefficients
     return codes, token_scales, coefficients
 
@@ -90,7 +93,9 @@ class _Transform:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         first, second = self.first[: len(x)], self.second[: len(x)]
-        if self.fused is not None and self.shift is not None and self.scale is not None:
+        if self.fused is not None:
+            assert self.shift is not None
+            assert self.scale is not None
             x = self.fused.scale(x, self.shift, self.scale, out=first)
         else:
             if self.shift is not None:

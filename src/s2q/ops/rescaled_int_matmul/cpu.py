@@ -98,7 +98,9 @@ def _rescale(
     fused: Passes | None,
 ) -> None:
     """Write int32 sums [M, O], or fp32 ones that have their w_scale (None), rescaled as the reference does to `out`."""
-    if fused is not None and w_scale is not None and bias is not None:
+    if fused is not None:
+        assert w_scale is not None
+        assert bias is not None
         fused.rescale(sums, w_scale, x_scale, bias, out=out)
         return
     total = sums
