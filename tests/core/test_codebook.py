@@ -9,8 +9,8 @@ from scipy.integrate import quad
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of, lloyd_max_levels, nearest_level
-from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import PerChannel, PerGroup, PerToken, QuantScheme
+from s2q.ops.fake_quantize import fake_quantize_input
 
 LARGE = 10**7
 

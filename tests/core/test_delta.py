@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.core.tokens import TokenGrid
+from s2q.ops.fake_quantize import fake_quantize_input
 
 GRID = TokenGrid(frames=3, height=2, width=5, text_tokens=4, text="before")
 

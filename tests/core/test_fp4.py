@@ -8,8 +8,9 @@ import torch
 from s2q.common.errors import InvalidInputError
 from s2q.core.codebook import levels_of
 from s2q.core.fp4 import E2M1_LEVELS, block_scale
-from s2q.core.qparams import dequantize_weight, fake_quantize_input, quantize_weight, weight_scale
+from s2q.core.qparams import dequantize_weight, quantize_weight, weight_scale
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, QuantScheme
+from s2q.ops.fake_quantize import fake_quantize_input
 from s2q.recipes.load import load_recipe
 
 GROUPS = {"nvfp4": 16, "mxfp4": 32}

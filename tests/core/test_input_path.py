@@ -9,10 +9,10 @@ from torch import nn
 from extending.token_mean import TOKEN_MEAN
 from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import BACKEND_TENSORS, PARTS, InputPart, InputPath, InputTensors, StoredTensor
-from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import LinearScheme
 from s2q.core.stored_form import stored_values
 from s2q.nn import PackedLinear, RefinedLinear, StudentInput, StudentLinear, share_inputs
+from s2q.ops.fake_quantize import fake_quantize_input
 from s2q.planning.plan import plan
 from s2q.planning.resolve import PLANNED_PARTS
 from s2q.rounding import round_rtn

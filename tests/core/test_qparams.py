@@ -10,7 +10,6 @@ from s2q.core.qparams import (
     dequantize,
     dequantize_weight,
     fake_quantize,
-    fake_quantize_input,
     fake_quantize_weight,
     quantize,
     quantize_weight,
@@ -20,6 +19,7 @@ from s2q.core.qparams import (
 )
 from s2q.core.schemes import PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.core.stored_form import stored_values
+from s2q.ops.fake_quantize import fake_quantize_input
 
 WIDTHS = range(2, 9)
 

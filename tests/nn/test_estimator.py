@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import Delta, LinearScheme
 from s2q.core.stored_form import stored_values
 from s2q.core.tokens import TokenGrid, token_grid
 from s2q.nn import Estimator, PackedLinear, StudentInput, StudentLinear, share_inputs
+from s2q.ops.fake_quantize import fake_quantize_input
 from s2q.rounding import round_rtn
 from schemes import activations, weights
 

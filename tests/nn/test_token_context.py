@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from s2q.common.errors import InvalidInputError, UsageError
-from s2q.core.qparams import RoundedWeight, fake_quantize_input
+from s2q.core.qparams import RoundedWeight
 from s2q.core.schemes import Delta, LinearScheme
 from s2q.core.tokens import TokenGrid, TokenLayout, current_grid, token_grid
 from s2q.models import family_of, token_layout
 from s2q.nn import PackedLinear, follow_tokens, unfollow_tokens
+from s2q.ops.fake_quantize import fake_quantize_input
 from schemes import activations, weights
 from tiny import TINY_CALL, tiny_pipeline
 

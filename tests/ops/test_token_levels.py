@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from s2q.core.codebook import level_unit, levels_of
-from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import LinearScheme, PerChannel, PerGroup, PerToken, QuantScheme
 from s2q.nn import PackedLinear, share_inputs
+from s2q.ops.fake_quantize import fake_quantize_input
 from s2q.ops.token_levels import cpu, token_levels
 from s2q.rounding import round_rtn
 

@@ -9,7 +9,7 @@ import torch
 from s2q.common.torch_state import fresh_torch_state
 from s2q.core.cubes import cube_means
 from s2q.core.input_path import InputTensors
-from s2q.core.qparams import fake_quantize_input, quantize_per_token, weight_scale
+from s2q.core.qparams import quantize_per_token, weight_scale
 from s2q.core.schemes import Delta, LinearScheme, PerChannel, PerGroup, QuantScheme
 from s2q.core.tokens import TokenGrid, token_grid
 from s2q.nn import Estimator, PackedLinear, set_backend
@@ -17,6 +17,7 @@ from s2q.ops import activation_path as paths
 from s2q.ops import attention_colsum as sums
 from s2q.ops import rescaled_int_matmul as products
 from s2q.ops import weight_only_matmul as weights
+from s2q.ops.fake_quantize import fake_quantize_input
 from s2q.ops.int_matmul import int_matmul
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.rounding import round_rtn

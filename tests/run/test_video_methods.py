@@ -14,11 +14,11 @@ from s2q.blocks.distil import checkpoint_parts
 from s2q.checkpoint import inspect_checkpoint, load_pipeline
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.core.memo import memoization
-from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import Delta
 from s2q.core.tokens import TokenGrid, current_grid, token_grid
 from s2q.models import family_of
 from s2q.nn import PackedLinear, StudentLinear
+from s2q.ops.fake_quantize import fake_quantize_input
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe
 from s2q.run.quantize import quantize

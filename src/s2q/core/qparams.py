@@ -15,28 +15,18 @@ Shapes: `O` out features, `I` in features, `G` groups. A weight's scale is [O] (
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
-from s2q.core.codebook import level_unit, levels_of, nearest_level
-from s2q.core.cubes import cube_means, spread
+from s2q.core.codebook import level_unit, nearest_level
 from s2q.core.fp4 import block_scale, exact_in_bf16
 from s2q.core.schemes import NVFP4, UNIFORM, PerChannel, PerGroup, QuantScheme, num_groups
 from s2q.core.stored_form import stored_values
-from s2q.core.tokens import TokenGrid
 
 ClipRatio = float | Tensor | None
-
-
-class RowQuantizer(Protocol):
-    """Interface of `fake_quantize_rows`."""
-
-    def __call__(self, x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None) -> Tensor:
-        """Quantize and dequantize rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,57 +172,6 @@ def fake_quantize_rows(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None
     x = x.contiguous()  # sums of gradients are in the order of memory
     scale = token_scale(x, num_bits=num_bits, clip_ratio=clip_ratio)
     return fake_quantize(x, _stored(scale) if of_weight else scale, num_bits=num_bits)
-
-
-def fake_quantize_input(
-    x: Tensor,
-    scheme: QuantScheme,
-    *,
-    clip_ratio: ClipRatio = None,
-    grid: TokenGrid | None = None,
-    rows: RowQuantizer = fake_quantize_rows,
-) -> Tensor:
-    """Quantize and dequantize the input of a linear at once, trainable, each token by itself; see `fake_quantize`.
-
-    With `scheme.delta`, a video token is the quantized mean of its cube plus its quantized difference from that; the
-    gradient passes through the difference alone. The tokens of text, and all tokens if the grid is unknown or not that
-    of x, are quantized without differences.
-
-    Args:
-        x: [..., I], floating; [..., N, I] where there is a grid.
-        scheme: Dynamic, PerToken or PerGroup.
-        clip_ratio: Factor in (0, 1] on the scale, broadcasts to [..., 1]. Means are not clipped.
-        grid: Where the video tokens lie among N.
-        rows: Quantizes with uniform levels, as `fake_quantize_rows` does.
-    """
-    offset = None if scheme.delta is None or grid is None or x.ndim == 2 else grid.offset(x.shape[-2])
-    if offset is None or grid is None:
-        return _fake_quantize_tokens(x, scheme, clip_ratio, rows)
-    means = _quantized_means(x, scheme, grid, offset, rows)
-    return (means + _fake_quantize_tokens(x - means, scheme, clip_ratio, rows)).to(x.dtype)
-
-
-@torch.no_grad()
-def _quantized_means(x: Tensor, scheme: QuantScheme, grid: TokenGrid, offset: int, rows: RowQuantizer) -> Tensor:
-    """The dequantized mean of each token's cube, fp32 [..., N, I]; 0 for text."""
-    delta, sizes = scheme.delta, (grid.frames, grid.height, grid.width)
-    assert delta is not None
-    video = x.narrow(-2, offset, grid.tokens)
-    means = cube_means(video.reshape(*x.shape[:-2], *sizes, x.shape[-1]), delta.cube)
-    means = rows(means, num_bits=delta.mean_bits)
-    return F.pad(spread(means, delta.cube, sizes).flatten(-4, -2), (0, 0, offset, x.shape[-2] - offset - grid.tokens))
-
-
-def _fake_quantize_tokens(x: Tensor, scheme: QuantScheme, clip_ratio: ClipRatio, rows: RowQuantizer) -> Tensor:
-    grouped = x.reshape(*x.shape[:-1], num_groups(scheme, x.shape[-1]), -1)
-    if scheme.levels == UNIFORM:
-        return rows(grouped, num_bits=scheme.num_bits, clip_ratio=clip_ratio).reshape(x.shape)
-    levels = levels_of(scheme, x.shape[-1], device=x.device)
-    if scheme.is_fp4:
-        scale = group_scale(grouped, scheme, clip_ratio=clip_ratio).unsqueeze(-1)
-    else:
-        scale = token_scale_of_levels(grouped, unit=level_unit(scheme, x.shape[-1]), clip_ratio=clip_ratio)
-    return fake_quantize(grouped, scale, num_bits=scheme.num_bits, levels=levels).reshape(x.shape)
 
 
 def fake_quantize_weight(weight: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | None = None) -> Tensor:

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from s2q.common.log import log_once
 from s2q.core.input_path import InputTensors
-from s2q.core.qparams import fake_quantize_input
 from s2q.core.schemes import QuantScheme
 from s2q.core.tokens import current_grid
 from s2q.nn.branch import with_float_branch
 from s2q.nn.stored import StoredLinear
 from s2q.ops.activation_path import transform_input
-from s2q.ops.fake_quantize import fake_quantize_rows
+from s2q.ops.fake_quantize import fake_quantize_input
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def simulate_quantization(y: Tensor, scheme: QuantScheme | None, path: InputTens
     """
     if scheme is not None:
         grid = None if scheme.delta is None else current_grid()
-        y = fake_quantize_input(y, scheme, clip_ratio=path.clip_ratio, grid=grid, rows=fake_quantize_rows)
+        y = fake_quantize_input(y, scheme, clip_ratio=path.clip_ratio, grid=grid)
     for part, tensors in reversed(path.steps):
         y = y if part.restore is None else part.restore(y, *tensors)
     return y
