@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
+from s2q.ops.attention_inputs import check_shapes, score_scale
 
 _CHUNK_BYTES = 32 << 20  # of one chunk's logits on a CPU
 _MAX_CHUNK_BYTES = 1 << 30  # on a GPU, where the keys are read again for each chunk
@@ -41,10 +42,10 @@ def attention_colsum(
     """
     check_shapes(query, key, mask, op="attention_colsum")
     check_chunk(chunk_size)
-    samples, heads, queries, head_dim = query.shape
+    samples, heads, queries, _ = query.shape
     keys = key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    factor = head_dim**-0.5 if scale is None else scale
+    factor = score_scale(query, scale)
     size = chunk_size or max(1, _chunk_bytes_on(query.device) // max(1, heads * keys * dtype.itemsize))
     sums_BM = torch.zeros(samples, keys, dtype=dtype, device=query.device)
     for sample in range(samples):
@@ -90,21 +91,6 @@ def _apply_mask(logits_HCM: Tensor, mask: Tensor, sample: int, start: int) -> No
         logits_HCM.masked_fill_(~mask, -torch.inf)
     else:
         logits_HCM.add_(mask)
-
-
-def check_shapes(query: Tensor, key: Tensor, mask: Tensor | None, *, op: str) -> None:
-    """Refuse queries, keys and a mask that do not fit together."""
-    if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
-        raise InvalidInputError(
-            f"{op}: got queries {list(query.shape)} and keys {list(key.shape)}; expected [B, H, N, D] and [B, H, M, D]"
-        )
-    if mask is not None:
-        full = (*query.shape[:3], key.shape[2])
-        sizes = zip(reversed(mask.shape), reversed(full), strict=False)
-        if mask.ndim > 4 or any(size not in (1, wanted) for size, wanted in sizes):
-            raise InvalidInputError(
-                f"{op}: got a mask of shape {list(mask.shape)}; expected it to broadcast to {list(full)}"
-            )
 
 
 def check_chunk(chunk_size: int | None) -> None:

@@ -16,16 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from s2q.ops.attention_colsum import reference
-from s2q.ops.attention_colsum.tiles import colsum_tile
-from s2q.ops.dispatch import KernelUnavailableError, architecture_of, launch
+from s2q.ops.attention_colsum.tiles import MIN_DEPTH, TILES
+from s2q.ops.attention_inputs import LOG2_E, check_shapes, find_tile, score_scale
+from s2q.ops.dispatch import architecture_of, launch
+from s2q.ops.triton_attention import (
+    LENGTHS,
+    expand_mask,
+    load_mask,
+    load_tile,
+    loop_lengths,
+    mask_logits,
+    softmax_step,
+)
 from s2q.ops.triton_math import INTERPRETING, matrix_product
-
-_LOG2_E = 1.4426950408889634
-
-NO_MASK, BOOLEAN_MASK, ADDITIVE_MASK = 0, 1, 2
-
-LENGTHS = ["queries", "keys", "mb", "mh"]
-"""Arguments that follow the number of tokens: the kernels are not compiled again for another one."""
 
 
 @torch.no_grad()
@@ -41,71 +44,30 @@ def attention_colsum(
         InvalidInputError: If shapes do not fit or the chunk size is not positive.
         KernelUnavailableError: If D is above 256.
     """
-    reference.check_shapes(query, key, mask, op="attention_colsum")
+    check_shapes(query, key, mask, op="attention_colsum")
     reference.check_chunk(chunk_size)
     samples, heads, queries, head_dim = query.shape
-    keys = key.shape[2]
-    kind, mask_BHNM = expand_mask(mask, (samples, heads, queries, keys))
-    is_pair_mask = mask_BHNM is not None and mask_BHNM.stride(2) != 0
-    itemsize, architecture = query.dtype.itemsize, architecture_of(query)
-    tile = colsum_tile(head_dim, itemsize=itemsize, has_pair_mask=is_pair_mask, architecture=architecture)
-    if tile is None:
-        raise KernelUnavailableError(f"got heads of {head_dim} features; no tile is that wide")
+    keys, masking = key.shape[2], expand_mask(mask, query, key)
+    tile = find_tile(
+        TILES[architecture_of(query)],
+        head_dim,
+        min_depth=MIN_DEPTH,
+        itemsize=query.dtype.itemsize,
+        has_pair_mask=masking.is_pair_mask,
+    )
     if 0 in (samples, heads, queries, keys):
         return torch.zeros(samples, keys, dtype=torch.float32, device=query.device)
     lse_BHN = torch.empty(samples, heads, queries, dtype=torch.float32, device=query.device)
     sums_BHM = torch.empty(samples, heads, keys, dtype=torch.float32, device=query.device)
-    mask_strides = (0, 0, 0, 0) if mask_BHNM is None else mask_BHNM.stride()
-    factor = (head_dim**-0.5 if scale is None else scale) * _LOG2_E
-    inputs = (query, key, query if mask_BHNM is None else mask_BHNM)
-    # Triton 3.6 interprets loops over an argument only with old versions of NumPy, loops over a constant with all.
-    lengths = [tl.constexpr(length) if INTERPRETING else length for length in (queries, keys)]
-    numbers = (heads, *lengths, factor, *query.stride(), *key.stride(), *mask_strides)
-    settings = tile | {"HEAD_DIM": head_dim, "MASK": kind, "PAIR_MASK": is_pair_mask, "INTERPRET": INTERPRETING}
+    inputs, factor = (query, key, masking.pointer), score_scale(query, scale) * LOG2_E
+    strides = (*query.stride(), *key.stride(), *masking.strides)
+    numbers = (heads, *loop_lengths(queries, keys), factor, *strides)
+    settings = tile | masking.constants() | {"HEAD_DIM": head_dim, "INTERPRET": INTERPRETING}
     grid = (triton.cdiv(queries, tile["TILE_N"]), samples * heads)
     launch(log_sum_kernel, grid, *inputs, lse_BHN, *numbers, **settings)
     grid = (triton.cdiv(keys, tile["TILE_M"]), samples * heads)
     launch(column_sum_kernel, grid, *inputs, lse_BHN, sums_BHM, *numbers, **settings)
     return sums_BHM.sum(dim=1)
-
-
-def expand_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, Tensor | None]:
-    """Return the kind of a mask and a view of it with all four axes, those that it lacks with stride 0."""
-    if mask is None:
-        return NO_MASK, None
-    full = mask.expand(shape)
-    return (BOOLEAN_MASK, full.view(torch.uint8)) if mask.dtype == torch.bool else (ADDITIVE_MASK, full)
-
-
-@triton.jit
-def load_tile(ptr, at, limit, stride, d_stride, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr):
-    """Rows `at` of queries or keys [n, TILE_D], 0 beyond the edges."""
-    d = tl.arange(0, TILE_D)
-    valid = (at < limit)[:, None] & (d < HEAD_DIM)[None, :]
-    return tl.load(ptr + (at.to(tl.int64) * stride)[:, None] + (d * d_stride)[None, :], mask=valid, other=0.0)
-
-
-@triton.jit
-def mask_logits(logits, mask, m, keys, MASK: tl.constexpr):
-    """Apply a mask that broadcasts to the logits; those of keys m beyond the edge become -inf."""
-    if MASK == 1:
-        logits = tl.where(mask != 0, logits, float("-inf"))
-    elif MASK == 2:
-        logits += mask.to(tl.float32) * 1.4426950408889634
-    return tl.where(m < keys, logits, float("-inf"))
-
-
-@triton.jit
-def load_mask(ptr, n_start, m_start, n, m, n_stride, m_stride, queries, keys, PAIR_MASK: tl.constexpr):
-    """Load a mask at n_start + n and m_start + m, which broadcast against each other; without PAIR_MASK at m only."""
-    # Offsets inside a tile fit into 32 bits, which saves registers.
-    ptr += tl.cast(n_start, tl.int64) * n_stride + tl.cast(m_start, tl.int64) * m_stride
-    valid = m_start + m < keys
-    offsets = m * m_stride
-    if PAIR_MASK:
-        valid = valid & (n_start + n < queries)
-        offsets = offsets + n * n_stride
-    return tl.load(ptr + offsets, mask=valid, other=0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -159,10 +121,7 @@ def log_sum_kernel(
                 mask_ptr, n_start, start, n_tile[:, None], m_tile[None, :], mn, mm, queries, keys, PAIR_MASK
             )
         logits = mask_logits(logits, mask, m[None, :], keys, MASK)
-        raised = tl.maximum(highest, tl.max(logits, axis=1))
-        pivot = tl.where(raised == float("-inf"), 0.0, raised)  # -inf - -inf is NaN
-        total = total * tl.exp2(highest - pivot) + tl.sum(tl.exp2(logits - pivot[:, None]), axis=1)
-        highest = raised
+        _, _, highest, total = softmax_step(logits, highest, total)
     lse = tl.where(total == 0.0, float("inf"), highest + tl.log2(total))
     tl.store(lse_ptr + pair * queries + n, lse, mask=n < queries)
 

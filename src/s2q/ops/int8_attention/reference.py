@@ -23,14 +23,13 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.core.qparams import quantize, scale_from_amax
-from s2q.ops.attention_colsum.reference import check_shapes
+from s2q.ops.attention_inputs import LOG2_E, check_shapes, score_scale
 
 QUERY_BLOCK, KEY_BLOCK = 128, 64
 """Neighbouring tokens of a head that share a scale."""
 
 MAX_HEAD_DIM = 128
 """The widest heads of published video models, and of the tiles of the kernel."""
-LOG2_E = 1.4426950408889634
 
 _NUM_BITS = 8
 _CHUNK_VALUES = 1 << 23  # scores of a chunk of queries and a block of keys
@@ -97,11 +96,6 @@ def quantize_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def token_mean(key: Tensor) -> Tensor:
     """The mean of the keys of each head over the tokens, fp32 [B, H, 1, D]."""
     return key.mean(dim=2, keepdim=True, dtype=torch.float32)
-
-
-def score_scale(query: Tensor, scale: float | None) -> float:
-    """The scale of the scores."""
-    return float(query.shape[-1] ** -0.5) if scale is None else scale
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:

@@ -12,15 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2q.ops.attention_colsum.triton import expand_mask, load_mask, load_tile, mask_logits
-from s2q.ops.dispatch import KernelUnavailableError, architecture_of, launch
+from s2q.ops.attention_inputs import LOG2_E, find_tile, score_scale
+from s2q.ops.dispatch import architecture_of, launch
 from s2q.ops.int8_attention import reference
-from s2q.ops.int8_attention.reference import KEY_BLOCK, LOG2_E, QUERY_BLOCK
-from s2q.ops.int8_attention.tiles import attention_tile
+from s2q.ops.int8_attention.reference import KEY_BLOCK, QUERY_BLOCK
+from s2q.ops.int8_attention.tiles import MIN_DEPTH, TILES
+from s2q.ops.triton_attention import (
+    LENGTHS,
+    expand_mask,
+    load_mask,
+    load_tile,
+    loop_lengths,
+    mask_logits,
+    softmax_step,
+)
 from s2q.ops.triton_math import INTERPRETING, magnitude_bits, matrix_product, quantization_scale, quantize
 
-LENGTHS = ["queries", "keys", "mb", "mh"]
-"""Arguments that follow the number of tokens: the kernels are not compiled again for another one."""
+BLOCKS = {"QUERY_BLOCK": QUERY_BLOCK, "TILE_M": KEY_BLOCK}
+"""Constants of `int8_attention_kernel`: tokens that share a scale."""
 
 QUANTIZE_WARPS = 8
 
@@ -40,47 +49,42 @@ def int8_attention(
     """
     reference.check_inputs(query, key, value, mask)
     samples, heads, queries, head_dim = query.shape
-    keys = key.shape[2]
-    kind, mask_BHNM = expand_mask(mask, (samples, heads, queries, keys))
-    is_pair_mask = mask_BHNM is not None and mask_BHNM.stride(2) != 0
-    itemsize, architecture = value.dtype.itemsize, architecture_of(query)
-    tile = attention_tile(head_dim, itemsize=itemsize, has_pair_mask=is_pair_mask, architecture=architecture)
-    if tile is None:
-        raise KernelUnavailableError(f"got heads of {head_dim} features; no tile is that wide")
+    keys, masking = key.shape[2], expand_mask(mask, query, key)
+    tile = find_tile(
+        TILES[architecture_of(query)],
+        head_dim,
+        min_depth=MIN_DEPTH,
+        itemsize=value.dtype.itemsize,
+        has_pair_mask=masking.is_pair_mask,
+    )
     out = torch.empty_like(query)
     if 0 in query.shape or keys == 0:
         return out.zero_()
     query_codes, query_scale = quantize_blocks(query, None, QUERY_BLOCK, tile["TILE_D"])
     key_codes, key_scale = quantize_blocks(key, reference.token_mean(key), KEY_BLOCK, tile["TILE_D"])
-    # Triton 3.6 interprets loops over an argument only with old versions of NumPy, loops over a constant with all.
-    lengths = [tl.constexpr(length) if INTERPRETING else length for length in (queries, keys)]
     launch(
         int8_attention_kernel,
         (triton.cdiv(queries, tile["TILE_N"]), samples * heads),
         query_codes,
         key_codes,
         value,
-        query if mask_BHNM is None else mask_BHNM,
+        masking.pointer,
         query_scale,
         key_scale,
         out,
         heads,
-        *lengths,
-        reference.score_scale(query, scale) * LOG2_E,
+        *loop_lengths(queries, keys),
+        score_scale(query, scale) * LOG2_E,
         *value.stride(),
         *out.stride(),
-        *((0, 0, 0, 0) if mask_BHNM is None else mask_BHNM.stride()),
-        **attention_constants(head_dim, kind, is_pair_mask),
+        *masking.strides,
+        **masking.constants(),
+        **BLOCKS,
+        HEAD_DIM=head_dim,
         INTERPRET=INTERPRETING,
         **tile,
     )
     return out
-
-
-def attention_constants(head_dim: int, kind: int, is_pair_mask: bool) -> dict[str, int | bool]:
-    """Return the constants of `int8_attention_kernel` beside those of its tile."""
-    blocks = {"QUERY_BLOCK": QUERY_BLOCK, "TILE_M": KEY_BLOCK}
-    return {"HEAD_DIM": head_dim, "MASK": kind, "PAIR_MASK": is_pair_mask, **blocks}
 
 
 def quantize_blocks(x: Tensor, mean: Tensor | None, size: int, padded: int) -> tuple[Tensor, Tensor]:
@@ -192,13 +196,9 @@ def _attend(
         scores = mask_logits(scores, mask, m[None, :], keys, MASK)
     elif IS_LAST:
         scores = tl.where(m[None, :] < keys, scores, float("-inf"))
-    raised = tl.maximum(highest, tl.max(scores, axis=1))
-    pivot = tl.where(raised == float("-inf"), 0.0, raised)  # -inf - -inf is NaN
-    weights = tl.exp2(scores - pivot[:, None])
-    kept = tl.exp2(highest - pivot)
-    total = total * kept + tl.sum(weights, axis=1)
+    weights, kept, highest, total = softmax_step(scores, highest, total)
     out = out * kept[:, None] + matrix_product(weights.to(value.dtype), value, PRECISION, INTERPRET)
-    return out, raised, total
+    return out, highest, total
 
 
 @triton.jit(do_not_specialize=LENGTHS)
