@@ -1,12 +1,16 @@
 """Attention modules that run in int8: which calls are replaced, and that nothing else changes."""
 
 import copy
+import io
 import logging
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
+from torch.overrides import _get_current_function_mode
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.log import log_once
@@ -56,7 +60,10 @@ def test_calls_with_as_many_keys_as_queries_are_replaced_inside_the_named_module
         ({"key": draw(1, 2, 6, 16)}, None),
         ({"is_causal": True}, "a causal mask"),
         ({"query": draw(1, 2, 8, 130)}, "heads of 130 features"),
-        ({"query": draw(2, 40, 16)}, "queries, keys and values of different shapes"),
+        ({"query": draw(2, 40, 16)}, "queries with 3 dimensions"),
+        ({"query": draw(2, 2, 40, 16), "key": X}, "queries, keys and values of different shapes"),
+        ({"query": draw(1, 4, 40, 16), "key": X, "enable_gqa": True}, "queries, keys and values of different shapes"),
+        ({"dropout_p": 0.5}, "dropout"),
         ({"query": X.clone().requires_grad_()}, "a call that needs gradients"),
     ],
 )
@@ -65,7 +72,10 @@ def test_other_calls_keep_full_precision_and_all_but_cross_attention_are_logged_
     call = {"query": X} | call
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert torch.equal(model["attn"](**call), plain(**call))
+            torch.manual_seed(0)
+            output = model["attn"](**call)
+            torch.manual_seed(0)
+            assert torch.equal(output, plain(**call))
     expected = [] if reason is None else [f"int8 attention runs in full precision: got {reason}"]
     assert [record.getMessage() for record in caplog.records] == expected
 
@@ -89,6 +99,22 @@ def test_a_call_that_fails_leaves_nothing_behind(model):
     assert torch.equal(plain(X), F.scaled_dot_product_attention(X, X, X.flip(-1)))
 
 
+def test_mixed_dtypes_are_left_to_pytorch_which_refuses_them(model, caplog):
+    log_once.cache_clear()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model["attn"](X, X.bfloat16())
+    assert "got queries, keys and values of different dtypes" in caplog.text
+
+
+@pytest.mark.parametrize("key", [X, X.bfloat16()])
+def test_autocast_casts_as_it_does_for_pytorchs_attention(model, key):
+    half = X.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model["attn"](X, key)
+        assert output.dtype == plain(X, key).dtype == torch.bfloat16
+    assert torch.equal(output, int8_attention(half, half, half.flip(-1)))
+
+
 class Interrupted(Attention):
     def forward(self, query, key=None, **options):
         raise KeyboardInterrupt
@@ -99,18 +125,56 @@ def test_an_interrupted_call_leaves_full_precision_outside_its_module(model):
     quantize_attention(broken, ["attn"])
     with pytest.raises(KeyboardInterrupt):
         broken["attn"](X)
+    assert _get_current_function_mode() is None
     assert torch.equal(plain(X), F.scaled_dot_product_attention(X, X, X.flip(-1)))
     assert torch.equal(model["attn"](X), int8_attention(X, X, X.flip(-1)))
     assert torch.equal(model["other"](X), plain(X))
 
 
-def test_copies_are_quantized_and_restoring_undoes_it_once_and_for_all(model):
-    quantize_attention(model, ["attn"])
-    again = copy.deepcopy(model)
+def unpickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def reloaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, unpickled, reloaded])
+def test_copies_are_quantized_and_restoring_undoes_it_once_and_for_all(model, copied):
+    quantize_attention(model, ["attn", "attn"])
+    attention = copied(model["attn"])
+    again = nn.ModuleDict({"attn": attention})
+    assert type(attention) is type(model["attn"])
+    restore_attention(model)
+    assert type(model["attn"]) is Attention
+    assert vars(model["attn"]).keys() == vars(Attention()).keys()
+    assert torch.equal(model["attn"](X), plain(X))
+    assert torch.equal(again["attn"](X), int8_attention(X, X, X.flip(-1)))
+    restore_attention(again)
+    assert torch.equal(again["attn"](X), plain(X))
+
+
+def test_a_quantized_module_is_known_by_the_names_of_its_class(model):
+    kind = type(model["attn"])
+    assert isinstance(model["attn"], Attention)
+    assert (kind.__name__, kind.__qualname__, kind.__module__) == ("Attention", "Attention", __name__)
+    assert kind.__doc__ == Attention.__doc__
+    assert model["attn"].state_dict() == {}
+
+
+def test_offloading_hooks_run_inside_whether_they_come_before_or_after(model):
+    hook = AlignDevicesHook(io_same_device=True)
+    add_hook_to_module(model["attn"], hook)
+    assert torch.equal(model["attn"](X), int8_attention(X, X, X.flip(-1)))
     restore_attention(model)
     assert torch.equal(model["attn"](X), plain(X))
-    assert not model["attn"]._forward_hooks
-    assert torch.equal(again["attn"](X), int8_attention(X, X, X.flip(-1)))
+    quantize_attention(model, ["attn"])
+    assert torch.equal(model["attn"](X), int8_attention(X, X, X.flip(-1)))
+    remove_hook_from_module(model["attn"])
+    assert torch.equal(model["attn"](X), int8_attention(X, X, X.flip(-1)))
 
 
 def test_backends_reach_it_and_the_fastest_is_full_precision_without_a_kernel(model):
@@ -127,15 +191,23 @@ def test_a_name_without_a_module_is_refused(model):
         quantize_attention(model, ["attn1"])
 
 
-def test_torch_compile_traces_it_without_a_break():
+@pytest.mark.parametrize("compiled", ["transformer_blocks.0", "transformer_blocks.0.attn1"])
+def test_torch_compile_traces_it_without_a_break(compiled):
     transformer = tiny_transformer("cogvideox", num_layers=1)
     full = run_transformer(transformer)
     quantize_attention(transformer, ["transformer_blocks.0.attn1"])
     wanted = run_transformer(transformer)
     assert not torch.equal(wanted, full)
-    transformer.transformer_blocks[0].compile(backend="eager", fullgraph=True)
+    transformer.get_submodule(compiled).compile(backend="eager", fullgraph=True)
     assert torch.equal(run_transformer(transformer), wanted)
-    restore_attention(transformer)
+
+
+def test_other_processors_are_quantized_too():
+    transformer = tiny_transformer("cogvideox", num_layers=1)
+    quantize_attention(transformer, ["transformer_blocks.0.attn1"])
+    wanted = run_transformer(transformer)
+    transformer.set_attn_processor({name: type(each)() for name, each in transformer.attn_processors.items()})
+    assert torch.equal(run_transformer(transformer), wanted)
 
 
 def test_unflattening_is_traced_inside_a_quantized_module():

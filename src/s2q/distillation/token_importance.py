@@ -2,30 +2,28 @@
 
     S_j = Σ_h Σ_i A_hij,    λ_j = λ_min + (λ_max - λ_min) · (S_j - min S) / (max S - min S)
 
-Every model family ends in `F.scaled_dot_product_attention` with queries and keys as attention sees them, so one
-listener there serves all of them; which attention module to listen to is the family's knowledge. Only calls with as
-many keys as queries count (self-attention and joint attention); a cross-attention inside the same module is passed
-over. In joint attention the text tokens have a λ like the video tokens, in the order in which the module joins them.
+Queries and keys are those of `F.scaled_dot_product_attention`, as attention sees them (`nn.attention_calls`); which
+attention module to listen to is the family's knowledge. In joint attention the text tokens have a λ like the video
+tokens, in the order in which the module joins them.
 
 Legend: `B` samples, `H` heads, `N` tokens, `D` head dim.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from s2q.common.errors import InvalidInputError
+from s2q.nn.attention_calls import AttentionCall, SelfAttentionMode
 from s2q.ops.attention_colsum import attention_colsum
 
 _CONSTANT = 1e-5  # spread of S, relative to its largest value, below which it is rounding noise
 
 
-class CapturedSums(TorchFunctionMode):
+class CapturedSums(SelfAttentionMode):
     """Captures column sums of `F.scaled_dot_product_attention` while the module of interest is running.
 
     Attributes:
@@ -50,36 +48,19 @@ class CapturedSums(TorchFunctionMode):
             raise InvalidInputError(f"token importance: captured attention over {lengths} tokens; expected one length")
         return torch.cat(self.calls)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.depth > 0 and func is F.scaled_dot_product_attention:
-            self._capture(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _capture(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
-        if query.shape[-2] != key.shape[-2]:
+    def attend(self, call: AttentionCall) -> None:
+        """Capture the sums of a call inside the module."""
+        if self.depth == 0:
             return
-        if is_causal or dropout_p:
+        if call.is_causal or call.dropout_p:
             raise InvalidInputError(
-                f"token importance: got attention with is_causal={is_causal}, dropout_p={dropout_p}; "
+                f"token importance: got attention with is_causal={call.is_causal}, dropout_p={call.dropout_p}; "
                 "expected neither (a video model in evaluation mode)"
             )
-        if enable_gqa:
+        query, key = call.query.detach(), call.key.detach()
+        if call.enable_gqa:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        self.calls.append(attention_colsum(query.detach(), key.detach(), mask=attn_mask, scale=scale))
+        self.calls.append(attention_colsum(query, key, mask=call.attn_mask, scale=call.scale))
 
 
 @contextmanager

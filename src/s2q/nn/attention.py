@@ -1,151 +1,125 @@
 """Attention modules of a transformer run with int8 queries and keys (`ops.int8_attention`).
 
-Every model family ends in `F.scaled_dot_product_attention`, so one listener there serves all of them: hooks of an
-attention module replace the calls that are made inside it. They survive copies, offloading and torch.compile.
+A call of `F.scaled_dot_product_attention` inside such a module is replaced if it has as many keys as queries. Other
+calls, and those that the op does not take (`_obstacle`, logged once), run in full precision.
 
-The rule: a call is replaced if it has as many keys as queries (self-attention, and joint attention with the text).
-Cross-attention has a short text for keys, hence little to gain, and stays in full precision, as do calls that the op
-does not take (`_obstacle`), which are logged once.
-
-Legend: `B` samples, `H` heads, `N` queries, `M` keys, `D` head dim.
+A quantized module is of a subclass of its class, which runs each call inside a mode; `torch.nn.utils.parametrize` does
+the same. A call that fails or is interrupted leaves the mode, whatever other libraries put in place of `forward`
+(accelerate, group offloading) runs inside it, and copies, pickles and torch.compile find it.
 """
 
+import functools
 import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.log import log_once
+from s2q.nn.attention_calls import AttentionCall, SelfAttentionMode
 from s2q.nn.dequantized import FASTEST
 from s2q.ops.dispatch import backend_obstacle
 from s2q.ops.int8_attention import BACKENDS, MAX_HEAD_DIM, int8_attention
 
 logger = logging.getLogger(__name__)
 
+_NO_EFFECT = (
+    "int8 attention has no effect: the attention backend of diffusers that is set does not call "
+    "F.scaled_dot_product_attention; call reset_attention_backend() of the transformer"
+)
 
-class _Int8Attention(TorchFunctionMode):
-    """Replaces `F.scaled_dot_product_attention` while its module runs.
+
+class Int8AttentionMode(SelfAttentionMode):
+    """Replaces the calls that the op takes.
 
     Attributes:
         backend: As `set_backend` takes it; those that the op does not have are "auto".
-        reached: Whether the module has ever called `F.scaled_dot_product_attention`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.backend = "auto"
-        self.reached = False
-        self.frame: FrameType | None = None  # of the call that it was entered for
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **kwargs)
-        if func is Tensor.unflatten:  # torch.compile cannot trace that inside a mode
-            func = torch.unflatten
-        return func(*args, **kwargs)
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor | None:
+        """Return the output with int8 queries and keys; None where the call runs in full precision."""
+        if self._runs_plain(call.query):
+            return None
+        call = _autocast(call)
+        obstacle = _obstacle(call)
+        if obstacle is None:
+            backend = self.backend if self.backend in BACKENDS else "auto"
+            return int8_attention(call.query, call.key, call.value, call.attn_mask, scale=call.scale, backend=backend)
         if not torch.compiler.is_compiling():
-            self.reached = True
-            if not self.is_running():
-                return F.scaled_dot_product_attention(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-                )
-        if query.shape[-2] == key.shape[-2] and not self._runs_plain(query):
-            obstacle = "dropout" if dropout_p else "a causal mask" if is_causal else _obstacle(query, key, value)
-            if obstacle is None:
-                backend = self.backend if self.backend in BACKENDS else "auto"
-                return int8_attention(query, key, value, attn_mask, scale=scale, backend=backend)
-            if not torch.compiler.is_compiling():
-                log_once(logger, logging.WARNING, "int8 attention runs in full precision: got %s", obstacle)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-
-    def is_running(self) -> bool:
-        """Whether the call that it was entered for runs; an interrupt (Ctrl-C) ends that without the hook after it."""
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        if frame is None:
-            self.frame = None  # with the tensors of that call
-        return frame is not None
+            log_once(logger, logging.WARNING, "int8 attention runs in full precision: got %s", obstacle)
+        return None
 
     def _runs_plain(self, query: Tensor) -> bool:
         """Whether backend "fastest" is to run in full precision, since there is no kernel."""
         return self.backend == FASTEST and (not query.is_cuda or backend_obstacle("triton", query) is not None)
 
 
-def _obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def _autocast(call: AttentionCall) -> AttentionCall:
+    """Cast the tensors of a call as autocast does for PyTorch's attention."""
+    device = call.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return call
+    dtype = torch.get_autocast_dtype(device)
+    return call._replace(query=call.query.to(dtype), key=call.key.to(dtype), value=call.value.to(dtype))
+
+
+def _obstacle(call: AttentionCall) -> str | None:
     """Say in a few words why the op does not take a call; None if it does."""
+    query, key, value = call.query, call.key, call.value
+    if call.dropout_p:
+        return "dropout"
+    if call.is_causal:
+        return "a causal mask"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "a call that needs gradients"
     if not query.dtype == key.dtype == value.dtype:
         return "queries, keys and values of different dtypes"
-    if query.ndim != 4 or not query.shape == key.shape == value.shape:
+    if query.ndim != 4:
+        return f"queries with {query.ndim} dimensions"
+    if not query.shape == key.shape == value.shape:
         return "queries, keys and values of different shapes"
     return f"heads of {query.shape[-1]} features" if query.shape[-1] > MAX_HEAD_DIM else None
 
 
-class _Enter:
-    """The hook before a call of the module."""
+class _Quantized(nn.Module):
+    """Makes a subclass of a module's class run inside `int8_attention`."""
 
-    def __init__(self, mode: _Int8Attention) -> None:
-        self.mode = mode
+    int8_attention: Int8AttentionMode
 
-    def __call__(self, _module: nn.Module, _args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            _leave_interrupted()
-            self.mode.frame = sys._getframe(1)
-        self.mode.__enter__()  # type: ignore[no-untyped-call]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mode = self.int8_attention
+        with mode:
+            output = super().__call__(*args, **kwargs)
+        if not torch.compiler.is_compiling() and not mode.reached:
+            log_once(logger, logging.WARNING, _NO_EFFECT)
+        return output
 
-
-class _Leave:
-    """The hook after a call, also of one that failed."""
-
-    def __init__(self, mode: _Int8Attention) -> None:
-        self.mode = mode
-
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        elif _get_current_function_mode() is self.mode:  # type: ignore[no-untyped-call]  # else an earlier hook failed
-            self.mode.__exit__(None, None, None)
-            self.mode.frame = None
-            if not self.mode.reached and output is not None:
-                log_once(
-                    logger,
-                    logging.WARNING,
-                    "int8 attention has no effect: the attention backend of diffusers that is set does not call "
-                    "F.scaled_dot_product_attention; call reset_attention_backend() of the transformer",
-                )
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced = super().__reduce_ex__(protocol)
+        return _new, (_plain_class(type(self)),), *reduced[2:]
 
 
-def _leave_interrupted() -> None:
-    """Take modes off the stack whose calls were interrupted."""
-    while isinstance(mode := _get_current_function_mode(), _Int8Attention) and not mode.is_running():  # type: ignore[no-untyped-call]
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+@functools.cache
+def _quantized_class(plain: type) -> type[_Quantized]:
+    """The subclass of a module's class. It has the same names, by which other libraries look modules up."""
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (_Quantized, plain), names)
+
+
+def _plain_class(quantized: type) -> type:
+    return quantized.__bases__[1]
+
+
+def _new(plain: Any) -> nn.Module:
+    """An empty quantized module, for copies and pickles to fill."""
+    quantized = _quantized_class(plain)
+    return quantized.__new__(quantized)
 
 
 def quantize_attention(model: nn.Module, names: Iterable[str]) -> None:
@@ -156,28 +130,24 @@ def quantize_attention(model: nn.Module, names: Iterable[str]) -> None:
     """
     modules = dict(model.named_modules())
     restore_attention(model)
-    for name in names:
+    for name in dict.fromkeys(names):
         if name not in modules:
             raise InvalidInputError(f"{type(model).__name__} has no attention module {name!r}")
-        mode = _Int8Attention()
-        modules[name].register_forward_pre_hook(_Enter(mode))
-        modules[name].register_forward_hook(_Leave(mode), always_call=True)
+        modules[name].int8_attention = Int8AttentionMode()
+        plain: Any = type(modules[name])
+        modules[name].__class__ = _quantized_class(plain)
 
 
 def restore_attention(model: nn.Module) -> None:
     """Undo `quantize_attention`, in place, if it was called."""
     for module in model.modules():
-        hooks = (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called)
-        ours = (_Enter, _Leave)
-        keys = [key for by_key in hooks[:2] for key, hook in by_key.items() if isinstance(hook, ours)]
-        for key in keys:
-            for by_key in hooks:
-                by_key.pop(key, None)
+        if isinstance(module, _Quantized):
+            module.__class__ = _plain_class(type(module))
+            del module.int8_attention
 
 
-def attention_modes(model: nn.Module) -> Iterator[_Int8Attention]:
+def attention_modes(model: nn.Module) -> Iterator[Int8AttentionMode]:
     """The quantized attention of a model."""
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _Enter):
-                yield hook.mode
+        if isinstance(module, _Quantized):
+            yield module.int8_attention

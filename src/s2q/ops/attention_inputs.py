@@ -1,4 +1,4 @@
-"""What ops over the scores of attention share, without Triton: checks, the scale of scores, look-up of tiles.
+"""Checks of shapes, the scale and the tiles of ops over the scores of attention; imports no Triton.
 
 Shapes: `B` samples, `H` heads, `N` queries, `M` keys, `D` head dim.
 """

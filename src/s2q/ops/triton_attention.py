@@ -1,4 +1,4 @@
-"""What kernels over the scores of attention share; imports triton, so only modules named `triton` import it.
+"""Helpers of the kernels over the scores of attention; imports triton, so only modules named `triton` import it.
 
 A kernel takes a mask as a pointer, its four strides and two constants (`expand_mask`), and loops over tiles of keys or
 queries up to a length (`loop_lengths`).
