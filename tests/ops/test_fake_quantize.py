@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from s2q.core import qparams
-from s2q.ops import fused
 from s2q.ops.fake_quantize import fake_quantize_rows
 
-
-@pytest.fixture(autouse=True)
-def _compiled():
-    if fused.passes() is None:
-        pytest.skip("no compiled passes here")
+bitwise = pytest.mark.usefixtures("passes")
 
 
 def draw(*shape, seed=0):
@@ -34,6 +29,7 @@ CLIPS = {
 }
 
 
+@bitwise
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("shape", [(9, 33), (1, 40, 1, 192), (6, 5, 16), (3, 1)])
 @pytest.mark.parametrize(("num_bits", "of_weight"), [(2, False), (6, False), (4, True)])
@@ -50,6 +46,7 @@ def test_values_and_gradients_have_the_bits_of_the_specification(shape, clip, nu
         assert torch.equal(compiled, specified)
 
 
+@bitwise
 def test_rows_that_are_not_contiguous_have_the_same_bits():
     x, upstream = draw(300, 64).t(), draw(64, 300, seed=3)
     results = [
@@ -65,6 +62,7 @@ def test_torch_compile_traces_it_without_a_break():
     assert torch.equal(quantized(draw(4, 16)), fake_quantize_rows(draw(4, 16), num_bits=4))
 
 
+@bitwise
 def test_the_number_of_threads_changes_no_bit():
     x, upstream, before = draw(70, 600), draw(70, 600, seed=3), torch.get_num_threads()
     results = []
@@ -78,6 +76,7 @@ def test_the_number_of_threads_changes_no_bit():
         assert torch.equal(one, two)
 
 
+@bitwise
 def test_strided_rows_and_gradients():
     x, upstream = draw(8, 60)[:, ::2], draw(30, 8, seed=3).t()
     results = [learned(q, x, None, upstream, 4) for q in (fake_quantize_rows, qparams.fake_quantize_rows)]

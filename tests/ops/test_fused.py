@@ -5,7 +5,6 @@ import subprocess
 import pytest
 import torch
 
-from s2q.common.processor import is_x86
 from s2q.core.input_path import InputTensors
 from s2q.core.packing import pack_codes, unpack_codes
 from s2q.core.qparams import quantize_per_token
@@ -19,17 +18,6 @@ def uncached():
     fused.passes.cache_clear()
     yield
     fused.passes.cache_clear()
-
-
-@pytest.fixture
-def passes():
-    if obstacle := fused._obstacle():
-        pytest.skip(obstacle)
-    if not is_x86() or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("PyTorch rounds otherwise without vector instructions of x86")
-    compiled = fused.passes()
-    assert compiled is not None, "they do not compile, or differ from PyTorch in a bit"
-    return compiled
 
 
 def draw(*shape, seed=0):

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from s2q.common.processor import features
 from s2q.ops import fused, kronecker
 from s2q.ops.kronecker import scaled_kronecker
 
@@ -60,9 +61,12 @@ def test_gradients_equal_finite_differences(wanted, monkeypatch):
 
 
 @pytest.fixture
-def multiplies():
-    if fused.passes() is None or not fused.passes().multiplies:
-        pytest.skip("no compiled products here")
+def multiplies(passes):
+    if "avx512" not in features() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("the products take AVX-512, here and in PyTorch")
+    if not torch.backends.mkl.is_available():
+        pytest.skip("the products have the bits of MKL")
+    assert passes.multiplies, "their bits differ from PyTorch's"
 
 
 def products(parts, upstream):
