@@ -53,7 +53,7 @@ def measure(model: str, recipe: str, *, prompts: int) -> dict:
 
     found = {}
     full = transformers_of(load_pipeline(model, dtype="float32"))
-    names = quantized_attention(load_recipe(recipe, overrides=[INT8]), full["transformer"])
+    names = quantized_attention(load_recipe(recipe, overrides=[INT8]), full)
     quantize_attention(full["transformer"], names)
     found["attention"] = errors(full)
     with unittest.mock.patch.object(reference, "token_mean", lambda key: torch.zeros_like(key[:, :, :1])):

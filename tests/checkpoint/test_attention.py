@@ -89,16 +89,22 @@ def test_a_module_that_the_transformer_lacks_is_refused(quantized, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("given", ["4", "12", "null", "true"])
-def test_widths_other_than_8_and_16_are_refused(given):
+@pytest.mark.parametrize("given", ["4", "16", "8.0", "null", "true"])
+def test_widths_other_than_8_are_refused(given):
     with pytest.raises(InvalidInputError, match=r"^recipe rtn-w4a6: attention.num_bits="):
         load_recipe("rtn-w4a6", overrides=[f"attention.num_bits={given}"])
+
+
+def test_attention_in_full_precision_is_that_of_a_recipe_without_options_of_it():
+    with pytest.raises(InvalidInputError, match=r"num_bits=16; expected 8, or attention=null for full precision"):
+        load_recipe("rtn-w4a6", overrides=["attention.num_bits=16"])
+    quantized = load_recipe("rtn-w4a6", overrides=INT8).resolved()
+    assert load_recipe(quantized, overrides=["attention=null"]).attention is None
 
 
 def test_the_plan_counts_the_attention_and_its_flop(teacher, tmp_path):
     teacher.save_pretrained(tmp_path)
     assert plan(tmp_path, recipe="rtn-w4a6").attention is None
-    assert plan(tmp_path, recipe="rtn-w4a6", overrides=["attention.num_bits=16"]).attention is None
     one = [*INT8, "skip=[transformer_blocks.0.*]"]
     assert plan(tmp_path, recipe="rtn-w4a6", overrides=one).attention.modules == 1
     planned = plan("synthetic:wan-1.3b", recipe="s2q-w4a6", overrides=INT8).attention
@@ -117,3 +123,8 @@ def test_a_model_without_attention_that_can_be_quantized_is_refused(tmp_path):
     skipping = [*INT8, "skip=['*attn1*']"]
     with pytest.raises(InvalidInputError, match=r"no attention is left to quantize; skip is \['\*attn1\*'\]"):
         quantize(tiny_pipeline("cogvideox"), recipe="rtn-w4a6", overrides=skipping, out=tmp_path / "out")
+    tiny_pipeline("cogvideox").transformer.save_pretrained(tmp_path)
+    with pytest.raises(InvalidInputError, match=r"no attention is left to quantize; skip is \['\*attn1\*'\]"):
+        CogVideoXTransformer3DModel.from_pretrained(
+            tmp_path, quantization_config=s2q.Config("rtn-w4a6", overrides=skipping)
+        )

@@ -73,14 +73,15 @@ def pipeline_step_case(source: ModelSource, settings: Settings) -> Case:
 
 def pack_randomly(transformer: nn.Module, recipe: Recipe, *, frames: int) -> nn.Module:
     """Replace a transformer's linears by packed ones of a recipe, with random codes; return it, as a checkpoint's."""
-    plans = resolve(recipe, recipe_linears(recipe, {TRANSFORMERS[0]: transformer}), frames=frames)
+    transformers = {TRANSFORMERS[0]: transformer}
+    plans = resolve(recipe, recipe_linears(recipe, transformers), frames=frames)
     tokens = token_layout(transformer, family_of(transformer))
     teacher = TeacherTransformer(
         component=TRANSFORMERS[0],
         module=transformer,
         linears=tuple(plans),
         tokens=tokens,
-        attention=quantized_attention(recipe, transformer),
+        attention=tuple(quantized_attention(recipe, transformers)),
     )
     generator = torch.Generator(transformer.device).manual_seed(0)
     for plan in plans:

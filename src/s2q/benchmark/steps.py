@@ -97,7 +97,7 @@ def _measure(model: SyntheticModel, settings: Settings, missing: Sequence[Entry]
             planned = plan_transformers(
                 transformers, recipe, linears, model=model.label, sizes=sizes, dtype=torch.bfloat16
             )
-            attention = quantized_attention(recipe, transformers[TRANSFORMERS[0]])
+            attention = quantized_attention(recipe, transformers)
             plans[recipe.name] = Quantized(linears=linears, attention=attention)
             storage[recipe.name] = planned.storage["quantized_bytes"]
             storage[BF16] = planned.storage["full_precision_bytes"]

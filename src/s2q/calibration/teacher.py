@@ -106,6 +106,12 @@ class Teacher:
         """The linears that the recipe quantizes, of one transformer after the other."""
         return [linear for transformer in self.transformers for linear in transformer.linears]
 
+    @property
+    def attention(self) -> list[str]:
+        """Full names of the attention modules that the recipe quantizes, of one transformer after the other."""
+        parts = ((transformer.component, transformer.attention) for transformer in self.transformers)
+        return [full_name(component, name) for component, names in parts for name in names]
+
     def with_linears(self, linears: Sequence[LinearPlan]) -> Teacher:
         """Return the teacher with other plans for its linears."""
         transformers = tuple(
@@ -191,13 +197,14 @@ def load_teacher(
     frames = None if workload is None else workload.frames
     if linears is None:
         linears = resolve(recipe, recipe_linears(recipe, modules), frames=frames)
+    attention = quantized_attention(recipe, modules)
     transformers = (
         TeacherTransformer(
             component=component,
             module=transformer,
             linears=_of_component(linears, component),
             tokens=token_layout(transformer, family_of(transformer)) if recipe.needs_grid else None,
-            attention=quantized_attention(recipe, transformer, component=component),
+            attention=tuple(name for part, name in map(split_name, attention) if part == component),
         )
         for component, transformer in modules.items()
     )

@@ -27,8 +27,8 @@ INT8_LEVELS = (LLOYD_MAX_INT8, TABLE)
 """Levels that are whole numbers of 8 bits."""
 MAX_LOOKED_UP_BITS = 4
 """Width of the codes of such levels: two a byte, at most."""
-ATTENTION_BITS, FULL_BITS = 8, 16
-"""Widths of queries and keys: quantized, and in the precision of the model."""
+ATTENTION_BITS = 8
+"""Width of quantized queries and keys."""
 _BITS = {"ge": MIN_BITS, "le": MAX_BITS}
 
 
@@ -333,25 +333,20 @@ class ActivationOptions(SchemeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions(Options):
-    """Options of the attention of the blocks.
+    """Options of the attention of the blocks; a recipe without them has attention in full precision.
 
     Attributes:
-        num_bits: Of queries and keys: 8 (`ops.int8_attention`), or 16 for the precision of the model.
+        num_bits: Of queries and keys: 8 (`ops.int8_attention`).
     """
 
     num_bits: int = ATTENTION_BITS
 
     def __post_init__(self) -> None:
         """Check the width."""
-        if self.num_bits not in (ATTENTION_BITS, FULL_BITS):
+        if self.num_bits != ATTENTION_BITS:
             raise self.invalid(
-                f"num_bits={short_repr(self.num_bits)}; expected {ATTENTION_BITS}, or {FULL_BITS} for full precision"
+                f"num_bits={short_repr(self.num_bits)}; expected {ATTENTION_BITS}, or attention=null for full precision"
             )
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether anything is quantized."""
-        return self.num_bits == ATTENTION_BITS
 
 
 def num_groups(scheme: QuantScheme, in_features: int) -> int:

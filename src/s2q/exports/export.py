@@ -166,7 +166,7 @@ class _Job:
             if modules := config.attention_modules():
                 raise InvalidInputError(
                     f"{modules[0]}: {target.name} cannot store its int8 attention; quantize the model with "
-                    "attention.num_bits=16"
+                    "attention=null"
                 )
             self.forms[component] = linear_forms(plain, config)
             check_storable(target, self.forms[component], recipe=config.recipe)

@@ -18,7 +18,7 @@ from s2q.common.arguments import device_name, model_argument, optional, parse_dt
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.device_names import is_device_name, kind_of_device
 from s2q.common.devices import default_dtype
-from s2q.common.errors import InvalidInputError, ResourceError, memory_errors
+from s2q.common.errors import ResourceError, memory_errors
 from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.common.records import PLAN_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
@@ -230,6 +230,7 @@ def plan_model(
         workload=workload,
         machine=machine,
         rates=rates,
+        attention=quantized_attention(recipe, transformers),
     )
 
 
@@ -251,6 +252,7 @@ def plan_transformers(
     workload: Workload | None = None,
     machine: Machine | None = None,
     rates: Rates | None = None,
+    attention: Sequence[str] = (),
 ) -> Plan:
     """Plan a run on the transformers of a pipeline.
 
@@ -261,6 +263,7 @@ def plan_transformers(
         compute_dtype: Dtype that they are loaded in for the run; None is the same.
         machine: Where the run is to be; None is the CPU of this machine.
         rates: Of the GPU that its time is estimated for; None estimates none.
+        attention: Full names of the attention modules that the recipe quantizes, `quantized_attention`.
     """
     quantized_linears = {linear.name: linear for linear in linears}
     layers = tuple(
@@ -309,26 +312,16 @@ def plan_transformers(
         device={"name": machine.device if rates is None else rates.name, "memory_bytes": machine.memory_bytes},
         calibration=cost,
         allocation=allocation,
-        attention=_planned_attention(transformers, recipe, shapes, workload),
+        attention=_planned_attention(recipe, attention, shapes, workload),
         estimate=None if rates is None or not work else time_estimate(work, rates),
     )
 
 
 def _planned_attention(
-    transformers: Mapping[str, nn.Module], recipe: Recipe, shapes: Sequence[BlockShape], workload: Workload | None
+    recipe: Recipe, names: Sequence[str], shapes: Sequence[BlockShape], workload: Workload | None
 ) -> PlannedAttention | None:
-    if recipe.attention is None or not recipe.attention.is_quantized:
+    if recipe.attention is None or not names:
         return None
-    names = [
-        full_name(component, name)
-        for component, transformer in transformers.items()
-        for name in quantized_attention(recipe, transformer, component=component)
-    ]
-    if not names:
-        raise InvalidInputError(
-            f"recipe {recipe.name}: attention.num_bits={recipe.attention.num_bits}: no attention is left to quantize; "
-            f"skip is {list(recipe.skip)}, remove a pattern, or set attention=null"
-        )
     quantized = flop = None
     if workload is not None and shapes:
         sizes = [size for shape in shapes for size in shape.attention]

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from s2q.common.components import TRANSFORMERS, full_name, split_name
+from s2q.common.components import full_name, split_name
 from s2q.common.errors import InvalidInputError, located, nearest_names
 from s2q.core.input_path import InputPath
 from s2q.core.packing import weight_bytes
@@ -113,25 +113,27 @@ def resolve(recipe: Recipe, linears: Sequence[BlockLinear], *, frames: int | Non
     return plans
 
 
-def quantized_attention(recipe: Recipe, transformer: nn.Module, *, component: str = TRANSFORMERS[0]) -> tuple[str, ...]:
-    """Return the names of the attention modules of a transformer that a recipe quantizes: one a block, less `skip`.
+def quantized_attention(recipe: Recipe, transformers: Mapping[str, nn.Module]) -> list[str]:
+    """List the full names of the attention modules that a recipe quantizes: one a block, less `skip`.
 
     Raises:
-        InvalidInputError: If the recipe quantizes attention, and the transformer's heads are too wide.
+        InvalidInputError: If the recipe quantizes attention, and the heads are too wide or no module is left.
     """
-    if recipe.attention is None or not recipe.attention.is_quantized:
-        return ()
-    family = family_of(transformer)
-    names = [f"{block}.{family.attention}" for block in block_names(transformer, family)]
-    modules = [transformer.get_submodule(name) for name in names]
-    head_dim = max(module.to_q.out_features // module.heads for module in modules)
-    if head_dim > MAX_HEAD_DIM:
+    if recipe.attention is None:
+        return []
+    names = []
+    for component, transformer in transformers.items():
+        family = family_of(transformer)
+        inside = [f"{block}.{family.attention}" for block in block_names(transformer, family)]
+        _check_heads(recipe, transformer, inside)
+        names += [full_name(component, name) for name in inside]
+    left = [name for name in names if not _is_skipped(recipe, name)]
+    if not left:
         raise InvalidInputError(
-            f"recipe {recipe.name}: attention.num_bits={recipe.attention.num_bits}: the heads of "
-            f"{type(transformer).__name__} have {head_dim} features; expected at most {MAX_HEAD_DIM}; set "
-            "attention=null"
+            f"recipe {recipe.name}: attention.num_bits={recipe.attention.num_bits}: no attention is left to quantize; "
+            f"skip is {list(recipe.skip)}, remove a pattern, or set attention=null"
         )
-    return tuple(name for name in names if not _is_skipped(recipe, full_name(component, name)))
+    return left
 
 
 def allocation_schemes(recipe: Recipe, linear: BlockLinear) -> dict[int, LinearScheme]:
@@ -172,6 +174,18 @@ def allocation_bytes(recipe: Recipe, linears: Sequence[BlockLinear]) -> int:
             f"candidates of its {len(linears)} linears take {needed} with their scales; set it to at least that"
         )
     return limit
+
+
+def _check_heads(recipe: Recipe, transformer: nn.Module, attention: Sequence[str]) -> None:
+    assert recipe.attention is not None
+    modules = [transformer.get_submodule(name) for name in attention]
+    head_dim = max(module.to_q.out_features // module.heads for module in modules)
+    if head_dim > MAX_HEAD_DIM:
+        raise InvalidInputError(
+            f"recipe {recipe.name}: attention.num_bits={recipe.attention.num_bits}: the heads of "
+            f"{type(transformer).__name__} have {head_dim} features; expected at most {MAX_HEAD_DIM}; set "
+            "attention=null"
+        )
 
 
 def _is_skipped(recipe: Recipe, name: str) -> bool:

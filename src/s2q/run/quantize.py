@@ -478,4 +478,5 @@ def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
         compute_dtype=widened,
         workload=teacher.workload,
         machine=replace(machine, holds_weights=not teacher.mapped),
+        attention=teacher.attention,
     )

@@ -140,7 +140,7 @@ class RecipeQuantizer(S2QQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         recipe, component, family = self._source.recipe, self._source.component, family_of(model)
         self._plans = _plans(recipe, model, component=component)
-        self._attention = quantized_attention(recipe, model, component=component)
+        self._attention = [split_name(name)[1] for name in quantized_attention(recipe, {component: model})]
         self._embeddings = timestep_parameters(model) if recipe.corrects_biases else []
         self._mean_row: Tensor | None = None
         groups: list[_Group] = []
