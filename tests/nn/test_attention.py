@@ -115,6 +115,11 @@ def test_autocast_casts_as_it_does_for_pytorchs_attention(model, key):
     assert torch.equal(output, int8_attention(half, half, half.flip(-1)))
 
 
+def test_shapes_are_followed_on_the_meta_device(model):
+    output = model["attn"](X.to("meta"))
+    assert (output.shape, output.dtype, output.device.type) == (X.shape, X.dtype, "meta")
+
+
 class Interrupted(Attention):
     def forward(self, query, key=None, **options):
         raise KeyboardInterrupt
@@ -200,6 +205,12 @@ def test_torch_compile_traces_it_without_a_break(compiled):
     assert not torch.equal(wanted, full)
     transformer.get_submodule(compiled).compile(backend="eager", fullgraph=True)
     assert torch.equal(run_transformer(transformer), wanted)
+
+
+def test_torch_compile_traces_the_casts_of_autocast(model):
+    compiled = torch.compile(model["attn"], backend="eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(X), model["attn"](X))
 
 
 def test_other_processors_are_quantized_too():

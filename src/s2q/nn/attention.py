@@ -63,7 +63,7 @@ class Int8AttentionMode(SelfAttentionMode):
 def _autocast(call: AttentionCall) -> AttentionCall:
     """Cast the tensors of a call as autocast does for PyTorch's attention."""
     device = call.query.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return call
     dtype = torch.get_autocast_dtype(device)
     return call._replace(query=call.query.to(dtype), key=call.key.to(dtype), value=call.value.to(dtype))
