@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,14 +13,13 @@ from diffusers import AutoModel, CogVideoXPipeline, CogVideoXTransformer3DModel,
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from s2q.checkpoint import MANIFEST, S2QConfig, S2QQuantizer, inspect_checkpoint, load_pipeline
+from s2q.checkpoint import MANIFEST, inspect_checkpoint, load_pipeline
 from s2q.common.errors import InvalidInputError, S2QError
-from s2q.core.input_path import InputPath
+from s2q.core.stored_form import packed_dtypes
 from s2q.models import block_linears, family_of, outer_linears
 from s2q.nn import PackedLinear
 from s2q.run.quantize import quantize
-from schemes import scheme
-from tiny import run_pipeline, run_transformer, tiny_pipeline, tiny_transformer
+from tiny import run_pipeline, run_transformer, tiny_pipeline
 
 FP32 = {"dtype": torch.float32}
 BF16 = {"dtype": torch.bfloat16}
@@ -62,37 +62,40 @@ def assert_stored(transformer, stored):
         assert torch.equal(layer.weight_scale, stored[f"{name}.weight_scale"].float())
 
 
+def write_older(folder, tensors, *, version):
+    """Replace the tensors of a checkpoint's transformer and the format version in its configuration."""
+    save_file(tensors, folder / "transformer/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    config = folder / "transformer/config.json"
+    content = json.loads(config.read_text())
+    content["quantization_config"]["format_version"] = version
+    config.write_text(json.dumps(content))
+
+
 def test_a_checkpoint_of_an_older_version_has_scales_in_fp32_and_keeps_them(checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "old") / "transformer"
-    (folder.parent / MANIFEST).unlink()
-    path, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    folder = shutil.copytree(checkpoint, tmp_path / "old")
+    (folder / MANIFEST).unlink()
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     wide = {name: 1.001 * value.float() for name, value in tensors.items() if name.endswith("weight_scale")}
-    save_file(tensors | wide, path, metadata={"format": "pt"})
-    content = json.loads(config.read_text())
-    content["quantization_config"]["format_version"] = 1
-    config.write_text(json.dumps(content))
-    inspected = inspect_checkpoint(folder.parent)
+    write_older(folder, tensors | wide, version=1)
+    inspected = inspect_checkpoint(folder)
     assert inspected.format_version == 1
     assert inspected.storage["quantized_bytes"] == sum(one.nbytes for one in (tensors | wide).values())
-    transformer = load(folder.parent)
+    transformer = load(folder)
     transformer.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / path.name)
     for name, value in wide.items():
         assert torch.equal(transformer.get_submodule(name.rpartition(".")[0]).weight_scale, value)
         assert torch.equal(again[name], value)
-    content["quantization_config"]["format_version"] = 4
-    config.write_text(json.dumps(content))
+    write_older(folder, tensors | wide, version=4)
     with pytest.raises(S2QError, match="got dtype torch.float32, expected torch.bfloat16"):
-        load(folder.parent)
+        load(folder)
 
 
 def test_a_checkpoint_of_version_3_has_transforms_in_fp32_and_keeps_them(tmp_path):
     pipe = tiny_pipeline("cogvideox", num_layers=1)
     quantize(pipe, recipe="orbitquant-w4a4", out=tmp_path / "old")
-    folder = tmp_path / "old/transformer"
-    path, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
-    tensors = load_file(path)
+    tensors = load_file(tmp_path / "old/transformer/diffusion_pytorch_model.safetensors")
     wide = {name: value.float() for name, value in tensors.items() if value.dtype == torch.bfloat16}
     assert {name.rpartition(".")[2] for name in wide} == {
         "weight_scale",
@@ -101,10 +104,7 @@ def test_a_checkpoint_of_version_3_has_transforms_in_fp32_and_keeps_them(tmp_pat
         "transform_right",
     }
     wide = {name: value if name.endswith("scale") else 1.001 * value for name, value in wide.items()}
-    save_file(tensors | wide, path, metadata={"format": "pt"})
-    content = json.loads(config.read_text())
-    content["quantization_config"]["format_version"] = 3
-    config.write_text(json.dumps(content))
+    write_older(tmp_path / "old", tensors | wide, version=3)
     (tmp_path / "old" / MANIFEST).unlink()
     assert inspect_checkpoint(tmp_path / "old").format_version == 3
     transformer = load(tmp_path / "old")
@@ -228,16 +228,53 @@ def test_device_map_disk_keeps_the_scales_exact(checkpoint, tmp_path, arguments)
     assert close(output, run_transformer(load(checkpoint, **arguments), dtype=arguments["dtype"]))
 
 
-def test_device_map_disk_refuses_a_low_rank_branch(tmp_path):
-    with torch.device("meta"):
-        model = tiny_transformer()
-    layers = {"transformer_blocks.0.ff.net.2": InputPath(low_rank=2)}
-    config = S2QConfig.from_schemes(
-        dict.fromkeys(layers, scheme(4, 6)), recipe="own", compute_dtype="float32", paths=layers
-    )
+@pytest.fixture(scope="module")
+def with_branch(tmp_path_factory):
+    """A checkpoint whose linears have low-rank branches."""
+    folder = tmp_path_factory.mktemp("branch") / "checkpoint"
+    small = ("n_prompts=1", "samples=2", "steps=2", "num_frames=9", "height=16", "width=16")
+    overrides = ["transforms.low_rank=2", "transforms.shift=mean", *(f"calibration.{setting}" for setting in small)]
+    pipe = tiny_pipeline("cogvideox", num_layers=2)
+    quantize(pipe, recipe="rtn-w4a6", prompts=["a red circle"], out=folder, overrides=overrides)
+    return folder
+
+
+def test_device_map_disk_refuses_a_low_rank_branch(with_branch, tmp_path):
+    message = r"transformer_blocks\.0\..*: has a low-rank branch, .* use enable_group_offload"
     device_map = {"transformer_blocks.0": "disk", "": "cpu"}
-    with pytest.raises(InvalidInputError, match=r"ff\.net\.2: has a low-rank branch, .* use enable_group_offload"):
-        S2QQuantizer(config)._process_model_before_weight_loading(model, device_map=device_map)
+    with pytest.raises(InvalidInputError, match=message):
+        load(with_branch, device_map=device_map, offload_folder=tmp_path, **FP32)
+
+
+@pytest.mark.parametrize("arguments", [FP32, BF16], ids=["fp32", "bf16"])
+def test_device_map_disk_keeps_a_low_rank_branch_of_version_3_exact(with_branch, tmp_path, arguments):
+    """Files of that version have what layers have, in the same dtypes."""
+    loaded = load(with_branch, **arguments)
+    old = shutil.copytree(with_branch, tmp_path / "old")
+    (old / MANIFEST).unlink()
+    tensors = load_file(old / "transformer/diffusion_pytorch_model.safetensors")
+    packed = {name: loaded.get_parameter(name) for name in tensors if name.rpartition(".")[2] in packed_dtypes()}
+    assert {torch.float8_e4m3fn, torch.bfloat16} <= {tensors[name].dtype for name in packed}
+    values = {name: tensor.detach().as_subclass(torch.Tensor).contiguous() for name, tensor in packed.items()}
+    write_older(old, tensors | values, version=3)
+    names = [name for name, _ in loaded.named_children() if name != "transformer_blocks"]
+    device_map = {**dict.fromkeys(names, "cpu"), "transformer_blocks.0": "disk", "transformer_blocks.1": "cpu"}
+    transformer = load(old, device_map=device_map, offload_folder=tmp_path / "disk", **arguments)
+    on_disk = [module for module in transformer.transformer_blocks[0].modules() if isinstance(module, PackedLinear)]
+    assert on_disk
+    assert all(layer.weight.is_meta for layer in on_disk)
+    assert any(layer.low_rank_basis is not None for layer in on_disk)
+    output = run_transformer(transformer, dtype=arguments["dtype"])
+    assert torch.equal(output, run_transformer(loaded, dtype=arguments["dtype"]))
+
+
+def test_a_scale_that_the_file_would_round_is_not_saved(checkpoint, tmp_path):
+    transformer = load(checkpoint)
+    name, layer = next((n, m) for n, m in transformer.named_modules() if isinstance(m, PackedLinear))
+    layer.weight_scale.data.mul_(1.001)
+    with pytest.raises(InvalidInputError, match=rf"{re.escape(name)}\.weight_scale: got values that torch\.bfloat16"):
+        transformer.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_loading_leaves_no_trace_on_the_class(checkpoint):

@@ -164,9 +164,11 @@ def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=(
         if dtype != torch.float32:
             tolerance = max(tolerance, HALVES)
         wanted = expected.losses[block, stage]
-        if load_recipe(recipe).transforms.low_rank and max(loss, wanted) < SMALL:
-            tolerance = 1.0  # at this size float8 bases of branches decide
-        assert abs(loss / wanted - 1) <= tolerance, f"{block}: {stage} loss {loss}; on the CPU {wanted}"
+        message = f"{block}: {stage} loss {loss}; on the CPU {wanted}"
+        if stage != "rtn" and load_recipe(recipe).transforms.low_rank and max(loss, wanted) < SMALL:
+            assert 0 < max(loss, wanted) <= 2 * min(loss, wanted), message  # float8 bases of branches decide
+        else:
+            assert abs(loss / wanted - 1) <= tolerance, message
     with emulator.paused():
         pipe = load(found.folder, "cpu", dtype=dtype)
         on_host = latents(pipe, **call)
