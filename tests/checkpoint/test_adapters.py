@@ -39,7 +39,7 @@ def adapted(transformer):
 
 
 def packed(model):
-    return [name for name, one in model.named_modules() if isinstance(one, PackedLinear)]
+    return [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
 
 
 OTHERS = {
@@ -86,7 +86,7 @@ def test_dequantizing_keeps_the_adapter_which_can_then_be_fused(adapted, checkpo
     plain = load(checkpoint).dequantize()
     torch.manual_seed(0)
     plain.add_adapter(lora())
-    adapters = {name: one.clone() for name, one in adapted.state_dict().items() if "lora_" in name}
+    adapters = {name: tensor.clone() for name, tensor in adapted.state_dict().items() if "lora_" in name}
     adapted.dequantize()
     assert not packed(adapted)
     assert not adapted.is_quantized
@@ -151,8 +151,8 @@ def test_saving_with_an_adapter_is_refused_before_anything_is_written(adapted, t
     assert not (tmp_path / "out").exists()
     expected = run_transformer(load_adapterless(model))
     model.save_pretrained(tmp_path / "out")
-    found = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert torch.equal(run_transformer(found), expected)
+    loaded = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(run_transformer(loaded), expected)
 
 
 def load_adapterless(model):

@@ -133,6 +133,6 @@ def test_a_low_rank_branch_has_a_basis_in_float8_and_a_weight_in_bfloat16():
 def test_only_a_branch_of_the_weight_says_that_it_does_not_deflate():
     branch = InputPath(low_rank=4, deflates=False)
     content = config(a=PATH, b=branch)
-    assert ["deflates" in one for one in content["inputs"].values()] == [False, True]
+    assert ["deflates" in path for path in content["inputs"].values()] == [False, True]
     assert S2QConfig.from_dict(content).layer_paths() == {"a": PATH, "b": branch}
     assert (branch.num_bytes(32, 16), branch.empty) == (InputPath(low_rank=4).num_bytes(32, 16), False)

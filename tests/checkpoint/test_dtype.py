@@ -46,13 +46,13 @@ def parts(pipe):
 def test_the_dtype_is_that_of_full_precision_packed_and_dequantized(models, family, quantized, dtype):
     folder = models(family)
     full, pipe = load(folder / "full", dtype), load(folder / quantized, dtype)
-    wanted = {name: one.dtype for name, one in full.transformer.named_parameters()}
+    wanted = {name: parameter.dtype for name, parameter in full.transformer.named_parameters()}
     for part, other in zip(parts(full), parts(pipe), strict=True):
         assert other.dtype == part.dtype == dtype
-        assert any(isinstance(one, PackedLinear) for one in other.modules())
+        assert any(isinstance(module, PackedLinear) for module in other.modules())
         other.dequantize()
         assert other.dtype == dtype
-    assert {name: one.dtype for name, one in pipe.transformer.named_parameters()} == wanted
+    assert {name: parameter.dtype for name, parameter in pipe.transformer.named_parameters()} == wanted
     if dtype != torch.float16:  # which a CPU lacks operations for
         call = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
         assert pipe(prompt="a", **tiny_call(pipe), **call).frames.shape[0] == 1

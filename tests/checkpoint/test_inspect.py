@@ -23,7 +23,9 @@ def test_layers_and_their_bytes_are_those_of_the_file(report, checkpoint, teache
 
 def test_storage_counts_the_whole_transformer(report, checkpoint, teacher):
     stored = load_file(checkpoint / "transformer/diffusion_pytorch_model.safetensors")
-    assert report.storage["quantized_bytes"] == sum(one.numel() * one.element_size() for one in stored.values())
+    assert report.storage["quantized_bytes"] == sum(
+        tensor.numel() * tensor.element_size() for tensor in stored.values()
+    )
     full = 2 * sum(parameter.numel() for parameter in teacher.transformer.parameters())
     assert report.storage["full_precision_bytes"] == full
     assert report.storage["ratio"] == full / report.storage["quantized_bytes"] > 2

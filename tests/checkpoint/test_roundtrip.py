@@ -53,7 +53,7 @@ def close(got, wanted):
 
 def assert_stored(transformer, stored):
     """Codes and scales are bit for bit what the file has, whatever the dtype of the rest."""
-    packed = {name: one for name, one in transformer.named_modules() if isinstance(one, PackedLinear)}
+    packed = {name: module for name, module in transformer.named_modules() if isinstance(module, PackedLinear)}
     assert len(packed) == 20
     for name, layer in packed.items():
         assert layer.weight.dtype == torch.uint8
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_an_older_version_has_scales_in_fp32_and_keeps_them(chec
     write_older(folder, tensors | wide, version=1)
     inspected = inspect_checkpoint(folder)
     assert inspected.format_version == 1
-    assert inspected.storage["quantized_bytes"] == sum(one.nbytes for one in (tensors | wide).values())
+    assert inspected.storage["quantized_bytes"] == sum(tensor.nbytes for tensor in (tensors | wide).values())
     transformer = load(folder)
     transformer.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / path.name)
@@ -179,7 +179,7 @@ def test_everything_else_is_stored_bit_for_bit(checkpoint, teacher, component):
     model = getattr(teacher, component)
     replaced = set()
     if component == "transformer":
-        replaced = {f"{one.name}.weight" for one in listed(model)}
+        replaced = {f"{linear.name}.weight" for linear in listed(model)}
     stored = load_file(checkpoint / component / "diffusion_pytorch_model.safetensors")
     state = model.state_dict()
     assert stored.keys() - state.keys() == {f"{name}_scale" for name in replaced}
@@ -192,7 +192,7 @@ def test_everything_else_is_stored_bit_for_bit(checkpoint, teacher, component):
 def test_every_listed_linear_is_packed_and_nothing_else(checkpoint, teacher):
     transformer = load(checkpoint, **BF16)
     packed = [name for name, module in transformer.named_modules() if isinstance(module, PackedLinear)]
-    assert set(packed) == {one.name for one in listed(teacher.transformer)}
+    assert set(packed) == {linear.name for linear in listed(teacher.transformer)}
     schemes = {name: transformer.get_submodule(name).scheme.name for name in packed}
     modulation = {name for name in packed if "norm1.linear" in name or "norm2.linear" in name}
     assert {schemes[name] for name in modulation} == {"w4a16"}
@@ -221,7 +221,7 @@ def test_device_map_disk_keeps_the_scales_exact(checkpoint, tmp_path, arguments)
     names = [name for name, _ in load(checkpoint).named_children() if name != "transformer_blocks"]
     device_map = {**dict.fromkeys(names, "cpu"), "transformer_blocks.0": "cpu", "transformer_blocks.1": "disk"}
     transformer = load(checkpoint, device_map=device_map, offload_folder=tmp_path, **arguments)
-    on_disk = [one for one in transformer.transformer_blocks[1].modules() if isinstance(one, PackedLinear)]
+    on_disk = [module for module in transformer.transformer_blocks[1].modules() if isinstance(module, PackedLinear)]
     assert len(on_disk) == 8
     assert all(layer.weight.is_meta for layer in on_disk)
     output = run_transformer(transformer, dtype=arguments["dtype"])
@@ -319,7 +319,9 @@ def test_a_model_saved_again_has_the_same_bytes(checkpoint, stored, expected, tm
     again = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert again.keys() == stored.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
-    config, first = (json.loads((one / "config.json").read_text()) for one in (tmp_path, checkpoint / "transformer"))
+    config, first = (
+        json.loads((folder / "config.json").read_text()) for folder in (tmp_path, checkpoint / "transformer")
+    )
     assert config["quantization_config"] == first["quantization_config"]
 
 

@@ -27,7 +27,7 @@ LARGE = 10**7
 def test_for_many_dimensions_it_is_the_table_for_a_normal_distribution(num_bits, positive):
     """Max, "Quantizing for Minimum Distortion", 1960, table I."""
     levels = lloyd_max_levels(num_bits, LARGE)
-    assert levels == pytest.approx([*(-one for one in reversed(positive)), *positive], rel=5e-4)
+    assert levels == pytest.approx([*(-level for level in reversed(positive)), *positive], rel=5e-4)
     assert lloyd_max_levels(1, LARGE)[1] == pytest.approx(math.sqrt(2 / math.pi), rel=1e-6)
 
 
@@ -52,10 +52,10 @@ def test_every_level_is_the_mean_of_its_cell(num_bits, dimension):
 
     levels = lloyd_max_levels(num_bits, dimension)
     assert list(levels) == sorted(levels)
-    assert [-one for one in reversed(levels)] == list(levels)
+    assert [-level for level in reversed(levels)] == list(levels)
     half = levels[len(levels) // 2 :]
     # the density of two dimensions has a pole at the end; 30 deviations are beyond everything in the others
-    bounds = [0.0, *((one + other) / 2 for one, other in zip(half, half[1:], strict=False))]
+    bounds = [0.0, *((low + high) / 2 for low, high in zip(half, half[1:], strict=False))]
     bounds.append(min(math.sqrt(dimension) * (1 - 1e-12 * (dimension == 2)), 30.0))
     for level, low, high in zip(half, bounds[:-1], bounds[1:], strict=True):
         mass, moment = (quad(lambda u, p=p: u**p * density(u), low, high, limit=200)[0] for p in (0, 1))

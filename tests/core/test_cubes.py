@@ -40,10 +40,10 @@ def test_rows_pick_the_mean_of_each_tokens_cube_and_zero_for_other_tokens(cube, 
     video = torch.randn(2, *sizes, 6, generator=torch.Generator().manual_seed(0))
     means = cube_means(video, cube).reshape(-1, 6)
     rows = cube_rows(sizes, cube, before=before, after=after, samples=2, device="cpu")
-    found = torch.cat([means, torch.zeros(1, 6)]).index_select(0, rows).view(2, before + 60 + after, 6)
+    joined_means = torch.cat([means, torch.zeros(1, 6)]).index_select(0, rows).view(2, before + 60 + after, 6)
     expected = spread(cube_means(video, cube), cube, sizes).reshape(2, 60, 6)
-    assert torch.equal(found[:, before : before + 60], expected)
-    assert int(found[:, :before].count_nonzero() + found[:, before + 60 :].count_nonzero()) == 0
+    assert torch.equal(joined_means[:, before : before + 60], expected)
+    assert int(joined_means[:, :before].count_nonzero() + joined_means[:, before + 60 :].count_nonzero()) == 0
 
 
 def test_the_difference_from_a_mean_by_hand():

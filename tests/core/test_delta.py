@@ -53,7 +53,9 @@ def test_high_bits_reconstruct(cube):
 def test_neighbours_that_are_alike_lose_less_than_by_themselves():
     video = noise(1, 1, 1, 1, 16, seed=1) * 10 + noise(1, 3, 2, 5, 16)
     x = video.reshape(1, 30, 16)
-    errors = [float((fake_quantize_input(x, one, grid=GRID) - x).square().mean()) for one in (scheme(), whole())]
+    errors = [
+        float((fake_quantize_input(x, activation, grid=GRID) - x).square().mean()) for activation in (scheme(), whole())
+    ]
     assert errors[0] < errors[1] / 5
 
 
@@ -62,8 +64,8 @@ def test_text_is_quantized_as_it_is_and_video_as_if_there_were_none(text):
     grid = TokenGrid(frames=3, height=2, width=5, text_tokens=4, text=text)
     video, words = noise(2, 30, 8), noise(2, 4, 8, seed=1)
     joint = torch.cat([words, video] if text == "before" else [video, words], dim=1)
-    found = fake_quantize_input(joint, scheme(), grid=grid)
-    own_words, own_video = (found[:, :4], found[:, 4:]) if text == "before" else (found[:, 30:], found[:, :30])
+    result = fake_quantize_input(joint, scheme(), grid=grid)
+    own_words, own_video = (result[:, :4], result[:, 4:]) if text == "before" else (result[:, 30:], result[:, :30])
     assert torch.equal(own_words, fake_quantize_input(words, whole()))
     assert torch.equal(own_video, fake_quantize_input(video, scheme(), grid=grid))
 
@@ -88,8 +90,8 @@ def test_against_the_definition_in_double_with_groups_and_a_clip():
         mean = rounded(video[own].mean(dim=(0, 1, 2)), 6)
         rest = (video[own] - mean).unflatten(-1, (2, 4))
         expected[own] = mean + rounded(rest, 4, 0.8).flatten(-2)
-    found = fake_quantize_input(x, scheme(mean_bits=6, group_size=4), clip_ratio=clip, grid=GRID)
-    assert ((found.double().view(3, 2, 5, 8) - expected).abs() < 1e-5).double().mean() > 0.98
+    result = fake_quantize_input(x, scheme(mean_bits=6, group_size=4), clip_ratio=clip, grid=GRID)
+    assert ((result.double().view(3, 2, 5, 8) - expected).abs() < 1e-5).double().mean() > 0.98
 
 
 def test_the_gradient_goes_straight_through():

@@ -42,10 +42,10 @@ def test_mxfp4_equals_an_example_by_hand():
     x = torch.zeros(1, 64)
     x[0, :4] = torch.tensor([7.0, 2.6, 0.2, -5.1])
     x[0, 32:34] = torch.tensor([0.04, -0.01])  # 2^-5 <= 0.04, so the scale is 2^-7: 5.1 and -1.3
-    found = fake_quantize_input(x, scheme("mxfp4", dynamic=True))
-    assert found[0, :4].tolist() == [6, 3, 0, -6]
-    assert found[0, 32:34].tolist() == [6 / 128, -1.5 / 128]
-    assert found.count_nonzero() == 5
+    result = fake_quantize_input(x, scheme("mxfp4", dynamic=True))
+    assert result[0, :4].tolist() == [6, 3, 0, -6]
+    assert result[0, 32:34].tolist() == [6 / 128, -1.5 / 128]
+    assert result.count_nonzero() == 5
 
 
 @pytest.mark.parametrize("levels", GROUPS)
@@ -54,7 +54,7 @@ def test_scales_and_values_equal_the_definition(levels):
     weight[3] = 0
     scale = weight_scale(weight, scheme(levels))
     codes = quantize_weight(weight, scale, num_bits=4, levels=levels_of(scheme(levels), 96))
-    found = dequantize_weight(codes, scale, levels=levels_of(scheme(levels), 96))
+    result = dequantize_weight(codes, scale, levels=levels_of(scheme(levels), 96))
     for row, values in enumerate(weight.double()):
         delta = float(values.abs().max()) / (6 * 448)
         if delta:  # of four significant bits
@@ -72,7 +72,7 @@ def test_scales_and_values_equal_the_definition(levels):
             assert float(scale[row, group]) == pytest.approx(expected, rel=1e-6)
             distance = (part.unsqueeze(1) - torch.tensor(E2M1) * expected).abs()
             nearest = torch.tensor(E2M1)[distance.argmin(dim=1)] * expected
-            torch.testing.assert_close(found[row, group * size : (group + 1) * size], nearest, rtol=1e-5, atol=0)
+            torch.testing.assert_close(result[row, group * size : (group + 1) * size], nearest, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("levels", GROUPS)

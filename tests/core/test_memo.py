@@ -31,13 +31,13 @@ def test_outside_the_context_everything_is_computed_anew() -> None:
 
 
 def test_within_the_context_a_result_is_kept_by_owner_and_key() -> None:
-    one, other, count = object(), object(), _Counter()
+    first, second, count = object(), object(), _Counter()
     with memoization():
         assert [
-            memoize_step(one, "k", count),
-            memoize_step(one, "k", count),
-            memoize_step(one, "l", count),
-            memoize_step(other, "k", count),
+            memoize_step(first, "k", count),
+            memoize_step(first, "k", count),
+            memoize_step(first, "l", count),
+            memoize_step(second, "k", count),
         ] == [
             1,
             1,
@@ -45,7 +45,7 @@ def test_within_the_context_a_result_is_kept_by_owner_and_key() -> None:
             3,
         ]
     with memoization():
-        assert memoize_step(one, "k", count) == 4
+        assert memoize_step(first, "k", count) == 4
 
 
 def test_only_the_latest_subject_is_kept_and_compared_by_identity() -> None:

@@ -35,10 +35,10 @@ def test_an_all_zero_token_harms_neither_itself_nor_its_neighbours(dtype, num_bi
 
 def test_halves_are_quantized_as_their_fp32_values():
     x = torch.randn(16, 64).bfloat16()
-    for found, expected in zip(
+    for result, expected in zip(
         quantize_per_token(x, num_bits=6), quantize_per_token(x.float(), num_bits=6), strict=True
     ):
-        assert torch.equal(found, expected)
+        assert torch.equal(result, expected)
 
 
 def test_negative_only_and_non_contiguous_tokens():

@@ -47,9 +47,9 @@ def test_an_input_is_told_by_its_length():
     before = TokenGrid(frames=2, height=2, width=3, text_tokens=5, text="before")
     after = TokenGrid(frames=2, height=2, width=3, text_tokens=5, text="after")
     apart = TokenGrid(frames=2, height=2, width=3)
-    assert [one.offset(12) for one in (before, after, apart)] == [0, 0, 0]
-    assert [one.offset(17) for one in (before, after, apart)] == [5, 0, None]
-    assert [one.offset(5) for one in (before, after, apart)] == [None, None, None]
+    assert [grid.offset(12) for grid in (before, after, apart)] == [0, 0, 0]
+    assert [grid.offset(17) for grid in (before, after, apart)] == [5, 0, None]
+    assert [grid.offset(5) for grid in (before, after, apart)] == [None, None, None]
 
 
 def test_a_layout_survives_json_and_refuses_what_is_not_valid():

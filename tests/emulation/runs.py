@@ -51,7 +51,7 @@ def quick(recipe, replaced=()):
     changes = {}
     for name, value in _QUICK.items():
         group, key = name.split(".")
-        given = any(one.startswith(f"{name}=") for one in replaced)
+        given = any(override.startswith(f"{name}=") for override in replaced)
         if not given and isinstance(has.get(group), dict) and has[group].get(key, 0) != 0:
             changes[name] = value
     return [f"{name}={value}" for name, value in changes.items()]
@@ -73,8 +73,8 @@ class Run:
     def codes(self):
         """Packed integers of all layers by name."""
         files = sorted(self.folder.glob("transformer*/*.safetensors"))
-        tensors = {f"{path.parent.name}.{name}": one for path in files for name, one in load_file(path).items()}
-        return {name: one for name, one in tensors.items() if not one.is_floating_point()}
+        tensors = {f"{path.parent.name}.{name}": tensor for path in files for name, tensor in load_file(path).items()}
+        return {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
 
 
 def quantize(model, recipe, device, *, dtype=torch.float32, overrides=()):
@@ -149,15 +149,15 @@ rounded the other way moves those of a model of three tokens by half a percent."
 def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=(), call=None):
     """Quantize on the CPU and on a device; generate on both from the checkpoint of the device."""
     call = call or {}
-    found = quantize(model, recipe, device, dtype=dtype, overrides=overrides)
+    result = quantize(model, recipe, device, dtype=dtype, overrides=overrides)
     expected = on_cpu(model, recipe, dtype, overrides)
-    if not found.losses:
-        codes = found.codes
+    if not result.losses:
+        codes = result.codes
         assert codes.keys() == expected.codes.keys()
-        differing = sum(int((one != expected.codes[name]).sum()) for name, one in codes.items())
-        assert differing <= EXACT * sum(one.numel() for one in codes.values())
-    assert found.losses.keys() == expected.losses.keys()
-    for (block, stage), loss in found.losses.items():
+        differing = sum(int((tensor != expected.codes[name]).sum()) for name, tensor in codes.items())
+        assert differing <= EXACT * sum(tensor.numel() for tensor in codes.values())
+    assert result.losses.keys() == expected.losses.keys()
+    for (block, stage), loss in result.losses.items():
         tolerance = {"rtn": EXACT, "initial": ROUNDED}.get(stage, LEARNED)
         if load_recipe(recipe).loss.temporal:  # a divergence of nearly equal distributions
             tolerance = max(tolerance, ROUNDED)
@@ -170,9 +170,9 @@ def check_against_cpu(model, recipe, device, *, dtype=torch.float32, overrides=(
         else:
             assert abs(loss / wanted - 1) <= tolerance, message
     with emulator.paused():
-        pipe = load(found.folder, "cpu", dtype=dtype)
+        pipe = load(result.folder, "cpu", dtype=dtype)
         on_host = latents(pipe, **call)
     tolerance = DIGITS if dtype == torch.float32 else HALVES
     error = relative_error(latents(pipe.to(device), **call), on_host)
     assert error <= tolerance, f"latents of one checkpoint on {device} and the CPU differ by {error}"
-    return found
+    return result

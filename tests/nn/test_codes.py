@@ -62,7 +62,9 @@ def overwrite_all(layer):
 
 
 def from_vector(layer):
-    nn.utils.vector_to_parameters(torch.zeros(sum(one.numel() for one in layer.parameters())), layer.parameters())
+    nn.utils.vector_to_parameters(
+        torch.zeros(sum(parameter.numel() for parameter in layer.parameters())), layer.parameters()
+    )
 
 
 def edit_state(layer):

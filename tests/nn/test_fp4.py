@@ -46,15 +46,15 @@ def test_codes_are_encoded_as_e2m1():
 @pytest.mark.parametrize("shape", [(1, 1), (128, 4), (130, 6)])
 def test_scales_are_in_tiles_of_128_rows_by_4_groups(shape):
     scale = (torch.arange(shape[0] * shape[1]) % 251).to(torch.uint8).reshape(shape).view(torch.float8_e4m3fn)
-    found = swizzled(scale).view(torch.uint8)
+    tiles = swizzled(scale).view(torch.uint8)
     wide = -(-shape[1] // 4)
-    assert len(found) == -(-shape[0] // 128) * 128 * wide * 4
+    assert len(tiles) == -(-shape[0] // 128) * 128 * wide * 4
     for row in range(shape[0]):
         for group in range(shape[1]):
             tile = row // 128 * wide + group // 4
             at = tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4
-            assert found[at] == scale.view(torch.uint8)[row, group]
-    assert int(found.count_nonzero()) == int(scale.view(torch.uint8).count_nonzero())
+            assert tiles[at] == scale.view(torch.uint8)[row, group]
+    assert int(tiles.count_nonzero()) == int(scale.view(torch.uint8).count_nonzero())
 
 
 def test_what_the_gpu_multiplies_is_what_is_simulated():
@@ -122,12 +122,12 @@ def test_the_arguments_of_the_product(monkeypatch):
     monkeypatch.setattr("s2q.nn.fp4.fp4_obstacle", lambda device: None)
     monkeypatch.setattr(torch, "_scaled_mm", product)
     linear, x = layer(), noise(2, 5, 96, seed=1)
-    found = fp4_product(linear, x).reshape(2, 5, 48)
-    assert float((found - linear(x)).norm() / linear(x).norm()) < 5e-3  # of bf16
+    output = fp4_product(linear, x).reshape(2, 5, 48)
+    assert float((output - linear(x)).norm() / linear(x).norm()) < 5e-3  # of bf16
     assert linear.kept.num_bytes >= linear.weight.nbytes
-    assert torch.equal(fp4_product(linear, x).reshape(2, 5, 48), found)
+    assert torch.equal(fp4_product(linear, x).reshape(2, 5, 48), output)
     linear.weight_scale.data = linear.weight_scale * 2
     doubled = fp4_product(linear, x).reshape(2, 5, 48) - linear.bias
-    torch.testing.assert_close(doubled, 2 * (found - linear.bias), rtol=1e-5, atol=1e-5)  # not those kept before
+    torch.testing.assert_close(doubled, 2 * (output - linear.bias), rtol=1e-5, atol=1e-5)  # not those kept before
     with pytest.raises(InvalidInputError, match="expected in features in multiples of 32 and out features of 16"):
         fp4_product(layer(out_features=50), x)

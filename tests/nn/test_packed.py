@@ -167,8 +167,8 @@ def test_every_tensor_comes_back_from_a_file_bit_for_bit(layer_scheme, wide):
 
 def test_shapes_and_dtypes_of_a_layer_on_the_meta_device():
     layer = PackedLinear(24, 10, bias=True, scheme=scheme(4, 6, group_size=8), dtype=torch.bfloat16, device="meta")
-    found = {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
-    assert found == {
+    parameters = {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
+    assert parameters == {
         "weight": ((10, 12), torch.uint8, False),
         "weight_scale": ((10, 3), torch.float32, False),
         "bias": ((10,), torch.bfloat16, False),

@@ -101,8 +101,8 @@ def test_the_embedded_pipeline_gives_the_same_latents_on_every_cpu_backend(dtype
     latents = {}
     for backend in ("reference", "cpu"):
         set_backend(pipe.transformer, backend)
-        found = denoise(pipe, ["a red circle moving left on a grey background"], seeds=[0], settings=settings)
-        latents[backend] = found.latents.float()
+        result = denoise(pipe, ["a red circle moving left on a grey background"], seeds=[0], settings=settings)
+        latents[backend] = result.latents.float()
     exact = latents["reference"]
     assert float((latents["cpu"] - exact).norm() / exact.norm()) < 1e-3
 
@@ -111,9 +111,9 @@ def test_triton_gives_the_output_of_the_reference(transformer):
     pytest.importorskip("triton")
     exact = run_transformer(transformer)
     set_backend(transformer, "triton")
-    found = run_transformer(transformer)
+    result = run_transformer(transformer)
     set_backend(transformer, "auto")
-    assert float((found - exact).norm() / exact.norm()) < 1e-2
+    assert float((result - exact).norm() / exact.norm()) < 1e-2
 
 
 def test_weights_in_groups_are_said_to_be_slow_once(caplog):
@@ -153,7 +153,7 @@ def test_a_block_compiles_into_one_graph_and_shares_inputs(transformer):
     paths = [sum("activation_path" in target for target in targets) for targets in graphs]
     assert set(paths) == {4}  # qkv, to_out, and the two of the feed-forward
     shared = [module.shared_input for module in compiled.modules() if isinstance(module, PackedLinear)]
-    assert all(one is None or one._traced is None for one in shared)
+    assert all(shared_input is None or shared_input._traced is None for shared_input in shared)
 
 
 def packed_of(model):
@@ -166,15 +166,15 @@ def test_the_fastest_backend_runs_narrow_linears_dequantized(transformer, counte
     fastest = copy.deepcopy(transformer)
     before = fastest.state_dict()
     set_backend(fastest, "fastest")
-    assert not sum(one.kept.num_bytes for one in packed_of(fastest)), "nothing is kept before it is needed"
+    assert not sum(layer.kept.num_bytes for layer in packed_of(fastest)), "nothing is kept before it is needed"
     assert torch.equal(run_transformer(fastest), run_transformer(plain))
     assert not counted
-    weights = sum(one.in_features * one.out_features for one in packed_of(fastest))
-    kept = sum(one.kept.num_bytes for one in packed_of(fastest))
+    weights = sum(layer.in_features * layer.out_features for layer in packed_of(fastest))
+    kept = sum(layer.kept.num_bytes for layer in packed_of(fastest))
     assert kept > weights * fastest.dtype.itemsize
     assert fastest.state_dict().keys() == before.keys()
     set_backend(fastest, "auto")
-    assert not sum(one.kept.num_bytes for one in packed_of(fastest))
+    assert not sum(layer.kept.num_bytes for layer in packed_of(fastest))
     assert torch.equal(run_transformer(fastest), run_transformer(transformer))
 
 
@@ -251,20 +251,20 @@ def pairs(monkeypatch):
 def test_small_linears_keep_their_codes_prepacked_where_pairs_are_multiplied(transformer, pairs, monkeypatch):
     small = copy.deepcopy(transformer)
     expected = run_transformer(small)
-    quantized = [one for one in packed_of(small) if one.scheme.activation is not None]
-    assert sum(one.kept.num_bytes for one in packed_of(small)) == sum(
-        one.in_features * one.out_features for one in quantized
+    quantized = [layer for layer in packed_of(small) if layer.scheme.activation is not None]
+    assert sum(layer.kept.num_bytes for layer in packed_of(small)) == sum(
+        layer.in_features * layer.out_features for layer in quantized
     )
     assert torch.equal(run_transformer(small), expected)
     monkeypatch.setattr(dequantized, "PREPACKED_CODES", 0)
     large = copy.deepcopy(small)
     assert torch.equal(run_transformer(large), expected)
-    assert not sum(one.kept.num_bytes for one in packed_of(large)), "neither copied nor kept"
+    assert not sum(layer.kept.num_bytes for layer in packed_of(large)), "neither copied nor kept"
     pickled = pickle.loads(pickle.dumps(small))
     assert torch.equal(run_transformer(pickled), expected)
     set_backend(small, "reference")
     torch.testing.assert_close(run_transformer(small), expected, rtol=1e-4, atol=1e-4)
-    assert not sum(one.kept.num_bytes for one in packed_of(small))
+    assert not sum(layer.kept.num_bytes for layer in packed_of(small))
 
 
 def test_prepacked_codes_follow_the_layer(transformer, pairs):

@@ -52,10 +52,10 @@ def test_copies_share_among_themselves_and_start_empty():
     shared = SharedInput(2)
     x = torch.ones(2)
     shared(x, Counted())
-    one, other = copy.deepcopy([shared, shared])
-    assert one is other
-    assert one is not shared
-    assert one._kept is None
+    first, second = copy.deepcopy([shared, shared])
+    assert first is second
+    assert first is not shared
+    assert first._kept is None
     assert pickle.loads(pickle.dumps(shared)).readers == 2
 
 

@@ -116,7 +116,7 @@ def test_a_codebook_on_one_side_and_its_student(weight, activation):
     torch.testing.assert_close(packed(x), student(x), rtol=0, atol=1e-5)
     student(x).square().sum().backward()
     assert student.weight_clip is not None
-    assert all(float(one.grad.abs().sum()) > 0 for one in student.parameters())
+    assert all(float(parameter.grad.abs().sum()) > 0 for parameter in student.parameters())
     torch.testing.assert_close(packed.effective_weight(torch.float32), packed.dequantized_weight(torch.float32))
 
 
@@ -138,7 +138,7 @@ def test_plan_checkpoint_and_report_say_so(tmp_path, caplog):
     assert share_inputs(block.attn1) == 0
     with caplog.at_level(logging.WARNING):
         first = run_pipeline(loaded)
-    assert [one.message for one in caplog.records if "simulated in floating point" in one.message]
+    assert [record.message for record in caplog.records if "simulated in floating point" in record.message]
     assert bool(torch.isfinite(torch.as_tensor(first)).all())
     assert plan("shapes-cogvideox", recipe="rtn-w4a6", overrides=GROUPED).simulated
     assert not plan("shapes-cogvideox", recipe="s2q-plus-w4a6").simulated

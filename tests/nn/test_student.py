@@ -251,7 +251,7 @@ def test_a_low_rank_branch_of_the_weight_leaves_the_input_whole(layer_scheme, tr
     exact = torch.nn.functional.linear(quantized, student.folded_weight()) + added
     torch.testing.assert_close(exact, linear.weight.t(), rtol=1e-5, atol=1e-5)  # nothing is lost but by rounding
     without = StudentLinear(linear, scheme=layer_scheme, source=whole)
-    errors = [(one(x) - linear(x)).square().mean() for one in (student, without)]
+    errors = [(module(x) - linear(x)).square().mean() for module in (student, without)]
     assert errors[0] < 0.8 * errors[1]
 
 
@@ -273,9 +273,9 @@ def test_a_branch_of_both_sides_leaves_the_smaller_weight_and_changes_nothing_el
         source = StudentInput(ACTIVATION, transform=transform, low_rank_basis=basis, low_rank_from=side)
         return StudentLinear(linear, scheme=scheme(), source=source)
 
-    both, one = student("both"), student("input")
+    both, of_input = student("both"), student("input")
     assert both.source.deflates
-    torch.testing.assert_close(both.source(x).quantized, one.source(x).quantized)
+    torch.testing.assert_close(both.source(x).quantized, of_input.source(x).quantized)
     residual = transform.unscaled(linear.weight).detach()
     gram = basis.double().t() @ basis.double()
     assert (gram - torch.eye(2)).abs().max() > 1e-3  # as it is stored, it is not orthonormal
@@ -283,7 +283,7 @@ def test_a_branch_of_both_sides_leaves_the_smaller_weight_and_changes_nothing_el
     quantized = transform.factors(torch.float64, inverse_transpose=True)
     expected = scaled_kronecker(residual, left=quantized.left, right=quantized.right)
     torch.testing.assert_close(both.folded_weight().double(), expected, rtol=0, atol=5e-3)  # bf16
-    assert both.folded_weight().square().sum() < one.folded_weight().square().sum()
+    assert both.folded_weight().square().sum() < of_input.folded_weight().square().sum()
     rows = torch.eye(24)
     split = StudentInput(None, transform=transform, low_rank_basis=basis, low_rank_from="both")(rows)
     product = split.quantized @ both.folded_weight().t() + split.coefficients @ both.low_rank_weight().t()
@@ -301,7 +301,9 @@ def test_linears_of_one_input_as_rows_of_one_student_are_those_students(layer_sc
             layer_scheme.activation, transform=a_transform(), low_rank_basis=basis, low_rank_from="both"
         )
         shared = {"scheme": layer_scheme, "source": source, "learns_clip": True}
-        students = StudentRows.of(linears, **shared) if joint else [StudentLinear(one, **shared) for one in linears]
+        students = (
+            StudentRows.of(linears, **shared) if joint else [StudentLinear(linear, **shared) for linear in linears]
+        )
         with memoization():
             outputs = [student(x) for student in students]
             sum((output.square() * draw(*output.shape, seed=9)).sum() for output in outputs).backward()

@@ -154,12 +154,12 @@ def test_the_grid_of_a_pipeline_and_what_its_linears_see(name, call, sizes, text
     for name in linears:
         pipe.transformer.get_submodule(name).register_forward_pre_hook(hear_linear(name))
     pipe(prompt="a", output_type="latent", **call)
-    found, lengths = heard[0], dict(one for one in heard if isinstance(one, tuple))
-    assert (found.frames, found.height, found.width, found.text) == (*sizes, text)
-    assert (found.text_tokens > 0) == (text != "apart")
+    heard_grid, lengths = heard[0], dict(entry for entry in heard if isinstance(entry, tuple))
+    assert (heard_grid.frames, heard_grid.height, heard_grid.width, heard_grid.text) == (*sizes, text)
+    assert (heard_grid.text_tokens > 0) == (text != "apart")
     for name, sees in linears.items():
-        assert lengths[name] == found.tokens + (found.text_tokens if sees == "joint" else 0)
-        assert found.offset(lengths[name]) == (found.text_tokens if text == "before" else 0)
+        assert lengths[name] == heard_grid.tokens + (heard_grid.text_tokens if sees == "joint" else 0)
+        assert heard_grid.offset(lengths[name]) == (heard_grid.text_tokens if text == "before" else 0)
 
 
 class Deep(Transformer):
@@ -219,8 +219,8 @@ def test_threads_with_other_sizes_do_not_disturb_each_other(copies):
     transformer = following()
     meeting = threading.Barrier(2, timeout=60)
     each = [copy.deepcopy(transformer) if copies else transformer for _ in range(2)]
-    for one in dict.fromkeys(each):
-        one.blocks[0].register_forward_hook(lambda *_: meet(meeting))  # both are between their layers
+    for module in dict.fromkeys(each):
+        module.blocks[0].register_forward_hook(lambda *_: meet(meeting))  # both are between their layers
     assert in_threads(lambda job: right(job[0], job[1]), [(each[0], 2), (each[1], 3)]) == [True, True]
 
 
@@ -295,10 +295,12 @@ def test_a_block_is_recomputed_with_its_grid_after_another_call_and_in_another_t
     transformer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
     losses = {frames: loss(transformer, frames) for frames in (2, 3)}
     right(transformer, 3)
-    found = {}
+    gradients = {}
     for frames in (3, 2):
-        (found[frames],) = in_threads(lambda one: torch.autograd.grad(one, transformer.gain)[0], [losses[frames]])
-    for frames, value in found.items():
+        (gradients[frames],) = in_threads(
+            lambda value: torch.autograd.grad(value, transformer.gain)[0], [losses[frames]]
+        )
+    for frames, value in gradients.items():
         assert torch.equal(value, wanted[frames])
 
 
@@ -308,11 +310,11 @@ def test_gradients_in_threads_are_those_of_one_after_another():
     transformer = following(Deep)
     transformer.gradient_checkpointing = True
     transformer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-    found = in_threads(
-        lambda sizes: torch.autograd.grad(sum(loss(transformer, one) for one in sizes), transformer.gain)[0],
+    gradients = in_threads(
+        lambda sizes: torch.autograd.grad(sum(loss(transformer, frames) for frames in sizes), transformer.gain)[0],
         [(2, 3), (3, 2, 2)],
     )
-    for value, expected_value in zip(found, wanted, strict=True):
+    for value, expected_value in zip(gradients, wanted, strict=True):
         assert torch.equal(value, expected_value)
 
 

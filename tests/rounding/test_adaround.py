@@ -89,12 +89,12 @@ def test_the_penalty_is_a_mean_over_all_weights_that_are_learned_together():
     penalize(roundings, 0.1, options=options)
     assert roundings[0].logits.grad is None
     penalize(roundings, 1.0, options=options)
-    for one in roundings:
-        h = one.share().detach()
+    for rounding in roundings:
+        h = rounding.share().detach()
         inside = (h > 0) & (h < 1)
-        steep = 1.2 * torch.sigmoid(one.logits) * torch.sigmoid(-one.logits) * inside
+        steep = 1.2 * torch.sigmoid(rounding.logits) * torch.sigmoid(-rounding.logits) * inside
         expected = -3 / 64 * 2 * (2 * h - 1) * 2 * steep
-        torch.testing.assert_close(one.logits.grad[inside], expected.detach()[inside], rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(rounding.logits.grad[inside], expected.detach()[inside], rtol=1e-4, atol=1e-8)
 
 
 def test_the_penalty_drives_every_rounding_to_0_or_1():
@@ -162,14 +162,14 @@ def test_reconstruction_beats_rounding_to_nearest(clip):
     fresh, _ = a_student(clip=clip)
     assert block_loss(fresh, samples[:8]) == report.initial_loss
     assert block_loss(student, samples[8:]) < 0.7 * block_loss(fresh, samples[8:])  # inputs that it has not seen
-    assert not any(one.soft for one in roundings_of(student))
+    assert not any(rounding.soft for rounding in roundings_of(student))
 
 
 def test_learning_twice_gives_the_same_bits():
     (first, samples), (second, _) = a_student(clip=True), a_student(clip=True)
     assert learn(first, samples) == learn(second, samples)
-    for one, other in zip(roundings_of(first), roundings_of(second), strict=True):
-        assert torch.equal(one.logits, other.logits)
+    for rounding, other in zip(roundings_of(first), roundings_of(second), strict=True):
+        assert torch.equal(rounding.logits, other.logits)
 
 
 def test_the_best_state_is_never_worse_than_the_nearest():
