@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2q.common.errors import InvalidInputError
 from s2q.common.log import log_once
 from s2q.nn.attention_calls import AttentionCall, SelfAttentionMode
 from s2q.nn.dequantized import FASTEST
@@ -123,16 +122,10 @@ def _new(plain: Any) -> nn.Module:
 
 
 def quantize_attention(model: nn.Module, names: Iterable[str]) -> None:
-    """Run the attention modules of a model that have these names in int8, in place; a second time changes nothing.
-
-    Raises:
-        InvalidInputError: If there is no module of a name.
-    """
+    """Run the attention modules of a model that have these names in int8, in place; a second time changes nothing."""
     modules = dict(model.named_modules())
     restore_attention(model)
     for name in dict.fromkeys(names):
-        if name not in modules:
-            raise InvalidInputError(f"{type(model).__name__} has no attention module {name!r}")
         modules[name].int8_attention = Int8AttentionMode()
         plain: Any = type(modules[name])
         modules[name].__class__ = _quantized_class(plain)
