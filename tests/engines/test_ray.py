@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import killed_work
 import process_tasks
 from s2q.common.errors import InvalidInputError, ResourceError, S2QError, UsageError
 from s2q.engines import ray_cluster
@@ -55,12 +56,12 @@ def engine(cluster):
 
 def test_results_messages_and_logs_come_from_every_task(engine, caplog):
     messages = []
-    found = dict(engine.map(process_tasks.describe, "abcde", on_message=messages.append))
-    assert [found[index][0] for index in range(5)] == list("abcde")
+    results = dict(engine.map(process_tasks.describe, "abcde", on_message=messages.append))
+    assert [results[index][0] for index in range(5)] == list("abcde")
     assert sorted(messages) == [("started", letter) for letter in "abcde"]
     assert sorted(caplog.messages) == [f"task {letter}" for letter in "abcde"]
-    assert {(device, threads) for _, device, threads, _ in found.values()} == {("cpu", 1)}
-    assert os.getpid() not in {pid for *_, pid in found.values()}
+    assert {(device, threads) for _, device, threads, _ in results.values()} == {("cpu", 1)}
+    assert os.getpid() not in {pid for *_, pid in results.values()}
 
 
 def test_messages_arrive_while_a_task_runs(engine, tmp_path):
@@ -158,11 +159,23 @@ def undisturbed(model, tmp_path_factory):
     return (out / WEIGHTS).read_bytes()
 
 
+def test_a_worker_that_dies_inside_a_block_is_in_the_report(cluster, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("s2q.run.quantize.BlockWork", killed_work.KilledOnce)
+    report = quantize(
+        model, recipe="rtn-w4a8", out=tmp_path / "out", engine="ray", workers=1, ray_address=cluster[0].address
+    )
+    assert (tmp_path / "killed").exists()
+    assert len(report.retries) == 1
+    assert report.retries[0]["cause"].startswith("a worker of the Ray cluster was lost (")
+    quantize(model, recipe="rtn-w4a8", out=tmp_path / "undisturbed")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "undisturbed" / WEIGHTS).read_bytes()
+
+
 def test_a_run_whose_node_is_killed_gives_the_bytes_of_another_run(cluster, model, undisturbed, tmp_path):
     """Last, since it takes a node away; another takes its place, as in a cluster that scales.
 
-    Its worker may have finished the last block by then, so nothing is said about retries here: a worker that dies in
-    a task is in `test_the_task_of_a_dead_worker_is_given_to_another_and_recorded`.
+    Its worker may have finished the last block by then, so nothing is said about retries here:
+    `test_a_worker_that_dies_inside_a_block_is_in_the_report` has one.
     """
     killed = []
 
