@@ -25,6 +25,12 @@ def test_a_regular_matrix_is_its_own_inverse_with_equal_sums_of_rows(order):
     assert torch.equal(matrix.to(torch.bfloat16).double(), matrix)
 
 
+def test_matrices_are_products_of_the_published_one():
+    published = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
+    assert torch.equal(regular_hadamard(4), published)
+    assert torch.equal(regular_hadamard(16), torch.kron(published, published))
+
+
 @pytest.mark.parametrize(("width", "order"), WIDTHS.items())
 def test_the_order_is_the_largest_power_of_4_that_divides_the_width(width, order):
     assert convrot_order(width) == order
