@@ -159,9 +159,7 @@ _WAN = Layout(
         (r"\.norm_added_k\.", ".norm_k_img."),
         (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
         (r"\.ffn\.net\.2\.", ".ffn.2."),
-        (r"\.norm2\.", ".norm_between."),
-        (r"\.norm3\.", ".norm2."),
-        (r"\.norm_between\.", ".norm3."),
+        (r"\.norm2\.", ".norm3."),  # norm2 of the original is norm3 of diffusers, which has no weight
     ),
 )
 _LTX = Layout(
