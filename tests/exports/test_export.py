@@ -10,94 +10,13 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 import s2q
-from s2q.checkpoint import S2QConfig, verify_manifest
+from exported import BRANCH, CONVROT, OUTER
+from s2q.checkpoint import verify_manifest
 from s2q.cli import export as command
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError, S2QError
-from s2q.core.input_path import InputPath
 from s2q.exports import export as module
-from s2q.exports.target import check_rotation, check_storable, linear_forms, missing_part
 from s2q.exports.targets import TARGETS
-from s2q.models import family_of
-from s2q.models.family import token_layout
-from s2q.planning.resolve import recipe_linears, resolve
-from s2q.recipes.load import load_recipe, recipe_names
-from tiny import tiny_transformer
-
-CONVROT = "convrot-w4a8"
-BRANCH = ("transforms.low_rank=8", "transforms.low_rank_from=weight", "outer={num_bits: 8}")
-
-
-@pytest.fixture(scope="module")
-def transformer():
-    with torch.device("meta"):
-        return tiny_transformer()
-
-
-def forms_of(recipe, transformer):
-    """The linears of a checkpoint that a recipe would give."""
-    recipe = load_recipe(recipe, overrides=["allocation.budget=9"] if load_recipe(recipe).allocation else [])
-    plans = resolve(recipe, recipe_linears(recipe, {"transformer": transformer}), frames=3)
-    config = S2QConfig.from_schemes(
-        {plan.name: plan.scheme for plan in plans},
-        recipe=recipe.name,
-        compute_dtype="float32",
-        paths={plan.name: plan.path for plan in plans if not plan.path.empty},
-        tokens=token_layout(transformer, family_of(transformer)) if recipe.needs_grid else None,
-    )
-    return linear_forms(transformer, config)
-
-
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("recipe", recipe_names())
-def test_every_recipe_is_stored_or_refused_with_one_that_fits(recipe, target, transformer):
-    forms = forms_of(recipe, transformer)
-    if recipe in target.recipes:
-        check_storable(target, forms, recipe="")
-        return
-    if any(missing_part(target, form) for form in forms):
-        with pytest.raises(
-            InvalidInputError, match=rf"{target.name} cannot store .*; quantize the model with (s2q-|any)"
-        ):
-            check_storable(target, forms, recipe="")
-
-
-@pytest.mark.parametrize(
-    ("recipe", "target", "part"),
-    [
-        ("s2q-w4a8", "sdnq", "channel scale"),
-        ("quarot-w4a8", "sdnq", "signs of its rotation"),
-        ("rtn-w4a6", "sdnq", "activations of 6 bits"),
-        ("convrot-w4a4", "sdnq", "activations of 4 bits"),
-        ("svdquant-w4a8", "sdnq", "channel scale"),
-        ("table-w4a16", "sdnq", "levels table of its weights"),
-        ("orbitquant-w4a8", "sdnq", "channel scale"),
-        ("q-dit-w4a8", "sdnq", "levels|groups"),
-        ("brecq-w4a8", "sdnq", "clip of its activations"),
-    ],
-)
-def test_the_part_is_named(recipe, target, part, transformer):
-    with pytest.raises(InvalidInputError, match=part):
-        check_storable(TARGETS[target], forms_of(recipe, transformer), recipe=recipe)
-
-
-def test_the_remedy_is_another_recipe_than_that_which_failed(transformer):
-    forms = [replace(form, path=InputPath(scale=True)) for form in forms_of(CONVROT, transformer)]
-    remedy = "; quantize the model with s2q-export-branch-w4a8 or s2q-export-w8a8, or export to diffusers$"
-    with pytest.raises(InvalidInputError, match=remedy):
-        check_storable(TARGETS["sdnq"], forms, recipe="s2q-export-w4a8")
-    with pytest.raises(InvalidInputError, match="; export to diffusers$"):
-        check_storable(TARGETS["gguf"], forms, recipe="s2q-export-w4a16")
-
-
-@pytest.mark.parametrize("target", ["comfyui", "sdnq"])
-def test_linears_of_widths_that_do_not_fit_are_to_be_skipped(transformer, target):
-    forms = forms_of(CONVROT, transformer)
-    wide = [replace(form, in_features=form.in_features + 4) if "ff.net.2" in form.name else form for form in forms]
-    first = next(form.name for form in forms if "ff.net.2" in form.name)
-    remedy = r"quantize the model with skip=\['transformer_blocks\.\*\.ff\.net\.2'\], or export to diffusers$"
-    with pytest.raises(InvalidInputError, match=rf"^{first}: {target} cannot store .*; {remedy}"):
-        check_storable(TARGETS[target], wide, recipe=CONVROT)
 
 
 def test_biases_are_compared_within_what_the_dtype_rounds(made, tmp_path, monkeypatch):
@@ -121,39 +40,12 @@ def test_int8_attention_is_refused(made, tmp_path, target):
     assert not (tmp_path / "out").exists()
 
 
-def test_recipes_that_are_named_exist():
-    for target in TARGETS.values():
-        assert set(target.recipes) <= set(recipe_names()) or not target.stores_codes
-
-
 def test_the_command_has_every_target():
     assert set(typing.get_args(command.Target)) == set(TARGETS)
 
 
-def test_another_rotation_of_the_same_order_is_refused(made):
-    checkpoint = made("cogvideox", CONVROT)
-    model = CogVideoXTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer")
-    forms = linear_forms(model, model.config.quantization_config)
-    form = next(form for form in forms if form.rotation)
-    layer = model.get_submodule(form.name)
-    check_rotation(layer, form, TARGETS["sdnq"], recipe=CONVROT)
-    layer.transform_right = torch.nn.Parameter(layer.transform_right.flip(0), requires_grad=False)
-    with pytest.raises(InvalidInputError, match=f"{form.name}: sdnq cannot store its rotation, whose matrix"):
-        check_rotation(layer, form, TARGETS["sdnq"], recipe=CONVROT)
-
-
-def test_blocks_whose_order_is_no_power_of_4_are_refused_by_name(transformer):
-    form = next(form for form in forms_of(CONVROT, transformer) if form.rotation)
-    for order in (8, 32, 128):
-        for target in ("sdnq", "comfyui"):
-            with pytest.raises(
-                InvalidInputError, match=f"{form.name}: {target} cannot store a rotation in blocks of {order}"
-            ):
-                check_storable(TARGETS[target], [replace(form, path=InputPath(right=order))], recipe=CONVROT)
-
-
 def test_a_dense_export_is_the_dequantized_model_without_s2q(made, tmp_path):
-    checkpoint = made("cogvideox", CONVROT, *BRANCH)
+    checkpoint = made("cogvideox", CONVROT, *BRANCH, *OUTER)
     report = s2q.export(checkpoint, to="diffusers", out=tmp_path / "out")
     config = json.loads((tmp_path / "out/transformer/config.json").read_text())
     assert "quantization_config" not in config
@@ -169,7 +61,7 @@ def test_a_dense_export_is_the_dequantized_model_without_s2q(made, tmp_path):
     assert "s2q export --to diffusers" in (tmp_path / "out/README.md").read_text()
 
 
-@pytest.mark.parametrize("overrides", [(), BRANCH], ids=["plain", "branch"])
+@pytest.mark.parametrize("overrides", [(), (*BRANCH, *OUTER)], ids=["plain", "branch"])
 @pytest.mark.parametrize("recipe", [CONVROT, "convrot-w8a8"])
 def test_sdnqs_tensors_give_the_same_weights(made, recipe, overrides, tmp_path):
     checkpoint = made("cogvideox", recipe, *overrides)
@@ -216,6 +108,54 @@ def test_an_export_that_differs_from_the_checkpoint_is_discarded(made, target, t
     with pytest.raises(S2QError, match="nothing was exported"):
         s2q.export(made("cogvideox", CONVROT), to=target, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["diffusers", "sdnq"])
+def test_both_transformers_are_exported_and_compared(made, target, tmp_path, monkeypatch):
+    checkpoint = made("wan 2.2 a14b", CONVROT)
+    report = s2q.export(checkpoint, to=target, out=tmp_path / "out")
+    pipe = s2q.load(checkpoint, dtype="float32")
+    linears = 0
+    for component in ("transformer", "transformer_2"):
+        tensors = load_file(tmp_path / f"out/{component}/diffusion_pytorch_model.safetensors")
+        transformer = getattr(pipe, component)
+        name = "blocks.0.attn1.to_q"
+        layer = transformer.get_submodule(name)
+        linears += len(transformer.config.quantization_config.layers)
+        assert torch.equal(tensors["scale_shift_table"], transformer.scale_shift_table)
+        assert torch.equal(tensors[f"{name}.bias"], layer.bias)
+        stored, expected = (
+            (tensors[f"{name}.weight"], layer.effective_weight(torch.float32))
+            if target == "diffusers"
+            else (tensors[f"{name}.scale"], layer.weight_scale.unsqueeze(1))
+        )
+        assert torch.equal(stored, expected)
+    assert sum(report.linears.values()) == linears
+    read = module.read_tensors
+
+    def damaged(folder):
+        tensors = read(folder)
+        return tensors | {"scale_shift_table": -tensors["scale_shift_table"]} if folder.name[-1] == "2" else tensors
+
+    monkeypatch.setattr(module, "read_tensors", damaged)
+    with pytest.raises(S2QError, match="scale_shift_table: was read back with other values; nothing was exported"):
+        s2q.export(checkpoint, to=target, out=tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_the_command_passes_variant_and_verify_on(monkeypatch, capsys):
+    calls = []
+
+    def export(model, **options):
+        calls.append((model, options["variant"], options["verify"], options["overwrite"]))
+        raise InvalidInputError("stop")
+
+    monkeypatch.setattr(module, "export", export)
+    arguments = ["export", "model", "--to", "sdnq", "-o", "out"]
+    for more in ([], ["--variant", "fp16", "--no-verify"], ["--verify", "--overwrite"]):
+        assert run([*arguments, *more]) == 3
+    capsys.readouterr()
+    assert calls == [("model", None, None, False), ("model", "fp16", False, False), ("model", None, True, True)]
 
 
 def test_the_command_exports_once_and_again_with_overwrite(made, tmp_path, capsys):

@@ -1,0 +1,40 @@
+"""What tests of exports share: overrides of recipes, the linears of a checkpoint, and linears of given codes."""
+
+import torch
+
+import s2q
+from s2q.core.qparams import RoundedWeight
+from s2q.exports.target import LinearForm
+from s2q.nn import PackedLinear
+from schemes import scheme
+
+CONVROT = "convrot-w4a8"
+BRANCH = ("transforms.low_rank=8", "transforms.low_rank_from=weight")
+OUTER = ("outer={num_bits: 8}",)
+GROUPS = ("weights={num_bits: 4, granularity: per_group, group_size: 32}", "outer=null")
+ROW = [-8, 7, 0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7]
+"""Codes of 4 bits of a row of weights."""
+
+
+def packed_linears(checkpoint):
+    """The transformer of a checkpoint, and its quantized linears by name."""
+    transformer = s2q.load(checkpoint, dtype="float32", backend="reference").transformer
+    names = transformer.config.quantization_config.layers
+    return transformer, {name: transformer.get_submodule(name) for name in names}
+
+
+def linear_of(codes, scale, *, bits=4, activation=None, group_size=None, bias=None, inputs=None, path=None):
+    """A packed linear of codes and scales, with its form."""
+    codes = torch.tensor(codes, dtype=torch.int8)
+    quantized = scheme(bits, activation, group_size=group_size)
+    rounded = RoundedWeight(codes=codes, scale=torch.tensor(scale))
+    layer = PackedLinear.from_rounded(rounded, bias=bias, scheme=quantized, inputs=inputs, path=path)
+    form = LinearForm(
+        name="x",
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        scheme=quantized,
+        path=layer.path,
+        dtype=torch.float32,
+    )
+    return layer, form
