@@ -15,6 +15,7 @@ from s2q.planning import plan
 from s2q.recipes.load import load_recipe
 from s2q.run import runner
 from s2q.run.quantize import quantize
+from s2q.transforms import Transform
 from tiny import run_transformer, split_input, tiny_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -194,6 +195,22 @@ def test_a_block_does_not_depend_on_the_others(run, tmp_path):
     names = [name for name in whole if name.startswith("transformer_blocks.1.")]
     assert names
     assert all(torch.equal(alone[name], whole[name]) for name in names)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["transforms.scale=smooth", "rounding.method=gptq"],
+        ["transforms.scale=smooth", "transforms.rotation=kronecker", "distillation.epochs=1", "rounding.method=gptq"],
+        [*LEARNED, "transforms.scale=smooth", "transforms.learn_scale=false"],
+    ],
+)
+def test_the_transform_of_an_input_is_rounded_once(tmp_path, monkeypatch, overrides):
+    rounded, calls = Transform.rounded, []
+    monkeypatch.setattr(Transform, "rounded", lambda transform: calls.append(transform) or rounded(transform))
+    pipe = tiny_pipeline("cogvideox", num_layers=1)
+    small(tmp_path / "out", pipe=pipe, recipe="rtn-w4a6", overrides=overrides)
+    assert len(calls) == 4, "q, k and v; out; both of the feed-forward"
 
 
 @pytest.mark.parametrize(

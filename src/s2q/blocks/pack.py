@@ -50,10 +50,7 @@ def pack_nearest(
 
 @torch.no_grad()
 def pack_students(student: nn.Module, work: BlockWork, samples: BlockSamples, groups: Sequence[Group]) -> Packed:
-    """Round and pack the students of a block as its recipe says; their transforms become those that are stored."""
-    for linears in groups:
-        source = student.get_submodule(linears[0].inner_name).source
-        source.transform = None if source.transform is None else source.transform.rounded()
+    """Round and pack the students of a block as its recipe says; their transforms are in the form that is stored."""
     hessians: dict[str, HessianAccumulator] = {}
     if work.task.recipe.rounding.needs_hessian:
         firsts = [group[0].inner_name for group in groups]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from s2q.blocks.distil import DistillationReport, block_loss, checkpoint_parts, distil
 from s2q.blocks.pack import pack_modulation, pack_nearest, pack_students
-from s2q.blocks.students import put_students
+from s2q.blocks.students import learns_transforms, put_students, round_transforms
 from s2q.blocks.task import BlockTask, BlockWork, Group, input_groups
 from s2q.calibration.input_statistics import InputStatistics
 from s2q.calibration.observe import observe
@@ -152,6 +152,9 @@ def _carry_out(opened: BlockStudents) -> ReconstructedBlock:
         learn = functools.partial(_learn, seed=seed, initial=loss["initial"], penalty=penalty)
         report = learn(student, samples, task, recipe.distillation)
         loss["distilled"] = report.loss
+    if learns_transforms(recipe):
+        for group in opened.statistics:
+            round_transforms(student, group)
     student.requires_grad_(False)
     packed, rounding = pack_students(student, work, samples, list(opened.statistics))
     reports |= rounding

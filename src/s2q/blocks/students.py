@@ -70,6 +70,20 @@ def put_students(block: nn.Module, work: BlockWork, group: Group, statistics: In
         replace_module(block, linear.inner_name, student)
 
 
+def learns_transforms(recipe: Recipe) -> bool:
+    """Whether transforms are rounded to their stored form after distillation, not when students are made."""
+    return recipe.distillation is not None and not recipe.rounding.learned
+
+
+def round_transforms(block: nn.Module, group: Group) -> None:
+    """Give students that share an input, in place, their transform in its stored form."""
+    first = group[0]
+    source = block.get_submodule(first.inner_name).source
+    if source.transform is not None:
+        with located(first.name):
+            source.transform = source.transform.rounded()
+
+
 @torch.no_grad()
 def _best_alpha(work: BlockWork, group: Group, statistics: InputStatistics) -> float:
     """The α with the smallest squared error of the group's outputs; the smaller one of two that are as good."""
@@ -99,7 +113,7 @@ def _students(
         amax = statistics.amax(shift)
     seed_of_rotation = derive_seed(seed, "rotation", first.inner_name)
     transform = _transform(weights, recipe, amax=amax, alpha=alpha, seed=seed_of_rotation)
-    if transform is not None and (recipe.distillation is None or recipe.rounding.learned):
+    if transform is not None and not learns_transforms(recipe):
         transform = transform.rounded()
     if statistics is not None and path.low_rank is not None:
         moment = statistics.second_moment(shift) if path.deflates else None

@@ -90,7 +90,7 @@ class Transform(nn.Module):
         """Return it fixed, with the factors of T rounded as they are stored, and T⁻ᵀ that of these."""
         factors = self.factors(torch.float64).tensors()
         rounded = {name: stored_values(PREFIX + name, tensor).double() for name, tensor in factors.items()}
-        return FixedTransform(self.in_features, Factors(**rounded), checked=False)
+        return FixedTransform(self.in_features, Factors(**rounded))
 
     @torch.no_grad()
     def state_tensors(self) -> dict[str, Tensor]:
@@ -102,20 +102,17 @@ class Transform(nn.Module):
 class FixedTransform(Transform):
     """A transform that is not learned, from factors, which are copied in fp64.
 
-    Args:
-        checked: Whether the values are looked at; those of a transform need not be.
-
     Raises:
         InvalidInputError: If the factors do not fit I, are not finite, or are not invertible.
     """
 
-    def __init__(self, in_features: int, factors: Factors, *, checked: bool = True) -> None:
+    def __init__(self, in_features: int, factors: Factors) -> None:
         super().__init__(in_features)
         _check_shapes(in_features, factors)
         for name, tensor in factors.tensors().items():
             value = tensor.double()
             self.register_buffer(name, value.clone())
-            self.register_buffer(f"inverse_{name}", _inverse_transpose(name, value, checked=checked))
+            self.register_buffer(f"inverse_{name}", _inverse_transpose(name, value))
 
     def factors(self, dtype: torch.dtype, *, inverse_transpose: bool = False) -> Factors:
         """Return the factors of T or T⁻ᵀ; see `Transform.factors`."""
@@ -144,11 +141,11 @@ def _check_shapes(in_features: int, factors: Factors) -> None:
         raise InvalidInputError(f"transform scale: got {factors.scale.shape[0]} channels; expected {in_features}")
 
 
-def _inverse_transpose(name: str, value: Tensor, *, checked: bool) -> Tensor:
-    if checked and not bool(value.isfinite().all()):
+def _inverse_transpose(name: str, value: Tensor) -> Tensor:
+    if not bool(value.isfinite().all()):
         raise InvalidInputError(f"transform {name}: contains NaN or infinite values; calibrate again")
     if value.ndim == 1:
-        if checked and bool((value == 0).any()):
+        if bool((value == 0).any()):
             raise InvalidInputError(f"transform {name}: contains zeros, so it cannot be inverted; calibrate again")
         return 1 / value
     inverse, info = torch.linalg.inv_ex(value)
