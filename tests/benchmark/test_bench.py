@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from s2q.benchmark import bench, machine
+from s2q.benchmark import bench, machine, micro
 from s2q.benchmark.calibration_block import (
     calibration_case,
     first_block,
@@ -14,7 +14,7 @@ from s2q.benchmark.calibration_block import (
     first_student,
     synthetic_subject,
 )
-from s2q.benchmark.case import OPS, Case, Settings
+from s2q.benchmark.case import Case, Settings
 from s2q.benchmark.pipeline_steps import pack_randomly, pipeline_step_case
 from s2q.benchmark.results import IDENTITY, ResultsFile, identity
 from s2q.benchmark.steps import synthetic_step_case
@@ -73,7 +73,7 @@ def small_model(name="cogvideox-2b"):
 
 def test_single_operations_are_measured_for_each_recipe(folder):
     recipes = ("s2q-w4a6", "rtn-w4a16")
-    cases = bench.make_cases(str(folder), OPS[:4], settings(*recipes))
+    cases = bench.make_cases(str(folder), list(micro.OP_BACKENDS), settings(*recipes))
     found = {}
     for case in cases:
         for one in measured(case):

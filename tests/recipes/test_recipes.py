@@ -8,7 +8,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.models import BlockLinear, block_linears, family_of
 from s2q.planning.resolve import allocation_schemes, resolve
 from s2q.recipes.load import load_recipe, recipe_names
-from s2q.recipes.methods import methods
+from s2q.recipes.methods import is_rival, methods
 from s2q.recipes.schema import Recipe
 from tiny import tiny_transformer
 
@@ -167,6 +167,12 @@ def test_a_method_has_a_file_and_a_width_is_a_suffix():
     assert load_recipe("rtn-w4a16").activations is None
     assert load_recipe("q-dit-w8a8").allocation.budget == 8.125
     assert load_recipe("quarot-w4a8").clip.constant is None
+
+
+def test_every_method_is_a_rival_except_that_of_the_paper_and_what_the_package_adds():
+    original = {name.rpartition("-")[0] for name in recipe_names() if not is_rival(name)}
+    assert original == {"s2q", "s2q-plus", "s2q-export", "s2q-export-branch", "table"}
+    assert not is_rival("mine")
 
 
 def test_a_changed_recipe_does_not_change_the_next_one():

@@ -184,7 +184,7 @@ def test_large_videos_are_averaged_and_small_ones_kept():
 
 
 def test_recipes_of_other_methods_are_marked_apart_from_those_of_the_package():
-    names = ["svdquant-w4a6", "s2q-w4a6", "mine"]
+    names = ["svdquant-w4a6", "s2q-w4a6", "table-w4a8", "mine"]
     entries = [entry(name, 0.001 * (place + 1)) for place, name in enumerate(names)]
     group = {"width": "w4a6", "ranking": names, "winners": {}, "differences": []}
     page = render_compare_page(result(entries=entries, groups=[group]), scenes(3), sheet=None, command="s2q")
@@ -192,4 +192,4 @@ def test_recipes_of_other_methods_are_marked_apart_from_those_of_the_package():
         name: len(re.findall(rf'class="point {name}">(?:(?!</g>).)*<title>', page))
         for name in ("rival", "ours", "peer")
     }
-    assert marks == {"rival": 1, "ours": 2, "peer": 0}
+    assert marks == {"rival": 1, "ours": 3, "peer": 0}

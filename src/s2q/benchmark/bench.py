@@ -137,7 +137,7 @@ def make_cases(model: str | None, ops: Sequence[str], settings: Settings, *, var
     names = [SYNTHETIC_PREFIX + name for name in synthetic_names()] if model is None else [model]
     subjects = [resolve_subject(name, variant=variant) for name in names]
     whole = resolve_subject(DEFAULT_MODEL) if model is None else subjects[0]
-    single = [op for op in ops if op in OPS[:5]]
+    single = [op for op in ops if op in micro.OP_BACKENDS]
     rows = subject_rows(subjects, tokens=settings.tokens, device=settings.device) if single else None
     cases: list[Case] = []
     for op in ops:

@@ -43,14 +43,14 @@ BF16, INT8 = "bf16", "int8"
 FRAMES = 13
 """Latent frames, at most, that the rows of a linear are the tokens of; CogVideoX has as many."""
 
-_TABLES: Mapping[str, Mapping[str, Any]] = {
+OP_BACKENDS: Mapping[str, Mapping[str, Any]] = {
     "linear": rescaled_int_matmul.BACKENDS,
     "activation_path": activation_path.BACKENDS,
     "gemm": rescaled_int_matmul.BACKENDS,
     "attention_colsum": attention_colsum.BACKENDS,
     "int8_attention": int8_attention.BACKENDS,
 }
-"""The backends of what is measured; a packed linear has those of the product."""
+"""The backends of the ops that are measured here; a packed linear has those of the product."""
 
 ATTENTION: Mapping[str, Callable[..., Callable[[Tensor], Tensor]]] = {
     "attention_colsum": lambda backend: lambda qkv: attention_colsum.attention_colsum(*qkv[:2], backend=backend),
@@ -108,7 +108,7 @@ def attention_cases(op: str, shapes: Sequence[AttentionShape], settings: Setting
 
 def _backends(op: str, settings: Settings) -> list[str]:
     """The backends of an op that were asked for."""
-    return [name for name in ("auto", *_TABLES[op]) if name in settings.backends]
+    return [name for name in ("auto", *OP_BACKENDS[op]) if name in settings.backends]
 
 
 def _measure_linear(op: str, shape: LayerShape, settings: Settings, missing: Sequence[Entry]) -> list[Entry]:
@@ -177,7 +177,7 @@ def _results(
     probe = torch.empty(0, dtype=torch.bfloat16, device=device)
     return [
         result_of(entry, timings[_name_of(entry)], full, parts[_name_of(entry)], parts[BF16])
-        | {"bound_ratio": bound, "ran": resolve_backend(entry["backend"], probe, _TABLES[op])}
+        | {"bound_ratio": bound, "ran": resolve_backend(entry["backend"], probe, OP_BACKENDS[op])}
         | details
         for entry in missing
     ]
