@@ -142,3 +142,19 @@ def test_compose_wants_the_scale_first_and_equal_sizes():
         Compose(hadamard(FEATURES), a_scale())
     with pytest.raises(InvalidInputError, match="24 and 20"):
         Compose(a_scale(), hadamard(20))
+
+
+def test_factors_without_values_are_accepted():
+    """Memory is planned with meta tensors, which can be neither finite nor singular."""
+    factors = Factors(
+        scale=torch.empty(6, device="meta"),
+        left=torch.empty(2, 2, device="meta"),
+        right=torch.empty(3, 3, device="meta"),
+    )
+    rounded = FixedTransform(6, factors).rounded()
+    inverse = rounded.factors(torch.float32, inverse_transpose=True)
+    assert {name: tuple(tensor.shape) for name, tensor in inverse.tensors().items()} == {
+        "scale": (6,),
+        "left": (2, 2),
+        "right": (3, 3),
+    }

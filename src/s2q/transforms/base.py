@@ -142,14 +142,15 @@ def _check_shapes(in_features: int, factors: Factors) -> None:
 
 
 def _inverse_transpose(name: str, value: Tensor) -> Tensor:
-    if not bool(value.isfinite().all()):
+    has_values = not value.is_meta  # a meta tensor, which memory is planned with, has a shape alone
+    if has_values and not bool(value.isfinite().all()):
         raise InvalidInputError(f"transform {name}: contains NaN or infinite values; calibrate again")
     if value.ndim == 1:
-        if bool((value == 0).any()):
+        if has_values and bool((value == 0).any()):
             raise InvalidInputError(f"transform {name}: contains zeros, so it cannot be inverted; calibrate again")
         return 1 / value
     inverse, info = torch.linalg.inv_ex(value)
-    if int(info) != 0:
+    if has_values and int(info) != 0:
         raise InvalidInputError(f"transform {name}: a singular matrix, it cannot be inverted; calibrate again")
     transposed: Tensor = inverse.t().contiguous()
     return transposed
