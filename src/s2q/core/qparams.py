@@ -54,8 +54,8 @@ def scale_from_amax(amax: Tensor, *, num_bits: int) -> Tensor:
 def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio = None) -> Tensor:
     """Compute the static scale of a weight [O, I], fp32 [O] (PerChannel) or [O, G] (PerGroup).
 
-    It is rounded as it is stored, before there are codes. The clip ratio in (0, 1] broadcasts to it. 0 where all
-    values are 0 and the levels are not uniform. The two scales of a table come from `s2q.rounding.table`.
+    Rounded to the stored dtype (bfloat16). The clip ratio in (0, 1] broadcasts to it. 0 where all values are 0 and
+    the levels are not uniform. The two scales of a table come from `s2q.rounding.table`.
     """
     assert not scheme.has_table, scheme
     match scheme.granularity:
@@ -79,7 +79,7 @@ def weight_scale(weight: Tensor, scheme: QuantScheme, *, clip_ratio: ClipRatio =
 
 
 def _stored(scale: Tensor) -> Tensor:
-    """Round the scale of a weight as it is stored; where it underflows it is 1, as in fp32."""
+    """Round the scale of a weight to the stored dtype; 1 where it underflows."""
     stored = stored_values("weight_scale", scale)
     return torch.where((stored == 0) & (scale != 0), 1.0, stored)
 
@@ -167,7 +167,7 @@ def fake_quantize(x: Tensor, scale: Tensor, *, num_bits: int, levels: Tensor | N
 def fake_quantize_rows(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None, of_weight: bool = False) -> Tensor:
     """Quantize and dequantize each row of x [..., n] by its own `token_scale`, trainable; see `fake_quantize`.
 
-    The scales of a weight are rounded as they are stored.
+    Scales of a weight are rounded to the stored dtype.
     """
     x = x.contiguous()  # sums of gradients are in the order of memory
     scale = token_scale(x, num_bits=num_bits, clip_ratio=clip_ratio)

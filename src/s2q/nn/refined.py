@@ -65,7 +65,7 @@ class RefinedLinear(nn.Module):
     units: Tensor
 
     def weight_scale(self) -> Tensor:
-        """Return the scale of the weight as learned, rounded as it is stored, fp32 [O] or [O, G].
+        """Return the learned scale of the weight, rounded to the stored dtype, fp32 [O] or [O, G].
 
         Of NVFP4, Δ is rounded to four significant bits, so that the scales of groups are still known from the product.
         """
@@ -76,13 +76,13 @@ class RefinedLinear(nn.Module):
         return stored_values("weight_scale", of_groups.float() * round_row_scale(row * change))
 
     def bias(self) -> Tensor | None:
-        """Return the bias as learned, fp32 [O], or None if there is none."""
+        """Return the learned bias, fp32 [O], or None if there is none."""
         if self.packed.bias is None or self.bias_change is None:
             return None
         return self.packed.bias.float() + self._bias_unit * self.bias_change
 
     def low_rank_weight(self) -> Tensor | None:
-        """Return the weight of the branch as learned, rounded as it is stored, fp32 [O, r]; None without one."""
+        """Return the learned weight of the branch, rounded to the stored dtype, fp32 [O, r]; None without a branch."""
         if self.packed.low_rank_weight is None or self.branch_change is None:
             return None
         learned = self.packed.low_rank_weight.float() + self._branch_unit * self.branch_change
@@ -104,7 +104,7 @@ class RefinedLinear(nn.Module):
 
     @torch.no_grad()
     def repacked(self) -> PackedLinear:
-        """Return the packed linear with what was learned; codes, input path and the dtype of the bias are kept."""
+        """Return the packed linear with the learned values; codes, input path and the dtype of the bias are kept."""
         packed = self.packed
         inputs = {name: getattr(packed, name) for name in packed.path.shapes(packed.in_features, packed.out_features)}
         if self.source.clip is not None:

@@ -110,8 +110,8 @@ class StudentLinear(nn.Module):
         """Return L, what the low-rank branch multiplies its coefficients by; fp32 [O, r], differentiable.
 
         It is U = W diag(1/v) V. Where the branch is taken out of the weight, U is rounded to the stored dtype, so that
-        the weight keeps what it loses; where it is taken out of the input too, L = U + U (1 - Vᵀ V), which makes up for
-        what V, as it is rounded, lacks to be orthonormal. It is computed in `dtype`.
+        the weight keeps what it loses; where it is taken out of the input too, L = U + U (1 - Vᵀ V), which corrects
+        for the rounded V not being exactly orthonormal. It is computed in `dtype`.
         """
         product = self._removed(dtype)
         if self.source.reduces_weights and self.source.deflates:
@@ -122,7 +122,7 @@ class StudentLinear(nn.Module):
         return product.float()
 
     def _removed(self, dtype: torch.dtype) -> Tensor:
-        """U = W diag(1/v) V, [O, r], rounded as it is stored where it is taken out of the weight."""
+        """U = W diag(1/v) V, [O, r], rounded to the stored dtype where it is taken out of the weight."""
         basis, transform = self.source.low_rank_basis, self.source.transform
         assert basis is not None
         weight = self.weight.to(dtype) if transform is None else transform.unscaled(self.weight, dtype=dtype)

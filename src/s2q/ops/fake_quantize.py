@@ -27,7 +27,7 @@ from s2q.ops.fused import passes
 def fake_quantize_rows(x: Tensor, *, num_bits: int, clip_ratio: ClipRatio = None, of_weight: bool = False) -> Tensor:
     """Quantize and dequantize each row of x [..., n], floating, with a dynamic scale; returns its shape and dtype.
 
-    The clip ratio in (0, 1] broadcasts to [..., 1]. The scales of a weight are rounded as they are stored. Gradients
+    The clip ratio in (0, 1] broadcasts to [..., 1]. Scales of a weight are rounded to the stored dtype. Gradients
     towards x and the ratio are those of `core.qparams`.
     """
     is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()

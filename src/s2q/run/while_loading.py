@@ -155,7 +155,7 @@ class RecipeQuantizer(S2QQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
     ) -> bool:
-        """Tell whether a tensor is part of a linear that is quantized; called for each as it is read."""
+        """Tell whether a tensor belongs to a linear that is quantized; called for each tensor that is read."""
         return param_name in self._pending
 
     def create_quantized_param(

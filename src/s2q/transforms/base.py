@@ -87,7 +87,7 @@ class Transform(nn.Module):
 
     @torch.no_grad()
     def rounded(self) -> "FixedTransform":
-        """Return it fixed, with the factors of T rounded as they are stored, and T⁻ᵀ that of these."""
+        """Return a fixed transform: the factors of T rounded to the stored dtype, and their T⁻ᵀ."""
         factors = self.factors(torch.float64).tensors()
         rounded = {name: stored_values(PREFIX + name, tensor).double() for name, tensor in factors.items()}
         return FixedTransform(self.in_features, Factors(**rounded))
