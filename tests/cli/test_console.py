@@ -90,7 +90,7 @@ def test_bars_show_the_time_left_from_the_first_step_on(clock):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1:00 min"), (185, "3:05 min"), (7384, "2:03:04 h")]
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1:00 min"), (185, "3:05 min"), (3599.6, "1:00 h"), (7384, "2:03 h")]
 )
 def test_durations_are_written_with_units(seconds, text):
     assert console.format_seconds(seconds) == text

@@ -126,12 +126,9 @@ def _left(seconds: float | None) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as "7 s", "3:05 min" or "2:03:04 h"."""
+    """Return a duration as "7 s", "3:05 min" or "2:03 h"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d} h"
+    high, low, unit = (*divmod(whole, 60), "min") if whole < 3600 else (*divmod(round(whole / 60), 60), "h")
+    return f"{high}:{low:02d} {unit}"

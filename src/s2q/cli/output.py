@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from s2q.cli.console import format_seconds
 from s2q.common.errors import printable
 from s2q.common.files import canonical_json
 from s2q.report.formatting import format_bytes, format_interval, format_sample, format_value, title_of
@@ -59,7 +60,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         stages.add_row(
             stage["name"],
             format_bytes(memory) if memory is not None else "unknown",
-            "unknown" if seconds is None else _duration(seconds),
+            "unknown" if seconds is None else format_seconds(seconds),
         )
     out.print(stages)
     for line in _plan_notes(plan):
@@ -101,23 +102,13 @@ def _broken(model: str) -> str:
     return model.removeprefix("shapes-").replace("-", "\n")
 
 
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
 def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
     """Notes on time, on the memory of calibration, and on stages that do not fit."""
     device, cost, notes = plan["device"], plan["calibration"], []
     if (time := plan["estimate"]) is not None:
         flop = sum(stage["flop"] or 0 for stage in plan["stages"])
         notes.append(
-            f"{_duration(3600 * time['gpu_hours'])} on one {time['title']}, {time['gpu_hours']:.2f} GPU hours "
+            f"{format_seconds(3600 * time['gpu_hours'])} on one {time['title']}, {time['gpu_hours']:.2f} GPU hours "
             f"({time['low']:.2f} to {time['high']:.2f}), for {flop:.2g} FLOP"
         )
         notes.append(_ESTIMATED.format(**time))
