@@ -14,6 +14,7 @@ from exported import BRANCH, CONVROT, OUTER
 from s2q.checkpoint import verify_manifest
 from s2q.cli import export as command
 from s2q.cli import run
+from s2q.common.components import TRANSFORMERS
 from s2q.common.errors import InvalidInputError, S2QError
 from s2q.exports import export as module
 from s2q.exports.targets import TARGETS
@@ -40,8 +41,9 @@ def test_int8_attention_is_refused(made, tmp_path, target):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_has_every_target():
+def test_the_command_has_every_target_and_component():
     assert set(typing.get_args(command.Target)) == set(TARGETS)
+    assert typing.get_args(command.Component) == TRANSFORMERS
 
 
 def test_a_dense_export_is_the_dequantized_model_without_s2q(made, tmp_path):
@@ -143,19 +145,23 @@ def test_both_transformers_are_exported_and_compared(made, target, tmp_path, mon
     assert not (tmp_path / "damaged").exists()
 
 
-def test_the_command_passes_variant_and_verify_on(monkeypatch, capsys):
+def test_the_command_passes_its_options_on(monkeypatch, capsys):
     calls = []
 
     def export(model, **options):
-        calls.append((model, options["variant"], options["verify"], options["overwrite"]))
+        calls.append((model, *(options[name] for name in ("component", "variant", "verify", "overwrite"))))
         raise InvalidInputError("stop")
 
     monkeypatch.setattr(module, "export", export)
     arguments = ["export", "model", "--to", "sdnq", "-o", "out"]
-    for more in ([], ["--variant", "fp16", "--no-verify"], ["--verify", "--overwrite"]):
+    for more in ([], ["--variant", "fp16", "--no-verify"], ["--component", "transformer_2", "--verify", "--overwrite"]):
         assert run([*arguments, *more]) == 3
     capsys.readouterr()
-    assert calls == [("model", None, None, False), ("model", "fp16", False, False), ("model", None, True, True)]
+    assert calls == [
+        ("model", None, None, None, False),
+        ("model", None, "fp16", False, False),
+        ("model", "transformer_2", None, True, True),
+    ]
 
 
 def test_the_command_exports_once_and_again_with_overwrite(made, tmp_path, capsys):

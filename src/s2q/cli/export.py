@@ -8,12 +8,16 @@ import typer
 from s2q.cli import options
 
 Target = Literal["diffusers", "sdnq", "comfyui", "gguf"]
+Component = Literal["transformer", "transformer_2"]
 
 
 def export(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id (@revision).", metavar="CHECKPOINT")],
     to: Annotated[Target, typer.Option("--to", help="Format to write.")],
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder or file to write.", metavar="OUT")],
+    component: Annotated[
+        Component | None, typer.Option("--component", help="Transformer of a model with two, for comfyui and gguf.")
+    ] = None,
     variant: options.Variant = None,
     verify: options.Verify = None,
     overwrite: options.Overwrite = False,
@@ -26,7 +30,14 @@ def export(
     console.quiet_libraries()
     with console.progress() as report:
         result = run(
-            model, to=to, out=out, variant=variant, verify=verify, overwrite=overwrite, progress=report
+            model,
+            to=to,
+            out=out,
+            component=component,
+            variant=variant,
+            verify=verify,
+            overwrite=overwrite,
+            progress=report,
         ).to_dict()
     if as_json:
         output.emit_json(result)

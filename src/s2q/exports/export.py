@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from s2q import checkpoint
+from s2q.checkpoint import S2QConfig
 from s2q.checkpoint.manifest import EXPORT_RECORD, intact
 from s2q.common.arguments import flag, model_argument, optional, path_argument, word
+from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError, S2QError, UsageError, memory_errors, unknown_name
 from s2q.common.files import atomic_write_json
 from s2q.common.outputs import check_apart, check_file_output, check_output, staged_directory, staged_file
@@ -55,6 +57,7 @@ class ExportReport:
         checkpoint: Name of what was exported.
         recipe: The recipe of the checkpoint.
         output: Name of the folder or file.
+        component: The transformer in a file, "transformer" or "transformer_2"; None for a folder, which has all.
         loading: How it is loaded.
         linears: Number of quantized linears in each format of the target.
         storage: The transformers' bytes in bf16 and as exported, and their `ratio`.
@@ -68,6 +71,7 @@ class ExportReport:
     checkpoint: str
     recipe: str
     output: str
+    component: str | None
     loading: str
     linears: Mapping[str, int]
     storage: Mapping[str, int | float]
@@ -86,6 +90,7 @@ def export(
     *,
     to: str,
     out: str | Path,
+    component: str | None = None,
     variant: str | None = None,
     verify: bool | None = None,
     max_shard_size: int | str = "10GB",
@@ -100,6 +105,7 @@ def export(
         model: The checkpoint's folder, or its Hub id, "organisation/name" or "organisation/name@revision".
         to: A name of `s2q.exports.targets.TARGETS`.
         out: Folder or file to write.
+        component: For a file, the transformer of a model that has two, "transformer" or "transformer_2".
         variant: Variant of the weights, for a checkpoint that diffusers has saved again with one.
         verify: Whether to compare the checkpoint's files with its manifest first: None does where there is a manifest
             and warns where there is none, True refuses a checkpoint without, False does not.
@@ -112,6 +118,7 @@ def export(
 
     Raises:
         InvalidInputError: If there is no such checkpoint, the target cannot store a part of it, or `out` exists.
+        UsageError: If `component` is missing for a file of one of two transformers, or given for a folder.
         S2QError: If what was written differs from the checkpoint; nothing is left then.
     """
     target, out = _target(to), path_argument("out", out)
@@ -122,7 +129,7 @@ def export(
         raise InvalidInputError(f"{source.given} is not an s2q checkpoint; quantize the model first, with s2q quantize")
     if target.file is not None and out.suffix != target.file.suffix:
         raise UsageError(f"out: got {out}; {target.name} writes a file, whose name ends in {target.file.suffix}")
-    job = _Job(source, target, progress or silent)
+    job = _Job(source, target, optional(word, "component", component), progress or silent)
     check_apart(out, job.folder, given=f"the checkpoint {source.given}")
     if target.file is None:
         check_output(out, overwrite=overwrite, owned=exported_files)
@@ -148,29 +155,48 @@ def _target(name: str) -> Target:
 class _Job:
     """One export: the forms of its linears are checked at once, its transformers loaded and written in turn."""
 
-    def __init__(self, source: ModelSource, target: Target, progress: Progress) -> None:
+    def __init__(self, source: ModelSource, target: Target, component: str | None, progress: Progress) -> None:
         self.source, self.target, self.progress = source, target, progress
         self.folder = source.complete_folder()
-        self.configs = checkpoint.read_configs(self.folder)
+        self.configs = self._chosen(component, checkpoint.read_configs(self.folder))
         self.forms: dict[str, list[LinearForm]] = {}
         self.full_bytes = self.written_bytes = 0
         self.difference = 0.0
-        if target.file is not None and len(source.transformer_configs) > 1:
-            raise InvalidInputError(
-                f"{source.given}: has two transformers, {target.name} writes a file of one; export to sdnq or diffusers"
-            )
         if target.file is None:
             check_components(source, self.folder, without=self.configs)
         for component, config in self.configs.items():
             plain = source.meta_transformer(component)
             if modules := config.attention_modules():
                 raise InvalidInputError(
-                    f"{modules[0]}: {target.name} cannot store its int8 attention; quantize the model with "
-                    "attention=null"
+                    f"{full_name(component, modules[0])}: {target.name} cannot store its int8 attention; quantize the "
+                    "model with attention=null"
                 )
-            self.forms[component] = linear_forms(plain, config)
+            self.forms[component] = linear_forms(plain, config, component=component)
             check_storable(target, self.forms[component], recipe=config.recipe)
             self.full_bytes += sum(tensor.numel() for tensor in plain.state_dict().values()) * BF16_BYTES
+
+    def _chosen(self, component: str | None, configs: Mapping[str, S2QConfig]) -> Mapping[str, S2QConfig]:
+        """Return the quantized transformers to write: all into a folder, one into a file."""
+        if self.target.file is None:
+            if component is not None:
+                raise UsageError(
+                    f"component (--component): got {component}; {self.target.name} writes a folder with all "
+                    "transformers, omit it"
+                )
+            return configs
+        both = list(self.source.transformer_configs)
+        if component is None and len(both) > 1:
+            raise UsageError(
+                f"{self.source.given}: has two transformers, and {self.target.name} writes a file of one; pass "
+                f"--component {' or '.join(both)} (component=)"
+            )
+        component = component or both[0]
+        if component not in configs:
+            raise InvalidInputError(
+                f"component (--component): got {component}, which {self.source.given} has not quantized; expected "
+                f"{' or '.join(configs)}"
+            )
+        return {component: configs[component]}
 
     def write_folder(self, staged: Path, *, name: str, max_shard_size: int) -> None:
         """Write a pipeline folder, which will have a name, and compare it."""
@@ -195,7 +221,7 @@ class _Job:
         self.compare(read_tensors(staged), tensors, model, forms)
 
     def original_names(self) -> tuple[Layout, dict[str, str]]:
-        """Return the layout of the only transformer and the marks of its linears; refuse what a file cannot hold."""
+        """Return the layout of a file's transformer and the marks of its linears; refuse what a file cannot hold."""
         ((component, forms),) = self.forms.items()
         plain = self.source.meta_transformer(component)
         layout = layout_of(plain, self.target.name)
@@ -274,6 +300,7 @@ class _Job:
             checkpoint=self.source.name,
             recipe=config.recipe,
             output=output,
+            component=None if self.target.file is None else next(iter(self.configs)),
             loading=self.target.loading,
             linears=dict(Counter(self.target.kind(form) for form in forms)),
             storage={
@@ -293,7 +320,7 @@ def _marks(model: nn.Module, forms: Sequence[LinearForm], layout: Layout, target
     for form in forms:
         misread = target.file.misread(form, layout.linear_name(form.name), layout.architecture)
         if misread is not None:
-            raise stored_unquantized(target, form, misread, skip=[form.name])
+            raise stored_unquantized(target, form, misread, skip=[form.full_name])
     marks: dict[str, str] = {}
     for name in (name for name, module in model.named_modules() if isinstance(module, nn.Linear)):
         original, mark = layout.linear_name(name), described.get(name, "")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.checkpoint import S2QConfig
+from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import PARTS, InputPath
 from s2q.core.schemes import UNIFORM, LinearScheme, PerGroup
@@ -43,7 +44,10 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearForm:
-    """A quantized linear of a checkpoint, as its configuration describes it; `dtype` is that of the model's compute."""
+    """A quantized linear of a checkpoint, as its configuration describes it; `dtype` is that of the model's compute.
+
+    Its name is that in its transformer, the component of the pipeline.
+    """
 
     name: str
     in_features: int
@@ -51,6 +55,12 @@ class LinearForm:
     scheme: LinearScheme
     path: InputPath
     dtype: torch.dtype
+    component: str = TRANSFORMERS[0]
+
+    @property
+    def full_name(self) -> str:
+        """Its name among the linears of all transformers, as errors and `skip` have it."""
+        return full_name(self.component, self.name)
 
     @property
     def rotation(self) -> int | None:
@@ -140,7 +150,7 @@ def encoded(target: Target, layer: PackedLinear, form: LinearForm) -> dict[str, 
     return tensors if layer.bias is None or "bias" in tensors else tensors | {"bias": layer.bias}
 
 
-def linear_forms(model: nn.Module, config: S2QConfig) -> list[LinearForm]:
+def linear_forms(model: nn.Module, config: S2QConfig, *, component: str = TRANSFORMERS[0]) -> list[LinearForm]:
     """Describe the quantized linears of a transformer, which may be on the meta device."""
     forms, paths = [], config.layer_paths()
     for name, scheme in config.layer_schemes().items():
@@ -154,6 +164,7 @@ def linear_forms(model: nn.Module, config: S2QConfig) -> list[LinearForm]:
                 scheme=scheme,
                 path=paths.get(name, InputPath()),
                 dtype=getattr(torch, config.compute_dtype),
+                component=component,
             )
         )
     return forms
@@ -169,7 +180,7 @@ def check_storable(target: Target, forms: Collection[LinearForm], *, recipe: str
             raise _refusal(target, form, obstacle, recipe=recipe)
     unfit = [form for form in forms if target.unfit_width(form) is not None]
     if unfit:
-        in_any_block = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", form.name, count=1) for form in unfit)
+        in_any_block = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", form.full_name, count=1) for form in unfit)
         raise stored_unquantized(target, unfit[0], target.unfit_width(unfit[0]), skip=list(in_any_block))
 
 
@@ -178,8 +189,8 @@ def stored_unquantized(
 ) -> InvalidInputError:
     """Build (not raise) the error for a linear that a target stores unquantized only."""
     return InvalidInputError(
-        f"{form.name}: {target.name} cannot store {obstacle}; quantize the model with skip={list(skip)}, or export to "
-        "diffusers"
+        f"{form.full_name}: {target.name} cannot store {obstacle}; quantize the model with skip={list(skip)}, or "
+        "export to diffusers"
     )
 
 
@@ -225,4 +236,4 @@ def _refusal(target: Target, form: LinearForm, obstacle: str, *, recipe: str) ->
     remedies = [f"quantize the model with {' or '.join(others)}"] if others else []
     if target.stores_codes:
         remedies.append("export to diffusers")
-    return InvalidInputError(f"{form.name}: {target.name} cannot store {obstacle}; {', or '.join(remedies)}")
+    return InvalidInputError(f"{form.full_name}: {target.name} cannot store {obstacle}; {', or '.join(remedies)}")
