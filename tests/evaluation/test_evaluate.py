@@ -76,8 +76,8 @@ def test_the_file_has_everything_that_was_promised(pipe, damaged):
     result = evaluate(damaged, reference=pipe, prompts=["a", CAPTION], seeds=[0, 4], **FAST)
     assert result["schema_version"] == 1
     assert (result["n_prompts"], result["n_seeds"]) == (2, 2)
-    adherence = {name for name in METRICS if name.startswith("adherence")}
-    assert set(result["metrics"]) == {*METRICS, *(f"reference_{name}" for name in adherence), "adherence_all_change"}
+    alone = {"black_frames", *(name for name in METRICS if name.startswith("adherence"))}
+    assert set(result["metrics"]) == {*METRICS, *(f"reference_{name}" for name in alone), "adherence_all_change"}
     for entry in result["metrics"].values():
         assert set(entry) == {"mean", "low", "high", "definition", "version"}
         assert entry["low"] is entry["high"] is None, "two prompts are too few for an interval"

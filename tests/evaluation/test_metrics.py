@@ -13,9 +13,11 @@ from s2q.evaluation.metrics import (
     PSNR_CAP_DB,
     SSIM_SIGMA,
     SSIM_WINDOW,
+    black_frames,
     flicker_rms,
     latent_cosine,
     latent_relative_l2,
+    motion_ratio,
     psnr_frame_mean_db,
     psnr_pooled_db,
     ssim,
@@ -149,3 +151,26 @@ def test_latent_metrics_refuse_other_shapes_and_a_zero_reference():
     with pytest.raises(InvalidInputError, match="all zero"):
         latent_relative_l2(torch.ones(3), torch.zeros(3))
     assert latent_cosine(torch.ones(3), torch.zeros(3)) == 0.0
+
+
+def test_motion_is_relative_to_the_reference():
+    fast = (torch.arange(6) * 20).to(torch.uint8).view(6, 1, 1, 1).expand(6, 4, 4, 3)
+    slow = fast // 4
+    assert motion_ratio(slow, fast) == pytest.approx(0.25)
+    assert motion_ratio(fast, slow) == pytest.approx(4.0)
+    assert motion_ratio(slow + 7, slow) == pytest.approx(1.0), "a constant error is no motion"
+    still = fast[:1].expand(6, 4, 4, 3)
+    assert motion_ratio(still, fast) == 0.0
+    assert motion_ratio(fast, still) is None
+    assert motion_ratio(fast[:1], fast[:1]) is None
+
+
+def test_frames_are_black_where_nearly_all_pixels_are():
+    frames = torch.full((4, 10, 20, 3), 16, dtype=torch.uint8)
+    frames[1, 0, :2] = 255  # 1 % of the pixels
+    frames[2, 0, :3] = 255
+    frames[3] = 17
+    assert black_frames(frames) == 0.5
+    blue = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    blue[..., 2] = 255
+    assert black_frames(blue) == 0.0, "its luma is 29"

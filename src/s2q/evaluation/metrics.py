@@ -18,6 +18,8 @@ from s2q.common.errors import InvalidInputError
 PSNR_CAP_DB = 100.0
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
+BLACK_LEVEL = 16
+BLACK_SHARE = 0.99
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -87,6 +89,33 @@ def flicker_rms(frames: torch.Tensor, reference: torch.Tensor) -> float | None:
     return float(changes.square().flatten(1).mean(dim=1).sqrt().mean())
 
 
+def motion_ratio(frames: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """Return how much the frames change from one to the next, relative to full precision.
+
+    Below 1, motion is slower or smaller than in full precision; noise that changes with the frame raises it.
+
+    Returns:
+        `Σ_t rms(x_{t+1} − x_t) / Σ_t rms(y_{t+1} − y_t)`, dimensionless, with x the frames and y the reference's; None
+        for videos of one frame, and where the reference does not change.
+
+    Example:
+        A ramp of brightness at half of the reference's speed:
+
+        >>> ramp = torch.arange(0, 60, 10, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 2, 2, 3)
+        >>> motion_ratio(ramp // 2, ramp)
+        0.5
+    """
+    _check_frames(frames, reference)
+    energy, base = _motion(frames), _motion(reference)
+    return energy / base if base > 0 else None
+
+
+def black_frames(frames: torch.Tensor) -> float:
+    """Return the share of black frames in 0..1: 99 % of the pixels have a luma of at most 16 of 255."""
+    dark = (_luma(frames) <= BLACK_LEVEL).flatten(1).double().mean(dim=1)
+    return float((dark >= BLACK_SHARE).double().mean())
+
+
 LATENT_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
     "latent_relative_l2": latent_relative_l2,
     "latent_cosine": latent_cosine,
@@ -98,6 +127,7 @@ FRAME_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float | None]
     "psnr_pooled_db": psnr_pooled_db,
     "ssim": ssim,
     "flicker_rms": flicker_rms,
+    "motion_ratio": motion_ratio,
 }
 """Metrics of (frames, reference frames); None where one does not apply."""
 
@@ -114,6 +144,12 @@ def _check_frames(frames: torch.Tensor, reference: torch.Tensor) -> None:
             raise InvalidInputError(f"{name}: got {video.dtype} {tuple(video.shape)}; expected uint8 [F, H, W, 3]")
     if frames.shape != reference.shape:
         raise InvalidInputError(f"frames: got shape {tuple(frames.shape)}, the reference has {tuple(reference.shape)}")
+
+
+def _motion(frames: torch.Tensor) -> float:
+    """Mean over consecutive frames of the root mean square of their difference, in levels; 0 for one frame."""
+    changes = frames.double().diff(dim=0).square().flatten(1).mean(dim=1).sqrt()
+    return float(changes.sum()) / max(len(changes), 1)
 
 
 def _squared_error(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,13 @@ from s2q.evaluation.definitions import metric_table
 from s2q.evaluation.judges.adherence import ADHERENCE, adherence
 from s2q.evaluation.judges.clip_score import CLIP_METRICS
 from s2q.evaluation.judges.learned import LPIPS, Judges, measure_both
+from s2q.evaluation.judges.speed import SPEED, speed_ratio
 from s2q.evaluation.scores import VideoScores
 from s2q.generation.generate import Video
 
 VELOCITY = "velocity_relative_error"
-METRICS: tuple[str, ...] = (*metrics.LATENT_METRICS, *metrics.FRAME_METRICS, *ADHERENCE, VELOCITY)
+BLACK = "black_frames"
+METRICS: tuple[str, ...] = (*metrics.LATENT_METRICS, *metrics.FRAME_METRICS, SPEED, BLACK, *ADHERENCE, VELOCITY)
 
 
 def selected_metrics(names: Sequence[str], *, lpips: bool = False, clip: bool = False) -> tuple[str, ...]:
@@ -40,10 +42,14 @@ def compare_videos(video: Video, base: Video, *, names: Sequence[str] = METRICS)
     """Measure a video against the full-precision one of the same prompt and seed; without the velocity error.
 
     Returns:
-        Values by metric name; adherence of the reference under `reference_…`; None where a metric does not apply.
+        Values by metric name; those of the reference alone under `reference_…`; None where a metric does not apply.
     """
     assert (video.prompt, video.seed) == (base.prompt, base.seed)
     values = _distances(video, base, names=names)
+    if SPEED in names:
+        values[SPEED] = speed_ratio(video.prompt, video.frames, base.frames)
+    if BLACK in names:
+        values |= measure_both(lambda _, frames: {BLACK: metrics.black_frames(frames)}, video, base, names=names)
     if any(name in ADHERENCE for name in names):
         values |= measure_both(adherence, video, base, names=names)
     return values

@@ -11,6 +11,7 @@ HEADINGS = {
     "psnr_frame_mean_db": "PSNR",
     "ssim": "SSIM",
     "flicker_rms": "flicker",
+    "motion_ratio": "motion",
     "lpips": "LPIPS",
     "clip_score": "CLIP score",
     "adherence_all": "adherence",

@@ -24,6 +24,8 @@ def format_value(name: str, value: float | None) -> str:
         return f"{value:.1f} dB"
     if name.endswith("_rms"):
         return f"{value:.2f} levels"
+    if name.endswith("black_frames"):
+        return f"{value * 100:.1f} %"
     if "adherence" in name:
         return f"{value * 100:+.1f} %" if name.endswith("_change") else f"{value * 100:.1f} %"
     if value == 0 or abs(value) >= 0.01:
@@ -72,6 +74,9 @@ def title_of(name: str) -> str:
         "psnr_pooled_db": "PSNR, pooled",
         "ssim": "SSIM",
         "flicker_rms": "Flicker, RMS",
+        "motion_ratio": "Motion, ratio",
+        "speed_ratio": "Speed of the object, ratio",
+        "black_frames": "Black frames",
         "lpips": "LPIPS",
         "clip_score": "CLIP score",
         "clipsim": "CLIPSIM (EvalCrafter)",

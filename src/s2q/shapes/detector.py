@@ -9,6 +9,7 @@ Legend of shapes: ``F`` frames, ``H`` height, ``W`` width.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,19 +22,61 @@ STILL_TRAVEL_FRACTION = 0.08  # of the frame's side over the whole clip: below, 
 _NOISE_FLOOR = 0.2  # coverage below this is not counted as object
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Object:
+    """An object that is seen in at least half of the frames: its colour [3]; of frames with it, coverage and number.
+
+    The coverage is [F', H, W], the number [F'], floating point.
+    """
+
+    colour: Tensor
+    coverage: Tensor
+    frame: Tensor
+
+
 def detect(frames: Tensor) -> SceneLabels:
     """Name what a video shows, ``[F, 3, H, W]`` floating point in ``[0, 1]`` or ``[F, H, W, 3]`` uint8.
 
     Shape, colour and motion are ``None`` where no object is seen in at least half of the frames.
     """
-    video = frames.permute(0, 3, 1, 2).float() / 255 if frames.dtype == torch.uint8 else frames.float()
+    video = _as_float(frames)
     background = _background(video)
     name = _nearest(background, BACKGROUNDS)
-    nothing = SceneLabels(shape=None, colour=None, motion=None, background=name)
+    seen = _object(video, background)
+    if seen is None:
+        return SceneLabels(shape=None, colour=None, motion=None, background=name)
+    return SceneLabels(
+        shape=_shape(seen.coverage),
+        colour=_nearest(seen.colour, COLOURS),
+        motion=_direction(_travel(seen, length=len(video)), side=max(video.shape[-2:])),
+        background=name,
+    )
+
+
+def travel(frames: Tensor) -> tuple[float, float] | None:
+    """Return how far the object of a video travels from the first to the last frame, in pixels to the right and down.
+
+    Takes what `detect` takes; ``None`` where that sees no object.
+    """
+    video = _as_float(frames)
+    seen = _object(video, _background(video))
+    return None if seen is None else _travel(seen, length=len(video))
+
+
+def is_still(distance: tuple[float, float], *, side: int) -> bool:
+    """Whether so small a distance, in pixels, is no motion in frames with a longer side of ``side``."""
+    return math.hypot(*distance) < STILL_TRAVEL_FRACTION * side
+
+
+def _as_float(frames: Tensor) -> Tensor:
+    return frames.permute(0, 3, 1, 2).float() / 255 if frames.dtype == torch.uint8 else frames.float()
+
+
+def _object(video: Tensor, background: Tensor) -> _Object | None:
     difference = video - background[None, :, None, None]
     distance = difference.norm(dim=1)  # [F, H, W]
     if float(distance.amax()) < MIN_CONTRAST:
-        return nothing
+        return None
     core = distance > 0.7 * distance.amax()
     colour = video.permute(0, 2, 3, 1)[core].median(dim=0).values
     axis = colour - background
@@ -44,14 +87,8 @@ def detect(frames: Tensor) -> SceneLabels:
     area = coverage.sum(dim=(1, 2))
     seen = (area > MIN_AREA_FRACTION * pixels) & (area < MAX_AREA_FRACTION * pixels)
     if int(seen.sum()) * 2 < len(seen):
-        return nothing
-    centre_x, centre_y = _centroids(coverage)
-    return SceneLabels(
-        shape=_shape(coverage[seen], area[seen], centre_x[seen], centre_y[seen]),
-        colour=_nearest(colour, COLOURS),
-        motion=_motion(centre_x, centre_y, seen, side=max(coverage.shape[-2:])),
-        background=name,
-    )
+        return None
+    return _Object(colour=colour, coverage=coverage[seen], frame=torch.arange(len(seen), dtype=torch.float32)[seen])
 
 
 def _background(video: Tensor) -> Tensor:
@@ -73,21 +110,26 @@ def _centroids(coverage: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def _motion(x: Tensor, y: Tensor, seen: Tensor, *, side: int) -> str:
-    frame = torch.arange(len(x), dtype=torch.float32)[seen]
-    frame = frame - frame.mean()
-    clip_length = len(x) - 1
+def _travel(seen: _Object, *, length: int) -> tuple[float, float]:
+    """The slope of the centroid over the frames, times the steps of a clip of ``length`` frames."""
+    frame = seen.frame - seen.frame.mean()
     spread = frame.square().sum().clamp_min(1e-6)
-    travel_x, travel_y = (float((frame * c[seen]).sum() / spread) * clip_length for c in (x, y))
-    if math.hypot(travel_x, travel_y) < STILL_TRAVEL_FRACTION * side:
+    x, y = (float((frame * centre).sum() / spread) * (length - 1) for centre in _centroids(seen.coverage))
+    return x, y
+
+
+def _direction(distance: tuple[float, float], *, side: int) -> str:
+    x, y = distance
+    if is_still(distance, side=side):
         return "still"
-    if abs(travel_x) >= abs(travel_y):
-        return "right" if travel_x > 0 else "left"
-    return "down" if travel_y > 0 else "up"
+    if abs(x) >= abs(y):
+        return "right" if x > 0 else "left"
+    return "down" if y > 0 else "up"
 
 
-def _shape(coverage: Tensor, area: Tensor, x: Tensor, y: Tensor) -> str:
+def _shape(coverage: Tensor) -> str:
     height, width = coverage.shape[-2:]
+    area, (x, y) = coverage.sum(dim=(1, 2)), _centroids(coverage)
     offset_x = torch.arange(width)[None, None, :] + 0.5 - x[:, None, None]
     offset_y = torch.arange(height)[None, :, None] + 0.5 - y[:, None, None]
     radius = (area / math.pi).sqrt()[:, None, None]
