@@ -72,6 +72,17 @@ def test_a_machine_that_makes_no_sense_is_named_by_its_option(tiny_model, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_quantize_ends_with_the_next_commands(tiny_model, tmp_path, capsys):
+    out = tmp_path / "my model"
+    for recipe, same in (("rtn-w4a6", True), ("rtn-w4a8", False)):
+        shown = output_of(
+            capsys, ["quantize", "-m", tiny_model, "-r", recipe, "-o", out, "--device", "cpu", "--overwrite"]
+        )
+        assert f"next: s2q generate -m '{out}' --prompt TEXT -o videos\n" in shown.err
+        assert f" s2q eval -m '{out}' --reference {tiny_model} --prompts FILE -o eval.json\n" in shown.err
+        assert ("rtn-w4a8 has the same bytes and products as rtn-w4a6, and less error" in shown.err) == same
+
+
 def test_samples_is_short_for_the_recipe_field(tiny_model, tmp_path, capsys):
     command = [
         "quantize",

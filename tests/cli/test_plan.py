@@ -42,3 +42,17 @@ def test_recipes_are_compared_in_a_table_and_as_json(capsys):
 def test_what_cannot_be_planned_is_refused(capsys, arguments, message):
     assert run(["plan", "-m", MODEL, *arguments]) in (2, 3)
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_plan_names_what_the_device_multiplies_and_what_to_take(capsys):
+    assert run(["plan", "-m", MODEL, "-r", "s2q-w4a6", "--device", "5090"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "On 5090: W8A8, W4A8, W4A6, W4A4 have integer products (int8 tensor cores); NVFP4 has products of its own "
+        "(--backend fp4); s2q-w4a8 has the same bytes and products as s2q-w4a6, and less error; recommended: "
+        "s2q-plus-w4a8\n"
+    ) in shown
+    assert run(["plan", "-m", MODEL, "-r", "s2q-plus-w4a8", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "On this device: " in shown
+    assert "recommended" not in shown

@@ -140,8 +140,10 @@ def test_a_plan_is_json_data(folder):
     content = json.loads(json.dumps(plan(folder, recipe="rtn-w4a6").to_dict()))
     assert content.keys() == {
         *("schema_version", "model", "recipe", "storage", "stages", "layers", "simulated", "device", "calibration"),
-        *("allocation", "attention", "estimate"),
+        *("allocation", "attention", "estimate", "widths"),
     }
+    assert content["widths"].keys() == {"products", "native", "same_cost", "recommended"}
+    assert content["widths"]["products"].keys() == {"unit", "integer", "fp4"}
     assert content["storage"].keys() == {"full_precision_bytes", "quantized_bytes", "ratio"}
     assert [stage.keys() for stage in content["stages"]] == [
         {"name", "peak_memory_bytes", "seconds", "flop", "traffic_bytes"}

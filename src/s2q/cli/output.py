@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from s2q.cli.console import format_seconds
+from s2q.common.device_names import is_device_name
 from s2q.common.errors import printable
 from s2q.common.files import canonical_json
 from s2q.report.formatting import format_bytes, format_interval, format_sample, format_value, title_of
@@ -65,7 +66,33 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     out.print(stages)
     for line in _plan_notes(plan):
         out.print(line, soft_wrap=True)
+    if (widths := plan["widths"]) is not None:
+        device = plan["device"]["name"]
+        out.print(
+            widths_line("this device" if is_device_name(device) else device, plan["recipe"], widths), soft_wrap=True
+        )
     _show_layers(out, plan)
+
+
+def widths_line(device: str, recipe: str, widths: Mapping[str, Any]) -> str:
+    """Return a line on the widths that a device multiplies as integers, and on the recipe to take there."""
+    products = widths["products"]
+    integer = ", ".join(name.upper() for name in products["integer"])
+    parts = [f"{integer} have integer products ({products['unit']})" if integer else "no integer products"]
+    if products["fp4"]:
+        parts.append("NVFP4 has products of its own (--backend fp4)")
+    if widths["native"] is False:
+        parts.append(f"the linears of {recipe} have none and run in floating point")
+    if (same := widths["same_cost"]) is not None:
+        parts.append(same_cost_line(same, recipe))
+    if (recommended := widths["recommended"]) not in (None, same):
+        parts.append(f"recommended: {recommended}")
+    return f"On {device}: {'; '.join(parts)}"
+
+
+def same_cost_line(same: str, recipe: str) -> str:
+    """Return a line on a recipe or setting with wider inputs, which cost nothing."""
+    return f"{same} has the same bytes and products as {recipe}, and less error"
 
 
 def show_recipes(comparison: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """`s2q quantize` and `s2q inspect`."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +67,25 @@ def quantize(
         output.show_plan(result)
     else:
         console.say(f"{out}: {len(result['layers'])} linears, {result['storage']['ratio']:.2f} times smaller")
+        _say_next(model, recipe, out, overrides=overrides, variant=variant, device=result["device"])
+
+
+def _say_next(
+    model: str, recipe: str, out: Path, *, overrides: Sequence[str] | None, variant: str | None, device: str
+) -> None:
+    """Show the commands that use the checkpoint, and a recipe with less error that costs the same."""
+    from s2q.cli import console, output
+    from s2q.planning import device_products, planned_widths
+    from s2q.recipes.load import load_recipe
+    from s2q.shapes.embedded import EMBEDDED_NAMES
+
+    checkpoint, options = shlex.quote(str(out)), "" if variant is None else f" --variant {variant}"
+    judged = options if model in EMBEDDED_NAMES else f" --prompts FILE{options}"
+    console.say(f"next: s2q generate -m {checkpoint} --prompt TEXT -o videos{options}")
+    console.say(f"      s2q eval -m {checkpoint} --reference {shlex.quote(model)}{judged} -o eval.json")
+    validated, products = load_recipe(recipe, overrides=overrides or ()), device_products(device)
+    if products is not None and (same := planned_widths(validated, products).same_cost) is not None:
+        console.say(output.same_cost_line(same, recipe))
 
 
 def inspect(

@@ -14,6 +14,7 @@ from s2q.planning.plan import (
     tensor_sizes,
     workers_that_fit,
 )
+from s2q.planning.widths import device_products, planned_widths
 
 __all__ = [
     "LESS_MEMORY",
@@ -23,11 +24,13 @@ __all__ = [
     "activation_memory",
     "check_memory",
     "compare_recipes",
+    "device_products",
     "gpus",
     "plan",
     "plan_allocated",
     "plan_model",
     "plan_transformers",
+    "planned_widths",
     "tensor_sizes",
     "this_machine",
     "workers_that_fit",

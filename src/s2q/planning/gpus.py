@@ -52,6 +52,7 @@ class Rates:
         link: Bytes/s from the host.
         source: Where the figures are from.
         queues: Whether it computes while the host launches further operations.
+        capability: Its compute capability; None for a CPU.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Rates:
     link: float
     source: str
     queues: bool = True
+    capability: tuple[int, int] | None = None
 
     def seconds(self, work: Work, efficiency: Efficiency = EXPECTED) -> float:
         """Return how long it takes: products, attention, elementwise operations and transfers in turn."""
@@ -89,6 +91,7 @@ def gpus() -> dict[str, Rates]:
             bandwidth=entry["bandwidth_gbs"] * _GIGA,
             link=entry["link_gbs"] * _GIGA,
             source=entry["source"],
+            capability=(entry["capability"][0], entry["capability"][1]),
         )
         for name, entry in content.items()
     }

@@ -41,6 +41,7 @@ from s2q.planning.estimate import TimeEstimate, stage_work, time_estimate
 from s2q.planning.flop import Work
 from s2q.planning.gpus import Rates, gpu
 from s2q.planning.resolve import LinearPlan, allocation_bytes, quantized_attention, recipe_linears, resolve
+from s2q.planning.widths import PlannedWidths, device_products, planned_widths
 from s2q.planning.workload import workload_of_source, workload_of_synthetic
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe
@@ -123,6 +124,7 @@ class Plan:
         allocation: What the run allocates; None for recipes that do not.
         attention: What the recipe quantizes of the attention; None if nothing.
         estimate: Its time, if it is planned for a GPU by name; None otherwise.
+        widths: The recipe's width among those that the device multiplies; None if these are not known.
     """
 
     schema_version: int
@@ -137,6 +139,7 @@ class Plan:
     allocation: PlannedAllocation | None
     attention: PlannedAttention | None = None
     estimate: TimeEstimate | None = None
+    widths: PlannedWidths | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -300,6 +303,7 @@ def plan_transformers(
     work = stage_work(
         recipe, linears, shapes, cost, workload=workload, dtype=compute_dtype, transformers=len(transformers)
     )
+    products = device_products(machine.device, capability=None if rates is None else rates.capability)
     peaks = _peaks(recipe, shapes, cost, layers, workload=workload, machine=machine, dtype=compute_dtype, now=now)
     return Plan(
         schema_version=PLAN_VERSION,
@@ -314,6 +318,7 @@ def plan_transformers(
         allocation=allocation,
         attention=_planned_attention(recipe, attention, shapes, workload),
         estimate=None if rates is None or not work else time_estimate(work, rates),
+        widths=None if products is None else planned_widths(recipe, products),
     )
 
 

@@ -22,6 +22,7 @@ _SUFFIX = ".yaml"
 _WIDTH = re.compile(r"w(\d+)a(\d+)")
 _UNQUANTIZED, _OUTER_BITS = 16, 8
 _ORIGINAL = ("s2q-", "table-")  # the paper's method and what this package adds; the others are rivals
+_FOR_EXPORT = ("s2q-export-", "convrot-")
 
 
 def recipe_names() -> list[str]:
@@ -60,6 +61,11 @@ def is_rival(name: str) -> bool:
     """Whether a name is that of a recipe of the package for somebody else's method."""
     method = name.rpartition("-")[0]
     return method in methods() and not name.startswith(_ORIGINAL)
+
+
+def is_for_export(name: str) -> bool:
+    """Whether a name is that of a recipe of the package for files of other programs (`s2q export`)."""
+    return name.startswith(_FOR_EXPORT) and name.rpartition("-")[0] in methods()
 
 
 def unknown_recipe(name: str) -> InvalidInputError:
