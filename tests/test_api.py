@@ -76,6 +76,7 @@ def test_quantize_shows_every_option_with_its_default():
         "device": "cpu",
         "dtype": None,
         "variant": None,
+        "loras": (),
         "max_shard_size": "10GB",
         "memory_budget": None,
         "workers": "auto",

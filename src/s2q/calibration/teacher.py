@@ -184,7 +184,8 @@ def load_teacher(
     if TRANSFORMERS[0] not in modules:
         raise InvalidInputError(f"{type(pipe).__name__} has no transformer; expected a text-to-video pipeline with one")
     first = modules[TRANSFORMERS[0]].dtype
-    mapped = isinstance(model, ModelSource) and model.weights_dtype() == first  # what is converted is no longer a file
+    # what is converted, or has an adapter fused, is no longer in the file
+    mapped = isinstance(model, ModelSource) and not model.loras and model.weights_dtype() == first
     for component, transformer in modules.items():
         _check_state(name, component, transformer, wanted=parse_dtype(dtype))
         if transformer.dtype != first:

@@ -4,7 +4,7 @@ Importing this package registers the quantizer with diffusers; `import s2q` sees
 """
 
 from s2q.checkpoint.config import FORMAT_VERSION, S2QConfig
-from s2q.checkpoint.inspect import CheckpointReport, inspect_checkpoint
+from s2q.checkpoint.inspect import CheckpointReport, fused_loras, inspect_checkpoint
 from s2q.checkpoint.load import load_pipeline, read_config, read_configs
 from s2q.checkpoint.manifest import MANIFEST, check_intact, owned_files, verify_manifest, write_manifest
 from s2q.checkpoint.quantizer import QUANT_METHOD, S2QQuantizer, attach_config, file_tensors, register
@@ -21,6 +21,7 @@ __all__ = [
     "attach_config",
     "check_intact",
     "file_tensors",
+    "fused_loras",
     "inspect_checkpoint",
     "load_pipeline",
     "owned_files",

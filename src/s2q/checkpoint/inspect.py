@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 
 from s2q.checkpoint.config import S2QConfig
-from s2q.checkpoint.load import read_configs, read_transformer_config, stored_transformers
+from s2q.checkpoint.load import REMEDY, read_configs, read_transformer_config, stored_transformers
 from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
+from s2q.checkpoint.save import REPORT
 from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError
+from s2q.common.files import read_json
 from s2q.common.headers import DTYPES, TensorInfo, read_headers
 from s2q.common.meta import meta_model, plain_config
 from s2q.common.records import INSPECTION_VERSION
@@ -182,3 +184,19 @@ def _layer(
     names = (f"{name}.{tensor}" for tensor in (*shapes, "bias"))
     num_bytes = sum(tensors[tensor].num_bytes for tensor in names if tensor in tensors)
     return LinearStorage(name=name, shape=(out_features, in_features), scheme=scheme.name, bytes=num_bytes)
+
+
+def fused_loras(folder: Path) -> list[dict[str, Any]]:
+    """Return the adapters that were fused into a checkpoint's model before it was quantized; see `s2q.models.lora`.
+
+    Raises:
+        InvalidInputError: If the record is damaged.
+    """
+    if not (folder / REPORT).is_file():
+        return []
+    loras = read_json(folder / REPORT, remedy=REMEDY).get("loras", [])
+    keys = {"file": str, "sha256": str, "scale": float, "component": str}
+    for lora in loras if isinstance(loras, list) else [None]:
+        if not isinstance(lora, dict) or {key: type(value) for key, value in lora.items()} != keys:
+            raise InvalidInputError(f"{folder / REPORT}: its adapters are not readable; {REMEDY}")
+    return list(loras)

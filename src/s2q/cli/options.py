@@ -94,6 +94,14 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help="Compute dtype. Default: the stored one; float32 where a CPU emulates it."),
 ]
 Variant = Annotated[str | None, name_option("--variant", help="Weight variant, e.g. fp16. Default: none.")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="Fuse a LoRA into the full-precision model: [transformer_2=]FILE[:SCALE]. Repeatable.",
+        metavar="FILE",
+    ),
+]
 Verify = Annotated[
     bool | None,
     typer.Option(

@@ -137,6 +137,11 @@ def name_list(name: str, values: Iterable[Any]) -> tuple[str, ...]:
     return names
 
 
+def path_list(name: str, values: Iterable[Any]) -> tuple[str, ...]:
+    """Return a list of paths, as text or `pathlib.Path`, as a tuple of texts."""
+    return tuple(str(path_argument(name, value)) for value in _listed(name, values, of="paths"))
+
+
 def path_argument(name: str, path: Any) -> Path:
     """Return a path of a file or folder, "~" expanded."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):

@@ -18,7 +18,7 @@ from s2q.common import arguments
 from s2q.common.arguments import optional
 from s2q.common.components import transformers_of
 from s2q.common.devices import free_memory
-from s2q.common.errors import InvalidInputError, memory_errors
+from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.progress import Progress, StageCounter, Tick, silent
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.engines.engine import Worker, fixed_threads
@@ -34,12 +34,13 @@ from s2q.evaluation.video_metrics import VELOCITY, judge_video, noise_pairs, sel
 from s2q.generation.defaults import embedded_source, generation_defaults, model_label
 from s2q.generation.denoise import denoise
 from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched, settings_for, videos_of
-from s2q.generation.load import check_model, load_pipeline, models_that_fit, refuse_load_options
+from s2q.generation.load import check_model, check_same_loras, load_pipeline, models_that_fit, refuse_load_options
 from s2q.generation.prompts import check_distinct
 from s2q.generation.settings import GenerationSettings, check_prompts, requested_settings
 from s2q.generation.trajectory import record_trajectory
 from s2q.models import ModelSource, resolve_model
 from s2q.models.architecture import Architecture, architecture_of, check_comparable, warn_of_scheduler
+from s2q.models.lora import with_loras
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -87,6 +88,7 @@ def evaluate(
     device: str | torch.device | int = "cpu",
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
+    loras: Sequence[str | Path] = (),
     verify: bool | None = None,
     trajectory_bytes: int = TRAJECTORY_BYTES,
     workers: int | str = AUTO,
@@ -110,6 +112,7 @@ def evaluate(
         batch_size: Videos per batch; None chooses by the number of video tokens.
         variant: Variant of the weights, "fp16"; the reference must have it, and a judged model that has it is loaded
             in it too.
+        loras: LoRA adapters to fuse into the reference, as `s2q.quantize` fused them into the model.
         trajectory_bytes: Memory of a worker for recorded trajectories; the rest goes to a temporary folder.
         workers: Number of workers that share the prompts, two at a time, or "auto", as for `s2q.quantize`; also
             `devices`, `engine` and `ray_address`. Loaded pipelines are evaluated in this process.
@@ -136,6 +139,7 @@ def evaluate(
         dtype=arguments.parse_dtype(dtype),
         variant=optional(arguments.word, "variant", variant),
         verify=optional(arguments.flag, "verify", verify),
+        loras=arguments.path_list("loras", loras),
         lpips_weights=optional(arguments.path_argument, "lpips_weights", lpips_weights),
         clip=optional(arguments.path_argument, "clip", clip),
         trajectory_bytes=arguments.whole_number("trajectory_bytes", trajectory_bytes, least=0),
@@ -204,6 +208,10 @@ def _resolve_pair(model: Any, reference: Any, settings: EvaluationSettings, work
     """Return a model and its reference, resolved where they were given by name, if they can be compared."""
     model, reference = arguments.model_argument("model", model), arguments.model_argument("reference", reference)
     reference, model = _resolved(reference, settings), _resolved(model, settings, needs_variant=False)
+    if isinstance(reference, ModelSource):
+        reference = with_loras(reference, settings.loras)
+    elif settings.loras:
+        raise UsageError("evaluate: loras are for a reference by name or folder; fuse them by fuse_lora()")
     sources = [side for side in (reference, model) if isinstance(side, ModelSource)]
     for source in sources:
         check_model(source, verify=settings.verify)
@@ -213,6 +221,8 @@ def _resolve_pair(model: Any, reference: Any, settings: EvaluationSettings, work
         refuse_load_options("evaluate", dtype=settings.dtype, variant=settings.variant, verify=settings.verify)
     ours, theirs = (architecture_of(side, label=model_label(side)) for side in (model, reference))
     check_comparable(ours, theirs)
+    if len(sources) == 2:
+        check_same_loras(model, reference)
     warn_of_scheduler(ours, theirs)
     return model, reference
 

@@ -14,7 +14,10 @@ TRAJECTORY_BYTES = 4 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Settings that hold for every model and prompt; `requested` are generation settings by name."""
+    """Settings that hold for every model and prompt; `requested` are generation settings by name.
+
+    `loras` are adapters of the reference.
+    """
 
     metrics: tuple[str, ...] = ()
     requested: Mapping[str, Any] = field(default_factory=dict)
@@ -23,6 +26,7 @@ class EvaluationSettings:
     dtype: torch.dtype | str | None = None
     variant: str | None = None
     verify: bool | None = None
+    loras: tuple[str, ...] = ()
     lpips_weights: Path | None = None
     clip: Path | None = None
     trajectory_bytes: int = TRAJECTORY_BYTES

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2q.common.arguments import model_argument, optional, prompt_list, seed_numbers, whole_number, word
+from s2q.common.arguments import model_argument, optional, path_list, prompt_list, seed_numbers, whole_number, word
 from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.torch_state import in_fresh_torch_state
@@ -29,6 +29,7 @@ from s2q.generation.settings import (
 )
 from s2q.generation.trajectory import Trajectory
 from s2q.models import ModelSource, family_of, resolve_model
+from s2q.models.lora import with_loras
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -68,6 +69,7 @@ def generate(
     device: str | torch.device | int = "cpu",
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
+    loras: Sequence[str | Path] = (),
     verify: bool | None = None,
     backend: str = "auto",
     attention_backend: str | None = None,
@@ -83,10 +85,11 @@ def generate(
     floating-point rounding only. Threads may call it with one pipeline: they take turns.
 
     Args:
-        model: A pipeline, the name or folder of one, or a resolved source. `device`, `dtype`, `variant`, `verify` and
-            the backends are for models that are loaded here; see `s2q.load`.
+        model: A pipeline, the name or folder of one, or a resolved source. `device`, `dtype`, `variant`, `loras`,
+            `verify` and the backends are for models that are loaded here; see `s2q.load`.
         seeds: Every prompt is generated with every seed.
         num_frames: None takes the model's own, as for `height`, `width`, `num_inference_steps` and `guidance_scale`.
+        loras: LoRA adapters to fuse into a full-precision model, "[transformer_2=]FILE.safetensors[:SCALE]".
         batch_size: Videos per batch; by default as many as hold 4,096 video tokens together, 1 to 16.
         workers: Number of workers, which load the model each and take batches in turn, in one thread on a CPU; "auto"
             takes every visible GPU, or this process with all its threads.
@@ -112,10 +115,11 @@ def generate(
     work = _BatchWork(dtype=dtype, verify=verify, backend=backend, attention_backend=attention_backend)
     if isinstance(model, str | Path | ModelSource):
         source = resolve_model(model, variant=optional(word, "variant", variant))
+        source = with_loras(source, path_list("loras", loras))
         return _generate_named(work, source, prompts, seeds, requested, batch_size, where, progress)
     refuse_load_options("generate", dtype=dtype, variant=variant, verify=verify)
-    if backend != "auto" or attention_backend is not None:
-        raise UsageError("generate: backends are for models by name or folder; see s2q.load")
+    if backend != "auto" or attention_backend is not None or loras:
+        raise UsageError("generate: backends and loras are for models by name or folder; see s2q.load")
     where.check_alone("generate")
     resolved, batches = _batches(model, generation_defaults(model), prompts, seeds, requested, batch_size)
     engine_here = InProcessEngine(where.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,9 @@ import torch
 from s2q import checkpoint
 from s2q.checkpoint import CheckpointReport
 from s2q.common.arguments import device_name, flag, model_argument, optional, parse_dtype, path_argument, word
-from s2q.common.components import transformers_of
+from s2q.common.components import TRANSFORMERS, transformers_of
 from s2q.common.devices import default_dtype, device_memory_bytes
-from s2q.common.errors import UsageError, memory_errors
+from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.loading_errors import LESS_MEMORY
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models import ModelSource, resolve_model
@@ -102,6 +102,24 @@ def check_model(model: str | Path | ModelSource, *, verify: bool | None = None) 
         checkpoint.check_intact(folder, verify=verify)
     else:
         _check_leftover_manifest(source.folder, verify=verify)
+
+
+def check_same_loras(model: ModelSource, reference: ModelSource) -> None:
+    """Refuse a checkpoint that was made with other adapters than its reference is loaded with."""
+    if not _is_ours(model):
+        return
+    fused, expected = checkpoint.fused_loras(model.complete_folder()), [lora.to_dict() for lora in reference.loras]
+    if fused != expected:
+        described = [" and ".join(_described(lora) for lora in loras) or "none" for loras in (fused, expected)]
+        raise InvalidInputError(
+            f"{model.given}: was quantized with LoRA {described[0]}, the reference {reference.given} is loaded with "
+            f"{described[1]}; pass the same with --lora"
+        )
+
+
+def _described(lora: Mapping[str, Any]) -> str:
+    second = "" if lora["component"] == TRANSFORMERS[0] else f" in {lora['component']}"
+    return f"{lora['file']} (SHA-256 {lora['sha256'][:8]}) at scale {lora['scale']:g}{second}"
 
 
 def inspect_model(model: str | Path, *, variant: str | None = None, verify: bool = False) -> CheckpointReport:

@@ -27,6 +27,7 @@ from s2q.common.versions import is_installed
 from s2q.common.weight_files import has_variant, names_in, variants_in, weight_files
 from s2q.core.storage import BF16_BYTES
 from s2q.models.hub import HubId, parse_hub_id
+from s2q.models.lora import Lora, fuse_loras
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,6 +51,7 @@ class ModelSource:
         variant: Variant of the weights to load, "fp16".
         hub: The repository at the commit that was resolved; None for models that are not on the Hub.
         hub_names: Names of all files of the repository; None where they are not known.
+        loras: Adapters that are fused when it is loaded.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ModelSource:
     variant: str | None = None
     hub: HubId | None = None
     hub_names: frozenset[str] | None = field(default=None, repr=False)
+    loras: tuple[Lora, ...] = ()
 
     @property
     def pinned(self) -> str:
@@ -109,6 +112,12 @@ class ModelSource:
         import diffusers
 
         return getattr(diffusers, self.transformer_configs[component]["_class_name"])
+
+    def pipeline_type(self) -> Any:
+        """Return the class of the pipeline, of diffusers."""
+        import diffusers
+
+        return getattr(diffusers, self.index["_class_name"])
 
     def file_names(self, component: str) -> set[str]:
         """Return the names of the files of a component, downloaded or not."""
@@ -217,10 +226,10 @@ class ModelSource:
         vae_class = getattr(diffusers, self.index["vae"][1])
         with torch.device("meta"):
             parts["vae"] = vae_class.from_config(vae_class.load_config(self.folder, subfolder="vae"))
-        return getattr(diffusers, self.index["_class_name"])(**parts, **components)
+        return self.pipeline_type()(**parts, **components)
 
     def load_pipeline(self, *, dtype: torch.dtype | str | None = None, device: str = "cpu") -> DiffusionPipeline:
-        """Load the whole pipeline in a dtype (None: as the transformers are stored), its progress bar off."""
+        """Load the whole pipeline, its adapters fused, in a dtype (None: as the transformers are stored)."""
         wanted = parse_dtype(dtype)
         self.check_packages()
         wanted = wanted or self.stored_dtype()
@@ -231,6 +240,7 @@ class ModelSource:
             pipe.register_to_config(_name_or_path=self.name)  # not the folder, which the variants share
         else:
             pipe = self._downloaded._load(wanted)
+        fuse_loras(pipe, self.loras)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
 

@@ -27,6 +27,7 @@ def run_inputs(
         files = {path: path.stat() for path in sorted(model.folder.rglob("*")) if path.is_file()}
         described = {
             "model": [model.name, model.kind, str(model.folder.resolve())],
+            "loras": [lora.to_dict() for lora in model.loras],
             "model files": {
                 path.relative_to(model.folder).as_posix(): f"{stat.st_size} bytes of time {stat.st_mtime_ns}"
                 for path, stat in files.items()

@@ -44,6 +44,7 @@ from s2q.core.storage import parse_bytes
 from s2q.engines.engine import Engine, fixed_threads
 from s2q.engines.options import AUTO, Workers, workers_argument
 from s2q.models import ModelSource, resolve_model
+from s2q.models.lora import with_loras
 from s2q.planning import Machine, Plan, check_memory, workers_that_fit
 from s2q.recipes.load import checked_overrides, load_recipe
 from s2q.recipes.schema import Recipe
@@ -71,6 +72,7 @@ class _Settings:
     seed: int
     dtype: torch.dtype | None
     variant: str | None
+    loras: tuple[str, ...]
     max_shard_size: int
     memory_budget: int | None
     workers: Workers
@@ -97,6 +99,7 @@ def quantize(
     device: str | torch.device | int = "cpu",
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
+    loras: Sequence[str | Path] = (),
     max_shard_size: int | str = "10GB",
     memory_budget: int | str | None = None,
     workers: int | str = AUTO,
@@ -119,6 +122,7 @@ def quantize(
             those of an embedded model.
         samples: Calibration samples; None leaves it to the recipe.
         overrides: Changes to the recipe, "key=value" each.
+        loras: LoRA adapters to fuse into the model before it is quantized, "[transformer_2=]FILE.safetensors[:SCALE]".
         dtype: Compute dtype; None is the stored one, or float32 where the device emulates that.
         memory_budget: Host memory for the activations of calibration, "16GB"; the rest is on disk, in the run folder.
             None takes half of the host's memory, at most 16 GB.
@@ -144,6 +148,7 @@ def quantize(
         seed=arguments.seed_number(seed),
         dtype=arguments.parse_dtype(dtype),
         variant=arguments.optional(arguments.word, "variant", variant),
+        loras=arguments.path_list("loras", loras),
         max_shard_size=parse_bytes(max_shard_size, option="max_shard_size"),
         memory_budget=None if memory_budget is None else parse_bytes(memory_budget, option="memory_budget"),
         workers=workers_argument(
@@ -220,7 +225,9 @@ def _recipe(
 def _source(model: Any, settings: _Settings) -> ModelSource | None:
     """The model's files; None for a loaded pipeline."""
     if isinstance(model, str | Path | ModelSource):
-        return resolve_model(model, variant=settings.variant)
+        return with_loras(resolve_model(model, variant=settings.variant), settings.loras)
+    if settings.loras:
+        raise UsageError("quantize: loras are for models by name or folder; fuse them into the pipeline by fuse_lora()")
     if settings.variant is not None:
         raise UsageError("quantize: variant is for models by name or folder; load the pipeline with variant=")
     settings.workers.check_alone("quantize")
@@ -441,6 +448,7 @@ class _Run:
             seconds=time.perf_counter() - self.started,
             peak_memory_bytes=peak_memory_bytes(self.settings.device),
             retries=tuple(asdict(retry) for retry in self.engine.retries),
+            loras=() if teacher.source is None else tuple(lora.to_dict() for lora in teacher.source.loras),
             versions=package_versions(),
         )
 

@@ -63,6 +63,7 @@ class QuantizationReport:
         stages: Seconds and peak memory of each stage, in order.
         seconds: Time from the start until the checkpoint was ready to be written.
         peak_memory_bytes: Highest resident memory of the process (on a GPU: allocated there).
+        loras: Adapters that were fused into the source: `file`, `sha256`, `scale` and `component` of each.
         retries: Tasks that were given to another worker because theirs died: `task`, an index, and `cause`.
     """
 
@@ -87,6 +88,7 @@ class QuantizationReport:
     peak_memory_bytes: int
     versions: Mapping[str, str] = field(repr=False)
     retries: Sequence[Mapping[str, Any]] = ()
+    loras: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

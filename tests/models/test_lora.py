@@ -1,0 +1,207 @@
+"""LoRA adapters that are fused into the model before it is quantized, and those that are refused."""
+
+import re
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import s2q
+from s2q.common.errors import InvalidInputError, UsageError
+from s2q.models import resolve_model
+from s2q.models.lora import parse_lora, with_loras
+from tiny import tiny_pipeline
+
+TARGETS = ["to_q", "to_v", "ff.net.2", "ffn.net.2"]
+PREFIX = "transformer."
+
+
+def save_lora(pipe, path, *, component="transformer", seed=0, alpha=4, **options):
+    """Save a random adapter for a transformer of a pipeline, which is left without it."""
+    torch.manual_seed(seed)
+    transformer = getattr(pipe, component)
+    config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=False, **options)
+    transformer.add_adapter(config)
+    adapted = peft.get_peft_model_state_dict(transformer)
+    path.mkdir(parents=True, exist_ok=True)
+    type(pipe).save_lora_weights(
+        path,
+        transformer_lora_layers=adapted,
+        transformer_lora_adapter_metadata=config.to_dict() | {"target_modules": TARGETS, "peft_type": "LORA"},
+    )
+    transformer.delete_adapters("default")
+    pipe.unload_lora_weights()
+    return path / "pytorch_lora_weights.safetensors"
+
+
+def expected_weights(plain, file, scale, *, alpha=4, rank=2):
+    """W + s · alpha / r · B A, by hand."""
+    factors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
+    weights = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    for name in [name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")]:
+        change = factors[f"{name}.lora_B.weight"] @ factors[f"{name}.lora_A.weight"]
+        weights[f"{name}.weight"] += scale * alpha / rank * change
+    return weights
+
+
+@pytest.fixture(params=["cogvideox", "wan", "hunyuanvideo", "ltx", "mochi"])
+def model(request, tmp_path):
+    pipe = tiny_pipeline(request.param)
+    pipe.save_pretrained(tmp_path / "model")
+    return pipe, tmp_path / "model"
+
+
+def test_an_adapter_is_added_to_the_weights(model, tmp_path):
+    pipe, folder = model
+    file = save_lora(pipe, tmp_path / "lora")
+    source = with_loras(resolve_model(folder), [f"{file}:0.5"])
+    fused = source.load_pipeline(dtype="float32").transformer.state_dict()
+    plain = resolve_model(folder).load_pipeline(dtype="float32").transformer
+    expected = expected_weights(plain, file, 0.5)
+    assert fused.keys() == expected.keys()
+    for name, tensor in fused.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+    changed = [name for name, tensor in plain.state_dict().items() if not torch.equal(tensor, fused[name])]
+    assert changed
+    assert all(any(f"{target}.weight" in name for target in TARGETS) for name in changed)
+
+
+@pytest.fixture
+def wan(tmp_path):
+    pipe = tiny_pipeline("wan 2.2 a14b")
+    pipe.save_pretrained(tmp_path / "model")
+    return pipe, tmp_path / "model"
+
+
+def test_each_transformer_of_a_pair_has_its_adapter(wan, tmp_path):
+    pipe, folder = wan
+    first = save_lora(pipe, tmp_path / "high", seed=1)
+    second = save_lora(pipe, tmp_path / "low", seed=2, component="transformer_2")
+    source = with_loras(resolve_model(folder), [str(first.parent), f"transformer_2={second}:2"])
+    fused, plain = source.load_pipeline(dtype="float32"), resolve_model(folder).load_pipeline(dtype="float32")
+    for component, file, scale in (("transformer", first, 1.0), ("transformer_2", second, 2.0)):
+        weights = getattr(fused, component).state_dict()
+        for name, tensor in expected_weights(getattr(plain, component), file, scale).items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_is_quantized_with_the_adapter_and_says_so(wan, tmp_path):
+    pipe, folder = wan
+    file = save_lora(pipe, tmp_path / "lora")
+    report = s2q.quantize(folder, recipe="rtn-w8a8", out=tmp_path / "out", loras=[f"{file}:0.5"])
+    (lora,) = report.loras
+    assert (lora["file"], lora["scale"], lora["component"]) == (file.name, 0.5, "transformer")
+    assert f"`{file.name}` at scale 0.5" in (tmp_path / "out" / "README.md").read_text()
+
+    fused = with_loras(resolve_model(folder), [f"{file}:0.5"]).load_pipeline(dtype="float32")
+    by_hand = s2q.quantize(fused, recipe="rtn-w8a8", out=tmp_path / "by-hand")
+    assert by_hand.loras == ()
+    for component in ("transformer", "transformer_2"):
+        name = f"{component}/diffusion_pytorch_model.safetensors"
+        ours, theirs = load_file(tmp_path / "out" / name), load_file(tmp_path / "by-hand" / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+    settings = {"prompts": ["a"], "seeds": [0], "num_inference_steps": 2, "num_frames": 5, "height": 16, "width": 16}
+    with pytest.raises(InvalidInputError, match=r"was quantized with LoRA .* at scale 0.5, the reference .* with none"):
+        s2q.evaluate(tmp_path / "out", reference=folder, **settings)
+    with pytest.raises(InvalidInputError, match=r"with none; pass|at scale 1; pass the same with --lora"):
+        s2q.evaluate(tmp_path / "out", reference=folder, loras=[file], **settings)
+    result = s2q.evaluate(tmp_path / "out", reference=folder, loras=[f"{file}:0.5"], **settings)
+    assert result["metrics"]["velocity_relative_error"]["mean"] < 0.01
+
+
+def test_a_run_with_another_adapter_does_not_resume(wan, tmp_path):
+    from s2q.recipes.load import load_recipe
+    from s2q.run.finished import run_inputs
+
+    pipe, folder = wan
+    file = save_lora(pipe, tmp_path / "lora")
+    source, recipe = resolve_model(folder), load_recipe("rtn-w8a8")
+    inputs = [run_inputs(with_loras(source, loras), recipe, None, {}) for loras in ([], [str(file)], [f"{file}:0.9"])]
+    assert inputs[0] != inputs[1] != inputs[2]
+
+
+@pytest.fixture
+def cogvideox(tmp_path):
+    pipe = tiny_pipeline("cogvideox")
+    pipe.save_pretrained(tmp_path / "model")
+    return pipe, tmp_path / "model"
+
+
+def edited(file, change):
+    """Save an adapter again, its tensors changed by a function of their dict."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    return file
+
+
+def widen(tensors):
+    name = next(name for name in tensors if name.endswith(".lora_A.weight"))
+    tensors[name] = torch.cat([tensors[name]] * 2, dim=1)
+
+
+def test_adapters_of_other_models_are_refused(cogvideox, tmp_path):
+    pipe, folder = cogvideox
+    file, source = save_lora(pipe, tmp_path / "lora"), resolve_model(folder)
+    wider = edited(save_lora(pipe, tmp_path / "wider"), widen)
+    deeper = save_lora(tiny_pipeline("cogvideox", num_layers=3), tmp_path / "deeper")
+    for other, difference in ((wider, r"\d+ (input|output) features, not \d+"), (deeper, r"has no linear .*blocks\.2")):
+        with pytest.raises(InvalidInputError, match=f"is for another model than .*{difference}"):
+            with_loras(source, [str(other)])
+    with pytest.raises(InvalidInputError, match="has no transformer_2"):
+        with_loras(source, [f"transformer_2={file}"])
+
+    def rename(tensors):
+        tensors["text_encoder.q.lora_A.weight"] = tensors.pop(next(iter(tensors)))
+
+    with pytest.raises(InvalidInputError, match=r"text_encoder\.q\.lora_A\.weight is not part of a transformer's LoRA"):
+        with_loras(source, [str(edited(file, rename))])
+
+
+def test_a_dora_is_refused(cogvideox, tmp_path):
+    pipe, folder = cogvideox
+    file = save_lora(pipe, tmp_path / "lora")
+    dora = edited(file, lambda tensors: tensors.update({"transformer.x.lora_magnitude_vector": torch.ones(2)}))
+    with pytest.raises(InvalidInputError, match="is a DoRA"):
+        with_loras(resolve_model(folder), [str(dora)])
+
+
+def test_a_quantized_model_is_refused(cogvideox, tmp_path):
+    pipe, folder = cogvideox
+    file = save_lora(pipe, tmp_path / "lora")
+    s2q.quantize(folder, recipe="rtn-w8a8", out=tmp_path / "out")
+    with pytest.raises(InvalidInputError, match="is quantized, so an adapter cannot be fused"):
+        with_loras(resolve_model(tmp_path / "out"), [str(file)])
+    with pytest.raises(UsageError, match="fuse them into the pipeline by fuse_lora"):
+        s2q.quantize(pipe, recipe="rtn-w8a8", out=tmp_path / "other", loras=[file])
+    with pytest.raises(InvalidInputError, match="pass a list of paths"):
+        s2q.quantize(folder, recipe="rtn-w8a8", out=tmp_path / "other", loras=str(file))
+
+
+def test_files_and_scales(tmp_path):
+    file = tmp_path / "a=b:c.safetensors"
+    save_file({"transformer.x.lora_A.weight": torch.ones(1, 1)}, file)
+    assert (parse_lora(str(file)).path, parse_lora(str(file)).scale) == (file, 1.0)
+    assert parse_lora(f"{file}:-0.25").scale == -0.25
+    assert parse_lora(f"transformer_2={file}:1e-1").component == "transformer_2"
+    assert parse_lora(str(file)).sha256 == parse_lora(f"{file}:3").sha256
+    for text, error, message in (
+        (f"{file}:half", UsageError, "got the scale 'half'"),
+        (f"{file}:nan", UsageError, "got the scale 'nan'"),
+        (f"transformer_3={file}", InvalidInputError, "transformer_3"),
+        (str(tmp_path / "missing.safetensors"), InvalidInputError, "does not exist"),
+        (str(tmp_path), InvalidInputError, "pytorch_lora_weights.safetensors does not exist"),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            parse_lora(text)
+    pickle = tmp_path / "lora.bin"
+    pickle.write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(InvalidInputError, match=r"lora\.bin"):
+        parse_lora(str(pickle))
+    empty = tmp_path / "empty.safetensors"
+    save_file({}, empty)
+    with pytest.raises(InvalidInputError, match="contains no tensors"):
+        parse_lora(str(empty))
