@@ -69,7 +69,7 @@ PLANNED_RECIPES = ("s2q-w4a6", "s2q-plus-w4a6", "rtn-w4a6")
 PLANNED_MODELS = (
     *("shapes-cogvideox", "shapes-wan"),
     *("synthetic:cogvideox-2b", "synthetic:cogvideox-5b", "synthetic:hunyuanvideo", "synthetic:ltx-2b"),
-    *("synthetic:wan-1.3b", "synthetic:wan-14b"),
+    *("synthetic:skyreels-v2-14b", "synthetic:wan-1.3b", "synthetic:wan-14b"),
 )
 PLAN_OPTIONS = ("--device", "cuda", "--device-memory", "24GB", "--memory-budget", "8GB")
 """On a CPU the memory of a stage includes what the process at hand has taken."""
@@ -84,6 +84,7 @@ TINY_MODELS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # size of a v
     "tiny-hunyuanvideo-1.5": (TINY_SIZE, {}),
     "tiny-ltx": (TINY_SIZE | {"height": 32, "width": 32}, {}),
     "tiny-mochi": (TINY_SIZE | {"num_frames": 13}, {}),
+    "tiny-skyreels-v2": (TINY_SIZE, {}),
     "tiny-wan": (TINY_SIZE, {}),
     "tiny-wan-2.2-5b": (TINY_SIZE, {}),
     "tiny-wan-2.2-a14b": (TINY_SIZE, {}),
@@ -134,7 +135,7 @@ def compute_checkpoint(name: str, parts: tuple[str, ...]) -> dict[str, dict[str,
         if model in TINY_MODELS:
             size, call = TINY_MODELS[model]
             source = str(folder / model)
-            family = model.removeprefix("tiny-").replace("-", " ")
+            family = next(name for name in tiny.FAMILIES if name.replace(" ", "-") == model.removeprefix("tiny-"))
             boundary_ratio = 0.8 if family == "wan 2.2 a14b" else None
             tiny.tiny_pipeline(family, boundary_ratio=boundary_ratio).save_pretrained(source)
         prompts = folder / "prompts.txt"

@@ -22,6 +22,7 @@ PIPELINES = {
     "HunyuanVideoPipeline": "hunyuanvideo",
     "LTXPipeline": "ltx",
     "MochiPipeline": "mochi",
+    "SkyReelsV2Pipeline": "skyreels-v2",
     "WanPipeline": "wan",
 }
 

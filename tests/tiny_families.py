@@ -282,6 +282,14 @@ FAMILIES = {
         scheduler=lambda: d.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         texts=_t5,
     ),
+    "skyreels-v2": replace(
+        _WAN,
+        pipeline=d.SkyReelsV2Pipeline,
+        transformer=d.SkyReelsV2Transformer3DModel,
+        scheduler=lambda: d.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+        ),
+    ),
     "wan": _WAN,
     # Every token has a timestep of its own.
     "wan 2.2 5b": replace(_WAN, options={"expand_timesteps": True}),

@@ -16,6 +16,10 @@ from s2q.recipes.load import load_recipe
 
 MODELS = {
     "wan": (diffusers.WanTransformer3DModel, {"num_layers": 1, "added_kv_proj_dim": 5120, "image_dim": 1280}),
+    "skyreels-v2": (
+        diffusers.SkyReelsV2Transformer3DModel,
+        {"num_layers": 1, "added_kv_proj_dim": 5120, "image_dim": 1280},
+    ),
     "hunyuanvideo": (diffusers.HunyuanVideoTransformer3DModel, {"num_layers": 1, "num_single_layers": 1}),
     "ltx": (diffusers.LTXVideoTransformer3DModel, {"num_layers": 1}),
 }
@@ -70,6 +74,10 @@ OTHERS = {
         transformer_blocks.0.attn2.q_norm.weight transformer_blocks.0.attn2.k_norm.weight
     """,
 }
+
+
+for names in (WEIGHTS_AND_BIASES, OTHERS):
+    names["skyreels-v2"] = names["wan"]
 
 
 def model_of(name):

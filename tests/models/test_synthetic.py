@@ -17,6 +17,7 @@ PARAMETERS = {  # of the published weights
     "cogvideox-5b": 5_570_283_072,
     "hunyuanvideo": 12_821_012_544,
     "ltx-2b": 1_923_385_472,
+    "skyreels-v2-14b": 14_288_491_584,
     "wan-1.3b": 1_418_996_800,
     "wan-14b": 14_288_491_584,
 }
@@ -36,6 +37,7 @@ def test_the_published_parameter_counts():
         ("cogvideox-5b", 17_550, 226, 42 * 8),
         ("hunyuanvideo", 118_800, 256, 20 * 14 + 40 * 6),
         ("ltx-2b", 7_392, 128, 28 * 10),
+        ("skyreels-v2-14b", 51_000, 512, 40 * 10),
         ("wan-1.3b", 32_760, 512, 30 * 10),
         ("wan-14b", 32_760, 512, 40 * 10),
     ],

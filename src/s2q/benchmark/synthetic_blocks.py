@@ -171,6 +171,10 @@ def _wan_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable
     return {"temb": normal(batch, 6, model.heads * model.head_dim), "rotary_emb": (angles.cos(), angles.sin())}
 
 
+def _skyreels_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    return {**_wan_inputs(model, batch, tokens, normal), "attention_mask": None}
+
+
 def _ltx_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
     width = model.heads * model.head_dim
     angles = normal(batch, tokens, width, dtype=torch.float32)
@@ -181,6 +185,7 @@ BLOCK_INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "cogvideox": _cogvideox_inputs,
     "hunyuanvideo": _hunyuanvideo_inputs,
     "ltx": _ltx_inputs,
+    "skyreels": _skyreels_inputs,
     "wan": _wan_inputs,
 }
 """Arguments of a block besides its two streams, by family: a function of model, B, N and a noise source."""

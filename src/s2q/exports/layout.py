@@ -215,6 +215,7 @@ _HUNYUAN = Layout(
 )
 LAYOUTS: Mapping[str, Layout] = {
     "WanTransformer3DModel": _WAN,
+    "SkyReelsV2Transformer3DModel": _WAN,
     "HunyuanVideoTransformer3DModel": _HUNYUAN,
     "LTXVideoTransformer3DModel": _LTX,
 }

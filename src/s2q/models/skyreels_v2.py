@@ -1,4 +1,4 @@
-"""SkyReels V2: Wan's blocks in a transformer class and a pipeline of their own."""
+"""SkyReels-V2: Wan's blocks in a transformer class and a pipeline of their own."""
 
 from dataclasses import replace
 
