@@ -1,5 +1,6 @@
 """Figures of the docs that `python benchmarks/tables.py` draws from results: error against minutes of quantization."""
 
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from methods import WIDTHS, mean_error, with_shared_videos
@@ -8,8 +9,11 @@ from peer_tables import records_of
 from s2q.recipes.methods import is_rival
 from s2q.report.cost_chart import OURS, PEER, RIVAL, Point, cost_chart
 
-FIGURE = Path(__file__).parents[1] / "docs/images/error-against-minutes.svg"
-MODEL = "shapes-wan"
+IMAGES = Path(__file__).parents[1] / "docs/images"
+MODELS = ("shapes-cogvideox", "shapes-wan")
+COMPARED = "shapes-wan"
+STEPS = ("rtn", "table", "quarot", "svdquant", "s2q", "s2q-plus")
+"""Methods from rounding to nearest to everything learned."""
 STYLE = """
 text{font:12px ui-sans-serif,system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;fill:#59636e}
 .heading{font-size:15px;font-weight:600;fill:#1f2328}.grid{stroke:#d1d9e0}.leader{stroke:#8c959f;stroke-width:.7}
@@ -24,10 +28,18 @@ text{font:12px ui-sans-serif,system-ui,-apple-system,"Segoe UI",Helvetica,Arial,
 """
 
 
-def points(model: str, width: str) -> list[Point]:
-    """What was measured at a width; beside eight-bit activations, also what leaves them in sixteen bits."""
+def points(model: str, width: str, *, methods: Collection[str] = ()) -> list[Point]:
+    """What was measured at a width; beside eight-bit activations, also what leaves them in sixteen bits.
+
+    With methods, only their recipes of this width, and all peers.
+    """
     widths = (width, f"{width[:3]}16") if width.endswith("a8") else (width,)
-    records = {name: record for bits in widths for name, record in records_of(model, bits).items()}
+    records = {
+        name: record
+        for bits in widths
+        for name, record in records_of(model, bits).items()
+        if not methods or "width" in record or (bits == width and name.rpartition("-")[0] in methods)
+    }
     return [
         Point(
             label=name.rpartition("-")[0],
@@ -45,10 +57,26 @@ def _heading(width: str, shown: list[Point]) -> str:
     return f"{heading} and W{width[1]}A16" if any(point.hollow for point in shown) else heading
 
 
-def figure() -> str:
-    """The figure as an SVG file."""
-    panels = {width: points(MODEL, width) for width in WIDTHS}
-    chart = cost_chart([(_heading(width, panels[width]), panels[width]) for width in WIDTHS])
-    head, _, body = str(chart).partition(">")
+def every_method() -> str:
+    """All methods on one model, width by width."""
+    panels = {width: points(COMPARED, width) for width in WIDTHS}
+    return _file([(_heading(width, panels[width]), panels[width]) for width in WIDTHS])
+
+
+def why_calibrate() -> str:
+    """What calibration buys at W4A8, on two models."""
+    panels = {model: points(model, "w4a8", methods=STEPS) for model in MODELS}
+    return _file([(f"{model}, {_heading('w4a8', shown)}", shown) for model, shown in panels.items()])
+
+
+FIGURES: Mapping[str, Callable[[], str]] = {
+    "error-against-minutes.svg": every_method,
+    "why-calibrate.svg": why_calibrate,
+}
+
+
+def _file(panels: list[tuple[str, list[Point]]]) -> str:
+    """A chart as an SVG file."""
+    head, _, body = str(cost_chart(panels)).partition(">")
     head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"')
     return f"{head}>\n<style>{STYLE}</style>\n{body}\n".replace("</g><g transform", "</g>\n<g transform")

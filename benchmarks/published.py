@@ -145,7 +145,7 @@ def time_table(recipe: str) -> str:
             continue
         hours, _ = figures.get(name, {}).get("40 samples", (None, None))
         for precision in ("float32", "bfloat16"):
-            plans = [_on_gpu(entry["synthetic"], recipe, precision, device) for device in TIMED]
+            plans = [on_gpu(entry["synthetic"], recipe, precision, device) for device in TIMED]
             stages = plans[0].stages
             cells = ["fp32" if precision == "float32" else "bf16"]
             cells += [f"{sum(getattr(stage, key) or 0 for stage in stages):.1e}" for key in ("flop", "traffic_bytes")]
@@ -155,7 +155,8 @@ def time_table(recipe: str) -> str:
 
 
 @functools.cache
-def _on_gpu(synthetic: str, recipe: str, precision: str, device: str) -> Any:
+def on_gpu(synthetic: str, recipe: str, precision: str, device: str) -> Any:
+    """Return the plan of a model by its dimensions on a GPU by name, which its time is estimated for."""
     overrides = [f"calibration.precision={precision}"]
     budget = DEFAULT_MEMORY_BUDGET
     return plan(f"synthetic:{synthetic}", recipe=recipe, overrides=overrides, device=device, memory_budget=budget)

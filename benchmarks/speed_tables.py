@@ -13,8 +13,8 @@ RESULTS = Path(__file__).parent / "results"
 KINDS_RECIPES = ("s2q-w4a8", "s2q-w4a6", "s2q-w4a4")
 
 
-def _bench(device: str, op: str) -> tuple[dict, list[dict]]:
-    """The results file of a kind of device, and its results of one op."""
+def bench_results(device: str, op: str) -> tuple[dict, list[dict]]:
+    """Return the results file of a kind of device, and its results of one op."""
     path = RESULTS / "bench" / f"{device}.json"
     content = json.loads(path.read_text()) if path.exists() else {"results": []}
     return content, [result for result in content["results"] if result["op"] == op]
@@ -27,10 +27,10 @@ def _measured_on(content: dict, device: str) -> str:
 
 def linear_table(device: str) -> str:
     """Times faster than bf16 of a whole quantized linear, shape by shape, and what its activation path adds."""
-    content, linears = _bench(device, "linear")
+    content, linears = bench_results(device, "linear")
     if not linears:
         return f"Not measured yet: `make bench-{device}`."
-    paths = {(tuple(path["shape"]), path["recipe"]): path for path in _bench(device, "activation_path")[1]}
+    paths = {(tuple(path["shape"]), path["recipe"]): path for path in bench_results(device, "activation_path")[1]}
     recipes = list(dict.fromkeys(linear["recipe"] for linear in linears))
     head = ["layer", "int8 product only", *(f"`{name}`" for name in recipes), f"activation path, `{recipes[0]}`"]
     lines = table_head("M × K × N", head)
@@ -93,9 +93,9 @@ def kinds_table(device: str) -> str:
     lines = table_head("instruction set", ["operation", "fp32 ms", "bf16 ms", "`s2q-w4a8`", "`s2q-w4a6`", "`s2q-w4a4`"])
     places = []
     for kind in (f"{device}-one-thread", f"{device}-one-thread-avx2"):
-        content, linears = _bench(kind, "linear")
+        content, linears = bench_results(kind, "linear")
         rows: dict[tuple, dict[str, dict]] = {}
-        for result in (*linears, *_bench(kind, "denoising_step")[1]):
+        for result in (*linears, *bench_results(kind, "denoising_step")[1]):
             if result["backend"] == "auto":
                 operation = " × ".join(map(str, result["shape"] or ())) or f"step of {result['model']}"
                 rows.setdefault((operation, result["readers"]), {})[result["recipe"]] = result
@@ -120,7 +120,7 @@ def kinds_table(device: str) -> str:
 
 def steps_table(device: str) -> str:
     """Denoising steps: times faster than bf16, memory and storage against it."""
-    content, steps = _bench(device, "denoising_step")
+    content, steps = bench_results(device, "denoising_step")
     if not steps:
         return f"Not measured yet: `make bench-{device}`."
     head = ["configuration", "speedup", "bound", "storage", "peak memory"]
@@ -164,7 +164,7 @@ def step_estimates_table(_: str) -> str:
 
 def calibration_table(device: str) -> str:
     """A step of distillation of each recipe against that of the first, and a bf16 forward pass of the block."""
-    content, steps = _bench(f"{device}-one-thread", "calibration_block")
+    content, steps = bench_results(f"{device}-one-thread", "calibration_block")
     if not steps:
         return "Not measured yet: `make bench-cpu-kinds`."
     lines = table_head("model", ["recipe", "step", "relative", "bf16 forward passes", "peak memory"])
@@ -186,7 +186,7 @@ def calibration_table(device: str) -> str:
 
 def parts_table(device: str) -> str:
     """Where the time of a denoising step goes, each part as a share of the bf16 step."""
-    content, steps = _bench(device, "denoising_step")
+    content, steps = bench_results(device, "denoising_step")
     if not steps:
         return f"Not measured yet: `make bench-{device}`."
     parts = list(steps[0]["breakdown"])

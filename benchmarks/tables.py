@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from figures import FIGURE, figure
+from choosing import devices_table, models_table, recipes_table
+from figures import FIGURES, IMAGES
 from judging import evalcrafter_table, metrics_table, paper_table
 from kernel_tables import kernels_table
 from markdown_tables import interval, table_head, table_row
@@ -41,6 +42,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
+    "docs/choose.md",
     "docs/results.md",
     "docs/observations.md",
     "docs/speed.md",
@@ -249,6 +251,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "methods": methods_table,
     "field": field_table,
     "peers": peers_table,
+    "choose-devices": devices_table,
+    "choose-models": models_table,
+    "choose-recipes": recipes_table,
     "parts-added": parts_added_table,
     "adherence": adherence_table,
     "attention": attention_table,
@@ -314,11 +319,12 @@ def main() -> int:
             stale.append(page)
             if not arguments.check:
                 path.write_text(new)
-    drawn = figure()
-    if not FIGURE.exists() or FIGURE.read_text() != drawn:
-        stale.append(f"docs/images/{FIGURE.name}")
-        if not arguments.check:
-            FIGURE.write_text(drawn)
+    for name, draw in FIGURES.items():
+        path, drawn = IMAGES / name, draw()
+        if not path.exists() or path.read_text() != drawn:
+            stale.append(f"docs/images/{name}")
+            if not arguments.check:
+                path.write_text(drawn)
     if arguments.check and stale:
         print(f"out of date: {', '.join(stale)}; run python benchmarks/tables.py", file=sys.stderr)
     return int(arguments.check and bool(stale))

@@ -19,8 +19,11 @@ def test_tables_are_those_of_the_results_files(page):
     assert tables.filled(text) == text, f"{page.name} is out of date; run python benchmarks/tables.py"
 
 
-def test_the_figure_is_that_of_the_results_files():
-    assert figures.FIGURE.read_text() == figures.figure(), "out of date; run python benchmarks/tables.py"
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figures_are_those_of_the_results_files(name):
+    assert (figures.IMAGES / name).read_text() == figures.FIGURES[name](), (
+        "out of date; run python benchmarks/tables.py"
+    )
 
 
 def test_every_marked_table_is_on_a_listed_page():
@@ -41,7 +44,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert code is not None
     names: dict[str, object] = {}
-    example = code.group(1).replace('"s2q-w4a6"', '"rtn-w4a6"')  # the same path in seconds, not minutes
+    example = code.group(1).replace('"s2q-plus-w4a8"', '"rtn-w4a8"')  # the same path in seconds, not minutes
     assert example != code.group(1)
     exec(compile(example, "README.md", "exec"), names)
     assert len(names["video"]) == 9
@@ -87,3 +90,14 @@ def test_every_recipe_command_of_the_docs_is_valid():
     assert all(f"`{name}`" in page for name in recipe_names())
     examples = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     assert [load_recipe(safe_load(example)).rounding.method for example in examples] == ["gptq", "gptq"]
+
+
+def test_what_to_choose_exists():
+    from fnmatch import fnmatch
+
+    from s2q.recipes.load import recipe_names
+
+    page = (ROOT / "docs" / "choose.md").read_text()
+    named = set(re.findall(r"`((?:s2q|table|q-vdit)(?:-[a-z]+)*-(?:w\da\d+|\*))`", page))
+    assert {"s2q-plus-w4a8", "table-w4a8", "s2q-export-*"} <= named
+    assert [name for name in named if not any(fnmatch(known, name) for known in recipe_names())] == []

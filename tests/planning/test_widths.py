@@ -1,5 +1,6 @@
 """The widths that a device multiplies, and what a plan recommends there."""
 
+import choosing
 import pytest
 import torch
 
@@ -44,6 +45,20 @@ def features_of_this_machine():
 )
 def test_a_cpu_has_the_widths_that_its_product_is_fast_for(features, integer, monkeypatch):
     assert cpu_with(features, monkeypatch).integer == integer
+
+
+@pytest.mark.parametrize(
+    ("device", "features"),
+    [
+        ("CPU with AVX-512 VNNI", {"avx2", "avx512", "avx512_vnni"}),
+        ("CPU with AVX2 alone", {"avx2"}),
+        ("other CPUs", ()),
+    ],
+)
+def test_the_table_of_the_docs_has_the_products_of_cpus(device, features, monkeypatch):
+    narrow, wide, _ = choosing.CPUS[device]
+    integer = cpu_with(features, monkeypatch).integer
+    assert (narrow, wide) == tuple("int8" if width in integer else "fp32" for width in ("w4a8", "w8a8"))
 
 
 def test_linears_without_a_product_are_named(monkeypatch):

@@ -71,7 +71,7 @@ def cost_chart(panels: Sequence[tuple[str, Sequence[Point]]]) -> Markup:
         for index, (heading, points) in enumerate(shown)
     )
     body += _legend(every, rows * _HEIGHT + 18)
-    label = "Velocity error against minutes of quantization, width by width"
+    label = f"Velocity error against minutes of quantization: {'; '.join(heading for heading, _ in shown)}"
     return Markup(  # every piece of text is escaped where it is made
         f'<svg class="chart cost" viewBox="0 0 {columns * _WIDTH} {rows * _HEIGHT + _LEGEND}" role="img" '
         f'aria-label="{escape(label)}">{body}</svg>'
