@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from s2q.benchmark.bench import bench
     from s2q.comparison.compare import compare
     from s2q.evaluation.evaluate import evaluate
+    from s2q.exports.convert import convert
     from s2q.exports.export import export
     from s2q.generation.generate import generate
     from s2q.generation.load import inspect_model as inspect
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "bench",
     "compare",
+    "convert",
     "evaluate",
     "export",
     "generate",
@@ -47,6 +49,7 @@ _LAZY = {
     "Config": ("s2q.run.while_loading", "Config"),
     "bench": ("s2q.benchmark.bench", "bench"),
     "compare": ("s2q.comparison.compare", "compare"),
+    "convert": ("s2q.exports.convert", "convert"),
     "evaluate": ("s2q.evaluation.evaluate", "evaluate"),
     "export": ("s2q.exports.export", "export"),
     "generate": ("s2q.generation.generate", "generate"),

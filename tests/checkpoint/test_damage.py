@@ -190,7 +190,7 @@ def test_configuration_without_layers_or_schemes(copy, field):
     refused(copy, "layers or schemes is missing")
 
 
-def test_other_quantization_methods_are_not_ours(copy):
+def test_otherquantization_methods_are_not_ours(copy):
     edit_config(copy, lambda config: config.update(quant_method="bitsandbytes"))
     with pytest.raises(InvalidInputError, match="is not an s2q checkpoint: quant_method is 'bitsandbytes'"):
         load_pipeline(copy)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from s2q.checkpoint import CheckpointRecords, S2QConfig, save_checkpoint
-from s2q.checkpoint.model_card import front_matter, render_model_card
+from s2q.checkpoint.model_card import render_model_card
+from s2q.common.cards import front_matter
 from s2q.common.errors import InvalidInputError
 from s2q.core.schemes import LinearScheme, PerChannel, PerToken, QuantScheme
 from s2q.recipes.load import load_recipe

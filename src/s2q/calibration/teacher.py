@@ -21,6 +21,7 @@ from s2q.common.memory import page_out, tensors_of
 from s2q.core.tokens import TokenLayout
 from s2q.models import Family, ModelSource, block_names, family_of, token_layout
 from s2q.models.hub import parse_hub_id
+from s2q.models.quantized import already_quantized, full_precision_origin, quantization_method
 from s2q.models.source import recommended_generation
 from s2q.models.timesteps import mean_timestep_row
 from s2q.planning.cost import Workload
@@ -187,7 +188,7 @@ def load_teacher(
     # what is converted, or has an adapter fused, is no longer in the file
     mapped = isinstance(model, ModelSource) and not model.loras and model.weights_dtype() == first
     for component, transformer in modules.items():
-        _check_state(name, component, transformer, wanted=parse_dtype(dtype))
+        _check_state(name, component, transformer, folder=folder, wanted=parse_dtype(dtype))
         if transformer.dtype != first:
             raise InvalidInputError(
                 f"{name}: its transformer is loaded in {first} and its {component} in {transformer.dtype}; "
@@ -248,9 +249,11 @@ def _origin(pipe: DiffusionPipeline) -> tuple[str, Path | None]:
     return (location if parse_hub_id(location) else type(pipe).__name__), None
 
 
-def _check_state(name: str, component: str, transformer: nn.Module, *, wanted: torch.dtype | None) -> None:
-    if getattr(transformer, "is_quantized", False):
-        raise InvalidInputError(f"{name}: its {component} is already quantized; pass the full-precision model")
+def _check_state(
+    name: str, component: str, transformer: nn.Module, *, folder: Path | None, wanted: torch.dtype | None
+) -> None:
+    if (method := quantization_method(transformer)) is not None:
+        raise already_quantized(name, component, method, origin=full_precision_origin(folder, transformer.config))
     if has_adapter(transformer):
         raise InvalidInputError(
             f"{name}: its {component} has an adapter; call fuse_lora() and then unload_lora_weights() on the pipeline, "

@@ -13,7 +13,7 @@ makes tokens of its arguments, for layers that have to know where those of the v
 Version 4 has the same keys, all of them optional, and those of attention modules that run with quantized queries and
 keys: `"attention": {"num_bits": 8, "modules": ["blocks.0.attn1", ...]}`. Scales, shifts and transforms are in bfloat16
 instead of fp32, bases of low-rank branches in float8 instead of bfloat16 (`core.stored_form`). It is the one that is
-written.
+written, except for values of other programs that it would round.
 """
 
 from __future__ import annotations
@@ -155,12 +155,16 @@ class S2QConfig(QuantizationConfigMixin):
         paths: Mapping[str, InputPath] | None = None,
         tokens: TokenLayout | None = None,
         attention: Sequence[str] = (),
+        wide: bool = False,
     ) -> S2QConfig:
         """Build the configuration from scheme and input path (where there is one) of each linear, by full name.
 
-        `attention` has the names of the attention modules that are quantized.
+        `attention` has the names of the attention modules that are quantized. `wide` takes version 3, whose scales and
+        transforms are in fp32: for those of other programs, which version 4 would round.
         """
         extra: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        if wide:
+            extra = {"format_version": _TOKENS_VERSION, "inputs": {}, "layer_inputs": {}}
         if paths:
             distinct = list(dict.fromkeys(paths.values()))
             extra |= {

@@ -39,6 +39,7 @@ class CheckpointReport:
         layers: Every quantized linear; names of those in a second transformer begin with "transformer_2.".
         simulated: Whether some of them are computed in floating point, for want of an integer kernel.
         attention: Names of the attention modules that run with int8 queries and keys.
+        converted: `tool` and `tool_version` of a checkpoint of `s2q convert`; None for one that s2q quantized.
         files: Bytes and SHA-256 by relative path, as the manifest has them; empty if there is no manifest.
         verified: Whether every file equals the manifest; None if that was not asked for.
         problems: What differs, one line each, beginning with the file.
@@ -54,6 +55,7 @@ class CheckpointReport:
     layers: tuple[LinearStorage, ...]
     simulated: bool
     attention: tuple[str, ...]
+    converted: Mapping[str, Any] | None
     files: Mapping[str, Mapping[str, Any]]
     verified: bool | None
     problems: tuple[str, ...]
@@ -114,10 +116,18 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
         attention=tuple(
             full_name(component, name) for component, config in configs.items() for name in config.attention_modules()
         ),
+        converted=_converted(folder),
         files=read_manifest(folder) if (folder / MANIFEST).is_file() else {},
         verified=not problems if verify else None,
         problems=problems,
     )
+
+
+def _converted(folder: Path) -> dict[str, Any] | None:
+    """The tool that quantized a converted checkpoint, with its version."""
+    path = folder / REPORT
+    report = read_json(path, remedy="download it again") if path.is_file() else {}
+    return {key: report.get(key) for key in ("tool", "tool_version")} if "tool" in report else None
 
 
 def _layers(

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from s2q.common.cards import CARD
 from s2q.common.errors import InvalidInputError, short_repr
 from s2q.common.files import atomic_write_json, read_json, sha256_file
 from s2q.common.log import log_once
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = Path("s2q/manifest.json")
 EXPORT_RECORD = MANIFEST.with_name("export.json")
-CARD = "README.md"
 _INDEX = "model_index.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _INTACT: ContextVar[bool] = ContextVar("intact", default=False)

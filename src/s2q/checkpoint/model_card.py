@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from s2q.checkpoint.config import S2QConfig
+from s2q.common.cards import read_card
 
 HOMEPAGE = "https://arxiv.org/abs/2508.04016"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -61,19 +60,6 @@ def render_model_card(
     return text.rstrip("\n") + "\n"
 
 
-def front_matter(card: str) -> dict[str, Any]:
-    """Return the YAML front matter of a model card, or an empty dict if it has none that can be read."""
-    if not card.startswith("---\n"):
-        return {}
-    try:
-        content = yaml.safe_load(card[4:].partition("\n---")[0])
-    except yaml.YAMLError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _licence(base_folder: Path | None) -> dict[str, Any]:
-    if base_folder is None or not (base_folder / "README.md").is_file():
-        return {}
-    fields = front_matter((base_folder / "README.md").read_text(encoding="utf-8", errors="replace"))
+    fields = {} if base_folder is None else read_card(base_folder)
     return {key: fields[key] for key in _LICENCE_KEYS if fields.get(key)}

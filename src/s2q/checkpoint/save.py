@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2q.checkpoint.config import S2QConfig
-from s2q.checkpoint.manifest import CARD, owned_files, write_manifest
+from s2q.checkpoint.manifest import owned_files, write_manifest
 from s2q.checkpoint.model_card import render_model_card
+from s2q.common.cards import CARD
 from s2q.common.components import transformers_of
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_bytes, atomic_write_json, atomic_write_text
@@ -74,7 +75,7 @@ def save_checkpoint(
         with _unused_tokenizers(pipe):
             pipe.save_pretrained(staged, max_shard_size=max_shard_size)
         for path in (staged / "model_index.json", *staged.glob("*/config.json")):
-            _clean_config(path)
+            clean_config(path)
         if records.base_folder is not None:
             copy_top_files(records.base_folder, staged, LICENCE)
         card = render_model_card(
@@ -115,8 +116,8 @@ def _unused_tokenizers(pipe: DiffusionPipeline) -> Iterator[None]:
                 tokenizer.enable_truncation(**truncation)
 
 
-def _clean_config(path: Path) -> None:
-    """Take out where the model came from on this machine, and name float32 as the text encoder's dtype.
+def clean_config(path: Path) -> None:
+    """Take out of a config.json where the model came from on this machine, and name float32 as a text encoder's dtype.
 
     Without `dtype=`, diffusers loads its own components in float32 and transformers those in their declared dtype;
     mixed dtypes fail at the first linear. The stored tensors do not change, and `dtype=` still decides.

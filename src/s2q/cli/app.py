@@ -6,6 +6,7 @@ import typer
 
 from s2q.cli.bench import bench
 from s2q.cli.compare import compare
+from s2q.cli.convert import convert
 from s2q.cli.demo import demo
 from s2q.cli.evaluate import evaluate
 from s2q.cli.export import export
@@ -39,5 +40,5 @@ def _root(
     """4-bit quantization of text-to-video diffusion transformers, for any diffusers pipeline."""
 
 
-for command in (demo, plan, quantize, generate, evaluate, compare, bench, inspect, export):
+for command in (demo, plan, quantize, generate, evaluate, compare, bench, inspect, export, convert):
     app.command("eval" if command is evaluate else None)(command)

@@ -182,6 +182,9 @@ def show_inspection(report: Mapping[str, Any]) -> None:
         ),
         soft_wrap=True,
     )
+    if report["converted"]:
+        tool = " ".join(str(part) for part in report["converted"].values() if part)
+        out.print(printable(f"converted from {tool}; not calibrated by s2q"), soft_wrap=True)
     if report["storage"]:
         out.print(_storage_line(report["storage"]))
     if report["layers"]:

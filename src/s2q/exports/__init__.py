@@ -1,1 +1,1 @@
-"""Checkpoints as files of other programs: a writer for each target, one check of what a target can store."""
+"""Checkpoints as files of other programs, and such files as checkpoints: what each format stores, checked once."""

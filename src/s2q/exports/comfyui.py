@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from s2q.common.errors import InvalidInputError, short_repr
+from s2q.common.headers import read_header
 from s2q.core.packing import unpack_codes
-from s2q.core.qparams import dequantize_weight
-from s2q.exports.target import WRITER, FileFormat, LinearForm, Target, Tensors, unrotated
+from s2q.exports.source import SourceFormat, coded_form
+from s2q.exports.target import WRITER, CodedWeight, FileFormat, LinearForm, Target, Tensors, decoded
 from s2q.nn import PackedLinear
 from s2q.transforms.convrot import ORDERS
 
@@ -36,7 +38,12 @@ _TWOS_COMPLEMENT = 0x88  # the bit that tells codes + 8 from two's complement, o
 _MEASURED = {"ltxv": "transformer_blocks.0.attn2.to_k"}
 """By architecture, the linear from the shape of whose weight ComfyUI takes how wide its input is."""
 _MARK = "comfy_quant"
+_HEADER_MARKS = "_quantization_metadata"
+_PREFIX = "model.diffusion_model."
 _METADATA = {"quantized_by": WRITER}
+_SCALES = ("weight_scale", "weight_s_rel", "weight_s_channel")
+_PRODUCTS = {"int4": 4, "int8": 8}
+"""Bits of activations by `linear_dtype`."""
 
 
 def _obstacle(form: LinearForm) -> str | None:
@@ -96,16 +103,49 @@ def _encode(layer: PackedLinear, form: LinearForm) -> dict[str, Tensor]:
     return {"weight": layer.codes(), "weight_scale": scale.unsqueeze(1)}
 
 
-def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
-    kind, codes = _kind(form), tensors["weight"]
-    scale = tensors["weight_s_channel" if kind == _W4A8 else "weight_scale"].flatten()
-    if kind != _INT8:
+def _weight(tensors: Tensors, form: LinearForm) -> CodedWeight:
+    codes, relative = tensors["weight"], tensors.get("weight_s_rel")
+    scale = tensors["weight_scale" if relative is None else "weight_s_channel"].float().flatten()
+    if codes.shape[1] != form.in_features:
         packed = codes.view(torch.uint8)
-        packed = packed ^ _TWOS_COMPLEMENT if kind == _W4A4 else packed
+        packed = packed ^ _TWOS_COMPLEMENT if relative is None else packed
         codes = unpack_codes(packed, num_bits=4, in_features=form.in_features)
-    if kind == _W4A8:
-        codes = (codes * tensors["weight_s_rel"]).round().to(torch.int8)
-    return unrotated(dequantize_weight(codes, scale), form)
+    if relative is not None:
+        codes = (codes * relative).round().to(torch.int8)
+    return CodedWeight(codes=codes, scale=scale)
+
+
+def _form(name: str, linear: nn.Linear, tensors: Tensors, mark: Mapping[str, Any], dtype: torch.dtype) -> LinearForm:
+    """Describe a linear by its mark; see `SourceFormat`. Codes of 4 bits that take a byte are those again."""
+    kind, rows, columns, weight = mark.get("format"), linear.out_features, linear.in_features, tensors["weight"]
+    if kind not in _SMALLEST_ORDER:
+        raise InvalidInputError(f"format {short_repr(kind)}")
+    width = columns if kind == _INT8 else columns // 2
+    if (weight.dtype, tuple(weight.shape)) != (torch.int8, (rows, width)):
+        raise InvalidInputError(f"{kind} weights {weight.dtype} {list(weight.shape)}, not torch.int8 {[rows, width]}")
+    scale = tensors.get("weight_s_channel" if kind == _W4A8 else "weight_scale")
+    if scale is None or scale.numel() != rows:
+        raise InvalidInputError(f"{kind} scales of shape {None if scale is None else list(scale.shape)}")
+    relative = tensors.get("weight_s_rel")
+    if kind == _W4A8 and (relative is None or tuple(relative.shape) != (rows, 1) or not bool((relative == 1).all())):
+        raise InvalidInputError("relative scales of groups in a row")
+    order = mark.get("convrot_groupsize", ORDERS[-1]) if kind != _INT8 or mark.get("convrot") else None
+    if order is not None and (order not in ORDERS or columns % order):
+        raise InvalidInputError(f"a rotation in blocks of {short_repr(order)} of {columns} channels")
+    product = mark.get("linear_dtype", "int4")
+    if kind == _W4A4 and product not in _PRODUCTS:
+        raise InvalidInputError(f"activations in {short_repr(product)}")
+    is_float, is_narrow = bool(mark.get("full_precision_matrix_mult")), kind != _INT8
+    if is_float and kind == _INT8:
+        is_narrow = bool(((weight >= -8) & (weight < 8)).all())
+    return coded_form(
+        name,
+        linear,
+        num_bits=4 if is_narrow else 8,
+        activation_bits=None if is_float else _PRODUCTS[product] if kind == _W4A4 else 8,
+        dtype=dtype,
+        rotation=order,
+    )
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], architecture: str) -> None:
@@ -120,6 +160,42 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = load_file(path)
     marks = {name: tensors.pop(name) for name in list(tensors) if name.endswith(end)}
     return tensors, {name.removesuffix(end): bytes(mark.tolist()).decode() for name, mark in marks.items()}
+
+
+def read_marked(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], str | None]:
+    """Read a file of any writer: tensors and the marks of linears by their original names, and who quantized it.
+
+    Scales of whole weights become those of rows.
+
+    Raises:
+        InvalidInputError: If it is no such file, has no marks, or a linear has tensors that no format here has.
+    """
+    read_header(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    tensors, texts = _read(path)
+    try:
+        marks = {name: json.loads(text) for name, text in texts.items()}
+        marks |= json.loads(metadata.get(_HEADER_MARKS, "{}")).get("layers", {})
+        known = all(isinstance(mark, dict) for mark in marks.values())
+    except (AttributeError, ValueError) as error:
+        raise InvalidInputError(f"{path}: its marks of quantized linears are damaged; download it again") from error
+    if not known or not marks:
+        raise InvalidInputError(
+            f"{path}: has no linears with {_MARK} or {_HEADER_MARKS}, as ComfyUI's quantized files have; expected one "
+            "of those, or the folder of a pipeline"
+        )
+    if all(name.startswith(_PREFIX) for name in tensors):
+        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    marks = {name.removeprefix(_PREFIX): mark for name, mark in marks.items()}
+    for name, tensor in list(tensors.items()):
+        linear, _, part = name.rpartition(".")
+        if linear in marks and part not in ("weight", "bias", *_SCALES):
+            raise InvalidInputError(f"{linear}: is stored with {part}, which s2q's packed linears do not have")
+        weight = tensors.get(f"{linear}.weight")
+        if linear in marks and part in _SCALES and tensor.numel() == 1 and weight is not None and weight.ndim == 2:
+            tensors[name] = tensor.reshape(1).repeat(weight.shape[0])
+    return tensors, marks, metadata.get("quantized_by")
 
 
 def _wrote(path: Path) -> bool:
@@ -139,7 +215,7 @@ COMFYUI = Target(
     obstacle=_obstacle,
     unfit_width=_unfit_width,
     encode=_encode,
-    decode=_decode,
+    decode=lambda tensors, form: decoded(_weight(tensors, form), form),
     kind=_kind,
     file=FileFormat(
         suffix=".safetensors",
@@ -149,6 +225,12 @@ COMFYUI = Target(
         read=_read,
         wrote=_wrote,
         misread=_misread,
-        suffixes=("weight_scale", "weight_s_rel", "weight_s_channel"),
+        suffixes=_SCALES,
     ),
+)
+COMFYUI_FORMAT = SourceFormat(
+    name="comfyui",
+    remedy="as convrot_w4a4, int8_tensorwise, or asym_w4a8_int8 with one group per row",
+    form=_form,
+    weight=_weight,
 )

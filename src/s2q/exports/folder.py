@@ -11,8 +11,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from s2q.checkpoint.manifest import CARD, EXPORT_RECORD, listed_files, strange_files
+from s2q.checkpoint.manifest import EXPORT_RECORD, listed_files, strange_files
 from s2q.checkpoint.save import LICENCE, copy_top_files
+from s2q.common.cards import CARD
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_json, atomic_write_text
 from s2q.common.weight_files import copy_component, weight_files

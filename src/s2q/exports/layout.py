@@ -21,6 +21,7 @@ from s2q.common.errors import InvalidInputError
 
 _MARK = re.compile(r"#(\d+|swap)")
 _SWAP = "#swap"
+_REMEDY = "export to sdnq or diffusers"
 
 Rules = tuple[tuple[str, str], ...]
 """Patterns of regular expressions and their replacements, applied in order."""
@@ -64,19 +65,18 @@ def _joined(parts: list[tuple[str, Tensor]]) -> Tensor:
     return torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
 
 
-def layout_of(model: nn.Module, target: str) -> Layout:
-    """Return the layout of a transformer's class, after `check_layout`."""
+def layout_of(model: nn.Module, target: str, *, remedy: str = _REMEDY) -> Layout:
+    """Return the layout of a transformer's class, after `check_layout`; `remedy` is for a class without one."""
     name = type(model).__name__
     if name not in LAYOUTS:
         raise InvalidInputError(
-            f"{target}: diffusers does not know the original names of {name}, only of {', '.join(LAYOUTS)}; export to "
-            "sdnq or diffusers"
+            f"{target}: diffusers does not know the original names of {name}, only of {', '.join(LAYOUTS)}; {remedy}"
         )
-    check_layout(model, LAYOUTS[name])
+    check_layout(model, LAYOUTS[name], remedy=remedy)
     return LAYOUTS[name]
 
 
-def check_layout(model: nn.Module, layout: Layout) -> None:
+def check_layout(model: nn.Module, layout: Layout, *, remedy: str = _REMEDY) -> None:
     """Have diffusers convert the numbered rows of a transformer, maybe on the meta device, back from the layout.
 
     Raises:
@@ -90,18 +90,18 @@ def check_layout(model: nn.Module, layout: Layout) -> None:
     try:
         back = from_original(type(model).__name__, original)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise _not_invertible(model, str(error)) from error
+        raise _not_invertible(model, str(error), remedy) from error
     if back.keys() != rows.keys():
-        raise _not_invertible(model, sorted(back.keys() ^ rows.keys())[0])
+        raise _not_invertible(model, sorted(back.keys() ^ rows.keys())[0], remedy)
     for name, tensor in rows.items():
         if not torch.equal(back[name], tensor):
-            raise _not_invertible(model, name)
+            raise _not_invertible(model, name, remedy)
 
 
-def _not_invertible(model: nn.Module, what: str) -> InvalidInputError:
+def _not_invertible(model: nn.Module, what: str, remedy: str) -> InvalidInputError:
     return InvalidInputError(
         f"{type(model).__name__}: diffusers does not convert its original layout back ({what}), which depends on its "
-        "sizes; export to sdnq or diffusers"
+        f"sizes; {remedy}"
     )
 
 

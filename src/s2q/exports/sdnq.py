@@ -16,15 +16,19 @@ Shapes: `O/I` out/in features, `G` groups, `r` rank.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from s2q.common.errors import InvalidInputError
 from s2q.core.packing import unpack_codes
-from s2q.core.qparams import dequantize_weight
-from s2q.exports.target import LinearForm, Target, Tensors, unrotated
+from s2q.exports.source import SourceFormat, coded_form
+from s2q.exports.target import CodedWeight, LinearForm, Target, Tensors, decoded, unrotated
 from s2q.nn import PackedLinear
 from s2q.transforms.convrot import ORDERS
 
@@ -32,6 +36,9 @@ _FORMAT_VERSION = "0.2.8"
 """Of the package that this was compared with."""
 
 _MULTIPLE, _LEAST = 16, 32  # in and out features of a product of integers; a reader computes others without quantizing
+_BITS = {"int4": 4, "int8": 8}
+_SECOND_SCALES = ("scale_2", "scale_zero_point", "zero_point_scale", "zero_point_2")
+_SIZE = re.compile(r"(?P<kind>u?int)?(?P<bits>\d+)")  # in "minimum_6bit", "uint4"
 
 
 def _obstacle(form: LinearForm) -> str | None:
@@ -49,11 +56,15 @@ def _unfit_width(form: LinearForm) -> str | None:
     if form.in_features % 2 and form.scheme.weight.num_bits <= 4:
         return f"an odd number of input channels, {form.in_features}, in 4 bits"
     sides = (form.in_features, form.out_features)
-    if form.activation_bits is not None and (min(sides) < _LEAST or any(side % _MULTIPLE for side in sides)):
+    if form.activation_bits is not None and not _multiplies(*sides):
         return (
             f"quantized activations of a linear of {sides[0]} x {sides[1]} features, which its readers do not quantize"
         )
     return None
+
+
+def _multiplies(*sides: int) -> bool:
+    return min(sides) >= _LEAST and not any(side % _MULTIPLE for side in sides)
 
 
 def _encode(layer: PackedLinear, form: LinearForm) -> dict[str, Tensor]:
@@ -73,19 +84,19 @@ def _encode(layer: PackedLinear, form: LinearForm) -> dict[str, Tensor]:
     return tensors
 
 
-def _decode(tensors: Tensors, form: LinearForm) -> Tensor:
+def _weight(tensors: Tensors, form: LinearForm) -> CodedWeight:
     transposed, shape = form.activation_bits is not None, (form.out_features, form.in_features)
-    codes, scale = tensors["weight"], tensors["scale"]
+    codes, scale = tensors["weight"], tensors["scale"].float()
     if form.scheme.weight.num_bits <= 4:
         codes = unpack_codes(codes.reshape(shape[0], -1), num_bits=4, in_features=shape[1])
-    elif transposed:
+    elif transposed and form.group_size is None:
         codes, scale = codes.t(), scale.t()
-    scale = scale.reshape(shape[0], -1)
-    weight = dequantize_weight(codes.reshape(shape), scale if form.group_size is not None else scale[:, 0])
-    if "svd_up" in tensors:
-        up, down = tensors["svd_up"], tensors["svd_down"]
-        weight = weight + (up.t() @ down.t() if transposed else up @ down)
-    return unrotated(weight, form)
+    scale = scale.reshape(-1, 1).expand(shape[0], 1) if scale.numel() == 1 else scale.reshape(shape[0], -1)
+    up, down = (None if tensor is None else tensor.float() for tensor in map(tensors.get, ("svd_up", "svd_down")))
+    if transposed and up is not None and down is not None:
+        up, down = up.t(), down.t()
+    scale = scale[:, 0] if form.group_size is None else scale
+    return CodedWeight(codes=codes.reshape(shape), scale=scale, up=up, down=down)
 
 
 def _config(model: nn.Module, forms: Sequence[LinearForm]) -> dict[str, Any]:
@@ -123,6 +134,114 @@ def _options(form: LinearForm) -> dict[str, Any]:
     }
 
 
+def linear_options(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what a `quantization_config` says of a linear, by full name: its own keys and dtype before those of all.
+
+    A pattern of names is a beginning of the weight's name after a point, the name, a part of it, or has asterisks.
+    """
+    weight, options = f"{name}.weight", dict(config)
+    options |= next(
+        (own for pattern, own in _mapping(config, "modules_quant_config").items() if _names(pattern, weight)), {}
+    )
+    dtype = str(options.get("weights_dtype"))
+    for wanted, patterns in _mapping(config, "modules_dtype_dict").items():
+        if any(_names(pattern, weight) for pattern in patterns):
+            options["weights_dtype"] = _widened(dtype, wanted.lower())
+            break
+    if any(_names(pattern, weight) for pattern in config.get("modules_to_not_use_matmul") or ()):
+        options["use_quantized_matmul"] = False
+    return options
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    return config.get(key) or {}
+
+
+def _names(pattern: str, weight: str) -> bool:
+    if pattern.startswith("."):
+        return weight.startswith(pattern[1:])
+    return weight == pattern or pattern in weight.split(".") or ("*" in pattern and fnmatchcase(weight, f"{pattern}*"))
+
+
+def _widened(dtype: str, wanted: str) -> str:
+    """The dtype of a linear that is to have another one, "int8", or a minimum of bits, "minimum_6bit"."""
+    if not (wanted.startswith("minimum") or wanted.endswith(("bit", "bits"))):
+        return wanted
+    given, least = _SIZE.search(dtype), _SIZE.search(wanted)
+    if given is None or least is None or int(given["bits"]) >= int(least["bits"]):
+        return dtype
+    return f"{'uint' if least['kind'] == 'uint' or int(least['bits']) <= 4 else 'int'}{least['bits']}"
+
+
+def _form(name: str, linear: nn.Linear, tensors: Tensors, options: Mapping[str, Any], dtype: torch.dtype) -> LinearForm:
+    """Describe a linear by what the configuration says of it; see `SourceFormat`."""
+    kind, product = str(options.get("weights_dtype")), bool(options.get("use_quantized_matmul"))
+    if kind not in _BITS or "zero_point" in tensors:
+        zeros = " and zero points" if "zero_point" in tensors else ""
+        raise InvalidInputError(f"{kind} weights{zeros}")
+    if options.get("use_codebook") or options.get("use_codebook_scale"):
+        raise InvalidInputError("codebooks")
+    if second := [name for name in _SECOND_SCALES if name in tensors]:
+        raise InvalidInputError(f"scales that are quantized themselves ({second[0]})")
+    activations = options.get("quantized_matmul_dtype") or "int8"
+    if product and activations != "int8":
+        raise InvalidInputError(f"activations in {activations}")
+    sides = (linear.in_features, linear.out_features)
+    product = product and _multiplies(*sides)
+    order = _hadamard_order(linear.in_features, int(options.get("hadamard_group_size") or ORDERS[-1]))
+    branch = tensors.get("svd_down")
+    form = coded_form(
+        name,
+        linear,
+        num_bits=_BITS[kind],
+        activation_bits=8 if product else None,
+        dtype=dtype,
+        groups=_groups(tensors["scale"], linear, transposed=product and kind == "int8"),
+        rotation=order if options.get("use_hadamard") and order >= ORDERS[0] else None,
+        rank=None if branch is None else branch.numel() // linear.in_features,
+    )
+    _check_shapes(tensors, form)
+    return form
+
+
+def _hadamard_order(in_features: int, largest: int) -> int:
+    """The largest power of 2, up to one that is given, that divides a width."""
+    order = 1
+    while order < largest and in_features % (2 * order) == 0:
+        order *= 2
+    return order
+
+
+def _groups(scale: Tensor, linear: nn.Linear, *, transposed: bool) -> int:
+    """The number of scales of a row, from the shape of all."""
+    shape, rows = tuple(scale.shape), linear.out_features
+    if scale.numel() == 1 or shape == ((1, rows) if transposed else (rows, 1)):
+        return 1
+    if len(shape) != 3 or shape[0] != rows or shape[2] != 1 or linear.in_features % shape[1]:
+        raise InvalidInputError(f"scales of shape {list(shape)}")
+    return shape[1]
+
+
+def _check_shapes(tensors: Tensors, form: LinearForm) -> None:
+    """Refuse tensors that have not the shapes and dtypes of `_encode`."""
+    rows, columns, packed = form.out_features, form.in_features, form.scheme.weight.num_bits <= 4
+    weight, transposed = tensors["weight"], form.activation_bits is not None
+    shape: tuple[int, ...] = (rows * columns // 2,) if packed else (rows, columns)
+    if not packed and form.group_size is not None:
+        shape = (rows, columns // form.group_size, form.group_size)
+    elif not packed and transposed:
+        shape = (columns, rows)
+    expected: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
+    expected = {"weight": (torch.uint8 if packed else torch.int8, shape)}
+    if (rank := form.path.low_rank) is not None:
+        step = -1 if transposed else 1
+        expected |= {"svd_up": (None, (rows, rank)[::step]), "svd_down": (None, (rank, columns)[::step])}
+    for part, (dtype, sizes) in expected.items():
+        tensor = tensors.get(part, weight.new_empty(0))
+        if tuple(tensor.shape) != sizes or tensor.dtype != (dtype or tensor.dtype):
+            raise InvalidInputError(f"{part} {tensor.dtype} {list(tensor.shape)}, not {list(sizes)}")
+
+
 def _kind(form: LinearForm) -> str:
     return "int4" if form.scheme.weight.num_bits <= 4 else "int8"
 
@@ -136,7 +255,14 @@ SDNQ = Target(
     obstacle=_obstacle,
     unfit_width=_unfit_width,
     encode=_encode,
-    decode=_decode,
+    decode=lambda tensors, form: decoded(_weight(tensors, form), form),
     kind=_kind,
     config=_config,
+)
+SDNQ_FORMAT = SourceFormat(
+    name="sdnq",
+    remedy="with weights_dtype int4 or int8 and no codebook in sdnq",
+    form=_form,
+    weight=_weight,
+    least_rows=32,
 )

@@ -5,6 +5,7 @@ What a format cannot store is refused before anything is written, with the linea
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from s2q.checkpoint import S2QConfig
 from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import InvalidInputError
 from s2q.core.input_path import PARTS, InputPath
+from s2q.core.qparams import dequantize_weight
 from s2q.core.schemes import UNIFORM, LinearScheme, PerGroup
 from s2q.nn import PackedLinear
 from s2q.ops.kronecker import scaled_kronecker
 from s2q.transforms.convrot import regular_hadamard
+from s2q.transforms.hadamard import hadamard_matrix
 
 _PART_NAMES = {
     "shift": "the shift of its input",
@@ -77,6 +80,23 @@ class LinearForm:
     def activation_bits(self) -> int | None:
         """Width of its quantized input; None where that is not quantized."""
         return None if self.scheme.activation is None else self.scheme.activation.num_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedWeight:
+    """The weight of a linear as a file has it, for the rotated input.
+
+    Attributes:
+        codes: int8 [O, I].
+        scale: fp32 [O], or [O, G] of groups.
+        up: fp32 [O, r] of a low-rank branch, or None.
+        down: fp32 [r, I] of it, or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    up: Tensor | None = None
+    down: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,11 +244,31 @@ def check_rotation(layer: PackedLinear, form: LinearForm, target: Target, *, rec
         raise _refusal(target, form, "its rotation, whose matrix is not ConvRot's", recipe=recipe)
 
 
+def rotation_matrix(order: int) -> Tensor:
+    """Build the rotation of a block of channels, fp64 [n, n], orthonormal and symmetric; n is a power of 2.
+
+    ConvRot's regular matrix for a power of 4, Sylvester's for others, as SDNQ has them.
+    """
+    if order.bit_length() % 2:
+        return regular_hadamard(order)
+    matrix = hadamard_matrix(order)
+    assert matrix is not None, order
+    return matrix / math.sqrt(order)
+
+
 def unrotated(rows: Tensor, form: LinearForm) -> Tensor:
-    """Return rows [..., I] times ConvRot's rotation of a linear, which is its own inverse, in fp32."""
+    """Return rows [..., I] times the rotation of a linear, which is its own inverse, in fp32."""
     if form.rotation is None:
         return rows
-    return scaled_kronecker(rows, right=regular_hadamard(form.rotation).float())
+    return scaled_kronecker(rows, right=rotation_matrix(form.rotation).float())
+
+
+def decoded(weight: CodedWeight, form: LinearForm) -> Tensor:
+    """Return the weight [O, I] for the unrotated input, fp32."""
+    values = dequantize_weight(weight.codes, weight.scale)
+    if weight.up is not None and weight.down is not None:
+        values = values + weight.up @ weight.down
+    return unrotated(values, form)
 
 
 def _refusal(target: Target, form: LinearForm, obstacle: str, *, recipe: str) -> InvalidInputError:

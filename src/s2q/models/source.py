@@ -28,6 +28,7 @@ from s2q.common.weight_files import has_variant, names_in, variants_in, weight_f
 from s2q.core.storage import BF16_BYTES
 from s2q.models.hub import HubId, parse_hub_id
 from s2q.models.lora import Lora, fuse_loras
+from s2q.models.quantized import already_quantized, full_precision_origin
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -182,7 +183,7 @@ class ModelSource:
 
     def check_packages(self) -> None:
         """Refuse a model with a component whose quantization method needs a package that is not installed."""
-        for component, method in self._quantization_methods().items():
+        for component, method in self.quantization_methods().items():
             package = PACKAGES.get(method)
             if package is not None and not is_installed(package):
                 raise ResourceError(
@@ -255,7 +256,7 @@ class ModelSource:
             if component in self.transformer_configs and not self.is_quantized:
                 expected = self.meta_transformer(component).state_dict()
                 check_tensors(tensors, expected, folder=self.folder / component, remedy=_REMEDY)
-        methods = self._quantization_methods().items()
+        methods = self.quantization_methods().items()
         foreign = [f"{component} is quantized by {method}" for component, method in methods]
         remedy = f"{', '.join(foreign)}: see what that needs" if foreign else _REMEDY
         try:
@@ -275,8 +276,8 @@ class ModelSource:
         check_no_adapter(self.folder, tensors)
         return tensors
 
-    def _quantization_methods(self) -> dict[str, str]:
-        """The `quant_method` in the config.json of each component that has one."""
+    def quantization_methods(self) -> dict[str, str]:
+        """Return the `quant_method` in the config.json of each component that has one."""
         methods = {}
         for component in self.component_classes:
             path = self.folder / component / "config.json"
@@ -335,11 +336,11 @@ def resolve_model(
 
 def check_full_precision(source: ModelSource) -> None:
     """Refuse a model that is already quantized."""
-    if source.is_quantized:
-        method = (source.quantization or {}).get("quant_method", "another method")
-        raise InvalidInputError(
-            f"{source.name}: its transformer is already quantized (by {method}); pass the full-precision model"
-        )
+    for component, config in source.transformer_configs.items():
+        if (quantization := config.get("quantization_config")) is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+            origin = full_precision_origin(source.folder, config, source.index)
+            raise already_quantized(source.name, component, method, origin=origin)
 
 
 def _source_in(folder: Path, *, name: str, kind: Literal["embedded", "folder", "hub"]) -> ModelSource:

@@ -10,10 +10,11 @@ as that is. Text encoders of transformers are quantized weight-only, with the le
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from s2q.common.components import TRANSFORMERS, split_name
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models import OUTSIDE, block_names, family_of, token_layout
+from s2q.models.quantized import already_quantized
 from s2q.models.timesteps import mean_timestep_row, timestep_parameters
 from s2q.nn import replace_module
 from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
@@ -265,8 +267,22 @@ class _Group:
         return folded(task)
 
 
+def _merged(merge: Callable[..., Any], stored: Any, given: Any) -> Any:
+    """Choose between the configuration of a quantized model and a given one as diffusers does, but refuse a `Config`.
+
+    diffusers would warn, and load the model as it is quantized.
+    """
+    if isinstance(given, Config):
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else stored.quant_method
+        raise already_quantized("from_pretrained", given.component, method)
+    return merge(stored, given)
+
+
 def _register() -> None:
     """Make `from_pretrained` of diffusers and transformers know `Config`; idempotent."""
     diffusers_auto.AUTO_QUANTIZER_MAPPING[QuantMethod.RECIPE.value] = RecipeQuantizer
     diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.RECIPE.value] = Config
+    loader = diffusers_auto.DiffusersAutoQuantizer
+    if not isinstance(loader.merge_quantization_configs, partial):
+        loader.merge_quantization_configs = staticmethod(partial(_merged, loader.merge_quantization_configs))
     text_encoders.register(QuantMethod.RECIPE.value, Config)

@@ -1,0 +1,216 @@
+"""What `s2q convert` reads: SDNQ's pipeline folder or ComfyUI's file; anything else is refused with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from s2q.checkpoint import QUANT_METHOD
+from s2q.checkpoint.manifest import EXPORT_RECORD
+from s2q.common.components import TRANSFORMERS
+from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.files import read_json
+from s2q.common.headers import read_headers
+from s2q.common.weight_files import weight_files
+from s2q.exports.comfyui import COMFYUI, COMFYUI_FORMAT, read_marked
+from s2q.exports.layout import Layout, from_original, layout_of
+from s2q.exports.sdnq import SDNQ_FORMAT, linear_options
+from s2q.exports.source import SourceFormat
+from s2q.models import ModelSource, resolve_model
+from s2q.models.quantized import full_precision_origin
+
+_REMEDY = "download or save the model again"
+_READ = "a pipeline folder of sdnq, or a .safetensors of ComfyUI with --base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTransformer:
+    """A quantized transformer as files have it, by the names of diffusers.
+
+    Attributes:
+        plain: Tensors of everything that is not quantized.
+        linears: Tensors of each quantized linear, and what the files say of it.
+    """
+
+    plain: Mapping[str, Tensor]
+    linears: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A quantized model of another program.
+
+    Attributes:
+        name: Its name.
+        given: What the user wrote.
+        path: The folder or file that is read.
+        format: The format.
+        version: Of the program, or None.
+        writer: What else the files tell of who wrote them, or None.
+        transformers: The pipeline that has the configurations of the transformers.
+        others: The pipeline that has the other components.
+        origin: The full-precision model that it was made from, or None.
+        components: Its quantized transformers.
+        read: Reads one of them, given that in full precision on the meta device.
+    """
+
+    name: str
+    given: str
+    path: Path
+    format: SourceFormat
+    version: str | None
+    writer: str | None
+    transformers: ModelSource
+    others: ModelSource
+    origin: str | None
+    components: tuple[str, ...]
+    read: Callable[[str, nn.Module], StoredTransformer]
+
+
+def find_conversion(model: str | Path, *, base: str | Path | None, variant: str | None) -> Conversion:
+    """Find a quantized model and check that it is one that is read.
+
+    Raises:
+        InvalidInputError: If it is in full precision or of another format; the full-precision model is named.
+        UsageError: If a file has no base.
+    """
+    path = Path(model).expanduser()
+    base_source = None if base is None else resolve_model(base)
+    conversion = _find(path, model, base_source, variant=variant)
+    for component, method in conversion.others.quantization_methods().items():
+        if component not in conversion.transformers.transformer_configs:
+            raise InvalidInputError(
+                f"{conversion.others.given}: its {component} is quantized by {method}, which is not read; pass --base "
+                "MODEL (base=), a pipeline whose other components are in full precision"
+            )
+    ours, theirs = conversion.transformers.transformer_configs, conversion.others.transformer_configs
+    for component in ours.keys() | theirs.keys():
+        classes = [configs.get(component, {}).get("_class_name", "none") for configs in (ours, theirs)]
+        if classes[0] != classes[1]:
+            raise InvalidInputError(
+                f"{conversion.others.given}: its {component} is {classes[1]}, that of {conversion.given} is "
+                f"{classes[0]}; pass the pipeline that the model is of"
+            )
+    return conversion
+
+
+def _find(path: Path, model: str | Path, base_source: ModelSource | None, *, variant: str | None) -> Conversion:
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise InvalidInputError(
+                f"{path}: is not read; expected {_READ}; quantize its full-precision model with s2q quantize"
+            )
+        if base_source is None:
+            raise UsageError(
+                f"{path}: is one transformer; pass --base MODEL (base=), the diffusers pipeline with its configuration "
+                "and other components"
+            )
+        return _of_file(path, base_source)
+    return _of_folder(resolve_model(model, variant=variant), base_source)
+
+
+def _of_folder(source: ModelSource, base: ModelSource | None) -> Conversion:
+    quantized = {
+        component: config["quantization_config"]
+        for component, config in source.transformer_configs.items()
+        if isinstance(config.get("quantization_config"), Mapping)
+    }
+    origin = full_precision_origin(source.folder, *source.transformer_configs.values(), source.index)
+    if not quantized:
+        raise InvalidInputError(f"{source.given}: is not quantized; quantize it with s2q quantize")
+    for component, config in quantized.items():
+        method = config.get("quant_method")
+        if method == QUANT_METHOD:
+            raise InvalidInputError(f"{source.given}: is an s2q checkpoint already; use it as it is")
+        if method != SDNQ_FORMAT.name:
+            raise InvalidInputError(
+                f"{source.given}: its {component} is quantized by {method}, which is not read; expected {_READ}; "
+                f"quantize {full_precision(origin)} with s2q quantize"
+            )
+    folder = source.complete_folder()
+
+    def read(component: str, plain: nn.Module) -> StoredTransformer:
+        files = weight_files(folder / component, variant=source.variant)
+        read_headers(files)
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        names = {name.rpartition(".")[0] for name in tensors.keys() - plain.state_dict().keys()}
+        return _stored(tensors, {name: linear_options(quantized[component], name) for name in names})
+
+    version, record = next(iter(quantized.values())).get("sdnq_version"), folder / EXPORT_RECORD
+    return Conversion(
+        name=source.name,
+        given=source.given,
+        path=folder,
+        format=SDNQ_FORMAT,
+        version=None if version is None else str(version),
+        writer=f"s2q export of {read_json(record, remedy=_REMEDY).get('recipe')}" if record.is_file() else None,
+        transformers=source,
+        others=base or source,
+        origin=origin or (None if base is None else base.name),
+        components=tuple(quantized),
+        read=read,
+    )
+
+
+def _of_file(path: Path, base: ModelSource) -> Conversion:
+    if len(base.transformer_configs) > 1:
+        raise InvalidInputError(
+            f"{base.given}: has two transformers, a file of {COMFYUI_FORMAT.name} one; quantize it with s2q quantize"
+        )
+    tensors, marks, writer = read_marked(path)
+
+    def read(component: str, plain: nn.Module) -> StoredTransformer:
+        layout = layout_of(plain, COMFYUI_FORMAT.name, remedy=f"quantize {base.given} with s2q quantize")
+        names = _marked_names(plain, layout, marks)
+        assert COMFYUI.file is not None
+        converted = from_original(type(plain).__name__, tensors, suffixes=COMFYUI.file.suffixes)
+        return _stored(converted, names)
+
+    return Conversion(
+        name=path.stem,
+        given=str(path),
+        path=path,
+        format=COMFYUI_FORMAT,
+        version=None,
+        writer=writer,
+        transformers=base,
+        others=base,
+        origin=base.name,
+        components=TRANSFORMERS[:1],
+        read=read,
+    )
+
+
+def _marked_names(model: nn.Module, layout: Layout, marks: Mapping[str, Any]) -> dict[str, Any]:
+    """Return marks by the names of diffusers; refuse one of what is no linear of the model."""
+    linears = {
+        name: layout.linear_name(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    if strange := sorted(marks.keys() - set(linears.values())):
+        raise InvalidInputError(
+            f"{strange[0]}: is marked as quantized, but {type(model).__name__} has no such linear; check --base"
+        )
+    return {name: marks[original] for name, original in linears.items() if original in marks}
+
+
+def _stored(tensors: Mapping[str, Tensor], options: Mapping[str, Mapping[str, Any]]) -> StoredTransformer:
+    """Split tensors into those of quantized linears, by the last part of their names, and others."""
+    linears: dict[str, dict[str, Tensor]] = {name: {} for name in options}
+    plain = {}
+    for name, tensor in tensors.items():
+        linear, _, part = name.rpartition(".")
+        if linear in linears:
+            linears[linear][part] = tensor
+        else:
+            plain[name] = tensor
+    return StoredTransformer(plain=plain, linears={name: (linears[name], options[name]) for name in sorted(options)})
+
+
+def full_precision(origin: str | None) -> str:
+    """Return words for the model that a quantized one was made from."""
+    return origin or "the model that it was made from"

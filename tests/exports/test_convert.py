@@ -1,0 +1,434 @@
+"""Checkpoints of other programs as checkpoints of s2q: the codes, scales, biases and branches that they have."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import s2q
+from exported import BRANCH, CONVROT, GROUPS, OUTER, packed_linears
+from s2q.checkpoint import read_config, verify_manifest
+from s2q.cli import run
+from s2q.common.errors import InvalidInputError, S2QError, UsageError
+from s2q.exports import convert as module
+from s2q.exports.layout import LAYOUTS
+from s2q.exports.reading import _marked_names
+from s2q.exports.sdnq import linear_options
+from tiny import tiny_transformer
+
+GROUPS_OF_8_BITS = (GROUPS[0].replace("num_bits: 4", "num_bits: 8"), GROUPS[1])
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+LINEAR = "transformer_blocks.0.attn1.to_q"
+FILE_LINEAR = "blocks.0.self_attn.q"
+
+
+@pytest.fixture
+def sdnq(made, tmp_path):
+    """Returns an export to SDNQ, its configuration and tensors changed by functions."""
+
+    def make(recipe, *, config=lambda content: None, tensors=lambda content: None):
+        folder = tmp_path / "sdnq"
+        s2q.export(made("cogvideox", *recipe), to="sdnq", out=folder)
+        path = folder / "transformer/config.json"
+        content, stored = json.loads(path.read_text()), load_file(folder / WEIGHTS)
+        config(content["quantization_config"])
+        tensors(stored)
+        path.write_text(json.dumps(content))
+        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / WEIGHTS)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def comfyui(made, tmp_path):
+    """Returns an export to ComfyUI, its tensors changed by a function, with other metadata."""
+
+    def make(*recipe, tensors=lambda content: None, metadata=None):
+        file = tmp_path / "model.safetensors"
+        s2q.export(made("wan", *recipe), to="comfyui", out=file)
+        stored = load_file(file)
+        tensors(stored)
+        save_file(stored, file, metadata=metadata)
+        return file
+
+    return make
+
+
+def assert_equal_linears(converted, checkpoint):
+    ours, theirs = packed_linears(converted)[1], packed_linears(checkpoint)[1]
+    assert ours.keys() == theirs.keys()
+    for name, layer in theirs.items():
+        assert (ours[name].scheme, ours[name].path) == (layer.scheme, layer.path), name
+        tensors = {part: tensor for part, tensor in layer.named_parameters() if part != "weight"}
+        assert {part for part, _ in ours[name].named_parameters()} == {*tensors, "weight"}
+        assert torch.equal(ours[name].codes(), layer.codes()), name
+        for part, tensor in tensors.items():
+            assert torch.equal(getattr(ours[name], part), tensor), f"{name}.{part}"
+
+
+def assert_refused(words, source, out, **options):
+    with pytest.raises(InvalidInputError, match=words):
+        s2q.convert(source, out=out, **options)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [(CONVROT, *BRANCH, *OUTER), ("convrot-w8a8", *BRANCH), ("rtn-w4a8",), ("rtn-w4a16", *GROUPS)]
+    + [("rtn-w4a16", *GROUPS_OF_8_BITS), ("s2q-export-branch-w4a8",)],
+    ids=" ".join,
+)
+def test_an_export_to_sdnq_gives_the_linears_of_its_checkpoint(made, recipe, tmp_path):
+    checkpoint = made("cogvideox", *recipe)
+    s2q.export(checkpoint, to="sdnq", out=tmp_path / "sdnq")
+    report = s2q.convert(tmp_path / "sdnq", out=tmp_path / "out")
+    assert_equal_linears(tmp_path / "out", checkpoint)
+    assert (tmp_path / "out" / WEIGHTS).stat().st_size == (checkpoint / WEIGHTS).stat().st_size
+    assert report.largest_difference < 5e-6
+    assert report.writer == f"s2q export of {recipe[0]}"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [(CONVROT, *OUTER), ("convrot-w8a8",), ("convrot-w4a4", *OUTER, "skip=['*.ffn.net.2']"), ("rtn-w4a16",)],
+    ids=" ".join,
+)
+def test_an_export_to_comfyui_gives_the_linears_of_its_checkpoint(made, recipe, tmp_path):
+    checkpoint = made("wan", *recipe)
+    s2q.export(checkpoint, to="comfyui", out=tmp_path / "model.safetensors")
+    report = s2q.convert(tmp_path / "model.safetensors", out=tmp_path / "out", base=checkpoint)
+    assert_equal_linears(tmp_path / "out", checkpoint)
+    assert (report.largest_difference, report.writer) == (0, "s2q export")
+
+
+def test_the_mark_of_a_fused_linear_is_that_of_its_parts():
+    with torch.device("meta"):
+        model = tiny_transformer("hunyuanvideo")
+    mark = {"format": "int8_tensorwise"}
+    marks = {"double_blocks.0.txt_attn_qkv": mark}
+    names = [f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv"]
+    assert _marked_names(model, LAYOUTS[type(model).__name__], marks) == dict.fromkeys(names, mark)
+    with pytest.raises(InvalidInputError, match="x.y: is marked as quantized, but Hunyuan"):
+        _marked_names(model, LAYOUTS[type(model).__name__], {"x.y": mark})
+
+
+def test_both_transformers_are_converted(made, tmp_path):
+    checkpoint = made("wan 2.2 a14b", CONVROT)
+    s2q.export(checkpoint, to="sdnq", out=tmp_path / "sdnq")
+    s2q.convert(tmp_path / "sdnq", out=tmp_path / "out")
+    ours, theirs = s2q.load(tmp_path / "out"), s2q.load(checkpoint)
+    for component in ("transformer", "transformer_2"):
+        expected = getattr(theirs, component).state_dict()
+        tensors = getattr(ours, component).state_dict()
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_records_of_a_conversion(sdnq, made, tmp_path, capsys):
+    folder, out = sdnq((CONVROT,)), tmp_path / "out"
+    assert run(["convert", str(folder), "-o", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["tool"], result["tool_version"], result["calibrated"]) == ("sdnq", "0.2.8", False)
+    assert result["linears"] == {"w4a8": 12, "w4a16": 4}
+    assert json.loads((out / "s2q/report.json").read_text()) == result
+    inspected = s2q.inspect(out, verify=True)
+    assert (inspected.recipe, inspected.format_version, inspected.verified) == ("sdnq-w4a8", 4, True)
+    assert inspected.converted == {"tool": "sdnq", "tool_version": "0.2.8"}
+    assert inspected.storage["quantized_bytes"] == result["storage"]["quantized_bytes"]
+    assert [layer.bytes for layer in inspected.layers] == [layer["bytes"] for layer in result["layers"]]
+    assert s2q.inspect(made("cogvideox", CONVROT)).converted is None
+    assert run(["inspect", str(out)]) == 0
+    assert "converted from sdnq 0.2.8; not calibrated by s2q" in capsys.readouterr().out
+    assert "Nothing was calibrated" in (out / "README.md").read_text()
+    assert not (out / "s2q/recipe.json").exists()
+    for component in ("vae", "text_encoder"):
+        for path in (folder / component).glob("*.safetensors"):
+            assert path.read_bytes() == (out / component / path.name).read_bytes()
+
+
+def test_an_output_is_replaced_with_overwrite_only(sdnq, tmp_path, capsys):
+    folder, out = sdnq((CONVROT,)), tmp_path / "out"
+    arguments = ["convert", str(folder), "-o", str(out)]
+    assert run(arguments) == 0
+    before = (out / "s2q/manifest.json").stat().st_mtime_ns
+    assert run(arguments) == 3
+    assert "exists; pass --overwrite" in capsys.readouterr().err
+    assert (out / "s2q/manifest.json").stat().st_mtime_ns == before
+    assert run([*arguments, "--overwrite"]) == 0
+    assert verify_manifest(out) == []
+    assert_refused("is inside of", folder, folder / "out")
+
+
+def test_scales_that_bf16_would_round_are_kept_in_fp32(sdnq, tmp_path):
+    folder = sdnq((CONVROT,), tensors=lambda stored: stored[f"{LINEAR}.scale"].mul_(1.001))
+    s2q.convert(folder, out=tmp_path / "out")
+    config = read_config(tmp_path / "out")
+    assert (config.format_version, config.wide) == (3, True)
+    scale = packed_linears(tmp_path / "out")[1][LINEAR].weight_scale
+    assert torch.equal(scale, load_file(folder / WEIGHTS)[f"{LINEAR}.scale"].flatten())
+    assert verify_manifest(tmp_path / "out") == []
+
+
+def test_a_branch_is_rounded_to_bf16_and_the_difference_is_told(sdnq, tmp_path):
+    folder = sdnq((CONVROT, *BRANCH), tensors=lambda stored: stored[f"{LINEAR}.svd_down"].mul_(1.01))
+    report = s2q.convert(folder, out=tmp_path / "out")
+    assert 1e-6 < report.largest_difference < 2**-8
+    assert report.rounding == "branches are rounded to bf16"
+    assert read_config(tmp_path / "out").format_version == 3
+
+
+def test_sylvesters_rotation_is_stored(sdnq, tmp_path):
+    """As SDNQ's own quantizer takes it for a width like 1920: the largest power of 2, no power of 4."""
+    folder = sdnq(("rtn-w4a8",), config=lambda config: config.update(use_hadamard=True, hadamard_group_size=32))
+    s2q.convert(folder, out=tmp_path / "out")
+    layer = packed_linears(tmp_path / "out")[1][LINEAR]
+    matrix, step = torch.ones(1, 1), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    for _ in range(5):
+        matrix = torch.kron(matrix, step)
+    matrix = matrix / 32**0.5
+    torch.testing.assert_close(layer.transform_right, matrix, rtol=1e-7, atol=0)
+    rotated = layer.dequantized_weight().unflatten(1, (-1, 32)) @ matrix
+    torch.testing.assert_close(layer.effective_weight(torch.float32), rotated.flatten(1), rtol=0, atol=1e-6)
+
+
+def test_a_scale_of_a_whole_weight_is_that_of_every_row_and_zeros_get_one(sdnq, tmp_path):
+    name = LINEAR.replace("to_q", "to_k")
+
+    def change(stored):
+        stored[f"{LINEAR}.scale"] = torch.full((1, 1), 0.5)
+        stored[f"{name}.scale"][3] = 0
+
+    s2q.convert(sdnq((CONVROT,), tensors=change), out=tmp_path / "out")
+    layers = packed_linears(tmp_path / "out")[1]
+    assert layers[LINEAR].weight_scale.tolist() == [0.5] * layers[LINEAR].out_features
+    assert (layers[name].weight_scale[3], layers[name].codes()[3].abs().max()) == (1, 0)
+
+
+def test_linears_that_see_few_rows_are_weight_only(sdnq, tmp_path):
+    """SDNQ computes calls with fewer than 32 rows so, whatever the configuration says; adaLN linears have no others."""
+
+    def everywhere(config):
+        for options in config["modules_quant_config"].values():
+            options["use_quantized_matmul"] = True
+
+    s2q.convert(sdnq((CONVROT,), config=everywhere), out=tmp_path / "out")
+    schemes = read_config(tmp_path / "out").layers
+    assert {scheme for name, scheme in schemes.items() if "norm" in name} == {"w4a16"}
+    assert {scheme for name, scheme in schemes.items() if "norm" not in name} == {"w4a8"}
+
+
+def test_groups_beside_int8_products_stay_groups(sdnq, tmp_path):
+    folder = sdnq(("rtn-w4a16", *GROUPS), config=lambda config: config.update(use_quantized_matmul=True))
+    report = s2q.convert(folder, out=tmp_path / "out")
+    assert report.recipe == "sdnq-w4a8"
+    assert report.linears == {"w4g32a8": 12, "w4a16": 4}
+    assert report.largest_difference == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "words"),
+    [
+        ({}, {"zero_point": torch.zeros(64, 1)}, "int4 weights and zero points"),
+        ({"weights_dtype": "uint4"}, {}, "uint4 weights"),
+        ({"weights_dtype": "float8_e4m3fn"}, {}, "float8_e4m3fn weights"),
+        ({"use_codebook": True}, {}, "codebooks"),
+        ({}, {"scale_2": torch.ones(1)}, r"scales that are quantized themselves \(scale_2\)"),
+        ({"quantized_matmul_dtype": "float8_e4m3fn"}, {}, "activations in float8_e4m3fn"),
+        ({}, {"scale": torch.ones(64, 3)}, r"scales of shape \[64, 3\]"),
+        ({}, {"scale": torch.ones(64, 3, 1)}, r"scales of shape \[64, 3, 1\]"),
+        ({}, {"scale": torch.full((64, 1), -1.0)}, "weight_scale contains scales that are not positive"),
+        ({}, {"svd_down": torch.ones(64, 2), "scale": None}, "damaged tensors or options"),
+        ({}, {"weight": torch.zeros(7, dtype=torch.uint8)}, r"weight torch.uint8 \[7\], not \[2048\]"),
+        ({}, {"svd_down": torch.ones(64, 2)}, r"svd_up torch.uint8 \[0\], not \[2, 64\]"),
+        ({"hadamard_group_size": "wide"}, {}, "damaged tensors or options"),
+    ],
+)
+def test_what_does_not_fit_of_sdnq_is_refused_with_the_linear_and_a_remedy(sdnq, config, tensors, words, tmp_path):
+    def change(stored):
+        for part, tensor in tensors.items():
+            stored.pop(f"{LINEAR}.{part}", None)
+            if tensor is not None:
+                stored[f"{LINEAR}.{part}"] = tensor
+
+    folder = sdnq((CONVROT,), config=lambda content: content.update(config), tensors=change)
+    assert_refused(
+        rf"^{LINEAR if tensors else r'transformer_blocks.0.attn1.to_k'}: is stored with {words}.*; expected symmetric "
+        "integer codes in rows or groups; quantize tiny with s2q quantize, or with weights_dtype int4 or int8 and no "
+        "codebook in sdnq$",
+        folder,
+        tmp_path / "out",
+    )
+
+
+def test_tensors_of_another_model_are_refused(sdnq, tmp_path):
+    folder = sdnq((CONVROT,), tensors=lambda stored: stored.pop("proj_out.bias"))
+    assert_refused(
+        r"sdnq: proj_out.bias is missing; check --base, or download the model again", folder, tmp_path / "out"
+    )
+
+
+def test_codes_of_other_modules_are_refused(sdnq, tmp_path):
+    folder = sdnq((CONVROT,), tensors=lambda stored: stored.update({"patch_embed.proj.scale": torch.ones(1)}))
+    assert_refused("patch_embed.proj: is stored with codes of Conv2d", folder, tmp_path / "out")
+
+
+def test_quantized_text_encoders_come_from_a_base(sdnq, made, tmp_path):
+    folder = sdnq((CONVROT,))
+    path = folder / "text_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "sdnq"}}))
+    assert_refused(
+        "its text_encoder is quantized by sdnq, which is not read; pass --base MODEL", folder, tmp_path / "out"
+    )
+    s2q.convert(folder, out=tmp_path / "out", base=made("cogvideox", CONVROT))
+    assert "quantization_config" not in json.loads((tmp_path / "out/text_encoder/config.json").read_text())
+
+
+def test_a_base_of_another_family_is_refused(made, comfyui, sdnq, tmp_path):
+    base = made("wan", CONVROT)
+    words = (
+        "its transformer is WanTransformer3DModel, that of .* is CogVideoXTransformer3DModel; pass the pipeline that"
+    )
+    assert_refused(words, sdnq((CONVROT,)), tmp_path / "out", base=base)
+    file = comfyui(CONVROT)
+    assert_refused(
+        "does not know the original names of CogVideoX", file, tmp_path / "out", base=made("cogvideox", CONVROT)
+    )
+    assert_refused("has two transformers, a file", file, tmp_path / "out", base=made("wan 2.2 a14b", CONVROT))
+    other = made("wan", "convrot-w8a8")
+    config = json.loads((other / "transformer/config.json").read_text())
+    shutil.copytree(other, tmp_path / "wide")
+    (tmp_path / "wide/transformer/config.json").write_text(json.dumps(config | {"out_channels": 32}))
+    words = r"proj_out.(bias|weight): got \[.*\], expected \[.*\]; check --base"
+    assert_refused(words, file, tmp_path / "out", base=tmp_path / "wide")
+    (tmp_path / "wide/transformer/config.json").write_text(json.dumps(config | {"num_layers": 1}))
+    assert_refused(r"blocks.1.* is marked as quantized, but Wan", file, tmp_path / "out", base=tmp_path / "wide")
+
+
+def test_marks_may_be_in_the_header_and_names_may_have_a_prefix(made, comfyui, tmp_path):
+    marks = {}
+
+    def change(stored):
+        for name in [name for name in stored if name.endswith(".comfy_quant")]:
+            text = bytes(stored.pop(name).tolist()).decode()
+            marks["model.diffusion_model." + name.removesuffix(".comfy_quant")] = json.loads(text)
+        for name in list(stored):
+            stored[f"model.diffusion_model.{name}"] = stored.pop(name)
+
+    file = comfyui(CONVROT, tensors=change)
+    save_file(load_file(file), file, metadata={"_quantization_metadata": json.dumps({"layers": marks})})
+    report = s2q.convert(file, out=tmp_path / "out", base=made("wan", CONVROT))
+    assert_equal_linears(tmp_path / "out", made("wan", CONVROT))
+    assert report.writer is None
+
+
+def test_a_file_may_have_one_scale_for_a_weight_and_int8_products_of_4_bit_codes(made, comfyui, tmp_path):
+    def change(stored):
+        mark = {"format": "convrot_w4a4", "convrot_groupsize": 64, "linear_dtype": "int8"}
+        stored[f"{FILE_LINEAR}.comfy_quant"] = torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
+        stored[f"{FILE_LINEAR}.weight_scale"] = torch.tensor(0.25)
+
+    recipe = ("convrot-w4a4", "skip=['*.ffn.net.2']")
+    s2q.convert(comfyui(*recipe, tensors=change), out=tmp_path / "out", base=made("wan", *recipe))
+    layer, theirs = (
+        packed_linears(path)[1]["blocks.0.attn1.to_q"] for path in (tmp_path / "out", made("wan", *recipe))
+    )
+    assert torch.equal(layer.codes(), theirs.codes())
+    assert layer.scheme.name == "w4a8"
+    assert layer.weight_scale.tolist() == [0.25] * layer.out_features
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weight_codebook": torch.zeros(16)}, f"{FILE_LINEAR}: is stored with weight_codebook, which s2q's packed"),
+        ({"weight_s_rel": torch.full((64, 1), 2.0)}, "to_q: is stored with relative scales of groups in a row"),
+        ({"weight_s_rel": torch.ones(64, 4)}, "to_q: is stored with relative scales of groups in a row"),
+        ({"weight": torch.zeros(64, 48, dtype=torch.int8)}, r"asym_w4a8_int8 weights torch.int8 \[64, 48\]"),
+        ({"weight_s_channel": None}, "asym_w4a8_int8 scales of shape None"),
+        ({"comfy_quant": {"format": "float8_e4m3fn"}}, "to_q: is stored with format 'float8_e4m3fn'"),
+        ({"comfy_quant": {"format": "asym_w4a8_int8", "convrot_groupsize": 32}}, "a rotation in blocks of 32 of 64"),
+        ({"comfy_quant": {"format": "asym_w4a8_int8"}}, "a rotation in blocks of 256 of 64"),
+        ({"comfy_quant": [1]}, "has no linears with comfy_quant or _quantization_metadata"),
+    ],
+)
+def test_what_does_not_fit_of_comfyui_is_refused(made, comfyui, change, words, tmp_path):
+    def edit(stored):
+        for part, value in change.items():
+            stored.pop(f"{FILE_LINEAR}.{part}", None)
+            if part == "comfy_quant":
+                stored[f"{FILE_LINEAR}.{part}"] = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+            elif value is not None:
+                stored[f"{FILE_LINEAR}.{part}"] = value
+
+    assert_refused(words, comfyui(CONVROT, tensors=edit), tmp_path / "out", base=made("wan", CONVROT))
+
+
+def test_a_file_needs_a_base_and_marks(made, comfyui, tmp_path, capsys):
+    file = comfyui(CONVROT)
+    with pytest.raises(UsageError, match=r"is one transformer; pass --base MODEL \(base=\)"):
+        s2q.convert(file, out=tmp_path / "out")
+    assert run(["convert", str(file), "-o", str(tmp_path / "out")]) == 2
+    capsys.readouterr()
+    plain = made("wan", CONVROT) / WEIGHTS
+    assert_refused("has no linears with comfy_quant", plain, tmp_path / "out", base=made("wan", CONVROT))
+    (tmp_path / "short.safetensors").write_bytes(file.read_bytes()[:1000])
+    assert_refused("truncated", tmp_path / "short.safetensors", tmp_path / "out", base=made("wan", CONVROT))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert_refused(
+        "model.gguf: is not read; expected a pipeline folder of sdnq", tmp_path / "model.gguf", tmp_path / "out"
+    )
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "gguf", "quanto"])
+def test_other_methods_are_refused_with_the_full_precision_model(sdnq, method, tmp_path):
+    folder = sdnq((CONVROT,), config=lambda config: config.update(quant_method=method))
+    words = f"its transformer is quantized by {method}, which is not read; .*; quantize {{}} with s2q quantize"
+    (folder / "README.md").write_text("---\nbase_model: acme/wan\n---\n")
+    assert_refused(words.format("acme/wan"), folder, tmp_path / "out")
+    (folder / "README.md").unlink()
+    assert_refused(words.format("the model that it was made from"), folder, tmp_path / "out")
+
+
+def test_models_that_need_no_conversion_are_refused(made, tiny_model, tmp_path):
+    assert_refused("is an s2q checkpoint already", made("cogvideox", CONVROT), tmp_path / "out")
+    assert_refused("is not quantized; quantize it with s2q quantize", tiny_model, tmp_path / "out")
+
+
+def test_a_conversion_that_differs_is_discarded(sdnq, tmp_path, monkeypatch):
+    folder = sdnq((CONVROT,))
+    monkeypatch.setattr(module, "decoded", lambda weight, form: weight.codes.float())
+    with pytest.raises(S2QError, match=r"differs by .* from what sdnq computes; nothing was converted"):
+        s2q.convert(folder, out=tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "read_tensors", lambda folder: {})
+    with pytest.raises(S2QError, match="was read back with other values; nothing was converted"):
+        s2q.convert(folder, out=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["sdnq"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, "int4"),
+        ({"modules_quant_config": {".blocks.1.": {"weights_dtype": "int8"}}}, "int8"),
+        ({"modules_quant_config": {".blocks.0.": {"weights_dtype": "int8"}}}, "int4"),
+        ({"modules_quant_config": {"to_q": {"weights_dtype": "int8"}}}, "int8"),
+        ({"modules_quant_config": {"blocks.*.to_q": {"weights_dtype": "int8"}}}, "int8"),
+        ({"modules_quant_config": {"to": {"weights_dtype": "int8"}}}, "int4"),
+        ({"modules_dtype_dict": {"int8": ["blocks.1.to_q.weight"]}}, "int8"),
+        ({"modules_dtype_dict": {"minimum_6bit": ["to_q"]}}, "int6"),
+        ({"modules_dtype_dict": {"minimum_uint6": ["to_q"]}}, "uint6"),
+        ({"modules_dtype_dict": {"minimum_3bit": ["to_q"]}}, "int4"),
+    ],
+)
+def test_options_of_a_linear(config, expected):
+    assert linear_options({"weights_dtype": "int4", **config}, "blocks.1.to_q")["weights_dtype"] == expected
+
+
+def test_a_linear_may_be_kept_from_int8_products():
+    config = {"weights_dtype": "int4", "use_quantized_matmul": True, "modules_to_not_use_matmul": ["to_q"]}
+    assert not linear_options(config, "blocks.1.to_q")["use_quantized_matmul"]
+    assert linear_options(config, "blocks.1.to_k")["use_quantized_matmul"]
