@@ -36,8 +36,8 @@ from s2q.models import block_linears, family_of
 
 _EXACT = 1e-5
 """Difference of a weight, relative to its largest magnitude: fp32 sums in another order."""
-_ROUNDED = 2.0**-8
-"""The same of a product of two factors of a branch, each rounded to bf16."""
+_ROUNDED = 2.0**-7
+"""Of a product of two factors of a branch, each rounded to bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)

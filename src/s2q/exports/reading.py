@@ -1,4 +1,4 @@
-"""What `s2q convert` reads: SDNQ's pipeline folder or ComfyUI's file; anything else is refused with what to do."""
+"""Sources of `s2q convert`: SDNQ's pipeline folder or ComfyUI's file; anything else is refused with a remedy."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _of_folder(source: ModelSource, base: ModelSource | None) -> Conversion:
     for component, config in quantized.items():
         method = config.get("quant_method")
         if method == QUANT_METHOD:
-            raise InvalidInputError(f"{source.given}: is an s2q checkpoint already; use it as it is")
+            raise InvalidInputError(f"{source.given}: is an s2q checkpoint already, which needs no conversion")
         if method != SDNQ_FORMAT.name:
             raise InvalidInputError(
                 f"{source.given}: its {component} is quantized by {method}, which is not read; expected {_READ}; "
