@@ -197,9 +197,12 @@ def test_arguments_are_checked_before_a_file_is_read(arguments, message):
         s2q.Config(**arguments)
 
 
-def test_a_checkpoint_keeps_its_own_recipe(model):
-    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-        transformer = CogVideoXTransformer3DModel.from_pretrained(
+def test_a_checkpoint_is_not_quantized_again(model):
+    with pytest.raises(InvalidInputError, match=r"its transformer is already quantized \(by s2q\); pass the full"):
+        CogVideoXTransformer3DModel.from_pretrained(
             model.run / "transformer", quantization_config=s2q.Config("rtn-w4a8"), dtype=torch.bfloat16
         )
-    assert transformer.config.quantization_config.recipe == "table-w4a8"
+    pipe = CogVideoXPipeline.from_pretrained(
+        model.run, quantization_config=s2q.Config("rtn-w4a8", components=["text_encoder"]), dtype=torch.bfloat16
+    )
+    assert pipe.transformer.config.quantization_config.recipe == "table-w4a8"
