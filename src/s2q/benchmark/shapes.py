@@ -108,7 +108,7 @@ def _linears_of(subject: Subject, rows: int | None) -> Iterator[tuple[int, Block
         transformer, family, lists = subject.meta_transformer(), family_of(subject.transformer_class), {}
         rows = _attention_tokens(subject) if rows is None else rows
     for linear in block_linears(transformer, family):
-        if linear.role != "modulation" and not linear.sees_text:
+        if linear.role != "modulation" and not (linear.sees_text or linear.sees_audio):
             seen = rows
             if seen is None:
                 block_list = lists[linear.name.partition(".")[0]]

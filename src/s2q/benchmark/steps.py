@@ -167,8 +167,10 @@ def _compete(
 
     grid = block_grid(model, tokens=tokens)
     attention = {name: None if name in full else settings.attention for name in stacks}
+    streams = model.family.streams
     runs = {
-        name: (lambda data, name=name: _run(stacks[name], data[dtypes[name]], attention[name], grid)) for name in stacks
+        name: (lambda data, name=name: _run(stacks[name], streams, data[dtypes[name]], attention[name], grid))
+        for name in stacks
     }
     timings = compete(runs, fresh=fresh, device=device, options=settings.options)
     timings = {name: timing.times(model.calls * block_list.count / built) for name, timing in timings.items()}
@@ -206,14 +208,20 @@ def _stack(
     return blocks
 
 
-def _run(stack: Sequence[nn.Module], inputs: Mapping[str, Any], attention: str | None, grid: TokenGrid) -> object:
-    """Run blocks one after the other, each on the streams that the one before returned."""
+def _run(
+    stack: Sequence[nn.Module],
+    streams: Sequence[str],
+    inputs: Mapping[str, Any],
+    attention: str | None,
+    grid: TokenGrid,
+) -> object:
+    """Run blocks one after the other, each on the streams, by argument, that the one before returned."""
     arguments = dict(inputs)
     with attention_of(attention), token_grid(grid):
         for block in stack:
             output = block(**arguments)
-            streams = output if isinstance(output, tuple) else (output,)
-            arguments |= dict(zip(("hidden_states", "encoder_hidden_states"), streams, strict=False))
+            outputs = output if isinstance(output, tuple) else (output,)
+            arguments |= dict(zip(streams, outputs, strict=True))
     return arguments
 
 

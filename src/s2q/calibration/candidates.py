@@ -194,7 +194,7 @@ def _parts(pipe: Any, *names: str) -> list[Any]:
 
 def _parts_to_hash(teacher: Teacher) -> Iterator[nn.Module]:
     """The parts whose weights decide what is generated; each is paged out after its turn."""
-    encoders = _parts(teacher.pipe, "text_encoder", "text_encoder_2")
+    encoders = _parts(teacher.pipe, "text_encoder", "text_encoder_2", "connectors")
     for part in (*encoders, *transformers_of(teacher.pipe).values()):
         yield part
         teacher.page_out(part)

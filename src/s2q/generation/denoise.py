@@ -100,8 +100,12 @@ def _run(
     steps: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Call a pipeline; return the final latents, float32 on the CPU, and the frames `[B, F, 3, H, W]` in 0..1."""
-    drawn = [initial_noise(pipe, seed, settings) for seed in seeds]
-    noise = torch.cat([noise for noise, _ in drawn]).to(pipe.text_encoder.dtype)
+    if family_of(pipe.transformer).draws_noise:
+        start: dict[str, Any] = {"generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds]}
+    else:
+        drawn = [initial_noise(pipe, seed, settings) for seed in seeds]
+        noise = torch.cat([noise for noise, _ in drawn]).to(pipe.text_encoder.dtype)
+        start = {"latents": noise, "generator": [generator for _, generator in drawn]}
     last: dict[str, torch.Tensor] = {}
     left = itertools.count(-1 if steps is None else steps - 1, -1)
 
@@ -113,8 +117,7 @@ def _run(
     with ExitStack() as stack:
         output = pipe(
             prompt=list(prompts),
-            latents=noise,
-            generator=[generator for _, generator in drawn],
+            **start,
             output_type="pt" if decode else "latent",
             **_prepared(pipe, settings, after_step, stack),
         )
@@ -129,7 +132,8 @@ def _prepared(
     The call passes the latents of each step to `after_step`. A VAE that cannot decode several videos at once decodes
     them one by one, and a guider has the weight of the settings; at most 1 is one branch.
     """
-    family, vae, arguments = family_of(pipe.transformer), pipe.vae, settings.to_dict()
+    family, vae = family_of(pipe.transformer), pipe.vae
+    arguments = {**family.call, **settings.to_dict()}
     stack.callback(pipe.set_progress_bar_config, **(getattr(pipe, "_progress_bar_config", None) or {}))
     pipe.set_progress_bar_config(disable=True)
     if not (family.decodes_batches or vae.use_slicing):

@@ -5,8 +5,8 @@ the same names.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import nn
 
@@ -31,8 +31,10 @@ class Family:
         shared_inputs: Groups of linears of a block that read the same tensor, hence share a transform; the others read
             one of their own.
         text_linears: Linears of a block that see text tokens alone.
+        audio_linears: Linears of a block that see audio tokens alone.
         attention: The module of a block whose attention says which tokens matter.
-        streams: Keyword arguments of a block that it returns anew, in the order in which it returns them.
+        streams: Keyword arguments of a block that it returns anew, in the order in which it returns them: the video is
+            "hidden_states", the text "encoder_hidden_states", the audio "audio_hidden_states".
         joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
         latents: Layout of one video's latents: "frames first" [f, C, h, w], "channels first" [C, f, h, w], or "tokens"
             [f · h · w, C].
@@ -42,8 +44,12 @@ class Family:
             weight: the pipeline then takes neither that weight nor a prompt length nor a callback. Distilled models run
             one branch.
         text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
+        call: Arguments of the pipeline's call beside the settings; those that switch off further passes of guidance.
+        draws_noise: Whether the pipeline must draw the initial noise itself, because it takes no noise unchanged; it
+            does so in fp32, from the generators.
         defaults: `GenerationSettings` of the published models; sizes in a transformer's configuration come first.
         frame_rate: Frames per second of the videos on the models' pages (docs/real-models.md); a variant may differ.
+        kept_linears: Linears of a block with so few rows that they are never quantized.
         latent_linears: Linears outside the blocks that read or return latents: small, and never quantized.
         timestep_embeddings: What the modulation linears read, if that depends on timesteps alone: SiLU of the sum of
             these embeddings, each the names of a projection and of the module that reads it, and the constant that is
@@ -67,7 +73,11 @@ class Family:
     text_tokens: int
     defaults: Mapping[str, int | float]
     frame_rate: int
+    audio_linears: tuple[str, ...] = ()
+    call: Mapping[str, Any] = field(default_factory=dict)
+    draws_noise: bool = False
     decodes_batches: bool = True
+    kept_linears: tuple[str, ...] = ()
     latent_linears: tuple[str, ...] = ("patch_embed.proj", "proj_in", "proj_out")
     timestep_embeddings: tuple[tuple[str, str, float | None], ...] = ()
 
@@ -87,6 +97,7 @@ class BlockLinear:
         block: Index of its block, counted over all block lists in the order in which they run; `OUTSIDE` for "outer".
         role: "modulation" for the adaLN linears, "outer" for those outside the blocks, else "linear".
         sees_text: Whether it sees text tokens alone.
+        sees_audio: Whether it sees audio tokens alone.
     """
 
     name: str
@@ -97,6 +108,7 @@ class BlockLinear:
     out_features: int
     has_bias: bool
     sees_text: bool = False
+    sees_audio: bool = False
 
 
 def token_layout(transformer: nn.Module, family: Family) -> TokenLayout:
@@ -130,7 +142,7 @@ def block_names(transformer: nn.Module, family: Family) -> list[str]:
 
 
 def block_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
-    """List every linear inside the transformer's blocks, block by block, in the order of the modules."""
+    """List the linears inside the blocks except `kept_linears`, block by block, in the order of the modules."""
     return [
         linear
         for index, name in enumerate(block_names(transformer, family))
@@ -139,11 +151,11 @@ def block_linears(transformer: nn.Module, family: Family) -> list[BlockLinear]:
 
 
 def linears_of_block(block: nn.Module, block_name: str, family: Family, *, index: int = 0) -> list[BlockLinear]:
-    """List the linears of one block, in the order of its modules; its name is "transformer_blocks.0", say."""
+    """List the linears of one block except `kept_linears`, in the order of its modules; its name is "blocks.0", say."""
     return [
         _described(module, f"{block_name}.{name}", inner_name=name, family=family, block=index)
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and name not in family.kept_linears
     ]
 
 
@@ -176,4 +188,5 @@ def _described(linear: nn.Linear, name: str, *, inner_name: str, family: Family,
         out_features=linear.out_features,
         has_bias=linear.bias is not None,
         sees_text=role == "linear" and inner_name in family.text_linears,
+        sees_audio=role == "linear" and inner_name in family.audio_linears,
     )

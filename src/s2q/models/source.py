@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 from s2q.common.arguments import parse_dtype
 from s2q.common.components import TRANSFORMERS, check_no_adapter
@@ -32,7 +33,6 @@ from s2q.models.quantized import already_quantized, full_precision_origin
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from torch import nn
 
 _HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _REMEDY = "download or save the model again"
@@ -222,11 +222,13 @@ class ModelSource:
                     part_class = getattr(transformers, entry[1])  # there, and in memory as it will be
                     if "Tokenizer" in entry[1]:
                         parts[name] = part_class.from_pretrained(self.folder / name)
-                if entry[0] == "diffusers" and name != "vae":
-                    parts[name] = getattr(diffusers, entry[1]).from_pretrained(self.folder, subfolder=name)
-        vae_class = getattr(diffusers, self.index["vae"][1])
-        with torch.device("meta"):
-            parts["vae"] = vae_class.from_config(vae_class.load_config(self.folder, subfolder="vae"))
+                if entry[0] == "diffusers":
+                    part_class = getattr(diffusers, entry[1])
+                    if issubclass(part_class, nn.Module):  # an autoencoder
+                        with torch.device("meta"):
+                            parts[name] = part_class.from_config(part_class.load_config(self.folder, subfolder=name))
+                    else:
+                        parts[name] = part_class.from_pretrained(self.folder, subfolder=name)
         return self.pipeline_type()(**parts, **components)
 
     def load_pipeline(self, *, dtype: torch.dtype | str | None = None, device: str = "cpu") -> DiffusionPipeline:

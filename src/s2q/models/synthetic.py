@@ -46,6 +46,7 @@ class SyntheticModel:
         frames: Tokens of it along time.
         batch: B of a call of the transformer.
         calls: Calls of the transformer in one denoising step.
+        audio_tokens: Tokens of its sound; 0 without.
     """
 
     name: str
@@ -57,6 +58,7 @@ class SyntheticModel:
     text_tokens: int
     batch: int
     calls: int
+    audio_tokens: int = 0
 
     @property
     def label(self) -> str:
@@ -94,6 +96,8 @@ class SyntheticModel:
             return 1
         if linear in self.family.text_linears:
             return self.text_tokens
+        if linear in self.family.audio_linears:
+            return self.audio_tokens
         return tokens + self.text_tokens if block_list.sees == "joint" else tokens
 
 

@@ -89,6 +89,7 @@ class Workload:
     Attributes:
         tokens: N of a video.
         frames: Tokens of it along time.
+        audio_tokens: Tokens of its sound; 0 without.
         rows: Samples in one call of the transformer: all branches, or one.
         steps: Denoising steps of a video.
         component_bytes: Weights of the pipeline's other components, which generate the samples; None if unknown.
@@ -101,6 +102,7 @@ class Workload:
     rows: int
     component_bytes: int | None
     steps: int = 50
+    audio_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,12 +342,14 @@ def _block_shape(block: nn.Module, family: Family, linears: Sequence[BlockLinear
     shared = {name: group[0] for group in family.shared_inputs for name in group}
 
     def rows(linear: BlockLinear) -> int:
+        if linear.sees_audio:
+            return workload.audio_tokens
         return workload.text_tokens if linear.sees_text else workload.tokens + workload.text_tokens
 
     first = {shared.get(linear.inner_name, linear.inner_name): linear for linear in linears}
     paths = [getattr(linear, "path", InputPath()) for linear in first.values()]
-    channels = min((linear.in_features for linear in linears if not linear.sees_text), default=0)
-    total = workload.tokens + (workload.text_tokens if len(family.streams) > 1 else 0)
+    channels = next((linear.in_features for linear in linears if not (linear.sees_text or linear.sees_audio)), 0)
+    total = sum(_stream_tokens(workload)[name] for name in family.streams)
     return BlockShape(
         parameters=sum(parameter.numel() for parameter in block.parameters()),
         weights=tuple(linear.in_features * linear.out_features for linear in linears),
@@ -361,10 +365,21 @@ def _block_shape(block: nn.Module, family: Family, linears: Sequence[BlockLinear
 
 def _attention(block: nn.Module, family: Family, workload: Workload) -> tuple[tuple[int, int, int], ...]:
     """Queries, keys and channels of each attention of a block: joint with the text, of the video, or cross."""
-    own = workload.tokens + (workload.text_tokens if len(family.joint_order) > 1 else 0)
+    own = sum(_stream_tokens(workload)[name] for name in family.joint_order)
+    known = dict.fromkeys(family.text_linears, workload.text_tokens)
+    known |= dict.fromkeys(family.audio_linears, workload.audio_tokens)
     attentions = []
     for name, module in block.named_modules():
         if name.endswith(".to_q") and isinstance(module, nn.Linear):
-            keys = workload.text_tokens if name.removesuffix("q") + "k" in family.text_linears else own
-            attentions.append((own, keys, module.out_features))
+            keys = known.get(name.removesuffix("q") + "k", own)
+            attentions.append((known.get(name, own), keys, module.out_features))
     return tuple(attentions)
+
+
+def _stream_tokens(workload: Workload) -> dict[str, int]:
+    """Tokens of each stream of a block, by the name of its argument."""
+    return {
+        "hidden_states": workload.tokens,
+        "encoder_hidden_states": workload.text_tokens,
+        "audio_hidden_states": workload.audio_tokens,
+    }

@@ -213,7 +213,8 @@ def check_groups(linear: BlockLinear, scheme: LinearScheme) -> None:
 
 def _input_path(recipe: Recipe, plan: LinearPlan, transforms: InputPath, frames: int | None) -> InputPath:
     parts = {name: value_of(recipe, plan) for name, value_of in PLANNED_PARTS.items()}
-    return transforms.replace(**parts, estimator_frames=None if plan.sees_text or not parts["estimator"] else frames)
+    sees_video = not (plan.sees_text or plan.sees_audio)
+    return transforms.replace(**parts, estimator_frames=frames if sees_video and parts["estimator"] else None)
 
 
 def _transforms(recipe: Recipe, in_features: int, block_size: int | None) -> InputPath:

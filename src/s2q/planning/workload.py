@@ -45,11 +45,20 @@ def workload_of(
         tokens=video_tokens(pipe, settings),
         frames=token_frames(pipe, settings),
         text_tokens=prompt_token_limit(pipe),
+        audio_tokens=_audio_tokens(pipe, settings),
         branches=branches,
         rows=branches if family_of(pipe.transformer).guidance == "batched" else 1,
         component_bytes=component_bytes,
         steps=settings.num_inference_steps,
     )
+
+
+def _audio_tokens(pipe: Any, settings: GenerationSettings) -> int:
+    """Tokens of the sound of a video, as the pipeline counts them; 0 of a pipeline without sound."""
+    if getattr(pipe, "audio_vae", None) is None:
+        return 0
+    rate = pipe.audio_sampling_rate / pipe.audio_hop_length / pipe.audio_vae_temporal_compression_ratio
+    return round(settings.num_frames / family_of(pipe.transformer).frame_rate * rate)
 
 
 def workload_of_source(
@@ -86,6 +95,7 @@ def workload_of_synthetic(model: SyntheticModel, group: Calibration) -> Workload
         tokens=frames * of_frame,
         frames=frames,
         text_tokens=model.text_tokens,
+        audio_tokens=model.audio_tokens,
         branches=model.batch * model.calls,
         rows=model.batch,
         component_bytes=None,
