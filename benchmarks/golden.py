@@ -69,6 +69,7 @@ PLANNED_RECIPES = ("s2q-w4a6", "s2q-plus-w4a6", "rtn-w4a6")
 PLANNED_MODELS = (
     *("shapes-cogvideox", "shapes-wan"),
     *("synthetic:cogvideox-2b", "synthetic:cogvideox-5b", "synthetic:hunyuanvideo", "synthetic:ltx-2b"),
+    *("synthetic:ltx-2", "synthetic:ltx-2.3"),
     *("synthetic:skyreels-v2-14b", "synthetic:wan-1.3b", "synthetic:wan-14b"),
 )
 PLAN_OPTIONS = ("--device", "cuda", "--device-memory", "24GB", "--memory-budget", "8GB")
@@ -83,6 +84,7 @@ TINY_MODELS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # size of a v
     "tiny-hunyuanvideo": (TINY_SIZE, {}),
     "tiny-hunyuanvideo-1.5": (TINY_SIZE, {}),
     "tiny-ltx": (TINY_SIZE | {"height": 32, "width": 32}, {}),
+    "tiny-ltx-2": (TINY_SIZE | {"height": 32, "width": 32}, {}),
     "tiny-mochi": (TINY_SIZE | {"num_frames": 13}, {}),
     "tiny-skyreels-v2": (TINY_SIZE, {}),
     "tiny-wan": (TINY_SIZE, {}),

@@ -21,6 +21,7 @@ PIPELINES = {
     "CogVideoXPipeline": "cogvideox",
     "HunyuanVideoPipeline": "hunyuanvideo",
     "LTXPipeline": "ltx",
+    "LTX2Pipeline": "ltx-2",
     "MochiPipeline": "mochi",
     "SkyReelsV2Pipeline": "skyreels-v2",
     "WanPipeline": "wan",

@@ -136,10 +136,14 @@ def shrunken(name: str) -> SyntheticModel:
     """A synthetic model of the same structure with two blocks a list and 2 heads of 48 channels."""
     model = synthetic_model(name)
     small = {"num_attention_heads": 2, "attention_head_dim": 48}
-    small |= {key: size for key, size in (("ffn_dim", 64), ("cross_attention_dim", 96)) if key in model.config}
+    others = {"ffn_dim": 64, "cross_attention_dim": 96, "audio_num_attention_heads": 2, "audio_attention_head_dim": 24}
+    others |= {"audio_cross_attention_dim": 48}
+    small |= {key: size for key, size in others.items() if key in model.config}
     small |= {one.argument: 2 for one in model.block_lists}
     lists = tuple(replace(one, count=2) for one in model.block_lists)
-    return replace(model, config=dict(model.config) | small, block_lists=lists, tokens=10, text_tokens=6)
+    return replace(
+        model, config=dict(model.config) | small, block_lists=lists, tokens=10, text_tokens=6, audio_tokens=4
+    )
 
 
 class ListedSamples(list):

@@ -15,6 +15,7 @@ import torch
 import transformers as t
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
 TEXT_LENGTH = 16
 """`max_text_seq_length` of the tiny CogVideoX transformers, in tokens."""
@@ -126,6 +127,49 @@ def _qwen_and_byt5(seed: int) -> dict[str, Any]:
         "tokenizer_2": t.ByT5Tokenizer(extra_ids=0),
         "text_encoder_2": text_encoder(seed),
         "guider": ClassifierFreeGuidance(guidance_scale=5.0),
+    }
+
+
+def _gemma_and_sound(_seed: int) -> dict[str, Any]:
+    text = t.Gemma3TextConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+    )
+    vision = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 4}
+    gemma = t.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 16, "patch_size": 8})
+    connector = {"num_attention_heads": 4, "num_layers": 1, "num_learnable_registers": 8}
+    return {
+        "tokenizer": tokenizer(),
+        "text_encoder": t.Gemma3ForConditionalGeneration(gemma),
+        "connectors": LTX2TextConnectors(
+            caption_channels=32,
+            text_proj_in_factor=3,
+            **{f"{side}_connector_{key}": value for side in ("video", "audio") for key, value in connector.items()},
+            video_connector_attention_head_dim=16,
+            audio_connector_attention_head_dim=8,
+            connector_rope_base_seq_len=32,
+            rope_type="split",
+            per_modality_projections=True,
+            video_hidden_dim=64,
+            audio_hidden_dim=32,
+            proj_bias=True,
+        ),
+        "audio_vae": d.AutoencoderKLLTX2Audio(  # 4x in time, 4x in frequency
+            base_channels=8, num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=16
+        ),
+        "vocoder": LTX2Vocoder(
+            in_channels=32,
+            hidden_channels=8,
+            upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3, 5]],
+        ),
     }
 
 
@@ -260,6 +304,50 @@ FAMILIES = {
         ),
         scheduler=d.FlowMatchEulerDiscreteScheduler,
         texts=_t5,
+    ),
+    "ltx-2": TinyFamily(  # as 2.3: gates of the heads, modulated text; video 64 wide, sound 32
+        pipeline=d.LTX2Pipeline,
+        transformer=d.LTX2VideoTransformer3DModel,
+        config=_HEADS
+        | {
+            "in_channels": 8,
+            "out_channels": 8,
+            "cross_attention_dim": 64,
+            "vae_scale_factors": (4, 8, 8),
+            "gated_attn": True,
+            "cross_attn_mod": True,
+            "audio_in_channels": 8,  # 2 of the latent, 4 of its frequencies
+            "audio_out_channels": 8,
+            "audio_num_attention_heads": 4,
+            "audio_attention_head_dim": 8,
+            "audio_cross_attention_dim": 32,
+            "audio_gated_attn": True,
+            "audio_cross_attn_mod": True,
+            "num_layers": 2,
+            "rope_type": "split",
+            "use_prompt_embeddings": False,
+            "perturbed_attn": True,
+        },
+        vae=lambda: d.AutoencoderKLLTX2Video(  # 4x in time, 8x in space
+            latent_channels=8,
+            block_out_channels=(8, 8),
+            down_block_types=("LTX2VideoDownBlock3D",) * 2,
+            decoder_block_out_channels=(8, 8),
+            layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            spatio_temporal_scaling=(True, True),
+            decoder_spatio_temporal_scaling=(True, True),
+            decoder_inject_noise=(False, False, False),
+            downsample_type=("spatiotemporal", "spatiotemporal"),
+            upsample_type=("spatiotemporal", "spatiotemporal"),
+            upsample_residual=(False, False),
+            upsample_factor=(1, 1),
+            patch_size=2,
+            spatial_compression_ratio=8,
+            temporal_compression_ratio=4,
+        ),
+        scheduler=d.FlowMatchEulerDiscreteScheduler,
+        texts=_gemma_and_sound,
     ),
     "mochi": TinyFamily(
         pipeline=d.MochiPipeline,

@@ -22,6 +22,7 @@ MODELS = {
     ),
     "hunyuanvideo": (diffusers.HunyuanVideoTransformer3DModel, {"num_layers": 1, "num_single_layers": 1}),
     "ltx": (diffusers.LTXVideoTransformer3DModel, {"num_layers": 1}),
+    "ltx-2": (diffusers.LTX2VideoTransformer3DModel, {"num_layers": 1}),
 }
 WEIGHTS_AND_BIASES = {
     "wan": """
@@ -57,6 +58,35 @@ WEIGHTS_AND_BIASES = {
         transformer_blocks.0.attn2.to_v transformer_blocks.0.attn2.to_out.0 transformer_blocks.0.ff.net.0.proj
         transformer_blocks.0.ff.net.2
     """,
+    "ltx-2": """
+        patchify_proj audio_patchify_proj proj_out audio_proj_out caption_projection.linear_1
+        caption_projection.linear_2 audio_caption_projection.linear_1 audio_caption_projection.linear_2
+        adaln_single.emb.timestep_embedder.linear_1 adaln_single.emb.timestep_embedder.linear_2
+        adaln_single.linear audio_adaln_single.emb.timestep_embedder.linear_1
+        audio_adaln_single.emb.timestep_embedder.linear_2 audio_adaln_single.linear
+        av_ca_video_scale_shift_adaln_single.emb.timestep_embedder.linear_1
+        av_ca_video_scale_shift_adaln_single.emb.timestep_embedder.linear_2
+        av_ca_video_scale_shift_adaln_single.linear
+        av_ca_audio_scale_shift_adaln_single.emb.timestep_embedder.linear_1
+        av_ca_audio_scale_shift_adaln_single.emb.timestep_embedder.linear_2
+        av_ca_audio_scale_shift_adaln_single.linear av_ca_a2v_gate_adaln_single.emb.timestep_embedder.linear_1
+        av_ca_a2v_gate_adaln_single.emb.timestep_embedder.linear_2 av_ca_a2v_gate_adaln_single.linear
+        av_ca_v2a_gate_adaln_single.emb.timestep_embedder.linear_1
+        av_ca_v2a_gate_adaln_single.emb.timestep_embedder.linear_2 av_ca_v2a_gate_adaln_single.linear
+        transformer_blocks.0.attn1.to_q transformer_blocks.0.attn1.to_k transformer_blocks.0.attn1.to_v
+        transformer_blocks.0.attn1.to_out.0 transformer_blocks.0.audio_attn1.to_q
+        transformer_blocks.0.audio_attn1.to_k transformer_blocks.0.audio_attn1.to_v
+        transformer_blocks.0.audio_attn1.to_out.0 transformer_blocks.0.attn2.to_q
+        transformer_blocks.0.attn2.to_k transformer_blocks.0.attn2.to_v transformer_blocks.0.attn2.to_out.0
+        transformer_blocks.0.audio_attn2.to_q transformer_blocks.0.audio_attn2.to_k
+        transformer_blocks.0.audio_attn2.to_v transformer_blocks.0.audio_attn2.to_out.0
+        transformer_blocks.0.audio_to_video_attn.to_q transformer_blocks.0.audio_to_video_attn.to_k
+        transformer_blocks.0.audio_to_video_attn.to_v transformer_blocks.0.audio_to_video_attn.to_out.0
+        transformer_blocks.0.video_to_audio_attn.to_q transformer_blocks.0.video_to_audio_attn.to_k
+        transformer_blocks.0.video_to_audio_attn.to_v transformer_blocks.0.video_to_audio_attn.to_out.0
+        transformer_blocks.0.ff.net.0.proj transformer_blocks.0.ff.net.2
+        transformer_blocks.0.audio_ff.net.0.proj transformer_blocks.0.audio_ff.net.2
+    """,
 }
 OTHERS = {
     "wan": """
@@ -73,6 +103,18 @@ OTHERS = {
         transformer_blocks.0.attn1.q_norm.weight transformer_blocks.0.attn1.k_norm.weight
         transformer_blocks.0.attn2.q_norm.weight transformer_blocks.0.attn2.k_norm.weight
     """,
+    "ltx-2": """
+        scale_shift_table audio_scale_shift_table transformer_blocks.0.scale_shift_table
+        transformer_blocks.0.audio_scale_shift_table transformer_blocks.0.scale_shift_table_a2v_ca_video
+        transformer_blocks.0.scale_shift_table_a2v_ca_audio transformer_blocks.0.attn1.q_norm.weight
+        transformer_blocks.0.attn1.k_norm.weight transformer_blocks.0.audio_attn1.q_norm.weight
+        transformer_blocks.0.audio_attn1.k_norm.weight transformer_blocks.0.attn2.q_norm.weight
+        transformer_blocks.0.attn2.k_norm.weight transformer_blocks.0.audio_attn2.q_norm.weight
+        transformer_blocks.0.audio_attn2.k_norm.weight transformer_blocks.0.audio_to_video_attn.q_norm.weight
+        transformer_blocks.0.audio_to_video_attn.k_norm.weight
+        transformer_blocks.0.video_to_audio_attn.q_norm.weight
+        transformer_blocks.0.video_to_audio_attn.k_norm.weight
+    """,
 }
 
 
@@ -80,10 +122,14 @@ for names in (WEIGHTS_AND_BIASES, OTHERS):
     names["skyreels-v2"] = names["wan"]
 
 
-def model_of(name):
+MODULATED = {"cross_attn_mod": True, "audio_cross_attn_mod": True}
+FURTHER = {"ltx-2": MODULATED}  # sizes of parts that a rule is for
+
+
+def model_of(name, **further):
     model_class, config = MODELS[name]
     with torch.device("meta"):
-        return model_class(**config), LAYOUTS[model_class.__name__]
+        return model_class(**config | further), LAYOUTS[model_class.__name__]
 
 
 def original_names(model, layout):
@@ -102,7 +148,7 @@ def test_names_are_the_published_ones_and_diffusers_converts_them_back(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_rule_is_to_spare(name):
-    model, layout = model_of(name)
+    model, layout = model_of(name, **FURTHER.get(name, {}))
     published = original_names(model, layout)
     for index, rule in enumerate(layout.rules):
         reduced = replace(layout, rules=layout.rules[:index] + layout.rules[index + 1 :])
@@ -119,6 +165,12 @@ def test_names_that_diffusers_does_not_convert_back_are_refused(name, pattern):
     assert len(rules) < len(layout.rules)
     with pytest.raises(InvalidInputError, match="does not convert its original layout back"):
         check_layout(model, replace(layout, rules=rules))
+
+
+def test_the_modulated_text_of_ltx_2_3_is_refused():
+    model, layout = model_of("ltx-2", **MODULATED)
+    with pytest.raises(InvalidInputError, match=r"does not convert .* back \(.*prompt_adaln"):
+        check_layout(model, layout)
 
 
 @pytest.mark.parametrize(("mark", "wrong"), [("#0", "#9"), ("#swap", "")])

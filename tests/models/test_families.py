@@ -70,7 +70,7 @@ def test_every_linear_of_the_blocks_is_listed_and_none_outside(pipe):
     inside = {
         name
         for name, module in pipe.transformer.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.startswith(prefixes)
+        if isinstance(module, torch.nn.Linear) and name.startswith(prefixes) and not _is_kept(name, family)
     }
     listed = block_linears(pipe.transformer, family)
     assert {one.name for one in listed} == inside
@@ -79,6 +79,10 @@ def test_every_linear_of_the_blocks_is_listed_and_none_outside(pipe):
     shared = [name for group in family.shared_inputs for name in group]
     assert len(shared) == len(set(shared))
     assert set(shared) - OF_IMAGES <= {name for name, role in roles.items() if role == "linear"}
+
+
+def _is_kept(name, family):
+    return any(name.endswith(f".{kept}") for kept in family.kept_linears)
 
 
 def test_linears_of_a_group_read_the_same_numbers(pipe, stream):
@@ -206,8 +210,9 @@ def test_linears_outside_the_blocks_are_quantized_where_the_recipe_says_so(pipe,
     linears = {name for name, one in loaded.transformer.named_modules() if isinstance(one, torch.nn.Linear)}
     packed = {name for name, one in loaded.transformer.named_modules() if isinstance(one, PackedLinear)}
     kept = set(getattr(loaded.transformer, "_keep_in_fp32_modules", None) or ())
-    latent = set(family_of(loaded.transformer).latent_linears)
-    assert linears - packed == {name for name in linears if name in latent or kept & set(name.split("."))}
+    family = family_of(loaded.transformer)
+    untouched = {name for name in linears if name in family.latent_linears or _is_kept(name, family)}
+    assert linears - packed == untouched | {name for name in linears if kept & set(name.split("."))}
     state = file_tensors(loaded.transformer).values()
     assert sum(tensor.numel() * tensor.element_size() for tensor in state) == planned.storage["quantized_bytes"]
     pipes, found = {"outer": loaded}, {}

@@ -181,10 +181,40 @@ def _ltx_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable
     return {"temb": normal(batch, 1, 6 * width), "image_rotary_emb": (angles.cos(), angles.sin())}
 
 
+def _ltx2_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    config, sound = model.config, model.audio_tokens
+    heads, sound_heads = model.heads, int(config["audio_num_attention_heads"])
+    width, sound_width = heads * model.head_dim, sound_heads * int(config["audio_attention_head_dim"])
+    modulated = config.get("cross_attn_mod", False)
+    parameters = 9 if modulated else 6
+
+    def rotary(heads: int, tokens: int, width: int) -> tuple[Tensor, Tensor]:
+        angles = normal(batch, heads, tokens, width // heads // 2, dtype=torch.float32)
+        return angles.cos(), angles.sin()
+
+    return {
+        "audio_hidden_states": normal(batch, sound, sound_width),
+        "audio_encoder_hidden_states": normal(batch, model.text_tokens, int(config["audio_cross_attention_dim"])),
+        "temb": normal(batch, 1, parameters * width),
+        "temb_audio": normal(batch, 1, parameters * sound_width),
+        "temb_ca_scale_shift": normal(batch, 1, 4 * width),
+        "temb_ca_audio_scale_shift": normal(batch, 1, 4 * sound_width),
+        "temb_ca_gate": normal(batch, 1, width),
+        "temb_ca_audio_gate": normal(batch, 1, sound_width),
+        "temb_prompt": normal(batch, 1, 2 * width) if modulated else None,
+        "temb_prompt_audio": normal(batch, 1, 2 * sound_width) if modulated else None,
+        "video_rotary_emb": rotary(heads, tokens, width),
+        "audio_rotary_emb": rotary(sound_heads, sound, sound_width),
+        "ca_video_rotary_emb": rotary(sound_heads, tokens, sound_width),
+        "ca_audio_rotary_emb": rotary(sound_heads, sound, sound_width),
+    }
+
+
 BLOCK_INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "cogvideox": _cogvideox_inputs,
     "hunyuanvideo": _hunyuanvideo_inputs,
     "ltx": _ltx_inputs,
+    "ltx-2": _ltx2_inputs,
     "skyreels": _skyreels_inputs,
     "wan": _wan_inputs,
 }

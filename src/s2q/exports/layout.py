@@ -170,6 +170,18 @@ _LTX = Layout(
         (r"\.norm_([qk])\.", r".\1_norm."),
     ),
 )
+_LTX2 = Layout(
+    architecture="ltxv",
+    rules=(
+        (r"^(audio_)?proj_in\.", r"\1patchify_proj."),
+        (r"^(audio_)?time_embed\.", r"\1adaln_single."),
+        (r"^(audio_)?prompt_adaln\.", r"\1prompt_adaln_single."),  # of 2.3, which diffusers does not convert back
+        (r"^av_cross_attn_(video|audio)_scale_shift\.", r"av_ca_\1_scale_shift_adaln_single."),
+        (r"^av_cross_attn_(?:video|audio)_(a2v|v2a)_gate\.", r"av_ca_\1_gate_adaln_single."),
+        (r"\.(video|audio)_a2v_cross_attn_scale_shift_table$", r".scale_shift_table_a2v_ca_\1"),
+        (r"\.norm_([qk])\.", r".\1_norm."),
+    ),
+)
 _DOUBLE, _SINGLE = r"^transformer_blocks\.(\d+)\.", r"^single_transformer_blocks\.(\d+)\."
 _REFINER, _ORIGINAL_REFINER = (
     r"^context_embedder\.token_refiner\.refiner_blocks\.(\d+)\.",
@@ -218,5 +230,6 @@ LAYOUTS: Mapping[str, Layout] = {
     "SkyReelsV2Transformer3DModel": _WAN,
     "HunyuanVideoTransformer3DModel": _HUNYUAN,
     "LTXVideoTransformer3DModel": _LTX,
+    "LTX2VideoTransformer3DModel": _LTX2,
 }
 """By transformer class."""

@@ -18,6 +18,7 @@ from s2q.models.family import (
 from s2q.models.hunyuanvideo import HUNYUANVIDEO
 from s2q.models.hunyuanvideo15 import HUNYUANVIDEO15
 from s2q.models.ltx import LTX
+from s2q.models.ltx2 import LTX2
 from s2q.models.mochi import MOCHI
 from s2q.models.skyreels_v2 import SKYREELS_V2
 from s2q.models.source import ModelSource, resolve_model
@@ -25,7 +26,7 @@ from s2q.models.wan import WAN
 
 FAMILIES: dict[str, Family] = {
     family.transformer_class: family
-    for family in (COGVIDEOX, HUNYUANVIDEO, HUNYUANVIDEO15, LTX, MOCHI, SKYREELS_V2, WAN)
+    for family in (COGVIDEOX, HUNYUANVIDEO, HUNYUANVIDEO15, LTX, LTX2, MOCHI, SKYREELS_V2, WAN)
 }
 """Supported families, by the class name of their transformer."""
 
