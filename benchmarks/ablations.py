@@ -4,7 +4,8 @@
 
 A variant is a recipe of the package with overrides; the groups are in ``variants.GROUPS``. The seed of a run decides
 its calibration videos, the random selections, the start of the rotations and the order of the samples. Every run is
-judged on the same full-precision trajectories, those of held-out prompts, and stored by itself in
+judged on the same full-precision trajectories, those of held-out prompts with the model's generation settings or those
+of ``variants.JUDGED``, and stored by itself in
 ``benchmarks/results/ablations/MODEL/VARIANT-SEED.json``; existing files are skipped, so a killed run resumes where it
 was, and groups share what they have in common. Two processes can share a group: ``--only`` divides it.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from environment import environment
 from records import rounded, write_record
-from variants import GROUPS, Variant
+from variants import GROUPS, JUDGED, Variant
 
 from s2q.common.components import transformers_of
 from s2q.evaluation.definitions import definition_of
@@ -35,10 +36,10 @@ BATCH = 16
 logger = logging.getLogger("ablations")
 
 
-def reference_trajectories(model: str, count: int) -> list[Trajectory]:
+def reference_trajectories(model: str, count: int, *, requested: dict[str, float]) -> list[Trajectory]:
     """Generate the videos of held-out prompts at full precision, in fp32, and keep every call of the transformer."""
     pipe = load_pipeline(model, dtype="float32")
-    settings = resolve_settings(pipe, requested={}, defaults=generation_defaults(model))
+    settings = resolve_settings(pipe, requested=requested, defaults=generation_defaults(model))
     prompts = embedded_prompts(model, split="held-out", count=count)
     batches = [prompts[start : start + BATCH] for start in range(0, count, BATCH)]
     return [record_trajectory(pipe, batch, seeds=[0] * len(batch), settings=settings) for batch in batches]
@@ -89,14 +90,15 @@ def main() -> None:
     folder = RESULTS / arguments.model
     folder.mkdir(parents=True, exist_ok=True)
     trajectories: list[Trajectory] = []
+    judged = JUDGED.get(arguments.group, {})
     for seed in range(arguments.seeds):
         for variant in GROUPS[arguments.group]:
             path = folder / f"{variant.name}-{seed}.json"
             if path.exists() or (arguments.only and variant.name not in arguments.only):
                 continue
-            trajectories = trajectories or reference_trajectories(arguments.model, arguments.prompts)
+            trajectories = trajectories or reference_trajectories(arguments.model, arguments.prompts, requested=judged)
             result = measure(arguments.model, variant, seed=seed, trajectories=trajectories)
-            write_record(path, result)
+            write_record(path, result | ({"judged": judged} if judged else {}))
             logger.info(
                 "%s %s seed %d: %.3e",
                 arguments.group,

@@ -104,6 +104,25 @@ def _beyond(width: str) -> list[Variant]:
     ]
 
 
+FEW_STEPS = {"num_inference_steps": 4, "guidance_scale": 1.0}
+"""How a step-distilled model is run."""
+
+
+def _few_steps(recipe: str) -> list[Variant]:
+    """A model that is run in few steps without guidance, calibrated so and with the settings of its family."""
+    own, steps, guidance = "calibrated as it is run", "calibration.steps=4", "calibration.guidance_scale=1"
+    rows = [
+        ("own", f"{own}: 4 steps, no guidance", (steps, guidance)),
+        ("guidance", "4 steps, guidance 5", (steps,)),
+        ("steps", "20 steps, no guidance", (guidance,)),
+        ("default", "the model's default: 20 steps, guidance 5", ()),
+    ]
+    return [
+        Variant(name=f"{recipe}-few-steps-{name}", label=label, recipe=recipe, overrides=overrides)
+        for name, label, overrides in rows
+    ]
+
+
 GROUPS: dict[str, list[Variant]] = {
     "parts-w4a4": _parts("w4a4"),
     "parts-w4a6": _parts("w4a6"),
@@ -124,4 +143,8 @@ GROUPS: dict[str, list[Variant]] = {
         )
         for precision in ("float32", "bfloat16")
     ],
+    "few-steps": _few_steps("s2q-w4a8"),
 }
+
+JUDGED: dict[str, dict[str, float]] = {"few-steps": FEW_STEPS}
+"""Generation settings that a group is judged with, other than the model's."""

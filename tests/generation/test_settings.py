@@ -75,10 +75,10 @@ def test_the_refused_frame_counts_really_come_back_longer(pipe, num_frames):
 )
 def test_prompts_that_the_pipeline_cannot_take_are_refused(pipe, prompts, message):
     with pytest.raises(InvalidInputError, match=message):
-        check_prompts(pipe, prompts)
+        check_prompts(pipe, prompts, resolve_settings(pipe))
 
 
 def test_a_prompt_of_exactly_the_limit_fits(pipe):
     longest = "x" * 14
     assert len(pipe.tokenizer(longest).input_ids) == 16
-    check_prompts(pipe, [longest])
+    check_prompts(pipe, [longest], resolve_settings(pipe))

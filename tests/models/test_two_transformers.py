@@ -208,7 +208,7 @@ def test_recorded_calls_know_their_transformer(model):
     trajectory = record_trajectory(pipe, PROMPTS, seeds=[0, 1], settings=settings)
     called = {name: [call for call in trajectory.calls if call.transformer == name] for name in COMPONENTS}
     assert [[call.timestep for call in called[name]] for name in COMPONENTS] == [FIRST, SECOND]
-    assert steps_of_transformers(pipe, 4) == {name: len(calls) for name, calls in called.items()}
+    assert steps_of_transformers(pipe, settings) == {name: len(calls) for name, calls in called.items()}
     for name, calls in called.items():
         for call in calls:
             assert len(call.output) == 4  # two videos, two branches

@@ -1,14 +1,18 @@
 """What calibration computes on, told from a pipeline."""
 
+import logging
+from dataclasses import replace
+
 import pytest
 from diffusers import CogVideoXPipeline
 
 from s2q.common.errors import InvalidInputError
 from s2q.planning import plan
 from s2q.planning.cost import Workload
-from s2q.planning.workload import calibration_settings, workload_of
+from s2q.planning.workload import calibration_settings, warn_of_guidance, workload_of
 from s2q.selection.options import Calibration
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, video_size
+from tiny_families import TEXT_TO_VIDEO
 
 SIZES = {"num_frames": 9, "height": 16, "width": 16}
 
@@ -26,12 +30,76 @@ def test_the_tokens_of_a_pipeline_and_of_one_derived_from_it(own):
     pipe = tiny_pipeline("cogvideox")
     pipe = OwnPipeline(**pipe.components) if own else pipe
     expected = Workload(tokens=3 * 1 * 1, frames=3, text_tokens=16, branches=2, rows=2, component_bytes=7)
-    assert workload(pipe) == expected
+    assert replace(workload(pipe), generation={}) == expected
 
 
 def test_branches_that_are_called_one_by_one():
     found = workload(tiny_pipeline("wan"))
     assert (found.branches, found.rows) == (2, 1)
+
+
+@pytest.mark.parametrize("name", TEXT_TO_VIDEO)
+def test_without_guidance_one_branch_is_planned(name):
+    pipe = tiny_pipeline(name)
+    group = Calibration(**video_size(pipe), guidance_scale=1, steps=4)
+    without = workload_of(pipe, group, recommended={"guidance_scale": 5.0}, component_bytes=0)
+    assert (without.branches, without.rows, without.steps) == (1, 1, 4)
+    with_guidance = workload_of(pipe, replace(group, guidance_scale=5), recommended={}, component_bytes=0)
+    assert with_guidance.branches == (1 if name == "hunyuanvideo" else 2)
+
+
+def test_the_plan_of_a_family_has_its_generation_settings():
+    pipe = tiny_pipeline("wan")
+    group = Calibration(**SIZES, shift=8, negative_prompt="ugly", max_sequence_length=64)
+    planned = workload_of(pipe, group, recommended={}, component_bytes=0)
+    assert planned.text_tokens == 64
+    assert planned.generation == SIZES | {
+        "num_inference_steps": 50,
+        "guidance_scale": 5.0,
+        "scheduler": "UniPCMultistepScheduler",
+        "shift": 8.0,
+        "negative_prompt": "ugly",
+        "max_sequence_length": 64,
+    }
+
+
+def test_both_branches_as_samples_are_one_without_guidance():
+    both = ["calibration.branches=both", "calibration.samples=10"]
+    plans = {
+        scale: plan("shapes-wan", recipe="s2q-w4a6", overrides=[*both, f"calibration.guidance_scale={scale}"])
+        for scale in (1, 5)
+    }
+    assert [plans[scale].calibration.samples for scale in (1, 5)] == [10, 20]
+    assert [plans[scale].generation["branches"] for scale in (1, 5)] == [1, 2]
+
+
+def test_flop_of_collecting_without_guidance_are_half():
+    recipe = ["calibration.selection=sds"]
+    flop = {}
+    for scale in (1, 5):
+        planned = plan(
+            "synthetic:wan-1.3b", recipe="s2q-w4a6", overrides=[*recipe, f"calibration.guidance_scale={scale}"]
+        )
+        flop[scale] = next(stage.flop for stage in planned.stages if stage.name == "collect")
+    assert flop[5] == pytest.approx(2 * flop[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "warns"), [("wan-Lightning", 5, True), ("wan-Lightning", 1, False), ("wan", 5, False)]
+)
+def test_a_distilled_model_with_guidance_is_a_warning(name, scale, warns, caplog):
+    pipe = tiny_pipeline("wan")
+    workload = workload_of(pipe, Calibration(**SIZES, guidance_scale=scale), recommended={}, component_bytes=0)
+    with caplog.at_level(logging.WARNING):
+        warn_of_guidance(pipe, workload, "a-model", f"someone/{name}")
+    assert ("looks step-distilled" in caplog.text) is warns
+    assert ("--guidance-scale 1" in caplog.text) is warns
+
+
+def test_settings_that_need_a_pipeline_are_refused_for_published_dimensions():
+    with pytest.raises(InvalidInputError, match="has no pipeline to fit scheduler, num_frames to; plan without"):
+        overrides = ["calibration.scheduler=FlowMatchEulerDiscreteScheduler", "calibration.num_frames=9"]
+        plan("synthetic:wan-1.3b", recipe="s2q-w4a6", overrides=overrides)
 
 
 def test_a_pipeline_that_calibration_does_not_run():

@@ -93,9 +93,9 @@ def prepare(
             f"{given}: calibration generates from prompts only, with {expected}; use a recipe without calibration, or "
             f"save the transformer in a {expected}"
         )
-    check_prompts(teacher.pipe, prompts)
     settings = calibration_settings(teacher.pipe, group, recommended=recommended_generation(teacher.folder))
-    _check_candidates(teacher, group, prompts=len(prompts), steps=settings.num_inference_steps)
+    check_prompts(teacher.pipe, prompts, settings)
+    _check_candidates(teacher, group, settings, prompts=len(prompts))
     config = {key: value for key, value in teacher.pipe.config.items() if not key.startswith("_")}
     described = {
         "version": _VERSION,
@@ -105,7 +105,7 @@ def prepare(
     }
     digest = fingerprint(json.loads(json.dumps(described, default=str)), _parts_to_hash(teacher))
     number = settings.num_inference_steps
-    chosen = chosen_steps(teacher, group, prompts=len(prompts), steps=number, seed=seed)
+    chosen = chosen_steps(teacher, group, settings, prompts=len(prompts), seed=seed)
     return CalibrationInputs(
         prompts=tuple(prompts),
         settings=settings,
@@ -117,10 +117,10 @@ def prepare(
 
 
 def chosen_steps(
-    teacher: Teacher, group: Calibration, *, prompts: int, steps: int, seed: int
+    teacher: Teacher, group: Calibration, settings: GenerationSettings, *, prompts: int, seed: int
 ) -> dict[str, frozenset[tuple[int, int]]] | None:
     """Return prompt and step of each sample of the quantized transformers; see `known_samples`."""
-    known = known_samples(group, steps_of_transformers(teacher.pipe, steps), prompts=prompts, seed=seed)
+    known = known_samples(group, steps_of_transformers(teacher.pipe, settings), prompts=prompts, seed=seed)
     if known is None:
         return None
     return {transformer.component: known[transformer.component] for transformer in teacher.transformers}
@@ -167,9 +167,9 @@ def branches_of(folder: ArtefactFolder, inputs: CalibrationInputs) -> int:
     return int(folder.stats(inputs.key(inputs.recorded[0]))["branches"])
 
 
-def _check_candidates(teacher: Teacher, group: Calibration, *, prompts: int, steps: int) -> None:
+def _check_candidates(teacher: Teacher, group: Calibration, settings: GenerationSettings, *, prompts: int) -> None:
     """Refuse a number of samples that a transformer does not have candidates for."""
-    shared = steps_of_transformers(teacher.pipe, steps)
+    shared, steps = steps_of_transformers(teacher.pipe, settings), settings.num_inference_steps
     for transformer in teacher.transformers:
         called = shared[transformer.component]
         if not called:

@@ -26,7 +26,7 @@ from s2q.models.source import recommended_generation
 from s2q.models.timesteps import mean_timestep_row
 from s2q.planning.cost import Workload
 from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
-from s2q.planning.workload import workload_of
+from s2q.planning.workload import warn_of_guidance, workload_of
 from s2q.recipes.schema import Recipe
 from s2q.shapes import embedded
 
@@ -196,6 +196,8 @@ def load_teacher(
             )
         _check_finite(name, component, transformer, offload=mapped)
     workload = _workload(pipe, folder, recipe)
+    if source is None:
+        warn_of_guidance(pipe, workload, name)  # of a model by name, its plan has warned
     frames = None if workload is None else workload.frames
     if linears is None:
         linears = resolve(recipe, recipe_linears(recipe, modules), frames=frames)

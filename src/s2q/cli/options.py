@@ -1,5 +1,6 @@
 """Options that several commands share, and how their values are read; nothing heavy is imported before one is used."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,40 @@ def check_overrides(values: Sequence[str] | None) -> list[str]:
 
 
 set_option = partial(typer.Option, "--set", metavar="K=V", callback=check_overrides)
+
+
+def with_generation(
+    overrides: Sequence[str] | None,
+    *,
+    steps: int | None,
+    guidance_scale: float | None,
+    guidance_scale_2: float | None,
+    scheduler: str | None,
+    shift: float | None,
+    num_frames: int | None,
+    height: int | None,
+    width: int | None,
+    negative_prompt: str | None,
+    max_sequence_length: int | None,
+) -> list[str]:
+    """Return `--set` values with those of calibration that have options of their own: calibration.steps=4."""
+    values = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "guidance_scale_2": guidance_scale_2,
+        "scheduler": scheduler,
+        "shift": shift,
+        "num_frames": num_frames,
+        "height": height,
+        "width": width,
+        "negative_prompt": negative_prompt,
+        "max_sequence_length": max_sequence_length,
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    return [
+        *(overrides or ()),
+        *(f"calibration.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()),
+    ]
 
 
 def read_workers(value: str | int) -> str | int:
@@ -129,7 +164,28 @@ Frames = Annotated[
 Height = Annotated[int | None, typer.Option("--height", help="Height in pixels. Default: the model's.", metavar="N")]
 Width = Annotated[int | None, typer.Option("--width", help="Width in pixels. Default: the model's.", metavar="N")]
 Guidance = Annotated[
-    float | None, typer.Option("--guidance-scale", help="Guidance scale. Default: the model's.", metavar="X")
+    float | None,
+    typer.Option("--guidance-scale", help="Guidance scale; 1: no guidance. Default: the model's.", metavar="X"),
+]
+SecondGuidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance-scale-2", help="Guidance scale of a second transformer. Default: that of the first.", metavar="X"
+    ),
+]
+SchedulerName = Annotated[
+    str | None, name_option("--scheduler", help="Scheduler class of diffusers. Default: the model's.")
+]
+Shift = Annotated[
+    float | None, typer.Option("--shift", help="Shift of the scheduler's sigmas. Default: the model's.", metavar="X")
+]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option("--negative-prompt", help="Text of the unconditional branch. Default: empty.", metavar="TEXT"),
+]
+TextLength = Annotated[
+    int | None,
+    typer.Option("--max-sequence-length", help="Text tokens. Default: as many as the model reads.", metavar="N"),
 ]
 
 Samples = Annotated[int | None, number_option("--samples", help="Number of calibration samples.")]

@@ -139,6 +139,8 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
             f"({time['low']:.2f} to {time['high']:.2f}), for {flop:.2g} FLOP"
         )
         notes.append(_ESTIMATED.format(**time))
+    if (generation := plan["generation"]) is not None:
+        notes.append(_generation_line(generation))
     if cost is not None:
         where = f", {format_bytes(cost['disk_bytes'])} of it on the disk" if cost["disk_bytes"] else ""
         step = format_bytes(cost["step_bytes"]) + (", checkpointed" if cost["gradient_checkpointing"] else "")
@@ -169,6 +171,28 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
             )
             break
     return notes
+
+
+def _generation_line(generation: Mapping[str, Any]) -> str:
+    """How the calibration videos of a plan are generated; sizes and scheduler are unknown without a pipeline."""
+    parts = []
+    if "num_frames" in generation:
+        parts.append(f"{generation['num_frames']} frames of {generation['width']} × {generation['height']}")
+    steps = f"{generation['num_inference_steps']} steps"
+    if "scheduler" in generation:
+        shift = generation["shift"]
+        steps += f" of {generation['scheduler']}{'' if shift is None else f', shift {shift:g}'}"
+    branches, scale = generation["branches"], f"{generation['guidance_scale']:g}"
+    if "guidance_scale_2" in generation:
+        scale += f" and {generation['guidance_scale_2']:g}"
+    guided = branches == 2 or generation["guidance_scale"] > 1
+    parts += [
+        steps,
+        f"guidance {scale} in {branches} branch{'es' if branches > 1 else ''}" if guided else "no guidance",
+    ]
+    if "negative_prompt" in generation:
+        parts.append(f"negative prompt {printable(repr(generation['negative_prompt']))}")
+    return f"Calibration videos: {', '.join(parts)}"
 
 
 def show_inspection(report: Mapping[str, Any]) -> None:

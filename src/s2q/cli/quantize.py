@@ -19,6 +19,16 @@ def quantize(
     out: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.", metavar="OUT")],
     prompts: options.Prompts = None,
     samples: options.Samples = None,
+    steps: options.Steps = None,
+    guidance_scale: options.Guidance = None,
+    guidance_scale_2: options.SecondGuidance = None,
+    scheduler: options.SchedulerName = None,
+    shift: options.Shift = None,
+    num_frames: options.Frames = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    negative_prompt: options.NegativePrompt = None,
+    max_sequence_length: options.TextLength = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = None,
@@ -40,6 +50,19 @@ def quantize(
     from s2q.run.quantize import quantize as run
 
     console.quiet_libraries()
+    changes = options.with_generation(
+        overrides,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_scale_2=guidance_scale_2,
+        scheduler=scheduler,
+        shift=shift,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        negative_prompt=negative_prompt,
+        max_sequence_length=max_sequence_length,
+    )
     with resumable(lock_folder(out)), console.progress() as report:
         result = run(
             model,
@@ -47,7 +70,7 @@ def quantize(
             out=out,
             prompts=options.read_prompt_file(prompts),
             samples=samples,
-            overrides=overrides or (),
+            overrides=changes,
             seed=seed,
             device=options.resolve_device(device),
             dtype=dtype,

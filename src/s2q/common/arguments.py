@@ -80,6 +80,13 @@ def finite_number(name: str, value: Any) -> float:
     return float(value)
 
 
+def positive_number(name: str, value: Any) -> float:
+    """Return a finite number above 0 as a float; see `finite_number`."""
+    if not (number := finite_number(name, value)):
+        raise InvalidInputError(f"{name}: got {short_repr(value)}; expected a number above 0")
+    return number
+
+
 def optional(check: Callable[..., _T], name: str, value: Any, **limits: Any) -> _T | None:
     """Return None for None, else what one of the checks of this module returns."""
     return None if value is None else check(name, value, **limits)
@@ -120,12 +127,16 @@ def prompt_list(name: str, prompts: Iterable[Any], *, allow_none: bool = False) 
             raise InvalidInputError(f"{where}: got {short_repr(text)}; expected text")
         if not text.strip():
             raise InvalidInputError(f"{where} is empty; describe the video")
-        if len(text) > MAX_PROMPT:
-            raise InvalidInputError(
-                f"{where} has {len(text)} characters; expected at most {MAX_PROMPT}: {short_repr(text)}"
-            )
-        _check_unicode(where, text)
+        _check_length(where, text)
     return [str(text) for text in texts]
+
+
+def plain_text(name: str, text: Any) -> str:
+    """Return a text, which may be empty, of the length of a prompt."""
+    if not isinstance(text, str):
+        raise InvalidInputError(f"{name}: got {short_repr(text)}; expected text")
+    _check_length(name, text)
+    return str(text)
 
 
 def name_list(name: str, values: Iterable[Any]) -> tuple[str, ...]:
@@ -196,3 +207,10 @@ def _check_unicode(name: str, text: str) -> None:
         raise InvalidInputError(
             f"{name}: got {short_repr(text)}; character {surrogate.start() + 1} is not Unicode text, write it in UTF-8"
         )
+
+
+def _check_length(name: str, text: str) -> None:
+    """Refuse text longer than a prompt can be, and what is no Unicode text."""
+    if len(text) > MAX_PROMPT:
+        raise InvalidInputError(f"{name} has {len(text)} characters; expected at most {MAX_PROMPT}: {short_repr(text)}")
+    _check_unicode(name, text)

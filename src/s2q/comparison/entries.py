@@ -15,6 +15,7 @@ from s2q.common.files import sha256_file
 from s2q.common.headers import tensors_digest
 from s2q.comparison.peers import Peer, find_peers
 from s2q.comparison.widths import foreign_width, recipe_width
+from s2q.generation.defaults import calibrated_generation
 from s2q.generation.load import check_model
 from s2q.models import ModelSource, resolve_model
 from s2q.models.hub import parse_hub_id
@@ -60,6 +61,13 @@ class Entry:
     def path(self) -> str | None:
         """Absolute path or Hub id of the checkpoint; None for a recipe or a peer."""
         return None if self.source is None else self.source.pinned
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """The generation settings besides sizes that it calibrates with; None if it does not calibrate."""
+        if self.source is not None:
+            return calibrated_generation(self.source)
+        return self.recipe.calibration.generation if self.recipe is not None and self.recipe.calibrates else None
 
     def identity(self) -> dict[str, Any]:
         """Return what its results depend on, as plain data: the recipe, or what the checkpoint holds."""

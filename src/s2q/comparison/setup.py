@@ -166,10 +166,11 @@ def set_up(settings: CompareSettings) -> Setup:
     check_distinct(texts)
     _check_calibration(entries, source, settings)
     pipe = _pipeline_to_ask(source)
-    generation = settings_for(pipe, settings.requested, defaults=generation_defaults(source))
-    check_prompts(pipe, texts)
+    recommended = generation_defaults(source) | _calibrated_generation(entries)
+    generation = settings_for(pipe, settings.requested, defaults=recommended)
+    check_prompts(pipe, texts, generation)
     if settings.calibration_prompts is not None:
-        check_prompts(pipe, settings.calibration_prompts)
+        check_prompts(pipe, settings.calibration_prompts, generation)
     planned, obstacles = _plans(entries, source, settings)
     return Setup(
         plan=RunPlan(
@@ -197,6 +198,21 @@ def set_up(settings: CompareSettings) -> Setup:
         obstacles=obstacles,
         batch_size=batch_size_for(pipe, generation),
     )
+
+
+def _calibrated_generation(entries: Sequence[Entry]) -> dict[str, Any]:
+    """The generation settings that all entries which calibrate do so with; empty, with a warning, if they differ."""
+    calibrated = {entry.label: entry.generation for entry in entries if entry.generation is not None}
+    first = next(iter(calibrated.values()), {})
+    for label, generation in calibrated.items():
+        if generation != first:
+            logger.warning(
+                "%s was calibrated with other generation settings than %s (%s against %s): all are judged with the "
+                "model's; pass --steps and --guidance-scale for others",
+                *(label, next(iter(calibrated)), generation, first),
+            )
+            return {}
+    return dict(first)
 
 
 def _weights_at(path: Path) -> dict[str, Any]:

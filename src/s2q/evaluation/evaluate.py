@@ -31,7 +31,7 @@ from s2q.evaluation.scores import EvaluationResult, VideoScores
 from s2q.evaluation.settings import TRAJECTORY_BYTES, EvaluationSettings
 from s2q.evaluation.summary import summarise
 from s2q.evaluation.video_metrics import VELOCITY, judge_video, noise_pairs, selected_metrics
-from s2q.generation.defaults import embedded_source, generation_defaults, model_label
+from s2q.generation.defaults import calibrated_generation, embedded_source, generation_defaults, model_label
 from s2q.generation.denoise import denoise
 from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched, settings_for, videos_of
 from s2q.generation.load import check_model, check_same_loras, load_pipeline, models_that_fit, refuse_load_options
@@ -84,6 +84,11 @@ def evaluate(
     width: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
+    scheduler: str | None = None,
+    shift: float | None = None,
+    negative_prompt: str | None = None,
+    max_sequence_length: int | None = None,
     batch_size: int | None = None,
     device: str | torch.device | int = "cpu",
     dtype: torch.dtype | str | None = None,
@@ -108,7 +113,8 @@ def evaluate(
         metrics: Names out of `video_metrics.METRICS`, and of learned judges that have weights; empty means all.
         lpips_weights: File of LPIPS's weights; None for no `lpips`.
         clip: Folder of a CLIP model; None for no `clip_score`, `clipsim` and `clip_temp`.
-        num_frames: None takes the model's own, as for `height`, `width`, `num_inference_steps` and `guidance_scale`.
+        num_frames: None takes the model's own, as for all settings down to `max_sequence_length` (`s2q.generate`);
+            those that a checkpoint was calibrated with come first, for both sides.
         batch_size: Videos per batch; None chooses by the number of video tokens.
         variant: Variant of the weights, "fp16"; the reference must have it, and a judged model that has it is loaded
             in it too.
@@ -133,7 +139,16 @@ def evaluate(
     settings = EvaluationSettings(
         metrics=arguments.name_list("metrics", metrics),
         requested=requested_settings(
-            num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
+            scheduler=scheduler,
+            shift=shift,
+            negative_prompt=negative_prompt,
+            max_sequence_length=max_sequence_length,
         ),
         batch_size=optional(arguments.whole_number, "batch_size", batch_size, least=1),
         dtype=arguments.parse_dtype(dtype),
@@ -164,6 +179,7 @@ def _evaluate(
 ) -> EvaluationResult:
     """Check everything that can be checked before weights are read, then evaluate."""
     model, reference = _resolve_pair(model, reference, settings, where)
+    settings = replace(settings, recommended=calibrated_generation(model) or {})
     texts = default_prompts(reference) if texts is None else texts
     _check_request(texts, settings)
     if isinstance(model, ModelSource) and isinstance(reference, ModelSource):
@@ -252,8 +268,9 @@ def run_reference(
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     reference = _resolved(reference, settings)
     opened, pipe = pipe, pipe or _open(reference, settings, dtype=settings.dtype)
-    generation = settings_for(pipe, settings.requested, defaults=generation_defaults(reference))
-    check_prompts(pipe, prompts)
+    recommended = generation_defaults(reference) | dict(settings.recommended)
+    generation = settings_for(pipe, settings.requested, defaults=recommended)
+    check_prompts(pipe, prompts, generation)
     size = settings.batch_size or batch_size_for(pipe, generation)
     tick = _counter("full precision", len(jobs), size, generation, progress)
     videos: list[Video] = []
@@ -303,7 +320,7 @@ def judge_model(
     check_comparable(architecture_of(pipe, label=model_label(model)), run.architecture)
     generation = settings_for(pipe, run.generation.to_dict(), defaults={})
     jobs = [(video.prompt, video.seed) for video in run.videos]
-    check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in jobs)))
+    check_prompts(pipe, list(dict.fromkeys(prompt for prompt, _ in jobs)), generation)
     tick = _counter("quantized", len(jobs), run.batch_size, generation, progress)
     replay: Tick | None = None
     scores: list[VideoScores] = []

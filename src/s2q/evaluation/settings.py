@@ -16,11 +16,12 @@ TRAJECTORY_BYTES = 4 * 2**30
 class EvaluationSettings:
     """Settings that hold for every model and prompt; `requested` are generation settings by name.
 
-    `loras` are adapters of the reference.
+    `recommended` are those that the judged model was calibrated with, `loras` adapters of the reference.
     """
 
     metrics: tuple[str, ...] = ()
     requested: Mapping[str, Any] = field(default_factory=dict)
+    recommended: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int | None = None
     device: str = "cpu"
     dtype: torch.dtype | str | None = None

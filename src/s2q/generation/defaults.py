@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from s2q.checkpoint.save import REPORT
+from s2q.common.errors import InvalidInputError, short_repr
 from s2q.common.files import read_json
+from s2q.generation.settings import SETTINGS
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.shapes import embedded
 
@@ -20,9 +22,32 @@ def model_label(model: Any) -> str:
 
 
 def generation_defaults(model: Any) -> dict[str, Any]:
-    """Return the fields of `GenerationSettings` recommended for a model, or for the one that it was made from."""
+    """Return the fields of `GenerationSettings` recommended for a model.
+
+    They are those of the embedded model that it is or was made from, then those that it was calibrated with.
+    """
     source = embedded_source(model)
-    return {} if source is None else dict(embedded.generation_defaults(source))
+    published = {} if source is None else dict(embedded.generation_defaults(source))
+    return published | (calibrated_generation(model) or {})
+
+
+def calibrated_generation(model: Any) -> dict[str, Any] | None:
+    """Return the fields of `GenerationSettings`, besides sizes, that the recipe of a checkpoint calibrated with.
+
+    None for a model that is not a calibrated checkpoint.
+    """
+    folder = _folder_of(model)
+    report = quantization_report(folder)
+    if report.get("selection") is None:
+        return None
+    settings = report.get("generation", {})
+    unknown = settings.keys() - SETTINGS if isinstance(settings, dict) else [settings]
+    if unknown:
+        raise InvalidInputError(
+            f"{folder / REPORT}: generation has {short_repr(next(iter(unknown)))}; expected generation settings by "
+            "name, quantize the model again"
+        )
+    return dict(settings)
 
 
 def frame_rate_of(model: Any) -> int:

@@ -8,6 +8,7 @@ Legend: `B` videos in the batch, `f` latent frames, `C` latent channels, `h`, `w
 """
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,8 @@ from s2q.common.errors import S2QError
 from s2q.common.hooks import first_not_finite
 from s2q.common.progress import Tick
 from s2q.generation.exclusive import exclusive
-from s2q.generation.settings import GenerationSettings, latent_channels, latent_frames, prompt_token_limit, vae_factors
+from s2q.generation.schedulers import scheduler_of
+from s2q.generation.settings import GenerationSettings, latent_channels, latent_frames, text_tokens, vae_factors
 from s2q.models import family_of
 
 
@@ -101,11 +103,11 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Call a pipeline; return the final latents, float32 on the CPU, and the frames `[B, F, 3, H, W]` in 0..1."""
     if family_of(pipe.transformer).draws_noise:
-        start: dict[str, Any] = {"generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds]}
+        generators, start = [torch.Generator("cpu").manual_seed(seed) for seed in seeds], {}
     else:
         drawn = [initial_noise(pipe, seed, settings) for seed in seeds]
-        noise = torch.cat([noise for noise, _ in drawn]).to(pipe.text_encoder.dtype)
-        start = {"latents": noise, "generator": [generator for _, generator in drawn]}
+        start = {"latents": torch.cat([noise for noise, _ in drawn]).to(pipe.text_encoder.dtype)}
+        generators = [generator for _, generator in drawn]
     last: dict[str, torch.Tensor] = {}
     left = itertools.count(-1 if steps is None else steps - 1, -1)
 
@@ -117,30 +119,40 @@ def _run(
     with ExitStack() as stack:
         output = pipe(
             prompt=list(prompts),
+            generator=generators,
             **start,
             output_type="pt" if decode else "latent",
-            **_prepared(pipe, settings, after_step, stack),
+            **_prepared(pipe, settings, after_step, generators, stack),
         )
     return last["latents"].float().cpu(), output.frames if decode else None
 
 
 def _prepared(
-    pipe: Any, settings: GenerationSettings, after_step: Callable[[torch.Tensor], None], stack: ExitStack
+    pipe: Any,
+    settings: GenerationSettings,
+    after_step: Callable[[torch.Tensor], None],
+    generators: Sequence[torch.Generator],
+    stack: ExitStack,
 ) -> dict[str, Any]:
     """Prepare a pipeline for one call, until the stack is closed; return arguments of the call.
 
     The call passes the latents of each step to `after_step`. A VAE that cannot decode several videos at once decodes
-    them one by one, and a guider has the weight of the settings; at most 1 is one branch.
+    them one by one, the pipeline has the scheduler of the settings, and a guider their weight; at most 1 is one branch.
     """
     family, vae = family_of(pipe.transformer), pipe.vae
     arguments = {**family.call, **settings.to_dict()}
+    for name in ("scheduler", "shift"):  # are the pipeline's, not the call's
+        arguments.pop(name, None)
+    if settings.negative_prompt is not None:
+        arguments["negative_prompt"] = [settings.negative_prompt] * len(generators)
     stack.callback(pipe.set_progress_bar_config, **(getattr(pipe, "_progress_bar_config", None) or {}))
     pipe.set_progress_bar_config(disable=True)
     if not (family.decodes_batches or vae.use_slicing):
         vae.enable_slicing()
         stack.callback(vae.disable_slicing)
+    scheduler = _set_scheduler(pipe, settings, generators, stack)
     if family.guidance == "guider":
-        guider, scheduler = pipe.guider, pipe.scheduler
+        guider = pipe.guider
         stack.callback(vars(guider).update, dict(vars(guider)))
         guider.guidance_scale = arguments.pop("guidance_scale")
         if guider.guidance_scale > 1:
@@ -155,14 +167,31 @@ def _prepared(
             return output
 
         scheduler.step = observed_step
-        stack.callback(delattr, scheduler, "step")
         return arguments
 
     def callback(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         after_step(tensors["latents"])
         return {}
 
-    return arguments | {"max_sequence_length": prompt_token_limit(pipe), "callback_on_step_end": callback}
+    return arguments | {"max_sequence_length": text_tokens(pipe, settings), "callback_on_step_end": callback}
+
+
+def _set_scheduler(
+    pipe: Any, settings: GenerationSettings, generators: Sequence[torch.Generator], stack: ExitStack
+) -> Any:
+    """Give a pipeline the scheduler of the settings, until the stack is closed; return it.
+
+    Noise that it draws comes from the videos' generators, which only some pipelines pass.
+    """
+    scheduler = scheduler_of(pipe, settings)
+    if scheduler is not pipe.scheduler:
+        stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
+        pipe.scheduler = scheduler
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    drawn = {"generator": list(generators)} if takes_generator else {}
+    stack.callback(delattr, scheduler, "step")
+    scheduler.step = functools.partial(scheduler.step, **drawn)
+    return scheduler
 
 
 def _to_uint8(frames: torch.Tensor) -> torch.Tensor:

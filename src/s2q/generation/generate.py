@@ -65,6 +65,11 @@ def generate(
     width: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
+    scheduler: str | None = None,
+    shift: float | None = None,
+    negative_prompt: str | None = None,
+    max_sequence_length: int | None = None,
     batch_size: int | None = None,
     device: str | torch.device | int = "cpu",
     dtype: torch.dtype | str | None = None,
@@ -88,7 +93,14 @@ def generate(
         model: A pipeline, the name or folder of one, or a resolved source. `device`, `dtype`, `variant`, `loras`,
             `verify` and the backends are for models that are loaded here; see `s2q.load`.
         seeds: Every prompt is generated with every seed.
-        num_frames: None takes the model's own, as for `height`, `width`, `num_inference_steps` and `guidance_scale`.
+        num_frames: None takes the model's own, as for all settings down to `max_sequence_length`; a calibrated
+            checkpoint's are those that its recipe sets.
+        guidance_scale: Weight of classifier-free guidance; at most 1 runs without.
+        guidance_scale_2: Weight in the steps of a second transformer; None takes `guidance_scale`.
+        scheduler: Class name of a scheduler of diffusers, with the configuration of the model's.
+        shift: Shift of its sigmas.
+        negative_prompt: Text of the unconditional branch.
+        max_sequence_length: Tokens of a prompt that the transformer reads.
         loras: LoRA adapters to fuse into a full-precision model, "[transformer_2=]FILE.safetensors[:SCALE]".
         batch_size: Videos per batch; by default as many as hold 4,096 video tokens together, 1 to 16.
         workers: Number of workers, which load the model each and take batches in turn, in one thread on a CPU; "auto"
@@ -108,7 +120,16 @@ def generate(
     model, seeds = model_argument("model", model), seed_numbers(seeds)
     prompts = prompt_list("prompts", prompts)
     requested = requested_settings(
-        num_frames=num_frames, height=height, width=width, steps=num_inference_steps, guidance=guidance_scale
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        guidance_scale_2=guidance_scale_2,
+        scheduler=scheduler,
+        shift=shift,
+        negative_prompt=negative_prompt,
+        max_sequence_length=max_sequence_length,
     )
     batch_size = optional(whole_number, "batch_size", batch_size, least=1)
     where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
@@ -196,7 +217,7 @@ def _batches(
     batch_size: int | None,
 ) -> tuple[GenerationSettings, list[_Batch]]:
     resolved = settings_for(pipe, requested, defaults=defaults)
-    check_prompts(pipe, prompts)
+    check_prompts(pipe, prompts, resolved)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     return resolved, list(batched(jobs, batch_size or batch_size_for(pipe, resolved)))
 

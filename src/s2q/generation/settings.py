@@ -1,4 +1,4 @@
-"""Generation settings: sizes, steps and guidance, checked against the pipeline before any compute.
+"""Generation settings: sizes, steps, scheduler, guidance and text, checked against the pipeline before any compute.
 
 Legend: `k` temporal factor of the VAE, `s` spatial factor of the VAE, `p` patch size of the transformer, `f` latent
 frames. A video of `num_frames` frames has `f = (num_frames - 1) / k + 1` latent frames. A CogVideoX VAE decodes its
@@ -7,13 +7,16 @@ latent frames in groups of two, and a group that is not the first one grows by `
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
-from s2q.common.arguments import finite_number, prompt_list, whole_number
+from s2q.common.arguments import finite_number, plain_text, positive_number, prompt_list, whole_number, word
 from s2q.common.errors import InvalidInputError, short_repr
 from s2q.generation.exclusive import exclusive
+from s2q.generation.guidance import with_usable_guidance
+from s2q.generation.schedulers import scheduler_of
 from s2q.generation.sharing import steps_of_transformers
 from s2q.models import family_of, token_patch
 
@@ -22,7 +25,14 @@ from s2q.models import family_of, token_patch
 class GenerationSettings:
     """Settings of a generated video besides model, prompt and seed; height and width in pixels.
 
-    `guidance_scale` is the weight of classifier-free guidance; at most 1 means one branch, without guidance.
+    Attributes:
+        guidance_scale: Weight of classifier-free guidance; at most 1 means one branch, without guidance.
+        guidance_scale_2: Weight in the steps of a second transformer; None takes `guidance_scale`.
+        scheduler: Class name of a scheduler of diffusers, with the configuration of the pipeline's; None is the
+            pipeline's own.
+        shift: Shift of its sigmas; None is that of the pipeline's own.
+        negative_prompt: Text of the unconditional branch; None is an empty one.
+        max_sequence_length: Tokens of a prompt that the transformer reads; None is as many as it can.
     """
 
     num_frames: int
@@ -30,10 +40,27 @@ class GenerationSettings:
     width: int
     num_inference_steps: int
     guidance_scale: float
+    guidance_scale_2: float | None = None
+    scheduler: str | None = None
+    shift: float | None = None
+    negative_prompt: str | None = None
+    max_sequence_length: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as a JSON-ready dict."""
-        return asdict(self)
+        """Return the settings that are not None as a JSON-ready dict."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    **{setting.name: partial(whole_number, least=1) for setting in fields(GenerationSettings)},
+    "guidance_scale": finite_number,
+    "guidance_scale_2": finite_number,
+    "scheduler": word,
+    "shift": positive_number,
+    "negative_prompt": plain_text,
+}
+SETTINGS = frozenset(_CHECKS)
+"""Names of the generation settings."""
 
 
 def resolve_settings(
@@ -43,13 +70,16 @@ def resolve_settings(
 
     A value comes from `requested`, else from `defaults` (what the model's makers recommend), else from the
     configuration of the transformer (sizes) and the pipeline's guider (guidance), else from the family's published
-    models. `None` counts as absent. Values are by field name of `GenerationSettings`.
+    models. `None` counts as absent. Values are by field name of `GenerationSettings`. Recommendations for a guidance
+    that does not run are dropped.
     """
     values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe) | _guider_defaults(pipe)
-    asked = _checked(defaults or {}) | _checked(requested or {})
-    settings = GenerationSettings(**_checked(values | asked))
-    _check_steps(pipe, settings.num_inference_steps)
+    asked = _checked(requested or {})
+    settings = GenerationSettings(**_checked(values | _checked(defaults or {}) | asked))
+    settings = with_usable_guidance(pipe, settings, requested=asked)
+    _check_steps(pipe, settings)
     _check_video(pipe, settings)
+    _check_text(pipe, settings)
     return settings
 
 
@@ -80,19 +110,37 @@ def within_tokens(pipe: Any, settings: GenerationSettings, max_tokens: int) -> G
 
 
 def requested_settings(
-    *, num_frames: int | None, height: int | None, width: int | None, steps: int | None, guidance: float | None
+    *,
+    num_frames: int | None,
+    height: int | None,
+    width: int | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    guidance_scale_2: float | None,
+    scheduler: str | None,
+    shift: float | None,
+    negative_prompt: str | None,
+    max_sequence_length: int | None,
 ) -> dict[str, Any]:
     """Return the settings that are not None, by name; whether a model can take them is not checked."""
-    sizes = {"num_frames": num_frames, "height": height, "width": width}
-    return _checked({**sizes, "num_inference_steps": steps, "guidance_scale": guidance})
+    return _checked(
+        {
+            "num_frames": num_frames,
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_scale_2": guidance_scale_2,
+            "scheduler": scheduler,
+            "shift": shift,
+            "negative_prompt": negative_prompt,
+            "max_sequence_length": max_sequence_length,
+        }
+    )
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: finite_number(name, value) if name == "guidance_scale" else whole_number(name, value, least=1)
-        for name, value in values.items()
-        if value is not None
-    }
+    return {name: _CHECKS[name](name, value) for name, value in values.items() if value is not None}
 
 
 def takes_prompts_alone(pipe: Any) -> bool:
@@ -109,17 +157,50 @@ def prompt_token_limit(pipe: Any) -> int:
     return int(min(limit, getattr(pipe.tokenizer, "model_max_length", limit)))
 
 
-def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
+def text_tokens(pipe: Any, settings: GenerationSettings) -> int:
+    """Return the number of text tokens that the transformer reads of a prompt."""
+    return settings.max_sequence_length or prompt_token_limit(pipe)
+
+
+def check_prompts(pipe: Any, prompts: Sequence[str], settings: GenerationSettings) -> None:
     """Check that the pipeline can take every prompt whole."""
     prompts = prompt_list("prompts", prompts)
-    limit = prompt_token_limit(pipe)
+    limit = text_tokens(pipe, settings)
     with exclusive(pipe):
-        counts = [len(pipe.tokenizer(prompt, truncation=False).input_ids) for prompt in prompts]
+        counts = [_token_count(pipe, prompt) for prompt in prompts]
     for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True), start=1):
         if count > limit:
             raise InvalidInputError(
                 f"prompt {index} of {len(prompts)} has {count} tokens, but the transformer reads {limit}; "
                 f"shorten it: {short_repr(prompt)}"
+            )
+
+
+def _token_count(pipe: Any, text: str) -> int:
+    return len(pipe.tokenizer(text, truncation=False).input_ids)
+
+
+def _check_text(pipe: Any, settings: GenerationSettings) -> None:
+    """Refuse a length of prompts that the transformer cannot read, and a negative prompt that is longer."""
+    limit, length = prompt_token_limit(pipe), settings.max_sequence_length
+    if length is not None:
+        if family_of(pipe.transformer).guidance == "guider":
+            raise InvalidInputError(
+                f"max_sequence_length: got {length}; {type(pipe).__name__} has one length for all prompts, remove it"
+            )
+        is_fixed = getattr(pipe.transformer.config, "use_rotary_positional_embeddings", True) is False
+        if length > limit or (is_fixed and length < limit):
+            reads = "exactly" if is_fixed else "at most"
+            raise InvalidInputError(
+                f"max_sequence_length: got {length}; the transformer reads {reads} {limit} text tokens, use {limit}"
+            )
+    if settings.negative_prompt is not None:
+        with exclusive(pipe):
+            count = _token_count(pipe, settings.negative_prompt)
+        if count > text_tokens(pipe, settings):
+            raise InvalidInputError(
+                f"negative_prompt has {count} tokens, but the transformer reads {text_tokens(pipe, settings)}; "
+                f"shorten it: {short_repr(settings.negative_prompt)}"
             )
 
 
@@ -183,12 +264,12 @@ def _guider_defaults(pipe: Any) -> dict[str, Any]:
     return {"guidance_scale": guider.guidance_scale if guider.num_conditions > 1 else 1.0}
 
 
-def _check_steps(pipe: Any, steps: int) -> None:
-    """Refuse more steps than there are timesteps, and steps that no transformer takes."""
-    limit = int(pipe.scheduler.config.num_train_timesteps)
+def _check_steps(pipe: Any, settings: GenerationSettings) -> None:
+    """Refuse a scheduler that does not fit, more steps than it has timesteps, and steps that no transformer takes."""
+    steps, limit = settings.num_inference_steps, int(scheduler_of(pipe, settings).config.num_train_timesteps)
     if steps > limit:
         raise InvalidInputError(f"num_inference_steps: got {steps}; the scheduler has {limit} timesteps, use fewer")
-    steps_of_transformers(pipe, steps)
+    steps_of_transformers(pipe, settings)
 
 
 def vae_factors(pipe: Any) -> tuple[int, int]:

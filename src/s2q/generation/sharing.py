@@ -4,19 +4,26 @@ Where there are two (Wan 2.2 A14B), the first takes the timesteps from `boundary
 timesteps on, and the second those below.
 """
 
+from __future__ import annotations
+
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2q.common.components import TRANSFORMERS, transformers_of
 from s2q.common.errors import InvalidInputError
+from s2q.generation.schedulers import scheduler_of
+
+if TYPE_CHECKING:
+    from s2q.generation.settings import GenerationSettings
 
 
-def steps_of_transformers(pipe: Any, num_inference_steps: int) -> dict[str, int]:
+def steps_of_transformers(pipe: Any, settings: GenerationSettings) -> dict[str, int]:
     """Count the denoising steps that each transformer takes, by component; 0 for one that is never called."""
     first, second = TRANSFORMERS
+    num_inference_steps = settings.num_inference_steps
     below, boundary = 0, pipe.config.get("boundary_ratio")
     if boundary is not None:
-        scheduler = copy.deepcopy(pipe.scheduler)
+        scheduler = copy.deepcopy(scheduler_of(pipe, settings))
         scheduler.set_timesteps(num_inference_steps)
         below = int((scheduler.timesteps < boundary * scheduler.config.num_train_timesteps).sum())
     present = transformers_of(pipe)

@@ -92,7 +92,7 @@ def record_trajectory(
 
     The text embeddings and rotary tables are stored once for all calls.
     """
-    check_prompts(pipe, prompts)
+    check_prompts(pipe, prompts, settings)
     with exclusive(pipe), recorded_calls(transformers_of(pipe)) as calls:
         result = denoise(pipe, prompts, seeds=seeds, settings=settings, decode=decode, steps=steps, step_done=step_done)
     return Trajectory(

@@ -41,8 +41,8 @@ class Family:
         size_multiple: What the pipeline itself asks of height and width, in pixels.
         guidance: The two branches of classifier-free guidance: "batched" in one call, unconditional rows first; in "two
             calls", the conditional one first; or in two such calls by a component "guider", which has the guidance
-            weight: the pipeline then takes neither that weight nor a prompt length nor a callback. Distilled models run
-            one branch.
+            weight: the pipeline then takes neither that weight nor a prompt length nor a callback. "embedded" is
+            guidance that was distilled into the transformer: one branch, with the weight as an input.
         text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
         call: Arguments of the pipeline's call beside the settings; those that switch off further passes of guidance.
         draws_noise: Whether the pipeline must draw the initial noise itself, because it takes no noise unchanged; it
@@ -55,6 +55,7 @@ class Family:
             these embeddings, each the names of a projection and of the module that reads it, and the constant that is
             embedded, or None for the timestep. A transformer may lack some.
         decodes_batches: Whether the VAE can decode several videos at once; one that cannot is given them one by one.
+        timestep_arguments: What the pipeline passes to the scheduler's `set_timesteps` besides the number of steps.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Family:
     joint_order: tuple[str, ...]
     latents: Literal["frames first", "channels first", "tokens"]
     size_multiple: int
-    guidance: Literal["batched", "two calls", "guider"]
+    guidance: Literal["batched", "two calls", "guider", "embedded"]
     text_tokens: int
     defaults: Mapping[str, int | float]
     frame_rate: int
@@ -78,6 +79,7 @@ class Family:
     draws_noise: bool = False
     decodes_batches: bool = True
     kept_linears: tuple[str, ...] = ()
+    timestep_arguments: tuple[str, ...] = ()
     latent_linears: tuple[str, ...] = ("patch_embed.proj", "proj_in", "proj_out")
     timestep_embeddings: tuple[tuple[str, str, float | None], ...] = ()
 

@@ -26,8 +26,9 @@ HUNYUANVIDEO = Family(
     joint_order=("hidden_states", "encoder_hidden_states"),
     latents="channels first",
     size_multiple=16,
-    guidance="two calls",
+    guidance="embedded",
     text_tokens=256,
     defaults={"num_frames": 129, "height": 720, "width": 1280, "num_inference_steps": 50, "guidance_scale": 6.0},
     frame_rate=15,
+    timestep_arguments=("sigmas",),
 )

@@ -26,4 +26,5 @@ HUNYUANVIDEO15 = Family(
     decodes_batches=False,  # https://github.com/huggingface/diffusers/pull/13133
     defaults={"num_frames": 121, "height": 480, "width": 848, "num_inference_steps": 50, "guidance_scale": 6.0},
     frame_rate=24,
+    timestep_arguments=("sigmas",),
 )

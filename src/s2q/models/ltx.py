@@ -19,4 +19,5 @@ LTX = Family(
     text_tokens=128,
     defaults={"num_frames": 161, "height": 512, "width": 704, "num_inference_steps": 50, "guidance_scale": 3.0},
     frame_rate=24,
+    timestep_arguments=("sigmas", "mu"),
 )

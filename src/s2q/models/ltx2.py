@@ -49,5 +49,6 @@ LTX2 = Family(
     ),
     defaults={"num_frames": 121, "height": 512, "width": 768, "num_inference_steps": 30, "guidance_scale": 3.0},
     frame_rate=24,
+    timestep_arguments=("sigmas", "mu"),
     latent_linears=("proj_in", "proj_out", "audio_proj_in", "audio_proj_out"),
 )

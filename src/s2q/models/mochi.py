@@ -33,4 +33,5 @@ MOCHI = Family(
     text_tokens=256,
     defaults={"num_frames": 85, "height": 480, "width": 848, "num_inference_steps": 64, "guidance_scale": 4.5},
     frame_rate=30,
+    timestep_arguments=("sigmas",),
 )

@@ -15,8 +15,8 @@ of calibration, in functions below `BlockShape` in the model's dtype.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -93,6 +93,7 @@ class Workload:
         rows: Samples in one call of the transformer: all branches, or one.
         steps: Denoising steps of a video.
         component_bytes: Weights of the pipeline's other components, which generate the samples; None if unknown.
+        generation: How the videos are generated, for people: `GenerationSettings` by name, scheduler and shift.
     """
 
     tokens: int
@@ -103,6 +104,7 @@ class Workload:
     component_bytes: int | None
     steps: int = 50
     audio_tokens: int = 0
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,8 @@ class Plan:
         attention: What the recipe quantizes of the attention; None if nothing.
         estimate: Its time, if it is planned for a GPU by name; None otherwise.
         widths: The recipe's width among those that the device multiplies; None if these are not known.
+        generation: How the calibration videos are generated: sizes, steps, scheduler and its shift, guidance and its
+            `branches`, what else is set; None as for `calibration`.
     """
 
     schema_version: int
@@ -140,6 +142,7 @@ class Plan:
     attention: PlannedAttention | None = None
     estimate: TimeEstimate | None = None
     widths: PlannedWidths | None = None
+    generation: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -319,6 +322,7 @@ def plan_transformers(
         attention=_planned_attention(recipe, attention, shapes, workload),
         estimate=None if rates is None or not work else time_estimate(work, rates),
         widths=None if products is None else planned_widths(recipe, products),
+        generation=None if workload is None else {**workload.generation, "branches": workload.branches},
     )
 
 

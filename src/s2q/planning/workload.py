@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from s2q.common.components import transformers_of
 from s2q.common.errors import InvalidInputError
+from s2q.generation.guidance import branches_of
+from s2q.generation.schedulers import described, distilled_name, scheduler_of
 from s2q.generation.settings import (
     GenerationSettings,
-    prompt_token_limit,
     resolve_settings,
     takes_prompts_alone,
+    text_tokens,
     token_frames,
     video_tokens,
     within_tokens,
@@ -24,11 +27,13 @@ from s2q.selection.options import Calibration
 
 logger = logging.getLogger(__name__)
 
+_SYNTHETIC = ("num_inference_steps", "guidance_scale")
+"""Settings that can be planned from dimensions alone."""
+
 
 def calibration_settings(pipe: Any, group: Calibration, *, recommended: Mapping[str, Any]) -> GenerationSettings:
     """Return the settings of the videos of calibration."""
-    requested = group.sizes | {"num_inference_steps": group.steps}
-    settings = resolve_settings(pipe, requested=requested, defaults=dict(recommended))
+    settings = resolve_settings(pipe, requested=group.requested, defaults=dict(recommended))
     return settings if group.max_tokens is None else within_tokens(pipe, settings, group.max_tokens)
 
 
@@ -39,17 +44,17 @@ def workload_of(
     if not takes_prompts_alone(pipe):
         return None
     settings = calibration_settings(pipe, group, recommended=recommended)
-    guided = settings.guidance_scale > 1 and not getattr(pipe.transformer.config, "guidance_embeds", False)
-    branches = 2 if guided else 1
+    branches = branches_of(pipe, settings)
     return Workload(
         tokens=video_tokens(pipe, settings),
         frames=token_frames(pipe, settings),
-        text_tokens=prompt_token_limit(pipe),
+        text_tokens=text_tokens(pipe, settings),
         audio_tokens=_audio_tokens(pipe, settings),
         branches=branches,
         rows=branches if family_of(pipe.transformer).guidance == "batched" else 1,
         component_bytes=component_bytes,
         steps=settings.num_inference_steps,
+        generation=settings.to_dict() | described(scheduler_of(pipe, settings)),
     )
 
 
@@ -61,6 +66,20 @@ def _audio_tokens(pipe: Any, settings: GenerationSettings) -> int:
     return round(settings.num_frames / family_of(pipe.transformer).frame_rate * rate)
 
 
+def warn_of_guidance(pipe: Any, workload: Workload | None, *names: str) -> None:
+    """Warn where a model looks step-distilled and calibration runs guidance; `names` are those that the model has."""
+    if workload is None or workload.branches == 1:
+        return
+    settings = workload.generation
+    parts = (str(getattr(part, "name_or_path", "") or "") for part in (pipe, *transformers_of(pipe).values()))
+    if (name := distilled_name(settings["scheduler"], *names, *parts)) is not None:
+        logger.warning(
+            "%s looks step-distilled, but calibration runs guidance with a weight of %g in %d steps; for a model that "
+            "is run without, use --guidance-scale 1 and --steps (calibration.guidance_scale=1, calibration.steps=4)",
+            *(name, settings["guidance_scale"], settings["num_inference_steps"]),
+        )
+
+
 def workload_of_source(
     source: ModelSource, group: Calibration, *, transformers: Mapping[str, nn.Module]
 ) -> Workload | None:
@@ -70,18 +89,20 @@ def workload_of_source(
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
         logger.info("%s: the pipeline cannot be built without weights (%s); memory is not planned", source.name, error)
         return None
-    return workload_of(
+    workload = workload_of(
         pipe, group, recommended=recommended_generation(source.folder), component_bytes=source.component_bytes()
     )
+    warn_of_guidance(pipe, workload, source.name, source.given)
+    return workload
 
 
 def workload_of_synthetic(model: SyntheticModel, group: Calibration) -> Workload:
     """Return the same of the dimensions of a published model, for videos of the recommended size."""
-    sizes = [name for name, size in group.sizes.items() if size is not None]
-    if sizes:
+    asked = group.requested
+    if unplanned := [name for name in asked if name not in _SYNTHETIC]:
         raise InvalidInputError(
-            f"{model.label}: has no pipeline to fit {', '.join(sizes)} to; plan with the recommended size, or plan the "
-            "model's own folder"
+            f"{model.label}: has no pipeline to fit {', '.join(unplanned)} to; plan without, for the recommended size, "
+            "or plan the model's own folder"
         )
     frames, of_frame = model.frames, model.tokens // model.frames
     if group.max_tokens is not None and group.max_tokens < model.tokens:
@@ -91,13 +112,16 @@ def workload_of_synthetic(model: SyntheticModel, group: Calibration) -> Workload
                 f"calibration.max_tokens={group.max_tokens}: two frames of {model.label} have {2 * of_frame} tokens; "
                 "use more, or plan the model's own folder, which fits the size of frames"
             )
+    settings = {name: asked.get(name, model.family.defaults[name]) for name in _SYNTHETIC}
+    guided = settings["guidance_scale"] > 1
     return Workload(
         tokens=frames * of_frame,
         frames=frames,
         text_tokens=model.text_tokens,
         audio_tokens=model.audio_tokens,
-        branches=model.batch * model.calls,
-        rows=model.batch,
+        branches=model.batch * model.calls if guided else 1,
+        rows=model.batch if guided else 1,
         component_bytes=None,
-        steps=group.steps or int(model.family.defaults["num_inference_steps"]),
+        steps=int(settings["num_inference_steps"]),
+        generation=settings,
     )

@@ -185,6 +185,9 @@ def _quantize(
         check_output(target, overwrite=settings.overwrite, owned=owned_files)
     if not validated.calibrates and prompts is not None:
         logger.warning("prompts (--prompts): recipe %s needs no calibration, they are ignored", validated.name)
+    if ignored := [] if validated.calibrates else validated.calibration.requested:
+        names = ", ".join(ignored)
+        logger.warning("%s: recipe %s needs no calibration, ignored; pass them to generate", names, validated.name)
     if validated.calibrates and source is not None:
         calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
     if dry_run:
@@ -289,7 +292,7 @@ class _Run:
         runner = self._runner(teacher, recipe, planned, selection)
         blocks = self._timed("blocks", lambda: self._blocks(runner))
         student = self._timed("assemble", lambda: self._assemble(teacher.as_stored(), planned))
-        report = self._report(teacher, planned, blocks, n_prompts=n_prompts, selection=selection)
+        report = self._report(teacher, recipe, planned, blocks, n_prompts=n_prompts, selection=selection)
         self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
         records = CheckpointRecords(
             source=teacher.name,
@@ -421,6 +424,7 @@ class _Run:
     def _report(
         self,
         teacher: Teacher,
+        recipe: Recipe,
         planned: Plan,
         blocks: Sequence[BlockReport],
         *,
@@ -450,6 +454,7 @@ class _Run:
             retries=tuple(asdict(retry) for retry in self.engine.retries),
             loras=() if teacher.source is None else tuple(lora.to_dict() for lora in teacher.source.loras),
             versions=package_versions(),
+            generation=recipe.calibration.generation if recipe.calibrates else {},
         )
 
     def _timed(self, stage: str, work: Callable[[], _T]) -> _T:

@@ -65,6 +65,8 @@ class QuantizationReport:
         peak_memory_bytes: Highest resident memory of the process (on a GPU: allocated there).
         loras: Adapters that were fused into the source: `file`, `sha256`, `scale` and `component` of each.
         retries: Tasks that were given to another worker because theirs died: `task`, an index, and `cause`.
+        generation: Settings besides sizes that the recipe calibrates with, by the names of `GenerationSettings`:
+            the checkpoint is generated and judged with them by default.
     """
 
     schema_version: int
@@ -89,6 +91,7 @@ class QuantizationReport:
     versions: Mapping[str, str] = field(repr=False)
     retries: Sequence[Mapping[str, Any]] = ()
     loras: Sequence[Mapping[str, Any]] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -31,6 +31,7 @@ from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.run_folder import open_run_folder
 from s2q.common.temporaries import scratch_folder
 from s2q.distillation.options import evaluations
+from s2q.generation.settings import GenerationSettings
 from s2q.generation.sharing import steps_of_transformers
 from s2q.models import ModelSource
 from s2q.planning import Machine, Plan
@@ -92,8 +93,9 @@ def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: P
     group = recipe.calibration
     wanted = calibration_prompts(teacher.name, prompts, group, recipe=recipe.name)
     shortest = replace(group, n_prompts=1, samples=1, selection="sds")  # which records every step
-    number = prepare(teacher, wanted[:1], shortest, seed=0, inputs={}).settings.num_inference_steps
-    short, long = (_steps_with(teacher, calls) for calls in _CALLS)
+    settings = prepare(teacher, wanted[:1], shortest, seed=0, inputs={}).settings
+    number = settings.num_inference_steps
+    short, long = (_steps_with(teacher, settings, calls) for calls in _CALLS)
     taken: list[float] = []
     for seed, steps in enumerate((short, short, long)):  # the first one warms up
         inputs = prepare(teacher, wanted[:1], replace(shortest, steps=steps), seed=seed, inputs={})
@@ -104,7 +106,7 @@ def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: P
         pools = score_candidates(teacher, inputs, runner.folder)
         taken.append(time.perf_counter() - started)
     step = max(0.0, (taken[2] - taken[1]) / (long - short))
-    chosen = chosen_steps(teacher, group, prompts=len(wanted), steps=number, seed=0)
+    chosen = chosen_steps(teacher, group, settings, prompts=len(wanted), seed=0)
     recorded = recorded_steps(chosen, prompts=len(wanted), steps=number)
     videos = max(0.0, taken[1] - step * short) * sum(map(bool, recorded)) + step * sum(recorded)
     branches = branches_of(runner.folder, inputs)
@@ -112,7 +114,7 @@ def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: P
         samples: select(pools, inputs, replace(group, samples=samples), branches=branches)
         for samples in (_SAMPLES, _MORE_SAMPLES)
     }
-    whole = _whole_pools(teacher, pools, prompts=len(wanted), steps=number)
+    whole = _whole_pools(teacher, settings, pools, prompts=len(wanted))
     started = time.perf_counter()
     select(whole, replace(inputs, steps=(number,) * len(wanted)), group, branches=branches)
     selecting = time.perf_counter() - started
@@ -125,11 +127,11 @@ def _calibrating(runner: BlockRunner, prompts: Sequence[str] | None, progress: P
     }
 
 
-def _steps_with(teacher: Teacher, calls: int) -> int:
+def _steps_with(teacher: Teacher, settings: GenerationSettings, calls: int) -> int:
     """The fewest denoising steps in which every transformer is called so often."""
     limit = int(teacher.pipe.scheduler.config.num_train_timesteps)
     for steps in range(calls, limit + 1):
-        shared = steps_of_transformers(teacher.pipe, steps)
+        shared = steps_of_transformers(teacher.pipe, replace(settings, num_inference_steps=steps))
         if all(shared[transformer.component] >= calls for transformer in teacher.transformers):
             return steps
     raise InvalidInputError(
@@ -139,10 +141,10 @@ def _steps_with(teacher: Teacher, calls: int) -> int:
 
 
 def _whole_pools(
-    teacher: Teacher, pools: Mapping[str, CandidatePool], *, prompts: int, steps: int
+    teacher: Teacher, settings: GenerationSettings, pools: Mapping[str, CandidatePool], *, prompts: int
 ) -> dict[str, CandidatePool]:
     """Pools as large as those of the run, of repeated candidates."""
-    shared = steps_of_transformers(teacher.pipe, steps)
+    shared = steps_of_transformers(teacher.pipe, settings)
     return {
         component: CandidatePool(
             candidates=tuple(

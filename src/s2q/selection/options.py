@@ -1,7 +1,7 @@
 """The options of calibration: what is generated, and which denoising steps of it become samples."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,10 +15,16 @@ class Calibration(Options):
 
     Attributes:
         n_prompts: Prompts to generate; the first ones, where more are given.
-        steps: Denoising steps of each; None takes the model's default.
-        num_frames: Frames of each; None takes the model's default. Fewer and smaller ones cost less.
-        height: Height of a frame in pixels, likewise.
-        width: Width of a frame in pixels, likewise.
+        steps: Denoising steps of each; None takes the model's default, as for what follows.
+        guidance_scale: Weight of classifier-free guidance; at most 1 runs one branch, without guidance.
+        guidance_scale_2: Weight in the steps of a second transformer; None takes `guidance_scale`.
+        scheduler: Class name of a scheduler of diffusers, with the configuration of the model's.
+        shift: Shift of the scheduler's sigmas, `shift` or `flow_shift` of its class.
+        negative_prompt: Text of the unconditional branch.
+        max_sequence_length: Tokens of a prompt that the transformer reads.
+        num_frames: Frames of each. Fewer and smaller ones cost less.
+        height: Height of a frame in pixels.
+        width: Width of a frame in pixels.
         max_tokens: Most video tokens of each; a video of the sizes above that has more gets fewer frames, then smaller
             ones. Attention to 118,800 tokens, HunyuanVideo's recommended size, takes days.
         selection: How they are taken; one of `SELECTIONS`.
@@ -30,6 +36,12 @@ class Calibration(Options):
 
     n_prompts: int = field(default=10, metadata={"ge": 1})
     steps: int | None = field(default=None, metadata={"ge": 1})
+    guidance_scale: float | None = field(default=None, metadata={"ge": 0})
+    guidance_scale_2: float | None = field(default=None, metadata={"ge": 0})
+    scheduler: str | None = None
+    shift: float | None = field(default=None, metadata={"gt": 0})
+    negative_prompt: str | None = None
+    max_sequence_length: int | None = field(default=None, metadata={"ge": 1})
     num_frames: int | None = field(default=None, metadata={"ge": 1})
     height: int | None = field(default=None, metadata={"ge": 1})
     width: int | None = field(default=None, metadata={"ge": 1})
@@ -47,3 +59,22 @@ class Calibration(Options):
     def sizes(self) -> dict[str, int | None]:
         """Frames, height and width by the names of the pipeline's arguments; None is the model's default."""
         return {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """How videos are generated, besides their sizes: what is not None, by the names of `GenerationSettings`."""
+        values = {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "guidance_scale_2": self.guidance_scale_2,
+            "scheduler": self.scheduler,
+            "shift": self.shift,
+            "negative_prompt": self.negative_prompt,
+            "max_sequence_length": self.max_sequence_length,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def requested(self) -> dict[str, Any]:
+        """The settings of `generation` and the sizes that are not None."""
+        return self.generation | {name: size for name, size in self.sizes.items() if size is not None}
