@@ -33,7 +33,7 @@ from speed_tables import (
     steps_table,
     threads_table,
 )
-from variants import GROUPS, Variant
+from variants import GROUPS, JUDGED, Variant
 
 from s2q.evaluation.intervals import clustered_mean
 from s2q.shapes.embedded import EMBEDDED_NAMES as MODELS
@@ -179,9 +179,10 @@ def ablation_table(group: str, model: str) -> str:
         ]
         lines.append(table_row(variant.label, cells))
     first = runs[base.name][0]
+    judged = ", ".join(f"`{name}={value:g}`" for name, value in JUDGED.get(group, {}).items())
     lines += [
         "",
-        f"{len(first['videos'])} held-out prompts, float32. "
+        f"{len(first['videos'])} held-out prompts, float32{judged and f', judged with {judged}'}. "
         f"Made by `python benchmarks/ablations.py {group}{'' if model == MODELS[0] else f' -m {model}'}`.",
     ]
     return "\n".join(lines)
@@ -206,6 +207,8 @@ def _ratio(runs: list[dict], base: list[dict]) -> str:
 
 def _base(group: str, model: str) -> Variant:
     """What the variants of a group are compared with: the recipe itself, or the bar that its parts have to beat."""
+    if group in JUDGED:
+        return GROUPS[group][0]
     kind, _, width = group.rpartition("-")
     name = f"s2q-{width}" if kind == "beyond" else "s2q-w4a4"
     if kind == "parts":  # with outlier channels a scale is part of any sensible bar

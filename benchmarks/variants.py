@@ -109,13 +109,13 @@ FEW_STEPS = {"num_inference_steps": 4, "guidance_scale": 1.0}
 
 
 def _few_steps(recipe: str) -> list[Variant]:
-    """A model that is run in few steps without guidance, calibrated so and with the settings of its family."""
-    own, steps, guidance = "calibrated as it is run", "calibration.steps=4", "calibration.guidance_scale=1"
+    """A model that is run in few steps without guidance: calibrated so, then with defaults of the model."""
+    steps, guidance = "calibration.steps=4", "calibration.guidance_scale=1"
     rows = [
-        ("own", f"{own}: 4 steps, no guidance", (steps, guidance)),
+        ("own", "4 steps, no guidance", (steps, guidance)),
         ("guidance", "4 steps, guidance 5", (steps,)),
         ("steps", "20 steps, no guidance", (guidance,)),
-        ("default", "the model's default: 20 steps, guidance 5", ()),
+        ("default", "20 steps, guidance 5 (the model's)", ()),
     ]
     return [
         Variant(name=f"{recipe}-few-steps-{name}", label=label, recipe=recipe, overrides=overrides)
@@ -147,4 +147,4 @@ GROUPS: dict[str, list[Variant]] = {
 }
 
 JUDGED: dict[str, dict[str, float]] = {"few-steps": FEW_STEPS}
-"""Generation settings that a group is judged with, other than the model's."""
+"""Generation settings that a group is judged with, other than the model's; its first variant is the base."""

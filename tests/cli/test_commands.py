@@ -102,6 +102,43 @@ def test_samples_is_short_for_the_recipe_field(tiny_model, tmp_path, capsys):
     assert len(done["selection"]["calls"]) == 3
 
 
+def test_generation_settings_are_short_for_recipe_fields(tiny_model, tmp_path, capsys):
+    given = {"steps": "3", "guidance-scale": "2.5", "num-frames": "9", "negative-prompt": "ugly: 'a', 🎈 [b"}
+    given |= {"scheduler": "CogVideoXDPMScheduler", "height": "16", "width": "32", "max-sequence-length": "96"}
+    options = [word for name, value in given.items() for word in (f"--{name}", value)]
+    planned = json_of(capsys, ["plan", "-m", tiny_model, "-r", "s2q-w4a6", *options])
+    assert planned["generation"] == {
+        "num_frames": 9,
+        "height": 16,
+        "width": 32,
+        "num_inference_steps": 3,
+        "guidance_scale": 2.5,
+        "scheduler": "CogVideoXDPMScheduler",
+        "shift": None,
+        "negative_prompt": "ugly: 'a', 🎈 [b",
+        "max_sequence_length": 96,
+        "branches": 2,
+    }
+    shown = output_of(capsys, ["plan", "-m", tiny_model, "-r", "s2q-w4a6", *options]).out
+    assert "9 frames of 32 × 16, 3 steps of CogVideoXDPMScheduler, guidance 2.5 in 2 branches, negative" in shown
+    (tmp_path / "prompts.txt").write_text("a circle\n")
+    command = [
+        "quantize",
+        "-m",
+        tiny_model,
+        "-r",
+        "s2q-w4a6",
+        "-o",
+        tmp_path / "q",
+        "--prompts",
+        tmp_path / "prompts.txt",
+    ]
+    dry = json_of(capsys, [*command, "--device", "cpu", "--guidance-scale", "1", "--dry-run"])
+    assert dry["generation"]["branches"] == 1
+    twice = [*command, "--steps", "3", "--set", "calibration.steps=4", "--dry-run"]
+    assert "is set before it and would be overwritten; remove one" in output_of(capsys, twice, 3).err
+
+
 def test_plan_and_inspect_print_tables(tiny_model, checkpoint, capsys):
     shown = output_of(capsys, ["plan", "-m", tiny_model]).out
     for expected in ("times smaller", "20 linears", "transformer_blocks.*.attn1.to_q", "w4a6", "w4a16"):

@@ -26,7 +26,7 @@ def render_model_card(
     Args:
         *configs: The quantization configurations of the checkpoint's transformers.
         source: Hub id, embedded name or folder for `base_model`; the pipeline class (from memory) stays out of it.
-        report: The run's report; needs `storage`, and may have `loras`, and `metrics` as in eval.json.
+        report: The run's report; needs `storage`, and may have `loras`, `generation`, and `metrics` as in eval.json.
         revision: Commit of the original on the Hub, which the text links to; None if it is not there.
         base_folder: Folder of the original, whose card gives the licence; None if there is none.
     """
@@ -56,6 +56,7 @@ def render_model_card(
         compute_dtype=configs[0].compute_dtype,
         loras=report.get("loras", ()),
         metrics=report.get("metrics"),
+        generation=report.get("generation", {}),
     )
     return text.rstrip("\n") + "\n"
 
