@@ -174,7 +174,7 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _generation_line(generation: Mapping[str, Any]) -> str:
-    """How the calibration videos of a plan are generated; sizes and scheduler are unknown without a pipeline."""
+    """Settings of the calibration videos of a plan; sizes and scheduler are unknown without a pipeline."""
     parts = []
     if "num_frames" in generation:
         parts.append(f"{generation['num_frames']} frames of {generation['width']} × {generation['height']}")

@@ -62,7 +62,7 @@ class Calibration(Options):
 
     @property
     def generation(self) -> dict[str, Any]:
-        """How videos are generated, besides their sizes: what is not None, by the names of `GenerationSettings`."""
+        """Settings of the videos besides their sizes, those that are not None, by the names of `GenerationSettings`."""
         values = {
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
