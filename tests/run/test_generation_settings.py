@@ -4,6 +4,8 @@ import json
 import logging
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from s2q.calibration.candidates import prepare
 from s2q.calibration.teacher import load_teacher
@@ -105,6 +107,24 @@ def test_recipes_without_calibration_ignore_them_with_a_warning(folder, caplog):
     with caplog.at_level(logging.WARNING):
         quantize(folder, recipe=RECIPE, overrides=["calibration.steps=4", "calibration.height=64"], dry_run=True)
     assert "num_inference_steps, height: recipe rtn-w4a6 needs no calibration, ignored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("lora", "warns"),
+    [
+        ("wan-lightning.safetensors", True),
+        ("style.safetensors", False),
+        ("distilled/style.safetensors", False),
+        ("lcm/pytorch_lora_weights.safetensors", True),
+    ],
+)
+def test_a_lora_that_looks_distilled_is_a_warning_where_guidance_is_on(folder, tmp_path, caplog, lora, warns):
+    (tmp_path / lora).parent.mkdir(exist_ok=True)
+    save_file({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1, 64)}, tmp_path / lora)
+    with caplog.at_level(logging.WARNING):
+        quantize(folder, recipe=RECIPE, overrides=overrides(), prompts=["red"], loras=[tmp_path / lora], dry_run=True)
+    assert ("looks step-distilled" in caplog.text) is warns
+    assert caplog.text.count("step-distilled") <= 1
 
 
 def test_a_report_with_other_settings_is_refused(tmp_path):

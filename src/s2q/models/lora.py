@@ -41,6 +41,11 @@ class Lora:
     scale: float = 1.0
     component: str = TRANSFORMERS[0]
 
+    @property
+    def label(self) -> str:
+        """The name of its file, or of its folder where the file has the name that all have."""
+        return self.path.parent.name if self.path.name == _DEFAULT_FILE else self.path.name
+
     def to_dict(self) -> dict[str, Any]:
         """Return what identifies it, whatever folder it is in."""
         return {"file": self.path.name, "sha256": self.sha256, "scale": self.scale, "component": self.component}

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -71,8 +72,9 @@ def warn_of_guidance(pipe: Any, workload: Workload | None, *names: str) -> None:
     if workload is None or workload.branches == 1:
         return
     settings = workload.generation
-    parts = (str(getattr(part, "name_or_path", "") or "") for part in (pipe, *transformers_of(pipe).values()))
-    if (name := distilled_name(settings["scheduler"], *names, *parts)) is not None:
+    paths = (str(getattr(part, "name_or_path", "") or "") for part in transformers_of(pipe).values())
+    origins = ("/".join(Path(path).parts[-2:]) for path in paths)  # a Hub id, or a model's folder and the component's
+    if (name := distilled_name(settings["scheduler"], *names, *origins)) is not None:
         logger.warning(
             "%s looks step-distilled, but calibration runs guidance with a weight of %g in %d steps; for a model that "
             "is run without, use --guidance-scale 1 and --steps (calibration.guidance_scale=1, calibration.steps=4)",
@@ -92,7 +94,7 @@ def workload_of_source(
     workload = workload_of(
         pipe, group, recommended=recommended_generation(source.folder), component_bytes=source.component_bytes()
     )
-    warn_of_guidance(pipe, workload, source.name, source.given)
+    warn_of_guidance(pipe, workload, source.name, *(lora.label for lora in source.loras))
     return workload
 
 
