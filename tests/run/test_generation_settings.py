@@ -20,7 +20,14 @@ from tiny import tiny_pipeline, video_size
 
 RECIPE = "rtn-w4a6"
 AS_RUN = {"num_inference_steps": 3, "guidance_scale": 1.0, "scheduler": "FlowMatchEulerDiscreteScheduler", "shift": 8.0}
-OPTIONS = ["steps=3", "guidance_scale=1", "scheduler=FlowMatchEulerDiscreteScheduler", "shift=8", "samples=3"]
+OPTIONS = [
+    "steps=3",
+    "guidance_scale=1",
+    "scheduler=FlowMatchEulerDiscreteScheduler",
+    "shift=8",
+    "samples=3",
+    "selection=coverage",
+]
 CALIBRATES = "transforms.scale=smooth"
 SIZES = [f"{name}={size}" for name, size in video_size(tiny_pipeline("wan")).items()]
 
