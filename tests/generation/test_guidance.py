@@ -48,7 +48,7 @@ def test_every_setting_reaches_the_call_and_one_branch_runs_without_guidance(nam
     current, arguments = pipe.scheduler, called(pipe)
     is_guider = family_of(pipe.transformer).guidance == "guider"
     is_fixed = name == "cogvideox"
-    length = {} if is_guider or is_fixed else {"max_sequence_length": 12}
+    length = {} if is_guider or is_fixed else {"max_sequence_length": 16 if name == "ltx-2" else 12}
     asked = {"num_inference_steps": STEPS, "guidance_scale": 1.0, **length, **other_scheduler(pipe), **video_size(pipe)}
     settings = resolve_settings(pipe, requested=asked)
     trajectory = record_trajectory(pipe, ["red", "blue"], seeds=[0, 1], settings=settings)
@@ -105,6 +105,7 @@ def test_the_second_transformer_has_a_weight_of_its_own(called):
         ("wan", {"negative_prompt": "x" * 600}, "negative_prompt has 60. tokens, but the transformer reads 512"),
         ("wan", {"max_sequence_length": 513}, "got 513; the transformer reads at most 512 text tokens, use 512"),
         ("cogvideox", {"max_sequence_length": 15}, "got 15; the transformer reads exactly 16 text tokens, use 16"),
+        ("ltx-2", {"max_sequence_length": 12}, "got 12; LTX2Pipeline takes multiples of 8, use 16"),
         ("hunyuanvideo 1.5", {"max_sequence_length": 16}, "has one length for all prompts, remove it"),
         ("wan", {"shift": 0}, "shift: got 0; expected a number above 0"),
         ("wan", {"negative_prompt": 3}, "negative_prompt: got 3; expected text"),

@@ -194,6 +194,11 @@ def _check_text(pipe: Any, settings: GenerationSettings) -> None:
             raise InvalidInputError(
                 f"max_sequence_length: got {length}; the transformer reads {reads} {limit} text tokens, use {limit}"
             )
+        if length % (step := _text_step(pipe)):
+            raise InvalidInputError(
+                f"max_sequence_length: got {length}; {type(pipe).__name__} takes multiples of {step}, use "
+                f"{length + -length % step}"
+            )
     if settings.negative_prompt is not None:
         with exclusive(pipe):
             count = _token_count(pipe, settings.negative_prompt)
@@ -202,6 +207,12 @@ def _check_text(pipe: Any, settings: GenerationSettings) -> None:
                 f"negative_prompt has {count} tokens, but the transformer reads {text_tokens(pipe, settings)}; "
                 f"shorten it: {short_repr(settings.negative_prompt)}"
             )
+
+
+def _text_step(pipe: Any) -> int:
+    """The length of prompts is a multiple of it: of the registers that LTX-2's connectors fill padding with."""
+    config = getattr(getattr(pipe, "connectors", None), "config", {})
+    return math.lcm(*(config.get(f"{name}_connector_num_learnable_registers") or 1 for name in ("video", "audio")))
 
 
 def video_tokens(pipe: Any, settings: GenerationSettings) -> int:
