@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from s2q.common.errors import UsageError
 from s2q.core.tokens import TokenLayout, begin_call, carried_call, end_call
 
 _CHECKPOINT = "_gradient_checkpointing_func"
@@ -49,12 +50,24 @@ class _Begin:
 
     def __call__(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         begin_call(None)  # the hook after the call ends it, also where the next lines fail
+        _check_whole(transformer)
         named = dict(zip(self.parameters, args, strict=False))
         grid = self.layout.grid({**named, **kwargs})
         end_call()
         begin_call(grid)
         if getattr(transformer, "gradient_checkpointing", False):
             _carry_grids(transformer)
+
+
+def _check_whole(transformer: nn.Module) -> None:
+    """Refuse context parallelism: each process has a part of the tokens, and cubes may lie in two."""
+    parallel = getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
+    if parallel is not None:
+        raise UsageError(
+            f"{type(transformer).__name__}: its linears depend on the positions of video tokens (activations.delta or "
+            "transforms.estimator of its recipe), which context parallelism divides among processes; call it without "
+            "enable_parallelism(), or quantize without these options, with activations.delta=null"
+        )
 
 
 def _end(_transformer: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
