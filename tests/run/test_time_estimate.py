@@ -6,12 +6,13 @@ import pytest
 
 from s2q.calibration.teacher import load_teacher
 from s2q.common.errors import InvalidInputError
+from s2q.generation.settings import resolve_settings
 from s2q.models import resolve_model
 from s2q.planning import plan_model, this_machine
 from s2q.recipes.load import load_recipe
 from s2q.run import time_estimate as measure
 from s2q.run.time_estimate import BlockSeconds, measured
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, video_size
 
 
 def test_the_parts_are_found_from_the_total_times_of_short_runs():
@@ -82,13 +83,15 @@ def test_steps_in_which_every_transformer_is_called(boundary, expected):
         load_recipe("rtn-w4a6"),
         dtype=None,
     )
-    assert tuple(measure._steps_with(teacher, calls) for calls in (1, 5)) == expected
+    settings = resolve_settings(teacher.pipe, requested=video_size(teacher.pipe))
+    assert tuple(measure._steps_with(teacher, settings, calls) for calls in (1, 5)) == expected
 
 
 def test_a_transformer_that_is_hardly_called_is_not_measured():
     teacher = load_teacher(tiny_pipeline("wan 2.2 a14b", boundary_ratio=1.0), load_recipe("rtn-w4a6"), dtype=None)
+    settings = resolve_settings(teacher.pipe, requested=video_size(teacher.pipe))
     with pytest.raises(InvalidInputError, match="omit --measure"):
-        measure._steps_with(teacher, 5)
+        measure._steps_with(teacher, settings, 5)
 
 
 def test_each_kind_of_block_counts_as_often_as_there_are_blocks_of_it():
