@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 
 from s2q.benchmark.shapes import (
@@ -10,6 +13,7 @@ from s2q.benchmark.shapes import (
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.models import resolve_model
 from s2q.models.synthetic import synthetic_model, synthetic_names
+from s2q.shapes.embedded import embedded_folder
 from tiny import tiny_pipeline
 
 
@@ -72,6 +76,15 @@ def test_a_pipeline_whose_attention_does_not_see_the_text():
     assert {one.shape for one in shapes} == {(192, 192, 192), (192, 192, 768), (192, 768, 192)}
     assert not any(layer.endswith(("attn2.to_k", "attn2.to_v")) for one in shapes for layer in one.layers)
     assert attention_shapes([source], rows=None)[0].tokens == 192
+
+
+def test_a_checkpoint_has_the_tokens_of_the_embedded_model_that_it_was_made_from(tmp_path):
+    copy = shutil.copytree(
+        embedded_folder("shapes-wan"), tmp_path / "copy", ignore=shutil.ignore_patterns("generation*")
+    )
+    (copy / "s2q").mkdir()
+    (copy / "s2q/report.json").write_text(json.dumps({"source": "shapes-wan"}))
+    assert source_tokens(resolve_model(copy)) == source_tokens(resolve_model("shapes-wan"))
 
 
 def test_a_pipeline_that_does_not_tell(tmp_path):

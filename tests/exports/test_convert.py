@@ -16,7 +16,9 @@ from s2q.exports import convert as module
 from s2q.exports.layout import LAYOUTS
 from s2q.exports.reading import _marked_names
 from s2q.exports.sdnq import linear_options
-from tiny import tiny_transformer
+from s2q.generation.defaults import generation_defaults
+from s2q.shapes.embedded import embedded_folder
+from tiny import TINY_CALL, tiny_transformer
 
 GROUPS_OF_8_BITS = (GROUPS[0].replace("num_bits: 4", "num_bits: 8"), GROUPS[1])
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -147,6 +149,27 @@ def test_the_records_of_a_conversion(sdnq, made, tmp_path, capsys):
     for component in ("vae", "text_encoder"):
         for path in (folder / component).glob("*.safetensors"):
             assert path.read_bytes() == (out / component / path.name).read_bytes()
+
+
+def test_the_source_of_a_conversion_is_the_full_precision_model(sdnq, made, tmp_path):
+    folder = sdnq((CONVROT,))
+    place = embedded_folder("shapes-cogvideox") / "transformer"
+    path = folder / "transformer/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": str(place)}))
+    assert s2q.convert(folder, out=tmp_path / "out").source == "shapes-cogvideox"
+    assert generation_defaults(str(tmp_path / "out")) == generation_defaults("shapes-cogvideox")
+    assert str(place) not in (tmp_path / "out/transformer/config.json").read_text()
+    base = made("cogvideox", CONVROT)
+    assert s2q.convert(folder, out=tmp_path / "out", base=base, overwrite=True).source == base.name
+
+
+def test_a_converted_checkpoint_gives_the_videos_of_the_one_that_was_exported(sdnq, made, tmp_path):
+    s2q.convert(sdnq((CONVROT,)), out=tmp_path / "out")
+    call = {name: value for name, value in TINY_CALL.items() if name != "max_sequence_length"}
+    ours, theirs = (
+        s2q.generate(path, prompts=["a"], **call)[0] for path in (tmp_path / "out", made("cogvideox", CONVROT))
+    )
+    assert torch.equal(ours.latents, theirs.latents)
 
 
 def test_an_output_is_replaced_with_overwrite_only(sdnq, tmp_path, capsys):
@@ -432,3 +455,41 @@ def test_a_linear_may_be_kept_from_int8_products():
     config = {"weights_dtype": "int4", "use_quantized_matmul": True, "modules_to_not_use_matmul": ["to_q"]}
     assert not linear_options(config, "blocks.1.to_q")["use_quantized_matmul"]
     assert linear_options(config, "blocks.1.to_k")["use_quantized_matmul"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "mark", "scheme"),
+    [
+        ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}, {"format": "int8_tensorwise"}, "w8a8"),
+        ("TensorWiseINT8Layout", {}, {"format": "int8_tensorwise"}, "w8a8"),
+        ("TensorCoreConvRotW4A4Layout", {}, {"format": "convrot_w4a4"}, "w4a4"),
+        ("TensorCoreConvRotW4A4Layout", {"linear_dtype": "int8"}, {"format": "convrot_w4a4"}, "w4a8"),
+    ],
+    ids=["int8 rotated", "int8", "w4a4", "w4a8"],
+)
+def test_what_comfy_kitchen_quantizes_computes_the_same(made, comfyui, layout, options, mark, scheme, tmp_path):
+    kitchen = pytest.importorskip("comfy_kitchen.tensor")
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    rotates = layout.endswith("W4A4Layout") or "convrot" in options
+    quantized = kitchen.QuantizedTensor.from_float(weight, layout, convrot_groupsize=64, **options)
+    mark = mark | {name: value for name, value in options.items() if name != "per_channel"}
+    if rotates:
+        mark["convrot_groupsize"] = 64
+
+    def change(stored):
+        for name in [name for name in stored if name.startswith(f"{FILE_LINEAR}.weight")]:
+            del stored[name]
+        stored.update(quantized.state_dict(f"{FILE_LINEAR}.weight"))
+        stored[f"{FILE_LINEAR}.comfy_quant"] = torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
+
+    s2q.convert(comfyui(CONVROT, tensors=change), out=tmp_path / "out", base=made("wan", CONVROT))
+    layer = packed_linears(tmp_path / "out")[1]["blocks.0.attn1.to_q"]
+    assert layer.scheme.name == scheme
+    expected = quantized.dequantize()
+    torch.testing.assert_close(
+        layer.effective_weight(torch.float32), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+    )
+    if scheme != "w4a8":  # whose eager linear computes with 4 bits
+        x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
+        output = torch.nn.functional.linear(x, quantized, layer.bias)
+        assert float((layer(x) - output).abs().max() / output.abs().max()) < 5e-6

@@ -10,6 +10,7 @@ from torch import nn
 import s2q
 from s2q.common.errors import InvalidInputError
 from s2q.models.quantized import full_precision_origin, quantization_method
+from s2q.shapes.embedded import embedded_folder
 from tiny import tiny_pipeline, tiny_transformer
 
 METHODS = ["bitsandbytes", "torchao", "gguf", "quanto", "sdnq"]
@@ -114,6 +115,7 @@ def test_the_origin_is_a_full_precision_folder_the_base_of_the_card_or_a_hub_id(
 
     assert origin(str(plain / "transformer")) == str(plain)
     assert origin(str(cached / "transformer")) == "acme/wan"
+    assert origin(str(embedded_folder("shapes-wan") / "transformer")) == "shapes-wan"
     assert origin(str(quantized / "transformer")) is None
     assert origin("/gone/somewhere/else") is None
     assert origin("acme/video") == "acme/video"

@@ -45,7 +45,7 @@ class ConversionReport:
     """A conversion, as returned by `s2q.convert` and stored as s2q/report.json in the checkpoint.
 
     Attributes:
-        source: Name of the pipeline that has the other components: prompts and settings are those of it.
+        source: Name of the full-precision model, as far as it is known: prompts and settings are those of it.
         converted: Name of what was converted.
         tool: The program that quantized it.
         tool_version: Its version, or None where its files do not tell.
@@ -290,6 +290,13 @@ class _Job:
         self.progress("write", len(self.transformers), len(self.transformers))
         return report
 
+    def source_name(self) -> str:
+        """Return the name of the full-precision model, or of the pipeline that has the other components."""
+        others, origin = self.conversion.others, self.conversion.origin
+        if origin is None or others is not self.conversion.transformers:
+            return others.name
+        return Path(origin).name if Path(origin).is_dir() else origin
+
     def card_folder(self) -> Path:
         """Return the folder whose card has the front matter."""
         path = self.conversion.path
@@ -313,7 +320,7 @@ class _Job:
         config = made[0].config
         return ConversionReport(
             schema_version=REPORT_VERSION,
-            source=conversion.others.name,
+            source=self.source_name(),
             converted=conversion.name,
             tool=conversion.format.name,
             tool_version=conversion.version,

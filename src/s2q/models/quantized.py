@@ -58,10 +58,14 @@ def _is_quantized(path: Path) -> bool:
 
 
 def _name_of(path: Path) -> str:
-    """The Hub id of a folder in the Hub's cache, else the folder of the pipeline."""
+    """The Hub id of a folder in the Hub's cache, the name of an embedded model, or the folder of the pipeline."""
+    from s2q.shapes.embedded import EMBEDDED_NAMES, embedded_folder
+
     folder = path.parent if path.name in TRANSFORMERS else path
-    cached = _CACHED.search(folder.as_posix())
-    return f"{cached[1]}/{cached[2]}" if cached else str(folder)
+    if cached := _CACHED.search(folder.as_posix()):
+        return f"{cached[1]}/{cached[2]}"
+    embedded = (name for name in EMBEDDED_NAMES if folder.resolve() == embedded_folder(name).resolve())
+    return next(embedded, str(folder))
 
 
 def already_quantized(name: str, component: str, method: Any, *, origin: str | None = None) -> InvalidInputError:

@@ -9,6 +9,7 @@ from torch import nn
 
 from s2q.common.components import transformers_of
 from s2q.common.errors import InvalidInputError
+from s2q.generation.defaults import generation_defaults
 from s2q.generation.guidance import branches_of
 from s2q.generation.schedulers import described, distilled_name, scheduler_of
 from s2q.generation.settings import (
@@ -91,9 +92,8 @@ def workload_of_source(
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
         logger.info("%s: the pipeline cannot be built without weights (%s); memory is not planned", source.name, error)
         return None
-    workload = workload_of(
-        pipe, group, recommended=recommended_generation(source.folder), component_bytes=source.component_bytes()
-    )
+    recommended = recommended_generation(source.folder) or generation_defaults(source)
+    workload = workload_of(pipe, group, recommended=recommended, component_bytes=source.component_bytes())
     warn_of_guidance(pipe, workload, source.name, *(lora.label for lora in source.loras))
     return workload
 
