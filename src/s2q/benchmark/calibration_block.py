@@ -104,6 +104,8 @@ def first_block(subject: Subject, recipe: Recipe, *, device: str) -> Iterator[Bl
             names=[f"sample {index}" for index in range(len(subject.calls))],
             steps=range(len(subject.calls)),
             streams=subject.family.streams,
+            list_streams=subject.family.list_streams,
+            chained=subject.family.chained,
             folder=folder,
             device=device,
             tokens=subject.tokens if recipe.needs_grid else None,

@@ -167,7 +167,7 @@ def _compete(
 
     grid = block_grid(model, tokens=tokens)
     attention = {name: None if name in full else settings.attention for name in stacks}
-    streams = model.family.streams
+    streams = model.family.streams_of(block_list.name)
     runs = {
         name: (lambda data, name=name: _run(stacks[name], streams, data[dtypes[name]], attention[name], grid))
         for name in stacks

@@ -51,8 +51,11 @@ class Argument:
     per_branch: bool = False
 
     @classmethod
-    def of(cls, name: str, values: Sequence[Any], *, branches: int) -> Argument:
-        """Join the values of all steps; raises InvalidInputError if they differ and have no row for a sample."""
+    def of(cls, name: str, values: Sequence[Any], *, branches: int | None) -> Argument:
+        """Join the values of all steps; raises InvalidInputError if they differ and have no row for a sample.
+
+        `branches` is R; None for a tensor without rows.
+        """
         first = values[0]
         if isinstance(first, tuple) and isinstance(first[0], Tensor):
             return cls(content=tuple(part.clone() for part in first))
@@ -97,14 +100,17 @@ class Argument:
         return cls(content=tensors[f"arguments.{name}"], per_step=record["per_step"], per_branch=record["per_branch"])
 
 
-def to_artefact(trajectory: Trajectory, *, channel_dim: int) -> Artefact:
-    """Keep of a trajectory of one video what calibration needs; C is dimension `channel_dim` of a latent."""
+def to_artefact(trajectory: Trajectory, *, channel_dim: int, unbatched: Sequence[str] = ()) -> Artefact:
+    """Keep of a trajectory of one video what calibration needs; C is dimension `channel_dim` of a latent.
+
+    Of the arguments, `unbatched` have no rows.
+    """
     calls = trajectory.calls
     branches = trajectory.branches(calls[0])
     inputs = torch.stack([call.inputs[_HIDDEN][-1] for call in calls])
     latents = inputs.narrow(1 + channel_dim, 0, trajectory.latents.shape[1 + channel_dim])
     arguments = {
-        name: Argument.of(name, [call.inputs[name] for call in calls], branches=branches)
+        name: Argument.of(name, [call.inputs[name] for call in calls], branches=None if name in unbatched else branches)
         for name in calls[0].inputs
         if name != _HIDDEN
     }

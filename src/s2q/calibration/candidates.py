@@ -143,7 +143,8 @@ def record_prompt(
         steps=inputs.steps[prompt],
         step_done=step_done,
     )
-    artefact = to_artefact(trajectory, channel_dim=teacher.family.latent_channel_dim)
+    family = teacher.family
+    artefact = to_artefact(trajectory, channel_dim=family.latent_channel_dim, unbatched=family.unbatched)
     folder.save(inputs.key(prompt), inputs.prompt_fingerprint(prompt), artefact)
 
 

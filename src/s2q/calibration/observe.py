@@ -52,7 +52,7 @@ def observe(
             outputs = call()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         samples.stream.check(outputs, sample=index, module=teacher, run=call)
-        stored = dict(zip(family.streams, outputs, strict=True))
+        stored = dict(zip(samples.streams, outputs, strict=True))
         if captured is not None:
             lengths = [stored[name].shape[1] for name in family.joint_order]
             sums = captured.joined()
@@ -60,7 +60,7 @@ def observe(
             assert left_out == 0 or (left_out > 0 and family.joint_order[-1] == "encoder_hidden_states"), left_out
             weights = token_weights(F.pad(sums, (0, left_out)), lambda_min=loss.lambda_min, lambda_max=loss.lambda_max)
             by_stream = dict(zip(family.joint_order, weights.split(lengths, dim=1), strict=True))
-            for name, output in zip(family.streams, outputs, strict=True):
+            for name, output in zip(samples.streams, outputs, strict=True):
                 stored[f"weights.{name}"] = by_stream.get(name, torch.ones_like(output[..., 0]))
         samples.targets.put(index, stored)
     return statistics

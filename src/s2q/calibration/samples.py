@@ -42,10 +42,15 @@ class BlockSamples:
 
     def __init__(self, stream: TeacherStream, targets: TensorStore, cast: Callable[[Any], Any]) -> None:
         self.stream, self.targets, self.cast = stream, targets, cast
-        self.device, self.streams = stream.device, stream.streams
+        self.device = stream.device
 
     def __len__(self) -> int:
         return len(self.stream)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Keyword arguments that the block returns anew, in that order."""
+        return self.stream.streams
 
     def inputs(self, index: int) -> dict[str, Any]:
         """Return the keyword arguments of a call of the block."""

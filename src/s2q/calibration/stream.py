@@ -2,7 +2,8 @@
 
 Only one block's inputs exist at a time. They are those of the first block, found by running the transformer until it
 gets there, and go through one block after another from then on; a block that was calibrated before (resumed) costs one
-pass. Since every block sees the teacher's stream, the inputs of a block do not depend on what became of the others.
+pass. Where a model adds something between its blocks, each block's inputs are found as those of the first. Since every
+block sees the teacher's stream, the inputs of a block do not depend on what became of the others.
 
 Tensors that host memory has no room for are on the disk, in the run folder.
 """
@@ -37,6 +38,8 @@ class TeacherStream:
         steps: Index of the denoising step that each sample is of.
         timesteps: The same as `calls`, for calls whose timestep alone counts; see `timestep_inputs`.
         streams: Keyword arguments of a block that it returns anew, in that order.
+        list_streams: The same of blocks of a list that return others, by the name of the list.
+        chained: Whether a block's inputs are what the one before returned.
         folder: Where tensors go that memory has no room for.
         memory: Host memory for the inputs of one block and what else is kept for it; None does not limit it.
         page_out: Called with a block that will not be read for a while.
@@ -55,6 +58,8 @@ class TeacherStream:
         steps: Sequence[int],
         timesteps: Sequence[Callable[[], dict[str, Any]]] = (),
         streams: Sequence[str],
+        list_streams: Mapping[str, Sequence[str]] | None = None,
+        chained: bool = True,
         folder: Path,
         device: str = "cpu",
         memory: HostMemory | None = None,
@@ -64,7 +69,8 @@ class TeacherStream:
         prefix: str = "",
     ) -> None:
         self.transformer, self.block_names = transformer, list(block_names)
-        self.calls, self.names, self.streams = calls, list(names), tuple(streams)
+        self.calls, self.names = calls, list(names)
+        self._streams, self._list_streams, self.chained = tuple(streams), dict(list_streams or {}), chained
         self.steps, self.timesteps = tuple(steps), timesteps
         self.device, self.prefix = device, prefix
         self.folder, self.memory = folder, memory or HostMemory(sys.maxsize)
@@ -78,6 +84,12 @@ class TeacherStream:
     def __len__(self) -> int:
         return len(self.calls)
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Keyword arguments that the block at hand returns anew, in that order; at first, those of the first block."""
+        block_list = self.block_names[self._position or 0].partition(".")[0]
+        return tuple(self._list_streams.get(block_list, self._streams))
+
     def store(self, name: str) -> TensorStore:
         """Make a store for what belongs to the block at hand, with the memory of this stream."""
         pinned = torch.device(self.device).type == "cuda"
@@ -86,8 +98,8 @@ class TeacherStream:
     def advance(self, block: int) -> None:
         """Go to the inputs of a block; backwards means from the start."""
         try:
-            if self._position is None or block < self._position:
-                self._start()
+            if self._position is None or block < self._position or (block > self._position and not self.chained):
+                self._start(0 if self.chained else block)
             assert self._position is not None
             while self._position < block:
                 self._pass()
@@ -133,23 +145,24 @@ class TeacherStream:
             release_page_locked()
 
     @torch.no_grad()
-    def _start(self) -> None:
-        first = self.transformer.get_submodule(self.block_names[0])
+    def _start(self, block: int) -> None:
+        """Find the inputs of a block by running the transformer until it gets there."""
+        self._position = block
+        reached = self.transformer.get_submodule(self.block_names[block])
         self._moving.clear()
         self._fixed, self._conditioning, self._grids = [], [], []
         distinct = _Distinct()
-        with on_device(_outside(self.transformer, self.block_names), self.device):
+        with on_device(_outside(self.transformer, self.block_names[block:]), self.device):
             for sample, call in enumerate(self.calls):
                 arguments = to_device(call(), self.device)
                 if self.tokens is not None:
                     self._grids.append(self.tokens.grid(arguments))
-                moving, fixed = self._split(_first_call(self.transformer, first, arguments))
+                moving, fixed = self._split(_first_call(self.transformer, reached, arguments))
                 self._moving.put(sample, moving)
                 self._fixed.append(distinct(fixed))
             for call in self.timesteps:
-                _, conditioning = self._split(_first_call(self.transformer, first, to_device(call(), self.device)))
+                _, conditioning = self._split(_first_call(self.transformer, reached, to_device(call(), self.device)))
                 self._conditioning.append(distinct(conditioning))
-        self._position = 0
 
     def _split(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Separate the streams from the arguments that are the same for all blocks."""
@@ -161,6 +174,8 @@ class TeacherStream:
     def _renamed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Give arguments the names that the block at hand has for them: those at the same place, in another list."""
         assert self._position is not None
+        if not self.chained:
+            return dict(arguments)
         blocks = (self.transformer.get_submodule(self.block_names[index]) for index in (0, self._position))
         names = dict(zip(*(_parameters(type(block)) for block in blocks), strict=False))
         return {names.get(name, name): value for name, value in arguments.items()}
@@ -205,16 +220,16 @@ class _Distinct:
 
 
 def _outside(transformer: nn.Module, block_names: Sequence[str]) -> list[nn.Module]:
-    """The modules that run before the first block and after the last one."""
+    """The modules that run before the first of some blocks and after the last one."""
     blocks = tuple(f"{name}." for name in block_names)
     return [module for name, module in transformer.named_modules() if not f"{name}.".startswith(blocks)]
 
 
 def _first_call(transformer: nn.Module, block: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Run the transformer until it calls its first block; return the arguments of that call by name."""
+    """Run the transformer until it calls a block; return the arguments of that call by name."""
     with capture_calls(block, only_first=True) as calls:
         transformer(**arguments, return_dict=False)
-    assert calls, "the transformer never called its first block"
+    assert calls, "the transformer never called the block"
     return named_arguments(block, *calls[0])
 
 

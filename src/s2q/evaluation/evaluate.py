@@ -271,7 +271,7 @@ def run_reference(
     recommended = generation_defaults(reference) | dict(settings.recommended)
     generation = settings_for(pipe, settings.requested, defaults=recommended)
     check_prompts(pipe, prompts, generation)
-    size = settings.batch_size or batch_size_for(pipe, generation)
+    size = batch_size_for(pipe, generation, asked=settings.batch_size)
     tick = _counter("full precision", len(jobs), size, generation, progress)
     videos: list[Video] = []
     recordings = Recordings(memory_bytes=settings.trajectory_bytes, disk_share=disk_share)

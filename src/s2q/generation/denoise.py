@@ -117,13 +117,12 @@ def _run(
         step_done()
 
     with ExitStack() as stack:
-        output = pipe(
-            prompt=list(prompts),
-            generator=generators,
-            **start,
-            output_type="pt" if decode else "latent",
-            **_prepared(pipe, settings, after_step, generators, stack),
-        )
+        arguments = _prepared(pipe, settings, after_step, generators, stack)
+        arguments |= {"prompt": list(prompts), "generator": generators, **start}
+        if not family_of(pipe.transformer).takes_batches:
+            for name in {"prompt", "negative_prompt", "generator"} & arguments.keys():
+                (arguments[name],) = arguments[name]
+        output = pipe(output_type="pt" if decode else "latent", **arguments)
     return last["latents"].float().cpu(), output.frames if decode else None
 
 

@@ -219,7 +219,7 @@ def _batches(
     resolved = settings_for(pipe, requested, defaults=defaults)
     check_prompts(pipe, prompts, resolved)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    return resolved, list(batched(jobs, batch_size or batch_size_for(pipe, resolved)))
+    return resolved, list(batched(jobs, batch_size_for(pipe, resolved, asked=batch_size)))
 
 
 def _generate(engine: Engine, work: _BatchWork, batches: Sequence[_Batch], progress: Progress | None) -> list[Video]:
@@ -247,9 +247,14 @@ def settings_for(pipe: Any, requested: Mapping[str, Any], *, defaults: Mapping[s
     return resolve_settings(pipe, requested=requested, defaults=defaults)
 
 
-def batch_size_for(pipe: Any, settings: GenerationSettings) -> int:
-    """Return how many videos to compute at once: as many as hold 4,096 video tokens together, 1 to 16."""
-    return max(1, min(_MAX_BATCH, _BATCH_TOKENS // video_tokens(pipe, settings)))
+def batch_size_for(pipe: Any, settings: GenerationSettings, *, asked: int | None = None) -> int:
+    """Return how many videos to compute at once: what was asked for, or as many as hold 4,096 video tokens, 1 to 16.
+
+    It is 1 where the pipeline takes one prompt.
+    """
+    if not family_of(pipe.transformer).takes_batches:
+        return 1
+    return asked or max(1, min(_MAX_BATCH, _BATCH_TOKENS // video_tokens(pipe, settings)))
 
 
 def batched(jobs: Sequence[tuple[str, int]], size: int) -> Iterator[tuple[list[str], list[int]]]:

@@ -135,6 +135,7 @@ def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list
 
 def _merge_branches(calls: Sequence[TransformerCall], pipe: Any, *, steps: int) -> Sequence[TransformerCall]:
     """Merge the two calls of each step where guidance takes two, the unconditional rows first."""
+    unbatched = family_of(pipe.transformer).unbatched
     if family_of(pipe.transformer).guidance == "batched" or len(calls) == steps:
         return calls
     assert len(calls) == 2 * steps, (len(calls), steps)
@@ -144,7 +145,9 @@ def _merge_branches(calls: Sequence[TransformerCall], pipe: Any, *, steps: int) 
         assert (conditional.timestep, conditional.transformer) == (other.timestep, other.transformer)
         inputs = {}
         for name, value in conditional.inputs.items():
-            if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(conditional.output):
+            if name in unbatched:
+                inputs[name] = value
+            elif isinstance(value, torch.Tensor) and value.ndim and len(value) == len(conditional.output):
                 key = id(other.inputs[name]), id(value)
                 if key not in shared:
                     shared[key] = torch.cat([other.inputs[name], value])

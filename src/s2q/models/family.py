@@ -35,6 +35,9 @@ class Family:
         attention: The module of a block whose attention says which tokens matter.
         streams: Keyword arguments of a block that it returns anew, in the order in which it returns them: the video is
             "hidden_states", the text "encoder_hidden_states", the audio "audio_hidden_states".
+        list_streams: The same of a block list whose blocks return others, by its attribute.
+        chained: Whether each block is called with what the one before returned. Otherwise something is added between
+            them, and calibration finds a block's inputs by running the transformer up to it.
         joint_order: The streams in the order in which the attention joins their tokens; one stream if it sees only one.
         latents: Layout of one video's latents: "frames first" [f, C, h, w], "channels first" [C, f, h, w], or "tokens"
             [f · h · w, C].
@@ -45,6 +48,8 @@ class Family:
             guidance that was distilled into the transformer: one branch, with the weight as an input.
         text_tokens: Longest prompt in tokens, end token included, where a transformer's configuration does not say.
         call: Arguments of the pipeline's call beside the settings; those that switch off further passes of guidance.
+        unbatched: Tensors among the arguments of a transformer that do not have a row for each sample.
+        takes_batches: Whether the pipeline takes several prompts; one that does not is called with a prompt alone.
         draws_noise: Whether the pipeline must draw the initial noise itself, because it takes no noise unchanged; it
             does so in fp32, from the generators.
         defaults: `GenerationSettings` of the published models; sizes in a transformer's configuration come first.
@@ -76,12 +81,20 @@ class Family:
     frame_rate: int
     audio_linears: tuple[str, ...] = ()
     call: Mapping[str, Any] = field(default_factory=dict)
+    list_streams: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    chained: bool = True
+    unbatched: tuple[str, ...] = ()
+    takes_batches: bool = True
     draws_noise: bool = False
     decodes_batches: bool = True
     kept_linears: tuple[str, ...] = ()
     timestep_arguments: tuple[str, ...] = ()
     latent_linears: tuple[str, ...] = ("patch_embed.proj", "proj_in", "proj_out")
     timestep_embeddings: tuple[tuple[str, str, float | None], ...] = ()
+
+    def streams_of(self, block_name: str) -> tuple[str, ...]:
+        """Return the streams of a block by its full name in the transformer."""
+        return self.list_streams.get(block_name.partition(".")[0], self.streams)
 
     @property
     def latent_channel_dim(self) -> int:

@@ -86,7 +86,8 @@ class SyntheticModel:
 
         config = dict(self.config)
         if blocks is not None:
-            config |= {block_list.argument: blocks for block_list in self.block_lists}
+            for argument in (block_list.argument for block_list in self.block_lists):
+                config[argument] = list(range(blocks)) if isinstance(config[argument], list) else blocks
         with torch.device("meta"):
             return getattr(diffusers, self.transformer_class)(**config)
 
@@ -114,11 +115,16 @@ def synthetic_model(name: str) -> SyntheticModel:
     entry = dict(contents[key])
     latent, patch, config = entry.pop("latent"), entry.pop("patch"), entry["config"]
     lists = tuple(
-        BlockList(**blocks | {"count": config[blocks["count"]], "argument": blocks["count"]})
+        BlockList(**blocks | {"count": _count(config[blocks["count"]]), "argument": blocks["count"]})
         for blocks in entry.pop("blocks")
     )
     sizes = [size // step for size, step in zip(latent, patch, strict=True)]
     return SyntheticModel(name=key, block_lists=lists, tokens=math.prod(sizes), frames=sizes[0], **entry)
+
+
+def _count(value: int | list[int]) -> int:
+    """Number of blocks by the argument of a class: a number, or the places of a list's blocks beside another list."""
+    return len(value) if isinstance(value, list) else value
 
 
 def _contents() -> dict[str, Any]:

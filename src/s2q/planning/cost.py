@@ -282,7 +282,8 @@ def block_shapes(
         family = family_of(transformer)
         for index, name in enumerate(block_names(transformer, family)):
             inside = [linear for linear in linears if split_name(linear.name)[0] == component and linear.block == index]
-            shapes.append(_block_shape(transformer.get_submodule(name), family, inside, workload))
+            block, streams = transformer.get_submodule(name), family.streams_of(name)
+            shapes.append(_block_shape(block, family, streams, inside, workload))
     return shapes
 
 
@@ -338,7 +339,9 @@ def this_machine(device: str, *, memory_bytes: int | None = None, memory_budget:
     )
 
 
-def _block_shape(block: nn.Module, family: Family, linears: Sequence[BlockLinear], workload: Workload) -> BlockShape:
+def _block_shape(
+    block: nn.Module, family: Family, streams: Sequence[str], linears: Sequence[BlockLinear], workload: Workload
+) -> BlockShape:
     modulated = any(linear.role == "modulation" for linear in linears)
     linears = [linear for linear in linears if linear.role == "linear"]
     shared = {name: group[0] for group in family.shared_inputs for name in group}
@@ -351,7 +354,7 @@ def _block_shape(block: nn.Module, family: Family, linears: Sequence[BlockLinear
     first = {shared.get(linear.inner_name, linear.inner_name): linear for linear in linears}
     paths = [getattr(linear, "path", InputPath()) for linear in first.values()]
     channels = next((linear.in_features for linear in linears if not (linear.sees_text or linear.sees_audio)), 0)
-    total = sum(_stream_tokens(workload)[name] for name in family.streams)
+    total = sum(_stream_tokens(workload)[name] for name in streams)
     return BlockShape(
         parameters=sum(parameter.numel() for parameter in block.parameters()),
         weights=tuple(linear.in_features * linear.out_features for linear in linears),
@@ -382,6 +385,7 @@ def _stream_tokens(workload: Workload) -> dict[str, int]:
     """Tokens of each stream of a block, by the name of its argument."""
     return {
         "hidden_states": workload.tokens,
+        "control_hidden_states": workload.tokens,
         "encoder_hidden_states": workload.text_tokens,
         "audio_hidden_states": workload.audio_tokens,
     }

@@ -65,6 +65,8 @@ class BlockRunner:
             steps=[call.step for call in samples.calls],
             timesteps=[builder(call) for call in timesteps],
             streams=family.streams,
+            list_streams=family.list_streams,
+            chained=family.chained,
             folder=self.folder.path,
             device=job.machine.device,
             memory=HostMemory(activation_memory(job.machine, job.cost.step_bytes)),
