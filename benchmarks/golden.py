@@ -71,6 +71,7 @@ PLANNED_MODELS = (
     *("synthetic:cogvideox-2b", "synthetic:cogvideox-5b", "synthetic:hunyuanvideo", "synthetic:ltx-2b"),
     *("synthetic:ltx-2", "synthetic:ltx-2.3"),
     *("synthetic:skyreels-v2-14b", "synthetic:wan-1.3b", "synthetic:wan-14b"),
+    "synthetic:wan-vace-14b",
 )
 PLAN_OPTIONS = ("--device", "cuda", "--device-memory", "24GB", "--memory-budget", "8GB")
 """On a CPU the memory of a stage includes what the process at hand has taken."""
@@ -90,6 +91,7 @@ TINY_MODELS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # size of a v
     "tiny-wan": (TINY_SIZE, {}),
     "tiny-wan-2.2-5b": (TINY_SIZE, {}),
     "tiny-wan-2.2-a14b": (TINY_SIZE, {}),
+    "tiny-wan-vace": (TINY_SIZE, {}),
 }
 SETTINGS = {  # of groups that a recipe has
     "calibration": ("n_prompts=2", "steps=6", "samples=4"),

@@ -25,6 +25,7 @@ PIPELINES = {
     "MochiPipeline": "mochi",
     "SkyReelsV2Pipeline": "skyreels-v2",
     "WanPipeline": "wan",
+    "WanVACEPipeline": "wan-vace",
 }
 
 

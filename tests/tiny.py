@@ -70,7 +70,10 @@ def tiny_transformer(name: str = "cogvideox", *, seed: int = 0, num_layers: int 
 
 def _transformer(family: TinyFamily, seed: int, num_layers: int) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return family.transformer(**dict(family.config) | {"num_layers": num_layers}).eval()
+    config = dict(family.config) | {"num_layers": num_layers}
+    if "vace_layers" in config:
+        config["vace_layers"] = [layer for layer in config["vace_layers"] if layer < num_layers]
+    return family.transformer(**config).eval()
 
 
 def _stirred(family: TinyFamily, seed: int, num_layers: int, dtype: torch.dtype) -> torch.nn.Module:
@@ -139,7 +142,8 @@ def shrunken(name: str) -> SyntheticModel:
     others = {"ffn_dim": 64, "cross_attention_dim": 96, "audio_num_attention_heads": 2, "audio_attention_head_dim": 24}
     others |= {"audio_cross_attention_dim": 48}
     small |= {key: size for key, size in others.items() if key in model.config}
-    small |= {one.argument: 2 for one in model.block_lists}
+    for argument in (one.argument for one in model.block_lists):
+        small[argument] = [0, 1] if isinstance(model.config[argument], list) else 2
     lists = tuple(replace(one, count=2) for one in model.block_lists)
     return replace(
         model, config=dict(model.config) | small, block_lists=lists, tokens=10, text_tokens=6, audio_tokens=4

@@ -383,6 +383,12 @@ FAMILIES = {
     "wan 2.2 5b": replace(_WAN, options={"expand_timesteps": True}),
     # A second transformer, of one block less, denoises the timesteps below the boundary.
     "wan 2.2 a14b": replace(_WAN, options={"boundary_ratio": 0.9}),
+    "wan-vace": replace(
+        _WAN,
+        pipeline=d.WanVACEPipeline,
+        transformer=d.WanVACETransformer3DModel,
+        config=_WAN.config | {"vace_layers": [0, 1], "vace_in_channels": 72},  # 8 of two latents, a mask of 8 x 8
+    ),
     # Latent, mask and tokens of CLIP reach the blocks.
     "wan image": replace(
         _WAN,

@@ -20,6 +20,10 @@ MODELS = {
         diffusers.SkyReelsV2Transformer3DModel,
         {"num_layers": 1, "added_kv_proj_dim": 5120, "image_dim": 1280},
     ),
+    "wan-vace": (
+        diffusers.WanVACETransformer3DModel,
+        {"num_layers": 1, "vace_layers": [0], "added_kv_proj_dim": 5120, "image_dim": 1280},
+    ),
     "hunyuanvideo": (diffusers.HunyuanVideoTransformer3DModel, {"num_layers": 1, "num_single_layers": 1}),
     "ltx": (diffusers.LTXVideoTransformer3DModel, {"num_layers": 1}),
     "ltx-2": (diffusers.LTX2VideoTransformer3DModel, {"num_layers": 1}),
@@ -120,6 +124,9 @@ OTHERS = {
 
 for names in (WEIGHTS_AND_BIASES, OTHERS):
     names["skyreels-v2"] = names["wan"]
+    control = [f"vace_{name}" for name in names["wan"].split() if name.startswith("blocks.")]
+    names["wan-vace"] = " ".join([names["wan"], *control])
+WEIGHTS_AND_BIASES["wan-vace"] += " vace_patch_embedding vace_blocks.0.before_proj vace_blocks.0.after_proj"
 
 
 MODULATED = {"cross_attn_mod": True, "audio_cross_attn_mod": True}

@@ -33,17 +33,22 @@ def pipe(request):
 @pytest.fixture(scope="module")
 def trajectory(pipe):
     settings = resolve_settings(pipe, requested={**video_size(pipe), "num_inference_steps": 3})
-    return record_trajectory(pipe, ["red", "a blue square"], seeds=[0, 1], settings=settings, decode=True)
+    count = 2 if family_of(pipe.transformer).takes_batches else 1
+    prompts = ["red", "a blue square"][:count]
+    return record_trajectory(pipe, prompts, seeds=range(count), settings=settings, decode=True)
 
 
 @pytest.fixture(scope="module")
 def stream(pipe, trajectory, tmp_path_factory):
     """The teacher's stream on the last row of every call."""
+    family = family_of(pipe.transformer)
     calls = [
-        lambda call=call: {name: _row(value, len(call.output)) for name, value in call.inputs.items()}
+        lambda call=call: {
+            name: value if name in family.unbatched else _row(value, len(call.output))
+            for name, value in call.inputs.items()
+        }
         for call in trajectory.calls
     ]
-    family = family_of(pipe.transformer)
     return TeacherStream(
         pipe.transformer,
         block_names(pipe.transformer, family),
@@ -51,6 +56,8 @@ def stream(pipe, trajectory, tmp_path_factory):
         names=[f"step {step}" for step in range(len(calls))],
         steps=range(len(calls)),
         streams=family.streams,
+        list_streams=family.list_streams,
+        chained=family.chained,
         folder=tmp_path_factory.mktemp("stream"),
     )
 
@@ -110,10 +117,10 @@ def test_linears_of_a_group_read_the_same_numbers(pipe, stream):
 @torch.no_grad()
 def test_replaying_a_call_gives_its_recorded_output(pipe, trajectory):
     """Both branches of guidance in one call, whether the pipeline runs them so or not."""
-    assert trajectory.frames.shape == (2, *video_size(pipe).values(), 3)
+    assert trajectory.frames.shape == (len(trajectory.prompts), *video_size(pipe).values(), 3)
     assert len(trajectory.calls) == 3
     for call in trajectory.calls:
-        assert len(call.output) == 2 * trajectory.branches(call)
+        assert len(call.output) == len(trajectory.prompts) * trajectory.branches(call)
         torch.testing.assert_close(pipe.transformer(**call.inputs, return_dict=False)[0], call.output)
 
 
@@ -123,8 +130,8 @@ def test_the_unconditional_rows_come_first(pipe, trajectory):
     if trajectory.branches(call) == 1:
         pytest.skip("guidance is distilled")
     unconditional, conditional = call.inputs["encoder_hidden_states"].chunk(2)
-    assert torch.equal(unconditional[0], unconditional[1])
-    assert not torch.equal(conditional[0], conditional[1])
+    assert torch.equal(unconditional[0], unconditional[-1])
+    assert not torch.equal(conditional[0], conditional[-1] if len(trajectory.prompts) > 1 else unconditional[0])
     first, second = (one.inputs["encoder_hidden_states"] for one in trajectory.calls[:2])
     assert first is second
 
@@ -177,7 +184,7 @@ def test_token_importance_is_that_of_the_explicit_map(pipe, stream, monkeypatch)
             patched.setattr(F, "scaled_dot_product_attention", by_hand)
             block(**inputs)
         torch.testing.assert_close(captured.joined(), explicit[0], rtol=1e-4, atol=1e-5)
-        lengths = dict(zip(family.streams, (one.shape[1] for one in _streams(output)), strict=True))
+        lengths = dict(zip(stream.streams, (one.shape[1] for one in _streams(output)), strict=True))
         left_out = sum(lengths[name] for name in family.joint_order) - captured.joined().shape[1]
         assert (left_out > 0) == (family.name == "mochi")  # which leaves out the text that a prompt does not fill
 

@@ -22,6 +22,7 @@ PARAMETERS = {  # of the published weights
     "skyreels-v2-14b": 14_288_491_584,
     "wan-1.3b": 1_418_996_800,
     "wan-14b": 14_288_491_584,
+    "wan-vace-14b": 17_337_592_896,
 }
 
 
@@ -44,6 +45,7 @@ def test_the_published_parameter_counts():
         ("skyreels-v2-14b", 51_000, 512, 40 * 10),
         ("wan-1.3b", 32_760, 512, 30 * 10),
         ("wan-14b", 32_760, 512, 40 * 10),
+        ("wan-vace-14b", 32_760, 512, 40 * 10 + 8 * 11 + 1),
     ],
 )
 def test_tokens_and_linears(name, tokens, text, linears):

@@ -175,6 +175,11 @@ def _skyreels_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Cal
     return {**_wan_inputs(model, batch, tokens, normal), "attention_mask": None}
 
 
+def _wan_vace_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    control = normal(batch, tokens, model.heads * model.head_dim)
+    return {**_wan_inputs(model, batch, tokens, normal), "control_hidden_states": control}
+
+
 def _ltx_inputs(model: SyntheticModel, batch: int, tokens: int, normal: Callable[..., Tensor]) -> dict[str, Any]:
     width = model.heads * model.head_dim
     angles = normal(batch, tokens, width, dtype=torch.float32)
@@ -217,6 +222,7 @@ BLOCK_INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "ltx-2": _ltx2_inputs,
     "skyreels": _skyreels_inputs,
     "wan": _wan_inputs,
+    "wan-vace": _wan_vace_inputs,
 }
 """Arguments of a block besides its two streams, by family: a function of model, B, N and a noise source."""
 

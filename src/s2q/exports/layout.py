@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,6 +162,14 @@ _WAN = Layout(
         (r"\.norm2\.", ".norm3."),  # norm2 of the original is norm3 of diffusers, which has no weight
     ),
 )
+_VACE = replace(
+    _WAN,
+    rules=(
+        *_WAN.rules,
+        (r"^vace_blocks\.(\d+)\.proj_in\.", r"vace_blocks.\1.before_proj."),
+        (r"^vace_blocks\.(\d+)\.proj_out\.", r"vace_blocks.\1.after_proj."),
+    ),
+)
 _LTX = Layout(
     architecture="ltxv",
     rules=(
@@ -228,6 +236,7 @@ _HUNYUAN = Layout(
 LAYOUTS: Mapping[str, Layout] = {
     "WanTransformer3DModel": _WAN,
     "SkyReelsV2Transformer3DModel": _WAN,
+    "WanVACETransformer3DModel": _VACE,
     "HunyuanVideoTransformer3DModel": _HUNYUAN,
     "LTXVideoTransformer3DModel": _LTX,
     "LTX2VideoTransformer3DModel": _LTX2,
