@@ -98,6 +98,11 @@ def video_size(pipe: DiffusionPipeline) -> dict[str, int]:
     return {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side}
 
 
+def prompts_of_a_call(pipe: DiffusionPipeline) -> list[str]:
+    """Two prompts, or one where the pipeline takes one a call."""
+    return ["red", "a blue square"][: 2 if family_of(pipe.transformer).takes_batches else 1]
+
+
 def tiny_call(pipe: DiffusionPipeline) -> dict[str, Any]:
     """Arguments of a quick call: two steps of a small video, prompts as long as the pipeline takes."""
     guided = family_of(pipe.transformer).guidance == "guider"

@@ -9,7 +9,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.generation.settings import prompt_token_limit, resolve_settings
 from s2q.generation.trajectory import record_trajectory
 from s2q.models import family_of
-from tiny import tiny_pipeline, video_size
+from tiny import prompts_of_a_call, tiny_pipeline, video_size
 from tiny_families import TEXT_TO_VIDEO
 
 STEPS = 3
@@ -50,8 +50,8 @@ def test_every_setting_reaches_the_call_and_one_branch_runs_without_guidance(nam
     is_fixed = name == "cogvideox"
     length = {} if is_guider or is_fixed else {"max_sequence_length": 16 if name == "ltx-2" else 12}
     asked = {"num_inference_steps": STEPS, "guidance_scale": 1.0, **length, **other_scheduler(pipe), **video_size(pipe)}
-    settings = resolve_settings(pipe, requested=asked)
-    trajectory = record_trajectory(pipe, ["red", "blue"], seeds=[0, 1], settings=settings)
+    settings, prompts = resolve_settings(pipe, requested=asked), prompts_of_a_call(pipe)
+    trajectory = record_trajectory(pipe, prompts, seeds=range(len(prompts)), settings=settings)
     (given,) = arguments
     used = given["scheduler"]
     assert type(used).__name__ == asked["scheduler"]
@@ -73,14 +73,14 @@ def test_every_setting_reaches_the_call_and_one_branch_runs_without_guidance(nam
 @pytest.mark.parametrize("name", [name for name in TEXT_TO_VIDEO if name != "hunyuanvideo"])
 def test_the_negative_prompt_is_the_text_of_the_unconditional_branch_alone(name):
     pipe, asked = tiny_pipeline(name), {"num_inference_steps": 2, "guidance_scale": 3.0}
-    embeddings = []
+    embeddings, prompts = [], prompts_of_a_call(pipe)
     for negative in ({}, {"negative_prompt": "ugly"}):
         settings = resolve_settings(pipe, requested=asked | negative | video_size(pipe))
-        trajectory = record_trajectory(pipe, ["red", "blue"], seeds=[0, 1], settings=settings)
+        trajectory = record_trajectory(pipe, prompts, seeds=range(len(prompts)), settings=settings)
         assert {trajectory.branches(call) for call in trajectory.calls} == {2}
         embeddings.append(trajectory.calls[0].inputs["encoder_hidden_states"])
-    for video in range(2):
-        without, with_text = (text[[video, 2 + video]] for text in embeddings)
+    for video in range(len(prompts)):
+        without, with_text = (text[[video, len(prompts) + video]] for text in embeddings)
         assert not torch.equal(without[0], with_text[0])
         torch.testing.assert_close(without[1], with_text[1])
 

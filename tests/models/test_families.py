@@ -15,7 +15,7 @@ from s2q.generation.trajectory import record_trajectory
 from s2q.models import FAMILIES, block_linears, block_names, family_of
 from s2q.nn import PackedLinear
 from s2q.planning import plan
-from tiny import tiny_call, tiny_pipeline, video_size
+from tiny import prompts_of_a_call, tiny_call, tiny_pipeline, video_size
 from tiny_families import TEXT_TO_VIDEO
 
 # All but CogVideoX without rotary embeddings, which most other tests take, and a pipeline of two transformers
@@ -33,9 +33,8 @@ def pipe(request):
 @pytest.fixture(scope="module")
 def trajectory(pipe):
     settings = resolve_settings(pipe, requested={**video_size(pipe), "num_inference_steps": 3})
-    count = 2 if family_of(pipe.transformer).takes_batches else 1
-    prompts = ["red", "a blue square"][:count]
-    return record_trajectory(pipe, prompts, seeds=range(count), settings=settings, decode=True)
+    prompts = prompts_of_a_call(pipe)
+    return record_trajectory(pipe, prompts, seeds=range(len(prompts)), settings=settings, decode=True)
 
 
 @pytest.fixture(scope="module")
