@@ -100,7 +100,7 @@ def video_size(pipe: DiffusionPipeline) -> dict[str, int]:
 
 def prompts_of_a_call(pipe: DiffusionPipeline) -> list[str]:
     """Two prompts, or one where the pipeline takes one a call."""
-    return ["red", "a blue square"][: 2 if family_of(pipe.transformer).takes_batches else 1]
+    return ["red", "blue"][: 2 if family_of(pipe.transformer).takes_batches else 1]
 
 
 def tiny_call(pipe: DiffusionPipeline) -> dict[str, Any]:
