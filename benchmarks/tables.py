@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from choosing import devices_table, models_table, recipes_table
+from export_tables import exports_table
 from figures import FIGURES, IMAGES
 from judging import evalcrafter_table, metrics_table, paper_table
 from kernel_tables import kernels_table
@@ -257,6 +258,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "choose-devices": devices_table,
     "choose-models": models_table,
     "choose-recipes": recipes_table,
+    "exports": exports_table,
     "parts-added": parts_added_table,
     "adherence": adherence_table,
     "attention": attention_table,

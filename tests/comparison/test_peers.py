@@ -61,6 +61,17 @@ def test_only_the_linears_of_the_blocks_change_and_their_bytes_are_counted(tool,
     assert storage["quantized_bytes"] == storage["full_precision_bytes"] - saved + scales
 
 
+@pytest.mark.parametrize("model", ["shapes-cogvideox", "shapes-cogvideox-outliers", "shapes-wan-outliers"])
+def test_a_peer_gets_the_weights_that_loading_gives(model):
+    """Outlier channels are added to an embedded model when it is loaded, and are not in its files."""
+    unchanged = Peer(name="n-w8a16", package="torch", width="w8a16", does="nothing", quantize=lambda load, *_: load())
+    source = resolve_model(model)
+    given = load_with_peer(unchanged, source, dtype=torch.float32).transformer.state_dict()
+    expected = source.load_pipeline(dtype=torch.float32).transformer.state_dict()
+    assert given.keys() == expected.keys()
+    assert all(torch.equal(given[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_peer_is_ranked_among_its_width_and_is_asked_for_its_cost_once(tool, tiny_model, tmp_path, monkeypatch):
     arguments = {"model": tiny_model, "out": tmp_path / "out", "prompts": ["a"], "seeds": [0], **SETTINGS}
     arguments |= {"peers": ["all"], "metrics": ["psnr", "velocity"]}

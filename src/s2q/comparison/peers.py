@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from s2q.common.components import transformers_of
+from s2q.common.components import TRANSFORMERS, transformers_of
 from s2q.common.devices import free_memory
 from s2q.common.errors import InvalidInputError, ResourceError, unknown_name
 from s2q.common.versions import is_installed, package_versions
@@ -94,12 +95,13 @@ def load_with_peer(
 ) -> DiffusionPipeline:
     """Load a full-precision model, the linears of its transformers' blocks quantized by a peer."""
     pipe = load_pipeline(source, dtype=dtype, device=device)
-    for component, transformer in transformers_of(pipe).items():
-        compute = next(transformer.parameters()).dtype
+    computes = {component: part.dtype for component, part in transformers_of(pipe).items()}
+    for component in computes:
         setattr(pipe, component, None)  # its memory is for the peer's
-        del transformer
-        free_memory()
-        setattr(pipe, component, _quantized(peer, source, component, dtype=compute, device=device))
+    free_memory()
+    with source.weights_folder(computes[TRANSFORMERS[0]]) as folder:
+        for component, compute in computes.items():
+            setattr(pipe, component, _quantized(peer, source, component, folder, dtype=compute, device=device))
     return pipe
 
 
@@ -111,18 +113,21 @@ def cost_of_peer(peer: Peer, source: ModelSource, *, device: str = "cpu") -> dic
     """
     full = stored = 0
     seconds = 0.0
-    for component, plain in source.meta_transformers().items():
-        before = {name: tensor.shape for name, tensor in plain.state_dict().items()}
-        start = time.perf_counter()
-        quantized = _quantized(peer, source, component, dtype=source.stored_dtype(), device=device)
-        seconds += time.perf_counter() - start
-        full += sum(shape.numel() for shape in before.values()) * BF16_BYTES
-        stored += _stored_bytes(quantized, before)
+    with source.weights_folder(source.stored_dtype()) as folder:
+        for component, plain in source.meta_transformers().items():
+            before = {name: tensor.shape for name, tensor in plain.state_dict().items()}
+            start = time.perf_counter()
+            quantized = _quantized(peer, source, component, folder, dtype=source.stored_dtype(), device=device)
+            seconds += time.perf_counter() - start
+            full += sum(shape.numel() for shape in before.values()) * BF16_BYTES
+            stored += _stored_bytes(quantized, before)
     storage = {"full_precision_bytes": full, "quantized_bytes": stored, "ratio": full / stored}
     return {"seconds": seconds, "storage": storage}
 
 
-def _quantized(peer: Peer, source: ModelSource, component: str, *, dtype: torch.dtype, device: str) -> nn.Module:
+def _quantized(
+    peer: Peer, source: ModelSource, component: str, folder: Path, *, dtype: torch.dtype, device: str
+) -> nn.Module:
     plain = source.meta_transformer(component)
     names = [linear.name for linear in block_linears(plain, family_of(type(plain).__name__))]
     linears = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]
@@ -130,7 +135,7 @@ def _quantized(peer: Peer, source: ModelSource, component: str, *, dtype: torch.
 
     def load(**options: Any) -> nn.Module:
         transformer: nn.Module = type(plain).from_pretrained(  # type: ignore[attr-defined]
-            source.complete_folder(), subfolder=component, variant=source.variant, torch_dtype=dtype, **options
+            folder, subfolder=component, variant=source.variant, torch_dtype=dtype, **options
         )
         return transformer.to(device)
 

@@ -6,8 +6,9 @@ are those that diffusers would load (`s2q.common.weight_files`), of the variant 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 from torch import nn
 
 from s2q.common.arguments import parse_dtype
-from s2q.common.components import TRANSFORMERS, check_no_adapter
+from s2q.common.components import TRANSFORMERS, check_no_adapter, transformers_of
 from s2q.common.errors import InvalidInputError, ResourceError, unknown_name
 from s2q.common.files import read_json
 from s2q.common.foreign_code import check_folder, check_index
 from s2q.common.headers import TensorInfo, read_headers
 from s2q.common.loading_errors import PACKAGES, loading_error
 from s2q.common.meta import check_tensors, meta_model, plain_config
+from s2q.common.temporaries import scratch_folder
 from s2q.common.versions import is_installed
 from s2q.common.weight_files import has_variant, names_in, variants_in, weight_files
 from s2q.core.storage import BF16_BYTES
@@ -175,6 +177,22 @@ class ModelSource:
     def complete_folder(self) -> Path:
         """Return the folder with all its files; for a Hub id, this downloads those that the cache lacks."""
         return self.folder if self.hub is None else self.hub.snapshot(complete=True)
+
+    @contextlib.contextmanager
+    def weights_folder(self, dtype: torch.dtype) -> Iterator[Path]:
+        """Give a folder with the weights of the transformers as `load_pipeline` loads them in a dtype.
+
+        It is the model's folder, unless loading changes the weights: adapters are fused, outlier channels are added.
+        """
+        from s2q.shapes.embedded import has_outliers
+
+        if not (self.loras or (self.kind == "embedded" and has_outliers(self.name))):
+            yield self.complete_folder()
+            return
+        with scratch_folder("weights") as folder:
+            for component, transformer in transformers_of(self.load_pipeline(dtype=dtype)).items():
+                transformer.save_pretrained(folder / component, variant=self.variant)
+            yield folder
 
     def scheduler_config(self) -> dict[str, Any]:
         """Return the contents of the scheduler's configuration, with its `_class_name`; empty if there is none."""

@@ -29,6 +29,11 @@ def embedded_folder(name: str) -> Path:
     return Path(str(files("s2q.shapes").joinpath("data", name.removesuffix(_OUTLIERS_SUFFIX))))
 
 
+def has_outliers(name: str) -> bool:
+    """Whether an embedded model is a stress variant: `add_outliers` changes the weights of its folder."""
+    return name.endswith(_OUTLIERS_SUFFIX)
+
+
 def embedded_pipeline(name: str, *, dtype: torch.dtype) -> Any:
     """Load an embedded model (shipped in bfloat16) on the CPU in a floating dtype, its progress bar off."""
     from diffusers import DiffusionPipeline
@@ -36,7 +41,7 @@ def embedded_pipeline(name: str, *, dtype: torch.dtype) -> Any:
     from s2q.shapes.outliers import add_outliers
 
     pipeline = DiffusionPipeline.from_pretrained(embedded_folder(name), dtype=dtype, local_files_only=True)
-    if name.endswith(_OUTLIERS_SUFFIX):
+    if has_outliers(name):
         add_outliers(pipeline.transformer)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
