@@ -174,4 +174,4 @@ def test_a_missing_package_is_one_line_of_every_verb(foreign, tiny_model, tmp_pa
     assert run([str(word) for word in [*given, "-o", tmp_path / "out"]]) == ResourceError.exit_code
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.endswith("its transformer is quantized by sdnq, which needs a package that is not installed; "
-                         "pip install sdnq")  # fmt: skip
+                         "pip install sdnq, or run s2q convert")  # fmt: skip

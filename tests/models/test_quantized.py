@@ -14,7 +14,7 @@ from s2q.shapes.embedded import embedded_folder
 from tiny import tiny_pipeline, tiny_transformer
 
 METHODS = ["bitsandbytes", "torchao", "gguf", "quanto", "sdnq"]
-CONVERTS = "; s2q convert makes a checkpoint of its codes"
+CONVERTS = "; s2q convert keeps its codes if they are int4 or int8"
 
 
 @pytest.fixture
@@ -78,7 +78,8 @@ def of_package(package, base):
 
 @pytest.mark.parametrize(
     ("package", "method"),
-    [("bitsandbytes", "bitsandbytes"), ("optimum", "quanto"), ("sdnq", "sdnq"), ("comfy_kitchen", "comfy-kitchen")],
+    [("bitsandbytes", "bitsandbytes"), ("optimum", "quanto"), ("sdnq", "sdnq"), ("comfy_kitchen", "comfy-kitchen")]
+    + [("diffusers.quantizers.gguf", "gguf")],
 )
 def test_loaded_transformers_that_a_tool_has_changed_itself_are_found(package, method, tmp_path):
     pipe = tiny_pipeline("cogvideox")
@@ -104,6 +105,15 @@ def test_what_diffusers_has_quantized_is_named():
     assert quantization_method(SimpleNamespace(is_quantized=True)) == "another method"
 
 
+def test_a_model_that_was_quantized_as_it_was_loaded_names_its_folder(tmp_path):
+    tiny_pipeline("cogvideox").save_pretrained(tmp_path / "full")
+    pipe = s2q.load(tmp_path / "full")
+    pipe.transformer.is_quantized = True
+    words = f"by another method\\); pass the full-precision model, {tmp_path / 'full'}$"
+    with pytest.raises(InvalidInputError, match=words):
+        s2q.quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out")
+
+
 def test_the_origin_is_a_full_precision_folder_the_base_of_the_card_or_a_hub_id(foreign, tmp_path):
     quantized, plain = foreign("sdnq"), tmp_path / "plain"
     tiny_pipeline("cogvideox").save_pretrained(plain)
@@ -122,4 +132,4 @@ def test_the_origin_is_a_full_precision_folder_the_base_of_the_card_or_a_hub_id(
     assert origin(None, None) is None
     (quantized / "README.md").write_text("---\nbase_model: acme/base\n---\n")
     assert origin("acme/video") == "acme/base"
-    assert origin(str(plain)) == str(plain)
+    assert origin(str(plain)) == origin(plain) == str(plain)

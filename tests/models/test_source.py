@@ -109,7 +109,7 @@ def test_folder_that_is_no_pipeline(tmp_path):
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"")
-    with pytest.raises(InvalidInputError, match="is a file; expected the folder"):
+    with pytest.raises(InvalidInputError, match="is a file; expected the folder.*s2q convert reads"):
         resolve_model(path)
 
 

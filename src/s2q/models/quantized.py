@@ -25,12 +25,13 @@ _PACKAGES = {
     "auto_round": "auto-round",
     "bitsandbytes": "bitsandbytes",
     "comfy_kitchen": "comfy-kitchen",
+    "diffusers.quantizers.gguf": "gguf",
     "modelopt": "modelopt",
     "optimum": "quanto",
     "sdnq": "sdnq",
     "torchao": "torchao",
 }
-"""Methods by the top package of their modules and tensors."""
+"""Methods by the package of their modules and tensors."""
 
 
 def full_precision_origin(folder: Path | None, *configs: Mapping[str, Any]) -> str | None:
@@ -39,9 +40,8 @@ def full_precision_origin(folder: Path | None, *configs: Mapping[str, Any]) -> s
     That is a folder or Hub id in `_name_or_path` of a configuration, unless it is quantized itself, or `base_model` of
     the card in the folder.
     """
-    places = [
-        place for place in (config.get("_name_or_path") for config in configs) if isinstance(place, str) and place
-    ]
+    named = (config.get("_name_or_path") for config in configs)
+    places = [str(place) for place in named if isinstance(place, (str, Path)) and str(place)]
     here = [Path(place) for place in places if Path(place).is_dir()]
     base = None if folder is None else read_card(folder).get("base_model")
     base = base[0] if isinstance(base, list) and base else base
@@ -78,7 +78,7 @@ def already_quantized(name: str, component: str, method: Any, *, origin: str | N
         origin: What `full_precision_origin` returned.
     """
     method = getattr(method, "value", method) or _UNNAMED
-    converts = "; s2q convert makes a checkpoint of its codes" if method in CONVERTED else ""
+    converts = "; s2q convert keeps its codes if they are int4 or int8" if method in CONVERTED else ""
     return InvalidInputError(
         f"{name}: its {component} is already quantized (by {method}); pass the full-precision model, "
         f"{origin or 'the one that it was made from'}{converts}"
@@ -92,5 +92,8 @@ def quantization_method(transformer: nn.Module) -> str | None:
         return str(getattr(method, "value", method) or _UNNAMED)
     kinds = {type(module) for module in transformer.modules()}
     kinds |= {type(value) for parameter in transformer.parameters() for value in (parameter, parameter.data)}
-    packages = {kind.__module__.partition(".")[0] for kind in kinds}
-    return next((method for package, method in _PACKAGES.items() if package in packages), None)
+    modules = {f"{kind.__module__}." for kind in kinds}
+    return next(
+        (method for package, method in _PACKAGES.items() if any(name.startswith(f"{package}.") for name in modules)),
+        None,
+    )

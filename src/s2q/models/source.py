@@ -31,7 +31,7 @@ from s2q.common.weight_files import has_variant, names_in, variants_in, weight_f
 from s2q.core.storage import BF16_BYTES
 from s2q.models.hub import HubId, parse_hub_id
 from s2q.models.lora import Lora, fuse_loras
-from s2q.models.quantized import already_quantized, full_precision_origin
+from s2q.models.quantized import CONVERTED, already_quantized, full_precision_origin
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -204,9 +204,10 @@ class ModelSource:
         for component, method in self.quantization_methods().items():
             package = PACKAGES.get(method)
             if package is not None and not is_installed(package):
+                converts = ", or run s2q convert" if method in CONVERTED else ""
                 raise ResourceError(
                     f"{self.given}: its {component} is quantized by {method}, which needs a package that is not "
-                    f"installed; pip install {package}"
+                    f"installed; pip install {package}{converts}"
                 )
 
     def meta_transformer(self, component: str = TRANSFORMERS[0]) -> nn.Module:
@@ -339,7 +340,8 @@ def resolve_model(
     if path.exists():
         raise InvalidInputError(
             f"{path} is a file; expected the folder of a diffusers pipeline, which has a model_index.json (single "
-            "files and GGUF are not read: load them with diffusers and save the pipeline)"
+            "files and GGUF are not read: load them with diffusers and save the pipeline; s2q convert reads quantized "
+            "ones of ComfyUI)"
         )
     hub = parse_hub_id(text) if isinstance(model, str) else None
     if hub is not None:
