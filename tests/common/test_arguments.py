@@ -16,7 +16,6 @@ from s2q.common.arguments import (
     optional,
     parse_dtype,
     path_argument,
-    prompt_list,
     seed_number,
     seed_numbers,
     whole_number,
@@ -186,36 +185,6 @@ def test_switches_are_true_or_false(value):
     assert flag("x", False) is False
     with pytest.raises(InvalidInputError, match="expected True or False"):
         flag("x", value)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
-        ("a cat", "prompts: got one string; pass a list of prompts"),
-        (b"a cat", "pass a list of prompts"),
-        (None, "pass a list of prompts"),
-        (7, "pass a list of prompts"),
-        ({"a cat"}, "pass a list of prompts"),
-        ({"a cat": 1}, "pass a list of prompts"),
-        (Path("prompts.txt"), "pass a list of prompts"),
-        (["a", ""], "prompt 2 of 2 is empty"),
-        (["a", " \t\n"], "prompt 2 of 2 is empty"),
-        (["a", None], "prompt 2 of 2: got None; expected text"),
-        ([7], "prompt 1 of 1: got 7; expected text"),
-        ([b"a"], "prompt 1 of 1: got b'a'; expected text"),
-        ([["a"]], r"prompt 1 of 1: got \['a'\]; expected text"),
-        (["a\udcff"], "prompt 1 of 1: .* character 2 is not Unicode text"),
-    ],
-)
-def test_other_prompts_are_refused(prompts, message):
-    with pytest.raises(InvalidInputError, match=message):
-        prompt_list("prompts", prompts)
-
-
-@pytest.mark.parametrize("prompts", [["a", "b"], ("a", "b"), iter(["a", "b"]), np.array(["a", "b"])])
-def test_prompts_are_a_list_of_texts(prompts):
-    assert prompt_list("prompts", prompts) == ["a", "b"]
-    assert all(type(text) is str for text in prompt_list("prompts", ["a", np.str_("b")]))
 
 
 def test_lists_of_names_come_as_a_tuple_and_others_are_refused():

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from PIL import Image
 
 from s2q.common.errors import InvalidInputError
-from s2q.generation.generate import generate
+from s2q.generation.generate import described, generate
 from tiny import tiny_pipeline
 
+IMAGE = Image.new("RGB", (16, 16), "red")
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 2.0}
 
 
@@ -25,6 +27,14 @@ def test_every_prompt_and_seed_in_order_whatever_the_batches(pipe):
         torch.testing.assert_close(video.latents, other.latents, rtol=1e-4, atol=1e-5)
 
 
+def test_a_prompt_with_a_seed_of_its_own_has_one_video(pipe):
+    prompts = ["red", {"prompt": "blue", "seed": 7, "negative_prompt": "ugly"}]
+    videos = generate(pipe, prompts=prompts, seeds=[3, 1], **SETTINGS)
+    assert [(video.prompt, video.seed) for video in videos] == [("red", 3), ("red", 1), ("blue", 7)]
+    assert described(videos[0]) == {"prompt": "red", "seed": 3}
+    assert described(videos[2]) == {"prompt": "blue", "seed": 7, "negative_prompt": "ugly"}
+
+
 def test_progress_counts_every_step_of_every_batch(pipe):
     calls = []
     generate(pipe, prompts=["a", "b", "c"], **SETTINGS, batch_size=2, progress=lambda *call: calls.append(call))
@@ -37,6 +47,9 @@ def test_progress_counts_every_step_of_every_batch(pipe):
         ([""], {}, "empty"),
         (["x" * 40], {}, "tokens"),
         (["a"], {"seeds": [-1]}, "seed"),
+        ([{"prompt": "a", "negative_prompt": "x" * 40}], {}, "prompt 1 of 1: negative_prompt has .* tokens"),
+        ([{"prompt": "a", "negative_prompt": "b"}], {"guidance_scale": 1.0}, "negative_prompt: .* without guidance"),
+        (["a", {"prompt": "b", "image": IMAGE}], {}, "prompt 2 of 2: image: CogVideoXPipeline generates from text"),
         (["a"], {"num_frames": 8}, "num_frames"),
         (["a"], {"batch_size": 0}, "batch_size"),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
+from s2q.generation.prompts import Prompt
 from s2q.generation.settings import prompt_token_limit, resolve_settings
 from s2q.generation.trajectory import record_trajectory
 from s2q.models import family_of
@@ -74,13 +75,22 @@ def test_every_setting_reaches_the_call_and_one_branch_runs_without_guidance(nam
 def test_the_negative_prompt_is_the_text_of_the_unconditional_branch_alone(name):
     pipe, asked = tiny_pipeline(name), {"num_inference_steps": 2, "guidance_scale": 3.0}
     embeddings, prompts = [], prompts_of_a_call(pipe)
-    for negative in ({}, {"negative_prompt": "ugly"}):
+    *others, last = prompts
+    for negative, given in (
+        ({}, prompts),
+        ({"negative_prompt": "ugly"}, prompts),
+        ({"negative_prompt": "ugly"}, [*others, Prompt(last, negative_prompt="")]),
+    ):
         settings = resolve_settings(pipe, requested=asked | negative | video_size(pipe))
-        trajectory = record_trajectory(pipe, prompts, seeds=range(len(prompts)), settings=settings)
+        trajectory = record_trajectory(pipe, given, seeds=range(len(prompts)), settings=settings)
         assert {trajectory.branches(call) for call in trajectory.calls} == {2}
         embeddings.append(trajectory.calls[0].inputs["encoder_hidden_states"])
+    *both, mixed = embeddings
+    expected = both[1].clone()
+    expected[len(others)] = both[0][len(others)]
+    torch.testing.assert_close(mixed, expected)
     for video in range(len(prompts)):
-        without, with_text = (text[[video, len(prompts) + video]] for text in embeddings)
+        without, with_text = (text[[video, len(prompts) + video]] for text in both)
         assert not torch.equal(without[0], with_text[0])
         torch.testing.assert_close(without[1], with_text[1])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from s2q.checkpoint import S2QConfig
-from s2q.common.arguments import MAX_PROMPT, prompt_list
+from s2q.common.arguments import MAX_PROMPT
 from s2q.common.errors import InvalidInputError, S2QError, printable
 from s2q.common.foreign_code import check_index
 from s2q.common.headers import read_header
@@ -19,7 +19,7 @@ from s2q.core.input_path import PARTS, InputPath
 from s2q.core.schemes import LinearScheme
 from s2q.core.storage import parse_bytes
 from s2q.core.tokens import TokenLayout
-from s2q.generation.prompts import read_prompts
+from s2q.generation.prompts import prompt_list, read_prompts
 from s2q.models.hub import parse_hub_id
 from s2q.recipes.load import load_recipe
 from s2q.recipes.schema import Recipe

@@ -15,6 +15,7 @@ from s2q.common.files import canonical_json
 from s2q.common.fingerprint import fingerprint
 from s2q.common.records import SELECTION_VERSION
 from s2q.common.seeds import derive_seed
+from s2q.generation.prompts import prompt_record
 from s2q.selection.options import Calibration
 from s2q.selection.plot import selection_plot
 from s2q.selection.scores import CandidatePool
@@ -108,7 +109,7 @@ def _taken_from(
         "schema_version": SELECTION_VERSION,
         "selection": group.selection,
         "branches": group.branches,
-        "prompts": list(inputs.prompts),
+        "prompts": list(map(prompt_record, inputs.prompts)),
         "seed": inputs.seed,
         "settings": inputs.settings.to_dict(),
         "samples": len(chosen),

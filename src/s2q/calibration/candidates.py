@@ -22,6 +22,7 @@ from s2q.common.fingerprint import fingerprint
 from s2q.common.progress import Tick
 from s2q.common.run_folder import ArtefactFolder
 from s2q.common.seeds import derive_seed
+from s2q.generation.prompts import prompt_record
 from s2q.generation.settings import GenerationSettings, check_prompts, takes_prompts_alone
 from s2q.generation.sharing import steps_of_transformers
 from s2q.generation.trajectory import record_trajectory
@@ -63,8 +64,8 @@ class CalibrationInputs:
 
     def prompt_fingerprint(self, prompt: int) -> str:
         """Return the fingerprint of the artefact of a prompt."""
-        parts = [self.fingerprint, self.prompts[prompt], prompt, self.settings.to_dict(), self.seed, self.steps[prompt]]
-        return fingerprint(parts)
+        described, settings = prompt_record(self.prompts[prompt]), self.settings.to_dict()
+        return fingerprint([self.fingerprint, described, prompt, settings, self.seed, self.steps[prompt]])
 
 
 def calibration_prompts(

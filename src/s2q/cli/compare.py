@@ -34,7 +34,7 @@ Peers = Annotated[
 ]
 CompareFolder = Annotated[Path, options.folder_option("-o", "--output", help="Folder to write.")]
 CalibrationPrompts = Annotated[
-    Path | None, options.file_option("--calibration-prompts", help="Calibration prompts: text file, one per line.")
+    Path | None, options.file_option("--calibration-prompts", help="Calibration prompts: text or JSONL file.")
 ]
 RecipesOverrides = Annotated[
     list[str] | None, options.set_option(help="Override a field of the recipes, e.g. distillation.epochs=5.")

@@ -65,10 +65,9 @@ def generate(
     device = options.resolve_device(device)
     _check_backend(backend, device)
     from s2q.cli import console, output
-    from s2q.common.arguments import prompt_list
     from s2q.generation.defaults import frame_rate_of
     from s2q.generation.generate import generate as run
-    from s2q.generation.prompts import check_distinct
+    from s2q.generation.prompts import check_distinct, prompt_list
     from s2q.models import resolve_model
 
     console.quiet_libraries()
@@ -114,13 +113,14 @@ def _write(
 ) -> dict[str, Any]:
     """Write videos and contact sheet into an empty folder; return their record for `generation.json`."""
     from s2q.evaluation.summary import versions
+    from s2q.generation.generate import described
     from s2q.report.video import contact_sheet, write_mp4
 
     entries = []
     for index, video in enumerate(videos):
         stem = f"{index:03d}-{slug(video.prompt)}"
         write_mp4(folder / f"{stem}.mp4", video.frames.numpy(), fps=frame_rate)
-        entries.append({"prompt": video.prompt, "seed": video.seed, "file": f"{stem}.mp4"})
+        entries.append({**described(video), "file": f"{stem}.mp4"})
         progress("write", index + 1, len(videos))
     sheet = contact_sheet([(video.prompt, video.frames.numpy()) for video in videos])
     atomic_write_bytes(folder / "sheet.png", sheet)

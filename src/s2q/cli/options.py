@@ -121,7 +121,7 @@ def read_prompt_file(path: Path | None) -> list[str] | None:
 Model = Annotated[str, model_option(help="Embedded name, diffusers folder or Hub id (@revision).")]
 RecipeName = Annotated[str, recipe_option(help="Recipe name or YAML file.")]
 Overrides = Annotated[list[str] | None, set_option(help="Override a recipe field, e.g. weights.num_bits=8.")]
-Prompts = Annotated[Path | None, file_option("--prompts", help="Text file, one prompt per line.")]
+Prompts = Annotated[Path | None, file_option("--prompts", help="Text file, one prompt per line, or JSONL file.")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.", metavar="S")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="D")]
 DtypeOption = Annotated[

@@ -108,27 +108,12 @@ def seed_numbers(seeds: Iterable[Any]) -> tuple[int, ...]:
     """Return the seeds of a list, a range or an array as ints."""
     if _is_whole(seeds):
         raise InvalidInputError(f"seeds: got {seeds}; pass a list of seeds, [{seeds}] or range({seeds})")
-    numbers = tuple(seed_number(seed) for seed in _listed("seeds", seeds, of="seeds"))
+    numbers = tuple(seed_number(seed) for seed in items_of("seeds", seeds, of="seeds"))
     if not numbers:
         raise InvalidInputError("seeds: got none; pass at least one seed")
     if len(set(numbers)) != len(numbers):
         raise InvalidInputError(f"seeds: got {short_repr(list(numbers))}; each seed may appear once")
     return numbers
-
-
-def prompt_list(name: str, prompts: Iterable[Any], *, allow_none: bool = False) -> list[str]:
-    """Return prompts as a list of non-empty texts; the list may be empty with `allow_none`."""
-    texts = list(_listed(name, prompts, of="prompts"))
-    if not (texts or allow_none):
-        raise InvalidInputError(f"{name}: got none; pass at least one prompt")
-    for index, text in enumerate(texts, start=1):
-        where = f"{name.removesuffix('s')} {index} of {len(texts)}"
-        if not isinstance(text, str):
-            raise InvalidInputError(f"{where}: got {short_repr(text)}; expected text")
-        if not text.strip():
-            raise InvalidInputError(f"{where} is empty; describe the video")
-        _check_length(where, text)
-    return [str(text) for text in texts]
 
 
 def plain_text(name: str, text: Any) -> str:
@@ -141,7 +126,7 @@ def plain_text(name: str, text: Any) -> str:
 
 def name_list(name: str, values: Iterable[Any]) -> tuple[str, ...]:
     """Return a list of names as a tuple of texts."""
-    names = tuple(_listed(name, values, of="names"))
+    names = tuple(items_of(name, values, of="names"))
     for value in names:
         if not isinstance(value, str):
             raise InvalidInputError(f"{name}: got {short_repr(value)}; expected text")
@@ -150,7 +135,7 @@ def name_list(name: str, values: Iterable[Any]) -> tuple[str, ...]:
 
 def path_list(name: str, values: Iterable[Any]) -> tuple[str, ...]:
     """Return a list of paths, as text or `pathlib.Path`, as a tuple of texts."""
-    return tuple(str(path_argument(name, value)) for value in _listed(name, values, of="paths"))
+    return tuple(str(path_argument(name, value)) for value in items_of(name, values, of="paths"))
 
 
 def path_argument(name: str, path: Any) -> Path:
@@ -191,8 +176,8 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _listed(name: str, values: Any, *, of: str) -> Sequence[Any]:
-    """The items of something that has an order."""
+def items_of(name: str, values: Any, *, of: str) -> Sequence[Any]:
+    """Return the items of something that has an order; `of` names them in messages."""
     if isinstance(values, str):
         raise InvalidInputError(f"{name}: got one string; pass a list of {of}")
     unordered = isinstance(values, Mapping | Set | bytes | bytearray)

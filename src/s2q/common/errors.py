@@ -166,7 +166,7 @@ class _ShortRepr(reprlib.Repr):
 
 def short_repr(value: Any) -> str:
     """Return the `repr` of a value for a message, at most 80 characters, computed without expanding the whole value."""
-    text = _ShortRepr().repr(value)
+    text = _ShortRepr().repr(str(value) if isinstance(value, str) else value)
     return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 1] + "…"
 
 

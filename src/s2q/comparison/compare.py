@@ -27,6 +27,7 @@ from s2q.comparison.shards import evaluate_shards, failure_of, pending_shards, s
 from s2q.engines.options import AUTO, workers_argument
 from s2q.generation.generate import LESS_MEMORY
 from s2q.generation.load import check_model, models_that_fit
+from s2q.generation.prompts import prompt_list
 from s2q.generation.settings import requested_settings
 from s2q.recipes.load import checked_overrides, load_recipe
 from s2q.recipes.schema import Recipe
@@ -103,10 +104,10 @@ def compare(
         peers=arguments.name_list("peers", peers),
         model=str(model),
         out=arguments.path_argument("out", out),
-        prompts=optional(arguments.prompt_list, "prompts", prompts),
+        prompts=optional(prompt_list, "prompts", prompts),
         num_prompts=arguments.whole_number("num_prompts", num_prompts, least=1),
         seeds=arguments.seed_numbers(seeds),
-        calibration_prompts=optional(arguments.prompt_list, "calibration_prompts", calibration_prompts),
+        calibration_prompts=optional(prompt_list, "calibration_prompts", calibration_prompts),
         seed=arguments.seed_number(seed),
         samples=optional(arguments.whole_number, "samples", samples, least=1),
         overrides=checked_overrides(overrides),

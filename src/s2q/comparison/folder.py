@@ -29,6 +29,7 @@ from s2q.common.records import COMPARISON_VERSION
 from s2q.common.temporaries import remove_abandoned
 from s2q.comparison.setup import RunPlan
 from s2q.evaluation.scores import EvaluationResult
+from s2q.generation.prompts import prompt_record
 
 RUN = "compare_run.json"
 RESULT = "compare.json"
@@ -120,7 +121,12 @@ class CompareFolder:
         """Return a hash of everything that a shard of an entry depends on."""
         entry = plan.entries[label]
         made = sha256_file(self.checkpoint(label) / MANIFEST) if "recipe" in entry else None
-        depends = {**plan.common(), "prompts": plan.shards()[index], "entry": entry, "made": made}
+        depends = {
+            **plan.common(),
+            "prompts": list(map(prompt_record, plan.shards()[index])),
+            "entry": entry,
+            "made": made,
+        }
         return hashlib.sha256(canonical_json(depends).encode()).hexdigest()
 
     def save_shard(self, plan: RunPlan, label: str, index: int, measured: EvaluationResult) -> None:

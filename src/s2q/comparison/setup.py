@@ -21,7 +21,7 @@ from s2q.evaluation.video_metrics import selected_metrics
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.generate import batch_size_for, settings_for
 from s2q.generation.load import check_model, load_pipeline
-from s2q.generation.prompts import check_distinct
+from s2q.generation.prompts import check_distinct, prompt_record
 from s2q.generation.settings import check_prompts
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.models.architecture import architecture_of, check_comparable, warn_of_scheduler
@@ -108,7 +108,11 @@ class RunPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, with its `schema_version`."""
-        return {"schema_version": COMPARISON_VERSION, **asdict(self)}
+        recorded = {
+            name: None if prompts is None else list(map(prompt_record, prompts))
+            for name, prompts in (("prompts", self.prompts), ("calibration_prompts", self.calibration_prompts))
+        }
+        return {"schema_version": COMPARISON_VERSION, **asdict(self), **recorded}
 
     def judge(self, name: str) -> Path | None:
         """Return where the weights of a learned judge are, `lpips` or `clip`; None without them."""

@@ -35,7 +35,7 @@ from s2q.generation.defaults import calibrated_generation, embedded_source, gene
 from s2q.generation.denoise import denoise
 from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched, settings_for, videos_of
 from s2q.generation.load import check_model, check_same_loras, load_pipeline, models_that_fit, refuse_load_options
-from s2q.generation.prompts import check_distinct
+from s2q.generation.prompts import check_distinct, prompt_list
 from s2q.generation.settings import GenerationSettings, check_prompts, requested_settings
 from s2q.generation.trajectory import record_trajectory
 from s2q.models import ModelSource, resolve_model
@@ -161,7 +161,7 @@ def evaluate(
     )
     where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
     settings = replace(settings, device=where.device)
-    seeds, texts = arguments.seed_numbers(seeds), optional(arguments.prompt_list, "prompts", prompts)
+    seeds, texts = arguments.seed_numbers(seeds), optional(prompt_list, "prompts", prompts)
     result = _evaluate(model, reference, texts, seeds, settings, where, video_done=video_done, progress=progress)
     return summarise(result)
 

@@ -61,7 +61,7 @@ def noise_pairs(videos: Sequence[Video], *, judges: Judges, wanted: Sequence[str
     for _, group in itertools.groupby(videos, key=lambda video: video.prompt):
         for first, second in itertools.pairwise(group):
             values = _distances(second, first) | judges.distances(second, first, names=wanted)
-            pairs.append(VideoScores(prompt=second.prompt, seed=second.seed, metrics=values))
+            pairs.append(VideoScores(prompt=str(second.prompt), seed=second.seed, metrics=values))
     return pairs
 
 
@@ -81,4 +81,4 @@ def judge_video(
     values = compare_videos(video, base, names=wanted) | judges.measure(video, base, names=wanted)
     if VELOCITY in wanted:
         values[VELOCITY] = sum(errors) / len(errors) if errors else None
-    return VideoScores(prompt=video.prompt, seed=video.seed, metrics=values, velocity_steps=tuple(errors))
+    return VideoScores(prompt=str(video.prompt), seed=video.seed, metrics=values, velocity_steps=tuple(errors))

@@ -23,6 +23,7 @@ from s2q.common.errors import S2QError
 from s2q.common.hooks import first_not_finite
 from s2q.common.progress import Tick
 from s2q.generation.exclusive import exclusive
+from s2q.generation.prompts import Prompt
 from s2q.generation.schedulers import scheduler_of
 from s2q.generation.settings import GenerationSettings, latent_channels, latent_frames, text_tokens, vae_factors
 from s2q.models import family_of
@@ -108,7 +109,7 @@ def _run(
         drawn = [initial_noise(pipe, seed, settings) for seed in seeds]
         start = {"latents": torch.cat([noise for noise, _ in drawn]).to(pipe.text_encoder.dtype)}
         generators = [generator for _, generator in drawn]
-    last: dict[str, torch.Tensor] = {}
+    requests, last = [Prompt.of(prompt) for prompt in prompts], dict[str, torch.Tensor]()
     left = itertools.count(-1 if steps is None else steps - 1, -1)
 
     def after_step(latents: torch.Tensor) -> None:
@@ -117,8 +118,8 @@ def _run(
         step_done()
 
     with ExitStack() as stack:
-        arguments = _prepared(pipe, settings, after_step, generators, stack)
-        arguments |= {"prompt": list(prompts), "generator": generators, **start}
+        arguments = _prepared(pipe, requests, settings, after_step, generators, stack)
+        arguments |= {"prompt": list(map(str, requests)), "generator": generators, **start}
         if not family_of(pipe.transformer).takes_batches:
             for name in {"prompt", "negative_prompt", "generator"} & arguments.keys():
                 (arguments[name],) = arguments[name]
@@ -128,6 +129,7 @@ def _run(
 
 def _prepared(
     pipe: Any,
+    prompts: Sequence[Prompt],
     settings: GenerationSettings,
     after_step: Callable[[torch.Tensor], None],
     generators: Sequence[torch.Generator],
@@ -142,8 +144,12 @@ def _prepared(
     arguments = {**family.call, **settings.to_dict()}
     for name in ("scheduler", "shift"):  # are the pipeline's, not the call's
         arguments.pop(name, None)
-    if settings.negative_prompt is not None:
-        arguments["negative_prompt"] = [settings.negative_prompt] * len(generators)
+    arguments.pop("negative_prompt", None)
+    given = [
+        settings.negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt for prompt in prompts
+    ]
+    if any(text is not None for text in given):
+        arguments["negative_prompt"] = [text or "" for text in given]
     stack.callback(pipe.set_progress_bar_config, **(getattr(pipe, "_progress_bar_config", None) or {}))
     pipe.set_progress_bar_config(disable=True)
     if not (family.decodes_batches or vae.use_slicing):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2q.common.arguments import model_argument, optional, path_list, prompt_list, seed_numbers, whole_number, word
+from s2q.common.arguments import model_argument, optional, path_list, seed_numbers, whole_number, word
 from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.torch_state import in_fresh_torch_state
@@ -19,6 +19,7 @@ from s2q.engines.options import AUTO, Workers, workers_argument
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.denoise import DenoisingResult, denoise
 from s2q.generation.load import load_pipeline, refuse_load_options
+from s2q.generation.prompts import Prompt, prompt_list, prompt_record
 from s2q.generation.settings import (
     GenerationSettings,
     check_prompts,
@@ -92,7 +93,8 @@ def generate(
     Args:
         model: A pipeline, the name or folder of one, or a resolved source. `device`, `dtype`, `variant`, `loras`,
             `verify` and the backends are for models that are loaded here; see `s2q.load`.
-        seeds: Every prompt is generated with every seed.
+        prompts: Texts, or mappings with `prompt` and some of `image`, `negative_prompt` and `seed`.
+        seeds: Every prompt is generated with every seed; one that has a seed of its own, with that alone.
         num_frames: None takes the model's own, as for all settings down to `max_sequence_length`; a calibrated
             checkpoint's are those that its recipe sets.
         guidance_scale: Weight of classifier-free guidance; at most 1 runs without.
@@ -218,7 +220,10 @@ def _batches(
 ) -> tuple[GenerationSettings, list[_Batch]]:
     resolved = settings_for(pipe, requested, defaults=defaults)
     check_prompts(pipe, prompts, resolved)
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    requests = [(Prompt.of(prompt), seeds) for prompt in prompts]
+    jobs = [
+        (prompt, seed) for prompt, numbers in requests for seed in (numbers if prompt.seed is None else [prompt.seed])
+    ]
     return resolved, list(batched(jobs, batch_size_for(pipe, resolved, asked=batch_size)))
 
 
@@ -235,6 +240,12 @@ def videos_of(prompts: Sequence[str], seeds: Sequence[int], result: DenoisingRes
     assert result.frames is not None
     rows = zip(prompts, seeds, result.frames, result.latents, strict=True)
     return [Video(prompt=prompt, seed=seed, frames=frames, latents=latents) for prompt, seed, frames, latents in rows]
+
+
+def described(video: Video) -> dict[str, Any]:
+    """Return what a video was made from as plain data: the prompt with all that belongs to it, and the seed."""
+    record = prompt_record(video.prompt)
+    return {**(record if isinstance(record, dict) else {"prompt": record}), "seed": video.seed}
 
 
 def settings_for(pipe: Any, requested: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> GenerationSettings:

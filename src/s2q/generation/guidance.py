@@ -39,7 +39,7 @@ def with_usable_guidance(pipe: Any, settings: GenerationSettings, *, requested: 
         settings = replace(settings, guidance_scale=1.0)
     for name in ("guidance_scale_2", "negative_prompt"):
         value = getattr(settings, name)
-        obstacle = None if value is None else _obstacle(pipe, settings, name)
+        obstacle = None if value is None else guidance_obstacle(pipe, settings, name)
         if obstacle is not None:
             if name in requested:
                 raise InvalidInputError(f"{name}: got {short_repr(value)}; {obstacle}")
@@ -55,8 +55,8 @@ def _has_guidance(pipe: Any) -> bool:
     return embeds and "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
 
 
-def _obstacle(pipe: Any, settings: GenerationSettings, name: str) -> str | None:
-    """The reason why a setting that depends on guidance cannot be used."""
+def guidance_obstacle(pipe: Any, settings: GenerationSettings, name: str) -> str | None:
+    """Return the reason why a setting that depends on guidance cannot be used; None if there is none."""
     if name == "guidance_scale_2" and pipe.config.get("boundary_ratio") is None:
         return f"{type(pipe).__name__} denoises with one transformer here; remove it"
     if branches_of(pipe, settings) == 2:

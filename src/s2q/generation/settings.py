@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-from s2q.common.arguments import finite_number, plain_text, positive_number, prompt_list, whole_number, word
+from s2q.common.arguments import finite_number, plain_text, positive_number, whole_number, word
 from s2q.common.errors import InvalidInputError, short_repr
 from s2q.generation.exclusive import exclusive
-from s2q.generation.guidance import with_usable_guidance
+from s2q.generation.guidance import guidance_obstacle, with_usable_guidance
+from s2q.generation.prompts import prompt_list
 from s2q.generation.schedulers import scheduler_of
 from s2q.generation.sharing import steps_of_transformers
 from s2q.models import family_of, token_patch
@@ -163,21 +164,30 @@ def text_tokens(pipe: Any, settings: GenerationSettings) -> int:
 
 
 def check_prompts(pipe: Any, prompts: Sequence[str], settings: GenerationSettings) -> None:
-    """Check that the pipeline can take every prompt whole."""
-    prompts = prompt_list("prompts", prompts)
-    limit = text_tokens(pipe, settings)
+    """Check that the pipeline can take every prompt whole, and what is given with it."""
+    requests = prompt_list("prompts", prompts)
+    for index, prompt in enumerate(requests, start=1):
+        where = f"prompt {index} of {len(requests)}"
+        _check_length(pipe, where, prompt, settings)
+        if prompt.image is not None:
+            raise InvalidInputError(f"{where}: image: {type(pipe).__name__} generates from text alone; remove it")
+        if prompt.negative_prompt is not None:
+            obstacle = guidance_obstacle(pipe, settings, "negative_prompt")
+            if obstacle is not None:
+                raise InvalidInputError(
+                    f"{where}: negative_prompt: got {short_repr(prompt.negative_prompt)}; {obstacle}"
+                )
+            _check_length(pipe, f"{where}: negative_prompt", prompt.negative_prompt, settings)
+
+
+def _check_length(pipe: Any, where: str, text: str, settings: GenerationSettings) -> None:
+    """Refuse a text of more tokens than the transformer reads."""
     with exclusive(pipe):
-        counts = [_token_count(pipe, prompt) for prompt in prompts]
-    for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True), start=1):
-        if count > limit:
-            raise InvalidInputError(
-                f"prompt {index} of {len(prompts)} has {count} tokens, but the transformer reads {limit}; "
-                f"shorten it: {short_repr(prompt)}"
-            )
-
-
-def _token_count(pipe: Any, text: str) -> int:
-    return len(pipe.tokenizer(text, truncation=False).input_ids)
+        count = len(pipe.tokenizer(str(text), truncation=False).input_ids)
+    if count > (limit := text_tokens(pipe, settings)):
+        raise InvalidInputError(
+            f"{where} has {count} tokens, but the transformer reads {limit}; shorten it: {short_repr(text)}"
+        )
 
 
 def _check_text(pipe: Any, settings: GenerationSettings) -> None:
@@ -200,13 +210,7 @@ def _check_text(pipe: Any, settings: GenerationSettings) -> None:
                 f"{length + -length % step}"
             )
     if settings.negative_prompt is not None:
-        with exclusive(pipe):
-            count = _token_count(pipe, settings.negative_prompt)
-        if count > text_tokens(pipe, settings):
-            raise InvalidInputError(
-                f"negative_prompt has {count} tokens, but the transformer reads {text_tokens(pipe, settings)}; "
-                f"shorten it: {short_repr(settings.negative_prompt)}"
-            )
+        _check_length(pipe, "negative_prompt", settings.negative_prompt, settings)
 
 
 def _text_step(pipe: Any) -> int:

@@ -10,6 +10,7 @@ from s2q.checkpoint.save import EVENTS, REPORT
 from s2q.common.outputs import lock_folder
 from s2q.common.run_folder import open_run_folder, read_events
 from s2q.common.versions import package_versions
+from s2q.generation.prompts import prompt_record
 from s2q.models import ModelSource
 from s2q.recipes.schema import Recipe
 from s2q.run.report import QuantizationReport
@@ -33,7 +34,7 @@ def run_inputs(
                 for path, stat in files.items()
             },
         }
-    given = None if prompts is None else list(prompts)
+    given = None if prompts is None else list(map(prompt_record, prompts))
     return {**described, "recipe": recipe.resolved(), "prompts": given, **options, **package_versions()}
 
 

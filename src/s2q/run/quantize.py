@@ -43,6 +43,7 @@ from s2q.common.versions import package_versions
 from s2q.core.storage import parse_bytes
 from s2q.engines.engine import Engine, fixed_threads
 from s2q.engines.options import AUTO, Workers, workers_argument
+from s2q.generation.prompts import prompt_list
 from s2q.models import ModelSource, resolve_model
 from s2q.models.lora import with_loras
 from s2q.planning import Machine, Plan, check_memory, workers_that_fit
@@ -159,7 +160,7 @@ def quantize(
     )
     model, target = arguments.model_argument("model", model), arguments.optional(arguments.path_argument, "out", out)
     dry_run = arguments.flag("dry_run", dry_run)
-    prompts = arguments.optional(arguments.prompt_list, "prompts", prompts, allow_none=True)
+    prompts = arguments.optional(prompt_list, "prompts", prompts, allow_none=True)
     validated = _recipe(recipe, overrides, samples=samples)
     return _quantize(model, validated, prompts, target, settings, dry_run=dry_run, progress=progress)
 
