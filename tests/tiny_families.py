@@ -305,6 +305,32 @@ FAMILIES = {
         scheduler=d.FlowMatchEulerDiscreteScheduler,
         texts=_t5,
     ),
+    "mochi": TinyFamily(
+        pipeline=d.MochiPipeline,
+        transformer=d.MochiTransformer3DModel,
+        config=_HEADS  # video 64 wide, text 32
+        | {
+            "num_layers": 2,
+            "pooled_projection_dim": 32,
+            "in_channels": 12,
+            "text_embed_dim": 32,
+            "time_embed_dim": 8,
+            "max_sequence_length": 256,
+        },
+        vae=lambda: d.AutoencoderKLMochi(  # 6x in time
+            latent_channels=12,
+            encoder_block_out_channels=(32, 32, 32, 32),
+            decoder_block_out_channels=(32, 32, 32, 32),
+            layers_per_block=(1, 1, 1, 1, 1),
+        ),
+        scheduler=lambda: d.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        texts=_t5,
+    ),
+    "wan": _WAN,
+    # Every token has a timestep of its own.
+    "wan 2.2 5b": replace(_WAN, options={"expand_timesteps": True}),
+    # A second transformer, of one block less, denoises the timesteps below the boundary.
+    "wan 2.2 a14b": replace(_WAN, options={"boundary_ratio": 0.9}),
     "ltx-2": TinyFamily(  # as 2.3: gates of the heads, modulated text; video 64 wide, sound 32
         pipeline=d.LTX2Pipeline,
         transformer=d.LTX2VideoTransformer3DModel,
@@ -349,27 +375,6 @@ FAMILIES = {
         scheduler=d.FlowMatchEulerDiscreteScheduler,
         texts=_gemma_and_sound,
     ),
-    "mochi": TinyFamily(
-        pipeline=d.MochiPipeline,
-        transformer=d.MochiTransformer3DModel,
-        config=_HEADS  # video 64 wide, text 32
-        | {
-            "num_layers": 2,
-            "pooled_projection_dim": 32,
-            "in_channels": 12,
-            "text_embed_dim": 32,
-            "time_embed_dim": 8,
-            "max_sequence_length": 256,
-        },
-        vae=lambda: d.AutoencoderKLMochi(  # 6x in time
-            latent_channels=12,
-            encoder_block_out_channels=(32, 32, 32, 32),
-            decoder_block_out_channels=(32, 32, 32, 32),
-            layers_per_block=(1, 1, 1, 1, 1),
-        ),
-        scheduler=lambda: d.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
-        texts=_t5,
-    ),
     "skyreels-v2": replace(
         _WAN,
         pipeline=d.SkyReelsV2Pipeline,
@@ -378,11 +383,6 @@ FAMILIES = {
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
         ),
     ),
-    "wan": _WAN,
-    # Every token has a timestep of its own.
-    "wan 2.2 5b": replace(_WAN, options={"expand_timesteps": True}),
-    # A second transformer, of one block less, denoises the timesteps below the boundary.
-    "wan 2.2 a14b": replace(_WAN, options={"boundary_ratio": 0.9}),
     "wan-vace": replace(
         _WAN,
         pipeline=d.WanVACEPipeline,
