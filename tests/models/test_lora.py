@@ -157,7 +157,7 @@ def test_adapters_of_other_models_are_refused(cogvideox, tmp_path):
     def rename(tensors):
         tensors["text_encoder.q.lora_A.weight"] = tensors.pop(next(iter(tensors)))
 
-    with pytest.raises(InvalidInputError, match=r"text_encoder\.q\.lora_A\.weight is not part of a transformer's LoRA"):
+    with pytest.raises(InvalidInputError, match=r"text_encoder\.q\.lora_A\.weight is not a factor of a linear of a transformer"):
         with_loras(source, [str(edited(file, rename))])
 
 
@@ -205,3 +205,126 @@ def test_files_and_scales(tmp_path):
     save_file({}, empty)
     with pytest.raises(InvalidInputError, match="contains no tensors"):
         parse_lora(str(empty))
+
+
+@pytest.fixture
+def small_wan(tmp_path):
+    """The source of a tiny Wan, and a file with an adapter in the layout of the published checkpoints."""
+    tiny_pipeline("wan").save_pretrained(tmp_path / "model")
+    source = resolve_model(tmp_path / "model")
+    width = source.meta_transformer().blocks[0].attn1.to_q.in_features
+    generator = torch.Generator().manual_seed(0)
+    factors = {}
+    for block in range(len(source.meta_transformer().blocks)):
+        for linear in ("q", "k", "v", "o"):
+            name = f"diffusion_model.blocks.{block}.self_attn.{linear}"
+            factors[f"{name}.lora_down.weight"] = torch.randn(2, width, generator=generator) / 8
+            factors[f"{name}.lora_up.weight"] = torch.randn(width, 2, generator=generator) / 8
+            factors[f"{name}.alpha"] = torch.tensor(4.0)
+    save_file(factors, tmp_path / "original.safetensors")
+    return source, tmp_path / "original.safetensors"
+
+
+def test_the_layout_of_published_adapters_is_fused_with_its_alpha(small_wan):
+    source, file = small_wan
+    stored = load_file(file)
+    plain = source.load_pipeline(dtype="float32").transformer.blocks[0].attn1.to_k.weight
+    fused = with_loras(source, [f"{file}:0.5"]).load_pipeline(dtype="float32").transformer.blocks[0].attn1.to_k.weight
+    name = "diffusion_model.blocks.0.self_attn.k"
+    change = 0.5 * 4.0 / 2 * stored[f"{name}.lora_up.weight"] @ stored[f"{name}.lora_down.weight"]
+    torch.testing.assert_close(fused, plain + change, rtol=1e-5, atol=1e-6)
+
+
+BESIDE = {
+    "diffusion_model.blocks.0.norm3.diff": True,
+    "diffusion_model.blocks.0.self_attn.norm_q.diff": True,
+    "diffusion_model.time_projection.1.diff_b": True,
+    "diffusion_model.blocks.0.self_attn.q.diff_b": False,
+}
+"""Tensors beside the factors, and whether diffusers leaves them out."""
+
+
+@pytest.mark.parametrize(("name", "left_out"), BESIDE.items())
+def test_changes_beside_the_factors_are_kept_or_refused(small_wan, name, left_out):
+    source, file = small_wan
+    width = source.meta_transformer().blocks[0].attn1.to_q.in_features
+    with_loras(source, [str(edited(file, lambda tensors: tensors.update({name: torch.zeros(width)})))])
+    changed = edited(file, lambda tensors: tensors.update({name: torch.linspace(-1, 1, width)}))
+    if left_out:
+        with pytest.raises(InvalidInputError, match=rf"leave out its tensor {re.escape(name)}.* applied in part"):
+            with_loras(source, [str(changed)])
+    else:
+        with_loras(source, [str(changed)])
+
+
+def without_a_factor(tensors):
+    del tensors[next(name for name in tensors if name.endswith(".lora_B.weight"))]
+
+
+def of_two_ranks(tensors):
+    name = next(name for name in tensors if name.endswith(".lora_A.weight"))
+    tensors[name] = torch.cat([tensors[name]] * 2)
+
+
+def with_nan(tensors):
+    next(iter(tensors.values()))[0, 0] = float("nan")
+
+
+def of_a_norm(tensors):
+    tensors["transformer.transformer_blocks.0.norm1.norm.lora_A.weight"] = torch.ones(2, 64)
+    tensors["transformer.transformer_blocks.0.norm1.norm.lora_B.weight"] = torch.ones(64, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_a_factor, "has only the factor A.weight, so it would be applied in part"),
+        (of_two_ranks, "have shapes"),
+        (with_nan, "contains NaN or infinite values"),
+        (of_a_norm, "has no linear transformer_blocks.0.norm1.norm"),
+    ],
+)
+def test_adapters_that_are_not_whole_are_refused(cogvideox, tmp_path, change, message):
+    pipe, folder = cogvideox
+    file = edited(save_lora(pipe, tmp_path / "lora"), change)
+    with pytest.raises(InvalidInputError, match=message):
+        with_loras(resolve_model(folder), [str(file)])
+
+
+def test_a_file_that_changes_after_the_check_is_refused(cogvideox, tmp_path):
+    pipe, folder = cogvideox
+    file = save_lora(pipe, tmp_path / "lora")
+    source = with_loras(resolve_model(folder), [str(file)])
+    edited(file, lambda tensors: tensors.update({name: tensor * 2 for name, tensor in tensors.items()}))
+    with pytest.raises(InvalidInputError, match="has changed since it was checked"):
+        source.load_pipeline()
+
+
+def test_a_relative_path_is_kept_for_workers_in_other_folders(cogvideox, tmp_path, monkeypatch):
+    pipe, folder = cogvideox
+    save_lora(pipe, tmp_path / "lora")
+    monkeypatch.chdir(tmp_path)
+    (lora,) = with_loras(resolve_model(folder), ["lora:0.5"]).loras
+    monkeypatch.chdir("/")
+    assert parse_lora(str(lora)) == lora
+
+
+def test_a_comparison_has_the_adapter_on_both_sides(cogvideox, tmp_path, monkeypatch):
+    from s2q.comparison import pages
+    from s2q.report import compare_page
+
+    monkeypatch.setattr(compare_page, "encode_mp4", lambda frames, fps: b"")
+    monkeypatch.setattr(pages, "write_mp4", lambda path, frames, fps: path.write_bytes(b""))
+    pipe, folder = cogvideox
+    file = save_lora(pipe, tmp_path / "lora")
+    s2q.quantize(folder, recipe="rtn-w8a8", out=tmp_path / "adapted", loras=[f"{file}:0.5"])
+    arguments = {"model": folder, "prompts": ["a"], "seeds": [0], "num_inference_steps": 1, "num_frames": 9}
+    arguments |= {"height": 16, "width": 16, "metrics": ["velocity"], "out": tmp_path / "comparison"}
+    with pytest.raises(InvalidInputError, match="was quantized with LoRA"):
+        s2q.compare([str(tmp_path / "adapted")], dry_run=True, **arguments)
+    entries = [str(tmp_path / "adapted"), "rtn-w8a8"]
+    result = s2q.compare(entries, loras=[f"{file}:0.5"], **arguments)
+    errors = [entry["metrics"]["velocity_relative_error"]["mean"] for entry in result["entries"]]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+    assert errors[0] < 0.01
+    assert f"--lora {file}:0.5" in (tmp_path / "comparison/index.html").read_text()

@@ -9,6 +9,7 @@ from s2q.cli import options
 from s2q.common.errors import UsageError
 
 if TYPE_CHECKING:
+    from s2q.models import ModelSource
     from s2q.planning import Plan
 
 
@@ -39,6 +40,7 @@ def plan(
     max_sequence_length: options.TextLength = None,
     dtype: options.DtypeOption = None,
     variant: options.Variant = None,
+    loras: options.Loras = None,
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu, cuda, cuda:N; or h100, 4090, ... for an estimate.", metavar="D")
     ] = "auto",
@@ -100,19 +102,31 @@ def plan(
         "dtype": dtype,
         "variant": variant,
     }
+    source = _with_loras(model, variant, loras) if loras else model
     if recipes:
-        comparison = _compare(model, recipes, arguments)
+        comparison = _compare(source, recipes, arguments)
         output.emit_json(comparison) if as_json else output.show_recipes(comparison)
         return
-    planned = make_plan(model, recipe=recipe, **arguments)
+    planned = make_plan(source, recipe=recipe, **arguments)
     if measure:
-        planned = _measured(planned, model, recipe, arguments, prompts=options.read_prompt_file(prompts))
+        planned = _measured(planned, source, recipe, arguments, prompts=options.read_prompt_file(prompts))
     result = planned.to_dict()
     output.emit_json(result) if as_json else output.show_plan(result)
 
 
+def _with_loras(model: str, variant: str | None, loras: Sequence[str]) -> "ModelSource":
+    """A model with adapters, which change no size, but may not fit or tell of another number of steps."""
+    from s2q.models import resolve_model
+    from s2q.models.lora import with_loras
+    from s2q.models.synthetic import SYNTHETIC_PREFIX
+
+    if model.startswith(SYNTHETIC_PREFIX):
+        raise UsageError("plan: --lora needs the model's files; omit it for synthetic models")
+    return with_loras(resolve_model(model, variant=variant), loras)
+
+
 def _measured(
-    planned: "Plan", model: str, recipe: str, arguments: Mapping[str, Any], *, prompts: Sequence[str] | None
+    planned: "Plan", model: "str | ModelSource", recipe: str, arguments: Mapping[str, Any], *, prompts: Sequence[str] | None
 ) -> "Plan":
     """A plan with the times of a slice of the run."""
     from s2q.cli import console
@@ -134,7 +148,7 @@ def _measured(
         )
 
 
-def _compare(model: str, recipes: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _compare(model: "str | ModelSource", recipes: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
     from s2q.common.records import PLAN_VERSION
     from s2q.planning import compare_recipes
     from s2q.recipes.methods import matching_recipes

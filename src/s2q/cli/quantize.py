@@ -92,11 +92,18 @@ def quantize(
         output.show_plan(result)
     else:
         console.say(f"{out}: {len(result['layers'])} linears, {result['storage']['ratio']:.2f} times smaller")
-        _say_next(model, recipe, out, overrides=overrides, variant=variant, device=result["device"])
+        _say_next(model, recipe, out, overrides=overrides, variant=variant, loras=loras or (), device=result["device"])
 
 
 def _say_next(
-    model: str, recipe: str, out: Path, *, overrides: Sequence[str] | None, variant: str | None, device: str
+    model: str,
+    recipe: str,
+    out: Path,
+    *,
+    overrides: Sequence[str] | None,
+    variant: str | None,
+    loras: Sequence[str],
+    device: str,
 ) -> None:
     """Show the commands that use the checkpoint, and a recipe with less error that costs the same."""
     from s2q.cli import console, output
@@ -106,6 +113,7 @@ def _say_next(
 
     checkpoint, options = shlex.quote(str(out)), "" if variant is None else f" --variant {variant}"
     judged = options if model in EMBEDDED_NAMES else f" --prompts FILE{options}"
+    judged += "".join(f" --lora {shlex.quote(lora)}" for lora in loras)
     console.say(f"next: s2q generate -m {checkpoint} --prompt TEXT -o videos{options}")
     console.say(f"      s2q eval -m {checkpoint} --reference {shlex.quote(model)}{judged} -o eval.json")
     validated, products = load_recipe(recipe, overrides=overrides or ()), device_products(device)

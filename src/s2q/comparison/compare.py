@@ -70,6 +70,7 @@ def compare(
     device: str | torch.device | int = "cpu",
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
+    loras: Sequence[str | Path] = (),
     verify: bool | None = None,
     workers: int | str = AUTO,
     devices: Sequence[str] | None = None,
@@ -88,6 +89,7 @@ def compare(
         peers: Other tools, by their names in `comparison.peers.PEERS`; ["all"] for the installed ones.
         out: Folder to write; a comparison there is resumed, and may get more entries.
         prompts: Prompts to generate; None takes `num_prompts` held-out captions of an embedded model.
+        loras: LoRA adapters to fuse into the reference and what recipes quantize, as of `quantize`.
         workers: Processes; their count, or "auto" for one a device, on a CPU one a core.
         overrides: Changes to the recipes; those to `calibration` and `distillation` are made where they apply.
         resume: Whether to resume the comparison in `out`; False replaces it and needs `overwrite`, which allows that.
@@ -128,6 +130,7 @@ def compare(
         ),
         dtype=None if given_dtype is None else arguments.dtype_name(given_dtype),
         variant=optional(arguments.word, "variant", variant),
+        loras=arguments.path_list("loras", loras),
         verify=optional(arguments.flag, "verify", verify),
         workers=where,
         resume=arguments.flag("resume", resume),
@@ -188,7 +191,7 @@ def _quantize(folder: CompareFolder, setup: Setup, settings: CompareSettings, re
 
         try:
             quantize(
-                setup.plan.model,
+                setup.source,
                 recipe=entry.recipe,
                 out=folder.checkpoint(entry.label),
                 prompts=setup.plan.calibration_prompts if entry.recipe.calibrates else None,
@@ -200,7 +203,6 @@ def _quantize(folder: CompareFolder, setup: Setup, settings: CompareSettings, re
                 engine=workers.engine,
                 ray_address=workers.ray_address,
                 dtype=settings.dtype,
-                variant=settings.variant,
                 resume=settings.resume,
                 overwrite=folder.checkpoint(entry.label).exists(),
             )

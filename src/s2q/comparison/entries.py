@@ -116,6 +116,8 @@ def content_of(source: ModelSource) -> Any:
     Of files, configurations are hashed, and of the weights that are loaded the start of every tensor: what trained a
     model further has changed it, and reading all of it would take minutes.
     """
+    if source.loras:
+        return {"model": content_of(replace(source, loras=())), "loras": [lora.to_dict() for lora in source.loras]}
     if source.hub is not None:
         return source.folder.name if source.variant is None else f"{source.folder.name} {source.variant}"
     manifest = source.folder / MANIFEST

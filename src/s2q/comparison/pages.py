@@ -61,6 +61,7 @@ def command_of(setup: Setup, settings: CompareSettings) -> str:
     for name, value in (given | {"seed": settings.seed or None}).items():
         flag = "steps" if name == "num_inference_steps" else name.replace("_", "-")
         words += [] if value is None else [f"--{flag}", value]
+    words += [word for lora in settings.loras for word in ("--lora", lora)]
     words += [word for override in settings.overrides for word in ("--set", override)]
     if settings.verify is not None:
         words.append("--verify" if settings.verify else "--no-verify")

@@ -20,11 +20,12 @@ from s2q.evaluation.summary import versions
 from s2q.evaluation.video_metrics import selected_metrics
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.generate import batch_size_for, settings_for
-from s2q.generation.load import check_model, load_pipeline
+from s2q.generation.load import check_model, check_same_loras, load_pipeline
 from s2q.generation.prompts import check_distinct, prompt_record
 from s2q.generation.settings import check_prompts
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.models.architecture import architecture_of, check_comparable, warn_of_scheduler
+from s2q.models.lora import with_loras
 from s2q.models.source import check_full_precision
 from s2q.planning import Plan, check_memory
 from s2q.run.quantize import quantize
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 SHARD_PROMPTS = 8
 """Prompts that are evaluated together; results do not depend on how many workers share the shards."""
 
-_NOT_COMMON = ("entries", "paths", "variant", "verify")
+_NOT_COMMON = ("entries", "paths", "variant", "loras", "verify")
 _PACKAGES = ("s2q", "torch", "diffusers", "transformers")
 
 
@@ -60,6 +61,7 @@ class CompareSettings:
     requested: Mapping[str, Any]
     dtype: str | None
     variant: str | None
+    loras: tuple[str, ...]
     verify: bool | None
     workers: Workers
     resume: bool
@@ -85,7 +87,8 @@ class RunPlan:
         emulated: Dtypes that the device emulates.
         calibration_prompts: None means the model's own.
         entries: What each entry's results depend on, by label.
-        paths: What checkpoints are loaded by, by label; no result depends on it, nor on `variant` and `verify`.
+        paths: What checkpoints are loaded by, by label; no result depends on it, nor on `variant`, `loras`
+            (their contents are in `content`) and `verify`.
     """
 
     model: str
@@ -104,7 +107,12 @@ class RunPlan:
     entries: Mapping[str, Any]
     paths: Mapping[str, str]
     variant: str | None = None
+    loras: tuple[str, ...] = ()
     verify: bool | None = None
+
+    def source(self) -> ModelSource:
+        """Return the full-precision model, with its adapters."""
+        return with_loras(resolve_model(self.model, variant=self.variant), self.loras)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, with its `schema_version`."""
@@ -156,7 +164,7 @@ def set_up(settings: CompareSettings) -> Setup:
         variant=settings.variant,
         verify=settings.verify,
     )
-    source = resolve_model(settings.model, variant=settings.variant)
+    source = with_loras(resolve_model(settings.model, variant=settings.variant), settings.loras)
     check_full_precision(source)
     check_model(source)
     family_of(source.transformer_class)
@@ -165,6 +173,7 @@ def set_up(settings: CompareSettings) -> Setup:
         if entry.source is not None:
             ours = architecture_of(entry.source, label=entry.given)
             check_comparable(ours, reference)
+            check_same_loras(entry.source, source)
             warn_of_scheduler(ours, reference)
     texts = settings.prompts or default_prompts(settings.model, count=settings.num_prompts)
     check_distinct(texts)
@@ -194,6 +203,7 @@ def set_up(settings: CompareSettings) -> Setup:
             entries={entry.label: entry.identity() for entry in entries},
             paths={entry.label: entry.path for entry in entries if entry.path is not None},
             variant=settings.variant,
+            loras=tuple(str(lora) for lora in source.loras),
             verify=settings.verify,
         ),
         source=source,

@@ -23,7 +23,6 @@ from s2q.evaluation.recordings import DISK_SHARE
 from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.video_metrics import VELOCITY
 from s2q.generation.generate import Video
-from s2q.models import resolve_model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -104,7 +103,7 @@ def evaluate_shard(
             tell(None)
 
     run = run_reference(
-        plan.model,
+        plan.source(),
         judges=worker.keep("judges", settings.open_judges),
         prompts=plan.shards()[shard.index],
         seeds=plan.seeds,
@@ -135,7 +134,7 @@ def _opened(
     peer = plan.entries[label].get("peer")
     if peer is None:
         return folder.model_of(plan, label), None
-    source = resolve_model(plan.model, variant=plan.variant)
+    source = plan.source()
     return source, load_with_peer(PEERS[peer["name"]], source, dtype=run.dtype, device=device)
 
 

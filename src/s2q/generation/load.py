@@ -109,12 +109,17 @@ def check_same_loras(model: ModelSource, reference: ModelSource) -> None:
     if not _is_ours(model):
         return
     fused, expected = checkpoint.fused_loras(model.complete_folder()), [lora.to_dict() for lora in reference.loras]
-    if fused != expected:
+    if _effect(fused) != _effect(expected):
         described = [" and ".join(_described(lora) for lora in loras) or "none" for loras in (fused, expected)]
         raise InvalidInputError(
             f"{model.given}: was quantized with LoRA {described[0]}, the reference {reference.given} is loaded with "
             f"{described[1]}; pass the same with --lora"
         )
+
+
+def _effect(loras: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """What adapters do, whatever the names of their files and their order."""
+    return sorted((lora["component"], lora["sha256"], lora["scale"]) for lora in loras)
 
 
 def _described(lora: Mapping[str, Any]) -> str:

@@ -7,11 +7,13 @@ file, in any layout that it knows for the pipeline. Adapters that it would apply
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from s2q.common.components import TRANSFORMERS
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from s2q.models.source import ModelSource
 
 _DEFAULT_FILE = "pytorch_lora_weights.safetensors"
-_FACTOR = re.compile(r"^transformer\.(?P<linear>.+)\.lora_(?P<factor>[AB])\.(?P<kind>weight|bias)$")
+_FACTOR = re.compile(r"^transformer\.(?P<linear>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias)$")
+_USUAL = re.compile(r"\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)\.(.+\.)?(weight|bias)$|\.alpha$")
 _COMPONENT = re.compile(r"(transformer\w*)=(.+)")
 _MAGNITUDES = ("dora_scale", "lora_magnitude_vector")
 _EXPECTED = "expected [transformer_2=]FILE.safetensors[:SCALE]"
@@ -40,6 +43,10 @@ class Lora:
     sha256: str
     scale: float = 1.0
     component: str = TRANSFORMERS[0]
+
+    def __str__(self) -> str:
+        """What `parse_lora` reads, with an absolute path."""
+        return f"{self.component}={self.path}:{self.scale}"
 
     @property
     def label(self) -> str:
@@ -66,7 +73,7 @@ def parse_lora(text: str) -> Lora:
     file, colon, number = given.rpartition(":")
     if colon and not Path(given).exists():
         given, scale = file, _scale(number, text)
-    path = Path(given).expanduser()
+    path = Path(given).expanduser().absolute()  # workers may be in other folders
     path = path / _DEFAULT_FILE if path.is_dir() else path
     if not path.is_file():
         raise InvalidInputError(f"lora {text}: {path} does not exist; {_EXPECTED}, of a file on this machine")
@@ -100,35 +107,59 @@ def with_loras(source: ModelSource, loras: Sequence[str]) -> ModelSource:
 
 
 def fuse_loras(pipe: DiffusionPipeline, loras: Iterable[Lora]) -> None:
-    """Add adapters to the weights of a pipeline's transformers, in the dtype of the weights, one after the other."""
+    """Add adapters to the weights of a pipeline's transformers, in the dtype of the weights, one after the other.
+
+    Raises:
+        InvalidInputError: If a file is not what it was when it was checked, or diffusers cannot fuse it.
+    """
     for index, lora in enumerate(loras):
         name = f"lora_{index}"
         second = {"load_into_transformer_2": True} if lora.component != TRANSFORMERS[0] else {}
-        pipe.load_lora_weights(str(lora.path), adapter_name=name, use_safetensors=True, **second)
-        pipe.fuse_lora(components=[lora.component], lora_scale=lora.scale, adapter_names=[name], safe_fusing=True)
+        if not lora.path.is_file() or sha256_file(lora.path) != lora.sha256:
+            raise InvalidInputError(
+                f"lora {lora.path}: has changed since it was checked; run the command again"
+            )
+        try:
+            pipe.load_lora_weights(str(lora.path), adapter_name=name, use_safetensors=True, **second)
+            pipe.fuse_lora(components=[lora.component], lora_scale=lora.scale, adapter_names=[name], safe_fusing=True)
+        except (KeyError, IndexError, ValueError, RuntimeError) as error:
+            raise InvalidInputError(f"lora {lora.path}: diffusers cannot fuse it ({error})") from error
         pipe.unload_lora_weights()
 
 
 def _check_fits(source: ModelSource, lora: Lora) -> None:
-    """Check that every tensor of an adapter is a factor of a linear of the transformer."""
+    """Check that an adapter is whole, finite, and of linears that the transformer has."""
     if lora.component not in source.transformer_configs:
         raise InvalidInputError(f"lora {lora.path}: {source.given} has no {lora.component}")
-    model = source.meta_transformer(lora.component)
+    model, linears = source.meta_transformer(lora.component), dict[str, dict[str, Tensor]]()
     for name, tensor in _factors(source, lora).items():
         match = _FACTOR.match(name)
         if match is None:
-            raise InvalidInputError(
-                f"lora {lora.path}: its tensor {name} is not part of a transformer's LoRA; fuse it with the tool that "
-                "made it, and quantize the result"
-            )
-        linear = _submodule(model, match["linear"])
-        if linear is None:
-            raise _of_another_model(source, lora, f"{source.given} has no linear {match['linear']}")
-        side = 1 if match["factor"] == "A" else 0
-        expected, got = linear.weight.shape[side], tensor.shape[side if match["kind"] == "weight" else 0]
+            raise _in_part(lora, f"its tensor {name} is not a factor of a linear of a transformer")
+        if not bool(tensor.isfinite().all()):
+            raise InvalidInputError(f"lora {lora.path}: {name} contains NaN or infinite values; download it again")
+        linears.setdefault(match["linear"], {})[match["part"]] = tensor
+    for name, parts in linears.items():
+        _check_linear(source, lora, model, name, parts)
+
+
+def _check_linear(source: ModelSource, lora: Lora, model: nn.Module, name: str, parts: Mapping[str, Tensor]) -> None:
+    """Check the factors A [r, I, ...] and B [O, r, ...] of a linear or convolution, and the bias [O] of B."""
+    module = _submodule(model, name)
+    if module is None:
+        raise _of_another_model(source, lora, f"{source.given} has no linear {name}")
+    if not {"A.weight", "B.weight"} <= parts.keys():
+        raise _in_part(lora, f"{name} has only the factor{'s' * (len(parts) > 1)} {', '.join(sorted(parts))}")
+    down, up = parts["A.weight"], parts["B.weight"]
+    if down.ndim != module.weight.ndim or up.ndim != module.weight.ndim or down.shape[0] != up.shape[1]:
+        raise _in_part(lora, f"the factors of {name} have shapes {list(down.shape)} and {list(up.shape)}")
+    sides = {"input": (module.weight.shape[1], down.shape[1]), "output": (module.weight.shape[0], up.shape[0])}
+    for side, (expected, got) in sides.items():
         if got != expected:
-            of = "output" if side == 0 else "input"
-            raise _of_another_model(source, lora, f"{match['linear']} has {expected} {of} features, not {got}")
+            raise _of_another_model(source, lora, f"{name} has {expected} {side} features, not {got}")
+    bias = parts.get("B.bias")
+    if bias is not None and bias.shape != module.weight.shape[:1]:
+        raise _of_another_model(source, lora, f"{name} has {module.weight.shape[0]} output features, not {len(bias)}")
 
 
 def _factors(source: ModelSource, lora: Lora) -> Mapping[str, Tensor]:
@@ -141,21 +172,49 @@ def _factors(source: ModelSource, lora: Lora) -> Mapping[str, Tensor]:
             f"lora {lora.path}: is a DoRA (has {magnitude}), which diffusers would apply without its magnitudes; fuse "
             "it with the tool that made it, and quantize the result"
         )
+    tensors = load_file(lora.path)
+    convert: Callable[..., dict[str, Tensor]] = pipeline_class.lora_state_dict
     try:
-        factors: Mapping[str, Tensor] = pipeline_class.lora_state_dict(str(lora.path), use_safetensors=True)
-    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        factors, traced = convert(dict(tensors)), convert(_traced(tensors))
+    except (KeyError, IndexError, ValueError, RuntimeError, OSError) as error:
         raise InvalidInputError(
             f"lora {lora.path}: diffusers cannot read it for {pipeline_class.__name__} ({error})"
         ) from error
+    kept = {float(value) for tensor in traced.values() for value in tensor.flatten()[:1]}
+    for index, name in enumerate(_beside_factors(tensors)):
+        if _mark(index) not in kept and bool(tensors[name].any()):
+            raise _in_part(lora, f"diffusers would leave out its tensor {name}")
     return factors
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+def _beside_factors(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that are neither factors nor their alpha: changes of biases and norms, `diff_b` and `diff`."""
+    return [name for name in tensors if not _USUAL.search(name)]
+
+
+def _mark(index: int) -> float:
+    return -1e6 - index  # exact in fp32
+
+
+def _traced(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with a mark in place of the values of each that is no factor, to see whether diffusers keeps it."""
+    marks = enumerate(_beside_factors(tensors))
+    return {**tensors, **{name: torch.full(tensors[name].shape, _mark(index)) for index, name in marks}}
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | None:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         return None
-    return module if isinstance(getattr(module, "weight", None), Tensor) else None
+    return module if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
+
+
+def _in_part(lora: Lora, difference: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"lora {lora.path}: {difference}, so it would be applied in part; fuse it with the tool that made it, and "
+        "quantize the result"
+    )
 
 
 def _of_another_model(source: ModelSource, lora: Lora, difference: str) -> InvalidInputError:
