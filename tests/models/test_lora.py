@@ -157,7 +157,9 @@ def test_adapters_of_other_models_are_refused(cogvideox, tmp_path):
     def rename(tensors):
         tensors["text_encoder.q.lora_A.weight"] = tensors.pop(next(iter(tensors)))
 
-    with pytest.raises(InvalidInputError, match=r"text_encoder\.q\.lora_A\.weight is not a factor of a linear of a transformer"):
+    with pytest.raises(
+        InvalidInputError, match=r"text_encoder\.q\.lora_A\.weight is not a factor of a linear of a transformer"
+    ):
         with_loras(source, [str(edited(file, rename))])
 
 
@@ -328,3 +330,15 @@ def test_a_comparison_has_the_adapter_on_both_sides(cogvideox, tmp_path, monkeyp
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
     assert errors[0] < 0.01
     assert f"--lora {file}:0.5" in (tmp_path / "comparison/index.html").read_text()
+
+
+def test_plan_checks_adapters(cogvideox, tmp_path, capsys):
+    from s2q.cli import run
+
+    pipe, folder = cogvideox
+    file = save_lora(pipe, tmp_path / "lora")
+    assert run(["plan", "-m", str(folder), "-r", "rtn-w8a8", "--lora", str(file)]) == 0
+    assert run(["plan", "-m", str(folder), "-r", "rtn-w8a8", "--lora", str(edited(file, without_a_factor))]) == 3
+    assert "applied in part" in capsys.readouterr().err
+    assert run(["plan", "-m", "synthetic:wan-1.3b", "-r", "rtn-w8a8", "--lora", str(file)]) == 2
+    assert "needs the model's files" in capsys.readouterr().err

@@ -126,7 +126,12 @@ def _with_loras(model: str, variant: str | None, loras: Sequence[str]) -> "Model
 
 
 def _measured(
-    planned: "Plan", model: "str | ModelSource", recipe: str, arguments: Mapping[str, Any], *, prompts: Sequence[str] | None
+    planned: "Plan",
+    model: "str | ModelSource",
+    recipe: str,
+    arguments: Mapping[str, Any],
+    *,
+    prompts: Sequence[str] | None,
 ) -> "Plan":
     """A plan with the times of a slice of the run."""
     from s2q.cli import console

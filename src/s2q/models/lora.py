@@ -116,9 +116,7 @@ def fuse_loras(pipe: DiffusionPipeline, loras: Iterable[Lora]) -> None:
         name = f"lora_{index}"
         second = {"load_into_transformer_2": True} if lora.component != TRANSFORMERS[0] else {}
         if not lora.path.is_file() or sha256_file(lora.path) != lora.sha256:
-            raise InvalidInputError(
-                f"lora {lora.path}: has changed since it was checked; run the command again"
-            )
+            raise InvalidInputError(f"lora {lora.path}: has changed since it was checked; run the command again")
         try:
             pipe.load_lora_weights(str(lora.path), adapter_name=name, use_safetensors=True, **second)
             pipe.fuse_lora(components=[lora.component], lora_scale=lora.scale, adapter_names=[name], safe_fusing=True)
