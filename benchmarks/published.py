@@ -9,6 +9,7 @@ from markdown_tables import table_head, table_row
 
 from s2q.core.packing import packed_width
 from s2q.evaluation.paper import paper_tables
+from s2q.models import FAMILIES
 from s2q.models.synthetic import synthetic_model
 from s2q.planning import plan
 from s2q.planning.cost import DEFAULT_MEMORY_BUDGET
@@ -17,6 +18,7 @@ from s2q.planning.resolve import recipe_linears, resolve
 from s2q.recipes.load import load_recipe
 
 GIB = 2**30
+SIZES = ("num_frames", "height", "width")
 PLUS = "s2q-plus-w4a6"
 TIMED = ("h100", "a100", "4090")
 GPUS = (24 * 10**9, 80 * 10**9)
@@ -178,7 +180,7 @@ def calls_table(_: str) -> str:
     lines = table_head("model", head)
     for entry in published_models().values():
         call = entry["call"]
-        sizes = [str(call[key]) for key in ("num_frames", "height", "width") if key in call]
+        sizes = [str(call[key]) for key in SIZES if key in call]
         cells = [f"`{entry['pipeline']}`", entry["dtype"], " × ".join(sizes) or "default"]
         cells += [str(call["num_inference_steps"]), str(call["guidance_scale"]), str(entry["fps"])]
         lines.append(table_row(entry["title"], cells))
@@ -189,18 +191,30 @@ def commands_of(name: str) -> str:
     """Return the commands that plan, quantize and evaluate a model of `published.yaml`."""
     entry = published_models()[name]
     out = f"{name}-w4a6"
-    sizes = {key: entry["call"][key] for key in ("num_frames", "height", "width") if key in entry["call"]}
-    smaller = "".join(f" --set calibration.{key}={size}" for key, size in sizes.items())
-    same = "".join(f" --{key.replace('_', '-')} {size}" for key, size in sizes.items())
+    same = "".join(f" --{key.replace('_', '-')} {entry['call'][key]}" for key in SIZES if key in entry["call"])
+    settings = generation_options(name)
     where = f"--device cuda --dtype {entry['dtype']}"
-    planned = "" if entry["synthetic"] is None else f"s2q plan -m synthetic:{entry['synthetic']} -r s2q-w4a6\n"
+    planned = (
+        "" if entry["synthetic"] is None else f"s2q plan -m synthetic:{entry['synthetic']} -r s2q-w4a6{settings}\n"
+    )
     judging = f"s2q eval -m {out} --reference {entry['hub']} --prompts judged.txt --seeds 1"
     shell = [
-        f"{planned}s2q plan -m {entry['hub']} -r s2q-w4a6 --dtype {entry['dtype']}",
-        _broken(f"s2q quantize -m {entry['hub']} -r s2q-w4a6 -o {out} --prompts calibration.txt", smaller, where),
+        f"{planned}s2q plan -m {entry['hub']} -r s2q-w4a6 --dtype {entry['dtype']}{settings}",
+        _broken(
+            f"s2q quantize -m {entry['hub']} -r s2q-w4a6 -o {out} --prompts calibration.txt", same + settings, where
+        ),
         _broken(judging, same, f"{where} -o {name}-eval.json"),
     ]
     return "\n".join(["```", *shell, "```"])
+
+
+def generation_options(name: str) -> str:
+    """Return the options of a command for steps and guidance of a model, where they differ from its family's."""
+    entry = published_models()[name]
+    (family,) = (family for family in FAMILIES.values() if family.pipeline_class == entry["pipeline"])
+    options = {"num_inference_steps": "--steps", "guidance_scale": "--guidance-scale"}
+    call = entry["call"]
+    return "".join(f" {option} {call[key]:g}" for key, option in options.items() if call[key] != family.defaults[key])
 
 
 def _broken(*parts: str) -> str:

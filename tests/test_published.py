@@ -12,6 +12,7 @@ from reproduce.command import arguments_of
 
 import s2q
 from s2q.cli.app import app
+from s2q.models import FAMILIES
 from s2q.models.synthetic import synthetic_names
 from s2q.recipes.load import load_recipe
 from tiny import tiny_pipeline, video_size
@@ -47,6 +48,19 @@ def test_every_command_is_understood():
         assert load_recipe(one["recipe"], overrides=one["overrides"] or ()).name == "s2q-w4a6"
     assert [one["reference"] for one in judged] == [one["model"] for one in quantized]
     assert [one["model"] for one in judged] == [str(one["out"]) for one in quantized]
+
+
+def test_models_are_calibrated_with_the_settings_that_they_are_called_with():
+    typed = [words[2:] for words in commands("s2q") if words[1] == "quantize"]
+    entries = {entry["hub"]: entry for entry in published_models().values()}
+    assert len(typed) == len(entries)
+    for words in typed:
+        given = typer.main.get_command(app).commands["quantize"].make_context("quantize", words).params
+        entry = entries[given["model"]]
+        (family,) = (family for family in FAMILIES.values() if family.pipeline_class == entry["pipeline"])
+        for name, value in entry["call"].items():
+            option = given["steps" if name == "num_inference_steps" else name]
+            assert (family.defaults[name] if option is None else option) == value, (entry["title"], name)
 
 
 def test_the_commands_of_the_papers_tables_are_understood():

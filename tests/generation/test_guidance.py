@@ -108,6 +108,7 @@ def test_the_second_transformer_has_a_weight_of_its_own(called):
     [
         ("wan", {"guidance_scale_2": 2.0}, "denoises with one transformer here; remove it"),
         ("cogvideox", {"guidance_scale_2": 2.0}, "denoises with one transformer here; remove it"),
+        ("wan", {"guidance_scale": 1.0, "guidance_scale_2": 1.0}, "denoises with one transformer here; remove it"),
         ("wan 2.2 a14b", {"guidance_scale": 1.0, "guidance_scale_2": 2.0}, "=1 runs without guidance; use a weight"),
         ("wan", {"guidance_scale": 1.0, "negative_prompt": "ugly"}, "negative_prompt.*=1 runs without guidance"),
         ("hunyuanvideo 1.5", {"guidance_scale": 0.5, "negative_prompt": "a"}, "=0.5 runs without guidance"),
@@ -126,6 +127,12 @@ def test_what_the_pipeline_cannot_run_is_refused(name, asked, message):
     pipe = tiny_pipeline(name)
     with pytest.raises(InvalidInputError, match=message):
         resolve_settings(pipe, requested=video_size(pipe) | asked)
+
+
+def test_a_pair_of_transformers_runs_without_guidance_by_two_weights_of_1():
+    pipe = tiny_pipeline("wan 2.2 a14b")
+    settings = resolve_settings(pipe, requested=video_size(pipe) | {"guidance_scale": 1, "guidance_scale_2": 1})
+    assert (settings.guidance_scale, settings.guidance_scale_2) == (1.0, None)
 
 
 def test_guidance_for_a_model_without_is_refused_and_its_recommendation_dropped():

@@ -1,12 +1,15 @@
 import pytest
 import torch
+from diffusers.schedulers import scheduling_flow_match_lcm as lcm
 
 from s2q.common.errors import InvalidInputError
 from s2q.generation.denoise import denoise
 from s2q.generation.schedulers import DIFFUSION, FLOW, described, distilled_name, scheduler_of
 from s2q.generation.settings import resolve_settings
 from s2q.generation.trajectory import record_trajectory
+from s2q.models import family_of
 from tiny import tiny_pipeline, video_size
+from tiny_families import TEXT_TO_VIDEO
 
 STEPS = 4
 
@@ -26,12 +29,58 @@ def test_each_listed_scheduler_calls_the_transformer_once_a_step_and_depends_on_
     assert torch.equal(first.latents, second.latents)
 
 
-def test_noise_of_a_video_does_not_depend_on_its_batch():
-    pipe = tiny_pipeline("wan")
-    settings = settings_of(pipe, scheduler="FlowMatchLCMScheduler", guidance_scale=1)
+@pytest.mark.parametrize("name", TEXT_TO_VIDEO)
+def test_noise_of_a_video_does_not_depend_on_its_batch(name):
+    pipe = tiny_pipeline(name, num_layers=1)
+    if not family_of(pipe.transformer).takes_batches:
+        pytest.skip("takes one prompt")
+    drawing = "CogVideoXDPMScheduler" if family_of(pipe.transformer).name == "cogvideox" else "FlowMatchLCMScheduler"
+    settings = settings_of(pipe, scheduler=drawing, guidance_scale=1, num_inference_steps=2)
     both = denoise(pipe, ["red", "blue"], seeds=[0, 1], settings=settings, decode=False)
     alone = denoise(pipe, ["blue"], seeds=[1], settings=settings, decode=False)
     torch.testing.assert_close(both.latents[1:], alone.latents, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(both.latents[:1], alone.latents, atol=0.1)
+
+
+def drawn_noises(pipe, settings, seeds, monkeypatch):
+    """The noises that the scheduler of a pipeline and its copy for the sound draw, in the order of the draws."""
+    noises, draw = [], lcm.randn_tensor
+
+    def remember(*args, **kwargs):
+        noises.append(draw(*args, **kwargs))
+        return noises[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lcm, "randn_tensor", remember)
+        denoise(pipe, ["red"] * len(seeds), seeds=seeds, settings=settings, decode=False)
+    return noises
+
+
+def test_noise_of_the_sound_is_another_than_that_of_the_video_and_does_not_depend_on_its_batch(monkeypatch):
+    pipe = tiny_pipeline("ltx-2", num_layers=1)
+    settings = settings_of(pipe, scheduler="FlowMatchLCMScheduler", guidance_scale=1, num_inference_steps=3)
+    noises = drawn_noises(pipe, settings, [0, 1], monkeypatch)
+    alone = drawn_noises(pipe, settings, [1], monkeypatch)
+    assert len(noises) == len(alone) == 6  # of video and sound, in each step
+    for both, second in zip(noises, alone, strict=True):
+        assert torch.equal(both[1:], second)
+    videos = torch.cat([noise[0].flatten() for noise in noises[::2]])
+    sounds = torch.cat([noise[0].flatten() for noise in noises[1::2]])
+    assert not torch.isin(sounds, videos).any()
+    assert len({noise[0].flatten()[0].item() for noise in noises}) == 6
+
+
+def test_a_step_that_the_user_set_on_the_scheduler_runs_and_is_kept():
+    pipe, calls = tiny_pipeline("wan", num_layers=1), []
+
+    def step(*args, **kwargs):
+        calls.append(kwargs)
+        return type(pipe.scheduler).step(pipe.scheduler, *args, **kwargs)
+
+    pipe.scheduler.step = step
+    denoise(pipe, ["red"], seeds=[0], settings=settings_of(pipe, guidance_scale=1), decode=False)
+    assert len(calls) == STEPS
+    assert vars(pipe.scheduler)["step"] is step
 
 
 def test_another_class_keeps_the_shift_of_the_model_and_takes_the_one_asked_for():

@@ -11,10 +11,14 @@ from reliability import record
 from s2q.checkpoint import load_pipeline
 from s2q.common.devices import resident_bytes
 from s2q.common.errors import InvalidInputError
+from s2q.generation.denoise import denoise
 from s2q.generation.exclusive import exclusive
 from s2q.generation.generate import generate
+from s2q.generation.settings import resolve_settings
 from s2q.nn import set_backend
+from s2q.planning.workload import workload_of
 from s2q.run.quantize import quantize
+from s2q.selection.options import Calibration
 from states import STATES
 from tiny import tiny_pipeline, video_size
 from tiny_families import FAMILIES
@@ -144,6 +148,27 @@ def test_components_of_every_family_are_locked(name):
         free.join()
     thread.join(10)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("asked", [{"guidance_scale": 1.0}, {"scheduler": "FlowMatchLCMScheduler", "shift": 3.0}])
+def test_defaults_are_those_of_the_pipeline_while_another_thread_generates(asked):
+    pipe = tiny_pipeline("hunyuanvideo 1.5", num_layers=1)
+    group, resolved = Calibration(**video_size(pipe), steps=2), []
+    expected = workload_of(pipe, group, recommended={}, component_bytes=0)
+    other = threading.Thread(
+        target=lambda: resolved.append(workload_of(pipe, group, recommended={}, component_bytes=0))
+    )
+
+    def step_done():
+        if other.ident is None:
+            other.start()
+        other.join(0.1)
+
+    settings = resolve_settings(pipe, requested=asked | {"num_inference_steps": 2} | video_size(pipe))
+    denoise(pipe, ["a"], seeds=[0], settings=settings, decode=False, step_done=step_done)
+    other.join(10)
+    assert resolved == [expected]
+    assert expected.generation["guidance_scale"] == pipe.guider.guidance_scale > 1
 
 
 def test_a_request_that_fails_leaves_the_pipeline_to_others(pipe):

@@ -7,9 +7,10 @@ import pytest
 from diffusers import CogVideoXPipeline
 
 from s2q.common.errors import InvalidInputError
+from s2q.models.synthetic import synthetic_model
 from s2q.planning import plan
 from s2q.planning.cost import Workload
-from s2q.planning.workload import calibration_settings, warn_of_guidance, workload_of
+from s2q.planning.workload import calibration_settings, warn_of_guidance, workload_of, workload_of_synthetic
 from s2q.selection.options import Calibration
 from tiny import tiny_pipeline, video_size
 from tiny_families import TEXT_TO_VIDEO
@@ -135,3 +136,11 @@ def test_max_tokens_of_published_dimensions():
     assert planned.calibration.tokens == 5 * 3600
     with pytest.raises(InvalidInputError, match="two frames of .* have 7200 tokens"):
         plan("synthetic:hunyuanvideo", recipe="s2q-w4a6", overrides=["calibration.max_tokens=7199"])
+
+
+def test_max_tokens_of_published_dimensions_shorten_the_sound():
+    model = synthetic_model("synthetic:ltx-2")
+    assert workload_of_synthetic(model, Calibration(max_tokens=16 * 384)).audio_tokens == 126
+    shorter = workload_of_synthetic(model, Calibration(max_tokens=4 * 384))
+    assert (shorter.frames, shorter.audio_tokens) == (4, round(25 / 24 * 25))  # 25 frames, 25 tokens a second
+    assert workload_of_synthetic(synthetic_model("synthetic:wan-1.3b"), Calibration()).audio_tokens == 0

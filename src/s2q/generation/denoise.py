@@ -2,7 +2,8 @@
 
 Each video has a `torch.Generator` of its own, seeded with the video's seed. Its first draw is the initial noise, always
 in float32 on the CPU and cast afterwards: the same noise in every compute dtype and on every device. A float32 pipeline
-called by hand with `generator=torch.Generator().manual_seed(seed)` starts from the same noise.
+called by hand with `generator=torch.Generator().manual_seed(seed)` starts from the same noise. A scheduler that a
+pipeline copies, as LTX-2's does for the sound, has generators of its own.
 
 Legend: `B` videos in the batch, `f` latent frames, `C` latent channels, `h`, `w` latent height and width, `F` frames.
 """
@@ -22,6 +23,7 @@ from s2q.common.devices import overflow_remedy
 from s2q.common.errors import S2QError
 from s2q.common.hooks import first_not_finite
 from s2q.common.progress import Tick
+from s2q.common.seeds import derive_seed
 from s2q.generation.exclusive import exclusive
 from s2q.generation.prompts import Prompt
 from s2q.generation.schedulers import scheduler_of
@@ -193,10 +195,21 @@ def _set_scheduler(
         stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
         pipe.scheduler = scheduler
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    drawn = {"generator": list(generators)} if takes_generator else {}
-    stack.callback(delattr, scheduler, "step")
+    drawn = {"generator": _Generators(generators)} if takes_generator else {}
+    if "step" in vars(scheduler):  # set by the user
+        stack.callback(setattr, scheduler, "step", scheduler.step)
+    else:
+        stack.callback(delattr, scheduler, "step")
     scheduler.step = functools.partial(scheduler.step, **drawn)
     return scheduler
+
+
+class _Generators(list[torch.Generator]):
+    """The generators of the videos of a batch; a copy of them draws other noise, which depends on each seed alone."""
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "_Generators":
+        seeds = (derive_seed(generator.initial_seed(), "copied scheduler") for generator in self)
+        return _Generators(torch.Generator("cpu").manual_seed(seed) for seed in seeds)
 
 
 def _to_uint8(frames: torch.Tensor) -> torch.Tensor:

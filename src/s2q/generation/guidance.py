@@ -25,10 +25,10 @@ def branches_of(pipe: Any, settings: GenerationSettings) -> int:
 
 
 def with_usable_guidance(pipe: Any, settings: GenerationSettings, *, requested: Collection[str]) -> GenerationSettings:
-    """Return settings without the recommendations for a guidance that the pipeline does not run.
+    """Return settings without those for a guidance that the pipeline does not run.
 
     Raises:
-        InvalidInputError: If one of these was requested, by its name.
+        InvalidInputError: If one of these was requested, by its name; a second weight of at most 1 runs without too.
     """
     if settings.guidance_scale > 1 and not _has_guidance(pipe):
         if "guidance_scale" in requested:
@@ -41,7 +41,7 @@ def with_usable_guidance(pipe: Any, settings: GenerationSettings, *, requested: 
         value = getattr(settings, name)
         obstacle = None if value is None else guidance_obstacle(pipe, settings, name)
         if obstacle is not None:
-            if name in requested:
+            if name in requested and not _runs_without(pipe, settings, name):
                 raise InvalidInputError(f"{name}: got {short_repr(value)}; {obstacle}")
             settings = replace(settings, **{name: None})
     return settings
@@ -53,6 +53,13 @@ def _has_guidance(pipe: Any) -> bool:
         return True
     embeds = family.guidance != "embedded" or bool(getattr(pipe.transformer.config, "guidance_embeds", False))
     return embeds and "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+
+
+def _runs_without(pipe: Any, settings: GenerationSettings, name: str) -> bool:
+    """Whether a setting is the weight of a second transformer that, like the first, runs without guidance."""
+    second = settings.guidance_scale_2 if name == "guidance_scale_2" else None
+    is_second = second is not None and pipe.config.get("boundary_ratio") is not None
+    return is_second and max(settings.guidance_scale, second) <= 1
 
 
 def guidance_obstacle(pipe: Any, settings: GenerationSettings, name: str) -> str | None:

@@ -72,15 +72,16 @@ def resolve_settings(
     A value comes from `requested`, else from `defaults` (what the model's makers recommend), else from the
     configuration of the transformer (sizes) and the pipeline's guider (guidance), else from the family's published
     models. `None` counts as absent. Values are by field name of `GenerationSettings`. Recommendations for a guidance
-    that does not run are dropped.
+    that does not run are dropped. Waits while another thread generates, which changes guider and scheduler meanwhile.
     """
-    values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe) | _guider_defaults(pipe)
-    asked = _checked(requested or {})
-    settings = GenerationSettings(**_checked(values | _checked(defaults or {}) | asked))
-    settings = with_usable_guidance(pipe, settings, requested=asked)
-    _check_steps(pipe, settings)
-    _check_video(pipe, settings)
-    _check_text(pipe, settings)
+    asked, recommended = _checked(requested or {}), _checked(defaults or {})
+    with exclusive(pipe):
+        values = dict(family_of(pipe.transformer).defaults) | _size_defaults(pipe) | _guider_defaults(pipe)
+        settings = GenerationSettings(**_checked(values | recommended | asked))
+        settings = with_usable_guidance(pipe, settings, requested=asked)
+        _check_steps(pipe, settings)
+        _check_video(pipe, settings)
+        _check_text(pipe, settings)
     return settings
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from s2q.common.components import TRANSFORMERS, transformers_of
 from s2q.common.errors import InvalidInputError
+from s2q.generation.exclusive import exclusive
 from s2q.generation.schedulers import scheduler_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def steps_of_transformers(pipe: Any, settings: GenerationSettings) -> dict[str, 
     num_inference_steps = settings.num_inference_steps
     below, boundary = 0, pipe.config.get("boundary_ratio")
     if boundary is not None:
-        scheduler = copy.deepcopy(scheduler_of(pipe, settings))
+        with exclusive(pipe):
+            scheduler = copy.deepcopy(scheduler_of(pipe, settings))
         scheduler.set_timesteps(num_inference_steps)
         below = int((scheduler.timesteps < boundary * scheduler.config.num_train_timesteps).sum())
     present = transformers_of(pipe)

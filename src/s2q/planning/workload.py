@@ -10,6 +10,7 @@ from torch import nn
 from s2q.common.components import transformers_of
 from s2q.common.errors import InvalidInputError
 from s2q.generation.defaults import generation_defaults
+from s2q.generation.exclusive import exclusive
 from s2q.generation.guidance import branches_of
 from s2q.generation.schedulers import described, distilled_name, scheduler_of
 from s2q.generation.settings import (
@@ -45,7 +46,9 @@ def workload_of(
     """Return what calibration computes on; None for a pipeline that it does not run."""
     if not takes_prompts_alone(pipe):
         return None
-    settings = calibration_settings(pipe, group, recommended=recommended)
+    with exclusive(pipe):
+        settings = calibration_settings(pipe, group, recommended=recommended)
+        scheduler = described(scheduler_of(pipe, settings))
     branches = branches_of(pipe, settings)
     return Workload(
         tokens=video_tokens(pipe, settings),
@@ -56,7 +59,7 @@ def workload_of(
         rows=branches if family_of(pipe.transformer).guidance == "batched" else 1,
         component_bytes=component_bytes,
         steps=settings.num_inference_steps,
-        generation=settings.to_dict() | described(scheduler_of(pipe, settings)),
+        generation=settings.to_dict() | scheduler,
     )
 
 
@@ -120,10 +123,19 @@ def workload_of_synthetic(model: SyntheticModel, group: Calibration) -> Workload
         tokens=frames * of_frame,
         frames=frames,
         text_tokens=model.text_tokens,
-        audio_tokens=model.audio_tokens,
+        audio_tokens=_audio_tokens_of(model, frames),
         branches=model.batch * model.calls if guided else 1,
         rows=model.batch if guided else 1,
         component_bytes=None,
         steps=int(settings["num_inference_steps"]),
         generation=settings,
     )
+
+
+def _audio_tokens_of(model: SyntheticModel, frames: int) -> int:
+    """Tokens of the sound of a video with so many tokens along time; the first of these is one frame."""
+    if not model.audio_tokens:
+        return 0
+    recommended = model.family.defaults["num_frames"]
+    stride = (recommended - 1) / (model.frames - 1)
+    return round(model.audio_tokens * (1 + stride * (frames - 1)) / recommended)
