@@ -41,11 +41,11 @@ def devices_table(recipe: str) -> str:
     for architecture, cards in CARDS.items():
         products = device_products("cuda", capability=divmod(architecture, 10))
         assert products is not None
-        assert products.integer, architecture
         units = (
             "int4, no kernel" if architecture in UNUSED_INT4 else "NVFP4 (`--backend fp4`)" if products.fp4 else "none"
         )
-        lines.append(table_row(cards, ["int8", "int8", units, "not measured"]))
+        narrow, wide = ("int8" if width in products.integer else "fp32" for width in ("w4a8", "w8a8"))
+        lines.append(table_row(cards, [narrow, wide, units, "not measured"]))
     return "\n".join([*lines, "", "Speed: range over layer shapes, over the faster of bf16 and fp32, one thread."])
 
 

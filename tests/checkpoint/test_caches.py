@@ -114,10 +114,9 @@ def test_caches_run_with_quantized_attention_and_differences(tmp_path, cache):
 
 def test_a_cache_that_is_switched_off_leaves_nothing_behind(weight_only):
     pipe = s2q.load(weight_only("wan"), dtype="float32")
-    before, calls = run(pipe, None)
-    pipe.transformer.enable_cache(CACHES[FIRST_BLOCK](pipe))
-    generate(pipe, prompts=["a cat"], num_inference_steps=STEPS, **video_size(pipe))
+    before, calls = run(s2q.load(weight_only("wan"), dtype="float32"), None)
+    _, cached = run(pipe, FIRST_BLOCK)
+    assert cached < calls
     pipe.transformer.disable_cache()
-    after, _ = run(pipe, None)
-    assert torch.equal(after, before)
-    assert calls > 0
+    (after,) = generate(pipe, prompts=["a cat"], num_inference_steps=STEPS, **video_size(pipe))
+    assert torch.equal(after.latents, before)

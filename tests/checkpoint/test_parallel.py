@@ -20,8 +20,12 @@ SIZE = {"num_frames": 5, "height": 16, "width": 16}
 
 
 def latents(pipe):
-    (video,) = generate(pipe, prompts=["a cat"], num_inference_steps=2, **SIZE)
-    return video.latents
+    """Return the latents of a video, and how many tokens a block saw."""
+    tokens = []
+    queries = pipe.transformer.blocks[0].attn1.to_q
+    with queries.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1])):
+        (video,) = generate(pipe, prompts=["a cat"], num_inference_steps=2, **SIZE)
+    return video.latents, tokens[0]
 
 
 def generate_a_part(rank, checkpoint, rendezvous, result):
@@ -39,20 +43,22 @@ def generate_a_part(rank, checkpoint, rendezvous, result):
 def test_two_processes_share_the_tokens_of_a_video(tmp_path):
     pipe = tiny_pipeline(FAMILY)
     s2q.quantize(pipe, recipe="rtn-w4a8", out=tmp_path / "checkpoint", overrides=["attention.num_bits=8"])
-    expected = latents(s2q.load(tmp_path / "checkpoint", dtype="float32"))
+    expected, tokens = latents(s2q.load(tmp_path / "checkpoint", dtype="float32"))
     arguments = (tmp_path / "checkpoint", tmp_path / "rendezvous", tmp_path / "latents")
     torch.multiprocessing.spawn(generate_a_part, args=arguments, nprocs=PROCESSES)
     for rank in range(PROCESSES):
-        torch.testing.assert_close(torch.load(f"{tmp_path / 'latents'}-{rank}"), expected, rtol=1e-4, atol=1e-5)
+        result, part = torch.load(f"{tmp_path / 'latents'}-{rank}")
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+        assert part == tokens // PROCESSES
 
 
 def test_linears_that_depend_on_positions_refuse_a_part_of_the_tokens(tmp_path):
     pipe = tiny_pipeline(FAMILY)
     s2q.quantize(pipe, recipe="rtn-w4a8", out=tmp_path / "checkpoint", overrides=["activations.delta.cube=[2,2,2]"])
     loaded = s2q.load(tmp_path / "checkpoint", dtype="float32")
-    before = latents(loaded)
+    before, _ = latents(loaded)
     loaded.transformer._parallel_config = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
     with pytest.raises(UsageError, match=r"which context parallelism divides .*activations\.delta=null"):
         latents(loaded)
     loaded.transformer._parallel_config = None
-    assert torch.equal(latents(loaded), before)
+    assert torch.equal(latents(loaded)[0], before)

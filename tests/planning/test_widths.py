@@ -68,6 +68,35 @@ def test_linears_without_a_product_are_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("recipe", "same_cost", "recommended"),
+    [
+        ("s2q-w4a6", "s2q-w4a8", RECOMMENDED),
+        ("rtn-w4a6", "rtn-w4a8", RECOMMENDED),
+        ("rtn-w4a8", None, RECOMMENDED),
+        (WITHOUT_CALIBRATION, None, RECOMMENDED),  # its levels are of 8 bits
+        (RECOMMENDED, None, None),
+    ],
+)
+def test_a_cpu_is_recommended_what_it_multiplies(recipe, same_cost, recommended, monkeypatch):
+    widths = planned_widths(load_recipe(recipe), cpu_with({"avx2"}, monkeypatch))
+    assert (widths.same_cost, widths.recommended) == (same_cost, recommended)
+
+
+GROUPS = "weights={num_bits: 4, granularity: per_group, group_size: 32}"
+
+
+def test_products_of_groups_of_weights_are_not_fast(monkeypatch):
+    for products in (cpu_with({"avx2"}, monkeypatch), device_products("cuda", capability=(9, 0))):
+        widths = planned_widths(load_recipe("rtn-w4a6", overrides=[GROUPS]), products)
+        assert (widths.native, widths.same_cost) == (False, None)
+    assert on_gpu("table-w4a8").native, "its groups are in the levels"
+
+
+def test_a_changed_recipe_is_told_the_setting_and_no_other_recipe():
+    assert on_gpu("s2q-w4a6", "rounding.allow_fallback=false").same_cost == "activations.num_bits=8"
+
+
+@pytest.mark.parametrize(
     ("capability", "integer", "fp4"),
     [
         ((0, 0), (), False),  # ROCm

@@ -82,7 +82,7 @@ def widths_line(device: str, recipe: str, widths: Mapping[str, Any]) -> str:
     if products["fp4"]:
         parts.append("NVFP4 has products of its own (--backend fp4)")
     if widths["native"] is False:
-        parts.append(f"the linears of {recipe} have none and run in floating point")
+        parts.append(f"the linears of {recipe} have no fast product")
     if (same := widths["same_cost"]) is not None:
         parts.append(same_cost_line(same, recipe))
     if (recommended := widths["recommended"]) not in (None, same):
@@ -92,7 +92,7 @@ def widths_line(device: str, recipe: str, widths: Mapping[str, Any]) -> str:
 
 def same_cost_line(same: str, recipe: str) -> str:
     """Return a line on a recipe or setting with wider inputs, which cost nothing."""
-    return f"{same} has the same bytes and products as {recipe}, and less error"
+    return f"{same} has the same bytes and products as {recipe}, with 8-bit inputs"
 
 
 def show_recipes(comparison: Mapping[str, Any]) -> None:

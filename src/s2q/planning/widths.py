@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from s2q.common.processor import instruction_set
-from s2q.core.schemes import NVFP4, LinearScheme
+from s2q.core.schemes import NVFP4, LinearScheme, PerGroup
 from s2q.ops.architectures import nearest_architecture
 from s2q.ops.dispatch import FP4_CAPABILITY, MIN_CAPABILITY
 from s2q.ops.int_matmul.cpu import is_fast
+from s2q.recipes.load import load_recipe
 from s2q.recipes.methods import is_for_export, recipe_names
 from s2q.recipes.schema import Recipe
 
@@ -24,7 +25,7 @@ WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a6": (4, 6), "w4a4": (4, 4)}
 RECOMMENDED, WITHOUT_CALIBRATION = "s2q-plus-w4a8", "table-w4a8"
 """Recipes of 4-bit weights to take where nothing speaks for another; the second needs no samples."""
 
-_WIDEST, _TENSOR_CORES = 8, "int8 tensor cores"
+_WIDEST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +36,23 @@ class DeviceProducts:
         unit: What multiplies integers: "AVX-512 VNNI", "int8 tensor cores".
         integer: Widths with integer products; empty if there are none.
         fp4: Whether NVFP4 weights and inputs have products of 4-bit floating point (backend "fp4").
+        is_gpu: Whether its products are those of the GPU kernels, the same for all widths.
     """
 
     unit: str
     integer: tuple[str, ...]
     fp4: bool = False
+    is_gpu: bool = False
 
     def multiplies(self, scheme: LinearScheme) -> bool:
-        """Tell whether linears of a scheme with quantized inputs have any of these products."""
-        assert scheme.activation is not None
+        """Tell whether linears of a scheme have one of these products; a product of each group of weights is none."""
+        if scheme.activation is None:
+            return False
         if scheme.simulated:
             return self.fp4 and _is_fp4(scheme)
-        if self.unit == _TENSOR_CORES:
+        if isinstance(scheme.weight.granularity, PerGroup) and not scheme.weight.has_table:
+            return False
+        if self.is_gpu:
             return bool(self.integer)
         return is_fast(x_bits=scheme.activation.widest, w_bits=scheme.weight.product_bits)
 
@@ -76,7 +82,7 @@ def planned_widths(recipe: Recipe, products: DeviceProducts) -> PlannedWidths:
     if products.integer and not for_export and not (native and _is_fp4(scheme)):
         wide = _with_8_bits(scheme) if native else None
         same_cost = _name(recipe) if wide is not None and products.multiplies(wide) else None
-        recommended = _recommended(recipe)
+        recommended = _recommended(recipe, products)
     return PlannedWidths(products=products, native=native, same_cost=same_cost, recommended=recommended)
 
 
@@ -95,7 +101,7 @@ def device_products(device: str, *, capability: tuple[int, int] | None = None) -
         return None
     has_kernels = capability >= MIN_CAPABILITY and nearest_architecture(capability) is not None
     widths = tuple(WIDTHS) if has_kernels else ()
-    return DeviceProducts(unit=_TENSOR_CORES, integer=widths, fp4=capability >= FP4_CAPABILITY)
+    return DeviceProducts(unit="int8 tensor cores", integer=widths, fp4=capability >= FP4_CAPABILITY, is_gpu=True)
 
 
 def _capability(device: str) -> tuple[int, int] | None:
@@ -118,11 +124,15 @@ def _with_8_bits(scheme: LinearScheme) -> LinearScheme | None:
 def _name(recipe: Recipe) -> str:
     """The recipe of the same method with inputs of 8 bits, or what to set."""
     name = f"{recipe.name.rpartition('-')[0]}-w{recipe.weights.num_bits}a{_WIDEST}"
-    return name if {recipe.name, name} <= set(recipe_names()) else f"activations.num_bits={_WIDEST}"
+    if {recipe.name, name} <= set(recipe_names()) and load_recipe(recipe.name) == recipe:
+        return name
+    return f"activations.num_bits={_WIDEST}"
 
 
-def _recommended(recipe: Recipe) -> str | None:
-    """The recommended recipe of 4-bit weights; none instead of wider weights."""
-    name = RECOMMENDED if recipe.calibrates else WITHOUT_CALIBRATION
-    wider = recipe.weights.num_bits > WIDTHS["w4a8"][0]
-    return None if wider or recipe.name == name else name
+def _recommended(recipe: Recipe, products: DeviceProducts) -> str | None:
+    """The recommended recipe of 4-bit weights that the device multiplies; none instead of wider weights."""
+    if recipe.weights.num_bits > WIDTHS["w4a8"][0]:
+        return None
+    names = (RECOMMENDED,) if recipe.calibrates else (WITHOUT_CALIBRATION, RECOMMENDED)
+    fitting = [name for name in names if products.multiplies(load_recipe(name).linear_scheme())]
+    return None if not fitting or recipe.name == fitting[0] else fitting[0]
