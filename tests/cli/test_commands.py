@@ -80,7 +80,7 @@ def test_quantize_ends_with_the_next_commands(tiny_model, tmp_path, capsys):
         )
         assert f"next: s2q generate -m '{out}' --prompt TEXT -o videos\n" in shown.err
         assert f" s2q eval -m '{out}' --reference {tiny_model} --prompts FILE -o eval.json\n" in shown.err
-        assert ("rtn-w4a8 has the same bytes and products as rtn-w4a6, and less error" in shown.err) == same
+        assert ("rtn-w4a8 has the same bytes and products as rtn-w4a6, with 8-bit inputs" in shown.err) == same
 
 
 def test_samples_is_short_for_the_recipe_field(tiny_model, tmp_path, capsys):

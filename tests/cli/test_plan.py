@@ -49,7 +49,7 @@ def test_a_plan_names_what_the_device_multiplies_and_what_to_take(capsys):
     shown = capsys.readouterr().out
     assert (
         "On 5090: W8A8, W4A8, W4A6, W4A4 have integer products (int8 tensor cores); NVFP4 has products of its own "
-        "(--backend fp4); s2q-w4a8 has the same bytes and products as s2q-w4a6, and less error; recommended: "
+        "(--backend fp4); s2q-w4a8 has the same bytes and products as s2q-w4a6, with 8-bit inputs; recommended: "
         "s2q-plus-w4a8\n"
     ) in shown
     assert run(["plan", "-m", MODEL, "-r", "s2q-plus-w4a8", "--device", "cpu"]) == 0
