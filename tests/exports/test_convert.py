@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import s2q
 from exported import BRANCH, CONVROT, GROUPS, OUTER, packed_linears
-from s2q.checkpoint import read_config, verify_manifest
+from s2q.checkpoint import MANIFEST, read_config, verify_manifest
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.exports import convert as module
@@ -39,6 +39,7 @@ def sdnq(made, tmp_path):
         tensors(stored)
         path.write_text(json.dumps(content))
         save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / WEIGHTS)
+        (folder / MANIFEST).unlink()  # as SDNQ writes none
         return folder
 
     return make
@@ -133,9 +134,9 @@ def test_the_records_of_a_conversion(sdnq, made, tmp_path, capsys):
     folder, out = sdnq((CONVROT,)), tmp_path / "out"
     assert run(["convert", str(folder), "-o", str(out), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["tool"], result["tool_version"], result["calibrated"]) == ("sdnq", "0.2.8", False)
+    assert (result["tool"], result["tool_version"], result["compared_version"]) == ("sdnq", "0.2.8", "0.2.8")
     assert result["linears"] == {"w4a8": 12, "w4a16": 4}
-    assert json.loads((out / "s2q/report.json").read_text()) == result
+    assert json.loads((out / "s2q/convert.json").read_text()) == result
     inspected = s2q.inspect(out, verify=True)
     assert (inspected.recipe, inspected.format_version, inspected.verified) == ("sdnq-w4a8", 4, True)
     assert inspected.converted == {"tool": "sdnq", "tool_version": "0.2.8"}
@@ -145,7 +146,7 @@ def test_the_records_of_a_conversion(sdnq, made, tmp_path, capsys):
     assert run(["inspect", str(out)]) == 0
     assert "converted from sdnq 0.2.8; not calibrated by s2q" in capsys.readouterr().out
     assert "Nothing was calibrated" in (out / "README.md").read_text()
-    assert not (out / "s2q/recipe.json").exists()
+    assert {path.name for path in (out / "s2q").iterdir()} == {"convert.json", "manifest.json"}
     for component in ("vae", "text_encoder"):
         for path in (folder / component).glob("*.safetensors"):
             assert path.read_bytes() == (out / component / path.name).read_bytes()
@@ -323,6 +324,7 @@ def test_a_base_of_another_family_is_refused(made, comfyui, sdnq, tmp_path):
     other = made("wan", "convrot-w8a8")
     config = json.loads((other / "transformer/config.json").read_text())
     shutil.copytree(other, tmp_path / "wide")
+    (tmp_path / "wide" / MANIFEST).unlink()
     (tmp_path / "wide/transformer/config.json").write_text(json.dumps(config | {"out_channels": 32}))
     words = r"proj_out.(bias|weight): got \[.*\], expected \[.*\]; check --base"
     assert_refused(words, file, tmp_path / "out", base=tmp_path / "wide")
@@ -423,7 +425,9 @@ def test_models_that_need_no_conversion_are_refused(made, tiny_model, tmp_path):
 def test_a_conversion_that_differs_is_discarded(sdnq, tmp_path, monkeypatch):
     folder = sdnq((CONVROT,))
     monkeypatch.setattr(module, "decoded", lambda weight, form: weight.codes.float())
-    with pytest.raises(S2QError, match=r"differs by .* from what sdnq computes; nothing was converted"):
+    with pytest.raises(
+        S2QError, match=r"differs by .* from s2q's decoding of the sdnq tensors, expected at most 1.0e-05; nothing"
+    ):
         s2q.convert(folder, out=tmp_path / "out")
     monkeypatch.undo()
     monkeypatch.setattr(module, "read_tensors", lambda folder: {})

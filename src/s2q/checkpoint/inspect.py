@@ -10,13 +10,12 @@ from torch import nn
 from s2q.checkpoint.config import S2QConfig
 from s2q.checkpoint.load import REMEDY, read_configs, read_transformer_config, stored_transformers
 from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
-from s2q.checkpoint.save import REPORT
 from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import read_json
 from s2q.common.headers import DTYPES, TensorInfo, read_headers
 from s2q.common.meta import meta_model, plain_config
-from s2q.common.records import INSPECTION_VERSION
+from s2q.common.records import CONVERSION_RECORD, INSPECTION_VERSION, REPORT
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.common.weight_files import weight_files
 from s2q.core.input_path import InputPath
@@ -125,9 +124,11 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
 
 def _converted(folder: Path) -> dict[str, Any] | None:
     """The tool that quantized a converted checkpoint, with its version."""
-    path = folder / REPORT
-    report = read_json(path, remedy="download it again") if path.is_file() else {}
-    return {key: report.get(key) for key in ("tool", "tool_version")} if "tool" in report else None
+    path = folder / CONVERSION_RECORD
+    if not path.is_file():
+        return None
+    record = read_json(path, remedy="download it again")
+    return {key: record.get(key) for key in ("tool", "tool_version")}
 
 
 def _layers(

@@ -16,12 +16,11 @@ from s2q.common.cards import CARD
 from s2q.common.errors import InvalidInputError, short_repr
 from s2q.common.files import atomic_write_json, read_json, sha256_file
 from s2q.common.log import log_once
-from s2q.common.records import MANIFEST_VERSION
+from s2q.common.records import CONVERSION_RECORD, EXPORT_RECORD, MANIFEST_VERSION, RECORDS
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = Path("s2q/manifest.json")
-EXPORT_RECORD = MANIFEST.with_name("export.json")
+MANIFEST = RECORDS / "manifest.json"
 _INDEX = "model_index.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _INTACT: ContextVar[bool] = ContextVar("intact", default=False)
@@ -55,8 +54,9 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def owned_files(folder: Path) -> set[str] | None:
-    """Return `listed_files` of a folder that is a checkpoint; None for another folder, also for an export."""
-    return None if (folder / EXPORT_RECORD).is_file() else listed_files(folder)
+    """Return `listed_files` of a checkpoint of `s2q quantize`; None for other folders, also exports and conversions."""
+    others = (EXPORT_RECORD, CONVERSION_RECORD)
+    return None if any((folder / record).is_file() for record in others) else listed_files(folder)
 
 
 def listed_files(folder: Path) -> set[str] | None:

@@ -18,12 +18,11 @@ from s2q.common.components import transformers_of
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_bytes, atomic_write_json, atomic_write_text
 from s2q.common.outputs import OutputLock, staged_directory
+from s2q.common.records import RECORDS, REPORT
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-RECORDS = Path("s2q")
-REPORT = RECORDS / "report.json"
 EVENTS = RECORDS / "events.jsonl"
 LICENCE = "LICENSE*"
 

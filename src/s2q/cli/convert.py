@@ -21,6 +21,7 @@ def convert(
         typer.Option("--base", help="Pipeline with the other components; needed for a file.", metavar="MODEL"),
     ] = None,
     variant: options.Variant = None,
+    verify: options.Verify = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -30,7 +31,9 @@ def convert(
 
     console.quiet_libraries()
     with console.progress() as report:
-        result = run(model, out=out, base=base, variant=variant, overwrite=overwrite, progress=report).to_dict()
+        result = run(
+            model, out=out, base=base, variant=variant, verify=verify, overwrite=overwrite, progress=report
+        ).to_dict()
     if as_json:
         output.emit_json(result)
     else:

@@ -36,6 +36,15 @@ def canonical_json(obj: Any) -> str:
     return json.dumps(obj, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def existing_folder(text: str) -> Path | None:
+    """Return the folder that a text of any length names; None if there is none."""
+    try:
+        path = Path(text)
+        return path if path.is_dir() else None
+    except (OSError, ValueError):  # longer than a name may be, or with a NUL
+        return None
+
+
 def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
     """Read a JSON object, strictly UTF-8; the remedy ends the message about a damaged one."""
     try:

@@ -1,8 +1,19 @@
-"""`schema_version` of each JSON record that s2q writes, raised when a reader of the old one would misread it."""
+"""JSON records that s2q writes: paths of those in a model's folder, and the `schema_version` of each.
+
+A version is raised when a reader of the old one would misread it.
+"""
+
+from pathlib import Path
+
+RECORDS = Path("s2q")
+CONVERSION_RECORD = RECORDS / "convert.json"
+EXPORT_RECORD = RECORDS / "export.json"
+REPORT = RECORDS / "report.json"
 
 ALLOCATION_VERSION = 1  # s2q/allocation.json
 BENCH_VERSION = 1  # what `s2q bench` writes
 COMPARISON_VERSION = 1  # the files of `s2q compare`
+CONVERSION_VERSION = 1  # s2q/convert.json, and what `s2q convert --json` prints
 DEMO_VERSION = 1  # demo.json
 EVALUATION_VERSION = 1  # eval.json
 EXPORT_VERSION = 1  # s2q/export.json, and what `s2q export --json` prints

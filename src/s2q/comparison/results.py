@@ -16,7 +16,7 @@ from s2q.evaluation.intervals import INTERVAL, MIN_PROMPTS
 from s2q.evaluation.paired import compare_group
 from s2q.evaluation.scores import merge
 from s2q.evaluation.summary import summarise, versions
-from s2q.generation.defaults import frame_rate_of, quantization_report
+from s2q.generation.defaults import checkpoint_record, frame_rate_of, quantization_report
 from s2q.models import resolve_model
 
 
@@ -116,15 +116,16 @@ def _entry(folder: CompareFolder, plan: RunPlan, setup: Setup, entry: Entry) -> 
     source = entry.source
     if source is None and folder.checkpoint(entry.label).is_dir():
         source = resolve_model(folder.checkpoint(entry.label))
-    report = {} if source is None else quantization_report(source.folder)
-    described["simulated"] = bool(report.get("simulated", False))
-    if report:
+    record = {} if source is None else checkpoint_record(source.folder)
+    described["simulated"] = bool(record.get("simulated", False))
+    if record:
+        described["storage"] = record["storage"]
+    if source is not None and (report := quantization_report(source.folder)):
         selection = report.get("selection") or {}
         described["seconds"] = report["seconds"] + sum(
             block["seconds"] for block in report["blocks"] if block["resumed"]
         )
         described["calibration"] = {"n_prompts": report["n_prompts"], "samples": selection.get("samples")}
-        described["storage"] = report["storage"]
     return described
 
 

@@ -14,6 +14,7 @@ Shapes: `O/I` out/in features.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ from s2q.exports.target import WRITER, CodedWeight, FileFormat, LinearForm, Targ
 from s2q.nn import PackedLinear
 from s2q.transforms.convrot import ORDERS
 
+logger = logging.getLogger(__name__)
+
+_FORMAT_VERSION = "0.2.40"
+"""Of comfy-kitchen, which this was compared with."""
+
 _W4A8, _W4A4, _INT8 = "asym_w4a8_int8", "convrot_w4a4", "int8_tensorwise"
 _SMALLEST_ORDER = {_W4A8: 4, _W4A4: 16, _INT8: 4}
 _MULTIPLE = {_W4A8: 16, _W4A4: 64, _INT8: 1}
@@ -39,7 +45,8 @@ _MEASURED = {"ltxv": "transformer_blocks.0.attn2.to_k"}
 """By architecture, the linear from the shape of whose weight ComfyUI takes how wide its input is."""
 _MARK = "comfy_quant"
 _HEADER_MARKS = "_quantization_metadata"
-_PREFIX = "model.diffusion_model."
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+"""Before the names of a transformer in files of several components, and of some writers."""
 _METADATA = {"quantized_by": WRITER}
 _SCALES = ("weight_scale", "weight_s_rel", "weight_s_channel")
 _PRODUCTS = {"int4": 4, "int8": 8}
@@ -178,16 +185,14 @@ def read_marked(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]
         marks = {name: json.loads(text) for name, text in texts.items()}
         marks |= json.loads(metadata.get(_HEADER_MARKS, "{}")).get("layers", {})
         known = all(isinstance(mark, dict) for mark in marks.values())
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path}: its marks of quantized linears are damaged; download it again") from error
     if not known or not marks:
         raise InvalidInputError(
             f"{path}: has no linears with {_MARK} or {_HEADER_MARKS}, as ComfyUI's quantized files have; expected one "
             "of those, or the folder of a pipeline"
         )
-    if all(name.startswith(_PREFIX) for name in tensors):
-        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    marks = {name.removeprefix(_PREFIX): mark for name, mark in marks.items()}
+    tensors, marks = _of_transformer(path, tensors, marks)
     for name, tensor in list(tensors.items()):
         linear, _, part = name.rpartition(".")
         if linear in marks and part not in ("weight", "bias", *_SCALES):
@@ -196,6 +201,27 @@ def read_marked(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]
         if linear in marks and part in _SCALES and tensor.numel() == 1 and weight is not None and weight.ndim == 2:
             tensors[name] = tensor.reshape(1).repeat(weight.shape[0])
     return tensors, marks, metadata.get("quantized_by")
+
+
+def _of_transformer(
+    path: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Return what a file has of its transformer, without a prefix; other components are logged."""
+    prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
+    others = {name.partition(".")[0] for name in tensors if not name.startswith(prefix)}
+    if others:
+        logger.warning(
+            "%s: has other components beside the transformer (%s); they are not read, those of --base are copied",
+            path,
+            ", ".join(short_repr(name) for name in sorted(others)),
+        )
+    kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    inner = {
+        name.removeprefix(prefix): mark
+        for name, mark in marks.items()
+        if name.startswith(prefix) or name.partition(".")[0] not in others
+    }
+    return kept, inner
 
 
 def _wrote(path: Path) -> bool:
@@ -230,6 +256,7 @@ COMFYUI = Target(
 )
 COMFYUI_FORMAT = SourceFormat(
     name="comfyui",
+    version=f"comfy-kitchen {_FORMAT_VERSION}",
     remedy="as convrot_w4a4, int8_tensorwise, or asym_w4a8_int8 with one group per row",
     form=_form,
     weight=_weight,

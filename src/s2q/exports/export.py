@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from s2q import checkpoint
 from s2q.checkpoint import S2QConfig
-from s2q.checkpoint.manifest import EXPORT_RECORD, intact
+from s2q.checkpoint.manifest import intact
 from s2q.common.arguments import flag, model_argument, optional, path_argument, word
 from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError, S2QError, UsageError, memory_errors, unknown_name
 from s2q.common.files import atomic_write_json
 from s2q.common.outputs import check_apart, check_file_output, check_output, staged_directory, staged_file
 from s2q.common.progress import Progress, silent
-from s2q.common.records import EXPORT_VERSION
+from s2q.common.records import EXPORT_RECORD, EXPORT_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.storage import BF16_BYTES, parse_bytes
 from s2q.exports.folder import (

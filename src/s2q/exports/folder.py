@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from s2q.checkpoint.manifest import EXPORT_RECORD, listed_files, strange_files
+from s2q.checkpoint.manifest import listed_files, strange_files
 from s2q.checkpoint.save import LICENCE, copy_top_files
-from s2q.common.cards import CARD
+from s2q.common.cards import CARD, read_card
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_json, atomic_write_text
+from s2q.common.records import CONVERSION_RECORD, EXPORT_RECORD
 from s2q.common.weight_files import copy_component, weight_files
 from s2q.models import ModelSource
 
@@ -27,6 +29,11 @@ _FRONT_MATTER = re.compile(r"\A---$.*?^---$", re.DOTALL | re.MULTILINE)
 def exported_files(folder: Path) -> set[str] | None:
     """Return the files of a folder that an export wrote, by relative POSIX path; None for another folder."""
     return listed_files(folder) if (folder / EXPORT_RECORD).is_file() else None
+
+
+def converted_files(folder: Path) -> set[str] | None:
+    """Return the same of a folder that a conversion wrote."""
+    return listed_files(folder) if (folder / CONVERSION_RECORD).is_file() else None
 
 
 def check_components(source: ModelSource, folder: Path, *, without: Mapping[str, Any]) -> None:
@@ -67,8 +74,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_card(source: Path, staged: Path, text: str) -> None:
-    """Write a model card with the front matter of the checkpoint's card, where it has one."""
+def write_card(source: Path, staged: Path, text: str, *, fields: Mapping[str, Any] | None = None) -> None:
+    """Write a model card with the front matter of the source's card, where it has one.
+
+    Args:
+        fields: Front matter to add where the source's has none of a name; tags are added to its tags.
+    """
     card = source / CARD
-    front = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
-    atomic_write_text(staged / CARD, text if front is None else f"{front[0]}\n\n{text}")
+    match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    front = None if match is None else match[0]
+    if fields is not None:
+        there = read_card(source)
+        tags = there.get("tags") or []
+        tags = [*(tags if isinstance(tags, list) else [tags]), *fields.get("tags", ())]
+        merged = {**fields, **there, "tags": list(dict.fromkeys(map(str, tags)))}
+        front = f"---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)}---"
+    atomic_write_text(staged / CARD, text if front is None else f"{front}\n\n{text}")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from s2q.checkpoint import QUANT_METHOD
-from s2q.checkpoint.manifest import EXPORT_RECORD
-from s2q.common.components import TRANSFORMERS
-from s2q.common.errors import InvalidInputError, UsageError
+from s2q.common.components import TRANSFORMERS, full_name
+from s2q.common.errors import InvalidInputError, UsageError, short_repr
 from s2q.common.files import read_json
 from s2q.common.headers import read_headers
+from s2q.common.records import EXPORT_RECORD
 from s2q.common.weight_files import weight_files
 from s2q.exports.comfyui import COMFYUI, COMFYUI_FORMAT, read_marked
 from s2q.exports.layout import Layout, from_original, layout_of
@@ -24,7 +26,10 @@ from s2q.exports.source import SourceFormat
 from s2q.models import ModelSource, resolve_model
 from s2q.models.quantized import full_precision_origin
 
+logger = logging.getLogger(__name__)
+
 _REMEDY = "download or save the model again"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _READ = "a pipeline folder of sdnq, or a .safetensors of ComfyUI with --base"
 
 
@@ -35,10 +40,12 @@ class StoredTransformer:
     Attributes:
         plain: Tensors of everything that is not quantized.
         linears: Tensors of each quantized linear, and what the files say of it.
+        files: The file of each tensor.
     """
 
     plain: Mapping[str, Tensor]
     linears: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+    files: Mapping[str, Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +87,15 @@ def find_conversion(model: str | Path, *, base: str | Path | None, variant: str 
         UsageError: If a file has no base.
     """
     path = Path(model).expanduser()
-    base_source = None if base is None else resolve_model(base)
-    conversion = _find(path, model, base_source, variant=variant)
+    conversion = _of_file(path, base, variant=variant) if path.is_file() else _of_folder(model, base, variant=variant)
+    if conversion.version not in (None, conversion.format.version):
+        logger.warning(
+            "%s: was written by %s %s; the reader was compared with %s, so the outputs may differ",
+            conversion.given,
+            conversion.format.name,
+            short_repr(conversion.version),
+            conversion.format.version,
+        )
     for component, method in conversion.others.quantization_methods().items():
         if component not in conversion.transformers.transformer_configs:
             raise InvalidInputError(
@@ -99,22 +113,11 @@ def find_conversion(model: str | Path, *, base: str | Path | None, variant: str 
     return conversion
 
 
-def _find(path: Path, model: str | Path, base_source: ModelSource | None, *, variant: str | None) -> Conversion:
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise InvalidInputError(
-                f"{path}: is not read; expected {_READ}; quantize its full-precision model with s2q quantize"
-            )
-        if base_source is None:
-            raise UsageError(
-                f"{path}: is one transformer; pass --base MODEL (base=), the diffusers pipeline with its configuration "
-                "and other components"
-            )
-        return _of_file(path, base_source)
-    return _of_folder(resolve_model(model, variant=variant), base_source)
-
-
-def _of_folder(source: ModelSource, base: ModelSource | None) -> Conversion:
+def _of_folder(model: str | Path, base: str | Path | None, *, variant: str | None) -> Conversion:
+    source = resolve_model(model, variant=variant, needs_variant=base is None)
+    others = source
+    if base is not None:
+        others = resolve_model(base, variant=variant, needs_variant=source.variant is None)
     quantized = {
         component: config["quantization_config"]
         for component, config in source.transformer_configs.items()
@@ -137,9 +140,11 @@ def _of_folder(source: ModelSource, base: ModelSource | None) -> Conversion:
     def read(component: str, plain: nn.Module) -> StoredTransformer:
         files = weight_files(folder / component, variant=source.variant)
         read_headers(files)
-        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        read = {file: load_file(file) for file in files}
+        tensors = {name: tensor for content in read.values() for name, tensor in content.items()}
         names = {name.rpartition(".")[0] for name in tensors.keys() - plain.state_dict().keys()}
-        return _stored(tensors, {name: linear_options(quantized[component], name) for name in names})
+        options = {name: linear_options(quantized[component], name) for name in names}
+        return _stored(tensors, options, files={name: file for file, content in read.items() for name in content})
 
     version, record = next(iter(quantized.values())).get("sdnq_version"), folder / EXPORT_RECORD
     return Conversion(
@@ -150,14 +155,24 @@ def _of_folder(source: ModelSource, base: ModelSource | None) -> Conversion:
         version=None if version is None else str(version),
         writer=f"s2q export of {read_json(record, remedy=_REMEDY).get('recipe')}" if record.is_file() else None,
         transformers=source,
-        others=base or source,
-        origin=origin or (None if base is None else base.name),
+        others=others,
+        origin=origin or (None if others is source else others.name),
         components=tuple(quantized),
         read=read,
     )
 
 
-def _of_file(path: Path, base: ModelSource) -> Conversion:
+def _of_file(path: Path, given_base: str | Path | None, *, variant: str | None) -> Conversion:
+    if path.suffix != ".safetensors":
+        raise InvalidInputError(
+            f"{path}: is not read; expected {_READ}; quantize its full-precision model with s2q quantize"
+        )
+    if given_base is None:
+        raise UsageError(
+            f"{path}: is one transformer; pass --base MODEL (base=), the diffusers pipeline with its configuration "
+            "and other components"
+        )
+    base = resolve_model(given_base, variant=variant)
     if len(base.transformer_configs) > 1:
         raise InvalidInputError(
             f"{base.given}: has two transformers, a file of {COMFYUI_FORMAT.name} one; quantize it with s2q quantize"
@@ -169,7 +184,7 @@ def _of_file(path: Path, base: ModelSource) -> Conversion:
         names = _marked_names(plain, layout, marks)
         assert COMFYUI.file is not None
         converted = from_original(type(plain).__name__, tensors, suffixes=COMFYUI.file.suffixes)
-        return _stored(converted, names)
+        return _stored(converted, names, files=dict.fromkeys(converted, path))
 
     return Conversion(
         name=path.stem,
@@ -198,7 +213,9 @@ def _marked_names(model: nn.Module, layout: Layout, marks: Mapping[str, Any]) ->
     return {name: marks[original] for name, original in linears.items() if original in marks}
 
 
-def _stored(tensors: Mapping[str, Tensor], options: Mapping[str, Mapping[str, Any]]) -> StoredTransformer:
+def _stored(
+    tensors: Mapping[str, Tensor], options: Mapping[str, Mapping[str, Any]], *, files: Mapping[str, Path]
+) -> StoredTransformer:
     """Split tensors into those of quantized linears, by the last part of their names, and others."""
     linears: dict[str, dict[str, Tensor]] = {name: {} for name in options}
     plain = {}
@@ -208,7 +225,40 @@ def _stored(tensors: Mapping[str, Tensor], options: Mapping[str, Mapping[str, An
             linears[linear][part] = tensor
         else:
             plain[name] = tensor
-    return StoredTransformer(plain=plain, linears={name: (linears[name], options[name]) for name in sorted(options)})
+    quantized = {name: (linears[name], options[name]) for name in sorted(options)}
+    return StoredTransformer(plain=plain, linears=quantized, files=files)
+
+
+def check_stored(stored: StoredTransformer, plain: nn.Module, *, component: str, conversion: Conversion) -> None:
+    """Refuse tensors that are not those of a transformer in full precision, quantized weights apart.
+
+    Raises:
+        InvalidInputError: If one is missing or added, or has another shape, a dtype that is not fp32, fp16 or bf16, or
+            values that are not finite; the file and the tensor are named.
+    """
+    expected, given = plain.state_dict(), conversion.given
+    weights = {f"{name}.weight" for name, (tensors, _) in stored.linears.items() if "weight" in tensors}
+    biases = {f"{name}.bias": tensors["bias"] for name, (tensors, _) in stored.linears.items() if "bias" in tensors}
+    tensors = {**stored.plain, **biases}
+    if strange := sorted(expected.keys() ^ (tensors.keys() | weights)):
+        where = "missing" if strange[0] in expected else f"no tensor of {type(plain).__name__}"
+        raise InvalidInputError(
+            f"{given}: {full_name(component, strange[0])} is {where}; check --base, or download the model again"
+        )
+    for name, tensor in tensors.items():
+        where = f"{stored.files[name]}: {full_name(component, name)}"
+        if tensor.shape != expected[name].shape:
+            raise InvalidInputError(
+                f"{where}: got {list(tensor.shape)}, expected {list(expected[name].shape)}; check --base, or download "
+                "the model again"
+            )
+        if expected[name].is_floating_point() and tensor.dtype not in _DTYPES:
+            raise InvalidInputError(
+                f"{where}: got {tensor.dtype} without scales that are read; expected float32, float16 or bfloat16; "
+                f"quantize {full_precision(conversion.origin)} with s2q quantize"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidInputError(f"{where}: contains NaN or infinite values; download the model again")
 
 
 def full_precision(origin: str | None) -> str:

@@ -261,6 +261,7 @@ SDNQ = Target(
 )
 SDNQ_FORMAT = SourceFormat(
     name="sdnq",
+    version=_FORMAT_VERSION,
     remedy="with weights_dtype int4 or int8 and no codebook in sdnq",
     form=_form,
     weight=_weight,

@@ -20,6 +20,7 @@ class SourceFormat:
 
     Attributes:
         name: Of the program.
+        version: Of the program that the reader was compared with.
         remedy: What to ask of the program for a file that is read, in a few words.
         form: Takes a linear and its name, its stored tensors, what the file says of it, and the dtype of the model's
             compute. InvalidInputError with what does not fit a packed linear, without the name.
@@ -28,6 +29,7 @@ class SourceFormat:
     """
 
     name: str
+    version: str
     remedy: str
     form: Callable[[str, nn.Linear, Tensors, Mapping[str, Any], torch.dtype], LinearForm]
     weight: Callable[[Tensors, LinearForm], CodedWeight]

@@ -4,9 +4,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from s2q.checkpoint.save import REPORT
 from s2q.common.errors import InvalidInputError, short_repr
 from s2q.common.files import read_json
+from s2q.common.records import CONVERSION_RECORD, REPORT
 from s2q.generation.settings import SETTINGS
 from s2q.models import ModelSource, family_of, resolve_model
 from s2q.shapes import embedded
@@ -61,7 +61,7 @@ def frame_rate_of(model: Any) -> int:
 def embedded_source(model: Any) -> str | None:
     """Return the embedded model that a model is or was made from, by name, folder or report; None if there is none."""
     folder = _folder_of(model)
-    for candidate in (model_label(model), quantization_report(folder).get("source")):
+    for candidate in (model_label(model), checkpoint_record(folder).get("source")):
         if candidate in embedded.EMBEDDED_NAMES:
             return str(candidate)
     for candidate in embedded.EMBEDDED_NAMES if folder.is_dir() else ():
@@ -72,7 +72,7 @@ def embedded_source(model: Any) -> str | None:
 
 def quantization_scheme(model: Any) -> str | None:
     """Return what most linears of a checkpoint are quantized to, "w4a6"; None for a model that is not a checkpoint."""
-    layers = quantization_report(_folder_of(model)).get("layers", [])
+    layers = checkpoint_record(_folder_of(model)).get("layers", [])
     counts = Counter(layer["scheme"] for layer in layers)
     return counts.most_common(1)[0][0] if counts else None
 
@@ -85,3 +85,12 @@ def quantization_report(folder: Path) -> dict[str, Any]:
     """Return the report of the run that made a checkpoint; empty if there is none."""
     path = folder / REPORT
     return read_json(path, remedy="quantize the model again") if path.is_file() else {}
+
+
+def checkpoint_record(folder: Path) -> dict[str, Any]:
+    """Return the report of the run or the record of the conversion that made a checkpoint; empty if there is none.
+
+    Both have source, storage, layers and `simulated`.
+    """
+    path = folder / CONVERSION_RECORD
+    return read_json(path, remedy="convert the model again") if path.is_file() else quantization_report(folder)

@@ -12,7 +12,8 @@ from torch import nn
 from s2q.common.cards import read_card
 from s2q.common.components import TRANSFORMERS
 from s2q.common.errors import InvalidInputError
-from s2q.common.files import read_json
+from s2q.common.files import existing_folder, read_json
+from s2q.common.records import CONVERSION_RECORD, REPORT
 from s2q.models.hub import parse_hub_id
 
 CONVERTED = ("sdnq",)
@@ -20,6 +21,7 @@ CONVERTED = ("sdnq",)
 
 _UNNAMED = "another method"
 _REMEDY = "download or save the model again"
+_MAX_NAME = 300
 _CACHED = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/")
 _PACKAGES = {
     "auto_round": "auto-round",
@@ -37,24 +39,45 @@ _PACKAGES = {
 def full_precision_origin(folder: Path | None, *configs: Mapping[str, Any]) -> str | None:
     """Return the full-precision model that a quantized one was made from, as far as its files tell.
 
-    That is a folder or Hub id in `_name_or_path` of a configuration, unless it is quantized itself, or `base_model` of
-    the card in the folder.
+    That is a folder or Hub id in `_name_or_path` of a configuration, unless it is quantized itself, or in the folder
+    `base_model` of the card or `source` of the record of s2q.
     """
     named = (config.get("_name_or_path") for config in configs)
-    places = [str(place) for place in named if isinstance(place, (str, Path)) and str(place)]
-    here = [Path(place) for place in places if Path(place).is_dir()]
+    places = [str(place) for place in named if isinstance(place, (str, Path)) and _is_name(str(place))]
+    here = [(place, existing_folder(place)) for place in places]
     base = None if folder is None else read_card(folder).get("base_model")
     base = base[0] if isinstance(base, list) and base else base
-    candidates = [_name_of(path) for path in here if not _is_quantized(path)]
-    candidates += [base] if isinstance(base, str) and base else []
-    candidates += [place for place in places if not Path(place).exists() and parse_hub_id(place) is not None]
-    return next(iter(candidates), None)
+    candidates = [_name_of(path) for _, path in here if path is not None and _is_full_precision(path)]
+    candidates += [base] if _is_name(base) else []
+    candidates += [place for place, path in here if path is None and parse_hub_id(place) is not None]
+    return next(iter(candidates), None if folder is None else _recorded_source(folder))
 
 
-def _is_quantized(path: Path) -> bool:
-    """Whether a folder of a transformer, or of its pipeline, has a quantized one."""
+def _is_name(value: Any) -> bool:
+    """Whether a value of a file may name a model; it comes from strangers and goes into messages."""
+    return isinstance(value, str) and 0 < len(value) <= _MAX_NAME and value.isprintable()
+
+
+def _is_full_precision(path: Path) -> bool:
+    """Whether a folder of a transformer, or of its pipeline, can be read and has none that is quantized."""
     configs = (path / "config.json", path / TRANSFORMERS[0] / "config.json")
-    return any(file.is_file() and "quantization_config" in read_json(file, remedy=_REMEDY) for file in configs)
+    try:
+        return not any(file.is_file() and "quantization_config" in read_json(file, remedy=_REMEDY) for file in configs)
+    except InvalidInputError:
+        return False
+
+
+def _recorded_source(folder: Path) -> str | None:
+    """The full-precision model that a record of s2q names; a conversion that knows none names what it converted."""
+    for record in (CONVERSION_RECORD, REPORT):
+        try:
+            content = read_json(folder / record, remedy=_REMEDY) if (folder / record).is_file() else {}
+        except InvalidInputError:
+            continue
+        source = content.get("source")
+        if _is_name(source) and source != content.get("converted"):
+            return str(source)
+    return None
 
 
 def _name_of(path: Path) -> str:

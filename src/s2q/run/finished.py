@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from s2q.checkpoint import check_intact
-from s2q.checkpoint.save import EVENTS, REPORT
+from s2q.checkpoint.save import EVENTS
 from s2q.common.outputs import lock_folder
+from s2q.common.records import REPORT
 from s2q.common.run_folder import open_run_folder, read_events
 from s2q.common.versions import package_versions
 from s2q.generation.prompts import prompt_record

@@ -283,6 +283,6 @@ def _register() -> None:
     diffusers_auto.AUTO_QUANTIZER_MAPPING[QuantMethod.RECIPE.value] = RecipeQuantizer
     diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.RECIPE.value] = Config
     loader = diffusers_auto.DiffusersAutoQuantizer
-    if not isinstance(loader.merge_quantization_configs, partial):
+    if getattr(loader.merge_quantization_configs, "func", None) is not _merged:
         loader.merge_quantization_configs = staticmethod(partial(_merged, loader.merge_quantization_configs))
     text_encoders.register(QuantMethod.RECIPE.value, Config)
