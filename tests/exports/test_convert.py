@@ -8,7 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import s2q
-from exported import BRANCH, CONVROT, GROUPS, OUTER, packed_linears
+from exported import (
+    BRANCH,
+    CONVROT,
+    FILE_LINEAR,
+    GROUPS,
+    LINEAR,
+    OUTER,
+    WEIGHTS,
+    assert_refused,
+    packed_linears,
+)
 from s2q.checkpoint import MANIFEST, read_config, verify_manifest
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError, S2QError, UsageError
@@ -21,43 +31,6 @@ from s2q.shapes.embedded import embedded_folder
 from tiny import TINY_CALL, tiny_transformer
 
 GROUPS_OF_8_BITS = (GROUPS[0].replace("num_bits: 4", "num_bits: 8"), GROUPS[1])
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-LINEAR = "transformer_blocks.0.attn1.to_q"
-FILE_LINEAR = "blocks.0.self_attn.q"
-
-
-@pytest.fixture
-def sdnq(made, tmp_path):
-    """Returns an export to SDNQ, its configuration and tensors changed by functions."""
-
-    def make(recipe, *, config=lambda content: None, tensors=lambda content: None):
-        folder = tmp_path / "sdnq"
-        s2q.export(made("cogvideox", *recipe), to="sdnq", out=folder)
-        path = folder / "transformer/config.json"
-        content, stored = json.loads(path.read_text()), load_file(folder / WEIGHTS)
-        config(content["quantization_config"])
-        tensors(stored)
-        path.write_text(json.dumps(content))
-        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / WEIGHTS)
-        (folder / MANIFEST).unlink()  # as SDNQ writes none
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def comfyui(made, tmp_path):
-    """Returns an export to ComfyUI, its tensors changed by a function, with other metadata."""
-
-    def make(*recipe, tensors=lambda content: None, metadata=None):
-        file = tmp_path / "model.safetensors"
-        s2q.export(made("wan", *recipe), to="comfyui", out=file)
-        stored = load_file(file)
-        tensors(stored)
-        save_file(stored, file, metadata=metadata)
-        return file
-
-    return make
 
 
 def assert_equal_linears(converted, checkpoint):
@@ -70,12 +43,6 @@ def assert_equal_linears(converted, checkpoint):
         assert torch.equal(ours[name].codes(), layer.codes()), name
         for part, tensor in tensors.items():
             assert torch.equal(getattr(ours[name], part), tensor), f"{name}.{part}"
-
-
-def assert_refused(words, source, out, **options):
-    with pytest.raises(InvalidInputError, match=words):
-        s2q.convert(source, out=out, **options)
-    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -133,3 +133,8 @@ def test_the_origin_is_a_full_precision_folder_the_base_of_the_card_or_a_hub_id(
     (quantized / "README.md").write_text("---\nbase_model: acme/base\n---\n")
     assert origin("acme/video") == "acme/base"
     assert origin(str(plain)) == origin(plain) == str(plain)
+    assert origin("x" * 5000) == origin("a\0b") == "acme/base"
+    (plain / "transformer/config.json").write_text("{")
+    assert origin(str(plain)) == "acme/base"
+    (quantized / "README.md").write_text(f"---\nbase_model: {'y' * 5000}\n---\n")
+    assert origin(str(plain)) is None
