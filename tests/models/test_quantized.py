@@ -53,11 +53,28 @@ def test_a_config_for_a_quantized_model_is_refused(foreign, method):
     from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
     folder, config = foreign(method), s2q.Config("table-w4a8")
-    words = rf"from_pretrained: its transformer is already quantized \(by {method}\); pass the full-precision model"
+    (folder / "README.md").write_text("---\nbase_model: acme/base\n---\n")
+    words = rf"from_pretrained: its transformer is already quantized \(by {method}\); pass the full-.* acme/base"
     with pytest.raises(InvalidInputError, match=words):
         CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer", quantization_config=config)
     with pytest.raises(InvalidInputError, match=words):
         CogVideoXPipeline.from_pretrained(folder, quantization_config=config)
+
+
+def test_a_config_for_a_quantized_text_encoder_is_refused(foreign):
+    from diffusers import CogVideoXPipeline
+    from transformers import T5EncoderModel
+
+    folder, config = foreign("sdnq"), s2q.Config("table-w4a8", components=["text_encoder"])
+    for component, method in (("transformer", None), ("text_encoder", "bitsandbytes")):
+        path = folder / component / "config.json"
+        stored = None if method is None else {"quant_method": method, "load_in_8bit": True}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+    words = r"from_pretrained: its text_encoder is already quantized \(by bitsandbytes\); pass the full-precision model"
+    with pytest.raises(InvalidInputError, match=words):
+        CogVideoXPipeline.from_pretrained(folder, quantization_config=config)
+    with pytest.raises(InvalidInputError, match=words):
+        T5EncoderModel.from_pretrained(folder / "text_encoder", quantization_config=s2q.Config("table-w4a8"))
 
 
 def test_other_configurations_are_merged_by_diffusers():

@@ -24,6 +24,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
+from transformers.quantizers import auto as transformers_auto
 
 from s2q.blocks.data_free import folded
 from s2q.blocks.pack import pack_nearest
@@ -33,9 +34,10 @@ from s2q.common import arguments
 from s2q.common.arguments import dtype_name
 from s2q.common.components import TRANSFORMERS, split_name
 from s2q.common.errors import InvalidInputError, unknown_name
+from s2q.common.files import read_json
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models import OUTSIDE, block_names, family_of, token_layout
-from s2q.models.quantized import already_quantized
+from s2q.models.quantized import already_quantized, full_precision_origin
 from s2q.models.timesteps import mean_timestep_row, timestep_parameters
 from s2q.nn import replace_module
 from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
@@ -58,6 +60,7 @@ class Config(PipelineQuantizationConfig, QuantizationConfigMixin):  # type: igno
         seed: Of rotations, as in `s2q.quantize`.
         components_to_quantize: Components of a pipeline; None for its transformers and text encoders.
         component: The one that it is for, which a pipeline sets.
+        stored_method: The `quant_method` of a transformer that is already quantized, which is refused.
 
     Args:
         recipe: Name, file or content of a recipe that needs no samples.
@@ -93,6 +96,7 @@ class Config(PipelineQuantizationConfig, QuantizationConfigMixin):  # type: igno
             if name not in TRANSFORMERS and not name.startswith(text_encoders.PREFIX):
                 raise unknown_name("component", name, (*TRANSFORMERS, text_encoders.PREFIX))
         self.component = TRANSFORMERS[0]
+        self.stored_method: str | None = None
         self.is_granular, self.config_mapping = False, {}
         _register()
 
@@ -136,7 +140,12 @@ class RecipeQuantizer(S2QQuantizer):
         return False
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Accept the files of any model."""
+        """Accept the files of any model in full precision; the first that diffusers tells a quantizer of the folder."""
+        if (method := self._source.stored_method) is not None:
+            folder = Path(checkpoint_files[0]).parent
+            config = read_json(folder / "config.json", remedy="download or save the model again")
+            origin = full_precision_origin(folder.parent, config)
+            raise already_quantized("from_pretrained", self._source.component, method, origin=origin)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -267,22 +276,34 @@ class _Group:
         return folded(task)
 
 
-def _merged(merge: Callable[..., Any], stored: Any, given: Any) -> Any:
-    """Choose between the configuration of a quantized model and a given one as diffusers does, but refuse a `Config`.
+def _merged(merge: Callable[..., Any], prefix: str, stored: Any, given: Any) -> Any:
+    """Choose between the configuration of a quantized model and a given one as the library does, but refuse a `Config`.
 
-    diffusers would warn, and load the model as it is quantized.
+    The libraries would warn and load the model as it is quantized, or raise. A transformer is refused once its folder
+    is known, which names the full-precision model; a text encoder (by the prefix of component names) at once.
     """
-    if isinstance(given, Config):
-        method = stored.get("quant_method") if isinstance(stored, Mapping) else stored.quant_method
-        raise already_quantized("from_pretrained", given.component, method)
-    return merge(stored, given)
+    if not isinstance(given, Config):
+        return merge(stored, given)
+    method = stored.get("quant_method") if isinstance(stored, Mapping) else stored.quant_method
+    if prefix == text_encoders.PREFIX:
+        component = given.component if given.component.startswith(prefix) else prefix
+        raise already_quantized("from_pretrained", component, method)
+    refused = copy.copy(given)
+    refused.stored_method = str(getattr(method, "value", method))
+    return refused
 
 
 def _register() -> None:
     """Make `from_pretrained` of diffusers and transformers know `Config`; idempotent."""
     diffusers_auto.AUTO_QUANTIZER_MAPPING[QuantMethod.RECIPE.value] = RecipeQuantizer
     diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.RECIPE.value] = Config
-    loader = diffusers_auto.DiffusersAutoQuantizer
-    if getattr(loader.merge_quantization_configs, "func", None) is not _merged:
-        loader.merge_quantization_configs = staticmethod(partial(_merged, loader.merge_quantization_configs))
+    loaders = {
+        TRANSFORMERS[0]: diffusers_auto.DiffusersAutoQuantizer,
+        text_encoders.PREFIX: transformers_auto.AutoHfQuantizer,
+    }
+    for prefix, loader in loaders.items():
+        if getattr(loader.merge_quantization_configs, "func", None) is not _merged:
+            loader.merge_quantization_configs = staticmethod(
+                partial(_merged, loader.merge_quantization_configs, prefix)
+            )
     text_encoders.register(QuantMethod.RECIPE.value, Config)
