@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import CogVideoXPipeline, DiffusionPipeline
+from diffusers import CogVideoXPipeline, CogVideoXVideoToVideoPipeline, DiffusionPipeline
+from PIL import Image
 
 from s2q.generation.settings import prompt_token_limit, vae_factors
 from s2q.models import family_of
@@ -62,6 +63,11 @@ def tiny_pipeline(
     return pipe
 
 
+def video_to_video() -> DiffusionPipeline:
+    """A tiny pipeline that needs a video, which neither calibration nor `generate` runs."""
+    return CogVideoXVideoToVideoPipeline(**tiny_pipeline("cogvideox").components)
+
+
 def tiny_transformer(name: str = "cogvideox", *, seed: int = 0, num_layers: int | None = None) -> torch.nn.Module:
     """The random transformer of an entry of `FAMILIES`, its biases and norms as its class makes them."""
     family = FAMILIES[name]
@@ -94,8 +100,19 @@ def _stirred(family: TinyFamily, seed: int, num_layers: int, dtype: torch.dtype)
 
 def video_size(pipe: DiffusionPipeline) -> dict[str, int]:
     """A small video: 3 latent frames, 16 pixels a side or what the pipeline takes at least."""
-    side = max(16, family_of(pipe.transformer).size_multiple)
+    side = getattr(pipe, "target_size", 0) if "ImageToVideo" in type(pipe).__name__ else 0
+    side = side or max(16, family_of(pipe.transformer).size_multiple)
     return {"num_frames": 2 * vae_factors(pipe)[0] + 1, "height": side, "width": side}
+
+
+def image_prompts(*texts: str) -> list[dict[str, Any]]:
+    """Prompts with an image each: a square of another colour in a corner."""
+    prompts = []
+    for text, colour in zip(texts, ("red", "blue", "green", "white"), strict=False):
+        image = Image.new("RGB", (40, 24))
+        image.paste(colour, (0, 0, 20, 12))
+        prompts.append({"prompt": text, "image": image})
+    return prompts
 
 
 def prompts_of_a_call(pipe: DiffusionPipeline) -> list[str]:

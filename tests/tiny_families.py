@@ -107,6 +107,17 @@ def _llama_and_clip(_seed: int) -> dict[str, Any]:
     }
 
 
+def _qwen_byt5_and_siglip(seed: int) -> dict[str, Any]:
+    vision = t.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    return {
+        **_qwen_and_byt5(seed),
+        "image_encoder": t.SiglipVisionModel(vision),
+        "feature_extractor": t.SiglipImageProcessor(size={"height": 16, "width": 16}),
+    }
+
+
 def _qwen_and_byt5(seed: int) -> dict[str, Any]:
     qwen = t.Qwen2_5_VLTextConfig(
         vocab_size=256,
@@ -397,4 +408,20 @@ FAMILIES = {
         texts=_umt5_and_clip_vision,
     ),
 }
-TEXT_TO_VIDEO = tuple(name for name in FAMILIES if not name.endswith("image"))
+# Channels of an image and of a mask behind those of the latent, no tokens of an image.
+_WAN_IMAGE = replace(_WAN, pipeline=d.WanImageToVideoPipeline, config=_WAN.config | {"in_channels": 12})
+_HUNYUAN15 = FAMILIES["hunyuanvideo 1.5"]
+FAMILIES |= {
+    "hunyuanvideo 1.5 image": replace(
+        _HUNYUAN15,
+        pipeline=d.HunyuanVideo15ImageToVideoPipeline,
+        config=_HUNYUAN15.config | {"target_size": 64, "task_type": "i2v"},
+        texts=_qwen_byt5_and_siglip,
+    ),
+    "ltx image": replace(FAMILIES["ltx"], pipeline=d.LTXImageToVideoPipeline),
+    # The image is the first latent frame, whose tokens have the timestep 0.
+    "wan 2.2 5b image": replace(_WAN, pipeline=d.WanImageToVideoPipeline, options={"expand_timesteps": True}),
+    "wan 2.2 a14b image": replace(_WAN_IMAGE, options={"boundary_ratio": 0.9}),
+}
+IMAGE_TO_VIDEO = tuple(name for name in FAMILIES if name.endswith("image"))
+TEXT_TO_VIDEO = tuple(name for name in FAMILIES if name not in IMAGE_TO_VIDEO)

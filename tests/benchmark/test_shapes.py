@@ -14,7 +14,7 @@ from s2q.common.errors import InvalidInputError, UsageError
 from s2q.models import resolve_model
 from s2q.models.synthetic import synthetic_model, synthetic_names
 from s2q.shapes.embedded import embedded_folder
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, video_to_video
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_checkpoint_has_the_tokens_of_the_embedded_model_that_it_was_made_from
 
 
 def test_a_pipeline_that_does_not_tell(tmp_path):
-    tiny_pipeline("cogvideox image").save_pretrained(tmp_path / "tiny")
+    video_to_video().save_pretrained(tmp_path / "tiny")
     with pytest.raises(UsageError, match="tiny: .* pass --tokens"):
         source_tokens(resolve_model(tmp_path / "tiny"))
 

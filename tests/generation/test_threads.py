@@ -20,8 +20,8 @@ from s2q.planning.workload import workload_of
 from s2q.run.quantize import quantize
 from s2q.selection.options import Calibration
 from states import STATES
-from tiny import tiny_pipeline, video_size
-from tiny_families import FAMILIES
+from tiny import image_prompts, tiny_pipeline, video_size
+from tiny_families import FAMILIES, IMAGE_TO_VIDEO
 
 THREADS = 4
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 2.0}
@@ -102,13 +102,12 @@ def test_a_state_of_torch_in_one_thread_does_not_reach_another(pipe, state):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_another_thread_may_change_default_dtype_and_random_numbers(name):
     pipe = tiny_pipeline(name, num_layers=1)
-    if name in ("cogvideox image", "wan image"):
-        pytest.skip("takes an image")
     settings = SETTINGS | video_size(pipe)
 
     def latents():
-        return generate(pipe, prompts=["a"], **settings)[0].latents
+        return generate(pipe, prompts=prompts, **settings)[0].latents
 
+    prompts = image_prompts("a") if name in IMAGE_TO_VIDEO else ["a"]
     expected, stop = latents(), threading.Event()
 
     def change():

@@ -1,4 +1,6 @@
-"""Pipelines that animate an image: quantized by recipes that do not calibrate; linears that only they have."""
+"""Pipelines that animate an image: quantized with and without calibration, evaluated; linears that only they have."""
+
+import json
 
 import pytest
 import torch
@@ -6,13 +8,22 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import s2q
+from s2q.calibration.candidates import prepare
+from s2q.calibration.teacher import load_teacher
 from s2q.checkpoint import file_tensors, read_config
 from s2q.cli import run
 from s2q.common.errors import InvalidInputError
-from s2q.models import block_linears, family_of
+from s2q.comparison.compare import compare
+from s2q.generation.generate import generate
+from s2q.generation.prompts import Prompt, prompt_list, prompt_record, read_prompts
+from s2q.generation.settings import resolve_settings
+from s2q.generation.trajectory import record_trajectory
+from s2q.models import block_linears, family_of, resolve_model
 from s2q.nn import PackedLinear
 from s2q.planning import plan
-from tiny import tiny_pipeline
+from s2q.recipes.load import load_recipe
+from tiny import image_prompts, tiny_pipeline, video_size, video_to_video
+from tiny_families import IMAGE_TO_VIDEO
 
 CALL = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 2}
 
@@ -57,27 +68,128 @@ def test_from_plan_to_video(model, tmp_path, overrides):
     assert not torch.equal(generated(loaded, "blue"), found)
 
 
-def test_calibration_is_refused(model, tmp_path):
-    name = type(DiffusionPipeline.from_pretrained(model)).__name__
-    overrides = ["calibration.samples=3", "calibration.steps=2", "distillation.epochs=1"]
-    with pytest.raises(
-        InvalidInputError, match=rf"^{name}: calibration generates from prompts only.*without calibration"
-    ):
-        s2q.quantize(model, recipe="s2q-w4a6", out=tmp_path / "out", prompts=["red"], overrides=overrides)
-    assert not (tmp_path / "out").exists()
+CALIBRATION = ["n_prompts=2", "samples=2", "steps=3", "num_frames=9"]
+OVERRIDES = [*(f"calibration.{text}" for text in CALIBRATION), "distillation.epochs=1"]
 
 
-@pytest.mark.parametrize("command", ["generate", "eval"])
-def test_commands_that_generate_refuse_it_before_any_step(model, tmp_path, capsys, monkeypatch, command):
+def size_of(pipe):
+    size = video_size(pipe)
+    return [f"calibration.{side}={size[side]}" for side in ("height", "width")], size
+
+
+def file_of(folder, *texts):
+    """A prompt file with an image per prompt beside it."""
+    lines = []
+    for index, prompt in enumerate(image_prompts(*texts)):
+        prompt["image"].save(folder / f"{index}.png")
+        lines.append(json.dumps(prompt | {"image": f"{index}.png"}))
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("name", IMAGE_TO_VIDEO)
+def test_the_image_decides_the_video_and_what_is_recorded(name):
+    pipe = tiny_pipeline(name, num_layers=2)
+    settings = resolve_settings(pipe, requested={"num_inference_steps": 3, **video_size(pipe)})
+    prompts = prompt_list("prompts", [*image_prompts("a", "a"), image_prompts("a")[0]])
+    red, blue, again = (record_trajectory(pipe, [prompt], seeds=[0], settings=settings) for prompt in prompts)
+    assert torch.equal(red.latents, again.latents)
+    assert not torch.equal(red.latents, blue.latents)
+    assert not torch.equal(red.calls[0].output, blue.calls[0].output)
+    assert [call.timestep for call in red.calls] == pytest.approx(pipe.scheduler.timesteps.tolist())
+    videos = generate(pipe, prompts=prompts[:2], **settings.to_dict(), batch_size=4)
+    assert [torch.equal(video.latents, one.latents[0]) for video, one in zip(videos, (red, blue), strict=True)] == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("name", IMAGE_TO_VIDEO)
+def test_from_images_to_an_evaluated_checkpoint(name, tmp_path, no_encoding):
+    pipe = tiny_pipeline(name)
+    overrides, size = size_of(pipe)
+    pipe.save_pretrained(tmp_path / "model")
+    prompts = read_prompts(file_of(tmp_path, "a red one", "a blue one"))
+    report = s2q.quantize(
+        tmp_path / "model", recipe="s2q-w4a6", out=tmp_path / "out", prompts=prompts, overrides=[*OVERRIDES, *overrides]
+    )
+    assert report.n_prompts == 2
+    selection = json.loads((tmp_path / "out/s2q/selection.json").read_text())
+    assert selection["prompts"] == [prompt_record(prompt) for prompt in prompts]
+    loaded = s2q.load(tmp_path / "out")
+    assert type(loaded) is type(pipe)
+    call = {"num_inference_steps": 2, **size}
+    (video,) = generate(loaded, prompts=prompts[:1], **call)
+    assert video.frames.shape == (size["num_frames"], size["height"], size["width"], 3)
+    result = s2q.evaluate(tmp_path / "out", reference=tmp_path / "model", prompts=prompts, seeds=[0], **call)
+    assert 0 < result["metrics"]["velocity_relative_error"]["mean"] < 0.2
+    assert [entry["prompt"] for entry in result["videos"]] == ["a red one", "a blue one"]
+
+
+def test_a_plan_counts_the_tokens_of_the_image_and_measures_with_one(model, capsys):
+    pipe = DiffusionPipeline.from_pretrained(model)
+    has_tokens = getattr(pipe.transformer.config, "image_dim", None) is not None
+    planned = plan(str(model), recipe="s2q-w4a6", overrides=size_of(pipe)[0])
+    assert planned.calibration.image_tokens == (257 if has_tokens else 0)
+    assert planned.calibration.step_bytes > 0
+    overrides = [argument for text in [*OVERRIDES, *size_of(pipe)[0]] for argument in ("--set", text)]
+    assert run(["plan", "-m", str(model), "-r", "s2q-w4a6", "--measure", "--device", "cpu", *overrides]) == 0
+    assert (", 257 image and 512 text tokens" in capsys.readouterr().out) == has_tokens
+
+
+def test_a_prompt_without_an_image_is_refused_before_any_step(model, tmp_path, monkeypatch, capsys):
     pipeline = type(DiffusionPipeline.from_pretrained(model))
     monkeypatch.setattr(pipeline, "__call__", lambda *_args, **_arguments: pytest.fail("it was called"))
     (tmp_path / "prompts.txt").write_text("a square\n")
-    options = {"generate": ["-o", tmp_path / "out"], "eval": ["--reference", model, "-o", tmp_path / "out.json"]}
-    arguments = [command, "-m", model, *options[command], "--prompts", tmp_path / "prompts.txt", "--device", "cpu"]
-    assert run([str(argument) for argument in arguments]) == 3
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert line.startswith(f"error: {pipeline.__name__}: s2q generates from prompts only, with ")
+    commands = {
+        "generate": ["-o", tmp_path / "out"],
+        "eval": ["--reference", model, "-o", tmp_path / "out.json"],
+        "quantize": ["-r", "s2q-w4a6", "-o", tmp_path / "out", "--set", "calibration.samples=3"],
+    }
+    size = ["--height", 16, "--width", 16, "--num-frames", 9]
+    for command, options in commands.items():
+        arguments = [command, "-m", model, *options, *size, "--prompts", tmp_path / "prompts.txt", "--device", "cpu"]
+        assert run([str(argument) for argument in arguments]) == 3, command
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        expected = f"error: prompt 1 of 1: has no image; {pipeline.__name__} needs an image per prompt: a .jsonl file"
+        assert line.startswith(expected), command
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_a_comparison_takes_images(model, tmp_path, no_encoding, forked_workers):
+    prompts = read_prompts(file_of(tmp_path, "a red one"))
+    options = {"model": model, "out": tmp_path / "out", "seeds": [0], **CALL}
+    result = compare(["rtn-w8a8"], prompts=prompts, **options)
+    assert result["entries"][0]["error"] is None
+    other = [Prompt("a red one", image=prompt_list("prompts", image_prompts("a", "b"))[1].image)]
+    with pytest.raises(InvalidInputError, match="contains a different comparison: prompts"):
+        compare(["rtn-w8a8"], prompts=other, **options)
+
+
+def test_a_pipeline_that_needs_something_else_is_refused(tmp_path):
+    pipe, classes = video_to_video(), "CogVideoXPipeline or CogVideoXImageToVideoPipeline only"
+    with pytest.raises(InvalidInputError, match=f"^CogVideoXVideoToVideoPipeline: .* with {classes}"):
+        generate(pipe, prompts=["a"])
+    with pytest.raises(InvalidInputError, match=f"^CogVideoXVideoToVideoPipeline: .* with {classes}"):
+        s2q.quantize(pipe, recipe="s2q-w4a6", out=tmp_path / "out", prompts=["a"], overrides=OVERRIDES)
+
+
+def test_another_image_is_recorded_again(model, tmp_path):
+    recipe = load_recipe("s2q-w4a6", overrides=[*OVERRIDES, "calibration.height=16", "calibration.width=16"])
+    teacher, group = load_teacher(resolve_model(model), recipe, dtype=torch.float32, device="cpu"), recipe.calibration
+    first, second = (prompt_list("prompts", image_prompts("a", "b")[::step]) for step in (1, -1))
+    swapped = [Prompt("a", image=second[0].image), Prompt("b", image=second[1].image)]
+    inputs = [prepare(teacher, prompts, group, seed=0, inputs={}) for prompts in (first, swapped)]
+    assert inputs[0].fingerprint == inputs[1].fingerprint
+    assert inputs[0].prompt_fingerprint(0) != inputs[1].prompt_fingerprint(0)
+
+
+def test_hunyuanvideo_15_makes_the_sizes_of_its_target_alone():
+    pipe = tiny_pipeline("hunyuanvideo 1.5 image")
+    assert (resolve_settings(pipe).height, resolve_settings(pipe).width) == (48, 80)
+    with pytest.raises(InvalidInputError, match=r"height, width: got 64 and 80; .* makes \d+ x \d+ of this aspect"):
+        resolve_settings(pipe, requested={"height": 64, "width": 80})
 
 
 def test_linears_of_a_group_read_the_same_tensor_and_those_of_two_do_not(model):

@@ -12,7 +12,7 @@ from s2q.planning import plan
 from s2q.planning.cost import Workload
 from s2q.planning.workload import calibration_settings, warn_of_guidance, workload_of, workload_of_synthetic
 from s2q.selection.options import Calibration
-from tiny import tiny_pipeline, video_size
+from tiny import tiny_pipeline, video_size, video_to_video
 from tiny_families import TEXT_TO_VIDEO
 
 SIZES = {"num_frames": 9, "height": 16, "width": 16}
@@ -104,7 +104,7 @@ def test_settings_that_need_a_pipeline_are_refused_for_published_dimensions():
 
 
 def test_a_pipeline_that_calibration_does_not_run():
-    assert workload(tiny_pipeline("cogvideox image")) is None
+    assert workload(video_to_video()) is None
 
 
 @pytest.mark.parametrize(

@@ -92,11 +92,11 @@ def subject_rows(subjects: Sequence[Subject], *, tokens: int | None, device: str
 
 
 def source_tokens(source: ModelSource) -> tuple[int, int]:
-    """Return the video tokens and text tokens of the video that a pipeline's makers recommend."""
+    """Return the video tokens, and the tokens of text and image, of the video that a pipeline's makers recommend."""
     workload = workload_of_source(source, Calibration(), transformers=source.meta_transformers())
     if workload is None:
         raise UsageError(f"{source.name}: its configuration does not define the number of video tokens; pass --tokens")
-    return workload.tokens, workload.text_tokens
+    return workload.tokens, workload.conditioning_tokens
 
 
 def _linears_of(subject: Subject, rows: int | None) -> Iterator[tuple[int, BlockLinear]]:

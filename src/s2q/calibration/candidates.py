@@ -22,8 +22,9 @@ from s2q.common.fingerprint import fingerprint
 from s2q.common.progress import Tick
 from s2q.common.run_folder import ArtefactFolder
 from s2q.common.seeds import derive_seed
+from s2q.generation.conditioning import check_supported, image_to_video
 from s2q.generation.prompts import prompt_record
-from s2q.generation.settings import GenerationSettings, check_prompts, takes_prompts_alone
+from s2q.generation.settings import GenerationSettings, check_prompts
 from s2q.generation.sharing import steps_of_transformers
 from s2q.generation.trajectory import record_trajectory
 from s2q.models.source import recommended_generation
@@ -88,12 +89,7 @@ def prepare(
     teacher: Teacher, prompts: Sequence[str], group: Calibration, *, seed: int, inputs: Mapping[str, Any]
 ) -> CalibrationInputs:
     """Check prompts and numbers against the model, before anything is generated."""
-    if not takes_prompts_alone(teacher.pipe):
-        expected, given = teacher.family.pipeline_class, type(teacher.pipe).__name__
-        raise InvalidInputError(
-            f"{given}: calibration generates from prompts only, with {expected}; use a recipe without calibration, or "
-            f"save the transformer in a {expected}"
-        )
+    check_supported(teacher.pipe)
     settings = calibration_settings(teacher.pipe, group, recommended=recommended_generation(teacher.folder))
     check_prompts(teacher.pipe, prompts, settings)
     _check_candidates(teacher, group, settings, prompts=len(prompts))
@@ -196,7 +192,8 @@ def _parts(pipe: Any, *names: str) -> list[Any]:
 
 def _parts_to_hash(teacher: Teacher) -> Iterator[nn.Module]:
     """The parts whose weights decide what is generated; each is paged out after its turn."""
-    encoders = _parts(teacher.pipe, "text_encoder", "text_encoder_2", "connectors")
+    of_images = () if image_to_video(teacher.pipe) is None else ("image_encoder", "vae")
+    encoders = _parts(teacher.pipe, "text_encoder", "text_encoder_2", "connectors", *of_images)
     for part in (*encoders, *transformers_of(teacher.pipe).values()):
         yield part
         teacher.page_out(part)

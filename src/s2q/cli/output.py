@@ -144,9 +144,10 @@ def _plan_notes(plan: Mapping[str, Any]) -> list[str]:
     if cost is not None:
         where = f", {format_bytes(cost['disk_bytes'])} of it on the disk" if cost["disk_bytes"] else ""
         step = format_bytes(cost["step_bytes"]) + (", checkpointed" if cost["gradient_checkpointing"] else "")
+        image = f", {cost['image_tokens']} image" if cost["image_tokens"] else ""
         notes.append(
-            f"Calibration: {cost['samples']} samples, {cost['tokens']:,} video and {cost['text_tokens']} text tokens; "
-            f"inputs and targets of a block take {format_bytes(cost['activation_bytes'])}{where}, a step {step}"
+            f"Calibration: {cost['samples']} samples, {cost['tokens']:,} video{image} and {cost['text_tokens']} text "
+            f"tokens; inputs and targets of a block take {format_bytes(cost['activation_bytes'])}{where}, a step {step}"
         )
     allocation = plan["allocation"]
     if allocation is not None:

@@ -24,6 +24,7 @@ from s2q.common.errors import S2QError
 from s2q.common.hooks import first_not_finite
 from s2q.common.progress import Tick
 from s2q.common.seeds import derive_seed
+from s2q.generation.conditioning import adapt_call, draws_noise
 from s2q.generation.exclusive import exclusive
 from s2q.generation.prompts import Prompt
 from s2q.generation.schedulers import scheduler_of
@@ -105,7 +106,7 @@ def _run(
     steps: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Call a pipeline; return the final latents, float32 on the CPU, and the frames `[B, F, 3, H, W]` in 0..1."""
-    if family_of(pipe.transformer).draws_noise:
+    if draws_noise(pipe):
         generators, start = [torch.Generator("cpu").manual_seed(seed) for seed in seeds], {}
     else:
         drawn = [initial_noise(pipe, seed, settings) for seed in seeds]
@@ -122,9 +123,7 @@ def _run(
     with ExitStack() as stack:
         arguments = _prepared(pipe, requests, settings, after_step, generators, stack)
         arguments |= {"prompt": list(map(str, requests)), "generator": generators, **start}
-        if not family_of(pipe.transformer).takes_batches:
-            for name in {"prompt", "negative_prompt", "generator"} & arguments.keys():
-                (arguments[name],) = arguments[name]
+        adapt_call(pipe, arguments, requests, settings)
         output = pipe(output_type="pt" if decode else "latent", **arguments)
     return last["latents"].float().cpu(), output.frames if decode else None
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2q.common.arguments import model_argument, optional, path_list, seed_numbers, whole_number, word
-from s2q.common.errors import InvalidInputError, UsageError, memory_errors
+from s2q.common.errors import UsageError, memory_errors
 from s2q.common.progress import Progress, StageCounter
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.engines.engine import Engine, InProcessEngine, Worker, fixed_threads
 from s2q.engines.options import AUTO, Workers, workers_argument
+from s2q.generation.conditioning import check_supported, takes_batches
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.denoise import DenoisingResult, denoise
 from s2q.generation.load import load_pipeline, refuse_load_options
@@ -25,11 +26,10 @@ from s2q.generation.settings import (
     check_prompts,
     requested_settings,
     resolve_settings,
-    takes_prompts_alone,
     video_tokens,
 )
 from s2q.generation.trajectory import Trajectory
-from s2q.models import ModelSource, family_of, resolve_model
+from s2q.models import ModelSource, resolve_model
 from s2q.models.lora import with_loras
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ def generate(
         The videos, prompt by prompt, each prompt's in the order of the seeds.
 
     Raises:
-        InvalidInputError: A prompt, a seed, a size or another setting does not fit the model, or its pipeline needs
-            more than prompts.
+        InvalidInputError: A prompt, an image, a seed, a size or another setting does not fit the model, or its
+            pipeline needs more than prompts and images.
         S2QError: The model produced NaN or infinite latents.
     """
     model, seeds = model_argument("model", model), seed_numbers(seeds)
@@ -250,11 +250,7 @@ def described(video: Video) -> dict[str, Any]:
 
 def settings_for(pipe: Any, requested: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> GenerationSettings:
     """Return checked settings from what was asked for and what the model's makers recommend."""
-    if not takes_prompts_alone(pipe):
-        raise InvalidInputError(
-            f"{type(pipe).__name__}: s2q generates from prompts only, with "
-            f"{family_of(pipe.transformer).pipeline_class}; load the pipeline and call it with an image in Python"
-        )
+    check_supported(pipe)
     return resolve_settings(pipe, requested=requested, defaults=defaults)
 
 
@@ -263,7 +259,7 @@ def batch_size_for(pipe: Any, settings: GenerationSettings, *, asked: int | None
 
     It is 1 where the pipeline takes one prompt.
     """
-    if not family_of(pipe.transformer).takes_batches:
+    if not takes_batches(pipe):
         return 1
     return asked or max(1, min(_MAX_BATCH, _BATCH_TOKENS // video_tokens(pipe, settings)))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from s2q.common.arguments import finite_number, plain_text, positive_number, whole_number, word
 from s2q.common.errors import InvalidInputError, short_repr
+from s2q.generation.conditioning import check_image, check_size
 from s2q.generation.exclusive import exclusive
 from s2q.generation.guidance import guidance_obstacle, with_usable_guidance
 from s2q.generation.prompts import prompt_list
@@ -145,11 +146,6 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _CHECKS[name](name, value) for name, value in values.items() if value is not None}
 
 
-def takes_prompts_alone(pipe: Any) -> bool:
-    """Whether a pipeline is its family's text-to-video pipeline; others need an image or a video too."""
-    return family_of(pipe.transformer).pipeline_class in {base.__name__ for base in type(pipe).__mro__}
-
-
 def prompt_token_limit(pipe: Any) -> int:
     """Return the number of text tokens that the pipeline's transformer takes, end token included.
 
@@ -170,8 +166,7 @@ def check_prompts(pipe: Any, prompts: Sequence[str], settings: GenerationSetting
     for index, prompt in enumerate(requests, start=1):
         where = f"prompt {index} of {len(requests)}"
         _check_length(pipe, where, prompt, settings)
-        if prompt.image is not None:
-            raise InvalidInputError(f"{where}: image: {type(pipe).__name__} generates from text alone; remove it")
+        check_image(pipe, where, prompt)
         if prompt.negative_prompt is not None:
             obstacle = guidance_obstacle(pipe, settings, "negative_prompt")
             if obstacle is not None:
@@ -259,7 +254,7 @@ def _size_defaults(pipe: Any) -> dict[str, Any]:
             "width": config.sample_width * spatial,
         }
     if getattr(config, "target_size", None) is not None:
-        columns, rows = pipe.default_aspect_ratio
+        columns, rows = getattr(pipe, "default_aspect_ratio", (16, 9))  # image to video has none of its own
         height, width = pipe.video_processor.calculate_default_height_width(rows, columns, config.target_size)
         return {"height": height, "width": width}
     return {}
@@ -305,6 +300,7 @@ def _size_step(pipe: Any) -> int:
 def _check_video(pipe: Any, settings: GenerationSettings) -> None:
     _check_frames(pipe, settings.num_frames)
     _check_frame_size(pipe, settings)
+    check_size(pipe, settings)
     _check_positions(pipe, settings)
 
 

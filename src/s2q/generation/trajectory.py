@@ -122,7 +122,7 @@ def recorded_calls(transformers: Mapping[str, torch.nn.Module]) -> Iterator[list
             if name not in ("return_dict", "attention_kwargs") and value is not None
         }
         prediction = output[0] if isinstance(output, tuple) else output.sample
-        timestep = float(kwargs["timestep"].flatten()[0])
+        timestep = float(kwargs["timestep"].max())  # tokens of an image have 0
         answer = prediction.detach().to("cpu", copy=True)
         calls.append(TransformerCall(transformer=component, timestep=timestep, inputs=inputs, output=answer))
 

@@ -1,11 +1,12 @@
 """CogVideoX 2B, 5B and 1.5: joint attention over [text; video], adaLN by two linears a block."""
 
-from s2q.models.family import Family
+from s2q.models.family import Family, ImageToVideo
 
 COGVIDEOX = Family(
     name="cogvideox",
     transformer_class="CogVideoXTransformer3DModel",
     pipeline_class="CogVideoXPipeline",
+    image_to_video=ImageToVideo(pipeline_class="CogVideoXImageToVideoPipeline"),
     block_lists=("transformer_blocks",),
     modulation=("norm1.linear", "norm2.linear"),
     shared_inputs=(("attn1.to_q", "attn1.to_k", "attn1.to_v"),),

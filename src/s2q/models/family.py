@@ -21,6 +21,24 @@ OUTSIDE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageToVideo:
+    """The image-to-video pipeline of a family: its argument `image` is one image, its prompt one text.
+
+    Attributes:
+        draws_noise: Whether it must draw the initial noise itself, because it adds the image only to its own.
+        takes_size: Whether its call takes height and width; else the size of a video follows from the image's.
+        tokens: Tokens of the image that blocks see beside those of the text, in the published models.
+        embedded_by: Field of a transformer's configuration without which it sees none.
+    """
+
+    pipeline_class: str
+    draws_noise: bool = False
+    takes_size: bool = True
+    tokens: int = 0
+    embedded_by: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of transformers that share their structure; one file a family.
 
@@ -59,6 +77,7 @@ class Family:
         timestep_embeddings: What the modulation linears read, if that depends on timesteps alone: SiLU of the sum of
             these embeddings, each the names of a projection and of the module that reads it, and the constant that is
             embedded, or None for the timestep. A transformer may lack some.
+        image_to_video: Its image-to-video pipeline, if calibration and evaluation run it.
         decodes_batches: Whether the VAE can decode several videos at once; one that cannot is given them one by one.
         timestep_arguments: What the pipeline passes to the scheduler's `set_timesteps` besides the number of steps.
     """
@@ -86,6 +105,7 @@ class Family:
     unbatched: tuple[str, ...] = ()
     takes_batches: bool = True
     draws_noise: bool = False
+    image_to_video: ImageToVideo | None = None
     decodes_batches: bool = True
     kept_linears: tuple[str, ...] = ()
     timestep_arguments: tuple[str, ...] = ()

@@ -5,13 +5,16 @@ padding in text to video), 256 of the words in quotation marks by ByT5, 1000 of 
 are the first ones that the transformer sees; those of an image and of a mask follow.
 """
 
-from s2q.models.family import Family
+from s2q.models.family import Family, ImageToVideo
 from s2q.models.hunyuanvideo import HUNYUANVIDEO
 
 HUNYUANVIDEO15 = Family(
     name="hunyuanvideo 1.5",
     transformer_class="HunyuanVideo15Transformer3DModel",
     pipeline_class="HunyuanVideo15Pipeline",
+    image_to_video=ImageToVideo(
+        pipeline_class="HunyuanVideo15ImageToVideoPipeline", takes_size=False, tokens=729, embedded_by="image_embed_dim"
+    ),
     block_lists=("transformer_blocks",),
     modulation=("norm1.linear", "norm1_context.linear"),
     shared_inputs=HUNYUANVIDEO.shared_inputs,

@@ -1,11 +1,12 @@
 """LTX-Video: self-attention over the video, cross-attention to the text, no adaLN linears; latents in tokens."""
 
-from s2q.models.family import Family
+from s2q.models.family import Family, ImageToVideo
 
 LTX = Family(
     name="ltx",
     transformer_class="LTXVideoTransformer3DModel",
     pipeline_class="LTXPipeline",
+    image_to_video=ImageToVideo(pipeline_class="LTXImageToVideoPipeline", draws_noise=True),
     block_lists=("transformer_blocks",),
     modulation=(),
     shared_inputs=(("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v")),

@@ -5,12 +5,13 @@ the timestep. Image to video of 2.1 has keys and values of the image's tokens to
 transformers of this class, which share the timesteps.
 """
 
-from s2q.models.family import Family
+from s2q.models.family import Family, ImageToVideo
 
 WAN = Family(
     name="wan",
     transformer_class="WanTransformer3DModel",
     pipeline_class="WanPipeline",
+    image_to_video=ImageToVideo(pipeline_class="WanImageToVideoPipeline", tokens=257, embedded_by="image_dim"),
     block_lists=("blocks",),
     modulation=(),
     shared_inputs=(

@@ -14,6 +14,7 @@ WAN_VACE = replace(
     name="wan-vace",
     transformer_class="WanVACETransformer3DModel",
     pipeline_class="WanVACEPipeline",
+    image_to_video=None,
     block_lists=("vace_blocks", "blocks"),
     list_streams={"vace_blocks": ("hidden_states", "control_hidden_states")},
     chained=False,

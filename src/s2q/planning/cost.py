@@ -90,6 +90,7 @@ class Workload:
         tokens: N of a video.
         frames: Tokens of it along time.
         audio_tokens: Tokens of its sound; 0 without.
+        image_tokens: Tokens of an image beside those of the text; 0 without.
         rows: Samples in one call of the transformer: all branches, or one.
         steps: Denoising steps of a video.
         component_bytes: Weights of the pipeline's other components, which generate the samples; None if unknown.
@@ -104,7 +105,13 @@ class Workload:
     component_bytes: int | None
     steps: int = 50
     audio_tokens: int = 0
+    image_tokens: int = 0
     generation: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def conditioning_tokens(self) -> int:
+        """Tokens of text and image."""
+        return self.text_tokens + self.image_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +176,7 @@ class CalibrationCost:
     gradient_checkpointing: bool
     activation_bytes: int
     disk_bytes: int
+    image_tokens: int = 0
 
     @property
     def host_bytes(self) -> int:
@@ -312,6 +320,7 @@ def calibration_cost(
         tokens=workload.tokens,
         frames=workload.frames,
         text_tokens=workload.text_tokens,
+        image_tokens=workload.image_tokens,
         samples=samples,
         step_bytes=step,
         gradient_checkpointing=checkpointed,
@@ -349,7 +358,8 @@ def _block_shape(
     def rows(linear: BlockLinear) -> int:
         if linear.sees_audio:
             return workload.audio_tokens
-        return workload.text_tokens if linear.sees_text else workload.tokens + workload.text_tokens
+        text = workload.conditioning_tokens
+        return text if linear.sees_text else workload.tokens + text
 
     first = {shared.get(linear.inner_name, linear.inner_name): linear for linear in linears}
     paths = [getattr(linear, "path", InputPath()) for linear in first.values()]
@@ -371,7 +381,7 @@ def _block_shape(
 def _attention(block: nn.Module, family: Family, workload: Workload) -> tuple[tuple[int, int, int], ...]:
     """Queries, keys and channels of each attention of a block: joint with the text, of the video, or cross."""
     own = sum(_stream_tokens(workload)[name] for name in family.joint_order)
-    known = dict.fromkeys(family.text_linears, workload.text_tokens)
+    known = dict.fromkeys(family.text_linears, workload.conditioning_tokens)
     known |= dict.fromkeys(family.audio_linears, workload.audio_tokens)
     attentions = []
     for name, module in block.named_modules():
@@ -386,6 +396,6 @@ def _stream_tokens(workload: Workload) -> dict[str, int]:
     return {
         "hidden_states": workload.tokens,
         "control_hidden_states": workload.tokens,
-        "encoder_hidden_states": workload.text_tokens,
+        "encoder_hidden_states": workload.conditioning_tokens,
         "audio_hidden_states": workload.audio_tokens,
     }

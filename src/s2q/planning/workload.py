@@ -9,6 +9,7 @@ from torch import nn
 
 from s2q.common.components import transformers_of
 from s2q.common.errors import InvalidInputError
+from s2q.generation.conditioning import image_tokens, is_supported
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.exclusive import exclusive
 from s2q.generation.guidance import branches_of
@@ -16,7 +17,6 @@ from s2q.generation.schedulers import described, distilled_name, scheduler_of
 from s2q.generation.settings import (
     GenerationSettings,
     resolve_settings,
-    takes_prompts_alone,
     text_tokens,
     token_frames,
     video_tokens,
@@ -44,7 +44,7 @@ def workload_of(
     pipe: Any, group: Calibration, *, recommended: Mapping[str, Any], component_bytes: int | None
 ) -> Workload | None:
     """Return what calibration computes on; None for a pipeline that it does not run."""
-    if not takes_prompts_alone(pipe):
+    if not is_supported(pipe):
         return None
     with exclusive(pipe):
         settings = calibration_settings(pipe, group, recommended=recommended)
@@ -54,6 +54,7 @@ def workload_of(
         tokens=video_tokens(pipe, settings),
         frames=token_frames(pipe, settings),
         text_tokens=text_tokens(pipe, settings),
+        image_tokens=image_tokens(pipe),
         audio_tokens=_audio_tokens(pipe, settings),
         branches=branches,
         rows=branches if family_of(pipe.transformer).guidance == "batched" else 1,

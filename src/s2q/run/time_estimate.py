@@ -31,6 +31,7 @@ from s2q.common.progress import Progress, StageCounter, silent
 from s2q.common.run_folder import open_run_folder
 from s2q.common.temporaries import scratch_folder
 from s2q.distillation.options import evaluations
+from s2q.generation.conditioning import any_prompt
 from s2q.generation.settings import GenerationSettings
 from s2q.generation.sharing import steps_of_transformers
 from s2q.models import ModelSource
@@ -44,7 +45,6 @@ from s2q.selection.scores import CandidatePool
 _CALLS = (1, 5)
 _SAMPLES, _MORE_SAMPLES = 2, 4
 _EPOCHS = (1, 5, 10)
-_PROMPT = "red"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,8 @@ def measured(
     teacher = load_teacher(source, recipe, dtype=dtype, device=machine.device)
     with scratch_folder("measure") as scratch, open_run_folder(scratch / "measure") as folder:
         if recipe.calibrates:
-            any_prompts = None if source.kind == "embedded" else [_PROMPT] * recipe.calibration.n_prompts
+            embedded = source.kind == "embedded"
+            any_prompts = None if embedded else [any_prompt(teacher.pipe)] * recipe.calibration.n_prompts
             texts = prompts or any_prompts
             job = BlockJob(recipe=recipe, selected=None, cost=planned.calibration, machine=machine, seed=0)
             seconds = _calibrating(BlockRunner(folder, teacher, job), texts, progress)

@@ -1,0 +1,116 @@
+"""Conditioning of the videos of a pipeline: text alone, or text and an image; arguments of its call for that.
+
+An image-to-video pipeline makes one video a call, from one image, which it resizes itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from s2q.common.errors import InvalidInputError
+from s2q.generation.prompts import Prompt, prompt_list
+from s2q.models import family_of
+from s2q.models.family import ImageToVideo
+
+if TYPE_CHECKING:
+    from s2q.generation.settings import GenerationSettings
+
+
+def image_to_video(pipe: Any) -> ImageToVideo | None:
+    """Return what is known of an image-to-video pipeline of its family; None for any other pipeline."""
+    known = family_of(pipe.transformer).image_to_video
+    return known if known is not None and known.pipeline_class in _class_names(pipe) else None
+
+
+def is_supported(pipe: Any) -> bool:
+    """Whether a pipeline makes videos of text, or of text and an image, as its family describes it."""
+    return family_of(pipe.transformer).pipeline_class in _class_names(pipe) or image_to_video(pipe) is not None
+
+
+def check_supported(pipe: Any) -> None:
+    """Refuse a pipeline that needs something else: a video, a mask, a pose."""
+    if not is_supported(pipe):
+        family = family_of(pipe.transformer)
+        classes = [family.pipeline_class]
+        if family.image_to_video is not None:
+            classes.append(family.image_to_video.pipeline_class)
+        raise InvalidInputError(
+            f"{type(pipe).__name__}: s2q generates and calibrates with {' or '.join(classes)} only; use a recipe "
+            "without calibration and call the loaded pipeline in Python, or load the model in one of these"
+        )
+
+
+def check_image(pipe: Any, where: str, prompt: Prompt) -> None:
+    """Refuse a prompt without an image where the pipeline needs one, and one with an image where it takes none."""
+    needs = image_to_video(pipe) is not None
+    if needs and prompt.image is None:
+        raise InvalidInputError(
+            f"{where}: has no image; {type(pipe).__name__} needs an image per prompt: a .jsonl file with "
+            '{"prompt": ..., "image": PATH} a line (prompts=[{"prompt": ..., "image": ...}] in Python)'
+        )
+    if not needs and prompt.image is not None:
+        raise InvalidInputError(f"{where}: image: {type(pipe).__name__} generates from text alone; remove it")
+
+
+def check_size(pipe: Any, settings: GenerationSettings) -> None:
+    """Refuse a size that a pipeline does not make of any image, where it takes the size from the image."""
+    known = image_to_video(pipe)
+    if known is None or known.takes_size:
+        return
+    size = settings.height, settings.width
+    made = pipe.video_processor.calculate_default_height_width(*size, pipe.target_size)
+    if tuple(map(int, made)) != size:
+        raise InvalidInputError(
+            f"height, width: got {size[0]} and {size[1]}; {type(pipe).__name__} makes {made[0]} x {made[1]} of this "
+            "aspect ratio; use these"
+        )
+
+
+def takes_batches(pipe: Any) -> bool:
+    """Whether a call of a pipeline takes several prompts."""
+    return family_of(pipe.transformer).takes_batches and image_to_video(pipe) is None
+
+
+def draws_noise(pipe: Any) -> bool:
+    """Whether a pipeline must draw the initial noise itself."""
+    known = image_to_video(pipe)
+    return family_of(pipe.transformer).draws_noise or (known is not None and known.draws_noise)
+
+
+def image_tokens(pipe: Any) -> int:
+    """Return how many tokens of an image the blocks see beside those of the text."""
+    known = image_to_video(pipe)
+    if known is None or getattr(pipe.transformer.config, known.embedded_by, None) is None:
+        return 0
+    return known.tokens
+
+
+def any_prompt(pipe: Any) -> Prompt:
+    """Return a prompt that a pipeline takes, with a black image where it needs one: for measuring times."""
+    from PIL import Image
+
+    image = {} if image_to_video(pipe) is None else {"image": Image.new("RGB", (64, 64))}
+    (prompt,) = prompt_list("prompts", [{"prompt": "red", **image}])
+    return prompt
+
+
+def adapt_call(pipe: Any, arguments: dict[str, Any], prompts: Sequence[Prompt], settings: GenerationSettings) -> None:
+    """Change the arguments of a call to those of a pipeline that takes one prompt, or an image and a prompt."""
+    if not takes_batches(pipe):
+        for name in {"prompt", "negative_prompt", "generator"} & arguments.keys():
+            (arguments[name],) = arguments[name]
+    known = image_to_video(pipe)
+    if known is None:
+        return
+    (prompt,) = prompts
+    assert prompt.image is not None, "check_prompts refuses a prompt without an image"
+    arguments["image"] = prompt.image.pixels
+    if not known.takes_size:
+        del arguments["height"], arguments["width"]
+        size = {"height": settings.height, "width": settings.width}
+        arguments["image"] = pipe.video_processor.resize(arguments["image"], **size, resize_mode="crop")
+
+
+def _class_names(pipe: Any) -> set[str]:
+    return {base.__name__ for base in type(pipe).__mro__}
