@@ -143,6 +143,15 @@ def test_what_does_not_fit_the_pipeline_is_refused_with_those_that_do(family, as
             "causvid",
             "AccVid",
             "x-distilled",
+            "FastVideo/FastWan2.1-T2V-1.3B-Diffusers",
+            "FastHunyuan",
+            "lightx2v/Wan2.1-T2V-14B",
+            "Self-Forcing",
+            "self_forcing_dmd",
+            "rCM_Wan2.1",
+            "Hyper-SD15-8steps",
+            "hyper_wan",
+            "distill-wan",
         ),
         *("FlowMatchLCMScheduler", "HeliosDMDScheduler", "TCDScheduler"),
     ],
@@ -154,4 +163,5 @@ def test_names_of_distilled_models_are_recognised(name):
 
 def test_names_of_other_models_are_not():
     names = ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "falcmodel", "admdata", "shapes-wan", "CogVideoX-5b")
+    names += ("undistilled", "de-distilled", "Wan-dedistilled", "non_distilled", "hyper-realism", "breakfast", "arcm")
     assert distilled_name("FlowMatchEulerDiscreteScheduler", *names) is None

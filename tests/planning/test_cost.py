@@ -21,7 +21,7 @@ GPU = {"device": "cuda", "memory_budget": 16 * 10**9}
 def shapes_of(name):
     model = synthetic_model(name)
     transformers = {"transformer": model.meta_transformer()}
-    workload = workload_of_synthetic(model, RECIPE.calibration)
+    workload = workload_of_synthetic(model, RECIPE)
     return block_shapes(transformers, recipe_linears(RECIPE, transformers), workload)
 
 
@@ -221,7 +221,7 @@ def test_sizes_of_the_recipe_count_and_are_checked(tmp_path):
     assert plan(tmp_path, recipe="s2q-w4a6", overrides=sizes).calibration.tokens == 3 * 2 * 1
     with pytest.raises(InvalidInputError, match="height"):
         plan(tmp_path, recipe="s2q-w4a6", overrides=["calibration.height=33"])
-    with pytest.raises(InvalidInputError, match="no pipeline to fit num_frames to"):
+    with pytest.raises(InvalidInputError, match="no pipeline to fit calibration.num_frames to"):
         plan("synthetic:wan-14b", recipe="s2q-w4a6", overrides=["calibration.num_frames=9"])
 
 

@@ -7,10 +7,12 @@ import pytest
 from diffusers import CogVideoXPipeline
 
 from s2q.common.errors import InvalidInputError
+from s2q.common.log import log_once
 from s2q.models.synthetic import synthetic_model
 from s2q.planning import plan
 from s2q.planning.cost import Workload
-from s2q.planning.workload import calibration_settings, warn_of_guidance, workload_of, workload_of_synthetic
+from s2q.planning.workload import calibration_settings, workload_of, workload_of_recipe, workload_of_synthetic
+from s2q.recipes.load import load_recipe
 from s2q.selection.options import Calibration
 from tiny import tiny_pipeline, video_size, video_to_video
 from tiny_families import TEXT_TO_VIDEO
@@ -89,16 +91,19 @@ def test_flop_of_collecting_without_guidance_are_half():
     ("name", "scale", "warns"), [("wan-Lightning", 5, True), ("wan-Lightning", 1, False), ("wan", 5, False)]
 )
 def test_a_distilled_model_with_guidance_is_a_warning(name, scale, warns, caplog):
-    pipe = tiny_pipeline("wan")
-    workload = workload_of(pipe, Calibration(**SIZES, guidance_scale=scale), recommended={}, component_bytes=0)
+    log_once.cache_clear()
+    options = [f"calibration.{key}={value}" for key, value in (SIZES | {"guidance_scale": scale}).items()]
+    recipe, names = load_recipe("s2q-w4a6", overrides=options), ("a-model", f"someone/{name}")
     with caplog.at_level(logging.WARNING):
-        warn_of_guidance(pipe, workload, "a-model", f"someone/{name}")
+        workload_of_recipe(tiny_pipeline("wan"), recipe, names=names, recommended={}, component_bytes=0)
     assert ("looks step-distilled" in caplog.text) is warns
     assert ("--guidance-scale 1" in caplog.text) is warns
 
 
 def test_settings_that_need_a_pipeline_are_refused_for_published_dimensions():
-    with pytest.raises(InvalidInputError, match="has no pipeline to fit scheduler, num_frames to; plan without"):
+    with pytest.raises(
+        InvalidInputError, match="has no pipeline to fit calibration.scheduler, calibration.num_frames to;"
+    ):
         overrides = ["calibration.scheduler=FlowMatchEulerDiscreteScheduler", "calibration.num_frames=9"]
         plan("synthetic:wan-1.3b", recipe="s2q-w4a6", overrides=overrides)
 
@@ -139,8 +144,10 @@ def test_max_tokens_of_published_dimensions():
 
 
 def test_max_tokens_of_published_dimensions_shorten_the_sound():
-    model = synthetic_model("synthetic:ltx-2")
-    assert workload_of_synthetic(model, Calibration(max_tokens=16 * 384)).audio_tokens == 126
-    shorter = workload_of_synthetic(model, Calibration(max_tokens=4 * 384))
+    def planned(name, *overrides):
+        return workload_of_synthetic(synthetic_model(f"synthetic:{name}"), load_recipe("s2q-w4a6", overrides=overrides))
+
+    assert planned("ltx-2").audio_tokens == planned("ltx-2", f"calibration.max_tokens={16 * 384}").audio_tokens == 126
+    shorter = planned("ltx-2", f"calibration.max_tokens={4 * 384}")
     assert (shorter.frames, shorter.audio_tokens) == (4, round(25 / 24 * 25))  # 25 frames, 25 tokens a second
-    assert workload_of_synthetic(synthetic_model("synthetic:wan-1.3b"), Calibration()).audio_tokens == 0
+    assert planned("wan-1.3b").audio_tokens == 0

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from s2q.calibration.candidates import prepare
 from s2q.calibration.teacher import load_teacher
 from s2q.checkpoint import load_pipeline
 from s2q.common.errors import InvalidInputError
+from s2q.common.log import log_once
 from s2q.comparison.compare import compare
 from s2q.evaluation.evaluate import evaluate
 from s2q.generation.defaults import calibrated_generation, generation_defaults
+from s2q.models import resolve_model
+from s2q.planning import plan
 from s2q.recipes.load import load_recipe
 from s2q.run.quantize import quantize
 from tiny import tiny_pipeline, video_size
@@ -34,6 +38,12 @@ SIZES = [f"{name}={size}" for name, size in video_size(tiny_pipeline("wan")).ite
 
 def overrides(*options):
     return [CALIBRATES, *(f"calibration.{option}" for option in (*options, *SIZES))]
+
+
+@pytest.fixture(autouse=True)
+def fresh_log():
+    """Warn as a new process does."""
+    log_once.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +120,69 @@ def test_bad_settings_are_refused_before_weights_are_read(folder, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_recipes_without_calibration_ignore_them_with_a_warning(folder, caplog):
+def test_recipes_without_calibration_check_their_settings_and_ignore_them_with_a_warning(folder, caplog):
+    options = {"recipe": RECIPE, "overrides": ["calibration.steps=4", *(f"calibration.{option}" for option in SIZES)]}
+    text = (
+        "calibration.num_frames, calibration.height, calibration.width: recipe rtn-w4a6 needs no calibration, ignored"
+    )
+    for work in (
+        lambda: plan(folder, **options),
+        lambda: quantize(folder, **options, dry_run=True),
+        lambda: quantize(tiny_pipeline("wan"), **options, dry_run=True),
+    ):
+        log_once.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            work()
+        assert caplog.text.count(text) == 1
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
-        quantize(folder, recipe=RECIPE, overrides=["calibration.steps=4", "calibration.height=64"], dry_run=True)
-    assert "num_inference_steps, height: recipe rtn-w4a6 needs no calibration, ignored" in caplog.text
+        plan("synthetic:wan-1.3b", recipe=RECIPE, overrides=["calibration.guidance_scale=1"])
+    assert "calibration.guidance_scale: recipe rtn-w4a6 needs no calibration" in caplog.text
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, "s2q-w4a6"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("scheduler=Nonsense", "unknown scheduler 'Nonsense'"),
+        ("steps=2000", r"^calibration\.steps: got 2000; the scheduler has 1000 timesteps"),
+        ("height=20", r"^calibration\.height: got 20; VAE and transformer take"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_the_keys_of_the_recipe(folder, recipe, option, message):
+    for model in (folder, tiny_pipeline("wan")):
+        with pytest.raises(InvalidInputError, match=message):
+            quantize(model, recipe=recipe, overrides=[f"calibration.{option}"], prompts=["red"], dry_run=True)
+
+
+def test_a_distilled_model_is_a_warning_once_and_also_if_its_pipeline_needs_weights(folder, caplog, monkeypatch):
+    recipe = load_recipe(RECIPE, overrides=overrides("steps=3"))
+    distilled = folder.with_name("tiny-lightning")
+    shutil.copytree(folder, distilled)
+    source = resolve_model(distilled)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            plan(source, recipe=recipe)
+            load_teacher(source, recipe, dtype=None)
+    assert caplog.text.count("tiny-lightning looks step-distilled") == 1
+    caplog.clear()
+    log_once.cache_clear()
+    monkeypatch.setattr(type(source), "meta_pipeline", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with caplog.at_level(logging.WARNING):
+        plan(source, recipe=recipe)
+        load_teacher(source, recipe, dtype=None)
+    assert caplog.text.count("tiny-lightning looks step-distilled") == 1
+
+
+def test_calibration_prompts_are_checked_against_the_settings_of_calibration(folder, tmp_path):
+    size = video_size(tiny_pipeline("wan"))
+    common = {"model": folder, "out": tmp_path / "c", "prompts": ["red"], "dry_run": True, **size}
+    common |= {"calibration_prompts": ["red " * 8], "overrides": [f"calibration.{option}" for option in SIZES]}
+    compare(["smoothquant-w4a6"], **common, max_sequence_length=8)
+    common["overrides"].append("calibration.max_sequence_length=8")
+    with pytest.raises(InvalidInputError, match=r"prompt 1 of 1 has \d+ tokens, but the transformer reads 8"):
+        compare(["smoothquant-w4a6"], **common, max_sequence_length=64)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +196,9 @@ def test_recipes_without_calibration_ignore_them_with_a_warning(folder, caplog):
 )
 def test_a_lora_that_looks_distilled_is_a_warning_where_guidance_is_on(folder, tmp_path, caplog, lora, warns):
     (tmp_path / lora).parent.mkdir(exist_ok=True)
-    save_file({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1, 64)}, tmp_path / lora)
+    linear = "transformer.blocks.0.attn1.to_q"
+    factors = {f"{linear}.lora_A.weight": torch.zeros(1, 64), f"{linear}.lora_B.weight": torch.zeros(64, 1)}
+    save_file(factors, tmp_path / lora)
     with caplog.at_level(logging.WARNING):
         quantize(folder, recipe=RECIPE, overrides=overrides(), prompts=["red"], loras=[tmp_path / lora], dry_run=True)
     assert ("looks step-distilled" in caplog.text) is warns

@@ -26,7 +26,7 @@ from s2q.models.source import recommended_generation
 from s2q.models.timesteps import mean_timestep_row
 from s2q.planning.cost import Workload
 from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
-from s2q.planning.workload import warn_of_guidance, workload_of
+from s2q.planning.workload import source_names, workload_of_recipe
 from s2q.recipes.schema import Recipe
 from s2q.shapes import embedded
 
@@ -195,9 +195,8 @@ def load_teacher(
                 "load both in the same dtype"
             )
         _check_finite(name, component, transformer, offload=mapped)
-    workload = _workload(pipe, folder, recipe)
-    if source is None:
-        warn_of_guidance(pipe, workload, name)  # of a model by name, its plan has warned
+    names = (name,) if source is None else source_names(source)
+    workload = _workload(pipe, folder, recipe, names=names, warn=linears is None)
     frames = None if workload is None else workload.frames
     if linears is None:
         linears = resolve(recipe, recipe_linears(recipe, modules), frames=frames)
@@ -229,16 +228,18 @@ def _of_component(linears: Sequence[LinearPlan], component: str) -> tuple[Linear
     return tuple(linear for linear in linears if split_name(linear.name)[0] == component)
 
 
-def _workload(pipe: DiffusionPipeline, folder: Path | None, recipe: Recipe) -> Workload | None:
-    if not recipe.calibrates:
-        return None
+def _workload(
+    pipe: DiffusionPipeline, folder: Path | None, recipe: Recipe, *, names: Sequence[str], warn: bool
+) -> Workload | None:
     transformers = set(transformers_of(pipe).values())
     others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part not in transformers]
-    return workload_of(
+    return workload_of_recipe(
         pipe,
-        recipe.calibration,
+        recipe,
+        names=names,
         recommended=recommended_generation(folder),
         component_bytes=sum(tensor.nbytes for part in others for tensor in part.parameters()),
+        warn=warn,
     )
 
 

@@ -28,6 +28,8 @@ from s2q.models.architecture import architecture_of, check_comparable, warn_of_s
 from s2q.models.lora import with_loras
 from s2q.models.source import check_full_precision
 from s2q.planning import Plan, check_memory
+from s2q.planning.workload import calibration_settings, recommended_for
+from s2q.recipes.schema import Recipe
 from s2q.run.quantize import quantize
 from s2q.shapes.embedded import EMBEDDED_NAMES
 
@@ -182,9 +184,10 @@ def set_up(settings: CompareSettings) -> Setup:
     recommended = generation_defaults(source) | _calibrated_generation(entries)
     generation = settings_for(pipe, settings.requested, defaults=recommended)
     check_prompts(pipe, texts, generation)
-    if settings.calibration_prompts is not None:
-        check_prompts(pipe, settings.calibration_prompts, generation)
     planned, obstacles = _plans(entries, source, settings)
+    for entry in entries:
+        if entry.label in planned:
+            _check_calibration_prompts(pipe, source, entry.recipe, settings.calibration_prompts)
     return Setup(
         plan=RunPlan(
             model=settings.model if source.hub is None else source.pinned,
@@ -248,6 +251,17 @@ def _check_calibration(entries: Sequence[Entry], source: ModelSource, settings: 
         raise UsageError("compare: calibration prompts were given, but no recipe calibrates; remove them")
     else:
         check_distinct(settings.calibration_prompts)
+
+
+def _check_calibration_prompts(
+    pipe: Any, source: ModelSource, recipe: Recipe | None, prompts: Sequence[str] | None
+) -> None:
+    """Check that a recipe's settings take the prompts that it calibrates on."""
+    if prompts is None or recipe is None or not recipe.calibrates:
+        return
+    group = recipe.calibration
+    settings = calibration_settings(pipe, group, recommended=recommended_for(source))
+    check_prompts(pipe, prompts[: group.n_prompts], settings)
 
 
 def _pipeline_to_ask(source: ModelSource) -> Any:

@@ -31,7 +31,15 @@ DIFFUSION = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 """Those of models with betas: CogVideoX shifts the signal-to-noise ratio of its betas, which other classes ignore."""
 
 _OF_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-_DISTILLED = re.compile(r"lightning|turbo|fusionx|causvid|accvid|distill|(?<![a-z])(?:lcm|dmd)(?![a-z])", re.IGNORECASE)
+_DISTILLED = re.compile(
+    r"lightning|turbo|fusionx|causvid|accvid|lightx2v|self[-_ ]?forcing|fast(?=wan|hunyuan|mochi|ltx|cogvideo)"
+    r"|hyper[-_ ]?(?=sd|wan|hunyuan|mochi|ltx|cogvideo)"
+    r"|(?<!un)(?<!un[-_ ])(?<!de)(?<!de[-_ ])(?<!non)(?<!non[-_ ])distill"
+    r"|(?<![a-z])(?:lcm|dmd|rcm)(?![a-z])",
+    re.IGNORECASE,
+)
+"""Names of step-distilled models and of their adapters: not "undistilled", "de-distilled"."""
+
 _DISTILLED_SCHEDULERS = ("DMD", "LCM", "TCD")
 
 

@@ -209,21 +209,19 @@ def plan_model(
 ) -> Plan:
     """Plan a run on a machine that is already described; see `plan`."""
     model, dtype, variant = model_argument("model", model), parse_dtype(dtype), optional(word, "variant", variant)
-    workload: Workload | None
     if isinstance(model, str) and model.startswith(SYNTHETIC_PREFIX):
         synthetic = synthetic_model(model)
         name, stored = synthetic.label, dtype or torch.bfloat16
         transformers = {TRANSFORMERS[0]: _synthetic_transformer(synthetic.name)}
-        workload = workload_of_synthetic(synthetic, recipe.calibration) if recipe.calibrates else None
+        workload = workload_of_synthetic(synthetic, recipe)
     else:
         source = resolve_model(model, variant=variant)
         check_full_precision(source)
         for config in source.transformer_configs.values():
             family_of(config["_class_name"])  # a clear error before the class is looked up
         name, stored = source.name, dtype or source.weights_dtype() or torch.bfloat16
-        transformers, workload = source.meta_transformers(), None
-        if recipe.calibrates:
-            workload = workload_of_source(source, recipe.calibration, transformers=transformers)
+        transformers = source.meta_transformers()
+        workload = workload_of_source(source, recipe, transformers=transformers)
     linears = recipe_linears(recipe, transformers)
     return plan_transformers(
         transformers,

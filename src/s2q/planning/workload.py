@@ -1,7 +1,8 @@
 """Number of calibration tokens, from a model's configuration alone or from a loaded pipeline."""
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ from torch import nn
 
 from s2q.common.components import transformers_of
 from s2q.common.errors import InvalidInputError
+from s2q.common.log import log_once
 from s2q.generation.conditioning import image_tokens, is_supported
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.exclusive import exclusive
 from s2q.generation.guidance import branches_of
 from s2q.generation.schedulers import described, distilled_name, scheduler_of
 from s2q.generation.settings import (
+    SETTINGS,
     GenerationSettings,
     resolve_settings,
     text_tokens,
@@ -26,7 +29,8 @@ from s2q.models import ModelSource, family_of
 from s2q.models.source import recommended_generation
 from s2q.models.synthetic import SyntheticModel
 from s2q.planning.cost import Workload
-from s2q.selection.options import Calibration
+from s2q.recipes.schema import Recipe
+from s2q.selection.options import Calibration, recipe_key
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +39,14 @@ _SYNTHETIC = ("num_inference_steps", "guidance_scale")
 
 
 def calibration_settings(pipe: Any, group: Calibration, *, recommended: Mapping[str, Any]) -> GenerationSettings:
-    """Return the settings of the videos of calibration."""
-    settings = resolve_settings(pipe, requested=group.requested, defaults=dict(recommended))
+    """Return the settings of the videos of calibration; errors name them as recipes do."""
+    try:
+        settings = resolve_settings(pipe, requested=group.requested, defaults=dict(recommended))
+    except InvalidInputError as error:
+        name = next((name for name in SETTINGS if re.match(rf"{name}\b", str(error))), None)
+        if name is None:
+            raise
+        raise InvalidInputError(recipe_key(name) + str(error).removeprefix(name)) from None
     return settings if group.max_tokens is None else within_tokens(pipe, settings, group.max_tokens)
 
 
@@ -72,44 +82,106 @@ def _audio_tokens(pipe: Any, settings: GenerationSettings) -> int:
     return round(settings.num_frames / family_of(pipe.transformer).frame_rate * rate)
 
 
-def warn_of_guidance(pipe: Any, workload: Workload | None, *names: str) -> None:
+def workload_of_recipe(
+    pipe: Any,
+    recipe: Recipe,
+    *,
+    names: Sequence[str],
+    recommended: Mapping[str, Any],
+    component_bytes: int | None,
+    warn: bool = True,
+) -> Workload | None:
+    """Return what calibration computes on by a recipe; None if it does not calibrate, or not on such a pipeline.
+
+    Settings that a recipe without calibration ignores are checked all the same. Warnings are logged once a process.
+
+    Args:
+        names: The model and the adapters in it, by which a step-distilled one is recognised.
+        warn: Whether to warn of ignored settings, and of guidance with a step-distilled model.
+    """
+    group = recipe.calibration
+    if not (recipe.calibrates or group.requested):
+        return None
+    workload = workload_of(pipe, group, recommended=recommended, component_bytes=component_bytes)
+    if not recipe.calibrates:
+        workload = None
+        if warn:
+            _warn_of_ignored(recipe)
+    elif warn and workload is not None:
+        _warn_of_guidance(pipe, workload, *names)
+    return workload
+
+
+def _warn_of_ignored(recipe: Recipe) -> None:
+    """Warn of the generation settings of a recipe that does not calibrate."""
+    if names := list(map(recipe_key, recipe.calibration.requested)):
+        text = "%s: recipe %s needs no calibration, ignored; pass them to generate"
+        log_once(logger, logging.WARNING, text, ", ".join(names), recipe.name)
+
+
+def _warn_of_guidance(pipe: Any, workload: Workload, *names: str) -> None:
     """Warn where a model looks step-distilled and calibration runs guidance; `names` are those that the model has."""
-    if workload is None or workload.branches == 1:
+    if workload.branches == 1:
         return
     settings = workload.generation
     paths = (str(getattr(part, "name_or_path", "") or "") for part in transformers_of(pipe).values())
     origins = ("/".join(Path(path).parts[-2:]) for path in paths)  # a Hub id, or a model's folder and the component's
     if (name := distilled_name(settings["scheduler"], *names, *origins)) is not None:
-        logger.warning(
-            "%s looks step-distilled, but calibration runs guidance with a weight of %g in %d steps; for a model that "
+        log_once(
+            logger,
+            logging.WARNING,
+            "%s looks step-distilled, but calibration runs guidance with a weight of %s in %s steps; for a model that "
             "is run without, use --guidance-scale 1 and --steps (calibration.guidance_scale=1, calibration.steps=4)",
-            *(name, settings["guidance_scale"], settings["num_inference_steps"]),
+            *(name, f"{settings['guidance_scale']:g}", str(settings["num_inference_steps"])),
         )
 
 
 def workload_of_source(
-    source: ModelSource, group: Calibration, *, transformers: Mapping[str, nn.Module]
+    source: ModelSource, recipe: Recipe, *, transformers: Mapping[str, nn.Module]
 ) -> Workload | None:
-    """Return the same of a model whose weights are not loaded; None if its pipeline cannot be built without them."""
+    """Return the same of a model whose weights are not loaded; None too if its pipeline needs them."""
+    pipe = pipeline_of_source(source, transformers) if recipe.calibrates or recipe.calibration.requested else None
+    if pipe is None:
+        return None
+    return workload_of_recipe(
+        pipe,
+        recipe,
+        names=source_names(source),
+        recommended=recommended_for(source),
+        component_bytes=source.component_bytes(),
+    )
+
+
+def pipeline_of_source(source: ModelSource, transformers: Mapping[str, nn.Module]) -> Any | None:
+    """Return the pipeline of a model without weights; None if it cannot be built without them."""
     try:
-        pipe = source.meta_pipeline(transformers)
+        return source.meta_pipeline(transformers)
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
         logger.info("%s: the pipeline cannot be built without weights (%s); memory is not planned", source.name, error)
         return None
-    recommended = recommended_generation(source.folder) or generation_defaults(source)
-    workload = workload_of(pipe, group, recommended=recommended, component_bytes=source.component_bytes())
-    warn_of_guidance(pipe, workload, source.name, *(lora.label for lora in source.loras))
-    return workload
 
 
-def workload_of_synthetic(model: SyntheticModel, group: Calibration) -> Workload:
+def recommended_for(source: ModelSource) -> dict[str, Any]:
+    """Return the settings that a model's makers recommend; empty if they say nothing."""
+    return recommended_generation(source.folder) or generation_defaults(source)
+
+
+def source_names(source: ModelSource) -> tuple[str, ...]:
+    """Return the names of a model and of the adapters in it."""
+    return source.name, *(lora.label for lora in source.loras)
+
+
+def workload_of_synthetic(model: SyntheticModel, recipe: Recipe) -> Workload | None:
     """Return the same of the dimensions of a published model, for videos of the recommended size."""
-    asked = group.requested
-    if unplanned := [name for name in asked if name not in _SYNTHETIC]:
+    group, asked = recipe.calibration, recipe.calibration.requested
+    if unplanned := [recipe_key(name) for name in asked if name not in _SYNTHETIC]:
         raise InvalidInputError(
             f"{model.label}: has no pipeline to fit {', '.join(unplanned)} to; plan without, for the recommended size, "
             "or plan the model's own folder"
         )
+    if not recipe.calibrates:
+        _warn_of_ignored(recipe)
+        return None
     frames, of_frame = model.frames, model.tokens // model.frames
     if group.max_tokens is not None and group.max_tokens < model.tokens:
         frames = max(2, group.max_tokens // of_frame)

@@ -186,9 +186,6 @@ def _quantize(
         check_output(target, overwrite=settings.overwrite, owned=owned_files)
     if not validated.calibrates and prompts is not None:
         logger.warning("prompts (--prompts): recipe %s needs no calibration, they are ignored", validated.name)
-    if ignored := [] if validated.calibrates else validated.calibration.requested:
-        names = ", ".join(ignored)
-        logger.warning("%s: recipe %s needs no calibration, ignored; pass them to generate", names, validated.name)
     if validated.calibrates and source is not None:
         calibration_prompts(source.name, prompts, validated.calibration, recipe=validated.name)
     if dry_run:

@@ -9,6 +9,11 @@ from s2q.common.options import Options
 from s2q.selection.selection import SELECTIONS
 
 
+def recipe_key(setting: str) -> str:
+    """Return the key of a recipe for a setting by its name in `GenerationSettings`."""
+    return f"calibration.{'steps' if setting == 'num_inference_steps' else setting}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration(Options):
     """Candidates (the denoising steps of a few prompts), and the selection of samples among them.
