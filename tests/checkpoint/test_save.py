@@ -131,3 +131,16 @@ def test_text_encoder_tensors_are_stored_as_they_were(checkpoint, teacher):
     assert all(
         torch.equal(tensor, state[name]) and tensor.dtype == state[name].dtype for name, tensor in stored.items()
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("色调艳丽, 'blurred' & <low>", "`negative_prompt=\"色调艳丽, 'blurred' & <low>\"`"),
+        ("a `b` ``c", '```negative_prompt="a `b` ``c"```'),
+        ("two\nlines", '`negative_prompt="two\\nlines"`'),
+    ],
+)
+def test_the_card_has_negative_prompts_as_they_were_written(config, text, code):
+    text = card(config, report={"generation": {"negative_prompt": text}})
+    assert f"It was calibrated with {code}. `s2q generate`" in text

@@ -162,6 +162,11 @@ def test_motion_is_relative_to_the_reference():
     still = fast[:1].expand(6, 4, 4, 3)
     assert motion_ratio(still, fast) == 0.0
     assert motion_ratio(fast, still) is None
+    nearly, moving = still.clone(), still.clone()
+    nearly[1::2, 0, 0] += 1  # one of 16 pixels by 1 level: rms 0.25
+    moving[1::2, :2, :2] += 1  # four of them: rms 0.5
+    assert motion_ratio(fast, nearly) is None
+    assert motion_ratio(fast, moving) == pytest.approx(40.0)
     assert motion_ratio(fast[:1], fast[:1]) is None
 
 

@@ -1,5 +1,7 @@
 """The model card (README.md) of a checkpoint: YAML front matter for the Hub, how to load it, what was measured."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,9 +58,16 @@ def render_model_card(
         compute_dtype=configs[0].compute_dtype,
         loras=report.get("loras", ()),
         metrics=report.get("metrics"),
-        generation=report.get("generation", {}),
+        generation=_settings(report.get("generation", {})),
     )
     return text.rstrip("\n") + "\n"
+
+
+def _settings(generation: Mapping[str, Any]) -> str:
+    """Generation settings as code in Markdown, between more backticks than their texts have in a row; "" for none."""
+    text = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in generation.items())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if text else ""
 
 
 def _licence(base_folder: Path | None) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from s2q.common.errors import InvalidInputError
 PSNR_CAP_DB = 100.0
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
+STILL_LEVELS = 0.5
+"""Mean rms change of a frame, in levels of 255, below which a video is nearly still."""
 BLACK_LEVEL = 16
 BLACK_SHARE = 0.99
 _LUMA = (0.299, 0.587, 0.114)
@@ -96,7 +98,8 @@ def motion_ratio(frames: torch.Tensor, reference: torch.Tensor) -> float | None:
 
     Returns:
         `Σ_t rms(x_{t+1} − x_t) / Σ_t rms(y_{t+1} − y_t)`, dimensionless, with x the frames and y the reference's; None
-        for videos of one frame, and where the reference does not change.
+        for videos of one frame, and where the reference is nearly still, with a mean rms below 0.5 levels: flicker
+        alone would be many times that.
 
     Example:
         A ramp of brightness at half of the reference's speed:
@@ -107,7 +110,7 @@ def motion_ratio(frames: torch.Tensor, reference: torch.Tensor) -> float | None:
     """
     _check_frames(frames, reference)
     energy, base = _motion(frames), _motion(reference)
-    return energy / base if base > 0 else None
+    return energy / base if base >= STILL_LEVELS else None
 
 
 def black_frames(frames: torch.Tensor) -> float:
