@@ -118,7 +118,7 @@ def check_same_loras(model: ModelSource, reference: ModelSource) -> None:
 
 
 def _effect(loras: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """What adapters do, whatever the names of their files and their order."""
+    """Effect of adapters, whatever the names of their files and their order."""
     return sorted((lora["component"], lora["sha256"], lora["scale"]) for lora in loras)
 
 

@@ -45,7 +45,7 @@ class Lora:
     component: str = TRANSFORMERS[0]
 
     def __str__(self) -> str:
-        """What `parse_lora` reads, with an absolute path."""
+        """Text that `parse_lora` reads, with an absolute path."""
         return f"{self.component}={self.path}:{self.scale}"
 
     @property
