@@ -51,6 +51,7 @@ PAGES = (
     "docs/judging.md",
     "docs/scale-out.md",
     "docs/decisions.md",
+    "docs/recipes.md",
 )
 MEASURED = "src/s2q/planning/measured.yaml"
 WIDTHS = ("w8a8", "w4a16", "w4a8", "w4a6", "w4a4", "w3a6")
@@ -249,6 +250,21 @@ def int8_attention_table(recipe: str) -> str:
     return "\n".join([*lines, "", f"{note}. Made by `python benchmarks/attention_error.py -m MODEL`."])
 
 
+def text_encoders_table(_argument: str) -> str:
+    """Effect of weight-only text encoders on the embedded models, by setting."""
+    lines = table_head("model, `text_encoder`", ["embeddings", "velocity error", "PSNR, dB"])
+    for model in MODELS:
+        path = RESULTS / "text-encoders" / f"{model}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            for name, figures in result["settings"].items():
+                errors = (figures[f"{part}_relative_error"]["mean"] for part in ("embedding", "velocity"))
+                cells = [*(f"{error:.1e}" for error in errors), f"{figures['psnr_db']['mean']:.1f}"]
+                lines.append(table_row(f"`{model}`, {name}", cells))
+            note = f"{result['prompts']} held-out prompts, float32"
+    return "\n".join([*lines, "", f"{note}. Made by `python benchmarks/text_encoders.py -m MODEL`."])
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "index": index_table,
     "quality": quality_table,
@@ -263,6 +279,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "adherence": adherence_table,
     "attention": attention_table,
     "int8-attention": int8_attention_table,
+    "text-encoders": text_encoders_table,
     "outliers": outlier_table,
     "kernels": kernels_table,
     "linear": linear_table,

@@ -81,7 +81,7 @@ def test_every_recipe_command_of_the_docs_is_valid():
 
     page = (ROOT / "docs" / "recipes.md").read_text()
     commands = re.findall(r"^s2q quantize (.*?[^\\])$", page, flags=re.MULTILINE | re.DOTALL)
-    assert len(commands) == 16
+    assert len(commands) == 17
     for command in commands:
         name = re.search(r"-r (\S+)", command)
         assert name is not None

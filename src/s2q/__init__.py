@@ -7,7 +7,7 @@
     scores = s2q.evaluate("shapes-w4a6", reference="shapes-cogvideox", num_inference_steps=8)
 
 The verbs are those of the command line, and their keywords its flags; each is loaded when it is first used. Importing
-the package only registers s2q checkpoints with diffusers.
+the package only registers s2q checkpoints with diffusers and transformers.
 """
 
 from __future__ import annotations
@@ -77,4 +77,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_hook.register_with_diffusers()
+_hook.register_with_libraries()

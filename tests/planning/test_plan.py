@@ -140,7 +140,7 @@ def test_a_plan_is_json_data(folder):
     content = json.loads(json.dumps(plan(folder, recipe="rtn-w4a6").to_dict()))
     assert content.keys() == {
         *("schema_version", "model", "recipe", "storage", "stages", "layers", "simulated", "device", "calibration"),
-        *("allocation", "attention", "estimate", "widths", "generation"),
+        *("allocation", "attention", "estimate", "widths", "generation", "text_encoders"),
     }
     assert content["widths"].keys() == {"products", "native", "same_cost", "recommended"}
     assert content["widths"]["products"].keys() == {"unit", "integer", "fp4"}

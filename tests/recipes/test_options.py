@@ -19,6 +19,7 @@ COMPLETE = {
     "weights": {"num_bits": 4},
     "activations": {"num_bits": 4, "delta": {}},
     "outer": {"num_bits": 8},
+    "text_encoder": {"num_bits": 8},
     "distillation": {},
     "refinement": {},
     "clip": {"weights": True},
@@ -162,7 +163,7 @@ def test_every_option_but_those_that_a_recipe_must_say_has_a_default():
     required = {
         path for path, (_, field, _) in GROUPED.items() if field.default is MISSING and field.default_factory is MISSING
     }
-    bits = {f"{group}.num_bits" for group in ("weights", "activations", "modulation", "outer")}
+    bits = {f"{group}.num_bits" for group in ("weights", "activations", "modulation", "outer", "text_encoder")}
     assert required == bits | {"allocation.what", "allocation.candidates", "allocation.budget"}
 
 

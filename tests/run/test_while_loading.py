@@ -8,13 +8,13 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, DiffusionPipeline
 from safetensors.torch import save_file
 from torch import nn
+from transformers import T5EncoderModel
 
 import s2q
 from s2q.checkpoint import S2QConfig
-from s2q.common.errors import InvalidInputError, UsageError
-from s2q.nn import PackedLinear
+from s2q.common.errors import InvalidInputError
+from s2q.nn import EncoderLinear, PackedLinear
 from s2q.run import while_loading
-from s2q.run.text_encoders import EncoderLinear
 from tiny import run_pipeline, tiny_pipeline
 
 
@@ -167,13 +167,27 @@ def test_a_pattern_of_skip_names_a_linear_of_either_transformer(tmp_path):
 
 def test_a_text_encoder_without_a_linear_that_the_recipe_fits_is_refused(model):
     config = s2q.Config("table-w4a8", overrides=["weights.group_size=256"], components=["text_encoder"])
-    with pytest.raises(InvalidInputError, match=r"recipe table-w4a8 fits none of the linears of the text encoder; cha"):
+    with pytest.raises(
+        InvalidInputError, match=r"recipe table-w4a8: w4tg256a16 fits none of the linears.*; change weights"
+    ):
         DiffusionPipeline.from_pretrained(model.full, quantization_config=config)
 
 
-def test_a_text_encoder_is_not_saved(model, tmp_path):
-    with pytest.raises(UsageError, match="a text encoder that was quantized while loading is not saved"):
-        model.loaded.text_encoder.save_pretrained(tmp_path)
+def test_a_text_encoder_is_saved_and_loaded_as_that_of_a_checkpoint(model, tmp_path):
+    encoder = model.loaded.text_encoder
+    encoder.save_pretrained(tmp_path)
+    again = T5EncoderModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert packed(again) == packed(encoder)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in encoder.state_dict().items())
+
+
+def test_a_text_encoder_has_the_weights_that_the_recipe_has_for_it(model):
+    overrides = ["text_encoder.num_bits=8"]
+    config = s2q.Config("table-w4a8", overrides=overrides, components=["text_encoder"])
+    pipe = DiffusionPipeline.from_pretrained(model.full, quantization_config=config)
+    assert {part.packed.scheme.name for part in pipe.text_encoder.modules() if isinstance(part, EncoderLinear)} == {
+        "w8a16"
+    }
 
 
 def test_a_recipe_that_calibrates_is_refused_in_a_line():

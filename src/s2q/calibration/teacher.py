@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from s2q.common.arguments import parse_dtype
-from s2q.common.components import TRANSFORMERS, full_name, has_adapter, split_name, transformers_of
+from s2q.common.components import TRANSFORMERS, full_name, has_adapter, split_name, text_encoders_of, transformers_of
 from s2q.common.devices import default_dtype
 from s2q.common.errors import InvalidInputError
 from s2q.common.memory import page_out, tensors_of
@@ -26,6 +26,7 @@ from s2q.models.source import recommended_generation
 from s2q.models.timesteps import mean_timestep_row
 from s2q.planning.cost import Workload
 from s2q.planning.resolve import LinearPlan, quantized_attention, recipe_linears, resolve
+from s2q.planning.text_encoders import check_encoder
 from s2q.planning.workload import source_names, workload_of_recipe
 from s2q.recipes.schema import Recipe
 from s2q.shapes import embedded
@@ -195,6 +196,10 @@ def load_teacher(
                 "load both in the same dtype"
             )
         _check_finite(name, component, transformer, offload=mapped)
+    if recipe.text_encoder is not None and linears is None:
+        for component, encoder in text_encoders_of(pipe).items():
+            check_encoder(name, component, encoder)
+            _check_finite(name, component, encoder, offload=mapped)
     names = (name,) if source is None else source_names(source)
     workload = _workload(pipe, folder, recipe, names=names, warn=linears is None)
     frames = None if workload is None else workload.frames

@@ -1,5 +1,6 @@
 """Contents of a checkpoint: quantized linears with scheme and bytes on disk, totals, hashes."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,18 +11,19 @@ from torch import nn
 from s2q.checkpoint.config import S2QConfig
 from s2q.checkpoint.load import REMEDY, read_configs, read_transformer_config, stored_transformers
 from s2q.checkpoint.manifest import MANIFEST, read_manifest, verify_manifest
-from s2q.common.components import full_name
+from s2q.common.components import encoder_state, full_name
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import read_json
+from s2q.common.foreign_code import component_entries
 from s2q.common.headers import DTYPES, TensorInfo, read_headers
-from s2q.common.meta import meta_model, plain_config
+from s2q.common.meta import build_model, meta_model, plain_config
 from s2q.common.records import CONVERSION_RECORD, INSPECTION_VERSION, REPORT
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.common.weight_files import weight_files
 from s2q.core.input_path import InputPath
 from s2q.core.packing import packed_width
 from s2q.core.schemes import LinearScheme, PerGroup, num_groups
-from s2q.core.storage import BF16_BYTES, LinearStorage
+from s2q.core.storage import BF16_BYTES, EncoderStorage, LinearStorage
 from s2q.core.stored_form import file_dtypes
 
 
@@ -38,6 +40,7 @@ class CheckpointReport:
         layers: Every quantized linear; names of those in a second transformer begin with "transformer_2.".
         simulated: Whether some of them are computed in floating point, for want of an integer kernel.
         attention: Names of the attention modules that run with int8 queries and keys.
+        text_encoders: Those that are quantized, with their bytes; `storage` does not count them.
         converted: `tool` and `tool_version` of a checkpoint of `s2q convert`; None for one that s2q quantized.
         files: Bytes and SHA-256 by relative path, as the manifest has them; empty if there is no manifest.
         verified: Whether every file equals the manifest; None if that was not asked for.
@@ -58,6 +61,7 @@ class CheckpointReport:
     files: Mapping[str, Mapping[str, Any]]
     verified: bool | None
     problems: tuple[str, ...]
+    text_encoders: tuple[EncoderStorage, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -76,7 +80,9 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
     problems = tuple(verify_manifest(folder)) if verify else ()
     layers: tuple[LinearStorage, ...] = ()
     storage: dict[str, int | float] = {}
+    text_encoders: tuple[EncoderStorage, ...] = ()
     try:
+        text_encoders = _text_encoders(folder, variant=variant)
         packed: tuple[LinearStorage, ...] = ()
         num_bytes, values = 0, 0
         for component in stored_transformers(folder):
@@ -119,7 +125,42 @@ def inspect_checkpoint(path: str | Path, *, variant: str | None = None, verify: 
         files=read_manifest(folder) if (folder / MANIFEST).is_file() else {},
         verified=not problems if verify else None,
         problems=problems,
+        text_encoders=text_encoders,
     )
+
+
+def _text_encoders(folder: Path, *, variant: str | None) -> tuple[EncoderStorage, ...]:
+    """The quantized text encoders on disk, their tensors compared with their configurations."""
+    import transformers
+
+    from s2q.checkpoint.text_encoders import check_encoder_files, encoder_configs, pack_encoder
+
+    storage = []
+    for component, config in encoder_configs(folder).items():
+        _, class_name = component_entries(read_json(folder / "model_index.json", remedy=REMEDY))[component]
+        content = plain_config(read_json(folder / component / "config.json", remedy=REMEDY))
+        tensors = read_headers(weight_files(folder / component, library="transformers", variant=variant))
+        model = meta_model(
+            functools.partial(build_model, getattr(transformers, class_name), content),
+            path=folder / component / "config.json",
+            name=class_name,
+            max_tensors=len(tensors),
+            remedy=REMEDY,
+        )
+        values = sum(tensor.numel() for tensor in encoder_state(model).values())
+        pack_encoder(model, config)
+        check_encoder_files(model, tensors)
+        storage.append(
+            EncoderStorage(
+                component=component,
+                class_name=class_name,
+                scheme=", ".join(config.schemes),
+                linears=len(config.layers),
+                full_precision_bytes=values * BF16_BYTES,
+                quantized_bytes=sum(info.num_bytes for info in tensors.values()),
+            )
+        )
+    return tuple(storage)
 
 
 def _converted(folder: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from s2q.common.files import read_json
 from s2q.common.foreign_code import component_entries
 from s2q.common.headers import TensorInfo, read_headers
 from s2q.common.loading_errors import loading_error
-from s2q.common.meta import check_tensors, meta_model
+from s2q.common.meta import build_model, check_tensors, meta_model
 from s2q.common.weight_files import has_variant, names_in, weight_files
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _load_model(
     component: Path, model_class: Any, library: str, *, dtype: torch.dtype, variant: str | None
 ) -> nn.Module:
     tensors = read_headers(weight_files(component, library=library, variant=variant))
-    is_foreign = not _check_model(component, model_class, tensors)
+    is_foreign = not _check_model(component, model_class, library, tensors)
     model, info = model_class.from_pretrained(
         component,
         dtype=dtype,
@@ -81,7 +81,7 @@ def _load_model(
     return model  # type: ignore[no-any-return]
 
 
-def _check_model(component: Path, model_class: Any, tensors: Mapping[str, TensorInfo]) -> bool:
+def _check_model(component: Path, model_class: Any, library: str, tensors: Mapping[str, TensorInfo]) -> bool:
     """Compare the tensors in the files of a model with those of its configuration, without allocating them.
 
     Returns False, without comparing, for a model that is quantized by another tool, which has tensors of its own.
@@ -92,12 +92,18 @@ def _check_model(component: Path, model_class: Any, tensors: Mapping[str, Tensor
     ours = isinstance(quantization, Mapping) and quantization.get("quant_method") == QuantMethod.S2Q.value
     if quantization is not None and not ours:
         return False
-    if hasattr(model_class, "config_class"):
-        build = lambda: model_class(model_class.config_class.from_dict(content))  # noqa: E731
-    else:
-        build = lambda: model_class.from_config(content)  # noqa: E731
-    model = meta_model(build, path=path, name=model_class.__name__, max_tensors=len(tensors), remedy=REMEDY)
-    if ours:
+    model = meta_model(
+        lambda: build_model(model_class, content),
+        path=path,
+        name=model_class.__name__,
+        max_tensors=len(tensors),
+        remedy=REMEDY,
+    )
+    if ours and library == "transformers":
+        from s2q.checkpoint.text_encoders import pack_encoder
+
+        pack_encoder(model, S2QConfig.from_dict(dict(quantization)))
+    elif ours:
         S2QQuantizer(S2QConfig.from_dict(dict(quantization))).pack(model)
     check_tensors(tensors, model.state_dict(), folder=component, remedy=REMEDY)
     return True

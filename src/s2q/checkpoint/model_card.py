@@ -28,7 +28,8 @@ def render_model_card(
     Args:
         *configs: The quantization configurations of the checkpoint's transformers.
         source: Hub id, embedded name or folder for `base_model`; the pipeline class (from memory) stays out of it.
-        report: The run's report; needs `storage`, and may have `loras`, `generation`, and `metrics` as in eval.json.
+        report: The run's report; needs `storage`, and may have `loras`, `text_encoders`, `generation`, and `metrics` as
+            in eval.json.
         revision: Commit of the original on the Hub, which the text links to; None if it is not there.
         base_folder: Folder of the original, whose card gives the licence; None if there is none.
     """
@@ -57,6 +58,7 @@ def render_model_card(
         pipeline_class=pipeline_class,
         compute_dtype=configs[0].compute_dtype,
         loras=report.get("loras", ()),
+        text_encoders=report.get("text_encoders", ()),
         metrics=report.get("metrics"),
         generation=_settings(report.get("generation", {})),
     )

@@ -71,6 +71,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         out.print(
             widths_line("this device" if is_device_name(device) else device, plan["recipe"], widths), soft_wrap=True
         )
+    _show_text_encoders(out, plan["text_encoders"])
     _show_layers(out, plan)
 
 
@@ -216,6 +217,7 @@ def show_inspection(report: Mapping[str, Any]) -> None:
         _show_layers(out, report)
     if report["attention"]:
         out.print(_attention_line(len(report["attention"])))
+    _show_text_encoders(out, report["text_encoders"])
     if not report["files"]:
         out.print("no manifest: nothing to verify")
     elif report["verified"] is None:
@@ -285,6 +287,18 @@ def _storage_line(storage: Mapping[str, Any]) -> Text:
     return Text.assemble(
         f"Transformer: {before} in bf16, {after} quantized, ", (f"{storage['ratio']:.2f} times smaller", "bold")
     )
+
+
+def _show_text_encoders(out: Console, encoders: Sequence[Mapping[str, Any]]) -> None:
+    for encoder in encoders:
+        before, after = (format_bytes(encoder[f"{side}_bytes"]) for side in ("full_precision", "quantized"))
+        out.print(
+            printable(
+                f"{encoder['component']} ({encoder['class_name']}): {before} in bf16, {after} quantized, "
+                f"{encoder['linears']} linears {encoder['scheme']}"
+            ),
+            soft_wrap=True,
+        )
 
 
 def _attention_line(modules: int) -> str:

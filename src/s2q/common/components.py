@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from s2q.common.errors import InvalidInputError
 
@@ -21,6 +21,25 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     """Return the transformers that a pipeline has, by component."""
     parts = {component: getattr(pipe, component, None) for component in TRANSFORMERS}
     return {component: part for component, part in parts.items() if isinstance(part, nn.Module)}
+
+
+TEXT_ENCODER = "text_encoder"
+"""Beginning of the names of a pipeline's text encoders, "text_encoder" and "text_encoder_2"."""
+
+
+def text_encoders_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the text encoders of a pipeline that are models of transformers, by component."""
+    return {
+        component: part
+        for component, part in pipe.components.items()
+        if component.startswith(TEXT_ENCODER) and isinstance(part, nn.Module) and hasattr(part, "config_class")
+    }
+
+
+def encoder_state(encoder: Any) -> dict[str, Tensor]:
+    """Return the tensors of a text encoder that its files have, by name: its state less tied duplicates."""
+    absent = {*encoder.all_tied_weights_keys, *(encoder._keys_to_ignore_on_save or ())}
+    return {name: tensor for name, tensor in encoder.state_dict().items() if name not in absent}
 
 
 ADAPTED = "base_layer"

@@ -25,6 +25,15 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
+def build_model(model_class: Any, config: Mapping[str, Any]) -> nn.Module:
+    """Build a model of diffusers or transformers from its plain configuration, on the current device."""
+    if hasattr(model_class, "config_class"):
+        model: nn.Module = model_class(model_class.config_class.from_dict(dict(config)))
+    else:
+        model = model_class.from_config(dict(config))
+    return model
+
+
 def meta_model(
     build: Callable[[], nn.Module], *, path: Path, name: str, max_tensors: int = _MAX_TENSORS, remedy: str
 ) -> nn.Module:

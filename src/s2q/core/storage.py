@@ -27,6 +27,27 @@ class LinearStorage:
     bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncoderStorage:
+    """One quantized text encoder on disk.
+
+    Attributes:
+        component: Its name in the pipeline, "text_encoder".
+        class_name: Its class in transformers.
+        scheme: Short name of the scheme of its quantized linears, "w8a16".
+        linears: Number of these.
+        full_precision_bytes: Bytes of all its values in bf16.
+        quantized_bytes: Bytes of all its tensors as stored.
+    """
+
+    component: str
+    class_name: str
+    scheme: str
+    linears: int
+    full_precision_bytes: int
+    quantized_bytes: int
+
+
 _DECIMAL = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS = _DECIMAL | _BINARY

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from s2q import checkpoint
 from s2q.checkpoint import S2QConfig
 from s2q.checkpoint.manifest import intact
+from s2q.checkpoint.text_encoders import encoder_configs
 from s2q.common.arguments import flag, model_argument, optional, path_argument, word
 from s2q.common.components import full_name
 from s2q.common.errors import InvalidInputError, S2QError, UsageError, memory_errors, unknown_name
@@ -43,6 +44,7 @@ from s2q.exports.target import (
     stored_unquantized,
 )
 from s2q.exports.targets import TARGETS
+from s2q.exports.text_encoders import write_dequantized
 from s2q.exports.verify import verify_written
 from s2q.models import ModelSource, resolve_model
 from s2q.nn import PackedLinear
@@ -162,8 +164,16 @@ class _Job:
         self.forms: dict[str, list[LinearForm]] = {}
         self.full_bytes = self.written_bytes = 0
         self.difference = 0.0
+        # a file has no text encoder
+        self.encoders = {} if target.file is not None else encoder_configs(self.folder)
+        self.rewritten = {*self.configs, *self.encoders}
         if target.file is None:
-            check_components(source, self.folder, without=self.configs)
+            check_components(source, self.folder, without=self.rewritten)
+        if self.encoders and target.stores_codes:
+            raise InvalidInputError(
+                f"{next(iter(self.encoders))}: {target.name} cannot store quantized text encoders; quantize the model "
+                "with text_encoder=null, or export to diffusers"
+            )
         for component, config in self.configs.items():
             plain = source.meta_transformer(component)
             if modules := config.attention_modules():
@@ -200,10 +210,12 @@ class _Job:
 
     def write_folder(self, staged: Path, *, name: str, max_shard_size: int) -> None:
         """Write a pipeline folder, which will have a name, and compare it."""
-        copy_components(self.source, self.folder, staged, without=self.configs)
+        copy_components(self.source, self.folder, staged, without=self.rewritten)
         for index, component in enumerate(self.forms):
             self.progress("export", index, len(self.forms))
             self.write_component(component, staged / component, max_shard_size=max_shard_size)
+        for component, config in self.encoders.items():
+            write_dequantized(self.source, self.folder, staged, component, config, max_shard_size=max_shard_size)
         write_card(self.folder, staged, self.card())
         (staged / EXPORT_RECORD).parent.mkdir(exist_ok=True)
         atomic_write_json(staged / EXPORT_RECORD, self.report(name).to_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ def converted_files(folder: Path) -> set[str] | None:
     return listed_files(folder) if (folder / CONVERSION_RECORD).is_file() else None
 
 
-def check_components(source: ModelSource, folder: Path, *, without: Mapping[str, Any]) -> None:
+def check_components(source: ModelSource, folder: Path, *, without: Collection[str]) -> None:
     """Refuse what `copy_components` would copy from outside of the folder, or from something that is no file."""
-    copied = source.component_classes.keys() - without.keys()
+    copied = source.component_classes.keys() - set(without)
     for name, what in strange_files(folder).items():
         top = name.partition("/")[0]
         if top in copied or any(fnmatch.fnmatchcase(name, pattern) for pattern in (*_TOP, CARD)):
@@ -47,7 +47,7 @@ def check_components(source: ModelSource, folder: Path, *, without: Mapping[str,
             )
 
 
-def copy_components(source: ModelSource, folder: Path, staged: Path, *, without: Mapping[str, Any]) -> None:
+def copy_components(source: ModelSource, folder: Path, staged: Path, *, without: Collection[str]) -> None:
     """Copy the components of a pipeline folder, except some, and its licence; weights get names without a variant."""
     copy_top_files(folder, staged, *_TOP)
     for component, (library, _) in source.component_classes.items():

@@ -11,7 +11,7 @@ import torch
 from s2q import checkpoint
 from s2q.checkpoint import CheckpointReport
 from s2q.common.arguments import device_name, flag, model_argument, optional, parse_dtype, path_argument, word
-from s2q.common.components import TRANSFORMERS, transformers_of
+from s2q.common.components import TRANSFORMERS, text_encoders_of, transformers_of
 from s2q.common.devices import default_dtype, device_memory_bytes
 from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.loading_errors import LESS_MEMORY
@@ -19,6 +19,7 @@ from s2q.common.torch_state import in_fresh_torch_state
 from s2q.models import ModelSource, resolve_model
 from s2q.nn import set_backend
 from s2q.nn.runtime import check_backend
+from s2q.ops.dispatch import FP4
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -77,6 +78,8 @@ def load_pipeline(
         _check_leftover_manifest(source.folder, verify=verify)
         wanted = dtype or default_dtype(source.stored_dtype(), device)
         pipe = source.load_pipeline(dtype=wanted, device=device)
+    for encoder in text_encoders_of(pipe).values():  # their inputs are not quantized, so no product of them is in fp4
+        set_backend(encoder, "auto" if backend == FP4 else backend)
     for transformer in transformers_of(pipe).values():
         set_backend(transformer, backend)
         use_attention_registry(transformer)

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from s2q.common.arguments import parse_dtype
-from s2q.common.components import TRANSFORMERS, check_no_adapter, transformers_of
+from s2q.common.components import TEXT_ENCODER, TRANSFORMERS, check_no_adapter, transformers_of
 from s2q.common.errors import InvalidInputError, ResourceError, unknown_name
 from s2q.common.files import read_json
 from s2q.common.foreign_code import check_folder, check_index
 from s2q.common.headers import TensorInfo, read_headers
 from s2q.common.loading_errors import PACKAGES, loading_error
-from s2q.common.meta import check_tensors, meta_model, plain_config
+from s2q.common.meta import build_model, check_tensors, meta_model, plain_config
 from s2q.common.temporaries import scratch_folder
 from s2q.common.versions import is_installed
 from s2q.common.weight_files import has_variant, names_in, variants_in, weight_files
@@ -224,6 +224,22 @@ class ModelSource:
         """Build all transformers on the meta device; by component."""
         return {component: self.meta_transformer(component) for component in self.transformer_configs}
 
+    def meta_text_encoders(self) -> dict[str, nn.Module]:
+        """Build the text encoders that are models of transformers on the meta device; by component.
+
+        Raises:
+            InvalidInputError: If one is already quantized.
+        """
+        import transformers
+
+        encoders = {}
+        for component, (library, class_name) in self.component_classes.items():
+            model_class = getattr(transformers, class_name, None) if library == "transformers" else None
+            if component.startswith(TEXT_ENCODER) and hasattr(model_class, "config_class"):
+                path = self.folder / component / "config.json"
+                encoders[component] = _meta_encoder(self.name, model_class, path)
+        return encoders
+
     def meta_pipeline(self, components: Mapping[str, nn.Module]) -> DiffusionPipeline:
         """Build the pipeline around transformers of `meta_transformers`, without weights and text encoders.
 
@@ -306,6 +322,14 @@ class ModelSource:
             if isinstance(config, Mapping) and config.get("quant_method") is not None:
                 methods[component] = str(config["quant_method"])
         return methods
+
+
+def _meta_encoder(name: str, model_class: Any, path: Path) -> nn.Module:
+    config = read_json(path, remedy=_REMEDY)
+    if (quantization := config.get("quantization_config")) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise already_quantized(name, path.parent.name, method)
+    return meta_model(lambda: build_model(model_class, config), path=path, name=model_class.__name__, remedy=_REMEDY)
 
 
 def recommended_generation(folder: Path | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from s2q.nn.attention import quantize_attention, restore_attention
 from s2q.nn.clip import Clip, LearnableClip
+from s2q.nn.encoder_linear import PACKED, EncoderLinear
 from s2q.nn.input_path import Estimator, InputTransform, SplitInput, StudentInput
 from s2q.nn.packed import PackedLinear
 from s2q.nn.refined import RefinedLinear
@@ -12,7 +13,9 @@ from s2q.nn.swap import replace_module
 from s2q.nn.token_context import follow_tokens, unfollow_tokens
 
 __all__ = [
+    "PACKED",
     "Clip",
+    "EncoderLinear",
     "Estimator",
     "InputTransform",
     "LearnableClip",

@@ -22,7 +22,7 @@ from s2q.common.errors import ResourceError, memory_errors
 from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.common.records import PLAN_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
-from s2q.core.storage import BF16_BYTES, LinearStorage, parse_bytes
+from s2q.core.storage import BF16_BYTES, EncoderStorage, LinearStorage, parse_bytes
 from s2q.models import BlockLinear, ModelSource, family_of, resolve_model
 from s2q.models.source import check_full_precision
 from s2q.models.synthetic import SYNTHETIC_PREFIX, synthetic_model
@@ -41,6 +41,7 @@ from s2q.planning.estimate import TimeEstimate, stage_work, time_estimate
 from s2q.planning.flop import Work
 from s2q.planning.gpus import Rates, gpu
 from s2q.planning.resolve import LinearPlan, allocation_bytes, quantized_attention, recipe_linears, resolve
+from s2q.planning.text_encoders import plan_encoders
 from s2q.planning.widths import PlannedWidths, device_products, planned_widths
 from s2q.planning.workload import workload_of_source, workload_of_synthetic
 from s2q.recipes.load import load_recipe
@@ -125,6 +126,7 @@ class Plan:
         attention: What the recipe quantizes of the attention; None if nothing.
         estimate: Its time, if it is planned for a GPU by name; None otherwise.
         widths: The recipe's width among those that the device multiplies; None if these are not known.
+        text_encoders: Those that the recipe quantizes, with their bytes; `storage` does not count them.
         generation: How the calibration videos are generated: sizes, steps, scheduler and its shift, guidance and its
             `branches`, what else is set; None as for `calibration`.
     """
@@ -143,6 +145,7 @@ class Plan:
     estimate: TimeEstimate | None = None
     widths: PlannedWidths | None = None
     generation: Mapping[str, Any] | None = None
+    text_encoders: tuple[EncoderStorage, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -209,6 +212,7 @@ def plan_model(
 ) -> Plan:
     """Plan a run on a machine that is already described; see `plan`."""
     model, dtype, variant = model_argument("model", model), parse_dtype(dtype), optional(word, "variant", variant)
+    text_encoders: tuple[EncoderStorage, ...] = ()
     if isinstance(model, str) and model.startswith(SYNTHETIC_PREFIX):
         synthetic = synthetic_model(model)
         name, stored = synthetic.label, dtype or torch.bfloat16
@@ -222,6 +226,8 @@ def plan_model(
         name, stored = source.name, dtype or source.weights_dtype() or torch.bfloat16
         transformers = source.meta_transformers()
         workload = workload_of_source(source, recipe, transformers=transformers)
+        if recipe.text_encoder is not None:
+            text_encoders = plan_encoders(recipe, source.meta_text_encoders(), dtype=stored)
     linears = recipe_linears(recipe, transformers)
     return plan_transformers(
         transformers,
@@ -235,6 +241,7 @@ def plan_model(
         machine=machine,
         rates=rates,
         attention=quantized_attention(recipe, transformers),
+        text_encoders=text_encoders,
     )
 
 
@@ -257,6 +264,7 @@ def plan_transformers(
     machine: Machine | None = None,
     rates: Rates | None = None,
     attention: Sequence[str] = (),
+    text_encoders: tuple[EncoderStorage, ...] = (),
 ) -> Plan:
     """Plan a run on the transformers of a pipeline.
 
@@ -268,6 +276,7 @@ def plan_transformers(
         machine: Where the run is to be; None is the CPU of this machine.
         rates: Of the GPU that its time is estimated for; None estimates none.
         attention: Full names of the attention modules that the recipe quantizes, `quantized_attention`.
+        text_encoders: What `plan_encoders` returned.
     """
     quantized_linears = {linear.name: linear for linear in linears}
     layers = tuple(
@@ -321,6 +330,7 @@ def plan_transformers(
         estimate=None if rates is None or not work else time_estimate(work, rates),
         widths=None if products is None else planned_widths(recipe, products),
         generation=None if workload is None else {**workload.generation, "branches": workload.branches},
+        text_encoders=text_encoders,
     )
 
 

@@ -104,6 +104,8 @@ class Recipe(BaseModel):
         outer: Weights of the linears outside the blocks (text projection, token refiner, timestep embedding), except
             those that read or return latents; weight-only, rounded to nearest. None leaves those linears untouched, as
             skipping all linears of the blocks does.
+        text_encoder: Weights of the linears of text encoders; weight-only, rounded to nearest. None leaves these
+            untouched.
         attention: Of the blocks, in the checkpoint; blocks are calibrated with full precision. None quantizes nothing.
         distillation: None learns nothing.
         refinement: None learns nothing after rounding.
@@ -120,6 +122,7 @@ class Recipe(BaseModel):
     activations: ActivationOptions | None = None
     modulation: ModulationOptions | None = ModulationOptions(num_bits=4)
     outer: WeightOptions | None = None
+    text_encoder: WeightOptions | None = None
     attention: AttentionOptions | None = None
     calibration: Calibration = Calibration()
     transforms: Transforms = Transforms()

@@ -28,9 +28,9 @@ from s2q.calibration.candidates import (
     score_candidates,
 )
 from s2q.calibration.teacher import Teacher, load_teacher
-from s2q.checkpoint import CheckpointRecords, file_tensors, owned_files, save_checkpoint
+from s2q.checkpoint import CheckpointRecords, owned_files, save_checkpoint
 from s2q.common import arguments
-from s2q.common.components import full_name, transformers_of
+from s2q.common.components import full_name, text_encoders_of, transformers_of
 from s2q.common.devices import peak_memory_bytes, reset_peak_memory
 from s2q.common.errors import InvalidInputError, UsageError, memory_errors
 from s2q.common.fingerprint import fingerprint
@@ -47,10 +47,11 @@ from s2q.generation.prompts import prompt_list
 from s2q.models import ModelSource, resolve_model
 from s2q.models.lora import with_loras
 from s2q.planning import Machine, Plan, check_memory, workers_that_fit
+from s2q.planning.text_encoders import plan_encoders
 from s2q.recipes.load import checked_overrides, load_recipe
 from s2q.recipes.schema import Recipe
 from s2q.run.allocate import Allocation, allocate
-from s2q.run.assemble import assemble
+from s2q.run.assemble import assemble, check_bytes
 from s2q.run.finished import finished_report, run_inputs
 from s2q.run.report import BlockReport, QuantizationReport, log_block
 from s2q.run.runner import BlockJob, BlockRunner
@@ -289,7 +290,7 @@ class _Run:
         n_prompts = len(prompts or ()) if selection is None else len(selection.inputs.prompts)
         runner = self._runner(teacher, recipe, planned, selection)
         blocks = self._timed("blocks", lambda: self._blocks(runner))
-        student = self._timed("assemble", lambda: self._assemble(teacher.as_stored(), planned))
+        student = self._timed("assemble", lambda: self._assemble(teacher.as_stored(), recipe, planned))
         report = self._report(teacher, recipe, planned, blocks, n_prompts=n_prompts, selection=selection)
         self.folder.log("assemble", seconds=report.seconds, peak_memory_bytes=report.peak_memory_bytes)
         records = CheckpointRecords(
@@ -411,12 +412,10 @@ class _Run:
         log_block(report, total=runner.teacher.block_count)
         return report
 
-    def _assemble(self, teacher: Teacher, planned: Plan) -> DiffusionPipeline:
+    def _assemble(self, teacher: Teacher, recipe: Recipe, planned: Plan) -> DiffusionPipeline:
         self.progress("assemble", 0, 1)
-        student = assemble(teacher, self.folder, recipe=planned.recipe)
-        written = (file_tensors(transformer).values() for transformer in transformers_of(student).values())
-        packed = sum(tensor.nbytes for tensors in written for tensor in tensors)
-        assert packed == planned.storage["quantized_bytes"], (packed, planned.storage)
+        student = assemble(teacher, self.folder, recipe=recipe)
+        check_bytes(student, planned)
         return student
 
     def _report(
@@ -453,6 +452,7 @@ class _Run:
             loras=() if teacher.source is None else tuple(lora.to_dict() for lora in teacher.source.loras),
             versions=package_versions(),
             generation=recipe.calibration.generation if recipe.calibrates else {},
+            text_encoders=tuple(asdict(encoder) for encoder in planned.text_encoders),
         )
 
     def _timed(self, stage: str, work: Callable[[], _T]) -> _T:
@@ -490,4 +490,7 @@ def _plan_loaded(teacher: Teacher, recipe: Recipe, machine: Machine) -> Plan:
         workload=teacher.workload,
         machine=replace(machine, holds_weights=not teacher.mapped),
         attention=teacher.attention,
+        text_encoders=plan_encoders(
+            recipe, text_encoders_of(teacher.pipe), dtype=None if teacher.source is None else teacher.stored
+        ),
     )

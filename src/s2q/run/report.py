@@ -67,6 +67,7 @@ class QuantizationReport:
         retries: Tasks that were given to another worker because theirs died: `task`, an index, and `cause`.
         generation: Settings besides sizes that the recipe calibrates with, by the names of `GenerationSettings`:
             the checkpoint is generated and judged with them by default.
+        text_encoders: Those that the recipe quantizes, as in the plan.
     """
 
     schema_version: int
@@ -92,6 +93,7 @@ class QuantizationReport:
     retries: Sequence[Mapping[str, Any]] = ()
     loras: Sequence[Mapping[str, Any]] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
+    text_encoders: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -1,63 +1,31 @@
-"""Text encoders, models of transformers, quantized weight-only while they load.
+"""Text encoders, models of transformers, quantized weight-only: as a run assembles them, and while they load.
 
-Every linear is rounded to nearest by the recipe's weights as soon as its weight has been read. Its input is not
-quantized: an encoder runs once a video, and memory is what counts. Left in full precision are output layers, weights
-that are tied, and linears whose in features no group divides.
+Every linear of `planning.text_encoders` is rounded to nearest. While loading, that is as soon as its weight has been
+read.
 """
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
-from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.quantizers.base import HfQuantizer
 
 from s2q.blocks.pack import pack_nearest
-from s2q.common.errors import InvalidInputError, UsageError
+from s2q.checkpoint import S2QConfig
+from s2q.checkpoint.text_encoders import attach_encoder_config
+from s2q.common.arguments import dtype_name
 from s2q.common.torch_state import in_fresh_torch_state
-from s2q.core.schemes import LinearScheme
-from s2q.models import OUTSIDE
-from s2q.nn import PackedLinear, replace_module
-from s2q.planning.resolve import LinearPlan, check_groups
-
-PREFIX = "text_encoder"
-"""Of the names of a pipeline's text encoders."""
-
-logger = logging.getLogger(__name__)
-
-
-class _NoTensor:
-    """In place of a weight that is not to be read, and that transformers is not to draw anew."""
-
-    _is_hf_initialized = True
-
-
-class EncoderLinear(nn.Module):
-    """A packed linear whose codes nobody takes for a weight: T5 casts its input to the dtype of the tensor `wo.weight`.
-
-    Attributes:
-        packed: The linear.
-        weight: No tensor.
-    """
-
-    weight = _NoTensor()
-
-    def __init__(self, packed: PackedLinear) -> None:
-        super().__init__()
-        self.packed = packed
-        self._is_hf_initialized = True
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
-        """Apply the linear to [..., I], floating."""
-        output: Tensor = self.packed(input)
-        return output
+from s2q.nn import EncoderLinear, replace_module
+from s2q.planning.resolve import LinearPlan
+from s2q.planning.text_encoders import encoder_linears
 
 
 class EncoderQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Quantizes the linears of a text encoder while transformers loads it."""
+    """Quantizes the linears of a text encoder while transformers loads it; afterwards it is that of a checkpoint."""
 
     requires_calibration = False
 
@@ -66,23 +34,17 @@ class EncoderQuantizer(HfQuantizer):  # type: ignore[misc]
         self.plans: dict[str, LinearPlan] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        scheme = LinearScheme(weight=self.quantization_config.recipe.weights.scheme(), activation=None)
-        kept = set(get_keys_to_not_convert(model))
-        for name, module in model.named_modules():
-            if type(module) is not nn.Linear or any(name == key or name.startswith(f"{key}.") for key in kept):
-                continue
-            plan = _plan(name, module, scheme)
-            try:
-                check_groups(plan, scheme)
-            except InvalidInputError as error:
-                logger.warning("%s; it stays in full precision", error)
-                continue
-            self.plans[f"{name}.weight"] = plan
-        if not self.plans:
-            raise InvalidInputError(
-                f"Config: recipe {self.quantization_config.recipe.name} fits none of the linears of the text encoder; "
-                "change weights.group_size, or name other components"
-            )
+        recipe = self.quantization_config.recipe
+        name, weights = ("weights", recipe.weights)
+        if recipe.text_encoder is not None:
+            name, weights = ("text_encoder", recipe.text_encoder)
+        linears = encoder_linears(
+            model,
+            weights.scheme(),
+            component=f"Config: recipe {recipe.name}",
+            remedy=f"change {name}.group_size, or name other components",
+        )
+        self.plans = {f"{linear.name}.weight": linear for linear in linears}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Tell whether a parameter is the weight of a linear that is quantized."""
@@ -93,28 +55,20 @@ class EncoderQuantizer(HfQuantizer):  # type: ignore[misc]
         return _Quantize(self)
 
     @in_fresh_torch_state
-    def quantize(self, model: nn.Module, plan: LinearPlan) -> None:
+    def quantize(self, model: nn.Module, linear: LinearPlan) -> None:
         """Replace a linear that has its weight, and its bias if it has one, in place."""
-        dense = model.get_submodule(plan.name)
-        (packed,) = pack_nearest(model, [plan], device=str(dense.weight.device)).values()
-        packed.name = plan.name
-        for parameter in packed.parameters():
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        packed._is_hf_initialized = True  # type: ignore[assignment]
-        replace_module(model, plan.name, EncoderLinear(packed))
+        replace_encoder_linear(model, linear)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for plan in self.plans.values():  # those whose bias came after their weight
-            if isinstance(model.get_submodule(plan.name), nn.Linear):
-                self.quantize(model, plan)
+        for linear in self.plans.values():  # those whose bias came after their weight
+            if isinstance(model.get_submodule(linear.name), nn.Linear):
+                self.quantize(model, linear)
+        configure_encoder(model, self.plans.values(), recipe=self.quantization_config.recipe.name)
         return model
 
     def is_serializable(self) -> bool:
-        """Refuse saving: no loader reads a packed text encoder."""
-        raise UsageError(
-            "a text encoder that was quantized while loading is not saved; save the pipeline's transformer, and load "
-            "with the same quantization_config again"
-        )
+        """Tell that the model is saved as that of a checkpoint."""
+        return True
 
     @property
     def is_trainable(self) -> bool:
@@ -149,20 +103,21 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         return {}
 
 
+def replace_encoder_linear(model: nn.Module, linear: LinearPlan) -> None:
+    """Round a linear of a text encoder to nearest and replace it by the packed one, in place."""
+    weight = model.get_submodule(linear.name).weight
+    (packed,) = pack_nearest(model, [linear], device=str(weight.device)).values()
+    replace_module(model, linear.name, EncoderLinear(packed))
+
+
+def configure_encoder(model: nn.Module, linears: Iterable[LinearPlan], *, recipe: str) -> None:
+    """Give a text encoder with packed linears its quantization configuration, in place."""
+    schemes = {linear.name: linear.scheme for linear in linears}
+    config = S2QConfig.from_schemes(schemes, recipe=recipe, compute_dtype=dtype_name(model.dtype))
+    attach_encoder_config(model, config)
+
+
 def register(method: str, config: type) -> None:
     """Make transformers know a configuration; idempotent."""
     auto.AUTO_QUANTIZER_MAPPING[method] = EncoderQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config
-
-
-def _plan(name: str, linear: nn.Linear, scheme: LinearScheme) -> LinearPlan:
-    return LinearPlan(
-        name=name,
-        inner_name=name,
-        block=OUTSIDE,
-        role="outer",
-        in_features=linear.in_features,
-        out_features=linear.out_features,
-        has_bias=linear.bias is not None,
-        scheme=scheme,
-    )

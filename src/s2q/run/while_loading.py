@@ -4,7 +4,8 @@ For recipes that need no samples. Linears that read one input are quantized as s
 the weights are dropped: never is more in memory than the packed model, a file of weights, and one such group. Where the
 recipe corrects biases, adaLN linears and those outside the blocks wait for the embeddings of timesteps, which give the
 mean input of adaLN linears. A transformer equals what `s2q.quantize` gives, number by number, and is saved and loaded
-as that is. Text encoders of transformers are quantized weight-only, with the levels and groups of the recipe's weights.
+as that is. Text encoders of transformers are quantized weight-only, as `text_encoder` of the recipe says, or else with
+its weights, and are saved and loaded likewise.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from s2q.blocks.task import BlockTask, input_groups
 from s2q.checkpoint import S2QConfig, S2QQuantizer
 from s2q.common import arguments
 from s2q.common.arguments import dtype_name
-from s2q.common.components import TRANSFORMERS, split_name
+from s2q.common.components import TEXT_ENCODER, TRANSFORMERS, split_name
 from s2q.common.errors import InvalidInputError, unknown_name
 from s2q.common.files import read_json
 from s2q.common.torch_state import in_fresh_torch_state
@@ -93,8 +94,8 @@ class Config(PipelineQuantizationConfig, QuantizationConfigMixin):  # type: igno
             None if components is None else list(arguments.name_list("components", components))
         )
         for name in self.components_to_quantize or ():
-            if name not in TRANSFORMERS and not name.startswith(text_encoders.PREFIX):
-                raise unknown_name("component", name, (*TRANSFORMERS, text_encoders.PREFIX))
+            if name not in TRANSFORMERS and not name.startswith(TEXT_ENCODER):
+                raise unknown_name("component", name, (*TRANSFORMERS, TEXT_ENCODER))
         self.component = TRANSFORMERS[0]
         self.stored_method: str | None = None
         self.is_granular, self.config_mapping = False, {}
@@ -104,7 +105,7 @@ class Config(PipelineQuantizationConfig, QuantizationConfigMixin):  # type: igno
         """Return the configuration of a component of a pipeline, which knows its name; None if it is not quantized."""
         name, chosen = module_name or "", self.components_to_quantize
         if chosen is None:
-            chosen = [*TRANSFORMERS, *([name] if name.startswith(text_encoders.PREFIX) else [])]
+            chosen = [*TRANSFORMERS, *([name] if name.startswith(TEXT_ENCODER) else [])]
         if name not in chosen:
             return None
         resolved = copy.copy(self)
@@ -285,7 +286,7 @@ def _merged(merge: Callable[..., Any], prefix: str, stored: Any, given: Any) -> 
     if not isinstance(given, Config):
         return merge(stored, given)
     method = stored.get("quant_method") if isinstance(stored, Mapping) else stored.quant_method
-    if prefix == text_encoders.PREFIX:
+    if prefix == TEXT_ENCODER:
         component = given.component if given.component.startswith(prefix) else prefix
         raise already_quantized("from_pretrained", component, method)
     refused = copy.copy(given)
@@ -299,7 +300,7 @@ def _register() -> None:
     diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.RECIPE.value] = Config
     loaders = {
         TRANSFORMERS[0]: diffusers_auto.DiffusersAutoQuantizer,
-        text_encoders.PREFIX: transformers_auto.AutoHfQuantizer,
+        TEXT_ENCODER: transformers_auto.AutoHfQuantizer,
     }
     for prefix, loader in loaders.items():
         if getattr(loader.merge_quantization_configs, "func", None) is not _merged:
