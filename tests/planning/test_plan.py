@@ -143,7 +143,7 @@ def test_a_plan_is_json_data(folder):
         *("allocation", "attention", "estimate", "widths", "generation", "text_encoders"),
     }
     assert content["widths"].keys() == {"products", "native", "same_cost", "recommended"}
-    assert content["widths"]["products"].keys() == {"unit", "integer", "fp4"}
+    assert content["widths"]["products"].keys() == {"unit", "integer", "fp4", "is_gpu"}
     assert content["storage"].keys() == {"full_precision_bytes", "quantized_bytes", "ratio"}
     assert [stage.keys() for stage in content["stages"]] == [
         {"name", "peak_memory_bytes", "seconds", "flop", "traffic_bytes"}
