@@ -94,9 +94,9 @@ def test_more_workers_than_blocks_are_not_used():
 def test_the_stream_of_a_simulated_worker_moves_as_that_of_a_block_runner(claims, monkeypatch, tmp_path):
     moves = []
 
-    def start(stream):
+    def start(stream, block):
         moves.append("start")
-        stream._position = 0
+        stream._position = block
 
     monkeypatch.setattr(TeacherStream, "_start", start)
     monkeypatch.setattr(TeacherStream, "_pass", lambda stream: moves.append(stream._position))

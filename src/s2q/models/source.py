@@ -204,7 +204,7 @@ class ModelSource:
         for component, method in self.quantization_methods().items():
             package = PACKAGES.get(method)
             if package is not None and not is_installed(package):
-                converts = ", or run s2q convert" if method in CONVERTED else ""
+                converts = ", or run s2q convert" if method in CONVERTED and component in TRANSFORMERS else ""
                 raise ResourceError(
                     f"{self.given}: its {component} is quantized by {method}, which needs a package that is not "
                     f"installed; pip install {package}{converts}"
