@@ -27,10 +27,10 @@ def config():
     return S2QConfig.from_schemes(schemes, recipe="rtn-w4a6", compute_dtype="bfloat16")
 
 
-def card(config, *, source="someone/model", report=None, base_folder=None):
+def card(config, *, source="someone/model", report=None, base_folder=None, pipeline_class="CogVideoXPipeline"):
     return render_model_card(
         config,
-        pipeline_class="CogVideoXPipeline",
+        pipeline_class=pipeline_class,
         source=source,
         recipe=load_recipe("rtn-w4a6").resolved(),
         report={"storage": STORAGE, **(report or {})},
@@ -61,6 +61,13 @@ def test_nothing_is_left_beside_the_checkpoint(checkpoint):
 
 def test_the_saved_recipe_is_the_resolved_one(checkpoint):
     assert load_recipe(checkpoint / "s2q/recipe.json") == load_recipe("rtn-w4a6")
+
+
+def test_the_card_of_an_image_to_video_pipeline_says_so(config):
+    text = card(config, pipeline_class="WanImageToVideoPipeline")
+    assert front_matter(text)["pipeline_tag"] == "image-to-video"
+    assert "--prompts FILE.jsonl" in text
+    assert "text-to-video" not in text
 
 
 def test_the_front_matter_keeps_the_license_of_the_base_model(config, tmp_path):

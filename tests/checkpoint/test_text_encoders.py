@@ -283,3 +283,26 @@ def test_exports_dequantize_it_or_refuse_it(wan, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in dense.state_dict().items())
     with pytest.raises(InvalidInputError, match=r"text_encoder: sdnq cannot store.*text_encoder=null, or export to"):
         s2q.export(wan, to="sdnq", out=tmp_path / "sdnq")
+
+
+def test_linears_that_t5_keeps_in_fp32_do_not_overflow_in_fp16(wan):
+    encoder = load_encoder(wan, dtype=torch.float16)
+    linears = {name: part for name, part in encoder.named_modules() if isinstance(part, EncoderLinear)}
+    assert {name.rpartition(".")[2] for name, part in linears.items() if part.in_fp32} == {"wo"}
+    wo = next(part for part in linears.values() if part.in_fp32)
+    large = torch.full((1, 2, wo.packed.in_features), 6e4, dtype=torch.float16)
+    output = wo(large)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, wo.packed(large.float()))
+    assert wo(large.bfloat16()).dtype == torch.bfloat16
+    ids = torch.tensor([[3, 7, 5, 1]])
+    with torch.no_grad():
+        half, full = (load_encoder(wan, dtype=dtype)(ids)[0].float() for dtype in (torch.float16, torch.float32))
+    assert float((half - full).norm() / full.norm()) < 0.01
+
+
+def test_a_folder_that_is_no_component_is_no_encoder(copy):
+    shutil.copytree(copy / "text_encoder", copy / "text_encoder_old")
+    write_manifest(copy)
+    (encoder,) = s2q.inspect(copy).text_encoders
+    assert encoder.component == "text_encoder"

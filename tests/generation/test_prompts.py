@@ -122,10 +122,10 @@ def test_a_jsonl_file_has_images_relative_to_it_negative_prompts_and_seeds(tmp_p
     path.write_text("\ufeff\n" + path.read_text() + "  \n", encoding="utf-8")
     first, second = read_prompts(path)
     assert (first, first.negative_prompt, first.seed) == (" a cat ", "", 7)
-    assert (first.image.name, first.image.pixels.size) == ("images/cat.png", (6, 4))
+    assert (first.image.name, first.image.pixels.size) == ("cat.png", (6, 4))
     assert second == "naïve\u2028 #"
     assert prompt_record(second) == second
-    assert prompt_record(first) == {**item, "image": {"name": "images/cat.png", "sha256": first.image.sha256}}
+    assert prompt_record(first) == {**item, "image": {"name": "cat.png", "sha256": first.image.sha256}}
     for other in (pickle.loads(pickle.dumps(first)), copy.deepcopy(first)):
         assert prompt_record(other) == prompt_record(first)
         assert other.image.pixels.tobytes() == first.image.pixels.tobytes()
@@ -168,6 +168,29 @@ def test_images_of_other_modes_become_rgb(tmp_path, mode):
     path = picture(tmp_path / "image.tiff", mode)
     (prompt,) = prompt_list("prompts", [{"prompt": "a", "image": path}])
     assert (prompt.image.pixels.mode, prompt.image.pixels.size) == ("RGB", (6, 4))
+
+
+def test_levels_of_16_bits_are_scaled_and_of_32_bits_refused(tmp_path):
+    levels = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    (prompt,) = prompt_list("prompts", [{"prompt": "a", "image": tmp_path / "deep.png"}])
+    assert np.asarray(prompt.image.pixels)[0, :, 0].tolist() == [0, 1, 128, 255]
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(InvalidInputError, match=r"float.tiff: has grey levels of 32 bits"):
+        prompt_list("prompts", [{"prompt": "a", "image": tmp_path / "float.tiff"}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (Prompt(" "), "is empty"),
+        (Prompt("a", seed=-1), "seed: got -1"),
+        (Prompt("a", image="none.png"), "none.png: no such file"),
+    ],
+)
+def test_a_prompt_that_somebody_made_is_checked(prompt, message):
+    with pytest.raises(InvalidInputError, match=message):
+        prompt_list("prompts", [prompt])
 
 
 def test_an_image_is_turned_as_its_orientation_says_and_told_apart_by_its_pixels(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from s2q.common.errors import InvalidInputError
+from s2q.common.log import log_once
 from s2q.models import ModelSource
 from s2q.planning import plan
 from s2q.recipes.load import load_recipe, recipe_names
@@ -183,3 +184,10 @@ def test_an_unsupported_transformer_class_is_refused(folder, tmp_path):
 )
 def test_published_models_are_reduced_as_in_the_paper(model, recipe, reduction):
     assert plan(f"synthetic:{model}", recipe=recipe).storage["ratio"] >= reduction
+
+
+def test_encoders_of_published_sizes_are_said_not_to_be_counted(caplog):
+    log_once.cache_clear()
+    planned = plan("synthetic:wan-1.3b", recipe="rtn-w4a8", overrides=["text_encoder.num_bits=8"])
+    assert planned.text_encoders == ()
+    assert "has no text encoder; text_encoder of the recipe is not counted" in caplog.text

@@ -22,6 +22,8 @@ from s2q.checkpoint.values import check_finite, value_problem
 from s2q.common.components import TEXT_ENCODER, encoder_state
 from s2q.common.errors import InvalidInputError, UsageError
 from s2q.common.files import read_json
+from s2q.common.foreign_code import component_entries
+from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.common.headers import DTYPES, TensorInfo, read_headers
 from s2q.core.stored_form import file_form
 from s2q.nn import PACKED, EncoderLinear, PackedLinear, replace_module
@@ -112,7 +114,7 @@ def pack_encoder(model: nn.Module, config: S2QConfig) -> None:
             dtype=linear.weight.dtype,
             device="meta",
         )
-        replace_module(model, name, EncoderLinear(packed))
+        replace_module(model, name, EncoderLinear(packed, in_fp32=is_within(name, kept_in_fp32(model))))
 
 
 def attach_encoder_config(model: nn.Module, config: S2QConfig) -> None:
@@ -152,8 +154,12 @@ def check_encoder_files(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> 
 
 def encoder_configs(folder: Path) -> dict[str, S2QConfig]:
     """Read the configurations of the text encoders of a checkpoint that s2q has quantized, by component."""
-    configs = {}
+    configs: dict[str, S2QConfig] = {}
+    index = folder / "model_index.json"
+    components = component_entries(read_json(index, remedy=_REMEDY)) if index.is_file() else {}
     for path in sorted(folder.glob(f"{TEXT_ENCODER}*/config.json")):
+        if path.parent.name not in components:
+            continue  # what an earlier version left there
         config = read_json(path, remedy=_REMEDY).get("quantization_config")
         if isinstance(config, Mapping) and config.get("quant_method") == QuantMethod.S2Q.value:
             try:

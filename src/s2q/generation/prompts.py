@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from s2q.common.arguments import MAX_PROMPT, MAX_SEED, items_of, path_argument, plain_text, whole_number
 from s2q.common.errors import InvalidInputError, first_line, short_repr
 
@@ -38,7 +40,7 @@ class ConditioningImage:
     """An image that a video starts from.
 
     Attributes:
-        name: The path as it was given, or "an image" of one from memory.
+        name: The name of its file, or "an image" of one from memory.
         pixels: RGB, in the size of the file; the pipeline resizes it.
         sha256: Hash of size and pixels.
     """
@@ -112,7 +114,7 @@ def prompt_list(name: str, prompts: Iterable[Any], *, allow_none: bool = False) 
 def _prompt(where: str, item: Any, *, folder: Path | None = None) -> Prompt:
     """Make a prompt of a text or of a mapping; `folder` is what paths are relative to."""
     if isinstance(item, Prompt):
-        return item
+        item = {"prompt": str(item), **{key: getattr(item, key) for key in _KEYS[1:]}}
     if not isinstance(item, Mapping):
         return Prompt(_text(where, item))
     for key in item:
@@ -143,16 +145,18 @@ def _image(where: str, given: Any, folder: Path | None) -> ConditioningImage:
     """Read an image, or take one from memory; other modes than RGB are converted."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if isinstance(given, ConditioningImage):
+        return given
     if isinstance(given, Image.Image):
-        name, pixels = "an image", given.convert("RGB")
+        name, pixels = "an image", _rgb(where, given)
     else:
         if not isinstance(given, str | os.PathLike):
             raise InvalidInputError(f"{where}: image: got {short_repr(given)}; expected the path of an image")
-        name, path = str(given), path_argument(f"{where}: image", given)
-        path = path if folder is None else folder / path
+        path = path_argument(f"{where}: image", given)
+        name, path = path.name, path if folder is None else folder / path
         try:
             with Image.open(path, formats=_FORMATS) as opened:
-                pixels = ImageOps.exif_transpose(opened).convert("RGB")
+                pixels = _rgb(f"{where}: image: {path}", ImageOps.exif_transpose(opened))
         except FileNotFoundError as error:
             raise InvalidInputError(f"{where}: image: {path}: no such file") from error
         except UnidentifiedImageError as error:
@@ -163,6 +167,18 @@ def _image(where: str, given: Any, folder: Path | None) -> ConditioningImage:
             raise InvalidInputError(f"{where}: image: {path}: cannot be read: {reason}") from error
     digest = hashlib.sha256(f"{pixels.width}x{pixels.height}".encode() + pixels.tobytes()).hexdigest()
     return ConditioningImage(name=name, pixels=pixels, sha256=digest)
+
+
+def _rgb(where: str, image: Image.Image) -> Image.Image:
+    """Convert an image to RGB; levels of 16 bits are scaled to 8, which PIL would clip."""
+    from PIL import Image
+
+    if image.mode in ("I", "F"):
+        raise InvalidInputError(f"{where}: has grey levels of 32 bits; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(levels.round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from s2q.nn.packed import PackedLinear
@@ -23,14 +24,16 @@ class EncoderLinear(nn.Module):
         packed: The linear.
         weight: No tensor.
         bias: No tensor, also where there is no bias; some classes draw the biases of their linears by name.
+        in_fp32: Whether the class keeps the linear in fp32 in an fp16 model: fp16 inputs are computed in fp32 then, and
+            so is what is returned, as T5 does for `wo`, whose outputs exceed fp16.
     """
 
     weight = _NoTensor()
     bias = _NoTensor()
 
-    def __init__(self, packed: PackedLinear) -> None:
+    def __init__(self, packed: PackedLinear, *, in_fp32: bool = False) -> None:
         super().__init__()
-        self.packed = packed
+        self.packed, self.in_fp32 = packed, in_fp32
         for module in (self, packed):  # transformers would draw its parameters anew
             module._is_hf_initialized = True  # type: ignore[assignment]
         for parameter in packed.parameters():
@@ -38,5 +41,7 @@ class EncoderLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Apply the linear to [..., I], floating."""
+        if self.in_fp32 and input.dtype == torch.float16:
+            input = input.float()  # noqa: A001
         output: Tensor = self.packed(input)
         return output

@@ -6,6 +6,7 @@ Everything is computed on the meta device. The bytes are those of the tensors in
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from s2q.common.device_names import is_device_name, kind_of_device
 from s2q.common.devices import default_dtype
 from s2q.common.errors import ResourceError, memory_errors
 from s2q.common.fp32_modules import is_within, kept_in_fp32
+from s2q.common.log import log_once
 from s2q.common.records import PLAN_VERSION
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.core.storage import BF16_BYTES, EncoderStorage, LinearStorage, parse_bytes
@@ -54,6 +56,8 @@ LESS_MEMORY = (
 """Remedy for lack of memory while calibrating."""
 
 _DTYPE_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +222,10 @@ def plan_model(
         name, stored = synthetic.label, dtype or torch.bfloat16
         transformers = {TRANSFORMERS[0]: _synthetic_transformer(synthetic.name)}
         workload = workload_of_synthetic(synthetic, recipe)
+        if recipe.text_encoder is not None:
+            log_once(
+                logger, logging.WARNING, "%s has no text encoder; text_encoder of the recipe is not counted", model
+            )
     else:
         source = resolve_model(model, variant=variant)
         check_full_precision(source)

@@ -18,6 +18,7 @@ from s2q.blocks.pack import pack_nearest
 from s2q.checkpoint import S2QConfig
 from s2q.checkpoint.text_encoders import attach_encoder_config
 from s2q.common.arguments import dtype_name
+from s2q.common.fp32_modules import is_within, kept_in_fp32
 from s2q.common.torch_state import in_fresh_torch_state
 from s2q.nn import EncoderLinear, replace_module
 from s2q.planning.resolve import LinearPlan
@@ -107,7 +108,8 @@ def replace_encoder_linear(model: nn.Module, linear: LinearPlan) -> None:
     """Round a linear of a text encoder to nearest and replace it by the packed one, in place."""
     weight = model.get_submodule(linear.name).weight
     (packed,) = pack_nearest(model, [linear], device=str(weight.device)).values()
-    replace_module(model, linear.name, EncoderLinear(packed))
+    in_fp32 = is_within(linear.name, kept_in_fp32(model))
+    replace_module(model, linear.name, EncoderLinear(packed, in_fp32=in_fp32))
 
 
 def configure_encoder(model: nn.Module, linears: Iterable[LinearPlan], *, recipe: str) -> None:
