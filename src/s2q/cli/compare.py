@@ -42,6 +42,7 @@ RecipesOverrides = Annotated[
 OverwriteComparison = Annotated[bool, typer.Option("--overwrite", help="Replace a comparison that cannot be resumed.")]
 
 
+@options.takes_generation
 def compare(
     entries: Entries = None,
     model: FullPrecisionModel = "shapes-cogvideox",
@@ -58,16 +59,7 @@ def compare(
     metrics: options.Metrics = None,
     lpips_weights: options.LpipsWeights = None,
     clip: options.ClipFolder = None,
-    num_frames: options.Frames = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    steps: options.Steps = None,
-    guidance_scale: options.Guidance = None,
-    guidance_scale_2: options.SecondGuidance = None,
-    scheduler: options.SchedulerName = None,
-    shift: options.Shift = None,
-    negative_prompt: options.NegativePrompt = None,
-    max_sequence_length: options.TextLength = None,
+    generation: options.Generation = options.NO_GENERATION,
     device: options.Device = "auto",
     dtype: options.DtypeOption = None,
     variant: options.Variant = None,
@@ -103,16 +95,7 @@ def compare(
             metrics=metrics or (),
             lpips_weights=lpips_weights,
             clip=clip,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_scale_2=guidance_scale_2,
-            scheduler=scheduler,
-            shift=shift,
-            negative_prompt=negative_prompt,
-            max_sequence_length=max_sequence_length,
+            **generation,
             device=options.resolve_device(device),
             dtype=dtype,
             variant=variant,

@@ -20,6 +20,7 @@ _OWNED = owned_matching("[0-9][0-9][0-9]*-*.mp4", "sheet.png", "latents.safetens
 Backend = Literal["auto", "reference", "cpu", "triton", "fastest", "fp4"]
 
 
+@options.takes_generation
 def generate(
     model: options.Model,
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
@@ -27,16 +28,7 @@ def generate(
         list[str] | None, typer.Option("--prompt", help="Prompt; can be repeated.", metavar="TEXT")
     ] = None,
     prompts: options.Prompts = None,
-    num_frames: options.Frames = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    steps: options.Steps = None,
-    guidance_scale: options.Guidance = None,
-    guidance_scale_2: options.SecondGuidance = None,
-    scheduler: options.SchedulerName = None,
-    shift: options.Shift = None,
-    negative_prompt: options.NegativePrompt = None,
-    max_sequence_length: options.TextLength = None,
+    generation: options.Generation = options.NO_GENERATION,
     seed: options.Seed = 0,
     backend: Annotated[Backend, typer.Option("--backend", help="Backends of quantized linears.")] = "auto",
     attention: options.AttentionBackend = None,
@@ -79,16 +71,7 @@ def generate(
             source,
             prompts=texts,
             seeds=(seed,),
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_scale_2=guidance_scale_2,
-            scheduler=scheduler,
-            shift=shift,
-            negative_prompt=negative_prompt,
-            max_sequence_length=max_sequence_length,
+            **generation,
             device=device,
             dtype=dtype,
             loras=loras or (),

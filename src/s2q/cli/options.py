@@ -1,10 +1,13 @@
 """Options that several commands share, and how their values are read; nothing heavy is imported before one is used."""
 
+import functools
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -40,38 +43,11 @@ def check_overrides(values: Sequence[str] | None) -> list[str]:
 set_option = partial(typer.Option, "--set", metavar="K=V", callback=check_overrides)
 
 
-def with_generation(
-    overrides: Sequence[str] | None,
-    *,
-    steps: int | None,
-    guidance_scale: float | None,
-    guidance_scale_2: float | None,
-    scheduler: str | None,
-    shift: float | None,
-    num_frames: int | None,
-    height: int | None,
-    width: int | None,
-    negative_prompt: str | None,
-    max_sequence_length: int | None,
-) -> list[str]:
-    """Return `--set` values with those of calibration that have options of their own: calibration.steps=4."""
-    values = {
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "guidance_scale_2": guidance_scale_2,
-        "scheduler": scheduler,
-        "shift": shift,
-        "num_frames": num_frames,
-        "height": height,
-        "width": width,
-        "negative_prompt": negative_prompt,
-        "max_sequence_length": max_sequence_length,
-    }
-    given = {name: value for name, value in values.items() if value is not None}
-    return [
-        *(overrides or ()),
-        *(f"calibration.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()),
-    ]
+def with_generation(overrides: Sequence[str] | None, generation: Mapping[str, Any]) -> list[str]:
+    """Return `--set` values with generation settings of the calibration, as recipes name them: calibration.steps=4."""
+    values = {"steps" if name == "num_inference_steps" else name: value for name, value in generation.items()}
+    settings = (f"calibration.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in values.items())
+    return [*(overrides or ()), *settings]
 
 
 def read_workers(value: str | int) -> str | int:
@@ -187,6 +163,46 @@ TextLength = Annotated[
     int | None,
     typer.Option("--max-sequence-length", help="Text tokens. Default: as many as the model reads.", metavar="N"),
 ]
+
+_GENERATION = {
+    "num_frames": Frames,
+    "height": Height,
+    "width": Width,
+    "num_inference_steps": Steps,
+    "guidance_scale": Guidance,
+    "guidance_scale_2": SecondGuidance,
+    "scheduler": SchedulerName,
+    "shift": Shift,
+    "negative_prompt": NegativePrompt,
+    "max_sequence_length": TextLength,
+}
+"""Options of the generation settings, by the names that the verbs have for them."""
+
+Generation = Mapping[str, Any]
+"""Generation settings that were given, by name; see `takes_generation`."""
+
+NO_GENERATION: Generation = MappingProxyType({})
+
+
+def takes_generation(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of the generation settings in place of its parameter `generation`."""
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name == "generation":
+            options = _GENERATION.items()
+            parameters += [parameter.replace(name=name, annotation=kind, default=None) for name, kind in options]
+        else:
+            parameters.append(parameter)
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        settings = {name: given.pop(name) for name in _GENERATION}
+        command(**given, generation={name: value for name, value in settings.items() if value is not None})
+
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
+
 
 Samples = Annotated[int | None, number_option("--samples", help="Number of calibration samples.")]
 NumPrompts = Annotated[

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "s2q-w4a6"
 
 
+@options.takes_generation
 def plan(
     model: options.Model,
     recipe: Annotated[
@@ -28,16 +29,7 @@ def plan(
         ),
     ] = None,
     overrides: options.Overrides = None,
-    steps: options.Steps = None,
-    guidance_scale: options.Guidance = None,
-    guidance_scale_2: options.SecondGuidance = None,
-    scheduler: options.SchedulerName = None,
-    shift: options.Shift = None,
-    num_frames: options.Frames = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    negative_prompt: options.NegativePrompt = None,
-    max_sequence_length: options.TextLength = None,
+    generation: options.Generation = options.NO_GENERATION,
     dtype: options.DtypeOption = None,
     variant: options.Variant = None,
     loras: options.Loras = None,
@@ -83,19 +75,7 @@ def plan(
             "and time synthetic models with s2q bench --ops calibration_block"
         )
     arguments: dict[str, Any] = {
-        "overrides": options.with_generation(
-            overrides,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_scale_2=guidance_scale_2,
-            scheduler=scheduler,
-            shift=shift,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            negative_prompt=negative_prompt,
-            max_sequence_length=max_sequence_length,
-        ),
+        "overrides": options.with_generation(overrides, generation),
         "device": device,
         "device_memory": memory,
         "memory_budget": budget,

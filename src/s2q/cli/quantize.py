@@ -13,22 +13,14 @@ from s2q.common.interrupts import resumable
 from s2q.common.outputs import lock_folder
 
 
+@options.takes_generation
 def quantize(
     model: options.Model,
     recipe: options.RecipeName,
     out: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.", metavar="OUT")],
     prompts: options.Prompts = None,
     samples: options.Samples = None,
-    steps: options.Steps = None,
-    guidance_scale: options.Guidance = None,
-    guidance_scale_2: options.SecondGuidance = None,
-    scheduler: options.SchedulerName = None,
-    shift: options.Shift = None,
-    num_frames: options.Frames = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    negative_prompt: options.NegativePrompt = None,
-    max_sequence_length: options.TextLength = None,
+    generation: options.Generation = options.NO_GENERATION,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = None,
@@ -50,19 +42,7 @@ def quantize(
     from s2q.run.quantize import quantize as run
 
     console.quiet_libraries()
-    changes = options.with_generation(
-        overrides,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        guidance_scale_2=guidance_scale_2,
-        scheduler=scheduler,
-        shift=shift,
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        negative_prompt=negative_prompt,
-        max_sequence_length=max_sequence_length,
-    )
+    changes = options.with_generation(overrides, generation)
     with resumable(lock_folder(out)), console.progress() as report:
         result = run(
             model,

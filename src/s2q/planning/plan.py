@@ -293,8 +293,7 @@ def plan_transformers(
     )
     inside = {f"{layer.name}.{tensor}" for layer in layers for tensor in ("weight", "bias")}
     compute_dtype = compute_dtype or dtype
-    loaded = sizes if compute_dtype == dtype else tensor_sizes(transformers, compute_dtype)
-    now = sum(loaded.values())
+    now = sum((sizes if compute_dtype == dtype else tensor_sizes(transformers, compute_dtype)).values())
     quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
     states = [transformer.state_dict() for transformer in transformers.values()]
     full = sum(tensor.numel() for state in states for tensor in state.values()) * BF16_BYTES
