@@ -164,7 +164,7 @@ def shrunken(name: str) -> SyntheticModel:
     others = {"ffn_dim": 64, "cross_attention_dim": 96, "audio_num_attention_heads": 2, "audio_attention_head_dim": 24}
     others |= {"audio_cross_attention_dim": 48}
     small |= {key: size for key, size in others.items() if key in model.config}
-    for argument in (one.argument for one in model.block_lists):
+    for argument in (blocks.argument for blocks in model.block_lists):
         small[argument] = [0, 1] if isinstance(model.config[argument], list) else 2
     lists = tuple(replace(one, count=2) for one in model.block_lists)
     return replace(

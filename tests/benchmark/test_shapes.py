@@ -47,7 +47,7 @@ def test_the_layers_of_the_published_models():
 def test_a_shape_of_several_models_is_measured_once():
     models = [synthetic_model(name) for name in synthetic_names()]
     shapes = layer_shapes(models, rows=256)
-    assert len({one.shape for one in shapes}) == len(shapes) == 21
+    assert len({entry.shape for entry in shapes}) == len(shapes) == 21
     (shared,) = [one for one in shapes if one.shape == (256, 3072, 12288)]
     assert {"cogvideox-5b ff.net.0.proj", "hunyuanvideo proj_mlp"} <= set(shared.layers)
     assert len(attention_shapes(models, rows=256)) == 7

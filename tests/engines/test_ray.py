@@ -174,8 +174,8 @@ def test_a_worker_that_dies_inside_a_block_is_in_the_report(cluster, model, tmp_
 def test_a_run_whose_node_is_killed_gives_the_bytes_of_another_run(cluster, model, undisturbed, tmp_path):
     """Last, since it takes a node away; another takes its place, as in a cluster that scales.
 
-    Its worker may have finished the last block by then, so nothing is said about retries here:
-    `test_a_worker_that_dies_inside_a_block_is_in_the_report` has one.
+    Whether a block is retried depends on when the node dies; `test_a_worker_that_dies_inside_a_block_is_in_the_report`
+    tests retries.
     """
     killed = []
 

@@ -183,7 +183,7 @@ def test_token_importance_is_that_of_the_explicit_map(pipe, stream, monkeypatch)
             patched.setattr(F, "scaled_dot_product_attention", by_hand)
             block(**inputs)
         torch.testing.assert_close(captured.joined(), explicit[0], rtol=1e-4, atol=1e-5)
-        lengths = dict(zip(stream.streams, (one.shape[1] for one in _streams(output)), strict=True))
+        lengths = dict(zip(stream.streams, (part.shape[1] for part in _streams(output)), strict=True))
         left_out = sum(lengths[name] for name in family.joint_order) - captured.joined().shape[1]
         assert (left_out > 0) == (family.name == "mochi")  # which leaves out the text that a prompt does not fill
 

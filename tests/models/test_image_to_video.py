@@ -99,7 +99,9 @@ def test_the_image_decides_the_video_and_what_is_recorded(name):
     assert not torch.equal(red.calls[0].output, blue.calls[0].output)
     assert [call.timestep for call in red.calls] == pytest.approx(pipe.scheduler.timesteps.tolist())
     videos = generate(pipe, prompts=prompts[:2], **settings.to_dict(), batch_size=4)
-    assert [torch.equal(video.latents, one.latents[0]) for video, one in zip(videos, (red, blue), strict=True)] == [
+    assert [
+        torch.equal(video.latents, expected.latents[0]) for video, expected in zip(videos, (red, blue), strict=True)
+    ] == [
         True,
         True,
     ]

@@ -57,7 +57,8 @@ class ConversionReport:
     """A conversion, as returned by `s2q.convert` and stored as s2q/convert.json in the checkpoint.
 
     Attributes:
-        source: Name of the full-precision model, as far as it is known: prompts and settings are those of it.
+        source: Name of the full-precision model, which gives default prompts and settings, or of the converted one if
+            that is not known.
         converted: Name of what was converted.
         tool: The program that quantized it.
         tool_version: Its version, or None where its files do not tell.

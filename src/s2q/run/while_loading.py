@@ -280,8 +280,8 @@ class _Group:
 def _merged(merge: Callable[..., Any], prefix: str, stored: Any, given: Any) -> Any:
     """Choose between the configuration of a quantized model and a given one as the library does, but refuse a `Config`.
 
-    The libraries would warn and load the model as it is quantized, or raise. A transformer is refused once its folder
-    is known, which names the full-precision model; a text encoder (by the prefix of component names) at once.
+    Otherwise diffusers ignores the `Config` with a warning, and transformers raises. A transformer is refused once its
+    folder is known, which names the full-precision model; a text encoder (by the prefix of component names) at once.
     """
     if not isinstance(given, Config):
         return merge(stored, given)
