@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 
@@ -28,7 +28,7 @@ from s2q.engines.options import AUTO, workers_argument
 from s2q.generation.generate import LESS_MEMORY
 from s2q.generation.load import check_model, models_that_fit
 from s2q.generation.prompts import prompt_list
-from s2q.generation.settings import GenerationOptions, requested_settings, takes_generation_options
+from s2q.generation.settings import requested_settings
 from s2q.recipes.load import checked_overrides, load_recipe
 from s2q.recipes.schema import Recipe
 from s2q.run.quantize import quantize
@@ -41,7 +41,6 @@ _TRAINING_UNITS = 2  # collecting and rounding, beside the epochs
 
 @memory_errors("comparing", remedy=LESS_MEMORY)
 @in_fresh_torch_state
-@takes_generation_options
 def compare(
     entries: Sequence[str] = (),
     *,
@@ -58,6 +57,16 @@ def compare(
     metrics: Sequence[str] = (),
     lpips_weights: str | Path | None = None,
     clip: str | Path | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
+    scheduler: str | None = None,
+    shift: float | None = None,
+    negative_prompt: str | None = None,
+    max_sequence_length: int | None = None,
     device: str | torch.device | int = "cpu",
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
@@ -71,7 +80,6 @@ def compare(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-    **generation: Unpack[GenerationOptions],
 ) -> dict[str, Any]:
     """Compare recipes and checkpoints with full precision and each other; options as of `quantize` and `evaluate`.
 
@@ -108,7 +116,18 @@ def compare(
         metrics=arguments.name_list("metrics", metrics),
         lpips_weights=optional(arguments.path_argument, "lpips_weights", lpips_weights),
         clip=optional(arguments.path_argument, "clip", clip),
-        requested=requested_settings(generation),
+        requested=requested_settings(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
+            scheduler=scheduler,
+            shift=shift,
+            negative_prompt=negative_prompt,
+            max_sequence_length=max_sequence_length,
+        ),
         dtype=None if given_dtype is None else arguments.dtype_name(given_dtype),
         variant=optional(arguments.word, "variant", variant),
         loras=arguments.path_list("loras", loras),

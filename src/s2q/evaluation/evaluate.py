@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,13 +36,7 @@ from s2q.generation.denoise import denoise
 from s2q.generation.generate import LESS_MEMORY, Video, batch_size_for, batched, settings_for, videos_of
 from s2q.generation.load import check_model, check_same_loras, load_pipeline, models_that_fit, refuse_load_options
 from s2q.generation.prompts import check_distinct, prompt_list
-from s2q.generation.settings import (
-    GenerationOptions,
-    GenerationSettings,
-    check_prompts,
-    requested_settings,
-    takes_generation_options,
-)
+from s2q.generation.settings import GenerationSettings, check_prompts, requested_settings
 from s2q.generation.trajectory import record_trajectory
 from s2q.models import ModelSource, resolve_model
 from s2q.models.architecture import Architecture, architecture_of, check_comparable, warn_of_scheduler
@@ -76,7 +70,6 @@ class ReferenceRun:
 
 @memory_errors("evaluating", remedy=LESS_MEMORY)
 @in_fresh_torch_state
-@takes_generation_options
 def evaluate(
     model: str | Path | ModelSource | DiffusionPipeline,
     *,
@@ -86,6 +79,16 @@ def evaluate(
     metrics: Sequence[str] = (),
     lpips_weights: str | Path | None = None,
     clip: str | Path | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
+    scheduler: str | None = None,
+    shift: float | None = None,
+    negative_prompt: str | None = None,
+    max_sequence_length: int | None = None,
     batch_size: int | None = None,
     device: str | torch.device | int = "cpu",
     dtype: torch.dtype | str | None = None,
@@ -99,7 +102,6 @@ def evaluate(
     ray_address: str | None = None,
     video_done: VideoDone | None = None,
     progress: Progress | None = None,
-    **generation: Unpack[GenerationOptions],
 ) -> dict[str, Any]:
     """Compare a model with its full-precision reference.
 
@@ -111,6 +113,8 @@ def evaluate(
         metrics: Names out of `video_metrics.METRICS`, and of learned judges that have weights; empty means all.
         lpips_weights: File of LPIPS's weights; None for no `lpips`.
         clip: Folder of a CLIP model; None for no `clip_score`, `clipsim` and `clip_temp`.
+        num_frames: None takes the model's own, as for all settings down to `max_sequence_length` (`s2q.generate`);
+            those that a checkpoint was calibrated with come first, for both sides.
         batch_size: Videos per batch; None chooses by the number of video tokens.
         variant: Variant of the weights, "fp16"; the reference must have it, and a judged model that has it is loaded
             in it too.
@@ -120,7 +124,6 @@ def evaluate(
             `devices`, `engine` and `ray_address`. Loaded pipelines are evaluated in this process.
         video_done: Called with the label of a model and each of its videos as it is generated.
         progress: Called after every denoising step with the stage, the steps done and the steps in all.
-        **generation: Generation settings of both sides, as for `s2q.generate`.
 
     Returns:
         The content of `eval.json`: `schema_version`, `model`, `reference`, `n_prompts`, `n_seeds`, `metrics`, `videos`,
@@ -135,7 +138,18 @@ def evaluate(
     """
     settings = EvaluationSettings(
         metrics=arguments.name_list("metrics", metrics),
-        requested=requested_settings(generation),
+        requested=requested_settings(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
+            scheduler=scheduler,
+            shift=shift,
+            negative_prompt=negative_prompt,
+            max_sequence_length=max_sequence_length,
+        ),
         batch_size=optional(arguments.whole_number, "batch_size", batch_size, least=1),
         dtype=arguments.parse_dtype(dtype),
         variant=optional(arguments.word, "variant", variant),

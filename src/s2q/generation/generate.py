@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,12 +22,10 @@ from s2q.generation.denoise import DenoisingResult, denoise
 from s2q.generation.load import load_pipeline, refuse_load_options
 from s2q.generation.prompts import Prompt, prompt_list, prompt_record
 from s2q.generation.settings import (
-    GenerationOptions,
     GenerationSettings,
     check_prompts,
     requested_settings,
     resolve_settings,
-    takes_generation_options,
     video_tokens,
 )
 from s2q.generation.trajectory import Trajectory
@@ -58,12 +56,21 @@ class Video:
 
 @memory_errors("generating videos", remedy=LESS_MEMORY)
 @in_fresh_torch_state
-@takes_generation_options
 def generate(
     model: str | Path | ModelSource | DiffusionPipeline,
     *,
     prompts: Sequence[str],
     seeds: Sequence[int] = (0,),
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
+    scheduler: str | None = None,
+    shift: float | None = None,
+    negative_prompt: str | None = None,
+    max_sequence_length: int | None = None,
     batch_size: int | None = None,
     device: str | torch.device | int = "cpu",
     dtype: torch.dtype | str | None = None,
@@ -77,7 +84,6 @@ def generate(
     engine: str = "processes",
     ray_address: str | None = None,
     progress: Progress | None = None,
-    **generation: Unpack[GenerationOptions],
 ) -> list[Video]:
     """Generate one video for every prompt and seed.
 
@@ -89,6 +95,14 @@ def generate(
             `verify` and the backends are for models that are loaded here; see `s2q.load`.
         prompts: Texts, or mappings with `prompt` and some of `image`, `negative_prompt` and `seed`.
         seeds: Every prompt is generated with every seed; one that has a seed of its own, with that alone.
+        num_frames: None takes the model's own, as for all settings down to `max_sequence_length`; a calibrated
+            checkpoint's are those that its recipe sets.
+        guidance_scale: Weight of classifier-free guidance; at most 1 runs without.
+        guidance_scale_2: Weight in the steps of a second transformer; None takes `guidance_scale`.
+        scheduler: Class name of a scheduler of diffusers, with the configuration of the model's.
+        shift: Shift of its sigmas.
+        negative_prompt: Text of the unconditional branch.
+        max_sequence_length: Tokens of a prompt that the transformer reads.
         loras: LoRA adapters to fuse into a full-precision model, "[transformer_2=]FILE.safetensors[:SCALE]".
         batch_size: Videos per batch; by default as many as hold 4,096 video tokens together, 1 to 16.
         workers: Number of workers, which load the model each and take batches in turn, in one thread on a CPU; "auto"
@@ -96,8 +110,6 @@ def generate(
         devices: Devices that workers take in turn, such as ["cuda:0", "cuda:2"]; replaces `device`.
         engine: "processes" of this machine, or "ray".
         ray_address: Address of a Ray cluster, "HOST:PORT" or "auto"; None takes `RAY_ADDRESS`, or starts Ray here.
-        **generation: Generation settings, each as in `GenerationSettings`; a calibrated checkpoint's defaults are those
-            that its recipe sets, others the model's own.
 
     Returns:
         The videos, prompt by prompt, each prompt's in the order of the seeds.
@@ -109,7 +121,18 @@ def generate(
     """
     model, seeds = model_argument("model", model), seed_numbers(seeds)
     prompts = prompt_list("prompts", prompts)
-    requested = requested_settings(generation)
+    requested = requested_settings(
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        guidance_scale_2=guidance_scale_2,
+        scheduler=scheduler,
+        shift=shift,
+        negative_prompt=negative_prompt,
+        max_sequence_length=max_sequence_length,
+    )
     batch_size = optional(whole_number, "batch_size", batch_size, least=1)
     where = workers_argument(workers=workers, devices=devices, device=device, engine=engine, ray_address=ray_address)
     work = _BatchWork(dtype=dtype, verify=verify, backend=backend, attention_backend=attention_backend)

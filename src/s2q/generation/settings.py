@@ -6,13 +6,11 @@ latent frames in groups of two, and a group that is not the first one grows by `
 `f` (or `num_frames = 1`) comes back with the frames that were asked for.
 """
 
-import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any
 
 from s2q.common.arguments import finite_number, plain_text, positive_number, whole_number, word
 from s2q.common.errors import InvalidInputError, short_repr
@@ -53,21 +51,6 @@ class GenerationSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that are not None as a JSON-ready dict."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-class GenerationOptions(TypedDict, total=False):
-    """Keywords of `GenerationSettings`; None is the model's own, or what a checkpoint was calibrated with."""
-
-    num_frames: int | None
-    height: int | None
-    width: int | None
-    num_inference_steps: int | None
-    guidance_scale: float | None
-    guidance_scale_2: float | None
-    scheduler: str | None
-    shift: float | None
-    negative_prompt: str | None
-    max_sequence_length: int | None
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
@@ -129,35 +112,34 @@ def within_tokens(pipe: Any, settings: GenerationSettings, max_tokens: int) -> G
     return smaller
 
 
-def requested_settings(given: GenerationOptions) -> dict[str, Any]:
+def requested_settings(
+    *,
+    num_frames: int | None,
+    height: int | None,
+    width: int | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    guidance_scale_2: float | None,
+    scheduler: str | None,
+    shift: float | None,
+    negative_prompt: str | None,
+    max_sequence_length: int | None,
+) -> dict[str, Any]:
     """Return the settings that are not None, by name; whether a model can take them is not checked."""
-    return _checked(given)
-
-
-_Verb = TypeVar("_Verb", bound=Callable[..., Any])
-
-
-def takes_generation_options(verb: _Verb) -> _Verb:
-    """Show the keywords of `GenerationOptions` one by one in the signature of what takes them as `**generation`.
-
-    Other keywords raise TypeError, as without `**`.
-    """
-    signature = inspect.signature(verb)
-    *others, _ = signature.parameters.values()
-    options = (
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str(hint))
-        for name, hint in GenerationOptions.__annotations__.items()
+    return _checked(
+        {
+            "num_frames": num_frames,
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_scale_2": guidance_scale_2,
+            "scheduler": scheduler,
+            "shift": shift,
+            "negative_prompt": negative_prompt,
+            "max_sequence_length": max_sequence_length,
+        }
     )
-    shown = signature.replace(parameters=[*others, *options])
-
-    @functools.wraps(verb)
-    def checked(*arguments: Any, **keywords: Any) -> Any:
-        if unknown := sorted(keywords.keys() - shown.parameters.keys()):
-            raise TypeError(f"{verb.__name__}() got an unexpected keyword argument {unknown[0]!r}")
-        return verb(*arguments, **keywords)
-
-    checked.__signature__ = shown  # type: ignore[attr-defined]
-    return cast(_Verb, checked)
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
