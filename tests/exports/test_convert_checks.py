@@ -274,3 +274,34 @@ def test_both_transformers_are_checked_before_one_is_converted(made, tmp_path, m
     save_file({**tensors, name: -tensors[name]}, path)
     monkeypatch.setattr(module._Job, "write_component", lambda *args, **options: pytest.fail("written"))
     assert_refused("transformer_2.*: is stored with weight_scale contains scales", tmp_path / "sdnq", tmp_path / "out")
+
+
+def sdnq_of_nothing(folder, component):
+    """Give a transformer in full precision the configuration of SDNQ, which quantizes none of its linears."""
+    edit_json(folder / component / "config.json", quantization_config={"quant_method": "sdnq", "sdnq_version": "0.2.8"})
+
+
+def test_a_transformer_without_a_quantized_linear_is_copied_and_needs_another_with_some(half, tmp_path):
+    sdnq_of_nothing(half, "transformer_2")
+    report = s2q.convert(half, out=tmp_path / "out")
+    assert not any(layer.name.startswith("transformer_2.") for layer in report.layers)
+    assert "quantization_config" not in json.loads((tmp_path / "out/transformer_2/config.json").read_text())
+    name = "transformer_2/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (half / name).read_bytes()
+    assert report.storage["ratio"] == s2q.inspect(tmp_path / "out").storage["ratio"]
+    shutil.rmtree(half / "transformer")
+    shutil.copytree(half / "transformer_2", half / "transformer")
+    assert_refused("half: transformer and transformer_2 without a quantized linear", half, tmp_path / "none")
+
+
+def test_marks_of_text_encoders_alone_are_refused(made, comfyui, tmp_path):
+    def unmark(stored):
+        for name in list(stored):
+            tensor = stored.pop(name)
+            if not name.endswith(".comfy_quant"):
+                stored[f"model.diffusion_model.{name}"] = tensor
+        stored["text_encoders.x.comfy_quant"] = torch.tensor(list(b"{}"), dtype=torch.uint8)
+        stored["text_encoders.x.weight"] = torch.ones(2)
+
+    words = "its transformer has no linears with comfy_quant"
+    assert_refused(words, comfyui(CONVROT, tensors=unmark), tmp_path / "out", base=made("wan", CONVROT))

@@ -187,12 +187,13 @@ def read_marked(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]
         known = all(isinstance(mark, dict) for mark in marks.values())
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path}: its marks of quantized linears are damaged; download it again") from error
+    if known:
+        tensors, marks = _of_transformer(path, tensors, marks)
     if not known or not marks:
         raise InvalidInputError(
-            f"{path}: has no linears with {_MARK} or {_HEADER_MARKS}, as ComfyUI's quantized files have; expected one "
-            "of those, or the folder of a pipeline"
+            f"{path}: its transformer has no linears with {_MARK} or {_HEADER_MARKS}, as ComfyUI's quantized files "
+            "have; expected one of those, or the folder of a pipeline"
         )
-    tensors, marks = _of_transformer(path, tensors, marks)
     for name, tensor in list(tensors.items()):
         linear, _, part = name.rpartition(".")
         if linear in marks and part not in ("weight", "bias", *_SCALES):

@@ -170,15 +170,21 @@ class _Job:
         self.full_bytes = self.stored_bytes = 0
         self.layers: list[LinearStorage] = []
         ours = conversion.transformers
-        self.copied = [component for component in ours.transformer_configs if component not in conversion.components]
         check_components(conversion.others, self.folder, without=ours.transformer_configs)
+        self.forms: dict[str, dict[str, LinearForm]] = {}
+        checked = {component: self.checked(component) for component in conversion.components}
+        self.configs = {component: config for component, config in checked.items() if config is not None}
+        if not self.configs:
+            raise InvalidInputError(
+                f"{conversion.given}: {' and '.join(checked)} without a quantized linear, which needs no conversion; "
+                f"quantize {full_precision(conversion.origin)} with s2q quantize"
+            )
+        self.copied = [component for component in ours.transformer_configs if component not in self.configs]
         if self.copied:
             without = ours.component_classes.keys() - set(self.copied)
-            check_components(ours, conversion.path, without=dict.fromkeys(without))
+            check_components(ours, conversion.path, without=without)
         for component in self.copied:
             self.count_copied(component)
-        self.forms: dict[str, dict[str, LinearForm]] = {}
-        self.configs = {component: self.checked(component) for component in conversion.components}
 
     def count_copied(self, component: str) -> None:
         """Check the headers of a transformer that is not quantized, and count its bytes."""
@@ -189,12 +195,18 @@ class _Job:
         self.full_bytes += sum(tensor.numel() for tensor in expected.values()) * BF16_BYTES
         self.stored_bytes += sum(info.num_bytes for info in headers.values())
 
-    def checked(self, component: str) -> S2QConfig:
-        """Check all that is stored of a transformer; return the configuration that it will have."""
+    def checked(self, component: str) -> S2QConfig | None:
+        """Check all that is stored of a transformer.
+
+        Returns:
+            The configuration that it will have, or None if none of its linears is quantized.
+        """
         conversion = self.conversion
         plain = conversion.transformers.meta_transformer(component)
         stored = conversion.read(component, plain)
         check_stored(stored, plain, component=component, conversion=conversion)
+        if not stored.linears:
+            return None
         dtype = _compute_dtype(stored, plain)
         self.full_bytes += sum(tensor.numel() for tensor in plain.state_dict().values()) * BF16_BYTES
         roles = {linear.name: linear.role for linear in block_linears(plain, family_of(plain))}
@@ -272,6 +284,7 @@ class _Job:
         for component in self.copied:
             library, _ = ours.component_classes[component]
             copy_component(self.conversion.path / component, staged / component, library=library, variant=ours.variant)
+            atomic_write_json(staged / component / "config.json", ours.plain_config(component))
         for component in self.configs:
             self.write_component(component, staged / component, max_shard_size=max_shard_size)
         for path in (staged / "model_index.json", *staged.glob("*/config.json")):
