@@ -179,6 +179,24 @@ def test_dequantize_gives_ordinary_linears(wan):
     assert torch.allclose(embeddings(encoder), expected, atol=1e-5)
 
 
+def test_dequantize_keeps_fp32_what_t5_keeps_in_an_fp16_model(tmp_path):
+    pipe = tiny_pipeline("wan", dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "full")
+    s2q.quantize(tmp_path / "full", recipe="rtn-w4a8", overrides=EIGHT, out=tmp_path / "out")
+    plain, encoder = (load_encoder(tmp_path / name, dtype=torch.float16) for name in ("full", "out"))
+    packed = {name: part.packed for name, part in encoder.named_modules() if isinstance(part, EncoderLinear)}
+    expected = {name: value.dtype for name, value in plain.state_dict().items()}
+    assert {torch.float16, torch.float32} == set(expected.values())
+    encoder.dequantize()
+    assert {name: value.dtype for name, value in encoder.state_dict().items()} == expected
+    wo = next(name for name in packed if name.endswith(".wo"))
+    assert torch.equal(encoder.get_submodule(wo).weight, packed[wo].dequantized_weight())
+    s2q.export(tmp_path / "out", to="diffusers", out=tmp_path / "dense")
+    stored = load_file(tmp_path / "dense/text_encoder/model.safetensors")
+    assert {name: value.dtype for name, value in stored.items()} == {name: expected[name] for name in stored}
+    assert torch.equal(stored[f"{wo}.weight"], encoder.get_submodule(wo).weight)
+
+
 def drop(tensors):
     del tensors[f"{TENSOR}.weight_scale"]
 

@@ -77,14 +77,14 @@ class StoredEncoderQuantizer(HfQuantizer):  # type: ignore[misc]
         return _in_file_form(model.state_dict()), {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        linears = {}
+        linears, dtype = {}, dtype or model.dtype
         for name in self.quantization_config.layers:
-            packed = _linear(model, name).packed
-            if any(parameter.is_meta for parameter in packed.parameters()):
+            linears[name] = _linear(model, name)
+            if any(parameter.is_meta for parameter in linears[name].parameters()):
                 raise UsageError(f"{name}: dequantize() of an offloaded linear; load the model without offloading")
-            linears[name] = packed
-        for name, packed in linears.items():
-            replace_module(model, name, packed.dequantized_linear(dtype or model.dtype))
+        for name, linear in linears.items():
+            is_kept = linear.in_fp32 and dtype == torch.float16
+            replace_module(model, name, linear.packed.dequantized_linear(torch.float32 if is_kept else dtype))
         return model
 
     def is_serializable(self) -> bool:
