@@ -73,6 +73,7 @@ class Costs:
         select: Scores and selection, in the first process.
         transformers: The blocks of each transformer.
         stream_start: Running a transformer until its first block, for all samples.
+        chained: Whether the inputs of a block are what the one before returned; else a transformer runs up to each.
         hashes: Hashing all blocks, in the first process.
         after: Assembling and writing the checkpoint, in the first process.
     """
@@ -84,6 +85,7 @@ class Costs:
     select: float = 0.0
     transformers: tuple[tuple[Block, ...], ...]
     stream_start: float = 0.0
+    chained: bool = True
     hashes: float = 0.0
     after: float = 0.0
 
@@ -182,7 +184,8 @@ class BlockWork(Work):
         """See `Work`."""
         transformer, index = task
         seconds, first = 0.0, 0
-        if self.position is not None and self.position[0] == transformer and self.position[1] <= index:
+        is_behind = self.position is not None and self.position[0] == transformer and self.position[1] <= index
+        if is_behind and self.costs.chained:
             first = self.position[1]
         else:
             seconds = self.costs.stream_start
@@ -295,6 +298,7 @@ def costs_of_size(
     return Costs(
         prompts=(float(STEPS * model.batch * model.calls),) * prompts,
         transformers=(tuple(listed),) * transformers,
+        chained=model.family.chained,
     )
 
 

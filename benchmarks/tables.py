@@ -185,7 +185,8 @@ def ablation_table(group: str, model: str) -> str:
     lines += [
         "",
         f"{len(first['videos'])} held-out prompts, float32{judged and f', judged with {judged}'}. "
-        f"Made by `python benchmarks/ablations.py {group}{'' if model == MODELS[0] else f' -m {model}'}`.",
+        f"Made by `python benchmarks/ablations.py {group}{'' if model == MODELS[0] else f' -m {model}'} "
+        f"--prompts {len(first['videos'])} --seeds {max(map(len, runs.values()))}`.",
     ]
     return "\n".join(lines)
 

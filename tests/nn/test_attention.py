@@ -21,9 +21,10 @@ from tiny import run_transformer, tiny_transformer
 class Attention(nn.Module):
     """Attends to what it is given, by the options of `F.scaled_dot_product_attention`."""
 
-    def forward(self, query, key=None, **options):
+    def forward(self, query, key=None, value=None, **options):
         key = query if key is None else key
-        return F.scaled_dot_product_attention(query, key, key.flip(-1), **options)
+        value = key.flip(-1) if value is None else value
+        return F.scaled_dot_product_attention(query, key, value, **options)
 
 
 @pytest.fixture
@@ -63,7 +64,10 @@ def test_calls_with_as_many_keys_as_queries_are_replaced_inside_the_named_module
         ({"query": draw(2, 2, 40, 16), "key": X}, "queries, keys and values of different shapes"),
         ({"query": draw(1, 4, 40, 16), "key": X, "enable_gqa": True}, "queries, keys and values of different shapes"),
         ({"dropout_p": 0.5}, "dropout"),
+        ({"value": draw(1, 2, 40, 8)}, "queries, keys and values of different shapes"),
         ({"query": X.clone().requires_grad_()}, "a call that needs gradients"),
+        ({"key": X.clone().requires_grad_(), "value": X}, "a call that needs gradients"),
+        ({"value": X.clone().requires_grad_()}, "a call that needs gradients"),
     ],
 )
 def test_other_calls_keep_full_precision_and_all_but_cross_attention_are_logged_once(model, call, reason, caplog):

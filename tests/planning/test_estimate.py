@@ -1,12 +1,15 @@
 """Counted work and estimated time of a run on a GPU that is not here."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
+from s2q.models import FAMILIES
 from s2q.planning import compare_recipes, gpus, plan
 from s2q.planning.cost import BlockShape
-from s2q.planning.flop import Work, forward_work, step_work
+from s2q.planning.flop import Work, forward_work, reaching_work, step_work
 from s2q.planning.gpus import EXPECTED, FAST, SLOW, gpu
 
 MODEL = "synthetic:wan-1.3b"
@@ -114,3 +117,20 @@ def test_recipes_are_compared_and_one_that_does_not_fit_says_why():
 def test_an_unknown_gpu_is_refused_with_the_names():
     with pytest.raises(InvalidInputError, match="device='h900' is unknown.*h100, h200, a100, b200, 4090, 5090, 3090"):
         plan(MODEL, device="h900")
+
+
+def test_blocks_that_are_not_chained_are_reached_by_the_blocks_before_them(monkeypatch):
+    """VACE runs the transformer up to each block: on average through half of its blocks, not through one."""
+    arguments = {"recipe": "s2q-w4a6", "device": "h100"}
+    unchained = plan("synthetic:wan-vace-14b", **arguments)
+    name = "WanVACETransformer3DModel"
+    monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], chained=True))
+    as_others = plan("synthetic:wan-vace-14b", **arguments)
+    assert 1.03 < unchained.estimate.gpu_hours / as_others.estimate.gpu_hours < 1.5
+
+
+def test_passes_that_reach_blocks_by_hand():
+    once = forward_work(SHAPE, torch.float32)
+    for chained, passes in ((True, 4), (False, 3 + 2 + 1)):
+        reached = reaching_work([SHAPE] * 4, torch.float32, samples=5, chained=chained)
+        assert reached.products == {rate: 5 * passes * flop for rate, flop in once.products.items()}

@@ -287,8 +287,9 @@ def attach_config(transformer: nn.Module, config: S2QConfig) -> None:
 
 
 def file_tensors(transformer: nn.Module) -> dict[str, Tensor]:
-    """Return what `save_pretrained` of a transformer writes, by name."""
-    tensors, quantizer = transformer.state_dict(), getattr(transformer, "hf_quantizer", None)
+    """Return what `save_pretrained` of a transformer writes, by name: shapes and dtypes, on the meta device."""
+    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in transformer.state_dict().items()}
+    quantizer = getattr(transformer, "hf_quantizer", None)
     if quantizer is None:
         return tensors
     written: dict[str, Tensor] = quantizer.get_state_dict_and_metadata(tensors)[0]

@@ -152,11 +152,12 @@ PARTS: dict[str, InputPart] = {
 
 def stored_tensors() -> Mapping[str, StoredTensor]:
     """Return every tensor that a part may store, by name."""
-    return _tensors_of(tuple(PARTS.values()))
+    return tensors_of(tuple(PARTS.values()))
 
 
 @functools.lru_cache(maxsize=2)  # parts may be added at any time
-def _tensors_of(parts: tuple[InputPart, ...]) -> Mapping[str, StoredTensor]:
+def tensors_of(parts: tuple[InputPart, ...]) -> Mapping[str, StoredTensor]:
+    """Return every tensor that some parts may store, by name."""
     return MappingProxyType({name: tensor for part in parts for name, tensor in part.tensors.items()})
 
 

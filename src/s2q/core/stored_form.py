@@ -16,7 +16,7 @@ from torch import Tensor
 
 from s2q.common.errors import InvalidInputError
 from s2q.common.headers import DTYPES
-from s2q.core.input_path import PARTS, InputPart
+from s2q.core.input_path import PARTS, InputPart, tensors_of
 
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST_UNIT = 256  # entries are at most 1, and float8 ends at 448
@@ -41,8 +41,7 @@ def file_dtypes(*, wide: bool = False) -> Mapping[str, torch.dtype]:
 @functools.lru_cache(maxsize=2)  # parts may be added at any time
 def _dtypes(parts: tuple[InputPart, ...]) -> tuple[Mapping[str, torch.dtype], Mapping[str, torch.dtype]]:
     """The dtypes in layers and those in files."""
-    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
-    of_input = {name: (DTYPES[tensor.dtype], DTYPES[tensor.file_dtype]) for name, tensor in tensors.items()}
+    of_input = {name: (DTYPES[tensor.dtype], DTYPES[tensor.file_dtype]) for name, tensor in tensors_of(parts).items()}
     packed, written = (
         MappingProxyType({name: pair[place] for name, pair in (_OF_WEIGHT | of_input).items()}) for place in (0, 1)
     )

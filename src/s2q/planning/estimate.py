@@ -10,7 +10,7 @@ import torch
 
 from s2q.distillation.options import evaluations
 from s2q.planning.cost import BlockShape, CalibrationCost, Workload
-from s2q.planning.flop import Work, block_work, collecting_work, folding_work, forward_work
+from s2q.planning.flop import Work, block_work, collecting_work, folding_work, forward_work, reaching_work
 from s2q.planning.gpus import EXPECTED, FAST, SLOW, Rates
 from s2q.planning.resolve import LinearPlan
 from s2q.recipes.schema import Recipe
@@ -43,6 +43,7 @@ def stage_work(
     workload: Workload | None,
     dtype: torch.dtype,
     transformers: int,
+    chained: bool,
 ) -> dict[str, Work]:
     """Count the work of each stage of a run, by name; stages that are not counted are missing.
 
@@ -50,6 +51,7 @@ def stage_work(
         shapes: Of all blocks; empty for recipes without calibration.
         dtype: Compute dtype of the model.
         transformers: How many the pipeline has.
+        chained: Whether each block is called with what the one before returned.
     """
     if not recipe.calibrates:
         works = (_folding(linear) for linear in linears)
@@ -68,10 +70,11 @@ def stage_work(
             checkpointed=cost.gradient_checkpointing,
             epochs=epochs,
         )
+    reached = reaching_work(shapes, dtype, samples=cost.samples, chained=chained)
     stages = {
         "collect": collecting_work(shapes, recipe, workload=workload, dtype=dtype, transformers=transformers),
         "select": Work(),
-        "blocks": sum((counted[shape] for shape in shapes), start=Work()),
+        "blocks": sum((counted[shape] for shape in shapes), start=reached),
     }
     if recipe.allocation is not None:  # every candidate of every linear is judged by a pass through its block
         passes = min(recipe.allocation.samples, cost.samples) * len(recipe.allocation.candidates)

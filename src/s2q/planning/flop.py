@@ -149,7 +149,7 @@ def block_work(
     checkpointed: bool,
     epochs: Sequence[tuple[int, int]],
 ) -> Work:
-    """Count the calibration of a block.
+    """Count the calibration of a block, without what finds its inputs (`reaching_work`).
 
     Args:
         dtype: Of the model; blocks are calibrated in that of the recipe.
@@ -162,8 +162,7 @@ def block_work(
     step = _in_tf32(step_work(shape, computed, checkpointed=checkpointed))
     sample = Work(transfer=shape.sample_bytes(computed.itemsize, target_itemsize=computed.itemsize))
     judged = 3 + sum(1 + looks for _, looks in epochs) + len(epochs)  # rounded to nearest, initial, final; and between
-    total = forward_work(shape, dtype) * samples  # to the next block
-    total += (plain + sample) * samples + (quantized + sample) * (samples * judged)
+    total = (plain + sample) * samples + (quantized + sample) * (samples * judged)
     total += step * (samples * sum(count for count, _ in epochs))
     if recipe.loss.weighting == "attention":
         total += Work(attention=plain.attention, launches=2) * samples
@@ -174,6 +173,13 @@ def block_work(
     if recipe.transforms.low_rank:
         total += _basis_work(shape, samples)
     return total
+
+
+def reaching_work(shapes: Sequence[BlockShape], dtype: torch.dtype, *, samples: int, chained: bool) -> Work:
+    """Count what finds the inputs of all blocks: a pass of each, or a pass from the first block to each."""
+    passes = [1 if chained else len(shapes) - 1 - index for index in range(len(shapes))]
+    works = (forward_work(shape, dtype) * (samples * count) for shape, count in zip(shapes, passes, strict=True))
+    return sum(works, start=Work())
 
 
 def _in_tf32(work: Work) -> Work:

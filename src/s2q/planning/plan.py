@@ -297,19 +297,10 @@ def plan_transformers(
     quantized = sum(layer.bytes for layer in layers) + sum(size for name, size in sizes.items() if name not in inside)
     states = [transformer.state_dict() for transformer in transformers.values()]
     full = sum(tensor.numel() for state in states for tensor in state.values()) * BF16_BYTES
-    allocation = None
-    if recipe.allocation is not None:
-        allocated = [linear for linear in linears if linear.role == "linear"]
-        largest = sum(linear.weight_bytes for linear in allocated)
-        allocation = PlannedAllocation(
-            what=recipe.allocation.what,
-            candidates=recipe.allocation.candidates,
-            budget=recipe.allocation.budget,
-            linears=len(allocated),
-            most_bytes=min(largest, allocation_bytes(recipe, allocated)),
-            bytes=None,
-        )
-        quantized -= largest - allocation.most_bytes
+    allocated = [] if recipe.allocation is None else [linear for linear in linears if linear.role == "linear"]
+    allocation = _planned_allocation(recipe, allocated)
+    if allocation is not None:
+        quantized -= sum(linear.weight_bytes for linear in allocated) - allocation.most_bytes
         names = {linear.name for linear in allocated}
         layers = tuple(replace(layer, scheme=f"≤ {layer.scheme}") if layer.name in names else layer for layer in layers)
     machine = machine or this_machine("cpu")
@@ -318,7 +309,14 @@ def plan_transformers(
         shapes = block_shapes(transformers, linears, workload)
         cost = calibration_cost(shapes, recipe, workload=workload, machine=machine, dtype=compute_dtype)
     work = stage_work(
-        recipe, linears, shapes, cost, workload=workload, dtype=compute_dtype, transformers=len(transformers)
+        recipe,
+        linears,
+        shapes,
+        cost,
+        workload=workload,
+        dtype=compute_dtype,
+        transformers=len(transformers),
+        chained=all(family_of(transformer).chained for transformer in transformers.values()),
     )
     products = device_products(machine.device, capability=None if rates is None else rates.capability)
     peaks = _peaks(recipe, shapes, cost, layers, workload=workload, machine=machine, dtype=compute_dtype, now=now)
@@ -338,6 +336,20 @@ def plan_transformers(
         widths=None if products is None else planned_widths(recipe, products),
         generation=None if workload is None else {**workload.generation, "branches": workload.branches},
         text_encoders=text_encoders,
+    )
+
+
+def _planned_allocation(recipe: Recipe, allocated: Sequence[LinearPlan]) -> PlannedAllocation | None:
+    if recipe.allocation is None:
+        return None
+    largest = sum(linear.weight_bytes for linear in allocated)
+    return PlannedAllocation(
+        what=recipe.allocation.what,
+        candidates=recipe.allocation.candidates,
+        budget=recipe.allocation.budget,
+        linears=len(allocated),
+        most_bytes=min(largest, allocation_bytes(recipe, allocated)),
+        bytes=None,
     )
 
 
