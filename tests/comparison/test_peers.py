@@ -1,20 +1,25 @@
 """Other tools in a comparison: found by name, asked once, ranked among their width, measured by their bytes."""
 
+import weakref
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from loras import save_lora
 from s2q.cli import run
+from s2q.common.components import transformers_of
 from s2q.common.errors import InvalidInputError, ResourceError
 from s2q.comparison import compare as compare_module
-from s2q.comparison import pages, peers
+from s2q.comparison import pages, peers, setup
 from s2q.comparison.compare import compare
 from s2q.comparison.peers import PEERS, Peer, cost_of_peer, find_peers, load_with_peer
-from s2q.models import family_of, resolve_model
+from s2q.models import ModelSource, family_of, resolve_model
 from s2q.models.family import block_linears
+from s2q.models.lora import with_loras
 from s2q.report import compare_page
+from tiny import tiny_pipeline
 
 SETTINGS = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 9}
 
@@ -61,15 +66,61 @@ def test_only_the_linears_of_the_blocks_change_and_their_bytes_are_counted(tool,
     assert storage["quantized_bytes"] == storage["full_precision_bytes"] - saved + scales
 
 
-@pytest.mark.parametrize("model", ["shapes-cogvideox", "shapes-cogvideox-outliers", "shapes-wan-outliers"])
-def test_a_peer_gets_the_weights_that_loading_gives(model):
-    """Outlier channels are added to an embedded model when it is loaded, and are not in its files."""
-    unchanged = Peer(name="n-w8a16", package="torch", width="w8a16", does="nothing", quantize=lambda load, *_: load())
-    source = resolve_model(model)
-    given = load_with_peer(unchanged, source, dtype=torch.float32).transformer.state_dict()
-    expected = source.load_pipeline(dtype=torch.float32).transformer.state_dict()
+@pytest.fixture
+def adapted(tmp_path):
+    """Return a tiny model of two transformers with an adapter each."""
+    pipe = tiny_pipeline("wan 2.2 a14b")
+    pipe.save_pretrained(tmp_path / "model")
+    high = save_lora(pipe, tmp_path / "high", seed=1)
+    low = save_lora(pipe, tmp_path / "low", seed=2, component="transformer_2")
+    return with_loras(resolve_model(tmp_path / "model"), [str(high), f"transformer_2={low}:2"])
+
+
+@pytest.mark.parametrize(
+    "model", ["shapes-cogvideox", "shapes-cogvideox-outliers", "shapes-wan-outliers", "with adapters"]
+)
+def test_a_peer_gets_the_weights_that_loading_gives(model, request, monkeypatch):
+    """Outlier channels and adapters are added to a model when it is loaded, and are not in its files."""
+    source = request.getfixturevalue("adapted") if model == "with adapters" else resolve_model(model)
+    expected = transformers_of(source.load_pipeline(dtype=torch.float32))
+    load, loaded = ModelSource.load_pipeline, []
+
+    def load_and_watch(self, **options):
+        pipe = load(self, **options)
+        loaded.append([weakref.ref(transformer) for transformer in transformers_of(pipe).values()])
+        return pipe
+
+    def quantize(load, *_):
+        assert [transformer() for transformer in loaded[0]] == [None] * len(expected), "its memory is for the peer's"
+        return load()
+
+    monkeypatch.setattr(ModelSource, "load_pipeline", load_and_watch)
+    unchanged = Peer(name="n-w8a16", package="torch", width="w8a16", does="nothing", quantize=quantize)
+    given = transformers_of(load_with_peer(unchanged, source, dtype=torch.float32))
+    assert len(loaded) == 1
     assert given.keys() == expected.keys()
-    assert all(torch.equal(given[name], tensor) for name, tensor in expected.items())
+    for component, transformer in expected.items():
+        weights = given[component].state_dict()
+        assert weights.keys() == transformer.state_dict().keys()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in transformer.state_dict().items())
+
+
+def test_a_worker_checks_adapters_once_for_all_its_shards(tool, adapted, tmp_path, monkeypatch):
+    fits, built = setup.with_loras, []
+    monkeypatch.setattr(setup, "SHARD_PROMPTS", 1)
+    monkeypatch.setattr(setup, "with_loras", lambda *given: built.append(given) or fits(*given))
+    result = compare(
+        peers=["all"],
+        model=adapted.folder,
+        loras=[str(lora) for lora in adapted.loras],
+        out=tmp_path / "out",
+        prompts=["a", "b"],
+        seeds=[0],
+        metrics=["psnr"],
+        **SETTINGS,
+    )
+    assert result["entries"][0]["error"] is None
+    assert len(built) == 2, "before any compute, and in the worker"
 
 
 def test_a_peer_is_ranked_among_its_width_and_is_asked_for_its_cost_once(tool, tiny_model, tmp_path, monkeypatch):

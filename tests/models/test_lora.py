@@ -2,37 +2,18 @@
 
 import re
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import s2q
+from loras import TARGETS, save_lora
 from s2q.common.errors import InvalidInputError, UsageError
-from s2q.models import resolve_model
+from s2q.models import ModelSource, resolve_model
 from s2q.models.lora import parse_lora, with_loras
 from tiny import tiny_pipeline
 
-TARGETS = ["to_q", "to_v", "ff.net.2", "ffn.net.2"]
 PREFIX = "transformer."
-
-
-def save_lora(pipe, path, *, component="transformer", seed=0, alpha=4, **options):
-    """Save a random adapter for a transformer of a pipeline, which is left without it."""
-    torch.manual_seed(seed)
-    transformer = getattr(pipe, component)
-    config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=False, **options)
-    transformer.add_adapter(config)
-    adapted = peft.get_peft_model_state_dict(transformer)
-    path.mkdir(parents=True, exist_ok=True)
-    type(pipe).save_lora_weights(
-        path,
-        transformer_lora_layers=adapted,
-        transformer_lora_adapter_metadata=config.to_dict() | {"target_modules": TARGETS, "peft_type": "LORA"},
-    )
-    transformer.delete_adapters("default")
-    pipe.unload_lora_weights()
-    return path / "pytorch_lora_weights.safetensors"
 
 
 def expected_weights(plain, file, scale, *, alpha=4, rank=2):
@@ -136,6 +117,17 @@ def edited(file, change):
     change(tensors)
     save_file(tensors, file)
     return file
+
+
+def test_a_transformer_is_built_once_for_all_its_adapters(wan, tmp_path, monkeypatch):
+    pipe, folder = wan
+    loras = [str(save_lora(pipe, tmp_path / str(seed), seed=seed)) for seed in range(2)]
+    build, built = ModelSource.meta_transformer, []
+    monkeypatch.setattr(
+        ModelSource, "meta_transformer", lambda self, component: built.append(component) or build(self, component)
+    )
+    with_loras(resolve_model(folder), loras)
+    assert built == ["transformer"]
 
 
 def widen(tensors):

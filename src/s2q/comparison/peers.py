@@ -96,10 +96,10 @@ def load_with_peer(
     """Load a full-precision model, the linears of its transformers' blocks quantized by a peer."""
     pipe = load_pipeline(source, dtype=dtype, device=device)
     computes = {component: part.dtype for component, part in transformers_of(pipe).items()}
-    for component in computes:
-        setattr(pipe, component, None)  # its memory is for the peer's
-    free_memory()
-    with source.weights_folder(computes[TRANSFORMERS[0]]) as folder:
+    with source.weights_folder(computes[TRANSFORMERS[0]], pipe=pipe) as folder:
+        for component in computes:
+            setattr(pipe, component, None)  # its memory is for the peer's
+        free_memory()
         for component, compute in computes.items():
             setattr(pipe, component, _quantized(peer, source, component, folder, dtype=compute, device=device))
     return pipe

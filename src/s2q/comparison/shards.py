@@ -23,6 +23,7 @@ from s2q.evaluation.recordings import DISK_SHARE
 from s2q.evaluation.settings import EvaluationSettings
 from s2q.evaluation.video_metrics import VELOCITY
 from s2q.generation.generate import Video
+from s2q.models import ModelSource
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -102,8 +103,9 @@ def evaluate_shard(
         if done:
             tell(None)
 
+    source = worker.keep("source", plan.source)
     run = run_reference(
-        plan.source(),
+        source,
         judges=worker.keep("judges", settings.open_judges),
         prompts=plan.shards()[shard.index],
         seeds=plan.seeds,
@@ -114,7 +116,7 @@ def evaluate_shard(
     )
     for label in shard.labels:
         try:
-            model, pipe = _opened(folder, plan, label, run, device)
+            model, pipe = _opened(folder, plan, label, source, run, device)
             scores = judge_model(model, run, pipe=pipe, video_done=functools.partial(keep, label), progress=progress)
         except DiskFullError:
             raise
@@ -128,13 +130,12 @@ def evaluate_shard(
 
 
 def _opened(
-    folder: CompareFolder, plan: RunPlan, label: str, run: ReferenceRun, device: str
+    folder: CompareFolder, plan: RunPlan, label: str, source: ModelSource, run: ReferenceRun, device: str
 ) -> tuple[Any, DiffusionPipeline | None]:
     """The model of an entry; of a peer, which stores none, also the pipeline that it has quantized."""
     peer = plan.entries[label].get("peer")
     if peer is None:
         return folder.model_of(plan, label), None
-    source = plan.source()
     return source, load_with_peer(PEERS[peer["name"]], source, dtype=run.dtype, device=device)
 
 

@@ -6,6 +6,7 @@ file, in any layout that it knows for the pipeline. Adapters that it would apply
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,8 +102,9 @@ def with_loras(source: ModelSource, loras: Sequence[str]) -> ModelSource:
         )
     if not is_installed("peft"):
         raise ResourceError("lora: needs the package peft, which is not installed; pip install peft")
+    transformer = functools.cache(source.meta_transformer)
     for lora in parsed:
-        _check_fits(source, lora)
+        _check_fits(source, lora, transformer)
     return replace(source, loras=parsed)
 
 
@@ -125,11 +127,11 @@ def fuse_loras(pipe: DiffusionPipeline, loras: Iterable[Lora]) -> None:
         pipe.unload_lora_weights()
 
 
-def _check_fits(source: ModelSource, lora: Lora) -> None:
+def _check_fits(source: ModelSource, lora: Lora, transformer: Callable[[str], nn.Module]) -> None:
     """Check that an adapter is whole, finite, and of linears that the transformer has."""
     if lora.component not in source.transformer_configs:
         raise InvalidInputError(f"lora {lora.path}: {source.given} has no {lora.component}")
-    model, linears = source.meta_transformer(lora.component), dict[str, dict[str, Tensor]]()
+    model, linears = transformer(lora.component), dict[str, dict[str, Tensor]]()
     for name, tensor in _factors(source, lora).items():
         match = _FACTOR.match(name)
         if match is None:

@@ -179,10 +179,12 @@ class ModelSource:
         return self.folder if self.hub is None else self.hub.snapshot(complete=True)
 
     @contextlib.contextmanager
-    def weights_folder(self, dtype: torch.dtype) -> Iterator[Path]:
+    def weights_folder(self, dtype: torch.dtype, *, pipe: DiffusionPipeline | None = None) -> Iterator[Path]:
         """Give a folder with the weights of the transformers as `load_pipeline` loads them in a dtype.
 
         It is the model's folder, unless loading changes the weights: adapters are fused, outlier channels are added.
+        `pipe` is what `load_pipeline` returned in that dtype, if it is loaded already; its transformers are not needed
+        inside the context.
         """
         from s2q.shapes.embedded import has_outliers
 
@@ -190,8 +192,7 @@ class ModelSource:
             yield self.complete_folder()
             return
         with scratch_folder("weights") as folder:
-            for component, transformer in transformers_of(self.load_pipeline(dtype=dtype)).items():
-                transformer.save_pretrained(folder / component, variant=self.variant)
+            _save_transformers(pipe or self.load_pipeline(dtype=dtype), folder, variant=self.variant)
             yield folder
 
     def scheduler_config(self) -> dict[str, Any]:
@@ -322,6 +323,11 @@ class ModelSource:
             if isinstance(config, Mapping) and config.get("quant_method") is not None:
                 methods[component] = str(config["quant_method"])
         return methods
+
+
+def _save_transformers(pipe: DiffusionPipeline, folder: Path, *, variant: str | None) -> None:
+    for component, transformer in transformers_of(pipe).items():
+        transformer.save_pretrained(folder / component, variant=variant)
 
 
 def _meta_encoder(name: str, model_class: Any, path: Path) -> nn.Module:
