@@ -8,9 +8,9 @@ import torch
 
 from s2q.common.errors import InvalidInputError, S2QError, UsageError
 from s2q.comparison import compare as comparing_run
-from s2q.comparison import setup as comparing_setup
 from s2q.comparison import shards as comparing_shards
 from s2q.comparison.compare import compare
+from s2q.models import ModelSource
 from s2q.run.quantize import quantize
 from tiny_judges import save_tiny_clip, save_tiny_lpips
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_may_change_and_move(tiny_model, tmp_path):
 
 
 def test_a_dry_run_and_a_finished_one_load_no_model(whole, tiny_model, monkeypatch):
-    monkeypatch.setattr(comparing_setup, "load_pipeline", None)
+    monkeypatch.setattr(ModelSource, "load_pipeline", None)
     monkeypatch.setattr(comparing_shards, "run_reference", None)
     run(tiny_model, whole[1], dry_run=True)
     assert untimed(run(tiny_model, whole[1])) == untimed(whole[0])

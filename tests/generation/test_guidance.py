@@ -9,7 +9,7 @@ from s2q.common.errors import InvalidInputError
 from s2q.generation.prompts import Prompt
 from s2q.generation.settings import prompt_token_limit, resolve_settings
 from s2q.generation.trajectory import record_trajectory
-from s2q.models import family_of
+from s2q.models import family_of, resolve_model
 from tiny import prompts_of_a_call, tiny_pipeline, video_size
 from tiny_families import TEXT_TO_VIDEO
 
@@ -123,10 +123,15 @@ def test_the_second_transformer_has_a_weight_of_its_own(called):
         ("wan", {"negative_prompt": "\ud83d"}, "not Unicode text"),
     ],
 )
-def test_what_the_pipeline_cannot_run_is_refused(name, asked, message):
+def test_what_the_pipeline_cannot_run_is_refused_before_and_after_its_weights_are_loaded(
+    name, asked, message, tmp_path
+):
     pipe = tiny_pipeline(name)
-    with pytest.raises(InvalidInputError, match=message):
-        resolve_settings(pipe, requested=video_size(pipe) | asked)
+    pipe.save_pretrained(tmp_path)
+    source = resolve_model(tmp_path)
+    for asked_pipe in (pipe, source.meta_pipeline(source.meta_transformers())):
+        with pytest.raises(InvalidInputError, match=message):
+            resolve_settings(asked_pipe, requested=video_size(pipe) | asked)
 
 
 def test_a_pair_of_transformers_runs_without_guidance_by_two_weights_of_1():

@@ -1,10 +1,15 @@
+import logging
+
 import pytest
 import torch
 
 from s2q.common.errors import InvalidInputError
-from s2q.generation.load import load_pipeline
-from s2q.models import resolve_model
+from s2q.comparison.compare import compare
+from s2q.generation.load import load_pipeline, pipeline_to_ask
+from s2q.models import ModelSource, resolve_model
 from s2q.nn import PackedLinear
+from s2q.planning import plan
+from s2q.recipes.load import load_recipe
 from s2q.run.quantize import quantize
 from tiny import run_pipeline, tiny_pipeline
 
@@ -24,6 +29,20 @@ def test_full_precision_and_quantized_alike(folders):
             assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
             assert sum(isinstance(one, PackedLinear) for one in pipe.transformer.modules()) == packed
         assert torch.isfinite(run_pipeline(load_pipeline(folders / name, dtype="float32"))).all()
+
+
+def test_a_pipeline_that_cannot_be_built_without_weights_is_loaded_to_be_asked(folders, monkeypatch, caplog):
+    source = resolve_model(folders / "full")
+    assert all(parameter.is_meta for parameter in pipeline_to_ask(source).vae.parameters())
+    monkeypatch.setattr(ModelSource, "_meta_part", lambda *_: torch.empty(1, device="meta").item())  # RuntimeError
+    assert source.meta_pipeline(source.meta_transformers()) is None
+    assert not any(parameter.is_meta for parameter in pipeline_to_ask(source).vae.parameters())
+    with caplog.at_level(logging.INFO):
+        planned = plan(source, recipe=load_recipe("smoothquant-w4a6"))
+    assert "full: memory is not planned" in caplog.text
+    assert planned.generation is None
+    settings = {"seeds": [0], "num_inference_steps": 1, "num_frames": 9, "height": 16, "width": 16}
+    assert compare(["rtn-w8a8"], model=source.folder, prompts=["a"], out="unused", dry_run=True, **settings)
 
 
 def test_altered_checkpoints_are_refused_unless_told(folders, tmp_path):

@@ -168,7 +168,7 @@ def test_a_distilled_model_is_a_warning_once_and_also_if_its_pipeline_needs_weig
     assert caplog.text.count("tiny-lightning looks step-distilled") == 1
     caplog.clear()
     log_once.cache_clear()
-    monkeypatch.setattr(type(source), "meta_pipeline", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    monkeypatch.setattr(type(source), "meta_pipeline", lambda *_: None)
     with caplog.at_level(logging.WARNING):
         plan(source, recipe=recipe)
         load_teacher(source, recipe, dtype=None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from s2q.common.errors import UsageError
 from s2q.models import BlockLinear, ModelSource, block_linears, family_of, resolve_model
 from s2q.models.synthetic import SYNTHETIC_PREFIX, SyntheticModel, synthetic_model
-from s2q.planning.workload import pipeline_of_source, recommended_for, workload_of
+from s2q.planning.workload import recommended_for, workload_of
 from s2q.selection.options import Calibration
 
 CPU_ROWS = 2048
@@ -93,7 +93,7 @@ def subject_rows(subjects: Sequence[Subject], *, tokens: int | None, device: str
 
 def source_tokens(source: ModelSource) -> tuple[int, int]:
     """Return the video tokens, and the tokens of text and image, of the video that a pipeline's makers recommend."""
-    pipe, workload = pipeline_of_source(source, source.meta_transformers()), None
+    pipe, workload = source.meta_pipeline(source.meta_transformers()), None
     if pipe is not None:
         workload = workload_of(pipe, Calibration(), recommended=recommended_for(source), component_bytes=None)
     if workload is None:

@@ -20,7 +20,7 @@ from s2q.evaluation.summary import versions
 from s2q.evaluation.video_metrics import selected_metrics
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.generate import batch_size_for, settings_for
-from s2q.generation.load import check_model, check_same_loras, load_pipeline
+from s2q.generation.load import check_model, check_same_loras, pipeline_to_ask
 from s2q.generation.prompts import check_distinct, prompt_record
 from s2q.generation.settings import check_prompts
 from s2q.models import ModelSource, family_of, resolve_model
@@ -180,7 +180,7 @@ def set_up(settings: CompareSettings) -> Setup:
     texts = settings.prompts or default_prompts(settings.model, count=settings.num_prompts)
     check_distinct(texts)
     _check_calibration(entries, source, settings)
-    pipe = _pipeline_to_ask(source)
+    pipe = pipeline_to_ask(source)
     recommended = generation_defaults(source) | _calibrated_generation(entries)
     generation = settings_for(pipe, settings.requested, defaults=recommended)
     check_prompts(pipe, texts, generation)
@@ -262,16 +262,6 @@ def _check_calibration_prompts(
     group = recipe.calibration
     settings = calibration_settings(pipe, group, recommended=recommended_for(source))
     check_prompts(pipe, prompts[: group.n_prompts], settings)
-
-
-def _pipeline_to_ask(source: ModelSource) -> Any:
-    """The pipeline without weights, or with them where it cannot be built without: it knows its sizes and its text."""
-    transformers = source.meta_transformers()
-    try:
-        return source.meta_pipeline(transformers)
-    except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
-        logger.info("%s: the pipeline cannot be built without weights (%s) and is loaded", source.name, error)
-        return load_pipeline(source)
 
 
 def _plans(

@@ -19,7 +19,7 @@ from s2q.engines.options import AUTO, Workers, workers_argument
 from s2q.generation.conditioning import check_supported, takes_batches
 from s2q.generation.defaults import generation_defaults
 from s2q.generation.denoise import DenoisingResult, denoise
-from s2q.generation.load import load_pipeline, refuse_load_options
+from s2q.generation.load import load_pipeline, pipeline_to_ask, refuse_load_options
 from s2q.generation.prompts import Prompt, prompt_list, prompt_record
 from s2q.generation.settings import (
     GenerationSettings,
@@ -164,7 +164,7 @@ def _generate_named(
     most = 1 if where.is_cpu else None
     wanted = where.count or where.planned(len(prompts) * len(seeds), most=most)
     alone = where.engine == "processes" and wanted == 1
-    pipe = work.load(source, where.device) if alone else source.meta_pipeline(source.meta_transformers())
+    pipe = work.load(source, where.device) if alone else pipeline_to_ask(source)
     defaults = generation_defaults(source)
     resolved, batches = _batches(pipe, defaults, prompts, seeds, requested, batch_size)
     count = 1 if alone else where.planned(len(batches), most=most)

@@ -88,6 +88,11 @@ def load_pipeline(
     return pipe
 
 
+def pipeline_to_ask(source: ModelSource) -> DiffusionPipeline:
+    """Return a pipeline that knows its sizes and its text: without weights, or loaded where it cannot be without."""
+    return source.meta_pipeline(source.meta_transformers()) or load_pipeline(source)
+
+
 def refuse_load_options(verb: str, *, dtype: Any, variant: str | None, verify: bool | None) -> None:
     """Refuse options of loading where every model is a loaded pipeline; None is none."""
     for name, value in {"dtype": dtype, "variant": variant, "verify": verify}.items():

@@ -7,6 +7,8 @@ are those that diffusers would load (`s2q.common.weight_files`), of the variant 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +21,7 @@ from torch import nn
 
 from s2q.common.arguments import parse_dtype
 from s2q.common.components import TEXT_ENCODER, TRANSFORMERS, check_no_adapter, transformers_of
-from s2q.common.errors import InvalidInputError, ResourceError, unknown_name
+from s2q.common.errors import InvalidInputError, ResourceError, first_line, unknown_name
 from s2q.common.files import read_json
 from s2q.common.foreign_code import check_folder, check_index
 from s2q.common.headers import TensorInfo, read_headers
@@ -35,6 +37,8 @@ from s2q.models.quantized import CONVERTED, already_quantized, full_precision_or
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
 
 _HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _REMEDY = "download or save the model again"
@@ -241,31 +245,48 @@ class ModelSource:
                 encoders[component] = _meta_encoder(self.name, model_class, path)
         return encoders
 
-    def meta_pipeline(self, components: Mapping[str, nn.Module]) -> DiffusionPipeline:
+    def meta_pipeline(self, components: Mapping[str, nn.Module]) -> DiffusionPipeline | None:
         """Build the pipeline around transformers of `meta_transformers`, without weights and text encoders.
 
-        It knows the sizes of videos.
+        It knows the sizes of videos and the lengths of prompts.
+
+        Returns:
+            The pipeline; None, with the reason in the log, if it cannot be built without weights.
+        """
+        check_folder(self.folder, self.index)
+        try:
+            pipeline_type = self.pipeline_type()
+            taken = inspect.signature(pipeline_type).parameters.keys() & self.index.keys() - components.keys()
+            parts = {name: self._meta_part(name, self.index[name]) for name in taken}
+            pipe: DiffusionPipeline = pipeline_type(**parts, **components)
+        except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+            logger.info("%s: the pipeline cannot be built without weights (%s)", self.name, first_line(error))
+            return None
+        return pipe
+
+    def _meta_part(self, name: str, entry: Any) -> Any:
+        """Return what the pipeline gets for an entry of model_index.json; an option, such as `boundary_ratio`, is kept.
+
+        A module of diffusers, or of one of its pipelines, is built on the meta device, a tokenizer or scheduler is
+        read; other components, such as text encoders, are None.
         """
         import diffusers
         import transformers
 
-        check_folder(self.folder, self.index)
-        parts: dict[str, Any] = {}
-        for name, entry in self.index.items():
-            if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_") and name not in components:
-                parts[name] = None
-                if entry[0] == "transformers":
-                    part_class = getattr(transformers, entry[1])  # there, and in memory as it will be
-                    if "Tokenizer" in entry[1]:
-                        parts[name] = part_class.from_pretrained(self.folder / name)
-                if entry[0] == "diffusers":
-                    part_class = getattr(diffusers, entry[1])
-                    if issubclass(part_class, nn.Module):  # an autoencoder
-                        with torch.device("meta"):
-                            parts[name] = part_class.from_config(part_class.load_config(self.folder, subfolder=name))
-                    else:
-                        parts[name] = part_class.from_pretrained(self.folder, subfolder=name)
-        return self.pipeline_type()(**parts, **components)
+        if not (isinstance(entry, list) and len(entry) == 2):
+            return entry
+        library, class_name = entry
+        if library is None or class_name is None:
+            return None
+        if library == "transformers":
+            part_class = getattr(transformers, class_name)  # there, and in memory as it will be
+            return part_class.from_pretrained(self.folder / name) if "Tokenizer" in class_name else None
+        module = diffusers if library == "diffusers" else getattr(diffusers.pipelines, library)
+        part_class = getattr(module, class_name)
+        if not issubclass(part_class, nn.Module):
+            return part_class.from_pretrained(self.folder, subfolder=name)
+        with torch.device("meta"):
+            return part_class.from_config(part_class.load_config(self.folder, subfolder=name))
 
     def load_pipeline(self, *, dtype: torch.dtype | str | None = None, device: str = "cpu") -> DiffusionPipeline:
         """Load the whole pipeline, its adapters fused, in a dtype (None: as the transformers are stored)."""

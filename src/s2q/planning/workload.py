@@ -140,8 +140,11 @@ def workload_of_source(
     source: ModelSource, recipe: Recipe, *, transformers: Mapping[str, nn.Module]
 ) -> Workload | None:
     """Return the same of a model whose weights are not loaded; None too if its pipeline needs them."""
-    pipe = pipeline_of_source(source, transformers) if recipe.calibrates or recipe.calibration.requested else None
+    if not (recipe.calibrates or recipe.calibration.requested):
+        return None
+    pipe = source.meta_pipeline(transformers)
     if pipe is None:
+        logger.info("%s: memory is not planned", source.name)
         return None
     return workload_of_recipe(
         pipe,
@@ -150,15 +153,6 @@ def workload_of_source(
         recommended=recommended_for(source),
         component_bytes=source.component_bytes(),
     )
-
-
-def pipeline_of_source(source: ModelSource, transformers: Mapping[str, nn.Module]) -> Any | None:
-    """Return the pipeline of a model without weights; None if it cannot be built without them."""
-    try:
-        return source.meta_pipeline(transformers)
-    except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
-        logger.info("%s: the pipeline cannot be built without weights (%s); memory is not planned", source.name, error)
-        return None
 
 
 def recommended_for(source: ModelSource) -> dict[str, Any]:
