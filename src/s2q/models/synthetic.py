@@ -3,6 +3,7 @@
 Legend: `B` samples in a call, `N` video tokens, `T` text tokens, `D` head dim, `I/O` in/out features.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -127,6 +128,7 @@ def _count(value: int | list[int]) -> int:
     return len(value) if isinstance(value, list) else value
 
 
+@functools.cache
 def _contents() -> dict[str, Any]:
     text = resources.files("s2q.models").joinpath("synthetic.yaml").read_text(encoding="utf-8")
     contents: dict[str, Any] = yaml.safe_load(text)

@@ -253,9 +253,9 @@ def plan_model(
     )
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _synthetic_transformer(name: str) -> nn.Module:
-    """On the meta device; a comparison of recipes plans one again and again."""
+    """On the meta device, without memory of its own; comparisons and tables plan one again and again."""
     return synthetic_model(name).meta_transformer()
 
 
