@@ -7,6 +7,7 @@ S2Q_EMULATED_GPUS=1 there are two emulated GPUs, see tests/emulation/README.md.
 import functools
 import gc
 import json
+import logging
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
@@ -52,6 +53,16 @@ def every_dtype_has_arithmetic():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "has_arithmetic", lambda dtype: True)
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """A command sends the logs to its stderr with a level of its own; the tests after it read all logs again."""
+    logger = logging.getLogger("s2q")
+    before = logger.level, logger.propagate, logger.handlers[:]
+    yield
+    logger.setLevel(before[0])
+    logger.propagate, logger.handlers[:] = before[1:]
 
 
 @pytest.fixture(scope="session", autouse=True)

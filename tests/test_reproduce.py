@@ -105,7 +105,7 @@ def test_a_dry_run_shows_the_commands_and_the_rows_without_a_recipe(no_baselines
     assert [one["recipe"] for one in commands if "recipe" in one] == ["rtn-w4a6", "s2q-w4a6", "s2q-plus-w4a6"]
     judged = [one for one in commands if "reference" in one]
     assert {one["model"] for one in judged} == {str(one["out"]) for one in commands if "recipe" in one}
-    assert all(one["num_prompts"] == 64 and one["steps"] == 2 and one["seeds"] == 1 for one in judged)
+    assert all(one["num_prompts"] == 64 and one["num_inference_steps"] == 2 and one["seeds"] == 1 for one in judged)
     assert "# QuaRot: no recipe yet" in lines
     assert not (tmp_path / "o").exists()
 
