@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 import s2q
 from exported import BRANCH, CONVROT, LINEAR, WEIGHTS, assert_refused, packed_linears
 from s2q.checkpoint import MANIFEST, verify_manifest
+from s2q.common.cards import front_matter
 from s2q.common.errors import InvalidInputError, S2QError
 from s2q.exports import convert as module
+from s2q.exports import reading
 from s2q.generation.defaults import quantization_scheme
 from s2q.models.quantized import full_precision_origin
 from tiny import TINY_CALL
@@ -218,6 +221,27 @@ def test_the_card_names_the_full_precision_model(sdnq, tmp_path):
     assert full_precision_origin(out) == "acme/video"
     assert verify_manifest(out) == ["README.md: missing"]
     assert quantization_scheme(out) == "w4a8"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("acme/wan", {"base_model": "acme/wan", "base_model_relation": "quantized"}), ("folder", {})],
+)
+def test_the_card_of_a_file_names_its_base_and_not_the_model_of_the_bases_card(
+    made, comfyui, name, expected, tmp_path, monkeypatch
+):
+    base = shutil.copytree(made("wan", CONVROT), tmp_path / "base")
+    (base / MANIFEST).unlink()
+    card = "---\nlicense: mit\nbase_model: other/model\nbase_model_relation: finetune\n---\n# Base\n"
+    (base / "README.md").write_text(card)
+    resolve = reading.resolve_model
+    monkeypatch.setattr(
+        reading, "resolve_model", lambda *args, **options: replace(resolve(*args, **options), name=name)
+    )
+    s2q.convert(comfyui(CONVROT), base=base, out=tmp_path / "out")
+    front = front_matter((tmp_path / "out/README.md").read_text())
+    assert front["license"] == "mit"
+    assert {key: value for key, value in front.items() if key.startswith("base_model")} == expected
 
 
 def test_an_unknown_origin_is_not_the_converted_model_itself(sdnq, made, tmp_path):

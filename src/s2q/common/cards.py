@@ -1,11 +1,13 @@
 """Model cards: the README.md of a model, with its origin and licence in YAML front matter."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 CARD = "README.md"
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?P<yaml>.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -16,10 +18,15 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 def front_matter(card: str) -> dict[str, Any]:
     """Return the YAML front matter of a model card, or an empty dict if it has none that can be read."""
-    if not card.startswith("---\n"):
-        return {}
+    text, _ = split_card(card)
     try:
-        content = yaml.safe_load(card[4:].partition("\n---")[0])
+        content = yaml.safe_load(text or "")
     except yaml.YAMLError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def split_card(card: str) -> tuple[str | None, str]:
+    """Return the YAML text of the front matter of a model card, None without one, and the Markdown below it."""
+    match = _FRONT_MATTER.match(card)
+    return (None, card) if match is None else (match["yaml"], card[match.end() :])

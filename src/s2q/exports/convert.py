@@ -46,6 +46,8 @@ from s2q.exports.target import LinearForm, decoded
 from s2q.models import block_linears, family_of
 from s2q.models.hub import parse_hub_id
 
+_ORIGIN = ("base_model", "base_model_relation")
+"""Front matter of a model card."""
 _EXACT = 1e-5
 """Difference of a weight, relative to its largest magnitude: fp32 sums in another order."""
 _ROUNDED = 2.0**-7
@@ -290,7 +292,7 @@ class _Job:
         for path in (staged / "model_index.json", *staged.glob("*/config.json")):
             clean_config(path)
         report = self.report(name, start)
-        write_card(self.card_folder(), staged, self.card(report), fields=self.card_fields())
+        self.write_card(staged, report)
         (staged / CONVERSION_RECORD).parent.mkdir()
         atomic_write_json(staged / CONVERSION_RECORD, report.to_dict())
         checkpoint.write_manifest(staged)
@@ -330,16 +332,20 @@ class _Job:
         folder = existing_folder(origin)
         return origin if folder is None else folder.name
 
-    def card_folder(self) -> Path:
-        """Return the folder whose card has the front matter."""
+    def write_card(self, staged: Path, report: ConversionReport) -> None:
+        """Write the model card, with front matter of the card of the source, or of the base of a file.
+
+        The base is what a file was made from, and the base's own `base_model` is not.
+        """
         path = self.conversion.path
-        return path if path.is_dir() else self.folder
+        folder, ignored = (path, ()) if path.is_dir() else (self.folder, _ORIGIN)
+        write_card(folder, staged, self.card(report), fields=self.card_fields(), ignored=ignored)
 
     def card_fields(self) -> dict[str, Any]:
         """Return the front matter that a card has where that of the source does not say otherwise."""
         origin = self.conversion.origin
         hub = None if origin is None or existing_folder(origin) is not None else parse_hub_id(origin)
-        base = {} if hub is None else {"base_model": hub.repo, "base_model_relation": "quantized"}
+        base = {} if hub is None else dict(zip(_ORIGIN, (hub.repo, "quantized"), strict=True))
         return {
             **base,
             "library_name": "diffusers",

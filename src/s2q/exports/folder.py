@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from s2q.checkpoint.manifest import listed_files, strange_files
 from s2q.checkpoint.save import LICENCE, copy_top_files
-from s2q.common.cards import CARD, read_card
+from s2q.common.cards import CARD, read_card, split_card
 from s2q.common.errors import InvalidInputError
 from s2q.common.files import atomic_write_json, atomic_write_text
 from s2q.common.records import CONVERSION_RECORD, EXPORT_RECORD
@@ -23,7 +22,6 @@ from s2q.models import ModelSource
 
 _PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 _TOP = ("model_index.json", "generation.json", LICENCE)
-_FRONT_MATTER = re.compile(r"\A---$.*?^---$", re.DOTALL | re.MULTILINE)
 
 
 def exported_files(folder: Path) -> set[str] | None:
@@ -74,19 +72,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_card(source: Path, staged: Path, text: str, *, fields: Mapping[str, Any] | None = None) -> None:
+def write_card(
+    source: Path, staged: Path, text: str, *, fields: Mapping[str, Any] | None = None, ignored: Collection[str] = ()
+) -> None:
     """Write a model card with the front matter of the source's card, where it has one.
 
     Args:
         fields: Front matter to add where the source's has none of a name; tags are added to its tags.
+        ignored: Names in the source's front matter that are not taken where there are `fields`.
     """
     card = source / CARD
-    match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
-    front = None if match is None else match[0]
+    front = split_card(card.read_text(encoding="utf-8", errors="replace"))[0] if card.is_file() else None
     if fields is not None:
-        there = read_card(source)
+        there = {name: value for name, value in read_card(source).items() if name not in ignored}
         tags = there.get("tags") or []
         tags = [*(tags if isinstance(tags, list) else [tags]), *fields.get("tags", ())]
         merged = {**fields, **there, "tags": list(dict.fromkeys(map(str, tags)))}
-        front = f"---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)}---"
-    atomic_write_text(staged / CARD, text if front is None else f"{front}\n\n{text}")
+        front = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
+    atomic_write_text(staged / CARD, text if front is None else f"---\n{front}---\n\n{text}")
