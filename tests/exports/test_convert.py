@@ -21,7 +21,9 @@ from exported import (
 )
 from s2q.checkpoint import MANIFEST, read_config, verify_manifest
 from s2q.cli import run
+from s2q.common.cards import read_card
 from s2q.common.errors import InvalidInputError, S2QError, UsageError
+from s2q.common.records import EXPORT_RECORD
 from s2q.exports import convert as module
 from s2q.exports.layout import LAYOUTS
 from s2q.exports.reading import _marked_names
@@ -106,17 +108,45 @@ def test_the_records_of_a_conversion(sdnq, made, tmp_path, capsys):
     assert json.loads((out / "s2q/convert.json").read_text()) == result
     inspected = s2q.inspect(out, verify=True)
     assert (inspected.recipe, inspected.format_version, inspected.verified) == ("sdnq-w4a8", 4, True)
-    assert inspected.converted == {"tool": "sdnq", "tool_version": "0.2.8"}
+    writer = f"s2q export of {CONVROT}"
+    assert inspected.converted == {"tool": "sdnq", "tool_version": "0.2.8", "writer": writer}
     assert inspected.storage["quantized_bytes"] == result["storage"]["quantized_bytes"]
     assert [layer.bytes for layer in inspected.layers] == [layer["bytes"] for layer in result["layers"]]
     assert s2q.inspect(made("cogvideox", CONVROT)).converted is None
     assert run(["inspect", str(out)]) == 0
-    assert "converted from sdnq 0.2.8; not calibrated by s2q" in capsys.readouterr().out
-    assert "Nothing was calibrated" in (out / "README.md").read_text()
+    assert f"converted from sdnq 0.2.8, written by {writer}\n" in capsys.readouterr().out
+    words = "`s2q convert` kept its codes and scales and calibrated nothing."
+    assert f"Quantized by {writer}; {words}" in (out / "README.md").read_text()
     assert {path.name for path in (out / "s2q").iterdir()} == {"convert.json", "manifest.json"}
     for component in ("vae", "text_encoder"):
         for path in (folder / component).glob("*.safetensors"):
             assert path.read_bytes() == (out / component / path.name).read_bytes()
+
+
+def test_a_model_whose_writer_is_not_known_is_that_of_its_tool(sdnq, tmp_path, capsys):
+    folder = sdnq((CONVROT,))
+    (folder / EXPORT_RECORD).unlink()
+    s2q.convert(folder, out=tmp_path / "out")
+    assert "\nQuantized by sdnq 0.2.8; `s2q convert` kept" in (tmp_path / "out/README.md").read_text()
+    assert run(["inspect", str(tmp_path / "out")]) == 0
+    assert "converted from sdnq 0.2.8\n" in capsys.readouterr().out
+
+
+def test_the_writer_of_a_file_is_a_line(made, comfyui, tmp_path):
+    file = comfyui(CONVROT, metadata={"quantized_by": "a tool\n\n# Title \x1b[31m"})
+    report = s2q.convert(file, out=tmp_path / "out", base=made("wan", CONVROT))
+    assert report.writer == r"a tool # Title \x1b[31m"
+    assert rf"Quantized by {report.writer};" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_card_has_the_task_of_the_pipeline(sdnq, tmp_path):
+    folder = sdnq((CONVROT,))
+    for pipeline, task in (("CogVideoXPipeline", "text"), ("CogVideoXImageToVideoPipeline", "image")):
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": pipeline}))
+        (folder / "README.md").unlink(missing_ok=True)
+        s2q.convert(folder, out=tmp_path / "out", overwrite=True)
+        assert read_card(tmp_path / "out")["pipeline_tag"] == f"{task}-to-video"
 
 
 def test_the_source_of_a_conversion_is_the_full_precision_model(sdnq, made, tmp_path):

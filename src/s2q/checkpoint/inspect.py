@@ -41,7 +41,7 @@ class CheckpointReport:
         simulated: Whether some of them are computed in floating point, for want of an integer kernel.
         attention: Names of the attention modules that run with int8 queries and keys.
         text_encoders: Those that are quantized, with their bytes; `storage` does not count them.
-        converted: `tool` and `tool_version` of a checkpoint of `s2q convert`; None for one that s2q quantized.
+        converted: `tool`, `tool_version` and `writer` of a checkpoint of `s2q convert`; None for another checkpoint.
         files: Bytes and SHA-256 by relative path, as the manifest has them; empty if there is no manifest.
         verified: Whether every file equals the manifest; None if that was not asked for.
         problems: What differs, one line each, beginning with the file.
@@ -164,12 +164,12 @@ def _text_encoders(folder: Path, *, variant: str | None) -> tuple[EncoderStorage
 
 
 def _converted(folder: Path) -> dict[str, Any] | None:
-    """The tool that quantized a converted checkpoint, with its version."""
+    """The tool whose format was converted, its version, and the writer that the files named."""
     path = folder / CONVERSION_RECORD
     if not path.is_file():
         return None
     record = read_json(path, remedy="download it again")
-    return {key: record.get(key) for key in ("tool", "tool_version")}
+    return {key: record.get(key) for key in ("tool", "tool_version", "writer")}
 
 
 def _layers(

@@ -42,7 +42,7 @@ def render_model_card(
         autoescape=False,
         keep_trailing_newline=True,
     )
-    with_image = "ImageToVideo" in pipeline_class
+    task = task_of(pipeline_class)
     is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
     at = "" if revision is None else f"/tree/{revision}"
     text = environment.get_template("model_card.md.j2").render(
@@ -57,8 +57,8 @@ def render_model_card(
         attention=sum(len(config.attention_modules()) for config in configs),
         storage=report["storage"],
         pipeline_class=pipeline_class,
-        task="image-to-video" if with_image else "text-to-video",
-        prompts="--prompts FILE.jsonl" if with_image else '--prompt "…"',
+        task=task,
+        prompts="--prompts FILE.jsonl" if task == "image-to-video" else '--prompt "…"',
         compute_dtype=configs[0].compute_dtype,
         loras=report.get("loras", ()),
         text_encoders=report.get("text_encoders", ()),
@@ -66,6 +66,11 @@ def render_model_card(
         generation=_settings(report.get("generation", {})),
     )
     return text.rstrip("\n") + "\n"
+
+
+def task_of(pipeline_class: str) -> str:
+    """Return the Hub's name of what a pipeline does, `pipeline_tag` of a model card."""
+    return "image-to-video" if "ImageToVideo" in pipeline_class else "text-to-video"
 
 
 def _settings(generation: Mapping[str, Any]) -> str:

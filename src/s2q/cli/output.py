@@ -209,8 +209,11 @@ def show_inspection(report: Mapping[str, Any]) -> None:
         soft_wrap=True,
     )
     if report["converted"]:
-        tool = " ".join(str(part) for part in report["converted"].values() if part)
-        out.print(printable(f"converted from {tool}; not calibrated by s2q"), soft_wrap=True)
+        tool, version, writer = (report["converted"][key] for key in ("tool", "tool_version", "writer"))
+        origin = tool if version is None else f"{tool} {version}"
+        out.print(
+            printable(f"converted from {origin}" + ("" if writer is None else f", written by {writer}")), soft_wrap=True
+        )
     if report["storage"]:
         out.print(_storage_line(report["storage"]))
     if report["layers"]:

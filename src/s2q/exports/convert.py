@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from s2q import checkpoint
 from s2q.checkpoint import S2QConfig
+from s2q.checkpoint.model_card import task_of
 from s2q.checkpoint.save import clean_config
 from s2q.common.arguments import dtype_name, flag, model_argument, optional, path_argument, word
 from s2q.common.components import full_name
@@ -349,16 +350,17 @@ class _Job:
         return {
             **base,
             "library_name": "diffusers",
-            "pipeline_tag": "text-to-video",
+            "pipeline_tag": task_of(self.conversion.others.index["_class_name"]),
             "tags": ["s2q", "quantized", self.conversion.format.name],
         }
 
     def card(self, report: ConversionReport) -> str:
         """Return the text of a model card."""
         tool = report.tool if report.tool_version is None else f"{report.tool} {report.tool_version}"
+        writer = report.writer or tool
         return (
             f"# {self.conversion.name}, converted from {tool}\n\n"
-            f"Quantized by {tool}, not by s2q: `s2q convert` kept its codes and scales. Nothing was calibrated.\n\n"
+            f"Quantized by {writer}; `s2q convert` kept its codes and scales and calibrated nothing.\n\n"
             "Load it with `import s2q` and `DiffusionPipeline.from_pretrained`.\n"
         )
 

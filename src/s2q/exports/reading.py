@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from s2q.checkpoint import QUANT_METHOD
 from s2q.common.components import TRANSFORMERS, full_name
-from s2q.common.errors import InvalidInputError, UsageError, short_repr
+from s2q.common.errors import InvalidInputError, UsageError, printable, short_repr
 from s2q.common.files import read_json
 from s2q.common.headers import read_headers
 from s2q.common.records import EXPORT_RECORD
@@ -153,7 +153,7 @@ def _of_folder(model: str | Path, base: str | Path | None, *, variant: str | Non
         path=folder,
         format=SDNQ_FORMAT,
         version=None if version is None else str(version),
-        writer=f"s2q export of {read_json(record, remedy=_REMEDY).get('recipe')}" if record.is_file() else None,
+        writer=_line(f"s2q export of {read_json(record, remedy=_REMEDY).get('recipe')}") if record.is_file() else None,
         transformers=source,
         others=others,
         origin=origin or (None if others is source else others.name),
@@ -192,13 +192,18 @@ def _of_file(path: Path, given_base: str | Path | None, *, variant: str | None) 
         path=path,
         format=COMFYUI_FORMAT,
         version=None,
-        writer=writer,
+        writer=_line(writer or "") or None,
         transformers=base,
         others=base,
         origin=base.name,
         components=TRANSFORMERS[:1],
         read=read,
     )
+
+
+def _line(text: str) -> str:
+    """Return a stranger's text as a line of at most 200 printable characters."""
+    return printable(" ".join(text.split()))[:200]
 
 
 def _marked_names(model: nn.Module, layout: Layout, marks: Mapping[str, Any]) -> dict[str, Any]:
