@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import s2q
-from s2q.checkpoint import write_manifest
+from s2q.checkpoint import MANIFEST, write_manifest
 from s2q.common.components import text_encoders_of
-from s2q.common.errors import InvalidInputError
+from s2q.common.errors import InvalidInputError, S2QError
+from s2q.exports import text_encoders as module
 from s2q.nn import EncoderLinear, PackedLinear
 from s2q.rounding import round_rtn
 from tiny import tiny_call, tiny_pipeline
@@ -301,6 +302,27 @@ def test_exports_dequantize_it_or_refuse_it(wan, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in dense.state_dict().items())
     with pytest.raises(InvalidInputError, match=r"text_encoder: sdnq cannot store.*text_encoder=null, or export to"):
         s2q.export(wan, to="sdnq", out=tmp_path / "sdnq")
+
+
+def test_an_encoder_that_is_read_back_with_other_values_is_not_exported(wan, tmp_path, monkeypatch):
+    read, name = module.read_tensors, "encoder.final_layer_norm.weight"
+
+    def damaged(folder, **options):
+        tensors = read(folder, **options)
+        return tensors | {name: tensors[name] + 1}
+
+    monkeypatch.setattr(module, "read_tensors", damaged)
+    with pytest.raises(S2QError, match=rf"^text_encoder.{name}: was read back with other values; nothing was exported"):
+        s2q.export(wan, to="diffusers", out=tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
+def test_an_encoder_without_the_variant_of_the_others_is_exported(copy, tmp_path):
+    (copy / MANIFEST).unlink()
+    for path in (*copy.glob("transformer/*.safetensors"), *copy.glob("vae/*.safetensors")):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    s2q.export(copy, to="diffusers", out=tmp_path / "dense", variant="fp16")
+    assert not quantized(load_encoder(tmp_path / "dense"))
 
 
 def test_linears_that_t5_keeps_in_fp32_do_not_overflow_in_fp16(wan):

@@ -97,8 +97,8 @@ def with_another_mark(tensors, marks):
     [
         (reversed_rows, "blocks.0.ffn.net.0.proj.weight: was read back with other values"),
         (without_a_bias, "blocks.0.ffn.net.0.proj.bias: in the written file or in the checkpoint alone"),
-        (without_a_mark, "the formats of its linears were read back otherwise"),
-        (with_another_mark, "the formats of its linears were read back otherwise"),
+        (without_a_mark, "the formats of its linears were read back with other values"),
+        (with_another_mark, "the formats of its linears were read back with other values"),
     ],
 )
 def test_a_file_that_is_read_back_otherwise_is_discarded(made, target, name, damage, message, tmp_path, monkeypatch):

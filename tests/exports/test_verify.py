@@ -8,7 +8,7 @@ from exported import ROW, linear_of
 from s2q.common.errors import S2QError
 from s2q.exports.target import encoded
 from s2q.exports.targets import TARGETS
-from s2q.exports.verify import verify_written
+from s2q.exports.verify import check_read, verify_written
 
 TARGET = TARGETS["sdnq"]
 
@@ -36,6 +36,22 @@ def test_what_is_equal_has_no_difference(stored):
     assert tensors.keys() == {"x.weight", "x.scale", "x.bias", "scale"}
     assert verify_written(tensors, tensors, model, [form], TARGET) == 0
     assert verify_written(tensors, tensors, model, [], TARGET) == 0
+
+
+SCALAR = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize(
+    "read", [SCALAR + 1, SCALAR.bfloat16(), SCALAR.view(torch.int32), SCALAR.reshape(1), None], ids=str
+)
+def test_a_scalar_that_is_read_back_with_other_values_is_named_with_its_component(read):
+    written = {"a": SCALAR, "nan": torch.tensor(float("nan")), "rows": torch.ones(2, 3).t()}
+    check_read({name: tensor.clone() for name, tensor in written.items()}, written, component="vae", done="written")
+    damaged = {name: tensor for name, tensor in {**written, "a": read}.items() if tensor is not None}
+    with pytest.raises(S2QError, match=r"^vae.a: .*; nothing was written"):
+        check_read(damaged, written, component="vae", done="written")
+    with pytest.raises(S2QError, match=r"^vae.a: in the written file or in the checkpoint alone"):
+        check_read(written, {name: tensor for name, tensor in written.items() if name != "a"}, component="vae", done="")
 
 
 @pytest.mark.parametrize("name", ["scale", "x.scale", "x.bias"])

@@ -23,7 +23,6 @@ from s2q.common.weight_files import has_variant, names_in, weight_files
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 REMEDY = "download or quantize the model again"
 
@@ -50,7 +49,7 @@ def load_components(
         component = folder / name
         try:
             if issubclass(component_class, bases):
-                components[name] = _load_model(component, component_class, library, dtype=dtype, variant=variant)
+                components[name] = load_model(component, component_class, library, dtype=dtype, variant=variant)
             else:
                 components[name] = component_class.from_pretrained(component)
         except Exception as error:
@@ -59,9 +58,12 @@ def load_components(
     return components
 
 
-def _load_model(
-    component: Path, model_class: Any, library: str, *, dtype: torch.dtype, variant: str | None
-) -> nn.Module:
+def load_model(component: Path, model_class: Any, library: str, *, dtype: torch.dtype, variant: str | None) -> Any:
+    """Load a model from the folder of a component, in a variant where the folder has that.
+
+    Raises:
+        InvalidInputError: If its tensors are not those of its configuration, or not finite.
+    """
     tensors = read_headers(weight_files(component, library=library, variant=variant))
     is_foreign = not _check_model(component, model_class, library, tensors)
     model, info = model_class.from_pretrained(

@@ -44,6 +44,7 @@ from s2q.exports.folder import (
 from s2q.exports.reading import Conversion, StoredTransformer, check_stored, find_conversion, full_precision
 from s2q.exports.repack import Repacked, packed_file, repacked
 from s2q.exports.target import LinearForm, decoded
+from s2q.exports.verify import check_read
 from s2q.models import block_linears, family_of
 from s2q.models.hub import parse_hub_id
 
@@ -318,10 +319,7 @@ class _Job:
             )
         described = ours.plain_config(component) | {"quantization_config": config.to_dict()}
         write_transformer(folder, written, described, max_shard_size=max_shard_size)
-        read = read_tensors(folder)
-        for key, tensor in written.items():
-            if key not in read or read[key].dtype != tensor.dtype or not _equal(read[key], tensor):
-                raise S2QError(f"{key}: was read back with other values; nothing was converted, check the disk")
+        check_read(read_tensors(folder), written, component=component, done="converted")
         self.stored_bytes += sum(tensor.nbytes for tensor in written.values())
         self.progress("convert", len(schemes), len(schemes))
 
@@ -410,7 +408,3 @@ def _width(forms: Iterable[LinearForm], schemes: Mapping[str, LinearScheme]) -> 
     for form in forms:
         sizes[re.sub(r"g\d+", "", schemes[form.name].name)] += form.in_features * form.out_features
     return sizes.most_common(1)[0][0]
-
-
-def _equal(read: Tensor, written: Tensor) -> bool:
-    return torch.equal(read.view(torch.uint8), written.contiguous().view(torch.uint8))

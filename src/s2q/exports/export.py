@@ -230,7 +230,7 @@ class _Job:
         if quantization is not None:
             config["quantization_config"] = quantization
         write_transformer(staged, tensors, config, max_shard_size=max_shard_size)
-        self.compare(read_tensors(staged), tensors, model, forms)
+        self.compare(component, read_tensors(staged), tensors, model)
 
     def original_names(self) -> tuple[Layout, dict[str, str]]:
         """Return the layout of a file's transformer and the marks of its linears; refuse what a file cannot hold."""
@@ -255,9 +255,11 @@ class _Job:
         file.write(path, layout.to_original(tensors), marks, layout.architecture)
         read, read_marks = file.read(path)
         if read_marks != marks:
-            raise S2QError(f"{path.name}: the formats of its linears were read back otherwise; nothing was exported")
+            raise S2QError(
+                f"{path.name}: the formats of its linears were read back with other values; nothing was exported"
+            )
         read = from_original(type(model).__name__, read, suffixes=file.suffixes)
-        self.compare(read, tensors, model, forms)
+        self.compare(component, read, tensors, model)
         self.progress("export", 1, 1)
 
     def load(self, component: str) -> nn.Module:
@@ -286,10 +288,11 @@ class _Job:
         return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
     def compare(
-        self, read: Mapping[str, Tensor], written: Mapping[str, Tensor], model: nn.Module, forms: Sequence[LinearForm]
+        self, component: str, read: Mapping[str, Tensor], written: Mapping[str, Tensor], model: nn.Module
     ) -> None:
         """Compare what was read back with what was written, and both with the model."""
-        self.difference = max(self.difference, verify_written(read, written, model, forms, self.target))
+        difference = verify_written(read, written, model, self.forms[component], self.target, component=component)
+        self.difference = max(self.difference, difference)
         self.written_bytes += sum(tensor.nbytes for tensor in read.values())
 
     def card(self) -> str:

@@ -64,10 +64,10 @@ def write_transformer(
     atomic_write_json(folder / "config.json", dict(config))
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a transformer that was written."""
+def read_tensors(folder: Path, *, library: str = "diffusers") -> dict[str, Tensor]:
+    """Read the tensors of a component that was written by diffusers or transformers."""
     tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder):
+    for path in weight_files(folder, library=library):
         tensors |= load_file(path)
     return tensors
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 
 from s2q.checkpoint import S2QConfig
+from s2q.checkpoint.load_components import load_model
 from s2q.checkpoint.manifest import intact
 from s2q.checkpoint.save import clean_config
-from s2q.common.errors import S2QError
-from s2q.common.weight_files import weight_files
+from s2q.common.components import encoder_state
+from s2q.exports.folder import read_tensors
+from s2q.exports.verify import check_read
 from s2q.models import ModelSource
 
 
@@ -19,21 +21,18 @@ def write_dequantized(
 ) -> None:
     """Write a text encoder of a checkpoint's folder with full-precision linears, and compare what was written."""
     import transformers
-    from safetensors.torch import load_file
 
     _, class_name = source.component_classes[component]
     with intact():
-        model = getattr(transformers, class_name).from_pretrained(
+        model = load_model(
             folder / component,
+            getattr(transformers, class_name),
+            "transformers",
             dtype=getattr(torch, config.compute_dtype),
             variant=source.variant,
-            use_safetensors=True,
         )
     model = model.dequantize(dtype=model.dtype)
     model.save_pretrained(staged / component, max_shard_size=max_shard_size)
     clean_config(staged / component / "config.json")
-    written = model.state_dict()
-    for path in weight_files(staged / component, library="transformers"):
-        for name, tensor in load_file(path).items():
-            if not torch.equal(tensor, written[name]):
-                raise S2QError(f"{component}: {name} was read back otherwise; nothing was exported")
+    read = read_tensors(staged / component, library="transformers")
+    check_read(read, encoder_state(model), component=component, done="exported")

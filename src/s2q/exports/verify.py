@@ -5,8 +5,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from s2q.common.components import TRANSFORMERS, full_name
 from s2q.common.errors import S2QError
 from s2q.exports.target import LinearForm, Target
+
+
+def check_read(read: Mapping[str, Tensor], written: Mapping[str, Tensor], *, component: str, done: str) -> None:
+    """Compare tensors that were read back with those that were written: names, dtypes, shapes and all bits.
+
+    Args:
+        component: Component of the pipeline that has them.
+        done: What the command does, "exported".
+
+    Raises:
+        S2QError: If a tensor is missing, added or changed.
+    """
+    if read.keys() != written.keys():
+        first = full_name(component, sorted(read.keys() ^ written.keys())[0])
+        raise S2QError(f"{first}: in the written file or in the checkpoint alone; nothing was {done}")
+    for name, tensor in written.items():
+        if (read[name].dtype, read[name].shape) != (tensor.dtype, tensor.shape) or not _same_bits(read[name], tensor):
+            first = full_name(component, name)
+            raise S2QError(f"{first}: was read back with other values; nothing was {done}, check the disk")
 
 
 def verify_written(
@@ -15,6 +35,8 @@ def verify_written(
     model: nn.Module,
     forms: Sequence[LinearForm],
     target: Target,
+    *,
+    component: str = TRANSFORMERS[0],
 ) -> float:
     """Compare tensors read from an export with those of the checkpoint's transformer.
 
@@ -25,17 +47,17 @@ def verify_written(
         S2QError: If a tensor is missing, added or changed, or a weight or bias differs by more than the
             tolerance of the target. A loaded checkpoint has no NaN.
     """
-    if read.keys() != written.keys():
-        first = sorted(read.keys() ^ written.keys())[0]
-        raise S2QError(f"{first}: in the written file or in the checkpoint alone; nothing was exported")
-    for name, tensor in written.items():
-        if read[name].dtype != tensor.dtype or not torch.equal(read[name], tensor):
-            raise S2QError(f"{name}: was read back with other values; nothing was exported, check the disk")
+    check_read(read, written, component=component, done="exported")
     stored: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read.items():
         module, _, last = name.rpartition(".")
         stored.setdefault(module, {})[last] = tensor
     return max((_difference(stored[form.name], model, form, target) for form in forms), default=0.0)
+
+
+def _same_bits(read: Tensor, written: Tensor) -> bool:
+    first, second = (tensor.detach().reshape(-1).contiguous().view(torch.uint8) for tensor in (read, written))
+    return torch.equal(first, second)
 
 
 def _difference(tensors: Mapping[str, Tensor], model: nn.Module, form: LinearForm, target: Target) -> float:
