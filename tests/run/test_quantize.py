@@ -283,18 +283,24 @@ def test_a_quantized_model_is_refused(folder, tmp_path):
     assert not (tmp_path / "twice").exists()
 
 
-def test_adapters_and_offloaded_weights_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("component", "linear", "offloaded"),
+    [("transformer", "to_q", "patch_embed.proj.weight"), ("text_encoder", "q", "its text_encoder")],
+)
+def test_adapters_and_offloaded_weights_are_refused(component, linear, offloaded, tmp_path):
     from accelerate import cpu_offload
     from peft import LoraConfig
 
+    options = {"recipe": "rtn-w4a6", "overrides": ["text_encoder.num_bits=8"], "out": tmp_path / "out"}
     pipe = tiny_pipeline("cogvideox")
-    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(InvalidInputError, match="its transformer has an adapter"):
-        quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out")
+    getattr(pipe, component).add_adapter(LoraConfig(r=2, target_modules=[linear]))
+    with pytest.raises(InvalidInputError, match=f"its {component} has an adapter"):
+        quantize(pipe, **options)
     pipe = tiny_pipeline("cogvideox")
-    cpu_offload(pipe.transformer, torch.device("cpu"))
-    with pytest.raises(InvalidInputError, match="is offloaded; load the pipeline without offloading"):
-        quantize(pipe, recipe="rtn-w4a6", out=tmp_path / "out")
+    cpu_offload(getattr(pipe, component), torch.device("cpu"))
+    with pytest.raises(InvalidInputError, match=f"{offloaded} is offloaded; load the pipeline without offloading"):
+        quantize(pipe, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_dtype_of_a_loaded_pipeline_must_be_the_one_asked_for(tmp_path):
