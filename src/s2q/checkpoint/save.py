@@ -116,7 +116,7 @@ def _unused_tokenizers(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def clean_config(path: Path) -> None:
-    """Take out of a config.json where the model came from on this machine, and name float32 as a text encoder's dtype.
+    """Remove the local path from config.json, and name float32 as the dtype of a text encoder.
 
     Without `dtype=`, diffusers loads its own components in float32 and transformers those in their declared dtype;
     mixed dtypes fail at the first linear. The stored tensors do not change, and `dtype=` still decides.

@@ -32,8 +32,8 @@ class Layout:
     """The original layout of a transformer class.
 
     Attributes:
-        architecture: `general.architecture` of its GGUF files.
-        rules: Of all names.
+        architecture: Name of the model family: `general.architecture` of GGUF files, and the key of what ComfyUI misreads.
+        rules: Rules from names of diffusers to original names.
     """
 
     architecture: str

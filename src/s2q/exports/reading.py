@@ -53,12 +53,12 @@ class Conversion:
     """A quantized model of another program.
 
     Attributes:
-        name: Its name.
-        given: What the user wrote.
-        path: The folder or file that is read.
-        format: The format.
-        version: Of the program, or None.
-        writer: What else the files tell of who wrote them, or None.
+        name: Name of the model.
+        given: Argument of the user.
+        path: Folder or file that is read.
+        format: Format of the files.
+        version: Version of the program, or None.
+        writer: Writer named in the files, or None.
         transformers: The pipeline that has the configurations of the transformers.
         others: The pipeline that has the other components.
         origin: The full-precision model that it was made from, or None.

@@ -104,15 +104,15 @@ class FileFormat:
     """The format of a file with one transformer, in the original layout (`s2q.exports.layout`).
 
     Attributes:
-        suffix: Of the file's name.
-        mark: What a reader is told of a quantized linear, as text.
-        plain: What is stored of a tensor of no quantized linear; `is_weight` where it is that of a linear.
+        suffix: Suffix of the file's name.
+        mark: Returns the text that describes a quantized linear to readers.
+        plain: Returns the stored form of a tensor outside quantized linears; `is_weight` for weights of linears.
         write: Takes the path, tensors, marks by the name of the linear, and the architecture of the layout.
         read: Returns the tensors and marks of a written file.
-        wrote: Whether a file is one that `write` wrote.
-        misread: What its readers would get wrong of a linear, by its original name, in a file of an architecture, or
-            None; such a linear may be left unquantized.
-        suffixes: Last parts of the names of tensors that a linear has beside weight and bias.
+        wrote: Returns whether `write` wrote a file.
+        misread: Takes a linear, its original name and the architecture. Returns the part that readers would misread,
+            or None; such a linear may be left unquantized.
+        suffixes: Last parts of the names of a linear's tensors besides weight and bias.
     """
 
     suffix: str
