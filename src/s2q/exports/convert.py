@@ -42,7 +42,7 @@ from s2q.exports.folder import (
     write_transformer,
 )
 from s2q.exports.reading import Conversion, StoredTransformer, check_stored, find_conversion, full_precision
-from s2q.exports.repack import Repacked, packed_file, repacked
+from s2q.exports.repack import packed_file, repacked
 from s2q.exports.target import LinearForm, decoded
 from s2q.exports.verify import check_read
 from s2q.models import block_linears, family_of
@@ -63,12 +63,12 @@ class ConversionReport:
     Attributes:
         source: Name of the full-precision model, which gives default prompts and settings, or of the converted one if
             that is not known.
-        converted: Name of what was converted.
-        tool: The program that quantized it.
-        tool_version: Its version, or None where its files do not tell.
-        compared_version: The version of it that s2q's reader was compared with.
-        writer: What else they tell of who wrote them, or None.
-        recipe: What the checkpoint has for a recipe: tool and width.
+        converted: Name of the converted model.
+        tool: Program whose format it has.
+        tool_version: Version of the tool, or None where the files have none.
+        compared_version: Version of the tool that s2q's reader was compared with.
+        writer: Writer named in the files, or None.
+        recipe: Recipe name: tool and width.
         output: Name of the checkpoint's folder.
         dtype: Compute dtype of the model.
         format_versions: Of the checkpoint's transformers.
@@ -76,7 +76,7 @@ class ConversionReport:
         storage: The transformers' bytes in bf16 and in the checkpoint, and their `ratio`.
         layers: Every quantized linear: name, shape, scheme, bytes.
         largest_difference: Of a weight from s2q's decoding of the source's tensors, relative to its largest magnitude.
-        rounding: Where that comes from.
+        rounding: Reason of the difference.
     """
 
     schema_version: int
@@ -224,10 +224,10 @@ class _Job:
                 if not isinstance(linear, nn.Linear):
                     raise InvalidInputError(f"codes of {type(linear).__name__}")
                 form = conversion.format.form(name, linear, tensors, options, dtype)
-                is_seen_whole = conversion.format.least_rows > 1 and roles.get(name) != "linear"
-                scheme = replace(form.scheme, activation=None) if is_seen_whole else form.scheme
-                part = self.repacked(stored, form, scheme)
-                part.layer(wide=True)
+                weight_only = conversion.format.few_rows_unquantized and roles.get(name) != "linear"
+                scheme = replace(form.scheme, activation=None) if weight_only else form.scheme
+                part = repacked(conversion.format.weight(tensors, form), form, tensors.get("bias"), scheme=scheme)
+                part.check()
             wide = wide or not part.is_narrow
             forms[name], schemes[name] = form, scheme
         self.progress("check", len(stored.linears), len(stored.linears))
@@ -240,19 +240,14 @@ class _Job:
             wide=wide,
         )
 
-    def repacked(self, stored: StoredTransformer, form: LinearForm, scheme: LinearScheme) -> Repacked:
-        """Read the values of a quantized linear."""
-        tensors, _ = stored.linears[form.name]
-        return repacked(self.conversion.format.weight(tensors, form), form, tensors.get("bias"), scheme=scheme)
-
     def packed(
         self, component: str, stored: StoredTransformer, form: LinearForm, scheme: LinearScheme, *, wide: bool
     ) -> dict[str, Tensor]:
         """Return what the file has of a linear, after comparing its weight with the decoded one of the source."""
-        with self.refusals(component, form.name):
-            layer = self.repacked(stored, form, scheme).layer(wide=wide)
         tensors, _ = stored.linears[form.name]
-        expected = decoded(self.conversion.format.weight(tensors, form), form)
+        weight = self.conversion.format.weight(tensors, form)
+        layer = repacked(weight, form, tensors.get("bias"), scheme=scheme).layer(wide=wide)
+        expected = decoded(weight, form)
         largest, allowed = float(expected.abs().max()) or 1.0, _EXACT
         difference = float((layer.effective_weight(torch.float32) - expected).abs().max()) / largest
         if layer.low_rank_weight is not None and layer.low_rank_basis is not None:

@@ -57,17 +57,20 @@ class Repacked:
                 return False
         return True
 
-    def layer(self, *, wide: bool) -> PackedLinear:
-        """Build the packed linear, with the values that a file has.
+    def check(self) -> None:
+        """Refuse values that a packed linear cannot have.
 
         Raises:
             InvalidInputError: If a value is not finite, or a scale not positive.
         """
-        form, tensors = self.form, {}
         for name, value in self.tensors.items():
-            tensors[name] = value.to(packed_dtypes()[name]) if wide else stored_values(name, value)
-            if problem := value_problem(name, tensors[name], self.scheme, in_features=form.in_features):
+            stored = value.to(packed_dtypes()[name])
+            if problem := value_problem(name, stored, self.scheme, in_features=self.form.in_features):
                 raise InvalidInputError(f"{name} {problem}")
+
+    def layer(self, *, wide: bool) -> PackedLinear:
+        """Build the packed linear of checked values, as a file has them."""
+        form = self.form
         layer = PackedLinear(
             form.in_features,
             form.out_features,
@@ -76,8 +79,9 @@ class Repacked:
             path=form.path,
             device="meta",
         )
-        for name, value in tensors.items():
-            setattr(layer, name, frozen(value.contiguous()))
+        for name, value in self.tensors.items():
+            stored = value.to(packed_dtypes()[name]) if wide else stored_values(name, value)
+            setattr(layer, name, frozen(stored.contiguous()))
         if self.bias is not None:
             layer.bias = frozen(self.bias)
         return layer

@@ -265,5 +265,5 @@ SDNQ_FORMAT = SourceFormat(
     remedy="with weights_dtype int4 or int8 and no codebook in sdnq",
     form=_form,
     weight=_weight,
-    least_rows=32,
+    few_rows_unquantized=True,
 )

@@ -25,7 +25,8 @@ class SourceFormat:
         form: Takes a linear and its name, its stored tensors, what the file says of it, and the dtype of the model's
             compute. InvalidInputError with what does not fit a packed linear, without the name.
         weight: Takes the tensors and the form; the values.
-        least_rows: Rows of an input from which it is quantized: adaLN linears have fewer.
+        few_rows_unquantized: Whether the program leaves inputs of few rows unquantized. adaLN linears and those outside
+            the blocks become weight-only then.
     """
 
     name: str
@@ -33,7 +34,7 @@ class SourceFormat:
     remedy: str
     form: Callable[[str, nn.Linear, Tensors, Mapping[str, Any], torch.dtype], LinearForm]
     weight: Callable[[Tensors, LinearForm], CodedWeight]
-    least_rows: int = 1
+    few_rows_unquantized: bool = False
 
 
 def coded_form(
